@@ -26,9 +26,11 @@ OFTEN = 100
 pytest_plugins = ["processor_time", "peftcore.testing.gathering"]
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Iterator[None]:
     """Among what the command line asks for, what `covering` chooses."""
+    covering.mark_slow(items)  # before `-m` is asked
+    yield
     chosen = covering.covering(items)
     kept = set(chosen)
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])

@@ -10,6 +10,7 @@ or, without pytest, ``for result in check_method("mymethod"): print(result)``. O
 It may import all of peftcore but `comparing` and `cli`. In the order of reading:
 
 - `failures`: the message of a failed check.
+- `copies`: many copies of one model.
 - `kit`: cases, checks, and how a check is filed.
 - `hosts`: tiny models on which checks run.
 - `tools`: helpers of several checks.

@@ -8,7 +8,6 @@ Checks are chosen by tags and never know a method's name. Tolerances belong here
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -24,6 +23,7 @@ from peftcore.contract.method import Method, Tags
 from peftcore.errors import TargetError, UnsupportedSite
 from peftcore.injection.injection import Injection
 from peftcore.surgery.seeding import preserved_rng
+from peftcore.testing.copies import Copies
 from peftcore.testing.failures import CheckFailed, explained
 
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 6e-2, torch.float16: 1e-2}
@@ -73,11 +73,11 @@ ANYWHERE = Host("task", _nothing, _nothing)
 
 
 @functools.lru_cache(maxsize=64)
-def _prototype(build: Build) -> tuple[nn.Module, dict[str, Any]]:
-    """Build a host, always the same. Each check gets a copy, which takes half of the time."""
+def _prototype(build: Build) -> Copies[tuple[nn.Module, dict[str, Any]]]:
+    """Build a host, always the same. Each check gets a copy, which takes a tenth of the time."""
     with preserved_rng():
         torch.default_generator.manual_seed(0)
-        return build()
+        return Copies(build())
 
 
 Context = Callable[[nn.Module, Tensor], Mapping[str, Any]]
@@ -182,7 +182,7 @@ class Case(Expecting):
         return self.fresh()
 
     def _built(self, build: Build, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, dict[str, Any]]:
-        model, inputs = copy.deepcopy(_prototype(build))
+        model, inputs = _prototype(build)()
         cast = {k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
         if dtype is torch.float64 and self.host.in_double is not None:
             self.host.in_double(model)

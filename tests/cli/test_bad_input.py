@@ -169,6 +169,7 @@ def test_without_the_extra(monkeypatch, capsys):
     assert error == "Error: not installed: typer, matplotlib. Run: pip install 'peftcore[cli]'\n"
 
 
+@pytest.mark.slow
 def test_a_fault_of_ours_is_exit_code_1_with_a_traceback(encoder, csv_file, tmp_path):
     broken = "import peftcore.comparing.comparisons.compare as c; c.compare = lambda *_: 1 / 0"
     code = f"{broken}; from peftcore.cli.entry import main; main()"

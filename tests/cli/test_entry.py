@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 LINES = """
 import json
 import sys
@@ -28,6 +30,7 @@ def said(*lines: list[str]) -> tuple[str, str]:
     return ran.stdout, ran.stderr
 
 
+@pytest.mark.slow
 def test_commands_that_look_say_nothing_on_stderr(encoder: Path) -> None:
     model = str(encoder)
     looking = [["methods"], ["show", "lora"], ["doctor"], ["plan", model, "lora"], ["tree", model, "lora"]]
@@ -36,6 +39,7 @@ def test_commands_that_look_say_nothing_on_stderr(encoder: Path) -> None:
     assert "All is well." in out
 
 
+@pytest.mark.slow
 def test_a_run_says_its_steps_alone_on_stderr(encoder: Path, csv_file: Path) -> None:
     """It imports transformers' Trainer and accelerate, which import torchao and bitsandbytes where these are
     installed."""

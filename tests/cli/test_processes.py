@@ -69,6 +69,7 @@ def test_two_processes_of_accelerate_learn_what_one_does(config: Path, one: dict
     )
 
 
+@pytest.mark.slow
 def test_two_processes_of_torchrun_learn_what_one_does(config: Path, one: dict[str, Any]) -> None:
     """With a whole model each, and with one in pieces."""
     runs = {"two": [], "pieces": ["--set", "training.shard=true"]}

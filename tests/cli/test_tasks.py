@@ -216,6 +216,7 @@ def test_a_pipeline_in_bfloat16_whose_tokenizer_knows_no_length(painter: Path, n
     assert np.isfinite(outcome["after"]["loss"]) and outcome["samples"]
 
 
+@pytest.mark.slow
 def test_a_denoiser_gets_the_methods_own_loss(painter: Path, named_pictures: Path) -> None:
     """It is a part of what is trained, and its output has no loss: the Trainer takes it."""
     losses = []

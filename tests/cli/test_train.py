@@ -109,6 +109,7 @@ main()
 """
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_it_ends_the_same_to_the_bit(
     tweets: Any, encoder: Path, csv_file: Path, tmp_path: Path
 ) -> None:

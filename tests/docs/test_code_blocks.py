@@ -25,6 +25,8 @@ STARTS = ("peftcore ", "pip ", "make ", "python ", "torchrun ", "accelerate ", "
 """How lines of code begin, in blocks that say that they are none."""
 DEAR = {"--demo", "--sizes"}
 FILES = (".csv", ".jsonl", ".yaml", ".safetensors")
+LONG = {"write-a-method"}
+"""Pages whose blocks train for more than ten seconds, which `make test-slow` runs."""
 RUN_WHOLE = [ROOT / "docs/start.md"]
 """Pages of which every command runs, but the dear ones."""
 PAGES = [
@@ -51,7 +53,10 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("hub")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name)
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=pytest.mark.slow if page.stem in LONG else (), id=name(page)) for page in PAGES],
+)
 def test_blocks_run(page: Path, module: ModuleType, hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Models of the hub that a page names are small ones here."""
     for model in named_in(page.read_text(encoding="utf-8")):

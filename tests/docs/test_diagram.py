@@ -1,5 +1,6 @@
 """Diagrams of methods: each is drawn, and what is marked in it is what the method says of itself."""
 
+import functools
 import importlib
 import sys
 from pathlib import Path
@@ -13,12 +14,14 @@ sys.path.append(str(Path(__file__).parents[2] / "docs" / "generate"))
 diagram = importlib.import_module("diagram")
 places = importlib.import_module("diagram_places")
 
+svg = functools.cache(diagram.svg)
+
 SVG = "{http://www.w3.org/2000/svg}"
 
 
 def boxes(name: str) -> list[tuple[str, set[str]]]:
     """From top to bottom: the role of each box, and how it is marked."""
-    found = ElementTree.fromstring(diagram.svg(name)).iter(f"{SVG}rect")
+    found = ElementTree.fromstring(svg(name)).iter(f"{SVG}rect")
     return [(box.attrib["data-role"], set(box.attrib["class"].split())) for box in found if "data-role" in box.attrib]
 
 
@@ -32,7 +35,7 @@ def test_every_method_is_drawn_and_marked() -> None:
     for info in peftcore.methods():
         name = f"{info.plugin}/{info.name}"
         assert marked(name), name
-        root = ElementTree.fromstring(diagram.svg(name))
+        root = ElementTree.fromstring(svg(name))
         assert info.name in root.findtext(f"{SVG}title", "")
         described, texts = root.findtext(f"{SVG}desc", ""), list(root.iter(f"{SVG}text"))
         told = {str(text.text) for text in texts}

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from attention_hosts import METHODS, host, inputs
+from slowly import quick
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -24,18 +25,22 @@ def step(model: Any, injection: peftcore.Injection, given: dict[str, Tensor]) ->
     return output.detach(), list(torch.autograd.grad(output.square().sum(), list(injection.parameters())))
 
 
-@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-@pytest.mark.parametrize(
-    ("name", "method"),
-    [
+CASES = [
+    (name, method, implementation)
+    for name, method in (
         ("llama", "in_front"),
         ("llama", "beside"),
         ("gpt2", "in_front"),
         ("bert", "in_front"),
         ("t5", "in_front"),
         ("t5", "beside"),
-    ],
-)
+    )
+    for implementation in ("eager", "sdpa")
+]
+QUICK = [("llama", "beside", "sdpa"), ("gpt2", "in_front", "eager")]
+
+
+@pytest.mark.parametrize(("name", "method", "implementation"), quick(CASES, QUICK))
 def test_one_graph_with_the_same_numbers(name: str, method: str, implementation: str) -> None:
     model, given = host(name, implementation), inputs(name)
     injection = peftcore.apply(model, METHODS[method])
@@ -60,6 +65,7 @@ def test_any_assignment_of_rows_is_one_graph() -> None:
     assert counter.frame_count <= 2, "the sets of names differ twice, the assignments do not matter"
 
 
+@pytest.mark.slow
 def test_a_later_implementation_is_compiled_anew() -> None:
     model, given = host("llama", "sdpa"), inputs("llama")
     peftcore.apply(model, METHODS["in_front"])

@@ -20,6 +20,7 @@ import torch
 from hostile_files import SAMPLES, Sample, assembled, bench_of, broken, fuzz, parsed, uncollected, write
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from slowly import quick
 
 import peftcore
 from peftcore.errors import CheckpointError, HostMismatch, NewerFormat, PeftcoreError, UnknownMethod
@@ -31,6 +32,8 @@ CASES = int(os.environ.get("PEFTCORE_FUZZ", "10000"))
 """How many cases are tried; ``make fuzz`` sets more."""
 SEED = int(os.environ.get("PEFTCORE_FUZZ_SEED", "0"))
 PARTS = 8
+QUICK = range(2)
+"""Parts of the cases that a quick run tries; `make test-slow` has the others."""
 OURS = "adapter.safetensors"
 THEIRS = "adapter_model.safetensors"
 NAMED = {each.name: each for each in SAMPLES}
@@ -59,7 +62,7 @@ def _progress(part: int) -> Callable[[int, dict[str, int]], None]:
     return show
 
 
-@pytest.mark.parametrize("part", range(PARTS))
+@pytest.mark.parametrize("part", quick(range(PARTS), QUICK))
 def test_whatever_is_in_a_file_it_loads_or_gives_one_typed_error(part: int, tmp_path: Path) -> None:
     before = set(sys.modules)
     outcomes = fuzz(range(part, CASES, PARTS), tmp_path, SEED, _progress(part))
@@ -343,7 +346,7 @@ assert parse_json(json.dumps(whole), "a file") == whole
 """
 
 
-@pytest.mark.parametrize("limit", [1_000, 10**6])
+@pytest.mark.parametrize("limit", quick([1_000, 10**6], [1_000]))
 def test_nesting_ends_neither_the_stack_nor_the_process(limit: int) -> None:
     """In a process of its own, which it would take with it."""
     done = subprocess.run([sys.executable, "-c", DEEP.format(limit=limit)], capture_output=True, text=True)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from host_zoo import SURVEY, build
 from model_outputs import floats
+from slowly import quick
 from torch import Tensor, nn
 
 import peftcore
@@ -35,7 +36,9 @@ FAMILIES = (
     "dit",
     "llava",
 )
-"""Hosts of a quick run; all surveyed ones when PEFTCORE_TEST_ALL=1."""
+"""Hosts of every run; all surveyed ones when PEFTCORE_TEST_ALL=1."""
+LARGE = ("whisper", "clip", "timm_swinv2", "sd15_unet", "sd3", "llava")
+"""Those that take longest; `make test-slow` has them."""
 REFUSALS = (TargetError, UnsupportedSite)
 """The method has nothing to act on in the host, or a site of a kind that it does not know."""
 LATER = (SequenceError, MissingContext, UnsupportedSite)
@@ -109,7 +112,9 @@ def verdict(method: str, model: nn.Module, inputs: dict[str, Any], base: list[Te
     return "acts" if changed else "waits"
 
 
-@pytest.mark.parametrize("name", SURVEY if os.environ.get(ALL) == "1" else FAMILIES)
+@pytest.mark.parametrize(
+    "name", quick(SURVEY if os.environ.get(ALL) == "1" else FAMILIES, [name for name in FAMILIES if name not in LARGE])
+)
 def test_every_method_acts_or_refuses_and_leaves_no_trace(name: str) -> None:
     model, inputs = build(name)
     enliven(model)

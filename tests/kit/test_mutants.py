@@ -74,7 +74,10 @@ def test_a_method_that_is_installed_nowhere_is_tried_on_packed_bases() -> None:
     check(Case(good, HOSTS["llama"]))
 
 
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.name)
+@pytest.mark.parametrize(
+    "check",
+    [pytest.param(each, marks=pytest.mark.slow if each.cost == "slow" else (), id=each.name) for each in CHECKS],
+)
 def test_the_mutant_fails_its_check_and_no_other(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
     """A quick run looks at the others of its family (the module that they stand in), a run of everything at all."""
     monkeypatch.setattr(checks_learning, "TASKS", checks_learning.TASKS[:1])  # it fails on each as on the first

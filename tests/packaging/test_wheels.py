@@ -33,6 +33,7 @@ NEEDS = {"hybrid": ("additive",), "multitask": ("additive", "reparameterized")}
 """The plugins whose methods a plugin puts together."""
 EXAMPLES = [ROOT / "examples" / "third-party-plugin", ROOT / "examples" / "broken-plugin"]
 VERSION = peftcore.__version__
+pytestmark = pytest.mark.slow
 
 
 # ---------------------------------------------------------------- wheels and environments

@@ -1,14 +1,16 @@
 """Which tests a run has: all of them, a part of them, or those that cover what slow checks of the kit are for.
 
 Slow checks train a model or compile one, and what they find wrong lies nearly always in a kind of operator, seldom in
-one method alone. A quick run has them for methods that changed, and for one method of each kind. The kinds follow from
-what methods are made of: the core's operator classes that theirs derive from, trained values of the model itself, and
-parts that are methods. Of the hosts of other checks a quick run has one for each method and check; over all methods
-each check meets all of its hosts.
+one method alone. A run has them for methods that changed, and for one method of each kind; those of methods that did
+not change are marked as slow (`make test-slow`). The kinds follow from what methods are made of: the core's operator
+classes that theirs derive from, trained values of the model itself, and parts that are methods. Of the hosts of other
+checks a quick run has one for each method and check; over all methods each check meets all of its hosts. And of
+methods that are made of the same things every second one runs a check, other ones for the next check.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import zlib
@@ -30,6 +32,8 @@ TOGETHER = (
     "tests/torch_interop/test_distributed.py",
 )
 """Parts of names of tests that share something that takes long to make: they run in one worker, and in one part."""
+SHARE = 2
+"""Of so many methods that are made of the same things one runs a check in a quick run, another one for each check."""
 OPERATORS = (Operator, WeightOperator, AttentionOperator)
 """What operators of methods are; the core has more special ones below these."""
 KINDS = {
@@ -57,6 +61,7 @@ def in_part(name: str, part: str) -> bool:
     return zlib.crc32(scope(name).encode()) % int(parts) == int(which) - 1
 
 
+@functools.cache
 def kinds(method: type[Method]) -> frozenset[str]:
     """What the method is made of: names of the core's classes of operators, "parts", or "other" when it shows none."""
     called = _names(method.inject.__code__)
@@ -87,6 +92,15 @@ def declared(item: pytest.Item) -> tuple[Declared, Check] | None:
     return None if check is None else (told, check)
 
 
+def mark_slow(items: Iterable[pytest.Item]) -> None:
+    """Mark slow checks of methods that did not change as slow tests, which `make test` leaves to `make test-slow`."""
+    changed = set(os.environ.get(CHANGED, "").split())
+    for item in items:
+        pair = declared(item)
+        if pair is not None and pair[1].cost == "slow" and pair[0].method.name not in changed:
+            item.add_marker(pytest.mark.slow)
+
+
 Pair = tuple[pytest.Item, tuple[Declared, Check] | None]
 
 
@@ -104,6 +118,37 @@ def on_one_host(pairs: Sequence[Pair], whole: Collection[str]) -> list[Pair]:
     return [(item, pair) for item, pair in pairs if item.nodeid not in left]
 
 
+def on_a_share(pairs: Sequence[Pair], whole: Collection[str]) -> list[Pair]:
+    """Those without quick checks of methods that are made of the same things as others: one in `SHARE` has a check,
+    other ones the next check, and one at least. Methods in `whole` keep all checks, and so does one that is alone."""
+    if len({pair[0].method for _, pair in pairs if pair is not None}) < 2:
+        return [*pairs]
+    keys = [_shared(pair, whole) for _, pair in pairs]
+    alike: dict[str, set[str]] = {}
+    for key, (_, pair) in zip(keys, pairs, strict=True):
+        if key and pair is not None:
+            alike.setdefault(key, set()).add(pair[0].method.name)
+    kept = {key: _share(key, names) for key, names in alike.items()}
+    return [
+        (item, pair)
+        for key, (item, pair) in zip(keys, pairs, strict=True)
+        if not key or pair is None or pair[0].method.name in kept[key]
+    ]
+
+
+def _shared(pair: tuple[Declared, Check] | None, whole: Collection[str]) -> str:
+    """What methods of one make share: a quick check; empty where each has its own."""
+    if pair is None or pair[1].cost != "quick" or pair[0].method.name in whole:
+        return ""
+    return "/".join([*sorted(kinds(pair[0].method)), pair[1].name])
+
+
+def _share(key: str, names: Collection[str]) -> set[str]:
+    turn = zlib.crc32(key.encode())
+    chosen = {name for number, name in enumerate(sorted(names)) if (number + turn) % SHARE == 0}
+    return chosen or {min(names)}
+
+
 def covering(items: Sequence[pytest.Item]) -> list[pytest.Item]:
     """Those that the environment asks for."""
     pairs: list[Pair] = [(item, declared(item)) for item in items]
@@ -113,7 +158,7 @@ def covering(items: Sequence[pytest.Item]) -> list[pytest.Item]:
         chosen = representatives(slow) | changed
         pairs = [
             (item, pair)
-            for item, pair in on_one_host(pairs, changed)
+            for item, pair in on_a_share(on_one_host(pairs, changed), changed)
             if pair is None or pair[1].cost == "quick" or pair[0].method.name in chosen
         ]
     part = os.environ.get(PART)

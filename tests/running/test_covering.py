@@ -110,7 +110,7 @@ def test_slow_checks_run_for_one_method_of_a_kind(quick: None) -> None:
 
 
 def test_each_check_of_a_method_runs_on_one_host_and_over_methods_on_all(quick: None) -> None:
-    """And on all of a method that changed."""
+    """Of every second method, that is."""
     names = [info.name for info in peftcore.catalogue.methods() if info.plugin == "reparameterized"]
     items = [item for name in names for item in _tests(name)]
     chosen = covering.covering(items)
@@ -121,10 +121,28 @@ def test_each_check_of_a_method_runs_on_one_host_and_over_methods_on_all(quick: 
 
     both = on("llama", items) & on("encoder", items)
     assert both and not on("llama", chosen) & on("encoder", chosen)
-    assert both <= on("llama", chosen) | on("encoder", chosen)
     for check in {check for _, check in both if sum(each == check for _, each in both) > 8}:  # few may meet on one
         assert {name for name, each in on("llama", chosen) if each == check}
         assert {name for name, each in on("encoder", chosen) if each == check}
+
+
+def test_every_kind_of_method_has_every_quick_check_and_half_of_the_methods_do(quick: None) -> None:
+    """What is made of the same things shares the checks; each method has some."""
+    names = [info.name for info in peftcore.catalogue.methods() if info.plugin in ("reparameterized", "selective")]
+    items = [item for name in names for item in _tests(name)]
+
+    def pairs(among: Iterable[Any]) -> set[tuple[str, str]]:
+        found = (covering.declared(item) for item in among)
+        return {(each[0].method.name, each[1].name) for each in found if each is not None and each[1].cost == "quick"}
+
+    def made(among: set[tuple[str, str]]) -> set[tuple[frozenset[str], str]]:
+        return {(covering.kinds(peftcore.catalogue.method(name)), check) for name, check in among}
+
+    whole, chosen = pairs(items), pairs(covering.covering(items))
+    assert chosen < whole and made(chosen) == made(whole)
+    assert len(chosen) < 0.6 * len(whole)
+    for name in names:
+        assert sum(each == name for each, _ in chosen) > 0.3 * sum(each == name for each, _ in whole), name
 
 
 def test_a_method_that_changed_runs_on_all_its_hosts(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,6 +164,17 @@ def test_slow_checks_run_for_methods_that_changed(quick: None, monkeypatch: pyte
         "adalora",
         "oft",
     }
+
+
+def test_slow_checks_are_slow_tests_unless_their_method_changed(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(CHANGED, "oft")
+    items = [*_tests("lora"), *_tests("oft")]
+    marked: list[Any] = []
+    for item in items:
+        item.add_marker = lambda mark, item=item: marked.append((item, mark.name))
+    covering.mark_slow(items)
+    assert {name for _, name in marked} == {"slow"} and _slow(item for item, _ in marked) == {"lora"}
+    assert [item for item, _ in marked] == [item for item in _as_items("lora", items) if _slow([item])]
 
 
 def test_a_whole_run_leaves_nothing_out(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from sequence_toys import LENGTH, Rows, adapt, for_padding, host, in_front, ones_in_front, padded, tokens
+from slowly import quick
 from torch import Tensor, nn
 
 import peftcore
@@ -194,7 +195,7 @@ def test_images(name: str, path: str) -> None:
     same(cached, uncached.sequences, list(uncached.logits))
 
 
-@pytest.mark.parametrize("name", ["llama", "hybrid"])
+@pytest.mark.parametrize("name", quick(["llama", "hybrid"], ["llama"]))
 def test_steps_that_generate_compiles(name: str) -> None:
     """As generate does by itself on accelerators with static caches: no graph breaks, and no graph for each step."""
     from torch._dynamo.utils import counters

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from sequence_toys import Rows, adapt, host, padded, tokens
+from slowly import quick
 from torch import Tensor, nn
 from transformers import StaticCache
 
@@ -27,7 +28,10 @@ def inputs_of(name: str) -> dict[str, Any]:
     return given
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "short_mistral", "hybrid", "bert_cls", "roberta", "t5", "bart"])
+COMPILED = ["llama", "gpt2", "short_mistral", "hybrid", "bert_cls", "roberta", "t5", "bart"]
+
+
+@pytest.mark.parametrize("name", quick(COMPILED, ["llama", "bert_cls"]))
 def test_compiled_without_a_break(name: str) -> None:
     """Also with the cache that a model makes by default."""
     model, _ = host(name)
@@ -46,7 +50,7 @@ def test_compiled_without_a_break(name: str) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["llama", "hybrid"])
+@pytest.mark.parametrize("name", quick(["llama", "hybrid"], ["llama"]))
 def test_compiled_decoding_steps(name: str) -> None:
     """A static cache that holds the rows, in a step compiled without a break, twice with one graph."""
     model, _ = host(name)

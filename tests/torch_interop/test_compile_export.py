@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from interop_hosts import METHODS, WIDTH, Encoder, adapt, encoder, gradients, inputs, mlp
+from slowly import quick
 from torch import Tensor, fx, nn
 from torch._dynamo.testing import CompileCounterWithBackend, EagerAndRecordGraphs
 from torch.utils.checkpoint import checkpoint
@@ -45,7 +46,7 @@ def assert_same_step(one: tuple[Tensor, dict[str, Tensor]], two: tuple[Tensor, d
         )
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", quick(METHODS, ["lora", "dora", "linear_probe"]))
 def test_compiled_encoder_equals_eager_in_training_and_evaluation(method: str) -> None:
     model, x = encoder(), inputs()
     injection = adapt(model, method)
@@ -87,7 +88,7 @@ def test_compiled_before_the_first_eager_forward() -> None:
     injection.check()
 
 
-@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize("method", quick(["lora", "dora"], ["lora"]))
 def test_switching_compiles_once_for_each_active_set(method: str) -> None:
     model, x = encoder(), inputs()
     for seed, name in enumerate(("a", "b")):
@@ -107,7 +108,9 @@ def test_switching_compiles_once_for_each_active_set(method: str) -> None:
     assert counter.frame_count == len(sets)
 
 
-@pytest.mark.parametrize("counted", [True, False], ids=["by-turns", "at-once"])
+@pytest.mark.parametrize(
+    "counted", [pytest.param(True, id="by-turns"), pytest.param(False, id="at-once", marks=pytest.mark.slow)]
+)
 def test_calls_of_several_threads_share_whole_graphs(counted: bool) -> None:
     """A call moves the graph that it takes to the front of dynamo's list (torch 2.13), and another thread, which walks
     that list meanwhile, may pass by its own and compile it once more: so graphs are counted where calls take turns."""
@@ -267,7 +270,7 @@ class Repeated(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("method", ["lora", "dora", "hra"])
+@pytest.mark.parametrize("method", quick(["lora", "dora", "hra"], ["dora"]))
 def test_compiled_with_symbolic_shapes_in_a_checkpoint(method: str) -> None:
     torch.manual_seed(0)
     model = Repeated(2).train()
@@ -417,7 +420,7 @@ def test_fixtures_are_what_the_tests_think() -> None:
     assert isinstance(encoder().head, nn.Linear) and inputs().shape == (4, 5, WIDTH)
 
 
-@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize("method", quick(["lora", "dora"], ["dora"]))
 def test_copy_of_an_adapted_host_compiles(method: str) -> None:
     model, x = encoder(), inputs()
     adapt(model, method)

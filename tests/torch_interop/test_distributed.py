@@ -24,7 +24,10 @@ from peftcore.testing.hosts import HOSTS
 METHODS = ("lora", "dora", "oft", "houlsby_adapter", "bitfit")
 RANKS = 2
 TOLERANCE = 1e-5
-pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has no distributed package")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not dist.is_available(), reason="this torch has no distributed package"),
+]
 
 Gradients = dict[str, Tensor]
 

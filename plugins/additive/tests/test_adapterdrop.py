@@ -388,6 +388,7 @@ def test_training_a_part_of_the_host_alone_is_refused() -> None:
     assert not forward_context().inputs
 
 
+@pytest.mark.slow
 def test_a_compiled_host_drops_too() -> None:
     model, run = host("llama")
     injection = apply(without_dropout(model), drop_first_layers=3, robust=True, seed=1)

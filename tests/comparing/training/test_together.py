@@ -123,6 +123,7 @@ def test_groups_are_no_larger_than_asked_for(calm: Path, csv_file: Path, tmp_pat
     assert labels(9) == [["two", "four", "ia3"], ["full"]]
 
 
+@pytest.mark.slow
 def test_a_comparison_says_the_same_and_what_it_saved(calm: Path, csv_file: Path, tmp_path: Path) -> None:
     alone = compare(comparison(calm, csv_file, tmp_path / "alone"), Silent())
     report = compare(comparison(calm, csv_file, tmp_path / "together", together=8), Silent())
@@ -136,6 +137,7 @@ def test_a_comparison_says_the_same_and_what_it_saved(calm: Path, csv_file: Path
     assert json.loads((tmp_path / "together" / "results.json").read_text())["together"] == list(report.together)
 
 
+@pytest.mark.slow
 def test_a_search_of_16_configurations_holds_one_base(
     encoder: Path, csv_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from hub_stand_in import READER, TOKEN, Hub, outside, serving
+from slowly import quick
 
 pytest.importorskip("huggingface_hub")
 
@@ -213,15 +214,15 @@ def cached(hub: Hub, pushed: dict[str, Any]) -> Path:
     return home
 
 
-@pytest.mark.parametrize(
-    ("case", "words"),
-    [
-        ("failing", ("failed (status 503)", "try again")),
-        ("late", ("does not answer in time", "HF_HUB_ETAG_TIMEOUT")),
-        ("away", ("cannot be reached", "HF_ENDPOINT")),
-        ("offline", ("HF_HUB_OFFLINE is set", "unset it")),
-    ],
-)
+UNANSWERED = [
+    ("failing", ("failed (status 503)", "try again")),
+    ("late", ("does not answer in time", "HF_HUB_ETAG_TIMEOUT")),
+    ("away", ("cannot be reached", "HF_ENDPOINT")),
+    ("offline", ("HF_HUB_OFFLINE is set", "unset it")),
+]
+
+
+@pytest.mark.parametrize(("case", "words"), quick(UNANSWERED, UNANSWERED[:1]))
 def test_a_hub_that_fails_or_does_not_answer(case: str, words: tuple[str, ...], cached: Path) -> None:
     """What is in the cache is used all the same; a push, and loading what is not there, say what to do."""
     script = f"""{BEGIN}
