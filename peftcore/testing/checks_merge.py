@@ -67,6 +67,11 @@ def merging_keeps_the_outputs(case: Case) -> None:
         case.expect(injection.merged, "not called merged")
 
 
+ROUNDED = 4e-2
+"""Accepted difference of outputs in bfloat16, of all numbers together: half a unit in the last place, 2e-3, for each of
+a weight's entries, times what a host of several layers makes of it."""
+
+
 @check(
     "merging keeps the outputs of a host in bfloat16",
     cause="`forward` computes something else in half precision, or `merged` rounds inside",
@@ -81,7 +86,9 @@ def merging_keeps_the_outputs_in_bfloat16(case: Case) -> None:
     injection.merge()
     merged = case.quiet(model, inputs)
     case.expect(merged.dtype == torch.bfloat16, f"the output became {merged.dtype}")
-    case.expect_close(merged, adapted, "output when merged")
+    # Of all numbers together: how far rounding moves a single one is chance, and differs between processors.
+    error = ((merged.double() - adapted.double()).norm() / adapted.double().norm()).item()
+    case.expect(error <= ROUNDED, f"output when merged: relative error {error:.2e} > {ROUNDED:.0e}")
 
 
 @check(

@@ -113,6 +113,9 @@ PAIRINGS: dict[str, Pairing] = {
 class Both:
     """One host adapted twice, once by each library, with the same numbers in the adapters."""
 
+    accepted = MERGED
+    """Accepted difference of a merged weight; a test says where more is computed in float32, and why."""
+
     def __init__(
         self,
         base: nn.Module,
@@ -186,7 +189,7 @@ class Both:
         assert ours.keys() == theirs.keys() == before.keys()
         for name, expected in theirs.items():
             error = difference(ours[name], expected)
-            assert error <= MERGED, f"merged {name}: relative error {error:.1e}"
+            assert error <= self.accepted, f"merged {name}: relative error {error:.1e}"
         assert any(difference(ours[name], before[name]) >= MOVED for name in before)
 
     def assert_same(self, run: Callable[[nn.Module], Tensor]) -> None:

@@ -79,6 +79,10 @@ def iterated(weight: Tensor, rank: int, iterations: int) -> tuple[Tensor, Tensor
     return base, product
 
 
+RECORDED = 3e-5
+"""Accepted difference from numbers that were recorded on another processor: singular vectors are float32's."""
+
+
 @pytest.mark.parametrize("iterations", [1, 5])
 @against("authors", "qpissa", repository="GraphPKU/PiSSA", commit="87f4db6", script="utils/init_qpissa.py")
 def test_the_start_is_the_authors(iterations: int) -> None:
@@ -91,10 +95,10 @@ def test_the_start_is_the_authors(iterations: int) -> None:
     assert torch.equal(operator.B, operator.B0)
     numbers, start = frozen(NUMBERS)[str(iterations)], ALPHA / RANK * operator.B @ operator.A
     assert difference(start, product) <= OUTPUTS
-    assert difference(start[:2, :6], torch.tensor(numbers["product"])) <= OUTPUTS
+    assert difference(start[:2, :6], torch.tensor(numbers["product"])) <= RECORDED
     injection.merge()
     assert difference(model[0].weight, base + product) <= OUTPUTS
-    assert difference(model[0].weight[:2, :6], torch.tensor(numbers["weight"])) <= OUTPUTS
+    assert difference(model[0].weight[:2, :6], torch.tensor(numbers["weight"])) <= RECORDED
     assert (model[0].weight - weight).norm().item() == pytest.approx(numbers["distance"], rel=OUTPUTS)
     plain, now = (rounded(weight) - weight).norm(), (model[0].weight - weight).norm()
     assert now < (0.95 if iterations == 1 else 0.9) * plain

@@ -104,6 +104,7 @@ def test_beside_peft(training: bool) -> None:
     count = sum(p.numel() for p in compared.tuner.model.parameters() if p.requires_grad)
     assert count == sum(p.numel() for p in compared.injection.parameters()) == RANK * (12 + 7 + 1 + 7 + 9 + 1)
     x = torch.randn(4, 12)
+    compared.accepted = 3e-6  # what is cut off a weight comes of its singular vectors, which both make in float32
     compared.assert_same(lambda model: model(x))
 
 
