@@ -10,6 +10,7 @@ import typer.main
 from doc_pages import DOCS, OTHERS, ROOT, Block, blocks, name, of_peftcore
 
 from peftcore.cli.commands import app
+from peftcore.cli.commands._method_options import WithMethodOptions
 
 SHELL = ("bash", "")
 COMMANDS: dict[str, Any] = vars(typer.main.get_command(app))["commands"]
@@ -51,6 +52,8 @@ def _missing_here(words: list[str]) -> str | None:
     if words[0] not in COMMANDS:
         return f"peftcore {words[0]}"
     flags = {flag for each in COMMANDS[words[0]].params for flag in (*each.opts, *each.secondary_opts)} | {"--help"}
+    if isinstance(COMMANDS[words[0]], WithMethodOptions):
+        flags |= {"--rank", "--target"}  # of the methods that pages use so
     given = [word.partition("=")[0] for word in words[1:] if word.startswith("-")]
     return next((f"peftcore {words[0]} {flag}" for flag in given if flag not in flags), None)
 
