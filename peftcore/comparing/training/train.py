@@ -109,6 +109,7 @@ def _train(run: Run, display: Display, resume: bool) -> Outcome:
     began = time.perf_counter()
     task = catalogue.find(run.task)
     data = validated(task.Data, run.data, "data")
+    task.check_model(run.model)
     require({name: name for name in run.training.report_to})
     folder = RunFolder(run)
     checkpoint = folder.checkpoint(resume)
