@@ -18,6 +18,8 @@ ORDER = (
     *("inspect", "merge", "convert", "export-lora", "doctor", "new"),
 )
 """Commands in the order in which people need them."""
+KEPT = "\n\N{NO-BREAK SPACE}"
+"""What a terminal may be shown, though Python does not count it among what is printable."""
 
 
 class Commands(TyperGroup):
@@ -61,7 +63,7 @@ def settings(given: list[str] | None, flag: str = "--set", example: str = "train
 
 def printable(text: object) -> str:
     """Return a text in which a file's names may be, with what a terminal would obey, such as escapes, spelled out."""
-    return "".join(each if each.isprintable() or each == "\n" else repr(each)[1:-1] for each in str(text))
+    return "".join(each if each.isprintable() or each in KEPT else repr(each)[1:-1] for each in str(text))
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from typer.testing import CliRunner
 
 import peftcore
 from peftcore.cli.commands import app
+from peftcore.comparing.numbers import size
 from peftcore.comparing.runs.folder import COMPLETE
 from peftcore.comparing.training import train as job
 
@@ -183,6 +185,78 @@ def test_out_of_memory_says_what_takes_less(tweets: Any, error: Exception, where
     for advice in ("batch_size=8 --set training.accumulate=2", "--set dtype=bfloat16", "--set quantize=nf4"):
         assert advice in message
     assert "checkpoint_gradients" not in message
+
+
+def out_of_memory(monkeypatch: Any, *arguments: object) -> str:
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise MemoryError("Unable to allocate 20 GiB")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("peftcore.comparing.training.train.AdapterTrainer.training_step", full)
+        return refused(*arguments)
+
+
+@pytest.fixture
+def small(decoder: Path, tmp_path: Path) -> tuple[object, ...]:
+    path = tmp_path / "lines.txt"
+    path.write_text("my phone is fine\n\nthe plane was late today\n" * 20, encoding="utf-8")
+    return ("--model", decoder, "--task", "causal-lm", "--data", path, "--method", "dora", "--rank", 3, "--steps", 2)
+
+
+def test_out_of_memory_says_what_plan_counts_now_and_with_each_setting(
+    small: Any, decoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    message = out_of_memory(monkeypatch, *small, "--batch-size", 6)
+    found = re.fullmatch(
+        r".* Now about ([\d.]+ .?B) a step, as peftcore plan counts \(the peak is higher\); less with "
+        r"--set training\.batch_size=3 --set training\.accumulate=2: about ([\d.]+ .?B); "
+        r"--set training\.checkpoint_gradients=true: about ([\d.]+ .?B); --set dtype=bfloat16: about ([\d.]+ .?B)",
+        message,
+    )
+    assert found is not None, message
+
+    longest = len(transformers.AutoTokenizer.from_pretrained(decoder)("the plane was late today")["input_ids"]) + 1
+
+    def planned(*options: object) -> str:
+        arguments = ("plan", decoder, "dora", "--rank", 3, "--length", longest, *options, "--json")
+        result = CliRunner().invoke(app, [*map(str, arguments)])
+        return size(json.loads(result.stdout)["memory"]["adapted"]["total"]).replace("\N{NO-BREAK SPACE}", " ")
+
+    single = ("--dtype", "float32")
+    now, half, checkpointed, narrow = found.groups()
+    assert now == planned(*single, "--batch-size", 6)
+    assert half == planned(*single, "--batch-size", 3) != now
+    assert narrow == planned("--dtype", "bfloat16", "--batch-size", 6) != now
+    assert checkpointed not in (now, half, narrow)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [["quantize=int8"], ["training.autocast=true"], ["training.shard=true"]],
+    ids=lambda settings: settings[0],
+)
+def test_what_plan_does_not_count_is_advised_without_numbers(
+    settings: list[str], small: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if settings == ["training.shard=true"]:
+        monkeypatch.setattr("peftcore.comparing.training.train.trainer_for", _no_memory)
+    message = out_of_memory(monkeypatch, *small, *(each for name in settings for each in ("--set", name)))
+    assert "Less is needed with: --set training.batch_size=4 --set training.accumulate=2; --set" in message
+    assert "about" not in message
+
+
+def _no_memory(*args: Any, **kwargs: Any) -> None:
+    raise MemoryError("Unable to allocate 20 GiB")
+
+
+@pytest.mark.parametrize("error", [MemoryError("none left"), RuntimeError("what models raise"), KeyError("x")])
+def test_an_estimate_that_fails_is_left_out(error: Exception, small: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("peftcore.comparing.plans.estimates.skeleton", fail)
+    message = out_of_memory(monkeypatch, *small)
+    assert "Less is needed with: --set training.batch_size=4" in message and "about" not in message
 
 
 def test_plain_text(decoder: Path, tmp_path: Path) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import peftcore
 from peftcore.comparing.errors import BadInput
 from peftcore.comparing.models.files import PIPELINE, read_config
+from peftcore.comparing.models.naming import Named, find
 from peftcore.comparing.models.opening import MadeOn, Opened, components, open_model
 from peftcore.errors import NoWeights, PeftcoreError
 from peftcore.files.formats.description import Description
@@ -20,7 +21,7 @@ from peftcore.injection.injection import Injection
 class Wanted:
     """The user's options about the model."""
 
-    folder: Path
+    model: Named
     component: str | None = None
     model_class: str | None = None
 
@@ -30,6 +31,7 @@ class Source:
     """The place of a model, and what is known of it."""
 
     folder: Path
+    """Or a GGUF file."""
     made_on: MadeOn
     pipeline: Path | None = None
     """The folder of the pipeline that it is a part of."""
@@ -53,11 +55,11 @@ def find_source(wanted: Wanted, adapter: Adapter) -> Source:
     Raises:
         BadInput: it fits on none, or on several.
     """
-    model, made_on, component = wanted.folder, adapter.made_on(wanted), wanted.component
+    model, made_on, component = wanted.model.place(), adapter.made_on(wanted), wanted.component
     if not (model / PIPELINE).is_file():
         if component is not None:
-            raise BadInput(f"{model} is no pipeline (it has no {PIPELINE}); leave out --component")
-        return Source(model, made_on)
+            raise BadInput(f"{wanted.model.said} is no pipeline (it has no {PIPELINE}); leave out --component")
+        return Source(model, replace(made_on, base=made_on.base or wanted.model.origin()[0]))
     parts = components(model)
     if component is not None and component not in parts:
         raise BadInput(f"{model} has no component {component!r}; its models are {', '.join(parts) or 'none'}")
@@ -82,11 +84,11 @@ def misfit(folder: Path, made_on: MadeOn, adapter: Adapter) -> str:
     return ""
 
 
-def base_folder(adapter: Adapter) -> Path:
-    """Return the model that an adapter's own file names."""
+def base_of(adapter: Adapter) -> Named:
+    """Return the model that an adapter's own file names; nothing is fetched because a file names it."""
     base = adapter.about.base
     if base and Path(base).is_dir():
-        return Path(base)
+        return find(Path(base))
     named = f"its file names {base!r}, which is no folder here" if base else "its file names none"
     raise BadInput(f"give --model, the model that {adapter.path} is for: {named}")
 

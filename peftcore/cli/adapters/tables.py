@@ -78,7 +78,7 @@ def show_description(about: Description, console: Console) -> None:
     _show_rows(console, ("tensor", "shape", "dtype"), rows)
 
 
-def merged_data(model: Path, out: Path, merged: Sequence[Merged]) -> dict[str, Any]:
+def merged_data(model: str, out: Path, merged: Sequence[Merged]) -> dict[str, Any]:
     """Return what a merge did."""
     adapters = [
         {
@@ -92,7 +92,7 @@ def merged_data(model: Path, out: Path, merged: Sequence[Merged]) -> dict[str, A
         }
         for each in merged
     ]
-    return {"model": str(model), "out": str(out), "adapters": adapters}
+    return {"model": model, "out": str(out), "adapters": adapters}
 
 
 def show_merged(out: Path, merged: Sequence[Merged], console: Console) -> None:

@@ -8,11 +8,10 @@ from typing import Annotated, Any
 import typer
 
 from peftcore.comparing.errors import BadInput
+from peftcore.comparing.models.naming import MODEL
 
 Demo = Annotated[bool, typer.Option("--demo", help="A MiniLM encoder on tweets, both from Python packages.")]
-Model = Annotated[
-    str | None, typer.Option(help="Folder of a model, a GGUF file, package:NAME for an installed one, or a Hub name.")
-]
+Model = Annotated[str | None, typer.Option(help=MODEL)]
 Task = Annotated[str | None, typer.Option(help="What is learned: text-classification, causal-lm, chat ...")]
 Data = Annotated[str | None, typer.Option(help="The examples: a table, a folder, a dataset's name.")]
 Steps = Annotated[int | None, typer.Option(help="Optimizer steps of a run.")]

@@ -15,6 +15,7 @@ import typer
 
 from peftcore.cli.app import Json, answered, app, printable
 from peftcore.comparing.errors import BadInput
+from peftcore.comparing.models.naming import MODEL, Use, find
 
 
 class Into(StrEnum):
@@ -25,7 +26,7 @@ class Into(StrEnum):
 
 
 Adapter = Annotated[str, typer.Argument(help="Folder or file of an adapter, in any format that peftcore loads.")]
-Model = Annotated[Path, typer.Argument(help="Folder of a model of transformers, diffusers or timm, or of a pipeline.")]
+Model = Annotated[str, typer.Argument(help=MODEL)]
 OutFolder = Annotated[Path, typer.Option("--out", help="Folder to write.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result.")]
 ModelClass = Annotated[str | None, typer.Option(help="Class of transformers, if the folder has no head.")]
@@ -70,13 +71,15 @@ def merge(
     """Merge adapters into a model and write it, with its tokenizer, so that it loads without peftcore."""
     with _at_work() as display:
         shares = _weights(weights, len(adapters))
-        output = _output(out, overwrite, [model, *map(Path, adapters)])
+        named = find(model)
+        named.check(Use.MERGE)
+        output = _output(out, overwrite, [*named.local(), *map(Path, adapters)])
         from rich.console import Console
 
         from peftcore.cli.adapters import jobs, tables
         from peftcore.cli.adapters.hosts import Wanted
 
-        wanted = Wanted(model, component, model_class)
+        wanted = Wanted(named, component, model_class)
         read = [jobs.read(each) for each in adapters]
         with display() as line:
             merged = jobs.merge(wanted, read, output, shares, into.value, max_error, line)
@@ -91,9 +94,7 @@ def convert(
     adapter: Adapter,
     to: Annotated[str, typer.Option(help="native, peft, diffusers or kohya; diffusers/text_encoder_2 names a part.")],
     out: Annotated[Path, typer.Option(help="Folder to write, or FILE.safetensors for a format of one file.")],
-    model: Annotated[
-        Path | None, typer.Option(help="The model's folder; otherwise the one that the adapter names.")
-    ] = None,
+    model: Annotated[str | None, typer.Option(help=f"{MODEL} By default that which the adapter names.")] = None,
     component: Component = None,
     model_class: ModelClass = None,
     overwrite: Overwrite = False,
@@ -107,12 +108,12 @@ def convert(
         from rich.console import Console
 
         from peftcore.cli.adapters import jobs, tables
-        from peftcore.cli.adapters.hosts import Wanted, base_folder
+        from peftcore.cli.adapters.hosts import Wanted, base_of
 
         format = _format(to)
         read = jobs.read(adapter)
-        wanted = Wanted(base_folder(read) if model is None else model, component, model_class)
-        output = _output(out, overwrite, [wanted.folder, Path(adapter)])
+        wanted = Wanted(base_of(read) if model is None else find(model), component, model_class)
+        output = _output(out, overwrite, [*wanted.model.local(), Path(adapter)])
         with display() as line:
             done = jobs.convert(wanted, read, format, output, line)
         if json:
@@ -140,7 +141,8 @@ def export_lora(
     """Write the LoRA that is nearest to what an adapter of any method does to weights, and say how near it is."""
     with _at_work() as display:
         to = _format(format)
-        output = _output(out, overwrite, [model, Path(adapter)])
+        named = find(model)
+        output = _output(out, overwrite, [*named.local(), Path(adapter)])
         from rich.console import Console
 
         from peftcore.cli.adapters import jobs, tables
@@ -148,7 +150,7 @@ def export_lora(
 
         read = jobs.read(adapter)
         with display() as line:
-            injection = jobs.load_whole(Wanted(model, component, model_class), read, line)
+            injection = jobs.load_whole(Wanted(named, component, model_class), read, line)
         done = jobs.export_lora(injection, read, rank, to, output, max_error)  # which has a bar of its own
         if json:
             print(tables.as_json(tables.exported_data(done)))

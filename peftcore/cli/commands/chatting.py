@@ -9,9 +9,10 @@ from typing import Annotated
 import typer
 
 from peftcore.cli.app import answered, app, printable
+from peftcore.comparing.models.naming import MODEL
 
 Adapter = Annotated[str, typer.Argument(help="Folder of a run of peftcore train, or an adapter.")]
-Model = Annotated[str | None, typer.Option(help="The model, where neither the run nor the adapter names it.")]
+Model = Annotated[str | None, typer.Option(help=f"{MODEL} By default that which the run or the adapter names.")]
 Template = Annotated[str | None, typer.Option("--chat-template", help="chatml, or a Jinja file.")]
 System = Annotated[str, typer.Option(help="What the model is told at first.")]
 Longest = Annotated[int, typer.Option("--max-tokens", min=1, help="Tokens of an answer at most.")]

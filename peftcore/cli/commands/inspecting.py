@@ -8,14 +8,9 @@ import typer
 
 from peftcore.cli.app import Json, answered, app, settings
 from peftcore.cli.commands._method_options import WithMethodOptions, for_methods
+from peftcore.comparing.models.naming import MODEL
 
-Model = Annotated[
-    str,
-    typer.Argument(
-        help="A folder with the config.json of a model of transformers, timm or diffusers (or a whole pipeline), "
-        "timm:NAME, or a name on the Hub."
-    ),
-]
+Model = Annotated[str, typer.Argument(help=MODEL)]
 Options = Annotated[list[str] | None, typer.Option("--option", metavar="NAME=VALUE", help="An option of the method.")]
 Target = Annotated[
     list[str] | None, typer.Option(help="Target modules: a role, a glob, the end of a path. Repeatable.")

@@ -103,6 +103,7 @@ def _check(comparison: Comparison) -> None:
     for candidate in comparison.methods:
         if candidate.name != FULL:
             peftcore.method(candidate.name)
+    catalogue.find(comparison.task).check_model(comparison.model)
     made(comparison.out)
     run = comparison.run(comparison.methods[0], comparison.seeds[0])
     task = catalogue.find(comparison.task)

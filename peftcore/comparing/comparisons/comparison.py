@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 
+from peftcore.comparing.models.naming import MODEL
 from peftcore.comparing.runs.reading import validated
 from peftcore.comparing.runs.run import MethodChoice, Options, Run, Training
 
@@ -28,8 +29,7 @@ class Candidate(MethodChoice):
 class Comparison(Options):
     """A comparison: a run of `train`, but with several methods and seeds."""
 
-    model: str
-    """As in a run."""
+    model: str = Field(description=MODEL)
     task: str = "text-classification"
     """What is learned."""
     data: dict[str, Any]

@@ -4,6 +4,7 @@ It may import the core, `errors`, `packages`, `quiet` and `data`. No code of a r
 In the order of reading:
 
 - `files`: configurations, and the classes that they name.
+- `naming`: what a MODEL names, one class a kind.
 - `loading`: models and tokenizers to train, by folder, file, package or name.
 - `opening`: models of any library in folders, opened and written again.
 - `example_inputs`: inputs of a forward, from a configuration.

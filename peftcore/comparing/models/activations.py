@@ -8,7 +8,7 @@ others, which keep more of an attention.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
+from torch.utils._pytree import tree_leaves
 
 from peftcore.comparing.errors import BadInput
 from peftcore.comparing.models.example_inputs import Size, Unknown
@@ -53,19 +54,49 @@ class Batch:
         return {name: list(each.shape) for name, each in self.inputs.items() if isinstance(each, Tensor)}
 
 
-def kept(tensors: Mapping[str, Tensor], run: Run, inputs: Inputs) -> int:
+def kept(tensors: Mapping[str, Tensor], run: Run, inputs: Inputs, repeated: Collection[nn.Module] = ()) -> int:
     """Count the bytes of the distinct storages that a forward saves for backward and that hold none of the model's
-    tensors."""
+    tensors.
+
+    Args:
+        tensors: those of the model.
+        run: the forward.
+        inputs: its inputs.
+        repeated: blocks that backward runs again (gradient checkpointing): of each its inputs are saved, and while it
+            runs again, what it saves; the largest of them counts.
+    """
     own = {_storage(each) for each in tensors.values()}
-    saved: dict[int, Tensor] = {}  # alive until the end: a storage that is freed gives its address to the next
+    outside: dict[int, Tensor] = {}  # alive until the end: a storage that is freed gives its address to the next
+    inside: list[dict[int, Tensor]] = []
+    now = [outside]
 
     def save(tensor: Tensor) -> Tensor:
-        saved.setdefault(_storage(tensor), tensor)
+        now[-1].setdefault(_storage(tensor), tensor)
         return tensor
 
-    with torch.enable_grad(), saved_tensors_hooks(save, lambda tensor: tensor):
-        run(inputs)
-    return sum(tensor.untyped_storage().nbytes() for storage, tensor in saved.items() if storage not in own)
+    def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+        for each in tree_leaves((args, kwargs)):
+            if isinstance(each, Tensor):
+                save(each)
+        inside.append({})
+        now.append(inside[-1])
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        now.pop()
+
+    hooks = [each.register_forward_pre_hook(enter, with_kwargs=True) for each in repeated]
+    hooks += [each.register_forward_hook(leave) for each in repeated]
+    try:
+        with torch.enable_grad(), saved_tensors_hooks(save, lambda tensor: tensor):
+            run(inputs)
+    finally:
+        for each in hooks:
+            each.remove()
+
+    def size(saved: Mapping[int, Tensor], but: Collection[int]) -> int:
+        return sum(each.untyped_storage().nbytes() for storage, each in saved.items() if storage not in but)
+
+    return size(outside, own) + max((size(each, {*own, *outside}) for each in inside), default=0)
 
 
 def _storage(tensor: Tensor) -> int:
@@ -97,15 +128,15 @@ class Pretended:
             tensors = self._tensors(skeleton.model)
             return Batch.of(skeleton, size, lambda inputs: functional_call(skeleton.model, tensors, kwargs=inputs))
 
-    def kept(self, model: nn.Module, batch: Batch) -> int:
-        """Count the bytes that a forward saves for backward.
+    def kept(self, model: nn.Module, batch: Batch, repeated: Collection[nn.Module] = ()) -> int:
+        """Count the bytes that a forward saves for backward, where these blocks run again in it.
 
         Raises:
             Unknown: it cannot run without values.
         """
         with explained(), self.mode:
             tensors = self._tensors(model)
-            return kept(tensors, lambda inputs: functional_call(model, tensors, kwargs=inputs), batch.inputs)
+            return kept(tensors, lambda inputs: functional_call(model, tensors, kwargs=inputs), batch.inputs, repeated)
 
     def _tensors(self, model: nn.Module) -> dict[str, Tensor]:
         named, made = named_tensors(model), dict[int, Tensor]()

@@ -13,12 +13,10 @@ from safetensors import SafetensorError
 from torch import nn
 
 from peftcore.comparing.errors import BadInput
-from peftcore.comparing.packages import PACKAGE, package_folder
+from peftcore.comparing.models.naming import Use, find
 from peftcore.injection.applying import host_map
 from peftcore.layers.layer import is_dense
 
-GGUF = ".gguf"
-HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 NO_KERNELS = {"attn_implementation": None, "experts_implementation": None}
 """A configuration may ask for kernels from the Hub, which are code; transformers chooses among its own instead."""
 UNREADABLE: tuple[type[Exception], ...] = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
@@ -27,7 +25,9 @@ UNREADABLE: tuple[type[Exception], ...] = (OSError, ValueError, KeyError, Runtim
 
 def load_tokenizer(model: Path | str) -> Any:
     """Load the model's tokenizer; one without a padding token (most decoders) pads with its end-of-text token."""
-    where, options = origin(model)
+    named = find(model)
+    named.check(Use.TEXT)
+    where, options = named.origin()
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(where, **options)
     except UNREADABLE as error:
@@ -39,56 +39,24 @@ def load_tokenizer(model: Path | str) -> Any:
     return tokenizer
 
 
-def origin(model: Path | str) -> tuple[str, dict[str, Any]]:
-    """Return the name by which transformers' loaders know a model: a folder, a GGUF file or a folder of one, a name on
-    the Hub; and their arguments.
-
-    ``package:NAME`` is the folder of an installed Python package, ``package:NAME/FOLDER`` one inside.
-
-    Raises:
-        BadInput: it looks like a path, and nothing is there.
-    """
-    if str(model).startswith(PACKAGE):
-        model = _in_package(str(model))
-    path = Path(model)
-    if path.suffix == GGUF and path.is_file():
-        return str(path.parent), {"gguf_file": path.name, "local_files_only": True}
-    if path.is_dir():
-        files = [] if (path / "config.json").exists() else sorted(file.name for file in path.glob(f"*{GGUF}"))
-        if len(files) > 1:
-            raise BadInput(f"{path}: name one of its files: {', '.join(files)}")
-        return str(path), {"local_files_only": True, **({"gguf_file": files[0]} if files else {})}
-    if isinstance(model, Path) or not HUB_NAME.fullmatch(model):
-        raise BadInput(f"{model}: no such folder; a model is a folder with config.json, weights and tokenizer")
-    return model, {}
-
-
-def _in_package(model: str) -> Path:
-    """Return a folder inside a package, which is found but not imported."""
-    name, _, inside = model.removeprefix(PACKAGE).partition("/")
-    if (folder := package_folder(name)) is None:
-        raise BadInput(f"{model}: no package {name!r} is installed")
-    return folder / inside
-
-
 def from_pretrained(auto: Any, model: Path | str, dtype: str = "float32", **options: Any) -> Any:
     """Load a model with its weights, by one of transformers' Auto classes.
 
     Raises:
         BadInput: there is no such model.
     """
-    where, own = origin(model)
+    where, own = find(model).origin()
     try:
         found = auto.from_pretrained(where, dtype=getattr(torch, dtype), **NO_KERNELS, **own, **options)
     except UNREADABLE as error:
         words = re.findall("[A-Z][a-z]+|[A-Z]+", auto.__name__)[1:]
         raise unreadable(model, " ".join(words).lower(), error) from error
     if "gguf_file" in own:
-        _made_dense(found[0] if isinstance(found, tuple) else found)
+        made_dense(found[0] if isinstance(found, tuple) else found)
     return found
 
 
-def _made_dense(model: Any) -> None:
+def made_dense(model: Any) -> None:
     """Drop the mark of quantization from a model whose weights were made dense as they were read: transformers still
     calls it quantized, and would neither train nor save it."""
     if all(map(is_dense, model.parameters())):
@@ -119,7 +87,7 @@ def classifier(
 def _without_classes(model: Path | str) -> dict[str, Any]:
     """Return the arguments that a model of timm was saved with, without the number of its classes: transformers would
     give it twice."""
-    where, own = origin(model)
+    where, own = find(model).origin()
     try:
         config = transformers.AutoConfig.from_pretrained(where, **own)
     except UNREADABLE:

@@ -19,7 +19,8 @@ from torch import Size, nn
 import peftcore
 from peftcore.comparing.errors import BadInput
 from peftcore.comparing.models.files import CONFIG, PIPELINE, exported, read_config, reader_of
-from peftcore.comparing.models.loading import UNREADABLE, unreadable
+from peftcore.comparing.models.loading import UNREADABLE, made_dense, unreadable
+from peftcore.comparing.models.naming import GGUF
 from peftcore.comparing.packages import require
 from peftcore.errors import NoWeights
 from peftcore.files.formats.peft_prompts import TASKS
@@ -77,21 +78,36 @@ Reader = Callable[[Path, Mapping[str, Any], bool, MadeOn], Opened]
 
 
 def open_model(folder: Path, weights: bool = True, made_on: MadeOn | None = None) -> Opened:
-    """Open the model in a folder.
+    """Open the model in a folder, or in a GGUF file.
 
     Args:
+        folder: or the file.
         weights: False builds it from its configuration on the meta device.
         made_on: what an adapter was made on: a head that it brings is put on a model that has none.
 
     Raises:
         BadInput: there is none, its library is missing, or the weights are damaged, of another model or pickled.
     """
-    config = read_config(folder / CONFIG)
+    config = _of_gguf(folder) if folder.suffix == GGUF else read_config(folder / CONFIG)
     reader = reader_of(READERS, config, folder)
     made_on = made_on or MadeOn()
     if made_on.meant is not None and reader is not _transformers:
         raise BadInput(f"{folder} is no model of transformers; leave out --model-class")
     return reader(folder, config, weights, made_on)
+
+
+def _of_gguf(file: Path) -> dict[str, Any]:
+    """Return what a configuration would say of the language model in a GGUF file."""
+    with _loading(file):
+        found = transformers.AutoConfig.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
+        made: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(found)]
+    return {"model_type": found.model_type, "architectures": [made.__name__]}
+
+
+def _located(place: Path) -> tuple[Path, dict[str, Any]]:
+    """Return the folder from which transformers' loaders read, and their arguments."""
+    gguf = {"gguf_file": place.name, "dtype": torch.float32}
+    return (place.parent, gguf) if place.suffix == GGUF else (place, {})
 
 
 def components(pipeline: Path) -> dict[str, Path]:
@@ -137,18 +153,21 @@ def _transformers(folder: Path, config: Mapping[str, Any], weights: bool, made_o
     if not weights:
         return Opened(_on_meta(lambda: cls(settings)), _cannot)
     beside = _companions(folder)
+    where, own = _located(folder)
     with _loading(folder):
         variant = _variant(folder, "model")
         model, info = cls.from_pretrained(
-            folder,
+            where,
             config=settings,
-            dtype="auto",
+            **{"dtype": "auto", **own},
             variant=variant,
             use_safetensors=True,
             local_files_only=True,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
+    if own:
+        made_dense(model)
 
     def write(out: Path) -> None:
         packed = "quantization_config" in model.config.to_dict()  # transformers cannot turn back how it read one
@@ -164,8 +183,9 @@ def _transformers(folder: Path, config: Mapping[str, Any], weights: bool, made_o
 
 
 def _settings(cls: Any, folder: Path, base: str = "") -> Any:
+    where, own = _located(folder)
     with _loading(folder):
-        settings = cls.config_class.from_pretrained(folder, local_files_only=True)
+        settings = cls.config_class.from_pretrained(where, local_files_only=True, **own)
     settings._name_or_path = base or str(folder)
     settings._attn_implementation = settings._experts_implementation = None  # a file may ask for kernels from the Hub
     return settings

@@ -8,13 +8,10 @@ No code of a repository runs, and files of weights are not opened.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import inspect
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -22,17 +19,14 @@ from torch import nn
 
 from peftcore.comparing.errors import BadInput
 from peftcore.comparing.models import example_inputs
-from peftcore.comparing.models.example_inputs import Config, Size
-from peftcore.comparing.models.files import CONFIG, PIPELINE, exported, read_config, reader_of
+from peftcore.comparing.models.example_inputs import Size
+from peftcore.comparing.models.files import exported, reader_of
+from peftcore.comparing.models.naming import Configured, check_architecture, find
 from peftcore.comparing.packages import require
 from peftcore.comparing.quiet import quiet
 from peftcore.contract.config import DTYPES
 
-DENOISERS = ("unet", "transformer")
-"""Folders of a pipeline of diffusers in which the model that is trained lies."""
 UNBUILT = "no model can be built from its configuration"
-TIMM = "timm:"
-HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
 
 @dataclass(frozen=True)
@@ -48,7 +42,7 @@ class Skeleton(ABC):
 
     @classmethod
     @abstractmethod
-    def build(cls, source: str, config: Config, dtype: torch.dtype | None) -> Skeleton:
+    def build(cls, found: Configured, dtype: torch.dtype | None) -> Skeleton:
         """Build the model of a configuration; in `dtype`, or in what the configuration says, or in float32."""
 
     @property
@@ -90,23 +84,24 @@ class Transformers(Skeleton):
     library = "transformers"
 
     @classmethod
-    def build(cls, source: str, config: Config, dtype: torch.dtype | None) -> Skeleton:
+    def build(cls, found: Configured, dtype: torch.dtype | None) -> Skeleton:
         import transformers
 
-        what = "no configuration that transformers reads" if config else "no such folder, and no model of the Hub"
-        with refusing(source, what):
-            found = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
+        source = found.source
+        with refusing(source, "no configuration that transformers reads"):
+            config = transformers.AutoConfig.from_pretrained(found.name, trust_remote_code=False, **found.options)
             # A file may ask for kernels from the Hub here, also in the configurations inside it.
-            found._attn_implementation = found._experts_implementation = None
+            config._attn_implementation = config._experts_implementation = None
         notes = []
-        names = [str(name) for name in found.architectures or ()]
+        names = [str(name) for name in config.architectures or ()]
         made = next((c for n in names if (c := exported(transformers, n, transformers.PreTrainedModel))), None)
-        auto: Any = transformers.AutoModel
-        with refusing(source, UNBUILT), meta(dtype or found.dtype):
-            model = made(found) if made else auto.from_config(found, trust_remote_code=False)
+        # A GGUF file names no class, and what is in one is a language model.
+        auto: Any = transformers.AutoModel if found.folder is not None else transformers.AutoModelForCausalLM
+        with refusing(source, UNBUILT), meta(dtype or config.dtype):
+            model = made(config) if made else auto.from_config(config, trust_remote_code=False)
         if names and made is None:
             notes.append(f"transformers exports no {names[0]}; this is its {type(model).__name__}")
-        if "quantization_config" in found.to_dict():
+        if "quantization_config" in config.to_dict():
             notes.append("the file says that its weights are quantized; here they are dense")
         return cls(source, emptied(model), tuple(notes))
 
@@ -130,18 +125,15 @@ class Timm(Skeleton):
     library = "timm"
 
     @classmethod
-    def build(cls, source: str, config: Config, dtype: torch.dtype | None) -> Skeleton:
+    def build(cls, found: Configured, dtype: torch.dtype | None) -> Skeleton:
         import timm
 
-        name = str(config["architecture"])
-        if not timm.is_model(name.partition(".")[0]):
-            close = difflib.get_close_matches(name, timm.list_models(), n=3)
-            hint = f"; did you mean {' or '.join(close)}?" if close else ""
-            raise BadInput(f"{source}: timm has no model {name!r}{hint}")
-        where = name if source.startswith(TIMM) else f"local-dir:{source}"
-        with refusing(source, UNBUILT), meta(dtype):
+        name = str(found.config["architecture"])
+        check_architecture(found.source, name)
+        where = name if found.folder is None else f"local-dir:{found.folder}"
+        with refusing(found.source, UNBUILT), meta(dtype):
             model = timm.create_model(where, pretrained=False)
-        return cls(source, emptied(model))
+        return cls(found.source, emptied(model))
 
     def inputs(self, size: Size) -> dict[str, Any]:
         import timm
@@ -157,16 +149,17 @@ class Diffusers(Skeleton):
     library = "diffusers"
 
     @classmethod
-    def build(cls, source: str, config: Config, dtype: torch.dtype | None) -> Skeleton:
+    def build(cls, found: Configured, dtype: torch.dtype | None) -> Skeleton:
         import diffusers
 
-        name = str(config["_class_name"])
+        source = found.source
+        name = str(found.config["_class_name"])
         made: Any = exported(diffusers, name, diffusers.ModelMixin)
         if made is None:
             raise BadInput(f"{source}: diffusers has no model {name!r}")
         with refusing(source, UNBUILT), meta(dtype):
-            model = made.from_config(dict(config))
-            model.register_to_config(_name_or_path=source)  # as from_pretrained does: adapters are saved with it
+            model = made.from_config(dict(found.config))
+            model.register_to_config(_name_or_path=found.name)  # as from_pretrained does: adapters are saved with it
         return cls(source, emptied(model))
 
     def inputs(self, size: Size) -> dict[str, Any]:
@@ -183,35 +176,17 @@ LIBRARIES: Mapping[str, type[Skeleton]] = {
 
 
 def skeleton(source: str, dtype: str | None = None) -> Skeleton:
-    """Build the model that the user means: a folder, ``timm:NAME``, or a name on the Hub.
+    """Build the model that the user means.
 
     Raises:
         BadInput: there is no such model, its library is not installed, or the configuration makes no sense.
     """
     wanted = None if dtype is None else chosen_dtype(dtype)
-    if source.startswith(TIMM):
-        kind: type[Skeleton] = Timm
-        where, config = source, {"architecture": source.removeprefix(TIMM)}
-    elif Path(source).is_dir():
-        where, config = configured(Path(source))
-        kind = reader_of(LIBRARIES, config, where)
-    elif HUB_ID.fullmatch(source):
-        kind, where, config = Transformers, source, {}
-    else:
-        raise BadInput(f"{source}: no such folder")
+    found = find(source).configured()
+    kind = reader_of(LIBRARIES, found.config, found.source)
     require({kind.library: kind.library})
     with quiet():
-        return kind.build(where, config, wanted)
-
-
-def configured(folder: Path) -> tuple[str, dict[str, Any]]:
-    """Return the configuration in a folder, or of the denoiser of a pipeline, and the folder that it is in."""
-    if (folder / CONFIG).is_file():
-        return str(folder), read_config(folder / CONFIG)
-    inside = [folder / name for name in DENOISERS if (folder / name / CONFIG).is_file()]
-    if (folder / PIPELINE).is_file() and inside:
-        return str(inside[0]), read_config(inside[0] / CONFIG)
-    raise BadInput(f"{folder}: holds no {CONFIG}, and no pipeline with a {' or a '.join(DENOISERS)}")
+        return kind.build(found, wanted)
 
 
 def chosen_dtype(name: str) -> torch.dtype:

@@ -4,4 +4,5 @@ It may import the core, `quiet` and `models`. In the order of reading:
 
 - `recorded`: a method as the user asks for it, recorded on a model and not done.
 - `costs`: what it would add, and what a step of training would take.
+- `estimates`: what steps of a run would take with other settings, within seconds.
 """

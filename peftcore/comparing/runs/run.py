@@ -18,6 +18,7 @@ from pydantic import (
     model_validator,
 )
 
+from peftcore.comparing.models.naming import MODEL
 from peftcore.files.save_load import describe
 
 FULL = "full"
@@ -102,9 +103,7 @@ class Training(Options):
 class Run(Options):
     """One training run: what a configuration file holds."""
 
-    model: str
-    """Folder of a model with its tokenizer or image processor, a GGUF file, ``package:NAME`` for what an installed
-    Python package holds, or a name on the Hub."""
+    model: str = Field(description=MODEL)
     task: str
     """What is learned: text-classification, causal-lm, chat ..."""
     data: dict[str, Any]

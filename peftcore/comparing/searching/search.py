@@ -24,6 +24,7 @@ from peftcore.comparing.comparisons.compare import Board, Result, compare, run_t
 from peftcore.comparing.comparisons.comparison import Candidate, Comparison
 from peftcore.comparing.data.tuning import parted
 from peftcore.comparing.errors import BadInput
+from peftcore.comparing.models.naming import MODEL
 from peftcore.comparing.quiet import no_bars
 from peftcore.comparing.reports.files import write
 from peftcore.comparing.reports.trials import Entry, Report, Trial
@@ -52,8 +53,7 @@ TRAINED = {"training", "dtype", "quantize", "seed"}
 class Search(Options):
     """The schema of a search: its task, and the space that it chooses from."""
 
-    model: str
-    """As in a run."""
+    model: str = Field(description=MODEL)
     task: str = "text-classification"
     """What is learned."""
     data: dict[str, Any]
@@ -155,6 +155,7 @@ class Job:
 
     def _check(self) -> None:
         """Refuse what can be refused without the model, before anything is read or written."""
+        self.task.check_model(self.search.model)
         Space({name: given or {} for name, given in self.search.methods.items()}, self.search.learning_rate)
         if self.search.budget is not None:
             values(self.search.budget, 1)

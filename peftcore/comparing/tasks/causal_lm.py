@@ -8,6 +8,7 @@ from peftcore.comparing.data.columns import TEXT_NAMES, choose_column
 from peftcore.comparing.data.sources import splits
 from peftcore.comparing.errors import BadInput
 from peftcore.comparing.models.loading import load_tokenizer
+from peftcore.comparing.models.naming import Use
 from peftcore.comparing.runs.run import Run
 from peftcore.comparing.tasks._causal import CausalData, prepared
 from peftcore.comparing.tasks.task import Prepared, Task
@@ -25,6 +26,7 @@ class CausalLM(Task[CausalTextData]):
 
     Data = CausalTextData
     metric = "perplexity"
+    use = Use.TEXT
 
     def prepare(self, run: Run, data: CausalTextData) -> Prepared:
         found = splits(data.train, data.held_out, data.held_out_size)

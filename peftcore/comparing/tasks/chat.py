@@ -9,6 +9,7 @@ from peftcore.comparing.data.sources import splits
 from peftcore.comparing.data.templates import rendered, with_template
 from peftcore.comparing.errors import BadInput
 from peftcore.comparing.models.loading import load_tokenizer
+from peftcore.comparing.models.naming import Use
 from peftcore.comparing.runs.run import Run
 from peftcore.comparing.tasks._causal import CausalData, prepared
 from peftcore.comparing.tasks.task import IGNORED, Prepared, Task
@@ -34,6 +35,7 @@ class Chat(Task[ChatData]):
 
     Data = ChatData
     metric = "perplexity"
+    use = Use.TEXT
 
     def prepare(self, run: Run, data: ChatData) -> Prepared:
         found = splits(data.train, data.held_out, data.held_out_size)

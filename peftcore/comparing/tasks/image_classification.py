@@ -11,7 +11,8 @@ import transformers
 from peftcore.comparing.data.columns import LABEL_NAMES, choose_column, label_order
 from peftcore.comparing.data.sources import splits
 from peftcore.comparing.errors import BadInput
-from peftcore.comparing.models.loading import UNREADABLE, classifier, origin, unreadable
+from peftcore.comparing.models.loading import UNREADABLE, classifier, unreadable
+from peftcore.comparing.models.naming import Use, find
 from peftcore.comparing.runs.run import Run
 from peftcore.comparing.tasks._classes import accuracy, predictions
 from peftcore.comparing.tasks.task import Data, Prepared, Task
@@ -34,6 +35,7 @@ class ImageClassification(Task[ImageData]):
     Data = ImageData
     packages: ClassVar[Mapping[str, str]] = {"PIL": "pillow", "torchvision": "torchvision"}
     metric, greater = "accuracy", True
+    use = Use.PICTURES
 
     def prepare(self, run: Run, data: ImageData) -> Prepared:
         found = splits(data.train, data.held_out, data.held_out_size)
@@ -44,7 +46,7 @@ class ImageClassification(Task[ImageData]):
         if len(labels) < 2 or unseen:
             what = f"no training picture is a {min(unseen)!r}" if unseen else "there is one class alone"
             raise BadInput(f"{data.train}: {what}")
-        where, options = origin(run.model)
+        where, options = find(run.model).origin()
         try:
             auto: Any = transformers.AutoImageProcessor
             processor = auto.from_pretrained(where, **options)

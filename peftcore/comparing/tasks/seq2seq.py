@@ -12,6 +12,7 @@ from pydantic import PositiveInt
 from peftcore.comparing.data.columns import TEXT_NAMES, choose_column
 from peftcore.comparing.data.sources import splits
 from peftcore.comparing.models.loading import from_pretrained, load_tokenizer
+from peftcore.comparing.models.naming import Use
 from peftcore.comparing.runs.run import Run
 from peftcore.comparing.tasks._language import costs, perplexity
 from peftcore.comparing.tasks.task import IGNORED, Data, Prepared, Task
@@ -40,6 +41,7 @@ class Seq2Seq(Task[PairData]):
 
     Data = PairData
     metric = "perplexity"
+    use = Use.TEXT
 
     def prepare(self, run: Run, data: PairData) -> Prepared:
         found = splits(data.train, data.held_out, data.held_out_size)

@@ -11,6 +11,7 @@ from pydantic import PositiveInt
 from torch import nn
 
 import peftcore
+from peftcore.comparing.models.naming import Use, find
 from peftcore.comparing.runs.run import Options, Run
 from peftcore.forward.own_losses import IGNORED
 
@@ -69,6 +70,17 @@ class Task(ABC, Generic[D]):
     """The number that says which checkpoint is best."""
     greater: ClassVar[bool] = False
     """Whether more of it is better."""
+    use: ClassVar[Use | None] = None
+    """What the model is named for, where all kinds of names are understood that the command line knows."""
+
+    def check_model(self, model: str) -> None:
+        """Refuse a model by its name alone, before anything is read or written.
+
+        Raises:
+            BadInput: there is nothing of that name, or nothing that the task can use.
+        """
+        if self.use is not None:
+            find(model).check(self.use)
 
     @abstractmethod
     def prepare(self, run: Run, data: D) -> Prepared:

@@ -11,6 +11,7 @@ from peftcore.comparing.data.columns import LABEL_NAMES, TEXT_NAMES, choose_colu
 from peftcore.comparing.data.sources import splits
 from peftcore.comparing.data.texts import Example, encode, make_task
 from peftcore.comparing.models.loading import classifier, load_tokenizer
+from peftcore.comparing.models.naming import Use
 from peftcore.comparing.runs.run import Run
 from peftcore.comparing.tasks._classes import accuracy, predictions
 from peftcore.comparing.tasks.task import Data, Prepared, Task
@@ -32,6 +33,7 @@ class TextClassification(Task[TextData]):
 
     Data = TextData
     metric, greater = "accuracy", True
+    use = Use.TEXT
 
     def prepare(self, run: Run, data: TextData) -> Prepared:
         found = splits(data.train, data.held_out, data.held_out_size)

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from peftcore.comparing.data.columns import TEXT_NAMES, choose_column
 from peftcore.comparing.data.sources import splits
 from peftcore.comparing.errors import BadInput
+from peftcore.comparing.models.files import PIPELINE
 from peftcore.comparing.models.loading import UNREADABLE, unreadable
+from peftcore.comparing.models.naming import Use, find
 from peftcore.comparing.runs.folder import first_process
 from peftcore.comparing.runs.run import Run
 from peftcore.comparing.tasks.image_classification import IMAGES
@@ -81,6 +83,7 @@ class TextToImage(Task[CaptionedData]):
 
     Data = CaptionedData
     packages: ClassVar[Mapping[str, str]] = {"diffusers": "diffusers", "PIL": "pillow", "torchvision": "torchvision"}
+    use = Use.PIPELINE
 
     def prepare(self, run: Run, data: CaptionedData) -> Prepared:
         found = splits(data.train, data.held_out, data.held_out_size)
@@ -106,11 +109,12 @@ def _pipeline(run: Run) -> Any:
     import diffusers
 
     library: Any = diffusers
-    if not Path(run.model, "model_index.json").is_file():
-        raise BadInput(f"{run.model}: no folder of a diffusers pipeline (it has no model_index.json)")
+    folder = find(run.model).place()
+    if not (folder / PIPELINE).is_file():
+        raise BadInput(f"{run.model}: no folder of a diffusers pipeline (it has no {PIPELINE})")
     try:
         pipeline = library.DiffusionPipeline.from_pretrained(
-            run.model, dtype=getattr(torch, run.dtype), local_files_only=True
+            folder, dtype=getattr(torch, run.dtype), local_files_only=True
         )
     except UNREADABLE as error:
         raise unreadable(run.model, "pipeline", error) from error

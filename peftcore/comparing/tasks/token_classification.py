@@ -12,6 +12,7 @@ from peftcore.comparing.data.columns import choose_column, label_order
 from peftcore.comparing.data.sources import splits
 from peftcore.comparing.errors import BadInput
 from peftcore.comparing.models.loading import classifier, load_tokenizer
+from peftcore.comparing.models.naming import Use
 from peftcore.comparing.runs.run import Run
 from peftcore.comparing.tasks._classes import predictions
 from peftcore.comparing.tasks.task import IGNORED, Data, Prepared, Task
@@ -38,6 +39,7 @@ class TokenClassification(Task[TaggedData]):
 
     Data = TaggedData
     metric, greater = "f1", True
+    use = Use.TEXT
 
     def prepare(self, run: Run, data: TaggedData) -> Prepared:
         found = splits(data.train, data.held_out, data.held_out_size)

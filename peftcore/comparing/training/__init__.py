@@ -6,5 +6,6 @@ It may import the core, `errors`, `plans`, `runs` and `tasks`. In the order of r
 - `together`: several runs in one, on one model.
 - `trainer`: the ``Trainer`` as it is used here.
 - `processes`: one run in several processes.
+- `advice`: what to change where there was too little memory.
 - `memory`: how much memory a run takes at its peak.
 """

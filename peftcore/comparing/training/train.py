@@ -27,6 +27,7 @@ from peftcore.comparing.runs.reading import validated
 from peftcore.comparing.runs.run import FULL, Run
 from peftcore.comparing.tasks import catalogue
 from peftcore.comparing.tasks.task import Prepared
+from peftcore.comparing.training.advice import advice
 from peftcore.comparing.training.trainer import AdapterTrainer, Clock, trainer_for
 from peftcore.errors import TrainingError
 from peftcore.files.safe_io import write_text
@@ -101,20 +102,21 @@ def train(run: Run, display: Display, resume: bool = False) -> Outcome:
         BadInput: what the run names cannot be used.
         TrainingError: the loss is no number, or a disk or memory is full; the last checkpoint is whole.
     """
-    with _advice(run):
-        return _train(run, display, resume)
+    with _advice(run) as seen:
+        return _train(run, display, resume, seen)
 
 
-def _train(run: Run, display: Display, resume: bool) -> Outcome:
+def _train(run: Run, display: Display, resume: bool, seen: _Seen) -> Outcome:
     began = time.perf_counter()
     task = catalogue.find(run.task)
     data = validated(task.Data, run.data, "data")
+    task.check_model(run.model)
     require({name: name for name in run.training.report_to})
     folder = RunFolder(run)
     checkpoint = folder.checkpoint(resume)
     display.phase("loading", None)
     transformers.set_seed(run.training.seed)
-    prepared = task.prepare(run, data)
+    prepared = seen.prepared = task.prepare(run, data)
     injection = None if run.method.name == FULL else adapted(run, prepared)
     if injection is None and prepared.check is not None:
         prepared.check(None)
@@ -194,31 +196,30 @@ def _trained(trainer: AdapterTrainer, checkpoint: Path | None) -> None:
         raise TrainingError(f"training stopped: {error}; --resume goes on from the last whole checkpoint") from error
 
 
+@dataclass
+class _Seen:
+    """What is known of a run by the time that memory is full."""
+
+    prepared: Prepared | None = None
+
+
 @contextmanager
-def _advice(run: Run) -> Iterator[None]:
+def _advice(run: Run) -> Iterator[_Seen]:
     """Context manager that says what takes less memory where there is not enough."""
+    seen = _Seen()
     try:
-        yield
+        yield seen
     except (torch.OutOfMemoryError, MemoryError) as error:
-        raise TrainingError(_out_of_memory(run, error)) from error
+        raise TrainingError(_out_of_memory(run, seen, error)) from error
     except RuntimeError as error:
         if "DefaultCPUAllocator" not in str(error):  # torch has no class for it on a CPU
             raise
-        raise TrainingError(_out_of_memory(run, error)) from error
+        raise TrainingError(_out_of_memory(run, seen, error)) from error
 
 
-def _out_of_memory(run: Run, error: Exception) -> str:
-    chosen = run.training
-    half = f"training.batch_size={chosen.batch_size // 2} training.accumulate={chosen.accumulate * 2}"
-    advice = {
-        half: chosen.batch_size > 1,
-        "training.checkpoint_gradients=true": not chosen.checkpoint_gradients,
-        "dtype=bfloat16": run.dtype == "float32",
-        "quantize=nf4": run.quantize is None,
-    }
-    tries = ", ".join(f"--set {' --set '.join(each.split())}" for each, wanted in advice.items() if wanted)
+def _out_of_memory(run: Run, seen: _Seen, error: Exception) -> str:
     reason = " ".join(str(error).split())[:200]
-    return f"out of memory ({reason}). Less is needed with: {tries or 'a smaller model'}"
+    return f"out of memory ({reason}). {advice(run, seen.prepared)}"
 
 
 def told(prepared: Prepared) -> list[str]:
