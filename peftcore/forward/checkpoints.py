@@ -72,10 +72,10 @@ def running() -> list[Any]:
     return found
 
 
-def in_reentrant() -> bool:
-    """Whether this code is in the forward of a reentrant checkpoint, which gives no gradient to what its function did
-    not get as an argument."""
-    return any(frame.f_code is _FORWARD for frame in _stack())
+def reentrant() -> int | None:
+    """Returns the identity of the innermost reentrant checkpoint that this code is in the forward of, which gives no
+    gradient to what its function did not get as an argument; None outside of all."""
+    return next((id(frame.f_locals["ctx"]) for frame in _stack() if frame.f_code is _FORWARD), None)
 
 
 def _repeated() -> Iterator[Any]:

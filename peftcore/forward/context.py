@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcore.errors import MissingContext, SequenceError, TrainingError
-from peftcore.forward.checkpoints import in_reentrant, remember, remembered, running
+from peftcore.forward.checkpoints import reentrant, remember, remembered, running
 from peftcore.forward.tokens import CACHES, Tokens
 from peftcore.layers.kernels import transformed
 from peftcore.utils.renamed import renamed
@@ -98,7 +98,7 @@ class ForwardContext:
         kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         self.state, self.choice = state, choice
-        self.taps: list[tuple[int, Any, bool, OwnRows | None]] = []
+        self.taps: list[tuple[int, Any, bool, OwnRows | None, int | None]] = []
         self.losses: list[Tensor] = []
         self.visits = 0
         self.open, self.calm, self.extra = True, False, False
@@ -362,6 +362,12 @@ def outside() -> ForwardContext | None:
     return None if HERE.outside is None else HERE.outside()
 
 
+REENTRANT = (
+    "a block reads what another part of the adapter made, which a reentrant checkpoint gives no gradient: take the "
+    "others, model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})"
+)
+
+
 class Tap:
     """A place where one operator leaves a value for another during one forward; both hold the tap.
 
@@ -381,7 +387,8 @@ class Tap:
     def put(self, value: Any) -> None:
         """Leave a value for the rest of this forward."""
         context = forward_context()
-        context.taps.append((self.key, value, self.until_backward, context.rows))
+        inside = reentrant() if _loses_gradient(value) else None
+        context.taps.append((self.key, value, self.until_backward, context.rows, inside))
 
     def get(self) -> Any:
         """Returns the value that was left in this forward; None when there is none.
@@ -390,9 +397,10 @@ class Tap:
             TrainingError: its gradient would be lost, for a reentrant checkpoint begun after it was left.
         """
         context = forward_context()
-        for key, value, _, rows in reversed(context.taps):
+        for key, value, _, rows, inside in reversed(context.taps):
             if key == self.key:
-                _expect_gradient(value)
+                if _loses_gradient(value) and (here := reentrant()) is not None and here != inside:
+                    raise TrainingError(REENTRANT)
                 return value if rows is context.rows else _for_rows(value, rows, context.rows)
         return None
 
@@ -406,15 +414,9 @@ class Tap:
         self.__dict__.update(state, key=next(self._numbers))  # a number of another process may be taken in this one
 
 
-def _expect_gradient(value: Any) -> None:
-    """Refuse a value that learns and is read in a reentrant checkpoint, unless it was left in the same."""
-    if torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in _tensors(value)):
-        return
-    if in_reentrant():
-        raise TrainingError(
-            "a block reads what another part of the adapter made, which a reentrant checkpoint gives no gradient: take "
-            "the others, model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})"
-        )
+def _loses_gradient(value: Any) -> bool:
+    """Whether a value has a gradient, and is met where none is recorded, as in the forward of reentrant checkpoints."""
+    return not torch.is_grad_enabled() and any(tensor.requires_grad for tensor in _tensors(value))
 
 
 def _for_rows(value: Any, rows: OwnRows | None, wanted: OwnRows | None) -> Any:

@@ -54,7 +54,7 @@ class Compared:
         return tables.as_latex(self.report)
 
     def write(self, folder: Path | str) -> None:
-        """Write ``results.json``, ``results.csv``, ``results.md`` and ``results.tex``."""
+        """Write ``results.json``, and the table as ``results.csv``, ``.md`` and ``.tex``."""
         tables.write(self.report, made(Path(folder)))
 
     _repr_markdown_ = __str__ = as_markdown

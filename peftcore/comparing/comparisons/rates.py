@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from peftcore.comparing.comparisons.comparison import Candidate, Comparison
 from peftcore.comparing.data.tuning import parted
@@ -26,7 +27,7 @@ def on_tuning(comparison: Comparison) -> tuple[Comparison, Comparison]:
         for each in comparison.methods
         for rate in comparison.tune_lr
     ]
-    rest = {"tune_lr": [], "tuning": None, "tuning_size": None}
+    rest: dict[str, Any] = {"tune_lr": [], "tuning": None, "tuning_size": None}
     tuning = {"data": chosen_by, "methods": tried, "seeds": comparison.seeds[:1], "out": comparison.out / "tuning"}
     return comparison.model_copy(update={**rest, **tuning}), comparison.model_copy(update={**rest, "data": reported})
 

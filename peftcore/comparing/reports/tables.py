@@ -107,7 +107,7 @@ def as_latex(report: Report) -> str:
 
 
 def write(report: Report, folder: Path) -> None:
-    """Write ``results.json``, and the table as ``results.csv``, ``results.md`` and ``results.tex``."""
+    """Write ``results.json``, and the table as ``results.csv``, ``.md`` and ``.tex``."""
     write_text(folder / "results.json", report.as_json())
     for ending, text in {"csv": as_csv(report), "md": as_markdown(report), "tex": as_latex(report)}.items():
         write_text(folder / f"results.{ending}", text)
