@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, TypeVar
 
+import transformers
 from pydantic import PositiveInt
 from torch import nn
 
@@ -14,7 +15,7 @@ import peftcore
 from peftcore.comparing.runs.run import Options, Run
 from peftcore.forward.own_losses import IGNORED
 
-__all__ = ["IGNORED", "Data", "Prepared", "Task"]
+__all__ = ["IGNORED", "Data", "OwnTrainer", "Prepared", "Task"]
 
 
 class Data(Options):
@@ -31,12 +32,25 @@ class Data(Options):
 D = TypeVar("D", bound=Data)
 
 
+@dataclass(frozen=True)
+class OwnTrainer:
+    """A Trainer that computes the loss, where the model of a task does not."""
+
+    kind: type[transformers.Trainer]
+    """Its class. What `peftcore train` does to any Trainer comes before it in the order of base classes. The attribute
+    `injection`, which is None where the whole model trains, is there before its ``__init__`` runs."""
+    arguments: Callable[..., transformers.TrainingArguments] = transformers.TrainingArguments
+    """Makes its training arguments of those of all tasks: their class, or a partial that has more of them."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Further arguments of the class."""
+
+
 @dataclass
 class Prepared:
     """A model and its examples."""
 
     model: nn.Module
-    """The model for the Trainer: called with a batch, it returns a loss."""
+    """The model for the Trainer: called with a batch, it returns a loss, unless the task has a `trainer`."""
     train: Any
     held_out: Any
     """Indexable examples."""
@@ -56,6 +70,8 @@ class Prepared:
     """Refuses what only the adapted model shows; called before it is trained."""
     samples: Callable[[], list[str]] | None = None
     """Returns answers of the model, to be looked at before training and after it."""
+    trainer: OwnTrainer | None = None
+    """The Trainer, where it is another one than transformers'."""
 
 
 class Task(ABC, Generic[D]):
@@ -66,9 +82,11 @@ class Task(ABC, Generic[D]):
     packages: ClassVar[Mapping[str, str]] = {}
     """Packages that have to be installed beyond the command line: modules, and how pip calls them."""
     metric: ClassVar[str] = "loss"
-    """The number that says which checkpoint is best."""
+    """The number by which runs are compared; it says which checkpoint is best, unless `coarse`."""
     greater: ClassVar[bool] = False
     """Whether more of it is better."""
+    coarse: ClassVar[bool] = False
+    """Whether many checkpoints come to the same number, so that the one of the lowest loss is the best."""
 
     @abstractmethod
     def prepare(self, run: Run, data: D) -> Prepared:
