@@ -51,6 +51,7 @@ def peftcore_tasks() -> Mapping[str, str]:
         "token-classification": "peftcore.comparing.tasks.token_classification:TokenClassification",
         "causal-lm": "peftcore.comparing.tasks.causal_lm:CausalLM",
         "chat": "peftcore.comparing.tasks.chat:Chat",
+        "preference": "peftcore.comparing.tasks.preference:Preference",
         "seq2seq": "peftcore.comparing.tasks.seq2seq:Seq2Seq",
         "image-classification": "peftcore.comparing.tasks.image_classification:ImageClassification",
         "text-to-image": "peftcore.comparing.tasks.text_to_image:TextToImage",

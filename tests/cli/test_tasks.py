@@ -1,5 +1,6 @@
 """The tasks of ``peftcore train`` beyond texts and their classes, each from a file or folder to an adapter."""
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -233,3 +234,69 @@ def test_a_denoiser_gets_the_methods_own_loss(painter: Path, named_pictures: Pat
         assert result.exit_code == 0, (result.output, result.exception)
         losses.append(json.loads(result.stdout)["losses"][0][1])
     assert losses[1] > losses[0] + 1.0
+
+
+@pytest.fixture
+def judged(tmp_path: Path) -> Path:
+    """Pairs of answers, of which those in one word are preferred."""
+    path = tmp_path / "pairs.jsonl"
+    lines = [
+        {"prompt": f"{about} phone", "chosen": good, "rejected": f"{bad} and so {bad}"}
+        for about in ("my", "the", "so")
+        for good in ("fine", "lovely", "happy")
+        for bad in ("awful", "sad", "late")
+    ]
+    path.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    return path
+
+
+def test_pairs_of_answers(talker: Path, judged: Path) -> None:
+    """The share of pairs in which the preferred answer has become likelier, against the other, than it was."""
+    pytest.importorskip("trl", reason="TRL is not installed")
+    options = ("--steps", 60, "--lr", "1e-1", "--set", "data.beta=1")
+    options += ("--set", 'data.prompts=["my phone"]', "--set", "data.answer_length=4")
+    outcome = trained("--model", talker, "--task", "preference", "--data", judged, *options)
+    assert len(outcome["samples"]) == 1
+    assert (outcome["before"]["reward_accuracy"], outcome["after"]["reward_accuracy"]) == (0.0, 1.0)
+    assert outcome["after"]["loss"] < 0.6 < 0.69 < outcome["before"]["loss"]
+    model = transformers.AutoModelForCausalLM.from_pretrained(talker).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(talker)
+
+    def likelier() -> list[float]:
+        """By how much the preferred answers are."""
+        found = []
+        for row in map(json.loads, judged.read_text(encoding="utf-8").splitlines()):
+            costs = []
+            for answer in (row["chosen"], row["rejected"]):
+                asked, ids = (
+                    tokenizer(f"u {row['prompt']} [SEP] a{more}", add_special_tokens=False)["input_ids"]
+                    for more in ("", f" {answer} [SEP]")
+                )
+                labels = torch.tensor([[-100] * len(asked) + ids[len(asked) :]])
+                with torch.no_grad():
+                    loss = model(torch.tensor([ids]), labels=labels).loss
+                costs.append(loss.item() * (len(ids) - len(asked)))
+            found.append(costs[1] - costs[0])
+        return found
+
+    before = likelier()
+    peftcore.load(model, outcome["saved"])
+    assert all(now > then for now, then in zip(likelier(), before, strict=True))
+
+
+def test_pairs_without_trl(talker: Path, judged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "trl" else found(name, *more))
+    command = ("train", "--model", talker, "--task", "preference", "--data", judged, "--method", "lora")
+    result = CliRunner().invoke(app, [*map(str, command)])
+    assert result.exit_code == 2 and not Path("peftcore-run").exists()
+    assert "not installed: trl. Run: pip install 'trl'" in " ".join(result.stderr.split())
+
+
+def test_a_row_that_is_no_pair(talker: Path, judged: Path, tmp_path: Path) -> None:
+    pytest.importorskip("trl", reason="TRL is not installed")
+    (tmp_path / "same.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "b"}\n', encoding="utf-8")
+    command = ("train", "--model", talker, "--task", "preference", "--data", judged, "--method", "lora")
+    result = CliRunner().invoke(app, [*map(str, command), "--set", f"data.held_out={tmp_path / 'same.jsonl'}"])
+    assert result.exit_code == 2
+    assert "same.jsonl, row 1: the preferred answer and the other one are the same" in " ".join(result.stderr.split())

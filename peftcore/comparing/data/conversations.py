@@ -89,26 +89,46 @@ def conversations(part: Dataset, chosen: Columns, where: object) -> list[list[Me
 
 
 def _of_list(row: Mapping[str, Any], column: str) -> list[Message]:
-    messages = _messages(_listed(row[column]))
-    return [*_begun(row), *messages] if messages[0]["role"] != SYSTEM else messages
+    messages = told(row[column])
+    return [*begun(row), *messages] if messages[0]["role"] != SYSTEM else messages
 
 
 def _of_pair(row: Mapping[str, Any], chosen: Columns) -> list[Message]:
     """Return the conversation of a row of Alpaca's, or of a prompt and its completion, which may be messages too."""
-    prompt, completion = row[str(chosen.prompt)], row[str(chosen.completion)]
-    about = row.get(INPUT) if chosen.prompt != INPUT else None
+    return [*begun(row), *asked_in(row, str(chosen.prompt)), *answer_of(row[str(chosen.completion)])]
+
+
+def asked_in(row: Mapping[str, Any], column: str) -> list[Message]:
+    """Return the messages of what is asked; a text is the user's, together with what it is about.
+
+    Raises:
+        ValueError: it is neither a text nor messages.
+    """
+    prompt, about = row[column], row.get(INPUT) if column != INPUT else None
     if isinstance(prompt, str):
-        asked = [{"role": "user", "content": f"{prompt}\n\n{about}" if about else prompt}]
-    else:
-        asked = _messages(_listed(prompt))
-    if isinstance(completion, str):
-        answered = [{"role": "assistant", "content": completion}]
-    else:
-        answered = _messages(_listed(completion))
-    return [*_begun(row), *asked, *answered]
+        return [{"role": "user", "content": f"{prompt}\n\n{about}" if about else prompt}]
+    return told(prompt)
 
 
-def _begun(row: Mapping[str, Any]) -> list[Message]:
+def answer_of(value: Any) -> list[Message]:
+    """Return the messages of an answer; a text is the assistant's.
+
+    Raises:
+        ValueError: it is neither a text nor messages.
+    """
+    return [{"role": "assistant", "content": value}] if isinstance(value, str) else told(value)
+
+
+def told(value: Any) -> list[Message]:
+    """Return the messages of a list, or of JSON of one, with the roles of chat templates.
+
+    Raises:
+        ValueError: it is none, or empty.
+    """
+    return _messages(_listed(value))
+
+
+def begun(row: Mapping[str, Any]) -> list[Message]:
     """Return the system's message and earlier turns that stand in columns of their own."""
     found = [{"role": SYSTEM, "content": row[SYSTEM]}] if row.get(SYSTEM) else []
     for asked, answered in row.get(HISTORY) or ():

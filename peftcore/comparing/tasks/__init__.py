@@ -7,9 +7,10 @@ It may import `errors`, `packages`, `data`, `models` and `runs`; no task trains.
 - `_classes`: metrics of tasks of classes; `text_classification`, `token_classification`, `image_classification`.
 - `_language`: metrics of tasks of language; `seq2seq`.
 - `_causal`: the base of tasks of decoders; `causal_lm`, `chat`.
+- `_dpo`: TRL's Trainer for pairs of answers; `preference`.
 - `text_to_image`: pictures by their names.
 """
 
-from peftcore.comparing.tasks.task import Data, Prepared, Task
+from peftcore.comparing.tasks.task import Data, OwnTrainer, Prepared, Task
 
-__all__ = ["Data", "Prepared", "Task"]
+__all__ = ["Data", "OwnTrainer", "Prepared", "Task"]

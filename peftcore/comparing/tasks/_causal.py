@@ -18,17 +18,22 @@ from peftcore.comparing.tasks._language import costs, perplexity
 from peftcore.comparing.tasks.task import IGNORED, Data, Prepared
 
 
-class CausalData(Data):
+class DecoderData(Data):
     """Options of the data of decoders."""
 
     max_length: PositiveInt = 512
     """Tokens of an example."""
-    pack: bool = False
-    """Put several examples into one row of `max_length` tokens, none of which sees another: hardly any padding."""
     prompts: tuple[str, ...] = ()
     """What the model is asked before and after training, to be looked at."""
     answer_length: PositiveInt = 48
     """Tokens of what it answers at most."""
+
+
+class CausalData(DecoderData):
+    """Options of examples of which each token is predicted."""
+
+    pack: bool = False
+    """Put several examples into one row of `max_length` tokens, none of which sees another: hardly any padding."""
 
 
 def prepared(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, TypeVar
 
+import transformers
 from pydantic import PositiveInt
 from torch import nn
 
@@ -15,7 +16,7 @@ from peftcore.comparing.models.naming import Use, find
 from peftcore.comparing.runs.run import Options, Run
 from peftcore.forward.own_losses import IGNORED
 
-__all__ = ["IGNORED", "Data", "Prepared", "Task"]
+__all__ = ["IGNORED", "Data", "OwnTrainer", "Prepared", "Task"]
 
 
 class Data(Options):
@@ -32,12 +33,25 @@ class Data(Options):
 D = TypeVar("D", bound=Data)
 
 
+@dataclass(frozen=True)
+class OwnTrainer:
+    """A Trainer that computes the loss, where the model of a task does not."""
+
+    kind: type[transformers.Trainer]
+    """Its class. What `peftcore train` does to any Trainer comes before it in the order of base classes. The attribute
+    `injection`, which is None where the whole model trains, is there before its ``__init__`` runs."""
+    arguments: Callable[..., transformers.TrainingArguments] = transformers.TrainingArguments
+    """Makes its training arguments of those of all tasks: their class, or a partial that has more of them."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Further arguments of the class."""
+
+
 @dataclass
 class Prepared:
     """A model and its examples."""
 
     model: nn.Module
-    """The model for the Trainer: called with a batch, it returns a loss."""
+    """The model for the Trainer: called with a batch, it returns a loss, unless the task has a `trainer`."""
     train: Any
     held_out: Any
     """Indexable examples."""
@@ -57,6 +71,8 @@ class Prepared:
     """Refuses what only the adapted model shows; called before it is trained."""
     samples: Callable[[], list[str]] | None = None
     """Returns answers of the model, to be looked at before training and after it."""
+    trainer: OwnTrainer | None = None
+    """The Trainer, where it is another one than transformers'."""
 
 
 class Task(ABC, Generic[D]):
@@ -67,9 +83,11 @@ class Task(ABC, Generic[D]):
     packages: ClassVar[Mapping[str, str]] = {}
     """Packages that have to be installed beyond the command line: modules, and how pip calls them."""
     metric: ClassVar[str] = "loss"
-    """The number that says which checkpoint is best."""
+    """The number by which runs are compared; it says which checkpoint is best, unless `coarse`."""
     greater: ClassVar[bool] = False
     """Whether more of it is better."""
+    coarse: ClassVar[bool] = False
+    """Whether many checkpoints come to the same number, so that the one of the lowest loss is the best."""
     use: ClassVar[Use | None] = None
     """What the model is named for, where all kinds of names are understood that the command line knows."""
 

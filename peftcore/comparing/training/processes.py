@@ -22,13 +22,22 @@ def sharding_arguments(wanted: bool) -> dict[str, Any]:
     return {"fsdp": True, "fsdp_config": {"version": 2}} if wanted and several else {}
 
 
+def is_sharded_run(wanted: bool) -> bool:
+    """Whether the weights will be cut over processes, by the run's own wish or by accelerate's launcher."""
+    return bool(sharding_arguments(wanted)) or _launched()
+
+
+def _launched() -> bool:
+    return os.environ.get(ASKED, "false").lower() == "true"
+
+
 def ask_for_sharding(args: transformers.TrainingArguments) -> None:
     """Make accelerate do what the arguments or its own launcher say, also on processes without a device.
 
     Raises:
         BadInput: that is FSDP1, whose flat parameters nobody here takes apart.
     """
-    launched = os.environ.get(ASKED, "false").lower() == "true"
+    launched = _launched()
     if launched and not args.fsdp and os.environ.get("FSDP_VERSION", "1") != "2":
         raise BadInput("weights are cut by FSDP2 alone, and this is FSDP1: add --fsdp_version 2 to accelerate launch")
     state = args.distributed_state

@@ -157,7 +157,8 @@ def adapted(run: Run, prepared: Prepared, name: str | None = None) -> peftcore.I
     """Apply the method of a run to the model of its task, or load the adapter that it goes on from.
 
     Raises:
-        BadInput: that adapter lacks the head that the task trains.
+        BadInput: that adapter lacks the head that the task trains, or the method looks at data where the task has no
+            batches for the model alone.
     """
     base = prepared.adapted or prepared.model
     if run.quantize is not None:
@@ -180,6 +181,11 @@ def _loaded(run: Run, prepared: Prepared, base: nn.Module, name: str | None) -> 
 def _fresh(run: Run, prepared: Prepared, base: nn.Module, name: str | None) -> peftcore.Injection:
     arguments = run.method.arguments
     if peftcore.method(run.method.name).asks_for_data(arguments):
+        if prepared.trainer is not None:
+            raise BadInput(
+                f"{run.method.name} looks at batches before training, with the loss of the model, and the task "
+                f"{run.task} has a loss that its Trainer computes: choose another method"
+            )
         arguments["data"] = DataLoader(
             Subset(prepared.train, range(min(LOOKED_AT * run.training.batch_size, len(prepared.train)))),
             batch_size=run.training.batch_size,

@@ -13,10 +13,12 @@ from torch import nn
 from transformers.integrations.integration_utils import TensorBoardCallback
 
 import peftcore
+from peftcore.comparing.errors import BadInput
 from peftcore.comparing.runs.run import Run
 from peftcore.comparing.tasks.task import Prepared, Task
 from peftcore.comparing.training.processes import (
     ask_for_sharding,
+    is_sharded_run,
     settle_sharding,
     sharding_arguments,
 )
@@ -34,8 +36,8 @@ class AdapterTrainer(PeftcoreTrainer):
     """The Trainer for adapters, with the method's optimizer, and an end to runs whose loss is no number."""
 
     def __init__(self, injection: peftcore.Injection | None, **kwargs: Any) -> None:
+        self.injection = injection  # a task's own Trainer may compute with it as it begins
         super().__init__(**kwargs)
-        self.injection = injection
         settle_sharding(self.accelerator, self._host)
         # accelerate shards. Checkpoints are those of one process, for its own hold all of the base and not all that a
         # method's optimizer remembers.
@@ -121,12 +123,23 @@ class Clock(transformers.TrainerCallback):
 def trainer_for(
     run: Run, task: Task[Any], prepared: Prepared, injection: peftcore.Injection | None, callbacks: list[Any]
 ) -> AdapterTrainer:
-    """Make a Trainer of the model, or of what was put into it."""
+    """Make a Trainer of the model, or of what was put into it.
+
+    Raises:
+        BadInput: the task's own Trainer cannot do what is asked for.
+    """
+    own = prepared.trainer
+    if own is not None and is_sharded_run(run.training.shard):
+        raise BadInput(
+            f"the task {run.task} has a Trainer of its own, which does not cut weights over processes: leave out "
+            "training.shard and accelerate's --use_fsdp, so that every process holds the whole model"
+        )
     wanted = run.training.report_to
     logs = [_tensorboard(run)] if TENSORBOARD in wanted else []
     patience = run.training.patience
     early = [] if patience is None else [transformers.EarlyStoppingCallback(patience)]
-    trainer = AdapterTrainer(
+    kind = AdapterTrainer if own is None else _before(own.kind)
+    trainer = kind(
         injection,
         model=prepared.model,
         args=_arguments(run, task, prepared),
@@ -134,12 +147,18 @@ def trainer_for(
         eval_dataset=prepared.held_out,
         data_collator=prepared.collate,
         compute_metrics=prepared.metrics,
-        preprocess_logits_for_metrics=prepared.reduce,
         callbacks=[LastStep(), *callbacks, *logs, *early],
+        **({} if own is None else own.options),
     )
+    trainer.preprocess_logits_for_metrics = prepared.reduce  # not all Trainers have an argument for it
     trainer.remove_callback(transformers.PrinterCallback)
-    trainer.model_accepts_loss_kwargs &= _divides_by_items(prepared)
+    trainer.model_accepts_loss_kwargs &= own is None and _divides_by_items(prepared)
     return trainer
+
+
+def _before(kind: type[transformers.Trainer]) -> type[AdapterTrainer]:
+    """Return the class of another Trainer with the adapters' side before it."""
+    return type(f"Adapter{kind.__name__}", (AdapterTrainer, kind), {})
 
 
 def _tensorboard(run: Run) -> TensorBoardCallback:
@@ -151,7 +170,8 @@ def _tensorboard(run: Run) -> TensorBoardCallback:
 def _arguments(run: Run, task: Task[Any], prepared: Prepared) -> transformers.TrainingArguments:
     chosen = run.training
     length = {"max_steps": chosen.steps} if chosen.steps else {"num_train_epochs": chosen.epochs or 3.0}
-    return transformers.TrainingArguments(
+    make = transformers.TrainingArguments if prepared.trainer is None else prepared.trainer.arguments
+    return make(
         output_dir=str(run.out / "checkpoints"),
         **length,
         per_device_train_batch_size=chosen.batch_size,
@@ -175,8 +195,8 @@ def _arguments(run: Run, task: Task[Any], prepared: Prepared) -> transformers.Tr
         save_steps=chosen.evaluate_every,
         save_total_limit=KEPT,
         load_best_model_at_end=chosen.checkpoints,
-        metric_for_best_model=f"eval_{task.metric}",
-        greater_is_better=task.greater,
+        metric_for_best_model="eval_loss" if task.coarse else f"eval_{task.metric}",
+        greater_is_better=task.greater and not task.coarse,
         prediction_loss_only=prepared.metrics is None,
         logging_steps=chosen.evaluate_every,
         logging_nan_inf_filter=False,

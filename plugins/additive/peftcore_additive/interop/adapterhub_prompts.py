@@ -120,6 +120,11 @@ class HubPrompt(HubArchitecture):
     holder = "prompt_tunings"
 
     def options(self, keys: Keys, shapes: Mapping[str, Any], resolver: Resolver) -> dict[str, Any]:
+        """Returns our options.
+
+        Raises:
+            HostMismatch: that library would pool a row of the prompt, or the host has several stacks of tokens.
+        """
         keys.pass_over("prompt_init", "prompt_init_text", "random_uniform_scale", "init_weights_seed")
         keys.only("combine", "prefix", "prefix_after_bos")
         if keys.take("combine", str, "prefix") == "prefix" and _may_pool(resolver):
