@@ -34,7 +34,7 @@ Positions = Sequence[tuple[int, int]]
 
 
 # The kit generates from prompts of three tokens, without a cache too: half of them is one position.
-@conformance("loreft", options={"llama": {"prefix_positions": 1}, "gpt2": {"prefix_positions": 1}})
+@conformance("loreft", options={each: {"prefix_positions": 1} for each in ("llama", "gpt2", "moe", "mistral")})
 def test_conformance(check: Callable[[], None]) -> None:
     check()
 
