@@ -313,6 +313,7 @@ pictures(
     hidden_sizes=[8, 16, 24, 32],
     depths=[1, 1, 1, 1],
     num_attention_heads=[1, 2, 2, 4],
+    size=64,  # of 32 the last stage has one token, whose softmax learns nothing but rounding
 )
 pictures("resnet_hf", "ResNet", OTHERS, embedding_size=8, hidden_sizes=[8, 16], depths=[2, 2], layer_type="basic")
 pictures("poolformer_hf", "PoolFormer", OTHERS, hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 1, 1])

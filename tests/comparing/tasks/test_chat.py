@@ -25,6 +25,12 @@ def test_only_answers_are_learned(talker: Path, chats: Path) -> None:
         assert [label for label in row["labels"] if label != -100] == row["input_ids"][-len(learned) :]
 
 
+def test_a_file_may_be_both_parts(talker: Path, chats: Path) -> None:
+    given = [("model", str(talker)), ("task", "chat"), ("data.train", str(chats)), ("method", "lora")]
+    prepared = find("chat").prepare(read(Run, {}, given), ChatData(train=str(chats), held_out=str(chats)))
+    assert prepared.train == prepared.held_out and len(prepared.train) == 24
+
+
 def test_templates(decoder: Path, talker: Path, chats: Path, tmp_path: Path) -> None:
     """That of a file, or ChatML, in place of the tokenizer's; without any it is said what to do."""
     path = tmp_path / "short.jinja"
