@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft_pairs import FILL, GRADIENTS, MOVED, OUTPUTS, difference
 from torch import Tensor, nn
+from two_layers import Two
 
 import peftcore
 
@@ -26,22 +27,16 @@ STATES = ["dense", "quantize", "others"]
 TARGET = ["first", "second"]
 
 
-class Two(nn.Module):
+def two() -> Two:
     """Two linear layers of widths that all formats take."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(64, 128), nn.Linear(128, 64)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.second(torch.tanh(self.first(x)))
+    return Two(nn.Linear(64, 128), nn.Linear(128, 64))
 
 
 def dense() -> Two:
     """The host as it is loaded; always the same."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return Two()
+        return two()
 
 
 def inputs() -> Tensor:

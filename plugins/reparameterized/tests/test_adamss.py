@@ -11,6 +11,7 @@ from equation_in_float64 import KINDS, adapted, hosted, logical
 from peft_pairs import ADAPTER, GRADIENTS, MERGED, MOVED, OUTPUTS, difference
 from torch import Tensor, nn
 from torch.func import functional_call
+from two_layers import Two
 
 import peftcore
 from peftcore.errors import ConfigError, TrainingError
@@ -138,15 +139,9 @@ def test_ranks_by_singular_values() -> None:
     assert torch.equal(host(x), before)
 
 
-class Two(nn.Module):
+def two() -> Two:
     """With a bias and without."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(12, 20), nn.Linear(20, 16, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.second(torch.tanh(self.first(x)))
+    return Two(nn.Linear(12, 20), nn.Linear(20, 16, bias=False))
 
 
 PEFTS = {"components": "r", "subspaces": "num_subspaces", "rank": "subspace_rank"}
@@ -155,7 +150,7 @@ PEFTS = {"components": "r", "subspaces": "num_subspaces", "rank": "subspace_rank
 def both(**more: Any) -> tuple[nn.Module, peftcore.Injection, peft.PeftModel, nn.Module]:
     """Ours, theirs with our tensors, and the base."""
     torch.manual_seed(0)
-    base = Two().double()
+    base = two().double()
     config = peft.AdamssConfig(target_modules=["first", "second"], **{PEFTS[k]: v for k, v in SIZES.items()}, **more)
     theirs = peft.get_peft_model(deepcopy(base), config)
     ours = deepcopy(base)
@@ -248,7 +243,7 @@ def test_dropping_beside_peft(optimizer: type[torch.optim.Optimizer]) -> None:
 
 
 def test_schedules_that_do_not_fit() -> None:
-    model, x = Two(), torch.randn(5, 12)
+    model, x = two(), torch.randn(5, 12)
     with pytest.raises(ConfigError, match="leaves no step before until=50"):
         peftcore.apply(model, "adamss", target=["first"], target_subspaces=2, until=50)
     injection = peftcore.apply(model, "adamss", target=["first"], target_subspaces=2, until=9, warmup=0)
@@ -259,7 +254,7 @@ def test_schedules_that_do_not_fit() -> None:
 
 
 def test_without_a_target_nobody_counts_steps() -> None:
-    model, x = Two(), torch.randn(5, 12)
+    model, x = two(), torch.randn(5, 12)
     injection = peftcore.apply(model, "adamss", target=["first"])
     assert not [name for name, _ in injection.operators["first"].named_buffers() if "importance" in name]
     optimizer = injection.optimizer(torch.optim.SGD, lr=0.1)

@@ -13,6 +13,7 @@ from peft_folders import assert_same, fill
 from peft_pairs import difference
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+from two_layers import Two
 
 import peftcore
 from peftcore.errors import CalibrationError, UnsupportedSite
@@ -40,20 +41,14 @@ def test_conformance(check: Callable[[], None]) -> None:
     check()
 
 
-class Two(nn.Module):
+def two() -> Two:
     """Layers stored one way and the other."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(12, 7), Conv1D(9, 7)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.second(torch.tanh(self.first(x)))
+    return Two(nn.Linear(12, 7), Conv1D(9, 7))
 
 
 def host() -> nn.Module:
     torch.manual_seed(0)
-    return Two()
+    return two()
 
 
 def batches() -> list[tuple[Tensor]]:

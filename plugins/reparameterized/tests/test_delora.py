@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from equation_in_float64 import KINDS, adapted, assert_equation, fill, hosted, logical
 from peft_pairs import ADAPTER, Both, Pair, difference
 from torch import Tensor, nn
+from two_layers import Two
 
 import peftcore
 from peftcore.layers import kernels
@@ -77,15 +78,9 @@ def test_lengths_of_columns_are_those_of_the_base() -> None:
     assert {name.rpartition(".")[2] for name in injection.state_dict()} == {"A", "B", "strength", "n"}
 
 
-class Two(nn.Module):
+def two() -> Two:
     """More inputs than outputs, and fewer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(12, 7), nn.Linear(7, 9)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.second(torch.tanh(self.first(x)))
+    return Two(nn.Linear(12, 7), nn.Linear(7, 9))
 
 
 def pairs(site: Any, operator: Any, theirs: nn.Module) -> Iterator[Pair]:
@@ -108,7 +103,7 @@ def both(base: nn.Module, target: list[str], **options: Any) -> Both:
 def test_beside_peft(training: bool) -> None:
     """Outputs, gradients, merged weights, and as many parameters."""
     torch.manual_seed(0)
-    compared = both(Two().double().train(training), ["first", "second"])
+    compared = both(two().double().train(training), ["first", "second"])
     count = sum(p.numel() for p in compared.tuner.model.parameters() if p.requires_grad)
     assert count == sum(p.numel() for p in compared.injection.parameters()) == RANK * (12 + 7 + 7 + 9) + 2
     x = torch.randn(2, 3, 12).double()
@@ -125,7 +120,7 @@ def test_dropout_beside_peft(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (kernels.dropout, kernels.low_rank):
         monkeypatch.setattr(module, "dropout_mask", mask)
     torch.manual_seed(0)
-    compared = both(Two().double().train(), ["first"], module_dropout=0.4)
+    compared = both(two().double().train(), ["first"], module_dropout=0.4)
     compared.change("first.strength", lambda strength: strength.fill_(9))
     x = torch.randn(2, 3, 12).double()
     compared.assert_same_outputs(lambda model: model(x))

@@ -10,6 +10,7 @@ from equation_in_float64 import adapted, assert_equation, logical
 from peft_pairs import ADAPTER, Both, Pair
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+from two_layers import Two
 
 import peftcore
 from peftcore.errors import ConfigError, UnsupportedSite
@@ -87,15 +88,9 @@ def test_what_does_not_cut_evenly_is_refused() -> None:
         adapted("linear", "gralora", **OPTIONS, blocks=4)
 
 
-class Two(nn.Module):
+def two() -> Two:
     """Stored one way and the other."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(12, 6), Conv1D(9, 6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.second(torch.tanh(self.first(x)))
+    return Two(nn.Linear(12, 6), Conv1D(9, 6))
 
 
 def pairs(site: Any, operator: Any, theirs: nn.Module) -> Iterator[Pair]:
@@ -121,7 +116,7 @@ def both(base: nn.Module, target: list[str], blocks: int, hybrid_rank: int, drop
 def test_beside_peft(blocks: int, hybrid_rank: int, training: bool) -> None:
     """Outputs, gradients, merged weights, and as many parameters."""
     torch.manual_seed(0)
-    compared = both(Two().double().train(training), ["first", "second"], blocks, hybrid_rank)
+    compared = both(two().double().train(training), ["first", "second"], blocks, hybrid_rank)
     count = sum(p.numel() for p in compared.tuner.model.parameters() if p.requires_grad)
     assert count == sum(p.numel() for p in compared.injection.parameters()) == (RANK + hybrid_rank) * (12 + 6 + 6 + 9)
     x = torch.randn(2, 3, 12).double()
@@ -131,7 +126,7 @@ def test_beside_peft(blocks: int, hybrid_rank: int, training: bool) -> None:
 @against("peft 0.21", "gralora")
 def test_dropout_beside_peft() -> None:
     torch.manual_seed(0)
-    compared = both(Two().double().train(), ["first"], 3, 0, dropout=0.4)
+    compared = both(two().double().train(), ["first"], 3, 0, dropout=0.4)
     x = torch.randn(2, 3, 12).double()
     compared.assert_same_outputs(lambda model: model(x))
 

@@ -11,6 +11,7 @@ from equation_in_float64 import KINDS, One, adapted, assert_equation, experts, f
 from peft_folders import assert_reads, assert_writes
 from peft_pairs import ADAPTER, Both, Pair, difference
 from torch import Tensor, nn
+from two_layers import Two
 
 import peftcore
 from peftcore.errors import UnsupportedSite
@@ -66,13 +67,9 @@ def test_rank_is_below_that_of_the_weight() -> None:
         peftcore.plan(nn.Sequential(nn.Linear(4, 1)), "kasa", target="0")
 
 
-class Two(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(12, 7), nn.Linear(7, 9, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.second(torch.tanh(self.first(x)))
+def two() -> Two:
+    """Two linear layers."""
+    return Two(nn.Linear(12, 7), nn.Linear(7, 9, bias=False))
 
 
 def pairs(site: Any, operator: Any, theirs: nn.Module) -> Iterator[Pair]:
@@ -91,7 +88,7 @@ def both(training: bool = False, beta: float = 1e-4, gamma: float = 1e-3) -> Bot
         target_modules=["first", "second"],
     )
     options = {"target": ["first", "second"], "beta": beta, "gamma": gamma, **OPTIONS}
-    compared = Both(Two().train(training), "kasa", options, config, pairs)
+    compared = Both(two().train(training), "kasa", options, config, pairs)
     for pair in compared.pairs:
         compared.change(pair.name, lambda value: value.mul_(3))
     return compared

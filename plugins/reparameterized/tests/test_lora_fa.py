@@ -11,8 +11,9 @@ import torch
 from one_layer import One
 from peft.optimizers import create_lorafa_optimizer
 from peft_folders import assert_writes
-from torch import Tensor, nn
+from torch import nn
 from transformers.pytorch_utils import Conv1D
+from two_layers import Two
 
 import peftcore
 from peftcore.errors import UnsupportedSite
@@ -31,15 +32,9 @@ def test_conformance(check: Callable[[], None]) -> None:
     check()
 
 
-class Two(nn.Module):
+def two() -> Two:
     """Stored one way and the other."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(12, 6), Conv1D(9, 6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.second(torch.tanh(self.first(x)))
+    return Two(nn.Linear(12, 6), Conv1D(9, 6))
 
 
 @pytest.mark.parametrize("scaling", ["rank", "sqrt_rank"])
@@ -47,7 +42,7 @@ class Two(nn.Module):
 def test_trains_as_peft_does(scaling: str) -> None:
     """Six steps from the same noise. Adam has no epsilon, which peft adds before it corrects the bias."""
     torch.manual_seed(0)
-    base = Two().double()
+    base = two().double()
     ours, target = deepcopy(base), ["first", "second"]
     injection = peftcore.apply(ours, "lora", target=target, dtype="float64", scaling=scaling, **OPTIONS)
     config = peft.LoraConfig(r=3, lora_alpha=5, use_rslora=scaling == "sqrt_rank", target_modules=target)
@@ -147,7 +142,7 @@ def test_without_the_option_nothing_changes_gradients() -> None:
 
 def test_in_peft_it_is_a_lora(tmp_path: Path) -> None:
     written = assert_writes(
-        Two(), "lora", {"target": ["first", "second"], **OPTIONS}, lambda m: m(torch.ones(2, 12)), tmp_path
+        two(), "lora", {"target": ["first", "second"], **OPTIONS}, lambda m: m(torch.ones(2, 12)), tmp_path
     )
     assert written["r"] == 3 and written["lora_alpha"] == 5.0
 

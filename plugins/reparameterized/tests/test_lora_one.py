@@ -14,6 +14,7 @@ from peft_folders import assert_same, fill
 from peft_pairs import difference
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+from two_layers import Loss, Two
 
 import peftcore
 from peftcore.errors import CalibrationError
@@ -38,18 +39,6 @@ HOSTS = ("mlp", "encoder", "llama", "bert", "t5", "gpt2", "moe", "mistral", "vit
 )
 def test_conformance(check: Callable[[], None]) -> None:
     check()
-
-
-class Loss(nn.Module):
-    """A layer and the mean of squares that the authors' numbers have."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: Tensor, y: Tensor | None = None) -> Any:
-        out = self.layer(x)
-        return out if y is None else (out - y).square().mean()
 
 
 @against("authors", "lora_one", repository="YuanheZ/LoRA-One", commit="01bba05", script="run_exp.py")
@@ -156,21 +145,15 @@ def test_needs_data_that_is_finite() -> None:
     assert not peftcore.injections(host)
 
 
-class Two(nn.Module):
+def two() -> Two:
     """Stored one way and the other."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(12, 6), Conv1D(9, 6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.second(torch.tanh(self.first(x)))
+    return Two(nn.Linear(12, 6), Conv1D(9, 6))
 
 
 def paired(damping: float | None) -> tuple[nn.Module, peftcore.Injection, Any, Tensor]:
     """A model with LoRA-One, and peft's LoRA with the same factors."""
     torch.manual_seed(0)
-    base, target = Two().double(), ["first", "second"]
+    base, target = two().double(), ["first", "second"]
     ours, x = deepcopy(base), torch.randn(20, 12).double()
     data = [lambda model: model(x).square().mean()]
     injection = peftcore.apply(

@@ -10,6 +10,7 @@ from equation_in_float64 import KINDS, One, experts, fill, hosted, logical
 from peft_folders import assert_writes
 from peft_pairs import difference
 from torch import Tensor, nn
+from two_layers import Loss
 
 import peftcore
 from peftcore.errors import CalibrationError, ConfigError
@@ -32,18 +33,6 @@ SEEN = "gradients of a host in half precision are rounded, so the factors are ot
 )
 def test_conformance(check: Callable[[], None]) -> None:
     check()
-
-
-class Loss(nn.Module):
-    """A layer and the mean of squares that the authors' numbers have."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: Tensor, y: Tensor | None = None) -> Any:
-        out = self.layer(x)
-        return out if y is None else (out - y).square().mean()
 
 
 @against("authors", "lora_xs", repository="CERT-Lab/lora-sb", commit="4feb81c", script="utils/initialization_utils.py")

@@ -12,6 +12,7 @@ from peft_folders import assert_reads, assert_writes
 from peft_pairs import ADAPTER, Both, Pair, difference
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+from two_layers import Two
 
 from peftcore.testing import HOSTS, against, conformance
 
@@ -52,15 +53,9 @@ def test_rank_is_at_most_that_of_the_weight() -> None:
     assert (operator.A.shape, operator.B.shape, operator.scale) == ((7, 12), (7, 7), ALPHA / 64)
 
 
-class Two(nn.Module):
+def two() -> Two:
     """Layers stored one way and the other."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(12, 7), Conv1D(9, 7)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.second(torch.tanh(self.first(x)))
+    return Two(nn.Linear(12, 7), Conv1D(9, 7))
 
 
 def pairs(site: Any, operator: Any, theirs: nn.Module) -> Iterator[Pair]:
@@ -81,7 +76,7 @@ def pairs(site: Any, operator: Any, theirs: nn.Module) -> Iterator[Pair]:
 def test_beside_peft(training: bool) -> None:
     torch.manual_seed(0)
     config = peft.LoraConfig(r=RANK, lora_alpha=5, init_lora_weights="mica", target_modules=["first", "second"])
-    both = Both(Two().train(training), "mica", {"target": ["first", "second"], **OPTIONS}, config, pairs)
+    both = Both(two().train(training), "mica", {"target": ["first", "second"], **OPTIONS}, config, pairs)
     count = sum(p.numel() for p in both.tuner.model.parameters() if p.requires_grad)
     assert count == sum(p.numel() for p in both.injection.parameters()) == RANK * (12 + 7)
     x = torch.randn(4, 12)

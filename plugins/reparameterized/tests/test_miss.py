@@ -9,6 +9,7 @@ import torch
 from equation_in_float64 import KINDS, adapted, assert_equation, hosted
 from peft_pairs import ADAPTER, Both, Pair, difference
 from torch import Tensor, nn
+from two_layers import Two
 
 from peftcore.errors import ConfigError, UnsupportedSite
 from peftcore.testing import against, conformance
@@ -78,15 +79,9 @@ def test_a_rank_above_the_columns_is_a_full_update() -> None:
     assert adapted("convolution", "miss", rank=64)[2].D.shape == (24, 6)
 
 
-class Two(nn.Module):
+def two() -> Two:
     """Widths that shards of 4 divide, and that they do not."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(12, 7), nn.Linear(7, 9)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.second(torch.tanh(self.first(x)))
+    return Two(nn.Linear(12, 7), nn.Linear(7, 9))
 
 
 def pairs(site: Any, operator: Any, theirs: nn.Module) -> Iterator[Pair]:
@@ -98,7 +93,7 @@ def pairs(site: Any, operator: Any, theirs: nn.Module) -> Iterator[Pair]:
 def test_beside_peft() -> None:
     torch.manual_seed(0)
     config = peft.MissConfig(r=4, target_modules=["first", "second"])
-    both = Both(Two(), "miss", {"target": ["first", "second"], "rank": 4}, config, pairs)
+    both = Both(two(), "miss", {"target": ["first", "second"], "rank": 4}, config, pairs)
     x = torch.randn(2, 3, 12)
     both.assert_same(lambda model: model(x))
 

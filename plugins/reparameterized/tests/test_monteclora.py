@@ -8,8 +8,9 @@ import pytest
 import torch
 from equation_in_float64 import KINDS, adapted, fill, hosted
 from peft_pairs import ADAPTER, Both, Pair, difference
-from torch import Tensor, nn
+from torch import nn
 from torch.distributions import Dirichlet, Normal, Wishart, kl_divergence
+from two_layers import Two
 
 import peftcore
 from peftcore.testing import against, conformance
@@ -51,15 +52,9 @@ def test_equation_of_the_mean(kind: str) -> None:
     assert difference(host(x), lora(x)) <= 1e-12
 
 
-class Two(nn.Module):
+def two() -> Two:
     """Two sizes, so that what belongs to which layer matters."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(12, 7), nn.Linear(7, 9)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.second(torch.tanh(self.first(x)))
+    return Two(nn.Linear(12, 7), nn.Linear(7, 9))
 
 
 def pairs(site: Any, operator: Any, theirs: nn.Module) -> Iterator[Pair]:
@@ -82,7 +77,7 @@ def both(training: bool, entropy: bool = False, kl: float = 1e-5) -> Both:
         ),
     )
     ours = {"target": ["first", "second"], **OPTIONS, "dtype": "float64", "kl": kl, "entropy": entropy}
-    found = Both(Two().double().train(training), "monteclora", ours, config, pairs)
+    found = Both(two().double().train(training), "monteclora", ours, config, pairs)
     found.tuner.double()
     for path, operator in found.injection.operators.items():
         sampler = found.tuner.model.get_submodule(path).lora_monteclora_sampler[ADAPTER]

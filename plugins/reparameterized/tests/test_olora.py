@@ -10,6 +10,7 @@ from equation_in_float64 import KINDS, One, adapted, assert_equation, experts
 from peft_pairs import ADAPTER, Both, Pair, difference
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+from two_layers import Two
 
 from peftcore.testing import against, conformance
 
@@ -63,15 +64,9 @@ def test_equation(kind: str) -> None:
     assert_equation(kind, "olora", changed, **OPTIONS)
 
 
-class Two(nn.Module):
+def two() -> Two:
     """A layer with more inputs than outputs, and one with fewer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(12, 7), nn.Linear(7, 9)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.second(torch.tanh(self.first(x)))
+    return Two(nn.Linear(12, 7), nn.Linear(7, 9))
 
 
 def pairs(site: Any, operator: Any, theirs: nn.Module) -> Iterator[Pair]:
@@ -89,7 +84,7 @@ def test_beside_peft() -> None:
     """peft keeps the rest of the weight in the base, ours keeps the base: same outputs, gradients, merged weights."""
     torch.manual_seed(0)
     options = {"target": ["first", "second"], **OPTIONS}
-    both = Both(Two(), "olora", options, config("first", "second"), pairs)
+    both = Both(two(), "olora", options, config("first", "second"), pairs)
     x = torch.randn(4, 12)
     both.assert_same(lambda model: model(x))
 

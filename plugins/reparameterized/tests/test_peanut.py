@@ -9,6 +9,7 @@ import torch
 from equation_in_float64 import KINDS, adapted, assert_equation
 from peft_pairs import ADAPTER, Both, Pair
 from torch import Tensor, nn
+from two_layers import Two
 
 from peftcore.testing import against, conformance
 
@@ -53,13 +54,9 @@ def test_start() -> None:
     assert [name for name, _ in adapted("linear", "peanut")[2].named_parameters()] == ["A", "B"]
 
 
-class Two(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(12, 7), nn.Linear(7, 9)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.second(torch.tanh(self.first(x)))
+def two() -> Two:
+    """Two linear layers."""
+    return Two(nn.Linear(12, 7), nn.Linear(7, 9))
 
 
 def pairs(site: Any, operator: Any, theirs: nn.Module) -> Iterator[Pair]:
@@ -74,7 +71,7 @@ def test_beside_peft(act: str) -> None:
     torch.manual_seed(0)
     config = peft.PeanutConfig(r=4, act_fn=act, scaling=5.0, target_modules=["first", "second"])
     options = {"target": ["first", "second"], "rank": 4, "activation": act, "scale": 5.0, "dtype": "float64"}
-    both = Both(Two().double(), "peanut", options, config, pairs)
+    both = Both(two().double(), "peanut", options, config, pairs)
     ours = sum(p.numel() for p in both.injection.parameters())
     assert ours == sum(p.numel() for p in both.tuner.parameters() if p.requires_grad) == 2 * 4 * (7 + 9)
     x = torch.randn(2, 3, 12).double()

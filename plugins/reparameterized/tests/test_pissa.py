@@ -10,6 +10,7 @@ from equation_in_float64 import KINDS, adapted, assert_equation, experts
 from peft_pairs import ADAPTER, Both, Pair, difference
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+from two_layers import Two
 
 from peftcore.testing import against, conformance
 
@@ -62,15 +63,9 @@ def test_equation(kind: str) -> None:
     assert_equation(kind, "pissa", changed, **OPTIONS)
 
 
-class Two(nn.Module):
+def two() -> Two:
     """Layers stored one way and the other."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(12, 7), Conv1D(9, 7)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.second(torch.tanh(self.first(x)))
+    return Two(nn.Linear(12, 7), Conv1D(9, 7))
 
 
 def pairs(site: Any, operator: Any, theirs: nn.Module) -> Iterator[Pair]:
@@ -85,11 +80,11 @@ def test_beside_peft() -> None:
     """peft keeps the rest of the weight in the base, ours keeps the base: same outputs, gradients, merged weights."""
     torch.manual_seed(0)
     config = peft.LoraConfig(r=RANK, lora_alpha=5, init_lora_weights="pissa", target_modules=["first", "second"])
-    both = Both(Two(), "pissa", {"target": ["first", "second"], **OPTIONS}, config, pairs)
+    both = Both(two(), "pissa", {"target": ["first", "second"], **OPTIONS}, config, pairs)
     x = torch.randn(4, 12)
     both.assert_same(lambda model: model(x))
     with pytest.raises(TypeError, match="float32"):
-        peft.LoraModel(Two().double(), config, ADAPTER)  # ours: every other test of this file
+        peft.LoraModel(two().double(), config, ADAPTER)  # ours: every other test of this file
 
 
 def test_iterations_approach_the_exact_start() -> None:

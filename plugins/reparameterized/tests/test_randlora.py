@@ -13,6 +13,7 @@ from equation_in_float64 import KINDS, adapted, assert_equation, fill, logical
 from peft_pairs import ADAPTER, Both, Pair
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+from two_layers import Two
 
 import peftcore
 from peftcore.testing import against, conformance
@@ -81,15 +82,9 @@ def test_bases(basis: str, filled: float) -> None:
     assert torch.linalg.matrix_rank(host[0].weight - before) == (shared.A != 0).any(0).sum() > 80
 
 
-class Two(nn.Module):
+def two() -> Two:
     """More inputs than outputs, and fewer; stored one way and the other."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(12, 7), Conv1D(9, 7)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.second(torch.tanh(self.first(x)))
+    return Two(nn.Linear(12, 7), Conv1D(9, 7))
 
 
 def pairs(site: Any, operator: Any, theirs: nn.Module) -> Iterator[Pair]:
@@ -106,7 +101,7 @@ def test_beside_peft() -> None:
     """With our matrices, since peft draws its own in half precision; what pairs with what is the same."""
     torch.manual_seed(0)
     config = peft.RandLoraConfig(r=RANK, randlora_alpha=5, target_modules=["first", "second"])
-    both = Both(Two(), "randlora", {"target": ["first", "second"], **OPTIONS}, config, pairs)
+    both = Both(two(), "randlora", {"target": ["first", "second"], **OPTIONS}, config, pairs)
     x = torch.randn(4, 12)
     both.assert_same(lambda model: model(x))
 

@@ -13,6 +13,7 @@ from peft.optimizers import create_riemannian_optimizer
 from peft_pairs import difference
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+from two_layers import Two
 
 import peftcore
 from peftcore.errors import ConfigError
@@ -30,15 +31,9 @@ def test_conformance(check: Callable[[], None]) -> None:
     check()
 
 
-class Two(nn.Module):
+def two() -> Two:
     """Stored one way and the other."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(12, 6), Conv1D(9, 6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.second(torch.tanh(self.first(x)))
+    return Two(nn.Linear(12, 6), Conv1D(9, 6))
 
 
 @pytest.mark.parametrize("damping", [1e-2, 4.5])
@@ -47,7 +42,7 @@ class Two(nn.Module):
 def test_trains_as_peft_does(kind: str, damping: float) -> None:
     """Five steps from the same noise, in float64."""
     torch.manual_seed(0)
-    base = Two().double()
+    base = two().double()
     ours, target = deepcopy(base), ["first", "second"]
     options: dict[str, Any] = {"rank": 3, "alpha": 5.0, "damping": damping}
     injection = peftcore.apply(ours, "lora", target=target, dtype="float64", **options)

@@ -12,6 +12,7 @@ from one_layer import One
 from peft_pairs import ADAPTER, Both, Pair, difference
 from torch import Tensor, nn
 from torch.func import functional_call
+from two_layers import Two
 
 import peftcore
 from peftcore.errors import ConfigError, UnsupportedSite
@@ -116,15 +117,9 @@ def test_refusals() -> None:
             peftcore.apply(One(nn.Linear(12, 6)), "road", target="layer", **options)
 
 
-class Two(nn.Module):
+def two() -> Two:
     """With a bias and without."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(12, 8), nn.Linear(8, 16, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.second(torch.tanh(self.first(x)))
+    return Two(nn.Linear(12, 8), nn.Linear(8, 16, bias=False))
 
 
 def pairs(site: Any, operator: Any, theirs: nn.Module) -> Iterator[Pair]:
@@ -151,7 +146,7 @@ def both(base: nn.Module, target: list[str], variant: int, group_size: int) -> B
 def test_beside_peft(variant: int, group_size: int, training: bool) -> None:
     """Outputs, gradients, merged weights and biases, and as many parameters."""
     torch.manual_seed(0)
-    compared = both(Two().double().train(training), ["first", "second"], variant, group_size)
+    compared = both(two().double().train(training), ["first", "second"], variant, group_size)
     count = sum(p.numel() for p in compared.tuner.model.parameters() if p.requires_grad)
     assert count == sum(p.numel() for p in compared.injection.parameters()) == variant * (8 + 16)
     x = torch.randn(2, 3, 12).double()

@@ -14,6 +14,7 @@ from peft_pairs import ADAPTER, Both, Pair, difference
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
+from two_layers import Two
 
 import peftcore
 from peftcore.errors import CheckpointError, ConfigError
@@ -73,15 +74,9 @@ def test_draw_is_balanced_over_all_sites() -> None:
     assert 0 < theta.abs().max() <= 0.02
 
 
-class Two(nn.Module):
+def two() -> Two:
     """Stored one way and the other."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(12, 7), Conv1D(9, 7)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.second(torch.tanh(self.first(x)))
+    return Two(nn.Linear(12, 7), Conv1D(9, 7))
 
 
 TARGET = ["first", "second"]
@@ -103,7 +98,7 @@ def test_beside_peft() -> None:
     torch.manual_seed(0)
     config = peft.UniLoraConfig(r=2, theta_d_length=20, target_modules=TARGET)
     options = {"rank": 2, "theta_length": 20, "target": TARGET, "dtype": "float64"}
-    both = Both(Two().double(), "uni_lora", options, config, pairs)
+    both = Both(two().double(), "uni_lora", options, config, pairs)
     for pair in both.pairs:  # the vector comes twice, and is filled once
         pair.ours.data.mul_(5)
         pair.theirs.data.copy_(pair.ours)
@@ -133,7 +128,7 @@ def test_files_hold_the_vector_and_the_seed(tmp_path: Path) -> None:
 
 def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="rank and dropout alone"):
-        peftcore.apply(Two(), "uni_lora", target=TARGET, **OPTIONS, overrides={"first": {"theta_length": 2}})
+        peftcore.apply(two(), "uni_lora", target=TARGET, **OPTIONS, overrides={"first": {"theta_length": 2}})
     host = One(nn.Linear(4, 4))
     injection = peftcore.apply(host, "uni_lora", target="layer", **OPTIONS, store_indices=True)
     injection.operators["layer"].get_buffer("index_A").fill_(7)

@@ -10,6 +10,7 @@ from equation_in_float64 import KINDS, adapted, assert_equation, fill, logical
 from peft_pairs import ADAPTER, Both, Pair, difference
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+from two_layers import Two
 
 import peftcore
 from peftcore.errors import ConfigError
@@ -57,15 +58,9 @@ def test_start() -> None:
     assert 0 < difference(operator(lambda x: x @ weight.T, torch.eye(12).double()), weight.T) < 1e-2
 
 
-class Two(nn.Module):
+def two() -> Two:
     """Several widths that 4 divides; stored one way and the other."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(12, 8), Conv1D(16, 8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.second(torch.tanh(self.first(x)))
+    return Two(nn.Linear(12, 8), Conv1D(16, 8))
 
 
 TARGET = ["first", "second"]
@@ -85,7 +80,7 @@ def test_beside_peft() -> None:
     """Outputs, gradients of the logits and of the bank, merged weights, and how many train."""
     torch.manual_seed(0)
     config = peft.VBLoRAConfig(r=2, num_vectors=6, vector_length=4, topk=3, target_modules=TARGET)
-    both = Both(Two().double(), "vb_lora", {**OPTIONS, "topk": 3, "target": TARGET, "dtype": "float64"}, config, pairs)
+    both = Both(two().double(), "vb_lora", {**OPTIONS, "topk": 3, "target": TARGET, "dtype": "float64"}, config, pairs)
     for pair in both.pairs:  # the bank comes twice, and is filled once
         pair.seen(pair.theirs.data).copy_(pair.ours)
     theirs = {id(p): p.numel() for p in both.tuner.parameters() if p.requires_grad}
@@ -119,4 +114,4 @@ def test_refusals() -> None:
     with pytest.raises(ConfigError, match="topk=7 of num_vectors=6 cannot be chosen"):
         adapted("linear", "vb_lora", **{**OPTIONS, "topk": 7})
     with pytest.raises(ConfigError, match="all sites share one bank"):
-        peftcore.apply(Two(), "vb_lora", target=TARGET, **OPTIONS, overrides={"first": {"vector_length": 2}})
+        peftcore.apply(two(), "vb_lora", target=TARGET, **OPTIONS, overrides={"first": {"vector_length": 2}})

@@ -12,6 +12,7 @@ from peft_folders import assert_reads, assert_writes
 from peft_pairs import ADAPTER, Both, Pair, difference
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+from two_layers import Two
 
 import peftcore
 from peftcore.errors import UnsupportedSite
@@ -99,15 +100,9 @@ def test_refusals() -> None:
         peftcore.apply(One(nn.Conv2d(3, 4, 2)), "velora", target="layer")
 
 
-class Two(nn.Module):
+def two() -> Two:
     """Layers stored one way and the other."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(12, 7), Conv1D(9, 7)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.second(torch.tanh(self.first(x)))
+    return Two(nn.Linear(12, 7), Conv1D(9, 7))
 
 
 def pairs(site: Any, operator: Any, theirs: nn.Module) -> Iterator[Pair]:
@@ -134,7 +129,7 @@ def test_beside_peft(projection: str, groups: int) -> None:
         velora_config=peft.tuners.lora.config.VeloraConfig(num_groups=groups, scale=0.5, init_type=KINDS[projection]),
     )
     ours = {"rank": 3, "alpha": 6.0, "num_groups": groups, "projection": projection, "rebuilt_scale": 0.5}
-    both = Both(Two().train(), "velora", {"target": ["first", "second"], **ours}, config, pairs)
+    both = Both(two().train(), "velora", {"target": ["first", "second"], **ours}, config, pairs)
     count = sum(p.numel() for p in both.tuner.model.parameters() if p.requires_grad)
     assert count == sum(p.numel() for p in both.injection.parameters()) == 3 * (12 + 7 + 7 + 9)
     for _ in range(2):

@@ -12,6 +12,7 @@ from one_layer import One
 from peft_pairs import ADAPTER, Both, Pair, difference
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+from two_layers import Two
 
 import peftcore
 from peftcore.errors import ConfigError, UnsupportedSite
@@ -103,15 +104,9 @@ def test_refusals() -> None:
             adapted("linear", "waveft", n_frequency=N, wavelet=wavelet)
 
 
-class Two(nn.Module):
+def two() -> Two:
     """Odd and even sides; stored one way and the other."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(12, 7), Conv1D(8, 7)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.second(torch.tanh(self.first(x)))
+    return Two(nn.Linear(12, 7), Conv1D(8, 7))
 
 
 def pairs(site: Any, operator: Any, theirs: nn.Module) -> Iterator[Pair]:
@@ -136,7 +131,7 @@ def both(base: nn.Module, target: list[str], wavelet: str | None, transposed: bo
 def test_beside_peft(target: str, wavelet: str | None, training: bool) -> None:
     """Outputs, gradients, merged weights, and as many parameters."""
     torch.manual_seed(0)
-    compared = both(Two().double().train(training), [target], wavelet, target == "second", seed=5)
+    compared = both(two().double().train(training), [target], wavelet, target == "second", seed=5)
     count = sum(p.numel() for p in compared.tuner.model.parameters() if p.requires_grad)
     assert count == sum(p.numel() for p in compared.injection.parameters()) == N
     x = torch.randn(2, 3, 12).double()
