@@ -134,7 +134,7 @@ def guest_network(surgeon: Surgeon, stack: Site, sizes: Mapping[str, int], own_t
     """
     known = next(each for each in surgeon.resolver.token_stacks() if each.path == stack.module_path)
     config = getattr(stack.module, "config", None)
-    fits = getattr(config, WIDTH, None) == stack.out_features and not hasattr(config, OF_A_DECODER)
+    fits = getattr(config, WIDTH, None) == stack.out_features and OF_A_DECODER not in _names(config)
     if not known.causal or not known.takes_cache or known.entry != known.path or not fits:
         raise UnsupportedSite(
             f"{stack.path or 'the model'} is no causal stack of transformers that a smaller one could be made of"
@@ -177,7 +177,7 @@ def _changed(stack: nn.Module, sizes: Mapping[str, int]) -> Any:
     """Returns the config of a stack with other sizes, of which none is larger."""
     config: Any = copy.deepcopy(stack.config)
     for name, size in sizes.items():
-        name = next((each for each in NAMES.get(name, ()) if hasattr(config, each)), name)
+        name = next((each for each in NAMES.get(name, ()) if each in _names(config)), name)
         before = getattr(config, name, "")
         before = 4 * getattr(config, WIDTH) if before is None else before  # GPT-2's feed-forward
         if not isinstance(before, int) or isinstance(before, bool) or name.startswith("vocab") or name.endswith("_id"):
@@ -194,6 +194,11 @@ def _changed(stack: nn.Module, sizes: Mapping[str, int]) -> Any:
     if _has_attention(stack.config) and not _has_attention(config):
         raise ConfigError(f"the first {count} layers of {plain_class(stack).__name__} have no attention: take more")
     return config
+
+
+def _names(config: Any) -> set[str]:
+    """Returns the names of a config of transformers, those of other architectures among them that stand for its own."""
+    return {*config.to_dict(), *config.attribute_map}
 
 
 def _has_attention(config: Any) -> bool:

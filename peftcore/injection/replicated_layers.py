@@ -44,7 +44,7 @@ def replicate_layers(model: nn.Module, ranges: Ranges, path: str | None = None) 
     made.replicated = [list(each) for each in ranges]  # type: ignore[assignment]
     setattr(model.get_submodule(parent), name, made)
     config: Any = getattr(model, "config", None)
-    if hasattr(config, "num_hidden_layers"):
+    if getattr(config, "num_hidden_layers", None) is not None:
         config.num_hidden_layers = len(numbers)
     if isinstance(kinds := getattr(config, "layer_types", None), list):
         config.layer_types = [kinds[number] for number in numbers]

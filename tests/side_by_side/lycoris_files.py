@@ -11,10 +11,17 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from peftcore.files.formats.kohya import TENSORS
+from peftcore.testing import HOSTS
 
 PRESET: dict[str, Any] = {"target_module": [], "target_name": [".*to_[qkv]", ".*conv[12]", ".*proj_in", ".*net.0.proj"],
           "name_algo_map": {}, "module_algo_map": {}, "use_fnmatch": False}  # fmt: skip
 """What gets a module: attention, convolutions with kernels of 3x3 and of one point, and a wide linear map."""
+
+
+def unet() -> tuple[nn.Module, dict[str, Any]]:
+    """A small UNet, and its inputs."""
+    model, inputs = HOSTS["unet"].build()
+    return model.eval(), inputs
 
 
 def network(model: nn.Module, names: Sequence[str] = (), **options: Any) -> Any:

@@ -25,6 +25,13 @@ class Splits:
 
     train: Dataset
     held_out: Dataset
+    names: tuple[str, str]
+    """What messages call them."""
+
+    @property
+    def named(self) -> list[tuple[str, Dataset]]:
+        """Both with their names."""
+        return [*zip(self.names, (self.train, self.held_out), strict=True)]
 
 
 def splits(train: str, held_out: str | None, size: int | None) -> Splits:
@@ -33,6 +40,7 @@ def splits(train: str, held_out: str | None, size: int | None) -> Splits:
     Raises:
         BadInput: what is named cannot be read, or nothing is left to train on.
     """
+    names = train, f"{train} (held out)"
     source = read(train)
     pieces = source if isinstance(source, DatasetDict) else DatasetDict(train=source)
     if "train" not in pieces:
@@ -40,10 +48,10 @@ def splits(train: str, held_out: str | None, size: int | None) -> Splits:
     if held_out is not None:
         other = read(held_out)
         scored = other if isinstance(other, Dataset) else next(iter(other.values()))
-        return Splits(pieces["train"], scored)
+        return Splits(pieces["train"], scored, (train, held_out))
     for name in HELD_OUT:
         if name in pieces:
-            return Splits(pieces["train"], pieces[name])
+            return Splits(pieces["train"], pieces[name], names)
     return divide(pieces["train"], size, train)
 
 
@@ -57,7 +65,7 @@ def divide(examples: Dataset, size: int | None, source: str) -> Splits:
     if wanted >= len(examples):
         raise BadInput(f"{source}: cannot hold out {wanted} of {len(examples)} rows: some must remain to train on")
     cut = examples.train_test_split(test_size=wanted, seed=SPLIT_SEED)
-    return Splits(cut["train"], cut["test"])
+    return Splits(cut["train"], cut["test"], (source, f"{source} (held out)"))
 
 
 def read(source: str) -> Dataset | DatasetDict:

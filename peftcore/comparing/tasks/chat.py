@@ -41,8 +41,7 @@ class Chat(Task[ChatData]):
         found = splits(data.train, data.held_out, data.held_out_size)
         tokenizer = with_template(load_tokenizer(run.model), data.chat_template, run.model)
         wanted = Columns(data.messages, data.prompt, data.completion)
-        sources = (data.train, found.train), (data.held_out or f"{data.train} (held out)", found.held_out)
-        talks = [conversations(part, columns(part.column_names, wanted, name), name) for name, part in sources]
+        talks = [conversations(part, columns(part.column_names, wanted, name), name) for name, part in found.named]
         parts = [[_encoded(talk, tokenizer, data) for talk in part] for part in talks]
         parts = [[row for row in part if any(label != IGNORED for label in row["labels"][1:])] for part in parts]
         if not all(parts):

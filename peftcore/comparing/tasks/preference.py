@@ -56,8 +56,7 @@ class Preference(Task[PreferenceData]):
         found = splits(data.train, data.held_out, data.held_out_size)
         tokenizer = with_template(load_tokenizer(run.model), data.chat_template, run.model)
         wanted = PairColumns(data.prompt, data.chosen, data.rejected)
-        sources = (data.train, found.train), (data.held_out or f"{data.train} (held out)", found.held_out)
-        read = [pairs(part, pair_columns(part.column_names, wanted, name), name) for name, part in sources]
+        read = [pairs(part, pair_columns(part.column_names, wanted, name), name) for name, part in found.named]
         parts = [[_encoded(pair, tokenizer) for pair in part] for part in read]
         parts = [[row for row in part if _differ(row, data.max_length)] for part in parts]
         if not all(parts):

@@ -15,9 +15,9 @@ from peftcore.files.formats.named_folders import named_folder, of_part
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of a file with others in it, and the working directory beside it."""
-    for name in ("file/one", "file/both", "work/two", "work/both"):
+    for name in ("file/one", "file/both", "cwd/two", "cwd/both"):
         (tmp_path / name).mkdir(parents=True)
-    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.chdir(tmp_path / "cwd")
     return tmp_path
 
 
@@ -26,11 +26,11 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     [
         ("one", "file/one"),
         ("./one", "file/one"),
-        ("two", "work/two"),
-        ("../work/two", "work/two"),
+        ("two", "cwd/two"),
+        ("../cwd/two", "cwd/two"),
         ("gone/one", "file/one"),
         ("/gone/one", "file/one"),
-        ("{here}/work/both", "work/both"),
+        ("{here}/cwd/both", "cwd/both"),
     ],
 )
 def test_where_it_is(name: str, found: str, here: Path) -> None:
@@ -39,20 +39,20 @@ def test_where_it_is(name: str, found: str, here: Path) -> None:
 
 
 def test_two_are_one_too_many(here: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"config.json names the adapter 'both', which is .*file/both and .*work"):
+    with pytest.raises(CheckpointError, match=r"config.json names the adapter 'both', which is .*file/both and .*cwd"):
         named_folder("both", here / "file", here / "file/config.json")
-    (here / "work/both").rmdir()
-    os.symlink(here / "file/both", here / "work/both")
+    (here / "cwd/both").rmdir()
+    os.symlink(here / "file/both", here / "cwd/both")
     assert named_folder("both", here / "file", here / "file/config.json") == (here / "file/both").resolve()
 
 
 def test_from_a_hub_it_is_inside(here: Path) -> None:
     snapshot = here / "snapshots" / ("0a" * 20)
     (snapshot / "one").mkdir(parents=True)
-    os.symlink(here / "work/two", snapshot / "link")
+    os.symlink(here / "cwd/two", snapshot / "link")
     for name in ("one", "./one", str(here / "file/one")):
         assert named_folder(name, snapshot, snapshot / "config.json").resolve() == (snapshot / "one").resolve()
-    for name in ("two", "..", "../../file/one/..", "link", str(here / "work/two")):
+    for name in ("two", "..", "../../file/one/..", "link", str(here / "cwd/two")):
         with pytest.raises(CheckpointError, match="no such folder"):
             named_folder(name, snapshot, snapshot / "config.json")
 

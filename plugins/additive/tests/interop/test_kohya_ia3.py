@@ -3,11 +3,10 @@ of them, so that its network loads ours."""
 
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from lycoris_files import of_inputs, read_into_their_network, theirs
+from lycoris_files import of_inputs, read_into_their_network, theirs, unet
 from pipeline_models import assert_same, out
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -15,16 +14,10 @@ from torch import Tensor, nn
 import peftcore
 from peftcore.errors import CheckpointError, ExportError
 from peftcore.files.formats.kohya import TENSORS
-from peftcore.testing.hosts import HOSTS
 
 PLAIN = [".*to_[qkv]"]
 """Modules without a bias."""
 BIASED = [".*conv[12]", ".*proj_in", ".*net.0.proj"]
-
-
-def unet() -> tuple[nn.Module, dict[str, Any]]:
-    model, inputs = HOSTS["unet"].build()
-    return model.eval(), inputs
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from lycoris_files import of_inputs, read_by_them, read_into_their_network, theirs
+from lycoris_files import of_inputs, read_by_them, read_into_their_network, theirs, unet
 from pipeline_models import assert_same, out
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -14,15 +14,9 @@ from torch import nn
 import peftcore
 from peftcore.errors import CheckpointError, ExportError
 from peftcore.files.formats.kohya import TENSORS
-from peftcore.testing.hosts import HOSTS
 
 TARGET = ["to_q", "to_k", "to_v", "conv1", "conv2", "proj_in", "net.0.proj"]
 PLAIN = {"C": "none", "D": "none", "E": "none"}
-
-
-def unet() -> tuple[nn.Module, dict[str, Any]]:
-    model, inputs = HOSTS["unet"].build()
-    return model.eval(), inputs
 
 
 def test_what_they_wrote(tmp_path: Path) -> None:

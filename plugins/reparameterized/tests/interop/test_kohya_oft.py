@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from lycoris_files import of_inputs, read_by_them, read_into_their_network, theirs
+from lycoris_files import of_inputs, read_by_them, read_into_their_network, theirs, unet
 from pipeline_models import assert_same, out
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -14,7 +14,6 @@ from torch import Tensor, nn
 import peftcore
 from peftcore.errors import CheckpointError, ExportError
 from peftcore.files.formats.kohya import TENSORS
-from peftcore.testing.hosts import HOSTS
 
 TARGET = ["to_q", "to_k", "to_v", "conv1", "conv2", "proj_in", "net.0.proj"]
 READ: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -24,11 +23,6 @@ READ: dict[str, tuple[str, str, dict[str, Any]]] = {
     "boft-wide": ("boft", "boft", {"lora_dim": 4, "conv_lora_dim": 8, "rescaled": True}),
 }
 """Their algorithm, our method, their options."""
-
-
-def unet() -> tuple[nn.Module, dict[str, Any]]:
-    model, inputs = HOSTS["unet"].build()
-    return model.eval(), inputs
 
 
 @pytest.mark.parametrize("form", READ)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from lycoris_files import of_inputs, read_by_them, theirs
+from lycoris_files import of_inputs, read_by_them, theirs, unet
 from pipeline_models import assert_same, out
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -14,15 +14,9 @@ from torch import Tensor, nn
 import peftcore
 from peftcore.errors import CheckpointError, ExportError, NoWeights
 from peftcore.files.formats.kohya import TENSORS
-from peftcore.testing.hosts import HOSTS
 
 NAMES, TARGET = [".*to_[qkv]", ".*proj_in", ".*net.0.proj"], ["to_q", "to_k", "to_v", "proj_in", "net.0.proj"]
 pytestmark = pytest.mark.filterwarnings("ignore:.*is of T-LoRA")
-
-
-def unet() -> tuple[nn.Module, dict[str, Any]]:
-    model, inputs = HOSTS["unet"].build()
-    return model.eval(), inputs
 
 
 @pytest.mark.parametrize("alpha", [4.0, 3.0])

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from lycoris_files import read_by_them, read_into_their_network, theirs
+from lycoris_files import read_by_them, read_into_their_network, theirs, unet
 from pipeline_models import assert_same, out
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -16,7 +16,6 @@ from torch import nn
 import peftcore
 from peftcore.errors import CheckpointError, ExportError
 from peftcore.files.formats.kohya import TENSORS
-from peftcore.testing.hosts import HOSTS
 
 SIZES = {"lora_dim": 2, "conv_lora_dim": 3, "alpha": 3.0, "conv_alpha": 5.0}
 FORMS: dict[str, tuple[str, float, dict[str, Any], dict[str, Any]]] = {
@@ -38,11 +37,6 @@ TELLING = {
 }  # fmt: skip
 """What shows that a form is what it should be."""
 ALGORITHM = {"lora": "locon", "dora": "locon"}
-
-
-def unet() -> tuple[nn.Module, dict[str, Any]]:
-    model, inputs = HOSTS["unet"].build()
-    return model.eval(), inputs
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -24,6 +24,11 @@ class _Replaced(KohyaMethod):
     tensors = ("weight", "bias")
     names: ClassVar[Mapping[str, str]]
     """Names in the file, by the host's."""
+    of_norms: ClassVar[bool]
+    """Whether the modules are norms, whose weight has one dimension."""
+
+    def writes(self, place: Place) -> bool:
+        return (len(place.site.at("weight").weight_shape) == 1) == self.of_norms
 
     def outputs(self, shapes: Mapping[str, Size]) -> int:
         return next(iter(shapes.get(self.names["weight"], ())), -1)
@@ -48,13 +53,11 @@ class KohyaFull(_Replaced):
     methods = ("attention_only", "linear_probe", "ln_tuning", "partial_k")
     below = ("diff", "diff_b")
     telling = ("diff",)
+    of_norms = False
     names: ClassVar[Mapping[str, str]] = {"weight": "diff", "bias": "diff_b"}
 
     def options(self, held: Held) -> dict[str, Any]:
         return {"head": False, "positions": False}
-
-    def writes(self, place: Place) -> bool:
-        return len(place.site.at("weight").weight_shape) > 1
 
 
 class KohyaNorm(_Replaced):
@@ -63,13 +66,11 @@ class KohyaNorm(_Replaced):
     methods = ("ln_tuning", "attention_only", "linear_probe", "partial_k")
     below = ("w_norm", "b_norm")
     telling = ("w_norm",)
+    of_norms = True
     names: ClassVar[Mapping[str, str]] = {"weight": "w_norm", "bias": "b_norm"}
 
     def options(self, held: Held) -> dict[str, Any]:
         return {}
-
-    def writes(self, place: Place) -> bool:
-        return len(place.site.at("weight").weight_shape) == 1
 
 
 def _own(place: Place) -> Tensor:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from lycoris_files import of_inputs, read_by_them, read_into_their_network, theirs
+from lycoris_files import of_inputs, read_by_them, read_into_their_network, theirs, unet
 from pipeline_models import assert_same, out
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -24,11 +24,6 @@ FORMS: dict[str, tuple[list[str], dict[str, Any], list[str]]] = {
     "lora and norm": (LINEAR + NORMS, {"network_module": "locon", "train_norm": True}, ["ln_tuning", "lora"]),
 }
 """Where theirs stands, its options, our methods."""
-
-
-def unet() -> tuple[nn.Module, dict[str, Any]]:
-    model, inputs = HOSTS["unet"].build()
-    return model.eval(), inputs
 
 
 @pytest.mark.parametrize("form", FORMS)
