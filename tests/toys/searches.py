@@ -20,7 +20,13 @@ SPACE = "{lora: {rank: [1, 2, 4], target: [attn.q, all-linear], depth: [1.0, 0.5
 
 
 def written(path: Path, model: Path, data: Path, **more: object) -> Path:
-    whole = {"model": str(model), "data": {"train": str(data)}, "training": {"steps": 2, "batch_size": 8}} | more
+    whole = {
+        "model": str(model),
+        "data": {"train": str(data)},
+        "training": {"steps": 2, "batch_size": 8},
+        "together": 1,
+    }
+    whole |= more
     path.write_text(json.dumps(whole)[:-1] + f', "methods": {SPACE}}}', encoding="utf-8")
     return path
 

@@ -24,7 +24,7 @@ Worker = Annotated[bool, typer.Option("--worker", help="Only run trials, for a s
 Out = Annotated[Path | None, typer.Option(help="Folder for what is found, and for the runs.")]
 
 
-Together = Annotated[int | None, typer.Option(help="How many runs train at once on one model (1).")]
+Together = Annotated[int | None, typer.Option(help="How many trials train at once on one model (4).")]
 
 
 @app.command()

@@ -73,8 +73,9 @@ class Search(Options):
     """Memory of a training step at most, as ``peftcore plan`` counts it: ``2GB``."""
     trials: PositiveInt = 20
     """Runs on the tuning split; what is over the budget takes no time and does not count."""
-    together: PositiveInt = 1
-    """How many trials are drawn and trained at once, as by as many workers, on one model where their methods can be."""
+    together: PositiveInt = 4
+    """How many trials are drawn and trained at once, as by as many workers, on one model where their methods can be;
+    one where `memory` limits a step."""
     start: list[Candidate] = Field(default_factory=list)
     """Points of the space that are tried first."""
     confirm: PositiveInt = 3
@@ -104,6 +105,11 @@ class Search(Options):
         return {str(name).strip(): None for name in listed if name} if isinstance(listed, list) else listed
 
     @property
+    def at_once(self) -> int:
+        """Return how many trials are drawn and trained at once."""
+        return self.together if self.memory is None else 1
+
+    @property
     def runs(self) -> int:
         """Return how many runs there are to be, if nothing fails."""
         others = len({*self.seeds} - {self.seed})
@@ -123,7 +129,7 @@ class Search(Options):
         training = self.training.model_dump()
         listed = [each.model_dump() for each in candidates]
         whole = {**shared, "data": data, "methods": listed, "seeds": seeds, "training": training, "out": out}
-        whole["together"] = self.together
+        whole["together"] = self.at_once
         return validated(Comparison, whole, "search")
 
 
@@ -159,6 +165,8 @@ class Job:
         Space({name: given or {} for name, given in self.search.methods.items()}, self.search.learning_rate)
         if self.search.budget is not None:
             values(self.search.budget, 1)
+        if self.search.memory is not None and "together" in self.search.model_fields_set and self.search.together > 1:
+            raise BadInput("memory is that of a step of one trial; leave out memory, or together")
         if self.search.memory is not None and self.search.quantize is not None:
             raise BadInput("memory is not counted for quantized models; leave out memory, or quantize")
 
@@ -211,7 +219,7 @@ class Job:
             self.study.bury()
             with ExitStack() as begun:
                 asked: list[tuple[optuna.trial.Trial, Candidate]] = []
-                while len(asked) < self.search.together and idle < PATIENCE and (not asked or self._wanting()):
+                while len(asked) < self.search.at_once and idle < PATIENCE and (not asked or self._wanting()):
                     with ExitStack() as one:
                         trial = one.enter_context(self.study.trial())
                         candidate = self._chosen(trial)

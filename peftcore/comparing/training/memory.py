@@ -1,4 +1,5 @@
-"""Measures how much memory a run takes at its peak, for this process alone.
+"""Memory of a run: how much it takes at its peak, for this process alone, and whether an error says that there is too
+little.
 
 On a CPU: the resident set of the process, sampled every few milliseconds, above what it held when the run began.
 Garbage is collected and free pages go back to the system first, so that every run is measured from the same ground.
@@ -43,6 +44,14 @@ class PeakMemory:
     def _sample(self) -> None:
         while not self._done.wait(INTERVAL):
             self._highest = max(self._highest, self._process.memory_info().rss)
+
+
+def is_full(error: BaseException) -> bool:
+    """Return whether an error says that there is not enough memory."""
+    # Torch has no class for it on a CPU.
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    )
 
 
 def release() -> None:

@@ -23,6 +23,7 @@ from peftcore.comparing.runs.reading import validated
 from peftcore.comparing.runs.run import FULL, Run
 from peftcore.comparing.tasks import catalogue
 from peftcore.comparing.tasks.task import Prepared
+from peftcore.comparing.training.memory import is_full
 from peftcore.comparing.training.train import Display, Outcome, adapted, as_json, in_words, told
 from peftcore.comparing.training.trainer import AdapterTrainer, trainer_for
 from peftcore.errors import RouteError, TrainingError
@@ -219,12 +220,12 @@ def train_together(runs: Sequence[Run], display: Display) -> tuple[list[Outcome 
     """Train runs that have a `key` in common. Times are those of all divided by their number.
 
     Returns:
-        For each run what it came to, the error of one that failed, or None where it has to be trained alone; and what
-        was saved, where they trained together.
+        For each run what it came to, the error of one that failed, or None where it has to be trained alone (all of
+        them, where their memory is too small for all at once); and what was saved, where they trained together.
 
     Raises:
         BadInput: what the runs name cannot be used.
-        TrainingError: a disk or memory is full.
+        TrainingError: a disk is full.
     """
     group = _Group(runs, display)
     if not group.fits():
@@ -233,9 +234,11 @@ def train_together(runs: Sequence[Run], display: Display) -> tuple[list[Outcome 
         saved = group.train()
     except RouteError:  # rows turned out to be mixed in a forward
         return [None] * len(runs), None
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise TrainingError(
-            f"out of memory with {len(runs)} runs at once ({' '.join(str(error).split())[:200]}): --set together=1 "
-            "trains one after the other"
-        ) from error
+    except (RuntimeError, MemoryError) as error:
+        if not is_full(error):
+            raise
+        display.say(
+            f"out of memory with {len(runs)} runs at once: one after the other now; --together 1 begins with that"
+        )
+        return [None] * len(runs), None
     return group.results, saved

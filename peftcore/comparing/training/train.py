@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 import transformers
 from torch import nn
 from torch.utils.data import DataLoader, Subset
@@ -28,6 +27,7 @@ from peftcore.comparing.runs.run import FULL, Run
 from peftcore.comparing.tasks import catalogue
 from peftcore.comparing.tasks.task import Prepared
 from peftcore.comparing.training.advice import advice
+from peftcore.comparing.training.memory import is_full
 from peftcore.comparing.training.trainer import AdapterTrainer, Clock, trainer_for
 from peftcore.errors import TrainingError
 from peftcore.files.safe_io import write_text
@@ -215,10 +215,8 @@ def _advice(run: Run) -> Iterator[_Seen]:
     seen = _Seen()
     try:
         yield seen
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise TrainingError(_out_of_memory(run, seen, error)) from error
-    except RuntimeError as error:
-        if "DefaultCPUAllocator" not in str(error):  # torch has no class for it on a CPU
+    except (RuntimeError, MemoryError) as error:
+        if not is_full(error):
             raise
         raise TrainingError(_out_of_memory(run, seen, error)) from error
 

@@ -90,6 +90,13 @@ def test_training_that_fails_is_a_trial_and_no_pick(file, instant, monkeypatch):
     assert failed.user_attrs[studies.REASON] == "the loss became nan"
 
 
+def test_a_limit_of_memory_is_that_of_one_trial(file, instant):
+    assert searched(file, storage="a.log", together=3).search.at_once == 3
+    assert searched(file, storage="b.log", memory="1GB").search.at_once == 1
+    with pytest.raises(BadInput, match="leave out memory, or together"):
+        searched(file, storage="c.log", memory="1GB", together=2)
+
+
 def test_memory_is_a_limit_too(file, instant):
     free = searched(file, memory="1GB", storage="a.log")
     needs = [free.planner.needs(Candidate(name="lora", rank=rank, target="attn.q")) for rank in (1, 4)]

@@ -20,6 +20,7 @@ from peftcore.comparing.searching.search import Search, search
 from peftcore.comparing.training.together import Saved, key, train_together
 from peftcore.comparing.training.train import Outcome, train
 from peftcore.errors import TrainingError
+from peftcore.training import Fleet
 
 TRAINING = {"steps": 7, "batch_size": 8, "evaluate_every": 3, "checkpoints": False}
 
@@ -105,6 +106,24 @@ def test_a_run_that_fails_leaves_the_others(calm: Path, csv_file: Path, tmp_path
     good, bad = train_together(runs, Silent())[0]
     assert isinstance(good, Outcome) and good.steps == 7
     assert isinstance(bad, TrainingError) and "the loss became" in str(bad)
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: not enough memory")]
+)
+def test_what_has_no_room_together_trains_one_by_one(
+    error: Exception, calm: Path, csv_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Fleet) -> None:
+        raise error
+
+    monkeypatch.setattr(Fleet, "step", full)
+    board = Silent()
+    found: list[str] = []
+    monkeypatch.setattr(board, "say", found.append)
+    report = compare(comparison(calm, csv_file, tmp_path, together=2), board)
+    assert not report.failed and not report.together and {each.together for each in report.trials} == {1}
+    assert any("out of memory with 2 runs at once" in said for said in found)
 
 
 def comparison(model: Path, data: Path, out: Path, **more: Any) -> Comparison:
