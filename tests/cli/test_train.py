@@ -187,6 +187,16 @@ def test_out_of_memory_says_what_takes_less(tweets: Any, error: Exception, where
     assert "checkpoint_gradients" not in message
 
 
+def test_what_logs_and_cannot_is_one_line(tweets: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = type("UsageError", (Exception,), {"__module__": "tensorboard.errors"})
+
+    def unreachable(*args: Any, **kwargs: Any) -> None:
+        raise problem("no server answers")
+
+    monkeypatch.setattr("peftcore.comparing.training.train.AdapterTrainer.train", unreachable)
+    assert "training.report_to: tensorboard cannot log the run: no server" in refused(*tweets, "--out", "run")
+
+
 def out_of_memory(monkeypatch: Any, *arguments: object) -> str:
     def full(*args: Any, **kwargs: Any) -> None:
         raise MemoryError("Unable to allocate 20 GiB")

@@ -238,10 +238,13 @@ def find(model: Path | str) -> Named:
     if path.suffix == GGUF and path.is_file():
         return InGguf(said, path)
     if path.is_dir():
-        files = [] if _described(path) else sorted(path.glob(f"*{GGUF}"))
+        files = _models(path)
         if len(files) > 1:
             raise BadInput(f"{path}: name one of its files: {', '.join(each.name for each in files)}")
-        return InGguf(said, files[0]) if files else InFolder(said, path)
+        if not files:
+            reason = f"holds no model{_inside(said, path)}"
+            raise BadInput(f"{said}: {reason}; a model is a folder with {CONFIG} or a GGUF file")
+        return InFolder(said, path) if files == [path] else InGguf(said, files[0])
     if not isinstance(model, str) or path.suffix == GGUF or not HUB_NAME.fullmatch(said):
         raise BadInput(f"{said}: no such folder; a model is a folder with config.json, weights and tokenizer")
     return OnHub(said, said)
@@ -261,8 +264,16 @@ def check_architecture(source: str, name: str) -> None:
         raise BadInput(f"{source}: timm has no model {name!r}{hint}")
 
 
-def _described(folder: Path) -> bool:
-    return any((folder / name).exists() for name in (CONFIG, PIPELINE))
+def _models(folder: Path) -> list[Path]:
+    """Return the models of a folder: itself, or its GGUF files."""
+    described = any((folder / name).exists() for name in (CONFIG, PIPELINE))
+    return [folder] if described else sorted(folder.glob(f"*{GGUF}"))
+
+
+def _inside(said: str, folder: Path) -> str:
+    """Return in words which of its folders hold models."""
+    found = [f"{said}/{each.name}" for each in sorted(folder.iterdir()) if each.is_dir() and _models(each)][:5]
+    return f", but {' and '.join(found)} {'does' if len(found) == 1 else 'do'}" if found else ""
 
 
 def _in_package(model: str) -> Path:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -128,7 +128,7 @@ def _train(run: Run, display: Display, resume: bool, seen: _Seen) -> Outcome:
         folder.said = told(prepared)
         folder.note()
     transformers.set_seed(run.training.seed)  # what came before drew a different number of times when resuming
-    _trained(trainer, checkpoint)
+    _trained(trainer, checkpoint, run.training.report_to)
     scores = {int(entry["step"]): plain(entry) for entry in trainer.state.log_history if f"eval_{task.metric}" in entry}
     outcome = Outcome(
         method=run.method.name,
@@ -195,11 +195,16 @@ def _fresh(run: Run, prepared: Prepared, base: nn.Module, name: str | None) -> p
     return peftcore.apply(base, run.method.name, name=name, train=train, seed=run.training.seed, **arguments)
 
 
-def _trained(trainer: AdapterTrainer, checkpoint: Path | None) -> None:
+def _trained(trainer: AdapterTrainer, checkpoint: Path | None, reported: Sequence[str]) -> None:
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except OSError as error:
         raise TrainingError(f"training stopped: {error}; --resume goes on from the last whole checkpoint") from error
+    except Exception as error:
+        library = type(error).__module__.partition(".")[0]
+        if library not in reported:
+            raise
+        raise TrainingError(f"training.report_to: {library} cannot log the run: {error}") from error
 
 
 @dataclass

@@ -32,7 +32,16 @@ def test_each_kind(names: Any) -> None:
 def test_a_folder_counts_before_a_name_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("someone/tiny").mkdir(parents=True)
+    Path("someone/tiny/config.json").write_text("{}")
     assert find(HUB).place() == Path("someone/tiny")
+
+
+def test_a_folder_around_a_model_says_which_one_to_name(names: Any, tmp_path: Path) -> None:
+    package = names["package"].removesuffix("/model")
+    with pytest.raises(BadInput, match=f"{package}: holds no model, but {package}/model does"):
+        find(package)
+    with pytest.raises(BadInput, match=r"holds no model; a model is a folder with config\.json or a GGUF file"):
+        find(tmp_path)
 
 
 def test_a_folder_of_several_files_wants_one_of_them(tmp_path: Path) -> None:

@@ -124,7 +124,7 @@ def test_configurations_that_make_no_model(config: Any, says: str, tmp_path: Pat
 
 def test_places_without_a_model(tmp_path: Path) -> None:
     assert "no such folder" in reason(tmp_path / "none")
-    assert "holds no config.json" in reason(tmp_path)
+    assert "holds no model; a model is a folder with config.json" in reason(tmp_path)
     assert "no such folder, and no model of the Hub" in reason("someone/model")  # the tests are offline
     assert "timm has no model '../resnet10t'" in reason("timm:../resnet10t")
 
