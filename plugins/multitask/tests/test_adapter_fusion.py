@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from adapters_package import assert_same, waves
-from adapters_package import host as llama
+from adapters_package import host as package_host
 from torch import Tensor, nn
 
 import peftcore
@@ -43,6 +43,7 @@ def own(injection: Injection) -> list[list[nn.Parameter]]:
 
 @pytest.mark.parametrize("value", [True, False])
 @pytest.mark.parametrize("over", ["adapters", "parts"])
+@pytest.mark.parametrize("name", ["llama", "bert"])
 @against(
     "adapters 1.3",
     "adapter_fusion",
@@ -50,15 +51,16 @@ def own(injection: Injection) -> list[list[nn.Parameter]]:
     commit="88f18eb",
     script="src/adapters/methods/modeling.py",
 )
-def test_the_numbers_of_the_adapters_package(over: str, value: bool) -> None:
-    """With V and without. The package's K has a bias too: no number depends on it."""
-    model, numbers = llama("llama"), frozen(NUMBERS)["dynamic" if value else "static"]
+def test_the_numbers_of_the_adapters_package(name: str, over: str, value: bool) -> None:
+    """With V and without, and the first adapter trains. In a BERT inputs of norms are mixed. The package's K has a bias
+    too: no number depends on it."""
+    model, numbers = package_host(name), frozen(NUMBERS)[name]["dynamic" if value else "static"]
     if over == "parts":
         options = {"parts": [PART] * 3, "train_parts": False, "value": value}
         fusion = peftcore.apply(model, "adapter_fusion", dtype="float64", **options)
         adapters = list(fusion.parts.values())
     else:
-        adapters = [peftcore.apply(model, **PART, name=name, dtype="float64") for name in "abc"]
+        adapters = [peftcore.apply(model, **PART, name=each, dtype="float64") for each in "abc"]
         options = {"adapters": ["a", "b", "c"], "value": value, "dtype": "float64"}
         fusion = peftcore.apply(model, "adapter_fusion", name="by", **options)
         for adapter in adapters:
@@ -68,8 +70,10 @@ def test_the_numbers_of_the_adapters_package(over: str, value: bool) -> None:
         waves(adapter.parameters(), 0.2 + k)
     for layer, tensors in enumerate(own(fusion)):
         waves(tensors, 0.7 + layer, 0.31)
-    assert_same(model, llama("llama"), [p for tensors in own(fusion) for p in tensors], numbers)
-    assert {p for p in model.parameters() if p.grad is not None} == {p for tensors in own(fusion) for p in tensors}
+    trained = [p for tensors in own(fusion) for p in tensors] + [p.requires_grad_() for p in adapters[0].parameters()]
+    assert {each.mixes_inputs for each in fusion.operators.values()} == {name == "bert"}
+    assert_same(model, package_host(name), trained, numbers)
+    assert {p for p in model.parameters() if p.grad is not None} == {*trained}
     loss, penalty = fusion.method.aux_loss(fusion), numbers["penalty"]
     assert (loss if loss is None else loss.item()) == (penalty if penalty is None else pytest.approx(penalty))
 
