@@ -1,5 +1,5 @@
-"""What AdapterFusion of AdapterHub's `adapters` computes over three adapters of a small Llama and a small BERT, in float64,
-all numbers waves: ``python -m peftcore.testing.freeze adapter_fusion.py CHECKOUT``.
+"""What AdapterFusion of AdapterHub's `adapters` computes over three adapters of a small Llama and a small BERT, in
+float64, all numbers waves: ``python -m peftcore.testing.freeze adapter_fusion.py CHECKOUT``.
 
 The package wants an older transformers than the other tests, so it is frozen. CHECKOUT is a folder that ``pip install
 --target CHECKOUT --no-deps adapters==1.3.0 transformers==4.57.6 tokenizers==0.22.2 huggingface_hub==0.36.2`` filled,
@@ -34,9 +34,9 @@ def waves(tensors: Iterable[Tensor], start: float, step: float = 0.37) -> None:
 
 
 def numbers(checkout: Path) -> dict[str, dict[str, Any]]:
-    """Returns by host and kind, with V ("dynamic") and without ("static"), the output, ``[2, 5, 8]``, gradients of Q, q,
-    K and V in both layers and of the tensors of the first adapter, flat, and the penalty; in training, without dropout.
-    The package's K has a bias too: no number depends on it."""
+    """Returns by host and kind, with V ("dynamic") and without ("static"), the output, ``[2, 5, 8]``, gradients of Q,
+    q, K and V in both layers and of the tensors of the first adapter, flat, and the penalty; in training, without
+    dropout. The package's K has a bias too: no number depends on it."""
     import adapters
     import transformers
     from adapters import SeqBnConfig
