@@ -214,6 +214,7 @@ def test_nothing_is_drawn_while_it_is_read() -> None:
 FUSIONS = {
     "llama-dynamic": False,
     "llama-static": False,
+    "llama-both": False,
     "bert-dynamic": True,
     "bert-static": True,
     "tagger-static": True,
@@ -223,6 +224,7 @@ FUSIONS = {
     "bert-behind": False,
 }
 """Whether it mixes inputs of norms."""
+STATIC = ("llama-static", "llama-both", "bert-static", "tagger-static")
 
 
 def with_adapters(kind: str) -> Any:
@@ -241,8 +243,8 @@ def test_a_fusion_over_adapters_that_were_loaded_before(kind: str, tmp_path: Pat
     model = with_adapters(kind)
     assert difference(output(model, kind), expected) > 1e-3
     fusion: Any = peftcore.load(model, folder / "fusion", name="fusion")
-    assert (fusion.method.name, fusion.config.value) == ("adapter_fusion", "static" not in kind)
-    assert len(fusion.operators) == (6 if kind == "bert-both" else 3)
+    assert (fusion.method.name, fusion.config.value) == ("adapter_fusion", kind not in STATIC)
+    assert len(fusion.operators) == (6 if kind.endswith("both") else 3)
     assert {each.mixes_inputs for each in fusion.operators.values()} == {FUSIONS[kind]}
     fuse = Fuse("other", "trained", by="fusion")
     peftcore.activate(model, fuse)

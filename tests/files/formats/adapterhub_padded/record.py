@@ -86,6 +86,7 @@ FULL = AdapterFusionConfig(
 FUSIONS: dict[str, tuple[Any, Any]] = {
     "llama-dynamic": ("dynamic", SEQUENTIAL),
     "llama-static": ("static", SEQUENTIAL),
+    "llama-both": ("static", DoubleSeqBnConfig(reduction_factor=2)),
     "bert-dynamic": ("dynamic", SEQUENTIAL),
     "bert-static": ("static", SEQUENTIAL),
     "tagger-static": ("static", SEQUENTIAL),
