@@ -10,6 +10,7 @@ from peftcore.authoring.hybrid_parts import OfParts, options_of, without_preset
 from peftcore.authoring.pass_cache import PassCache
 from peftcore.authoring.prompts import PromptPositions, TokenStacks, VisibleTokens, cached_tokens
 from peftcore.authoring.row_logits import head_sites, row_logits
+from peftcore.contract.calls import Calls
 from peftcore.contract.compositions import Average, Fuse, Split, Stack, Sum
 from peftcore.contract.config import MethodConfig
 from peftcore.contract.hookspecs import API, hookimpl
@@ -91,6 +92,7 @@ __all__ = [
     "BlockSite",
     "BranchSite",
     "Bypass",
+    "Calls",
     "Checked",
     "Combiner",
     "Factors",

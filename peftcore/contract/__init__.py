@@ -7,6 +7,7 @@ It may import `peftcore.errors`. In the order of reading:
 - `method`: a method and its tags.
 - `presets`: options of a method under a name of their own.
 - `operators`: the trainable modules that a method puts at target modules.
+- `calls`: what a module was given, by what it returned.
 - `compositions`: how several injections act together.
 - `hookspecs`: every hook, and the version of the contract.
 """

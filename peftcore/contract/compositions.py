@@ -3,7 +3,8 @@
     activate(model, Stack("style", Average("german", "french")))
 
 Each branch of a composition runs its injections at a module, one after the other; there the outputs of the
-branches are combined. Later parts of a stack act in every branch before them.
+branches are combined, or what they give the module (`Combiner.mixes_inputs`). Later parts of a stack act in every
+branch before them.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peftcore.contract.calls import Calls
 from peftcore.contract.operators import Combiner, on_first
 from peftcore.errors import CompositionError
 
@@ -46,6 +48,10 @@ class Composition(ABC):
     def combined(self) -> Iterator[str]:
         """Yields the injections whose outputs are combined with those of others."""
         yield from self.names()
+
+    def mixer(self, here: Combiners) -> Combiner | None:
+        """Returns the combiner that mixes what the parts give a module, and not its outputs; None where none does."""
+        return None
 
     @abstractmethod
     def combine(self, outputs: list[Tensor], base: Tensor, here: Combiners) -> Tensor:
@@ -165,6 +171,10 @@ class Fuse(Composition):
     def combined(self) -> Iterator[str]:
         yield from super().names()
 
+    def mixer(self, here: Combiners) -> Combiner | None:
+        combiner = here.get(self.options["by"])
+        return combiner if combiner is not None and combiner.mixes_inputs else None
+
     def combine(self, outputs: list[Tensor], base: Tensor, here: Combiners) -> Tensor:
         combiner = here.get(self.options["by"])
         if combiner is None:
@@ -176,38 +186,74 @@ class Fuse(Composition):
 KINDS = {kind.__name__: kind for kind in (Stack, Sum, Average, Split, Fuse)}
 
 
-def composed(composition: Composition, run: Run, here: Combiners) -> Any:
-    """Returns a module's output under a composition: the first entry of a tuple is combined, the rest is the base's."""
-    return _branches([composition], (), run, here)
+def composed(composition: Composition, run: Run, here: Combiners, calls: Calls) -> Any:
+    """Returns a module's output under a composition: the first entry of a tuple is combined, the rest is the base's.
+
+    Args:
+        run: returns the output of a branch.
+        here: the combiners that stand at the module.
+        calls: the module's own calls in the branches that only give it another input.
+    """
+    return _branches([composition], (), run, here, calls)
 
 
-def _branches(nodes: Sequence[str | Composition], before: Names, run: Run, here: Combiners) -> Any:
+def _branches(nodes: Sequence[str | Composition], before: Names, run: Run, here: Combiners, calls: Calls) -> Any:
     if not nodes:
         return run(before)
     first, rest = nodes[0], nodes[1:]
     if isinstance(first, str):
-        return _branches(rest, (*before, first), run, here)
+        return _branches(rest, (*before, first), run, here, calls)
     if isinstance(first, Stack):
-        return _branches([*first.parts, *rest], before, run, here)
-    base = _branches(rest, before, run, here)
-    outputs = [_branches([part, *rest], before, run, here) for part in first.parts]
+        return _branches([*first.parts, *rest], before, run, here, calls)
+    base = _branches(rest, before, run, here, calls)
+    outputs = [_branches([part, *rest], before, run, here, calls) for part in first.parts]
     if all(output is base for output in outputs):
         return base  # none of them acts here
-    kept = [output[0] if isinstance(output, tuple) else output for output in outputs]
+    mixer = first.mixer(here)
+    if mixer is not None:
+        inputs = [calls.given(output) for output in outputs]
+        return calls.again(base, mixer.combine_inputs(inputs, calls.given(base), _first_of(base)))
+    kept = [_first_of(output) for output in outputs]
     return on_first(base, lambda plain: first.combine(kept, plain, here))
+
+
+def _first_of(output: Any) -> Tensor:
+    first: Tensor = output[0] if isinstance(output, tuple) else output
+    return first
 
 
 def branches(nodes: Sequence[str | Composition], before: Names = ()) -> Iterator[Names]:
     """Yields every branch that `composed` may run: names in the order in which they act."""
+    for names, _ in _ways(nodes, before, {}, None):
+        if not isinstance(names, Composition):
+            yield names
+
+
+def mixed(composition: Composition, here: Combiners) -> Iterator[tuple[Composition, Names | Composition]]:
+    """Yields what has to give a module another input and nothing else, for combiners here that mix inputs: each
+    composition whose parts one mixes, with a branch of it, or with a composition inside it that mixes outputs."""
+    for inside, by in _ways([composition], (), here, None):
+        if by is not None:
+            yield by, inside
+
+
+def _ways(
+    nodes: Sequence[str | Composition], before: Names, here: Combiners, by: Composition | None
+) -> Iterator[tuple[Names | Composition, Composition | None]]:
+    """Yields every branch, and every composition that mixes outputs, with the one around it that mixes inputs."""
     if not nodes:
-        yield before
+        yield before, by
         return
     first, rest = nodes[0], nodes[1:]
     if isinstance(first, str):
-        yield from branches(rest, (*before, first))
+        yield from _ways(rest, (*before, first), here, by)
     elif isinstance(first, Stack):
-        yield from branches([*first.parts, *rest], before)
+        yield from _ways([*first.parts, *rest], before, here, by)
     else:
-        yield from branches(rest, before)
+        mixes = first.mixer(here) is not None
+        if not mixes:
+            yield first, by
+        around = first if mixes else by
+        yield from _ways(rest, before, here, around)
         for part in first.parts:
-            yield from branches([part, *rest], before)
+            yield from _ways([part, *rest], before, here, around)

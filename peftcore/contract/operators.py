@@ -59,6 +59,10 @@ class _Base(Checked):
     changes_inputs = False
     """Whether it gives the module, around which it stands or in its activation form, other inputs than it gets. In a
     route the module then runs for the rows of each injection by themselves, and not once for all."""
+    only_inputs = False
+    """Whether all that it does to the modules around which it stands is to give them another input: what it returns is,
+    as it is, what a call of the module returned. A composition can then mix what branches give the module (`Combiner`).
+    """
     stackable = False
     """Whether its forward is plain mathematics of its inputs and of its own tensors, which `torch.vmap` runs. In a
     route, equal operators of several adapters are then one operator with stacked tensors."""
@@ -240,7 +244,13 @@ def low_rank(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 class Combiner(Operator):
-    """Combines the outputs of several injections into one, in the composition `Fuse`; by itself it acts on nothing."""
+    """Combines the outputs of several injections into one, in the composition `Fuse`; by itself it acts on nothing.
+
+    With `mixes_inputs` it combines what they give the module, which then runs once more on the mix: a norm, for one.
+    That is refused over injections which do anything else to the module than to give it another input (`only_inputs`).
+    """
+
+    mixes_inputs = False
 
     def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Returns the module's own output."""
@@ -251,6 +261,15 @@ class Combiner(Operator):
 
         Raises:
             CompositionError: the outputs do not have the features that it was made for.
+        """
+        raise NotImplementedError
+
+    def combine_inputs(self, inputs: list[Tensor], base: Tensor, output: Tensor) -> Tensor:
+        """Returns one input for the module, from what each part gives it, what it is given without them, and what it
+        returns for that, all [..., features]. Called where `mixes_inputs`.
+
+        Raises:
+            CompositionError: the inputs do not have the features that it was made for.
         """
         raise NotImplementedError
 

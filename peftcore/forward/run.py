@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from peftcore.contract.calls import Calls
 from peftcore.contract.compositions import composed
 from peftcore.contract.operators import Factors, InputOperator
 from peftcore.forward.active_adapters import Route
@@ -435,7 +436,7 @@ def _composed(
 ) -> Any:
     """Run the branches of a composition and combine their outputs. Branches that only wrap share one base forward."""
     assert planned.composition is not None
-    shared = OneForward(_inner(plain, slot, module, ActivePlan(attributes=planned.acting.attributes)), module)
+    shared = Calls(OneForward(_inner(plain, slot, module, ActivePlan(attributes=planned.acting.attributes)), module))
     outputs: dict[int, Any] = {}
 
     def run(names: tuple[str, ...]) -> Any:
@@ -445,4 +446,4 @@ def _composed(
             outputs[id(acting)] = _around(acting, call, module)(*args, **kwargs)
         return outputs[id(acting)]
 
-    return composed(planned.composition, run, planned.combiners)
+    return composed(planned.composition, run, planned.combiners, shared)

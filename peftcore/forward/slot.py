@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftcore.contract.compositions import Composition, branches
+from peftcore.contract.compositions import Combiners, Composition, branches, mixed
 from peftcore.contract.operators import Combiner, is_mergeable, tables
 from peftcore.errors import CompositionError
 from peftcore.forward.active_adapters import Active, Choice, Key, Route
@@ -155,8 +155,7 @@ class Slot:
         return ModulePlan(choice.key, together, routed=each, updates=updates_of(each), apart=run_apart(each))
 
     def _composed(self, choice: Choice, composition: Composition) -> ModulePlan:
-        active = (mount for name in choice.active for mount in self.mounts.get(name, ()))
-        combiners = {mount.name: mount.operator for mount in active if isinstance(mount.operator, Combiner)}
+        self.check_mixed(composition, choice.active)
         distinct: dict[Active, ActivePlan] = {}
         ways = {}
         for names in branches([composition]):
@@ -166,7 +165,34 @@ class Slot:
                 distinct[here] = self._acting(here)
             ways[names] = distinct[here]
         whole = self._acting(choice.active)
+        combiners = self._combiners(choice.active)
         return ModulePlan(choice.key, whole, composition=composition, branches=ways, combiners=combiners)
+
+    def _combiners(self, active: Active) -> Combiners:
+        mounts = (mount for name in active for mount in self.mounts.get(name, ()))
+        return {mount.name: mount.operator for mount in mounts if isinstance(mount.operator, Combiner)}
+
+    def check_mixed(self, composition: Composition, active: Active) -> None:
+        """Check that where a combiner mixes what a module is given, its parts do nothing else here.
+
+        Raises:
+            CompositionError: one does.
+        """
+        for by, inside in mixed(composition, self._combiners(active)):
+            what = f"{by!r} mixes what its parts give {self.path or 'the model'}, and "
+            rest = ". Let it mix outputs, or keep these out of it"
+            if isinstance(inside, Composition):
+                if any(name in self.mounts and name in active for name in inside.combined()):
+                    raise CompositionError(f"{what}{inside!r} inside it puts outputs together{rest}")
+                continue
+            for name in inside if not self._only_gives(inside, active) else ():
+                if not self._only_gives((name,), active):
+                    raise CompositionError(f"{what}{name!r} does more there than to give it another input{rest}")
+
+    def _only_gives(self, names: Active, active: Active) -> bool:
+        acting = self._acting(tuple(name for name in names if name in self.mounts and name in active))
+        around = all(mount.operator.only_inputs and mount.slices is None for mount in acting.onion)
+        return around and not (acting.effects or acting.attention)
 
     def check_stack(self, active: Active) -> None:
         """Check that of injections which act one after the other none overrides what another one does here.

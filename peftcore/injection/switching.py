@@ -227,6 +227,9 @@ def _activating(model: nn.Module, names: Sequence[str | Composition]) -> tuple[H
     for stack in [active] if composition is None else branches([composition]):
         for slot in state.slots if len(stack) > 1 else ():
             slot.check_stack(stack)
+    if composition is not None:
+        for slot in state.slots:
+            slot.check_mixed(composition, active)
     return state, lambda before: replace(choice, context=before.context)
 
 

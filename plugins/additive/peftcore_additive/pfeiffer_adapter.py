@@ -57,6 +57,7 @@ class PfeifferOperator(BottleneckOperator):
     def __init__(self, site: Site, config: Config, placement: Placement) -> None:
         super().__init__(site, config)
         self.placement = placement
+        self.only_inputs = placement == "post"
         nn.init.normal_(self.down.weight, std=config.init_std)
         nn.init.normal_(self.up.weight, std=config.up_init_std)
 

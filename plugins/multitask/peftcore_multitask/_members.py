@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 import peftcore
-from peftcore import Graft, OneForward, Replacement, Site, Surgeon, injections, options_of
+from peftcore import Calls, Graft, Replacement, Site, Surgeon, injections, options_of
 from peftcore.errors import ConfigError, UnknownInjection, UnsupportedSite
 
 Members = list[list[nn.Module]]
@@ -44,6 +44,14 @@ def of_host(surgeon: Surgeon, names: Sequence[str]) -> list[list[Site]]:
                     place.append(_as_called(surgeon, site))
     here = {site.module_path for site in surgeon.chosen([place[0] for place in places.values()])}
     return [place for path, place in places.items() if path in here]
+
+
+def only_inputs(model: nn.Module, names: Sequence[str], place: Sequence[Site]) -> bool:
+    """Return whether all that injections of the model do at some modules is to give them other inputs."""
+    there, paths = injections(model), {site.module_path for site in place}
+    grafts = [graft for name in names for graft in there[name].grafts]
+    here = [graft for graft in grafts if any(site.module_path in paths for site in graft.holders)]
+    return all(graft.operator.only_inputs for graft in here)
 
 
 def _as_called(surgeon: Surgeon, site: Site) -> Site:
@@ -92,21 +100,24 @@ def of_parts(surgeon: Surgeon, parts: Sequence[dict[str, Any]]) -> list[tuple[Si
 
 def outputs_of(
     parts: Sequence[Sequence[Callable[..., Any]]],
-    module: nn.Module,
-    call: Callable[..., Any],
+    calls: Calls,
     *args: Any,
     **kwargs: Any,
-) -> tuple[Any, list[Tensor]]:
-    """Return the module's output by itself and its outputs with each part; no parts where all pass on. They share one
-    forward."""
-    once = OneForward(call, module)
-    base = once(*args, **kwargs)
+) -> tuple[Any, list[Any]]:
+    """Return the module's output by itself and its outputs with each part; no parts where all pass on."""
+    base = calls(*args, **kwargs)
     outputs = []
     for part in parts:
-        inner: Callable[..., Any] = once
+        inner: Callable[..., Any] = calls
         for around in part:
             inner = functools.partial(around, inner)
         outputs.append(inner(*args, **kwargs))
     if all(output is base for output in outputs):
         return base, []
-    return base, [output[0] if isinstance(output, tuple) else output for output in outputs]
+    return base, outputs
+
+
+def first_of(output: Any) -> Tensor:
+    """Return a module's output, or its first entry where it is a tuple."""
+    first: Tensor = output[0] if isinstance(output, tuple) else output
+    return first

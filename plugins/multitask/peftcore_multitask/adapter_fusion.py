@@ -3,6 +3,11 @@
     y = h + V sum_t a_t z_t,   a = softmax_t((Q h + q) . K z_t),   z_t = y_t - h
 
 h is what a module returns by itself and y_t what it returns with adapter t alone: each token weighs what adapters add.
+Where a norm ends a block, adapters that read behind it and are added in front of it are mixed there, as the package
+does it (`mixes`): s is what the norm gets by itself, s_t what adapter t gives it, and z_t = s_t - s,
+
+    y = LN(s + V sum_t a_t z_t),   h = LN(s) in the scores
+
 Q and K start from N(0, 0.02), q at zero, V as the identity with 1e-6 beside its diagonal: at first about the adapters'
 mean, as long as they add little. The loss gets regularizer * |V - I|^2 from each module. Over adapters of the model:
 
@@ -14,9 +19,7 @@ alone. It freezes nobody; the paper's adapters are frozen: ``injections(model)["
 `adapters` it brings `parts` of its own and is one adapter with all of them; without `train_parts` they are frozen.
 
 The package's K has a bias, which adds the same to all scores of a token and cancels: left out. So is its temperature,
-which changes in evaluation. It drops scores as often as the model drops attention; here that is `dropout`, 0. In models
-that normalize behind their blocks, its adapters read behind the last norm and are added in front of it; here z_t is a
-difference of outputs, behind that norm or, with placement="branch", in front of it.
+which changes in evaluation. It drops scores as often as the model drops attention; here that is `dropout`, 0.
 
 Parameters: 3 d^2 + d a module (2 d^2 + d without V), and those of its own parts.
 
@@ -33,9 +36,21 @@ import torch
 from pydantic import Field, NonNegativeFloat
 from torch import Tensor, nn
 
-from peftcore import AppliedMethod, Combiner, LearningRate, Method, MethodConfig, Site, Surgeon, Tags, on_first
-from peftcore.errors import CompositionError
-from peftcore_multitask._members import Members, of_host, of_parts, outputs_of
+from peftcore import (
+    AppliedMethod,
+    Calls,
+    Combiner,
+    LearningRate,
+    Method,
+    MethodConfig,
+    OneForward,
+    Site,
+    Surgeon,
+    Tags,
+    on_first,
+)
+from peftcore.errors import CompositionError, UnsupportedSite
+from peftcore_multitask._members import Members, first_of, of_host, of_parts, only_inputs, outputs_of
 from peftcore_multitask._merging import SOME, OfMergedParts
 
 ADAPTER = {"method": "pfeiffer_adapter", "placement": "branch"}
@@ -51,6 +66,9 @@ class Config(MethodConfig):
     """Adapters of its own: each as its options, with its name under "method" and its "target" if it has its own."""
     train_parts: bool = True
     """Train the parts along; in the paper they were trained before, each for itself, and are frozen."""
+    mixes: Literal["auto", "inputs", "outputs"] = "auto"
+    """What it mixes: what adapters give a module, which then runs on the mix, or what the module returns with each.
+    "auto": inputs where all of them do nothing but give the module another input, such as a norm at a block's end."""
     value: bool = True
     """Have the matrix V; the package calls a fusion without it static."""
     regularizer: NonNegativeFloat = 0.01
@@ -62,8 +80,9 @@ class Config(MethodConfig):
 class FusionOperator(Combiner):
     """The attention of one module over adapters, and those that are its own."""
 
-    def __init__(self, site: Site, config: Config, parts: Members | None = None) -> None:
+    def __init__(self, site: Site, config: Config, mixes_inputs: bool, parts: Members | None = None) -> None:
         super().__init__(site)
+        self.mixes_inputs = self.only_inputs = mixes_inputs
         width = self.width = site.out_features
         self.parts = nn.ModuleList(nn.ModuleList(part) for part in parts or ())
         self.dropout, self.regularizer = nn.Dropout(config.dropout), config.regularizer
@@ -78,18 +97,34 @@ class FusionOperator(Combiner):
         around = [[operator.at(form, module) for operator in part] for part in self.parts]
         return functools.partial(self._fused, around, module)
 
-    def _fused(self, parts: list[list[Callable[..., Any]]], module: nn.Module, *call: Any, **kwargs: Any) -> Any:
-        base, outputs = outputs_of(parts, module, *call, **kwargs)
-        return on_first(base, lambda h: self.combine(outputs, h)) if outputs else base
+    def _fused(
+        self,
+        parts: list[list[Callable[..., Any]]],
+        module: nn.Module,
+        call: Callable[..., Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        calls = Calls(OneForward(call, module))
+        base, outputs = outputs_of(parts, calls, *args, **kwargs)
+        if not outputs:
+            return base
+        if self.mixes_inputs:
+            inputs = [calls.given(output) for output in outputs]
+            return calls.again(base, self.combine_inputs(inputs, calls.given(base), first_of(base)))
+        return on_first(base, lambda h: self.combine([first_of(output) for output in outputs], h))
 
     def combine(self, outputs: list[Tensor], base: Tensor) -> Tensor:
+        return self.combine_inputs(outputs, base, base)
+
+    def combine_inputs(self, inputs: list[Tensor], base: Tensor, output: Tensor) -> Tensor:
         channels = self.layer.channel_dim
-        h = base.movedim(channels, -1)
+        h, u = base.movedim(channels, -1), output.movedim(channels, -1)
         if h.shape[-1] != self.width:
             raise CompositionError(f"a fusion of {self.width} features met an output of {list(base.shape)}")
         query, bias, key = self.cast(h, self.query, self.bias, self.key)
-        looked = nn.functional.linear(nn.functional.linear(h, query, bias), key.T)  # K' (Q h + q), for all adapters
-        z = torch.stack([output.movedim(channels, -1) - h for output in outputs], -2)  # [..., adapters, d]
+        looked = nn.functional.linear(nn.functional.linear(u, query, bias), key.T)  # K' (Q u + q), for all adapters
+        z = torch.stack([each.movedim(channels, -1) - h for each in inputs], -2)  # [..., adapters, d]
         scores = self.dropout((z @ looked.unsqueeze(-1)).squeeze(-1))
         (shares,) = self.cast(z, scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)))
         mixed = (shares.unsqueeze(-2) @ z).squeeze(-2)
@@ -111,12 +146,17 @@ class AdapterFusion(OfMergedParts, Method):
     )
     learning_rate = LearningRate(5e-5, "arXiv 2005.00247, section 4.1", on="BERT-base, 16 tasks")
     target = ()
+    config_version = 2
+    former_defaults = ({"mixes": "outputs"},)
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
         for site, *others in of_host(surgeon, config.adapters) if config.adapters else ():
-            surgeon.graft(site, FusionOperator, config, tuple(others))
-        for site, others, members in of_parts(surgeon, config.parts) if not config.adapters else ():
-            surgeon.graft(site, functools.partial(FusionOperator, parts=members), config, others)
+            mixes = _mixes_inputs(site, config, only_inputs(model, config.adapters, [site, *others]))
+            surgeon.graft(site, functools.partial(FusionOperator, mixes_inputs=mixes), config, tuple(others))
+        for site, holders, members in of_parts(surgeon, config.parts) if not config.adapters else ():
+            can = all(operator.only_inputs for part in members for operator in part)
+            make = functools.partial(FusionOperator, mixes_inputs=_mixes_inputs(site, config, can), parts=members)
+            surgeon.graft(site, make, config, holders)
 
     def trainable(self, model: nn.Module, config: Config, injection: AppliedMethod) -> None:
         if config.train_parts:
@@ -142,6 +182,21 @@ class AdapterFusion(OfMergedParts, Method):
     def parameter_count(site: Site, config: Config) -> int:
         inside = 0 if config.adapters else OfMergedParts.parameter_count(site, config)
         return (3 if config.value else 2) * site.out_features**2 + site.out_features + inside
+
+
+def _mixes_inputs(site: Site, config: Config, can: bool) -> bool:
+    """Return whether the fusion at a site mixes inputs.
+
+    Raises:
+        UnsupportedSite: it is to, and adapters do there more than to give a module another input.
+    """
+    mixes = config.at(site.path).mixes
+    if mixes == "inputs" and not can:
+        raise UnsupportedSite(
+            f"{site.path}: adapters do more here than to give a module another input, as they do in front of a norm "
+            'that ends a block; mixes="outputs" fuses what modules return'
+        )
+    return can and mixes != "outputs"
 
 
 def _own(injection: AppliedMethod) -> list[nn.Parameter]:

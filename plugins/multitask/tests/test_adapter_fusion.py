@@ -1,6 +1,7 @@
 """AdapterFusion: the kit; numbers of the adapters package, three adapters in a `Fuse`, over adapters of the host and as
 parts; the equation where that cannot go."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 from adapters_package import assert_same, waves
-from adapters_package import host as llama
+from adapters_package import host as package_host
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import peftcore
@@ -43,6 +46,7 @@ def own(injection: Injection) -> list[list[nn.Parameter]]:
 
 @pytest.mark.parametrize("value", [True, False])
 @pytest.mark.parametrize("over", ["adapters", "parts"])
+@pytest.mark.parametrize("name", ["llama", "bert"])
 @against(
     "adapters 1.3",
     "adapter_fusion",
@@ -50,15 +54,16 @@ def own(injection: Injection) -> list[list[nn.Parameter]]:
     commit="88f18eb",
     script="src/adapters/methods/modeling.py",
 )
-def test_the_numbers_of_the_adapters_package(over: str, value: bool) -> None:
-    """With V and without. The package's K has a bias too: no number depends on it."""
-    model, numbers = llama("llama"), frozen(NUMBERS)["dynamic" if value else "static"]
+def test_the_numbers_of_the_adapters_package(name: str, over: str, value: bool) -> None:
+    """With V and without, and the first adapter trains. In a BERT inputs of norms are mixed. The package's K has a bias
+    too: no number depends on it."""
+    model, numbers = package_host(name), frozen(NUMBERS)[name]["dynamic" if value else "static"]
     if over == "parts":
         options = {"parts": [PART] * 3, "train_parts": False, "value": value}
         fusion = peftcore.apply(model, "adapter_fusion", dtype="float64", **options)
         adapters = list(fusion.parts.values())
     else:
-        adapters = [peftcore.apply(model, **PART, name=name, dtype="float64") for name in "abc"]
+        adapters = [peftcore.apply(model, **PART, name=each, dtype="float64") for each in "abc"]
         options = {"adapters": ["a", "b", "c"], "value": value, "dtype": "float64"}
         fusion = peftcore.apply(model, "adapter_fusion", name="by", **options)
         for adapter in adapters:
@@ -68,8 +73,10 @@ def test_the_numbers_of_the_adapters_package(over: str, value: bool) -> None:
         waves(adapter.parameters(), 0.2 + k)
     for layer, tensors in enumerate(own(fusion)):
         waves(tensors, 0.7 + layer, 0.31)
-    assert_same(model, llama("llama"), [p for tensors in own(fusion) for p in tensors], numbers)
-    assert {p for p in model.parameters() if p.grad is not None} == {p for tensors in own(fusion) for p in tensors}
+    trained = [p for tensors in own(fusion) for p in tensors] + [p.requires_grad_() for p in adapters[0].parameters()]
+    assert {each.mixes_inputs for each in fusion.operators.values()} == {name == "bert"}
+    assert_same(model, package_host(name), trained, numbers)
+    assert {p for p in model.parameters() if p.grad is not None} == {*trained}
     loss, penalty = fusion.method.aux_loss(fusion), numbers["penalty"]
     assert (loss if loss is None else loss.item()) == (penalty if penalty is None else pytest.approx(penalty))
 
@@ -260,3 +267,100 @@ def test_what_cannot_be_fused_is_refused(model: nn.Module) -> None:
     peftcore.apply(model, "bitfit")
     refused(TargetError, "nothing", adapters=["bitfit"])
     assert list(peftcore.injections(model)) == ["bitfit"]
+
+
+def bert(*parts: dict[str, Any], **options: Any) -> tuple[Any, Any]:
+    torch.manual_seed(0)
+    host = package_host("bert").eval()
+    fusion = apply(host, "adapter_fusion", "by", parts=list(parts), **options)
+    return host, fusion
+
+
+@torch.no_grad()
+def test_what_is_mixed_in_front_of_a_norm_and_behind_it() -> None:
+    """The norm of a block by hand, from what it is given."""
+    for mixes in ("auto", "inputs", "outputs"):
+        host, fusion = bert(PART, PART, mixes=mixes)
+        operator, block = next(iter(fusion.operators.values())), host.encoder.layer[0].output
+        (one,), (two,) = operator.parts
+        h, x = torch.randn(2, 3, 12, dtype=torch.float64), torch.randn(2, 3, 8, dtype=torch.float64)
+        s, norm = block.dense(h) + x, block.LayerNorm
+        with fusion.disabled():
+            u = norm(s)
+            given = [s + each.added(u) for each in (one, two)]
+            outputs = [norm(each) for each in given]
+        expected = equation(u, outputs, operator)
+        if mixes != "outputs":
+            shares = ((u @ operator.query.T + operator.bias) @ operator.key)[..., None, :]
+            z = torch.stack(given, -2) - s[..., None, :]
+            z = ((shares * z).sum(-1).softmax(-1)[..., None] * z).sum(-2) @ operator.value.T
+            with fusion.disabled():
+                expected = norm(s + z)
+        torch.testing.assert_close(block(h, x), expected, rtol=1e-12, atol=1e-12)
+
+
+@torch.no_grad()
+def test_inputs_are_mixed_only_where_adapters_give_a_module_nothing_else() -> None:
+    branch = {**PART, "placement": "branch"}
+    _, fusion = bert(branch, branch)
+    assert not any(each.mixes_inputs for each in fusion.operators.values())
+    host = package_host("bert")
+    with pytest.raises(UnsupportedSite, match='mixes="outputs" fuses what modules return'):
+        peftcore.apply(host, "adapter_fusion", parts=[branch] * 2, mixes="inputs")
+    assert not peftcore.injections(host)
+    last = "encoder.layer.1.output.LayerNorm"
+    peftcore.apply(host, **PART, name="a", train=[last])
+    peftcore.apply(host, **PART, name="b")
+    fusion = peftcore.apply(host, "adapter_fusion", name="by", adapters=["a", "b"])
+    assert [each.mixes_inputs for each in fusion.operators.values()] == [True, False]
+    peftcore.activate(host, Fuse("a", "b", by="by"))
+    peftcore.apply(host, **PART, name="c", train=["encoder.layer.0.output.LayerNorm"])
+    with pytest.raises(CompositionError, match="'c' does more there"):
+        peftcore.activate(host, Fuse("a", "c", by="by"))
+
+
+@torch.no_grad()
+def test_rows_of_a_route_have_fusions_of_their_own() -> None:
+    host, _ = bert(PART, PART)
+    apply(host, "adapter_fusion", "other", 2, parts=[PART] * 3, value=False)
+    apply(host, "lora", "lora", 3)
+    ids, names = torch.tensor([[1, 5, 3, 9], [4, 4, 10, 7], [2, 3, 1, 1], [8, 2, 2, 5]]), ["by", "other", None, "lora"]
+    with peftcore.route(host, names):
+        routed = host(input_ids=ids).last_hidden_state
+    for row, name in enumerate(names):
+        with peftcore.activate(host, *([name] if name else [])):
+            alone = host(input_ids=ids).last_hidden_state[row]
+        torch.testing.assert_close(routed[row], alone, rtol=1e-11, atol=1e-11)
+    assert (routed[0] - routed[1]).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_files_of_before_mix_outputs(tmp_path: Path) -> None:
+    ids = torch.tensor([[1, 5, 3, 9]])
+    for mixes in ("outputs", "auto"):
+        host, fusion = bert(PART, PART, mixes=mixes)
+        expected = host(input_ids=ids).last_hidden_state
+        fusion.save(tmp_path / mixes)
+        file = tmp_path / mixes / "adapter.safetensors"
+        with safe_open(file, "pt") as opened:
+            header = json.loads(opened.metadata()["peftcore"])
+        assert header["config"]["mixes"] == mixes
+        del header["config"]["mixes"]
+        save_file(load_file(file), file, {"peftcore": json.dumps({**header, "config_version": 1})})
+        again = package_host("bert").eval()
+        assert peftcore.load(again, tmp_path / mixes).config.mixes == "outputs"
+        assert torch.equal(again(input_ids=ids).last_hidden_state, expected) == (mixes == "outputs")
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_compiled() -> None:
+    ids, host = torch.tensor([[1, 5, 3, 9]]), package_host("bert").eval()
+    for name in "ab":
+        apply(host, **PART, name=name, seed=ord(name))
+    apply(host, "adapter_fusion", "by", adapters=["a", "b"])
+    peftcore.activate(host, Fuse("a", "b", by="by"))
+    expected = host(input_ids=ids).last_hidden_state
+    torch.compiler.reset()
+    compiled = torch.compile(host, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(input_ids=ids).last_hidden_state, expected, rtol=1e-12, atol=1e-12)

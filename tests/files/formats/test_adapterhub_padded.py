@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore import Fuse
-from peftcore.errors import CheckpointError, HostMismatch
+from peftcore.errors import CheckpointError, ExportError, HostMismatch
 from peftcore.files.formats.format import recognize
 
 HERE = Path(__file__).parent / "adapterhub_padded"
@@ -52,6 +52,10 @@ METHODS = {
     "llama-reft_free": "loreft",
     "bert-reft_direct": "loreft",
     "tagger-prompt": "prompt_tuning",
+    "bert-branch": "houlsby_adapter",
+    "tagger-branch_attention": "houlsby_adapter",
+    "bert-behind": "pfeiffer_adapter",
+    "llama-behind": "pfeiffer_adapter",
 }
 CHANGES: list[tuple[str, dict[str, Any], str]] = [
     ("bert-prefix", {"use_gating": True}, "'use_gating' is True"),
@@ -65,6 +69,10 @@ CHANGES: list[tuple[str, dict[str, Any], str]] = [
     ("bert-reft", {"subtract_projection": False}, "'subtract_projection' is False"),
     ("bert-reft", {"r": 3}, r"units.0.learned_source.weight has shape \(2, 8\), expected \(3, 8\)"),
     ("llama-union", {"configs": []}, "'configs' is"),
+    ("bert-behind", {"residual_before_ln": True}, "'residual_before_ln' is True"),
+    ("bert-behind", {"original_ln_after": True}, "'residual_before_ln' is False"),
+    ("bert-branch", {"residual_before_ln": "post_add"}, "'residual_before_ln' is 'post_add'"),
+    ("bert-branch", {"mh_adapter": True, "original_ln_before": True}, "no method of ours stands where"),
 ]
 
 
@@ -203,19 +211,108 @@ def test_nothing_is_drawn_while_it_is_read() -> None:
     assert torch.equal(torch.rand(1), drawn)
 
 
-@pytest.mark.parametrize("kind", ["dynamic", "static"])
-def test_a_fusion_over_adapters_that_were_loaded_before(kind: str) -> None:
-    folder, model = HERE / f"fusion-llama-{kind}", host("llama")
+FUSIONS = {
+    "llama-dynamic": False,
+    "llama-static": False,
+    "llama-both": False,
+    "bert-dynamic": True,
+    "bert-static": True,
+    "tagger-static": True,
+    "tagger-full": True,
+    "bert-branch": False,
+    "bert-both": False,
+    "bert-behind": False,
+}
+"""Whether it mixes inputs of norms."""
+STATIC = ("llama-static", "llama-both", "bert-static", "tagger-static")
+
+
+def with_adapters(kind: str) -> Any:
+    model = host(kind)
+    for name in ("trained", "other"):
+        peftcore.load(model, HERE / f"fusion-{kind}" / name, name=name)
+    return model
+
+
+@pytest.mark.parametrize("kind", FUSIONS)
+def test_a_fusion_over_adapters_that_were_loaded_before(kind: str, tmp_path: Path) -> None:
+    folder, model = HERE / f"fusion-{kind}", host(kind)
     expected = compared(load_file(folder / "expected.safetensors")["output"])
     with pytest.raises(CheckpointError, match="load trained, other before"):
         peftcore.load(model, folder / "fusion")
-    for name in ("trained", "other"):
-        peftcore.load(model, folder / name, name=name)
-    assert difference(output(model, "llama"), expected) > 1e-2
-    fusion = peftcore.load(model, folder / "fusion", name="fusion")
-    assert (fusion.method.name, fusion.config.value) == ("adapter_fusion", kind == "dynamic")
-    peftcore.activate(model, Fuse("other", "trained", by="fusion"))
-    assert difference(output(model, "llama"), expected) < 1e-9
+    model = with_adapters(kind)
+    assert difference(output(model, kind), expected) > 1e-3
+    fusion: Any = peftcore.load(model, folder / "fusion", name="fusion")
+    assert (fusion.method.name, fusion.config.value) == ("adapter_fusion", kind not in STATIC)
+    assert len(fusion.operators) == (6 if kind.endswith("both") else 3)
+    assert {each.mixes_inputs for each in fusion.operators.values()} == {FUSIONS[kind]}
+    fuse = Fuse("other", "trained", by="fusion")
+    peftcore.activate(model, fuse)
+    assert difference(output(model, kind), expected) < 1e-9
+    peftcore.save_composition(model, fuse, tmp_path)
+    again = host(kind)
+    assert peftcore.load_composition(again, tmp_path) == fuse
+    assert torch.equal(output(again, kind), output(model, kind))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in FUSIONS if not kind.startswith("llama")])
+def test_a_fusion_is_written_as_the_package_writes_it(kind: str, tmp_path: Path) -> None:
+    """But for the bias of K, which adds the same to all scores, and options of where it starts."""
+    model, folder = with_adapters(kind), HERE / f"fusion-{kind}" / "fusion"
+    fusion: Any = peftcore.load(model, folder, name="fusion")
+    fusion.save(tmp_path, format="adapterhub_fusion")
+    theirs, ours = (load_file(each / "model_adapter_fusion.safetensors") for each in (folder, tmp_path))
+    assert theirs.keys() == ours.keys()
+    for name, value in theirs.items():
+        assert torch.equal(ours[name], torch.zeros_like(value) if name.endswith("key.bias") else value), name
+    written, said = (json.loads((each / "adapter_fusion_config.json").read_text()) for each in (tmp_path, folder))
+    dropped = said["config"].pop("dropout_prob") or 0.1  # that of the model's attention
+    assert written["config"].pop("dropout_prob") == dropped
+    for key in ("value_before_softmax", "regularization", "value_initialized"):
+        written["config"].pop(key), said["config"].pop(key)
+    assert said.pop("version") == "adapters.1.3.0"
+    assert written == said
+    again = with_adapters(kind)
+    assert peftcore.load(again, tmp_path, name="fusion").config == fusion.config
+    for each in (model, again):
+        peftcore.activate(each, Fuse("trained", "other", by="fusion"))
+    assert torch.equal(output(again, kind), output(model, kind))
+
+
+def test_scores_that_nothing_drops_are_written_so(tmp_path: Path) -> None:
+    """For 0 the package takes the probability of the model's attention, which is 0.1 in a BERT."""
+    model = with_adapters("bert-dynamic")
+    fusion = peftcore.apply(model, "adapter_fusion", adapters=["trained", "other"])
+    fusion.save(tmp_path, format="adapterhub_fusion")
+    probability = json.loads((tmp_path / "adapter_fusion_config.json").read_text())["config"]["dropout_prob"]
+    assert probability and nn.Dropout(probability)(torch.ones(1000)).equal(torch.ones(1000))
+    assert peftcore.load(with_adapters("bert-dynamic"), tmp_path, name="by").config.dropout == 0.0
+
+
+def test_what_the_package_does_not_fuse_is_not_written(tmp_path: Path) -> None:
+    def refused(match: str, model: Any, **options: Any) -> None:
+        fusion = peftcore.apply(model, "adapter_fusion", name="by", **options)
+        with pytest.raises(ExportError, match=match):
+            fusion.save(tmp_path / "none", format="adapterhub_fusion")
+        assert not (tmp_path / "none").exists()
+
+    both: dict[str, Any] = {"adapters": ["trained", "other"]}
+    refused(r"here mixes=\"inputs\" does", with_adapters("bert-dynamic"), mixes="outputs", **both)
+    refused("no fusion of adapters of the model", host("bert"))
+    refused("2 of the 3 modules", with_adapters("bert-dynamic"), exclude="bert.encoder.layer.1", **both)
+    model = with_adapters("bert-dynamic")
+    peftcore.apply(model, "parallel_adapter", name="c")
+    refused("c acts at .* no Pfeiffer or Houlsby adapter", model, adapters=["trained", "c"])
+    model = with_adapters("bert-dynamic")
+    peftcore.apply(model, "pfeiffer_adapter", name="c", placement="pre")
+    refused("c stands otherwise at", model, adapters=["trained", "c"])
+    model = with_adapters("bert-dynamic")
+    peftcore.apply(model, "pfeiffer_adapter", name="v1,2")
+    refused("'v1,2'", model, adapters=["trained", "v1,2"])
+    refused("what adapters calls the place", with_adapters("llama-dynamic"), **both)
+    lora = peftcore.apply(host("bert"), "lora")
+    with pytest.raises(ExportError, match=r"\(lora\) is no fusion"):
+        lora.save(tmp_path / "none", format="adapterhub_fusion")
 
 
 @pytest.mark.parametrize("option", ["query_before_ln", "residual_before", "temperature", "unheard_of"])
@@ -231,12 +328,16 @@ def test_fusions_of_other_options_are_refused(option: str, tmp_path: Path) -> No
         peftcore.load(model, path.parent)
 
 
-def test_fusions_in_front_of_a_norm_are_refused() -> None:
+def test_a_fusion_of_adapters_that_stand_otherwise_is_refused() -> None:
     folder, model = HERE / "fusion-bert-dynamic", host("bert")
-    for name in ("trained", "other"):
-        peftcore.load(model, folder / name, name=name)
-    with pytest.raises(HostMismatch, match=r"trained acts at bert.encoder.layer.0.output.dense in front of a norm"):
+    peftcore.load(model, folder / "trained", name="trained")
+    peftcore.load(model, HERE / "fusion-bert-branch" / "other", name="other")
+    with pytest.raises(HostMismatch, match=r"other stands otherwise at .*\.0\.output\.dense"):
         peftcore.load(model, folder / "fusion")
+    model = with_adapters("bert-dynamic")
+    with pytest.raises(HostMismatch, match=r"fuses at the attention of bert\.encoder\.layer\.0"):
+        peftcore.load(model, HERE / "fusion-bert-both" / "fusion")
+    assert list(peftcore.injections(model)) == ["trained", "other"]
 
 
 def test_a_fusion_is_described() -> None:

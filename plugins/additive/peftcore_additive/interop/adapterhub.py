@@ -22,9 +22,14 @@ WHERE = ("mh_adapter", "output_adapter", "is_parallel", "original_ln_before", "o
 KINDS = {
     (False, True, False, True, True): "pfeiffer_adapter",
     (True, True, False, False, True): "houlsby_adapter",
+    (True, False, False, False, True): "houlsby_adapter",
+    (False, True, False, False, True): "houlsby_adapter",
+    (False, True, False, True, False): "pfeiffer_adapter",
     (False, True, True, False, True): "parallel_adapter",
 }
 """Our method by at the attention, at the feed-forward, parallel, behind the norm, norm behind it."""
+BEHIND = (False, True, False, True, False)
+"""Added behind the norm to what the norm returns."""
 STARTS = ("init_weights", "init_weights_seed", "reduction_factor", "leave_out", "dtype")
 OF_OTHERS = (
     "factorized_phm_W", "factorized_phm_rule", "hypercomplex_nonlinearity", "learn_phm", "phm_bias", "phm_c_init",
@@ -46,7 +51,6 @@ class HubBottleneck(HubArchitecture):
         keys.only("inv_adapter", None)
         keys.only("stochastic_depth", 0.0)
         keys.only("dropout", 0.0)
-        keys.only("residual_before_ln", True)
         where = tuple(keys.take(key, bool) for key in WHERE)
         if where not in KINDS:
             said = dict(zip(WHERE, where, strict=True))
@@ -56,6 +60,14 @@ class HubBottleneck(HubArchitecture):
             raise CheckpointError(f"{keys.where}: 'non_linearity' is {name!r}; read are {', '.join(ACTIVATIONS)}")
         size = shapes.get("adapter_up.weight", (0, 0))
         options = {"method": KINDS[where], "activation": ACTIVATIONS[name], "bottleneck": int(size[-1])}
+        residual = keys.take("residual_before_ln", (bool, str), True)
+        if isinstance(residual, str) or (where[3] and residual != (where != BEHIND)):
+            raise CheckpointError(
+                f"{keys.where}: 'residual_before_ln' is {residual!r}, so the adapter is added to something else than "
+                "that to which our method adds it"
+            )
+        if where == BEHIND:
+            options["placement"] = "pre"
         scale = keys.take("scaling", (float, str), 1.0)
         if options["method"] == "houlsby_adapter":
             options["train_layer_norm"] = False

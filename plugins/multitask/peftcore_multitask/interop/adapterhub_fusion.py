@@ -1,34 +1,40 @@
 """AdapterFusion in AdapterHub's folders (checked against adapters 1.3.0): ``adapter_fusion_config.json`` and
-``model_adapter_fusion.safetensors``, for reading.
+``model_adapter_fusion.safetensors``.
 
 The folder has the fusion alone. The adapters that it fuses are loaded before, each from its own folder and under its
-name there; then ``peftcore.activate(model, Fuse("a", "b", by="fusion"))``. Where a norm ends a block, that
-library mixes what adapters return in front of it, and ours what blocks return: files for such models are refused.
+name there; then ``peftcore.activate(model, Fuse("a", "b", by="fusion"))``.
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from peftcore import Surgeon, injections
-from peftcore.errors import CheckpointError, HostMismatch
+from peftcore import HostMap, Injection, Site, Surgeon, injections
+from peftcore.errors import CheckpointError, ExportError, HostMismatch, PeftcoreError
 from peftcore.files.envelope import SavedSite
 from peftcore.files.formats.composing import composed
 from peftcore.files.formats.description import Description, unique
-from peftcore.files.formats.format import Content, Format
+from peftcore.files.formats.format import Content, Files, Format, Tensors
 from peftcore.files.formats.found import Found
 from peftcore.files.formats.keys import Keys
 from peftcore.files.formats.rebasing import find_move
 from peftcore.files.safe_io import TensorFile, read_json
 from peftcore.injection.applying import host_map
+from peftcore_additive.houlsby_adapter import BottleneckOperator
 from peftcore_additive.pfeiffer_adapter import PfeifferOperator
 
 CONFIG, TENSORS = "adapter_fusion_config.json", "model_adapter_fusion.safetensors"
 HOLDER = "adapter_fusion_layer"
+NEVER = 1e-300
+"""A probability that drops nothing, and not the 0 for which that library takes that of the host's attention."""
+Place = tuple[str, bool]
+"""A block, and whether the adapters stand at its attention."""
 
 
 class AdapterHubFusion(Format):
@@ -63,6 +69,44 @@ class AdapterHubFusion(Format):
             sites=unique(full.partition(middle)[0] for full in file.shapes if middle in full),
         )
 
+    def files(self, injection: Injection, weights: bool = False) -> Files:
+        model, options, host = injection.model, injection.config, host_map(injection.model)
+        adapters = _exported(injection)
+        name = ",".join(adapters)
+        sites = _fused(model, host, adapters, "the fusion", ExportError)
+        fusions = {graft.site.module_path: graft for graft in injection.grafts}
+        if [*fusions] != [site.module_path for site in sites.values()]:
+            raise ExportError(
+                f"{injection.name!r} fuses at {len(fusions)} of the {len(sites)} modules at which its adapters act, "
+                "and adapters fuses at all: apply it without target and exclude"
+            )
+        tensors = {}
+        for site in sites.values():
+            operator: Any = fusions[site.module_path].operator
+            _check_mixes(operator, site, model, adapters)
+            prefix = f"{_holder(host, site)}.{HOLDER}.{name}"
+            own = {"query.weight": operator.query, "query.bias": operator.bias, "key.weight": operator.key}
+            own["key.bias"] = torch.zeros_like(operator.bias)  # which changes nothing, see below
+            if operator.value is not None:
+                own["value.weight"] = operator.value
+            tensors |= {f"{prefix}.{key}": value.detach() for key, value in own.items()}
+        config = vars(model).get("config")
+        written = {
+            "name": name,
+            "adapter_names": adapters,
+            "config": {
+                **dict.fromkeys(("query", "key", "value_before_softmax"), True),
+                **dict.fromkeys(("query_before_ln", "residual_before", "temperature"), False),
+                **dict.fromkeys(("value", "value_initialized", "regularization"), options.value),
+                "dropout_prob": options.dropout or NEVER,
+            },
+            "model_type": getattr(config, "model_type", None),
+            "model_class": type(model).__name__,
+            "model_name": getattr(config, "_name_or_path", ""),
+            "hidden_size": getattr(config, "hidden_size", None),
+        }
+        return {TENSORS: Tensors(tensors, {"format": "pt"}), CONFIG: json.dumps(written, indent=2, sort_keys=True)}
+
 
 def _read(path: Path) -> tuple[Keys, Keys]:
     whole = Keys(read_json(path / CONFIG), path / CONFIG)
@@ -87,43 +131,115 @@ def _options(keys: Keys, adapters: list[str], model: nn.Module) -> dict[str, Any
     dropout = keys.take("dropout_prob", float, 0.0) or host
     value = keys.take("value", bool)
     keys.check_known()
-    return {"method": "adapter_fusion", "adapters": adapters, "value": value, "dropout": float(dropout)}
+    dropout = 0.0 if dropout <= NEVER else float(dropout)
+    return {"method": "adapter_fusion", "adapters": adapters, "value": value, "dropout": dropout}
+
+
+def _exported(injection: Injection) -> list[str]:
+    """Returns the names of the adapters that a fusion fuses.
+
+    Raises:
+        ExportError: that library has no such fusion.
+    """
+    if injection.method.name != "adapter_fusion" or not injection.config.adapters:
+        raise ExportError(
+            f"{injection.name!r} ({injection.method.name}) is no fusion of adapters of the model, which is all that "
+            "files of adapterhub_fusion hold: peftcore.apply(model, 'adapter_fusion', adapters=[...])"
+        )
+    if any(not graft.by_method for graft in injection.grafts):
+        raise ExportError(f"{injection.name!r} trains modules of the model along, for which these files have no place")
+    adapters: list[str] = injection.config.adapters
+    if wrong := [name for name in adapters if "." in name or "," in name]:
+        raise ExportError(f"adapters has no adapters of the name {wrong[0]!r}: names go without dots and commas")
+    return adapters
+
+
+def _fused(
+    model: nn.Module, host: HostMap, adapters: Sequence[str], what: str, error: type[PeftcoreError]
+) -> dict[Place, Site]:
+    """Returns the modules at which adapters of the model are fused, by place.
+
+    Raises:
+        PeftcoreError: of the kind `error`, an adapter is not a bottleneck that is added to what it reads, or behind a
+            norm reads that norm; or adapters differ in that.
+    """
+    entries = {entry.module: entry for entry in host.entries}
+    sites: dict[Place, Site] = {}
+    kinds: dict[Place, str] = {}
+    for adapter in adapters:
+        for graft in injections(model)[adapter].grafts:
+            if not graft.by_method:
+                continue
+            site, operator = graft.site, graft.operator
+            kind = "branch" if isinstance(operator, BottleneckOperator) else ""
+            kind = operator.placement if isinstance(operator, PfeifferOperator) else kind
+            entry = entries.get(site.module_path)
+            if not kind or entry is None or entry.block is None or entry.role.startswith("cross"):
+                raise error(
+                    f"{what}: {adapter} acts at {site.path} and is no Pfeiffer or Houlsby adapter there; "
+                    "that library fuses others in another way than ours"
+                )
+            place = (entry.block, entry.role.startswith("attn"))
+            sites[place] = site
+            if kinds.setdefault(place, kind) != kind:
+                raise error(
+                    f"{what}: {adapter} stands otherwise at {site.path} than the others (in front of a norm, behind "
+                    "it, at the branch), and that library takes all for what the last one is"
+                )
+    return sites
+
+
+def _check_mixes(operator: Any, site: Site, model: nn.Module, adapters: Sequence[str]) -> None:
+    """Check that a fusion mixes what that library does.
+
+    Raises:
+        ExportError: it mixes outputs of a norm.
+    """
+    grafts = [graft for graft in injections(model)[adapters[0]].grafts if graft.site.path == site.path]
+    if not operator.mixes_inputs and all(graft.operator.only_inputs for graft in grafts):
+        raise ExportError(f'{site.path}: adapters mixes what its adapters give a norm; here mixes="inputs" does')
+
+
+def _holder(host: HostMap, site: Site) -> str:
+    """Returns the path of the module that holds a fusion in that library, where that is the one which has the matrix
+    and the norm behind it, and no other matrix.
+
+    Raises:
+        ExportError: the block is built in another way, and that library has a module of its own for fusions there.
+    """
+    around = site.module_path.rpartition(".")[0]
+    inside = [entry for entry in host.entries if entry.path.rpartition(".")[0] == around and entry.kind != "container"]
+    if sorted("norm" if entry.role == "norm" else entry.path for entry in inside) != sorted(("norm", site.module_path)):
+        raise ExportError(
+            f"{site.path}: fusions are written for blocks that have a matrix and the norm behind it in one module, as "
+            "those of BERT and RoBERTa; what adapters calls the place of one in others is not known"
+        )
+    return around
 
 
 class FusionContent(Content):
     """A fusion of AdapterHub for one host, on which its adapters are."""
 
     def __init__(self, file: TensorFile, name: str, options: dict[str, Any], model: nn.Module) -> None:
-        self.file, self.wrong, places = file, list[str](), dict[str, dict[str, str]]()
+        self.file, self.wrong, places = file, list[str](), dict[Place, dict[str, str]]()
         for full in file.shapes:
             place, middle, tensor = full.partition(f".{HOLDER}.{name}.")
             if middle:
-                places.setdefault(_block(place), {})[tensor] = full
+                places.setdefault((_block(place), "attention" in place), {})[tensor] = full
             else:
                 self.wrong.append(f"unknown {full}")
         if not places:
             raise CheckpointError(f"{file.path} holds no tensors of {name!r}, which {CONFIG} speaks of")
-        there, block_of = injections(model), {each.module: each.block for each in host_map(model).entries}
-        if missing := [each for each in options["adapters"] if each not in there]:
+        there, adapters = injections(model), options["adapters"]
+        if missing := [each for each in adapters if each not in there]:
             raise CheckpointError(
-                f"{file.path} fuses {', '.join(options['adapters'])}: load {', '.join(missing)} before, each with "
+                f"{file.path} fuses {', '.join(adapters)}: load {', '.join(missing)} before, each with "
                 "peftcore.load(model, folder, name=...)"
             )
-        sites = {}
-        for adapter in options["adapters"]:
-            for graft in there[adapter].grafts:
-                if not graft.by_method:
-                    continue
-                operator = graft.operator
-                if not isinstance(operator, PfeifferOperator) or operator.placement != "pre":
-                    raise HostMismatch(
-                        f"{file.path}: {adapter} acts at {graft.site.path} in front of a norm, or is none of seq_bn; "
-                        "that library fuses such adapters in another way than ours, and the file is not read"
-                    )
-                sites[block_of.get(graft.site.module_path) or ""] = graft.site
-        move = find_move(places, sites.keys(), f"the fusion in {file.path}")
-        self.names = {sites[move(block)].module_path: names for block, names in places.items()}
-        chosen = [sites[move(block)] for block in places]
+        sites = _fused(model, host_map(model), adapters, str(file.path), HostMismatch)
+        move = find_move((block for block, _ in places), {block for block, _ in sites}, f"the fusion in {file.path}")
+        chosen = list(self._sites(sites, places, move))
+        self.names = {site.module_path: names for site, names in zip(chosen, places.values(), strict=True)}
         envelope = composed(
             [options],
             [{"": [SavedSite.of(site) for site in chosen]}],
@@ -131,6 +247,16 @@ class FusionContent(Content):
             target=[site.module_path for site in chosen],
         )
         super().__init__(envelope, file.path)
+
+    def _sites(self, sites: dict[Place, Site], places: dict[Place, Any], move: Any) -> Iterator[Site]:
+        for block, attention in places:
+            place = (move(block), attention)
+            if place not in sites:
+                where = "attention" if attention else "feed-forward"
+                raise HostMismatch(
+                    f"{self.file.path} fuses at the {where} of {place[0]}, where its adapters do not act"
+                )
+            yield sites[place]
 
     def tensors(self, surgeon: Surgeon, strict: bool) -> dict[str, Tensor]:
         wrong, used, tensors = list(self.wrong), set[str](), dict[str, Tensor]()

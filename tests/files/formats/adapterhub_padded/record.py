@@ -1,13 +1,14 @@
 """Writes the folders beside it: adapters of the package `adapters` (1.3.0, with transformers 4.57.6), and what its
 models computed with them, in float64, for a batch with padding. Run once, in an environment of its own: ``python
-record.py``.
+record.py``, or with the names of some of the folders.
 
 Hosts are not written down: their numbers are waves, see `host`. As the package saves prefixes in pickles alone, all is
 saved so and then converted.
 """
 
 import shutil
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ import adapters
 import torch
 import transformers
 from adapters import (
+    AdapterFusionConfig,
     ConfigUnion,
     DiReftConfig,
+    DoubleSeqBnConfig,
     LoRAConfig,
     LoReftConfig,
     MAMConfig,
@@ -43,6 +46,9 @@ INPUTS = {"input_ids": IDS, "attention_mask": (IDS != 0).long()}
 DECODED = {"decoder_input_ids": torch.tensor([[2, 3, 4], [2, 5, 6]])}
 
 FLAT, NETWORK = PrefixTuningConfig(flat=True, prefix_length=3), PrefixTuningConfig(prefix_length=3, bottleneck_size=5)
+SEQUENTIAL = SeqBnConfig(reduction_factor=2)
+BRANCH = SeqBnConfig(reduction_factor=2, original_ln_before=False)
+BEHIND = SeqBnConfig(reduction_factor=2, original_ln_after=False, residual_before_ln=False)
 CONFIGS: dict[str, Any] = {
     "bert-prefix": FLAT,
     "bert-prefix_network": NETWORK,
@@ -60,7 +66,36 @@ CONFIGS: dict[str, Any] = {
     "llama-reft_free": NoReftConfig(r=2, prefix_positions=2, suffix_positions=1),
     "bert-reft_direct": DiReftConfig(r=2, prefix_positions=2, suffix_positions=1),
     "llama-union": ConfigUnion(FLAT, LoRAConfig(r=2, alpha=6), ParBnConfig(reduction_factor=2)),
+    "bert-branch": BRANCH,
+    "tagger-branch_attention": DoubleSeqBnConfig(reduction_factor=2, output_adapter=False),
+    "bert-behind": BEHIND,
+    "llama-behind": BEHIND,
 }
+FULL = AdapterFusionConfig(
+    key=True,
+    query=True,
+    value=True,
+    query_before_ln=False,
+    regularization=False,
+    residual_before=False,
+    temperature=False,
+    value_before_softmax=False,
+    value_initialized=False,
+    dropout_prob=0.25,
+)
+FUSIONS: dict[str, tuple[Any, Any]] = {
+    "llama-dynamic": ("dynamic", SEQUENTIAL),
+    "llama-static": ("static", SEQUENTIAL),
+    "llama-both": ("static", DoubleSeqBnConfig(reduction_factor=2)),
+    "bert-dynamic": ("dynamic", SEQUENTIAL),
+    "bert-static": ("static", SEQUENTIAL),
+    "tagger-static": ("static", SEQUENTIAL),
+    "tagger-full": (FULL, SEQUENTIAL),
+    "bert-branch": ("dynamic", BRANCH),
+    "bert-both": ("dynamic", DoubleSeqBnConfig(reduction_factor=2)),
+    "bert-behind": ("dynamic", BEHIND),
+}
+"""Options of a fusion, and of the adapters that it fuses."""
 LAST: dict[str, Callable[[Any], None]] = {"bert-prefix_ejected": lambda model: model.eject_prefix_tuning("trained")}
 """What is done before saving."""
 SINGLE = ("bert-reft",)
@@ -105,8 +140,9 @@ def converted(folder: Path) -> None:
         path.unlink()
 
 
-def main() -> None:
-    for kind, config in CONFIGS.items():
+def single(kinds: Iterable[str]) -> None:
+    for kind in kinds:
+        config = CONFIGS[kind]
         name = kind.partition("-")[0]
         model = host(name)
         torch.manual_seed(0)
@@ -127,21 +163,22 @@ def main() -> None:
         save_file({"output": output}, folder / "expected.safetensors")
 
 
-def fused(name: str, kind: str) -> None:
+def fused(kind: str) -> None:
+    (options, config), name = FUSIONS[kind], kind.partition("-")[0]
     model = host(name)
     torch.manual_seed(0)
     adapters.init(model)
     for adapter in ("trained", "other"):
-        model.add_adapter(adapter, config=SeqBnConfig(reduction_factor=2))
+        model.add_adapter(adapter, config=config)
     setup = Fuse("trained", "other")
-    model.add_adapter_fusion(setup, kind)
+    model.add_adapter_fusion(setup, options)
     model.set_active_adapters(setup)
     model.double().eval()
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if ".trained" in key or ".other" in key:
                 parameter.add_(torch.randn_like(parameter) * 0.5)
-    folder = HERE / f"fusion-{name}-{kind}"
+    folder = HERE / f"fusion-{kind}"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     for adapter in ("trained", "other"):
@@ -153,7 +190,8 @@ def fused(name: str, kind: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
-    fused("llama", "dynamic")
-    fused("llama", "static")
-    fused("bert", "dynamic")
+    made = sys.argv[1:]
+    single(kind for kind in CONFIGS if not made or kind in made)
+    for kind in FUSIONS:
+        if not made or f"fusion-{kind}" in made:
+            fused(kind)
