@@ -79,14 +79,16 @@ class Keys:
             warnings.warn(f"{self.where}: {message}", UserWarning, stacklevel=2)
 
     def only(self, key: str, *values: Any) -> None:
-        """Take an option of which only these values are understood here.
+        """Take an option of which only these values are understood here; what is missing or null is the first one. A
+        value that is off will do as well, but not for an option that is to be on.
 
         Raises:
             CheckpointError: it has another value.
         """
         self.known.add(key)
         value = self.data.get(key, values[0])
-        if value not in values and value not in OFF:
+        off = value is None or (value in OFF and True not in values)
+        if value not in values and not off:
             raise CheckpointError(
                 f"{self.where}: {key!r} is {shown(value)}, which changes what the adapter computes in a way that "
                 f"peftcore does not know; it reads {' and '.join(map(repr, values))}"

@@ -45,6 +45,9 @@ def test_names_are_one_or_several() -> None:
 def test_only_what_is_understood_or_off() -> None:
     keys(bias="none").only("bias", "none", "all")
     keys(bias=False).only("bias", "none")
+    keys(only=None).only("only", True)
+    with pytest.raises(CheckpointError, match="'only' is False, which changes"):
+        keys(only=False).only("only", True)
     with pytest.raises(CheckpointError, match="'bias' is 'some', which changes what the adapter computes"):
         keys(bias="some").only("bias", "none")
 
