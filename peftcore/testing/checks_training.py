@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import peftcore
+from peftcore.errors import TrainingError
 from peftcore.injection.injection import Injection
 from peftcore.testing.kit import TOLERANCES, Case, NotApplicable, check
+from peftcore.testing.tools import raises
 
 STEP = 1e-6
 """The step of finite differences, for numbers in float64."""
@@ -270,7 +272,8 @@ CHECKPOINTED = ("llama", "bert", "t5", "gpt2", "moe", "mistral", "vit")
     "blocks that run again in backward, each by itself, give the same gradients, with both kinds of checkpointing",
     cause="one block reads what an operator of another left in a `Tap`, and that is gone when it runs alone; or, in "
     "the reentrant kind, a block's output does not depend on its input",
-    remedy="make it `Tap(until_backward=True)`, and let what the block returns depend on what it gets",
+    remedy="make it `Tap(until_backward=True)`, and let what the block returns depend on what it gets; where that cannot "
+    "be, the tag `reentrant=False` says so",
     hosts=CHECKPOINTED,
 )
 def each_block_may_run_again(case: Case) -> None:
@@ -284,6 +287,10 @@ def each_block_may_run_again(case: Case) -> None:
         model.zero_grad()
         kind = {"use_reentrant": reentrant}
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kind)  # type: ignore[operator]
+        if reentrant and not case.tags.reentrant:
+            with raises(case, TrainingError, "reentrant checkpointing, with reentrant=False in the tags,"):
+                backward(case, model, inputs, injection)
+            return
         _, again = backward(case, model, inputs, injection)
         expect_same_gradients(case, again, expected, f"reentrant={reentrant}")
 
