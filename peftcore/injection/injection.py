@@ -226,9 +226,9 @@ class Injection(AppliedMethod):
             yield
         finally:
             for path, router in routers.items():
-                router.ledger = before[path]
-            if any(before.values()):
-                self._ledgers = outer
+                vars(router).pop("ledger")
+                if (ledger := before[path]) is not None:
+                    router.ledger, self._ledgers = ledger, outer
             self._replan()
 
     def report(self) -> RouterReport:

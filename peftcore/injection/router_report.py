@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from peftcore.errors import NoRouters
+from peftcore.errors import ExportError, NoRouters
 from peftcore.forward.routers import Ledger, Router, Routes
 
 COLUMNS = ("router", "routes", "choices", "padding", "balance", "entropy", "dropped", "shares")
@@ -82,12 +82,12 @@ class RouterReport:
         """Draw the mean share of each expert at each router into a file, whose ending says in which format.
 
         Raises:
-            ImportError: matplotlib is not installed: pip install matplotlib.
+            ExportError: matplotlib is not installed.
         """
         try:
             from matplotlib.figure import Figure
         except ImportError as error:
-            raise ImportError("a picture needs matplotlib: pip install matplotlib") from error
+            raise ExportError("a picture needs matplotlib: pip install matplotlib") from error
         experts = max(len(row.shares) for row in self.routers)
         shares = [[*row.shares, *[math.nan] * (experts - len(row.shares))] for row in self.routers]
         figure = Figure(figsize=(4 + 0.4 * experts, 1.5 + 0.25 * len(shares)), layout="constrained")

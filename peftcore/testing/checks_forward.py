@@ -315,8 +315,8 @@ def no_hook_runs_in_forward(case: Case) -> None:
 @check(
     "torch.compile without graph breaks gives the same outputs and gradients",
     cause="Python that depends on values of tensors: `.item()`, `if tensor:`; or a call that cannot be traced",
-    remedy="write it in torch operations (`torch.where`); with TORCH_LOGS=graph_breaks torch names the line; where that "
-    "cannot be, the tag `whole_graph=False` says so",
+    remedy="write it in torch operations (`torch.where`); with TORCH_LOGS=graph_breaks torch names the line; where "
+    "that cannot be, the tag `whole_graph=False` says so",
     hosts=tuple(HOSTS),  # so that a quick run, in which nothing takes longer, takes one of them
     cost="slow",
 )

@@ -158,7 +158,6 @@ class UpdateOperator(Operator):
             low = low * self.kept(picks, low)
         return self.layer.add(y, low, B.transpose(0, 1).flatten(1), self.scale)
 
-
     def kept(self, picks: Tensor, low: Tensor) -> Tensor:
         """Return one for the ranks of the expert of each copy, and zero for all others, in the shape of `low`.
 

@@ -72,7 +72,8 @@ class PolytroponOperator(Router):
                 "not divide; choose other splits"
             )
         inputs, outputs = site.in_features // splits, site.out_features // splits
-        self.scale, self.sampled, self.tasks = 1 / config.rank, config.sampled, Tasks(site, config)
+        self.scale, self.tasks = 1 / config.rank, Tasks(site, config)
+        self.noise = 1.0 if config.sampled else 0.0
         lead = (splits, config.skills)
         self.A, self.B = factors(site, (*lead, config.rank, inputs), (*lead, outputs, config.rank), inputs)
         self.logits = nn.Parameter(torch.empty(task_count(config), *lead).uniform_(-1e-3, 1e-3))
@@ -81,7 +82,7 @@ class PolytroponOperator(Router):
         """Return how much of each skill a row gets, ``[rows or 1, splits, skills]``."""
         logits = self.tasks.of_rows(self.logits, rows)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        if self.training and self.sampled:
+        if self.training and self.noise:
             uniform = torch.rand(rows, *logits.shape[1:], dtype=logits.dtype, device=logits.device)
             logits = logits + torch.logit(uniform, eps=torch.finfo(logits.dtype).eps)
         chosen = logits.sigmoid()
@@ -112,7 +113,7 @@ class Polytropon(Method):
 
     name = "polytropon"
     Config = Config
-    tags = Tags(category="multitask", paper="2202.13914", routes="task")
+    tags = Tags(category="multitask", paper="2202.13914", random=True, routes="task")
     learning_rate = LearningRate(
         1e-3, "microsoft/mttl@c66b20d, projects/mhr/configs/t0/poly_lora.json", on="T5-XL, T0", optimizer="Adafactor"
     )

@@ -143,7 +143,9 @@ class XLoRA(OfMergedParts, Method):
 
     name = "xlora"
     Config = Config
-    tags = Tags(category="multitask", paper="2402.07148", per_row=False, routes="token", reentrant=False, whole_graph=False)
+    tags = Tags(
+        category="multitask", paper="2402.07148", per_row=False, routes="token", reentrant=False, whole_graph=False
+    )
     target = ()
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:

@@ -1,5 +1,5 @@
-"""LoRAMoE: the kit; numbers of the authors' layer, whose softmax and loss are in float32; the equation for several kinds
-of layers; the balancing loss without padding, in a model, and where it cannot be."""
+"""LoRAMoE: the kit; numbers of the authors' layer, whose softmax and loss are in float32; the equation for kinds of
+layers; the balancing loss without padding, in a model, and where it cannot be."""
 
 import math
 from collections.abc import Callable

@@ -1,5 +1,5 @@
-"""MixLoRA: the kit; numbers of the authors' layer; the balancing loss of transformers' Mixtral, with padding; generation
-with caches and beams; two at once; what is refused."""
+"""MixLoRA: the kit; numbers of the authors' layer; the balancing loss of transformers' Mixtral, with padding;
+generation with caches and beams; what is refused."""
 
 import math
 from collections.abc import Callable

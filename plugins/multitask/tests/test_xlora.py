@@ -20,6 +20,7 @@ from peftcore.testing.kit import fill
 TARGET = ["q_proj", "down_proj"]
 LORA = {"method": "lora", "rank": 3, "target": [f"*{name}" for name in TARGET]}
 
+
 @conformance(
     "xlora",
     options={"*": {"parts": [{"method": "lora", "rank": 3}] * 2, "depth": 2, "width": 12, "dropout": 0.0}},
