@@ -101,7 +101,7 @@ class LoRAMoE(Method):
 
     Example:
         injection = peftcore.apply(model, "loramoe", tasks=["skill", "knowledge"], balance=0.01, delta=0.1)
-        peftcore.call(model, task=["skill", "knowledge"])  # of each row; in evaluation nobody has to say
+        peftcore.call(model, task="skill")  # or a list, one for each row; in evaluation nobody has to say
     """
 
     name = "loramoe"

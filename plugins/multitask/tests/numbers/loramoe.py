@@ -21,7 +21,8 @@ def wave(*shape: int, step: float) -> Tensor:
 
 
 def numbers(checkout: Path) -> dict[str, list[float]]:
-    """Returns the output, the balancing loss for rows of types 1 and 0, and the gradients of output and loss, all flat. The softmax and the loss are in float32."""
+    """Returns the output, the balancing loss for rows of types 1 and 0, and the gradients of either, all
+    flat. The softmax and the loss are in float32."""
     importlib.import_module("transformers")  # the installed one: the checkout has an old one of its own
     layer = load(checkout / SOURCE.script, root=checkout).Linear(
         5, 4, r=2, lora_alpha=3.0, lora_nums=EXPERTS, blc_alpha=0.2, blc_weight=0.3
