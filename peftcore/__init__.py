@@ -40,6 +40,7 @@ from peftcore.forward.attention import Attend, AttentionOperator
 from peftcore.forward.cached_weights import cache_weights
 from peftcore.forward.context import ForwardContext, Tap, forward_context
 from peftcore.forward.host_state import injections
+from peftcore.forward.routers import Router, by_row
 from peftcore.forward.routing import OneForward
 from peftcore.forward.save_pretrained import saving_base
 from peftcore.forward.tokens import Tokens
@@ -126,6 +127,7 @@ __all__ = [
     "QuantizedLayer",
     "Replacement",
     "Resolver",
+    "Router",
     "Rows",
     "Scheme",
     "SequenceOperator",
@@ -152,6 +154,7 @@ __all__ = [
     "block_sites",
     "branch",
     "branch_end",
+    "by_row",
     "cache_in",
     "cache_weights",
     "cached_tokens",

@@ -102,6 +102,11 @@ class MissingContext(PeftcoreError, LookupError):
     """A method needs a value for which forward has no argument: ``with peftcore.call(model, task=...)``."""
 
 
+class NoRouters(PeftcoreError, LookupError):
+    """An adapter is asked for a report of its routers, and has none, or nobody watched them: run the model within
+    ``injection.reporting()`` first."""
+
+
 class AmbiguousChoice(PeftcoreError, RuntimeError):
     """A thread has no choice of its own, and may work for blocks that are open elsewhere; say in it what acts:
     ``peftcore.using(model, name)(function, ...)``."""

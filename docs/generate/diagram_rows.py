@@ -113,7 +113,8 @@ def frame(drawn: Drawn, path: str) -> Frame:
     own = inside(drawn, path)
     norms = [keys[entry.path, entry.role] for entry in own if entry.role == "norm"]
     boxes = dict.fromkeys(Key(role) for entry in own if entry.role != "norm" for role in parts(entry))
-    branches = [found for family in FAMILIES if (found := branch(boxes, family))]
+    marked = frozenset(key for mark in drawn.marks for key in mark.keys)
+    branches = [found for family in FAMILIES if (found := branch(boxes, family, marked))]
     lines: list[Row] = []
     for number, each in enumerate(branches):
         mine = norms[number : number + 1] if number < len(branches) - 1 else norms[number:]
@@ -129,8 +130,9 @@ def frame(drawn: Drawn, path: str) -> Frame:
     return Frame(f"{words} × {number_of}{part}", tuple(lines), whole and "conv" not in words)
 
 
-def branch(boxes: Iterable[Key], family: str) -> list[tuple[Key, ...]]:
-    """The boxes of a branch: what reads, what computes, what ends it."""
+def branch(boxes: Iterable[Key], family: str, marked: frozenset[Key]) -> list[tuple[Key, ...]]:
+    """The boxes of a branch: what reads, what computes, what ends it. A whole feed-forward, or all experts, are a box
+    where they are `marked` themselves."""
 
     def of(key: Key) -> str:
         start = key.role.partition(".")[0]
@@ -143,5 +145,9 @@ def branch(boxes: Iterable[Key], family: str) -> list[tuple[Key, ...]]:
     own = sorted((key for key in boxes if of(key) == family), key=rank)
     ends = [key for key in own if key.role.endswith((".out", ".down"))]
     core = [key for key in own if key.role in ("attn", "cross")]
-    first = [key for key in own if key not in ends and key not in core and key.role not in ("mlp", "experts")]
+    first = [
+        key
+        for key in own
+        if key not in ends and key not in core and (key.role not in ("mlp", "experts") or key in marked)
+    ]
     return [tuple(each) for each in (first, core, ends) if each]

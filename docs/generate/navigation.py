@@ -20,6 +20,7 @@ SECTIONS = {
             "training",
             "quantization",
             "several",
+            "mixtures",
             "serving",
         ),
         *("files", "concepts", "roles", "promises", "performance"),

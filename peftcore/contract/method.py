@@ -7,7 +7,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import InitVar, dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -79,6 +79,14 @@ class Tags:
     not there, or with a norm held constant."""
     data_options: Mapping[str, Any] | None = None
     """Where only some options need data, these: ``{"start": "gradient"}``. `needs_data` then speaks of the defaults."""
+    routes: Literal["token", "sequence", "task"] | None = None
+    """It is a mixture: its operators (`Router`) give shares of experts to each of these, and `Injection.report` tells
+    them."""
+    reentrant: bool = True
+    """With default options it trains under reentrant checkpoints of single blocks; else these are a TrainingError, and
+    only the others work (``use_reentrant=False``)."""
+    whole_graph: bool = True
+    """With default options torch.compile makes one graph of the model (``fullgraph=True``); else it needs breaks."""
 
     def __post_init__(self, checked_against: str) -> None:
         if checked_against:

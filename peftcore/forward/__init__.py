@@ -7,6 +7,7 @@ It may import `roles`, and what is below. In the order of reading:
 - `own_losses`: the losses that methods add to the model's.
 - `tokens`: the tokens of one forward, and what was decided when they were new.
 - `context`: the context of one forward of the model, which backward may repeat.
+- `routers`: operators that give shares of experts, and what is summed up of them.
 - `recorder`: opens and closes the context of each forward, and knows which one backward repeats.
 - `scopes`: for whom a choice holds, and until when.
 - `cache`: what is computed from weights, kept while nobody writes to them.

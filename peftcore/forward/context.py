@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from peftcore.errors import MissingContext, SequenceError, TrainingError
 from peftcore.forward.checkpoints import reentrant, remember, remembered, running
-from peftcore.forward.tokens import CACHES, Tokens
+from peftcore.forward.tokens import CACHES, OF_DECODER, Tokens
 from peftcore.layers.kernels import transformed
 from peftcore.utils.renamed import renamed
 from peftcore.utils.threads import this_thread
@@ -227,13 +227,32 @@ class ForwardContext:
         inputs = bound(self._model, self._args, self._kwargs)
         return inputs if self.rows is None else {name: self.rows.of(each) for name, each in inputs.items()}
 
+    @property
+    def of_two_streams(self) -> bool:
+        """Whether the host takes tokens of an encoder and of a decoder, which have masks of their own."""
+        taken = () if self._model is None else inspect.signature(self._model.forward).parameters
+        return not OF_DECODER.isdisjoint(taken)
+
     def add_loss(self, loss: Tensor) -> None:
         """Add a scalar to the loss of the host's output, in training. Repeated forwards add nothing twice.
 
         Where the output has no loss, it waits for `Injection.losses`.
+
+        Raises:
+            TrainingError: as `check_loss_learns`.
         """
+        self.check_loss_learns()
         if self.open and (self._model is not None or (self.visits and not repeating())):
             self.losses.append(loss)
+
+    def check_loss_learns(self) -> None:
+        """Verify that a loss which an operator makes now has a gradient.
+
+        Raises:
+            TrainingError: it is made inside a reentrant checkpoint, which keeps none.
+        """
+        if not torch.is_grad_enabled() and not torch.compiler.is_compiling() and reentrant() is not None:
+            raise TrainingError(LOST)
 
     def without(
         self,
@@ -365,6 +384,12 @@ def outside() -> ForwardContext | None:
 REENTRANT = (
     "a block reads what another part of the adapter made, which a reentrant checkpoint gives no gradient: take the "
     "others, model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})"
+)
+
+
+LOST = (
+    "a block adds a loss of the adapter's own, which a reentrant checkpoint gives no gradient: take the others, "
+    "model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})"
 )
 
 

@@ -19,7 +19,8 @@ from peftcore.errors import MissingContext
 CACHES = ("past_key_values", "cache", "past_key_value", "cache_params")
 """The names under which transformers hands its caches on."""
 _TOKENS = ("input_ids", "inputs_embeds")
-_OF_DECODER = frozenset({"decoder_input_ids", "decoder_inputs_embeds"})
+OF_DECODER = frozenset({"decoder_input_ids", "decoder_inputs_embeds"})
+"""Arguments of models that have an encoder and a decoder."""
 _KEPT = "_peftcore_kept"
 """The attribute of a cache in which decisions about its tokens are kept."""
 REMEDY = "say from which column of tokens on it acts, one for each row: with peftcore.call(model, since=[...]): ..."
@@ -55,7 +56,7 @@ class Tokens:
     def __init__(self, inputs: Mapping[str, Any], names: Collection[str] = ()) -> None:
         found = next((inputs[name] for name in _TOKENS if isinstance(inputs.get(name), Tensor)), None)
         self._cache = next((inputs[name] for name in CACHES if inputs.get(name) is not None), None)
-        self.counted = found is not None and found.dim() > 1 and _OF_DECODER.isdisjoint(names)
+        self.counted = found is not None and found.dim() > 1 and OF_DECODER.isdisjoint(names)
         counted = found if found is not None and self.counted else torch.empty(0, 0)
         self.batch, self.new = int(counted.shape[0]), int(counted.shape[1])
         self.ids = found if found is not None and not found.is_floating_point() else None

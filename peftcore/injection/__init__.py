@@ -4,6 +4,7 @@ It may import `training`, and what is below; saving is left to `files`, which is
 
 - `applied`: one method with its operators; the parts of a hybrid.
 - `summary`: one injection at a glance.
+- `router_report`: what the routers of a mixture did.
 - `quantized_layer`: quantized layers, and how a module becomes one in place.
 - `freezing`: the base is frozen while adapters are on it.
 - `folding`: what computes a weight is folded away, and comes back.

@@ -16,16 +16,18 @@ from torch.optim import Optimizer
 
 from peftcore.contract.compositions import Stack
 from peftcore.contract.operators import Combiner, InputOperator, trainable_numbers
-from peftcore.errors import CompositionError, InactiveSite, MergeError, RouteError, UnknownInjection
+from peftcore.errors import CompositionError, InactiveSite, MergeError, NoRouters, RouteError, UnknownInjection
 from peftcore.forward.class_swap import is_reached
 from peftcore.forward.host_state import HostState, drop_state
+from peftcore.forward.routers import Ledger
 from peftcore.forward.save_pretrained import note_form
 from peftcore.forward.scopes import Chosen
 from peftcore.forward.slot import slot_of
-from peftcore.injection import merging, swapping
+from peftcore.injection import merging, router_report, swapping
 from peftcore.injection.applied import AppliedMethod
 from peftcore.injection.freezing import thaw
 from peftcore.injection.originals import Fingerprint, Keep
+from peftcore.injection.router_report import RouterReport
 from peftcore.injection.summary import Summary
 from peftcore.layers.layer import GRAFTED
 from peftcore.registry.plugins import registry
@@ -58,6 +60,7 @@ class Injection(AppliedMethod):
         """Of operators that are made of the base's weights, by key: what these were."""
         self._merge: merging.Merged | None = None
         self._low_memory = False
+        self._ledgers: dict[str, Ledger] = {}
 
     @property
     def whole(self) -> Injection:
@@ -198,6 +201,48 @@ class Injection(AppliedMethod):
         if losses:
             return sum(losses[1:], losses[0])
         return torch.zeros((), device=next((each.device for each in self.parameters()), None))
+
+    @contextmanager
+    def reporting(self) -> Iterator[None]:
+        """Context manager in which the routers of a mixture sum up their gates, for `report`: of all forwards in which
+        it acts, in every thread; what backward repeats does not count twice. It costs a few operations a router, and
+        two numbers an expert. A compiled model is compiled again for it, and after it.
+
+            with injection.reporting():
+                model(**batch)
+            print(injection.report())
+
+        Raises:
+            NoRouters: none of its operators routes.
+        """
+        self._alive()
+        routers = router_report.routers_of(self.name, self.operators)
+        outer, self._ledgers = self._ledgers, {path: Ledger() for path in routers}
+        before = {path: vars(router).get("ledger") for path, router in routers.items()}
+        for path, router in routers.items():
+            router.ledger = self._ledgers[path]
+        self._replan()  # while they are watched, those of several adapters do not run as one
+        try:
+            yield
+        finally:
+            for path, router in routers.items():
+                vars(router).pop("ledger")
+                if (ledger := before[path]) is not None:
+                    router.ledger, self._ledgers = ledger, outer
+            self._replan()
+
+    def report(self) -> RouterReport:
+        """Returns what the routers of a mixture did in the last block of `reporting`, or have done so far within it:
+        the share of each expert, how even these are, the entropy of gates, and dropped tokens. Padding does not count.
+        It prints as a table; ``.json()``, ``.to_dict()``, ``.plot("routers.png")``.
+
+        Raises:
+            NoRouters: none of its operators routes, or none was watched yet.
+        """
+        routers = router_report.routers_of(self.name, self.operators)
+        if not self._ledgers:
+            raise NoRouters(f"nobody watched the routers of {self.name!r}: run the model within injection.reporting()")
+        return router_report.report(self.name, self.method.name, routers, self._ledgers)
 
     def optimizer(
         self, cls: Callable[..., Optimizer], *, lr: float, total_steps: int | None = None, **options: Any

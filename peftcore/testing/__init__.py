@@ -26,8 +26,9 @@ It may import all of peftcore but `comparing` and `cli`. In the order of reading
 - `gathering`: a plugin of pytest that writes down what tests compare with.
 - `quantizers`: the same frame for schemes that quantize weights.
 - `checks_injection`, `checks_declared`, `checks_training`, `checks_forward`, `checks_around_training`,
-  `checks_switching`, `checks_lifecycle`, `checks_calls`, `checks_merge`, `checks_files`, `checks_refused_files`,
-  `checks_packed`, `checks_learning`, `checks_quantizers`, `checks_adapted_quantizers`: one subject of checks a module.
+  `checks_switching`, `checks_lifecycle`, `checks_calls`, `checks_routers`, `checks_merge`, `checks_files`,
+  `checks_refused_files`, `checks_packed`, `checks_learning`, `checks_quantizers`,
+  `checks_adapted_quantizers`: one subject of checks a module.
 """
 
 import importlib
@@ -49,6 +50,7 @@ for _name in (
     "switching",
     "lifecycle",
     "calls",
+    "routers",
     "merge",
     "files",
     "refused_files",

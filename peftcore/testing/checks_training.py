@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import peftcore
+from peftcore.errors import TrainingError
 from peftcore.injection.injection import Injection
 from peftcore.testing.kit import TOLERANCES, Case, NotApplicable, check
+from peftcore.testing.tools import raises
 
 STEP = 1e-6
 """The step of finite differences, for numbers in float64."""
@@ -270,7 +272,8 @@ CHECKPOINTED = ("llama", "bert", "t5", "gpt2", "moe", "mistral", "vit")
     "blocks that run again in backward, each by itself, give the same gradients, with both kinds of checkpointing",
     cause="one block reads what an operator of another left in a `Tap`, and that is gone when it runs alone; or, in "
     "the reentrant kind, a block's output does not depend on its input",
-    remedy="make it `Tap(until_backward=True)`, and let what the block returns depend on what it gets",
+    remedy="make it `Tap(until_backward=True)`, and let what the block returns depend on what it gets; where that "
+    "cannot be, the tag `reentrant=False` says so",
     hosts=CHECKPOINTED,
 )
 def each_block_may_run_again(case: Case) -> None:
@@ -284,8 +287,47 @@ def each_block_may_run_again(case: Case) -> None:
         model.zero_grad()
         kind = {"use_reentrant": reentrant}
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kind)  # type: ignore[operator]
+        if reentrant and not case.tags.reentrant:
+            _reentrant_is_refused(case)
+            return
         _, again = backward(case, model, inputs, injection)
         expect_same_gradients(case, again, expected, f"reentrant={reentrant}")
+
+
+def _reentrant_is_refused(case: Case) -> None:
+    """Check that training under reentrant checkpoints raises, with the draws that the method makes."""
+    model, inputs = case.fresh()
+    injection = case.filled(model)
+    model.train().enable_input_require_grads()  # type: ignore[operator]
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})  # type: ignore[operator]
+    with raises(case, TrainingError, "reentrant checkpointing, with reentrant=False in the tags,"):
+        backward(case, model, inputs, injection)
+
+
+@check(
+    "what draws in training draws the same where a block runs again in backward: gradients are those of its forward",
+    cause="an operator draws from a generator of its own, which goes on when the block runs again",
+    remedy="draw from torch's global generator, which checkpoints restore",
+    when=lambda tags: tags.random,
+    hosts=("llama",),
+)
+def draws_are_those_of_the_forward(case: Case) -> None:
+    found = []
+    for again in (False, True):
+        model, inputs = case.fresh(torch.float64)
+        injection = case.filled(model, dtype="float64")
+        for _, module in injection.modules():
+            module.train()
+        model.train().enable_input_require_grads()  # type: ignore[operator]
+        if again:
+            kind = {"use_reentrant": False}
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kind)  # type: ignore[operator]
+        output = _held(case, model, inputs)
+        loss(output).backward()  # type: ignore[no-untyped-call]
+        found.append((output.detach(), gradients_of(injection)))
+    (output, expected), (other, gradients) = found
+    case.expect_close(other, output, "the output of blocks that will run again")
+    expect_same_gradients(case, gradients, expected, "run again with draws")
 
 
 @check(

@@ -28,10 +28,13 @@ TAGS = {
     "mergeable": "merges into the weights of the model",
     "identity_at_init": "changes nothing until it has trained",
     "per_row": "per-sample adapters: each sample of a batch can have its own",
+    "routes": "a mixture: it gives shares of experts, and reports them",
     "low_rank": "its update is two factors: it can be turned into LoRA",
     "needs_data": "looks at data before it trains",
     "scheduled": "changes while it trains, by the number of steps",
     "random": "draws random numbers while it trains",
+    "whole_graph": "torch.compile makes one graph of the model",
+    "reentrant": "trains under reentrant checkpoints",
     "exact_gradient": "its gradients are those of what it computes",
 }
 """Meanings of the tags, in the order in which they are shown."""

@@ -135,7 +135,7 @@ class Shadow(Method):
 
     name = "shadow"
     Config = Config
-    tags = Tags(category="additive", paper="2604.19254", random=True)
+    tags = Tags(category="additive", paper="2604.19254", random=True, reentrant=False)
     learning_rate = LearningRate(3e-3, "ShadowLLM/shadow-peft@665d889, experiment/best_script.md", on="Qwen3-8B, GSM8K")
     target = ("block",)
 

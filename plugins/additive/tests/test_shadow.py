@@ -35,14 +35,12 @@ LM, CLASSES = "CAUSAL_LM", "SEQ_CLS"
 
 
 HOSTS_OF_IT = ("llama", "gpt2", "moe", "mistral")
-REENTRANT = "the guest's gradient has no way out of reentrant checkpoints, which are refused"
 ALL_ROWS = "the guest sees all rows of the batch, so that what it keeps of them lies beside the model's cache"
 
 
 @conformance(
     "shadow",
     expected_failures={
-        **{f"each_block_may_run_again-{host}": REENTRANT for host in HOSTS_OF_IT},
         **{f"each_pays_for_its_own_rows-{host}": ALL_ROWS for host in HOSTS_OF_IT},
     },
 )

@@ -29,7 +29,7 @@ import torch
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
-from peftcore import Method, Operator, Site, Surgeon, Tags
+from peftcore import Method, Router, Site, Surgeon, Tags
 from peftcore.errors import ConfigError, UnsupportedSite
 from peftcore_multitask._chosen import Factors, add_shares, first_of
 from peftcore_multitask._merging import Members, OfMergedParts, PartsConfig, collected
@@ -74,7 +74,7 @@ def prototype(A: Tensor, B: Tensor) -> Tensor:
     return longest / longest.norm().clamp(min=tiny)
 
 
-class ArrowOperator(Operator):
+class ArrowOperator(Router):
     """The parts of one module, of which each token chooses."""
 
     def __init__(self, site: Site, config: Config, members: Members) -> None:
@@ -103,6 +103,7 @@ class ArrowOperator(Operator):
         shares = torch.zeros_like(likeness).scatter(
             -1, largest.indices, (largest.values / self.temperature).softmax(-1)
         )
+        self.noted(shares)
         return add_shares(self, y, x, every, shares)
 
 
@@ -111,7 +112,7 @@ class Arrow(OfMergedParts, Method):
 
     name = "arrow"
     Config = Config
-    tags = Tags(category="multitask", paper="2405.11157", exact_gradient=False)
+    tags = Tags(category="multitask", paper="2405.11157", exact_gradient=False, routes="token")
     target = ()
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:

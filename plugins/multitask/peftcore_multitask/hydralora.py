@@ -26,7 +26,7 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import MATRICES, LearningRate, Method, MethodConfig, Operator, Site, Surgeon, Tags
+from peftcore import MATRICES, LearningRate, Method, MethodConfig, Router, Site, Surgeon, Tags
 from peftcore.errors import UnsupportedSite
 from peftcore_multitask._skills import factors
 
@@ -45,7 +45,7 @@ class Config(MethodConfig):
     """Probability with which inputs of a head's update are dropped in training."""
 
 
-class HydraLoRAOperator(Operator):
+class HydraLoRAOperator(Router):
     """The shared A, the heads and the gate of one site."""
 
     stackable = True
@@ -66,6 +66,7 @@ class HydraLoRAOperator(Operator):
         A, B, gate = self.cast(y, self.A, self.B, self.gate)
         logits = self.layer.apply(x, gate)
         shares = logits.softmax(channels, dtype=torch.promote_types(logits.dtype, torch.float32))
+        self.noted(shares, channels)
         (shares,) = self.cast(y, shares)  # channels: heads
         draws = self.heads if self.training and self.dropout.p else 1
         lows = [self.layer.apply(self.dropout(x), A) for _ in range(draws)]  # channels: rank
@@ -78,7 +79,7 @@ class HydraLoRA(Method):
 
     name = "hydralora"
     Config = Config
-    tags = Tags(category="multitask", paper="2404.19245", random=True)
+    tags = Tags(category="multitask", paper="2404.19245", random=True, routes="token")
     learning_rate = LearningRate(2e-4, "Clin0212/HydraLoRA@afb693b, HydraLoRA/fine-tuning.sh", on="LLaMA")
     config_version = 2
     former_defaults = ({"rank": 8, "dropout": 0.0},)

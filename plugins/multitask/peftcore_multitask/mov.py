@@ -26,7 +26,7 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import MATRICES, LearningRate, Method, MethodConfig, Operator, Site, Surgeon, Tags, full_precision
+from peftcore import MATRICES, LearningRate, Method, MethodConfig, Router, Site, Surgeon, Tags, full_precision
 from peftcore.errors import UnsupportedSite
 
 HEADED = ("attn.k", "attn.v", "cross.k", "cross.v")
@@ -57,7 +57,7 @@ class RoutedSite(Site):
     """Features that the router reads at once."""
 
 
-class MoVOperator(Operator):
+class MoVOperator(Router):
     """The vectors of one site, and their router."""
 
     stackable = True
@@ -82,6 +82,7 @@ class MoVOperator(Operator):
             precise = torch.promote_types(self.gain.dtype, torch.float32)
             heads = a.movedim(dim, -1).unflatten(-1, (len(self.gain), -1)).to(precise)  # [..., heads, head]
             shares = (heads @ self.router.to(precise).T).softmax(-1)  # [..., heads, experts]
+            self.noted(shares, inner=1)
             gain = torch.einsum("...he,hew->...hw", shares, self.gain.to(precise)).flatten(-2)
         return a * gain.movedim(-1, dim).to(a.dtype)
 
@@ -115,7 +116,7 @@ class MoV(Method):
 
     name = "mov"
     Config = Config
-    tags = Tags(category="multitask", paper="2309.05444")
+    tags = Tags(category="multitask", paper="2309.05444", routes="token")
     learning_rate = LearningRate(
         3e-4, "for-ai/parameter-efficient-moe@e2683fe, configs/mov.gin", on="T5 1.1 large, P3", optimizer="Adafactor"
     )

@@ -29,7 +29,7 @@ import torch
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import MATRICES, AppliedMethod, LearningRate, Method, Operator, Site, Surgeon, Tags
+from peftcore import MATRICES, AppliedMethod, LearningRate, Method, Router, Site, Surgeon, Tags
 from peftcore.errors import UnsupportedSite
 from peftcore_multitask._skills import factors
 from peftcore_multitask._tasks import TaskConfig, Tasks, task_count
@@ -58,8 +58,10 @@ def _blocks(parts: Tensor) -> Tensor:
     return (eye * parts.unsqueeze(2)).flatten(2, 3).flatten(0, 1)
 
 
-class PolytroponOperator(Operator):
+class PolytroponOperator(Router):
     """The skills of one site, and the logits of its tasks."""
+
+    routes = "task"
 
     def __init__(self, site: Site, config: Config) -> None:
         super().__init__(site)
@@ -70,7 +72,8 @@ class PolytroponOperator(Operator):
                 "not divide; choose other splits"
             )
         inputs, outputs = site.in_features // splits, site.out_features // splits
-        self.scale, self.sampled, self.tasks = 1 / config.rank, config.sampled, Tasks(site, config)
+        self.scale, self.tasks = 1 / config.rank, Tasks(site, config)
+        self.noise = 1.0 if config.sampled else 0.0
         lead = (splits, config.skills)
         self.A, self.B = factors(site, (*lead, config.rank, inputs), (*lead, outputs, config.rank), inputs)
         self.logits = nn.Parameter(torch.empty(task_count(config), *lead).uniform_(-1e-3, 1e-3))
@@ -79,7 +82,7 @@ class PolytroponOperator(Operator):
         """Return how much of each skill a row gets, ``[rows or 1, splits, skills]``."""
         logits = self.tasks.of_rows(self.logits, rows)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        if self.training and self.sampled:
+        if self.training and self.noise:
             uniform = torch.rand(rows, *logits.shape[1:], dtype=logits.dtype, device=logits.device)
             logits = logits + torch.logit(uniform, eps=torch.finfo(logits.dtype).eps)
         chosen = logits.sigmoid()
@@ -90,7 +93,10 @@ class PolytroponOperator(Operator):
         A, B = self.cast(y, self.A, self.B)
         low = self.layer.apply(x, _blocks(A.flatten(1, 2))).movedim(channels, -1)  # [..., splits * skills * rank]
         batched = low.dim() > -channels
-        (w,) = self.cast(y, self.weights(len(low) if batched else 1))
+        rows = len(low) if batched else 1
+        weights = self.weights(rows)
+        self.noted(weights.expand(rows, *weights.shape[1:]))
+        (w,) = self.cast(y, weights)
         w = w.view(*w.shape[: int(batched)], *[1] * (low.dim() - 1 - int(batched)), *w.shape[-2:], 1)
         low = (low.unflatten(-1, self.A.shape[:3]) * w).sum((-3, -2))  # [..., rank]
         low = (low[..., None, None, :] * w).flatten(-3).movedim(-1, channels)
@@ -107,7 +113,7 @@ class Polytropon(Method):
 
     name = "polytropon"
     Config = Config
-    tags = Tags(category="multitask", paper="2202.13914")
+    tags = Tags(category="multitask", paper="2202.13914", random=True, routes="task")
     learning_rate = LearningRate(
         1e-3, "microsoft/mttl@c66b20d, projects/mhr/configs/t0/poly_lora.json", on="T5-XL, T0", optimizer="Adafactor"
     )

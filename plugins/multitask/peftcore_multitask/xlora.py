@@ -31,6 +31,7 @@ from peftcore import (
     Method,
     Operator,
     PassCache,
+    Router,
     Shared,
     Site,
     Surgeon,
@@ -113,7 +114,7 @@ class ClassifierOperator(Operator):
         return shares
 
 
-class XLoRAOperator(Operator):
+class XLoRAOperator(Router):
     """The parts of one module, each with a share in each token."""
 
     def __init__(self, site: Site, config: Config, members: Members, shares: Tap, number: int) -> None:
@@ -132,7 +133,9 @@ class XLoRAOperator(Operator):
         factors = [(A, B, own * s) for own, (A, B, s) in zip(self.scales, [p.factors() for p in parts], strict=True)]
         if shares.shape[:-1].numel() != x.shape[:-1].numel():
             raise SequenceError(f"a module is given {tuple(x.shape)}, other tokens than the stack: exclude it")
-        return add_shares(self, call(x), x, factors, shares.view(*x.shape[:-1], -1))
+        shares = shares.view(*x.shape[:-1], -1)
+        self.noted(shares)
+        return add_shares(self, call(x), x, factors, shares)
 
 
 class XLoRA(OfMergedParts, Method):
@@ -140,7 +143,9 @@ class XLoRA(OfMergedParts, Method):
 
     name = "xlora"
     Config = Config
-    tags = Tags(category="multitask", paper="2402.07148", per_row=False)
+    tags = Tags(
+        category="multitask", paper="2402.07148", per_row=False, routes="token", reentrant=False, whole_graph=False
+    )
     target = ()
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:

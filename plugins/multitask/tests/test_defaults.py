@@ -7,6 +7,10 @@ from named_defaults import Free, Held, assert_as_said, rows
 
 DARE = "yule-BUAA/MergeLM@0dbd199"
 HYDRALORA = "Clin0212/HydraLoRA@afb693b, HydraLoRA/fine-tuning.sh"
+LORAMOE = "Ablustrund/LoRAMoE@1177288, run_loramoe.sh"
+MIXLORA = "TUDB-Labs/MixLoRA@d59d09b, README.md"
+MOELORA = "liuqidong07/MOELoRA-peft@2d9efa4"
+MOLORA = "for-ai/parameter-efficient-moe@e2683fe"
 MOV = "for-ai/parameter-efficient-moe@e2683fe, configs/mov.gin"
 ATTEMPT = "AkariAsai/ATTEMPT@b5121e5, attempt/configs/attempt"
 """MPT has no code of its authors; their paper takes over the tasks of ATTEMPT, and its prompts."""
@@ -26,6 +30,30 @@ HELD: Held = {
     ("hydralora", "heads"): (4, f"{HYDRALORA}: lora_b_nums= 4"),
     ("hydralora", "alpha"): (32.0, f"{HYDRALORA}: lora_alpha=32"),
     ("hydralora", "dropout"): (0.05, f"{HYDRALORA}: lora_dropout=0.05"),
+    ("loramoe", "experts"): (8, f"{LORAMOE}: lora_nums=8"),
+    ("loramoe", "rank"): (4, f"{LORAMOE}: lora_rank=4"),
+    ("loramoe", "alpha"): (32.0, f"{LORAMOE}: lora_alpha=32"),
+    ("loramoe", "dropout"): (0.05, f"{LORAMOE}: lora_dropout=0.05"),
+    ("loramoe", "balance"): (0.0, f"{LORAMOE}: blc_weight=0.0"),
+    ("loramoe", "delta"): (0.0, f"{LORAMOE}: blc_alpha=0.0"),
+    ("mixlora", "experts"): (8, f'{MIXLORA}: "num_experts": 8'),
+    ("mixlora", "top_k"): (2, f'{MIXLORA}: "top_k": 2'),
+    ("mixlora", "rank"): (8, f'{MIXLORA}: "r": 8'),
+    ("mixlora", "alpha"): (16.0, f'{MIXLORA}: "lora_alpha": 16'),
+    ("mixlora", "dropout"): (0.05, f'{MIXLORA}: "lora_dropout": 0.05'),
+    ("mixlora", "balance"): (
+        0.01,
+        f'{MIXLORA}: "router_aux_loss_coef": 0.01; mixlora/config.py has 0.001 where a file says nothing',
+    ),
+    ("moelora", "tasks"): (1, f"{MOELORA}, src/MLoRA/arguments.py: task_num default=16; ours is 1, as in polytropon"),
+    ("moelora", "experts"): (8, f"{MOELORA}, experiments/moelora.bash: --expert_num 8"),
+    ("moelora", "rank"): (16, f"{MOELORA}, experiments/moelora.bash: lora_rank=16"),
+    ("moelora", "alpha"): (32.0, f"{MOELORA}, src/MLoRA/arguments.py: lora_alpha default=32."),
+    ("moelora", "dropout"): (0.1, f"{MOELORA}, experiments/moelora.bash: lora_dropout=0.1"),
+    ("moelora", "task_width"): (64, f"{MOELORA}, src/MLoRA/arguments.py: task_embedding_dim default=64"),
+    ("molora_moe", "experts"): (10, f"{MOLORA}, configs/molora.gin: num_experts = 10"),
+    ("molora_moe", "rank"): (4, f"{MOLORA}, configs/molora.gin: rank = 4"),
+    ("molora_moe", "alpha"): (16.0, f"{MOLORA}, src/molora.py: alpha = 16"),
     ("mov", "experts"): (30, f"{MOV}: num_experts = 30"),
     ("multitask_prompt_tuning", "tasks"): (1, "peft 0.21: MultitaskPromptTuningConfig.num_tasks"),
     ("multitask_prompt_tuning", "length"): (
@@ -71,7 +99,9 @@ HELD: Held = {
     ("xlora", "scale"): (1.0, "peft 0.21: XLoraConfig.global_scaling_weight"),
 }
 
-FREE: Free = {}
+FREE: Free = {
+    ("loramoe", "tasks"): "the authors' two kinds of data are in their code; with one, nobody has to tell them",
+}
 
 
 @pytest.mark.parametrize(("method", "option", "row"), rows(HELD, FREE))

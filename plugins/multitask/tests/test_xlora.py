@@ -19,18 +19,11 @@ from peftcore.testing.kit import fill
 
 TARGET = ["q_proj", "down_proj"]
 LORA = {"method": "lora", "rank": 3, "target": [f"*{name}" for name in TARGET]}
-HOSTS = ("llama", "bert", "gpt2", "moe", "mistral")
-REENTRANT = "the classifier's gradient has no way out of reentrant checkpoints, which are refused"
-BREAKS = "the first pass, in which another choice holds, breaks the graph"
 
 
 @conformance(
     "xlora",
     options={"*": {"parts": [{"method": "lora", "rank": 3}] * 2, "depth": 2, "width": 12, "dropout": 0.0}},
-    expected_failures={
-        **{f"each_block_may_run_again-{host}": REENTRANT for host in HOSTS},
-        **{f"compiled_equals_eager-{host}": BREAKS for host in HOSTS},
-    },
 )
 def test_conformance(check: Callable[[], None]) -> None:
     check()

@@ -132,7 +132,9 @@ class MonteCLoRA(Method):
 
     name = "monteclora"
     Config = Config
-    tags = Tags(category="reparameterized", paper="2411.04358", mergeable=True, low_rank=True, random=True)
+    tags = Tags(
+        category="reparameterized", paper="2411.04358", mergeable=True, low_rank=True, random=True, reentrant=False
+    )
     learning_rate = LearningRate(1e-4, "LCS2-IIITD/MonteCLoRA@0cd4a77, run_ft_mc.sh", on="Llama 3.2 3B, Math10K")
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
     alternatives = MATRICES

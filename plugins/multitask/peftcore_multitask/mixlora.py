@@ -1,0 +1,240 @@
+"""MixLoRA: a feed-forward becomes a sparse mixture of itself with low-rank updates.   Li et al. 2024, arXiv 2404.15159
+(TUDB-Labs/MixLoRA).
+
+    y = sum_{e in top} g_e FFN_e(x),   g = p / sum_{top} p,   p = softmax(W_r x),   top: the `top_k` largest p
+    loss = balance * experts * sum_e F_e P_e
+
+FFN_e is the feed-forward of the model with an update of each of its matrices, W + s B_e A_e dropout, s = alpha / rank.
+F_e is how many choices of e there are a token and P_e the mean of p_e, over the tokens of all layers, padding left out,
+as their trainer has it (TUDB-Labs/MoE-PEFT). Other target modules, of attention, get one update each, without a router.
+W_r [experts, d], without bias, starts as N(0, 0.02), A uniform in +-1/sqrt(in), B at zero, so a fresh injection changes
+nothing (up to rounding). The router computes in float32 at least. Noise on its inputs, 0 by default there, is left out.
+
+The authors gather the tokens of each expert, and so no graph holds their loop. Here the feed-forward runs once on
+`top_k` copies of its input, and in each matrix all A are one product, of which a copy keeps the ranks of its expert:
+the shapes depend on no value. Nothing is dropped, whatever the balance. Near a tie a rounding chooses another expert,
+so two ways to the same logits (another dtype, a cache) may differ there by more than a rounding.
+
+It acts where the feed-forward is a module of its own, and not on rows of a batch apart: no per-sample adapters.
+
+Parameters: experts * d a feed-forward, experts * rank * (in + out) a matrix of it, rank * (in + out) any other matrix.
+
+Use it for several tasks at once with room for a second forward of the feed-forward; `loramoe` costs a fraction of it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal, Self
+
+import torch
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from torch import Tensor, nn
+
+from peftcore import (
+    AppliedMethod,
+    ForwardContext,
+    LearningRate,
+    Method,
+    MethodConfig,
+    Operator,
+    Router,
+    Site,
+    Surgeon,
+    Tags,
+    Tap,
+    by_row,
+    forward_context,
+    full_precision,
+)
+from peftcore.errors import MissingContext, SequenceError, UnsupportedSite
+from peftcore_multitask._skills import factors
+
+
+class Config(MethodConfig):
+    """Options of MixLoRA."""
+
+    method: Literal["mixlora"] = "mixlora"
+    experts: PositiveInt = 8
+    """Feed-forwards of a block."""
+    top_k: PositiveInt = 2
+    """How many of them act on a token."""
+    rank: PositiveInt = 8
+    """Rank of each update."""
+    alpha: PositiveFloat = 16.0
+    """Numerator of the scale ``alpha / rank``."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05
+    """Probability with which inputs of an update are dropped in training."""
+    balance: NonNegativeFloat = 0.01
+    """Factor of the balancing loss."""
+
+    @model_validator(mode="after")
+    def _enough(self) -> Self:
+        if self.top_k > self.experts:
+            raise ValueError(f"top_k={self.top_k} of {self.experts} experts")
+        return self
+
+
+@dataclass(frozen=True, eq=False)
+class FeedForwardSite(Site):
+    """A whole feed-forward as a site."""
+
+    width: int = 0
+    """Features of its input."""
+
+    @property
+    def weight_shape(self) -> torch.Size:
+        """The width, which stands for a shape in plans and files."""
+        return torch.Size([self.width])
+
+
+@dataclass(frozen=True, eq=False)
+class MatrixSite(Site):
+    """A matrix that gets updates."""
+
+    experts: int = 1
+    """How many: those of its feed-forward, or one."""
+
+
+class RouterOperator(Router):
+    """Runs a feed-forward once for each of the largest gates of a token."""
+
+    changes_inputs = True
+
+    def __init__(self, site: FeedForwardSite, config: Config, chosen: Tap, balances: Tap) -> None:
+        super().__init__(site)
+        self.top_k, self.balance, self.chosen, self.balances = config.top_k, config.balance, chosen, balances
+        self.router = nn.Parameter(torch.randn(config.experts, site.width) * 0.02)
+
+    def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:  # x [..., d]
+        precise = torch.promote_types(self.router.dtype, torch.float32)
+        with full_precision(x):
+            probabilities = (x.to(precise) @ self.router.to(precise).T).softmax(-1)  # [..., experts]
+        largest = probabilities.topk(self.top_k, -1)
+        weights = largest.values / largest.values.sum(-1, keepdim=True)
+        picks = nn.functional.one_hot(largest.indices, len(self.router)).to(precise)  # [..., top_k, experts]
+        self.noted((picks * weights.unsqueeze(-1)).sum(-2))
+        if self.training and self.balance:
+            self.count(picks.sum(-2), probabilities)
+        self.chosen.take()
+        self.chosen.put(picks.movedim(-2, 0).flatten(0, 1) if x.dim() > 1 else picks)  # as the copies lie
+        copies = x.expand(self.top_k, *x.shape)
+        y = call(copies.flatten(0, 1) if x.dim() > 1 else copies).reshape(self.top_k, *x.shape[:-1], -1)
+        self.chosen.take()
+        return (y * weights.movedim(-1, 0).unsqueeze(-1).to(y.dtype)).sum(0)
+
+    def count(self, picks: Tensor, probabilities: Tensor) -> None:
+        """Leave the sums of picks and of probabilities over tokens that are no padding, and the number of tokens."""
+        both, counts, _ = by_row(torch.cat([picks, probabilities, torch.ones_like(picks[..., :1])], -1))
+        sums = (both if counts is None else both * counts.unsqueeze(-1)).sum((0, 1))
+        running = forward_context()
+        running.check_loss_learns()
+        if not running.repeating:
+            self.balances.put([*(self.balances.take() or ()), sums])
+
+
+class UpdateOperator(Operator):
+    """The updates of one matrix: of a feed-forward, of which each token has the one that its router chose; or one."""
+
+    def __init__(self, site: MatrixSite, config: Config, chosen: Tap | None) -> None:
+        super().__init__(site)
+        if not (self.layer.called and self.layer.of_vectors) or site.batch:
+            raise UnsupportedSite(f"{site.path} is no linear layer; exclude it")
+        experts = site.experts
+        self.chosen, self.scale, self.dropout = chosen, config.alpha / config.rank, nn.Dropout(config.dropout)
+        inputs, outputs = site.in_features, site.out_features
+        self.A, self.B = factors(site, (experts, config.rank, inputs), (experts, outputs, config.rank), inputs)
+
+    def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
+        y = call(x)
+        A, B = self.cast(y, self.A, self.B)
+        low = self.layer.apply(self.dropout(x), A.flatten(0, 1))  # [..., experts * rank]
+        if self.chosen is not None:
+            picks = self.chosen.get()
+            if picks is None:
+                raise MissingContext("a matrix of a feed-forward was called by itself, where no router has chosen")
+            low = low * self.kept(picks, low)
+        return self.layer.add(y, low, B.transpose(0, 1).flatten(1), self.scale)
+
+    def kept(self, picks: Tensor, low: Tensor) -> Tensor:
+        """Return one for the ranks of the expert of each copy, and zero for all others, in the shape of `low`.
+
+        Raises:
+            SequenceError: the matrix is given other tokens than its feed-forward.
+        """
+        ranks = picks.to(low.dtype).flatten(0, -2).repeat_interleave(self.A.shape[1], -1)
+        times, rest = divmod(low.numel(), ranks.numel())
+        if rest:
+            raise SequenceError(f"a matrix got {tuple(low.shape)}, other tokens than its feed-forward; exclude it")
+        return ranks.repeat(times, 1).view(low.shape)  # another router inside this one makes copies of the copies
+
+
+class MixLoRA(Method):
+    """Sparse mixtures of feed-forwards that differ by low-rank updates, and LoRA beside them."""
+
+    name = "mixlora"
+    Config = Config
+    tags = Tags(category="multitask", paper="2404.15159", per_row=False, random=True, reentrant=False, routes="token")
+    learning_rate = LearningRate(1e-5, "TUDB-Labs/MixLoRA@d59d09b, README.md", on="alpaca-cleaned")
+    target = ("attn.q", "attn.v", "mlp.gate", "mlp.up", "mlp.down")
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        taps: dict[str, Tap] = {}
+        self.balances = Tap()
+        for site in surgeon.sites():
+            path = _feed_forward(surgeon, site)
+            if path is not None and path not in taps:
+                taps[path] = Tap()
+                whole = replace(surgeon.resolver.module_site(path), form="activation", meta=site.meta)
+                router = FeedForwardSite(**vars(whole), width=_width(surgeon, path))
+                make = functools.partial(RouterOperator, chosen=taps[path], balances=self.balances)
+                surgeon.graft(router, make, config)
+            matrix = MatrixSite(**vars(site), experts=1 if path is None else config.experts)
+            chosen = None if path is None else taps[path]
+            surgeon.graft(matrix, functools.partial(UpdateOperator, chosen=chosen), config)
+        if not taps:
+            raise UnsupportedSite("no target is a matrix of a feed-forward, so nothing would be routed; take lora")
+
+    def output_loss(self, injection: AppliedMethod, output: Any, call: ForwardContext) -> Tensor | None:
+        counted = self.balances.take()
+        if not counted:
+            return None
+        *sums, tokens = torch.stack(counted).sum(0).unbind()
+        picks, probabilities = torch.stack(sums).view(2, -1) / tokens
+        return injection.config.balance * len(picks) * (picks * probabilities).sum()
+
+    @staticmethod
+    def parameter_count(site: FeedForwardSite | MatrixSite, config: Config) -> int:
+        if isinstance(site, FeedForwardSite):
+            return config.experts * site.width
+        return site.experts * config.rank * (site.in_features + site.out_features)
+
+
+def _feed_forward(surgeon: Surgeon, site: Site) -> str | None:
+    """Return the path of the feed-forward that a matrix is one of; None for others.
+
+    Raises:
+        UnsupportedSite: the feed-forward is no module of its own.
+    """
+    host = surgeon.resolver.host
+    if not any(entry.role.startswith("mlp.") for entry in host.at(site.module_path)):
+        return None
+    whole = [entry.path for entry in host.entries if entry.role == "mlp"]
+    around = [path for path in whole if site.module_path.startswith(f"{path}.")]
+    if not around:
+        raise UnsupportedSite(
+            f"{site.path} is of a feed-forward that is no module of its own, which could run for each expert; exclude "
+            "it, or take loramoe"
+        )
+    return max(around, key=len)
+
+
+def _width(surgeon: Surgeon, path: str) -> int:
+    """Return how many features a feed-forward reads."""
+    first = ("mlp.gate", "mlp.up", "mlp.gate_up")
+    inside = [e for e in surgeon.resolver.host.entries if e.module.startswith(f"{path}.") and e.role in first]
+    if not inside:
+        raise UnsupportedSite(f"{path}: no matrix is known that reads the input of this feed-forward")
+    return surgeon.resolver.site(inside[0].module, inside[0].tensor or "weight", inside[0].role).in_features

@@ -1,0 +1,106 @@
+"""MOELoRA: low-rank experts that tasks share.   Liu et al. 2023, arXiv 2310.18339 (liuqidong07/MOELoRA-peft).
+
+    y = W x + b + s sum_e g_e B_e A_e dropout(x),   g = softmax(W_g v_t),   s = alpha / rank
+
+`rank` is that of all experts together: each has rank / experts of it, and the scale counts the whole. v_t [task_width]
+stands for task t, N(0, 1) at first; W_g [experts, task_width], without bias, starts uniform in +-1/sqrt(task_width),
+A_e [rank / experts, in] as N(0, 0.01), B_e at zero. Every site has v and W_g of its own, as in the authors' code (whose
+table of tasks has one row more, which no task reads); the paper draws one gate for all. Their script has rank 16 and 8
+experts, alpha is the default of their arguments. The softmax is taken in float32 at least.
+
+The task comes with the call, ``with peftcore.call(model, task=...)``: one for all rows, or one for each. So one weight
+cannot stand for the update, and it does not merge; a tensor that is read instead of called has no rows, and is refused.
+
+Parameters: rank * (in * kernel + out) + tasks * task_width + experts * task_width a site.
+
+Use it for tasks that are known, of which some have little data: one adapter costs no more than a LoRA of its rank;
+`polytropon` lets tasks share skills without a vector for each.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Annotated, Literal, Self
+
+import torch
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from torch import Tensor, nn
+
+from peftcore import MATRICES, LearningRate, Method, Site, Surgeon, Tags
+from peftcore_multitask._mixture import ExpertsOperator
+from peftcore_multitask._tasks import TaskConfig, Tasks, task_count
+
+
+class Config(TaskConfig):
+    """Options of MOELoRA."""
+
+    method: Literal["moelora"] = "moelora"
+    experts: PositiveInt = 8
+    """Low-rank updates of a site."""
+    rank: PositiveInt = 16
+    """Rank of all of them together."""
+    alpha: PositiveFloat = 32.0
+    """Numerator of the scale ``alpha / rank``."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
+    """Probability with which inputs of an expert are dropped in training."""
+    task_width: PositiveInt = 64
+    """Length of the vector that stands for a task."""
+
+    @model_validator(mode="after")
+    def _divides(self) -> Self:
+        if self.rank % self.experts:
+            raise ValueError(f"a rank of {self.rank} is no equal parts for {self.experts} experts")
+        return self
+
+
+class MOELoRAOperator(ExpertsOperator):
+    """The experts of one site, and what tasks choose of them."""
+
+    routes = "task"
+    stackable = False  # rows have tasks
+
+    def __init__(self, site: Site, config: Config) -> None:
+        super().__init__(site, config.experts, config.rank // config.experts, config.alpha / config.rank,
+                         config.dropout)  # fmt: skip
+        self.start_normal(0.01)
+        self.tasks = Tasks(site, config)
+        self.vectors = nn.Parameter(torch.randn(task_count(config), config.task_width))
+        bound = 1 / math.sqrt(config.task_width)
+        self.gate = nn.Parameter(torch.empty(config.experts, config.task_width).uniform_(-bound, bound))
+
+    def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
+        channels, places = self.layer.channel_dim, x.dim() + int(self.layer.one_hot)
+        batched = places > -channels
+        rows = len(x) if batched else 1
+        logits = self.tasks.of_rows(self.vectors, rows) @ self.gate.T  # [rows or 1, experts]
+        gates = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+        self.noted(gates.expand(rows, -1))
+        gates = gates.view(*gates.shape[: int(batched)], *[1] * (places - 1 - int(batched)), -1)
+        return self.update(call, x, gates.movedim(-1, channels))
+
+
+class MOELoRA(Method):
+    """Low-rank experts, of which each task has shares of its own.
+
+    Example:
+        injection = peftcore.apply(model, "moelora", tasks=["entities", "summaries"])
+        peftcore.call(model, task="entities")  # or a list, one for each row; with `with`, for a while
+    """
+
+    name = "moelora"
+    Config = Config
+    tags = Tags(category="multitask", paper="2310.18339", random=True, routes="task")
+    learning_rate = LearningRate(2e-4, "liuqidong07/MOELoRA-peft@2d9efa4, experiments/moelora.bash", on="ChatGLM-6B")
+    target = ("attn.*", "mlp.gate", "mlp.up", "mlp.down")
+    alternatives = MATRICES
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        for site in surgeon.sites():
+            surgeon.graft(site, MOELoRAOperator, config)
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        inputs = site.in_features * math.prod(site.kernel)
+        shared = (task_count(config) + config.experts) * config.task_width
+        return config.rank * (inputs + site.out_features) + shared

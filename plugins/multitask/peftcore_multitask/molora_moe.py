@@ -1,0 +1,86 @@
+"""MoLoRA: a soft mixture of LoRAs.   Zadouri et al. 2023, arXiv 2309.05444 (for-ai/parameter-efficient-moe).
+
+    y = W x + b + s sum_e g_e B_e A_e x,   g = softmax(W_g x),   s = alpha / rank
+
+All experts take part in each token, so there is nothing to balance and nothing is dropped. A_e [rank, in] and the
+router W_g [experts, in], without bias, start as N(0, 0.02), B_e at zero; the softmax is taken in float32 at least.
+Every matrix of attention and of the feed-forward has experts and a router of its own, as in the authors' configuration.
+Convolutions: A and W_g are convolutions; embeddings: A starts at zero and B_e ~ N(0, 1).
+
+The gate depends on the token, so nothing merges, and a tensor that is read instead of called is refused.
+
+Parameters: experts * rank * (in * kernel + out) + experts * in * kernel a site.
+
+Use it for instructions of many kinds, where `mov` is too small; `hydralora` shares one A among experts, and `loramoe`
+balances them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from pydantic import PositiveFloat, PositiveInt
+from torch import Tensor, nn
+
+from peftcore import MATRICES, LearningRate, Method, MethodConfig, Site, Surgeon, Tags, full_precision
+from peftcore_multitask._mixture import ExpertsOperator, softmax_of
+
+STD = 0.02
+"""Deviation of A and of the router at the start."""
+
+
+class Config(MethodConfig):
+    """Options of MoLoRA."""
+
+    method: Literal["molora_moe"] = "molora_moe"
+    experts: PositiveInt = 10
+    """Low-rank updates of a site."""
+    rank: PositiveInt = 4
+    """Rank of each."""
+    alpha: PositiveFloat = 16.0
+    """Numerator of the scale ``alpha / rank``."""
+
+
+class MoLoRAOperator(ExpertsOperator):
+    """The experts of one site, and their router."""
+
+    def __init__(self, site: Site, config: Config) -> None:
+        super().__init__(site, config.experts, config.rank, config.alpha / config.rank)
+        self.start_normal(STD)
+        self.router = nn.Parameter(torch.randn(config.experts, site.in_features, *site.kernel) * STD)
+
+    def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
+        precise = torch.promote_types(self.router.dtype, torch.float32)
+        with full_precision(x):
+            read = x if self.layer.one_hot else x.to(precise)
+            gates = softmax_of(self, self.layer.apply(read, self.router.to(precise)))
+        self.noted(gates, self.layer.channel_dim)
+        return self.update(call, x, gates)
+
+
+class MoLoRA(Method):
+    """Low-rank experts, all of which act on each token with shares of its own."""
+
+    name = "molora_moe"
+    Config = Config
+    tags = Tags(category="multitask", paper="2309.05444", routes="token")
+    learning_rate = LearningRate(
+        3e-4,
+        "for-ai/parameter-efficient-moe@e2683fe, configs/molora.gin",
+        on="T5 1.1 large, P3",
+        optimizer="Adafactor",
+    )
+    target = ("attn.*", "cross.*", "mlp.gate", "mlp.up", "mlp.down")
+    alternatives = MATRICES
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        for site in surgeon.sites():
+            surgeon.graft(site, MoLoRAOperator, config)
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        inputs = site.in_features * math.prod(site.kernel)
+        return config.experts * (config.rank * (inputs + site.out_features) + inputs)

@@ -1,0 +1,127 @@
+"""MOELoRA: the kit; numbers of the authors' layer; kinds of layers that it does not know, a row at a time; what is
+refused."""
+
+import math
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft_pairs import difference
+from torch import Tensor, nn
+
+import peftcore
+from peftcore.errors import ConfigError, NotMergeable
+from peftcore.testing import HOSTS, against, conformance, frozen
+from peftcore.testing.kit import fill
+
+EXPERTS, TASKS, WIDTH = 2, 3, 6
+OPTIONS: dict[str, Any] = {"experts": EXPERTS, "rank": 4, "alpha": 3.0, "tasks": TASKS, "task_width": WIDTH}
+NUMBERS = Path(__file__).parent / "numbers" / "moelora.json"
+
+
+@conformance("moelora", options={"*": {**OPTIONS, "task": 1}})
+def test_conformance(check: Callable[[], None]) -> None:
+    check()
+
+
+def wave(*shape: int, step: float) -> Tensor:
+    """Numbers that are the same everywhere: sin(0), sin(step), sin(2 step), ..."""
+    return (torch.arange(math.prod(shape), dtype=torch.float64) * step).sin().view(shape)
+
+
+@against(
+    "authors",
+    "moelora",
+    repository="liuqidong07/MOELoRA-peft",
+    commit="2d9efa4",
+    script="src/MLoRA/peft/tuners/mmoelora.py",
+)
+def test_numbers_of_the_authors() -> None:
+    """Outputs for rows of two tasks, and gradients."""
+    model = nn.Sequential(nn.Linear(5, 4)).double().eval()
+    injection = peftcore.apply(model, "moelora", target="0", **OPTIONS, dtype="float64")
+    op: Any = injection.operators["0"]
+    with torch.no_grad():
+        model[0].weight.copy_(wave(4, 5, step=1.1))
+        model[0].bias.copy_(wave(4, step=1.3))
+        op.vectors.copy_(wave(TASKS, WIDTH, step=0.7))
+        op.gate.copy_(wave(EXPERTS, WIDTH, step=0.5))
+        op.A.copy_(wave(EXPERTS, 2, 5, step=1.7))
+        op.B.copy_(wave(EXPERTS, 4, 2, step=2.3))
+    with peftcore.call(model, task=[2, 0]):
+        y = model(wave(2, 3, 5, step=0.9))
+    (y * wave(2, 3, 4, step=0.3)).sum().backward()
+    found = {"y": y, "A": op.A.grad, "B": op.B.grad, "vectors": op.vectors.grad, "gate": op.gate.grad}
+    numbers = frozen(NUMBERS)
+    assert numbers.keys() == found.keys()
+    for name, value in found.items():
+        expected = torch.tensor(numbers[name], dtype=torch.float64)
+        torch.testing.assert_close(value.flatten(), expected, rtol=1e-9, atol=1e-10, msg=name)
+
+
+LAYERS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
+    "linear-2d": lambda: (nn.Linear(12, 8), torch.randn(4, 12)),
+    "linear-unbatched": lambda: (nn.Linear(12, 8), torch.randn(12)),
+    "conv2d": lambda: (nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=(1, 0)), torch.randn(4, 4, 7, 6)),
+    "embedding": lambda: (nn.Embedding(20, 6), torch.tensor([[0, 3, 5], [1, 1, 19], [2, 0, 4], [7, 8, 9]])),
+}
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_kinds_of_layers_against_the_equation(kind: str) -> None:
+    """The effective weight of each task, in float64, run by the layer itself: a row at a time."""
+    torch.manual_seed(0)
+    layer, x = LAYERS[kind]()
+    base = nn.Sequential(layer).double()
+    x = x.double() if x.is_floating_point() else x
+    model = deepcopy(base).eval()
+    injection = peftcore.apply(model, "moelora", target="0", **OPTIONS, dropout=0.0, dtype="float64")
+    fill(injection)
+    op: Any = injection.operators["0"]
+    alone = "unbatched" in kind
+    tasks = [2] if alone else [2, 0, 1, 2]
+    with peftcore.call(model, task=2 if alone else tasks):
+        ours = model(x)[None] if alone else model(x)
+    for row, task in enumerate(tasks):
+        shares = (op.gate @ op.vectors[task]).exp()
+        shares = shares / shares.sum()
+        update = sum(shares[e] * torch.einsum("or,r...->o...", op.B[e], op.A[e]) for e in range(EXPERTS)) * 3 / 4
+        twin = deepcopy(base)
+        twin[0].weight.data += update.T if kind == "embedding" else update
+        expected = twin(x) if alone else twin(x)[row]
+        assert difference(expected, base(x) if alone else base(x)[row]) > 1e-3
+        torch.testing.assert_close(ours[row], expected, rtol=1e-10, atol=1e-10)
+
+
+def test_beams_keep_the_tasks_of_their_rows() -> None:
+    torch.manual_seed(0)
+    model, inputs = HOSTS["llama"].build()
+    injection = peftcore.apply(model.eval(), "moelora", **OPTIONS)
+    with torch.no_grad():
+        for parameter in injection.parameters():
+            parameter.normal_(0, 1)
+    ids = inputs["input_ids"]
+    options = {"num_beams": 3, "max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    with peftcore.call(model, task=[2, 0]):
+        together = model.generate(ids, **options)
+    for row, task in enumerate((2, 0)):
+        with peftcore.call(model, task=task):
+            assert torch.equal(model.generate(ids[row : row + 1], **options)[0], together[row])
+    with peftcore.call(model, task=1):
+        assert not torch.equal(model.generate(ids, **options), together)
+
+
+def test_defaults_and_what_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(400, 300))
+    injection = peftcore.apply(model, "moelora", target="0")
+    op: Any = injection.operators["0"]
+    assert op.A.shape == (8, 2, 400) and op.scale == 2.0 and op.dropout.p == 0.1 and not op.B.any()
+    assert 0.009 < op.A.std() < 0.011 and op.vectors.shape == (1, 64) and 0.7 < op.vectors.std() < 1.3
+    assert 0.11 < op.gate.abs().max() <= 0.125
+    with pytest.raises(NotMergeable):
+        injection.merge()
+    with pytest.raises(ConfigError, match="no equal parts"):
+        peftcore.apply(nn.Sequential(nn.Linear(4, 4)), "moelora", target="0", rank=4, experts=3)
