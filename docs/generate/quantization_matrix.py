@@ -1,4 +1,5 @@
-"""Writes the matrix of methods and packed bases in quantization.md: ``make quantization-matrix`` (ten minutes).
+"""Writes both tables of quantization.md, what works with quantized models and every method on every packed base:
+``make quantization-matrix`` (fifteen minutes).
 
 Each cell is one run of `peftcore.testing.checks_packed.life`: evaluate, train, merge, save, load; nothing is written by
 hand. How a method is tried stands in its test file, where the conformance kit is told of it.
@@ -6,9 +7,11 @@ hand. How a method is tried stands in its test file, where the conformance kit i
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
-from collections.abc import Iterable, Iterator
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,8 @@ from peftcore.testing.kit import Case, NotApplicable
 ROOT = Path(__file__).parents[2]
 HELPERS = [str(ROOT / "tests" / folder) for folder in ("kit", "side_by_side", "toys")]
 PAGE = ROOT / "docs/quantization.md"
+FORMS_BEGIN = "<!-- table of actions: written by docs/generate/quantization_matrix.py -->"
+FORMS_END = "<!-- end of the table of actions -->"
 BEGIN, END = "<!-- matrix: written by docs/generate/quantization_matrix.py -->", "<!-- end of the matrix -->"
 SIGNS = {"yes": "●", "no, as on a dense base": "–", "nothing to train": "–", "acts on no packed weight": "–"}
 
@@ -78,30 +83,56 @@ def rows(names: Iterable[str], schemes: Iterable[str]) -> Iterator[tuple[str, di
             yield name, {scheme: cell(case, scheme) for scheme in schemes}
 
 
-def table(found: Iterable[tuple[str, dict[str, str]]], schemes: list[str]) -> str:
+def table(found: Iterable[tuple[str, dict[str, str]]], schemes: list[str], corner: str = "method") -> str:
     """The matrix in Markdown."""
-    lines = ["| method | " + " | ".join(schemes) + " |", "|---" * (len(schemes) + 1) + "|"]
+    lines = [f"| {corner} | " + " | ".join(schemes) + " |", "|---" * (len(schemes) + 1) + "|"]
     lines += [f"| {name} | " + " | ".join(cells[each] for each in schemes) + " |" for name, cells in found]
     return "\n".join(lines)
 
 
-def written(page: str) -> dict[str, dict[str, str]]:
+def lives(before: Mapping[str, Mapping[str, str]]) -> Iterator[tuple[str, dict[str, str]]]:
+    """Forms of quantized models, each with the version of its library and what every action comes to. Where the library
+    is not installed, the row stays what it is."""
+    sys.path[:0] = [each for each in HELPERS if each not in sys.path]
+    forms, actions = importlib.import_module("packed_folders"), importlib.import_module("packed_lives")
+    for name, form in forms.FORMS.items():
+        if not form.installed:
+            yield name, dict(before.get(name, {}))
+            continue
+        with tempfile.TemporaryDirectory() as place:
+            folder = forms.write(name, Path(place, "model"))
+            cells = {}
+            for number, action in enumerate(actions.ACTIONS):
+                cells[action] = actions.cell(name, action, folder, Path(place, str(number)))
+        yield name, {"library": f"{form.distribution} {forms.version(form.distribution)}", **cells}
+
+
+def written(page: str, begin: str = BEGIN, end: str = END) -> dict[str, dict[str, str]]:
     """The matrix that stands in the page."""
-    lines = page[page.index(BEGIN) + len(BEGIN) : page.index(END)].strip().splitlines()
+    lines = page[page.index(begin) + len(begin) : page.index(end)].strip().splitlines()
     split = [[each.strip() for each in line.strip("|").split("|")] for line in lines]
     return {name: dict(zip(split[0][1:], cells, strict=True)) for name, *cells in split[2:]}
 
 
+def put(content: str, begin: str, end: str) -> None:
+    """Write what stands between two marks of the page."""
+    page = PAGE.read_text(encoding="utf-8")
+    PAGE.write_text(f"{page[: page.index(begin)]}{begin}\n{content}\n{page[page.index(end) :]}", encoding="utf-8")
+
+
 def main() -> None:
     """Run every cell and write the page anew."""
+    had = written(PAGE.read_text(encoding="utf-8"), FORMS_BEGIN, FORMS_END)
+    of_forms = list(lives(had))
+    put(table(of_forms, list(of_forms[0][1]), "quantized by"), FORMS_BEGIN, FORMS_END)
+    if sys.argv[1:] == ["actions"]:
+        return
     schemes, names = sorted(installed_schemes()), [info.name for info in methods()]
     found: list[tuple[str, dict[str, Any]]] = []
     for name, cells in rows(names, schemes):
         print(name, *cells.values(), sep="  ", flush=True)
         found.append((name, cells))
-    page = PAGE.read_text(encoding="utf-8")
-    before, after = page[: page.index(BEGIN)], page[page.index(END) :]
-    PAGE.write_text(f"{before}{BEGIN}\n{table(found, schemes)}\n{after}", encoding="utf-8")
+    put(table(found, schemes), BEGIN, END)
 
 
 if __name__ == "__main__":

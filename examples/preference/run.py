@@ -106,7 +106,7 @@ def trainer_of(injection: peftcore.Injection, tokenizer: Any, out: str, steps: i
         train_dataset=data["train"],
         eval_dataset=data["held_out"],
         # transformers calls a model from a GGUF file quantized and would not train it; the callback says that it can.
-        callbacks=[PeftcoreCallback(injection.model), memory],
+        callbacks=[PeftcoreCallback(), memory],
     )
 
 

@@ -13,6 +13,7 @@ It may import `roles`, and what is below. In the order of reading:
 - `cache`: what is computed from weights, kept while nobody writes to them.
 - `instance_methods`: methods of a model that do something else while it is adapted.
 - `save_pretrained`: other libraries' saving writes the bare base.
+- `admission`: the mark by which transformers' Trainer takes an adapted quantized model.
 - `adapter_modules`: the modules in which operators live, and what loading into them lacks.
 - `generate`: one call of `generate` computes effective weights once.
 - `merged_choice`: which choices are right while adapters are merged.

@@ -21,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from peftcore.errors import CompositionError, MergeError, UnknownInjection
 from peftcore.forward.active_adapters import Active, Choice
 from peftcore.forward.adapter_modules import note_lacking
+from peftcore.forward.admission import Admitted
 from peftcore.forward.context import ForwardContext, graph_task
 from peftcore.forward.generate import GeneratesFromCache
 from peftcore.forward.instance_methods import give_methods_back, replace_methods
@@ -252,7 +253,7 @@ def ensure_state(model: nn.Module, modules: Collection[nn.Module]) -> HostState:
         model.register_forward_pre_hook(state.begin, with_kwargs=True)
         model.register_forward_hook(state.end, with_kwargs=True, always_call=True)
         state.loading.append(model.register_load_state_dict_pre_hook(note_lacking))  # type: ignore[no-untyped-call]
-        for kind in (SavesBase, GeneratesFromCache):
+        for kind in (SavesBase, GeneratesFromCache, Admitted):
             replace_methods(modules, kind, state)
     return state
 

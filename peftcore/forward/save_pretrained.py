@@ -14,12 +14,15 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import nn
 
-from peftcore.errors import ExportError
+from peftcore.errors import ExportError, UnsupportedSite
 from peftcore.forward.instance_methods import InstanceMethod, give_methods_back, replace_methods
 from peftcore.registry.plugins import layer_of
 
+CODES = (torch.int8, torch.uint8, torch.int16, torch.int32)
+"""The dtypes in which layers that nobody here knows keep codes; positions are longer."""
 BASE_ALONE: ContextVar[bool] = ContextVar("base_alone", default=False)
 """Whether state dicts leave operators out."""
 
@@ -73,9 +76,31 @@ class SavesBase(InstanceMethod):
         """
         if "state_dict" in self.__signature__.bind(*args, **kwargs).arguments:
             return self.plain(*args, **kwargs)
-        _check_form(self.model, [path for owner in self.owners for path in owner.made_dense])
+        self.check_form()
+        check_saves(self.model)
         with saving_base():
+            return self.base(*args, **kwargs)
+
+    def base(self, *args: Any, **kwargs: Any) -> Any:
+        """Save the base. Weights that came quantized still are in the format of their folder, into which transformers
+        cannot turn them again."""
+        try:
             return self.plain(*args, **kwargs)
+        except NotImplementedError:
+            return self.plain(*args, **kwargs, **self.own_names())
+
+    def own_names(self) -> dict[str, bool]:
+        """Returns the argument for the model's own names; a class with a ``save_pretrained`` of its own may lack it."""
+        name = "save_original_format"
+        return {name: False} if name in self.__signature__.parameters else {}
+
+    def check_form(self) -> None:
+        """Verify that the weights have the form that the model's config says.
+
+        Raises:
+            ExportError: they have not.
+        """
+        _check_form(self.model, [path for owner in self.owners for path in owner.made_dense])
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,6 +123,9 @@ class Quantizer(Protocol):
 
     def remove_quantization_config(self, model: Any) -> None:
         """Let the model no longer say that it is quantized."""
+
+    def is_serializable(self) -> bool:
+        """Whether its models can be written."""
 
 
 def _says_quantized(model: nn.Module) -> bool:
@@ -129,11 +157,46 @@ def _check_form(model: nn.Module, made_dense: Sequence[str]) -> None:
         )
 
 
+def check_saves(model: nn.Module) -> None:
+    """Verify that quantized weights can be written as they are.
+
+    Raises:
+        ExportError: they cannot: what is to be done instead is said.
+    """
+    quantizer = getattr(model, "hf_quantizer", None)
+    if isinstance(quantizer, Quantizer) and not quantizer.is_serializable():
+        raise ExportError(
+            "transformers cannot write weights that are quantized so. Save the adapter alone (injection.save), the "
+            "base is where it was loaded from; or write it dense: bake(), then peftcore.dequantize(model)"
+        )
+    with saving_base():
+        for module in model.modules():
+            layer_of(module, "weight").check_saves(module)
+
+
+def check_readable(model: nn.Module) -> None:
+    """Verify that a model that says that it is quantized has no weights that nobody here can make dense.
+
+    Raises:
+        UnsupportedSite: it has.
+    """
+    for path, module in model.named_modules():
+        layer_of(module, "weight").check_readable(module, "weight")
+        if _says_quantized(model) and not layer_of(module, "weight").packed:
+            persistent = (b for n, b in module._buffers.items() if n not in module._non_persistent_buffers_set)
+            codes = [each for each in persistent if each is not None and each.dtype in CODES and each.dim() > 1]
+            if codes:
+                raise UnsupportedSite(
+                    f"{path} ({type(module).__name__}) holds codes that no installed plugin can read, so it cannot be "
+                    "made dense; load the base without quantization, and the adapter onto it"
+                )
+
+
 def note_form(model: nn.Module, made_dense: Sequence[str] = ()) -> None:
     """Note that modules of a model were quantized, or made dense, for good. Configs that can say so do; models whose
     configs cannot refuse ``save_pretrained``."""
     modules = list(model.modules())
-    if not _is_packed(model):
+    if not _is_packed(model) and _is_readable(model):
         for module in modules:
             quantizer = getattr(module, "hf_quantizer", None)
             if isinstance(quantizer, Quantizer) and _says_quantized(module):
@@ -141,6 +204,15 @@ def note_form(model: nn.Module, made_dense: Sequence[str] = ()) -> None:
             _forget_form(module)
     if any(map(_says_quantized, modules)) if made_dense else _is_packed(model):
         replace_methods(modules, SavesBase, Reformed(tuple(made_dense)))
+
+
+def _is_readable(model: nn.Module) -> bool:
+    with saving_base():
+        try:
+            check_readable(model)
+        except UnsupportedSite:
+            return False
+    return True
 
 
 def _forget_form(module: nn.Module) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from peftcore.contract.operators import _Base
 from peftcore.errors import QuantizationError, TargetError, UnsupportedSite
 from peftcore.forward.adapter_modules import IDLE
-from peftcore.forward.save_pretrained import note_form
+from peftcore.forward.save_pretrained import check_readable, note_form
 from peftcore.forward.slot import slot_of
 from peftcore.injection.applying import host_map, is_ours
 from peftcore.injection.folding import fold
@@ -200,8 +200,12 @@ def dequantize(model: M) -> M:
     quantized.
 
     Raises:
-        QuantizationError: an injection is merged into quantized weights; nothing was changed.
+        QuantizationError: an injection is merged into quantized weights.
+        UnsupportedSite: a weight is quantized in a way that no installed plugin can read.
+
+    Nothing was changed then.
     """
+    check_readable(model)
     dtype = floating_dtype(module for module in model.modules() if not is_ours(module))
     layers = {path: layer_of(module, "weight") for path, module in model.named_modules()}
     packed = {path: layer for path, layer in layers.items() if isinstance(layer, QuantizedLayer)}

@@ -61,6 +61,19 @@ class QuantizedLayer(Linear):
         """Returns the device of `unpack`, without unpacking."""
         return next(iter((*module.parameters(), *module.buffers()))).device
 
+    def bare(self, module: nn.Module) -> nn.Module:
+        """Returns a module of the plain class that shares the tensors of a quantized one, without its bias, hooks and
+        adapters: for `unpack` of formats whose weight is what the module's own forward makes of the identity."""
+        new: nn.Module = object.__new__(plain_class(module))
+        vars(new).update({key: copy.copy(value) if key in TENSORS else value for key, value in _own(module)})
+        for key in TORCHS:
+            if key in vars(module) and key not in vars(new):
+                vars(new)[key] = type(vars(module)[key])() if "hooks" in key or key == "_modules" else vars(module)[key]
+        new._parameters["bias"] = None
+        new._buffers.pop("bias", None)
+        vars(new).pop("bias", None)
+        return new
+
     def pack(self, module: nn.Module, weight: Tensor) -> nn.Module:
         """Returns a new module, packed as `module` is, with the weight ``[out, in]`` and no bias.
 
@@ -162,7 +175,12 @@ class Form:
 
 def replace_in_place(module: nn.Module, other: nn.Module) -> Form:
     """Give `module` the class, parameters, buffers and attributes of `other`, but keep its hooks, grafts, bias and
-    training mode. Returns its earlier form."""
+    training mode. Returns its earlier form.
+
+    Raises:
+        MergeError: Python lets no object of the one class become one of the other; nothing was changed.
+    """
+    _check_becomes(module, plain_class(other))
     kept = {key: copy.copy(value) if isinstance(value, dict | set) else value for key, value in _own(module)}
     hooks = {
         key: value for key, value in vars(other).items() if isinstance(value, dict) and key in TORCHS and "hooks" in key
@@ -174,6 +192,18 @@ def replace_in_place(module: nn.Module, other: nn.Module) -> Form:
     for key, value in hooks.items():
         vars(module)[key].update(value)
     return form
+
+
+def _check_becomes(module: nn.Module, cls: type[nn.Module]) -> None:
+    own = plain_class(module)
+    probe = object.__new__(own)
+    try:
+        object.__setattr__(probe, "__class__", cls)
+    except TypeError:
+        raise MergeError(
+            f"an object of {own.__name__} cannot become one of {cls.__name__} in place, so its weight stays as it is; "
+            "load the base without quantization, and the adapter onto it, and merge there"
+        ) from None
 
 
 def restore(module: nn.Module, form: Form) -> None:

@@ -95,6 +95,20 @@ class Layer:
             UnsupportedSite: it does not.
         """
 
+    def check_trains(self, module: nn.Module) -> None:
+        """Verify that gradients go through the module.
+
+        Raises:
+            UnsupportedHost: they do not, and a frozen module would take them from what comes before it.
+        """
+
+    def check_saves(self, module: nn.Module) -> None:
+        """Verify that the module's tensors may be saved as they are.
+
+        Raises:
+            ExportError: they may not: a quantizer's format would be loaded as something else.
+        """
+
     def has(self, module: nn.Module, tensor: str) -> bool:
         """Whether the module has such a tensor; cheap, also where reading is not."""
         return self.read(module, tensor) is not None

@@ -18,6 +18,7 @@ from peftcore.forward.class_swap import attach, detach, is_reached, ungraft
 from peftcore.forward.host_state import HostState
 from peftcore.forward.mount import Mount
 from peftcore.forward.slot import slot_of
+from peftcore.registry.plugins import layer_of
 from peftcore.surgery.forced_attributes import forced_attributes_of
 from peftcore.targets.sites import Site
 
@@ -99,6 +100,7 @@ def _shelves(surgeon: Surgeon) -> Iterator[tuple[nn.Module, str, nn.Module]]:
 
 def install(surgeon: Surgeon, state: HostState, name: str) -> None:
     """Install all recorded operators in the host; on any error the host is left as it was."""
+    _check_trains(surgeon)
     try:
         for holder, key, operator in _shelves(surgeon):
             _put(holder, key, name, operator)
@@ -113,6 +115,13 @@ def install(surgeon: Surgeon, state: HostState, name: str) -> None:
     except BaseException:
         uninstall(surgeon, state, name)
         raise
+
+
+def _check_trains(surgeon: Surgeon) -> None:
+    """Check that gradients go through every quantized module, where some are adapted: others lie behind these."""
+    if any(site.layer.packed for graft in surgeon.grafts for site in graft.holders):
+        for module in surgeon.resolver.modules.values():
+            layer_of(module, "weight").check_trains(module)
 
 
 def _check_reachable(site: Site) -> None:

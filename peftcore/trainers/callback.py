@@ -4,9 +4,8 @@
     optimizer = injection.optimizer(torch.optim.AdamW, lr=1e-3)
     trainer = Trainer(model, args, ..., optimizers=(optimizer, None), callbacks=[PeftcoreCallback()])
 
-Leave ``optimizers`` out for methods that need none of their own; the callback says so where one is needed. A model that
-transformers has quantized is given to the callback, ``PeftcoreCallback(model)``: the Trainer would refuse it, since it
-knows no adapters but its own.
+Leave ``optimizers`` out for methods that need none of their own; the callback says so where one is needed. Models that
+transformers has quantized train as others do.
 """
 
 from __future__ import annotations
@@ -20,6 +19,8 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from peftcore.errors import TrainingError
+from peftcore.forward.admission import Admitted, await_trainer, has_trainer
+from peftcore.forward.instance_methods import give_methods_back, replace_methods
 from peftcore.injection.applied import AppliedMethod
 from peftcore.injection.injection import Injection
 from peftcore.trainers.checkpoints import (
@@ -50,12 +51,13 @@ class PeftcoreCallback(transformers.TrainerCallback):
     Nothing of it stays on the model when training fails, and when it ends the way of saving alone.
 
     Args:
-        model: the adapted model, where transformers has quantized it.
+        model: the model that is trained, where a part of it is adapted and transformers has quantized the whole.
     """
 
     def __init__(self, model: nn.Module | None = None) -> None:
+        await_trainer(self)
         if model is not None and within(model):
-            vars(model)[ADMITTED] = _Once(model)
+            replace_methods([model], Admitted, self)
         self._frozen: set[str] = set()
         self._undo: Callable[[], Any] | None = None
         self._hooks: list[RemovableHandle] = []
@@ -72,7 +74,8 @@ class PeftcoreCallback(transformers.TrainerCallback):
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Expect a checkpoint to resume from: the Trainer loads it before the event that training begins."""
         model = kwargs["model"]
-        vars(model).pop(ADMITTED, None)
+        has_trainer()
+        give_methods_back(model, self)
         save_for_trainer(model)
         self._note_state(model)
         self._await_checkpoint(model)
@@ -265,21 +268,6 @@ class PeftcoreCallback(transformers.TrainerCallback):
         undo, self._undo = self._undo, None
         if undo is not None:
             undo()
-
-
-ADMITTED = "_hf_peft_config_loaded"
-"""The attribute that marks a quantized model with adapters for transformers. Left true, it would save those of peft."""
-
-
-class _Once:
-    """True when it is first asked for, by the Trainer as it begins, and gone from the model then."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-
-    def __bool__(self) -> bool:
-        vars(self._model).pop(ADMITTED, None)
-        return True
 
 
 def _inside(optimizer: Any) -> Any:

@@ -4,8 +4,10 @@ in checkpoints all that training changes, under the names that the model has for
 from __future__ import annotations
 
 import hashlib
+import inspect
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,12 +15,14 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from peftcore.errors import ExportError
 from peftcore.forward.host_state import injections
-from peftcore.forward.save_pretrained import SavesBase, saving_base
+from peftcore.forward.save_pretrained import SavesBase, check_saves, saving_base
 from peftcore.injection.injection import Injection
 from peftcore.layers.fsdp import is_sharded
 from peftcore.registry.plugins import layer_of
 from peftcore.training.optimizer import transient
+from peftcore.utils.notices import notice
 
 STATE = "peftcore"
 """The prefix of keys for state between steps, which the model's own state dict does not have."""
@@ -93,6 +97,21 @@ def save_adapters(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         injection.save(Path(folder) if len(found) == 1 else Path(folder, injection.name))
 
 
+@contextmanager
+def _without_quantizer(model: nn.Module) -> Iterator[None]:
+    """Let the model save plain tensors: a quantizer would refuse, or look for codes in its place."""
+    name = "hf_quantizer"
+    had = name in vars(model)
+    quantizer = vars(model).get(name)
+    if had:
+        vars(model)[name] = None
+    try:
+        yield
+    finally:
+        if had:
+            vars(model)[name] = quantizer
+
+
 class SavesAdapters(SavesBase):
     """A ``save_pretrained`` that tells the Trainer apart, which hands over a state dict, or None in its place: it gets
     the base, and the adapters beside it.
@@ -113,29 +132,34 @@ class SavesAdapters(SavesBase):
             return super().__call__(*args, **kwargs)
         checkpoint, self.checkpoint = self.checkpoint, False
         if checkpoint:
-            found = self.plain(*args, **kwargs, **self._own_names())
+            with _without_quantizer(self.model):  # it has no codes
+                found = self.plain(*args, **kwargs, **self.own_names())
         else:
-            if given["state_dict"] is not None:
-                ours = keys_of(self.model, within(self.model))
-                given["state_dict"] = {key: value for key, value in given["state_dict"].items() if key not in ours}
-            with saving_base():
-                found = self._base(*call.args, **call.kwargs)
+            found = self._base_or_none(call)
         if given.get("is_main_process", True):
             save_adapters(self.model, given["save_directory"])
         return found
 
-    def _base(self, *args: Any, **kwargs: Any) -> Any:
-        """Save the base. Weights that came quantized still are in the format of their folder, into which transformers
-        cannot turn them again."""
-        try:
-            return self.plain(*args, **kwargs)
-        except NotImplementedError:
-            return self.plain(*args, **kwargs, **self._own_names())
+    def _base_or_none(self, call: inspect.BoundArguments) -> Any:
+        """Save the base, or say why it is not beside the adapter: training is done, and must not be lost for it.
 
-    def _own_names(self) -> dict[str, bool]:
-        """Returns the argument for the model's own names; a class with a ``save_pretrained`` of its own may lack it."""
-        name = "save_original_format"
-        return {name: False} if name in self.__signature__.parameters else {}
+        Raises:
+            ExportError: it is not, and no adapter either: it is merged.
+        """
+        try:
+            self.check_form()
+            check_saves(self.model)
+        except ExportError as error:
+            if all(injection.merged for injection in within(self.model)):
+                raise
+            notice([f"the Trainer saves the adapter alone, without its base: {error}"])
+            return None
+        given = call.arguments
+        if given["state_dict"] is not None:
+            ours = keys_of(self.model, within(self.model))
+            given["state_dict"] = {key: value for key, value in given["state_dict"].items() if key not in ours}
+        with saving_base():
+            return self.base(*call.args, **call.kwargs)
 
 
 def save_for_trainer(model: nn.Module) -> None:

@@ -33,9 +33,7 @@ class PeftcoreTrainer(transformers.Trainer):
     def __init__(self, model: Any = None, *args: Any, **kwargs: Any) -> None:
         given = list(kwargs.pop("callbacks", None) or ())
         if not any(each is PeftcoreCallback or isinstance(each, PeftcoreCallback) for each in given):
-            given.append(
-                PeftcoreCallback(model if isinstance(model, nn.Module) else None)
-            )  # what others ask for, it sees
+            given.append(PeftcoreCallback())  # what others ask for, it sees
         super().__init__(model, *args, **{**kwargs, "callbacks": given})
 
     def compute_loss(

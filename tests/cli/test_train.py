@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import packed_folders
 import pytest
 import torch
 import transformers
@@ -351,6 +352,21 @@ def test_a_folder_that_is_quantized_already(scheme: str, talker: Path, chats: Pa
     trained(*command, "--set", "training.evaluate_every=2", "--resume")
     model = transformers.LlamaForCausalLM.from_pretrained(folder, device_map="cpu")
     assert peftcore.load(model, "run/adapter").summary().sites == 4
+
+
+@pytest.mark.parametrize("name", ["GPTQ", "AWQ"])
+def test_a_packed_folder_whose_package_is_missing_is_refused(
+    name: str, talker: Path, chats: Path, tmp_path: Path
+) -> None:
+    """transformers raises ImportError, which ended in a traceback."""
+    if packed_folders.FORMS[name].installed:
+        pytest.skip("gptqmodel is installed")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(talker)
+    folder = packed_folders.write(name, tmp_path / "packed", len(tokenizer))
+    tokenizer.save_pretrained(folder)
+    said = refused("--model", folder, "--task", "chat", "--data", chats, "--method", "lora", "--out", "run")
+    assert "pip install" in said and ("gptqmodel" in said or "optimum" in said)
+    assert not list(Path("run").glob("adapter*"))
 
 
 def test_a_tokenizer_without_a_template_is_refused(decoder: Path, chats: Path) -> None:

@@ -65,17 +65,47 @@ def answers(model: nn.Module) -> torch.Tensor:
     return logits
 
 
-def test_the_trainer_refuses_without_the_callback_and_is_as_it_was_after_it(load: Load, tmp_path: Path) -> None:
-    model, _ = adapted(load, "lora")
+def test_the_trainer_refuses_without_the_callback_and_the_model_says_nothing_otherwise(
+    load: Load, tmp_path: Path
+) -> None:
+    model, injection = adapted(load, "lora")
     with pytest.raises(ValueError, match="purely quantized"):
+        trainer(model, "llama", tmp_path, [])
+    made = trainer(model, "llama", tmp_path, [PeftcoreCallback()])
+    assert not model._hf_peft_config_loaded
+    made.train()
+    assert not model._hf_peft_config_loaded
+    with pytest.raises(ValueError, match="purely quantized"):  # the callback before has its Trainer
+        trainer(model, "llama", tmp_path, [])
+    injection.remove()
+    assert "_hf_peft_config_loaded" not in vars(model)
+    with pytest.raises(ValueError, match="purely quantized"):  # nothing trains there
         trainer(model, "llama", tmp_path, [PeftcoreCallback()])
+
+
+def test_a_callback_that_was_made_before_the_adapter(load: Load, tmp_path: Path) -> None:
+    callback = PeftcoreCallback()
+    model, injection = adapted(load, "lora")
+    start = {key: value.clone() for key, value in injection.state_dict().items()}
+    trainer(model, "llama", tmp_path, [callback]).train()
+    assert all(not torch.equal(value, start[key]) for key, value in injection.state_dict().items())
+
+
+def test_a_callback_that_is_gone_admits_nothing(load: Load, tmp_path: Path) -> None:
+    model, _ = adapted(load, "lora")
+    PeftcoreCallback()
+    with pytest.raises(ValueError, match="purely quantized"):
+        trainer(model, "llama", tmp_path, [])
+
+
+def test_a_quantized_model_of_which_a_part_is_adapted(load: Load, tmp_path: Path) -> None:
+    model = load()
+    injection = peftcore.apply(model.model, "lora", seed=0)
     made = trainer(model, "llama", tmp_path, [PeftcoreCallback(model)])
     assert "_hf_peft_config_loaded" not in vars(model)
+    start = {key: value.clone() for key, value in injection.state_dict().items()}
     made.train()
-    assert "_hf_peft_config_loaded" not in vars(model)
-    bare = load()
-    with pytest.raises(ValueError, match="purely quantized"):  # nothing trains there
-        trainer(bare, "llama", tmp_path, [PeftcoreCallback(bare)])
+    assert all(not torch.equal(value, start[key]) for key, value in injection.state_dict().items())
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "ia3"])
@@ -85,20 +115,20 @@ def test_it_trains_evaluates_resumes_and_leaves_the_codes_alone(load: Load, meth
     model, whole = adapted(load, method)
     start = {key: value.clone() for key, value in whole.state_dict().items()}
     changes = {"eval_strategy": "steps", "eval_steps": 2}
-    trainer(model, "llama", tmp_path, [PeftcoreCallback(model)], **changes).train()
+    trainer(model, "llama", tmp_path, [PeftcoreCallback()], **changes).train()
     assert all(not torch.equal(value, start[key]) for key, value in whole.state_dict().items())
     with whole.disabled():
         assert torch.equal(answers(model.train()), base)
 
     again, resumed = adapted(load, method)
-    run = trainer(again, "llama", tmp_path, [PeftcoreCallback(again)], **changes)
+    run = trainer(again, "llama", tmp_path, [PeftcoreCallback()], **changes)
     run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert all(torch.equal(value, whole.state_dict()[key]) for key, value in resumed.state_dict().items())
 
 
 def test_checkpoints_hold_the_adapter_and_the_saved_model_is_the_quantized_base(load: Load, tmp_path: Path) -> None:
     model, injection = adapted(load, "lora")
-    made = trainer(model, "llama", tmp_path, [PeftcoreCallback(model)])
+    made = trainer(model, "llama", tmp_path, [PeftcoreCallback()])
     made.train()
     saved = load_file(tmp_path / f"checkpoint-{STEPS}" / "model.safetensors")
     assert len(saved) == len(injection.state_dict())
@@ -114,7 +144,7 @@ def test_checkpoints_hold_the_adapter_and_the_saved_model_is_the_quantized_base(
 @pytest.mark.parametrize("method", ["lora", "dora"])
 def test_what_was_trained_merges_into_a_dense_model(load: Load, method: str, tmp_path: Path) -> None:
     model, injection = adapted(load, method)
-    trainer(model, "llama", tmp_path, [PeftcoreCallback(model)]).train()
+    trainer(model, "llama", tmp_path, [PeftcoreCallback()]).train()
     expected = answers(model.train())
     report = injection.merge()
     packed_inputs = "8bitlt" in type(load().model.layers[0].self_attn.q_proj).__name__.lower()

@@ -19,8 +19,9 @@ from peftcore.layers.layer import is_dense
 
 NO_KERNELS = {"attn_implementation": None, "experts_implementation": None}
 """A configuration may ask for kernels from the Hub, which are code; transformers chooses among its own instead."""
-UNREADABLE: tuple[type[Exception], ...] = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
-"""Errors that transformers raises for a folder that holds no model, half a model or a model of another kind."""
+UNREADABLE: tuple[type[Exception], ...] = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)
+"""Errors that transformers raises for a folder that holds no model, half a model or a model of another kind, or one
+that takes a package that is missing, as quantized ones do."""
 
 
 def load_tokenizer(model: Path | str) -> Any:

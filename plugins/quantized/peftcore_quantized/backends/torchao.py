@@ -1,7 +1,8 @@
 """torchao: the schemes torchao-int8, torchao-int4 and torchao-float8 (weights only), and other weights of its tensor
 classes.
 
-Its formats that pack the inputs too are read and made dense, but their own forward has no gradient.
+Its formats that pack the inputs too are read and made dense, but their own forward has no gradient, so they are not
+adapted.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from peftcore import Layer, QuantizedLayer, Scheme, hookimpl, quantized_layer_of
-from peftcore.errors import MergeError, QuantizationError
+from peftcore.errors import MergeError, QuantizationError, UnsupportedHost
 
 PEFTCORE_API = 2
 
@@ -63,6 +64,10 @@ PACKERS: dict[str, Callable[[Any], Any]] = {
 """How a weight is packed again, by its class in `torchao.quantization`; formats that are not here are refused."""
 
 
+def _packs_inputs(weight: Any) -> bool:
+    return getattr(weight, "act_quant_kwargs", None) is not None
+
+
 @dataclass(frozen=True)
 class TorchAOLayer(QuantizedLayer):
     """Reads and quantizes linear layers whose weight is one of torchao's tensors, for the core."""
@@ -77,11 +82,18 @@ class TorchAOLayer(QuantizedLayer):
     def dtype(self, module: nn.Module) -> torch.dtype | None:
         return module.weight.dtype  # type: ignore[return-value]
 
+    def check_trains(self, module: nn.Module) -> None:
+        if _packs_inputs(module.weight):
+            raise UnsupportedHost(
+                "torchao quantizes the inputs of these layers too, and lets no gradient through; make them dense by "
+                "peftcore.dequantize(model), or load the model with a configuration of weights only"
+            )
+
     def pack(self, module: nn.Module, weight: Tensor) -> nn.Module:
         held: Any = module.weight
         classes = vars(sys.modules["torchao.quantization"])
         config = next((pack for name, pack in PACKERS.items() if type(held) is classes.get(name)), None)
-        if config is None or getattr(held, "act_quant_kwargs", None) is not None:
+        if config is None or _packs_inputs(held):
             raise MergeError(f"torchao has no way back into {type(held).__name__} here; merge into='float'")
         return _packed(weight.to(held.dtype), config(held))
 

@@ -1,0 +1,37 @@
+"""compressed-tensors: its layers are refused, and how to load them instead is said.
+
+It compresses plain linear layers in place, has the weight in other tensors until the first forward, and rounds it in
+each forward from then on, an adapter's change with it.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from torch import nn
+
+from peftcore import Layer, hookimpl
+from peftcore.errors import UnsupportedSite
+
+PEFTCORE_API = 2
+SCHEME = "quantization_scheme"
+"""The attribute by which its layers are known."""
+
+
+@hookimpl
+def peftcore_layer(module: nn.Module, tensor: str) -> Layer | None:
+    """Return None: a module is none of its own. It is looked up, not imported.
+
+    Raises:
+        UnsupportedSite: it is one.
+    """
+    package: Any = sys.modules.get("compressed_tensors.quantization")
+    owner = module.get_submodule(tensor.rpartition(".")[0])
+    if package is not None and isinstance(vars(owner).get(SCHEME), package.QuantizationScheme):
+        raise UnsupportedSite(
+            "a layer of compressed-tensors rounds its weight in each forward; load the model dense: "
+            "from_pretrained(..., quantization_config=CompressedTensorsConfig(dequantize=True)); in a folder: "
+            '"dequantize": true in the quantization_config of its config.json'
+        )
+    return None

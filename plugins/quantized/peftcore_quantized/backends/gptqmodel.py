@@ -1,0 +1,91 @@
+"""GPTQ and AWQ: models that transformers loaded with GPT-QModel's kernels.
+
+Each kernel has a layout of its own, and all are linear maps, so a weight is what its module makes of the identity.
+Some kernels of CPUs arrange their codes anew in the first pass in evaluation, for products without a gradient, and stay
+so: an adapted host holds them in the way that training takes. Kernels that are for inference alone are refused.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftcore import ForcedAttributes, Layer, QuantizedLayer, hookimpl, quantized_layer_of
+from peftcore.errors import ExportError, UnsupportedHost
+
+PEFTCORE_API = 2
+ROWS = 512
+"""Rows of the identity that a kernel gets at once: no more than it was made for."""
+IN_TRAINING = {"linear_mode": "train"}
+"""What kernels with two ways of computing note once they have taken the one with a gradient."""
+
+
+def _base() -> Any:
+    """Return GPT-QModel's base class, looked up and not imported: without it no module can be one of its own."""
+    package = sys.modules.get("gptqmodel.nn_modules.qlinear")
+    return None if package is None else package.BaseQuantLinear
+
+
+@dataclass(frozen=True)
+class KernelLayer(QuantizedLayer):
+    """Reads linear layers of GPTQ and AWQ for the core. There is no way back: their codes come from calibration."""
+
+    @property
+    def saves_dense(self) -> bool:
+        return True
+
+    def unpack(self, module: Any) -> Tensor:
+        bare = self.bare(module)
+        vars(bare).update({key: value for key, value in IN_TRAINING.items() if key in vars(module)})
+        one = torch.eye(module.in_features, dtype=module.scales.dtype, device=module.scales.device)
+        with torch.no_grad():
+            return torch.cat([bare.forward(rows) for rows in one.split(ROWS)]).T.float()
+
+    def dtype(self, module: Any) -> torch.dtype | None:
+        return None  # scales are in half precision in any case
+
+    def check_trains(self, module: Any) -> None:
+        name = type(module).__name__
+        if not module.SUPPORTS_TRAINING:
+            raise UnsupportedHost(
+                f"{name} is a kernel for inference, through which no gradient goes; load the model with GPTQConfig(bits"
+                '=4, backend="auto_trainable"), or with AwqConfig(...) likewise; in a folder: "backend": '
+                '"auto_trainable" in the quantization_config of its config.json'
+            )
+        if vars(module).get("linear_mode") == "inference":
+            raise UnsupportedHost(
+                f"{name} has arranged its codes for inference when it ran, and no gradient goes through them any more; "
+                "load the model again, and adapt it before it runs in evaluation"
+            )
+
+    def check_saves(self, module: Any) -> None:
+        if "qzero_format" in dir(module) and module.qzero_format() == 2:
+            raise ExportError(
+                "GPT-QModel keeps the zeros of GPTQ in another form than its files, and save_pretrained would write "
+                "them as they are: what it wrote would compute otherwise. Save the adapter alone (injection.save): the "
+                "base is in its folder; or write it dense: bake(), then peftcore.dequantize(model)"
+            )
+
+
+@hookimpl
+def peftcore_layer(module: nn.Module, tensor: str) -> Layer | None:
+    """Return the layer of a linear layer of GPTQ or AWQ, else None."""
+    cls, owner = _base(), module.get_submodule(tensor.rpartition(".")[0])
+    return quantized_layer_of(module, tensor, KernelLayer()) if cls is not None and isinstance(owner, cls) else None
+
+
+@functools.cache
+def _held() -> ForcedAttributes:
+    return ForcedAttributes(IN_TRAINING)
+
+
+@hookimpl
+def peftcore_forced_attributes(cls: type[nn.Module]) -> ForcedAttributes | None:
+    """Return the attribute that leaves codes in the layout that gradients go through."""
+    base = _base()
+    return _held() if base is not None and issubclass(cls, base) else None

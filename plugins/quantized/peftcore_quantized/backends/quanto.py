@@ -1,0 +1,40 @@
+"""optimum-quanto: linear layers of models that transformers loaded with a `QuantoConfig`, or that quanto has frozen."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftcore import Layer, QuantizedLayer, hookimpl, quantized_layer_of
+
+PEFTCORE_API = 2
+
+
+@dataclass(frozen=True)
+class QuantoLayer(QuantizedLayer):
+    """Reads `QLinear` for the core. Its modules cannot become others in place, nor back: nothing merges into them."""
+
+    @property
+    def saves_dense(self) -> bool:
+        return True
+
+    def unpack(self, module: Any) -> Tensor:
+        return module.weight.dequantize()  # type: ignore[no-any-return]
+
+    def dtype(self, module: Any) -> torch.dtype | None:
+        return module.weight.dtype  # type: ignore[no-any-return]
+
+
+@hookimpl
+def peftcore_layer(module: nn.Module, tensor: str) -> Layer | None:
+    """Return the layer of a module that quanto has quantized, else None. quanto is looked up, not imported: without it
+    no module can be one of its own. Before it is frozen such a module has a dense weight, which the core reads."""
+    quanto = sys.modules.get("optimum.quanto.nn")
+    owner: Any = module.get_submodule(tensor.rpartition(".")[0])
+    if quanto is None or not isinstance(owner, quanto.QLinear) or not owner.frozen:
+        return None
+    return quantized_layer_of(module, tensor, QuantoLayer())
