@@ -181,6 +181,7 @@ class SequenceOperator(Operator):
         order = cache.order if cache.held else self._order(given.get(MASK), batch, tokens)
         self.entering.put(None if cache.held else order)
         try:
+            self._begin(given, order, cache)
             self._enter(module, given, order, cache)
             if key is not None:
                 given[key] = cache.inner
@@ -216,6 +217,9 @@ class SequenceOperator(Operator):
             return order.put(self._with_rows(call(**given)))
         self._enter(module, given, order, EMPTY)
         return call(**given)
+
+    def _begin(self, given: dict[str, Any], order: Order, cache: Opened) -> None:
+        """Look at the arguments of a stack before they are changed, where rows are more than what stands in front."""
 
     def _enter(self, module: nn.Module, given: dict[str, Any], order: Order, cache: Opened) -> None:
         """Change the arguments of the module at which embeddings replace ids."""
@@ -263,7 +267,7 @@ class SequenceOperator(Operator):
             changed[STEPS] = torch.cat([first, steps], dim=-1)
         if (places := given.get(POSITIONS)) is not None:
             places = places if places.dim() > 1 else places[None]
-            _refuse_packing(places, given)
+            refuse_packing(places, given)
             rows = order.first(places) + torch.arange(count, device=places.device, dtype=places.dtype)
             places = (places + count).expand(*rows.shape[:-1], -1)
             changed[POSITIONS] = order.put(torch.cat([rows, places], dim=-1), dim=-1, batch=-2)
@@ -316,7 +320,7 @@ def _refuse_unknown(given: Mapping[str, Any], tokens: int) -> None:
             )
 
 
-def _refuse_packing(places: Tensor, given: Mapping[str, Any]) -> None:
+def refuse_packing(places: Tensor, given: Mapping[str, Any]) -> None:
     """Refuse packed sequences: without a mask, positions that start again mean that several sequences are packed into
     one."""
     alone = given.get(MASK) is None and all(given.get(name) is None for name in CACHES)
