@@ -13,7 +13,7 @@ all else is refused when it is applied.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -33,12 +33,14 @@ from peftcore.targets.resolver import Resolver
 from peftcore.targets.sequence import (
     FORM,
     MASK,
+    NEST,
     POSITIONS,
+    Nest,
     SequenceOperator,
     SequenceSite,
     refuse_packing,
 )
-from peftcore.targets.sequence_cache import Opened, self_attention_cache
+from peftcore.targets.sequence_cache import Opened
 from peftcore.targets.sequence_masks import KINDS
 from peftcore.targets.sequence_order import Order
 from peftcore.targets.sites import Site
@@ -180,23 +182,43 @@ def _is_table(resolver: Resolver, entry: HostEntry) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class Standing:
-    """Where the rows stand in one forward of a stack."""
+    """Where the rows of one edit stand in one forward of a stack."""
 
-    order: Order
+    nest: Nest
+    stamp: str
     enter: bool
     """Whether they enter with this forward; otherwise they are in the cache."""
-    of_tokens: Tensor
-    """``[batch or 1, queries]``: which of the places of this forward are tokens."""
-    of_rows: Mapping[int, Tensor]
-    """By number of a block ``[batch or 1, keys]``: which of the keys of its attention are rows."""
-    given: Mapping[str, Any]
-    """The user's mask and cache, as the stack was given them."""
-    made: set[int] = field(default_factory=set)
-    """The blocks at which the rows were made."""
 
     def hidden(self, depth: int) -> Tensor:
-        """Returns what the attention of a block hides, ``[batch or 1, 1, queries, keys]``: rows from tokens."""
-        return self.of_rows[depth][:, None, None, :] & self.of_tokens[:, None, :, None]
+        """Returns what the attention of a block hides, ``[batch or 1, 1, queries, keys]``: the rows, but not from each
+        other."""
+        keys = self.nest.rows_among(self.stamp, self.nest.keys[depth])
+        others = ~self.nest.rows_among(self.stamp, self.nest.asking)
+        return keys[:, None, None, :] & others[:, None, :, None]
+
+    def remade(self, states: Tensor, make: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """Returns what a block gets, ``[batch, places, width]``, with other rows: `make` is given the user's tokens and
+        the rows that were there."""
+        outside, order, inside = self.nest.split(self.stamp)
+        nearer = []
+        for each in inside:
+            nearer.append(each.rows(states))
+            states = each.dropped(states)
+        rest = order.dropped(states)
+        tokens = rest
+        for each in outside:
+            tokens = each.dropped(tokens)
+        states = order.put(torch.cat([make(tokens, order.rows(states)), rest], dim=1))
+        for each, rows in zip(reversed(inside), reversed(nearer), strict=True):
+            states = each.put(torch.cat([rows, states], dim=1))
+        return states
+
+    def tokens(self, states: Tensor) -> Tensor:
+        """Returns the user's tokens alone, of what a block gets."""
+        if self.enter:
+            for each in reversed(self.nest.edits.values()):
+                states = each.dropped(states)
+        return states
 
 
 class InnerRows(SequenceOperator):
@@ -234,19 +256,25 @@ class InnerRows(SequenceOperator):
             return partial(self._run_block, int(form.removeprefix(BLOCK)), self.names[form][0])
         return super().at(form, module)
 
+    def _around(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        outer = NEST.get()
+        if outer is None or outer.path != self.stack.path:
+            given = self._bind(FORM, args, kwargs)
+            told = {name: value for name, value in given.items() if name == MASK or name in CACHES}
+            NEST.put(Nest(self.stack.path, told, set()))
+        try:
+            return super()._around(module, call, *args, **kwargs)
+        finally:
+            NEST.take()
+            if outer is not None:
+                NEST.put(outer)
+
     def _begin(self, given: dict[str, Any], order: Order, cache: Opened) -> None:
+        nest: Nest = NEST.get()
+        nest.depths.update(self.hides)
+        super()._begin(given, order, cache)
+        self.standing.put(Standing(nest, self.stamp, not cache.held))
         like = given[IDS] if given.get(EMBEDS) is None else given[EMBEDS]
-        enter, device = not cache.held, like.device
-        told = {name: value for name, value in given.items() if name == MASK or name in CACHES}
-        queries = like.shape[1] + (self.length if enter else 0)
-        asking = order.origin(torch.arange(queries, device=device) + cache.past)
-        keys = {}
-        for depth in self.hides:
-            length, offset = queries, 0
-            if cache.inner is not None:
-                length, offset = self_attention_cache(cache.inner).get_mask_sizes(queries, depth)
-            keys[depth] = order.origin(torch.arange(length, device=device) + offset) < self.length
-        self.standing.put(Standing(order, enter, asking >= self.length, keys, told))
         if self.absolute:
             self._say_positions(given, like, cache)
 
@@ -284,22 +312,22 @@ class InnerRows(SequenceOperator):
         if standing is None:  # it runs by itself
             return call(*args, **kwargs)
         states = args[0] if args else kwargs[name]
-        _check_alone(standing, states.shape[1])
         if not standing.enter:
-            self.going_on(depth, states, standing.given)
+            self.going_on(depth, standing.tokens(states), standing.nest.given)
             return call(*args, **kwargs)
-        if depth in standing.made and not forward_context().repeating:
+        if (self.stamp, depth) in standing.nest.made and not forward_context().repeating:
             raise SequenceError(f"block {depth} runs several times in one forward: nobody knows at which to make rows")
-        standing.made.add(depth)
-        order = standing.order
-        tokens = order.dropped(states)
-        made = self.rows_at(depth, tokens, order.rows(states), standing.given)
-        self.check_here(made, states)
-        if made.shape[-2:] != (self.length, states.shape[-1]):
-            raise PluginError(f"{type(self).__name__}.rows_at gives {tuple(made.shape)}, not {self.length} rows")
-        (made,) = self.cast(states, made)
-        states = order.put(torch.cat([made.expand(len(states), -1, -1), tokens], dim=1))
+        standing.nest.made.add((self.stamp, depth))
+        states = standing.remade(states, lambda tokens, rows: self._made(depth, tokens, rows, standing.nest.given))
         return call(states, *args[1:], **kwargs) if args else call(**{**kwargs, name: states})
+
+    def _made(self, depth: int, tokens: Tensor, rows: Tensor, given: Mapping[str, Any]) -> Tensor:
+        made = self.rows_at(depth, tokens, rows, given)
+        self.check_here(made, tokens)
+        if made.shape[-2:] != rows.shape[-2:]:
+            raise PluginError(f"{type(self).__name__}.rows_at gives {tuple(made.shape)}, not {self.length} rows")
+        (made,) = self.cast(tokens, made)
+        return made.expand(len(tokens), -1, -1)
 
 
 class Unseen(AttentionOperator):
@@ -313,14 +341,4 @@ class Unseen(AttentionOperator):
         standing: Standing | None = self.standing.get()
         if standing is None:
             return attend(query, key, value)
-        _check_alone(standing, query.shape[2])
         return attend.hiding(standing.hidden(self.depth).to(query.device), query, key, value)
-
-
-def _check_alone(standing: Standing, queries: int) -> None:
-    """Check that no other edit put rows in front of those of this one."""
-    if standing.of_tokens.shape[1] != queries:
-        raise SequenceError(
-            f"a block is given {queries} places where its stack was given {standing.of_tokens.shape[1]}: another soft "
-            "prompt acts nearer to the blocks; apply what makes rows at blocks before all other soft prompts"
-        )

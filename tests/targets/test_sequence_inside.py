@@ -308,15 +308,67 @@ def test_with_rows_in_front_of_the_stack() -> None:
     with in_the_middle("gpt2", base, values, [1], torch.ones(2, 6 + LENGTH)):
         theirs = base(inputs_embeds=embeds, use_cache=False).logits[:, LENGTH:]
     close(model(input_ids=ids, use_cache=False).logits, theirs)
-    other = deep("gpt2")
-    peftcore.apply(other, Rows, dtype="float64")
-    peftcore.apply(other, Inner, name="inner", blocks=[1], dtype="float64")
-    with pytest.raises(SequenceError, match="before all other soft prompts"):
-        other(input_ids=ids, use_cache=False)
+    peftcore.activate(model, "toy_inner")
+    close(model(input_ids=ids, use_cache=False).logits, by_hand("gpt2", base, values, [1], ids, torch.ones_like(ids)))
+
+
+def test_behind_rows_that_stand_nearer_to_the_blocks() -> None:
+    """What is applied first stands in front: there the rows come in behind rows that are there from the beginning."""
+    bare = deep("gpt2")
+    model = deepcopy(bare)
+    outer = peftcore.apply(model, Rows, name="outer", dtype="float64")
+    (front,) = (operator.value for operator in outer.operators.values())
+    inner = peftcore.apply(model, Inner, blocks=[1], dtype="float64")
+    values = inner.operators["transformer:sequence"].value
+    ids = tokens()
+
+    def middle(module: nn.Module, args: Any) -> Any:
+        x = args[0]
+        x = torch.cat([x[:, :LENGTH], values.expand(len(x), -1, -1), x[:, LENGTH:]], dim=1)
+        return (x, None, torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()[None, None], *args[3:])
+
+    def later(module: nn.Module, args: Any) -> Any:
+        count = args[0].shape[1]
+        return (args[0], None, torch.ones(count, count, dtype=torch.bool).tril()[None, None], *args[3:])
+
+    blocks = bare.transformer.h
+    handles = [blocks[1].register_forward_pre_hook(middle), blocks[2].register_forward_pre_hook(later)]
+    handles.append(blocks[2].register_forward_hook(lambda module, args, output: output[:, LENGTH:]))
+    embeds = in_front(front, bare.get_input_embeddings()(ids))
+    theirs = bare(inputs_embeds=embeds, use_cache=False).logits[:, LENGTH:]
+    for handle in handles:
+        handle.remove()
+    close(model(input_ids=ids, use_cache=False).logits, theirs)
+    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    mask = padded(torch.ones_like(ids), left=2)
+    expected = model.generate(ids, attention_mask=mask, use_cache=False, **options)
+    for more in ({}, {"cache_implementation": "static"}, {"num_beams": 1}):
+        assert torch.equal(model.generate(ids, attention_mask=mask, **options, **more), expected)
+
+
+@pytest.mark.parametrize("name", ["llama", "short_mistral", "gpt2", "bert", "roberta"])
+def test_two_that_come_in_at_different_blocks(name: str) -> None:
+    """With padding on the left, whatever the batch: what the sequence is alone; and with caches what it is without."""
+    model = deep(name)
+    peftcore.apply(model, Inner, name="one", blocks=[2], length=2, dtype="float64")
+    peftcore.apply(model, Inner, name="two", blocks=[1, 2], dtype="float64", seed=3)
+    ids = tokens()
+    mask = padded(torch.ones_like(ids), left=2)
+    places = {} if name == "roberta" else {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+    ids = ids.masked_fill(mask == 0, 0)  # of which RoBERTa knows padding
+    together = model(input_ids=ids, attention_mask=mask, **places, **uncached(name)).logits[1, 2:]
+    other = model(input_ids=ids[1:, 2:], **uncached(name)).logits[0]
+    size = 2e-5 if name in ROTARY else 1e-10
+    torch.testing.assert_close(together, other, rtol=size, atol=size)
+    if name in DECODERS:
+        options = {"max_new_tokens": 7, "do_sample": False, "pad_token_id": 0, "attention_mask": mask}
+        expected = model.generate(ids, use_cache=False, **options)
+        for more in ({}, {"cache_implementation": "static"}, {"prefill_chunk_size": 4}):
+            assert torch.equal(model.generate(ids, **options, **more), expected)
 
 
 REFUSED = {
-    "opt": ([1], "makes positions by itself"),
+    "opt": ([1], "24 wide"),
     "bart": ([1], "makes positions by itself"),
     "whisper": ([1], "makes positions by itself"),
     "mamba": ([1], "linear_attention"),
