@@ -23,9 +23,13 @@ REAL = torch.arange(7) < torch.tensor([[7], [4]])
 OPTIONS = {"length": 3, "layer": 2, "hidden": 5, "dropout": 0.0, "dtype": "float64"}
 
 
+def told(model: nn.Module, picture: Tensor) -> dict[str, Any]:
+    return {"prompt_length": torch.tensor([3], device=picture.device)}
+
+
 # Generation without a cache has to be told where the prompt ends: each sequence of the kit has three tokens at least.
 # Five rows and five tokens, twice, for two experts, would have the size of the mixture's table.
-@conformance("lpt", options={"moe": {"length": 4}}, context=lambda model, picture: {"prompt_length": 3})
+@conformance("lpt", options={"moe": {"length": 4}}, context=told)
 def test_conformance(check: Callable[[], None]) -> None:
     check()
 
@@ -67,8 +71,8 @@ def test_numbers_of_the_authors(name: str, kind: str | None) -> None:
     own = dict(generator_of(injection).named_parameters())
     theirs = {each: each.replace("down", "proj_down").replace("up", "proj_up") for each in own}
     waves({theirs[each]: parameter for each, parameter in own.items()}, 0.2)
-    told = [5, 3] if kind == "naive" else [4, 2]
-    with peftcore.call(model, prompt_length=told) if name == "gpt2" else peftcore.call(model):
+    lengths = [5, 3] if kind == "naive" else [4, 2]
+    with peftcore.call(model, prompt_length=lengths) if name == "gpt2" else peftcore.call(model):
         y = model(input_ids=IDS, attention_mask=REAL.long())[0]
     torch.testing.assert_close(
         y.masked_fill(~REAL[..., None], 0).flatten(), torch.tensor(numbers["output"]).double(), rtol=1e-6, atol=1e-7
@@ -151,11 +155,13 @@ def test_labels_say_where_the_prompt_ends(kind: str) -> None:
     labels[:, :4] = -100
     by_labels = model(input_ids=ids, labels=labels).logits
     with peftcore.call(model, prompt_length=4):
-        told = model(input_ids=ids).logits
-    torch.testing.assert_close(by_labels, told, rtol=1e-12, atol=1e-12)
+        by_length = model(input_ids=ids).logits
+    torch.testing.assert_close(by_labels, by_length, rtol=1e-12, atol=1e-12)
     other = ids.clone()
     other[:, 4:] = 5  # the answer does not get into the prompt
-    torch.testing.assert_close(model(input_ids=other, labels=labels).logits[:, :4], told[:, :4], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        model(input_ids=other, labels=labels).logits[:, :4], by_length[:, :4], rtol=1e-12, atol=1e-12
+    )
     with pytest.raises(MissingContext, match="give it away"):
         model(input_ids=ids, labels=ids)
     with pytest.raises(SequenceError, match="at once"), peftcore.call(model, prompt_length=9):
