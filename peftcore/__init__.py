@@ -65,6 +65,7 @@ from peftcore.targets.attention_sites import AttentionSite
 from peftcore.targets.resolver import Resolver
 from peftcore.targets.sequence import Rows, SequenceOperator, SequenceSite
 from peftcore.targets.sequence_cache import self_attention_cache
+from peftcore.targets.sequence_inside import InnerRows, InnerSite
 from peftcore.targets.sites import Site
 from peftcore.training.batches import Batch, Batches
 from peftcore.training.optimizer import GradientRule
@@ -109,6 +110,8 @@ __all__ = [
     "HostMap",
     "HybridPart",
     "Injection",
+    "InnerRows",
+    "InnerSite",
     "InputOperator",
     "Joins",
     "Layer",

@@ -12,10 +12,9 @@ from torch import nn
 from peftcore.errors import UnsupportedSite
 from peftcore.roles import HostEntry
 from peftcore.surgery.surgeon import Surgeon
+from peftcore.targets.sequence_inside import WIDTHS
 from peftcore.targets.sites import Site
 
-WIDTHS = ("mlp.down", "experts.down", "attn.out", "attn_mlp.out", "ssm.out")
-"""Roles of what adds to the stream of a block, so that its rows are as many as the stream is wide."""
 MIXERS = ("attn", "attn_mlp", "cross", "ssm")
 """Families of roles that mix tokens: what has none of them inside has no sequence."""
 

@@ -116,6 +116,11 @@ class Attend:
         `AttentionOperator`."""
         return self._inner(query, key, value)
 
+    def hiding(self, hidden: Tensor, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Returns what the call returns where some keys are hidden: `hidden` ``[batch or 1, 1, queries, keys]``, True
+        where a query does not see one of the host's own keys, which are the last of those that came in."""
+        return self._host.hiding(hidden, lambda: self._inner(query, key, value))
+
     def apart(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Returns a softmax of its own over `key` ``[batch, kv_heads, any, width]``, all of which every query sees,
         with the host's scale: ``[batch, heads, queries, value_dim]``."""
@@ -172,6 +177,25 @@ class HostAttention:
         output, _ = self._function(self.module, query, key, value, None, **{**options, "is_causal": False})
         transposed: Tensor = output.transpose(1, 2)
         return transposed
+
+    def hiding(self, hidden: Tensor, run: Callable[[], Tensor]) -> Tensor:
+        """Returns what `run` returns, which comes to this attention, while some of its keys are hidden."""
+        outer = self._mask
+        self._mask = self._without(hidden)
+        try:
+            return run()
+        finally:
+            self._mask = outer
+
+    def _without(self, hidden: Tensor) -> Tensor:
+        """Returns the mask without what is hidden, made where the function would rely on causality alone."""
+        mask, queries = self._mask, hidden.shape[2]
+        if mask is not None and mask.dtype != torch.bool:
+            return mask.masked_fill(hidden, torch.finfo(mask.dtype).min)
+        if mask is not None:
+            return mask & ~hidden
+        seen = ~hidden
+        return seen.tril() if queries > 1 and self._is_causal() else seen
 
     def _padded(self, front: int, query: Tensor) -> Tensor | None:
         """Returns the mask with a visible column for each key in front; made where the function would rely on causality

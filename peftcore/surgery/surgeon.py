@@ -28,6 +28,7 @@ from peftcore.targets.defaults import default_sites, notices
 from peftcore.targets.resolver import Resolver, Target
 from peftcore.targets.sequence import SequenceSite
 from peftcore.targets.sequence import locate as locate_stack
+from peftcore.targets.sequence_inside import InnerRows, InnerSite, Unseen, count_blocks, inside
 from peftcore.targets.sites import Site
 from peftcore.utils.progress import Progress
 
@@ -216,18 +217,38 @@ class Surgeon:
         return locate_attention(site, self.resolver)
 
     def sequence(
-        self, site: Site, operator: Callable[..., O], config: MethodConfig | None = None, behind: bool = False
+        self,
+        site: Site,
+        operator: Callable[..., O],
+        config: MethodConfig | None = None,
+        behind: bool = False,
+        blocks: Sequence[int] = (),
     ) -> O:
         """Put ``operator(site, config)``, a `SequenceOperator`, at a stack: its virtual tokens go in front of the
-        tokens; with `behind`, once these are embedded, with their positions.
+        tokens; with `behind`, once these are embedded, with their positions; with `blocks`, the numbers of blocks of
+        the stack, an `InnerRows` makes them at these blocks, and no token sees them below the first.
 
         Raises:
             UnsupportedSite: the site is no stack: no module that takes token ids, embeds them and runs blocks; or the
-                stack has no place behind its embeddings.
+                stack has no place behind its embeddings, or for rows that come in at a block.
         """
         found = self.sequence_site(site)
+        if blocks:
+            return self._inside(inside(found, self.resolver, blocks), operator, config)
         found = found.behind_embeddings() if behind else found
         return self.graft(found, operator, config, found.places)
+
+    def _inside(self, site: InnerSite, operator: Callable[..., O], config: MethodConfig | None) -> O:
+        built = self.graft(site, operator, config, site.places)
+        if not isinstance(built, InnerRows):
+            raise PluginError(f"{type(built).__name__} is no InnerRows, so it makes no rows at blocks")
+        for attention, depth in site.hiding:
+            self.graft(attention, lambda at, depth=depth: Unseen(at, depth, built.standing))
+        return built
+
+    def blocks_of(self, site: Site) -> int:
+        """Returns how many blocks the stack at a site has; raises UnsupportedSite where there is none."""
+        return count_blocks(self.sequence_site(site), self.resolver)
 
     def sequence_site(self, site: Site) -> SequenceSite:
         """Returns the stack at a site, for an operator that acts around the stack itself; raises UnsupportedSite where

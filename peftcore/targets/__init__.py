@@ -10,6 +10,7 @@ It may import `forward`, and what is below. In the order of reading:
 - `sequence_cache`: transformers' caches that hold virtual tokens.
 - `sequence_masks`: attention masks over virtual tokens.
 - `sequence`: virtual tokens in front of the user's tokens.
+- `sequence_inside`: virtual tokens that are made at blocks further in.
 """
 
 from peftcore.utils.moved import names_of

@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +29,7 @@ from peftcore.layers.fsdp import whole
 from peftcore.layers.layer import Layer
 from peftcore.roles.stacks import CACHES, EMBEDS, IDS, MEMORY, TokenStack, arguments
 from peftcore.targets.resolver import Resolver
-from peftcore.targets.sequence_cache import Opened, is_cache, opened
+from peftcore.targets.sequence_cache import Opened, is_cache, opened, self_attention_cache
 from peftcore.targets.sequence_masks import Front, padding_before
 from peftcore.targets.sequence_order import Order
 from peftcore.targets.sites import Site
@@ -139,6 +139,58 @@ class Rows(NamedTuple):
     """``[batch]``: the column of the first token behind them, that of padding counted; None where it is the first."""
 
 
+@dataclass(eq=False)
+class Nest:
+    """The edits of one run of a stack, from the one outermost to that nearest to the blocks, for those that act inside
+    of it."""
+
+    path: str
+    given: Mapping[str, Any]
+    """The user's mask and cache, as the stack was given them."""
+    depths: set[int]
+    """The blocks whose keys are asked for."""
+    edits: dict[str, Order] = field(default_factory=dict)
+    """Where the rows of each stand in what the next one gets, by stamp of the operator."""
+    asking: Tensor = field(default_factory=lambda: torch.empty(0))
+    """``[queries]``: the places of this forward, of all that blocks get."""
+    keys: dict[int, Tensor] = field(default_factory=dict)
+    """By number of a block ``[keys]``: the places of its keys."""
+    made: set[tuple[str, int]] = field(default_factory=set)
+    """The rows that were made, and at which blocks."""
+
+    def enter(self, stamp: str, order: Order, queries: Tensor, cache: Opened) -> None:
+        """Note an edit, and the places that are there with its rows; `queries` counts those of this forward."""
+        self.edits[stamp] = order
+        self.asking = queries + cache.past
+        for depth in self.depths:
+            length, offset = len(queries), 0
+            if cache.inner is not None:
+                length, offset = self_attention_cache(cache.inner).get_mask_sizes(len(queries), depth)
+            self.keys[depth] = torch.arange(length, device=queries.device) + offset
+
+    def rows_among(self, stamp: str, places: Tensor) -> Tensor:
+        """Returns which of these places have the rows of an edit, ``[batch or 1, places]``."""
+        others = torch.zeros_like(places, dtype=torch.bool)[None]
+        for each, order in reversed(self.edits.items()):
+            places = order.origin(places)
+            mine = (places < order.count) & ~others
+            if each == stamp:
+                return mine
+            others, places = others | mine, places - order.count
+        raise KeyError(stamp)
+
+    def split(self, stamp: str) -> tuple[list[Order], Order, list[Order]]:
+        """Returns the orders of the edits outside of one, from it outwards, its own, and those of the ones inside, from
+        the blocks outwards."""
+        stamps, orders = list(self.edits), list(self.edits.values())
+        at = stamps.index(stamp)
+        return orders[:at][::-1], orders[at], orders[at + 1 :][::-1]
+
+
+NEST = Tap()
+"""The run of a stack that goes on now, where an edit acts inside of it."""
+
+
 class SequenceOperator(Operator):
     """Base class of operators with rows in front of the sequence of a stack: subclasses define `rows`."""
 
@@ -181,6 +233,7 @@ class SequenceOperator(Operator):
         order = cache.order if cache.held else self._order(given.get(MASK), batch, tokens)
         self.entering.put(None if cache.held else order)
         try:
+            self._begin(given, order, cache)  # edits further in come later
             self._enter(module, given, order, cache)
             if key is not None:
                 given[key] = cache.inner
@@ -216,6 +269,14 @@ class SequenceOperator(Operator):
             return order.put(self._with_rows(call(**given)))
         self._enter(module, given, order, EMPTY)
         return call(**given)
+
+    def _begin(self, given: dict[str, Any], order: Order, cache: Opened) -> None:
+        """Look at the arguments of a stack before they are changed."""
+        nest = NEST.get()
+        if nest is not None and nest.path == self.stack.path:
+            like = given[IDS] if given.get(EMBEDS) is None else given[EMBEDS]
+            queries = torch.arange(like.shape[1] + (0 if cache.held else self.length), device=like.device)
+            nest.enter(self.stamp, order, queries, cache)
 
     def _enter(self, module: nn.Module, given: dict[str, Any], order: Order, cache: Opened) -> None:
         """Change the arguments of the module at which embeddings replace ids."""
@@ -263,7 +324,7 @@ class SequenceOperator(Operator):
             changed[STEPS] = torch.cat([first, steps], dim=-1)
         if (places := given.get(POSITIONS)) is not None:
             places = places if places.dim() > 1 else places[None]
-            _refuse_packing(places, given)
+            refuse_packing(places, given)
             rows = order.first(places) + torch.arange(count, device=places.device, dtype=places.dtype)
             places = (places + count).expand(*rows.shape[:-1], -1)
             changed[POSITIONS] = order.put(torch.cat([rows, places], dim=-1), dim=-1, batch=-2)
@@ -316,7 +377,7 @@ def _refuse_unknown(given: Mapping[str, Any], tokens: int) -> None:
             )
 
 
-def _refuse_packing(places: Tensor, given: Mapping[str, Any]) -> None:
+def refuse_packing(places: Tensor, given: Mapping[str, Any]) -> None:
     """Refuse packed sequences: without a mask, positions that start again mean that several sequences are packed into
     one."""
     alone = given.get(MASK) is None and all(given.get(name) is None for name in CACHES)

@@ -29,11 +29,12 @@ class Order:
     """The number of tokens of the forward that they entered with, padding included."""
 
     def origin(self, at: Tensor) -> Tensor:
-        """Returns the places in joined sequences of what stands at these places of ordered ones: [batch, places], or
-        [1, places] where all have the same order."""
+        """Returns the places in joined sequences of what stands at these places of ordered ones, [places] or [batch,
+        places]: [batch, places], or [1, places] where all have the same order."""
+        at = at if at.dim() > 1 else at[None]
         if self.before is None:
-            return at[None]
-        before, at = self.before.to(at.device)[:, None], at[None]
+            return at
+        before = self.before.to(at.device)[:, None]
         shifted = torch.where(at < before, at + self.count, at)
         return torch.where((at >= before) & (at < before + self.count), at - before, shifted)
 

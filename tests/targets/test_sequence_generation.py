@@ -7,30 +7,26 @@ from typing import Any
 
 import pytest
 import torch
-from sequence_toys import LENGTH, Rows, adapt, for_padding, host, in_front, ones_in_front, padded, tokens
+from sequence_toys import (
+    GREEDY,
+    LENGTH,
+    NEW,
+    PATHS,
+    Rows,
+    adapt,
+    for_padding,
+    host,
+    in_front,
+    ones_in_front,
+    padded,
+    same,
+    tokens,
+)
 from slowly import quick
 from torch import Tensor, nn
 
 import peftcore
 
-NEW = 9
-GREEDY: dict[str, Any] = {
-    "max_new_tokens": NEW,
-    "min_new_tokens": NEW,
-    "do_sample": False,
-    "pad_token_id": 0,
-    "eos_token_id": None,
-    "forced_eos_token_id": None,
-    "output_logits": True,
-    "return_dict_in_generate": True,
-}
-PATHS: dict[str, dict[str, Any]] = {
-    "cached": {},
-    "uncached": {"use_cache": False},
-    "static": {"cache_implementation": "static"},
-    "chunked": {"prefill_chunk_size": 4},
-    "static_chunked": {"cache_implementation": "static", "prefill_chunk_size": 4},
-}
 HOSTS = (
     "llama",
     "gpt2",
@@ -61,13 +57,6 @@ def alone_by_hand(base: nn.Module, rows: Tensor, ids: Tensor, new: int) -> tuple
         scores.append(base(inputs_embeds=embeds, use_cache=False).logits[:, -1])
         ids = torch.cat([ids, scores[-1].argmax(-1, keepdim=True)], dim=1)
     return ids, scores
-
-
-def same(output: Any, ids: Tensor, scores: list[Tensor]) -> None:
-    assert torch.equal(output.sequences, ids)
-    assert len(output.logits) == len(scores)
-    for ours, other in zip(output.logits, scores, strict=True):
-        torch.testing.assert_close(ours.double(), other.double(), rtol=1e-5, atol=1e-5)  # generate keeps float32
 
 
 @pytest.mark.parametrize("left", [0, 2])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any, Literal
 
@@ -10,10 +11,28 @@ from host_zoo import VOCABULARY, build
 from torch import Tensor, nn
 
 import peftcore
-from peftcore import Method, MethodConfig, SequenceOperator, SequenceSite, Site, Surgeon, Tags
+from peftcore import InnerRows, Method, MethodConfig, SequenceOperator, SequenceSite, Site, Surgeon, Tags
 
 torch.set_num_threads(1)
 LENGTH = 3
+NEW = 9
+GREEDY: dict[str, Any] = {
+    "max_new_tokens": NEW,
+    "min_new_tokens": NEW,
+    "do_sample": False,
+    "pad_token_id": 0,
+    "eos_token_id": None,
+    "forced_eos_token_id": None,
+    "output_logits": True,
+    "return_dict_in_generate": True,
+}
+PATHS: dict[str, dict[str, Any]] = {
+    "cached": {},
+    "uncached": {"use_cache": False},
+    "static": {"cache_implementation": "static"},
+    "chunked": {"prefill_chunk_size": 4},
+    "static_chunked": {"cache_implementation": "static", "prefill_chunk_size": 4},
+}
 
 
 class RowsConfig(MethodConfig):
@@ -137,3 +156,48 @@ def by_hand(base: Any, rows: Tensor, ids: Tensor, **given: Tensor) -> Tensor:
     embeds = in_front(rows, base.get_input_embeddings()(ids))
     logits: Tensor = base(inputs_embeds=embeds, use_cache=False, **given).logits[:, LENGTH:]
     return logits
+
+
+class InnerConfig(MethodConfig):
+    """Options of the toy whose rows come in further in."""
+
+    method: Literal["toy_inner"] = "toy_inner"
+    length: int = LENGTH
+    """Rows."""
+    blocks: list[int] = [1]  # noqa: RUF012  # pydantic copies it
+    """The blocks at which they are made."""
+
+
+class InnerOperator(InnerRows):
+    def __init__(self, site: SequenceSite, config: InnerConfig) -> None:
+        super().__init__(site, config.length)
+        self.value = nn.Parameter(torch.randn(len(config.blocks), config.length, self.width) * 0.7)
+
+    def rows_at(self, depth: int, states: Tensor, rows: Tensor, given: Mapping[str, Any]) -> Tensor:
+        value = self.value[self.depths.index(depth)].to(rows.dtype)
+        return value if depth == self.depths[0] else value + 0.5 * rows
+
+
+class Inner(Method):
+    """The least method whose rows are made at blocks."""
+
+    name = "toy_inner"
+    Config = InnerConfig
+    tags = Tags(category="additive", paper="none", identity_at_init=False, per_row=False)
+    target = "stack"
+
+    def inject(self, model: nn.Module, config: InnerConfig, surgeon: Surgeon) -> None:
+        for site in surgeon.sites():
+            surgeon.sequence(site, InnerOperator, config, blocks=config.blocks)
+
+    @staticmethod
+    def parameter_count(site: Site, config: InnerConfig) -> int:
+        inside = isinstance(site, SequenceSite)
+        return len(config.blocks) * config.length * site.out_features if inside else 0
+
+
+def same(output: Any, ids: Tensor, scores: list[Tensor]) -> None:
+    assert torch.equal(output.sequences, ids)
+    assert len(output.logits) == len(scores)
+    for ours, other in zip(output.logits, scores, strict=True):
+        torch.testing.assert_close(ours.double(), other.double(), rtol=1e-5, atol=1e-5)  # generate keeps float32

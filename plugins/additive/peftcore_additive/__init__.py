@@ -20,6 +20,7 @@ def peftcore_methods() -> Mapping[str, str]:
         "ia3": "peftcore_additive.ia3:IA3",
         "llama_adapter": "peftcore_additive.llama_adapter:LlamaAdapter",
         "loreft": "peftcore_additive.loreft:LoReFT",
+        "lpt": "peftcore_additive.lpt:LPT",
         "lst": "peftcore_additive.lst:LST",
         "p_tuning": "peftcore_additive.p_tuning:PTuning",
         "p_tuning_v2": "peftcore_additive.p_tuning_v2:PTuningV2",

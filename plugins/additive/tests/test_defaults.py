@@ -11,6 +11,7 @@ COMPACTER = "rabeehk/compacter@e123daa, seq2seq/configs/compacter.json"
 CPT = "huggingface/peft@5d602fd, src/peft/tuners/cpt/config.py"
 HOULSBY = "google-research/adapter-bert@1a31fc6, modeling.py"
 LLAMA_ADAPTER = "OpenGVLab/LLaMA-Adapter@521a09d, alpaca_finetuning_v1/finetuning.sh"
+LPT = "xyltt/LPT@634c7b2, encoder-only"
 LST = "ylsung/Ladder-Side-Tuning@1798e82"
 PREFIX = "XiangLi1999/PrefixTuning@6519d30, gpt2/train_e2e.py"
 P_TUNING = "THUDM/P-tuning@f4225d4"
@@ -63,6 +64,14 @@ HELD: Held = {
     ("loreft", "activation"): (
         None,
         'stanfordnlp/pyreft@0b9aef9, pyreft/interventions.py: self.act_fn = ACT2FN["linear"] where none is given',
+    ),
+    ("lpt", "length"): (5, f"{LPT}/run_roberta.sh: --num_prompt_tokens 5"),
+    ("lpt", "layer"): (None, f"{LPT}/run_roberta.sh: --add_prompt_layer 12, of the 24 of RoBERTa-large"),
+    ("lpt", "generator"): ("naive", f"{LPT}/run_roberta.sh: --generator_type NPG"),
+    ("lpt", "hidden"): (128, f"{LPT}/run_roberta.sh: --proj_down_size 128"),
+    ("lpt", "dropout"): (
+        0.1,
+        f"{LPT}/models/modeling_roberta.py: nn.Dropout(config.hidden_dropout_prob), which is 0.1 in RoBERTa-large",
     ),
     ("lst", "reduction"): (
         8,

@@ -1,0 +1,166 @@
+"""LPT: late prompt tuning.   Liu et al. 2022, arXiv 2210.11292 (code: xyltt/LPT).
+
+    h_m -> [P ; h_m]   before block m,   P = G(h_m) [length, d]
+
+Blocks below m run as they are, and no gradient goes through them. G makes the prompt of what they made of the input:
+
+    naive      P = reshape(W_2 relu(W_1 h + b_1) + b_2),   h one token: W_1 [hidden, d], W_2 [length d, hidden]
+    average    P_i = W_2 relu(mean of W_1 h + b_1 over the i-th of `length` windows of tokens) + b_2,   W_2 [d, hidden]
+    max        the same with the largest of each window
+
+and None trains P itself. h is the first token in encoders, and the last one of the prompt in decoders, where rows see
+nothing and tokens see all rows. Windows are those of adaptive pooling, over the tokens of the prompt without padding
+(the authors' decoder leaves its last token out). The dropout of the host's own embeddings acts on P in their code;
+`dropout` is its value. Tokens keep their positions where these are added to embeddings, and P has none, as in their
+code; with rotary positions P stands in front of the first token.
+
+In a decoder P is made of the prompt, and earlier tokens of the prompt see it too. Where the prompt ends say labels (it
+is what comes before the first) or ``peftcore.call(model, prompt_length=...)``; what does not say it is refused. It is
+made once and stays in the cache. In encoder-decoder models it stands in the encoder.
+
+Never identity. Parameters: (d + 1) hidden + (hidden + 1) length d, of pooling (d + 1) hidden + (hidden + 1) d, of None
+length * d.
+
+Use it for classification where training time and memory count: backward ends at block m. Not where tokens of generated
+text need it everywhere (prefix_tuning acts in every layer), nor for adapters of rows in one batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field, NonNegativeInt, PositiveInt
+from torch import Tensor, nn
+
+from peftcore import (
+    InnerRows,
+    LearningRate,
+    Method,
+    MethodConfig,
+    PromptPositions,
+    SequenceSite,
+    Site,
+    Surgeon,
+    Tags,
+    forward_context,
+    full_precision,
+)
+from peftcore.errors import MissingContext, SequenceError, UnsupportedSite
+
+ALL = 2**31
+"""More tokens than any prompt has."""
+
+
+class Config(MethodConfig):
+    """Options of LPT."""
+
+    method: Literal["lpt"] = "lpt"
+    length: PositiveInt = 5
+    """Rows of the prompt."""
+    layer: NonNegativeInt | None = None
+    """The block before which it comes in, by number; None takes the middle one."""
+    generator: Literal["naive", "average", "max"] | None = "naive"
+    """What makes it of the tokens: one of them, or windows of all that are averaged, or of which the largest counts;
+    None trains it itself, from N(0, 1)."""
+    hidden: PositiveInt = 128
+    """Width of the generator."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
+    """Probability with which numbers of a generated prompt are dropped in training."""
+
+
+class LPTOperator(InnerRows):
+    """The late prompt of one stack."""
+
+    def __init__(self, site: SequenceSite, config: Config) -> None:
+        super().__init__(site, config.length)
+        self.generator, width = config.generator, self.width
+        self.causal = site.stack.causal
+        if self.generator is None:
+            self.prompt = nn.Parameter(torch.randn(config.length, width))
+            return
+        generates = self.causal and not site.stack.readers
+        self.positions = PromptPositions(self.depths[0], generates, ALL, 1, halves=False)  # where it ends counts
+        self.down = nn.Linear(width, config.hidden)
+        self.up = nn.Linear(config.hidden, width * (config.length if self.generator == "naive" else 1))
+        self.dropout = nn.Dropout(config.dropout)
+
+    def rows_at(self, depth: int, states: Tensor, rows: Tensor, given: Mapping[str, Any]) -> Tensor:
+        if self.generator is None:
+            return self.prompt
+        self.check_here(self.down.weight, states)
+        chosen = self._chosen(states, given)
+        with full_precision(states):
+            x = states.to(self.down.weight.dtype)
+            if self.generator == "naive":
+                one = chosen & (chosen.cumsum(-1) == (chosen.sum(-1, keepdim=True) if self.causal else 1))
+                x = x[torch.arange(len(x), device=x.device), one.int().argmax(-1)]
+                return self.dropout(self.up(self.down(x).relu()).unflatten(-1, (self.length, -1)))
+            return self.dropout(self.up(self._pooled(self.down(x), chosen).relu()))
+
+    def going_on(self, depth: int, states: Tensor, given: Mapping[str, Any]) -> None:
+        told = forward_context().context.get("prompt_length")
+        if self.generator is not None and told is None:  # raises where more of the prompt may have come
+            self.positions.positions(states, given, self.training)
+
+    def _chosen(self, states: Tensor, given: Mapping[str, Any]) -> Tensor:
+        """Return which tokens are the prompt's, ``[batch, tokens]``."""
+        running, batch = forward_context(), states.shape[:2]
+        told, labels = running.context.get("prompt_length"), running.inputs.get("labels")
+        if isinstance(told, int) and self.causal and told > batch[1]:
+            raise SequenceError(f"{batch[1]} tokens are less than a prompt of {told}, which has to come at once")
+        found = self.positions.positions(states, given, self.training)
+        chosen = (found[0] | found[1] if found else torch.ones(batch, dtype=torch.bool, device=states.device)).expand(
+            batch
+        )
+        whole = told is None and self.positions.generates and isinstance(labels, Tensor) and labels.shape == batch
+        if whole and not torch.compiler.is_compiling() and bool((chosen & (labels != -100)).any()):
+            raise MissingContext(
+                "labels begin with the first token, and a prompt made of what they say would give it away: label the "
+                "prompt -100, or say where it ends: with peftcore.call(model, prompt_length=...): ..."
+            )
+        return chosen
+
+    def _pooled(self, x: Tensor, chosen: Tensor) -> Tensor:
+        """Return windows of chosen tokens ``[batch, tokens, hidden]`` as rows ``[batch, length, hidden]``."""
+        place, count = chosen.cumsum(-1) - 1, chosen.sum(-1, keepdim=True)
+        made = []
+        for i in range(self.length):
+            start, stop = i * count // self.length, -(-(i + 1) * count // self.length)
+            window = (chosen & (place >= start) & (place < stop))[..., None]
+            if self.generator == "max":
+                made.append(x.masked_fill(~window, -torch.inf).amax(1))
+            else:
+                made.append(x.masked_fill(~window, 0).sum(1) / (stop - start).clamp(min=1))
+        return torch.stack(made, 1)
+
+
+class LPT(Method):
+    """A prompt made of the input by a small network, in front of the tokens from a middle block on."""
+
+    name = "lpt"
+    Config = Config
+    tags = Tags(category="additive", paper="2210.11292", identity_at_init=False, per_row=False, random=True)
+    learning_rate = LearningRate(
+        1e-3, "xyltt/LPT@634c7b2, encoder-only/run_roberta.sh", on="RoBERTa-large, RTE with 100 examples"
+    )
+    target = "stack"
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        for site in surgeon.sites():
+            stack = surgeon.sequence_site(site)
+            if stack.stack.reads:
+                raise UnsupportedSite(f"{stack.path} reads what an encoder made of the prompt; target the encoder")
+            own = config.at(stack.path)
+            layer = surgeon.blocks_of(site) // 2 if own.layer is None else own.layer
+            surgeon.sequence(site, LPTOperator, config, blocks=[layer])
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        if not isinstance(site, SequenceSite):
+            return 0  # attentions that hide the rows
+        d, h, k = site.out_features, config.hidden, config.length
+        if config.generator is None:
+            return k * d
+        return (d + 1) * h + (h + 1) * (k * d if config.generator == "naive" else d)
