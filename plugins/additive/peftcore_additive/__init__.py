@@ -21,6 +21,7 @@ def peftcore_methods() -> Mapping[str, str]:
         "llama_adapter": "peftcore_additive.llama_adapter:LlamaAdapter",
         "loreft": "peftcore_additive.loreft:LoReFT",
         "lst": "peftcore_additive.lst:LST",
+        "madx_invertible": "peftcore_additive.madx_invertible:MadxInvertible",
         "p_tuning": "peftcore_additive.p_tuning:PTuning",
         "p_tuning_v2": "peftcore_additive.p_tuning_v2:PTuningV2",
         "parallel_adapter": "peftcore_additive.parallel_adapter:ParallelAdapter",

@@ -79,6 +79,9 @@ HELD: Held = {
         f"{LST}, seq2seq/scripts/ladder_side_tuning_base.sh: r=8, given as task_reduction_factor",
     ),
     ("lst", "temperature"): (0.1, f"{LST}, seq2seq/training_args.py: gate_T default=0.1"),
+    ("madx_invertible", "reduction"): (2, f"{ADAPTERS}: inv_adapter_reduction_factor = 2 of SeqBnInvConfig"),
+    ("madx_invertible", "activation"): ("relu", f'{ADAPTERS}: non_linearity = "relu" of SeqBnConfig'),
+    ("madx_invertible", "init_std"): (0.02, BERT_START),
     ("p_tuning", "length"): (
         20,
         f'{P_TUNING}, LAMA/cli.py: --template default="(3, 3, 3)", nine rows in three places; ours is 20 in one place, '
