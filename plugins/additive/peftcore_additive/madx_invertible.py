@@ -104,7 +104,9 @@ class MadxInvertible(Method):
     name = "madx_invertible"
     Config = Config
     tags = Tags(category="additive", paper="2005.00052", identity_at_init=False, identity_options={"init_std": 0.0})
-    learning_rate = LearningRate(1e-4, "arXiv 2005.00052, section 5.2", on="XLM-R, masked language modelling")
+    learning_rate = LearningRate(
+        1e-4, "adapter-hub/adapters@88f18eb, docs/training.md", on="BERT-base, masked language modelling"
+    )
     target = ("embed",)
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
