@@ -3,8 +3,17 @@
 from peftcore.algebra import merge_math
 from peftcore.algebra.adapters_as_parts import gather
 from peftcore.algebra.combining import combine, deltas, to_lora
-from peftcore.authoring.blocks import MIXERS, BlockSite, block_depths, block_sites, stack_path
-from peftcore.authoring.branches import AtBranchEnd, BranchSite, Bypass, Joins, branch, branch_end, is_post_norm
+from peftcore.authoring.blocks import MIXERS, BlockSite, block_depths, block_sites, stack_path, with_blocks
+from peftcore.authoring.branches import (
+    AtBranchEnd,
+    BranchSite,
+    Bypass,
+    Joins,
+    branch,
+    branch_end,
+    is_post_norm,
+    reads_stream,
+)
 from peftcore.authoring.guests import GuestNetwork, GuestOperator, guest_network
 from peftcore.authoring.hybrid_parts import OfParts, options_of, without_preset
 from peftcore.authoring.pass_cache import PassCache
@@ -192,6 +201,7 @@ __all__ = [
     "plan",
     "quantize",
     "quantized_layer_of",
+    "reads_stream",
     "register",
     "replicate_layers",
     "round_trip",
@@ -207,6 +217,7 @@ __all__ = [
     "stack_path",
     "to_lora",
     "using",
+    "with_blocks",
     "with_tensors",
     "without_preset",
 ]

@@ -72,6 +72,18 @@ def block_sites(surgeon: Surgeon) -> list[BlockSite]:
     return sites
 
 
+def with_blocks(surgeon: Surgeon) -> list[Site]:
+    """Returns the user's targets, or all that the method's target means, with whole blocks among them as `BlockSite`:
+    for methods that act behind a matrix, and behind a block as well.
+
+    Raises:
+        UnsupportedSite: a target is a block through which no sequence of features goes.
+    """
+    numbers, sites = block_depths(surgeon), surgeon.sites()
+    whole = [site.module_path in numbers and site.missing(site.tensor) for site in sites]
+    return [_block_site(surgeon, site, numbers) if is_one else site for site, is_one in zip(sites, whole, strict=True)]
+
+
 def _block_site(surgeon: Surgeon, site: Site, numbers: dict[str | None, int]) -> BlockSite:
     path = site.module_path
     if path not in numbers:

@@ -28,7 +28,8 @@ FIRST = {
     "attn_mlp.out": {"attn_mlp.in", "attn.qkv", "attn.q"},
 }
 """By the role of a branch's last matrix, the roles of the first ones, which read the input of the branch."""
-
+READ_STREAM = frozenset({"attn.k", "attn.v", "attn.kv"}).union(*FIRST.values())
+"""Roles of the matrices of a block that read its stream."""
 
 Joins = Literal["stream", "matrix"]
 """Where an adapter joins a branch: behind all that the host does to the branch's output before it adds it to the stream
@@ -60,9 +61,9 @@ class AtBranchEnd(Operator):
 
     def __init__(self, site: Site) -> None:
         super().__init__(site)
-        branch = site if isinstance(site, BranchSite) else BranchSite(**vars(site))
-        self.passed = Tap() if any(place.form in (END, ENTERED) for place in branch.places) else None
-        self.order = branch.order
+        places, order = (site.places, site.order) if isinstance(site, BranchSite) else ((), None)
+        self.passed = Tap() if any(place.form in (END, ENTERED) for place in places) else None
+        self.order = order
         if self.passed is not None:
             self.observes = type(self).observes | {site.form}
 
@@ -267,6 +268,12 @@ def _readers(surgeon: Surgeon, inside: list[HostEntry], first: HostEntry) -> lis
 def _steps_shared(path: str, other: str) -> int:
     """Returns the number of steps from the host down that two paths have in common."""
     return len(list(takewhile(lambda pair: pair[0] == pair[1], zip(path.split("."), other.split("."), strict=False))))
+
+
+def reads_stream(surgeon: Surgeon, site: Site) -> bool:
+    """Whether a site is a matrix that reads the stream of its block, or the norm of it: those of queries, keys and
+    values, and the first ones of a feed-forward; not those of cross-attention that read another stream."""
+    return any(entry.role in READ_STREAM for entry in surgeon.resolver.host.at(site.module_path))
 
 
 def is_post_norm(resolver: Resolver, block: str) -> bool:

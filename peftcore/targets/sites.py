@@ -226,7 +226,8 @@ class Site(_Memory):
         """Returns the site of the weight that belongs to a bias which the host does not have."""
         owner, _, name = self.tensor.rpartition(".")
         if name != "bias":
-            raise UnsupportedSite(f"{self.module_path or 'the host'} has no tensor {self.tensor!r} to act on")
+            hint = "; it is a whole block: target what is in it, such as the role mlp.output" * (self.role == "block")
+            raise UnsupportedSite(f"{self.module_path or 'the host'} has no tensor {self.tensor!r} to act on{hint}")
         return self.at(f"{owner}.weight".lstrip("."))
 
     def tensors(self) -> tuple[str, ...]:

@@ -37,22 +37,31 @@ def host(name: str) -> nn.Module:
     return model
 
 
-def assert_same(model: nn.Module, bare: nn.Module, tensors: list[nn.Parameter], numbers: dict[str, Any]) -> None:
+def assert_same(
+    model: nn.Module, bare: nn.Module, tensors: list[nn.Parameter], numbers: dict[str, Any], abs: float = 1e-8
+) -> None:
     """The output, and the gradients of tensors that stand in the order of the package's; a bare host has another."""
+    torch.manual_seed(5)  # for stochastic depth
     y = model(input_ids=IDS).last_hidden_state
     assert (y - bare(input_ids=IDS).last_hidden_state).abs().max() > 0.01
     (y.square() * wave(y, 0.3)).sum().backward()
-    assert y.flatten().tolist() == pytest.approx(numbers["output"], abs=1e-8)
+    assert y.flatten().tolist() == pytest.approx(numbers["output"], abs=abs)
     assert len(tensors) == len(numbers["gradients"])
     for tensor, (name, gradient) in zip(tensors, numbers["gradients"].items(), strict=True):
         assert tensor.grad is not None and tensor.grad.any()
-        assert tensor.grad.flatten().tolist() == pytest.approx(gradient, abs=1e-7), name
+        assert tensor.grad.flatten().tolist() == pytest.approx(gradient, abs=10 * abs), name
 
 
 def assert_same_adapters(method: str, numbers: dict[str, dict[str, Any]], name: str, **options: Any) -> None:
     """A bottleneck adapter on a host, with waves in its tensors."""
     model = host(name)
     injection = peftcore.apply(model, method, bottleneck=4, dtype="float64", **options)
-    tensors = [p for each in injection.operators.values() for p in each.parameters()]
+    tensors = [p for each in injection.operators.values() for p in norm_first(each)]
     waves(tensors, 0.2)
     assert_same(model, host(name), tensors, numbers[name])
+
+
+def norm_first(operator: nn.Module) -> list[nn.Parameter]:
+    """The parameters in the package's order, where an adapter's own norm stands in front of its matrices."""
+    named = list(operator.named_parameters())
+    return [p for _, p in sorted(named, key=lambda entry: not entry[0].startswith("norm."))]

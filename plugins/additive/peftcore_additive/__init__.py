@@ -22,6 +22,7 @@ def peftcore_methods() -> Mapping[str, str]:
         "loreft": "peftcore_additive.loreft:LoReFT",
         "lpt": "peftcore_additive.lpt:LPT",
         "lst": "peftcore_additive.lst:LST",
+        "madx_invertible": "peftcore_additive.madx_invertible:MadxInvertible",
         "p_tuning": "peftcore_additive.p_tuning:PTuning",
         "p_tuning_v2": "peftcore_additive.p_tuning_v2:PTuningV2",
         "parallel_adapter": "peftcore_additive.parallel_adapter:ParallelAdapter",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcore import Checked, full_precision
-from peftcore_additive.houlsby_adapter import ACTIVATIONS
+from peftcore_additive._bottleneck import ACTIVATIONS
 
 
 class Intervention(Checked):

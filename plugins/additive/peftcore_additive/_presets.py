@@ -6,14 +6,35 @@ FROM_ANOTHER_TASK = (
     "train prompt_tuning on another task and save it; here peftcore.load(model, folder, trainable=True) goes on from "
     "there"
 )
+LLM_ADAPTERS = {"bottleneck": 256, "activation": "tanh", "bias": False, "init": "normal", "joins": "matrix"}
+SERIES = {**LLM_ADAPTERS, "init_std": 0.02, "up_init_std": 0.02, "train_layer_norm": False}
+ADAPTER_PLUS = {"placement": "pre", "bottleneck": 8, "activation": "gelu", "scale": "channel", "stochastic_depth": 0.1}
+ADAPTER_PLUS |= {"init": "cut", "init_std": 0.01, "up_init_std": 0.01}
+RESIDUAL = {"activation": "relu", "norm": True, "train_layer_norm": False}
 
 PRESETS = {
+    "adapter_plus": Preset("pfeiffer_adapter", "2406.06820", ADAPTER_PLUS),
     "compacter_pp": Preset("compacter", "2106.04647", {"placement": "compacter_pp"}),
     "direft": Preset("loreft", "2404.03592", {"kind": "direft"}),
     "hadamard_adapter": Preset("ssf", "2407.11033", {"init_std": 0.0}, target="attn.output", train=("norm",)),
+    "llm_adapters_p": Preset("houlsby_adapter", "2304.01933", SERIES, target="mlp.down"),
+    "llm_adapters_parallel": Preset(
+        "parallel_adapter",
+        "2304.01933",
+        {**LLM_ADAPTERS, "scale": 1.0, "reads": "matrix"},
+        target=("attn.q", "attn.k", "attn.v"),
+    ),
+    "llm_adapters_series": Preset(
+        "houlsby_adapter",
+        "2304.01933",
+        {**SERIES, "side": "stream"},
+        target=("mlp.gate_up", "mlp.gate", "mlp.up", "mlp.down"),
+    ),
+    "low_rank_adapter": Preset("compacter", "2106.04647", {"rules": False, "phm_dim": 1}),
     "noreft": Preset("loreft", "2404.03592", {"kind": "noreft"}),
     "phm_adapter": Preset("compacter", "2102.08597", {"shared_rule": False, "factorized": False, "rule_std": 0.01}),
     "ppt": Preset("prompt_tuning", "2109.04332", workflow=FROM_ANOTHER_TASK),
     "red": Preset("ssf", "2402.15179", {"init_std": 0.0}, target="mlp.output"),
+    "residual_adapter_nmt": Preset("houlsby_adapter", "1909.08478", RESIDUAL, target="block"),
     "scaled_parallel_learned": Preset("parallel_adapter", "2110.04366", {"scale": "learned"}),
 }

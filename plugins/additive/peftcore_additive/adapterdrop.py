@@ -43,8 +43,8 @@ from peftcore import (
     forward_context,
 )
 from peftcore.errors import TargetError, UnsupportedSite
+from peftcore_additive._bottleneck import BottleneckOperator
 from peftcore_additive._draws import Draws
-from peftcore_additive.houlsby_adapter import BottleneckOperator
 
 
 class Config(MethodConfig):

@@ -11,9 +11,11 @@ adapted). Compacter++ leaves self-attention out too. All norms train along, as i
 The rules start as N(0, 1e-4), S and T from Glorot's uniform draw with gain sqrt(2), as in that code: nearly the
 identity. The adapters package draws S and T from a normal.
 A PHM adapter, in the paper the step before Compacter, is ``shared_rule=False, factorized=False, rule_std=0.01``: each
-matrix has rules of its own, and whole blocks [in / n, out / n] in place of S_i T_i.
+matrix has rules of its own, and whole blocks [in / n, out / n] in place of S_i T_i. A low-rank adapter, the paper's
+baseline, is ``rules=False, phm_dim=1``: H = S T (`low_rank_adapter`).
 
-Parameters: 2 q (d + r) + r + d an adapter, n^3 once; of a PHM adapter 2 d r / n + 2 n^3 + r + d. The norms besides.
+Parameters: 2 q (d + r) + r + d an adapter, n^3 once; of a PHM adapter 2 d r / n + 2 n^3 + r + d; without rules none of
+n^3. The norms besides.
 Use it where adapters must be small: a tenth of a percent of T5.
 """
 
@@ -40,7 +42,7 @@ from peftcore import (
     branch_end,
 )
 from peftcore.errors import UnsupportedSite
-from peftcore_additive.houlsby_adapter import ACTIVATIONS
+from peftcore_additive._bottleneck import ACTIVATIONS
 
 FUNCTIONS = {**ACTIVATIONS, "gelu_tanh": lambda: nn.GELU("tanh")}
 
@@ -57,6 +59,9 @@ class Config(MethodConfig):
     """Rank q of the second factors, where they are factorized."""
     placement: Literal["compacter", "compacter_pp"] = "compacter"
     """Behind self-attention and feed-forward, or behind the feed-forward alone (Compacter++)."""
+    rules: bool = True
+    """Rules in front of the second factors; without them, which takes ``phm_dim=1``, a matrix is one product of low
+    rank."""
     shared_rule: bool = True
     """One set of rules for all matrices; without it, each has its own."""
     factorized: bool = True
@@ -75,6 +80,8 @@ class Config(MethodConfig):
     def _divides(self) -> Self:
         if self.bottleneck % self.phm_dim:
             raise ValueError(f"bottleneck={self.bottleneck} is no multiple of phm_dim={self.phm_dim}")
+        if not self.rules and self.phm_dim > 1:
+            raise ValueError("rules=False leaves one product in a matrix, so phm_dim=1 goes with it")
         return self
 
 
@@ -93,7 +100,7 @@ class KroneckerLinear(nn.Module):
     def __init__(self, inputs: int, outputs: int, config: Config, shared: Shared | None) -> None:
         super().__init__()
         n, self.shared = config.phm_dim, shared
-        self.rule = None if shared else Rule(config)
+        self.rule = Rule(config) if config.rules and shared is None else None
         width = config.rank if config.factorized else outputs // n
         self.left = nn.Parameter(torch.empty(n, inputs // n, width))  # S, or the whole blocks
         self.right = nn.Parameter(torch.empty(n, width, outputs // n)) if config.factorized else None
@@ -104,9 +111,10 @@ class KroneckerLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., inputs] to [..., outputs]."""
-        rule = (self.rule if self.shared is None else self.shared.module).value
+        rule = self.rule if self.shared is None else self.shared.module
         blocks = self.left if self.right is None else self.left @ self.right
-        H = torch.einsum("iab,icd->acbd", rule, blocks).reshape(-1, self.bias.shape[0])  # [in, out]
+        products = blocks if rule is None else torch.einsum("iab,icd->acbd", rule.value, blocks)
+        H = products.reshape(-1, self.bias.shape[0])  # [in, out]
         return nn.functional.linear(x, H.T.to(x.dtype), self.bias.to(x.dtype))
 
 
@@ -145,7 +153,9 @@ class Compacter(Method):
             left_out = {"cross", "attn"} if own.placement == "compacter_pp" else {"cross"}
             if site.role == "attn.output" and families & left_out:  # named by the role, not by the user
                 continue
-            rule = surgeon.own(f"rule_{own.phm_dim}", lambda own=own: Rule(own)) if own.shared_rule else None
+            rule = (
+                surgeon.own(f"rule_{own.phm_dim}", lambda own=own: Rule(own)) if own.rules and own.shared_rule else None
+            )
             place = branch_end(surgeon, site, own.joins)
             surgeon.graft(place, lambda s, c, rule=rule: CompacterOperator(s, c, rule), config, place.places)
         for site in surgeon.at("norm.*") if config.train_layer_norm else ():
@@ -157,4 +167,4 @@ class Compacter(Method):
             return site.numel
         d, r, n = site.out_features, config.bottleneck, config.phm_dim
         factors = 2 * config.rank * (d + r) if config.factorized else 2 * d * r // n
-        return factors + r + d + (0 if config.shared_rule else 2 * n**3)
+        return factors + r + d + (2 * n**3 if config.rules and not config.shared_rule else 0)

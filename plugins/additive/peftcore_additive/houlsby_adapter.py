@@ -9,7 +9,13 @@ mixture, in blocks of convolutions that of the last one, where the adapter acts 
 norms train too, that of the embeddings as well, as in the authors' code. Both matrices start from a normal with
 standard deviation 1e-3, cut at two deviations, biases zero: near identity, not exactly.
 
-Parameters: 2 d r + r + d an adapter, two adapters a block; with `train_layer_norm`, the norms besides.
+With ``target="block"`` h is what a whole block returns, and with `norm` the adapter reads LN(h), a layer norm of its
+own: the adapter of Bapna and Firat 2019 (`residual_adapter_nmt`). With ``side="stream"`` h is the stream's side of a
+matrix: what the first matrices of a branch read, x' = x + W_up f(W_down x), y = W x', and what the last one returns, as
+LLM-Adapters has it (`llm_adapters_series`).
+
+Parameters: 2 d r + r + d an adapter, two adapters a block; without `bias` 2 d r; with `norm` 2 d more, with a learned
+`scale` 1 or d; with `train_layer_norm`, the norms besides.
 
 Use it where a small non-linear module is worth a little latency: it cannot be merged.
 """
@@ -17,14 +23,28 @@ Use it where a small non-linear module is worth a little latency: it cannot be m
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import NonNegativeFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import OUTPUTS, AtBranchEnd, Joins, LearningRate, Method, MethodConfig, Site, Surgeon, Tags, branch_end
-
-ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU, "tanh": nn.Tanh}
+from peftcore import (
+    OUTPUTS,
+    BlockSite,
+    BranchSite,
+    Joins,
+    LearningRate,
+    Method,
+    MethodConfig,
+    Site,
+    Surgeon,
+    Tags,
+    branch_end,
+    reads_stream,
+    with_blocks,
+)
+from peftcore.errors import UnsupportedSite
+from peftcore_additive._bottleneck import Scale, ScaledOperator, Start, learned_scale, width_of
 
 
 class Config(MethodConfig):
@@ -40,36 +60,51 @@ class Config(MethodConfig):
     joins: Joins = "stream"
     """Where it reads and adds: behind what the host does to a branch's output (dropout, layer scale, stochastic depth),
     or at the branch's last matrix, in front of that."""
+    side: Literal["outputs", "inputs", "stream"] = "outputs"
+    """The side of the target on which it stands: behind it, in front of it, or where the stream is: in front of the
+    first matrices of a branch, behind all others."""
+    norm: bool = False
+    """A layer norm of its own in front of W_down, which trains with it."""
+    bias: bool = True
+    """Biases behind both matrices."""
+    scale: Scale = 1.0
+    """A factor in front of what the adapter adds: a number, one that is "learned" from 1, or a vector of those, one for
+    each "channel"."""
+    stochastic_depth: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Probability with which a row of the batch goes without the adapter in training; what others get is scaled up."""
+    init: Start = "cut"
+    """The draw of both matrices: a normal that is cut at two standard deviations, or a whole one."""
     init_std: NonNegativeFloat = 1e-3
     """Standard deviation of W_down at the start."""
     up_init_std: NonNegativeFloat = 1e-3
     """Standard deviation of W_up at the start; 0 makes a fresh adapter an exact identity."""
 
 
-def _narrow_normal(weight: Tensor, std: float) -> None:
-    nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std) if std else nn.init.zeros_(weight)
-
-
-class BottleneckOperator(AtBranchEnd):
-    """Adds a bottleneck to the output of a branch (the first entry, where attention returns a tuple)."""
-
-    stackable = True
-    padded = frozenset({"down.weight", "down.bias", "up.weight"})
+class SerialOperator(ScaledOperator):
+    """The adapter behind its target, or around a block."""
 
     def __init__(self, site: Site, config: Config) -> None:
-        super().__init__(site)
-        self.down = nn.Linear(site.out_features, config.bottleneck)
-        self.activation = ACTIVATIONS[config.activation]()
-        self.up = nn.Linear(config.bottleneck, site.out_features)
-        for linear, std in ((self.down, config.init_std), (self.up, config.up_init_std)):
-            _narrow_normal(linear.weight, std)
-            nn.init.zeros_(linear.bias)
+        super().__init__(site, config, norm=config.norm, bias=config.bias)
 
-    def adapt(self, h: Tensor) -> Tensor:
-        down, down_bias, up, up_bias = self.cast(h, self.down.weight, self.down.bias, self.up.weight, self.up.bias)
-        channels = self.layer.channel_dim
-        inner = self.activation(nn.functional.linear(h.movedim(channels, -1), down, down_bias))  # [..., r]
-        return h + nn.functional.linear(inner, up, up_bias).movedim(-1, channels)
+
+class InFrontOperator(SerialOperator):
+    """The adapter in front of its target."""
+
+    changes_inputs = True
+
+    def forward(self, call: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return call(self.adapt(x), *args, **kwargs)
+
+
+def _inputs_of(site: Site) -> int:
+    """Return the number of features that a target reads.
+
+    Raises:
+        UnsupportedSite: it reads tokens, or it is a part of a matrix, and all parts read the same.
+    """
+    if site.layer.one_hot or site.slices is not None:
+        raise UnsupportedSite(f"{site.path}: nothing stands in front of it alone; an adapter can stand behind it")
+    return site.in_features
 
 
 class HoulsbyAdapter(Method):
@@ -89,15 +124,26 @@ class HoulsbyAdapter(Method):
         return {"joins": "matrix", **options, "train_layer_norm": norms}  # what version 1 trained, and where it stood
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
-        for site in surgeon.sites():
-            place = branch_end(surgeon, site, config.at(site.path).joins)
-            surgeon.graft(place, BottleneckOperator, config, place.places)
+        for site in with_blocks(surgeon):
+            self._adapt(site, config, surgeon)
         for site in surgeon.at("norm" if config.train_layer_norm == "blocks" else "norm.*"):
             if config.train_layer_norm:
                 surgeon.train(site.module_path)
 
     @staticmethod
+    def _adapt(site: Site, config: Config, surgeon: Surgeon) -> None:
+        own = config.at(site.path)
+        if isinstance(site, BlockSite):
+            surgeon.graft(site, SerialOperator, config)
+        elif own.side == "inputs" or (own.side == "stream" and reads_stream(surgeon, site)):
+            surgeon.graft(BranchSite(**vars(site), width=_inputs_of(site)), InFrontOperator, config)
+        else:
+            place = branch_end(surgeon, site, own.joins)
+            surgeon.graft(place, SerialOperator, config, place.places)
+
+    @staticmethod
     def parameter_count(site: Site, config: Config) -> int:
         if site.form == "weight":  # a norm's gain or bias
             return site.numel
-        return 2 * site.out_features * config.bottleneck + config.bottleneck + site.out_features
+        d, r = width_of(site), config.bottleneck
+        return 2 * d * r + (r + d) * config.bias + 2 * d * config.norm + learned_scale(config.scale, d)

@@ -12,7 +12,10 @@ behind the host's dropout and layer scale of it, as in the authors' code; joins=
 returns. So models whose feed-forward is no module of its own (BERT, torch's encoder) are adapted like those where it is
 one.
 
-Parameters: 2 d r + r + d a block, one more when s is learned.
+With reads="matrix" it is parallel to the very module that is targeted, whatever that is a part of: y = W x + A(x), as
+LLM-Adapters has it (`llm_adapters_parallel`).
+
+Parameters: 2 d r + r + d a block, one more when s is learned; without `bias` 2 d r.
 
 Use it where a serial adapter would do; in the paper's comparison it is the stronger of the two. It cannot be merged.
 """
@@ -20,14 +23,27 @@ Use it where a serial adapter would do; in the paper's comparison it is the stro
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import OUTPUTS, BranchSite, Bypass, Joins, LearningRate, Method, MethodConfig, Surgeon, Tags, branch
-from peftcore_additive.houlsby_adapter import ACTIVATIONS
+from peftcore import (
+    OUTPUTS,
+    BranchSite,
+    Bypass,
+    Joins,
+    LearningRate,
+    Method,
+    MethodConfig,
+    Surgeon,
+    Tags,
+    branch,
+    branch_end,
+)
+from peftcore_additive._bottleneck import ACTIVATIONS, cast_linear
 
 
 class Config(MethodConfig):
@@ -40,14 +56,18 @@ class Config(MethodConfig):
     """The non-linearity f."""
     scale: PositiveFloat | Literal["learned"] = 4.0
     """The factor s in front of the adapter; "learned" trains one for each block, from 1."""
-    reads: Literal["branch", "stream"] = "branch"
+    reads: Literal["branch", "stream", "matrix"] = "branch"
     """What the adapter reads: what the block itself reads, or the stream in front of the block's norm (as the adapters
-    package has it in pre-norm hosts)."""
+    package has it in pre-norm hosts), or what the target module reads."""
     joins: Joins = "stream"
     """Where it adds: to the stream, behind what the host does to the branch's output (dropout, layer scale, stochastic
     depth), or to the output of the branch's last matrix, in front of that."""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Probability with which the bottleneck's numbers are dropped in training."""
+    bias: bool = True
+    """Biases behind both matrices."""
+    init: Literal["lora", "normal"] = "lora"
+    """The start: as in LoRA, an exact identity, or both matrices from N(0, 0.02)."""
 
 
 class ParallelOperator(Bypass):
@@ -57,20 +77,24 @@ class ParallelOperator(Bypass):
 
     def __init__(self, site: BranchSite, config: Config) -> None:
         super().__init__(site)
-        self.down = nn.Linear(site.width, config.bottleneck)
+        self.down = nn.Linear(site.width, config.bottleneck, bias=config.bias)
         self.activation = ACTIVATIONS[config.activation]()
         self.dropout = nn.Dropout(config.dropout)
-        self.up = nn.Linear(config.bottleneck, site.out_features)
+        self.up = nn.Linear(config.bottleneck, site.out_features, bias=config.bias)
         self.scale = nn.Parameter(torch.ones(1)) if config.scale == "learned" else config.scale
-        nn.init.kaiming_uniform_(self.down.weight, a=math.sqrt(5))
-        for zero in (self.down.bias, self.up.weight, self.up.bias):
-            nn.init.zeros_(zero)
+        if config.init == "lora":
+            nn.init.kaiming_uniform_(self.down.weight, a=math.sqrt(5))
+            nn.init.zeros_(self.up.weight)
+        for linear in (self.down, self.up):
+            if config.init == "normal":
+                nn.init.normal_(linear.weight, std=0.02)
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
 
     def beside(self, x: Tensor) -> Tensor:
-        down, down_bias, up, up_bias = self.cast(x, self.down.weight, self.down.bias, self.up.weight, self.up.bias)
-        inner = self.dropout(self.activation(nn.functional.linear(x, down, down_bias)))  # [..., r]
+        inner = self.dropout(self.activation(cast_linear(self, self.down, x)))  # [..., r]
         scale = self.scale.to(x.dtype) if isinstance(self.scale, Tensor) else self.scale
-        return scale * nn.functional.linear(inner, up, up_bias)
+        return scale * cast_linear(self, self.up, inner)
 
 
 class ParallelAdapter(Method):
@@ -91,10 +115,13 @@ class ParallelAdapter(Method):
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
             own = config.at(site.path)
-            place = branch(surgeon, site, before_norm=own.reads == "stream", joins=own.joins)
+            if own.reads == "matrix":
+                place = replace(branch_end(surgeon, site, own.joins, adds=True), width=site.in_features)
+            else:
+                place = branch(surgeon, site, before_norm=own.reads == "stream", joins=own.joins)
             surgeon.graft(place, ParallelOperator, config, place.places)
 
     @staticmethod
     def parameter_count(site: BranchSite, config: Config) -> int:
-        bottleneck = (site.width + site.out_features) * config.bottleneck + config.bottleneck + site.out_features
-        return bottleneck + (config.scale == "learned")
+        r, biases = config.bottleneck, (config.bottleneck + site.out_features) * config.bias
+        return (site.width + site.out_features) * r + biases + (config.scale == "learned")

@@ -12,7 +12,10 @@ A model is post-norm when no norm stands behind its blocks; torch's own layers s
 `placement` tells the verdict; where it is wrong (wav2vec2 looks the same with `do_stable_layer_norm` and without),
 choose it. Many later papers call a bottleneck on o itself "Pfeiffer": that is "branch", and stands at any target.
 
-Parameters: 2 d r + r + d a layer.
+Adapter+ (Steitz and Roth 2024, arXiv 2406.06820; `adapter_plus`) is placement="pre" with a scale for each channel, with
+stochastic depth, and with a narrower start: y = x + o + g * (W_up f(W_down u + b_down) + b_up), g = 1 at the start.
+
+Parameters: 2 d r + r + d a layer, with a learned `scale` 1 or d more.
 
 Use it where a Houlsby adapter would do, at half its size; adapters for languages and tasks are stacked so.
 """
@@ -21,14 +24,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import NonNegativeFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 
 from peftcore import MIXERS, HostMap, LearningRate, Method, MethodConfig, Site, Surgeon, Tags, is_post_norm
 from peftcore.errors import UnsupportedSite
-from peftcore_additive.houlsby_adapter import BottleneckOperator
+from peftcore_additive._bottleneck import Scale, ScaledOperator, Start, learned_scale
 
 STREAM = "stream"  # the form of the site where an adapter acts, unless it is the one that it is named for
 Placement = Literal["post", "pre", "branch"]
@@ -45,21 +48,26 @@ class Config(MethodConfig):
     placement: Literal["auto", "post", "pre", "branch"] = "auto"
     """What it reads: the stream behind the norm that ends a block, or as the block returns it ("auto" is one of these,
     as the host is), or what the target itself returns."""
+    scale: Scale = 1.0
+    """A factor in front of what the adapter adds: a number, one that is "learned" from 1, or a vector of those, one for
+    each "channel"."""
+    stochastic_depth: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Probability with which a row of the batch goes without the adapter in training; what others get is scaled up."""
+    init: Start = "normal"
+    """The draw of both matrices: a normal, whole or cut at two standard deviations."""
     init_std: NonNegativeFloat = 0.02
     """Standard deviation of W_down at the start."""
     up_init_std: NonNegativeFloat = 0.02
     """Standard deviation of W_up at the start; 0 makes a fresh adapter an exact identity."""
 
 
-class PfeifferOperator(BottleneckOperator):
+class PfeifferOperator(ScaledOperator):
     """The bottleneck of one layer: around the norm that ends the block, or around the block."""
 
     def __init__(self, site: Site, config: Config, placement: Placement) -> None:
         super().__init__(site, config)
         self.placement = placement
         self.only_inputs = placement == "post"
-        nn.init.normal_(self.down.weight, std=config.init_std)
-        nn.init.normal_(self.up.weight, std=config.up_init_std)
 
     def at(self, form: str, module: nn.Module) -> Callable[..., Any]:
         if self.placement == "branch":
@@ -70,16 +78,6 @@ class PfeifferOperator(BottleneckOperator):
 
     def _around_norm(self, call: Callable[..., Tensor], stream: Tensor) -> Tensor:
         return call(stream + self.added(call(stream)).to(stream.dtype))
-
-    def adapt(self, h: Tensor) -> Tensor:
-        return h + self.added(h)
-
-    def added(self, u: Tensor) -> Tensor:
-        """Return what the adapter adds to the stream, in the layout of what it reads."""
-        down, down_bias, up, up_bias = self.cast(u, self.down.weight, self.down.bias, self.up.weight, self.up.bias)
-        channels = self.layer.channel_dim
-        inner = self.activation(nn.functional.linear(u.movedim(channels, -1), down, down_bias))  # [..., r]
-        return nn.functional.linear(inner, up, up_bias).movedim(-1, channels)
 
 
 class PfeifferAdapter(Method):
@@ -97,7 +95,8 @@ class PfeifferAdapter(Method):
 
     @staticmethod
     def parameter_count(site: Site, config: Config) -> int:
-        return 2 * site.out_features * config.bottleneck + config.bottleneck + site.out_features
+        d, r = site.out_features, config.bottleneck
+        return 2 * d * r + r + d + learned_scale(config.scale, d)
 
 
 def placed(

@@ -23,11 +23,14 @@ METHODS = {
     "par_bn_learned": "parallel_adapter",
     "lora": "lora",
     "ia3": "ia3",
+    "adapter_plus": "pfeiffer_adapter",
+    "double_seq_bn_scaled": "houlsby_adapter",
 }
 CHANGES = [
     ("config", "dropout", 0.1),
     ("config", "phm_layer", True),
-    ("config", "scaling", 2.0),
+    ("config", "scaling", "loud"),
+    ("config", "residual_before_ln", "post_add"),
     ("config", "ln_after", True),
     ("config", "non_linearity", "gelu_fast"),
     ("config", "mh_adapter", True),

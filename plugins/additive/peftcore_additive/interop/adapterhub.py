@@ -1,7 +1,8 @@
 """Bottleneck adapters and (IA)^3 in AdapterHub's files (checked against adapters 1.3.0).
 
-What the library calls `seq_bn`, `double_seq_bn` and `par_bn` are our Pfeiffer, Houlsby and parallel adapters; which one
-a file holds is said by where the adapter stands, what it reads and how its output is added.
+What the library calls `seq_bn`, `double_seq_bn` and `par_bn` are our Pfeiffer, Houlsby and parallel adapters, and its
+`adapter_plus` is our Pfeiffer adapter around the whole block; which one a file holds is said by where the adapter
+stands, what it reads and how its output is added.
 """
 
 from __future__ import annotations
@@ -49,7 +50,6 @@ class HubBottleneck(HubArchitecture):
         for key in ("phm_layer", "cross_adapter", "use_gating", "ln_before", "ln_after", "adapter_residual_before_ln"):
             keys.only(key, False)
         keys.only("inv_adapter", None)
-        keys.only("stochastic_depth", 0.0)
         keys.only("dropout", 0.0)
         where = tuple(keys.take(key, bool) for key in WHERE)
         if where not in KINDS:
@@ -69,14 +69,17 @@ class HubBottleneck(HubArchitecture):
         if where == BEHIND:
             options["placement"] = "pre"
         scale = keys.take("scaling", (float, str), 1.0)
+        if isinstance(scale, str) and scale not in ("learned", "channel"):
+            raise CheckpointError(f"{keys.where}: 'scaling' is {scale!r}; read are numbers, 'learned' and 'channel'")
+        options["scale"] = scale if isinstance(scale, str) else float(scale)
         if options["method"] == "houlsby_adapter":
             options["train_layer_norm"] = False
         if options["method"] == "parallel_adapter":
+            keys.only("stochastic_depth", 0.0)
             block = next((entry.block for entry in resolver.host.entries if entry.role == "mlp.down"), None)
             reads = "branch" if block is not None and is_post_norm(resolver, block) else "stream"
-            return {**options, "reads": reads, "scale": scale if isinstance(scale, str) else float(scale)}
-        keys.only("scaling", 1.0)
-        return options
+            return {**options, "reads": reads}
+        return {**options, "stochastic_depth": float(keys.take("stochastic_depth", float, 0.0))}
 
     def role(self, place: str) -> str:
         return "attn.output" if "attention" in place else "mlp.output"
@@ -88,7 +91,7 @@ class HubBottleneck(HubArchitecture):
             for part in ("weight", "bias")
         }
         if "scale" in operator.state_dict():
-            tensors["scale"] = found.take("scaling", (1,))
+            tensors["scale"] = found.take("scaling", operator.scale.shape)
         return tensors
 
 

@@ -29,7 +29,7 @@ from peftcore.layers.layer import plain_class
 from peftcore.roles.stacks import TokenStack
 from peftcore.targets.resolver import Resolver
 from peftcore.targets.sites import Site
-from peftcore_additive.houlsby_adapter import ACTIVATIONS as FUNCTIONS
+from peftcore_additive._bottleneck import ACTIVATIONS as FUNCTIONS
 from peftcore_additive.interop.adapterhub import ACTIVATIONS
 
 ROLES = {"self_prefix": "attn.core", "encoder_prefix": "attn.core", "cross_prefix": "cross.core"}

@@ -21,6 +21,9 @@ SIZES = {"vocab_size": 11, "hidden_size": 8, "intermediate_size": 12, "num_hidde
 SIZES |= {"num_attention_heads": 2, "max_position_embeddings": 16}
 IDS = [[1, 5, 3, 9, 2], [4, 4, 10, 0, 7]]
 
+BEHIND_BLOCKS = {"mh_adapter": False, "output_adapter": True, "original_ln_before": True, "original_ln_after": False}
+BEHIND_BLOCKS |= {"residual_before_ln": False}
+
 
 def wave(like: Tensor, k: float) -> Tensor:
     return torch.sin(torch.arange(like.numel(), dtype=torch.float64) * k + k).view_as(like)
@@ -34,10 +37,10 @@ def waves(tensors: Iterable[Tensor], start: float) -> None:
 
 def numbers(checkout: Path) -> dict[str, dict[str, Any]]:
     """Returns the output, ``[2, 5, 8]``, and gradients of all adapter tensors, flat, by the methods' names and the
-    hosts'; in training, without dropout."""
+    hosts'; in training, without dropout; stochastic depth draws from seed 5."""
     import adapters
     import transformers
-    from adapters import DoubleSeqBnConfig, ParBnConfig, SeqBnConfig
+    from adapters import AdapterPlusConfig, BnConfig, DoubleSeqBnConfig, ParBnConfig, SeqBnConfig
 
     assert Path(adapters.__file__).is_relative_to(checkout.resolve())
     configs = {
@@ -45,6 +48,8 @@ def numbers(checkout: Path) -> dict[str, dict[str, Any]]:
         "houlsby_adapter": DoubleSeqBnConfig(reduction_factor=2),
         "parallel_adapter": ParBnConfig(reduction_factor=2),
         "parallel_adapter, learned": ParBnConfig(reduction_factor=2, scaling="learned"),
+        "adapter_plus": AdapterPlusConfig(reduction_factor=2, stochastic_depth=0.5),
+        "residual_adapter_nmt": BnConfig(**BEHIND_BLOCKS, ln_before=True, reduction_factor=2, non_linearity="gelu"),
     }
     found: dict[str, dict[str, Any]] = {}
     for method, config in configs.items():
@@ -61,6 +66,7 @@ def numbers(checkout: Path) -> dict[str, dict[str, Any]]:
             model.train_adapter("trained")
             own = [(name, p) for name, p in model.double().named_parameters() if ".trained." in name]
             waves((p for _, p in own), 0.2)
+            torch.manual_seed(5)  # for stochastic depth
             y = model.train()(input_ids=torch.tensor(IDS))[0]
             (y.square() * wave(y, 0.3)).sum().backward()
             found.setdefault(method, {})[host] = {

@@ -10,7 +10,7 @@ from pathlib import Path
 import adapters
 import torch
 import transformers
-from adapters import DoubleSeqBnConfig, IA3Config, LoRAConfig, ParBnConfig, SeqBnConfig
+from adapters import AdapterPlusConfig, DoubleSeqBnConfig, IA3Config, LoRAConfig, ParBnConfig, SeqBnConfig
 from safetensors.torch import save_file
 
 HERE = Path(__file__).parent
@@ -23,6 +23,8 @@ CONFIGS = {
     "par_bn_learned": ParBnConfig(reduction_factor=2, scaling="learned"),
     "lora": LoRAConfig(r=2, alpha=6, intermediate_lora=True),
     "ia3": IA3Config(),
+    "adapter_plus": AdapterPlusConfig(reduction_factor=2),
+    "double_seq_bn_scaled": DoubleSeqBnConfig(reduction_factor=2, scaling="channel"),
 }
 
 
