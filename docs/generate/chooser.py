@@ -127,7 +127,7 @@ ADVICE = (
     ),
     Advice(
         "several tasks that are learned together",
-        ("polytropon", "hydralora", "multitask_prompt_tuning"),
+        ("polytropon", "mtl_lora", "hyperformer_pp", "hydralora", "multitask_prompt_tuning"),
         ("for several tasks", "do not merge"),
         "parts are shared between tasks, and `peftcore.call(model, task=...)` or a router chooses",
     ),

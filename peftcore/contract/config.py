@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any, Self, TypeVar
 
 import torch
@@ -97,6 +98,17 @@ class MethodConfig(BaseModel):
         if sum(len(each) for each in overrides if _is_glob(each)) > MAX_GLOBS:
             raise ValueError(f"their globs have more than {MAX_GLOBS:,} characters")
         return overrides
+
+    @classmethod
+    def for_tasks(cls, options: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+        """Returns options with which the method knows tasks of these names: those that rows of the data belong to, and
+        that each call will tell (`peftcore.call(model, task=...)`). By default they are as they were: a method that
+        asks for no task trains all rows alike.
+
+        Raises:
+            ConfigError: the options know other tasks.
+        """
+        return dict(options)
 
     def replace(self, **changes: Any) -> Self:
         """Returns a copy with some options changed, validated like a new one.

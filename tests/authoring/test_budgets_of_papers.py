@@ -122,6 +122,15 @@ ROWS = [
     # multitask
     Row("multitask_prompt_tuning", "T5 base", 77.6e3, "2303.02861, table 1: 77.6K", {"length": 100}, within=100),
     Row(
+        "hyperformer_pp",
+        "T5 base",
+        8 * 0.29,
+        "2106.04489: 0.29 % a task, for eight tasks",
+        {"tasks": 8},
+        "model",
+        8 * 5e-3,
+    ),
+    Row(
         "hydralora",
         "Llama 7B",
         0.124,

@@ -45,6 +45,17 @@ def test_classifiers(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_several_tasks(tmp_path: Path) -> None:
+    pytest.importorskip("timm")
+    printed, document = run("several-tasks", tmp_path)
+    rows = {row["method"]: row for row in document["results"]}
+    assert len(rows) == 8 and {"adapter_fusion", "hyperformer", "mtl_lora", "polytropon"} < {*printed.split()}
+    assert all([*row["accuracy"]] == ["digits", "wines", "tumours"] for row in rows.values())
+    assert all((row["trainable"] == 0) == (name == "head alone") for name, row in rows.items())
+    assert max(row["accuracy"]["wines"] for row in rows.values()) > 0.6  # after a tenth of the steps
+
+
+@pytest.mark.slow
 def test_diffusion(tmp_path: Path) -> None:
     pytest.importorskip("diffusers")
     printed, document = run("digits-diffusion", tmp_path)

@@ -35,7 +35,13 @@ ROOT = HERE.parents[1]
 PREFERRED = ("llama", "bert", "vit", "unet", "dit", "mlp", "convnet", "encoder", "t5", "gpt2")
 SCHEMES = {"lora_int8": "int8", "qa_lora": "int4"}
 """Schemes of the methods for packed bases, where it is not nf4."""
-TOLD = {"polytropon": [3, 0], "moelora": [2, 0], "multitask_prompt_tuning": [2, 0]}
+TOLD = {
+    "hyperformer_pp": [2, 0],
+    "moelora": [2, 0],
+    "mtl_lora": [3, 0],
+    "multitask_prompt_tuning": [2, 0],
+    "polytropon": [3, 0],
+}
 """The task of each row, which calls are told."""
 MOVES = 1e-3
 """How much an adapter moves the output at least, relative to its largest entry."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 from peftcore.comparing.numbers import size
@@ -18,7 +19,17 @@ def table(report: Report) -> Table:
     found.padding, found.pad_edge = (0, 0, 0, 1), False
     found.caption_justify = "left"
     found.add_column("method", no_wrap=True)
-    for heading in ("trainable", "share", "before", "after", "s/step", "peak\nmemory", "saved\nfile"):
+    apart = [{each.label: each.score for each in report.of_task(task).entries()} for task in report.tasks]
+    for heading in (
+        "trainable",
+        "share",
+        "before",
+        "after",
+        *map(escape, report.tasks),
+        "s/step",
+        "peak\nmemory",
+        "saved\nfile",
+    ):
         found.add_column(heading, justify="right", no_wrap=True)
     for entry in entries:
         first, score = entry.trials[0], number(entry.score)
@@ -28,6 +39,7 @@ def table(report: Report) -> Table:
             f"{first.share:.2%}",
             number(first.before[report.metric]),
             f"[bold]{score}[/bold]" if entry is best else score,
+            *(number(scores[entry.label]) for scores in apart),
             f"{entry.seconds_per_step:.2f}",
             size(entry.peak_memory),
             size(first.file_size),

@@ -20,6 +20,7 @@ from peftcore.comparing.runs.reading import validated
 from peftcore.comparing.runs.run import FULL, Run
 from peftcore.comparing.tasks import catalogue
 from peftcore.comparing.training.memory import PeakMemory
+from peftcore.comparing.training.telling import options_for
 from peftcore.comparing.training.together import Saved, key, train_together
 from peftcore.comparing.training.train import Display, Outcome, train
 from peftcore.errors import TrainingError
@@ -110,7 +111,7 @@ def _check(comparison: Comparison) -> None:
     prepared = task.prepare(run, validated(task.Data, run.data, "data"))
     for candidate in comparison.methods:
         if candidate.name != FULL:
-            arguments = candidate.arguments
+            arguments = options_for(candidate, prepared.tasks)
             train = (*prepared.head, *arguments.pop("train", ()))
             peftcore.plan(prepared.adapted or prepared.model, candidate.name, train=train, **arguments)
 

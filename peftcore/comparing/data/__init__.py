@@ -7,5 +7,6 @@ the order of reading:
 - `columns`: which column of a table holds what.
 - `texts`: labelled texts as a task of classes.
 - `sources`: anything that holds examples, as a ``datasets.Dataset``.
+- `several`: examples of several tasks in one table.
 - `tuning`: a third part of the examples, to choose settings by.
 """

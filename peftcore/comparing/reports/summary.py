@@ -153,10 +153,23 @@ def columns(report: Report) -> list[Column]:
         Column("share", share, lambda entry: percent(share(entry)), min),
         Column(f"{report.metric} before", lambda e: before(report, e), lambda e: fixed(before(report, e), first), None),
         Column(f"{report.metric} after", attrgetter("score"), lambda entry: score_text(report, entry), greatest),
+        *(_of_task(report.of_task(task), task) for task in report.tasks),
         Column("s/step", attrgetter("seconds_per_step"), lambda entry: digits(entry.seconds_per_step), min),
         Column("peak memory", attrgetter("peak_memory"), lambda entry: size(entry.peak_memory), min),
         Column("file size", file_size, lambda entry: size(file_size(entry)), min),
     ]
+
+
+def _of_task(report: Report, task: str) -> Column:
+    """Return the column of one task's scores."""
+    scored = {entry.label: entry for entry in report.entries()}
+    greatest = max if report.greater else min
+    return Column(
+        task,
+        lambda entry: scored[entry.label].score,
+        lambda entry: score_text(report, scored[entry.label]),
+        greatest,
+    )
 
 
 def share(entry: Entry) -> float:

@@ -1,5 +1,5 @@
 """The report of a comparison as tables for a paper: CSV, Markdown and LaTeX. One row a configuration, with the mean of
-the metric over seeds, its standard deviation, and the seeds."""
+the metric over seeds, its standard deviation, and the seeds; where rows belong to several tasks, those of each too."""
 
 from __future__ import annotations
 
@@ -73,23 +73,28 @@ def as_csv(report: Report) -> str:
     out = io.StringIO()
     table = csv.writer(out, lineterminator="\n")
     metric = report.metric
-    table.writerow(
-        ["method", "target", "learning_rate", "trainable", "share", f"{metric}_mean", f"{metric}_std", "seeds"]
-    )
-    for line in lines(report):
-        deviation = "" if line.deviation is None else line.deviation
+    named = [metric, *(f"{metric}/{task}" for task in report.tasks)]
+    scores = [f"{name}_{what}" for name in named for what in ("mean", "std")]
+    table.writerow(["method", "target", "learning_rate", "trainable", "share", *scores, "seeds"])
+    for line, *apart in zip(*_all_lines(report), strict=True):
+        found = [("" if each is None else each) for own in (line, *apart) for each in (own.mean, own.deviation)]
         seeds = " ".join(map(str, line.seeds))
         rate = "" if line.learning_rate is None else line.learning_rate
-        table.writerow([line.label, line.target, rate, line.trainable, line.share, line.mean, deviation, seeds])
+        table.writerow([line.label, line.target, rate, line.trainable, line.share, *found, seeds])
     return out.getvalue()
+
+
+def _all_lines(report: Report) -> list[list[Line]]:
+    """Return the lines of all rows, and then those of each task."""
+    return [lines(report), *(lines(report.of_task(task)) for task in report.tasks)]
 
 
 def as_markdown(report: Report) -> str:
     """Return the table in Markdown; the best score is bold."""
-    found = [f"| {' | '.join(_names(report))} |", "|---|---|---:|---:|---:|---:|"]
-    for line in lines(report):
-        score = _score(report, line, " ± ")
-        cells = [_escaped(line.label), _escaped(line.target), *_numbers(line), f"**{score}**" if line.best else score]
+    found = [f"| {' | '.join(map(_escaped, _names(report)))} |", "|---|---|" + "---:|" * (4 + len(report.tasks))]
+    for line, *scores in zip(lines(report), *_columns(report, " ± "), strict=True):
+        bold = [f"**{score}**" if best else score for score, best in scores]
+        cells = [_escaped(line.label), _escaped(line.target), *_numbers(line), *bold]
         found.append(f"| {' | '.join(cells)} |")
     return "\n".join([*found, "", _note(report)]) + "\n"
 
@@ -97,11 +102,11 @@ def as_markdown(report: Report) -> str:
 def as_latex(report: Report) -> str:
     r"""Return the table in LaTeX, for ``\usepackage{booktabs}``; the best score is bold."""
     head = " & ".join(map(_tex, _names(report)))
-    found = [r"\begin{tabular}{llrrrr}", r"\toprule", head + r" \\", r"\midrule"]
-    for line in lines(report):
-        score = _score(report, line, r" \pm ")
+    columns = "llrrrr" + "r" * len(report.tasks)
+    found = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", head + r" \\", r"\midrule"]
+    for line, *scores in zip(lines(report), *_columns(report, r" \pm "), strict=True):
         cells = [_tex(line.label), _tex(line.target), *map(_tex, _numbers(line))]
-        cells.append(rf"$\mathbf{{{score}}}$" if line.best else f"${score}$")
+        cells += [rf"$\mathbf{{{score}}}$" if best else f"${score}$" for score, best in scores]
         found.append(" & ".join(cells) + r" \\")
     return "\n".join([*found, r"\bottomrule", r"\end{tabular}", f"% {_note(report)}"]) + "\n"
 
@@ -114,12 +119,18 @@ def write(report: Report, folder: Path) -> None:
 
 
 def _names(report: Report) -> tuple[str, ...]:
-    return "method", "target modules", "learning rate", "parameters", "share", report.metric
+    return "method", "target modules", "learning rate", "parameters", "share", report.metric, *report.tasks
 
 
 def _numbers(line: Line) -> list[str]:
     rate = "" if line.learning_rate is None else f"{line.learning_rate:g}"
     return [rate, f"{line.trainable:,}", f"{100 * line.share:.3g}%"]
+
+
+def _columns(report: Report, between: str) -> list[list[tuple[str, bool]]]:
+    """Return the scores of all rows and of each task, and whether one is the best of its column."""
+    reports = [report, *map(report.of_task, report.tasks)]
+    return [[(_score(each, line, between), line.best) for line in lines(each)] for each in reports]
 
 
 def _score(report: Report, line: Line, between: str) -> str:

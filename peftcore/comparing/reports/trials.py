@@ -6,7 +6,7 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from operator import attrgetter
 from pathlib import Path
@@ -109,6 +109,26 @@ class Report:
     def data_name(self) -> str:
         """Return the name of the examples without the way to them."""
         return short_name(self.data)
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Return the names of the tasks that have scores of their own."""
+        names = dict.fromkeys(name for trial in self.trials for name in trial.after)
+        start = f"{self.metric}/"
+        return tuple(name.removeprefix(start) for name in names if name.startswith(start))
+
+    def of_task(self, task: str) -> Report:
+        """Return the report of one task: its scores stand for those of all rows, whose numbers are not known for it."""
+        name = f"{self.metric}/{task}"
+        trials = tuple(
+            replace(
+                each,
+                after={self.metric: each.after.get(name, math.nan)},
+                before={self.metric: each.before.get(name, math.nan)},
+            )
+            for each in self.trials
+        )
+        return replace(self, trials=trials, floor=None, held_out_size=0)
 
     def entries(self) -> list[Entry]:
         """Return the configurations in the order in which they were given."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
+import peftcore
 from peftcore.comparing.comparisons.comparison import Candidate
 from peftcore.comparing.errors import BadInput
 from peftcore.comparing.models.activations import Batch, Pretended
@@ -18,6 +19,7 @@ from peftcore.comparing.numbers import size
 from peftcore.comparing.plans.costs import Memory, held
 from peftcore.comparing.quiet import quiet
 from peftcore.comparing.tasks.task import Prepared
+from peftcore.comparing.training.telling import options_for, without_names
 from peftcore.errors import PeftcoreError
 from peftcore.injection.applying import establish, host_map, prepare, resolve_method, wishes_of, with_preset
 from peftcore.surgery.planning import Plan
@@ -98,10 +100,10 @@ class Planner:
     """
 
     def __init__(self, prepared: Prepared, batch_size: int, with_memory: bool) -> None:
-        rows = DataLoader(prepared.train, batch_size=batch_size, collate_fn=prepared.collate)
+        rows = DataLoader(prepared.train, batch_size=batch_size, collate_fn=without_names(prepared))
         self._whole = emptied(prepared.model)
         self.model = self._whole if prepared.adapted is None else emptied(prepared.adapted)
-        self.head, self.floor = prepared.head, prepared.floor
+        self.head, self.floor, self.tasks = prepared.head, prepared.floor, prepared.tasks
         self.train_size, self.held_out_size = len(prepared.train), len(prepared.held_out)
         self._weights = held((*self._whole.parameters(), *self._whole.buffers()))
         self._batch = largest(list(islice(rows, LOOKED_AT))) if with_memory else None
@@ -137,7 +139,7 @@ class Planner:
         return self._known[key]
 
     def _surgeon(self, candidate: Candidate) -> Surgeon:
-        arguments = candidate.arguments
+        arguments = options_for(candidate, self.tasks)
         train = (*self.head, *arguments.pop("train", ()))
         target, exclude = arguments.pop("target", None), arguments.pop("exclude", None)
         method, config = resolve_method(candidate.name, arguments)
@@ -153,7 +155,8 @@ class Planner:
         injection = establish(surgeon, "planned")
         try:
             trained = [each for each in self.model.parameters() if each.requires_grad]
-            kept = Pretended().kept(self._whole, self._batch)
+            with peftcore.call(self.model, **({"task": self.tasks[0]} if self.tasks else {})):
+                kept = Pretended().kept(self._whole, self._batch)
         except Unknown as error:
             raise BadInput(f"the memory that {candidate.name} takes is not known: {error}") from None
         finally:

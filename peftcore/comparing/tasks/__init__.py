@@ -11,6 +11,6 @@ It may import `errors`, `packages`, `data`, `models` and `runs`; no task trains.
 - `text_to_image`: pictures by their names.
 """
 
-from peftcore.comparing.tasks.task import Data, OwnTrainer, Prepared, Task
+from peftcore.comparing.tasks.task import Data, OwnTrainer, Prepared, RowsOfTasks, Task
 
-__all__ = ["Data", "OwnTrainer", "Prepared", "Task"]
+__all__ = ["Data", "OwnTrainer", "Prepared", "RowsOfTasks", "Task"]

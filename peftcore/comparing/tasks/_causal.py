@@ -15,7 +15,7 @@ from peftcore.comparing.data.packing import PackedCollator, check_apart, packed
 from peftcore.comparing.models.loading import from_pretrained
 from peftcore.comparing.runs.run import Run
 from peftcore.comparing.tasks._language import costs, perplexity
-from peftcore.comparing.tasks.task import IGNORED, Data, Prepared
+from peftcore.comparing.tasks.task import IGNORED, Data, Prepared, RowsOfTasks
 
 
 class DecoderData(Data):
@@ -29,7 +29,7 @@ class DecoderData(Data):
     """Tokens of what it answers at most."""
 
 
-class CausalData(DecoderData):
+class CausalData(DecoderData, RowsOfTasks):
     """Options of examples of which each token is predicted."""
 
     pack: bool = False
@@ -37,9 +37,20 @@ class CausalData(DecoderData):
 
 
 def prepared(
-    run: Run, data: CausalData, tokenizer: Any, train: list[Any], held_out: list[Any], prompts: Sequence[str]
+    run: Run,
+    data: CausalData,
+    tokenizer: Any,
+    train: list[Any],
+    held_out: list[Any],
+    prompts: Sequence[str],
+    tasks: tuple[str, ...],
 ) -> Prepared:
-    """Load a decoder with tokenized examples; `prompts` are as the model reads them."""
+    """Load a decoder with tokenized examples; `prompts` are as the model reads them.
+
+    Raises:
+        BadInput: examples belong to tasks, but are packed into one row, or prompts belong to none.
+    """
+    data.refuse(pack=data.pack, prompts=data.prompts)
     model = from_pretrained(transformers.AutoModelForCausalLM, run.model, run.dtype)
     collate: Any = transformers.DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
     check = None
@@ -52,6 +63,7 @@ def prepared(
         train=train,
         held_out=held_out,
         collate=collate,
+        tasks=tasks,
         check=check,
         reduce=surprise,
         metrics=perplexity,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from peftcore.comparing.data.columns import TEXT_NAMES, choose_column
-from peftcore.comparing.data.sources import splits
 from peftcore.comparing.errors import BadInput
 from peftcore.comparing.models.loading import load_tokenizer
 from peftcore.comparing.models.naming import Use
@@ -29,20 +28,22 @@ class CausalLM(Task[CausalTextData]):
     use = Use.TEXT
 
     def prepare(self, run: Run, data: CausalTextData) -> Prepared:
-        found = splits(data.train, data.held_out, data.held_out_size)
+        found = data.splits()
         column = choose_column(found.train.column_names, data.text, TEXT_NAMES, "text", data.train)
         tokenizer = load_tokenizer(run.model)
-        parts = [_encoded(part[column], tokenizer, data) for part in (found.train, found.held_out)]
+        parts = [_encoded(part, column, tokenizer, data) for part in (found.train, found.held_out)]
         if not all(parts):
             raise BadInput(f"{data.train}: no text is long enough: one token says nothing of the next")
-        return prepared(run, data, tokenizer, parts[0], parts[1], data.prompts)
+        return prepared(run, data, tokenizer, parts[0], parts[1], data.prompts, data.names(found))
 
 
-def _encoded(texts: Any, tokenizer: Any, data: CausalTextData) -> list[dict[str, Any]]:
+def _encoded(part: Any, column: str, tokenizer: Any, data: CausalTextData) -> list[dict[str, Any]]:
     """Tokenize each text with an end, cut at the length; where examples are packed, the rest of it is one more."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    ids = [[*tokenizer(text)["input_ids"], *end] for text in texts if text]
+    part = part.select([row for row, text in enumerate(part[column]) if text])
+    ids = [[*tokenizer(text)["input_ids"], *end] for text in part[column]]
     if data.pack:
         ids = [each[start : start + data.max_length] for each in ids for start in range(0, len(each), data.max_length)]
-    kept = [each[: data.max_length] for each in ids if len(each) > 1]
-    return [{"input_ids": each, "attention_mask": [1] * len(each), "labels": each} for each in kept]
+    cut = [each[: data.max_length] for each in ids]
+    rows = [{"input_ids": each, "attention_mask": [1] * len(each), "labels": each} for each in cut]
+    return [row for row in (rows if data.pack else data.told(rows, part)) if len(row["input_ids"]) > 1]

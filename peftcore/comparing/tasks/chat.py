@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from peftcore.comparing.data.conversations import Columns, Message, columns, conversations
-from peftcore.comparing.data.sources import splits
 from peftcore.comparing.data.templates import rendered, with_template
 from peftcore.comparing.errors import BadInput
 from peftcore.comparing.models.loading import load_tokenizer
@@ -38,16 +37,19 @@ class Chat(Task[ChatData]):
     use = Use.TEXT
 
     def prepare(self, run: Run, data: ChatData) -> Prepared:
-        found = splits(data.train, data.held_out, data.held_out_size)
+        found = data.splits()
         tokenizer = with_template(load_tokenizer(run.model), data.chat_template, run.model)
         wanted = Columns(data.messages, data.prompt, data.completion)
         talks = [conversations(part, columns(part.column_names, wanted, name), name) for name, part in found.named]
-        parts = [[_encoded(talk, tokenizer, data) for talk in part] for part in talks]
+        parts = [
+            data.told([_encoded(talk, tokenizer, data) for talk in part], piece)
+            for part, (_, piece) in zip(talks, found.named, strict=True)
+        ]
         parts = [[row for row in part if any(label != IGNORED for label in row["labels"][1:])] for part in parts]
         if not all(parts):
             raise BadInput(f"{data.train}: no conversation has an answer within {data.max_length} tokens")
         prompts = [rendered(tokenizer, [{"role": "user", "content": each}], True) for each in data.prompts]
-        return prepared(run, data, tokenizer, parts[0], parts[1], prompts)
+        return prepared(run, data, tokenizer, parts[0], parts[1], prompts, data.names(found))
 
 
 def _encoded(messages: list[Message], tokenizer: Any, data: ChatData) -> dict[str, Any]:

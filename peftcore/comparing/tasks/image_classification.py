@@ -9,18 +9,18 @@ import torch
 import transformers
 
 from peftcore.comparing.data.columns import LABEL_NAMES, choose_column, label_order
-from peftcore.comparing.data.sources import splits
+from peftcore.comparing.data.several import TASK
 from peftcore.comparing.errors import BadInput
 from peftcore.comparing.models.loading import UNREADABLE, classifier, unreadable
 from peftcore.comparing.models.naming import Use, find
 from peftcore.comparing.runs.run import Run
 from peftcore.comparing.tasks._classes import accuracy, predictions
-from peftcore.comparing.tasks.task import Data, Prepared, Task
+from peftcore.comparing.tasks.task import Prepared, RowsOfTasks, Task
 
 IMAGES = ("image", "img", "picture", "pixel_values")
 
 
-class ImageData(Data):
+class ImageData(RowsOfTasks):
     """Options of the data: a column of pictures, and one of classes."""
 
     image: str | None = None
@@ -38,7 +38,7 @@ class ImageClassification(Task[ImageData]):
     use = Use.PICTURES
 
     def prepare(self, run: Run, data: ImageData) -> Prepared:
-        found = splits(data.train, data.held_out, data.held_out_size)
+        found = data.splits()
         image = choose_column(found.train.column_names, data.image, IMAGES, "image", data.train)
         label = choose_column(found.train.column_names, data.label, LABEL_NAMES, "label", data.train)
         labels = tuple(sorted({str(each) for each in found.train[label]}, key=label_order))
@@ -54,6 +54,8 @@ class ImageClassification(Task[ImageData]):
             raise unreadable(run.model, "image processor", error) from error
         model, head = classifier(transformers.AutoModelForImageClassification, run.model, labels, run.dtype)
         kept = {image: "image", label: "label"}
+        if data.task_column is not None:
+            kept[data.task_column] = TASK
         train, held_out = (
             part.select_columns(list(kept)).rename_columns(kept) for part in (found.train, found.held_out)
         )
@@ -63,6 +65,7 @@ class ImageClassification(Task[ImageData]):
             train=train,
             held_out=held_out,
             collate=lambda rows: _batch(rows, processor, labels),
+            tasks=data.names(found),
             reduce=predictions,
             metrics=accuracy,
         )

@@ -10,18 +10,17 @@ import transformers
 from pydantic import PositiveInt
 
 from peftcore.comparing.data.columns import TEXT_NAMES, choose_column
-from peftcore.comparing.data.sources import splits
 from peftcore.comparing.models.loading import from_pretrained, load_tokenizer
 from peftcore.comparing.models.naming import Use
 from peftcore.comparing.runs.run import Run
 from peftcore.comparing.tasks._language import costs, perplexity
-from peftcore.comparing.tasks.task import IGNORED, Data, Prepared, Task
+from peftcore.comparing.tasks.task import IGNORED, Prepared, RowsOfTasks, Task
 
 SOURCES = ("source", "input", "document", "article", "question", *TEXT_NAMES)
 TARGETS = ("target", "output", "summary", "highlights", "answer", "translation")
 
 
-class PairData(Data):
+class PairData(RowsOfTasks):
     """Options of the data: a column of texts, and one of what becomes of them."""
 
     source: str | None = None
@@ -44,7 +43,8 @@ class Seq2Seq(Task[PairData]):
     use = Use.TEXT
 
     def prepare(self, run: Run, data: PairData) -> Prepared:
-        found = splits(data.train, data.held_out, data.held_out_size)
+        data.refuse(prompts=data.prompts)
+        found = data.splits()
         source = choose_column(found.train.column_names, data.source, SOURCES, "source", data.train)
         target = choose_column(found.train.column_names, data.target, TARGETS, "target", data.train)
         tokenizer = load_tokenizer(run.model)
@@ -52,7 +52,8 @@ class Seq2Seq(Task[PairData]):
         def encoded(part: Any) -> list[dict[str, Any]]:
             texts = [data.prefix + text for text in part[source]]
             read = tokenizer(texts, text_target=list(part[target]), truncation=True, max_length=data.max_length)
-            return [{name: values[row] for name, values in read.items()} for row in range(len(texts))]
+            rows = [{name: values[row] for name, values in read.items()} for row in range(len(texts))]
+            return data.told(rows, part)
 
         model = from_pretrained(transformers.AutoModelForSeq2SeqLM, run.model, run.dtype)
         return Prepared(
@@ -60,6 +61,7 @@ class Seq2Seq(Task[PairData]):
             train=encoded(found.train),
             held_out=encoded(found.held_out),
             collate=transformers.DataCollatorForSeq2Seq(tokenizer, model, label_pad_token_id=IGNORED),
+            tasks=data.names(found),
             reduce=lambda logits, labels: costs(logits[0] if isinstance(logits, tuple) else logits, labels),
             metrics=perplexity,
             samples=_written(model, tokenizer, data) if data.prompts else None,

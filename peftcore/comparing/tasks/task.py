@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -12,11 +12,14 @@ from pydantic import PositiveInt
 from torch import nn
 
 import peftcore
+from peftcore.comparing.data.several import names_in, of_tasks, told
+from peftcore.comparing.data.sources import Splits, splits
+from peftcore.comparing.errors import BadInput
 from peftcore.comparing.models.naming import Use, find
 from peftcore.comparing.runs.run import Options, Run
 from peftcore.forward.own_losses import IGNORED
 
-__all__ = ["IGNORED", "Data", "OwnTrainer", "Prepared", "Task"]
+__all__ = ["IGNORED", "Data", "OwnTrainer", "Prepared", "RowsOfTasks", "Task"]
 
 
 class Data(Options):
@@ -28,6 +31,43 @@ class Data(Options):
     """Examples to score, from elsewhere; otherwise a split that the dataset has, or some of `train`."""
     held_out_size: PositiveInt | None = None
     """How many of `train` are held out (a fifth, at most 1,000)."""
+
+
+class RowsOfTasks(Data):
+    """Options of data whose rows may belong to several tasks, which one model learns together."""
+
+    task_column: str | None = None
+    """Column that says which task a row belongs to. Methods that ask for the task are told it, with each batch; scores
+    are there for each task too."""
+    tasks: tuple[str, ...] = ()
+    """Take the rows of these tasks alone."""
+
+    def splits(self) -> Splits:
+        """Read the examples of the tasks.
+
+        Raises:
+            BadInput: they cannot be read, or a task has no row to train on.
+        """
+        found = splits(self.train, self.held_out, self.held_out_size)
+        return of_tasks(found, self.task_column, self.tasks)
+
+    def names(self, found: Splits) -> tuple[str, ...]:
+        """Return the names of the tasks, none where no column says them."""
+        return () if self.task_column is None else names_in(found.train, self.task_column)
+
+    def told(self, rows: Sequence[dict[str, Any]], part: Any) -> list[dict[str, Any]]:
+        """Return encoded rows, each with its task where a column says it."""
+        return told(rows, part, self.task_column)
+
+    def refuse(self, **others: object) -> None:
+        """Refuse options that leave open of which task something is.
+
+        Raises:
+            BadInput: one of them is set beside the column of tasks.
+        """
+        for name, value in others.items():
+            if value and self.task_column is not None:
+                raise BadInput(f"data.{name} cannot be had with data.task_column: which task is meant, nothing says")
 
 
 D = TypeVar("D", bound=Data)
@@ -67,6 +107,8 @@ class Prepared:
     """From all of that to numbers; the loss is there without it."""
     floor: float | None = None
     """The task's metric for an answer that looks at nothing, where that is known."""
+    tasks: tuple[str, ...] = ()
+    """The tasks of the rows, where data names them: each row then has the name of its own under `several.TASK`."""
     check: Callable[[peftcore.Injection | None], None] | None = None
     """Refuses what only the adapted model shows; called before it is trained."""
     samples: Callable[[], list[str]] | None = None

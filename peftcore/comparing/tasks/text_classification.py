@@ -8,16 +8,15 @@ import transformers
 from pydantic import PositiveInt
 
 from peftcore.comparing.data.columns import LABEL_NAMES, TEXT_NAMES, choose_column
-from peftcore.comparing.data.sources import splits
 from peftcore.comparing.data.texts import Example, encode, make_task
 from peftcore.comparing.models.loading import classifier, load_tokenizer
 from peftcore.comparing.models.naming import Use
 from peftcore.comparing.runs.run import Run
 from peftcore.comparing.tasks._classes import accuracy, predictions
-from peftcore.comparing.tasks.task import Data, Prepared, Task
+from peftcore.comparing.tasks.task import Prepared, RowsOfTasks, Task
 
 
-class TextData(Data):
+class TextData(RowsOfTasks):
     """Options of the data: a column of texts, and one of classes."""
 
     text: str | None = None
@@ -36,14 +35,18 @@ class TextClassification(Task[TextData]):
     use = Use.TEXT
 
     def prepare(self, run: Run, data: TextData) -> Prepared:
-        found = splits(data.train, data.held_out, data.held_out_size)
+        found = data.splits()
         text = choose_column(found.train.column_names, data.text, TEXT_NAMES, "text", data.train)
         label = choose_column(found.train.column_names, data.label, LABEL_NAMES, "label", data.train)
-        examples = [_examples(part, text, label) for part in (found.train, found.held_out)]
+        kept = [_complete(part, text, label) for part in (found.train, found.held_out)]
+        examples = [_examples(part, text, label) for part in kept]
         task = make_task(data.train, *examples)
         tokenizer = load_tokenizer(run.model)
         parts = (task.train, task.held_out)
-        train, held_out = (encode(tokenizer, part, task.labels, data.max_length) for part in parts)
+        train, held_out = (
+            data.told(encode(tokenizer, part, task.labels, data.max_length), rows)
+            for part, rows in zip(parts, kept, strict=True)
+        )
         model, head = classifier(
             transformers.AutoModelForSequenceClassification,
             run.model,
@@ -57,13 +60,18 @@ class TextClassification(Task[TextData]):
             train=train,
             held_out=sorted(held_out, key=lambda row: len(row["input_ids"])),
             collate=transformers.DataCollatorWithPadding(tokenizer),
+            tasks=data.names(found),
             reduce=predictions,
             metrics=accuracy,
             floor=task.majority,
         )
 
 
+def _complete(rows: Any, text: str, label: str) -> Any:
+    """Return the rows that have both."""
+    pairs = enumerate(zip(rows[text], rows[label], strict=True))
+    return rows.select([row for row, pair in pairs if all(each not in (None, "") for each in pair)])
+
+
 def _examples(rows: Any, text: str, label: str) -> list[Example]:
-    """Return the rows that have both, as examples."""
-    pairs = zip(rows[text], rows[label], strict=True)
-    return [Example(str(a), str(b)) for a, b in pairs if a not in (None, "") and b not in (None, "")]
+    return [Example(str(a), str(b)) for a, b in zip(rows[text], rows[label], strict=True)]

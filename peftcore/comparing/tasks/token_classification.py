@@ -9,13 +9,12 @@ import transformers
 from pydantic import PositiveInt
 
 from peftcore.comparing.data.columns import choose_column, label_order
-from peftcore.comparing.data.sources import splits
 from peftcore.comparing.errors import BadInput
 from peftcore.comparing.models.loading import classifier, load_tokenizer
 from peftcore.comparing.models.naming import Use
 from peftcore.comparing.runs.run import Run
 from peftcore.comparing.tasks._classes import predictions
-from peftcore.comparing.tasks.task import IGNORED, Data, Prepared, Task
+from peftcore.comparing.tasks.task import IGNORED, Prepared, RowsOfTasks, Task
 
 WORDS = ("tokens", "words")
 TAGS = ("tags", "ner_tags", "pos_tags", "labels")
@@ -23,7 +22,7 @@ OUTSIDE = "O"
 """The tag of words that are nothing, by custom."""
 
 
-class TaggedData(Data):
+class TaggedData(RowsOfTasks):
     """Options of the data: a column of lists of words, and one of lists of tags."""
 
     words: str | None = None
@@ -42,7 +41,7 @@ class TokenClassification(Task[TaggedData]):
     use = Use.TEXT
 
     def prepare(self, run: Run, data: TaggedData) -> Prepared:
-        found = splits(data.train, data.held_out, data.held_out_size)
+        found = data.splits()
         words = choose_column(found.train.column_names, data.words, WORDS, "words", data.train)
         tags = choose_column(found.train.column_names, data.tags, TAGS, "tags", data.train)
         parts = [_rows(part, words, tags, data.train) for part in (found.train, found.held_out)]
@@ -54,7 +53,10 @@ class TokenClassification(Task[TaggedData]):
         tokenizer = load_tokenizer(run.model)
         if not tokenizer.is_fast:
             raise BadInput(f"{run.model}: its tokenizer does not say which word a token is of (it is not a fast one)")
-        train, held_out = ([_encoded(tokenizer, *row, labels, data.max_length) for row in part] for part in parts)
+        train, held_out = (
+            data.told([_encoded(tokenizer, *row, labels, data.max_length) for row in part], rows)
+            for part, rows in zip(parts, (found.train, found.held_out), strict=True)
+        )
         model, head = classifier(transformers.AutoModelForTokenClassification, run.model, labels, run.dtype)
         return Prepared(
             model=model,
@@ -62,6 +64,7 @@ class TokenClassification(Task[TaggedData]):
             train=train,
             held_out=held_out,
             collate=transformers.DataCollatorForTokenClassification(tokenizer, label_pad_token_id=IGNORED),
+            tasks=data.names(found),
             reduce=predictions,
             metrics=lambda result: scores(result.predictions, result.label_ids, labels),
         )

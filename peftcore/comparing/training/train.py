@@ -28,6 +28,7 @@ from peftcore.comparing.tasks import catalogue
 from peftcore.comparing.tasks.task import Prepared
 from peftcore.comparing.training.advice import advice
 from peftcore.comparing.training.memory import is_full
+from peftcore.comparing.training.telling import check_known, options_for, without_names
 from peftcore.comparing.training.trainer import AdapterTrainer, Clock, trainer_for
 from peftcore.errors import TrainingError
 from peftcore.files.safe_io import write_text
@@ -171,6 +172,7 @@ def adapted(run: Run, prepared: Prepared, name: str | None = None) -> peftcore.I
 
 def _loaded(run: Run, prepared: Prepared, base: nn.Module, name: str | None) -> peftcore.Injection:
     injection = peftcore.load(base, str(run.adapter), name=name, trainable=True)
+    check_known(injection.config, prepared)
     held = injection.trained_along
     for head in prepared.head:
         if not any(path == head or path.startswith((f"{head}.", f"{head}:")) for path in held):
@@ -179,7 +181,7 @@ def _loaded(run: Run, prepared: Prepared, base: nn.Module, name: str | None) -> 
 
 
 def _fresh(run: Run, prepared: Prepared, base: nn.Module, name: str | None) -> peftcore.Injection:
-    arguments = run.method.arguments
+    arguments = options_for(run.method, prepared.tasks)
     if peftcore.method(run.method.name).asks_for_data(arguments):
         if prepared.trainer is not None:
             raise BadInput(
@@ -189,7 +191,7 @@ def _fresh(run: Run, prepared: Prepared, base: nn.Module, name: str | None) -> p
         arguments["data"] = DataLoader(
             Subset(prepared.train, range(min(LOOKED_AT * run.training.batch_size, len(prepared.train)))),
             batch_size=run.training.batch_size,
-            collate_fn=prepared.collate,
+            collate_fn=without_names(prepared),
         )
     train = (*prepared.head, *arguments.pop("train", ()))
     return peftcore.apply(base, run.method.name, name=name, train=train, seed=run.training.seed, **arguments)

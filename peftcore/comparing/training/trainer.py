@@ -22,6 +22,7 @@ from peftcore.comparing.training.processes import (
     settle_sharding,
     sharding_arguments,
 )
+from peftcore.comparing.training.telling import collate, metrics, told
 from peftcore.errors import TrainingError
 from peftcore.layers.fsdp import gathered, loading_whole
 from peftcore.training import PeftcoreTrainer
@@ -50,6 +51,10 @@ class AdapterTrainer(PeftcoreTrainer):
             )
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
         return optimizer
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        with told(self._host, inputs) as batch:
+            return super().compute_loss(model, batch, *args, **kwargs)
 
     def create_accelerator_and_postprocess(self) -> None:
         ask_for_sharding(self.args)
@@ -145,8 +150,8 @@ def trainer_for(
         args=_arguments(run, task, prepared),
         train_dataset=prepared.train,
         eval_dataset=prepared.held_out,
-        data_collator=prepared.collate,
-        compute_metrics=prepared.metrics,
+        data_collator=collate(prepared),
+        compute_metrics=metrics(prepared),
         callbacks=[LastStep(), *callbacks, *logs, *early],
         **({} if own is None else own.options),
     )
@@ -214,13 +219,13 @@ def _divides_by_items(prepared: Prepared) -> bool:
     The Trainer takes it from the signature, and multiplies by the number of processes, also where a model takes all
     keywords and looks at none.
     """
-    batch = prepared.collate([prepared.train[0], prepared.train[1 % len(prepared.train)]])
+    batch = collate(prepared)([prepared.train[0], prepared.train[1 % len(prepared.train)]])
     device = next(prepared.model.parameters()).device  # that of the processes only once it is sharded
-    inputs = {name: value.to(device) for name, value in batch.items()}
     training = prepared.model.training
     prepared.model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), told(prepared.model, batch) as rest:
+            inputs = {name: value.to(device) for name, value in rest.items()}
             one, two = (prepared.model(**inputs, num_items_in_batch=count)["loss"] for count in (1, 2))
     except TypeError:
         return False

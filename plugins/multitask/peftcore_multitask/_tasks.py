@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -20,6 +21,19 @@ class TaskConfig(MethodConfig):
     """How many tasks there are, or their names."""
     task: NonNegativeInt | str | None = None
     """The task where no call says one. Without it, a call has to, unless there is one task only."""
+
+    @classmethod
+    def for_tasks(cls, options: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+        known = options.get("tasks")
+        if known is None:
+            return {**options, "tasks": [*names]}
+        if isinstance(known, int):
+            raise ConfigError(
+                f"tasks={known} has no names, but the data has: {', '.join(names)}; name them, or leave out the option"
+            )
+        for name in names:
+            position(name, known)
+        return dict(options)
 
     @model_validator(mode="after")
     def _known(self) -> Self:

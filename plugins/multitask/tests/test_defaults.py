@@ -11,6 +11,9 @@ LORAMOE = "Ablustrund/LoRAMoE@1177288, run_loramoe.sh"
 MIXLORA = "TUDB-Labs/MixLoRA@d59d09b, README.md"
 MOELORA = "liuqidong07/MOELoRA-peft@2d9efa4"
 MOLORA = "for-ai/parameter-efficient-moe@e2683fe"
+HYPERFORMER = "rabeehk/hyperformer@56b0f99, hyperformer"
+HYPERFORMER_PP = f"{HYPERFORMER}/configs/hyperformer++.json"
+MTL_LORA = "pUmpKin-Co/MTL-LoRA@7848a70"
 MOV = "for-ai/parameter-efficient-moe@e2683fe, configs/mov.gin"
 ATTEMPT = "AkariAsai/ATTEMPT@b5121e5, attempt/configs/attempt"
 """MPT has no code of its authors; their paper takes over the tasks of ATTEMPT, and its prompts."""
@@ -54,7 +57,43 @@ HELD: Held = {
     ("molora_moe", "experts"): (10, f"{MOLORA}, configs/molora.gin: num_experts = 10"),
     ("molora_moe", "rank"): (4, f"{MOLORA}, configs/molora.gin: rank = 4"),
     ("molora_moe", "alpha"): (16.0, f"{MOLORA}, src/molora.py: alpha = 16"),
+    ("hyperformer_pp", "tasks"): (
+        1,
+        f"{HYPERFORMER_PP} has those of GLUE; here none is known",
+    ),
+    ("hyperformer_pp", "shared"): (
+        True,
+        f'{HYPERFORMER_PP}: "efficient_unique_hyper_net": true',
+    ),
+    ("hyperformer_pp", "bottleneck"): (24, f'{HYPERFORMER_PP}: "reduction_factor": 32, of 768'),
+    ("hyperformer_pp", "task_width"): (64, f'{HYPERFORMER_PP}: "task_embedding_dim": 64'),
+    ("hyperformer_pp", "hidden"): (128, f"{HYPERFORMER}/adapters/adapter_configuration.py: task_hidden_dim = 128"),
+    ("hyperformer_pp", "code"): (64, f'{HYPERFORMER_PP}: "projected_task_embedding_dim": 64'),
+    ("hyperformer_pp", "activation"): (
+        "gelu_tanh",
+        f'{HYPERFORMER_PP}: "non_linearity": "gelu_new"',
+    ),
+    ("hyperformer_pp", "joins"): (
+        "matrix",
+        f"{HYPERFORMER}/third_party/models/modeling_t5.py: hidden_states + self.dropout(y), y with the adapter",
+    ),
+    ("hyperformer_pp", "init_std"): (0.01, f"{HYPERFORMER}/adapters/adapter_utils.py: linear_layer(..., std=1e-2)"),
+    ("hyperformer_pp", "gain_std"): (0.01, f"{HYPERFORMER}/adapters/adapter_utils.py: LayerNormHyperNet"),
+    ("hyperformer_pp", "train_layer_norm"): (
+        True,
+        f'{HYPERFORMER_PP}: "unfreeze_layer_norms": true',
+    ),
     ("mov", "experts"): (30, f"{MOV}: num_experts = 30"),
+    ("mtl_lora", "tasks"): (
+        1,
+        f"{MTL_LORA}, mlora_finetune.py: --lambda_num default=3; here none is known",
+    ),
+    ("mtl_lora", "rank"): (8, f"{MTL_LORA}, README.md: llama2_7B_mlora_qkvo.sh 8 16"),
+    ("mtl_lora", "ups"): (3, f"{MTL_LORA}, script/llama2_7B_mlora_qkvo.sh: --num_B 3"),
+    ("mtl_lora", "alpha"): (16.0, f"{MTL_LORA}, README.md: llama2_7B_mlora_qkvo.sh 8 16"),
+    ("mtl_lora", "temperature"): (0.1, f"{MTL_LORA}, script/llama2_7B_mlora_qkvo.sh: --temperature 0.1"),
+    ("mtl_lora", "task_matrix"): ("full", f'{MTL_LORA}, mlora_finetune.py: "diagonal_format": False'),
+    ("mtl_lora", "dropout"): (0.05, f"{MTL_LORA}, mlora_finetune.py: --lora_dropout default=0.05"),
     ("multitask_prompt_tuning", "tasks"): (1, "peft 0.21: MultitaskPromptTuningConfig.num_tasks"),
     ("multitask_prompt_tuning", "length"): (
         20,

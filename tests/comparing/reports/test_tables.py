@@ -50,3 +50,21 @@ def test_a_score_that_is_no_number_is_not_the_best() -> None:
     nan, other = lines(report(trial("a", float("nan"), 10), trial("b", 0.5, 10)))
     assert (nan.best, other.best) == (False, True)
     assert "not a number" in as_markdown(report(trial("a", float("nan"), 10)))
+
+
+def test_scores_of_each_task_stand_behind_those_of_all() -> None:
+    found = report(
+        trial("a", 0.5, 10, after={"accuracy": 0.5, "accuracy/x": 0.25, "accuracy/y|z": 0.75}),
+        trial("b", 0.5, 10, after={"accuracy": 0.5, "accuracy/x": 0.5, "accuracy/y|z": 0.5}),
+    )
+    assert found.tasks == ("x", "y|z")
+    rows = list(csv.DictReader(io.StringIO(as_csv(found))))
+    assert [(row["accuracy/x_mean"], row["accuracy/y|z_mean"], row["accuracy/x_std"]) for row in rows] == [
+        ("0.25", "0.75", ""),
+        ("0.5", "0.5", ""),
+    ]
+    markdown = as_markdown(found)
+    assert r"| share | accuracy | x | y\|z |" in markdown
+    assert "| **0.500** | 0.250 | **0.750** |" in markdown and "| **0.500** | **0.500** | 0.500 |" in markdown
+    latex = as_latex(found)
+    assert r"{llrrrrrr}" in latex and r"$\mathbf{0.500}$ & $0.250$ & $\mathbf{0.750}$ \\" in latex

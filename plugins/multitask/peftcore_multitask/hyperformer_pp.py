@@ -1,0 +1,265 @@
+"""HyperFormer and HyperFormer++: adapters that a network makes for each task.   Karimi Mahabadi et al. 2021, arXiv
+2106.04489 (code: rabeehk/hyperformer).
+
+    y = h + gain * norm(W_up f(W_down h + b_down) + b_up) + shift,   norm: to mean 0 and variance 1
+    W_down = D z,  b_down = d z,  W_up = U z,  b_up = u z,  gain = G z,  shift = S z,      each with a bias
+    z = LN(P2 relu(P1 [e_task ; e_layer ; e_place]))      HyperFormer++: one network for all adapters of a stack
+    z = P2 relu(P1 e_task)                                 HyperFormer (shared=False): D to S are each adapter's own
+
+h is what the last matrix of self-attention or of the feed-forward returns; cross-attention gets no adapter, unless it
+is named as a target. Encoder and decoder have a network each and the tasks' embeddings in common. Where adapters of a
+stack have several widths, each width has a network. e_place says which of the adapters of a block it is. All norms of
+the host train along. Embeddings start from N(0, 1), the rest from N(0, 0.01) with biases at zero: near the identity.
+
+The task comes with the call, ``with peftcore.call(model, task=...)``: one for all rows, or one for each; the authors'
+batches have one task. Weights are made for the tasks of the batch, or for all tasks if these are fewer than its rows.
+The file configs/hyperformer.json of that code is neither of the two: a network a stack, with generators for attention
+and feed-forward apart; shared=False is what the paper calls HyperFormer, and the code its meta-adapter.
+
+Parameters of HyperFormer++: tasks * t once; for each stack (layers + places) * t, (3t + 1) h + (h + 1) p + 2p and
+(p + 1) (2 d r + r + 3 d). Of HyperFormer: tasks * t + (t + 1) h + (h + 1) p once, (p + 1) (2 d r + r + 3 d) an adapter.
+
+Use it for many tasks of which some have few examples: a new task costs t numbers. Not for tasks with little in common,
+where an adapter each (`pfeiffer_adapter`) is better, nor where it has to be merged.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from pydantic import NonNegativeFloat, PositiveInt
+from torch import Tensor, nn
+
+from peftcore import (
+    OUTPUTS,
+    AtBranchEnd,
+    Joins,
+    LearningRate,
+    Method,
+    Shared,
+    Site,
+    Surgeon,
+    Tags,
+    branch_end,
+    stack_path,
+)
+from peftcore.errors import ConfigError
+from peftcore_multitask._tasks import TaskConfig, Tasks, task_count
+
+ACTIVATIONS = {
+    "gelu_tanh": lambda: nn.GELU("tanh"),
+    "gelu": nn.GELU,
+    "relu": nn.ReLU,
+    "silu": nn.SiLU,
+    "tanh": nn.Tanh,
+}
+OF_ONE_SITE = {"activation", "joins"}
+"""Options that may differ between sites: all else belongs to networks that sites share."""
+
+
+class Config(TaskConfig):
+    """Options of HyperFormer."""
+
+    method: Literal["hyperformer_pp"] = "hyperformer_pp"
+    shared: bool = True
+    """One network for all adapters of a stack (HyperFormer++); without it, each adapter has its own generators."""
+    bottleneck: PositiveInt = 24
+    """Width r of the adapters; a 32nd of the stream in the authors' configuration."""
+    task_width: PositiveInt = 64
+    """Width t of the embeddings of tasks, and of layers and places."""
+    hidden: PositiveInt = 128
+    """Hidden width h of the network that reads the embeddings."""
+    code: PositiveInt = 64
+    """Width p of z, which the adapters are made from."""
+    activation: Literal["gelu_tanh", "gelu", "relu", "silu", "tanh"] = "gelu_tanh"
+    """The non-linearity f."""
+    joins: Joins = "matrix"
+    """Where an adapter reads and adds: at a branch's last matrix, or behind what the host does to the branch's output
+    (dropout, layer scale, stochastic depth)."""
+    init_std: NonNegativeFloat = 0.01
+    """Standard deviation of all matrices at the start."""
+    gain_std: NonNegativeFloat = 0.01
+    """Standard deviation of those that make gain and shift; 0 makes a fresh adapter an exact identity."""
+    train_layer_norm: bool = True
+    """Train the norms of the host along, as the authors do."""
+
+
+def _linear(inputs: int, outputs: int, std: float) -> nn.Linear:
+    linear = nn.Linear(inputs, outputs)
+    nn.init.normal_(linear.weight, std=std)
+    nn.init.zeros_(linear.bias)
+    return linear
+
+
+class Reader(nn.Module):
+    """The network from embeddings to z."""
+
+    def __init__(self, embeddings: int, config: Config) -> None:
+        super().__init__()
+        self.first = _linear(embeddings * config.task_width, config.hidden, config.init_std)
+        self.second = _linear(config.hidden, config.code, config.init_std)
+
+    def forward(self, embedding: Tensor) -> Tensor:
+        return self.second(self.first(embedding).relu())  # [..., p]
+
+
+class TaskTable(nn.Module):
+    """The embeddings of tasks, and what reads them where nothing else is read with them."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.embedding = nn.Parameter(torch.randn(task_count(config), config.task_width))
+        self.reader = None if config.shared else Reader(1, config)
+
+
+class Generators(nn.Module):
+    """What makes an adapter of z."""
+
+    def __init__(self, width: int, config: Config) -> None:
+        super().__init__()
+        code, r, std = config.code, config.bottleneck, config.init_std
+        self.width, self.bottleneck = width, r
+        self.down, self.down_bias = _linear(code, r * width, std), _linear(code, r, std)
+        self.up, self.up_bias = _linear(code, width * r, std), _linear(code, width, std)
+        self.gain, self.shift = (_linear(code, width, config.gain_std) for _ in range(2))
+
+    def forward(self, z: Tensor) -> tuple[Tensor, ...]:
+        """Return W_down [n, r, d], b_down [n, 1, r], W_up [n, d, r], and b_up, gain and shift [n, 1, d]."""
+        down, up = self.down(z).unflatten(-1, (-1, self.width)), self.up(z).unflatten(-1, (self.width, -1))
+        rows = (each(z).unsqueeze(-2) for each in (self.down_bias, self.up_bias, self.gain, self.shift))
+        down_bias, *others = rows
+        return down, down_bias, up, *others
+
+
+class Embedding(nn.Module):
+    """The embedding of a layer, or of a place in a block."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.value = nn.Parameter(torch.randn(config.task_width))
+
+
+class Network(Generators):
+    """The network of a stack: it makes adapters of their tasks, layers and places."""
+
+    def __init__(self, width: int, config: Config) -> None:
+        super().__init__(width, config)
+        self.reader = Reader(3, config)
+        self.norm = nn.LayerNorm(config.code, eps=1e-6)
+
+    def code(self, tasks: Tensor, layer: Tensor, place: Tensor) -> Tensor:
+        """Return z ``[tasks, p]``."""
+        here = torch.cat([layer, place]).expand(len(tasks), -1)
+        z: Tensor = self.norm(self.reader(torch.cat([tasks, here], -1)))
+        return z
+
+
+@dataclass(frozen=True)
+class Known:
+    """What a site shares with others: the network of its stack, and the embeddings of its layer and its place."""
+
+    network: Shared
+    layer: Shared
+    place: Shared
+
+
+class HyperFormerOperator(AtBranchEnd):
+    """The adapter of one site, which has no tensors of its own where a network is shared."""
+
+    def __init__(self, site: Site, config: Config, table: Shared, known: Known | None) -> None:
+        super().__init__(site)
+        self.table, self.known = table, known
+        self.own = Generators(site.out_features, config) if known is None else None
+        self.activation, self.tasks = ACTIVATIONS[config.activation](), Tasks(site, config)
+
+    def weights(self, rows: int) -> tuple[Tensor, ...]:
+        """Return the adapter of each row, ``[rows or 1, ...]``: made for the tasks of the rows, or for all tasks."""
+        table = self.table.module
+        chosen = self.tasks.of_rows(torch.arange(len(table.embedding), device=table.embedding.device), rows)
+        fewer = len(chosen) > len(table.embedding)
+        embedding = table.embedding if fewer else table.embedding[chosen]
+        if self.known is not None:
+            network = self.known.network.module
+            made = network(network.code(embedding, self.known.layer.module.value, self.known.place.module.value))
+        else:
+            assert self.own is not None, "nothing is shared"
+            made = self.own(table.reader(embedding))
+        return tuple(each[chosen] for each in made) if fewer else made
+
+    def adapt(self, h: Tensor) -> Tensor:
+        channels = self.layer.channel_dim
+        x = h.movedim(channels, -1)  # [rows, ..., d]
+        rows = len(x) if h.dim() > -channels else 1
+        down, down_bias, up, up_bias, gain, shift = self.cast(h, *self.weights(rows))
+        inner = self.activation(x.reshape(rows, -1, x.shape[-1]) @ down.mT + down_bias)  # [rows, positions, r]
+        made = nn.functional.layer_norm(inner @ up.mT + up_bias, x.shape[-1:])
+        return h + (made * gain + shift).view(x.shape).movedim(-1, channels)
+
+
+class HyperFormer(Method):
+    """Adapters that a network makes of the task.
+
+    Example:
+        injection = peftcore.apply(model, "hyperformer_pp", tasks=["sums", "letters"])
+        peftcore.call(model, task="sums")  # or a list, one for each row; with `with`, for a while
+    """
+
+    name = "hyperformer_pp"
+    Config = Config
+    tags = Tags(category="multitask", paper="2106.04489", identity_at_init=False, identity_options={"gain_std": 0.0})
+    learning_rate = LearningRate(
+        3e-4, "rabeehk/hyperformer@56b0f99, hyperformer/configs/hyperformer++.json", on="T5-base, GLUE"
+    )
+    target = ("attn.output", "mlp.output")
+    alternatives = OUTPUTS
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        if any({*changes} - OF_ONE_SITE for changes in config.overrides.values()):
+            raise ConfigError(
+                f"hyperformer_pp: sites share networks, so overrides change {' and '.join(sorted(OF_ONE_SITE))} alone"
+            )
+        sites = [site for site in surgeon.sites() if not _by_role_in_cross(surgeon, site)]
+        table = surgeon.own("tasks", lambda: TaskTable(config))
+        for site in sites:
+            known = _known(surgeon, site, config) if config.shared else None
+            place = branch_end(surgeon, site, config.at(site.path).joins)
+            surgeon.graft(
+                place, lambda at, own, known=known: HyperFormerOperator(at, own, table, known), config, place.places
+            )
+        for site in surgeon.at("norm.*") if config.train_layer_norm else ():
+            surgeon.train(site.module_path)
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        if site.form == "weight":  # a norm's gain or bias
+            return site.numel
+        d, r = site.out_features, config.bottleneck
+        return 0 if config.shared else (config.code + 1) * (2 * d * r + r + 3 * d)
+
+
+def _by_role_in_cross(surgeon: Surgeon, site: Site) -> bool:
+    """Whether a site ends a cross-attention, and is there by the role of all attentions."""
+    families = {entry.role.partition(".")[0] for entry in surgeon.resolver.host.at(site.module_path)}
+    return site.role == "attn.output" and "cross" in families
+
+
+def _known(surgeon: Surgeon, site: Site, config: Config) -> Known:
+    """Return what a site shares, each named by where it is, so that it does not depend on other sites. A stack is all
+    blocks whose paths are alike but for numbers; these numbers are the layer, and what is alike in paths of sites is
+    the place."""
+    path, width = site.module_path, site.out_features
+    block = next((each.block for each in surgeon.resolver.host.at(path) if each.block is not None), None)
+    stack = "" if block is None else stack_path(block)
+    layer = ".".join(re.findall(r"\d+", path if block is None else block))
+    return Known(
+        surgeon.own(_name("network", stack, str(width)), lambda: Network(width, config)),
+        surgeon.own(_name("layer", stack, layer), lambda: Embedding(config)),
+        surgeon.own(_name("place", stack_path(path)), lambda: Embedding(config)),
+    )
+
+
+def _name(*parts: str) -> str:
+    return "/".join(filter(None, parts)).replace(".", "/").replace("*", "n")

@@ -1,0 +1,114 @@
+"""MTL-LoRA: a LoRA whose middle and whose mixture of B belong to the task.   Yang et al. 2024, arXiv 2410.09437.
+
+    y = W x + b + s sum_i w_ti B_i (L_t A dropout(x)),   w_t = softmax(v_t / temperature),   s = alpha / rank
+
+A [rank, in] and the B_i [out, rank] are shared by all tasks. Task t has a matrix L_t [rank, rank], or only its
+diagonal, which moves what A finds apart from other tasks, and a logit v_ti for each B_i. A starts as in LoRA, B_i at
+zero, L_t as the identity and v_t uniform in +-1/sqrt(ups). The softmax is taken in float32 at least. Convolutions and
+embeddings have factors as in LoRA.
+
+As in the authors' code (pUmpKin-Co/MTL-LoRA), whose script has whole matrices L_t. The adapters package has another
+default, diagonals and one B, multiplies by L_t transposed, and starts the logits equal.
+
+The task comes with the call, ``with peftcore.call(model, task=...)``: one for all rows, or one for each. So one weight
+cannot stand for the update, and it does not merge; a tensor that is read instead of called has no rows, and is refused.
+
+Parameters: rank * in * kernel + ups * rank * out + tasks * (rank^2 + ups) a site; rank for rank^2 of diagonals.
+
+Use it for tasks that get into each other's way in one LoRA; not where they have little in common (`polytropon` can keep
+whole skills for one of them) and not where nobody knows the task (`hydralora`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+
+from peftcore import MATRICES, LearningRate, Method, Operator, Site, Surgeon, Tags
+from peftcore.errors import UnsupportedSite
+from peftcore_multitask._skills import factors
+from peftcore_multitask._tasks import TaskConfig, Tasks, task_count
+
+
+class Config(TaskConfig):
+    """Options of MTL-LoRA."""
+
+    method: Literal["mtl_lora"] = "mtl_lora"
+    rank: PositiveInt = 8
+    """Rank of the update."""
+    ups: PositiveInt = 3
+    """How many B there are, of which each task has a mixture of its own."""
+    alpha: PositiveFloat = 16.0
+    """Numerator of the scale ``alpha / rank``."""
+    temperature: PositiveFloat = 0.1
+    """What the logits of the mixture are divided by: the smaller, the more a task keeps to one B."""
+    task_matrix: Literal["full", "diagonal"] = "full"
+    """The task's own matrix in the middle: whole, or its diagonal alone."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05
+    """Probability with which inputs of the update are dropped in training."""
+
+
+class MTLLoRAOperator(Operator):
+    """The shared factors of one site, and what its tasks have of their own."""
+
+    def __init__(self, site: Site, config: Config) -> None:
+        super().__init__(site)
+        if config.dropout and self.layer.one_hot:
+            raise UnsupportedSite(f"{site.path} gets ids, of which nothing can be dropped; use dropout=0 or exclude it")
+        self.scale, self.temperature, self.tasks = config.alpha / config.rank, config.temperature, Tasks(site, config)
+        self.dropout = nn.Dropout(config.dropout)
+        rank, inputs, count = config.rank, site.in_features, task_count(config)
+        self.A, self.B = factors(site, (rank, inputs), (config.ups, site.out_features, rank), inputs)
+        diagonals = torch.ones(count, rank)
+        self.middle = nn.Parameter(diagonals if config.task_matrix == "diagonal" else torch.diag_embed(diagonals))
+        bound = 1 / math.sqrt(config.ups)
+        self.logits = nn.Parameter(torch.empty(count, config.ups).uniform_(-bound, bound))
+
+    def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
+        y, channels = call(x), self.layer.channel_dim
+        A, B = self.cast(y, self.A, self.B)
+        low = self.layer.apply(self.dropout(x), A).movedim(channels, -1)  # [..., rank]
+        batched = low.dim() > -channels
+        rows = len(low) if batched else 1
+        logits = self.tasks.of_rows(self.logits, rows) / self.temperature
+        shares = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+        shares, middle = self.cast(y, shares, self.tasks.of_rows(self.middle, rows))  # [rows or 1, ups], [.., rank(^2)]
+        if middle.dim() == 2:
+            middle = torch.diag_embed(middle)
+        flat = low.reshape(rows, -1, low.shape[-1]) @ middle.mT  # [rows, positions, rank]
+        mixed = shares[:, None, :, None] * flat.unsqueeze(-2)  # [rows, positions, ups, rank]
+        mixed = mixed.reshape(*low.shape[:-1], -1).movedim(-1, channels)
+        return self.layer.add(y, mixed, B.transpose(0, 1).flatten(1), self.scale)
+
+
+class MTLLoRA(Method):
+    """Low-rank adaptation with a matrix and a mixture of each task's own.
+
+    Example:
+        injection = peftcore.apply(model, "mtl_lora", tasks=["sums", "letters"])
+        peftcore.call(model, task="sums")  # or a list, one for each row; with `with`, for a while
+    """
+
+    name = "mtl_lora"
+    Config = Config
+    tags = Tags(category="multitask", paper="2410.09437", random=True)
+    learning_rate = LearningRate(
+        3e-4, "pUmpKin-Co/MTL-LoRA@7848a70, script/llama2_7B_mlora_qkvo.sh", on="LLaMA 2 7B, commonsense"
+    )
+    target = ("attn.q", "attn.k", "attn.v", "attn.out", "cross.q", "cross.k", "cross.v", "cross.out")
+    alternatives = MATRICES
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        for site in surgeon.sites():
+            surgeon.graft(site, MTLLoRAOperator, config)
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        rank, inputs = config.rank, site.in_features * math.prod(site.kernel)
+        own = (rank if config.task_matrix == "diagonal" else rank**2) + config.ups
+        return rank * inputs + config.ups * rank * site.out_features + task_count(config) * own
