@@ -115,6 +115,11 @@ HELD: Held = {
         "google-research/prompt-tuning@72285ee, prompt_tuning/scripts/sst2-demo.sh: from_class_labels.gin, which draws "
         "from the vocabulary where the labels end; ours knows no labels but those of init_ids",
     ),
+    ("prompt_tuning", "rank"): (
+        None,
+        "google-research/prompt-tuning@72285ee, prompt_tuning/prompts.py: the prompt itself is a parameter; "
+        "XYaoooo/DPT@8f98d1e, options.py: --bottle_neck default=10, which the preset dpt_lowrank has",
+    ),
     ("shadow", "rank"): (
         8,
         f"peft 0.21: ShadowConfig.r = 8; {SHADOW}, src/shadow_peft/config.py: injection_hidden_size: int = 16, in the "
