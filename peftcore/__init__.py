@@ -7,6 +7,7 @@ from peftcore.authoring.blocks import MIXERS, BlockSite, block_depths, block_sit
 from peftcore.authoring.branches import AtBranchEnd, BranchSite, Bypass, Joins, branch, branch_end, is_post_norm
 from peftcore.authoring.guests import GuestNetwork, GuestOperator, guest_network
 from peftcore.authoring.hybrid_parts import OfParts, options_of, without_preset
+from peftcore.authoring.instance_prompts import InstanceOperator
 from peftcore.authoring.pass_cache import PassCache
 from peftcore.authoring.prompts import PromptPositions, TokenStacks, VisibleTokens, cached_tokens
 from peftcore.authoring.row_logits import head_sites, row_logits
@@ -107,6 +108,7 @@ __all__ = [
     "HybridPart",
     "Injection",
     "InputOperator",
+    "InstanceOperator",
     "Joins",
     "Layer",
     "LearningRate",

@@ -38,6 +38,7 @@ from peftcore import (
     Tags,
     full_precision,
 )
+from peftcore_additive._rows import embedded_tokens
 
 
 class Config(MethodConfig):
@@ -64,8 +65,8 @@ class PTuningOperator(SequenceOperator):
         self.residual, self.lstm = config.encoder == "residual", None
         start = torch.randn(config.length, width)
         if self.residual:
-            start = site.embedded(torch.randint(site.in_features, (config.length,)))
-        self.start = nn.Parameter(start.to(torch.float32, copy=True))
+            start = embedded_tokens(site, config.length)
+        self.start = nn.Parameter(start)
         if config.encoder == "lstm":
             self.lstm = nn.LSTM(
                 width, hidden, num_layers=2, bidirectional=True, batch_first=True, dropout=config.lstm_dropout

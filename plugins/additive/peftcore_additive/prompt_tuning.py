@@ -38,7 +38,7 @@ from peftcore import (
     Tags,
     full_precision,
 )
-from peftcore.errors import ConfigError
+from peftcore_additive._rows import embedded_tokens
 
 
 class Config(MethodConfig):
@@ -78,26 +78,16 @@ class PromptOperator(SequenceOperator):
             self.B = nn.Parameter(torch.rand(config.rank, self.width) - 0.5)
             return
         if config.init == "vocabulary" or config.init_ids:
-            start = site.embedded(_ids(site.in_features, config))
+            start = embedded_tokens(site, config.length, config.init_ids)
         else:
             start = torch.rand(config.length, self.width) - 0.5
-        self.prompt = nn.Parameter(start.to(torch.float32, copy=True))
+        self.prompt = nn.Parameter(start)
 
     def rows(self, embeds: Tensor) -> Tensor:
         if self.rank is None:
             return self.prompt
         with full_precision(embeds):
             return self.A @ self.B
-
-
-def _ids(vocabulary: int, config: Config) -> Tensor:
-    """Return the tokens whose embeddings the prompt starts from."""
-    if not config.init_ids:
-        return torch.randint(vocabulary, (config.length,))
-    unknown = [each for each in config.init_ids if each >= vocabulary]
-    if unknown:
-        raise ConfigError(f"init_ids: {unknown[:4]} are no tokens of a vocabulary of {vocabulary}")
-    return torch.tensor(config.init_ids).repeat(-(-config.length // len(config.init_ids)))[: config.length]
 
 
 class PromptTuning(Method):
