@@ -70,6 +70,7 @@ class KroneckerSum(nn.Module):
         self.bias = nn.Parameter(bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return ``[batch, outputs]`` for x ``[batch, inputs]``."""
         parts = x.unflatten(-1, (self.rules.shape[1], -1))  # [batch, n, inputs / n]
         y = torch.einsum("bpr,ipq,irs->bqs", parts, self.rules, self.factors)
         return y.flatten(-2) + self.bias
