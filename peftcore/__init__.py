@@ -16,6 +16,7 @@ from peftcore.authoring.branches import (
 )
 from peftcore.authoring.guests import GuestNetwork, GuestOperator, guest_network
 from peftcore.authoring.hybrid_parts import OfParts, options_of, without_preset
+from peftcore.authoring.instance_prompts import InstanceOperator
 from peftcore.authoring.pass_cache import PassCache
 from peftcore.authoring.prompts import PromptPositions, TokenStacks, VisibleTokens, cached_tokens
 from peftcore.authoring.row_logits import head_sites, row_logits
@@ -122,6 +123,7 @@ __all__ = [
     "InnerRows",
     "InnerSite",
     "InputOperator",
+    "InstanceOperator",
     "Joins",
     "Layer",
     "LearningRate",

@@ -5,6 +5,7 @@ It may import `algebra`, and what is below. In the order of reading:
 - `branches`: adapters parallel to a branch of a block.
 - `blocks`: the blocks of a model as target modules.
 - `prompts`: the tokens that go through a block: where the prompt begins and ends, which token sees which.
+- `instance_prompts`: soft prompts that look at the text behind them.
 - `pass_cache`: a cache of its own for an extra pass over the model, or for a network beside it.
 - `guests`: a smaller network of the model's own family, beside it.
 - `row_logits`: what a model predicts at the rows of a soft prompt.

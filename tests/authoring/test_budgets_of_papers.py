@@ -83,6 +83,7 @@ ROWS = [
     Row("ia3", "T5 XL", 0.54e6, "T-Few, 2205.05638: 0.54M", within=5e3),
     Row("llama_adapter", "Llama 7B", 1.2e6, "2303.16199: 1.2M", within=5e4),
     Row("prompt_tuning", "T5 large", 102_400, "2104.08691: length times width", {"length": 100}),
+    Row("dept", "T5 base", 76.8e3, "2309.05173: m = 40, r = 45, as many as a prompt of 100 rows"),
     Row("houlsby_adapter", "BERT base", 2.1, "1902.00751, table 1: 2.1 %, size 64", {"bottleneck": 64}, "model", 0.15),
     # reparameterized
     Row("lora", "RoBERTa base", 294_912, "2106.09685, table 2: 0.3M", {"rank": 8}),

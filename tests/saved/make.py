@@ -85,7 +85,7 @@ def context_of(case: Case, model: nn.Module) -> dict[str, Tensor]:
     told: dict[str, Any] = {}
     if case.context is not None:
         picture = torch.randn(1, 1, 16, 16, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-        told |= case.context(model, picture)
+        told |= {name: torch.as_tensor(each) for name, each in case.context(model, picture).items()}
     if case.method.name in TOLD:
         told["task"] = torch.tensor(TOLD[case.method.name])
     return told

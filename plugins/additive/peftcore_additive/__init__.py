@@ -16,8 +16,10 @@ def peftcore_methods() -> Mapping[str, str]:
         "cartridge": "peftcore_additive.cartridge:Cartridge",
         "compacter": "peftcore_additive.compacter:Compacter",
         "cpt": "peftcore_additive.cpt:CPT",
+        "dept": "peftcore_additive.dept:DePT",
         "houlsby_adapter": "peftcore_additive.houlsby_adapter:HoulsbyAdapter",
         "ia3": "peftcore_additive.ia3:IA3",
+        "idpg": "peftcore_additive.idpg:IDPG",
         "llama_adapter": "peftcore_additive.llama_adapter:LlamaAdapter",
         "loreft": "peftcore_additive.loreft:LoReFT",
         "lpt": "peftcore_additive.lpt:LPT",
@@ -30,6 +32,7 @@ def peftcore_methods() -> Mapping[str, str]:
         "prefix_tuning": "peftcore_additive.prefix_tuning:PrefixTuning",
         "prompt_tuning": "peftcore_additive.prompt_tuning:PromptTuning",
         "shadow": "peftcore_additive.shadow:Shadow",
+        "smop": "peftcore_additive.smop:SMoP",
         "ssf": "peftcore_additive.ssf:SSF",
     }
 

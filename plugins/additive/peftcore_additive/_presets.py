@@ -16,6 +16,7 @@ PRESETS = {
     "adapter_plus": Preset("pfeiffer_adapter", "2406.06820", ADAPTER_PLUS),
     "compacter_pp": Preset("compacter", "2106.04647", {"placement": "compacter_pp"}),
     "direft": Preset("loreft", "2404.03592", {"kind": "direft"}),
+    "dpt_lowrank": Preset("prompt_tuning", "2310.10094", {"length": 100, "init": "uniform", "rank": 10}),
     "hadamard_adapter": Preset("ssf", "2407.11033", {"init_std": 0.0}, target="attn.output", train=("norm",)),
     "llm_adapters_p": Preset("houlsby_adapter", "2304.01933", SERIES, target="mlp.down"),
     "llm_adapters_parallel": Preset(
@@ -36,5 +37,6 @@ PRESETS = {
     "ppt": Preset("prompt_tuning", "2109.04332", workflow=FROM_ANOTHER_TASK),
     "red": Preset("ssf", "2402.15179", {"init_std": 0.0}, target="mlp.output"),
     "residual_adapter_nmt": Preset("houlsby_adapter", "1909.08478", RESIDUAL, target="block"),
+    "residual_prompt_tuning": Preset("p_tuning", "2305.03937", {"length": 10, "encoder": "residual", "hidden": 800}),
     "scaled_parallel_learned": Preset("parallel_adapter", "2110.04366", {"scale": "learned"}),
 }

@@ -7,10 +7,16 @@ width h in each direction followed by Linear(2h, 2h) relu Linear(2h, d). P stand
 prompt_tuning, in every respect; it is made anew in each forward, at the network's own precision. Z starts from a
 standard normal, the network as torch initializes it: nothing is identity.
 
-Parameters, besides length * d: (d + 1) h + (h + 1) h + (h + 1) d for the perceptron; 2 (4 h (d + h) + 8 h) and
-2 (4 h (2h + h) + 8 h) for the layers of the LSTM, (2h + 1) 2h + (2h + 1) d for its head.
+With ``encoder="residual"`` it is residual prompt tuning (Razdaibiedina et al. 2023, arXiv 2305.03937; code
+arazd/ResidualPrompts), f(Z) = Z + LayerNorm(Linear(relu(Linear(Z)))) through width h, and Z starts as embeddings of
+tokens drawn from the vocabulary. Its authors train Z and f with one learning rate, 0.3.
 
-Use it where prompt_tuning trains unsteadily: the network ties the rows together.
+Parameters, besides length * d: (d + 1) h + (h + 1) h + (h + 1) d for the perceptron; 2 (4 h (d + h) + 8 h) and
+2 (4 h (2h + h) + 8 h) for the layers of the LSTM, (2h + 1) 2h + (2h + 1) d for its head; (d + 1) h + (h + 1) d + 2 d
+for the residual network.
+
+Use it where prompt_tuning trains unsteadily: the network ties the rows together. Where P should stay near words, as in
+prompt_tuning, the residual network is better.
 """
 
 from __future__ import annotations
@@ -32,6 +38,7 @@ from peftcore import (
     Tags,
     full_precision,
 )
+from peftcore_additive._rows import embedded_tokens
 
 
 class Config(MethodConfig):
@@ -40,8 +47,9 @@ class Config(MethodConfig):
     method: Literal["p_tuning"] = "p_tuning"
     length: PositiveInt = 20
     """Rows of the prompt."""
-    encoder: Literal["mlp", "lstm"] = "mlp"
-    """The network that makes the prompt: a perceptron, or the paper's bidirectional LSTM."""
+    encoder: Literal["mlp", "lstm", "residual"] = "mlp"
+    """The network that makes the prompt: a perceptron, the paper's bidirectional LSTM, or a perceptron with a norm
+    whose output is added to Z."""
     hidden: PositiveInt | None = None
     """Width h of the network; the width of the embeddings unless given."""
     lstm_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
@@ -54,13 +62,20 @@ class PTuningOperator(SequenceOperator):
     def __init__(self, site: SequenceSite, config: Config) -> None:
         super().__init__(site, config.length)
         width, hidden = self.width, config.hidden or self.width
-        self.start = nn.Parameter(torch.randn(config.length, width))
-        self.lstm = None
+        self.residual, self.lstm = config.encoder == "residual", None
+        start = torch.randn(config.length, width)
+        if self.residual:
+            start = embedded_tokens(site, config.length)
+        self.start = nn.Parameter(start)
         if config.encoder == "lstm":
             self.lstm = nn.LSTM(
                 width, hidden, num_layers=2, bidirectional=True, batch_first=True, dropout=config.lstm_dropout
             )
             self.head = nn.Sequential(nn.Linear(2 * hidden, 2 * hidden), nn.ReLU(), nn.Linear(2 * hidden, width))
+        elif self.residual:
+            self.head = nn.Sequential(
+                nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, width), nn.LayerNorm(width)
+            )
         else:
             layers = [nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()]
             self.head = nn.Sequential(*layers, nn.Linear(hidden, width))
@@ -69,7 +84,7 @@ class PTuningOperator(SequenceOperator):
         with full_precision(embeds):
             made = self.start if self.lstm is None else self.lstm(self.start[None])[0][0]
             rows: Tensor = self.head(made)
-        return rows
+            return self.start + rows if self.residual else rows
 
 
 class PTuning(Method):
@@ -93,5 +108,7 @@ class PTuning(Method):
         h = config.hidden or d
         if config.encoder == "mlp":
             return config.length * d + (d + 1) * h + (h + 1) * h + (h + 1) * d
+        if config.encoder == "residual":
+            return config.length * d + (d + 1) * h + (h + 1) * d + 2 * d
         layers = 2 * (4 * h * (d + h) + 8 * h) + 2 * (4 * h * 3 * h + 8 * h)
         return config.length * d + layers + (2 * h + 1) * 2 * h + (2 * h + 1) * d

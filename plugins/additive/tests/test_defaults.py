@@ -8,8 +8,10 @@ from named_defaults import Free, Held, assert_as_said, rows
 ADAPTERS = "adapter-hub/adapters@88f18eb, src/adapters/configuration/adapter_config.py"
 BERT_START = "adapter-hub/adapters@88f18eb, src/adapters/methods/modeling.py: init_bert_weights has std=0.02"
 COMPACTER = "rabeehk/compacter@e123daa, seq2seq/configs/compacter.json"
+DEPT = "ZhengxiangShi/DePT@f0266a7"
 CPT = "huggingface/peft@5d602fd, src/peft/tuners/cpt/config.py"
 HOULSBY = "google-research/adapter-bert@1a31fc6, modeling.py"
+IDPG = "CSerxy/IDPG@691b282"
 LLAMA_ADAPTER = "OpenGVLab/LLaMA-Adapter@521a09d, alpaca_finetuning_v1/finetuning.sh"
 LPT = "xyltt/LPT@634c7b2, encoder-only"
 LST = "ylsung/Ladder-Side-Tuning@1798e82"
@@ -18,6 +20,7 @@ P_TUNING = "THUDM/P-tuning@f4225d4"
 P_TUNING_V2 = "THUDM/P-tuning-v2@b1520c9"
 REFT = "stanfordnlp/pyreft@dafd099, examples/loreft"
 SHADOW = "ShadowLLM/shadow-peft@66eb2cf"
+SMOP = "jyjohnchoi/SMoP@34da5e2"
 XSUM = "jxhe/unify-parameter-efficient-tuning@3222ce2, exps/run_xsum.sh"
 
 HELD: Held = {
@@ -51,6 +54,15 @@ HELD: Held = {
         1.0,
         f'{CPT}: opt_loss_decay_factor default=1.0, opt_weighted_loss_type default="none"',
     ),
+    ("dept", "length"): (40, f"{DEPT}, README.md: PREFIX_LENGTH=40"),
+    ("dept", "rank"): (45, f"{DEPT}, README.md: R=45"),
+    ("dept", "max_length"): (256, f"{DEPT}, README.md: MAX_LENGTH=256"),
+    ("dept", "alpha"): (8.0, f"{DEPT}, peft/tuners/prompt_tuning_lora.py: lora_alpha: int = field(default=8)"),
+    ("dept", "update_ratio"): (
+        5e-4 / 0.3,
+        f"{DEPT}, README.md: for LORA_LR in 5e-3 3e-1 5e-4, and for lr in 3e-1 4e-1; checkpoints/cola/output.log has "
+        "lora_embedding_lr=0.0005 and learning_rate=0.3",
+    ),
     ("houlsby_adapter", "bottleneck"): (64, f"{HOULSBY}: feedforward_adapter(input_tensor, hidden_size=64)"),
     ("houlsby_adapter", "init_std"): (0.001, f"{HOULSBY}: feedforward_adapter(..., init_scale=1e-3)"),
     ("houlsby_adapter", "up_init_std"): (0.001, f"{HOULSBY}: feedforward_adapter(..., init_scale=1e-3)"),
@@ -63,6 +75,13 @@ HELD: Held = {
     ("houlsby_adapter", "scale"): (1.0, f"{HOULSBY}: return net + input_tensor"),
     ("houlsby_adapter", "stochastic_depth"): (0.0, f"{HOULSBY}: feedforward_adapter drops nothing"),
     ("houlsby_adapter", "init"): ("cut", f"{HOULSBY}: tf.truncated_normal_initializer(stddev=init_scale)"),
+    ("idpg", "length"): (5, f'{IDPG}, IDPG-PHM.sh: suffixlen="5"'),
+    ("idpg", "hidden"): (16, f'{IDPG}, IDPG-PHM.sh: pdim="16"'),
+    ("idpg", "phm"): (16, f"{IDPG}, scripts/multi-suffix-rte_finetune-phm-p-layerb.sh: gq=16"),
+    ("idpg", "dropout"): (
+        0.1,
+        f"{IDPG}, fairseq/modules/transformer_sentence_encoder.py: generation_dropout: float = 0.1",
+    ),
     ("llama_adapter", "length"): (10, f"{LLAMA_ADAPTER}: --adapter_len 10"),
     ("llama_adapter", "layers"): (30, f"{LLAMA_ADAPTER}: --adapter_layer 30"),
     ("loreft", "rank"): (4, f"{REFT}/README.md: -l all -r 4 -p f7+l7"),
@@ -145,6 +164,11 @@ HELD: Held = {
         "google-research/prompt-tuning@72285ee, prompt_tuning/scripts/sst2-demo.sh: from_class_labels.gin, which draws "
         "from the vocabulary where the labels end; ours knows no labels but those of init_ids",
     ),
+    ("prompt_tuning", "rank"): (
+        None,
+        "google-research/prompt-tuning@72285ee, prompt_tuning/prompts.py: the prompt itself is a parameter; "
+        "XYaoooo/DPT@8f98d1e, options.py: --bottle_neck default=10, which the preset dpt_lowrank has",
+    ),
     ("shadow", "rank"): (
         8,
         f"peft 0.21: ShadowConfig.r = 8; {SHADOW}, src/shadow_peft/config.py: injection_hidden_size: int = 16, in the "
@@ -160,6 +184,13 @@ HELD: Held = {
     ("shadow", "layers"): (1, f"{SHADOW}, src/shadow_peft/config.py: num_shadow_layers: int = 1"),
     ("shadow", "own_table"): (False, "peft 0.21: ShadowConfig.share_embeddings = True"),
     ("shadow", "guest_weight"): (0.05, f"{SHADOW}, src/shadow_peft/task_models.py: shadow_loss_weight: float = 0.05"),
+    ("smop", "prompts"): (4, f"{SMOP}, README.md: --num_virtual_tokens 5 --num_virtual_tokens_full 20"),
+    ("smop", "length"): (5, f"{SMOP}, README.md: --num_virtual_tokens 5"),
+    ("smop", "top_k"): (1, f"{SMOP}, README.md: --topk 1"),
+    ("smop", "noise"): (
+        1.0,
+        f"{SMOP}, README.md: --perturb_router True; peft_models/tuners/prompt_routing.py: sigma = 1",
+    ),
 }
 
 FREE: Free = {}

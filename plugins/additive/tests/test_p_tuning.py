@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import peftcore
-from peftcore.testing import against, conformance
+from peftcore.testing import against, check_method, conformance, frozen
 from peftcore.testing.hosts import HOSTS
 from peftcore.testing.kit import fill
 
@@ -111,7 +112,10 @@ def test_equation(encoder: str) -> None:
     torch.testing.assert_close(model(**inputs).logits, expected, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize(("encoder", "hidden"), [("mlp", None), ("mlp", 6), ("lstm", None), ("lstm", 6)])
+SIZES = [(encoder, hidden) for encoder in ("mlp", "lstm", "residual") for hidden in (None, 6)]
+
+
+@pytest.mark.parametrize(("encoder", "hidden"), SIZES)
 def test_counts(encoder: str, hidden: int | None) -> None:
     """By the layers' own sizes: d = 16."""
     model, _ = host("llama")
@@ -120,6 +124,8 @@ def test_counts(encoder: str, hidden: int | None) -> None:
     layers = [nn.Linear(16, h), nn.Linear(h, h), nn.Linear(h, 16)]
     if encoder == "lstm":
         layers = [nn.LSTM(16, h, 2, bidirectional=True), nn.Linear(2 * h, 2 * h), nn.Linear(2 * h, 16)]
+    if encoder == "residual":
+        layers = [nn.Linear(16, h), nn.Linear(h, 16), nn.LayerNorm(16)]
     expected = 5 * 16 + sum(p.numel() for layer in layers for p in layer.parameters())
     assert sum(p.numel() for p in injection.parameters()) == expected
 
@@ -141,3 +147,56 @@ def test_it_trains_under_autocast_at_its_own_precision() -> None:
         output = model(**inputs).logits
     output.float().square().sum().backward()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in injection.parameters())
+
+
+def wave(shape: tuple[int, ...], k: float) -> Tensor:
+    size = torch.Size(shape).numel()
+    return torch.sin(torch.arange(size, dtype=torch.float64) * k + k).view(shape)
+
+
+NUMBERS = Path(__file__).parent / "numbers" / "residual_prompt_tuning.json"
+
+
+@against("authors", "p_tuning", repository="arazd/ResidualPrompts", commit="53087ca", script="prompt_tuner2.py")
+def test_the_residual_network_of_its_authors() -> None:
+    """The rows, and the gradients of the prompt and of each tensor; the encoder gets these rows in front."""
+    model, inputs = host("t5")
+    base, numbers = deepcopy(model), frozen(NUMBERS)
+    options = {"length": LENGTH, "hidden": HIDDEN, "dtype": "float64"}
+    injection = peftcore.apply(model, "residual_prompt_tuning", **options)
+    (operator,) = injection.operators.values()
+    tensors = {"start": operator.start, **{str(index): each for index, each in enumerate(operator.head.parameters())}}
+    with torch.no_grad():
+        operator.start.copy_(wave((LENGTH, 16), 0.41))
+        for index, each in enumerate(operator.head.parameters()):
+            each.copy_(wave(tuple(each.shape), 0.37 + 0.11 * index))
+    rows = operator.rows(operator.start)
+    expected = torch.tensor(numbers["rows"], dtype=torch.float64).view(LENGTH, 16)
+    torch.testing.assert_close(rows, expected, rtol=1e-10, atol=1e-10)
+    (rows * wave((LENGTH, 16), 0.23)).sum().backward()
+    assert numbers.keys() == {"rows", *tensors}
+    for name, tensor in tensors.items():
+        assert tensor.grad.flatten().tolist() == pytest.approx(numbers[name], abs=1e-9), name
+    ids, mask = inputs["input_ids"], inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
+    embeds = torch.cat([expected.expand(len(ids), -1, -1), base.shared(ids)], dim=1)
+    longer = torch.cat([mask.new_ones(len(ids), LENGTH), mask], dim=1)
+    theirs = base(inputs_embeds=embeds, attention_mask=longer, decoder_input_ids=inputs["decoder_input_ids"]).logits
+    torch.testing.assert_close(model(**inputs).logits, theirs, rtol=1e-10, atol=1e-10)
+
+
+def test_the_residual_network_starts_from_words() -> None:
+    model, _ = host("llama")
+    injection = peftcore.apply(model, "residual_prompt_tuning", length=30, dtype="float64")
+    (operator,) = injection.operators.values()
+    where = (operator.start[:, None] == model.model.embed_tokens.weight[None]).all(-1)
+    assert where.any(1).all() and len(where.nonzero()[:, 1].unique()) > 10
+    assert operator.head[0].weight.shape == (800, 16)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "bert", "t5"])
+def test_the_kit_holds_for_the_residual_network(name: str) -> None:
+    options = {"length": LENGTH, "encoder": "residual", "hidden": HIDDEN}
+    results = check_method("p_tuning", hosts=[name], options={name: options})
+    failed = [str(result) for result in results if result.status == "failed"]
+    assert results and not failed, failed

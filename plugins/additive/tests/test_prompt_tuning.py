@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import ConfigError, NotMergeable, UnsupportedSite
-from peftcore.testing import against, conformance
+from peftcore.testing import against, check_method, conformance, frozen
 from peftcore.testing.hosts import HOSTS
 from peftcore.testing.kit import fill
 
@@ -177,3 +178,67 @@ def test_what_it_cannot_do() -> None:
     injection, _ = prompted(model)
     with pytest.raises(NotMergeable):
         injection.merge()
+
+
+def wave(shape: tuple[int, ...], k: float) -> Tensor:
+    size = torch.Size(shape).numel()
+    return torch.sin(torch.arange(size, dtype=torch.float64) * k + k).view(shape)
+
+
+NUMBERS = Path(__file__).parent / "numbers" / "dpt_lowrank.json"
+
+
+@against("authors", "prompt_tuning", repository="XYaoooo/DPT", commit="8f98d1e", script="modeling_t5.py")
+def test_a_prompt_of_a_rank_is_that_of_its_authors() -> None:
+    """The rows and the gradients of both factors; the encoder gets these rows in front of its tokens."""
+    model, inputs = host("t5")
+    base, numbers = deepcopy(model), frozen(NUMBERS)
+    injection = peftcore.apply(model, "dpt_lowrank", length=LENGTH, rank=3, dtype="float64")
+    (operator,) = injection.operators.values()
+    with torch.no_grad():
+        operator.A.copy_(wave((LENGTH, 3), 0.37))
+        operator.B.copy_(wave((3, 16), 0.29))
+    rows = operator.rows(operator.A)
+    expected = torch.tensor(numbers["rows"], dtype=torch.float64).view(2, LENGTH, 16)
+    torch.testing.assert_close(rows.expand(2, -1, -1), expected, rtol=1e-10, atol=1e-10)
+    (rows.expand(2, -1, -1) * wave((2, LENGTH, 16), 0.23)).sum().backward()
+    for name in ("A", "B"):
+        assert getattr(operator, name).grad.flatten().tolist() == pytest.approx(numbers[name], abs=1e-10)
+    ids, mask = inputs["input_ids"], inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
+    embeds = torch.cat([expected[:1].expand(len(ids), -1, -1), base.shared(ids)], dim=1)
+    longer = torch.cat([mask.new_ones(len(ids), LENGTH), mask], dim=1)
+    theirs = base(inputs_embeds=embeds, attention_mask=longer, decoder_input_ids=inputs["decoder_input_ids"]).logits
+    torch.testing.assert_close(model(**inputs).logits, theirs, rtol=1e-10, atol=1e-10)
+
+
+def test_factors_start_as_those_of_the_authors() -> None:
+    model, _ = host("llama")
+    injection = peftcore.apply(model, "prompt_tuning", length=500, init="uniform", rank=500)
+    (operator,) = injection.operators.values()
+    ends = [round(float(end), 2) for each in (operator.A, operator.B) for end in (each.min(), each.max())]
+    assert ends == frozen(NUMBERS)["ends"] == [-0.5, 0.5, -0.5, 0.5]
+    assert all(abs(float(each.detach().std()) - 12**-0.5) < 0.01 for each in (operator.A, operator.B))
+    assert sum(p.numel() for p in injection.parameters()) == 500 * (500 + 16)
+
+
+def test_the_preset_has_the_rank_of_the_authors() -> None:
+    model, _ = host("llama")
+    injection = peftcore.apply(model, "dpt_lowrank")
+    assert sum(p.numel() for p in injection.parameters()) == 10 * (100 + 16)
+
+
+@pytest.mark.parametrize("options", [{}, {"init": "uniform", "init_ids": [3]}])
+def test_factors_of_tokens_are_refused(options: dict[str, Any]) -> None:
+    model, _ = host("llama")
+    with pytest.raises(ConfigError, match="factors of a rank start uniform"):
+        peftcore.apply(model, "prompt_tuning", rank=2, **options)
+    assert not peftcore.injections(model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "bert", "t5"])
+def test_the_kit_holds_for_a_rank(name: str) -> None:
+    options = {"length": LENGTH, "init": "uniform", "rank": 2}
+    results = check_method("prompt_tuning", hosts=[name], options={name: options})
+    failed = [str(result) for result in results if result.status == "failed"]
+    assert results and not failed, failed

@@ -49,7 +49,8 @@ class PeftPrompt(SoftPrompt):
 
     def write_all(self, places: Sequence[Place]) -> dict[str, Tensor]:
         (place,) = places
-        return {ROWS: place.operator.prompt}
+        with torch.no_grad():
+            return {ROWS: place.operator.rows(next(place.operator.parameters()))}
 
 
 class PeftPTuning(PeftPrompt):
@@ -63,7 +64,7 @@ class PeftPTuning(PeftPrompt):
         return super().options(keys, shapes)
 
     def write_options(self, config: Any) -> dict[str, Any]:
-        kind = config.encoder.upper()
+        kind = "LSTM" if config.encoder == "lstm" else "MLP"  # peft builds no network where it finds the rows
         return {"num_virtual_tokens": config.length, "encoder_reparameterization_type": kind}
 
     def write_options_of_all(self, places: Sequence[Place], model: nn.Module) -> dict[str, Any]:

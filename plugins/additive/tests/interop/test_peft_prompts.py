@@ -44,6 +44,7 @@ def test_prompts(name: str, tmp_path: Path) -> None:
     sizes = [written[key] for key in ("token_dim", "num_layers", "num_attention_heads", "num_transformer_submodules")]
     assert sizes == [16, 2, heads, 1]
     assert written["task_type"] == config.task_type
+    assert_writes(base, "prompt_tuning", {"length": LENGTH, "init": "uniform", "rank": 2}, run, tmp_path)
 
 
 @pytest.mark.parametrize("encoder", ["MLP", "LSTM"])
@@ -54,6 +55,8 @@ def test_p_tuning_keeps_what_its_network_made(encoder: str, tmp_path: Path) -> N
     assert assert_reads(base, config, run, tmp_path).method.name == "prompt_tuning"
     own = {"length": LENGTH, "encoder": encoder.lower(), "hidden": 8}
     assert assert_writes(base, "p_tuning", own, run, tmp_path)["peft_type"] == "P_TUNING"
+    residual = {"length": LENGTH, "encoder": "residual", "hidden": 8}
+    assert assert_writes(base, "p_tuning", residual, run, tmp_path)["peft_type"] == "P_TUNING"
     injection = peftcore.apply(base.train(), "p_tuning", length=LENGTH, encoder="lstm", lstm_dropout=0.9)
     for path in ("once", "twice"):  # no dropout in what is saved
         injection.save(tmp_path / path, format="peft")

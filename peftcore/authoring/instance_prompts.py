@@ -1,0 +1,121 @@
+"""Soft prompts that look at the text behind them: made for each text, or changing how it is embedded.
+
+What the text is, `PromptPositions` says: what comes before the first label, or the whole input, unless
+``peftcore.call(model, prompt_length=...)`` says it. It is looked at once, by the forward that the rows enter with;
+forwards that go on from a cache find the rows there.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftcore.authoring.prompts import REMEDY, PromptPositions
+from peftcore.errors import MissingContext, SequenceError, UnsupportedSite
+from peftcore.forward.context import Tap, forward_context
+from peftcore.roles.stacks import CACHES, EMBEDS, IDS, cache_in
+from peftcore.targets.sequence import FORM, SequenceOperator, SequenceSite
+from peftcore.targets.sequence_cache import Marked, self_attention_cache
+
+
+class InstanceOperator(SequenceOperator):
+    """Base class of soft prompts that look at the text: subclasses define `rows_of`, and `tokens` or `look` where they
+    want to.
+
+    Raises:
+        UnsupportedSite: the stack reads what an encoder made of the text.
+    """
+
+    def __init__(self, site: SequenceSite, length: int) -> None:
+        if site.stack.reads:
+            raise UnsupportedSite(f"{site.path} reads what an encoder made of the text; target the encoder's stack")
+        super().__init__(site, length)
+        generates = site.stack.causal and not site.stack.readers
+        self._positions = PromptPositions(0, generates, 0, sys.maxsize, halves=False)
+        self._text = Tap()
+
+    def rows_of(self, embeds: Tensor, text: Tensor) -> Tensor:
+        """Returns the rows for a batch of embedded tokens ``[batch, tokens, width]``: ``[length, width]``, or one such
+        for each sequence of the batch; `text` ``[batch, tokens]`` says which tokens are of the text."""
+        raise NotImplementedError
+
+    def tokens(self, embeds: Tensor, text: Tensor) -> Tensor:
+        """Returns what stands for the embedded tokens ``[batch, tokens, width]``; by default these themselves."""
+        return embeds
+
+    def look(self, call: Callable[..., Any], given: Mapping[str, Any], text: Tensor) -> None:
+        """Look at the text before the rows are made: with ``forward_context().without(self, call, **given)``, for
+        example, the stack's own pass over it. By default nothing is done.
+
+        Args:
+            call: the stack's forward.
+            given: its arguments by name.
+            text: which tokens are of the text, ``[batch, tokens]``.
+        """
+
+    def rows(self, embeds: Tensor) -> Tensor:
+        return self.rows_of(embeds, self._text_in(embeds))
+
+    def at(self, form: str, module: nn.Module) -> Callable[..., Any]:
+        act = super().at(form, module)
+        return functools.partial(self._looking, act) if form == FORM else act
+
+    def _looking(self, act: Callable[..., Any], call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run the stack, and look at the text before, where the rows enter."""
+        given = self._bind(FORM, args, kwargs)
+        ids = given[IDS] if given.get(EMBEDS) is None else given[EMBEDS][..., 0]
+        if self._holds(cache_in(given)):
+            if ids.shape[1] > 1 and forward_context().context.get("prompt_length") is None:
+                raise MissingContext(f"this input goes on from a cache, and may be prompt or not: {REMEDY}")
+        elif (text := self._find(given, ids)) is not None:
+            self._text.put(text)
+            self.look(call, given, text)
+        try:
+            return act(call, *args, **kwargs)
+        finally:
+            self._text.take()
+
+    def _with_rows(self, embeds: Tensor) -> Tensor:
+        return super()._with_rows(self.tokens(embeds, self._text_in(embeds)))
+
+    def _text_in(self, embeds: Tensor) -> Tensor:
+        """Returns which tokens are of the text: all of them where nobody told more."""
+        text: Tensor | None = self._text.get()
+        return torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device) if text is None else text
+
+    def _holds(self, cache: Any) -> bool:
+        """Whether a cache has the rows already."""
+        own = None if cache is None else self_attention_cache(cache)
+        return isinstance(own, Marked) and any(stamp == self.stamp for stamp, _ in own.rows)
+
+    def _find(self, given: Mapping[str, Any], ids: Tensor) -> Tensor | None:
+        """Returns which tokens are of the text; None where it is a single token, of which a compiled forward cannot
+        tell whether it is the first.
+
+        Raises:
+            MissingContext: the input may be more than the text, and nobody said where that ends.
+            SequenceError: it is less.
+        """
+        compiling = torch.compiler.is_compiling()  # numbers are tensors there, maybe
+        told = 0 if compiling else _longest(forward_context().context.get("prompt_length"))
+        if told > ids.shape[1]:
+            raise SequenceError(
+                f"the text has {told} tokens, of which the first forward is given {ids.shape[1]}: what is made of a "
+                "text has to see the whole of it; prefill in one forward"
+            )
+        first = {name: value for name, value in given.items() if name not in CACHES}  # none holds anything
+        found = self._positions.positions(ids[..., None], first, self.training)
+        return None if found is None else found[1].expand(len(ids), -1)
+
+
+def _longest(told: Any) -> int:
+    """Returns the longest of the lengths that a call was told; 0 where it would have to be waited for."""
+    if isinstance(told, Tensor):
+        told = told.flatten().tolist() if told.device.type == "cpu" else None
+    lengths = [told] if isinstance(told, int) else told or ()
+    return max(map(int, lengths), default=0)

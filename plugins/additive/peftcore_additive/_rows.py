@@ -1,0 +1,25 @@
+"""What soft prompts start from: embeddings of tokens, drawn or given."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from peftcore import SequenceSite
+from peftcore.errors import ConfigError
+
+
+def embedded_tokens(site: SequenceSite, length: int, ids: Sequence[int] = ()) -> Tensor:
+    """Return the embeddings ``[length, width]`` of given tokens, repeated or cut; without them, of drawn ones. They are
+    float32, and the caller's own.
+
+    Raises:
+        ConfigError: an id is none of the vocabulary.
+    """
+    if unknown := [each for each in ids if each >= site.in_features]:
+        raise ConfigError(f"init_ids: {unknown[:4]} are no tokens of a vocabulary of {site.in_features}")
+    chosen = torch.tensor(ids).repeat(-(-length // len(ids)))[:length] if ids else None
+    chosen = torch.randint(site.in_features, (length,)) if chosen is None else chosen
+    return site.embedded(chosen).to(torch.float32, copy=True)

@@ -1,0 +1,107 @@
+"""DePT: decomposed prompt tuning.   Shi and Lipani 2023, arXiv 2309.05173.
+
+    X' = [P ; X + alpha / sqrt(r) (A B)[:n]],   P [m, d], A [s, r], B [r, d]
+
+X are the n embedded tokens of the text: the t-th one gets row t of A B, and those behind the first s get nothing. So a
+prompt that is m instead of m' rows long takes as many parameters, and less time. The text is what comes before the
+first label, or the whole input, unless ``peftcore.call(model, prompt_length=...)`` says it; answers are left alone.
+Rows count from the first token, whatever padding is before. (The authors pad inputs to s. In their causal models, which
+are padded on the left, rows so count from the end; in training answers get some, and generated tokens do not.)
+
+P starts as embeddings of tokens drawn from the vocabulary, or of given ones; A as torch's linear layers do, B at zero.
+P and A, B have learning rates of their own, as the authors find needed: `optimizer` takes that of P, and A and B get
+`update_ratio` of it. Parameters: m d + r (s + d).
+
+Use it where a prompt's length costs too much; not for texts much longer than s, whose rest it leaves as it is
+(prompt_tuning is better there).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+
+from peftcore import (
+    AppliedMethod,
+    InstanceOperator,
+    LearningRate,
+    Method,
+    MethodConfig,
+    SequenceSite,
+    Site,
+    Surgeon,
+    Tags,
+    full_precision,
+)
+from peftcore_additive._rows import embedded_tokens
+
+
+class Config(MethodConfig):
+    """Options of DePT."""
+
+    method: Literal["dept"] = "dept"
+    length: PositiveInt = 40
+    """Rows m of the short prompt."""
+    rank: PositiveInt = 45
+    """Rank r of what is added to the embeddings."""
+    max_length: PositiveInt = 256
+    """Tokens s of a text that get something."""
+    alpha: PositiveFloat = 8.0
+    """What is added is scaled by alpha / sqrt(rank)."""
+    init_ids: list[NonNegativeInt] = Field(default_factory=list)
+    """Start the prompt from the embeddings of these tokens, repeated or cut to its length, and not from drawn ones."""
+    update_ratio: PositiveFloat = 5e-4 / 0.3
+    """The learning rate of A and B, relative to that of the prompt."""
+
+
+class DePTOperator(InstanceOperator):
+    """The short prompt of one stack, and what is added to its embeddings."""
+
+    def __init__(self, site: SequenceSite, config: Config) -> None:
+        super().__init__(site, config.length)
+        self.scale = config.alpha / math.sqrt(config.rank)
+        self.prompt = nn.Parameter(embedded_tokens(site, config.length, config.init_ids))
+        bound = 1 / math.sqrt(config.rank)
+        self.A = nn.Parameter(torch.empty(config.max_length, config.rank).uniform_(-bound, bound))
+        self.B = nn.Parameter(torch.zeros(config.rank, self.width))
+
+    def rows_of(self, embeds: Tensor, text: Tensor) -> Tensor:
+        return self.prompt
+
+    def tokens(self, embeds: Tensor, text: Tensor) -> Tensor:
+        place = text.cumsum(-1) - 1  # [batch, tokens], which row of A is a token's
+        adapted = (text & (place < len(self.A)))[..., None]
+        with full_precision(embeds):
+            update = self.scale * (self.A @ self.B)
+        (update,) = self.cast(embeds, update)
+        return embeds + torch.where(adapted, update[place.clamp(0, len(self.A) - 1)], 0)
+
+
+class DePT(Method):
+    """A short prompt, and a low-rank addition to the embedded tokens."""
+
+    name = "dept"
+    Config = Config
+    tags = Tags(category="additive", paper="2309.05173", identity_at_init=False, per_row=False)
+    learning_rate = LearningRate(0.3, "ZhengxiangShi/DePT@f0266a7, README.md", on="T5-base, GLUE")
+    target = "stack"
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        for site in surgeon.sites():
+            surgeon.sequence(site, DePTOperator, config)
+
+    def parameter_groups(self, injection: AppliedMethod, *, lr: float, **defaults: Any) -> list[dict[str, Any]]:
+        operators = [each for each in injection.operators.values() if isinstance(each, DePTOperator)]
+        factors = {id(factor) for each in operators for factor in (each.A, each.B)}
+        trained = [p for p in injection.parameters() if p.requires_grad]
+        prompts = {"params": [p for p in trained if id(p) not in factors], **defaults, "lr": lr}
+        updates = {"params": [p for p in trained if id(p) in factors], **defaults}
+        return [prompts, {**updates, "lr": lr * injection.config.update_ratio}]
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        return config.length * site.out_features + config.rank * (config.max_length + site.out_features)

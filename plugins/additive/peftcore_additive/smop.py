@@ -1,0 +1,108 @@
+"""SMoP: a sparse mixture of short prompts.   Choi et al. 2023, EMNLP, aclanthology.org/2023.emnlp-main.884.
+
+    X' = [p_j P_j ; X],   p = softmax(W m),   m = mean of the text's rows of X,   j = argmax p
+
+X are the embedded tokens; there are E short prompts P_j [length, d], and a text gets that of the highest probability,
+times this probability, through which the router W [E, d] learns. In training W m is disturbed by relative noise, W m +
+noise (e * W m) with e standard normal, whose gradient is not followed; it also spreads texts over prompts, since no
+loss does. With `top_k` the sum of several p_j P_j stands there.
+
+The text is what comes before the first label, or the whole input, unless ``peftcore.call(model, prompt_length=...)``
+says it: so a generated token changes no route, which is chosen once. W starts orthogonal, P_j as standard normal.
+
+The authors' code (jyjohnchoi/SMoP) adds up the chosen prompts of all texts of a batch, by a broadcast, which its paper
+does not say, nor what it does for one text alone: here each text gets its own. It computes a factor of balance, and
+does not use it. Parameters: E (length + 1) d.
+
+Use it where one prompt would have to be long for the kinds of text that a task has; not where texts are alike
+(prompt_tuning), or where each has needs of its own (idpg makes a prompt for each).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+import torch
+from pydantic import Field, PositiveInt, model_validator
+from torch import Tensor, nn
+
+from peftcore import (
+    InstanceOperator,
+    LearningRate,
+    Method,
+    MethodConfig,
+    SequenceSite,
+    Site,
+    Surgeon,
+    Tags,
+    full_precision,
+)
+
+
+class Config(MethodConfig):
+    """Options of SMoP."""
+
+    method: Literal["smop"] = "smop"
+    prompts: PositiveInt = 4
+    """Short prompts E."""
+    length: PositiveInt = 5
+    """Rows of each."""
+    top_k: PositiveInt = 1
+    """Prompts that a text gets, added up."""
+    noise: Annotated[float, Field(ge=0.0)] = 1.0
+    """Standard deviation of the relative noise on the router's scores in training."""
+
+    @model_validator(mode="after")
+    def _enough_prompts(self) -> Self:
+        if self.top_k > self.prompts:
+            raise ValueError(f"top_k is {self.top_k}, and there are {self.prompts} prompts")
+        return self
+
+
+class SMoPOperator(InstanceOperator):
+    """The short prompts of one stack, and their router."""
+
+    def __init__(self, site: SequenceSite, config: Config) -> None:
+        super().__init__(site, config.length)
+        self.top_k, self.noise = config.top_k, config.noise
+        self.prompts = nn.Parameter(torch.randn(config.prompts, config.length, self.width))
+        self.router = nn.Parameter(nn.init.orthogonal_(torch.empty(config.prompts, self.width)))
+
+    def probabilities(self, embeds: Tensor, text: Tensor) -> Tensor:
+        """Return how much a text is for each prompt, ``[batch, prompts]``."""
+        of_text = text[..., None].to(self.router.dtype)
+        mean = (embeds.to(self.router.dtype) * of_text).sum(1) / of_text.sum(1).clamp(min=1)
+        scores = mean @ self.router.T
+        if self.training and self.noise:
+            scores = scores + self.noise * torch.randn_like(scores) * scores.detach()
+        return scores.softmax(-1)
+
+    def rows_of(self, embeds: Tensor, text: Tensor) -> Tensor:
+        with full_precision(embeds):
+            values, chosen = self.probabilities(embeds, text).topk(self.top_k)  # [batch, top_k]
+            return (values[..., None, None] * self.prompts[chosen]).sum(1)
+
+
+class SMoP(Method):
+    """A short prompt for each text, chosen among several by a router."""
+
+    name = "smop"
+    Config = Config
+    tags = Tags(
+        category="additive",
+        paper="aclanthology.org/2023.emnlp-main.884",
+        identity_at_init=False,
+        per_row=False,
+        random=True,
+        exact_gradient=False,
+    )
+    learning_rate = LearningRate(0.5, "jyjohnchoi/SMoP@34da5e2, README.md", on="T5-base, RTE", optimizer="Adafactor")
+    target = "stack"
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        for site in surgeon.sites():
+            surgeon.sequence(site, SMoPOperator, config)
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        return config.prompts * (config.length + 1) * site.out_features

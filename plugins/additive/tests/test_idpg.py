@@ -1,0 +1,186 @@
+"""IDPG: the kit; prompts and gradients of the authors' encoder, with both networks; the second pass, on hosts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import peftcore
+from peftcore.errors import UnsupportedSite
+from peftcore.testing import against, conformance, frozen
+from peftcore.testing.hosts import HOSTS
+from peftcore.testing.kit import fill
+
+NUMBERS = Path(__file__).parent / "numbers" / "idpg.json"
+SMALL = {"length": 3, "hidden": 4, "phm": 2}
+
+
+BREAKS = "the first pass, in which another choice holds, breaks the graph"
+HOST_NAMES = ("llama", "bert", "t5", "gpt2", "moe", "mistral")
+
+
+# Generation without a cache has to be told where the text ends.
+@conformance(
+    "idpg",
+    options={"*": SMALL},
+    context=lambda model, picture: {"prompt_length": 3},
+    expected_failures={f"compiled_equals_eager-{host}": BREAKS for host in HOST_NAMES},
+)
+def test_conformance(check: Callable[[], None]) -> None:
+    check()
+
+
+def wave(shape: tuple[int, ...], k: float) -> Tensor:
+    size = torch.Size(shape).numel()
+    return torch.sin(torch.arange(size, dtype=torch.float64) * k + k).view(shape)
+
+
+def host(name: str) -> tuple[Any, dict[str, Tensor]]:
+    torch.manual_seed(0)
+    model, inputs = HOSTS[name].build()
+    return model.double().eval().requires_grad_(False), inputs
+
+
+def outputs(name: str, model: Any, **inputs: Tensor) -> Tensor:
+    """The states of each token in BERT, which here answers for the whole text; logits elsewhere."""
+    found: Tensor = model.bert(**inputs)[0] if name == "bert" else model(**inputs).logits
+    return found
+
+
+def narrow() -> Any:
+    """A model as wide as the authors' encoder there."""
+    import transformers
+
+    sizes = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model: Any = transformers.BertModel(transformers.BertConfig(vocab_size=11, **sizes), add_pooling_layer=False)
+    return model.double().eval()
+
+
+def theirs(operator: Any) -> dict[str, list[Tensor]]:
+    """Our tensors by the names of the authors', who list the parts of each apart, and have matrices the other way."""
+    if isinstance(operator.down, torch.nn.Linear):
+        layers = {"generation_dense": operator.down, "generation_out_proj": operator.up}
+        return {
+            f"{name}.{kind}": [getattr(layer, kind)] for name, layer in layers.items() for kind in ("weight", "bias")
+        }
+    names = {
+        "generation_dense_w": operator.down.factors,
+        "generation_shared_w1": operator.down.rules,
+        "generation_out_proj_w": operator.up.factors,
+        "generation_shared_w2": operator.up.rules,
+    }
+    parts = {f"{name}.{index}": [each, index] for name, each in names.items() for index in range(2)}
+    return {**parts, "generation_dense_b": [operator.down.bias], "generation_out_proj_b.weight": [operator.up.bias]}
+
+
+def part(tensor: Tensor, *index: int) -> Tensor:
+    return tensor[index] if index else tensor
+
+
+@pytest.mark.parametrize(("network", "phm"), [("dnn", None), ("phm", 2)])
+@against(
+    "authors",
+    "idpg",
+    repository="CSerxy/IDPG",
+    commit="691b282",
+    script="fairseq/modules/transformer_sentence_encoder.py",
+)
+def test_the_authors_numbers(network: str, phm: int | None) -> None:
+    """The rows of two texts, of the states of their first tokens, and the gradients of each tensor; their gelu computes
+    in float32."""
+    numbers = frozen(NUMBERS)[network]
+    injection = peftcore.apply(narrow(), "idpg", **{**SMALL, "phm": phm}, dtype="float64")
+    (operator,) = injection.operators.values()
+    names = theirs(operator)
+    assert names.keys() == numbers["tensors"].keys()
+    with torch.no_grad():
+        for name, (tensor, *index) in names.items():
+            mine = part(tensor, *index)
+            mine.copy_(torch.tensor(numbers["tensors"][name], dtype=torch.float64).view(mine.shape))
+    operator.summary.take = lambda: torch.tensor(numbers["summary"], dtype=torch.float64).view(2, 8)
+    rows = operator.rows_of(torch.zeros(2, 5, 8).double(), torch.ones(2, 5).bool())
+    assert rows.flatten().tolist() == pytest.approx(numbers["rows"], abs=1e-6)
+    (rows * wave((2, 3, 8), 0.23)).sum().backward()
+    for name, (tensor, *index) in names.items():
+        assert part(tensor.grad, *index).flatten().tolist() == pytest.approx(numbers["gradients"][name], abs=1e-6), name
+
+
+@pytest.mark.parametrize("phm", [None, 2])
+@pytest.mark.parametrize("name", ["bert", "t5", "llama"])
+def test_the_prompt_is_made_of_what_the_model_makes_of_the_text(name: str, phm: int | None) -> None:
+    """Each text by itself, with the network a second time: Kronecker products one by one."""
+    model, _ = host(name)
+    base = deepcopy(model)
+    injection = peftcore.apply(model, "idpg", **{**SMALL, "phm": phm}, dtype="float64")
+    fill(injection)
+    (operator,) = injection.operators.values()
+    ids, mask = torch.tensor([[5, 6, 7, 8], [9, 3, 4, 1]]), torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])
+    more = {"decoder_input_ids": ids[:, :2]} if name == "t5" else {}
+    ours = outputs(name, model, input_ids=ids, attention_mask=mask, **more)
+    stack = {"bert": "bert", "t5": "encoder", "llama": "model"}[name]
+    matrices = []
+    for layer in (operator.down, operator.up):
+        if phm is None:
+            matrices.append(layer.weight)
+        else:
+            pairs = zip(layer.rules, layer.factors, strict=True)
+            matrices.append(sum(torch.kron(rule, factor) for rule, factor in pairs).T)
+    for index, count in enumerate((4, 3)):
+        words = base.get_input_embeddings()(ids[index : index + 1, :count])
+        states = base.get_submodule(stack)(inputs_embeds=words)[0][0]
+        u = states[-1 if name == "llama" else 0]
+        hidden = torch.nn.functional.gelu(matrices[0] @ u + operator.down.bias)
+        rows = (matrices[1] @ hidden + operator.up.bias).view(1, 3, 16)
+        some = {key: value[index : index + 1] for key, value in more.items()}
+        expected = outputs(name, base, inputs_embeds=torch.cat([rows, words], 1), **some)[0]
+        if name != "t5":
+            expected = expected[3:]
+        torch.testing.assert_close(ours[index, : len(expected)], expected, rtol=1e-9, atol=1e-9)
+    alone = outputs(name, base, input_ids=ids, attention_mask=mask, **more)
+    assert (ours - alone).abs().max() > 1e-3
+
+
+def test_the_first_pass_keeps_no_gradients_and_leaves_the_cache() -> None:
+    model, inputs = host("llama")
+    model.requires_grad_(True)
+    injection = peftcore.apply(model, "idpg", **SMALL, dtype="float64")
+    fill(injection)
+    given = {"input_ids": inputs["input_ids"], "max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    cached = model.generate(**given, use_cache=True)
+    with peftcore.call(model, prompt_length=inputs["input_ids"].shape[1]):
+        assert torch.equal(cached, model.generate(**given, use_cache=False))
+    ran = []
+    model.model.layers[0].register_forward_hook(lambda module, args, y: ran.append(torch.is_grad_enabled()))
+    model(**inputs)
+    assert ran == [False, True]
+
+
+@pytest.mark.parametrize(("phm", "count"), [(None, 17 * 4 + 5 * 48), (2, 16 + (16 * 4 + 4 * 48) // 2 + 4 + 48)])
+def test_counts(phm: int | None, count: int) -> None:
+    injection = peftcore.apply(host("llama")[0], "idpg", **{**SMALL, "phm": phm})
+    assert sum(p.numel() for p in injection.parameters()) == count
+
+
+def test_start() -> None:
+    """The authors' draws."""
+    model, _ = host("llama")
+    (dense,) = peftcore.apply(model, "idpg", length=50, hidden=64, phm=None, name="dense").operators.values()
+    for layer in (dense.down, dense.up):
+        assert abs(layer.weight.std().item() - 0.02) < 2e-3 and not layer.bias.any()
+    (phm,) = peftcore.apply(model, "idpg", length=50, hidden=64, name="phm").operators.values()
+    for each in (phm.down.rules, phm.down.factors, phm.down.bias, phm.up.rules, phm.up.factors):
+        assert abs(each.std().item() - 0.05) < 0.02
+    assert phm.up.bias.min() > -0.5 and phm.up.bias.max() < 0.5 and phm.up.bias.std() > 0.25
+
+
+def test_what_does_not_divide_is_refused() -> None:
+    model, _ = host("llama")
+    with pytest.raises(UnsupportedSite, match="phm=5"):
+        peftcore.apply(model, "idpg", phm=5)
+    assert not peftcore.injections(model)
