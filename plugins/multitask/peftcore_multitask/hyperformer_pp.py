@@ -103,7 +103,9 @@ class Reader(nn.Module):
         self.second = _linear(config.hidden, config.code, config.init_std)
 
     def forward(self, embedding: Tensor) -> Tensor:
-        return self.second(self.first(embedding).relu())  # [..., p]
+        """Return z ``[..., p]`` of embeddings one behind the other."""
+        z: Tensor = self.second(self.first(embedding).relu())
+        return z
 
 
 class TaskTable(nn.Module):
