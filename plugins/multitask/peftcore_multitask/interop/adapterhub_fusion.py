@@ -26,7 +26,7 @@ from peftcore.files.formats.keys import Keys
 from peftcore.files.formats.rebasing import find_move
 from peftcore.files.safe_io import TensorFile, read_json
 from peftcore.injection.applying import host_map
-from peftcore_additive.houlsby_adapter import BottleneckOperator
+from peftcore_additive.houlsby_adapter import SerialOperator
 from peftcore_additive.pfeiffer_adapter import PfeifferOperator
 
 CONFIG, TENSORS = "adapter_fusion_config.json", "model_adapter_fusion.safetensors"
@@ -171,7 +171,7 @@ def _fused(
             if not graft.by_method:
                 continue
             site, operator = graft.site, graft.operator
-            kind = "branch" if isinstance(operator, BottleneckOperator) else ""
+            kind = "branch" if isinstance(operator, SerialOperator) and not operator.changes_inputs else ""
             kind = operator.placement if isinstance(operator, PfeifferOperator) else kind
             entry = entries.get(site.module_path)
             if not kind or entry is None or entry.block is None or entry.role.startswith("cross"):
