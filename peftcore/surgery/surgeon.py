@@ -231,6 +231,7 @@ class Surgeon:
         Raises:
             UnsupportedSite: the site is no stack: no module that takes token ids, embeds them and runs blocks; or the
                 stack has no place behind its embeddings, or for rows that come in at a block.
+            PluginError: `blocks` are given, and the operator is no `InnerRows`.
         """
         found = self.sequence_site(site)
         if blocks:

@@ -87,6 +87,12 @@ class LPTOperator(InnerRows):
         self.dropout = nn.Dropout(config.dropout)
 
     def rows_at(self, depth: int, states: Tensor, rows: Tensor, given: Mapping[str, Any]) -> Tensor:
+        """Return the prompt of each text.
+
+        Raises:
+            MissingContext: nothing says where the prompt of a text ends that is labelled from its first token on.
+            SequenceError: a prompt does not come at once.
+        """
         if self.generator is None:
             return self.prompt
         self.check_here(self.down.weight, states)
@@ -137,7 +143,12 @@ class LPTOperator(InnerRows):
 
 
 class LPT(Method):
-    """A prompt made of the input by a small network, in front of the tokens from a middle block on."""
+    """A prompt made of the input by a small network, in front of the tokens from a middle block on.
+
+    Example:
+        injection = peftcore.apply(model, "lpt")
+        peftcore.call(model, prompt_length=3)  # where answers begin, or -100 as labels of what is before
+    """
 
     name = "lpt"
     Config = Config

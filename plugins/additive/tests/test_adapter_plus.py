@@ -80,3 +80,23 @@ def test_rows_go_without_in_training_alone(method: str, target: str) -> None:
     is_twice = [torch.allclose(row, other, atol=1e-12) for row, other in zip(rows, twice, strict=True)]
     assert all(one != other for one, other in zip(is_without, is_twice, strict=True))
     assert 16 < sum(is_twice) < 48
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_block_that_runs_again_drops_the_same_rows(reentrant: bool) -> None:
+    model, inputs = HOSTS["llama"].build()
+    ours = peftcore.apply(model, "adapter_plus", stochastic_depth=0.5)
+    fill(ours)
+    model.train()
+    ids = inputs["input_ids"].repeat(8, 1)  # so that no layer drops all rows
+
+    def gradients() -> list[Tensor]:
+        torch.manual_seed(0)
+        model.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        return [p.grad.clone() for p in ours.parameters() if p.grad is not None]
+
+    plain = gradients()
+    assert len(plain) == len(list(ours.parameters())) and all(each.abs().max() > 0 for each in plain)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    torch.testing.assert_close(gradients(), plain)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import peftcore
 from peftcore.errors import UnsupportedSite
-from peftcore.testing import against, check_method, frozen
+from peftcore.testing import against, frozen
 from peftcore.testing.hosts import HOSTS
 from peftcore.testing.kit import fill
 
@@ -87,15 +87,6 @@ def test_start_is_that_of_bert() -> None:
         for part in ("down", "up"):
             weights = torch.cat([getattr(each, part).weight.flatten() for each in operators]).detach()
             assert abs(weights.std().item() / 0.02 - 1) < 0.03 and weights.abs().max() > 3 * 0.02
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("host", ["llama", "t5"])
-def test_conformance_in_front_of_matrices(host: str) -> None:
-    options = {"*": {**SERIAL, "target": "all-linear"}}
-    results = check_method("houlsby_adapter", hosts=[host], options=options)
-    results += check_method("parallel_adapter", hosts=[host], options={"*": {**PARALLEL, "target": "all-linear"}})
-    assert not [str(each) for each in results if each.status == "failed"]
 
 
 @pytest.mark.parametrize("target", ["attn.q", "embed"])

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import UnsupportedSite
-from peftcore.testing import against, check_method, frozen
+from peftcore.testing import against, frozen
 from peftcore.testing.hosts import HOSTS
 from peftcore.testing.kit import fill
 from peftcore.testing.tools import without_fast_paths
@@ -87,16 +87,6 @@ def test_equation_behind_blocks(name: str) -> None:
         for key, p in injection.operators[path].named_parameters():
             assert tensors[key].grad.abs().max() > 0
             torch.testing.assert_close(p.grad, tensors[key].grad, rtol=1e-8, atol=1e-8)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("host", ["llama", "t5"])
-def test_conformance_behind_blocks(host: str) -> None:
-    options = {"*": {"target": "block", "norm": True, "train_layer_norm": False, "activation": "relu"}}
-    failed = [
-        str(each) for each in check_method("houlsby_adapter", hosts=[host], options=options) if each.status == "failed"
-    ]
-    assert not failed
 
 
 def test_a_block_without_a_sequence_is_refused() -> None:
