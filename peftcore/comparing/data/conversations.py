@@ -12,6 +12,7 @@ from typing import Any
 
 from datasets import Dataset
 
+from peftcore.comparing.data.sources import Source
 from peftcore.comparing.errors import BadInput
 from peftcore.errors import shown
 
@@ -73,18 +74,18 @@ def columns(there: Sequence[str], wanted: Columns, where: object) -> Columns:
     )
 
 
-def conversations(part: Dataset, chosen: Columns, where: object) -> list[list[Message]]:
+def conversations(part: Dataset, chosen: Columns, where: Source) -> list[list[Message]]:
     """Return the conversations of a table.
 
     Raises:
         BadInput: naming the row that holds none.
     """
     found = []
-    for number, row in enumerate(part, start=1):
+    for index, row in enumerate(part):
         try:
             found.append(_of_list(row, chosen.messages) if chosen.messages else _of_pair(row, chosen))
         except ValueError as error:
-            raise BadInput(f"{where}, row {number}: {error}") from None
+            raise BadInput(f"{where.row(index)}: {error}") from None
     return found
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from datasets import Dataset
 
 from peftcore.comparing.data.conversations import SYSTEM, Message, answer_of, asked_in, begun, told
+from peftcore.comparing.data.sources import Source
 from peftcore.comparing.errors import BadInput
 
 PROMPTS = ("prompt", "question", "instruction")
@@ -54,18 +55,18 @@ def pair_columns(there: Sequence[str], wanted: PairColumns, where: object) -> Pa
     return PairColumns(prompt, chosen, rejected)
 
 
-def pairs(part: Dataset, chosen: PairColumns, where: object) -> list[Pair]:
+def pairs(part: Dataset, chosen: PairColumns, where: Source) -> list[Pair]:
     """Return the pairs of a table.
 
     Raises:
         BadInput: naming the row that holds none.
     """
     found = []
-    for number, row in enumerate(part, start=1):
+    for index, row in enumerate(part):
         try:
             found.append(_pair(row, chosen))
         except ValueError as error:
-            raise BadInput(f"{where}, row {number}: {error}") from None
+            raise BadInput(f"{where.row(index)}: {error}") from None
     return found
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from datasets import Dataset
 
-from peftcore.comparing.data.sources import Splits
+from peftcore.comparing.data.sources import Source, Splits
 from peftcore.comparing.errors import BadInput
 
 TASK = "task"
@@ -31,7 +30,8 @@ def of_tasks(found: Splits, column: str | None, wanted: Sequence[str]) -> Splits
     known = names_in(found.train, column)
     for name in wanted:
         _one_of(name, known, f"data.tasks={name}")
-    found = replace(found, train=_rows(found.train, column, wanted), held_out=_rows(found.held_out, column, wanted))
+    if wanted:
+        found = _selected(found, column, wanted)
     for name in names_in(found.held_out, column):
         _one_of(name, names_in(found.train, column), f"{found.names[1]}: the task {name}")
     if not len(found.held_out):
@@ -51,12 +51,12 @@ def told(rows: Sequence[dict[str, Any]], part: Dataset, column: str | None) -> l
     return [{**row, TASK: str(name)} for row, name in zip(rows, part[column], strict=True)]
 
 
-def _check(part: Dataset, column: str, source: str) -> None:
+def _check(part: Dataset, column: str, source: Source) -> None:
     if column not in part.column_names:
         raise BadInput(f"{source}: no column {column!r}; its columns are {', '.join(part.column_names)}")
-    for number, name in enumerate(part[column], start=1):
+    for index, name in enumerate(part[column]):
         if name is None or not str(name).strip():
-            raise BadInput(f"{source}: row {number} has no task in the column {column}")
+            raise BadInput(f"{source.row(index)} has no task in the column {column}")
 
 
 def _one_of(name: str, known: Sequence[str], what: str) -> None:
@@ -64,7 +64,10 @@ def _one_of(name: str, known: Sequence[str], what: str) -> None:
         raise BadInput(f"{what} has no row to train on; the tasks there are: {', '.join(known)}")
 
 
-def _rows(part: Dataset, column: str, wanted: Sequence[str]) -> Dataset:
-    if not wanted:
-        return part
-    return part.select([row for row, name in enumerate(part[column]) if str(name) in wanted])
+def _selected(found: Splits, column: str, wanted: Sequence[str]) -> Splits:
+    """Return the rows of some tasks."""
+    rows = [
+        [row for row, name in enumerate(part[column]) if str(name) in wanted] for part in (found.train, found.held_out)
+    ]
+    names = found.names[0].selected(rows[0]), found.names[1].selected(rows[1])
+    return Splits(found.train.select(rows[0]), found.held_out.select(rows[1]), names)

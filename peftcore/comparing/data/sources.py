@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,16 +20,37 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 @dataclass(frozen=True)
+class Source:
+    """Where a part of the examples is from, as messages say it."""
+
+    name: str
+    file: str | None = None
+    """What the part was cut from, if it was."""
+    rows: Sequence[int] = ()
+    """Where its examples stood there, counted from 0."""
+
+    def __str__(self) -> str:
+        return self.name
+
+    def row(self, index: int) -> str:
+        """Return in words which row an example is, counted from 1 in what the user has."""
+        return f"{self.name}, row {index + 1}" if self.file is None else f"{self.file}, row {self.rows[index] + 1}"
+
+    def selected(self, rows: Sequence[int]) -> Source:
+        """Return the source of some of the examples, by where they stand among all."""
+        return Source(self.name, self.file or self.name, [self.rows[row] if self.rows else row for row in rows])
+
+
+@dataclass(frozen=True)
 class Splits:
     """Examples to train on, and a validation set."""
 
     train: Dataset
     held_out: Dataset
-    names: tuple[str, str]
-    """What messages call them."""
+    names: tuple[Source, Source]
 
     @property
-    def named(self) -> list[tuple[str, Dataset]]:
+    def named(self) -> list[tuple[Source, Dataset]]:
         """Both with their names."""
         return [*zip(self.names, (self.train, self.held_out), strict=True)]
 
@@ -40,7 +61,7 @@ def splits(train: str, held_out: str | None, size: int | None) -> Splits:
     Raises:
         BadInput: what is named cannot be read, or nothing is left to train on.
     """
-    names = train, f"{train} (held out)"
+    names = Source(train), Source(f"{train} (held out)")
     source = read(train)
     pieces = source if isinstance(source, DatasetDict) else DatasetDict(train=source)
     if "train" not in pieces:
@@ -48,7 +69,7 @@ def splits(train: str, held_out: str | None, size: int | None) -> Splits:
     if held_out is not None:
         other = read(held_out)
         scored = other if isinstance(other, Dataset) else next(iter(other.values()))
-        return Splits(pieces["train"], scored, (train, held_out))
+        return Splits(pieces["train"], scored, (Source(train), Source(held_out)))
     for name in HELD_OUT:
         if name in pieces:
             return Splits(pieces["train"], pieces[name], names)
@@ -64,8 +85,10 @@ def divide(examples: Dataset, size: int | None, source: str) -> Splits:
     wanted = min(1000, max(1, len(examples) // 5)) if size is None else size
     if wanted >= len(examples):
         raise BadInput(f"{source}: cannot hold out {wanted} of {len(examples)} rows: some must remain to train on")
-    cut = examples.train_test_split(test_size=wanted, seed=SPLIT_SEED)
-    return Splits(cut["train"], cut["test"], (source, f"{source} (held out)"))
+    cut = Dataset.from_dict({"row": range(len(examples))}).train_test_split(test_size=wanted, seed=SPLIT_SEED)
+    (train, held_out) = (cut[name]["row"][:] for name in ("train", "test"))
+    names = Source(source, source, train), Source(f"{source} (held out)", source, held_out)
+    return Splits(examples.select(train), examples.select(held_out), names)
 
 
 def read(source: str) -> Dataset | DatasetDict:

@@ -9,7 +9,7 @@ import pytest
 from datasets import Dataset
 
 from peftcore.comparing.data.conversations import Columns, columns, conversations
-from peftcore.comparing.data.sources import read
+from peftcore.comparing.data.sources import Source, read
 from peftcore.comparing.errors import BadInput
 
 EXPECTED = [
@@ -35,7 +35,7 @@ SHAPES: dict[str, list[dict[str, Any]]] = {
 def found(source: Path | str, **wanted: Any) -> list[list[dict[str, Any]]]:
     part = read(str(source))
     assert isinstance(part, Dataset)
-    return conversations(part, columns(part.column_names, Columns(**wanted), source), source)
+    return conversations(part, columns(part.column_names, Columns(**wanted), source), Source(str(source)))
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -8,7 +8,7 @@ import pytest
 from datasets import Dataset
 
 from peftcore.comparing.data.preferences import Pair, PairColumns, in_common, pair_columns, pairs
-from peftcore.comparing.data.sources import read
+from peftcore.comparing.data.sources import Source, read
 from peftcore.comparing.errors import BadInput
 
 ASKED = [{"role": "user", "content": "Name a colour"}]
@@ -35,7 +35,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 def found(rows: list[dict[str, Any]], **wanted: Any) -> list[Pair]:
     part = Dataset.from_list(rows)
-    return pairs(part, pair_columns(part.column_names, PairColumns(**wanted), "pairs.jsonl"), "pairs.jsonl")
+    return pairs(part, pair_columns(part.column_names, PairColumns(**wanted), "pairs.jsonl"), Source("pairs.jsonl"))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -49,7 +49,7 @@ def test_from_a_file_with_named_columns(tmp_path: Path) -> None:
     part = read(str(path))
     assert isinstance(part, Dataset)
     columns = pair_columns(part.column_names, PairColumns("q", "yes", "no"), path)
-    assert pairs(part, columns, path) == [Pair(ASKED, [GOOD], [BAD])]
+    assert pairs(part, columns, Source("pairs.csv")) == [Pair(ASKED, [GOOD], [BAD])]
 
 
 def test_what_was_said_before() -> None:

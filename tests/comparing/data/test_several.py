@@ -4,13 +4,13 @@ import pytest
 from datasets import Dataset
 
 from peftcore.comparing.data.several import TASK, names_in, of_tasks, told
-from peftcore.comparing.data.sources import Splits
+from peftcore.comparing.data.sources import Source, Splits
 from peftcore.comparing.errors import BadInput
 
 
 def found(train: list[object], held_out: list[object]) -> Splits:
     parts = (Dataset.from_dict({"kind": each, "text": [*map(str, range(len(each)))]}) for each in (train, held_out))
-    return Splits(*parts, names=("texts.csv", "others.csv"))
+    return Splits(*parts, names=(Source("texts.csv"), Source("others.csv")))
 
 
 def test_rows_are_those_of_the_tasks_and_know_them() -> None:
@@ -19,6 +19,7 @@ def test_rows_are_those_of_the_tasks_and_know_them() -> None:
     assert names_in(of_tasks(whole, "kind", ()).train, "kind") == ("a", "b", "c")
     some = of_tasks(whole, "kind", ("a",))
     assert (some.train["text"][:], some.held_out["text"][:]) == (["1", "3"], ["0"])
+    assert [some.names[0].row(index) for index in (0, 1)] == ["texts.csv, row 2", "texts.csv, row 4"]
     assert told([{"x": 1}, {"x": 2}], some.train, "kind") == [{"x": 1, TASK: "a"}, {"x": 2, TASK: "a"}]
     assert told([{"x": 1}], some.train, None) == [{"x": 1}]
     numbers = of_tasks(found([3, 10], [3]), "kind", ("3",))
@@ -29,8 +30,8 @@ def test_rows_are_those_of_the_tasks_and_know_them() -> None:
     ("train", "held_out", "column", "wanted", "reason"),
     [
         (["a"], ["a"], "task", (), "texts.csv: no column 'task'; its columns are kind, text"),
-        (["a", None], ["a"], "kind", (), "texts.csv: row 2 has no task in the column kind"),
-        (["a"], ["a", " "], "kind", (), "others.csv: row 2 has no task"),
+        (["a", None], ["a"], "kind", (), "texts.csv, row 2 has no task in the column kind"),
+        (["a"], ["a", " "], "kind", (), "others.csv, row 2 has no task"),
         (["a", "b"], ["a"], "kind", ("b", "x"), "data.tasks=x has no row to train on; the tasks there are: a, b"),
         (["a", "b"], ["c"], "kind", (), "others.csv: the task c has no row to train on; the tasks there are: a, b"),
         (["a", "b"], ["a"], "kind", ("b",), "others.csv: no row belongs to b"),

@@ -7,6 +7,7 @@ import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
 from peftcore.comparing.data.sources import splits
+from peftcore.comparing.data.texts import SPLIT_SEED
 from peftcore.comparing.errors import BadInput
 
 
@@ -28,6 +29,20 @@ def test_a_dataset_has_splits_of_its_own(rows: list[Any], tmp_path: Path) -> Non
     )
     found = splits(str(tmp_path / "d"), None, None)
     assert (len(found.train), len(found.held_out)) == (90, 30)
+
+
+def test_rows_are_named_as_they_stand_in_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "many.csv"
+    path.write_text("text\n" + "".join(f"{number}\n" for number in range(1, 21)), encoding="utf-8")
+    found = splits(str(path), None, 5)
+    for source, part in found.named:
+        for index, text in enumerate(part["text"]):
+            assert source.row(index) == f"{path}, row {text}"
+        assert source.selected([2, 0]).row(0) == f"{path}, row {part['text'][2]}"
+    cut = Dataset.from_dict({"text": [*range(20)]}).train_test_split(test_size=5, seed=SPLIT_SEED)
+    assert [*found.held_out["text"]] == [str(each + 1) for each in cut["test"]["text"]]  # the split that always was
+    other = splits(str(path), str(path), None)
+    assert other.names[1].row(3) == f"{path}, row 4"
 
 
 def test_what_is_no_data_is_refused(tmp_path: Path) -> None:
