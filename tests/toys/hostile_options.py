@@ -40,6 +40,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "loramoe": {"experts": 2, "rank": 2},
     "mixlora": {"experts": 2, "rank": 2},
     "moelora": {"experts": 2, "rank": 2, "tasks": 3},
+    "mola": {"experts": 3, "rank": 2},
     "molora_moe": {"experts": 2, "rank": 2},
     "mov": {"experts": 3, "head": 8},
     "mtl_lora": {"tasks": 3, "dropout": 0.0},

@@ -21,6 +21,7 @@ def peftcore_methods() -> Mapping[str, str]:
         "loramoe": "peftcore_multitask.loramoe:LoRAMoE",
         "mixlora": "peftcore_multitask.mixlora:MixLoRA",
         "moelora": "peftcore_multitask.moelora:MOELoRA",
+        "mola": "peftcore_multitask.mola:MoLA",
         "molora_moe": "peftcore_multitask.molora_moe:MoLoRA",
         "hyperformer_pp": "peftcore_multitask.hyperformer_pp:HyperFormer",
         "mov": "peftcore_multitask.mov:MoV",

@@ -10,6 +10,7 @@ HYDRALORA = "Clin0212/HydraLoRA@afb693b, HydraLoRA/fine-tuning.sh"
 LORAMOE = "Ablustrund/LoRAMoE@1177288, run_loramoe.sh"
 MIXLORA = "TUDB-Labs/MixLoRA@d59d09b, README.md"
 MOELORA = "liuqidong07/MOELoRA-peft@2d9efa4"
+MOLA = "GCYZSL/MoLA@01785c8, mola_training.py"
 MOLORA = "for-ai/parameter-efficient-moe@e2683fe"
 HYPERFORMER = "rabeehk/hyperformer@56b0f99, hyperformer"
 HYPERFORMER_PP = f"{HYPERFORMER}/configs/hyperformer++.json"
@@ -54,12 +55,18 @@ HELD: Held = {
     ("moelora", "alpha"): (32.0, f"{MOELORA}, src/MLoRA/arguments.py: lora_alpha default=32."),
     ("moelora", "dropout"): (0.1, f"{MOELORA}, experiments/moelora.bash: lora_dropout=0.1"),
     ("moelora", "task_width"): (64, f"{MOELORA}, src/MLoRA/arguments.py: task_embedding_dim default=64"),
+    ("mola", "experts"): ([2, 4, 6, 8], f'{MOLA}: number_experts: str = "2,2,2,2,2,2,2,2,4,4,4,4,4,4,4,4,6, ...'),
+    ("mola", "top_k"): (2, f'{MOLA}: top_k: str = "2,2,2, ...'),
+    ("mola", "rank"): (8, f'{MOLA}: lora_r: str = "8,8,8, ...'),
+    ("mola", "alpha"): (16.0, f"{MOLA}: lora_alpha: int = 16"),
+    ("mola", "dropout"): (0.05, f"{MOLA}: lora_dropout: float = 0.05"),
+    ("mola", "balance"): (0.0, f"{MOLA}: obalance: bool = False"),
     ("molora_moe", "experts"): (10, f"{MOLORA}, configs/molora.gin: num_experts = 10"),
     ("molora_moe", "rank"): (4, f"{MOLORA}, configs/molora.gin: rank = 4"),
     ("molora_moe", "alpha"): (16.0, f"{MOLORA}, src/molora.py: alpha = 16"),
     ("hyperformer_pp", "tasks"): (
         1,
-        f"{HYPERFORMER_PP} has those of GLUE; here none is known",
+        f'{HYPERFORMER_PP}: "tasks": those of GLUE; here none is known',
     ),
     ("hyperformer_pp", "shared"): (
         True,

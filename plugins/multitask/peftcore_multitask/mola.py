@@ -1,0 +1,182 @@
+"""MoLA: low-rank experts, of which higher layers have more.   Gao et al. 2024, arXiv 2402.08562 (GCYZSL/MoLA).
+
+    y = W x + b + s sum_{e in top} g_e B_e A_e dropout(x),   g = p / sum_{top} p,   p = softmax(W_r x)
+    loss = balance * sum_layers experts * sum_e F_e P_e
+
+s = alpha / rank, and top has the `top_k` largest p. A layer has as many experts as `experts` says: a list is spread
+evenly over the depth, so [2, 4, 6, 8] gives the first quarter of the layers two and the last one eight. A_e [rank, in]
+and W_r [experts, in], without bias, start uniform in +-1/sqrt(in), B_e at zero. The softmax is taken in float32 at
+least, of x without dropout; each expert drops for itself. F_e is the share of expert e in all choices of a layer, and
+P_e the mean of p_e, over tokens and the modules of the layer; padding is left out, which the authors count. Their
+script leaves the loss out, and so does `balance` by default; where they take it, it is 0.001.
+
+The authors gather the tokens of each expert. Here all A are one product, of which a token keeps the ranks of its
+experts, so shapes depend on no value and nothing is dropped. Near a tie a rounding chooses another expert.
+
+The gate depends on the token, so nothing merges, and a tensor that is read instead of called is refused.
+
+Parameters: experts * (rank * (in * kernel + out) + in * kernel) a site, with the experts of its layer.
+
+Use it where one size for all layers wastes experts; `molora_moe` weighs all experts instead of choosing some, and
+`mixlora` chooses once for a whole feed-forward.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Self
+
+import torch
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from torch import Tensor, nn
+
+from peftcore import (
+    MATRICES,
+    AppliedMethod,
+    ForwardContext,
+    LearningRate,
+    Method,
+    MethodConfig,
+    Site,
+    Surgeon,
+    Tags,
+    Tap,
+    block_depths,
+    by_row,
+    forward_context,
+    full_precision,
+    stack_path,
+)
+from peftcore.errors import UnsupportedSite
+from peftcore_multitask._mixture import ExpertsOperator, softmax_of
+
+
+class Config(MethodConfig):
+    """Options of MoLA."""
+
+    method: Literal["mola"] = "mola"
+    experts: PositiveInt | Annotated[list[PositiveInt], Field(min_length=1)] = Field(default=[2, 4, 6, 8])
+    """Low-rank updates of a site: one number for all layers, or several that are spread evenly over the depth."""
+    top_k: PositiveInt = 2
+    """How many of them act on a token."""
+    rank: PositiveInt = 8
+    """Rank of each."""
+    alpha: PositiveFloat = 16.0
+    """Numerator of the scale ``alpha / rank``."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05
+    """Probability with which inputs of an expert are dropped in training."""
+    balance: NonNegativeFloat = 0.0
+    """Factor of the balancing loss."""
+
+    @model_validator(mode="after")
+    def _enough(self) -> Self:
+        fewest = self.experts if isinstance(self.experts, int) else min(self.experts)
+        if self.top_k > fewest:
+            raise ValueError(f"top_k={self.top_k} of {fewest} experts")
+        return self
+
+
+@dataclass(frozen=True, eq=False)
+class LayerSite(Site):
+    """A site with what its layer has."""
+
+    experts: int = 1
+    block: str = ""
+    """The path of the layer; none where it is in none."""
+
+
+class MoLAOperator(ExpertsOperator):
+    """The experts of one site, of which a token has those with the largest gates."""
+
+    def __init__(self, site: LayerSite, config: Config, balances: Tap) -> None:
+        super().__init__(site, site.experts, config.rank, config.alpha / config.rank, config.dropout)
+        bound = 1 / math.sqrt(site.in_features * math.prod(site.kernel))
+        self.router = nn.Parameter(torch.empty(site.experts, site.in_features, *site.kernel).uniform_(-bound, bound))
+        self.top_k, self.balance, self.block, self.balances = config.top_k, config.balance, site.block, balances
+        if self.balance:
+            self.stackable = False  # the loss is of the rows of one adapter
+
+    def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
+        channels, precise = self.layer.channel_dim, torch.promote_types(self.router.dtype, torch.float32)
+        with full_precision(x):
+            read = x if self.layer.one_hot else x.to(precise)
+            probabilities = softmax_of(self, self.layer.apply(read, self.router.to(precise)))
+        largest = probabilities.topk(self.top_k, channels)
+        weights = largest.values / largest.values.sum(channels, keepdim=True)
+        gates = torch.zeros_like(probabilities).scatter(channels, largest.indices, weights)
+        self.noted(gates, channels)
+        if self.training and self.balance:
+            self.count((gates > 0).to(gates.dtype).movedim(channels, -1), probabilities.movedim(channels, -1))
+        return self.update(call, x, gates)
+
+    def count(self, picks: Tensor, probabilities: Tensor) -> None:
+        """Leave the sums of picks and of probabilities over tokens that are no padding, and the number of tokens."""
+        both, counts, _ = by_row(torch.cat([picks, probabilities, torch.ones_like(picks[..., :1])], -1))
+        sums = (both if counts is None else both * counts.unsqueeze(-1)).sum((0, 1))
+        running = forward_context()
+        running.check_loss_learns()
+        if not running.repeating:
+            self.balances.put([*(self.balances.take() or ()), (self.block, sums)])
+
+
+class MoLA(Method):
+    """Low-rank experts for each token, more of them in higher layers.
+
+    Example:
+        injection = peftcore.apply(model, "mola", experts=[8, 6, 4, 2])  # more of them in lower layers
+    """
+
+    name = "mola"
+    Config = Config
+    tags = Tags(category="multitask", paper="2402.08562", random=True, routes="token")
+    learning_rate = LearningRate(3e-4, "GCYZSL/MoLA@01785c8, mola_training.py", on="Llama 2 7B, ScienceQA")
+    target = ("attn.q", "attn.k", "attn.v", "attn.out", "mlp.gate", "mlp.up", "mlp.down")
+    alternatives = MATRICES
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        self.balances = Tap()
+        make = functools.partial(MoLAOperator, balances=self.balances)
+        for site in surgeon.sites():
+            surgeon.graft(_in_layer(surgeon, site, config.at(site.path).experts), make, config)
+
+    def output_loss(self, injection: AppliedMethod, output: Any, call: ForwardContext) -> Tensor | None:
+        layers: dict[str, list[Tensor]] = {}
+        for layer, sums in self.balances.take() or ():
+            layers.setdefault(layer, []).append(sums)
+        if not layers:
+            return None
+        return (
+            injection.config.balance
+            * torch.stack([_uneven(torch.stack(sums).sum(0)) for sums in layers.values()]).sum()
+        )
+
+    @staticmethod
+    def parameter_count(site: LayerSite, config: Config) -> int:
+        inputs = site.in_features * math.prod(site.kernel)
+        return site.experts * (config.rank * (inputs + site.out_features) + inputs)
+
+
+def _uneven(sums: Tensor) -> Tensor:
+    """Return the number of experts times the sum of F_e P_e: 1 where all experts have the same."""
+    *both, tokens = sums.unbind()
+    picks, probabilities = torch.stack(both).view(2, -1)
+    return len(picks) * (picks / picks.sum() * probabilities / tokens).sum()
+
+
+def _in_layer(surgeon: Surgeon, site: Site, experts: int | list[int]) -> LayerSite:
+    """Return a site with the experts of its layer.
+
+    Raises:
+        UnsupportedSite: it is in no layer, and each has another number.
+    """
+    depths = block_depths(surgeon)
+    block = next((entry.block for entry in surgeon.resolver.host.at(site.module_path) if entry.block), None)
+    if isinstance(experts, int):
+        return LayerSite(**vars(site), experts=experts, block=block or "")
+    if block is None:
+        raise UnsupportedSite(f"{site.path} is in no layer, so none of {experts} is its experts; give one number")
+    count = sum(stack_path(each) == stack_path(block) for each in depths if each is not None)
+    return LayerSite(**vars(site), experts=experts[depths[block] * len(experts) // count], block=block)
