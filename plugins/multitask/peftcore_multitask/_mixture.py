@@ -1,4 +1,4 @@
-"""Low-rank experts of one module, and the gates by which tokens or tasks share them.
+"""Low-rank experts of one module, the gates by which tokens or tasks share them, and what balances them.
 
     y = W x + b + s sum_e g_e B_e A_e dropout(x)
 
@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from peftcore import Router, Site
+from peftcore import Router, Site, Tap, by_row, forward_context
 from peftcore.errors import UnsupportedSite
 from peftcore_multitask._skills import factors
 
@@ -53,3 +53,35 @@ def softmax_of(operator: Router, logits: Tensor) -> Tensor:
     """Return gates of logits whose channels are the experts, in float32 at least."""
     precise = torch.promote_types(logits.dtype, torch.float32)
     return logits.softmax(operator.layer.channel_dim, dtype=precise)
+
+
+def leave_counts(tap: Tap, group: str, picks: Tensor, probabilities: Tensor) -> None:
+    """Leave what a balancing loss is made of, for whoever takes it behind the forward: `imbalance` reads it.
+
+    Args:
+        tap: where it is left, with what other routers left: a group, and sums of picks and of probabilities over tokens
+            that are no padding, one behind the other, and the number of these tokens.
+        group: routers that are balanced together.
+        picks: 1 for each expert that a token has, else 0 ``[rows, tokens, experts]``.
+        probabilities: the softmax that they were picked by, in the same shape.
+    """
+    both, counts, _ = by_row(torch.cat([picks, probabilities, torch.ones_like(picks[..., :1])], -1))
+    sums = (both if counts is None else both * counts.unsqueeze(-1)).sum((0, 1))
+    running = forward_context()
+    running.check_loss_learns()
+    if not running.repeating:
+        tap.put([*(tap.take() or ()), (group, sums)])
+
+
+def imbalance(tap: Tap) -> Tensor | None:
+    """Take what routers left and return its groups' ``experts * sum_e F_e P_e``, added up: F_e is how many picks of e
+    there are a token and P_e the mean of its probability. None where nothing was left."""
+    groups: dict[str, list[Tensor]] = {}
+    for group, sums in tap.take() or ():
+        groups.setdefault(group, []).append(sums)
+    losses = []
+    for each in groups.values():
+        *both, tokens = torch.stack(each).sum(0).unbind()
+        picks, probabilities = torch.stack(both).view(2, -1) / tokens
+        losses.append(len(picks) * (picks * probabilities).sum())
+    return torch.stack(losses).sum() if losses else None

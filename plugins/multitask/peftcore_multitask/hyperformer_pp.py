@@ -47,7 +47,8 @@ from peftcore import (
     stack_path,
 )
 from peftcore.errors import ConfigError
-from peftcore_multitask._tasks import TaskConfig, Tasks, task_count
+from peftcore_multitask._hypernetwork import Embedding, Generators, Network, TaskTable
+from peftcore_multitask._tasks import TaskConfig, Tasks
 
 ACTIVATIONS = {
     "gelu_tanh": lambda: nn.GELU("tanh"),
@@ -85,78 +86,6 @@ class Config(TaskConfig):
     """Standard deviation of those that make gain and shift; 0 makes a fresh adapter an exact identity."""
     train_layer_norm: bool = True
     """Train the norms of the host along, as the authors do."""
-
-
-def _linear(inputs: int, outputs: int, std: float) -> nn.Linear:
-    linear = nn.Linear(inputs, outputs)
-    nn.init.normal_(linear.weight, std=std)
-    nn.init.zeros_(linear.bias)
-    return linear
-
-
-class Reader(nn.Module):
-    """The network from embeddings to z."""
-
-    def __init__(self, embeddings: int, config: Config) -> None:
-        super().__init__()
-        self.first = _linear(embeddings * config.task_width, config.hidden, config.init_std)
-        self.second = _linear(config.hidden, config.code, config.init_std)
-
-    def forward(self, embedding: Tensor) -> Tensor:
-        """Return z ``[..., p]`` of embeddings one behind the other."""
-        z: Tensor = self.second(self.first(embedding).relu())
-        return z
-
-
-class TaskTable(nn.Module):
-    """The embeddings of tasks, and what reads them where nothing else is read with them."""
-
-    def __init__(self, config: Config) -> None:
-        super().__init__()
-        self.embedding = nn.Parameter(torch.randn(task_count(config), config.task_width))
-        self.reader = None if config.shared else Reader(1, config)
-
-
-class Generators(nn.Module):
-    """What makes an adapter of z."""
-
-    def __init__(self, width: int, config: Config) -> None:
-        super().__init__()
-        code, r, std = config.code, config.bottleneck, config.init_std
-        self.width, self.bottleneck = width, r
-        self.down, self.down_bias = _linear(code, r * width, std), _linear(code, r, std)
-        self.up, self.up_bias = _linear(code, width * r, std), _linear(code, width, std)
-        self.gain, self.shift = (_linear(code, width, config.gain_std) for _ in range(2))
-
-    def forward(self, z: Tensor) -> tuple[Tensor, ...]:
-        """Return W_down [n, r, d], b_down [n, 1, r], W_up [n, d, r], and b_up, gain and shift [n, 1, d]."""
-        down, up = self.down(z).unflatten(-1, (-1, self.width)), self.up(z).unflatten(-1, (self.width, -1))
-        rows = (each(z).unsqueeze(-2) for each in (self.down_bias, self.up_bias, self.gain, self.shift))
-        down_bias, *others = rows
-        return down, down_bias, up, *others
-
-
-class Embedding(nn.Module):
-    """The embedding of a layer, or of a place in a block."""
-
-    def __init__(self, config: Config) -> None:
-        super().__init__()
-        self.value = nn.Parameter(torch.randn(config.task_width))
-
-
-class Network(Generators):
-    """The network of a stack: it makes adapters of their tasks, layers and places."""
-
-    def __init__(self, width: int, config: Config) -> None:
-        super().__init__(width, config)
-        self.reader = Reader(3, config)
-        self.norm = nn.LayerNorm(config.code, eps=1e-6)
-
-    def code(self, tasks: Tensor, layer: Tensor, place: Tensor) -> Tensor:
-        """Return z ``[tasks, p]``."""
-        here = torch.cat([layer, place]).expand(len(tasks), -1)
-        z: Tensor = self.norm(self.reader(torch.cat([tasks, here], -1)))
-        return z
 
 
 @dataclass(frozen=True)

@@ -45,11 +45,10 @@ from peftcore import (
     Surgeon,
     Tags,
     Tap,
-    by_row,
-    forward_context,
     full_precision,
 )
 from peftcore.errors import MissingContext, SequenceError, UnsupportedSite
+from peftcore_multitask._mixture import imbalance, leave_counts
 from peftcore_multitask._skills import factors
 
 
@@ -117,22 +116,13 @@ class RouterOperator(Router):
         picks = nn.functional.one_hot(largest.indices, len(self.router)).to(precise)  # [..., top_k, experts]
         self.noted((picks * weights.unsqueeze(-1)).sum(-2))
         if self.training and self.balance:
-            self.count(picks.sum(-2), probabilities)
+            leave_counts(self.balances, "", picks.sum(-2), probabilities)
         self.chosen.take()
         self.chosen.put(picks.movedim(-2, 0).flatten(0, 1) if x.dim() > 1 else picks)  # as the copies lie
         copies = x.expand(self.top_k, *x.shape)
         y = call(copies.flatten(0, 1) if x.dim() > 1 else copies).reshape(self.top_k, *x.shape[:-1], -1)
         self.chosen.take()
         return (y * weights.movedim(-1, 0).unsqueeze(-1).to(y.dtype)).sum(0)
-
-    def count(self, picks: Tensor, probabilities: Tensor) -> None:
-        """Leave the sums of picks and of probabilities over tokens that are no padding, and the number of tokens."""
-        both, counts, _ = by_row(torch.cat([picks, probabilities, torch.ones_like(picks[..., :1])], -1))
-        sums = (both if counts is None else both * counts.unsqueeze(-1)).sum((0, 1))
-        running = forward_context()
-        running.check_loss_learns()
-        if not running.repeating:
-            self.balances.put([*(self.balances.take() or ()), sums])
 
 
 class UpdateOperator(Operator):
@@ -198,12 +188,8 @@ class MixLoRA(Method):
             raise UnsupportedSite("no target is a matrix of a feed-forward, so nothing would be routed; take lora")
 
     def output_loss(self, injection: AppliedMethod, output: Any, call: ForwardContext) -> Tensor | None:
-        counted = self.balances.take()
-        if not counted:
-            return None
-        *sums, tokens = torch.stack(counted).sum(0).unbind()
-        picks, probabilities = torch.stack(sums).view(2, -1) / tokens
-        return injection.config.balance * len(picks) * (picks * probabilities).sum()
+        loss = imbalance(self.balances)
+        return None if loss is None else injection.config.balance * loss
 
     @staticmethod
     def parameter_count(site: FeedForwardSite | MatrixSite, config: Config) -> int:

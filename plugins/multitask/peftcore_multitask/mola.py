@@ -45,13 +45,11 @@ from peftcore import (
     Tags,
     Tap,
     block_depths,
-    by_row,
-    forward_context,
     full_precision,
     stack_path,
 )
 from peftcore.errors import UnsupportedSite
-from peftcore_multitask._mixture import ExpertsOperator, softmax_of
+from peftcore_multitask._mixture import ExpertsOperator, imbalance, leave_counts, softmax_of
 
 
 class Config(MethodConfig):
@@ -109,17 +107,9 @@ class MoLAOperator(ExpertsOperator):
         gates = torch.zeros_like(probabilities).scatter(channels, largest.indices, weights)
         self.noted(gates, channels)
         if self.training and self.balance:
-            self.count((gates > 0).to(gates.dtype).movedim(channels, -1), probabilities.movedim(channels, -1))
+            picks = (gates > 0).to(gates.dtype)
+            leave_counts(self.balances, self.block, picks.movedim(channels, -1), probabilities.movedim(channels, -1))
         return self.update(call, x, gates)
-
-    def count(self, picks: Tensor, probabilities: Tensor) -> None:
-        """Leave the sums of picks and of probabilities over tokens that are no padding, and the number of tokens."""
-        both, counts, _ = by_row(torch.cat([picks, probabilities, torch.ones_like(picks[..., :1])], -1))
-        sums = (both if counts is None else both * counts.unsqueeze(-1)).sum((0, 1))
-        running = forward_context()
-        running.check_loss_learns()
-        if not running.repeating:
-            self.balances.put([*(self.balances.take() or ()), (self.block, sums)])
 
 
 class MoLA(Method):
@@ -143,27 +133,13 @@ class MoLA(Method):
             surgeon.graft(_in_layer(surgeon, site, config.at(site.path).experts), make, config)
 
     def output_loss(self, injection: AppliedMethod, output: Any, call: ForwardContext) -> Tensor | None:
-        layers: dict[str, list[Tensor]] = {}
-        for layer, sums in self.balances.take() or ():
-            layers.setdefault(layer, []).append(sums)
-        if not layers:
-            return None
-        return (
-            injection.config.balance
-            * torch.stack([_uneven(torch.stack(sums).sum(0)) for sums in layers.values()]).sum()
-        )
+        loss, config = imbalance(self.balances), injection.config
+        return None if loss is None else config.balance / config.top_k * loss
 
     @staticmethod
     def parameter_count(site: LayerSite, config: Config) -> int:
         inputs = site.in_features * math.prod(site.kernel)
         return site.experts * (config.rank * (inputs + site.out_features) + inputs)
-
-
-def _uneven(sums: Tensor) -> Tensor:
-    """Return the number of experts times the sum of F_e P_e: 1 where all experts have the same."""
-    *both, tokens = sums.unbind()
-    picks, probabilities = torch.stack(both).view(2, -1)
-    return len(picks) * (picks / picks.sum() * probabilities / tokens).sum()
 
 
 def _in_layer(surgeon: Surgeon, site: Site, experts: int | list[int]) -> LayerSite:
