@@ -14,6 +14,7 @@ from peftcore.authoring.branches import (
     is_post_norm,
     reads_stream,
 )
+from peftcore.authoring.feed_forwards import FeedForwardSite, feed_forward_around
 from peftcore.authoring.guests import GuestNetwork, GuestOperator, guest_network
 from peftcore.authoring.hybrid_parts import OfParts, options_of, without_preset
 from peftcore.authoring.instance_prompts import InstanceOperator
@@ -108,6 +109,7 @@ __all__ = [
     "Checked",
     "Combiner",
     "Factors",
+    "FeedForwardSite",
     "ForcedAttributes",
     "ForwardContext",
     "Fuse",
@@ -180,6 +182,7 @@ __all__ = [
     "deltas",
     "dequantize",
     "dropped_linear",
+    "feed_forward_around",
     "forward_context",
     "full_precision",
     "gather",

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
 import torch
@@ -35,6 +35,7 @@ from torch import Tensor, nn
 
 from peftcore import (
     AppliedMethod,
+    FeedForwardSite,
     ForwardContext,
     LearningRate,
     Method,
@@ -45,6 +46,7 @@ from peftcore import (
     Surgeon,
     Tags,
     Tap,
+    feed_forward_around,
     full_precision,
 )
 from peftcore.errors import MissingContext, SequenceError, UnsupportedSite
@@ -74,19 +76,6 @@ class Config(MethodConfig):
         if self.top_k > self.experts:
             raise ValueError(f"top_k={self.top_k} of {self.experts} experts")
         return self
-
-
-@dataclass(frozen=True, eq=False)
-class FeedForwardSite(Site):
-    """A whole feed-forward as a site."""
-
-    width: int = 0
-    """Features of its input."""
-
-    @property
-    def weight_shape(self) -> torch.Size:
-        """The width, which stands for a shape in plans and files."""
-        return torch.Size([self.width])
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,15 +163,13 @@ class MixLoRA(Method):
         taps: dict[str, Tap] = {}
         self.balances = Tap()
         for site in surgeon.sites():
-            path = _feed_forward(surgeon, site)
-            if path is not None and path not in taps:
-                taps[path] = Tap()
-                whole = replace(surgeon.resolver.module_site(path), form="activation", meta=site.meta)
-                router = FeedForwardSite(**vars(whole), width=_width(surgeon, path))
-                make = functools.partial(RouterOperator, chosen=taps[path], balances=self.balances)
-                surgeon.graft(router, make, config)
-            matrix = MatrixSite(**vars(site), experts=1 if path is None else config.experts)
-            chosen = None if path is None else taps[path]
+            whole = feed_forward_around(surgeon, site)
+            if whole is not None and whole.path not in taps:
+                taps[whole.path] = Tap()
+                make = functools.partial(RouterOperator, chosen=taps[whole.path], balances=self.balances)
+                surgeon.graft(whole, make, config)
+            matrix = MatrixSite(**vars(site), experts=1 if whole is None else config.experts)
+            chosen = None if whole is None else taps[whole.path]
             surgeon.graft(matrix, functools.partial(UpdateOperator, chosen=chosen), config)
         if not taps:
             raise UnsupportedSite("no target is a matrix of a feed-forward, so nothing would be routed; take lora")
@@ -196,31 +183,3 @@ class MixLoRA(Method):
         if isinstance(site, FeedForwardSite):
             return config.experts * site.width
         return site.experts * config.rank * (site.in_features + site.out_features)
-
-
-def _feed_forward(surgeon: Surgeon, site: Site) -> str | None:
-    """Return the path of the feed-forward that a matrix is one of; None for others.
-
-    Raises:
-        UnsupportedSite: the feed-forward is no module of its own.
-    """
-    host = surgeon.resolver.host
-    if not any(entry.role.startswith("mlp.") for entry in host.at(site.module_path)):
-        return None
-    whole = [entry.path for entry in host.entries if entry.role == "mlp"]
-    around = [path for path in whole if site.module_path.startswith(f"{path}.")]
-    if not around:
-        raise UnsupportedSite(
-            f"{site.path} is of a feed-forward that is no module of its own, which could run for each expert; exclude "
-            "it, or take loramoe"
-        )
-    return max(around, key=len)
-
-
-def _width(surgeon: Surgeon, path: str) -> int:
-    """Return how many features a feed-forward reads."""
-    first = ("mlp.gate", "mlp.up", "mlp.gate_up")
-    inside = [e for e in surgeon.resolver.host.entries if e.module.startswith(f"{path}.") and e.role in first]
-    if not inside:
-        raise UnsupportedSite(f"{path}: no matrix is known that reads the input of this feed-forward")
-    return surgeon.resolver.site(inside[0].module, inside[0].tensor or "weight", inside[0].role).in_features

@@ -1,0 +1,48 @@
+"""Whole feed-forwards as sites, for methods that run one several times or put something around it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from peftcore.errors import UnsupportedSite
+from peftcore.surgery.surgeon import Surgeon
+from peftcore.targets.sites import Site
+
+FIRST = ("mlp.gate", "mlp.up", "mlp.gate_up")
+"""Roles of matrices that read a feed-forward's input."""
+
+
+@dataclass(frozen=True, eq=False)
+class FeedForwardSite(Site):
+    """A whole feed-forward as a site."""
+
+    width: int = 0
+    """Features of its input."""
+
+    @property
+    def weight_shape(self) -> torch.Size:
+        """The width, which stands for a shape in plans and files."""
+        return torch.Size([self.width])
+
+
+def feed_forward_around(surgeon: Surgeon, site: Site) -> FeedForwardSite | None:
+    """Returns the feed-forward that a matrix is one of; None for matrices of attention and others.
+
+    Raises:
+        UnsupportedSite: the feed-forward is no module of its own, or nothing says how wide its input is.
+    """
+    host = surgeon.resolver.host
+    if not any(entry.role.startswith("mlp.") for entry in host.at(site.module_path)):
+        return None
+    around = [e.path for e in host.entries if e.role == "mlp" and site.module_path.startswith(f"{e.path}.")]
+    if not around:
+        raise UnsupportedSite(f"{site.path} is of a feed-forward that is no module of its own; exclude it")
+    path = max(around, key=len)
+    inside = [entry for entry in host.entries if entry.module.startswith(f"{path}.") and entry.role in FIRST]
+    if not inside:
+        raise UnsupportedSite(f"{path}: no matrix is known that reads the input of this feed-forward")
+    width = surgeon.resolver.site(inside[0].module, inside[0].tensor or "weight", inside[0].role).in_features
+    whole = replace(surgeon.resolver.module_site(path), form="activation", meta=site.meta)
+    return FeedForwardSite(**vars(whole), width=width)
