@@ -24,6 +24,8 @@ class Preset:
     """Default targets; None for the method's."""
     train: tuple[str, ...] = ()
     """Modules that train along, as `apply` has them."""
+    claims: Mapping[str, Any] = field(default_factory=dict)
+    """Tags that are others than those of the method with its defaults: ``{"identity_at_init": False}``."""
     workflow: str = ""
     """What to do, where one call of `apply` does not do it."""
 

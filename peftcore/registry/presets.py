@@ -26,10 +26,7 @@ def class_of(name: str, preset: Preset, cls: type[Method]) -> type[Method]:
         field.default, field.default_factory = value, None
         fields[option] = (field.annotation, field)
     config = create_model(f"{cls.Config.__name__}_{name}", __base__=cls.Config, __doc__=cls.Config.__doc__, **fields)
-    members = {
-        key: value for key, value in vars(cls).items() if key not in ("__dict__", "__weakref__", "_abc_impl", "aliases")
-    }
-    members |= {
+    members = _members(cls) | {
         "name": name,
         "Config": config,
         "tags": dataclasses.replace(
@@ -37,6 +34,7 @@ def class_of(name: str, preset: Preset, cls: type[Method]) -> type[Method]:
             paper=preset.paper,
             checked_against="",
             needs_data=cls.tags.needs_data if cls.tags.data_options is None else cls.looks_at_data(config(method=name)),
+            **preset.claims,
         ),
     }
     if preset.target is not None:
@@ -46,9 +44,28 @@ def class_of(name: str, preset: Preset, cls: type[Method]) -> type[Method]:
     return made
 
 
+def _members(cls: type[Method]) -> dict[str, Any]:
+    return {
+        key: each for key, each in vars(cls).items() if key not in ("__dict__", "__weakref__", "_abc_impl", "aliases")
+    }
+
+
 def preset_of(cls: type[Method]) -> Preset | None:
     """Returns the preset that a class is made of; None for a method's own class."""
     return _presets[cls][1] if cls in _presets else None
+
+
+def as_arguments(cls: type[Method]) -> tuple[type[Method], dict[str, Any]]:
+    """Returns the method's own class and what `apply` has to be told to do as a preset does; nothing for a method."""
+    if cls not in _presets:
+        return cls, {}
+    own, preset = _presets[cls]
+    arguments = dict(preset.options)
+    if preset.target is not None:
+        arguments["target"] = preset.target
+    if preset.train:
+        arguments["train"] = preset.train
+    return own, arguments
 
 
 def method_of(cls: type[Method], options: Mapping[str, Any]) -> tuple[Method, MethodConfig]:

@@ -49,7 +49,7 @@ def the_parameter_count_is_the_declared_one(case: Case) -> None:
 )
 def the_config_is_not_changed(case: Case) -> None:
     model, _ = case.fresh()
-    before = case.method.Config.model_validate(dict(case.options)).model_dump_json()
+    before = case.method.Config.model_validate(case.settings).model_dump_json()
     injection = case.apply(model)
     case.expect(injection.config.model_dump_json() == before, "the config changed while injecting")
 
@@ -61,7 +61,7 @@ def the_config_is_not_changed(case: Case) -> None:
     hosts=("mlp",),
 )
 def configs_are_written_in_one_order(case: Case) -> None:
-    config = case.method.Config.model_validate(dict(case.options))
+    config = case.method.Config.model_validate(case.settings)
     unordered = [name for name, value in config.model_dump().items() if isinstance(value, set | frozenset)]
     case.expect(not unordered, f"options without an order: {', '.join(unordered)}")
     case.expect(validate_json(type(config), config.model_dump_json()) == config, "it is read back as another one")

@@ -326,7 +326,7 @@ def sites_that_never_run_are_reported(case: Case) -> None:
     model, inputs = case.fresh()
     host = Unused(model)
     try:
-        peftcore.plan(host, case.method, target=["unused"], **case.options)
+        peftcore.plan(host, case.method, target=["unused"], **case.settings)
     except UnsupportedSite as refused:
         raise NotApplicable(f"refused: {refused}") from None
     with raises(case, InactiveSite, "the first forward"):

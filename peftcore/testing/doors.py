@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from peftcore.contract.method import Method
+from peftcore.contract.method import Method, Tags
 from peftcore.errors import ConfigError
 from peftcore.registry.catalogue import method as find_method
+from peftcore.registry.presets import as_arguments
 from peftcore.testing.failures import CheckFailed
 from peftcore.testing.hosts import HOSTS
 from peftcore.testing.kit import ALL, ANYWHERE, Case, Check, Context, NotApplicable, cases
@@ -42,8 +43,12 @@ class Result:
         return f"{self.status:8} {self.check}-{self.host}" + (f": {self.message}" if self.message else "")
 
 
-def _method(method: str | type[Method]) -> type[Method]:
-    return find_method(method) if isinstance(method, str) else method
+def _method(method: str | type[Method], options: Options | None) -> tuple[type[Method], Options, Tags]:
+    """Return a method, its options by host, and its tags, with those of the preset that it may be."""
+    named = find_method(method) if isinstance(method, str) else method
+    found, own = as_arguments(named)
+    given = options or {}
+    return found, {**given, "*": {**own, **given.get("*", {})}} if own else given, named.tags
 
 
 def _hosts(hosts: Iterable[str] | None, default: Iterable[str]) -> list[str]:
@@ -57,9 +62,10 @@ def _hosts(hosts: Iterable[str] | None, default: Iterable[str]) -> list[str]:
 def _named(
     method: type[Method],
     hosts: Iterable[str],
-    options: Options | None,
+    options: Options,
     expected: Mapping[str, str],
     context: Context | None,
+    tags: Tags,
 ) -> dict[str, tuple[Check, Case]]:
     """Return the checks that the method's tags call for, by id.
 
@@ -68,7 +74,7 @@ def _named(
     """
     chosen = {name: HOSTS[name] for name in hosts}
     named = {
-        f"{check.name}-{case.host.name}": (check, case) for check, case in cases(method, chosen, options or {}, context)
+        f"{check.name}-{case.host.name}": (check, case) for check, case in cases(method, chosen, options, context, tags)
     }
     stray = [name for name in expected if name not in named and name.rpartition("-")[2] in chosen]
     if stray:
@@ -107,9 +113,10 @@ def check_method(
     """Run every check that the method's tags call for, on all hosts unless `hosts` names some.
 
     Args:
-        method: a name, or a class that is registered nowhere.
+        method: a name, or a class that is registered nowhere. A preset is its method with the preset's options.
         hosts: names of `HOSTS`.
-        options: options of the method by host name; those under "*" hold for every host.
+        options: options of the method by host name, and its "target" where it is not to be the default one; those under
+            "*" hold for every host.
         expected_failures: reasons by "<check>-<host>"; a check listed here that passes counts as failed.
         context: what calls are told, for methods that need it: from the host and a picture [rows or 1, 1, 16, 16] to
             the arguments of ``peftcore.call``.
@@ -119,7 +126,8 @@ def check_method(
     """
     expected = expected_failures or {}
     results = []
-    for name, (check, case) in _named(_method(method), _hosts(hosts, HOSTS), options, expected, context).items():
+    found, told, tags = _method(method, options)
+    for name, (check, case) in _named(found, _hosts(hosts, HOSTS), told, expected, context, tags).items():
         run = functools.partial(_run, check, case)
         results.append(judged(check, case.host.name, run, expected.get(name)))
     return results
@@ -181,11 +189,13 @@ class Declared:
     context: Context | None
     checks: Mapping[str, Check]
     """The checks that run here, by the id of the test."""
+    tags: Tags | None = None
+    """Those of a preset, where it is one."""
 
     def case(self, host: str) -> Case:
         """Return the case of the method on one host, with the options that the test declares."""
         options = {**self.options.get("*", {}), **self.options.get(host, {})}
-        return Case(self.method, HOSTS[host], options, self.context)
+        return Case(self.method, HOSTS[host], options, self.context, self.tags)
 
 
 def conformance(
@@ -206,19 +216,19 @@ def conformance(
     Raises:
         ConfigError: as `check_method`, when pytest collects.
     """
-    found = _method(method)
+    found, told, tags = _method(method, options)
     everything = os.environ.get(ALL) == "1" or found.name in os.environ.get(CHANGED, "").split()
     expected = expected_failures or {}
-    named = _named(found, _hosts(hosts, HOSTS), options, expected, context)
+    named = _named(found, _hosts(hosts, HOSTS), told, expected, context, tags)
     quick = tuple(telling)
     if hosts is None and not everything:
         named = {name: pair for name, pair in named.items() if pair[1].host.name in _telling(pair[0], quick)}
 
     runs = {name: functools.partial(_run, check, case) for name, (check, case) in named.items()}
-    told = Declared(found, quick, options or {}, context, {name: check for name, (check, _) in named.items()})
+    declared = Declared(found, quick, told, context, {name: check for name, (check, _) in named.items()}, tags)
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
-        vars(function)["declared"] = told
+        vars(function)["declared"] = declared
         return parametrized(runs, expected)(function)
 
     return decorate

@@ -140,6 +140,8 @@ class Case(Expecting):
     """Options of the method that this host needs (``add_missing_bias`` on hosts without biases)."""
     context: Context | None = None
     """The context of every call, for methods that need it."""
+    claimed: Tags | None = None
+    """The tags of a preset of the method, which this case has the options of."""
 
     @property
     def label(self) -> str:
@@ -151,8 +153,8 @@ class Case(Expecting):
 
     @property
     def tags(self) -> Tags:
-        """The tags of the method."""
-        return self.method.tags
+        """The tags of the method, or of a preset of it."""
+        return self.method.tags if self.claimed is None else self.claimed
 
     @cached_property
     def looks_at_data(self) -> bool:
@@ -162,6 +164,11 @@ class Case(Expecting):
     def fresh(self, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, dict[str, Any]]:
         """Build a new host, always the same, and inputs for it (floating-point ones in `dtype`)."""
         return self._built(self.host.build, dtype)
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """The method's own options, without where it acts and what trains along."""
+        return {name: value for name, value in self.options.items() if name in self.method.Config.model_fields}
 
     @cached_property
     def inapplicable(self) -> str | None:
@@ -337,14 +344,15 @@ def cases(
     hosts: Mapping[str, Host],
     options: Mapping[str, Mapping[str, Any]],
     context: Context | None = None,
+    tags: Tags | None = None,
 ) -> Iterator[tuple[Check, Case]]:
-    """Yield every check on every host that the check wants, by the method's tags."""
+    """Yield every check on every host that the check wants, by the method's tags, or those of a preset of it."""
     everywhere = options.get("*", {})
     anywhere, *on = [
-        Case(method, host, {**everywhere, **options.get(host.name, {})}, context)
+        Case(method, host, {**everywhere, **options.get(host.name, {})}, context, tags)
         for host in (ANYWHERE, *hosts.values())
     ]
     for each in CHECKS:
-        if each.when(method.tags):
+        if each.when(method.tags if tags is None else tags):
             wanted = [case for case in on if each.hosts is None or case.host.name in each.hosts]
             yield from ((each, case) for case in ([anywhere] if each.chooses else wanted))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import peftcore
 from peftcore import Preset, hookimpl
 from peftcore.errors import ConfigError, TargetError, UnknownMethod, UnsupportedSite
 from peftcore.registry.presets import class_of, preset_of
-from peftcore.testing import HOSTS
+from peftcore.testing import HOSTS, NotApplicable, conformance
 
 PRESETS = {info.name: info.preset for info in peftcore.methods(presets=True) if info.preset is not None}
 CALLED = [name for name, preset in PRESETS.items() if not preset.workflow]
@@ -34,8 +35,8 @@ def filled(injection: peftcore.Injection) -> peftcore.Injection:
     return injection
 
 
-def test_there_are_forty_seven() -> None:
-    assert len(PRESETS) == 47
+def test_there_are_fifty() -> None:
+    assert len(PRESETS) == 50
     assert not {info.name for info in peftcore.methods()} & PRESETS.keys()
 
 
@@ -71,6 +72,32 @@ def test_a_preset_is_its_method_with_its_options(name: str, tmp_path: Path) -> N
     again, _ = HOSTS[host].build()
     again.load_state_dict({k: v for k, v in other.state_dict().items() if k in again.state_dict()})
     assert peftcore.load(again, tmp_path / "adapter").method.name == preset.method
+
+
+CLAIMED = ("a_fresh_adapter_changes_nothing", "draws_are_declared", "routers_are_declared")
+"""Checks of what options may change of a method's tags."""
+
+
+@pytest.mark.parametrize("name", CALLED)
+def test_its_tags_are_those_of_its_options(name: str) -> None:
+    """By the kit's checks, on the first host where it acts; without looks at data, which a case makes itself."""
+    options = {"*": OPTIONS[name]} if name in OPTIONS else None
+
+    @conformance(name, hosts=PLACES, options=options)
+    def given(check: Any) -> None: ...
+
+    declared: Any = vars(given)["declared"]
+    for host in PLACES:
+        case = declared.case(host)
+        if case.inapplicable is None:
+            break
+    else:
+        pytest.skip("it acts on none of these hosts")
+    ran = [check for check in declared.checks.values() if check.name in CLAIMED]
+    for check in {check.name: check for check in ran}.values():
+        with contextlib.suppress(NotApplicable):
+            check(case)
+    assert ran
 
 
 @pytest.mark.parametrize("name", [name for name, preset in PRESETS.items() if preset.workflow])

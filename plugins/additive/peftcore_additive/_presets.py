@@ -13,7 +13,7 @@ ADAPTER_PLUS |= {"init": "cut", "init_std": 0.01, "up_init_std": 0.01}
 RESIDUAL = {"activation": "relu", "norm": True, "train_layer_norm": False}
 
 PRESETS = {
-    "adapter_plus": Preset("pfeiffer_adapter", "2406.06820", ADAPTER_PLUS),
+    "adapter_plus": Preset("pfeiffer_adapter", "2406.06820", ADAPTER_PLUS, claims={"random": True}),
     "compacter_pp": Preset("compacter", "2106.04647", {"placement": "compacter_pp"}),
     "direft": Preset("loreft", "2404.03592", {"kind": "direft"}),
     "dpt_lowrank": Preset("prompt_tuning", "2310.10094", {"length": 100, "init": "uniform", "rank": 10}),
@@ -24,6 +24,7 @@ PRESETS = {
         "2304.01933",
         {**LLM_ADAPTERS, "scale": 1.0, "reads": "matrix"},
         target=("attn.q", "attn.k", "attn.v"),
+        claims={"identity_at_init": False},
     ),
     "llm_adapters_series": Preset(
         "houlsby_adapter",
@@ -31,7 +32,9 @@ PRESETS = {
         {**SERIES, "side": "stream"},
         target=("mlp.gate_up", "mlp.gate", "mlp.up", "mlp.down"),
     ),
-    "low_rank_adapter": Preset("compacter", "2106.04647", {"rules": False, "phm_dim": 1}),
+    "low_rank_adapter": Preset(
+        "compacter", "2106.04647", {"rules": False, "phm_dim": 1}, claims={"identity_options": None}
+    ),
     "noreft": Preset("loreft", "2404.03592", {"kind": "noreft"}),
     "phm_adapter": Preset("compacter", "2102.08597", {"shared_rule": False, "factorized": False, "rule_std": 0.01}),
     "ppt": Preset("prompt_tuning", "2109.04332", workflow=FROM_ANOTHER_TASK),

@@ -10,7 +10,7 @@ from adapters_package import assert_same_adapters
 from torch import Tensor
 
 import peftcore
-from peftcore.testing import against, frozen
+from peftcore.testing import against, check_method, frozen
 from peftcore.testing.hosts import HOSTS
 from peftcore.testing.kit import fill
 
@@ -100,3 +100,12 @@ def test_a_block_that_runs_again_drops_the_same_rows(reentrant: bool) -> None:
     assert len(plain) == len(list(ours.parameters())) and all(each.abs().max() > 0 for each in plain)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     torch.testing.assert_close(gradients(), plain)
+
+
+@pytest.mark.slow
+def test_conformance() -> None:
+    """Without stochastic depth: what the kit compares in training must not draw."""
+    expected = {"draws_are_declared-llama": "nothing is drawn here"}
+    options = {"*": {"stochastic_depth": 0.0}}
+    results = check_method("adapter_plus", hosts=["llama"], options=options, expected_failures=expected)
+    assert not [str(each) for each in results if each.status == "failed"]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import peftcore
 from peftcore.errors import UnsupportedSite
-from peftcore.testing import against, frozen
+from peftcore.testing import against, check_method, frozen
 from peftcore.testing.hosts import HOSTS
 from peftcore.testing.kit import fill
 
@@ -87,6 +87,13 @@ def test_start_is_that_of_bert() -> None:
         for part in ("down", "up"):
             weights = torch.cat([getattr(each, part).weight.flatten() for each in operators]).detach()
             assert abs(weights.std().item() / 0.02 - 1) < 0.03 and weights.abs().max() > 3 * 0.02
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["llm_adapters_series", "llm_adapters_p", "llm_adapters_parallel"])
+def test_conformance_of_the_presets(preset: str) -> None:
+    results = check_method(preset, hosts=["llama", "t5"])
+    assert not [str(each) for each in results if each.status == "failed"]
 
 
 @pytest.mark.parametrize("target", ["attn.q", "embed"])

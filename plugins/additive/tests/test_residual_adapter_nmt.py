@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import UnsupportedSite
-from peftcore.testing import against, frozen
+from peftcore.testing import against, check_method, frozen
 from peftcore.testing.hosts import HOSTS
 from peftcore.testing.kit import fill
 from peftcore.testing.tools import without_fast_paths
@@ -87,6 +87,12 @@ def test_equation_behind_blocks(name: str) -> None:
         for key, p in injection.operators[path].named_parameters():
             assert tensors[key].grad.abs().max() > 0
             torch.testing.assert_close(p.grad, tensors[key].grad, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.slow
+def test_conformance_behind_blocks() -> None:
+    results = check_method("residual_adapter_nmt", hosts=["llama", "t5"])
+    assert not [str(each) for each in results if each.status == "failed"]
 
 
 def test_a_block_without_a_sequence_is_refused() -> None:

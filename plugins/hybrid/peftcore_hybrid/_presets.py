@@ -18,13 +18,17 @@ S4 = (
     'part for each, such as {"method": "lora", "target": r"re:.*layers\\.[0-3]\\..*"}'
 )
 
+MOVED = {"identity_at_init": False}
 PRESETS = {
     "compacter_hybrid": Preset("compacter", "2106.04647"),
     "llama_adapter_v2": Preset("config_union", "2304.15010", {"parts": LLAMA_ADAPTER_V2}),
     "madx": Preset(
-        "config_union", "2005.00052", {"parts": [{"method": "madx_invertible"}, {"method": "pfeiffer_adapter"}]}
+        "config_union",
+        "2005.00052",
+        {"parts": [{"method": "madx_invertible"}, {"method": "pfeiffer_adapter"}]},
+        claims=MOVED,
     ),
-    "rlrr": Preset("config_union", "2403.19067", {"parts": RLRR}),
+    "rlrr": Preset("config_union", "2403.19067", {"parts": RLRR}, claims=MOVED),
     "s4": Preset("config_union", "2301.01821", workflow=S4),
     "sparse_combos": Preset("config_union", "2401.04679", {"parts": [{"method": "lora"}, {"method": "shira"}]}),
 }
