@@ -153,6 +153,8 @@ class Pairing:
         registration."""
         plan = []
         for down in self.free:
+            if down.fan_in == down.fan_out and down.words & (V.GATE | V.UP):
+                continue  # of square matrices the shapes say nothing
             groups = [self.by_fan[fan] for fan in self._fans_of_ups(down) if fan in self.by_fan]
             ups, scope = self._nearest(down, groups)
             if ups:

@@ -31,6 +31,7 @@ POSITION = _words("pos position positions positional wpe rel relative cpb biases
 SEGMENT = _words("type types segment seg")
 WORD = _words("word words token tokens tok wte shared")
 GATE = _words("gate g")
+UP = _words("up wi")
 CONTEXT = _words("add added")  # diffusers: add_q_proj, to_add_out, norm_added_q
 CONTEXT_BRANCH = CONTEXT | _words("context")  # ff_context, norm1_context, in blocks that hold a context stream
 OUT = _words("o out output proj projection dense wo post c")
