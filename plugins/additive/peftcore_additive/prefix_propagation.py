@@ -11,10 +11,10 @@ P trains directly, from N(0, 0.02), or is made by a network, P_l = W_l tanh(W Z 
 
 Rows count as words: tokens have the positions behind them. So it is in the authors' Longformer and RoBERTa, whose rows
 take positions from 0 on, which no word has there; here they have those in front of the first token. (In their BigBird
-rows have none.) Where attention has windows, rows are seen from everywhere if ``global_attention_mask`` is given,
-which Longformer's classifiers do by themselves. Heads read the tokens that they read without rows: the authors' BigBird and RoBERTa
-do so too, and their Longformer classifies by the first row unless it is told --use_offset_pool_tok. That one also trains its token types,
-here ``train=["token_type_embeddings"]``.
+rows have none.) Where attention has windows, rows are seen from everywhere if ``global_attention_mask`` is given, which
+Longformer's classifiers do by themselves. Heads read the tokens that they read without rows, as in the authors' BigBird
+and RoBERTa; their Longformer classifies by the first row unless it is told --use_offset_pool_tok. That one trains its
+token types along, here ``train=["token_type_embeddings"]``.
 
 Never identity. Parameters: length * d a block; with projection (length + projection) d + projection + (projection + 1)
 d a block.
