@@ -223,19 +223,22 @@ class Surgeon:
         config: MethodConfig | None = None,
         behind: bool = False,
         blocks: Sequence[int] = (),
+        counted: bool = False,
     ) -> O:
         """Put ``operator(site, config)``, a `SequenceOperator`, at a stack: its virtual tokens go in front of the
         tokens; with `behind`, once these are embedded, with their positions; with `blocks`, the numbers of blocks of
-        the stack, an `InnerRows` makes them at these blocks, and no token sees them below the first.
+        the stack, an `InnerRows` makes them at these blocks, and no token sees them below the first. Where block 0 is
+        one of them, they may be `counted`: positions of tokens go on behind them, as behind words.
 
         Raises:
             UnsupportedSite: the site is no stack: no module that takes token ids, embeds them and runs blocks; or the
                 stack has no place behind its embeddings, or for rows that come in at a block.
-            PluginError: `blocks` are given, and the operator is no `InnerRows`.
+            PluginError: `blocks` are given, and the operator is no `InnerRows`; or rows are counted that come in
+                further in.
         """
         found = self.sequence_site(site)
         if blocks:
-            return self._inside(inside(found, self.resolver, blocks), operator, config)
+            return self._inside(inside(found, self.resolver, blocks, counted), operator, config)
         found = found.behind_embeddings() if behind else found
         return self.graft(found, operator, config, found.places)
 

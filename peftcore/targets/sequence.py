@@ -36,8 +36,9 @@ from peftcore.targets.sites import Site
 
 MASK, POSITIONS, STEPS = "attention_mask", "position_ids", "cache_position"
 MEMORY_MASK = "encoder_attention_mask"
-MARKS = ("token_type_ids", "mm_token_type_ids", "visual_pos_masks")
-"""Arguments with an entry for each token; rows in front get 0."""
+MARKS = {"token_type_ids": 0, "mm_token_type_ids": 0, "visual_pos_masks": 0, "global_attention_mask": 1}
+"""Arguments with an entry for each token, and that of rows in front. Where attention has windows and some tokens are
+global, rows are too: in a window they would act on the beginning of a text alone."""
 PACKING = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"})
 """Arguments of batches that pack several sequences into one."""
 KNOWN = frozenset({IDS, EMBEDS, MASK, POSITIONS, STEPS, MEMORY, MEMORY_MASK, *MARKS, *CACHES})
@@ -328,9 +329,9 @@ class SequenceOperator(Operator):
             rows = order.first(places) + torch.arange(count, device=places.device, dtype=places.dtype)
             places = (places + count).expand(*rows.shape[:-1], -1)
             changed[POSITIONS] = order.put(torch.cat([rows, places], dim=-1), dim=-1, batch=-2)
-        for name in MARKS:
+        for name, entry in MARKS.items():
             if given.get(name) is not None:
-                changed[name] = order.put(nn.functional.pad(given[name], (count, 0)))
+                changed[name] = order.put(nn.functional.pad(given[name], (count, 0), value=entry))
         return changed
 
     def _leave(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -4,7 +4,8 @@ The rows stand in the sequence from its beginning, as all do (see `peftcore.targ
 all layers of a cache have the same columns. Below the first block at which they are made they are zeros that no token
 sees: the attentions there hide their columns. Tokens are there what they are without the rows, and a block from which
 rows are made gets them in their place. Positions that are added to embeddings stay those of the tokens; positions that
-only tell tokens apart (rotary angles, biases by distance) go on behind the rows.
+only tell tokens apart (rotary angles, biases by distance) go on behind the rows. Rows from the first block on may be
+counted instead, as words are: then all positions go on behind them.
 
 What the blocks below mix tokens by must be attention that can hide columns, and what makes positions must be known:
 all else is refused when it is applied.
@@ -60,7 +61,7 @@ class InnerSite(SequenceSite):
     hiding: tuple[tuple[AttentionSite, int], ...] = ()
     """The attentions below the first of them, with the numbers of their blocks."""
     absolute: bool = False
-    """Whether positions are added to the embeddings, from a table."""
+    """Whether positions are added to the embeddings, from a table, and stay those of the tokens."""
 
 
 def count_blocks(site: SequenceSite, resolver: Resolver) -> int:
@@ -68,17 +69,21 @@ def count_blocks(site: SequenceSite, resolver: Resolver) -> int:
     return len(_blocks(site, resolver))
 
 
-def inside(site: SequenceSite, resolver: Resolver, depths: Sequence[int]) -> InnerSite:
-    """Returns the stack as a site of rows that are made at the blocks of these numbers.
+def inside(site: SequenceSite, resolver: Resolver, depths: Sequence[int], counted: bool = False) -> InnerSite:
+    """Returns the stack as a site of rows that are made at the blocks of these numbers; with `counted` they are words
+    for the positions of the tokens behind them.
 
     Raises:
         UnsupportedSite: there is no such block; or below, something mixes tokens that cannot hide rows from them; or
             nobody knows how the stack makes positions.
+        PluginError: rows are counted that come in further in.
     """
     name, stack, blocks = site.module_path or "the host", site.stack, _blocks(site, resolver)
     chosen = tuple(sorted(set(depths)))
     if not chosen or chosen[0] < 0 or chosen[-1] >= len(blocks):
         raise UnsupportedSite(f"{name} has blocks 0 to {len(blocks) - 1}; rows were to be made at {list(depths)}")
+    if counted and chosen[0]:
+        raise PluginError(f"rows that come in at block {chosen[0]} cannot be counted: below it no token knows of them")
     if stack.entry != stack.path:
         raise UnsupportedSite(
             f"{name} takes embeddings in {stack.entry} alone, so nobody keeps masks and positions in step with rows "
@@ -93,7 +98,8 @@ def inside(site: SequenceSite, resolver: Resolver, depths: Sequence[int]) -> Inn
               for depth in chosen]  # fmt: skip
     known = {**vars(site), "places": (*site.places, *places)}
     known.pop("_path", None)
-    return InnerSite(**known, depths=chosen, hiding=tuple(hiding), absolute=_adds_positions(site, resolver, blocks))
+    absolute = not counted and _adds_positions(site, resolver, blocks)
+    return InnerSite(**known, depths=chosen, hiding=tuple(hiding), absolute=absolute)
 
 
 def _blocks(site: SequenceSite, resolver: Resolver) -> list[str]:
@@ -238,7 +244,8 @@ class InnerRows(SequenceOperator):
         Args:
             depth: the number of the block.
             states: what the tokens are before it, ``[batch, tokens, width]``.
-            rows: what the rows are before it, ``[batch, length, width]``; zeros at the first block.
+            rows: what the rows are before it, ``[batch, length, width]``; at the first block what the stack's
+                embeddings make of zeros, or blocks below.
             given: the user's mask and cache by name.
         """
         raise NotImplementedError

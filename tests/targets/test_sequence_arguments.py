@@ -90,6 +90,28 @@ def test_token_types() -> None:
     close(model(input_ids=ids, token_type_ids=kinds).logits, by_hand(base, rows, ids, token_type_ids=whole))
 
 
+def test_rows_are_seen_from_everywhere_where_some_tokens_are() -> None:
+    """In attention with windows."""
+    import transformers
+
+    sizes = {"vocab_size": 99, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.LongformerConfig(**sizes, intermediate_size=24, attention_window=4, pad_token_id=1)
+    model = transformers.LongformerForMaskedLM(config).double().eval()
+    base, _, rows = adapt(model)
+    ids, mask = tokens(length=14), padded(torch.ones(2, 14, dtype=torch.long), right=3)
+    far = (torch.arange(14) == 5).long().expand(2, -1)
+    whole = torch.cat([torch.ones(2, LENGTH, dtype=torch.long), far], dim=1)
+    embeds = in_front(rows, base.get_input_embeddings()(ids))
+    given = {"inputs_embeds": embeds, "attention_mask": ones_in_front(mask)}
+    ours = model(input_ids=ids, attention_mask=mask, global_attention_mask=far).logits
+    places = torch.arange(14 + LENGTH)[None].expand(2, -1) + 2
+    close(
+        ours[mask.bool()],
+        base(**given, global_attention_mask=whole, position_ids=places).logits[:, LENGTH:][mask.bool()],
+    )
+    assert (ours - model(input_ids=ids, attention_mask=mask).logits)[mask.bool()].abs().max() > 1e-5
+
+
 @pytest.mark.parametrize(
     ("name", "given", "says"),
     [

@@ -16,7 +16,7 @@ from slowly import quick
 from torch import Tensor, nn
 
 import peftcore
-from peftcore.errors import RouteError, SequenceError, UnsupportedSite
+from peftcore.errors import PluginError, RouteError, SequenceError, UnsupportedSite
 from peftcore.targets.sequence_inside import Unseen
 
 BLOCKS = {
@@ -31,6 +31,7 @@ BLOCKS = {
     "distilbert": "distilbert.transformer.layer",
     "modernbert": "model.layers",
     "t5": "encoder.block",
+    "opt": "model.decoder.layers",
 }
 DECODERS = ("llama", "short_mistral", "mixtral", "gpt_neox", "gpt2", "bert_decoder")
 ENCODERS = ("bert", "roberta", "distilbert")
@@ -44,6 +45,7 @@ def deep(name: str) -> Any:
     options = {"num_layers": 3, "num_decoder_layers": 2} if name == "t5" else {"num_hidden_layers": 3}
     options |= {"sliding_window": 5} if name == "short_mistral" else {}
     options |= {"layer_types": None} if name == "modernbert" else {}
+    options |= {"word_embed_proj_dim": model.config.hidden_size} if name == "opt" else {}
     with torch.random.fork_rng():
         return stirred(type(model)(type(model.config)(**{**model.config.to_dict(), **options})))
 
@@ -146,6 +148,34 @@ def test_beside_rows_in_the_middle(name: str, blocks: list[int], padding: int) -
     gradients = [torch.autograd.grad((each * direction)[real].sum(), values)[0] for each in (ours, theirs)]
     assert gradients[1].abs().max() > 1e-6
     close(*gradients)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "roberta", "opt"])
+def test_counted_rows_are_words_to_the_tokens(name: str) -> None:
+    """Also where a stack makes positions by itself (OPT): beside a bare host behind zeros, which a hook replaces."""
+    base, _, values = adapt(model := deep(name), [0], counted=True)
+    ids = tokens()
+    blocks = base.get_submodule(BLOCKS[name])
+
+    def enter(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        x = args[0] if args else kwargs["hidden_states"]
+        x = in_front(values[0], x[:, LENGTH:])
+        return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": x})
+
+    blocks[0].register_forward_pre_hook(enter, with_kwargs=True)
+    embeds = base.get_input_embeddings()(ids)
+    theirs = base(inputs_embeds=in_front(torch.zeros(LENGTH, embeds.shape[-1]), embeds)).logits[:, LENGTH:]
+    close(model(input_ids=ids).logits, theirs)
+    if name in ("gpt2", "bert", "roberta"):
+        other = deep(name)
+        _, _, uncounted = adapt(other, [0])
+        uncounted.data.copy_(values.data)
+        assert (other(input_ids=ids).logits - theirs).abs().max() > 1e-3
+
+
+def test_rows_that_come_in_further_in_cannot_be_counted() -> None:
+    with pytest.raises(PluginError, match="cannot be counted"):
+        peftcore.apply(deep("gpt2"), Inner, blocks=[1, 2], counted=True)
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])

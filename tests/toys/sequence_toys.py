@@ -166,6 +166,8 @@ class InnerConfig(MethodConfig):
     """Rows."""
     blocks: list[int] = [1]  # noqa: RUF012  # pydantic copies it
     """The blocks at which they are made."""
+    counted: bool = False
+    """Let positions of tokens go on behind them."""
 
 
 class InnerOperator(InnerRows):
@@ -188,7 +190,7 @@ class Inner(Method):
 
     def inject(self, model: nn.Module, config: InnerConfig, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
-            surgeon.sequence(site, InnerOperator, config, blocks=config.blocks)
+            surgeon.sequence(site, InnerOperator, config, blocks=config.blocks, counted=config.counted)
 
     @staticmethod
     def parameter_count(site: Site, config: InnerConfig) -> int:

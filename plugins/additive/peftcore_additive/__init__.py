@@ -29,6 +29,7 @@ def peftcore_methods() -> Mapping[str, str]:
         "p_tuning_v2": "peftcore_additive.p_tuning_v2:PTuningV2",
         "parallel_adapter": "peftcore_additive.parallel_adapter:ParallelAdapter",
         "pfeiffer_adapter": "peftcore_additive.pfeiffer_adapter:PfeifferAdapter",
+        "prefix_propagation": "peftcore_additive.prefix_propagation:PrefixPropagation",
         "prefix_tuning": "peftcore_additive.prefix_tuning:PrefixTuning",
         "prompt_tuning": "peftcore_additive.prompt_tuning:PromptTuning",
         "shadow": "peftcore_additive.shadow:Shadow",

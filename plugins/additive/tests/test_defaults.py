@@ -17,6 +17,7 @@ LPT = "xyltt/LPT@634c7b2, encoder-only"
 LST = "ylsung/Ladder-Side-Tuning@1798e82"
 PREFIX = "XiangLi1999/PrefixTuning@6519d30, gpt2/train_e2e.py"
 P_TUNING = "THUDM/P-tuning@f4225d4"
+PROPAGATION = "MonliH/prefix-propagation@fc868c5"
 P_TUNING_V2 = "THUDM/P-tuning-v2@b1520c9"
 REFT = "stanfordnlp/pyreft@dafd099, examples/loreft"
 SHADOW = "ShadowLLM/shadow-peft@66eb2cf"
@@ -151,6 +152,12 @@ HELD: Held = {
     ("pfeiffer_adapter", "init"): ("normal", f"{BERT_START}, by normal_"),
     ("pfeiffer_adapter", "init_std"): (0.02, BERT_START),
     ("pfeiffer_adapter", "up_init_std"): (0.02, BERT_START),
+    ("prefix_propagation", "length"): (8, f"{PROPAGATION}, run_script/hyperpartisan_longformer_propagation.sh: psl=8"),
+    ("prefix_propagation", "projection"): (None, f"{PROPAGATION}, arguments.py: prefix_projection default=False"),
+    ("prefix_propagation", "dropout"): (
+        0.1,
+        f"{PROPAGATION}, run_script/hyperpartisan_longformer_propagation.sh: dropout=0.1",
+    ),
     ("prefix_tuning", "length"): (10, f"{PREFIX}: --preseqlen default=10"),
     ("prefix_tuning", "projection"): (512, f"{PREFIX}: --mid_dim default=512"),
     ("prefix_tuning", "dropout"): (0.0, f"{PREFIX}: --dropout default=0.0, given as --prefix_dropout"),
