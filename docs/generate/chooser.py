@@ -109,9 +109,15 @@ ADVICE = (
     ),
     Advice(
         "only the input may change",
-        ("prompt_tuning", "p_tuning"),
+        ("prompt_tuning", "p_tuning", "idpg", "smop"),
         ("do not merge",),
-        "trained vectors in front of the tokens; each takes one position of the context",
+        "trained vectors in front of the tokens; each takes a position of the context; the last two read the text",
+    ),
+    Advice(
+        "an adapter between modules, as the adapters package has them",
+        ("pfeiffer_adapter", "houlsby_adapter", "parallel_adapter", "compacter"),
+        ("do not merge", "per-sample adapters"),
+        "a bottleneck beside or behind a block; `adapter_plus`, `llm_adapters_series` and others are options of these",
     ),
     Advice(
         "a base model in 4 or 8 bits",
@@ -130,6 +136,12 @@ ADVICE = (
         ("polytropon", "mtl_lora", "hyperformer_pp", "hydralora", "multitask_prompt_tuning"),
         ("for several tasks", "do not merge"),
         "parts are shared between tasks, and `peftcore.call(model, task=...)` or a router chooses",
+    ),
+    Advice(
+        "tokens of many kinds, and room for several updates",
+        ("molora_moe", "mola", "loramoe", "mixlora"),
+        ("for several tasks", "do not merge"),
+        "[mixtures](mixtures.md): a router gives each token shares of experts",
     ),
     Advice(
         "several adapters, to be combined into one",
