@@ -21,6 +21,7 @@ from peftcore.testing.kit import fill
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "adapterdrop": {"drop_first_layers": 1},
+    "attempt": {"parts": [{"method": "prompt_tuning", "length": 3}] * 2, "tasks": 3},
     "boft": {"block_size": 4},
     "c3a": {"block_size": 2},
     "cartridge": {"length": 3},
