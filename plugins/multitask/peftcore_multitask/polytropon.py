@@ -8,8 +8,8 @@ the relaxed Bernoulli distribution with these logits, z = sigmoid(Z_t + log u - 
 averaged apart.
 
 With `own_skills` it is C-Poly (Wang et al. 2023, arXiv 2312.03248): each task has so many skills more, which no other
-task chooses, with logits beside those of the common ones. k runs over both. No code of its authors was found: their
-equation adds the outputs of skills, as they write Polytropon's too, and here A and B are averaged apart as there.
+task chooses, with logits beside those of the common ones. k runs over both. No code of its authors was found; where
+its equation adds outputs of skills, A and B are averaged apart here, own ones among them, as Polytropon's code does.
 
 With `splits` it is multi-head routing: the inputs of A and the outputs of B are cut into groups, and each group has
 logits, and skills, of its own. Convolutions and embeddings have factors as in LoRA.
@@ -19,7 +19,7 @@ cannot stand for the update, and it does not merge; a tensor that is read instea
 
 The authors (microsoft/mttl) train Z a hundred times faster than the skills, without weight decay; peft leaves that to
 the user. Parameters: (skills + tasks * own_skills) * rank * (in * kernel + out) + tasks * splits * (skills +
-own_skills) a site. Rows of several tasks in one batch cost a product with the own skills of all tasks.
+own_skills) a site. A forward computes with the own skills of all tasks, and weighs those of others with zero.
 
 Use it for many related tasks: what they share is learned once, and a new task needs few examples. Own skills are for
 tasks that get in each other's way; they grow with the number of tasks (mtl_lora has a small matrix for each).

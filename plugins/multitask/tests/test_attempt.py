@@ -189,7 +189,7 @@ def test_start_and_count() -> None:
 
 
 def test_counts_that_the_paper_prints() -> None:
-    """Table 1, on T5-base: 232K for one task, and 96K a task for the eight of GLUE, which share the network."""
+    """On T5-base: 232K for one task, and 96K a task for the eight of GLUE, which share the network."""
     import transformers
 
     sizes = {"d_ff": 8, "d_kv": 4, "num_heads": 2, "num_layers": 1, "vocab_size": 120}
