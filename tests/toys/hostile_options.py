@@ -49,7 +49,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "oft": {"block_size": 4},
     "peqa": {"bits": 2},
     "pissa": {"rank": 2, "iterations": 2},
-    "polytropon": {"tasks": 3},
+    "polytropon": {"tasks": 3, "own_skills": 1},
     "prompt_tuning": {"length": 4, "init": "vocabulary", "init_ids": [1, 2]},
     "qa_lora": {"group_size": 2, "scheme_options": {"group_size": 2}, "rank": 2},
     "shira": {"rank": 2},
