@@ -60,6 +60,7 @@ class Injection(AppliedMethod):
         """Of operators that are made of the base's weights, by key: what these were."""
         self._merge: merging.Merged | None = None
         self._low_memory = False
+        self._chosen: list[bool] = []  # which tensors its method lets train, since somebody last asked it
         self._ledgers: dict[str, Ledger] = {}
 
     @property
@@ -180,6 +181,7 @@ class Injection(AppliedMethod):
                 for graft in self.grafts:
                     if not graft.by_method:  # modules named in `train` train, whatever the method selects
                         graft.operator.requires_grad_(True)
+                self._chosen = [parameter.requires_grad for parameter in self.parameters()]
 
     def state_dict(self) -> dict[str, Tensor]:
         """Returns its tensors by ``<site path>.<operator tensor>``, without the injection's name, as files have them;
@@ -539,7 +541,7 @@ class Injection(AppliedMethod):
         return f"Injection({self.summary()})"
 
     def _irregular(self, training: list[bool]) -> Iterator[str]:
-        if any(training) and not all(training):
+        if any(training) and not all(training) and training != self._chosen:
             yield f"{sum(training)} of {len(training)} tensors train"
         yield from self._broken()
 

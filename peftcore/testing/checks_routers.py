@@ -61,9 +61,10 @@ def reports_count_tokens(case: Case) -> None:
 
     def in_pieces() -> None:
         case.tell(model)
+        cut = count - 1 if case.tags.routes == "sequence" else 2  # what is routed by its text is given that at once
         with torch.no_grad():
-            first = model(input_ids=ids[:, :2], attention_mask=mask[:, :2], use_cache=True)
-            model(input_ids=ids[:, 2:], attention_mask=mask, past_key_values=first.past_key_values, use_cache=True)
+            first = model(input_ids=ids[:, :cut], attention_mask=mask[:, :cut], use_cache=True)
+            model(input_ids=ids[:, cut:], attention_mask=mask, past_key_values=first.past_key_values, use_cache=True)
 
     plain = _watched(injection, whole)
     ran = [row for row in plain.routers if row.choices]

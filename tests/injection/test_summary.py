@@ -24,3 +24,15 @@ def test_summary_flags_what_is_irregular() -> None:
     next(injection.parameters()).requires_grad_(False)
     assert injection.summary().irregular == ("7 of 8 tensors train",)
     assert "irregular: 7 of 8" in str(injection.summary())
+
+
+def test_what_a_method_leaves_frozen_is_regular() -> None:
+    injection = peftcore.apply(transformer(), "loha")
+    held = list(injection.parameters())
+    injection.method.trainable = lambda model, config, applied: held[0].requires_grad_(True)  # type: ignore[assignment]
+    injection.trainable()
+    assert injection.summary().irregular == ()
+    held[1].requires_grad_(True)
+    assert injection.summary().irregular == (f"2 of {len(held)} tensors train",)
+    injection.trainable(False)
+    assert injection.summary().irregular == ()

@@ -36,6 +36,7 @@ PREFERRED = ("llama", "bert", "vit", "unet", "dit", "mlp", "convnet", "encoder",
 SCHEMES = {"lora_int8": "int8", "qa_lora": "int4"}
 """Schemes of the methods for packed bases, where it is not nf4."""
 TOLD = {
+    "attempt": [1, 0],
     "hyperformer_pp": [2, 0],
     "moelora": [2, 0],
     "mtl_lora": [3, 0],

@@ -127,6 +127,7 @@ SAMPLES = [
     Sample("loramoe", wishes=_two(experts=2)),
     Sample("moelora", wishes=_two(experts=2, tasks=2, task=1)),
     Sample("mola", wishes=_two(experts=3)),
+    Sample("mole", wishes={"parts": [{"method": "lora", "rank": 2}] * 2}),
     Sample("molora_moe", wishes=_two(experts=2)),
     Sample("mov", wishes={"experts": 2}),
     Sample("task_arithmetic", wishes={"parts": [{"method": "lora", "rank": 2}, {"method": "loha", "rank": 1}]}),

@@ -21,6 +21,7 @@ from peftcore.testing.kit import fill
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "adapterdrop": {"drop_first_layers": 1},
+    "attempt": {"parts": [{"method": "prompt_tuning", "length": 3}] * 2, "tasks": 3},
     "boft": {"block_size": 4},
     "c3a": {"block_size": 2},
     "cartridge": {"length": 3},
@@ -48,7 +49,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "oft": {"block_size": 4},
     "peqa": {"bits": 2},
     "pissa": {"rank": 2, "iterations": 2},
-    "polytropon": {"tasks": 3},
+    "polytropon": {"tasks": 3, "own_skills": 1},
     "prompt_tuning": {"length": 4, "init": "vocabulary", "init_ids": [1, 2]},
     "qa_lora": {"group_size": 2, "scheme_options": {"group_size": 2}, "rank": 2},
     "shira": {"rank": 2},

@@ -15,6 +15,7 @@ def peftcore_methods() -> Mapping[str, str]:
     return {
         "adapter_fusion": "peftcore_multitask.adapter_fusion:AdapterFusion",
         "adapter_soup": "peftcore_multitask.adapter_soup:AdapterSoup",
+        "attempt": "peftcore_multitask.attempt:Attempt",
         "arrow": "peftcore_multitask.arrow:Arrow",
         "dare": "peftcore_multitask.dare:DARE",
         "hydralora": "peftcore_multitask.hydralora:HydraLoRA",
@@ -22,6 +23,7 @@ def peftcore_methods() -> Mapping[str, str]:
         "mixlora": "peftcore_multitask.mixlora:MixLoRA",
         "moelora": "peftcore_multitask.moelora:MOELoRA",
         "mola": "peftcore_multitask.mola:MoLA",
+        "mole": "peftcore_multitask.mole:MoLE",
         "molora_moe": "peftcore_multitask.molora_moe:MoLoRA",
         "hyperformer_pp": "peftcore_multitask.hyperformer_pp:HyperFormer",
         "mov": "peftcore_multitask.mov:MoV",

@@ -13,6 +13,7 @@ FROM_ANOTHER_TASK = (
 
 PRESETS = {
     "adapter_stack": Preset("pfeiffer_adapter", "2005.00052", workflow=STACK),
+    "c_poly": Preset("polytropon", "2312.03248", {"skills": 3, "own_skills": 1}),
     "hyperformer": Preset("hyperformer_pp", "2106.04489", {"shared": False}),
     "mhr": Preset("polytropon", "2211.03831", {"splits": 8}),
     "spot": Preset("prompt_tuning", "2110.07904", workflow=FROM_ANOTHER_TASK),

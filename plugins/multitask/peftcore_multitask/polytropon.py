@@ -7,6 +7,10 @@ skill, Z_t, uniform in +-0.001 at first: z = sigmoid(Z_t), and in training a dra
 the relaxed Bernoulli distribution with these logits, z = sigmoid(Z_t + log u - log(1 - u)), u uniform. A and B are
 averaged apart.
 
+With `own_skills` it is C-Poly (Wang et al. 2023, arXiv 2312.03248): each task has so many skills more, which no other
+task chooses, with logits beside those of the common ones. k runs over both. No code of its authors was found; where
+its equation adds outputs of skills, A and B are averaged apart here, own ones among them, as Polytropon's code does.
+
 With `splits` it is multi-head routing: the inputs of A and the outputs of B are cut into groups, and each group has
 logits, and skills, of its own. Convolutions and embeddings have factors as in LoRA.
 
@@ -14,9 +18,11 @@ The task comes with the call, ``with peftcore.call(model, task=...)``: one for a
 cannot stand for the update, and it does not merge; a tensor that is read instead of called has no rows, and is refused.
 
 The authors (microsoft/mttl) train Z a hundred times faster than the skills, without weight decay; peft leaves that to
-the user. Parameters: skills * rank * (in * kernel + out) + tasks * splits * skills a site.
+the user. Parameters: (skills + tasks * own_skills) * rank * (in * kernel + out) + tasks * splits * (skills +
+own_skills) a site. A forward computes with the own skills of all tasks, and weighs those of others with zero.
 
-Use it for many related tasks: what they share is learned once, and a new task needs few examples.
+Use it for many related tasks: what they share is learned once, and a new task needs few examples. Own skills are for
+tasks that get in each other's way; they grow with the number of tasks (mtl_lora has a small matrix for each).
 """
 
 from __future__ import annotations
@@ -26,7 +32,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from peftcore import MATRICES, AppliedMethod, LearningRate, Method, Router, Site, Surgeon, Tags
@@ -41,6 +47,8 @@ class Config(TaskConfig):
     method: Literal["polytropon"] = "polytropon"
     skills: PositiveInt = 4
     """Low-rank updates that the tasks of a site share."""
+    own_skills: NonNegativeInt = 0
+    """Low-rank updates that each task has for itself: more than 0 is C-Poly."""
     splits: PositiveInt = 1
     """Groups of inputs and of outputs that are routed apart: more than 1 is multi-head routing."""
     rank: PositiveInt = 8
@@ -56,6 +64,11 @@ def _blocks(parts: Tensor) -> Tensor:
     n = len(parts)
     eye = torch.eye(n, dtype=parts.dtype, device=parts.device).view(n, 1, n, 1, *[1] * (parts.dim() - 3))
     return (eye * parts.unsqueeze(2)).flatten(2, 3).flatten(0, 1)
+
+
+def _joined(common: Tensor, own: Tensor | None) -> Tensor:
+    """Return the skills ``[splits, all, ...]``: common ones, then those of one task after the other."""
+    return common if own is None else torch.cat([common, own], 1)
 
 
 class PolytroponOperator(Router):
@@ -74,12 +87,18 @@ class PolytroponOperator(Router):
         inputs, outputs = site.in_features // splits, site.out_features // splits
         self.scale, self.tasks = 1 / config.rank, Tasks(site, config)
         self.noise = 1.0 if config.sampled else 0.0
-        lead = (splits, config.skills)
+        self.count, self.skills, self.own = task_count(config), config.skills, config.own_skills
+        lead = (splits, self.skills)
         self.A, self.B = factors(site, (*lead, config.rank, inputs), (*lead, outputs, config.rank), inputs)
-        self.logits = nn.Parameter(torch.empty(task_count(config), *lead).uniform_(-1e-3, 1e-3))
+        self.logits = nn.Parameter(torch.empty(self.count, splits, self.skills + self.own).uniform_(-1e-3, 1e-3))
+        self.own_A: nn.Parameter | None = None
+        self.own_B: nn.Parameter | None = None
+        if self.own:
+            lead = (splits, self.count * self.own)
+            self.own_A, self.own_B = factors(site, (*lead, config.rank, inputs), (*lead, outputs, config.rank), inputs)
 
     def weights(self, rows: int) -> Tensor:
-        """Return how much of each skill a row gets, ``[rows or 1, splits, skills]``."""
+        """Return how much of each skill a row gets, ``[rows or 1, splits, skills + own_skills]``."""
         logits = self.tasks.of_rows(self.logits, rows)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.training and self.noise:
@@ -88,17 +107,27 @@ class PolytroponOperator(Router):
         chosen = logits.sigmoid()
         return chosen / (chosen.sum(-1, keepdim=True) + 1e-12)
 
+    def spread(self, weights: Tensor, rows: int) -> Tensor:
+        """Return the weights of the skills of all tasks, ``[rows or 1, splits, skills + tasks * own_skills]``: a row
+        has its own task's."""
+        if not self.own:
+            return weights
+        common, own = weights.split([self.skills, self.own], -1)
+        mine = self.tasks.of_rows(torch.eye(self.count, dtype=own.dtype, device=own.device), rows)  # [rows or 1, tasks]
+        own = (mine[:, None, :, None] * own.unsqueeze(-2)).flatten(-2)
+        return torch.cat([common, own], -1)
+
     def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
         y, channels = call(x), self.layer.channel_dim
-        A, B = self.cast(y, self.A, self.B)
+        A, B = self.cast(y, _joined(self.A, self.own_A), _joined(self.B, self.own_B))
         low = self.layer.apply(x, _blocks(A.flatten(1, 2))).movedim(channels, -1)  # [..., splits * skills * rank]
         batched = low.dim() > -channels
         rows = len(low) if batched else 1
         weights = self.weights(rows)
         self.noted(weights.expand(rows, *weights.shape[1:]))
-        (w,) = self.cast(y, weights)
+        (w,) = self.cast(y, self.spread(weights, rows))
         w = w.view(*w.shape[: int(batched)], *[1] * (low.dim() - 1 - int(batched)), *w.shape[-2:], 1)
-        low = (low.unflatten(-1, self.A.shape[:3]) * w).sum((-3, -2))  # [..., rank]
+        low = (low.unflatten(-1, A.shape[:3]) * w).sum((-3, -2))  # [..., rank]
         low = (low[..., None, None, :] * w).flatten(-3).movedim(-1, channels)
         return self.layer.add(y, low, _blocks(B.transpose(1, 2).flatten(2)), self.scale)
 
@@ -135,4 +164,5 @@ class Polytropon(Method):
     @staticmethod
     def parameter_count(site: Site, config: Config) -> int:
         numbers = site.in_features * math.prod(site.kernel) + site.out_features
-        return config.skills * (config.rank * numbers + task_count(config) * config.splits)
+        tasks, of_a_task = task_count(config), config.skills + config.own_skills
+        return (config.skills + tasks * config.own_skills) * config.rank * numbers + tasks * config.splits * of_a_task

@@ -20,10 +20,29 @@ ATTEMPT = "AkariAsai/ATTEMPT@b5121e5, attempt/configs/attempt"
 """MPT has no code of its authors; their paper takes over the tasks of ATTEMPT, and its prompts."""
 POLY = "microsoft/mttl@c66b20d, projects/mhr/configs/t0/poly_lora.json"
 
+MOLE = "yushuiwx/Mixture-of-LoRA-Experts@8841fe0"
+
 HELD: Held = {
     ("arrow", "top_k"): (3, "peft 0.21: ArrowConfig.top_k"),
     ("arrow", "temperature"): (1.0, "peft 0.21: ArrowConfig.router_temperature"),
     ("arrow", "general"): (0, "peft 0.21: ArrowConfig.use_gks is False"),
+    ("attempt", "tasks"): (1, f'{ATTEMPT}/sinlge_task.json: "task_name": ["mrpc"]'),
+    ("attempt", "parts"): (
+        [{"method": "prompt_tuning", "length": 100}] * 6,
+        f'{ATTEMPT}/sinlge_task.json: "prefix_dim": 100, "prefix_num": 6',
+    ),
+    ("attempt", "train_parts"): (
+        False,
+        "AkariAsai/ATTEMPT@b5121e5, attempt/third_party/models/t5/modeling_t5.py: embeddings.clone().detach()",
+    ),
+    ("attempt", "hidden"): (
+        100,
+        "AkariAsai/ATTEMPT@b5121e5, attempt/third_party/models/t5/modeling_t5.py: nn.Linear(self.model_dim, 100",
+    ),
+    ("attempt", "temperature"): (
+        None,
+        f'{ATTEMPT}/sinlge_task.json: "temperature": 2087, which is e times the width of T5-base',
+    ),
     ("dare", "drop_rate"): (0.9, f"{DARE}, README.md: DARE (drop rate 0.9), --weight_mask_rate 0.9"),
     ("dare", "merge"): (
         "linear",
@@ -61,6 +80,15 @@ HELD: Held = {
     ("mola", "alpha"): (16.0, f"{MOLA}: lora_alpha: int = 16"),
     ("mola", "dropout"): (0.05, f"{MOLA}: lora_dropout: float = 0.05"),
     ("mola", "balance"): (0.0, f"{MOLA}: obalance: bool = False"),
+    ("mole", "train_parts"): (
+        True,
+        f"{MOLE}, dreambooth/utils.py: mark_only_gate_as_trainable; parts of one's own start without effect, so here "
+        "they train",
+    ),
+    ("mole", "balance"): (
+        0.0,
+        f"{MOLE}, dreambooth/train_mixture_of_experts.py: torch.Tensor([unet_entropy]), which has no gradient",
+    ),
     ("molora_moe", "experts"): (10, f"{MOLORA}, configs/molora.gin: num_experts = 10"),
     ("molora_moe", "rank"): (4, f"{MOLORA}, configs/molora.gin: rank = 4"),
     ("molora_moe", "alpha"): (16.0, f"{MOLORA}, src/molora.py: alpha = 16"),
@@ -116,6 +144,7 @@ HELD: Held = {
         4,
         f'{POLY}: "n_skills": 8; ours is 4, as peft\'s PolyConfig.n_skills',
     ),
+    ("polytropon", "own_skills"): (0, "peft 0.21: PolyConfig has none"),
     ("polytropon", "splits"): (1, f'{POLY}: "n_splits": 1'),
     ("polytropon", "rank"): (8, f'{POLY}: "lora_rank": 1; ours is 8, as peft\'s PolyConfig.r'),
     ("polytropon", "routing_ratio"): (

@@ -1,6 +1,6 @@
-"""Polytropon and multi-head routing: the kit; the real peft and the authors' code, in evaluation and in training; draws
-that are computed again; beams; kinds of layers that peft does not know; what is refused. (How tasks are told:
-test_tasks.py.)"""
+"""Polytropon, multi-head routing and C-Poly: the kit; the real peft and the authors' code, in evaluation and in
+training; draws that are computed again; beams; kinds of layers that peft does not know; own skills beside Polytropon by
+itself; what is refused. (How tasks are told: test_tasks.py.)"""
 
 from collections.abc import Callable, Iterator
 from copy import deepcopy
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.contract.operators import _Base
-from peftcore.errors import NotMergeable, UnsupportedSite
+from peftcore.errors import ExportError, NotMergeable, UnsupportedSite
 from peftcore.targets.sites import Site
 from peftcore.testing import against, conformance, frozen
 from peftcore.testing.hosts import HOSTS
@@ -26,7 +26,13 @@ OPTIONS = {"tasks": TASKS, "skills": SKILLS, "rank": RANK}
 NUMBERS = Path(__file__).parent / "numbers" / "polytropon.json"
 
 
-@conformance("polytropon", options={"*": {**OPTIONS, "splits": 2, "task": 1}})
+@conformance(
+    "polytropon",
+    options={
+        "*": {**OPTIONS, "splits": 2, "task": 1},
+        "llama": {**OPTIONS, "splits": 2, "own_skills": 2, "task": 1},
+    },
+)
 def test_conformance(check: Callable[[], None]) -> None:
     check()
 
@@ -195,6 +201,73 @@ def test_kinds_of_layers_against_the_equation(kind: str) -> None:
         expected = twin(x) if alone else twin(x)[row]
         assert difference(expected, base(x) if alone else base(x)[row]) > 1e-3
         torch.testing.assert_close(ours[row], expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["evaluation", "training"])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_own_skills_against_polytropon_by_itself(kind: str, train: bool) -> None:
+    """C-Poly: a task does what an adapter of one task does that has the common skills and this task's own: outputs and
+    gradients, row by row, in training with the same draws. Rows of other tasks leave no gradient in own skills."""
+    torch.manual_seed(0)
+    layer, x = LAYERS[kind]()
+    base = nn.Sequential(layer).double().train(train)
+    x = x.double() if x.is_floating_point() else x
+    model, own, alone = deepcopy(base), 2, "unbatched" in kind
+    injection = peftcore.apply(model, "polytropon", target="0", **OPTIONS, own_skills=own, splits=2, dtype="float64")
+    fill(injection)
+    (operator,) = injection.operators.values()
+    op: Any = operator
+    tasks = [2] if alone else [2, 0, 3, 2]
+    torch.manual_seed(1)
+    with peftcore.call(model, task=2 if alone else tasks):
+        ours = model(x)[None] if alone else model(x)
+    direction = torch.randn_like(ours)
+    gradients = torch.autograd.grad((ours * direction).sum(), [op.A, op.own_A, op.own_B, op.logits])
+    torch.manual_seed(1)
+    draws = torch.rand(len(tasks), 2, SKILLS + own, dtype=torch.float64)
+    found = [torch.zeros_like(each) for each in gradients]
+    for row, task in enumerate(tasks):
+        other = deepcopy(base)
+        options = {"skills": SKILLS + own, "rank": RANK, "splits": 2}
+        (alike,) = peftcore.apply(other, "polytropon", target="0", **options, dtype="float64").operators.values()
+        twin: Any = alike
+        mine = slice(own * task, own * task + own)
+        with torch.no_grad():
+            twin.A.copy_(torch.cat([op.A, op.own_A[:, mine]], 1))
+            twin.B.copy_(torch.cat([op.B, op.own_B[:, mine]], 1))
+            twin.logits.copy_(op.logits[task])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch, "rand", lambda *shape, row=row, **kwargs: draws[row].expand(*shape))
+            theirs = other(x) if alone else other(x)[row]
+        torch.testing.assert_close(ours[row], theirs, rtol=1e-10, atol=1e-10)
+        A, B, logits = torch.autograd.grad((theirs * direction[row]).sum(), [twin.A, twin.B, twin.logits])
+        found[0] += A[:, :SKILLS]
+        found[1][:, mine] += A[:, SKILLS:]
+        found[2][:, mine] += B[:, SKILLS:]
+        found[3][task] += logits[0]
+    for gradient, expected in zip(gradients, found, strict=True):
+        assert expected.abs().max() > 1e-3
+        torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-10)
+    assert not gradients[1][:, own : 2 * own].any()
+
+
+def test_own_skills_start_as_the_others_and_are_reported(tmp_path: Path) -> None:
+    injection = peftcore.apply(nn.Sequential(nn.Linear(6, 4)), "c_poly", target="0", tasks=["a", "b"])
+    (operator,) = injection.operators.values()
+    op: Any = operator
+    assert op.A.shape == (1, 3, 8, 6) and op.own_A.shape == (1, 2, 8, 6) and not op.own_B.any()
+    assert 0.35 < op.own_A.abs().max() <= 6**-0.5 and op.logits.shape == (2, 1, 4)
+    assert sum(p.numel() for p in injection.parameters()) == (3 + 2) * 8 * (6 + 4) + 2 * 4
+    with torch.no_grad():
+        op.logits[0, 0, 3] = 5.0
+    model = injection.model.eval()
+    with peftcore.call(model, task=["a", "b", "a"]), injection.reporting():
+        model(torch.randn(3, 6))
+    (row,) = injection.report().routers
+    w = torch.tensor([0.5, 0.5, 0.5, 1 / (1 + torch.e**-5)])
+    assert row.shares == pytest.approx(((2 * w / w.sum() + 0.25) / 3).tolist(), abs=1e-3) and row.choices == 3
+    with pytest.raises(ExportError, match="own_skills=0"):
+        injection.save(tmp_path / "there", format="peft")
 
 
 def test_logits_learn_at_a_rate_of_their_own() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Size, Tensor, nn
 
+from peftcore.errors import ExportError
 from peftcore.files.formats.found import Found
 from peftcore.files.formats.keys import Keys
 from peftcore.files.formats.peft_method import PeftMethod
@@ -49,6 +50,8 @@ class PeftPoly(PeftMethod):
         }
 
     def write_options(self, config: Any) -> dict[str, Any]:
+        if config.own_skills:
+            raise ExportError("peft's POLY has no skills of tasks of their own: own_skills=0, or peftcore's own format")
         return {
             "r": config.rank,
             "n_tasks": task_count(config),

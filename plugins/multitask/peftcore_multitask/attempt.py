@@ -1,0 +1,163 @@
+"""ATTEMPT: prompts of other tasks, mixed for each text.   Asai et al. 2022, arXiv 2205.11961 (code: AkariAsai/ATTEMPT).
+
+    X' = [P ; X],   P = P_t + sum_j a_j P_j,   a = softmax_j(max(P_j) . h / T),   h = LN(W_up silu(W_down max(X)))
+
+X are the embedded tokens. P_1, P_2, ... [length, d] are the *sources*, prompts that were trained for other tasks and
+stay as they are; P_t is the task's own, and also the last of those that are mixed. max takes the largest of each
+feature over the rows of a prompt, or over the text; W_down [hidden, d], W_up [d, hidden] and the norm LN are shared by
+all tasks. T is e times the width d, 2087 in the authors' T5-base, unless `temperature` says it; `weights` multiply
+sources. The task comes with the call, ``with peftcore.call(model, task=...)``: one for all rows, or one for each.
+
+    peftcore.gather(model, "attempt", {"prompts/mnli": 1.0, "prompts/squad": 1.0}).trainable()
+
+makes it of prompts in files. Without, the sources start as `prompt_tuning` starts them. They are frozen, unless
+`train_parts` says otherwise.
+
+The text is what comes before the first label, or the whole input, unless ``peftcore.call(model, prompt_length=...)``
+says it: the mixture is made once, and generated tokens do not change it. The authors' max sees padding, this does not;
+their option of a trained temperature does not train, and is left out, as are their other kinds of attention.
+
+P_t starts as embeddings of tokens that are drawn, W_down and W_up uniform in +-1/sqrt(inputs). Never identity at the
+start. Parameters: length * d for each source and each task, and 2 hidden d + 2 d.
+
+Use it where prompts of large tasks are there and a new one has few examples; not to train many tasks at once from
+nothing (multitask_prompt_tuning), nor where a prompt need not depend on the text (spot starts from one source).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from torch import Tensor, nn
+
+from peftcore import (
+    AppliedMethod,
+    InstanceOperator,
+    LearningRate,
+    Method,
+    Router,
+    SequenceSite,
+    Site,
+    Surgeon,
+    Tags,
+    full_precision,
+    options_of,
+)
+from peftcore.errors import ConfigError, UnsupportedSite
+from peftcore_additive import prompt_tuning
+from peftcore_additive._rows import embedded_tokens
+from peftcore_multitask._merging import SOME, Members, OfMergedParts, PartsConfig, collected
+from peftcore_multitask._tasks import TaskConfig, Tasks, task_count
+
+SOURCE = {"method": "prompt_tuning", "length": 100}
+
+
+class Config(TaskConfig, PartsConfig):
+    """Options of ATTEMPT."""
+
+    method: Literal["attempt"] = "attempt"
+    changes_weights: ClassVar[bool] = False
+    parts: list[dict[str, Any]] = Field(default_factory=lambda: [{**SOURCE} for _ in range(6)], **SOME)
+    """The sources: prompts of one length, each as its options, with "prompt_tuning" under "method"."""
+    train_parts: bool = False
+    """Train the sources along."""
+    hidden: PositiveInt = 100
+    """Width of the network that looks for sources."""
+    temperature: PositiveFloat | None = None
+    """Divides what the softmax is taken of; None is e times the width."""
+
+    @model_validator(mode="after")
+    def _prompts(self) -> Self:
+        for part in self.parts:
+            if not isinstance(options_of(part), prompt_tuning.Config):
+                raise ConfigError(f"{part['method']!r} cannot be a part of attempt: sources are prompt_tuning")
+        if len(lengths := {length_of(part) for part in self.parts}) > 1:
+            raise ConfigError(f"sources of lengths {sorted(lengths)} have no sum; give them one length")
+        return self
+
+
+def length_of(part: dict[str, Any]) -> int:
+    """Return how many rows a source has."""
+    options: Any = options_of(part)
+    return int(options.length)
+
+
+class AttemptOperator(InstanceOperator, Router):
+    """The sources of one stack, the prompts of its tasks, and the attention that mixes them."""
+
+    routes = "sequence"
+
+    def __init__(self, site: SequenceSite, config: Config, members: Members) -> None:
+        super().__init__(site, length_of(config.parts[0]))
+        self.parts = nn.ModuleDict({str(index): graft.operator for index, graft in members.items()})
+        weights = config.weights or [1.0] * len(config.parts)
+        self.weights = [weights[index] for index in members]
+        self.tasks = Tasks(site, config)
+        self.temperature = config.temperature or math.e * self.width
+        prompts = [embedded_tokens(site, self.length) for _ in range(task_count(config))]
+        self.prompt = nn.Parameter(torch.stack(prompts))
+        self.down = nn.Linear(self.width, config.hidden, bias=False)
+        self.up = nn.Linear(config.hidden, self.width, bias=False)
+        self.norm = nn.LayerNorm(self.width)
+
+    def rows_of(self, embeds: Tensor, text: Tensor) -> Tensor:
+        with full_precision(embeds):
+            sources: list[Tensor] = [
+                weight * part.rows(embeds)  # type: ignore[operator]
+                for weight, part in zip(self.weights, self.parts.values(), strict=True)
+            ]
+            target = self.tasks.of_rows(self.prompt, len(embeds)).expand(len(embeds), -1, -1)
+            mixed = torch.stack([*(each.expand_as(target) for each in sources), target], 1)  # [batch, mixed, length, d]
+            shares = self.shares(embeds, text, mixed)
+            self.noted(shares)
+            return target + torch.einsum("bj,bjld->bld", shares, mixed)
+
+    def shares(self, embeds: Tensor, text: Tensor, mixed: Tensor) -> Tensor:
+        """Return how much of each prompt a text gets, ``[batch, mixed]``."""
+        largest = embeds.to(mixed.dtype).masked_fill(~text[..., None], -torch.inf).amax(1)
+        largest = largest.masked_fill(~text.any(1, keepdim=True), 0.0)  # nothing was said
+        sought = self.norm(self.up(nn.functional.silu(self.down(largest))))
+        return (torch.einsum("bjd,bd->bj", mixed.amax(2), sought) / self.temperature).softmax(-1)
+
+
+class Attempt(OfMergedParts, Method):
+    """Prompts of other tasks, mixed for each text.
+
+    Example:
+        injection = peftcore.apply(model, "attempt", tasks=["sums", "letters"])
+        peftcore.call(model, task="sums")  # or a list, one for each row; with `with`, for a while
+    """
+
+    name = "attempt"
+    Config = Config
+    tags = Tags(category="multitask", paper="2205.11961", identity_at_init=False, per_row=False, routes="sequence")
+    learning_rate = LearningRate(
+        0.3, "AkariAsai/ATTEMPT@b5121e5, attempt/configs/attempt/sinlge_task.json", on="T5-base, MRPC"
+    )
+    target = "stack"
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        for members in collected(surgeon, config).values():
+            first = next(iter(members.values()))
+            site, lengths = first.site, {graft.operator.length for graft in members.values()}  # type: ignore[attr-defined]
+            if lengths != {length_of(config.parts[0])}:
+                raise UnsupportedSite(f"{site.path}: sources of lengths {sorted(lengths)}; overrides change none")
+            surgeon.graft(site, functools.partial(AttemptOperator, members=members), config, first.holders[1:])
+
+    def trainable(self, model: nn.Module, config: Config, injection: AppliedMethod) -> None:
+        if config.train_parts:
+            super().trainable(model, config, injection)
+        for each in injection.operators.values():
+            for name, parameter in each.named_parameters():
+                if not name.startswith("parts."):
+                    parameter.requires_grad_(True)
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        width, length = site.out_features, length_of(config.parts[0])
+        own = task_count(config) * length * width + 2 * config.hidden * width + 2 * width
+        return own + OfMergedParts.parameter_count(site, config)

@@ -1,0 +1,77 @@
+"""The prompts that ATTEMPT's authors mix for two texts of two tasks, with gradients, on tensors of sines: their encoder
+without its blocks, ``python -m peftcore.testing.freeze attempt.py CHECKOUT``."""
+
+import ast
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import MagicMock
+
+import torch
+from torch import Tensor, nn
+
+from peftcore.registry.evidence import Source
+
+SOURCE = Source("authors", "AkariAsai/ATTEMPT", "b5121e5", "attempt/third_party/models/t5/modeling_t5.py")
+VERSIONS = ("torch",)
+WIDTH, LENGTH, SOURCES = 6, 3, 2
+IDS, TASKS = [[5, 1, 3, 8], [2, 9, 4, 0]], [1, 0]
+
+
+def wave(*shape: int, step: float) -> Tensor:
+    return (torch.arange(math.prod(shape), dtype=torch.float64) * step + step).sin().view(shape)
+
+
+class Base(nn.Module):
+    """What their encoder needs of the base class of transformers."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+
+    init_weights = get_extended_attention_mask = get_head_mask = lambda self, *args: None
+
+
+def stack(path: Path) -> Any:
+    """Returns the class of their encoder; its file imports what transformers no longer has."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree.body = [each for each in tree.body if getattr(each, "name", "") == "T5Stack"]
+    found: dict[str, Any] = {
+        "torch": torch,
+        "nn": nn,
+        "F": nn.functional,
+        "T5PreTrainedModel": Base,
+        "T5LayerNorm": lambda width, eps: nn.Identity(),
+        "add_start_docstrings": lambda text: lambda function: function,
+        "PARALLELIZE_DOCSTRING": "",
+        "DEPARALLELIZE_DOCSTRING": "",
+        "logger": MagicMock(),
+    }
+    exec(compile(tree, str(path), "exec"), found)  # code of a checkout that whoever runs this has chosen
+    return found["T5Stack"]
+
+
+def numbers(checkout: Path) -> dict[str, list[float]]:
+    """Returns the rows of the texts and the gradients of all tensors, flat."""
+    sizes = {"d_model": WIDTH, "num_layers": 0, "layer_norm_epsilon": 1e-6, "dropout_rate": 0.0}
+    told = {"is_decoder": False, "prefix_tuning": True, "use_cache": False, "use_return_dict": False}
+    config = SimpleNamespace(**sizes, **told, output_attentions=False, output_hidden_states=False)
+    prompts = nn.Parameter(wave(2, LENGTH, WIDTH, step=0.41))
+    sources = nn.Parameter(wave(SOURCES, LENGTH, WIDTH, step=0.53))
+    table = nn.Embedding.from_pretrained(wave(10, WIDTH, step=0.29), freeze=False)
+    model = stack(checkout / SOURCE.script)(
+        config, table, MagicMock(prefix_dim=LENGTH), prompts, True, sources, WIDTH, "sub", True, temperature=1.5
+    ).double()
+    down, up, norm = model.attn_W_down.weight, model.attn_W_up.weight, model.layer_norm
+    with torch.no_grad():
+        down.copy_(wave(100, WIDTH, step=0.37))
+        up.copy_(wave(WIDTH, 100, step=0.31))
+        norm.weight.copy_(1 + 0.3 * wave(WIDTH, step=0.7))
+        norm.bias.copy_(0.3 * wave(WIDTH, step=0.9))
+    (states,) = model(torch.tensor(IDS), task_ids=torch.tensor(TASKS))
+    rows = states[:, :LENGTH]
+    (rows * wave(2, LENGTH, WIDTH, step=0.23)).sum().backward()
+    tensors = {"prompts": prompts, "sources": sources, "down": down, "up": up, "weight": norm.weight, "bias": norm.bias}
+    found = {"rows": rows, "embeddings": table.weight.grad, **{name: each.grad for name, each in tensors.items()}}
+    return {name: each.flatten().tolist() for name, each in found.items()}
