@@ -20,6 +20,7 @@ from peftcore.testing import HOSTS, NotApplicable
 from peftcore.testing.kit import fill
 
 OPTIONS: dict[str, dict[str, Any]] = {
+    "adamix": {"bottleneck": 4, "experts": 2},
     "adapterdrop": {"drop_first_layers": 1},
     "boft": {"block_size": 4},
     "c3a": {"block_size": 2},

@@ -8,7 +8,27 @@ from named_defaults import Free, Held, assert_as_said, rows
 UNIPELT = "morningmoni/UniPELT@53d3c35, run_glue.py"
 XSUM = "jxhe/unify-parameter-efficient-tuning@3222ce2, exps/run_xsum.sh"
 
+MNLI = "microsoft/AdaMix@d361e9d, roberta_large_mnli_expert_soup.sh"
+AUTHORS = "microsoft/AdaMix@d361e9d, src/transformers/models"
+
 HELD: Held = {
+    ("adamix", "experts"): (4, f"{MNLI}: --num_experts 4"),
+    ("adamix", "bottleneck"): (16, f"{MNLI}: --adapter_size 16"),
+    ("adamix", "shared"): ("up", f"{MNLI}: --sharing_up 1, --sharing_down 0"),
+    ("adamix", "consistency"): (
+        1.0,
+        f"{AUTHORS}/roberta/modeling_roberta.py: loss += symmetric_KL_loss(logits, logits_additional)",
+    ),
+    ("adamix", "routing"): (
+        "random",
+        f"{AUTHORS}/expert_soup.py: torch.randint unless expert_score_weight.requires_grad, which starts False",
+    ),
+    ("adamix", "joins"): (
+        "matrix",
+        f"{AUTHORS}/roberta/modeling_roberta.py: RobertaOutput calls ExpertSoup in front of its dropout",
+    ),
+    ("adamix", "init_std"): (0.02, f"{AUTHORS}/roberta/modeling_roberta.py: _init_weights, of initializer_range"),
+    ("adamix", "up_init_std"): (0.02, f"{AUTHORS}/roberta/modeling_roberta.py: _init_weights, of initializer_range"),
     ("glora", "rank"): (
         8,
         "Arnav0400/ViT-Slim@0fed674, GLoRA/supernet.py: --rank default=4; ours is 8, as peft's GloraConfig.r",
