@@ -51,6 +51,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "pissa": {"rank": 2, "iterations": 2},
     "polytropon": {"tasks": 3},
     "prompt_tuning": {"length": 4, "init": "vocabulary", "init_ids": [1, 2]},
+    "propetl": {"bottleneck": 4},
     "qa_lora": {"group_size": 2, "scheme_options": {"group_size": 2}, "rank": 2},
     "shira": {"rank": 2},
     "t2i_adapter": {"downscale": 2},

@@ -16,6 +16,7 @@ def peftcore_methods() -> Mapping[str, str]:
         "config_union": "peftcore_hybrid.config_union:ConfigUnion",
         "glora": "peftcore_hybrid.glora:GLoRA",
         "mam_adapter": "peftcore_hybrid.mam_adapter:MAMAdapter",
+        "propetl": "peftcore_hybrid.propetl:ProPETL",
         "unipelt": "peftcore_hybrid.unipelt:UniPELT",
     }
 
