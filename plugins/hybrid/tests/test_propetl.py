@@ -14,7 +14,8 @@ import peftcore
 from peftcore.errors import ConfigError
 from peftcore.testing import HOSTS, against, conformance, frozen
 from peftcore.testing.kit import fill
-from peftcore_hybrid.propetl import from_bits, take_masks, to_bits
+from peftcore_hybrid._masks import from_bits, to_bits
+from peftcore_hybrid.propetl import take_masks
 
 KEPT = 0.3
 NUMBERS = Path(__file__).parent / "numbers" / "propetl.json"
