@@ -299,6 +299,39 @@ class ForwardContext:
         announce((args, kwargs), self)  # what backward comes to when it is through with the pass
         return output
 
+    def again(self) -> Any:
+        """Run the host's forward once more, on the same arguments and under the same choice, for `Method.output_loss`.
+
+        What draws in training draws anew. Taps that the pass leaves and losses that it adds end with it.
+
+        Returns:
+            What the host returns, with its graph, before hooks of the host change it.
+
+        Raises:
+            MissingContext: a part of the host was called by itself.
+            TrainingError: the host was given a cache, which has the tokens of this forward by now.
+        """
+        model = self._model
+        if model is None:
+            raise MissingContext("a part of the model was called by itself: only the whole model runs once more")
+        if given := [name for name, value in self.inputs.items() if name in CACHES and value is not None]:
+            raise TrainingError(f"the model is to run twice, and {given[0]}= has the tokens already: train without it")
+        inner = ForwardContext(self.state, self.choice, model, self._args, self._kwargs)
+        inner.extra, inner._tokens = True, self._tokens
+        compiling = torch.compiler.is_compiling()
+        if not compiling:
+            inner.frame, inner.within = sys._getframe(), running() if inner.recorded else []
+        before = len(HERE.calls)
+        HERE.calls.append(inner)
+        try:
+            output = model.forward(*self._args, **self._kwargs)
+        finally:
+            del HERE.calls[before:]
+        inner.close()
+        if not compiling:
+            announce(output, inner)
+        return output
+
     def close(self) -> None:
         """Close the context when the host has returned: taps hold activations and are dropped, but for those that
         backward will read."""

@@ -1,4 +1,8 @@
-"""An extra pass of a forward, without one injection: in routes, compositions, checkpoints, and with what it leaves."""
+"""An extra pass of a forward, without one injection or as it was: in routes, compositions, checkpoints, and with what
+it leaves."""
+
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -7,8 +11,8 @@ from core_toys import token_ids
 from torch import Tensor, nn
 
 import peftcore
-from peftcore import Average, Sum, activate, call, forward_context, route
-from peftcore.errors import UnknownInjection
+from peftcore import Average, ForwardContext, Method, Operator, Sum, activate, call, forward_context, route
+from peftcore.errors import MissingContext, UnknownInjection
 
 IDS = token_ids(3)
 
@@ -81,3 +85,66 @@ def test_an_operator_of_another_model_is_no_injection_of_this_one() -> None:
     with torch.no_grad(), call(model, strength=1.0):
         model(IDS)
     assert "belongs to no injection" in str(refused[0])
+
+
+class AgainMethod(Method):
+    """Adds the difference to another pass, whatever the host returns, to the loss."""
+
+    name = "toy_again"
+    Config, target, tags = TapMethod.Config, TapMethod.target, TapMethod.tags
+
+    def inject(self, model: nn.Module, config: Any, surgeon: Any) -> None:
+        for site in surgeon.sites():
+            surgeon.graft(site, Noisy, config)
+
+    def output_loss(self, injection: Any, output: Any, call: ForwardContext) -> Tensor:
+        other = call.again()
+        self.seen = output["logits"], other["logits"]
+        return (self.seen[0] - self.seen[1]).square().mean()
+
+    parameter_count = staticmethod(TapMethod.parameter_count)
+
+
+class Noisy(Operator):
+    def __init__(self, site: Any, config: Any) -> None:
+        super().__init__(site)
+        self.gain = nn.Parameter(torch.full((site.out_features,), 0.5))
+
+    def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
+        y = call(x)
+        return y + self.gain * torch.randn_like(y)
+
+
+@pytest.mark.parametrize("reentrant", [None, True, False])
+def test_the_host_runs_again_under_the_same_choice_with_draws_of_its_own(reentrant: bool | None) -> None:
+    """Beside two forwards, one after the other; what others leave and add in the second pass ends with it."""
+
+    def adapt(model: nn.Module, *methods: Any) -> list[peftcore.Injection]:
+        made = [peftcore.apply(model, each, name=each.name) for each in methods]
+        for seed, each in enumerate(made):
+            fill(each, seed)
+        return made
+
+    model, twin = host(reentrant), host()
+    own = adapt(model, AgainMethod, *([] if reentrant else [TapMethod]))
+    theirs = adapt(twin, AgainMethod, *([] if reentrant else [TapMethod]))
+    torch.manual_seed(3)
+    found = model(IDS, IDS)
+    found["loss"].backward()
+    theirs[0].method.output_loss = lambda *_: None  # type: ignore[method-assign]
+    torch.manual_seed(3)
+    one, other = twin(IDS, IDS), twin(IDS, IDS)
+    torch.testing.assert_close(own[0].method.seen, (one["logits"], other["logits"]))  # type: ignore[attr-defined]
+    expected = one["loss"] + (one["logits"] - other["logits"]).square().mean()
+    torch.testing.assert_close(found["loss"], expected)
+    expected.backward()
+    for mine, its in zip(gradients(*own), gradients(*theirs), strict=True):
+        torch.testing.assert_close(mine, its)
+        assert mine.any()
+    with activate(model, *[each.name for each in own[1:]]):
+        torch.testing.assert_close(model(IDS), model(IDS))
+
+
+def test_a_part_of_a_model_does_not_run_again() -> None:
+    with pytest.raises(MissingContext, match="only the whole model"):
+        forward_context().again()

@@ -20,6 +20,7 @@ from peftcore.testing import HOSTS, NotApplicable
 from peftcore.testing.kit import fill
 
 OPTIONS: dict[str, dict[str, Any]] = {
+    "adamix": {"bottleneck": 4, "experts": 2},
     "adapterdrop": {"drop_first_layers": 1},
     "attempt": {"parts": [{"method": "prompt_tuning", "length": 3}] * 2, "tasks": 3},
     "boft": {"block_size": 4},
@@ -51,6 +52,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "pissa": {"rank": 2, "iterations": 2},
     "polytropon": {"tasks": 3, "own_skills": 1},
     "prompt_tuning": {"length": 4, "init": "vocabulary", "init_ids": [1, 2]},
+    "propetl": {"bottleneck": 4},
     "qa_lora": {"group_size": 2, "scheme_options": {"group_size": 2}, "rank": 2},
     "shira": {"rank": 2},
     "t2i_adapter": {"downscale": 2},

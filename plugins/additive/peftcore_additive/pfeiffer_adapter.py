@@ -29,7 +29,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import MIXERS, HostMap, LearningRate, Method, MethodConfig, Site, Surgeon, Tags, is_post_norm
+from peftcore import MIXERS, AtBranchEnd, HostMap, LearningRate, Method, MethodConfig, Site, Surgeon, Tags, is_post_norm
 from peftcore.errors import UnsupportedSite
 from peftcore_additive._bottleneck import Scale, ScaledOperator, Start, learned_scale
 
@@ -61,13 +61,11 @@ class Config(MethodConfig):
     """Standard deviation of W_up at the start; 0 makes a fresh adapter an exact identity."""
 
 
-class PfeifferOperator(ScaledOperator):
-    """The bottleneck of one layer: around the norm that ends the block, or around the block."""
+class AtLayerEnd(AtBranchEnd):
+    """Adds to the residual stream of one layer, around the norm that ends the block or around the block, or to what the
+    target returns."""
 
-    def __init__(self, site: Site, config: Config, placement: Placement) -> None:
-        super().__init__(site, config)
-        self.placement = placement
-        self.only_inputs = placement == "post"
+    placement: Placement = "branch"
 
     def at(self, form: str, module: nn.Module) -> Callable[..., Any]:
         if self.placement == "branch":
@@ -78,6 +76,22 @@ class PfeifferOperator(ScaledOperator):
 
     def _around_norm(self, call: Callable[..., Tensor], stream: Tensor) -> Tensor:
         return call(stream + self.added(call(stream)).to(stream.dtype))
+
+    def adapt(self, h: Tensor) -> Tensor:
+        return h + self.added(h)
+
+    def added(self, h: Tensor) -> Tensor:
+        """Return what is added, in the layout of what it reads."""
+        raise NotImplementedError
+
+
+class PfeifferOperator(ScaledOperator, AtLayerEnd):
+    """The bottleneck of one layer."""
+
+    def __init__(self, site: Site, config: Config, placement: Placement) -> None:
+        super().__init__(site, config)
+        self.placement = placement
+        self.only_inputs = placement == "post"
 
 
 class PfeifferAdapter(Method):

@@ -12,9 +12,11 @@ PEFTCORE_API = 2
 def peftcore_methods() -> Mapping[str, str]:
     """Map the names of this plugin's methods to their import paths."""
     return {
+        "adamix": "peftcore_hybrid.adamix:AdaMix",
         "config_union": "peftcore_hybrid.config_union:ConfigUnion",
         "glora": "peftcore_hybrid.glora:GLoRA",
         "mam_adapter": "peftcore_hybrid.mam_adapter:MAMAdapter",
+        "propetl": "peftcore_hybrid.propetl:ProPETL",
         "unipelt": "peftcore_hybrid.unipelt:UniPELT",
     }
 

@@ -8,7 +8,28 @@ from named_defaults import Free, Held, assert_as_said, rows
 UNIPELT = "morningmoni/UniPELT@53d3c35, run_glue.py"
 XSUM = "jxhe/unify-parameter-efficient-tuning@3222ce2, exps/run_xsum.sh"
 
+MNLI = "microsoft/AdaMix@d361e9d, roberta_large_mnli_expert_soup.sh"
+AUTHORS = "microsoft/AdaMix@d361e9d, src/transformers/models"
+PROPETL = "ChaosCodes/ProPETL@1c08f19, propetl-roberta/"
+
 HELD: Held = {
+    ("adamix", "experts"): (4, f"{MNLI}: --num_experts 4"),
+    ("adamix", "bottleneck"): (16, f"{MNLI}: --adapter_size 16"),
+    ("adamix", "shared"): ("up", f"{MNLI}: --sharing_up 1, --sharing_down 0"),
+    ("adamix", "consistency"): (
+        1.0,
+        f"{AUTHORS}/roberta/modeling_roberta.py: loss += symmetric_KL_loss(logits, logits_additional)",
+    ),
+    ("adamix", "routing"): (
+        "random",
+        f"{AUTHORS}/expert_soup.py: torch.randint unless expert_score_weight.requires_grad, which starts False",
+    ),
+    ("adamix", "joins"): (
+        "matrix",
+        f"{AUTHORS}/roberta/modeling_roberta.py: RobertaOutput calls ExpertSoup in front of its dropout",
+    ),
+    ("adamix", "init_std"): (0.02, f"{AUTHORS}/roberta/modeling_roberta.py: _init_weights, of initializer_range"),
+    ("adamix", "up_init_std"): (0.02, f"{AUTHORS}/roberta/modeling_roberta.py: _init_weights, of initializer_range"),
     ("glora", "rank"): (
         8,
         "Arnav0400/ViT-Slim@0fed674, GLoRA/supernet.py: --rank default=4; ours is 8, as peft's GloraConfig.r",
@@ -32,6 +53,20 @@ HELD: Held = {
         "jxhe/unify-parameter-efficient-tuning@3222ce2, src/transformers/models/bart/modeling_bart.py: "
         "Adapter_Layer(dropout=self.dropout), the model's own; ours is 0.0, and no reason is written",
     ),
+    ("propetl", "bottleneck"): (64, f"{PROPETL}scripts/run_adapter.sh: adapter_reduction_factor=12, of 768"),
+    ("propetl", "kept"): (0.5, f"{PROPETL}scripts/run_adapter.sh: sparsity=0.5, of which GetSubnet keeps as much"),
+    ("propetl", "masks"): ("learned", f"{PROPETL}src/transformers/adapters/modeling.py: AdapterSubnet has scores"),
+    ("propetl", "mask_ratio"): (
+        30.0,
+        f"{PROPETL}scripts/run_adapter.sh: mask_lr=3e-3 beside --learning_rate 1e-4",
+    ),
+    ("propetl", "placement"): (
+        "auto",
+        f"{PROPETL}scripts/run_adapter.sh: adapter_config=pfeiffer, on RoBERTa; ours is as the host is, as "
+        "pfeiffer_adapter has it",
+    ),
+    ("propetl", "init_std"): (0.02, f"{PROPETL}src/transformers/adapters/modeling.py: init_bert_weights, std=0.02"),
+    ("propetl", "up_init_std"): (0.02, f"{PROPETL}src/transformers/adapters/modeling.py: init_bert_weights, std=0.02"),
     ("unipelt", "gate"): (
         "token",
         "morningmoni/UniPELT@53d3c35, transformers/models/bert/modeling_bert.py: torch.mean of the gate over dim=1; "

@@ -1,0 +1,182 @@
+"""AdaMix: copies of an adapter's two maps, of which each forward draws some in training.   Wang et al. 2022, arXiv
+2205.12410 (microsoft/AdaMix).
+
+    training      y = h + U_j gelu(D_i h + b_i) + c_j,   i and j drawn evenly, for each adapter and forward anew
+    evaluation    y = h + U gelu(D h + b) + c,           each the mean of its copies
+    loss          L(p) + w (KL(p | q) + KL(q | p)) / 2   with q of a second pass, which draws (and drops) anew
+
+h is what the feed-forward is about to add to the stream: the output of its last matrix, in front of the host's dropout,
+as in the code for RoBERTa and for GPT-2 (`joins`). Its scripts draw the down map alone, and all share one up map
+(`shared`). Matrices start from N(0, 0.02) and biases at zero, each copy by itself: the code first copies one, but the
+model then starts all its linear layers anew. A draw is of torch's generator on the device, and gradients of copies
+that were not drawn are zeros, so optimizers with momentum move them too, as the authors' do.
+
+The loss takes the logits of a model's output: a field `logits`, the tensor that it returns, ``[rows, classes]`` or
+``[rows, tokens, classes]``, or the first of a tuple behind its loss. It is a mean over rows, or over tokens that are no
+padding (theirs, for GPT-2, over those with a label, and 100 times as much); no gradient goes through the p or q on the
+left. In a route it is that of an adapter's own rows. A loss that the model does not return waits for
+`injection.losses()`. The second pass doubles the time and the memory of training. The authors' mixture of LoRAs is not
+here.
+
+Parameters: M (d r + r) + d r + d an adapter, in evaluation as good as 2 d r + r + d; both maps M times where nothing is
+`shared`.
+
+Use it where a bottleneck of this size learns too little and evaluation may cost no more; not where training time
+counts: `houlsby_adapter` takes half of it, and `adapter_soup` averages adapters that were trained apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import NonNegativeFloat, PositiveInt
+from torch import Tensor, nn
+
+from peftcore import (
+    OUTPUTS,
+    AppliedMethod,
+    AtBranchEnd,
+    ForwardContext,
+    Joins,
+    LearningRate,
+    Method,
+    MethodConfig,
+    Site,
+    Surgeon,
+    Tags,
+    branch_end,
+    by_row,
+)
+from peftcore.errors import TrainingError
+
+
+class Config(MethodConfig):
+    """Options of AdaMix."""
+
+    method: Literal["adamix"] = "adamix"
+    experts: PositiveInt = 4
+    """Copies M of each map that is not shared."""
+    bottleneck: PositiveInt = 16
+    """Width r of the bottleneck."""
+    shared: Literal["up", "down"] | None = "up"
+    """The map of which there is one alone, for all copies of the other."""
+    consistency: NonNegativeFloat = 1.0
+    """Weight w of the loss between two passes; 0 runs the model once."""
+    routing: Literal["random", "mean"] = "random"
+    """What acts in training: copies that are drawn, or already the mean of all."""
+    joins: Joins = "matrix"
+    """Where it reads and adds: at the feed-forward's last matrix, or behind what the host does to the branch's output
+    (dropout, layer scale, stochastic depth)."""
+    init_std: NonNegativeFloat = 0.02
+    """Standard deviation of the down maps at the start."""
+    up_init_std: NonNegativeFloat = 0.02
+    """Standard deviation of the up maps at the start; 0 makes a fresh adapter an exact identity."""
+
+
+def copies(config: Config) -> tuple[int, int]:
+    """Return how many down maps and up maps there are."""
+    down, up = (1 if config.shared == name else config.experts for name in ("down", "up"))
+    return down, up
+
+
+class AdaMixOperator(AtBranchEnd):
+    """The copies behind one feed-forward."""
+
+    def __init__(self, site: Site, config: Config) -> None:
+        super().__init__(site)
+        (downs, ups), d, r = copies(config), site.out_features, config.bottleneck
+        self.down = nn.Parameter(torch.randn(downs, r, d) * config.init_std)
+        self.down_bias = nn.Parameter(torch.zeros(downs, r))
+        self.up = nn.Parameter(torch.randn(ups, d, r) * config.up_init_std)
+        self.up_bias = nn.Parameter(torch.zeros(ups, d))
+        self.noise = 1.0 if config.routing == "random" else 0.0
+
+    def adapt(self, h: Tensor) -> Tensor:
+        channels = self.layer.channel_dim
+        low = F.gelu(F.linear(h.movedim(channels, -1), *self.cast(h, *self.chosen(self.down, self.down_bias))))
+        return h + F.linear(low, *self.cast(h, *self.chosen(self.up, self.up_bias))).movedim(-1, channels)
+
+    def chosen(self, weights: Tensor, biases: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the matrix and the bias of one copy, or the means of all."""
+        if len(weights) == 1 or not (self.training and self.noise):
+            return weights.mean(0), biases.mean(0)
+        index = torch.randint(len(weights), (1,), device=weights.device)
+        return weights.index_select(0, index)[0], biases.index_select(0, index)[0]
+
+
+class AdaMix(Method):
+    """Adapters behind feed-forwards that are drawn in training and averaged afterwards."""
+
+    name = "adamix"
+    Config = Config
+    tags = Tags(
+        category="hybrid",
+        paper="2205.12410",
+        identity_at_init=False,
+        identity_options={"up_init_std": 0.0},
+        random=True,
+    )
+    learning_rate = LearningRate(
+        3e-4, "microsoft/AdaMix@d361e9d, roberta_large_mnli_expert_soup.sh", on="RoBERTa-large, MNLI"
+    )
+    target = ("mlp.output",)
+    alternatives = OUTPUTS
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        for site in surgeon.sites():
+            place = branch_end(surgeon, site, config.at(site.path).joins)
+            surgeon.graft(place, AdaMixOperator, config, place.places)
+
+    def output_loss(self, injection: AppliedMethod, output: Any, call: ForwardContext) -> Tensor | None:
+        weight = injection.config.consistency
+        if not weight:
+            return None
+        labelled = call.inputs.get("labels") is not None
+        one, other = logits_of(output, labelled), logits_of(call.again(), labelled)
+        differences, counts, _ = by_row(symmetric_kl(one, other).unsqueeze(-1))  # [rows, tokens or 1, 1]
+        counted = torch.ones_like(differences[..., 0]) if counts is None else counts.to(differences.dtype)
+        route = None if call.choice is None else call.choice.route
+        if route is not None:
+            counted = counted * route.of(injection.whole.name, len(counted), one.device).unsqueeze(-1)
+        mean: Tensor = (differences[..., 0] * counted).sum() / counted.sum().clamp(min=1)
+        return weight * mean
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        (downs, ups), d, r = copies(config), site.out_features, config.bottleneck
+        return downs * (d * r + r) + ups * (d * r + d)
+
+
+def logits_of(output: Any, labelled: bool) -> Tensor:
+    """Return the logits ``[rows, classes]`` or ``[rows, tokens, classes]`` of what a model returned.
+
+    Args:
+        output: of the model.
+        labelled: whether it was given labels, so that a tuple begins with its loss.
+
+    Raises:
+        TrainingError: there are none.
+    """
+    found = output.get("logits") if isinstance(output, Mapping) else output
+    if isinstance(found, tuple) and len(found) > labelled:
+        found = found[labelled]
+    if not isinstance(found, Tensor) or found.dim() not in (2, 3):
+        raise TrainingError(
+            f"adamix compares the logits of two passes, and what this model returns ({type(output).__name__}) has none "
+            "[rows, classes] or [rows, tokens, classes]: train the model that has the head, or take consistency=0"
+        )
+    return found
+
+
+def symmetric_kl(one: Tensor, other: Tensor) -> Tensor:
+    """Return the mean of both divergences between logits ``[..., classes]``, in float32 at least: ``[...]``."""
+    precise = torch.promote_types(one.dtype, torch.float32)
+    p, q = one.to(precise).log_softmax(-1), other.to(precise).log_softmax(-1)
+    return 0.5 * (_kl(p.detach(), q) + _kl(q.detach(), p)).sum(-1)
+
+
+def _kl(target: Tensor, log_probabilities: Tensor) -> Tensor:
+    return target.exp() * (target - log_probabilities)

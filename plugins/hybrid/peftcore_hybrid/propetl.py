@@ -1,0 +1,174 @@
+"""ProPETL: one adapter for all layers, of which each layer has a mask of its own.   Zeng et al. 2023, arXiv 2305.17682
+(ChaosCodes/ProPETL).
+
+    y_l = h + (m'_l * U) relu((m_l * D) n + b) + c,     m_l = 1 where |s_l| is among the largest, else 0
+
+D [r, d], U [d, r] and the biases, which no mask covers, are the prototype, which all layers of one width share; each
+layer has scores s_l [r, d] and s'_l [d, r], and a mask keeps a share `kept` of the numbers. n and h are those of
+`pfeiffer_adapter`, as `placement` says. To the gradient a mask is |s_l|: what an entry of the mask would get goes to
+its score as if nothing had been cut. Both maps start from N(0, 0.02), biases at zero, the scores of D uniform in
++-1/sqrt(r), those of U in +-1/sqrt(d). Scores have a learning rate `mask_ratio` times as large, weight decay as the
+maps, and biases have none.
+
+A file has the scores as they train: more than an adapter for each layer would take. What is small is `masks="fixed"`,
+which has a bit in place of each score and takes them from a trained adapter, the prototype too:
+
+    small = peftcore.apply(model, "propetl", name="small", masks="fixed", ...)
+    take_masks(small, trained)
+
+The prototype goes on to train under its masks, or is frozen. The authors also mask LoRA and prefixes, and for several
+tasks a layer's mask is the union with one of the task; these are not here.
+
+Parameters: 2 d r + r + d of the prototype, and 2 d r scores a layer, or as many bits.
+
+Use it where many adapters are kept and each file counts; not where training has to be small: `compacter` shares parts
+of all adapters too, and `pfeiffer_adapter` has no scores beside its matrices.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Annotated, Any, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+
+from peftcore import AppliedMethod, LearningRate, Method, MethodConfig, Shared, Site, Surgeon, Tags
+from peftcore.errors import ConfigError
+from peftcore_additive.pfeiffer_adapter import AtLayerEnd, Placement, placed
+from peftcore_hybrid._masks import from_bits, largest, to_bits
+
+MAPS = ("down", "up")
+
+
+class Config(MethodConfig):
+    """Options of ProPETL."""
+
+    method: Literal["propetl"] = "propetl"
+    bottleneck: PositiveInt = 64
+    """Width r of the prototype; the authors' is a twelfth of the stream."""
+    kept: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
+    """Share of the prototype's numbers that a mask keeps; the authors' code calls it sparsity."""
+    masks: Literal["learned", "fixed"] = "learned"
+    """Whether scores train, or bits are given."""
+    mask_ratio: PositiveFloat = 30.0
+    """Learning rate of the scores over that of the prototype."""
+    placement: Literal["auto", "post", "pre", "branch"] = "auto"
+    """What it reads: the stream behind the norm that ends a block, or as the block returns it ("auto" is one of these,
+    as the host is), or what the target itself returns."""
+    init_std: NonNegativeFloat = 0.02
+    """Standard deviation of D at the start."""
+    up_init_std: NonNegativeFloat = 0.02
+    """Standard deviation of U at the start; 0 makes a fresh adapter an exact identity."""
+
+
+class Prototype(nn.Module):
+    """The two maps that layers share."""
+
+    def __init__(self, width: int, config: Config) -> None:
+        super().__init__()
+        self.down, self.up = nn.Linear(width, config.bottleneck), nn.Linear(config.bottleneck, width)
+        for linear, std in ((self.down, config.init_std), (self.up, config.up_init_std)):
+            nn.init.normal_(linear.weight, std=std)
+            nn.init.zeros_(linear.bias)
+
+
+class ProPETLOperator(AtLayerEnd):
+    """The masks of one layer, over the prototype."""
+
+    def __init__(self, site: Site, config: Config, placement: Placement, prototype: Shared) -> None:
+        super().__init__(site)
+        self.placement, self.prototype, self.kept = placement, prototype, config.kept
+        self.only_inputs = placement == "post"
+        d, r = site.out_features, config.bottleneck
+        for name, shape, bound in (("down", (r, d), 1 / math.sqrt(r)), ("up", (d, r), 1 / math.sqrt(d))):
+            scores = torch.empty(shape).uniform_(-bound, bound)
+            if config.masks == "learned":
+                self.register_parameter(f"{name}_scores", nn.Parameter(scores))
+            else:
+                self.register_buffer(f"{name}_bits", to_bits(largest(scores, config.kept)))
+
+    def mask(self, name: str) -> Tensor:
+        """Return the mask of one of the `MAPS`, like its matrix."""
+        scores = self._parameters.get(f"{name}_scores")
+        if scores is not None:
+            return largest(scores, self.kept)
+        weight: Tensor = self.prototype.module.get_submodule(name).weight
+        return from_bits(self.get_tensor(f"{name}_bits"), weight.shape).to(weight.dtype)
+
+    def added(self, h: Tensor) -> Tensor:
+        channels = self.layer.channel_dim
+        return self._mapped("up", F.relu(self._mapped("down", h.movedim(channels, -1)))).movedim(-1, channels)
+
+    def _mapped(self, name: str, x: Tensor) -> Tensor:
+        linear: Any = self.prototype.module.get_submodule(name)
+        return F.linear(x, *self.cast(x, linear.weight * self.mask(name).to(linear.weight.dtype), linear.bias))
+
+
+class ProPETL(Method):
+    """One adapter for all layers, under a mask a layer."""
+
+    name = "propetl"
+    Config = Config
+    tags = Tags(
+        category="hybrid",
+        paper="2305.17682",
+        identity_at_init=False,
+        identity_options={"up_init_std": 0.0},
+        exact_gradient=False,
+    )
+    learning_rate = LearningRate(
+        1e-4, "ChaosCodes/ProPETL@1c08f19, propetl-roberta/scripts/run_adapter.sh", on="RoBERTa-base, GLUE"
+    )
+    target = ("mlp.output",)
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        for site, placement, holders in placed(surgeon, surgeon.sites(), lambda site: config.at(site.path).placement):
+            own, width = config.at(site.path), site.out_features
+            prototype = surgeon.own(f"prototype_{width}x{own.bottleneck}", partial(Prototype, width, own))
+            make = partial(ProPETLOperator, placement=placement, prototype=prototype)
+            surgeon.graft(site, make, config, holders)
+
+    def parameter_groups(self, injection: AppliedMethod, *, lr: float, **defaults: Any) -> list[dict[str, Any]]:
+        operators = [each for each in injection.operators.values() if isinstance(each, ProPETLOperator)]
+        scores = [each for operator in operators for each in operator.parameters(recurse=False)]
+        scored = {id(each) for each in scores}
+        others = [each for each in injection.parameters() if each.requires_grad and id(each) not in scored]
+        return [
+            {"params": [each for each in others if each.dim() > 1], **defaults, "lr": lr},
+            {"params": [each for each in others if each.dim() < 2], **defaults, "lr": lr, "weight_decay": 0.0},
+            {"params": [p for p in scores if p.requires_grad], **defaults, "lr": lr * injection.config.mask_ratio},
+        ]
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        return 2 * site.out_features * config.bottleneck if config.masks == "learned" else 0
+
+
+@torch.no_grad()
+def take_masks(fixed: AppliedMethod, trained: AppliedMethod) -> None:
+    """Give an adapter with fixed masks those of a trained one, and its prototypes.
+
+    Raises:
+        ConfigError: they are not such adapters, of the same layers and sizes.
+    """
+    mine, theirs = _layers(fixed), _layers(trained)
+    kinds = [each.config.model_dump().get("masks") for each in (fixed, trained)]
+    sizes = [{path: op.prototype.module.down.weight.shape for path, op in each.items()} for each in (mine, theirs)]
+    if kinds != ["fixed", "learned"] or sizes[0] != sizes[1]:
+        raise ConfigError(
+            "take_masks(fixed, trained) is for two adapters of propetl at the same layers and with the same "
+            'bottleneck, the first one with masks="fixed"'
+        )
+    for name, prototype in fixed.shared.items():
+        prototype.load_state_dict(trained.shared[name].state_dict())
+    for path, operator in mine.items():
+        for name in MAPS:
+            operator.get_tensor(f"{name}_bits").copy_(to_bits(theirs[path].mask(name)))
+
+
+def _layers(injection: AppliedMethod) -> dict[str, ProPETLOperator]:
+    return {path: each for path, each in injection.operators.items() if isinstance(each, ProPETLOperator)}
