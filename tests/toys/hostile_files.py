@@ -119,6 +119,7 @@ SAMPLES = [
     Sample("bitfit"),
     Sample("shira", wishes={"rank": 1, "target": ["first", "second"]}),
     Sample("fish_mask", wishes={"share": 0.05}),
+    Sample("sparse_adapter", wishes={"bottleneck": 4}),
     Sample("child_tuning_d"),
     Sample("trainable_tokens", "words", wishes={"token_indices": [3, 5]}),
     Sample("loftq", wishes=_two()),

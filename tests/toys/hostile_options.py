@@ -52,6 +52,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "prompt_tuning": {"length": 4, "init": "vocabulary", "init_ids": [1, 2]},
     "qa_lora": {"group_size": 2, "scheme_options": {"group_size": 2}, "rank": 2},
     "shira": {"rank": 2},
+    "sparse_adapter": {"bottleneck": 4},
     "t2i_adapter": {"downscale": 2},
     "textual_inversion": {"tokens": [3]},
     "trainable_tokens": {"token_indices": [3, 5]},
