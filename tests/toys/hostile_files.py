@@ -115,6 +115,7 @@ SAMPLES = [
     Sample("compacter", wishes={"bottleneck": 4}),
     Sample("houlsby_adapter", "encoder", wishes={"bottleneck": 4}),
     Sample("loreft", "encoder", wishes=_two()),
+    Sample("tiny_attention_adapter", "encoder", wishes={"width": 4, "heads": 2}),
     Sample("ssf"),
     Sample("bitfit"),
     Sample("shira", wishes={"rank": 1, "target": ["first", "second"]}),

@@ -55,6 +55,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "sparse_adapter": {"bottleneck": 4},
     "t2i_adapter": {"downscale": 2},
     "textual_inversion": {"tokens": [3]},
+    "tiny_attention_adapter": {"width": 4, "heads": 2, "modules": 2},
     "trainable_tokens": {"token_indices": [3, 5]},
     "waveft": {"n_frequency": 20},
     "xlora": {"depth": 2, "width": 4},

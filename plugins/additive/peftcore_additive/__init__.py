@@ -35,6 +35,7 @@ def peftcore_methods() -> Mapping[str, str]:
         "smop": "peftcore_additive.smop:SMoP",
         "sparse_adapter": "peftcore_additive.sparse_adapter:SparseAdapter",
         "ssf": "peftcore_additive.ssf:SSF",
+        "tiny_attention_adapter": "peftcore_additive.tiny_attention_adapter:TinyAttentionAdapter",
     }
 
 

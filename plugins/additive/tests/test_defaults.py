@@ -22,6 +22,7 @@ REFT = "stanfordnlp/pyreft@dafd099, examples/loreft"
 SHADOW = "ShadowLLM/shadow-peft@66eb2cf"
 SMOP = "jyjohnchoi/SMoP@34da5e2"
 SPARSE = "Shwai-He/SparseAdapter@b190084"
+TINY = "cindermond/tiny-attn@03eee7e, rewriter/model"
 XSUM = "jxhe/unify-parameter-efficient-tuning@3222ce2, exps/run_xsum.sh"
 
 HELD: Held = {
@@ -217,6 +218,11 @@ HELD: Held = {
         1.0,
         f"{SMOP}, README.md: --perturb_router True; peft_models/tuners/prompt_routing.py: sigma = 1",
     ),
+    ("tiny_attention_adapter", "width"): (1, f"{TINY}/tiny_attn.py: attention_embd=1 of TinyAttention"),
+    ("tiny_attention_adapter", "heads"): (1, f"{TINY}/tiny_attn.py: attention_head=1"),
+    ("tiny_attention_adapter", "modules"): (1, f"{TINY}/roberta_bl.py: self.tiny_attn is one; roberta_ada.py has four"),
+    ("tiny_attention_adapter", "dropout"): (0.1, f"{TINY}/tiny_attn.py: attention_dropout=0.1"),
+    ("tiny_attention_adapter", "out_scale"): (0.01, f"{TINY}/tiny_attn.py: p *= 0.01 of linear2"),
 }
 
 FREE: Free = {}
