@@ -169,7 +169,7 @@ def test_equation(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-@pytest.mark.parametrize("way", [{}, {"num_beams": 3}, {"prefill_chunk_size": 2}])
+@pytest.mark.parametrize("way", [{}, {"num_beams": 3}, {"prefill_chunk_size": 2}, {"cache_implementation": "static"}])
 def test_generation_has_earlier_keys_in_the_cache(name: str, way: dict[str, Any]) -> None:
     """The same tokens as without any cache, with padding on the left; and other ones than without the adapter."""
     model, inputs = built(name)
@@ -185,6 +185,39 @@ def test_generation_has_earlier_keys_in_the_cache(name: str, way: dict[str, Any]
     assert torch.equal(model.generate(**given, **way), expected)
     with injection.disabled():
         assert not torch.equal(model.generate(**given), expected)
+
+
+@pytest.mark.parametrize("name", ["llama", "bert", "vit"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing(name: str, reentrant: bool) -> None:
+    """Blocks that run again in backward, with the same draws of dropout, give the same gradients."""
+    model, inputs = built(name)
+    injection = peftcore.apply(model, "tiny_attention_adapter", **{**OPTIONS, "dropout": 0.3})
+    fill(injection)
+    model.train()
+    found = []
+    for again in (False, True):
+        if again:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        model.zero_grad()
+        torch.manual_seed(3)
+        HOSTS[name].output(model(**inputs)).square().sum().backward()
+        found.append([p.grad.clone() for p in injection.parameters()])
+    assert all(first.abs().max() > 0 and torch.equal(first, second) for first, second in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_padding_on_the_left_changes_nothing(name: str) -> None:
+    model, _ = built(name)
+    fill(peftcore.apply(model, "tiny_attention_adapter", **OPTIONS))
+    ids = torch.tensor([[7, 8, 9]])
+    padded = model(
+        input_ids=torch.cat([torch.tensor([[0, 0]]), ids], 1),
+        attention_mask=torch.tensor([[0, 0, 1, 1, 1]]),
+        position_ids=torch.tensor([[0, 0, 0, 1, 2]]),
+    ).logits
+    torch.testing.assert_close(padded[:, 2:], model(input_ids=ids).logits)
 
 
 def test_dropout_acts_on_attention_weights_in_training() -> None:
