@@ -26,20 +26,18 @@ Large-Sparse doubles `bottleneck` and prunes half. It is not faster: the matrice
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from itertools import accumulate
 from typing import Annotated, Any, Literal, Self
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from peftcore import (
     OUTPUTS,
     AppliedMethod,
     AtBranchEnd,
-    Batch,
     Batches,
     Checked,
     Joins,
@@ -54,6 +52,7 @@ from peftcore import (
 )
 from peftcore.errors import CalibrationError, ConfigError
 from peftcore_additive._bottleneck import ACTIVATIONS, width_of
+from peftcore_additive._scores import SCORES
 
 
 class Config(MethodConfig):
@@ -226,44 +225,3 @@ class SparseAdapter(Method):
     @staticmethod
     def parameter_count(site: Site, config: Config) -> int:
         return config.bottleneck + width_of(site) * (1 + 2 * config.norm)  # all else is in one vector, of no site
-
-
-def gradients(loss: Tensor, weights: list[Tensor], again: bool = False) -> list[Tensor]:
-    """Return the gradients of a loss; with `again` they have gradients themselves."""
-    return list(torch.autograd.grad(loss, weights, create_graph=again, allow_unused=True, materialize_grads=True))
-
-
-def summed(of: Callable[[Batch], Iterable[Tensor]], data: Batches) -> list[Tensor]:
-    """Return the sums over the batches."""
-    sums: list[Tensor] = []
-    for batch in data:
-        given = list(of(batch))
-        sums = [a + b for a, b in zip(sums, given, strict=True)] if sums else given
-    return sums
-
-
-def snip(weights: list[Tensor], data: Batches) -> list[Tensor]:
-    """Return |w dL/dw| by weight."""
-    slopes = summed(lambda batch: gradients(batch.loss(), weights), data)
-    return [(w * g).abs() for w, g in zip(weights, slopes, strict=True)]
-
-
-def grasp(weights: list[Tensor], data: Batches) -> list[Tensor]:
-    """Return w (H g) by weight, where g and H are those of the sum of the losses.
-
-    Raises:
-        CalibrationError: the model has no second derivative.
-    """
-    slopes = summed(lambda batch: gradients(batch.loss(), weights), data)
-    with sdpa_kernel(SDPBackend.MATH):  # the others have no second derivative
-        for batch in data:
-            again = gradients(batch.loss(), weights, again=True)
-            product = torch.stack([(a * b).sum() for a, b in zip(slopes, again, strict=True)]).sum()
-            try:
-                product.backward()  # the whole graph: without it, what has no second derivative would count as zero
-            except RuntimeError as error:
-                raise CalibrationError(f"the model has no second derivative ({error}); take score='snip'") from error
-    return [torch.zeros_like(w) if w.grad is None else w.detach() * w.grad for w in weights]
-
-
-SCORES = {"snip": snip, "grasp": grasp}
