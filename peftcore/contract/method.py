@@ -78,7 +78,8 @@ class Tags:
     """Gradients are those of what forward computes. Not where a paper takes others: through a rounding as if it were
     not there, or with a norm held constant."""
     data_options: Mapping[str, Any] | None = None
-    """Where only some options need data, these: ``{"start": "gradient"}``. `needs_data` then speaks of the defaults."""
+    """Where only some options need data, these: ``{"start": "gradient"}``, or ``{"score": ("snip", "grasp")}``, where
+    each of several values does. `needs_data` then speaks of the defaults."""
     routes: Literal["token", "sequence", "task"] | None = None
     """It is a mixture: its operators (`Router`) give shares of experts to each of these, and `Injection.report` tells
     them."""
@@ -214,9 +215,12 @@ class Method(ABC):
         """Whether `calibrate` runs with these options, at any site (tags `needs_data` and `data_options`)."""
         if cls.tags.data_options is None:
             return cls.tags.needs_data
-        said = dict(config)
+        wanted = {
+            option: value if isinstance(value, tuple) else (value,) for option, value in cls.tags.data_options.items()
+        }
         return any(
-            cls.tags.data_options.items() <= {**said, **each}.items() for each in ({}, *config.overrides.values())
+            all({**dict(config), **each}[option] in values for option, values in wanted.items())
+            for each in ({}, *config.overrides.values())
         )
 
     @classmethod

@@ -300,7 +300,8 @@ def _check_data(surgeon: Surgeon, data: Data | None) -> None:
         raise CalibrationError(f"{curious[0]} looks at data before training: apply(..., data=batches)")
     if data is not None and not curious:
         some = surgeon.method.tags.data_options or {}
-        but = "".join(f"; it does with {option}={value!r}" for option, value in some.items())
+        values = {option: value if isinstance(value, tuple) else (value,) for option, value in some.items()}
+        but = "".join(f"; it does with {option}={' or '.join(map(repr, each))}" for option, each in values.items())
         raise CalibrationError(f"{surgeon.method.name} looks at no data before training{but}; leave data= out")
 
 

@@ -197,8 +197,10 @@ class Case(Expecting):
 
     def apply(self, model: nn.Module, **changes: Any) -> Injection:
         """Apply the method with its default targets, or with the host's fallback where it has none of these roles."""
-        _, inputs = self.fresh(next(model.parameters()).dtype) if self.looks_at_data else (None, {})
-        arguments = {**self.batches(lambda host: self.run(host, inputs)), **self.options, **changes}
+        curious = self.method.asks_for_data({**self.options, **changes})  # changes may make it one that does not
+        _, inputs = self.fresh(next(model.parameters()).dtype) if curious else (None, {})
+        data = self.batches(lambda host: self.run(host, inputs)) if curious else {}
+        arguments = {**data, **self.options, **changes}
         injection = self._applied(model, arguments)
         self.tell(model)
         return injection

@@ -104,6 +104,7 @@ ROWS = [
     Row("pissa", "Llama 7B", 320e6, "2404.02948: 320M", {"rank": 128, "target": LLAMA_LINEAR}, within=5e5),
     # selective
     Row("bitfit", "RoBERTa base", 0.1e6, "2106.09685, table 2: 0.1M", within=5e4),
+    Row("tiny_attention_adapter", "RoBERTa large", 0.05, "2211.01979, abstract: 0.05 %", share="model", within=5e-3),
     Row("bitfit", "BERT base", 0.09, "2106.10199: 0.09 %", share="model", within=5e-3),
     # hybrid: the networks that make prefixes are left out, as they are when a model is saved
     Row("mam_adapter", "BART large", 6.7, "2110.04366, table 4", {"prefix_mid_dim": None}, "model", 5e-2),

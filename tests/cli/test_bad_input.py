@@ -120,7 +120,7 @@ def test_missing_model_folder(csv_file, tmp_path):
 
 def test_empty_model_folder(csv_file, tmp_path):
     (tmp_path / "empty").mkdir()
-    assert "cannot load a tokenizer" in refused("--model", tmp_path / "empty", "--data", csv_file)
+    assert "holds no model" in refused("--model", tmp_path / "empty", "--data", csv_file)
 
 
 @pytest.mark.parametrize("damage", ["garbage", None])

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -102,3 +102,31 @@ def test_each_method_names_the_learning_rate_of_its_source() -> None:
 def test_a_learning_rate_says_where_it_is_from() -> None:
     rate = peftcore.LearningRate(3e-4, "google-research/adapter-bert@1a31fc6, README.md", on="BERT-base, MRPC")
     assert str(rate) == "0.0003 (AdamW; BERT-base, MRPC): google-research/adapter-bert@1a31fc6, README.md"
+
+
+def test_several_values_of_an_option_may_ask_for_data() -> None:
+    class Options(MethodConfig):
+        method: Literal["picky"] = "picky"
+        score: Literal["a", "b", "c"] = "a"
+        deep: bool = False
+
+    class Picky(Method):
+        name = "picky"
+        Config = Options
+        tags = Tags(category="selective", paper="none", data_options={"score": ("b", "c"), "deep": True})
+        target = "*"
+
+        def inject(self, model: Any, config: Any, surgeon: Any) -> None: ...
+
+        @staticmethod
+        def parameter_count(site: Any, config: Any) -> int:
+            return 0
+
+    said = {
+        (score, deep): Picky.looks_at_data(Options(score=score, deep=deep))
+        for score in ("a", "b", "c")
+        for deep in (False, True)
+    }
+    assert [case for case, looks in said.items() if looks] == [("b", True), ("c", True)]
+    assert Picky.asks_for_data({"score": "c", "deep": True}) and not Picky.asks_for_data({"score": "c"})
+    assert Picky.looks_at_data(Options(deep=True, overrides={"x": {"score": "b"}}))

@@ -299,6 +299,8 @@ def test_what_is_wrong_is_named(tmp_path: Path) -> None:
         ("fish_mask-mlp-peftcore", "shared:mask.index", b"\xff" * 7 + b"\x7f"),
         ("fish_mask-mlp-peftcore", "shared:mask.index", b"\xff" * 8),
         ("fish_mask-mlp-peftcore", "shared:mask.index", b"\1" + b"\0" * 7),
+        ("sparse_adapter-mlp-peftcore", "shared:kept.index", b"\xff\xff\xff\x7f"),
+        ("sparse_adapter-mlp-peftcore", "shared:kept.index", b"\xff\xff\xff\xff"),
         ("peqa-mlp-peftcore", "first.s0", b"\0\0\0\0"),
         ("loreft-encoder-peftcore", "R", b"\0\0\0\0"),
     ],

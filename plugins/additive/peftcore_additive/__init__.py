@@ -34,7 +34,9 @@ def peftcore_methods() -> Mapping[str, str]:
         "prompt_tuning": "peftcore_additive.prompt_tuning:PromptTuning",
         "shadow": "peftcore_additive.shadow:Shadow",
         "smop": "peftcore_additive.smop:SMoP",
+        "sparse_adapter": "peftcore_additive.sparse_adapter:SparseAdapter",
         "ssf": "peftcore_additive.ssf:SSF",
+        "tiny_attention_adapter": "peftcore_additive.tiny_attention_adapter:TinyAttentionAdapter",
     }
 
 

@@ -22,6 +22,8 @@ P_TUNING_V2 = "THUDM/P-tuning-v2@b1520c9"
 REFT = "stanfordnlp/pyreft@dafd099, examples/loreft"
 SHADOW = "ShadowLLM/shadow-peft@66eb2cf"
 SMOP = "jyjohnchoi/SMoP@34da5e2"
+SPARSE = "Shwai-He/SparseAdapter@b190084"
+TINY = "cindermond/tiny-attn@03eee7e, rewriter/model"
 XSUM = "jxhe/unify-parameter-efficient-tuning@3222ce2, exps/run_xsum.sh"
 
 HELD: Held = {
@@ -191,6 +193,31 @@ HELD: Held = {
     ("shadow", "layers"): (1, f"{SHADOW}, src/shadow_peft/config.py: num_shadow_layers: int = 1"),
     ("shadow", "own_table"): (False, "peft 0.21: ShadowConfig.share_embeddings = True"),
     ("shadow", "guest_weight"): (0.05, f"{SHADOW}, src/shadow_peft/task_models.py: shadow_loss_weight: float = 0.05"),
+    ("sparse_adapter", "bottleneck"): (
+        64,
+        f"{SPARSE}, examples/pytorch/text-classification/run_glue.sh: attn_bn=64",
+    ),
+    ("sparse_adapter", "sparsity"): (
+        0.4,
+        "arXiv 2210.04284, abstract: proper sparse method (e.g. SNIP) and ratio (e.g. 40%)",
+    ),
+    ("sparse_adapter", "score"): (
+        "snip",
+        "arXiv 2210.04284, abstract: proper sparse method (e.g. SNIP); the code's options have rand",
+    ),
+    ("sparse_adapter", "activation"): ("relu", f"{SPARSE}, petl/petl_factory.py: self.non_linear_func = nn.ReLU()"),
+    ("sparse_adapter", "norm"): (True, f'{SPARSE}, petl/options.py: ffn_adapter_layernorm_option default="in"'),
+    ("sparse_adapter", "dropout"): (
+        0.1,
+        f"{SPARSE}, src/transformers/models/roberta/modeling_roberta.py: dropout=config.hidden_dropout_prob, 0.1 there",
+    ),
+    ("sparse_adapter", "joins"): (
+        "stream",
+        f"{SPARSE}, src/transformers/models/roberta/modeling_roberta.py: hidden_states = self.dropout(hidden_states) "
+        "is in front of the feed-forward's adapter, and behind that of attention",
+    ),
+    ("sparse_adapter", "init_std"): (0.02, f"{SPARSE}, petl/petl_factory.py: init_bert_weights has std=0.02"),
+    ("sparse_adapter", "up_init_std"): (0.02, f"{SPARSE}, petl/petl_factory.py: init_bert_weights has std=0.02"),
     ("smop", "prompts"): (4, f"{SMOP}, README.md: --num_virtual_tokens 5 --num_virtual_tokens_full 20"),
     ("smop", "length"): (5, f"{SMOP}, README.md: --num_virtual_tokens 5"),
     ("smop", "top_k"): (1, f"{SMOP}, README.md: --topk 1"),
@@ -198,6 +225,11 @@ HELD: Held = {
         1.0,
         f"{SMOP}, README.md: --perturb_router True; peft_models/tuners/prompt_routing.py: sigma = 1",
     ),
+    ("tiny_attention_adapter", "width"): (1, f"{TINY}/tiny_attn.py: attention_embd=1 of TinyAttention"),
+    ("tiny_attention_adapter", "heads"): (1, f"{TINY}/tiny_attn.py: attention_head=1"),
+    ("tiny_attention_adapter", "modules"): (1, f"{TINY}/roberta_bl.py: self.tiny_attn is one; roberta_ada.py has four"),
+    ("tiny_attention_adapter", "dropout"): (0.1, f"{TINY}/tiny_attn.py: attention_dropout=0.1"),
+    ("tiny_attention_adapter", "out_scale"): (0.01, f"{TINY}/tiny_attn.py: p *= 0.01 of linear2"),
 }
 
 FREE: Free = {}

@@ -1,0 +1,227 @@
+"""SparseAdapter: bottleneck adapters that are pruned before they train.   He et al. 2022, arXiv 2210.04284.
+
+    y = h + (m_up * W_up) drop f((m_down * W_down) LN(h) + b_down) + b_up,   m in {0, 1}, fixed before training
+
+    s(w) = |w dL/dw| (snip),   w (H g) (grasp),   |w| (magnitude),   a draw (random),   g = dL/dw, H its derivative
+
+The adapter is a serial one (`houlsby_adapter`), on what attention and feed-forward are about to add to the stream.
+The (1 - `sparsity`) share of the weights with the highest s stays, in one ranking over all adapters; biases and norms
+are not pruned. snip and grasp look once at ``data=`` in evaluation, with gradients summed over the batches; all scores
+are those of the start, so what stays begins with its own draw. Only that is stored and trained: one vector for all
+adapters and its places, so no momentum or weight decay wakes what was pruned.
+
+The code decides where the paper is open (Shwai-He/SparseAdapter): grasp keeps the largest w (H g), whose removal would
+lower the norm of the gradient most. There is a norm of its own in front of W_down, dropout on f's output, and both
+matrices start from N(0, 0.02). The code's attention adapter stands in front of the host's dropout and that of the
+feed-forward behind it; here `joins` says it for both. Its fifth score, synflow, feeds ones to the adapters: behind a
+norm these are zeros, so it ranks nothing, and is left out.
+
+Parameters: (1 - sparsity) of the 2 d r of all adapters, in one vector, r + d an adapter, and with `norm` 2 d more; the
+file has the places besides, 4 bytes each.
+
+Use it where a `houlsby_adapter` is too large to store, or a wider one is wanted at the same size: the paper's
+Large-Sparse doubles `bottleneck` and prunes half. It is not faster: the matrices are made whole for each forward.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from itertools import accumulate
+from typing import Annotated, Any, Literal, Self
+
+import torch
+from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
+from torch import Tensor, nn
+
+from peftcore import (
+    OUTPUTS,
+    AppliedMethod,
+    AtBranchEnd,
+    Batches,
+    Checked,
+    Joins,
+    LearningRate,
+    Method,
+    MethodConfig,
+    Shared,
+    Site,
+    Surgeon,
+    Tags,
+    branch_end,
+)
+from peftcore.errors import CalibrationError, ConfigError
+from peftcore_additive._bottleneck import ACTIVATIONS, width_of
+from peftcore_additive._scores import SCORES
+
+
+class Config(MethodConfig):
+    """Options of SparseAdapter."""
+
+    method: Literal["sparse_adapter"] = "sparse_adapter"
+    bottleneck: PositiveInt = 64
+    """Width r of the bottleneck before pruning."""
+    sparsity: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.4
+    """The share of the weights of all adapters that is pruned."""
+    score: Literal["snip", "grasp", "magnitude", "random"] = "snip"
+    """What the weights are ranked by; the first two look at data."""
+    activation: Literal["gelu", "relu", "silu", "tanh"] = "relu"
+    """The non-linearity f."""
+    norm: bool = True
+    """A layer norm of its own in front of W_down, which trains with it."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
+    """Probability with which the bottleneck's numbers are dropped in training."""
+    joins: Joins = "stream"
+    """Where it reads and adds: behind what the host does to a branch's output (dropout, layer scale, stochastic depth),
+    or at the branch's last matrix, in front of that."""
+    init_std: NonNegativeFloat = 0.02
+    """Standard deviation of W_down at the start."""
+    up_init_std: NonNegativeFloat = 0.02
+    """Standard deviation of W_up at the start; 0 makes a fresh adapter an exact identity, and goes with a random score
+    alone."""
+
+    @model_validator(mode="after")
+    def _ranks(self) -> Self:
+        if self.score != "random" and not (self.init_std and self.up_init_std):
+            raise ValueError(f"score={self.score!r} ranks nothing where a matrix starts at zero; take score='random'")
+        return self
+
+
+class Kept(Checked):
+    """The weights that stay, and their places in all adapters one after the other, ascending."""
+
+    index: Tensor
+
+    def __init__(self, total: int, count: int) -> None:
+        super().__init__()
+        self.total = total
+        self.values = nn.Parameter(torch.zeros(count))
+        self.register_buffer("index", torch.randperm(total)[:count].sort().values.to(torch.int32))
+
+    @torch.no_grad()
+    def take(self, start: Tensor, score: Tensor | None = None) -> None:
+        """Take the starts of the weights that stay: those with the highest scores, or those that were drawn."""
+        start = start.to(self.values)
+        if score is not None:
+            self.index.copy_(score.topk(len(self.index)).indices.sort().values)
+        self.values.copy_(start[self.index.long()])
+
+    def wrong_values(self, values: Mapping[str, Tensor]) -> Iterator[str]:
+        index = values.get("index")
+        if index is not None and not (index.diff().gt(0).all() and int(index[0]) >= 0 and int(index[-1]) < self.total):
+            yield f"index does not hold ascending places in {self.total} weights"
+
+    def between(self, first: int, size: int, device: torch.device) -> Tensor:
+        """Return `size` of all weights, from the first on, with zeros where they were pruned."""
+        values, index = (each.to(device) for each in (self.values, self.index))
+        # How many places lie here is only known on the device, but not more than this; the rest go behind the end.
+        order = torch.searchsorted(index, first) + torch.arange(min(len(index), size), device=device)
+        found = order.clamp(max=len(index) - 1)
+        place = index[found].long() - first
+        place = torch.where((order < len(index)) & (place < size), place, size)
+        return values.new_zeros(size + 1).scatter(0, place, values[found])[:size]
+
+
+def drawn(width: int, config: Config) -> Tensor:
+    """Draw both matrices of an adapter, flat, W_down first."""
+    stds = (config.init_std, config.up_init_std)
+    return torch.cat([torch.randn(width * config.bottleneck) * std for std in stds])
+
+
+class SparseOperator(AtBranchEnd):
+    """The part of what stays that lies in one adapter, and its biases and norm."""
+
+    def __init__(self, site: Site, config: Config, first: int, kept: Shared) -> None:
+        super().__init__(site)
+        self.width, self.first, self.kept = width_of(site), first, kept
+        self.activation, self.dropout = ACTIVATIONS[config.activation](), nn.Dropout(config.dropout)
+        self.down_bias = nn.Parameter(torch.zeros(config.bottleneck))
+        self.up_bias = nn.Parameter(torch.zeros(self.width))
+        self.norm = nn.LayerNorm(self.width) if config.norm else None
+        self.whole: Tensor | None = None  # both matrices before they are pruned, while they are ranked
+
+    def adapt(self, h: Tensor) -> Tensor:
+        channels = self.layer.channel_dim
+        return h + self.bottleneck(h.movedim(channels, -1)).movedim(-1, channels)
+
+    def bottleneck(self, h: Tensor) -> Tensor:
+        """Map [..., d] to [..., d] through r numbers."""
+        size = 2 * self.width * len(self.down_bias)
+        flat = self.kept.module.between(self.first, size, h.device) if self.whole is None else self.whole
+        flat, down_bias, up_bias = self.cast(h, flat, self.down_bias, self.up_bias)
+        down, up = flat.chunk(2)
+        if self.norm is not None:
+            weight, bias = self.cast(h, self.norm.weight, self.norm.bias)
+            h = nn.functional.layer_norm(h, weight.shape, weight, bias, self.norm.eps)
+        inner = self.activation(nn.functional.linear(h, down.view(-1, self.width), down_bias))  # [..., r]
+        return nn.functional.linear(self.dropout(inner), up.view(self.width, -1), up_bias)
+
+
+class SparseAdapter(Method):
+    """Serial adapters, pruned by one ranking before they train."""
+
+    name = "sparse_adapter"
+    Config = Config
+    tags = Tags(
+        category="additive",
+        paper="2210.04284",
+        identity_at_init=False,
+        identity_options={"up_init_std": 0.0, "score": "random"},
+        needs_data=True,
+        data_options={"score": ("snip", "grasp")},
+        random=True,
+    )
+    learning_rate = LearningRate(
+        1e-4,
+        "Shwai-He/SparseAdapter@b190084, examples/pytorch/text-classification/run_glue.sh",
+        on="RoBERTa-base, MRPC",
+    )
+    target = ("attn.output", "mlp.output")
+    alternatives = OUTPUTS
+
+    starts: list[Tensor]
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        sites = surgeon.sites()
+        owns = [config.at(site.path) for site in sites]
+        if any((own.sparsity, own.score) != (config.sparsity, config.score) for own in owns):
+            raise ConfigError("one ranking goes through all sites, so overrides can change neither sparsity nor score")
+        places = [branch_end(surgeon, site, own.joins) for site, own in zip(sites, owns, strict=True)]
+        sizes = [2 * width_of(place) * own.bottleneck for place, own in zip(places, owns, strict=True)]
+        total = sum(sizes)
+        count = total - math.ceil(config.sparsity * total)
+        if not count:
+            raise ConfigError(f"sparsity={config.sparsity} leaves none of {total} weights; lower it")
+        kept = surgeon.own("kept", lambda: Kept(total, count))
+        self.starts = []
+
+        def build(site: Site, own: Config, first: int) -> SparseOperator:
+            self.starts.append(drawn(width_of(site), own))  # here the generator is seeded for the site
+            return SparseOperator(site, own, first, kept)
+
+        for place, first in zip(places, accumulate(sizes, initial=0), strict=False):
+            surgeon.graft(place, lambda s, c, first=first: build(s, c, first), config, place.places)
+        start = torch.cat(self.starts)
+        kept.module.take(start, start.abs() if config.score == "magnitude" else None)
+
+    def calibrate(self, model: nn.Module, data: Batches, config: Config, injection: AppliedMethod) -> None:
+        operators: list[Any] = [graft.operator for graft in injection.grafts if graft.by_method]
+        weights = [start.to(each.up_bias).requires_grad_() for start, each in zip(self.starts, operators, strict=True)]
+        for each, whole in zip(operators, weights, strict=True):
+            each.whole = whole
+        model.eval()
+        try:
+            found = SCORES[config.score](weights, data)
+        finally:
+            self.starts = []
+            for each in operators:
+                each.whole = None
+        kept: Any = injection.shared["kept"]
+        start, score = (torch.cat([each.detach().to(kept.values) for each in held]) for held in (weights, found))
+        if not (score.isfinite().all() and score.any()):
+            raise CalibrationError(f"{config.score}: the loss has no finite gradient in any adapter; give other data")
+        kept.take(start, score)
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        return config.bottleneck + width_of(site) * (1 + 2 * config.norm)  # all else is in one vector, of no site

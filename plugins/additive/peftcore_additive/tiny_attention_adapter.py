@@ -1,0 +1,248 @@
+"""Tiny-attention adapter: an adapter that sees the other tokens.   Zhao et al. 2022, arXiv 2211.01979.
+
+    y = h + W_2 MHA(q, k, v) + b_2,   [q, k, v] = W_1 LN(h) + b_1,   q, k, v [tokens, a],   a = 1
+
+h is the stream behind self-attention: behind the norm there in post-norm hosts, the sum in front of the next norm in
+pre-norm ones (cindermond/tiny-attn, structure m0, and its GPT-2); by default not behind cross-attention. MHA is torch's
+multi-head attention of width a, with projections of its own and dropout of its weights. A token sees what the model
+lets it see: no padding, and in causal stacks no later tokens; keys and values of earlier tokens lie behind the model's
+own in its cache.
+
+W_2 and b_2 start as torch's layers do, times 0.01. With `modules` n of them stand one behind the other, each times 1/n,
+as the code trains n heads to average their tensors afterwards; here they stay n.
+
+Parameters: n (4 a d + 4 a^2 + 7 a + 3 d) a layer: 5,387 with a = n = 1 in RoBERTa-base.
+
+Use it where context has to be weighed anew and parameters are few; not where latency counts: it cannot be merged
+(`lora` can), and attends once more in every layer. `houlsby_adapter` is its kin that sees one token.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any, Literal, Self
+
+import torch
+from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
+from torch import Tensor, nn
+
+from peftcore import (
+    BranchSite,
+    Bypass,
+    LearningRate,
+    Method,
+    MethodConfig,
+    Site,
+    Surgeon,
+    Tags,
+    Tap,
+    TokenStacks,
+    VisibleTokens,
+    block_depths,
+    branch,
+    cached_tokens,
+    stack_path,
+)
+from peftcore.errors import MissingContext, UnsupportedSite
+from peftcore_additive._bottleneck import width_of
+from peftcore_additive._side import held_by, side_layers
+
+AROUND, JOINED = "around", "joined"
+"""The forms of the site of the block, and of the norm behind the sum of stream and attention."""
+
+
+class Config(MethodConfig):
+    """Options of the tiny-attention adapter."""
+
+    method: Literal["tiny_attention_adapter"] = "tiny_attention_adapter"
+    width: PositiveInt = 1
+    """Width a of queries, keys and values, of all heads together."""
+    heads: PositiveInt = 1
+    """Heads, which divide the width."""
+    modules: PositiveInt = 1
+    """How many stand one behind the other, each with a share of what is added."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
+    """Probability with which attention weights are dropped in training."""
+    out_scale: NonNegativeFloat = 0.01
+    """What the start of the last map is scaled by; 0 makes a fresh adapter an exact identity."""
+
+    @model_validator(mode="after")
+    def _divides(self) -> Self:
+        if self.width % self.heads:
+            raise ValueError(f"width={self.width} is no multiple of heads={self.heads}")
+        return self
+
+
+class TinyAttention(nn.Module):
+    """One attention beside the stream: what it adds."""
+
+    def __init__(self, features: int, config: Config) -> None:
+        super().__init__()
+        self.heads, self.dropout = config.heads, config.dropout
+        self.norm = nn.LayerNorm(features)
+        self.down = nn.Linear(features, 3 * config.width)
+        self.attention = nn.MultiheadAttention(config.width, config.heads)  # for its tensors and their start
+        self.up = nn.Linear(config.width, features)
+        with torch.no_grad():
+            for tensor in self.up.parameters():
+                tensor.mul_(config.out_scale)
+
+    def forward(self, h: Tensor, visible: Tensor, cache: Any = None) -> Tensor:
+        """Map ``[batch, tokens, d]``, where `visible` is True where a token is seen ``[.., 1, tokens, held + tokens]``,
+        to the same shape."""
+        given = zip(
+            self.down(self.norm(h)).chunk(3, -1),
+            self.attention.in_proj_weight.chunk(3),
+            self.attention.in_proj_bias.chunk(3),
+            strict=True,
+        )
+        parts = [nn.functional.linear(*each).unflatten(-1, (self.heads, -1)).transpose(1, 2) for each in given]
+        query, key, value = parts  # [batch, heads, tokens, a / heads]
+        if cache is not None:
+            key, value = cache.update(key, value)
+        dropout = self.dropout if self.training else 0.0
+        seen = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=visible, dropout_p=dropout)
+        added: Tensor = self.up(self.attention.out_proj(seen.transpose(1, 2).flatten(-2)))
+        return added
+
+
+@dataclass(frozen=True)
+class Room:
+    """Where keys and values of earlier tokens lie: layers of the model's cache behind its own."""
+
+    count: int
+    blocks: int
+    stamp: str = field(default_factory=lambda: uuid.uuid4().hex, compare=False)
+
+    def layers(self, given: dict[str, Any]) -> list[Any]:
+        """Return them, by the arguments of a block; none without a cache."""
+        return side_layers(given, self.stamp, self.count, self.blocks)
+
+
+class TinyAttentionOperator(Bypass):
+    """The attentions behind that of one block. In post-norm hosts they act behind a norm, elsewhere where the branch
+    ends, beside the stream that goes past it."""
+
+    observes = Bypass.observes | {AROUND}
+
+    def __init__(
+        self, site: BranchSite, config: Config, block: Site, depth: int, blocks: int, visible: VisibleTokens, sums: bool
+    ) -> None:
+        super().__init__(site)
+        if site.order is not None:
+            raise UnsupportedSite(
+                f"{site.path}: what attention returns joins the stream in another order of dimensions"
+            )
+        self.names, self.depth = block.arguments, depth
+        self.visible, self.sums = visible, sums
+        self.series = nn.ModuleList(TinyAttention(width_of(site), config) for _ in range(config.modules))
+        self.joined = any(place.form == JOINED for place in site.places)
+        self.around, self.room = Tap(), Room(config.modules, blocks)
+
+    def at(self, form: str, module: nn.Module) -> Callable[..., Any]:
+        if form == AROUND:
+            return self._at_block
+        if form == JOINED:
+            return self._at_joined
+        return self._past if self.joined else super().at(form, module)
+
+    def _past(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return call(*args, **kwargs)
+
+    def _at_block(self, call: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        given = {**dict(zip(self.names[1:], args, strict=False)), **kwargs}
+        self.around.put((given, cached_tokens(given, self.depth, x.shape[1])))  # before the block adds its own
+        return call(x, *args, **kwargs)
+
+    def _at_joined(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
+        y = call(x)
+        return y + self.added(y)
+
+    def _at_first(self, call: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        norm = self.norm.get()
+        if norm is not None and norm[1] is not x:
+            raise UnsupportedSite(f"{type(self).__name__}: attention reads something else than its norm returns")
+        return super()._at_first(call, x, *args, **kwargs)
+
+    def join(self, h: Tensor, read: Tensor | None, end: Callable[..., Any] | None) -> Tensor:
+        assert read is not None, "`read` returns it"
+        return h + self.added(h if self.sums else read.to(h.dtype) + h)
+
+    def added(self, h: Tensor) -> Tensor:
+        """Return what the attentions add to the stream ``[batch, tokens, d]``.
+
+        Raises:
+            MissingContext: the attention was called by itself, and not its block.
+        """
+        around = self.around.get()
+        if around is None:
+            raise MissingContext("the attention was called by itself: call its block, which is given masks and caches")
+        given, held = around
+        caches = self.room.layers(given)
+        visible = self.visible.mask(held_by(caches, held), h.shape[1], given, h.device)
+        start = y = h.to(self.series[0].up.weight.dtype)  # type: ignore[arg-type,union-attr]
+        for each, cache in zip(self.series, caches or [None] * len(self.series), strict=True):
+            y = y + each(y, visible, cache) / len(self.series)
+        return (y - start).to(h.dtype)
+
+
+class TinyAttentionAdapter(Method):
+    """A very narrow attention behind each self-attention."""
+
+    name = "tiny_attention_adapter"
+    Config = Config
+    tags = Tags(
+        category="additive",
+        paper="2211.01979",
+        identity_at_init=False,
+        identity_options={"out_scale": 0.0},
+        random=True,
+    )
+    learning_rate = LearningRate(8e-4, "cindermond/tiny-attn@03eee7e, run_examples.sh", on="RoBERTa-large, SST-2")
+    target = ("attn.output",)
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        stacks, depths, resolver = TokenStacks(surgeon), block_depths(surgeon), surgeon.resolver
+        for site in surgeon.sites():
+            entries = resolver.host.at(site.module_path)
+            if surgeon.wishes.target is None and any(each.role.startswith("cross") for each in entries):
+                continue  # by default behind self-attention alone
+            entry = next((each for each in entries if each.role in ("attn", "attn.out")), None)
+            path = None if entry is None else entry.block
+            if path is None or path == site.module_path or resolver.host.on_grid(path):
+                raise UnsupportedSite(f"{site.path} ends no self-attention of a block of tokens; target attn.output")
+            block = replace(resolver.site(path, "weight", "block"), form=AROUND)
+            blocks = sum(stack_path(other or "") == stack_path(path) for other in depths)
+            more = (block, depths[path], blocks, VisibleTokens(stacks.of(site)))
+            place, sums = placed(surgeon, site)
+            surgeon.graft(
+                place,
+                lambda at, own, more=more, sums=sums: TinyAttentionOperator(at, own, *more, sums),
+                config,
+                (*place.places, block),
+            )
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        a, d = config.width, width_of(site)
+        return config.modules * (4 * a * d + 4 * a * a + 7 * a + 3 * d)
+
+
+def placed(surgeon: Surgeon, site: Site) -> tuple[BranchSite, bool]:
+    """Return the end of an attention with the places where its stream is, and whether the stream is what ends there.
+
+    Raises:
+        UnsupportedSite: what the block adds to the stream is not known.
+    """
+    end = surgeon.resolver.end_of(site.module_path)
+    if end is not None and end.entered is not None:  # by a norm, of which the stream goes on
+        norm = replace(surgeon.resolver.site(end.entered, "weight", "norm"), form=JOINED)
+        return BranchSite(**vars(site), width=width_of(site), places=(norm,)), False
+    if end is None or (end.rest and end.left is None):
+        raise UnsupportedSite(
+            f"{site.path}: the block drops or scales what attention returns by code of its own, so the stream behind "
+            "it is not known; exclude= this block"
+        )
+    return branch(surgeon, site, before_norm=True), bool(end.rest)
