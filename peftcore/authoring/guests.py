@@ -57,6 +57,7 @@ class GuestNetwork(nn.Module):
 
         Raises:
             ConfigError: the config has no such size, or a guest of these would be larger, or is none.
+            UnsupportedSite: its layers would have no attention.
         """
         super().__init__()
         config = _changed(stack, sizes)
@@ -192,7 +193,7 @@ def _changed(stack: nn.Module, sizes: Mapping[str, int]) -> Any:
         if isinstance(value, list) and len(value) == before:  # an entry for each layer
             setattr(config, name, value[:count])
     if _has_attention(stack.config) and not _has_attention(config):
-        raise ConfigError(f"the first {count} layers of {plain_class(stack).__name__} have no attention: take more")
+        raise UnsupportedSite(f"the first {count} layers of {plain_class(stack).__name__} have no attention: take more")
     return config
 
 

@@ -125,6 +125,7 @@ def interrupted(method: type[Method], stop: int | None) -> type[Method]:
         "Config": method.Config,
         "tags": method.tags,
         "target": method.target,
+        "alternatives": method.alternatives,
         "inject": inject,
     }
     members |= {"parameter_count": staticmethod(method.parameter_count), "trainable": trainable}

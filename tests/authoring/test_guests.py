@@ -140,7 +140,7 @@ def test_what_is_refused() -> None:
         peftcore.apply(HOSTS["gpt2"].build()[0], HostWithGuest, width=9)
     sizes = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2}
     hybrid = transformers.Qwen3NextConfig(**sizes, intermediate_size=24, num_experts=2, pad_token_id=0)
-    with pytest.raises(ConfigError, match="first 1 layers of Qwen3NextModel have no attention"):
+    with pytest.raises(UnsupportedSite, match="first 1 layers of Qwen3NextModel have no attention"):
         peftcore.apply(transformers.Qwen3NextForCausalLM(hybrid), HostWithGuest)
     sizes = {"decoder_layers": 2, "decoder_attention_heads": 2, "decoder_ffn_dim": 24, "is_decoder": True}
     decoder = transformers.BartConfig(vocab_size=40, d_model=16, **sizes)

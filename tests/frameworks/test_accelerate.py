@@ -19,7 +19,7 @@ accelerate = pytest.importorskip("accelerate")
 
 METHODS = ("lora", "dora", "ia3", "houlsby_adapter", "bitfit", "ln_tuning", "adalora")
 OPTIONS: dict[str, dict[str, Any]] = {"bitfit": {"add_missing_bias": True}}
-READ = ["BottleneckOperator"]
+READ = ["SerialOperator"]
 """Operators whose children's weights are read, not called: accelerate loads these with their parent on request."""
 
 

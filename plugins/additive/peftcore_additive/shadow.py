@@ -55,7 +55,7 @@ from peftcore import (
     guest_network,
     head_sites,
 )
-from peftcore.errors import ConfigError, MissingContext, SequenceError
+from peftcore.errors import ConfigError, MissingContext, SequenceError, UnsupportedSite
 from peftcore_additive._shadow import GuestLoss, copied
 
 OF_THE_GUEST = ("layers", "sizes", "own_table", "guest_weight")
@@ -145,7 +145,7 @@ class Shadow(Method):
         sites = sorted(block_sites(surgeon), key=lambda site: site.depth)
         stack = TokenStacks(surgeon).around(sites)
         if sites[0].width != stack.out_features:
-            raise ConfigError(f"{stack.path} embeds tokens {stack.out_features} wide, and blocks are {sites[0].width}")
+            raise UnsupportedSite(f"{stack.path} embeds tokens {stack.out_features} wide, blocks are {sites[0].width}")
         guest = guest_network(surgeon, stack, {**config.sizes, "num_hidden_layers": config.layers}, config.own_table)
         states = [Tap(until_backward=True) for _ in sites]  # what the shadow was at each block
         surgeon.graft(stack, lambda at: GuestOperator(at, guest, states[0]))

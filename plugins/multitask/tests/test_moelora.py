@@ -22,7 +22,8 @@ OPTIONS: dict[str, Any] = {"experts": EXPERTS, "rank": 4, "alpha": 3.0, "tasks":
 NUMBERS = Path(__file__).parent / "numbers" / "moelora.json"
 
 
-@conformance("moelora", options={"*": {**OPTIONS, "task": 1}})
+# On BERT three steps of a small update move the gates of the last keys by less than float32 has.
+@conformance("moelora", options={"*": {**OPTIONS, "task": 1}, "bert": {"alpha": 480.0}})
 def test_conformance(check: Callable[[], None]) -> None:
     check()
 
