@@ -86,8 +86,8 @@ class PrefixPropagation(Method):
     tags = Tags(category="additive", paper="2305.12086", identity_at_init=False, per_row=False, random=True)
     learning_rate = LearningRate(
         7e-3,
-        "MonliH/prefix-propagation@fc868c5, run_script/hyperpartisan_longformer_propagation.sh, the first of six",
-        on="Longformer-base, Hyperpartisan",
+        "MonliH/prefix-propagation@fc868c5, run_script/hyperpartisan_longformer_propagation.sh",
+        on="Longformer-base, Hyperpartisan, the first of six",
     )
     target = "stack"
 
