@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from kinds_of_layers import LAYERS, OneLayer
 from peft_pairs import difference
 from torch import Tensor, nn
 
@@ -66,35 +67,19 @@ def test_defaults_are_those_of_the_authors_script() -> None:
         assert (len(op.A), len(op.B), len(op.gate), op.scale, op.dropout.p) == (4, 4, 4, 8.0, 0.05)
 
 
-LAYERS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
-    "linear": lambda: (nn.Linear(12, 8), torch.randn(2, 3, 12)),
-    "conv2d": lambda: (nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=(1, 0)), torch.randn(2, 4, 7, 6)),
-    "embedding": lambda: (nn.Embedding(20, 6), torch.tensor([[0, 3, 5], [1, 1, 19]])),
-}
-
-
 @pytest.mark.parametrize("kind", LAYERS)
 def test_the_equation(kind: str) -> None:
     """Each head as a layer of its own, with its effective weight; their changes weighted position by position."""
-    torch.manual_seed(0)
-    layer, x = LAYERS[kind]()
-    base = nn.Sequential(layer).double()
-    x = x.double() if x.is_floating_point() else x
-    model = deepcopy(base).eval()
+    host = OneLayer(kind)
+    x, channels, model = host.x, host.channels, deepcopy(host.model)
     injection = peftcore.apply(model, "hydralora", **OPTIONS, dtype="float64")
     fill(injection)
     (op,) = injection.operators.values()
-    plain, channels = base(x), 1 if kind == "conv2d" else -1
+    plain = host.model(x)
 
-    def with_weight(weight: Tensor) -> Tensor:
-        twin = deepcopy(base)
-        twin[0].weight.data = weight.T if kind == "embedding" else weight
-        twin[0].bias = None
-        return twin(x).movedim(channels, -1)
-
-    shares = with_weight(op.gate.detach()).exp()
+    shares = host.with_weight(op.gate.detach()).exp()
     shares = shares / shares.sum(-1, keepdim=True)
-    heads = [with_weight(torch.einsum("or,r...->o...", B, op.A).detach()) for B in op.B]
+    heads = [host.with_weight(torch.einsum("or,r...->o...", B, op.A).detach()) for B in op.B]
     expected = plain.movedim(channels, -1) + ALPHA / RANK * sum(shares[..., e, None] * heads[e] for e in range(HEADS))
     assert difference(model(x), plain) > 1e-3
     torch.testing.assert_close(model(x).movedim(channels, -1), expected, rtol=1e-10, atol=1e-10)

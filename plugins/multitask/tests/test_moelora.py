@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft_pairs import difference
+from told_tasks import assert_beams_keep_the_tasks_of_their_rows
 from torch import Tensor, nn
 
 import peftcore
@@ -104,15 +105,7 @@ def test_beams_keep_the_tasks_of_their_rows() -> None:
     with torch.no_grad():
         for parameter in injection.parameters():
             parameter.normal_(0, 1)
-    ids = inputs["input_ids"]
-    options = {"num_beams": 3, "max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
-    with peftcore.call(model, task=[2, 0]):
-        together = model.generate(ids, **options)
-    for row, task in enumerate((2, 0)):
-        with peftcore.call(model, task=task):
-            assert torch.equal(model.generate(ids[row : row + 1], **options)[0], together[row])
-    with peftcore.call(model, task=1):
-        assert not torch.equal(model.generate(ids, **options), together)
+    assert_beams_keep_the_tasks_of_their_rows(model, inputs["input_ids"], [2, 0])
 
 
 def test_defaults_and_what_is_refused() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from kinds_of_layers import LAYERS, OneLayer
 from peft_pairs import difference
 from torch import Tensor, nn
 
@@ -58,38 +59,22 @@ def test_numbers_of_the_authors() -> None:
         assert difference(value.flatten(), torch.tensor(numbers[name], dtype=torch.float64)) < 1e-6, name
 
 
-LAYERS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
-    "linear": lambda: (nn.Linear(12, 8), torch.randn(2, 3, 12)),
-    "conv2d": lambda: (nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=(1, 0)), torch.randn(2, 4, 7, 6)),
-    "embedding": lambda: (nn.Embedding(20, 6), torch.tensor([[0, 3, 5], [1, 1, 19]])),
-}
-
-
 @pytest.mark.parametrize("kind", LAYERS)
 def test_the_equation(kind: str) -> None:
     """Each expert as a layer of its own, with its effective weight; position by position, all but the two largest gates
     are left out."""
-    torch.manual_seed(0)
-    layer, x = LAYERS[kind]()
-    base = nn.Sequential(layer).double()
-    x = x.double() if x.is_floating_point() else x
-    model = deepcopy(base).eval()
+    host = OneLayer(kind)
+    x, channels, model = host.x, host.channels, deepcopy(host.model)
     injection = peftcore.apply(model, "mola", **OPTIONS, dtype="float64")
     fill(injection)
     op: Any = injection.operators["0"]
-    plain, channels = base(x), 1 if kind == "conv2d" else -1
+    plain = host.model(x)
 
-    def with_weight(weight: Tensor) -> Tensor:
-        twin = deepcopy(base)
-        twin[0].weight.data = weight.T if kind == "embedding" else weight
-        twin[0].bias = None
-        return twin(x).movedim(channels, -1)
-
-    shares = with_weight(op.router.detach()).exp()
+    shares = host.with_weight(op.router.detach()).exp()
     second = shares.sort(-1).values[..., -2:-1]
     shares = torch.where(shares >= second, shares, 0)
     shares = shares / shares.sum(-1, keepdim=True)
-    parts = [with_weight(torch.einsum("or,r...->o...", op.B[e], op.A[e]).detach()) for e in range(EXPERTS)]
+    parts = [host.with_weight(torch.einsum("or,r...->o...", op.B[e], op.A[e]).detach()) for e in range(EXPERTS)]
     expected = plain.movedim(channels, -1) + 1.5 * sum(shares[..., e, None] * parts[e] for e in range(EXPERTS))
     assert difference(model(x), plain) > 1e-3
     torch.testing.assert_close(model(x).movedim(channels, -1), expected, rtol=1e-10, atol=1e-10)

@@ -11,6 +11,7 @@ import peft
 import pytest
 import torch
 from peft_pairs import ADAPTER, Both, Pair, difference
+from told_tasks import assert_beams_keep_the_tasks_of_their_rows
 from torch import Tensor, nn
 
 import peftcore
@@ -150,15 +151,7 @@ def test_beams_keep_the_tasks_of_their_rows(host: str) -> None:
     with torch.no_grad():
         for parameter in injection.parameters():
             parameter.normal_(0, 1)
-    ids = inputs["input_ids"]
-    options = {"num_beams": 3, "max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
-    with peftcore.call(model, task=[3, 0]):
-        together = model.generate(ids, **options)
-    for row, task in enumerate((3, 0)):
-        with peftcore.call(model, task=task):
-            assert torch.equal(model.generate(ids[row : row + 1], **options)[0], together[row])
-    with peftcore.call(model, task=1):
-        assert not torch.equal(model.generate(ids, **options), together)
+    assert_beams_keep_the_tasks_of_their_rows(model, inputs["input_ids"], [3, 0])
 
 
 LAYERS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
