@@ -310,7 +310,7 @@ def test_what_cannot_be_merged(llama: Path, causal: nn.Module, encoder: Path, ad
     assert "prefix_tuning makes no change of weights" in refused("merge", llama, "prefix", "--out", "x")
     assert "belongs to another base" in refused("merge", encoder, adapter, "--out", "x")
     assert "does not exist" in refused("merge", llama, "nothing", "--out", "x")
-    assert "it has no config.json" in refused("merge", adapter, adapter, "--out", "x")
+    assert "holds no model" in refused("merge", adapter, adapter, "--out", "x")
     assert "is no pipeline" in refused("merge", llama, adapter, "--out", "x", "--component", "unet")
     for weights in ("1,2", "a", "nan", ""):
         assert "--weights" in refused("merge", llama, adapter, "--out", "x", "--weights", weights)

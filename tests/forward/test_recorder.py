@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore import Injection, activate, call, route
-from peftcore.errors import AmbiguousBackward
+from peftcore.errors import AmbiguousBackward, TrainingError
 from peftcore.forward.context import graph_task, repeating
 
 MODES = pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
@@ -210,14 +210,15 @@ def test_losses_of_operators_count_once(reentrant: bool) -> None:
         injection = peftcore.apply(model, TapMethod)
         fill(injection, 5)
         ids = token_ids(3)
+        if reentrant and results:  # a loss made inside a reentrant checkpoint has no graph: its gradient would be lost
+            with pytest.raises(TrainingError, match="a block adds a loss of the adapter's own"):
+                model(ids, labels=ids)
+            return
         output = model(ids, labels=ids)["loss"]
         output.backward()
         results.append([output.detach(), *gradients(injection)])
     for expected, actual in zip(*results, strict=True):
-        if reentrant:  # a loss made inside a reentrant checkpoint has no graph: its value counts, its gradient is lost
-            continue
         torch.testing.assert_close(actual, expected)
-    torch.testing.assert_close(results[0][0], results[1][0])
 
 
 def test_records_die_with_their_graphs() -> None:

@@ -132,4 +132,6 @@ def parts(module: nn.Module) -> dict[str, nn.Module]:
 
 def unreadable(folder: Path | str, what: str, error: Exception) -> BadInput:
     reason = " ".join(str(error).split())
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        reason = f"{reason}: pip install {error.name.partition('.')[0]}"
     return BadInput(f"{folder}: cannot load a {what} from it ({reason[:300]})")

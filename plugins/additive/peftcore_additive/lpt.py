@@ -16,11 +16,9 @@ code; with rotary positions P stands in front of the first token.
 
 In a decoder P is made of the prompt, and earlier tokens of the prompt see it too. Where the prompt ends say labels (it
 is what comes before the first) or ``peftcore.call(model, prompt_length=...)``; what does not say it is refused. It is
-made once and stays in the cache. In encoder-decoder models it stands in the encoder.
+made once and stays in the cache. In encoder-decoder models it stands in the encoder. Never identity.
 
-Never identity. Parameters: (d + 1) hidden + (hidden + 1) length d, of pooling (d + 1) hidden + (hidden + 1) d, of None
-length * d.
-
+Parameters: (d + 1) hidden + (hidden + 1) length d, of pooling (d + 1) hidden + (hidden + 1) d, of None length * d.
 Use it for classification where training time and memory count: backward ends at block m. Not where tokens of generated
 text need it everywhere (prefix_tuning acts in every layer), nor for adapters of rows in one batch.
 """
@@ -87,12 +85,8 @@ class LPTOperator(InnerRows):
         self.dropout = nn.Dropout(config.dropout)
 
     def rows_at(self, depth: int, states: Tensor, rows: Tensor, given: Mapping[str, Any]) -> Tensor:
-        """Return the prompt of each text.
-
-        Raises:
-            MissingContext: nothing says where the prompt of a text ends that is labelled from its first token on.
-            SequenceError: a prompt does not come at once.
-        """
+        """Return the prompt of each text; raises MissingContext where nothing says where it ends, and SequenceError
+        where it does not come at once."""
         if self.generator is None:
             return self.prompt
         self.check_here(self.down.weight, states)
@@ -117,9 +111,8 @@ class LPTOperator(InnerRows):
         if isinstance(told, int) and self.causal and told > batch[1]:
             raise SequenceError(f"{batch[1]} tokens are less than a prompt of {told}, which has to come at once")
         found = self.positions.positions(states, given, self.training)
-        chosen = (found[0] | found[1] if found else torch.ones(batch, dtype=torch.bool, device=states.device)).expand(
-            batch
-        )
+        every = torch.ones(batch, dtype=torch.bool, device=states.device)
+        chosen = found[0].logical_or(found[1]).expand(batch) if found else every
         whole = told is None and self.positions.generates and isinstance(labels, Tensor) and labels.shape == batch
         if whole and not torch.compiler.is_compiling() and bool((chosen & (labels != -100)).any()):
             raise MissingContext(

@@ -11,12 +11,9 @@ biases at zero: near the identity. All of this as the adapters package has it (i
 A model is post-norm when no norm stands behind its blocks; torch's own layers say what they are. An operator's
 `placement` tells the verdict; where it is wrong (wav2vec2 looks the same with `do_stable_layer_norm` and without),
 choose it. Many later papers call a bottleneck on o itself "Pfeiffer": that is "branch", and stands at any target.
-
-Adapter+ (Steitz and Roth 2024, arXiv 2406.06820; `adapter_plus`) is placement="pre" with a scale for each channel, with
-stochastic depth, and with a narrower start: y = x + o + g * (W_up f(W_down u + b_down) + b_up), g = 1 at the start.
-
-Parameters: 2 d r + r + d a layer, with a learned `scale` 1 or d more.
-
+Adapter+ (Steitz and Roth 2024, arXiv 2406.06820; `adapter_plus`) is placement="pre" with a scale g = 1 at the start for
+each channel, stochastic depth, and a narrower start. Parameters: 2 d r + r + d a layer, with a learned `scale` 1 or d
+more.
 Use it where a Houlsby adapter would do, at half its size; adapters for languages and tasks are stacked so.
 """
 

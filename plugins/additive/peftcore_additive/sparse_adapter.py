@@ -9,24 +9,18 @@ The (1 - `sparsity`) share of the weights with the highest s stays, in one ranki
 are not pruned. snip and grasp look once at ``data=`` in evaluation, with gradients summed over the batches; all scores
 are those of the start, so what stays begins with its own draw. Only that is stored and trained: one vector for all
 adapters and its places, so no momentum or weight decay wakes what was pruned.
-
 The code decides where the paper is open (Shwai-He/SparseAdapter): grasp keeps the largest w (H g), whose removal would
 lower the norm of the gradient most. There is a norm of its own in front of W_down, dropout on f's output, and both
-matrices start from N(0, 0.02). The code's attention adapter stands in front of the host's dropout and that of the
-feed-forward behind it; here `joins` says it for both. Its fifth score, synflow, feeds ones to the adapters: behind a
-norm these are zeros, so it ranks nothing, and is left out.
+matrices start from N(0, 0.02). Its attention adapter stands in front of the host's dropout, that of the feed-forward
+behind it; here `joins` says it for both. Its score synflow is zero behind the norm, and left out.
 
-Parameters: (1 - sparsity) of the 2 d r of all adapters, in one vector, r + d an adapter, and with `norm` 2 d more; the
-file has the places besides, 4 bytes each.
-
+Parameters: (1 - sparsity) of the 2 d r of all adapters, and r + d an adapter, with `norm` 2 d more; and their places.
 Use it where a `houlsby_adapter` is too large to store, or a wider one is wanted at the same size: the paper's
-Large-Sparse doubles `bottleneck` and prunes half. It is not faster: the matrices are made whole for each forward.
-"""
+Large-Sparse doubles `bottleneck` and prunes half. It is not faster: matrices are made whole for each forward."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
 from itertools import accumulate
 from typing import Annotated, Any, Literal, Self
 
@@ -39,7 +33,6 @@ from peftcore import (
     AppliedMethod,
     AtBranchEnd,
     Batches,
-    Checked,
     Joins,
     LearningRate,
     Method,
@@ -52,6 +45,7 @@ from peftcore import (
 )
 from peftcore.errors import CalibrationError, ConfigError
 from peftcore_additive._bottleneck import ACTIVATIONS, width_of
+from peftcore_additive._kept import Kept, drawn
 from peftcore_additive._scores import SCORES
 
 
@@ -72,60 +66,17 @@ class Config(MethodConfig):
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
     """Probability with which the bottleneck's numbers are dropped in training."""
     joins: Joins = "stream"
-    """Where it reads and adds: behind what the host does to a branch's output (dropout, layer scale, stochastic depth),
-    or at the branch's last matrix, in front of that."""
+    """Where it reads and adds: behind what the host does to a branch's output, or at its last matrix."""
     init_std: NonNegativeFloat = 0.02
     """Standard deviation of W_down at the start."""
     up_init_std: NonNegativeFloat = 0.02
-    """Standard deviation of W_up at the start; 0 makes a fresh adapter an exact identity, and goes with a random score
-    alone."""
+    """Standard deviation of W_up at the start; 0 makes an exact identity, and goes with a random score alone."""
 
     @model_validator(mode="after")
     def _ranks(self) -> Self:
         if self.score != "random" and not (self.init_std and self.up_init_std):
             raise ValueError(f"score={self.score!r} ranks nothing where a matrix starts at zero; take score='random'")
         return self
-
-
-class Kept(Checked):
-    """The weights that stay, and their places in all adapters one after the other, ascending."""
-
-    index: Tensor
-
-    def __init__(self, total: int, count: int) -> None:
-        super().__init__()
-        self.total = total
-        self.values = nn.Parameter(torch.zeros(count))
-        self.register_buffer("index", torch.randperm(total)[:count].sort().values.to(torch.int32))
-
-    @torch.no_grad()
-    def take(self, start: Tensor, score: Tensor | None = None) -> None:
-        """Take the starts of the weights that stay: those with the highest scores, or those that were drawn."""
-        start = start.to(self.values)
-        if score is not None:
-            self.index.copy_(score.topk(len(self.index)).indices.sort().values)
-        self.values.copy_(start[self.index.long()])
-
-    def wrong_values(self, values: Mapping[str, Tensor]) -> Iterator[str]:
-        index = values.get("index")
-        if index is not None and not (index.diff().gt(0).all() and int(index[0]) >= 0 and int(index[-1]) < self.total):
-            yield f"index does not hold ascending places in {self.total} weights"
-
-    def between(self, first: int, size: int, device: torch.device) -> Tensor:
-        """Return `size` of all weights, from the first on, with zeros where they were pruned."""
-        values, index = (each.to(device) for each in (self.values, self.index))
-        # How many places lie here is only known on the device, but not more than this; the rest go behind the end.
-        order = torch.searchsorted(index, first) + torch.arange(min(len(index), size), device=device)
-        found = order.clamp(max=len(index) - 1)
-        place = index[found].long() - first
-        place = torch.where((order < len(index)) & (place < size), place, size)
-        return values.new_zeros(size + 1).scatter(0, place, values[found])[:size]
-
-
-def drawn(width: int, config: Config) -> Tensor:
-    """Draw both matrices of an adapter, flat, W_down first."""
-    stds = (config.init_std, config.up_init_std)
-    return torch.cat([torch.randn(width * config.bottleneck) * std for std in stds])
 
 
 class SparseOperator(AtBranchEnd):
@@ -142,10 +93,9 @@ class SparseOperator(AtBranchEnd):
 
     def adapt(self, h: Tensor) -> Tensor:
         channels = self.layer.channel_dim
-        return h + self.bottleneck(h.movedim(channels, -1)).movedim(-1, channels)
+        return h + self._mapped(h.movedim(channels, -1)).movedim(-1, channels)
 
-    def bottleneck(self, h: Tensor) -> Tensor:
-        """Map [..., d] to [..., d] through r numbers."""
+    def _mapped(self, h: Tensor) -> Tensor:
         size = 2 * self.width * len(self.down_bias)
         flat = self.kept.module.between(self.first, size, h.device) if self.whole is None else self.whole
         flat, down_bias, up_bias = self.cast(h, flat, self.down_bias, self.up_bias)
@@ -178,7 +128,6 @@ class SparseAdapter(Method):
     )
     target = ("attn.output", "mlp.output")
     alternatives = OUTPUTS
-
     starts: list[Tensor]
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:

@@ -9,9 +9,8 @@ lets it see: no padding, and in causal stacks no later tokens; keys and values o
 own in its cache.
 
 W_2 and b_2 start as torch's layers do, times 0.01. With `modules` n of them stand one behind the other, each times 1/n,
-as the code trains n heads to average their tensors afterwards; here they stay n.
-
-Parameters: n (4 a d + 4 a^2 + 7 a + 3 d) a layer: 5,387 with a = n = 1 in RoBERTa-base.
+as the code trains n heads to average their tensors afterwards; here they stay n. Parameters: n (4 a d + 4 a^2 + 7 a +
+3 d) a layer: 5,387 with a = n = 1 in RoBERTa-base.
 
 Use it where context has to be weighed anew and parameters are few; not where latency counts: it cannot be merged
 (`lora` can), and attends once more in every layer. `houlsby_adapter` is its kin that sees one token.
@@ -19,12 +18,10 @@ Use it where context has to be weighed anew and parameters are few; not where la
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Annotated, Any, Literal, Self
 
-import torch
 from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
@@ -41,16 +38,16 @@ from peftcore import (
     TokenStacks,
     VisibleTokens,
     block_depths,
-    branch,
     cached_tokens,
     stack_path,
 )
 from peftcore.errors import MissingContext, UnsupportedSite
 from peftcore_additive._bottleneck import width_of
-from peftcore_additive._side import held_by, side_layers
+from peftcore_additive._side import held_by
+from peftcore_additive._tiny_attention import JOINED, Room, TinyAttention, placed
 
-AROUND, JOINED = "around", "joined"
-"""The forms of the site of the block, and of the norm behind the sum of stream and attention."""
+AROUND = "around"
+"""The form of the site of the block."""
 
 
 class Config(MethodConfig):
@@ -75,55 +72,8 @@ class Config(MethodConfig):
         return self
 
 
-class TinyAttention(nn.Module):
-    """One attention beside the stream: what it adds."""
-
-    def __init__(self, features: int, config: Config) -> None:
-        super().__init__()
-        self.heads, self.dropout = config.heads, config.dropout
-        self.norm = nn.LayerNorm(features)
-        self.down = nn.Linear(features, 3 * config.width)
-        self.attention = nn.MultiheadAttention(config.width, config.heads)  # for its tensors and their start
-        self.up = nn.Linear(config.width, features)
-        with torch.no_grad():
-            for tensor in self.up.parameters():
-                tensor.mul_(config.out_scale)
-
-    def forward(self, h: Tensor, visible: Tensor, cache: Any = None) -> Tensor:
-        """Map ``[batch, tokens, d]``, where `visible` is True where a token is seen ``[.., 1, tokens, held + tokens]``,
-        to the same shape."""
-        given = zip(
-            self.down(self.norm(h)).chunk(3, -1),
-            self.attention.in_proj_weight.chunk(3),
-            self.attention.in_proj_bias.chunk(3),
-            strict=True,
-        )
-        parts = [nn.functional.linear(*each).unflatten(-1, (self.heads, -1)).transpose(1, 2) for each in given]
-        query, key, value = parts  # [batch, heads, tokens, a / heads]
-        if cache is not None:
-            key, value = cache.update(key, value)
-        dropout = self.dropout if self.training else 0.0
-        seen = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=visible, dropout_p=dropout)
-        added: Tensor = self.up(self.attention.out_proj(seen.transpose(1, 2).flatten(-2)))
-        return added
-
-
-@dataclass(frozen=True)
-class Room:
-    """Where keys and values of earlier tokens lie: layers of the model's cache behind its own."""
-
-    count: int
-    blocks: int
-    stamp: str = field(default_factory=lambda: uuid.uuid4().hex, compare=False)
-
-    def layers(self, given: dict[str, Any]) -> list[Any]:
-        """Return them, by the arguments of a block; none without a cache."""
-        return side_layers(given, self.stamp, self.count, self.blocks)
-
-
 class TinyAttentionOperator(Bypass):
-    """The attentions behind that of one block. In post-norm hosts they act behind a norm, elsewhere where the branch
-    ends, beside the stream that goes past it."""
+    """The attentions behind that of one block: behind a norm in post-norm hosts, elsewhere where the branch ends."""
 
     observes = Bypass.observes | {AROUND}
 
@@ -132,9 +82,7 @@ class TinyAttentionOperator(Bypass):
     ) -> None:
         super().__init__(site)
         if site.order is not None:
-            raise UnsupportedSite(
-                f"{site.path}: what attention returns joins the stream in another order of dimensions"
-            )
+            raise UnsupportedSite(f"{site.path}: attention joins the stream in another order of dimensions")
         self.names, self.depth = block.arguments, depth
         self.visible, self.sums = visible, sums
         self.series = nn.ModuleList(TinyAttention(width_of(site), config) for _ in range(config.modules))
@@ -146,10 +94,7 @@ class TinyAttentionOperator(Bypass):
             return self._at_block
         if form == JOINED:
             return self._at_joined
-        return self._past if self.joined else super().at(form, module)
-
-    def _past(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return call(*args, **kwargs)
+        return (lambda call, *args, **kwargs: call(*args, **kwargs)) if self.joined else super().at(form, module)
 
     def _at_block(self, call: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         given = {**dict(zip(self.names[1:], args, strict=False)), **kwargs}
@@ -167,7 +112,7 @@ class TinyAttentionOperator(Bypass):
         return super()._at_first(call, x, *args, **kwargs)
 
     def join(self, h: Tensor, read: Tensor | None, end: Callable[..., Any] | None) -> Tensor:
-        assert read is not None, "`read` returns it"
+        assert read is not None
         return h + self.added(h if self.sums else read.to(h.dtype) + h)
 
     def added(self, h: Tensor) -> Tensor:
@@ -228,21 +173,3 @@ class TinyAttentionAdapter(Method):
     def parameter_count(site: Site, config: Config) -> int:
         a, d = config.width, width_of(site)
         return config.modules * (4 * a * d + 4 * a * a + 7 * a + 3 * d)
-
-
-def placed(surgeon: Surgeon, site: Site) -> tuple[BranchSite, bool]:
-    """Return the end of an attention with the places where its stream is, and whether the stream is what ends there.
-
-    Raises:
-        UnsupportedSite: what the block adds to the stream is not known.
-    """
-    end = surgeon.resolver.end_of(site.module_path)
-    if end is not None and end.entered is not None:  # by a norm, of which the stream goes on
-        norm = replace(surgeon.resolver.site(end.entered, "weight", "norm"), form=JOINED)
-        return BranchSite(**vars(site), width=width_of(site), places=(norm,)), False
-    if end is None or (end.rest and end.left is None):
-        raise UnsupportedSite(
-            f"{site.path}: the block drops or scales what attention returns by code of its own, so the stream behind "
-            "it is not known; exclude= this block"
-        )
-    return branch(surgeon, site, before_norm=True), bool(end.rest)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def largest(scores: Tensor, kept: float) -> Tensor:
@@ -26,3 +28,14 @@ def from_bits(stored: Tensor, shape: torch.Size) -> Tensor:
     """Return the mask, of bool."""
     shifts = torch.arange(8, dtype=torch.uint8, device=stored.device)
     return ((stored.unsqueeze(-1) >> shifts) & 1).flatten()[: shape.numel()].view(shape).bool()
+
+
+class Prototype(nn.Module):
+    """The two maps that layers share."""
+
+    def __init__(self, width: int, config: Any) -> None:
+        super().__init__()
+        self.down, self.up = nn.Linear(width, config.bottleneck), nn.Linear(config.bottleneck, width)
+        for linear, std in ((self.down, config.init_std), (self.up, config.up_init_std)):
+            nn.init.normal_(linear.weight, std=std)
+            nn.init.zeros_(linear.bias)

@@ -27,7 +27,6 @@ counts: `houlsby_adapter` takes half of it, and `adapter_soup` averages adapters
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -50,7 +49,7 @@ from peftcore import (
     branch_end,
     by_row,
 )
-from peftcore.errors import TrainingError
+from peftcore_hybrid._consistency import logits_of, symmetric_kl
 
 
 class Config(MethodConfig):
@@ -148,35 +147,3 @@ class AdaMix(Method):
     def parameter_count(site: Site, config: Config) -> int:
         (downs, ups), d, r = copies(config), site.out_features, config.bottleneck
         return downs * (d * r + r) + ups * (d * r + d)
-
-
-def logits_of(output: Any, labelled: bool) -> Tensor:
-    """Return the logits ``[rows, classes]`` or ``[rows, tokens, classes]`` of what a model returned.
-
-    Args:
-        output: of the model.
-        labelled: whether it was given labels, so that a tuple begins with its loss.
-
-    Raises:
-        TrainingError: there are none.
-    """
-    found = output.get("logits") if isinstance(output, Mapping) else output
-    if isinstance(found, tuple) and len(found) > labelled:
-        found = found[labelled]
-    if not isinstance(found, Tensor) or found.dim() not in (2, 3):
-        raise TrainingError(
-            f"adamix compares the logits of two passes, and what this model returns ({type(output).__name__}) has none "
-            "[rows, classes] or [rows, tokens, classes]: train the model that has the head, or take consistency=0"
-        )
-    return found
-
-
-def symmetric_kl(one: Tensor, other: Tensor) -> Tensor:
-    """Return the mean of both divergences between logits ``[..., classes]``, in float32 at least: ``[...]``."""
-    precise = torch.promote_types(one.dtype, torch.float32)
-    p, q = one.to(precise).log_softmax(-1), other.to(precise).log_softmax(-1)
-    return 0.5 * (_kl(p.detach(), q) + _kl(q.detach(), p)).sum(-1)
-
-
-def _kl(target: Tensor, log_probabilities: Tensor) -> Tensor:
-    return target.exp() * (target - log_probabilities)

@@ -18,7 +18,6 @@ which has a bit in place of each score and takes them from a trained adapter, th
 
 The prototype goes on to train under its masks, or is frozen. The authors also mask LoRA and prefixes, and for several
 tasks a layer's mask is the union with one of the task; these are not here.
-
 Parameters: 2 d r + r + d of the prototype, and 2 d r scores a layer, or as many bits.
 
 Use it where many adapters are kept and each file counts; not where training has to be small: `compacter` shares parts
@@ -39,7 +38,7 @@ from torch import Tensor, nn
 from peftcore import AppliedMethod, LearningRate, Method, MethodConfig, Shared, Site, Surgeon, Tags
 from peftcore.errors import ConfigError
 from peftcore_additive.pfeiffer_adapter import AtLayerEnd, Placement, placed
-from peftcore_hybrid._masks import from_bits, largest, to_bits
+from peftcore_hybrid._masks import Prototype, from_bits, largest, to_bits
 
 MAPS = ("down", "up")
 
@@ -63,17 +62,6 @@ class Config(MethodConfig):
     """Standard deviation of D at the start."""
     up_init_std: NonNegativeFloat = 0.02
     """Standard deviation of U at the start; 0 makes a fresh adapter an exact identity."""
-
-
-class Prototype(nn.Module):
-    """The two maps that layers share."""
-
-    def __init__(self, width: int, config: Config) -> None:
-        super().__init__()
-        self.down, self.up = nn.Linear(width, config.bottleneck), nn.Linear(config.bottleneck, width)
-        for linear, std in ((self.down, config.init_std), (self.up, config.up_init_std)):
-            nn.init.normal_(linear.weight, std=std)
-            nn.init.zeros_(linear.bias)
 
 
 class ProPETLOperator(AtLayerEnd):

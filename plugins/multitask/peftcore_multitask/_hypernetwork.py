@@ -5,11 +5,14 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from peftcore import Shared, Site, Surgeon, stack_path
 from peftcore_multitask._tasks import task_count
 
 
@@ -83,3 +86,31 @@ class Network(Generators):
         here = torch.cat([layer, place]).expand(len(tasks), -1)
         z: Tensor = self.norm(self.reader(torch.cat([tasks, here], -1)))
         return z
+
+
+@dataclass(frozen=True)
+class Known:
+    """What a site shares with others: the network of its stack, and the embeddings of its layer and its place."""
+
+    network: Shared
+    layer: Shared
+    place: Shared
+
+
+def known_of(surgeon: Surgeon, site: Site, config: Any) -> Known:
+    """Return what a site shares, each named by where it is, so that it does not depend on other sites. A stack is all
+    blocks whose paths are alike but for numbers; these numbers are the layer, and what is alike in paths of sites is
+    the place."""
+    path, width = site.module_path, site.out_features
+    block = next((each.block for each in surgeon.resolver.host.at(path) if each.block is not None), None)
+    stack = "" if block is None else stack_path(block)
+    layer = ".".join(re.findall(r"\d+", path if block is None else block))
+    return Known(
+        surgeon.own(_name("network", stack, str(width)), lambda: Network(width, config)),
+        surgeon.own(_name("layer", stack, layer), lambda: Embedding(config)),
+        surgeon.own(_name("place", stack_path(path)), lambda: Embedding(config)),
+    )
+
+
+def _name(*parts: str) -> str:
+    return "/".join(filter(None, parts)).replace(".", "/").replace("*", "n")

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 import peftcore
-from peftcore import Calls, Graft, Replacement, Site, Surgeon, injections, options_of
+from peftcore import Calls, Graft, OneForward, Replacement, Site, Surgeon, injections, on_first, options_of
 from peftcore.errors import ConfigError, UnknownInjection, UnsupportedSite
 
 Members = list[list[nn.Module]]
@@ -121,3 +121,36 @@ def first_of(output: Any) -> Tensor:
     """Return a module's output, or its first entry where it is a tuple."""
     first: Tensor = output[0] if isinstance(output, tuple) else output
     return first
+
+
+def fused(
+    fusion: Any,
+    parts: list[list[Callable[..., Any]]],
+    module: nn.Module,
+    call: Callable[..., Any],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Return what a module returns where a fusion of its own parts acts: of their outputs, or of what they give it."""
+    calls = Calls(OneForward(call, module))
+    base, outputs = outputs_of(parts, calls, *args, **kwargs)
+    if not outputs:
+        return base
+    if fusion.mixes_inputs:
+        inputs = [calls.given(output) for output in outputs]
+        return calls.again(base, fusion.combine_inputs(inputs, calls.given(base), first_of(base)))
+    return on_first(base, lambda h: fusion.combine([first_of(output) for output in outputs], h))
+
+
+def mixes_inputs(site: Site, mixes: str, can: bool) -> bool:
+    """Return whether the fusion at a site mixes inputs.
+
+    Raises:
+        UnsupportedSite: it is to, and adapters do there more than to give a module another input.
+    """
+    if mixes == "inputs" and not can:
+        raise UnsupportedSite(
+            f"{site.path}: adapters do more here than to give a module another input, as they do in front of a norm "
+            'that ends a block; mixes="outputs" fuses what modules return'
+        )
+    return can and mixes != "outputs"

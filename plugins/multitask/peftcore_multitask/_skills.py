@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from peftcore import Site
 
@@ -23,3 +23,15 @@ def factors(site: Site, A: tuple[int, ...], B: tuple[int, ...], inputs: int) -> 
         bound = 1 / math.sqrt(inputs * math.prod(site.kernel))
         nn.init.uniform_(first, -bound, bound)
     return first, second
+
+
+def blocks(parts: Tensor) -> Tensor:
+    """Return ``[n * a, n * b, ...]`` with the parts ``[n, a, b, ...]`` on its diagonal, and zeros beside them."""
+    n = len(parts)
+    eye = torch.eye(n, dtype=parts.dtype, device=parts.device).view(n, 1, n, 1, *[1] * (parts.dim() - 3))
+    return (eye * parts.unsqueeze(2)).flatten(2, 3).flatten(0, 1)
+
+
+def joined(common: Tensor, own: Tensor | None) -> Tensor:
+    """Return the skills ``[splits, all, ...]``: common ones, then those of one task after the other."""
+    return common if own is None else torch.cat([common, own], 1)

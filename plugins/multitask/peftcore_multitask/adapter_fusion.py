@@ -22,7 +22,6 @@ The package's K has a bias, which adds the same to all scores of a token and can
 which changes in evaluation. It drops scores as often as the model drops attention; here that is `dropout`, 0.
 
 Parameters: 3 d^2 + d a module (2 d^2 + d without V), and those of its own parts.
-
 Use it to let a task draw on adapters that were trained apart for other tasks, and stay as they are.
 """
 
@@ -38,19 +37,16 @@ from torch import Tensor, nn
 
 from peftcore import (
     AppliedMethod,
-    Calls,
     Combiner,
     LearningRate,
     Method,
     MethodConfig,
-    OneForward,
     Site,
     Surgeon,
     Tags,
-    on_first,
 )
-from peftcore.errors import CompositionError, UnsupportedSite
-from peftcore_multitask._members import Members, first_of, of_host, of_parts, only_inputs, outputs_of
+from peftcore.errors import CompositionError
+from peftcore_multitask._members import Members, fused, mixes_inputs, of_host, of_parts, only_inputs
 from peftcore_multitask._merging import SOME, OfMergedParts
 
 ADAPTER = {"method": "pfeiffer_adapter", "placement": "branch"}
@@ -95,24 +91,7 @@ class FusionOperator(Combiner):
 
     def at(self, form: str, module: nn.Module) -> Callable[..., Any]:
         around = [[operator.at(form, module) for operator in part] for part in self.parts]
-        return functools.partial(self._fused, around, module)
-
-    def _fused(
-        self,
-        parts: list[list[Callable[..., Any]]],
-        module: nn.Module,
-        call: Callable[..., Any],
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        calls = Calls(OneForward(call, module))
-        base, outputs = outputs_of(parts, calls, *args, **kwargs)
-        if not outputs:
-            return base
-        if self.mixes_inputs:
-            inputs = [calls.given(output) for output in outputs]
-            return calls.again(base, self.combine_inputs(inputs, calls.given(base), first_of(base)))
-        return on_first(base, lambda h: self.combine([first_of(output) for output in outputs], h))
+        return functools.partial(fused, self, around, module)
 
     def combine(self, outputs: list[Tensor], base: Tensor) -> Tensor:
         return self.combine_inputs(outputs, base, base)
@@ -151,11 +130,13 @@ class AdapterFusion(OfMergedParts, Method):
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
         for site, *others in of_host(surgeon, config.adapters) if config.adapters else ():
-            mixes = _mixes_inputs(site, config, only_inputs(model, config.adapters, [site, *others]))
+            mixes = mixes_inputs(site, config.at(site.path).mixes, only_inputs(model, config.adapters, [site, *others]))
             surgeon.graft(site, functools.partial(FusionOperator, mixes_inputs=mixes), config, tuple(others))
         for site, holders, members in of_parts(surgeon, config.parts) if not config.adapters else ():
             can = all(operator.only_inputs for part in members for operator in part)
-            make = functools.partial(FusionOperator, mixes_inputs=_mixes_inputs(site, config, can), parts=members)
+            make = functools.partial(
+                FusionOperator, mixes_inputs=mixes_inputs(site, config.at(site.path).mixes, can), parts=members
+            )
             surgeon.graft(site, make, config, holders)
 
     def trainable(self, model: nn.Module, config: Config, injection: AppliedMethod) -> None:
@@ -182,21 +163,6 @@ class AdapterFusion(OfMergedParts, Method):
     def parameter_count(site: Site, config: Config) -> int:
         inside = 0 if config.adapters else OfMergedParts.parameter_count(site, config)
         return (3 if config.value else 2) * site.out_features**2 + site.out_features + inside
-
-
-def _mixes_inputs(site: Site, config: Config, can: bool) -> bool:
-    """Return whether the fusion at a site mixes inputs.
-
-    Raises:
-        UnsupportedSite: it is to, and adapters do there more than to give a module another input.
-    """
-    mixes = config.at(site.path).mixes
-    if mixes == "inputs" and not can:
-        raise UnsupportedSite(
-            f"{site.path}: adapters do more here than to give a module another input, as they do in front of a norm "
-            'that ends a block; mixes="outputs" fuses what modules return'
-        )
-    return can and mixes != "outputs"
 
 
 def _own(injection: AppliedMethod) -> list[nn.Parameter]:

@@ -25,8 +25,6 @@ where an adapter each (`pfeiffer_adapter`) is better, nor where it has to be mer
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -44,10 +42,9 @@ from peftcore import (
     Surgeon,
     Tags,
     branch_end,
-    stack_path,
 )
 from peftcore.errors import ConfigError
-from peftcore_multitask._hypernetwork import Embedding, Generators, Network, TaskTable
+from peftcore_multitask._hypernetwork import Generators, Known, TaskTable, known_of
 from peftcore_multitask._tasks import TaskConfig, Tasks
 
 ACTIVATIONS = {
@@ -86,15 +83,6 @@ class Config(TaskConfig):
     """Standard deviation of those that make gain and shift; 0 makes a fresh adapter an exact identity."""
     train_layer_norm: bool = True
     """Train the norms of the host along, as the authors do."""
-
-
-@dataclass(frozen=True)
-class Known:
-    """What a site shares with others: the network of its stack, and the embeddings of its layer and its place."""
-
-    network: Shared
-    layer: Shared
-    place: Shared
 
 
 class HyperFormerOperator(AtBranchEnd):
@@ -155,7 +143,7 @@ class HyperFormer(Method):
         sites = [site for site in surgeon.sites() if not _by_role_in_cross(surgeon, site)]
         table = surgeon.own("tasks", lambda: TaskTable(config))
         for site in sites:
-            known = _known(surgeon, site, config) if config.shared else None
+            known = known_of(surgeon, site, config) if config.shared else None
             place = branch_end(surgeon, site, config.at(site.path).joins)
             surgeon.graft(
                 place, lambda at, own, known=known: HyperFormerOperator(at, own, table, known), config, place.places
@@ -175,22 +163,3 @@ def _by_role_in_cross(surgeon: Surgeon, site: Site) -> bool:
     """Whether a site ends a cross-attention, and is there by the role of all attentions."""
     families = {entry.role.partition(".")[0] for entry in surgeon.resolver.host.at(site.module_path)}
     return site.role == "attn.output" and "cross" in families
-
-
-def _known(surgeon: Surgeon, site: Site, config: Config) -> Known:
-    """Return what a site shares, each named by where it is, so that it does not depend on other sites. A stack is all
-    blocks whose paths are alike but for numbers; these numbers are the layer, and what is alike in paths of sites is
-    the place."""
-    path, width = site.module_path, site.out_features
-    block = next((each.block for each in surgeon.resolver.host.at(path) if each.block is not None), None)
-    stack = "" if block is None else stack_path(block)
-    layer = ".".join(re.findall(r"\d+", path if block is None else block))
-    return Known(
-        surgeon.own(_name("network", stack, str(width)), lambda: Network(width, config)),
-        surgeon.own(_name("layer", stack, layer), lambda: Embedding(config)),
-        surgeon.own(_name("place", stack_path(path)), lambda: Embedding(config)),
-    )
-
-
-def _name(*parts: str) -> str:
-    return "/".join(filter(None, parts)).replace(".", "/").replace("*", "n")

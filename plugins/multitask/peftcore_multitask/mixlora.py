@@ -10,15 +10,10 @@ as their trainer has it (TUDB-Labs/MoE-PEFT). Other target modules, of attention
 W_r [experts, d], without bias, starts as N(0, 0.02), A uniform in +-1/sqrt(in), B at zero, so a fresh injection changes
 nothing (up to rounding). The router computes in float32 at least. Noise on its inputs, 0 by default there, is left out.
 
-The authors gather the tokens of each expert, and so no graph holds their loop. Here the feed-forward runs once on
-`top_k` copies of its input, and in each matrix all A are one product, of which a copy keeps the ranks of its expert:
-the shapes depend on no value. Nothing is dropped, whatever the balance. Near a tie a rounding chooses another expert,
-so two ways to the same logits (another dtype, a cache) may differ there by more than a rounding.
-
-It acts where the feed-forward is a module of its own, and not on rows of a batch apart: no per-sample adapters.
-
+The authors gather the tokens of each expert. Here the feed-forward runs once on `top_k` copies of its input, and in a
+matrix all A are one product, of which a copy keeps the ranks of its expert: nothing is dropped. Near a tie a rounding
+chooses another expert. It acts where the feed-forward is a module of its own, and not on rows of a batch apart.
 Parameters: experts * d a feed-forward, experts * rank * (in + out) a matrix of it, rank * (in + out) any other matrix.
-
 Use it for several tasks at once with room for a second forward of the feed-forward; `loramoe` costs a fraction of it.
 """
 
@@ -138,11 +133,8 @@ class UpdateOperator(Operator):
         return self.layer.add(y, low, B.transpose(0, 1).flatten(1), self.scale)
 
     def kept(self, picks: Tensor, low: Tensor) -> Tensor:
-        """Return one for the ranks of the expert of each copy, and zero for all others, in the shape of `low`.
-
-        Raises:
-            SequenceError: the matrix is given other tokens than its feed-forward.
-        """
+        """Return one for the ranks of the expert of each copy, and zero for all others, in the shape of `low`; raises
+        SequenceError where the matrix is given other tokens than its feed-forward."""
         ranks = picks.to(low.dtype).flatten(0, -2).repeat_interleave(self.A.shape[1], -1)
         times, rest = divmod(low.numel(), ranks.numel())
         if rest:

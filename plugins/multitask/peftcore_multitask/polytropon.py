@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from peftcore import MATRICES, AppliedMethod, LearningRate, Method, Router, Site, Surgeon, Tags
 from peftcore.errors import UnsupportedSite
-from peftcore_multitask._skills import factors
+from peftcore_multitask._skills import blocks, factors, joined
 from peftcore_multitask._tasks import TaskConfig, Tasks, task_count
 
 
@@ -57,18 +57,6 @@ class Config(TaskConfig):
     """Draw the weights of skills in training; False takes what evaluation takes."""
     routing_ratio: PositiveFloat = 100.0
     """The learning rate of the logits, relative to that of the skills."""
-
-
-def _blocks(parts: Tensor) -> Tensor:
-    """Return ``[n * a, n * b, ...]`` with the parts ``[n, a, b, ...]`` on its diagonal, and zeros beside them."""
-    n = len(parts)
-    eye = torch.eye(n, dtype=parts.dtype, device=parts.device).view(n, 1, n, 1, *[1] * (parts.dim() - 3))
-    return (eye * parts.unsqueeze(2)).flatten(2, 3).flatten(0, 1)
-
-
-def _joined(common: Tensor, own: Tensor | None) -> Tensor:
-    """Return the skills ``[splits, all, ...]``: common ones, then those of one task after the other."""
-    return common if own is None else torch.cat([common, own], 1)
 
 
 class PolytroponOperator(Router):
@@ -119,8 +107,8 @@ class PolytroponOperator(Router):
 
     def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
         y, channels = call(x), self.layer.channel_dim
-        A, B = self.cast(y, _joined(self.A, self.own_A), _joined(self.B, self.own_B))
-        low = self.layer.apply(x, _blocks(A.flatten(1, 2))).movedim(channels, -1)  # [..., splits * skills * rank]
+        A, B = self.cast(y, joined(self.A, self.own_A), joined(self.B, self.own_B))
+        low = self.layer.apply(x, blocks(A.flatten(1, 2))).movedim(channels, -1)  # [..., splits * skills * rank]
         batched = low.dim() > -channels
         rows = len(low) if batched else 1
         weights = self.weights(rows)
@@ -129,7 +117,7 @@ class PolytroponOperator(Router):
         w = w.view(*w.shape[: int(batched)], *[1] * (low.dim() - 1 - int(batched)), *w.shape[-2:], 1)
         low = (low.unflatten(-1, A.shape[:3]) * w).sum((-3, -2))  # [..., rank]
         low = (low[..., None, None, :] * w).flatten(-3).movedim(-1, channels)
-        return self.layer.add(y, low, _blocks(B.transpose(1, 2).flatten(2)), self.scale)
+        return self.layer.add(y, low, blocks(B.transpose(1, 2).flatten(2)), self.scale)
 
 
 class Polytropon(Method):
