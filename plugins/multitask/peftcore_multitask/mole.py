@@ -29,7 +29,7 @@ Use it where there are LoRAs for several subjects or tasks, and data for what th
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -77,6 +77,11 @@ class MoLEOperator(Router):
         gate = torch.randn(len(members), len(members) * site.out_features)
         self.gate = nn.Parameter(0.01 * nn.functional.normalize(gate, dim=-1))
         self.temperature = nn.Parameter(torch.ones(1))
+
+    def wrong_values(self, values: Mapping[str, Tensor]) -> Iterator[str]:
+        temperature = values.get("temperature")
+        if temperature is not None and not (values.get("gate", temperature).float() / temperature).isfinite().all():
+            yield "temperature holds no number that gates can be divided by"
 
     def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:  # x [..., in]
         y = call(x)
