@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from prompted_hosts import outputs
+from sines import wave
 
 import peftcore
 from peftcore.errors import ConfigError, SequenceError
@@ -26,11 +27,6 @@ SMALL = {"length": 3, "rank": 4, "max_length": 6}
 @conformance("dept", options={"*": SMALL}, context=lambda model, picture: {"prompt_length": 3})
 def test_conformance(check: Callable[[], None]) -> None:
     check()
-
-
-def wave(shape: tuple[int, ...], k: float) -> Tensor:
-    size = torch.Size(shape).numel()
-    return torch.sin(torch.arange(size, dtype=torch.float64) * k + k).view(shape)
 
 
 def host(name: str) -> Any:
@@ -89,12 +85,6 @@ def test_equation(name: str, left: bool) -> None:
         mine = ours[index] if name == "t5" else ours[index, mask[index].bool()]
         near = 1e-5 if left and name == "llama" else 1e-9  # it turns by places in float32
         torch.testing.assert_close(mine, expected if name == "t5" else expected[3:], rtol=near, atol=near)
-
-
-def outputs(name: str, model: Any, **inputs: Tensor) -> Tensor:
-    """The states of each token in BERT, which here answers for the whole text; logits elsewhere."""
-    found: Tensor = model.bert(**inputs)[0] if name == "bert" else model(**inputs).logits
-    return found
 
 
 def test_generated_tokens_get_nothing() -> None:

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from prompted_hosts import host, outputs
+from sines import wave
 from torch import Tensor
 
 import peftcore
 from peftcore.errors import UnsupportedSite
 from peftcore.testing import against, conformance, frozen
-from peftcore.testing.hosts import HOSTS
 from peftcore.testing.kit import fill
 
 NUMBERS = Path(__file__).parent / "numbers" / "idpg.json"
@@ -34,23 +35,6 @@ HOST_NAMES = ("llama", "bert", "t5", "gpt2", "moe", "mistral")
 )
 def test_conformance(check: Callable[[], None]) -> None:
     check()
-
-
-def wave(shape: tuple[int, ...], k: float) -> Tensor:
-    size = torch.Size(shape).numel()
-    return torch.sin(torch.arange(size, dtype=torch.float64) * k + k).view(shape)
-
-
-def host(name: str) -> tuple[Any, dict[str, Tensor]]:
-    torch.manual_seed(0)
-    model, inputs = HOSTS[name].build()
-    return model.double().eval().requires_grad_(False), inputs
-
-
-def outputs(name: str, model: Any, **inputs: Tensor) -> Tensor:
-    """The states of each token in BERT, which here answers for the whole text; logits elsewhere."""
-    found: Tensor = model.bert(**inputs)[0] if name == "bert" else model(**inputs).logits
-    return found
 
 
 def narrow() -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from sines import wave, waves
 from torch import Tensor, nn
 
 import peftcore
@@ -39,16 +40,6 @@ PARAMETERS = {
 @conformance("prefix_propagation")
 def test_conformance(check: Callable[[], None]) -> None:
     check()
-
-
-def wave(like: Tensor, k: float) -> Tensor:
-    return torch.sin(torch.arange(like.numel(), dtype=torch.float64) * k + k).view_as(like)
-
-
-@torch.no_grad()
-def waves(tensors: dict[str, Tensor], start: float) -> None:
-    for index, name in enumerate(sorted(tensors)):
-        tensors[name].copy_(0.5 * wave(tensors[name], start + 0.37 * index))
 
 
 def small(name: str) -> Any:
@@ -102,7 +93,7 @@ def test_numbers_of_the_authors(name: str, projection: int | None) -> None:
     torch.testing.assert_close(
         y.masked_fill(~REAL[..., None], 0).flatten(), torch.tensor(numbers["output"]).double(), rtol=1e-6, atol=1e-7
     )
-    (y.square() * wave(y, 0.3) * REAL[..., None]).sum().backward()
+    (y.square() * wave(y.shape, 0.3) * REAL[..., None]).sum().backward()
     assert set(theirs) == set(numbers["gradients"])
     for each, mine in PARAMETERS[projection].items():
         gradient, expected = own[mine].grad, torch.tensor(numbers["gradients"][each]).double()

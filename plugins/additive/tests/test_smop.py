@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from prompted_hosts import host, outputs
+from sines import wave
 
 import peftcore
 from peftcore.errors import ConfigError, UnsupportedSite
 from peftcore.testing import against, conformance, frozen
-from peftcore.testing.hosts import HOSTS
 from peftcore.testing.kit import fill
 
 NUMBERS = Path(__file__).parent / "numbers" / "smop.json"
@@ -26,23 +26,6 @@ MASKS = [[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]]
 @conformance("smop", options={"*": {"length": 3}}, context=lambda model, picture: {"prompt_length": 3})
 def test_conformance(check: Callable[[], None]) -> None:
     check()
-
-
-def wave(shape: tuple[int, ...], k: float) -> Tensor:
-    size = torch.Size(shape).numel()
-    return torch.sin(torch.arange(size, dtype=torch.float64) * k + k).view(shape)
-
-
-def host(name: str) -> tuple[Any, dict[str, Tensor]]:
-    torch.manual_seed(0)
-    model, inputs = HOSTS[name].build()
-    return model.double().eval().requires_grad_(False), inputs
-
-
-def outputs(name: str, model: Any, **inputs: Tensor) -> Tensor:
-    """The states of each token in BERT, which here answers for the whole text; logits elsewhere."""
-    found: Tensor = model.bert(**inputs)[0] if name == "bert" else model(**inputs).logits
-    return found
 
 
 def prompted(model: Any, **options: Any) -> Any:
