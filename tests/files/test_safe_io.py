@@ -29,19 +29,25 @@ from peftcore.testing import HOSTS
 
 torch.manual_seed(0)
 injection = peftcore.apply(HOSTS["mlp"].build()[0], "lora", target=["first", "second"], rank=64)
+
+
+def tell(what):  # at once: of a line that is printed, a kill may leave the half
+    os.write(1, f"{what}\\n".encode())
+
+
 for line in sys.stdin:
     number = int(line)
     if writer := os.fork():
         os.waitpid(writer, 0)
-        print("dead", flush=True)
+        tell("dead")
         continue
-    print(os.getpid(), flush=True)
+    tell(os.getpid())
     while True:
         with torch.no_grad():
             for parameter in injection.parameters():
                 parameter.fill_(number)
         injection.save(sys.argv[1])
-        print(number, flush=True)
+        tell(number)
         number += 1
 """
 
