@@ -87,7 +87,7 @@ def life(case: Case, scheme: str) -> Life:
 
 
 def _packed(case: Case, scheme: str) -> tuple[nn.Module, dict[str, Any]]:
-    model, inputs = case.fresh()
+    model, inputs = case.shallow()
     try:
         exclude = _does_not_fit if scheme in OPTIONS else None
         return peftcore.quantize(model, scheme, exclude=exclude, **OPTIONS.get(scheme, {})), inputs

@@ -166,16 +166,17 @@ def _diffusers(model: str, **sizes: Any) -> nn.Module:
     return stir(host)
 
 
-def _unet() -> tuple[nn.Module, dict[str, Any]]:
+def _unet(levels: int = 2) -> tuple[nn.Module, dict[str, Any]]:
     host = _diffusers(
         "UNet2DConditionModel",
         sample_size=8,
         in_channels=2,
         out_channels=2,
-        block_out_channels=(8, WIDTH),
+        block_out_channels=(8, WIDTH)[:levels],
         layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D")[:levels],
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D")[-levels:],
+        mid_block_type="UNetMidBlock2DCrossAttn" if levels > 1 else "UNetMidBlock2D",
         cross_attention_dim=14,
         attention_head_dim=2,
         norm_num_groups=4,
@@ -283,7 +284,7 @@ HOSTS: dict[str, Host] = {
             "mistral", _decoder("Mistral", sliding_window=3), _logits, shallow=_decoder("Mistral", 1, sliding_window=3)
         ),
         Host("vit", _vit, _logits, shallow=partial(_vit, 1)),
-        Host("unet", _unet, _sample),
+        Host("unet", _unet, _sample, shallow=partial(_unet, 1)),
         Host("dit", _dit, _sample, shallow=partial(_dit, 1)),
         Host("convnet", _convnet, _same, fallback=["stem", "grouped", "last"]),
     )
