@@ -21,7 +21,7 @@ from peftcore.injection.quantization import dequantize, scheme_class, schemes
 from peftcore.injection.quantized_layer import QuantizedLayer
 from peftcore.registry.plugins import layer_of
 from peftcore.testing.checks_training import backward, expect_same_gradients
-from peftcore.testing.kit import ALL, Case, NotApplicable, check
+from peftcore.testing.kit import ALL, Build, Case, NotApplicable, check
 from peftcore.testing.tools import findable
 
 TELLING_SCHEMES = ("nf4", "bnb-nf4")
@@ -61,17 +61,23 @@ def packed_bases_are_like_dense_ones(case: Case) -> None:
     if not names:
         raise NotApplicable("no plugin with a scheme is installed")
     for name in names if os.environ.get(ALL) == "1" else [each for each in TELLING_SCHEMES if each in names]:
-        life(case, name)
+        life(case, name, case.shallow)
 
 
-def life(case: Case, scheme: str) -> Life:
+def life(case: Case, scheme: str, build: Build | None = None) -> Life:
     """Evaluate, train, merge, save and load on a model that is quantized by `scheme`.
+
+    Args:
+        case: the method and the host.
+        scheme: the name of the scheme.
+        build: makes the model and its inputs; by default the whole host.
 
     Raises:
         CheckFailed: something is not as on a dense base.
         NotApplicable: the host has no linear layer to pack.
     """
-    model, inputs = _packed(case, scheme)
+    build = build or case.fresh
+    model, inputs = _packed(build, scheme)
     factor = PACKS_INPUTS.get(scheme, 1.0)
     injection = case.filled(model)
     codes = _read(model)
@@ -80,14 +86,14 @@ def life(case: Case, scheme: str) -> Life:
     model.train(False)
     trains = _trains(case, model, inputs, injection, f"{scheme}: ", factor)
     merges, repacks = _merges(case, model, inputs, injection, codes, f"{scheme}: ", factor)
-    _reloads(case, scheme, injection, adapted)
+    _reloads(case, scheme, build, injection, adapted)
     injection.remove()
     _expect_codes(case, model, codes, f"{scheme}: after removal")
     return Life(trains, merges, repacks)
 
 
-def _packed(case: Case, scheme: str) -> tuple[nn.Module, dict[str, Any]]:
-    model, inputs = case.shallow()
+def _packed(build: Build, scheme: str) -> tuple[nn.Module, dict[str, Any]]:
+    model, inputs = build()
     try:
         exclude = _does_not_fit if scheme in OPTIONS else None
         return peftcore.quantize(model, scheme, exclude=exclude, **OPTIONS.get(scheme, {})), inputs
@@ -184,9 +190,9 @@ def _worst(report: MergeReport) -> str:
     return f"{max(errors):.2g}" if errors else "acts on no packed weight"
 
 
-def _reloads(case: Case, scheme: str, injection: Injection, adapted: Tensor) -> None:
+def _reloads(case: Case, scheme: str, build: Build, injection: Injection, adapted: Tensor) -> None:
     with tempfile.TemporaryDirectory() as folder, findable(case.method):
         injection.save(Path(folder) / "adapter")
-        fresh, inputs = _packed(case, scheme)
+        fresh, inputs = _packed(build, scheme)
         peftcore.load(fresh, Path(folder) / "adapter")
     case.expect_close(case.quiet(fresh, inputs), adapted, f"{scheme}: output of the saved adapter")

@@ -27,8 +27,12 @@ RANKED = "one ranking goes through all sites, so one site less changes which wei
 # snip ranks by gradients, of which rounding makes others: where the kit compares precisions, the draw decides.
 @conformance(
     "sparse_adapter",
-    options={"*": {"bottleneck": 4, "score": "random"}, "encoder": {"bottleneck": 4, "score": "snip"}},
-    expected_failures={"the_start_depends_on_seed_and_path-llama": RANKED},
+    options={
+        "*": {"bottleneck": 4, "score": "random"},
+        "encoder": {"bottleneck": 4, "score": "snip"},
+        "unet": {"bottleneck": 8, "score": "random"},  # so that no adapter is pruned whole
+    },
+    expected_failures={f"the_start_depends_on_seed_and_path-{name}": RANKED for name in HOSTS if name != "encoder"},
 )
 def test_conformance(check: Callable[[], None]) -> None:
     check()

@@ -22,7 +22,14 @@ from peftcore_additive.tiny_attention_adapter import Config, TinyAttention
 NUMBERS = Path(__file__).parent / "numbers" / "tiny_attention_adapter.json"
 
 
-@conformance("tiny_attention_adapter", options={"*": {"width": 4, "heads": 2, "modules": 2}})
+WINDOWED = "where all layers have windows, masks beside a static cache show the window alone, and no padding before it"
+
+
+@conformance(
+    "tiny_attention_adapter",
+    options={"*": {"width": 4, "heads": 2, "modules": 2}},
+    expected_failures={"generation_in_other_ways_does_not_depend_on_the_cache-mistral": WINDOWED},
+)
 def test_conformance(check: Callable[[], None]) -> None:
     check()
 

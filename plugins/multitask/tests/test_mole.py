@@ -24,6 +24,11 @@ PART = {"method": "lora", "rank": 3}
 @conformance(
     "mole",
     options={"*": {"parts": [PART] * 2}, "bert": {"parts": [PART] * 3, "train_parts": False}},
+    expected_failures={
+        "every_trainable_tensor_learns-bert": "gates weigh nothing while fresh parts add nothing",
+        "every_trainable_tensor_learns-unet": "temperatures learn behind gates, and these behind what parts add: later "
+        "than in three steps in some layers",
+    },
 )
 def test_conformance(check: Callable[[], None]) -> None:
     check()

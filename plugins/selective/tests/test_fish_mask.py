@@ -33,7 +33,6 @@ ALL = "all weights train in these runs, so data has nothing to choose"
         "each_pays_for_its_own_rows-vit": PATCHES,
         "a_host_without_memory_can_be_planned-t5": MOVED,
         "an_injection_acts_only_where_it_lives-t5": TIED,
-        "factors_are_the_update-moe": "looking at data runs the host, whose grouped products know no float64",
         **{f"data_counts_where_it_is_asked_for-{name}": ALL for name in ("mlp", "encoder", "llama")},
     },
 )
