@@ -86,6 +86,7 @@ class AttentionOperator(_Base):
         super().__init__(site)
         self.geometry = site.geometry
         self.projections = site.projections
+        assert site.calls is not None, "operators are put at sites that were found"
         self.calls = site.calls
         self.calls.prepare()
 

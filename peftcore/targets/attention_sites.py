@@ -31,8 +31,8 @@ class AttentionSite(Site):
     """Its heads, key and value heads, and their widths."""
     projections: Mapping[str, Projection] = field(kw_only=True)
     """The attention's own matrices by part: "q", "k", "v", those that are there."""
-    calls: AttentionCalls = field(kw_only=True)
-    """How the module calls what computes attention."""
+    calls: AttentionCalls | None = field(kw_only=True, default=None)
+    """How the module calls what computes attention; None where a site only stands for its sizes."""
 
     @property
     def weight_shape(self) -> torch.Size:

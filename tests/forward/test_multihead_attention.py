@@ -1,4 +1,4 @@
-"""Edits in `nn.MultiheadAttention`: torch's own bias of keys and values is a prefix of one, so its numbers are torch's."""
+"""Edits in `nn.MultiheadAttention`: torch's own bias of keys and values is a prefix of one, so numbers are torch's."""
 
 from copy import deepcopy
 from typing import Any

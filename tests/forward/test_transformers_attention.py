@@ -1,4 +1,4 @@
-"""Edits in attentions of transformers: configs, implementations that are set later, an interface that is gone around."""
+"""Edits in attentions of transformers: configs, implementations that are set later, an interface that is passed by."""
 
 from pathlib import Path
 from typing import Any
