@@ -32,6 +32,9 @@ It may import `roles`, and what is below. In the order of reading:
 - `alike`: equal operators of several adapters, which run as one.
 - `batched_updates`: low-rank updates of many adapters in one product.
 - `attention`: edits inside attention.
+- `transformers_attention`: edits in attentions of transformers.
+- `multihead_attention`: edits in torch's own attention.
+- `attention_calls`: the ways in which attention modules call edits.
 - `run`: the forward of an adapted module.
 - `class_swap`: how a module gets another forward.
 """

@@ -1,10 +1,7 @@
 """Edits inside attention: keys and values in the same softmax, a second softmax, other queries.
 
-An attention module of transformers looks up, by the name of the implementation in its config, the function that
-computes ``softmax(q k^T) v``. Where edits act, the module's forward runs on a view (see `peftcore.forward.view`) with
-another config: it answers as the real one does, but names a function of ours, which runs the edits around the real
-function. Nothing global changes: the model makes its masks for the implementation that the user chose, a later
-`set_attn_implementation` counts at once, and saved configs are as they were.
+An edit stands around the function by which an attention module computes ``softmax(q k^T) v``. How the module comes to
+call an edit is the matter of `peftcore.forward.attention_calls`.
 """
 
 from __future__ import annotations
@@ -27,12 +24,11 @@ from peftcore.forward.routing import OwnRows, own_rows, put_together, rows_seen,
 from peftcore.layers.layer import Layer, Slices, bias_name, take
 
 if TYPE_CHECKING:
+    from peftcore.forward.attention_calls import AttentionCalls
     from peftcore.forward.mount import Mount
     from peftcore.forward.slot import Edits
     from peftcore.targets.attention_sites import AttentionSite
 
-SUPPORTED = ("eager", "sdpa")
-"""The implementations around which edits run: both take any mask."""
 Compute = Callable[[Tensor, Tensor, Tensor], Tensor]
 """``(query, key, value) -> output``, each ``[batch, heads, length, width]``."""
 
@@ -84,16 +80,19 @@ class AttentionOperator(_Base):
     include cached ones. `attend` is the next attention inside, at last the host's own; see `Attend`.
     """
 
+    calls: AttentionCalls
+
     def __init__(self, site: AttentionSite) -> None:
         super().__init__(site)
         self.geometry = site.geometry
         self.projections = site.projections
-        self.eager = site.eager
-        register()
+        assert site.calls is not None, "operators are put at sites that were found"
+        self.calls = site.calls
+        self.calls.prepare()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        register()  # a pickle may be loaded in a fresh process
+        self.calls.prepare()  # a pickle may be loaded in a fresh process
 
     def forward(self, attend: Attend, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Act around `attend`; returns the output of the attention, ``[batch, heads, queries, value_dim]``."""
@@ -226,8 +225,20 @@ def _chain(mounts: Iterable[Mount], host: HostAttention) -> Compute:
     return compute
 
 
-def _run(edits: Edits, host: HostAttention, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Returns output and weights; with a route, each row gets the edits of its own injection only."""
+def run_edits(
+    edits: Edits, host: HostAttention, query: Tensor, key: Tensor, value: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Returns output ``[batch, heads, queries, value_dim]`` and weights; with a route, each row gets the edits of its
+    own injection only.
+
+    Raises:
+        UnsupportedSite: the tensors have other sizes than the site.
+    """
+    if edits.slot.state.silent_layers is not None:
+        edits.slot.ran[host.module.training] = True
+    first = edits.mounts[0].operator
+    assert isinstance(first, AttentionOperator)
+    _check_shapes(first.geometry, query, key, value)
     route = edits.route
     if route is None:
         return _chain(edits.mounts, host)(query, key, value), host.weights
@@ -255,83 +266,8 @@ def _run(edits: Edits, host: HostAttention, query: Tensor, key: Tensor, value: T
     return result
 
 
-def _edited(interface: Mapping[str, Callable[..., Any]], implementation: str) -> Callable[..., Any]:
-    """Returns our attention function for one implementation of the host's."""
-
-    def attention(
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None = None,
-        **more: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        edits: Edits = module.__dict__["_peftcore_edits"]
-        if edits.slot.state.silent_layers is not None:
-            edits.slot.ran[module.training] = True
-        first = edits.mounts[0].operator
-        assert isinstance(first, AttentionOperator)
-        _check_shapes(first.geometry, query, key, value)
-        function = first.eager if implementation == "eager" else interface[implementation]
-        host = HostAttention(
-            module, function, implementation == "sdpa", key, attention_mask, more, edits.route is not None
-        )
-        output, weights = _run(edits, host, query, key, value)
-        return output.transpose(1, 2).contiguous(), weights
-
-    return attention
-
-
 def _check_shapes(geometry: Geometry, query: Tensor, key: Tensor, value: Tensor) -> None:
-    found = Geometry(query.shape[1], key.shape[1], key.shape[3], value.shape[3])
-    if found != geometry:
+    ranks = {each.dim() for each in (query, key, value)}
+    found = Geometry(query.shape[1], key.shape[1], key.shape[-1], value.shape[-1])
+    if ranks != {4} or found != geometry:
         raise UnsupportedSite(f"an attention turned out to have {found}, where its modules say {geometry}")
-
-
-def register() -> None:
-    """Register our functions with transformers, once in a process and never while a compiler traces."""
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    for implementation in SUPPORTED:
-        if _named(implementation) not in ALL_ATTENTION_FUNCTIONS:
-            ALL_ATTENTION_FUNCTIONS.register(_named(implementation), _edited(ALL_ATTENTION_FUNCTIONS, implementation))
-
-
-def _named(implementation: str) -> str:
-    return f"peftcore_{implementation}"
-
-
-class StandIn:
-    """A config that differs in the name of its attention implementation only, which is read anew each time."""
-
-    def __init__(self, config: Any) -> None:
-        self._config = config
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "_config":  # while being copied or unpickled
-            raise AttributeError(name)
-        return getattr(self._config, name)
-
-    @property
-    def _attn_implementation(self) -> str:
-        return _named(implementation_of(self._config))
-
-
-def implementation_of(config: Any) -> str:
-    """Returns the implementation that a config names.
-
-    Raises:
-        UnsupportedSite: edits cannot run around it.
-    """
-    name: str = config._attn_implementation or "eager"
-    if name not in SUPPORTED:
-        raise UnsupportedSite(
-            f"attention is edited around {' and '.join(SUPPORTED)}, not around {name!r}: "
-            'model.set_attn_implementation("sdpa")'
-        )
-    return name
-
-
-def attributes(module: nn.Module, edits: Edits) -> Mapping[str, Any]:
-    """Returns the attributes of an attention module's view that replace the module's own."""
-    return {"config": StandIn(module.config), "_peftcore_edits": edits}

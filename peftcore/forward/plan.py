@@ -82,11 +82,13 @@ class ActivePlan:
     inputs: tuple[Mount, ...] = ()
     """Operators that only change the arguments, before all but the observers."""
     attributes: Mapping[str, Any] = field(default_factory=dict)
+    run_view: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any] | None = None
+    """Runs the forward of the module's view on arguments, where that is not simply the forward of its class."""
     needs_recompute: bool = False
     """Whether forward makes tensors that must not outlive their use: it is computed again in backward."""
     packed: bool = False
     """Whether a tensor that it acts on is quantized: each effective tensor is a dense copy."""
-    runs_dense: type[nn.Module] | None = None
+    view_class: type[nn.Module] | None = None
     """The class whose forward takes the effective tensors, where the module's own cannot."""
     activation_form: ActivationForm | None = None
     """The only mount that acts on tensors, where it can act on activations instead."""
@@ -197,7 +199,7 @@ def plan_acting(
         attributes=attributes,
         needs_recompute=needs_recompute or any(mount.operator.needs_recompute for mount in weight),
         packed=packed,
-        runs_dense=next((mount.layer.runs_dense for mount in weight if mount.layer.runs_dense), None),
+        view_class=next((mount.layer.runs_dense for mount in weight if mount.layer.runs_dense), None),
         activation_form=ActivationForm.of(weight[0], attributes) if len(weight) == 1 else None,
         linear_only=all(mount.layer.called for mount in weight),
         product=_product(effects),

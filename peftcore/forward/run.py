@@ -25,7 +25,6 @@ from peftcore.contract.compositions import composed
 from peftcore.contract.operators import Factors, InputOperator
 from peftcore.forward.active_adapters import Route
 from peftcore.forward.alike import positions_alike, run_alike
-from peftcore.forward.attention import attributes
 from peftcore.forward.batched_updates import add_updates
 from peftcore.forward.context import HERE, forward_context
 from peftcore.forward.draws import draws_of
@@ -146,7 +145,9 @@ def _run_view(
     if acting.product is not None and len(args) == 1 and not kwargs:  # a token: a view takes longer than the product
         bias: Any = tensors.get("bias", module.bias)
         return F.linear(*args, acting.product.logical(tensors["weight"]), bias)
-    stand_in = view(module, tensors, acting.attributes, acting.runs_dense)
+    stand_in = view(module, tensors, acting.attributes, acting.view_class)
+    if acting.run_view is not None:
+        return acting.run_view(stand_in, args, kwargs)
     return type(stand_in).forward(stand_in, *args, **kwargs)
 
 
@@ -256,9 +257,16 @@ def _inner(
     if acting.activation_form is not None:
         return functools.partial(_activation_form, plain, slot, module, acting, acting.activation_form)
     if acting.attention:
-        edits = Edits(acting.attention, slot, route)
-        acting = replace(acting, attributes={**acting.attributes, **attributes(module, edits)})
-    if acting.effects or acting.attributes or acting.needs_recompute:
+        edits, calls = Edits(acting.attention, slot, route), acting.attention[0].operator.calls
+        attributes = {**acting.attributes, **calls.attributes(module, edits)}
+
+        def run_view(stand_in: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return calls.run(stand_in, edits, args, kwargs)
+
+        acting = replace(
+            acting, attributes=attributes, run_view=run_view, view_class=calls.view_class or acting.view_class
+        )
+    if acting.effects or acting.attributes or acting.run_view or acting.needs_recompute:
         return functools.partial(_base_call, slot, module, acting)
     return functools.partial(plain, module)
 

@@ -1,33 +1,26 @@
-"""Attention modules that can be edited: those that use transformers' attention interface, with their sizes and
-projections. All is found from the module's code, attributes and host map, before anything is changed."""
+"""Attention modules that can be edited, with their sizes and projections. All is found from the module's code,
+attributes and host map, before anything is changed."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from types import CodeType
 from typing import Any
 
 import torch
 from torch import nn
 
 from peftcore.errors import TargetError, UnsupportedSite
-from peftcore.forward.attention import Geometry, Projection, implementation_of
-from peftcore.layers.layer import plain_class
+from peftcore.forward.attention import Geometry, Projection
+from peftcore.forward.attention_calls import AttentionCalls, calls_of
 from peftcore.targets.resolver import Resolver
 from peftcore.targets.sites import Site
 
 # Names of these sizes in attention classes; the first that a module has counts.
-_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
+_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads")
 _HEAD_DIM = ("qk_head_dim", "head_dim", "attention_head_size", "key_value_proj_dim", "head_size")
 _VALUE_DIM = ("v_head_dim",)
 _GROUPS = ("num_key_value_groups",)
-
-_PER_KEY_INDICES = {"indices", "block_indices"}
-"""Arguments by which an attention picks keys by position: keys in front would shift them."""
-_DETOURS = ("reorder_and_upcast_attn",)
-"""Options of configs with which an attention bypasses its interface."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,8 +31,8 @@ class AttentionSite(Site):
     """Its heads, key and value heads, and their widths."""
     projections: Mapping[str, Projection] = field(kw_only=True)
     """The attention's own matrices by part: "q", "k", "v", those that are there."""
-    eager: Callable[..., Any] = field(kw_only=True)
-    """The attention function of the module's own file, which transformers uses for "eager"."""
+    calls: AttentionCalls | None = field(kw_only=True, default=None)
+    """How the module calls what computes attention; None where a site only stands for its sizes."""
 
     @property
     def weight_shape(self) -> torch.Size:
@@ -55,13 +48,14 @@ def locate(site: Site, resolver: Resolver) -> AttentionSite:
     Raises:
         UnsupportedSite: there is none, there are several, or it does not go through the attention interface.
     """
-    inside = [path for path in _paths(site, resolver) if _goes_through_interface(resolver.modules[path])]
+    known_calls = {path: calls_of(resolver.modules[path]) for path in _paths(site, resolver)}
+    inside = {path: calls for path, calls in known_calls.items() if calls is not None}
     if len(inside) != 1:
         found = f"has several attentions inside, {', '.join(inside)}: target one" if inside else _REASON
         raise UnsupportedSite(f"{site.path or 'the host'} {found}")
-    path = inside[0]
+    ((path, calls),) = inside.items()
     module = resolver.modules[path]
-    _check_config(path, module)
+    calls.check(path, module)
     projections = {part: _projection(resolver, path, part) for part in ("q", "k", "v")}
     known = {part: projection for part, projection in projections.items() if projection is not None}
     return AttentionSite(
@@ -75,13 +69,13 @@ def locate(site: Site, resolver: Resolver) -> AttentionSite:
         meta=site.meta,
         geometry=_geometry(path, module, known),
         projections=known,
-        eager=_eager(module),
+        calls=calls,
     )
 
 
 _REASON = (
-    "does not compute attention through transformers' attention interface (it is another library's, or computes it in "
-    "its own forward), so nothing can act between its projections and its softmax"
+    "does not compute attention through transformers' attention interface nor by torch's scaled_dot_product_attention, "
+    "so nothing can act between its projections and its softmax"
 )
 
 
@@ -89,44 +83,6 @@ def _paths(site: Site, resolver: Resolver) -> Iterator[str]:
     """Returns the paths of the site's module and of those below it."""
     top = site.module_path
     return (path for path in resolver.modules if path == top or path.startswith(f"{top}.") or not top)
-
-
-def _forward(module: nn.Module) -> Callable[..., Any]:
-    """Returns the forward of the module's own class, without decorators."""
-    forward: Callable[..., Any] = inspect.unwrap(plain_class(module).forward)
-    return forward
-
-
-def _code(module: nn.Module) -> CodeType | None:
-    return getattr(_forward(module), "__code__", None)
-
-
-def _goes_through_interface(module: nn.Module) -> bool:
-    code = _code(module)
-    return code is not None and {"get_interface", "_attn_implementation", "config"} <= set(code.co_names)
-
-
-def _check_config(path: str, module: nn.Module) -> None:
-    implementation_of(module.config)
-    named = {
-        name for each in _forward(module).__code__.co_consts for name in (each if isinstance(each, tuple) else (each,))
-    }
-    if chosen := named & _PER_KEY_INDICES:
-        raise UnsupportedSite(
-            f"{path} picks its keys by position ({', '.join(chosen)}), which keys in front would shift"
-        )
-    for option in _DETOURS:
-        if getattr(module.config, option, False):
-            raise UnsupportedSite(f"{path} goes around its attention interface with {option}=True; turn it off")
-
-
-def _eager(module: nn.Module) -> Callable[..., Any]:
-    """Returns the eager attention function of the module's file, which the forward hands to the interface."""
-    forward = _forward(module)
-    code = forward.__code__
-    name = next(name for name in code.co_names if name.endswith("eager_attention_forward"))
-    function: Callable[..., Any] = forward.__globals__[name]
-    return function
 
 
 def _projection(resolver: Resolver, path: str, part: str) -> Projection | None:

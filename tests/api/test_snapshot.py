@@ -25,6 +25,10 @@ GONE: dict[str, str] = {
         f"peftcore.{kind}(rows)": "is `slices`: rows are those of a batch"
         for kind in ("Site", "AttentionSite", "SequenceSite")
     },
+    **{
+        f"peftcore.AttentionSite{name}": "is `calls`: an attention may call its softmax in other ways, too"
+        for name in ("(eager)", ".eager")
+    },
     "peftcore.Tags.proven": WATCHED,
     "peftcore.Call": RENAMED,
     "peftcore.current_call": RENAMED,

@@ -18,7 +18,7 @@ from peftcore_additive._prefix import PrefixOperator
 LENGTH, HIDDEN = 4, 12
 
 
-@conformance("p_tuning_v2")
+@conformance("p_tuning_v2", options={"*": {"length": 5}})  # several at once leave positions of GPT-2 for tokens
 def test_conformance(check: Callable[[], None]) -> None:
     check()
 
