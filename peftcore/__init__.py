@@ -3,7 +3,15 @@
 from peftcore.algebra import merge_math
 from peftcore.algebra.adapters_as_parts import gather
 from peftcore.algebra.combining import combine, deltas, to_lora
-from peftcore.authoring.blocks import MIXERS, BlockSite, block_depths, block_sites, stack_path, with_blocks
+from peftcore.authoring.blocks import (
+    MIXERS,
+    BlockSite,
+    block_depths,
+    block_sites,
+    stack_path,
+    stream_width,
+    with_blocks,
+)
 from peftcore.authoring.branches import (
     AtBranchEnd,
     BranchSite,
@@ -220,6 +228,7 @@ __all__ = [
     "schemes",
     "self_attention_cache",
     "stack_path",
+    "stream_width",
     "to_lora",
     "using",
     "with_blocks",

@@ -11,6 +11,7 @@ from torch import nn
 
 from peftcore.errors import UnsupportedSite
 from peftcore.roles import HostEntry
+from peftcore.roles.hostmap import under
 from peftcore.surgery.surgeon import Surgeon
 from peftcore.targets.sequence_inside import WIDTHS
 from peftcore.targets.sites import Site
@@ -110,3 +111,21 @@ def _width(surgeon: Surgeon, path: str, inside: list[HostEntry]) -> int:
             if entry.role == role and entry.stream == "main":
                 return surgeon.resolver.site(entry.module, entry.tensor or "weight", role).out_features
     raise UnsupportedSite(f"{path}: nothing inside tells how wide its stream is")
+
+
+def stream_width(surgeon: Surgeon, stack: Site) -> int:
+    """Returns the width of the states that a stack of tokens returns.
+
+    Raises:
+        UnsupportedSite: the blocks have another width than the token table, so nothing tells which of them it is.
+    """
+    width, top = stack.out_features, stack.module_path
+    for entry in surgeon.resolver.host.entries:
+        if entry.role in WIDTHS and entry.stream == "main" and entry.block is not None and under(entry.block, top):
+            inside = surgeon.resolver.site(entry.module, entry.tensor or "weight", entry.role).out_features
+            if inside != width:
+                raise UnsupportedSite(
+                    f"{top or 'the host'} embeds tokens in {width} numbers, and its blocks have {inside}: nothing "
+                    "tells how wide the states are that it returns"
+                )
+    return width

@@ -39,6 +39,7 @@ from peftcore import (
     Tap,
     TokenStacks,
     forward_context,
+    stream_width,
 )
 from peftcore.errors import MissingContext, SequenceError
 from peftcore_multitask._chosen import add_shares, first_of
@@ -154,7 +155,8 @@ class XLoRA(OfMergedParts, Method):
         groups.sort(key=lambda group: order[group[0].site.module_path])
         stack = TokenStacks(surgeon).around([graft.site for graft, _ in groups])
         outputs = len(config.parts) * (len(groups) if config.layerwise else 1)
-        layers = surgeon.own("classifier", lambda: classifier(stack.out_features, outputs, config))
+        width = stream_width(surgeon, stack)
+        layers = surgeon.own("classifier", lambda: classifier(width, outputs, config))
         shares = Tap(until_backward=True)
         surgeon.graft(stack, functools.partial(ClassifierOperator, classifier=layers, shares=shares), config)
         for number, (graft, members) in enumerate(groups):
