@@ -12,6 +12,7 @@ DEPT = "ZhengxiangShi/DePT@f0266a7"
 CPT = "huggingface/peft@5d602fd, src/peft/tuners/cpt/config.py"
 HOULSBY = "google-research/adapter-bert@1a31fc6, modeling.py"
 IDPG = "CSerxy/IDPG@691b282"
+K_ADAPTER = "microsoft/K-Adapter@43651cd"
 LLAMA_ADAPTER = "OpenGVLab/LLaMA-Adapter@521a09d, alpaca_finetuning_v1/finetuning.sh"
 LPT = "xyltt/LPT@634c7b2, encoder-only"
 LST = "ylsung/Ladder-Side-Tuning@1798e82"
@@ -84,6 +85,28 @@ HELD: Held = {
     ("idpg", "dropout"): (
         0.1,
         f"{IDPG}, fairseq/modules/transformer_sentence_encoder.py: generation_dropout: float = 0.1",
+    ),
+    ("k_adapter", "layers"): (
+        None,
+        f'{K_ADAPTER}, run_pretrain_fac-adapter.sh: --adapter_list "0,11,22", of the 24 of RoBERTa-large',
+    ),
+    ("k_adapter", "width"): (
+        None,
+        f"{K_ADAPTER}, run_pretrain_fac-adapter.sh: --adapter_size 768, of the 1024 of RoBERTa-large",
+    ),
+    ("k_adapter", "depth"): (2, f"{K_ADAPTER}, run_pretrain_fac-adapter.sh: --adapter_transformer_layers 2"),
+    ("k_adapter", "heads"): (12, f"{K_ADAPTER}, fac-adapter.py: num_attention_heads: int=12"),
+    ("k_adapter", "dropout"): (
+        0.1,
+        f"{K_ADAPTER}, fac-adapter.py: attention_probs_dropout_prob: float= 0.1, and hidden_dropout_prob likewise",
+    ),
+    ("k_adapter", "fusion"): (
+        "concat",
+        f"{K_ADAPTER}, examples/run_finetune_openentity_adapter.py: '--fusion_mode', type=str, default='concat'",
+    ),
+    ("k_adapter", "identity"): (
+        False,
+        f"{K_ADAPTER}, fac-adapter.py: self.com_dense = nn.Linear(...), which starts as torch has it",
     ),
     ("llama_adapter", "length"): (10, f"{LLAMA_ADAPTER}: --adapter_len 10"),
     ("llama_adapter", "layers"): (30, f"{LLAMA_ADAPTER}: --adapter_layer 30"),
