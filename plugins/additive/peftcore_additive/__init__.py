@@ -34,6 +34,7 @@ def peftcore_methods() -> Mapping[str, str]:
         "prefix_tuning": "peftcore_additive.prefix_tuning:PrefixTuning",
         "prompt_tuning": "peftcore_additive.prompt_tuning:PromptTuning",
         "shadow": "peftcore_additive.shadow:Shadow",
+        "side_tuning": "peftcore_additive.side_tuning:SideTuning",
         "smop": "peftcore_additive.smop:SMoP",
         "sparse_adapter": "peftcore_additive.sparse_adapter:SparseAdapter",
         "ssf": "peftcore_additive.ssf:SSF",

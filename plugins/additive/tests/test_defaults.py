@@ -22,6 +22,7 @@ PROPAGATION = "MonliH/prefix-propagation@fc868c5"
 P_TUNING_V2 = "THUDM/P-tuning-v2@b1520c9"
 REFT = "stanfordnlp/pyreft@dafd099, examples/loreft"
 SHADOW = "ShadowLLM/shadow-peft@66eb2cf"
+SIDE = "jozhang97/side-tuning@dea3456"
 SMOP = "jyjohnchoi/SMoP@34da5e2"
 SPARSE = "Shwai-He/SparseAdapter@b190084"
 TINY = "cindermond/tiny-attn@03eee7e, rewriter/model"
@@ -216,6 +217,14 @@ HELD: Held = {
     ("shadow", "layers"): (1, f"{SHADOW}, src/shadow_peft/config.py: num_shadow_layers: int = 1"),
     ("shadow", "own_table"): (False, "peft 0.21: ShadowConfig.share_embeddings = True"),
     ("shadow", "guest_weight"): (0.05, f"{SHADOW}, src/shadow_peft/task_models.py: shadow_loss_weight: float = 0.05"),
+    ("side_tuning", "merge"): (
+        "alpha",
+        f"{SIDE}, tlkit/models/lifelong_framework.py: merge_method='merge_operators.Alpha'",
+    ),
+    ("side_tuning", "alpha"): (
+        0.0,
+        f"{SIDE}, tlkit/models/sidetune_architecture.py: init_value = ... if 'init_value' in alpha_kwargs else 0.0",
+    ),
     ("sparse_adapter", "bottleneck"): (
         64,
         f"{SPARSE}, examples/pytorch/text-classification/run_glue.sh: attn_bn=64",
@@ -255,7 +264,11 @@ HELD: Held = {
     ("tiny_attention_adapter", "out_scale"): (0.01, f"{TINY}/tiny_attn.py: p *= 0.01 of linear2"),
 }
 
-FREE: Free = {}
+FREE: Free = {
+    ("side_tuning", "layers"): "the authors' side networks are of convolutions; a guest has one layer, as in shadow",
+    ("side_tuning", "own_table"): "the authors' networks read images; sharing the model's table keeps the guest small",
+    ("side_tuning", "sizes"): "those of the model: nothing says by how much a side network is narrower",
+}
 
 
 @pytest.mark.parametrize(("method", "option", "row"), rows(HELD, FREE))
