@@ -121,7 +121,8 @@ class SideTuning(Method):
             raise ConfigError("side_tuning has one side network: it takes no overrides")
         sites = with_blocks(surgeon)
         stack, last = TokenStacks(surgeon).around(sites), sites[-1]
-        last = replace(last, form="activation") if last.role.startswith("norm") else last  # which is called as well
+        if (last.role or "").startswith("norm"):  # which is called as other modules are
+            last = replace(last, form="activation")
         sizes = {**config.sizes, "num_hidden_layers": config.layers}
         guest = guest_network(surgeon, stack, sizes, config.own_table, encoders=True)
         states = Tap(until_backward=True)
