@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,8 +19,9 @@ from peftcore.contract.operators import Operator, Shared
 from peftcore.errors import ConfigError, SequenceError, UnsupportedSite
 from peftcore.forward.context import Tap
 from peftcore.layers.layer import plain_class
-from peftcore.roles.stacks import CACHES, EMBEDS, IDS, arguments, cache_in
+from peftcore.roles.stacks import CACHES, EMBEDS, IDS, TokenStack, arguments, cache_in
 from peftcore.surgery.surgeon import Surgeon
+from peftcore.targets.sequence import POSITIONS
 from peftcore.targets.sites import Site
 
 LAYERS, WIDTH = "num_hidden_layers", "hidden_size"
@@ -29,8 +30,9 @@ OF_A_DECODER = "decoder_layers"
 """A size of configs in which the names of others mean the encoder."""
 NAMES = {"intermediate_size": ("intermediate_size", "ffn_dim", "n_inner")}
 """Names of sizes by which configs differ that map none of them."""
+TYPES = "token_type_ids"
 HANDED_ON = (
-    *("attention_mask", "position_ids", "cache_position", "use_cache"),
+    *("attention_mask", POSITIONS, "cache_position", "use_cache"),
     *("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"),
 )
 """Arguments of the stack that the guest gets as they are: the last ones are of batches that pack sequences."""
@@ -46,7 +48,17 @@ class GuestNetwork(nn.Module):
         table: the path of the table below the network, or where it would be.
     """
 
-    def __init__(self, stack: nn.Module, table: str, sizes: Mapping[str, int], own_table: bool) -> None:
+    def __init__(
+        self,
+        stack: nn.Module,
+        table: str,
+        sizes: Mapping[str, int],
+        own_table: bool,
+        *,
+        without: Sequence[str] = (),
+        types: bool = False,
+        position_padding: int | None = None,
+    ) -> None:
         """Build it, with values of its own.
 
         Args:
@@ -54,6 +66,9 @@ class GuestNetwork(nn.Module):
             table: the path of its token table below it.
             sizes: the options of its config that are others, by name: ``{"num_hidden_layers": 1}``.
             own_table: whether the guest has a token table of its own.
+            without: children of the stack that the guest does not have: poolers.
+            types: whether it reads the types of tokens, for which it has a table of its own.
+            position_padding: the id of padding where positions count the other tokens, as in `TokenStack`.
 
         Raises:
             ConfigError: the config has no such size, or a guest of these would be larger, or is none.
@@ -72,6 +87,10 @@ class GuestNetwork(nn.Module):
         if not self.own_table:
             above, _, name = table.rpartition(".")
             setattr(self.network.get_submodule(above), name, None)
+        theirs = {name for name, _ in stack.named_children()}.difference(without)
+        for name in [name for name, _ in self.network.named_children() if name not in theirs]:
+            setattr(self.network, name, None)
+        self.position_padding, self._handed_on = position_padding, (*HANDED_ON, TYPES) if types else HANDED_ON
         self.projection = nn.Linear(own, width, bias=False) if own != width else nn.Identity()
         self._names = arguments(type(self.network))
 
@@ -86,13 +105,17 @@ class GuestNetwork(nn.Module):
         Returns:
             What it makes of them, ``[batch, tokens, width of the stack]``, and its whole output.
         """
-        mine = {name: given[name] for name in HANDED_ON if given.get(name) is not None}
+        mine = {name: given[name] for name in self._handed_on if given.get(name) is not None}
         if cache is not None:  # which the stack fills whatever it is told
             mine |= {next(name for name in self._names if name in CACHES): cache, "use_cache": True}
         if embeds is None:
             mine[IDS] = given[IDS]
         else:
             mine[EMBEDS] = embeds.to(next(self.network.parameters()).dtype)
+            ids, padding = given.get(IDS), self.position_padding
+            if padding is not None and ids is not None and POSITIONS not in mine:  # which it would count by the ids
+                real = (ids != padding).long()
+                mine[POSITIONS] = real.cumsum(1) * real + padding
         output = self.network(**mine, return_dict=True)
         states: Tensor = self.projection(output["last_hidden_state"])
         return states, output
@@ -120,7 +143,9 @@ class GuestNetwork(nn.Module):
         self.network.load_state_dict(values)
 
 
-def guest_network(surgeon: Surgeon, stack: Site, sizes: Mapping[str, int], own_table: bool = False) -> Shared:
+def guest_network(
+    surgeon: Surgeon, stack: Site, sizes: Mapping[str, int], own_table: bool = False, *, encoders: bool = False
+) -> Shared:
     """Returns a guest beside a stack (see `TokenStacks.around`), which the injection owns as ``"guest"``.
 
     Args:
@@ -128,19 +153,27 @@ def guest_network(surgeon: Surgeon, stack: Site, sizes: Mapping[str, int], own_t
         stack: the stack.
         sizes: see `GuestNetwork`.
         own_table: whether it has a token table of its own, which trains; otherwise it shares the model's.
+        encoders: whether stacks whose tokens see later ones may have a guest too.
 
     Raises:
         ConfigError: as of `GuestNetwork`.
-        UnsupportedSite: the stack is no causal one of transformers.
+        UnsupportedSite: the stack is no causal one of transformers; with `encoders`, none of transformers.
     """
     known = next(each for each in surgeon.resolver.token_stacks() if each.path == stack.module_path)
     config = getattr(stack.module, "config", None)
     fits = getattr(config, WIDTH, None) == stack.out_features and OF_A_DECODER not in _names(config)
-    if not known.causal or not known.takes_cache or known.entry != known.path or not fits:
+    inside = [entry for entry in surgeon.resolver.host.entries if _below(entry.path, known.path)]
+    one_by_one = len({entry.block for entry in inside} - {None}) == getattr(config, LAYERS, None)
+    serves = known.takes_cache if known.causal else encoders and one_by_one  # ALBERT's one block runs several times
+    if not serves or known.entry != known.path or not fits:
+        kind = "stack" if encoders else "causal stack"
         raise UnsupportedSite(
-            f"{stack.path or 'the model'} is no causal stack of transformers that a smaller one could be made of"
+            f"{stack.path or 'the model'} is no {kind} of transformers that a smaller one could be made of"
         )
-    return surgeon.own("guest", lambda: GuestNetwork(stack.module, known.table, sizes, own_table))
+    types = any(entry.role == "embed.type" for entry in inside)
+    without = _behind_the_body(stack.module, known, [entry.module for entry in inside if entry.role != "other"])
+    build = functools.partial(GuestNetwork, without=without, types=types, position_padding=known.position_padding)
+    return surgeon.own("guest", lambda: build(stack.module, known.table, sizes, own_table))
 
 
 class GuestOperator(Operator):
@@ -172,6 +205,21 @@ class GuestOperator(Operator):
         result = call(**given)
         self.cache.keep(given, result, output)
         return result
+
+
+def _below(path: str, above: str) -> bool:
+    return not above or path.startswith(f"{above}.")
+
+
+def _behind_the_body(stack: nn.Module, known: TokenStack, used: Sequence[str]) -> list[str]:
+    """Returns the children of a stack that come behind the module with all blocks, and are not among what is `used`
+    (by path): poolers, which read finished states."""
+    if known.body == known.path:
+        return []
+    names = [name for name, _ in stack.named_children()]
+    inside = known.body.removeprefix(f"{known.path}.").partition(".")[0]
+    behind, start = names[names.index(inside) + 1 :], f"{known.path}.".lstrip(".")
+    return [name for name in behind if not any(f"{path}.".startswith(f"{start}{name}.") for path in used)]
 
 
 def _changed(stack: nn.Module, sizes: Mapping[str, int]) -> Any:

@@ -20,6 +20,7 @@ class Config(MethodConfig):
     method: Literal["host_with_guest"] = "host_with_guest"
     own_table: bool = False
     width: int = 16
+    encoders: bool = False
 
 
 class Adds(Operator):
@@ -44,7 +45,8 @@ class HostWithGuest(Method):
     def inject(self, model: nn.Module, config: Config, surgeon: peftcore.Surgeon) -> None:
         stack = TokenStacks(surgeon).around(surgeon.sites())
         sizes = {"num_hidden_layers": 1, "hidden_size": config.width}
-        guest, states = guest_network(surgeon, stack, sizes, config.own_table), Tap()
+        guest = guest_network(surgeon, stack, sizes, config.own_table, encoders=config.encoders)
+        states = Tap()
         surgeon.graft(stack, lambda at: GuestOperator(at, guest, states))
         for site in surgeon.sites("head"):
             surgeon.graft(site, lambda at: Adds(at, states))
@@ -128,6 +130,39 @@ def test_what_a_fresh_one_costs_and_computes_with() -> None:
         guest = peftcore.apply(model, HostWithGuest).shared["guest"]
     assert made == [4] and guest.network.embed_tokens is None
     assert guest.network.config._attn_implementation == "sdpa"
+
+
+SMALL: dict[str, Any] = {"vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+SMALL |= {"intermediate_size": 24, "max_position_embeddings": 20}
+
+
+@pytest.mark.parametrize("own_table", [False, True])
+@pytest.mark.parametrize("family", ["Bert", "Roberta"])
+def test_encoders_have_guests_without_poolers(family: str, own_table: bool) -> None:
+    """With types of tokens, and positions that count as the stack does: RoBERTa's leave padding on the left out."""
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**SMALL, type_vocab_size=2, pad_token_id=0)
+    model = getattr(transformers, f"{family}ForTokenClassification")(config).double().eval()
+    base = deepcopy(model)
+    injection = peftcore.apply(model, HostWithGuest, dtype="float64", encoders=True, own_table=own_table)
+    guest: Any = injection.shared["guest"]
+    assert guest.network.pooler is None
+    alone = deepcopy(guest.network)
+    if not own_table:
+        alone.embeddings.word_embeddings = base.get_input_embeddings()
+    ids, types = torch.tensor([[0, 0, 5, 9], [2, 8, 6, 4]]), torch.tensor([[0, 0, 1, 1], [0, 1, 0, 1]])
+    given = {"attention_mask": (ids != 0).long(), "token_type_ids": types}
+    stack = base.get_submodule(family.lower())
+    expected = base.classifier(stack(ids, **given).last_hidden_state + alone(ids, **given).last_hidden_state)
+    torch.testing.assert_close(model(ids, **given).logits[ids != 0], expected[ids != 0])
+    model(ids, **given).logits.square().sum().backward()
+    assert all(parameter.grad is not None for parameter in injection.parameters())
+
+
+def test_a_block_that_runs_several_times_has_no_guest() -> None:
+    albert = transformers.AlbertForTokenClassification(transformers.AlbertConfig(**SMALL, embedding_size=16))
+    with pytest.raises(UnsupportedSite, match="is no stack of transformers"):
+        peftcore.apply(albert, HostWithGuest, encoders=True)
 
 
 def test_what_is_refused() -> None:

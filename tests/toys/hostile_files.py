@@ -117,6 +117,7 @@ SAMPLES = [
     Sample("adamix", "encoder", wishes={"bottleneck": 4}),
     Sample("propetl", "encoder", wishes={"bottleneck": 4}),
     Sample("loreft", "encoder", wishes=_two()),
+    Sample("k_adapter", "encoder", wishes={"width": 4, "heads": 2, "depth": 1}),
     Sample("tiny_attention_adapter", "encoder", wishes={"width": 4, "heads": 2}),
     Sample("ssf"),
     Sample("bitfit"),

@@ -1,4 +1,4 @@
-"""A side network beside the model: its blocks, and room in the model's cache for their keys and values.
+"""Side networks beside the model: their blocks, and room in the model's cache for keys and values of these.
 
 That room is more layers behind the host's own: whatever reorders, repeats, crops or empties the cache does the same to
 them.
@@ -33,12 +33,37 @@ class SideBlock(nn.Module):
     def forward(self, z: Tensor, state: Tensor, visible: Tensor, cache: Any) -> Tensor:
         mu = torch.sigmoid(self.gate / self.temperature)
         z = mu * z + (1 - mu) * self.down(state)
-        parts = self.qkv(self.norm1(z)).unflatten(-1, (3, self.heads, -1))  # [batch, tokens, 3, heads, w / heads]
-        query, key, value = parts.permute(2, 0, 3, 1, 4)
-        key, value = (key, value) if cache is None else cache.update(key, value)
-        attended = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=visible)
-        z = z + self.dropout(self.out(attended.transpose(1, 2).flatten(-2)))
+        z = z + self.dropout(self.out(attended(self.qkv(self.norm1(z)), self.heads, visible, cache)))
         return z + self.dropout(self.feed_forward(self.norm2(z)))
+
+
+class PostNormBlock(nn.Module):
+    """A transformer block as BERT has it, w wide: attention, then a feed-forward four times as wide, each with a norm
+    behind its sum with what it reads."""
+
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads = math.gcd(width, heads)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.feed_forward = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, visible: Tensor, cache: Any) -> Tensor:
+        dropped = self.dropout.p if self.training else 0.0
+        x = self.norm1(x + self.dropout(self.out(attended(self.qkv(x), self.heads, visible, cache, dropped))))
+        y: Tensor = self.norm2(x + self.dropout(self.feed_forward(x)))
+        return y
+
+
+def attended(qkv: Tensor, heads: int, visible: Tensor, cache: Any, dropout: float = 0.0) -> Tensor:
+    """Return what tokens take from those that are `visible` to them ``[.., 1, tokens, held + tokens]``: their queries,
+    keys and values ``[batch, tokens, 3 w]`` to ``[batch, tokens, w]``. A layer of a `cache` holds earlier ones."""
+    parts = qkv.unflatten(-1, (3, heads, -1))  # [batch, tokens, 3, heads, w / heads]
+    query, key, value = parts.permute(2, 0, 3, 1, 4)
+    key, value = (key, value) if cache is None else cache.update(key, value)
+    taken = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=visible, dropout_p=dropout)
+    return taken.transpose(1, 2).flatten(-2)
 
 
 class Ends(torch.autograd.Function):

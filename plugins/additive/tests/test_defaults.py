@@ -12,6 +12,7 @@ DEPT = "ZhengxiangShi/DePT@f0266a7"
 CPT = "huggingface/peft@5d602fd, src/peft/tuners/cpt/config.py"
 HOULSBY = "google-research/adapter-bert@1a31fc6, modeling.py"
 IDPG = "CSerxy/IDPG@691b282"
+K_ADAPTER = "microsoft/K-Adapter@43651cd"
 LLAMA_ADAPTER = "OpenGVLab/LLaMA-Adapter@521a09d, alpaca_finetuning_v1/finetuning.sh"
 LPT = "xyltt/LPT@634c7b2, encoder-only"
 LST = "ylsung/Ladder-Side-Tuning@1798e82"
@@ -21,6 +22,7 @@ PROPAGATION = "MonliH/prefix-propagation@fc868c5"
 P_TUNING_V2 = "THUDM/P-tuning-v2@b1520c9"
 REFT = "stanfordnlp/pyreft@dafd099, examples/loreft"
 SHADOW = "ShadowLLM/shadow-peft@66eb2cf"
+SIDE = "jozhang97/side-tuning@dea3456"
 SMOP = "jyjohnchoi/SMoP@34da5e2"
 SPARSE = "Shwai-He/SparseAdapter@b190084"
 TINY = "cindermond/tiny-attn@03eee7e, rewriter/model"
@@ -84,6 +86,28 @@ HELD: Held = {
     ("idpg", "dropout"): (
         0.1,
         f"{IDPG}, fairseq/modules/transformer_sentence_encoder.py: generation_dropout: float = 0.1",
+    ),
+    ("k_adapter", "layers"): (
+        None,
+        f'{K_ADAPTER}, run_pretrain_fac-adapter.sh: --adapter_list "0,11,22", of the 24 of RoBERTa-large',
+    ),
+    ("k_adapter", "width"): (
+        None,
+        f"{K_ADAPTER}, run_pretrain_fac-adapter.sh: --adapter_size 768, of the 1024 of RoBERTa-large",
+    ),
+    ("k_adapter", "depth"): (2, f"{K_ADAPTER}, run_pretrain_fac-adapter.sh: --adapter_transformer_layers 2"),
+    ("k_adapter", "heads"): (12, f"{K_ADAPTER}, fac-adapter.py: num_attention_heads: int=12"),
+    ("k_adapter", "dropout"): (
+        0.1,
+        f"{K_ADAPTER}, fac-adapter.py: attention_probs_dropout_prob: float= 0.1, and hidden_dropout_prob likewise",
+    ),
+    ("k_adapter", "fusion"): (
+        "concat",
+        f"{K_ADAPTER}, examples/run_finetune_openentity_adapter.py: '--fusion_mode', type=str, default='concat'",
+    ),
+    ("k_adapter", "identity"): (
+        False,
+        f"{K_ADAPTER}, fac-adapter.py: self.com_dense = nn.Linear(...), which starts as torch has it",
     ),
     ("llama_adapter", "length"): (10, f"{LLAMA_ADAPTER}: --adapter_len 10"),
     ("llama_adapter", "layers"): (30, f"{LLAMA_ADAPTER}: --adapter_layer 30"),
@@ -193,6 +217,14 @@ HELD: Held = {
     ("shadow", "layers"): (1, f"{SHADOW}, src/shadow_peft/config.py: num_shadow_layers: int = 1"),
     ("shadow", "own_table"): (False, "peft 0.21: ShadowConfig.share_embeddings = True"),
     ("shadow", "guest_weight"): (0.05, f"{SHADOW}, src/shadow_peft/task_models.py: shadow_loss_weight: float = 0.05"),
+    ("side_tuning", "merge"): (
+        "alpha",
+        f"{SIDE}, tlkit/models/lifelong_framework.py: merge_method='merge_operators.Alpha'",
+    ),
+    ("side_tuning", "alpha"): (
+        0.0,
+        f"{SIDE}, tlkit/models/sidetune_architecture.py: init_value = ... if 'init_value' in alpha_kwargs else 0.0",
+    ),
     ("sparse_adapter", "bottleneck"): (
         64,
         f"{SPARSE}, examples/pytorch/text-classification/run_glue.sh: attn_bn=64",
@@ -232,7 +264,11 @@ HELD: Held = {
     ("tiny_attention_adapter", "out_scale"): (0.01, f"{TINY}/tiny_attn.py: p *= 0.01 of linear2"),
 }
 
-FREE: Free = {}
+FREE: Free = {
+    ("side_tuning", "layers"): "the authors' side networks are of convolutions; a guest has one layer, as in shadow",
+    ("side_tuning", "own_table"): "the authors' networks read images; sharing the model's table keeps the guest small",
+    ("side_tuning", "sizes"): "those of the model: nothing says by how much a side network is narrower",
+}
 
 
 @pytest.mark.parametrize(("method", "option", "row"), rows(HELD, FREE))

@@ -1,0 +1,135 @@
+"""Side-tuning: a small network beside the model, blended with what the model makes.   Zhang et al. 2019,
+arXiv 1912.13503 (code: jozhang97/side-tuning).
+
+    R = alpha B(x) + (1 - alpha) S(x),   alpha = sigmoid(a)    ("alpha"; "sum": B + S, "product": B S, as in the code)
+
+B are the model's features, behind its last norm, or behind its last block where it has none; S is a side network over
+the same tokens, which the model tells nothing. Nothing inside the model runs another way and no gradient goes into it,
+so no task forgets another. `target` names another place; of several modules the last one counts. With several
+injections each blends what those before left.
+
+S is a guest: of the model's own class and config, with `layers` layers and other `sizes`, and a projection where its
+width is another. It shares the model's token table where it can. It starts from scratch; the authors train it to give
+what the model gives first, and the values of such a network come in by ``injection.shared["guest"].take(network)``. a
+starts at 0: half of each, no identity. Images, for which the authors' side networks are convolutions, are not here, and
+neither are a schedule of alpha, FiLM, MLP, and links to the side networks of earlier tasks.
+
+Parameters: those of the guest, and 1.
+
+Use it where the model stays as it is and training is to be cheap, or where tasks come one after the other; not where a
+task needs other features early in the model (`lora`). `lst` is its kin that reads the model's blocks, `shadow` the one
+that corrects what they read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, FiniteFloat, PositiveInt
+from torch import Tensor, nn
+
+from peftcore import (
+    GuestOperator,
+    LearningRate,
+    Method,
+    MethodConfig,
+    Operator,
+    Shared,
+    Site,
+    Surgeon,
+    Tags,
+    Tap,
+    TokenStacks,
+    guest_network,
+    on_first,
+    with_blocks,
+)
+from peftcore.errors import ConfigError, MissingContext, SequenceError
+
+
+class Config(MethodConfig):
+    """Options of side-tuning."""
+
+    method: Literal["side_tuning"] = "side_tuning"
+    layers: PositiveInt = 1
+    """Layers of the side network."""
+    sizes: dict[str, PositiveInt] = Field(default_factory=dict)
+    """Other sizes of it, by the names of the model's config: ``{"intermediate_size": 256}``."""
+    own_table: bool = False
+    """Give it a token table of its own, which trains. It has one in any case where its width is another."""
+    merge: Literal["alpha", "sum", "product"] = "alpha"
+    """How its states and the model's are put together."""
+    alpha: FiniteFloat = 0.0
+    """Start of a; sigmoid(a) is the model's share."""
+
+
+class Blend(nn.Module):
+    """A learned share of the model's states."""
+
+    def __init__(self, alpha: float) -> None:
+        super().__init__()
+        self.alpha = nn.Parameter(torch.full((1,), alpha))
+
+    def forward(self, base: Tensor, side: Tensor) -> Tensor:
+        share = torch.sigmoid(self.alpha)
+        return share * base + (1 - share) * side
+
+
+FIXED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"sum": torch.add, "product": torch.mul}
+"""Merges without parameters."""
+
+
+class BlendOperator(Operator):
+    """Puts what a module returns together with the states of the side network."""
+
+    def __init__(self, site: Site, merge: Callable[[Tensor, Tensor], Tensor] | Shared, states: Tap) -> None:
+        super().__init__(site)
+        self.merge, self.states = merge, states
+
+    def forward(self, call: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return on_first(call(x, *args, **kwargs), self._blended)
+
+    def _blended(self, base: Tensor) -> Tensor:
+        side = self.states.get()  # [batch, tokens, d]
+        if side is None:
+            raise MissingContext(
+                "a part of the model was called by itself, and not the model, whose tokens the side network reads"
+            )
+        if side.shape != base.shape:
+            raise SequenceError(f"here states are {tuple(base.shape)}, and the side network saw {tuple(side.shape)}")
+        merge = self.merge.module if isinstance(self.merge, Shared) else self.merge
+        blended: Tensor = merge(base.to(side.dtype), side)
+        return blended.to(base.dtype)
+
+
+class SideTuning(Method):
+    """A small network of the model's own kind beside it, blended with its last states."""
+
+    name = "side_tuning"
+    Config = Config
+    tags = Tags(category="additive", paper="1912.13503", identity_at_init=False)
+    learning_rate = LearningRate(
+        1e-3, "jozhang97/side-tuning@dea3456, configs/icifar_cfg.py", on="ResNet-44, CIFAR-100", optimizer="Adam"
+    )
+    target = ("block", "norm.final")
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        if any(config.overrides.values()):
+            raise ConfigError("side_tuning has one side network: it takes no overrides")
+        sites = with_blocks(surgeon)
+        stack, last = TokenStacks(surgeon).around(sites), sites[-1]
+        if (last.role or "").startswith("norm"):  # which is called as other modules are
+            last = replace(last, form="activation")
+        sizes = {**config.sizes, "num_hidden_layers": config.layers}
+        guest = guest_network(surgeon, stack, sizes, config.own_table, encoders=True)
+        states = Tap(until_backward=True)
+        merge = FIXED.get(config.merge) or surgeon.own("blend", lambda: Blend(config.alpha))
+        surgeon.graft(stack, lambda at: GuestOperator(at, guest, states))
+        surgeon.graft(last, lambda at: BlendOperator(at, merge, states))
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        return 0  # the side network and its share belong to no site
