@@ -134,6 +134,7 @@ SAMPLES = [
     Sample("mole", wishes={"parts": [{"method": "lora", "rank": 2}] * 2}),
     Sample("molora_moe", wishes=_two(experts=2)),
     Sample("mov", wishes={"experts": 2}),
+    Sample("pal", "encoder", wishes={"tasks": 2, "task": 1, "width": 4, "heads": 2}),
     Sample("task_arithmetic", wishes={"parts": [{"method": "lora", "rank": 2}, {"method": "loha", "rank": 1}]}),
     Sample("adapter_fusion"),
     Sample("config_union", wishes={"parts": [{"method": "lora", "rank": 2, "target": ["first"]}, {"method": "ssf"}]}),

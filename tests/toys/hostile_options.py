@@ -48,6 +48,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "mtl_lora": {"tasks": 3, "dropout": 0.0},
     "multitask_prompt_tuning": {"tasks": 3, "length": 4, "init": "vocabulary", "init_ids": [1, 2]},
     "oft": {"block_size": 4},
+    "pal": {"tasks": 3, "width": 6, "heads": 2},
     "peqa": {"bits": 2},
     "pissa": {"rank": 2, "iterations": 2},
     "polytropon": {"tasks": 3, "own_skills": 1},
