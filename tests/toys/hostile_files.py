@@ -114,6 +114,7 @@ SAMPLES = [
     Sample("ia3", "encoder"),
     Sample("compacter", wishes={"bottleneck": 4}),
     Sample("houlsby_adapter", "encoder", wishes={"bottleneck": 4}),
+    Sample("ciat", "encoder", wishes={"reduction": 4}),
     Sample("adamix", "encoder", wishes={"bottleneck": 4}),
     Sample("propetl", "encoder", wishes={"bottleneck": 4}),
     Sample("loreft", "encoder", wishes=_two()),

@@ -27,6 +27,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "c3a": {"block_size": 2},
     "cartridge": {"length": 3},
     "clip_adapter": {"features": "input"},
+    "ciat": {"reduction": 4},
     "compacter": {"bottleneck": 4},
     "config_union": {"parts": [{"method": "lora", "rank": 2}, {"method": "houlsby_adapter", "bottleneck": 4}]},
     "controlnet": {"widths": [4, 6]},
