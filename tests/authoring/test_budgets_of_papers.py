@@ -132,6 +132,7 @@ ROWS = [
         "model",
         8 * 5e-3,
     ),
+    Row("pal", "BERT base", 13, "1902.02671, table 2: 1.13 times BERT, for eight tasks", {"tasks": 8}, "model", 0.5),
     Row(
         "hydralora",
         "Llama 7B",

@@ -14,6 +14,7 @@ def peftcore_methods() -> Mapping[str, str]:
     return {
         "adapterdrop": "peftcore_additive.adapterdrop:AdapterDrop",
         "cartridge": "peftcore_additive.cartridge:Cartridge",
+        "ciat": "peftcore_additive.ciat:CIAT",
         "compacter": "peftcore_additive.compacter:Compacter",
         "cpt": "peftcore_additive.cpt:CPT",
         "dept": "peftcore_additive.dept:DePT",

@@ -7,6 +7,7 @@ from named_defaults import Free, Held, assert_as_said, rows
 
 ADAPTERS = "adapter-hub/adapters@88f18eb, src/adapters/configuration/adapter_config.py"
 BERT_START = "adapter-hub/adapters@88f18eb, src/adapters/methods/modeling.py: init_bert_weights has std=0.02"
+CIAT = "Yaoming95/CIAT@b07e467, neurst"
 COMPACTER = "rabeehk/compacter@e123daa, seq2seq/configs/compacter.json"
 DEPT = "ZhengxiangShi/DePT@f0266a7"
 CPT = "huggingface/peft@5d602fd, src/peft/tuners/cpt/config.py"
@@ -38,6 +39,10 @@ HELD: Held = {
     ("adapterdrop", "init_std"): (0.001, f"{BERT_START}; ours is 0.001 as in houlsby_adapter, no reason is written"),
     ("adapterdrop", "up_init_std"): (0.001, f"{BERT_START}; ours is 0.001 as in houlsby_adapter, no reason is written"),
     ("cartridge", "frozen"): (1, "HazyResearch/cartridges@ff1a3fb, cartridges/cache.py: num_frozen_tokens: int = 1"),
+    ("ciat", "reduction"): (2, f"{CIAT}/layers/encoders/transformer_encoder_CIAT.py: hidden_size // 2"),
+    ("ciat", "dropout"): (0.3, f'{CIAT}/models/transformer_CIAT.py: dropout_rate = 0.3 of "CIAT_big", tuned on en-de'),
+    ("ciat", "embeddings"): (True, f"{CIAT}/layers/encoders/transformer_encoder_CIAT.py: x = x + self.emb_adapter(x"),
+    ("ciat", "init"): ("glorot", f"{CIAT}/layers/adapters/adapterLayer.py: tf.keras.layers.Dense, whose kernels are"),
     ("compacter", "bottleneck"): (24, f'{COMPACTER}: "task_reduction_factor": 32, of the 768 of "t5-base"'),
     ("compacter", "phm_dim"): (4, f'{COMPACTER}: "hypercomplex_division": 4'),
     ("compacter", "rank"): (1, "rabeehk/compacter@e123daa, seq2seq/adapters/adapter_configuration.py: phm_rank = 1"),

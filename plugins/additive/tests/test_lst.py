@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import static_windows
 import torch
 from torch import Tensor, nn
 
@@ -32,14 +33,7 @@ TOKENS = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
 """Which tokens of the kit's batch are no padding."""
 
 
-@conformance(
-    "lst",
-    options={"*": {"reduction": 2}},
-    expected_failures={
-        "generation_in_other_ways_does_not_depend_on_the_cache-mistral": "the masks of a static cache speak of the "
-        "window alone, so nothing tells which of the tokens before it are padding; it is refused"
-    },
-)
+@conformance("lst", options={"*": {"reduction": 2}}, expected_failures=static_windows.REFUSED)
 def test_conformance(check: Callable[[], None]) -> None:
     check()
 

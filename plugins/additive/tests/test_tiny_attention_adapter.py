@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import static_windows
 import torch
 from torch import Tensor, nn
 
@@ -22,13 +23,10 @@ from peftcore_additive.tiny_attention_adapter import Config, TinyAttention
 NUMBERS = Path(__file__).parent / "numbers" / "tiny_attention_adapter.json"
 
 
-WINDOWED = "where all layers have windows, masks beside a static cache show the window alone, and no padding before it"
-
-
 @conformance(
     "tiny_attention_adapter",
     options={"*": {"width": 4, "heads": 2, "modules": 2}},
-    expected_failures={"generation_in_other_ways_does_not_depend_on_the_cache-mistral": WINDOWED},
+    expected_failures=static_windows.REFUSED,
 )
 def test_conformance(check: Callable[[], None]) -> None:
     check()

@@ -106,11 +106,12 @@ def known_of(surgeon: Surgeon, site: Site, config: Any) -> Known:
     stack = "" if block is None else stack_path(block)
     layer = ".".join(re.findall(r"\d+", path if block is None else block))
     return Known(
-        surgeon.own(_name("network", stack, str(width)), lambda: Network(width, config)),
-        surgeon.own(_name("layer", stack, layer), lambda: Embedding(config)),
-        surgeon.own(_name("place", stack_path(path)), lambda: Embedding(config)),
+        surgeon.own(part_name("network", stack, str(width)), lambda: Network(width, config)),
+        surgeon.own(part_name("layer", stack, layer), lambda: Embedding(config)),
+        surgeon.own(part_name("place", stack_path(path)), lambda: Embedding(config)),
     )
 
 
-def _name(*parts: str) -> str:
+def part_name(*parts: str) -> str:
+    """Return a name of what sites share, made of what it is and where."""
     return "/".join(filter(None, parts)).replace(".", "/").replace("*", "n")

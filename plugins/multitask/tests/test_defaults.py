@@ -20,6 +20,7 @@ ATTEMPT = "AkariAsai/ATTEMPT@b5121e5, attempt/configs/attempt"
 """MPT has no code of its authors; their paper takes over the tasks of ATTEMPT, and its prompts."""
 POLY = "microsoft/mttl@c66b20d, projects/mhr/configs/t0/poly_lora.json"
 
+PALS = "AsaCooperStickland/Bert-n-Pals@9b40f4f"
 MOLE = "yushuiwx/Mixture-of-LoRA-Experts@8841fe0"
 
 HELD: Held = {
@@ -139,6 +140,12 @@ HELD: Held = {
         "vocabulary",
         f'{ATTEMPT}/multi_task_others.json: "init_prefix_from_vocab": true',
     ),
+    ("pal", "tasks"): (1, f"{PALS}, modeling.py: num_tasks=1"),
+    ("pal", "width"): (204, f'{PALS}, configs/pals_config.json: "hidden_size_aug": 204'),
+    ("pal", "heads"): (6, f"{PALS}, modeling.py: self.attn = BERTSelfAttention(config, 6); the paper has 12"),
+    ("pal", "dropout"): (0.1, f'{PALS}, configs/pals_config.json: "attention_probs_dropout_prob": 0.1'),
+    ("pal", "init_std"): (0.02, f'{PALS}, configs/pals_config.json: "initializer_range": 0.02'),
+    ("pal", "up_std"): (0.02, f'{PALS}, configs/pals_config.json: "initializer_range": 0.02'),
     ("polytropon", "tasks"): (1, "peft 0.21: PolyConfig.n_tasks"),
     ("polytropon", "skills"): (
         4,

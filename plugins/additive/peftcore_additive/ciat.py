@@ -1,0 +1,165 @@
+"""CIAT, the counter-interference adapter.   Zhu et al. 2021, arXiv 2104.08154 (code: Yaoming95/CIAT).
+
+    h_0' = h_0 + A(h_0)                               the embeddings, which the first block of a stack reads
+    s' = s + Branch(x) + A(x),   x = LN(s)            beside self-attention and feed-forward, not cross-attention
+    A(x) = W_up relu(W_down LN_A(x) + b_down) + b_up,   W_down [d / r, d],   W_up [d, d / r]
+
+Each A has a norm of its own, which the formulas of the paper leave out behind the host's. x is what a branch reads, so
+the stream itself in hosts with norms behind their branches. h_0 has positions in it, and lies in front of the dropout
+in the code, behind it here. Dropout acts behind relu. The authors draw both matrices as Glorot, with biases at zero, so
+a fresh adapter moves the outputs; ``init="zero"`` starts W_up at zero, an exact identity.
+
+The paper has one set for each pair of languages, over a frozen model of all of them: an adapter each, to be switched or
+routed by row. While adapters train, its code turns the host's dropout of branches off; here the host is as it is.
+
+Parameters, with w = d / r: 2 d w + w + 3 d for each branch and each stack's embeddings.
+
+Use it where tasks or languages share a model and get into each other's way from the first layer on: it is large, half
+as wide as the stream. Not where parameters count, or where it has to be merged; `parallel_adapter` is its kin without
+norms and embeddings, `madx_invertible` one at the embeddings alone.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field, PositiveInt
+from torch import Tensor, nn
+
+from peftcore import (
+    BlockSite,
+    BranchSite,
+    Bypass,
+    InputOperator,
+    LearningRate,
+    Method,
+    MethodConfig,
+    Mine,
+    Operator,
+    Site,
+    Surgeon,
+    Tags,
+    block_depths,
+    branch,
+)
+from peftcore.errors import UnsupportedSite
+from peftcore_additive._bottleneck import cast_linear, width_of
+
+
+class Config(MethodConfig):
+    """Options of CIAT."""
+
+    method: Literal["ciat"] = "ciat"
+    reduction: PositiveInt = 2
+    """How many times narrower than the stream the adapters are inside."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.3
+    """Probability with which numbers behind relu are dropped in training."""
+    embeddings: bool = True
+    """Adapt what the first block of a stack reads, too, where a target is in it."""
+    init: Literal["glorot", "zero"] = "glorot"
+    """The start of W_up: as the authors draw it, or zero, which makes a fresh adapter an exact identity."""
+
+    def inner(self, width: int) -> int:
+        """Return how many numbers an adapter beside a stream of this width has inside."""
+        return max(1, width // self.reduction)
+
+
+class Bottleneck(nn.Module):
+    """A norm and two matrices: A."""
+
+    def __init__(self, inputs: int, outputs: int, config: Config) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(inputs, eps=1e-6)
+        self.down = nn.Linear(inputs, config.inner(inputs))
+        self.dropout = nn.Dropout(config.dropout)
+        self.up = nn.Linear(config.inner(inputs), outputs)
+        for linear in (self.down, self.up):
+            nn.init.xavier_uniform_(linear.weight)
+            nn.init.zeros_(linear.bias)
+        if config.init == "zero":
+            nn.init.zeros_(self.up.weight)
+
+    def added(self, operator: Operator, x: Tensor) -> Tensor:
+        """Map ``[..., d]`` to the same, in its dtype, for the operator that this is a part of."""
+        weight, bias = operator.cast(x, self.norm.weight, self.norm.bias)
+        x = nn.functional.layer_norm(x, weight.shape, weight, bias, self.norm.eps)
+        return cast_linear(operator, self.up, self.dropout(cast_linear(operator, self.down, x).relu()))
+
+
+class BranchOperator(Bypass):
+    """The adapter beside a branch."""
+
+    def __init__(self, site: BranchSite, config: Config) -> None:
+        super().__init__(site)
+        self.A = Bottleneck(site.width, site.out_features, config)
+
+    def beside(self, x: Tensor) -> Tensor:
+        return self.A.added(self, x)
+
+
+class EmbeddingsOperator(InputOperator):
+    """The adapter in front of the first block of a stack."""
+
+    def __init__(self, site: BlockSite, config: Config) -> None:
+        super().__init__(site)
+        self.A = Bottleneck(site.width, site.width, config)
+
+    def arguments(self, given: dict[str, Any], mine: Mine) -> dict[str, Any]:
+        h = given[self._names[0]]  # [batch, ..., d]
+        rows = mine(h)
+        if rows is None:
+            moved = h + self.A.added(self, h)
+        elif torch.compiler.is_compiling():  # whose shapes know no number of rows that a mask has
+            moved = torch.where(rows.view(-1, *[1] * (h.dim() - 1)), h + self.A.added(self, h), h)
+        else:
+            own = rows.nonzero().squeeze(-1)
+            moved = h.index_add(0, own, self.A.added(self, h[own]))
+        return {**given, self._names[0]: moved}
+
+
+class CIAT(Method):
+    """Parallel adapters with norms of their own, and one behind the embeddings."""
+
+    name = "ciat"
+    Config = Config
+    tags = Tags(
+        category="additive", paper="2104.08154", identity_at_init=False, identity_options={"init": "zero"}, random=True
+    )
+    learning_rate = LearningRate(
+        4.9e-4, "Yaoming95/CIAT@b07e467, neurst/models/transformer_CIAT.py", on="Transformer-big, OPUS-100"
+    )
+    target = ("attn.output", "mlp.output")
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        depths, first = block_depths(surgeon), {}
+        for site in surgeon.sites():
+            entries = surgeon.resolver.host.at(site.module_path)
+            if surgeon.wishes.target is None and any(each.role.startswith("cross") for each in entries):
+                continue
+            place = branch(surgeon, site)
+            surgeon.graft(place, BranchOperator, config, place.places)
+            first |= {each.block: place.width for each in entries if depths.get(each.block) == 0}
+        if config.embeddings and not first:
+            raise UnsupportedSite(
+                "no target is in a first block, which reads embeddings; embeddings=False adapts branches alone"
+            )
+        for block, width in first.items() if config.embeddings else ():
+            surgeon.graft(_block(surgeon, block or "", width), EmbeddingsOperator, config)
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        inputs, outputs = width_of(site), width_of(site) if isinstance(site, BlockSite) else site.out_features
+        return (inputs + outputs + 1) * config.inner(inputs) + outputs + 2 * inputs
+
+
+def _block(surgeon: Surgeon, path: str, width: int) -> BlockSite:
+    """Return a block as a site.
+
+    Raises:
+        UnsupportedSite: it reads no sequence of features, or two.
+    """
+    host = surgeon.resolver.host
+    if host.on_grid(path) or any(each.block == path and each.stream == "context" for each in host.entries):
+        raise UnsupportedSite(f"{path} reads no single sequence of embeddings; embeddings=False adapts branches alone")
+    return BlockSite(**vars(surgeon.resolver.site(path, "weight", "block")), width=width)

@@ -1,0 +1,178 @@
+"""PALs, projected attention layers.   Stickland and Murray 2019, arXiv 1902.02671 (AsaCooperStickland/Bert-n-Pals).
+
+    h' = LN(s + TS_t(h)),   where no norm ends the block s + TS_t(h)
+    TS_t(h) = gelu(V_t MHA_t(U_t h + u_t) + v_t),   U_t [a, d],  V_t [d, a]
+
+h is the stream that a block is given, s the sum of stream and branches at its end, and t the task. U and V, with their
+biases, are shared by all blocks of a stack; MHA, of width a, is each block's own: queries, keys and values with biases,
+dropout of attention's weights, and no matrix behind it. The gelu is in the code alone, as are 6 heads for the paper's
+12. All matrices start from N(0, 0.02), biases at zero: near the identity, and with ``up_std=0`` exactly there.
+
+A token sees what the model lets it see: no padding, and in causal stacks no later tokens; keys and values of earlier
+tokens lie behind the model's own in its cache. The task comes with the call, ``with peftcore.call(model, task=...)``:
+one for all rows, or one for each; the authors' batches have one task. They train the whole model along, or its norms
+alone, for all tasks in common; here it is frozen, unless `train` names it.
+
+Parameters of a task: 2 a d + a + d a stack, 3 a^2 + 3 a a block; 1.8 million in BERT-base.
+
+Use it for many tasks on one encoder where each weighs context anew; not where tasks have few examples and much in
+common (`hyperformer_pp`), nor where it has to be merged. `parallel_adapter` is its kin without attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, Self
+
+import torch
+from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
+from torch import Tensor, nn
+
+from peftcore import (
+    BlockSite,
+    LearningRate,
+    Method,
+    Operator,
+    Shared,
+    Site,
+    Surgeon,
+    Tags,
+    Tap,
+    TokenStacks,
+    VisibleTokens,
+    block_sites,
+    cached_tokens,
+    on_first,
+)
+from peftcore.errors import ConfigError, MissingContext
+from peftcore_additive._side import held_by
+from peftcore_additive._tiny_attention import Room
+from peftcore_multitask._block_ends import ENDING, ending_norms
+from peftcore_multitask._hypernetwork import part_name
+from peftcore_multitask._tasks import TaskConfig, Tasks, task_count
+
+OF_ONE_SITE = {"heads", "dropout"}
+"""Options that may differ between blocks: all else belongs to what they share."""
+
+
+class Config(TaskConfig):
+    """Options of projected attention layers."""
+
+    method: Literal["pal"] = "pal"
+    width: PositiveInt = 204
+    """Width a of the attention, of all heads together."""
+    heads: PositiveInt = 6
+    """Heads, which divide the width."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
+    """Probability with which attention weights are dropped in training."""
+    init_std: NonNegativeFloat = 0.02
+    """Standard deviation of U and of the matrices of queries, keys and values at the start."""
+    up_std: NonNegativeFloat = 0.02
+    """Standard deviation of V at the start; 0 makes a fresh adapter an exact identity."""
+
+    @model_validator(mode="after")
+    def _divides(self) -> Self:
+        if self.width % self.heads:
+            raise ValueError(f"width={self.width} is no multiple of heads={self.heads}")
+        return self
+
+
+class Projections(nn.Module):
+    """U and V of each task, which all blocks of a stack share."""
+
+    def __init__(self, features: int, config: Config) -> None:
+        super().__init__()
+        tasks, a = task_count(config), config.width
+        self.down, self.down_bias = _matrices(tasks, a, features, config.init_std)
+        self.up, self.up_bias = _matrices(tasks, features, a, config.up_std)
+
+
+def _matrices(tasks: int, outputs: int, inputs: int, std: float) -> tuple[nn.Parameter, nn.Parameter]:
+    """Return a matrix and a bias for each task."""
+    return nn.Parameter(torch.randn(tasks, outputs, inputs) * std), nn.Parameter(torch.zeros(tasks, 1, outputs))
+
+
+class PALOperator(Operator):
+    """The attentions of one block, one for each task."""
+
+    def __init__(self, site: BlockSite, config: Config, shared: Shared, visible: VisibleTokens, norm: bool) -> None:
+        super().__init__(site)
+        self.names, self.depth, self.path = site.arguments, site.depth, site.path
+        self.shared, self.visible, self.tasks = shared, visible, Tasks(site, config)
+        self.heads, self.dropout = config.heads, config.dropout
+        self.qkv, self.qkv_bias = _matrices(task_count(config), 3 * config.width, config.width, config.init_std)
+        self.room, self.found = Room(1, site.blocks), Tap() if norm else None
+        if norm:
+            self.observes = self.observes | {site.form}
+
+    def at(self, form: str, module: nn.Module) -> Callable[..., Any]:
+        return self._at_norm if form == ENDING else self
+
+    def forward(self, call: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        given = {**dict(zip(self.names[1:], args, strict=False)), **kwargs}
+        held = cached_tokens(given, self.depth, x[0, ..., 0].numel())  # before the block adds its own
+        if self.found is None:
+            added = self.added(x, given, held)
+            return on_first(call(x, *args, **kwargs), lambda y: y + added)
+        self.found.put((x, given, held))
+        return call(x, *args, **kwargs)
+
+    def _at_norm(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
+        found = None if self.found is None else self.found.take()
+        if found is None:
+            raise MissingContext(f"the norm of {self.path} was called by itself: call the block, which is given masks")
+        return call(x + self.added(*found))
+
+    def added(self, h: Tensor, given: dict[str, Any], held: int) -> Tensor:
+        """Return what joins the stream ``[batch, ..., d]``, for a block whose cache holds so many tokens."""
+        tokens, caches = h.flatten(1, -2), self.room.layers(given)
+        held = held_by(caches, held)
+        visible = self.visible.mask(held, tokens.shape[1], given, h.device)
+        each = self.shared.module
+        tables = (each.down, each.down_bias, self.qkv, self.qkv_bias, each.up, each.up_bias)
+        chosen = self.cast(h, *(self.tasks.of_rows(table, len(h)) for table in tables))
+        down, down_bias, qkv, qkv_bias, up, up_bias = chosen  # [batch or 1, ...]
+        parts = ((tokens @ down.mT + down_bias) @ qkv.mT + qkv_bias).unflatten(-1, (3, self.heads, -1))
+        query, key, value = parts.permute(2, 0, 3, 1, 4)  # [batch, heads, tokens, a / heads]
+        if caches:
+            key, value = caches[0].update(key, value)
+        dropout = self.dropout if self.training else 0.0
+        seen = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=visible, dropout_p=dropout)
+        return nn.functional.gelu(seen.transpose(1, 2).flatten(-2) @ up.mT + up_bias).view_as(h)
+
+
+class PAL(Method):
+    """A narrow attention of each task beside every block.
+
+    Example:
+        injection = peftcore.apply(model, "pal", tasks=["sums", "letters"])
+        peftcore.call(model, task="sums")  # or a list, one for each row; with `with`, for a while
+    """
+
+    name = "pal"
+    Config = Config
+    tags = Tags(
+        category="multitask", paper="1902.02671", identity_at_init=False, identity_options={"up_std": 0.0}, random=True
+    )
+    learning_rate = LearningRate(
+        2e-5, "AsaCooperStickland/Bert-n-Pals@9b40f4f, README.md", on="BERT-base trained along, GLUE"
+    )
+    target = ("block",)
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        if any({*changes} - OF_ONE_SITE for changes in config.overrides.values()):
+            raise ConfigError(
+                f"pal: blocks share matrices, so overrides change {' and '.join(sorted(OF_ONE_SITE))} alone"
+            )
+        stacks = TokenStacks(surgeon)
+        for site in block_sites(surgeon):
+            name, width = part_name("projections", site.stack, str(site.width)), site.width
+            shared = surgeon.own(name, lambda width=width: Projections(width, config))
+            norms, visible = ending_norms(surgeon, site), VisibleTokens(stacks.of(site))
+            more = (shared, visible, bool(norms))
+            surgeon.graft(site, lambda at, own, more=more: PALOperator(at, own, *more), config, norms)
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        a = config.width  # U and V belong to no block
+        return task_count(config) * (3 * a * a + 3 * a)
