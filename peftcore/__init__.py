@@ -17,6 +17,7 @@ from peftcore.authoring.branches import (
 from peftcore.authoring.feed_forwards import FeedForwardSite, feed_forward_around
 from peftcore.authoring.guests import GuestNetwork, GuestOperator, guest_network
 from peftcore.authoring.hybrid_parts import OfParts, options_of, without_preset
+from peftcore.authoring.inputs import sees_vectors, watched_inputs
 from peftcore.authoring.instance_prompts import InstanceOperator
 from peftcore.authoring.pass_cache import PassCache
 from peftcore.authoring.prompts import PromptPositions, TokenStacks, VisibleTokens, cached_tokens
@@ -218,10 +219,12 @@ __all__ = [
     "scheme",
     "scheme_key",
     "schemes",
+    "sees_vectors",
     "self_attention_cache",
     "stack_path",
     "to_lora",
     "using",
+    "watched_inputs",
     "with_blocks",
     "with_tensors",
     "without_preset",

@@ -30,6 +30,7 @@ def peftcore_methods() -> Mapping[str, str]:
         "mtl_lora": "peftcore_multitask.mtl_lora:MTLLoRA",
         "multitask_prompt_tuning": "peftcore_multitask.multitask_prompt_tuning:MultitaskPromptTuning",
         "polytropon": "peftcore_multitask.polytropon:Polytropon",
+        "regmean": "peftcore_multitask.regmean:RegMean",
         "task_arithmetic": "peftcore_multitask.task_arithmetic:TaskArithmetic",
         "ties_merging": "peftcore_multitask.ties_merging:TIESMerging",
         "xlora": "peftcore_multitask.xlora:XLoRA",

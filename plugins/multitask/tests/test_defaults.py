@@ -151,6 +151,11 @@ HELD: Held = {
         100.0,
         f'{POLY}: "module_logits_learning_rate": 0.1 beside "adapters_learning_rate" : 1e-3',
     ),
+    ("regmean", "off_diagonal"): (
+        0.9,
+        "bloomberg/dataless-model-merging@92247ae, regmean_demo.ipynb: reduce_non_diag(param_grams, a=0.9), and "
+        "src/configs/exps/deberta/ner/ood/deberta-ner-regmean.yaml: regmean_reduce_nondiag: 0.9; others have 0.1",
+    ),
     ("task_arithmetic", "scale"): (
         0.4,
         "prateeky2806/ties-merging@44e7891, src/ties_minimal.ipynb: lamda = 0.4 under Task Vector Merging example; the "
