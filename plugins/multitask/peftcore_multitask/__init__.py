@@ -33,6 +33,7 @@ def peftcore_methods() -> Mapping[str, str]:
         "regmean": "peftcore_multitask.regmean:RegMean",
         "task_arithmetic": "peftcore_multitask.task_arithmetic:TaskArithmetic",
         "ties_merging": "peftcore_multitask.ties_merging:TIESMerging",
+        "vl_adapter": "peftcore_multitask.vl_adapter:VLAdapter",
         "xlora": "peftcore_multitask.xlora:XLoRA",
     }
 

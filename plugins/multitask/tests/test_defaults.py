@@ -20,6 +20,7 @@ ATTEMPT = "AkariAsai/ATTEMPT@b5121e5, attempt/configs/attempt"
 """MPT has no code of its authors; their paper takes over the tasks of ATTEMPT, and its prompts."""
 POLY = "microsoft/mttl@c66b20d, projects/mhr/configs/t0/poly_lora.json"
 
+VL = "ylsung/VL_adapter@545fcbb, VL-T5"
 MOLE = "yushuiwx/Mixture-of-LoRA-Experts@8841fe0"
 
 HELD: Held = {
@@ -164,6 +165,20 @@ HELD: Held = {
     ("ties_merging", "density"): (0.2, "prateeky2806/ties-merging@44e7891, README.md: $redundant = topk20"),
     ("ties_merging", "sign"): ("total", "prateeky2806/ties-merging@44e7891, README.md: $elect = mass"),
     ("ties_merging", "scale"): (1.0, "prateeky2806/ties-merging@44e7891, src/ties_minimal.ipynb: lamda = 1"),
+    ("vl_adapter", "tasks"): (1, f"{VL}/scripts/image/single_adapter.sh: one adapter for all, so here none is known"),
+    ("vl_adapter", "shared"): ("all", f"{VL}/scripts/image/single_adapter.sh: --use_single_adapter"),
+    ("vl_adapter", "bottleneck"): (96, f"{VL}/scripts/image/single_adapter.sh: --reduction_factor 8, of 768"),
+    ("vl_adapter", "activation"): ("gelu_tanh", f'{VL}/src/adapters/config.py: non_linearity: str = "gelu_new"'),
+    ("vl_adapter", "joins"): (
+        "matrix",
+        f"{VL}/src/my_transformers/modeling_bart.py: F.dropout(hidden_states, ...) behind attn_adapter",
+    ),
+    ("vl_adapter", "train_layer_norm"): (True, f"{VL}/scripts/image/single_adapter.sh: --unfreeze_layer_norms"),
+    ("vl_adapter", "init_std"): (
+        0.02,
+        f"{VL}/src/my_transformers/modeling_bart.py: _init_weights has std = self.config.init_std, BART's 0.02",
+    ),
+    ("vl_adapter", "up_init_std"): (0.02, f"{VL}/src/my_transformers/modeling_bart.py: _init_weights, as of init_std"),
     ("xlora", "train_parts"): (
         True,
         "peft 0.21: XLoraConfig.use_trainable_adapters is False; parts of one's own start without effect, so here they "

@@ -23,7 +23,7 @@ CASES: dict[str, tuple[float, bool, list[float] | None]] = {
     "diagonal": (-1.0, True, None),
     "weighted": (0.125, False, [0.5, 0.125, 0.375]),
 }
-"""regmean_reduce_nondiag and regmean_diag, and coefficients of the models; all exact in float32, which the code has them in."""
+"""regmean_reduce_nondiag, regmean_diag, and coefficients of the models: as float32, the code's, has them exactly."""
 
 
 class Toy(nn.Module):
