@@ -2,7 +2,7 @@
 
 from peftcore.algebra import merge_math
 from peftcore.algebra.adapters_as_parts import gather
-from peftcore.algebra.combining import combine, deltas, to_lora
+from peftcore.algebra.combining import combine, deltas, lora_of, to_lora
 from peftcore.authoring.blocks import MIXERS, BlockSite, block_depths, block_sites, stack_path, with_blocks
 from peftcore.authoring.branches import (
     AtBranchEnd,
@@ -197,6 +197,7 @@ __all__ = [
     "load",
     "load_base",
     "load_composition",
+    "lora_of",
     "low_rank",
     "matmul_transposed",
     "merge_math",

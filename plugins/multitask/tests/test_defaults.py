@@ -20,6 +20,7 @@ ATTEMPT = "AkariAsai/ATTEMPT@b5121e5, attempt/configs/attempt"
 """MPT has no code of its authors; their paper takes over the tasks of ATTEMPT, and its prompts."""
 POLY = "microsoft/mttl@c66b20d, projects/mhr/configs/t0/poly_lora.json"
 
+T2L = "SakanaAI/text-to-lora@8ba7749, src/hyper_llm_modulator"
 VL = "ylsung/VL_adapter@545fcbb, VL-T5"
 MOLE = "yushuiwx/Mixture-of-LoRA-Experts@8841fe0"
 
@@ -161,6 +162,21 @@ HELD: Held = {
         0.4,
         "prateeky2806/ties-merging@44e7891, src/ties_minimal.ipynb: lamda = 0.4 under Task Vector Merging example; the "
         "authors leave it to validation data (mlfoundations/task_vectors@02363be, README.md has 0.8 for two)",
+    ),
+    ("text_to_lora", "vector_width"): (
+        1024,
+        "SakanaAI/text-to-lora@8ba7749, scripts/train_t2l_mistral.sh: --emb_model=Alibaba-NLP/gte-large-en-v1.5, which "
+        "has vectors of 1024",
+    ),
+    ("text_to_lora", "rank"): (8, f"{T2L}/utils/model_loading.py: r=8 if peft_type == PeftType.LORA"),
+    ("text_to_lora", "alpha"): (16.0, f'{T2L}/utils/model_loading.py: "lora_alpha" is "r" * 2, with "use_rslora"'),
+    ("text_to_lora", "dropout"): (0.05, f"{T2L}/utils/model_loading.py: lora_dropout = 0.05"),
+    ("text_to_lora", "latent"): (128, f"{T2L}/configs.py: hypernet_latent_size default=128"),
+    ("text_to_lora", "head_width"): (512, f"{T2L}/configs.py: head_in_size default=512"),
+    ("text_to_lora", "network_dropout"): (0.05, f"{T2L}/hyper_modulator.py: nn.Dropout(0.05)"),
+    ("text_to_lora", "decay"): (
+        1e-3,
+        "SakanaAI/text-to-lora@8ba7749, scripts/train_t2l_mistral.sh: --l2_reg_generated_w=1e-3",
     ),
     ("ties_merging", "density"): (0.2, "prateeky2806/ties-merging@44e7891, README.md: $redundant = topk20"),
     ("ties_merging", "sign"): ("total", "prateeky2806/ties-merging@44e7891, README.md: $elect = mass"),
