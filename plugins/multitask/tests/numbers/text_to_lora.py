@@ -36,8 +36,8 @@ def wave(shape: Sequence[int], k: float) -> Tensor:
 
 def numbers(checkout: Path) -> dict[str, list[float]]:
     """Returns A and B of each layer and kind for two vectors, and what the query projection of the second layer adds
-    for a row of each, in evaluation; and gradients of all parameters of the network, by number, of large ones every n-th
-    value; all flat."""
+    for a row of each, in evaluation; and gradients of all parameters of the network, by number, of large ones every
+    n-th value; all flat."""
     importlib.import_module("transformers.models.llama.modeling_llama")
     root = checkout / "src"
     module = load(checkout / SOURCE.script, root=root, absent=ABSENT)
