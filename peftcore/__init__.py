@@ -2,7 +2,7 @@
 
 from peftcore.algebra import merge_math
 from peftcore.algebra.adapters_as_parts import gather
-from peftcore.algebra.combining import combine, deltas, to_lora
+from peftcore.algebra.combining import combine, deltas, lora_of, to_lora
 from peftcore.authoring.blocks import (
     MIXERS,
     BlockSite,
@@ -25,6 +25,7 @@ from peftcore.authoring.branches import (
 from peftcore.authoring.feed_forwards import FeedForwardSite, feed_forward_around
 from peftcore.authoring.guests import GuestNetwork, GuestOperator, guest_network
 from peftcore.authoring.hybrid_parts import OfParts, options_of, without_preset
+from peftcore.authoring.inputs import sees_vectors, watched_inputs
 from peftcore.authoring.instance_prompts import InstanceOperator
 from peftcore.authoring.pass_cache import PassCache
 from peftcore.authoring.prompts import PromptPositions, TokenStacks, VisibleTokens, cached_tokens
@@ -204,6 +205,7 @@ __all__ = [
     "load",
     "load_base",
     "load_composition",
+    "lora_of",
     "low_rank",
     "matmul_transposed",
     "merge_math",
@@ -226,11 +228,13 @@ __all__ = [
     "scheme",
     "scheme_key",
     "schemes",
+    "sees_vectors",
     "self_attention_cache",
     "stack_path",
     "stream_width",
     "to_lora",
     "using",
+    "watched_inputs",
     "with_blocks",
     "with_tensors",
     "without_preset",

@@ -230,6 +230,20 @@ def to_lora(injection: Injection, rank: int, name: str | None = None) -> tuple[I
     return lora, {path: error for path, (_, _, error) in made.items()}
 
 
+def lora_of(
+    model: torch.nn.Module, made: Mapping[str, tuple[Site, Factors]], name: str, instead: Sequence[str] = ()
+) -> Injection:
+    """Returns a LoRA with given updates, by the paths of their sites: A ``[rank, in, *kernel]``, B ``[out, rank]`` and
+    a scale. It is frozen and active, in place of the injections named in `instead`; lower ranks are padded with zeros.
+
+    Raises:
+        UnknownMethod: LoRA is not installed.
+        DuplicateInjection: the name is taken.
+        RouteError, CompositionError: a route or composition that is in force stands on one of these.
+    """
+    return _lora(model, {path: (site, factors, 0.0) for path, (site, factors) in made.items()}, name, instead)
+
+
 Made = tuple[Site, Factors, float]
 """An update of a site, and its relative error."""
 Merge = Callable[[str, list[dict[str, Change]], int | None], Made]

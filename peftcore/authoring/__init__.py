@@ -6,6 +6,7 @@ It may import `algebra`, and what is below. In the order of reading:
 - `blocks`: the blocks of a model as target modules.
 - `feed_forwards`: whole feed-forwards as target modules.
 - `prompts`: the tokens that go through a block: where the prompt begins and ends, which token sees which.
+- `inputs`: the inputs of linear layers, as a look at data sees them.
 - `instance_prompts`: soft prompts that look at the text behind them.
 - `pass_cache`: a cache of its own for an extra pass over the model, or for a network beside it.
 - `guests`: a smaller network of the model's own family, beside it.

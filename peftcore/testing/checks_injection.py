@@ -67,6 +67,7 @@ def adapted_zoo(case: Case, **changes: Any) -> Iterator[tuple[str, Holder, Tenso
         except (TargetError, UnsupportedSite):
             continue
         accepted += 1
+        case.tell(holder)
         yield name, holder, base, injection
     if not accepted:
         raise NotApplicable(f"{case.method.name} acts on none of the layers of torch alone")

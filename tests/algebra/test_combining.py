@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.algebra import merge_math as algebra
-from peftcore.errors import ConfigError, MergeError, NotMergeable, UnknownInjection, UnsupportedSite
+from peftcore.errors import ConfigError, DuplicateInjection, MergeError, NotMergeable, UnknownInjection, UnsupportedSite
 from peftcore.injection.injection import Injection
 from peftcore.testing.kit import fill
 
@@ -133,6 +133,24 @@ def test_any_merged_change_becomes_a_lora(method: str) -> None:
     change = peftcore.deltas(source)["first"]
     real = float((peftcore.deltas(small)["first"] - change).norm() / change.norm())
     assert abs(errors["first"] - real) < 1e-9 and real > 0.01
+
+
+def test_a_lora_of_given_factors() -> None:
+    """Of several ranks and scales; it stands in place of the adapter whose sites it has."""
+    model = host()
+    old = applied(model, "ia3", "old", 1)
+    sites = {site.path: site for site in old.sites}
+    ranks = {"first": (2, 0.5), "second": (1, -2.0)}
+    factors = {
+        path: (drawn(rank, sites[path].in_features), drawn(sites[path].out_features, rank), scale)
+        for path, (rank, scale) in ranks.items()
+    }
+    lora = peftcore.lora_of(model, {path: (sites[path], each) for path, each in factors.items()}, "made", ["old"])
+    assert lora.active and not old.active and not any(each.requires_grad for each in lora.parameters())
+    for path, (A, B, scale) in factors.items():
+        assert close(peftcore.deltas(lora)[path], scale * B @ A)
+    with pytest.raises(DuplicateInjection):
+        peftcore.lora_of(model, {"first": (sites["first"], factors["first"])}, "made")
 
 
 def test_every_kind_of_weight_becomes_a_lora() -> None:

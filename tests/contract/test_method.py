@@ -76,6 +76,7 @@ NO_RATE = {
     "lqer": "nothing trains",
     "mica": "the example of it in peft names none, and no other code of its authors was found",
     "peqa": "no code of its authors was found, nor the table of its paper",
+    "regmean": "nothing trains",
     "task_arithmetic": "nothing trains",
     "ties_merging": "nothing trains",
     "tinylora": "no code of its authors was found, nor the table of its paper",

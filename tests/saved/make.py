@@ -43,6 +43,7 @@ TOLD = {
     "multitask_prompt_tuning": [2, 0],
     "pal": [2, 0],
     "polytropon": [3, 0],
+    "vl_adapter": [2, 0],
 }
 """The task of each row, which calls are told."""
 MOVES = 1e-3

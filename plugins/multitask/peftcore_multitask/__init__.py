@@ -31,8 +31,11 @@ def peftcore_methods() -> Mapping[str, str]:
         "multitask_prompt_tuning": "peftcore_multitask.multitask_prompt_tuning:MultitaskPromptTuning",
         "pal": "peftcore_multitask.pal:PAL",
         "polytropon": "peftcore_multitask.polytropon:Polytropon",
+        "regmean": "peftcore_multitask.regmean:RegMean",
         "task_arithmetic": "peftcore_multitask.task_arithmetic:TaskArithmetic",
+        "text_to_lora": "peftcore_multitask.text_to_lora:TextToLoRA",
         "ties_merging": "peftcore_multitask.ties_merging:TIESMerging",
+        "vl_adapter": "peftcore_multitask.vl_adapter:VLAdapter",
         "xlora": "peftcore_multitask.xlora:XLoRA",
     }
 

@@ -96,15 +96,12 @@ class MergingOperator(WeightOperator):
         operator: Any = self.parts[index]
         if base is None:
             return precise(operator.merged(None))
-        factors = operator.factors()
-        if factors is not None:
-            return merge_math.product(factors).view(base.shape)
-        if self.layers[index] == self.layer:
-            new: Tensor = operator.merged(base)
-        else:  # a value in the place of the whole tensor is as it is stored
-            theirs = self.layers[index]
-            new = self.layer.logical(theirs.stored(operator.merged(theirs.logical(self.layer.stored(base)))))
-        return new - base
+        factors, theirs = operator.factors(), self.layers[index]
+        if theirs == self.layer:
+            return operator.merged(base) - base if factors is None else merge_math.product(factors).view(base.shape)
+        seen = theirs.logical(self.layer.stored(base))  # a value in the place of the whole tensor is as it is stored
+        change = operator.merged(seen) - seen if factors is None else merge_math.product(factors).view(seen.shape)
+        return self.layer.logical(theirs.stored(change))
 
     def merged_bias(self, bias: Tensor | None, weight: Callable[[], Tensor]) -> Tensor | None:
         base = None if bias is None else precise(bias)

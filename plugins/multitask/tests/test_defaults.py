@@ -21,6 +21,8 @@ ATTEMPT = "AkariAsai/ATTEMPT@b5121e5, attempt/configs/attempt"
 POLY = "microsoft/mttl@c66b20d, projects/mhr/configs/t0/poly_lora.json"
 
 PALS = "AsaCooperStickland/Bert-n-Pals@9b40f4f"
+T2L = "SakanaAI/text-to-lora@8ba7749, src/hyper_llm_modulator"
+VL = "ylsung/VL_adapter@545fcbb, VL-T5"
 MOLE = "yushuiwx/Mixture-of-LoRA-Experts@8841fe0"
 
 HELD: Held = {
@@ -158,14 +160,48 @@ HELD: Held = {
         100.0,
         f'{POLY}: "module_logits_learning_rate": 0.1 beside "adapters_learning_rate" : 1e-3',
     ),
+    ("regmean", "off_diagonal"): (
+        0.9,
+        "bloomberg/dataless-model-merging@92247ae, regmean_demo.ipynb: reduce_non_diag(param_grams, a=0.9), and "
+        "src/configs/exps/deberta/ner/ood/deberta-ner-regmean.yaml: regmean_reduce_nondiag: 0.9; others have 0.1",
+    ),
     ("task_arithmetic", "scale"): (
         0.4,
         "prateeky2806/ties-merging@44e7891, src/ties_minimal.ipynb: lamda = 0.4 under Task Vector Merging example; the "
         "authors leave it to validation data (mlfoundations/task_vectors@02363be, README.md has 0.8 for two)",
     ),
+    ("text_to_lora", "vector_width"): (
+        1024,
+        "SakanaAI/text-to-lora@8ba7749, scripts/train_t2l_mistral.sh: --emb_model=Alibaba-NLP/gte-large-en-v1.5, which "
+        "has vectors of 1024",
+    ),
+    ("text_to_lora", "rank"): (8, f"{T2L}/utils/model_loading.py: r=8 if peft_type == PeftType.LORA"),
+    ("text_to_lora", "alpha"): (16.0, f'{T2L}/utils/model_loading.py: "lora_alpha" is "r" * 2, with "use_rslora"'),
+    ("text_to_lora", "dropout"): (0.05, f"{T2L}/utils/model_loading.py: lora_dropout = 0.05"),
+    ("text_to_lora", "latent"): (128, f"{T2L}/configs.py: hypernet_latent_size default=128"),
+    ("text_to_lora", "head_width"): (512, f"{T2L}/configs.py: head_in_size default=512"),
+    ("text_to_lora", "network_dropout"): (0.05, f"{T2L}/hyper_modulator.py: nn.Dropout(0.05)"),
+    ("text_to_lora", "decay"): (
+        1e-3,
+        "SakanaAI/text-to-lora@8ba7749, scripts/train_t2l_mistral.sh: --l2_reg_generated_w=1e-3",
+    ),
     ("ties_merging", "density"): (0.2, "prateeky2806/ties-merging@44e7891, README.md: $redundant = topk20"),
     ("ties_merging", "sign"): ("total", "prateeky2806/ties-merging@44e7891, README.md: $elect = mass"),
     ("ties_merging", "scale"): (1.0, "prateeky2806/ties-merging@44e7891, src/ties_minimal.ipynb: lamda = 1"),
+    ("vl_adapter", "tasks"): (1, f"{VL}/scripts/image/single_adapter.sh: one adapter for all, so here none is known"),
+    ("vl_adapter", "shared"): ("all", f"{VL}/scripts/image/single_adapter.sh: --use_single_adapter"),
+    ("vl_adapter", "bottleneck"): (96, f"{VL}/scripts/image/single_adapter.sh: --reduction_factor 8, of 768"),
+    ("vl_adapter", "activation"): ("gelu_tanh", f'{VL}/src/adapters/config.py: non_linearity: str = "gelu_new"'),
+    ("vl_adapter", "joins"): (
+        "matrix",
+        f"{VL}/src/my_transformers/modeling_bart.py: F.dropout(hidden_states, ...) behind attn_adapter",
+    ),
+    ("vl_adapter", "train_layer_norm"): (True, f"{VL}/scripts/image/single_adapter.sh: --unfreeze_layer_norms"),
+    ("vl_adapter", "init_std"): (
+        0.02,
+        f"{VL}/src/my_transformers/modeling_bart.py: _init_weights has std = self.config.init_std, BART's 0.02",
+    ),
+    ("vl_adapter", "up_init_std"): (0.02, f"{VL}/src/my_transformers/modeling_bart.py: _init_weights, as of init_std"),
     ("xlora", "train_parts"): (
         True,
         "peft 0.21: XLoraConfig.use_trainable_adapters is False; parts of one's own start without effect, so here they "

@@ -101,15 +101,16 @@ def test_weights_that_are_trained_in_place_are_task_vectors() -> None:
     assert equal(model(X), expected(X)) and moved(model) and len(injection.operators) == 4
 
 
-def test_values_and_factors_meet_where_the_weight_is_stored_the_other_way_round() -> None:
+@pytest.mark.parametrize("kinds", [("lora", "linear_probe"), ("linear_probe", "lora")])
+def test_values_and_factors_meet_where_the_weight_is_stored_the_other_way_round(kinds: tuple[str, str]) -> None:
     model = nn.Sequential(Conv1D(5, 6)).double()
     base = model[0].weight.detach().clone()
-    parts = [{"method": "lora", "target": ["0"]}, {"method": "linear_probe", "target": ["0"]}]
+    parts = [{"method": kind, "target": ["0"]} for kind in kinds]
     injection = applied(model, "task_arithmetic", parts=parts, scale=0.5)
-    operator = injection.operators["0"]
-    A, B, scale = operator.parts["0"].factors()
+    of_kind = dict(zip(kinds, injection.operators["0"].parts.values(), strict=True))
+    A, B, scale = of_kind["lora"].factors()
     injection.merge()
-    expected = base + 0.5 * (scale * B @ A).T + 0.5 * (operator.parts["1"].value - base)
+    expected = base + 0.5 * (scale * B @ A).T + 0.5 * (of_kind["linear_probe"].value - base)
     assert equal(model[0].weight, expected) and not equal(expected, base)
 
 

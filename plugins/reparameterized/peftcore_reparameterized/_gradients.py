@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftcore import AppliedMethod, Batch, Batches, Site
+from peftcore import AppliedMethod, Batch, Batches, Site, sees_vectors
 from peftcore.errors import CalibrationError
-from peftcore_reparameterized._inputs import sees_vectors
 
 
 def mean_gradients(sites: Sequence[Site], data: Iterable[Batch]) -> dict[str, Tensor]:

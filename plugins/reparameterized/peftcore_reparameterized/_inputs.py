@@ -1,27 +1,11 @@
-"""What methods see of the user's data before training: the inputs of linear layers, without padding."""
+"""What methods need that look at the inputs of linear layers before training."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from collections.abc import Sequence
 
-import torch
-from torch import Tensor, nn
-
-from peftcore import Site
+from peftcore import Site, sees_vectors
 from peftcore.errors import UnsupportedSite
-
-IGNORED = -100
-"""The label of a position that no loss counts."""
-Look = Callable[[nn.Module, Tensor, Tensor], None]
-"""Gets a module, its input as it came, and that as vectors ``[tokens, in]`` in float32 at least."""
-
-
-def sees_vectors(site: Site) -> bool:
-    """Return whether the site is a linear layer that is called: then its inputs are vectors that can be looked at."""
-    return site.form == "activation" and site.layer.called and site.layer.of_vectors and not site.batch
 
 
 def check_seen(sites: Sequence[Site], instead: str) -> None:
@@ -35,35 +19,3 @@ def check_seen(sites: Sequence[Site], instead: str) -> None:
             f"{sites[0].path} is no linear layer that is called, nor is another target module, so there are no inputs "
             f"to look at; take others, or {instead}"
         )
-
-
-@contextmanager
-def watched(model: nn.Module, modules: Iterable[nn.Module], look: Look, labels: bool = False) -> Iterator[None]:
-    """While it lasts, show `look` the inputs of modules, as they are called.
-
-    Positions that the model's `attention_mask` leaves out are not shown; with `labels` nor are those whose label is
-    -100. Both count where they have the shape of the positions.
-    """
-    masks: list[Tensor] = []
-
-    def called(host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = {**inspect.signature(host.forward).bind_partial(*args, **kwargs).arguments, **kwargs}
-        kept = [("attention_mask", lambda mask: mask != 0)]
-        kept += [("labels", lambda label: label != IGNORED)] if labels else []
-        masks[:] = [keep(given[name]) for name, keep in kept if isinstance(given.get(name), Tensor)]
-
-    def entered(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given: Tensor = next(iter((*args, *kwargs.values())))
-        x = given.detach()
-        if x.is_nested:  # an encoder's padded sequences
-            vectors = torch.cat(x.unbind())
-        else:
-            fitting = [mask for mask in masks if mask.shape == x.shape[:-1]]
-            vectors = x[torch.stack(fitting).all(0)] if fitting else x.reshape(-1, x.shape[-1])
-        look(module, given, vectors.to(torch.promote_types(x.dtype, torch.float32)))
-
-    with ExitStack() as hooks:
-        hooks.callback(model.register_forward_pre_hook(called, with_kwargs=True).remove)
-        for module in modules:
-            hooks.callback(module.register_forward_pre_hook(entered, with_kwargs=True).remove)
-        yield

@@ -27,10 +27,22 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import MATRICES, AppliedMethod, Batches, LearningRate, Method, MethodConfig, Site, Surgeon, Tags
+from peftcore import (
+    MATRICES,
+    AppliedMethod,
+    Batches,
+    LearningRate,
+    Method,
+    MethodConfig,
+    Site,
+    Surgeon,
+    Tags,
+    sees_vectors,
+    watched_inputs,
+)
 from peftcore.errors import CalibrationError
 from peftcore_reparameterized._decomposed import PairOperator, as_matrix, as_rows, positive, rank_within
-from peftcore_reparameterized._inputs import check_seen, sees_vectors, watched
+from peftcore_reparameterized._inputs import check_seen
 from peftcore_reparameterized._low_rank import low_rank_count
 
 LARGEST_ERROR = 0.05
@@ -125,7 +137,7 @@ class CorDA(Method):
 
         model.eval()
         with injection.whole.disabled(), torch.no_grad():
-            with watched(model, {graft.site.module for graft in grafts if sees_vectors(graft.site)}, look):
+            with watched_inputs(model, {graft.site.module for graft in grafts if sees_vectors(graft.site)}, look):
                 for batch in data:
                     batch.output()
             for graft in grafts:

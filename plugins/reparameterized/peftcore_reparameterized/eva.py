@@ -33,10 +33,22 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from peftcore import MATRICES, AppliedMethod, Batches, LearningRate, Method, MethodConfig, Site, Surgeon, Tags
+from peftcore import (
+    MATRICES,
+    AppliedMethod,
+    Batches,
+    LearningRate,
+    Method,
+    MethodConfig,
+    Site,
+    Surgeon,
+    Tags,
+    sees_vectors,
+    watched_inputs,
+)
 from peftcore.errors import CalibrationError
 from peftcore_reparameterized._components import Components, redistributed
-from peftcore_reparameterized._inputs import check_seen, sees_vectors, watched
+from peftcore_reparameterized._inputs import check_seen
 from peftcore_reparameterized._low_rank import low_rank_count
 from peftcore_reparameterized.lora import LoRAOperator
 
@@ -99,7 +111,7 @@ def components(model: nn.Module, data: Batches, config: Config, sites: Sequence[
                 own[path].add(x)
 
     model.eval()
-    with torch.no_grad(), watched(model, {site.module for site in sites}, look, config.use_label_mask):
+    with torch.no_grad(), watched_inputs(model, {site.module for site in sites}, look, config.use_label_mask):
         for _ in range(config.passes):
             for batch in data:
                 batch.output()

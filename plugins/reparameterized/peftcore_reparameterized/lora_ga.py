@@ -28,11 +28,21 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import MATRICES, AppliedMethod, Batches, LearningRate, Method, MethodConfig, Site, Surgeon, Tags
+from peftcore import (
+    MATRICES,
+    AppliedMethod,
+    Batches,
+    LearningRate,
+    Method,
+    MethodConfig,
+    Site,
+    Surgeon,
+    Tags,
+    sees_vectors,
+)
 from peftcore.errors import UnsupportedSite
 from peftcore_reparameterized._decomposed import PairOperator, as_matrix, as_rows, nearly_principal, rank_within
 from peftcore_reparameterized._gradients import gradients_of
-from peftcore_reparameterized._inputs import sees_vectors
 from peftcore_reparameterized._low_rank import low_rank_count
 
 

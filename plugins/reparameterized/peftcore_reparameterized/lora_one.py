@@ -42,11 +42,11 @@ from peftcore import (
     Site,
     Surgeon,
     Tags,
+    sees_vectors,
 )  # fmt: skip
 from peftcore.errors import UnsupportedSite
 from peftcore_reparameterized._decomposed import as_rows, nearly_principal
 from peftcore_reparameterized._gradients import gradients_of
-from peftcore_reparameterized._inputs import sees_vectors
 from peftcore_reparameterized._low_rank import low_rank_count
 from peftcore_reparameterized._preconditioned import Preconditioned, Preconditioner, riemannian
 from peftcore_reparameterized.lora import LoRAOperator

@@ -28,9 +28,8 @@ import torch.nn.functional as F
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import MATRICES, LearningRate, Method, MethodConfig, Operator, Site, Surgeon, Tags
+from peftcore import MATRICES, LearningRate, Method, MethodConfig, Operator, Site, Surgeon, Tags, sees_vectors
 from peftcore.errors import UnsupportedSite
-from peftcore_reparameterized._inputs import sees_vectors
 from peftcore_reparameterized._low_rank import add_low_rank, low_rank_count, low_rank_factors
 
 

@@ -1,0 +1,162 @@
+"""Text-to-LoRA: LoRAs that a network makes of the description of a task.   Charakorn et al. 2025, arXiv 2506.06105
+(code: SakanaAI/text-to-lora).
+
+    y = W x + b + s B A dropout(x),   s = alpha / sqrt(rank),   (A, B) = H z + h
+    z = M([LN(E v + e) ; LN(layer) ; LN(kind)])
+
+v is a vector that the call tells: an embedding of what the task is, in words, by any model that embeds texts. `layer`
+is an embedding of the layer, `kind` one of which matrix it is there, and each kind has a head H, h. M are silu
+feed-forwards, two of them with residuals, and 0.05 is dropped between. H starts at zero and h as a LoRA's start, so at
+first all vectors give the same LoRA, which does nothing. The loss gets decay * (mean A^2 + mean B^2) from each kind.
+
+    with peftcore.call(model, task_vector=embedded): ...      # [1, vector_width] for all rows, or [rows, vector_width]
+    make_lora(injection, embedded[0])                         # a plain LoRA: it merges, and is saved by itself
+
+This is the largest of the paper's three networks and what its scripts train, by the loss of the model itself; those
+whose heads make A and B, or their rows, one after the other are not here, nor is the training on LoRAs that exist
+(recon). Where models have several stacks, each has layers and kinds of its own.
+
+Parameters, l = latent and w = head_width: (vector_width + 1) l / 2 + 28 l^2 + 27 l + (4 l + 1) w in the network, l / 4
+for each layer and each kind, and (w + 1) rank (in + out) for each kind.
+
+Use it for hundreds of tasks with descriptions, where a new one shall need no training; not for a few tasks, nor where
+no text says what a task is (`hyperformer_pp` has an embedding of each that it learns).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+
+from peftcore import (
+    MATRICES,
+    AppliedMethod,
+    Injection,
+    LearningRate,
+    Method,
+    MethodConfig,
+    Operator,
+    Site,
+    Surgeon,
+    Tags,
+    forward_context,
+    lora_of,
+    sees_vectors,
+)
+from peftcore.errors import ConfigError, UnsupportedSite
+from peftcore_multitask._lora_network import Known, Told, evaluating, kind_name, known_of
+
+OF_ONE_SITE = {"alpha", "dropout", "decay"}
+"""Options that may differ between sites: all else belongs to the network."""
+
+
+class Config(MethodConfig):
+    """Options of Text-to-LoRA."""
+
+    method: Literal["text_to_lora"] = "text_to_lora"
+    vector_width: PositiveInt = 1024
+    """Width of the vectors that calls tell."""
+    rank: PositiveInt = 8
+    """Rank of the LoRAs."""
+    alpha: PositiveFloat = 16.0
+    """Numerator of the scale ``alpha / sqrt(rank)``."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05
+    """Probability with which inputs of the update are dropped in training."""
+    latent: Annotated[PositiveInt, Field(multiple_of=4)] = 128
+    """Width l of the network: half of it reads the vector, a quarter each says layer and kind."""
+    head_width: PositiveInt = 512
+    """Width w of z."""
+    network_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05
+    """Probability with which numbers in the network are dropped in training."""
+    decay: NonNegativeFloat = 1e-3
+    """Factor of the loss of what the network makes."""
+
+
+class TextToLoRAOperator(Operator):
+    """The LoRA of one site, which has no tensors of its own."""
+
+    training_only = Operator.training_only | {"decay"}
+
+    def __init__(self, site: Site, config: Config, known: Known) -> None:
+        super().__init__(site)
+        self.known, self.told = known, Told(site, config.vector_width)
+        self.scale = config.alpha / config.rank**0.5
+        self.dropout, self.decay = nn.Dropout(config.dropout), config.decay / known.alike
+
+    def made(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        """Return A ``[n, rank, in]`` and B ``[n, out, rank]`` for vectors ``[n, vector_width]``."""
+        kind: Any = self.known.kind.module
+        z = self.known.network.module(vectors.to(kind.value), self.known.layer.module.value, kind.value)
+        A, B = kind.factors(z)
+        return A, B
+
+    def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:  # x [..., in]
+        y = call(x)
+        rows = len(x) if x.dim() > 1 else 1
+        A, B = self.made(self.told.of_rows(rows))
+        if self.training and self.decay:
+            forward_context().add_loss(self.decay * (A.square().mean() + B.square().mean()))
+        A, B = self.cast(y, A, B)
+        seen = self.dropout(x).to(y.dtype).reshape(len(A), -1, x.shape[-1])  # rows of one vector lie together
+        return y + self.scale * (seen @ A.mT @ B.mT).view(y.shape)
+
+
+class TextToLoRA(Method):
+    """LoRAs made of vectors that calls tell.
+
+    Example:
+        injection = peftcore.apply(model, "text_to_lora", vector_width=384)
+        peftcore.call(model, task_vector=embedder.encode(["Solve the sum."]))  # or one for each row
+    """
+
+    name = "text_to_lora"
+    Config = Config
+    tags = Tags(category="multitask", paper="2506.06105", random=True, reentrant=False)
+    learning_rate = LearningRate(
+        2.5e-5, "SakanaAI/text-to-lora@8ba7749, scripts/train_t2l_mistral.sh", on="Mistral 7B Instruct, 479 tasks"
+    )
+    target = ("attn.q", "attn.v", "cross.q", "cross.v")
+    alternatives = MATRICES
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        if any({*changes} - OF_ONE_SITE for changes in config.overrides.values()):
+            raise ConfigError(
+                f"text_to_lora: sites share a network, so overrides change {', '.join(sorted(OF_ONE_SITE))} alone"
+            )
+        sites = surgeon.sites()
+        for site in sites:
+            if not sees_vectors(site):
+                raise UnsupportedSite(f"{site.path} is no linear layer that is called, as LoRAs of rows need")
+        alike = Counter(map(kind_name, sites))
+        for site in sites:
+            known = known_of(surgeon, site, config, alike[kind_name(site)])
+            surgeon.graft(site, lambda at, own, known=known: TextToLoRAOperator(at, own, known), config)
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        return 0
+
+
+@torch.no_grad()
+def make_lora(injection: AppliedMethod, vector: Tensor, name: str = "lora") -> Injection:
+    """Return the LoRA of one vector ``[vector_width]``: frozen, and active in place of the network, which stays.
+
+    Raises:
+        ConfigError: it is no text_to_lora, or the vector has another width.
+        PeftcoreError: as `peftcore.lora_of` does; nothing was changed.
+    """
+    found = [graft for graft in injection.grafts if isinstance(graft.operator, TextToLoRAOperator)]
+    if not found or vector.shape != (injection.config.vector_width,):
+        raise ConfigError("make_lora(injection, vector) is for a text_to_lora, and a vector of its vector_width")
+    made = {}
+    with evaluating(injection.shared.values()):
+        for graft in found:
+            operator: Any = graft.operator
+            A, B = operator.made(vector[None])
+            made[graft.site.path] = (graft.site, (A[0], B[0], operator.scale))
+    return lora_of(injection.model, made, name, [injection.whole.name])

@@ -1,0 +1,123 @@
+"""VL-Adapter: bottleneck adapters of several tasks, which share what they have in common.   Sung, Cho and Bansal 2021,
+arXiv 2112.06825 (code: ylsung/VL_adapter).
+
+    y = h + U_t f(D_t h + b_t) + c_t,   D_t [r, d],  U_t [d, r],   t the task
+
+h is what the last matrix of an attention (self and cross) or of the feed-forward returns, in front of the host's
+dropout. `shared` says what all tasks have in common: everything (the paper's single adapter, its best), D with b or U
+with c (half-shared), or nothing (an adapter each). Paper and code adapt the language model alone, BART or T5, which
+reads pictures as tokens: so do default targets in a model of two towers. All norms train along; so does the map from
+visual features to tokens, where you name it: ``train=["multi_modal_projector"]``. Matrices start from N(0, 0.02),
+biases at zero: near the identity.
+
+The task comes with the call, ``with peftcore.call(model, task=...)``: one for all rows, or one for each; the authors'
+batches have one task. With ``shared="all"`` nobody has to say it, and names of tasks mean nothing.
+
+The paper's other adapters are methods here: its Hyperformer is near `hyperformer` (its code has the generators of a
+block's places apart), its Compacter `compacter`, which it trains for all tasks as one.
+
+Parameters: n_D (d r + r) + n_U (d r + d) an adapter, where n is 1 for what is shared and else the number of tasks;
+with `train_layer_norm`, the norms besides.
+
+Use it for tasks of one kind on one model, as questions and captions for pictures are; not where tasks get in each
+other's way (`polytropon`, `mtl_lora`), nor where a new task should cost next to nothing (`hyperformer_pp`).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import NonNegativeFloat, PositiveInt
+from torch import Tensor, nn
+
+from peftcore import OUTPUTS, AtBranchEnd, Joins, LearningRate, Method, Site, Surgeon, Tags, branch_end
+from peftcore_multitask._tasks import TaskConfig, Tasks, task_count
+
+ACTIVATIONS = {
+    "gelu_tanh": lambda: nn.GELU("tanh"),
+    "gelu": nn.GELU,
+    "relu": nn.ReLU,
+    "silu": nn.SiLU,
+}
+
+
+class Config(TaskConfig):
+    """Options of VL-Adapter."""
+
+    method: Literal["vl_adapter"] = "vl_adapter"
+    shared: Literal["all", "down", "up", "none"] = "all"
+    """What is one for all tasks: the whole adapter, the matrix of one side with its bias, or nothing."""
+    bottleneck: PositiveInt = 96
+    """Width r of the adapters; an eighth of the stream in the authors' scripts."""
+    activation: Literal["gelu_tanh", "gelu", "relu", "silu"] = "gelu_tanh"
+    """The non-linearity f."""
+    joins: Joins = "matrix"
+    """Where an adapter reads and adds: at a branch's last matrix, or behind what the host does to the branch's output
+    (dropout, layer scale, stochastic depth)."""
+    train_layer_norm: bool = True
+    """Train the norms of the host along, as the authors do."""
+    init_std: NonNegativeFloat = 0.02
+    """Standard deviation of D at the start."""
+    up_init_std: NonNegativeFloat = 0.02
+    """Standard deviation of U at the start; 0 makes a fresh adapter an exact identity."""
+
+    def copies(self, side: str) -> int:
+        """Return how many matrices a side has, "down" or "up": one where tasks share it."""
+        return 1 if self.shared in ("all", side) else task_count(self)
+
+
+class VLAdapterOperator(AtBranchEnd):
+    """The adapters of one site, for all tasks."""
+
+    def __init__(self, site: Site, config: Config) -> None:
+        super().__init__(site)
+        d, r = site.out_features, config.bottleneck
+        down, up = config.copies("down"), config.copies("up")
+        self.down = nn.Parameter(torch.randn(down, r, d) * config.init_std)
+        self.down_bias = nn.Parameter(torch.zeros(down, 1, r))
+        self.up = nn.Parameter(torch.randn(up, d, r) * config.up_init_std)
+        self.up_bias = nn.Parameter(torch.zeros(up, 1, d))
+        self.activation, self.tasks = ACTIVATIONS[config.activation](), Tasks(site, config)
+
+    def adapt(self, h: Tensor) -> Tensor:
+        channels = self.layer.channel_dim
+        x = h.movedim(channels, -1)  # [rows, ..., d]
+        rows = len(x) if h.dim() > -channels else 1
+        tables = (self.down, self.down_bias, self.up, self.up_bias)
+        chosen = (each if len(each) == 1 else self.tasks.of_rows(each, rows) for each in tables)
+        down, down_bias, up, up_bias = self.cast(h, *chosen)  # each [rows or 1, ...]
+        inner = self.activation(x.reshape(rows, -1, x.shape[-1]) @ down.mT + down_bias)  # [rows, positions, r]
+        return h + (inner @ up.mT + up_bias).view(x.shape).movedim(-1, channels)
+
+
+class VLAdapter(Method):
+    """Bottleneck adapters that tasks share wholly or by half.
+
+    Example:
+        injection = peftcore.apply(model, "vl_adapter", shared="down", tasks=["questions", "captions"])
+        peftcore.call(model, task="captions")  # or a list, one for each row; with `with`, for a while
+    """
+
+    name = "vl_adapter"
+    Config = Config
+    tags = Tags(category="multitask", paper="2112.06825", identity_at_init=False, identity_options={"up_init_std": 0.0})
+    learning_rate = LearningRate(
+        1e-3, "ylsung/VL_adapter@545fcbb, VL-T5/scripts/image/single_adapter.sh", on="BART-base, VQA, GQA, NLVR, COCO"
+    )
+    target = ("attn.output", "mlp.output")
+    alternatives = OUTPUTS
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        for site in surgeon.sites():
+            place = branch_end(surgeon, site, config.at(site.path).joins)
+            surgeon.graft(place, VLAdapterOperator, config, place.places)
+        for site in surgeon.at("norm.*") if config.train_layer_norm else ():
+            surgeon.train(site.module_path)
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        if site.form == "weight":  # a norm's gain or bias
+            return site.numel
+        d, r = site.out_features, config.bottleneck
+        return config.copies("down") * (d * r + r) + config.copies("up") * (d * r + d)
