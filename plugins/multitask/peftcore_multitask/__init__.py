@@ -29,6 +29,7 @@ def peftcore_methods() -> Mapping[str, str]:
         "mov": "peftcore_multitask.mov:MoV",
         "mtl_lora": "peftcore_multitask.mtl_lora:MTLLoRA",
         "multitask_prompt_tuning": "peftcore_multitask.multitask_prompt_tuning:MultitaskPromptTuning",
+        "pha": "peftcore_multitask.pha:PHA",
         "polytropon": "peftcore_multitask.polytropon:Polytropon",
         "task_arithmetic": "peftcore_multitask.task_arithmetic:TaskArithmetic",
         "ties_merging": "peftcore_multitask.ties_merging:TIESMerging",
