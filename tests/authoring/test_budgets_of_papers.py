@@ -133,6 +133,14 @@ ROWS = [
         8 * 5e-3,
     ),
     Row(
+        "pha",
+        "T5 base",
+        8 * 616e3,
+        "2310.11670: 616K a task, for eight tasks; met by adapters 40 wide",
+        {"tasks": 8, "bottleneck": 40},
+        within=8 * 500,
+    ),
+    Row(
         "hydralora",
         "Llama 7B",
         0.124,

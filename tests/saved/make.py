@@ -41,6 +41,7 @@ TOLD = {
     "moelora": [2, 0],
     "mtl_lora": [3, 0],
     "multitask_prompt_tuning": [2, 0],
+    "pha": [2, 0],
     "polytropon": [3, 0],
 }
 """The task of each row, which calls are told."""

@@ -14,8 +14,9 @@ to each other and to its prototype. The own task is missing in the sum of M, as 
 call, ``with peftcore.call(model, task=...)``: one for all rows, or one for each. Batches should mix tasks.
 
 Where a decoder reads an encoder, H is the encoder's, and the encoder's adapters are made of nothing: each has matrices
-of its own, the same for all tasks (Xavier-uniform times 1e-4). In a model without tokens (pictures), H is what the last
-adapter reads. Adapters of one width share P1 to U; what makes weights starts uniform in +-init_scale sqrt(3/(p fan)).
+of its own, the same for all tasks (Xavier-uniform times 1e-4). In a model without tokens (pictures), H is what its norm
+behind the blocks gives, or what the last adapter reads where there is none. Adapters of one width share P1 to U; what
+makes weights starts uniform in +-init_scale sqrt(3 / (p fan)).
 
 The paper looks for the nearest prototype of a new task to start from; the code does not, and nor does this.
 
@@ -31,7 +32,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -126,16 +127,19 @@ class AdapterOperator(Bypass):
 
 
 class ReadingOperator(Operator):
-    """Gives the retriever what a stack returns, in training."""
+    """Gives the retriever what a stack of tokens returns, or the norm behind the last block, in training."""
 
-    def __init__(self, site: Site, config: Config, stack: TokenStack, contrast: Contrast) -> None:
+    def __init__(self, site: Site, config: Config, stack: TokenStack | None, contrast: Contrast) -> None:
         super().__init__(site)
-        self.contrast, self.names = contrast, site.arguments
-        self.positions = PromptPositions(0, stack.causal and not stack.readers, 0, sys.maxsize, halves=False)
+        self.contrast, self.names, self.positions = contrast, site.arguments, None
+        if stack is not None:
+            self.positions = PromptPositions(0, stack.causal and not stack.readers, 0, sys.maxsize, halves=False)
 
     def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         output = call(*args, **kwargs)
-        if self.training:
+        if self.training and self.positions is None:
+            self.contrast.add(*by_row(output.movedim(self.layer.channel_dim, -1))[:2])
+        elif self.training and self.positions is not None:
             states = output if isinstance(output, Tensor) else output[0]  # [rows, tokens, d]
             given = {**dict(zip(self.names, args, strict=False)), **kwargs}
             found = self.positions.positions(states, given, training=True)
@@ -167,22 +171,25 @@ class PHA(Method):
         sites, stacks = surgeon.sites(), TokenStacks(surgeon)
         prototypes = surgeon.own("prototypes", lambda: Prototypes(config))
         places = [branch(surgeon, site) for site in sites]
-        reading = stacks.reading(sites)
+        last = places[-1]
         contrast = None
         if config.contrast and task_count(config) > 1:
-            seen, width = (places[-1], places[-1].width) if reading is None else (reading[1], reading[1].out_features)
+            norms = [replace(site, form="activation") for site in surgeon.at("norm.final")]
+            stack, end = stacks.reading(sites) or (None, next(iter(norms), None))
+            seen, width = (last, last.width) if end is None else (end, end.out_features)
             retriever = surgeon.own("retriever", lambda: Retriever(width, config))
             contrast = Contrast(seen, config, retriever, prototypes)
-            if reading is not None:
-                surgeon.graft(seen, lambda site, own: ReadingOperator(site, own, reading[0], contrast), config)
+            if end is not None:
+                surgeon.graft(end, functools.partial(ReadingOperator, stack=stack, contrast=contrast), config)
+                last = end
         for place in places:
-            stack = stacks.of(place)
-            own = stack is not None and bool(stack.readers)
+            around = stacks.of(place)
+            own = around is not None and bool(around.readers)
             widths = place.width, place.out_features
             build = functools.partial(Hypernetwork, *widths, config)
             network = None if own else surgeon.own("network/{}/{}".format(*widths), build)
-            last = contrast if reading is None and place is places[-1] else None
-            make = functools.partial(AdapterOperator, prototypes=prototypes, network=network, contrast=last)
+            reads = contrast if place is last else None
+            make = functools.partial(AdapterOperator, prototypes=prototypes, network=network, contrast=reads)
             surgeon.graft(AdapterSite(**vars(place), own=own), make, config, place.places)
 
     @staticmethod

@@ -20,6 +20,7 @@ ATTEMPT = "AkariAsai/ATTEMPT@b5121e5, attempt/configs/attempt"
 """MPT has no code of its authors; their paper takes over the tasks of ATTEMPT, and its prompts."""
 POLY = "microsoft/mttl@c66b20d, projects/mhr/configs/t0/poly_lora.json"
 
+PHA = "Bumble666/PHA@bbb4169, configs/experiments/glue_t5_base.json"
 MOLE = "yushuiwx/Mixture-of-LoRA-Experts@8841fe0"
 
 HELD: Held = {
@@ -138,6 +139,27 @@ HELD: Held = {
     ("multitask_prompt_tuning", "init"): (
         "vocabulary",
         f'{ATTEMPT}/multi_task_others.json: "init_prefix_from_vocab": true',
+    ),
+    ("pha", "tasks"): (1, f'{PHA}: "tasks": those of GLUE; here none is known'),
+    ("pha", "bottleneck"): (64, f'{PHA}: "encoder_adapter_dim": 64, "decoder_adapter_dim": 64'),
+    ("pha", "task_width"): (
+        64,
+        "Bumble666/PHA@bbb4169, modeling/adapter_t5.py: nn.Embedding(len(self.config.tasks), 64)",
+    ),
+    ("pha", "hidden"): (
+        128,
+        "Bumble666/PHA@bbb4169, modeling/adapter_generators.py: nn.Linear(self.input_dim, 128)",
+    ),
+    ("pha", "code"): (64, "Bumble666/PHA@bbb4169, modeling/adapter_generators.py: nn.Linear(128, 64)"),
+    ("pha", "contrast"): (0.1, "Bumble666/PHA@bbb4169, third_party/trainers/t5_trainer.py: loss *= 0.1"),
+    ("pha", "temperature"): (
+        0.1,
+        "Bumble666/PHA@bbb4169, third_party/trainers/t5_trainer.py: torch.matmul(features, task_embed.T), 0.1)",
+    ),
+    ("pha", "init_scale"): (
+        1e-3,
+        "Bumble666/PHA@bbb4169, modeling/adapter_generators.py: bound = 1e-3 * math.sqrt(3 / (hypernet_in * "
+        "mainnet_in))",
     ),
     ("polytropon", "tasks"): (1, "peft 0.21: PolyConfig.n_tasks"),
     ("polytropon", "skills"): (
