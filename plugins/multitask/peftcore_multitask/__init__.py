@@ -31,6 +31,7 @@ def peftcore_methods() -> Mapping[str, str]:
         "multitask_prompt_tuning": "peftcore_multitask.multitask_prompt_tuning:MultitaskPromptTuning",
         "pha": "peftcore_multitask.pha:PHA",
         "polytropon": "peftcore_multitask.polytropon:Polytropon",
+        "sapt": "peftcore_multitask.sapt:SAPT",
         "task_arithmetic": "peftcore_multitask.task_arithmetic:TaskArithmetic",
         "ties_merging": "peftcore_multitask.ties_merging:TIESMerging",
         "xlora": "peftcore_multitask.xlora:XLoRA",
