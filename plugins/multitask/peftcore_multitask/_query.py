@@ -25,6 +25,23 @@ KEPT = "_peftcore_decided"
 """The attribute of a cache in which decisions are kept."""
 
 
+class Decisions:
+    """What one operator decided, with the model's caches; copies of the model share it."""
+
+    def __init__(self) -> None:
+        self.stamp = uuid.uuid4().hex
+
+    def of(self, cache: Any) -> Tensor | None:
+        """Return what was decided when the text in a cache was new."""
+        kept: Tensor | None = getattr(cache, KEPT, {}).get(self.stamp)
+        return kept
+
+    def keep(self, cache: Any, decided: Tensor) -> None:
+        """Keep a decision with a cache; one that takes no attributes keeps nothing."""
+        with suppress(AttributeError):
+            setattr(cache, KEPT, {**getattr(cache, KEPT, {}), self.stamp: decided.detach()})
+
+
 class DecidingOperator(Router):
     """Acts around a stack and behind its token table, and leaves what `decide` says of each text, ``[rows, ...]``."""
 
@@ -33,7 +50,7 @@ class DecidingOperator(Router):
 
     def __init__(self, site: Site, stack: TokenStack, decided: Tap) -> None:
         super().__init__(site)
-        self.decided, self.given, self.names, self.stamp = decided, Tap(), site.arguments, uuid.uuid4().hex
+        self.decided, self.given, self.kept, self.names = decided, Tap(), Decisions(), site.arguments
         self.positions = PromptPositions(0, stack.causal, 0, sys.maxsize, halves=False)
 
     def decide(self, embeds: Tensor, text: Tensor) -> Tensor:
@@ -52,8 +69,7 @@ class DecidingOperator(Router):
         cache = cache_in(output) if isinstance(output, Mapping) else None
         cache = cache_in(given) if cache is None else cache
         if cache is not None:
-            with suppress(AttributeError):  # a cache that takes no attributes keeps nothing
-                setattr(cache, KEPT, {**getattr(cache, KEPT, {}), self.stamp: self.decided.get().detach()})
+            self.kept.keep(cache, self.decided.get())
         return output
 
     def _at_table(self, call: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
@@ -66,13 +82,13 @@ class DecidingOperator(Router):
         if given is None:  # the table is used elsewhere
             return
         if cached_tokens(given, 0, embeds.shape[1]):
-            self.decided.put(self._kept(getattr(cache_in(given), KEPT, {}).get(self.stamp), embeds))
+            self.decided.put(self._again(self.kept.of(cache_in(given)), embeds))
             return
         found = self.positions.positions(embeds, given, self.training)
         assert found is not None, "nothing is in a cache"
         self.decided.put(self.decide(embeds, found[1].expand(embeds.shape[:2])))
 
-    def _kept(self, kept: Tensor | None, embeds: Tensor) -> Tensor:
+    def _again(self, kept: Tensor | None, embeds: Tensor) -> Tensor:
         """Return what was decided when the text was new; raises where it was not, or where the input may be more of
         it."""
         if kept is None or len(embeds) % len(kept):

@@ -150,7 +150,14 @@ class SAPT(Method):
 
     name = "sapt"
     Config = Config
-    tags = Tags(category="multitask", paper="2401.08295", per_row=False, routes="sequence", exact_gradient=False)
+    tags = Tags(
+        category="multitask",
+        paper="2401.08295",
+        per_row=False,
+        routes="sequence",
+        exact_gradient=False,
+        reentrant=False,
+    )
     learning_rate = LearningRate(5e-5, "circle-hit/SAPT@52a52b9, gen_script_superni_llama.py", on="Llama 2 7B, SuperNI")
     target = ("attn.q", "attn.v")
     alternatives = MATRICES

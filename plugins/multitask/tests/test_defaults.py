@@ -21,6 +21,7 @@ ATTEMPT = "AkariAsai/ATTEMPT@b5121e5, attempt/configs/attempt"
 POLY = "microsoft/mttl@c66b20d, projects/mhr/configs/t0/poly_lora.json"
 
 PHA = "Bumble666/PHA@bbb4169, configs/experiments/glue_t5_base.json"
+SAPT = "circle-hit/SAPT@52a52b9, gen_script_superni_llama.py"
 MOLE = "yushuiwx/Mixture-of-LoRA-Experts@8841fe0"
 
 HELD: Held = {
@@ -173,6 +174,11 @@ HELD: Held = {
         100.0,
         f'{POLY}: "module_logits_learning_rate": 0.1 beside "adapters_learning_rate" : 1e-3',
     ),
+    ("sapt", "tasks"): (1, f"{SAPT}: the first task; each next one has one more"),
+    ("sapt", "rank"): (4, f"{SAPT}: lora_r = 4"),
+    ("sapt", "alpha"): (32.0, f"{SAPT}: lora_alpha = 32"),
+    ("sapt", "hidden"): (100, f"{SAPT}: trans_hidden_dim = 100"),
+    ("sapt", "replay"): (1.0, f"{SAPT}: kl_ratio = 1; gen_script_superni_t5.py has 0.5"),
     ("task_arithmetic", "scale"): (
         0.4,
         "prateeky2806/ties-merging@44e7891, src/ties_minimal.ipynb: lamda = 0.4 under Task Vector Merging example; the "

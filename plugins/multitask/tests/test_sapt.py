@@ -59,7 +59,7 @@ def test_numbers_of_the_authors() -> None:
     """Shares of two texts, what is added to one matrix, the loss of two replayed texts; and gradients of all that."""
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1}
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=10, **sizes))
-    injection, attention, others = applied(model)
+    _, attention, others = applied(model)
     operator = others["model.layers.0.self_attn.q_proj"].train()
     table = wave(10, 8, step=0.29).requires_grad_()
     last: dict[str, Any] = {"key": attention.keys[2], "down": attention.down.weight, "up": attention.up.weight}
