@@ -7,12 +7,14 @@ losses hold prototypes and texts together.
 from __future__ import annotations
 
 import math
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from peftcore import Shared, Site, forward_context, full_precision
+from peftcore import Operator, PromptPositions, Shared, Site, TokenStack, by_row, forward_context, full_precision
 from peftcore_multitask._tasks import Tasks, task_count
 
 
@@ -80,6 +82,28 @@ class Contrast:
             tasks = self.tasks.of_rows(every, len(mean)).expand(len(mean))
             loss = contrast(self.retriever.module(mean), tasks, prototypes, self.temperature)
         forward_context().add_loss(self.factor * loss)
+
+
+class ReadingOperator(Operator):
+    """Gives the retriever what a stack of tokens returns, or the norm behind the last block, in training."""
+
+    def __init__(self, site: Site, config: Any, stack: TokenStack | None, contrast: Contrast) -> None:
+        super().__init__(site)
+        self.contrast, self.names, self.positions = contrast, site.arguments, None
+        if stack is not None:
+            self.positions = PromptPositions(0, stack.causal and not stack.readers, 0, sys.maxsize, halves=False)
+
+    def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        output = call(*args, **kwargs)
+        if self.training and self.positions is None:
+            self.contrast.add(*by_row(output.movedim(self.layer.channel_dim, -1))[:2])
+        elif self.training and self.positions is not None:
+            states = output if isinstance(output, Tensor) else output[0]  # [rows, tokens, d]
+            given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+            found = self.positions.positions(states, given, training=True)
+            if found is not None:
+                self.contrast.add(states, found[1].expand(states.shape[:2]))
+        return output
 
 
 def contrast(vectors: Tensor, tasks: Tensor, prototypes: Tensor, temperature: float) -> Tensor:

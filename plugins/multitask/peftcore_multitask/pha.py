@@ -30,10 +30,8 @@ Use it for several tasks with few examples each, told apart by their texts; not 
 from __future__ import annotations
 
 import functools
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
@@ -45,20 +43,17 @@ from peftcore import (
     Bypass,
     LearningRate,
     Method,
-    Operator,
-    PromptPositions,
     Shared,
     Site,
     Surgeon,
     Tags,
-    TokenStack,
     TokenStacks,
     branch,
     by_row,
 )
 from peftcore.errors import ConfigError
 from peftcore_additive._bottleneck import cast_linear
-from peftcore_multitask._prototypes import Contrast, Hypernetwork, Prototypes, Retriever
+from peftcore_multitask._prototypes import Contrast, Hypernetwork, Prototypes, ReadingOperator, Retriever
 from peftcore_multitask._tasks import TaskConfig, Tasks, task_count
 
 
@@ -124,28 +119,6 @@ class AdapterOperator(Bypass):
         if len(chosen) <= len(prototypes):
             return tuple(network.module(prototypes[chosen], self.place))
         return tuple(each[chosen] for each in network.module(prototypes, self.place))
-
-
-class ReadingOperator(Operator):
-    """Gives the retriever what a stack of tokens returns, or the norm behind the last block, in training."""
-
-    def __init__(self, site: Site, config: Config, stack: TokenStack | None, contrast: Contrast) -> None:
-        super().__init__(site)
-        self.contrast, self.names, self.positions = contrast, site.arguments, None
-        if stack is not None:
-            self.positions = PromptPositions(0, stack.causal and not stack.readers, 0, sys.maxsize, halves=False)
-
-    def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        output = call(*args, **kwargs)
-        if self.training and self.positions is None:
-            self.contrast.add(*by_row(output.movedim(self.layer.channel_dim, -1))[:2])
-        elif self.training and self.positions is not None:
-            states = output if isinstance(output, Tensor) else output[0]  # [rows, tokens, d]
-            given = {**dict(zip(self.names, args, strict=False)), **kwargs}
-            found = self.positions.positions(states, given, training=True)
-            if found is not None:
-                self.contrast.add(states, found[1].expand(states.shape[:2]))
-        return output
 
 
 class PHA(Method):

@@ -25,8 +25,8 @@ when the decoder runs.
 
 Parameters: tasks * rank * (in + out) a module, tasks * d + 2 hidden d + 2 d once.
 
-Use it for tasks that come one after the other, where old ones are to stay and help new ones; not for tasks that are all
-there at once (`hydralora`), nor for LoRAs out of files that no attention was trained with (`mole`).
+Use it for tasks that come one after the other, where old ones are to stay and to help; not for tasks that are all there
+at once (`hydralora`), nor for LoRAs out of files, with which no attention was trained (`mole`).
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ from peftcore import (
     forward_context,
     full_precision,
 )
-from peftcore.errors import ConfigError, MissingContext, SequenceError, UnsupportedSite
+from peftcore.errors import MissingContext, SequenceError, UnsupportedSite
 from peftcore_multitask._chosen import add_shares
-from peftcore_multitask._growing import take_tasks
+from peftcore_multitask._growing import divergence, take_tasks
 from peftcore_multitask._query import DecidingOperator, deciding_place
 from peftcore_multitask._skills import factors
 
@@ -95,7 +95,7 @@ class SharedAttention(DecidingOperator):
             logs = self.scores(embeds, text).log_softmax(-1)
             told = forward_context().context.get("attention") if self.training else None
             if told is not None:
-                forward_context().add_loss(self.replay * self.distance(told, logs))
+                forward_context().add_loss(self.replay * divergence(told, logs))
             shares = logs.exp()
         self.noted(shares)
         return shares
@@ -107,13 +107,6 @@ class SharedAttention(DecidingOperator):
         largest = largest.masked_fill(~text.any(1, keepdim=True), 0.0)  # nothing was said
         sought = self.norm(nn.functional.silu(self.up(self.down(largest))))
         return sought @ keys.mT / math.sqrt(keys.shape[1])
-
-    def distance(self, told: Tensor, logs: Tensor) -> Tensor:
-        """Return the divergence of the shares from those that are told, as a mean over the rows that have some."""
-        told = torch.as_tensor(told, device=logs.device).to(logs.dtype)
-        if told.shape != logs.shape:
-            raise ConfigError(f"attention={tuple(told.shape)}: shares of rows and tasks are {tuple(logs.shape)} here")
-        return (torch.special.xlogy(told, told) - told * logs).sum() / told.any(1).sum().clamp(min=1)
 
 
 class SAPTOperator(Operator):

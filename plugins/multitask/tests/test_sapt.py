@@ -19,6 +19,7 @@ import peftcore
 from peftcore.errors import ConfigError, MissingContext, NotMergeable, SequenceError, UnsupportedSite
 from peftcore.testing import HOSTS, against, conformance, frozen
 from peftcore.testing.kit import fill
+from peftcore_multitask._growing import divergence
 from peftcore_multitask.sapt import take_tasks
 
 NUMBERS = Path(__file__).parent / "numbers" / "sapt.json"
@@ -77,7 +78,7 @@ def test_numbers_of_the_authors() -> None:
     shares = attention.scores(texts[0], every).softmax(-1)
     added = operator.update(torch.zeros(2, 3, 8, dtype=torch.float64), x, shares.unsqueeze(1))
     logs = attention.scores(texts[1], every).log_softmax(-1)
-    loss = attention.distance(torch.tensor([[0.7, 0.3, 0.0]] * 2, dtype=torch.float64), logs)
+    loss = divergence(torch.tensor([[0.7, 0.3, 0.0]] * 2, dtype=torch.float64), logs)
     ((added * wave(2, 3, 8, step=0.23)).sum() + loss).backward()
     found = {"shares": shares.flip(-1), "added": added, "loss": loss, "x": x.grad, "d words": table.grad}
     found |= {f"d {name}": each.grad for name, each in last.items()}
