@@ -52,9 +52,31 @@ class TokenStacks:
                 )
         if found is None:
             raise UnsupportedSite("there is no target module, so no stack of tokens")
-        module, known = self._modules[found.path], sites[0]
-        table = known.layer_of(module.get_submodule(found.table), "weight")  # as wide as the stream
-        return Site(module, found.path, f"{found.table}.weight", table, found.role,
+        return self._around(found, sites[0])
+
+    def reading(self, sites: Sequence[Site]) -> tuple[TokenStack, Site] | None:
+        """Returns the stack that is given the prompt of all these sites, and a place for an operator around it: their
+        own stack, or the encoder that it reads. None where they are in no stack of tokens (images).
+
+        Raises:
+            UnsupportedSite: they are in stacks that are given different tokens.
+        """
+        every = [self.of(site) for site in sites]
+        read = [stack if stack is None or not stack.reads else self._read_by(stack) for stack in every]
+        if len({*read}) > 1:
+            raise UnsupportedSite(
+                f"{sites[0].path} and {sites[read.index(next(each for each in read if each != read[0]))].path} are in "
+                "stacks that are given different tokens; target one of them"
+            )
+        return None if not read or read[0] is None else (read[0], self._around(read[0], sites[0]))
+
+    def _read_by(self, reader: TokenStack) -> TokenStack | None:
+        return next((stack for stack in self.stacks if reader.path in stack.readers), None)
+
+    def _around(self, stack: TokenStack, known: Site) -> Site:
+        module = self._modules[stack.path]
+        table = known.layer_of(module.get_submodule(stack.table), "weight")  # as wide as the stream
+        return Site(module, stack.path, f"{stack.table}.weight", table, stack.role,
                     form="activation", layer_of=known.layer_of, meta=known.meta)  # fmt: skip
 
     def generates(self, site: Site) -> bool:

@@ -82,8 +82,8 @@ def zero_rows_stay_finite(case: Case) -> None:
 
 
 def _trained(case: Case, steps: int = 3) -> tuple[nn.Module, Injection, dict[str, Tensor], dict[str, Tensor], set[str]]:
-    """Train a little; return model, injection, the base before, the operators before, and the names that got a
-    gradient."""
+    """Train a little, by the method's own losses too; return model, injection, the base before, the operators before,
+    and the names that got a gradient."""
     model, inputs = case.fresh()
     base = {key: value.clone() for key, value in model.state_dict().items()}
     injection = case.apply(model)
@@ -92,8 +92,10 @@ def _trained(case: Case, steps: int = 3) -> tuple[nn.Module, Injection, dict[str
     model.train()
     touched: set[str] = set()
     for _ in range(steps):
-        _, gradients = backward(case, model, inputs, injection)
-        touched |= {name for name, gradient in gradients.items() if gradient.any()}
+        model.zero_grad()
+        output = case.run(model, inputs)
+        (loss(output) + injection.losses()).backward()  # type: ignore[no-untyped-call]
+        touched |= {name for name, gradient in gradients_of(injection).items() if gradient.any()}
         optimizer.step()
     return model, injection, base, before, touched
 

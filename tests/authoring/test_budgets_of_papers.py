@@ -134,6 +134,14 @@ ROWS = [
     ),
     Row("pal", "BERT base", 13, "1902.02671, table 2: 1.13 times BERT, for eight tasks", {"tasks": 8}, "model", 0.5),
     Row(
+        "pha",
+        "T5 base",
+        8 * 616e3,
+        "2310.11670: 616K a task, for eight tasks; met by adapters 40 wide",
+        {"tasks": 8, "bottleneck": 40},
+        within=8 * 500,
+    ),
+    Row(
         "hydralora",
         "Llama 7B",
         0.124,

@@ -1,17 +1,19 @@
 """Where the prompt begins and ends in one forward, and which token sees which: with caches, padding and labels."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from torch import Tensor
 
-from peftcore import PromptPositions, VisibleTokens, cached_tokens
-from peftcore.errors import MissingContext, SequenceError
+import peftcore
+from peftcore import Method, MethodConfig, PromptPositions, Tags, TokenStacks, VisibleTokens, cached_tokens
+from peftcore.errors import MissingContext, SequenceError, UnsupportedSite
 from peftcore.forward import context as contexts
 from peftcore.forward.active_adapters import Choice
 from peftcore.forward.context import ForwardContext
+from peftcore.testing import HOSTS
 
 
 class Cache:
@@ -118,3 +120,39 @@ def test_masks_that_do_not_tell_padding_are_refused(inside: Inside) -> None:
     inside({"attention_mask": torch.ones(1, 2)})
     with pytest.raises(SequenceError, match="tells padding from tokens"):
         ends(1, 0, 5)
+
+
+class NoOptions(MethodConfig):
+    method: Literal["looks_for_a_prompt"] = "looks_for_a_prompt"
+
+
+def stack_of(host: Any, target: Any) -> tuple[str, int, bool] | None:
+    """The path and the width of the stack that is given the prompt of some modules, and whether others read it."""
+    seen: list[tuple[str, int, bool] | None] = []
+
+    class Looks(Method):
+        name = "looks_for_a_prompt"
+        Config = NoOptions
+        tags = Tags(category="additive", paper="none")
+        target = ("all-layers",)
+
+        def inject(self, model: torch.nn.Module, config: Any, surgeon: Any) -> None:
+            found = TokenStacks(surgeon).reading(surgeon.sites())
+            seen.append(None if found is None else (found[1].path, found[1].out_features, bool(found[0].readers)))
+            surgeon.train(surgeon.sites()[0].module_path)
+
+        parameter_count = staticmethod(lambda site, config: site.numel)
+
+    model = HOSTS[host].build()[0] if isinstance(host, str) else host
+    peftcore.apply(model, Looks, target=target)
+    return seen[0]
+
+
+def test_the_stack_that_is_given_the_prompt() -> None:
+    assert stack_of("llama", "attn.q") == ("model", 16, False)
+    assert stack_of("t5", "attn.q") == stack_of("t5", "encoder.block.*.q") == ("encoder", 16, True)
+    assert stack_of("t5", "decoder.block.*.q") == ("encoder", 16, True)
+    assert stack_of("vit", "attn.q") is None
+    two = torch.nn.ModuleDict({name: HOSTS[name].build()[0] for name in ("llama", "bert")})
+    with pytest.raises(UnsupportedSite, match=r"llama.*\bbert.*given different tokens"):
+        stack_of(two, ["llama.model.layers.*.q_proj", "bert.bert.encoder.layer.*.query"])

@@ -42,6 +42,7 @@ TOLD = {
     "mtl_lora": [3, 0],
     "multitask_prompt_tuning": [2, 0],
     "pal": [2, 0],
+    "pha": [2, 0],
     "polytropon": [3, 0],
     "vl_adapter": [2, 0],
 }

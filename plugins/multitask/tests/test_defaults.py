@@ -23,6 +23,8 @@ POLY = "microsoft/mttl@c66b20d, projects/mhr/configs/t0/poly_lora.json"
 PALS = "AsaCooperStickland/Bert-n-Pals@9b40f4f"
 T2L = "SakanaAI/text-to-lora@8ba7749, src/hyper_llm_modulator"
 VL = "ylsung/VL_adapter@545fcbb, VL-T5"
+PHA = "Bumble666/PHA@bbb4169, configs/experiments/glue_t5_base.json"
+SAPT = "circle-hit/SAPT@52a52b9, gen_script_superni_llama.py"
 MOLE = "yushuiwx/Mixture-of-LoRA-Experts@8841fe0"
 
 HELD: Held = {
@@ -148,6 +150,27 @@ HELD: Held = {
     ("pal", "dropout"): (0.1, f'{PALS}, configs/pals_config.json: "attention_probs_dropout_prob": 0.1'),
     ("pal", "init_std"): (0.02, f'{PALS}, configs/pals_config.json: "initializer_range": 0.02'),
     ("pal", "up_std"): (0.02, f'{PALS}, configs/pals_config.json: "initializer_range": 0.02'),
+    ("pha", "tasks"): (1, f'{PHA}: "tasks": those of GLUE; here none is known'),
+    ("pha", "bottleneck"): (64, f'{PHA}: "encoder_adapter_dim": 64, "decoder_adapter_dim": 64'),
+    ("pha", "task_width"): (
+        64,
+        "Bumble666/PHA@bbb4169, modeling/adapter_t5.py: nn.Embedding(len(self.config.tasks), 64)",
+    ),
+    ("pha", "hidden"): (
+        128,
+        "Bumble666/PHA@bbb4169, modeling/adapter_generators.py: nn.Linear(self.input_dim, 128)",
+    ),
+    ("pha", "code"): (64, "Bumble666/PHA@bbb4169, modeling/adapter_generators.py: nn.Linear(128, 64)"),
+    ("pha", "contrast"): (0.1, "Bumble666/PHA@bbb4169, third_party/trainers/t5_trainer.py: loss *= 0.1"),
+    ("pha", "temperature"): (
+        0.1,
+        "Bumble666/PHA@bbb4169, third_party/trainers/t5_trainer.py: torch.matmul(features, task_embed.T), 0.1)",
+    ),
+    ("pha", "init_scale"): (
+        1e-3,
+        "Bumble666/PHA@bbb4169, modeling/adapter_generators.py: bound = 1e-3 * math.sqrt(3 / (hypernet_in * "
+        "mainnet_in))",
+    ),
     ("polytropon", "tasks"): (1, "peft 0.21: PolyConfig.n_tasks"),
     ("polytropon", "skills"): (
         4,
@@ -165,6 +188,11 @@ HELD: Held = {
         "bloomberg/dataless-model-merging@92247ae, regmean_demo.ipynb: reduce_non_diag(param_grams, a=0.9), and "
         "src/configs/exps/deberta/ner/ood/deberta-ner-regmean.yaml: regmean_reduce_nondiag: 0.9; others have 0.1",
     ),
+    ("sapt", "tasks"): (1, f"{SAPT}: the first task; each next one has one more"),
+    ("sapt", "rank"): (4, f"{SAPT}: lora_r = 4"),
+    ("sapt", "alpha"): (32.0, f"{SAPT}: lora_alpha = 32"),
+    ("sapt", "hidden"): (100, f"{SAPT}: trans_hidden_dim = 100"),
+    ("sapt", "replay"): (1.0, f"{SAPT}: kl_ratio = 1; gen_script_superni_t5.py has 0.5"),
     ("task_arithmetic", "scale"): (
         0.4,
         "prateeky2806/ties-merging@44e7891, src/ties_minimal.ipynb: lamda = 0.4 under Task Vector Merging example; the "

@@ -1,0 +1,173 @@
+"""PHA: adapters that a network makes of prototypes of tasks.   Zhao et al. 2023, arXiv 2310.11670 (Bumble666/PHA).
+
+    y = FFN(x) + W_up relu(W_down x + b_down) + b_up
+    W_down = D c,  b_down = d c,  W_up = U c,  b_up = u c, each with a bias;   c = LN(P2 relu(P1 [k_task ; e_layer]))
+    v = R2 relu(R1 mean(H)),    s(a, b) = cos(a, b) / temperature
+    loss = contrast * mean_i(L_i + M_i),    M_i = log sum_{k of other tasks} exp s(v_i, k) - s(v_i, k_task)
+    L_i = mean_j log sum_{l != i} exp s(v_i, v_l) - s(v_i, v_j),    rows j != i of the same task; L over rows with such
+
+x is what the feed-forward reads, behind the norm in front of it, and the adapter joins the stream behind the host's
+dropout, as in the authors' code. k [tasks, t] are the prototypes, v is the vector that the *retriever* makes of a text,
+from its states H at the end of the stack: without padding, and of a causal stack what comes before the first label
+(``peftcore.call(model, prompt_length=...)`` says it too). The losses, which training alone has, draw texts of a task
+to each other and to its prototype. The own task is missing in the sum of M, as in the code. The task comes with the
+call, ``with peftcore.call(model, task=...)``: one for all rows, or one for each. Batches should mix tasks.
+
+Where a decoder reads an encoder, H is the encoder's, and the encoder's adapters are made of nothing: each has matrices
+of its own, the same for all tasks (Xavier-uniform times 1e-4). In a model without tokens (pictures), H is what its norm
+behind the blocks gives, or what the last adapter reads where there is none. Adapters of one width share P1 to U; what
+makes weights starts uniform in +-init_scale sqrt(3 / (p fan)).
+
+The paper looks for the nearest prototype of a new task to start from; the code does not, and nor does this.
+
+Parameters: tasks t for prototypes, (d + t + 1) h + t for the retriever, (2t + 1) h + (h + 1) p + 2p and
+(p + 1) (2 d r + r + d) for each width d, t for a made adapter and 2 d r + r + d for an encoder's.
+
+Use it for several tasks with few examples each, told apart by their texts; not for tasks that share inputs, where
+`hyperformer_pp`, its nearest kin, has no losses to fight, nor for one task (`parallel_adapter`).
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+
+from peftcore import (
+    OUTPUTS,
+    BranchSite,
+    Bypass,
+    LearningRate,
+    Method,
+    Shared,
+    Site,
+    Surgeon,
+    Tags,
+    TokenStacks,
+    branch,
+    by_row,
+)
+from peftcore.errors import ConfigError
+from peftcore_additive._bottleneck import cast_linear
+from peftcore_multitask._prototypes import Contrast, Hypernetwork, Prototypes, ReadingOperator, Retriever
+from peftcore_multitask._tasks import TaskConfig, Tasks, task_count
+
+
+class Config(TaskConfig):
+    """Options of PHA."""
+
+    method: Literal["pha"] = "pha"
+    bottleneck: PositiveInt = 64
+    """Width r of the adapters."""
+    task_width: PositiveInt = 64
+    """Width t of prototypes, of vectors of texts, and of the embeddings of layers."""
+    hidden: PositiveInt = 128
+    """Hidden width h of the network that reads prototypes, and of the retriever."""
+    code: PositiveInt = 64
+    """Width p of c, which the adapters are made from."""
+    contrast: NonNegativeFloat = 0.1
+    """Factor of both losses; with 0, or a single task, there is no retriever."""
+    temperature: PositiveFloat = 0.1
+    """Divides cosines in the losses."""
+    init_scale: NonNegativeFloat = 1e-3
+    """How large made weights are at the start; 1 gives outputs the variance of inputs."""
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterSite(BranchSite):
+    """The place of an adapter."""
+
+    own: bool = False
+    """Whether it is made of nothing."""
+
+
+class AdapterOperator(Bypass):
+    """The adapter of one site: made by `network`, or its own."""
+
+    def __init__(
+        self, site: AdapterSite, config: Config, prototypes: Shared, network: Shared | None, contrast: Contrast | None
+    ) -> None:
+        super().__init__(site)
+        self.prototypes, self.network, self.contrast, self.tasks = prototypes, network, contrast, Tasks(site, config)
+        if network is not None:
+            self.place = nn.Parameter(torch.randn(config.task_width))
+            return
+        self.down = nn.Linear(site.width, config.bottleneck)
+        self.up = nn.Linear(config.bottleneck, site.out_features)
+        for linear in (self.down, self.up):
+            nn.init.xavier_uniform_(linear.weight, gain=1e-4)
+            nn.init.zeros_(linear.bias)
+
+    def beside(self, x: Tensor) -> Tensor:
+        if self.contrast is not None and self.training:
+            self.contrast.add(*by_row(x)[:2])
+        if self.network is None:
+            return cast_linear(self, self.up, cast_linear(self, self.down, x).relu())
+        rows = len(x) if x.dim() > 1 else 1
+        down, down_bias, up, up_bias = self.cast(x, *self.made(self.network, rows))
+        inner = (x.reshape(rows, -1, x.shape[-1]) @ down.mT + down_bias).relu()  # [rows, positions, r]
+        return (inner @ up.mT + up_bias).view(*x.shape[:-1], -1)
+
+    def made(self, network: Shared, rows: int) -> tuple[Tensor, ...]:
+        """Return the adapter of each row, ``[rows or 1, ...]``: made for the tasks of the rows, or for all tasks."""
+        prototypes = self.prototypes.module.value
+        chosen = self.tasks.of_rows(torch.arange(len(prototypes), device=prototypes.device), rows)
+        if len(chosen) <= len(prototypes):
+            return tuple(network.module(prototypes[chosen], self.place))
+        return tuple(each[chosen] for each in network.module(prototypes, self.place))
+
+
+class PHA(Method):
+    """Adapters that a network makes of prototypes of tasks, and a retriever that holds prototypes and texts together.
+
+    Example:
+        injection = peftcore.apply(model, "pha", tasks=["sums", "letters"])
+        peftcore.call(model, task=["sums", "letters", "sums"])  # one for each row
+    """
+
+    name = "pha"
+    Config = Config
+    tags = Tags(category="multitask", paper="2310.11670", identity_at_init=False)
+    learning_rate = LearningRate(
+        3e-4, "Bumble666/PHA@bbb4169, configs/experiments/glue_t5_base.json", on="T5-base, GLUE"
+    )
+    target = ("mlp.output",)
+    alternatives = OUTPUTS
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        if any(config.overrides.values()):
+            raise ConfigError("pha: sites share networks, so overrides change nothing; leave them out")
+        sites, stacks = surgeon.sites(), TokenStacks(surgeon)
+        prototypes = surgeon.own("prototypes", lambda: Prototypes(config))
+        places = [branch(surgeon, site) for site in sites]
+        last = places[-1]
+        contrast = None
+        if config.contrast and task_count(config) > 1:
+            norms = [replace(site, form="activation") for site in surgeon.at("norm.final")]
+            stack, end = stacks.reading(sites) or (None, next(iter(norms), None))
+            seen, width = (last, last.width) if end is None else (end, end.out_features)
+            retriever = surgeon.own("retriever", lambda: Retriever(width, config))
+            contrast = Contrast(seen, config, retriever, prototypes)
+            if end is not None:
+                surgeon.graft(end, functools.partial(ReadingOperator, stack=stack, contrast=contrast), config)
+                last = end
+        for place in places:
+            around = stacks.of(place)
+            own = around is not None and bool(around.readers)
+            widths = place.width, place.out_features
+            build = functools.partial(Hypernetwork, *widths, config)
+            network = None if own else surgeon.own("network/{}/{}".format(*widths), build)
+            reads = contrast if place is last else None
+            make = functools.partial(AdapterOperator, prototypes=prototypes, network=network, contrast=reads)
+            surgeon.graft(AdapterSite(**vars(place), own=own), make, config, place.places)
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        if not isinstance(site, AdapterSite):
+            return 0  # the stack that the retriever reads
+        r = config.bottleneck
+        return (site.width + 1) * r + (r + 1) * site.out_features if site.own else config.task_width

@@ -1,0 +1,177 @@
+"""SAPT: LoRAs of tasks that come one after the other, mixed by attention to each text.   Zhao et al. 2024, arXiv
+2401.08295 (circle-hit/SAPT).
+
+    y = W x + b + s sum_j a_j B_j A_j x,    a = softmax_j(k_j . q / sqrt(d)),    s = alpha / rank
+    q = LN(silu(W_up W_down max(E)));       loss = replay * mean_rows sum_j t_j (log t_j - log a_j)
+
+E are the embedded tokens of the text, of which max takes the largest of each feature; a is the same at all target
+modules. Each task has a key k_j [d] and A_j [rank, in], B_j [out, rank] at each module. The last task is learned: its
+key and LoRA train, and W_down [hidden, d], W_up [d, hidden] and the norm go on training; those of tasks before are
+frozen, and as in the code, no gradient goes through them to x. Nobody has to tell the task of a text. The next task:
+
+    second = peftcore.apply(model, "sapt", tasks=2, name="second")
+    peftcore_multitask.sapt.take_tasks(second, first)  # the values of an adapter of one task, which may go then
+
+The loss keeps what the network said of texts of tasks before (the paper's pseudo-samples). Rows of them stand in the
+batch, without labels, and their shares t [rows, tasks] come with the call, the oldest task first, with zeros for tasks
+since: ``with peftcore.call(model, attention=t)``. A row of zeros is none of them. The code holds the mean share over
+the texts of a task for t, which `injection.report()` has.
+
+The text is what comes before the first label, or the whole input, unless ``peftcore.call(model, prompt_length=...)``
+says it: generated tokens change nothing. The authors' max sees padding, this does not. Keys start uniform in +-1, A and
+the network in +-1/sqrt(inputs), B at zero: an exact identity for the first task. Dropout, which the authors' scripts
+have at zero, is left out, and models in which a decoder reads an encoder are refused: there the text is not at hand
+when the decoder runs.
+
+Parameters: tasks * rank * (in + out) a module, tasks * d + 2 hidden d + 2 d once.
+
+Use it for tasks that come one after the other, where old ones are to stay and to help; not for tasks that are all there
+at once (`hydralora`), nor for LoRAs out of files, with which no attention was trained (`mole`).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+
+from peftcore import (
+    MATRICES,
+    AppliedMethod,
+    LearningRate,
+    Method,
+    MethodConfig,
+    Operator,
+    Site,
+    Surgeon,
+    Tags,
+    Tap,
+    TokenStack,
+    forward_context,
+    full_precision,
+)
+from peftcore.errors import MissingContext, SequenceError, UnsupportedSite
+from peftcore_multitask._chosen import add_shares
+from peftcore_multitask._growing import divergence, take_tasks
+from peftcore_multitask._query import DecidingOperator, deciding_place
+from peftcore_multitask._skills import factors
+
+__all__ = ["SAPT", "Config", "take_tasks"]
+
+
+class Config(MethodConfig):
+    """Options of SAPT."""
+
+    method: Literal["sapt"] = "sapt"
+    tasks: PositiveInt = Field(default=1, le=1000)
+    """How many tasks there were so far; the last of them is learned."""
+    rank: PositiveInt = 4
+    """Rank of each LoRA."""
+    alpha: PositiveFloat = 32.0
+    """Numerator of the scale ``alpha / rank``."""
+    hidden: PositiveInt = 100
+    """Width of the network that reads texts."""
+    replay: NonNegativeFloat = 1.0
+    """Factor of the loss of rows whose shares are told."""
+
+
+class SharedAttention(DecidingOperator):
+    """The keys of the tasks, and the network that reads texts."""
+
+    def __init__(self, site: Site, config: Config, stack: TokenStack, decided: Tap) -> None:
+        super().__init__(site, stack, decided)
+        width, self.replay = site.out_features, config.replay
+        self.keys = nn.ParameterList(torch.empty(width).uniform_(-1, 1) for _ in range(config.tasks))
+        self.down, self.up = nn.Linear(width, config.hidden, bias=False), nn.Linear(config.hidden, width, bias=False)
+        self.norm = nn.LayerNorm(width)
+
+    def decide(self, embeds: Tensor, text: Tensor) -> Tensor:
+        with full_precision(embeds):
+            logs = self.scores(embeds, text).log_softmax(-1)
+            told = forward_context().context.get("attention") if self.training else None
+            if told is not None:
+                forward_context().add_loss(self.replay * divergence(told, logs))
+            shares = logs.exp()
+        self.noted(shares)
+        return shares
+
+    def scores(self, embeds: Tensor, text: Tensor) -> Tensor:
+        """Return ``[rows, tasks]``, of which the softmax is taken."""
+        keys = torch.stack([*self.keys])
+        largest = embeds.to(keys.dtype).masked_fill(~text[..., None], -torch.inf).amax(1)
+        largest = largest.masked_fill(~text.any(1, keepdim=True), 0.0)  # nothing was said
+        sought = self.norm(nn.functional.silu(self.up(self.down(largest))))
+        return sought @ keys.mT / math.sqrt(keys.shape[1])
+
+
+class SAPTOperator(Operator):
+    """The LoRAs of one module."""
+
+    def __init__(self, site: Site, config: Config, decided: Tap) -> None:
+        super().__init__(site)
+        if not (self.layer.called and self.layer.of_vectors) or site.batch:
+            raise UnsupportedSite(f"{site.path} is no linear layer; exclude it")
+        self.decided, self.scale = decided, config.alpha / config.rank
+        shapes = (config.rank, site.in_features), (site.out_features, config.rank)
+        every = [factors(site, *shapes, site.in_features) for _ in range(config.tasks)]
+        self.A, self.B = (nn.ParameterList(each) for each in zip(*every, strict=True))
+
+    def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:  # x [..., in]
+        shares = self.decided.get()
+        if shares is None:
+            raise MissingContext("a part of the model was called by itself, whose text nobody has read")
+        if len(x) % len(shares):
+            raise SequenceError(f"a module is given {tuple(x.shape)}, other rows than the stack: exclude it")
+        shares = shares.repeat_interleave(len(x) // len(shares), 0).view(len(x), *[1] * (x.dim() - 2), -1)
+        return self.update(call(x), x, shares)
+
+    def update(self, y: Tensor, x: Tensor, shares: Tensor) -> Tensor:
+        """Return y with all LoRAs of x, for shares ``[rows, ..., tasks]``."""
+        every = [(A, B, self.scale) for A, B in zip(self.A, self.B, strict=True)]
+        if every[:-1]:
+            y = add_shares(self, y, x.detach(), every[:-1], shares[..., :-1])
+        return add_shares(self, y, x, every[-1:], shares[..., -1:])
+
+
+class SAPT(Method):
+    """LoRAs of tasks that come one after the other, mixed by attention to each text."""
+
+    name = "sapt"
+    Config = Config
+    tags = Tags(
+        category="multitask",
+        paper="2401.08295",
+        per_row=False,
+        routes="sequence",
+        exact_gradient=False,
+        reentrant=False,
+    )
+    learning_rate = LearningRate(5e-5, "circle-hit/SAPT@52a52b9, gen_script_superni_llama.py", on="Llama 2 7B, SuperNI")
+    target = ("attn.q", "attn.v")
+    alternatives = MATRICES
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        sites, decided = surgeon.sites(), Tap(until_backward=True)
+        place, stack, table = deciding_place(surgeon, sites)
+        surgeon.graft(place, functools.partial(SharedAttention, stack=stack, decided=decided), config, table)
+        for site in sites:
+            surgeon.graft(site, functools.partial(SAPTOperator, decided=decided), config)
+
+    def trainable(self, model: nn.Module, config: Config, injection: AppliedMethod) -> None:
+        super().trainable(model, config, injection)
+        for each in injection.operators.values():
+            for name, parameter in each.named_parameters():
+                kind, _, number = name.partition(".")
+                if kind in ("A", "B", "keys") and int(number) < config.tasks - 1:
+                    parameter.requires_grad_(False)
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        if site.role == "stack":
+            return (config.tasks + 2 * config.hidden + 2) * site.out_features
+        return config.tasks * config.rank * (site.in_features + site.out_features)
