@@ -32,7 +32,6 @@ def peftcore_methods() -> Mapping[str, str]:
         "pal": "peftcore_multitask.pal:PAL",
         "pha": "peftcore_multitask.pha:PHA",
         "polytropon": "peftcore_multitask.polytropon:Polytropon",
-        "polytropon": "peftcore_multitask.polytropon:Polytropon",
         "regmean": "peftcore_multitask.regmean:RegMean",
         "sapt": "peftcore_multitask.sapt:SAPT",
         "task_arithmetic": "peftcore_multitask.task_arithmetic:TaskArithmetic",
