@@ -126,7 +126,7 @@ class PHA(Method):
 
     Example:
         injection = peftcore.apply(model, "pha", tasks=["sums", "letters"])
-        peftcore.call(model, task=["sums", "letters", "sums"])  # one for each row
+        peftcore.call(model, task="sums")  # or a list, one for each row; with `with`, for a while
     """
 
     name = "pha"

@@ -111,7 +111,7 @@ class TextToLoRA(Method):
 
     Example:
         injection = peftcore.apply(model, "text_to_lora", vector_width=384)
-        peftcore.call(model, task_vector=embedder.encode(["Solve the sum."]))  # or one for each row
+        peftcore.call(model, task_vector=torch.randn(1, 384))  # an embedded text, or one for each row
     """
 
     name = "text_to_lora"
