@@ -81,6 +81,7 @@ class AttentionOperator(_Base):
     """
 
     calls: AttentionCalls
+    """How the module calls what computes attention."""
 
     def __init__(self, site: AttentionSite) -> None:
         super().__init__(site)

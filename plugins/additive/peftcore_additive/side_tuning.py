@@ -1,18 +1,18 @@
 """Side-tuning: a small network beside the model, blended with what the model makes.   Zhang et al. 2019,
 arXiv 1912.13503 (code: jozhang97/side-tuning).
 
-    R = alpha B(x) + (1 - alpha) S(x),   alpha = sigmoid(a)    ("alpha"; "sum": B + S, "product": B S, as in the code)
+    R = g B(x) + (1 - g) S(x),   g = sigmoid(a)
 
-B are the model's features, behind its last norm, or behind its last block where it has none; S is a side network over
-the same tokens, which the model tells nothing. Nothing inside the model runs another way and no gradient goes into it,
-so no task forgets another. `target` names another place; of several modules the last one counts. With several
-injections each blends what those before left.
+By `merge` it is the sum or the product of B and S, too, as in the code. B are the model's features, behind its last
+norm, or behind its last block where it has none; S is a side network over the same tokens, which the model tells
+nothing. Nothing inside the model runs another way and no gradient goes into it, so no task forgets another. `target`
+names another place; of several modules the last one counts. With several injections each blends what those before left.
 
 S is a guest: of the model's own class and config, with `layers` layers and other `sizes`, and a projection where its
 width is another. It shares the model's token table where it can. It starts from scratch; the authors train it to give
 what the model gives first, and the values of such a network come in by ``injection.shared["guest"].take(network)``. a
 starts at 0: half of each, no identity. Images, for which the authors' side networks are convolutions, are not here, and
-neither are a schedule of alpha, FiLM, MLP, and links to the side networks of earlier tasks.
+neither are a schedule of g, FiLM, MLP, and links to the side networks of earlier tasks.
 
 Parameters: those of the guest, and 1.
 
@@ -74,6 +74,7 @@ class Blend(nn.Module):
         self.alpha = nn.Parameter(torch.full((1,), alpha))
 
     def forward(self, base: Tensor, side: Tensor) -> Tensor:
+        """Return the mix of both, each ``[batch, tokens, d]``."""
         share = torch.sigmoid(self.alpha)
         return share * base + (1 - share) * side
 
