@@ -34,7 +34,8 @@ class Toy(nn.Module):
         self.first, self.second = nn.Linear(4, 5), nn.Linear(5, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.second(torch.tanh(self.first(x)))
+        y: Tensor = self.second(torch.tanh(self.first(x)))
+        return y
 
 
 def wave(shape: Sequence[int], k: float) -> Tensor:

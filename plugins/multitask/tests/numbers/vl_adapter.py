@@ -45,8 +45,8 @@ def numbers(checkout: Path) -> dict[str, dict[str, list[float]]]:
             for index, rows in enumerate(tables.values()):
                 for row, value in zip(rows, wave((len(rows), *rows[0].shape), 0.5 + 0.37 * index), strict=True):
                     row.copy_(value)
-        x = wave((2, 3, WIDTH), 0.9).requires_grad_()
-        y = torch.cat([controller(row[None], task) for row, task in zip(x, ("2", "0"), strict=True)])
+        x: Any = wave((2, 3, WIDTH), 0.9).requires_grad_()
+        y: Any = torch.cat([controller(row[None], task) for row, task in zip(x, ("2", "0"), strict=True)])
         (y * wave((2, 3, WIDTH), 0.3)).sum().backward()
         found[shared] = {"y": y.flatten().tolist(), "x": x.grad.flatten().tolist()}
         for name, rows in tables.items():
