@@ -34,9 +34,9 @@ def watched_inputs(model: nn.Module, modules: Iterable[nn.Module], look: Look, l
 
     def called(host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = {**inspect.signature(host.forward).bind_partial(*args, **kwargs).arguments, **kwargs}
-        kept = [("attention_mask", lambda mask: mask != 0)]
-        kept += [("labels", lambda label: label != IGNORED)] if labels else []
-        masks[:] = [keep(given[name]) for name, keep in kept if isinstance(given.get(name), Tensor)]
+        unseen = {"attention_mask": 0, "labels": IGNORED} if labels else {"attention_mask": 0}
+        told = [(given.get(name), left_out) for name, left_out in unseen.items()]
+        masks[:] = [each != left_out for each, left_out in told if isinstance(each, Tensor)]
 
     def entered(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given: Tensor = next(iter((*args, *kwargs.values())))

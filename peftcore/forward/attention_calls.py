@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from types import CodeType, FunctionType
 from typing import Any, Protocol
 
@@ -26,7 +27,7 @@ from peftcore.layers.layer import plain_class
 
 
 class AttentionCalls(Protocol):
-    """One way in which attention modules call what computes ``softmax(q k^T) v``."""
+    """One way in which attention modules call what computes ``softmax(q k^T) v``; equal where it is the same way."""
 
     view_class: type[nn.Module] | None
     """The class of the module's view, where that is not the module's own."""
@@ -69,13 +70,14 @@ def _codes(module: nn.Module) -> Iterator[CodeType]:
             yield unwrapped.__code__
 
 
+@dataclass
 class TorchCalls:
     """A module calls `F.scaled_dot_product_attention`, itself (timm) or by a processor (diffusers): its forward runs
     under a mode that sees this call."""
 
-    def __init__(self, plain: type[nn.Module]) -> None:
-        self.plain = plain
-        self.view_class: type[nn.Module] | None = None
+    plain: type[nn.Module]
+    """The module's own class."""
+    view_class: type[nn.Module] | None = field(default=None, compare=False)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"plain": self.plain, "view_class": None}

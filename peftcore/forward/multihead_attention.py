@@ -6,7 +6,8 @@ Its forward stands here once more: inputs, masks and outputs are those that torc
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +18,11 @@ from peftcore.forward.attention import HostAttention, run_edits
 from peftcore.forward.slot import Edits
 
 
+@dataclass(frozen=True)
 class MultiheadCalls:
     """A module is an `nn.MultiheadAttention`, with that class's forward."""
 
-    view_class = None
+    view_class: ClassVar[None] = None
 
     def check(self, path: str, module: Any) -> None:
         """Raise UnsupportedSite where the module has keys of its own in the softmax."""

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -27,14 +28,13 @@ _DETOURS = ("reorder_and_upcast_attn",)
 """Options of configs with which an attention bypasses its interface."""
 
 
+@dataclass(frozen=True)
 class TransformersCalls:
     """A module asks transformers' attention interface for its function."""
 
-    view_class = None
-
-    def __init__(self, eager: Callable[..., Any]) -> None:
-        self.eager = eager
-        """The attention function of the module's own file, which transformers uses for "eager"."""
+    view_class: ClassVar[None] = None
+    eager: Callable[..., Any]
+    """The attention function of the module's own file, which transformers uses for "eager"."""
 
     @classmethod
     def of(cls, module: nn.Module) -> TransformersCalls:

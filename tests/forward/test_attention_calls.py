@@ -191,3 +191,14 @@ def test_causality_is_torchs() -> None:
 def test_modules_are_told_by_their_code() -> None:
     assert isinstance(calls_of(Twice()), TorchCalls)
     assert calls_of(nn.Linear(2, 2)) is None
+
+
+@pytest.mark.parametrize("name", ["timm_vit", "sd15_unet"])
+def test_another_adapters_values_take_the_place(name: str) -> None:
+    """The same way of calling is equal, whichever site it was found for, so values can be swapped."""
+    model, given = host(name)
+    peftcore.apply(model, METHODS["in_front"], name="one", dtype="float64")
+    other = peftcore.apply(model, METHODS["in_front"], name="other", dtype="float64", seed=5)
+    ways = [[operator.calls for operator in each.operators.values()] for each in peftcore.injections(model).values()]
+    assert ways[0] == ways[1] and deepcopy(ways[0]) == ways[0]
+    assert other.operators and logits(model, given).isfinite().all()
