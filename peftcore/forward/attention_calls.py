@@ -29,8 +29,9 @@ from peftcore.layers.layer import plain_class
 class AttentionCalls(Protocol):
     """One way in which attention modules call what computes ``softmax(q k^T) v``; equal where it is the same way."""
 
-    view_class: type[nn.Module] | None
-    """The class of the module's view, where that is not the module's own."""
+    @property
+    def view_class(self) -> type[nn.Module] | None:
+        """The class of the module's view, where that is not the module's own."""
 
     def check(self, path: str, module: nn.Module) -> None:
         """Raise UnsupportedSite where the module's configuration leads around edits."""
@@ -88,7 +89,8 @@ class TorchCalls:
     def prepare(self) -> None:
         """Make the class of views: diffusers lets torch.compile take instances of its classes for operations, into
         which no edit comes."""
-        self.view_class = _traced(self.plain)
+        plain: Any = self.plain
+        self.view_class = _traced(plain)
 
     def attributes(self, module: nn.Module, edits: Edits) -> Mapping[str, Any]:
         """Returns the switch by which timm's modules call torch's function, and nothing of their own."""

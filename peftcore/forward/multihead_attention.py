@@ -62,7 +62,7 @@ def _forward(
         """``[batch, length, in]`` -> ``[batch, heads, length, head_dim]``"""
         states = states.transpose(0, 1) if turned else states if batched else states[None]
         made = F.linear(states, _weight(module, part), _bias(module, part))
-        return made.unflatten(-1, (module.num_heads, -1)).transpose(1, 2)
+        return made.reshape(*made.shape[:2], module.num_heads, -1).transpose(1, 2)
 
     q, k, v = heads(query, 0), heads(key, 1), heads(value, 2)
     if is_causal and attn_mask is None:
@@ -98,7 +98,8 @@ def _visible(attn_mask: Tensor | None, padding: Tensor | None, query: Tensor) ->
     batch, heads = query.shape[:2]
     masks = []
     if attn_mask is not None:
-        masks.append(attn_mask[None, None] if attn_mask.dim() == 2 else attn_mask.unflatten(0, (batch, heads)))
+        apart = attn_mask.reshape(batch, heads, *attn_mask.shape[1:]) if attn_mask.dim() == 3 else attn_mask[None, None]
+        masks.append(apart)
     if padding is not None:
         masks.append((padding if padding.dim() == 2 else padding[None])[:, None, None])
     if not masks:

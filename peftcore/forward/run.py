@@ -25,6 +25,7 @@ from peftcore.contract.compositions import composed
 from peftcore.contract.operators import Factors, InputOperator
 from peftcore.forward.active_adapters import Route
 from peftcore.forward.alike import positions_alike, run_alike
+from peftcore.forward.attention import AttentionOperator
 from peftcore.forward.batched_updates import add_updates
 from peftcore.forward.context import HERE, forward_context
 from peftcore.forward.draws import draws_of
@@ -257,7 +258,9 @@ def _inner(
     if acting.activation_form is not None:
         return functools.partial(_activation_form, plain, slot, module, acting, acting.activation_form)
     if acting.attention:
-        edits, calls = Edits(acting.attention, slot, route), acting.attention[0].operator.calls
+        edits, first = Edits(acting.attention, slot, route), acting.attention[0].operator
+        assert isinstance(first, AttentionOperator)
+        calls = first.calls
         attributes = {**acting.attributes, **calls.attributes(module, edits)}
 
         def run_view(stand_in: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
