@@ -28,7 +28,11 @@ def in_groups(size: int) -> dict[str, Any]:
     return {"rank": RANK, "group_size": size, "scheme_options": {"group_size": size}}
 
 
-@conformance("qa_lora", options={"*": in_groups(4), "mlp": in_groups(2), "unet": in_groups(2)})
+# In "moe" a large update brings experts so near each other that rounding to half precision picks another one.
+@conformance(
+    "qa_lora",
+    options={"*": in_groups(4), "mlp": in_groups(2), "unet": in_groups(2), "moe": {**in_groups(4), "alpha": 1.0}},
+)
 def test_conformance(check: Callable[[], None]) -> None:
     check()
 

@@ -33,7 +33,8 @@ RANK, ALPHA = 3, 5.0
 OPTIONS: dict[str, Any] = {"rank": RANK, "alpha": ALPHA}
 
 
-@conformance("qlora", options={"*": {"rank": 3}})
+# A large update brings experts so near each other that rounding to half precision picks another one.
+@conformance("qlora", options={"*": {"rank": 3}, "moe": {"rank": 3, "alpha": 1.0}})
 def test_conformance(check: Callable[[], None]) -> None:
     check()
 
