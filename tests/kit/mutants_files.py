@@ -198,6 +198,7 @@ class RankConfig(SmallConfig):
     """A rank."""
 
     rank: int = RANK
+    """Rank of the update."""
 
 
 class Diluted(Small):

@@ -27,13 +27,14 @@ ALSO = {
     "a_file_loads_under_any_name": ("values_can_be_swapped",),
     "changes_show_at_once": ("values_can_be_swapped",),
     "the_state_dict_round_trips": ("changes_show_at_once",),
+    "merging_keeps_the_outputs": ("each_pays_for_its_own_rows",),
     "fused_kernels_equal_the_plain_forward": ("every_kind_of_layer_equals_its_effective_weight",),
 }
 """What a mutant cannot but fail besides its own check: rows of a batch are computed from the factors; what is left off
 cannot be merged; another base gives other outputs; a gradient that is not there is not that of the forward; what no
 file has is not there again; what is not loaded right, or not seen when it changes, is not
-swapped right; a state dict that loads by half does not show at once; what forgets its scale is not its effective
-weight."""
+swapped right; a state dict that loads by half does not show at once; what acts twice costs twice; what forgets its
+scale is not its effective weight."""
 for _path in sorted(Path(__file__).parent.glob("mutants_*.py")):
     MUTANTS |= importlib.import_module(_path.stem).MUTANTS
 

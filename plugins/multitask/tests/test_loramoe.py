@@ -29,7 +29,8 @@ LOST = "a balancing loss has no gradient in reentrant checkpoints, which are ref
     options={
         "*": {"experts": EXPERTS, "rank": RANK},
         "bert": {"balance": 0.1},
-        "unet": {"experts": 3, "rank": RANK},  # 32 tokens with 4 experts of rank 2 would be as large as a matrix there
+        # Tokens with 4 experts of rank 2 would be as large as a matrix there.
+        **{host: {"experts": 3, "rank": RANK} for host in ("unet", "moe")},
     },
     expected_failures={"each_block_may_run_again-bert": LOST},
 )

@@ -45,7 +45,10 @@ SHIFTS = "which shift is best depends on the last bits of a weight: in bfloat16 
 # quantizer in few steps: simulated packing runs it in every forward.
 @conformance(
     "ir_qlora",
-    options={"*": {"rank": 2, "alpha": 2.0, "scheme_options": {"tau_steps": 1}}},
+    options={
+        "*": {"rank": 2, "alpha": 2.0, "scheme_options": {"tau_steps": 1}},
+        "moe": {"rank": 2, "alpha": 0.5, "scheme_options": {"tau_steps": 1}},  # a large update brings experts together
+    },
     expected_failures={f"low_precision_hosts_keep_their_dtype-{host}": SHIFTS for host in ("llama", "mistral")},
 )
 def test_conformance(check: Callable[[], None]) -> None:

@@ -26,7 +26,8 @@ FAILURES = {
 }
 
 
-@conformance("lily", options={"*": {"rank": 4}}, expected_failures=FAILURES)
+# On the UNet three steps of a small update move what routes some queries by less than float32 has.
+@conformance("lily", options={"*": {"rank": 4}, "unet": {"rank": 4, "scale": 50.0}}, expected_failures=FAILURES)
 def test_conformance(check: Callable[[], None]) -> None:
     check()
 

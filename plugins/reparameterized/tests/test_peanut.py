@@ -14,7 +14,8 @@ from two_layers import Two
 from peftcore.testing import against, conformance
 
 
-@conformance("peanut", options={"*": {"rank": 4, "depth": 1}})
+# On the UNet three steps of a small update move the middle matrix of some queries by less than float32 has.
+@conformance("peanut", options={"*": {"rank": 4, "depth": 1}, "unet": {"rank": 4, "depth": 1, "scale": 50.0}})
 def test_conformance(check: Callable[[], None]) -> None:
     check()
 

@@ -25,7 +25,13 @@ OPTIONS: dict[str, Any] = {"rank": 2, "theta_length": 7}
 
 # The default vector is longer than all factors in these hosts; a short one moves little where there are many.
 @conformance(
-    "uni_lora", options={"*": {"theta_length": 60}, "unet": {"theta_length": 1200}, "convnet": {"theta_length": 300}}
+    "uni_lora",
+    options={
+        "*": {"theta_length": 60},
+        "bert": {"theta_length": 300},
+        "unet": {"theta_length": 1200},
+        "convnet": {"theta_length": 300},
+    },
 )
 def test_conformance(check: Callable[[], None]) -> None:
     check()

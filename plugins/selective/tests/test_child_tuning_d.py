@@ -17,6 +17,7 @@ from peftcore.testing.hosts import HOSTS
 NUMBERS = Path(__file__).parent / "numbers" / "child_tuning_d.json"
 SHARE = 0.3
 MOVED = "torch cuts the ties of a host that moves to the meta device, so one table counts as two"
+TIED = "a table is one weight: where one of its places is left out, the others still have it trained, everywhere"
 PATCHES = "the module that embeds patches has the class token, so it runs for all rows once an injection"
 ALL = "every tensor of the host trains, so the base does not show"
 
@@ -25,7 +26,8 @@ ALL = "every tensor of the host trains, so the base does not show"
     "child_tuning_d",
     expected_failures={
         "each_pays_for_its_own_rows-vit": PATCHES,
-        "a_host_without_memory_can_be_planned-gpt2": MOVED,
+        **{f"a_host_without_memory_can_be_planned-{name}": MOVED for name in ("gpt2", "t5")},
+        **{f"an_injection_acts_only_where_it_lives-{name}": TIED for name in ("gpt2", "t5")},
         **{f"base_weights_load_into_an_adapted_host-{name}": ALL for name in HOSTS},
     },
 )
