@@ -188,6 +188,30 @@ def test_causality_is_torchs() -> None:
     assert not torch.equal(model(later)[:, -1], model(x)[:, -1])
 
 
+def test_scale_and_masks_are_those_of_the_call() -> None:
+    """A scale of the module's own, and a mask ``[queries, keys]`` for all rows and heads."""
+
+    class Scaled(Twice):
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = (
+                each(x).unflatten(-1, (2, 4)).transpose(1, 2) for each in (self.q_proj, self.k_proj, self.v_proj)
+            )
+            found.append((q, k, v))
+            y: Tensor = nn.functional.scaled_dot_product_attention(q, k, v, mask, scale=0.3)
+            return y
+
+    found: list[tuple[Tensor, ...]] = []
+    mask = torch.randn(5, 5)
+    model, x = nn.Sequential(Scaled()), torch.randn(2, 5, 8)
+    injection = peftcore.apply(model, METHODS["in_front"], target="0")
+    (operator,) = injection.operators.values()
+    output, (q, k, v) = model(x), found[-1]
+    front = 0.3 * torch.einsum("bhqd,hkd->bhqk", q, operator.key)
+    weights = torch.cat([front, 0.3 * q @ k.mT + mask], -1).softmax(-1)
+    values = torch.cat([operator.value.expand(2, -1, -1, -1), v], 2)
+    torch.testing.assert_close(output, weights @ values)
+
+
 def test_modules_are_told_by_their_code() -> None:
     assert isinstance(calls_of(Twice()), TorchCalls)
     assert calls_of(nn.Linear(2, 2)) is None

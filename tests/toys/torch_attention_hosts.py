@@ -18,6 +18,7 @@ NAMES = (
     "timm_vit_qknorm_ls",
     "timm_eva02",
     "timm_swin",
+    "timm_beit",
     "sd15_unet",
     "sdxl_unet",
     "sd3",
