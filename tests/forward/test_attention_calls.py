@@ -156,8 +156,12 @@ class Twice(nn.Module):
         self.num_heads = 2
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(8, 8) for _ in range(4))
 
+    def heads(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Queries, keys and values ``[batch, heads, length, width]``."""
+        return tuple(each(x).unflatten(-1, (2, 4)).transpose(1, 2) for each in (self.q_proj, self.k_proj, self.v_proj))
+
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (each(x).unflatten(-1, (2, 4)).transpose(1, 2) for each in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = self.heads(x)
         y = nn.functional.scaled_dot_product_attention(q, k, v)
         z: Tensor = self.o_proj(nn.functional.scaled_dot_product_attention(y, k, v).transpose(1, 2).flatten(2))
         return z
