@@ -17,7 +17,7 @@ MUTANTS: dict[str, Entry] = {}
 EMBRACING = ("packed_bases_are_like_dense_ones",)
 """Checks that go through a whole life, and so fail with many a mutant of others."""
 ALSO = {
-    "factors_are_the_update": ("routed_rows_equal_separate_passes",),
+    "factors_are_the_update": ("routed_rows_equal_separate_passes", "assignments_share_a_compiled_graph"),
     "disabling_restores_the_base": ("requires_grad_follows_trainable",),
     "training_leaves_the_base_alone": ("draws_are_declared",),
     "every_trainable_tensor_learns": ("gradients_are_those_of_the_forward",),

@@ -8,6 +8,7 @@ evaluation, or without dropout, all A are one product, whose ranks are weighed b
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 
 import torch
@@ -85,3 +86,15 @@ def imbalance(tap: Tap) -> Tensor | None:
         picks, probabilities = torch.stack(both).view(2, -1) / tokens
         losses.append(len(picks) * (picks * probabilities).sum())
     return torch.stack(losses).sum() if losses else None
+
+
+def with_one_input(site: Site) -> Site:
+    """Return the site of a module that is given the stream alone.
+
+    Raises:
+        UnsupportedSite: its forward asks for more, such as a residual, and nothing says how to mix that.
+    """
+    asked = inspect.signature(site.module.forward).parameters.values()
+    if sum(each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD for each in asked) > 1:
+        raise UnsupportedSite(f"{site.path} is given more than the stream, which nothing says how to mix")
+    return site

@@ -45,7 +45,7 @@ from peftcore import (
     full_precision,
 )
 from peftcore.errors import MissingContext, SequenceError, UnsupportedSite
-from peftcore_multitask._mixture import imbalance, leave_counts
+from peftcore_multitask._mixture import imbalance, leave_counts, with_one_input
 from peftcore_multitask._skills import factors
 
 
@@ -87,7 +87,7 @@ class RouterOperator(Router):
     changes_inputs = True
 
     def __init__(self, site: FeedForwardSite, config: Config, chosen: Tap, balances: Tap) -> None:
-        super().__init__(site)
+        super().__init__(with_one_input(site))
         self.top_k, self.balance, self.chosen, self.balances = config.top_k, config.balance, chosen, balances
         self.router = nn.Parameter(torch.randn(config.experts, site.width) * 0.02)
 
@@ -103,7 +103,7 @@ class RouterOperator(Router):
             leave_counts(self.balances, "", picks.sum(-2), probabilities)
         self.chosen.take()
         self.chosen.put(picks.movedim(-2, 0).flatten(0, 1) if x.dim() > 1 else picks)  # as the copies lie
-        copies = x.expand(self.top_k, *x.shape)
+        copies = x.expand(self.top_k, *x.shape).contiguous()  # those of a single row would be one
         y = call(copies.flatten(0, 1) if x.dim() > 1 else copies).reshape(self.top_k, *x.shape[:-1], -1)
         self.chosen.take()
         return (y * weights.movedim(-1, 0).unsqueeze(-1).to(y.dtype)).sum(0)
