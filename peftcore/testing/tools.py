@@ -132,7 +132,19 @@ class Counts(TorchDispatchMode):
         count = flop_registry.get(func._overloadpacket)
         self.operations += 1
         self.flops += 0 if count is None else count(*args, **(kwargs or {}), out_val=result)
+        if func is torch.ops.aten.convolution_backward.default:
+            self.flops -= _too_many(*args, result=result)
         return result
+
+
+def _too_many(*args: Any, result: Any) -> int:
+    """Returns what torch's counter has too many for the weight's gradient of a grouped convolution: it multiplies each
+    output channel with all inputs, not with those of its group."""
+    *given, groups, (_, weight, _) = args
+    if groups == 1 or not weight:
+        return 0
+    counted = flop_registry[torch.ops.aten.convolution_backward](*given, groups, [False, True, False], out_val=result)
+    return int(counted) * (groups - 1) // groups
 
 
 @contextmanager

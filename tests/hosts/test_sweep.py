@@ -12,7 +12,7 @@ from slowly import quick
 from torch import Tensor, nn
 
 import peftcore
-from peftcore.errors import InactiveSite, MissingContext, SequenceError, TargetError, UnsupportedSite
+from peftcore.errors import CalibrationError, InactiveSite, MissingContext, SequenceError, TargetError, UnsupportedSite
 from peftcore.roles import derive, probe
 from peftcore.testing.doors import ALL
 from peftcore.testing.kit import fill
@@ -39,8 +39,9 @@ FAMILIES = (
 """Hosts of every run; all surveyed ones when PEFTCORE_TEST_ALL=1."""
 LARGE = ("whisper", "clip", "timm_swinv2", "sd15_unet", "sd3", "llava")
 """Those that take longest; `make test-slow` has them."""
-REFUSALS = (TargetError, UnsupportedSite)
-"""The method has nothing to act on in the host, or a site of a kind that it does not know."""
+REFUSALS = (TargetError, UnsupportedSite, CalibrationError)
+"""The method has nothing to act on in the host, a site of a kind that it does not know, or looked at data that says
+nothing there: inputs of a layer that are all zero (DETR's first queries)."""
 LATER = (SequenceError, MissingContext, UnsupportedSite)
 """It stands, and forward wants to be told more, or cannot be followed."""
 SHORT: dict[str, Any] = {"attempt": {"parts": [{"method": "prompt_tuning", "length": 4}] * 2}, "dept": {"length": 4}}

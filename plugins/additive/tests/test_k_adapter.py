@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import static_windows
 import torch
 import transformers
 from sines import wave, waves
@@ -26,10 +27,7 @@ OPTIONS: dict[str, Any] = {"width": 8, "heads": 4, "depth": 1, "dropout": 0.0, "
 @conformance(
     "k_adapter",
     options={"*": {"width": 8, "heads": 4, "depth": 1}},
-    expected_failures={
-        "generation_in_other_ways_does_not_depend_on_the_cache-mistral": "the masks of a static cache speak of the "
-        "window alone, so nothing tells which of the tokens before it are padding; it is refused"
-    },
+    expected_failures=static_windows.REFUSED,
 )
 def test_conformance(check: Callable[[], None]) -> None:
     check()

@@ -16,7 +16,7 @@ from peftcore.testing.hosts import HOSTS
 
 @conformance(
     "locon",
-    options={"unet": {"rank": 9, "conv_rank": 5}},  # at 16 what is between them has shapes of weights
+    options={"unet": {"rank": 9, "conv_rank": 5}, "moe": {"rank": 9}},  # at 16 what is between has shapes of weights
 )
 def test_conformance(check: Callable[[], None]) -> None:
     check()
