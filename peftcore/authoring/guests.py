@@ -19,6 +19,7 @@ from peftcore.contract.operators import Operator, Shared
 from peftcore.errors import ConfigError, SequenceError, UnsupportedSite
 from peftcore.forward.context import Tap
 from peftcore.layers.layer import plain_class
+from peftcore.roles.hostmap import under
 from peftcore.roles.stacks import CACHES, EMBEDS, IDS, TokenStack, arguments, cache_in
 from peftcore.surgery.surgeon import Surgeon
 from peftcore.targets.sequence import POSITIONS
@@ -162,7 +163,7 @@ def guest_network(
     known = next(each for each in surgeon.resolver.token_stacks() if each.path == stack.module_path)
     config = getattr(stack.module, "config", None)
     fits = getattr(config, WIDTH, None) == stack.out_features and OF_A_DECODER not in _names(config)
-    inside = [entry for entry in surgeon.resolver.host.entries if _below(entry.path, known.path)]
+    inside = [entry for entry in surgeon.resolver.host.entries if under(entry.path, known.path)]
     one_by_one = len({entry.block for entry in inside} - {None}) == getattr(config, LAYERS, None)
     serves = known.takes_cache if known.causal else encoders and one_by_one  # ALBERT's one block runs several times
     if not serves or known.entry != known.path or not fits:
@@ -205,10 +206,6 @@ class GuestOperator(Operator):
         result = call(**given)
         self.cache.keep(given, result, output)
         return result
-
-
-def _below(path: str, above: str) -> bool:
-    return not above or path.startswith(f"{above}.")
 
 
 def _behind_the_body(stack: nn.Module, known: TokenStack, used: Sequence[str]) -> list[str]:

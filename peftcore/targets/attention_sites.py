@@ -13,6 +13,7 @@ from torch import nn
 from peftcore.errors import TargetError, UnsupportedSite
 from peftcore.forward.attention import Geometry, Projection
 from peftcore.forward.attention_calls import AttentionCalls, calls_of
+from peftcore.roles.hostmap import under
 from peftcore.targets.resolver import Resolver
 from peftcore.targets.sites import Site
 
@@ -82,7 +83,7 @@ _REASON = (
 def _paths(site: Site, resolver: Resolver) -> Iterator[str]:
     """Returns the paths of the site's module and of those below it."""
     top = site.module_path
-    return (path for path in resolver.modules if path == top or path.startswith(f"{top}.") or not top)
+    return (path for path in resolver.modules if under(path, top))
 
 
 def _projection(resolver: Resolver, path: str, part: str) -> Projection | None:
@@ -94,7 +95,7 @@ def _projection(resolver: Resolver, path: str, part: str) -> Projection | None:
         except TargetError:  # fused, and its slices are not known
             continue
         for entry, slices in places:
-            if entry.module == path or entry.module.startswith(f"{path}."):
+            if under(entry.module, path):
                 site = resolver.site(entry.module, entry.tensor or "weight", f"{family}.{part}", slices)
                 below = site.module_path[len(path) :].lstrip(".")
                 shape = site.weight_shape
