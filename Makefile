@@ -46,7 +46,7 @@ test: export PEFTCORE_TEST_CHANGED = $(if $(word 7,$(CHANGED)),,$(CHANGED))
 test test-slow: export OMP_NUM_THREADS := 1
 test test-slow: export MKL_NUM_THREADS := 1
 test: style
-	$(IN_MEMORY) $(BIN)/mypy & types=$$!; $(BIN)/python -m pytest -n 2 $(WHICH); tests=$$?; wait $$types && exit $$tests
+	$(IN_MEMORY) $(BIN)/mypy & types=$$!; $(BIN)/python -m pytest -n 2 $(WHICH); tests=$$?; wait $$types || { echo "mypy failed: its lines stand among those above"; exit 1; }; exit $$tests
 
 # What takes seconds each: the examples, a package that is installed, several processes, compilers, training, the site.
 test-slow: $(INSTALLED)

@@ -143,8 +143,9 @@ def _too_many(*args: Any, result: Any) -> int:
     *given, groups, (_, weight, _) = args
     if groups == 1 or not weight:
         return 0
-    counted = flop_registry[torch.ops.aten.convolution_backward](*given, groups, [False, True, False], out_val=result)
-    return int(counted) * (groups - 1) // groups
+    counter = flop_registry[torch.ops.aten.convolution_backward]
+    counted: int = counter(*given, groups, [False, True, False], out_val=result)
+    return counted - counted // int(groups)
 
 
 @contextmanager
