@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from peftcore.errors import UnsupportedSite
 from peftcore.roles import HostEntry
 from peftcore.roles.hostmap import under
+from peftcore.roles.streams import alike
 from peftcore.surgery.surgeon import Surgeon
 from peftcore.targets.sequence_inside import WIDTHS
 from peftcore.targets.sites import Site
@@ -41,7 +40,7 @@ class BlockSite(Site):
 
 def stack_path(path: str) -> str:
     """Returns the path of a module with `*` for its numbers: the same for all blocks of a stack."""
-    return re.sub(r"\d+", "*", path)
+    return alike(path)
 
 
 def block_depths(surgeon: Surgeon) -> dict[str | None, int]:
@@ -56,14 +55,20 @@ def block_depths(surgeon: Surgeon) -> dict[str | None, int]:
     return numbers
 
 
-def block_sites(surgeon: Surgeon) -> list[BlockSite]:
+def block_sites(surgeon: Surgeon, *, each_run: bool = False) -> list[BlockSite]:
     """Returns the blocks among the user's targets, or all that the method's target means.
 
+    Args:
+        surgeon: of the method.
+        each_run: whether what the method does at a block concerns one run of it alone, so that the host may run one
+            block for several layers.
+
     Raises:
-        UnsupportedSite: a target is no block, or one through which no sequence of features goes.
+        UnsupportedSite: a target is no block, or one through which no sequence of features goes, rows first; or one
+            that a forward runs several times, without `each_run`.
     """
     numbers = block_depths(surgeon)
-    sites = [_block_site(surgeon, site, numbers) for site in surgeon.sites()]
+    sites = [_block_site(surgeon, site, numbers, each_run) for site in surgeon.sites()]
     for site in sites:
         for other in sites:
             if site.width != other.width and site.path.rpartition(".")[0] == other.path.rpartition(".")[0]:
@@ -73,19 +78,20 @@ def block_sites(surgeon: Surgeon) -> list[BlockSite]:
     return sites
 
 
-def with_blocks(surgeon: Surgeon) -> list[Site]:
+def with_blocks(surgeon: Surgeon, *, each_run: bool = False) -> list[Site]:
     """Returns the user's targets, or all that the method's target means, with whole blocks among them as `BlockSite`:
     for methods that act behind a matrix, and behind a block as well.
 
     Raises:
-        UnsupportedSite: a target is a block through which no sequence of features goes.
+        UnsupportedSite: a target is a block, and `block_sites` would refuse it.
     """
     numbers, sites = block_depths(surgeon), surgeon.sites()
     whole = [site.module_path in numbers and site.missing(site.tensor) for site in sites]
-    return [_block_site(surgeon, site, numbers) if is_one else site for site, is_one in zip(sites, whole, strict=True)]
+    pairs = zip(sites, whole, strict=True)
+    return [_block_site(surgeon, site, numbers, each_run) if is_one else site for site, is_one in pairs]
 
 
-def _block_site(surgeon: Surgeon, site: Site, numbers: dict[str | None, int]) -> BlockSite:
+def _block_site(surgeon: Surgeon, site: Site, numbers: dict[str | None, int], each_run: bool) -> BlockSite:
     path = site.module_path
     if path not in numbers:
         raise UnsupportedSite(f"{site.path or 'the host'} is no block of this host; target the role block")
@@ -96,12 +102,11 @@ def _block_site(surgeon: Surgeon, site: Site, numbers: dict[str | None, int]) ->
         raise UnsupportedSite(f"{path} has no sequence, but a grid that it convolves")
     if any(entry.stream == "context" for entry in inside):
         raise UnsupportedSite(f"{path} returns two streams; nothing says which of them is meant")
-    for module in surgeon.resolver.modules[path].modules():
-        if isinstance(module, nn.MultiheadAttention) and not module.batch_first:
-            raise UnsupportedSite(f"{path} has the sequence in front of the batch; build it with batch_first=True")
+    site.check_rows_first()
+    once = not each_run and not surgeon.resolver.check_runs_once(path)
     stack = stack_path(path)
     blocks = sum(stack_path(other or "") == stack for other in numbers)
-    known = {**vars(site), "form": "activation"}
+    known = {**vars(site), "form": "activation", "once": once}
     return BlockSite(**known, width=_width(surgeon, path, inside), depth=numbers[path], stack=stack, blocks=blocks)
 
 

@@ -31,7 +31,12 @@ class TokenStacks:
         self.stacks, self._modules = surgeon.resolver.token_stacks(), surgeon.resolver.modules
 
     def of(self, site: Site) -> TokenStack | None:
-        """Returns the stack that a block belongs to; None where it takes no tokens (images)."""
+        """Returns the stack that a block belongs to; None where it takes no tokens (images).
+
+        Raises:
+            UnsupportedSite: the site is given tokens in front of rows, so the stack's tokens are others.
+        """
+        site.check_rows_first()
         above = [stack for stack in self.stacks if f"{site.module_path}.".startswith(f"{stack.path}.".lstrip("."))]
         return max(above, key=lambda stack: len(stack.path), default=None)
 
@@ -100,7 +105,8 @@ class TokenStacks:
         others read.
 
         Raises:
-            UnsupportedSite: they do not have one stream in common; or `strict`, and there are some of an encoder too.
+            UnsupportedSite: they do not have one stream in common; or `strict`, and there are some of an encoder too;
+                or they are given tokens in front of rows.
         """
         last = [site for site in sites if (stack := self.of(site)) is None or not stack.readers]
         chosen = sorted(sites if strict or not last else last, key=lambda site: site.depth)

@@ -53,6 +53,8 @@ def _grafted_forward(base: type[nn.Module]) -> Callable[..., Any]:
         if planned.outermost is not None:
             if state.silent_layers is not None:
                 slot.ran[self.training] = True
+                if slot.runs is not None:
+                    slot.runs += 1
             call: Forward = functools.partial(plain, self)
             for operator in planned.inner:
                 call = functools.partial(operator, call)
@@ -61,6 +63,8 @@ def _grafted_forward(base: type[nn.Module]) -> Callable[..., Any]:
             state.silent_layers is not None and not planned.acting.attention
         ):  # edits mark it themselves: hosts bypass some
             slot.ran[self.training] = True
+            if slot.runs is not None:
+                slot.runs += 1
         return run(plain, slot, self, planned, choice.route, args, kwargs)
 
     forward.__qualname__, forward.__doc__ = f"{base.__qualname__}.forward", base.forward.__doc__

@@ -58,6 +58,8 @@ class Slot:
         self.forced_attributes: list[tuple[str | None, Mapping[str, Any]]] = []
         self.ran = [False, False]
         """Whether the module ran in evaluation and in training, as far as `silent_layers` watches."""
+        self.runs: int | None = None
+        """How often the module ran in this forward, where `silent_layers` counts."""
         self.planned: ModulePlan | None = None
         self.plans: dict[Key, ModulePlan] = {}
         self.asked: dict[tuple[Mount, ...], Tables] = {}

@@ -1,6 +1,6 @@
 """Roles of the parts of a model: `derive` reads a model, `HostMap` answers by role, `probe` refines with one forward.
 
-It may import `layers`, and what is below. The rules by which a map is derived, R1 to R16, are in `docs/roles.md`. In
+It may import `layers`, and what is below. The rules by which a map is derived, R1 to R17, are in `docs/roles.md`. In
 the order of reading:
 
 - `vocabulary`: the roles, and the names by which rules know them.
@@ -18,8 +18,10 @@ the order of reading:
 - `layouts`: the order of slices in fused projections.
 - `token_tables`: tables that have a row for each token.
 - `readers`: modules that read a weight in place of calling its module.
+- `sources`: the source of forwards, and what its names stand for.
 - `ends`: where branches join the stream, read from the code of forwards.
 - `stacks`: modules that take token ids and run blocks.
+- `streams`: where the rows of the batch are in what modules are given, and how often blocks run, read from that code.
 - `find_roles`: derives the map of a model, rule by rule.
 - `recording`: records one forward.
 - `tracing`: refines the map by the recording.

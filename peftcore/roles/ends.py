@@ -10,9 +10,7 @@ another summand. Nothing runs.
 from __future__ import annotations
 
 import ast
-import functools
 import inspect
-import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -23,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from peftcore.roles.sources import UNKNOWN, called, definition_of
 from peftcore.roles.vocabulary import DROP_PATH_CLASS
 
 Rest = Literal["", "dropout", "scale", "unknown"]
@@ -129,7 +128,7 @@ class _Trail:
 
     def enter(self, function: Any, args: list[Any], kwargs: Mapping[str, Any]) -> State | None:
         """Follow the value through a function; arguments are objects, or states of values."""
-        definition = _definition(function)
+        definition = definition_of(function)
         if definition is None or self.depth >= DEPTH:
             return None
         self.depth += 1
@@ -199,7 +198,7 @@ class _Frame:
                 self._bind(target, value)
             case ast.AugAssign(target=target, op=operation, value=value):
                 state = self._operate(operation, target, value)
-                self._set(target, _UNKNOWN if state is None else state)
+                self._set(target, UNKNOWN if state is None else state)
             case ast.Return(value=ast.expr() as value):
                 self.returned = self.of(value) or self.returned
             case ast.Expr(value=value):
@@ -234,7 +233,7 @@ class _Frame:
                 return None if truth is None else not truth
             case ast.Compare(left=left, ops=[ast.Is() | ast.IsNot() as operation], comparators=[ast.Constant(None)]):
                 value = self.object(left)
-                return None if value is _UNKNOWN else (value is None) is isinstance(operation, ast.Is)
+                return None if value is UNKNOWN else (value is None) is isinstance(operation, ast.Is)
             case ast.Attribute(attr="training"):
                 return None
             case ast.Attribute():
@@ -251,7 +250,7 @@ class _Frame:
         state = self.of(value, name)
         if isinstance(target, ast.Tuple):
             for place, each in enumerate(target.elts):
-                self._set(each, _UNKNOWN if place or state is None else state)
+                self._set(each, UNKNOWN if place or state is None else state)
         else:
             self._set(target, state if state is not None else self.object(value))
 
@@ -371,18 +370,18 @@ class _Frame:
         return State.BRANCH if given == [State.BRANCH] else None
 
     def object(self, value: ast.expr) -> Any:
-        """Returns the object that an expression names; `_UNKNOWN` where it is made while the code runs."""
+        """Returns the object that an expression names; `UNKNOWN` where it is made while the code runs."""
         match value:
             case ast.Constant(value=constant):
                 return constant
             case ast.Name(id=name):
                 if name in self.known:
                     known = self.known[name]
-                    return _UNKNOWN if isinstance(known, State) else known
-                return self.globals.get(name, _UNKNOWN)
+                    return UNKNOWN if isinstance(known, State) else known
+                return self.globals.get(name, UNKNOWN)
             case ast.Attribute(value=inner, attr=name):
                 owner = self.object(inner)
-                return _UNKNOWN if owner is _UNKNOWN else self._attribute(owner, name)
+                return UNKNOWN if owner is UNKNOWN else self._attribute(owner, name)
             case ast.Subscript(value=inner, slice=place):
                 owner, index = self.object(inner), _index(place)
                 if (
@@ -391,7 +390,7 @@ class _Frame:
                     and -len(owner) <= index < len(owner)
                 ):
                     return owner[index]
-        return _UNKNOWN
+        return UNKNOWN
 
     def _attribute(self, owner: Any, name: str) -> Any:
         if isinstance(owner, nn.Module):
@@ -400,18 +399,11 @@ class _Frame:
             cls = self.trail.plain(owner)
             if name not in vars(owner) and isinstance(member := inspect.getattr_static(cls, name, None), FunctionType):
                 return MethodType(member, owner)
-            found = vars(owner).get(name, _UNKNOWN)
-            return _UNKNOWN if isinstance(found, Tensor) else _called(found)
+            found = vars(owner).get(name, UNKNOWN)
+            return UNKNOWN if isinstance(found, Tensor) else called(found)
         if inspect.ismodule(owner):
-            return vars(owner).get(name, _UNKNOWN)
-        return _UNKNOWN
-
-
-class _Unknown:
-    pass
-
-
-_UNKNOWN = _Unknown()
+            return vars(owner).get(name, UNKNOWN)
+        return UNKNOWN
 
 
 def _joins_tuples(left: ast.expr, right: ast.expr) -> bool:
@@ -429,22 +421,3 @@ def _index(place: ast.expr) -> int | None:
     except ValueError:
         return None
     return index if isinstance(index, int) else None
-
-
-def _called(found: Any) -> Any:
-    """Returns what runs when an attribute of a module is called: for an object with a method for it, that method."""
-    call = inspect.getattr_static(type(found), "__call__", None)
-    return MethodType(call, found) if isinstance(call, FunctionType) else found
-
-
-@functools.cache
-def _definition(function: Any) -> ast.FunctionDef | None:
-    """Returns the code of a function as a tree; None where its source is not at hand."""
-    if not isinstance(function, FunctionType):
-        return None
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function))))
-    except (OSError, TypeError, SyntaxError):
-        return None
-    [first, *_] = tree.body
-    return first if isinstance(first, ast.FunctionDef) else None

@@ -1,6 +1,6 @@
 """The static rules that derive the host map of a model: no forward, no weights touched, one walk.
 
-`docs/roles.md` has the rules, R1 to R16, in words.
+`docs/roles.md` has the rules, R1 to R17, in words.
 """
 
 from __future__ import annotations

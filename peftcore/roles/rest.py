@@ -110,7 +110,7 @@ class Rest:
         if self._is_inner(node):
             return "norm.inner"
         in_part = place.in_element and place.in_stage
-        if node.block is not None or not len(self.blocks.blocks) or in_part or place.relative & V.RESAMPLE:
+        if node.block is not None or not len(self.blocks.blocks) or in_part or self._is_resampling(place):
             return "norm"
         if V.words(node.name) & V.LATE:
             return "norm.final"
@@ -167,7 +167,19 @@ class Rest:
         return V.OTHER
 
     def _is_resampling(self, place: Place) -> bool:
-        return bool(place.relative & V.RESAMPLE)
+        """Whether a weight belongs to what changes the resolution: named so; or named for a merging or a reduction,
+        where that has strides, or reads the features of several patches at once between stages and makes fewer of
+        them."""
+        if not place.relative & V.MAY_RESAMPLE:
+            return bool(place.relative & V.RESAMPLE)
+        if place.relative & V.RESAMPLE:
+            return True
+        node = place.node
+        named = next(each for each in (node, *node.ancestors()) if V.words(each.name) & V.MAY_RESAMPLE)
+        within = [*self.survey.matrices.under(named), *self.survey.convs.under(named)]
+        between = place.in_stage or not place.after or bool(V.words(node.path) & V.PATCH)
+        merges = node.block is None and between and any(each.fan_in > each.fan_out for each in within)
+        return merges or any(max(getattr(each.module, "stride", (1,))) > 1 for each in within)
 
     def _is_patch(self, place: Place) -> bool:
         """Whether a weight is a convolution whose kernel is its stride, or the projection of a patch embedding, before

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from peftcore.roles import vocabulary as V
 from peftcore.roles.entries import HostEntry
 from peftcore.roles.survey import attribute
 
@@ -23,6 +24,7 @@ EMBEDS = "inputs_embeds"
 MEMORY = "encoder_hidden_states"
 CACHES = frozenset({"cache", "past_key_values", "cache_params"})
 """Names of transformers' argument for the cache of earlier tokens."""
+_TABLES = ("table", "raw", "tensor")
 NEED_IDS = frozenset({"per_layer_inputs"})
 """Arguments of stacks that make more of the ids than their embeddings, so that embeddings alone do not say enough."""
 
@@ -49,6 +51,8 @@ class TokenStack:
     """Whether it attends to the output of another stack."""
     takes_cache: bool = False
     """Whether it takes a cache of earlier tokens, and so goes on where they end."""
+    positions: int | None = None
+    """How many positions its table has; None where positions are no table's (rotary angles, biases by distance)."""
 
     @property
     def role(self) -> str:
@@ -131,6 +135,7 @@ def _describe(
         _causal(modules, path, blocks),
         _padding(modules, path, positions),
         takes_cache=_takes_cache(module),
+        positions=_positions(modules[path], path, blocks, positions),
     )
 
 
@@ -169,6 +174,18 @@ def _padding(modules: Mapping[str, nn.Module], path: str, positions: list[HostEn
     """Returns the padding index of the position table: a table that has one counts tokens, all others count places."""
     tables = [modules[entry.path] for entry in positions if entry.tensor is None and _inside(entry.path, path)]
     return next((table.padding_idx for table in tables if isinstance(table, nn.Embedding)), None)
+
+
+def _positions(stack: nn.Module, path: str, blocks: list[str], positions: list[HostEntry]) -> int | None:
+    """Returns the length of the longest table of positions in front of the blocks, or what the config says of it, which
+    leaves out rows that stand for no position."""
+    tops = tuple(f"{block}." for block in blocks)
+    tables = [e for e in positions if _inside(e.path, path) and not e.path.startswith(tops) and e.kind in _TABLES]
+    counts = [e.shape[-2] for e in tables if len(e.shape) > 1 and not V.words(e.path) & V.RELATIVE]
+    if not counts:
+        return None
+    said = getattr(attribute(stack, "config"), "max_position_embeddings", None)
+    return min(max(counts), said) if isinstance(said, int) else max(counts)
 
 
 def _tables(modules: Mapping[str, nn.Module], entries: list[HostEntry]) -> Iterable[nn.Parameter]:

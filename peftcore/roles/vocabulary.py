@@ -28,6 +28,7 @@ KEY_VALUE = _words("kv")
 FUSED_NAMES = ("qkv", "querykeyvalue", "cattn")
 
 POSITION = _words("pos position positions positional wpe rel relative cpb biases r")
+RELATIVE = _words("rel relative biases")
 SEGMENT = _words("type types segment seg")
 WORD = _words("word words token tokens tok wte shared")
 GATE = _words("gate g")
@@ -39,9 +40,10 @@ OUT = _words("o out output proj projection dense wo post c")
 # Small side networks that are no MLP branch.
 CONDITION = _words("emb ada adaln mod modulation se router bottleneck time")
 MODULATION = _words("time ada adaln mod modulation")
-RESAMPLE = _words(
-    "downsample downsampling downsampler downsamplers upsample upsampler upsamplers merging reduction transition"
-)
+RESAMPLE = _words("downsample downsampling downsampler downsamplers upsample upsampler upsamplers")
+# What these merge or reduce may be patches (Swin, DenseNet) or anything else.
+MAY_RESAMPLE = _words("merging reduction transition")
+PATCH = _words("patch patches")
 EARLY = _words("emb embed embedding embeddings embedder pre patch stem projection caption txt")
 LATE = _words("final last after post out head")
 HEAD = _words("head heads classifier fc score logits decoder vocab out projector projection predictor lm cls outputs")

@@ -2,7 +2,9 @@
 
 Modules whose weights are read by others but whose forward is never called (attention output projections, some vision
 models' qkv, dead layers) would otherwise carry adapters that train nothing. Training and evaluation are looked at each
-for itself: a head may be called in one and read in the other, by a fused loss.
+for itself: a head may be called in one and read in the other, by a fused loss. A site that has to run once
+(`Site.once`), of which the host's code does not say that it does, is an error where the first forward runs it more
+often.
 """
 
 from __future__ import annotations
@@ -17,10 +19,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import nn
 
-from peftcore.errors import InactiveSite
+from peftcore.errors import InactiveSite, UnsupportedSite
 from peftcore.forward.adapter_modules import ADAPTER_MODULES
 from peftcore.forward.host_state import HostState
 from peftcore.forward.slot import Slot, slot_of
+from peftcore.targets.sites import SEVERAL
 
 if TYPE_CHECKING:
     from peftcore.surgery.surgeon import Surgeon
@@ -76,6 +79,8 @@ class SilentLayers:
         self.siblings: dict[nn.Module, list[Siblings]] = {}
         self.places: dict[str, list[nn.Module]] = {}
         """The modules of `siblings` by the name of their class."""
+        self.once: dict[str, list[tuple[str, Slot]]] = {}
+        """Sites that have to run once, by injection, until a forward has run them."""
         self._turn = 0
 
     def _watch(self, holder: nn.Module, site: Expected) -> None:
@@ -109,10 +114,15 @@ class SilentLayers:
         for holder in self.siblings:
             self._place(holder)
         self.new.pop(name, None)
+        self._count_no_more(name)
         for mode, waiting in self.waiting.items():
             for members in waiting.values():
                 members.pop(name, None)
             self.waiting[mode] = {group: members for group, members in waiting.items() if members}
+
+    def _count_no_more(self, name: str) -> None:
+        for _, slot in self.once.pop(name, []):
+            slot.runs = None
 
     @property
     def is_idle(self) -> bool:
@@ -122,6 +132,8 @@ class SilentLayers:
     def check(self, model: nn.Module) -> None:
         """Watch sites again whose parent module got new children since. Without gradients, where each token checks, one
         module of each class is checked, in turn: projections are fused in all blocks at once."""
+        for _, slot in chain.from_iterable(self.once.values()):
+            slot.runs = 0  # parts may have run by themselves
         self._turn += 1
         recorded = torch.is_grad_enabled()
         for alike in self.places.values():
@@ -148,10 +160,17 @@ class SilentLayers:
         Raises:
             InactiveSite: sites that act did not run; in evaluation, only if they did not in training either: auxiliary
                 heads run there alone.
+            UnsupportedSite: one that has to run once did more often.
         """
-        if not self.new and not self.waiting[training]:
+        if not self.new and not self.waiting[training] and not self.once:
             return
         acting = state.unmerged(state.current())
+        for name in self.once.keys() & {*acting}:
+            for path, slot in self.once[name]:
+                if slot.runs is not None and slot.runs > 1:
+                    raise UnsupportedSite(f"{path} {SEVERAL}")
+            if all(slot.runs for _, slot in self.once[name]):
+                self._count_no_more(name)
         silent: list[Expected] = []
         new, self.new = self.new, {}  # forwards of other threads check, too
         for name, surgeon in new.items():
@@ -201,6 +220,9 @@ def watch(surgeon: Surgeon, state: HostState, name: str) -> None:
     """Expect the sites of an injection to run, from the host's next forward on."""
     silent_layers = state.silent_layers = state.silent_layers or SilentLayers()
     silent_layers.new[name] = surgeon
+    sites = [graft.site for graft in surgeon.grafts if graft.site.once]
+    if slots := [(site.path, slot) for site in sites if (slot := slot_of(site.module)) is not None]:
+        silent_layers.once[name] = slots
 
 
 def forget(state: HostState, name: str) -> None:

@@ -28,9 +28,10 @@ from peftcore.roles import HostEntry, HostMap
 from peftcore.roles.alike import Structure
 from peftcore.roles.ends import End, find_end
 from peftcore.roles.stacks import TokenStack, find
+from peftcore.roles.streams import Streams
 from peftcore.roles.virtual import ALL_LAYERS, VIRTUAL
 from peftcore.roles.vocabulary import ROLES
-from peftcore.targets.sites import LayerOf, Site
+from peftcore.targets.sites import SEVERAL, LayerOf, Site
 
 UNSEEN = (AdapterModules, ScriptModule)
 """Modules that are never targets, nor is anything in them."""
@@ -239,7 +240,37 @@ class Resolver:
         if role is None:
             role = self._role_of.get(module_path if tensor == "weight" else f"{module_path}.{tensor}")
         chosen = module_path in self._among_experts
-        return Site(module, module_path, tensor, layer, role, slices, form, self.layer_of, among_experts=chosen)
+        return Site(
+            module, module_path, tensor, layer, role, slices, form, self.layer_of,
+            turned=self.is_turned, among_experts=chosen,
+        )  # fmt: skip
+
+    @cached_property
+    def _streams(self) -> Streams:
+        return Streams(self.modules, plain_class)
+
+    @cached_property
+    def _block_of(self) -> dict[str, str]:
+        return {entry.module: entry.block for entry in self.host.entries if entry.block is not None}
+
+    def is_turned(self, path: str) -> bool:
+        """Whether a module is given tokens in front of rows: what its block is given, in a block."""
+        return self._streams.tokens_first(self._block_of.get(path, path))
+
+    def check_runs_once(self, block: str) -> bool:
+        """Verify that one forward runs a block once: for what is kept of it, or joins behind it, once a forward.
+
+        Returns:
+            Whether the host's code says so; else the first forward has to tell (`Site.once`).
+
+        Raises:
+            UnsupportedSite: it runs several times, for several layers.
+        """
+        tower = next((entry.tower for entry in self.host.at(block) if entry.role == "block"), "")
+        runs = self._streams.of(block, tower).runs
+        if runs == "several":
+            raise UnsupportedSite(f"{block} {SEVERAL}")
+        return runs == "once"
 
     def _layer(self, module: nn.Module, tensor: str) -> Layer:
         """Returns how a module stores a tensor; of modules that are built alike, one is examined."""

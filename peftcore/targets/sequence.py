@@ -285,6 +285,7 @@ class SequenceOperator(Operator):
         if not cache.held:
             self._put_rows_in(module, given, order, tokens)
         given.update(self._shifted(given, order, enter=not cache.held))
+        self._check_positions(given.get(POSITIONS), tokens, cache)
         if given.get(MASK) is not None:
             front = Front(module, order, not cache.held, self.stack.causal, cache)
             if cache.held and not torch.compiler.is_compiling() and cache.counts_places(given.get(POSITIONS)):
@@ -303,6 +304,22 @@ class SequenceOperator(Operator):
             given[POSITIONS] = count + padding
         given[IDS] = None
         given[EMBEDS] = order.put(self._with_rows(embeds))
+
+    def _check_positions(self, places: Tensor | None, tokens: int, cache: Opened) -> None:
+        """Raise where rows and tokens are more than the stack's table has positions; `places` are theirs, where they
+        are told or counted."""
+        past = cache.past if cache.held else self.length
+        if self.stack.positions is None or torch.compiler.is_compiling() or not isinstance(past, int):
+            return  # counts of static caches are tensors
+        first = 0 if self.stack.position_padding is None else self.stack.position_padding + 1
+        most, whole = self.stack.positions - first, past + tokens
+        if whole > most and places is not None:  # padding may have none; nearly nobody waits for this look
+            whole = int(places.max()) + 1 - first
+        if whole > most:
+            raise SequenceError(
+                f"{self.stack.path or 'the host'} has {most} positions, and {self.length} rows in front of a text of "
+                f"{whole - self.length} tokens take {whole}: shorten the text, or the prompt"
+            )
 
     def _with_rows(self, embeds: Tensor) -> Tensor:
         """Returns embeddings with the rows in front."""

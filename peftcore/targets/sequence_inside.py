@@ -74,8 +74,9 @@ def inside(site: SequenceSite, resolver: Resolver, depths: Sequence[int], counte
     for the positions of the tokens behind them.
 
     Raises:
-        UnsupportedSite: there is no such block; or below, something mixes tokens that cannot hide rows from them; or
-            nobody knows how the stack makes positions.
+        UnsupportedSite: there is no such block, or it is given tokens in front of rows, or a forward runs it several
+            times; or below, something mixes tokens that cannot hide rows from them; or nobody knows how the stack makes
+            positions.
         PluginError: rows are counted that come in further in.
     """
     name, stack, blocks = site.module_path or "the host", site.stack, _blocks(site, resolver)
@@ -90,6 +91,9 @@ def inside(site: SequenceSite, resolver: Resolver, depths: Sequence[int], counte
             "that come in behind it; use rows in front of the whole stack"
         )
     _check_width(site, resolver, blocks)
+    for path in (blocks[depth] for depth in chosen):
+        resolver.site(path, "weight", "block").check_rows_first()
+        resolver.check_runs_once(path)
     below = {path: depth for depth, path in enumerate(blocks[: chosen[0]])}
     _check_kinds(site, chosen[0])
     hiding = [(locate_attention(replace(each, meta=site.meta), resolver), depth) for each, depth in

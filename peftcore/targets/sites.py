@@ -19,10 +19,20 @@ from peftcore.roles.stacks import arguments
 from peftcore.utils.renamed import renamed
 
 LayerOf = Callable[[nn.Module, str], Layer]
+SEVERAL = (
+    "runs several times in one forward, for several layers of the model, and nobody knows at which of them to act; "
+    "take a method that acts at each of them in the same way, such as lora or houlsby_adapter"
+)
+"""What is said of a module that has to run once."""
 MIXES_ROWS = ("experts", "pos")
 """Families of roles whose modules see no rows of the batch: chosen tokens, or positions."""
 CHOOSE_AMONG_TOKENS = (("top_k_index", "top_k_weights"), ("router_indices", "routing_weights"))
 """The arguments of transformers' experts behind the tokens: which experts each token has, and with which weights."""
+
+
+def is_not_turned(path: str) -> bool:
+    """Tell of a module that it is given rows first, as those are that stand in no host map."""
+    return False
 
 
 class _Memory:
@@ -52,6 +62,7 @@ class Site(_Memory):
             on; "attention" for the inside of an attention module; "sequence" for a stack of tokens.
         layer_of: finds the `layer` of the module's other tensors.
         meta: whether shapes alone count: while planning.
+        turned: tells, by path, whether a module is given tokens in front of rows.
     """
 
     module: nn.Module
@@ -63,6 +74,9 @@ class Site(_Memory):
     form: str = "weight"
     layer_of: LayerOf = dense_layer
     meta: bool = False
+    turned: Callable[[str], bool] = is_not_turned
+    once: bool = False
+    """Whether the first forward has to tell that it runs the module once, or is an error."""
     among_experts: bool = False
     """Whether the module lies in one of a list of experts, which get the tokens that were chosen for them."""
 
@@ -91,8 +105,29 @@ class Site(_Memory):
 
     @property
     def mixes_rows(self) -> bool:
-        """Whether rows of the batch cannot be told apart: among the tokens of experts, and at positions."""
-        return self.among_experts or (self.role or "").partition(".")[0] in MIXES_ROWS or self.role == "embed.pos"
+        """Whether rows of the batch cannot be told apart: among the tokens of experts, at positions, and where tokens
+        stand in front of rows."""
+        family = (self.role or "").partition(".")[0]
+        return self.among_experts or family in MIXES_ROWS or self.role == "embed.pos" or self.tokens_first
+
+    @property
+    def tokens_first(self) -> bool:
+        """Whether the module is given tokens in front of rows, ``[tokens, rows, ...]``, by what the host's code says.
+        Torch's own attention as a whole is a place where that does not matter."""
+        return self.form not in ("attention", "sequence") and self.turned(self.module_path)
+
+    def check_rows_first(self) -> None:
+        """Verify that the module is given rows first, for what joins or tells apart rows or tokens.
+
+        Raises:
+            UnsupportedSite: it is given tokens first.
+        """
+        if self.tokens_first:
+            raise UnsupportedSite(
+                f"{self.path} is given tokens in front of rows of the batch, and would take one for the other; exclude "
+                "it, or take a method that acts on each token by itself, such as lora (torch's own layers: build them "
+                "with batch_first=True)"
+            )
 
     @property
     def separable(self) -> bool:

@@ -41,3 +41,33 @@ def test_positions_by_their_name_whatever_holds_them() -> None:
 )
 def test_inputs_of_surveyed_hosts(host: str, path: str, role: str) -> None:
     assert [entry.role for entry in host_of(host).entries if entry.path.endswith(path)] == [role]
+
+
+class Merges(nn.Module):
+    """Four neighbours of a sequence side by side, in half of their features: what Swin has between stages."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.lower = nn.LayerNorm(4 * width), nn.Linear(4 * width, 2 * width)
+
+
+def merging(merges: nn.Module, inside: bool) -> dict[str, str]:
+    """The roles below a module of that name, in each block or behind the first stage of two."""
+    first, second = transformer(), transformer()
+    if inside:
+        for block in first.layers:
+            block.merging = merges
+    stage = nn.ModuleDict({"blocks": first.layers} | ({} if inside else {"merging": merges}))
+    model = nn.ModuleDict({"stages": nn.ModuleList([stage, nn.ModuleDict({"blocks": second.layers})])})
+    return {path: role for path, role in roles(model).items() if "merging" in path}
+
+
+def test_what_merges_patches_is_told_by_what_it_is() -> None:
+    between = merging(Merges(WIDTH), inside=False)
+    assert between["stages.0.merging.lower"] == "down" and between["stages.0.merging.norm"] == "norm"
+    assert merging(nn.Conv2d(WIDTH, 2 * WIDTH, 2, stride=2), inside=False) == {"stages.0.merging": "down"}
+    assert "down" not in merging(nn.Linear(WIDTH, WIDTH), inside=False).values()
+    assert "down" not in merging(nn.Linear(2 * WIDTH, WIDTH), inside=True).values()  # two branches in one
+    model = transformer()
+    model.merging = nn.Linear(2 * WIDTH, WIDTH)  # behind everything: no patches any more
+    assert roles(model)["merging"] != "down"

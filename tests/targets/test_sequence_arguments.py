@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from sequence_toys import LENGTH, Rows, adapt, by_hand, close, host, in_front, ones_in_front, padded, tokens
 
 import peftcore
@@ -273,3 +275,81 @@ def test_only_stacks_take_rows(target: str) -> None:
     model, _ = host("llama")
     with pytest.raises(UnsupportedSite, match="no stack of tokens; those of this host are 'model'"):
         peftcore.apply(model, Rows, target=target)
+
+
+TEXT = {"vocab_size": 64, "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+GPT2 = {"vocab_size": 64, "n_embd": 24, "n_layer": 2, "n_head": 4, "n_positions": 12}
+OPT = {**{key: TEXT[key] for key in TEXT if key != "intermediate_size"}, "ffn_dim": 32, "word_embed_proj_dim": 24}
+BART = {
+    "vocab_size": 64, "d_model": 24, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32,
+}  # fmt: skip
+LIMITED: dict[str, tuple[str, dict[str, Any]]] = {
+    "bert": ("BertForMaskedLM", {**TEXT, "max_position_embeddings": 12}),
+    "roberta": ("RobertaForMaskedLM", {**TEXT, "max_position_embeddings": 14}),  # two for padding
+    "gpt2": ("GPT2LMHeadModel", GPT2),
+    "opt": ("OPTForCausalLM", {**OPT, "max_position_embeddings": 12}),  # its table has two more
+    "bart": ("BartForConditionalGeneration", {**BART, "max_position_embeddings": 12}),
+    "clip": ("CLIPTextModel", {**TEXT, "max_position_embeddings": 12}),
+}
+"""Hosts with positions for twelve tokens."""
+
+
+def limited(name: str) -> torch.nn.Module:
+    cls, sizes = LIMITED[name]
+    model = getattr(transformers, cls)
+    return model(model.config_class(**sizes)).eval()
+
+
+@pytest.mark.parametrize("name", LIMITED)
+def test_rows_and_text_are_no_more_than_the_positions(name: str) -> None:
+    """Nine tokens fit behind three rows, and ten do not: the error says the numbers."""
+    model = limited(name)
+    bare = copy.deepcopy(model)
+    adapter = peftcore.apply(model, Rows)
+    ids = torch.randint(4, 60, (2, 10))
+    model(input_ids=ids[:, :9])
+    with pytest.raises(SequenceError, match="12 positions, and 3 rows in front of a text of 10 tokens take 13"):
+        model(input_ids=ids)
+    with adapter.disabled():
+        torch.testing.assert_close(model(input_ids=ids)[0], bare(input_ids=ids)[0])
+
+
+def test_a_text_that_goes_on_from_a_cache_is_counted_whole() -> None:
+    peftcore.apply(model := limited("gpt2"), Rows)
+    ids = torch.randint(4, 60, (2, 9))
+    cache = model(input_ids=ids).past_key_values
+    with pytest.raises(SequenceError, match="3 rows in front of a text of 10 tokens take 13"):
+        model(input_ids=ids[:, :1], past_key_values=cache)
+
+
+def test_padding_takes_no_position_where_tokens_alone_are_counted() -> None:
+    peftcore.apply(model := limited("roberta"), Rows)
+    ids = torch.randint(4, 60, (1, 8))
+    long = torch.cat([torch.full((1, 7), model.config.pad_token_id), ids], 1)
+    padded = model(input_ids=long, attention_mask=(long != model.config.pad_token_id).long()).logits[:, 7:]
+    torch.testing.assert_close(padded, model(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_told_positions_count_and_not_places() -> None:
+    peftcore.apply(model := limited("gpt2"), Rows)
+    ids, mask = torch.randint(4, 60, (1, 14)), torch.ones(1, 14, dtype=torch.long)
+    mask[:, :7] = 0
+    model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0))
+    with pytest.raises(SequenceError, match="12 positions"):
+        model(input_ids=ids, attention_mask=mask, position_ids=torch.arange(14)[None])
+
+
+@pytest.mark.parametrize(("family", "most"), [("Llama", 12), ("MPNet", 64)])
+def test_angles_and_distances_have_no_end(family: str, most: int) -> None:
+    """MPNet has a table of positions, and one of 32 distances, which is no limit."""
+    config = getattr(transformers, f"{family}Config")(**TEXT, max_position_embeddings=most)
+    peftcore.apply(model := getattr(transformers, f"{family}Model")(config).eval(), Rows)
+    assert model(input_ids=torch.randint(4, 60, (2, 40)))[0].shape == (2, 40, 24)
+
+
+def test_rows_that_count_for_no_position_take_none() -> None:
+    """Rows that come in at a block leave the text its positions."""
+    peftcore.apply(model := limited("gpt2"), "lpt", layer=1, length=3)
+    with peftcore.call(model, prompt_length=6):
+        model(input_ids=torch.randint(4, 60, (2, 12)))

@@ -425,9 +425,8 @@ def test_what_cannot_be_kept_in_step_is_refused(name: str) -> None:
 def test_a_block_that_runs_several_times_is_refused() -> None:
     bare, _ = host("albert")
     model = stirred(type(bare)(type(bare.config)(**{**bare.config.to_dict(), "embedding_size": 48})))
-    adapt(model, [0])
-    with pytest.raises(SequenceError, match="several times"):
-        model(input_ids=tokens())
+    with pytest.raises(UnsupportedSite, match="several times"):
+        adapt(model, [0])
 
 
 def test_routes_of_rows_are_refused() -> None:

@@ -21,6 +21,7 @@ norms and embeddings, `madx_invertible` one at the embeddings alone.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import torch
@@ -157,9 +158,11 @@ def _block(surgeon: Surgeon, path: str, width: int) -> BlockSite:
     """Return a block as a site.
 
     Raises:
-        UnsupportedSite: it reads no sequence of features, or two.
+        UnsupportedSite: it reads no sequence of features, or two; or it is run for several layers, and not all of
+            them read embeddings.
     """
     host = surgeon.resolver.host
     if host.on_grid(path) or any(each.block == path and each.stream == "context" for each in host.entries):
         raise UnsupportedSite(f"{path} reads no single sequence of embeddings; embeddings=False adapts branches alone")
-    return BlockSite(**vars(surgeon.resolver.site(path, "weight", "block")), width=width)
+    once = not surgeon.resolver.check_runs_once(path)
+    return BlockSite(**vars(replace(surgeon.resolver.site(path, "weight", "block"), once=once)), width=width)

@@ -124,7 +124,7 @@ class HoulsbyAdapter(Method):
         return {"joins": "matrix", **options, "train_layer_norm": norms}  # what version 1 trained, and where it stood
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
-        for site in with_blocks(surgeon):
+        for site in with_blocks(surgeon, each_run=True):
             self._adapt(site, config, surgeon)
         for site in surgeon.at("norm" if config.train_layer_norm == "blocks" else "norm.*"):
             if config.train_layer_norm:

@@ -133,7 +133,7 @@ class LoReFT(Method):
 
 def _chosen(surgeon: Surgeon, stacks: TokenStacks, config: Config) -> list[BlockSite]:
     """Return the blocks of the chosen layers through which the prompt goes."""
-    sites = stacks.prompted(block_sites(surgeon), surgeon.wishes.target is not None)
+    sites = stacks.prompted(block_sites(surgeon, each_run=True), surgeon.wishes.target is not None)
     there = {site.depth for site in sites}
     if not there.issuperset(config.layers or ()):
         raise TargetError(f"layers={config.layers}: there are the layers {min(there)} to {max(there)}")

@@ -66,6 +66,8 @@ class GatedLoRA(Operator):
 
     def __init__(self, site: Site, rank: int, each: Each, prefix: Tap | None) -> None:
         super().__init__(site)
+        if each == "sequence":
+            site.check_rows_first()
         bound = site.in_features**-0.5
         self.A = nn.Parameter(torch.empty(rank, site.in_features).uniform_(-bound, bound))
         self.B = nn.Parameter(torch.zeros(site.out_features, rank))
@@ -89,6 +91,8 @@ class GatedAdapter(PfeifferOperator):
         super().__init__(site, pfeiffer_adapter.Config(bottleneck=bottleneck), placement)
         if self.layer.channel_dim != -1:
             raise UnsupportedSite(f"{site.path}: a bottleneck adapter needs features in the last dimension")
+        if gate == "sequence":
+            site.check_rows_first()
         self.gate = Gate(site.out_features, gate)
 
     def added(self, u: Tensor) -> Tensor:

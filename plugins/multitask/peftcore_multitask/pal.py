@@ -165,7 +165,7 @@ class PAL(Method):
                 f"pal: blocks share matrices, so overrides change {' and '.join(sorted(OF_ONE_SITE))} alone"
             )
         stacks = TokenStacks(surgeon)
-        for site in block_sites(surgeon):
+        for site in block_sites(surgeon, each_run=True):
             name, width = part_name("projections", site.stack, str(site.width)), site.width
             shared = surgeon.own(name, lambda width=width: Projections(width, config))
             norms, visible = ending_norms(surgeon, site), VisibleTokens(stacks.of(site))

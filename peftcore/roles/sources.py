@@ -1,0 +1,36 @@
+"""The source of forwards, and what the names in it stand for, for rules that read code: nothing runs."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import textwrap
+from types import FunctionType, MethodType
+from typing import Any
+
+
+class Unknown:
+    """What nobody knows before the code runs."""
+
+
+UNKNOWN = Unknown()
+
+
+@functools.cache
+def definition_of(function: Any) -> ast.FunctionDef | None:
+    """Returns the code of a function as a tree; None where its source is not at hand."""
+    if not isinstance(function, FunctionType):
+        return None
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function))))
+    except (OSError, TypeError, SyntaxError):
+        return None
+    [first, *_] = tree.body
+    return first if isinstance(first, ast.FunctionDef) else None
+
+
+def called(found: Any) -> Any:
+    """Returns what runs when an attribute of a module is called: for an object with a method for it, that method."""
+    call = inspect.getattr_static(type(found), "__call__", None)
+    return MethodType(call, found) if isinstance(call, FunctionType) else found
