@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -51,7 +51,7 @@ class TokenStack:
     """Whether it attends to the output of another stack."""
     takes_cache: bool = False
     """Whether it takes a cache of earlier tokens, and so goes on where they end."""
-    positions: int | None = None
+    positions: int | None = field(default=None, repr=False)
     """How many positions its table has; None where positions are no table's (rotary angles, biases by distance)."""
 
     @property

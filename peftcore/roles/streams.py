@@ -57,7 +57,7 @@ class Streams:
         plain: returns the class of a module as the host built it.
     """
 
-    def __init__(self, modules: Mapping[str, nn.Module], plain: Callable[[nn.Module], type]) -> None:
+    def __init__(self, modules: Mapping[str, nn.Module], plain: Callable[[nn.Module], type[nn.Module]]) -> None:
         self._modules, self._plain = modules, plain
         self._read: dict[tuple[str, str], Stream] = {}
         self._turned: dict[str, bool] = {}
@@ -124,7 +124,9 @@ class Call(NamedTuple):
         return next((each.rows for each in [*self.given, *self.named.values()] if each.rows), NONE)
 
 
-def _read(modules: Mapping[str, nn.Module], path: str, top: str, plain: Callable[[nn.Module], type]) -> Stream:
+def _read(
+    modules: Mapping[str, nn.Module], path: str, top: str, plain: Callable[[nn.Module], type[nn.Module]]
+) -> Stream:
     steps = path.split(".") if path else []
     paths = ["", *(".".join(steps[: n + 1]) for n in range(len(steps)))]
     way = [modules[each] for each in paths]
@@ -170,7 +172,7 @@ def _bound(names: Sequence[str], calls: Sequence[Call]) -> dict[str, Dims]:
 class _Reader:
     """Reads the forward of one module on the way, for calls of those further down."""
 
-    def __init__(self, way: Sequence[nn.Module], at: int, plain: Callable[[nn.Module], type]) -> None:
+    def __init__(self, way: Sequence[nn.Module], at: int, plain: Callable[[nn.Module], type[nn.Module]]) -> None:
         self.way, self.at, self.plain = way, at, plain
         self.place = {id(module): number for number, module in enumerate(way)}
         self.found: list[Call] = []

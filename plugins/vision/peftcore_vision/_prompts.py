@@ -96,7 +96,8 @@ def _prompt_site(surgeon: Surgeon, site: Site, patches: list[HostEntry]) -> Prom
     if not sizes:
         raise UnsupportedSite(f"{site.path} has no image in patches before it")
     width = next(entry.rows for entry in inside if entry.role in STREAM)
-    return PromptSite(**{**vars(site), "form": "activation"}, width=width, patch=sizes[-1])
+    once = not surgeon.resolver.check_runs_once(site.module_path)
+    return PromptSite(**{**vars(site), "form": "activation", "once": once}, width=width, patch=sizes[-1])
 
 
 def _obstacles(surgeon: Surgeon, site: Site, inside: list[HostEntry], tower: str) -> Iterator[str]:
@@ -114,9 +115,8 @@ def _obstacles(surgeon: Surgeon, site: Site, inside: list[HostEntry], tower: str
     for path, module in modules.items():
         if path.startswith(f"{tower}.".lstrip(".")) and ROTARY.search(type(module).__name__):
             yield f"gets rotary positions for each of its tokens from {path}"
-    for module in modules[site.module_path].modules():
-        if isinstance(module, nn.MultiheadAttention) and not module.batch_first:
-            yield "has the sequence in front of the batch (batch_first=False)"
+    if site.tokens_first:
+        yield "is given tokens in front of rows of the batch (in torch's own layers: batch_first=False)"
 
 
 def stack_ends(surgeon: Surgeon, sites: list[PromptSite]) -> tuple[PromptSite, PromptSite]:

@@ -63,8 +63,7 @@ class ConvpassOperator(Bypass):
 
     def __init__(self, site: BranchSite, config: Config, lie: Tap) -> None:
         super().__init__(site)
-        if isinstance(site.module, nn.MultiheadAttention) and not site.module.batch_first:
-            raise UnsupportedSite(f"{site.path} has the sequence in front of the batch; build it with batch_first=True")
+        site.check_rows_first()
         self.drops_path = site.drops_path
         self.scale, self.grid, self.prefix_tokens, self.lie = config.scale, config.grid, config.prefix_tokens, lie
         channels = config.bottleneck
