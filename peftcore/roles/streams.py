@@ -43,7 +43,7 @@ class Stream(NamedTuple):
     """What the code says of one module."""
 
     rows: Dims
-    """The dimensions at which what it is given may have the rows of the batch, where the host is given rows first;
+    """The dimensions at which the first of what it is given may have the rows of the batch, where the host is given rows first;
     none where the code cannot be followed."""
     runs: Runs
     """How often one forward runs it."""
@@ -118,11 +118,6 @@ class Call(NamedTuple):
     arms: Arms
     part: bool
 
-    @property
-    def rows(self) -> Dims:
-        """Where the rows are in the first of its arguments that have any."""
-        return next((each.rows for each in [*self.given, *self.named.values()] if each.rows), NONE)
-
 
 def _read(
     modules: Mapping[str, nn.Module], path: str, top: str, plain: Callable[[nn.Module], type[nn.Module]]
@@ -149,8 +144,10 @@ def _read(
         if not calls:
             given, rows, at = None, FIRST, at + 1
             continue
-        at, rows = calls[0].at, NONE.union(*(call.rows for call in calls))
-        given = _bound(arguments(plain(way[at])), calls)
+        at = calls[0].at
+        names = arguments(plain(way[at]))
+        given = _bound(names, calls)
+        rows = given.get(names[0], NONE) if names else NONE
     return Stream(rows, "several" if "several" in runs else "unknown" if "unknown" in runs else "once")
 
 

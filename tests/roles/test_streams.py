@@ -248,3 +248,18 @@ def test_what_has_no_source_is_unknown() -> None:
     exec("class Host(Fairseq):\n    def forward(self, x): return self.layers[1](self.layers[0](x))", made)
     stream = Streams(dict((model := made["Host"]()).named_modules()), plain_class).of("layers.0")
     assert stream.runs == "unknown" and isinstance(model, Fairseq)
+
+
+class TurnsTheMask(Fairseq):
+    """What else a block is given may be turned."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask, made = x.transpose(0, 1), [x, x]
+        for layer in self.layers:
+            made.append(layer(made.pop(), mask))
+        return made[-1]
+
+
+def test_the_first_argument_is_the_stream() -> None:
+    model = TurnsTheMask()
+    assert not Streams(dict(model.named_modules()), plain_class).tokens_first("layers.0")
