@@ -1,5 +1,6 @@
 """The tasks of ``peftcore train`` beyond texts and their classes, each from a file or folder to an adapter."""
 
+import importlib
 import importlib.util
 import json
 from pathlib import Path
@@ -126,59 +127,8 @@ def test_pictures_for_a_model_of_timm(timm_vit: Path, pictures: Path) -> None:
 
 @pytest.fixture
 def painter(tmp_path: Path) -> Path:
-    """Stable Diffusion with tiny random parts, and a tokenizer that knows the words of digits."""
-    diffusers = pytest.importorskip("diffusers")
-    words = [
-        "<|startoftext|>",
-        "<|endoftext|>",
-        "zero</w>",
-        "one</w>",
-        *"zero",
-        "n",
-        "ze",
-        "zer",
-        "on",
-        "e</w>",
-        "o</w>",
-    ]
-    words = list(dict.fromkeys(words))
-    tokenizer = transformers.CLIPTokenizer(
-        vocab={word: number for number, word in enumerate(words)},
-        merges=[("z", "e"), ("ze", "r"), ("zer", "o</w>"), ("o", "n"), ("on", "e</w>")],
-        model_max_length=6,
-    )
-    torch.manual_seed(0)
-    text = transformers.CLIPTextConfig(
-        vocab_size=len(words),
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=8,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=1,
-    )
-    blocks = {"block_out_channels": (8, 16), "norm_num_groups": 4, "layers_per_block": 1}
-    kinds = {
-        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-    }
-    plain = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-    pipeline = diffusers.StableDiffusionPipeline(
-        vae=diffusers.AutoencoderKL(latent_channels=4, **plain, **blocks),
-        text_encoder=transformers.CLIPTextModel(text),
-        tokenizer=tokenizer,
-        unet=diffusers.UNet2DConditionModel(
-            sample_size=8, cross_attention_dim=16, attention_head_dim=4, **kinds, **blocks
-        ),
-        scheduler=diffusers.DDIMScheduler(clip_sample=False, steps_offset=1),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipeline.save_pretrained(tmp_path / "painter")
-    return tmp_path / "painter"
+    pytest.importorskip("diffusers")
+    return importlib.import_module("painters").saved("stable-diffusion", tmp_path / "painter")
 
 
 @pytest.fixture
@@ -215,6 +165,55 @@ def test_a_pipeline_in_bfloat16_whose_tokenizer_knows_no_length(painter: Path, n
         *("--set", "dtype=bfloat16", "--set", 'data.prompts=["zero"]', "--set", "data.prompt_steps=2"),
     )
     assert np.isfinite(outcome["after"]["loss"]) and outcome["samples"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["stable-diffusion-xl", "stable-diffusion-3", "flux"])
+def test_pictures_of_words_by_other_pipelines(named_pictures: Path, tmp_path: Path, kind: str) -> None:
+    """Beside pictures of the class, which are drawn first."""
+    painters = importlib.import_module("painters")
+    model = painters.saved(kind, tmp_path / kind)
+    prior = (
+        "--set",
+        f"data.prior={tmp_path / 'prior'}",
+        "--set",
+        "data.prior_text=one",
+        "--set",
+        "data.prior_images=3",
+    )
+    drawn = ("--set", "data.size=16", "--set", 'data.prompts=["zero"]', "--set", "data.prompt_steps=2", "--out", "run")
+    outcome = trained(
+        *("--model", model, "--task", "text-to-image", "--data", named_pictures, "--steps", 30, "--lr", "1e-2"),
+        *(*prior, *drawn),
+    )
+    assert outcome["after"]["loss"] < outcome["before"]["loss"]
+    assert len([*(tmp_path / "prior").iterdir()]) == 3
+    before, after = (np.asarray(Image.open(file), dtype=float) for file in outcome["samples"][0])
+    assert np.abs(before - after).max() > 0
+    denoiser = painters.MADE[kind]().components["unet" if kind == "stable-diffusion-xl" else "transformer"]
+    assert peftcore.load(denoiser, "run/adapter").summary().sites > 4
+
+
+@pytest.mark.slow
+def test_a_new_word(painter: Path, named_pictures: Path) -> None:
+    """Its vectors are all that is trained and saved; the tokenizer that knows it is in the folder too."""
+    words = ("--set", "data.part=text_encoder", "--set", 'data.words=["<leaning>"]', "--set", "data.min_snr=5")
+    table = named_pictures / "metadata.csv"
+    table.write_text(table.read_text(encoding="utf-8").replace(",zero", ",<leaning> zero"), encoding="utf-8")
+    result = CliRunner().invoke(
+        app,
+        [
+            *("train", "--model", str(painter), "--task", "text-to-image", "--data", str(named_pictures)),
+            *("--method", "textual_inversion", "--steps", "20", "--lr", "1e-1", "--out", "run", "--json", *words),
+        ],
+    )
+    assert result.exit_code == 0, (result.output, result.exception)
+    outcome = json.loads(result.stdout)
+    assert outcome["after"]["loss"] < outcome["before"]["loss"] and outcome["trainable"] == 16
+    tokenizer = transformers.CLIPTokenizer.from_pretrained("run/tokenizer")
+    encoder = transformers.CLIPTextModel.from_pretrained(painter / "text_encoder")
+    encoder.resize_token_embeddings(len(tokenizer))
+    peftcore.load(encoder, "run/adapter")
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ from peftcore.comparing.runs.run import FULL, Run
 from peftcore.comparing.tasks import catalogue
 from peftcore.comparing.tasks.task import Prepared
 from peftcore.comparing.training.memory import is_full
-from peftcore.comparing.training.train import Display, Outcome, adapted, as_json, in_words, told
+from peftcore.comparing.training.train import Display, Outcome, adapted, as_json, beforehand, in_words, told
 from peftcore.comparing.training.trainer import AdapterTrainer, trainer_for
 from peftcore.errors import RouteError, TrainingError
 from peftcore.files.safe_io import write_text
@@ -102,6 +102,7 @@ class _Group:
         display.phase("loading", None)
         transformers.set_seed(first.training.seed)
         self.prepared: Prepared = self.task.prepare(first, validated(self.task.Data, first.data, "data"))
+        beforehand(self.prepared, display)
         self.model: nn.Module = self.prepared.model
         self.weights = sum(each.numel() for each in self.model.parameters())
         self.base_bytes = held((*self.model.parameters(), *self.model.buffers()))

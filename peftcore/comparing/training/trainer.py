@@ -225,7 +225,7 @@ def _divides_by_items(prepared: Prepared) -> bool:
     prepared.model.eval()
     try:
         with torch.no_grad(), told(prepared.model, batch) as rest:
-            inputs = {name: value.to(device) for name, value in rest.items()}
+            inputs = {name: each.to(device) if torch.is_tensor(each) else each for name, each in rest.items()}
             one, two = (prepared.model(**inputs, num_items_in_batch=count)["loss"] for count in (1, 2))
     except TypeError:
         return False
