@@ -58,13 +58,14 @@ class Saved:
 def key(run: Run) -> str | None:
     """Returns what runs have in common that train together; None of one that trains alone: all of the model trains, its
     method acts on the whole batch or looks at data, rows belong to several tasks, or what is asked for is done by the
-    Trainer alone (checkpoints, several batches a step, gradient checkpointing, quantized bases, several processes)."""
+    Trainer alone (checkpoints, averages, several batches a step, gradient checkpointing, quantized bases, several
+    processes)."""
     asked = run.training
     if run.data.get("task_column") is not None:  # whose rows a call would have to tell is not known in a fleet
         return None
     if run.method.name == FULL or run.quantize is not None or int(os.environ.get("WORLD_SIZE", "1")) > 1:
         return None
-    if asked.checkpoints or asked.accumulate > 1 or asked.checkpoint_gradients or asked.shard:
+    if asked.checkpoints or asked.accumulate > 1 or asked.checkpoint_gradients or asked.shard or asked.ema is not None:
         return None
     method = peftcore.method(run.method.name)
     if not method.tags.per_row or method.asks_for_data(run.method.arguments):

@@ -133,6 +133,8 @@ def _train(run: Run, display: Display, resume: bool, seen: _Seen) -> Outcome:
         folder.note()
     transformers.set_seed(run.training.seed)  # what came before drew a different number of times when resuming
     _trained(trainer, checkpoint, run.training.report_to)
+    if trainer.averages is not None:
+        trainer.averages.take()
     scores = {int(entry["step"]): plain(entry) for entry in trainer.state.log_history if f"eval_{task.metric}" in entry}
     outcome = Outcome(
         method=run.method.name,
