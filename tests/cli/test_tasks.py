@@ -18,8 +18,8 @@ import peftcore
 from peftcore.cli.commands import app
 
 
-def trained(*arguments: object) -> dict[str, Any]:
-    options = ("--method", "lora", "--set", "method.target=all-linear", "--batch-size", 16, "--json")
+def trained(*arguments: object, target: str = "all-linear") -> dict[str, Any]:
+    options = ("--method", "lora", "--set", f"method.target={target}", "--batch-size", 16, "--json")
     result = CliRunner().invoke(app, ["train", *map(str, (*arguments, *options))])
     assert result.exit_code == 0, (result.output, result.exception)
     return json.loads(result.stdout)
@@ -123,6 +123,89 @@ def test_pictures_for_a_model_of_timm(timm_vit: Path, pictures: Path) -> None:
     assert outcome["after"]["accuracy"] > outcome["before"]["accuracy"] + 0.15
     saved = json.loads(Path(outcome["saved"], "adapter.json").read_text(encoding="utf-8"))
     assert "timm_model.head" in json.dumps(saved)
+
+
+@pytest.fixture
+def masked(pictures: Path) -> Path:
+    """Each digit beside where its ink is (1 of a zero, 2 of a one), but for a border that is no class."""
+    folder, rows = pictures.parent / "masked", []
+    (folder / "masks").mkdir(parents=True)
+    for number, file in enumerate(sorted(pictures.rglob("*.png"))[::6]):
+        pixels = np.kron(np.asarray(Image.open(file)), np.ones((4, 4))).astype("uint8")
+        mask = (pixels > 100).astype("uint8") * (1 if file.parent.name == "zero" else 2)
+        mask[0], mask[-1] = 255, 255
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+        Image.fromarray(mask).save(folder / "masks" / f"{number}.png")
+        rows.append(f"{number}.png,masks/{number}.png")
+    (folder / "metadata.csv").write_text("\n".join(["file_name,mask_file_name", *rows]), encoding="utf-8")
+    return folder
+
+
+def segformer(folder: Path) -> Path:
+    config = transformers.SegformerConfig(
+        num_encoder_blocks=2,
+        depths=[1, 1],
+        sr_ratios=[2, 1],
+        hidden_sizes=[16, 16],
+        patch_sizes=[3, 3],
+        strides=[2, 2],
+        num_attention_heads=[2, 2],
+        mlp_ratios=[2, 2],
+        decoder_hidden_size=16,
+    )
+    transformers.SegformerForSemanticSegmentation(config).save_pretrained(folder)
+    transformers.SegformerImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    return folder
+
+
+def beit(folder: Path) -> Path:
+    config = transformers.BeitConfig(
+        image_size=32,
+        patch_size=8,
+        hidden_size=16,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        intermediate_size=32,
+        out_indices=[0, 1, 2, 3],
+        use_auxiliary_head=False,
+    )
+    transformers.BeitForSemanticSegmentation(config).save_pretrained(folder)
+    size = {"height": 32, "width": 32}
+    transformers.BeitImageProcessor(size=size, crop_size=size, do_center_crop=False).save_pretrained(folder)
+    return folder
+
+
+def upernet_on_timm(folder: Path) -> Path:
+    pytest.importorskip("timm")
+    backbone = transformers.TimmBackboneConfig(
+        backbone="resnet18", out_indices=[1, 2, 3, 4], use_pretrained_backbone=False
+    )
+    config = transformers.UperNetConfig(backbone_config=backbone, hidden_size=16, use_auxiliary_head=False)
+    transformers.UperNetForSemanticSegmentation(config).save_pretrained(folder)
+    transformers.SegformerImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("make", "target", "steps"),
+    [
+        (segformer, "all-linear", 30),
+        pytest.param(beit, "all-linear", 30, marks=pytest.mark.slow),
+        pytest.param(upernet_on_timm, "conv", 150, marks=pytest.mark.slow),
+    ],
+)
+def test_classes_of_pixels(masked: Path, tmp_path: Path, make: Any, target: str, steps: int) -> None:
+    torch.manual_seed(0)
+    options = ("--task", "segmentation", "--data", masked, "--steps", steps, "--lr", "1e-2")
+    outcome = trained("--model", make(tmp_path / "model"), *options, target=target)
+    assert outcome["after"]["mean_iou"] > outcome["before"]["mean_iou"] + 0.05
+
+
+def test_a_class_that_is_none(masked: Path, tmp_path: Path) -> None:
+    model = segformer(tmp_path / "model")
+    command = ("train", "--model", model, "--task", "segmentation", "--data", masked, "--method", "lora")
+    result = CliRunner().invoke(app, [*map(str, command), "--set", 'data.classes=["paper", "zero"]'])
+    assert result.exit_code == 2 and "a mask has the class 2, and there are 2" in " ".join(result.stderr.split())
 
 
 @pytest.fixture
