@@ -226,9 +226,11 @@ def test_pictures_of_words(painter: Path, named_pictures: Path) -> None:
     outcome = trained(
         *("--model", painter, "--task", "text-to-image", "--data", named_pictures, "--steps", 20, "--lr", "1e-2"),
         *("--set", 'data.prompts=["zero"]', "--set", "data.prompt_steps=2", "--out", "run"),
+        *("--set", "data.prompts_during=true", "--set", "training.evaluate_every=10"),
     )
     assert outcome["after"]["loss"] < outcome["before"]["loss"]
-    assert outcome["samples"] == [["run/samples/0-0.png", "run/samples/0-1.png"]]
+    assert outcome["samples"] == [["run/samples/0-0.png", "run/samples/0-2.png"]]
+    assert Image.open("run/samples.png").size == (2 + 3 * 162, 2 + 162)  # before, after ten steps, after all
     before, after = (np.asarray(Image.open(file), dtype=float) for file in outcome["samples"][0])
     assert np.abs(before - after).max() > 0
     unet = pytest.importorskip("diffusers").UNet2DConditionModel.from_pretrained(painter / "unet")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 import transformers
@@ -126,6 +127,10 @@ class Prepared:
     """What has to be done with the model before anything is put into it."""
     samples: Callable[[], list[str]] | None = None
     """Returns answers of the model, to be looked at before training and after it."""
+    during: bool = False
+    """Whether samples are wanted at each score too."""
+    picture: Path | None = None
+    """A file that shows all samples so far, where these are pictures."""
     trainer: OwnTrainer | None = None
     """The Trainer, where it is another one than transformers'."""
 

@@ -24,6 +24,8 @@ from peftcore.comparing.tasks._painters import Painter, kinds
 from peftcore.comparing.tasks.image_classification import IMAGES
 from peftcore.comparing.tasks.task import Data, Prepared, Task, Work
 
+SHEET, CELL = "samples.png", 160
+"""The file that shows all drawings, and the sides of one in it."""
 CONDITIONS = ("condition", "conditioning_image", "control")
 
 
@@ -59,6 +61,8 @@ class CaptionedData(Data):
     """What models that are distilled from guidance (Flux) are told of it in training."""
     prompts: tuple[str, ...] = ()
     """What is drawn before and after training, to be looked at."""
+    prompts_during: bool = False
+    """Draw them at each score too."""
     prompt_conditions: tuple[Path, ...] = ()
     """A picture for each prompt, where the method is told one."""
     prompt_steps: PositiveInt = 30
@@ -158,7 +162,9 @@ class TextToImage(Task[CaptionedData]):
             train=train if data.prior is None else WithPrior(train, _files(data.prior, data.prior_images), data),
             held_out=held_out,
             collate=lambda rows: _batch(rows, side, data.prior_weight),
-            samples=_drawn(painter, data, side, run.out / "samples") if data.prompts else None,
+            samples=_drawn(painter, data, side, run.out) if data.prompts else None,
+            during=data.prompts_during,
+            picture=run.out / SHEET if data.prompts else None,
             first=_missing(painter, data, side),
         )
 
@@ -290,10 +296,11 @@ def _batch(rows: list[dict[str, Any]], side: int, prior_weight: float) -> dict[s
     return batch
 
 
-def _drawn(painter: Painter, data: CaptionedData, side: int, folder: Path) -> Callable[[], list[str]]:
+def _drawn(painter: Painter, data: CaptionedData, side: int, out: Path) -> Callable[[], list[str]]:
     """Return a function that draws each prompt from the same noise as before, and says where the pictures are."""
     pictures = [_picture(_opened(path), side)[0][None] for path in data.prompt_conditions]
     told: Sequence[Tensor | None] = pictures or [None] * len(data.prompts)
+    folder = out / "samples"
 
     def draw() -> list[str]:
         folder.mkdir(parents=True, exist_ok=True)
@@ -304,12 +311,27 @@ def _drawn(painter: Painter, data: CaptionedData, side: int, folder: Path) -> Ca
         files = []
         for number, (prompt, condition) in enumerate(zip(data.prompts, told, strict=True)):
             picture = _draw(painter, data, side, prompt, number, condition)
-            when = len(list(folder.glob(f"{number}-*.png")))
-            files.append(folder / f"{number}-{when}.png")
+            files.append(folder / f"{number}-{len(_drawn_before(folder, number))}.png")
             if first_process():  # all of them draw, where each holds a part of the model
                 picture.save(files[-1])
+        if first_process():
+            _show([_drawn_before(folder, number) for number in range(len(data.prompts))], out / SHEET)
         for part, mode in zip(parts, training, strict=True):
             part.train(mode)
         return [str(file) for file in files]
 
     return draw
+
+
+def _drawn_before(folder: Path, prompt: int) -> list[Path]:
+    found = folder.glob(f"{prompt}-*.png")
+    return sorted(found, key=lambda file: int(file.stem.partition("-")[2]))
+
+
+def _show(drawn: Sequence[Sequence[Path]], path: Path) -> None:
+    """Write one picture of all: a row for each prompt, from left to right as training went."""
+    from torchvision.transforms import v2
+    from torchvision.utils import save_image
+
+    fit = v2.Compose([v2.ToImage(), v2.Resize([CELL, CELL]), v2.ToDtype(torch.float32, scale=True)])
+    save_image([fit(_opened(file)) for row in drawn for file in row], path, nrow=len(drawn[0]))

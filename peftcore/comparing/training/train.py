@@ -78,6 +78,8 @@ class Outcome:
     """The majority baseline, where it is known: the metric of an answer that looks at nothing."""
     samples: list[tuple[str, str]]
     """Answers of the model before training and after it."""
+    picture: str = ""
+    """A file that shows them, where they are pictures."""
 
 
 class Watch(transformers.TrainerCallback):
@@ -96,6 +98,17 @@ class Watch(transformers.TrainerCallback):
         self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **kwargs: Any
     ) -> None:
         self._display.say(f"step {state.global_step}: {in_words(plain(metrics or {}))}")
+
+
+class Sampling(transformers.TrainerCallback):
+    """Asks for samples at each score on the way."""
+
+    def __init__(self, prepared: Prepared) -> None:
+        self._prepared = prepared
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if 0 < state.global_step < state.max_steps:
+            told(self._prepared)
 
 
 def train(run: Run, display: Display, resume: bool = False) -> Outcome:
@@ -125,7 +138,8 @@ def _train(run: Run, display: Display, resume: bool, seen: _Seen) -> Outcome:
     if injection is None and prepared.check is not None:
         prepared.check(None)
     clock = Clock()
-    trainer = trainer_for(run, task, prepared, injection, [Keeper(folder), Watch(display), clock])
+    sampling = [Sampling(prepared)] if prepared.during else []
+    trainer = trainer_for(run, task, prepared, injection, [Keeper(folder), Watch(display), clock, *sampling])
     if folder.before is None:
         # Not by trainer.evaluate(): what accelerate prepared for that alone, it does not wrap for several processes.
         trainer.args.eval_on_start = True
@@ -152,6 +166,7 @@ def _train(run: Run, display: Display, resume: bool, seen: _Seen) -> Outcome:
         held_out_size=len(prepared.held_out),
         floor=prepared.floor,
         samples=list(zip(folder.said, told(prepared), strict=True)),
+        picture=str(prepared.picture or ""),
     )
     _save(trainer, prepared, Path(outcome.saved))
     if first_process():
