@@ -43,7 +43,7 @@ class Stream(NamedTuple):
     """What the code says of one module."""
 
     rows: Dims
-    """The dimensions at which the first of what it is given may have the rows of the batch, where the host is given rows first;
+    """The dimensions at which its first argument may have the rows of the batch, where the host is given rows first;
     none where the code cannot be followed."""
     runs: Runs
     """How often one forward runs it."""
