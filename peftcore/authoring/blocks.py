@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from peftcore.errors import UnsupportedSite
-from peftcore.roles import HostEntry
 from peftcore.roles.hostmap import under
 from peftcore.surgery.surgeon import Surgeon
 from peftcore.targets.sequence_inside import WIDTHS
@@ -102,13 +101,18 @@ def _block_site(surgeon: Surgeon, site: Site, numbers: dict[str | None, int]) ->
     stack = stack_path(path)
     blocks = sum(stack_path(other or "") == stack for other in numbers)
     known = {**vars(site), "form": "activation"}
-    return BlockSite(**known, width=_width(surgeon, path, inside), depth=numbers[path], stack=stack, blocks=blocks)
+    return BlockSite(**known, width=block_width(surgeon, path), depth=numbers[path], stack=stack, blocks=blocks)
 
 
-def _width(surgeon: Surgeon, path: str, inside: list[HostEntry]) -> int:
+def block_width(surgeon: Surgeon, path: str) -> int:
+    """Returns how many features the stream of a block has.
+
+    Raises:
+        UnsupportedSite: nothing inside tells it.
+    """
     for role in WIDTHS:
-        for entry in inside:
-            if entry.role == role and entry.stream == "main":
+        for entry in surgeon.resolver.host.entries:
+            if entry.block == path and entry.role == role and entry.stream == "main":
                 return surgeon.resolver.site(entry.module, entry.tensor or "weight", role).out_features
     raise UnsupportedSite(f"{path}: nothing inside tells how wide its stream is")
 

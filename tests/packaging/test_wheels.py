@@ -399,10 +399,12 @@ ELSEWHERE = {
     "c3a": "has no place",
     "clip_adapter": "has no place",
     "controlnet": "asks to be told more",
+    "controlnet_lllite": "asks to be told more",
     "coop": "asks to be told more",
     "ip_adapter": "asks to be told more",
     "ir_qlora": "has no place",
     "lqer": "trains nothing",
+    "ominicontrol": "has no place",
     "qa_lora": "has no place",
     "t2i_adapter": "asks to be told more",
 }
