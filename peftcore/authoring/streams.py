@@ -15,7 +15,7 @@ those of the text where these are a stream of their own (SD3, Flux). Several str
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -160,32 +160,47 @@ Keys = tuple[Tensor, Tensor]
 """Keys and values, ``[batch, heads, tokens, width]``."""
 
 
-@dataclass(eq=False)
 class Running:
-    """A stream in one forward of its transformer."""
+    """A stream in one forward of its transformer.
 
-    told: Mapping[str, Any] | None = None
-    """What the first block was given for the rows, by name."""
-    begins: str | None = None
-    """The form of the first block, where the rows come in there."""
-    rows: Tensor | None = None
-    """What they are behind the last block that ran; None before the first one, and where their stream has ended."""
-    before: dict[str, Tensor] = field(default_factory=dict)
-    """What they were before each block that ran, for blocks that run again inside backward."""
-    makes: bool = False
-    """Whether the transformer makes the rows now, of an input."""
-    asks: bool = False
-    """Whether the block runs for the rows' keys alone."""
-    counts: tuple[int, int] = (0, 0)
-    """Tokens and rows in the attention of the block that runs."""
-    of_tokens: Keys | None = None
-    of_rows: Keys | None = None
+    Attributes:
+        told: what the first block was given for the rows, by name.
+        begins: the form of the first block, where the rows come in there.
+        rows: what they are behind the last block that ran; None before the first one, and where their stream has ended.
+        before: what they were before each block that ran, for blocks that run again inside backward.
+        makes: whether the transformer makes the rows now, of an input.
+        asks: whether the block runs for the rows' keys alone.
+        counts: tokens and rows in the attention of the block that runs.
+        of_tokens: its keys and values of tokens, once they are known.
+        of_rows: those of rows.
+    """
+
+    def __init__(self) -> None:
+        self.told: Mapping[str, Any] | None = None
+        self.begins: str | None = None
+        self.rows: Tensor | None = None
+        self.before: dict[str, Tensor] = {}
+        self.makes, self.asks = False, False
+        self.counts = 0, 0
+        self.of_tokens: Keys | None = None
+        self.of_rows: Keys | None = None
+        self._inside = _reentrant()
+
+    def check_gradients(self) -> None:
+        """Check that no reentrant checkpoint of blocks loses the rows' gradients, which are not among its arguments."""
+        if (here := _reentrant()) is not None and here != self._inside:
+            raise TrainingError(REENTRANT)
 
     def enter(self, form: str, rows: Tensor) -> Tensor:
         """Returns what the rows are before a block."""
         if form in self.before and not forward_context().repeating:
             raise SequenceError("a block runs twice in one forward: nobody knows which rows stand beside which tokens")
         return self.before.setdefault(form, rows)
+
+
+def _reentrant() -> int | None:
+    """Returns the reentrant checkpoint in whose forward this is."""
+    return None if torch.compiler.is_compiling() or torch.is_grad_enabled() else reentrant()
 
 
 NOW = Tap()
@@ -321,6 +336,7 @@ class RowStream(Operator):
         if running.told is None or running.begins == form:  # a checkpoint that repeats the block repeats this too
             running.told, running.begins = self.first(given), form
         told = running.told
+        running.check_gradients()
         self._check(told, given)
         rows = running.enter(form, told[self.stream] if running.rows is None else running.rows)
         rows = self.at_block(form.removeprefix(BLOCK), told[self.stream] if running.begins == form else rows)
@@ -353,13 +369,10 @@ class RowStream(Operator):
 
         Raises:
             SequenceError: tokens of the image are hidden from each other, or the rows are not those of this batch.
-            TrainingError: a reentrant checkpoint would lose the rows' gradients.
             PluginError: the rows have another shape.
         """
         if given.get(ALONG) is not None:
             raise SequenceError(f"{ALONG}= hides tokens of the image, and says nothing of the rows beside them")
-        if not torch.compiler.is_compiling() and not torch.is_grad_enabled() and reentrant() is not None:
-            raise TrainingError(REENTRANT)
         rows, tokens = told[self.stream], given[IMAGE]
         if rows.dim() != 3 or rows.shape[-1] != self.width or not rows.shape[1]:
             raise PluginError(f"{type(self).__name__} has rows of {tuple(rows.shape)}, not [batch, rows, {self.width}]")

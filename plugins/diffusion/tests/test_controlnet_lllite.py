@@ -24,7 +24,13 @@ def edges(model: nn.Module, picture: Tensor) -> dict[str, Tensor]:
     return {"condition": picture.expand(-1, 3, -1, -1).repeat_interleave(4, 2).repeat_interleave(4, 3)}
 
 
-@conformance("controlnet_lllite", telling=["unet"], options={"*": {"condition_dim": 4, "hidden": 3}}, context=edges)
+FAILURES = {
+    "every_trainable_tensor_learns-unet": "a constant that is added to all keys of an attention leaves its softmax as "
+    "it is, and so does the bias behind the network of keys"
+}
+
+
+@conformance("controlnet_lllite", telling=["unet"], context=edges, expected_failures=FAILURES)
 def test_conformance(check: Callable[[], None]) -> None:
     check()
 
@@ -70,7 +76,7 @@ def test_outputs_and_gradients_are_those_of_the_authors() -> None:
     injection = peftcore.apply(model, "controlnet_lllite", dtype="float64", **options)
     operators = list(injection.operators.values())
     for operator in operators:
-        made.filled(operator, 10.0)  # theirs come in the same order
+        made.filled(operator, 13.0)  # theirs come in the same order
     given = [made.tokens(depth).requires_grad_() for depth in made.DEPTHS]
     with peftcore.call(model, condition=made.image()):
         outputs = model(*given)

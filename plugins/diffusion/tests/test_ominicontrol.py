@@ -24,7 +24,15 @@ def latents(model: nn.Module, picture: Tensor) -> dict[str, Tensor]:
     return {"condition": picture[..., :8, :8].expand(-1, 2, -1, -1)}
 
 
-@conformance("ominicontrol", telling=["dit"], context=latents)
+FAILURES = {
+    "modules_named_like_the_method_are_ordinary-dit": "the stream is at the transformer itself: its path is the very "
+    "name without which the check compares",
+    "every_trainable_tensor_learns-dit": "what the condition asks and puts out in the last block reaches nothing; the "
+    "authors adapt it there too",
+}
+
+
+@conformance("ominicontrol", telling=["dit"], context=latents, expected_failures=FAILURES)
 def test_conformance(check: Callable[[], None]) -> None:
     check()
 

@@ -58,7 +58,7 @@ def numbers(checkout: Path) -> dict[str, dict[str, Any]]:
         layer = nn.Linear(WIDTH, OUT).double()
         filled(layer, 0.0)
         module = theirs["LLLiteModule"](depth, CONDITION, "lllite", layer, HIDDEN, multiplier=SCALE).double()
-        filled(module, 10.0)
+        filled(module, 13.0)
         module.apply_to()
         module.set_cond_image(image())
         x = tokens(depth).requires_grad_()
