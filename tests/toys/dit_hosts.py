@@ -122,7 +122,7 @@ def joined(
     """
     blocks = blocks_of(model)
     count = next(iter(rows.values())).shape[-2]
-    leaving = {len(blocks) - 1, *(number - 1 for number in rows)}
+    leaving = {len(blocks) - 1, *(number - 1 for number in rows if number > min(rows))}
     stream = TEXT if beside_text else IMAGE
 
     def put(number: int, tokens: Tensor) -> Tensor:

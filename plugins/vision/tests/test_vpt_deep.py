@@ -136,3 +136,13 @@ def test_rows_in_the_sequence_of_diffusion_transformers(method: str, name: str) 
     assert (expected - base(**given).sample).abs().max() > 1e-2
     ours, wanted = (torch.autograd.grad(each.square().sum(), prompt.prompt)[0] for each in (output, expected))
     torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=1e-5)  # SD3's norms are in float32
+
+
+def test_blocks_of_a_diffusion_transformer_that_are_left_out() -> None:
+    base, given = dit_host("pixart")
+    model = deepcopy(base)
+    injection = peftcore.apply(model, "vpt_deep", target="transformer_blocks.1", length=3, dtype="float64")
+    (rows,) = injection.parameters()
+    with joined(base, {1: rows[0]}):
+        expected = base(**given).sample
+    torch.testing.assert_close(model(**given).sample, expected, rtol=1e-9, atol=1e-9)
