@@ -30,6 +30,7 @@ from peftcore.authoring.instance_prompts import InstanceOperator
 from peftcore.authoring.pass_cache import PassCache
 from peftcore.authoring.prompts import PromptPositions, TokenStacks, VisibleTokens, cached_tokens
 from peftcore.authoring.row_logits import head_sites, row_logits
+from peftcore.authoring.streams import RowStream, StreamSite, Turn, add_stream, stream_sites
 from peftcore.contract.calls import Calls
 from peftcore.contract.compositions import Average, Fuse, Split, Stack, Sum
 from peftcore.contract.config import MethodConfig
@@ -153,6 +154,7 @@ __all__ = [
     "Replacement",
     "Resolver",
     "Router",
+    "RowStream",
     "Rows",
     "Scheme",
     "SequenceOperator",
@@ -162,6 +164,7 @@ __all__ = [
     "Slices",
     "Split",
     "Stack",
+    "StreamSite",
     "Sum",
     "Surgeon",
     "Tags",
@@ -170,9 +173,11 @@ __all__ = [
     "TokenStacks",
     "Tokens",
     "Transposed",
+    "Turn",
     "VisibleTokens",
     "WeightOperator",
     "activate",
+    "add_stream",
     "apply",
     "bias_name",
     "block_depths",
@@ -231,6 +236,7 @@ __all__ = [
     "sees_vectors",
     "self_attention_cache",
     "stack_path",
+    "stream_sites",
     "stream_width",
     "to_lora",
     "using",

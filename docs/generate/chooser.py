@@ -169,9 +169,9 @@ ADVICE = (
     ),
     Advice(
         "a diffusion model that follows a picture",
-        ("controlnet", "t2i_adapter", "ip_adapter"),
+        ("controlnet", "t2i_adapter", "ip_adapter", "ominicontrol"),
         ("do not merge",),
-        "a second network; `peftcore.call(model, condition=...)`",
+        "a second network, or with a DiT LoRA alone (the last); `peftcore.call(model, condition=...)`",
     ),
 )
 

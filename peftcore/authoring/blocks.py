@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 
 from peftcore.errors import UnsupportedSite
-from peftcore.roles import HostEntry
 from peftcore.roles.hostmap import under
 from peftcore.roles.streams import alike
 from peftcore.surgery.surgeon import Surgeon
@@ -107,13 +106,18 @@ def _block_site(surgeon: Surgeon, site: Site, numbers: dict[str | None, int], ea
     stack = stack_path(path)
     blocks = sum(stack_path(other or "") == stack for other in numbers)
     known = {**vars(site), "form": "activation", "once": once}
-    return BlockSite(**known, width=_width(surgeon, path, inside), depth=numbers[path], stack=stack, blocks=blocks)
+    return BlockSite(**known, width=block_width(surgeon, path), depth=numbers[path], stack=stack, blocks=blocks)
 
 
-def _width(surgeon: Surgeon, path: str, inside: list[HostEntry]) -> int:
+def block_width(surgeon: Surgeon, path: str) -> int:
+    """Returns how many features the stream of a block has.
+
+    Raises:
+        UnsupportedSite: nothing inside tells it.
+    """
     for role in WIDTHS:
-        for entry in inside:
-            if entry.role == role and entry.stream == "main":
+        for entry in surgeon.resolver.host.entries:
+            if entry.block == path and entry.role == role and entry.stream == "main":
                 return surgeon.resolver.site(entry.module, entry.tensor or "weight", role).out_features
     raise UnsupportedSite(f"{path}: nothing inside tells how wide its stream is")
 

@@ -46,6 +46,7 @@ HOSTS: dict[str, Callable[[], nn.Module]] = {
     "ViT-B/16": lambda: timm.create_model("vit_base_patch16_224", num_classes=0),
     "CLIP": lambda: of("CLIP", "Model"),
     "SD 1.5 UNet": lambda: diffusers.UNet2DConditionModel(cross_attention_dim=768),
+    "FLUX.1-dev": lambda: diffusers.FluxTransformer2DModel(guidance_embeds=True),
 }
 
 
@@ -179,6 +180,7 @@ ROWS = [
         322_856,
         "phymhan/SVDiff at 4ca843c: a number a singular value, and one an entry of vectors",
     ),
+    Row("ominicontrol", "FLUX.1-dev", 0.1, "2411.15098, abstract: 0.1 %", share="model", within=5e-2),
     Row("custom_diffusion", "SD 1.5 UNet", 19.17e6, "2212.04488: 75 MB of float32", within=2e5),
 ]
 

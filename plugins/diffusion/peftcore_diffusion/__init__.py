@@ -13,9 +13,11 @@ def peftcore_methods() -> Mapping[str, str]:
     """Map the names of this plugin's methods to their import paths."""
     return {
         "controlnet": "peftcore_diffusion.controlnet:ControlNet",
+        "controlnet_lllite": "peftcore_diffusion.controlnet_lllite:ControlNetLLLite",
         "custom_diffusion": "peftcore_diffusion.custom_diffusion:CustomDiffusion",
         "ip_adapter": "peftcore_diffusion.ip_adapter:IPAdapter",
         "locon": "peftcore_diffusion.locon:LoCon",
+        "ominicontrol": "peftcore_diffusion.ominicontrol:OminiControl",
         "svdiff": "peftcore_diffusion.svdiff:SVDiff",
         "t2i_adapter": "peftcore_diffusion.t2i_adapter:T2IAdapter",
         "textual_inversion": "peftcore_diffusion.textual_inversion:TextualInversion",

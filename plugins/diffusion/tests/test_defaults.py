@@ -6,8 +6,10 @@ import pytest
 from named_defaults import Free, Held, assert_as_said, rows
 
 CONTROLNET = "lllyasviel/ControlNet@ed85cd1"
+LLLITE = "kohya-ss/sd-scripts@48d368f, networks/control_net_lllite.py"
 LYCORIS = "KohakuBlueleaf/LyCORIS@f49d30d"
 LOCON = "cyber-meow/LyCORIS-evaluation@7c5758c, exp_configs/training_configs/exp-1004-sd15-lora8a4-full-a.toml"
+OMINI = "Yuanshi9815/OminiControl@331dd34"
 T2I = "TencentARC/T2I-Adapter"
 
 HELD: Held = {
@@ -17,6 +19,11 @@ HELD: Held = {
         f"{CONTROLNET}, gradio_canny2image.py: gr.Checkbox(label='Guess Mode', value=False)",
     ),
     ("controlnet", "channels"): (3, f"{CONTROLNET}, models/cldm_v15.yaml: hint_channels: 3"),
+    ("controlnet_lllite", "scale"): (1.0, f"{LLLITE}: multiplier: Optional[float] = 1.0"),
+    ("controlnet_lllite", "condition_dim"): (16, f"{LLLITE}: cond_emb_dim: int = 16"),
+    ("controlnet_lllite", "hidden"): (16, f"{LLLITE}: mlp_dim: int = 16"),
+    ("controlnet_lllite", "channels"): (3, f"{LLLITE}: Conv2d(3, cond_emb_dim // 2, kernel_size=4, stride=4)"),
+    ("controlnet_lllite", "dropout"): (0.0, f"{LLLITE}: dropout: Optional[float] = None"),
     ("custom_diffusion", "initializer"): (
         None,
         "adobe-research/custom-diffusion@7c19c9a, src/diffusers_training.py: --initializer_token default='ktn+pll+ucd'"
@@ -30,6 +37,13 @@ HELD: Held = {
     ("locon", "conv_alpha"): (
         1.0,
         f"{LOCON}: conv_alpha=4; ours is 1.0, as that of LycorisNetworkKohya in lycoris/kohya.py",
+    ),
+    ("ominicontrol", "rank"): (4, f"{OMINI}, train/config/spatial_alignment.yaml: r: 4"),
+    ("ominicontrol", "position_delta"): ((0, 0), f"{OMINI}, omini/train_flux/trainer.py: get(..., [[0, 0]])"),
+    ("ominicontrol", "position_scale"): (1.0, f"{OMINI}, omini/pipeline/flux_omini.py: position_scale=1.0"),
+    ("ominicontrol", "independent"): (
+        False,
+        f"{OMINI}, train/config/spatial_alignment.yaml: independent_condition: false",
     ),
     ("svdiff", "scale"): (1.0, "mkshing/svdiff-pytorch@a78f69e, inference.py: --spectral_shifts_scale default=1.0"),
     ("svdiff", "vector_lr"): (1e-6, "mkshing/svdiff-pytorch@a78f69e, README.md: --learning_rate_1d=1e-6"),

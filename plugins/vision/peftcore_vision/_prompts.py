@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from peftcore import HostEntry, MethodConfig, Operator, Shared, Site, Surgeon
 from peftcore.errors import SequenceError, UnsupportedSite
 
-STREAM = ("mlp.down", "experts.down", "attn.out")
+STREAM = ("mlp.down", "experts.down", "attn.out", "attn_mlp.out")
 """Roles of what adds to the stream of a block: its rows are as many as the stream is wide."""
 ROTARY = re.compile(r"rope|rotary", re.IGNORECASE)
 """How rotary positions are called, which are handed to blocks token by token."""
@@ -185,7 +185,9 @@ def train_heads(surgeon: Surgeon, sites: list[PromptSite]) -> None:
 
 
 def prompt_count(site: Site, config: PromptConfig) -> int:
-    """Count the values of a prompt, or of a part of the head."""
+    """Count the values of a prompt, or of a part of the head; attentions of a stream have none."""
+    if site.form == "attention":
+        return 0
     return site.numel if site.form == "weight" else config.length * (config.projection or site.out_features)
 
 

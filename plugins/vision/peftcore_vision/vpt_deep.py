@@ -17,8 +17,11 @@ eval mode for that. They search learning rates from 0.05 to 50 with SGD.
 Never identity at the start. Parameters: length * d a block; with projection length * projection a block, and
 (projection + 1) * d for the map; and the head.
 
-Use it on vision transformers with few images a class. It needs tokens that are a set: relative and rotary positions,
-windows and convolutions between tokens are refused.
+In diffusion transformers that are given a text (SD3, Flux, PixArt) the prompts are a stream beside the image, without
+positions: at each block one of its own, modulated as the image is.
+
+Use it on vision transformers with few images a class. It needs tokens that are a set: elsewhere, relative and rotary
+positions, windows and convolutions between tokens are refused.
 """
 
 from __future__ import annotations
@@ -29,7 +32,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from peftcore import LearningRate, Method, Site, Surgeon, Tags, on_first
+from peftcore import LearningRate, Method, Site, StreamSite, Surgeon, Tags, on_first
+from peftcore_vision._prompt_streams import add_prompt_stream
 from peftcore_vision._prompts import (
     PromptConfig,
     PromptOperator,
@@ -72,6 +76,8 @@ class VPTDeep(Method):
             return DeepOperator(site, own, shared_projection(surgeon, site, own))
 
         sites = prompt_sites(surgeon)
+        if add_prompt_stream(surgeon, sites, config, deep=True):
+            return
         for site in sites:
             surgeon.graft(site, prompt, config)
         if config.train_head:
@@ -79,4 +85,5 @@ class VPTDeep(Method):
 
     @staticmethod
     def parameter_count(site: Site, config: Config) -> int:
-        return prompt_count(site, config)
+        prompts = len(site.blocks) if isinstance(site, StreamSite) else 1
+        return prompts * prompt_count(site, config)

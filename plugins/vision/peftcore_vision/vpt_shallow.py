@@ -17,8 +17,11 @@ that. They search learning rates from 0.05 to 50 with SGD.
 Never identity at the start: anything beside the tokens moves the outputs. Parameters: length * d; with projection
 length * projection and (projection + 1) * d for the map; and the head.
 
+In diffusion transformers that are given a text (SD3, Flux, PixArt) the prompt is a stream beside the image, without
+positions: its rows go through the same blocks, modulated as the image is.
+
 Use it as the smallest of visual prompts; vpt_deep is better on nearly all tasks. It needs tokens that are a set:
-relative and rotary positions, windows and convolutions between tokens are refused.
+elsewhere, relative and rotary positions, windows and convolutions between tokens are refused.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ import torch
 from torch import nn
 
 from peftcore import LearningRate, Method, Site, Surgeon, Tags, on_first
+from peftcore_vision._prompt_streams import add_prompt_stream
 from peftcore_vision._prompts import (
     PromptConfig,
     PromptOperator,
@@ -83,6 +87,8 @@ class VPTShallow(Method):
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
         sites = prompt_sites(surgeon)
+        if add_prompt_stream(surgeon, sites, config, deep=False):
+            return
         first, last = stack_ends(surgeon, sites)
         own = config.at(first.path)
         operator = functools.partial(ShallowOperator, projection=shared_projection(surgeon, first, own))

@@ -1,10 +1,12 @@
 """VPT-deep: the authors' class, the equation on seven hosts, and hidden states that keep their shape."""
 
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
 import torch
+from dit_hosts import dit_host, joined
 from vpt_equations import HOSTS, authors_numbers, compare, host, pixels, prompted, timm
 
 import peftcore
@@ -112,3 +114,35 @@ def test_blocks_that_run_again(method: str, name: str, reentrant: bool) -> None:
         gradients.append([prompt.grad for prompt in prompts])
     torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=0)
     assert all(gradient.abs().max() > 1e-4 for gradient in gradients[0])
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux", "pixart"])
+@pytest.mark.parametrize("method", ["vpt_shallow", "vpt_deep"])
+def test_rows_in_the_sequence_of_diffusion_transformers(method: str, name: str) -> None:
+    """They have no positions, and leave behind the last block, or with vpt_deep behind each."""
+    base, given = dit_host(name)
+    model, blocks = deepcopy(base), 4 if name == "flux" else 2
+    injection = peftcore.apply(model, method, length=3, projection=6, dtype="float64")
+    (prompt,) = (each for each in injection.operators.values() if any(True for _ in each.parameters()))
+    shared = injection.shared["projection_6_16"]
+    sizes = (blocks, 3, 6) if method == "vpt_deep" else (3, 6)
+    assert prompt.prompt.shape == sizes
+    assert sum(each.numel() for each in injection.parameters()) == prompt.prompt.numel() + 7 * 16
+    rows = shared(prompt.prompt)
+    output = model(**given).sample
+    with joined(base, dict(enumerate(rows)) if method == "vpt_deep" else {0: rows}):
+        expected = base(**given).sample
+    torch.testing.assert_close(output, expected, rtol=1e-9, atol=1e-9)
+    assert (expected - base(**given).sample).abs().max() > 1e-2
+    ours, wanted = (torch.autograd.grad(each.square().sum(), prompt.prompt)[0] for each in (output, expected))
+    torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=1e-5)  # SD3's norms are in float32
+
+
+def test_blocks_of_a_diffusion_transformer_that_are_left_out() -> None:
+    base, given = dit_host("pixart")
+    model = deepcopy(base)
+    injection = peftcore.apply(model, "vpt_deep", target="transformer_blocks.1", length=3, dtype="float64")
+    (rows,) = injection.parameters()
+    with joined(base, {1: rows[0]}):
+        expected = base(**given).sample
+    torch.testing.assert_close(model(**given).sample, expected, rtol=1e-9, atol=1e-9)

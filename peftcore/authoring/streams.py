@@ -1,0 +1,433 @@
+"""A stream of rows beside the tokens of a diffusion transformer (SD3, Flux, PixArt, DiT).
+
+Such a transformer lays an image out as tokens, modulates all of them by one timestep, and puts them back on a grid at
+the end. Rows among them would have to leave before that, would need places among theirs, and have their timestep. So
+rows stand beside them. Each block runs for the tokens and for the rows, with the same weights, told what is true of
+each (timestep, positions); the attention in which tokens see each other sees both:
+
+    k_r, v_r of L(r)   ->   x' = L(x; keys [k_r, k_x])   ->   r' = L(r; keys [k_x, k_r])
+
+Where both are told the same, that is the block on [x; r]. The transformer's own sequence has its length everywhere, so
+there is nothing to cut, and what runs along it stays as it is. Rows may stand beside the tokens of the image, or beside
+those of the text where these are a stream of their own (SD3, Flux). Several streams do not see each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from peftcore.authoring.blocks import block_width
+from peftcore.contract.config import MethodConfig
+from peftcore.contract.operators import Operator
+from peftcore.errors import PluginError, SequenceError, TrainingError, UnsupportedSite
+from peftcore.forward.attention import Attend, AttentionOperator
+from peftcore.forward.checkpoints import reentrant
+from peftcore.forward.context import REENTRANT, Tap, forward_context
+from peftcore.layers.layer import Layer, plain_class
+from peftcore.roles.hostmap import under
+from peftcore.roles.stacks import arguments
+from peftcore.surgery.surgeon import Surgeon
+from peftcore.targets.attention_sites import AttentionSite
+from peftcore.targets.sites import Site
+
+IMAGE, TEXT = "hidden_states", "encoder_hidden_states"
+"""The arguments of blocks, and of the transformer, that are its streams."""
+ROTARY = "image_rotary_emb"
+"""Cosines and sines of the places of all tokens that a block is given, ``[tokens, width]`` each."""
+PLACES = {"txt_ids": -2}
+"""Arguments of the transformer that run along the text, and in which dimension."""
+ALONG = "attention_mask"
+"""The argument that hides tokens of the image from each other."""
+TOLD = frozenset({"temb", "timestep"})
+"""The arguments by which blocks are told the timestep: those of a diffusion transformer have one of them."""
+FORM = "stream"
+BLOCK = f"{FORM}.block."
+"""The form of a block as a place, before its path."""
+
+S = TypeVar("S", bound="RowStream")
+
+
+@dataclass(frozen=True, eq=False)
+class StreamSite(Site):
+    """A diffusion transformer, beside whose tokens a stream of rows may stand."""
+
+    width: int = 0
+    """Features of its tokens inside of the blocks."""
+    places: tuple[Site, ...] = ()
+    """Its blocks."""
+    attentions: tuple[AttentionSite, ...] = ()
+    """The attentions in which its tokens see each other."""
+    joint: bool = False
+    """Whether the text is a stream of the blocks, and not only read by them."""
+    text: bool = False
+    """Whether its blocks are given a text."""
+
+    def _make_path(self) -> str:
+        return f"{self.module_path}:{FORM}".lstrip(":")
+
+    @property
+    def weight_shape(self) -> torch.Size:
+        """The width, which stands for a shape in plans and files."""
+        return torch.Size([self.width])
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """The paths of its blocks."""
+        return tuple(place.module_path for place in self.places)
+
+    def only(self, blocks: Iterable[str]) -> StreamSite:
+        """Returns the site of rows that go through these blocks alone; the others do not know of them."""
+        kept = set(blocks)
+        pairs = [pair for pair in zip(self.places, self.attentions, strict=True) if pair[0].module_path in kept]
+        places, attentions = zip(*pairs, strict=True)
+        return replace(self, places=places, attentions=attentions)
+
+
+def stream_sites(surgeon: Surgeon, paths: Iterable[str] = ("",)) -> list[StreamSite]:
+    """Returns the diffusion transformers of the host that hold one of these modules, or are inside of one.
+
+    Raises:
+        UnsupportedSite: there is none; or one has blocks whose tokens do not see each other in exactly one attention.
+    """
+    wanted, host = list(paths), surgeon.resolver.host
+    lists: dict[str, list[str]] = {}
+    for entry in host.entries:
+        if entry.role == "block":
+            owner = entry.path.rpartition(".")[0].rpartition(".")[0]
+            lists.setdefault(owner, []).append(entry.path)
+    patched = [entry.path for entry in host.entries if entry.role == "patch" and entry.block is None]
+    found = [
+        _site(surgeon, owner, blocks)
+        for owner, blocks in lists.items()
+        if any(under(path, owner) or under(owner, path) for path in wanted)
+        and any(under(path, owner) for path in patched)
+        and all(_is_told(surgeon, block) for block in blocks)
+    ]
+    if not found:
+        raise UnsupportedSite(
+            "no diffusion transformer is here whose blocks are told a timestep and take tokens of an image (SD3, Flux, "
+            "PixArt, DiT of diffusers)"
+        )
+    return found
+
+
+def _is_told(surgeon: Surgeon, block: str) -> bool:
+    names = arguments(plain_class(surgeon.resolver.modules[block]))
+    return IMAGE in names and not TOLD.isdisjoint(names)
+
+
+def _site(surgeon: Surgeon, owner: str, blocks: list[str]) -> StreamSite:
+    modules, entries = surgeon.resolver.modules, surgeon.resolver.host.entries
+    attentions, joint, cross = [], False, False
+    for block in blocks:
+        inside = [entry for entry in entries if entry.block == block]
+        own = [entry.path for entry in inside if entry.role == "attn"]
+        text = any(entry.stream == "context" for entry in inside)
+        reads = any(entry.role == "cross" for entry in inside)
+        joint, cross = joint or text, cross or reads
+        if len(own) != 1 or (text and reads):
+            raise UnsupportedSite(
+                f"{block} has not one attention in which its tokens see each other, and rows beside them go through one"
+            )
+        attentions.append(surgeon.attention_site(surgeon.resolver.module_site(own[0])))
+    whole = surgeon.resolver.module_site(owner)
+    places = (Site(modules[each], each, "", Layer(), form=f"{BLOCK}{each}", meta=surgeon.dry) for each in blocks)
+    return StreamSite(
+        **{**vars(whole), "form": FORM, "role": None, "meta": surgeon.dry},
+        width=block_width(surgeon, blocks[0]),
+        places=tuple(places),
+        attentions=tuple(attentions),
+        joint=joint,
+        text=joint or cross,
+    )
+
+
+class Reached(Exception):  # no error: it ends a pass that has given what it was for
+    """Ends a pass for the rows at the module that was asked for."""
+
+    def __init__(self, running: Running) -> None:
+        super().__init__()
+        self.running = running
+
+
+Keys = tuple[Tensor, Tensor]
+"""Keys and values, ``[batch, heads, tokens, width]``."""
+
+
+class Running:
+    """A stream in one forward of its transformer.
+
+    Attributes:
+        told: what the first block was given for the rows, by name.
+        begins: the form of the first block, where the rows come in there.
+        rows: what they are behind the last block that ran; None before the first one, and where their stream has ended.
+        before: what they were before each block that ran, for blocks that run again inside backward.
+        makes: whether the transformer makes the rows now, of an input.
+        asks: whether the block runs for the rows' keys alone.
+        counts: tokens and rows in the attention of the block that runs.
+        of_tokens: its keys and values of tokens, once they are known.
+        of_rows: those of rows.
+    """
+
+    def __init__(self) -> None:
+        self.told: Mapping[str, Any] | None = None
+        self.begins: str | None = None
+        self.rows: Tensor | None = None
+        self.before: dict[str, Tensor] = {}
+        self.makes, self.asks = False, False
+        self.counts = 0, 0
+        self.of_tokens: Keys | None = None
+        self.of_rows: Keys | None = None
+        self._inside = _reentrant()
+
+    def check_gradients(self) -> None:
+        """Check that no reentrant checkpoint of blocks loses the rows' gradients, which are not among its arguments."""
+        if (here := _reentrant()) is not None and here != self._inside:
+            raise TrainingError(REENTRANT)
+
+    def enter(self, form: str, rows: Tensor) -> Tensor:
+        """Returns what the rows are before a block."""
+        if form in self.before and not forward_context().repeating:
+            raise SequenceError("a block runs twice in one forward: nobody knows which rows stand beside which tokens")
+        return self.before.setdefault(form, rows)
+
+
+def _reentrant() -> int | None:
+    """Returns the reentrant checkpoint in whose forward this is."""
+    return None if torch.compiler.is_compiling() or torch.is_grad_enabled() else reentrant()
+
+
+NOW = Tap()
+"""The key of the stream for whose rows modules run now, none where they run for the transformer's own tokens."""
+
+
+class Turn(Tap):
+    """Where one stream is in a forward (`Running`), and whether modules run for its rows, which operators inside of
+    blocks ask."""
+
+    def __init__(self) -> None:
+        super().__init__(until_backward=True)
+
+    def is_now(self) -> bool:
+        """Whether modules run for its rows."""
+        return bool(NOW.get() == self.key)
+
+    def is_others(self) -> bool:
+        """Whether they run for the rows of another stream."""
+        return NOW.get() not in (None, self.key)
+
+    def run(self, call: Callable[..., Any], given: Mapping[str, Any]) -> Any:
+        """Run a module for its rows."""
+        NOW.put(self.key)
+        try:
+            return _called(call, given)
+        finally:
+            NOW.take()
+
+
+def _called(call: Callable[..., Any], given: Mapping[str, Any]) -> Any:
+    """Call a module on arguments by name; the image is by position, where operators inside expect it."""
+    return call(given[IMAGE], **{name: value for name, value in given.items() if name != IMAGE})
+
+
+class RowStream(Operator):
+    """Base class of operators with a stream of rows: subclasses define `second` or `first`."""
+
+    beside_text = False
+    """Whether the rows stand beside the tokens of the text, and not beside those of the image."""
+    sees_tokens = True
+    """Whether the rows see the tokens; tokens always see the rows."""
+
+    def __init__(self, site: StreamSite) -> None:
+        super().__init__(site)
+        if self.beside_text and not site.joint:
+            raise UnsupportedSite(f"the text is no stream in {site.module_path or 'the host'}: its blocks read it only")
+        self.width, self.joint = site.width, site.joint
+        self.stream, self.other = (TEXT, IMAGE) if self.beside_text else (IMAGE, TEXT)
+        self.names = {place.form: arguments(plain_class(place.module)) for place in (site, *site.places)}
+        self.turn = Turn()
+
+    def second(self, given: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        """Returns the arguments by name with which the transformer makes the rows as it makes its tokens, timestep and
+        positions included; None where `first` gives them.
+
+        Args:
+            given: those that the user gave it.
+        """
+        return None
+
+    def first(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Returns what the first block is given for the rows, by name; `alike` makes it of ``[batch, rows, width]``.
+
+        Args:
+            given: what it is given for the tokens.
+        """
+        raise NotImplementedError
+
+    def at_block(self, block: str, rows: Tensor) -> Tensor:
+        """Returns the rows that enter a block, ``[batch, rows, width]``; by default those that left the former one.
+
+        Args:
+            block: its path.
+            rows: what they are.
+        """
+        return rows
+
+    def alike(self, given: Mapping[str, Any], rows: Tensor) -> dict[str, Any]:
+        """Returns what a block is given for rows that have no places, and else are told what tokens are."""
+        mine = {**given, self.stream: rows}
+        if given.get(ROTARY) is not None:  # the angle of rows is zero
+            cos, sin = given[ROTARY]
+            shape = rows.shape[1], cos.shape[-1]
+            mine[ROTARY] = cos.new_ones(shape), sin.new_zeros(shape)
+        return mine
+
+    def at(self, form: str, module: Any) -> Callable[..., Any]:
+        """Returns what acts around the transformer, or around one of its blocks."""
+        return self if form == FORM else partial(self._block, form)
+
+    def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run the transformer."""
+        if NOW.get() is not None:  # another stream has it make rows
+            return call(*args, **kwargs)
+        given = self._bind(FORM, args, kwargs)
+        running = Running()
+        self.turn.put(running)
+        second = self.second(given)
+        if second is not None:
+            self._make(running, call, second)
+        return _called(call, given)
+
+    def _make(self, running: Running, call: Callable[..., Any], second: Mapping[str, Any]) -> None:
+        """Run the transformer on a second input up to its first block, which tells what that is given."""
+        running.makes = True
+        try:
+            self.turn.run(call, self._without_text(second) if self.joint else second)
+        except Reached as reached:
+            if reached.running is not running:
+                raise
+        finally:
+            running.makes = False
+
+    def _without_text(self, second: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns arguments with no tokens of text, which are in the transformer's own already."""
+        none = {name: second[name].narrow(dim, 0, 0) for name, dim in PLACES.items() if second.get(name) is not None}
+        return {**second, TEXT: second[TEXT][:, :0], **none}
+
+    def _block(self, form: str, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run a block, for the tokens and for the rows."""
+        running: Running | None = self.turn.get()
+        if running is None or self.turn.is_others():
+            return call(*args, **kwargs)
+        given = self._bind(form, args, kwargs)
+        if running.makes:
+            running.told = running.told or given
+            if torch.compiler.is_compiling():  # what it does from here on is not used, so the graph has none of it
+                return _called(call, given)
+            raise Reached(running)
+        if form not in running.before and running.before and running.rows is None:
+            return call(*args, **kwargs)  # the stream beside which they stand has ended (the last text of SD3)
+        if running.told is None or running.begins == form:  # a checkpoint that repeats the block repeats this too
+            running.told, running.begins = self.first(given), form
+        told = running.told
+        running.check_gradients()
+        self._check(told, given)
+        rows = running.enter(form, told[self.stream] if running.rows is None else running.rows)
+        rows = self.at_block(form.removeprefix(BLOCK), told[self.stream] if running.begins == form else rows)
+        tokens = given[IMAGE].shape[1] + (given[TEXT].shape[1] if self.joint else 0)
+        running.counts, running.of_tokens, running.of_rows = (tokens, rows.shape[1]), None, None
+        mine = self._for_rows(form, told, given, rows)
+        if self.sees_tokens:
+            self._ask(running, call, mine)
+            output = _called(call, given)
+            made = self.turn.run(call, mine)
+        else:
+            made = self.turn.run(call, mine)
+            output = _called(call, given)
+        running.rows = _of_length(made, rows.shape[1])
+        return output
+
+    def _ask(self, running: Running, call: Callable[..., Any], mine: Mapping[str, Any]) -> None:
+        """Run the block for the rows up to its attention, for their keys."""
+        running.asks = not torch.compiler.is_compiling()  # there what is not used falls away by itself
+        try:
+            self.turn.run(call, mine)
+        except Reached as reached:
+            if reached.running is not running:
+                raise
+        finally:
+            running.asks = False
+
+    def _check(self, told: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+        """Check that nothing is lost on the way.
+
+        Raises:
+            SequenceError: tokens of the image are hidden from each other, or the rows are not those of this batch.
+            PluginError: the rows have another shape.
+        """
+        if given.get(ALONG) is not None:
+            raise SequenceError(f"{ALONG}= hides tokens of the image, and says nothing of the rows beside them")
+        rows, tokens = told[self.stream], given[IMAGE]
+        if rows.dim() != 3 or rows.shape[-1] != self.width or not rows.shape[1]:
+            raise PluginError(f"{type(self).__name__} has rows of {tuple(rows.shape)}, not [batch, rows, {self.width}]")
+        if len(rows) != len(tokens):
+            raise SequenceError(f"{len(rows)} streams of rows stand beside {len(tokens)} of tokens: give one for each")
+
+    def _for_rows(self, form: str, told: Mapping[str, Any], given: Mapping[str, Any], rows: Tensor) -> dict[str, Any]:
+        """Returns what a block is given for the rows: what the first one was, and no tokens of the other stream."""
+        mine = {**given, **{name: value for name, value in told.items() if name in self.names[form]}, self.stream: rows}
+        if self.joint:
+            mine[self.other] = given[self.other][:, :0]
+        return mine
+
+    def _bind(self, form: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        return {**dict(zip(self.names[form], args, strict=False)), **kwargs}
+
+
+def _of_length(output: Any, rows: int) -> Tensor | None:
+    """Returns the rows of what a block returns, where the other stream has no tokens; None where they end there."""
+    parts = (output,) if isinstance(output, Tensor) else output
+    return next((each for each in parts if isinstance(each, Tensor) and each.shape[1] == rows), None)
+
+
+class JointAttention(AttentionOperator):
+    """Lets tokens and rows see each other in one attention."""
+
+    def __init__(self, site: AttentionSite, stream: RowStream) -> None:
+        super().__init__(site)
+        self.turn = stream.turn
+
+    def forward(self, attend: Attend, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        running: Running | None = self.turn.get()
+        if running is None or running.makes or self.turn.is_others():
+            return attend(query, key, value)
+        tokens, rows = running.counts
+        if self.turn.is_now():
+            running.of_rows, others = _last(rows, key, value), running.of_tokens
+            if running.asks:
+                raise Reached(running)
+        else:
+            running.of_tokens, others = _last(tokens, key, value), running.of_rows
+        if others is None:
+            return attend(query, key, value)
+        return attend(query, torch.cat([others[0], key], 2), torch.cat([others[1], value], 2))
+
+
+def _last(count: int, key: Tensor, value: Tensor) -> Keys:
+    """Returns the attention's own keys and values, without those that other edits put in front."""
+    return key[:, :, -count:], value[:, :, -count:]
+
+
+def add_stream(surgeon: Surgeon, site: StreamSite, operator: Callable[..., S], config: MethodConfig | None = None) -> S:
+    """Put ``operator(site, config)``, a `RowStream`, at a diffusion transformer; returns it, whose `turn` tells
+    operators inside of the blocks when these run for the rows."""
+    stream = surgeon.graft(site, operator, config, site.places)
+    for attention in site.attentions:
+        surgeon.graft(attention, lambda at: JointAttention(at, stream))
+    return stream

@@ -1,0 +1,153 @@
+"""ControlNet-LLLite: small networks that bend what attention reads to an image.   Kohya S. 2023, kohya-ss/sd-scripts.
+
+    y = W (x + scale * (U relu(M [e; relu(D x + d)] + m) + u)) + b,   e = relu-convolutions of the image, at x's places
+
+at the matrices that read the image in attention of a UNet's encoder and its middle: queries, keys and values of
+self-attention, queries of cross-attention. x is [tokens, in], e [tokens, condition_dim], D [hidden, in],
+M [hidden, condition_dim + hidden], U [in, hidden]. Each matrix has a network and convolutions of its own: one of 4x4
+with stride 4 to condition_dim / 2 channels, and then one or two whose strides bring the image to the matrix's tokens:
+2 where the latents are whole, 4 where they were halved once, 4 and 2 where twice. Deeper ones are not made (the middle
+of Stable Diffusion 1.5: exclude it).
+
+The image comes with the call, ``with peftcore.call(model, condition=image): ...``, [batch or 1, channels, height,
+width], 8 times as large as the latents, scaled to [-1, 1]; the option `input` gives it another name, and
+``condition_scale=`` in a call takes the place of `scale`. Theirs is computed once an image, ours in each forward.
+
+U starts at zero and u as torch's layers do, so no start is an identity, but for a scale of 0. Parameters, with
+h = hidden, c = condition_dim, k = c / 2: h (2 in + h + c + 2) + in, and of convolutions 16 channels k + k, with
+4 k c + c, 16 k c + c, or 16 k^2 + k + 4 k c + c.
+
+Use it for control on SDXL where a ControlNet is too large; not to learn a style, for which it is too small. Its nearest
+kin, t2i_adapter, adds features to whole blocks. It cannot be merged.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field, NonNegativeFloat, PositiveInt
+from torch import Tensor, nn
+
+from peftcore import LearningRate, Method, MethodConfig, Operator, Site, Surgeon, Tags, forward_context
+from peftcore.errors import ConfigError, UnsupportedSite
+from peftcore_diffusion._told import told
+
+STRIDES = ((4, 2), (4, 4), (4, 4, 2))
+"""Strides of the convolutions, by how often the latents were halved."""
+
+
+class Config(MethodConfig):
+    """Options of ControlNet-LLLite."""
+
+    method: Literal["controlnet_lllite"] = "controlnet_lllite"
+    scale: NonNegativeFloat = 1.0
+    """By how much the networks count, where the call says nothing else."""
+    condition_dim: Annotated[int, Field(ge=2, multiple_of=2)] = 16
+    """Features of the image at each token."""
+    hidden: PositiveInt = 16
+    """Width of a network."""
+    channels: PositiveInt = 3
+    """Channels of the condition image."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Probability with which hidden values are dropped in training."""
+    input: str = "condition"
+    """The name under which calls give the image."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LLLiteSite(Site):
+    """A matrix in attention, and how often the latents were halved that it reads."""
+
+    halved: int = dataclasses.field(kw_only=True)
+
+
+class LLLiteOperator(Operator):
+    """Bends the inputs of one matrix."""
+
+    changes_inputs, only_inputs = True, True
+
+    def __init__(self, site: LLLiteSite, config: Config) -> None:
+        super().__init__(site)
+        self.name, self.scale, self.dropout = config.input, config.scale, config.dropout
+        strides = STRIDES[site.halved]
+        widths = [config.channels, *[config.condition_dim // 2] * (len(strides) - 1), config.condition_dim]
+        self.convolutions = nn.ModuleList(
+            nn.Conv2d(*widths[n : n + 2], stride, stride) for n, stride in enumerate(strides)
+        )
+        self.down = nn.Linear(site.in_features, config.hidden)
+        self.mid = nn.Linear(config.condition_dim + config.hidden, config.hidden)
+        self.up = nn.Linear(config.hidden, site.in_features)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, call: Callable[..., Any], x: Tensor) -> Any:
+        scale = forward_context().context.get(f"{self.name}_scale", self.scale)
+        inside = torch.relu(self.down(x.to(self.down.weight.dtype)))
+        hidden = torch.relu(self.mid(torch.cat([self._embedded(x), inside], -1)))
+        if self.training and self.dropout:
+            hidden = nn.functional.dropout(hidden, self.dropout)
+        return call(x + (scale * self.up(hidden)).to(x.dtype))
+
+    def _embedded(self, x: Tensor) -> Tensor:
+        """Return the image at the places of tokens [batch, tokens, in]."""
+        image = told(self.name, len(x)).to(self.down.weight.dtype)
+        for number, convolution in enumerate(self.convolutions):
+            image = convolution(torch.relu(image) if number else image)
+        embedded = image.flatten(2).transpose(1, 2)  # [batch, tokens, condition_dim]
+        if embedded.shape[1] != x.shape[1]:
+            raise ConfigError(
+                f"{self.name} gives {embedded.shape[1]} places, and a matrix is given {x.shape[1]} tokens: resize the "
+                "image to 8 times the latents, whose sides are multiples of what the UNet halves"
+            )
+        return embedded
+
+
+class ControlNetLLLite(Method):
+    """Small networks that bend what attention reads.
+
+    Example:
+        injection = peftcore.apply(model, "controlnet_lllite", hidden=64, condition_dim=32)
+        peftcore.call(model, condition=torch.rand(1, 3, 64, 64))  # 8 times the latents; with `with`, for a while
+    """
+
+    name = "controlnet_lllite"
+    Config = Config
+    tags = Tags(
+        category="diffusion", paper="kohya-ss/sd-scripts", identity_at_init=False, identity_options={"scale": 0.0}
+    )
+    learning_rate = LearningRate(
+        2e-4, "kohya-ss/sd-scripts@48d368f, docs/train_lllite_README.md", on="SDXL, edges of Canny"
+    )
+    target = (r"re:(.*\.)?(down_blocks\.\d+|mid_block)\..*\.(attn1\.to_[qkv]|attn2\.to_q)",)
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        for site in surgeon.sites():
+            surgeon.graft(LLLiteSite(**vars(site), halved=_halved(surgeon, site)), LLLiteOperator, config)
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        assert isinstance(site, LLLiteSite)
+        wide, hidden, width = config.condition_dim, config.hidden, site.in_features
+        half = wide // 2
+        kernels = (4 * half * wide, 16 * half * wide, 16 * half**2 + half + 4 * half * wide)
+        convolutions = 16 * config.channels * half + half + kernels[site.halved] + wide
+        return hidden * (2 * width + hidden + wide + 2) + width + convolutions
+
+
+def _halved(surgeon: Surgeon, site: Site) -> int:
+    """Return how often the latents were halved that a matrix reads."""
+    found = re.fullmatch(r"((?:.*\.)?)(?:down_blocks\.(\d+)|mid_block)\..*", site.module_path)
+    if found is None or site.form != "activation" or len(site.weight_shape) != 2:
+        raise UnsupportedSite(f"{site.path or 'the host'} is no matrix in the encoder or the middle of a UNet")
+    halving = re.compile(rf"{re.escape(found[1])}down_blocks\.(\d+)\.downsamplers")
+    levels = [int(each[1]) for path in surgeon.resolver.modules if (each := halving.fullmatch(path))]
+    halved = sum(found[2] is None or level < int(found[2]) for level in levels)
+    if halved >= len(STRIDES):
+        raise UnsupportedSite(
+            f"{site.path} reads latents that were halved {halved} times, and there are networks for at most "
+            f"{len(STRIDES) - 1}: exclude it"
+        )
+    return halved

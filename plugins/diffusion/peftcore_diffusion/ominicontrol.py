@@ -1,0 +1,166 @@
+"""OminiControl: the tokens of a condition image beside those of the image.   Tan et al. 2024, arXiv 2411.15098.
+
+    [text; x; c] = L([text; x; c])   in each block L of a diffusion transformer; text and x modulated by t, c by t = 0
+    y = W c + B A c                  for the tokens c of the condition alone; y = W x for all others
+
+c is a stream of the condition's tokens, made by the transformer's own embedding, whose queries see the text and the
+image, as they see c; what it is behind the last block is dropped. The condition comes with the call,
+``with peftcore.call(model, condition=c): ...``, in the form of the model's own image ([batch or 1, tokens, channels] of
+Flux: latents of the autoencoder, packed; [batch or 1, channels, height, width] elsewhere). In Flux it has the places of
+the image itself, or those in ``condition_ids=`` [tokens, 3], times `position_scale` and moved by `position_delta`: none
+where both show the same scene (edges, depth), (0, -width) for a subject that stands elsewhere. The authors' training
+scales first and moves then, which is what happens here; their pipeline has it the other way round.
+
+A ~ N(0, 1 / rank^2), B = 0, scale 1: their code runs with 1 whatever lora_alpha says. With `independent` c sees itself
+alone (feature reuse of OminiControl2, arXiv 2503.08280). Guidance of a distilled model is 1 for c. Their code is for
+Flux; here SD3, PixArt and DiT have the same blocks, with the places of their own grid. The paper's bias by which a
+condition counts less in attention is in their code no more, and not here.
+
+No start is an identity: c is seen at once. Parameters: rank * (in * kernel + out) a site, by default those that
+embed, modulate and project the image, and the last ones of a branch; matrices of the text are no sites.
+
+Use it on a diffusion transformer, for edges and for subjects alike, with 0.1 % of its parameters; on a UNet controlnet
+and ip_adapter do that. It cannot be merged, and costs a second image's time.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import torch
+from pydantic import PositiveFloat, PositiveInt
+from torch import Tensor, nn
+
+from peftcore import (
+    LearningRate,
+    Method,
+    MethodConfig,
+    Operator,
+    RowStream,
+    Site,
+    StreamSite,
+    Surgeon,
+    Tags,
+    Turn,
+    add_stream,
+    forward_context,
+    stream_sites,
+)
+from peftcore.errors import ConfigError, UnsupportedSite
+from peftcore_diffusion._told import told
+
+
+class Config(MethodConfig):
+    """Options of OminiControl."""
+
+    method: Literal["ominicontrol"] = "ominicontrol"
+    rank: PositiveInt = 4
+    """Rank of the update."""
+    position_delta: tuple[int, int] = (0, 0)
+    """By how many rows and columns of tokens the condition's places are moved; in Flux alone."""
+    position_scale: PositiveFloat = 1.0
+    """Factor of the condition's places, where its image is smaller than what it stands for; in Flux alone."""
+    independent: bool = False
+    """Let the condition see itself alone, and neither image nor text."""
+    input: str = "condition"
+    """The name under which calls give the condition."""
+
+
+class ConditionStream(RowStream):
+    """The tokens of the condition."""
+
+    def __init__(self, site: StreamSite, config: Config) -> None:
+        super().__init__(site)
+        self.name, self.sees_tokens = config.input, not config.independent
+        self.delta, self.scale = config.position_delta, config.position_scale
+        if "img_ids" not in site.arguments and (any(self.delta) or self.scale != 1):
+            raise UnsupportedSite(
+                f"{site.module_path or 'the host'} counts places by itself: leave position_delta and position_scale"
+            )
+
+    def second(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
+        image = given["hidden_states"]
+        condition = told(self.name, len(image)).to(image)
+        second = {**given, "hidden_states": condition, "timestep": torch.zeros_like(given["timestep"])}
+        if given.get("guidance") is not None:
+            second["guidance"] = torch.ones_like(given["guidance"])
+        if given.get("img_ids") is not None:
+            places = given["img_ids"]
+            second["img_ids"] = self._places(places if places.dim() == 2 else places[0], condition)
+        return second
+
+    def _places(self, places: Tensor, condition: Tensor) -> Tensor:
+        """Return the condition's places [tokens, 3], given those of the image."""
+        own = forward_context().context.get(f"{self.name}_ids")
+        places = (places if own is None else own.to(places)).clone()
+        if len(places) != condition.shape[1]:
+            raise ConfigError(
+                f"{self.name} has {condition.shape[1]} tokens, and there are {len(places)} places: give "
+                f"{self.name}_ids= [tokens, 3] too"
+            )
+        places[:, 1:] = places[:, 1:] * self.scale + (self.scale - 1) / 2
+        places[:, 1:] += places.new_tensor(self.delta)
+        return places
+
+
+class ConditionOperator(Operator):
+    """The update of one matrix, for the tokens of the condition."""
+
+    padded = frozenset({"A", "B"})
+
+    def __init__(self, site: Site, config: Config, turn: Turn) -> None:
+        super().__init__(site)
+        self.turn = turn
+        self.A = nn.Parameter(torch.randn(config.rank, site.in_features, *site.kernel) / config.rank)
+        self.B = nn.Parameter(torch.zeros(site.out_features, config.rank))
+
+    def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
+        y = call(x)
+        if not self.turn.is_now():
+            return y
+        A, B = self.cast(y, self.A, self.B)
+        return y + self.layer.mix(self.layer.apply(x, A), B)
+
+
+class OminiControl(Method):
+    """A condition image as tokens, with LoRA for these alone.
+
+    Example:
+        injection = peftcore.apply(model, "ominicontrol")
+        peftcore.call(model, condition=torch.randn(1, 16, 64))  # as the model's own image; with `with`, for a while
+    """
+
+    name = "ominicontrol"
+    Config = Config
+    tags = Tags(category="diffusion", paper="2411.15098", identity_at_init=False, per_row=False, reentrant=False)
+    learning_rate = LearningRate(
+        1e-4, "Yuanshi9815/OminiControl@331dd34, train/config/spatial_alignment.yaml", on="FLUX.1-dev, edges of Canny"
+    )
+    target = (
+        r"re:(.*\.)?(x_embedder|pos_embed\.proj"
+        r"|transformer_blocks\.\d+\.(norm1\.linear|attn1?\.to_[qkv]|attn1?\.to_out\.0|ff\.net\.2)"
+        r"|single_transformer_blocks\.\d+\.(norm\.linear|proj_mlp|proj_out|attn\.to_[qkv]))",
+    )
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        sites = surgeon.sites()
+        streams = {
+            site.module_path: add_stream(surgeon, site, ConditionStream, config)
+            for site in stream_sites(surgeon, [site.module_path for site in sites])
+        }
+        for site in sites:
+            owner = max((path for path in streams if _holds(path, site)), key=len, default=None)
+            if owner is None or site.form != "activation":
+                raise UnsupportedSite(f"{site.path or 'the host'} is no module of a diffusion transformer")
+            surgeon.graft(site, functools.partial(ConditionOperator, turn=streams[owner].turn), config)
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        inside = site.form == "activation"  # no stream, and no attention
+        return config.rank * (site.numel // site.out_features + site.out_features) if inside else 0
+
+
+def _holds(path: str, site: Site) -> bool:
+    return not path or site.module_path.startswith(f"{path}.")

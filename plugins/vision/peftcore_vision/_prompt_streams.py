@@ -1,0 +1,63 @@
+"""Visual prompts in diffusion transformers that are given a text (SD3, Flux, PixArt): streams of rows without places
+beside the tokens of the image, which these transformers modulate, turn and lay out on a grid."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftcore import RowStream, Shared, StreamSite, Surgeon, add_stream, stream_sites
+from peftcore.errors import UnsupportedSite
+from peftcore_vision._prompts import PromptConfig, PromptSite, shared_projection
+
+
+def add_prompt_stream(surgeon: Surgeon, sites: list[PromptSite], config: PromptConfig, deep: bool) -> bool:
+    """Put a prompt, or with `deep` one for each block, into a stream beside the image, where the blocks stand in a
+    diffusion transformer that is given a text; return whether they do. Heads stay as they are: they score nothing."""
+    blocks = [site.module_path for site in sites]
+    try:
+        (stream,) = stream_sites(surgeon, blocks)
+    except UnsupportedSite:
+        return False
+    if not stream.text:
+        return False
+    projection = shared_projection(surgeon, sites[0], config.at(stream.path))
+    patch = sites[0].patch
+    add_stream(
+        surgeon,
+        stream.only(blocks),
+        lambda site, own: PromptStream(site, own, patch, projection, deep),
+        config,
+    )
+    return True
+
+
+class PromptStream(RowStream):
+    """A prompt that goes through the blocks, or with `deep` one for each of them."""
+
+    def __init__(
+        self, site: StreamSite, config: PromptConfig, patch: int, projection: Shared | None, deep: bool
+    ) -> None:
+        super().__init__(site)
+        width = config.projection or site.width
+        bound = math.sqrt(6 / (patch + width))
+        self.order = {path: number for number, path in enumerate(site.blocks)} if deep else None
+        sizes = (len(site.blocks),) if deep else ()
+        self.prompt = nn.Parameter(torch.empty(*sizes, config.length, width).uniform_(-bound, bound))
+        self.projection, self.dropout = projection, nn.Dropout(config.dropout)
+
+    def first(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
+        prompt = self.prompt if self.order is None else self.prompt[0]
+        return self.alike(given, self._dropped(prompt, given["hidden_states"]))
+
+    def at_block(self, block: str, rows: Tensor) -> Tensor:
+        return rows if self.order is None else self._dropped(self.prompt[self.order[block]], rows)
+
+    def _dropped(self, prompt: Tensor, like: Tensor) -> Tensor:
+        (rows,) = self.cast(like, prompt if self.projection is None else self.projection.module(prompt))
+        dropped: Tensor = self.dropout(rows.expand(len(like), -1, -1))
+        return dropped
