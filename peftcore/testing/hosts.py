@@ -244,6 +244,11 @@ def _decoder(kind: str, layers: int = 2, **sizes: Any) -> Build:
     return _transformers(f"{kind}Config", f"{kind}ForCausalLM", num_hidden_layers=layers, **_DECODER, **sizes)
 
 
+def _mamba(layers: int = 2) -> Build:
+    sizes = {"hidden_size": WIDTH, "num_hidden_layers": layers, "state_size": 5, "initializer_range": 0.3}
+    return _transformers("MambaConfig", "MambaForCausalLM", **sizes)
+
+
 def _bert(layers: int = 2) -> Build:
     return _transformers(
         "BertConfig",
@@ -290,3 +295,5 @@ HOSTS: dict[str, Host] = {
     )
 }
 """The hosts by name."""
+ALL_HOSTS = {**HOSTS, "mamba": Host("mamba", _mamba(), _logits, shallow=_mamba(1), like="llama")}
+"""Those too that only tests have which name them: for methods that act in no other."""

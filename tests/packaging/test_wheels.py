@@ -404,6 +404,7 @@ ELSEWHERE = {
     "ir_qlora": "has no place",
     "lqer": "trains nothing",
     "qa_lora": "has no place",
+    "state_offset_tuning": "has no place",
     "t2i_adapter": "asks to be told more",
 }
 """Methods that these hosts and calls do not suit."""
