@@ -200,16 +200,16 @@ class VisibleTokens:
             SequenceError: nothing tells which tokens are padding.
         """
         count = held + new
-        real = self.real(count, given, device)
+        real = _real([given] if self.reads else [forward_context().inputs, given], count, device)
         seen = real[:, None, None, :count].expand(-1, 1, new, count)
         if self.causal:
             seen = seen.tril(held)
         return seen | torch.ones(new, count, dtype=torch.bool, device=device).triu(held).tril(held)
 
     def real(self, count: int, given: Mapping[str, Any], device: torch.device) -> Tensor:
-        """Returns which of so many tokens, from the first in a cache on, are no padding ``[batch or 1, tokens]``; one
-        row where nothing tells of any. Raises SequenceError as `mask`."""
-        return _real([given] if self.reads else [forward_context().inputs, given], count, device)
+        """Returns which of so many tokens are no padding by what a block itself is told (its arguments by name)
+        ``[batch or 1, tokens]``; one row where that is nothing. Raises SequenceError as `mask`."""
+        return _real([given], count, device)
 
 
 def cached_tokens(given: Mapping[str, Any], depth: int, new: int) -> int:

@@ -80,7 +80,6 @@ class OffsetOperator(Operator):
         Raises:
             TrainingError: it ran as a kernel that takes weights, and no module that the offset could act at.
         """
-        self.added.take()
         output = call(*args, **kwargs)
         if self.added.take() is None:
             raise TrainingError(

@@ -65,8 +65,8 @@ def test_soft_top_k_is_the_solution(temperature: float) -> None:
 def test_twenty_steps_get_near() -> None:
     scores = torch.randn(8, 60, generator=torch.Generator().manual_seed(0))
     shares = soft_top_k(scores, torch.full((8, 1), 20), torch.ones(1, 60).bool(), 0.1, 20)
-    assert shares.sum(-1).min() > 16 and shares.sum(-1).max() <= 20.01 and shares.max() <= 1.01
-    assert (shares.topk(20).values.sum(-1) > 0.95 * shares.sum(-1)).all()
+    assert shares.sum(-1).min() > 15 and shares.sum(-1).max() <= 20.01 and shares.max() <= 1.01
+    assert (shares.topk(20).values.sum(-1) > 0.9 * shares.sum(-1)).all()
 
 
 # Of each host: its blocks, and what it is told of padding.
