@@ -71,10 +71,10 @@ class Saved:
         return model if self.scheme is None else packed(model, self.scheme)
 
     def run(self, model: nn.Module) -> Tensor:
-        """The host's output, with the context told."""
+        """The host's output, with the context told, in float64 where the host makes it float32 (Mamba's logits)."""
         peftcore.call(model, **self.context)
         with torch.no_grad():
-            return ALL_HOSTS[self.host].output(model(**self.inputs))
+            return ALL_HOSTS[self.host].output(model(**self.inputs)).double()
 
 
 def packed(model: nn.Module, scheme: str) -> nn.Module:

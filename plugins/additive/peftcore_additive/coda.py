@@ -1,15 +1,15 @@
 """CoDA, conditional adapters: some tokens go through a block, and all through an adapter beside it.   Lei et al. 2023,
 arXiv 2304.04947.
 
-    y_i = x_i + W_up f(W_down n(x_i) + b_down) + b_up + λ_i (F(x)_i - x_i),   W_down [r, d],  W_up [d, r]
-    λ = softtop_k(x w),   λ_i in 0 .. 1,   sum_i λ_i = k = tokens / reduction,   w [d]
+    y_i = x_i + W_up f(W_down n(x_i) + b_down) + b_up + lambda_i (F(x)_i - x_i),   W_down [r, d],  W_up [d, r]
+    lambda = argmax_l l . s + epsilon H(l),   0 <= l_i <= 1,   sum_i l_i = k,   s = x w,   w [d]
 
-F is the frozen block, which is given the k tokens with the largest λ and no others: the rest are neither in its
-attention nor in its feed-forward, and λ_i counts as zero for them. That is what makes it fast, in training as well. λ
-maximizes λ . s + ε H(λ) for the scores s = x w, up to some per cent, found by 20 steps of coordinate descent with ε
-from 4 down to `temperature`, as in lucidrains/CoLT5-attention; the authors' code is not public. n takes off the mean
-and divides by the deviation, where the paper has the block's own norm. Padding is never chosen, and does not count in
-k, which is rounded up.
+F is the frozen block, which is given the k tokens with the largest lambda and no others: the rest are neither in its
+attention nor in its feed-forward, and their lambda counts as zero. That is what makes it fast, in training as well. k
+is the number of tokens by `reduction`, rounded up; padding is never chosen, and does not count. lambda is found, up to
+some per cent, by 20 steps of coordinate descent with epsilon from 4 down to `temperature`, as in
+lucidrains/CoLT5-attention; the authors' code is not public. n takes off the mean and divides by the deviation, where
+the paper has the block's own norm.
 
 W_up and b_up start at zero, W_down and w as torch's layers do. Tokens that pass a block by change the outputs from the
 start; with ``reduction=1`` a fresh adapter is an exact identity. The paper trains on unlabelled text first.
@@ -66,7 +66,7 @@ class Config(MethodConfig):
     steps: Annotated[int, Field(ge=1, le=1000)] = 20
     """Steps of coordinate descent."""
     temperature: PositiveFloat = 0.1
-    """ε of the last steps: the smaller, the nearer λ is to zero or one, and the more steps it takes."""
+    """epsilon of the last steps: the smaller, the nearer lambda is to zero or one, and the more steps it takes."""
 
 
 class ConditionalOperator(Operator):
@@ -109,7 +109,7 @@ class ConditionalOperator(Operator):
         return on_first(call(states, **more), whole)
 
     def shares(self, x: Tensor, k: Tensor, real: Tensor) -> Tensor:
-        """Return λ ``[batch, tokens]``, in float32 at least."""
+        """Return lambda ``[batch, tokens]``, in float32 at least."""
         precise = torch.promote_types(self.router.dtype, torch.float32)
         with full_precision(x):
             scores = x.to(precise) @ self.router.to(precise)

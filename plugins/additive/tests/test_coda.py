@@ -26,7 +26,7 @@ def test_conformance(check: Callable[[], None]) -> None:
 
 
 def shares_of(scores: Tensor, k: float, temperature: float) -> Tensor:
-    """λ of one row, by bisection for the number that is added to its scores; then one step of Newton's, so that
+    """lambda of one row, by bisection for the number that is added to its scores; then one step of Newton's, so that
     gradients are those of the solution."""
     if k >= len(scores):
         return torch.ones_like(scores)
