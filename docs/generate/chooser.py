@@ -108,6 +108,12 @@ ADVICE = (
         "a merged model computes nothing more",
     ),
     Advice(
+        "a state-space model (Mamba)",
+        ("lora", "state_offset_tuning"),
+        ("per-sample adapters", "start as the base model"),
+        "the second one trains what is added to the states, with fewer numbers; prompts do little there",
+    ),
+    Advice(
         "only the input may change",
         ("prompt_tuning", "p_tuning", "idpg", "smop"),
         ("do not merge",),

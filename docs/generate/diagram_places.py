@@ -25,7 +25,7 @@ from peftcore.roles.vocabulary import FUSED_ROLES, OTHER
 from peftcore.surgery.surgeon import Graft, Surgeon
 from peftcore.targets.sites import Site
 
-HOSTS = ("Llama 2 7B", "BERT base", "ViT base", "T5 small", "CLIP text", "SD 1.5 UNet", "ResNet-50")
+HOSTS = ("Llama 2 7B", "BERT base", "ViT base", "T5 small", "CLIP text", "SD 1.5 UNet", "ResNet-50", "Mamba 130M")
 HOSTS_OF: Mapping[str, tuple[str, ...]] = {
     "vision": ("ViT base", "CLIP vision", "CLIP text", *HOSTS),
     "diffusion": ("SD 1.5 UNet", "CLIP text", "DiT-XL/2", *HOSTS),

@@ -90,7 +90,16 @@ batch = {"sample": torch.randn(1, 4, 8, 8), "timestep": torch.tensor([10]), "enc
 """,
     loss="(model(**batch).sample - noise).square().mean()",
 )
-HOSTS = (LLAMA, BERT, VIT, CLIP, UNET)
+MAMBA = Host(
+    "a small Mamba",
+    "from transformers import MambaConfig, MambaForCausalLM",
+    """
+model = MambaForCausalLM(MambaConfig(hidden_size=64, state_size=8, num_hidden_layers=2, vocab_size=128))  # or your own
+ids = torch.arange(24).view(1, 24)
+batch = {"input_ids": ids, "labels": ids}
+""",
+)
+HOSTS = (LLAMA, BERT, VIT, CLIP, UNET, MAMBA)
 """In the order in which they are tried."""
 FIRST = {"vision": (VIT, CLIP), "diffusion": (UNET, CLIP)}
 """What is tried before, by category."""

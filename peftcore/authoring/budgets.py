@@ -42,6 +42,7 @@ REFERENCES: Mapping[str, Callable[[], nn.Module]] = {
         num_key_value_heads=8,
         intermediate_size=14336,
     ),
+    "Mamba 130M": _library("transformers", "MambaForCausalLM", "MambaConfig", hidden_size=768, num_hidden_layers=24),
     "CLIP text": _library("transformers", "CLIPTextModel", "CLIPTextConfig"),
     "ViT base": _library("transformers", "ViTForImageClassification", "ViTConfig"),
     "ResNet-50": _library("transformers", "ResNetForImageClassification", "ResNetConfig"),

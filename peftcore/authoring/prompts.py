@@ -212,6 +212,11 @@ class VisibleTokens:
             seen = seen.tril(held)
         return seen | torch.ones(new, count, dtype=torch.bool, device=device).triu(held).tril(held)
 
+    def real(self, count: int, given: Mapping[str, Any], device: torch.device) -> Tensor:
+        """Returns which of so many tokens are no padding by what a block itself is told (its arguments by name)
+        ``[batch or 1, tokens]``; one row where that is nothing. Raises SequenceError as `mask`."""
+        return _real([given], count, device)
+
 
 def cached_tokens(given: Mapping[str, Any], depth: int, new: int) -> int:
     """Returns how many tokens of earlier forwards the cache holds that a block of this depth is given (its arguments by

@@ -196,7 +196,7 @@ def a_loaded_adapter_is_frozen(case: Case) -> None:
 )
 def equal_adapters_are_equal_bytes(case: Case) -> None:
     files = []
-    for name in ("one", "another_name"):
+    for name in ("this_name", "another_name"):
         with saved(case, name=name) as (path, injection, _, _):
             again = path.parent / "again"
             injection.save(again)

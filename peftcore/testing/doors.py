@@ -14,7 +14,7 @@ from peftcore.errors import ConfigError
 from peftcore.registry.catalogue import method as find_method
 from peftcore.registry.presets import as_arguments
 from peftcore.testing.failures import CheckFailed
-from peftcore.testing.hosts import HOSTS
+from peftcore.testing.hosts import ALL_HOSTS, HOSTS
 from peftcore.testing.kit import ALL, ANYWHERE, Case, Check, Context, NotApplicable, cases
 
 TELLING = ("llama", "encoder")
@@ -51,11 +51,11 @@ def _method(method: str | type[Method], options: Options | None) -> tuple[type[M
     return found, {**given, "*": {**own, **given.get("*", {})}} if own else given, named.tags
 
 
-def _hosts(hosts: Iterable[str] | None, default: Iterable[str]) -> list[str]:
-    names = list(default if hosts is None else hosts)
-    unknown = [name for name in names if name not in HOSTS]
+def _hosts(hosts: Iterable[str] | None) -> list[str]:
+    names = list(HOSTS if hosts is None else hosts)
+    unknown = [name for name in names if name not in ALL_HOSTS]
     if unknown:
-        raise ConfigError(f"no host named {', '.join(unknown)}; there are: {', '.join(HOSTS)}")
+        raise ConfigError(f"no host named {', '.join(unknown)}; there are: {', '.join(ALL_HOSTS)}")
     return names
 
 
@@ -72,7 +72,7 @@ def _named(
     Raises:
         ConfigError: a failure is expected of a check that does not run.
     """
-    chosen = {name: HOSTS[name] for name in hosts}
+    chosen = {name: ALL_HOSTS[name] for name in hosts}
     named = {
         f"{check.name}-{case.host.name}": (check, case) for check, case in cases(method, chosen, options, context, tags)
     }
@@ -114,7 +114,7 @@ def check_method(
 
     Args:
         method: a name, or a class that is registered nowhere. A preset is its method with the preset's options.
-        hosts: names of `HOSTS`.
+        hosts: names of hosts; without them, those of `HOSTS`.
         options: options of the method by host name, and its "target" where it is not to be the default one; those under
             "*" hold for every host.
         expected_failures: reasons by "<check>-<host>"; a check listed here that passes counts as failed.
@@ -127,7 +127,7 @@ def check_method(
     expected = expected_failures or {}
     results = []
     found, told, tags = _method(method, options)
-    for name, (check, case) in _named(found, _hosts(hosts, HOSTS), told, expected, context, tags).items():
+    for name, (check, case) in _named(found, _hosts(hosts), told, expected, context, tags).items():
         run = functools.partial(_run, check, case)
         results.append(judged(check, case.host.name, run, expected.get(name)))
     return results
@@ -195,7 +195,7 @@ class Declared:
     def case(self, host: str) -> Case:
         """Return the case of the method on one host, with the options that the test declares."""
         options = {**self.options.get("*", {}), **self.options.get(host, {})}
-        return Case(self.method, HOSTS[host], options, self.context, self.tags)
+        return Case(self.method, ALL_HOSTS[host], options, self.context, self.tags)
 
 
 def conformance(
@@ -219,7 +219,7 @@ def conformance(
     found, told, tags = _method(method, options)
     everything = os.environ.get(ALL) == "1" or found.name in os.environ.get(CHANGED, "").split()
     expected = expected_failures or {}
-    named = _named(found, _hosts(hosts, HOSTS), told, expected, context, tags)
+    named = _named(found, _hosts(hosts), told, expected, context, tags)
     quick = tuple(telling)
     if hosts is None and not everything:
         named = {name: pair for name, pair in named.items() if pair[1].host.name in _telling(pair[0], quick)}

@@ -244,6 +244,15 @@ def _decoder(kind: str, layers: int = 2, **sizes: Any) -> Build:
     return _transformers(f"{kind}Config", f"{kind}ForCausalLM", num_hidden_layers=layers, **_DECODER, **sizes)
 
 
+def _mamba(layers: int = 2) -> tuple[nn.Module, dict[str, Any]]:
+    sizes = {"hidden_size": WIDTH, "num_hidden_layers": layers, "state_size": 5, "initializer_range": 0.3}
+    host, inputs = _transformers("MambaConfig", "MambaForCausalLM", **sizes)()
+    for name, parameter in host.named_parameters():
+        if name.endswith(("x_proj.weight", "dt_proj.weight")):  # products round otherwise if they require a gradient
+            parameter.requires_grad_(False)
+    return host, inputs
+
+
 def _bert(layers: int = 2) -> Build:
     return _transformers(
         "BertConfig",
@@ -290,3 +299,5 @@ HOSTS: dict[str, Host] = {
     )
 }
 """The hosts by name."""
+ALL_HOSTS = {**HOSTS, "mamba": Host("mamba", _mamba, _logits, shallow=partial(_mamba, 1), like="llama")}
+"""Those too that only tests have which name them: for methods that act in no other."""

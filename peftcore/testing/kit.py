@@ -54,6 +54,7 @@ class Host:
         fallback: the target for methods whose default roles do not exist here.
         shallow: the same with one layer where it has several, for what takes its time for each layer: compiling.
         in_double: lets the model compute in float64, where it does not by itself.
+        like: another host: checks that want that one run on this one too.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Host:
     fallback: Any = None
     shallow: Build | None = None
     in_double: Callable[[Any], None] | None = None
+    like: str | None = None
 
 
 def _nothing(*_: Any) -> Any:
@@ -356,5 +358,6 @@ def cases(
     ]
     for each in CHECKS:
         if each.when(method.tags if tags is None else tags):
-            wanted = [case for case in on if each.hosts is None or case.host.name in each.hosts]
+            named = each.hosts
+            wanted = [case for case in on if named is None or {case.host.name, case.host.like} & {*named}]
             yield from ((each, case) for case in ([anywhere] if each.chooses else wanted))

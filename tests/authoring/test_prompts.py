@@ -103,6 +103,8 @@ def test_causal_tokens_see_those_before_and_none_sees_padding(inside: Inside) ->
     assert causal.int().tolist() == [[[[0, 1, 1, 0], [0, 1, 1, 1]]]]
     both = VisibleTokens(None).mask(0, 4, {}, torch.device("cpu"))
     assert both[0, 0].int().tolist() == [[1, 1, 1, 1], [0, 1, 1, 1], [0, 1, 1, 1], [0, 1, 1, 1]], "each sees itself"
+    told = {"attention_mask": torch.tensor([[[[0.0, 0.0, -9.0]]]])}
+    assert VisibleTokens(None).real(3, told, torch.device("cpu")).int().tolist() == [[1, 1, 0]], "what the block sees"
 
 
 def test_what_a_cache_holds_is_counted_or_refused(inside: Inside) -> None:

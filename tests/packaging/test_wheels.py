@@ -406,6 +406,7 @@ ELSEWHERE = {
     "lqer": "trains nothing",
     "ominicontrol": "has no place",
     "qa_lora": "has no place",
+    "state_offset_tuning": "has no place",
     "t2i_adapter": "asks to be told more",
     "text_to_lora": "asks to be told more",
 }

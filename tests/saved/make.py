@@ -24,6 +24,7 @@ import peftcore
 from peftcore.errors import TargetError
 from peftcore.testing import HOSTS, Case
 from peftcore.testing.doors import TELLING, Declared
+from peftcore.testing.hosts import ALL_HOSTS
 from peftcore.testing.kit import fill
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -54,7 +55,7 @@ MOVES = 1e-3
 def inputs_of(host: str) -> dict[str, Tensor]:
     """The kit's inputs for a host, in float64 where they are not whole numbers."""
     torch.manual_seed(0)
-    _, inputs = HOSTS[host].build()
+    _, inputs = ALL_HOSTS[host].build()
     return {key: value.double() if value.is_floating_point() else value for key, value in inputs.items()}
 
 
@@ -65,7 +66,7 @@ def host_is_stored(host: str) -> None:
     if not path.exists():
         path.parent.mkdir(exist_ok=True)
         torch.manual_seed(0)
-        model, _ = HOSTS[host].build()
+        model, _ = ALL_HOSTS[host].build()
         save_file({key: value.contiguous().clone() for key, value in model.state_dict().items()}, path)
 
 

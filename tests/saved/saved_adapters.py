@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import peftcore
-from peftcore.testing import HOSTS
+from peftcore.testing.hosts import ALL_HOSTS
 
 HERE = Path(__file__).parent
 GROUP = 4
@@ -32,7 +32,7 @@ class Saved:
     """One adapter's surroundings.
 
     Attributes:
-        host: name of one of `HOSTS`.
+        host: name of one of `ALL_HOSTS`.
         scheme: scheme by which the host's linear layers are packed before it is adapted; None leaves them dense.
         inputs: arguments of the host by name.
         context: what ``peftcore.call`` is told, by name.
@@ -63,7 +63,7 @@ class Saved:
 
     def base(self) -> nn.Module:
         """The host with its stored state, in evaluation, packed where it is to be."""
-        model, _ = HOSTS[self.host].build()
+        model, _ = ALL_HOSTS[self.host].build()
         model.load_state_dict(load_file(HERE / f"hosts/{self.host}.safetensors"))
         if self.host == "moe":
             model.set_experts_implementation("eager")  # grouped products of torch have no float64
@@ -71,10 +71,10 @@ class Saved:
         return model if self.scheme is None else packed(model, self.scheme)
 
     def run(self, model: nn.Module) -> Tensor:
-        """The host's output, with the context told."""
+        """The host's output, with the context told, in float64 where the host makes it float32 (Mamba's logits)."""
         peftcore.call(model, **self.context)
         with torch.no_grad():
-            return HOSTS[self.host].output(model(**self.inputs))
+            return ALL_HOSTS[self.host].output(model(**self.inputs)).double()
 
 
 def packed(model: nn.Module, scheme: str) -> nn.Module:

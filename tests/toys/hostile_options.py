@@ -16,7 +16,8 @@ from hostile_files import Bench, KitCase, assembled, parsed, write
 
 import peftcore
 from peftcore.errors import PeftcoreError
-from peftcore.testing import HOSTS, NotApplicable
+from peftcore.testing import NotApplicable
+from peftcore.testing.hosts import ALL_HOSTS
 from peftcore.testing.kit import fill
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -28,6 +29,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "cartridge": {"length": 3},
     "clip_adapter": {"features": "input"},
     "ciat": {"reduction": 4},
+    "coda": {"reduction": 1.5, "bottleneck": 4},
     "compacter": {"bottleneck": 4},
     "config_union": {"parts": [{"method": "lora", "rank": 2}, {"method": "houlsby_adapter", "bottleneck": 4}]},
     "controlnet": {"widths": [4, 6]},
@@ -59,6 +61,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "qa_lora": {"group_size": 2, "scheme_options": {"group_size": 2}, "rank": 2},
     "shira": {"rank": 2},
     "sparse_adapter": {"bottleneck": 4},
+    "state_offset_tuning": {"rank": 2},
     "t2i_adapter": {"downscale": 2},
     "textual_inversion": {"tokens": [3]},
     "tiny_attention_adapter": {"width": 4, "heads": 2, "modules": 2},
@@ -94,7 +97,7 @@ def _put(config: Any, path: tuple[Any, ...], value: Any) -> Any:
 
 def _saved(name: str, folder: Path) -> Bench | None:
     """Save an adapter of the method on the first host that has a place for it."""
-    for host in HOSTS.values():
+    for host in ALL_HOSTS.values():
         case = KitCase(peftcore.method(name), host, OPTIONS.get(name, {}))
         try:
             model, _ = case.fresh()

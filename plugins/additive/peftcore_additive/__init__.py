@@ -15,6 +15,7 @@ def peftcore_methods() -> Mapping[str, str]:
         "adapterdrop": "peftcore_additive.adapterdrop:AdapterDrop",
         "cartridge": "peftcore_additive.cartridge:Cartridge",
         "ciat": "peftcore_additive.ciat:CIAT",
+        "coda": "peftcore_additive.coda:CoDA",
         "compacter": "peftcore_additive.compacter:Compacter",
         "cpt": "peftcore_additive.cpt:CPT",
         "dept": "peftcore_additive.dept:DePT",
@@ -39,6 +40,7 @@ def peftcore_methods() -> Mapping[str, str]:
         "smop": "peftcore_additive.smop:SMoP",
         "sparse_adapter": "peftcore_additive.sparse_adapter:SparseAdapter",
         "ssf": "peftcore_additive.ssf:SSF",
+        "state_offset_tuning": "peftcore_additive.state_offset_tuning:StateOffsetTuning",
         "tiny_attention_adapter": "peftcore_additive.tiny_attention_adapter:TinyAttentionAdapter",
     }
 

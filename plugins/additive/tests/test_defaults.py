@@ -8,6 +8,7 @@ from named_defaults import Free, Held, assert_as_said, rows
 ADAPTERS = "adapter-hub/adapters@88f18eb, src/adapters/configuration/adapter_config.py"
 BERT_START = "adapter-hub/adapters@88f18eb, src/adapters/methods/modeling.py: init_bert_weights has std=0.02"
 CIAT = "Yaoming95/CIAT@b07e467, neurst"
+COLT5 = "lucidrains/CoLT5-attention@f2a8da0, colt5_attention"
 COMPACTER = "rabeehk/compacter@e123daa, seq2seq/configs/compacter.json"
 DEPT = "ZhengxiangShi/DePT@f0266a7"
 CPT = "huggingface/peft@5d602fd, src/peft/tuners/cpt/config.py"
@@ -26,6 +27,7 @@ SHADOW = "ShadowLLM/shadow-peft@66eb2cf"
 SIDE = "jozhang97/side-tuning@dea3456"
 SMOP = "jyjohnchoi/SMoP@34da5e2"
 SPARSE = "Shwai-He/SparseAdapter@b190084"
+SSM = "furiosa-ai/ssm-state-tuning@2cff985"
 TINY = "cindermond/tiny-attn@03eee7e, rewriter/model"
 XSUM = "jxhe/unify-parameter-efficient-tuning@3222ce2, exps/run_xsum.sh"
 
@@ -43,6 +45,8 @@ HELD: Held = {
     ("ciat", "dropout"): (0.3, f'{CIAT}/models/transformer_CIAT.py: dropout_rate = 0.3 of "CIAT_big", tuned on en-de'),
     ("ciat", "embeddings"): (True, f"{CIAT}/layers/encoders/transformer_encoder_CIAT.py: x = x + self.emb_adapter(x"),
     ("ciat", "init"): ("glorot", f"{CIAT}/layers/adapters/adapterLayer.py: tf.keras.layers.Dense, whose kernels are"),
+    ("coda", "steps"): (20, f"{COLT5}/topk.py: n_iters = 20"),
+    ("coda", "temperature"): (0.1, f"{COLT5}/topk.py: eps = 1e-1"),
     ("compacter", "bottleneck"): (24, f'{COMPACTER}: "task_reduction_factor": 32, of the 768 of "t5-base"'),
     ("compacter", "phm_dim"): (4, f'{COMPACTER}: "hypercomplex_division": 4'),
     ("compacter", "rank"): (1, "rabeehk/compacter@e123daa, seq2seq/adapters/adapter_configuration.py: phm_rank = 1"),
@@ -262,6 +266,11 @@ HELD: Held = {
         1.0,
         f"{SMOP}, README.md: --perturb_router True; peft_models/tuners/prompt_routing.py: sigma = 1",
     ),
+    ("state_offset_tuning", "offset"): (
+        "state",
+        f'{SSM}, cfg/final/peft/mamba-130m/dart/state_tuning.json: "SILU_Z_C"; output_tuning.json beside it: "SILU_Z"',
+    ),
+    ("state_offset_tuning", "rank"): (None, f"{SSM}, modules/suffix_tuning.py: r: int = field(default=None"),
     ("tiny_attention_adapter", "width"): (1, f"{TINY}/tiny_attn.py: attention_embd=1 of TinyAttention"),
     ("tiny_attention_adapter", "heads"): (1, f"{TINY}/tiny_attn.py: attention_head=1"),
     ("tiny_attention_adapter", "modules"): (1, f"{TINY}/roberta_bl.py: self.tiny_attn is one; roberta_ada.py has four"),
@@ -270,6 +279,9 @@ HELD: Held = {
 }
 
 FREE: Free = {
+    ("coda", "activation"): "the authors' code is not public; parallel_adapter, the same without a choice, has relu",
+    ("coda", "bottleneck"): "the authors' code is not public; 64 as in parallel_adapter",
+    ("coda", "reduction"): "3, the smaller one of the paper's two: tables have CoDA with reductions of 3 and of 5",
     ("side_tuning", "layers"): "the authors' side networks are of convolutions; a guest has one layer, as in shadow",
     ("side_tuning", "own_table"): "the authors' networks read images; sharing the model's table keeps the guest small",
     ("side_tuning", "sizes"): "those of the model: nothing says by how much a side network is narrower",

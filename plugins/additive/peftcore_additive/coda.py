@@ -1,0 +1,147 @@
+"""CoDA, conditional adapters: some tokens go through a block, and all through an adapter beside it.   Lei et al. 2023,
+arXiv 2304.04947.
+
+    y_i = x_i + W_up f(W_down n(x_i) + b_down) + b_up + lambda_i (F(x)_i - x_i),   W_down [r, d],  W_up [d, r]
+    lambda = argmax_l l . s + epsilon H(l),   0 <= l_i <= 1,   sum_i l_i = k,   s = x w,   w [d]
+
+F is the frozen block, which is given the k tokens with the largest lambda and no others: the rest are neither in its
+attention nor in its feed-forward, and their lambda counts as zero. That is what makes it fast, in training as well. k
+is the number of tokens by `reduction`, rounded up; padding is never chosen, and does not count. lambda is found, up to
+some per cent, by 20 steps of coordinate descent with epsilon from 4 down to `temperature`, as in
+lucidrains/CoLT5-attention; the authors' code is not public. n takes off the mean and divides by the deviation, where
+the paper has the block's own norm.
+
+W_up and b_up start at zero, W_down and w as torch's layers do. Tokens that pass a block by change the outputs from the
+start; with ``reduction=1`` a fresh adapter is an exact identity. The paper trains on unlabelled text first.
+
+It acts on encoders: where tokens see only earlier ones, later ones would choose. Blocks that make positions by
+themselves (T5, whose first block counts tokens) or look through windows are refused, and attention of the chosen tokens
+to all others (the paper's k-to-all) is not here.
+
+Parameters: 2 d r + r + 2 d a block.
+
+Use it where an encoder has to be faster than it was, on long inputs; not where tokens are few, or each has a label of
+its own: `parallel_adapter` goes without the choice, and `adapterdrop` leaves out adapters, no tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+from torch.nn.functional import layer_norm
+
+from peftcore import (
+    BlockSite,
+    Method,
+    MethodConfig,
+    Operator,
+    Surgeon,
+    Tags,
+    TokenStacks,
+    VisibleTokens,
+    block_sites,
+    full_precision,
+    on_first,
+)
+from peftcore.errors import UnsupportedSite
+from peftcore_additive._bottleneck import ACTIVATIONS, cast_linear
+from peftcore_additive._chosen_tokens import arguments_of, soft_top_k
+
+
+class Config(MethodConfig):
+    """Options of conditional adapters."""
+
+    method: Literal["coda"] = "coda"
+    reduction: Annotated[float, Field(ge=1.0)] = 3.0
+    """How many times fewer tokens go through a block."""
+    bottleneck: PositiveInt = 64
+    """Width r of the adapter."""
+    activation: Literal["gelu", "relu", "silu", "tanh"] = "relu"
+    """The non-linearity f."""
+    steps: Annotated[int, Field(ge=1, le=1000)] = 20
+    """Steps of coordinate descent."""
+    temperature: PositiveFloat = 0.1
+    """epsilon of the last steps: the smaller, the nearer lambda is to zero or one, and the more steps it takes."""
+
+
+class ConditionalOperator(Operator):
+    """The router of one block, and the adapter beside it."""
+
+    changes_inputs = True
+
+    def __init__(self, site: BlockSite, config: Config, visible: VisibleTokens) -> None:
+        super().__init__(site)
+        self.names, self.visible, self.width = site.arguments, visible, site.width
+        self.reduction, self.steps, self.temperature = config.reduction, config.steps, config.temperature
+        bound = 1 / math.sqrt(site.width)
+        self.router = nn.Parameter(torch.empty(site.width).uniform_(-bound, bound))
+        self.down = nn.Linear(site.width, config.bottleneck)
+        self.activation = ACTIVATIONS[config.activation]()
+        self.up = nn.Linear(config.bottleneck, site.width)
+        nn.init.zeros_(self.down.bias)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, call: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        given = {**dict(zip(self.names[1:], args, strict=False)), **kwargs}
+        count = x.shape[1]
+        real = self.visible.real(count, given, x.device)  # [batch or 1, tokens]
+        k = (real.sum(-1, keepdim=True) / self.reduction).ceil().clamp(min=1)
+        shares = self.shares(x, k, real)
+        largest = shares.detach().topk(math.ceil(count / self.reduction), -1).indices
+        idle = torch.arange(largest.shape[-1], device=x.device) >= k  # where a row has fewer tokens than the longest
+        chosen, order = largest.sort(-1)
+        idle = idle.expand_as(largest).gather(-1, order)
+        more = arguments_of(given, chosen, count, None if len(real) < len(x) else idle)
+        weights = shares.gather(-1, chosen).masked_fill(idle, 0.0).unsqueeze(-1)
+        index = chosen.unsqueeze(-1).expand(-1, -1, x.shape[-1])
+        states = x.gather(1, index)
+
+        def whole(z: Tensor) -> Tensor:
+            change = weights.to(x.dtype) * (z - states)
+            return (x + self.beside(x)).scatter_add(1, index, change)
+
+        return on_first(call(states, **more), whole)
+
+    def shares(self, x: Tensor, k: Tensor, real: Tensor) -> Tensor:
+        """Return lambda ``[batch, tokens]``, in float32 at least."""
+        precise = torch.promote_types(self.router.dtype, torch.float32)
+        with full_precision(x):
+            scores = x.to(precise) @ self.router.to(precise)
+            return soft_top_k(scores, k, real, self.temperature, self.steps)
+
+    def beside(self, x: Tensor) -> Tensor:
+        """Return what the adapter adds to all tokens."""
+        low = self.activation(cast_linear(self, self.down, layer_norm(x, (self.width,))))
+        return cast_linear(self, self.up, low)
+
+
+class CoDA(Method):
+    """Blocks that only some tokens go through, beside adapters that all of them do."""
+
+    name = "coda"
+    Config = Config
+    tags = Tags(category="additive", paper="2304.04947", identity_at_init=False, identity_options={"reduction": 1.0})
+    target = ("block",)
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        stacks = TokenStacks(surgeon)
+        for site in block_sites(surgeon):
+            stack = stacks.of(site)
+            if stack is not None and (stack.causal or stack.reads):
+                raise UnsupportedSite(f"{site.path}: its tokens see only earlier ones, so later ones would choose")
+            inside = [each for each in surgeon.resolver.host.entries if each.block == site.path]
+            makes = [each.path for each in inside if each.role == "embed.pos"]
+            if makes:
+                raise UnsupportedSite(f"{makes[0]} counts the tokens of its block, which would be others")
+            visible = VisibleTokens(stack)
+            surgeon.graft(site, lambda at, own, visible=visible: ConditionalOperator(at, own, visible), config)
+
+    @staticmethod
+    def parameter_count(site: BlockSite, config: Config) -> int:
+        return 2 * site.width * config.bottleneck + config.bottleneck + 2 * site.width
