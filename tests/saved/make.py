@@ -73,7 +73,8 @@ def adapted(case: Case, saved: Saved) -> tuple[nn.Module, peftcore.Injection]:
     """The host with the method, its tensors moved."""
     model = saved.base()
     # What looks at data needs gradients of the host, and is told the context.
-    options = {"dtype": "float64", "seed": 0, **case.batches(lambda each: case.run(each, saved.inputs)), **case.options}
+    data = case.batches(lambda each: case.run(each, saved.inputs), saved.inputs)
+    options = {"dtype": "float64", "seed": 0, **data, **case.options}
     try:
         injection = peftcore.apply(model, case.method, **options)
     except TargetError:

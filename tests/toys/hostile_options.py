@@ -62,6 +62,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "t2i_adapter": {"downscale": 2},
     "textual_inversion": {"tokens": [3]},
     "tiny_attention_adapter": {"width": 4, "heads": 2, "modules": 2},
+    "tip_adapter": {"features": "input", "passes": 1},
     "trainable_tokens": {"token_indices": [3, 5]},
     "waveft": {"n_frequency": 20},
     "xlora": {"depth": 2, "width": 4},

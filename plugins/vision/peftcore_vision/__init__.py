@@ -19,6 +19,7 @@ def peftcore_methods() -> Mapping[str, str]:
         "fact_tk": "peftcore_vision.fact_tk:FactTK",
         "fact_tt": "peftcore_vision.fact_tt:FactTT",
         "repadapter": "peftcore_vision.repadapter:RepAdapter",
+        "tip_adapter": "peftcore_vision.tip_adapter:TipAdapter",
         "vpt_deep": "peftcore_vision.vpt_deep:VPTDeep",
         "vpt_shallow": "peftcore_vision.vpt_shallow:VPTShallow",
     }

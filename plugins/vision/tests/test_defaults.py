@@ -9,6 +9,7 @@ ADAPTFORMER = "ShoufaChen/AdaptFormer@6967d67"
 CONVPASS = "JieShibo/PETL-ViT@026e4f1, convpass/vtab/convpass.py"
 FACT = "JieShibo/PETL-ViT@026e4f1, FacT"
 REPADAPTER = "luogen1996/RepAdapter@360992f, repadapter.py"
+TIP = "gaopengcuhk/Tip-Adapter@d0e2d6f"
 VPT = "KMnP/vpt@4410440, src/configs/config.py"
 VPT_HEAD = (
     "KMnP/vpt@4410440, src/models/vit_models.py: only parameters of self.enc are frozen, setup_head makes the head"
@@ -37,6 +38,18 @@ HELD: Held = {
     ("repadapter", "bottleneck"): (8, f"{REPADAPTER}: hidden_dim=8"),
     ("repadapter", "groups"): (2, f"{REPADAPTER}: groups=2"),
     ("repadapter", "scale"): (1.0, f"{REPADAPTER}: set_RepAdapter(..., dim=8, s=1)"),
+    ("tip_adapter", "alpha"): (
+        1.17,
+        f"{TIP}, configs/imagenet.yaml: init_alpha: 1.17; those of other data have 1.17 to 10",
+    ),
+    ("tip_adapter", "beta"): (1.0, f"{TIP}, configs/imagenet.yaml: init_beta: 1"),
+    ("tip_adapter", "train_keys"): (
+        True,
+        f"{TIP}, main.py: adapter.weight = nn.Parameter(cache_keys.t()), which is Tip-Adapter until it is trained",
+    ),
+    ("tip_adapter", "passes"): (10, f"{TIP}, configs/imagenet.yaml: augment_epoch: 10"),
+    ("tip_adapter", "images"): (None, f"{TIP}, utils.py: cache_keys of all images of train_loader_cache"),
+    ("tip_adapter", "classes"): (None, f"{TIP}, utils.py: F.one_hot(torch.cat(cache_values, dim=0))"),
     ("vpt_deep", "length"): (5, f"{VPT}: _C.MODEL.PROMPT.NUM_TOKENS = 5"),
     ("vpt_deep", "dropout"): (0.0, f"{VPT}: _C.MODEL.PROMPT.DROPOUT = 0.0"),
     ("vpt_deep", "projection"): (None, f"{VPT}: _C.MODEL.PROMPT.PROJECT = -1"),
