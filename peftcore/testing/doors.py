@@ -14,11 +14,13 @@ from peftcore.errors import ConfigError
 from peftcore.registry.catalogue import method as find_method
 from peftcore.registry.presets import as_arguments
 from peftcore.testing.failures import CheckFailed
-from peftcore.testing.hosts import HOSTS
+from peftcore.testing.hosts import APART, HOSTS
 from peftcore.testing.kit import ALL, ANYWHERE, Case, Check, Context, NotApplicable, cases
 
 TELLING = ("llama", "encoder")
 """The hosts of a quick run: separate projections called as modules, and a fused one read by its owner."""
+EVERY = {**HOSTS, **APART}
+"""All hosts that a test may name."""
 CHANGED = "PEFTCORE_TEST_CHANGED"
 """Environment variable: names of methods, separated by blanks, that run on every host in a quick run too."""
 
@@ -53,9 +55,9 @@ def _method(method: str | type[Method], options: Options | None) -> tuple[type[M
 
 def _hosts(hosts: Iterable[str] | None, default: Iterable[str]) -> list[str]:
     names = list(default if hosts is None else hosts)
-    unknown = [name for name in names if name not in HOSTS]
+    unknown = [name for name in names if name not in EVERY]
     if unknown:
-        raise ConfigError(f"no host named {', '.join(unknown)}; there are: {', '.join(HOSTS)}")
+        raise ConfigError(f"no host named {', '.join(unknown)}; there are: {', '.join(EVERY)}")
     return names
 
 
@@ -72,7 +74,7 @@ def _named(
     Raises:
         ConfigError: a failure is expected of a check that does not run.
     """
-    chosen = {name: HOSTS[name] for name in hosts}
+    chosen = {name: EVERY[name] for name in hosts}
     named = {
         f"{check.name}-{case.host.name}": (check, case) for check, case in cases(method, chosen, options, context, tags)
     }
@@ -114,7 +116,7 @@ def check_method(
 
     Args:
         method: a name, or a class that is registered nowhere. A preset is its method with the preset's options.
-        hosts: names of `HOSTS`.
+        hosts: names of `HOSTS`, or of `APART`, whose hosts run where they are named alone.
         options: options of the method by host name, and its "target" where it is not to be the default one; those under
             "*" hold for every host.
         expected_failures: reasons by "<check>-<host>"; a check listed here that passes counts as failed.
@@ -195,7 +197,7 @@ class Declared:
     def case(self, host: str) -> Case:
         """Return the case of the method on one host, with the options that the test declares."""
         options = {**self.options.get("*", {}), **self.options.get(host, {})}
-        return Case(self.method, HOSTS[host], options, self.context, self.tags)
+        return Case(self.method, EVERY[host], options, self.context, self.tags)
 
 
 def conformance(

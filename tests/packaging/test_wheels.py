@@ -398,11 +398,13 @@ TRAINED = {"lower": True, "base kept": True, "loads": True}
 ELSEWHERE = {
     "c3a": "has no place",
     "clip_adapter": "has no place",
+    "cocoop": "has no place",
     "controlnet": "asks to be told more",
     "coop": "asks to be told more",
     "ip_adapter": "asks to be told more",
     "ir_qlora": "has no place",
     "lqer": "trains nothing",
+    "maple": "has no place",
     "qa_lora": "has no place",
     "t2i_adapter": "asks to be told more",
     "tip_adapter": "has no place",

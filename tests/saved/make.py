@@ -29,10 +29,10 @@ from peftcore.testing.kit import fill
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "toys"))
 from declared_cases import declared
-from saved_adapters import HERE, Saved, difference
+from saved_adapters import EVERY, HERE, Saved, difference
 
 ROOT = HERE.parents[1]
-PREFERRED = ("llama", "bert", "vit", "unet", "dit", "mlp", "convnet", "encoder", "t5", "gpt2")
+PREFERRED = ("llama", "bert", "vit", "unet", "dit", "mlp", "convnet", "encoder", "t5", "gpt2", "clip")
 SCHEMES = {"lora_int8": "int8", "qa_lora": "int4"}
 """Schemes of the methods for packed bases, where it is not nf4."""
 TOLD = {
@@ -54,7 +54,7 @@ MOVES = 1e-3
 def inputs_of(host: str) -> dict[str, Tensor]:
     """The kit's inputs for a host, in float64 where they are not whole numbers."""
     torch.manual_seed(0)
-    _, inputs = HOSTS[host].build()
+    _, inputs = EVERY[host].build()
     return {key: value.double() if value.is_floating_point() else value for key, value in inputs.items()}
 
 
@@ -65,7 +65,7 @@ def host_is_stored(host: str) -> None:
     if not path.exists():
         path.parent.mkdir(exist_ok=True)
         torch.manual_seed(0)
-        model, _ = HOSTS[host].build()
+        model, _ = EVERY[host].build()
         save_file({key: value.contiguous().clone() for key, value in model.state_dict().items()}, path)
 
 

@@ -20,9 +20,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import peftcore
-from peftcore.testing import HOSTS
+from peftcore.testing import APART, HOSTS
 
 HERE = Path(__file__).parent
+EVERY = {**HOSTS, **APART}
 GROUP = 4
 """Group size of schemes that have groups, as the test of qa_lora has it: the hosts are narrow."""
 
@@ -32,7 +33,7 @@ class Saved:
     """One adapter's surroundings.
 
     Attributes:
-        host: name of one of `HOSTS`.
+        host: name of one of `EVERY`.
         scheme: scheme by which the host's linear layers are packed before it is adapted; None leaves them dense.
         inputs: arguments of the host by name.
         context: what ``peftcore.call`` is told, by name.
@@ -63,7 +64,7 @@ class Saved:
 
     def base(self) -> nn.Module:
         """The host with its stored state, in evaluation, packed where it is to be."""
-        model, _ = HOSTS[self.host].build()
+        model, _ = EVERY[self.host].build()
         model.load_state_dict(load_file(HERE / f"hosts/{self.host}.safetensors"))
         if self.host == "moe":
             model.set_experts_implementation("eager")  # grouped products of torch have no float64
@@ -74,7 +75,7 @@ class Saved:
         """The host's output, with the context told."""
         peftcore.call(model, **self.context)
         with torch.no_grad():
-            return HOSTS[self.host].output(model(**self.inputs))
+            return EVERY[self.host].output(model(**self.inputs))
 
 
 def packed(model: nn.Module, scheme: str) -> nn.Module:

@@ -16,7 +16,7 @@ from hostile_files import Bench, KitCase, assembled, parsed, write
 
 import peftcore
 from peftcore.errors import PeftcoreError
-from peftcore.testing import HOSTS, NotApplicable
+from peftcore.testing import APART, HOSTS, NotApplicable
 from peftcore.testing.kit import fill
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -28,6 +28,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "cartridge": {"length": 3},
     "clip_adapter": {"features": "input"},
     "ciat": {"reduction": 4},
+    "cocoop": {"length": 2, "init_ids": [3, 4], "reduction": 4},
     "compacter": {"bottleneck": 4},
     "config_union": {"parts": [{"method": "lora", "rank": 2}, {"method": "houlsby_adapter", "bottleneck": 4}]},
     "controlnet": {"widths": [4, 6]},
@@ -42,6 +43,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "lora_xs": {"rank": 2, "iterations": 2},
     "lst": {"reduction": 2},
     "loramoe": {"experts": 2, "rank": 2},
+    "maple": {"depth": 2, "init_ids": [3, 4]},
     "mixlora": {"experts": 2, "rank": 2},
     "moelora": {"experts": 2, "rank": 2, "tasks": 3},
     "mola": {"experts": 3, "rank": 2},
@@ -95,7 +97,7 @@ def _put(config: Any, path: tuple[Any, ...], value: Any) -> Any:
 
 def _saved(name: str, folder: Path) -> Bench | None:
     """Save an adapter of the method on the first host that has a place for it."""
-    for host in HOSTS.values():
+    for host in (*HOSTS.values(), *APART.values()):
         case = KitCase(peftcore.method(name), host, OPTIONS.get(name, {}))
         try:
             model, _ = case.fresh()

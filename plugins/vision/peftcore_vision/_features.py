@@ -53,6 +53,18 @@ def feature_sites(surgeon: Surgeon, config: FeatureConfig) -> list[FeatureSite]:
     return [_feature_site(surgeon, site, config.at(site.path)) for site in sites]
 
 
+def image_projection(surgeon: Surgeon) -> FeatureSite:
+    """Return the projection of images, whatever the user's targets are.
+
+    Raises:
+        UnsupportedSite: there is none, or there are several.
+    """
+    heads = [entry for entry, _ in surgeon.resolver.host.select("head") if _words(entry.path) & IMAGES]
+    if len(heads) != 1:
+        raise UnsupportedSite(f"this {type(surgeon.model).__name__} has {len(heads)} projections of images, not one")
+    return _feature_site(surgeon, surgeon.resolver.module_site(heads[0].path), FeatureConfig(method="features"))
+
+
 def _words(path: str) -> set[str]:
     """Return the words in a path: ``visual`` and ``projection`` of ``visual_projection``."""
     return {word.lower() for word in re.findall("[A-Z]?[a-z]+", path)}

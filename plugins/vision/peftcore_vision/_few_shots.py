@@ -40,7 +40,8 @@ def few_shots(model: nn.Module, data: Batches, passes: int, sites: Mapping[Site,
     """
     model.eval()
     sums: dict[Site, Tensor] = {}
-    labels, last, count = torch.empty(0), {}, 0
+    last: dict[Site, Tensor] = {}
+    labels, count = torch.empty(0), 0
     with torch.no_grad():
         for count in range(1, passes + 1):
             found, own = _one_pass(model, data, sites)
@@ -62,7 +63,9 @@ def _one_pass(model: nn.Module, data: Batches, sites: Mapping[Site, str]) -> tup
     with ExitStack() as hooks:
         for site, which in sites.items():
 
-            def look(module: nn.Module, args: Any, kwargs: Any, output: Any, site: Site = site, of: str = which) -> None:
+            def look(
+                module: nn.Module, args: Any, kwargs: Any, output: Any, site: Site = site, of: str = which
+            ) -> None:
                 f: Tensor = output if of == "output" else next(iter((*args, *kwargs.values())))
                 rows[site].append(f.detach().to(torch.promote_types(f.dtype, torch.float32)))
 

@@ -32,15 +32,33 @@ def with_logits(output: Any, change: Callable[[Tensor], Tensor], classes: int = 
     Raises:
         SequenceError: it has none, or a loss of pairs, or fewer texts than classes.
     """
-    if not isinstance(output, Mapping) or output.get(PER_IMAGE) is None:
-        raise SequenceError(
-            f"the model's {type(output).__name__} has no {PER_IMAGE}: call it with texts and images, return_dict=True; "
-            'where a classifier stands for the texts, say features="input"'
-        )
-    if output.get("loss") is not None:
-        raise SequenceError("return_loss=True is the loss of pairs of images and texts; these texts are classes")
-    logits: Tensor = output[PER_IMAGE]
+    logits = _logits(output)
     if logits.shape[1] < classes:
         raise SequenceError(f"{logits.shape[1]} texts for {classes} classes: give the texts of all of them, in order")
     changed = change(logits)
     return type(output)(**{**output, PER_IMAGE: changed, PER_TEXT: changed.T})
+
+
+def of_own_texts(output: Any) -> Any:
+    """Return the output of a model that was given texts for each image, all of the first image before those of the
+    second: logits ``[images, texts]`` of each image and its own, and their features ``[images, texts, d]``.
+
+    Raises:
+        SequenceError: it has no logits, or a loss of pairs.
+    """
+    logits = _logits(output)
+    own = logits.unflatten(1, (len(logits), -1)).diagonal().T  # [images, images, texts] -> [images, texts]
+    embeds = output["text_embeds"].unflatten(0, (len(logits), -1))
+    return type(output)(**{**output, PER_IMAGE: own, PER_TEXT: own.T, "text_embeds": embeds})
+
+
+def _logits(output: Any) -> Tensor:
+    if not isinstance(output, Mapping) or output.get(PER_IMAGE) is None:
+        raise SequenceError(
+            f"the model's {type(output).__name__} has no {PER_IMAGE}: call it with texts and images, return_dict=True; "
+            'where a classifier stands for the texts, say features="input" where the method has it'
+        )
+    if output.get("loss") is not None:
+        raise SequenceError("return_loss=True is the loss of pairs of images and texts; these texts are classes")
+    logits: Tensor = output[PER_IMAGE]
+    return logits

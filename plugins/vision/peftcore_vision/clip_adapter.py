@@ -30,6 +30,7 @@ from peftcore import LearningRate, Method, Operator, Surgeon, Tags
 from peftcore.errors import UnsupportedSite
 from peftcore_vision._features import FeatureConfig, FeatureSite, feature_sites
 
+
 class Config(FeatureConfig):
     """Options of CLIP-Adapter."""
 

@@ -6,8 +6,10 @@ import pytest
 from named_defaults import Free, Held, assert_as_said, rows
 
 ADAPTFORMER = "ShoufaChen/AdaptFormer@6967d67"
+COCOOP = "KaiyangZhou/CoOp@ff61507"
 CONVPASS = "JieShibo/PETL-ViT@026e4f1, convpass/vtab/convpass.py"
 FACT = "JieShibo/PETL-ViT@026e4f1, FacT"
+MAPLE = "muzairkhattak/multimodal-prompt-learning@69bce21, configs/trainers/MaPLe/vit_b16_c2_ep5_batch4_2ctx.yaml"
 REPADAPTER = "luogen1996/RepAdapter@360992f, repadapter.py"
 TIP = "gaopengcuhk/Tip-Adapter@d0e2d6f"
 VPT = "KMnP/vpt@4410440, src/configs/config.py"
@@ -22,6 +24,14 @@ HELD: Held = {
     ("adaptformer", "dropout"): (0.1, f"{ADAPTFORMER}, models/custom_modules.py: Adapter(self.config, dropout=0.1)"),
     ("clip_adapter", "reduction"): (4, "gaopengcuhk/CLIP-Adapter@08d07f8, clip_adapter.py: Adapter(1024, 4)"),
     ("clip_adapter", "ratio"): (0.2, "gaopengcuhk/CLIP-Adapter@08d07f8, clip_adapter.py: ratio = 0.2"),
+    ("cocoop", "length"): (4, f"{COCOOP}, configs/trainers/CoCoOp/vit_b16_c4_ep10_batch1_ctxv1.yaml: N_CTX: 4"),
+    ("cocoop", "reduction"): (16, f"{COCOOP}, trainers/cocoop.py: nn.Linear(vis_dim, vis_dim // 16)"),
+    ("cocoop", "init_ids"): (
+        [],
+        f'{COCOOP}, trainers/cocoop.py: nn.init.normal_(ctx_vectors, std=0.02) where CTX_INIT is ""; the configuration '
+        'has "a photo of a", whose ids only a tokenizer knows',
+    ),
+    ("cocoop", "placeholder"): (None, f"{COCOOP}, trainers/cocoop.py: prefix, ctx, suffix: behind the first token"),
     ("convpass", "bottleneck"): (8, f"{CONVPASS}: set_Convpass(model, method, dim=8)"),
     ("convpass", "scale"): (1.0, f"{CONVPASS}: set_Convpass(..., s=1); the configurations of tasks have 0.01 to 100"),
     ("convpass", "conv_init"): (
@@ -35,6 +45,17 @@ HELD: Held = {
     ("fact_tk", "scale"): (1.0, f"{FACT}/fact_tk.py: set_FacT(..., s=1); the configurations of tasks have 0.01 to 100"),
     ("fact_tt", "rank"): (16, f"{FACT}/configs/tt: rank: 16 in 9 tasks, 8 in 9, 4 in one"),
     ("fact_tt", "scale"): (1.0, f"{FACT}/fact_tt.py: set_FacT(..., s=1); the configurations of tasks have 0.01 to 100"),
+    ("maple", "length"): (2, f"{MAPLE}: N_CTX: 2"),
+    ("maple", "depth"): (9, f"{MAPLE}: PROMPT_DEPTH: 9"),
+    ("maple", "init_ids"): (
+        [],
+        "muzairkhattak/multimodal-prompt-learning@69bce21, trainers/maple.py: nn.init.normal_(ctx_vectors, std=0.02) "
+        'without CTX_INIT; the configuration has "a photo of a", whose ids only a tokenizer knows',
+    ),
+    ("maple", "placeholder"): (
+        None,
+        "muzairkhattak/multimodal-prompt-learning@69bce21, trainers/maple.py: prefix, ctx, suffix: behind the first",
+    ),
     ("repadapter", "bottleneck"): (8, f"{REPADAPTER}: hidden_dim=8"),
     ("repadapter", "groups"): (2, f"{REPADAPTER}: groups=2"),
     ("repadapter", "scale"): (1.0, f"{REPADAPTER}: set_RepAdapter(..., dim=8, s=1)"),

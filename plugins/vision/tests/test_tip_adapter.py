@@ -22,7 +22,11 @@ LABELS = torch.tensor([2, 0])
 @conformance(
     "tip_adapter",
     hosts=["bert", "vit", "convnet"],  # the kit's classifiers
-    options={"*": {"features": "input", "passes": 1}, "task": {"alpha": 0.02, "beta": 0.2}},
+    options={
+        "*": {"features": "input", "passes": 1},
+        **{name: {"images": images, "classes": 2} for name, images in (("bert", 4), ("vit", 4), ("convnet", 6))},
+        "task": {"alpha": 0.02, "beta": 0.2},
+    },
 )
 def test_conformance(check: Callable[[], None]) -> None:
     check()
@@ -150,6 +154,7 @@ def test_data_without_augmentations_is_gone_through_twice() -> None:
 
     peftcore.apply(Head().double(), "tip_adapter", data=Same(), target="head", features="input", dtype="float64")
     assert len(passes) == 2
+
 
 def test_a_part_of_a_hybrid_is_told_its_sizes() -> None:
     cache = {"method": "tip_adapter", "features": "input", "target": "0", "passes": 3}

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -43,7 +43,7 @@ class Drawn:
 class Watched(torch.optim.AdamW):
     """Keeps the gradient that each step is given."""
 
-    gradients: list[Tensor] = []
+    gradients: ClassVar[list[Tensor]] = []
 
     def step(self, closure: Any = None) -> Any:
         self.gradients += [p.grad.clone() for group in self.param_groups for p in group["params"]]
