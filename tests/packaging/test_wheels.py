@@ -407,6 +407,7 @@ ELSEWHERE = {
     "maple": "has no place",
     "qa_lora": "has no place",
     "t2i_adapter": "asks to be told more",
+    "text_to_lora": "asks to be told more",
     "tip_adapter": "has no place",
 }
 """Methods that these hosts and calls do not suit."""
