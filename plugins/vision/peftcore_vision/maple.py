@@ -146,9 +146,7 @@ class MaPLe(Method):
         for depth in range(config.depth):
             site = table if depth == 0 else replace(towers.texts[depth - 1], form="activation")
             if _alike(config.at(site.path)) != _alike(config):
-                raise ConfigError(
-                    f"{site.path}: prompts of all blocks have the same options, no overrides"
-                )
+                raise ConfigError(f"{site.path}: prompts of all blocks have the same options, no overrides")
             coupled = CoupledSite(**vars(site), width=table.out_features, image_width=towers.image_width)
             holders = [replace(images[depth], form=BLOCK)]
             if depth == 0:
