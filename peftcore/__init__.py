@@ -88,7 +88,7 @@ from peftcore.targets.sequence import Rows, SequenceOperator, SequenceSite
 from peftcore.targets.sequence_cache import self_attention_cache
 from peftcore.targets.sequence_inside import InnerRows, InnerSite
 from peftcore.targets.sites import Site
-from peftcore.training.batches import Batch, Batches
+from peftcore.training.batches import Batch, Batches, Labelled
 from peftcore.training.optimizer import GradientRule
 from peftcore.utils import moved
 from peftcore.utils.autocast import cast_operands, full_precision
@@ -137,6 +137,7 @@ __all__ = [
     "InputOperator",
     "InstanceOperator",
     "Joins",
+    "Labelled",
     "Layer",
     "LearningRate",
     "Method",

@@ -162,6 +162,12 @@ ADVICE = (
         "made for patches; see the digits below",
     ),
     Advice(
+        "pictures and names of classes, with a CLIP",
+        ("coop", "clip_adapter", "tip_adapter", "maple", "cocoop"),
+        ("do not merge",),
+        "1 to 16 pictures a class; `tip_adapter` is good before it trains; the last two hold for other names too",
+    ),
+    Advice(
         "pictures, with a ConvNet",
         ("lora", "locon", "ssf"),
         ("act in ResNet-50", "merge"),

@@ -240,7 +240,8 @@ def apply(
         exclude: targets to leave out, in the same forms.
         train: modules of the host (heads, norms) that train along, as replacements saved with the adapter.
         data: batches for methods that look at data first (tags `needs_data`, `data_options`): mappings are called as
-            model(**batch), tuples as model(*batch), functions as batch(model); the output is, or has, the loss.
+            model(**batch), tuples as model(*batch), functions as batch(model); the output is, or has, the loss. Where a
+            method wants labels and the model takes none, batches are `Labelled`.
         seed: operators are drawn from (seed, path); torch's initial seed by default. The global generator does not
             move.
         dtype: dtype of the operators, float32 by default.

@@ -38,7 +38,7 @@ class Placement:
     def expect(self, name: str, grafts: Iterable[Graft]) -> None:
         """Remember the token tables at which a new injection acts."""
         sites = (site for graft in grafts for site in graft.holders if site.form in ("activation", "weight"))
-        self.tables[name] = [(site, site.weight_shape) for site in sites if _is_table(site)]
+        self.tables[name] = [(each, each.layer.shape(each.module, each.tensor)) for each in sites if _is_table(each)]
 
     def check(self, model: nn.Module, state: HostState, acting: Iterable[str]) -> None:
         """Check that the modules of these injections are where they were, or elsewhere in the model.

@@ -36,7 +36,7 @@ import importlib
 from peftcore.testing.doors import Result, check_method, conformance
 from peftcore.testing.evidence import against, frozen
 from peftcore.testing.failures import CheckFailed
-from peftcore.testing.hosts import HOSTS
+from peftcore.testing.hosts import APART, HOSTS
 from peftcore.testing.kit import CHECKS, Case, Check, Host, NotApplicable
 from peftcore.testing.plugging import plugged
 from peftcore.testing.quantizers import QUANTIZER_CHECKS, check_quantizer, quantizer_conformance
@@ -62,6 +62,7 @@ for _name in (
     importlib.import_module(f"{__name__}.checks_{_name}")
 
 __all__ = [
+    "APART",
     "CHECKS",
     "HOSTS",
     "QUANTIZER_CHECKS",

@@ -36,7 +36,7 @@ def data_counts_where_it_is_asked_for(case: Case) -> None:
     found = []
     for half in (0, 1):
         model, inputs = case.fresh()
-        data = case.batches(lambda host, given=inputs: case.run(host, given))["data"]  # type: ignore[misc]
+        data = case.batches(lambda host, given=inputs: case.run(host, given), inputs)["data"]  # type: ignore[misc]
         found.append({key: value.clone() for key, value in case.apply(model, data=[data[half]]).state_dict().items()})
     same = all(torch.equal(value, found[1][key]) for key, value in found[0].items())
     case.expect(not same, "other data gives the same adapter")
@@ -60,7 +60,7 @@ def data_that_breaks_off_leaves_no_trace(case: Case) -> None:
     before = trace(model)
 
     def broken() -> Iterator[Any]:
-        yield case.batches(lambda host: case.run(host, inputs))["data"][0]
+        yield case.batches(lambda host: case.run(host, inputs), inputs)["data"][0]
         raise _Interrupted
 
     with raises(case, _Interrupted, "apply() with data that breaks off"):

@@ -219,7 +219,7 @@ def inputs_by_keyword_are_seen(case: Case) -> None:
     layer, example = nn.Linear(6, 4), torch.randn(2, 6)
     for kind in (Holder, ByKeyword):
         host = kind(copy.deepcopy(layer), example).eval()  # a method may draw in training
-        case.filled(host, target="layer", **case.batches(lambda model: model()))
+        case.filled(host, target="layer", **case.batches(lambda model: model(), {"x": example}))
         outputs.append(host().detach())
     case.expect_close(outputs[1], outputs[0], "output for an input by keyword")
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import peftcore
 from peftcore.contract.method import LearningRate
@@ -15,6 +15,7 @@ from peftcore.errors import TargetError, UnsupportedSite
 from peftcore.injection.injection import Injection
 from peftcore.testing.kit import Case, NotApplicable, check
 from peftcore.testing.tasks import PICTURE, STEPS, TASKS, Batch, Task, full_fine_tuning
+from peftcore.training.batches import Labelled
 
 SHARE = 1 / 3
 """The share of the gain of full fine-tuning in the same steps."""
@@ -43,8 +44,19 @@ def _told(case: Case, task: Task) -> Task:
 
 def _adapted(case: Case, task: Task) -> Injection:
     """Apply the method with its default target to a fresh host of the task."""
-    data = [lambda model: task.loss(model, task.batch(STEPS))] if case.looks_at_data else None
-    return peftcore.apply(task.pretrained(), case.method, data=data, **case.options)
+    return peftcore.apply(
+        task.pretrained(), case.method, data=_shown(task) if case.looks_at_data else None, **case.options
+    )
+
+
+def _shown(task: Task) -> list[Any]:
+    """Return a batch of the task to look at before training, with its labels beside it where there are some."""
+    batch = task.batch(STEPS)
+
+    def loss(model: nn.Module) -> Tensor:
+        return task.loss(model, batch)
+
+    return [Labelled(loss, batch["labels"])] if "labels" in batch else [loss]
 
 
 def _gains(case: Case, task: Task) -> Iterator[tuple[float, float]]:

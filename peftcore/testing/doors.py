@@ -114,7 +114,7 @@ def check_method(
 
     Args:
         method: a name, or a class that is registered nowhere. A preset is its method with the preset's options.
-        hosts: names of hosts; without them, those of `HOSTS`.
+        hosts: names of `HOSTS`, or of `APART`, whose hosts run where they are named alone.
         options: options of the method by host name, and its "target" where it is not to be the default one; those under
             "*" hold for every host.
         expected_failures: reasons by "<check>-<host>"; a check listed here that passes counts as failed.

@@ -216,9 +216,33 @@ def _dit(layers: int = 2) -> tuple[nn.Module, dict[str, Any]]:
     return host, inputs
 
 
+def _clip() -> tuple[nn.Module, dict[str, Any]]:
+    """Build a CLIP: a tower of texts and one of images, whose features are compared."""
+    shape = {"intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "initializer_range": 0.3}
+    words = {**_TOKENS, "max_position_embeddings": 8, "hidden_size": WIDTH}
+    del words["use_cache"]
+    host, _ = _transformers(
+        "CLIPConfig",
+        "CLIPModel",
+        text_config={**shape, **words},
+        vision_config={**shape, "image_size": 8, "patch_size": 4, "num_channels": 1, "hidden_size": 12},
+        projection_dim=WIDTH,
+    )()
+    ids = torch.randint(3, VOCABULARY - 1, (3, 7))
+    ids[:, 0], ids[0, 5], ids[1:, 6] = 1, VOCABULARY - 1, VOCABULARY - 1  # the largest token ends a text
+    ids[0, 6] = 0
+    return host, {"input_ids": ids, "pixel_values": torch.randn(3, 1, 8, 8)}
+
+
 def _sample(output: Any) -> Tensor:
     sample: Tensor = output.sample
     return sample
+
+
+def _of_pairs(output: Any) -> Tensor:
+    """Return what is said of each image and the text of its own row, [rows, 1]: rows do not depend on each other."""
+    logits: Tensor = output.logits_per_image
+    return logits.diagonal()[:, None]
 
 
 def _logits(output: Any) -> Tensor:
@@ -299,5 +323,13 @@ HOSTS: dict[str, Host] = {
     )
 }
 """The hosts by name."""
-ALL_HOSTS = {**HOSTS, "mamba": Host("mamba", _mamba, _logits, shallow=partial(_mamba, 1), like="llama")}
-"""Those too that only tests have which name them: for methods that act in no other."""
+
+APART: dict[str, Host] = {
+    host.name: host
+    for host in (
+        Host("clip", _clip, _of_pairs),
+        Host("mamba", _mamba, _logits, shallow=partial(_mamba, 1), like="llama"),
+    )
+}
+"""Hosts for methods that are made for their like: no method runs on one unless its test names it in `hosts`."""
+ALL_HOSTS: dict[str, Host] = {**HOSTS, **APART}

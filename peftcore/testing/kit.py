@@ -25,6 +25,7 @@ from peftcore.injection.injection import Injection
 from peftcore.surgery.seeding import preserved_rng
 from peftcore.testing.copies import Copies
 from peftcore.testing.failures import CheckFailed, explained
+from peftcore.training.batches import Labelled
 
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 6e-2, torch.float16: 1e-2}
 """Largest accepted difference relative to the largest output, by dtype."""
@@ -201,7 +202,7 @@ class Case(Expecting):
         """Apply the method with its default targets, or with the host's fallback where it has none of these roles."""
         curious = self.method.asks_for_data({**self.options, **changes})  # changes may make it one that does not
         _, inputs = self.fresh(next(model.parameters()).dtype) if curious else (None, {})
-        data = self.batches(lambda host: self.run(host, inputs)) if curious else {}
+        data = self.batches(lambda host: self.run(host, inputs), inputs) if curious else {}
         arguments = {**data, **self.options, **changes}
         injection = self._applied(model, arguments)
         self.tell(model)
@@ -222,12 +223,14 @@ class Case(Expecting):
             there = next(model.parameters()).device
             peftcore.call(model, **self.context(model, picture.to(there)))
 
-    def batches(self, run: Callable[[nn.Module], Tensor]) -> dict[str, Any]:
-        """Return ``data=`` for a method that looks at data: two batches, in each of which half of what `run` gives
-        counts."""
+    def batches(self, run: Callable[[nn.Module], Tensor], inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Return ``data=`` for a method that looks at data: two batches, in each of which half of what `run` gives for
+        `inputs` counts, with a label beside each row, of one of two classes."""
 
-        def batch(half: int) -> Callable[[nn.Module], Tensor]:
-            return lambda model: run(model).flatten()[half::2].square().mean()
+        def batch(half: int) -> Labelled:
+            rows = next((len(each) for each in inputs.values() if isinstance(each, Tensor) and each.dim()), 1)
+            labels = (torch.arange(rows) + half) % 2
+            return Labelled(lambda model: run(model).flatten()[half::2].square().mean(), labels)
 
         return {"data": [batch(0), batch(1)]} if self.looks_at_data else {}
 

@@ -9,7 +9,7 @@ demand. In the order of reading:
 
 from typing import TYPE_CHECKING, Any
 
-from peftcore.training.batches import Batch, Batches
+from peftcore.training.batches import Batch, Batches, Labelled
 from peftcore.training.optimizer import GradientRule, MethodOptimizer
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ __all__ = [
     "Batches",
     "Fleet",
     "GradientRule",
+    "Labelled",
     "Member",
     "MethodOptimizer",
     "PeftcoreCallback",

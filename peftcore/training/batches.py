@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from peftcore.errors import CalibrationError, PluginError
+from peftcore.forward.context import bound
 from peftcore.utils.progress import through
 
 if TYPE_CHECKING:
@@ -20,16 +22,34 @@ if TYPE_CHECKING:
 
 C = TypeVar("C", bound="MethodConfig")
 
-Data = Iterable[Mapping[str, Any] | tuple[Any, ...] | list[Any] | Callable[[nn.Module], Any]]
+
+@dataclass(frozen=True)
+class Labelled:
+    """A batch with labels beside it, for models that are not given any.
+
+    Example:
+        data = [peftcore.Labelled({"pixel_values": images}, labels=torch.tensor([0, 2]))]
+    """
+
+    batch: Mapping[str, Any] | tuple[Any, ...] | list[Any] | Callable[[nn.Module], Any]
+    """The batch, as data has it without labels."""
+    labels: Tensor
+    """Its labels."""
+
+
+Data = Iterable[Mapping[str, Any] | tuple[Any, ...] | list[Any] | Callable[[nn.Module], Any] | Labelled]
 """Batches: mappings are called as ``model(**batch)``, tuples and lists as ``model(*batch)``; a function of the model
-runs it itself, and returns the loss where the model does not."""
+runs it itself, and returns the loss where the model does not. Each of them may be `Labelled`."""
 
 
 class Batch:
     """One batch of the user's data; tensors in it go to the model's device."""
 
     def __init__(self, model: nn.Module, content: Any) -> None:
-        self._model, self._content = model, content
+        labelled = isinstance(content, Labelled)
+        self._model, self._content = model, content.batch if labelled else content
+        self._labels: Tensor | None = content.labels if labelled else None
+        self._called: Mapping[str, Any] | None = None  # with what a function called the model
 
     def output(self) -> Any:
         """Returns the model's output for the batch.
@@ -42,11 +62,26 @@ class Batch:
         if isinstance(self._content, tuple | list):
             return self._model(*_to(_device(self._model), list(self._content)))
         if callable(self._content):
-            return self._content(self._model)
+            return self._run(self._content)
         raise CalibrationError(
             f"a batch is a {type(self._content).__name__}; batches are mappings (model(**batch)), tuples "
             "(model(*batch)) or functions of the model"
         )
+
+    def _run(self, function: Callable[[nn.Module], Any]) -> Any:
+        """Run a function of the model, and note the arguments of its first call."""
+        seen: list[Mapping[str, Any]] = []
+
+        def note(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            seen.append(bound(model, args, kwargs))
+
+        hook = self._model.register_forward_pre_hook(note, with_kwargs=True)
+        try:
+            output = function(self._model)
+        finally:
+            hook.remove()
+        self._called = seen[0] if seen else None
+        return output
 
     def loss(self) -> Tensor:
         """Returns the output's loss, or the output itself where it is a scalar: of shape ``[]``, with its graph.
@@ -62,6 +97,41 @@ class Batch:
                 "that return the loss"
             )
         return loss.view(())
+
+    def inputs(self) -> Mapping[str, Any]:
+        """Returns what the model is given: its arguments by the names of its forward, on its device. Where the batch is
+        a function, those of its first call of the model; it runs once for that, unless it did.
+
+        Raises:
+            CalibrationError: the function does not call the model, or a model cannot be called with the batch.
+        """
+        if isinstance(self._content, Mapping):
+            inputs: Mapping[str, Any] = _to(_device(self._model), dict(self._content))
+            return inputs
+        if isinstance(self._content, tuple | list):
+            return bound(self._model, tuple(_to(_device(self._model), list(self._content))), {})
+        if self._called is None:
+            with torch.no_grad():
+                self.output()
+        if self._called is None:
+            raise CalibrationError("a batch is a function that does not call the model, so nobody knows its inputs")
+        return self._called
+
+    def labels(self) -> Tensor:
+        """Returns the labels of the batch, on the model's device: those beside it (`Labelled`), or the model's input
+        ``labels``.
+
+        Raises:
+            CalibrationError: it has none.
+        """
+        labels = self.inputs().get("labels") if self._labels is None else self._labels
+        if not isinstance(labels, Tensor):
+            raise CalibrationError(
+                'a batch has no labels: give mappings with "labels", or peftcore.Labelled(batch, labels) where the '
+                "model takes none"
+            )
+        moved: Tensor = _to(_device(self._model), labels)
+        return moved
 
 
 class Batches:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from peftcore.testing import HOSTS, NotApplicable
+from peftcore.testing import APART, HOSTS, NotApplicable
 from peftcore.testing.copies import Copies
 
 
@@ -38,10 +38,13 @@ def ties(model: nn.Module) -> list[tuple[str, str]]:
     return [(one, other) for one in tensors for other in tensors if one < other and tensors[one] is tensors[other]]
 
 
-@pytest.mark.parametrize("name", HOSTS)
+EVERY = {**HOSTS, **APART}
+
+
+@pytest.mark.parametrize("name", EVERY)
 def test_a_copy_is_as_one_of_deepcopy(name: str) -> None:
     try:
-        original = HOSTS[name].build()
+        original = EVERY[name].build()
     except NotApplicable as reason:
         pytest.skip(str(reason))
     copies = Copies(original)
@@ -51,7 +54,7 @@ def test_a_copy_is_as_one_of_deepcopy(name: str) -> None:
         (path, type(module)) for path, module in deep.named_modules()
     ]
     with torch.no_grad():
-        outputs = [HOSTS[name].output(each(**inputs)) for each in (one.eval(), deep.eval())]
+        outputs = [EVERY[name].output(each(**inputs)) for each in (one.eval(), deep.eval())]
         assert torch.equal(*outputs)
         for tensor in held(one).values():
             tensor.zero_()

@@ -13,7 +13,18 @@ from mutants_injection import MUTANTS
 from torch import Tensor
 
 from peftcore import MethodConfig, Site
-from peftcore.testing import CHECKS, HOSTS, QUANTIZER_CHECKS, Case, Check, CheckFailed, check_method
+from peftcore.errors import ConfigError
+from peftcore.testing import (
+    APART,
+    CHECKS,
+    HOSTS,
+    QUANTIZER_CHECKS,
+    Case,
+    Check,
+    CheckFailed,
+    check_method,
+    conformance,
+)
 
 ROOT = Path(__file__).parents[2]
 BY_NAME = {check.name: check for check in CHECKS}
@@ -95,3 +106,16 @@ def test_what_inductor_would_lose_is_named(operator: type[Small]) -> None:
     method = mutant(operator.__name__.lower(), operator, tags=NOT_MERGEABLE)
     with pytest.raises(CheckFailed, match=r"inductor drops the alpha(.|\n)*alpha: 0\.5"):
         BY_NAME["compiled_equals_eager"](Case(method, HOSTS["bert"]))
+
+
+def test_hosts_apart_run_where_they_are_named_alone() -> None:
+    @conformance("bitfit", hosts=["clip"])
+    def named(check: Callable[[], None]) -> None: ...
+
+    @conformance("bitfit")
+    def unnamed(check: Callable[[], None]) -> None: ...
+
+    hosts = [{name.rpartition("-")[2] for name in vars(each)["declared"].checks} for each in (named, unnamed)]
+    assert hosts[0] == {"clip", "task"} and not APART.keys() & (hosts[1] | HOSTS.keys())
+    with pytest.raises(ConfigError, match=r"no host named clap; there are: .*convnet, clip"):
+        conformance("bitfit", hosts=["clap"])

@@ -398,6 +398,7 @@ TRAINED = {"lower": True, "base kept": True, "loads": True}
 ELSEWHERE = {
     "c3a": "has no place",
     "clip_adapter": "has no place",
+    "cocoop": "has no place",
     "controlnet": "asks to be told more",
     "controlnet_lllite": "asks to be told more",
     "coop": "asks to be told more",
@@ -405,10 +406,12 @@ ELSEWHERE = {
     "ir_qlora": "has no place",
     "lqer": "trains nothing",
     "ominicontrol": "has no place",
+    "maple": "has no place",
     "qa_lora": "has no place",
     "state_offset_tuning": "has no place",
     "t2i_adapter": "asks to be told more",
     "text_to_lora": "asks to be told more",
+    "tip_adapter": "has no place",
 }
 """Methods that these hosts and calls do not suit."""
 

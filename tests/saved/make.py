@@ -30,10 +30,10 @@ from peftcore.testing.kit import fill
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "toys"))
 from declared_cases import declared
-from saved_adapters import HERE, Saved, difference
+from saved_adapters import EVERY, HERE, Saved, difference
 
 ROOT = HERE.parents[1]
-PREFERRED = ("llama", "bert", "vit", "unet", "dit", "mlp", "convnet", "encoder", "t5", "gpt2")
+PREFERRED = ("llama", "bert", "vit", "unet", "dit", "mlp", "convnet", "encoder", "t5", "gpt2", "clip")
 SCHEMES = {"lora_int8": "int8", "qa_lora": "int4"}
 """Schemes of the methods for packed bases, where it is not nf4."""
 TOLD = {
@@ -74,7 +74,8 @@ def adapted(case: Case, saved: Saved) -> tuple[nn.Module, peftcore.Injection]:
     """The host with the method, its tensors moved."""
     model = saved.base()
     # What looks at data needs gradients of the host, and is told the context.
-    options = {"dtype": "float64", "seed": 0, **case.batches(lambda each: case.run(each, saved.inputs)), **case.options}
+    data = case.batches(lambda each: case.run(each, saved.inputs), saved.inputs)
+    options = {"dtype": "float64", "seed": 0, **data, **case.options}
     try:
         injection = peftcore.apply(model, case.method, **options)
     except TargetError:

@@ -30,6 +30,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "clip_adapter": {"features": "input"},
     "ciat": {"reduction": 4},
     "coda": {"reduction": 1.5, "bottleneck": 4},
+    "cocoop": {"length": 2, "init_ids": [3, 4], "reduction": 4},
     "compacter": {"bottleneck": 4},
     "config_union": {"parts": [{"method": "lora", "rank": 2}, {"method": "houlsby_adapter", "bottleneck": 4}]},
     "controlnet": {"widths": [4, 6]},
@@ -44,6 +45,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "lora_xs": {"rank": 2, "iterations": 2},
     "lst": {"reduction": 2},
     "loramoe": {"experts": 2, "rank": 2},
+    "maple": {"depth": 2, "init_ids": [3, 4]},
     "mixlora": {"experts": 2, "rank": 2},
     "moelora": {"experts": 2, "rank": 2, "tasks": 3},
     "mola": {"experts": 3, "rank": 2},
@@ -65,6 +67,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "t2i_adapter": {"downscale": 2},
     "textual_inversion": {"tokens": [3]},
     "tiny_attention_adapter": {"width": 4, "heads": 2, "modules": 2},
+    "tip_adapter": {"features": "input", "passes": 1},
     "trainable_tokens": {"token_indices": [3, 5]},
     "waveft": {"n_frequency": 20},
     "xlora": {"depth": 2, "width": 4},
@@ -98,6 +101,7 @@ def _put(config: Any, path: tuple[Any, ...], value: Any) -> Any:
 def _saved(name: str, folder: Path) -> Bench | None:
     """Save an adapter of the method on the first host that has a place for it."""
     for host in ALL_HOSTS.values():
+    for host in (*HOSTS.values(), *APART.values()):
         case = KitCase(peftcore.method(name), host, OPTIONS.get(name, {}))
         try:
             model, _ = case.fresh()

@@ -86,18 +86,18 @@ def test_a_part_sees_its_data() -> None:
 
 
 def test_every_method_that_looks_at_data_finds_the_same_as_a_part() -> None:
-    options: dict[str, Any] = {"target": ["query", "value"], "data": [labelled()]}
+    data = labelled()
+    told: dict[str, dict[str, Any]] = {
+        "cartridge": {"length": 2, "target": "self"},  # which acts inside of attentions
+        "tip_adapter": {"features": "input", "images": len(data["labels"]), "classes": 3, "target": "classifier"},
+    }
     curious = [info.name for info in peftcore.methods() if info.tags.needs_data]
     assert {"child_tuning_d", "fish_mask", "lqer"} <= set(curious)
     curious.remove("sparse_adapter")  # what it ranks is drawn for each path, of which a part is a part
     for method in curious:
-        required = {"length": 2} if method == "cartridge" else {}  # which acts inside of attentions
-        own = {**options, "target": "self" if required else options["target"]}
-        alone = peftcore.apply(host("bert"), method, **own, **required).state_dict()
-        parts: list[Any] = [
-            {"method": method, **required, "target": own["target"]},
-            {"method": "ia3", "target": "query"},
-        ]
-        part = peftcore.apply(host("bert"), parts, data=own["data"]).parts["0"].state_dict()
+        own = {"target": ["query", "value"], **told.get(method, {})}
+        alone = peftcore.apply(host("bert"), method, **own, data=[data]).state_dict()
+        parts: list[Any] = [{"method": method, **own}, {"method": "ia3", "target": "query"}]
+        part = peftcore.apply(host("bert"), parts, data=[data]).parts["0"].state_dict()
         assert alone and part.keys() == alone.keys(), method
         assert all(torch.equal(value, part[key]) for key, value in alone.items()), method

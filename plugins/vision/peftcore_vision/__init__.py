@@ -14,11 +14,14 @@ def peftcore_methods() -> Mapping[str, str]:
     return {
         "adaptformer": "peftcore_vision.adaptformer:AdaptFormer",
         "clip_adapter": "peftcore_vision.clip_adapter:CLIPAdapter",
+        "cocoop": "peftcore_vision.cocoop:CoCoOp",
         "convpass": "peftcore_vision.convpass:Convpass",
         "coop": "peftcore_vision.coop:CoOp",
         "fact_tk": "peftcore_vision.fact_tk:FactTK",
         "fact_tt": "peftcore_vision.fact_tt:FactTT",
+        "maple": "peftcore_vision.maple:MaPLe",
         "repadapter": "peftcore_vision.repadapter:RepAdapter",
+        "tip_adapter": "peftcore_vision.tip_adapter:TipAdapter",
         "vpt_deep": "peftcore_vision.vpt_deep:VPTDeep",
         "vpt_shallow": "peftcore_vision.vpt_shallow:VPTShallow",
     }

@@ -62,13 +62,34 @@ def prompt_sites(surgeon: Surgeon) -> list[PromptSite]:
         UnsupportedSite: a target is no such block, or one to which tokens cannot be added.
     """
     host = surgeon.resolver.host
-    patches = [entry for entry in host.entries if entry.role == "patch" and entry.block is None]
+    patches = _patches(surgeon)
     towers = [entry.tower for entry in patches]
     if surgeon.wishes.target is None and patches and host.main_tower() not in towers:
         blocks = [entry.path for entry, _ in host.select("block", towers[0])]
-        found = surgeon.sites([f"re:{re.escape(path)}" for path in blocks])
-    else:
-        found = surgeon.sites()
+        return _checked(surgeon, surgeon.sites([f"re:{re.escape(path)}" for path in blocks]))
+    return _checked(surgeon, surgeon.sites())
+
+
+def image_blocks(surgeon: Surgeon) -> list[PromptSite]:
+    """Return all blocks of the tower that has an image in patches, whatever the user's targets are.
+
+    Raises:
+        UnsupportedSite: there is none, or one to which tokens cannot be added.
+    """
+    patches = _patches(surgeon)
+    blocks = [entry for patch in patches[:1] for entry, _ in surgeon.resolver.host.select("block", patch.tower)]
+    if not blocks:
+        raise UnsupportedSite(f"this {type(surgeon.model).__name__} has no blocks that patches of an image go through")
+    return _checked(surgeon, [surgeon.resolver.module_site(entry.path) for entry in blocks])
+
+
+def _patches(surgeon: Surgeon) -> list[HostEntry]:
+    return [entry for entry in surgeon.resolver.host.entries if entry.role == "patch" and entry.block is None]
+
+
+def _checked(surgeon: Surgeon, found: list[Site]) -> list[PromptSite]:
+    """Return blocks with what prompts need to know of them."""
+    patches = _patches(surgeon)
     stacks = [stack.path for stack in surgeon.resolver.token_stacks()]
     for site in found:
         if any(f"{site.module_path}.".startswith(f"{stack}.".lstrip(".")) for stack in stacks):
@@ -155,15 +176,24 @@ class PromptOperator(Operator):
         Raises:
             SequenceError: these say something of each token, or the tokens lie on a grid.
         """
-        if x.dim() != 3 or any(isinstance(each, Tensor) and each.dim() > 1 for each in _flat(others)):
-            raise SequenceError(
-                "a block with visual prompts takes tokens [batch, tokens, width] and nothing that is said of each of "
-                "them (masks, positions): nobody knows what it is for the rows of the prompt"
-            )
+        check_tokens(x, others)
         rows = self.prompt if self.projection is None else self.projection.module(self.prompt)
         (rows,) = self.cast(x, rows)
         dropped: Tensor = self.dropout(rows.expand(len(x), -1, -1))
         return dropped
+
+
+def check_tokens(x: Tensor, others: tuple[Any, ...]) -> None:
+    """Check what a block is given: tokens [batch, tokens, width], and its other arguments.
+
+    Raises:
+        SequenceError: these say something of each token, or the tokens lie on a grid.
+    """
+    if x.dim() != 3 or any(isinstance(each, Tensor) and each.dim() > 1 for each in _flat(others)):
+        raise SequenceError(
+            "a block with visual prompts takes tokens [batch, tokens, width] and nothing that is said of each of "
+            "them (masks, positions): nobody knows what it is for the rows of the prompt"
+        )
 
 
 def _flat(values: Any) -> Iterator[Any]:

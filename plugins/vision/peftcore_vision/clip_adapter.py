@@ -20,23 +20,18 @@ Use it with few images a class: only features are touched, so the model's own fo
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import LearningRate, Method, MethodConfig, Operator, Site, Surgeon, Tags
-from peftcore.errors import TargetError, UnsupportedSite
-
-IMAGES = frozenset({"visual", "vision", "image", "images", "img"})
-"""How the head of images is called where there is also one of texts."""
+from peftcore import LearningRate, Method, Operator, Surgeon, Tags
+from peftcore.errors import UnsupportedSite
+from peftcore_vision._features import FeatureConfig, FeatureSite, feature_sites
 
 
-class Config(MethodConfig):
+class Config(FeatureConfig):
     """Options of CLIP-Adapter."""
 
     method: Literal["clip_adapter"] = "clip_adapter"
@@ -44,21 +39,6 @@ class Config(MethodConfig):
     """How many times narrower the bottleneck is than the features."""
     ratio: Annotated[float, Field(ge=0.0, le=1.0)] = 0.2
     """Share of what the adapter makes; the rest is the features as they were."""
-    features: Literal["output", "input"] = "output"
-    """Whether the features are what the site returns (a projection) or what it is given (a classifier)."""
-
-
-@dataclass(frozen=True, eq=False)
-class FeatureSite(Site):
-    """A module that returns features, or is given them."""
-
-    width: int = 0
-    """How many."""
-
-    @property
-    def weight_shape(self) -> torch.Size:
-        """The width, which stands for a shape in plans and files."""
-        return torch.Size([self.width])
 
 
 class FeatureOperator(Operator):
@@ -102,37 +82,9 @@ class CLIPAdapter(Method):
     target = ("head",)
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
-        sites = surgeon.sites()
-        if surgeon.wishes.target is None and config.features == "output":
-            sites = [site for site in sites if _words(site.module_path) & IMAGES]
-            if not sites:
-                raise TargetError(
-                    f"this {type(model).__name__} has no projection of images; name in target= what returns their "
-                    'features, or say features="input" to adapt what a classifier is given'
-                )
-        for site in sites:
-            surgeon.graft(_feature_site(surgeon, site, config.at(site.path)), FeatureOperator, config)
+        for site in feature_sites(surgeon, config):
+            surgeon.graft(site, FeatureOperator, config)
 
     @staticmethod
     def parameter_count(site: FeatureSite, config: Config) -> int:
         return 2 * site.width * (site.width // config.reduction)
-
-
-def _words(path: str) -> set[str]:
-    """Return the words in a path: ``visual`` and ``projection`` of ``visual_projection``."""
-    return {word.lower() for word in re.findall("[A-Z]?[a-z]+", path)}
-
-
-def _feature_site(surgeon: Surgeon, site: Site, config: Config) -> FeatureSite:
-    """Return the site with its width: that of its matrix, or of the last one below it (a pooling head)."""
-    if site.layer.channel_dim != -1 or site.layer.one_hot:
-        raise UnsupportedSite(f"{site.path} does not map features in the last dimension to others")
-    if site.layer.has(site.module, site.tensor):
-        width = site.out_features if config.features == "output" else site.in_features
-    else:
-        below = [each for each in surgeon.resolver.host.entries if each.path.startswith(f"{site.module_path}.")]
-        matrices = [each for each in below if len(each.shape) == 2]
-        if not matrices or config.features == "input":
-            raise UnsupportedSite(f"{site.path or 'the host'}: nothing tells how many features go in or out")
-        width = matrices[-1].rows
-    return FeatureSite(**vars(site), width=width)

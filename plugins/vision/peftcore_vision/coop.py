@@ -24,89 +24,37 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from peftcore import LearningRate, Method, MethodConfig, Operator, Site, Surgeon, Tags, Tap, forward_context
-from peftcore.errors import ConfigError, MissingContext, SequenceError, UnsupportedSite
+from peftcore import LearningRate, Method, Site, Surgeon, Tags, forward_context
+from peftcore.errors import MissingContext
+from peftcore_vision._places import PlacesConfig, PlacesOperator, put_at, text_sites, words
 
 
-class Config(MethodConfig):
+class Config(PlacesConfig):
     """Options of CoOp."""
 
     method: Literal["coop"] = "coop"
-    length: PositiveInt = 16
-    """Context vectors M."""
-    init_ids: list[NonNegativeInt] = Field(default_factory=list)
-    """Start from the embeddings of these tokens; there are as many context vectors then."""
-    placeholder: NonNegativeInt | None = None
-    """The token whose places the vectors take, in their order; None takes the places behind the first token."""
     classes: PositiveInt | None = None
     """How many classes have contexts of their own; None shares one."""
 
-    @property
-    def count(self) -> int:
-        """Count the vectors of a context."""
-        return len(self.init_ids) or self.length
 
-
-class ContextOperator(Operator):
+class ContextOperator(PlacesOperator):
     """Puts context vectors in their places among the embedded tokens."""
 
-    observes = frozenset({"tower"})
-
     def __init__(self, site: Site, config: Config, names: tuple[str, ...] = ()) -> None:
-        super().__init__(site)
-        self.names = names  # of the tower's arguments
-        self.placeholder, self.classes = config.placeholder, config.classes
-        self.mask = Tap()  # from the tower to its embeddings
-        start = torch.randn(config.classes or 1, config.count, site.out_features) * 0.02
-        if config.init_ids:
-            if max(config.init_ids) >= site.in_features:
-                raise ConfigError(f"init_ids: {max(config.init_ids)} is no token of a vocabulary of {site.in_features}")
-            start = site.weight().detach()[:, config.init_ids].T.to(start).expand_as(start).clone()
-        self.context = nn.Parameter(start)  # [classes or 1, M, d]
-
-    def at(self, form: str, module: nn.Module) -> Callable[..., Any]:
-        return self._note if form == "tower" else super().at(form, module)
-
-    def _note(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        self.mask.put({**dict(zip(self.names, args, strict=False)), **kwargs}.get("attention_mask"))
-        try:
-            return call(*args, **kwargs)
-        finally:
-            self.mask.take()
+        super().__init__(site, config, names)
+        self.classes = config.classes
+        self.context = nn.Parameter(words(site, config, config.classes or 1))  # [classes or 1, M, d]
 
     def forward(self, call: Callable[..., Any], ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         embedded: Tensor = call(ids, *args, **kwargs)
         (context,) = self.cast(embedded, self.context)
-        held = self._held(ids)
-        number = (held.cumsum(-1) - 1).clamp(0, context.shape[1] - 1)  # which of the vectors a place gets
-        chosen = context[self._rows(ids)[:, None], number]  # [batch, tokens, d]
-        return torch.where(held[..., None], chosen, embedded)
-
-    def _held(self, ids: Tensor) -> Tensor:
-        """Mark the places of the context [batch, tokens].
-
-        Raises:
-            SequenceError: there are not as many as vectors.
-        """
-        count = self.context.shape[1]
-        if self.placeholder is None:
-            at, mask = torch.arange(ids.shape[-1], device=ids.device), self.mask.get()
-            if isinstance(mask, Tensor) and mask.shape == ids.shape:
-                at = at - (mask.cumsum(-1) == 0).sum(-1, keepdim=True)  # places behind the padding on the left
-            held, enough = ((at >= 1) & (at <= count)).expand_as(ids), ids.shape[-1] > count
-        else:
-            held = ids == self.placeholder
-            enough = torch.compiler.is_compiling() or bool((held.sum(-1) == count).all())
-        if not enough:
-            raise SequenceError(f"{ids.shape[-1]} tokens lack the {count} places of the context: tokenize them, too")
-        return held
+        return put_at(self.held(ids), context[self._rows(ids)], embedded)
 
     def _rows(self, ids: Tensor) -> Tensor:
         """Return the number of the context that each row of the batch gets."""
@@ -134,23 +82,9 @@ class CoOp(Method):
     target = ("embed",)
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
-        stacks = {f"{each.path}.{each.table}".lstrip("."): each for each in surgeon.resolver.token_stacks()}
-        sites, refused = [], []
-        for site in surgeon.sites():
-            stack = stacks.get(site.module_path)
-            if stack is None:
-                refused.append(f"{site.path} embeds no texts of a tower")
-            elif stack.causal and stack.takes_cache:
-                refused.append(f"{site.path} embeds what a model generates; prompt_tuning is for that")
-            else:
-                sites.append(site)
-        if refused and (surgeon.wishes.target is not None or not sites):
-            raise UnsupportedSite(refused[0])
-        for site in sites:
-            path = stacks[site.module_path].path
-            tower = replace(site, module=surgeon.resolver.modules[path], module_path=path, form="tower")
+        for site, tower in text_sites(surgeon):
             operator = functools.partial(ContextOperator, names=tower.arguments)
-            surgeon.graft(replace(site, form="activation"), operator, config, (tower,))
+            surgeon.graft(site, operator, config, (tower,))
 
     @staticmethod
     def parameter_count(site: Site, config: Config) -> int:

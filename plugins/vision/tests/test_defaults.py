@@ -6,9 +6,12 @@ import pytest
 from named_defaults import Free, Held, assert_as_said, rows
 
 ADAPTFORMER = "ShoufaChen/AdaptFormer@6967d67"
+COCOOP = "KaiyangZhou/CoOp@ff61507"
 CONVPASS = "JieShibo/PETL-ViT@026e4f1, convpass/vtab/convpass.py"
 FACT = "JieShibo/PETL-ViT@026e4f1, FacT"
+MAPLE = "muzairkhattak/multimodal-prompt-learning@69bce21, configs/trainers/MaPLe/vit_b16_c2_ep5_batch4_2ctx.yaml"
 REPADAPTER = "luogen1996/RepAdapter@360992f, repadapter.py"
+TIP = "gaopengcuhk/Tip-Adapter@d0e2d6f"
 VPT = "KMnP/vpt@4410440, src/configs/config.py"
 VPT_HEAD = (
     "KMnP/vpt@4410440, src/models/vit_models.py: only parameters of self.enc are frozen, setup_head makes the head"
@@ -21,6 +24,14 @@ HELD: Held = {
     ("adaptformer", "dropout"): (0.1, f"{ADAPTFORMER}, models/custom_modules.py: Adapter(self.config, dropout=0.1)"),
     ("clip_adapter", "reduction"): (4, "gaopengcuhk/CLIP-Adapter@08d07f8, clip_adapter.py: Adapter(1024, 4)"),
     ("clip_adapter", "ratio"): (0.2, "gaopengcuhk/CLIP-Adapter@08d07f8, clip_adapter.py: ratio = 0.2"),
+    ("cocoop", "length"): (4, f"{COCOOP}, configs/trainers/CoCoOp/vit_b16_c4_ep10_batch1_ctxv1.yaml: N_CTX: 4"),
+    ("cocoop", "reduction"): (16, f"{COCOOP}, trainers/cocoop.py: nn.Linear(vis_dim, vis_dim // 16)"),
+    ("cocoop", "init_ids"): (
+        [],
+        f'{COCOOP}, trainers/cocoop.py: nn.init.normal_(ctx_vectors, std=0.02) where CTX_INIT is ""; the configuration '
+        'has "a photo of a", whose ids only a tokenizer knows',
+    ),
+    ("cocoop", "placeholder"): (None, f"{COCOOP}, trainers/cocoop.py: prefix, ctx, suffix: behind the first token"),
     ("convpass", "bottleneck"): (8, f"{CONVPASS}: set_Convpass(model, method, dim=8)"),
     ("convpass", "scale"): (1.0, f"{CONVPASS}: set_Convpass(..., s=1); the configurations of tasks have 0.01 to 100"),
     ("convpass", "conv_init"): (
@@ -34,9 +45,32 @@ HELD: Held = {
     ("fact_tk", "scale"): (1.0, f"{FACT}/fact_tk.py: set_FacT(..., s=1); the configurations of tasks have 0.01 to 100"),
     ("fact_tt", "rank"): (16, f"{FACT}/configs/tt: rank: 16 in 9 tasks, 8 in 9, 4 in one"),
     ("fact_tt", "scale"): (1.0, f"{FACT}/fact_tt.py: set_FacT(..., s=1); the configurations of tasks have 0.01 to 100"),
+    ("maple", "length"): (2, f"{MAPLE}: N_CTX: 2"),
+    ("maple", "depth"): (9, f"{MAPLE}: PROMPT_DEPTH: 9"),
+    ("maple", "init_ids"): (
+        [],
+        "muzairkhattak/multimodal-prompt-learning@69bce21, trainers/maple.py: nn.init.normal_(ctx_vectors, std=0.02) "
+        'without CTX_INIT; the configuration has "a photo of a", whose ids only a tokenizer knows',
+    ),
+    ("maple", "placeholder"): (
+        None,
+        "muzairkhattak/multimodal-prompt-learning@69bce21, trainers/maple.py: prefix, ctx, suffix: behind the first",
+    ),
     ("repadapter", "bottleneck"): (8, f"{REPADAPTER}: hidden_dim=8"),
     ("repadapter", "groups"): (2, f"{REPADAPTER}: groups=2"),
     ("repadapter", "scale"): (1.0, f"{REPADAPTER}: set_RepAdapter(..., dim=8, s=1)"),
+    ("tip_adapter", "alpha"): (
+        1.17,
+        f"{TIP}, configs/imagenet.yaml: init_alpha: 1.17; those of other data have 1.17 to 10",
+    ),
+    ("tip_adapter", "beta"): (1.0, f"{TIP}, configs/imagenet.yaml: init_beta: 1"),
+    ("tip_adapter", "train_keys"): (
+        True,
+        f"{TIP}, main.py: adapter.weight = nn.Parameter(cache_keys.t()), which is Tip-Adapter until it is trained",
+    ),
+    ("tip_adapter", "passes"): (10, f"{TIP}, configs/imagenet.yaml: augment_epoch: 10"),
+    ("tip_adapter", "images"): (None, f"{TIP}, utils.py: cache_keys of all images of train_loader_cache"),
+    ("tip_adapter", "classes"): (None, f"{TIP}, utils.py: F.one_hot(torch.cat(cache_values, dim=0))"),
     ("vpt_deep", "length"): (5, f"{VPT}: _C.MODEL.PROMPT.NUM_TOKENS = 5"),
     ("vpt_deep", "dropout"): (0.0, f"{VPT}: _C.MODEL.PROMPT.DROPOUT = 0.0"),
     ("vpt_deep", "projection"): (None, f"{VPT}: _C.MODEL.PROMPT.PROJECT = -1"),

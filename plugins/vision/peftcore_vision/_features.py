@@ -1,0 +1,85 @@
+"""Sites of features of images: a projection that returns them, or a classifier that is given them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from peftcore import MethodConfig, Site, Surgeon
+from peftcore.errors import TargetError, UnsupportedSite
+
+IMAGES = frozenset({"visual", "vision", "image", "images", "img"})
+"""How the head of images is called where there is also one of texts."""
+
+
+class FeatureConfig(MethodConfig):
+    """The option of methods that act on features of images."""
+
+    features: Literal["output", "input"] = "output"
+    """Whether the features are what the site returns (a projection) or what it is given (a classifier)."""
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureSite(Site):
+    """A module that returns features, or is given them."""
+
+    width: int = 0
+    """How many."""
+
+    @property
+    def weight_shape(self) -> torch.Size:
+        """The width, which stands for a shape in plans and files."""
+        return torch.Size([self.width])
+
+
+def feature_sites(surgeon: Surgeon, config: FeatureConfig) -> list[FeatureSite]:
+    """Return the user's targets; without these, the projection of images, or the classifiers.
+
+    Raises:
+        TargetError: the model has no projection of images.
+        UnsupportedSite: nothing tells how many features a target has.
+    """
+    sites = surgeon.sites()
+    if surgeon.wishes.target is None and config.features == "output":
+        sites = [site for site in sites if _words(site.module_path) & IMAGES]
+        if not sites:
+            raise TargetError(
+                f"this {type(surgeon.model).__name__} has no projection of images; name in target= what returns their "
+                'features, or say features="input" to adapt what a classifier is given'
+            )
+    return [_feature_site(surgeon, site, config.at(site.path)) for site in sites]
+
+
+def image_projection(surgeon: Surgeon) -> FeatureSite:
+    """Return the projection of images, whatever the user's targets are.
+
+    Raises:
+        UnsupportedSite: there is none, or there are several.
+    """
+    heads = [entry for entry, _ in surgeon.resolver.host.select("head") if _words(entry.path) & IMAGES]
+    if len(heads) != 1:
+        raise UnsupportedSite(f"this {type(surgeon.model).__name__} has {len(heads)} projections of images, not one")
+    return _feature_site(surgeon, surgeon.resolver.module_site(heads[0].path), FeatureConfig(method="features"))
+
+
+def _words(path: str) -> set[str]:
+    """Return the words in a path: ``visual`` and ``projection`` of ``visual_projection``."""
+    return {word.lower() for word in re.findall("[A-Z]?[a-z]+", path)}
+
+
+def _feature_site(surgeon: Surgeon, site: Site, config: FeatureConfig) -> FeatureSite:
+    """Return the site with its width: that of its matrix, or of the last one below it (a pooling head)."""
+    if site.layer.channel_dim != -1 or site.layer.one_hot:
+        raise UnsupportedSite(f"{site.path} does not map features in the last dimension to others")
+    if site.layer.has(site.module, site.tensor):
+        width = site.out_features if config.features == "output" else site.in_features
+    else:
+        below = [each for each in surgeon.resolver.host.entries if each.path.startswith(f"{site.module_path}.")]
+        matrices = [each for each in below if len(each.shape) == 2]
+        if not matrices or config.features == "input":
+            raise UnsupportedSite(f"{site.path or 'the host'}: nothing tells how many features go in or out")
+        width = matrices[-1].rows
+    return FeatureSite(**vars(site), width=width)

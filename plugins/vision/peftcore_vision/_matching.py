@@ -1,0 +1,64 @@
+"""Models that compare images with texts: where their logits are, and how they are changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from peftcore.errors import SequenceError
+from peftcore_vision._features import FeatureSite
+
+MATCH = "match"
+"""The form of a model that returns logits of images and texts."""
+PER_IMAGE, PER_TEXT = "logits_per_image", "logits_per_text"
+
+
+@dataclass(frozen=True, eq=False)
+class MatcherSite(FeatureSite):
+    """What returns features of images in a model that compares these with texts."""
+
+    @property
+    def separable(self) -> bool:
+        """Rows are images in one place of the model and texts in others, so none of them can be routed."""
+        return False
+
+
+def with_logits(output: Any, change: Callable[[Tensor], Tensor], classes: int = 1) -> Any:
+    """Return the output of a model with its logits ``[images, texts]`` changed, and those of texts with them.
+
+    Raises:
+        SequenceError: it has none, or a loss of pairs, or fewer texts than classes.
+    """
+    logits = _logits(output)
+    if logits.shape[1] < classes:
+        raise SequenceError(f"{logits.shape[1]} texts for {classes} classes: give the texts of all of them, in order")
+    changed = change(logits)
+    return type(output)(**{**output, PER_IMAGE: changed, PER_TEXT: changed.T})
+
+
+def of_own_texts(output: Any) -> Any:
+    """Return the output of a model that was given texts for each image, all of the first image before those of the
+    second: logits ``[images, texts]`` of each image and its own, and their features ``[images, texts, d]``.
+
+    Raises:
+        SequenceError: it has no logits, or a loss of pairs.
+    """
+    logits = _logits(output)
+    own = logits.unflatten(1, (len(logits), -1)).diagonal().T  # [images, images, texts] -> [images, texts]
+    embeds = output["text_embeds"].unflatten(0, (len(logits), -1))
+    return type(output)(**{**output, PER_IMAGE: own, PER_TEXT: own.T, "text_embeds": embeds})
+
+
+def _logits(output: Any) -> Tensor:
+    if not isinstance(output, Mapping) or output.get(PER_IMAGE) is None:
+        raise SequenceError(
+            f"the model's {type(output).__name__} has no {PER_IMAGE}: call it with texts and images, return_dict=True; "
+            'where a classifier stands for the texts, say features="input" where the method has it'
+        )
+    if output.get("loss") is not None:
+        raise SequenceError("return_loss=True is the loss of pairs of images and texts; these texts are classes")
+    logits: Tensor = output[PER_IMAGE]
+    return logits

@@ -1,0 +1,122 @@
+"""Base operator of trained words among those of a text: which places they take.
+
+The texts hold the places: words of one token each, behind the first token or wherever a placeholder stands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from pydantic import Field, NonNegativeInt, PositiveInt
+from torch import Tensor, nn
+
+from peftcore import MethodConfig, Operator, Site, Surgeon, Tap
+from peftcore.errors import ConfigError, SequenceError, UnsupportedSite
+
+TOWER = "tower"
+"""The form of a tower, of which the mask is seen."""
+
+
+class PlacesConfig(MethodConfig):
+    """Options of trained words."""
+
+    length: PositiveInt = 16
+    """Context vectors M."""
+    init_ids: list[NonNegativeInt] = Field(default_factory=list)
+    """Start from the embeddings of these tokens; there are as many context vectors then."""
+    placeholder: NonNegativeInt | None = None
+    """The token whose places the vectors take, in their order; None takes the places behind the first token."""
+
+    @property
+    def count(self) -> int:
+        """Count the vectors of a context."""
+        return len(self.init_ids) or self.length
+
+
+class PlacesOperator(Operator):
+    """Knows the places of context vectors among the embedded tokens."""
+
+    observes = frozenset({TOWER})
+
+    def __init__(self, site: Site, config: PlacesConfig, names: tuple[str, ...] = ()) -> None:
+        super().__init__(site)
+        self.names = names  # of the tower's arguments
+        self.placeholder, self.count = config.placeholder, config.count
+        self.mask = Tap()  # from the tower to its embeddings
+
+    def at(self, form: str, module: nn.Module) -> Callable[..., Any]:
+        return self._note if form == TOWER else super().at(form, module)
+
+    def _note(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self.mask.put({**dict(zip(self.names, args, strict=False)), **kwargs}.get("attention_mask"))
+        try:
+            return call(*args, **kwargs)
+        finally:
+            self.mask.take()
+
+    def held(self, ids: Tensor) -> Tensor:
+        """Mark the places of the context [batch, tokens].
+
+        Raises:
+            SequenceError: there are not as many as vectors.
+        """
+        count = self.count
+        if self.placeholder is None:
+            at, mask = torch.arange(ids.shape[-1], device=ids.device), self.mask.get()
+            if isinstance(mask, Tensor) and mask.shape == ids.shape:
+                at = at - (mask.cumsum(-1) == 0).sum(-1, keepdim=True)  # places behind the padding on the left
+            held, enough = ((at >= 1) & (at <= count)).expand_as(ids), ids.shape[-1] > count
+        else:
+            held = ids == self.placeholder
+            enough = torch.compiler.is_compiling() or bool((held.sum(-1) == count).all())
+        if not enough:
+            raise SequenceError(f"{ids.shape[-1]} tokens lack the {count} places of the context: tokenize them, too")
+        return held
+
+
+def put_at(held: Tensor, context: Tensor, states: Tensor) -> Tensor:
+    """Return states [batch, tokens, d] with vectors [batch or 1, M, d] at the places that `held` marks."""
+    number = (held.cumsum(-1) - 1).clamp(0, context.shape[1] - 1)  # which of the vectors a place gets
+    chosen = context.expand(len(states), -1, -1).gather(1, number[..., None].expand_as(states))
+    return torch.where(held[..., None], chosen, states)
+
+
+def words(site: Site, config: PlacesConfig, contexts: int = 1) -> Tensor:
+    """Return the start of contexts [contexts, M, d] by a table: N(0, 0.02), or the embeddings of tokens.
+
+    Raises:
+        ConfigError: a token is none of the table's.
+    """
+    start = torch.randn(contexts, config.count, site.out_features) * 0.02
+    if not config.init_ids:
+        return start
+    if max(config.init_ids) >= site.in_features:
+        raise ConfigError(f"init_ids: {max(config.init_ids)} is no token of a vocabulary of {site.in_features}")
+    return site.weight().detach()[:, config.init_ids].T.to(start).expand_as(start).clone()
+
+
+def text_sites(surgeon: Surgeon) -> Iterator[tuple[Site, Site]]:
+    """Yield the tables of the user's targets that embed texts, each with its tower.
+
+    Raises:
+        UnsupportedSite: there is none, or a target is another one.
+    """
+    stacks = {f"{each.path}.{each.table}".lstrip("."): each for each in surgeon.resolver.token_stacks()}
+    sites, refused = [], []
+    for site in surgeon.sites():
+        stack = stacks.get(site.module_path)
+        if stack is None:
+            refused.append(f"{site.path} embeds no texts of a tower")
+        elif stack.causal and stack.takes_cache:
+            refused.append(f"{site.path} embeds what a model generates; prompt_tuning is for that")
+        else:
+            sites.append(site)
+    if refused and (surgeon.wishes.target is not None or not sites):
+        raise UnsupportedSite(refused[0])
+    for site in sites:
+        path = stacks[site.module_path].path
+        tower = replace(site, module=surgeon.resolver.modules[path], module_path=path, form=TOWER)
+        yield replace(site, form="activation"), tower

@@ -1,0 +1,67 @@
+"""Models with a tower of texts and one of images: their blocks, and the norm before those of images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from peftcore import Site, Surgeon
+from peftcore.errors import UnsupportedSite
+from peftcore_vision._places import text_sites
+from peftcore_vision._prompts import image_blocks
+
+
+@dataclass(frozen=True)
+class Towers:
+    """Both towers."""
+
+    table: Site
+    """What embeds texts."""
+    tower: Site
+    """The tower of texts, of which the mask is seen."""
+    texts: list[Site]
+    """Its blocks."""
+    images: list[Site]
+    """The blocks that patches of an image go through."""
+    image_width: int
+    """Features of their stream."""
+    norms: list[Site]
+    """The norm through which patches go before the first block, if there is one."""
+
+
+@dataclass(frozen=True, eq=False)
+class CoupledSite(Site):
+    """A place in the tower of texts, with the width of that of images."""
+
+    width: int = 0
+    """Features of a text's stream."""
+    image_width: int = 0
+    """Features of an image's stream."""
+
+    @property
+    def weight_shape(self) -> torch.Size:
+        """The widths, which stand for a shape in plans and files."""
+        return torch.Size([self.image_width, self.width])
+
+
+def two_towers(surgeon: Surgeon) -> Towers:
+    """Return both towers.
+
+    Raises:
+        UnsupportedSite: there are no two, or one of them takes no prompts.
+    """
+    (table, tower), *others = text_sites(surgeon)
+    if others:
+        raise UnsupportedSite(f"{others[0][0].path} is a second table of texts; target one of them")
+    host, images = surgeon.resolver.host, image_blocks(surgeon)
+    top = f"{tower.module_path}.".lstrip(".")
+    of_texts = [each.path for each in host.entries if each.role == "block" and each.path.startswith(top)]
+    if any(image.module_path in of_texts for image in images):
+        raise UnsupportedSite(
+            f"{tower.module_path or 'the host'} takes texts and images alike: there are no two towers"
+        )
+    in_front = host.at(images[0].module_path)[0].tower
+    norms = [each.path for each in host.entries if each.role == "norm.embed" and each.tower == in_front]
+    at = surgeon.resolver.module_site
+    return Towers(table, tower, [*map(at, of_texts)], [*images], images[0].width, [*map(at, norms)])

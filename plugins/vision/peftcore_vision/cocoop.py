@@ -1,0 +1,140 @@
+"""CoCoOp, conditional context optimization.   Zhou et al. 2022, arXiv 2203.05557 (code: KaiyangZhou/CoOp).
+
+    v_m(x) = v_m + W2 relu(W1 f(x) + b1) + b2,   v [M, d],   W1 [p // reduction, p],   W2 [d, p // reduction]
+    t_k(x) = g([SOS; v_1(x) ... v_M(x); name_k; EOS]),   p(k | x) = softmax_k(scale * cos(f(x), t_k(x)))
+
+Words in front of the names of classes, as in coop, that are shifted for each image x by a small network of its features
+f(x), of length one and p of them. The texts hold the places, as in coop, and the batch of texts is the classes:
+
+    peftcore.apply(clip, "cocoop", init_ids=[320, 1125, 539, 320])   # "a photo of a"
+    clip(input_ids=texts_of_all_classes, pixel_values=images).logits_per_image
+
+Each image has texts of its own, so B images and K classes are B K texts; the authors run them image by image, here they
+are one batch of the tower, of as much memory. They train one image at a time. ``text_embeds`` are [B, K, p] then, and
+features of texts alone are refused, since no image says what they are.
+
+v starts as N(0, 0.02), or as the embeddings of `init_ids`; the network as torch's linear layers do. Never identity.
+Parameters: M d + (p + 1) (p // reduction) + (p // reduction + 1) d. Nothing merges, and no text can be kept.
+
+Use it where an adapter of few classes shall hold for names that were not seen; for those that were seen coop is better,
+and as many times faster as there are images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from pydantic import PositiveInt
+from torch import Tensor, nn
+
+from peftcore import LearningRate, Method, Site, Surgeon, Tags, Tap
+from peftcore.errors import MissingContext, SequenceError, UnsupportedSite
+from peftcore_vision._features import image_projection
+from peftcore_vision._matching import MATCH, of_own_texts
+from peftcore_vision._places import TOWER, PlacesConfig, PlacesOperator, put_at, text_sites, words
+
+FEATURES = "features"
+"""The form of the projection that returns features of images."""
+
+
+class Config(PlacesConfig):
+    """Options of CoCoOp."""
+
+    method: Literal["cocoop"] = "cocoop"
+    length: PositiveInt = 4
+    """Context vectors M."""
+    reduction: PositiveInt = 16
+    """How many times narrower the network is inside than features are."""
+
+
+@dataclass(frozen=True, eq=False)
+class ConditionedSite(Site):
+    """A table of words that features of images shift."""
+
+    features: int = 0
+    """How many features an image has."""
+
+
+class ConditionedOperator(PlacesOperator):
+    """Puts words that an image has shifted in their places among the embedded tokens."""
+
+    observes = frozenset({FEATURES})
+
+    def __init__(self, site: ConditionedSite, config: Config, names: tuple[str, ...]) -> None:
+        super().__init__(site, config, names)
+        narrow = site.features // config.reduction
+        if not narrow:
+            raise UnsupportedSite(f"images have {site.features} features; use a reduction of {site.features} at most")
+        self.context = nn.Parameter(words(site, config)[0])  # [M, d]
+        self.down, self.up = nn.Linear(site.features, narrow), nn.Linear(narrow, site.out_features)
+        self.seen, self.shifted = Tap(), Tap()  # from the projection to the tower, and from there to the table
+
+    def at(self, form: str, module: nn.Module) -> Callable[..., Any]:
+        acts = {FEATURES: self._look, TOWER: self._repeat, MATCH: self._match}
+        return acts.get(form, self)
+
+    def forward(self, call: Callable[..., Any], ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        embedded: Tensor = call(ids, *args, **kwargs)
+        shifted = self.shifted.get()
+        if shifted is None:
+            raise MissingContext("the table of words was called without its tower, so nobody knows the image")
+        (context,) = self.cast(embedded, shifted)
+        return put_at(self.held(ids), context.repeat_interleave(len(ids) // len(context), 0), embedded)
+
+    def _look(self, call: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        f = call(*args, **kwargs)
+        self.seen.put(f)
+        return f
+
+    def _repeat(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run the tower on all texts once for each image."""
+        given, f = {**dict(zip(self.names, args, strict=False)), **kwargs}, self.seen.take()
+        if f is None:
+            raise MissingContext("words depend on the image: call the whole model, with texts and images")
+        f = f / f.norm(dim=-1, keepdim=True)
+        weights = self.cast(f, self.down.weight, self.down.bias, self.up.weight, self.up.bias, self.context)
+        shift = nn.functional.linear(nn.functional.linear(f, *weights[:2]).relu(), *weights[2:4])  # [images, d]
+        self.shifted.put(weights[4] + shift[:, None])  # [images, M, d]
+        many = {name: given[name].repeat(len(f), 1) for name in ("input_ids", "attention_mask")
+                if given.get(name) is not None}  # fmt: skip
+        return self._note(call, **{**given, **many})
+
+    def _match(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run the model that compares images and texts."""
+        if kwargs.get("return_loss"):
+            raise SequenceError("return_loss=True is the loss of pairs of images and texts; these texts are classes")
+        return of_own_texts(call(*args, **kwargs))
+
+
+class CoCoOp(Method):
+    """Trained words in front of the names of classes, which each image shifts."""
+
+    name = "cocoop"
+    Config = Config
+    tags = Tags(category="vision", paper="2203.05557", identity_at_init=False, per_row=False)
+    learning_rate = LearningRate(
+        2e-3,
+        "KaiyangZhou/CoOp@ff61507, configs/trainers/CoCoOp/vit_b16_c4_ep10_batch1_ctxv1.yaml",
+        on="CLIP ViT-B/16, 16 images a class, one image a step",
+        optimizer="SGD",
+        momentum=0.9,
+    )
+    target = ("embed",)
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        projection = image_projection(surgeon)
+        for site, tower in text_sites(surgeon):
+
+            def operator(site: ConditionedSite, own: Config, names: tuple[str, ...] = tower.arguments) -> Any:
+                return ConditionedOperator(site, own, names)
+
+            root = replace(projection, module=model, module_path="", form=MATCH)
+            holders = (tower, replace(projection, form=FEATURES), root)
+            surgeon.graft(ConditionedSite(**vars(site), features=projection.width), operator, config, holders)
+
+    @staticmethod
+    def parameter_count(site: ConditionedSite, config: Config) -> int:
+        narrow = site.features // config.reduction
+        return config.count * site.out_features + (site.features + 1) * narrow + (narrow + 1) * site.out_features

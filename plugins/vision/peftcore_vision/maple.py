@@ -1,0 +1,165 @@
+"""MaPLe, multi-modal prompt learning.   Khattak et al. 2022, arXiv 2210.03117.
+
+    text, block j:    [SOS; P_j; name; EOS],   P_j [length, d]
+    image, block j:   [class token; patches; P_j F_j + b_j],   F_j [d, d_image],   j = 0 ... depth - 1
+
+Prompts of the texts, and maps that make prompts of the images of them, so both towers learn together (code:
+muzairkhattak/multimodal-prompt-learning). Each of the first `depth` blocks has its own: it overwrites what the block
+before made of its prompt. The last one goes on through all blocks that follow. P_0 stands in the place of words, before
+positions are added, as in coop: tokenize ``"X X " + name + "."`` with as many words of one token, or any words of which
+the first `length` are overwritten. The authors write "a photo of a", of which length=2 takes the first two:
+``init_ids`` are these two. The batch of texts is the classes:
+
+    peftcore.apply(clip, "maple", init_ids=[320, 1125])
+    clip(input_ids=texts_of_all_classes, pixel_values=images).logits_per_image
+
+The first prompt of the images goes through the norm before the blocks, where the model has one (CLIP). Text prompts
+start as N(0, 0.02), or P_0 as those words; maps as torch's linear layers. The authors let the deeper maps start alike;
+here each is drawn by itself. Where several are active together, the last one has the places of words, and the image
+tower sees the prompts of all.
+
+Never identity. Parameters: depth (length d + (d + 1) d_image).
+
+Use it for CLIP with few images a class, where names of other classes shall still work; coop has a hundredth of the
+parameters, and is as good for the classes that were seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from pydantic import PositiveInt
+from torch import Tensor, nn
+
+from peftcore import LearningRate, Method, Surgeon, Tags, Tap, on_first
+from peftcore.errors import ConfigError, SequenceError
+from peftcore_vision._places import PlacesConfig, PlacesOperator, put_at, words
+from peftcore_vision._prompts import check_tokens
+from peftcore_vision._two_towers import CoupledSite, two_towers
+
+NORM, BLOCK, LAST = "prompt.norm", "prompt.block", "prompt.last"
+"""The forms of places in the image tower: the norm before the blocks, the prompt's own block, and the last one."""
+
+
+class Config(PlacesConfig):
+    """Options of MaPLe."""
+
+    method: Literal["maple"] = "maple"
+    length: PositiveInt = 2
+    """Rows of each prompt."""
+    depth: PositiveInt = 9
+    """In how many blocks prompts are new."""
+
+
+@dataclass(frozen=True)
+class _Rest:
+    """What operators of all blocks are told alike."""
+
+    names: tuple[str, ...]
+    """The arguments of the tower of texts."""
+    last: int
+    """The number of the last block of images."""
+    has_norm: bool
+    """Whether there is a norm before the blocks of images."""
+    places: Tap
+    """From the table of texts to their blocks."""
+
+
+class MaPLeOperator(PlacesOperator):
+    """The prompts of one block in both towers: in that of texts behind the block before it, or behind the table."""
+
+    def __init__(self, site: CoupledSite, config: Config, start: Tensor, depth: int, rest: _Rest) -> None:
+        super().__init__(site, config, rest.names)
+        self.depth, self.places = depth, rest.places
+        self.stays = depth == config.depth - 1 < rest.last
+        self.has_norm = depth == 0 and rest.has_norm
+        self.normed = Tap(until_backward=True)  # from the norm before the blocks to the first of them
+        self.rows = nn.Parameter(start)  # [length, d]
+        self.map = nn.Linear(site.width, site.image_width)
+
+    def at(self, form: str, module: nn.Module) -> Callable[..., Any]:
+        acts = {NORM: self._norm, BLOCK: self._enter, LAST: self._leave}
+        return acts[form] if form in acts else super().at(form, module)
+
+    def forward(self, call: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        output = call(x, *args, **kwargs)
+        if not self.depth:
+            self.places.put(self.held(x))
+        held = self.places.get()
+        if held is None:
+            raise SequenceError(
+                "the blocks of texts were called without their table, so nobody knows the prompt's place"
+            )
+        return on_first(output, lambda y: put_at(held, self.cast(y, self.rows)[0][None], y))
+
+    def _of_image(self, x: Tensor) -> Tensor:
+        """Return the prompt of the images [batch, length, d_image]."""
+        rows, weight, bias = self.cast(x, self.rows, self.map.weight, self.map.bias)
+        return nn.functional.linear(rows, weight, bias).expand(len(x), -1, -1)
+
+    def _norm(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
+        y = call(torch.cat([x, self._of_image(x)], dim=1))
+        self.normed.put(y[:, x.shape[1] :])
+        return y[:, : x.shape[1]]
+
+    def _enter(self, call: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        check_tokens(x, (*args, *kwargs.values()))
+        rows = self.normed.get() if self.has_norm else self._of_image(x)
+        if self.stays:
+            return call(torch.cat([x, rows], dim=1), *args, **kwargs)
+        output = call(torch.cat([rows, x], dim=1), *args, **kwargs)  # the next block has its own
+        return on_first(output, lambda y: y[:, self.count :].contiguous())
+
+    def _leave(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return on_first(call(*args, **kwargs), lambda y: y[:, : -self.count].contiguous())
+
+
+def _alike(config: Config) -> tuple[int, int, int | None]:
+    """Return the options that all prompts have in common."""
+    return config.count, config.depth, config.placeholder
+
+
+class MaPLe(Method):
+    """Prompts of texts in several blocks, and maps that make those of images of them."""
+
+    name = "maple"
+    Config = Config
+    tags = Tags(category="vision", paper="2210.03117", identity_at_init=False, per_row=False, reentrant=False)
+    learning_rate = LearningRate(
+        3.5e-3,
+        "muzairkhattak/multimodal-prompt-learning@69bce21, configs/trainers/MaPLe/vit_b16_c2_ep5_batch4_2ctx.yaml",
+        on="CLIP ViT-B/16, 16 images a class, batches of 4",
+        optimizer="SGD",
+        momentum=0.9,
+    )
+    target = ("embed",)
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        towers = two_towers(surgeon)
+        table, images = towers.table, towers.images
+        if config.depth > (most := min(len(images), len(towers.texts))):
+            raise ConfigError(f"depth={config.depth}, and the towers of this {type(model).__name__} have {most} blocks")
+        rest = _Rest(towers.tower.arguments, len(images) - 1, bool(towers.norms), Tap(until_backward=True))
+        for depth in range(config.depth):
+            site = table if depth == 0 else replace(towers.texts[depth - 1], form="activation")
+            if _alike(config.at(site.path)) != _alike(config):
+                raise ConfigError(f"{site.path}: prompts of all blocks have the same options, no overrides")
+            coupled = CoupledSite(**vars(site), width=table.out_features, image_width=towers.image_width)
+            holders = [replace(images[depth], form=BLOCK)]
+            if depth == 0:
+                holders += [towers.tower, *(replace(norm, form=NORM) for norm in towers.norms)]
+            if depth == config.depth - 1 < rest.last:
+                holders.append(replace(images[-1], form=LAST))
+
+            def operator(site: CoupledSite, own: Config, depth: int = depth) -> MaPLeOperator:
+                drawn = own if depth == 0 else own.replace(init_ids=[], length=own.count)
+                return MaPLeOperator(site, own, words(table, drawn)[0], depth, rest)
+
+            surgeon.graft(coupled, operator, config, tuple(holders))
+
+    @staticmethod
+    def parameter_count(site: CoupledSite, config: Config) -> int:
+        return config.count * site.width + (site.width + 1) * site.image_width

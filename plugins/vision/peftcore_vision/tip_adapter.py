@@ -1,0 +1,165 @@
+"""Tip-Adapter.   Zhang et al. 2021, arXiv 2111.03930 (code: gaopengcuhk/Tip-Adapter).
+
+    logits' = logits + alpha exp(-beta (1 - f K^T)) L,   K [images, d],   L [images, classes]
+
+A cache of few images with labels: K are their features and L their labels, one-hot; f are the features of an image
+that is classified. Features have length one, and logits are the model's own, of images and the texts of all classes:
+
+    few = [{"input_ids": texts, "pixel_values": images, "labels": classes}, ...]   # class k is the text of row k
+    peftcore.apply(clip, "tip_adapter", data=few)
+    clip(input_ids=texts, pixel_values=others).logits_per_image
+
+Fresh it is Tip-Adapter, which trains nothing. Trained it is Tip-Adapter-F: K moves from there, without being normalized
+anew, and L stays. ``train_keys=False`` keeps K as it is. As in the authors' code a key is the mean of an image's
+features, normalized afterwards, over as many `passes` through ``data=`` as they draw augmentations; data without any is
+gone through twice. Keep its order (shuffle=False). The authors search alpha and beta on validation images: both are
+attributes of the operator.
+
+Where a classifier has the place of the texts (the authors' own form: text features as its rows), ``features="input"``
+takes what it is given, and adds to what it returns. ``target=`` names what returns features in models other than CLIP.
+
+alpha = 0 is the model itself. Parameters: images * d, or none. A plan without `images` counts one.
+
+Use it with 1 to 16 images a class: it is good at once, and trains in minutes. With more, K grows, and clip_adapter, of
+one size whatever there is, is better; so is coop where the words are what is wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from pydantic import NonNegativeFloat, PositiveInt
+from torch import Tensor, nn
+
+from peftcore import AppliedMethod, Batches, LearningRate, Method, Operator, Site, Surgeon, Tags, Tap
+from peftcore.errors import CalibrationError
+from peftcore_vision._features import FeatureConfig, FeatureSite, feature_sites
+from peftcore_vision._few_shots import Shots, few_shots
+from peftcore_vision._matching import MATCH, MatcherSite, with_logits
+
+
+class Config(FeatureConfig):
+    """Options of Tip-Adapter."""
+
+    method: Literal["tip_adapter"] = "tip_adapter"
+    alpha: NonNegativeFloat = 1.17
+    """Weight of what the cache says."""
+    beta: NonNegativeFloat = 1.0
+    """How much nearer images count more."""
+    train_keys: bool = True
+    """Whether K trains."""
+    passes: PositiveInt = 10
+    """How often the data is gone through, at most: once for each augmentation of an image."""
+    images: PositiveInt | None = None
+    """Images in the cache; None: as many as the data has."""
+    classes: PositiveInt | None = None
+    """Classes of their labels, from 0 on; None: up to the largest label of the data."""
+
+
+class CacheOperator(Operator):
+    """The features and labels of few images, and what they say of others."""
+
+    labels: Tensor
+
+    def __init__(self, site: FeatureSite, config: Config) -> None:
+        super().__init__(site)
+        self.alpha, self.beta, self.features = config.alpha, config.beta, config.features
+        images, self.classes = config.images or 1, config.classes or 1
+        keys = torch.zeros(images, site.width)
+        if config.train_keys:
+            self.keys = nn.Parameter(keys)
+        else:
+            self.register_buffer("keys", keys)
+        self.register_buffer("labels", torch.zeros(images, dtype=torch.long))
+        self.seen = Tap()  # from the projection to the logits
+
+    def wrong_values(self, values: Mapping[str, Tensor]) -> Iterator[str]:
+        labels = values.get("labels")
+        if labels is not None and not 0 <= int(labels.min()) <= int(labels.max()) < self.classes:
+            yield f"labels holds others than 0 to {self.classes - 1}"
+
+    def at(self, form: str, module: nn.Module) -> Callable[..., Any]:
+        return self._match if form == MATCH else self
+
+    def forward(self, call: Callable[..., Any], f: Tensor, *args: Any, **kwargs: Any) -> Any:
+        output = call(f, *args, **kwargs)
+        if self.features == "input":
+            return output + self.said(f, output)
+        self.seen.put(output)
+        return output
+
+    def _match(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run the model that compares images and texts."""
+        output, f = call(*args, **kwargs), self.seen.take()
+        return with_logits(output, lambda logits: logits + self.said(f, logits), self.classes)
+
+    def said(self, f: Tensor, logits: Tensor) -> Tensor:
+        """Return what the cache adds to logits [..., classes] of features [..., d]."""
+        f = f / f.norm(dim=-1, keepdim=True)
+        (keys,) = self.cast(f, self.keys)
+        near = (self.beta * (f @ keys.T - 1)).exp()  # [..., images]
+        of_class = self.labels[:, None] == torch.arange(logits.shape[-1], device=f.device)
+        return (self.alpha * near @ of_class.to(near)).to(logits.dtype)
+
+
+class TipAdapter(Method):
+    """A cache of few images with labels beside the logits."""
+
+    name = "tip_adapter"
+    Config = Config
+    tags = Tags(
+        category="vision",
+        paper="2111.03930",
+        identity_at_init=False,
+        identity_options={"alpha": 0.0},
+        needs_data=True,
+    )
+    learning_rate = LearningRate(
+        1e-3, "gaopengcuhk/Tip-Adapter@d0e2d6f, configs/imagenet.yaml", on="CLIP RN50, ImageNet, 16 images a class"
+    )
+    target = ("head",)
+    found: Shots | None = None
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        for site in feature_sites(surgeon, config):
+            if config.at(site.path).features == "input":
+                surgeon.graft(site, CacheOperator, config)
+            else:
+                root = replace(site, module=model, module_path="", form=MATCH)
+                surgeon.graft(MatcherSite(**vars(site)), CacheOperator, config, (root,))
+
+    def structure(
+        self, model: nn.Module, data: Batches, config: Config, sites: Sequence[Site]
+    ) -> Mapping[str, Mapping[str, Any] | None]:
+        self.found = few_shots(model, data, config.passes, {site: config.at(site.path).features for site in sites})
+        sizes = {"images": len(self.found.labels), "classes": int(self.found.labels.max()) + 1}
+        return {
+            site.path: {name: size for name, size in sizes.items() if dict(config.at(site.path))[name] is None}
+            for site in sites
+        }
+
+    def calibrate(self, model: nn.Module, data: Batches, config: Config, injection: AppliedMethod) -> None:
+        grafts: list[Any] = [graft for graft in injection.grafts if graft.by_method]
+        if self.found is None:  # a part of a hybrid, whose sizes are told
+            with injection.whole.disabled():
+                features = {graft.site: graft.operator.features for graft in grafts}
+                self.found = few_shots(model, data, config.passes, features)
+        labels = self.found.labels
+        for graft in grafts:
+            images, classes = len(graft.operator.labels), graft.operator.classes
+            if len(labels) != images or int(labels.max()) >= classes:
+                raise CalibrationError(
+                    f"the data has {len(labels)} images with labels up to {int(labels.max())}, and the cache of "
+                    f"{graft.site.path} is of images={images}, classes={classes}: say these of the data"
+                )
+            with torch.no_grad():
+                graft.operator.keys.copy_(self.found.keys[graft.site.path])
+                graft.operator.labels.copy_(labels)
+        self.found = None
+
+    @staticmethod
+    def parameter_count(site: FeatureSite, config: Config) -> int:
+        return (config.images or 1) * site.width if config.train_keys else 0
