@@ -16,11 +16,13 @@ def peftcore_methods() -> Mapping[str, str]:
         "clip_adapter": "peftcore_vision.clip_adapter:CLIPAdapter",
         "convpass": "peftcore_vision.convpass:Convpass",
         "coop": "peftcore_vision.coop:CoOp",
+        "e2vpt": "peftcore_vision.e2vpt:E2VPT",
         "fact_tk": "peftcore_vision.fact_tk:FactTK",
         "fact_tt": "peftcore_vision.fact_tt:FactTT",
         "repadapter": "peftcore_vision.repadapter:RepAdapter",
         "vpt_deep": "peftcore_vision.vpt_deep:VPTDeep",
         "vpt_shallow": "peftcore_vision.vpt_shallow:VPTShallow",
+        "vqt": "peftcore_vision.vqt:VQT",
     }
 
 
