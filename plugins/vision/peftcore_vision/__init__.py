@@ -16,6 +16,7 @@ def peftcore_methods() -> Mapping[str, str]:
         "clip_adapter": "peftcore_vision.clip_adapter:CLIPAdapter",
         "convpass": "peftcore_vision.convpass:Convpass",
         "coop": "peftcore_vision.coop:CoOp",
+        "dtl": "peftcore_vision.dtl:DTL",
         "e2vpt": "peftcore_vision.e2vpt:E2VPT",
         "fact_tk": "peftcore_vision.fact_tk:FactTK",
         "fact_tt": "peftcore_vision.fact_tt:FactTT",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -23,6 +23,11 @@ class PrunedOperator(DeepOperator):
         if site.width % segments:
             raise UnsupportedSite(f"{site.path} is {site.width} wide, which is no multiple of segments={segments}")
         self.register_buffer("kept", torch.ones(config.length, segments))  # [length, segments]: 0 where pruned
+
+    def wrong_values(self, values: Mapping[str, Tensor]) -> Iterator[str]:
+        kept = values.get("kept")
+        if kept is not None and not ((kept == 0) | (kept == 1)).all():
+            yield "kept holds others than 0 and 1"
 
     def rows(self, x: Tensor, others: tuple[Any, ...]) -> Tensor:
         rows = super().rows(x, others)  # [batch, length, width]

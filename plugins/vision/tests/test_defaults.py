@@ -7,6 +7,7 @@ from named_defaults import Free, Held, assert_as_said, rows
 
 ADAPTFORMER = "ShoufaChen/AdaptFormer@6967d67"
 CONVPASS = "JieShibo/PETL-ViT@026e4f1, convpass/vtab/convpass.py"
+DTL = "heekhero/DTL@bf6c51e"
 E2VPT = "ChengHan111/E2VPT@7a66e75, src/configs/config.py: _C.MODEL.P_VK"
 FACT = "JieShibo/PETL-ViT@026e4f1, FacT"
 REPADAPTER = "luogen1996/RepAdapter@360992f, repadapter.py"
@@ -29,6 +30,10 @@ HELD: Held = {
         "identity",
         f"{CONVPASS}: set_Convpass(..., xavier_init=False); the configurations of 9 tasks have False, of 10 True",
     ),
+    ("dtl", "rank"): (2, f"{DTL}, train_vit_vtab.py: --r default=2"),
+    ("dtl", "start"): (0.5, f"{DTL}, train_vit_vtab.py: --add_after_blocks default='6-11', of 12 blocks"),
+    ("dtl", "beta"): (100.0, f"{DTL}, train_vit_vtab.py: --beta default=100.0"),
+    ("dtl", "kernel"): (None, f"{DTL}, train_scripts/vit/vtab/cifar_100/train_dtl.sh: --fusion_size 0"),
     ("e2vpt", "length"): (5, f"{E2VPT}.NUM_TOKENS_P = 5"),
     ("e2vpt", "dropout"): (0.0, f"{E2VPT}.DROPOUT_P = 0.0; the commands of tasks have 0.1"),
     ("e2vpt", "projection"): (None, f"{E2VPT}.PROJECT = -1"),
