@@ -10,7 +10,7 @@ from attention_hosts import FAMILIES, METHODS, VALUES, copies, host, inputs, met
 from torch import Tensor
 
 import peftcore
-from peftcore import Attend, AttentionOperator, MethodConfig
+from peftcore import Attend, AttentionOperator, AttentionSite, MethodConfig
 
 ONLY_EAGER = {"gemma2"}
 """Their scores are capped, which sdpa cannot do."""
@@ -119,9 +119,12 @@ class GroupsConfig(MethodConfig):
 class Groups(AttentionOperator):
     """Tokens see those of their own group."""
 
+    def __init__(self, site: AttentionSite, config: GroupsConfig) -> None:
+        super().__init__(site)
+
     def forward(self, attend: Attend, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        bounds = pairwise((0, 4, 7, attend.keys))
-        return torch.cat([attend.among(*each, query, key, value) for each in bounds], dim=2)
+        bounds = [*(bound for bound in (0, 4, 7) if bound < attend.keys), attend.keys]
+        return torch.cat([attend.among(*each, query, key, value) for each in pairwise(bounds)], dim=2)
 
 
 GROUPS = torch.tensor([0, 0, 0, 0, 1, 1, 1, 2, 2])
@@ -132,10 +135,9 @@ GROUPS = torch.tensor([0, 0, 0, 0, 1, 1, 1, 2, 2])
 def test_groups_see_nothing_of_each_other(name: str, implementation: str) -> None:
     """Beside keys that another edit puts in front, padding, causality, and biases of positions; then all is as
     before."""
-    base = host(name, implementation, torch.float64)
-    model, given = deepcopy(base), inputs(name)
+    model, given = host(name, implementation), inputs(name)
     groups = peftcore.apply(model, method(Groups, GroupsConfig, "groups"), target="attn.core")
-    peftcore.apply(model, METHODS["in_front"], target="attn.core", dtype="float64")
+    peftcore.apply(model, METHODS["in_front"], target="attn.core")
     peftcore.activate(model, "groups", "in_front")
     calls: list[tuple[Tensor, Tensor, Tensor]] = []
 

@@ -40,8 +40,8 @@ class ShiftedOperator(AttentionOperator):
                 f"{tokens} tokens that train see {attend.keys}, cached or of another sequence: groups are of tokens "
                 "that see each other; give whole texts, or call eval() for generation"
             )
-        size = max(1, int(tokens * self.ratio)) if self.size is None else self.size
-        starts = (range(0, tokens, size), (0, *range(size // 2 or size, tokens, size)))
+        size = max(2, int(tokens * self.ratio)) if self.size is None else self.size
+        starts = (range(0, tokens, size), (0, *range(size // 2, tokens, size)))
         plain, shifted = (
             torch.cat(
                 [attend.among(start, stop, query, key, value) for start, stop in pairwise((*groups, tokens))], dim=2

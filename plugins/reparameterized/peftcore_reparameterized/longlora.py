@@ -4,7 +4,8 @@
     attention in training:  token i sees token j <= i  if  floor(i / G) = floor(j / G)              in heads 1 to H/2
                                                        if  floor(i / G + 1/2) = floor(j / G + 1/2)  in all others
 
-G is `group_ratio` times the number of tokens N, or `group_size`. So the cost of attention falls from N^2 to N G, while
+G is `group_ratio` times the number of tokens N (at least 2), or `group_size`; it is so in every attention of which a
+matrix is a target. So the cost of attention falls from N^2 to N G, while
 half of the heads carry what is known across the borders of groups. In evaluation every token sees all that the model
 lets it see: nothing of it is left in a model that is merged or in service, and flash attention and caches work there.
 
@@ -48,7 +49,7 @@ class Config(MethodConfig):
     """Probability with which inputs of the update are dropped in training."""
     group_ratio: Annotated[NonNegativeFloat, Field(gt=0.0, le=1.0)] = 0.25
     """The share of the tokens that a group has."""
-    group_size: PositiveInt | None = None
+    group_size: Annotated[int, Field(ge=2)] | None = None
     """Tokens of a group, whatever the length; None takes the share."""
     train_norms: bool = True
     """Train the norms."""
@@ -68,10 +69,12 @@ class LongLoRA(Method):
     target = ("attn.q", "attn.k", "attn.v", "attn.out")
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
-        for site in surgeon.sites():
+        sites = surgeon.sites()
+        for site in sites:
             surgeon.graft(site, lambda at, own: lora.LoRAOperator(at, _lora(own)), config)
-        for site in surgeon.at("attn.core"):
-            surgeon.attention(site, ShiftedOperator, config)
+        for core in surgeon.at("attn.core"):
+            if any(f"{site.module_path}.".startswith(f"{core.module_path}.") for site in sites):
+                surgeon.attention(core, ShiftedOperator, config)
         trained = ["norm.*"] * config.train_norms + ["embed"] * config.train_embeddings
         for path in {site.module_path: None for role in trained for site in surgeon.at(role)}:
             surgeon.train(path)
@@ -80,7 +83,7 @@ class LongLoRA(Method):
     def parameter_count(site: Site, config: Config) -> int:
         if isinstance(site, AttentionSite):
             return 0
-        if len(site.weight_shape) == 1 or (site.layer.one_hot and config.train_embeddings):
+        if len(site.weight_shape) == 1 or (site.layer_of(site.module, site.tensor).one_hot and config.train_embeddings):
             return site.numel
         return low_rank_count(site, config.rank)
 

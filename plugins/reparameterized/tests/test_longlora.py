@@ -52,7 +52,8 @@ def test_the_authors_attention_with_the_same_numbers(kind: str) -> None:
     output = attention(states, model.rotary_emb(states, torch.arange(16)[None]), None)[0]
     expected = {key: torch.tensor(value, dtype=torch.float64) for key, value in frozen(NUMBERS)[kind].items()}
     first = 0 if kind == "flash" else 2
-    torch.testing.assert_close(output[:, first:], expected["output"][:, first:], rtol=1e-10, atol=1e-10)
+    close = 1e-10 if kind == "flash" else 1e-5  # their other version computes its softmax in float32
+    torch.testing.assert_close(output[:, first:], expected["output"][:, first:], rtol=close, atol=close)
     if kind == "flash":
         (slope,) = torch.autograd.grad((output * wave((1, 16, 8), "direction")).sum(), [states])
         torch.testing.assert_close(slope, expected["slope"], rtol=1e-10, atol=1e-10)
@@ -101,9 +102,10 @@ def groups_by_hand(model: Any, size: int) -> Iterator[None]:
 @pytest.mark.parametrize("name", ["llama", "gpt_neox", "bert"])
 def test_the_equation(name: str, implementation: str, size: int) -> None:
     """A short last group, padding, keys that queries share, attention to both sides; and the adapter merged."""
-    model: Any = host(name)
+    narrow = implementation == "eager" and name != "bert"  # a softmax in float32, in hosts of any dtype
+    model: Any = host(name).to(torch.float32 if narrow else torch.float64)
     model.set_attn_implementation(implementation)
-    injection = peftcore.apply(model, "longlora", dtype="float64", group_size=size)
+    injection = peftcore.apply(model, "longlora", dtype="float32" if narrow else "float64", group_size=size)
     fill(injection)
     seen = PADDING.bool()
     given = {"attention_mask": PADDING, "use_cache": False} if name != "bert" else {"attention_mask": PADDING}
@@ -111,7 +113,7 @@ def test_the_equation(name: str, implementation: str, size: int) -> None:
     def logits(each: Any) -> tuple[Tensor, Tensor]:
         embeds = each.get_input_embeddings()(IDS).detach().requires_grad_()
         made = each(inputs_embeds=embeds, **given).logits[seen]
-        direction = torch.cos(torch.arange(made.numel(), dtype=torch.float64)).view_as(made)
+        direction = torch.cos(torch.arange(made.numel(), dtype=made.dtype)).view_as(made)
         return made, torch.autograd.grad((made * direction).sum(), [embeds])[0]
 
     whole = logits(model)
@@ -119,13 +121,13 @@ def test_the_equation(name: str, implementation: str, size: int) -> None:
     assert (trained[0] - whole[0]).abs().max() > 1e-2
     model.eval()
     injection.bake()
+    close = 1e-4 if narrow else 1e-9
     for ours, plain in zip(whole, logits(model), strict=True):
-        torch.testing.assert_close(ours, plain, rtol=1e-9, atol=1e-10)
+        torch.testing.assert_close(ours, plain, rtol=close, atol=close)
     with groups_by_hand(model, size):
         expected = logits(model)
-    narrow = implementation == "eager" and name != "bert"  # a softmax in float32, in hosts of any dtype
     for ours, theirs in zip(trained, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4 if narrow else 1e-8, atol=1e-4 if narrow else 1e-9)
+        torch.testing.assert_close(ours, theirs, rtol=close, atol=close)
 
 
 def test_a_share_of_the_tokens() -> None:

@@ -112,7 +112,10 @@ class SideOperator(Operator):
 
 def _convolved(h: Tensor, weight: Tensor) -> Tensor:
     """Return [batch, rows, columns, d] with each channel convolved by itself."""
-    return F.conv2d(h.movedim(-1, 1), weight, padding="same", groups=len(weight)).movedim(1, -1)
+    size = weight.shape[-1]
+    before, behind = (size - 1) // 2, size // 2
+    padded = F.pad(h.movedim(-1, 1), (before, behind, before, behind))
+    return F.conv2d(padded, weight, groups=len(weight)).movedim(1, -1)
 
 
 class DTL(Method):
@@ -137,10 +140,10 @@ class DTL(Method):
             patches = tuple(patch_sites(surgeon, sites[0]))
             if not patches:
                 raise UnsupportedSite(f"{sites[0].path} has no patches of a picture before it; leave kernel= out")
-            kernel = surgeon.own("fusion", lambda: nn.Conv2d(d, d, k, padding="same", groups=d, bias=False))
+            kernel = surgeon.own("fusion", lambda: nn.Conv2d(d, d, k, groups=d, bias=False))
         before, first, lie = None, int(len(sites) * config.start), Tap(until_backward=True)
         for number, site in enumerate(sites):
-            sums, seen = (before, Tap(until_backward=True)), () if number else patches
+            sums, seen = (before, Tap(until_backward=True, learns=True)), () if number else patches
             more = (sums, number >= first, kernel, lie)
             surgeon.graft(site, lambda at, own, more=more: SideOperator(at, own, *more), config, seen)
             before = sums[1]

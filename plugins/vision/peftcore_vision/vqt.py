@@ -22,27 +22,15 @@ where features have to change with the task: `vpt_deep`, whose kin it is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Annotated, Literal
 
-import torch
 from pydantic import Field, PositiveInt
-from torch import Tensor, nn
+from torch import nn
 
-from peftcore import (
-    AttentionSite,
-    LearningRate,
-    Method,
-    Operator,
-    Site,
-    Surgeon,
-    Tags,
-    Tap,
-    head_sites,
-)
-from peftcore.errors import ConfigError, SequenceError, UnsupportedSite
-from peftcore_vision._prompts import RowsConfig, attentions_of, prompt_sites, train_heads
-from peftcore_vision._queries import QueryOperator, ReadingSite, UnaskedOperator
+from peftcore import LearningRate, Method, Site, Surgeon, Tags, Tap, head_sites
+from peftcore.errors import ConfigError, UnsupportedSite
+from peftcore_vision._prompts import RowsConfig, attentions_of, prompt_sites
+from peftcore_vision._queries import QueryOperator, QuerySite, ReadingOperator, UnaskedOperator
 
 
 class Config(RowsConfig):
@@ -59,38 +47,6 @@ class Config(RowsConfig):
     """Bring what the head reads of each block, and of the tokens, to length 1."""
     train_head: bool = True
     """Train the matrix and bias of the head along."""
-
-
-class SummaryOperator(Operator):
-    """Adds to a head's output what its matrices make of all blocks' queries."""
-
-    def __init__(self, site: ReadingSite, config: Config, made: Sequence[Tap]) -> None:
-        super().__init__(site)
-        self.made, self.summary, self.normalize = list(made), config.summary, config.normalize
-        rows = config.length if config.summary == "concat" else 1
-        self.weight = nn.Parameter(torch.zeros(site.out_features, site.blocks * rows * site.width))
-        self.sums = nn.Parameter(torch.ones(site.blocks, config.length)) if config.summary == "weighted" else None
-
-    def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
-        states = [tap.get() for tap in self.made]
-        if x.dim() != 2 or any(state is None for state in states):
-            raise SequenceError("vqt wants a head that reads one vector [batch, d] an image behind all of its blocks")
-        read = torch.cat([self._unit(self._summed(number, state)) for number, state in enumerate(states)], dim=1)
-        y = call(self._unit(x))
-        (weight,) = self.cast(y, self.weight)
-        return y + nn.functional.linear(read.to(y.dtype), weight)
-
-    def _summed(self, number: int, state: Tensor) -> Tensor:
-        """Return [batch, features] of what a block made of its queries, [batch, length, d]."""
-        if self.summary == "concat":
-            return state.flatten(1)
-        if self.sums is None:
-            return state.mean(1)
-        (sums,) = self.cast(state, self.sums[number])
-        return (sums[:, None] * state).sum(1)
-
-    def _unit(self, v: Tensor) -> Tensor:
-        return nn.functional.normalize(v, dim=-1) if self.normalize else v
 
 
 class VQT(Method):
@@ -121,29 +77,31 @@ class VQT(Method):
         sites = prompt_sites(surgeon)
         host = surgeon.resolver.host
         tower = host.at(sites[0].module_path)[0].tower
-        heads = [head for head in head_sites(surgeon) if host.at(head.module_path)[0].tower == tower]
+        heads = [
+            head
+            for head in head_sites(surgeon)
+            if host.at(head.module_path)[0].tower == tower and head.layer.has(head.module, head.tensor)
+        ]
         if not heads or any(site.width != sites[0].width for site in sites):
             raise UnsupportedSite(
                 f"{type(model).__name__} has no head over blocks of one width that could read queries"
             )
-        made = [Tap(until_backward=True) for _ in sites]
-        for site, tap in zip(sites, made, strict=True):
-            asking = Tap()
-            surgeon.graft(site, lambda at, own, asking=asking, tap=tap: QueryOperator(at, own, asking, tap), config)
+        made, classes = [], tuple(head.out_features for head in heads)
+        for site in sites:
+            asking, own = Tap(), Tap(until_backward=True, learns=True)
+            place = QuerySite(**vars(site), classes=classes)
+            surgeon.graft(place, lambda at, c, taps=(asking, own): QueryOperator(at, c, c, *taps), config)
             for attention in attentions_of(surgeon, site):
                 surgeon.attention(attention, lambda at, asking=asking: UnaskedOperator(at, asking))
-        for head in heads:
-            place = ReadingSite(**vars(head), width=sites[0].width, blocks=len(sites))
-            surgeon.graft(place, lambda at, own: SummaryOperator(at, own, made), config)
-        if config.train_head:
-            train_heads(surgeon, sites)
+            made.append(own)
+        for number, head in enumerate(heads):
+            surgeon.graft(head, lambda at, number=number: ReadingOperator(at, number, config.normalize, made))
+        for head in heads if config.train_head else []:
+            surgeon.train(head.module_path)
 
     @staticmethod
     def parameter_count(site: Site, config: Config) -> int:
-        if isinstance(site, ReadingSite):
-            rows = config.length if config.summary == "concat" else 1
-            sums = site.blocks * config.length if config.summary == "weighted" else 0
-            return site.out_features * site.blocks * rows * site.width + sums
-        if isinstance(site, AttentionSite):
-            return 0
-        return site.numel if site.form == "weight" else config.length * site.out_features
+        if not isinstance(site, QuerySite):
+            return site.numel if site.form == "weight" else 0
+        read = site.width * (config.length if config.summary == "concat" else 1)
+        return config.length * site.width + sum(site.classes) * read + config.length * (config.summary == "weighted")

@@ -12,7 +12,7 @@ from vpt_equations import ATTENTIONS, HOSTS, edit_attention, host, of_waves, pix
 import peftcore
 from peftcore.errors import ConfigError, SequenceError, UnsupportedSite
 from peftcore.testing import against, conformance, frozen
-from peftcore_vision.vqt import SummaryOperator
+from peftcore_vision._queries import QueryOperator
 
 NUMBERS = Path(__file__).parent / "numbers" / "vqt.json"
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}
@@ -23,8 +23,8 @@ def test_conformance(check: Callable[[], None]) -> None:
     check()
 
 
-def readers(injection: peftcore.Injection) -> list[SummaryOperator]:
-    return [each for each in injection.operators.values() if isinstance(each, SummaryOperator)]
+def asking(injection: peftcore.Injection) -> list[QueryOperator]:
+    return [each for each in injection.operators.values() if isinstance(each, QueryOperator)]
 
 
 @pytest.mark.parametrize("normalize", [True, False])
@@ -36,14 +36,16 @@ def test_the_authors_class_with_the_same_numbers(summary: str, normalize: bool) 
         for key, value in frozen(NUMBERS)[f"{summary} {normalize}"].items()
     }
     model, injection = of_waves("vqt", length=2, summary=summary, normalize=normalize)
-    (reader,) = readers(injection)
-    reader.weight.data.copy_(wave(reader.weight.shape, "queries"))
-    if reader.sums is not None:
-        reader.sums.data.copy_(wave((3, 2), "sums"))
+    operators = asking(injection)
+    matrix = wave((3, 3 * operators[0].reads[0].shape[1]), "queries")
+    for number, (operator, part) in enumerate(zip(operators, matrix.chunk(3, 1), strict=True)):
+        operator.reads[0].data.copy_(part)
+        if operator.sums is not None:
+            operator.sums.data.copy_(wave((3, 2), "sums")[number])
     images = wave((2, 3, 8, 8), "images").requires_grad_()
     logits = model(images)
     torch.testing.assert_close(logits, expected["logits"], **CLOSE)
-    queries = [each.prompt for each in injection.operators.values() if each is not reader and vars(each).get("made")]
+    queries = [each.prompt for each in operators]
     found = torch.autograd.grad((logits * wave((2, 3), "direction")).sum(), [*queries, images])
     torch.testing.assert_close(torch.stack(found[:-1]), expected["queries"], **CLOSE)
     torch.testing.assert_close(found[-1][:, :, 0], expected["images"], **CLOSE)
@@ -64,20 +66,20 @@ def unit(v: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", ATTENTIONS)
 def test_the_equation(name: str, summary: str) -> None:
     model, base, images = host(name), host(name), pixels().requires_grad_()
-    injection, prompts = prompted(model, "vqt", length=3, summary=summary, dropout=0.0)
-    (reader,) = readers(injection)
+    injection, _ = prompted(model, "vqt", length=3, summary=summary, dropout=0.0)
+    operators = asking(injection)
     edit_attention(name, base, [lambda key, value: (key[:, :, 3:], value[:, :, 3:])] * 3)
     x, read = HOSTS[name].embed(base, images), []
-    for number, (block, prompt) in enumerate(zip(base.get_submodule(HOSTS[name].blocks), prompts, strict=True)):
-        y = block(torch.cat([prompt.expand(2, -1, -1), x], 1))
+    for block, own in zip(base.get_submodule(HOSTS[name].blocks), operators, strict=True):
+        y = block(torch.cat([own.prompt.expand(2, -1, -1), x], 1))
         made, x = y[:, :3], y[:, 3:]
-        read.append(made.flatten(1) if reader.sums is None else torch.einsum("t,btd->bd", reader.sums[number], made))
+        read.append(made.flatten(1) if own.sums is None else torch.einsum("t,btd->bd", own.sums, made))
     path, states = HEADS[name]
-    logits = torch.cat([unit(each) for each in read], 1) @ reader.weight.T
+    logits = torch.cat([unit(each) for each in read], 1) @ torch.cat([each.reads[0] for each in operators], 1).T
     expected = base.get_submodule(path)(unit(states(base, x))) + logits
     ours = HOSTS[name].run(model.train(), images)
     torch.testing.assert_close(ours, expected, **CLOSE)
-    direction, parameters = torch.randn_like(ours), [*prompts, *reader.parameters(), images]
+    direction, parameters = torch.randn_like(ours), [*injection.parameters(), images]
     found = [torch.autograd.grad((output * direction).sum(), parameters) for output in (ours, expected)]
     torch.testing.assert_close(found[0], found[1], rtol=1e-8, atol=1e-9)
     assert all(each.abs().max() > 1e-4 for each in found[0])
@@ -91,8 +93,9 @@ def test_tokens_stay_what_they_are(name: str) -> None:
     injection, prompts = prompted(model, "vqt", length=3, normalize=False)
     moved = HOSTS[name].run(model, images)
     assert (moved - plain).abs().max() > 1e-2
-    for reader in readers(injection):
-        reader.weight.data.zero_()
+    for operator in asking(injection):
+        for read in operator.reads:
+            read.data.zero_()
     torch.testing.assert_close(HOSTS[name].run(model, images), plain, rtol=1e-12, atol=1e-12)
     assert len(prompts) == 3
 
@@ -109,8 +112,8 @@ def test_beside_prompts_that_tokens_see(names: tuple[str, str]) -> None:
             prompted(other, method, name=method, seed=seed, **options)
     peftcore.activate(model, *names)
     with_queries = model(images)
-    (reader,) = readers(applied["vqt"])
-    reader.weight.data.zero_()
+    for operator in asking(applied["vqt"]):
+        operator.reads[0].data.zero_()
     torch.testing.assert_close(model(images), other(images), rtol=1e-12, atol=1e-12)
     assert (with_queries - other(images)).abs().max() > 1e-2
 
