@@ -62,7 +62,7 @@ class LongLoRA(Method):
 
     name = "longlora"
     Config = Config
-    tags = Tags(category="reparameterized", paper="2309.12307", mergeable=True)
+    tags = Tags(category="reparameterized", paper="2309.12307", mergeable=True, per_row=False)
     learning_rate = LearningRate(
         2e-5, "dvlab-research/LongLoRA@d4eb344, README.md", on="Llama 2 7B, RedPajama, texts of 8,192 tokens"
     )
@@ -72,9 +72,10 @@ class LongLoRA(Method):
         sites = surgeon.sites()
         for site in sites:
             surgeon.graft(site, lambda at, own: lora.LoRAOperator(at, _lora(own)), config)
-        for core in surgeon.at("attn.core"):
-            if any(f"{site.module_path}.".startswith(f"{core.module_path}.") for site in sites):
-                surgeon.attention(core, ShiftedOperator, config)
+        resolver = surgeon.resolver
+        for core, _ in resolver.host.select("attn.core"):
+            if any(f"{site.module_path}.".startswith(f"{core.module}.") for site in sites):
+                surgeon.attention(resolver.site(core.module, "weight", core.role), ShiftedOperator, config)
         trained = ["norm.*"] * config.train_norms + ["embed"] * config.train_embeddings
         for path in {site.module_path: None for role in trained for site in surgeon.at(role)}:
             surgeon.train(path)
