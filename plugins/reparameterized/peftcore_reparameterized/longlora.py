@@ -17,7 +17,7 @@ plain text it refuses them. Padding is hidden as always, and counts as tokens of
 A and B start as in `lora`. Positions beyond those of pretraining want what the host's config has for that (the paper
 interpolates positions: rope_scaling), which is no part of the adapter. Attentions run around "eager" or "sdpa". Both
 groupings are computed for all heads and half of each is taken, so that hosts with shared keys, sinks or biases of
-heads need nothing of their own.
+heads need nothing of their own. Torch's own nn.MultiheadAttention is refused.
 
 Parameters: rank * (in + out) a matrix, and those of the norms and of the table of tokens.
 Use it to train on texts several times as long as those that the model was made for; where texts fit, `lora` is
@@ -32,6 +32,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import nn
 
 from peftcore import AttentionSite, LearningRate, Method, MethodConfig, Site, Surgeon, Tags
+from peftcore.errors import UnsupportedSite
 from peftcore_reparameterized import lora
 from peftcore_reparameterized._low_rank import low_rank_count
 from peftcore_reparameterized._shifted import ShiftedOperator
@@ -62,7 +63,7 @@ class LongLoRA(Method):
 
     name = "longlora"
     Config = Config
-    tags = Tags(category="reparameterized", paper="2309.12307", mergeable=True, per_row=False)
+    tags = Tags(category="reparameterized", paper="2309.12307", mergeable=True)
     learning_rate = LearningRate(
         2e-5, "dvlab-research/LongLoRA@d4eb344, README.md", on="Llama 2 7B, RedPajama, texts of 8,192 tokens"
     )
@@ -74,7 +75,13 @@ class LongLoRA(Method):
             surgeon.graft(site, lambda at, own: lora.LoRAOperator(at, _lora(own)), config)
         resolver = surgeon.resolver
         for core, _ in resolver.host.select("attn.core"):
-            if any(f"{site.module_path}.".startswith(f"{core.module}.") for site in sites):
+            inside = [site for site in sites if f"{site.module_path}.".startswith(f"{core.module}.")]
+            if any(site.form == "weight" for site in inside):
+                raise UnsupportedSite(
+                    f"{core.module} reads its matrices without calling them, so that rows of a batch could not be told "
+                    "apart in it; take the matrices of other attentions for targets"
+                )
+            if inside:
                 surgeon.attention(resolver.site(core.module, "weight", core.role), ShiftedOperator, config)
         trained = ["norm.*"] * config.train_norms + ["embed"] * config.train_embeddings
         for path in {site.module_path: None for role in trained for site in surgeon.at(role)}:
