@@ -77,6 +77,8 @@ class _Base(Checked):
     stay."""
     known_by: ClassVar[frozenset[str]] = frozenset()
     """Attributes by which others know the operator, such as caches: no two operators have the same."""
+    trains_only = False
+    """Whether modules compute in evaluation what they compute without it: merging leaves it out."""
     overrides = False
     """Whether the effective tensor is the same whatever tensor it is made of: what acts there before is lost."""
 

@@ -121,6 +121,21 @@ class Attend:
         where a query does not see one of the host's own keys, which are the last of those that came in."""
         return self._host.hiding(hidden, lambda: self._inner(query, key, value))
 
+    @property
+    def keys(self) -> int:
+        """How many keys are the host's own, cached ones included; the last of those that come in."""
+        return self._host.keys
+
+    def among(self, start: int, stop: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Returns what the call returns for the tokens from `start` to `stop` where they are all tokens there are:
+        ``[batch, heads, stop - start, value_dim]``. Keys in front of the host's own stay. For attentions of tokens to
+        themselves, without cached ones: as many queries as `keys`."""
+        front = key.shape[2] - self.keys
+        key, value = (
+            torch.cat([each[:, :, :front], each[:, :, front + start : front + stop]], dim=2) for each in (key, value)
+        )
+        return self._host.among(start, stop, lambda: self._inner(query[:, :, start:stop], key, value))
+
     def apart(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Returns a softmax of its own over `key` ``[batch, kv_heads, any, width]``, all of which every query sees,
         with the host's scale: ``[batch, heads, queries, value_dim]``."""
@@ -178,6 +193,24 @@ class HostAttention:
         transposed: Tensor = output.transpose(1, 2)
         return transposed
 
+    @property
+    def keys(self) -> int:
+        """How many keys came in."""
+        return self._keys
+
+    def among(self, start: int, stop: int, run: Callable[[], Tensor]) -> Tensor:
+        """Returns what `run` returns, which comes to this attention, while it is that of some tokens alone. No weights
+        are left: there are none for all tokens."""
+        outer = self._keys, self._mask, self._options
+        cut = {name: _cut(self._options.get(name), start, stop) for name in _PER_KEY if name in self._options}
+        self._keys, self._mask = stop - start, _cut(self._mask, start, stop)
+        self._options = {**self._options, **cut}
+        try:
+            return run()
+        finally:
+            self._keys, self._mask, self._options = outer
+            self.weights = None
+
     def hiding(self, hidden: Tensor, run: Callable[[], Tensor]) -> Tensor:
         """Returns what `run` returns, which comes to this attention, while some of its keys are hidden."""
         outer = self._mask
@@ -214,6 +247,13 @@ class HostAttention:
     def _is_causal(self) -> bool:
         given = self._options.get("is_causal")
         return self._causal and bool(getattr(self.module, "is_causal", True) if given is None else given)
+
+
+def _cut(each: Tensor | None, start: int, stop: int) -> Tensor | None:
+    """Returns the rows and columns of some tokens of ``[..., queries or 1, keys]``."""
+    if each is None:
+        return None
+    return (each if each.shape[-2] == 1 else each[..., start:stop, :])[..., start:stop]
 
 
 def _chain(mounts: Iterable[Mount], host: HostAttention) -> Compute:

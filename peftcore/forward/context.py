@@ -432,32 +432,38 @@ class Tap:
     Args:
         until_backward: hold the value until backward is done with this forward. For operators in different blocks:
             gradient checkpointing runs one block again without the other.
+        learns: values learn by what is read of them. Reading one that a reentrant checkpoint has made, outside of that,
+            is a TrainingError: it has no gradient there.
         kept: the old name of `until_backward`.
     """
 
     _numbers = itertools.count()
 
-    def __init__(self, kept: bool = False, *, until_backward: bool = False) -> None:
+    def __init__(self, kept: bool = False, *, until_backward: bool = False, learns: bool = False) -> None:
         if kept:
             renamed("Tap(kept=)", "until_backward")
-        self.key, self.until_backward = next(self._numbers), until_backward or kept
+        self.key, self.until_backward, self.learns = next(self._numbers), until_backward or kept, learns
 
     def put(self, value: Any) -> None:
         """Leave a value for the rest of this forward."""
         context = forward_context()
-        inside = reentrant() if _loses_gradient(value) else None
+        lost = _loses_gradient(value) or (self.learns and not torch.is_grad_enabled())
+        inside = reentrant() if lost and not torch.compiler.is_compiling() else None
         context.taps.append((self.key, value, self.until_backward, context.rows, inside))
 
     def get(self) -> Any:
         """Returns the value that was left in this forward; None when there is none.
 
         Raises:
-            TrainingError: its gradient would be lost, for a reentrant checkpoint begun after it was left.
+            TrainingError: its gradient would be lost, for a reentrant checkpoint begun after it was left, or ended
+                before it is read.
         """
         context = forward_context()
         for key, value, _, rows, inside in reversed(context.taps):
             if key == self.key:
                 if _loses_gradient(value) and (here := reentrant()) is not None and here != inside:
+                    raise TrainingError(REENTRANT)
+                if self.learns and inside is not None and reentrant() != inside:
                     raise TrainingError(REENTRANT)
                 return value if rows is context.rows else _for_rows(value, rows, context.rows)
         return None

@@ -53,6 +53,7 @@ from peftcore.utils.autocast import full_precision
 
 if TYPE_CHECKING:
     from peftcore.injection.injection import Injection
+    from peftcore.surgery.surgeon import Graft
 
 Into = Literal["float", "same"]
 BOUND = 0.25
@@ -106,10 +107,15 @@ class MergeReport:
         return "\n".join(lines)
 
 
+def _folding(injection: Injection) -> list[Graft]:
+    """Returns the grafts that are folded into tensors: all but those that act in training alone."""
+    return [graft for graft in injection.grafts if not graft.operator.trains_only]
+
+
 def _effects(injection: Injection) -> dict[Key, list[Effect]]:
     """Returns the effects of the injection on each tensor, in order."""
     mounts: dict[str, list[Mount]] = {}
-    for graft in injection.grafts:
+    for graft in _folding(injection):
         for site in graft.holders:
             mount = Mount(injection.name, graft.operator, "weight", site.tensor, site.layer, site.slices)
             mounts.setdefault(site.module_path, []).append(mount)
@@ -157,7 +163,7 @@ class Merged:
 def _check(injection: Injection) -> None:
     """Verify what can be told without computing the merged tensors."""
     name, state = injection.name, injection.state
-    stuck = [graft.site.path for graft in injection.grafts if not is_mergeable(graft.operator)]
+    stuck = [graft.site.path for graft in _folding(injection) if not is_mergeable(graft.operator)]
     if stuck:
         raise NotMergeable(
             f"{injection.method.name} cannot be folded into weights: what it computes is no function of the weight "
@@ -169,7 +175,7 @@ def _check(injection: Injection) -> None:
         (state.placement or Placement()).check(injection.model, state, [name])
     except InactiveSite as error:
         raise MergeError(str(error)) from None
-    for graft in injection.grafts:
+    for graft in _folding(injection):
         for site in graft.holders:
             if fault := injection.fault(site, graft):
                 raise MergeError(f"{name!r} does not act everywhere, so merging it would change outputs: {fault}")

@@ -38,7 +38,7 @@ def _unchanged(case: Case, before: dict[str, Any], model: nn.Module, what: str) 
 def what_overrides_says_so(case: Case) -> None:
     model, _ = case.fresh(torch.float64)
     injection = case.filled(model, dtype="float64")
-    for graft in injection.grafts:
+    for graft in (each for each in injection.grafts if not each.operator.trains_only):
         tensor = graft.site.weight()
         other = tensor + torch.linspace(0.1, 0.2, tensor.numel(), dtype=tensor.dtype).view(tensor.shape)
         with torch.no_grad():

@@ -1,14 +1,16 @@
 """Edited attention equals its equation, written a second time, on whole hosts in float64: outputs and gradients."""
 
 from copy import deepcopy
-from typing import Any
+from itertools import pairwise
+from typing import Any, Literal
 
 import pytest
 import torch
-from attention_hosts import FAMILIES, METHODS, VALUES, copies, host, inputs, rewritten, seen
+from attention_hosts import FAMILIES, METHODS, VALUES, copies, host, inputs, method, rewritten, seen
 from torch import Tensor
 
 import peftcore
+from peftcore import Attend, AttentionOperator, AttentionSite, MethodConfig
 
 ONLY_EAGER = {"gemma2"}
 """Their scores are capped, which sdpa cannot do."""
@@ -108,3 +110,48 @@ def test_the_other_order_is_another_attention() -> None:
             peftcore.apply(model, METHODS[kind], dtype="float64", seed=0)
         found.append(seen("llama", model(**given).logits, given))
     assert (found[0] - found[1]).abs().max() > 1e-3
+
+
+class GroupsConfig(MethodConfig):
+    method: Literal["groups"] = "groups"
+
+
+class Groups(AttentionOperator):
+    """Tokens see those of their own group."""
+
+    def __init__(self, site: AttentionSite, config: GroupsConfig) -> None:
+        super().__init__(site)
+
+    def forward(self, attend: Attend, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        bounds = [*(bound for bound in (0, 4, 7) if bound < attend.keys), attend.keys]
+        return torch.cat([attend.among(*each, query, key, value) for each in pairwise(bounds)], dim=2)
+
+
+GROUPS = torch.tensor([0, 0, 0, 0, 1, 1, 1, 2, 2])
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", ["qwen3", "bert", "t5"])
+def test_groups_see_nothing_of_each_other(name: str, implementation: str) -> None:
+    """Beside keys that another edit puts in front, padding, causality, and biases of positions; then all is as
+    before."""
+    model, given = host(name, implementation), inputs(name)
+    groups = peftcore.apply(model, method(Groups, GroupsConfig, "groups"), target="attn.core")
+    peftcore.apply(model, METHODS["in_front"], target="attn.core")
+    peftcore.activate(model, "groups", "in_front")
+    calls: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def keep(operator: Any, args: tuple[Any, ...], output: Tensor) -> None:
+        attend, query, key, value = args
+        if query.shape[2] == 9:
+            apart = (GROUPS[:, None] != GROUPS).expand(2, 1, 9, 9)
+            calls.append((output, attend.hiding(apart, query, key, value), key))
+
+    for operator in groups.operators.values():
+        operator.register_forward_hook(keep)
+    seen(name, model(**given).logits, given)
+    assert len(calls) >= 2
+    for output, expected, key in calls:
+        assert key.shape[2] == 12
+        rows = given["attention_mask"].bool()[:, None, :, None].expand_as(output[..., :1]).squeeze(-1)
+        torch.testing.assert_close(output[rows], expected[rows], rtol=1e-5, atol=1e-6)

@@ -86,6 +86,14 @@ def test_merging_is_refused() -> None:
         injection.merge()
 
 
+def test_merging_leaves_out_what_acts_in_training_alone() -> None:
+    model = host("llama")
+    injection = peftcore.apply(model, METHODS["in_front"])
+    for operator in injection.operators.values():
+        operator.trains_only = True
+    assert injection.merge().tensors == 0
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_projections_follow_the_other_injections(name: str) -> None:
     """What the attention's own matrices make of a prompt is the same whether another injection that adapts them is

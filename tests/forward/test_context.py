@@ -117,6 +117,22 @@ def test_what_learns_reaches_a_block_that_runs_again_with_its_gradient_or_not_at
         assert gain.grad is not None and gain.grad.abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("reentrant", [None, False, True])
+def test_what_a_block_makes_is_read_behind_it_with_its_gradient_or_not_at_all(reentrant: bool | None) -> None:
+    model, ids = host(reentrant), token_ids(2)
+    peftcore.apply(model, "lora")
+    gain = torch.ones(8, requires_grad=True)
+    tap = peftcore.Tap(until_backward=True, learns=True)
+    model.layers[0].register_forward_hook(lambda *_: tap.put(gain * 2))
+    model.layers[1].register_forward_hook(lambda module, args, output: output * tap.get())
+    if reentrant:
+        with pytest.raises(TrainingError, match="'use_reentrant': False"):
+            model(ids)
+    else:
+        model(ids)["logits"].square().sum().backward()
+        assert gain.grad is not None and gain.grad.abs().max() > 1e-3
+
+
 def test_an_extra_pass_leaves_out_the_injection_and_nothing_else() -> None:
     model = host().eval()
     lora = peftcore.apply(model, "lora", target="self_attn.q_proj")

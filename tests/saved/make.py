@@ -30,7 +30,7 @@ from peftcore.testing.kit import fill
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "toys"))
 from declared_cases import declared
-from saved_adapters import EVERY, HERE, Saved, difference
+from saved_adapters import HERE, Saved, difference
 
 ROOT = HERE.parents[1]
 PREFERRED = ("llama", "bert", "vit", "unet", "dit", "mlp", "convnet", "encoder", "t5", "gpt2", "clip")

@@ -35,6 +35,7 @@ def peftcore_methods() -> Mapping[str, str]:
         "prefix_propagation": "peftcore_additive.prefix_propagation:PrefixPropagation",
         "prefix_tuning": "peftcore_additive.prefix_tuning:PrefixTuning",
         "prompt_tuning": "peftcore_additive.prompt_tuning:PromptTuning",
+        "res_tuning": "peftcore_additive.res_tuning:ResTuning",
         "shadow": "peftcore_additive.shadow:Shadow",
         "side_tuning": "peftcore_additive.side_tuning:SideTuning",
         "smop": "peftcore_additive.smop:SMoP",

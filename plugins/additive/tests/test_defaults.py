@@ -23,6 +23,7 @@ P_TUNING = "THUDM/P-tuning@f4225d4"
 PROPAGATION = "MonliH/prefix-propagation@fc868c5"
 P_TUNING_V2 = "THUDM/P-tuning-v2@b1520c9"
 REFT = "stanfordnlp/pyreft@dafd099, examples/loreft"
+RES_TUNING = "modelscope/ms-swift@3602360"
 SHADOW = "ShadowLLM/shadow-peft@66eb2cf"
 SIDE = "jozhang97/side-tuning@dea3456"
 SMOP = "jyjohnchoi/SMoP@34da5e2"
@@ -226,6 +227,8 @@ HELD: Held = {
     ("shadow", "layers"): (1, f"{SHADOW}, src/shadow_peft/config.py: num_shadow_layers: int = 1"),
     ("shadow", "own_table"): (False, "peft 0.21: ShadowConfig.share_embeddings = True"),
     ("shadow", "guest_weight"): (0.05, f"{SHADOW}, src/shadow_peft/task_models.py: shadow_loss_weight: float = 0.05"),
+    ("res_tuning", "bottleneck"): (32, f"{RES_TUNING}, swift/tuners/restuning_components.py: adapter_length else 32"),
+    ("res_tuning", "zero_last"): (False, f"{RES_TUNING}, swift/tuners/restuning.py: zero_init_last default=False"),
     ("side_tuning", "merge"): (
         "alpha",
         f"{SIDE}, tlkit/models/lifelong_framework.py: merge_method='merge_operators.Alpha'",

@@ -33,6 +33,7 @@ def peftcore_methods() -> Mapping[str, str]:
         "lily": "peftcore_reparameterized.lily:Lily",
         "loha": "peftcore_reparameterized.loha:LoHa",
         "lokr": "peftcore_reparameterized.lokr:LoKr",
+        "longlora": "peftcore_reparameterized.longlora:LongLoRA",
         "lora": "peftcore_reparameterized.lora:LoRA",
         "lora_ga": "peftcore_reparameterized.lora_ga:LoRAGA",
         "lora_one": "peftcore_reparameterized.lora_one:LoRAOne",

@@ -15,6 +15,7 @@ GRALORA = "SqueezeBits/GraLoRA@7dd2945, scripts/train/llm.llama-3_1-8b+data.code
 HRA = "DaShenZi721/HRA@8e0c637"
 LILY = "yibozhong/lily@db6ed3c, commonsense-reasoning/finetune_llama.sh"
 LORA_ONE = "YuanheZ/LoRA-One@01bba05"
+LONGLORA = "dvlab-research/LongLoRA@d4eb344"
 LORA_PLUS = "nikhil-ghosh-berkeley/loraplus@a0c44bf"
 LORA_XS = "MohammadrezaBanaei/LoRA-XS@e50b1a8"
 LYCORIS = "KohakuBlueleaf/LyCORIS@f49d30d"
@@ -155,6 +156,16 @@ HELD: Held = {
         "KohakuBlueleaf/LyCORIS@06abd4a, lycoris/functional/lokr.py: w1 = w1.unsqueeze(-1)",
     ),
     ("lokr", "rank_dropout_scale"): (False, f"{LYCORIS}, lycoris/modules/lokr.py: rank_dropout_scale=False"),
+    ("longlora", "rank"): (8, f"{LONGLORA}, fine-tune.py: r=8"),
+    ("longlora", "alpha"): (16.0, f"{LONGLORA}, fine-tune.py: lora_alpha=16"),
+    ("longlora", "dropout"): (0.0, f"{LONGLORA}, fine-tune.py: lora_dropout=0"),
+    ("longlora", "group_ratio"): (0.25, f"{LONGLORA}, llama_attn_replace.py: group_size_ratio = 1/4"),
+    ("longlora", "group_size"): (
+        None,
+        f"{LONGLORA}, llama_attn_replace.py: group_size = int(q_len * ratio)",
+    ),
+    ("longlora", "train_norms"): (True, f'{LONGLORA}, fine-tune.py: trainable_params default="embed,norm"'),
+    ("longlora", "train_embeddings"): (True, f'{LONGLORA}, fine-tune.py: trainable_params default="embed,norm"'),
     ("lora", "rank"): (8, "arXiv 2106.09685, appendix D.1: RoBERTa base, rq = rv = 8"),
     ("lora", "alpha"): (8.0, "arXiv 2106.09685, appendix D.1: RoBERTa base, alpha 8"),
     ("lora", "across_groups"): (

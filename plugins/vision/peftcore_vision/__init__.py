@@ -17,6 +17,8 @@ def peftcore_methods() -> Mapping[str, str]:
         "cocoop": "peftcore_vision.cocoop:CoCoOp",
         "convpass": "peftcore_vision.convpass:Convpass",
         "coop": "peftcore_vision.coop:CoOp",
+        "dtl": "peftcore_vision.dtl:DTL",
+        "e2vpt": "peftcore_vision.e2vpt:E2VPT",
         "fact_tk": "peftcore_vision.fact_tk:FactTK",
         "fact_tt": "peftcore_vision.fact_tt:FactTT",
         "maple": "peftcore_vision.maple:MaPLe",
@@ -24,6 +26,7 @@ def peftcore_methods() -> Mapping[str, str]:
         "tip_adapter": "peftcore_vision.tip_adapter:TipAdapter",
         "vpt_deep": "peftcore_vision.vpt_deep:VPTDeep",
         "vpt_shallow": "peftcore_vision.vpt_shallow:VPTShallow",
+        "vqt": "peftcore_vision.vqt:VQT",
     }
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -18,7 +18,7 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import HostEntry, MethodConfig, Operator, Shared, Site, Surgeon
+from peftcore import HostEntry, MethodConfig, Operator, Shared, Site, Surgeon, on_first
 from peftcore.errors import SequenceError, UnsupportedSite
 
 STREAM = ("mlp.down", "experts.down", "attn.out", "attn_mlp.out")
@@ -27,13 +27,18 @@ ROTARY = re.compile(r"rope|rotary", re.IGNORECASE)
 """How rotary positions are called, which are handed to blocks token by token."""
 
 
-class PromptConfig(MethodConfig):
-    """Options of both kinds of visual prompts."""
+class RowsConfig(MethodConfig):
+    """Options of rows beside the tokens of an image."""
 
     length: PositiveInt = 5
     """Rows of a prompt; the authors search from 1 to 200 by task."""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Probability with which numbers of the prompts are dropped in training."""
+
+
+class PromptConfig(RowsConfig):
+    """Options of visual prompts that tokens see."""
+
     projection: PositiveInt | None = None
     """Width of prompts that one linear map brings to the width of the stream; None trains them in that width."""
     train_head: bool = True
@@ -161,9 +166,9 @@ def stack_ends(surgeon: Surgeon, sites: list[PromptSite]) -> tuple[PromptSite, P
 class PromptOperator(Operator):
     """The rows of one prompt, and how they are put to the tokens of a block."""
 
-    def __init__(self, site: PromptSite, config: PromptConfig, projection: Shared | None) -> None:
+    def __init__(self, site: PromptSite, config: RowsConfig, projection: Shared | None = None) -> None:
         super().__init__(site)
-        width = config.projection or site.width
+        width = site.width if projection is None else projection.module.in_features
         bound = math.sqrt(6 / (site.patch + width))
         self.length, self.projection = config.length, projection
         self.prompt = nn.Parameter(torch.empty(config.length, width).uniform_(-bound, bound))
@@ -199,6 +204,22 @@ def check_tokens(x: Tensor, others: tuple[Any, ...]) -> None:
 def _flat(values: Any) -> Iterator[Any]:
     for value in values:
         yield from _flat(value) if isinstance(value, tuple | list) else (value,)
+
+
+class DeepOperator(PromptOperator):
+    """The prompt of one block alone: what the block makes of its rows is dropped."""
+
+    def forward(self, call: Callable[..., Any], x: Any, *args: Any, **kwargs: Any) -> Any:
+        rows = self.rows(x, (*args, *kwargs.values()))
+        output = call(torch.cat([rows, x], dim=1), *args, **kwargs)
+        return on_first(output, lambda y: y[:, self.length :].contiguous())  # heads may want to view it
+
+
+def attentions_of(surgeon: Surgeon, site: PromptSite) -> list[Site]:
+    """Return the attentions of a block by which its tokens see each other."""
+    resolver = surgeon.resolver
+    cores = [entry for entry, _ in resolver.host.select("attn.core") if entry.block == site.module_path]
+    return [resolver.site(core.module, "weight", core.role) for core in cores]
 
 
 def train_heads(surgeon: Surgeon, sites: list[PromptSite]) -> None:

@@ -26,17 +26,15 @@ positions, windows and convolutions between tokens are refused.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
-import torch
 from torch import nn
 
-from peftcore import LearningRate, Method, Site, StreamSite, Surgeon, Tags, on_first
+from peftcore import LearningRate, Method, Site, StreamSite, Surgeon, Tags
 from peftcore_vision._prompt_streams import add_prompt_stream
 from peftcore_vision._prompts import (
+    DeepOperator,
     PromptConfig,
-    PromptOperator,
     PromptSite,
     prompt_count,
     prompt_sites,
@@ -49,15 +47,6 @@ class Config(PromptConfig):
     """Options of VPT-deep."""
 
     method: Literal["vpt_deep"] = "vpt_deep"
-
-
-class DeepOperator(PromptOperator):
-    """The prompt of one block."""
-
-    def forward(self, call: Callable[..., Any], x: Any, *args: Any, **kwargs: Any) -> Any:
-        rows = self.rows(x, (*args, *kwargs.values()))
-        output = call(torch.cat([rows, x], dim=1), *args, **kwargs)
-        return on_first(output, lambda y: y[:, self.length :].contiguous())  # heads may want to view it
 
 
 class VPTDeep(Method):

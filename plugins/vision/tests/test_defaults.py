@@ -8,10 +8,13 @@ from named_defaults import Free, Held, assert_as_said, rows
 ADAPTFORMER = "ShoufaChen/AdaptFormer@6967d67"
 COCOOP = "KaiyangZhou/CoOp@ff61507"
 CONVPASS = "JieShibo/PETL-ViT@026e4f1, convpass/vtab/convpass.py"
+DTL = "heekhero/DTL@bf6c51e"
+E2VPT = "ChengHan111/E2VPT@7a66e75, src/configs/config.py: _C.MODEL.P_VK"
 FACT = "JieShibo/PETL-ViT@026e4f1, FacT"
 MAPLE = "muzairkhattak/multimodal-prompt-learning@69bce21, configs/trainers/MaPLe/vit_b16_c2_ep5_batch4_2ctx.yaml"
 REPADAPTER = "luogen1996/RepAdapter@360992f, repadapter.py"
 TIP = "gaopengcuhk/Tip-Adapter@d0e2d6f"
+VQT = "andytu28/VQT@9bca87e"
 VPT = "KMnP/vpt@4410440, src/configs/config.py"
 VPT_HEAD = (
     "KMnP/vpt@4410440, src/models/vit_models.py: only parameters of self.enc are frozen, setup_head makes the head"
@@ -38,6 +41,18 @@ HELD: Held = {
         "identity",
         f"{CONVPASS}: set_Convpass(..., xavier_init=False); the configurations of 9 tasks have False, of 10 True",
     ),
+    ("dtl", "rank"): (2, f"{DTL}, train_vit_vtab.py: --r default=2"),
+    ("dtl", "start"): (0.5, f"{DTL}, train_vit_vtab.py: --add_after_blocks default='6-11', of 12 blocks"),
+    ("dtl", "beta"): (100.0, f"{DTL}, train_vit_vtab.py: --beta default=100.0"),
+    ("dtl", "kernel"): (None, f"{DTL}, train_scripts/vit/vtab/cifar_100/train_dtl.sh: --fusion_size 0"),
+    ("e2vpt", "length"): (5, f"{E2VPT}.NUM_TOKENS_P = 5"),
+    ("e2vpt", "dropout"): (0.0, f"{E2VPT}.DROPOUT_P = 0.0; the commands of tasks have 0.1"),
+    ("e2vpt", "projection"): (None, f"{E2VPT}.PROJECT = -1"),
+    ("e2vpt", "train_head"): (True, "ChengHan111/E2VPT@7a66e75, src/models/vit_models.py: setup_head, as in VPT"),
+    ("e2vpt", "kv_length"): (5, f"{E2VPT}.NUM_TOKENS = 5"),
+    ("e2vpt", "share_kv"): (True, f"{E2VPT}.SHARE_PARAM_KV = True"),
+    ("e2vpt", "kv_dropout"): (0.0, f"{E2VPT}.DROPOUT = 0.0"),
+    ("e2vpt", "segments"): (16, f"{E2VPT}.CLS_TOKEN_P_PIECES_NUM = 16"),
     ("fact_tk", "rank"): (
         16,
         f"{FACT}/configs/tk: rank: 16 in 6 tasks, 32 in 13; ours is 16, as in fact_tt, whose options it shares",
@@ -79,6 +94,11 @@ HELD: Held = {
     ("vpt_shallow", "dropout"): (0.0, f"{VPT}: _C.MODEL.PROMPT.DROPOUT = 0.0"),
     ("vpt_shallow", "projection"): (None, f"{VPT}: _C.MODEL.PROMPT.PROJECT = -1"),
     ("vpt_shallow", "train_head"): (True, VPT_HEAD),
+    ("vqt", "length"): (1, f"{VQT}, run_demo_exp.sh: Q_PROMPT_LEN 1"),
+    ("vqt", "dropout"): (0.1, f'{VQT}, scripts/VQT/run_vqt_vtab.sh: MODEL.H2T.DROPOUT "0.1"'),
+    ("vqt", "summary"): ("concat", f"{VQT}, src/configs/config.py: POOLING_FEATS = WEIGHTED_SUM_FEATS = False"),
+    ("vqt", "normalize"): (True, f"{VQT}, src/configs/config.py: _C.MODEL.H2T.NORMALIZE_FEATS = True"),
+    ("vqt", "train_head"): (True, f"{VQT}, src/models/build_h2t_model.py: setup_head makes the head"),
 }
 
 FREE: Free = {}

@@ -3,6 +3,7 @@ the class tokens, as the authors place it, and the host's own parts called one a
 
 from __future__ import annotations
 
+import functools
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,11 +16,14 @@ from torch import Tensor, nn
 import peftcore
 from peftcore.testing.hosts import stir
 from peftcore.testing.kit import fill
+from peftcore_vision._prompts import PromptOperator
 
 timm = pytest.importorskip("timm")
 torchvision = pytest.importorskip("torchvision")
 transformers = pytest.importorskip("transformers")
 
+Edit = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Of keys and values ``[batch, heads, tokens, width]``."""
 TIMM = {"img_size": 8, "patch_size": 4, "embed_dim": 16, "depth": 3, "num_heads": 2, "mlp_ratio": 1.5, "num_classes": 3}
 TOWER = {
     "hidden_size": 16,
@@ -130,7 +134,7 @@ def prompted(model: nn.Module, method: str, **options: Any) -> tuple[peftcore.In
     options = {"length": 4, "dtype": "float64", "train_head": False, **options}
     injection = peftcore.apply(model, method, **options)
     fill(injection)
-    return injection, [operator.prompt for operator in injection.operators.values()]
+    return injection, [each.prompt for each in injection.operators.values() if isinstance(each, PromptOperator)]
 
 
 def by_hand(name: str, model: Any, images: Tensor, prompts: Sequence[Tensor]) -> Tensor:
@@ -164,6 +168,43 @@ def compare(name: str, model: nn.Module, prompts: Sequence[Tensor]) -> None:
         torch.testing.assert_close(prompt.grad, copy.grad, rtol=1e-8, atol=1e-9)
 
 
+def _by_softmax(module: Any, edit: Edit, matrices: Sequence[Tensor], x: Tensor) -> Tensor:
+    """An attention over tokens ``[batch, tokens, d]`` from its matrices, with keys and values that went through an
+    edit."""
+    weight, bias, out_weight, out_bias = matrices
+    q, k, v = (
+        (x @ w.T + b).unflatten(-1, (module.num_heads, -1)).transpose(1, 2)
+        for w, b in zip(weight.chunk(3), bias.chunk(3), strict=True)
+    )
+    k, v = edit(k, v)
+    shares = torch.einsum("bhqd,bhkd->bhqk", q, k).div(q.shape[-1] ** 0.5).softmax(-1)
+    return torch.einsum("bhqk,bhkd->bqhd", shares, v).flatten(2) @ out_weight.T + out_bias
+
+
+def _timm_attention(module: Any, edit: Edit, x: Tensor, *_: Any, **__: Any) -> Tensor:
+    return _by_softmax(module, edit, [*module.qkv.parameters(), *module.proj.parameters()], x)
+
+
+def _torch_attention(module: Any, edit: Edit, x: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+    matrices = [module.in_proj_weight, module.in_proj_bias, *module.out_proj.parameters()]
+    return _by_softmax(module, edit, matrices, x), None
+
+
+ATTENTIONS: dict[str, tuple[str, Callable[..., Any]]] = {
+    "timm": ("attn", _timm_attention),
+    "torchvision": ("self_attention", _torch_attention),
+}
+"""Where blocks of hosts have their attention, and its equation."""
+
+
+def edit_attention(name: str, base: nn.Module, edits: Sequence[Edit]) -> None:
+    """Let each block's attention be its equation, with an edit of its keys and values."""
+    leaf, equation = ATTENTIONS[name]
+    for block, edit in zip(base.get_submodule(HOSTS[name].blocks), edits, strict=True):
+        module = getattr(block, leaf)
+        module.forward = functools.partial(equation, module, edit)
+
+
 def wave(shape: Sequence[int], key: str) -> Tensor:
     """Numbers that depend on a name alone."""
     count = torch.Size(shape).numel()
@@ -171,16 +212,23 @@ def wave(shape: Sequence[int], key: str) -> Tensor:
 
 
 @torch.no_grad()
-def authors_numbers(method: str, projection: int | None) -> Tensor:
-    """What a host of such numbers gives for such images; the authors' class was run on the same."""
+def of_waves(method: str, **options: Any) -> tuple[nn.Module, peftcore.Injection]:
+    """A host of such numbers with such prompts; the authors' classes were run on the same."""
     model = timm.models.VisionTransformer(**TIMM).double().eval()
     for name, parameter in model.named_parameters():
         parameter.copy_(wave(parameter.shape, name))
-    injection, prompts = prompted(model, method, length=2, projection=projection)
+    injection, prompts = prompted(model, method, **options)
     for number, prompt in enumerate(prompts):
         prompt.copy_(wave(prompt.shape, f"prompt.{number}"))
     for shared in injection.shared.values():
         for name, parameter in shared.named_parameters():
             parameter.copy_(wave(parameter.shape, f"projection.{name}"))
+    return model, injection
+
+
+@torch.no_grad()
+def authors_numbers(method: str, projection: int | None) -> Tensor:
+    """What such a host gives for such images."""
+    model, _ = of_waves(method, length=2, projection=projection)
     result: Tensor = model(wave((2, 3, 8, 8), "images"))
     return result

@@ -1,0 +1,134 @@
+"""Res-Tuning's bypass: residual tuners beside the model.   Jiang et al. 2023, arXiv 2310.19859 (code: ms-swift).
+
+    z_l = R_l(b_l) + V_l(z_{l-1}),   z_0 = b_0,   R(x), V(x) = x + W_up gelu(W_down x + c) + e
+    y   = z_L   in the place of b_L
+
+b_0 is what the first block reads, b_l what block l returns. R_l and V_l ("lateral" and "vertical") are adapters r wide
+with a residual inside. No gradient goes into the backbone, so none of its activations are kept for backward, and what
+else is adapted inside the blocks gets no gradient. The model's last norm and head read y.
+
+The code decides (modelscope/ms-swift): it sums where the paper weighs both terms with a learned share. Its other tuners
+(groups of channels, sampling between the sizes of a UNet) are not here. The paper's form without a bypass puts
+adapters, prompts or prefixes in parallel to a module, as `parallel_adapter` and `prefix_tuning` do.
+
+W start by Glorot's rule, biases from N(0, 1e-6^2); with `zero_last` the last block's W_up and e at zero. As the sum of
+two residual streams no start is an identity. Parameters: 2 (2 d r + r + d) a block.
+
+Use it where memory is short, as `lst` and at a similar size: it sees each token by itself, so nothing of it lies in
+caches, and is simpler; `lst` has attention in its side network. It cannot be merged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+from pydantic import PositiveInt
+from torch import Tensor, nn
+
+from peftcore import (
+    BlockSite,
+    Method,
+    MethodConfig,
+    Operator,
+    Shared,
+    Site,
+    Surgeon,
+    Tags,
+    Tap,
+    TokenStacks,
+    block_sites,
+    on_first,
+)
+from peftcore.errors import ConfigError
+from peftcore_additive._side import Ends
+
+
+class Config(MethodConfig):
+    """Options of Res-Tuning's bypass."""
+
+    method: Literal["res_tuning"] = "res_tuning"
+    bottleneck: PositiveInt = 32
+    """Width r of the tuners."""
+    zero_last: bool = False
+    """Start the last block's tuners as identities."""
+
+
+class Tuner(nn.Module):
+    """x + W_up gelu(W_down x + c) + e."""
+
+    def __init__(self, width: int, bottleneck: int, zero: bool) -> None:
+        super().__init__()
+        self.down, self.up = nn.Linear(width, bottleneck), nn.Linear(bottleneck, width)
+        for linear in (self.down, self.up):
+            nn.init.xavier_uniform_(linear.weight)
+            nn.init.normal_(linear.bias, std=1e-6)
+        if zero:
+            nn.init.zeros_(self.up.weight)
+            nn.init.zeros_(self.up.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = x + self.up(nn.functional.gelu(self.down(x)))
+        return y
+
+
+class Step(nn.Module):
+    """What the bypass does at one block."""
+
+    def __init__(self, width: int, bottleneck: int, zero: bool) -> None:
+        super().__init__()
+        self.lateral, self.vertical = Tuner(width, bottleneck, zero), Tuner(width, bottleneck, zero)
+
+    def forward(self, z: Tensor, state: Tensor) -> Tensor:
+        y: Tensor = self.lateral(state) + self.vertical(z)
+        return y
+
+
+class BypassOperator(Operator):
+    """Collects what a block returns, detached; at the last block, returns the end of the bypass."""
+
+    def __init__(self, site: BlockSite, taps: Sequence[Tap], steps: Sequence[Shared]) -> None:
+        super().__init__(site)
+        self.taps, self.steps = taps, list(steps)
+
+    def forward(self, call: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if len(self.taps) == 2:
+            self.taps[0].put(x.detach())
+        output = call(x.detach() if x.requires_grad else x, *args, **kwargs)
+        return on_first(output, lambda h: self._answer(h.detach(), x))
+
+    def _answer(self, h: Tensor, x: Tensor) -> Tensor:
+        self.taps[-1].put(h)
+        if not self.steps:
+            return Ends.apply(h, x) if x.requires_grad else h
+        dtype = self.steps[0].module.lateral.down.weight.dtype
+        z, *states = (tap.get().to(dtype) for tap in self.taps)
+        for step, state in zip(self.steps, states, strict=True):
+            z = step.module(z, state)
+        return z.to(h.dtype)
+
+
+class ResTuning(Method):
+    """Residual tuners in a bypass, which reads what blocks return and answers in their place."""
+
+    name = "res_tuning"
+    Config = Config
+    tags = Tags(category="additive", paper="2310.19859", identity_at_init=False)
+    target = ("block",)
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        if any(config.overrides.values()):
+            raise ConfigError("res_tuning has one bypass for all sites: it takes no overrides")
+        sites = TokenStacks(surgeon).answering(block_sites(surgeon), surgeon.wishes.target is not None)
+        steps = []
+        for site in sites:
+            sizes = (site.width, config.bottleneck, config.zero_last and site is sites[-1])
+            steps.append(surgeon.own(site.path.replace(".", "_"), lambda sizes=sizes: Step(*sizes)))
+        taps = [Tap(until_backward=True) for _ in (None, *sites)]
+        for number, site in enumerate(sites, 2):
+            read, own = taps[:number], steps if site is sites[-1] else []
+            surgeon.graft(site, lambda at, read=read, own=own: BypassOperator(at, read, own))
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        return 0  # the bypass belongs to no site

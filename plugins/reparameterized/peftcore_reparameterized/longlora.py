@@ -1,0 +1,100 @@
+"""LongLoRA: LoRA for longer contexts, trained with shifted short attention.   Chen et al. 2023, arXiv 2309.12307.
+
+    y = W x + b + s B A dropout(x),   s = alpha / rank        at the matrices of attention; norms and embeddings train
+    attention in training:  token i sees token j <= i  if  floor(i / G) = floor(j / G)              in heads 1 to H/2
+                                                       if  floor(i / G + 1/2) = floor(j / G + 1/2)  in all others
+
+G is `group_ratio` times the number of tokens N (at least 2), or `group_size`; it is so in every attention of which a
+matrix is a target. So the cost of attention falls from N^2 to N G, while
+half of the heads carry what is known across the borders of groups. In evaluation every token sees all that the model
+lets it see: nothing of it is left in a model that is merged or in service, and flash attention and caches work there.
+
+The code decides how groups end (dvlab-research/LongLoRA, its version for flash attention): shifted heads begin and end
+with half a group. Its other version rolls tokens around, so that the first half group would see the last one, which
+comes later. Lengths that are no multiple of G have a shorter last group, as in its code for instruction data; for
+plain text it refuses them. Padding is hidden as always, and counts as tokens of groups.
+
+A and B start as in `lora`. Positions beyond those of pretraining want what the host's config has for that (the paper
+interpolates positions: rope_scaling), which is no part of the adapter. Attentions run around "eager" or "sdpa". Both
+groupings are computed for all heads and half of each is taken, so that hosts with shared keys, sinks or biases of
+heads need nothing of their own. Torch's own nn.MultiheadAttention is refused.
+
+Parameters: rank * (in + out) a matrix, and those of the norms and of the table of tokens.
+Use it to train on texts several times as long as those that the model was made for; where texts fit, `lora` is
+simpler, and its attention is the one that is used afterwards.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from torch import nn
+
+from peftcore import AttentionSite, LearningRate, Method, MethodConfig, Site, Surgeon, Tags
+from peftcore.errors import UnsupportedSite
+from peftcore_reparameterized import lora
+from peftcore_reparameterized._low_rank import low_rank_count
+from peftcore_reparameterized._shifted import ShiftedOperator
+
+
+class Config(MethodConfig):
+    """Options of LongLoRA."""
+
+    method: Literal["longlora"] = "longlora"
+    rank: PositiveInt = 8
+    """Rank of the update."""
+    alpha: PositiveFloat = 16.0
+    """Numerator of the scale ``alpha / rank``."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Probability with which inputs of the update are dropped in training."""
+    group_ratio: Annotated[NonNegativeFloat, Field(gt=0.0, le=1.0)] = 0.25
+    """The share of the tokens that a group has."""
+    group_size: Annotated[int, Field(ge=2)] | None = None
+    """Tokens of a group, whatever the length; None takes the share."""
+    train_norms: bool = True
+    """Train the norms."""
+    train_embeddings: bool = True
+    """Train the table of tokens."""
+
+
+class LongLoRA(Method):
+    """LoRA, norms and embeddings, with attention in shifted groups while they train."""
+
+    name = "longlora"
+    Config = Config
+    tags = Tags(category="reparameterized", paper="2309.12307", mergeable=True)
+    learning_rate = LearningRate(
+        2e-5, "dvlab-research/LongLoRA@d4eb344, README.md", on="Llama 2 7B, RedPajama, texts of 8,192 tokens"
+    )
+    target = ("attn.q", "attn.k", "attn.v", "attn.out")
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        sites = surgeon.sites()
+        for site in sites:
+            surgeon.graft(site, lambda at, own: lora.LoRAOperator(at, _lora(own)), config)
+        resolver = surgeon.resolver
+        for core, _ in resolver.host.select("attn.core"):
+            inside = [site for site in sites if f"{site.module_path}.".startswith(f"{core.module}.")]
+            if any(site.form == "weight" for site in inside):
+                raise UnsupportedSite(
+                    f"{core.module} reads its matrices without calling them, so that rows of a batch could not be told "
+                    "apart in it; take the matrices of other attentions for targets"
+                )
+            if inside:
+                surgeon.attention(resolver.site(core.module, "weight", core.role), ShiftedOperator, config)
+        trained = ["norm.*"] * config.train_norms + ["embed"] * config.train_embeddings
+        for path in {site.module_path: None for role in trained for site in surgeon.at(role)}:
+            surgeon.train(path)
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        if isinstance(site, AttentionSite):
+            return 0
+        if len(site.weight_shape) == 1 or (site.layer_of(site.module, site.tensor).one_hot and config.train_embeddings):
+            return site.numel
+        return low_rank_count(site, config.rank)
+
+
+def _lora(config: Config) -> lora.Config:
+    return lora.Config(rank=config.rank, alpha=config.alpha, dropout=config.dropout)

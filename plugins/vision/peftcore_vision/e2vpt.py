@@ -1,0 +1,118 @@
+"""E2VPT: visual prompts, keys and values in attention, and pruning.   Han et al. 2023, arXiv 2307.13770.
+
+    [x_l; ...] = L_l([x_{l-1}; M * P_l]),   head h of L_l:  softmax(q_h [K_lh; k_h]^T / sqrt(d_h)) [V_lh; v_h]
+
+P_l [length, d] is the prompt of block l, as in `vpt_deep`, whose words on heads, pooling and dropout hold here too.
+K_l = V_l [heads, kv_length, d_h] are behind the projections and in no query, so that they add no tokens; with
+`share_kv` False there are two. M is 1 until the prompts are pruned: a number for each token and segment, the same for
+all blocks. The paper prunes what was trained, and trains what is left again from the start:
+
+    scores = importance(trained, batches)          # dL/dM, [length, segments]
+    prune(fresh, scores, tokens=2, segments=4)     # of a second adapter, with the options of the first
+
+Where the paper is open, the code decides (ChengHan111/E2VPT): channel c is in segment c mod `segments`; tokens have the
+sum of their segments' scores; what has the lowest is switched off, signs and all (``absolute=True`` is the size of the
+derivative); pruned tokens stay as rows of zeros. Its masks train with the prompts before pruning; here they are 1. It
+tries each pair of shares from 10 to 90 percent on validation data.
+
+K and V start kaiming-uniform. Never identity at the start. Parameters: (length + kv_length) * d a block, with keys and
+values of their own (length + 2 kv_length) * d; with `projection` as in `vpt_deep`; and the head.
+
+Use it where `vpt_deep` is used, with fewer prompts or better ones; not where its pruning is too much to run, for which
+`vpt_deep` alone is simpler. Rotary positions, windows and convolutions between tokens are refused.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field, PositiveInt
+from torch import Tensor, nn
+
+from peftcore import Attend, AttentionOperator, AttentionSite, LearningRate, Method, Site, Surgeon, Tags
+from peftcore.errors import UnsupportedSite
+from peftcore_vision._prompts import (
+    PromptConfig,
+    PromptSite,
+    attentions_of,
+    prompt_count,
+    prompt_sites,
+    shared_projection,
+    train_heads,
+)
+from peftcore_vision._pruned import PrunedOperator, importance, prune
+
+__all__ = ["E2VPT", "importance", "prune"]
+
+
+class Config(PromptConfig):
+    """Options of E2VPT."""
+
+    method: Literal["e2vpt"] = "e2vpt"
+    kv_length: PositiveInt = 5
+    """Keys and values that each attention gets."""
+    share_kv: bool = True
+    """Keys and values are the same numbers."""
+    kv_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Probability with which their numbers are dropped in training, those of keys and of values apart."""
+    segments: PositiveInt = 16
+    """Segments in which a token of a prompt can be pruned."""
+
+
+class KeyValueOperator(AttentionOperator):
+    """The keys and values of one attention."""
+
+    def __init__(self, site: AttentionSite, config: Config) -> None:
+        super().__init__(site)
+        sizes = self.geometry
+        if config.share_kv and sizes.head_dim != sizes.value_dim:
+            raise UnsupportedSite(f"{site.path} has keys and values of two widths; set share_kv=False")
+        self.key = nn.Parameter(torch.empty(sizes.kv_heads, config.kv_length, sizes.head_dim))
+        self.value = None if config.share_kv else nn.Parameter(self.key.new_empty(*self.key.shape[:2], sizes.value_dim))
+        for tensor in self.parameters():
+            nn.init.kaiming_uniform_(tensor)
+        self.dropout = nn.Dropout(config.kv_dropout)
+
+    def forward(self, attend: Attend, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        own, other = (
+            self.dropout(each.to(key.dtype).expand(len(key), -1, -1, -1))  # [batch, heads, kv_length, width]
+            for each in (self.key, self.key if self.value is None else self.value)
+        )
+        return attend(query, torch.cat([own, key], dim=2), torch.cat([other, value], dim=2))
+
+
+class E2VPT(Method):
+    """Visual prompts in front of each block and in each attention, which can be pruned."""
+
+    name = "e2vpt"
+    Config = Config
+    tags = Tags(category="vision", paper="2307.13770", identity_at_init=False, per_row=False)
+    learning_rate = LearningRate(
+        0.25,
+        "ChengHan111/E2VPT@7a66e75, tune_vtab_CVK.py: 1.0, in the middle of lr_range, times 64 / 256",
+        on="ViT-B/16, VTAB-1k, batches of 64",
+        optimizer="SGD",
+        momentum=0.9,
+    )
+    target = ("block",)
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        def prompt(site: PromptSite, own: Config) -> PrunedOperator:
+            return PrunedOperator(site, own, own.segments, shared_projection(surgeon, site, own))
+
+        sites = prompt_sites(surgeon)
+        for site in sites:
+            surgeon.graft(site, prompt, config)
+            for attention in attentions_of(surgeon, site):
+                surgeon.attention(attention, KeyValueOperator, config)
+        if config.train_head:
+            train_heads(surgeon, sites)
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        if not isinstance(site, AttentionSite):
+            return prompt_count(site, config)
+        sizes = site.geometry
+        width = sizes.head_dim if config.share_kv else sizes.head_dim + sizes.value_dim
+        return config.kv_length * sizes.kv_heads * width

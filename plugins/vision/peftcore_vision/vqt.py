@@ -1,0 +1,107 @@
+"""VQT, visual query tuning: rows that ask and are not asked.   Tu, Mai and Chao 2022, arXiv 2212.03220.
+
+    [z_l; x_l] = L_l([P_l; x_{l-1}]),   in whose attention all rows see the tokens x alone
+    logits = W n(x_head) + b + sum_l U_l n(s(z_l)),   n(v) = v / |v|,   P_l [length, d]
+
+P_l are queries that summarise what the tokens of block l hold: they go through its norms, projections and feed-forward
+as tokens do, but no row sees them, so that the model's own tokens stay what they are. What block l makes of them is
+dropped behind it, and goes to the head alone: s puts the rows of z_l behind each other ("concat"), or takes their mean,
+or a trained sum (U_l then reads d numbers). x_head is what the head reads, W and b its own, which train along.
+
+P_l start uniform in +-sqrt(6 / (3 p^2 + d)), p the side of a patch, and U_l at zero; the authors (andytu28/VQT) begin
+with a new head. With `normalize` False a fresh adapter is an exact identity. Their selection of features by a group
+lasso (KEEP_FRAC) trains once, keeps the best columns and begins anew; it is not here. They keep dropout of the frozen
+blocks off while prompts train: put the model in eval mode for that.
+
+Parameters: length * d a block, for each head with c classes c * length * d a block ("concat") or c * d, and the head;
+9,216 without heads for ViT-B with length 1. With "weighted" length more a block.
+
+Use it where the layers' own features are what is missing (the backbone must not change, tasks share one forward); not
+where features have to change with the task: `vpt_deep`, whose kin it is.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveInt
+from torch import nn
+
+from peftcore import LearningRate, Method, Site, Surgeon, Tags, Tap, head_sites
+from peftcore.errors import ConfigError, UnsupportedSite
+from peftcore_vision._prompts import RowsConfig, attentions_of, prompt_sites
+from peftcore_vision._queries import QueryOperator, QuerySite, ReadingOperator, UnaskedOperator
+
+
+class Config(RowsConfig):
+    """Options of VQT."""
+
+    method: Literal["vqt"] = "vqt"
+    length: PositiveInt = 1
+    """Queries of a block."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
+    """Probability with which numbers of the queries are dropped in training."""
+    summary: Literal["concat", "mean", "weighted"] = "concat"
+    """What the head reads of a block's queries: all of them, their mean, or a sum with trained weights."""
+    normalize: bool = True
+    """Bring what the head reads of each block, and of the tokens, to length 1."""
+    train_head: bool = True
+    """Train the matrix and bias of the head along."""
+
+
+class VQT(Method):
+    """Trained queries in each block of a vision transformer, which the head alone reads."""
+
+    name = "vqt"
+    Config = Config
+    tags = Tags(
+        category="vision",
+        paper="2212.03220",
+        identity_at_init=False,
+        identity_options={"normalize": False},
+        per_row=False,
+        random=True,
+        reentrant=False,
+    )
+    learning_rate = LearningRate(
+        0.25,
+        "andytu28/VQT@9bca87e, head2toe_train.py: 0.5, in the middle of lr_range, times 128 / 256",
+        on="ViT-B/16, VTAB-1k, batches of 128",
+        optimizer="Adam",
+    )
+    target = ("block",)
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        if any(config.overrides.values()):
+            raise ConfigError("the head reads the queries of all blocks alike: vqt takes no overrides")
+        sites = prompt_sites(surgeon)
+        host = surgeon.resolver.host
+        tower = host.at(sites[0].module_path)[0].tower
+        heads = [
+            head
+            for head in head_sites(surgeon)
+            if host.at(head.module_path)[0].tower == tower and head.layer.has(head.module, head.tensor)
+        ]
+        if not heads or any(site.width != sites[0].width for site in sites):
+            raise UnsupportedSite(
+                f"{type(model).__name__} has no head over blocks of one width that could read queries"
+            )
+        made, classes = [], tuple(head.out_features for head in heads)
+        for site in sites:
+            asking, own = Tap(), Tap(until_backward=True, learns=True)
+            place = QuerySite(**vars(site), classes=classes)
+            surgeon.graft(place, lambda at, c, taps=(asking, own): QueryOperator(at, c, c, *taps), config)
+            for attention in attentions_of(surgeon, site):
+                surgeon.attention(attention, lambda at, asking=asking: UnaskedOperator(at, asking))
+            made.append(own)
+        for number, head in enumerate(heads):
+            surgeon.graft(head, lambda at, number=number: ReadingOperator(at, number, config.normalize, made))
+        for head in heads if config.train_head else []:
+            surgeon.train(head.module_path)
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        if not isinstance(site, QuerySite):
+            return site.numel if site.form == "weight" else 0
+        read = site.width * (config.length if config.summary == "concat" else 1)
+        return config.length * site.width + sum(site.classes) * read + config.length * (config.summary == "weighted")

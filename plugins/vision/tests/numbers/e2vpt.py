@@ -1,0 +1,78 @@
+"""What the prompted transformer of E2VPT's authors gives for images, the derivatives of their loss by its masks, and
+what their trainer prunes by them, on tensors of cosines: ``python -m peftcore.testing.freeze e2vpt.py CHECKOUT``."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from vpt import ABSENT, SIZES, named, wave
+
+from peftcore.registry.evidence import Source
+from peftcore.testing.checkouts import load
+
+SOURCE = Source("authors", "ChengHan111/E2VPT", "7a66e75", "src/models/vit_prompt/vit_prompt_VK.py")
+VERSIONS = ("torch",)
+GRAPHICS = ("matplotlib", "matplotlib.pyplot", "matplotlib.colors", "cv2", "captum", "captum.attr")
+GRAPHICS += ("pytorch_grad_cam", "pytorch_grad_cam.utils", "pytorch_grad_cam.utils.image")
+TRAINING = ("fvcore", "fvcore.common", "fvcore.common.config", "fvcore.common.checkpoint", "src.engine.evaluator")
+TRAINING += ("src.solver.lr_scheduler", "src.solver.optimizer", "src.solver.losses", "src.utils.train_utils")
+OPTIONS = {"LOCATION": "prepend", "INITIATION": "random", "NUM_DEEP_LAYERS": None, "DEEP_SHARED": False}
+OPTIONS |= {"DEEP": True, "DEEP_P": True, "VIT_POOL_TYPE": "original", "REWIND_STATUS": False, "SHARED_ACCROSS": False}
+OPTIONS |= {"NUM_TOKENS": 2, "NUM_TOKENS_P": 3, "DROPOUT": 0.0, "DROPOUT_P": 0.0, "LAYER_BEHIND": True}
+OPTIONS |= {"CLS_TOKEN_MASK": True, "CLS_TOKEN_MASK_PIECES": True, "CLS_TOKEN_P_PIECES_NUM": 4}
+OPTIONS |= {"QUERY_PROMPT_MODE": 0, "ORIGIN_INIT": 2}
+
+
+def filled(module: Any, shared: bool, projection: int | None) -> Any:
+    """The authors' model of three layers with numbers that depend on the names in timm."""
+    prompt = SimpleNamespace(**OPTIONS, SHARE_PARAM_KV=shared, PROJECT=-1 if projection is None else projection)
+    prompt.MASK_CLS_TOKEN = projection is None  # their masks have the width of what is projected
+    model = module.PromptedVisionTransformer_Prompt_VK(prompt, "tiny", img_size=8, num_classes=3).double().eval()
+    known = named()
+    for name, parameter in model.named_parameters():
+        if name.endswith("prompt_embeddings"):
+            first = int("deep" in name)
+            prompts = [wave(each.shape, f"prompt.{first + number}") for number, each in enumerate(parameter)]
+            parameter.data.copy_(torch.stack(prompts))
+        elif "prompt_proj" in name:
+            parameter.data.copy_(wave(parameter.shape, f"projection.{name.rpartition('.')[2]}"))
+        elif "QKV" in name:
+            part = "value" if name.endswith("_V") else "key"
+            parameter.data.copy_(wave(parameter.shape, f"{part}.{name.split('.')[3]}"))
+        elif "mask" not in name:
+            value = known.pop(name)
+            parameter.data.copy_(value if isinstance(value, Tensor) else wave(parameter.shape, value[0]))
+    assert not known
+    return model
+
+
+def pruned(trainer: Any, model: Any) -> dict[str, Any]:
+    """Returns the scores of two batches, and the logits when two segments of each token and one token are off."""
+    stack, scores = model.transformer, []
+    masks = [stack.prompt_soft_tokens_mask_cls_token, stack.prompt_soft_tokens_pieces_mask_cls_token]
+    for number in range(2):
+        loss = torch.nn.functional.cross_entropy(model(wave((2, 3, 8, 8), f"batch.{number}")), torch.tensor([0, 2]))
+        scores.append(torch.autograd.grad(loss, masks))
+    tokens, pieces = (torch.stack(each).mean(0) for each in zip(*scores, strict=True))
+    sizes = {"n_pieces_token": 4, "n_soft_tokens": 3}
+    off = trainer.what_tokens_to_mask(None, tokens, 1, set(), 1, **sizes)
+    off_pieces = trainer.what_tokens_pieces_to_mask(None, pieces, 2, {}, 1, **sizes)
+    stack.mask_soft_tokens(off)
+    stack.mask_soft_tokens_pieces(off_pieces)
+    logits = model(wave((2, 3, 8, 8), "images"))
+    return {"tokens": tokens.tolist(), "segments": pieces.tolist(), "logits": logits.tolist()}
+
+
+def numbers(checkout: Path) -> dict[str, Any]:
+    """Returns logits ``[2, 3]`` by whether keys are values and by the width of prompts, and those after pruning."""
+    module = load(checkout / SOURCE.script, root=checkout, absent=(*ABSENT, *GRAPHICS, *TRAINING))
+    trainer = load(checkout / "src/engine/trainer.py", root=checkout).Trainer
+    module.CONFIGS["tiny"] = SimpleNamespace(patches={"size": (4, 4)}, hidden_size=16, transformer=SIZES, classifier="")
+    images, found = wave((2, 3, 8, 8), "images"), {}
+    for shared in (True, False):
+        for projection in (None, 6):
+            model = filled(module, shared, projection)
+            found[f"{shared} {projection}"] = model(images).tolist()
+    return {"logits": found, "pruned": pruned(trainer, filled(module, True, None))}
