@@ -101,7 +101,6 @@ def _put(config: Any, path: tuple[Any, ...], value: Any) -> Any:
 def _saved(name: str, folder: Path) -> Bench | None:
     """Save an adapter of the method on the first host that has a place for it."""
     for host in ALL_HOSTS.values():
-    for host in ALL_HOSTS.values():
         case = KitCase(peftcore.method(name), host, OPTIONS.get(name, {}))
         try:
             model, _ = case.fresh()
