@@ -260,6 +260,10 @@ class RowStream(Operator):
 
         Args:
             given: those that the user gave it.
+
+        Raises:
+            MissingContext, RouteError, ConfigError: this call lacks what the rows are made of, or what it has does not
+                fit.
         """
         return None
 
