@@ -99,7 +99,21 @@ ids = torch.arange(24).view(1, 24)
 batch = {"input_ids": ids, "labels": ids}
 """,
 )
-HOSTS = (LLAMA, BERT, VIT, CLIP, UNET, MAMBA)
+FLUX = Host(
+    "a small Flux",
+    "from diffusers import FluxTransformer2DModel",
+    """
+sizes = {"num_attention_heads": 2, "attention_head_dim": 16, "axes_dims_rope": (4, 6, 6), "in_channels": 16}
+widths = {"joint_attention_dim": 32, "pooled_projection_dim": 32}
+model = FluxTransformer2DModel(num_layers=1, num_single_layers=1, **sizes, **widths)
+noise, text = torch.randn(1, 16, 16), torch.randn(1, 5, 32)  # an image of 4 x 4 tokens
+places = torch.cartesian_prod(torch.zeros(1), torch.arange(4.0), torch.arange(4.0))
+batch = {"hidden_states": torch.randn(1, 16, 16), "encoder_hidden_states": text, "pooled_projections": text[:, 0]}
+batch |= {"timestep": torch.tensor([0.5]), "img_ids": places, "txt_ids": torch.zeros(5, 3)}
+""",
+    loss="(model(**batch).sample - noise).square().mean()",
+)
+HOSTS = (LLAMA, BERT, VIT, CLIP, UNET, FLUX, MAMBA)
 """In the order in which they are tried."""
 FIRST = {"vision": (VIT, CLIP), "diffusion": (UNET, CLIP)}
 """What is tried before, by category."""

@@ -124,7 +124,8 @@ def _is_told(surgeon: Surgeon, block: str) -> bool:
 
 def _site(surgeon: Surgeon, owner: str, blocks: list[str]) -> StreamSite:
     modules, entries = surgeon.resolver.modules, surgeon.resolver.host.entries
-    attentions, joint, cross = [], False, False
+    attentions: list[AttentionSite] = []
+    joint, cross = False, False
     for block in blocks:
         inside = [entry for entry in entries if entry.block == block]
         own = [entry.path for entry in inside if entry.role == "attn"]
@@ -259,6 +260,10 @@ class RowStream(Operator):
 
         Args:
             given: those that the user gave it.
+
+        Raises:
+            MissingContext, RouteError, ConfigError: this call lacks what the rows are made of, or what it has does not
+                fit.
         """
         return None
 

@@ -129,7 +129,7 @@ class OminiControl(Method):
 
     Example:
         injection = peftcore.apply(model, "ominicontrol")
-        peftcore.call(model, condition=torch.randn(1, 16, 64))  # as the model's own image; with `with`, for a while
+        peftcore.call(model, condition=torch.randn(1, 16, 16))  # as the model's own image; with `with`, for a while
     """
 
     name = "ominicontrol"
