@@ -17,13 +17,16 @@ leaves b^2 out). Its gradient is the one at the scaled K_j, as for both, who ove
 here it stays as it is.
 
 With side="outputs" the outputs of a weight turn instead, W' = R W and k = out / b, and the bias does not: so do LyCORIS
-(its diag-oft) and kohya's sd-scripts.
+(its diag-oft, Yeh et al. 2023, arXiv 2309.14859; the preset `diag_oft`) and kohya's sd-scripts. Two options are theirs.
+With `constraint` all K of a site count as scaled down to the norm constraint * width of the turned side, ||K|| being
+that of the whole block diagonal, and gradients go through the scaling. With `rescaled` W' = diag(s) R W, with gains s
+[out] that are one at first. LyCORIS trains a full Q with K = Q - Q^T, which moves by twice as much under Adam.
 
 With `block_dropout` so many of the blocks, others in each forward, do not turn in training (peft: module_dropout, which
 peft 0.21 describes so and does not do).
 
 Parameters: k b (b - 1) / 2 a site, k = in * kernel / b, times the number of experts; those of one block with
-`block_share`.
+`block_share`; and out more with `rescaled`.
 
 Use it where fine-tuning must keep what the base knows: subject-driven diffusion, little data.
 """
@@ -32,14 +35,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import torch
-from pydantic import Field, PositiveFloat
+from pydantic import Field, PositiveFloat, model_validator
 from torch import Tensor, nn
 
 from peftcore import MATRICES, Held, LearningRate, Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
 from peftcore_reparameterized._dropped import replaced_blocks
+from peftcore_reparameterized._gains import gained
 from peftcore_reparameterized._kernels import cayley, neumann, rotated
 from peftcore_reparameterized._rotations import block_size, precise, rotate, rows, weight_of, width
 
@@ -60,6 +64,16 @@ class Config(MethodConfig):
     """Share of the blocks that do not turn in a forward in training, rounded down; with `block_share` none."""
     side: Literal["inputs", "outputs"] = "inputs"
     """Side of a weight that turns; an embedding turns what it returns either way."""
+    constraint: PositiveFloat | None = None
+    """Norm of all K of a site over the width of its turned side, at most (LyCORIS); None leaves it free."""
+    rescaled: bool = False
+    """Train a gain for each output as well; a bias is not scaled."""
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> Self:
+        if self.eps is not None and self.constraint is not None:
+            raise ValueError("eps and constraint both limit the rotations: leave one of them None")
+        return self
 
 
 class OFTOperator(WeightOperator):
@@ -74,11 +88,18 @@ class OFTOperator(WeightOperator):
         blocks, self.size = _blocks(site, config)
         self.series, self.block_dropout = config.series, config.block_dropout
         self.radius = None if config.eps is None else config.eps * self.size**2 / math.sqrt(blocks)
+        turned = width(site, self.outputs)
+        self.limit = None if config.constraint is None else config.constraint * turned
+        self.times = turned // (blocks * self.size)  # how often each block turns: more than once where they are shared
         self.K = nn.Parameter(torch.zeros(*site.batch, blocks, self.size * (self.size - 1) // 2))
+        self.gain = nn.Parameter(torch.ones(*site.batch, site.out_features)) if config.rescaled else None
 
     def entries(self) -> Tensor:
         """Return the entries above the diagonals of K, [*batch, blocks, entries], scaled down if it is constrained."""
         entries = precise(self.K)
+        if self.limit is not None:
+            norm = math.sqrt(2 * self.times) * torch.linalg.vector_norm(entries, dim=(-2, -1), keepdim=True)
+            return entries * (self.limit / norm.clamp(min=self.limit))
         if self.radius is None:
             return entries
         norm = math.sqrt(2) * torch.linalg.vector_norm(entries, dim=-1, keepdim=True)
@@ -101,11 +122,13 @@ class OFTOperator(WeightOperator):
         replaced = replaced_blocks(self.block_dropout, R.shape[-3], R.device)
         return torch.where(replaced[:, None, None], torch.eye(self.size, device=R.device, dtype=R.dtype), R)
 
-    def prepare(self, held: Held) -> Tensor:
-        return self.dropped()
+    def prepare(self, held: Held) -> tuple[Tensor, Tensor | None]:
+        return self.dropped(), held.bias
 
-    def activation_form(self, call: Callable[..., Tensor], x: Tensor, prepared: Tensor) -> Tensor:
-        return rotated(self.layer, call, x, prepared, exact=self.series is None)
+    def activation_form(self, call: Callable[..., Tensor], x: Tensor, prepared: tuple[Tensor, Tensor | None]) -> Tensor:
+        R, bias = prepared
+        y = rotated(self.layer, call, x, R, exact=self.series is None)
+        return y if self.gain is None else gained(self.layer, y, self.gain, bias)
 
     def forward(self, weight: Tensor) -> Tensor:
         return self._turned(weight, self.dropped())
@@ -115,7 +138,8 @@ class OFTOperator(WeightOperator):
 
     def _turned(self, weight: Tensor, R: Tensor) -> Tensor:
         turned = rotate(rows(weight, self.layer, self.outputs), R)
-        return weight_of(turned, self.layer, weight.shape, self.outputs)
+        turned = weight_of(turned, self.layer, weight.shape, self.outputs)
+        return turned if self.gain is None else turned * self.gain.view(*self.gain.shape, *[1] * (weight.dim() - self.gain.dim()))
 
 
 class OFT(Method):
@@ -137,7 +161,8 @@ class OFT(Method):
     @staticmethod
     def parameter_count(site: Site, config: Config) -> int:
         blocks, size = _blocks(site, config)
-        return math.prod(site.batch) * blocks * size * (size - 1) // 2
+        gains = site.out_features if config.rescaled else 0
+        return math.prod(site.batch) * (blocks * size * (size - 1) // 2 + gains)
 
 
 def _blocks(site: Site, config: Config) -> tuple[int, int]:
