@@ -193,8 +193,9 @@ class Kohya(Format):
         )
 
     def files(self, injection: Injection, weights: bool = False) -> Files:
-        if injection.trained_along or injection.shared:
-            what = next(iter((*injection.trained_along, *injection.shared)))
+        stored = [name for name, module in injection.shared.items() if module.state_dict()]
+        if injection.trained_along or stored:
+            what = next(iter((*injection.trained_along, *stored)))
             raise ExportError(f"files of kohya have no place for {what}: only for operators at modules")
         check_no_rows(injection, "kohya")
         model = injection.model
