@@ -22,7 +22,6 @@ from peftcore.authoring.branches import (
     is_post_norm,
     reads_stream,
 )
-from peftcore.authoring.draws import Draws
 from peftcore.authoring.feed_forwards import FeedForwardSite, feed_forward_around
 from peftcore.authoring.guests import GuestNetwork, GuestOperator, guest_network
 from peftcore.authoring.hybrid_parts import OfParts, options_of, without_preset
@@ -118,7 +117,6 @@ __all__ = [
     "Calls",
     "Checked",
     "Combiner",
-    "Draws",
     "Factors",
     "FeedForwardSite",
     "ForcedAttributes",

@@ -11,7 +11,6 @@ It may import `algebra`, and what is below. In the order of reading:
 - `pass_cache`: a cache of its own for an extra pass over the model, or for a network beside it.
 - `guests`: a smaller network of the model's own family, beside it.
 - `row_logits`: what a model predicts at the rows of a soft prompt.
-- `draws`: random numbers that are the same in all layers of one forward.
 - `hybrid_parts`: methods that are made of methods.
 - `budgets`: trainable values of a method in well-known models.
 """

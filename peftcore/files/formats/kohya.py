@@ -193,9 +193,8 @@ class Kohya(Format):
         )
 
     def files(self, injection: Injection, weights: bool = False) -> Files:
-        stored = [name for name, module in injection.shared.items() if module.state_dict()]
-        if injection.trained_along or stored:
-            what = next(iter((*injection.trained_along, *stored)))
+        if injection.trained_along or injection.shared:
+            what = next(iter((*injection.trained_along, *injection.shared)))
             raise ExportError(f"files of kohya have no place for {what}: only for operators at modules")
         check_no_rows(injection, "kohya")
         model = injection.model

@@ -30,7 +30,6 @@ from torch import Tensor, nn
 
 from peftcore import (
     OUTPUTS,
-    Draws,
     Joins,
     LearningRate,
     Method,
@@ -45,6 +44,7 @@ from peftcore import (
 )
 from peftcore.errors import TargetError, UnsupportedSite
 from peftcore_additive._bottleneck import BottleneckOperator
+from peftcore_additive._draws import Draws
 
 
 class Config(MethodConfig):

@@ -1,5 +1,5 @@
-"""T-LoRA: the promises of the kit, the numbers of the authors' code (`numbers/tlora.json`) and of LyCORIS, the equation in
-float64 on convolutions too, and where the timesteps come from."""
+"""T-LoRA: the promises of the kit, the numbers of the authors' code (`numbers/tlora.json`) and of LyCORIS, the equation
+in float64 on convolutions too, and where the timesteps come from."""
 
 import math
 from collections.abc import Callable
@@ -83,7 +83,9 @@ def test_outputs_and_gradients_are_those_of_the_authors_code(kind: str, timestep
         assert difference(found[name].detach(), told) <= EXACT, name
 
 
-@pytest.mark.parametrize(("rank", "least", "power"), [(64, 32, 1.0), (64, 1, 1.0), (10, 3, 1.0), (7, 7, 2.0), (9, 2, 0.5)])
+@pytest.mark.parametrize(
+    ("rank", "least", "power"), [(64, 32, 1.0), (64, 1, 1.0), (10, 3, 1.0), (7, 7, 2.0), (9, 2, 0.5)]
+)
 def test_the_rank_at_each_timestep_is_that_of_lycoris(rank: int, least: int, power: float) -> None:
     tlora = pytest.importorskip("lycoris.modules.tlora")
     host, _, operator = adapted(nn.Linear(70, 66), rank=rank, min_rank=least, power=power, start="zero")
@@ -110,10 +112,14 @@ def test_beside_lycoris(name: str, part: str) -> None:
     product = operator.B0 * operator.values0 @ operator.A0.flatten(1)
     its = module.base_p.flatten(1) * module.base_lambda @ module.base_q.flatten(1)
     assert difference(product, its) <= 1e-5  # which it finds in float32
+    frozen_theirs = (module.base_q, module.base_p, module.base_lambda)
+    starts = zip((operator.A0, operator.B0, operator.values0), frozen_theirs, strict=True)
+    theirs = (module.q_layer.weight, module.p_layer.weight, module.lambda_layer)
+    trained = list(zip((operator.A, operator.B, operator.values), theirs, strict=True))
     with torch.no_grad():
-        for own, other in ((operator.A0, module.base_q), (operator.B0, module.base_p), (operator.values0, module.base_lambda)):
+        for own, other in starts:
             own.copy_(other.view(own.shape))
-        for own, other in ((operator.A, module.q_layer.weight), (operator.B, module.p_layer.weight), (operator.values, module.lambda_layer)):
+        for own, other in trained:
             own.normal_(0, 0.1)
             other.copy_(own.view(other.shape))
     for timestep in (0, 400, 999):
@@ -129,7 +135,7 @@ def test_beside_lycoris(name: str, part: str) -> None:
         direction = torch.randn_like(ours)
         for output in (ours, expected):
             (output * direction).sum().backward()
-        for own, other in ((operator.A, module.q_layer.weight), (operator.B, module.p_layer.weight), (operator.values, module.lambda_layer)):
+        for own, other in trained:
             assert own.grad.abs().max() > 0
             assert difference(own.grad, other.grad.view(own.shape)) <= EXACT
 

@@ -1,5 +1,5 @@
-"""Diag-OFT of LyCORIS, `side="outputs"` of OFT with `constraint` and `rescaled`: the promises of the kit, the numbers of
-the real LyCORIS with gradients, the equation in float64, and that limits hold."""
+"""Diag-OFT of LyCORIS, `side="outputs"` of OFT with `constraint` and `rescaled`: the promises of the kit, the numbers
+of the real LyCORIS with gradients, the equation in float64, and that limits hold."""
 
 import math
 from collections.abc import Callable

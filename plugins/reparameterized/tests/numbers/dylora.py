@@ -25,7 +25,8 @@ def wave(*shape: int) -> Tensor:
 
 def tensors() -> dict[str, Tensor]:
     """Returns the weight and the bias of a layer, both factors, and an input."""
-    shapes = {"weight": (OUTPUTS, INPUTS), "bias": (OUTPUTS,), "A": (RANK, INPUTS), "B": (OUTPUTS, RANK), "x": (3, INPUTS)}
+    layer = {"weight": (OUTPUTS, INPUTS), "bias": (OUTPUTS,)}
+    shapes = layer | {"A": (RANK, INPUTS), "B": (OUTPUTS, RANK), "x": (3, INPUTS)}
     return {name: wave(*shape) / (index + 1) for index, (name, shape) in enumerate(shapes.items())}
 
 

@@ -9,13 +9,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from peftcore import ForwardContext
 from peftcore.errors import AmbiguousBackward, TrainingError
-from peftcore.forward.context import ForwardContext
 
 
 class Draws(nn.Module):
-    """A whole number from 0 to `most`, drawn evenly for each forward of the model in training. It is shared:
-    ``surgeon.own("draws", lambda: Draws(most))``.
+    """A whole number from 0 to `most`, drawn evenly for each forward of the model in training.
 
     It depends on the seed and on the number of forwards alone: the global generator does not move, the processes of one
     training draw the same, and a resumed training goes on where it was. What backward computes again gets the number
