@@ -67,6 +67,11 @@ class TLoRAOperator(Operator):
     """The update of one site."""
 
     def __init__(self, site: Site, config: Config) -> None:
+        """Make the factors.
+
+        Raises:
+            UnsupportedSite: the weight is read, not called.
+        """
         super().__init__(site)
         if site.form != "activation":
             raise UnsupportedSite(f"{site.path} is read, not called, so it has no rows with timesteps; exclude it")
