@@ -20,6 +20,7 @@ def peftcore_methods() -> Mapping[str, str]:
         "ominicontrol": "peftcore_diffusion.ominicontrol:OminiControl",
         "svdiff": "peftcore_diffusion.svdiff:SVDiff",
         "t2i_adapter": "peftcore_diffusion.t2i_adapter:T2IAdapter",
+        "tlora": "peftcore_diffusion.tlora:TLoRA",
         "textual_inversion": "peftcore_diffusion.textual_inversion:TextualInversion",
     }
 
@@ -33,4 +34,8 @@ def peftcore_presets() -> Mapping[str, Preset]:
 @hookimpl
 def peftcore_translations() -> Mapping[str, str]:
     """Map other libraries' adapter formats to the import paths of their translations for this plugin's methods."""
-    return {"kohya/locon": "peftcore_diffusion.interop.kohya_locon:KohyaLoCon"}
+    here = "peftcore_diffusion.interop"
+    return {
+        "kohya/locon": f"{here}.kohya_locon:KohyaLoCon",
+        "kohya/tlora_masked": f"{here}.kohya_tlora:KohyaMaskedTLoRA",
+    }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from peftcore import forward_context
@@ -26,6 +27,23 @@ def told(name: str, rows: int) -> Tensor:
             f"{name} has {len(value)} entries, and the batch {rows}; give one for each row, or one for all"
         )
     return value if times == 1 else value.repeat_interleave(times, 0)
+
+
+def timesteps(rows: int, device: torch.device) -> Tensor:
+    """Return the timestep of diffusion of each of so many rows, [rows]: what ``peftcore.call(model, timestep=...)``
+    says, a number or one for each row, and otherwise the argument of that name with which the host was called.
+
+    Raises:
+        MissingContext: nobody said it, and the host has no such argument.
+        RouteError: there are not as many rows.
+    """
+    running = forward_context()
+    said = running.context.get("timestep", running.inputs.get("timestep"))
+    value = torch.as_tensor(running.need("timestep") if said is None else said, device=device).flatten()
+    times, rest = divmod(rows, len(value))
+    if len(value) > 1 and (rest or not times):
+        raise RouteError(f"timestep has {len(value)} entries, and a module is given {rows} rows; exclude that module")
+    return value.expand(rows) if len(value) == 1 else value.repeat_interleave(times, 0)
 
 
 def cast(value: Any, like: Tensor) -> Any:

@@ -10,6 +10,7 @@ LLLITE = "kohya-ss/sd-scripts@48d368f, networks/control_net_lllite.py"
 LYCORIS = "KohakuBlueleaf/LyCORIS@f49d30d"
 LOCON = "cyber-meow/LyCORIS-evaluation@7c5758c, exp_configs/training_configs/exp-1004-sd15-lora8a4-full-a.toml"
 OMINI = "Yuanshi9815/OminiControl@331dd34"
+TLORA = "ControlGenAI/T-LoRA@602c4f7"
 T2I = "TencentARC/T2I-Adapter"
 
 HELD: Held = {
@@ -50,6 +51,16 @@ HELD: Held = {
     ("t2i_adapter", "scale"): (1.0, f"{T2I}@c408b05, Adapter/inference_base.py: --cond_weight default=1.0"),
     ("t2i_adapter", "channels"): (3, f"{T2I}@16bba67, train_depth.py: cin=3 * 64"),
     ("t2i_adapter", "blocks"): (2, f"{T2I}@16bba67, train_depth.py: nums_rb=2"),
+    ("tlora", "rank"): (64, f"{TLORA}, README.md: --lora_rank=64"),
+    ("tlora", "min_rank"): (32, f"{TLORA}, README.md: --min_rank=32"),
+    ("tlora", "alpha"): (64.0, f"{TLORA}, tlora/model/lora.py: scale=1.0, which is alpha = rank"),
+    ("tlora", "power"): (1.0, f"{TLORA}, train.py: --alpha_rank_scale default=1.0"),
+    ("tlora", "timesteps"): (
+        1000.0,
+        f"{TLORA}, tlora/trainer_sdxl.py: max_timestep=self.scheduler.num_train_timesteps, which is 1000 in SDXL",
+    ),
+    ("tlora", "start"): ("random", f'{TLORA}, README.md: --trainer_type="ortho_lora"'),
+    ("tlora", "part"): ("last", f'{TLORA}, README.md: --sig_type="last"'),
     ("textual_inversion", "initializer"): (
         None,
         "rinongal/textual_inversion@424192d, configs/latent-diffusion/txt2img-1p4B-finetune.yaml: initializer_words: "

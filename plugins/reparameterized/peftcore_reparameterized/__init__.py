@@ -22,6 +22,7 @@ def peftcore_methods() -> Mapping[str, str]:
         "deft": "peftcore_reparameterized.deft:DEFT",
         "delora": "peftcore_reparameterized.delora:DeLoRA",
         "dora": "peftcore_reparameterized.dora:DoRA",
+        "dylora": "peftcore_reparameterized.dylora:DyLoRA",
         "eva": "peftcore_reparameterized.eva:EVA",
         "fourierft": "peftcore_reparameterized.fourierft:FourierFT",
         "frod": "peftcore_reparameterized.frod:FRoD",

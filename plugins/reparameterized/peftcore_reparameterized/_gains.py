@@ -8,6 +8,11 @@ from peftcore import Layer
 from peftcore_reparameterized._kernels import add_scaled
 
 
+def with_gains(weight: Tensor, gain: Tensor) -> Tensor:
+    """Return a weight [*batch, out, in, *kernel] whose rows are scaled by gains [*batch, out]."""
+    return weight * gain.view(*gain.shape, *[1] * (weight.dim() - gain.dim()))
+
+
 def gained(layer: Layer, y: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
     """Return ``gain (y - bias) + bias``: the output of a layer that returns y once the rows of its weight are scaled by
     gains [out]; its bias is not scaled."""

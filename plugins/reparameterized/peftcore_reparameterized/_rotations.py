@@ -36,8 +36,10 @@ def block_size(site: Site, wanted: int, factors: int = 1, outputs: bool = False)
     evenly, for a butterfly of that many factors.
 
     Raises:
-        UnsupportedSite: there is none up to twice the wanted one.
+        UnsupportedSite: there is none up to twice the wanted one, or the tensor is a vector.
     """
+    if len(site.weight_shape) == site.layer.batch_dims + 1:
+        raise UnsupportedSite(f"{site.path} is a vector, and what turns are sides of a matrix; exclude it")
     turned = width(site, outputs)
     halves = 2 ** min(factors - 1, turned.bit_length())  # a factor joins halves of blocks across a doubled distance
     even = 1 if factors == 1 else 2
@@ -48,6 +50,19 @@ def block_size(site: Site, wanted: int, factors: int = 1, outputs: bool = False)
             "exclude it, or set other options for it in overrides"
         )
     return min(fitting, key=lambda n: (abs(n - wanted), n))
+
+
+def within(entries: Tensor, limit: float, times: int) -> Tensor:
+    """Return entries above the diagonals of skew-symmetric blocks, [*batch, blocks, entries], scaled down so that the
+    norm of all blocks together, each of them so many times, is at most the limit."""
+    norm = math.sqrt(2 * times) * torch.linalg.vector_norm(entries, dim=(-2, -1), keepdim=True)
+    return entries * (limit / norm.clamp(min=limit))
+
+
+def each_within(entries: Tensor, radius: float) -> Tensor:
+    """Return the same with the norm of each block at most the radius, and the gradient at what they are scaled to."""
+    norm = math.sqrt(2) * torch.linalg.vector_norm(entries, dim=-1, keepdim=True)
+    return entries + (entries * (radius / norm.clamp(min=radius)) - entries).detach()
 
 
 def precise(values: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from peftcore import MATRICES, Held, LearningRate, Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
 from peftcore_reparameterized._dropped import replaced_blocks
-from peftcore_reparameterized._gains import gained
+from peftcore_reparameterized._gains import gained, with_gains
 from peftcore_reparameterized._kernels import cayley, rotated
 from peftcore_reparameterized._rotations import block_size, precise, rotate, rows, weight_of, width
 
@@ -111,8 +111,7 @@ class BOFTOperator(WeightOperator):
 
     def _turned(self, weight: Tensor, rotations: Tensor) -> Tensor:
         turned = self.turned(rows(weight, self.layer, self.outputs), rotations)
-        turned = weight_of(turned, self.layer, weight.shape, self.outputs)
-        return turned * self.gain.view(*self.gain.shape, *[1] * (weight.dim() - self.gain.dim()))
+        return with_gains(weight_of(turned, self.layer, weight.shape, self.outputs), self.gain)
 
 
 def _swap(rows: Tensor, one: int, other: int, size: int) -> Tensor:

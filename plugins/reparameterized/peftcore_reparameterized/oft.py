@@ -3,27 +3,25 @@
     W' = W R^T,   R = diag(R_1, ..., R_k),   R_j = (I - K_j) (I + K_j)^-1,   K_j skew-symmetric [b, b], zero at first
 
 The inputs of a weight turn in blocks of b, so the lengths of its rows and the angles between them stay. In convolutions
-the inputs of one output are all of its kernel, channel by channel (grouped ones: the channels of a group, R the same in
-each); in embeddings the vector turns that is returned. As in peft, what is above the diagonal of K is trained; the
-authors train a full Q with K = (Q - Q^T) / 2, which moves alike under Adam. Their convolution views [out, in, kernel]
-as [in * kernel, out], which mixes outputs into rows; peft folds the patches of a turned image back together, so that
-kernels above 1 are wrong, takes all inputs of four dimensions for images, and turns embeddings the other way.
+these are all of the kernel, channel by channel (grouped ones: the channels of a group); in embeddings the vector turns
+that is returned. As in peft, what is above the diagonal of K is trained; the authors train a full Q with K = (Q - Q^T)
+/ 2, which moves alike under Adam. Their convolution mixes outputs into rows; peft folds the patches of a turned image
+back together, so that kernels above 1 are wrong, takes four dimensions for images, and turns embeddings the other way.
 
 With `series` R_j is I - 2 K + 2 K^2 - 2 K^3 ... +- K^(series - 1) instead, which saves solving and is orthogonal for
 small K only. That is peft's default, with five terms; it turns the other way, with K as -K.
-
 Constrained (COFT, `eps`): each K_j counts as scaled down to the norm eps b^2 / sqrt(k), as in the authors' code (peft
-leaves b^2 out). Its gradient is the one at the scaled K_j, as for both, who overwrite the parameter in each forward;
-here it stays as it is.
+leaves b^2 out). Its gradient is that at the scaled K_j, as for both, who overwrite the parameter in each forward.
 
 With side="outputs" the outputs of a weight turn instead, W' = R W and k = out / b, and the bias does not: so do LyCORIS
-(its diag-oft) and kohya's sd-scripts.
-
-With `block_dropout` so many of the blocks, others in each forward, do not turn in training (peft: module_dropout, which
-peft 0.21 describes so and does not do).
+(its diag-oft, Yeh et al. 2023, arXiv 2309.14859; the preset `diag_oft`) and kohya's sd-scripts. Two options are theirs.
+With `constraint` all K of a site together count as scaled down to the norm constraint * width of the turned side, and
+gradients go through that. With `rescaled` W' = diag(s) R W, with gains s [out] that are one at first. LyCORIS trains a
+full Q with K = Q - Q^T, which moves twice as much under Adam. With `block_dropout` so many of the blocks, others in
+each forward, do not turn in training (peft: module_dropout, which peft 0.21 describes so and does not do).
 
 Parameters: k b (b - 1) / 2 a site, k = in * kernel / b, times the number of experts; those of one block with
-`block_share`.
+`block_share`; with `rescaled` out more.
 
 Use it where fine-tuning must keep what the base knows: subject-driven diffusion, little data.
 """
@@ -32,16 +30,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import torch
-from pydantic import Field, PositiveFloat
+from pydantic import Field, PositiveFloat, model_validator
 from torch import Tensor, nn
 
 from peftcore import MATRICES, Held, LearningRate, Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
 from peftcore_reparameterized._dropped import replaced_blocks
+from peftcore_reparameterized._gains import gained, with_gains
 from peftcore_reparameterized._kernels import cayley, neumann, rotated
-from peftcore_reparameterized._rotations import block_size, precise, rotate, rows, weight_of, width
+from peftcore_reparameterized._rotations import block_size, each_within, precise, rotate, rows, weight_of, width, within
 
 
 class Config(MethodConfig):
@@ -60,6 +59,16 @@ class Config(MethodConfig):
     """Share of the blocks that do not turn in a forward in training, rounded down; with `block_share` none."""
     side: Literal["inputs", "outputs"] = "inputs"
     """Side of a weight that turns; an embedding turns what it returns either way."""
+    constraint: PositiveFloat | None = None
+    """Norm of all K of a site over the width of its turned side, at most (LyCORIS); None leaves it free."""
+    rescaled: bool = False
+    """Train a gain for each output as well; a bias is not scaled."""
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> Self:
+        if self.eps is not None and self.constraint is not None:
+            raise ValueError("eps and constraint both limit the rotations: leave one of them None")
+        return self
 
 
 class OFTOperator(WeightOperator):
@@ -74,15 +83,17 @@ class OFTOperator(WeightOperator):
         blocks, self.size = _blocks(site, config)
         self.series, self.block_dropout = config.series, config.block_dropout
         self.radius = None if config.eps is None else config.eps * self.size**2 / math.sqrt(blocks)
+        self.times = width(site, self.outputs) // (blocks * self.size)  # how often each block turns
+        self.limit = None if config.constraint is None else config.constraint * width(site, self.outputs)
         self.K = nn.Parameter(torch.zeros(*site.batch, blocks, self.size * (self.size - 1) // 2))
+        self.gain = nn.Parameter(torch.ones(*site.batch, site.out_features)) if config.rescaled else None
 
     def entries(self) -> Tensor:
         """Return the entries above the diagonals of K, [*batch, blocks, entries], scaled down if it is constrained."""
         entries = precise(self.K)
-        if self.radius is None:
-            return entries
-        norm = math.sqrt(2) * torch.linalg.vector_norm(entries, dim=-1, keepdim=True)
-        return entries + (entries * (self.radius / norm.clamp(min=self.radius)) - entries).detach()
+        if self.limit is not None:
+            return within(entries, self.limit, self.times)
+        return entries if self.radius is None else each_within(entries, self.radius)
 
     def prefers_activation_form(self, x: Tensor) -> bool:
         return self.layer.of_vectors and not self.outputs
@@ -101,11 +112,13 @@ class OFTOperator(WeightOperator):
         replaced = replaced_blocks(self.block_dropout, R.shape[-3], R.device)
         return torch.where(replaced[:, None, None], torch.eye(self.size, device=R.device, dtype=R.dtype), R)
 
-    def prepare(self, held: Held) -> Tensor:
-        return self.dropped()
+    def prepare(self, held: Held) -> tuple[Tensor, Tensor | None]:
+        return self.dropped(), held.bias
 
-    def activation_form(self, call: Callable[..., Tensor], x: Tensor, prepared: Tensor) -> Tensor:
-        return rotated(self.layer, call, x, prepared, exact=self.series is None)
+    def activation_form(self, call: Callable[..., Tensor], x: Tensor, prepared: tuple[Tensor, Tensor | None]) -> Tensor:
+        R, bias = prepared
+        y = rotated(self.layer, call, x, R, exact=self.series is None)
+        return y if self.gain is None else gained(self.layer, y, self.gain, bias)
 
     def forward(self, weight: Tensor) -> Tensor:
         return self._turned(weight, self.dropped())
@@ -115,7 +128,8 @@ class OFTOperator(WeightOperator):
 
     def _turned(self, weight: Tensor, R: Tensor) -> Tensor:
         turned = rotate(rows(weight, self.layer, self.outputs), R)
-        return weight_of(turned, self.layer, weight.shape, self.outputs)
+        turned = weight_of(turned, self.layer, weight.shape, self.outputs)
+        return turned if self.gain is None else with_gains(turned, self.gain)
 
 
 class OFT(Method):
@@ -137,7 +151,8 @@ class OFT(Method):
     @staticmethod
     def parameter_count(site: Site, config: Config) -> int:
         blocks, size = _blocks(site, config)
-        return math.prod(site.batch) * blocks * size * (size - 1) // 2
+        gains = site.out_features if config.rescaled else 0
+        return math.prod(site.batch) * (blocks * size * (size - 1) // 2 + gains)
 
 
 def _blocks(site: Site, config: Config) -> tuple[int, int]:

@@ -18,6 +18,8 @@ LORA_ONE = "YuanheZ/LoRA-One@01bba05"
 LONGLORA = "dvlab-research/LongLoRA@d4eb344"
 LORA_PLUS = "nikhil-ghosh-berkeley/loraplus@a0c44bf"
 LORA_XS = "MohammadrezaBanaei/LoRA-XS@e50b1a8"
+DYLORA = "huawei-noah/Efficient-NLP@bb44348, DyLoRA"
+RUN_GLUE = f"{DYLORA}/examples/NLU/examples/text-classification/run_glue.py"
 LYCORIS = "KohakuBlueleaf/LyCORIS@f49d30d"
 LYCORIS_PAPER = "arXiv 2309.14859, paragraph on dimension, alpha and factor"
 MONTECLORA = "LCS2-IIITD/MonteCLoRA@0cd4a77, run_ft_mc.sh"
@@ -198,6 +200,8 @@ HELD: Held = {
     ),
     ("oft", "block_dropout"): (0.0, "peft 0.21: OFTConfig.module_dropout"),
     ("oft", "side"): ("inputs", "peft 0.21: oft/layer.py turns inputs; LyCORIS turns outputs"),
+    ("oft", "constraint"): (None, f"{LYCORIS}, lycoris/modules/diag_oft.py: constraint=0, which is none"),
+    ("oft", "rescaled"): (False, f"{LYCORIS}, lycoris/modules/diag_oft.py: rescaled=False"),
     ("olora", "rank"): (8, f'{OLORA}: LoraConfig(init_lora_weights="olora"), which leaves r=8 (the script has 32)'),
     ("olora", "alpha"): (
         8.0,
@@ -292,6 +296,11 @@ HELD: Held = {
     ("waveft", "alpha"): (25.0, f"{WAVEFT}: scaling: 25"),
     ("waveft", "wavelet"): ("db1", f"{WAVEFT}: wavelet_family: db1"),
     ("waveft", "entry_seed"): (777, "peft 0.21: WaveFTConfig.random_loc_seed, by the authors"),
+    ("dylora", "rank"): (8, f"{DYLORA}/examples/NLU/roberta_base_mnli.sh: --lora_r 8"),
+    ("dylora", "alpha"): (16.0, f"{DYLORA}/examples/NLU/roberta_base_mnli.sh: --lora_alpha 16"),
+    ("dylora", "block_size"): (1, f"{RUN_GLUE}: torch.randint(0,maximum_rank,(1,))"),
+    ("dylora", "frozen"): (True, f"{RUN_GLUE}: model.set_rank(new_rank, frozen=True)"),
+    ("dylora", "dropout"): (0.0, f"{DYLORA}/loralib/layers.py: lora_dropout: float = 0."),
     ("eva", "rank"): (16, f"{EVA}, bash/run_train.sh: adapter_dims=(16)"),
     ("eva", "alpha"): (1.0, f"{EVA}, train.py: lora_alpha: default=1"),
     ("eva", "scaling"): ("rank", "peft 0.21: LoraConfig.use_rslora is False"),

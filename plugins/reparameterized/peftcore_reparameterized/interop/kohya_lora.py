@@ -1,8 +1,9 @@
 """LoRA and DoRA in files of kohya's sd-scripts and of LyCORIS (checked against LyCORIS 4.1 and diffusers 0.42).
 
 ``lora_down`` is our A and ``lora_up`` our B, which a convolution writes with a kernel of ones; the scale is alpha /
-rank. ``dora_scale`` [out, 1, ...] is our magnitude. LyCORIS can also take the norm over outputs, one for each input
-(`wd_on_output=False`), which is another method than ours.
+rank. DyLoRA is written with all its ranks, and read as LoRA, which its files are. ``dora_scale`` [out, 1, ...] is our
+magnitude. LyCORIS can also take the norm over outputs, one for each input (`wd_on_output=False`), which is another
+method than ours.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ DOWN, UP, MAGNITUDE = "lora_down.weight", "lora_up.weight", "dora_scale"
 class KohyaLoRA(KohyaMethod):
     """Translates low-rank factors of linear maps and convolutions."""
 
-    methods = ("lora", "lora_plus")
+    methods = ("lora", "lora_plus", "dylora")
     below = (DOWN, UP)
     telling = (DOWN, UP)
 

@@ -3,15 +3,16 @@ LyCORIS 4.1).
 
 Both turn the outputs of a weight: ours do with ``side="outputs"``. ``oft_blocks`` holds a full matrix, of which the
 skew-symmetric Q = X - X^T counts: [blocks, b, b] without butterflies, [factors, blocks, b, b] with. ``rescale`` are
-gains of the outputs: with them a file without butterflies is our BOFT of one factor. Theirs turn the other way than
-ours in butterflies, and the coordinates of a block take turns between its two halves.
+gains of the outputs, `rescaled` of our OFT. Theirs turn the other way than ours in butterflies, and the coordinates of
+a block take turns between its two halves.
 
-``alpha`` is a constraint: it times the outputs is the norm that Q is scaled down to; none is 0 in LyCORIS. It is read
-into K, so that outputs are the same; ours has none of the kind for further training.
+``alpha`` is a constraint: it times the outputs is the norm that Q is scaled down to; none is 0 in LyCORIS. Our OFT has
+it as `constraint`. In butterflies it is read into K, so that outputs are the same; ours has none for further training.
 """
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -33,21 +34,25 @@ class KohyaOFT(KohyaMethod):
     """Translates rotations in blocks."""
 
     methods = ("oft",)
-    below = (BLOCKS,)
+    below = (BLOCKS, RESCALE)
     telling = (BLOCKS,)
 
     def reads(self, shapes: Mapping[str, Size]) -> bool:
         return super().reads(shapes) and len(shapes[BLOCKS]) == 3
 
     def options(self, held: Held) -> dict[str, Any]:
-        return {"side": "outputs", "block_size": _width(held)}
+        limit = held.given if held.given is not None and 0 < held.given < math.inf else None
+        turns = {"side": "outputs", "block_size": _width(held)}
+        return turns | {"constraint": limit, "rescaled": RESCALE in held.shapes}
 
     def outputs(self, shapes: Mapping[str, Size]) -> int:
         held = shapes.get(BLOCKS, ())
         return held[-3] * held[-2] if len(held) >= 3 else -1
 
     def read(self, place: Place, found: Found) -> dict[str, Tensor]:
-        return {"K": _above(_skew(place, found, place.operator.K.shape))}
+        held = _skew(place, found, place.operator.K.shape)
+        Q = held if place.config.constraint is not None else _within(held, place, found)
+        return {"K": _above(Q)} | ({} if place.operator.gain is None else _gains(place, found))
 
     def write(self, place: Place) -> tuple[float, dict[str, Tensor]]:
         operator, config = place.operator, place.config
@@ -57,37 +62,38 @@ class KohyaOFT(KohyaMethod):
                 f"LyCORIS has no Neumann series, with which {place.site.path} turns; set series=None and train again"
             )
         blocks = place.site.out_features // operator.size
-        return 0.0, {BLOCKS: _blocks(place, operator.entries().expand(blocks, -1))}
+        free = config.constraint is None  # what eps limits is written as it counts, and this limit is in the file
+        turned = _blocks(place, (operator.entries() if free else operator.K).expand(blocks, -1))
+        return config.constraint or 0.0, {BLOCKS: turned} | ({} if operator.gain is None else _rescale(place))
 
 
 class KohyaBOFT(KohyaOFT):
     """Translates butterfly factors with gains of the outputs."""
 
     methods = ("boft",)
-    below = (BLOCKS, RESCALE)
 
     def reads(self, shapes: Mapping[str, Size]) -> bool:
-        if not KohyaMethod.reads(self, shapes):
-            return False
-        return len(shapes.get(BLOCKS, ())) == 4 or (len(shapes.get(BLOCKS, ())) == 3 and RESCALE in shapes)
+        return KohyaMethod.reads(self, shapes) and len(shapes[BLOCKS]) == 4
 
     def options(self, held: Held) -> dict[str, Any]:
-        factors = held.size(BLOCKS, 0) if len(held.shapes[BLOCKS]) == 4 else 1
-        return super().options(held) | {"factors": factors}
+        size = _width(held)
+        if held.given:
+            warnings.warn(
+                f"{held.where.rpartition(': ')[0]} was trained with a constraint (alpha = {held.given:g}), which ours "
+                "has not in this form: outputs are the same without, further training is not",
+                UserWarning,
+                stacklevel=2,
+            )
+        return {"side": "outputs", "block_size": size, "factors": held.size(BLOCKS, 0)}
 
     def read(self, place: Place, found: Found) -> dict[str, Tensor]:
-        K, gain = place.operator.K.shape, place.operator.gain.shape
-        if len(found.shape(BLOCKS)) == 3:
-            tensors = {"K": _above(_skew(place, found, K[1:]))[None]}
-        else:
-            tensors = {"K": _above(-_reordered(_skew(place, found, K), _by_halves(place.operator.size)))}
-        ones = [1] * (1 + len(place.site.kernel))
-        return tensors | {"gain": found.take(RESCALE, gain, (*gain, *ones)) if found.has(RESCALE) else torch.ones(gain)}
+        Q = _within(_skew(place, found, place.operator.K.shape), place, found)
+        return {"K": _above(-_reordered(Q, _by_halves(place.operator.size)))} | _gains(place, found)
 
     def write(self, place: Place) -> tuple[float, dict[str, Tensor]]:
         operator, outputs = place.operator, place.site.out_features
         _check_side(place)
-        gains = {RESCALE: operator.gain.view(-1, 1, *(1 for _ in place.site.kernel))}
+        gains = _rescale(place)
         blocks = outputs // operator.size
         if len(operator.K) == 1 and operator.size <= blocks:
             return 0.0, {BLOCKS: _blocks(place, operator.K[0]), **gains}
@@ -114,21 +120,29 @@ def _width(held: Held) -> int:
         raise CheckpointError(
             f"{held.where}: blocks of width {size} do not turn; remove the tensors of this module from the file"
         )
-    if held.given:
-        warnings.warn(
-            f"{held.where.rpartition(': ')[0]} was trained with a constraint (alpha = {held.given:g}), which ours has "
-            "not in this form: outputs are the same without, further training is not",
-            UserWarning,
-            stacklevel=2,
-        )
     return size
 
 
+def _gains(place: Place, found: Found) -> dict[str, Tensor]:
+    """Return the gains of the outputs, ones where the file has none."""
+    gain, ones = place.operator.gain.shape, [1] * (1 + len(place.site.kernel))
+    return {"gain": found.take(RESCALE, gain, (*gain, *ones)) if found.has(RESCALE) else torch.ones(gain)}
+
+
+def _rescale(place: Place) -> dict[str, Tensor]:
+    """Return the gains as the file has them, [out, 1, ...]."""
+    return {RESCALE: place.operator.gain.view(-1, 1, *(1 for _ in place.site.kernel))}
+
+
 def _skew(place: Place, found: Found, K: Size) -> Tensor:
-    """Return Q [..., blocks, b, b], scaled down to the constraint."""
+    """Return Q [..., blocks, b, b]."""
     size = place.operator.size
     held = found.take(BLOCKS, (*K[:-1], size, size))
-    Q = held - held.mT
+    return held - held.mT
+
+
+def _within(Q: Tensor, place: Place, found: Found) -> Tensor:
+    """Return Q scaled down to the constraint of the file."""
     if not found.has(ALPHA):
         return Q
     radius = found.take(ALPHA, (), (1,)).to(Q) * place.site.out_features

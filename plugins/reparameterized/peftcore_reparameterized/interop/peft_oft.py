@@ -57,6 +57,8 @@ class PeftOFT(PeftMethod):
         site, config = place.site, place.config
         if config.side == "outputs" and not site.layer.one_hot:
             return "side='outputs': it turns inputs alone"
+        if config.constraint is not None or config.rescaled:
+            return "constraint= and rescaled=True, which it has not"
         if isinstance(site.module, nn.Conv2d) and (math.prod(site.kernel) > 1 or site.module.groups > 1):
             return "kernels or groups above 1, where it adds up the turned patches that overlap"
         theirs, ours = _adjusted(width(site), config.block_size), place.operator.size

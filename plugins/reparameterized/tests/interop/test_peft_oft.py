@@ -39,7 +39,7 @@ def test_both_ways(name: str, form: str, tmp_path: Path) -> None:
     injection = assert_reads(base, config, lambda model: model(x), tmp_path)
     found = injection.config.model_dump(exclude={"method", "overrides"})
     plain = {"block_size": 4, "block_share": False, "eps": None, "series": None, "block_dropout": 0.0, "side": "inputs"}
-    assert found == plain | ours
+    assert found == plain | {"constraint": None, "rescaled": False} | ours
     written = assert_writes(base, "oft", {"target": "layer", "block_size": 4, **ours}, lambda model: model(x), tmp_path)
     if "eps" in theirs:
         assert written["eps"] == theirs["eps"]
@@ -66,6 +66,10 @@ def test_refusals(tmp_path: Path) -> None:
     )
     with pytest.raises(CheckpointError, match="something else with kernels or groups above 1"):
         peftcore.load(One(nn.Conv2d(4, 6, 3)), tmp_path / "theirs")
+    for own in ({"constraint": 0.1}, {"rescaled": True}):
+        injection = peftcore.apply(One(nn.Linear(12, 6)), "oft", target="layer", block_size=4, **own)
+        with pytest.raises(ExportError, match="constraint= and rescaled=True, which it has not"):
+            injection.save(tmp_path / "own", format="peft")
     options = {"target": "layer", "block_size": 4, "eps": 0.1}
     with pytest.raises(ExportError, match="block_size=4 where it does not fit; 5 would"):
         peftcore.apply(One(nn.Linear(10, 6)), "oft", **options).save(tmp_path / "radius", format="peft")

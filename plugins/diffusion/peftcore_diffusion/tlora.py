@@ -1,0 +1,160 @@
+"""T-LoRA: a rank that falls with the noise.   Soboleva et al. 2025, arXiv 2507.05964 (ControlGenAI/T-LoRA).
+
+    y = W x + b + s (B M diag(l) A x - B0 M diag(l0) A0 x),   s = alpha / rank,   M = diag(1, ..., 1, 0, ..., 0)
+    M has r(t) ones,   r(t) = floor(((T - t) / T)^p (rank - min_rank)) + min_rank
+
+At a timestep t near T, where an image is noise, few ranks act, and all of them at t = 0: what is seen of one or of a
+few pictures there would be learned by heart. t is the host's argument ``timestep``, of each row of the batch its own,
+in training and afterwards; a call can say it for hosts that have none: ``with peftcore.call(model, timestep=t): ...``.
+
+A [rank, in] and B [out, rank] start with orthonormal rows and columns and l [rank] at singular values, so that no rank
+does what another does, and frozen copies of all three are taken off, so that nothing changes at first. start="random"
+has singular values of a matrix N(0, 1 / rank) of the weight's shape, the last (`part`) by default, with random A and B;
+the authors take both from its decomposition, and rows where columns are meant, which is the same in distribution.
+start="weight" has the weight's own, as LyCORIS does by default. start="zero" is what the authors call vanilla T-LoRA: a
+LoRA with A ~ N(0, 1 / rank) and B zero, without l, which is masked.
+
+Convolutions have A [rank, in, *kernel] here; LyCORIS has kernels of one point in all. Where a weight has fewer ranks,
+it is the first so many of the mask that count. Files of LyCORIS are read with all ranks acting, as there, as PiSSA.
+
+Parameters: rank * (in * kernel + out + 1) a site; with start="zero" without the 1.
+
+Use it for a subject in one picture; not for styles of many, where LoRA learns more. It cannot be merged.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal, Self
+
+import torch
+from pydantic import PositiveFloat, PositiveInt, model_validator
+from torch import Tensor, nn
+
+from peftcore import MATRICES, LearningRate, Method, MethodConfig, Operator, Site, Surgeon, Tags
+from peftcore.errors import UnsupportedSite
+from peftcore_diffusion._told import timesteps
+
+
+class Config(MethodConfig):
+    """Options of T-LoRA."""
+
+    method: Literal["tlora"] = "tlora"
+    rank: PositiveInt = 64
+    """Rank of the update at the timestep 0; at most that of the weight."""
+    min_rank: PositiveInt = 32
+    """Rank at the last timestep."""
+    alpha: PositiveFloat = 64.0
+    """Numerator of the scale ``alpha / rank``."""
+    power: PositiveFloat = 1.0
+    """Exponent p: above 1 fewer ranks act in between."""
+    timesteps: PositiveFloat = 1000.0
+    """The largest timestep T, of noise alone: 1000 of most schedules, 1 of hosts that are given shares."""
+    start: Literal["random", "weight", "zero"] = "random"
+    """What A, l and B are at first: orthonormal and random, those of the weight, or those of LoRA."""
+    part: Literal["last", "principal", "middle"] = "last"
+    """The singular values with which l starts: the smallest, the largest, or those between."""
+
+    @model_validator(mode="after")
+    def _order(self) -> Self:
+        if self.min_rank > self.rank:
+            raise ValueError(f"min_rank={self.min_rank} is above rank={self.rank}: take at most that")
+        return self
+
+
+class TLoRAOperator(Operator):
+    """The update of one site."""
+
+    def __init__(self, site: Site, config: Config) -> None:
+        """Make the factors.
+
+        Raises:
+            UnsupportedSite: the weight is read, not called.
+        """
+        super().__init__(site)
+        if site.form != "activation":
+            raise UnsupportedSite(f"{site.path} is read, not called, so it has no rows with timesteps; exclude it")
+        self.scale, self.power, self.timesteps = config.alpha / config.rank, config.power, config.timesteps
+        self.rank, self.min_rank = config.rank, config.min_rank
+        self.A, self.B, self.values = (nn.Parameter(each) for each in _start(site, config))
+        for name, own in (("A0", self.A), ("B0", self.B), ("values0", self.values)):
+            self.register_buffer(name, None if config.start == "zero" else own.detach().clone())
+        if config.start == "zero":
+            self.values = None
+
+    def mask(self, low: Tensor) -> Tensor:
+        """Return which ranks act in each row of A x, [rows, rank], shaped to multiply it."""
+        t = timesteps(len(low), low.device).double()
+        share = ((self.timesteps - t) / self.timesteps).clamp(min=0) ** self.power
+        acting = (share * (self.rank - self.min_rank)).floor() + self.min_rank
+        mask = (torch.arange(self.B.shape[-1], device=low.device) < acting[:, None]).to(low.dtype)
+        shape = [len(low), *[1] * (low.dim() - 1)]
+        shape[self.layer.channel_dim] = -1
+        return mask.view(shape)
+
+    def pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """Return pairs of factors [rank, in, *kernel] and [out, rank] whose products add up to the update. Of a start
+        that is taken off, as ``B (l A - l0 A0) + (B - B0) l0 A0``: nothing at first, to the bit."""
+        if self.A0 is None:
+            return [(self.A, self.B)]
+        ones = [1] * (self.A.dim() - 1)
+        A, A0 = self.values.view(-1, *ones) * self.A, self.values0.view(-1, *ones) * self.A0
+        return [(A - A0, self.B), (A0, self.B - self.B0)]
+
+    def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
+        y = call(x)
+        for A, B in self.pairs():
+            A, B = self.cast(y, A, B)
+            low = self.layer.apply(x, A)
+            y = y + self.layer.mix(self.scale * low * self.mask(low), B)
+        return y
+
+
+def _start(site: Site, config: Config) -> tuple[Tensor, Tensor, Tensor]:
+    """Return A, B and the singular values at first."""
+    inputs, outputs = site.in_features * math.prod(site.kernel), site.out_features
+    rank = min(config.rank, inputs, outputs)
+    if config.start == "zero":
+        A, B, values = torch.randn(rank, inputs) / config.rank, torch.zeros(outputs, rank), torch.ones(rank)
+    elif config.start == "weight":
+        weight = site.weight().detach().reshape(outputs, inputs)
+        U, S, V = torch.linalg.svd(weight.to(torch.promote_types(weight.dtype, torch.float32)), full_matrices=False)
+        chosen = _part(len(S), rank, config.part)
+        A, B, values = V[chosen], U[:, chosen], S[chosen]
+    else:
+        S = torch.linalg.svdvals(torch.randn(outputs, inputs) / config.rank)
+        A, B = (torch.linalg.qr(torch.randn(size, rank)).Q for size in (inputs, outputs))
+        A, values = A.mT, S[_part(len(S), rank, config.part)]
+    return A.reshape(rank, site.in_features, *site.kernel).contiguous(), B.contiguous(), values
+
+
+def _part(of: int, rank: int, part: str) -> slice:
+    first = {"principal": 0, "middle": (of - rank) // 2, "last": of - rank}[part]
+    return slice(first, first + rank)
+
+
+class TLoRA(Method):
+    """Low-rank adaptation of a rank for each timestep.
+
+    Example:
+        injection = peftcore.apply(model, "tlora", rank=8, min_rank=4)
+        peftcore.call(model, timestep=500)  # where the model has no such argument; with `with`, for a while
+    """
+
+    name = "tlora"
+    Config = Config
+    tags = Tags(category="diffusion", paper="2507.05964")
+    learning_rate = LearningRate(1e-4, "ControlGenAI/T-LoRA@602c4f7, train.py", on="SDXL, DreamBooth")
+    target = ("attn.q", "attn.k", "attn.v", "attn.out", "cross.q", "cross.k", "cross.v", "cross.out")
+    alternatives = MATRICES
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        for site in surgeon.sites():
+            surgeon.graft(site, TLoRAOperator, config)
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        inputs = site.in_features * math.prod(site.kernel)
+        rank = min(config.rank, inputs, site.out_features)
+        return rank * (inputs + site.out_features + (config.start != "zero"))
