@@ -308,8 +308,10 @@ class SequenceOperator(Operator):
     def _check_positions(self, places: Tensor | None, tokens: int, cache: Opened) -> None:
         """Raise where rows and tokens are more than the stack's table has positions; `places` are theirs, where they
         are told or counted."""
+        if self.stack.positions is None or torch.compiler.is_compiling():
+            return  # state-space stacks among them, whose caches count nothing
         past = cache.past if cache.held else self.length
-        if self.stack.positions is None or torch.compiler.is_compiling() or not isinstance(past, int):
+        if not isinstance(past, int):
             return  # counts of static caches are tensors
         first = 0 if self.stack.position_padding is None else self.stack.position_padding + 1
         most, whole = self.stack.positions - first, past + tokens
