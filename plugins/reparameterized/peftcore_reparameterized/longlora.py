@@ -73,7 +73,7 @@ class LongLoRA(Method):
         sites = surgeon.sites()
         for site in sites:
             surgeon.graft(site, lambda at, own: lora.LoRAOperator(at, _lora(own)), config)
-        resolver = surgeon.resolver
+        resolver, found = surgeon.resolver, False
         for core, _ in resolver.host.select("attn.core"):
             inside = [site for site in sites if f"{site.module_path}.".startswith(f"{core.module}.")]
             if any(site.form == "weight" for site in inside):
@@ -82,7 +82,10 @@ class LongLoRA(Method):
                     "apart in it; take the matrices of other attentions for targets"
                 )
             if inside:
+                found = True
                 surgeon.attention(resolver.site(core.module, "weight", core.role), ShiftedOperator, config)
+        if not found:
+            raise UnsupportedSite(f"{sites[0].path} and other targets are in no attention that has groups; take lora")
         trained = ["norm.*"] * config.train_norms + ["embed"] * config.train_embeddings
         for path in {site.module_path: None for role in trained for site in surgeon.at(role)}:
             surgeon.train(path)

@@ -27,7 +27,10 @@ PADDING = torch.tensor([[1] * 11, [1] * 8 + [0] * 3])
 HAND = "groups_by_hand"
 
 
-@conformance("longlora")
+PARTED = "torch's .to('meta') parts tables that are tied, and each of them is trained then"
+
+
+@conformance("longlora", expected_failures={"a_host_without_memory_can_be_planned-t5": PARTED})
 def test_conformance(check: Callable[[], None]) -> None:
     check()
 

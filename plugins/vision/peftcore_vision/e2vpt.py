@@ -90,8 +90,8 @@ class E2VPT(Method):
     tags = Tags(category="vision", paper="2307.13770", identity_at_init=False, per_row=False)
     learning_rate = LearningRate(
         0.25,
-        "ChengHan111/E2VPT@7a66e75, tune_vtab_CVK.py: 1.0, in the middle of lr_range, times 64 / 256",
-        on="ViT-B/16, VTAB-1k, batches of 64",
+        "ChengHan111/E2VPT@7a66e75, tune_vtab_CVK.py",
+        on="ViT-B/16, VTAB-1k, batches of 64: 1.0 of its range from 0.05 to 50, times 64 / 256",
         optimizer="SGD",
         momentum=0.9,
     )

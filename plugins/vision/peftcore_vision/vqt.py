@@ -65,8 +65,8 @@ class VQT(Method):
     )
     learning_rate = LearningRate(
         0.25,
-        "andytu28/VQT@9bca87e, head2toe_train.py: 0.5, in the middle of lr_range, times 128 / 256",
-        on="ViT-B/16, VTAB-1k, batches of 128",
+        "andytu28/VQT@9bca87e, head2toe_train.py",
+        on="ViT-B/16, VTAB-1k, batches of 128: 0.5 of its range from 0.05 to 1, times 128 / 256",
         optimizer="Adam",
     )
     target = ("block",)
