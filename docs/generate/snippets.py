@@ -72,8 +72,9 @@ text = {**sizes, "vocab_size": 128, "eos_token_id": 127}
 model = CLIPModel(CLIPConfig(text_config=text, vision_config={**sizes, "image_size": 32, "patch_size": 8}))
 texts = torch.stack([torch.arange(2, 26), torch.arange(3, 27)])  # one for each picture
 texts[:, -1] = 127  # the end of each
-batch = {"input_ids": texts, "pixel_values": torch.randn(2, 3, 32, 32), "return_loss": True}
+batch = {"input_ids": texts, "pixel_values": torch.randn(2, 3, 32, 32)}
 """,
+    loss="torch.nn.functional.cross_entropy(model(**batch).logits_per_image, torch.arange(2))",
 )
 UNET = Host(
     "a small UNet of Stable Diffusion's kind",

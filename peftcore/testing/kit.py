@@ -223,12 +223,12 @@ class Case(Expecting):
             there = next(model.parameters()).device
             peftcore.call(model, **self.context(model, picture.to(there)))
 
-    def batches(self, run: Callable[[nn.Module], Tensor], inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Return ``data=`` for a method that looks at data: two batches, in each of which half of what `run` gives for
-        `inputs` counts, with a label beside each row, of one of two classes."""
+    def batches(self, run: Callable[[nn.Module], Tensor], inputs: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Return ``data=`` for a method that looks at data: two batches, in each of which half of what `run` gives
+        counts. For the rows of `inputs` each has labels of two classes beside it."""
+        rows = next((len(each) for each in (inputs or {}).values() if isinstance(each, Tensor) and each.dim()), 0)
 
         def batch(half: int) -> Labelled:
-            rows = next((len(each) for each in inputs.values() if isinstance(each, Tensor) and each.dim()), 1)
             labels = (torch.arange(rows) + half) % 2
             return Labelled(lambda model: run(model).flatten()[half::2].square().mean(), labels)
 

@@ -123,7 +123,11 @@ def _alike(config: Config) -> tuple[int, int, int | None]:
 
 
 class MaPLe(Method):
-    """Prompts of texts in several blocks, and maps that make those of images of them."""
+    """Prompts of texts in several blocks, and maps that make those of images of them.
+
+    Example:
+        injection = peftcore.apply(model, "maple", depth=2)  # the model has two blocks
+    """
 
     name = "maple"
     Config = Config

@@ -106,7 +106,11 @@ class CacheOperator(Operator):
 
 
 class TipAdapter(Method):
-    """A cache of few images with labels beside the logits."""
+    """A cache of few images with labels beside the logits.
+
+    Example:
+        injection = peftcore.apply(model, "tip_adapter", features="input", data=[batch])
+    """
 
     name = "tip_adapter"
     Config = Config
