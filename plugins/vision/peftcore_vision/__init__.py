@@ -13,11 +13,16 @@ def peftcore_methods() -> Mapping[str, str]:
     """Map the names of this plugin's methods to their import paths."""
     return {
         "adaptformer": "peftcore_vision.adaptformer:AdaptFormer",
+        "arc": "peftcore_vision.arc:ARC",
         "clip_adapter": "peftcore_vision.clip_adapter:CLIPAdapter",
+        "consolidator": "peftcore_vision.consolidator:Consolidator",
         "convpass": "peftcore_vision.convpass:Convpass",
         "coop": "peftcore_vision.coop:CoOp",
         "fact_tk": "peftcore_vision.fact_tk:FactTK",
         "fact_tt": "peftcore_vision.fact_tt:FactTT",
+        "kadaptation": "peftcore_vision.kadaptation:KAdaptation",
+        "lorand": "peftcore_vision.lorand:LoRand",
+        "mona": "peftcore_vision.mona:Mona",
         "repadapter": "peftcore_vision.repadapter:RepAdapter",
         "vpt_deep": "peftcore_vision.vpt_deep:VPTDeep",
         "vpt_shallow": "peftcore_vision.vpt_shallow:VPTShallow",
