@@ -42,6 +42,7 @@ _DROPOUTS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, 
 _SCALES = {"mul", "mul_", "multiply", "multiply_", "div", "div_"}
 _SUMS = {"add", "add_"}
 _ABOUT = {"dtype", "device", "shape", "ndim"}
+_SHAPES = {"reshape", "view", "flatten", "unflatten"}
 _CASTS = {"to", "type", "type_as", "float", "half", "bfloat16", "contiguous", "clone"}
 
 
@@ -57,6 +58,7 @@ class End:
             "unknown" where the code cannot be followed, or changes the shape before another module; else "".
         entered: the module that is given the sum of stream and branch, and nothing else is (a norm behind the branch).
         left: the module that returns the sum, when nothing has read it.
+        reader: the first module that is given the sum, alone and in whatever shape (the norm of the next branch).
     """
 
     path: str | None = None
@@ -65,6 +67,7 @@ class End:
     rest: Rest = ""
     entered: str | None = None
     left: str | None = None
+    reader: str | None = None
 
 
 def find_end(modules: Mapping[str, nn.Module], last: str, block: str | None, plain: Callable[[nn.Module], type]) -> End:
@@ -89,11 +92,11 @@ def find_end(modules: Mapping[str, nn.Module], last: str, block: str | None, pla
             left = owner
         start = owner
     path_of = {id(module): path for path, module in modules.items()}
-    entered = None if trail.entered is None else path_of[id(trail.entered)]
+    entered, reader = (None if each is None else path_of[id(each)] for each in (trail.entered, trail.reader))
     if trail.end is None:
-        return End(rest=trail.rest, entered=entered, left=left)
+        return End(rest=trail.rest, entered=entered, left=left, reader=reader)
     drops = DROP_PATH_CLASS.search(plain(trail.end).__name__.lower()) is not None
-    return End(path_of[id(trail.end)], trail.order_there, drops, trail.rest, entered, left)
+    return End(path_of[id(trail.end)], trail.order_there, drops, trail.rest, entered, left, reader)
 
 
 @dataclass
@@ -109,6 +112,7 @@ class _Trail:
     rest: Rest = ""
     summed: bool = False
     entered: nn.Module | None = None
+    reader: nn.Module | None = None
     read: bool = False
     """Whether the sum was given to anything."""
     start: nn.Module | None = None
@@ -337,6 +341,8 @@ class _Frame:
         kept = any(value is State.SUM and name != goes_to for name, value in self.known.items())
         if given == [State.SUM] and len(call.args) + len(call.keywords) == 1 and not kept and self.trail.is_whole():
             self.trail.entered = module
+        if given == [State.SUM] and len(call.args) + len(call.keywords) == 1 and not self.trail.read:
+            self.trail.reader = module
         self._read(given)
 
     def _read(self, given: Sequence[State | None]) -> None:
@@ -349,6 +355,9 @@ class _Frame:
     def _method(self, name: str, state: State, args: list[Any]) -> State | None:
         if name in ("size", "dim", "numel"):
             return None
+        if state is State.SUM and name in _SHAPES:
+            self.trail.reshaped = True  # what is made of it is the stream still, but nobody knows how it lies
+            return state
         if state is State.SUM and name not in _SUMS | _CASTS:
             self._read([state])
             return None

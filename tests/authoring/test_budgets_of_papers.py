@@ -45,6 +45,7 @@ HOSTS: dict[str, Callable[[], nn.Module]] = {
     ),
     "ViT-B/16": lambda: timm.create_model("vit_base_patch16_224", num_classes=0),
     "CLIP": lambda: of("CLIP", "Model"),
+    "CLIP ViT-B/32": lambda: of("CLIPVision", "Model"),
     "SD 1.5 UNet": lambda: diffusers.UNet2DConditionModel(cross_attention_dim=768),
     "FLUX.1-dev": lambda: diffusers.FluxTransformer2DModel(guidance_embeds=True),
 }
@@ -174,6 +175,12 @@ ROWS = [
     Row("vpt_deep", "ViT-B/16", 460_800, "2203.12119: length 50 in 12 layers", {"length": 50}),
     Row("dtl", "ViT-B/16", 0.04e6, "2312.07856: 0.04M", within=5e3),
     Row("coop", "CLIP", 8_192, "2109.01134: 16 vectors of 512", {"length": 16}),
+    Row(
+        "kadaptation",
+        "CLIP ViT-B/32",
+        79_699 - 29_523,
+        "eric-ai-lab/PEViT at be6fb43, README.md: 79,699 with heads, which alone have 29,523",
+    ),
     # diffusion
     Row(
         "svdiff",

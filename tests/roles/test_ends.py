@@ -51,6 +51,38 @@ def test_real_hosts(name: str, role: str, last: str, end: str | None) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "role", "reader"),
+    [
+        ("timm_vit", "attn.output", "blocks.0.norm2"),
+        ("timm_vit", "mlp.output", None),  # the block returns the sum
+        ("llama", "attn.output", "model.layers.0.post_attention_layernorm"),
+        ("bert", "attn.output", "bert.encoder.layer.0.attention.output.LayerNorm"),
+        ("flux", "attn.output", None),
+    ],
+)
+def test_what_reads_the_sum(name: str, role: str, reader: str | None) -> None:
+    assert {end.reader for end in ends(name, role).values()} == {reader}
+
+
+class Windowed(nn.Module):
+    """Puts rows and columns into one dimension behind the sum, as Swin does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last, self.norm, self.mlp = nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x + self.last(x)
+        y = y.reshape(len(x), -1, 4)
+        return y + self.mlp(self.norm(y))
+
+
+def test_what_reads_the_sum_in_another_shape() -> None:
+    end = find_end(dict(Windowed().named_modules()), "last", None, plain_class)
+    assert (end.reader, end.entered, end.left) == ("norm", None, None)
+
+
+@pytest.mark.parametrize(
     ("name", "role", "rest"),
     [
         ("bart", "attn.output", "dropout"),

@@ -13,8 +13,10 @@ def peftcore_methods() -> Mapping[str, str]:
     """Map the names of this plugin's methods to their import paths."""
     return {
         "adaptformer": "peftcore_vision.adaptformer:AdaptFormer",
+        "arc": "peftcore_vision.arc:ARC",
         "clip_adapter": "peftcore_vision.clip_adapter:CLIPAdapter",
         "cocoop": "peftcore_vision.cocoop:CoCoOp",
+        "consolidator": "peftcore_vision.consolidator:Consolidator",
         "convpass": "peftcore_vision.convpass:Convpass",
         "coop": "peftcore_vision.coop:CoOp",
         "dtl": "peftcore_vision.dtl:DTL",
@@ -22,6 +24,9 @@ def peftcore_methods() -> Mapping[str, str]:
         "fact_tk": "peftcore_vision.fact_tk:FactTK",
         "fact_tt": "peftcore_vision.fact_tt:FactTT",
         "maple": "peftcore_vision.maple:MaPLe",
+        "kadaptation": "peftcore_vision.kadaptation:KAdaptation",
+        "lorand": "peftcore_vision.lorand:LoRand",
+        "mona": "peftcore_vision.mona:Mona",
         "repadapter": "peftcore_vision.repadapter:RepAdapter",
         "tip_adapter": "peftcore_vision.tip_adapter:TipAdapter",
         "vpt_deep": "peftcore_vision.vpt_deep:VPTDeep",

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
+
+import torch
+from torch import Tensor
 
 from peftcore import Site, Surgeon
 from peftcore.errors import UnsupportedSite
@@ -48,7 +52,44 @@ def layout(
     rows = round(math.sqrt(max(patches, 0) * high / wide))
     if not rows or patches % rows:
         raise UnsupportedSite(
-            f"convpass: {tokens} tokens, {prefix_tokens} of them in front, leave no grid of {high} to {wide}; set "
-            "grid= and prefix_tokens= (overrides= for single sites)"
+            f"{tokens} tokens, {prefix_tokens} of them in front, leave no grid of {high} to {wide}; set grid= and "
+            "prefix_tokens= (overrides= for single sites)"
         )
     return rows, patches // rows
+
+
+def over_patches(
+    u: Tensor,
+    act: Callable[[Tensor], Tensor],
+    lie: tuple[int, int, int] | None,
+    grid: tuple[int, int] | None,
+    prefix_tokens: int | None,
+) -> Tensor:
+    """Return what a function of pictures ``[n, features, rows, columns]`` makes of tokens: of the patches, where they
+    lie in their picture, and of each token in front of them as a picture of one pixel.
+
+    Args:
+        u: pictures ``[batch, ..., rows, columns, features]``, sequences ``[batch, tokens, features]``, or one token of
+            each, ``[batch, features]``.
+        act: the function, which keeps rows and columns.
+        lie: as in `layout`, like all that follows.
+        grid: the same.
+        prefix_tokens: the same.
+
+    Raises:
+        UnsupportedSite: the tokens behind those in front are no grid.
+    """
+    if u.dim() >= 4:  # and those of a video one by one
+        return act(u.flatten(0, -4).movedim(-1, 1)).movedim(1, -1).reshape(*u.shape[:-1], -1)
+    if u.dim() == 2:  # nothing around it
+        return act(u[..., None, None]).flatten(1)
+    rows, columns = layout(lie, *u.shape[:2], grid, prefix_tokens)
+    others = u.shape[1] - rows * columns
+    parts = []
+    if others:
+        alone = act(u[:, :others].flatten(0, 1)[..., None, None])  # [batch * others, features, 1, 1]
+        parts.append(alone.flatten(1).unflatten(0, (-1, others)))
+    if rows * columns:
+        patches = act(u[:, others:].unflatten(1, (rows, columns)).movedim(-1, 1))
+        parts.append(patches.movedim(1, -1).flatten(1, 2))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)

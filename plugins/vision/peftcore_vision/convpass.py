@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 from peftcore import OUTPUTS, BranchSite, Bypass, Joins, LearningRate, Method, MethodConfig, Surgeon, Tags, Tap, branch
 from peftcore.errors import UnsupportedSite
-from peftcore_vision._patches import layout, patch_sites
+from peftcore_vision._patches import over_patches, patch_sites
 
 
 class Config(MethodConfig):
@@ -96,18 +96,11 @@ class ConvpassOperator(Bypass):
 
     def _convolve(self, u: Tensor) -> Tensor:
         weight, bias = self.cast(u, self.conv.weight, self.conv.bias)
-        if u.dim() >= 4:  # [..., rows, columns, h]: pictures, and those of a video one by one
-            pictures = u.flatten(0, -4).movedim(-1, 1)
-            return F.conv2d(pictures, weight, bias, padding=1).movedim(1, -1).reshape(u.shape)
-        if u.dim() == 2:  # one token of each: nothing around it
-            return F.linear(u, weight[:, :, 1, 1], bias)
-        rows, columns = layout(self.lie.get(), *u.shape[:2], self.grid, self.prefix_tokens)
-        others = u.shape[1] - rows * columns
-        alone = F.linear(u[:, :others], weight[:, :, 1, 1], bias)
-        if not rows * columns:
-            return alone
-        patches = F.conv2d(u[:, others:].unflatten(1, (rows, columns)).movedim(-1, 1), weight, bias, padding=1)
-        return torch.cat([alone, patches.movedim(1, -1).flatten(1, 2).to(alone.dtype)], 1)
+
+        def act(pictures: Tensor) -> Tensor:
+            return F.conv2d(pictures, weight, bias, padding=1).to(u.dtype)
+
+        return over_patches(u, act, self.lie.get(), self.grid, self.prefix_tokens)
 
 
 class Convpass(Method):

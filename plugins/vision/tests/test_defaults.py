@@ -7,6 +7,11 @@ from named_defaults import Free, Held, assert_as_said, rows
 
 ADAPTFORMER = "ShoufaChen/AdaptFormer@6967d67"
 COCOOP = "KaiyangZhou/CoOp@ff61507"
+ARC = "DavidYanAnDe/ARC@8227d57"
+CONSOLIDATOR = "THU-MIG/Consolidator@545d006"
+LORAND = "DongshuoYin/CoLin@332da5c, MMDetection/mmdet/models/backbones/swin_lorand.py"
+MONA = "Leiyi-Hu/mona@5deeac9, Swin-Transformer-Object-Detection/mmdet/models/backbones/swin_transformer_mona.py"
+PEVIT = "eric-ai-lab/PEViT@be6fb43, vision_benchmark/evaluation/model.py"
 CONVPASS = "JieShibo/PETL-ViT@026e4f1, convpass/vtab/convpass.py"
 DTL = "heekhero/DTL@bf6c51e"
 E2VPT = "ChengHan111/E2VPT@7a66e75, src/configs/config.py: _C.MODEL.P_VK"
@@ -25,6 +30,8 @@ HELD: Held = {
     ("adaptformer", "scale"): (0.1, f'{ADAPTFORMER}, main_image.py: ffn_adapter_scalar="0.1"'),
     ("adaptformer", "layer_norm"): ("none", f'{ADAPTFORMER}, main_image.py: ffn_adapter_layernorm_option="none"'),
     ("adaptformer", "dropout"): (0.1, f"{ADAPTFORMER}, models/custom_modules.py: Adapter(self.config, dropout=0.1)"),
+    ("arc", "bottleneck"): (50, f"{ARC}, Model/Model_Config.py: config.adapter_dim = 50"),
+    ("arc", "feed_forward_start"): ("xavier", f"{ARC}, Model/ARC_ViT.py: xavier_uniform_(self.adapter_rescale)"),
     ("clip_adapter", "reduction"): (4, "gaopengcuhk/CLIP-Adapter@08d07f8, clip_adapter.py: Adapter(1024, 4)"),
     ("clip_adapter", "ratio"): (0.2, "gaopengcuhk/CLIP-Adapter@08d07f8, clip_adapter.py: ratio = 0.2"),
     ("cocoop", "length"): (4, f"{COCOOP}, configs/trainers/CoCoOp/vit_b16_c4_ep10_batch1_ctxv1.yaml: N_CTX: 4"),
@@ -35,6 +42,23 @@ HELD: Held = {
         'has "a photo of a", whose ids only a tokenizer knows',
     ),
     ("cocoop", "placeholder"): (None, f"{COCOOP}, trainers/cocoop.py: prefix, ctx, suffix: behind the first token"),
+    ("consolidator", "groups"): (
+        None,
+        f'{CONSOLIDATOR}, train_consolidator_vtab.sh: GROUP="384" in a ViT-B; ours is half of the common divisor there',
+    ),
+    ("consolidator", "reorder"): (
+        False,
+        f"{CONSOLIDATOR}, model/vision_transformer_timm.py: with_channel_shuffle=False, which train.py does not set",
+    ),
+    ("consolidator", "init_range"): (1e-3, f"{CONSOLIDATOR}, model/vision_transformer_timm.py: REP_BRANCH_INIT_STD"),
+    ("consolidator", "stochastic_depth"): (
+        0.0,
+        f"{CONSOLIDATOR}, train.py: --consolidator_drop_ratio default=0.0; the scripts of tasks have 0 to 0.8",
+    ),
+    ("consolidator", "train_norms"): (
+        True,
+        f"{CONSOLIDATOR}, model/vision_transformer_timm.py: if 'norm' in name: param.requires_grad = True",
+    ),
     ("convpass", "bottleneck"): (8, f"{CONVPASS}: set_Convpass(model, method, dim=8)"),
     ("convpass", "scale"): (1.0, f"{CONVPASS}: set_Convpass(..., s=1); the configurations of tasks have 0.01 to 100"),
     ("convpass", "conv_init"): (
@@ -71,6 +95,18 @@ HELD: Held = {
         None,
         "muzairkhattak/multimodal-prompt-learning@69bce21, trainers/maple.py: prefix, ctx, suffix: behind the first",
     ),
+    ("kadaptation", "products"): (32, f"{PEVIT}: phm_dim = 32"),
+    ("kadaptation", "rank"): (1, f"{PEVIT}: self.phm_rank = 1"),
+    ("kadaptation", "scale"): (160.0, f"{PEVIT}: self.lora_attn_alpha / self.lora_attn_dim * 5, 128 and 4"),
+    ("kadaptation", "rule_range"): (0.01, f"{PEVIT}: self.phm_rule1_left.data.uniform_(-0.01, 0.01)"),
+    ("lorand", "rank"): (8, f"{LORAND}: kernel_dim=8"),
+    ("lorand", "branches"): (4, f"{LORAND}: num_branch=4"),
+    ("lorand", "reduction"): (2, f"{LORAND}: FACTOR = 2"),
+    ("lorand", "zero_up"): (False, f"{LORAND}: kaiming_uniform_ of all factors"),
+    ("mona", "bottleneck"): (64, f"{MONA}: nn.Linear(in_dim, 64)"),
+    ("mona", "dropout"): (0.1, f"{MONA}: nn.Dropout(p=0.1)"),
+    ("mona", "behind"): ("both", f"{MONA}: my_module_1 and my_module_2"),
+    ("mona", "zero_up"): (False, f"{MONA}: nn.Linear(64, in_dim), as torch starts it"),
     ("repadapter", "bottleneck"): (8, f"{REPADAPTER}: hidden_dim=8"),
     ("repadapter", "groups"): (2, f"{REPADAPTER}: groups=2"),
     ("repadapter", "scale"): (1.0, f"{REPADAPTER}: set_RepAdapter(..., dim=8, s=1)"),

@@ -1,0 +1,108 @@
+"""Linear adapters in front of the matrices that a branch reads with: which matrices read the same and so share one, and
+how an adapter is merged into what it stands in front of."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from peftcore import Operator, Site, Surgeon, bias_name
+from peftcore.errors import UnsupportedSite
+from peftcore_vision._dropped import own_dropout
+
+READERS = {
+    "attn": ("attn.q", "attn.k", "attn.v", "attn.kv", "attn.qkv"),
+    "cross.kv": ("cross.k", "cross.v", "cross.kv"),
+    "mlp": ("mlp.gate", "mlp.up", "mlp.gate_up"),
+}
+"""Roles of matrices that read the same, where they stand in one module."""
+
+
+class InFrontOperator(Operator):
+    """A low-rank map in front of one matrix, or of several that read the same: ``x' = x + s (up(A x + a) + b)``."""
+
+    stackable = True
+
+    changes_inputs = True
+
+    def __init__(self, site: Site, dropout: float | None, scale: float) -> None:
+        super().__init__(site)
+        self.scale, self.dropout = scale, nn.Dropout(own_dropout(site, dropout))
+
+    def down(self) -> tuple[Tensor, Tensor | None]:
+        """Return A ``[*batch, h, d]`` and the bias behind it ``[*batch, h]``, if there is one."""
+        raise NotImplementedError
+
+    def up(self, low: Tensor) -> Tensor:
+        """Map numbers ``[..., h]`` of the bottleneck to features ``[..., d]``, in their dtype."""
+        raise NotImplementedError
+
+    def shift(self) -> Tensor:
+        """Return b ``[*batch, d]``."""
+        raise NotImplementedError
+
+    def forward(self, call: Callable[..., Any], x: Tensor) -> Any:
+        A, a = self.down()
+        (A, b), dim = self.cast(x, A, self.shift()), self.layer.channel_dim
+        low = self.dropout(F.linear(x.movedim(dim, -1), A, None if a is None else a.to(x.dtype)))
+        return call(x + self.scale * (self.up(low) + b).movedim(-1, dim).to(x.dtype))
+
+    def _through(self, weight: Tensor, columns: Tensor) -> Tensor:
+        """Compute ``s W columns``, of columns ``[*batch, n, d]``: [*batch, out, n, kernel]."""
+        dtype = torch.promote_types(weight.dtype, columns.dtype)
+        matrices = weight.to(dtype).reshape(*weight.shape[: self.layer.batch_dims + 2], -1)  # [*batch, out, d, kernel]
+        return self.scale * torch.einsum("...odk,...nd->...onk", matrices, columns.to(dtype))
+
+    def merged(self, weight: Tensor) -> Tensor:
+        columns = self.up(self.down()[0].mT)  # [*batch, d, d], a row for each input
+        return weight + self._through(weight, columns).reshape(weight.shape)
+
+    def merged_bias(self, bias: Tensor | None, weight: Callable[[], Tensor]) -> Tensor | None:
+        a, b = self.down()[1], self.shift()
+        moved = b if a is None else self.up(a.unsqueeze(-2)).squeeze(-2) + b
+        shift = self._through(weight(), moved.unsqueeze(-2)).sum((-2, -1))
+        return shift if bias is None else bias + shift
+
+
+def refuse(site: Site, dropout: float | None) -> None:
+    """Raise where the adapter cannot act, or not so that merging it is exact."""
+    layer, padding = site.layer, getattr(site.layer, "padding", None)
+    spread = math.prod(site.kernel) > 1
+    if layer.one_hot or getattr(site.module, "groups", 1) > 1 or (spread and padding is None):
+        raise UnsupportedSite(f"{site.path}: no adapter on channels goes in front of it")
+    if spread and padding != "valid" and any(each != 0 for each in padding):
+        raise UnsupportedSite(f"{site.path} pads with numbers that the adapter would not reach; exclude= it")
+    if site.form == "weight" and dropout:
+        raise UnsupportedSite(f"{site.path} is read, so dropout cannot reach its input; use dropout=0 or exclude it")
+    if site.form == "weight" and site.missing(bias_name(site.tensor)):
+        raise UnsupportedSite(f"{site.path} is read and has no bias beside it that could take the adapter's shift")
+
+
+def read_alike(surgeon: Surgeon) -> Iterable[list[Site]]:
+    """Group the targets that read the same input."""
+    together: dict[Any, dict[Any, list[Site]]] = {}
+    for site in surgeon.sites():
+        owner = site.module_path.rpartition(".")[0] if site.tensor == "weight" else site.module_path
+        family = next((name for name, roles in READERS.items() if site.role in roles), site.path)
+        if site.role != "router":  # some have the path of a gate
+            matrices = together.setdefault((owner, family, site.in_features, site.layer), {})
+            matrices.setdefault((site.module_path, site.tensor), []).append(site)
+    for matrices in together.values():
+        yield [site for parts in matrices.values() for site in _joined(surgeon, parts)]
+
+
+def _joined(surgeon: Surgeon, parts: list[Site]) -> list[Site]:
+    """Return parts that are all of a fused matrix as that matrix; else as weights, for other slices would read what
+    goes through."""
+    first = parts[0]
+    if first.slices is None:
+        return parts
+    if sum(part.out_features for part in parts) == replace(first, slices=None).out_features:
+        return [replace(surgeon.resolver.site(first.module_path, first.tensor), meta=first.meta)]
+    return [replace(part, form="weight") for part in parts]

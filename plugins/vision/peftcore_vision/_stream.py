@@ -1,0 +1,146 @@
+"""Adapters at the stream of a block: between its attention and its feed-forward, and behind it.
+
+Between the two no module returns the stream. In pre-norm blocks x goes on past the norm that reads it, ``y = x +
+MLP(LN(x))``; so the norm is given x + a, and a is added to what the block returns: ``(x + a) + MLP(LN(x + a))``. In
+post-norm blocks the norm behind the sum returns the stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pydantic import NonNegativeInt, PositiveInt
+from torch import Tensor, nn
+
+from peftcore import BlockSite, MethodConfig, Operator, Site, Surgeon, Tap, block_sites, on_first
+from peftcore.errors import UnsupportedSite
+from peftcore_vision._patches import patch_sites
+
+READER, NORM, PATCH = "reader", "norm", "patch"
+"""The forms of the site that is given the stream between attention and feed-forward, of the norm that returns it, and
+of the convolution that embeds patches."""
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The stream of a block."""
+
+    places: tuple[Site, ...]
+    """Further sites of the block's operator."""
+    carries: bool
+    """Whether what is added amid the block is added again behind it."""
+    lie: Tap
+    """Says how patches lie, behind the convolution that embeds them."""
+
+
+class StreamConfig(MethodConfig):
+    """Options of adapters that convolve the stream."""
+
+    grid: tuple[PositiveInt, PositiveInt] | None = None
+    """Rows and columns of the patches; only their proportion counts. By default that of the patches that the model
+    embeds, or of a square where a part of it runs by itself and embeds none."""
+    prefix_tokens: NonNegativeInt | None = None
+    """How many tokens stand in front of the patches. By default as many as the largest grid leaves over."""
+
+    @property
+    def amid(self) -> bool:
+        """Whether an adapter stands between attention and feed-forward."""
+        raise NotImplementedError
+
+
+class StreamOperator(Operator):
+    """Adds to the stream of one block; features are last.
+
+    Raises:
+        UnsupportedSite: the block's feed-forward is not reached through the module that reads the stream.
+    """
+
+    changes_inputs = True
+
+    def __init__(self, site: BlockSite, config: StreamConfig, stream: Stream) -> None:
+        super().__init__(site)
+        self.carries, self.lie = stream.carries, stream.lie
+        self.grid, self.prefix_tokens = config.grid, config.prefix_tokens
+        self.carried = Tap()
+
+    def amid(self, x: Tensor) -> Tensor:
+        """Return what is added between attention and feed-forward."""
+        raise NotImplementedError
+
+    def behind(self, x: Tensor) -> Tensor | None:
+        """Return what is added behind the block; None: nothing."""
+        return None
+
+    def at(self, form: str, module: nn.Module) -> Callable[..., Any]:
+        return {READER: self._at_reader, NORM: self._at_norm, PATCH: self._at_patches}.get(form, self)
+
+    def _at_patches(self, call: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        patches = call(*args, **kwargs)  # [batch, features, rows, columns]
+        self.lie.put((patches.shape[0], patches.shape[-2], patches.shape[-1]))
+        return patches
+
+    def _at_reader(self, call: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        added = self.amid(x)
+        self.carried.take()
+        self.carried.put(added)
+        return call(x + added, *args, **kwargs)
+
+    def _at_norm(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
+        y = call(x)
+        return y + self.amid(y)
+
+    def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return on_first(call(*args, **kwargs), self._behind)
+
+    def _behind(self, y: Tensor) -> Tensor:
+        if self.carries:
+            carried = self.carried.take()
+            if carried is None:
+                raise UnsupportedSite(
+                    f"{type(self).__name__}: the block did not call the module in front of its feed-forward"
+                )
+            y = y + carried.reshape(y.shape)  # Swin puts rows and columns into one dimension there
+        added = self.behind(y)
+        return y if added is None else y + added
+
+
+def streams(surgeon: Surgeon, config: StreamConfig) -> list[tuple[BlockSite, Stream]]:
+    """Return the blocks among the targets, each with its stream.
+
+    Raises:
+        UnsupportedSite: nothing says how patches lie; or an adapter is wanted amid a block that has other parts than
+            one attention and one feed-forward behind it, or code that does not say where the stream is.
+    """
+    lies: dict[str, Tap] = {}
+    found: list[tuple[BlockSite, Stream]] = []
+    for site in block_sites(surgeon):
+        own, patches = config.at(site.path), patch_sites(surgeon, site)
+        if not patches and own.grid is None:
+            raise UnsupportedSite(
+                f"{site.path}: no convolution in this tower embeds patches of a picture, so its tokens have no grid; "
+                "target a tower of images, or set grid="
+            )
+        places = (_amid(surgeon, site),) if own.amid else ()
+        tower = patches[0].path if patches else ""
+        seen = () if tower in lies else tuple(patches)
+        lie = lies.setdefault(tower, Tap(until_backward=True))
+        found.append((site, Stream((*places, *seen), any(place.form == READER for place in places), lie)))
+    return found
+
+
+def _amid(surgeon: Surgeon, block: BlockSite) -> Site:
+    resolver, path = surgeon.resolver, block.module_path
+    inside = [entry for entry in resolver.host.entries if entry.block == path]
+    branches = {
+        role: [each for each in inside if each.role == role] for role in ("attn.out", "attn", "cross", "mlp.down")
+    }
+    ending = branches["attn.out"] or branches["attn"]
+    if branches["cross"] or len(branches["attn"]) > 1 or len(ending) != 1 or len(branches["mlp.down"]) != 1:
+        raise UnsupportedSite(f"{path} is not an attention with a feed-forward behind it; exclude= this block")
+    end = resolver.end_of(ending[0].module)
+    if end is None or end.reader is None:
+        raise UnsupportedSite(f"{path}: its code does not say what reads the stream behind the attention")
+    form = NORM if end.entered == end.reader else READER
+    return replace(resolver.site(end.reader, "weight"), form=form)

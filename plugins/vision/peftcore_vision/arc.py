@@ -1,0 +1,108 @@
+"""ARC, adapter re-composing.   Dong et al. 2023, arXiv 2310.06234 (code: DavidYanAnDe/ARC).
+
+    y = W x' + bias,   x' = x + D (r * D^T x) + b,   D [d, h] shared by all layers,   r [h],   b [d]
+    W' = W (I + D diag(r) D^T),   bias' = bias + W b        since nothing in it is non-linear
+
+in front of the matrices that attention and feed-forward read with, behind their norms: queries, keys and values share
+one adapter. There is one D for attention and one for feed-forwards; of models with several widths (Swin) for each
+width, as in the authors' code, which has its adapter for feed-forwards in front of the norm there. D starts from a
+Xavier-uniform draw, b at zero; r of attention at zero, r of feed-forwards from a Xavier-uniform draw too, so a fresh
+ARC is no identity (`feed_forward_start="zero"` makes it one). A convolution that pads is refused, and a weight that is
+read without a bias, as by `repadapter`. With ``target=["attn.q", "attn.k", "attn.v"]`` it is the authors' ARC_att.
+
+Parameters: h + d an adapter, and d h once for each D: 96,432 in a ViT-B/16.
+
+Use it where inference must cost nothing and files must be small; not where layers need directions of their own
+(`repadapter` has no shared factor, `fact_tk` shares factors of the update of a weight).
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field, PositiveInt
+from torch import Tensor, nn
+
+from peftcore import LearningRate, Method, MethodConfig, Shared, Site, Surgeon, Tags
+from peftcore.errors import ConfigError
+from peftcore_vision._in_front import READERS, InFrontOperator, read_alike, refuse
+
+FED = READERS["mlp"]
+"""Roles of matrices that a feed-forward reads with."""
+
+
+class Config(MethodConfig):
+    """Options of ARC."""
+
+    method: Literal["arc"] = "arc"
+    bottleneck: PositiveInt = 50
+    """Width h of the bottleneck, for all layers."""
+    feed_forward_start: Literal["xavier", "zero"] = "xavier"
+    """What r in front of feed-forwards starts from."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
+    """Probability with which the bottleneck's numbers drop in training; None: 0.1, but 0 where weights are read."""
+
+
+class Projection(nn.Module):
+    """D, as ``[h, d]``."""
+
+    def __init__(self, inner: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(inner, width))
+        nn.init.xavier_uniform_(self.weight)
+
+
+class ARCOperator(InFrontOperator):
+    """The adapter in front of one matrix, or of several that read the same."""
+
+    def __init__(self, site: Site, config: Config, projection: Shared) -> None:
+        super().__init__(site, config.dropout, 1.0)
+        self.projection = projection
+        drawn = site.role in FED and config.feed_forward_start == "xavier"
+        bound = math.sqrt(6 / (1 + config.bottleneck)) if drawn else 0.0
+        self.rescale = nn.Parameter(torch.empty(*site.batch, config.bottleneck).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.zeros(*site.batch, site.in_features))
+
+    def down(self) -> tuple[Tensor, None]:
+        return self.rescale.unsqueeze(-1) * self.projection.module.weight, None
+
+    def up(self, low: Tensor) -> Tensor:
+        return low @ self.projection.module.weight.to(low.dtype)
+
+    def shift(self) -> Tensor:
+        return self.bias
+
+
+class ARC(Method):
+    """Linear adapters in front of attention and feed-forward that share their projections and merge."""
+
+    name = "arc"
+    Config = Config
+    tags = Tags(
+        category="vision",
+        paper="2310.06234",
+        mergeable=True,
+        identity_at_init=False,
+        identity_options={"feed_forward_start": "zero"},
+        random=True,
+    )
+    learning_rate = LearningRate(5e-3, "DavidYanAnDe/ARC@8227d57, FGVC_ARC_train.py", on="ViT-B/16, Stanford Dogs")
+    target = ("attn.q", "attn.k", "attn.v", "mlp.gate", "mlp.up")
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        if any("bottleneck" in changes for changes in config.overrides.values()):
+            raise ConfigError("arc: layers share their projections, so overrides cannot change the bottleneck")
+        for first, *others in read_alike(surgeon):
+            for site in (first, *others):
+                refuse(site, config.at(first.path).dropout)
+            family = next((name for name, roles in READERS.items() if first.role in roles), "others")
+            name = f"{family.replace('.', '_')}_{first.in_features}"
+            shared = surgeon.own(name, partial(Projection, config.bottleneck, first.in_features))
+            surgeon.graft(first, partial(ARCOperator, projection=shared), config, tuple(others))
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        return math.prod(site.batch) * (config.bottleneck + site.in_features)

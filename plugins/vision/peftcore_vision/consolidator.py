@@ -1,0 +1,159 @@
+"""Consolidator.   Hao et al. 2023, arXiv 2305.00603 (code: THU-MIG/Consolidator).
+
+    y = W x + bias + drop(G P x + c),   G [out, in] of g diagonal blocks [out/g, in/g],   c [out]
+    W' = W + G P,   bias' = bias + c
+
+P is the identity, or with `reorder` deals the inputs of each group to all groups: input j of group i becomes input
+number j g + i. Several `groups` are branches that add up, each with a c and a draw of its own. The drop is stochastic
+depth: it leaves whole rows of what the matrix reads without the branch. G and c are uniform in +-1e-3 at the start:
+near the identity, not exactly. All matrices of blocks have one, and all norms train, as in the authors' code; there the
+biases of the matrices train beside c, which is the same sum.
+
+Kernels of convolutions are in the blocks, [out/g, in/g, kernel]. Experts have blocks of their own, and no c where they
+have no biases.
+
+Parameters: in out / g + out a branch, and the norms.
+
+Use it where inference must cost nothing and updates of high rank are wanted for few parameters; not where sides have no
+common divisor (`lora` takes any). `gralora` has blocks of low rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field, NonNegativeFloat, PositiveInt
+from torch import Tensor, nn
+
+from peftcore import LearningRate, Method, MethodConfig, Operator, Site, Surgeon, Tags, bias_name
+from peftcore.errors import UnsupportedSite
+from peftcore_vision._grouped import written_out
+
+
+class Config(MethodConfig):
+    """Options of Consolidator."""
+
+    method: Literal["consolidator"] = "consolidator"
+    groups: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] | None = None
+    """How many blocks each branch has, divisors of inputs and outputs; None: one branch with half of the greatest
+    common divisor, which is 384 in a ViT-B."""
+    reorder: bool = False
+    """Deal the inputs of each group to all groups."""
+    init_range: NonNegativeFloat = 1e-3
+    """Bound of the uniform draw; 0 makes a fresh one an exact identity."""
+    stochastic_depth: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Probability with which a row goes without a branch in training; what others get is scaled up."""
+    train_norms: bool = True
+    """Train all norms along."""
+
+
+def groups_of(site: Site, config: Config) -> tuple[int, ...]:
+    """Return the number of blocks of each branch.
+
+    Raises:
+        UnsupportedSite: they do not divide inputs and outputs.
+    """
+    common = math.gcd(site.in_features, site.out_features)
+    chosen = config.groups or (common // 2 if common % 2 == 0 else common,)
+    for each in chosen:
+        if common % each:
+            raise UnsupportedSite(
+                f"{site.path} is {site.out_features} x {site.in_features}, and groups={each} is no common divisor; set "
+                "others with overrides=, or exclude= it"
+            )
+    return chosen
+
+
+def _biased(site: Site) -> bool:
+    """Whether there is a place for c: weights that are read, such as those of experts, may have no bias beside them."""
+    return site.form != "weight" or not site.missing(bias_name(site.tensor))
+
+
+class ConsolidatorOperator(Operator):
+    """The branches beside one matrix."""
+
+    training_only = Operator.training_only | {"drops"}
+
+    def __init__(self, site: Site, config: Config) -> None:
+        super().__init__(site)
+        if site.layer.one_hot:
+            raise UnsupportedSite(f"{site.path} looks its outputs up and has no place for a bias; exclude= it")
+        if config.stochastic_depth and site.form == "weight":
+            raise UnsupportedSite(f"{site.path} is read, so nothing drops its update; use stochastic_depth=0")
+        self.groups, self.reorder, self.drops = groups_of(site, config), config.reorder, config.stochastic_depth
+        self.stackable, self.batch = not self.drops, len(site.batch)
+        bound, out = config.init_range, site.out_features
+        shapes = [(*site.batch, out, site.in_features // each, *site.kernel) for each in self.groups]
+        self.G = nn.ParameterList(nn.Parameter(torch.empty(shape).uniform_(-bound, bound)) for shape in shapes)
+        c = torch.empty(len(shapes), *site.batch, out).uniform_(-bound, bound)
+        self.c = nn.Parameter(c) if _biased(site) else None
+
+    def dense(self, number: int) -> Tensor:
+        """Return G P of a branch ``[*batch, out, in, *kernel]``."""
+        return written_out(self.G[number], self.groups[number], self.batch, self.reorder)
+
+    def branch(self, x: Tensor, number: int) -> Tensor:
+        """Return what a branch computes of what the matrix reads, without c."""
+        if not self.layer.of_vectors:
+            return self.layer.apply(x, *self.cast(x, self.dense(number)))
+        groups = self.groups[number]
+        blocks = self.G[number].to(x.dtype).unflatten(0, (groups, -1))
+        dealt = x.unflatten(-1, (groups, -1)).mT.flatten(-2) if self.reorder else x
+        return torch.einsum("...gi,goi->...go", dealt.unflatten(-1, (groups, -1)), blocks).flatten(-2)
+
+    def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
+        y = call(x)
+        for number in range(len(self.groups)):
+            added = self.branch(x, number).to(y.dtype)
+            if self.c is not None:
+                added = added + self.layer.along_channels(self.c[number].to(y.dtype), y)
+            if self.training and self.drops:
+                keeps = y.new_empty(len(y), *[1] * (y.dim() - 1)).bernoulli_(1 - self.drops)
+                added = added * keeps / (1 - self.drops)
+            y = y + added
+        return y
+
+    def merged(self, weight: Tensor) -> Tensor:
+        return weight + sum(self.dense(number) for number in range(len(self.groups))).view(weight.shape)
+
+    def merged_bias(self, bias: Tensor | None, weight: Callable[[], Tensor]) -> Tensor | None:
+        if self.c is None:
+            return bias
+        return self.c.sum(0) if bias is None else bias + self.c.sum(0)
+
+
+class Consolidator(Method):
+    """Grouped branches beside matrices, which merge."""
+
+    name = "consolidator"
+    Config = Config
+    tags = Tags(
+        category="vision",
+        paper="2305.00603",
+        mergeable=True,
+        identity_at_init=False,
+        identity_options={"init_range": 0.0},
+    )
+    learning_rate = LearningRate(
+        1e-3,
+        "THU-MIG/Consolidator@545d006, configs/Consolidator/VTAB/train_consolidator_vtab.sh",
+        on="ViT-B/16, CIFAR-100",
+    )
+    target = ("all-linear",)
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        for site in surgeon.sites():
+            surgeon.graft(site, ConsolidatorOperator, config)
+        for site in surgeon.at("norm.*") if config.train_norms else ():
+            surgeon.train(site.module_path)
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        if len(site.weight_shape) < 2:  # a norm's gain or bias
+            return site.numel
+        inputs = site.in_features * math.prod(site.kernel)
+        rows = math.prod(site.batch) * site.out_features
+        return sum(rows * (inputs // g + _biased(site)) for g in groups_of(site, config))

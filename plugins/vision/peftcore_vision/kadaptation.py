@@ -1,0 +1,149 @@
+"""KAdaptation, Kronecker adaptation.   He et al. 2022, arXiv 2203.16329 (code: eric-ai-lab/PEViT).
+
+    y = W x + bias + s H^T x + b,   H = sum_i (l_i r_i) (x) (u_i v_i),   i = 1 .. n
+
+Of the Kronecker products the small matrices l_i r_i [n, n] are of rank one, and shared by all layers: one set for
+queries, one for values, as for each other role; u_i [in/n, r] and v_i [r, out/n] are a site's own. It is a low-rank
+update of rank n r. b is shared by the matrices of one attention, s = 160 (128 / 4 · 5 in the code).
+In training entries of H drop with a probability of 0.5; not at weights that are read, where none can.
+
+l and r are uniform in +-0.01 at the start, u a Glorot-uniform draw, v and b zero: an exact identity. The code starts u
+and v at zero both, where neither has a gradient, so that b alone would learn. It also takes the u and v of queries for
+values, adds the update of queries behind their division by the root of a head's width, and writes the tokens of a batch
+in another order than it reads them. Here the update is the paper's, of the weight, and merges.
+
+Parameters: r (in + out) a site, out an attention, and 2 n^2 a role: 50,176 in the tower of a CLIP ViT-B/32.
+
+Use it where a LoRA of rank 1 is the budget and a higher rank is wanted; not where widths are no multiples of n (`lokr`
+chooses its cuts). `compacter` has the same products in adapters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from peftcore import MATRICES, Method, MethodConfig, Operator, Shared, Site, Surgeon, Tags, bias_name
+from peftcore.errors import ConfigError, UnsupportedSite
+
+
+class Config(MethodConfig):
+    """Options of KAdaptation."""
+
+    method: Literal["kadaptation"] = "kadaptation"
+    products: PositiveInt = 32
+    """Number n of Kronecker products, and the side of their shared matrices; it divides inputs and outputs."""
+    rank: PositiveInt = 1
+    """Rank r of each product's own matrix."""
+    scale: PositiveFloat = 160.0
+    """The factor s in front of the update."""
+    rule_range: PositiveFloat = 0.01
+    """Bound of the uniform draw of l and r."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
+    """Probability with which entries of H drop in training; None: 0.5, but 0 where weights are read."""
+
+
+class Rule(nn.Module):
+    """The shared matrices of a role, as l and r."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        n, bound = config.products, config.rule_range
+        self.left = nn.Parameter(torch.empty(n, n).uniform_(-bound, bound))  # [i, inputs]
+        self.right = nn.Parameter(torch.empty(n, n).uniform_(-bound, bound))  # [i, outputs]
+
+
+class SharedBias(nn.Module):
+    """The bias that the matrices of an attention share."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(shape))
+
+
+class KAdaptationOperator(Operator):
+    """The update of one site."""
+
+    def __init__(self, site: Site, config: Config, rule: Shared, bias: Shared) -> None:
+        super().__init__(site)
+        n, rank, columns = config.products, config.rank, site.in_features * math.prod(site.kernel)
+        if site.in_features % n or site.out_features % n:
+            raise UnsupportedSite(
+                f"{site.path} is {site.out_features} x {site.in_features}, which products={n} does not divide; choose "
+                "another number, or exclude= it"
+            )
+        if site.layer.one_hot:
+            raise UnsupportedSite(f"{site.path} looks its outputs up and has no place for a bias; exclude= it")
+        if site.form == "weight" and site.missing(bias_name(site.tensor)):
+            raise UnsupportedSite(f"{site.path} is read and has no bias beside it that could take b; exclude= it")
+        if config.dropout and site.form == "weight":
+            raise UnsupportedSite(f"{site.path} is read, so nothing drops its update; use dropout=0 or exclude it")
+        self.rule, self.bias, self.scale = rule, bias, config.scale
+        self.inputs = (site.in_features, *site.kernel)
+        self.dropout = config.dropout if config.dropout is not None else 0.5 * (site.form != "weight")
+        bound = math.sqrt(2) * math.sqrt(6 / (columns // n + rank))
+        self.u = nn.Parameter(torch.empty(*site.batch, n, columns // n, rank).uniform_(-bound, bound))
+        self.v = nn.Parameter(torch.zeros(*site.batch, n, rank, site.out_features // n))
+
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """Return the factors of H^T, ``[*batch, out, n r]`` and ``[*batch, n r, in, *kernel]``."""
+        rule = self.rule.module
+        A = torch.einsum("ip,...ikr->...irpk", rule.left, self.u).flatten(-2).flatten(-3, -2)
+        B = torch.einsum("iq,...irj->...qjir", rule.right, self.v).flatten(-2).flatten(-3, -2)
+        return B, A.unflatten(-1, self.inputs)
+
+    def dense(self) -> Tensor:
+        """Return H^T ``[*batch, out, in, *kernel]``."""
+        B, A = self.pair()
+        return (B @ A.flatten(B.dim() - 1)).unflatten(-1, self.inputs)
+
+    def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
+        y = call(x)
+        if self.training and self.dropout:
+            update = F.dropout(self.dense(), self.dropout)
+            y = y + self.scale * self.layer.apply(x, *self.cast(x, update)).to(y.dtype)
+        else:
+            B, A = self.cast(y, *self.pair())
+            y = self.layer.add(y, self.layer.apply(x, A), B, self.scale)
+        return y + self.layer.along_channels(self.bias.module.weight.to(y.dtype), y)
+
+    def merged(self, weight: Tensor) -> Tensor:
+        return weight + self.scale * self.dense().view(weight.shape)
+
+    def merged_bias(self, bias: Tensor | None, weight: Callable[[], Tensor]) -> Tensor | None:
+        own: Tensor = self.bias.module.weight
+        return own if bias is None else bias + own
+
+
+class KAdaptation(Method):
+    """Updates that are sums of Kronecker products with shared first factors."""
+
+    name = "kadaptation"
+    Config = Config
+    tags = Tags(category="vision", paper="2203.16329", mergeable=True, random=True)
+    target = ("attn.q", "attn.v", "cross.q", "cross.v")
+    alternatives = MATRICES
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        if any(changes.keys() & {"products", "rule_range"} for changes in config.overrides.values()):
+            raise ConfigError("kadaptation: sites share matrices, so overrides cannot change products or rule_range")
+        for site in surgeon.sites():
+            owner = site.module_path.rpartition(".")[0] if site.tensor == "weight" else site.module_path
+            shape = (*site.batch, site.out_features)
+            kind = site.role or site.path.rpartition(".")[2]
+            name = f"bias_{owner.replace('.', '_')}_{'x'.join(map(str, shape))}"
+            rule = surgeon.own(f"rule_{kind.replace('.', '_')}", partial(Rule, config))
+            bias = surgeon.own(name, partial(SharedBias, *shape))
+            surgeon.graft(site, partial(KAdaptationOperator, rule=rule, bias=bias), config)
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        columns = site.in_features * math.prod(site.kernel)
+        return math.prod(site.batch) * config.rank * (columns + site.out_features)

@@ -1,0 +1,123 @@
+"""LoRand, low-rank adapters of several branches.   Yin et al. 2023, CVPR, "1% vs 100%" (code: DongshuoYin/CoLin).
+
+    y = h + W_up gelu(W_down h + b_down) + b_up,   W_down, W_up = sum over β branches of P_i K_i Q_i
+
+h is what attention or feed-forward is about to add to the stream. W_down [d/2, d] and W_up [d, d/2] are wide, but each
+is made of thin factors: P_i [out, α], K_i [α, α], Q_i [α, in]. The paper has K_i in common for both matrices, the
+authors' code (in the repository of a later method of theirs) has none in common, and so has this. All start from
+Kaiming-uniform draws, biases as torch's layers: a fresh adapter is no identity (`zero_up` makes it one).
+
+Parameters: 2 β (α (d + d/2) + α^2) + d + d/2 an adapter, two a block.
+
+Use it for dense predictions with a Swin, at a share of a bottleneck adapter's parameters; not where inference must cost
+nothing: it cannot be merged. `compacter` is its kin with Kronecker products, `mona` its authors' next one.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from pydantic import PositiveInt
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from peftcore import (
+    OUTPUTS,
+    AtBranchEnd,
+    BranchSite,
+    Joins,
+    Method,
+    MethodConfig,
+    Surgeon,
+    Tags,
+    branch_end,
+)
+
+
+class Config(MethodConfig):
+    """Options of LoRand."""
+
+    method: Literal["lorand"] = "lorand"
+    rank: PositiveInt = 8
+    """Rank α of a branch."""
+    branches: PositiveInt = 4
+    """Number β of branches of a matrix."""
+    reduction: PositiveInt = 2
+    """By what the stream's width d is divided for the adapter's inner one."""
+    joins: Joins = "stream"
+    """Where it reads and adds: behind what the host does to a branch's output (dropout, layer scale, stochastic depth),
+    or at the branch's last matrix, in front of that."""
+    zero_up: bool = False
+    """Start the outer factors of W_up and its bias at zero: an exact identity."""
+
+
+class Branches(nn.Module):
+    """A linear map whose matrix is a sum of products."""
+
+    def __init__(self, inputs: int, outputs: int, config: Config, zero: bool = False) -> None:
+        super().__init__()
+        count, rank = config.branches, config.rank
+        self.P = nn.Parameter(torch.empty(count, outputs, rank))
+        self.K = nn.Parameter(torch.empty(count, rank, rank))
+        self.Q = nn.Parameter(torch.empty(count, rank, inputs))
+        self.bias = nn.Parameter(torch.empty(outputs))
+        # Kaiming's bound 1 / sqrt(columns) for factors that the authors keep the other way round
+        for factor in (self.P, self.K, self.Q):
+            bound = 1 / math.sqrt(factor.shape[1])
+            nn.init.uniform_(factor, -bound, bound)
+        nn.init.uniform_(self.bias, -1 / math.sqrt(inputs), 1 / math.sqrt(inputs))
+        if zero:
+            nn.init.zeros_(self.P)
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[..., inputs]`` to ``[..., outputs]``."""
+        low = torch.einsum("...i,bri->...br", x, self.Q.to(x.dtype))
+        mixed = torch.einsum("...br,bsr->...bs", low, self.K.to(x.dtype))
+        out = torch.einsum("...bs,bos->...o", mixed, self.P.to(x.dtype))
+        return out + self.bias.to(out.dtype)
+
+
+class LoRandOperator(AtBranchEnd):
+    """The adapter behind one branch."""
+
+    stackable = True
+
+    def __init__(self, site: BranchSite, config: Config) -> None:
+        super().__init__(site)
+        width, inner = site.out_features, max(site.out_features // config.reduction, 1)
+        self.down = Branches(width, inner, config)
+        self.up = Branches(inner, width, config, config.zero_up)
+
+    def adapt(self, h: Tensor) -> Tensor:
+        channels = self.layer.channel_dim
+        added = self.up(F.gelu(self.down(h.movedim(channels, -1))))
+        return h + added.movedim(-1, channels).to(h.dtype)
+
+
+class LoRand(Method):
+    """Bottlenecks of thin factors behind attention and feed-forward."""
+
+    name = "lorand"
+    Config = Config
+    tags = Tags(
+        category="vision",
+        paper="CVPR 2023",
+        identity_at_init=False,
+        identity_options={"zero_up": True},
+    )
+    target = ("attn.output", "mlp.output")
+    alternatives = OUTPUTS
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        for site in surgeon.sites():
+            place = branch_end(surgeon, site, config.at(site.path).joins)
+            surgeon.graft(place, LoRandOperator, config, place.places)
+
+    @staticmethod
+    def parameter_count(site: BranchSite, config: Config) -> int:
+        d, r = site.out_features, config.rank
+        inner = max(d // config.reduction, 1)
+        return 2 * config.branches * (r * (d + inner) + r * r) + d + inner

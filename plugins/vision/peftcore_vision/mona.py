@@ -1,0 +1,139 @@
+"""Mona, the multi-cognitive visual adapter.   Yin et al. 2023, arXiv 2311.15010 and 2408.08345 (code: Leiyi-Hu/mona).
+
+    x' = x + W_up gelu(c + V c) + b_up,   c = u + (D_3 u + D_5 u + D_7 u) / 3,   u = W_down (γ LN(x) + δ x) + b_down
+
+at the stream x behind attention and behind the feed-forward. W_down [h, d], W_up [d, h]; D_k is a depthwise convolution
+of k by k, V [h, h] one of 1 by 1, all with biases and zeros around; LN is a norm of the adapter's own, and γ = 1e-6 and
+δ = 1 at the start, [d] each. All else starts as torch's layers do, so that a fresh adapter is no identity (`zero_up`
+makes it one). Dropout acts in front of W_up.
+
+Patches are convolved where they lie in the picture: activations of four dimensions (Swin in timm) are grids, a sequence
+is the largest grid in the proportions of the patches that the model embeds, behind as many other tokens as are left.
+Those (a class token, which the code has not) are pictures of one pixel. What the next branch reads has the adapter in
+it, what the block drops or scales has not.
+
+Parameters: 133 d + 9,728 an adapter with h = 64, two a block: 2 d h + h^2 + 5 d + 88 h.
+
+Use it for detection and segmentation, where it is better than tuning all; not where latency counts or the model has no
+pictures: it cannot be merged (`repadapter` can). `convpass` is its kin beside the branches, with one full convolution.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field, PositiveInt
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from peftcore import BlockSite, LearningRate, Method, Surgeon, Tags
+from peftcore_vision._patches import over_patches
+from peftcore_vision._stream import Stream, StreamConfig, StreamOperator, streams
+
+KERNELS = (3, 5, 7)
+
+
+class Config(StreamConfig):
+    """Options of Mona."""
+
+    method: Literal["mona"] = "mona"
+    bottleneck: PositiveInt = 64
+    """Channels h of the convolutions."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
+    """Probability with which what W_up reads is dropped in training."""
+    behind: Literal["both", "attention", "feed-forward"] = "both"
+    """Behind which branches of a block adapters stand."""
+    zero_up: bool = False
+    """Start W_up and its bias at zero: an exact identity."""
+
+    @property
+    def amid(self) -> bool:
+        return self.behind != "feed-forward"
+
+
+class Cognition(nn.Module):
+    """One adapter: what it adds to a stream."""
+
+    def __init__(self, width: int, config: Config) -> None:
+        super().__init__()
+        h = config.bottleneck
+        self.norm = nn.LayerNorm(width)
+        self.gamma = nn.Parameter(torch.full((width,), 1e-6))
+        self.delta = nn.Parameter(torch.ones(width))
+        self.down, self.up = nn.Linear(width, h), nn.Linear(h, width)
+        self.filters = nn.ModuleList(nn.Conv2d(h, h, k, padding=k // 2, groups=h) for k in KERNELS)
+        self.mix = nn.Conv2d(h, h, 1)
+        self.dropout = nn.Dropout(config.dropout)
+        if config.zero_up:
+            nn.init.zeros_(self.up.weight)
+            nn.init.zeros_(self.up.bias)
+
+    def convolve(self, u: Tensor) -> Tensor:
+        """Map pictures ``[n, h, rows, columns]``."""
+        c = u + torch.stack([each(u) for each in self.filters]).mean(0)
+        mixed: Tensor = c + self.mix(c)
+        return mixed
+
+    def read(self, x: Tensor) -> Tensor:
+        """Return u of the stream ``[..., d]``."""
+        u: Tensor = self.down(self.norm(x) * self.gamma + x * self.delta)
+        return u
+
+    def add(self, c: Tensor) -> Tensor:
+        """Return the summand, of what the convolutions made ``[..., h]``."""
+        added: Tensor = self.up(self.dropout(F.gelu(c)))
+        return added
+
+
+class MonaOperator(StreamOperator):
+    """The adapters of one block."""
+
+    def __init__(self, site: BlockSite, config: Config, stream: Stream) -> None:
+        super().__init__(site, config, stream)
+        self.attention = Cognition(site.width, config) if config.amid else None
+        self.feed_forward = Cognition(site.width, config) if config.behind != "attention" else None
+
+    def amid(self, x: Tensor) -> Tensor:
+        assert self.attention is not None, "it stands there for that"
+        return self._added(self.attention, x)
+
+    def behind(self, x: Tensor) -> Tensor | None:
+        return None if self.feed_forward is None else self._added(self.feed_forward, x)
+
+    def _added(self, adapter: Cognition, x: Tensor) -> Tensor:
+        u = adapter.read(x.to(adapter.gamma.dtype))
+        c = over_patches(u, adapter.convolve, self.lie.get(), self.grid, self.prefix_tokens)
+        return adapter.add(c).to(x.dtype)
+
+
+class Mona(Method):
+    """Adapters with convolutions of several sizes behind attention and feed-forward."""
+
+    name = "mona"
+    Config = Config
+    tags = Tags(
+        category="vision",
+        paper="2408.08345",
+        identity_at_init=False,
+        identity_options={"zero_up": True},
+        random=True,
+    )
+    learning_rate = LearningRate(
+        1e-4,
+        "Leiyi-Hu/mona@5deeac9, Swin-Transformer-Object-Detection/mona_configs/swin-b_coco/"
+        "cascade_mask_swin_base_3x_coco_sample_1_bs_16_mona.py",
+        on="Swin-B, COCO",
+    )
+    target = ("block",)
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        for site, stream in streams(surgeon, config):
+            surgeon.graft(site, partial(MonaOperator, stream=stream), config, stream.places)
+
+    @staticmethod
+    def parameter_count(site: BlockSite, config: Config) -> int:
+        d, h = site.width, config.bottleneck
+        adapter = 2 * d * h + h * h + 5 * d + (sum(k * k + 1 for k in KERNELS) + 2) * h
+        return adapter * (1 + (config.behind == "both"))

@@ -1,0 +1,74 @@
+"""What a Swin block of Mona's authors returns, with its gradients, on tensors of sines:
+``python -m peftcore.testing.freeze mona.py CHECKOUT``."""
+
+import importlib.util
+import math
+import sys
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import MagicMock
+
+import torch
+from torch import Tensor, nn
+
+from peftcore.registry.evidence import Source
+
+SOURCE = Source(
+    "authors",
+    "Leiyi-Hu/mona",
+    "5deeac9",
+    "Swin-Transformer-Classification/mmcls/models/backbones/swin_transformer_mona.py",
+)
+VERSIONS = ("torch", "timm")
+# Parts of an adapter, and what they are called here, on whose names the numbers depend.
+PARTS = {"my_module_1": "attention", "my_module_2": "feed_forward", "gammax": "delta", "adapter_conv.projector": "mix"}
+PARTS |= {"project1": "down", "project2": "up"}
+PARTS |= {f"adapter_conv.conv{i + 1}": f"filters.{i}" for i in range(3)}
+WIDTH, SIDE = 8, 4
+
+
+def wave(shape: Sequence[int], key: str) -> Tensor:
+    """Sines around 0, of norms' gains around 1."""
+    around = 1.0 if key.endswith(("norm.weight", "norm1.weight", "norm2.weight", "gamma", "delta")) else 0.0
+    steps = torch.arange(math.prod(shape), dtype=torch.float64) * 1.7 + zlib.crc32(key.encode()) % 97
+    return around + 0.3 * torch.sin(steps).view(*shape)
+
+
+def renamed(name: str) -> str:
+    for theirs, ours in PARTS.items():
+        name = name.replace(theirs, ours)
+    return name
+
+
+def imported(file: Path) -> Any:
+    """The module of the file, without the packages around it: their library is for training."""
+    for name in ("mmcv_custom", "mmcls", "mmcls.utils", "authors", "authors.backbones", "authors.builder"):
+        sys.modules[name] = MagicMock()
+    sys.modules["mmcv"] = sys.modules["mmcv.runner"] = SimpleNamespace(BaseModule=nn.Module)  # type: ignore[assignment]
+    spec = importlib.util.spec_from_file_location("authors.backbones.mona", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def numbers(checkout: Path) -> dict[str, Any]:
+    """Returns four tokens of the second picture, their gradients, and the first four of each tensor of the adapters."""
+    module = imported(checkout / SOURCE.script)
+    block: Any = module.SwinTransformerBlock(WIDTH, num_heads=2, window_size=2, shift_size=0).double().eval()
+    block.H = block.W = SIDE
+    with torch.no_grad():
+        for name, parameter in block.named_parameters():
+            parameter.copy_(wave(parameter.shape, renamed(name)))
+    x = (4 * wave((2, SIDE * SIDE, WIDTH), "x")).requires_grad_()
+    y = block(x, None)
+    (y * wave(y.shape, "direction")).sum().backward()
+    assert x.grad is not None
+    found: dict[str, Any] = {"y": y[1, ::5].tolist(), "x": x.grad[1, ::5].tolist()}
+    for name, parameter in block.named_parameters():
+        if name.startswith("my_module"):
+            found[renamed(name)] = parameter.grad.flatten()[:4].tolist()
+    return found
