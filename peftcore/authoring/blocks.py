@@ -85,6 +85,19 @@ def with_blocks(surgeon: Surgeon) -> list[Site]:
     return [_block_site(surgeon, site, numbers) if is_one else site for site, is_one in zip(sites, whole, strict=True)]
 
 
+def block_around(surgeon: Surgeon, site: Site) -> BlockSite:
+    """Returns the block that a site is in.
+
+    Raises:
+        UnsupportedSite: it is in none, or in one through which no sequence of features goes.
+    """
+    numbers, path = block_depths(surgeon), site.module_path
+    around = [block for block in numbers if block is not None and under(path, block)]
+    if not around:
+        raise UnsupportedSite(f"{path or 'the host'} is in no block of this host")
+    return _block_site(surgeon, surgeon.resolver.site(max(around, key=len), "weight", "block"), numbers)
+
+
 def _block_site(surgeon: Surgeon, site: Site, numbers: dict[str | None, int]) -> BlockSite:
     path = site.module_path
     if path not in numbers:

@@ -35,8 +35,8 @@ def filled(injection: peftcore.Injection) -> peftcore.Injection:
     return injection
 
 
-def test_there_are_fifty_one() -> None:
-    assert len(PRESETS) == 51
+def test_there_are_fifty_two() -> None:
+    assert len(PRESETS) == 52
     assert not {info.name for info in peftcore.methods()} & PRESETS.keys()
 
 

@@ -270,6 +270,10 @@ HELD: Held = {
 }
 
 FREE: Free = {
+    ("apt", "length"): "no code of the authors is known; that of p_tuning_v2, on which they build",
+    ("apt", "projection"): "as in p_tuning_v2",
+    ("apt", "dropout"): "as in p_tuning_v2",
+    ("apt", "behind"): "as in p_tuning_v2",
     ("side_tuning", "layers"): "the authors' side networks are of convolutions; a guest has one layer, as in shadow",
     ("side_tuning", "own_table"): "the authors' networks read images; sharing the model's table keeps the guest small",
     ("side_tuning", "sizes"): "those of the model: nothing says by how much a side network is narrower",

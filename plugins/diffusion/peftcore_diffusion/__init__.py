@@ -14,6 +14,7 @@ def peftcore_methods() -> Mapping[str, str]:
     return {
         "controlnet": "peftcore_diffusion.controlnet:ControlNet",
         "custom_diffusion": "peftcore_diffusion.custom_diffusion:CustomDiffusion",
+        "difffit": "peftcore_diffusion.difffit:DiffFit",
         "ip_adapter": "peftcore_diffusion.ip_adapter:IPAdapter",
         "locon": "peftcore_diffusion.locon:LoCon",
         "svdiff": "peftcore_diffusion.svdiff:SVDiff",

@@ -8,6 +8,7 @@ ALL = "all-layers"
 PRESETS = {
     "b_lora": Preset("lora", "2403.14572", target=r"re:.*up_blocks\.0\.attentions\.[01]\..*to_(q|k|v|out\.0)"),
     "boft_unet": Preset("boft", "2311.06243", target=ATTENTION),
+    "diffit_combo": Preset("difffit", "2304.06648", {"classes": False}),
     "dora_diffusion": Preset("dora", "2402.09353", target=ATTENTION),
     "full_diff": Preset("linear_probe", "2309.14859", target="*"),
     "ia3_unet": Preset("ia3", "2309.14859", target=("attn.k", "attn.v", "cross.k", "cross.v", "mlp.down")),
