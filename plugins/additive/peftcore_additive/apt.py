@@ -1,12 +1,12 @@
 """APT: adaptive prefix tuning.   Zhang et al. 2023, arXiv 2305.15212.
 
-    Attention_i(q, [λ_i α_i * P_k; K], [λ_i α_i * P_v; V])   in block i;   α_i = sigmoid(W_i h_{i-1})
+    P_i = lambda_i alpha_i * [P_k, P_v],   alpha_i = sigmoid(W_i h_{i-1})   rows of a prefix, in front of K and V
 
-P_k, P_v are `length` keys and values of the layer, as in p_tuning_v2. W_i [length, d] gives each of them a gate from
-what block i-1 made of the text, and the scalar λ_i says how much all of them count there. h is what the block is given,
-at the text's first token: [CLS] in the encoders that the paper has. We know no code of the authors; where the equation
-leaves something open, this is how we read it, and the start is ours: W from N(0, 0.02), so that all gates begin near
-one half, λ = 1, P from N(0, 1).
+P_k, P_v are `length` keys and values of the layer, as in p_tuning_v2. W_i [length, d] gives each row a gate from what
+block i-1 made of the text, and the scalar lambda_i says how much all of them count in this layer. h is what the block
+is given, at the text's first token: [CLS] in the encoders that the paper has. No code of the authors is known: which
+token h is of is our reading, and the start is ours: W from N(0, 0.02), so that all gates begin near one half, lambda
+one, P from N(0, 1).
 
 Where attention is causal, the first token knows nothing of the others: if texts begin with one that is always the same,
 gates tell layers and prefixes apart, but no texts. It is the first that is no padding, and scores of earlier tokens

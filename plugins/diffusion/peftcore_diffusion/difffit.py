@@ -1,16 +1,16 @@
 """DiffFit: biases, norms, classes and scale factors.   Xie et al. 2023, arXiv 2304.06648.
 
-    z = x + γ_1 * Attention(x),   y = z + γ_2 * FeedForward(z)   in each block;   γ [d] trained, 1 at the start
+    z = x + gamma_1 * Attention(x),   y = z + gamma_2 * FeedForward(z)   in each block;   gamma [d], one at first
 
-Trained from their values: all biases, the gains of norms, and the table of classes. Cross-attention has a γ too. A γ
-stands where its branch ends, before what scales the branch (the gates of a DiT) or drops from it, with which it
-commutes. ``scales="matrices"`` has γ behind the queries, keys and values too, as mkshing/DiffFit-pytorch has it, whose
-second γ behind an attention is one with the first. All merges: γ into the matrix and bias that it scales.
+Trained from their values: all biases, the gains of norms, and the table of classes. Cross-attention has a gamma too. A
+gamma stands where its branch ends, before what scales the branch (the gates of a DiT) or drops from it, with which it
+commutes. ``scales="matrices"`` has one behind queries, keys and values too, as mkshing/DiffFit-pytorch has it, whose
+second gamma behind an attention is one with the first. All merges: gamma into the matrix and bias that it scales.
 
 The code there chooses what trains by words in names (bias, norm, gamma, y_embed); here it is what a tensor is. So the
 matrices that make a DiT's modulation, which diffusers keeps in modules called norm1, stay as they are, as they do in
 the DiT of the paper. A table is of classes where ids are looked up and the host takes no tokens: diffusers' DiT has one
-in each block. Feed-forwards of stacked experts have no γ.
+in each block. Feed-forwards of stacked experts have no gamma.
 
 Parameters: the length of each bias and gain, rows times width of the table, and 2 d a block (3 d with cross-attention,
 5 d or 9 d with "matrices").
@@ -39,9 +39,10 @@ class Config(MethodConfig):
 
     method: Literal["difffit"] = "difffit"
     scales: Literal["branches", "matrices"] = "branches"
-    """Where γ stands: where attention and feed-forward end, or behind queries, keys and values as well."""
+    """Where gamma stands: where attention and feed-forward end, or behind queries, keys and values as well."""
     blocks: PositiveInt | None = None
-    """How many blocks of each stack have γ, from the first on (the paper tries the first half too); None for all."""
+    """How many blocks of each stack have a gamma, from the first on (the paper tries the first half too); None for
+    all."""
     classes: bool = True
     """Train the table of classes."""
 
@@ -99,9 +100,8 @@ class DiffFit(Method):
 
     @staticmethod
     def parameter_count(site: Site, config: Config) -> int:
-        if site.tensor.endswith("bias") or _is_norm(site) or _is_table(site):
-            return site.numel
-        return site.out_features
+        scaled = site.role in ENDS + INSIDE and not site.tensor.endswith("bias")
+        return site.out_features if scaled else site.numel
 
 
 def _is_norm(site: Site) -> bool:
