@@ -54,6 +54,7 @@ def peftcore_tasks() -> Mapping[str, str]:
         "preference": "peftcore.comparing.tasks.preference:Preference",
         "seq2seq": "peftcore.comparing.tasks.seq2seq:Seq2Seq",
         "image-classification": "peftcore.comparing.tasks.image_classification:ImageClassification",
+        "segmentation": "peftcore.comparing.tasks.segmentation:Segmentation",
         "text-to-image": "peftcore.comparing.tasks.text_to_image:TextToImage",
     }
 

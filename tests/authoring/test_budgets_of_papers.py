@@ -32,6 +32,7 @@ HOSTS: dict[str, Callable[[], nn.Module]] = {
         num_attention_heads=16,
     ),
     "BERT base": lambda: of("Bert", "Model"),
+    "Longformer": lambda: of("Longformer", "Model", vocab_size=50265, max_position_embeddings=4098),
     "BART large": lambda: of("Bart", "ForConditionalGeneration"),
     "Llama 7B": lambda: of("Llama", "ForCausalLM"),
     "Llama 13B": lambda: of(
@@ -84,6 +85,10 @@ ROWS = [
     Row("llama_adapter", "Llama 7B", 1.2e6, "2303.16199: 1.2M", within=5e4),
     Row("prompt_tuning", "T5 large", 102_400, "2104.08691: length times width", {"length": 100}),
     Row("dept", "T5 base", 76.8e3, "2309.05173: m = 40, r = 45, as many as a prompt of 100 rows"),
+    Row("compacter", "T5 base", 0.073, "2106.04647, table 1: 0.073 %", share="model", within=5e-4),
+    Row("adamix", "RoBERTa large", 0.8e6, "2205.12410: 0.8M, once experts are merged", {"experts": 1}, within=5e4),
+    Row("lpt", "RoBERTa large", 792e3, "2210.11292, table 1: 792K with the naive generator", within=500),
+    Row("prefix_propagation", "Longformer", 0.05, "2305.12086: 0.05 % of Longformer base", share="model", within=5e-3),
     Row("houlsby_adapter", "BERT base", 2.1, "1902.00751, table 1: 2.1 %, size 64", {"bottleneck": 64}, "model", 0.15),
     # reparameterized
     Row("lora", "RoBERTa base", 294_912, "2106.09685, table 2: 0.3M", {"rank": 8}),
@@ -132,6 +137,17 @@ ROWS = [
         "model",
         8 * 5e-3,
     ),
+    Row(
+        "hyperformer",
+        "T5 base",
+        8 * 6.86,
+        "2106.04489: 6.86 % a task, for eight tasks",
+        {"tasks": 8},
+        "model",
+        8 * 5e-3,
+    ),
+    Row("mixlora", "Llama 7B", 2.9, "2404.15159: 2.9 %, rank 16, eight experts", {"rank": 16}, "model", 5e-2),
+    Row("attempt", "T5 base", 232e3, "2205.11961: 232K, without six prompts", within=500, less=6 * 100 * 768),
     Row("pal", "BERT base", 13, "1902.02671, table 2: 1.13 times BERT, for eight tasks", {"tasks": 8}, "model", 0.5),
     Row(
         "pha",

@@ -95,7 +95,7 @@ def test_saved_adapters_load_into_a_fresh_model_and_score_the_same(finished, enc
 @pytest.fixture
 def undrawn(monkeypatch):
     """For what says nothing of the picture and the page: to draw them takes longer than to train."""
-    monkeypatch.setattr("peftcore.comparing.reports.files.page", lambda report: "")
+    monkeypatch.setattr("peftcore.comparing.reports.files.page", lambda report, folder: "")
     monkeypatch.setattr("peftcore.comparing.reports.files.draw_picture", lambda report, path: None)
 
 

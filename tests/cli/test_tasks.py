@@ -1,5 +1,6 @@
 """The tasks of ``peftcore train`` beyond texts and their classes, each from a file or folder to an adapter."""
 
+import importlib
 import importlib.util
 import json
 from pathlib import Path
@@ -17,8 +18,8 @@ import peftcore
 from peftcore.cli.commands import app
 
 
-def trained(*arguments: object) -> dict[str, Any]:
-    options = ("--method", "lora", "--set", "method.target=all-linear", "--batch-size", 16, "--json")
+def trained(*arguments: object, target: str = "all-linear") -> dict[str, Any]:
+    options = ("--method", "lora", "--set", f"method.target={target}", "--batch-size", 16, "--json")
     result = CliRunner().invoke(app, ["train", *map(str, (*arguments, *options))])
     assert result.exit_code == 0, (result.output, result.exception)
     return json.loads(result.stdout)
@@ -125,60 +126,92 @@ def test_pictures_for_a_model_of_timm(timm_vit: Path, pictures: Path) -> None:
 
 
 @pytest.fixture
-def painter(tmp_path: Path) -> Path:
-    """Stable Diffusion with tiny random parts, and a tokenizer that knows the words of digits."""
-    diffusers = pytest.importorskip("diffusers")
-    words = [
-        "<|startoftext|>",
-        "<|endoftext|>",
-        "zero</w>",
-        "one</w>",
-        *"zero",
-        "n",
-        "ze",
-        "zer",
-        "on",
-        "e</w>",
-        "o</w>",
-    ]
-    words = list(dict.fromkeys(words))
-    tokenizer = transformers.CLIPTokenizer(
-        vocab={word: number for number, word in enumerate(words)},
-        merges=[("z", "e"), ("ze", "r"), ("zer", "o</w>"), ("o", "n"), ("on", "e</w>")],
-        model_max_length=6,
+def masked(pictures: Path) -> Path:
+    """Each digit beside where its ink is (1 of a zero, 2 of a one), but for a border that is no class."""
+    folder, rows = pictures.parent / "masked", []
+    (folder / "masks").mkdir(parents=True)
+    for number, file in enumerate(sorted(pictures.rglob("*.png"))[::6]):
+        pixels = np.kron(np.asarray(Image.open(file)), np.ones((4, 4))).astype("uint8")
+        mask = (pixels > 100).astype("uint8") * (1 if file.parent.name == "zero" else 2)
+        mask[0], mask[-1] = 255, 255
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+        Image.fromarray(mask).save(folder / "masks" / f"{number}.png")
+        rows.append(f"{number}.png,masks/{number}.png")
+    (folder / "metadata.csv").write_text("\n".join(["file_name,mask_file_name", *rows]), encoding="utf-8")
+    return folder
+
+
+def segformer(folder: Path) -> Path:
+    config = transformers.SegformerConfig(
+        num_encoder_blocks=2,
+        depths=[1, 1],
+        sr_ratios=[2, 1],
+        hidden_sizes=[16, 16],
+        patch_sizes=[3, 3],
+        strides=[2, 2],
+        num_attention_heads=[2, 2],
+        mlp_ratios=[2, 2],
+        decoder_hidden_size=16,
     )
-    torch.manual_seed(0)
-    text = transformers.CLIPTextConfig(
-        vocab_size=len(words),
+    transformers.SegformerForSemanticSegmentation(config).save_pretrained(folder)
+    transformers.SegformerImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    return folder
+
+
+def beit(folder: Path) -> Path:
+    config = transformers.BeitConfig(
+        image_size=32,
+        patch_size=8,
         hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
+        num_hidden_layers=4,
         num_attention_heads=2,
-        max_position_embeddings=8,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=1,
+        intermediate_size=32,
+        out_indices=[0, 1, 2, 3],
+        use_auxiliary_head=False,
     )
-    blocks = {"block_out_channels": (8, 16), "norm_num_groups": 4, "layers_per_block": 1}
-    kinds = {
-        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-    }
-    plain = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-    pipeline = diffusers.StableDiffusionPipeline(
-        vae=diffusers.AutoencoderKL(latent_channels=4, **plain, **blocks),
-        text_encoder=transformers.CLIPTextModel(text),
-        tokenizer=tokenizer,
-        unet=diffusers.UNet2DConditionModel(
-            sample_size=8, cross_attention_dim=16, attention_head_dim=4, **kinds, **blocks
-        ),
-        scheduler=diffusers.DDIMScheduler(clip_sample=False, steps_offset=1),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
+    transformers.BeitForSemanticSegmentation(config).save_pretrained(folder)
+    size = {"height": 32, "width": 32}
+    transformers.BeitImageProcessor(size=size, crop_size=size, do_center_crop=False).save_pretrained(folder)
+    return folder
+
+
+def upernet_on_timm(folder: Path) -> Path:
+    pytest.importorskip("timm")
+    backbone = transformers.TimmBackboneConfig(
+        backbone="resnet18", out_indices=[1, 2, 3, 4], use_pretrained_backbone=False
     )
-    pipeline.save_pretrained(tmp_path / "painter")
-    return tmp_path / "painter"
+    config = transformers.UperNetConfig(backbone_config=backbone, hidden_size=16, use_auxiliary_head=False)
+    transformers.UperNetForSemanticSegmentation(config).save_pretrained(folder)
+    transformers.SegformerImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("make", "target", "steps"),
+    [
+        (segformer, "all-linear", 30),
+        pytest.param(beit, "all-linear", 30, marks=pytest.mark.slow),
+        pytest.param(upernet_on_timm, "conv", 150, marks=pytest.mark.slow),
+    ],
+)
+def test_classes_of_pixels(masked: Path, tmp_path: Path, make: Any, target: str, steps: int) -> None:
+    torch.manual_seed(0)
+    options = ("--task", "segmentation", "--data", masked, "--steps", steps, "--lr", "1e-2")
+    outcome = trained("--model", make(tmp_path / "model"), *options, target=target)
+    assert outcome["after"]["mean_iou"] > outcome["before"]["mean_iou"] + 0.05
+
+
+def test_a_class_that_is_none(masked: Path, tmp_path: Path) -> None:
+    model = segformer(tmp_path / "model")
+    command = ("train", "--model", model, "--task", "segmentation", "--data", masked, "--method", "lora")
+    result = CliRunner().invoke(app, [*map(str, command), "--set", 'data.classes=["paper", "zero"]'])
+    assert result.exit_code == 2 and "a mask has the class 2, and there are 2" in " ".join(result.stderr.split())
+
+
+@pytest.fixture
+def painter(tmp_path: Path) -> Path:
+    pytest.importorskip("diffusers")
+    return importlib.import_module("painters").saved("stable-diffusion", tmp_path / "painter")
 
 
 @pytest.fixture
@@ -193,9 +226,11 @@ def test_pictures_of_words(painter: Path, named_pictures: Path) -> None:
     outcome = trained(
         *("--model", painter, "--task", "text-to-image", "--data", named_pictures, "--steps", 20, "--lr", "1e-2"),
         *("--set", 'data.prompts=["zero"]', "--set", "data.prompt_steps=2", "--out", "run"),
+        *("--set", "data.prompts_during=true", "--set", "training.evaluate_every=10"),
     )
     assert outcome["after"]["loss"] < outcome["before"]["loss"]
-    assert outcome["samples"] == [["run/samples/0-0.png", "run/samples/0-1.png"]]
+    assert outcome["samples"] == [["run/samples/0-0.png", "run/samples/0-2.png"]]
+    assert Image.open("run/samples.png").size == (2 + 3 * 162, 2 + 162)  # before, after ten steps, after all
     before, after = (np.asarray(Image.open(file), dtype=float) for file in outcome["samples"][0])
     assert np.abs(before - after).max() > 0
     unet = pytest.importorskip("diffusers").UNet2DConditionModel.from_pretrained(painter / "unet")
@@ -215,6 +250,55 @@ def test_a_pipeline_in_bfloat16_whose_tokenizer_knows_no_length(painter: Path, n
         *("--set", "dtype=bfloat16", "--set", 'data.prompts=["zero"]', "--set", "data.prompt_steps=2"),
     )
     assert np.isfinite(outcome["after"]["loss"]) and outcome["samples"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["stable-diffusion-xl", "stable-diffusion-3", "flux"])
+def test_pictures_of_words_by_other_pipelines(named_pictures: Path, tmp_path: Path, kind: str) -> None:
+    """Beside pictures of the class, which are drawn first."""
+    painters = importlib.import_module("painters")
+    model = painters.saved(kind, tmp_path / kind)
+    prior = (
+        "--set",
+        f"data.prior={tmp_path / 'prior'}",
+        "--set",
+        "data.prior_text=one",
+        "--set",
+        "data.prior_images=3",
+    )
+    drawn = ("--set", "data.size=16", "--set", 'data.prompts=["zero"]', "--set", "data.prompt_steps=2", "--out", "run")
+    outcome = trained(
+        *("--model", model, "--task", "text-to-image", "--data", named_pictures, "--steps", 30, "--lr", "1e-2"),
+        *(*prior, *drawn),
+    )
+    assert outcome["after"]["loss"] < outcome["before"]["loss"]
+    assert len([*(tmp_path / "prior").iterdir()]) == 3
+    before, after = (np.asarray(Image.open(file), dtype=float) for file in outcome["samples"][0])
+    assert np.abs(before - after).max() > 0
+    denoiser = painters.MADE[kind]().components["unet" if kind == "stable-diffusion-xl" else "transformer"]
+    assert peftcore.load(denoiser, "run/adapter").summary().sites > 4
+
+
+@pytest.mark.slow
+def test_a_new_word(painter: Path, named_pictures: Path) -> None:
+    """Its vectors are all that is trained and saved; the tokenizer that knows it is in the folder too."""
+    words = ("--set", "data.part=text_encoder", "--set", 'data.words=["<leaning>"]', "--set", "data.min_snr=5")
+    table = named_pictures / "metadata.csv"
+    table.write_text(table.read_text(encoding="utf-8").replace(",zero", ",<leaning> zero"), encoding="utf-8")
+    result = CliRunner().invoke(
+        app,
+        [
+            *("train", "--model", str(painter), "--task", "text-to-image", "--data", str(named_pictures)),
+            *("--method", "textual_inversion", "--steps", "20", "--lr", "1e-1", "--out", "run", "--json", *words),
+        ],
+    )
+    assert result.exit_code == 0, (result.output, result.exception)
+    outcome = json.loads(result.stdout)
+    assert outcome["after"]["loss"] < outcome["before"]["loss"] and outcome["trainable"] == 16
+    tokenizer = transformers.CLIPTokenizer.from_pretrained("run/tokenizer")
+    encoder = transformers.CLIPTextModel.from_pretrained(painter / "text_encoder")
+    encoder.resize_token_embeddings(len(tokenizer))
+    peftcore.load(encoder, "run/adapter")
 
 
 @pytest.mark.slow

@@ -113,15 +113,16 @@ main()
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("more", ["", ", ema: 0.9"])
 def test_killed_and_resumed_it_ends_the_same_to_the_bit(
-    tweets: Any, encoder: Path, csv_file: Path, tmp_path: Path
+    tweets: Any, encoder: Path, csv_file: Path, tmp_path: Path, more: str
 ) -> None:
     """AdaLoRA has a schedule and statistics; dropout and the order of the data draw random numbers."""
     config = tmp_path / "run.yaml"
     config.write_text(
         f"model: {encoder}\ntask: text-classification\ndata: {{train: {csv_file}}}\n"
         "method: {name: adalora, rank: 4, dropout: 0.1}\n"
-        "training: {steps: 12, batch_size: 16, evaluate_every: 4, learning_rate: 1e-2}\n",
+        f"training: {{steps: 12, batch_size: 16, evaluate_every: 4, learning_rate: 1e-2{more}}}\n",
         encoding="utf-8",
     )
     trained(config, "--out", "whole")
@@ -136,6 +137,42 @@ def test_killed_and_resumed_it_ends_the_same_to_the_bit(
     whole, cut = (load_file(f"{folder}/adapter/adapter.safetensors") for folder in ("whole", "cut"))
     assert whole.keys() == cut.keys()
     assert all(torch.equal(whole[key], cut[key]) for key in whole)
+
+
+@pytest.mark.parametrize("checkpoints", [True, False])
+def test_averages_are_what_is_scored_and_saved(tweets: Any, monkeypatch: Any, checkpoints: bool) -> None:
+    """The best of them, where there are checkpoints: they are those of the values that the optimizer left."""
+    seen: list[dict[str, torch.Tensor]] = []
+    begin, end = job.Watch.on_train_begin, job.Watch.on_step_end
+
+    def values(model: Any) -> dict[str, torch.Tensor]:
+        return {name: each.detach().clone() for name, each in model.named_parameters() if each.requires_grad}
+
+    def begun(self: Any, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        seen.append(values(model))
+        begin(self, args, state, control, **kwargs)
+
+    def stepped(self: Any, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        seen.append(values(model))
+        end(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(job.Watch, "on_train_begin", begun)
+    monkeypatch.setattr(job.Watch, "on_step_end", stepped)
+    settings = ("--set", "training.ema=0.8", "--set", f"training.checkpoints={str(checkpoints).lower()}")
+    outcome = json.loads(trained(*tweets, *settings, "--set", "training.evaluate_every=5", "--out", "run", "--json"))
+    last = outcome["steps"]
+    if checkpoints:
+        state = Path("run/checkpoints", f"checkpoint-{last}", "trainer_state.json").read_text(encoding="utf-8")
+        last = json.loads(state)["best_global_step"]
+    average = seen[0]
+    for step in range(1, last + 1):
+        share = min(0.8, (1 + step) / (10 + step))
+        average = {name: share * value + (1 - share) * seen[step][name] for name, value in average.items()}
+    saved = load_file("run/adapter/adapter.safetensors")
+    sums = sorted(value.double().sum().item() for value in average.values())
+    assert sums == pytest.approx(sorted(value.double().sum().item() for value in saved.values()), abs=1e-4)
+    raw = sorted(value.double().sum().item() for value in seen[last].values())
+    assert sums != pytest.approx(raw, abs=1e-3)
 
 
 def test_a_loss_that_is_no_number_ends_the_run_with_a_whole_checkpoint(tweets: Any, monkeypatch: Any) -> None:

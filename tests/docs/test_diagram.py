@@ -30,6 +30,7 @@ def marked(name: str, *kinds: str) -> set[str]:
     return {role for role, found in boxes(name) if found & set(kinds or ("trains", "acts"))}
 
 
+@pytest.mark.slow
 def test_every_method_is_drawn_and_marked() -> None:
     """In one test: the models are built once."""
     for info in peftcore.methods():

@@ -12,6 +12,8 @@ from hub_stand_in import TOKEN, outside, serving
 pytest.importorskip("huggingface_hub")
 transformers: Any = pytest.importorskip("transformers")
 
+pytestmark = pytest.mark.slow
+
 BEGIN = """
 import json, logging, os, sys
 import torch, transformers

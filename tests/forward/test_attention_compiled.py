@@ -51,6 +51,7 @@ def test_one_graph_with_the_same_numbers(name: str, method: str, implementation:
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3 * other.abs().max().item())
 
 
+@pytest.mark.slow
 def test_any_assignment_of_rows_is_one_graph() -> None:
     model, given = host("llama", "sdpa"), inputs("llama")
     peftcore.apply(model, METHODS["in_front"], name="long", length=5)

@@ -117,6 +117,7 @@ def test_beams_are_rows_and_a_prompts_padding_does_not_count() -> None:
         assert row.choices == 3 * (8 + 2 * 3) and row.padding == 3 * 2  # three steps behind the prompt
 
 
+@pytest.mark.slow
 def test_a_compiled_model_is_watched() -> None:
     model, injection = adapted()
     inputs = tokens()

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = """
 import sys
 import peftcore
@@ -22,6 +24,7 @@ peftcore.apply(model, "lora", seed=1, overrides=overrides, **wishes).save(sys.ar
 """
 
 
+@pytest.mark.slow
 def test_the_hash_seed_of_the_process_does_not_show(tmp_path: Path) -> None:
     written = []
     for seed in ("1", "2"):

@@ -405,6 +405,7 @@ ELSEWHERE = {
     "lqer": "trains nothing",
     "qa_lora": "has no place",
     "t2i_adapter": "asks to be told more",
+    "text_to_lora": "asks to be told more",
 }
 """Methods that these hosts and calls do not suit."""
 

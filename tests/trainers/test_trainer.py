@@ -198,6 +198,7 @@ def test_they_count_once_where_batches_have_no_labels(tmp_path: Path, monkeypatc
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_in_a_compiled_model_they_count_once(tmp_path: Path) -> None:
     torch.compiler.reset()
     name, wrap, changes, loss = CASES["smoothing"]

@@ -217,4 +217,5 @@ def _trial(comparison: Comparison, candidate: Candidate, run: Run, outcome: Outc
         file_size=sum(file.stat().st_size for file in Path(outcome.saved).iterdir()),
         folder=Path(outcome.saved).relative_to(comparison.out).as_posix(),
         together=count,
+        picture=Path(outcome.picture).relative_to(comparison.out).as_posix() if outcome.picture else "",
     )

@@ -11,6 +11,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from torch import nn
+from transformers.backbone_utils import BackboneMixin
 
 from peftcore.comparing.errors import BadInput
 from peftcore.comparing.models.naming import Use, find
@@ -104,8 +105,9 @@ def head_modules(model: Any, fresh: Set[str], folder: Path | str) -> tuple[str, 
 
     They start from nothing or from another task, so every method has to train them. What else is missing must not be.
     """
-    prefix = model.base_model_prefix
     outside = parts(model)
+    backbones = [name for name, part in outside.items() if isinstance(part, BackboneMixin)]
+    prefix = backbones[0] if len(backbones) == 1 else model.base_model_prefix
     base = outside.pop(prefix, None)
     if base is not None and not outside:
         outside = {

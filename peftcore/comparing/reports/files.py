@@ -15,5 +15,5 @@ from peftcore.files.safe_io import write_text
 def write(report: Report, folder: Path) -> None:
     """Write ``results.json``, the table as ``.csv``, ``.md`` and ``.tex``, ``results.png`` and ``report.html``."""
     tables.write(report, folder)
-    write_text(folder / "report.html", page(report))
+    write_text(folder / "report.html", page(report, folder))
     draw_picture(report, folder / "results.png")

@@ -6,6 +6,7 @@ import base64
 import hashlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -26,8 +27,8 @@ CROWD = 8
 Drawing = Callable[[Shape], Figure]
 
 
-def page(report: Report) -> str:
-    """Return the whole document."""
+def page(report: Report, folder: Path | None = None) -> str:
+    """Return the whole document; `folder` is where the files of the comparison are."""
     environment = Environment(
         loader=PackageLoader("peftcore.comparing.reports"), autoescape=True, undefined=StrictUndefined
     )
@@ -43,6 +44,7 @@ def page(report: Report) -> str:
         rows=summary.rows(report),
         runs=summary.runs(report),
         charts=charts(report),
+        pictures=pictures(report, folder) if folder is not None else [],
         error=summary.error(report),
         beyond=plots.split(report, plots.points(report, plots.PARAMETERS))[1],
         reference=any(map(plots.is_reference, report.entries())),
@@ -92,6 +94,25 @@ def charts(report: Report) -> list[Chart]:
             *over_steps(report, report.metric, curves.scores(report), not report.greater, tips),
             *over_steps(report, "training loss", curves.losses(report), True, tips),
         ]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What the model of one configuration drew."""
+
+    label: str
+    source: str
+    """The picture itself, as a data URL."""
+
+
+def pictures(report: Report, folder: Path) -> list[Picture]:
+    """Return what models drew, those of a configuration's first seed."""
+    found = []
+    for entry in report.entries():
+        file = folder / (entry.trials[0].picture or ".")
+        if file.is_file():
+            found.append(Picture(entry.label, f"data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()}"))
+    return found
 
 
 def trade_off(report: Report, cost: Cost, shape: Shape, tips: dict[int, str]) -> Chart:

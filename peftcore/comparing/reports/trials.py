@@ -44,6 +44,8 @@ class Trial:
     folder: str
     together: int = 1
     """How many runs trained at once on one model, this one with them; seconds and memory are its share of theirs."""
+    picture: str = ""
+    """A file in the comparison's folder that shows what the model drew, where the task has pictures."""
 
     @property
     def share(self) -> float:

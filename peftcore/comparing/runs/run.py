@@ -63,6 +63,8 @@ class Training(Options):
     """The share of all steps in which the learning rate rises."""
     weight_decay: NonNegativeFloat = 0.0
     """Of AdamW."""
+    ema: float | None = Field(None, gt=0, lt=1)
+    """Decay of moving averages of what is trained (0.999): these are scored, chosen among and saved."""
     clip: PositiveFloat = 1.0
     """The largest norm of all gradients together."""
     seed: NonNegativeInt = Field(0, lt=2**32)

@@ -93,7 +93,8 @@ class Study:
 
     def trials(self) -> list[FrozenTrial]:
         """Return all trials, those of other workers too."""
-        return self._study.get_trials(deepcopy=False)
+        trials: list[FrozenTrial] = self._study.get_trials(deepcopy=False)
+        return trials
 
     def counted(self) -> list[FrozenTrial]:
         """Return the trials that took time or take it now: trained, failed in training, running."""

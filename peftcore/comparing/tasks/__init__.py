@@ -8,9 +8,10 @@ It may import `errors`, `packages`, `data`, `models` and `runs`; no task trains.
 - `_language`: metrics of tasks of language; `seq2seq`.
 - `_causal`: the base of tasks of decoders; `causal_lm`, `chat`.
 - `_dpo`: TRL's Trainer for pairs of answers; `preference`.
-- `text_to_image`: pictures by their names.
+- `segmentation`: pictures and the classes of their pixels.
+- `_noising`: noise over latents; `_painters`: pipelines of diffusers; `text_to_image`: pictures by their names.
 """
 
-from peftcore.comparing.tasks.task import Data, OwnTrainer, Prepared, RowsOfTasks, Task
+from peftcore.comparing.tasks.task import Data, OwnTrainer, Prepared, RowsOfTasks, Task, Work
 
-__all__ = ["Data", "OwnTrainer", "Prepared", "RowsOfTasks", "Task"]
+__all__ = ["Data", "OwnTrainer", "Prepared", "RowsOfTasks", "Task", "Work"]

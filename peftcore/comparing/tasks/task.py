@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 import transformers
@@ -19,7 +20,7 @@ from peftcore.comparing.models.naming import Use, find
 from peftcore.comparing.runs.run import Options, Run
 from peftcore.forward.own_losses import IGNORED
 
-__all__ = ["IGNORED", "Data", "OwnTrainer", "Prepared", "RowsOfTasks", "Task"]
+__all__ = ["IGNORED", "Data", "OwnTrainer", "Prepared", "RowsOfTasks", "Task", "Work"]
 
 
 class Data(Options):
@@ -86,6 +87,17 @@ class OwnTrainer:
     """Further arguments of the class."""
 
 
+@dataclass(frozen=True)
+class Work:
+    """Something that takes its time and comes before training: pictures that are drawn, answers that are written."""
+
+    name: str
+    """What it is, for the display."""
+    steps: int
+    do: Callable[[Callable[[], None]], None]
+    """Does it, and calls what it is given after each step."""
+
+
 @dataclass
 class Prepared:
     """A model and its examples."""
@@ -111,8 +123,14 @@ class Prepared:
     """The tasks of the rows, where data names them: each row then has the name of its own under `several.TASK`."""
     check: Callable[[peftcore.Injection | None], None] | None = None
     """Refuses what only the adapted model shows; called before it is trained."""
+    first: Work | None = None
+    """What has to be done with the model before anything is put into it."""
     samples: Callable[[], list[str]] | None = None
     """Returns answers of the model, to be looked at before training and after it."""
+    during: bool = False
+    """Whether samples are wanted at each score too."""
+    picture: Path | None = None
+    """A file that shows all samples so far, where these are pictures."""
     trainer: OwnTrainer | None = None
     """The Trainer, where it is another one than transformers'."""
 

@@ -1,16 +1,17 @@
-"""The task of pictures and what they are called, for pipelines of the kind of Stable Diffusion: the denoiser is
-adapted."""
+"""The task of pictures and what they are called: a part of a pipeline like Stable Diffusion or Flux is adapted."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import PositiveInt
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
+import peftcore
 from peftcore.comparing.data.columns import TEXT_NAMES, choose_column
 from peftcore.comparing.data.sources import splits
 from peftcore.comparing.errors import BadInput
@@ -19,8 +20,13 @@ from peftcore.comparing.models.loading import UNREADABLE, unreadable
 from peftcore.comparing.models.naming import Use, find
 from peftcore.comparing.runs.folder import first_process
 from peftcore.comparing.runs.run import Run
+from peftcore.comparing.tasks._painters import Painter, kinds
 from peftcore.comparing.tasks.image_classification import IMAGES
-from peftcore.comparing.tasks.task import Data, Prepared, Task
+from peftcore.comparing.tasks.task import Data, Prepared, Task, Work
+
+SHEET, CELL = "samples.png", 160
+"""The file that shows all drawings, and the sides of one in it."""
+CONDITIONS = ("condition", "conditioning_image", "control")
 
 
 class CaptionedData(Data):
@@ -30,82 +36,140 @@ class CaptionedData(Data):
     """Column of the pictures; guessed when left out."""
     text: str | None = None
     """Column of the words; guessed when left out."""
+    condition: str | None = None
+    """Column of pictures that say what is to be where (edges, depth), for methods that are told one, like
+    ``controlnet``."""
     size: PositiveInt | None = None
     """Sides of the pictures in pixels; by default what the pipeline draws."""
+    part: Literal["denoiser", "text_encoder"] = "denoiser"
+    """The part that is adapted; of several text encoders the first."""
+    words: tuple[str, ...] = ()
+    """New words, which the tokenizer learns before training; ``textual_inversion`` trains their vectors. The
+    tokenizer that knows them is in the run's folder."""
+    prior: Path | None = None
+    """Folder of pictures of the class of what is learned, each beside one of `train` in every batch, so that the class
+    stays what it is (DreamBooth). The model draws those that are missing, before training."""
+    prior_text: str | None = None
+    """What the pictures of the class are called: a dog, where ``sks dog`` is learned."""
+    prior_images: PositiveInt = 100
+    """How many there are."""
+    prior_weight: PositiveFloat = 1.0
+    """What their part of the loss counts."""
+    min_snr: PositiveFloat | None = None
+    """The largest weight of a step of the diffusion (5 in the paper); without it, all errors of noise count alike."""
+    guidance: NonNegativeFloat = 3.5
+    """What models that are distilled from guidance (Flux) are told of it in training."""
     prompts: tuple[str, ...] = ()
     """What is drawn before and after training, to be looked at."""
+    prompts_during: bool = False
+    """Draw them at each score too."""
+    prompt_conditions: tuple[Path, ...] = ()
+    """A picture for each prompt, where the method is told one."""
     prompt_steps: PositiveInt = 30
     """Steps of the sampler for each of these."""
 
-
-class Denoising(nn.Module):
-    """A denoiser with all that it takes to have a loss: the distance from the noise that was put over the latents of a
-    picture, or from what else the scheduler says is predicted."""
-
-    def __init__(self, pipeline: Any) -> None:
-        super().__init__()
-        self.unet, self.vae, self.text_encoder = pipeline.unet, pipeline.vae, pipeline.text_encoder
-        self.scheduler = pipeline.scheduler
-        self.vae.requires_grad_(False).eval()
-        self.text_encoder.requires_grad_(False).eval()
-
-    def train(self, mode: bool = True) -> Denoising:
-        """Switch the mode of the denoiser alone: the rest does not learn."""
-        self.training = mode
-        self.unet.train(mode)
+    @model_validator(mode="after")
+    def _fit(self) -> CaptionedData:
+        if (self.prior is None) != (self.prior_text is None):
+            raise ValueError("prior and prior_text belong together: where the pictures are, and what they are called")
+        if self.prior is not None and self.condition is not None:
+            raise ValueError("pictures of the prior have no condition: leave out one of the two")
+        if self.prompt_conditions and len(self.prompt_conditions) != len(self.prompts):
+            raise ValueError("prompt_conditions needs one picture for each of prompts")
+        if self.words and self.part != "text_encoder":
+            raise ValueError("words are learned by the text encoder: set part=text_encoder")
         return self
 
-    def forward(self, pixel_values: Tensor, input_ids: Tensor, return_loss: bool = True) -> dict[str, Tensor]:
-        """Compute the loss. `return_loss` is a word of the Trainer's: by it, it knows of a loss where there are no
-        labels."""
+
+class Denoising(nn.Module):
+    """A pipeline with its loss: how far its denoiser is from what it should say of latents under noise."""
+
+    def __init__(self, painter: Painter, data: CaptionedData) -> None:
+        super().__init__()
+        self.denoiser, self.vae = painter.denoiser, painter.pipeline.vae
+        self.encoders = nn.ModuleList(painter.encoders)
+        self._painter, self._noise, self._part = painter, painter.noise(data.min_snr), data.part
+        for each in (self.denoiser, self.vae, *self.encoders):
+            each.requires_grad_(each is self.learner).eval()
+
+    @property
+    def learner(self) -> nn.Module:
+        """Return the part that is adapted."""
+        return self.denoiser if self._part == "denoiser" else self.encoders[0]
+
+    def train(self, mode: bool = True) -> Denoising:
+        """Switch the mode of what learns alone."""
+        self.training = mode
+        self.learner.train(mode)
+        return self
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        sizes: Tensor,
+        weight: Tensor,
+        texts: list[str],
+        condition: Tensor | None = None,
+        return_loss: bool = True,
+    ) -> dict[str, Tensor]:
+        """Compute the loss.
+
+        Args:
+            pixel_values: pictures [rows, 3, side, side] in -1 .. 1.
+            sizes: see `Painter.words`.
+            weight: the share of each row in the loss [rows].
+            texts: what each is called.
+            condition: pictures [rows, 3, side, side] in 0 .. 1 that methods are told.
+            return_loss: a word of the Trainer's; by it, it knows of a loss where there are no labels.
+        """
         # Scores draw the same noise each time, so that they can be compared.
         drawn = None if self.training else torch.Generator(pixel_values.device).manual_seed(0)
         with torch.no_grad():
-            found = self.vae.encode(pixel_values.to(self.vae.dtype)).latent_dist
-            latents = found.sample(drawn) * self.vae.config.scaling_factor
-            words = self.text_encoder(input_ids)[0]
-        noise = torch.randn(latents.shape, generator=drawn, device=latents.device, dtype=latents.dtype)
-        count = self.scheduler.config.num_train_timesteps
-        times = torch.randint(count, (len(latents),), generator=drawn, device=latents.device)
-        noisy = self.scheduler.add_noise(latents, noise, times)
-        targets: Mapping[str, Callable[[], Tensor]] = {
-            "epsilon": lambda: noise,
-            "v_prediction": lambda: self.scheduler.get_velocity(latents, noise, times),
-            "sample": lambda: latents,
-        }
-        target = targets[self.scheduler.config.prediction_type]()
-        predicted = self.unet(noisy, times, encoder_hidden_states=words).sample
-        return {"loss": nn.functional.mse_loss(predicted.float(), target.float())}
+            noised = self._noise.over(self._painter.latents(pixel_values, drawn), drawn)
+        with torch.no_grad() if self._part == "denoiser" else nullcontext():
+            words = self._painter.words(texts, sizes)
+        with nullcontext() if condition is None else peftcore.call(self.denoiser, condition=condition):
+            said = self._painter.denoise(noised.latents, noised.times, words)
+        errors = (said.float() - noised.target.float()).square().flatten(1).mean(1)  # [rows]
+        return {"loss": (weight * noised.weight * errors).sum()}
 
 
 class TextToImage(Task[CaptionedData]):
     """The task, scored by the loss."""
 
     Data = CaptionedData
-    packages: ClassVar[Mapping[str, str]] = {"diffusers": "diffusers", "PIL": "pillow", "torchvision": "torchvision"}
+    packages: ClassVar = {"diffusers": "diffusers", "PIL": "pillow", "torchvision": "torchvision"}
     use = Use.PIPELINE
 
     def prepare(self, run: Run, data: CaptionedData) -> Prepared:
         found = splits(data.train, data.held_out, data.held_out_size)
-        image = choose_column(found.train.column_names, data.image, IMAGES, "image", data.train)
-        text = choose_column(found.train.column_names, data.text, TEXT_NAMES, "text", data.train)
-        pipeline = _pipeline(run)
-        side = data.size or pipeline.unet.config.sample_size * pipeline.vae_scale_factor
-        kept = {image: "image", text: "text"}
+        columns = found.train.column_names
+        kept = {
+            choose_column(columns, data.image, IMAGES, "image", data.train): "image",
+            choose_column(columns, data.text, TEXT_NAMES, "text", data.train): "text",
+        }
+        if data.condition is not None:
+            kept[choose_column(columns, data.condition, CONDITIONS, "condition", data.train)] = "condition"
         train, held_out = (
             part.select_columns(list(kept)).rename_columns(kept) for part in (found.train, found.held_out)
         )
+        painter = _painter(run, data)
+        _learn_words(painter, data.words, run.out / "tokenizer")
+        side, model = data.size or painter.side, Denoising(painter, data)
         return Prepared(
-            model=Denoising(pipeline),
-            adapted=pipeline.unet,
-            train=train,
+            model=model,
+            adapted=model.learner,
+            train=train if data.prior is None else WithPrior(train, _files(data.prior, data.prior_images), data),
             held_out=held_out,
-            collate=lambda rows: _batch(rows, pipeline.tokenizer, side),
-            samples=_drawn(pipeline, data, side, run.out / "samples") if data.prompts else None,
+            collate=lambda rows: _batch(rows, side, data.prior_weight),
+            samples=_drawn(painter, data, side, run.out) if data.prompts else None,
+            during=data.prompts_during,
+            picture=run.out / SHEET if data.prompts else None,
+            first=_missing(painter, data, side),
         )
 
 
-def _pipeline(run: Run) -> Any:
+def _painter(run: Run, data: CaptionedData) -> Painter:
     import diffusers
 
     library: Any = diffusers
@@ -118,52 +182,156 @@ def _pipeline(run: Run) -> Any:
         )
     except UNREADABLE as error:
         raise unreadable(run.model, "pipeline", error) from error
-    if not isinstance(pipeline, library.StableDiffusionPipeline):
+    known = kinds()
+    if type(pipeline) not in known:
+        names = ", ".join(each.__name__ for each in known)
         raise BadInput(
-            f"{run.model}: is a {type(pipeline).__name__}; pipelines with one text encoder and a UNet can be trained "
-            "here (StableDiffusionPipeline), others from Python: peftcore.apply works on any of their parts"
+            f"{run.model}: is a {type(pipeline).__name__}; those that can be trained here are {names}; others from "
+            "Python: peftcore.apply works on any of their parts"
         )
-    longest = pipeline.text_encoder.config.max_position_embeddings  # some tokenizers do not know it
-    pipeline.tokenizer.model_max_length = min(pipeline.tokenizer.model_max_length, longest)
-    pipeline.safety_checker = None
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return known[type(pipeline)](pipeline, data.guidance)
 
 
-def _batch(rows: list[dict[str, Any]], tokenizer: Any, side: int) -> dict[str, Tensor]:
-    """Return pictures in -1 .. 1 [rows, 3, side, side], the middle of each, and words."""
+def _learn_words(painter: Painter, words: Sequence[str], folder: Path) -> None:
+    """Give the first tokenizer new words, and its encoder a vector for each.
+
+    Raises:
+        BadInput: one of them is a word already.
+    """
+    tokenizer, encoder = painter.pipeline.tokenizer, painter.pipeline.text_encoder
+    if words:
+        if held := tokenizer.get_vocab().keys() & {*words}:
+            raise BadInput(f"data.words: the tokenizer has {min(held)!r} already")
+        tokenizer.add_tokens(list(words))
+        encoder.resize_token_embeddings(len(tokenizer))
+        if first_process():
+            tokenizer.save_pretrained(folder)
+
+
+class WithPrior:
+    """Rows, each with a picture of the class beside it. Either begins again where the other has more."""
+
+    def __init__(self, rows: Any, files: Sequence[Path], data: CaptionedData) -> None:
+        self._rows, self._files, self._text = rows, files, data.prior_text
+
+    def __len__(self) -> int:
+        return max(len(self._rows), len(self._files))
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        beside = {"image": _opened(self._files[index % len(self._files)]), "text": self._text}
+        return {**self._rows[index % len(self._rows)], "prior": beside}
+
+
+def _files(folder: Path, count: int) -> list[Path]:
+    return [folder / f"{number}.png" for number in range(count)]
+
+
+def _opened(path: Path) -> Any:
+    """Read a picture.
+
+    Raises:
+        BadInput: it is none.
+    """
+    from PIL import Image
+
+    try:
+        return Image.open(path).convert("RGB")
+    except OSError as error:
+        raise BadInput(f"{path} cannot be read as a picture: {error}") from error
+
+
+def _missing(painter: Painter, data: CaptionedData, side: int) -> Work | None:
+    """Return the work of drawing pictures of the class that are not there."""
+    if data.prior is None:
+        return None
+    folder, text = data.prior, data.prior_text
+    missing = [file for file in _files(folder, data.prior_images) if not file.is_file()]
+
+    def draw(tick: Callable[[], None]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in missing:
+            picture = _draw(painter, data, side, str(text), seed=int(file.stem))
+            if first_process():
+                picture.save(file)
+            tick()
+
+    return Work("pictures of the class", len(missing), draw) if missing else None
+
+
+def _draw(
+    painter: Painter, data: CaptionedData, side: int, prompt: str, seed: int, condition: Tensor | None = None
+) -> Any:
+    noise = torch.Generator().manual_seed(seed)
+    with nullcontext() if condition is None else peftcore.call(painter.denoiser, condition=condition):
+        found = painter.pipeline(
+            prompt, height=side, width=side, num_inference_steps=data.prompt_steps, generator=noise
+        )
+    return found.images[0]
+
+
+def _picture(image: Any, side: int) -> tuple[Tensor, list[int]]:
+    """Return the middle of a picture [3, side, side] in 0 .. 1, and its sizes (see `Painter.words`)."""
     from torchvision.transforms import v2
 
-    fit = v2.Compose([v2.Resize(side), v2.CenterCrop(side), v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
-    pictures = torch.stack([fit(row["image"].convert("RGB")) for row in rows]) * 2 - 1
-    words = tokenizer(
-        [row["text"] for row in rows],
-        padding="max_length",
-        truncation=True,
-        max_length=tokenizer.model_max_length,
-        return_tensors="pt",
-    )
-    return {"pixel_values": pictures, "input_ids": words.input_ids}
+    scaled = v2.functional.resize(v2.functional.to_image(image.convert("RGB")), [side])
+    top, left = ((length - side) // 2 for length in scaled.shape[-2:])
+    middle = v2.functional.to_dtype(scaled[:, top : top + side, left : left + side], torch.float32, scale=True)
+    return middle, [image.height, image.width, top, left, side, side]
 
 
-def _drawn(pipeline: Any, data: CaptionedData, side: int, folder: Path) -> Callable[[], list[str]]:
+def _batch(rows: list[dict[str, Any]], side: int, prior_weight: float) -> dict[str, Any]:
+    """Return what `Denoising` takes. Pictures of the class come behind those of the rows."""
+    beside = [row["prior"] for row in rows if "prior" in row]
+    pictures, sizes = zip(*(_picture(row["image"], side) for row in (*rows, *beside)), strict=True)
+    weight = torch.tensor([1.0] * len(rows) + [prior_weight] * len(beside)) / len(rows)
+    batch = {
+        "pixel_values": torch.stack(pictures) * 2 - 1,
+        "sizes": torch.tensor(sizes),
+        "weight": weight,
+        "texts": [str(row["text"]) for row in (*rows, *beside)],
+    }
+    if "condition" in rows[0]:
+        batch["condition"] = torch.stack([_picture(row["condition"], side)[0] for row in rows])
+    return batch
+
+
+def _drawn(painter: Painter, data: CaptionedData, side: int, out: Path) -> Callable[[], list[str]]:
     """Return a function that draws each prompt from the same noise as before, and says where the pictures are."""
+    pictures = [_picture(_opened(path), side)[0][None] for path in data.prompt_conditions]
+    told: Sequence[Tensor | None] = pictures or [None] * len(data.prompts)
+    folder = out / "samples"
 
     def draw() -> list[str]:
         folder.mkdir(parents=True, exist_ok=True)
-        training = pipeline.unet.training
-        pipeline.unet.eval()
+        parts = [painter.denoiser, *painter.encoders]
+        training = [part.training for part in parts]
+        for part in parts:
+            part.eval()
         files = []
-        for number, prompt in enumerate(data.prompts):
-            noise = torch.Generator().manual_seed(number)
-            picture = pipeline(
-                prompt, height=side, width=side, num_inference_steps=data.prompt_steps, generator=noise
-            ).images[0]
-            when = len(list(folder.glob(f"{number}-*.png")))
-            files.append(folder / f"{number}-{when}.png")
+        for number, (prompt, condition) in enumerate(zip(data.prompts, told, strict=True)):
+            picture = _draw(painter, data, side, prompt, number, condition)
+            files.append(folder / f"{number}-{len(_drawn_before(folder, number))}.png")
             if first_process():  # all of them draw, where each holds a part of the model
                 picture.save(files[-1])
-        pipeline.unet.train(training)
+        if first_process():
+            _show([_drawn_before(folder, number) for number in range(len(data.prompts))], out / SHEET)
+        for part, mode in zip(parts, training, strict=True):
+            part.train(mode)
         return [str(file) for file in files]
 
     return draw
+
+
+def _drawn_before(folder: Path, prompt: int) -> list[Path]:
+    found = folder.glob(f"{prompt}-*.png")
+    return sorted(found, key=lambda file: int(file.stem.partition("-")[2]))
+
+
+def _show(drawn: Sequence[Sequence[Path]], path: Path) -> None:
+    """Write one picture of all: a row for each prompt, from left to right as training went."""
+    from torchvision.transforms import v2
+    from torchvision.utils import save_image
+
+    fit = v2.Compose([v2.ToImage(), v2.Resize([CELL, CELL]), v2.ToDtype(torch.float32, scale=True)])
+    save_image([fit(_opened(file)) for row in drawn for file in row], path, nrow=len(drawn[0]))

@@ -5,6 +5,7 @@ It may import the core, `errors`, `plans`, `runs` and `tasks`. In the order of r
 - `train`: the whole of a run, and what it came to.
 - `together`: several runs in one, on one model.
 - `telling`: rows of several tasks.
+- `averages`: moving averages of what is trained.
 - `trainer`: the ``Trainer`` as it is used here.
 - `processes`: one run in several processes.
 - `advice`: what to change where there was too little memory.

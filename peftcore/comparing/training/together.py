@@ -24,7 +24,7 @@ from peftcore.comparing.runs.run import FULL, Run
 from peftcore.comparing.tasks import catalogue
 from peftcore.comparing.tasks.task import Prepared
 from peftcore.comparing.training.memory import is_full
-from peftcore.comparing.training.train import Display, Outcome, adapted, as_json, in_words, told
+from peftcore.comparing.training.train import Display, Outcome, adapted, as_json, beforehand, in_words, told
 from peftcore.comparing.training.trainer import AdapterTrainer, trainer_for
 from peftcore.errors import RouteError, TrainingError
 from peftcore.files.safe_io import write_text
@@ -58,13 +58,14 @@ class Saved:
 def key(run: Run) -> str | None:
     """Returns what runs have in common that train together; None of one that trains alone: all of the model trains, its
     method acts on the whole batch or looks at data, rows belong to several tasks, or what is asked for is done by the
-    Trainer alone (checkpoints, several batches a step, gradient checkpointing, quantized bases, several processes)."""
+    Trainer alone (checkpoints, averages, several batches a step, gradient checkpointing, quantized bases, several
+    processes)."""
     asked = run.training
     if run.data.get("task_column") is not None:  # whose rows a call would have to tell is not known in a fleet
         return None
     if run.method.name == FULL or run.quantize is not None or int(os.environ.get("WORLD_SIZE", "1")) > 1:
         return None
-    if asked.checkpoints or asked.accumulate > 1 or asked.checkpoint_gradients or asked.shard:
+    if asked.checkpoints or asked.accumulate > 1 or asked.checkpoint_gradients or asked.shard or asked.ema is not None:
         return None
     method = peftcore.method(run.method.name)
     if not method.tags.per_row or method.asks_for_data(run.method.arguments):
@@ -102,6 +103,7 @@ class _Group:
         display.phase("loading", None)
         transformers.set_seed(first.training.seed)
         self.prepared: Prepared = self.task.prepare(first, validated(self.task.Data, first.data, "data"))
+        beforehand(self.prepared, display)
         self.model: nn.Module = self.prepared.model
         self.weights = sum(each.numel() for each in self.model.parameters())
         self.base_bytes = held((*self.model.parameters(), *self.model.buffers()))

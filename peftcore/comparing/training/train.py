@@ -6,14 +6,16 @@ for TensorBoard, ``metrics.json``, and ``run.json``, by which ``--resume`` knows
 
 from __future__ import annotations
 
+import functools
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 import transformers
 from torch import nn
 from torch.utils.data import DataLoader, Subset
@@ -76,6 +78,8 @@ class Outcome:
     """The majority baseline, where it is known: the metric of an answer that looks at nothing."""
     samples: list[tuple[str, str]]
     """Answers of the model before training and after it."""
+    picture: str = ""
+    """A file that shows them, where they are pictures."""
 
 
 class Watch(transformers.TrainerCallback):
@@ -94,6 +98,17 @@ class Watch(transformers.TrainerCallback):
         self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **kwargs: Any
     ) -> None:
         self._display.say(f"step {state.global_step}: {in_words(plain(metrics or {}))}")
+
+
+class Sampling(transformers.TrainerCallback):
+    """Asks for samples at each score on the way."""
+
+    def __init__(self, prepared: Prepared) -> None:
+        self._prepared = prepared
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if 0 < state.global_step < state.max_steps:
+            told(self._prepared)
 
 
 def train(run: Run, display: Display, resume: bool = False) -> Outcome:
@@ -118,11 +133,13 @@ def _train(run: Run, display: Display, resume: bool, seen: _Seen) -> Outcome:
     display.phase("loading", None)
     transformers.set_seed(run.training.seed)
     prepared = seen.prepared = task.prepare(run, data)
+    beforehand(prepared, display)
     injection = None if run.method.name == FULL else adapted(run, prepared)
     if injection is None and prepared.check is not None:
         prepared.check(None)
     clock = Clock()
-    trainer = trainer_for(run, task, prepared, injection, [Keeper(folder), Watch(display), clock])
+    sampling = [Sampling(prepared)] if prepared.during else []
+    trainer = trainer_for(run, task, prepared, injection, [Keeper(folder), Watch(display), clock, *sampling])
     if folder.before is None:
         # Not by trainer.evaluate(): what accelerate prepared for that alone, it does not wrap for several processes.
         trainer.args.eval_on_start = True
@@ -130,6 +147,8 @@ def _train(run: Run, display: Display, resume: bool, seen: _Seen) -> Outcome:
         folder.note()
     transformers.set_seed(run.training.seed)  # what came before drew a different number of times when resuming
     _trained(trainer, checkpoint, run.training.report_to)
+    if trainer.averages is not None:
+        trainer.averages.take()
     scores = {int(entry["step"]): plain(entry) for entry in trainer.state.log_history if f"eval_{task.metric}" in entry}
     outcome = Outcome(
         method=run.method.name,
@@ -147,11 +166,21 @@ def _train(run: Run, display: Display, resume: bool, seen: _Seen) -> Outcome:
         held_out_size=len(prepared.held_out),
         floor=prepared.floor,
         samples=list(zip(folder.said, told(prepared), strict=True)),
+        picture=str(prepared.picture or ""),
     )
     _save(trainer, prepared, Path(outcome.saved))
     if first_process():
         write_text(folder.path / "metrics.json", as_json(outcome))
     return outcome
+
+
+def beforehand(prepared: Prepared, display: Display) -> None:
+    """Do what the task does with the unadapted model before training."""
+    if prepared.first is not None:
+        if (device := torch.accelerator.current_accelerator(check_available=True)) is not None:
+            prepared.model.to(device)  # as the Trainer does, which comes later
+        display.phase(prepared.first.name, prepared.first.steps)
+        prepared.first.do(display.advance)
 
 
 def adapted(run: Run, prepared: Prepared, name: str | None = None) -> peftcore.Injection:
@@ -188,13 +217,23 @@ def _fresh(run: Run, prepared: Prepared, base: nn.Module, name: str | None) -> p
                 f"{run.method.name} looks at batches before training, with the loss of the model, and the task "
                 f"{run.task} has a loss that its Trainer computes: choose another method"
             )
-        arguments["data"] = DataLoader(
+        batches = DataLoader(
             Subset(prepared.train, range(min(LOOKED_AT * run.training.batch_size, len(prepared.train)))),
             batch_size=run.training.batch_size,
             collate_fn=without_names(prepared),
         )
+        arguments["data"] = batches if prepared.adapted is None else _of_the_whole(prepared.model, batches)
     train = (*prepared.head, *arguments.pop("train", ()))
     return peftcore.apply(base, run.method.name, name=name, train=train, seed=run.training.seed, **arguments)
+
+
+def _of_the_whole(model: nn.Module, batches: Iterable[dict[str, Any]]) -> list[Callable[[nn.Module], Any]]:
+    """Return batches for a part of a model, which is run as the part that it is."""
+
+    def run(batch: dict[str, Any], part: nn.Module) -> Any:
+        return model(**batch)
+
+    return [functools.partial(run, batch) for batch in batches]
 
 
 def _trained(trainer: AdapterTrainer, checkpoint: Path | None, reported: Sequence[str]) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ import peftcore
 from peftcore.comparing.errors import BadInput
 from peftcore.comparing.runs.run import Run
 from peftcore.comparing.tasks.task import Prepared, Task
+from peftcore.comparing.training.averages import Averages
 from peftcore.comparing.training.processes import (
     ask_for_sharding,
     is_sharded_run,
@@ -38,11 +40,15 @@ class AdapterTrainer(PeftcoreTrainer):
 
     def __init__(self, injection: peftcore.Injection | None, **kwargs: Any) -> None:
         self.injection = injection  # a task's own Trainer may compute with it as it begins
+        decay = kwargs.pop("ema", None)
         super().__init__(**kwargs)
         settle_sharding(self.accelerator, self._host)
         # accelerate shards. Checkpoints are those of one process, for its own hold all of the base and not all that a
         # method's optimizer remembers.
         self.is_fsdp_enabled = False
+        self.averages = None if decay is None else Averages([*dict.fromkeys(self._trained())], decay)
+        if self.averages is not None:
+            self.add_callback(Steps(self.averages))
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None and self.injection is not None:
@@ -60,19 +66,33 @@ class AdapterTrainer(PeftcoreTrainer):
         ask_for_sharding(self.args)
         super().create_accelerator_and_postprocess()
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        with nullcontext() if self.averages is None else self.averages.used():
+            scores: dict[str, float] = super().evaluate(*args, **kwargs)
+        return scores
+
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         assert self.optimizer is not None
         with self.whole(), whole_state(self.optimizer):
             super()._save_checkpoint(*args, **kwargs)
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.averages is not None and self.args.should_save:
+            self.averages.save(Path(output_dir))
+
     def _load_best_model(self) -> None:
         with loading_whole(self._host):
             super()._load_best_model()
+        if self.averages is not None:
+            self.averages.load(Path(str(self.state.best_model_checkpoint)))
 
     def _load_optimizer_and_scheduler(self, checkpoint: Any) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         assert self.optimizer is not None
         cut_state(self.optimizer)
+        if self.averages is not None and checkpoint is not None:
+            self.averages.load(Path(checkpoint))
 
     @property
     def _host(self) -> nn.Module:
@@ -96,6 +116,16 @@ class AdapterTrainer(PeftcoreTrainer):
                 "rate or a longer warm-up; the last checkpoint is from before"
             )
         return loss
+
+
+class Steps(transformers.TrainerCallback):
+    """Lets averages take in each step."""
+
+    def __init__(self, averages: Averages) -> None:
+        self._averages = averages
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._averages.step()
 
 
 class LastStep(transformers.TrainerCallback):
@@ -139,6 +169,8 @@ def trainer_for(
             f"the task {run.task} has a Trainer of its own, which does not cut weights over processes: leave out "
             "training.shard and accelerate's --use_fsdp, so that every process holds the whole model"
         )
+    if run.training.ema is not None and is_sharded_run(run.training.shard):
+        raise BadInput("averages of weights that are cut over processes are not kept: leave out training.ema, or shard")
     wanted = run.training.report_to
     logs = [_tensorboard(run)] if TENSORBOARD in wanted else []
     patience = run.training.patience
@@ -153,6 +185,7 @@ def trainer_for(
         data_collator=collate(prepared),
         compute_metrics=metrics(prepared),
         callbacks=[LastStep(), *callbacks, *logs, *early],
+        ema=run.training.ema,
         **({} if own is None else own.options),
     )
     trainer.preprocess_logits_for_metrics = prepared.reduce  # not all Trainers have an argument for it
@@ -225,7 +258,7 @@ def _divides_by_items(prepared: Prepared) -> bool:
     prepared.model.eval()
     try:
         with torch.no_grad(), told(prepared.model, batch) as rest:
-            inputs = {name: value.to(device) for name, value in rest.items()}
+            inputs = {name: each.to(device) if torch.is_tensor(each) else each for name, each in rest.items()}
             one, two = (prepared.model(**inputs, num_items_in_batch=count)["loss"] for count in (1, 2))
     except TypeError:
         return False

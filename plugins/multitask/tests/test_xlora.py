@@ -228,6 +228,7 @@ def test_checkpoints(reentrant: bool) -> None:
     assert all(difference(*pair) < 1e-10 for pair in zip(*found, strict=True))
 
 
+@pytest.mark.slow
 def test_compiled_with_breaks() -> None:
     model = host()
     applied(model)

@@ -239,3 +239,15 @@ def test_picture(compared, tmp_path: Path):
     with Image.open(tmp_path / "results.png") as picture:
         assert picture.format == "PNG" and picture.width > 1000
     plots.draw_picture(report(), tmp_path / "nothing.png")
+
+
+def test_what_models_drew_is_in_the_page(tmp_path: Path) -> None:
+    """As data: the page asks for no file."""
+    Image.new("RGB", (4, 4), "red").save(tmp_path / "samples.png")
+    drawn = report(trial("lora", 0.9, 10, picture="samples.png"), trial("other", 0.8, 10))
+    images = [attributes for tag, attributes in Page(html.page(drawn, tmp_path)).tags if tag == "img"]
+    (image,) = images
+    source = str(image["src"])
+    assert source.startswith("data:image/png;base64,") and "lora" in str(image["alt"])
+    assert base64.b64decode(source.partition(",")[2]) == (tmp_path / "samples.png").read_bytes()
+    assert not [tag for tag, _ in Page(html.page(drawn)).tags if tag == "img"]

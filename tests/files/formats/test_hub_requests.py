@@ -13,6 +13,8 @@ from slowly import quick
 
 pytest.importorskip("huggingface_hub")
 
+pytestmark = pytest.mark.slow
+
 BEGIN = """
 import json, os, sys
 import torch

@@ -41,7 +41,13 @@ def test_gradients_of_a_dropped_projection() -> None:
 BACKENDS = [
     "none",
     "aot_eager",
-    pytest.param("inductor", marks=pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a C++ compiler")),
+    pytest.param(
+        "inductor",
+        marks=[
+            pytest.mark.slow,
+            pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a C++ compiler"),
+        ],
+    ),
 ]
 
 
