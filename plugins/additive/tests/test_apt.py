@@ -6,6 +6,7 @@ from copy import deepcopy
 from typing import Any
 
 import pytest
+import static_windows
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
@@ -20,7 +21,12 @@ from peftcore_additive.apt import AdaptivePrefix
 LENGTH = 3
 
 
-@conformance("apt", options={"*": {"length": 5}})  # several at once leave positions of GPT-2 for tokens
+@conformance(
+    "apt",
+    # several at once leave positions of GPT-2 for tokens; two tell themselves apart in a UNet by more than a few rows
+    options={"*": {"length": 5}, "unet": {"length": 20}},
+    expected_failures=static_windows.REFUSED,
+)
 def test_conformance(check: Callable[[], None]) -> None:
     check()
 
