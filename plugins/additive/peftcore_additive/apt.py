@@ -99,6 +99,11 @@ class AdaptivePrefix(PrefixOperator):
         self.given, self.visible, self.room = given, visible, Room(1, block.blocks)
 
     def made(self, batch: int) -> tuple[Tensor, Tensor]:
+        """Return keys and values by heads, ``[batch, kv_heads, length, width]``.
+
+        Raises:
+            UnsupportedSite: the block attends within windows, so gates of texts belong to none.
+        """
         opened = self.opened()
         if len(opened) != batch:
             raise UnsupportedSite(f"a block of {len(opened)} texts attends within {batch} windows, which have no gates")

@@ -28,7 +28,10 @@ GAMMAS = {
 """What scales a matrix of an attention there, in its block."""
 
 
-@conformance("difffit")
+NOTHING = "the first and the last module of a llama have neither bias nor norm, and no branch ends there: it is refused"
+
+
+@conformance("difffit", expected_failures={"options_come_back_as_written-llama": NOTHING})
 def test_conformance(check: Callable[[], None]) -> None:
     check()
 
