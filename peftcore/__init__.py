@@ -6,6 +6,7 @@ from peftcore.algebra.combining import combine, deltas, lora_of, to_lora
 from peftcore.authoring.blocks import (
     MIXERS,
     BlockSite,
+    block_around,
     block_depths,
     block_sites,
     stack_path,
@@ -181,6 +182,7 @@ __all__ = [
     "add_stream",
     "apply",
     "bias_name",
+    "block_around",
     "block_depths",
     "block_sites",
     "branch",

@@ -90,6 +90,20 @@ def with_blocks(surgeon: Surgeon, *, each_run: bool = False) -> list[Site]:
     return [_block_site(surgeon, site, numbers, each_run) if is_one else site for site, is_one in pairs]
 
 
+def block_around(surgeon: Surgeon, site: Site, *, each_run: bool = False) -> BlockSite:
+    """Returns the block that a site is in; `each_run` as in `block_sites`.
+
+    Raises:
+        UnsupportedSite: it is in none, or in one that `block_sites` would refuse.
+    """
+    numbers, path = block_depths(surgeon), site.module_path
+    around = [block for block in numbers if block is not None and under(path, block)]
+    if not around:
+        raise UnsupportedSite(f"{path or 'the host'} is in no block of this host")
+    block = surgeon.resolver.site(max(around, key=len), "weight", "block")
+    return _block_site(surgeon, block, numbers, each_run)
+
+
 def _block_site(surgeon: Surgeon, site: Site, numbers: dict[str | None, int], each_run: bool) -> BlockSite:
     path = site.module_path
     if path not in numbers:

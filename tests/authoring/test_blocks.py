@@ -8,7 +8,17 @@ import transformers
 from torch import nn
 
 import peftcore
-from peftcore import BlockSite, Method, MethodConfig, Operator, Tags, block_depths, block_sites, stack_path
+from peftcore import (
+    BlockSite,
+    Method,
+    MethodConfig,
+    Operator,
+    Tags,
+    block_around,
+    block_depths,
+    block_sites,
+    stack_path,
+)
 from peftcore.errors import RouteError, UnsupportedSite
 
 LLAMA = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 64}
@@ -227,3 +237,38 @@ def test_where_the_code_does_not_say_it_the_first_forward_does(rounds: int) -> N
     for _ in range(2):
         with pytest.raises(UnsupportedSite, match=r"layers\.[01] runs several times in one forward"):
             model(x)
+
+
+def around(model: nn.Module, target: str) -> list[tuple[str, int, int, int]]:
+    """The blocks around target modules: paths, numbers, how many there are, and widths."""
+    seen: list[BlockSite] = []
+
+    class Looks(Method):
+        name = "looks_at_blocks"
+        Config = NoOptions
+        tags = Tags(category="additive", paper="none")
+        target = ("block",)
+
+        def inject(self, model: nn.Module, config: Any, surgeon: Any) -> None:
+            seen.extend(block_around(surgeon, site) for site in surgeon.sites())
+            surgeon.graft(seen[0], Nothing, config)
+
+        @staticmethod
+        def parameter_count(site: BlockSite, config: Any) -> int:
+            return site.width
+
+    peftcore.apply(model, Looks, target=target)
+    return [(site.path, site.depth, site.blocks, site.width) for site in seen]
+
+
+def test_the_block_around_a_module() -> None:
+    """The innermost one; a block is around itself, and what is outside of all blocks is in none."""
+    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA))
+    found = [(f"model.layers.{n}", n, 3, 32) for n in range(3)]
+    assert around(llama, "mlp.down") == found
+    peftcore.injections(llama)["looks_at_blocks"].remove()
+    assert around(llama, "block") == found
+    t5 = transformers.T5ForConditionalGeneration(transformers.T5Config(**T5))
+    assert around(t5, "cross.q") == [(f"decoder.block.{n}", n, 3, 32) for n in range(3)]
+    with pytest.raises(UnsupportedSite, match="in no block"):
+        around(transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA)), "norm.final")

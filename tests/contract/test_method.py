@@ -67,6 +67,7 @@ MEMBERS = {name: value for name, value in vars(Doubling).items() if not name.sta
 
 NO_RATE = {
     "adapter_soup": "nothing trains",
+    "apt": "no code of its authors was found, nor the table of its paper",
     "arrow": "nothing trains",
     "attention_only": "its authors' repository has no command for it, and the paper names optimizers alone",
     "bd_lora": "no code of its authors was found, and its paper was not read for a rate",

@@ -13,6 +13,7 @@ def peftcore_methods() -> Mapping[str, str]:
     """Map the names of this plugin's methods to their import paths."""
     return {
         "adapterdrop": "peftcore_additive.adapterdrop:AdapterDrop",
+        "apt": "peftcore_additive.apt:APT",
         "cartridge": "peftcore_additive.cartridge:Cartridge",
         "ciat": "peftcore_additive.ciat:CIAT",
         "coda": "peftcore_additive.coda:CoDA",

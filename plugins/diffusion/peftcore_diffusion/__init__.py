@@ -15,6 +15,7 @@ def peftcore_methods() -> Mapping[str, str]:
         "controlnet": "peftcore_diffusion.controlnet:ControlNet",
         "controlnet_lllite": "peftcore_diffusion.controlnet_lllite:ControlNetLLLite",
         "custom_diffusion": "peftcore_diffusion.custom_diffusion:CustomDiffusion",
+        "difffit": "peftcore_diffusion.difffit:DiffFit",
         "ip_adapter": "peftcore_diffusion.ip_adapter:IPAdapter",
         "locon": "peftcore_diffusion.locon:LoCon",
         "ominicontrol": "peftcore_diffusion.ominicontrol:OminiControl",

@@ -9,6 +9,7 @@ PRESETS = {
     "b_lora": Preset("lora", "2403.14572", target=r"re:.*up_blocks\.0\.attentions\.[01]\..*to_(q|k|v|out\.0)"),
     "boft_unet": Preset("boft", "2311.06243", target=ATTENTION),
     "diag_oft": Preset("oft", "2309.14859", {"side": "outputs", "block_size": 4}, target=ALL),
+    "diffit_combo": Preset("difffit", "2304.06648", {"classes": False}),
     "dora_diffusion": Preset("dora", "2402.09353", target=ATTENTION),
     "dylora_unet": Preset("dylora", "2210.07558", target=ALL),
     "full_diff": Preset("linear_probe", "2309.14859", target="*"),

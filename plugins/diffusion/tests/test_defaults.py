@@ -7,6 +7,7 @@ from named_defaults import Free, Held, assert_as_said, rows
 
 CONTROLNET = "lllyasviel/ControlNet@ed85cd1"
 LLLITE = "kohya-ss/sd-scripts@48d368f, networks/control_net_lllite.py"
+DIFFFIT = "mkshing/DiffFit-pytorch@78dc2d1, difffit_pytorch"
 LYCORIS = "KohakuBlueleaf/LyCORIS@f49d30d"
 LOCON = "cyber-meow/LyCORIS-evaluation@7c5758c, exp_configs/training_configs/exp-1004-sd15-lora8a4-full-a.toml"
 OMINI = "Yuanshi9815/OminiControl@331dd34"
@@ -30,6 +31,13 @@ HELD: Held = {
         "adobe-research/custom-diffusion@7c19c9a, src/diffusers_training.py: --initializer_token default='ktn+pll+ucd'"
         "; ours is None because ids of words are the tokenizer's",
     ),
+    ("difffit", "scales"): (
+        "branches",
+        f"{DIFFFIT}/diffusers_models/attention.py: gamma_attn1, gamma_attn2 and gamma_ff of a block; ours leaves out "
+        "those of attention_processor.py, which are no part of the paper's equation",
+    ),
+    ("difffit", "blocks"): (None, f"{DIFFFIT}/diffusers_models/attention.py: every BasicTransformerBlock has them"),
+    ("difffit", "classes"): (True, f'{DIFFFIT}/utils.py: trainable_names = ["bias","norm","gamma","y_embed"]'),
     ("ip_adapter", "scale"): (1.0, "tencent-ailab/IP-Adapter@62e4af9, ip_adapter/attention_processor.py: scale=1.0"),
     ("ip_adapter", "tokens"): (4, "tencent-ailab/IP-Adapter@62e4af9, ip_adapter/attention_processor.py: num_tokens=4"),
     ("locon", "rank"): (16, f"{LYCORIS}, example_configs/training_configs/kohya/lora_config.toml: network_dim = 16"),

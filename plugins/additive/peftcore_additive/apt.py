@@ -1,0 +1,164 @@
+"""APT: adaptive prefix tuning.   Zhang et al. 2023, arXiv 2305.15212.
+
+    P_i = lambda_i alpha_i * [P_k, P_v],   alpha_i = sigmoid(W_i h_{i-1})   rows of a prefix, in front of K and V
+
+P_k, P_v are `length` keys and values of the layer, as in p_tuning_v2. W_i [length, d] gives each row a gate from what
+block i-1 made of the text, and the scalar lambda_i says how much all of them count in this layer. h is what the block
+is given, at the text's first token: [CLS] in the encoders that the paper has. No code of the authors is known: which
+token h is of is our reading, and the start is ours: W from N(0, 0.02), so that all gates begin near one half, lambda
+one, P from N(0, 1).
+
+Where attention is causal, the first token knows nothing of the others: if texts begin with one that is always the same,
+gates tell layers and prefixes apart, but no texts. It is the first that is no padding, and scores of earlier tokens
+stay in the model's cache. Positions, dropout and the network behind `projection` are p_tuning_v2's.
+
+No start is an identity. Parameters: length * (2 d_k + d) + 1 a layer (d_k: the width of its keys); with projection
+(projection + 1) * 2 d_k + length d + 1 a layer, and (length d_k + (d_k + 1) projection) a stack.
+
+Use it for classification and tagging with a frozen encoder, where it is not known in which layers prefixes help. Not in
+decoders, where prefix_tuning does the same for less; p_tuning_v2 is its nearest kin, without gates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field, PositiveInt
+from torch import Tensor, nn
+
+from peftcore import (
+    AttentionSite,
+    BlockSite,
+    Method,
+    MethodConfig,
+    Operator,
+    Shared,
+    Site,
+    Surgeon,
+    Tags,
+    Tap,
+    TokenStacks,
+    VisibleTokens,
+    block_around,
+    cached_tokens,
+)
+from peftcore.errors import MissingContext, UnsupportedSite
+from peftcore_additive._prefix import PrefixOperator, behind, prefix_count, shared_encoder
+from peftcore_additive._side import held_by
+from peftcore_additive._tiny_attention import Room
+
+
+class Config(MethodConfig):
+    """Options of APT."""
+
+    method: Literal["apt"] = "apt"
+    length: PositiveInt = 20
+    """Keys and values in front of each attention's own."""
+    projection: PositiveInt | None = None
+    """Width of the network that makes them while they train; None trains them themselves."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
+    """Probability with which numbers of them are dropped in training."""
+    behind: bool = True
+    """Count the positions of tokens from behind the prefix, as if it were words."""
+
+
+class Reader(Operator):
+    """Leaves what a block is given for the gates of its prefix."""
+
+    observes = frozenset({"activation"})
+
+    def __init__(self, site: BlockSite, given: Tap) -> None:
+        super().__init__(site)
+        self.names, self.depth, self.given = site.arguments, site.depth, given
+
+    def forward(self, call: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        given = {**dict(zip(self.names[1:], args, strict=False)), **kwargs}
+        self.given.put((x, given, cached_tokens(given, self.depth, x.shape[1])))  # before the block adds its own
+        return call(x, *args, **kwargs)
+
+
+class AdaptivePrefix(PrefixOperator):
+    """The prefix of one layer behind its gates."""
+
+    def __init__(
+        self,
+        site: AttentionSite,
+        config: Config,
+        encoder: Shared | None,
+        block: BlockSite,
+        given: Tap,
+        visible: VisibleTokens,
+    ) -> None:
+        super().__init__(site, config, encoder)
+        if "q" not in site.projections or site.projections["q"].in_features != block.width:
+            raise UnsupportedSite(f"{site.path}: no matrix makes its queries of the {block.width} numbers of its block")
+        self.token_gates = nn.Parameter(0.02 * torch.randn(config.length, block.width))
+        self.layer_gate = nn.Parameter(torch.ones(1))
+        self.given, self.visible, self.room = given, visible, Room(1, block.blocks)
+
+    def made(self, batch: int) -> tuple[Tensor, Tensor]:
+        """Return keys and values by heads, ``[batch, kv_heads, length, width]``.
+
+        Raises:
+            UnsupportedSite: the block attends within windows, so gates of texts belong to none.
+        """
+        opened = self.opened()
+        if len(opened) != batch:
+            raise UnsupportedSite(f"a block of {len(opened)} texts attends within {batch} windows, which have no gates")
+        key, value = super().made(batch)  # [batch, kv_heads, length, width]
+        return opened * key, opened * value
+
+    def opened(self) -> Tensor:
+        """Return how far each row of the prefix is open, ``[batch, 1, length, 1]``.
+
+        Raises:
+            MissingContext: the attention was called by itself, and not its block.
+        """
+        read = self.given.get()
+        if read is None:
+            raise MissingContext("the attention was called by itself: call its block, whose input opens the gates")
+        x, given, held = read
+        (weight,) = self.cast(x, self.token_gates)
+        scores = nn.functional.linear(x, weight)  # [batch, tokens, length]
+        caches = self.room.layers(given)
+        seen = self.visible.mask(held_by(caches, held), x.shape[1], given, x.device)[:, 0, -1]  # [batch or 1, tokens]
+        if caches:
+            scores = caches[0].update(scores[:, None], scores[:, None, :, :0])[0][:, 0]
+        first = seen.int().argmax(-1).expand(len(scores))
+        chosen = scores[torch.arange(len(scores), device=x.device), first]
+        gates = self.layer_gate * chosen.to(self.layer_gate.dtype).sigmoid()
+        return gates[:, None, :, None]
+
+
+class APT(Method):
+    """Keys and values in front of those of every self-attention, with a gate for each, which the text opens, and one
+    for each layer."""
+
+    name = "apt"
+    Config = Config
+    tags = Tags(category="additive", paper="2305.15212", identity_at_init=False, random=True)
+    target = ("attn.core",)
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        sites, stacks = surgeon.sites(), TokenStacks(surgeon)
+        for site in sites:
+            block, given = block_around(surgeon, site, each_run=True), Tap()
+            visible = VisibleTokens(stacks.of(site))
+            surgeon.graft(block, lambda at, given=given: Reader(at, given))
+            surgeon.attention(
+                site,
+                lambda at, own, more=(block, given, visible): AdaptivePrefix(
+                    at, own, shared_encoder(surgeon, at, own), *more
+                ),
+                config,
+            )
+        if config.behind:
+            behind(surgeon, sites, config)
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        if not isinstance(site, AttentionSite):
+            return 0
+        return prefix_count(site, config) + config.length * site.projections["q"].in_features + 1

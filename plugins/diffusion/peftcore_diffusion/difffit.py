@@ -1,0 +1,112 @@
+"""DiffFit: biases, norms, classes and scale factors.   Xie et al. 2023, arXiv 2304.06648.
+
+    z = x + gamma_1 * Attention(x),   y = z + gamma_2 * FeedForward(z)   in each block;   gamma [d], one at first
+
+Trained from their values: all biases, the gains of norms, and the table of classes. Cross-attention has a gamma too. A
+gamma stands where its branch ends, before what scales the branch (the gates of a DiT) or drops from it, with which it
+commutes. ``scales="matrices"`` has one behind queries, keys and values too, as mkshing/DiffFit-pytorch has it, whose
+second gamma behind an attention is one with the first. All merges: gamma into the matrix and bias that it scales.
+
+The code there chooses what trains by words in names (bias, norm, gamma, y_embed); here it is what a tensor is. So the
+matrices that make a DiT's modulation, which diffusers keeps in modules called norm1, stay as they are, as they do in
+the DiT of the paper. A table is of classes where ids are looked up and the host takes no tokens: diffusers' DiT has one
+in each block. Feed-forwards of stacked experts have no gamma.
+
+Parameters: the length of each bias and gain, rows times width of the table, and 2 d a block (3 d with cross-attention,
+5 d or 9 d with "matrices").
+
+Use it to bring a diffusion transformer to another domain with a thousandth of its parameters. For one subject or style
+`lora` says more; where no norms and classes are to move, `bitfit` is its nearest kin.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from pydantic import PositiveInt
+from torch import Tensor, nn
+
+from peftcore import LearningRate, Method, MethodConfig, Operator, Site, Surgeon, Tags, block_around, on_first
+
+ENDS = ("attn.output", "cross.output", "mlp.output")
+INSIDE = tuple(f"{family}.{part}" for family in ("attn", "cross") for part in ("q", "k", "v"))
+
+
+class Config(MethodConfig):
+    """Options of DiffFit."""
+
+    method: Literal["difffit"] = "difffit"
+    scales: Literal["branches", "matrices"] = "branches"
+    """Where gamma stands: where attention and feed-forward end, or behind queries, keys and values as well."""
+    blocks: PositiveInt | None = None
+    """How many blocks of each stack have a gamma, from the first on (the paper tries the first half too); None for
+    all."""
+    classes: bool = True
+    """Train the table of classes."""
+
+
+class ScaleOperator(Operator):
+    """A scale factor for each channel."""
+
+    stackable = True
+
+    def __init__(self, site: Site) -> None:
+        super().__init__(site)
+        self.gamma = nn.Parameter(torch.ones(site.out_features))
+
+    def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return on_first(call(*args, **kwargs), self.scaled)
+
+    def scaled(self, y: Tensor) -> Tensor:
+        """Return y with each channel times its factor."""
+        (gamma,) = self.cast(y, self.gamma)
+        return y * self.layer.along_channels(gamma, y)
+
+    def merged(self, weight: Tensor) -> Tensor:
+        return weight * self.gamma.view(-1, *[1] * (weight.dim() - 1))
+
+    def merged_bias(self, bias: Tensor | None, weight: Callable[[], Tensor]) -> Tensor | None:
+        return None if bias is None else bias * self.gamma
+
+
+class DiffFit(Method):
+    """Train biases, norms and classes, and scale what attention and feed-forward add to the stream."""
+
+    name = "difffit"
+    Config = Config
+    tags = Tags(category="diffusion", paper="2304.06648", mergeable=True)
+    learning_rate = LearningRate(
+        1e-3, "mkshing/DiffFit-pytorch@78dc2d1, README.md", on="Stable Diffusion 1.4, one subject"
+    )
+    target = "*"
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        sites = surgeon.sites()
+        takes_tokens = bool(surgeon.at("stack"))
+        for site in sites:
+            whole = _is_norm(site) or (config.classes and not takes_tokens and _is_table(site))
+            for tensor in site.tensors():
+                if (whole or tensor.endswith("bias")) and not site.missing(tensor):
+                    surgeon.replace(site.at(tensor))
+        inside = {site.module_path for site in sites}
+        roles = ENDS + INSIDE if config.scales == "matrices" else ENDS
+        found = {site.path: site for role in roles for site in surgeon.at(role) if not site.batch}
+        for site in found.values():
+            early = config.blocks is None or block_around(surgeon, site, each_run=True).depth < config.blocks
+            if early and site.module_path in inside:
+                surgeon.graft(site, ScaleOperator)
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        scaled = site.role in ENDS + INSIDE and not site.tensor.endswith("bias")
+        return site.out_features if scaled else site.numel
+
+
+def _is_norm(site: Site) -> bool:
+    return site.role is not None and site.role.partition(".")[0] == "norm"
+
+
+def _is_table(site: Site) -> bool:
+    return site.layer.one_hot and site.role != "pos"
