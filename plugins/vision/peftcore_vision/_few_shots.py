@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcore import Batches, Site
-from peftcore.errors import CalibrationError
+from peftcore.errors import CalibrationError, UnsupportedSite
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,8 @@ def few_shots(model: nn.Module, data: Batches, passes: int, sites: Mapping[Site,
 
     Raises:
         CalibrationError: labels are missing, are no whole numbers, one for each image, or come in another order in
-            another pass; or features of a module are no vectors, one for each label.
+            another pass.
+        UnsupportedSite: features of a module are no vectors, one for each label.
     """
     model.eval()
     sums: dict[Site, Tensor] = {}
@@ -80,5 +81,5 @@ def _one_pass(model: nn.Module, data: Batches, sites: Mapping[Site, str]) -> tup
                 count = sum(len(seen) for seen in labels)
                 if not each or each[-1].dim() != 2 or sum(len(seen) for seen in each) != count:
                     shape = tuple(each[-1].shape) if each else "nothing"
-                    raise CalibrationError(f"{len(own)} images gave {shape} at {site.path}, not a vector for each")
+                    raise UnsupportedSite(f"{len(own)} images gave {shape} at {site.path}, not a vector for each")
     return {site: torch.cat(each) for site, each in rows.items()}, torch.cat(labels)
