@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from vpt_equations import host, pixels, wave
 
 import peftcore
-from peftcore.errors import CalibrationError, CheckpointError, RouteError, SequenceError, TargetError
+from peftcore.errors import CalibrationError, CheckpointError, RouteError, SequenceError, TargetError, UnsupportedSite
 from peftcore.testing import against, conformance, frozen
 from peftcore.testing.kit import fill
 
@@ -178,7 +178,7 @@ def test_a_part_of_a_hybrid_is_told_its_sizes() -> None:
     ],
 )
 def test_data_that_is_of_no_use(data: list[Any], message: str) -> None:
-    with pytest.raises(CalibrationError, match=message):
+    with pytest.raises((CalibrationError, UnsupportedSite), match=message):
         peftcore.apply(host("clip"), "tip_adapter", data=data)
 
 
