@@ -1,6 +1,6 @@
 """Mona, the multi-cognitive visual adapter.   Yin et al. 2023, arXiv 2311.15010 and 2408.08345 (code: Leiyi-Hu/mona).
 
-    x' = x + W_up gelu(c + V c) + b_up,   c = u + (D_3 u + D_5 u + D_7 u) / 3,   u = W_down (γ LN(x) + δ x) + b_down
+    x' = x + W_up gelu(c + V c) + b_up,   c = u + (D_3 u + D_5 u + D_7 u) / 3,   u = W_down (gamma LN(x) + delta x) + b_down
 
 at the stream x behind attention and behind the feed-forward. W_down [h, d], W_up [d, h]; D_k is a depthwise convolution
 of k by k, V [h, h] one of 1 by 1, all with biases and zeros around; LN is a norm of the adapter's own, and γ = 1e-6 and
