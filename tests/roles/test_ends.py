@@ -57,7 +57,6 @@ def test_real_hosts(name: str, role: str, last: str, end: str | None) -> None:
         ("timm_vit", "mlp.output", None),  # the block returns the sum
         ("llama", "attn.output", "model.layers.0.post_attention_layernorm"),
         ("bert", "attn.output", "bert.encoder.layer.0.attention.output.LayerNorm"),
-        ("flux", "attn.output", None),
     ],
 )
 def test_what_reads_the_sum(name: str, role: str, reader: str | None) -> None:
@@ -257,7 +256,7 @@ Unread.forward = made["forward"]  # type: ignore[attr-defined]
         (Nested, End("path", None, True, left="")),
         (Parts, End("path", None, True, left="")),
         (Conditions, End("drop", left="")),
-        (Loops, End("several.1", None, True)),
+        (Loops, End("several.1", None, True, reader="drop")),
         (Listed, End("several.1", None, True)),
         (Scaled, End("drop", rest="scale", left="")),
         (ScaledBefore, End("path", None, True, left="")),
@@ -266,9 +265,9 @@ Unread.forward = made["forward"]  # type: ignore[attr-defined]
         (Helped, End(rest="dropout", left="")),
         (GivenMore, End(rest="unknown")),
         (NotLast, End(rest="unknown")),
-        (PostNorm, End("drop", entered="norm")),
-        (Between, End(rest="dropout")),
-        (Overwritten, End(rest="dropout", entered="norm")),
+        (PostNorm, End("drop", entered="norm", reader="norm")),
+        (Between, End(rest="dropout", reader="norm")),
+        (Overwritten, End(rest="dropout", entered="norm", reader="norm")),
         (Bounded, End(left="")),
         (Reshaped, End("drop", rest="unknown")),
         (Permuted, End("path", (2, 0, 1), True)),
@@ -278,10 +277,11 @@ Unread.forward = made["forward"]  # type: ignore[attr-defined]
 def test_code(layer: type[Layer], expected: End) -> None:
     model = nn.ModuleList([layer()])
     found = find_end(dict(model.named_modules()), "0.last", "0", plain_class)
-    path, entered, left = (
-        None if each is None else f"0.{each}".rstrip(".") for each in (expected.path, expected.entered, expected.left)
+    path, entered, left, reader = (
+        None if each is None else f"0.{each}".rstrip(".")
+        for each in (expected.path, expected.entered, expected.left, expected.reader)
     )
-    assert found == replace(expected, path=path, entered=entered, left=left)
+    assert found == replace(expected, path=path, entered=entered, left=left, reader=reader)
 
 
 def test_elements_of_a_sequential_follow_each_other() -> None:

@@ -1,6 +1,7 @@
 """Mona, the multi-cognitive visual adapter.   Yin et al. 2023, arXiv 2311.15010 and 2408.08345 (code: Leiyi-Hu/mona).
 
-    x' = x + W_up gelu(c + V c) + b_up,   c = u + (D_3 u + D_5 u + D_7 u) / 3,   u = W_down (γ LN(x) + δ x) + b_down
+    x' = x + W_up gelu(c + V c) + b_up,   c = u + (D_3 u + D_5 u + D_7 u) / 3
+    u = W_down (gamma LN(x) + delta x) + b_down
 
 at the stream x behind attention and behind the feed-forward. W_down [h, d], W_up [d, h]; D_k is a depthwise convolution
 of k by k, V [h, h] one of 1 by 1, all with biases and zeros around; LN is a norm of the adapter's own, and γ = 1e-6 and
@@ -9,8 +10,8 @@ makes it one). Dropout acts in front of W_up.
 
 Patches are convolved where they lie in the picture: activations of four dimensions (Swin in timm) are grids, a sequence
 is the largest grid in the proportions of the patches that the model embeds, behind as many other tokens as are left.
-Those (a class token, which the code has not) are pictures of one pixel. What the next branch reads has the adapter in
-it, what the block drops or scales has not.
+Those (a class token, which the code has not) are pictures of one pixel. The next branch reads the stream with
+the adapter in it; dropout, layer scale and stochastic depth of the host do not act on it.
 
 Parameters: 133 d + 9,728 an adapter with h = 64, two a block: 2 d h + h^2 + 5 d + 88 h.
 
