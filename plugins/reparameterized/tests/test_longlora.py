@@ -28,7 +28,7 @@ HAND = "groups_by_hand"
 
 
 TIED = {
-    "a_host_without_memory_can_be_planned-t5": "torch's .to('meta') parts tied tables, and each of them is trained then",
+    "a_host_without_memory_can_be_planned-t5": "torch's .to('meta') parts tied tables, so each is trained then",
     "an_injection_acts_only_where_it_lives-t5": "of tables that are tied, those that are not excluded train them all",
 }
 
