@@ -68,6 +68,7 @@ class Tuner(nn.Module):
             nn.init.zeros_(self.up.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return states ``[..., d]`` with what the tuner adds."""
         y: Tensor = x + self.up(nn.functional.gelu(self.down(x)))
         return y
 
@@ -80,6 +81,7 @@ class Step(nn.Module):
         self.lateral, self.vertical = Tuner(width, bottleneck, zero), Tuner(width, bottleneck, zero)
 
     def forward(self, z: Tensor, state: Tensor) -> Tensor:
+        """Return the next state of the bypass, from its last one and what the block returned, both ``[..., d]``."""
         y: Tensor = self.lateral(state) + self.vertical(z)
         return y
 
