@@ -298,7 +298,7 @@ def _by_rows(
     if (updates := _factors(planned.updates, route, module, count)) is not None:
         output = inner(*args, **kwargs)
         return add_updates(updates, route, output, args[0], not torch.is_grad_enabled() and is_linear(inner.run))
-    if count is None:
+    if count is None or planned.acting.attention:  # edits inside take what comes in for all rows of the route
         return _on_all_rows(plain, slot, module, planned, route, inner, args, kwargs)
     acting = {position: _acting(planned.routed[position]) if position >= 0 else None for position in route.present}
     some = _runs_on_some_rows(module)
@@ -430,7 +430,7 @@ def _on_all_rows(
     for position, acting in enumerate(planned.routed):
         if not (acting.effects or acting.onion):
             continue
-        call = _inner(plain, slot, module, replace(acting, attention=())) if acting.effects else inner
+        call = _inner(plain, slot, module, acting) if acting.effects else inner
         with draws_of(forward_context(), route, position, slot.path):
             other = _around(acting, call, module)(*args, **kwargs)
         output = select_rows(output, other, route, position)

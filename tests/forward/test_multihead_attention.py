@@ -150,6 +150,35 @@ def test_the_matrices_that_other_adapters_change_are_used() -> None:
         assert not torch.allclose(ours(x, x, x)[0], expected)
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_rows_of_adapters_that_change_matrices_and_attention(training: bool) -> None:
+    """In a route rows are those of their own adapter, whose matrices and keys both act in the one module."""
+    torch.manual_seed(0)
+    host = Host(batch_first=True).train(training)
+    x = torch.randn(4, 5, WIDTH, dtype=torch.float64)
+    parts = [
+        {"method": "lora", "rank": 2, "target": "attention.in_proj_weight"},
+        {"method": "p_tuning_v2", "length": 2, "dropout": 0.0, "target": "attention"},
+    ]
+    names = ["both", "other", "matrix"]
+    for name in names:
+        chosen = parts if name != "matrix" else parts[:1]
+        injection = peftcore.apply(host, "config_union", parts=chosen, name=name, dtype="float64")
+        with torch.no_grad():
+            for parameter in injection.parameters():
+                parameter.normal_(std=0.3)
+    alone = {}
+    for name in [*names, None]:
+        with peftcore.activate(host, *([] if name is None else [name])):
+            alone[name] = host(x, x, x)[0]
+    rows = ["both", None, "other", "matrix"]
+    with peftcore.route(host, rows):
+        together = host(x, x, x)[0]
+    for row, name in enumerate(rows):
+        torch.testing.assert_close(together[row], alone[name][row], rtol=1e-10, atol=1e-12)
+    assert (alone["both"] - alone["other"]).abs().max() > 1e-2
+
+
 def test_dropout_drops_weights() -> None:
     torch.manual_seed(0)
     ours = Host(dropout=0.5)
