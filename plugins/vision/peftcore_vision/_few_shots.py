@@ -23,6 +23,18 @@ class Shots:
     labels: Tensor
     """Their labels ``[images]``."""
 
+    def check(self, path: str, images: int, classes: int) -> None:
+        """Check that a cache has room for them.
+
+        Raises:
+            CalibrationError: there are other numbers of images or classes.
+        """
+        if len(self.labels) != images or int(self.labels.max()) >= classes:
+            raise CalibrationError(
+                f"the data has {len(self.labels)} images with labels up to {int(self.labels.max())}, and the cache of "
+                f"{path} is of images={images}, classes={classes}: say these of the data"
+            )
+
 
 def few_shots(model: nn.Module, data: Batches, passes: int, sites: Mapping[Site, str]) -> Shots:
     """Return the images of the data, with the mean of their features over passes. Where two passes are the same to the

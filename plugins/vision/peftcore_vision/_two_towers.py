@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from peftcore import Site, Surgeon
+from peftcore import Site, Surgeon, Tap
 from peftcore.errors import UnsupportedSite
 from peftcore_vision._places import text_sites
 from peftcore_vision._prompts import image_blocks
@@ -43,6 +43,20 @@ class CoupledSite(Site):
     def weight_shape(self) -> torch.Size:
         """The widths, which stand for a shape in plans and files."""
         return torch.Size([self.image_width, self.width])
+
+
+@dataclass(frozen=True)
+class Rest:
+    """What operators of all blocks are told alike."""
+
+    names: tuple[str, ...]
+    """The arguments of the tower of texts."""
+    last: int
+    """The number of the last block of images."""
+    has_norm: bool
+    """Whether there is a norm before the blocks of images."""
+    places: Tap
+    """From the table of texts to their blocks."""
 
 
 def two_towers(surgeon: Surgeon) -> Towers:

@@ -27,7 +27,7 @@ parameters, and is as good for the classes that were seen.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -38,7 +38,7 @@ from peftcore import LearningRate, Method, Surgeon, Tags, Tap, on_first
 from peftcore.errors import ConfigError, SequenceError
 from peftcore_vision._places import PlacesConfig, PlacesOperator, put_at, words
 from peftcore_vision._prompts import check_tokens
-from peftcore_vision._two_towers import CoupledSite, two_towers
+from peftcore_vision._two_towers import CoupledSite, Rest, two_towers
 
 NORM, BLOCK, LAST = "prompt.norm", "prompt.block", "prompt.last"
 """The forms of places in the image tower: the norm before the blocks, the prompt's own block, and the last one."""
@@ -54,24 +54,10 @@ class Config(PlacesConfig):
     """In how many blocks prompts are new."""
 
 
-@dataclass(frozen=True)
-class _Rest:
-    """What operators of all blocks are told alike."""
-
-    names: tuple[str, ...]
-    """The arguments of the tower of texts."""
-    last: int
-    """The number of the last block of images."""
-    has_norm: bool
-    """Whether there is a norm before the blocks of images."""
-    places: Tap
-    """From the table of texts to their blocks."""
-
-
 class MaPLeOperator(PlacesOperator):
     """The prompts of one block in both towers: in that of texts behind the block before it, or behind the table."""
 
-    def __init__(self, site: CoupledSite, config: Config, start: Tensor, depth: int, rest: _Rest) -> None:
+    def __init__(self, site: CoupledSite, config: Config, start: Tensor, depth: int, rest: Rest) -> None:
         super().__init__(site, config, rest.names)
         self.depth, self.places = depth, rest.places
         self.stays = depth == config.depth - 1 < rest.last
@@ -146,7 +132,7 @@ class MaPLe(Method):
         table, images = towers.table, towers.images
         if config.depth > (most := min(len(images), len(towers.texts))):
             raise ConfigError(f"depth={config.depth}, and the towers of this {type(model).__name__} have {most} blocks")
-        rest = _Rest(towers.tower.arguments, len(images) - 1, bool(towers.norms), Tap(until_backward=True))
+        rest = Rest(towers.tower.arguments, len(images) - 1, bool(towers.norms), Tap(until_backward=True))
         for depth in range(config.depth):
             site = table if depth == 0 else replace(towers.texts[depth - 1], form="activation")
             if _alike(config.at(site.path)) != _alike(config):

@@ -35,7 +35,6 @@ from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 
 from peftcore import AppliedMethod, Batches, LearningRate, Method, Operator, Site, Surgeon, Tags, Tap
-from peftcore.errors import CalibrationError
 from peftcore_vision._features import FeatureConfig, FeatureSite, feature_sites
 from peftcore_vision._few_shots import Shots, few_shots
 from peftcore_vision._matching import MATCH, MatcherSite, with_logits
@@ -115,11 +114,7 @@ class TipAdapter(Method):
     name = "tip_adapter"
     Config = Config
     tags = Tags(
-        category="vision",
-        paper="2111.03930",
-        identity_at_init=False,
-        identity_options={"alpha": 0.0},
-        needs_data=True,
+        category="vision", paper="2111.03930", identity_at_init=False, identity_options={"alpha": 0.0}, needs_data=True
     )
     learning_rate = LearningRate(
         1e-3, "gaopengcuhk/Tip-Adapter@d0e2d6f, configs/imagenet.yaml", on="CLIP RN50, ImageNet, 16 images a class"
@@ -151,17 +146,11 @@ class TipAdapter(Method):
             with injection.whole.disabled():
                 features = {graft.site: graft.operator.features for graft in grafts}
                 self.found = few_shots(model, data, config.passes, features)
-        labels = self.found.labels
         for graft in grafts:
-            images, classes = len(graft.operator.labels), graft.operator.classes
-            if len(labels) != images or int(labels.max()) >= classes:
-                raise CalibrationError(
-                    f"the data has {len(labels)} images with labels up to {int(labels.max())}, and the cache of "
-                    f"{graft.site.path} is of images={images}, classes={classes}: say these of the data"
-                )
+            self.found.check(graft.site.path, len(graft.operator.labels), graft.operator.classes)
             with torch.no_grad():
                 graft.operator.keys.copy_(self.found.keys[graft.site.path])
-                graft.operator.labels.copy_(labels)
+                graft.operator.labels.copy_(self.found.labels)
         self.found = None
 
     @staticmethod
