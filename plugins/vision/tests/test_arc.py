@@ -22,7 +22,11 @@ SHARED = "queries, keys and values share one adapter, which has the path of the 
 SEPARATE = ("llama", "bert", "t5", "moe", "mistral", "vit", "unet", "dit")
 
 
-@conformance("arc", expected_failures={f"the_start_depends_on_seed_and_path-{host}": SHARED for host in SEPARATE})
+FAILURES = {f"the_start_depends_on_seed_and_path-{host}": SHARED for host in SEPARATE}
+FAILURES["a_denied_identity_is_none-mlp"] = "none of its matrices is of a feed-forward, of which alone r is not zero"
+
+
+@conformance("arc", expected_failures=FAILURES)
 def test_conformance(check: Callable[[], None]) -> None:
     check()
 
