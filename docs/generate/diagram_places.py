@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 import peftcore
@@ -27,8 +28,8 @@ from peftcore.targets.sites import Site
 
 HOSTS = ("Llama 2 7B", "BERT base", "ViT base", "T5 small", "CLIP text", "SD 1.5 UNet", "ResNet-50", "Mamba 130M")
 HOSTS_OF: Mapping[str, tuple[str, ...]] = {
-    "vision": ("ViT base", "CLIP vision", "CLIP text", *HOSTS),
-    "diffusion": ("SD 1.5 UNet", "CLIP text", "DiT-XL/2", *HOSTS),
+    "vision": ("ViT base", "CLIP vision", "CLIP text", "CLIP", *HOSTS),
+    "diffusion": ("SD 1.5 UNet", "SDXL UNet", "CLIP text", "DiT-XL/2", *HOSTS),
 }
 """In which reference model a method of a category is drawn: the first in which it has a place."""
 STAGE = re.compile(r"(?:down_blocks|mid_block|up_blocks)\.(.+)")
@@ -90,19 +91,48 @@ class Drawn:
 @functools.cache
 def host(name: str) -> tuple[nn.Module, HostMap]:
     """A reference model without values, and its map."""
-    model = vision() if name == "CLIP vision" else reference(name)
+    model = OWN[name]() if name in OWN else reference(name)
     if model is None:
         raise LookupError(f"{name} needs a library that is not installed")
     return model, host_map(model)
 
 
 def vision() -> nn.Module:
-    """Not among the references of the core, which has no place for its projection in a table of budgets."""
-    import torch
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
     with torch.device("meta"):
         return CLIPVisionModelWithProjection(CLIPVisionConfig())
+
+
+def clip() -> nn.Module:
+    from transformers import CLIPConfig, CLIPModel
+
+    # The tower of texts is the larger one, so that it is drawn: methods in both put their prompts there.
+    small = {"hidden_size": 384, "intermediate_size": 1536, "num_attention_heads": 6}
+    with torch.device("meta"):
+        return CLIPModel(CLIPConfig(vision_config=small))
+
+
+def sdxl() -> nn.Module:
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        return UNet2DConditionModel(
+            block_out_channels=(320, 640, 1280),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            transformer_layers_per_block=(1, 2, 10),
+            attention_head_dim=(5, 10, 20),
+            cross_attention_dim=2048,
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=256,
+            projection_class_embeddings_input_dim=2816,
+        )
+
+
+OWN = {"CLIP vision": vision, "CLIP": clip, "SDXL UNet": sdxl}
+"""Not among the references of the core, whose tables of budgets have no place for them."""
 
 
 @functools.cache

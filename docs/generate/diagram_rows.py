@@ -11,7 +11,7 @@ from peftcore.roles.vocabulary import OTHER
 
 STAGES = {"down_blocks": 1, "mid_block": 2, "up_blocks": 3}
 """Of a UNet, which has them in another order."""
-FAMILIES = ("conv", "attn", "cross", "mlp")
+FAMILIES = ("conv", "attn", "ssm", "cross", "mlp")
 """Branches of a block in their order; what several roles belong to is named by the first."""
 RELATED = {"mod": "conv", "experts": "mlp", "router": "mlp", "se": "mlp", "pool": "attn"}
 ORDER = (
@@ -26,6 +26,7 @@ ORDER = (
     "gate",
     "up",
     "attn",
+    "ssm",
     "cross",
     "conv",
     "mod",
@@ -35,7 +36,14 @@ ORDER = (
 """Of the boxes of a branch, by the last part of their role."""
 LABELS = {
     **{"embed": "tokens", "embed.pos": "positions", "embed.type": "segments", "patch": "input", "head": "head"},
-    **{"attn": "attention", "cross": "cross-attention", "out": "o", "mod": "time", "down": "resampling"},
+    **{
+        "attn": "attention",
+        "cross": "cross-attention",
+        "ssm": "state space",
+        "out": "o",
+        "mod": "time",
+        "down": "resampling",
+    },
     **{"conv": "convolutions", SEQUENCE: "the sequence"},
 }
 
@@ -68,7 +76,7 @@ def label(key: Key) -> str:
     """What a box is called."""
     if key.path:
         return key.path.rpartition(".")[2].replace("_", " ")
-    role = key.role.removeprefix("attn.").removeprefix("cross.").removeprefix("mlp.")
+    role = key.role.removeprefix("attn.").removeprefix("cross.").removeprefix("mlp.").removeprefix("ssm.")
     return LABELS.get(key.role) or LABELS.get(
         role if role == "out" else "", role.partition(".")[0] if "norm" in role else role
     )
@@ -124,7 +132,7 @@ def frame(drawn: Drawn, path: str) -> Frame:
         body[-1] = Row(body[-1].boxes, body[-1].begins, joins=True)
         lines += [*body, *(norm if post else [])]
     changed, number_of = drawn.blocks[path]
-    words = "block" if any(entry.role == "attn" for entry in own) else "convolutional block"
+    words = "block" if any(entry.role in ("attn", "ssm") for entry in own) else "convolutional block"
     part = f", {changed} of them changed" if 0 < changed < number_of else ""
     whole = any(Key(FRAME) in mark.keys for mark in drawn.marks)
     return Frame(f"{words} × {number_of}{part}", tuple(lines), whole and "conv" not in words)
@@ -144,7 +152,7 @@ def branch(boxes: Iterable[Key], family: str, marked: frozenset[Key]) -> list[tu
 
     own = sorted((key for key in boxes if of(key) == family), key=rank)
     ends = [key for key in own if key.role.endswith((".out", ".down"))]
-    core = [key for key in own if key.role in ("attn", "cross")]
+    core = [key for key in own if key.role in ("attn", "ssm", "cross")]
     first = [
         key
         for key in own
