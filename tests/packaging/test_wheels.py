@@ -404,6 +404,7 @@ ELSEWHERE = {
     "coop": "asks to be told more",
     "ip_adapter": "asks to be told more",
     "ir_qlora": "has no place",
+    "kadaptation": "has no place",
     "lqer": "trains nothing",
     "ominicontrol": "has no place",
     "maple": "has no place",
@@ -412,6 +413,7 @@ ELSEWHERE = {
     "t2i_adapter": "asks to be told more",
     "text_to_lora": "asks to be told more",
     "tip_adapter": "has no place",
+    "tlora": "asks to be told more",
 }
 """Methods that these hosts and calls do not suit."""
 
