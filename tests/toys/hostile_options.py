@@ -42,6 +42,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "hyperformer_pp": {"tasks": 3},
     "ir_qlora": {"rank": 2},
     "k_adapter": {"layers": [0, 1], "width": 8, "heads": 4},
+    "kadaptation": {"products": 4},
     "lora_xs": {"rank": 2, "iterations": 2},
     "lst": {"reduction": 2},
     "loramoe": {"experts": 2, "rank": 2},
