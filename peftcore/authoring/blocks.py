@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from peftcore.errors import UnsupportedSite
+from peftcore.roles.block_calls import alike
 from peftcore.roles.hostmap import under
-from peftcore.roles.streams import alike
 from peftcore.surgery.surgeon import Surgeon
 from peftcore.targets.sequence_inside import WIDTHS
 from peftcore.targets.sites import Site

@@ -21,7 +21,7 @@ the order of reading:
 - `sources`: the source of forwards, and what its names stand for.
 - `ends`: where branches join the stream, read from the code of forwards.
 - `stacks`: modules that take token ids and run blocks.
-- `streams`: where the rows of the batch are in what modules are given, and how often blocks run, read from that code.
+- `block_calls`: where rows are in what modules are given, and how often blocks run, read from the code of forwards.
 - `find_roles`: derives the map of a model, rule by rule.
 - `recording`: records one forward.
 - `tracing`: refines the map by the recording.

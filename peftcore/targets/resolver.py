@@ -26,9 +26,9 @@ from peftcore.forward.adapter_modules import AdapterModules
 from peftcore.layers.layer import Layer, Slices, plain_class
 from peftcore.roles import HostEntry, HostMap
 from peftcore.roles.alike import Structure
+from peftcore.roles.block_calls import CodeReader
 from peftcore.roles.ends import End, find_end
 from peftcore.roles.stacks import TokenStack, find
-from peftcore.roles.streams import Streams
 from peftcore.roles.virtual import ALL_LAYERS, VIRTUAL
 from peftcore.roles.vocabulary import ROLES
 from peftcore.targets.sites import SEVERAL, LayerOf, Site
@@ -246,8 +246,8 @@ class Resolver:
         )  # fmt: skip
 
     @cached_property
-    def _streams(self) -> Streams:
-        return Streams(self.modules, plain_class)
+    def _code(self) -> CodeReader:
+        return CodeReader(self.modules, plain_class)
 
     @cached_property
     def _block_of(self) -> dict[str, str]:
@@ -255,7 +255,7 @@ class Resolver:
 
     def is_turned(self, path: str) -> bool:
         """Whether a module is given tokens in front of rows: what its block is given, in a block."""
-        return self._streams.tokens_first(self._block_of.get(path, path))
+        return self._code.tokens_first(self._block_of.get(path, path))
 
     def check_runs_once(self, block: str) -> bool:
         """Verify that one forward runs a block once: for what is kept of it, or joins behind it, once a forward.
@@ -267,7 +267,7 @@ class Resolver:
             UnsupportedSite: it runs several times, for several layers.
         """
         tower = next((entry.tower for entry in self.host.at(block) if entry.role == "block"), "")
-        runs = self._streams.of(block, tower).runs
+        runs = self._code.of(block, tower).runs
         if runs == "several":
             raise UnsupportedSite(f"{block} {SEVERAL}")
         return runs == "once"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from peftcore.layers.layer import plain_class
 from peftcore.roles import derive
-from peftcore.roles.streams import Streams, alike
+from peftcore.roles.block_calls import CodeReader, alike
 
 ROWS, TOKENS = 3, 5
 SMALL = {
@@ -61,9 +61,9 @@ def built(family: str, sizes: dict[str, Any]) -> nn.Module:
 
 def read(model: nn.Module) -> dict[str, tuple[bool, str]]:
     """By block, one of each kind: whether it has tokens first, and how often it runs."""
-    streams = Streams(dict(model.named_modules()), plain_class)
+    reader = CodeReader(dict(model.named_modules()), plain_class)
     blocks = {alike(entry.path): entry.path for entry in reversed(derive(model).entries) if entry.role == "block"}
-    return {path: (streams.tokens_first(path), streams.of(path).runs) for path in blocks.values()}
+    return {path: (reader.tokens_first(path), reader.of(path).runs) for path in blocks.values()}
 
 
 def counted(model: nn.Module, paths: Any, inputs: dict[str, Any]) -> dict[str, tuple[bool, str]]:
@@ -224,8 +224,8 @@ class Regrouped(Fairseq):
 )
 def test_each_way_in_which_code_can_say_it(model: nn.Module, tokens_first: bool, runs: str) -> None:
     path = next(path for path, module in model.named_modules() if isinstance(module, Block))
-    streams = Streams(dict(model.named_modules()), plain_class)
-    assert (streams.tokens_first(path), streams.of(path).runs) == (tokens_first, runs)
+    reader = CodeReader(dict(model.named_modules()), plain_class)
+    assert (reader.tokens_first(path), reader.of(path).runs) == (tokens_first, runs)
 
 
 @pytest.mark.parametrize("batch_first", [True, False])
@@ -233,20 +233,20 @@ def test_torchs_own_layers(batch_first: bool) -> None:
     model = nn.TransformerEncoder(
         nn.TransformerEncoderLayer(8, 2, 16, batch_first=batch_first), 2, enable_nested_tensor=False
     )
-    streams = Streams(dict(model.named_modules()), plain_class)
-    assert streams.tokens_first("layers.0") is not batch_first and streams.of("layers.0").runs == "once"
+    reader = CodeReader(dict(model.named_modules()), plain_class)
+    assert reader.tokens_first("layers.0") is not batch_first and reader.of("layers.0").runs == "once"
 
 
 def test_one_block_in_several_places_of_a_list() -> None:
     model = Straight()
     model.layers = nn.ModuleList([model.layers[0]] * 3)
-    assert Streams(dict(model.named_modules()), plain_class).of("layers.0").runs == "several"
+    assert CodeReader(dict(model.named_modules()), plain_class).of("layers.0").runs == "several"
 
 
 def test_what_has_no_source_is_unknown() -> None:
     made: dict[str, Any] = {"Fairseq": Fairseq}
     exec("class Host(Fairseq):\n    def forward(self, x): return self.layers[1](self.layers[0](x))", made)
-    stream = Streams(dict((model := made["Host"]()).named_modules()), plain_class).of("layers.0")
+    stream = CodeReader(dict((model := made["Host"]()).named_modules()), plain_class).of("layers.0")
     assert stream.runs == "unknown" and isinstance(model, Fairseq)
 
 
@@ -262,4 +262,4 @@ class TurnsTheMask(Fairseq):
 
 def test_the_first_argument_is_the_stream() -> None:
     model = TurnsTheMask()
-    assert not Streams(dict(model.named_modules()), plain_class).tokens_first("layers.0")
+    assert not CodeReader(dict(model.named_modules()), plain_class).tokens_first("layers.0")

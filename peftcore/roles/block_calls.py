@@ -1,5 +1,5 @@
-"""How the stream of a model runs: which dimension of what a module is given has the rows of the batch, and how often
-one forward runs a block.
+"""How blocks are called: which dimension of what a module is given has the rows of the batch, and how often one forward
+runs a block.
 
 Most models have rows first and run each block once. XLNet turns what it is given, so its blocks have tokens first;
 ALBERT runs one block for all of its layers. Nothing in the structure of a model says so, its code does. So the source
@@ -39,7 +39,7 @@ _TURNS = {"transpose", "swapaxes", "swapdims"}
 _REGROUPS = {"view", "reshape", "flatten", "unflatten", "expand"}
 
 
-class Stream(NamedTuple):
+class BlockCalls(NamedTuple):
     """What the code says of one module."""
 
     rows: Dims
@@ -49,7 +49,7 @@ class Stream(NamedTuple):
     """How often one forward runs it."""
 
 
-class Streams:
+class CodeReader:
     """Reads the code of a host; what was read of a module holds for all whose paths differ from its in numbers.
 
     Args:
@@ -59,10 +59,10 @@ class Streams:
 
     def __init__(self, modules: Mapping[str, nn.Module], plain: Callable[[nn.Module], type[nn.Module]]) -> None:
         self._modules, self._plain = modules, plain
-        self._read: dict[tuple[str, str], Stream] = {}
+        self._read: dict[tuple[str, str], BlockCalls] = {}
         self._turned: dict[str, bool] = {}
 
-    def of(self, path: str, top: str = "") -> Stream:
+    def of(self, path: str, top: str = "") -> BlockCalls:
         """Returns what the code says of a module; its runs are counted from the module `top` on."""
         key = alike(path), top
         if key not in self._read:
@@ -121,7 +121,7 @@ class Call(NamedTuple):
 
 def _read(
     modules: Mapping[str, nn.Module], path: str, top: str, plain: Callable[[nn.Module], type[nn.Module]]
-) -> Stream:
+) -> BlockCalls:
     steps = path.split(".") if path else []
     paths = ["", *(".".join(steps[: n + 1]) for n in range(len(steps)))]
     way = [modules[each] for each in paths]
@@ -148,7 +148,7 @@ def _read(
         names = arguments(plain(way[at]))
         given = _bound(names, calls)
         rows = given.get(names[0], NONE) if names else NONE
-    return Stream(rows, "several" if "several" in runs else "unknown" if "unknown" in runs else "once")
+    return BlockCalls(rows, "several" if "several" in runs else "unknown" if "unknown" in runs else "once")
 
 
 def _one_behind_the_other(first: Call, second: Call) -> bool:
