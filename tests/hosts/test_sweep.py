@@ -44,8 +44,12 @@ REFUSALS = (TargetError, UnsupportedSite, CalibrationError)
 nothing there: inputs of a layer that are all zero (DETR's first queries)."""
 LATER = (SequenceError, MissingContext, UnsupportedSite)
 """It stands, and forward wants to be told more, or cannot be followed."""
-SHORT: dict[str, Any] = {"attempt": {"parts": [{"method": "prompt_tuning", "length": 4}] * 2}, "dept": {"length": 4}}
-"""Options of methods whose prompts are longer than small hosts have positions."""
+SHORT: dict[str, Any] = {
+    "attempt": {"parts": [{"method": "prompt_tuning", "length": 4}] * 2},
+    "dept": {"length": 4},
+    "maple": {"depth": 2},
+}
+"""Options of methods whose prompts are longer than small hosts have positions, or go deeper than they have blocks."""
 KNOWN = {
     ("llava", "vpt_shallow"): "the projector takes hidden states from between the blocks of the vision tower",
 }

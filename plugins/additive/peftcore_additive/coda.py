@@ -48,7 +48,7 @@ from peftcore import (
     full_precision,
     on_first,
 )
-from peftcore.errors import UnsupportedSite
+from peftcore.errors import SequenceError, UnsupportedSite
 from peftcore_additive._bottleneck import ACTIVATIONS, cast_linear
 from peftcore_additive._chosen_tokens import arguments_of, soft_top_k
 
@@ -88,6 +88,8 @@ class ConditionalOperator(Operator):
         nn.init.zeros_(self.up.bias)
 
     def forward(self, call: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if x.dim() != 3:
+            raise SequenceError(f"CoDA chooses among tokens [batch, tokens, width], and a block is given {list(x.shape)}")
         given = {**dict(zip(self.names[1:], args, strict=False)), **kwargs}
         count = x.shape[1]
         real = self.visible.real(count, given, x.device)  # [batch or 1, tokens]

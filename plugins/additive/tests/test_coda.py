@@ -6,6 +6,7 @@ from copy import deepcopy
 from typing import Any
 
 import pytest
+import timm
 import torch
 import transformers
 from torch import Tensor, nn
@@ -194,6 +195,14 @@ def test_arguments_that_nobody_can_cut_are_refused() -> None:
     peftcore.apply(layers, "coda")
     with pytest.raises(SequenceError, match="come later"):
         layers(torch.randn(2, 5, 8), mask=nn.Transformer.generate_square_subsequent_mask(5))
+
+
+def test_tokens_that_stand_in_rows_and_columns_are_refused() -> None:
+    """As those of timm's Swin: a row of an image is no token."""
+    model = timm.create_model("swinv2_tiny_window8_256", img_size=32, window_size=4, num_classes=3).eval()
+    peftcore.apply(model, "coda")
+    with pytest.raises(SequenceError, match="2, 8, 8, 96"):
+        model(torch.randn(2, 3, 32, 32))
 
 
 def test_positions_are_cut_too() -> None:
