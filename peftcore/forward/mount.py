@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from peftcore.contract.operators import Held, Operator, WeightOperator, _Base, changes_bias, is_mergeable
 from peftcore.errors import TrainingError
-from peftcore.layers.layer import Layer, Slices, bias_name, put, take
+from peftcore.layers.layer import Layer, Slices, bias_name, overlap, put, take
 
 
 @dataclass(eq=False, slots=True)
@@ -154,16 +154,10 @@ def overridden(mounts: Mapping[str, Sequence[Mount]], active: Iterable[str]) -> 
         own = mounts.get(name, ())
         for mount in own:
             if mount.operator.overrides:
-                yield from ((each, mount) for each in earlier.get(mount.tensor, ()) if _overlap(each, mount))
+                yield from ((each, mount) for each in earlier.get(mount.tensor, ()) if overlap(each.slices, mount.slices))
         for mount in own:  # of what scales a bias along with its weight, the weight's part stays
             if is_mergeable(mount.operator):
                 earlier.setdefault(mount.tensor, []).append(mount)
-
-
-def _overlap(one: Mount, other: Mount) -> bool:
-    if one.slices is None or other.slices is None:
-        return True
-    return any(a < d and c < b for a, b in one.slices for c, d in other.slices)
 
 
 def _as_it_is(tensor: Any) -> Any:

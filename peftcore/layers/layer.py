@@ -226,6 +226,13 @@ def bias_name(tensor: str) -> str:
     return tensor[: -len("weight")] + "bias" if tensor.endswith("weight") else f"{tensor}_bias"
 
 
+def overlap(one: Slices | None, other: Slices | None) -> bool:
+    """Whether two parts of one tensor have something in common; None is the whole tensor."""
+    if one is None or other is None:
+        return True
+    return any(a < d and c < b for a, b in one for c, d in other)
+
+
 def take(tensor: Tensor, slices: Slices | None, dim: int) -> Tensor:
     """Returns the slices of one part; the tensor itself when `slices` is None."""
     if slices is None:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from peftcore.contract.operators import Operator, Replacement, Shared, WeightOperator, _Base, is_mergeable, tables
-from peftcore.errors import CheckpointError, HostMismatch, PluginError, TargetError, UnsupportedSite
-from peftcore.layers.layer import Slices
+from peftcore.errors import CheckpointError, CompositionError, HostMismatch, PluginError, TargetError, UnsupportedSite
+from peftcore.layers.layer import Slices, overlap
 from peftcore.registry.plugins import registry
 from peftcore.surgery.seeding import one_dtype, preserved_rng, seed_by_path
 from peftcore.surgery.table_rows import RowsSite, TableRows
@@ -261,8 +261,15 @@ class Surgeon:
 
     def include(self, part: str, method: Method, config: MethodConfig, target: Target | None = None) -> None:
         """Let another method act as one part of this one: a hybrid. Its operators, shared modules and selections are
-        recorded under the part's name."""
-        self.grafts += self.collect(part, method, config, target)
+        recorded under the part's name.
+
+        Raises:
+            CompositionError: the part would train a value of its own in the place of what an earlier part changes.
+        """
+        grafts = self.collect(part, method, config, target)
+        if self.wishes.saved is None:  # a file goes on doing what it did
+            self._refuse_overridden(grafts)
+        self.grafts += grafts
         self._paths |= self.parts[part]._paths
 
     def collect(self, part: str, method: Method, config: MethodConfig, target: Target | None = None) -> list[Graft]:
@@ -386,6 +393,27 @@ class Surgeon:
         self.progress.step()
         self.grafts.append(graft)
         self._paths.add(path)
+
+    def _refuse_overridden(self, grafts: Sequence[Graft]) -> None:
+        """Refuse operators of one part that would override what those of an earlier one do."""
+        earlier: dict[tuple[str, str], list[tuple[Graft, Site]]] = {}
+        for graft in self.grafts:
+            for site in graft.holders if is_mergeable(graft.operator) else ():
+                earlier.setdefault((site.module_path, site.tensor), []).append((graft, site))
+        for new in grafts:
+            for site in new.holders if new.operator.overrides else ():
+                for graft, other in earlier.get((site.module_path, site.tensor), ()):
+                    if overlap(site.slices, other.slices):
+                        first, second = self._name_of(graft), self._name_of(new)
+                        raise CompositionError(
+                            f"{first} and {second} both act on {site.path}, and {second}, which comes later, has a value "
+                            f"of its own for it: what {first} does there would be lost. Give one of them a target= "
+                            "without it, or change their order"
+                        )
+
+    def _name_of(self, graft: Graft) -> str:
+        part = graft.part.removeprefix(self.part).partition("/")[0]
+        return f"part {part} ({self.parts[part].method.name})" if part in self.parts else self.method.name
 
     def _defaults(self, target: Target | None) -> list[Site]:
         """Returns the sites of a role that the method asks for, or without one, of its default targets."""

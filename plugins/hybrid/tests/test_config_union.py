@@ -10,7 +10,10 @@ import torch
 from peft_pairs import ADAPTER, Both, Pair
 from torch import Tensor, nn
 
+import peftcore
+from peftcore.errors import CompositionError
 from peftcore.testing import HOSTS, against, conformance
+from peftcore.testing.kit import fill
 
 ROWS = "what the adapters keep beside the host there, 32 rows of 8 features, has the shape of a weight"
 
@@ -53,3 +56,38 @@ def test_beside_peft(train: bool) -> None:
         return adapted(**inputs).logits
 
     Both(model.train(train), "config_union", {"parts": parts}, config, pairs).assert_same(run)
+
+
+@pytest.mark.parametrize(
+    ("parts", "where"),
+    [
+        ([{"method": "ln_tuning"}, {"method": "bitfit"}], r"embeddings.LayerNorm.bias"),
+        ([{"method": "bitfit"}, {"method": "ln_tuning"}], r"embeddings.LayerNorm.bias"),
+        ([{"method": "lora", "target": "attn.q"}, {"method": "full_ft", "target": "attn.q"}], r"layer.0.*query"),
+        ([{"method": "lora", "target": "attn.q"}, {"method": "config_union", "parts": [{"method": "full_ft"}]}], "query"),
+    ],
+)
+def test_a_part_that_would_lose_what_it_trains_is_refused(parts: list[dict[str, Any]], where: str) -> None:
+    """One value acts where two would be trained; the host stays as it was."""
+    model, _ = HOSTS["bert"].build()
+    before = list(model.state_dict())
+    with pytest.raises(CompositionError, match=rf"part 0 \({parts[0]['method']}\) and part 1 .* both act on .*{where}"):
+        peftcore.apply(model, "config_union", parts=parts)
+    assert list(model.state_dict()) == before
+    with pytest.raises(CompositionError, match="both act on"):
+        peftcore.plan(model, "config_union", parts=parts)
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [{"method": "ln_tuning"}, {"method": "bitfit", "target": "all-linear"}],
+        [{"method": "full_ft", "target": "attn.q"}, {"method": "lora", "target": "attn.q"}],
+    ],
+)
+def test_parts_that_add_to_what_another_one_trains_all_learn(parts: list[dict[str, Any]]) -> None:
+    model, inputs = HOSTS["bert"].build()
+    injection = peftcore.apply(model, "config_union", parts=parts)
+    fill(injection)
+    HOSTS["bert"].output(model(**inputs)).square().sum().backward()
+    assert all(each.grad is not None and each.grad.any() for each in injection.parameters())
