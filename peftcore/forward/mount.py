@@ -154,7 +154,9 @@ def overridden(mounts: Mapping[str, Sequence[Mount]], active: Iterable[str]) -> 
         own = mounts.get(name, ())
         for mount in own:
             if mount.operator.overrides:
-                yield from ((each, mount) for each in earlier.get(mount.tensor, ()) if overlap(each.slices, mount.slices))
+                yield from (
+                    (each, mount) for each in earlier.get(mount.tensor, ()) if overlap(each.slices, mount.slices)
+                )
         for mount in own:  # of what scales a bias along with its weight, the weight's part stays
             if is_mergeable(mount.operator):
                 earlier.setdefault(mount.tensor, []).append(mount)

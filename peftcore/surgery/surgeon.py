@@ -406,9 +406,9 @@ class Surgeon:
                     if overlap(site.slices, other.slices):
                         first, second = self._name_of(graft), self._name_of(new)
                         raise CompositionError(
-                            f"{first} and {second} both act on {site.path}, and {second}, which comes later, has a value "
-                            f"of its own for it: what {first} does there would be lost. Give one of them a target= "
-                            "without it, or change their order"
+                            f"{first} and {second} both act on {site.path}, and {second}, which comes later, has a "
+                            f"value of its own for it: what {first} does there would be lost. Give one of them a "
+                            "target= without it, or change their order"
                         )
 
     def _name_of(self, graft: Graft) -> str:

@@ -12,6 +12,8 @@ from peftcore.testing.kit import ALL
 ROOT = Path(__file__).parents[2]
 DEAR = {"memory"}
 """Sections that take many seconds: written anew in a whole run."""
+SLOW = {"sizes"}
+"""Those that take some: a test by themselves."""
 
 
 def test_methods_have_what_the_advice_claims() -> None:
@@ -28,5 +30,10 @@ def test_a_claim_that_does_not_hold_is_seen(monkeypatch: pytest.MonkeyPatch) -> 
 def test_sections_are_what_the_script_writes(page: str) -> None:
     """Written anew with ``python docs/generate/chooser.py``."""
     text = (ROOT / page).read_text(encoding="utf-8")
-    quick = set(chooser.SECTIONS) - DEAR
-    assert chooser.filled(text, chooser.SECTIONS if os.environ.get(ALL) == "1" else quick) == text
+    assert chooser.filled(text, set(chooser.SECTIONS) - DEAR - SLOW) == text
+
+
+@pytest.mark.slow
+def test_dear_sections_are_what_the_script_writes() -> None:
+    text = (ROOT / "docs/choose.md").read_text(encoding="utf-8")
+    assert chooser.filled(text, SLOW | (DEAR if os.environ.get(ALL) == "1" else set())) == text

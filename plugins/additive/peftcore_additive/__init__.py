@@ -14,6 +14,7 @@ def peftcore_methods() -> Mapping[str, str]:
     return {
         "adapterdrop": "peftcore_additive.adapterdrop:AdapterDrop",
         "apt": "peftcore_additive.apt:APT",
+        "attention_fusion": "peftcore_additive.attention_fusion:AttentionFusion",
         "cartridge": "peftcore_additive.cartridge:Cartridge",
         "ciat": "peftcore_additive.ciat:CIAT",
         "coda": "peftcore_additive.coda:CoDA",

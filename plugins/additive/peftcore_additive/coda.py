@@ -89,7 +89,9 @@ class ConditionalOperator(Operator):
 
     def forward(self, call: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if x.dim() != 3:
-            raise SequenceError(f"CoDA chooses among tokens [batch, tokens, width], and a block is given {list(x.shape)}")
+            raise SequenceError(
+                f"CoDA chooses among tokens [batch, tokens, width], and a block is given {list(x.shape)}"
+            )
         given = {**dict(zip(self.names[1:], args, strict=False)), **kwargs}
         count = x.shape[1]
         real = self.visible.real(count, given, x.device)  # [batch or 1, tokens]

@@ -20,7 +20,7 @@ Use it where memory is short: backward touches nothing but the small network. It
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -32,7 +32,6 @@ from peftcore import (
     LearningRate,
     Method,
     MethodConfig,
-    Operator,
     Shared,
     Site,
     Surgeon,
@@ -40,12 +39,11 @@ from peftcore import (
     Tap,
     TokenStacks,
     VisibleTokens,
-    block_sites,
     cached_tokens,
-    on_first,
 )
 from peftcore.errors import ConfigError
-from peftcore_additive._side import Ends, SideBlock, held_by, side_layers
+from peftcore_additive._beside import BesideOperator, beside
+from peftcore_additive._side import SideBlock, held_by, side_layers
 
 
 class Config(MethodConfig):
@@ -90,32 +88,26 @@ class Ladder:
         return y
 
 
-class LadderOperator(Operator):
-    """Collects what a block returns, detached; at the last block, returns the output of the side network."""
+class LadderOperator(BesideOperator):
+    """Reads a block; at the last one, returns the output of the side network."""
 
     def __init__(self, site: BlockSite, taps: Sequence[Tap], visible: VisibleTokens, ladder: Ladder | None) -> None:
-        super().__init__(site)
+        super().__init__(site, taps, answers=ladder is not None)
         self.names, self.depth = site.arguments, site.depth
-        self.taps, self.visible, self.ladder = taps, visible, ladder
+        self.visible, self.ladder = visible, ladder
 
-    def forward(self, call: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if len(self.taps) == 2:
-            self.taps[0].put(x.detach())
+    def told(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], int]:
         given = {**dict(zip(self.names[1:], args, strict=False)), **kwargs}
-        held = cached_tokens(given, self.depth, x.shape[1])  # before the block adds its own
-        output = call(x.detach() if x.requires_grad else x, *args, **kwargs)
-        return on_first(output, lambda h: self._answer(h.detach(), x, given, held))
+        return given, cached_tokens(given, self.depth, x.shape[1])
 
-    def _answer(self, h: Tensor, x: Tensor, given: dict[str, Any], held: int) -> Tensor:
-        ladder = self.ladder
-        self.taps[-1].put(h)
-        if ladder is None:
-            return Ends.apply(h, x) if x.requires_grad else h
+    def answer(self, states: list[Tensor], told: tuple[dict[str, Any], int]) -> Tensor:
+        ladder, (given, held) = self.ladder, told
+        assert ladder is not None, "it answers"
         dtype = ladder.down.module.weight.dtype
-        states = [tap.get().flatten(1, -2).to(dtype) for tap in self.taps]  # [batch, tokens, d], also for images
+        states = [state.flatten(1, -2).to(dtype) for state in states]  # [batch, tokens, d], also for images
         caches = side_layers(given, ladder.stamp, len(ladder.blocks), ladder.below)
-        visible = self.visible.mask(held_by(caches, held), states[0].shape[1], given, h.device)
-        return ladder.climb(states, visible, caches).to(h.dtype).view_as(h)
+        visible = self.visible.mask(held_by(caches, held), states[0].shape[1], given, states[0].device)
+        return ladder.climb(states, visible, caches)
 
 
 class LST(Method):
@@ -132,16 +124,16 @@ class LST(Method):
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
         if any(config.overrides.values()):
             raise ConfigError("lst has one side network for all sites: it takes no overrides")
-        stacks = TokenStacks(surgeon)
-        sites = stacks.answering(block_sites(surgeon), surgeon.wishes.target is not None)
+        places = beside(surgeon)
+        sites = [site for site, _ in places]
         width, narrow = sites[0].width, config.width(sites[0].width)
         down = surgeon.own("down", lambda: nn.Linear(width, narrow))
         blocks = [surgeon.own(site.path.replace(".", "_"), lambda: config.block(width)) for site in sites]
         up = surgeon.own("up", lambda: nn.Sequential(nn.LayerNorm(narrow), nn.Linear(narrow, width)))
-        visible, taps = VisibleTokens(stacks.of(sites[0])), [Tap(until_backward=True) for _ in (None, *sites)]
-        for number, site in enumerate(sites, 2):
-            ladder, read = Ladder(down, blocks, up, site.blocks) if site is sites[-1] else None, taps[:number]
-            surgeon.graft(site, lambda at, read=read, ladder=ladder: LadderOperator(at, read, visible, ladder))
+        visible = VisibleTokens(TokenStacks(surgeon).of(sites[0]))
+        for site, taps in places:
+            ladder = Ladder(down, blocks, up, site.blocks) if site is sites[-1] else None
+            surgeon.graft(site, lambda at, taps=taps, ladder=ladder: LadderOperator(at, taps, visible, ladder))
 
     @staticmethod
     def parameter_count(site: Site, config: Config) -> int:

@@ -20,8 +20,8 @@ caches, and is simpler; `lst` has attention in its side network. It cannot be me
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Literal
 
 from pydantic import PositiveInt
 from torch import Tensor, nn
@@ -30,18 +30,14 @@ from peftcore import (
     BlockSite,
     Method,
     MethodConfig,
-    Operator,
     Shared,
     Site,
     Surgeon,
     Tags,
     Tap,
-    TokenStacks,
-    block_sites,
-    on_first,
 )
 from peftcore.errors import ConfigError
-from peftcore_additive._side import Ends
+from peftcore_additive._beside import BesideOperator, beside
 
 
 class Config(MethodConfig):
@@ -86,28 +82,19 @@ class Step(nn.Module):
         return y
 
 
-class BypassOperator(Operator):
-    """Collects what a block returns, detached; at the last block, returns the end of the bypass."""
+class BypassOperator(BesideOperator):
+    """Reads a block; at the last one, returns the end of the bypass."""
 
     def __init__(self, site: BlockSite, taps: Sequence[Tap], steps: Sequence[Shared]) -> None:
-        super().__init__(site)
-        self.taps, self.steps = taps, list(steps)
+        super().__init__(site, taps, answers=bool(steps))
+        self.steps = list(steps)
 
-    def forward(self, call: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if len(self.taps) == 2:
-            self.taps[0].put(x.detach())
-        output = call(x.detach() if x.requires_grad else x, *args, **kwargs)
-        return on_first(output, lambda h: self._answer(h.detach(), x))
-
-    def _answer(self, h: Tensor, x: Tensor) -> Tensor:
-        self.taps[-1].put(h)
-        if not self.steps:
-            return Ends.apply(h, x) if x.requires_grad else h
+    def answer(self, states: list[Tensor], told: None) -> Tensor:
         dtype = self.steps[0].module.lateral.down.weight.dtype
-        z, *states = (tap.get().to(dtype) for tap in self.taps)
-        for step, state in zip(self.steps, states, strict=True):
+        z, *read = (state.to(dtype) for state in states)
+        for step, state in zip(self.steps, read, strict=True):
             z = step.module(z, state)
-        return z.to(h.dtype)
+        return z
 
 
 class ResTuning(Method):
@@ -121,15 +108,14 @@ class ResTuning(Method):
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
         if any(config.overrides.values()):
             raise ConfigError("res_tuning has one bypass for all sites: it takes no overrides")
-        sites = TokenStacks(surgeon).answering(block_sites(surgeon), surgeon.wishes.target is not None)
-        steps = []
-        for site in sites:
-            sizes = (site.width, config.bottleneck, config.zero_last and site is sites[-1])
+        places = beside(surgeon)
+        last, steps = places[-1][0], []
+        for site, _ in places:
+            sizes = (site.width, config.bottleneck, config.zero_last and site is last)
             steps.append(surgeon.own(site.path.replace(".", "_"), lambda sizes=sizes: Step(*sizes)))
-        taps = [Tap(until_backward=True) for _ in (None, *sites)]
-        for number, site in enumerate(sites, 2):
-            read, own = taps[:number], steps if site is sites[-1] else []
-            surgeon.graft(site, lambda at, read=read, own=own: BypassOperator(at, read, own))
+        for site, taps in places:
+            own = steps if site is last else []
+            surgeon.graft(site, lambda at, taps=taps, own=own: BypassOperator(at, taps, own))
 
     @staticmethod
     def parameter_count(site: Site, config: Config) -> int:

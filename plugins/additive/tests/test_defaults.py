@@ -282,6 +282,9 @@ HELD: Held = {
 }
 
 FREE: Free = {
+    ("attention_fusion", "heads"): "no code of the authors was found",
+    ("attention_fusion", "key_width"): "no code of the authors was found; 64 as a head of BERT has it",
+    ("attention_fusion", "project"): "no code of the authors was found",
     ("coda", "activation"): "the authors' code is not public; parallel_adapter, the same without a choice, has relu",
     ("coda", "bottleneck"): "the authors' code is not public; 64 as in parallel_adapter",
     ("coda", "reduction"): "3, the smaller one of the paper's two: tables have CoDA with reductions of 3 and of 5",

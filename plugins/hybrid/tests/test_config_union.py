@@ -64,7 +64,10 @@ def test_beside_peft(train: bool) -> None:
         ([{"method": "ln_tuning"}, {"method": "bitfit"}], r"embeddings.LayerNorm.bias"),
         ([{"method": "bitfit"}, {"method": "ln_tuning"}], r"embeddings.LayerNorm.bias"),
         ([{"method": "lora", "target": "attn.q"}, {"method": "full_ft", "target": "attn.q"}], r"layer.0.*query"),
-        ([{"method": "lora", "target": "attn.q"}, {"method": "config_union", "parts": [{"method": "full_ft"}]}], "query"),
+        (
+            [{"method": "lora", "target": "attn.q"}, {"method": "config_union", "parts": [{"method": "full_ft"}]}],
+            "query",
+        ),
     ],
 )
 def test_a_part_that_would_lose_what_it_trains_is_refused(parts: list[dict[str, Any]], where: str) -> None:

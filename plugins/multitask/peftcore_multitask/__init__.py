@@ -22,6 +22,7 @@ def peftcore_methods() -> Mapping[str, str]:
         "hyperformer_pp": "peftcore_multitask.hyperformer_pp:HyperFormer",
         "loramoe": "peftcore_multitask.loramoe:LoRAMoE",
         "mixlora": "peftcore_multitask.mixlora:MixLoRA",
+        "moa_adapters": "peftcore_multitask.moa_adapters:MoAAdapters",
         "moelora": "peftcore_multitask.moelora:MOELoRA",
         "mola": "peftcore_multitask.mola:MoLA",
         "mole": "peftcore_multitask.mole:MoLE",

@@ -246,6 +246,12 @@ HELD: Held = {
 }
 
 FREE: Free = {
+    ("moa_adapters", "activation"): "no single paper has it; as in houlsby_adapter",
+    ("moa_adapters", "balance"): "no single paper has it",
+    ("moa_adapters", "bottleneck"): "no single paper has it",
+    ("moa_adapters", "experts"): "no single paper has it",
+    ("moa_adapters", "joins"): "no single paper has it; as in houlsby_adapter",
+    ("moa_adapters", "top_k"): "no single paper has it",
     ("loramoe", "tasks"): "the authors' two kinds of data are in their code; with one, nobody has to tell them",
 }
 

@@ -1,0 +1,115 @@
+"""AttentionFusion: each token takes, of all layers, what its task asks for.   Cao et al. 2022, Findings of NAACL.
+
+    out = sum_l a_l W_v h_l,   a = softmax_l(q . W_k h_l / sqrt(d_k)),   W_k [d_k, d]  W_v [d, d]  q [d_k]
+
+h_0 is what the first block reads and h_l what block l returns, of one token; out stands in the place of h_L, so that
+the model's last norm and its head read it. With several heads, q, W_k h_l and W_v h_l are cut into as many parts, and
+each head has weights a of its own. Without `project`, W_k and W_v are identities. No gradient goes into the backbone:
+its activations are not kept, and what else is adapted inside the blocks gets none.
+
+No code of the authors was found, and the paper's text was not at hand: this is the equation of its abstract, and what
+it leaves open is chosen here. q starts at zero, so that all layers count alike, W_k as torch's layers do, and W_v as an
+identity. The model predicts from a mean of its layers at first, which no head was made for: no start is an identity,
+and the head has to train along (`train=["classifier"]`, or whatever it is called).
+
+Parameters: d_k + d d_k + d^2, or d without `project`.
+
+Use it where one forward of the backbone serves many tasks (states of layers can be kept), on encoders that classify;
+not where features have to change (`lora`), nor where tokens have to meet others anew, as in `lst`, its kin.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal, Self
+
+import torch
+from pydantic import PositiveInt, model_validator
+from torch import Tensor, nn
+
+from peftcore import BlockSite, Method, MethodConfig, Shared, Site, Surgeon, Tags, Tap, full_precision
+from peftcore.errors import ConfigError
+from peftcore_additive._beside import BesideOperator, beside
+
+
+class Config(MethodConfig):
+    """Options of attention fusion."""
+
+    method: Literal["attention_fusion"] = "attention_fusion"
+    key_width: PositiveInt = 64
+    """Width d_k of the query and of what it is compared with."""
+    heads: PositiveInt = 1
+    """Heads, which divide d_k and the width of the stream."""
+    project: bool = True
+    """Compare and take what W_k and W_v make of the states, and not the states themselves."""
+
+    @model_validator(mode="after")
+    def _divides(self) -> Self:
+        if self.project and self.key_width % self.heads:
+            raise ValueError(f"{self.heads} heads do not divide key_width={self.key_width}")
+        return self
+
+
+class Fusion(nn.Module):
+    """The query, and the maps of what it asks."""
+
+    def __init__(self, width: int, config: Config) -> None:
+        super().__init__()
+        self.heads, keys = config.heads, config.key_width if config.project else width
+        self.query = nn.Parameter(torch.zeros(keys))
+        self.key = nn.Linear(width, keys, bias=False) if config.project else None
+        self.value = nn.Linear(width, width, bias=False) if config.project else None
+        if self.value is not None:
+            nn.init.eye_(self.value.weight)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Map the states of layers ``[layers, ..., d]`` to ``[..., d]``."""
+        query = self.query.unflatten(0, (self.heads, -1))  # [heads, d_k / heads]
+        keys = states if self.key is None else self.key(states)
+        values = states if self.value is None else self.value(states)
+        scores = (keys.unflatten(-1, (self.heads, -1)) * query).sum(-1, keepdim=True) / math.sqrt(query.shape[-1])
+        shares = scores.softmax(0)  # [layers, ..., heads, 1]
+        return (shares * values.unflatten(-1, (self.heads, -1))).sum(0).flatten(-2)
+
+
+class FusionOperator(BesideOperator):
+    """Reads a block; at the last one, returns the fusion of all."""
+
+    def __init__(self, site: BlockSite, taps: Sequence[Tap], fusion: Shared | None) -> None:
+        super().__init__(site, taps, answers=fusion is not None)
+        self.fusion = fusion
+
+    def answer(self, states: list[Tensor], told: None) -> Tensor:
+        assert self.fusion is not None, "it answers"
+        module = self.fusion.module
+        with full_precision(states[0]):
+            fused: Tensor = module(torch.stack([state.to(module.query.dtype) for state in states]))
+        return fused
+
+
+class AttentionFusion(Method):
+    """A query of the task, which takes of each token's states in all layers what it asks for."""
+
+    name = "attention_fusion"
+    Config = Config
+    tags = Tags(category="additive", paper="Findings of NAACL 2022", identity_at_init=False)
+    target = ("block",)
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        if any(config.overrides.values()):
+            raise ConfigError("attention_fusion has one query for all sites: it takes no overrides")
+        places = beside(surgeon)
+        last = places[-1][0]
+        if last.width % config.heads:
+            raise ConfigError(
+                f"{config.heads} heads do not divide the stream of {type(model).__name__}, {last.width} wide"
+            )
+        fusion = surgeon.own("fusion", lambda: Fusion(last.width, config))
+        for site, taps in places:
+            own = fusion if site is last else None
+            surgeon.graft(site, lambda at, taps=taps, own=own: FusionOperator(at, taps, own))
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        return 0  # the query belongs to no site

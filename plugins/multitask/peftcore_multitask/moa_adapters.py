@@ -1,0 +1,147 @@
+"""Mixture of adapters: bottlenecks behind a sub-block, which each token shares by a gate of its own.
+
+    y = h + sum_e g_e (W_up_e f(W_down_e h + b_down_e) + b_up_e),   g = softmax(W_g h)
+    loss = balance * experts * sum_e F_e P_e
+
+W_down_e is [r, d], W_up_e [d, r] and W_g [experts, d], without bias; h is what attention or feed-forward is about to
+add to the residual stream. With `top_k` a token has the k experts with the largest gates, which are divided by their
+sum, and F_e is how many tokens pick e and P_e the mean of its gate, over the tokens of one sub-block that are no
+padding (Fedus et al. 2022, arXiv 2101.03961). Without it all experts act on all tokens, and nothing is to be balanced.
+
+No single paper has it: it is the form that routed adapters have in common, as a baseline for them. Gates and losses are
+in float32 at least. W_up and all biases start at zero, so that a fresh adapter is an exact identity, W_down and W_g as
+torch's layers do. Gates of whole sequences, from the mean of their tokens, are not here.
+
+Parameters: experts * (2 d r + r + d) + experts * d an adapter, two adapters a block.
+
+Use it where one set of data holds several kinds, and the kind shows in each token; not where the task is known and can
+be told (`hyperformer_pp`, `mtl_lora`), nor where it has to be small: `loramoe` and `molora_moe` are its linear kin.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal, Self
+
+import torch
+from pydantic import NonNegativeFloat, PositiveInt, model_validator
+from torch import Tensor, nn
+
+from peftcore import (
+    OUTPUTS,
+    AppliedMethod,
+    AtBranchEnd,
+    ForwardContext,
+    Joins,
+    Method,
+    MethodConfig,
+    Router,
+    Site,
+    Surgeon,
+    Tags,
+    Tap,
+    branch_end,
+    full_precision,
+)
+from peftcore_multitask._mixture import imbalance, leave_counts
+
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU, "tanh": nn.Tanh}
+
+
+class Config(MethodConfig):
+    """Options of a mixture of adapters."""
+
+    method: Literal["moa_adapters"] = "moa_adapters"
+    experts: PositiveInt = 4
+    """Bottlenecks of a site."""
+    bottleneck: PositiveInt = 16
+    """Width r of each."""
+    activation: Literal["gelu", "relu", "silu", "tanh"] = "gelu"
+    """The non-linearity f."""
+    top_k: PositiveInt | None = None
+    """How many of them act on a token; all, where it is not given."""
+    balance: NonNegativeFloat = 0.0
+    """Factor of the balancing loss."""
+    joins: Joins = "stream"
+    """Where it reads and adds: behind what the host does to a branch's output (dropout, layer scale, stochastic depth),
+    or at the branch's last matrix, in front of that."""
+
+    @model_validator(mode="after")
+    def _enough(self) -> Self:
+        if self.top_k is not None and self.top_k > self.experts:
+            raise ValueError(f"top_k={self.top_k} of {self.experts} experts")
+        if self.balance and self.top_k is None:
+            raise ValueError("all experts act on all tokens, so there is nothing to balance: give top_k")
+        return self
+
+
+class MixtureOperator(AtBranchEnd, Router):
+    """The bottlenecks of one site and their gate."""
+
+    def __init__(self, site: Site, config: Config, balances: Tap) -> None:
+        super().__init__(site)
+        experts, r, d = config.experts, config.bottleneck, site.out_features
+        bound = 1 / math.sqrt(d)
+        self.gate = nn.Parameter(torch.empty(experts, d).uniform_(-bound, bound))
+        self.down = nn.Parameter(torch.empty(experts, r, d).uniform_(-bound, bound))
+        self.down_bias = nn.Parameter(torch.zeros(experts, r))
+        self.up = nn.Parameter(torch.zeros(experts, d, r))
+        self.up_bias = nn.Parameter(torch.zeros(experts, d))
+        self.activation, self.top_k = ACTIVATIONS[config.activation](), config.top_k
+        self.balance, self.balances, self.place = config.balance, balances, site.path
+        self.stackable = not self.balance  # the loss is of the rows of one adapter
+
+    def adapt(self, h: Tensor) -> Tensor:
+        channels = self.layer.channel_dim
+        x = h.movedim(channels, -1)  # [..., d]
+        gates = self.gates(x)
+        down, down_bias, up, up_bias, shares = self.cast(h, self.down, self.down_bias, self.up, self.up_bias, gates)
+        low = self.activation(x @ down.flatten(0, 1).mT + down_bias.flatten())  # [..., experts * r]
+        low = low.unflatten(-1, down_bias.shape) * shares.unsqueeze(-1)
+        added = low.flatten(-2) @ up.mT.flatten(0, 1) + shares @ up_bias
+        return h + added.movedim(-1, channels)
+
+    def gates(self, x: Tensor) -> Tensor:
+        """Return the gates ``[..., experts]`` of tokens ``[..., d]``, in float32 at least."""
+        precise = torch.promote_types(self.gate.dtype, torch.float32)
+        with full_precision(x):
+            probabilities = (x.to(precise) @ self.gate.to(precise).mT).softmax(-1)
+        gates = probabilities
+        if self.top_k is not None:
+            largest = probabilities.topk(self.top_k, -1)
+            weights = largest.values / largest.values.sum(-1, keepdim=True)
+            gates = torch.zeros_like(probabilities).scatter(-1, largest.indices, weights)
+        self.noted(gates)
+        if self.training and self.balance:
+            leave_counts(self.balances, self.place, (gates > 0).to(gates.dtype), probabilities)
+        return gates
+
+
+class MoAAdapters(Method):
+    """Bottleneck adapters behind attention and feed-forward, of which each token has its own mixture.
+
+    Example:
+        injection = peftcore.apply(model, "moa_adapters", experts=8, top_k=2, balance=0.01)
+    """
+
+    name = "moa_adapters"
+    Config = Config
+    tags = Tags(category="multitask", paper="none: a form that several have in common", routes="token")
+    target = ("attn.output", "mlp.output")
+    alternatives = OUTPUTS
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        self.balances = Tap()
+        for site in surgeon.sites():
+            place = branch_end(surgeon, site, config.at(site.path).joins)
+            surgeon.graft(place, lambda at, own: MixtureOperator(at, own, self.balances), config, place.places)
+
+    def output_loss(self, injection: AppliedMethod, output: Any, call: ForwardContext) -> Tensor | None:
+        loss, config = imbalance(self.balances), injection.config
+        return None if loss is None else config.balance / config.top_k * loss
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        d, r = site.out_features, config.bottleneck
+        return config.experts * (2 * d * r + r + 2 * d)
