@@ -17,7 +17,7 @@ from peftcore.testing.kit import fill
 OPTIONS: dict[str, Any] = {"experts": 3, "bottleneck": 4}
 
 
-@conformance("moa_adapters", options={"*": OPTIONS, "llama": {**OPTIONS, "top_k": 2}})
+@conformance("moa_adapters", options={"*": {"experts": 3, "bottleneck": 5}, "llama": {"experts": 3, "top_k": 2}})
 def test_conformance(check: Callable[[], None]) -> None:
     check()
 
