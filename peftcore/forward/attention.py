@@ -119,7 +119,7 @@ class Attend:
     def hiding(self, hidden: Tensor, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Returns what the call returns where some keys are hidden: `hidden` ``[batch or 1, 1, queries, keys]``, True
         where a query does not see one of the host's own keys, which are the last of those that came in."""
-        return self._host.hiding(hidden, lambda: self._inner(query, key, value))
+        return self._host.hiding(hidden, query.dtype, lambda: self._inner(query, key, value))
 
     @property
     def keys(self) -> int:
@@ -211,24 +211,26 @@ class HostAttention:
             self._keys, self._mask, self._options = outer
             self.weights = None
 
-    def hiding(self, hidden: Tensor, run: Callable[[], Tensor]) -> Tensor:
-        """Returns what `run` returns, which comes to this attention, while some of its keys are hidden."""
+    def hiding(self, hidden: Tensor, dtype: torch.dtype, run: Callable[[], Tensor]) -> Tensor:
+        """Returns what `run` returns, which comes to this attention, while some of its keys are hidden; `dtype` is that
+        of the queries."""
         outer = self._mask
-        self._mask = self._without(hidden)
+        self._mask = self._without(hidden, dtype)
         try:
             return run()
         finally:
             self._mask = outer
 
-    def _without(self, hidden: Tensor) -> Tensor:
-        """Returns the mask without what is hidden, made where the function would rely on causality alone."""
+    def _without(self, hidden: Tensor, dtype: torch.dtype) -> Tensor:
+        """Returns the mask without what is hidden, made where there is none: additive, which every function knows."""
         mask, queries = self._mask, hidden.shape[2]
-        if mask is not None and mask.dtype != torch.bool:
-            return mask.masked_fill(hidden, torch.finfo(mask.dtype).min)
-        if mask is not None:
+        if mask is not None and mask.dtype == torch.bool:
             return mask & ~hidden
-        seen = ~hidden
-        return seen.tril() if queries > 1 and self._is_causal() else seen
+        if mask is None:
+            mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
+            if queries > 1 and self._is_causal():
+                hidden = hidden | _later(*hidden.shape[-2:], hidden.device)
+        return mask.masked_fill(hidden, torch.finfo(mask.dtype).min)
 
     def _padded(self, front: int, query: Tensor) -> Tensor | None:
         """Returns the mask with a visible column for each key in front; made where the function would rely on causality
@@ -240,13 +242,19 @@ class HostAttention:
             return F.pad(mask, (front, 0), value=1.0 if mask.dtype == torch.bool else 0.0)
         if queries == 1 or not self._is_causal():
             return None
-        # As sdpa does it, from the top left: a static cache has room for keys that are not there yet.
-        seen = torch.ones(queries, self._keys, dtype=torch.bool, device=query.device).tril()
-        return F.pad(seen, (front, 0), value=1.0)[None, None]
+        causal = query.new_zeros(queries, self._keys)
+        causal = causal.masked_fill(_later(queries, self._keys, query.device), torch.finfo(query.dtype).min)
+        return F.pad(causal, (front, 0))[None, None]
 
     def _is_causal(self) -> bool:
         given = self._options.get("is_causal")
         return self._causal and bool(getattr(self.module, "is_causal", True) if given is None else given)
+
+
+def _later(queries: int, keys: int, device: torch.device) -> Tensor:
+    """Returns which keys come later than which queries, as sdpa has it, from the top left: a static cache has room for
+    keys that are not there yet."""
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).triu(1)
 
 
 def _cut(each: Tensor | None, start: int, stop: int) -> Tensor | None:

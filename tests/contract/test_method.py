@@ -79,6 +79,7 @@ NO_RATE = {
     "ln_tuning": "no code of its authors was found, nor the table of its paper",
     "lorand": "its paper was not read for a rate, nor the configurations of detectors in its authors' repository",
     "lqer": "nothing trains",
+    "spt_selective": "no code of its authors was found, nor its paper's text",
     "moa_adapters": "no single paper has it",
     "mica": "the example of it in peft names none, and no other code of its authors was found",
     "peqa": "no code of its authors was found, nor the table of its paper",

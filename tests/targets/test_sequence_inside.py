@@ -178,15 +178,17 @@ def test_rows_that_come_in_further_in_cannot_be_counted() -> None:
         peftcore.apply(deep("gpt2"), Inner, blocks=[1, 2], counted=True)
 
 
+@pytest.mark.parametrize("told", [True, False], ids=["padded", "without-a-mask"])
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("name", ["llama", "short_mistral", "gpt2", "bert", "roberta"])
-def test_both_kinds_of_attention(name: str, implementation: str) -> None:
+def test_both_kinds_of_attention(name: str, implementation: str, told: bool) -> None:
+    """Where no mask is told and tokens see all others, functions are given none, and rows have to be hidden by one."""
     model = deep(name)
     model.set_attn_implementation(implementation)
     base, _, values = adapt(model, [1])
     ids = tokens()
-    mask = padded(torch.ones_like(ids), right=2)
-    ours = model(input_ids=ids, attention_mask=mask, **uncached(name)).logits
+    mask = padded(torch.ones_like(ids), right=2 if told else 0)
+    ours = model(input_ids=ids, attention_mask=mask if told else None, **uncached(name)).logits
     theirs = by_hand(name, base, values, [1], ids, mask, **uncached(name))
     close(ours[mask.bool()], theirs[mask.bool()])
 

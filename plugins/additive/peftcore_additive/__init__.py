@@ -42,6 +42,7 @@ def peftcore_methods() -> Mapping[str, str]:
         "side_tuning": "peftcore_additive.side_tuning:SideTuning",
         "smop": "peftcore_additive.smop:SMoP",
         "sparse_adapter": "peftcore_additive.sparse_adapter:SparseAdapter",
+        "spt_selective": "peftcore_additive.spt_selective:SPTSelective",
         "ssf": "peftcore_additive.ssf:SSF",
         "state_offset_tuning": "peftcore_additive.state_offset_tuning:StateOffsetTuning",
         "tiny_attention_adapter": "peftcore_additive.tiny_attention_adapter:TinyAttentionAdapter",

@@ -282,6 +282,8 @@ HELD: Held = {
 }
 
 FREE: Free = {
+    ("spt_selective", "layers"): "without them it is the search, which comes first",
+    ("spt_selective", "length"): "no code of the authors was found",
     ("attention_fusion", "heads"): "no code of the authors was found",
     ("attention_fusion", "key_width"): "no code of the authors was found; 64 as a head of BERT has it",
     ("attention_fusion", "project"): "no code of the authors was found",

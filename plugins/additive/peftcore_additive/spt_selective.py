@@ -1,0 +1,124 @@
+"""SPT, selective prompt tuning: which blocks take prompts of their own is learned.   Zhu and Tan 2023, arXiv
+2310.20127.
+
+    [R_l ; x_l] -> block l,   R_l = (1 - a_l) P_l + a_l p_l,   a_l = sigmoid(alpha_l),   p_l [length, d]
+
+x_l are the tokens before block l, and P_l what the blocks below made of the rows that stand in front of them; below
+block 0 there is nothing, so R_0 = a_0 p_0. That is the search, in which all blocks take part and alpha_l, one number a
+block, trains along. Then ``chosen(injection, 4)`` names the blocks with the largest a_l, and a new adapter with
+`layers` has prompts there alone, whole ones: R_l = p_l at these, R_l = P_l between them, and no rows below the first.
+
+No code of the authors was found, and their text was not at hand: this is the equation of the catalogue. They search in
+two levels, alpha on held-out data and p on the rest, with a smoothed choice; here both train on what the loop gives.
+Where that is wanted, step the parameters called `alpha` by an optimizer of their own. Rows have no positions, as in
+`lpt`; in encoder-decoder models they stand in the encoder. p_l starts from N(0, 0.02), alpha_l at zero. Never identity.
+
+Parameters: blocks * (length d + 1) in the search, then layers * length d.
+
+Use it where `prompt_tuning` is too weak and a prompt in each block (`prefix_tuning`) too much, and there is time for
+two trainings; `lpt` has one late prompt and no search.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+import torch
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from torch import Tensor, nn
+
+from peftcore import (
+    Injection,
+    InnerRows,
+    InnerSite,
+    Method,
+    MethodConfig,
+    SequenceSite,
+    Site,
+    Surgeon,
+    Tags,
+)
+from peftcore.errors import ConfigError, UnsupportedSite
+
+
+class Config(MethodConfig):
+    """Options of selective prompt tuning."""
+
+    method: Literal["spt_selective"] = "spt_selective"
+    length: PositiveInt = 10
+    """Rows of a prompt."""
+    layers: Annotated[list[NonNegativeInt], Field(min_length=1, max_length=1000)] | None = None
+    """The blocks that have one, by number; None is the search among all."""
+
+    @model_validator(mode="after")
+    def _once(self) -> Self:
+        if self.layers is not None and len({*self.layers}) < len(self.layers):
+            raise ValueError(f"layers={self.layers} names a block twice")
+        return self
+
+
+class SelectiveOperator(InnerRows):
+    """The prompts of one stack."""
+
+    def __init__(self, site: SequenceSite, config: Config) -> None:
+        super().__init__(site, config.length)
+        self.prompts = nn.Parameter(torch.randn(len(self.depths), config.length, self.width) * 0.02)
+        self.alpha = nn.Parameter(torch.zeros(len(self.depths))) if config.layers is None else None
+
+    def rows_at(self, depth: int, states: Tensor, rows: Tensor, given: Mapping[str, Any]) -> Tensor:
+        number = self.depths.index(depth)
+        new = self.prompts[number]
+        if self.alpha is None:
+            return new
+        share = self.alpha[number].sigmoid()
+        return share * new if depth == 0 else (1 - share) * rows.to(new.dtype) + share * new
+
+
+def chosen(injection: Injection, count: int) -> list[int]:
+    """Return the numbers of the `count` blocks whose prompts have the largest shares, in their order.
+
+    Raises:
+        ConfigError: the injection is no search, has several stacks, or has fewer blocks.
+    """
+    searches = [op for op in injection.operators.values() if isinstance(op, SelectiveOperator) and op.alpha is not None]
+    if len(searches) != 1:
+        raise ConfigError(
+            f"{injection.name!r} has {len(searches)} searches for prompts, not one: apply it without layers"
+        )
+    alpha = searches[0].alpha
+    if not 0 < count <= len(alpha):
+        raise ConfigError(f"{count} of {len(alpha)} blocks cannot be chosen")
+    return sorted(alpha.detach().topk(count).indices.tolist())
+
+
+class SPTSelective(Method):
+    """Prompts in front of the tokens in some blocks, and a search for these.
+
+    Example:
+        search = peftcore.apply(model, "spt_selective")
+        ...  # train
+        layers = peftcore_additive.spt_selective.chosen(search, 4)
+        search.remove()
+        injection = peftcore.apply(model, "spt_selective", layers=layers)
+    """
+
+    name = "spt_selective"
+    Config = Config
+    tags = Tags(category="additive", paper="2310.20127", identity_at_init=False, per_row=False)
+    target = "stack"
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        for site in surgeon.sites():
+            stack = surgeon.sequence_site(site)
+            if stack.stack.reads:
+                raise UnsupportedSite(f"{stack.path} reads what an encoder made of the rows; target the encoder")
+            layers = config.at(stack.path).layers
+            blocks = list(range(surgeon.blocks_of(site))) if layers is None else sorted(layers)
+            surgeon.sequence(site, SelectiveOperator, config, blocks=blocks)
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        if not isinstance(site, InnerSite):
+            return 0  # attentions that hide the rows
+        return len(site.depths) * (config.length * site.out_features + (config.layers is None))
