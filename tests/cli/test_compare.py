@@ -179,7 +179,7 @@ def test_a_method_that_fails_on_the_way_is_reported_and_the_others_go_on(encoder
             raise TrainingError("the loss became nan")
         return train(run, board)
 
-    monkeypatch.setattr("peftcore.comparing.comparisons.compare.train", broken)
+    monkeypatch.setattr("peftcore.comparing.comparisons.running.train", broken)
     report = compare(encoder, csv_file, tmp_path / "out", methods="bitfit,lora")
     assert report["failed"] == {"bitfit": "the loss became nan"}
     assert [trial["method"] for trial in report["trials"]] == ["lora"]

@@ -1,5 +1,6 @@
 """The fixtures that tests of the library share: tiny models and data, and searches whose runs take no time."""
 
+from comparisons import comparison
 from searches import file, instant
 from tiny import (
     away_from_the_checkout,
@@ -17,6 +18,7 @@ from tiny import (
 __all__ = [
     "away_from_the_checkout",
     "chats",
+    "comparison",
     "csv_file",
     "decoder",
     "encoder",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 from silent import Silent
 
+from peftcore.comparing.comparisons.running import Ran
 from peftcore.comparing.reports.trials import Trial
 from peftcore.comparing.runs.reading import load
 
@@ -44,9 +45,10 @@ def instant(monkeypatch) -> list[str]:
         costs = {"seconds_per_step": 0.1, "peak_memory": 1, "file_size": 1, "folder": ""}
         sizes = {"trainable": 100, "total": 1000, "curve": [], "losses": []}
         rate, options = candidate.learning_rate, candidate.arguments
-        return Trial(
+        trial = Trial(
             candidate.called, candidate.name, options, seed, rate, before=score, after=score, **sizes, **costs
-        ), None
+        )
+        return Ran(trial, 8, 8, None)
 
     monkeypatch.setattr(job, "run_trial", run_trial)
     monkeypatch.setattr(job, "POLL", 0.01)

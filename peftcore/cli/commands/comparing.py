@@ -26,6 +26,12 @@ Out = Annotated[Path | None, typer.Option(help="Folder for the report and the ru
 Tuning = Annotated[bool, typer.Option("--tuning", help="Demo: score the tuning split, which settings are chosen by.")]
 
 
+Resume = Annotated[
+    bool,
+    typer.Option("--resume", help="Take the finished runs in the folder as they are, and go on with those begun."),
+]
+On = Annotated[str | None, typer.Option("--on", help="Where runs are carried out: ray. Without it, here, one by one.")]
+Address = Annotated[str | None, typer.Option(help="Of a Ray cluster: 10.0.0.1:6379. Without it, one of this machine.")]
 Together = Annotated[int | None, typer.Option(help="How many runs train at once on one model (1).")]
 
 
@@ -47,6 +53,9 @@ def compare(
     out: Out = None,
     set_: Set = None,
     tuning: Tuning = False,
+    resume: Resume = False,
+    on: On = None,
+    address: Address = None,
     json: Json = False,
 ) -> None:
     """Fine-tune one model with several methods, and compare what each costs and gains.
@@ -94,12 +103,29 @@ def compare(
         values = reading.changed(values, [*given(flags), *settings(set_).items()])
         comparison = reading.validated(Comparison, _with_options(context, values), where)
         with Bars(Console(stderr=True), comparison.runs) as bars:
-            report = work(comparison, bars)
+            report = work(comparison, bars, resume, place_of(on, address))
         if json:
             print(report.as_json(), end="")
         else:
             Console().print(table(report))
             print(f"{comparison.out}: report.html, results.json, .csv, .md, .tex, .png, runs/")
+
+
+def place_of(on: str | None, address: str | None) -> Any:
+    """Return where runs are carried out.
+
+    Raises:
+        BadInput: no such place is known.
+    """
+    if on is None:
+        if address is not None:
+            raise BadInput("--address is that of a cluster: --on ray")
+        return None
+    if on != "ray":
+        raise BadInput(f"--on {on}: there is ray alone")
+    from peftcore.comparing.comparisons.on_ray import OnRay
+
+    return OnRay(address)
 
 
 def _with_options(context: typer.Context, values: dict[str, Any]) -> dict[str, Any]:

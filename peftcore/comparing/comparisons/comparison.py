@@ -48,6 +48,9 @@ class Comparison(Options):
     together: PositiveInt = 1
     """How many runs train at once on one model, where they differ in method, options and learning rate alone. Then
     seconds and memory are those of all of them divided by their number."""
+    checkpoints: bool = False
+    """Write some on the way, from which ``--resume`` goes on with a run that was stopped in the middle; none of runs
+    that train together."""
     dtype: str = "float32"
     """Of the base's weights in memory."""
     quantize: str | None = None
@@ -75,7 +78,8 @@ class Comparison(Options):
 
     def run(self, candidate: Candidate, seed: int) -> Run:
         """Return the run of one trial. Its score is that after the last step: to choose the best would be to peek."""
-        training = self.training.model_dump() | {"seed": seed, "checkpoints": False}
+        written = "last" if self.checkpoints and self.together == 1 else False
+        training = self.training.model_dump() | {"seed": seed, "checkpoints": written}
         if candidate.learning_rate is not None:
             training["learning_rate"] = candidate.learning_rate
         folder = re.sub(r"[^\w.-]+", "-", candidate.called) + (f"-{seed}" if len(self.seeds) > 1 else "")

@@ -22,6 +22,10 @@ COMPLETE = "complete"
 """The last file of a checkpoint: one without it was being written when the run ended."""
 
 
+RUN = "run.json"
+"""The file by which a run is known again."""
+
+
 def made(folder: Path) -> Path:
     """Make a folder, with those above it; it may be there already.
 
@@ -40,6 +44,19 @@ def first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def holds(run: Run) -> bool:
+    """Whether the folder of a run holds it, begun or finished, with these settings."""
+    try:
+        held = json.loads((run.out / RUN).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(held, dict) and held.get("run") == _settings(run)
+
+
+def _settings(run: Run) -> dict[str, Any]:
+    return run.model_dump(mode="json", exclude={"out"})
+
+
 class RunFolder:
     """Holds one run and no other.
 
@@ -49,7 +66,7 @@ class RunFolder:
     """
 
     def __init__(self, run: Run) -> None:
-        self.path, self._run = run.out, run.model_dump(mode="json", exclude={"out"})
+        self.path, self._run = run.out, _settings(run)
         self.method = None if run.method.name == FULL else peftcore.method(run.method.name)
         self.before: dict[str, float] | None = None
         self.said: list[str] = []
@@ -67,16 +84,16 @@ class RunFolder:
         """
         if resume:
             return self._newest()
-        if first_process() and (self.path / "run.json").exists():
+        if first_process() and (self.path / RUN).exists():
             raise BadInput(f"{self.path} holds a run already: --resume goes on with it, --out names another folder")
         made(self.path)
         return None
 
     def _newest(self) -> Path | None:
         """Return the newest whole checkpoint of the run that is here, if there is one; what is half written goes."""
-        if not (self.path / "run.json").exists():
+        if not (self.path / RUN).exists():
             raise BadInput(f"{self.path} holds no run to go on with")
-        held = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
+        held = json.loads((self.path / RUN).read_text(encoding="utf-8"))
         other = sorted(name for name in self._run if self._run[name] != held["run"].get(name))
         if other and not (other == ["training"] and self._is_longer(held["run"]["training"])):
             raise BadInput(
@@ -114,7 +131,7 @@ class RunFolder:
         """Write down what is known of the run, so that it can go on from here."""
         if first_process():
             known = {"run": self._run, "before": self.before, "said": self.said}
-            write_text(self.path / "run.json", json.dumps(known, indent=2) + "\n")
+            write_text(self.path / RUN, json.dumps(known, indent=2) + "\n")
 
 
 class Keeper(transformers.TrainerCallback):

@@ -77,8 +77,9 @@ class Training(Options):
     """Let examples of similar length share a batch: less padding, and less chance in the order."""
     evaluate_every: PositiveFloat = 0.1
     """Steps between scores, and between checkpoints; below 1, a share of all steps."""
-    checkpoints: bool = True
-    """Write some, and end with the best; otherwise nothing is written before the end, which is the last step."""
+    checkpoints: bool | Literal["last"] = True
+    """Write some, and end with the best; with ``last`` write some to go on from, and end with the last step; otherwise
+    nothing is written before the end, which is the last step."""
     patience: PositiveInt | None = None
     """Stop after this many scores without a better one."""
     report_to: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
@@ -97,7 +98,7 @@ class Training(Options):
     def _one_length(self) -> Self:
         if self.steps is not None and self.epochs is not None:
             raise ValueError("give steps or epochs, not both")
-        if self.patience is not None and not self.checkpoints:
+        if self.patience is not None and self.checkpoints is not True:
             raise ValueError("patience goes back to the best checkpoint: leave checkpoints on")
         return self
 

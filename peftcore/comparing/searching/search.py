@@ -20,8 +20,9 @@ import optuna
 from optuna.trial import TrialState
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator
 
-from peftcore.comparing.comparisons.compare import Board, Result, compare, run_together, run_trial, together
+from peftcore.comparing.comparisons.compare import compare
 from peftcore.comparing.comparisons.comparison import Candidate, Comparison
+from peftcore.comparing.comparisons.running import Board, Result, run_together, run_trial, together
 from peftcore.comparing.data.tuning import parted
 from peftcore.comparing.errors import BadInput
 from peftcore.comparing.models.naming import MODEL
@@ -286,7 +287,7 @@ class Job:
         return results
 
     def _result(self, candidate: Candidate, found: Result) -> Trial | TrainingError:
-        result = found if isinstance(found, TrainingError) else found[0]
+        result = found if isinstance(found, TrainingError) else found.trial
         if not isinstance(result, TrainingError) and not math.isfinite(score := result.after[self.task.metric]):
             result = TrainingError(f"the {self.task.metric} is {score}")
         if isinstance(result, TrainingError):

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Subset
 import peftcore
 from peftcore.comparing.errors import BadInput
 from peftcore.comparing.packages import require
-from peftcore.comparing.runs.folder import Keeper, RunFolder, first_process, plain
+from peftcore.comparing.runs.folder import Keeper, RunFolder, first_process, holds, plain
 from peftcore.comparing.runs.reading import validated
 from peftcore.comparing.runs.run import FULL, Run
 from peftcore.comparing.tasks import catalogue
@@ -128,7 +128,7 @@ def _train(run: Run, display: Display, resume: bool, seen: _Seen) -> Outcome:
     data = validated(task.Data, run.data, "data")
     task.check_model(run.model)
     require({name: name for name in run.training.report_to})
-    folder = RunFolder(run)
+    folder, unchanged = RunFolder(run), holds(run)
     checkpoint = folder.checkpoint(resume)
     display.phase("loading", None)
     transformers.set_seed(run.training.seed)
@@ -146,16 +146,18 @@ def _train(run: Run, display: Display, resume: bool, seen: _Seen) -> Outcome:
         folder.said = told(prepared)
         folder.note()
     transformers.set_seed(run.training.seed)  # what came before drew a different number of times when resuming
-    _trained(trainer, checkpoint, run.training.report_to)
+    if checkpoint is None or not (unchanged and _taken_back(trainer, checkpoint)):
+        _trained(trainer, checkpoint, run.training.report_to)
     if trainer.averages is not None:
         trainer.averages.take()
     scores = {int(entry["step"]): plain(entry) for entry in trainer.state.log_history if f"eval_{task.metric}" in entry}
+    best = trainer.state.best_global_step if run.training.checkpoints is True else None
     outcome = Outcome(
         method=run.method.name,
         trainable=sum(p.numel() for p in prepared.model.parameters() if p.requires_grad),
         total=sum(p.numel() for p in prepared.model.parameters()),
         before=folder.before or {},
-        after=scores[trainer.state.best_global_step or max(scores)],
+        after=scores[best or max(scores)],
         curve=[(step, found[task.metric]) for step, found in scores.items()],
         losses=[(int(entry["step"]), entry["loss"]) for entry in trainer.state.log_history if "loss" in entry],
         steps=trainer.state.global_step,
@@ -234,6 +236,16 @@ def _of_the_whole(model: nn.Module, batches: Iterable[dict[str, Any]]) -> list[C
         return model(**batch)
 
     return [functools.partial(run, batch) for batch in batches]
+
+
+def _taken_back(trainer: AdapterTrainer, checkpoint: Path) -> bool:
+    """Take the model as the run left it, if the checkpoint is that of its last step: the Trainer would do another."""
+    state = transformers.TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    if state.global_step < state.max_steps:
+        return False
+    trainer.state = state
+    trainer.take(checkpoint)
+    return True
 
 
 def _trained(trainer: AdapterTrainer, checkpoint: Path | None, reported: Sequence[str]) -> None:

@@ -87,6 +87,16 @@ class AdapterTrainer(PeftcoreTrainer):
         if self.averages is not None:
             self.averages.load(Path(str(self.state.best_model_checkpoint)))
 
+    def take(self, checkpoint: Path) -> None:
+        """Take the values of a finished run: the best where they are asked for, otherwise those of this checkpoint."""
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+            self._load_best_model()
+            return
+        with loading_whole(self._host):
+            self._load_from_checkpoint(str(checkpoint))
+        if self.averages is not None:
+            self.averages.load(checkpoint)
+
     def _load_optimizer_and_scheduler(self, checkpoint: Any) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         assert self.optimizer is not None
@@ -232,7 +242,7 @@ def _arguments(run: Run, task: Task[Any], prepared: Prepared) -> transformers.Tr
         save_strategy="steps" if chosen.checkpoints else "no",
         save_steps=chosen.evaluate_every,
         save_total_limit=KEPT,
-        load_best_model_at_end=chosen.checkpoints,
+        load_best_model_at_end=chosen.checkpoints is True,
         metric_for_best_model="eval_loss" if task.coarse else f"eval_{task.metric}",
         greater_is_better=task.greater and not task.coarse,
         prediction_loss_only=prepared.metrics is None,

@@ -13,8 +13,9 @@ from silent import Silent
 from tiny import TINY, save_tokenizer
 
 import peftcore
-from peftcore.comparing.comparisons.compare import compare, together
+from peftcore.comparing.comparisons.compare import compare
 from peftcore.comparing.comparisons.comparison import Comparison
+from peftcore.comparing.comparisons.running import together
 from peftcore.comparing.runs.run import Run
 from peftcore.comparing.searching.search import Search, search
 from peftcore.comparing.training.together import Saved, key, train_together

@@ -1,0 +1,94 @@
+"""A comparison that was stopped goes on: what is finished is taken as it is, and a run that was begun goes on from its
+last checkpoint."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from comparisons import found
+from silent import Silent
+
+from peftcore.comparing.comparisons import running
+from peftcore.comparing.comparisons.compare import compare
+from peftcore.comparing.comparisons.comparison import Comparison
+from peftcore.comparing.comparisons.running import RECORD, jobs_of
+
+
+def test_finished_runs_are_taken_as_they_are(comparison: Comparison, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = compare(comparison, Silent())
+    with monkeypatch.context() as patch:
+        patch.setattr(running, "train", lambda *_: pytest.fail("nothing is left to train"))
+        assert found(compare(comparison, Silent(), resume=True)) == found(first)
+    asked: list[str] = []
+    working = running.train
+
+    def counted(run: Any, *rest: Any) -> Any:
+        asked.append(run.out.name)
+        return working(run, *rest)
+
+    monkeypatch.setattr(running, "train", counted)
+    longer = comparison.model_copy(update={"seeds": [1, 2]})
+    compare(longer, Silent(), resume=True)
+    assert asked == ["lora-2", "bitfit-2"]
+    asked.clear()
+    other = comparison.training.model_copy(update={"learning_rate": 3e-3})
+    compare(comparison.model_copy(update={"training": other, "seeds": [0, 1]}), Silent(), resume=True)
+    assert asked == ["lora-0", "lora-1", "bitfit-0", "bitfit-1"]
+
+
+def stopping(step: int) -> Callable[..., Any]:
+    """A display that interrupts the second run in a step."""
+
+    class Stops(Silent):
+        begun, steps = 0, 0
+
+        def begin(self, label: str) -> None:
+            self.begun, self.steps = self.begun + 1, 0
+
+        def advance(self) -> None:
+            self.steps += 1
+            if self.begun == 2 and self.steps == step:
+                raise KeyboardInterrupt
+
+    return Stops
+
+
+def test_a_run_goes_on_from_its_last_checkpoint(comparison: Comparison, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes to the same as without an interruption, and the steps before the checkpoint are not trained again."""
+    whole = found(compare(comparison, Silent()))
+    with pytest.raises(KeyboardInterrupt):
+        compare(comparison, stopping(5)())
+    runs = comparison.out / "runs"
+    assert [each.name for each in sorted(runs.glob(f"*/{RECORD}"))] == [RECORD] * 3  # one anew, two of before
+    assert {each.name for each in (runs / "lora-1" / "checkpoints").iterdir()} >= {"checkpoint-4"}
+    steps: list[int] = []
+
+    class Counts(Silent):
+        def begin(self, label: str) -> None:
+            steps.append(0)
+
+        def advance(self) -> None:
+            steps[-1] += 1
+
+    for each in ("bitfit-0", "bitfit-1"):
+        (runs / each / RECORD).unlink()
+    assert found(compare(comparison, Counts(), resume=True)) == whole
+    assert steps[0] == 2
+
+
+def test_jobs_are_in_order(comparison: Comparison) -> None:
+    names = [(job.candidates[0].called, job.seed) for job in jobs_of(comparison)]
+    assert names == [("lora", 0), ("lora", 1), ("bitfit", 0), ("bitfit", 1)]
+    several = comparison.model_copy(update={"together": 2, "checkpoints": False})
+    assert [(len(job.candidates), job.seed) for job in jobs_of(several)] == [(2, 0), (2, 1)]
+
+
+def test_a_damaged_record_is_none(comparison: Comparison) -> None:
+    alone = comparison.model_copy(update={"seeds": [0], "methods": comparison.methods[1:]})
+    compare(alone, Silent())
+    run = alone.run(alone.methods[0], 0)
+    assert running.recorded(run) is not None
+    (run.out / RECORD).write_text("{", encoding="utf-8")
+    assert running.recorded(run) is None
+    (run.out / "run.json").write_text("[]", encoding="utf-8")
+    assert not running.holds(run)
