@@ -229,7 +229,7 @@ class HostAttention:
         if mask is None:
             mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
             if queries > 1 and self._is_causal():
-                hidden = hidden | _later(*hidden.shape[-2:], hidden.device)
+                hidden = hidden | _later(queries, hidden.shape[3], hidden.device)
         return mask.masked_fill(hidden, torch.finfo(mask.dtype).min)
 
     def _padded(self, front: int, query: Tensor) -> Tensor | None:

@@ -421,7 +421,10 @@ def test_a_run_gets_longer(tweets: Any) -> None:
     assert [step for step, _ in outcome["curve"]] == [0, 2, 4, 6, 8]
     assert outcome["before"] == first["before"] and outcome["losses"][:2] == first["losses"]
     assert outcome["steps"] == 8
-    trained(*options, "--steps", 8, "--resume")  # there is nothing left to do
+    file = Path("run/adapter/adapter.safetensors").read_bytes()
+    again = json.loads(trained(*options, "--steps", 8, "--resume", "--json"))  # there is nothing left to do
+    assert Path("run/adapter/adapter.safetensors").read_bytes() == file
+    assert (again["steps"], again["curve"], again["losses"]) == (8, outcome["curve"], outcome["losses"])
 
 
 def test_a_schedule_over_all_steps_does_not_get_longer(encoder: Path, csv_file: Path) -> None:

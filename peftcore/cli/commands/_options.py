@@ -15,6 +15,8 @@ Model = Annotated[str | None, typer.Option(help=MODEL)]
 Task = Annotated[str | None, typer.Option(help="What is learned: text-classification, causal-lm, chat ...")]
 Data = Annotated[str | None, typer.Option(help="The examples: a table, a folder, a dataset's name.")]
 Steps = Annotated[int | None, typer.Option(help="Optimizer steps of a run.")]
+On = Annotated[str | None, typer.Option("--on", help="Where runs are carried out: ray. Without it, here, one by one.")]
+Address = Annotated[str | None, typer.Option(help="Of a Ray cluster: 10.0.0.1:6379. Without it, one of this machine.")]
 BatchSize = Annotated[int | None, typer.Option(help="Examples at once.")]
 
 
@@ -33,3 +35,20 @@ def check_source(demo: bool, config: object, model: str | None, task: str | None
         raise BadInput("--demo brings its own model, task and data; leave these out")
     if not demo and config is None and (model is None or data is None):
         raise BadInput("give --demo, a configuration file, or both --model and --data")
+
+
+def place_of(on: str | None, address: str | None) -> Any:
+    """Return where runs are carried out.
+
+    Raises:
+        BadInput: no such place is known.
+    """
+    if on is None:
+        if address is not None:
+            raise BadInput("--address is that of a cluster: --on ray")
+        return None
+    if on != "ray":
+        raise BadInput(f"--on {on}: there is ray alone")
+    from peftcore.comparing.comparisons.on_ray import OnRay
+
+    return OnRay(address)

@@ -9,7 +9,19 @@ import typer
 
 from peftcore.cli.app import Json, Set, answered, app, settings
 from peftcore.cli.commands._method_options import WithMethodOptions, for_methods
-from peftcore.cli.commands._options import BatchSize, Data, Demo, Model, Steps, Task, check_source, given
+from peftcore.cli.commands._options import (
+    Address,
+    BatchSize,
+    Data,
+    Demo,
+    Model,
+    On,
+    Steps,
+    Task,
+    check_source,
+    given,
+    place_of,
+)
 from peftcore.comparing.errors import BadInput
 
 Config = Annotated[Path | None, typer.Argument(help="YAML file of the comparison; the options below go over it.")]
@@ -30,8 +42,6 @@ Resume = Annotated[
     bool,
     typer.Option("--resume", help="Take the finished runs in the folder as they are, and go on with those begun."),
 ]
-On = Annotated[str | None, typer.Option("--on", help="Where runs are carried out: ray. Without it, here, one by one.")]
-Address = Annotated[str | None, typer.Option(help="Of a Ray cluster: 10.0.0.1:6379. Without it, one of this machine.")]
 Together = Annotated[int | None, typer.Option(help="How many runs train at once on one model (1).")]
 
 
@@ -109,23 +119,6 @@ def compare(
         else:
             Console().print(table(report))
             print(f"{comparison.out}: report.html, results.json, .csv, .md, .tex, .png, runs/")
-
-
-def place_of(on: str | None, address: str | None) -> Any:
-    """Return where runs are carried out.
-
-    Raises:
-        BadInput: no such place is known.
-    """
-    if on is None:
-        if address is not None:
-            raise BadInput("--address is that of a cluster: --on ray")
-        return None
-    if on != "ray":
-        raise BadInput(f"--on {on}: there is ray alone")
-    from peftcore.comparing.comparisons.on_ray import OnRay
-
-    return OnRay(address)
 
 
 def _with_options(context: typer.Context, values: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,19 @@ from typing import Annotated, Any
 import typer
 
 from peftcore.cli.app import Json, Set, answered, app, settings
-from peftcore.cli.commands._options import BatchSize, Data, Demo, Model, Steps, Task, check_source, given
+from peftcore.cli.commands._options import (
+    Address,
+    BatchSize,
+    Data,
+    Demo,
+    Model,
+    On,
+    Steps,
+    Task,
+    check_source,
+    given,
+    place_of,
+)
 from peftcore.comparing.errors import BadInput
 
 Config = Annotated[Path | None, typer.Argument(help="YAML file of the search; the options below go over it.")]
@@ -48,6 +60,8 @@ def search(
     worker: Worker = False,
     out: Out = None,
     set_: Set = None,
+    on: On = None,
+    address: Address = None,
     json: Json = False,
 ) -> None:
     """Find the method, its options and its target modules that suit a task best within a budget."""
@@ -74,6 +88,7 @@ def search(
         from peftcore.comparing.runs import reading
 
         require({"optuna": "peftcore[cli]"})
+        place = place_of(on, address)
         values: dict[str, Any] = {} if config is None else reading.load(config)
         check_source(demo, config, model, task, data)
         if demo:
@@ -94,6 +109,10 @@ def search(
         with Bars(Console(stderr=True), what.runs) as bars:
             if worker:
                 count = job.work(what, bars)
+            elif place is not None:
+                from peftcore.comparing.searching.on_ray import search_on_ray
+
+                found = search_on_ray(what, bars, place)
             else:
                 found = job.search(what, bars)
         if worker and json:

@@ -11,7 +11,8 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from peftcore.comparing.comparisons.running import Board, Found, Job, Result, ca
 from peftcore.comparing.errors import BadInput
 from peftcore.comparing.packages import require
 from peftcore.comparing.training.together import Saved
-from peftcore.errors import TrainingError
+from peftcore.errors import PeftcoreError, TrainingError
 
 RETRIES = 3
 """How often a job is begun again whose worker was lost."""
@@ -43,6 +44,33 @@ class OnRay:
         require({"ray": "peftcore[ray]"})
         self.address, self.cpus, self.gpus = address, cpus, gpus
 
+    @contextmanager
+    def connected(self) -> Iterator[None]:
+        """Context manager within which tasks can be given to the cluster."""
+        import ray
+
+        began = not ray.is_initialized()
+        try:
+            if began:
+                _connect(self.address)
+            yield
+        finally:
+            if began:
+                ray.shutdown()
+
+    def task(self, function: Callable[..., Any]) -> Any:
+        """Return a function as a task of one run's size, which begins again where its worker is lost."""
+        import ray
+
+        gpus = self.gpus if _has().get("GPU") else 0
+        return ray.remote(function).options(num_cpus=self.cpus, num_gpus=gpus, max_retries=RETRIES)
+
+    @property
+    def room(self) -> int:
+        """Return how many runs there is room for at once."""
+        has = _has()
+        return max(1, int(has["GPU"] / self.gpus if has.get("GPU") else has.get("CPU", 1) / self.cpus))
+
     def results(
         self, comparison: Comparison, jobs: Sequence[Job], board: Board, saved: list[Saved], resume: bool
     ) -> Iterator[Found]:
@@ -50,13 +78,9 @@ class OnRay:
 
         if not resume:
             forget(comparison, jobs)
-        began = not ray.is_initialized()
-        try:
-            if began:
-                _connect(self.address)
-            gpus = self.gpus if ray.cluster_resources().get("GPU") else 0
-            task = ray.remote(_job).options(num_cpus=self.cpus, num_gpus=gpus, max_retries=RETRIES)
-            settings, here = comparison.model_dump(mode="json"), str(Path.cwd())
+        settings, here = comparison.model_dump(mode="json"), str(Path.cwd())
+        with self.connected():
+            task = self.task(_job)
             waiting = {task.remote(settings, job, here): job for job in jobs}
             board.begin(f"{len(jobs)} on Ray")
             while waiting:
@@ -66,9 +90,6 @@ class OnRay:
                 saved.extend(found)
                 _check_shared(comparison, results)
                 yield from ((each, job.seed, result) for each, result in zip(job.candidates, results, strict=True))
-        finally:
-            if began:
-                ray.shutdown()
 
 
 def _job(settings: dict[str, Any], job: Job, here: str) -> tuple[list[Result], list[Saved]]:
@@ -77,46 +98,69 @@ def _job(settings: dict[str, Any], job: Job, here: str) -> tuple[list[Result], l
     Raises:
         BadInput: there is no such folder on this machine, or what the comparison names cannot be used there.
     """
-    try:
-        os.chdir(here)
-    except OSError:
-        raise BadInput(f"{here} is not on all machines of the cluster, which have to share it") from None
+    go_to(here)
     saved: list[Saved] = []
-    results = carry_out(Comparison.model_validate(settings), job, _Silent(), saved, resume=True)
+    results = carry_out(Comparison.model_validate(settings), job, Silent(), saved, resume=True)
     return results, saved
 
 
-def _taken(done: Any, job: Job) -> tuple[list[Result], list[Saved]]:
+def go_to(folder: str) -> None:
+    """Change to the folder of the process that asked, in which names of files are meant.
+
+    Raises:
+        BadInput: there is none on this machine.
+    """
+    try:
+        os.chdir(folder)
+    except OSError:
+        raise BadInput(f"{folder} is not on all machines of the cluster, which have to share it") from None
+
+
+def taken(done: Any) -> Any:
     """Return what a task gave.
 
     Raises:
-        BadInput: what the comparison names cannot be used there.
+        BadInput: what it was told to do cannot be done there.
+        TrainingError: its worker was lost, and so were those that began it again.
     """
     import ray
 
     try:
-        results, saved = ray.get(done)
+        return ray.get(done)
     except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, BadInput):
+        if isinstance(error.cause, PeftcoreError):
             raise error.cause from None
         raise
     except ray.exceptions.RayError as error:
         reason = " ".join(str(error).split())[:300]
-        lost: Result = TrainingError(f"its worker was lost, {RETRIES} times more after that: {reason}")
-        return [lost] * len(job.candidates), []
+        raise TrainingError(f"its worker was lost, {RETRIES} times more after that: {reason}") from error
+
+
+def _taken(done: Any, job: Job) -> tuple[list[Result], list[Saved]]:
+    try:
+        results, saved = taken(done)
+    except TrainingError as error:
+        return [error] * len(job.candidates), []
     return results, saved
+
+
+def _has() -> dict[str, float]:
+    """What the cluster has, by Ray's names."""
+    import ray
+
+    found: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    return found
 
 
 def _connect(address: str | None) -> None:
     import ray
 
     _check_listens(address)
-    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if address is None:
+        quiet["include_dashboard"] = False
     try:
-        if address is None:
-            ray.init(include_dashboard=False, **quiet)
-        else:
-            ray.init(address=address, **quiet)
+        ray.init(address, **quiet)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise BadInput(f"no Ray cluster at {address or 'this machine'}: {str(error).splitlines()[0]}") from None
 
@@ -146,7 +190,7 @@ def _check_shared(comparison: Comparison, results: list[Result]) -> None:
             )
 
 
-class _Silent:
+class Silent:
     """A display of nothing: the cluster's own pages have the steps of each task."""
 
     def begin(self, label: str) -> None: ...

@@ -7,4 +7,5 @@ It may import all that `peftcore.comparing` lists before it, and optuna. In the 
 - `budget`: the costs that a candidate may have, known before it is trained.
 - `studies`: the study that several workers may share.
 - `found`: the outcome.
+- `on_ray`: its trials on a Ray cluster.
 """

@@ -22,7 +22,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, field_validator
 
 from peftcore.comparing.comparisons.compare import compare
 from peftcore.comparing.comparisons.comparison import Candidate, Comparison
-from peftcore.comparing.comparisons.running import Board, Result, run_together, run_trial, together
+from peftcore.comparing.comparisons.running import Board, Place, Result, run_together, run_trial, together
 from peftcore.comparing.data.tuning import parted
 from peftcore.comparing.errors import BadInput
 from peftcore.comparing.models.naming import MODEL
@@ -301,8 +301,8 @@ class Job:
         out = self.search.out / "search"
         return self.search.comparison(self.tuning, candidates, seeds or [self.search.seed], out)
 
-    def finish(self) -> Found:
-        """Wait for other workers, pick, and score the pick on the validation set."""
+    def finish(self, place: Place | None = None) -> Found:
+        """Wait for other workers, pick, and score the pick on the validation set, by runs that a place carries out."""
         began = time.perf_counter()
         self.work()
         while self.study.running():
@@ -319,7 +319,7 @@ class Job:
         confirmed = self._confirmed(tried)
         pick = ranked(confirmed)[0]
         final = self._final(tried, pick)
-        report = compare(final, self.board)
+        report = compare(final, self.board, place=place)
         found = Found(trials, tried, confirmed, pick, report, self.budget, self.left_out)
         write_text(self.search.out / "search.json", found.as_json())
         write_best(final.run(final.methods[0], self.search.seeds[0]), self.search.out)

@@ -262,7 +262,7 @@ def test_data_that_is_of_no_use() -> None:
 
 def test_a_part_of_a_hybrid_keeps_its_ranks() -> None:
     data = [(torch.randn(30, 6).double(),)]
-    parts = [{"method": "eva", "rank": 2, "target": ["first", "second"]}, {"method": "bitfit"}]
+    parts = [{"method": "eva", "rank": 2, "target": ["first", "second"]}, {"method": "bitfit", "head": False}]
     injection = peftcore.apply(host(), "config_union", parts=parts, data=data)
     rows = [operator.A for operator in injection.operators.values() if hasattr(operator, "A")]
     assert [tuple(A.shape) for A in rows] == [(2, 6), (2, 5)]

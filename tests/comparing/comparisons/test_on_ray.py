@@ -9,6 +9,8 @@ from typing import Any
 import psutil
 import pytest
 from comparisons import found
+from optuna.trial import TrialState
+from searches import written
 from silent import Silent
 
 from peftcore.comparing.comparisons.compare import compare
@@ -16,6 +18,10 @@ from peftcore.comparing.comparisons.comparison import Comparison
 from peftcore.comparing.comparisons.on_ray import OnRay, _taken
 from peftcore.comparing.comparisons.running import Job
 from peftcore.comparing.errors import BadInput
+from peftcore.comparing.runs.reading import load
+from peftcore.comparing.searching.on_ray import search_on_ray
+from peftcore.comparing.searching.search import Job as SearchJob
+from peftcore.comparing.searching.search import Search, candidate_of
 from peftcore.errors import TrainingError
 
 ray = pytest.importorskip("ray")
@@ -87,6 +93,19 @@ def test_what_a_task_says_is_said_here(comparison: Comparison) -> None:
 
     (lost,), _ = _taken(dies.remote(), job)
     assert isinstance(lost, TrainingError) and "its worker was lost" in str(lost)
+
+
+def test_trials_of_a_search_run_there(encoder: Path, csv_file: Path, tmp_path: Path) -> None:
+    """Of one study, which workers share; each trial comes to what the same configuration comes to here."""
+    file = written(tmp_path / "search.yaml", encoder, csv_file, trials=6, seeds=[0, 1], out="out")
+    what = Search.model_validate({**load(file), "out": tmp_path / "out"})
+    found = search_on_ray(what, Silent(), OnRay())
+    assert sum(each.state is TrialState.COMPLETE for each in found.trials) == 6
+    assert len(found.report.trials) == 2
+    first = found.tried.entries()[0]
+    alone = what.comparison(SearchJob(what, Silent()).tuning, [candidate_of(first)], [0], tmp_path / "alone")
+    (trial,) = compare(alone, Silent()).trials
+    assert (trial.after, trial.losses) == (first.trials[0].after, [tuple(each) for each in first.trials[0].losses])
 
 
 def test_a_cluster_that_is_not_there(comparison: Comparison) -> None:
