@@ -9,7 +9,8 @@ import typer
 
 from peftcore.cli.app import Json, Set, answered, app, settings
 from peftcore.cli.commands._method_options import WithMethodOptions, for_methods
-from peftcore.cli.commands._options import BatchSize, Data, Model, Steps, Task, given
+from peftcore.cli.commands._options import Address, BatchSize, Data, Model, On, Steps, Task, given, place_of
+from peftcore.comparing.errors import BadInput
 
 Config = Annotated[Path | None, typer.Argument(help="YAML file of the run; the options below go over it.")]
 Method = Annotated[str | None, typer.Option(help="Name of a method. Each of its options is a flag too: --rank 8.")]
@@ -21,6 +22,7 @@ Resume = Annotated[
     typer.Option("--resume", help="Go on with the run in the folder from its last checkpoint, also for more steps."),
 ]
 Adapter = Annotated[str | None, typer.Option(help="An adapter to go on from, in place of a fresh one of a method.")]
+Processes = Annotated[int, typer.Option(min=1, help="With --on ray: how many processes train together (1).")]
 
 
 @app.command(cls=WithMethodOptions)
@@ -39,6 +41,9 @@ def train(
     out: Out = None,
     set_: Set = None,
     resume: Resume = False,
+    on: On = None,
+    address: Address = None,
+    processes: Processes = 1,
     json: Json = False,
 ) -> None:
     """Train one method on one task, from a model and a file to an adapter."""
@@ -74,9 +79,16 @@ def train(
         from peftcore.comparing.training import train as job
 
         no_bars()
+        place = place_of(on, address)
+        if processes != 1 and place is None:
+            raise BadInput("--processes are those of a cluster: --on ray; on one machine, torchrun starts several")
         others = not first_process()  # of several processes, one speaks
         with Line(Console(stderr=True, quiet=others)) as line:
-            outcome = job.train(run, line, resume)
+            if place is None:
+                outcome = job.train(run, line, resume)
+            else:
+                line.phase(f"{processes} on Ray", None)
+                outcome = place.train(run, processes, resume)
         if json and not others:
             print(job.as_json(outcome), end="")
         elif not json:

@@ -6,10 +6,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from peftcore.comparing.comparisons.on_ray import OnRay, Silent, go_to, taken
+from peftcore.comparing.comparisons.on_ray import OnRay
 from peftcore.comparing.comparisons.running import Board
 from peftcore.comparing.searching.found import Found
 from peftcore.comparing.searching.search import Job, Search, work
+from peftcore.comparing.training.cluster import Silent, go_to, taken
 
 
 def search_on_ray(what: Search, board: Board, cluster: OnRay) -> Found:

@@ -8,6 +8,7 @@ It may import the core, `errors`, `plans`, `runs` and `tasks`. In the order of r
 - `averages`: moving averages of what is trained.
 - `trainer`: the ``Trainer`` as it is used here.
 - `processes`: one run in several processes.
+- `cluster`: one run, or many tasks, on a Ray cluster.
 - `advice`: what to change where there was too little memory.
 - `memory`: how much memory a run takes at its peak.
 """
