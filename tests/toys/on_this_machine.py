@@ -34,10 +34,10 @@ class Kills(Thread):
     def run(self) -> None:
         until = time.monotonic() + 120
         while time.monotonic() < until:
-            for done in self.runs.glob(f"{self.pattern}checkpoints/checkpoint-20/complete"):
+            for done in self.runs.glob(f"{self.pattern}checkpoints/checkpoint-100/complete"):
                 for worker in psutil.process_iter(["cmdline"]):
-                    of_this_run = str(done.parents[2]) in opened(worker)
-                    if of_this_run and self.called in " ".join(worker.info["cmdline"] or []):
+                    called = self.called in " ".join(worker.info["cmdline"] or [])
+                    if called and str(done.parents[2]) in opened(worker):
                         self.checkpoint, self.written = done, done.stat().st_mtime_ns
                         worker.kill()
                         return

@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cluster")]
 
 
 def test_runs_come_to_the_same_and_one_that_is_killed_goes_on(comparison: Comparison) -> None:
-    training = comparison.training.model_copy(update={"steps": 45, "evaluate_every": 20})
+    training = comparison.training.model_copy(update={"steps": 300, "evaluate_every": 100})
     comparison = comparison.model_copy(update={"training": training})
     alone = compare(comparison.model_copy(update={"out": comparison.out / "here"}), Silent())
     watch = Kills(comparison.out / "runs", "*/", "ray::_job")
