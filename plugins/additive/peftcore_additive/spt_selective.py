@@ -96,11 +96,8 @@ class SPTSelective(Method):
     """Prompts in front of the tokens in some blocks, and a search for these.
 
     Example:
-        search = peftcore.apply(model, "spt_selective")
-        ...  # train
-        layers = peftcore_additive.spt_selective.chosen(search, 4)
-        search.remove()
-        injection = peftcore.apply(model, "spt_selective", layers=layers)
+        injection = peftcore.apply(model, "spt_selective")  # train it, ask chosen(injection, 4), and remove it
+        injection = peftcore.apply(model, "spt_selective", layers=[0, 1])
     """
 
     name = "spt_selective"
