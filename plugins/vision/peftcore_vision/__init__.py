@@ -28,6 +28,7 @@ def peftcore_methods() -> Mapping[str, str]:
         "lorand": "peftcore_vision.lorand:LoRand",
         "mona": "peftcore_vision.mona:Mona",
         "repadapter": "peftcore_vision.repadapter:RepAdapter",
+        "st_adapter": "peftcore_vision.st_adapter:STAdapter",
         "tip_adapter": "peftcore_vision.tip_adapter:TipAdapter",
         "vpt_deep": "peftcore_vision.vpt_deep:VPTDeep",
         "vpt_shallow": "peftcore_vision.vpt_shallow:VPTShallow",
