@@ -13,6 +13,7 @@ def peftcore_methods() -> Mapping[str, str]:
     """Map the names of this plugin's methods to their import paths."""
     return {
         "adaptformer": "peftcore_vision.adaptformer:AdaptFormer",
+        "aim": "peftcore_vision.aim:AIM",
         "arc": "peftcore_vision.arc:ARC",
         "clip_adapter": "peftcore_vision.clip_adapter:CLIPAdapter",
         "cocoop": "peftcore_vision.cocoop:CoCoOp",

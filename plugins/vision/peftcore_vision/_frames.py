@@ -28,3 +28,10 @@ def clips(x: Tensor, frames: int, pictures: int | None) -> int:
             "behind the other, or say frames="
         )
     return len(x) // frames
+
+
+def dropped(added: Tensor, p: float, training: bool) -> Tensor:
+    """Return ``[rows, tokens, d]`` without some of the tokens, those at the same places in all rows."""
+    if not training or not p:
+        return added
+    return added * added.new_empty(1, added.shape[1], 1).bernoulli_(1 - p).div_(1 - p)

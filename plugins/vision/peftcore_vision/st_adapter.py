@@ -17,7 +17,7 @@ that are no whole clips are an error. Rows see each other, so they cannot be rou
 Parameters: 2 d h + 2 h + d + h t y z an adapter: 592,512 in a ViT-B with the defaults, two a block.
 
 Use it to make a video model of a frozen one of images (CLIP, ViT, Swin); not on single pictures (`convpass`, `mona`),
-and not where frames far apart have to see each other in one block: its kernel sees the next ones (`aim` attends to all).
+and not where frames far apart have to see each other in one block: its kernel sees neighbours (`aim` attends to all).
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from clip_equations import openai_clip
-from dropped_hosts import assert_same, filled, rewrite
+from dropped_hosts import assert_same, filled, image_model, rewrite
 from torch import Tensor, nn
 from vpt_equations import transformers, wave
 
@@ -96,15 +96,7 @@ def block(self: nn.Module, x: Tensor, t: dict[str, Tensor], before: str) -> Tens
 @pytest.mark.parametrize("before", KERNELS)
 def test_equation_in_training(before: str) -> None:
     """With dropout, layer scale and stochastic depth of the host, which the adapters are in front of."""
-    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 5}
-    drops = {"proj_drop_rate": 0.2, "drop_path_rate": 0.4, "init_values": 0.01, "global_pool": "avg"}
-
-    def build() -> nn.Module:
-        torch.manual_seed(0)
-        model = timm.create_model("vit_tiny_patch16_224", **sizes, **drops).double()
-        return model.requires_grad_(False).train()
-
-    model, twin, bare = build(), build(), build()
+    model, twin, bare = (image_model(global_pool="avg") for _ in range(3))
     options = {"frames": 3, "bottleneck": 4, "kernel": (3, 1, 3), "before": before, "dtype": "float64"}
     injection = peftcore.apply(model, "st_adapter", **options)
     copies = filled(injection)
