@@ -162,6 +162,13 @@ ADVICE = (
         "made for patches; see the digits below",
     ),
     Advice(
+        "videos, with a ViT or CLIP of pictures",
+        ("st_adapter", "aim"),
+        ("act in ViT base", "do not merge"),
+        "frames are rows of the batch; the first sees the next frames and the second all of a clip; `frames=` says how "
+        "many those are",
+    ),
+    Advice(
         "pictures and names of classes, with a CLIP",
         ("coop", "clip_adapter", "tip_adapter", "maple", "cocoop"),
         ("do not merge",),

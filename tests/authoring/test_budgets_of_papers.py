@@ -173,6 +173,14 @@ ROWS = [
     Row("ssf", "ViT-B/16", 205_824, "2210.08823: 0.2M"),
     Row("convpass", "ViT-B/16", 0.33e6, "2207.07039: 0.33M", within=5e3),
     Row("vpt_deep", "ViT-B/16", 460_800, "2203.12119: length 50 in 12 layers", {"length": 50}),
+    Row(
+        "aim",
+        "ViT-B/16",
+        11e6 - (768 + 1) * 400,
+        "taoyang1122/adapt-image-models at b3580d2, README.md: 11M with a head of 400 classes",
+        {"frames": 32},
+        within=3e4,
+    ),
     Row("dtl", "ViT-B/16", 0.04e6, "2312.07856: 0.04M", within=5e3),
     Row("coop", "CLIP", 8_192, "2109.01134: 16 vectors of 512", {"length": 16}),
     Row(

@@ -396,6 +396,7 @@ def train(plugin: str) -> str:
 
 TRAINED = {"lower": True, "base kept": True, "loads": True}
 ELSEWHERE = {
+    "aim": "has no place",
     "c3a": "has no place",
     "clip_adapter": "has no place",
     "cocoop": "has no place",
@@ -409,6 +410,7 @@ ELSEWHERE = {
     "ominicontrol": "has no place",
     "maple": "has no place",
     "qa_lora": "has no place",
+    "st_adapter": "has no place",
     "state_offset_tuning": "has no place",
     "t2i_adapter": "asks to be told more",
     "text_to_lora": "asks to be told more",

@@ -16,14 +16,14 @@ Tensors = dict[str, Tensor]
 Adapter = Callable[[Tensor, Tensors], Tensor]
 
 
-def image_model() -> nn.Module:
-    """A ViT of timm with dropout, layer scale of 0.01 and stochastic depth."""
+def image_model(**options: Any) -> nn.Module:
+    """A ViT of timm with dropout, layer scale of 0.01 and stochastic depth, and with other options of its class."""
     import timm
 
     torch.manual_seed(0)
     sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 5}
     drops = {"proj_drop_rate": 0.2, "drop_path_rate": 0.4, "init_values": 0.01}
-    model = timm.create_model("vit_tiny_patch16_224", **sizes, **drops).double()
+    model = timm.create_model("vit_tiny_patch16_224", **sizes, **drops, **options).double()
     assert model.blocks[1].drop_path2.drop_prob > 0.3
     return model.requires_grad_(False).train()
 

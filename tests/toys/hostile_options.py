@@ -22,6 +22,7 @@ from peftcore.testing.kit import fill
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "adamix": {"bottleneck": 4, "experts": 2},
+    "aim": {"frames": 2},
     "adapterdrop": {"drop_first_layers": 1},
     "attempt": {"parts": [{"method": "prompt_tuning", "length": 3}] * 2, "tasks": 3},
     "boft": {"block_size": 4},
@@ -64,6 +65,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "qa_lora": {"group_size": 2, "scheme_options": {"group_size": 2}, "rank": 2},
     "shira": {"rank": 2},
     "sparse_adapter": {"bottleneck": 4},
+    "st_adapter": {"frames": 2},
     "state_offset_tuning": {"rank": 2},
     "t2i_adapter": {"downscale": 2},
     "textual_inversion": {"tokens": [3]},

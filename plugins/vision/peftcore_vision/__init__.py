@@ -13,6 +13,7 @@ def peftcore_methods() -> Mapping[str, str]:
     """Map the names of this plugin's methods to their import paths."""
     return {
         "adaptformer": "peftcore_vision.adaptformer:AdaptFormer",
+        "aim": "peftcore_vision.aim:AIM",
         "arc": "peftcore_vision.arc:ARC",
         "clip_adapter": "peftcore_vision.clip_adapter:CLIPAdapter",
         "cocoop": "peftcore_vision.cocoop:CoCoOp",
@@ -28,6 +29,7 @@ def peftcore_methods() -> Mapping[str, str]:
         "lorand": "peftcore_vision.lorand:LoRand",
         "mona": "peftcore_vision.mona:Mona",
         "repadapter": "peftcore_vision.repadapter:RepAdapter",
+        "st_adapter": "peftcore_vision.st_adapter:STAdapter",
         "tip_adapter": "peftcore_vision.tip_adapter:TipAdapter",
         "vpt_deep": "peftcore_vision.vpt_deep:VPTDeep",
         "vpt_shallow": "peftcore_vision.vpt_shallow:VPTShallow",

@@ -1,4 +1,4 @@
-"""Adapters at the stream of a block: between its attention and its feed-forward, and behind it.
+"""Adapters at the stream of a block: in front of it, between its attention and its feed-forward, and behind it.
 
 Between the two no module returns the stream. In pre-norm blocks x goes on past the norm that reads it, ``y = x +
 MLP(LN(x))``; so the norm is given x + a, and a is added to what the block returns: ``(x + a) + MLP(LN(x + a))``. In
@@ -65,6 +65,10 @@ class StreamOperator(Operator):
         self.grid, self.prefix_tokens = config.grid, config.prefix_tokens
         self.carried = Tap()
 
+    def ahead(self, x: Tensor) -> Tensor | None:
+        """Return what is added in front of the block; None: nothing."""
+        return None
+
     def amid(self, x: Tensor) -> Tensor:
         """Return what is added between attention and feed-forward."""
         raise NotImplementedError
@@ -91,8 +95,9 @@ class StreamOperator(Operator):
         y = call(x)
         return y + self.amid(y)
 
-    def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return on_first(call(*args, **kwargs), self._behind)
+    def forward(self, call: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        added = self.ahead(x)
+        return on_first(call(x if added is None else x + added, *args, **kwargs), self._behind)
 
     def _behind(self, y: Tensor) -> Tensor:
         if self.carries:

@@ -7,6 +7,8 @@ from named_defaults import Free, Held, assert_as_said, rows
 
 ADAPTFORMER = "ShoufaChen/AdaptFormer@6967d67"
 COCOOP = "KaiyangZhou/CoOp@ff61507"
+AIM = "taoyang1122/adapt-image-models@b3580d2, mmaction/models/backbones/vit_clip.py"
+AIM_K400 = "taoyang1122/adapt-image-models@b3580d2, configs/recognition/vit/vitclip_base_k400.py"
 ARC = "DavidYanAnDe/ARC@8227d57"
 CONSOLIDATOR = "THU-MIG/Consolidator@545d006"
 LORAND = "DongshuoYin/CoLin@332da5c, MMDetection/mmdet/models/backbones/swin_lorand.py"
@@ -18,6 +20,7 @@ E2VPT = "ChengHan111/E2VPT@7a66e75, src/configs/config.py: _C.MODEL.P_VK"
 FACT = "JieShibo/PETL-ViT@026e4f1, FacT"
 MAPLE = "muzairkhattak/multimodal-prompt-learning@69bce21, configs/trainers/MaPLe/vit_b16_c2_ep5_batch4_2ctx.yaml"
 REPADAPTER = "luogen1996/RepAdapter@360992f, repadapter.py"
+ST_ADAPTER = "linziyi96/st-adapter@b914b38"
 TIP = "gaopengcuhk/Tip-Adapter@d0e2d6f"
 VQT = "andytu28/VQT@9bca87e"
 VPT = "KMnP/vpt@4410440, src/configs/config.py"
@@ -30,6 +33,16 @@ HELD: Held = {
     ("adaptformer", "scale"): (0.1, f'{ADAPTFORMER}, main_image.py: ffn_adapter_scalar="0.1"'),
     ("adaptformer", "layer_norm"): ("none", f'{ADAPTFORMER}, main_image.py: ffn_adapter_layernorm_option="none"'),
     ("adaptformer", "dropout"): (0.1, f"{ADAPTFORMER}, models/custom_modules.py: Adapter(self.config, dropout=0.1)"),
+    ("aim", "frames"): (8, f"{AIM}: ResidualAttentionBlock(..., num_frames=8); the configurations have 8 and 32"),
+    ("aim", "ratio"): (0.25, f"{AIM}: Adapter(D_features, mlp_ratio=0.25)"),
+    ("aim", "scale"): (0.5, f"{AIM_K400}: adapter_scale=0.5"),
+    ("aim", "temporal_adapters"): (1, f"{AIM}: ViT_CLIP(..., num_tadapter=1)"),
+    ("aim", "drop_path"): (0.2, f"{AIM_K400}: drop_path_rate=0.2"),
+    ("aim", "train_norm"): (
+        True,
+        "taoyang1122/adapt-image-models@b3580d2, tools/train.py: all but temporal_embedding, ln_post, cls_head and "
+        "Adapter is frozen",
+    ),
     ("arc", "bottleneck"): (50, f"{ARC}, Model/Model_Config.py: config.adapter_dim = 50"),
     ("arc", "feed_forward_start"): ("xavier", f"{ARC}, Model/ARC_ViT.py: xavier_uniform_(self.adapter_rescale)"),
     ("clip_adapter", "reduction"): (4, "gaopengcuhk/CLIP-Adapter@08d07f8, clip_adapter.py: Adapter(1024, 4)"),
@@ -110,6 +123,13 @@ HELD: Held = {
     ("repadapter", "bottleneck"): (8, f"{REPADAPTER}: hidden_dim=8"),
     ("repadapter", "groups"): (2, f"{REPADAPTER}: groups=2"),
     ("repadapter", "scale"): (1.0, f"{REPADAPTER}: set_RepAdapter(..., dim=8, s=1)"),
+    ("st_adapter", "frames"): (8, f"{ST_ADAPTER}, main.py: --num_frames default=8"),
+    ("st_adapter", "bottleneck"): (384, f"{ST_ADAPTER}, models_adapter.py: adapter_width=384"),
+    ("st_adapter", "kernel"): ((3, 1, 1), f"{ST_ADAPTER}, models_adapter.py: adapter_kernel_size=(3, 1, 1)"),
+    ("st_adapter", "before"): (
+        "both",
+        f"{ST_ADAPTER}, scripts/train_ssv2_clip_vit_b16_adapter24x384.sh; that for Kinetics-400 has the feed-forward's",
+    ),
     ("tip_adapter", "alpha"): (
         1.17,
         f"{TIP}, configs/imagenet.yaml: init_alpha: 1.17; those of other data have 1.17 to 10",

@@ -1,0 +1,37 @@
+"""Videos in models of images: the frames of a clip are rows of the batch, one behind the other."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from peftcore.errors import UnsupportedSite
+
+
+def clips(x: Tensor, frames: int, pictures: int | None) -> int:
+    """Return how many clips the rows of a batch are.
+
+    Args:
+        x: what a block is given, ``[rows, ...]``.
+        frames: of a clip.
+        pictures: how many the model embedded; None where nothing says it.
+
+    Raises:
+        UnsupportedSite: a row is no picture, or the rows are no whole clips.
+    """
+    if pictures is not None and pictures != len(x):
+        raise UnsupportedSite(
+            f"a block is given {len(x)} rows, and the model {pictures} pictures: a row is to be one whole frame"
+        )
+    if len(x) % frames:
+        raise UnsupportedSite(
+            f"{len(x)} rows are no whole clips of {frames} frames: fold clips into the batch, the frames of each one "
+            "behind the other, or say frames="
+        )
+    return len(x) // frames
+
+
+def dropped(added: Tensor, p: float, training: bool) -> Tensor:
+    """Return ``[rows, tokens, d]`` without some of the tokens, those at the same places in all rows."""
+    if not training or not p:
+        return added
+    return added * added.new_empty(1, added.shape[1], 1).bernoulli_(1 - p).div_(1 - p)

@@ -1,0 +1,170 @@
+"""AIM, image models adapted for videos.   Yang et al. 2023, arXiv 2302.03024 (code: taoyang1122/adapt-image-models).
+
+    x1 = x0 + A_t(MHA_t(LN1(x0)))                  temporal: the model's own attention, across the frames of a clip
+    x2 = x1 + S,   S = a + A_s(a),  a = MHA(LN1(x1))    spatial: within a frame, as the model has it
+    x3 = x2 + MLP(LN2(x2)) + s A_j(LN2(x2))        joint
+    A(u) = W_up gelu(W_down u + b_down) + b_up,   W_down [h, d],  W_up [d, h],  h = d / 4
+
+The model is one of images, which is given the frames of clips as rows of the batch, those of a clip one behind the
+other: [clips * T, 3, rows, columns]. MHA_t is its frozen attention on the T tokens of each place. In front of all
+blocks, a trained e [T, d] is added to the tokens of each frame; it starts at zero, as W_up and all biases do, W_down at
+a normal draw of 0.02: a fresh adapter is the identity. With `temporal_adapters` 2, u + A_i(u) stands in front of MHA_t.
+
+In training the code drops what the first and the third line add, at single places of all frames of a batch alike, with
+a probability that rises from 0 in the first block to `drop_path`. It trains the norm behind the last block along, and
+the user's head over the frames' outputs. What the host does to the branches' outputs acts on MHA, A_s and MLP alone.
+
+Parameters: 3 (2 d h + h + d) a block, T d, and 2 d of the norm: 10.7M in a ViT-B. It cannot be merged.
+
+Use it to make a video model of a frozen ViT or CLIP in which all frames see each other; not in models with windows or
+relative positions (`st_adapter`, its kin with a convolution over frames), nor where attention must not run twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from peftcore import BranchSite, Bypass, LearningRate, Method, MethodConfig, Site, Surgeon, Tags, block_depths, branch
+from peftcore_vision._across import (
+    AcrossOperator,
+    FramesOperator,
+    PlaceSite,
+    attention_of,
+    entrance,
+    feed_forward_of,
+    norms_behind,
+)
+from peftcore_vision._frames import dropped
+from peftcore_vision._prompts import prompt_sites
+
+
+class Config(MethodConfig):
+    """Options of AIM."""
+
+    method: Literal["aim"] = "aim"
+    frames: PositiveInt = 8
+    """Frames T of a clip, which are that many rows of the batch."""
+    ratio: Annotated[float, Field(gt=0.0, le=4.0)] = 0.25
+    """Width h of the bottlenecks as a share of d."""
+    scale: PositiveFloat = 0.5
+    """The factor s of what stands beside the feed-forward; the code has 1 for Something-Something v2."""
+    temporal_adapters: Annotated[int, Field(ge=1, le=2)] = 1
+    """With 2, one stands in front of the temporal attention too, as the code has it for Something-Something v2."""
+    drop_path: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.2
+    """Probability with which what is added is dropped in training in the last block."""
+    train_norm: bool = True
+    """Train the norm behind the last block along."""
+
+    def inner(self, width: int) -> int:
+        """Return h."""
+        return max(int(width * self.ratio), 1)
+
+
+class Adapter(nn.Module):
+    """One bottleneck, which starts as zero."""
+
+    def __init__(self, width: int, config: Config) -> None:
+        super().__init__()
+        self.down, self.up = nn.Linear(width, config.inner(width)), nn.Linear(config.inner(width), width)
+        nn.init.trunc_normal_(self.down.weight, std=0.02)
+        for zero in (self.down.bias, self.up.weight, self.up.bias):
+            nn.init.zeros_(zero)
+
+    def forward(self, u: Tensor) -> Tensor:
+        down, down_bias, up, up_bias = (each.to(u.dtype) for each in self.parameters())
+        return F.linear(F.gelu(F.linear(u, down, down_bias)), up, up_bias)
+
+    @staticmethod
+    def count(width: int, config: Config) -> int:
+        """Count the parameters."""
+        return (2 * width + 1) * config.inner(width) + width
+
+
+class TurnsOperator(AcrossOperator):
+    """The temporal and the spatial adapter of one attention."""
+
+    def __init__(self, site: PlaceSite, config: Config, ends: bool, p: float) -> None:
+        super().__init__(site, config.frames, ends)
+        self.p = p
+        self.before = Adapter(site.width, config) if config.temporal_adapters == 2 else None
+        self.temporal, self.spatial = Adapter(site.width, config), Adapter(site.width, config)
+
+    def across(self, attend: Callable[[Tensor], Tensor], y: Tensor) -> Tensor:
+        return self.temporal(attend(y if self.before is None else y + self.before(y)))
+
+    def within(self, y: Tensor) -> Tensor:
+        return y + self.spatial(y)
+
+    def drop(self, added: Tensor) -> Tensor:
+        return dropped(added, self.p, self.training)
+
+
+class JointOperator(Bypass):
+    """The adapter beside one feed-forward."""
+
+    def __init__(self, site: BranchSite, config: Config, p: float) -> None:
+        super().__init__(site)
+        self.scale, self.p = config.scale, p
+        self.joint = Adapter(site.width, config)
+
+    def beside(self, x: Tensor) -> Tensor:
+        return dropped(self.scale * self.joint(x), self.p, self.training)
+
+
+class TimesOperator(FramesOperator):
+    """The trained positions of frames."""
+
+    def __init__(self, site: PlaceSite, config: Config) -> None:
+        super().__init__(site, config.frames)
+        self.times = nn.Parameter(torch.zeros(config.frames, site.width))
+
+    def embedded(self, x: Tensor) -> Tensor:
+        return x + self.cast(x, self.times)[0][:, None]
+
+
+class AIM(Method):
+    """Adapters behind attention within frames and across them, and beside the feed-forward."""
+
+    name = "aim"
+    Config = Config
+    tags = Tags(category="vision", paper="2302.03024", per_row=False, random=True)
+    learning_rate = LearningRate(
+        3e-4,
+        "taoyang1122/adapt-image-models@b3580d2, configs/recognition/vit/vitclip_base_k400.py",
+        on="CLIP ViT-B/16, Kinetics-400",
+    )
+    target = ("block",)
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        host, depths, towers = surgeon.resolver.host, block_depths(surgeon), set()
+        for block in prompt_sites(surgeon):
+            tower = host.at(block.module_path)[0].tower
+            if tower not in towers:
+                towers.add(tower)
+                place, patches = entrance(surgeon, block)
+                surgeon.graft(place, TimesOperator, config, patches)
+                for norm in norms_behind(surgeon, block) if config.train_norm else []:
+                    surgeon.train(norm)
+            p = config.drop_path * depths[block.module_path] / max(len(host.select("block", tower)) - 1, 1)
+            site, others = attention_of(surgeon, block)
+            ends = any(other.form == "end" for other in others)
+            surgeon.graft(site, partial(TurnsOperator, ends=ends, p=p), config, others)
+            end = branch(surgeon, feed_forward_of(surgeon, block))
+            surgeon.graft(end, partial(JointOperator, p=p), config, end.places)
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        if isinstance(site, BranchSite):
+            return Adapter.count(site.width, config)
+        if not isinstance(site, PlaceSite):
+            return site.numel  # of the norm
+        if site.embeds:
+            return config.frames * site.width
+        return (1 + config.temporal_adapters) * Adapter.count(site.width, config)

@@ -1,0 +1,142 @@
+"""ST-Adapter, the spatio-temporal adapter.   Pan et al. 2022, arXiv 2206.13559 (code: linziyi96/st-adapter).
+
+    x' = x + W_up (k * (W_down x + b_down) + c) + b_up
+
+at the patches of the stream, in front of attention and in front of the feed-forward. The model is one of images, which
+is given the frames of clips as rows of the batch, those of a clip one behind the other: [clips * T, 3, rows, columns].
+k [h, t, y, z] is a depthwise convolution over T frames and the patches of each, with zeros around; W_down [h, d],
+W_up [d, h]. Other tokens, such as a class token, stay as they are. Nothing in it is non-linear: what follows is.
+
+k, c and all biases start at zero, so that a fresh adapter is the identity; W_down and W_up start as torch's layers do,
+and have no gradient in the first step. The code turns cuDNN off for k; nothing is turned off here. A mean over the T
+outputs of a clip, or another head over them, is the user's.
+
+How many frames a clip has is `frames`, or what ``peftcore.call(model, frames=16)`` says: k does not depend on it. Rows
+that are no whole clips are an error. Rows see each other, so they cannot be routed to several adapters.
+
+Parameters: 2 d h + 2 h + d + h t y z an adapter: 592,512 in a ViT-B with the defaults, two a block.
+
+Use it to make a video model of a frozen one of images (CLIP, ViT, Swin); not on single pictures (`convpass`, `mona`),
+and not where frames far apart have to see each other in one block: its kernel sees neighbours (`aim` attends to all).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, Literal
+
+from pydantic import PositiveInt, field_validator
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from peftcore import BlockSite, LearningRate, Method, Surgeon, Tags, forward_context
+from peftcore.errors import ConfigError, UnsupportedSite
+from peftcore_vision._frames import clips
+from peftcore_vision._patches import layout
+from peftcore_vision._stream import Stream, StreamConfig, StreamOperator, streams
+
+
+class Config(StreamConfig):
+    """Options of ST-Adapter."""
+
+    method: Literal["st_adapter"] = "st_adapter"
+    frames: PositiveInt = 8
+    """Frames T of a clip, which are that many rows of the batch."""
+    bottleneck: PositiveInt = 384
+    """Channels h of the convolution."""
+    kernel: tuple[PositiveInt, PositiveInt, PositiveInt] = (3, 1, 1)
+    """Frames, rows and columns that the convolution sees; odd numbers."""
+    before: Literal["both", "attention", "feed-forward"] = "both"
+    """In front of which branches of a block adapters stand; the code has one in front of the feed-forward for data in
+    which motion matters less."""
+
+    @field_validator("kernel")
+    @classmethod
+    def _has_a_centre(cls, kernel: tuple[int, int, int]) -> tuple[int, int, int]:
+        if not all(size % 2 for size in kernel):
+            raise ValueError(f"a kernel of {kernel} has no centre: take odd numbers")
+        return kernel
+
+    @property
+    def amid(self) -> bool:
+        return self.before != "attention"
+
+
+class Convolution(nn.Module):
+    """One adapter: what it adds to patches."""
+
+    def __init__(self, width: int, config: Config) -> None:
+        super().__init__()
+        h = config.bottleneck
+        self.down, self.up = nn.Linear(width, h), nn.Linear(h, width)
+        self.conv = nn.Conv3d(h, h, config.kernel, padding=tuple(size // 2 for size in config.kernel), groups=h)
+        for zero in (self.down.bias, self.up.bias, self.conv.weight, self.conv.bias):
+            nn.init.zeros_(zero)
+
+
+class STAdapterOperator(StreamOperator):
+    """The adapters of one block."""
+
+    def __init__(self, site: BlockSite, config: Config, stream: Stream) -> None:
+        super().__init__(site, config, stream)
+        self.frames = config.frames
+        self.attention = Convolution(site.width, config) if config.before != "feed-forward" else None
+        self.feed_forward = Convolution(site.width, config) if config.amid else None
+
+    def ahead(self, x: Tensor) -> Tensor | None:
+        return None if self.attention is None else self._added(self.attention, x)
+
+    def amid(self, x: Tensor) -> Tensor:
+        assert self.feed_forward is not None, "it stands there for that"
+        return self._added(self.feed_forward, x)
+
+    def _added(self, adapter: Convolution, x: Tensor) -> Tensor:
+        """Return what joins ``[rows, tokens, d]`` or ``[rows, height, width, d]``: zero at what is no patch."""
+        lie, frames = self.lie.get(), self._told()
+        count = clips(x, frames, None if lie is None else lie[0])
+        if x.dim() == 3:
+            grid = layout(lie, *x.shape[:2], self.grid, self.prefix_tokens)
+            others = x.shape[1] - grid[0] * grid[1]
+            patches = x[:, others:].unflatten(1, grid)
+        elif x.dim() == 4:
+            others, patches = 0, x
+        else:
+            raise UnsupportedSite(f"a block is given {tuple(x.shape)}: patches of pictures are [rows, tokens, d]")
+        (down, down_bias, up, up_bias, kernel, bias) = self.cast(
+            x,
+            *(adapter.down.weight, adapter.down.bias, adapter.up.weight, adapter.up.bias),
+            *(adapter.conv.weight, adapter.conv.bias),
+        )
+        u = F.linear(patches, down, down_bias).unflatten(0, (count, frames)).movedim(-1, 1)  # [clips, h, T, ...]
+        seen = F.conv3d(u, kernel, bias, padding=adapter.conv.padding, groups=len(kernel)).movedim(1, -1)
+        added = F.linear(seen.flatten(0, 1), up, up_bias)
+        return added if x.dim() == 4 else F.pad(added.flatten(1, 2), (0, 0, others, 0))
+
+    def _told(self) -> int:
+        told: Any = forward_context().context.get("frames", self.frames)
+        if not isinstance(told, int) or told < 1:
+            raise ConfigError(f"frames={told!r} is told, which is no number of frames")
+        return told
+
+
+class STAdapter(Method):
+    """Depthwise convolutions over frames and patches in front of attention and feed-forward."""
+
+    name = "st_adapter"
+    Config = Config
+    tags = Tags(category="vision", paper="2206.13559", per_row=False)
+    learning_rate = LearningRate(
+        1e-3,
+        "linziyi96/st-adapter@b914b38, scripts/train_ssv2_clip_vit_b16_adapter24x384.sh: --blr 1e-3, 4 * 64 / 256",
+        on="CLIP ViT-B/16, Something-Something v2",
+    )
+    target = ("block",)
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        for site, stream in streams(surgeon, config):
+            surgeon.graft(site, partial(STAdapterOperator, stream=stream), config, stream.places)
+
+    @staticmethod
+    def parameter_count(site: BlockSite, config: Config) -> int:
+        d, h, (t, y, z) = site.width, config.bottleneck, config.kernel
+        return (2 * d * h + 2 * h + d + h * t * y * z) * (1 + (config.before == "both"))
