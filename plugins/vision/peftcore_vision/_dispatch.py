@@ -72,6 +72,8 @@ class Dispatcher(Bypass):
 
     def __init__(self, site: BranchSite, config: Gated, taps: Taps, lie: Tap) -> None:
         super().__init__(site)
+        if config.prefix_tokens:
+            site.check_rows_first()
         self.taps, self.lie, self.prefix_tokens = taps, lie, config.prefix_tokens
         self.temperature, self.threshold, self.noise = config.temperature, config.threshold, 1.0
         self.gate = nn.Parameter(torch.randn(site.width) * config.init_std)

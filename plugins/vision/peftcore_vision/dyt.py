@@ -16,13 +16,13 @@ classes in dimension 1) and the labels: those that the model is given, or ``peft
 them `complete` is to be 0. The second pass doubles the time of training. What the model does not return as a loss waits
 for `injection.losses()`.
 
-As in the authors' training, all tokens are computed and those that go by are multiplied by zero: it is the numbers of
-DyT without the time that it saves. Their mixture of adapters is not in their code, and not here.
+In training all tokens are computed, and those that go by are multiplied by zero. With `skip` they are not computed in
+evaluation, which is what makes it fast. The mixture of adapters of the paper is not in the code, and not here.
 
 Parameters: 2 d r + r + d of the adapter and d + 1 of the dispatcher, a block.
 
-Use it where a ViT is to learn which tokens need its feed-forwards; not where all may take them (`adaptformer`, the same
-adapter), nor where tokens have to be left out of a whole block, at once (`coda`). It cannot be merged.
+Use it where a ViT has to be faster than it was, and keep all its tokens; not where all may go through (`adaptformer`
+has the same adapter), nor where tokens are to be left out of attention too (`coda`). It cannot be merged.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ from peftcore import (
     branch,
 )
 from peftcore.errors import ConfigError
-from peftcore_vision._dispatch import Dispatcher, Taps, loss_of_everyone, loss_of_share
+from peftcore_vision._dispatch import Taps, loss_of_everyone, loss_of_share
+from peftcore_vision._skipped import Skipping, skipping_site
 
 OF_ALL = {"rate", "rate_weight", "complete"}
 """Options that sites cannot have for themselves."""
@@ -76,6 +77,9 @@ class Config(MethodConfig):
     """By what logits and draws are divided in training."""
     threshold: Share = 0.5
     """Above which probability a token goes through."""
+    skip: bool = False
+    """In evaluation without gradients compute the chosen tokens alone, of each row as many as the row with the most
+    has. For feed-forwards that treat each token by itself; in routes and under torch.compile all are computed."""
     prefix_tokens: NonNegativeInt | None = None
     """How many tokens in front always go through; None: those that stand in front of a picture's patches."""
     init_std: NonNegativeFloat = 0.02
@@ -84,7 +88,7 @@ class Config(MethodConfig):
     """b at the start; where w starts at zero and b above it, all tokens go through: an exact identity."""
 
 
-class DyTOperator(Dispatcher):
+class DyTOperator(Skipping):
     """The dispatcher of one feed-forward, and the bottleneck beside it."""
 
     padded = frozenset({"down.weight", "down.bias", "up.weight"})
@@ -129,7 +133,9 @@ class DyT(Method):
             raise ConfigError(f"dyt has one loss for all sites: no overrides of {', '.join(sorted(OF_ALL))}")
         self.taps = Taps()
         for site in surgeon.sites():
-            self.taps.graft(surgeon, branch(surgeon, site, before_norm=True, adds=False), DyTOperator, config)
+            place = branch(surgeon, site, before_norm=True, adds=False)
+            skips = config.at(site.path).skip
+            self.taps.graft(surgeon, skipping_site(surgeon, place) if skips else place, DyTOperator, config)
 
     def output_loss(self, injection: AppliedMethod, output: Any, call: ForwardContext) -> Tensor | None:
         config = injection.config

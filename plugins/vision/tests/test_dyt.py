@@ -16,7 +16,7 @@ from numbers_of import module_of
 from torch import Tensor, nn
 
 import peftcore
-from peftcore.errors import ConfigError, TrainingError
+from peftcore.errors import ConfigError, SequenceError, TrainingError, UnsupportedSite
 from peftcore.testing import against, conformance, frozen
 from peftcore.testing.hosts import HOSTS
 from peftcore.testing.tools import without_fast_paths
@@ -30,6 +30,11 @@ ALONE: dict[str, Any] = {"complete": 0.0, "dropout": 0.0, "dtype": "float64"}
 
 @conformance("dyt", options={"*": {"complete": 0.0}})  # most hosts of the kit have no logits of classes
 def test_conformance(check: Callable[[], None]) -> None:
+    check()
+
+
+@conformance("dyt", hosts=["vit", "llama"], options={"*": {"complete": 0.0, "skip": True}})
+def test_conformance_of_skipping(check: Callable[[], None]) -> None:
     check()
 
 
@@ -246,6 +251,50 @@ def test_which_tokens_always_go_through() -> None:
     assert opened(timm.models.VisionTransformer(**sizes, class_token=False, global_pool="avg"), picture) == [0] * 4
     assert opened(timm.models.VisionTransformer(**sizes), picture, prefix_tokens=3) == [1, 1, 1, 0, 0]
     assert opened(HOSTS["bert"].build()[0], torch.tensor([[5, 6, 7]])) == [0, 0, 0]
+
+
+@pytest.mark.parametrize("name", ["vit", "timm", "swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256", "llama"])
+def test_tokens_that_skip_are_not_computed(name: str) -> None:
+    """In evaluation, with the outputs of before; in a route all are."""
+    torch.manual_seed(0)
+    if name in HOSTS:
+        model, inputs = HOSTS[name].build()
+        inputs = {key: value.double() if value.is_floating_point() else value for key, value in inputs.items()}
+    elif name == "timm":
+        model, inputs = timm.models.VisionTransformer(**module_of("dyt").SIZES, init_values=0.5), {"x": pictures(2)}
+    else:
+        model, inputs = timm.create_model(name, **SWIN), {"x": torch.randn(2, 3, 32, 32).double()}
+    model, output = model.double().eval(), HOSTS[name].output if name in HOSTS else lambda y: y
+    injection, tokens = peftcore.apply(model, "dyt", bottleneck=3, skip=True, **ALONE), []
+    filled(injection)
+    for path in injection.operators:
+        model.get_submodule(path).register_forward_pre_hook(lambda _, args: tokens.append(args[0].shape[:-1].numel()))
+    expected = output(model(**inputs)).detach()  # with gradients all are computed
+    (full, tokens[:]), rows = (list(tokens), []), len(expected)
+    with torch.no_grad():
+        found = output(model(**inputs))
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+        assert len(tokens) == len(full) and all(map(int.__le__, tokens, full)) and sum(tokens) < sum(full)
+        with peftcore.route(model, [None] * (rows - 1) + ["dyt"]):
+            torch.testing.assert_close(output(model(**inputs))[-1], expected[-1], rtol=1e-10, atol=1e-10)
+
+
+def test_where_tokens_cannot_skip() -> None:
+    model, inputs = HOSTS["vit"].build()
+    for name in ("one", "other"):
+        filled(peftcore.apply(model, "dyt", name=name, skip=True))
+    with torch.no_grad(), peftcore.activate(model, "one", "other"), pytest.raises(SequenceError, match="two adapters"):
+        model.eval()(**inputs)
+    for name, target, reason in (
+        ("bert", None, "no module of its own"),
+        ("moe", None, "of no feed-forward"),
+        ("vit", "attn.output", "of no feed-forward"),
+    ):
+        with pytest.raises(UnsupportedSite, match=reason):
+            peftcore.apply(HOSTS[name].build()[0], "dyt", skip=True, target=target)
+    sizes = {"depths": (1, 1), "embed_dims": (8, 16), "num_heads": (1, 2), "mlp_ratios": (2, 2), "sr_ratios": (2, 1)}
+    with pytest.raises(UnsupportedSite, match=r"dwconv\.weight may mix tokens"):
+        peftcore.apply(timm.models.pvt_v2.PyramidVisionTransformerV2(**sizes), "dyt", skip=True)
 
 
 def test_refused() -> None:
