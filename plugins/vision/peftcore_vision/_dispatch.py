@@ -42,7 +42,7 @@ class Gated(Protocol):
 class Taps:
     """What the gates of an adapter share."""
 
-    everyone: Tap = field(default_factory=lambda: Tap(until_backward=True))
+    everyone: Tap = field(default_factory=Tap)
     """Whether all tokens go through, in a pass of its own."""
     counts: Tap = field(default_factory=Tap)
     """For each block that ran in training the sum of its gates and how many they are, numbers without dimensions: those

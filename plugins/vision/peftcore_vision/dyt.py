@@ -79,7 +79,8 @@ class Config(MethodConfig):
     """Above which probability a token goes through."""
     skip: bool = False
     """In evaluation without gradients compute the chosen tokens alone, of each row as many as the row with the most
-    has. For feed-forwards that treat each token by itself; in routes and under torch.compile all are computed."""
+    has. For feed-forwards that treat each token by itself, and for one adapter at each; in routes and under
+    torch.compile all are computed."""
     prefix_tokens: NonNegativeInt | None = None
     """How many tokens in front always go through; None: those that stand in front of a picture's patches."""
     init_std: NonNegativeFloat = 0.02

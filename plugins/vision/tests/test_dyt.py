@@ -28,13 +28,9 @@ AUTHORS = {"repository": "NUS-HPC-AI-Lab/Dynamic-Tuning", "commit": "d1744f0"}
 ALONE: dict[str, Any] = {"complete": 0.0, "dropout": 0.0, "dtype": "float64"}
 
 
-@conformance("dyt", options={"*": {"complete": 0.0}})  # most hosts of the kit have no logits of classes
+# Most hosts of the kit have no logits of classes; and a share that they cannot have exactly leaves a gradient.
+@conformance("dyt", options={"*": {"complete": 0.0, "rate": 0.33}})
 def test_conformance(check: Callable[[], None]) -> None:
-    check()
-
-
-@conformance("dyt", hosts=["vit", "llama"], options={"*": {"complete": 0.0, "skip": True}})
-def test_conformance_of_skipping(check: Callable[[], None]) -> None:
     check()
 
 
