@@ -154,7 +154,8 @@ def loss_of_everyone(taps: Taps, injection: AppliedMethod, output: Any, call: Fo
     Raises:
         TrainingError: the model returns no logits, or there are no labels of their shape.
     """
-    labels = call.inputs.get("labels", call.context.get("labels"))
+    given = call.inputs.get("labels")
+    labels = call.context.get("labels") if given is None else given
     p, q = _logits_of(output, labels), _logits_of(call.again({taps.everyone: True}), labels)
     route = None if call.choice is None else call.choice.route
     if route is not None:
@@ -168,13 +169,14 @@ def loss_of_everyone(taps: Taps, injection: AppliedMethod, output: Any, call: Fo
 
 
 def _logits_of(output: Any, labels: Any) -> Tensor:
-    """Return the logits of classes in what a model returned ``[rows, classes, ...]``, in float32 at least."""
+    """Return the logits of classes in what a model returned ``[rows, classes]`` or ``[rows, classes, high, wide]``, in
+    float32 at least."""
     logits = output.get("logits") if isinstance(output, Mapping) else output
-    whole = isinstance(logits, Tensor) and isinstance(labels, Tensor) and logits.dim() > 1
+    whole = isinstance(logits, Tensor) and isinstance(labels, Tensor) and logits.dim() in (2, 4)
     if whole and labels.shape == (logits if labels.is_floating_point() else logits[:, 0]).shape:
         precise: Tensor = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return precise
     raise TrainingError(
-        "dyt trains the model with all tokens too, which takes its logits [rows, classes] and their labels: give these "
-        "to the model, or tell them by peftcore.call(model, labels=...); or take complete=0"
+        "dyt trains the model with all tokens too, which takes its logits [rows, classes] (or of each pixel) and their "
+        "labels: give these to the model, or tell them by peftcore.call(model, labels=...); or take complete=0"
     )
