@@ -152,8 +152,25 @@ class Bypass(AtBranchEnd):
 
     def join(self, h: Tensor, read: Tensor | None, end: Callable[..., Any] | None) -> Tensor:
         assert read is not None, "`read` returns it"
-        added = self._beside(read.to(h.dtype), h)
-        return h + (added if end is None else self.dropped(added, end))
+        read = read.to(h.dtype)
+        added = self._beside(read, h)
+        return self.kept(h, read) + (added if end is None else self.dropped(added, end))
+
+    def kept(self, h: Tensor, read: Tensor) -> Tensor:
+        """Returns what is left of the branch's own output, by default all. An operator that changes it stands where
+        `branch` is told so (``adds=False``).
+
+        Args:
+            h: the output, as it joins the stream.
+            read: what the operator reads, laid out as the branch's input; `laid_out` brings what is made of it into the
+                layout of `h`.
+        """
+        return h
+
+    def laid_out(self, made: Tensor) -> Tensor:
+        """Returns what was made of the input, ``[batch, ..., features]``, in the layout of the branch's output."""
+        made = made.movedim(-1, self.layer.channel_dim)
+        return made if self.order is None else made.permute(self.order)
 
     def dropped(self, added: Tensor, end: Callable[..., Any]) -> Tensor:
         """Returns the summand as it joins the stream behind the module where the branch ends, whose call `end` is: by
@@ -161,10 +178,7 @@ class Bypass(AtBranchEnd):
         return added
 
     def _beside(self, read: Tensor, y: Tensor) -> Tensor:
-        dim = self.layer.channel_dim
-        added = self.beside(read.movedim(dim, -1)).movedim(-1, dim)
-        if self.order is not None:
-            added = added.permute(self.order)
+        added = self.laid_out(self.beside(read.movedim(self.layer.channel_dim, -1)))
         if added.shape != y.shape:
             raise UnsupportedSite(
                 f"{type(self).__name__}: the branch reads {tuple(read.shape)} and returns {tuple(y.shape)}, so nothing "
@@ -223,9 +237,12 @@ def stack_of(path: str) -> str:
     return re.sub(r"\b\d+\b", "*", path)
 
 
-def branch(surgeon: Surgeon, site: Site, *, before_norm: bool = False, joins: Joins = "stream") -> BranchSite:
+def branch(
+    surgeon: Surgeon, site: Site, *, before_norm: bool = False, joins: Joins = "stream", adds: bool = True
+) -> BranchSite:
     """Returns a site as the end of a branch, with the place where the branch joins the stream (`branch_end`); with
-    `before_norm`, its operator also acts at the norms of the block.
+    `before_norm`, its operator also acts at the norms of the block. It only `adds` to the branch, or changes what the
+    branch itself puts out, too.
 
     Raises:
         UnsupportedSite: no matrix is known that reads the input of the branch.
@@ -234,7 +251,7 @@ def branch(surgeon: Surgeon, site: Site, *, before_norm: bool = False, joins: Jo
     last = next((entry for entry in host.at(site.module_path) if entry.role in FIRST), None)
     if last is None:  # a matrix, or a mixture or an attention, whose output has the width of the stream
         width = site.in_features if site.tensor == "weight" else site.out_features
-        return replace(branch_end(surgeon, site, joins, adds=True), width=width)
+        return replace(branch_end(surgeon, site, joins, adds=adds), width=width)
     inside = [entry for entry in host.entries if entry.block == last.block]
     first = [entry for entry in inside if entry.role in FIRST[last.role]]
     nearest = max(first, key=lambda entry: _steps_shared(entry.path, last.path), default=None)
@@ -245,7 +262,7 @@ def branch(surgeon: Surgeon, site: Site, *, before_norm: bool = False, joins: Jo
     places += [(norm, "norm") for norm in norms if before_norm]
     sites = (replace(surgeon.resolver.site(e.module, "weight", e.role), form=form) for e, form in places)
     width = surgeon.resolver.site(nearest.module, nearest.tensor or "weight").in_features
-    end = branch_end(surgeon, site, joins, adds=True)
+    end = branch_end(surgeon, site, joins, adds=adds)
     return replace(end, width=width, places=(*sites, *end.places))
 
 

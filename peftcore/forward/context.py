@@ -299,10 +299,13 @@ class ForwardContext:
         announce((args, kwargs), self)  # what backward comes to when it is through with the pass
         return output
 
-    def again(self) -> Any:
+    def again(self, left: Mapping[Tap, Any] | None = None) -> Any:
         """Run the host's forward once more, on the same arguments and under the same choice, for `Method.output_loss`.
 
         What draws in training draws anew. Taps that the pass leaves and losses that it adds end with it.
+
+        Args:
+            left: what taps hold in that pass from its beginning on, of which operators see that it is this one.
 
         Returns:
             What the host returns, with its graph, before hooks of the host change it.
@@ -318,6 +321,7 @@ class ForwardContext:
             raise TrainingError(f"the model is to run twice, and {given[0]}= has the tokens already: train without it")
         inner = ForwardContext(self.state, self.choice, model, self._args, self._kwargs)
         inner.extra, inner._tokens = True, self._tokens
+        inner.taps = [(tap.key, value, True, None, None) for tap, value in (left or {}).items()]
         compiling = torch.compiler.is_compiling()
         if not compiling:
             inner.frame, inner.within = sys._getframe(), running() if inner.recorded else []

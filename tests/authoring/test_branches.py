@@ -80,6 +80,38 @@ def test_what_a_branch_reads_is_added_to_what_it_returns(target: str, block: str
     torch.testing.assert_close(adapted["returned"], bare["returned"] + added)
 
 
+class Kept(Seen):
+    """Keeps of a branch's output a share that it reads."""
+
+    def kept(self, h: Tensor, read: Tensor) -> Tensor:
+        return h * self.laid_out(read.movedim(self.layer.channel_dim, -1).sum(-1, keepdim=True))
+
+
+class Keeping(Method):
+    name = "toy_keeping"
+    Config = type("Config", (Config,), {"__annotations__": {"method": Literal["toy_keeping"]}, "method": "toy_keeping"})
+    tags, target, parameter_count = Beside.tags, Beside.target, staticmethod(Beside.parameter_count)
+
+    def inject(self, model: nn.Module, config: Any, surgeon: Any) -> None:
+        for site in surgeon.sites():
+            place = branch(surgeon, site, before_norm=config.stream, adds=False)
+            surgeon.graft(place, Kept, config, place.places)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_what_a_branch_puts_out_may_be_kept_in_part(scaled: bool) -> None:
+    """Where the host scales it by code, in front of that: the sum with the stream is nothing to take a part of."""
+    host, twin = (with_layers(ScalingLayer if scaled else Layer) for _ in range(2))
+    twin.load_state_dict(host.state_dict())
+    notes = peftcore.plan(host, Keeping, stream=True).notes
+    peftcore.apply(host, Keeping, stream=True)
+    adapted, bare = (watched(each.layers[0], "mlp", "mlp_norm") for each in (host, twin))
+    host(token_ids()), twin(token_ids())
+    share = adapted["stream"].sum(-1, keepdim=True)
+    torch.testing.assert_close(adapted["returned"], share * bare["returned"] + adapted["stream"])
+    assert ("scales outputs of branches" in "".join(notes)) is scaled
+
+
 OTHERS: dict[str, dict[str, Any]] = {
     "a norm of its own": {"method": "ln_tuning"},
     "a scaled norm": {"method": "ssf", "target": "norm"},

@@ -11,7 +11,7 @@ from core_toys import token_ids
 from torch import Tensor, nn
 
 import peftcore
-from peftcore import Average, ForwardContext, Method, Operator, Sum, activate, call, forward_context, route
+from peftcore import Average, ForwardContext, Method, Operator, Sum, Tap, activate, call, forward_context, route
 from peftcore.errors import MissingContext, UnknownInjection
 
 IDS = token_ids(3)
@@ -143,6 +143,52 @@ def test_the_host_runs_again_under_the_same_choice_with_draws_of_its_own(reentra
         assert mine.any()
     with activate(model, *[each.name for each in own[1:]]):
         torch.testing.assert_close(model(IDS), model(IDS))
+
+
+class ToldMethod(Method):
+    """Adds the product with a pass in which its operators read another factor."""
+
+    name = "toy_told"
+    Config, target, tags = TapMethod.Config, TapMethod.target, TapMethod.tags
+
+    def inject(self, model: nn.Module, config: Any, surgeon: Any) -> None:
+        self.factor = Tap(until_backward=True)
+        for site in surgeon.sites():
+            surgeon.graft(site, lambda at, own: Told(at, self.factor), config)
+
+    def output_loss(self, injection: Any, output: Any, call: ForwardContext) -> Tensor:
+        return (output["logits"] * call.again({self.factor: 3.0})["logits"]).mean()
+
+    parameter_count = staticmethod(TapMethod.parameter_count)
+
+
+class Told(Operator):
+    def __init__(self, site: Any, factor: Tap) -> None:
+        super().__init__(site)
+        self.gain, self.factor, self.usual = nn.Parameter(torch.zeros(site.out_features)), factor, 1.0
+
+    def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
+        return call(x) + (self.factor.get() or self.usual) * self.gain
+
+
+@pytest.mark.parametrize("reentrant", [None, True, False])
+def test_operators_read_in_another_pass_what_taps_hold_from_its_beginning(reentrant: bool | None) -> None:
+    """Also where blocks run again; beside forwards of a twin, whose operators have that factor."""
+    model, twin = host(reentrant), host()
+    injection, theirs = peftcore.apply(model, ToldMethod), peftcore.apply(twin, ToldMethod)
+    fill(injection, 1), fill(theirs, 1)
+    found = model(IDS, IDS)
+    found["loss"].backward()
+    theirs.method.output_loss = lambda *_: None  # type: ignore[method-assign]
+    one = twin(IDS, IDS)
+    for operator in theirs.operators.values():
+        operator.usual = 3.0  # type: ignore[assignment]
+    expected = one["loss"] + (one["logits"] * twin(IDS, IDS)["logits"]).mean()
+    torch.testing.assert_close(found["loss"], expected)
+    expected.backward()
+    for mine, its in zip(gradients(injection), gradients(theirs), strict=True):
+        torch.testing.assert_close(mine, its)
+        assert mine.any()
 
 
 def test_a_part_of_a_model_does_not_run_again() -> None:

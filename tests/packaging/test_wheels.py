@@ -373,7 +373,10 @@ def trained(info):
     optimizer = injection.optimizer(torch.optim.AdamW, lr=0.02, total_steps=STEPS)
     losses = []
     for _ in range(STEPS):
-        losses.append(loss(model))
+        try:
+            losses.append(loss(model))
+        except peftcore.errors.TrainingError:  # labels, say
+            return "asks to be told more"
         optimizer.zero_grad()
         losses[-1].backward()
         optimizer.step()
@@ -403,6 +406,7 @@ ELSEWHERE = {
     "controlnet": "asks to be told more",
     "controlnet_lllite": "asks to be told more",
     "coop": "asks to be told more",
+    "dyt": "asks to be told more",
     "ip_adapter": "asks to be told more",
     "ir_qlora": "has no place",
     "kadaptation": "has no place",

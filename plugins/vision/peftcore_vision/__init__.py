@@ -21,6 +21,7 @@ def peftcore_methods() -> Mapping[str, str]:
         "convpass": "peftcore_vision.convpass:Convpass",
         "coop": "peftcore_vision.coop:CoOp",
         "dtl": "peftcore_vision.dtl:DTL",
+        "dyt": "peftcore_vision.dyt:DyT",
         "e2vpt": "peftcore_vision.e2vpt:E2VPT",
         "fact_tk": "peftcore_vision.fact_tk:FactTK",
         "fact_tt": "peftcore_vision.fact_tt:FactTT",

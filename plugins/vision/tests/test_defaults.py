@@ -16,6 +16,7 @@ MONA = "Leiyi-Hu/mona@5deeac9, Swin-Transformer-Object-Detection/mmdet/models/ba
 PEVIT = "eric-ai-lab/PEViT@be6fb43, vision_benchmark/evaluation/model.py"
 CONVPASS = "JieShibo/PETL-ViT@026e4f1, convpass/vtab/convpass.py"
 DTL = "heekhero/DTL@bf6c51e"
+DYT = "NUS-HPC-AI-Lab/Dynamic-Tuning@d1744f0"
 E2VPT = "ChengHan111/E2VPT@7a66e75, src/configs/config.py: _C.MODEL.P_VK"
 FACT = "JieShibo/PETL-ViT@026e4f1, FacT"
 MAPLE = "muzairkhattak/multimodal-prompt-learning@69bce21, configs/trainers/MaPLe/vit_b16_c2_ep5_batch4_2ctx.yaml"
@@ -82,6 +83,18 @@ HELD: Held = {
     ("dtl", "start"): (0.5, f"{DTL}, train_vit_vtab.py: --add_after_blocks default='6-11', of 12 blocks"),
     ("dtl", "beta"): (100.0, f"{DTL}, train_vit_vtab.py: --beta default=100.0"),
     ("dtl", "kernel"): (None, f"{DTL}, train_scripts/vit/vtab/cifar_100/train_dtl.sh: --fusion_size 0"),
+    ("dyt", "bottleneck"): (64, f"{DYT}, main_image.py: --ffn_num default=64"),
+    ("dyt", "scale"): (0.1, f'{DYT}, main_image.py: ffn_adapter_scalar="0.1"'),
+    ("dyt", "dropout"): (0.1, f"{DYT}, models/vision_transformer_IN21K.py: Adapter(self.tuning_config, dropout=0.1)"),
+    ("dyt", "rate"): (0.5, f"{DYT}, train_IN21K.sh: --token_target_ratio 0.5"),
+    ("dyt", "rate_weight"): (2.0, f"{DYT}, main_image.py: token_ratio=2."),
+    ("dyt", "complete"): (1.0, f"{DYT}, engine_finetune.py: loss = loss + teacher_loss + cls_kl_loss"),
+    ("dyt", "temperature"): (5.0, f"{DYT}, models/dynamic_adapter.py: TokenSelect(tau=5)"),
+    ("dyt", "threshold"): (0.5, f"{DYT}, models/dynamic_adapter.py: TokenSelect(threshold=0.5)"),
+    ("dyt", "skip"): (False, f"{DYT}, models/vision_transformer_IN21K.py: mlp_x = sub_token_select * mlp_x"),
+    ("dyt", "prefix_tokens"): (None, f"{DYT}, models/dynamic_adapter.py: self.mlp_head(x[:, 1:, :]), the class token"),
+    ("dyt", "init_std"): (0.02, f"{DYT}, models/vision_transformer_IN21K.py: trunc_normal_(m.weight, std=.02)"),
+    ("dyt", "init_bias"): (0.0, f"{DYT}, models/vision_transformer_IN21K.py: nn.init.zeros_(m.bias)"),
     ("e2vpt", "length"): (5, f"{E2VPT}.NUM_TOKENS_P = 5"),
     ("e2vpt", "dropout"): (0.0, f"{E2VPT}.DROPOUT_P = 0.0; the commands of tasks have 0.1"),
     ("e2vpt", "projection"): (None, f"{E2VPT}.PROJECT = -1"),
