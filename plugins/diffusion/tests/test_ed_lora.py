@@ -13,6 +13,8 @@ from torch import Tensor, nn
 import peftcore
 from peftcore.errors import ConfigError, TargetError, UnsupportedSite
 from peftcore.testing import against, conformance, frozen
+from peftcore_multitask import gather
+from peftcore_multitask.regmean import grams, take_grams
 
 EXACT = 1e-12
 NUMBERS = Path(__file__).parent / "numbers" / "ed_lora.json"
@@ -100,6 +102,48 @@ def test_a_merged_unet_takes_one_text_for_all_and_reads_layers_with_xti() -> Non
     assert difference(model.unet(latents, times, states[:, 0]).sample, one) < EXACT
     peftcore.apply(model.unet, "xti", target="cross.k")
     assert difference(model.unet(latents, times, states).sample, expected) < EXACT
+
+
+def filled(host: nn.Module, seed: int, **options: Any) -> peftcore.Injection:
+    injection = peftcore.apply(host, "ed_lora", name=f"a{seed}", **{**OPTIONS, **options})
+    torch.manual_seed(seed)
+    for parameter in injection.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    return injection
+
+
+def test_several_are_fused_by_their_inputs() -> None:
+    """Those of a UNet by regression, where each reads a text for each layer, which the fused one leaves to `xti`."""
+    model, every = Both().unet, []
+    latents, times = SCRIPT["picture"]()
+    parts = [filled(model, seed) for seed in range(2)]
+    for seed, part in enumerate(parts):
+        batch = {"sample": latents + seed, "timestep": times}
+        every.append(grams(part, [{**batch, "encoder_hidden_states": torch.randn(2, 4, 5, 12).double()}]))
+    before = [peftcore.deltas(part) for part in parts]
+    merged = gather(model, "mix_of_show", {"a0": 1.0, "a1": 1.0})
+    take_grams(merged, every)
+    fused = peftcore.deltas(merged)
+    assert len(fused) == 4 * 8 and "xti" not in fused
+    for path, change in fused.items():
+        G = [matrices[path] for matrices in every]
+        wanted = sum(delta[path] @ g for delta, g in zip(before, G, strict=True))
+        assert torch.allclose(change @ sum(G), wanted, atol=1e-5 * float(wanted.abs().max()))
+    peftcore.apply(model, "xti", target="cross.k", name="layers")
+    peftcore.activate(model, [merged.name, "layers"])
+    assert model(latents, times, torch.randn(2, 4, 5, 12).double()).sample.isfinite().all()
+
+
+def test_fused_text_encoders_know_all_words() -> None:
+    model = Both().text
+    tokens = (SCRIPT["RANDOM"], SCRIPT["CLASS"])
+    parts = [filled(model, seed, class_tokens=own) for seed, own in enumerate(tokens)]
+    vectors: list[Any] = [each.operators["embeddings.token_embedding"] for each in parts]
+    expected = [each.vectors.detach().clone() for each in vectors]
+    merged = gather(model, "mix_of_show", {"a0": 1.0, "a1": 1.0})
+    merged.merge()
+    table = model.get_input_embeddings().weight
+    assert all(torch.allclose(table[own], value) for own, value in zip(tokens, expected, strict=True))
 
 
 def test_the_start_of_words_and_factors() -> None:
