@@ -187,6 +187,18 @@ ADVICE = (
         "files that other programs read",
     ),
     Advice(
+        "a text encoder that learns a word for it, and a model that stays as it is",
+        ("textual_inversion", "xti"),
+        ("merge",),
+        "files of kilobytes; the second has a word for each cross-attention of a UNet",
+    ),
+    Advice(
+        "several subjects in one picture",
+        ("ed_lora", "custom_diffusion"),
+        ("act in SD 1.5 UNet", "merge", "start as the base model"),
+        "words with their own updates; ED-LoRAs are merged by `mix_of_show`",
+    ),
+    Advice(
         "a diffusion model that follows a picture",
         ("controlnet", "t2i_adapter", "ip_adapter", "ominicontrol"),
         ("do not merge",),

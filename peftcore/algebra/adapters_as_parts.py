@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from peftcore.algebra.combining import Source, established, opened, warn_of_heads
-from peftcore.contract.config import validate
 from peftcore.injection.applied import AppliedMethod
 from peftcore.injection.injection import Injection
 from peftcore.registry.catalogue import method as find_method
+from peftcore.registry.presets import method_of
 
 
 @torch.no_grad()
@@ -31,7 +31,7 @@ def gather(
     Args:
         model: the host.
         method: a method of parts, which has them and their weights as the options `parts` and `weights`:
-            "task_arithmetic", "ties_merging", "dare", "regmean", "adapter_soup".
+            "task_arithmetic", "ties_merging", "dare", "regmean", "adapter_soup"; or a preset of one, "mix_of_show".
         sources: weights by folder or name.
         name: name of the new injection; the method's by default.
         options: the method's other options.
@@ -45,10 +45,10 @@ def gather(
         parts = [each.config.model_dump(mode="json") for each in adapters]
         found = [(_tensors(each), each.selections, each.wishes.dtype) for each in adapters]
         instead = [each.name for each in adapters]
-    config = validate(kind.Config, {"parts": parts, "weights": list(sources.values()), **options})
+    own, config = method_of(kind, {"parts": parts, "weights": list(sources.values()), **options})
     selections = {f"{index}/{key}": sites for index, each in enumerate(found) for key, sites in each[1].items()}
     dtype = functools.reduce(torch.promote_types, (each[2] for each in found))
-    made = established(model, kind, config, name or kind.name, selections, dtype=dtype, instead=instead)
+    made = established(model, type(own), config, name or kind.name, selections, dtype=dtype, instead=instead)
     for part, (tensors, _, _) in zip(made.parts.values(), found, strict=True):
         for key, value in _tensors(part).items():
             value.copy_(tensors[key])

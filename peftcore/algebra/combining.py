@@ -53,7 +53,11 @@ def _precise(tensor: Tensor) -> Tensor:
 
 
 def _acting(injection: Injection) -> None:
-    stuck = [graft.site.path for graft in injection.grafts if not is_mergeable(graft.operator)]
+    stuck = [
+        graft.site.path
+        for graft in injection.grafts
+        if not (graft.operator.trains_only or is_mergeable(graft.operator))
+    ]
     if stuck:
         raise NotMergeable(
             f"{injection.method.name} makes no change of weights that algebra could use (first at {stuck[0]}): what it "
@@ -66,7 +70,7 @@ def _acting(injection: Injection) -> None:
 @torch.no_grad()
 def changes(injection: Injection) -> dict[str, Change]:
     """Returns the effective minus the base weight of each tensor, by site path, in float32 or better. Modules that the
-    user named in ``train`` are left out: heads belong to one task.
+    user named in ``train`` are left out, since heads belong to one task; so is what merging leaves out.
 
     Raises:
         NotMergeable: an operator has no effective weight.
@@ -81,7 +85,7 @@ def _changes(injection: Injection) -> dict[str, Change]:
     found: dict[str, Change] = {}
     now: dict[tuple[str, str], Tensor] = {}  # as the operators before leave it, as it is stored
     for graft in injection.grafts:
-        if graft.by_method:
+        if graft.by_method and not graft.operator.trains_only:
             site, operator = graft.site, graft.operator
             base = _stored(site, now)
             weight = None if base is None else take(site.layer.logical(base), site.slices, site.layer.batch_dims)

@@ -65,7 +65,7 @@ class Tags:
     per_row: bool = True
     """Rows of a batch may go to different injections (`route`)."""
     low_rank: bool = False
-    """`factors()` of every operator gives the update as A, B and a scale."""
+    """`factors()` of every operator gives the update as A, B and a scale; those that merging leaves out have none."""
     needs_data: bool = False
     """`calibrate` uses the user's data before training; `apply` then needs ``data=``."""
     scheduled: bool = False

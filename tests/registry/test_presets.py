@@ -35,8 +35,8 @@ def filled(injection: peftcore.Injection) -> peftcore.Injection:
     return injection
 
 
-def test_there_are_fifty_four() -> None:
-    assert len(PRESETS) == 55
+def test_there_are_fifty_six() -> None:
+    assert len(PRESETS) == 56
     assert not {info.name for info in peftcore.methods()} & PRESETS.keys()
 
 

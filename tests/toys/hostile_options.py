@@ -39,6 +39,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "cpt": {"ids": [5, 9, 3, 7, 11, 2, 8, 4, 6], "types": [1, 2, 3, 4, 4, 5, 6, 7, 8]},
     "custom_diffusion": {"modifier_tokens": [3]},
     "dyt": {"complete": 0.0, "bottleneck": 4},
+    "ed_lora": {"class_tokens": [3]},
     "fourierft": {"n_frequency": 20},
     "hra": {"rank": 4},
     "hyperformer_pp": {"tasks": 3},
@@ -75,6 +76,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "trainable_tokens": {"token_indices": [3, 5]},
     "waveft": {"n_frequency": 20},
     "xlora": {"depth": 2, "width": 4},
+    "xti": {"tokens": [3]},
 }
 """What methods need to fit hosts as small as these."""
 NUMBERS = (10**9, 2**62, 2**63 - 1, 10**5)

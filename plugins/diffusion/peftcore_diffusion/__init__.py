@@ -16,6 +16,7 @@ def peftcore_methods() -> Mapping[str, str]:
         "controlnet_lllite": "peftcore_diffusion.controlnet_lllite:ControlNetLLLite",
         "custom_diffusion": "peftcore_diffusion.custom_diffusion:CustomDiffusion",
         "difffit": "peftcore_diffusion.difffit:DiffFit",
+        "ed_lora": "peftcore_diffusion.ed_lora:EDLoRA",
         "ip_adapter": "peftcore_diffusion.ip_adapter:IPAdapter",
         "locon": "peftcore_diffusion.locon:LoCon",
         "ominicontrol": "peftcore_diffusion.ominicontrol:OminiControl",
@@ -23,6 +24,7 @@ def peftcore_methods() -> Mapping[str, str]:
         "t2i_adapter": "peftcore_diffusion.t2i_adapter:T2IAdapter",
         "tlora": "peftcore_diffusion.tlora:TLoRA",
         "textual_inversion": "peftcore_diffusion.textual_inversion:TextualInversion",
+        "xti": "peftcore_diffusion.xti:XTI",
     }
 
 

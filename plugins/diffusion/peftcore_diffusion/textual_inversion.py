@@ -17,7 +17,7 @@ Use it to teach a subject or a style as a word: the file is a few kilobytes, the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Annotated, Literal
 
 import torch
@@ -29,10 +29,9 @@ from peftcore.errors import UnsupportedSite
 from peftcore_diffusion._ties import alike, foremost, holders, stored_as
 
 
-class Config(MethodConfig):
-    """Options of textual inversion."""
+class WordsConfig(MethodConfig):
+    """Options of methods that train words."""
 
-    method: Literal["textual_inversion"] = "textual_inversion"
     tokens: Annotated[list[int], Field(min_length=1)] = Field(default_factory=lambda: [-1])
     """Ids of the placeholder tokens, one for each vector; negative ones count from the end of the table, where
     `resize_token_embeddings` puts new ones."""
@@ -41,7 +40,13 @@ class Config(MethodConfig):
     rows that the placeholders have."""
 
 
-def _rows(site: Site, config: Config) -> list[int]:
+class Config(WordsConfig):
+    """Options of textual inversion."""
+
+    method: Literal["textual_inversion"] = "textual_inversion"
+
+
+def _rows(site: Site, config: WordsConfig) -> list[int]:
     """Return the ids, checked against the size of the table."""
     size = site.in_features
     rows = [token + size if token < 0 else token for token in config.tokens]
@@ -57,7 +62,7 @@ class TextualInversionOperator(Operator):
 
     tokens: Tensor
 
-    def __init__(self, site: Site, config: Config) -> None:
+    def __init__(self, site: Site, config: WordsConfig) -> None:
         super().__init__(site)
         if not site.layer.one_hot:
             raise UnsupportedSite(f"{site.path} is no embedding of tokens")
@@ -77,6 +82,18 @@ class TextualInversionOperator(Operator):
         return weight.index_copy(1, self.tokens, self.vectors.mT.to(weight.dtype))
 
 
+def learn_words(
+    surgeon: Surgeon, sites: Iterable[Site], operator: Callable[..., Operator], config: MethodConfig
+) -> None:
+    """Put an operator of words at tables, one for all modules that hold the same table."""
+    for group in alike(sites):
+        held = holders(surgeon, group[0])
+        site = foremost([each for each in held if each.layer.one_hot] or group)
+        rest = (each for each in held if each.path != site.path)
+        others = (each if each.layer.one_hot else stored_as(each, Transposed()) for each in rest)
+        surgeon.graft(site, operator, config, tuple(others))
+
+
 class TextualInversion(Method):
     """Train the embeddings of new words.
 
@@ -93,12 +110,7 @@ class TextualInversion(Method):
     target = ("embed",)
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
-        for group in alike(surgeon.sites()):
-            held = holders(surgeon, group[0])
-            site = foremost([each for each in held if each.layer.one_hot] or group)
-            rest = (each for each in held if each.path != site.path)
-            others = (each if each.layer.one_hot else stored_as(each, Transposed()) for each in rest)
-            surgeon.graft(site, TextualInversionOperator, config, tuple(others))
+        learn_words(surgeon, surgeon.sites(), TextualInversionOperator, config)
 
     @staticmethod
     def parameter_count(site: Site, config: Config) -> int:

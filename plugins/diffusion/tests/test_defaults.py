@@ -7,6 +7,8 @@ from named_defaults import Free, Held, assert_as_said, rows
 
 CONTROLNET = "lllyasviel/ControlNet@ed85cd1"
 LLLITE = "kohya-ss/sd-scripts@48d368f, networks/control_net_lllite.py"
+MIX = "TencentARC/Mix-of-Show@51270fd"
+POTTER = f"{MIX}, options/train/EDLoRA/real/8101_EDLoRA_potter_Cmix_B4_Repeat500.yml"
 DIFFFIT = "mkshing/DiffFit-pytorch@78dc2d1, difffit_pytorch"
 LYCORIS = "KohakuBlueleaf/LyCORIS@f49d30d"
 LOCON = "cyber-meow/LyCORIS-evaluation@7c5758c, exp_configs/training_configs/exp-1004-sd15-lora8a4-full-a.toml"
@@ -38,6 +40,14 @@ HELD: Held = {
     ),
     ("difffit", "blocks"): (None, f"{DIFFFIT}/diffusers_models/attention.py: every BasicTransformerBlock has them"),
     ("difffit", "classes"): (True, f'{DIFFFIT}/utils.py: trainable_names = ["bias","norm","gamma","y_embed"]'),
+    ("ed_lora", "rank"): (4, f"{POTTER}: rank: 4"),
+    ("ed_lora", "alpha"): (1.0, f"{POTTER}: alpha: 1.0"),
+    ("ed_lora", "random_std"): (0.013, f"{POTTER}: initializer_token: <rand-0.013>+man"),
+    ("ed_lora", "initializer"): (
+        None,
+        f"{POTTER}: initializer_token: <rand-0.013>+man; ours is None because ids of words are the tokenizer's",
+    ),
+    ("ed_lora", "word_lr"): (1e-3, f"{POTTER}: text_embedding: lr: !!float 1e-3"),
     ("ip_adapter", "scale"): (1.0, "tencent-ailab/IP-Adapter@62e4af9, ip_adapter/attention_processor.py: scale=1.0"),
     ("ip_adapter", "tokens"): (4, "tencent-ailab/IP-Adapter@62e4af9, ip_adapter/attention_processor.py: num_tokens=4"),
     ("locon", "rank"): (16, f"{LYCORIS}, example_configs/training_configs/kohya/lora_config.toml: network_dim = 16"),
@@ -73,6 +83,11 @@ HELD: Held = {
         None,
         "rinongal/textual_inversion@424192d, configs/latent-diffusion/txt2img-1p4B-finetune.yaml: initializer_words: "
         '["sculpture"]; ours is None because ids of words are the tokenizer\'s',
+    ),
+    ("xti", "initializer"): (
+        None,
+        'mkshing/prompt-plus-pytorch@7862c3f, README.md: --initializer_token="toy"; ours is None because ids of words '
+        "are the tokenizer's",
     ),
 }
 

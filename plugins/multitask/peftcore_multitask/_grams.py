@@ -85,13 +85,18 @@ def matrices_of(path: str, every: Sequence[Mapping[str, Tensor]], like: Tensor) 
     return torch.stack([given[path].to(like.device, torch.float64) for given in every])
 
 
-def shares_of(path: str, G: Tensor, weights: Sequence[float], off_diagonal: float) -> Tensor:
-    """Return P ``[parts, in, in]`` for the matrices of the layer at a path.
+def shares_of(path: str, G: Tensor, weights: Sequence[float], off_diagonal: float, base: bool = False) -> Tensor:
+    """Return P ``[parts, in, in]`` for the matrices of the layer at a path; with `base`, zero in directions that no
+    inputs have.
 
     Raises:
         CalibrationError: their sum has no inverse.
     """
     diagonal = G.diagonal(dim1=-2, dim2=-1)
+    if base:  # not scaled as below: what is orthogonal to the inputs is to stay so
+        G = off_diagonal * G + torch.diag_embed((1 - off_diagonal) * diagonal)
+        G = torch.tensor(weights, dtype=G.dtype, device=G.device)[:, None, None] * G
+        return G @ torch.linalg.pinv(G.sum(0), rtol=LEAST, hermitian=True)
     unseen = (diagonal == 0).all(0)  # such an input has the same weight in all parts
     G = off_diagonal * G + torch.diag_embed((1 - off_diagonal) * diagonal + unseen.to(G))
     G = torch.tensor(weights, dtype=G.dtype, device=G.device)[:, None, None] * G
@@ -102,7 +107,7 @@ def shares_of(path: str, G: Tensor, weights: Sequence[float], off_diagonal: floa
     error = shares.sum(0) * root[:, None] / root - torch.eye(len(root)).to(G)
     if error.abs().max() > LARGEST_ERROR:
         raise CalibrationError(
-            f"the inputs of {path} were too few, or too much alike, for a regression: give more data, or an "
-            "off_diagonal below 1"
+            f"the inputs of {path} were too few, or too much alike, for a regression: give more data, an off_diagonal "
+            "below 1, or unseen='base'"
         )
     return shares

@@ -134,6 +134,8 @@ def collected(surgeon: Surgeon, config: PartsConfig) -> dict[Key, Members]:
     for index, part in enumerate(config.parts):
         method = peftcore.method(part["method"])()
         for graft in surgeon.collect(str(index), method, options_of(part), part.get("target")):
+            if graft.operator.trains_only:  # merging leaves it out
+                continue
             site = graft.site
             members = groups.setdefault((site.module_path, site.tensor, site.slices), {})
             if index in members:

@@ -16,5 +16,6 @@ PRESETS = {
     "c_poly": Preset("polytropon", "2312.03248", {"skills": 3, "own_skills": 1}),
     "hyperformer": Preset("hyperformer_pp", "2106.04489", {"shared": False}),
     "mhr": Preset("polytropon", "2211.03831", {"splits": 8}),
+    "mix_of_show": Preset("regmean", "2305.18292", {"off_diagonal": 1.0, "unseen": "base"}),
     "spot": Preset("prompt_tuning", "2110.07904", workflow=FROM_ANOTHER_TASK),
 }

@@ -16,6 +16,11 @@ convolutions, embeddings, experts), as in the authors' code (bloomberg/dataless-
 all tasks keeps it too; the authors' inverse does not exist there, and they count padding. a is 0.9 in their notebook,
 where RoBERTa does without, and 0.1 in most of their scripts; a = 0 is their diagonal variant.
 
+With `unseen` = "base" the inverse is a pseudo-inverse: in directions that no task's inputs have, W' is the base, so a
+few prompts are enough, and rows of a table, which no two parts train, are added up. With a = 1 and a weight for each
+row of X_t that is the gradient fusion of Mix-of-Show (arXiv 2305.18292, `mix_of_show`), whose authors descend to it
+from the base by L-BFGS.
+
 A sum of low-rank parts is low-rank: `factors` gives it, and `peftcore.to_lora` with the sum of their ranks writes it
 without the P_t, which take a number for each pair of inputs, part and site.
 
@@ -48,6 +53,9 @@ class Config(PartsConfig):
     method: Literal["regmean"] = "regmean"
     off_diagonal: Annotated[float, Field(ge=0.0, le=1.0)] = 0.9
     """What is left of products of two different inputs in the matrices, the factor a."""
+    unseen: Literal["mean", "base"] = "mean"
+    """What a weight does in directions that no task's inputs have: it has the parts' mean, where only single inputs may
+    be unseen and all else is an error; or it stays the base's."""
 
     @model_validator(mode="after")
     def _positive(self) -> Self:
@@ -65,6 +73,7 @@ class RegMeanOperator(MergingOperator):
         super().__init__(site, config, members)
         weights = [1.0] * len(config.parts) if config.weights is None else config.weights
         self.importance = [weight / sum(weights) for weight in weights]
+        self.plain = [1.0] * len(weights) if config.unseen == "base" and site.layer.one_hot else self.importance
         self.matrix = site.layer_of(site.module, site.tensor)  # where parts bring whole values, the site knows none
         inputs = self.matrix.shape(site.module, site.tensor)[-1] if gram_sites([site]) else 0
         mean = [each * torch.eye(inputs) for each in self.importance]
@@ -77,7 +86,7 @@ class RegMeanOperator(MergingOperator):
     def combined(self, deltas: dict[str, Tensor]) -> Tensor:
         matrices = all(delta.dim() == 2 for delta in deltas.values())
         if self.shares is None or not matrices:
-            return merge_math.linear(list(deltas.values()), [self.importance[int(index)] for index in deltas])
+            return merge_math.linear(list(deltas.values()), [self.plain[int(index)] for index in deltas])
         taus = {index: self.matrix.logical(self.layer.stored(delta)) for index, delta in deltas.items()}
         changes = [tau @ self._share(index, tau) for index, tau in taus.items()]
         return self.layer.logical(self.matrix.stored(merge_math.linear(changes, [1.0] * len(changes))))
@@ -89,7 +98,7 @@ class RegMeanOperator(MergingOperator):
         if len(known) < len(given):
             return None
         if self.shares is None:
-            return merge_math.cat([*known.values()], [self.importance[int(index)] for index in known])
+            return merge_math.cat([*known.values()], [self.plain[int(index)] for index in known])
         turned = [(A @ self._share(index, A), B, scale) for index, (A, B, scale) in known.items()]
         return merge_math.cat(turned, [1.0] * len(turned))
 
@@ -128,6 +137,7 @@ def take_grams(merged: AppliedMethod, every: Sequence[Mapping[str, Tensor]]) -> 
         if operator.shares is not None:
             path, options = graft.site.module_path, merged.config.at(graft.site.path)
             matrices = matrices_of(path, every, operator.shares)
-            made.append((operator.shares, shares_of(path, matrices, operator.importance, options.off_diagonal)))
+            base = options.unseen == "base"
+            made.append((operator.shares, shares_of(path, matrices, operator.importance, options.off_diagonal, base)))
     for shares, new in made:
         shares.copy_(new)

@@ -188,6 +188,11 @@ HELD: Held = {
         "bloomberg/dataless-model-merging@92247ae, regmean_demo.ipynb: reduce_non_diag(param_grams, a=0.9), and "
         "src/configs/exps/deberta/ner/ood/deberta-ner-regmean.yaml: regmean_reduce_nondiag: 0.9; others have 0.1",
     ),
+    ("regmean", "unseen"): (
+        "mean",
+        "bloomberg/dataless-model-merging@92247ae, src/model_merge/avg_merger.py: torch.inverse(sum_gram), which "
+        "has to exist; an input that is zero in all tasks is ours",
+    ),
     ("sapt", "tasks"): (1, f"{SAPT}: the first task; each next one has one more"),
     ("sapt", "rank"): (4, f"{SAPT}: lora_r = 4"),
     ("sapt", "alpha"): (32.0, f"{SAPT}: lora_alpha = 32"),

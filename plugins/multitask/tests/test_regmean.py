@@ -3,6 +3,7 @@ which it says it is; the equation with parts of several kinds, with gradients; a
 
 from collections.abc import Callable
 from pathlib import Path
+from runpy import run_path
 from typing import Any
 
 import pytest
@@ -178,6 +179,36 @@ def test_adapters_and_matrices_out_of_files(tmp_path: Path) -> None:
     again = host()
     peftcore.load(again, tmp_path / "merged")
     assert torch.equal(again(X), model(X))
+
+
+FUSION = Path(__file__).parent / "numbers" / "mix_of_show.json"
+SCRIPT = run_path(str(FUSION.with_suffix(".py")))
+
+
+@pytest.mark.parametrize("case", SCRIPT["CASES"])
+@against("authors", "regmean", repository="TencentARC/Mix-of-Show", commit="51270fd", script="gradient_fusion.py")
+def test_gradient_fusion_is_the_regression_that_keeps_the_base(case: str) -> None:
+    """As near as their L-BFGS comes to it, with more inputs than directions and with fewer; each row counts alike."""
+    model, sources, every = nn.Sequential(nn.Linear(6, 5, bias=False)).double(), {}, []
+    with torch.no_grad():
+        model[0].weight.copy_(SCRIPT["base"]())
+    for concept, rows in enumerate(SCRIPT["CASES"][case]):
+        options = {"rank": SCRIPT["RANK"], "alpha": SCRIPT["RANK"] * SCRIPT["ALPHA"], "target": ["0"]}
+        part = applied(model, "lora", name=f"a{concept}", **options)
+        operator: Any = part.operators["0"]
+        with torch.no_grad():
+            for mine, theirs in zip((operator.A, operator.B), SCRIPT["factors"](concept), strict=True):
+                mine.copy_(theirs)
+        every.append(grams(part, [(SCRIPT["inputs"](case, concept),)]))
+        peftcore.activate(model)
+        sources[f"a{concept}"] = float(rows)
+    merged = gather(model, "mix_of_show", sources)
+    assert merged.method.name == "regmean" and merged.name == "mix_of_show"
+    take_grams(merged, every)
+    merged.merge()
+    expected = torch.tensor(frozen(FUSION)[case], dtype=torch.float64)
+    assert (model[0].weight.flatten() - expected).abs().max() < 1e-7
+    assert (expected - SCRIPT["base"]().flatten()).abs().max() > 0.1
 
 
 def test_an_input_that_no_task_has_keeps_the_mean() -> None:

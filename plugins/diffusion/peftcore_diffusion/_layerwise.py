@@ -1,0 +1,89 @@
+"""A text of its own for each cross-attention of a UNet: which these are, and how each takes its own."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from peftcore import InputOperator, Mine, Site, Surgeon
+from peftcore.errors import ConfigError
+
+PARTS = ("down_blocks", "mid_block", "up_blocks")
+"""The parts of a UNet of diffusers, in the order in which they run; as modules, the middle comes last."""
+STATES = "encoder_hidden_states"
+
+
+class LayerReader(InputOperator):
+    """Gives a cross-attention its own states ``[batch, tokens, dim]`` of a text's ``[batch, layers, tokens, dim]``;
+    states without layers are for all of them alike.
+
+    Args:
+        site: the attention.
+        layer: its number.
+        layers: how many there are.
+        left_out: whether merging leaves it out; the model then takes states without layers alone.
+    """
+
+    def __init__(self, site: Site, layer: int, layers: int, left_out: bool) -> None:
+        super().__init__(site)
+        self.index, self.layers, self.trains_only = layer, layers, left_out
+
+    def arguments(self, given: dict[str, Any], mine: Mine) -> dict[str, Any]:
+        """Return the arguments with the states of this layer.
+
+        Raises:
+            ConfigError: the states have another number of layers.
+        """
+        states = given.get(STATES)
+        if states is None or states.dim() != 4:
+            return given
+        if states.shape[1] != self.layers:
+            raise ConfigError(
+                f"{STATES} has {states.shape[1]} layers, and the UNet {self.layers} cross-attentions: give "
+                f"[batch, {self.layers}, tokens, dim], or one text for all of them, [batch, tokens, dim]"
+            )
+        return {**given, STATES: states[:, self.index]}
+
+
+def cross_attentions(surgeon: Surgeon) -> list[Site]:
+    """Return the cross-attentions of UNets of diffusers, as modules, in the order in which they run."""
+    resolver = surgeon.resolver
+    paths = {entry.module.rpartition(".")[0] for entry in resolver.host.entries if entry.role == "cross.k"}
+    sites = [resolver.module_site(path) for path in resolver.modules if path in paths]
+    found = [(part, site) for site in sites if (part := _part(site)) is not None and STATES in site.arguments]
+    return [site for _, site in sorted(found, key=lambda each: each[0])]
+
+
+def read_layers(surgeon: Surgeon, keys: Iterable[Site] | None = None, left_out: bool = False) -> tuple[int, set[str]]:
+    """Let cross-attentions read their own states: those whose matrices for keys are given, or all. Return how many
+    there are in the host, and the paths of those that read."""
+    every = cross_attentions(surgeon)
+    wanted = {site.module_path for site in every} if keys is None else {around(site) for site in keys}
+    reading = [(layer, site) for layer, site in enumerate(every) if site.module_path in wanted]
+    for layer, site in reading:
+        surgeon.graft(site, functools.partial(LayerReader, layer=layer, layers=len(every), left_out=left_out))
+    return len(every), {site.module_path for _, site in reading}
+
+
+def check_words(tokens: Sequence[int], layers: int) -> None:
+    """Check that there is a token for each cross-attention, where one model has words and cross-attentions.
+
+    Raises:
+        ConfigError: there are more or fewer.
+    """
+    if layers and len(tokens) % layers:
+        raise ConfigError(
+            f"{len(tokens)} ids are no words of {layers} tokens: a word takes one for each cross-attention, of which "
+            f"the UNet has {layers}"
+        )
+
+
+def around(site: Site) -> str:
+    """Return the path of the attention that a matrix belongs to."""
+    return site.module_path.rpartition(".")[0]
+
+
+def _part(site: Site) -> int | None:
+    names = site.module_path.split(".")
+    return next((PARTS.index(name) for name in names if name in PARTS), None)

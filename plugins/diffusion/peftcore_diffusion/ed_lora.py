@@ -1,0 +1,142 @@
+"""ED-LoRA: a subject as two layer-wise words and LoRA.   Gu et al. 2023 (Mix-of-Show), arXiv 2305.18292.
+
+    y = W x + b + alpha B A x,   A [rank, in], B [out, rank],   in the attentions of text encoder and UNet
+    cross-attention l of L:   K = W_k c_l,  V = W_v c_l,   c_l = T(prompt with V_rand_l V_class_l)
+    V_rand = random_std N(0, 1),   V_class = E[initializer],   each the same vector for all l at first
+
+The prompt names the subject by two words, one that means nothing yet and one of its class, each of L tokens, one for
+each cross-attention: what looks like the subject goes into the words, and the LoRA is left with less, so that several
+subjects can be fused (`mix_of_show`). The scale is alpha itself, whatever the rank. A ~ U(-1, 1) / sqrt(in), B = 0.
+
+Apply it to the text encoder with `random_tokens` and `class_tokens`, once the tokenizer knows the placeholders, and to
+the UNet without. A model that holds both takes the words too, and LoRA in both where `target` names the roles. A text
+goes to the UNet as in `xti`: states [batch, L, tokens, dim], or [batch, tokens, dim] for all cross-attentions alike. A
+merged UNet takes these alone, until ``peftcore.apply(unet, "xti", target="cross.k")`` reads layers again.
+
+The authors train the text encoder with 1e-5, the UNet with 1e-4, and stop the words once their mean norm is 0.55: the
+loop does that, ``vectors.requires_grad_(False)``. So are masks of the subject in the loss and on maps of attention.
+
+Parameters: rank * (in + out) a matrix; n * dim for the words, n ids.
+
+Use it for subjects that are to be in one picture together later; not for a single one (`lora` and `textual_inversion`
+do with one text for all layers), nor where the model must stay as it is (`xti`). It merges.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+
+from peftcore import AppliedMethod, LearningRate, Method, MethodConfig, Operator, Site, Surgeon, Tags
+from peftcore.errors import UnsupportedSite
+from peftcore_diffusion._layerwise import check_words, read_layers
+from peftcore_diffusion.textual_inversion import TextualInversionOperator, WordsConfig, learn_words
+
+
+class Config(MethodConfig):
+    """Options of ED-LoRA."""
+
+    method: Literal["ed_lora"] = "ed_lora"
+    rank: PositiveInt = 4
+    """Rank of the updates."""
+    alpha: PositiveFloat = 1.0
+    """Their scale, which no rank divides."""
+    random_tokens: list[int] = Field(default_factory=list)
+    """Ids of V_rand, one for each cross-attention; negative ones count from the end of the table."""
+    class_tokens: list[int] = Field(default_factory=list)
+    """Ids of V_class, one for each cross-attention."""
+    random_std: NonNegativeFloat = 0.013
+    """Standard deviation of the vector from which V_rand starts."""
+    initializer: NonNegativeInt | None = None
+    """Id of the word of the class, from which V_class starts; None starts it from the rows that it has."""
+    word_lr: PositiveFloat = 1e-3
+    """Learning rate of the words; that of the LoRA is the optimizer's."""
+
+
+class EDLoRAOperator(Operator):
+    """The update of one matrix."""
+
+    stackable = factors_are_parameters = True
+    padded, scaled = frozenset({"A", "B"}), frozenset({"B"})
+
+    def __init__(self, site: Site, config: Config) -> None:
+        """Make the factors.
+
+        Raises:
+            UnsupportedSite: the site is a table of tokens.
+        """
+        super().__init__(site)
+        if site.layer.one_hot:
+            raise UnsupportedSite(f"{site.path} is a table: its words are random_tokens and class_tokens; exclude it")
+        self.scale, inputs = config.alpha, site.in_features * math.prod(site.kernel)
+        A = torch.empty(*site.batch, config.rank, site.in_features, *site.kernel)
+        self.A = nn.Parameter(A.uniform_(-1, 1) / math.sqrt(inputs))
+        self.B = nn.Parameter(torch.zeros(*site.batch, site.out_features, config.rank))
+
+    def factors(self) -> tuple[Tensor, Tensor, float]:
+        return self.A, self.B, self.scale
+
+    def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
+        return self.layer.update(call, x, *self.factors())
+
+    def merged(self, weight: Tensor) -> Tensor:
+        return weight + self.scale * (self.B @ self.A.flatten(self.B.dim() - 1)).view(weight.shape)
+
+
+class SubjectOperator(TextualInversionOperator):
+    """The vectors of V_rand, then those of V_class."""
+
+    def __init__(self, site: Site, config: Config) -> None:
+        tokens, random = [*config.random_tokens, *config.class_tokens], len(config.random_tokens)
+        super().__init__(site, WordsConfig(method="ed_lora", tokens=tokens, initializer=config.initializer))
+        with torch.no_grad():
+            self.vectors[:random] = config.random_std * torch.randn(site.out_features)
+
+
+class EDLoRA(Method):
+    """Layer-wise words of a subject, and low-rank adaptation of both models.
+
+    Example:
+        injection = peftcore.apply(model, "ed_lora", random_tokens=[5, 6, 7, 8], class_tokens=[9, 10, 11, 12])
+    """
+
+    name = "ed_lora"
+    Config = Config
+    tags = Tags(category="diffusion", paper="2305.18292", mergeable=True, low_rank=True)
+    learning_rate = LearningRate(
+        1e-4,
+        "TencentARC/Mix-of-Show@51270fd, options/train/EDLoRA/real/8101_EDLoRA_potter_Cmix_B4_Repeat500.yml",
+        on="the UNet of Stable Diffusion 1.5; 1e-5 for the text encoder",
+    )
+    target = ("attn.q", "attn.k", "attn.v", "attn.out", "cross.q", "cross.k", "cross.v", "cross.out")
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        for site in surgeon.sites():
+            surgeon.graft(site, EDLoRAOperator, config)
+        layers, _ = read_layers(surgeon, left_out=True)
+        for tokens in filter(None, (config.random_tokens, config.class_tokens)):
+            check_words(tokens, layers)
+        if config.random_tokens or config.class_tokens:
+            learn_words(surgeon, surgeon.sites("embed"), SubjectOperator, config)
+
+    def parameter_groups(self, injection: AppliedMethod, *, lr: float, **defaults: Any) -> list[dict[str, Any]]:
+        groups: dict[float, list[nn.Parameter]] = {}
+        for graft in injection.grafts:
+            words = isinstance(graft.operator, SubjectOperator)
+            rate = injection.config.at(graft.site.path).word_lr if words else lr
+            groups.setdefault(rate, []).extend(p for p in graft.operator.parameters() if p.requires_grad)
+        return [{"params": params, **defaults, "lr": rate} for rate, params in groups.items() if params]
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        if site.layer.one_hot:
+            return (len(config.random_tokens) + len(config.class_tokens)) * site.out_features
+        if not site.layer.has(site.module, site.tensor):  # an attention, which reads its own text
+            return 0
+        inputs = site.in_features * math.prod(site.kernel)
+        return math.prod(site.batch) * config.rank * (inputs + site.out_features)
