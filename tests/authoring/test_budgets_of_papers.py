@@ -196,6 +196,13 @@ ROWS = [
         322_856,
         "phymhan/SVDiff at 4ca843c: a number a singular value, and one an entry of vectors",
     ),
+    Row(
+        "controlnext",
+        "SD 1.5 UNet",
+        3_526_400,
+        "dvlab-research/ControlNeXt at ab4b3ac: ControlNeXtModel(), without matrices of the base",
+        {"base": "none"},
+    ),
     Row("ominicontrol", "FLUX.1-dev", 0.1, "2411.15098, abstract: 0.1 %", share="model", within=5e-2),
     Row("custom_diffusion", "SD 1.5 UNet", 19.17e6, "2212.04488: 75 MB of float32", within=2e5),
 ]

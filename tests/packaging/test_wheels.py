@@ -405,6 +405,7 @@ ELSEWHERE = {
     "cocoop": "has no place",
     "controlnet": "asks to be told more",
     "controlnet_lllite": "asks to be told more",
+    "controlnext": "asks to be told more",
     "coop": "asks to be told more",
     "dyt": "asks to be told more",
     "ip_adapter": "asks to be told more",

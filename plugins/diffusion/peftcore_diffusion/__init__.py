@@ -14,9 +14,11 @@ def peftcore_methods() -> Mapping[str, str]:
     return {
         "controlnet": "peftcore_diffusion.controlnet:ControlNet",
         "controlnet_lllite": "peftcore_diffusion.controlnet_lllite:ControlNetLLLite",
+        "controlnext": "peftcore_diffusion.controlnext:ControlNeXt",
         "custom_diffusion": "peftcore_diffusion.custom_diffusion:CustomDiffusion",
         "difffit": "peftcore_diffusion.difffit:DiffFit",
         "ed_lora": "peftcore_diffusion.ed_lora:EDLoRA",
+        "hypernetwork_a1111": "peftcore_diffusion.hypernetwork_a1111:HypernetworkA1111",
         "ip_adapter": "peftcore_diffusion.ip_adapter:IPAdapter",
         "locon": "peftcore_diffusion.locon:LoCon",
         "ominicontrol": "peftcore_diffusion.ominicontrol:OminiControl",

@@ -6,10 +6,13 @@ import pytest
 from named_defaults import Free, Held, assert_as_said, rows
 
 CONTROLNET = "lllyasviel/ControlNet@ed85cd1"
+CONTROLNEXT = "dvlab-research/ControlNeXt@ab4b3ac, ControlNeXt-SD1.5-Training"
 LLLITE = "kohya-ss/sd-scripts@48d368f, networks/control_net_lllite.py"
 MIX = "TencentARC/Mix-of-Show@51270fd"
 POTTER = f"{MIX}, options/train/EDLoRA/real/8101_EDLoRA_potter_Cmix_B4_Repeat500.yml"
 DIFFFIT = "mkshing/DiffFit-pytorch@78dc2d1, difffit_pytorch"
+HYPERNETWORK = "modules/hypernetworks/hypernetwork.py"
+WEBUI = "AUTOMATIC1111/stable-diffusion-webui"
 LYCORIS = "KohakuBlueleaf/LyCORIS@f49d30d"
 LOCON = "cyber-meow/LyCORIS-evaluation@7c5758c, exp_configs/training_configs/exp-1004-sd15-lora8a4-full-a.toml"
 OMINI = "Yuanshi9815/OminiControl@331dd34"
@@ -28,6 +31,12 @@ HELD: Held = {
     ("controlnet_lllite", "hidden"): (16, f"{LLLITE}: mlp_dim: int = 16"),
     ("controlnet_lllite", "channels"): (3, f"{LLLITE}: Conv2d(3, cond_emb_dim // 2, kernel_size=4, stride=4)"),
     ("controlnet_lllite", "dropout"): (0.0, f"{LLLITE}: dropout: Optional[float] = None"),
+    ("controlnext", "scale"): (1.0, f"{CONTROLNEXT}/train_controlnext.py: --controlnext_scale default=1.0"),
+    ("controlnext", "before"): (False, f"{CONTROLNEXT}/models/unet.py: if down_idx == 0, behind the block"),
+    ("controlnext", "base"): ("attention", f'{CONTROLNEXT}/train_controlnext.py: if "to_out" in name'),
+    ("controlnext", "channels"): (3, f"{CONTROLNEXT}/models/controlnext.py: nn.Conv2d(3, 64, kernel_size=3, ...)"),
+    ("controlnext", "widths"): ([64, 128, 256], f"{CONTROLNEXT}/models/controlnext.py: out_channels = [128, 256]"),
+    ("controlnext", "control_rate"): (10.0, f'{CONTROLNEXT}/train_controlnext.py: "lr": args.learning_rate * 10'),
     ("custom_diffusion", "initializer"): (
         None,
         "adobe-research/custom-diffusion@7c19c9a, src/diffusers_training.py: --initializer_token default='ktn+pll+ucd'"
@@ -48,6 +57,19 @@ HELD: Held = {
         f"{POTTER}: initializer_token: <rand-0.013>+man; ours is None because ids of words are the tokenizer's",
     ),
     ("ed_lora", "word_lr"): (1e-3, f"{POTTER}: text_embedding: lr: !!float 1e-3"),
+    ("hypernetwork_a1111", "scale"): (1.0, f"{WEBUI}@3157fe2, {HYPERNETWORK}: self.multiplier = 1.0"),
+    ("hypernetwork_a1111", "structure"): (
+        [1.0, 2.0, 1.0],
+        f"{WEBUI}@3157fe2, {HYPERNETWORK}: state_dict.get('layer_structure', [1, 2, 1])",
+    ),
+    ("hypernetwork_a1111", "activation"): (
+        "linear",
+        f'{WEBUI}@7c8a4cc, modules/ui.py: value="linear", label="Select activation function of hypernetwork..."',
+    ),
+    ("hypernetwork_a1111", "activate_output"): (False, f"{WEBUI}@3157fe2, {HYPERNETWORK}: activate_output=False"),
+    ("hypernetwork_a1111", "norm"): (False, f"{WEBUI}@3157fe2, {HYPERNETWORK}: add_layer_norm=False"),
+    ("hypernetwork_a1111", "dropout"): (0.0, f"{WEBUI}@3157fe2, {HYPERNETWORK}: use_dropout=False"),
+    ("hypernetwork_a1111", "start"): ("normal", f"{WEBUI}@3157fe2, {HYPERNETWORK}: weight_init='Normal'"),
     ("ip_adapter", "scale"): (1.0, "tencent-ailab/IP-Adapter@62e4af9, ip_adapter/attention_processor.py: scale=1.0"),
     ("ip_adapter", "tokens"): (4, "tencent-ailab/IP-Adapter@62e4af9, ip_adapter/attention_processor.py: num_tokens=4"),
     ("locon", "rank"): (16, f"{LYCORIS}, example_configs/training_configs/kohya/lora_config.toml: network_dim = 16"),

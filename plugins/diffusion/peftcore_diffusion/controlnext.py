@@ -1,0 +1,163 @@
+"""ControlNeXt: one light network whose feature joins the stream of a UNet.   Peng et al. 2024, arXiv 2408.06070.
+
+    h <- h + scale * CN(c, h),   CN(c, h) = (c - mean(c)) * std(h) / (std(c) + 1e-12) + mean(h),   c = pool(F(image, t))
+
+h [batch, width, rows, columns] is what the first block of the encoder hands on to the next; what it leaves for the
+decoder's skips stays as it is. Means and deviations are those of a row over all of its channels and places (cross
+normalization), so the feature counts from the first step on: no start is an identity, but for a scale of 0. F halves
+the image three times: three convolutions, two residual blocks that are told the timestep, one more residual of two
+convolutions, and a 1x1 convolution to the width of h; pool averages (or repeats) to the size of h. With ``before`` h is
+what the block is given, as in the authors' code for SDXL.
+
+Some of the base trains along, from its values and `control_rate` times slower than F: the output matrices and biases
+of attention, which ``base="cross"`` makes those of cross-attention alone, as for SDXL; "none" leaves all as it is. The
+image comes with the call, ``with peftcore.call(model, condition=image): ...``, [batch or 1, channels, height, width],
+8 times as large as the latents; the option `input` gives it another name, and ``condition_scale=`` in a call takes the
+place of `scale` (0.35 for edges in their scripts).
+
+Parameters: in * out + out of a matrix; of F, with widths w, v, u, with c channels of the image and d of h:
+9w (c + w + v) + 27 v^2 + 11 v u + 38 u^2 + (128 + d) u + 6w + 13v + 15u + d.
+
+Use it where a ControlNet is too large or too slow to train; not for a picture's style (`ip_adapter`), nor where the
+base must not train. Its nearest kin `t2i_adapter` adds to all blocks, without the timestep. It cannot be merged.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+
+from peftcore import (
+    AppliedMethod,
+    LearningRate,
+    Method,
+    MethodConfig,
+    Operator,
+    Site,
+    Surgeon,
+    Tags,
+    forward_context,
+    on_first,
+)
+from peftcore.errors import UnsupportedSite
+from peftcore_diffusion._control_features import ControlFeatures, cross_normalized
+from peftcore_diffusion._told import timesteps, told
+
+BLOCK = re.compile(r"((?:.*\.)?)down_blocks\.\d+")
+BASES = {"attention": ("attn.out", "cross.out"), "cross": ("cross.out",), "none": ()}
+
+
+class Config(MethodConfig):
+    """Options of ControlNeXt."""
+
+    method: Literal["controlnext"] = "controlnext"
+    scale: NonNegativeFloat = 1.0
+    """By how much the feature counts, where the call says nothing else."""
+    before: bool = False
+    """Add it to what the block is given, in place of what it hands on."""
+    base: Literal["attention", "cross", "none"] = "attention"
+    """Whose output matrices train along: all attention's, those of cross-attention, or none."""
+    channels: PositiveInt = 3
+    """Channels of the condition image."""
+    widths: list[Annotated[int, Field(ge=8, multiple_of=8)]] = Field(
+        default_factory=lambda: [64, 128, 256], min_length=3, max_length=3
+    )
+    """Channels of F: of its first convolutions, behind them, and in its second residual block and from there on."""
+    control_rate: PositiveFloat = 10.0
+    """How many times faster F learns than the base's own matrices, whose learning rate is the optimizer's."""
+    input: str = "condition"
+    """The name under which calls give the image."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ControlSite(Site):
+    """A block of a UNet's encoder, and the width of the stream where the feature joins it."""
+
+    width: int = dataclasses.field(kw_only=True)
+
+
+class ControlNeXtOperator(Operator):
+    """Adds the feature of the image to the stream, in front of a block or behind it."""
+
+    def __init__(self, site: ControlSite, config: Config) -> None:
+        super().__init__(site)
+        self.name, self.scale, self.before = config.input, config.scale, config.before
+        self.features = ControlFeatures(config.channels, config.widths, site.width)
+
+    def forward(self, call: Callable[..., Any], hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.before:
+            return call(self._controlled(hidden_states), *args, **kwargs)
+        return on_first(call(hidden_states, *args, **kwargs), self._controlled)
+
+    def _controlled(self, stream: Tensor) -> Tensor:
+        """Return the stream [batch, width, rows, columns] with the feature."""
+        rows = len(stream)
+        feature = self.features(told(self.name, rows), timesteps(rows, stream.device))
+        feature = nn.functional.adaptive_avg_pool2d(feature, stream.shape[-2:])
+        scale = forward_context().context.get(f"{self.name}_scale", self.scale)
+        return stream + (scale * cross_normalized(feature, stream)).to(stream.dtype)
+
+
+class ControlNeXt(Method):
+    """The feature of a condition image at one place of the stream, and a little of the base.
+
+    Example:
+        injection = peftcore.apply(model, "controlnext")
+        peftcore.call(model, condition=torch.rand(1, 3, 64, 64))  # 8 times the latents; with `with`, for a while
+    """
+
+    name = "controlnext"
+    Config = Config
+    tags = Tags(category="diffusion", paper="2408.06070", identity_at_init=False, identity_options={"scale": 0.0})
+    learning_rate = LearningRate(
+        1e-5,
+        "dvlab-research/ControlNeXt@ab4b3ac, ControlNeXt-SD1.5-Training/scripts.sh",
+        on="Stable Diffusion 1.5, Fill50K; ten times as much for F",
+    )
+    target = (r"re:(.*\.)?down_blocks\.0",)
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        found: dict[str, Site] = {}
+        for site in surgeon.sites():
+            options, place = config.at(site.path), BLOCK.fullmatch(site.module_path)
+            width = _width(surgeon, site, options.before)
+            if place is None or not width:
+                raise UnsupportedSite(
+                    f"{site.path or 'the host'} is no block of a UNet's encoder, such as down_blocks.0"
+                )
+            surgeon.graft(ControlSite(**vars(site), width=width), ControlNeXtOperator, config)
+            matrices = (each for role in BASES[options.base] for each in surgeon.at(role))
+            found |= {each.path: each for each in matrices if each.module_path.startswith(place[1])}
+        for site in found.values():
+            for tensor in site.tensors():
+                if not site.missing(tensor):
+                    surgeon.replace(site.at(tensor))
+
+    def parameter_groups(self, injection: AppliedMethod, *, lr: float, **defaults: Any) -> list[dict[str, Any]]:
+        groups: dict[float, list[nn.Parameter]] = {}
+        for graft in injection.grafts:
+            if graft.by_method:
+                options, control = injection.config.at(graft.site.path), isinstance(graft.site, ControlSite)
+                own = [each for each in graft.operator.parameters() if each.requires_grad]
+                groups.setdefault(options.control_rate * lr if control else lr, []).extend(own)
+        return [{"params": own, **defaults, "lr": rate} for rate, own in groups.items()]
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        if not isinstance(site, ControlSite):
+            return site.numel
+        c, d, (w, v, u) = config.channels, site.width, config.widths
+        norms = 6 * w + 13 * v + 15 * u + d
+        return 9 * w * (c + w + v) + 27 * v**2 + 11 * v * u + 38 * u**2 + (128 + d) * u + norms
+
+
+def _width(surgeon: Surgeon, site: Site, before: bool) -> int:
+    """Return how many channels a block is given, or hands on; 0 where it has no convolutions that tell."""
+    inside, entries = f"{site.module_path}.resnets.", surgeon.resolver.host.entries
+    shapes = [entry.shape for entry in entries if entry.role == "conv" and entry.module.startswith(inside)]
+    return (shapes[0][1] if before else shapes[-1][0]) if shapes else 0

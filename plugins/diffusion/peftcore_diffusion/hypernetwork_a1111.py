@@ -1,0 +1,112 @@
+"""Hypernetworks of AUTOMATIC1111's webui: networks for what attention makes keys and values of.   2022, no paper.
+
+    K = W_k (c + scale * f_k(c)),   V = W_v (c + scale * f_v(c)),   f(c) = W_2 a(W_1 c + b_1) + b_2
+
+c [tokens, width] is what keys and values are made of: the text in cross-attention, the latents in self-attention. There
+is one f_k and one f_v for each width, which all attentions with a context of that width share: 768 and 320, 640, 1280
+in Stable Diffusion 1.5, the webui's default. `structure` has the widths inside f, relative to that of c: [1, 2, 1] is
+W_1 [2 width, width] and W_2 [width, 2 width]; a is the activation, with the default "linear" none. Behind each layer
+stand, as in the webui: the activation (behind the last with `activate_output`), a layer norm with `norm`, a dropout.
+
+Matrices start as N(0, 0.01) and biases at zero (gains of norms as N(0, 0.01) too), so no start is an identity, but for
+a scale of 0. The webui has its strength while it samples alone; here `scale` counts in training too.
+
+The webui's own files (.pt) are pickles, and no format here reads them. ``torch.load(file, weights_only=True)[768]`` has
+two state dicts, of f_k and f_v, whose tensors are in the order of ``injection.shared["k768"].parameters()`` and
+``["v768"]``; files without the key activate_output mean True.
+
+Parameters: two f for each width, each the sum of in * out + out over its layers, 8 width^2 + 6 width with the default;
+2 out more for each layer norm.
+
+Use it for a style, where weights are to stay as they are; `lora` says more with less and merges, `textual_inversion` is
+smaller. It acts in any attention with matrices of its own for keys and values. It is not merged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
+from torch import Tensor, nn
+
+from peftcore import LearningRate, Method, MethodConfig, Operator, Shared, Site, Surgeon, Tags
+from peftcore.errors import ConfigError, UnsupportedSite
+from peftcore_diffusion._context_network import ContextNetwork
+
+
+class Config(MethodConfig):
+    """Options of hypernetworks."""
+
+    method: Literal["hypernetwork_a1111"] = "hypernetwork_a1111"
+    scale: NonNegativeFloat = 1.0
+    """By how much the networks count."""
+    structure: list[PositiveFloat] = Field(default_factory=lambda: [1.0, 2.0, 1.0], min_length=2, max_length=32)
+    """Widths of a network, relative to that of its context, which is the first and the last: 1."""
+    activation: Literal["linear", "relu", "leakyrelu", "elu", "swish", "tanh", "sigmoid"] = "linear"
+    """What stands behind each layer but the last; "linear" is nothing, swish Hardswish."""
+    activate_output: bool = False
+    """Have the activation behind the last layer too."""
+    norm: bool = False
+    """Have a layer norm behind each layer."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Probability with which hidden values are dropped in training; the webui's is 0.3, where it has one."""
+    start: Literal["normal", "xavier_uniform", "xavier_normal", "kaiming_uniform", "kaiming_normal"] = "normal"
+    """How matrices start."""
+
+    @model_validator(mode="after")
+    def _ends(self) -> Config:
+        if self.structure[0] != 1 or self.structure[-1] != 1:
+            raise ValueError(f"structure begins and ends with 1, the width of the context, not {self.structure}")
+        return self
+
+
+class HypernetworkOperator(Operator):
+    """Changes what one matrix for keys or values is given."""
+
+    changes_inputs, only_inputs = True, True
+
+    def __init__(self, site: Site, scale: float, network: Shared) -> None:
+        super().__init__(site)
+        self.scale, self.network = scale, network
+
+    def forward(self, call: Callable[..., Any], context: Tensor) -> Any:
+        dtype = next(self.network.module.parameters()).dtype
+        return call(context + (self.scale * self.network.module(context.to(dtype))).to(context.dtype))
+
+
+class HypernetworkA1111(Method):
+    """Networks for the contexts of keys and values, one pair a width."""
+
+    name = "hypernetwork_a1111"
+    Config = Config
+    tags = Tags(
+        category="diffusion",
+        paper="AUTOMATIC1111/stable-diffusion-webui",
+        identity_at_init=False,
+        identity_options={"scale": 0.0},
+    )
+    learning_rate = LearningRate(
+        1e-5, "AUTOMATIC1111/stable-diffusion-webui@7c8a4cc, modules/ui.py", on="Stable Diffusion 1.5, one style"
+    )
+    target = ("attn.k", "attn.v", "cross.k", "cross.v")
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        if any(config.overrides.values()):
+            raise ConfigError("hypernetwork_a1111 has networks for all sites of a width: it takes no overrides")
+        parts = config.model_dump(include={"activation", "activate_output", "norm", "dropout", "start"})
+        for site in surgeon.sites():
+            part, width = (site.role or "").rpartition(".")[2], site.in_features
+            if site.slices is not None or part not in ("k", "v") or len(site.weight_shape) != 2:
+                raise UnsupportedSite(f"{site.path or 'the host'} is no matrix that makes keys or values alone")
+            widths = [int(width * factor) for factor in config.structure]
+            if not all(widths):
+                raise ConfigError(
+                    f"structure={config.structure} leaves nothing of the {width} values that {site.path} reads"
+                )
+            network = surgeon.own(f"{part}{width}", lambda widths=widths: ContextNetwork(widths, **parts))
+            surgeon.graft(site, lambda at, network=network: HypernetworkOperator(at, config.scale, network))
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        return 0  # the networks belong to no site
