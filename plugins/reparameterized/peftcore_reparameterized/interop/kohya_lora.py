@@ -15,7 +15,7 @@ from torch import Size, Tensor
 
 from peftcore.errors import CheckpointError
 from peftcore.files.formats.found import Found
-from peftcore.files.formats.kohya import Held, KohyaMethod, spelled
+from peftcore.files.formats.kohya_method import Held, KohyaMethod, spelled
 from peftcore.files.formats.places import Place
 
 DOWN, UP, MAGNITUDE = "lora_down.weight", "lora_up.weight", "dora_scale"
@@ -27,6 +27,8 @@ class KohyaLoRA(KohyaMethod):
     methods = ("lora", "lora_plus", "dylora")
     below = (DOWN, UP)
     telling = (DOWN, UP)
+    rows = (UP,)
+    factors = (DOWN, UP)
 
     def options(self, held: Held) -> dict[str, Any]:
         rank = held.size(DOWN, 0)
@@ -51,6 +53,7 @@ class KohyaDoRA(KohyaLoRA):
     methods = ("dora",)
     below = (DOWN, UP, MAGNITUDE)
     telling = (MAGNITUDE,)
+    rows = (UP, MAGNITUDE)
 
     def options(self, held: Held) -> dict[str, Any]:
         outputs = held.weight[0]
