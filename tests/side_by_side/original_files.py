@@ -1,4 +1,4 @@
-"""Files of LoRA in the names of the original code of Flux, Wan and Qwen-Image, and diffusers' pipelines that read them."""
+"""Files of LoRA in the names of the original code of Flux, Wan and Qwen-Image, and pipelines of diffusers for them."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import diffusers
+import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from peftcore.files.formats.original_names import Original, original_names
 
+diffusers = pytest.importorskip("diffusers")
 KOHYA = "lora_unet_{}.lora_down.weight", "lora_unet_{}.lora_up.weight", "lora_unet_{}.alpha"
 COMFYUI = tuple(f"diffusion_model.{{}}.{leaf}" for leaf in ("lora_down.weight", "lora_up.weight", "alpha"))
 PEFT = tuple(f"diffusion_model.{{}}.{leaf}" for leaf in ("lora_A.weight", "lora_B.weight"))

@@ -185,7 +185,7 @@ class KohyaMethod(ABC):
         factors = set(self.factors or ())
         beside = factors and factors <= names <= factors.union(self.rows)
         if not beside or (len(held) < len(parts) and names != factors):
-            shown = ", ".join(sorted(shared - factors or names))
+            shown = ", ".join(sorted(shared - factors or names - factors or names))
             raise ExportError(f"{shown} would have to be at all of these modules, and the same")
         return self._blocks(parts, sizes, held)
 
@@ -203,14 +203,16 @@ class KohyaMethod(ABC):
                 above[row : row + size, column : column + rank] = part.tensors[second].detach() * factor
                 column, index = column + rank, index + 1
             row += size
-        rows = {name: torch.cat([part.tensors[name] for part in held]) for name in self.rows if name in held[0].tensors}
+        beside = [name for name in self.rows if name != second and name in held[0].tensors]
+        rows = {name: torch.cat([part.tensors[name] for part in held]) for name in beside}
         below = torch.cat([part.tensors[first] for part in held])
         return Piece(scale * sum(ranks), {**rows, first: below, second: above})
 
 
 def _owners(parts: Sequence[Piece], first: str, second: str) -> list[Tensor] | None:
     """Returns the ranks of each module where each rank acts at one of them alone; None where they are shared."""
-    rank, below = len(parts[0].tensors[first]), [part.tensors[second] for part in parts]
+    shape, below = parts[0].tensors[first].shape, [part.tensors[second] for part in parts]
+    rank = shape[0] if len(shape) > 1 else 0
     if not rank or any(each.dim() < 2 or each.shape[1] != rank for each in below):
         return None
     acting = torch.stack([(each != 0).transpose(0, 1).flatten(1).any(1) for each in below])
