@@ -1,5 +1,5 @@
-"""The table in docs/files.md of what reads what of Flux, Wan and Qwen-Image is what its script finds: one row in a quick
-run, all in a whole."""
+"""The table in docs/files.md of what reads what of Flux, Wan and Qwen-Image is what its script finds: one row in a
+quick run, all in a whole."""
 
 import os
 
