@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -45,7 +45,7 @@ from peftcore.files.formats.places import Place
 from peftcore.files.safe_io import TensorFile, parse_json
 from peftcore.injection.injection import Injection
 from peftcore.registry.plugins import layer_of
-from peftcore.surgery.surgeon import Surgeon
+from peftcore.surgery.surgeon import Graft, Surgeon
 
 TENSORS = "kohya.safetensors"
 """The file that we write into a folder; any file that is the only one is read."""
@@ -90,9 +90,8 @@ class Kohya(Format):
         )
 
     def files(self, injection: Injection, weights: bool = False) -> Files:
-        if injection.trained_along or injection.shared:
-            what = next(iter((*injection.trained_along, *injection.shared)))
-            raise ExportError(f"files of kohya have no place for {what}: only for operators at modules")
+        if injection.shared:
+            raise ExportError(f"files of kohya have no place for {next(iter(injection.shared))}: only for modules")
         check_no_rows(injection, "kohya")
         part = self.part or _guessed(injection.model)
         if part == "oft_unet":
@@ -104,6 +103,8 @@ class Kohya(Format):
         standing: dict[str, tuple[str, set[str]]] = {}
         for index, graft in enumerate(injection.grafts):
             site, owner = graft.site, injection.owner(graft)
+            if graft.trained_along:
+                continue
             able = [each for each in methods if owner.method.name in each.methods]
             if not able:
                 raise ExportError(f"files of kohya have no method that computes what {owner.method.name} does")
@@ -125,6 +126,9 @@ class Kohya(Format):
             alpha, values = method.write(place)
             before = held[site.module_path][1].tensors if site.module_path in held else {}
             held[site.module_path] = method, Piece(alpha, {**before, **values})
+        for graft in injection.grafts:
+            if graft.trained_along:
+                _add(held, graft)
         if len(noted) > 1:
             raise ExportError("files of kohya have the same dropouts for all modules, and here they differ")
         (said,) = noted or {"{}"}
@@ -143,6 +147,25 @@ def _guessed(model: nn.Module) -> str:
     if is_unet(model) or is_transformer([path for path, _ in model.named_modules()]):
         return UNET
     return "lora_te" if is_text_encoder(model) else OURS
+
+
+def _add(held: dict[str, tuple[KohyaMethod, Piece]], graft: Graft) -> None:
+    """Put what trained along into what is at its module.
+
+    Raises:
+        ExportError: there is no place for it.
+    """
+    site = graft.site
+    method, piece = held.get(site.module_path, (None, Piece(None, {})))
+    name = next((leaf for leaf, tensor in method.beside.items() if tensor == site.tensor), None) if method else None
+    if method is None or name is None:
+        raise ExportError(
+            f"files of kohya have no place for {site.path}: only for operators at modules, and for the biases beside "
+            "those of LoRA"
+        )
+    value: Tensor = graft.operator.state_dict()["value"]
+    change = value - replace(site, meta=False).base_weight().detach().to(value)
+    held[site.module_path] = method, Piece(piece.alpha, {**piece.tensors, name: change})
 
 
 def _named(
@@ -260,6 +283,8 @@ class KohyaContent(Content):
             below[name.leaf] = full
             meant[name.stem] = spelling.only(move(name.path))
         numbers = self._numbers(names)
+        self.added: dict[str, str] = {}
+        """Names of tensors that are added to tensors of the host, by the path of these."""
         groups = []
         for stem, below in names.items():
             for path in meant[stem].paths:
@@ -269,6 +294,7 @@ class KohyaContent(Content):
                 groups += self._cut(stem, below, numbers[stem].get(ALPHA), meant[stem], modules)
                 continue
             (path,) = meant[stem].paths
+            below = self._own(path, below, modules[path])
             shapes = {leaf: file.shapes[full] for leaf, full in below.items() if leaf != ALPHA}
             told = numbers[stem]
             groups.append(Group(path, below, self._held(stem, told.pop(ALPHA, None), shapes, modules[path], told)))
@@ -287,8 +313,36 @@ class KohyaContent(Content):
             [{"": [SavedSite(module_path=group.path) for group in share.groups]} for share in self.shares],
             dtypes=file.dtypes.values(),
             target=[group.path for group in groups],
+            train=tuple(self.added),
         )
         super().__init__(envelope, file.path)
+
+    def _beside(self, leaves: Iterable[str]) -> Mapping[str, str]:
+        """Returns those of a module's tensors that are added to the host's, and to which, where the others are of a
+        method that has such."""
+        shapes = dict.fromkeys(leaves, Size())
+        if any(method.reads(shapes) for method in self.methods):
+            return {}
+        able = [
+            method
+            for method in self.methods
+            if method.beside
+            and method.reads({leaf: size for leaf, size in shapes.items() if leaf not in method.beside})
+        ]
+        return {leaf: tensor for method in able[:1] for leaf, tensor in method.beside.items() if leaf in shapes}
+
+    def _own(self, path: str, below: Mapping[str, str], module: nn.Module) -> dict[str, str]:
+        """Returns the names of a module's tensors without those that are added to the host's.
+
+        Raises:
+            HostMismatch: the host has no such tensor.
+        """
+        beside = self._beside(below)
+        for leaf, tensor in beside.items():
+            if not layer_of(module, "weight").has(module, tensor):
+                raise HostMismatch(f"{self.file.path}: {below[leaf]} is added to a {tensor}, which {path} has not")
+            self.added[f"{path}.{tensor}"] = below[leaf]
+        return {leaf: full for leaf, full in below.items() if leaf not in beside}
 
     def _held(
         self, stem: str, alpha: float | None, shapes: Mapping[str, Size], module: nn.Module, told: Mapping[str, float]
@@ -311,9 +365,8 @@ class KohyaContent(Content):
             CheckpointError: no installed plugin reads them, or they cannot be cut.
         """
         full = {leaf: name for leaf, name in below.items() if leaf != ALPHA}
-        method = next(
-            (each for each in self.methods if each.reads({n: self.file.shapes[f] for n, f in full.items()})), None
-        )
+        shapes = {leaf: self.file.shapes[name] for leaf, name in full.items() if leaf not in self._beside(full)}
+        method = next((each for each in self.methods if each.reads(shapes)), None)
         if method is None:
             raise CheckpointError(f"{self.file.path}: no installed plugin reads {', '.join(sorted(full))} at {stem}")
         values = self.file.read(full.values())
@@ -330,7 +383,8 @@ class KohyaContent(Content):
             tensors = (method.swapped(piece) if original.swapped else piece).tensors
             names = {leaf: f"{full[leaf]} for {path}" for leaf in tensors}
             self.cuts |= {names[leaf]: value for leaf, value in tensors.items()}
-            shapes = {leaf: value.shape for leaf, value in tensors.items()}
+            names = self._own(path, names, modules[path])
+            shapes = {leaf: tensors[leaf].shape for leaf in names}
             groups.append(Group(path, names, self._held(stem, piece.alpha, shapes, modules[path], {})))
         return groups
 
@@ -391,6 +445,7 @@ class KohyaContent(Content):
 
     def tensors(self, surgeon: Surgeon, strict: bool) -> dict[str, Tensor]:
         every = [full for share in self.shares for group in share.groups for full in group.names.values()]
+        every += self.added.values()
         values = self.file.read([full for full in every if full not in self.cuts]) | self.cuts
         shapes = self.file.shapes | {full: value.shape for full, value in self.cuts.items()}
         wrong, used = [f"unknown {name}" for name in self.strange], set[str]()
@@ -398,14 +453,21 @@ class KohyaContent(Content):
         for index, share in enumerate(self.shares):
             recorder = surgeon.parts[str(index)] if len(self.shares) > 1 else surgeon
             here = {group.path: group for group in share.groups}
-            for number, graft in enumerate(recorder.grafts):
+            grafts = [graft for graft in recorder.grafts if graft.by_method]
+            for number, graft in enumerate(grafts):
                 group = here[graft.site.module_path]
                 found = Found(group.names, shapes, values.__getitem__, wrong, used)
-                place = Place(graft, number, len(recorder.grafts), recorder.config.at(graft.site.path))
+                place = Place(graft, number, len(grafts), recorder.config.at(graft.site.path))
                 before = len(wrong)
                 read = share.method.read(place, found)
                 if len(wrong) == before:  # a place that lacks something stays as it is, where that is accepted
                     tensors |= {f"{graft.key}.{name}": value for name, value in read.items()}
+        for graft in surgeon.grafts:
+            if graft.trained_along:
+                full = self.added[f"{graft.site.module_path}.{graft.site.tensor}"]
+                own = replace(graft.site, meta=False).base_weight().detach()
+                change = Found({full: full}, shapes, values.__getitem__, wrong, used).take(full, own.shape)
+                tensors[f"{graft.key}.value"] = own.to(change) + change
         used |= {full for full in every if full.endswith(f".{ALPHA}")}
         wrong += [f"unknown {name}" for name in sorted(set(every) - used)]
         if strict and wrong:

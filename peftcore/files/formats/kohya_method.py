@@ -77,6 +77,9 @@ class KohyaMethod(ABC):
     """The names of which a file of this method has at least one."""
     tensors: ClassVar[tuple[str, ...]] = ("weight",)
     """The host's tensors of a module that it changes."""
+    beside: ClassVar[Mapping[str, str]] = {}
+    """Tensors that can stand beside its own and are added to others of the host's module: their names, and those of the
+    host's tensors, which are then trained along."""
     rows: ClassVar[tuple[str, ...]] = ()
     """Names of its tensors that have the module's outputs first, where each output is computed by itself from these and
     the other tensors. Without any it cannot stand at one module of the file that is several of the host."""
@@ -184,7 +187,8 @@ class KohyaMethod(ABC):
             return Piece(held[0].alpha, {**held[0].tensors, **rows})
         factors = set(self.factors or ())
         beside = factors and factors <= names <= factors.union(self.rows)
-        if not beside or (len(held) < len(parts) and names != factors):
+        alike = all(part.tensors.keys() == names for part in held)
+        if not beside or not alike or (len(held) < len(parts) and names != factors):
             shown = ", ".join(sorted(shared - factors or names - factors or names))
             raise ExportError(f"{shown} would have to be at all of these modules, and the same")
         return self._blocks(parts, sizes, held)

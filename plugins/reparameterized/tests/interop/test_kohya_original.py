@@ -82,6 +82,56 @@ def test_beside_diffusers(kind: str, form: str, wanted: Callable[[str], bool], t
         assert_same(out(again, inputs), ours, base)
 
 
+@torch.no_grad()
+def with_biases(path: Path) -> dict[str, Tensor]:
+    """Add to a file what is added to the biases of its modules."""
+    tensors = load_file(path)
+    for name, value in list(tensors.items()):
+        if name.endswith(".lora_up.weight"):
+            tensors[name.replace("lora_up.weight", "diff_b")] = 0.3 * torch.randn(len(value))
+    save_file(tensors, path)
+    return tensors
+
+
+def test_biases_of_wan_beside_diffusers(tmp_path: Path) -> None:
+    """Both ways; they are trained along here."""
+    model, inputs = MODELS["wan"].build()
+    names = {name: original for name, original in names_of(model).items() if in_blocks(name)}
+    write(model, tmp_path / "their.safetensors", "comfyui", names)
+    given = with_biases(tmp_path / "their.safetensors")
+    base, pipe, host = out(model, inputs), pipeline("wan", deepcopy(model)), deepcopy(model)
+    pipe.load_lora_weights(tmp_path / "their.safetensors")
+    injection = peftcore.load(host, tmp_path / "their.safetensors")
+    assert len(injection.trained_along) == 20 == sum(name.endswith("diff_b") for name in given)
+    assert_same(out(host, inputs), out(pipe.transformer, inputs), base)
+    injection.save(tmp_path / "ours.safetensors", format="kohya/diffusion_model")
+    written = load_file(tmp_path / "ours.safetensors")
+    assert written.keys() == given.keys()
+    for name, value in given.items():
+        torch.testing.assert_close(written[name], value, rtol=0, atol=1e-6)
+
+
+def test_biases_of_fused_modules(tmp_path: Path) -> None:
+    """They are cut as outputs are, and written again where q, k and v all have some."""
+    model, _ = MODELS["flux"].build()
+    names = {name: original for name, original in names_of(model).items() if name.endswith("img_attn.qkv")}
+    write(model, tmp_path / TENSORS, "kohya", names)
+    given = with_biases(tmp_path / TENSORS)
+    host = deepcopy(model)
+    injection = peftcore.load(host, tmp_path / TENSORS)
+    injection.save(tmp_path / "ours.safetensors", format="kohya")
+    for name, value in load_file(tmp_path / "ours.safetensors").items():
+        torch.testing.assert_close(value, given[name], rtol=0, atol=1e-6)
+    injection.bake()
+    for index, path in enumerate(QKV.format(each) for each in "qkv"):
+        change = given["lora_unet_double_blocks_0_img_attn_qkv.diff_b"].split(32)[index]
+        torch.testing.assert_close(host.get_submodule(path).bias, model.get_submodule(path).bias + change)
+    target = [QKV.format(each) for each in "qkv"]
+    some = peftcore.apply(deepcopy(model), "lora", target=target, train=[f"{target[0]}.bias"])
+    with pytest.raises(ExportError, match="diff_b would have to be at all of these modules"):
+        some.save(tmp_path / TENSORS, format="kohya")
+
+
 def whole_flux() -> nn.Module:
     """Flux at its real width, which diffusers' converter wants, with a block of each kind and without values."""
     with torch.device("meta"):
@@ -234,7 +284,8 @@ STEM = "lora_unet_double_blocks_0_img_attn_qkv"
         ({f"{STEM}.lora_A.weight": torch.ones(4, 32)}, "are the same tensor"),
         ({f"{STEM}.alpha": torch.tensor(-1.0)}, "alpha is -1.0"),
         ({f"{STEM}.lora_up.weight": torch.full((96, 4), torch.nan)}, "not finite"),
-        ({f"{STEM}.diff_b": torch.ones(96)}, f"no installed plugin reads diff_b, .* at {STEM}"),
+        ({f"{STEM}.diff_b": torch.ones(95)}, r"diff_b \(95,\).* cannot be cut"),
+        ({f"{STEM}.lora_B.bias": torch.ones(96)}, f"no installed plugin reads lora_B.bias, .* at {STEM}"),
         ({"lora_unet_transformer_blocks_0_attn_to_q.diff": torch.ones(32, 32)}, "two names for the same module"),
         (
             {"lora_unet_double_blocks_0_img_attn_qkvs.diff": torch.ones(32, 32)},
