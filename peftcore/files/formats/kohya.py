@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,7 +28,7 @@ from peftcore.files.formats.composing import composed, with_overrides
 from peftcore.files.formats.description import Description, unique
 from peftcore.files.formats.format import Content, Files, Format, Tensors
 from peftcore.files.formats.found import Found
-from peftcore.files.formats.kohya_method import ALPHA, Held, KohyaMethod, Piece, kohya_methods
+from peftcore.files.formats.kohya_method import ALPHA, Held, KohyaMethod, Piece, added, kohya_methods, method_of
 from peftcore.files.formats.kohya_names import DIFFUSION, PARTS, are_known, part_of, stem_of, understood
 from peftcore.files.formats.original_names import Original, is_transformer, original_names, written_names
 from peftcore.files.formats.pipelines import (
@@ -78,7 +78,7 @@ class Kohya(Format):
             said = understood(full, part_of(full) or "")
             stems.setdefault(said.stem, {})[said.leaf] = shape
         known = kohya_methods()
-        found = {stem: next((each for each in known if each.reads(shapes)), None) for stem, shapes in stems.items()}
+        found = {stem: method_of(known, shapes) for stem, shapes in stems.items()}
         strange = [stem for stem, method in found.items() if method is None]
         return Description(
             self.name,
@@ -317,32 +317,21 @@ class KohyaContent(Content):
         )
         super().__init__(envelope, file.path)
 
-    def _beside(self, leaves: Iterable[str]) -> Mapping[str, str]:
-        """Returns those of a module's tensors that are added to the host's, and to which, where the others are of a
-        method that has such."""
-        shapes = dict.fromkeys(leaves, Size())
-        if any(method.reads(shapes) for method in self.methods):
-            return {}
-        able = [
-            method
-            for method in self.methods
-            if method.beside
-            and method.reads({leaf: size for leaf, size in shapes.items() if leaf not in method.beside})
-        ]
-        return {leaf: tensor for method in able[:1] for leaf, tensor in method.beside.items() if leaf in shapes}
-
     def _own(self, path: str, below: Mapping[str, str], module: nn.Module) -> dict[str, str]:
         """Returns the names of a module's tensors without those that are added to the host's.
 
         Raises:
             HostMismatch: the host has no such tensor.
         """
-        beside = self._beside(below)
+        beside = added(self.methods, {leaf: self._shape(full) for leaf, full in below.items()})
         for leaf, tensor in beside.items():
             if not layer_of(module, "weight").has(module, tensor):
                 raise HostMismatch(f"{self.file.path}: {below[leaf]} is added to a {tensor}, which {path} has not")
             self.added[f"{path}.{tensor}"] = below[leaf]
         return {leaf: full for leaf, full in below.items() if leaf not in beside}
+
+    def _shape(self, name: str) -> Size:
+        return self.cuts[name].shape if name in self.cuts else self.file.shapes[name]
 
     def _held(
         self, stem: str, alpha: float | None, shapes: Mapping[str, Size], module: nn.Module, told: Mapping[str, float]
@@ -365,8 +354,7 @@ class KohyaContent(Content):
             CheckpointError: no installed plugin reads them, or they cannot be cut.
         """
         full = {leaf: name for leaf, name in below.items() if leaf != ALPHA}
-        shapes = {leaf: self.file.shapes[name] for leaf, name in full.items() if leaf not in self._beside(full)}
-        method = next((each for each in self.methods if each.reads(shapes)), None)
+        method = method_of(self.methods, {leaf: self.file.shapes[name] for leaf, name in full.items()})
         if method is None:
             raise CheckpointError(f"{self.file.path}: no installed plugin reads {', '.join(sorted(full))} at {stem}")
         values = self.file.read(full.values())
@@ -395,7 +383,7 @@ class KohyaContent(Content):
             below.setdefault(said.path, {})[said.leaf] = self.file.shapes[full]
         outputs = {}
         for path, shapes in below.items():
-            method = next((each for each in self.methods if each.reads(shapes)), None)
+            method = method_of(self.methods, shapes)
             several = any(not each.whole for each in spelling.meant.get(path, ()))
             outputs[path] = -1 if method is None or several else method.outputs(shapes)
         return Part(name, {full: full for full in held}, outputs, spelling.places)

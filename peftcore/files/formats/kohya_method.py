@@ -237,6 +237,25 @@ def spelled(shape: Sequence[int]) -> list[tuple[int, ...]]:
     return [tuple(shape), flat, *((*flat, *[1] * count) for count in (1, 2, 3))]
 
 
+def added(methods: Sequence[KohyaMethod], shapes: Mapping[str, Size]) -> Mapping[str, str]:
+    """Returns those of a module's tensors that are added to the host's, with these, where the others are of a method
+    that has such beside its own."""
+    if any(method.reads(shapes) for method in methods):
+        return {}
+    for method in methods:
+        held = {leaf: tensor for leaf, tensor in method.beside.items() if leaf in shapes}
+        if held and method.reads({leaf: shape for leaf, shape in shapes.items() if leaf not in held}):
+            return held
+    return {}
+
+
+def method_of(methods: Sequence[KohyaMethod], shapes: Mapping[str, Size]) -> KohyaMethod | None:
+    """Returns the first method of which a module's tensors are, without those that are added to the host's."""
+    beside = added(methods, shapes)
+    own = {leaf: shape for leaf, shape in shapes.items() if leaf not in beside}
+    return next((method for method in methods if method.reads(own)), None)
+
+
 def kohya_methods() -> list[KohyaMethod]:
     """Returns the translations of the installed plugins, the simplest first."""
     places = named_places("peftcore_translations", "translation")

@@ -7,7 +7,7 @@ import torch
 from torch import Size, Tensor
 
 from peftcore.errors import CheckpointError, ExportError
-from peftcore.files.formats.kohya_method import Held, KohyaMethod, Piece, kohya_methods, spelled
+from peftcore.files.formats.kohya_method import Held, KohyaMethod, Piece, added, kohya_methods, method_of, spelled
 
 DOWN, UP = "lora_down.weight", "lora_up.weight"
 
@@ -46,6 +46,15 @@ def test_methods_are_told_by_names_of_tensors_the_simplest_first() -> None:
     assert len(methods) > 1 and [len(each.below) for each in methods] == sorted(len(each.below) for each in methods)
     assert of(UP, DOWN, "alpha").methods[0] == "lora"
     assert not any(each.reads({"alpha": Size()}) or each.reads({"weight": Size([4])}) for each in methods)
+
+
+def test_what_stands_beside_a_method_is_told_from_its_own() -> None:
+    methods = kohya_methods()
+    shapes = {UP: Size([4, 2]), DOWN: Size([2, 4]), "diff_b": Size([4])}
+    found = method_of(methods, shapes)
+    assert added(methods, shapes) == {"diff_b": "bias"} and found is not None and found.methods[0] == "lora"
+    assert added(methods, {"diff": Size([4, 4]), "diff_b": Size([4])}) == {}
+    assert method_of(methods, shapes | {"dora_scale": Size([4, 1])}) is None
 
 
 def piece(rank: int, outputs: int, alpha: float | None = 3.0, seed: int = 0) -> Piece:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import peftcore
 from peftcore.errors import CheckpointError, ExportError
 from peftcore.files.formats.kohya import TENSORS
+from peftcore.files.save_load import describe
 
 diffusers = pytest.importorskip("diffusers")
 pytestmark = pytest.mark.filterwarnings("ignore:::(peft|diffusers|transformers)")
@@ -102,6 +103,8 @@ def test_biases_of_wan_beside_diffusers(tmp_path: Path) -> None:
     base, pipe, host = out(model, inputs), pipeline("wan", deepcopy(model)), deepcopy(model)
     pipe.load_lora_weights(tmp_path / "their.safetensors")
     injection = peftcore.load(host, tmp_path / "their.safetensors")
+    about = describe(tmp_path / "their.safetensors")
+    assert about.methods == ("lora",) and not about.problem
     assert len(injection.trained_along) == 20 == sum(name.endswith("diff_b") for name in given)
     assert_same(out(host, inputs), out(pipe.transformer, inputs), base)
     injection.save(tmp_path / "ours.safetensors", format="kohya/diffusion_model")
