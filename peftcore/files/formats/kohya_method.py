@@ -143,7 +143,7 @@ class KohyaMethod(ABC):
         if held.keys().isdisjoint(self.rows) or wrong:
             shown = ", ".join(f"{name} {tuple(value.shape)}" for name, value in held.items())
             raise CheckpointError(f"{shown} cannot be cut at the outputs {', '.join(map(str, sizes))}")
-        cuts = {name: held[name].split(list(sizes)) for name in self.rows if name in held}
+        cuts = {name: torch.split(held[name], list(sizes)) for name in self.rows if name in held}
         parts = [
             Piece(piece.alpha, {**held, **{name: each[index] for name, each in cuts.items()}})
             for index in range(len(sizes))
