@@ -2,7 +2,8 @@
 ``python docs/generate/files_matrix.py`` (a minute). It needs lycoris-lora and diffusers.
 
 Each cell is one adapter, with noise in every tensor, on a small UNet: saved by one library, loaded by another, and what
-the model returns compared. Nothing is written by hand.
+the model returns compared. Nothing is written by hand. The table of files in original names, for Flux and its like, is
+made by ``original_files_matrix.py``.
 """
 
 from __future__ import annotations

@@ -39,8 +39,8 @@ def peftcore_formats() -> Mapping[str, str]:
         "peftcore": "peftcore.files.formats.native:Native",
         "peft": "peftcore.files.formats.peft:Peft",
         "adapterhub": "peftcore.files.formats.adapterhub:AdapterHub",
-        "diffusers": "peftcore.files.formats.diffusers:Diffusers",
         "kohya": "peftcore.files.formats.kohya:Kohya",
+        "diffusers": "peftcore.files.formats.diffusers:Diffusers",
     }
 
 

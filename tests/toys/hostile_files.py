@@ -61,7 +61,36 @@ def _words() -> tuple[nn.Module, dict[str, Any]]:
     return Words(), {"x": torch.randint(12, (2, 4))}
 
 
-WORDS = {"words": Host("words", _words, lambda output: output, fallback=["first"])}
+class Joined(nn.Module):
+    """Modules with the names of diffusers' Flux, whose files have q, k and v in one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        attn = nn.ModuleDict({name: nn.Linear(8, 4 if name == "to_k" else 8) for name in ("to_q", "to_k", "to_v")})
+        block = nn.ModuleDict({"attn": attn, "norm1_context": nn.ModuleDict({"linear": nn.Linear(8, 8)})})
+        self.transformer_blocks = nn.ModuleList([block])
+        inner = {name: nn.ModuleDict({"linear_1": nn.Linear(8, 8)}) for name in ("text_embedder", "timestep_embedder")}
+        self.time_text_embed = nn.ModuleDict(inner)
+        self.norm_out = nn.ModuleDict({"linear": nn.Linear(8, 8)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        for embed in self.time_text_embed.children():
+            x = embed.get_submodule("linear_1")(x)
+        block = self.transformer_blocks[0]
+        q, k, v = (block.get_submodule(f"attn.to_{name}")(x) for name in "qkv")
+        mixed = torch.tanh(q + v + torch.cat([k, k], -1)) + block.get_submodule("norm1_context.linear")(x)
+        result: Tensor = self.norm_out["linear"](mixed)
+        return result
+
+
+def _joined() -> tuple[nn.Module, dict[str, Any]]:
+    return Joined(), {"x": torch.randn(2, 8)}
+
+
+WORDS = {
+    "words": Host("words", _words, lambda output: output, fallback=["first"]),
+    "joined": Host("joined", _joined, lambda output: output, fallback=["to_q"]),
+}
 
 
 @dataclass(frozen=True)
@@ -184,6 +213,8 @@ SAMPLES = [
     Sample("lora", "words", "peft", wishes=_two(target=["embed", "first"])),
     Sample("dora", format="peft", wishes=_two()),
     Sample("trainable_tokens", "words", "peft", wishes={"token_indices": [3, 5]}),
+    Sample("lora", "joined", "kohya", wishes=_two(target=["to_q", "to_k", "to_v", "linear"])),
+    Sample("dora", "joined", "kohya/diffusion_model", wishes=_two(target=["to_q", "to_k", "to_v"])),
 ]
 
 

@@ -1,5 +1,5 @@
 """Formats of adapter files: our own, and those of other libraries, each in a module of its own.
 
-`format` has the base class of formats; `peft_method`, `kohya` and `adapterhub` have the base classes by which a plugin
-translates one method for the files of these libraries.
+`format` has the base class of formats; `peft_method`, `kohya_method` and `adapterhub` have the base classes by which a
+plugin translates one method for the files of these libraries.
 """

@@ -1,21 +1,20 @@
-"""Files of kohya's sd-scripts and of LyCORIS: one safetensors file for a model or for a pipeline.
+"""Files of kohya's sd-scripts, of LyCORIS and for ComfyUI: one safetensors file for a model or for a pipeline.
 
 A tensor is called ``lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight``: the model, the module's path with
-underscores for dots, the tensor. The host's own modules tell which underscores are dots. There are no
-options: rank and form follow from shapes, and the scale is alpha / rank with an ``alpha`` for each module. Only the
-dropouts of its training are in the header, where the training program notes them. A method's tensors are translated by
-a `KohyaMethod`, which the plugin of our method brings under ``"kohya/NAME"``.
+underscores for dots, the tensor. The host's own modules, or their names in the original code (`original_names`), tell
+which underscores are dots. There are no options: rank and form follow from shapes, and the scale is alpha / rank with
+an ``alpha`` for each module. Only the dropouts of its training are in the header, where the training program notes
+them. A method's tensors are translated by a `KohyaMethod`, which the plugin of our method brings under
+``"kohya/NAME"``.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import warnings
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -29,7 +28,9 @@ from peftcore.files.formats.composing import composed, with_overrides
 from peftcore.files.formats.description import Description, unique
 from peftcore.files.formats.format import Content, Files, Format, Tensors
 from peftcore.files.formats.found import Found
-from peftcore.files.formats.ldm_names import ldm_names
+from peftcore.files.formats.kohya_method import ALPHA, Held, KohyaMethod, Piece, added, kohya_methods, method_of
+from peftcore.files.formats.kohya_names import DIFFUSION, PARTS, are_known, part_of, stem_of, understood
+from peftcore.files.formats.original_names import Original, is_transformer, original_names, written_names
 from peftcore.files.formats.pipelines import (
     Part,
     clip_prefix,
@@ -43,133 +44,29 @@ from peftcore.files.formats.pipelines import (
 from peftcore.files.formats.places import Place
 from peftcore.files.safe_io import TensorFile, parse_json
 from peftcore.injection.injection import Injection
-from peftcore.registry.plugins import imported, layer_of, named_places
-from peftcore.surgery.surgeon import Surgeon
+from peftcore.registry.plugins import layer_of
+from peftcore.surgery.surgeon import Graft, Surgeon
 
 TENSORS = "kohya.safetensors"
 """The file that we write into a folder; any file that is the only one is read."""
-ALPHA = "alpha"
+UNET, OURS = "lora_unet", "lycoris"
+"""The model that makes pictures, in its original names where these are known; and in the host's own names."""
 DROPOUTS = ("dropout", "rank_dropout", "module_dropout")
 """The dropouts that training programs have."""
 ARGUMENTS = "ss_network_args"
 """The key of the header under which sd-scripts notes the arguments of a network, as JSON of texts."""
 
 
-@dataclass(frozen=True)
-class Held:
-    """The tensors that a file has for one module."""
-
-    shapes: Mapping[str, Size]
-    """Shapes of its tensors by their names below the module, without alpha."""
-    given: float | None
-    """The value of alpha, where there is one."""
-    weight: Size
-    """The logical shape of the host's weight: ``[out, in, *kernel]``."""
-    where: str
-    """The file and the module's name in it, for messages."""
-    numbers: Mapping[str, float] = field(default_factory=dict)
-    """The values of its tensors that are one number, by their names below the module."""
-    bias: bool = False
-    """Whether the host's module has a bias."""
-
-    def size(self, name: str, dim: int) -> int:
-        """Returns the size of a tensor in one dimension; 1 where it is missing: the file is refused later."""
-        shape = self.shapes.get(name, ())
-        return shape[dim] if dim < len(shape) and shape[dim] else 1
-
-    def alpha(self, rank: int) -> float:
-        """Returns alpha, which is the rank where the file has none.
-
-        Raises:
-            CheckpointError: it is not above zero.
-        """
-        if self.given is not None and not (self.given > 0 and math.isfinite(self.given)):
-            raise CheckpointError(f"{self.where}: alpha is {self.given}, but peftcore reads only what is above 0")
-        return float(rank if self.given is None else self.given)
-
-
-class KohyaMethod(ABC):
-    """The translation of one method between these files and ours."""
-
-    methods: ClassVar[tuple[str, ...]]
-    """Our methods that it can hold; the first is the one that is read."""
-    below: ClassVar[tuple[str, ...]]
-    """Names of its tensors below a module, without alpha."""
-    telling: ClassVar[tuple[str, ...]]
-    """The names of which a file of this method has at least one."""
-    tensors: ClassVar[tuple[str, ...]] = ("weight",)
-    """The host's tensors of a module that it changes."""
-    dropouts: ClassVar[tuple[str, ...]] = ()
-    """The dropouts of its training that our method has as well, by our names, which are those of the header."""
-
-    @abstractmethod
-    def options(self, held: Held) -> dict[str, Any]:
-        """Returns our options for one module.
-
-        Raises:
-            CheckpointError: ours cannot compute it.
-        """
-
-    @abstractmethod
-    def outputs(self, shapes: Mapping[str, Size]) -> int:
-        """Returns the number of outputs of a module, from the shapes of its tensors; -1 where they do not tell."""
-
-    @abstractmethod
-    def read(self, place: Place, found: Found) -> dict[str, Tensor]:
-        """Returns one operator's tensors by our names."""
-
-    @abstractmethod
-    def write(self, place: Place) -> tuple[float | None, dict[str, Tensor]]:
-        """Returns alpha, None where the file has none, and one operator's tensors by the file's names.
-
-        Raises:
-            ExportError: the file cannot hold it.
-        """
-
-    def writes(self, place: Place) -> bool:
-        """Whether it can hold what one of its methods does at a place. Where no translation can, `write` of the last
-        one says why."""
-        return True
-
-    def reads(self, shapes: Mapping[str, Size]) -> bool:
-        """Whether a module's tensors, of these shapes by their names below it, are of this method."""
-        names = set(shapes) - {ALPHA}
-        return names <= set(self.below) and not names.isdisjoint(self.telling)
-
-    def fits(self, held: Held) -> bool:
-        """Whether it reads what the file has for a module of the host: where several methods of ours share the names of
-        theirs, one of them."""
-        return self.reads(held.shapes)
-
-
-def spelled(shape: Sequence[int]) -> list[tuple[int, ...]]:
-    """Returns the shapes that a matrix [a, b] may have in a file: pointwise convolutions are written as they are, or
-    flat."""
-    if math.prod(shape[2:]) != 1:
-        return [tuple(shape)]
-    flat = tuple(shape[:2])
-    return [tuple(shape), flat, *((*flat, *[1] * count) for count in (1, 2, 3))]
-
-
-def kohya_methods() -> list[KohyaMethod]:
-    """Returns the translations of the installed plugins, the simplest first."""
-    places = named_places("peftcore_translations", "translation")
-    found: list[KohyaMethod] = [imported(places[name])() for name in sorted(places) if name.startswith("kohya/")]
-    return sorted(found, key=lambda method: len(method.below))
-
-
 class Kohya(Format):
-    """The format of kohya's sd-scripts and of LyCORIS."""
+    """The format of kohya's sd-scripts, of LyCORIS and for ComfyUI."""
 
     name = "kohya"
     file = TENSORS
-    parts: ClassVar[tuple[str, ...]] = (
-        "lora_unet", "lora_te", "lora_te1", "lora_te2", "lora_te3", "lora_transformer", "lycoris", "oft_unet",
-    )  # fmt: skip
+    parts: ClassVar[tuple[str, ...]] = (*PARTS, DIFFUSION)
 
     @classmethod
     def recognizes(cls, path: Path) -> bool:
-        return any(map(_known, names_in(only_file(path, TENSORS))))
+        return are_known(names_in(only_file(path, TENSORS)))
 
     def open(self, path: Path, model: nn.Module) -> Content:
         return KohyaContent(TensorFile(only_file(path, TENSORS) or path / TENSORS), model)
@@ -178,35 +75,36 @@ class Kohya(Format):
         file = TensorFile(only_file(path, TENSORS) or path / TENSORS)
         stems: dict[str, dict[str, Size]] = {}
         for full, shape in file.shapes.items():
-            stem, _, leaf = full.partition(".")
-            stems.setdefault(stem, {})[leaf] = shape
+            said = understood(full, part_of(full) or "")
+            stems.setdefault(said.stem, {})[said.leaf] = shape
         known = kohya_methods()
-        found = {stem: next((each for each in known if each.reads(shapes)), None) for stem, shapes in stems.items()}
+        found = {stem: method_of(known, shapes) for stem, shapes in stems.items()}
         strange = [stem for stem, method in found.items() if method is None]
         return Description(
             self.name,
             (file,),
             methods=unique(method.methods[0] for method in found.values() if method is not None),
-            parts=unique(part for stem in stems if (part := _known(stem))),
+            parts=unique(part for full in file.shapes if (part := part_of(full))),
             sites=tuple(stems),
             problem=f"no installed plugin reads what is at {', '.join(strange[:4])}" if strange else "",
         )
 
     def files(self, injection: Injection, weights: bool = False) -> Files:
-        if injection.trained_along or injection.shared:
-            what = next(iter((*injection.trained_along, *injection.shared)))
-            raise ExportError(f"files of kohya have no place for {what}: only for operators at modules")
+        if injection.shared:
+            raise ExportError(f"files of kohya have no place for {next(iter(injection.shared))}: only for modules")
         check_no_rows(injection, "kohya")
-        model = injection.model
-        part = self.part or ("lora_unet" if is_unet(model) else "lora_te" if is_text_encoder(model) else "lycoris")
+        part = self.part or _guessed(injection.model)
         if part == "oft_unet":
             raise ExportError("oft_unet is read only, from sd-scripts' networks/oft.py; LyCORIS reads lora_unet")
-        front = clip_prefix(model) if part.startswith("lora_te") else ""
-        spelling = Spelling(dict(injection.model.named_modules()))
-        methods, tensors, noted = kohya_methods(), dict[str, Tensor](), set[str]()
+        modules = dict(injection.model.named_modules())
+        spelling = Spelling(modules)
+        methods, noted = kohya_methods(), set[str]()
+        held: dict[str, tuple[KohyaMethod, Piece]] = {}
         standing: dict[str, tuple[str, set[str]]] = {}
         for index, graft in enumerate(injection.grafts):
             site, owner = graft.site, injection.owner(graft)
+            if graft.trained_along:
+                continue
             able = [each for each in methods if owner.method.name in each.methods]
             if not able:
                 raise ExportError(f"files of kohya have no method that computes what {owner.method.name} does")
@@ -219,60 +117,123 @@ class Kohya(Format):
                     "it"
                 )
             spelling.only(site.module_path)
-            stem = f"{part}_{front}{site.module_path}".replace(".", "_")
-            first, taken = standing.setdefault(stem, (graft.part, set()))
+            first, taken = standing.setdefault(site.module_path, (graft.part, set()))
             if first != graft.part or site.tensor in taken:
                 raise ExportError(f"files of kohya have one operator for a module; {site.path} has two")
             taken.add(site.tensor)
             if method.dropouts:
                 noted.add(json.dumps({n: str(v) for n in method.dropouts if (v := getattr(place.config, n))}))
             alpha, values = method.write(place)
-            if alpha is not None:
-                tensors[f"{stem}.{ALPHA}"] = torch.tensor(float(alpha), dtype=torch.float32)
-            tensors |= {f"{stem}.{name}": value.detach().contiguous() for name, value in values.items()}
+            before = held[site.module_path][1].tensors if site.module_path in held else {}
+            held[site.module_path] = method, Piece(alpha, {**before, **values})
+        for graft in injection.grafts:
+            if graft.trained_along:
+                _add(held, graft)
         if len(noted) > 1:
             raise ExportError("files of kohya have the same dropouts for all modules, and here they differ")
         (said,) = noted or {"{}"}
+        front, tensors = clip_prefix(injection.model) if part.startswith("lora_te") else "", dict[str, Tensor]()
+        original = part == DIFFUSION or (part == UNET and not is_unet(injection.model))
+        for path, piece in _named(held, modules, original_names(modules) if original else {}).items():
+            stem = stem_of(part, front + path)
+            if piece.alpha is not None:
+                tensors[f"{stem}.{ALPHA}"] = torch.tensor(float(piece.alpha), dtype=torch.float32)
+            tensors |= {f"{stem}.{name}": value.detach().contiguous() for name, value in piece.tensors.items()}
         return {TENSORS: Tensors(tensors, {"format": "pt"} if said == "{}" else {ARGUMENTS: said})}
 
 
-def _known(name: str) -> str | None:
-    """Returns the model in front of a tensor's name."""
-    stem = name.partition(".")[0]
-    return next((part for part in Kohya.parts if stem.startswith(f"{part}_")), None)
+def _guessed(model: nn.Module) -> str:
+    """Returns the name in files for a host."""
+    if is_unet(model) or is_transformer([path for path, _ in model.named_modules()]):
+        return UNET
+    return "lora_te" if is_text_encoder(model) else OURS
+
+
+def _add(held: dict[str, tuple[KohyaMethod, Piece]], graft: Graft) -> None:
+    """Put what trained along into what is at its module.
+
+    Raises:
+        ExportError: there is no place for it.
+    """
+    site = graft.site
+    method, piece = held.get(site.module_path, (None, Piece(None, {})))
+    name = next((leaf for leaf, tensor in method.beside.items() if tensor == site.tensor), None) if method else None
+    if method is None or name is None:
+        raise ExportError(
+            f"files of kohya have no place for {site.path}: only for operators at modules, and for the biases beside "
+            "those of LoRA"
+        )
+    value: Tensor = graft.operator.state_dict()["value"]
+    change = value - replace(site, meta=False).base_weight().detach().to(value)
+    held[site.module_path] = method, Piece(piece.alpha, {**piece.tensors, name: change})
+
+
+def _named(
+    held: Mapping[str, tuple[KohyaMethod, Piece]], modules: Mapping[str, nn.Module], originals: Mapping[str, Original]
+) -> dict[str, Piece]:
+    """Returns what is to be written by original names, those of several modules as one.
+
+    Raises:
+        ExportError: these do not do what one does.
+    """
+    theirs, found = written_names(originals), dict[str, Piece]()
+    for name in dict.fromkeys(theirs.get(path, path) for path in held):
+        original = originals.get(name, Original((name,)))
+        pieces = [held.get(path) for path in original.paths]
+        method, piece = next(each for each in pieces if each is not None)
+        if not original.whole:
+            if any(each is not None and each[0] is not method for each in pieces):
+                raise ExportError(_not_one(name, original, "they have different methods"))
+            sizes = [layer_of(modules[path], "weight").shape(modules[path], "weight")[0] for path in original.paths]
+            try:
+                piece = method.joined([None if each is None else each[1] for each in pieces], sizes)
+                piece = method.swapped(piece) if original.swapped else piece
+            except ExportError as error:
+                raise ExportError(_not_one(name, original, str(error))) from None
+        found[name] = piece
+    return found
+
+
+def _not_one(name: str, original: Original, why: str) -> str:
+    return (
+        f"{', '.join(original.paths)} cannot be written as {name}: {why}; the part {OURS!r}, as in "
+        f'format="kohya/{OURS}", keeps the modules of the host'
+    )
 
 
 class Spelling:
-    """A host's modules by their paths with dots and underscores taken as one."""
+    """A host's modules by their paths, or by names of the original code, with dots and underscores taken as one."""
 
-    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+    def __init__(self, modules: Mapping[str, nn.Module], originals: Mapping[str, Original] = {}) -> None:
         self.modules = modules
-        self.paths: dict[str, list[str]] = {}
+        self.meant: dict[str, list[Original]] = {}
         for path in modules:
-            self.paths.setdefault(path.replace("_", "."), []).append(path)
-        for name, path in ldm_names(modules).items():
-            self.paths.setdefault(name.replace("_", "."), [path])
+            self.meant.setdefault(path.replace("_", "."), []).append(Original((path,)))
+        self.meant |= {name.replace("_", "."): [original] for name, original in originals.items()}
 
     @property
     def places(self) -> dict[str, str]:
         """One path for each spelling; see `only`."""
-        return {spelling: paths[0] for spelling, paths in self.paths.items()}
+        return {spelling: meant[0].paths[0] for spelling, meant in self.meant.items()}
 
-    def only(self, path: str) -> str:
+    def only(self, path: str) -> Original:
         """Returns the module with a weight for the spelling of `path`.
 
         Raises:
             HostMismatch: there are several.
         """
-        meant = self.paths[path.replace("_", ".")]
+        meant = self.meant[path.replace("_", ".")]
         if len(meant) > 1:
-            weighty = [
-                each for each in meant if layer_of(self.modules[each], "weight").has(self.modules[each], "weight")
-            ]
+            weighty = [each for each in meant if self.has_weight(each.paths[0])]
             if len(weighty) > 1:
-                raise HostMismatch(f"with underscores for dots {' and '.join(weighty)} are one name")
+                several = " and ".join(each.paths[0] for each in weighty)
+                raise HostMismatch(f"with underscores for dots {several} are one name")
             meant = weighty or meant
         return meant[0]
+
+    def has_weight(self, path: str) -> bool:
+        """Whether the host's module has a weight."""
+        return layer_of(self.modules[path], "weight").has(self.modules[path], "weight")
 
 
 @dataclass(frozen=True)
@@ -299,28 +260,44 @@ class KohyaContent(Content):
     def __init__(self, file: TensorFile, model: nn.Module) -> None:
         self.file = file
         self.methods = kohya_methods()
+        self.cuts: dict[str, Tensor] = {}
+        """What was cut out of tensors of the file, by names of its own."""
         modules = dict(model.named_modules())
-        spelling = Spelling(modules)
-        stems = split(list(file.shapes), _known)
-        self.strange = stems.pop("", [])
-        parts = [self._part(name, held, spelling) for name, held in stems.items()]
-        part, move = fitting(parts, model, file.path)
+        originals = original_names(modules)
+        stems = split(list(file.shapes), part_of)
+        self.strange = [] if set(stems) == {""} else stems.pop("", [])
+        readings = [
+            (self._part(name, held, spelling), spelling)
+            for spelling in (Spelling(modules), *([Spelling(modules, originals)] if originals else []))
+            for name, held in stems.items()
+        ]
+        part, move = fitting([each for each, _ in readings], model, file.path)
+        spelling = next(spelling for each, spelling in readings if each is part)
         names: dict[str, dict[str, str]] = {}
+        meant: dict[str, Original] = {}
         for full in part.names:
-            stem, _, leaf = full.partition(".")
-            names.setdefault(stem, {})[leaf] = full
+            name = understood(full, part.name)
+            below = names.setdefault(name.stem, {})
+            if name.leaf in below:
+                raise CheckpointError(f"{file.path}: {below[name.leaf]} and {full} are the same tensor")
+            below[name.leaf] = full
+            meant[name.stem] = spelling.only(move(name.path))
         numbers = self._numbers(names)
+        self.added: dict[str, str] = {}
+        """Names of tensors that are added to tensors of the host, by the path of these."""
         groups = []
         for stem, below in names.items():
-            path = spelling.only(spelling.places[move(_dotted(stem, part.name))])
-            layer = layer_of(modules[path], "weight")
-            if not layer.has(modules[path], "weight"):
-                raise HostMismatch(f"{file.path}: {stem} stands at {path}, which has no weight here")
+            for path in meant[stem].paths:
+                if not spelling.has_weight(path):
+                    raise HostMismatch(f"{file.path}: {stem} stands at {path}, which has no weight here")
+            if not meant[stem].whole:
+                groups += self._cut(stem, below, numbers[stem].get(ALPHA), meant[stem], modules)
+                continue
+            (path,) = meant[stem].paths
+            below = self._own(path, below, modules[path])
             shapes = {leaf: file.shapes[full] for leaf, full in below.items() if leaf != ALPHA}
-            weight = Size(layer.shape(modules[path], "weight"))
-            told, bias = numbers[stem], layer.has(modules[path], "bias")
-            held = Held(shapes, told.pop(ALPHA, None), weight, f"{file.path}: {stem}", told, bias)
-            groups.append(Group(path, below, held))
+            told = numbers[stem]
+            groups.append(Group(path, below, self._held(stem, told.pop(ALPHA, None), shapes, modules[path], told)))
         if len({group.path for group in groups}) < len(groups):
             raise CheckpointError(f"{file.path} has two names for the same module")
         order = {path: index for index, path in enumerate(modules)}
@@ -336,18 +313,79 @@ class KohyaContent(Content):
             [{"": [SavedSite(module_path=group.path) for group in share.groups]} for share in self.shares],
             dtypes=file.dtypes.values(),
             target=[group.path for group in groups],
+            train=tuple(self.added),
         )
         super().__init__(envelope, file.path)
+
+    def _own(self, path: str, below: Mapping[str, str], module: nn.Module) -> dict[str, str]:
+        """Returns the names of a module's tensors without those that are added to the host's.
+
+        Raises:
+            HostMismatch: the host has no such tensor.
+        """
+        beside = added(self.methods, {leaf: self._shape(full) for leaf, full in below.items()})
+        for leaf, tensor in beside.items():
+            if not layer_of(module, "weight").has(module, tensor):
+                raise HostMismatch(f"{self.file.path}: {below[leaf]} is added to a {tensor}, which {path} has not")
+            self.added[f"{path}.{tensor}"] = below[leaf]
+        return {leaf: full for leaf, full in below.items() if leaf not in beside}
+
+    def _shape(self, name: str) -> Size:
+        return self.cuts[name].shape if name in self.cuts else self.file.shapes[name]
+
+    def _held(
+        self, stem: str, alpha: float | None, shapes: Mapping[str, Size], module: nn.Module, told: Mapping[str, float]
+    ) -> Held:
+        layer = layer_of(module, "weight")
+        weight, bias = Size(layer.shape(module, "weight")), layer.has(module, "bias")
+        return Held(shapes, alpha, weight, f"{self.file.path}: {stem}", told, bias)
+
+    def _cut(
+        self,
+        stem: str,
+        below: Mapping[str, str],
+        alpha: float | None,
+        original: Original,
+        modules: Mapping[str, nn.Module],
+    ) -> list[Group]:
+        """Returns what the tensors at one module of the original code are at the host's.
+
+        Raises:
+            CheckpointError: no installed plugin reads them, or they cannot be cut.
+        """
+        full = {leaf: name for leaf, name in below.items() if leaf != ALPHA}
+        method = method_of(self.methods, {leaf: self.file.shapes[name] for leaf, name in full.items()})
+        if method is None:
+            raise CheckpointError(f"{self.file.path}: no installed plugin reads {', '.join(sorted(full))} at {stem}")
+        values = self.file.read(full.values())
+        sizes = [layer_of(modules[path], "weight").shape(modules[path], "weight")[0] for path in original.paths]
+        try:
+            pieces = method.cut(Piece(alpha, {leaf: values[name] for leaf, name in full.items()}), sizes)
+        except CheckpointError as error:
+            where = f"{self.file.path}: {stem}, which is {', '.join(original.paths)} here"
+            raise CheckpointError(f"{where}: {error}") from None
+        groups = []
+        for path, piece in zip(original.paths, pieces, strict=True):
+            if piece is None:
+                continue
+            tensors = (method.swapped(piece) if original.swapped else piece).tensors
+            names = {leaf: f"{full[leaf]} for {path}" for leaf in tensors}
+            self.cuts |= {names[leaf]: value for leaf, value in tensors.items()}
+            names = self._own(path, names, modules[path])
+            shapes = {leaf: tensors[leaf].shape for leaf in names}
+            groups.append(Group(path, names, self._held(stem, piece.alpha, shapes, modules[path], {})))
+        return groups
 
     def _part(self, name: str, held: Sequence[str], spelling: Spelling) -> Part:
         below: dict[str, dict[str, Size]] = {}
         for full in held:
-            stem, _, leaf = full.partition(".")
-            below.setdefault(_dotted(stem, name), {})[leaf] = self.file.shapes[full]
+            said = understood(full, name)
+            below.setdefault(said.path, {})[said.leaf] = self.file.shapes[full]
         outputs = {}
         for path, shapes in below.items():
-            method = next((each for each in self.methods if each.reads(shapes)), None)
-            outputs[path] = -1 if method is None else method.outputs(shapes)
+            method = method_of(self.methods, shapes)
+            several = any(not each.whole for each in spelling.meant.get(path, ()))
+            outputs[path] = -1 if method is None or several else method.outputs(shapes)
         return Part(name, {full: full for full in held}, outputs, spelling.places)
 
     def _dropouts(self, method: KohyaMethod) -> dict[str, Any]:
@@ -395,20 +433,29 @@ class KohyaContent(Content):
 
     def tensors(self, surgeon: Surgeon, strict: bool) -> dict[str, Tensor]:
         every = [full for share in self.shares for group in share.groups for full in group.names.values()]
-        values = self.file.read(every)
+        every += self.added.values()
+        values = self.file.read([full for full in every if full not in self.cuts]) | self.cuts
+        shapes = self.file.shapes | {full: value.shape for full, value in self.cuts.items()}
         wrong, used = [f"unknown {name}" for name in self.strange], set[str]()
         tensors: dict[str, Tensor] = {}
         for index, share in enumerate(self.shares):
             recorder = surgeon.parts[str(index)] if len(self.shares) > 1 else surgeon
             here = {group.path: group for group in share.groups}
-            for number, graft in enumerate(recorder.grafts):
+            grafts = [graft for graft in recorder.grafts if graft.by_method]
+            for number, graft in enumerate(grafts):
                 group = here[graft.site.module_path]
-                found = Found(group.names, self.file.shapes, values.__getitem__, wrong, used)
-                place = Place(graft, number, len(recorder.grafts), recorder.config.at(graft.site.path))
+                found = Found(group.names, shapes, values.__getitem__, wrong, used)
+                place = Place(graft, number, len(grafts), recorder.config.at(graft.site.path))
                 before = len(wrong)
                 read = share.method.read(place, found)
                 if len(wrong) == before:  # a place that lacks something stays as it is, where that is accepted
                     tensors |= {f"{graft.key}.{name}": value for name, value in read.items()}
+        for graft in surgeon.grafts:
+            if graft.trained_along:
+                full = self.added[f"{graft.site.module_path}.{graft.site.tensor}"]
+                own = replace(graft.site, meta=False).base_weight().detach()
+                change = Found({full: full}, shapes, values.__getitem__, wrong, used).take(full, own.shape)
+                tensors[f"{graft.key}.value"] = own.to(change) + change
         used |= {full for full in every if full.endswith(f".{ALPHA}")}
         wrong += [f"unknown {name}" for name in sorted(set(every) - used)]
         if strict and wrong:
@@ -428,7 +475,3 @@ def _trained_with(file: TensorFile) -> dict[str, float | bool]:
             found |= {name: value} if 0 < value < 1 else {}
     scaled = str(noted.get("rank_dropout_scale")).lower() == "true"
     return found | ({"rank_dropout_scale": True} if scaled and "rank_dropout" in found else {})
-
-
-def _dotted(stem: str, part: str) -> str:
-    return stem.removeprefix(f"{part}_").replace("_", ".")

@@ -1,42 +1,40 @@
-"""Files of kohya and LyCORIS: rank and alpha from tensors, dots from the host, the simplest method first."""
+"""Files of kohya: which names a host has in them, and how a file is known."""
 
-import math
+from pathlib import Path
 
 import pytest
-from torch import Size
+import torch
+from safetensors.torch import save_file
+from torch import nn
 
-from peftcore.errors import CheckpointError
-from peftcore.files.formats.kohya import Held, kohya_methods, spelled
-
-
-def held(alpha: float | None = None) -> Held:
-    return Held({"lora_down.weight": Size([4, 8, 1, 1])}, alpha, Size([6, 8]), "file.safetensors: lora_unet_a")
-
-
-def test_alpha_is_the_rank_where_the_file_has_none() -> None:
-    assert held().alpha(4) == 4.0 and held(2.0).alpha(4) == 2.0
+from peftcore.errors import HostMismatch
+from peftcore.files.formats.kohya import TENSORS, Kohya, Spelling
+from peftcore.files.formats.original_names import Original
 
 
-@pytest.mark.parametrize("alpha", [0.0, -1.0, math.inf, math.nan])
-def test_an_alpha_that_is_not_above_zero_is_refused(alpha: float) -> None:
-    with pytest.raises(CheckpointError, match=r"file\.safetensors: lora_unet_a: alpha is"):
-        held(alpha).alpha(4)
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("lora_unet_a.lora_down.weight", True),
+        ("diffusion_model.a.lora_A.weight", True),
+        ("double_blocks.0.img_attn.qkv.lora_A.weight", True),
+        ("base_model.model.a.lora_A.weight", False),  # a folder of peft
+        ("transformer.a.lora_A.weight", False),  # a file of diffusers
+    ],
+)
+def test_a_file_is_recognized_by_its_names(name: str, known: bool, tmp_path: Path) -> None:
+    save_file({name: torch.zeros(1)}, tmp_path / TENSORS)
+    assert Kohya.recognizes(tmp_path) is known
 
 
-def test_sizes_of_what_lacks_are_one() -> None:
-    assert held().size("lora_down.weight", 0) == 4
-    assert held().size("lora_down.weight", 7) == held().size("lora_up.weight", 0) == 1
-
-
-def test_pointwise_matrices_are_written_flat_or_as_convolutions() -> None:
-    assert spelled((4, 8)) == [(4, 8), (4, 8), (4, 8, 1), (4, 8, 1, 1), (4, 8, 1, 1, 1)]
-    assert spelled((4, 8, 3, 3)) == [(4, 8, 3, 3)]
-
-
-def test_methods_are_told_by_names_of_tensors_the_simplest_first() -> None:
-    methods = kohya_methods()
-    assert len(methods) > 1 and [len(each.below) for each in methods] == sorted(len(each.below) for each in methods)
-    shapes = dict.fromkeys(["lora_up.weight", "lora_down.weight", "alpha"], Size([4, 4]))
-    first = next(each for each in methods if each.reads(shapes))
-    assert first.methods[0] == "lora"
-    assert not any(each.reads({"alpha": Size()}) or each.reads({"weight": Size([4])}) for each in methods)
+def test_a_spelling_takes_underscores_for_dots_and_original_names_first() -> None:
+    model = nn.ModuleDict({"a_b": nn.ModuleDict({"norm2": nn.Linear(2, 2), "norm3": nn.Linear(2, 2)}), "a": nn.ReLU()})
+    modules = dict(model.named_modules())
+    assert Spelling(modules).only("a.b.norm2") == Original(("a_b.norm2",))
+    names = {"a_b.norm2": Original(("a_b.norm3",)), "a.both": Original(("a_b.norm2", "a_b.norm3"))}
+    original = Spelling(modules, names)
+    assert original.only("a_b_norm2").paths == ("a_b.norm3",) and not original.only("a_both").whole
+    assert original.places["a.both"] == "a_b.norm2"
+    assert original.has_weight("a_b.norm2") and not original.has_weight("a")
+    with pytest.raises(HostMismatch, match="are one name"):
+        Spelling({"x_y": nn.Linear(2, 2), "x.y": nn.Linear(2, 2)}).only("x.y")

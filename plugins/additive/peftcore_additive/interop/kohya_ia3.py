@@ -14,7 +14,7 @@ from torch import Size, Tensor
 
 from peftcore.errors import ExportError
 from peftcore.files.formats.found import Found
-from peftcore.files.formats.kohya import Held, KohyaMethod
+from peftcore.files.formats.kohya_method import Held, KohyaMethod
 from peftcore.files.formats.places import Place
 
 GAIN, ON_INPUT = "weight", "on_input"

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Size, Tensor
 
 from peftcore.files.formats.found import Found
-from peftcore.files.formats.kohya import Held, KohyaMethod, spelled
+from peftcore.files.formats.kohya_method import Held, KohyaMethod, spelled
 from peftcore.files.formats.places import Place
 
 DOWN, CORE, UP = "lora_down.weight", "lora_mid.weight", "lora_up.weight"
@@ -25,6 +25,8 @@ class KohyaLoCon(KohyaMethod):
     methods = ("locon",)
     below = (DOWN, CORE, UP)
     telling = below
+    rows = (UP,)
+    factors = (DOWN, UP)
 
     def options(self, held: Held) -> dict[str, Any]:
         rank = held.size(DOWN, 0)

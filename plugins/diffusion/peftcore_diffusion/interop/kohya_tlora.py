@@ -18,7 +18,7 @@ import torch
 from torch import Size, Tensor
 
 from peftcore.files.formats.found import Found
-from peftcore.files.formats.kohya import Held, KohyaMethod
+from peftcore.files.formats.kohya_method import Held, KohyaMethod
 from peftcore.files.formats.places import Place
 
 Q, P, VALUES = "q_layer.weight", "p_layer.weight", "lambda_layer"
@@ -33,6 +33,8 @@ class KohyaMaskedTLoRA(KohyaMethod):
     methods = ("tlora",)
     below = (Q, P, VALUES, DOWN, UP)
     telling = ()
+    rows = (UP,)
+    factors = (DOWN, UP)
 
     def reads(self, shapes: Mapping[str, Size]) -> bool:
         return False

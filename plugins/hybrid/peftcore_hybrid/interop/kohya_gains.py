@@ -13,7 +13,7 @@ import torch
 from torch import Size, Tensor
 
 from peftcore.files.formats.found import Found
-from peftcore.files.formats.kohya import Held, KohyaMethod
+from peftcore.files.formats.kohya_method import Held, KohyaMethod
 from peftcore.files.formats.places import Place
 
 GAIN, ON_INPUT = "weight", "on_input"

@@ -14,7 +14,7 @@ from torch import Size, Tensor
 
 from peftcore.errors import ExportError
 from peftcore.files.formats.found import Found
-from peftcore.files.formats.kohya import ALPHA, Held, KohyaMethod, spelled
+from peftcore.files.formats.kohya_method import ALPHA, Held, KohyaMethod, spelled
 from peftcore.files.formats.places import Place
 
 THEIRS = {"A": "a1.weight", "A_up": "a2.weight", "B": "b1.weight", "B_up": "b2.weight"}

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Size, Tensor
 
 from peftcore.files.formats.found import Found
-from peftcore.files.formats.kohya import Held, KohyaMethod
+from peftcore.files.formats.kohya_method import Held, KohyaMethod
 from peftcore.files.formats.places import Place
 
 
@@ -23,6 +23,7 @@ class KohyaLoHa(KohyaMethod):
     methods = ("loha",)
     below = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
     telling = below
+    rows = ("hada_w1_a", "hada_w2_a")
     dropouts = ("rank_dropout", "rank_dropout_scale", "module_dropout")
 
     def options(self, held: Held) -> dict[str, Any]:

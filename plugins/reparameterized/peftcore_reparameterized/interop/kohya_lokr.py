@@ -16,7 +16,7 @@ from torch import Size, Tensor
 
 from peftcore.errors import CheckpointError
 from peftcore.files.formats.found import Found
-from peftcore.files.formats.kohya import Held, KohyaMethod
+from peftcore.files.formats.kohya_method import Held, KohyaMethod
 from peftcore.files.formats.places import Place
 from peftcore_reparameterized.lokr import _cut
 

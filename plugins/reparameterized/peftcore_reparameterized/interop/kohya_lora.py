@@ -1,7 +1,8 @@
 """LoRA and DoRA in files of kohya's sd-scripts and of LyCORIS (checked against LyCORIS 4.1 and diffusers 0.42).
 
 ``lora_down`` is our A and ``lora_up`` our B, which a convolution writes with a kernel of ones; the scale is alpha /
-rank. DyLoRA is written with all its ranks, and read as LoRA, which its files are. ``dora_scale`` [out, 1, ...] is our
+rank. DyLoRA is written with all its ranks, and read as LoRA, which its files are. Beside them can be
+``diff_b``, as in files for Wan, which is added to the bias. ``dora_scale`` [out, 1, ...] is our
 magnitude. LyCORIS can also take the norm over outputs, one for each input (`wd_on_output=False`), which is another
 method than ours.
 """
@@ -9,16 +10,16 @@ method than ours.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Size, Tensor
 
 from peftcore.errors import CheckpointError
 from peftcore.files.formats.found import Found
-from peftcore.files.formats.kohya import Held, KohyaMethod, spelled
+from peftcore.files.formats.kohya_method import Held, KohyaMethod, spelled
 from peftcore.files.formats.places import Place
 
-DOWN, UP, MAGNITUDE = "lora_down.weight", "lora_up.weight", "dora_scale"
+DOWN, UP, MAGNITUDE, BIAS = "lora_down.weight", "lora_up.weight", "dora_scale", "diff_b"
 
 
 class KohyaLoRA(KohyaMethod):
@@ -27,6 +28,9 @@ class KohyaLoRA(KohyaMethod):
     methods = ("lora", "lora_plus", "dylora")
     below = (DOWN, UP)
     telling = (DOWN, UP)
+    beside: ClassVar[Mapping[str, str]] = {BIAS: "bias"}
+    rows = (UP, BIAS)
+    factors = (DOWN, UP)
 
     def options(self, held: Held) -> dict[str, Any]:
         rank = held.size(DOWN, 0)
@@ -51,6 +55,8 @@ class KohyaDoRA(KohyaLoRA):
     methods = ("dora",)
     below = (DOWN, UP, MAGNITUDE)
     telling = (MAGNITUDE,)
+    beside: ClassVar[Mapping[str, str]] = {}
+    rows = (UP, MAGNITUDE)
 
     def options(self, held: Held) -> dict[str, Any]:
         outputs = held.weight[0]

@@ -22,7 +22,7 @@ from torch import Size, Tensor
 
 from peftcore.errors import CheckpointError, ExportError
 from peftcore.files.formats.found import Found
-from peftcore.files.formats.kohya import ALPHA, Held, KohyaMethod
+from peftcore.files.formats.kohya_method import ALPHA, Held, KohyaMethod
 from peftcore.files.formats.places import Place
 
 BLOCKS, RESCALE = "oft_blocks", "rescale"

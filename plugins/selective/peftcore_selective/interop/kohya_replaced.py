@@ -14,7 +14,7 @@ from torch import Size, Tensor
 
 from peftcore.errors import ExportError
 from peftcore.files.formats.found import Found
-from peftcore.files.formats.kohya import Held, KohyaMethod
+from peftcore.files.formats.kohya_method import Held, KohyaMethod
 from peftcore.files.formats.places import Place
 
 
@@ -53,6 +53,7 @@ class KohyaFull(_Replaced):
     methods = ("attention_only", "linear_probe", "ln_tuning", "partial_k")
     below = ("diff", "diff_b")
     telling = ("diff",)
+    rows = below
     of_norms = False
     names: ClassVar[Mapping[str, str]] = {"weight": "diff", "bias": "diff_b"}
 

@@ -1,0 +1,74 @@
+"""Names of tensors in files of kohya, LyCORIS and ComfyUI: the model, the module's path, the tensor.
+
+Kohya's have underscores for dots, ``lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight``; those for ComfyUI keep
+them, ``diffusion_model.double_blocks.0.img_attn.qkv.lora_down.weight``, as do files that name no model:
+``double_blocks.0.img_attn.qkv.lora_A.weight``. `understood` takes all apart.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+
+PARTS = ("lora_unet", "lora_te", "lora_te1", "lora_te2", "lora_te3", "lora_transformer", "lycoris", "oft_unet")
+"""Models in names with underscores."""
+DIFFUSION = "diffusion_model"
+PEFTS = "base_model.model"
+"""What is in front of names that peft wrote: its own files have it too."""
+DOTTED = (DIFFUSION, PEFTS, *(f"text_encoders.{name}.transformer" for name in ("clip_l", "clip_g", "t5xxl")))
+"""Models in names with dots. Only the first is written."""
+BARE = re.compile(r"(base_model\.model\.)?(double_blocks|single_blocks)\.\d+\.|[^.]+\..*\.lora_(down|up)\.weight$")
+"""A name that tells a file of names without any model."""
+LEAVES = {
+    "lora_A.weight": "lora_down.weight",
+    "lora_B.weight": "lora_up.weight",
+    "lora_A.default.weight": "lora_down.weight",
+    "lora_B.default.weight": "lora_up.weight",
+    "down.weight": "lora_down.weight",
+    "up.weight": "lora_up.weight",
+}
+"""Tensors that other programs call otherwise: peft's names, and those of XLabs."""
+
+
+@dataclass(frozen=True)
+class Name:
+    """The parsed name of a tensor."""
+
+    part: str
+    """The model; empty where there is none."""
+    stem: str
+    """All in front of the tensor's own name, as the file has it."""
+    path: str
+    """The module's path with a dot for each dot and each underscore."""
+    leaf: str
+    """The tensor's name below the module, as kohya and LyCORIS have it."""
+
+
+def part_of(name: str) -> str | None:
+    """Returns the model in front of a tensor's name; None where there is none that is known."""
+    stem = name.partition(".")[0]
+    found = next((part for part in PARTS if stem.startswith(f"{part}_")), None)
+    return found or next((part for part in DOTTED if name.startswith(f"{part}.")), None)
+
+
+def understood(name: str, part: str) -> Name:
+    """Returns the parsed name of a tensor of a model."""
+    if part in PARTS:
+        stem, _, leaf = name.partition(".")
+        return Name(part, stem, stem.removeprefix(f"{part}_").replace("_", "."), LEAVES.get(leaf, leaf))
+    steps = name.split(".")
+    count = 1 if steps[-1] not in ("weight", "bias") else 3 if "default" in steps[-2:-1] else 2
+    stem, leaf = ".".join(steps[:-count]), ".".join(steps[-count:])
+    path = stem.removeprefix(part).removeprefix(".") if part else stem
+    return Name(part, stem, path.replace("_", "."), LEAVES.get(leaf, leaf))
+
+
+def are_known(names: Collection[str]) -> bool:
+    """Whether a file with these names is one of such a program."""
+    return any(part_of(name) not in (None, PEFTS) or BARE.match(name) for name in names)
+
+
+def stem_of(part: str, path: str) -> str:
+    """Returns what stands in front of the names of a module's tensors."""
+    return f"{part}.{path}" if part in DOTTED else f"{part}_{path}".replace(".", "_")
