@@ -188,6 +188,15 @@ ROWS = [
         322_856,
         "phymhan/SVDiff at 4ca843c: a number a singular value, and one an entry of vectors",
     ),
+    Row("scedit", "SD 1.5 UNet", 19.68e6, "modelscope/ms-swift, GetStarted/SCEdit.md: 19.68M (in 2.1)", within=5e3),
+    Row(
+        "scedit",
+        "SD 1.5 UNet",
+        0.079 * 364.2e6,
+        "2312.11392, abstract: 7.9 % of ControlNet, which in 2.1 has 364.2M",
+        {"channels": 3, "kernel": 1},
+        within=5e-4 * 364.2e6,
+    ),
     Row("ominicontrol", "FLUX.1-dev", 0.1, "2411.15098, abstract: 0.1 %", share="model", within=5e-2),
     Row("custom_diffusion", "SD 1.5 UNet", 19.17e6, "2212.04488: 75 MB of float32", within=2e5),
 ]

@@ -19,6 +19,7 @@ def peftcore_methods() -> Mapping[str, str]:
         "ip_adapter": "peftcore_diffusion.ip_adapter:IPAdapter",
         "locon": "peftcore_diffusion.locon:LoCon",
         "ominicontrol": "peftcore_diffusion.ominicontrol:OminiControl",
+        "scedit": "peftcore_diffusion.scedit:SCEdit",
         "svdiff": "peftcore_diffusion.svdiff:SVDiff",
         "t2i_adapter": "peftcore_diffusion.t2i_adapter:T2IAdapter",
         "tlora": "peftcore_diffusion.tlora:TLoRA",

@@ -12,6 +12,7 @@ LYCORIS = "KohakuBlueleaf/LyCORIS@f49d30d"
 LOCON = "cyber-meow/LyCORIS-evaluation@7c5758c, exp_configs/training_configs/exp-1004-sd15-lora8a4-full-a.toml"
 OMINI = "Yuanshi9815/OminiControl@331dd34"
 TLORA = "ControlGenAI/T-LoRA@602c4f7"
+SCEPTER = "modelscope/scepter@9f5b439, scepter"
 T2I = "TencentARC/T2I-Adapter"
 
 HELD: Held = {
@@ -53,6 +54,22 @@ HELD: Held = {
     ("ominicontrol", "independent"): (
         False,
         f"{OMINI}, train/config/spatial_alignment.yaml: independent_condition: false",
+    ),
+    ("scedit", "ratio"): (1.0, f"{SCEPTER}/methods/scedit/t2i/sd15_512_sce_t2i.yaml: DOWN_RATIO: 1.0"),
+    ("scedit", "scale"): (1.0, f"{SCEPTER}/methods/scedit/ctr/sd15_512_sce_ctr_hed.yaml: SCALE: 1.0"),
+    ("scedit", "channels"): (
+        None,
+        f"{SCEPTER}/methods/scedit/t2i/sd15_512_sce_t2i.yaml: NAME: LatentDiffusionSCETuning, which has no image",
+    ),
+    ("scedit", "widths"): (
+        [16, 32, 96, 256],
+        f"{SCEPTER}/modules/model/tuner/sce/scetuning.py: 16, 32, 96 times pre_hint_dim_ratio; in methods/scedit/ctr/"
+        "sd15_512_sce_ctr_hed.yaml PRE_HINT_OUT_CHANNELS: 256",
+    ),
+    ("scedit", "kernel"): (
+        3,
+        f"{SCEPTER}/methods/scedit/ctr/sd15_512_sce_ctr_hed.yaml: DENSE_HINT_KERNAL: 3; the paper's 7.9 % of "
+        "ControlNet's parameters are those of 1",
     ),
     ("svdiff", "scale"): (1.0, "mkshing/svdiff-pytorch@a78f69e, inference.py: --spectral_shifts_scale default=1.0"),
     ("svdiff", "vector_lr"): (1e-6, "mkshing/svdiff-pytorch@a78f69e, README.md: --learning_rate_1d=1e-6"),
