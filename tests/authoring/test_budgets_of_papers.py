@@ -188,6 +188,7 @@ ROWS = [
         322_856,
         "phymhan/SVDiff at 4ca843c: a number a singular value, and one an entry of vectors",
     ),
+    Row("controlnet_xs", "SD 1.5 UNet", 53e6, "vislearn/ControlNet-XS, sd15_encD_canny_53m.yaml", within=5e5),
     Row("scedit", "SD 1.5 UNet", 19.68e6, "modelscope/ms-swift, GetStarted/SCEdit.md: 19.68M (in 2.1)", within=5e3),
     Row(
         "scedit",

@@ -401,6 +401,7 @@ ELSEWHERE = {
     "cocoop": "has no place",
     "controlnet": "asks to be told more",
     "controlnet_lllite": "asks to be told more",
+    "controlnet_xs": "asks to be told more",
     "coop": "asks to be told more",
     "ip_adapter": "asks to be told more",
     "ir_qlora": "has no place",

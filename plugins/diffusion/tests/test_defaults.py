@@ -6,6 +6,7 @@ import pytest
 from named_defaults import Free, Held, assert_as_said, rows
 
 CONTROLNET = "lllyasviel/ControlNet@ed85cd1"
+XS = "vislearn/ControlNet-XS@8d90ed4"
 LLLITE = "kohya-ss/sd-scripts@48d368f, networks/control_net_lllite.py"
 DIFFFIT = "mkshing/DiffFit-pytorch@78dc2d1, difffit_pytorch"
 LYCORIS = "KohakuBlueleaf/LyCORIS@f49d30d"
@@ -27,6 +28,17 @@ HELD: Held = {
     ("controlnet_lllite", "hidden"): (16, f"{LLLITE}: mlp_dim: int = 16"),
     ("controlnet_lllite", "channels"): (3, f"{LLLITE}: Conv2d(3, cond_emb_dim // 2, kernel_size=4, stride=4)"),
     ("controlnet_lllite", "dropout"): (0.0, f"{LLLITE}: dropout: Optional[float] = None"),
+    ("controlnet_xs", "scale"): (1.0, f"{XS}, ldm/modules/diffusionmodules/twoStreamControl.py: control_scale = 1.0"),
+    ("controlnet_xs", "ratio"): (0.2, f"{XS}, configs/training/sd/sd15_encD_canny_53m.yaml: control_model_ratio: 0.2"),
+    ("controlnet_xs", "heads"): (
+        None,
+        f"{XS}, configs/training/sd/sd15_encD_canny_53m.yaml: num_heads: 8, as in the UNet below it",
+    ),
+    ("controlnet_xs", "channels"): (3, f"{XS}, configs/training/sd/sd15_encD_canny_53m.yaml: hint_channels: 3"),
+    ("controlnet_xs", "widths"): (
+        [16, 32, 96, 256],
+        f"{XS}, ldm/modules/diffusionmodules/twoStreamControl.py: input_hint_block of 16, 32, 96 and 256",
+    ),
     ("custom_diffusion", "initializer"): (
         None,
         "adobe-research/custom-diffusion@7c19c9a, src/diffusers_training.py: --initializer_token default='ktn+pll+ucd'"
