@@ -406,6 +406,7 @@ ELSEWHERE = {
     "controlnet": "asks to be told more",
     "controlnet_lllite": "asks to be told more",
     "controlnext": "asks to be told more",
+    "controlnet_xs": "asks to be told more",
     "coop": "asks to be told more",
     "dyt": "asks to be told more",
     "ip_adapter": "asks to be told more",

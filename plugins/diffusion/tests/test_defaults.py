@@ -7,6 +7,7 @@ from named_defaults import Free, Held, assert_as_said, rows
 
 CONTROLNET = "lllyasviel/ControlNet@ed85cd1"
 CONTROLNEXT = "dvlab-research/ControlNeXt@ab4b3ac, ControlNeXt-SD1.5-Training"
+XS = "vislearn/ControlNet-XS@8d90ed4"
 LLLITE = "kohya-ss/sd-scripts@48d368f, networks/control_net_lllite.py"
 MIX = "TencentARC/Mix-of-Show@51270fd"
 POTTER = f"{MIX}, options/train/EDLoRA/real/8101_EDLoRA_potter_Cmix_B4_Repeat500.yml"
@@ -17,6 +18,7 @@ LYCORIS = "KohakuBlueleaf/LyCORIS@f49d30d"
 LOCON = "cyber-meow/LyCORIS-evaluation@7c5758c, exp_configs/training_configs/exp-1004-sd15-lora8a4-full-a.toml"
 OMINI = "Yuanshi9815/OminiControl@331dd34"
 TLORA = "ControlGenAI/T-LoRA@602c4f7"
+SCEPTER = "modelscope/scepter@9f5b439, scepter"
 T2I = "TencentARC/T2I-Adapter"
 
 HELD: Held = {
@@ -37,6 +39,17 @@ HELD: Held = {
     ("controlnext", "channels"): (3, f"{CONTROLNEXT}/models/controlnext.py: nn.Conv2d(3, 64, kernel_size=3, ...)"),
     ("controlnext", "widths"): ([64, 128, 256], f"{CONTROLNEXT}/models/controlnext.py: out_channels = [128, 256]"),
     ("controlnext", "control_rate"): (10.0, f'{CONTROLNEXT}/train_controlnext.py: "lr": args.learning_rate * 10'),
+    ("controlnet_xs", "scale"): (1.0, f"{XS}, ldm/modules/diffusionmodules/twoStreamControl.py: control_scale = 1.0"),
+    ("controlnet_xs", "ratio"): (0.2, f"{XS}, configs/training/sd/sd15_encD_canny_53m.yaml: control_model_ratio: 0.2"),
+    ("controlnet_xs", "heads"): (
+        None,
+        f"{XS}, configs/training/sd/sd15_encD_canny_53m.yaml: num_heads: 8, as in the UNet below it",
+    ),
+    ("controlnet_xs", "channels"): (3, f"{XS}, configs/training/sd/sd15_encD_canny_53m.yaml: hint_channels: 3"),
+    ("controlnet_xs", "widths"): (
+        [16, 32, 96, 256],
+        f"{XS}, ldm/modules/diffusionmodules/twoStreamControl.py: input_hint_block of 16, 32, 96 and 256",
+    ),
     ("custom_diffusion", "initializer"): (
         None,
         "adobe-research/custom-diffusion@7c19c9a, src/diffusers_training.py: --initializer_token default='ktn+pll+ucd'"
@@ -85,6 +98,22 @@ HELD: Held = {
     ("ominicontrol", "independent"): (
         False,
         f"{OMINI}, train/config/spatial_alignment.yaml: independent_condition: false",
+    ),
+    ("scedit", "ratio"): (1.0, f"{SCEPTER}/methods/scedit/t2i/sd15_512_sce_t2i.yaml: DOWN_RATIO: 1.0"),
+    ("scedit", "scale"): (1.0, f"{SCEPTER}/methods/scedit/ctr/sd15_512_sce_ctr_hed.yaml: SCALE: 1.0"),
+    ("scedit", "channels"): (
+        None,
+        f"{SCEPTER}/methods/scedit/t2i/sd15_512_sce_t2i.yaml: NAME: LatentDiffusionSCETuning, which has no image",
+    ),
+    ("scedit", "widths"): (
+        [16, 32, 96, 256],
+        f"{SCEPTER}/modules/model/tuner/sce/scetuning.py: 16, 32, 96 times pre_hint_dim_ratio; in methods/scedit/ctr/"
+        "sd15_512_sce_ctr_hed.yaml PRE_HINT_OUT_CHANNELS: 256",
+    ),
+    ("scedit", "kernel"): (
+        3,
+        f"{SCEPTER}/methods/scedit/ctr/sd15_512_sce_ctr_hed.yaml: DENSE_HINT_KERNAL: 3; the paper's 7.9 % of "
+        "ControlNet's parameters are those of 1",
     ),
     ("svdiff", "scale"): (1.0, "mkshing/svdiff-pytorch@a78f69e, inference.py: --spectral_shifts_scale default=1.0"),
     ("svdiff", "vector_lr"): (1e-6, "mkshing/svdiff-pytorch@a78f69e, README.md: --learning_rate_1d=1e-6"),

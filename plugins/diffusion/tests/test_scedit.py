@@ -1,0 +1,150 @@
+"""SCEdit beside its authors' code, in a small UNet whose layers both run."""
+
+from collections.abc import Callable
+from pathlib import Path
+from runpy import run_path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import peftcore
+from peftcore.errors import ConfigError, MissingContext, UnsupportedSite
+from peftcore.testing import against, conformance, frozen
+from peftcore.testing.hosts import HOSTS
+
+NUMBERS = Path(__file__).parent / "numbers" / "scedit.json"
+MADE = SimpleNamespace(**run_path(str(NUMBERS.with_suffix(".py"))))
+AUTHORS = {"repository": "modelscope/scepter", "commit": "9f5b439", "script": MADE.SOURCE.script}
+
+
+@conformance("scedit", telling=["unet"])
+def test_conformance(check: Callable[[], None]) -> None:
+    check()
+
+
+def pose(model: nn.Module, picture: Tensor) -> dict[str, Tensor]:
+    return {"condition": picture.expand(-1, 3, -1, -1)}
+
+
+@conformance("scedit", telling=["unet"], options={"*": {"channels": 3, "widths": [4, 6]}}, context=pose)
+def test_conformance_with_an_image(check: Callable[[], None]) -> None:
+    check()
+
+
+def adapted(model: nn.Module, **options: Any) -> tuple[peftcore.Injection, nn.ModuleList]:
+    """The method in a host, and its networks: that of the hints, if there is one, and the tuners as they run."""
+    injection = peftcore.apply(model, "scedit", dtype="float64", **options)
+    shared = [module for path, module in injection.modules() if path.startswith("shared")]
+    return injection, nn.ModuleList([*shared, *injection.operators.values()])
+
+
+@pytest.mark.parametrize("case", MADE.CASES)
+@against("authors", "scedit", **AUTHORS)
+def test_outputs_and_gradients_are_those_of_the_authors(case: str) -> None:
+    made, kernel = MADE, MADE.CASES[case]
+    image = {"channels": made.CHANNELS, "widths": made.HINTS, "kernel": kernel} if kernel else {}
+    model = made.Host().requires_grad_(False)
+    x = made.latents().requires_grad_()
+    base = model(x).detach()
+    _, networks = adapted(model, scale=made.SCALE, **image)
+    made.filled(networks, 13.0)
+    with peftcore.call(model, condition=made.image()):
+        output = model(x)
+    (output * made.wave(*output.shape, phase=2.0)).sum().backward()
+    found = [output.detach(), x.grad, *(each.grad for each in networks.parameters())]
+    expected = frozen(NUMBERS)[case]
+    assert len(found) == len(expected)
+    for one, (name, other) in zip(found, expected.items(), strict=True):
+        wanted = torch.tensor(other, dtype=torch.float64)
+        assert wanted.abs().max() > 1e-6, name
+        torch.testing.assert_close(one.flatten(), wanted, rtol=1e-9, atol=1e-11)
+    assert (output - base).abs().max() > 1e-3
+
+
+def unet() -> tuple[Any, dict[str, Tensor]]:
+    pytest.importorskip("diffusers")
+    model, inputs = HOSTS["unet"].build()
+    inputs = {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
+    return model.double().eval().requires_grad_(False), inputs
+
+
+def test_skips_of_a_unet_of_diffusers_are_edited() -> None:
+    """Where the tuners stand in our host, whose blocks take the skips apart themselves: an edit that is a constant is
+    one of what its encoder leaves, the other way round."""
+    model, inputs = unet()
+    injection, networks = adapted(model)
+    assert [operator.number for operator in injection.operators.values()] == [3, 2, 1, 0]
+    assert [operator.width for operator in injection.operators.values()] == [16, 8, 8, 8]
+    shifts = [torch.randn(operator.width).double() for operator in injection.operators.values()]
+    with torch.no_grad():
+        for operator, shift in zip(networks, shifts, strict=True):
+            operator.up.bias.copy_(shift)
+    ours = model(**inputs).sample
+    injection.remove()
+    shape = [(2, len(shift), side, side) for shift, side in zip(shifts, (4, 4, 8, 8), strict=True)]
+    residuals = tuple(s[:, None, None].expand(size) for s, size in zip(shifts, shape, strict=True))[::-1]
+    theirs = model(**inputs, down_block_additional_residuals=residuals, mid_block_additional_residual=0).sample
+    torch.testing.assert_close(ours, theirs)
+    assert (ours - model(**inputs).sample).abs().max() > 1e-2
+
+
+def test_backward_goes_through_the_decoder_alone() -> None:
+    model, inputs = unet()
+    states = []
+    for path, module in model.named_modules():
+        if path in ("conv_in", "down_blocks.1", "mid_block", "up_blocks.0"):
+            module.register_forward_hook(lambda *given: states.append(given[2]))
+    adapted(model)
+    model(**inputs)
+    tensors = [state[0] if isinstance(state, tuple) else state for state in states]
+    assert [tensor.requires_grad for tensor in tensors] == [False, False, False, True]
+
+
+def test_the_first_step_with_an_image_moves_tuners_and_biases_of_hints() -> None:
+    model, inputs = unet()
+    base = model(**inputs).sample
+    _, networks = adapted(model, channels=3, widths=[4, 6])
+    with peftcore.call(model, condition=torch.randn(1, 3, 16, 16)):
+        output = model(**inputs).sample
+    assert torch.equal(output, base)
+    (output**2).sum().backward()
+    moved = {name for name, parameter in networks.named_parameters() if parameter.grad is not None}
+    moved = {name for name in moved if networks.get_parameter(name).grad.any()}
+    tuners = {f"{number}.up.{tensor}" for number in (1, 2, 3, 4) for tensor in ("weight", "bias")}
+    hints = {"0.cascade.0.weight", *(f"0.cascade.{number}.bias" for number in range(4))}
+    assert moved == tuners | hints
+    with peftcore.call(model, condition=torch.randn(1, 3, 16, 16), condition_scale=0.0):
+        networks[1].up.bias.data.add_(1.0)
+        assert torch.equal(model(**inputs).sample, base)
+
+
+def test_what_is_left_out_makes_no_hints_and_sizes_are_options() -> None:
+    model, _ = unet()
+    options = {"channels": 1, "widths": [4, 6], "kernel": 1, "ratio": 0.5}
+    injection, networks = adapted(model, target=r"re:up_blocks\.1\.resnets\.\d", **options)
+    assert [tuple(layer.weight.shape) for layer in networks[0].cascade] == [(8, 6, 1, 1), (8, 8, 1, 1)]
+    assert [operator.down.out_features for operator in injection.operators.values()] == [4, 4]
+
+
+def test_what_it_needs() -> None:
+    model, inputs = unet()
+    for host, target in ((model, "conv_in"), (model, r"re:down_blocks\.0\.resnets\.0")):
+        with pytest.raises(UnsupportedSite, match="no resnet in the decoder"):
+            peftcore.plan(host, "scedit", target=target)
+    with pytest.raises(ConfigError, match="take no overrides"):
+        peftcore.plan(model, "scedit", overrides={"*": {"channels": 3}})
+    adapted(model, channels=3)
+    with pytest.raises(MissingContext, match="condition"):
+        model(**inputs)
+    with peftcore.call(model, condition=torch.randn(1, 3, 32, 32)), pytest.raises(ConfigError, match="8 times"):
+        model(**inputs)
+
+
+def test_a_decoder_that_reads_other_skips_is_refused() -> None:
+    host = MADE.Host()
+    host.up_blocks[1].resnets = host.up_blocks[1].resnets[:1]
+    with pytest.raises(UnsupportedSite, match="4 skip connections"):
+        peftcore.plan(host, "scedit")
