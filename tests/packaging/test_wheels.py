@@ -408,6 +408,7 @@ ELSEWHERE = {
     "lqer": "trains nothing",
     "ominicontrol": "has no place",
     "maple": "has no place",
+    "pixel_vp": "has no place",
     "qa_lora": "has no place",
     "state_offset_tuning": "has no place",
     "t2i_adapter": "asks to be told more",

@@ -17,6 +17,7 @@ DTL = "heekhero/DTL@bf6c51e"
 E2VPT = "ChengHan111/E2VPT@7a66e75, src/configs/config.py: _C.MODEL.P_VK"
 FACT = "JieShibo/PETL-ViT@026e4f1, FacT"
 MAPLE = "muzairkhattak/multimodal-prompt-learning@69bce21, configs/trainers/MaPLe/vit_b16_c2_ep5_batch4_2ctx.yaml"
+PROMPTERS = "hjbahng/visual_prompting@679e71f"
 REPADAPTER = "luogen1996/RepAdapter@360992f, repadapter.py"
 TIP = "gaopengcuhk/Tip-Adapter@d0e2d6f"
 VQT = "andytu28/VQT@9bca87e"
@@ -107,6 +108,13 @@ HELD: Held = {
     ("mona", "dropout"): (0.1, f"{MONA}: nn.Dropout(p=0.1)"),
     ("mona", "behind"): ("both", f"{MONA}: my_module_1 and my_module_2"),
     ("mona", "zero_up"): (False, f"{MONA}: nn.Linear(64, in_dim), as torch starts it"),
+    ("pixel_vp", "shape"): ("frame", f"{PROMPTERS}, main_clip.py: --method default='padding'"),
+    ("pixel_vp", "size"): (None, f"{PROMPTERS}, main_clip.py: --prompt_size default=30, of 224; ours is that share"),
+    ("pixel_vp", "picture"): (
+        None,
+        f"{PROMPTERS}, main_clip.py: --image_size default=224; ours where no positions say",
+    ),
+    ("pixel_vp", "std"): (1.0, f"{PROMPTERS}, models/prompters.py: torch.randn"),
     ("repadapter", "bottleneck"): (8, f"{REPADAPTER}: hidden_dim=8"),
     ("repadapter", "groups"): (2, f"{REPADAPTER}: groups=2"),
     ("repadapter", "scale"): (1.0, f"{REPADAPTER}: set_RepAdapter(..., dim=8, s=1)"),
