@@ -402,6 +402,7 @@ ELSEWHERE = {
     "controlnet": "asks to be told more",
     "controlnet_lllite": "asks to be told more",
     "coop": "asks to be told more",
+    "evp": "has no place",
     "ip_adapter": "asks to be told more",
     "ir_qlora": "has no place",
     "kadaptation": "has no place",

@@ -37,6 +37,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "coop": {"init_ids": [3, 4, 5]},
     "cpt": {"ids": [5, 9, 3, 7, 11, 2, 8, 4, 6], "types": [1, 2, 3, 4, 4, 5, 6, 7, 8]},
     "custom_diffusion": {"modifier_tokens": [3]},
+    "evp": {"reduction": 2},
     "fourierft": {"n_frequency": 20},
     "hra": {"rank": 4},
     "hyperformer_pp": {"tasks": 3},

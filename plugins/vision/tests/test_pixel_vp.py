@@ -117,7 +117,7 @@ def test_refused() -> None:
             peftcore.apply(host("timm"), "pixel_vp", shape=shape, size=size)
     with pytest.raises(UnsupportedSite, match="it has none"):
         peftcore.apply(SMALL["llama"].build()[0], "pixel_vp")
-    with pytest.raises(UnsupportedSite, match="patch_embed.proj"):
+    with pytest.raises(UnsupportedSite, match=r"patch_embed\.proj"):
         peftcore.apply(host("timm"), "pixel_vp", target="head")
     with pytest.raises(TargetError):
         peftcore.apply(host("timm"), "pixel_vp", target="nowhere")

@@ -31,8 +31,8 @@ def wave(shape: Sequence[int], key: str) -> Tensor:
 
 
 def outputs(module: Any, **options: Any) -> dict[str, Any]:
-    """Returns states of the last stage ``[1, 16, 2, 2]``; and weighted sums of the derivatives of a weighted sum of them
-    by the prompts' parameters and the picture."""
+    """Returns states of the last stage ``[1, 16, 2, 2]``; and weighted sums of the derivatives of a weighted sum of
+    them by the prompts' parameters and the picture."""
     model = module.MixVisionTransformerEVP(img_size=64, **SIZES, **{**PROMPTS, **options}).double().eval()
     for name, parameter in model.named_parameters():
         parameter.data.copy_(wave(parameter.shape, name))
