@@ -26,17 +26,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from peftcore import (
     BlockSite,
     LearningRate,
     Method,
-    MethodConfig,
     Operator,
     Shared,
     Site,
@@ -46,88 +44,16 @@ from peftcore import (
     block_sites,
 )
 from peftcore.errors import ConfigError, UnsupportedSite
-from peftcore_vision._stages import NORM, StageSite, stages_of
+from peftcore_vision._explicit import ExplicitConfig, StageOperator, channels, starting
+from peftcore_vision._stages import StageSite, stages_of
 
 
-class Config(MethodConfig):
+class Config(ExplicitConfig):
     """Options of EVP."""
 
     method: Literal["evp"] = "evp"
-    reduction: PositiveInt = 4
-    """How many times narrower than the stream prompts are inside."""
-    share: Annotated[float, Field(ge=0.0, le=1.0)] = 0.25
-    """The share of all frequencies that count as low."""
-    frequencies: Literal["high", "low", "none"] = "high"
-    """Which frequencies of the picture prompts are made of."""
-    patches: bool = True
-    """Make them of the frozen embeddings of patches too."""
     zero_up: bool = False
     """Start U at zero: an exact identity."""
-
-
-def frequencies(x: Tensor, share: float, low: bool) -> Tensor:
-    """Return the size of pictures [..., high, wide] without their low frequencies, or of these alone."""
-    high, wide = x.shape[-2:]
-    line = int((high * wide * share) ** 0.5 // 2)
-    mask = torch.zeros(high, wide, dtype=torch.bool, device=x.device)
-    mask[high // 2 - line : high // 2 + line, wide // 2 - line : wide // 2 + line] = True
-    mask = torch.fft.ifftshift(mask if low else ~mask)
-    exact = x.to(torch.promote_types(x.dtype, torch.float32))
-    return torch.fft.ifft2(torch.fft.fft2(exact) * mask).real.abs()
-
-
-def channels(site: StageSite, config: Config) -> int:
-    """Return how many channels the convolution of a stage reads."""
-    return site.before // config.reduction or site.in_features
-
-
-class StageOperator(Operator):
-    """What one stage makes of its patches and of the picture, for the prompts of its blocks."""
-
-    def __init__(self, site: StageSite, config: Config, taps: list[tuple[Tap, Tap]]) -> None:
-        super().__init__(site)
-        conv, number = site.module, site.number
-        assert isinstance(conv, nn.Conv2d), "stages begin with one"
-        d, c = site.out_features, site.out_features // config.reduction
-        self.read = taps[number - 1][0] if number else None
-        self.left, self.feature = taps[number]
-        self.share, self.low = config.share, config.frequencies == "low"
-        self.embedding = starting(nn.Linear(d, c)) if config.patches else None
-        self.filter, self.norm = None, None
-        if config.frequencies != "none":
-            inputs = channels(site, config)
-            shape: Any = {"stride": conv.stride, "padding": conv.padding}
-            self.filter = nn.Conv2d(inputs, c, conv.kernel_size, **shape)
-            nn.init.normal_(self.filter.weight, std=(2.0 / (site.kernel[0] * site.kernel[1] * c)) ** 0.5)
-            nn.init.zeros_(self.filter.bias)
-            self.norm = nn.LayerNorm(c) if site.normed else None
-        self.normed = site.normed
-
-    def at(self, form: str, module: nn.Module) -> Callable[..., Any]:
-        return self._behind_norm if form == NORM else self
-
-    def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
-        if self.filter is not None:
-            h = frequencies(x, self.share, self.low) if self.read is None else self.read.get()
-            h = self.filter(h.to(self.filter.weight.dtype)).movedim(1, -1)  # [batch, rows, columns, c]
-            h = h if self.norm is None else self.norm(h)
-            self.left.put(h.movedim(-1, 1))
-        y = call(x)
-        if not self.normed:
-            self._put(y.flatten(2).transpose(1, 2))
-        return y
-
-    def _behind_norm(self, call: Callable[..., Tensor], y: Tensor) -> Tensor:
-        y = call(y)
-        self._put(y.flatten(1, -2))
-        return y
-
-    def _put(self, patches: Tensor) -> None:
-        """Leave the features of patches [batch, patches, d] for the blocks, [batch, patches, c]."""
-        feature: Tensor | float = 0.0 if self.filter is None else self.left.get().flatten(2).transpose(1, 2)
-        if self.embedding is not None:
-            feature = feature + self.embedding(patches.to(self.embedding.weight.dtype))
-        self.feature.put(feature)
 
 
 class EVPOperator(Operator):
@@ -155,13 +81,6 @@ def _up(c: int, d: int, zero: bool) -> nn.Linear:
     return starting(nn.Linear(c, d), zero)
 
 
-def starting(linear: nn.Linear, zero: bool = False) -> nn.Linear:
-    """Return a linear map with the start of the authors' code."""
-    nn.init.zeros_(linear.weight) if zero else nn.init.trunc_normal_(linear.weight, std=0.02)
-    nn.init.zeros_(linear.bias)
-    return linear
-
-
 class EVP(Method):
     """Prompts of a picture's high frequencies and patches."""
 
@@ -185,7 +104,7 @@ class EVP(Method):
         if any(config.overrides.values()) or (config.frequencies == "none" and not config.patches):
             raise ConfigError("prompts are made alike in all blocks, of frequencies or patches: evp takes no overrides")
         stages = stages_of(surgeon, block_sites(surgeon))
-        taps = [tuple(Tap(until_backward=True, learns=True) for _ in range(2)) for _ in stages]
+        taps = [(Tap(until_backward=True, learns=True), Tap(until_backward=True, learns=True)) for _ in stages]
         for number, stage in enumerate(stages):
             d = stage.site.out_features
             if d < config.reduction:

@@ -15,7 +15,8 @@ from peftcore.errors import ConfigError, UnsupportedSite
 from peftcore.testing import against, conformance, frozen
 from peftcore.testing.hosts import HOSTS as SMALL
 from peftcore.testing.kit import fill
-from peftcore_vision.evp import EVPOperator, StageOperator
+from peftcore_vision._explicit import StageOperator
+from peftcore_vision.evp import EVPOperator
 
 NUMBERS = Path(__file__).parent / "numbers" / "evp.json"
 CLOSE = {"rtol": 1e-9, "atol": 1e-10}
