@@ -37,7 +37,12 @@ NAMES = (
 """What the authors call the parts of a SegFormer, whose stages begin at 1."""
 
 
-@conformance("evp", options={"*": {"reduction": 1}}, telling=("vit", "dit"))  # small hosts are narrow
+@conformance(
+    "evp",
+    options={"*": {"reduction": 1}},  # small hosts are narrow
+    telling=("vit", "dit"),
+    expected_failures={"it_learns-task": "its authors train the decoder along; without a head it gains 29 % there"},
+)
 def test_conformance(check: Callable[[], None]) -> None:
     check()
 

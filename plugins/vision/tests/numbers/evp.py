@@ -40,7 +40,7 @@ def outputs(module: Any, **options: Any) -> dict[str, Any]:
     states = model(picture)[-1]
     prompts = {n.partition(".")[2]: p for n, p in model.named_parameters() if n.startswith("prompt_generator")}
     prompts["picture"] = picture
-    found = torch.autograd.grad((states * wave(states.shape, "direction")).sum(), prompts.values())
+    found = torch.autograd.grad((states * wave(states.shape, "direction")).sum(), [*prompts.values()])
     sums = {n: (each * wave(each.shape, "weights")).sum().item() for n, each in zip(prompts, found, strict=True)}
     return {"states": states.tolist(), "gradients": sums}
 
