@@ -103,7 +103,7 @@ def test_each_method_names_the_learning_rate_of_its_source() -> None:
     for name, rate in found.items():
         if rate is not None:
             assert SOURCE.fullmatch(rate.source), f"{name}: {rate.source}"
-            assert 0 < rate.rate <= 1 and rate.on, name
+            assert 0 < rate.rate <= (40 if rate.optimizer == "SGD" else 1) and rate.on, name
             assert issubclass(getattr(torch.optim, rate.optimizer), torch.optim.Optimizer), name
             assert bool(rate.momentum) == (rate.optimizer == "SGD"), name
 

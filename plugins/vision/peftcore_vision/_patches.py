@@ -21,6 +21,36 @@ def patch_sites(surgeon: Surgeon, site: Site) -> list[Site]:
     return [replace(surgeon.resolver.site(entry.module, "weight"), form="patch") for entry in patches]
 
 
+def picture_sites(surgeon: Surgeon) -> list[Site]:
+    """Return the convolutions that read pictures: the user's targets, or the first one of each tower.
+
+    Raises:
+        UnsupportedSite: there is none, or a target is none.
+    """
+    firsts: dict[str, str] = {}
+    for entry in surgeon.resolver.host.entries:
+        if entry.role == "patch" and entry.block is None and entry.called and len(entry.shape) == 4:
+            firsts.setdefault(entry.tower, entry.path)
+    found = [surgeon.resolver.site(path, "weight", "patch") for path in firsts.values()]
+    sites = surgeon.chosen(found) if found else []
+    if not sites:
+        raise UnsupportedSite(
+            f"no convolution of this {type(surgeon.model).__name__} that reads pictures is among the targets "
+            f"({', '.join(firsts.values()) or 'it has none'})"
+        )
+    return sites
+
+
+def side_of(surgeon: Surgeon, site: Site) -> int | None:
+    """Return the side of the square pictures for which a convolution's tower has a table of positions; None where it
+    has none. A class token and its like are what the largest square leaves over."""
+    host = surgeon.resolver.host
+    tower = next((entry.tower for entry in host.at(site.module_path)), "")
+    tables = [e for e in host.entries if e.role == "embed.pos" and e.tower == tower and e.block is None]
+    rows = [math.prod(entry.shape[:-1]) for entry in tables if 2 <= len(entry.shape) <= 4]
+    return math.isqrt(rows[0]) * site.kernel[0] if len(rows) == 1 else None
+
+
 def layout(
     lie: tuple[int, int, int] | None,
     batch: int,

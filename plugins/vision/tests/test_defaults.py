@@ -18,8 +18,10 @@ CONVPASS = "JieShibo/PETL-ViT@026e4f1, convpass/vtab/convpass.py"
 DTL = "heekhero/DTL@bf6c51e"
 DYT = "NUS-HPC-AI-Lab/Dynamic-Tuning@d1744f0"
 E2VPT = "ChengHan111/E2VPT@7a66e75, src/configs/config.py: _C.MODEL.P_VK"
+EVP = "NiFangBaAGe/Explicit-Visual-Prompt@601ae99, configs/train/segformer/train_segformer_evp_cod.yaml"
 FACT = "JieShibo/PETL-ViT@026e4f1, FacT"
 MAPLE = "muzairkhattak/multimodal-prompt-learning@69bce21, configs/trainers/MaPLe/vit_b16_c2_ep5_batch4_2ctx.yaml"
+PROMPTERS = "hjbahng/visual_prompting@679e71f"
 REPADAPTER = "luogen1996/RepAdapter@360992f, repadapter.py"
 ST_ADAPTER = "linziyi96/st-adapter@b914b38"
 TIP = "gaopengcuhk/Tip-Adapter@d0e2d6f"
@@ -103,6 +105,15 @@ HELD: Held = {
     ("e2vpt", "share_kv"): (True, f"{E2VPT}.SHARE_PARAM_KV = True"),
     ("e2vpt", "kv_dropout"): (0.0, f"{E2VPT}.DROPOUT = 0.0"),
     ("e2vpt", "segments"): (16, f"{E2VPT}.CLS_TOKEN_P_PIECES_NUM = 16"),
+    ("evp", "reduction"): (4, f"{EVP}: scale_factor: 4; SETR's configurations have 32"),
+    ("evp", "share"): (0.25, f"{EVP}: freq_nums: 0.25"),
+    ("evp", "frequencies"): ("high", f"{EVP}: input_type: fft, prompt_type: highpass, handcrafted_tune: true"),
+    ("evp", "patches"): (True, f"{EVP}: embedding_tune: true"),
+    ("evp", "zero_up"): (
+        False,
+        "NiFangBaAGe/Explicit-Visual-Prompt@601ae99, models/mmseg/models/backbones/mix_transformer_evp.py: "
+        "trunc_normal_(m.weight, std=.02) of all linear maps",
+    ),
     ("fact_tk", "rank"): (
         16,
         f"{FACT}/configs/tk: rank: 16 in 6 tasks, 32 in 13; ours is 16, as in fact_tt, whose options it shares",
@@ -133,6 +144,13 @@ HELD: Held = {
     ("mona", "dropout"): (0.1, f"{MONA}: nn.Dropout(p=0.1)"),
     ("mona", "behind"): ("both", f"{MONA}: my_module_1 and my_module_2"),
     ("mona", "zero_up"): (False, f"{MONA}: nn.Linear(64, in_dim), as torch starts it"),
+    ("pixel_vp", "shape"): ("frame", f"{PROMPTERS}, main_clip.py: --method default='padding'"),
+    ("pixel_vp", "size"): (None, f"{PROMPTERS}, main_clip.py: --prompt_size default=30, of 224; ours is that share"),
+    ("pixel_vp", "picture"): (
+        None,
+        f"{PROMPTERS}, main_clip.py: --image_size default=224; ours without positions",
+    ),
+    ("pixel_vp", "std"): (1.0, f"{PROMPTERS}, models/prompters.py: torch.randn"),
     ("repadapter", "bottleneck"): (8, f"{REPADAPTER}: hidden_dim=8"),
     ("repadapter", "groups"): (2, f"{REPADAPTER}: groups=2"),
     ("repadapter", "scale"): (1.0, f"{REPADAPTER}: set_RepAdapter(..., dim=8, s=1)"),

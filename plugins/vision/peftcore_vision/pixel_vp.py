@@ -1,0 +1,134 @@
+"""Visual prompting in pixels.   Bahng et al. 2022, arXiv 2203.17274 (code: hjbahng/visual_prompting).
+
+    x' = x + v,   v [c, height, width]: trained in a frame, or in a square, and zero elsewhere
+
+on pictures x [batch, c, height, width], as the model is given them: behind the normalisation of pixels. The frame is
+`size` pixels wide: rows above and below [c, size, width], and columns beside [c, height - 2 size, size]. The square
+[c, size, size] lies in the first rows and columns, or ("random") in each forward at another place, the same for all
+pictures of a batch; the authors draw it in evaluation too, and never at the last row and column.
+
+All start at N(0, 1), as in the code, so that a fresh prompt is no identity (`std` 0 makes it one). It stands in front
+of the convolution that reads the pixels, and in a UNet or DiT in front of what reads the latents. Pictures have one
+size: that of the model's table of positions where there is one, else 224, or what `picture` says; others are refused.
+The authors train with SGD, whose rate is as large as pixels are, and take CLIP's texts as classes, or any units of a
+frozen head.
+
+Parameters: 2 c size (height + width - 2 size), 69,840 for 30 of 224 pixels; a square c size^2.
+
+Use it where the inside of a model is out of reach, or one prompt is to go to several models, CLIP above all; not where
+tokens can be added: `vpt_shallow` and `vpt_deep` reach more with as few numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from peftcore import InputOperator, LearningRate, Method, MethodConfig, Mine, Site, Surgeon, Tags
+from peftcore.errors import UnsupportedSite
+from peftcore_vision._patches import picture_sites, side_of
+
+Pixels = Annotated[int, Field(ge=1, le=65536)]
+
+
+class Config(MethodConfig):
+    """Options of visual prompting."""
+
+    method: Literal["pixel_vp"] = "pixel_vp"
+    shape: Literal["frame", "square", "random"] = "frame"
+    """Where pixels are trained: around the picture, in its corner, or in a square at random places."""
+    size: Pixels | None = None
+    """Width of the frame or the square; None: 30 of 224 pixels, and in smaller or larger pictures their share."""
+    picture: tuple[Pixels, Pixels] | None = None
+    """Height and width of pictures; None: as the model's positions are, else 224 by 224."""
+    std: Annotated[float, Field(ge=0.0)] = 1.0
+    """Standard deviation of the pixels at first; 0: an exact identity."""
+
+
+@dataclass(frozen=True, eq=False)
+class PixelSite(Site):
+    """A convolution that reads pictures, with what it reads."""
+
+    high: int = 0
+    wide: int = 0
+
+    def size(self, config: Config) -> int:
+        """Width of the frame or the square."""
+        return config.size or max(1, round(min(self.high, self.wide) * 30 / 224))
+
+
+class PixelOperator(InputOperator):
+    """The pixels that are added."""
+
+    def __init__(self, site: PixelSite, config: Config) -> None:
+        super().__init__(site)
+        p, c = site.size(config), site.in_features
+        self.picture, self.size, self.moves = torch.Size([c, site.high, site.wide]), p, config.shape == "random"
+        room = 2 * p <= min(site.high, site.wide) if config.shape == "frame" else p < min(site.high, site.wide)
+        if not room:
+            raise UnsupportedSite(
+                f"{site.path}: pictures of {site.high} by {site.wide} have no room for a {config.shape} of {p}: set "
+                "size= or picture="
+            )
+
+        def pixels(high: int, wide: int) -> nn.Parameter:
+            return nn.Parameter(torch.randn(c, high, wide) * config.std)
+
+        self.square = None if config.shape == "frame" else pixels(p, p)
+        if config.shape == "frame":
+            self.up, self.down = pixels(p, site.wide), pixels(p, site.wide)
+            self.left, self.right = pixels(site.high - 2 * p, p), pixels(site.high - 2 * p, p)
+
+    def prompt(self) -> Tensor:
+        """Return v [c, height, width]."""
+        c, high, wide = self.picture
+        if self.square is None:
+            inside = self.left.new_zeros(c, high - 2 * self.size, wide - 2 * self.size)
+            return torch.cat([self.up, torch.cat([self.left, inside, self.right], -1), self.down], -2)
+        top, left = (int(torch.randint(n - self.size, ())) for n in (high, wide)) if self.moves else (0, 0)
+        margins = (left, wide - self.size - left, top, high - self.size - top)
+        return nn.functional.pad(self.square, margins)
+
+    def arguments(self, given: dict[str, Any], mine: Mine) -> dict[str, Any]:
+        x = given[self._names[0]]  # [batch, c, height, width]
+        if x.shape[-3:] != self.picture:
+            raise UnsupportedSite(
+                f"the prompt is one for pictures {[*self.picture]}, and there are some {[*x.shape[-3:]]}: resize them, "
+                f"or apply with picture=({x.shape[-2]}, {x.shape[-1]})"
+            )
+        (v,) = self.cast(x, self.prompt())
+        rows = mine(x)
+        moved = x + v if rows is None else torch.where(rows.view(-1, 1, 1, 1), x + v, x)
+        return {**given, self._names[0]: moved}
+
+
+class PixelVP(Method):
+    """Trained pixels around or in a picture."""
+
+    name = "pixel_vp"
+    Config = Config
+    tags = Tags(category="vision", paper="2203.17274", identity_at_init=False, identity_options={"std": 0.0})
+    learning_rate = LearningRate(
+        40.0,
+        "hjbahng/visual_prompting@679e71f, main_clip.py",
+        on="CLIP ViT-B/32, CIFAR-100",
+        optimizer="SGD",
+        momentum=0.9,
+    )
+    target = ("patch",)
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        for site in picture_sites(surgeon):
+            side = side_of(surgeon, site) or 224
+            high, wide = config.at(site.path).picture or (side, side)
+            surgeon.graft(PixelSite(**vars(site), high=high, wide=wide), PixelOperator, config)
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        assert isinstance(site, PixelSite)
+        p, c = site.size(config), site.in_features
+        return 2 * c * p * (site.high + site.wide - 2 * p) if config.shape == "frame" else c * p * p
