@@ -130,7 +130,7 @@ def test_several_are_fused_by_their_inputs() -> None:
         wanted = sum(delta[path] @ g for delta, g in zip(before, G, strict=True))
         assert torch.allclose(change @ sum(G), wanted, atol=1e-3 * float(wanted.abs().max()))
     peftcore.apply(model, "xti", target="cross.k", name="layers")
-    peftcore.activate(model, [merged.name, "layers"])
+    peftcore.activate(model, peftcore.Stack(merged.name, "layers"))
     assert model(latents, times, torch.randn(2, 4, 5, 12).double()).sample.isfinite().all()
 
 
