@@ -200,8 +200,7 @@ ADVICE = (
     ),
     Advice(
         "a diffusion model that follows a picture",
-        ("controlnet", "t2i_adapter", "controlnext", "ip_adapter", "ominicontrol"),
-        ("controlnet", "controlnet_xs", "t2i_adapter", "scedit", "ip_adapter", "ominicontrol"),
+        ("controlnet", "controlnet_xs", "controlnext", "t2i_adapter", "scedit", "ip_adapter", "ominicontrol"),
         ("do not merge",),
         "a second network, or with a DiT LoRA alone (the last); `peftcore.call(model, condition=...)`",
     ),

@@ -202,6 +202,7 @@ ROWS = [
         3_526_400,
         "dvlab-research/ControlNeXt at ab4b3ac: ControlNeXtModel(), without matrices of the base",
         {"base": "none"},
+    ),
     Row("controlnet_xs", "SD 1.5 UNet", 53e6, "vislearn/ControlNet-XS, sd15_encD_canny_53m.yaml", within=5e5),
     Row("scedit", "SD 1.5 UNet", 19.68e6, "modelscope/ms-swift, GetStarted/SCEdit.md: 19.68M (in 2.1)", within=5e3),
     Row(
