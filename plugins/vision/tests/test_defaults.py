@@ -159,7 +159,8 @@ HELD: Held = {
     ("st_adapter", "kernel"): ((3, 1, 1), f"{ST_ADAPTER}, models_adapter.py: adapter_kernel_size=(3, 1, 1)"),
     ("st_adapter", "before"): (
         "both",
-        f"{ST_ADAPTER}, scripts/train_ssv2_clip_vit_b16_adapter24x384.sh; that for Kinetics-400 has the feed-forward's",
+        f"{ST_ADAPTER}, models_adapter.py: clip_vit_base_patch16_adapter24x384 has adapter_pre_attn=True, "
+        "adapter_pre_mlp=True; for Kinetics-400 the scripts take adapter12x384, which has the feed-forward's alone",
     ),
     ("tip_adapter", "alpha"): (
         1.17,
