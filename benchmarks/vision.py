@@ -203,9 +203,7 @@ def text(kept: Kept, found: Mapping[str, str]) -> str:
         "",
         "![Accuracy on new digits over trainable parameters](../benchmarks/vision.png)",
         "",
-        remarks(rows, told),
-        "",
-        restored(rows),
+        " ".join(filter(None, (remarks(rows, told), restored(rows)))),
         *adapting.not_there(kept.refused),
     ]
     return "\n".join(lines).rstrip()
