@@ -33,6 +33,8 @@ RATES = (0.001, 0.004, 0.015, 0.06)
 SEEDS = (0, 1, 2)
 FULL, UNADAPTED = "full", "unadapted"
 """The names of full fine-tuning and of the model as it is, which are no methods."""
+DIVERGED = (TrainingError, torch.linalg.LinAlgError)  # type: ignore[attr-defined]
+"""What a training may end in at a rate at which values grow beyond all bounds."""
 ROOT = Path(__file__).parents[1]
 
 
@@ -144,7 +146,7 @@ def measure(task: Task, method: str, tick: Callable[[], None], rates: Sequence[f
     tried: dict[float, Adapted] = {}
     losses: dict[float, float] = {}
     for rate in rates:
-        with suppress(TrainingError, torch.linalg.LinAlgError):  # a rate at which values grow beyond all bounds
+        with suppress(*DIVERGED):
             tried[rate] = adapt(task, method, rate, SEEDS[0])
             losses[rate] = task.validate(tried[rate].model)
         tick()

@@ -354,13 +354,14 @@ def packed(images: Tensor) -> list[str]:
 
 def picture(parts: Mapping[str, Kept], path: Path) -> None:
     """A sheet of samples for each model, a method a line, in the order of its tables."""
-    figure = Figure(figsize=(10, 9), dpi=100, layout="constrained")
+    longest = max(len(kept.rows) for kept in parts.values())
+    figure = Figure(figsize=(10, 1.5 + 0.45 * longest), dpi=100, layout="constrained")
     panels = figure.subplots(1, len(parts), squeeze=False)[0]
     for axes, (name, kept) in zip(panels, parts.items(), strict=True):
         order = [REAL, *(row.method for row in kept.sorted("error", greater=False))]
         drawn = kept.about["samples"]
         lines = [[[int(level, 16) for level in image] for image in drawn[method]] for method in order]
-        sheet = torch.tensor(lines).unflatten(-1, (8, 8))  # [methods, samples, 8, 8]
+        sheet = torch.tensor(lines).view(len(order), -1, 8, 8)  # [methods, samples, 8, 8]
         framed = nn.functional.pad(sheet, (1, 1, 1, 1), value=15)
         axes.imshow(framed.permute(0, 2, 1, 3).reshape(10 * len(order), -1), cmap="gray_r", vmin=0, vmax=15)
         axes.set(title=name, xticks=[], yticks=[10 * line + 5 for line in range(len(order))])

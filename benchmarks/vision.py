@@ -141,6 +141,7 @@ class Reading(Task):
     @contextmanager
     def old_head(self, model: nn.Module, injection: peftcore.Injection | None) -> Iterator[None]:
         """Within it, the head has the values of before, whatever was trained."""
+        trained: dict[str, Tensor]
         if injection is None:
             trained = {name: model.get_parameter(name) for name in HEAD}
         else:

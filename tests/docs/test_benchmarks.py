@@ -61,19 +61,14 @@ def test_diffusion_is_measured_and_written(tmp_path: Path) -> None:
     assert (tmp_path / "benchmarks/diffusion.png").exists()
 
 
-RUN = [module for module in ("vision", "diffusion") if (ROOT / f"benchmarks/{module}.json").exists()]
-
-
-@pytest.mark.parametrize("module", RUN)
-def test_the_page_has_the_rows_of_the_file(module: str) -> None:
-    parts = json.loads((ROOT / f"benchmarks/{module}.json").read_text(encoding="utf-8"))["parts"]
-    table = between_marks(PAGE, module)
-    for part in parts.values():
-        for name, row in part["rows"].items():
-            lines = [line for line in table.splitlines() if line.startswith(f"| `{name}` |")]
-            assert name in ("full", "unadapted") or any(f" {row['trainable']:,} |" in line for line in lines), name
-
-
 @pytest.mark.parametrize("module", ["vision", "diffusion"])
-def test_the_page_has_a_place_for_each(module: str) -> None:
-    assert between_marks(PAGE, module).strip()
+def test_the_page_has_the_rows_of_the_file(module: str) -> None:
+    """Of a full run; until there was one, the page says so."""
+    table, file = between_marks(PAGE, module), ROOT / f"benchmarks/{module}.json"
+    if not file.exists():
+        assert "No run is recorded here yet" in table
+        return
+    for part in json.loads(file.read_text(encoding="utf-8"))["parts"].values():
+        for name in part["rows"].keys() - {"full", "unadapted"}:
+            lines = [line for line in table.splitlines() if line.startswith(f"| `{name}` |")]
+            assert any(f" {part['rows'][name]['trainable']:,} |" in line for line in lines), name
