@@ -38,7 +38,7 @@ COMMAND = "python -m benchmarks.diffusion --page"
 BESIDE = ("lora", "dora", "oft", "bitfit")
 """Methods of other plugins to see those of diffusion beside."""
 STEPS, BATCH = 80, 16
-PRETRAINING, LARGER = 25, 4
+PRETRAINING, LARGER = 15, 4
 """How many times as many steps a model is trained before, and how many times as large their batches are."""
 SUBJECT = 8
 """The digit that is new."""
