@@ -20,7 +20,8 @@ def run(module: str, root: Path, *methods: str) -> dict[str, Any]:
     (root / "benchmarks").mkdir(exist_ok=True)
     (root / "docs").mkdir(exist_ok=True)
     shutil.copy(PAGE, root / "docs")
-    command = [sys.executable, "-m", f"benchmarks.{module}", *methods, "--page", "--steps", "2", "--root", str(root)]
+    steps = {"vision": "5", "diffusion": "2"}[module]  # with fewer a head that was left as trained reads the same
+    command = [sys.executable, "-m", f"benchmarks.{module}", *methods, "--page", "--steps", steps, "--root", str(root)]
     paths = os.pathsep.join([str(ROOT), *map(str, ROOT.glob("plugins/*")), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -57,7 +58,7 @@ def test_diffusion_is_measured_and_written(tmp_path: Path) -> None:
         assert all(math.isfinite(value) for row in part["rows"].values() for value in row["scores"]["error"])
         assert "other_error" not in part["rows"]["svdiff"]["scores"]
     assert "other_error" in parts["UNet"]["rows"]["t2i_adapter"]["scores"]
-    assert "Told edges" in between_marks(tmp_path / "docs/benchmarks.md", "diffusion")
+    assert "Told the edges" in between_marks(tmp_path / "docs/benchmarks.md", "diffusion")
     assert (tmp_path / "benchmarks/diffusion.png").exists()
 
 
