@@ -96,8 +96,7 @@ class SPTSelective(Method):
     """Prompts in front of the tokens in some blocks, and a search for these.
 
     Example:
-        injection = peftcore.apply(model, "spt_selective")  # train it, ask chosen(injection, 4), and remove it
-        injection = peftcore.apply(model, "spt_selective", layers=[0, 1])
+        injection = peftcore.apply(model, "spt_selective", layers=[0, 1])  # as chosen(search, 2) said
     """
 
     name = "spt_selective"

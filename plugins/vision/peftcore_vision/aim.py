@@ -78,6 +78,7 @@ class Adapter(nn.Module):
             nn.init.zeros_(zero)
 
     def forward(self, u: Tensor) -> Tensor:
+        """Map ``[..., d]`` to what joins it."""
         down, down_bias, up, up_bias = (each.to(u.dtype) for each in self.parameters())
         return F.linear(F.gelu(F.linear(u, down, down_bias)), up, up_bias)
 
@@ -130,7 +131,11 @@ class TimesOperator(FramesOperator):
 
 
 class AIM(Method):
-    """Adapters behind attention within frames and across them, and beside the feed-forward."""
+    """Adapters behind attention within frames and across them, and beside the feed-forward.
+
+    Example:
+        injection = peftcore.apply(model, "aim", frames=1)  # rows are frames, clip by clip; 8, 16 or 32 in the paper
+    """
 
     name = "aim"
     Config = Config

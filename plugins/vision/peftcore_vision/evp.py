@@ -67,6 +67,7 @@ class EVPOperator(Operator):
         self.tune, self.feature, self.up = starting(nn.Linear(c, c)), feature, up
 
     def forward(self, call: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Act in front of the block; raises UnsupportedSite where it is not given the patches of its stage."""
         feature = self.feature.get()
         tokens = x.flatten(1, -2)  # [batch, tokens, d]
         if feature is None or feature.shape[1] > tokens.shape[1]:

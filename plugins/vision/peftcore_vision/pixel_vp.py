@@ -94,6 +94,7 @@ class PixelOperator(InputOperator):
         return nn.functional.pad(self.square, margins)
 
     def arguments(self, given: dict[str, Any], mine: Mine) -> dict[str, Any]:
+        """Return them with the prompt on the picture; raises UnsupportedSite where that is of another size."""
         x = given[self._names[0]]  # [batch, c, height, width]
         if x.shape[-3:] != self.picture:
             raise UnsupportedSite(

@@ -84,9 +84,13 @@ class STAdapterOperator(StreamOperator):
         self.feed_forward = Convolution(site.width, config) if config.amid else None
 
     def ahead(self, x: Tensor) -> Tensor | None:
+        """Return what joins in front of attention; raises UnsupportedSite where there are no patches, and ConfigError
+        where no number of frames is told."""
         return None if self.attention is None else self._added(self.attention, x)
 
     def amid(self, x: Tensor) -> Tensor:
+        """Return what joins in front of the feed-forward; raises UnsupportedSite where there are no patches, and
+        ConfigError where no number of frames is told."""
         assert self.feed_forward is not None, "it stands there for that"
         return self._added(self.feed_forward, x)
 
@@ -120,14 +124,18 @@ class STAdapterOperator(StreamOperator):
 
 
 class STAdapter(Method):
-    """Depthwise convolutions over frames and patches in front of attention and feed-forward."""
+    """Depthwise convolutions over frames and patches in front of attention and feed-forward.
+
+    Example:
+        injection = peftcore.apply(model, "st_adapter", frames=1)  # rows are frames, clip by clip; 8 in the paper
+    """
 
     name = "st_adapter"
     Config = Config
     tags = Tags(category="vision", paper="2206.13559", per_row=False)
     learning_rate = LearningRate(
         1e-3,
-        "linziyi96/st-adapter@b914b38, scripts/train_ssv2_clip_vit_b16_adapter24x384.sh: --blr 1e-3, 4 * 64 / 256",
+        "linziyi96/st-adapter@b914b38, scripts/train_ssv2_clip_vit_b16_adapter24x384.sh",
         on="CLIP ViT-B/16, Something-Something v2",
     )
     target = ("block",)
