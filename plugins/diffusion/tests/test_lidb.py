@@ -113,7 +113,7 @@ def test_files_hold_what_trains_alone_and_bases_are_drawn_again(tmp_path: Path) 
         fill(operator)
     injection.save(tmp_path / "adapter")
     with safe_open(tmp_path / "adapter" / "adapter.safetensors", "pt") as file:
-        assert sorted(name.rpartition(".")[2] for name in file.keys()) == ["A", "A", "B", "B"]
+        assert sorted(name.rpartition(".")[2] for name in list(file.keys())) == ["A", "A", "B", "B"]
     assert json.loads((tmp_path / "adapter" / "adapter.json").read_text())["config"]["basis_seed"] == 5
     torch.manual_seed(1)
     peftcore.load(other, tmp_path / "adapter")
