@@ -1,6 +1,6 @@
 """LiDB: numbers of an unofficial implementation (`numbers/lidb.json`: MFaceTech/HyperDreamBooth at 25a4312; the
-authors published none), the equation a second time in float64 on all kinds of layers, the bases, and where they come
-from when an adapter is loaded."""
+authors published none), the equation a second time in float64 on all kinds of layers, the bases, where they come from
+when an adapter is loaded, and the relaxed rank."""
 
 import json
 from collections.abc import Callable
@@ -100,26 +100,75 @@ def test_narrow_layers_have_whole_bases() -> None:
     assert operator.factors()[2] == 1 / 64
 
 
-def test_files_hold_what_trains_alone_and_bases_are_drawn_again(tmp_path: Path) -> None:
-    """From the seed, whatever else is random; each site has its own."""
-    host = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)).double()
-    other = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)).double()
-    other.load_state_dict(host.state_dict())
-    x = torch.randn(4, 6).double()
-    injection = peftcore.apply(host, "lidb", target="*", dtype="float64", **OPTIONS, basis_seed=5)
+def pair() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)).double()
+
+
+def filled(model: nn.Module, **options: Any) -> peftcore.Injection:
+    """An adapter of both layers with N(0, 0.1) in all that trains."""
+    injection = peftcore.apply(model, "lidb", target=["*0", "*1"], dtype="float64", **OPTIONS | options)
+    for operator in injection.operators.values():
+        fill(operator)
+    return injection
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_bases_are_drawn_again_from_the_seed_or_stored(stored: bool, tmp_path: Path) -> None:
+    """Whatever else is random, and also where the adapted model is a part of another one; each site has its own."""
+    host, x = pair(), torch.randn(4, 6).double()
+    injection = filled(host, basis_seed=5, store_basis=stored)
     first, second = injection.operators.values()
     assert difference(first.get_buffer("A_aux"), second.get_buffer("A_aux")) > 0.1
-    for operator in (first, second):
-        fill(operator)
     injection.save(tmp_path / "adapter")
     with safe_open(tmp_path / "adapter" / "adapter.safetensors", "pt") as file:
-        assert sorted(name.rpartition(".")[2] for name in list(file.keys())) == ["A", "A", "B", "B"]
+        names = {name.rpartition(".")[2] for name in list(file.keys())}
+    assert names == ({"A", "B", "A_aux", "B_aux"} if stored else {"A", "B"})
     assert json.loads((tmp_path / "adapter" / "adapter.json").read_text())["config"]["basis_seed"] == 5
-    torch.manual_seed(1)
-    peftcore.load(other, tmp_path / "adapter")
-    assert torch.equal(other(x), host(x))
+    for other in (pair(), nn.ModuleDict({"inside": pair(), "head": nn.Linear(6, 2)})):
+        torch.manual_seed(1)
+        peftcore.load(other, tmp_path / "adapter")
+        found = other["inside"] if isinstance(other, nn.ModuleDict) else other
+        assert torch.equal(found(x), host(x))
+
+
+def test_another_seed_gives_other_bases() -> None:
     drawn = [adapted("linear", "lidb", **OPTIONS, basis_seed=seed)[2].B_aux for seed in (5, 6)]
     assert difference(*drawn) > 0.1
+
+
+def test_order_of_targets_changes_no_basis() -> None:
+    found = [peftcore.apply(pair(), "lidb", target=target, **OPTIONS) for target in (["0", "1"], ["1", "0"])]
+    one, other = (each.operators for each in found)
+    assert all(torch.equal(one[path].get_buffer("A_aux"), other[path].get_buffer("A_aux")) for path in ("0", "1"))
+
+
+@pytest.mark.parametrize("baked", [False, True])
+def test_rank_is_relaxed_by_a_lora_beside_it(baked: bool) -> None:
+    """Nothing changes at first; then the update has the ranks of both, and LiDB stays as it was."""
+    host = pair()
+    base, x = host[0].weight.clone(), torch.randn(20, 6).double()
+    injection = filled(host, rank=1)
+    before = [parameter.clone() for parameter in injection.parameters()]
+    y = host(x)
+    if baked:
+        injection.bake()
+    else:
+        injection.trainable(False)
+    relaxed = peftcore.apply(host, "lora", rank=2, target=["0", "1"], dtype="float64")
+    assert difference(host(x), y) <= 1e-10
+    optimizer = torch.optim.SGD(relaxed.parameters(), lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        host(x).square().mean().backward()
+        optimizer.step()
+    if not baked:
+        assert all(torch.equal(*each) for each in zip(injection.parameters(), before, strict=True))
+        injection.merge()
+    relaxed.merge()
+    update = host[0].weight.detach() - base
+    singular = torch.linalg.svdvals(update)
+    assert singular[2] > 1e-4 * singular[0] and singular[3] < 1e-10 * singular[0]
 
 
 def test_numbers_in_the_unet_of_stable_diffusion() -> None:

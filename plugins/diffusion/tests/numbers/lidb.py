@@ -1,5 +1,5 @@
 """What a layer of Lightweight DreamBooth computes in a code whose authors are not the paper's, and the LoRA that it
-makes of itself, in float64, all numbers waves: ``python -m peftcore.testing.freeze lidb.py CHECKOUT``."""
+makes of itself, in float64, what trains and the input waves: ``python -m peftcore.testing.freeze lidb.py CHECKOUT``."""
 
 import ast
 from pathlib import Path
@@ -45,6 +45,7 @@ def numbers(checkout: Path) -> dict[str, dict[str, Any]]:
     """Returns, for each rank, the bases, the update, its gradients, and the factors of the LoRA."""
     make, found = layer_class(checkout / "modules/light_lora.py"), {}
     for rank in RANKS:
+        torch.manual_seed(rank)  # from which it draws the seed of its bases
         layer = make(INPUTS, OUTPUTS, rank, A, B, network_alpha=ALPHA, is_train=True).double()
         given = tensors(rank)
         bases = {"A_aux": layer.down_aux.tolist(), "B_aux": layer.up_aux.tolist()}
