@@ -132,6 +132,14 @@ def test_bases_are_drawn_again_from_the_seed_or_stored(stored: bool, tmp_path: P
         assert torch.equal(found(x), host(x))
 
 
+def test_bases_have_the_signs_that_leave_one_solution() -> None:
+    """What was drawn is, in its basis, a triangle with a positive diagonal; torch alone leaves the signs open."""
+    operator = adapted("linear", "lidb", **OPTIONS)[2]
+    drawn = torch.empty(12, 4).double().normal_(generator=torch.Generator().manual_seed(0))
+    R = operator.A_aux @ drawn
+    assert R.diagonal().min() > 0.1 and R.tril(-1).abs().max() <= 1e-6
+
+
 def test_another_seed_gives_other_bases() -> None:
     drawn = [adapted("linear", "lidb", **OPTIONS, basis_seed=seed)[2].B_aux for seed in (5, 6)]
     assert difference(*drawn) > 0.1
