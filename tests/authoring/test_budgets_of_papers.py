@@ -214,6 +214,7 @@ ROWS = [
         within=5e-4 * 364.2e6,
     ),
     Row("ominicontrol", "FLUX.1-dev", 0.1, "2411.15098, abstract: 0.1 %", share="model", within=5e-2),
+    Row("perfusion", "SD 1.5 UNet", 100e3 / 4 / 2, "2305.01644, abstract: 100 KB, of values and of keys", within=50),
     Row("custom_diffusion", "SD 1.5 UNet", 19.17e6, "2212.04488: 75 MB of float32", within=2e5),
 ]
 
