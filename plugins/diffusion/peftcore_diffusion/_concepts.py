@@ -29,12 +29,11 @@ class Texts(Checked):
 
     @torch.no_grad()
     def learn(self, C: Tensor, damping: float) -> None:
-        """Take the inverse of ``C + damping * mean(diag C) I``.
+        """Take the inverse of ``C + damping * mean(diag C) I``, C in float64.
 
         Raises:
             CalibrationError: it has none.
         """
-        C = C.double()
         root, failed = torch.linalg.cholesky_ex(C + damping * C.diagonal().mean() * torch.eye(len(C), dtype=C.dtype))
         if failed or not root.isfinite().all():
             raise CalibrationError(
@@ -109,15 +108,14 @@ def picked(states: Tensor, where: Tensor) -> Tensor:
 def seen_texts(
     model: nn.Module, modules: Iterable[nn.Module], data: Batches
 ) -> tuple[dict[int, Tensor], dict[nn.Module, Tensor]]:
-    """Return what modules are given: of all texts C by the width of encodings, the sum of e e' over their tokens,
-    divided by their number; and by module the mean encoding of the class, where the labels beside batches say it is.
+    """Return what modules are given: by the width of encodings the sum of e e' over all texts, which is C but for a
+    factor that r does not see; and by module the mean encoding of the class, where the labels beside batches say it is.
     Padding that the model's `attention_mask` says is left out.
 
     Raises:
         CalibrationError: no batch has labels beside it, or some are no place in their text.
     """
     sums: dict[int, Tensor] = {}
-    texts: dict[int, int] = {}
     last: dict[int, Any] = {}
     found: dict[nn.Module, list[Tensor]] = {}
     where: Tensor | None = None
@@ -126,8 +124,7 @@ def seen_texts(
         width = x.shape[-1]
         if given is not last.get(width):  # most layers are given one and the same tensor
             with full_precision(x):
-                sums[width] = sums.get(width, torch.zeros(())) + (x.mT @ x).cpu()
-            texts[width] = texts.get(width, 0) + given[..., 0, 0].numel()
+                sums[width] = sums.get(width, 0) + (x.mT @ x).cpu().double()
             last[width] = given
         if where is not None:
             if given.dim() != 3 or where.shape != given.shape[:1] or not all(0 <= n < given.shape[1] for n in where):
@@ -144,7 +141,4 @@ def seen_texts(
         raise CalibrationError(
             "data has to say where the class of the concept is, in some texts: peftcore.Labelled(batch, positions)"
         )
-    return (
-        {width: total / texts[width] for width, total in sums.items()},
-        {module: torch.stack(encodings).mean(0) for module, encodings in found.items()},
-    )
+    return sums, {module: torch.stack(encodings).mean(0) for module, encodings in found.items()}
