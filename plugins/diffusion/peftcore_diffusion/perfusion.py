@@ -1,7 +1,7 @@
 """Perfusion: key-locked rank-one editing.   Tewel et al. 2023, arXiv 2305.01644.
 
     r = e' inv(C) i / (i' inv(C) i),   C = E[e e'] of the encodings e of texts
-    y = W e + b - r W i + σ((r - β) / τ) o        i the concept's encoding,   o what W makes of it instead
+    y = W e + b - r W i + sigmoid((r - beta) / tau) o     i the concept's encoding,   o what W makes of it instead
     keys:  o = W s,   locked,   s the super-class;      values:  o = W s + v,   v [out] = 0 at first, which trains
 
 A token that is the concept has r = 1: what W made of the word makes way for o. Keys say where a concept goes, so it
@@ -130,7 +130,9 @@ class Perfusion(Method):
     """Edit what cross-attention reads of a concept.
 
     Example:
-        injection = peftcore.apply(unet, "perfusion", data=[*captions, peftcore.Labelled(class_texts, places)])
+        data = [batch, peftcore.Labelled(batch, torch.tensor([2]))]  # captions, and where they have the class
+        injection = peftcore.apply(model, "perfusion", data=data)
+        peftcore.call(model, concept=torch.tensor([2]))  # where the concept is; with `with`, for a while
     """
 
     name = "perfusion"
