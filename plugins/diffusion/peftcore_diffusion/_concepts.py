@@ -42,7 +42,7 @@ class Texts(Checked):
         self.inverse.copy_(torch.cholesky_inverse(root))
 
 
-class Concept(nn.Module):
+class Concept(Checked):
     """The mean encodings of a concept, i [dim], and of its class in its place, s [dim].
 
     Args:
@@ -59,6 +59,10 @@ class Concept(nn.Module):
         self.decay, self.follows, self.used = decay, follows, Tap(until_backward=True)
         self.register_buffer("i", torch.zeros(width))
         self.register_buffer("s", torch.zeros(width))
+
+    def wrong_values(self, values: Mapping[str, Tensor]) -> Iterator[str]:
+        if "i" in values and not values["i"].any():
+            yield "i holds zeros, of which no text has a share"
 
     def forward(self, text: Tensor) -> tuple[Tensor, Tensor]:
         """Return i and s for a text [batch, tokens, dim]: as they are, in evaluation; in training with the text's part

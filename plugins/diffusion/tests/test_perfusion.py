@@ -12,7 +12,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import peftcore
-from peftcore.errors import CalibrationError, ConfigError, MissingContext, RouteError, SequenceError, UnsupportedSite
+from peftcore.errors import (
+    CalibrationError,
+    ConfigError,
+    MissingContext,
+    PeftcoreError,
+    RouteError,
+    SequenceError,
+    UnsupportedSite,
+)
 from peftcore.testing import HOSTS, against, conformance, frozen
 
 EXACT = 1e-12
@@ -160,6 +168,16 @@ def test_the_file_has_what_training_kept_and_data_is_not_looked_at_again(tmp_pat
     one, kept = (step(each, 0, 4)[0] for each in (model, other))
     for kind, output in one.items():
         assert torch.equal(kept[kind], output)
+
+
+@pytest.mark.parametrize("name", ["inverse", "i"])
+def test_a_file_without_a_concept_is_refused(name: str, tmp_path: Path) -> None:
+    injection = applied(Model())
+    own = injection.operators["attn2.to_k"]
+    (own.concept if name == "i" else own.texts.module).get_buffer(name).zero_()
+    injection.save(tmp_path / "concept")
+    with pytest.raises(PeftcoreError, match=rf"{name} holds"):
+        peftcore.load(Model(), tmp_path / "concept")
 
 
 def test_rows_of_several_concepts() -> None:
