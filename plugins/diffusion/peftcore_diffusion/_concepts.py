@@ -8,9 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftcore import Batches, Checked, Tap, forward_context, full_precision, watched_inputs
-from peftcore.errors import CalibrationError, SequenceError
+from peftcore import Batches, Checked, Shared, Tap, forward_context, full_precision, watched_inputs
+from peftcore.errors import CalibrationError, SequenceError, TrainingError
 from peftcore_diffusion._told import told
+
+LEARNING = Tap()
+"""By width of encodings, the texts of the adapter whose concept learns in this forward."""
 
 
 class Texts(Checked):
@@ -93,6 +96,26 @@ class Concept(Checked):
         self.i.copy_(i)
         self.s.copy_(s)
         return i, s
+
+
+def check_alone(texts: Shared, width: int, first: bool) -> None:
+    """Check that no other concept learns of what a call is told, where rows are not told apart.
+
+    Args:
+        texts: those of the adapter.
+        width: of their encodings.
+        first: whether no other concept has edited the text before.
+
+    Raises:
+        TrainingError: one does.
+    """
+    learning = LEARNING.get() or {}
+    if not first or (forward_context().rows is None and learning.get(width, texts) is not texts):
+        raise TrainingError(
+            "two concepts are active, and calls in training say where one is: activate one to train it, and several in "
+            "evaluation"
+        )
+    LEARNING.put({**learning, width: texts})
 
 
 def picked(states: Tensor, where: Tensor) -> Tensor:

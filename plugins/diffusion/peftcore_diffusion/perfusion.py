@@ -56,7 +56,7 @@ from peftcore import (
 )
 from peftcore.errors import CalibrationError, UnsupportedSite
 from peftcore_diffusion import textual_inversion
-from peftcore_diffusion._concepts import Concept, Texts, seen_texts
+from peftcore_diffusion._concepts import Concept, Texts, check_alone, seen_texts
 
 RAW = Tap()
 """The text as a module is given it, while concepts edit it one after the other."""
@@ -109,6 +109,8 @@ class PerfusionOperator(Operator):
         outermost = (text := RAW.get()) is None
         if text is None:
             e = text = e.detach() + self.text_gradient * (e - e.detach())
+        if self.training:
+            check_alone(self.texts, text.shape[-1], outermost)
         i, s = self.concept(text)  # [in]
         beta, tau = self.train_gate if self.training else self.gate
         with full_precision(i):

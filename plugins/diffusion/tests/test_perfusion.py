@@ -19,6 +19,7 @@ from peftcore.errors import (
     PeftcoreError,
     RouteError,
     SequenceError,
+    TrainingError,
     UnsupportedSite,
 )
 from peftcore.testing import HOSTS, against, conformance, frozen
@@ -154,6 +155,10 @@ def test_numbers_of_training_of_evaluation_and_of_two_concepts() -> None:
     with peftcore.activate(model, peftcore.Sum(*names)):
         for kind, output in model(TEXT(0, 3)).items():
             assert_close(f"{kind} both eval", output=output)
+    model.train()
+    for several in (names, [peftcore.Sum(*names)]):
+        with pytest.raises(TrainingError, match="activate one"), peftcore.activate(model, *several):
+            step(model, 0, 3)
 
 
 def test_the_file_has_what_training_kept_and_data_is_not_looked_at_again(tmp_path: Path) -> None:
