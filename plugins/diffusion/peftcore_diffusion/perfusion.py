@@ -18,7 +18,7 @@ is in each text; what the encoder makes of the class in its place may be told to
         loss = mse(unet(noisy, t, encoder(ids)[0]).sample, noise)
 
 The word starts as the class's and is taught by `textual_inversion` in the text encoder; in a model that holds both, by
-`tokens`. Concepts that are active at once each edit the same text, and their edits add up, as the authors advise; the
+`tokens`. One concept trains at a time; several that are active at once edit the same text, and their edits add up; the
 exact way by Cholesky roots is not here, nor is the mask of the subject in the loss, which is the loop's business.
 
 This follows lucidrains/perfusion-pytorch, which the authors reviewed. There the first step sets i and o, which here the
@@ -139,13 +139,7 @@ class Perfusion(Method):
 
     name = "perfusion"
     Config = Config
-    tags = Tags(
-        category="diffusion",
-        paper="2305.01644",
-        identity_at_init=False,
-        needs_data=True,
-        exact_gradient=False,  # less of it for the text
-    )
+    tags = Tags(category="diffusion", paper="2305.01644", identity_at_init=False, needs_data=True, exact_gradient=False)
     target = ("cross.k", "cross.v")
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
