@@ -199,6 +199,12 @@ ADVICE = (
         "files of kilobytes; the second has a word for each cross-attention of a UNet",
     ),
     Advice(
+        "a subject in a few kilobytes, which prompts go on changing",
+        ("perfusion",),
+        ("act in SD 1.5 UNet",),
+        "looks at many captions and at some of the subject's class first; several subjects act at once",
+    ),
+    Advice(
         "several subjects in one picture",
         ("ed_lora", "custom_diffusion"),
         ("act in SD 1.5 UNet", "merge", "start as the base model"),

@@ -227,6 +227,7 @@ ROWS = [
         "2307.06949, contributions: roughly 100 KB (of float32), and elsewhere 120",
         within=2_500,
     ),
+    Row("perfusion", "SD 1.5 UNet", 100e3 / 4 / 2, "2305.01644, abstract: 100 KB, of values and of keys", within=50),
     Row("custom_diffusion", "SD 1.5 UNet", 19.17e6, "2212.04488: 75 MB of float32", within=2e5),
 ]
 

@@ -28,6 +28,7 @@ def peftcore_methods() -> Mapping[str, str]:
         "svdiff": "peftcore_diffusion.svdiff:SVDiff",
         "t2i_adapter": "peftcore_diffusion.t2i_adapter:T2IAdapter",
         "tlora": "peftcore_diffusion.tlora:TLoRA",
+        "perfusion": "peftcore_diffusion.perfusion:Perfusion",
         "textual_inversion": "peftcore_diffusion.textual_inversion:TextualInversion",
         "xti": "peftcore_diffusion.xti:XTI",
     }
