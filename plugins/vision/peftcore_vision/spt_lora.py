@@ -12,8 +12,11 @@ to the budget, which is `share` of the weights of all sites; the authors' steps 
 What they chose stands in `overrides`, so the file has it; where the user overrides a site, that stays.
 
 A is uniform in +-1/sqrt(in), B zero: a fresh adapter is an exact identity. Their code drops inputs of updates, and
-whole updates of samples, with 0.1 in training. Queries, keys and values of one fused matrix count apart. The authors train the head and the class token along (``train=["head"]``), and leave embeddings
-alone. SPT-Adapter, with bottlenecks in place of low rank, is not here. Weights that are quantized are left out.
+whole updates of samples, with 0.1 in training. Queries, keys and values of one fused matrix count apart. The authors
+train the head and the class token along (``train=["head"]``), count 768 numbers of the token in the budget, which is
+not done here, and leave embeddings alone. SPT-Adapter, with bottlenecks in place of low rank, is not here. Weights that
+are quantized are left out. Without data, as in a plan, each matrix has an update and each vector trains as a whole;
+``share=1`` allots the same.
 
 Parameters: about share * (those of all sites).
 
@@ -157,7 +160,7 @@ class SPTLoRA(Method):
         budget = config.share * sum(site.numel for site in own.values())
         plans = []
         for step in range(1, 80):
-            tau = math.ceil(step * budget / 20)
+            tau = max(1, round(step * budget / 20))
             plan = allotted(scores, own, tau, config.rank, config.ease, config.vector_ease)
             plans.append((abs(total(plan, own, config.rank) - budget), -step, plan))
         _, _, plan = min(plans, key=lambda each: each[:2])
