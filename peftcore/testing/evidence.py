@@ -23,6 +23,7 @@ import importlib.util
 import inspect
 import json
 import sys
+import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -166,10 +167,9 @@ def freeze(script: Path, checkout: Path) -> str:
     Raises:
         CheckFailed: `SOURCE` is a library, and another version of it is installed.
     """
-    spec = importlib.util.spec_from_file_location(f"frozen_{script.stem}", script)
-    assert spec is not None and spec.loader is not None
-    module: Any = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module: Any = types.ModuleType(f"frozen_{script.stem}")
+    module.__file__ = str(script)
+    exec(compile(script.read_bytes(), script, "exec"), vars(module))  # its bytecode may be that of a second ago
     source: Source = module.SOURCE
     if source.name != AUTHORS:
         _check_version(source)

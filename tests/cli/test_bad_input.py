@@ -141,7 +141,7 @@ def test_weights_that_do_not_fit_the_config(encoder, csv_file, tmp_path):
 
 
 def test_a_method_that_cannot_act_on_the_model_is_refused_before_any_training(decoder, csv_file, tmp_path, monkeypatch):
-    monkeypatch.setattr("peftcore.comparing.comparisons.compare.train", lambda *_: pytest.fail("a run began"))
+    monkeypatch.setattr("peftcore.comparing.comparisons.running.train", lambda *_: pytest.fail("a run began"))
     path = written(tmp_path / "comparison.yaml", "methods: [{name: lora, target: '*.query'}]")
     refused(path, "--model", decoder, "--data", csv_file, "--out", tmp_path / "out")
 

@@ -174,10 +174,10 @@ def test_seeds_and_configurations_of_one_method(encoder, csv_file, tmp_path):
 
 
 def test_a_method_that_fails_on_the_way_is_reported_and_the_others_go_on(encoder, csv_file, tmp_path, monkeypatch):
-    def broken(run, board):
+    def broken(run, board, resume):
         if run.method.name == "bitfit":
             raise TrainingError("the loss became nan")
-        return train(run, board)
+        return train(run, board, resume)
 
     monkeypatch.setattr("peftcore.comparing.comparisons.running.train", broken)
     report = compare(encoder, csv_file, tmp_path / "out", methods="bitfit,lora")

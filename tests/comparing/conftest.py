@@ -13,6 +13,7 @@ from tiny import (
     one_thread,
     poolerless,
     rows,
+    still,
     talker,
 )
 
@@ -30,5 +31,6 @@ __all__ = [
     "one_thread",
     "poolerless",
     "rows",
+    "still",
     "talker",
 ]

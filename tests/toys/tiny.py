@@ -87,6 +87,19 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture
+def still(encoder: Path, tmp_path: Path) -> Path:
+    """Without dropout, of which each process draws its own."""
+    folder = tmp_path / "still"
+    folder.mkdir()
+    for file in encoder.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    described = json.loads((encoder / "config.json").read_text(encoding="utf-8"))
+    described |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    (folder / "config.json").write_text(json.dumps(described), encoding="utf-8")
+    return folder
+
+
 @pytest.fixture(scope="session")
 def poolerless(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same without pooler weights, as masked-language models are published."""

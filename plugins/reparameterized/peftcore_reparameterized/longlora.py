@@ -63,7 +63,7 @@ class LongLoRA(Method):
 
     name = "longlora"
     Config = Config
-    tags = Tags(category="reparameterized", paper="2309.12307", mergeable=True)
+    tags = Tags(category="reparameterized", paper="2309.12307", mergeable=True, low_rank=True)
     learning_rate = LearningRate(
         2e-5, "dvlab-research/LongLoRA@d4eb344, README.md", on="Llama 2 7B, RedPajama, texts of 8,192 tokens"
     )

@@ -191,3 +191,14 @@ def norms_behind(surgeon: Surgeon, block: PromptSite) -> list[str]:
     host = surgeon.resolver.host
     tower = host.at(block.module_path)[0].tower
     return [entry.path for entry in host.entries if entry.role == "norm.final" and entry.tower == tower]
+
+
+class TimesOperator(FramesOperator):
+    """Trained positions of frames, which start at zero."""
+
+    def __init__(self, site: PlaceSite, frames: int) -> None:
+        super().__init__(site, frames)
+        self.times = nn.Parameter(torch.zeros(frames, site.width))
+
+    def embedded(self, x: Tensor) -> Tensor:
+        return x + self.cast(x, self.times)[0][:, None]

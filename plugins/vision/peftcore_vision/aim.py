@@ -16,8 +16,8 @@ the user's head over the frames' outputs. What the host does to the branches' ou
 
 Parameters: 3 (2 d h + h + d) a block, T d, and 2 d of the norm: 10.7M in a ViT-B. It cannot be merged.
 
-Use it to make a video model of a frozen ViT or CLIP in which all frames see each other; not in models with windows or
-relative positions (`st_adapter`, its kin with a convolution over frames), nor where attention must not run twice.
+Use it for videos on a frozen ViT or CLIP where all frames see each other; not in models with windows or relative
+positions (`st_adapter`, its kin with a convolution over frames), nor where attention must not run twice.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Annotated, Literal
 
-import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -34,8 +33,8 @@ from torch.nn import functional as F
 from peftcore import BranchSite, Bypass, LearningRate, Method, MethodConfig, Site, Surgeon, Tags, block_depths, branch
 from peftcore_vision._across import (
     AcrossOperator,
-    FramesOperator,
     PlaceSite,
+    TimesOperator,
     attention_of,
     entrance,
     feed_forward_of,
@@ -62,17 +61,14 @@ class Config(MethodConfig):
     train_norm: bool = True
     """Train the norm behind the last block along."""
 
-    def inner(self, width: int) -> int:
-        """Return h."""
-        return max(int(width * self.ratio), 1)
-
 
 class Adapter(nn.Module):
     """One bottleneck, which starts as zero."""
 
     def __init__(self, width: int, config: Config) -> None:
         super().__init__()
-        self.down, self.up = nn.Linear(width, config.inner(width)), nn.Linear(config.inner(width), width)
+        h = inner(width, config)
+        self.down, self.up = nn.Linear(width, h), nn.Linear(h, width)
         nn.init.trunc_normal_(self.down.weight, std=0.02)
         for zero in (self.down.bias, self.up.weight, self.up.bias):
             nn.init.zeros_(zero)
@@ -82,10 +78,15 @@ class Adapter(nn.Module):
         down, down_bias, up, up_bias = (each.to(u.dtype) for each in self.parameters())
         return F.linear(F.gelu(F.linear(u, down, down_bias)), up, up_bias)
 
-    @staticmethod
-    def count(width: int, config: Config) -> int:
-        """Count the parameters."""
-        return (2 * width + 1) * config.inner(width) + width
+
+def inner(width: int, config: Config) -> int:
+    """Return h."""
+    return max(int(width * config.ratio), 1)
+
+
+def count(width: int, config: Config) -> int:
+    """Return how many parameters one has."""
+    return (2 * width + 1) * inner(width, config) + width
 
 
 class TurnsOperator(AcrossOperator):
@@ -119,19 +120,8 @@ class JointOperator(Bypass):
         return dropped(self.scale * self.joint(x), self.p, self.training)
 
 
-class TimesOperator(FramesOperator):
-    """The trained positions of frames."""
-
-    def __init__(self, site: PlaceSite, config: Config) -> None:
-        super().__init__(site, config.frames)
-        self.times = nn.Parameter(torch.zeros(config.frames, site.width))
-
-    def embedded(self, x: Tensor) -> Tensor:
-        return x + self.cast(x, self.times)[0][:, None]
-
-
 class AIM(Method):
-    """Adapters behind attention within frames and across them, and beside the feed-forward.
+    """Adapters behind attention, within frames and across them, and beside the feed-forward.
 
     Example:
         injection = peftcore.apply(model, "aim", frames=1)  # rows are frames, clip by clip; 8, 16 or 32 in the paper
@@ -154,7 +144,7 @@ class AIM(Method):
             if tower not in towers:
                 towers.add(tower)
                 place, patches = entrance(surgeon, block)
-                surgeon.graft(place, TimesOperator, config, patches)
+                surgeon.graft(place, lambda at, own: TimesOperator(at, own.frames), config, patches)
                 for norm in norms_behind(surgeon, block) if config.train_norm else []:
                     surgeon.train(norm)
             p = config.drop_path * depths[block.module_path] / max(len(host.select("block", tower)) - 1, 1)
@@ -167,9 +157,9 @@ class AIM(Method):
     @staticmethod
     def parameter_count(site: Site, config: Config) -> int:
         if isinstance(site, BranchSite):
-            return Adapter.count(site.width, config)
+            return count(site.width, config)
         if not isinstance(site, PlaceSite):
             return site.numel  # of the norm
         if site.embeds:
             return config.frames * site.width
-        return (1 + config.temporal_adapters) * Adapter.count(site.width, config)
+        return (1 + config.temporal_adapters) * count(site.width, config)

@@ -1,7 +1,6 @@
 """One training in two processes that Ray Train starts: what one process learns on the same batches, also where one of
 the two is killed on the way."""
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -40,19 +39,6 @@ def run_of(model: Path, data: Path, out: Path, method: dict[str, Any], processes
             "out": out / str(processes),
         }
     )
-
-
-@pytest.fixture
-def still(encoder: Path, tmp_path: Path) -> Path:
-    """Without dropout, of which each process draws its own."""
-    folder = tmp_path / "still"
-    folder.mkdir()
-    for file in encoder.iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    described = json.loads((encoder / "config.json").read_text(encoding="utf-8"))
-    described |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    (folder / "config.json").write_text(json.dumps(described), encoding="utf-8")
-    return folder
 
 
 def assert_same(run: Run, alone: Run) -> None:

@@ -49,19 +49,6 @@ def written(folder: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         return load_file(file), opened.metadata()
 
 
-@pytest.fixture
-def still(encoder: Path, tmp_path: Path) -> Path:
-    """Without dropout, of which each process draws its own."""
-    folder = tmp_path / "still"
-    folder.mkdir()
-    for file in encoder.iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    described = json.loads((encoder / "config.json").read_text(encoding="utf-8"))
-    described |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    (folder / "config.json").write_text(json.dumps(described), encoding="utf-8")
-    return folder
-
-
 @pytest.mark.slow
 def test_in_pieces_a_model_learns_what_it_does_whole(still: Path, csv_file: Path, tmp_path: Path) -> None:
     """One launch for all methods: the two processes take fifteen seconds, most of it to import what they need."""
