@@ -51,8 +51,11 @@ def counts(scores: Mapping[str, Tensor], tau: int) -> dict[str, int]:
 def allotted(
     scores: Mapping[str, Tensor], sites: Mapping[str, Site], tau: int, rank: int, ease: float, vector_ease: float
 ) -> dict[str, int | None]:
-    """Return for each site how many of its entries train; None where all of a vector do, or where a low-rank update
-    takes their place: one that has at most `ease` (`vector_ease`) times as many numbers as entries were chosen there."""
+    """Return for each site how many of its entries train.
+
+    It is None where all of a vector do, or where a low-rank update takes their place: one that has at most `ease`
+    (`vector_ease`) times as many numbers as entries were chosen there.
+    """
     found: dict[str, int | None] = {}
     for path, count in counts(scores, tau).items():
         site = sites[path]

@@ -145,7 +145,10 @@ HELD: Held = {
     ("mona", "dropout"): (0.1, f"{MONA}: nn.Dropout(p=0.1)"),
     ("mona", "behind"): ("both", f"{MONA}: my_module_1 and my_module_2"),
     ("mona", "zero_up"): (False, f"{MONA}: nn.Linear(64, in_dim), as torch starts it"),
-    ("spt_lora", "share"): (0.005, "ziplab/SPT@e385f67, engine.py: budgets of 0.05 to 1.0 of the 86 million; 0.43 here"),
+    ("spt_lora", "share"): (
+        0.005,
+        "ziplab/SPT@e385f67, engine.py: budgets of 0.05 to 1.0 million; 0.43 here",
+    ),
     ("spt_lora", "rank"): (8, f"{SPT}: --low_rank_dim default=8"),
     ("spt_lora", "ease"): (10.0, f"{SPT}: --alpha default=10."),
     ("spt_lora", "vector_ease"): (5.0, f"{SPT}: --beta default=5."),

@@ -27,9 +27,12 @@ def wave(shape: Sequence[int], key: str) -> Tensor:
 
 
 def numbers(checkout: Path) -> dict[str, Any]:
-    """Returns for budgets of 0.05 to 0.2 million and updates of rank 32 the number of the largest scores that they take; the matrices with
-    low-rank updates and the vectors that train as a whole, by name; and for all others how many entries train, and the
-    sum of their places. The model is small, so the sweep goes in steps of 2,500, an eighth of theirs."""
+    """Returns what budgets of 0.05 to 0.2 million choose with updates of rank 32.
+
+    For each: the number of the largest scores that it takes; the matrices with low-rank updates and the vectors that
+    train as a whole, by name; and for all others how many entries train, and the sum of their places. The model is
+    small, so the sweep goes in steps of 2,500, an eighth of theirs.
+    """
     engine = load(checkout / SOURCE.script, root=checkout)
     absent = ("model.swin_transformer",)
     module = load(checkout / "model" / "vision_transformer_timm.py", root=checkout, absent=absent)
