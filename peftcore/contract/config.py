@@ -6,7 +6,7 @@ import difflib
 import fnmatch
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, get_args, get_origin
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -167,15 +167,23 @@ def _explain(kind: type[MethodConfig], error: ValidationError) -> str:
 
 
 def validate(kind: type[C], options: dict[str, Any]) -> C:
-    """Returns the options as a config of `kind`.
+    """Returns the options as a config of `kind`; a list stands for a tuple, which YAML and flags do not have.
 
     Raises:
         ConfigError: naming method, field, value and rule, one line each.
     """
     try:
-        return kind.model_validate(options)
+        return kind.model_validate({name: _as_asked(kind, name, value) for name, value in options.items()})
     except ValidationError as error:
         raise ConfigError(_explain(kind, error)) from None
+
+
+def _as_asked(kind: type[MethodConfig], name: str, value: Any) -> Any:
+    field = kind.model_fields.get(name)
+    if field is None or not isinstance(value, list):
+        return value
+    kinds = (field.annotation, *get_args(field.annotation))
+    return tuple(value) if any(get_origin(each) is tuple for each in kinds) else value
 
 
 def validate_json(kind: type[C], text: str | bytes) -> C:

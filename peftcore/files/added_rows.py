@@ -4,7 +4,7 @@ so they are in the adapter's file, though they did not train."""
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -121,14 +121,20 @@ def spans(rows: Mapping[str, AddedRows]) -> dict[str, tuple[int, int]]:
     return {path: (rows[path].start, rows[path].stop) for path in sorted(rows)}
 
 
-def check_no_rows(injection: Injection, format: str) -> None:
+def check_no_rows(injection: Injection, format: str, held: Mapping[str, Collection[int]] = {}) -> None:
     """Refuse to write a file that would lack rows.
+
+    Args:
+        held: the rows that the file has, by path of the table.
 
     Raises:
         ExportError: rows were added to tables of the base, and the format has no place for them.
     """
     for path, rows in added_rows(injection).items():
+        lacking = set(range(rows.start, rows.stop)).difference(held.get(path, ()))
+        if not lacking:
+            continue
         raise ExportError(
-            f"{rows.stop - rows.start} rows were added to {path}, for which files of {format} have no place: save the "
+            f"{len(lacking)} rows were added to {path}, for which files of {format} have no place: save the "
             "base with them, model.save_pretrained(folder), and let model.config._name_or_path be that folder"
         )

@@ -182,6 +182,7 @@ def load(
     active: bool = True,
     strict: bool = True,
     room: Mapping[str, Any] | None = None,
+    words: Mapping[str, Sequence[int]] | None = None,
 ) -> Injection:
     """Apply a saved adapter to a host of the same shape.
 
@@ -200,6 +201,9 @@ def load(
         strict: False accepts missing tensors (they keep their fresh values) and unknown ones (they are passed over).
         room: options of larger tensors than the file's, ``{"rank": 64}``: others of up to that rank can take its place
             then (`Injection.swap`), also in a compiled model. What is beyond the file's own is zero.
+        words: of files with new words beside the adapter (``bundle_emb.<word>.clip_l``), for a text encoder: the ids
+            that each word has in the tokenizer, one for each of its vectors, ``{"<cat>": [49408, 49409]}``. The table
+            must have these rows.
 
     Raises:
         CheckpointError: the files are damaged, or lack tensors or options of the adapter, listing all errors; or a
@@ -218,7 +222,7 @@ def load(
     check_model(model)
     if name is not None:
         check_name(model, name)
-    found = _read(model, path, revision, strict)
+    found = _read(model, path, revision, strict, words)
     name = check_name(model, found.cls.name) if name is None else name
     with _about(found.where), _values_wanted(model):
         if room is None:
@@ -274,11 +278,18 @@ class _Read:
         return source
 
 
-def _read(model: nn.Module, path: str | os.PathLike[str], revision: str | None, strict: bool) -> _Read:
+def _read(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    revision: str | None,
+    strict: bool,
+    words: Mapping[str, Sequence[int]] | None = None,
+) -> _Read:
     place = located(path, revision)
     # A file knows nothing of other adapters, and the host is no larger for having some: they are not seen here.
     with _about(place), _values_wanted(model), one_file(), saving_base():
-        content = recognize(place).open(place, model)
+        kind = recognize(place)
+        content = kind.open(place, model) if words is None else kind.open_with_words(place, model, words)
     with _about(content.where), _values_wanted(model), saving_base():
         envelope = content.envelope
         cls = method_of(envelope)

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 import peftcore
 from peftcore import MethodConfig
-from peftcore.contract.config import validate_json
+from peftcore.contract.config import validate, validate_json
 from peftcore.errors import ConfigError
 
 
@@ -94,6 +94,19 @@ def test_overrides_set_the_rank_by_pattern() -> None:
 class Paired(MethodConfig):
     method: str = "paired"
     pair: tuple[int, int] = (1, 1)
+
+
+def test_a_list_stands_for_a_tuple_where_one_is_asked_for() -> None:
+    """YAML, flags and JSON have lists alone; elsewhere a list stays one, and a wrong one is named."""
+    model = transformer()
+    assert peftcore.method("st_adapter").Config().kernel == (3, 1, 1)
+    found = validate(peftcore.method("st_adapter").Config, {"kernel": [1, 3, 3]})
+    assert found.kernel == (1, 3, 3)
+    assert validate(peftcore.method("mona").Config, {"grid": [4, 5]}).grid == (4, 5)
+    with pytest.raises(ConfigError, match="kernel"):
+        validate(peftcore.method("st_adapter").Config, {"kernel": [1, 3]})
+    with pytest.raises(ConfigError, match="rank"):
+        peftcore.apply(model, "lora", rank=[8])
 
 
 def test_a_list_in_a_file_is_the_tuple_it_was() -> None:

@@ -362,8 +362,8 @@ def trained(info):
             injection = peftcore.apply(model, info.name, **data)
             logits(model)
             break
-        except (peftcore.errors.MissingContext, peftcore.errors.SequenceError):
-            return "asks to be told more"
+        except (peftcore.errors.MissingContext, peftcore.errors.SequenceError, peftcore.errors.TrainingError):
+            return "asks to be told more"  # of a task, or of labels
         except (peftcore.errors.TargetError, peftcore.errors.UnsupportedSite):
             continue
     else:
@@ -373,10 +373,7 @@ def trained(info):
     optimizer = injection.optimizer(torch.optim.AdamW, lr=0.02, total_steps=STEPS)
     losses = []
     for _ in range(STEPS):
-        try:
-            losses.append(loss(model))
-        except peftcore.errors.TrainingError:  # labels, say
-            return "asks to be told more"
+        losses.append(loss(model))
         optimizer.zero_grad()
         losses[-1].backward()
         optimizer.step()
@@ -409,14 +406,12 @@ ELSEWHERE = {
     "controlnet_xs": "asks to be told more",
     "coop": "asks to be told more",
     "dyt": "asks to be told more",
-    "evp": "has no place",
     "ip_adapter": "asks to be told more",
     "ir_qlora": "has no place",
     "kadaptation": "has no place",
     "lqer": "trains nothing",
     "ominicontrol": "has no place",
     "maple": "has no place",
-    "pixel_vp": "has no place",
     "qa_lora": "has no place",
     "st_adapter": "has no place",
     "state_offset_tuning": "has no place",

@@ -64,7 +64,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "oft": {"block_size": 4},
     "pal": {"tasks": 3, "width": 6, "heads": 2},
     "peqa": {"bits": 2},
-    "pixel_vp": {"size": 1, "picture": [8, 8]},
+    "pixel_vp": {"size": 1, "picture": (8, 8)},
     "pissa": {"rank": 2, "iterations": 2},
     "polytropon": {"tasks": 3, "own_skills": 1},
     "prompt_tuning": {"length": 4, "init": "vocabulary", "init_ids": [1, 2]},

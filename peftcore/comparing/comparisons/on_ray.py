@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from peftcore.comparing.comparisons.comparison import Comparison
-from peftcore.comparing.comparisons.running import Board, Found, Job, Result, carry_out, forget
+from peftcore.comparing.comparisons.running import Board, Finding, Job, Result, carry_out, forget
 from peftcore.comparing.errors import BadInput
 from peftcore.comparing.training.cluster import Cluster, Silent, go_to, taken
 from peftcore.comparing.training.together import Saved
@@ -25,7 +25,7 @@ class OnRay(Cluster):
 
     def results(
         self, comparison: Comparison, jobs: Sequence[Job], board: Board, saved: list[Saved], resume: bool
-    ) -> Iterator[Found]:
+    ) -> Iterator[Finding]:
         import ray
 
         if not resume:

@@ -57,7 +57,7 @@ class Job:
     seed: int
 
 
-Found = tuple[Candidate, int, Result]
+Finding = tuple[Candidate, int, Result]
 """A configuration, its seed, and what became of it."""
 
 
@@ -66,7 +66,7 @@ class Place(Protocol):
 
     def results(
         self, comparison: Comparison, jobs: Sequence[Job], board: Board, saved: list[Saved], resume: bool
-    ) -> Iterator[Found]:
+    ) -> Iterator[Finding]:
         """Yield what was found, in the order in which it comes.
 
         Args:
@@ -80,7 +80,7 @@ class Here:
 
     def results(
         self, comparison: Comparison, jobs: Sequence[Job], board: Board, saved: list[Saved], resume: bool
-    ) -> Iterator[Found]:
+    ) -> Iterator[Finding]:
         for job in jobs:
             done = carry_out(comparison, job, board, saved, resume)
             yield from ((each, job.seed, found) for each, found in zip(job.candidates, done, strict=True))

@@ -17,7 +17,7 @@ from typing import Any
 
 from peftcore.comparing.errors import BadInput
 from peftcore.comparing.packages import require
-from peftcore.comparing.runs.folder import holds
+from peftcore.comparing.runs.folder import RUN, holds
 from peftcore.comparing.runs.run import Run
 from peftcore.comparing.training.train import Outcome, train
 from peftcore.errors import PeftcoreError, TrainingError
@@ -81,7 +81,7 @@ class Cluster:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchTrainer
 
-        if not resume and holds(run):
+        if not resume and (run.out / RUN).exists():  # now, and not in processes that would begin again
             raise BadInput(f"{run.out} holds a run already: --resume goes on with it, --out names another folder")
         told = {"run": run.model_dump(mode="json"), "here": str(Path.cwd()), "resume": resume}
         folder = run.out.resolve() / "ray"

@@ -43,6 +43,8 @@ class Description:
     """The places of its operators, as the file spells them; empty where the method finds its place itself."""
     trained: Mapping[str, Size] = field(default_factory=dict)
     """Parameters of the host that it replaces, with their shapes."""
+    words: Mapping[str, int] = field(default_factory=dict)
+    """New words beside the adapter, whose ids `load` has to be told, and the number of vectors of each."""
     problem: str = ""
     """Why it cannot be loaded here, where that shows without a host."""
 

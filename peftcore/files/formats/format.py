@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -98,6 +98,15 @@ class Format(ABC):
             NewerFormat: it was written by a newer version.
             UnknownMethod: no installed plugin has its method.
         """
+
+    def open_with_words(self, path: Path, model: nn.Module, words: Mapping[str, Sequence[int]]) -> Content:
+        """Read the content with new words that it has beside the adapter, given the ids of each in the tokenizer.
+
+        Raises:
+            CheckpointError: as `open`; or it has no such words.
+            HostMismatch, NewerFormat, UnknownMethod: as `open`.
+        """
+        raise CheckpointError(f"{path}: files of {self.name} have no words that need ids; leave out words=")
 
     def describe(self, path: Path) -> Description:
         """Returns the description in a folder or file without a host. Formats that know more than the tensors override

@@ -28,7 +28,16 @@ from peftcore.files.formats.composing import composed, with_overrides
 from peftcore.files.formats.description import Description, unique
 from peftcore.files.formats.format import Content, Files, Format, Tensors
 from peftcore.files.formats.found import Found
-from peftcore.files.formats.kohya_method import ALPHA, Held, KohyaMethod, Piece, added, kohya_methods, method_of
+from peftcore.files.formats.kohya_method import (
+    ALPHA,
+    VECTORS,
+    Held,
+    KohyaMethod,
+    Piece,
+    added,
+    kohya_methods,
+    method_of,
+)
 from peftcore.files.formats.kohya_names import DIFFUSION, PARTS, are_known, part_of, stem_of, understood
 from peftcore.files.formats.original_names import Original, is_transformer, original_names, written_names
 from peftcore.files.formats.pipelines import (
@@ -42,9 +51,21 @@ from peftcore.files.formats.pipelines import (
     split,
 )
 from peftcore.files.formats.places import Place
+from peftcore.files.formats.words import (
+    FRONT,
+    OUTPUTS,
+    PICTURES,
+    bundled,
+    counts,
+    is_known,
+    is_word,
+    read_words,
+    taken_apart,
+)
 from peftcore.files.safe_io import TensorFile, parse_json
 from peftcore.injection.injection import Injection
 from peftcore.registry.plugins import layer_of
+from peftcore.roles.token_tables import tables_by_path
 from peftcore.surgery.surgeon import Graft, Surgeon
 
 TENSORS = "kohya.safetensors"
@@ -69,12 +90,17 @@ class Kohya(Format):
         return are_known(names_in(only_file(path, TENSORS)))
 
     def open(self, path: Path, model: nn.Module) -> Content:
-        return KohyaContent(TensorFile(only_file(path, TENSORS) or path / TENSORS), model)
+        return self.open_with_words(path, model, {})
+
+    def open_with_words(self, path: Path, model: nn.Module, words: Mapping[str, Sequence[int]]) -> Content:
+        return KohyaContent(TensorFile(only_file(path, TENSORS) or path / TENSORS), model, words)
 
     def describe(self, path: Path) -> Description:
         file = TensorFile(only_file(path, TENSORS) or path / TENSORS)
         stems: dict[str, dict[str, Size]] = {}
         for full, shape in file.shapes.items():
+            if is_word(full):
+                continue
             said = understood(full, part_of(full) or "")
             stems.setdefault(said.stem, {})[said.leaf] = shape
         known = kohya_methods()
@@ -86,13 +112,13 @@ class Kohya(Format):
             methods=unique(method.methods[0] for method in found.values() if method is not None),
             parts=unique(part for full in file.shapes if (part := part_of(full))),
             sites=tuple(stems),
+            words=counts(file.shapes),
             problem=f"no installed plugin reads what is at {', '.join(strange[:4])}" if strange else "",
         )
 
     def files(self, injection: Injection, weights: bool = False) -> Files:
         if injection.shared:
             raise ExportError(f"files of kohya have no place for {next(iter(injection.shared))}: only for modules")
-        check_no_rows(injection, "kohya")
         part = self.part or _guessed(injection.model)
         if part == "oft_unet":
             raise ExportError("oft_unet is read only, from sd-scripts' networks/oft.py; LyCORIS reads lora_unet")
@@ -101,6 +127,8 @@ class Kohya(Format):
         methods, noted = kohya_methods(), set[str]()
         held: dict[str, tuple[KohyaMethod, Piece]] = {}
         standing: dict[str, tuple[str, set[str]]] = {}
+        words: dict[str, Tensor] = {}
+        rows: dict[str, list[int]] = {}
         for index, graft in enumerate(injection.grafts):
             site, owner = graft.site, injection.owner(graft)
             if graft.trained_along:
@@ -110,6 +138,13 @@ class Kohya(Format):
                 raise ExportError(f"files of kohya have no method that computes what {owner.method.name} does")
             place = Place(graft, index, len(injection.grafts), owner.config.at(site.path))
             method = next((each for each in able if each.writes(place)), able[-1])
+            if tokens := method.tokens(place):
+                bundle = bundled(part, tokens, method.write(place)[1][VECTORS])
+                if not words.keys().isdisjoint(bundle):
+                    raise ExportError(f"two tables have the words {', '.join(bundle)}, and files of kohya have one")
+                words |= bundle
+                rows |= {each.module_path: [index for _, index in tokens] for each in graft.holders}
+                continue
             one_hot = layer_of(site.module, "weight").one_hot
             if site.tensor not in method.tensors or site.slices is not None or site.batch or one_hot:
                 raise ExportError(
@@ -129,10 +164,11 @@ class Kohya(Format):
         for graft in injection.grafts:
             if graft.trained_along:
                 _add(held, graft)
+        check_no_rows(injection, "kohya", rows)
         if len(noted) > 1:
             raise ExportError("files of kohya have the same dropouts for all modules, and here they differ")
         (said,) = noted or {"{}"}
-        front, tensors = clip_prefix(injection.model) if part.startswith("lora_te") else "", dict[str, Tensor]()
+        front, tensors = clip_prefix(injection.model) if part.startswith("lora_te") else "", dict(words)
         original = part == DIFFUSION or (part == UNET and not is_unet(injection.model))
         for path, piece in _named(held, modules, original_names(modules) if original else {}).items():
             stem = stem_of(part, front + path)
@@ -257,20 +293,24 @@ class Share:
 class KohyaContent(Content):
     """An adapter of such a file for one host."""
 
-    def __init__(self, file: TensorFile, model: nn.Module) -> None:
+    def __init__(self, file: TensorFile, model: nn.Module, words: Mapping[str, Sequence[int]] = {}) -> None:
         self.file = file
         self.methods = kohya_methods()
         self.cuts: dict[str, Tensor] = {}
         """What was cut out of tensors of the file, by names of its own."""
         modules = dict(model.named_modules())
         originals = original_names(modules)
-        stems = split(list(file.shapes), part_of)
+        stems = split([full for full in file.shapes if not is_word(full)], part_of)
         self.strange = [] if set(stems) == {""} else stems.pop("", [])
         readings = [
             (self._part(name, held, spelling), spelling)
             for spelling in (Spelling(modules), *([Spelling(modules, originals)] if originals else []))
             for name, held in stems.items()
         ]
+        if stems.keys() <= PICTURES and words:  # nothing else is for a text encoder
+            readings = [(Part("", {}, {}), Spelling(modules))]
+        elif not stems:
+            raise CheckpointError(f"{file.path} has words alone: {_how_to_load(counts(file.shapes))}")
         part, move = fitting([each for each, _ in readings], model, file.path)
         spelling = next(spelling for each, spelling in readings if each is part)
         names: dict[str, dict[str, str]] = {}
@@ -298,6 +338,7 @@ class KohyaContent(Content):
             shapes = {leaf: file.shapes[full] for leaf, full in below.items() if leaf != ALPHA}
             told = numbers[stem]
             groups.append(Group(path, below, self._held(stem, told.pop(ALPHA, None), shapes, modules[path], told)))
+        groups += self._words(model, words, part.name)
         if len({group.path for group in groups}) < len(groups):
             raise CheckpointError(f"{file.path} has two names for the same module")
         order = {path: index for index, path in enumerate(modules)}
@@ -316,6 +357,33 @@ class KohyaContent(Content):
             train=tuple(self.added),
         )
         super().__init__(envelope, file.path)
+
+    def _words(self, model: nn.Module, ids: Mapping[str, Sequence[int]], part: str) -> list[Group]:
+        """Returns what the words of the file are at the host's table; what is not read of them is strange, where it
+        may be for this host."""
+        held = [full for full in self.file.shapes if is_word(full)]
+        unread = [full for full in held if not is_known(full)]
+        if not ids:
+            here = held if tables_by_path(model) else unread
+            how = f": {_how_to_load(counts(self.file.shapes))}"
+            self.strange += [f"{full}{how if is_known(full) else ''}" for full in here]
+            return []
+        read = read_words(self.file, model, ids, part)
+        words = set(counts(self.file.shapes)).difference(ids)
+        unread += [full for full in held if taken_apart(full)[0] in words or taken_apart(full)[1].endswith(OUTPUTS)]
+        self.strange += list(dict.fromkeys(unread))
+        name = f"{FRONT}{','.join(ids)}"
+        self.cuts[name] = read.vectors
+        module = model.get_submodule(read.path)
+        weight = Size(layer_of(module, "weight").shape(module, "weight"))
+        where = f"{self.file.path}: {name}"
+        return [
+            Group(
+                read.path,
+                {VECTORS: name},
+                Held({VECTORS: read.vectors.shape}, None, weight, where, {}, False, read.tokens),
+            )
+        ]
 
     def _own(self, path: str, below: Mapping[str, str], module: nn.Module) -> dict[str, str]:
         """Returns the names of a module's tensors without those that are added to the host's.
@@ -461,6 +529,11 @@ class KohyaContent(Content):
         if strict and wrong:
             raise CheckpointError(f"{self.where}: {'; '.join(dict.fromkeys(wrong))}")
         return tensors
+
+
+def _how_to_load(words: Mapping[str, int]) -> str:
+    shown = ", ".join(f"{word!r}: [{'id, ' * (count - 1)}id]" for word, count in words.items())
+    return f"load words into a text encoder with their ids in the tokenizer, words={{{shown}}}"
 
 
 def _trained_with(file: TensorFile) -> dict[str, float | bool]:

@@ -21,6 +21,8 @@ from peftcore.files.formats.places import Place
 from peftcore.registry.plugins import imported, named_places
 
 ALPHA = "alpha"
+VECTORS = "vectors"
+"""The vectors of all words, ``[vectors, width]``, which in the file are a tensor for each word."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,8 @@ class Held:
     """The values of its tensors that are one number, by their names below the module."""
     bias: bool = False
     """Whether the host's module has a bias."""
+    tokens: Sequence[tuple[str, int]] = ()
+    """At a table of tokens: the word and the id of each vector of new words, which are ``VECTORS``."""
 
     def size(self, name: str, dim: int) -> int:
         """Returns the size of a tensor in one dimension; 1 where it is missing: the file is refused later."""
@@ -112,6 +116,14 @@ class KohyaMethod(ABC):
         Raises:
             ExportError: the file cannot hold it.
         """
+
+    def tokens(self, place: Place) -> Sequence[tuple[str, int]]:
+        """Returns the word and the id of each vector, in a method that writes the ``VECTORS`` of new words.
+
+        Raises:
+            ExportError: the words have no names.
+        """
+        return ()
 
     def writes(self, place: Place) -> bool:
         """Whether it can hold what one of its methods does at a place. Where no translation can, `write` of the last

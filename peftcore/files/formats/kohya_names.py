@@ -11,6 +11,8 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from peftcore.files.formats.words import is_word
+
 PARTS = ("lora_unet", "lora_te", "lora_te1", "lora_te2", "lora_te3", "lora_transformer", "lycoris", "oft_unet")
 """Models in names with underscores."""
 DIFFUSION = "diffusion_model"
@@ -66,7 +68,7 @@ def understood(name: str, part: str) -> Name:
 
 def are_known(names: Collection[str]) -> bool:
     """Whether a file with these names is one of such a program."""
-    return any(part_of(name) not in (None, PEFTS) or BARE.match(name) for name in names)
+    return any(part_of(name) not in (None, PEFTS) or BARE.match(name) or is_word(name) for name in names)
 
 
 def stem_of(part: str, path: str) -> str:

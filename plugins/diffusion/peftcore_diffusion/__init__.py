@@ -44,5 +44,6 @@ def peftcore_translations() -> Mapping[str, str]:
     here = "peftcore_diffusion.interop"
     return {
         "kohya/locon": f"{here}.kohya_locon:KohyaLoCon",
+        "kohya/textual_inversion": f"{here}.kohya_textual_inversion:KohyaTextualInversion",
         "kohya/tlora_masked": f"{here}.kohya_tlora:KohyaMaskedTLoRA",
     }

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable
 from typing import Annotated, Literal
 
 import torch
-from pydantic import Field, NonNegativeInt
+from pydantic import Field, NonNegativeInt, model_validator
 from torch import Tensor, nn
 
 from peftcore import LearningRate, Method, MethodConfig, Operator, Site, Surgeon, Tags, Transposed
@@ -44,6 +44,14 @@ class Config(WordsConfig):
     """Options of textual inversion."""
 
     method: Literal["textual_inversion"] = "textual_inversion"
+    words: list[str] = Field(default_factory=list)
+    """Names of the words in files of other programs, one for each token; vectors of one word have the same."""
+
+    @model_validator(mode="after")
+    def _named(self) -> Config:
+        if self.words and len(self.words) != len(self.tokens):
+            raise ValueError(f"{len(self.words)} words do not name {len(self.tokens)} tokens: one for each")
+        return self
 
 
 def _rows(site: Site, config: WordsConfig) -> list[int]:

@@ -66,8 +66,10 @@ def test_two_processes_learn_what_one_does(still: Path, csv_file: Path, tmp_path
     assert np.allclose(two.losses, one.losses, rtol=1e-5)
     assert (two.trainable, two.steps, two.saved) == (one.trainable, 40, str(run.out / "adapter"))
     assert_same(run, alone)
-    with pytest.raises(BadInput, match="holds a run already"):
-        Cluster().train(run, 2)
+    other = run.model_copy(update={"training": run.training.model_copy(update={"learning_rate": 3e-3})})
+    for each in (run, other):
+        with pytest.raises(BadInput, match="holds a run already"):
+            Cluster().train(each, 2)
 
 
 def test_a_process_that_is_killed_costs_what_came_after_the_checkpoint(

@@ -1,0 +1,147 @@
+"""New words beside the adapters of a pipeline in one file: ``bundle_emb.<word>.clip_l`` has the word's vectors,
+``[vectors, width]``, for the table of tokens of one text encoder.
+
+AUTOMATIC1111's webui, LyCORIS and OneTrainer bundle words so. A file has no ids of tokens: whoever loads it says which
+ids each word has in the tokenizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Size, Tensor, nn
+
+from peftcore.errors import CheckpointError, ExportError, HostMismatch
+from peftcore.files.safe_io import TensorFile
+from peftcore.roles.token_tables import tables_by_path
+
+FRONT = "bundle_emb."
+ANY = "string_to_param.*"
+"""Vectors for the one text encoder of a pipeline."""
+ENCODERS: Mapping[str, tuple[str, ...]] = {
+    "clip_l": ("lora_te", "lora_te1", "text_encoders.clip_l.transformer"),
+    "clip_g": ("lora_te2", "text_encoders.clip_g.transformer"),
+    "t5": ("lora_te3", "text_encoders.t5xxl.transformer"),
+    ANY: ("lora_te",),
+}
+"""Names of vectors, and those of the models that they are for."""
+OUTPUTS = "_out"
+"""The ending of vectors that OneTrainer puts behind an encoder."""
+PICTURES = frozenset({"lora_unet", "lora_transformer", "oft_unet", "diffusion_model"})
+"""Models without words."""
+
+
+def is_word(name: str) -> bool:
+    """Whether a tensor is one of a word."""
+    return name.startswith(FRONT)
+
+
+def taken_apart(name: str) -> tuple[str, str]:
+    """Returns the word and the name of its vectors, from the name of a tensor."""
+    word, _, kind = name.removeprefix(FRONT).partition(".")
+    return word, kind
+
+
+def is_known(name: str) -> bool:
+    """Whether the name of a tensor says which encoder its vectors are for."""
+    kind = taken_apart(name)[1]
+    return kind in ENCODERS or kind.removesuffix(OUTPUTS) in ENCODERS
+
+
+def counts(shapes: Mapping[str, Size]) -> dict[str, int]:
+    """Returns the number of vectors of each word in a file, the largest of all encoders."""
+    found: dict[str, int] = {}
+    for name, shape in shapes.items():
+        if is_word(name):
+            word = taken_apart(name)[0]
+            found[word] = max(found.get(word, 0), shape[0] if len(shape) > 1 else 1)
+    return found
+
+
+@dataclass(frozen=True)
+class Read:
+    """The words of a file for one table of a host."""
+
+    path: str
+    """The table."""
+    vectors: Tensor
+    """All vectors, ``[vectors, width]``."""
+    tokens: tuple[tuple[str, int], ...]
+    """The word and the id of each."""
+    names: frozenset[str]
+    """The names of their tensors in the file."""
+
+
+def read_words(file: TensorFile, model: nn.Module, ids: Mapping[str, Sequence[int]], part: str) -> Read:
+    """Returns the words that are wanted of a file.
+
+    Args:
+        ids: the ids of each word, one for each vector.
+        part: the name in files of the model at hand; empty where the file has no other adapter for it.
+
+    Raises:
+        CheckpointError: the file has no such word, or another number of its vectors.
+        HostMismatch: it has none for this model, or for several that this could be.
+    """
+    tables = tables_by_path(model)
+    if not tables:
+        raise HostMismatch(f"{file.path}: words are for a text encoder, and this host has no table of tokens")
+    if len(tables) > 1:
+        raise HostMismatch(f"{file.path}: words are for one table of tokens, and here are {', '.join(tables)}")
+    ((path, table),) = tables.items()
+    width = table.get_parameter("weight").shape[1]
+    some = any(part in parts for parts in ENCODERS.values())
+    held: dict[str, dict[str, str]] = {}
+    for name in filter(is_word, file.shapes):
+        word, kind = taken_apart(name)
+        if kind in ENCODERS and (not some or part in ENCODERS[kind] or kind == ANY):
+            held.setdefault(word, {})[kind] = name
+    known = counts(file.shapes)
+    if strange := [word for word in ids if word not in known]:
+        raise CheckpointError(f"{file.path} has no word {strange[0]!r}; it has: {', '.join(known) or 'none'}")
+    names, tokens = [], list[tuple[str, int]]()
+    for word, own in ids.items():
+        fitting = [name for name in held.get(word, {}).values() if file.shapes[name][-1:] == (width,)]
+        if not fitting:
+            shown = ", ".join(f"{name} {tuple(file.shapes[name])}" for name in file.shapes if is_word(name))
+            raise HostMismatch(f"{file.path}: no vectors of {word!r} are for {path}, of width {width}: {shown}")
+        if len(fitting) > 1:
+            raise HostMismatch(f"{file.path}: {' and '.join(fitting)} all fit {path}; keep each in a file of its own")
+        shape = file.shapes[fitting[0]]
+        count = shape[0] if len(shape) == 2 else 1
+        if len(shape) > 2 or len(own) != count:
+            raise CheckpointError(
+                f"{file.path}: {fitting[0]} has shape {tuple(shape)}, one id is needed for each vector, and words has "
+                f"{len(own)} for {word!r}"
+            )
+        names += fitting
+        tokens += [(word, int(each)) for each in own]
+    values = file.read(names)
+    vectors = torch.cat([values[name].reshape(-1, width) for name in names])
+    return Read(path, vectors, tuple(tokens), frozenset(names))
+
+
+def bundled(part: str, tokens: Iterable[tuple[str, int]], vectors: Tensor) -> dict[str, Tensor]:
+    """Returns the tensors of words by their names in a file.
+
+    Args:
+        part: the name in files of the model at hand.
+        tokens: the word and the id of each vector.
+        vectors: all vectors, ``[vectors, width]``.
+
+    Raises:
+        ExportError: the file has no words for such a model, or a name would be read as another.
+    """
+    kind = next((kind for kind in (ANY, *ENCODERS) if part in ENCODERS[kind]), None)
+    if kind is None:
+        named = ", ".join(f'"kohya/{each[0]}"' for each in ENCODERS.values())
+        raise ExportError(f"files of kohya have words for a text encoder, and not for {part!r}; name it: {named}")
+    rows: dict[str, list[int]] = {}
+    for row, (word, _) in enumerate(tokens):
+        rows.setdefault(word, []).append(row)
+    for word in rows:
+        if not word or "." in word:
+            raise ExportError(f"{word!r} cannot be the name of a word in a file of kohya, which ends at the first dot")
+    return {f"{FRONT}{word}.{kind}": vectors.detach()[own].contiguous() for word, own in rows.items()}

@@ -1,0 +1,40 @@
+"""Words of textual inversion in files of kohya: ``bundle_emb.<word>.clip_l``, beside the adapters of a pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Size, Tensor
+
+from peftcore.errors import ExportError
+from peftcore.files.formats.found import Found
+from peftcore.files.formats.kohya_method import VECTORS, Held, KohyaMethod
+from peftcore.files.formats.places import Place
+
+
+class KohyaTextualInversion(KohyaMethod):
+    """Words: their vectors stand in the rows of a table."""
+
+    methods = ("textual_inversion",)
+    below = telling = (VECTORS,)
+
+    def fits(self, held: Held) -> bool:
+        return bool(held.tokens) and self.reads(held.shapes)
+
+    def options(self, held: Held) -> dict[str, Any]:
+        return {"tokens": [token for _, token in held.tokens], "words": [word for word, _ in held.tokens]}
+
+    def outputs(self, shapes: Mapping[str, Size]) -> int:
+        return -1
+
+    def read(self, place: Place, found: Found) -> dict[str, Tensor]:
+        return {"vectors": found.take(VECTORS, place.operator.vectors.shape)}
+
+    def tokens(self, place: Place) -> Sequence[tuple[str, int]]:
+        if not place.config.words:
+            raise ExportError('files of kohya have names of words: apply with words=["<cat>"], one for each token')
+        return list(zip(place.config.words, place.operator.tokens.tolist(), strict=True))
+
+    def write(self, place: Place) -> tuple[float | None, dict[str, Tensor]]:
+        return None, {VECTORS: place.operator.vectors}
