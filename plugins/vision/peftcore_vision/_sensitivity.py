@@ -3,30 +3,39 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from peftcore import Batch, Site
-from peftcore.errors import CalibrationError
+from peftcore.errors import CalibrationError, InactiveSite
 
 
 def sensitivities(sites: Sequence[Site], batches: Iterable[Batch]) -> dict[str, Tensor]:
     """Return for each site, by its path, the sum over the batches of (dL/dw)^2, flat, in its logical layout.
 
     Raises:
-        CalibrationError: there is no batch, or no site has a gradient.
+        CalibrationError: there is no batch, or all gradients are zero.
+        InactiveSite: the loss is computed from none of the weights.
     """
     weights = [site.module.get_parameter(site.tensor).requires_grad_(True) for site in sites]
-    sums = [torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32)) for weight in weights]
+    sums = {each: torch.zeros_like(each, dtype=torch.promote_types(each.dtype, torch.float32)) for each in weights}
+    used = False
     for batch in batches:
-        for total, gradient in zip(sums, torch.autograd.grad(batch.loss(), weights, allow_unused=True), strict=True):
+        gradients = torch.autograd.grad(batch.loss(), list(sums), allow_unused=True)
+        for total, gradient in zip(sums.values(), gradients, strict=True):
             if gradient is not None:  # this batch uses it
+                used = True
                 total.add_(gradient.to(total.dtype).square())
-    if not any(total.any() for total in sums):
+    if not used:
+        raise InactiveSite(
+            f"the loss of the data is computed without {sites[0].path} and all other targets: name modules in "
+            "target= that the model calls for such data"
+        )
+    if not any(total.any() for total in sums.values()):
         raise CalibrationError("the loss of the data says nothing of the weights of any target: give other batches")
-    return {site.path: site.logical(total).flatten() for site, total in zip(sites, sums, strict=True)}
+    return {site.path: site.logical(sums[each]).flatten() for site, each in zip(sites, weights, strict=True)}
 
 
 def update_size(site: Site, rank: int) -> int:
@@ -39,25 +48,26 @@ def is_vector(site: Site) -> bool:
     return len(site.weight_shape) == 1
 
 
-def counts(scores: Mapping[str, Tensor], tau: int) -> dict[str, int]:
-    """Return how many of the `tau` largest scores of all sites each site has."""
+def counts(scores: Mapping[str, Tensor], taus: Sequence[int]) -> Iterator[dict[str, int]]:
+    """Yield for each τ how many of the τ largest scores of all sites each site has."""
     flat = torch.cat(list(scores.values()))
-    chosen = torch.zeros(len(flat), dtype=torch.bool, device=flat.device)
-    chosen[flat.topk(min(tau, len(flat))).indices] = True
-    parts = chosen.split([len(each) for each in scores.values()])
-    return {path: int(part.sum()) for path, part in zip(scores, parts, strict=True)}
+    largest = flat.topk(min(max(taus), len(flat))).indices  # of all τ, since one ranking takes long
+    ends = torch.tensor([len(each) for each in scores.values()], device=flat.device).cumsum(0)
+    holders = torch.bucketize(largest, ends, right=True)
+    for tau in taus:
+        yield dict(zip(scores, holders[:tau].bincount(minlength=len(scores)).tolist(), strict=True))
 
 
 def allotted(
-    scores: Mapping[str, Tensor], sites: Mapping[str, Site], tau: int, rank: int, ease: float, vector_ease: float
+    counted: Mapping[str, int], sites: Mapping[str, Site], rank: int, ease: float, vector_ease: float
 ) -> dict[str, int | None]:
-    """Return for each site how many of its entries train.
+    """Return for each site how many of its entries train, of as many as were chosen there.
 
     It is None where all of a vector do, or where a low-rank update takes their place: one that has at most `ease`
     (`vector_ease`) times as many numbers as entries were chosen there.
     """
     found: dict[str, int | None] = {}
-    for path, count in counts(scores, tau).items():
+    for path, count in counted.items():
         site = sites[path]
         whole, times = (site.numel, vector_ease) if is_vector(site) else (update_size(site, rank), ease)
         found[path] = None if count >= whole / times else count

@@ -12,11 +12,11 @@ to the budget, which is `share` of the weights of all sites; the authors' steps 
 What they chose stands in `overrides`, so the file has it; where the user overrides a site, that stays.
 
 A is uniform in +-1/sqrt(in), B zero: a fresh adapter is an exact identity. Their code drops inputs of updates, and
-whole updates of samples, with 0.1 in training. Queries, keys and values of one fused matrix count apart. The authors
-train the head and the class token along (``train=["head"]``), count 768 numbers of the token in the budget, which is
-not done here, and leave embeddings alone. SPT-Adapter, with bottlenecks in place of low rank, is not here. Weights that
-are quantized are left out. Without data, as in a plan, each matrix has an update and each vector trains as a whole;
-``share=1`` allots the same.
+whole updates of samples, with 0.1 in training, and leaves entries of norms frozen that were chosen and count. Queries,
+keys and values of one fused matrix count apart. The authors train the head and the class token along
+(``train=["head"]``), count 768 numbers of the token in the budget, which is not done here, and leave embeddings alone.
+SPT-Adapter, with bottlenecks in place of low rank, is not here. Weights that are quantized are left out. Without data,
+as in a plan, each matrix has an update and each vector trains as a whole; ``share=1`` allots the same.
 
 Parameters: about share * (those of all sites).
 
@@ -49,7 +49,7 @@ from peftcore import (
     low_rank,
 )
 from peftcore.errors import UnsupportedSite
-from peftcore_vision._sensitivity import allotted, is_vector, sensitivities, total, update_size
+from peftcore_vision._sensitivity import allotted, counts, is_vector, sensitivities, total, update_size
 
 
 class Config(MethodConfig):
@@ -127,7 +127,11 @@ class UpdateOperator(Operator):
 
 
 class SPTLoRA(Method):
-    """Entries and low-rank updates where gradients are large."""
+    """Entries and low-rank updates where gradients are large.
+
+    Example:
+        injection = peftcore.apply(model, "spt_lora", data=[batch], share=0.05)  # for large models 0.005, the default
+    """
 
     name = "spt_lora"
     Config = Config
@@ -156,12 +160,13 @@ class SPTLoRA(Method):
         model.eval()
         self.found = sensitivities(sites, islice(data, config.batches))
         own = {site.path: site for site in sites if config.at(site.path) is config}
-        scores = {path: self.found[path] for path in own}
+        if not own:  # the user told all of them
+            return {}
         budget = config.share * sum(site.numel for site in own.values())
+        taus = [max(1, round(step * budget / 20)) for step in range(1, 80)]
         plans = []
-        for step in range(1, 80):
-            tau = max(1, round(step * budget / 20))
-            plan = allotted(scores, own, tau, config.rank, config.ease, config.vector_ease)
+        for step, counted in enumerate(counts({path: self.found[path] for path in own}, taus)):
+            plan = allotted(counted, own, config.rank, config.ease, config.vector_ease)
             plans.append((abs(total(plan, own, config.rank) - budget), -step, plan))
         _, _, plan = min(plans, key=lambda each: each[:2])
         return {path: {"entries": count} for path, count in plan.items() if count is not None}
