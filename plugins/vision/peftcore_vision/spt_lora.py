@@ -1,15 +1,15 @@
 """SPT-LoRA: sensitivity-aware tuning.   He et al. 2023, arXiv 2303.08566 (code: ziplab/SPT).
 
-    s(w) = sum over batches of (dL/dw)^2,   the τ weights with the largest s of all sites are chosen
+    s(w) = sum over batches of (dL/dw)^2,   the tau weights with the largest s of all sites are chosen
     W' = W + B A              where at least rank (in + out) / ease entries of a matrix were chosen
     W' = W + scatter(v at I)  else, I the chosen entries of W,   v zero
     b' = b + v                of a vector (norm, bias) with at least 1 / vector_ease of its entries chosen, else as W
 
 One look at data (``data=``, with a loss) before training decides where a budget goes, and to which kind of change: few
 entries where few matter, a low-rank update where many do. Gradients are those of whole batches, as in the code, not of
-single examples. From τ = budget / 20 to 79 / 20 of it, in steps, the one is taken whose number of parameters is nearest
-to the budget, which is `share` of the weights of all sites; the authors' steps are those of their budget of 400,000.
-What they chose stands in `overrides`, so the file has it; where the user overrides a site, that stays.
+single examples. Of tau = budget / 20 to 79 / 20 of it, in steps, that is taken whose number of parameters is nearest to
+the budget, which is `share` of the weights of all sites; the authors' steps are those of their budget of 400,000. What
+was chosen stands in `overrides`, so the file has it; where the user overrides a site, that stays.
 
 A is uniform in +-1/sqrt(in), B zero: a fresh adapter is an exact identity. Their code drops inputs of updates, and
 whole updates of samples, with 0.1 in training, and leaves entries of norms frozen that were chosen and count. Queries,
@@ -27,7 +27,7 @@ places are one model's. `fish_mask` trains entries alone, `eva` shares ranks out
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from typing import Annotated, Any, Literal
 
@@ -45,11 +45,11 @@ from peftcore import (
     Site,
     Surgeon,
     Tags,
-    WeightOperator,
     low_rank,
 )
 from peftcore.errors import UnsupportedSite
-from peftcore_vision._sensitivity import allotted, counts, is_vector, sensitivities, total, update_size
+from peftcore_vision._entries import EntriesOperator
+from peftcore_vision._sensitivity import is_vector, nearest, sensitivities, update_size
 
 
 class Config(MethodConfig):
@@ -70,30 +70,6 @@ class Config(MethodConfig):
     """Probability with which inputs of updates are dropped in training."""
     entries: NonNegativeInt | None = None
     """Of a single site: how many entries train; None: a low-rank update, or all of a vector. Data decides it."""
-
-
-class EntriesOperator(WeightOperator):
-    """Adds values to some entries of a tensor, and holds which these are."""
-
-    index: Tensor
-
-    def __init__(self, site: Site, config: Config) -> None:
-        super().__init__(site)
-        self.size, count = site.numel, site.numel if config.entries is None else config.entries
-        if not 0 < count <= self.size:
-            raise UnsupportedSite(f"{site.path} has {self.size} entries, of which {count} cannot train")
-        self.register_buffer("index", torch.arange(count))
-        self.values = nn.Parameter(torch.zeros(count))
-
-    def wrong_values(self, values: Mapping[str, Tensor]) -> Iterator[str]:
-        index = values.get("index")
-        if index is not None and not (index.diff().gt(0).all() and int(index[0]) >= 0 and int(index[-1]) < self.size):
-            yield f"index does not hold ascending places in {self.size} entries"
-
-    def forward(self, weight: Tensor) -> Tensor:
-        flat = weight.flatten()
-        new = (flat.gather(0, self.index) + self.values).to(flat.dtype)
-        return flat.scatter(0, self.index, new).view(weight.shape)
 
 
 class UpdateOperator(Operator):
@@ -151,8 +127,10 @@ class SPTLoRA(Method):
         for site in surgeon.chosen([*tensors.values()]):  # biases too are recorded in files
             entries = config.at(site.path).entries
             if entries != 0:
-                whole = is_vector(site) or entries is not None
-                surgeon.graft(site, EntriesOperator if whole else UpdateOperator, config)
+                if is_vector(site) or entries is not None:
+                    surgeon.graft(site, lambda at, own: EntriesOperator(at, own.entries), config)
+                else:
+                    surgeon.graft(site, UpdateOperator, config)
 
     def structure(
         self, model: nn.Module, data: Batches, config: Config, sites: Sequence[Site]
@@ -163,12 +141,8 @@ class SPTLoRA(Method):
         if not own:  # the user told all of them
             return {}
         budget = config.share * sum(site.numel for site in own.values())
-        taus = [max(1, round(step * budget / 20)) for step in range(1, 80)]
-        plans = []
-        for step, counted in enumerate(counts({path: self.found[path] for path in own}, taus)):
-            plan = allotted(counted, own, config.rank, config.ease, config.vector_ease)
-            plans.append((abs(total(plan, own, config.rank) - budget), -step, plan))
-        _, _, plan = min(plans, key=lambda each: each[:2])
+        scores = {path: self.found[path] for path in own}
+        plan = nearest(scores, own, budget, config.rank, config.ease, config.vector_ease)
         return {path: {"entries": count} for path, count in plan.items() if count is not None}
 
     def calibrate(self, model: nn.Module, data: Batches, config: Config, injection: AppliedMethod) -> None:

@@ -147,14 +147,17 @@ HELD: Held = {
     ("mona", "zero_up"): (False, f"{MONA}: nn.Linear(64, in_dim), as torch starts it"),
     ("spt_lora", "share"): (
         0.005,
-        "ziplab/SPT@e385f67, engine.py: budgets of 0.05 to 1.0 million; 0.43 here",
+        "ziplab/SPT@e385f67, engine.py: budgets of 0.05 to 1.0 million; of the 85.1 of all sites it is 0.43",
     ),
     ("spt_lora", "rank"): (8, f"{SPT}: --low_rank_dim default=8"),
     ("spt_lora", "ease"): (10.0, f"{SPT}: --alpha default=10."),
     ("spt_lora", "vector_ease"): (5.0, f"{SPT}: --beta default=5."),
     ("spt_lora", "batches"): (16, f"{SPT}: --sensitivity_batch_num default=16"),
-    ("spt_lora", "dropout"): (0.0, "ziplab/SPT@e385f67, model: 0.1 of inputs and of whole updates; ours is off"),
-    ("spt_lora", "entries"): (None, "data decides it"),
+    ("spt_lora", "dropout"): (
+        0.0,
+        "ziplab/SPT@e385f67, model/vision_transformer_timm.py: nn.Dropout(p=0.1) and DropPath(0.1); ours has none",
+    ),
+    ("spt_lora", "entries"): (None, "ziplab/SPT@e385f67, engine.py: grad_sum, which gradients decide"),
     ("pixel_vp", "shape"): ("frame", f"{PROMPTERS}, main_clip.py: --method default='padding'"),
     ("pixel_vp", "size"): (None, f"{PROMPTERS}, main_clip.py: --prompt_size default=30, of 224; ours is that share"),
     ("pixel_vp", "picture"): (
