@@ -133,9 +133,9 @@ ADVICE = (
     ),
     Advice(
         "the trained weights to be selected by the data",
-        ("fish_mask", "child_tuning_d"),
+        ("fish_mask", "child_tuning_d", "spt_lora"),
         ("look at data", "merge"),
-        "a mask from gradients; `apply(..., data=batches)`",
+        "a mask from gradients; the last one has low-rank updates where many weights count; `apply(..., data=batches)`",
     ),
     Advice(
         "several tasks that are learned together",
