@@ -3,6 +3,8 @@
 import importlib
 import importlib.util
 import json
+import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 import torch
 import transformers
 from PIL import Image
+from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 from typer.testing import CliRunner
 
@@ -299,6 +302,104 @@ def test_a_new_word(painter: Path, named_pictures: Path) -> None:
     encoder = transformers.CLIPTextModel.from_pretrained(painter / "text_encoder")
     encoder.resize_token_embeddings(len(tokenizer))
     peftcore.load(encoder, "run/adapter")
+
+
+def of_the_page(**changed: str) -> list[str]:
+    """The command of docs/training.md for words beside the denoiser, with other values of some flags and settings."""
+    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+    (line,) = (line for line in page.splitlines() if line.startswith("peftcore train") and "data.words_until" in line)
+    words = shlex.split(line)[1:]
+    for name, value in changed.items():
+        at = next((at for at, word in enumerate(words) if word.startswith(f"data.{name}=")), None)
+        if at is None:
+            words[words.index(f"--{name}") + 1] = value
+        else:
+            words[at] = f"data.{name}={value}"
+    return [*words, "--out", "run", "--json", "--set", "data.prompt_steps=2", "--set", "data.size=16"]
+
+
+def drawn_by_diffusers(
+    folder: Path, prompt: str, tokens: list[str], words: bool = True, lora: bool = True
+) -> np.ndarray:
+    """A picture of the pipeline as it was, which reads what a run has left, or one half of it."""
+    diffusers = pytest.importorskip("diffusers")
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    if words:
+        for file in Path("run").glob("*.safetensors"):
+            ending = "" if file.stem == "clip_l" else "_2"  # clip_g of SDXL, t5 of Flux
+            encoder, tokenizer = (pipeline.components[f"{part}{ending}"] for part in ("text_encoder", "tokenizer"))
+            rows = load_file(file)[file.stem]
+            pipeline.load_textual_inversion(rows, token=tokens, text_encoder=encoder, tokenizer=tokenizer)
+    if lora:
+        pipeline.load_lora_weights("lora")
+    noise = torch.Generator().manual_seed(0)
+    image = pipeline(prompt, height=16, width=16, num_inference_steps=2, generator=noise).images[0]
+    return np.asarray(image, dtype=float)
+
+
+@pytest.mark.parametrize(
+    "kind", ["stable-diffusion", "stable-diffusion-xl", pytest.param("flux", marks=pytest.mark.slow)]
+)
+def test_words_beside_the_denoiser(named_pictures: Path, tmp_path: Path, kind: str) -> None:
+    """Pivotal tuning as the page has it. diffusers, which reads the rows and the LoRA into the pipeline as it was,
+    draws what the run has drawn; the words rest after half of the steps, and a run that stopped goes on."""
+    pytest.importorskip("peft")
+    model = importlib.import_module("painters").saved(kind, tmp_path / kind)
+    table, tokens = named_pictures / "metadata.csv", ["<s0>", "<s1>"]
+    table.write_text(table.read_text(encoding="utf-8").replace(",zero", ",<s0><s1> zero"), encoding="utf-8")
+    line = of_the_page(
+        model=str(model), data=str(named_pictures), steps="4", lr="0.05", words_from="zero", words_rate="0.1",
+        prompts='["<s0><s1> zero"]',
+    )  # fmt: skip
+    line += ["--set", "training.evaluate_every=1", "--set", "training.checkpoints=last"]
+    prior = {"prior": str(tmp_path / "prior"), "prior_text": "one", "prior_images": "2"}
+    line += [word for name, value in prior.items() for word in ("--set", f"data.{name}={value}")]
+
+    result = CliRunner().invoke(app, line)
+    assert result.exit_code == 0, (result.output, result.exception)
+    convert = ["convert", "run/adapter", "--to", "diffusers", "--model", str(model), "--out", "lora"]
+    assert (converted := CliRunner().invoke(app, convert)).exit_code == 0, converted.output
+    ((_, last),) = json.loads(result.stdout)["samples"]
+    ours, drawing = np.asarray(Image.open(last), dtype=float), (model, "<s0><s1> zero", tokens)
+    assert np.abs(ours - drawn_by_diffusers(*drawing)).max() <= 1  # of 255
+    for half in ({"words": False}, {"lora": False}):
+        assert np.abs(ours - drawn_by_diffusers(*drawing, **half)).max() > 2
+
+    ends = [ending for ending in ("", "_2") if (model / f"text_encoder{ending}").exists()]
+    steps = {step: load_file(f"run/checkpoints/checkpoint-{step}/model.safetensors") for step in (2, 3, 4)}
+    new = [name for name in steps[4] if name.endswith("vectors")]
+    assert len(new) == len(ends) and not any("embed" in name and name not in new for name in steps[4])
+    for name, tensor in steps[2].items():
+        resting = name in new
+        assert torch.equal(tensor, steps[4][name]) == resting or tensor.dtype == torch.int64, name
+    for ending in ends:
+        kind_of_encoder = transformers.T5EncoderModel if ending and kind == "flux" else transformers.CLIPTextModel
+        encoder = kind_of_encoder.from_pretrained(model / f"text_encoder{ending}")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(f"run/tokenizer{ending}")
+        encoder.resize_token_embeddings(max(len(tokenizer), encoder.config.vocab_size))
+        words = peftcore.load(encoder, f"run/adapter_text_encoder{ending}")
+        assert words.config.tokens == tokenizer.convert_tokens_to_ids(tokens) and words.config.words == tokens
+        start = encoder.get_input_embeddings().weight[tokenizer("zero", add_special_tokens=False).input_ids[0]]
+        (vectors,) = words.parameters()
+        assert 0.05 < (vectors - start).abs().max() < 0.21  # two steps of Adam
+
+    rates = torch.load("run/checkpoints/checkpoint-4/optimizer.pt")["param_groups"]
+    assert [group["initial_lr"] for group in rates] == [0.05] + [0.1] * len(ends)
+    finished = {name: load_file(f"run/{name}") for name in ("clip_l.safetensors", "adapter/adapter.safetensors")}
+    for step in (3, 4):
+        shutil.rmtree(f"run/checkpoints/checkpoint-{step}")
+    again = CliRunner().invoke(app, [*line, "--resume"])
+    assert again.exit_code == 0, (again.output, again.exception)
+    for name, tensors in finished.items():
+        assert all(torch.equal(tensor, tensors[key]) for key, tensor in load_file(f"run/{name}").items())
+
+
+def test_nothing_trains_beside_the_whole_model(painter: Path, named_pictures: Path) -> None:
+    line = of_the_page(model=str(painter), data=str(named_pictures), method="full", words_from="zero")
+    result = CliRunner().invoke(app, line)
+    assert result.exit_code == 2 and "none beside it, as that of text_encoder" in " ".join(result.output.split())
+    assert not Path("run/model").exists()
 
 
 @pytest.mark.slow

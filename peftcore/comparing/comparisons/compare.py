@@ -101,6 +101,7 @@ def _check(comparison: Comparison) -> None:
     task = catalogue.find(comparison.task)
     prepared = task.prepare(run, validated(task.Data, run.data, "data"))
     for candidate in comparison.methods:
+        prepared.check_method(candidate.name)
         if candidate.name != FULL:
             arguments = options_for(candidate, prepared.tasks)
             train = (*prepared.head, *arguments.pop("train", ()))

@@ -101,6 +101,9 @@ class Planner:
 
     def __init__(self, prepared: Prepared, batch_size: int, with_memory: bool) -> None:
         rows = DataLoader(prepared.train, batch_size=batch_size, collate_fn=without_names(prepared))
+        # What trains beside each candidate.
+        plans = (peftcore.plan(each.part, each.method, **each.options) for each in prepared.beside)
+        self._beside = sum(plan.trainable for plan in plans)
         self._whole = emptied(prepared.model)
         self.model = self._whole if prepared.adapted is None else emptied(prepared.adapted)
         self.head, self.floor, self.tasks = prepared.head, prepared.floor, prepared.tasks
@@ -149,7 +152,7 @@ class Planner:
 
     def _planned(self, candidate: Candidate) -> Needs:
         surgeon = self._surgeon(candidate)
-        trainable = Plan.of(surgeon).trainable
+        trainable = Plan.of(surgeon).trainable + self._beside
         if self._batch is None:
             return Needs(trainable)
         injection = establish(surgeon, "planned")

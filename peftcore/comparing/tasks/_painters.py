@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,30 +17,46 @@ Words = dict[str, Any]
 """What a denoiser is told of the words of some rows: arguments of its forward."""
 
 
+class Reader(NamedTuple):
+    """One of those that read words in a pipeline."""
+
+    encoder: Any
+    tokenizer: Any
+    file: str
+    """What files of embeddings call it."""
+
+
 class Painter(ABC):
     """One kind of pipeline.
 
     Attributes:
         denoiser: the part that says what is noise.
-        encoders: those of the words.
+        readers: those of the words, by the ending of their names in the pipeline: ``""``, ``_2``, ``_3``.
     """
 
     noising: ClassVar[type[Diffusion] | type[Flow]]
     part: ClassVar[str]
     """What the pipeline calls the denoiser."""
+    files: ClassVar[tuple[str, ...]]
+    """What files of embeddings call the text encoders."""
 
     def __init__(self, pipeline: Any, guidance: float) -> None:
         self.pipeline, self.guidance = pipeline, guidance
         self.denoiser: Any = pipeline.components[self.part]
-        self.encoders: list[Any] = []
-        for number in ("", "_2", "_3"):
+        self.readers: dict[str, Reader] = {}
+        for number, file in zip(("", "_2", "_3"), self.files, strict=False):
             encoder = pipeline.components.get(f"text_encoder{number}")
             if encoder is not None:
-                self.encoders.append(encoder)
                 # Some tokenizers do not know how long a text may be.
                 longest = encoder.config.to_dict().get("max_position_embeddings", math.inf)
                 tokenizer = pipeline.components[f"tokenizer{number}"]
                 tokenizer.model_max_length = min(tokenizer.model_max_length, longest)
+                self.readers[number] = Reader(encoder, tokenizer, file)
+
+    @property
+    def encoders(self) -> list[Any]:
+        """Return the encoders of the words."""
+        return [each.encoder for each in self.readers.values()]
 
     @property
     def side(self) -> int:
@@ -78,6 +94,7 @@ class StableDiffusion(Painter):
 
     noising = Diffusion
     part = "unet"
+    files: ClassVar[tuple[str, ...]] = ("clip_l",)
 
     def words(self, texts: Sequence[str], sizes: Tensor) -> Words:
         return {"encoder_hidden_states": self.pipeline.encode_prompt(list(texts), sizes.device, 1, False)[0]}
@@ -85,6 +102,8 @@ class StableDiffusion(Painter):
 
 class StableDiffusionXL(StableDiffusion):
     """Two encoders, and a UNet that is told of a picture's size and of which part it sees."""
+
+    files = ("clip_l", "clip_g")
 
     def words(self, texts: Sequence[str], sizes: Tensor) -> Words:
         hidden, _, pooled, _ = self.pipeline.encode_prompt(
@@ -99,6 +118,7 @@ class StableDiffusion3(Painter):
 
     noising = Flow
     part = "transformer"
+    files: ClassVar[tuple[str, ...]] = ("clip_l", "clip_g", "t5")
 
     def words(self, texts: Sequence[str], sizes: Tensor) -> Words:
         hidden, _, pooled, _ = self.pipeline.encode_prompt(
@@ -109,6 +129,8 @@ class StableDiffusion3(Painter):
 
 class Flux(StableDiffusion3):
     """Two encoders, and a transformer of squares of 2 x 2 latents, each with its place."""
+
+    files = ("clip_l", "t5")
 
     @property
     def side(self) -> int:

@@ -17,10 +17,10 @@ from peftcore.comparing.data.several import names_in, of_tasks, told
 from peftcore.comparing.data.sources import Splits, splits
 from peftcore.comparing.errors import BadInput
 from peftcore.comparing.models.naming import Use, find
-from peftcore.comparing.runs.run import Options, Run
+from peftcore.comparing.runs.run import FULL, Options, Run
 from peftcore.forward.own_losses import IGNORED
 
-__all__ = ["IGNORED", "Data", "OwnTrainer", "Prepared", "RowsOfTasks", "Task", "Work"]
+__all__ = ["IGNORED", "Beside", "Data", "OwnTrainer", "Prepared", "RowsOfTasks", "Task", "Work"]
 
 
 class Data(Options):
@@ -98,6 +98,33 @@ class Work:
     """Does it, and calls what it is given after each step."""
 
 
+@dataclass(frozen=True)
+class Beside:
+    """An adapter of another part of the model, which trains beside that of the run."""
+
+    name: str
+    """Its name, and the ending of its folder's: ``adapter_NAME``."""
+    part: nn.Module
+    """The part that gets it."""
+    method: str
+    options: Mapping[str, Any]
+    learning_rate: float | None = None
+    """The highest; that of the run, unless set."""
+    until: float = 1.0
+    """The share of all steps after which it stays as it is."""
+    files: Mapping[str, str] = field(default_factory=dict)
+    """Files for other programs, which have it too: their names in the run's folder, and the formats."""
+
+    def apply(self, seed: int) -> None:
+        """Put it into its part."""
+        peftcore.apply(self.part, self.method, name=self.name, seed=seed, **self.options)
+
+    @property
+    def injection(self) -> peftcore.Injection:
+        """Return it, once it is applied."""
+        return peftcore.injections(self.part)[self.name]
+
+
 @dataclass
 class Prepared:
     """A model and its examples."""
@@ -113,6 +140,8 @@ class Prepared:
     """The part that gets the adapter; the model itself, unless set."""
     head: tuple[str, ...] = ()
     """Modules that are new, and train whole."""
+    beside: tuple[Beside, ...] = ()
+    """Adapters of other parts, which train too; not for full fine-tuning."""
     reduce: Callable[[Any, Any], Any] | None = None
     """From logits and labels to what the metrics are made of: logits of all examples would not fit in memory."""
     metrics: Callable[[Any], dict[str, float]] | None = None
@@ -133,6 +162,16 @@ class Prepared:
     """A file that shows all samples so far, where these are pictures."""
     trainer: OwnTrainer | None = None
     """The Trainer, where it is another one than transformers'."""
+
+    def check_method(self, name: str) -> None:
+        """Refuse full fine-tuning where adapters train beside that of the method.
+
+        Raises:
+            BadInput: there are some.
+        """
+        if name == FULL and self.beside:
+            beside = ", ".join(each.name for each in self.beside)
+            raise BadInput(f"{name} trains no adapter, and none beside it, as that of {beside}: choose another method")
 
 
 class Task(ABC, Generic[D]):

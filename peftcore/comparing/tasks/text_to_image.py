@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
 import peftcore
@@ -20,12 +20,14 @@ from peftcore.comparing.models.loading import UNREADABLE, unreadable
 from peftcore.comparing.models.naming import Use, find
 from peftcore.comparing.runs.folder import first_process
 from peftcore.comparing.runs.run import Run
-from peftcore.comparing.tasks._painters import Painter, kinds
+from peftcore.comparing.tasks._painters import Painter, Reader, kinds
 from peftcore.comparing.tasks.image_classification import IMAGES
-from peftcore.comparing.tasks.task import Data, Prepared, Task, Work
+from peftcore.comparing.tasks.task import Beside, Data, Prepared, Task, Work
 
 SHEET, CELL = "samples.png", 160
 """The file that shows all drawings, and the sides of one in it."""
+WORDS_METHOD = "textual_inversion"
+"""The method of words that are learned beside the denoiser."""
 CONDITIONS = ("condition", "conditioning_image", "control")
 
 
@@ -44,8 +46,15 @@ class CaptionedData(Data):
     part: Literal["denoiser", "text_encoder"] = "denoiser"
     """The part that is adapted; of several text encoders the first."""
     words: tuple[str, ...] = ()
-    """New words, which the tokenizer learns before training; ``textual_inversion`` trains their vectors. The
-    tokenizer that knows them is in the run's folder."""
+    """New words, which tokenizers learn before training. With ``part=text_encoder`` the method trains their vectors
+    (``textual_inversion``); otherwise all text encoders learn them together with the denoiser (pivotal tuning). The
+    tokenizers that know them are in the run's folder."""
+    words_from: str | None = None
+    """What the new words are like: they begin as its vector, of several tokens as the mean."""
+    words_rate: PositiveFloat | None = None
+    """Learning rate of words that are learned beside the denoiser; by default that of the run."""
+    words_until: float = Field(1.0, gt=0, le=1)
+    """The share of all steps after which these words stay as they are, and the denoiser learns on."""
     prior: Path | None = None
     """Folder of pictures of the class of what is learned, each beside one of `train` in every batch, so that the class
     stays what it is (DreamBooth). The model draws those that are missing, before training."""
@@ -76,9 +85,16 @@ class CaptionedData(Data):
             raise ValueError("pictures of the prior have no condition: leave out one of the two")
         if self.prompt_conditions and len(self.prompt_conditions) != len(self.prompts):
             raise ValueError("prompt_conditions needs one picture for each of prompts")
-        if self.words and self.part != "text_encoder":
-            raise ValueError("words are learned by the text encoder: set part=text_encoder")
+        if not self.words and {"words_from", "words_rate", "words_until"} & self.model_fields_set:
+            raise ValueError("words_from, words_rate and words_until are of new words: name them in words")
+        if self.part == "text_encoder" and {"words_rate", "words_until"} & self.model_fields_set:
+            raise ValueError("words_rate and words_until are of words beside the denoiser: leave out part=text_encoder")
         return self
+
+    @property
+    def pivotal(self) -> bool:
+        """Return whether words are learned beside the denoiser."""
+        return bool(self.words) and self.part == "denoiser"
 
 
 class Denoising(nn.Module):
@@ -89,6 +105,7 @@ class Denoising(nn.Module):
         self.denoiser, self.vae = painter.denoiser, painter.pipeline.vae
         self.encoders = nn.ModuleList(painter.encoders)
         self._painter, self._noise, self._part = painter, painter.noise(data.min_snr), data.part
+        self._reads = data.part == "text_encoder" or data.pivotal
         for each in (self.denoiser, self.vae, *self.encoders):
             each.requires_grad_(each is self.learner).eval()
 
@@ -126,7 +143,7 @@ class Denoising(nn.Module):
         drawn = None if self.training else torch.Generator(pixel_values.device).manual_seed(0)
         with torch.no_grad():
             noised = self._noise.over(self._painter.latents(pixel_values, drawn), drawn)
-        with torch.no_grad() if self._part == "denoiser" else nullcontext():
+        with nullcontext() if self._reads else torch.no_grad():
             words = self._painter.words(texts, sizes)
         with nullcontext() if condition is None else peftcore.call(self.denoiser, condition=condition):
             said = self._painter.denoise(noised.latents, noised.times, words)
@@ -154,11 +171,12 @@ class TextToImage(Task[CaptionedData]):
             part.select_columns(list(kept)).rename_columns(kept) for part in (found.train, found.held_out)
         )
         painter = _painter(run, data)
-        _learn_words(painter, data.words, run.out / "tokenizer")
+        beside = _learn_words(painter, data, run.out)
         side, model = data.size or painter.side, Denoising(painter, data)
         return Prepared(
             model=model,
             adapted=model.learner,
+            beside=beside,
             train=train if data.prior is None else WithPrior(train, _files(data.prior, data.prior_images), data),
             held_out=held_out,
             collate=lambda rows: _batch(rows, side, data.prior_weight),
@@ -193,20 +211,59 @@ def _painter(run: Run, data: CaptionedData) -> Painter:
     return known[type(pipeline)](pipeline, data.guidance)
 
 
-def _learn_words(painter: Painter, words: Sequence[str], folder: Path) -> None:
-    """Give the first tokenizer new words, and its encoder a vector for each.
+def _learn_words(painter: Painter, data: CaptionedData, out: Path) -> tuple[Beside, ...]:
+    """Give tokenizers new words, and their encoders a vector for each: all of them, or the encoder that is adapted.
+    Return the adapters that train the words beside the denoiser's.
 
     Raises:
-        BadInput: one of them is a word already.
+        BadInput: one of them is a word already, or what they are like is none.
     """
-    tokenizer, encoder = painter.pipeline.tokenizer, painter.pipeline.text_encoder
-    if words:
-        if held := tokenizer.get_vocab().keys() & {*words}:
-            raise BadInput(f"data.words: the tokenizer has {min(held)!r} already")
-        tokenizer.add_tokens(list(words))
-        encoder.resize_token_embeddings(len(tokenizer))
+    if not data.words:
+        return ()
+    readers = painter.readers if data.pivotal else {"": painter.readers[""]}
+    starts = {number: _start(reader, data) for number, reader in readers.items()}
+    beside = []
+    for number, reader in readers.items():
+        tokens = _taught(reader, data.words, starts[number])
         if first_process():
-            tokenizer.save_pretrained(folder)
+            reader.tokenizer.save_pretrained(out / f"tokenizer{number}")
+        own = Beside(
+            name=f"text_encoder{number}",
+            part=reader.encoder,
+            method=WORDS_METHOD,
+            options={"tokens": tokens, "words": list(data.words)},
+            learning_rate=data.words_rate,
+            until=data.words_until,
+            files={f"{reader.file}.safetensors": f"embeddings/{reader.file}"},
+        )
+        beside.append(own)
+    return tuple(beside) if data.pivotal else ()
+
+
+def _start(reader: Reader, data: CaptionedData) -> Tensor | None:
+    """Return the vector [width] from which new words start; None leaves it to the encoder."""
+    tokenizer = reader.tokenizer
+    if held := tokenizer.get_vocab().keys() & {*data.words}:
+        raise BadInput(f"data.words: the tokenizer has {min(held)!r} already")
+    if data.words_from is None:
+        return None
+    ids = tokenizer(data.words_from, add_special_tokens=False).input_ids
+    if not ids or tokenizer.unk_token_id in ids:
+        raise BadInput(f"data.words_from: the tokenizer has no tokens for {data.words_from!r}")
+    table: Tensor = reader.encoder.get_input_embeddings().weight.detach()
+    return table[ids].mean(0)
+
+
+def _taught(reader: Reader, words: Sequence[str], start: Tensor | None) -> list[int]:
+    """Return the tokens of new words."""
+    encoder, tokenizer = reader.encoder, reader.tokenizer
+    tokenizer.add_tokens(list(words))
+    # Some tables have more rows than their tokenizer has tokens; those stay.
+    encoder.resize_token_embeddings(max(len(tokenizer), len(encoder.get_input_embeddings().weight)))
+    tokens: list[int] = tokenizer.convert_tokens_to_ids(list(words))
+    if start is not None:
+        encoder.get_input_embeddings().weight.data[tokens] = start
+    return tokens
 
 
 class WithPrior:

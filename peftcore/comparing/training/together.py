@@ -114,7 +114,8 @@ class _Group:
     def fits(self) -> bool:
         """Whether rows of the model's output have losses of their own."""
         prepared = self.prepared
-        return prepared.trainer is None and prepared.adapted is None and kind_of(self.model) is not None
+        plain = prepared.trainer is None and prepared.adapted is None and not prepared.beside
+        return plain and kind_of(self.model) is not None
 
     def adapt(self) -> None:
         """Apply the methods, each to the bare base; what cannot be routed is left to train alone."""

@@ -133,6 +133,7 @@ def _train(run: Run, display: Display, resume: bool, seen: _Seen) -> Outcome:
     display.phase("loading", None)
     transformers.set_seed(run.training.seed)
     prepared = seen.prepared = task.prepare(run, data)
+    prepared.check_method(run.method.name)
     beforehand(prepared, display)
     injection = None if run.method.name == FULL else adapted(run, prepared)
     if injection is None and prepared.check is not None:
@@ -186,7 +187,8 @@ def beforehand(prepared: Prepared, display: Display) -> None:
 
 
 def adapted(run: Run, prepared: Prepared, name: str | None = None) -> peftcore.Injection:
-    """Apply the method of a run to the model of its task, or load the adapter that it goes on from.
+    """Apply the method of a run to the model of its task, or load the adapter that it goes on from; and apply what
+    trains beside it.
 
     Raises:
         BadInput: that adapter lacks the head that the task trains, or the method looks at data where the task has no
@@ -198,6 +200,8 @@ def adapted(run: Run, prepared: Prepared, name: str | None = None) -> peftcore.I
     injection = _fresh(run, prepared, base, name) if run.adapter is None else _loaded(run, prepared, base, name)
     if prepared.check is not None:
         prepared.check(injection)
+    for each in prepared.beside:
+        each.apply(run.training.seed)
     return injection
 
 
@@ -293,13 +297,18 @@ def told(prepared: Prepared) -> list[str]:
 
 
 def _save(trainer: AdapterTrainer, prepared: Prepared, folder: Path) -> None:
-    """Save the adapter; of full fine-tuning there is none, but a model."""
+    """Save the adapter and those beside it; of full fine-tuning there is none, but a model."""
     model: Any = prepared.adapted or prepared.model
     with trainer.whole():
         if trainer.injection is None and first_process():
             model.save_pretrained(folder)
     if trainer.injection is not None and (first_process() or is_sharded(model)):  # then all of them are needed
         trainer.injection.save(folder)
+    for each in prepared.beside:
+        if first_process() or is_sharded(each.part):
+            each.injection.save(folder.with_name(f"{folder.name}_{each.name}"))
+            for name, format in each.files.items():
+                each.injection.save(folder.with_name(name), format=format)
 
 
 def as_json(outcome: Outcome) -> str:

@@ -16,7 +16,7 @@ from transformers.integrations.integration_utils import TensorBoardCallback
 import peftcore
 from peftcore.comparing.errors import BadInput
 from peftcore.comparing.runs.run import Run
-from peftcore.comparing.tasks.task import Prepared, Task
+from peftcore.comparing.tasks.task import Beside, Prepared, Task
 from peftcore.comparing.training.averages import Averages
 from peftcore.comparing.training.processes import (
     ask_for_sharding,
@@ -40,6 +40,7 @@ class AdapterTrainer(PeftcoreTrainer):
 
     def __init__(self, injection: peftcore.Injection | None, **kwargs: Any) -> None:
         self.injection = injection  # a task's own Trainer may compute with it as it begins
+        self._beside: tuple[Beside, ...] = kwargs.pop("beside", ())
         decay = kwargs.pop("ema", None)
         super().__init__(**kwargs)
         settle_sharding(self.accelerator, self._host)
@@ -52,11 +53,17 @@ class AdapterTrainer(PeftcoreTrainer):
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None and self.injection is not None:
-            self.optimizer = self.injection.optimizer(
-                torch.optim.AdamW, lr=self.args.learning_rate, weight_decay=self.args.weight_decay
-            )
+            self.optimizer = self._optimizer_of(self.injection, None)
+            for each in self._beside:
+                for group in self._optimizer_of(each.injection, each.learning_rate).param_groups:
+                    self.optimizer.add_param_group(group)
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
         return optimizer
+
+    def _optimizer_of(self, injection: peftcore.Injection, rate: float | None) -> torch.optim.Optimizer:
+        return injection.optimizer(
+            torch.optim.AdamW, lr=rate or self.args.learning_rate, weight_decay=self.args.weight_decay
+        )
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         with told(self._host, inputs) as batch:
@@ -125,6 +132,10 @@ class AdapterTrainer(PeftcoreTrainer):
                 f"the loss became {loss.mean().item()} in step {self.state.global_step + 1}: try a smaller learning "
                 "rate or a longer warm-up; the last checkpoint is from before"
             )
+        for each in self._beside:
+            if self.state.global_step >= each.until * self.state.max_steps:
+                for parameter in each.injection.parameters():
+                    parameter.grad = None  # so that it neither moves nor counts in the norm of all gradients
         return loss
 
 
@@ -196,6 +207,7 @@ def trainer_for(
         compute_metrics=metrics(prepared),
         callbacks=[LastStep(), *callbacks, *logs, *early],
         ema=run.training.ema,
+        beside=prepared.beside,
         **({} if own is None else own.options),
     )
     trainer.preprocess_logits_for_metrics = prepared.reduce  # not all Trainers have an argument for it

@@ -16,14 +16,16 @@ pytest.importorskip("sklearn")
 
 import diffusers
 import numpy as np
-from painters import MADE, saved
+from painters import MADE, WIDTH, saved
 from PIL import Image
 from sklearn.datasets import load_digits
 
 import peftcore
+from peftcore.comparing.comparisons.comparison import Candidate
 from peftcore.comparing.errors import BadInput
 from peftcore.comparing.runs.reading import read, validated
 from peftcore.comparing.runs.run import Run
+from peftcore.comparing.searching.budget import Planner
 from peftcore.comparing.tasks._noising import Diffusion, Flow
 from peftcore.comparing.tasks._painters import Painter, kinds
 from peftcore.comparing.tasks.catalogue import find
@@ -243,8 +245,76 @@ def test_new_words_are_learned_by_their_vectors(prepare: Any, tmp_path: Path) ->
         assert bool(vectors.grad is not None and vectors.grad.any()) == reached
     with pytest.raises(BadInput, match="has 'ze' already"):
         prepare(part="text_encoder", words=["ze"])
-    with pytest.raises(BadInput, match="part=text_encoder"):
-        prepare(words=["<leaning>"])
+    with pytest.raises(BadInput, match="leave out part=text_encoder"):
+        prepare(part="text_encoder", words=["<leaning>"], words_rate=1e-3)
+
+
+@pytest.mark.parametrize("kind", MADE)
+def test_words_learn_beside_the_denoiser_as_rows_of_plain_tables_would(prepare: Any, kind: str) -> None:
+    """Pivotal tuning: the same loss, and of all text encoders the same gradient, as with tokens added by hand to an
+    unadapted pipeline whose tables train whole."""
+    words = ["<s0>", "<s1>"]
+    _, plain = prepare(kind, part="text_encoder")
+    run, ours = prepare(kind, words=words, words_from="zero")
+    adapter = adapted(run, ours)
+    readers = plain.model._painter.readers
+    assert [each.name for each in ours.beside] == [f"text_encoder{number}" for number in readers]
+    batch = ours.collate([ours.train[at] for at in (0, 1)])
+    batch["texts"] = ["<s1> zero", "<s0> one"]
+    tables = {}
+    for number, beside in zip(readers, ours.beside, strict=True):
+        encoder, tokenizer = readers[number].encoder, readers[number].tokenizer
+        rows = encoder.get_input_embeddings().weight.detach()
+        assert tokenizer.add_tokens(words) == 2
+        ids = tokenizer.convert_tokens_to_ids(words)
+        encoder.resize_token_embeddings(max(len(tokenizer), len(rows)))
+        table = encoder.get_input_embeddings().weight
+        with torch.no_grad():
+            assert torch.equal(table[: ids[0]], rows[: ids[0]])
+            start = rows[tokenizer("zero", add_special_tokens=False).input_ids].mean(0)
+            (new,) = beside.injection.parameters()
+            torch.testing.assert_close(new.detach(), start.expand(2, -1))
+            new += 0.1 * torch.randn_like(new)
+            table[ids] = new
+        held = beside.part.get_input_embeddings().weight
+        assert torch.equal(held[: ids[0]], rows[: ids[0]]) and len(held) >= len(rows)
+        tables[number] = (table.requires_grad_(), ids)
+    losses = []
+    for model in (plain.model, ours.model):
+        model.eval()  # the same noise each time
+        losses.append(model(**batch)["loss"])
+        losses[-1].backward()
+    torch.testing.assert_close(losses[1], losses[0])
+    for (table, ids), beside in zip(tables.values(), ours.beside, strict=True):
+        (vectors,) = beside.injection.parameters()
+        assert table.grad[ids].abs().sum(1).gt(0).all()
+        torch.testing.assert_close(vectors.grad, table.grad[ids], rtol=1e-4, atol=1e-7)
+        assert not any(each.requires_grad for each in beside.part.parameters() if each is not vectors)
+    assert any(each.grad is not None and each.grad.any() for each in adapter.parameters())
+
+
+def test_a_search_counts_what_learns_beside(prepare: Any) -> None:
+    """The words of both encoders."""
+    run, prepared = prepare("stable-diffusion-xl", words=["<s0>"])
+    adapter = adapted(run, prepared)
+    trained = sum(each.numel() for each in prepared.model.parameters() if each.requires_grad)
+    assert trained == adapter.summary().trainable + 2 * WIDTH
+    _, prepared = prepare("stable-diffusion-xl", words=["<s0>"])
+    assert Planner(prepared, 2, False).needs(Candidate(name="lora")).trainable == trained
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"words": ["ze"]}, "has 'ze' already"),
+        ({"words": ["<s0>"], "words_from": " "}, "no tokens for ' '"),
+        ({"words_from": "zero"}, "name them in words"),
+        ({"words": ["<s0>"], "words_until": 0.0}, "words_until"),
+    ],
+)
+def test_words_that_cannot_be_learned(prepare: Any, data: dict[str, Any], message: str) -> None:
+    with pytest.raises(BadInput, match=message):
+        prepare(**data)
 
 
 def test_methods_look_at_batches_of_the_whole(prepare: Any) -> None:
