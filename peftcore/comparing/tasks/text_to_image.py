@@ -224,7 +224,7 @@ def _learn_words(painter: Painter, data: CaptionedData, out: Path) -> tuple[Besi
     starts = {number: _start(reader, data) for number, reader in readers.items()}
     beside = []
     for number, reader in readers.items():
-        tokens = _taught(reader, data.words, starts[number])
+        tokens = _taught(reader, data, starts[number])
         if first_process():
             reader.tokenizer.save_pretrained(out / f"tokenizer{number}")
         own = Beside(
@@ -254,13 +254,14 @@ def _start(reader: Reader, data: CaptionedData) -> Tensor | None:
     return table[ids].mean(0)
 
 
-def _taught(reader: Reader, words: Sequence[str], start: Tensor | None) -> list[int]:
+def _taught(reader: Reader, data: CaptionedData, start: Tensor | None) -> list[int]:
     """Return the tokens of new words."""
-    encoder, tokenizer = reader.encoder, reader.tokenizer
-    tokenizer.add_tokens(list(words))
-    # Some tables have more rows than their tokenizer has tokens; those stay.
-    encoder.resize_token_embeddings(max(len(tokenizer), len(encoder.get_input_embeddings().weight)))
-    tokens: list[int] = tokenizer.convert_tokens_to_ids(list(words))
+    encoder, tokenizer, words = reader.encoder, reader.tokenizer, list(data.words)
+    tokenizer.add_tokens(words)
+    # Some tables have more rows than their tokenizer has tokens. Those stay, unless the method may count from the end.
+    rows = len(encoder.get_input_embeddings().weight) if data.pivotal else 0
+    encoder.resize_token_embeddings(max(len(tokenizer), rows))
+    tokens: list[int] = tokenizer.convert_tokens_to_ids(words)
     if start is not None:
         encoder.get_input_embeddings().weight.data[tokens] = start
     return tokens
