@@ -14,6 +14,7 @@ def peftcore_methods() -> Mapping[str, str]:
     return {
         "controlnet": "peftcore_diffusion.controlnet:ControlNet",
         "controlnet_lllite": "peftcore_diffusion.controlnet_lllite:ControlNetLLLite",
+        "controlnet_lora": "peftcore_diffusion.controlnet_lora:ControlNetLoRA",
         "controlnext": "peftcore_diffusion.controlnext:ControlNeXt",
         "controlnet_xs": "peftcore_diffusion.controlnet_xs:ControlNetXS",
         "custom_diffusion": "peftcore_diffusion.custom_diffusion:CustomDiffusion",
