@@ -40,6 +40,12 @@ def peftcore_presets() -> Mapping[str, Preset]:
 
 
 @hookimpl
+def peftcore_formats() -> Mapping[str, str]:
+    """Name the file formats that this plugin reads and writes."""
+    return {"control_lora": "peftcore_diffusion.interop.control_lora:ControlLoRA"}
+
+
+@hookimpl
 def peftcore_translations() -> Mapping[str, str]:
     """Map other libraries' adapter formats to the import paths of their translations for this plugin's methods."""
     here = "peftcore_diffusion.interop"
