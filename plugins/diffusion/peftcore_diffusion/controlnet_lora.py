@@ -7,7 +7,8 @@ As in `controlnet`, Z_i are 1x1 convolutions that start at zero and H is eight c
 zero, so a fresh injection changes nothing. W is the UNet's own tensor, read when the encoder runs: there is no second
 copy of it, in memory or in the file. Other adapters of the UNet do not act in E'; one that is merged is in W. up starts
 at zero; the rank of a layer is at most its number of inputs or outputs. Biases and norms of E' train whole, which is
-what files of Stability hold of them; without `vectors` they are the UNet's, as in HighCWu/control-lora-v2.
+what files of Stability hold of them; without `vectors` they are the UNet's, as in HighCWu/control-lora-v2. ``load``
+reads Stability's files, ``save(format="control_lora")`` writes them.
 
 The image comes with the call, ``with peftcore.call(model, condition=image): ...``, [batch or 1, channels, height,
 width], 8 times as large as the latents with four `widths`; the option `input` gives it another name, where several act,

@@ -87,7 +87,10 @@ class ControlLoRAContent(Content):
 
     def tensors(self, surgeon: Surgeon, strict: bool) -> dict[str, Tensor]:
         ((name, shared),) = surgeon.owned.items()
-        values, shapes = self.file.read(), self.file.shapes
+        shapes, kinds = self.file.shapes, self.file.dtypes
+        if strange := sorted(each for each, kind in kinds.items() if not kind.is_floating_point):
+            raise CheckpointError(f"{self.where}: {', '.join(strange[:8])} have no floating-point numbers")
+        values = {each: value.float() for each, value in self.file.read().items()}
         found = Found({each: each for each in shapes}, shapes, values.__getitem__, [], {SIGN})
         ours = {}
         for path, theirs, _, wanted in named(shared.module, self.model, CheckpointError):
@@ -156,7 +159,7 @@ def _bias(network: nn.Module, model: nn.Module, path: str, error: type[Checkpoin
         raise error(
             f"the file has biases whole, and {above} of this UNet has no values: load or bring back these first"
         )
-    return held.detach().to("cpu")
+    return held.detach().to("cpu", torch.float32)
 
 
 def _around(network: Any) -> Mapping[str, str]:

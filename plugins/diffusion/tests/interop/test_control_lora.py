@@ -166,6 +166,7 @@ def test_files_that_are_refused(tmp_path: Path) -> None:
         ({**held, "output_blocks.0.0.down": torch.ones(2, 2)}, r"unknown output_blocks\.0\.0\.down"),
         ({**held, first: held[first][..., :2].contiguous()}, f"{first} has shape"),
         ({name: each for name, each in held.items() if "hint" not in name}, "no network for the image"),
+        ({**held, first: held[first] > 0}, f"{first} have no floating-point"),
     ):
         save_file(wrong, file)
         with pytest.raises(CheckpointError, match=match):
