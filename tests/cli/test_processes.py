@@ -1,13 +1,16 @@
 """``peftcore train`` in two processes (gloo): what one process gives on the same global batch, written once."""
 
 import json
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import command_lines
 import numpy as np
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -79,3 +82,47 @@ def test_two_processes_of_torchrun_learn_what_one_does(config: Path, one: dict[s
     whole, end = json.JSONDecoder().raw_decode(said)
     learned_the_same(json.dumps(whole), one)
     learned_the_same(said[end:], one, "pieces")
+
+
+def first_checkpoint(out: str) -> Path:
+    found = Path(out).glob("checkpoints/checkpoint-*/complete")
+    return min((each.parent for each in found), key=lambda each: int(each.name.rpartition("-")[2]))
+
+
+def cut_off(out: str, kept: str) -> None:
+    """Leave of a run in another folder what it had after its first checkpoint."""
+    first = first_checkpoint(out)
+    shutil.copytree(first, Path(kept) / "checkpoints" / first.name)
+    shutil.copy(Path(out) / "run.json", kept)
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_with_what_one_began(config: Path, one: dict[str, Any]) -> None:
+    cut_off("one", "rest")
+    line = ["train", str(config), "--out", "rest", "--resume", "--json"]
+    learned_the_same(launched(*TORCHRUN, "-m", "peftcore", *line), one, "rest")
+
+
+@pytest.mark.slow
+def test_of_two_processes_one_is_killed_and_one_alone_goes_on(config: Path) -> None:
+    line = ["train", str(config), "--steps", "60", "--set", "training.checkpoints=last"]
+    alone = CliRunner().invoke(app, [*line, "--out", "one", "--batch-size", "16", "--json"])
+    assert alone.exit_code == 0, alone.output
+    running = subprocess.Popen(
+        [sys.executable, "-m", *TORCHRUN, "-m", "peftcore", *line, "--out", "two"], stderr=subprocess.DEVNULL
+    )
+    until = time.monotonic() + 240
+    while not any(Path("two").glob("checkpoints/checkpoint-*/complete")) and running.poll() is None:
+        assert time.monotonic() < until
+        time.sleep(0.002)
+    *_, last = psutil.Process(running.pid).children()
+    last.kill()
+    assert running.wait() != 0 and not Path("two/adapter").exists()
+
+    line += ["--out", "two", "--resume", "--json"]
+    refused = CliRunner().invoke(app, line)
+    assert refused.exit_code != 0 and "a run of 16 examples a step, in 2 process(es)" in refused.output
+    done = CliRunner().invoke(app, [*line, "--batch-size", "16"])
+    assert done.exit_code == 0, done.output
+    learned_the_same(done.stdout, json.loads(alone.stdout))
+    assert json.loads(done.stdout)["steps"] == 60
