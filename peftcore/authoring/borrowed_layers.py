@@ -120,7 +120,7 @@ def borrow(
         matrix = any(each.dim() > 1 for each in tensors.values())
         if path not in lent:
             layer.to_empty(device=torch.get_default_device())
-            layer.reset_parameters()  # type: ignore[operator]
+            layer.reset_parameters()
         elif layer._modules or (matrix and "weight" not in tensors):
             raise UnsupportedSite(f"{path} has a tensor that is not the weight of a layer, and cannot be borrowed")
         elif matrix or not vectors:
