@@ -13,6 +13,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -55,11 +56,11 @@ def launched(*line: str) -> str:
     return subprocess.run([sys.executable, "-m", *line], check=True, capture_output=True, text=True).stdout
 
 
-def learned_the_same(said: str, one: dict[str, Any], out: str = "two") -> None:
+def learned_the_same(said: str, one: dict[str, Any], out: str = "two", of_one: str = "one") -> None:
     two = json.loads(said)  # one of them speaks
     assert np.allclose(two["losses"], one["losses"], rtol=1e-5)
     assert two["after"]["accuracy"] == one["after"]["accuracy"]  # mean losses of scores count what fills up batches
-    alone, together = (load_file(f"{folder}/adapter/adapter.safetensors") for folder in ("one", out))
+    alone, together = (load_file(f"{folder}/adapter/adapter.safetensors") for folder in (of_one, out))
     assert alone.keys() == together.keys()
     for key, value in alone.items():
         torch.testing.assert_close(together[key], value, rtol=1e-5, atol=1e-6)
@@ -82,6 +83,34 @@ def test_two_processes_of_torchrun_learn_what_one_does(config: Path, one: dict[s
     whole, end = json.JSONDecoder().raw_decode(said)
     learned_the_same(json.dumps(whole), one)
     learned_the_same(said[end:], one, "pieces")
+
+
+METHODS: dict[str, dict[str, Any]] = {
+    "dora": {"rank": 4},
+    "oft": {},
+    "prefix_tuning": {"projection": None},
+    "houlsby_adapter": {},
+    "bitfit": {
+        "exclude": "*.key"
+    },  # trains the model's own; biases of keys change nothing but rounding, as which Adam moves them
+    "adalora": {"rank": 4, "target_rank": 2},  # follows a schedule
+}
+
+
+@pytest.mark.slow
+def test_methods_of_every_kind_learn_in_two_processes_what_they_do_in_one(config: Path) -> None:
+    lines = {}
+    for name, options in METHODS.items():
+        file = Path(f"{name}.yaml")
+        file.write_text(yaml.safe_dump({**yaml.safe_load(config.read_text()), "method": {"name": name, **options}}))
+        lines[name] = ["train", str(file), "--json", "--out"]
+    Path("lines.json").write_text(json.dumps([[*line, f"two/{name}"] for name, line in lines.items()]), "utf-8")
+    said, end = launched(*TORCHRUN, command_lines.__file__, "lines.json"), 0
+    for name, line in lines.items():
+        two, end = json.JSONDecoder().raw_decode(said, end + said[end:].index("{"))
+        alone = CliRunner().invoke(app, [*line, f"one/{name}", "--batch-size", "16"])
+        assert alone.exit_code == 0, alone.output
+        learned_the_same(json.dumps(two), json.loads(alone.stdout), f"two/{name}", f"one/{name}")
 
 
 def first_checkpoint(out: str) -> Path:
