@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from peftcore.authoring.inputs import sees_vectors, watched_inputs
+from peftcore.authoring.inputs import watched_inputs
 from peftcore.injection.injection import Injection
 from peftcore.injection.switching import activate
 from peftcore.training.batches import Batches, Data
@@ -22,7 +22,8 @@ def second_moments(injection: Injection, data: Data) -> dict[str, Tensor]:
         CalibrationError: there are no batches, or the model cannot be called with one.
     """
     model = injection.model
-    seen = {graft.site.path: graft.site for graft in injection.grafts if graft.by_method and sees_vectors(graft.site)}
+    sites = [graft.site for graft in injection.grafts if graft.by_method]
+    seen = {site.path: site for site in sites if site.layer.called and site.layer.of_vectors and not site.batch}
     sums: dict[nn.Module, Tensor] = {}
     counts: dict[nn.Module, int] = {}
 

@@ -1,0 +1,209 @@
+"""Writes the table of readers.md of what other programs read of each method: ``python docs/generate/readers_matrix.py``
+(ten minutes; with names, these rows alone, and nothing is written). It needs peft and diffusers.
+
+Each cell is one adapter with noise in every tensor, exported for one program and read again: by peft and by diffusers
+themselves. Folders of peft for other programs are read by peft as well, where the rules of the program say that it
+reads all of it; folders of mlx-lm and files for ComfyUI are read by what their pages say that the tensors mean.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import peftcore
+from files_matrix import EQUAL, MOVED, quiet
+from peftcore.algebra.exporting import export
+from peftcore.errors import ExportError, PeftcoreError
+from peftcore.files.readers.reader import Reader, readers
+from peftcore.testing.kit import fill
+from quantization_matrix import HELPERS, ROOT, table, written
+
+PAGE = ROOT / "docs/readers.md"
+BEGIN, END = "<!-- readers: written by docs/generate/readers_matrix.py -->", "<!-- end of the readers -->"
+RANK = 8
+"""Of what is projected."""
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 40}
+IDS = torch.arange(16).view(2, 8)
+PICTURES = ("diffusers", "comfyui")
+"""The programs that read adapters of models for pictures."""
+NO_PLACE = "no place"
+"""The cell of a method that cannot be applied to the model with its own defaults."""
+
+
+class Language:
+    """A small Llama, and how the programs for language models read what was written."""
+
+    names = tuple(name for name in readers() if name not in PICTURES)
+
+    @functools.cached_property
+    def base(self) -> nn.Module:
+        import transformers
+
+        torch.manual_seed(0)
+        config = transformers.LlamaConfig(num_attention_heads=4, num_key_value_heads=2, **SIZES)
+        return transformers.LlamaForCausalLM(config).eval()
+
+    @property
+    def data(self) -> list[Any]:
+        return [{"input_ids": IDS, "labels": IDS}]
+
+    @torch.no_grad()
+    def returned(self, model: nn.Module) -> Tensor:
+        found: Tensor = model(input_ids=IDS, use_cache=False).logits
+        return found[:, -IDS.shape[1] :]  # a prompt in front has outputs of its own in some libraries
+
+    def read(self, reader: Reader, folder: Path) -> Tensor:
+        base = copy.deepcopy(self.base)
+        if reader.writes == "mlx":
+            return self._mlx(base, folder)
+        import peft
+
+        return self.returned(peft.PeftModel.from_pretrained(base, str(folder)).eval())
+
+    @torch.no_grad()
+    def _mlx(self, base: nn.Module, folder: Path) -> Tensor:
+        scale = json.loads((folder / "adapter_config.json").read_text())["lora_parameters"]["scale"]
+        tensors = load_file(folder / "adapters.safetensors")
+        for name in [name for name in tensors if name.endswith(".lora_a")]:
+            path = name.removesuffix(".lora_a")
+            base.get_submodule(path).weight += scale * (tensors[name] @ tensors[f"{path}.lora_b"]).T
+        return self.returned(base)
+
+
+class Pictures:
+    """A small UNet, and how the programs for pictures read what was written."""
+
+    names = PICTURES
+
+    @functools.cached_property
+    def _made(self) -> tuple[nn.Module, dict[str, Any]]:
+        from lycoris_files import unet
+
+        made: tuple[nn.Module, dict[str, Any]] = unet()
+        return made
+
+    @property
+    def base(self) -> nn.Module:
+        return self._made[0]
+
+    @property
+    def data(self) -> list[Any]:
+        return [lambda model: model(**self._made[1])[0].square().mean()]
+
+    @torch.no_grad()
+    def returned(self, model: nn.Module) -> Tensor:
+        found: Tensor = model(**{**self._made[1], "timestep": 0})[0]
+        return found
+
+    def read(self, reader: Reader, folder: Path) -> Tensor:
+        base = copy.deepcopy(self.base)
+        if reader.name != "diffusers":
+            peftcore.load(base, folder)
+            return self.returned(base)
+        from diffusers import StableDiffusionPipeline
+
+        pipe = StableDiffusionPipeline(
+            vae=None, text_encoder=None, tokenizer=None, unet=base, scheduler=None, safety_checker=None,
+            feature_extractor=None, requires_safety_checker=False,
+        )  # fmt: skip
+        pipe.load_lora_weights(folder)
+        return self.returned(pipe.unet)
+
+
+Host = Language | Pictures
+
+
+def applied(host: Host, name: str) -> peftcore.Injection | None:
+    """A method with its defaults on a copy of the model, with noise; None where it has no place there."""
+    for given in ({}, {"data": host.data}):
+        model = copy.deepcopy(host.base)
+        try:
+            injection = peftcore.apply(model, name, **given)
+            fill(injection, 1)
+            host.returned(model)
+        except (PeftcoreError, RuntimeError, TypeError, ValueError):
+            continue
+        return injection
+    return None
+
+
+def cell(host: Host, injection: peftcore.Injection, reader: Reader, ours: Tensor) -> tuple[str, str]:
+    """What comes of an adapter for one program, and why it is refused."""
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place) / "adapter"
+        try:
+            try:
+                done = export(injection, folder, reader)
+            except ExportError as error:
+                try:
+                    done = export(injection, folder, reader, rank=RANK)
+                except ExportError:
+                    return "refused", str(error)
+                return f"{done.error:.1g}", ""
+        except PeftcoreError as error:
+            return "refused", str(error)
+        try:
+            theirs = host.read(reader, folder)
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+            return f"refused by {reader.name}", f"{type(error).__name__}: {error}"
+    if theirs.shape != ours.shape:
+        return f"other outputs, {tuple(theirs.shape)}", ""
+    difference = float((theirs - ours).abs().max() / ours.abs().max())
+    return (done.how if difference <= EQUAL else f"differs by {difference:.1g}"), ""
+
+
+def tried(name: str) -> tuple[dict[str, str], dict[str, str]]:
+    """The cells of one method by program, and why what is refused is refused."""
+    cells, reasons = dict[str, str](), dict[str, str]()
+    with quiet():
+        for host in (LANGUAGE, IMAGES):
+            injection = applied(host, name)
+            if injection is None:
+                cells |= dict.fromkeys(host.names, NO_PLACE)
+                continue
+            ours = host.returned(injection.model)
+            if (ours - host.returned(host.base)).abs().max() < MOVED * ours.abs().max():
+                cells |= dict.fromkeys(host.names, "hardly moved")
+                continue
+            for each in host.names:
+                cells[each], reason = cell(host, injection, readers()[each], ours)
+                reasons |= {each: reason} if reason else {}
+    return {each: cells[each] for each in COLUMNS}, reasons
+
+
+LANGUAGE, IMAGES = Language(), Pictures()
+COLUMNS = ("peft", "vllm", "sglang", "tgi", "llama.cpp", "mlx-lm", "diffusers", "comfyui")
+
+
+def main() -> None:
+    """Run every cell and write the page anew."""
+    sys.path[:0] = [each for each in HELPERS if each not in sys.path]
+    known = [info.name for info in peftcore.methods(presets=False)]
+    names = sys.argv[1:] or known
+    rows = list[tuple[str, Mapping[str, str]]]()
+    for name in names:
+        cells, reasons = tried(name)
+        print(name, *cells.values(), {key: text[:160] for key, text in reasons.items()}, sep="  ", flush=True)
+        rows.append((f"`{name}`", cells))
+    if names != known:
+        return
+    page = PAGE.read_text(encoding="utf-8")
+    body = table(rows, list(COLUMNS), "method")
+    PAGE.write_text(f"{page[: page.index(BEGIN)]}{BEGIN}\n{body}\n{page[page.index(END) :]}", encoding="utf-8")
+
+
+__all__ = ["BEGIN", "COLUMNS", "END", "PAGE", "tried", "written"]
+
+if __name__ == "__main__":
+    main()
