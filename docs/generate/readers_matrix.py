@@ -33,12 +33,17 @@ PAGE = ROOT / "docs/readers.md"
 BEGIN, END = "<!-- readers: written by docs/generate/readers_matrix.py -->", "<!-- end of the readers -->"
 RANK = 8
 """Of what is projected."""
+LOUDER = 5
+"""How often the values of an adapter that hardly moves the model are doubled."""
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 40}
 IDS = torch.arange(16).view(2, 8)
 PICTURES = ("diffusers", "comfyui")
 """The programs that read adapters of models for pictures."""
-NO_PLACE = "no place"
-"""The cell of a method that cannot be applied to the model with its own defaults."""
+TASKED = ("POLY", "MULTITASK_PROMPT_TUNING")
+"""Types of peft whose models are told a task; ours take the first one."""
+NO_PLACE, NO_EFFECT = "no place", "no effect"
+"""The cells of a method that cannot be applied to the model with its own defaults, and of one that changes nothing that
+the model returns for the inputs at hand: new words that are not in the text, what acts on packed weights alone."""
 
 
 class Language:
@@ -51,7 +56,7 @@ class Language:
         import transformers
 
         torch.manual_seed(0)
-        config = transformers.LlamaConfig(num_attention_heads=4, num_key_value_heads=2, **SIZES)
+        config = transformers.LlamaConfig(num_attention_heads=4, num_key_value_heads=2, use_cache=False, **SIZES)
         return transformers.LlamaForCausalLM(config).eval()
 
     @property
@@ -59,8 +64,8 @@ class Language:
         return [{"input_ids": IDS, "labels": IDS}]
 
     @torch.no_grad()
-    def returned(self, model: nn.Module) -> Tensor:
-        found: Tensor = model(input_ids=IDS, use_cache=False).logits
+    def returned(self, model: nn.Module, **beside: Any) -> Tensor:
+        found: Tensor = model(input_ids=IDS, **beside).logits
         return found[:, -IDS.shape[1] :]  # a prompt in front has outputs of its own in some libraries
 
     def read(self, reader: Reader, folder: Path) -> Tensor:
@@ -69,7 +74,9 @@ class Language:
             return self._mlx(base, folder)
         import peft
 
-        return self.returned(peft.PeftModel.from_pretrained(base, str(folder)).eval())
+        model = peft.PeftModel.from_pretrained(base, str(folder)).eval()
+        tasked = model.active_peft_config.peft_type in TASKED
+        return self.returned(model, **({"task_ids": torch.zeros(len(IDS), dtype=torch.long)} if tasked else {}))
 
     @torch.no_grad()
     def _mlx(self, base: nn.Module, folder: Path) -> Tensor:
@@ -131,11 +138,21 @@ def applied(host: Host, name: str) -> peftcore.Injection | None:
         try:
             injection = peftcore.apply(model, name, **given)
             fill(injection, 1)
-            host.returned(model)
+            for _ in range(LOUDER):
+                if moved(host, injection):
+                    break
+                for parameter in injection.parameters():
+                    parameter.detach().mul_(2)
         except (PeftcoreError, RuntimeError, TypeError, ValueError):
             continue
         return injection
     return None
+
+
+def moved(host: Host, injection: peftcore.Injection) -> bool:
+    """Whether an adapter changes what the model returns by more than a rounding."""
+    ours = host.returned(injection.model)
+    return bool((ours - host.returned(host.base)).abs().max() >= MOVED * ours.abs().max())
 
 
 def cell(host: Host, injection: peftcore.Injection, reader: Reader, ours: Tensor) -> tuple[str, str]:
@@ -172,10 +189,10 @@ def tried(name: str) -> tuple[dict[str, str], dict[str, str]]:
             if injection is None:
                 cells |= dict.fromkeys(host.names, NO_PLACE)
                 continue
-            ours = host.returned(injection.model)
-            if (ours - host.returned(host.base)).abs().max() < MOVED * ours.abs().max():
-                cells |= dict.fromkeys(host.names, "hardly moved")
+            if not moved(host, injection):
+                cells |= dict.fromkeys(host.names, NO_EFFECT)
                 continue
+            ours = host.returned(injection.model)
             for each in host.names:
                 cells[each], reason = cell(host, injection, readers()[each], ours)
                 reasons |= {each: reason} if reason else {}

@@ -42,6 +42,7 @@ def peftcore_formats() -> Mapping[str, str]:
         "kohya": "peftcore.files.formats.kohya:Kohya",
         "diffusers": "peftcore.files.formats.diffusers:Diffusers",
         "mlx": "peftcore.files.formats.mlx:MLX",
+        "gguf": "peftcore.files.formats.gguf:GGUF",
     }
 
 

@@ -85,7 +85,9 @@ def merge(
 @app.command()
 def convert(
     adapter: Adapter,
-    to: Annotated[str, typer.Option(help="native, peft, diffusers or kohya; diffusers/text_encoder_2 names a part.")],
+    to: Annotated[
+        str, typer.Option(help="native, peft, diffusers, kohya, mlx or gguf; diffusers/text_encoder_2 names a part.")
+    ],
     out: Annotated[Path, typer.Option(help="Folder to write, or FILE.safetensors for a format of one file.")],
     model: Annotated[str | None, typer.Option(help=f"{MODEL} By default that which the adapter names.")] = None,
     component: Component = None,
