@@ -31,6 +31,7 @@ from quantization_matrix import HELPERS, ROOT, table, written
 
 PAGE = ROOT / "docs/readers.md"
 BEGIN, END = "<!-- readers: written by docs/generate/readers_matrix.py -->", "<!-- end of the readers -->"
+RULES_BEGIN, RULES_END = "<!-- rules: written by docs/generate/readers_matrix.py -->", "<!-- end of the rules -->"
 RANK = 8
 """Of what is projected."""
 LOUDER = 5
@@ -203,6 +204,18 @@ LANGUAGE, IMAGES = Language(), Pictures()
 COLUMNS = ("peft", "vllm", "sglang", "tgi", "llama.cpp", "mlx-lm", "diffusers", "comfyui")
 
 
+def rules() -> str:
+    """The table of the programs: their versions, where these were read, and the ranks that they take."""
+    lines = ["| program | version | rules read in | largest rank |", "|---|---|---|---|"]
+    for name in COLUMNS:
+        each = readers()[name]
+        ranks = (
+            "any" if each.ranks is None else f"{each.ranks.most}, above {each.ranks.default} with `{each.ranks.flag}`"
+        )
+        lines.append(f"| `{name}` | {each.version} | `{each.source}`: {len(each.files)} files | {ranks} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Run every cell and write the page anew."""
     sys.path[:0] = [each for each in HELPERS if each not in sys.path]
@@ -215,9 +228,14 @@ def main() -> None:
         rows.append((f"`{name}`", cells))
     if names != known:
         return
+    put(rules(), RULES_BEGIN, RULES_END)
+    put(table(rows, list(COLUMNS), "method"), BEGIN, END)
+
+
+def put(body: str, begin: str, end: str) -> None:
+    """Write one table into the page."""
     page = PAGE.read_text(encoding="utf-8")
-    body = table(rows, list(COLUMNS), "method")
-    PAGE.write_text(f"{page[: page.index(BEGIN)]}{BEGIN}\n{body}\n{page[page.index(END) :]}", encoding="utf-8")
+    PAGE.write_text(f"{page[: page.index(begin)]}{begin}\n{body}\n{page[page.index(end) :]}", encoding="utf-8")
 
 
 __all__ = ["BEGIN", "COLUMNS", "END", "PAGE", "tried", "written"]

@@ -78,7 +78,7 @@ def export(
         raise NoWeights(f"{first}. As a LoRA it takes the weights of the model")
     with activate(injection.model, injection.name):
         try:
-            lora, how, errors = _as_lora(injection, reader, rank, data)
+            lora, how, kept, errors = _as_lora(injection, reader, rank, data)
             try:
                 report = as_it_is(lora, path, reader, home=home)
             finally:
@@ -88,7 +88,7 @@ def export(
             raise ExportError(
                 f"{reader.name} does not read it as it is: {first}. As a LoRA: {error}. Otherwise {instead}"
             ) from None
-    return Export(how, report, lora.config.rank, errors)
+    return Export(how, report, kept, errors)
 
 
 def as_it_is(injection: Injection, path: Path, reader: Reader, *, home: Path | None = None) -> Report:
@@ -110,8 +110,8 @@ def as_it_is(injection: Injection, path: Path, reader: Reader, *, home: Path | N
 
 def _as_lora(
     injection: Injection, reader: Reader, rank: int | None, data: Data | None
-) -> tuple[Injection, How, dict[str, float]]:
-    """Returns a LoRA on the model with the updates of an adapter.
+) -> tuple[Injection, How, int, dict[str, float]]:
+    """Returns a LoRA on the model with the updates of an adapter, how near it is, its rank, and its errors by site.
 
     Raises:
         MergeError, UnsupportedSite: it makes no change of weights, or one of vectors.
@@ -131,14 +131,18 @@ def _as_lora(
             break
         exact[path] = change.site, factors
     else:
-        return lora_of(injection.model, exact, name, [injection.name]), "as a LoRA", dict.fromkeys(exact, 0.0)
+        if not exact:
+            raise ExportError("it changes no weight")
+        kept = max(factors[1].shape[-1] for _, factors in exact.values())
+        lora = lora_of(injection.model, exact, name, [injection.name])
+        return lora, "as a LoRA", kept, dict.fromkeys(exact, 0.0)
     if rank is None:
         raise ExportError(
             f"the update at {path} is of no low rank; project it (rank=, --project RANK) to the nearest one, with the "
             "error that is said then"
         )
     lora, errors = to_lora(injection, rank, name, data=data)
-    return lora, "projected", errors
+    return lora, "projected", rank, errors
 
 
 def _lossless(change: Change) -> Factors | None:

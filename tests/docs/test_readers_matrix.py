@@ -23,6 +23,10 @@ def test_every_method_has_a_row_and_every_program_a_column() -> None:
     assert set(matrix.COLUMNS) == set(readers())
 
 
+def test_the_table_of_the_rules_is_that_of_the_rules() -> None:
+    assert f"{matrix.RULES_BEGIN}\n{matrix.rules()}\n{matrix.RULES_END}" in matrix.PAGE.read_text(encoding="utf-8")
+
+
 def test_no_cell_is_silent_and_nothing_that_was_written_differs() -> None:
     for name, cells in WRITTEN.items():
         assert list(cells) == list(matrix.COLUMNS)

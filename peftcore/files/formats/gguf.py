@@ -62,8 +62,8 @@ class GGUF(Format):
 def neighbours(rows: Tensor, heads: int) -> Tensor:
     """Returns the rows ``[heads * width, ...]`` of a projection with the two that are rotated together side by side in
     each head, where they are half a head apart."""
-    halves = rows.unflatten(0, (heads, 2, -1))  # [heads, 2, width / 2, ...]
-    return halves.transpose(1, 2).flatten(0, 2)
+    halves = rows.reshape(heads, 2, -1, *rows.shape[1:])  # [heads, 2, width / 2, ...]
+    return halves.transpose(1, 2).reshape(rows.shape)
 
 
 def _known(model: nn.Module) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
