@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ MADE = (
     "qalora_group_size", "runtime_config", "ensure_weight_tying", "velora_config", "init_weights",
 )  # fmt: skip
 """Options of peft that say where an adapter stands, which its tensors say too, and how it was made and trained."""
+BLOCK = re.compile(r"\.(?P<index>\d+)\.(?P<rest>.+)$")
+"""The first number in a path, which is that of the block."""
 RANKS = ("lora_A.weight", "lora_embedding_A", "lora_down.weight", "lora.down.weight")
 """Endings of tensors ``[rank, ...]``."""
 
@@ -97,6 +100,8 @@ def check(path: str | Path, reader: Reader) -> Report:
         rule = reader.other_types
         return Report(reader, file.format, (Row(f"{TYPE} {kind}", rule.verdict, rule.why, tuple(file.tensors)),))
     rows = [*_options(file.options, reader), *_tensors(file.tensors, reader)]
+    modules = {row.what: row.tensors for row in rows if row.tensors and row.verdict is Verdict.READ}
+    rows += [*_alone(modules, reader), *_in_some_blocks(modules, reader)]
     rank = _rank(file)
     if reader.ranks is not None and rank > reader.ranks.most:
         why = f"{reader.name} takes {reader.ranks.most} at most: peftcore export --project writes fewer"
@@ -131,6 +136,30 @@ def _tensors(tensors: Mapping[str, Size], reader: Reader) -> Iterator[Row]:
         found.setdefault((what, rule.verdict, rule.why), []).append(name)
     for (what, verdict, why), names in found.items():
         yield Row(what, verdict, why, tuple(names))
+
+
+def _alone(modules: Mapping[str, tuple[str, ...]], reader: Reader) -> Iterator[Row]:
+    """Yields modules that the program reads only beside others, which are not adapted."""
+    for rule in reader.beside:
+        for path, names in modules.items():
+            parent, dot, leaf = path.rpartition(".")
+            if leaf == rule.module and f"{parent}{dot}{rule.wants}" not in modules:
+                yield Row(f"{path} without {rule.wants}", rule.rule.verdict, rule.rule.why, names)
+
+
+def _in_some_blocks(modules: Mapping[str, tuple[str, ...]], reader: Reader) -> Iterator[Row]:
+    """Yields modules that are adapted in some blocks alone, where the program wants all of them."""
+    if reader.some_blocks is None:
+        return
+    kinds: dict[str, dict[int, str]] = {}
+    for path in modules:
+        if found := BLOCK.search(path):
+            kinds.setdefault(found["rest"], {})[int(found["index"])] = path
+    last = max((index for held in kinds.values() for index in held), default=-1)
+    for held in kinds.values():
+        if len(held) <= last:
+            for path in held.values():
+                yield Row(path, reader.some_blocks.verdict, reader.some_blocks.why, modules[path])
 
 
 def _rank(file: _File) -> int:

@@ -54,6 +54,17 @@ class TensorRule:
 
 
 @dataclass(frozen=True)
+class Beside:
+    """What becomes of a module that is adapted without another one beside it."""
+
+    module: str
+    """The last name of its path."""
+    wants: str
+    """That of the other, in the same module."""
+    rule: Rule
+
+
+@dataclass(frozen=True)
 class Ranks:
     """The ranks that a program takes."""
 
@@ -95,6 +106,9 @@ class Reader:
     """What becomes of those that are not in `options` and are on."""
     tensors: tuple[TensorRule, ...]
     """The first that fits counts; the last one fits all."""
+    beside: tuple[Beside, ...] = ()
+    some_blocks: Rule | None = None
+    """What becomes of modules that are adapted in some blocks and not in others before the last one."""
     ranks: Ranks | None = None
     notes: tuple[str, ...] = ()
     """What depends on the base or on how the program is started, so that no file tells it."""
@@ -140,6 +154,8 @@ def _parsed(path: Path) -> Reader:
         TensorRule(re.compile(each.pop("name")), dims=each.pop("dims", None), rule=_rule(each))
         for each in data.pop("tensors")
     ]
+    beside = [Beside(each.pop("module"), each.pop("wants"), _rule(each)) for each in data.pop("beside", [])]
+    blocks = data.pop("some_blocks", None)
     ranks = data.pop("ranks", None)
     return Reader(
         files=tuple(data.pop("files")),
@@ -149,6 +165,8 @@ def _parsed(path: Path) -> Reader:
         options=MappingProxyType(options),
         other_options=_rule(data.pop("other_options")),
         tensors=tuple(tensors),
+        beside=tuple(beside),
+        some_blocks=None if blocks is None else _rule(blocks),
         ranks=None if ranks is None else Ranks(sizes=tuple(ranks.pop("sizes", [])), **ranks),
         notes=tuple(data.pop("notes", [])),
         **data,

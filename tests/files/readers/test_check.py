@@ -44,13 +44,13 @@ def test_the_scale_of_rslora_is_read_by_some_and_changed_by_others(tmp_path: Pat
 
 
 def test_dora_is_refused_or_changed_with_the_magnitudes_named(tmp_path: Path) -> None:
-    folder = folder_of(tmp_path / "a", "dora", target=["model.layers.0.self_attn.q_proj"])
-    magnitude = "q_proj.lora_magnitude_vector"
+    folder = folder_of(tmp_path / "a", "dora")
+    magnitudes = [f"{name}_proj.lora_magnitude_vector" for name in "qv"]
+    of_option = {"vllm": "refused", "sglang": "refused", "tgi": "changed", "llama.cpp": "refused"}
+    of_tensor = {"vllm": "refused", "sglang": "changed", "tgi": "dropped", "llama.cpp": "refused"}
     expected = {
-        "vllm": {"option use_dora": "refused", magnitude: "refused"},
-        "sglang": {"option use_dora": "refused", magnitude: "changed"},
-        "tgi": {"option use_dora": "changed", magnitude: "dropped"},
-        "llama.cpp": {"option use_dora": "refused", magnitude: "refused"},
+        name: {"option use_dora": of_option[name], **{each: of_tensor[name] for each in magnitudes}}
+        for name in LANGUAGE
     }
     assert {name: said(check(folder, reader_named(name))) for name in LANGUAGE} == expected
     assert check(folder, reader_named("peft")).as_trained
@@ -141,3 +141,22 @@ def test_kohyas_names_of_dora_lose_their_magnitudes_in_diffusers(tmp_path: Path)
 def test_what_is_no_adapter_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="does not exist"):
         check(tmp_path / "none", reader_named("vllm"))
+
+
+def test_modules_that_are_read_only_beside_others(tmp_path: Path) -> None:
+    rows = {}
+    for index, target in enumerate((["q_proj"], ["k_proj", "v_proj"], ["q_proj", "v_proj"], ["up_proj"])):
+        folder = folder_of(tmp_path / str(index), target=target)
+        rows[" ".join(target)] = {each.verdict.value for each in check(folder, reader_named("sglang")).rows}
+        assert check(folder, reader_named("vllm")).as_trained
+    lost = {"read", "dropped"}
+    assert rows == {
+        "q_proj": {"read", "refused"}, "k_proj v_proj": lost, "q_proj v_proj": {"read"}, "up_proj": lost,
+    }  # fmt: skip
+
+
+def test_modules_that_are_adapted_in_some_blocks_alone(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "a", target=["model.layers.*.self_attn.q_proj", "model.layers.1.mlp.up_proj"])
+    report = check(folder, reader_named("tgi"))
+    assert {row.what.rpartition(".")[2] for row in report.rows if row.verdict is Verdict.DROPPED} == {"up_proj"}
+    assert check(folder, reader_named("vllm")).as_trained
