@@ -49,8 +49,7 @@ def test_dora_is_refused_or_changed_with_the_magnitudes_named(tmp_path: Path) ->
     of_option = {"vllm": "refused", "sglang": "refused", "tgi": "changed", "llama.cpp": "refused"}
     of_tensor = {"vllm": "refused", "sglang": "changed", "tgi": "dropped", "llama.cpp": "refused"}
     expected = {
-        name: {"option use_dora": of_option[name], **{each: of_tensor[name] for each in magnitudes}}
-        for name in LANGUAGE
+        name: {"option use_dora": of_option[name], **dict.fromkeys(magnitudes, of_tensor[name])} for name in LANGUAGE
     }
     assert {name: said(check(folder, reader_named(name))) for name in LANGUAGE} == expected
     assert check(folder, reader_named("peft")).as_trained
