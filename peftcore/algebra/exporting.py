@@ -114,7 +114,7 @@ def _as_lora(
     """Returns a LoRA on the model with the updates of an adapter, how near it is, its rank, and its errors by site.
 
     Raises:
-        MergeError, UnsupportedSite: it makes no change of weights, or one of vectors.
+        MergeError: it makes no change of weights.
         ExportError: it does more than a LoRA, or is no low-rank update and `rank` is None.
     """
     if injection.trained_along:
@@ -125,7 +125,7 @@ def _as_lora(
     exact = {}
     for path, change in changes(injection).items():
         if change.delta.dim() < change.site.layer.batch_dims + 2:
-            raise UnsupportedSite(f"vectors have no low-rank form, and {path} changes")
+            raise ExportError(f"vectors have no low-rank form, and {path} changes")
         factors = _lossless(change)
         if factors is None or (most is not None and factors[1].shape[-1] > most):
             break
