@@ -22,7 +22,7 @@ from peftcore.injection.injection import Injection
 FILE = "adapter.gguf"
 MAGIC = b"GGUF"
 ARCHITECTURES = Path(__file__).with_name("gguf_architectures.toml")
-ONLY_WRITTEN = "files of llama.cpp are written, not read; load the adapter that it was made of"
+ONLY_WRITTEN = "files of llama.cpp are written, not read; load or check the adapter that it was made of"
 
 
 class GGUF(Format):

@@ -92,7 +92,7 @@ class Reader:
     source: str
     """Where its code was read: ``owner/repository@commit``."""
     files: tuple[str, ...]
-    """The files there."""
+    """The files there; ``path@commit`` was read at a commit of its own."""
     formats: tuple[str, ...]
     """The formats of adapters that it reads, by our names."""
     writes: str
