@@ -412,6 +412,7 @@ ELSEWHERE = {
     "lqer": "trains nothing",
     "ominicontrol": "has no place",
     "maple": "has no place",
+    "perfusion": "has no place",
     "qa_lora": "has no place",
     "st_adapter": "has no place",
     "state_offset_tuning": "has no place",

@@ -65,6 +65,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "pal": {"tasks": 3, "width": 6, "heads": 2},
     "peqa": {"bits": 2},
     "pixel_vp": {"size": 1, "picture": (8, 8)},
+    "perfusion": {"tokens": [3], "initializer": 4},
     "pissa": {"rank": 2, "iterations": 2},
     "polytropon": {"tasks": 3, "own_skills": 1},
     "prompt_tuning": {"length": 4, "init": "vocabulary", "init_ids": [1, 2]},
