@@ -1,5 +1,6 @@
 """Writes the table of readers.md of what other programs read of each method: ``python docs/generate/readers_matrix.py``
-(ten minutes; with names, these rows alone, and nothing is written). It needs peft and diffusers.
+(ten minutes; with names of methods, their rows alone, with ``--missing`` those that the page lacks). It needs peft and
+diffusers.
 
 Each cell is one adapter with noise in every tensor, exported for one program and read again: by peft and by diffusers
 themselves. Folders of peft for other programs are read by peft as well, where the rules of the program say that it
@@ -13,7 +14,6 @@ import functools
 import json
 import sys
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ BEGIN, END = "<!-- readers: written by docs/generate/readers_matrix.py -->", "<!
 RULES_BEGIN, RULES_END = "<!-- rules: written by docs/generate/readers_matrix.py -->", "<!-- end of the rules -->"
 RANK = 8
 """Of what is projected."""
+MISSING = "--missing"
 LOUDER = 5
 """How often the values of an adapter that hardly moves the model are doubled."""
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 40}
@@ -220,16 +221,14 @@ def main() -> None:
     """Run every cell and write the page anew."""
     sys.path[:0] = [each for each in HELPERS if each not in sys.path]
     known = [info.name for info in peftcore.methods(presets=False)]
-    names = sys.argv[1:] or known
-    rows = list[tuple[str, Mapping[str, str]]]()
-    for name in names:
-        cells, reasons = tried(name)
-        print(name, *cells.values(), {key: text[:160] for key, text in reasons.items()}, sep="  ", flush=True)
-        rows.append((f"`{name}`", cells))
-    if names != known:
-        return
+    rows = {name.strip("`"): cells for name, cells in written(PAGE.read_text(encoding="utf-8"), BEGIN, END).items()}
+    lacking = [name for name in known if name not in rows]
+    for name in lacking if sys.argv[1:] == [MISSING] else sys.argv[1:] or known:
+        rows[name], reasons = tried(name)
+        shown = {key: text[:160] for key, text in reasons.items()}
+        print(name, *rows[name].values(), shown, sep="  ", flush=True)
     put(rules(), RULES_BEGIN, RULES_END)
-    put(table(rows, list(COLUMNS), "method"), BEGIN, END)
+    put(table([(f"`{name}`", rows[name]) for name in known], list(COLUMNS), "method"), BEGIN, END)
 
 
 def put(body: str, begin: str, end: str) -> None:
