@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from peftcore.algebra import merge_math
-from peftcore.algebra.data_moments import second_moments
 from peftcore.algebra.merge_math import Sign, cat, linear, padded, product, svd, weighted_svd
+from peftcore.authoring.inputs import second_moments
 from peftcore.contract.config import MethodConfig, validate
 from peftcore.contract.method import Method
 from peftcore.contract.operators import Factors, _Base, changes_bias, is_mergeable

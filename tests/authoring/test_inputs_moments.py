@@ -5,7 +5,7 @@ import torch
 from exported_hosts import IDS, llama, logits, noisy
 
 import peftcore
-from peftcore.algebra.data_moments import second_moments
+from peftcore.authoring.inputs import second_moments
 from peftcore.errors import CalibrationError
 
 
