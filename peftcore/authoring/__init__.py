@@ -1,6 +1,6 @@
 """Helpers for authors of methods.
 
-It may import `algebra`, and what is below. In the order of reading:
+It may import `files`, and what is below. In the order of reading:
 
 - `branches`: adapters parallel to a branch of a block.
 - `blocks`: the blocks of a model as target modules.
