@@ -70,6 +70,7 @@ class Plan:
         modules = [(graft.key, graft.operator) for graft in surgeon.grafts]
         modules += [(f"shared:{name}", shared.module) for name, shared in surgeon.owned.items()]  # type: ignore[misc]
         tensors = {f"{path}.{key}": tensor for path, module in modules for key, tensor in module.state_dict().items()}
+        held = {each for _, module in modules for each in (*module.parameters(), *module.buffers())}
         return cls(
             sites=tuple(graft.site for graft in surgeon.grafts),
             shapes={key: tensor.shape for key, tensor in tensors.items()},
@@ -79,7 +80,7 @@ class Plan:
             bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
             host=surgeon.resolver.host,
             notes=tuple(surgeon.notices),
-            resident=sum(t.nbytes for t in {t for _, module in modules for t in (*module.parameters(), *module.buffers())}),
+            resident=sum(each.nbytes for each in held),
             shards=() if shards is None else shards_of(surgeon, shards),
         )
 

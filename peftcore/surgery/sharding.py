@@ -48,7 +48,6 @@ class Shard:
         )
 
 
-
 def shards_of(surgeon: Surgeon, processes: int) -> tuple[Shard, ...]:
     """Returns what each process holds of a model that is sharded after the recorded operators are applied.
 

@@ -109,7 +109,7 @@ def test_a_step_in_half_precision(folders: Folders) -> None:
     assert one["full"]["weights"] > other["full"]["weights"] > one["full"]["weights"] / 2  # rotary tables stay
     for each in (*one.values(), *other.values()):
         assert each["optimizer"] == 2 * each["gradients"]
-        assert each["total"] == sum(value for name, value in each.items() if name != "total")
+        assert each["total"] == sum(value for name, value in each.items() if name not in ("total", "peak"))
     assert other["full"]["activations"] < one["full"]["activations"]
 
 

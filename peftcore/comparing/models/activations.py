@@ -170,11 +170,11 @@ class _Step(nn.Module):
         self.model, self._has_loss = model, has_loss
 
     def forward(self, inputs: Inputs) -> None:
-        outputs = self.model(**inputs)
-        if self._has_loss:
-            outputs["loss"].backward()
+        if self._has_loss:  # all but the loss is let go before backward, as a trainer does
+            self.model(**inputs)["loss"].backward()
             return
-        values = [each for each in tree_leaves(outputs) if isinstance(each, Tensor) and each.requires_grad]
+        outputs = tree_leaves(self.model(**inputs))
+        values = [each for each in outputs if isinstance(each, Tensor) and each.requires_grad]
         torch.autograd.backward(values, [torch.ones_like(each) for each in values])
 
 
