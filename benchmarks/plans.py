@@ -4,16 +4,19 @@ that fits none: ``python -m benchmarks.plans [--page]``."""
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import transformers
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import peftcore
@@ -21,12 +24,13 @@ from benchmarks.memory import peak
 from benchmarks.page import write
 from peftcore.comparing.models.example_inputs import Size
 from peftcore.comparing.numbers import size, work
-from peftcore.comparing.plans.costs import STATES, Costs, costs
+from peftcore.comparing.plans.costs import Costs, Memory, costs
 from peftcore.comparing.plans.recorded import Wanted
 
 METHODS = ("lora", "dora", "ia3", "houlsby_adapter", "ln_tuning")
-WIDTHS = (128, 256)
+WIDTHS = (128, 256, 512)
 SMALL = Size(4, 64)
+RESIDENT = 10_000
 LARGE: Mapping[str, Any] = {
     "hidden_size": 8192,
     "intermediate_size": 28672,
@@ -105,17 +109,84 @@ def measured(shape: Mapping[str, Any], method: str, batch: Size, checkpointed: b
     return most, counter.get_total_flops()
 
 
-def rows() -> Iterator[tuple[str, ...]]:
-    for width in WIDTHS:
-        for method in METHODS:
-            for checkpointed in (False, True):
-                plan = planned(narrow(width), method, SMALL, "float32", checkpointed=checkpointed)
-                most, flops = measured(narrow(width), method, SMALL, checkpointed)
-                said, work_said = plan.memory.peak or 0, plan.counted.adapted.flops
-                exact = "equal" if work_said == flops else f"**{work_said:,}**"
-                again = ", blocks run again" if checkpointed else ""
-                yield f"{width}, `{method}`{again}", size(said), size(most), f"{said / most:.3f}", f"{flops:,}", exact
-                print(*(f"{width}, `{method}`{again}", size(said), size(most), f"{said / most:.3f} {(said-plan.memory.weights)/(most-plan.memory.weights):.3f}", f"{flops:,}", exact), flush=True)
+def steps() -> str:
+    """Return a table of steps at several widths: planned, and measured."""
+    lines = []
+    for width, method, checkpointed in itertools.product(WIDTHS, METHODS, (False, True)):
+        plan = planned(narrow(width), method, SMALL, "float32", checkpointed=checkpointed)
+        most, flops = measured(narrow(width), method, SMALL, checkpointed)
+        said, again = plan.memory.peak or 0, ", blocks run again" if checkpointed else ""
+        exact = "equal" if plan.counted.adapted.flops == flops else f"**{plan.counted.adapted.flops:,}**"
+        memory = size(said), size(most), f"{said / most:.3f}"
+        lines.append((f"width {width}, `{method}`{again}", *memory, work(flops), exact))
+        print(*lines[-1], flush=True)
+    head = "a step of", "peak, planned", "peak, measured", "ratio", "operations, measured", "planned"
+    return table(head, lines)
 
 
-for _ in rows(): pass
+def large() -> str:
+    """Return a table of what is planned for a model of 70 billion parameters."""
+    lines = []
+    for method in METHODS:
+        began = time.monotonic()
+        plan = planned(LARGE, method, Size(1, 512), "bfloat16", shards=8, adapters=RESIDENT)
+        print(method, f"{time.monotonic() - began:.1f} s", flush=True)
+        each = plan.sharded[0].total or 0
+        adapters = size(plan.resident)
+        lines.append((f"`{method}`", *numbers(plan.memory, plan.counted.adapted.flops), size(each), adapters))
+    lines.append(("full fine-tuning", *numbers(plan.full, plan.counted.full.flops), "", ""))
+    head = (
+        *("", "trained, in bytes", "AdamW's states", "activations", "peak", "operations"),
+        *("each of 8 processes", f"{RESIDENT:,} adapters"),
+    )
+    return table(head, lines)
+
+
+def numbers(memory: Memory, flops: int | None) -> tuple[str, ...]:
+    said = memory.gradients, memory.optimizer, memory.activations or 0, memory.peak or 0
+    return (*map(size, said), work(flops or 0))
+
+
+def residents(count: int) -> str:
+    """Return what adapters take that are loaded for real on a small host: values, and what Python takes beside."""
+    return "\n".join(f"- {line}" for line in (loaded(1, count), loaded(9, count // 10)))
+
+
+def loaded(sites: int, count: int) -> str:
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(sites)))
+    each = peftcore.plan(model, "lora", rank=1, target="all-linear").resident
+    with tempfile.TemporaryDirectory() as folder:
+        first = peftcore.apply(model, "lora", rank=1, target="all-linear")
+        first.save(f"{folder}/adapter")
+        first.remove()
+        before = psutil.Process().memory_info().rss
+        for number in range(count):
+            peftcore.load(model, f"{folder}/adapter", name=f"customer-{number}", active=False)
+        beside = psutil.Process().memory_info().rss - before - count * each
+        taken = peftcore.keep_within(model, "1TB", idle=f"{folder}/idle").bytes
+    said = "as planned" if taken == count * each else f"**{count * each:,} planned**"
+    return (
+        f"{count:,} adapters of {sites} target modules: {taken:,} bytes of values, {said}; beside these, "
+        f"{size(beside / count)} of Python's objects for each adapter"
+    )
+
+
+def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    rows = [head, ["---", *("---:" for _ in head[1:])], *lines]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--page", action="store_true", help="write docs/performance.md")
+    parser.add_argument("--adapters", type=int, default=RESIDENT, help="adapters that are loaded for real")
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    tables = steps(), large(), residents(asked.adapters)
+    print(*tables, sep="\n\n")
+    if asked.page:
+        write("python -m benchmarks.plans --page", *tables)
+
+
+if __name__ == "__main__":
+    main()

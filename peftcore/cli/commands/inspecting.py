@@ -38,7 +38,7 @@ def plan(
     shards: Annotated[
         int | None, typer.Option(min=1, help="Processes over which FSDP2 shards the weights; each has its own batch.")
     ] = None,
-    adapters: Annotated[int, typer.Option(min=1, help="Adapters that are resident at once, for serving.")] = 1,
+    resident: Annotated[int, typer.Option(min=1, help="Adapters that are on the model at once, to serve.")] = 1,
     json: Json = False,
 ) -> None:
     """Show what a method would train in a model, and what memory and operations a step takes. Each option of the method
@@ -65,7 +65,7 @@ def plan(
             dtype,
             checkpointed=checkpoint_gradients,
             shards=shards,
-            adapters=adapters,
+            adapters=resident,
         )
         if json:
             print(pages.as_json(found.as_dict()))
