@@ -48,11 +48,11 @@ aten = torch.ops.aten
 
 
 def _added(_: Any, left: Any, right: Any, **__: Any) -> int:
-    return 2 * math.prod(left) * int(right[-1])
+    return 2 * int(math.prod(left)) * int(right[-1])
 
 
 def _attention(products: int, query: Any, key: Any) -> int:
-    return products * 2 * math.prod(query) * int(key[-2])
+    return products * 2 * int(math.prod(query)) * int(key[-2])
 
 
 PASSED_OVER: Mapping[Any, Any] = {
@@ -163,7 +163,7 @@ def loaded(sites: int, count: int) -> str:
         for number in range(count):
             peftcore.load(model, f"{folder}/adapter", name=f"customer-{number}", active=False)
         beside = psutil.Process().memory_info().rss - before - count * each
-        taken = peftcore.keep_within(model, "1TB", idle=f"{folder}/idle").bytes
+        taken = peftcore.keep_within(model, "100GB", idle=f"{folder}/idle").bytes
     said = "as planned" if taken == count * each else f"**{count * each:,} planned**"
     return (
         f"{count:,} adapters of {sites} target modules: {taken:,} bytes of values, {said}; beside these, "

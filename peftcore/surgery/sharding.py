@@ -61,7 +61,7 @@ def shards_of(surgeon: Surgeon, processes: int) -> tuple[Shard, ...]:
     owners = _owners(model, surgeon.resolver.host)
     base = units_of(model, surgeon.resolver.host)
     operators = [(owners[holder], operator) for holder, _, operator in shelves(surgeon)]
-    added = {each: owner for owner, operator in reversed(operators) for each in operator.parameters()}
+    added: dict[Tensor, str] = {each: own for own, operator in reversed(operators) for each in operator.parameters()}
     trained = [each for each in added if each.requires_grad]
     kept = {each for _, operator in operators for each in operator.buffers()}
     return cut(base, set(model.buffers()), added, kept, trained, processes)

@@ -149,7 +149,8 @@ class Pretended:
         with explained(), self.mode:
             tensors = self._tensors(model)
             inputs = [each for each in batch.inputs.values() if isinstance(each, Tensor)]
-            with Watch([*tensors.values(), *inputs]) as watch:
+            watch = Watch([*tensors.values(), *inputs])
+            with watch:
                 named = {f"model.{name}": each for name, each in tensors.items()}
                 functional_call(_Step(model, batch.loss), named, (batch.inputs,))
             return watch
