@@ -136,7 +136,7 @@ def large() -> str:
         lines.append((f"`{method}`", *numbers(plan.memory, plan.counted.adapted.flops), size(each), adapters))
     lines.append(("full fine-tuning", *numbers(plan.full, plan.counted.full.flops), "", ""))
     head = (
-        *("", "trained, in bytes", "AdamW's states", "activations", "peak", "operations"),
+        *("", "gradients", "AdamW's states", "activations", "peak", "operations"),
         *("each of 8 processes", f"{RESIDENT:,} adapters"),
     )
     return table(head, lines)
