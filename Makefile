@@ -1,6 +1,7 @@
 # make demo    adapt a real encoder to real tweets with every method, and compare them
 # make test    linters, types, tests
 # make test-slow    what takes seconds each, which `make test` leaves out
+# make test-cluster    what starts a Ray cluster on this machine
 # make test-all PART=1/4    the first quarter of the whole matrix of methods and hosts; without PART all of it
 # make quantization-matrix    try every method on every packed base, and write docs/quantization.md
 # make bench   how fast it is, side by side with peft; writes docs/performance.md
@@ -23,7 +24,7 @@ REQUIREMENTS := requirements-dev.txt requirements-demo.txt pyproject.toml $(wild
 # Models and data come from packages; nothing is fetched while the project runs.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-slow test-all style lint docs docs-check evidence held-defaults quantization-matrix bench histories fuzz version release-check clean
+.PHONY: demo test test-slow test-cluster test-all style lint docs docs-check evidence held-defaults quantization-matrix bench histories fuzz version release-check clean
 .DEFAULT_GOAL := test
 
 demo: $(INSTALLED)
@@ -43,20 +44,24 @@ IN_MEMORY = [ "`df -k --output=avail /dev/shm 2>/dev/null | tail -n 1`" -gt 2000
 # Two workers with one thread each are faster on two cores than one worker with two. Types are checked meanwhile.
 WHICH := -m "not slow"
 test: export PEFTCORE_TEST_CHANGED = $(if $(word 7,$(CHANGED)),,$(CHANGED))
-test test-slow: export OMP_NUM_THREADS := 1
-test test-slow: export MKL_NUM_THREADS := 1
+test test-slow test-cluster: export OMP_NUM_THREADS := 1
+test test-slow test-cluster: export MKL_NUM_THREADS := 1
 test: style
 	$(IN_MEMORY) $(BIN)/mypy & types=$$!; $(BIN)/python -m pytest -n 2 $(WHICH); tests=$$?; wait $$types || { echo "mypy failed: its lines stand among those above"; exit 1; }; exit $$tests
 
 # What takes seconds each: the examples, a package that is installed, several processes, compilers, training, the site.
 test-slow: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 -m slow
+	$(BIN)/python -m pytest -n 2 -m "slow and not cluster"
+
+# In one process by itself: Ray's servers and threads stay in a process that has begun a cluster, and take both cores.
+test-cluster: $(INSTALLED)
+	$(BIN)/python -m pytest -m cluster
 
 # The whole matrix of methods and hosts, of which `make test` runs a covering part, and what is slow; a quarter of it with PART=1/4, each test in exactly one.
 test-all: export PEFTCORE_TEST_ALL := 1
 test-all: export PEFTCORE_TEST_PART = $(PART)
-test-all: WHICH :=
-test-all: test
+test-all: WHICH := -m "not cluster"
+test-all: test test-cluster
 
 evidence: $(INSTALLED)
 	$(BIN)/python -m pytest --evidence -n 2 -m against
@@ -79,14 +84,14 @@ histories: export PEFTCORE_HISTORIES_SEED = $(SEED)
 histories: export PEFTCORE_HISTORIES_MINUTES = $(or $(MINUTES),10)
 histories: export OMP_NUM_THREADS := 1
 histories: $(INSTALLED)
-	$(BIN)/python -m pytest --capture=sys tests/histories -k more
+	$(BIN)/python -m pytest --timeout=0 --capture=sys tests/histories -k more
 
 # Another seed tries other files: make fuzz PEFTCORE_FUZZ_SEED=1
 fuzz: export PEFTCORE_FUZZ ?= 200000
 fuzz: export PEFTCORE_FUZZ_SEED ?= 0
 fuzz: export OMP_NUM_THREADS := 1
 fuzz: $(INSTALLED)
-	$(BIN)/python -m pytest --capture=sys tests/fuzz/test_hostile.py -k whatever
+	$(BIN)/python -m pytest --timeout=0 --capture=sys tests/fuzz/test_hostile.py -k whatever
 
 version: $(INSTALLED)
 	$(BIN)/python release/version.py $(VERSION)

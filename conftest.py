@@ -5,7 +5,6 @@ import itertools
 import os
 import random
 from collections.abc import Iterator
-from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported, so it is set before any test module is
 
@@ -23,7 +22,7 @@ gc.set_threshold(100_000, 20, 20)  # looking through all that torch and transfor
 OFTEN = 100
 """After how many tests what is there is frozen."""
 
-pytest_plugins = ["processor_time", "peftcore.testing.gathering"]
+pytest_plugins = ["processor_time", "scheduling", "peftcore.testing.gathering"]
 
 
 @pytest.hookimpl(wrapper=True)
@@ -73,15 +72,3 @@ def registered() -> Iterator[None]:
     yield
     peftcore.registry.catalogue._registered.clear()
     peftcore.registry.catalogue._registered.update(before)
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Pytest 9.2 took away what pytest-xdist 3.8 marks groups by, and says nothing."""
-    from xdist.scheduler import LoadScopeScheduling
-
-    class ByGroup(LoadScopeScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            return covering.scope(nodeid)
-
-    return ByGroup(config, log)

@@ -187,6 +187,12 @@ ADVICE = (
         "files that other programs read",
     ),
     Advice(
+        "one of many faces or subjects, in a file as small as a picture",
+        ("lidb", "svdiff"),
+        ("act in SD 1.5 UNet", "merge", "start as the base model"),
+        "the first knows 150 numbers a matrix, between random bases that no file holds",
+    ),
+    Advice(
         "a text encoder that learns a word for it, and a model that stays as it is",
         ("textual_inversion", "xti"),
         ("merge",),

@@ -19,13 +19,13 @@ from peftcore.authoring.prompts import REMEDY, PromptPositions
 from peftcore.errors import MissingContext, SequenceError, UnsupportedSite
 from peftcore.forward.context import Tap, forward_context
 from peftcore.roles.stacks import CACHES, EMBEDS, IDS, cache_in
-from peftcore.targets.sequence import FORM, SequenceOperator, SequenceSite
+from peftcore.targets.sequence import FORM, SequenceOperator, SequenceSite, states_of
 from peftcore.targets.sequence_cache import Marked, self_attention_cache
 
 
 class InstanceOperator(SequenceOperator):
-    """Base class of soft prompts that look at the text: subclasses define `rows_of`, and `tokens` or `look` where they
-    want to.
+    """Base class of soft prompts that look at the text: subclasses define `rows_of`, and `tokens`, `look` or `learn`
+    where they want to.
 
     Raises:
         UnsupportedSite: the stack reads what an encoder made of the text.
@@ -58,6 +58,15 @@ class InstanceOperator(SequenceOperator):
             text: which tokens are of the text, ``[batch, tokens]``.
         """
 
+    def learn(self, states: Tensor, text: Tensor) -> None:
+        """Look, in training, at what the stack made of the tokens behind the rows: for losses of it, by
+        ``forward_context().add_loss``. By default nothing is done.
+
+        Args:
+            states: what the stack returns of the tokens, ``[batch, tokens, width]``.
+            text: which tokens are of the text, ``[batch, tokens]``.
+        """
+
     def rows(self, embeds: Tensor) -> Tensor:
         return self.rows_of(embeds, self._text_in(embeds))
 
@@ -69,6 +78,7 @@ class InstanceOperator(SequenceOperator):
         """Run the stack, and look at the text before, where the rows enter."""
         given = self._bind(FORM, args, kwargs)
         ids = given[IDS] if given.get(EMBEDS) is None else given[EMBEDS][..., 0]
+        text = None
         if self._holds(cache_in(given)):
             if ids.shape[1] > 1 and forward_context().context.get("prompt_length") is None:
                 raise MissingContext(f"this input goes on from a cache, and may be prompt or not: {REMEDY}")
@@ -76,9 +86,12 @@ class InstanceOperator(SequenceOperator):
             self._text.put(text)
             self.look(call, given, text)
         try:
-            return act(call, *args, **kwargs)
+            output = act(call, *args, **kwargs)
         finally:
             self._text.take()
+        if self.training and text is not None:
+            self.learn(states_of(output)[:, -ids.shape[1] :], text)  # rows come first where a decoder reads them
+        return output
 
     def _with_rows(self, embeds: Tensor) -> Tensor:
         return super()._with_rows(self.tokens(embeds, self._text_in(embeds)))

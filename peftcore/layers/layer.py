@@ -102,6 +102,13 @@ class Layer:
             UnsupportedHost: they do not, and a frozen module would take them from what comes before it.
         """
 
+    def check_cut(self, module: nn.Module) -> None:
+        """Verify that torch can shard the module's tensors over processes (FSDP2).
+
+        Raises:
+            UnsupportedHost: a quantizer's format cannot be.
+        """
+
     def check_saves(self, module: nn.Module) -> None:
         """Verify that the module's tensors may be saved as they are.
 

@@ -248,7 +248,7 @@ class SequenceOperator(Operator):
         if cache.held:
             return output
         if self.states is not None and self.training:
-            self.states.put(Rows(order.rows(_first_of(output)), order.before))
+            self.states.put(Rows(order.rows(states_of(output)), order.before))
         whole = self.length + tokens
         if self.stack.readers:
             return _along(output, order.joined, whole, batch)
@@ -413,7 +413,7 @@ def _check(output: Any, whole: int | None, tokens: int) -> None:
         raise SequenceError(f"{tokens} tokens gave {rows} rows: the stack pools or regroups them, rows in front too")
 
 
-def _first_of(output: Any) -> Tensor:
+def states_of(output: Any) -> Tensor:
     """Returns the hidden states that a module returns."""
     if isinstance(output, Mapping | list | tuple):
         values = output.values() if isinstance(output, Mapping) else output
@@ -424,7 +424,7 @@ def _first_of(output: Any) -> Tensor:
 
 def _rows_of(output: Any) -> int:
     """Returns the length of the sequence that a module returns."""
-    return _first_of(output).shape[1]
+    return states_of(output).shape[1]
 
 
 def _along(output: Any, change: Callable[[Tensor, int], Tensor], whole: int, batch: int) -> Any:

@@ -47,6 +47,12 @@ HOSTS: dict[str, Callable[[], nn.Module]] = {
     "CLIP": lambda: of("CLIP", "Model"),
     "CLIP ViT-B/32": lambda: of("CLIPVision", "Model"),
     "SD 1.5 UNet": lambda: diffusers.UNet2DConditionModel(cross_attention_dim=768),
+    "SD 1.5 UNet and text encoder": lambda: nn.ModuleList(
+        [
+            diffusers.UNet2DConditionModel(cross_attention_dim=768),
+            of("CLIPText", "Model", hidden_size=768, intermediate_size=3072, num_attention_heads=12),
+        ]
+    ),
     "FLUX.1-dev": lambda: diffusers.FluxTransformer2DModel(guidance_embeds=True),
 }
 
@@ -214,6 +220,13 @@ ROWS = [
         within=5e-4 * 364.2e6,
     ),
     Row("ominicontrol", "FLUX.1-dev", 0.1, "2411.15098, abstract: 0.1 %", share="model", within=5e-2),
+    Row(
+        "lidb",
+        "SD 1.5 UNet and text encoder",
+        25_000,
+        "2307.06949, contributions: roughly 100 KB (of float32), and elsewhere 120",
+        within=2_500,
+    ),
     Row("custom_diffusion", "SD 1.5 UNet", 19.17e6, "2212.04488: 75 MB of float32", within=2e5),
 ]
 

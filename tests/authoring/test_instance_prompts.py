@@ -23,9 +23,13 @@ class Looking(InstanceOperator):
         self.gain = nn.Parameter(torch.ones(LENGTH, 1))
         self.shown: list[list[list[bool]]] = []
         self.looked: list[bool] = []
+        self.learned: list[tuple[Tensor, Tensor]] = []
 
     def look(self, call: Any, given: Any, text: Tensor) -> None:
         self.looked.append("input_ids" in given)
+
+    def learn(self, states: Tensor, text: Tensor) -> None:
+        self.learned.append((states, text))
 
     def rows_of(self, embeds: Tensor, text: Tensor) -> Tensor:
         self.shown.append(text.tolist())
@@ -115,3 +119,25 @@ def test_what_nobody_told_is_refused() -> None:
 def test_what_reads_an_encoder_is_refused() -> None:
     with pytest.raises(UnsupportedSite, match="target the encoder"):
         adapted("t5", target="decoder")
+
+
+@pytest.mark.parametrize(("name", "stack"), [("llama", "model"), ("bert", "bert"), ("t5", "encoder")])
+def test_what_the_stack_made_of_the_tokens_is_shown_in_training(name: str, stack: str) -> None:
+    """Behind the rows, wherever these stand, also in a stack of which a decoder reads them; no more where a cache holds
+    them."""
+    model, operator = adapted(name)
+    more = {"decoder_input_ids": IDS[:, :2]} if name == "t5" else {}
+    mask, made = torch.tensor([[1, 1, 1, 1], [0, 1, 1, 1]]), []
+    model.get_submodule(stack).register_forward_hook(lambda module, args, output: made.append(output[0]))
+    model(input_ids=IDS, attention_mask=mask, **more)
+    assert not operator.learned
+    operator.training = True
+    model(input_ids=IDS, attention_mask=mask, **more)
+    ((states, text),) = operator.learned
+    assert states.shape == (2, 4, 16) and states.requires_grad and torch.equal(text, mask.bool())
+    torch.testing.assert_close(states, made[1][:, -4:])
+    if name == "llama":
+        with torch.no_grad(), peftcore.call(model, prompt_length=4):
+            held = model(input_ids=IDS, use_cache=True).past_key_values
+            model(input_ids=IDS[:, :1], past_key_values=held)
+        assert len(operator.learned) == 2

@@ -135,6 +135,8 @@ REFUSED = {
     ("chat", "timm-folder"): "cannot load a tokenizer from it",
     ("chat", "timm-hub"): "cannot load a tokenizer from it",
 }
+LONG = [("compare", kind) for kind in (*TEXT[2:], *PICTURES[2:])]
+"""What `make test-slow` tries."""
 CELLS = [(command, kind) for command in COMMANDS for kind in (*TEXT, *PICTURES)]
 
 
@@ -147,7 +149,7 @@ def first() -> dict[tuple[str, bool], Any]:
 @pytest.mark.parametrize(
     ("command", "kind"),
     [
-        pytest.param(*each, marks=[pytest.mark.slow] if each[0] == "search" else [])
+        pytest.param(*each, marks=[pytest.mark.slow] if each[0] == "search" or each in LONG else [])
         for each in CELLS
         if each not in REFUSED
     ],

@@ -1,15 +1,19 @@
 """``peftcore train`` in two processes (gloo): what one process gives on the same global batch, written once."""
 
 import json
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import command_lines
 import numpy as np
+import psutil
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -52,11 +56,11 @@ def launched(*line: str) -> str:
     return subprocess.run([sys.executable, "-m", *line], check=True, capture_output=True, text=True).stdout
 
 
-def learned_the_same(said: str, one: dict[str, Any], out: str = "two") -> None:
+def learned_the_same(said: str, one: dict[str, Any], out: str = "two", of_one: str = "one") -> None:
     two = json.loads(said)  # one of them speaks
     assert np.allclose(two["losses"], one["losses"], rtol=1e-5)
     assert two["after"]["accuracy"] == one["after"]["accuracy"]  # mean losses of scores count what fills up batches
-    alone, together = (load_file(f"{folder}/adapter/adapter.safetensors") for folder in ("one", out))
+    alone, together = (load_file(f"{folder}/adapter/adapter.safetensors") for folder in (of_one, out))
     assert alone.keys() == together.keys()
     for key, value in alone.items():
         torch.testing.assert_close(together[key], value, rtol=1e-5, atol=1e-6)
@@ -79,3 +83,75 @@ def test_two_processes_of_torchrun_learn_what_one_does(config: Path, one: dict[s
     whole, end = json.JSONDecoder().raw_decode(said)
     learned_the_same(json.dumps(whole), one)
     learned_the_same(said[end:], one, "pieces")
+
+
+METHODS: dict[str, dict[str, Any]] = {
+    "dora": {"rank": 4},
+    "oft": {},
+    "prefix_tuning": {"projection": None},
+    "houlsby_adapter": {},
+    "bitfit": {
+        "exclude": "*.key"
+    },  # trains the model's own; biases of keys change nothing but rounding, as which Adam moves them
+    "adalora": {"rank": 4, "target_rank": 2},  # follows a schedule
+}
+
+
+@pytest.mark.slow
+def test_methods_of_every_kind_learn_in_two_processes_what_they_do_in_one(config: Path) -> None:
+    lines = {}
+    for name, options in METHODS.items():
+        file = Path(f"{name}.yaml")
+        file.write_text(yaml.safe_dump({**yaml.safe_load(config.read_text()), "method": {"name": name, **options}}))
+        lines[name] = ["train", str(file), "--json", "--out"]
+    Path("lines.json").write_text(json.dumps([[*line, f"two/{name}"] for name, line in lines.items()]), "utf-8")
+    said, end = launched(*TORCHRUN, command_lines.__file__, "lines.json"), 0
+    for name, line in lines.items():
+        two, end = json.JSONDecoder().raw_decode(said, end + said[end:].index("{"))
+        alone = CliRunner().invoke(app, [*line, f"one/{name}", "--batch-size", "16"])
+        assert alone.exit_code == 0, alone.output
+        learned_the_same(json.dumps(two), json.loads(alone.stdout), f"two/{name}", f"one/{name}")
+
+
+def first_checkpoint(out: str) -> Path:
+    found = Path(out).glob("checkpoints/checkpoint-*/complete")
+    return min((each.parent for each in found), key=lambda each: int(each.name.rpartition("-")[2]))
+
+
+def cut_off(out: str, kept: str) -> None:
+    """Leave of a run in another folder what it had after its first checkpoint."""
+    first = first_checkpoint(out)
+    shutil.copytree(first, Path(kept) / "checkpoints" / first.name)
+    shutil.copy(Path(out) / "run.json", kept)
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_with_what_one_began(config: Path, one: dict[str, Any]) -> None:
+    cut_off("one", "rest")
+    line = ["train", str(config), "--out", "rest", "--resume", "--json"]
+    learned_the_same(launched(*TORCHRUN, "-m", "peftcore", *line), one, "rest")
+
+
+@pytest.mark.slow
+def test_of_two_processes_one_is_killed_and_one_alone_goes_on(config: Path) -> None:
+    line = ["train", str(config), "--steps", "60", "--set", "training.checkpoints=last"]
+    alone = CliRunner().invoke(app, [*line, "--out", "one", "--batch-size", "16", "--json"])
+    assert alone.exit_code == 0, alone.output
+    running = subprocess.Popen(
+        [sys.executable, "-m", *TORCHRUN, "-m", "peftcore", *line, "--out", "two"], stderr=subprocess.DEVNULL
+    )
+    until = time.monotonic() + 240
+    while not any(Path("two").glob("checkpoints/checkpoint-*/complete")) and running.poll() is None:
+        assert time.monotonic() < until
+        time.sleep(0.002)
+    *_, last = psutil.Process(running.pid).children()
+    last.kill()
+    assert running.wait() != 0 and not Path("two/adapter").exists()
+
+    line += ["--out", "two", "--resume", "--json"]
+    refused = CliRunner().invoke(app, line)
+    assert refused.exit_code != 0 and "a run of 16 examples a step, in 2 process(es)" in refused.output
+    done = CliRunner().invoke(app, [*line, "--batch-size", "16"])
+    assert done.exit_code == 0, done.output
+    learned_the_same(done.stdout, json.loads(alone.stdout))
+    assert json.loads(done.stdout)["steps"] == 60

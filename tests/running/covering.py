@@ -5,7 +5,7 @@ one method alone. A run has them for methods that changed, and for one method of
 not change are marked as slow (`make test-slow`). The kinds follow from what methods are made of: the core's operator
 classes that theirs derive from, trained values of the model itself, and parts that are methods. Of the hosts of other
 checks a quick run has one for each method and check; over all methods each check meets all of its hosts. And of
-methods that are made of the same things every second one runs a check, other ones for the next check.
+methods that are made of the same things every third one runs a check, other ones for the next check.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ TOGETHER = (
     "tests/torch_interop/test_distributed.py",
 )
 """Parts of names of tests that share something that takes long to make: they run in one worker, and in one part."""
-SHARE = 2
+SHARE = 3
 """Of so many methods that are made of the same things one runs a check in a quick run, another one for each check."""
 OPERATORS = (Operator, WeightOperator, AttentionOperator)
 """What operators of methods are; the core has more special ones below these."""

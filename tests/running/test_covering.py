@@ -80,7 +80,7 @@ def test_a_part_that_is_none_is_refused(part: str) -> None:
 
 
 def test_every_kind_of_method_has_a_representative() -> None:
-    methods = [peftcore.catalogue.method(info.name) for info in peftcore.catalogue.methods()]
+    methods = [peftcore.registry.catalogue.method(info.name) for info in peftcore.catalogue.methods()]
     made_of = {method.name: covering.kinds(method) for method in methods}
     of = {
         "lora": "Operator",
@@ -111,7 +111,7 @@ def test_slow_checks_run_for_one_method_of_a_kind(quick: None) -> None:
 
 def test_each_check_of_a_method_runs_on_one_host_and_over_methods_on_all(quick: None) -> None:
     """Of every second method, that is."""
-    names = [info.name for info in peftcore.catalogue.methods() if info.plugin == "reparameterized"]
+    names = [info.name for info in peftcore.registry.catalogue.methods() if info.plugin == "reparameterized"]
     items = [item for name in names for item in _tests(name)]
     chosen = covering.covering(items)
 
@@ -126,9 +126,11 @@ def test_each_check_of_a_method_runs_on_one_host_and_over_methods_on_all(quick: 
         assert {name for name, each in on("encoder", chosen) if each == check}
 
 
-def test_every_kind_of_method_has_every_quick_check_and_half_of_the_methods_do(quick: None) -> None:
+def test_every_kind_of_method_has_every_quick_check_and_a_third_of_the_methods_do(quick: None) -> None:
     """What is made of the same things shares the checks; each method has some."""
-    names = [info.name for info in peftcore.catalogue.methods() if info.plugin in ("reparameterized", "selective")]
+    names = [
+        info.name for info in peftcore.registry.catalogue.methods() if info.plugin in ("reparameterized", "selective")
+    ]
     items = [item for name in names for item in _tests(name)]
 
     def pairs(among: Iterable[Any]) -> set[tuple[str, str]]:
@@ -136,13 +138,13 @@ def test_every_kind_of_method_has_every_quick_check_and_half_of_the_methods_do(q
         return {(each[0].method.name, each[1].name) for each in found if each is not None and each[1].cost == "quick"}
 
     def made(among: set[tuple[str, str]]) -> set[tuple[frozenset[str], str]]:
-        return {(covering.kinds(peftcore.catalogue.method(name)), check) for name, check in among}
+        return {(covering.kinds(peftcore.registry.catalogue.method(name)), check) for name, check in among}
 
     whole, chosen = pairs(items), pairs(covering.covering(items))
     assert chosen < whole and made(chosen) == made(whole)
-    assert len(chosen) < 0.6 * len(whole)
+    assert len(chosen) < 0.45 * len(whole)
     for name in names:
-        assert sum(each == name for each, _ in chosen) > 0.3 * sum(each == name for each, _ in whole), name
+        assert sum(each == name for each, _ in chosen) > 0.2 * sum(each == name for each, _ in whole), name
 
 
 def test_a_method_that_changed_runs_on_all_its_hosts(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:

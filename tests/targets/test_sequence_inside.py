@@ -219,7 +219,7 @@ def test_below_tokens_are_what_they_are_alone(name: str) -> None:
 @pytest.mark.parametrize("left", [0, 2])
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("blocks", [[1], [1, 2]])
-@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("name", quick(DECODERS, ["llama", "short_mistral"]))
 def test_generation(name: str, blocks: list[int], path: str, left: int) -> None:
     """Token by token and score by score what hooks in the middle give, without a cache and without padding."""
     base, injection, values = adapt(model := deep(name), blocks)

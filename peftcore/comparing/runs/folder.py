@@ -44,6 +44,11 @@ def first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def processes() -> int:
+    """Return how many processes share the run, as torchrun, accelerate and Ray Train say it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def holds(run: Run) -> bool:
     """Whether the folder of a run holds it, begun or finished, with these settings."""
     try:
@@ -57,12 +62,22 @@ def _settings(run: Run) -> dict[str, Any]:
     return run.model_dump(mode="json", exclude={"out"})
 
 
+CUT = ("batch_size", "accumulate")
+"""How the examples of a step are cut, which processes share as well: a run may go on with them cut in another way."""
+
+
+def _examples(training: dict[str, Any], shared_by: int) -> int:
+    """Return how many examples a step has."""
+    return int(training["batch_size"] * training["accumulate"] * shared_by)
+
+
 class RunFolder:
     """Holds one run and no other.
 
     Attributes:
         before: the scores before training, once they are known.
         said: what the model said then.
+        longer: whether a run goes on that is longer than it was.
     """
 
     def __init__(self, run: Run) -> None:
@@ -70,6 +85,7 @@ class RunFolder:
         self.method = None if run.method.name == FULL else peftcore.method(run.method.name)
         self.before: dict[str, float] | None = None
         self.said: list[str] = []
+        self.longer = False
 
     @property
     def adapter(self) -> Path:
@@ -94,15 +110,8 @@ class RunFolder:
         if not (self.path / RUN).exists():
             raise BadInput(f"{self.path} holds no run to go on with")
         held = json.loads((self.path / RUN).read_text(encoding="utf-8"))
-        other = sorted(name for name in self._run if self._run[name] != held["run"].get(name))
-        if other and not (other == ["training"] and self._is_longer(held["run"]["training"])):
-            raise BadInput(
-                f"{self.path} holds a run with another {', '.join(other)}; only the same one can go on, or one of more "
-                "steps or epochs"
-            )
+        self._check_goes_on(held["run"], held.get("processes", processes()))
         self.before, self.said = held["before"], held["said"]
-        if other:
-            self.note()
         found = list(self.path.glob("checkpoints/checkpoint-*"))
         whole = [each for each in found if (each / COMPLETE).exists()]
         if first_process():
@@ -110,28 +119,46 @@ class RunFolder:
                 shutil.rmtree(each)
         return max(whole, key=lambda each: int(each.name.rpartition("-")[2]), default=None)
 
-    def _is_longer(self, held: dict[str, Any]) -> bool:
-        """Whether the run differs from the one that is held in having more steps, or more epochs, alone.
+    def _check_goes_on(self, held: dict[str, Any], shared_by: int) -> None:
+        """Check that the run that is held, by so many processes, can go on as this one: it is the same, or longer, and
+        its steps have as many examples.
 
         Raises:
-            BadInput: it has, but its method follows a schedule of the whole length.
+            BadInput: it is another one, or its method follows a schedule of the whole length.
         """
-        mine: dict[str, Any] = self._run["training"]
-        changed = [name for name in mine if mine[name] != held.get(name)]
-        if len(changed) != 1 or changed[0] not in ("steps", "epochs"):
-            return False
-        before, now = held[changed[0]], mine[changed[0]]
-        if before is None or now is None or now < before:
-            return False
-        if self.method is not None and self.method.tags.scheduled:
+        other = sorted(name for name in self._run if name != "training" and self._run[name] != held.get(name))
+        mine, before = self._run["training"], held["training"]
+        now, then = _examples(mine, processes()), _examples(before, shared_by)
+        if now != then and shared_by != processes():
+            raise BadInput(
+                f"{self.path} holds a run of {then} examples a step, in {shared_by} process(es), and in {processes()} "
+                f"a step would have {now}: set training.batch_size or training.accumulate so that it has {then}"
+            )
+        changed = [name for name in mine if mine[name] != before.get(name) and (now != then or name not in CUT)]
+        self.longer = _is_longer(mine, before, changed)
+        if changed and not self.longer:
+            other.append("training")
+        if other:
+            raise BadInput(
+                f"{self.path} holds a run with another {', '.join(other)}; only the same one can go on, or one of more "
+                "steps or epochs"
+            )
+        if self.longer and self.method is not None and self.method.tags.scheduled:
             raise BadInput(f"{self.method.name} follows a schedule over all steps, so a run with it cannot get longer")
-        return True
 
     def note(self) -> None:
         """Write down what is known of the run, so that it can go on from here."""
         if first_process():
-            known = {"run": self._run, "before": self.before, "said": self.said}
+            known = {"run": self._run, "processes": processes(), "before": self.before, "said": self.said}
             write_text(self.path / RUN, json.dumps(known, indent=2) + "\n")
+
+
+def _is_longer(mine: dict[str, Any], held: dict[str, Any], changed: list[str]) -> bool:
+    """Return whether what changed of a training is that it has more steps, or more epochs, alone."""
+    if len(changed) != 1 or changed[0] not in ("steps", "epochs"):
+        return False
+    before, now = held[changed[0]], mine[changed[0]]
+    return before is not None and now is not None and bool(now >= before)
 
 
 class Keeper(transformers.TrainerCallback):

@@ -11,6 +11,7 @@ from torch import nn
 
 from peftcore.comparing.errors import BadInput
 from peftcore.injection.applying import host_map
+from peftcore.registry.plugins import layer_of
 
 ASKED = "ACCELERATE_USE_FSDP"
 """The variable that ``accelerate launch --use_fsdp`` sets."""
@@ -51,12 +52,14 @@ def settle_sharding(accelerator: Accelerator, model: nn.Module) -> None:
 
     Raises:
         BadInput: the model has embeddings in common that accelerate would cut twice.
+        UnsupportedHost: it is quantized in a format that cannot be cut.
     """
     if accelerator.distributed_type is not DistributedType.FSDP:
         return
     from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy, transformer_auto_wrap_policy
 
     _check_embeddings(model)
+    check_cut(model)
     plugin = accelerator.state.fsdp_plugin
     # Every process has read the weights, and accelerate's way of handing them on fails where a model has buffers.
     plugin.cpu_ram_efficient_loading = False
@@ -65,6 +68,16 @@ def settle_sharding(accelerator: Accelerator, model: nn.Module) -> None:
         blocks = [entry.path for entry in host_map(model).entries if entry.role == "block"]
         plugin.transformer_cls_names_to_wrap = sorted({type(model.get_submodule(path)).__name__ for path in blocks})
         plugin.auto_wrap_policy = transformer_auto_wrap_policy
+
+
+def check_cut(model: nn.Module) -> None:
+    """Check that the weights can be cut over processes, whatever a quantizer made of them.
+
+    Raises:
+        UnsupportedHost: they cannot.
+    """
+    for module in model.modules():
+        layer_of(module, "weight").check_cut(module)
 
 
 def _check_embeddings(model: nn.Module) -> None:

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Subset
 import peftcore
 from peftcore.comparing.errors import BadInput
 from peftcore.comparing.packages import require
-from peftcore.comparing.runs.folder import Keeper, RunFolder, first_process, holds, plain
+from peftcore.comparing.runs.folder import Keeper, RunFolder, first_process, plain
 from peftcore.comparing.runs.reading import validated
 from peftcore.comparing.runs.run import FULL, Run
 from peftcore.comparing.tasks import catalogue
@@ -128,7 +128,7 @@ def _train(run: Run, display: Display, resume: bool, seen: _Seen) -> Outcome:
     data = validated(task.Data, run.data, "data")
     task.check_model(run.model)
     require({name: name for name in run.training.report_to})
-    folder, unchanged = RunFolder(run), holds(run)
+    folder = RunFolder(run)
     checkpoint = folder.checkpoint(resume)
     display.phase("loading", None)
     transformers.set_seed(run.training.seed)
@@ -144,9 +144,9 @@ def _train(run: Run, display: Display, resume: bool, seen: _Seen) -> Outcome:
         # Not by trainer.evaluate(): what accelerate prepared for that alone, it does not wrap for several processes.
         trainer.args.eval_on_start = True
         folder.said = told(prepared)
-        folder.note()
+    folder.note()  # now that each of several processes has read what was there
     transformers.set_seed(run.training.seed)  # what came before drew a different number of times when resuming
-    if checkpoint is None or not (unchanged and _taken_back(trainer, checkpoint)):
+    if checkpoint is None or folder.longer or not _taken_back(trainer, checkpoint):
         _trained(trainer, checkpoint, run.training.report_to)
     if trainer.averages is not None:
         trainer.averages.take()

@@ -24,6 +24,7 @@ def peftcore_methods() -> Mapping[str, str]:
         "houlsby_adapter": "peftcore_additive.houlsby_adapter:HoulsbyAdapter",
         "ia3": "peftcore_additive.ia3:IA3",
         "idpg": "peftcore_additive.idpg:IDPG",
+        "infoprompt": "peftcore_additive.infoprompt:InfoPrompt",
         "k_adapter": "peftcore_additive.k_adapter:KAdapter",
         "llama_adapter": "peftcore_additive.llama_adapter:LlamaAdapter",
         "loreft": "peftcore_additive.loreft:LoReFT",

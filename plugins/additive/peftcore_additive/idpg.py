@@ -39,10 +39,10 @@ from peftcore import (
     Surgeon,
     Tags,
     Tap,
-    forward_context,
     full_precision,
 )
 from peftcore.errors import UnsupportedSite
+from peftcore_additive._first_pass import first_pass
 
 
 class Config(MethodConfig):
@@ -100,13 +100,7 @@ class IDPGOperator(InstanceOperator):
         self.up = KroneckerSum(hidden, outputs, n, torch.rand(outputs) - 0.5)
 
     def look(self, call: Callable[..., Any], given: Mapping[str, Any], text: Tensor) -> None:
-        with torch.no_grad():
-            output = forward_context().without(self, call, **given)
-        states = output if isinstance(output, Tensor) else output[0]  # [batch, tokens, width]
-        at = text.int().argmax(-1)
-        if self.stack.causal:
-            at = text.shape[1] - 1 - text.flip(-1).int().argmax(-1)
-        self.summary.put(states.detach()[torch.arange(len(states), device=states.device), at])
+        self.summary.put(first_pass(self, call, given, text).state)
 
     def rows_of(self, embeds: Tensor, text: Tensor) -> Tensor:
         summary = self.summary.take()

@@ -14,6 +14,7 @@ DEPT = "ZhengxiangShi/DePT@f0266a7"
 CPT = "huggingface/peft@5d602fd, src/peft/tuners/cpt/config.py"
 HOULSBY = "google-research/adapter-bert@1a31fc6, modeling.py"
 IDPG = "CSerxy/IDPG@691b282"
+INFOPROMPT = "JoshuaWu1997/infoprompt@cc56fba"
 K_ADAPTER = "microsoft/K-Adapter@43651cd"
 LLAMA_ADAPTER = "OpenGVLab/LLaMA-Adapter@521a09d, alpaca_finetuning_v1/finetuning.sh"
 LPT = "xyltt/LPT@634c7b2, encoder-only"
@@ -96,6 +97,22 @@ HELD: Held = {
     ("idpg", "dropout"): (
         0.1,
         f"{IDPG}, fairseq/modules/transformer_sentence_encoder.py: generation_dropout: float = 0.1",
+    ),
+    ("infoprompt", "length"): (1, f"{INFOPROMPT}, trainers/options.py: --n_prompt, default=1"),
+    ("infoprompt", "hidden"): (32, f"{INFOPROMPT}, trainers/options.py: --n_latent, default=32"),
+    ("infoprompt", "head_weight"): (0.1, f"{INFOPROMPT}, trainers/options.py: --gamma, default=0.1"),
+    ("infoprompt", "representation_weight"): (0.2, f"{INFOPROMPT}, trainers/options.py: --beta, default=0.2"),
+    ("infoprompt", "kl_weight"): (0.1, f"{INFOPROMPT}, model/RoBertaPrompt.py: vae_loss * 0.1"),
+    ("infoprompt", "draws"): (4, f"{INFOPROMPT}, model/RoBertaPrompt.py: torch.randn((bsize, bsize * 4, fsize)"),
+    ("infoprompt", "ceiling"): (
+        None,
+        f"{INFOPROMPT}, model/RoBertaPrompt.py: [:, 0].clamp(min=-2); ours has no end, as the bound of the paper: with "
+        "more than 7 candidates a loss at chance is above 2, where nothing would ever learn from it",
+    ),
+    ("infoprompt", "outputs"): (
+        [],
+        f"{INFOPROMPT}, model/RoBertaPrompt.py: 'h0': 4420, 'h1': 1386, words of RoBERTa that name two classes; ours "
+        "are all, which in a model with a head for classes are its classes",
     ),
     ("k_adapter", "layers"): (
         None,

@@ -21,6 +21,7 @@ def peftcore_methods() -> Mapping[str, str]:
         "ed_lora": "peftcore_diffusion.ed_lora:EDLoRA",
         "hypernetwork_a1111": "peftcore_diffusion.hypernetwork_a1111:HypernetworkA1111",
         "ip_adapter": "peftcore_diffusion.ip_adapter:IPAdapter",
+        "lidb": "peftcore_diffusion.lidb:LiDB",
         "locon": "peftcore_diffusion.locon:LoCon",
         "ominicontrol": "peftcore_diffusion.ominicontrol:OminiControl",
         "scedit": "peftcore_diffusion.scedit:SCEdit",
@@ -36,6 +37,12 @@ def peftcore_methods() -> Mapping[str, str]:
 def peftcore_presets() -> Mapping[str, Preset]:
     """Name options of methods as papers do."""
     return PRESETS
+
+
+@hookimpl
+def peftcore_formats() -> Mapping[str, str]:
+    """Name the file formats that this plugin reads."""
+    return {"embeddings": "peftcore_diffusion.interop.embeddings:Embeddings"}
 
 
 @hookimpl

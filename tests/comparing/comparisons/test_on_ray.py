@@ -23,7 +23,7 @@ from peftcore.comparing.searching.search import Search, candidate_of
 from peftcore.errors import TrainingError
 
 ray = pytest.importorskip("ray")
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cluster")]
+pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.usefixtures("cluster")]
 
 
 def test_runs_come_to_the_same_and_one_that_is_killed_goes_on(comparison: Comparison) -> None:

@@ -19,7 +19,7 @@ from peftcore.comparing.training.train import train
 from peftcore.testing.kit import ALL
 
 pytest.importorskip("ray")
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cluster")]
+pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.usefixtures("cluster")]
 
 
 def run_of(model: Path, data: Path, out: Path, method: dict[str, Any], processes: int, steps: int = 40) -> Run:

@@ -19,6 +19,7 @@ from peftcore.comparing.training import train as job
 METHODS = {
     "lora": {"rank": 4},  # beside weights
     "dora": {"rank": 4},  # reads them
+    "qlora": {"rank": 4},  # packs them
     "bitfit": {},  # trains the host's own
     "adalora": {"rank": 4, "target_rank": 2},  # has a loss, and changes ranks from gradients of all sites
     "galore": {"rank": 2},  # projects gradients

@@ -19,7 +19,7 @@ from pydantic import NonNegativeFloat
 from torch import Tensor, nn
 
 from peftcore import ForcedAttributes, Layer, QuantizedLayer, Scheme, hookimpl, quantized_layer_of
-from peftcore.errors import QuantizationError
+from peftcore.errors import QuantizationError, UnsupportedHost
 
 PEFTCORE_API = 2
 
@@ -92,6 +92,12 @@ class EightBit(QuantizedLayer):
 
     def dtype(self, module: nn.Module) -> torch.dtype | None:
         return None
+
+    def check_cut(self, module: nn.Module) -> None:
+        raise UnsupportedHost(
+            "8-bit weights of bitsandbytes cannot be sharded, for they lose their scales: have the whole model in "
+            "every process, or quantize by bnb-nf4, nf4, int8, int4 or hqq-4"
+        )
 
     def pack(self, module: nn.Module, weight: Tensor) -> nn.Module:
         return _eight_bit(weight, module.state.threshold)  # type: ignore[union-attr,no-any-return]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcore import Layer, QuantizedLayer, hookimpl, quantized_layer_of
+from peftcore.errors import UnsupportedHost
 
 PEFTCORE_API = 2
 
@@ -27,6 +28,12 @@ class QuantoLayer(QuantizedLayer):
 
     def dtype(self, module: Any) -> torch.dtype | None:
         return module.weight.dtype  # type: ignore[no-any-return]
+
+    def check_cut(self, module: nn.Module) -> None:
+        raise UnsupportedHost(
+            "torch cannot shard modules of quanto: have the whole model in every process, or take one that is "
+            "quantized by nf4, int8, int4, bnb-nf4 or hqq-4"
+        )
 
 
 @hookimpl

@@ -89,6 +89,12 @@ class TorchAOLayer(QuantizedLayer):
                 "peftcore.dequantize(model), or load the model with a configuration of weights only"
             )
 
+    def check_cut(self, module: nn.Module) -> None:
+        raise UnsupportedHost(
+            "tensors of torchao cannot be sharded: have the whole model in every process, or quantize by nf4, int8, "
+            "int4, bnb-nf4 or hqq-4"
+        )
+
     def pack(self, module: nn.Module, weight: Tensor) -> nn.Module:
         held: Any = module.weight
         classes = vars(sys.modules["torchao.quantization"])

@@ -1,0 +1,41 @@
+"""The state that stands for a text: what the stack makes of it in a pass of its own, at the token that tells most."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from peftcore import InstanceOperator, forward_context
+
+
+class Summary(NamedTuple):
+    """What one pass made of the texts of a batch."""
+
+    state: Tensor
+    """``[batch, width]``, without gradients."""
+    at: Tensor
+    """``[batch]``: the column of the token whose state it is."""
+
+    def same(self, states: Tensor) -> Tensor:
+        """Return the states ``[batch, width]`` of these tokens in another pass ``[batch, tokens, width]``."""
+        return of(states, self.at)
+
+
+def first_pass(operator: InstanceOperator, call: Callable[..., Any], given: Mapping[str, Any], text: Tensor) -> Summary:
+    """Run the stack without the adapter, and return the states of the texts' first tokens, or in a causal stack of
+    their last ones."""
+    with torch.no_grad():
+        output = forward_context().without(operator, call, **given)
+    states = output if isinstance(output, Tensor) else output[0]  # [batch, tokens, width]
+    at = text.int().argmax(-1)
+    if operator.stack.causal:
+        at = text.shape[1] - 1 - text.flip(-1).int().argmax(-1)
+    return Summary(of(states.detach(), at), at)
+
+
+def of(states: Tensor, at: Tensor) -> Tensor:
+    """Return the state of one token of each text."""
+    return states[torch.arange(len(states), device=states.device), at]

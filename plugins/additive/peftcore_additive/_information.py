@@ -1,0 +1,88 @@
+"""InfoNCE bounds on mutual information, for soft prompts: with features that the model makes, and with its head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftcore import Operator, Site, Tap, forward_context
+
+HIDDEN = -100.0
+"""What is added to the score of padding."""
+
+
+def info_nce(positive: Tensor, negatives: Tensor, ceiling: float | None) -> Tensor:
+    """Return the mean over a batch of ``-log softmax`` at the positive, of shape ``[]``.
+
+    Args:
+        positive: its score, ``[batch, 1]``.
+        negatives: scores ``[batch, k]``.
+        ceiling: the most that a text can count; what is above has no gradient.
+    """
+    scores = torch.cat([positive, negatives], -1)
+    loss = -scores.to(torch.promote_types(scores.dtype, torch.float32)).log_softmax(-1)[:, 0]
+    return (loss if ceiling is None else loss.clamp(max=ceiling)).mean()
+
+
+class FeatureCritic(nn.Module):
+    """Scores features of a text, drawn from Gaussians, against its prompt."""
+
+    def __init__(self, width: int, hidden: int, draws: int) -> None:
+        super().__init__()
+        self.mean, self.log_std = nn.Linear(width, hidden), nn.Linear(width, hidden)
+        self.up, self.of_prompt = nn.Linear(hidden, width, bias=False), nn.Linear(width, width)
+        self.draws = draws
+
+    def forward(self, without: Tensor, within: Tensor, prompt: Tensor, ceiling: float | None) -> tuple[Tensor, Tensor]:
+        """Return the bound's loss, and how far the Gaussians are from N(0, 1); both ``[]``.
+
+        Args:
+            without: the state of each text without the prompt ``[batch, width]``, which negatives are drawn from.
+            within: the same behind the prompt, which the positives are drawn from.
+            prompt: the mean of the prompt's rows ``[batch, width]``, through which no gradient goes.
+            ceiling: as in `info_nce`.
+        """
+        batch, width = within.shape
+        asked = self.of_prompt(prompt.detach()) @ self.up.weight / width**0.5  # [batch, hidden]
+        scores, divergence = [], within.new_zeros(())
+        for state, count in ((within, 1), (without, self.draws * batch)):
+            mean, log_std = self.mean(state), self.log_std(state).clamp(-2.0, 10.0)
+            noise = torch.randn(batch, count, mean.shape[-1], dtype=mean.dtype, device=mean.device)
+            features = mean[:, None] + noise * log_std.exp()[:, None]  # [batch, count, hidden]
+            scores.append((features @ asked[..., None]).squeeze(-1))
+            divergence = divergence + (mean.square() + (2 * log_std).exp() - 1).mean() / 2 - log_std.mean()
+        return info_nce(*scores, ceiling), divergence
+
+
+class HeadLoss(Operator):
+    """Adds in training how badly the head tells the prompt from embedded tokens; stands around the head."""
+
+    def __init__(self, site: Site, told: Tap, weight: float, outputs: Sequence[int], ceiling: float | None) -> None:
+        super().__init__(site)
+        self.told, self.weight, self.outputs, self.ceiling = told, weight, list(outputs), ceiling
+
+    def forward(self, call: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        told = self.told.take()
+        if told is not None:
+            scores = self.scores(call, [told[0].to(x), told[1].to(x), told[2]], self.outputs)
+            forward_context().add_loss(self.weight * info_nce(*scores, self.ceiling))
+        return call(x, *args, **kwargs)
+
+    @staticmethod
+    def scores(call: Callable[..., Tensor], told: Sequence[Tensor], outputs: list[int]) -> tuple[Tensor, Tensor]:
+        """Return the scores of the prompt ``[batch, 1]`` and of the tokens ``[batch, tokens]``.
+
+        Args:
+            call: the head's forward.
+            told: the mean of the prompt's rows ``[batch, width]``, embedded tokens ``[batch, tokens, width]``, and
+                which of them are of the text ``[batch, tokens]``.
+            outputs: of the head, whose mean is the score; all where there are none.
+        """
+        prompt, embeds, text = told
+        logits = call(torch.cat([prompt[:, None], embeds], 1))
+        logits = logits[..., outputs] if outputs else logits
+        scores = logits.mean(-1) / prompt.shape[-1] ** 0.5  # biases move all of them alike
+        return scores[:, :1], scores[:, 1:] + HIDDEN * ~text.to(scores.device)
