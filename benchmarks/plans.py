@@ -147,12 +147,8 @@ def numbers(memory: Memory, flops: int | None) -> tuple[str, ...]:
     return (*map(size, said), work(flops or 0))
 
 
-def residents(count: int) -> str:
+def residents(count: int, sites: int = 4) -> str:
     """Return what adapters take that are loaded for real on a small host: values, and what Python takes beside."""
-    return "\n".join(f"- {line}" for line in (loaded(1, count), loaded(9, count // 10)))
-
-
-def loaded(sites: int, count: int) -> str:
     model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(sites)))
     each = peftcore.plan(model, "lora", rank=1, target="all-linear").resident
     with tempfile.TemporaryDirectory() as folder:
@@ -167,7 +163,7 @@ def loaded(sites: int, count: int) -> str:
     said = "as planned" if taken == count * each else f"**{count * each:,} planned**"
     return (
         f"{count:,} adapters of {sites} target modules: {taken:,} bytes of values, {said}; beside these, "
-        f"{size(beside / count)} of Python's objects for each adapter"
+        f"{size(beside / count)} of memory for each adapter"
     )
 
 
