@@ -247,3 +247,25 @@ def test_a_dropout_that_a_trainer_cannot_turn_off_is_refused(tmp_path: Path) -> 
             train("DPO", model, tmp_path)
         train("DPO", compat.get_peft_model(base(), method, **options), tmp_path, disable_dropout=False)
         train("SFT", compat.get_peft_model(base(), method, **options), tmp_path)
+
+
+@pytest.mark.parametrize("method", ["dora", "houlsby_adapter", "ia3", "oft", "prefix_tuning", "prompt_tuning", "vera"])
+def test_the_head_of_trl_sees_what_the_adapter_does(method: str) -> None:
+    """TRL runs the layers below the head by themselves: values and gradients are those of the whole model."""
+    from trl.trainer.utils import add_fused_lm_head
+
+    model = compat.get_peft_model(base(), method)
+    noisy(model)
+    model.eval()
+    ids = torch.arange(3, 15).reshape(2, 6)
+
+    def gradients(logps: Tensor) -> list[Tensor]:
+        return [*torch.autograd.grad(logps.sum(), [each for each in model.parameters() if each.requires_grad])]
+
+    whole = model(input_ids=ids).logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+    expected = gradients(whole)
+    add_fused_lm_head(model.get_base_model(), outputs=("log_probs",))
+    fused = model(input_ids=ids, labels=ids, fused_lm_head=True).log_probs
+    torch.testing.assert_close(fused, whole, rtol=1e-4, atol=1e-5)
+    for one, other in zip(gradients(fused), expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
