@@ -46,3 +46,7 @@ def test_a_test_file_names_a_module_or_one_side_of_one(file: Path) -> None:
     assert named in MODULES or any(
         named.startswith(f"{module_of(each)}_") and module_of(each) in MODULES for each in FILES
     ), f"there is no peftcore/{named}.py"
+
+
+def test_what_runs_by_hand_left_no_adapter_in_the_root() -> None:
+    assert not [*ROOT.glob("*/adapter.json")]

@@ -133,9 +133,9 @@ ADVICE = (
     ),
     Advice(
         "the trained weights to be selected by the data",
-        ("fish_mask", "child_tuning_d"),
+        ("fish_mask", "child_tuning_d", "spt_lora"),
         ("look at data", "merge"),
-        "a mask from gradients; `apply(..., data=batches)`",
+        "a mask from gradients; the last one has low-rank updates where many weights count; `apply(..., data=batches)`",
     ),
     Advice(
         "several tasks that are learned together",
@@ -187,10 +187,22 @@ ADVICE = (
         "files that other programs read",
     ),
     Advice(
+        "one of many faces or subjects, in a file as small as a picture",
+        ("lidb", "svdiff"),
+        ("act in SD 1.5 UNet", "merge", "start as the base model"),
+        "the first knows 150 numbers a matrix, between random bases that no file holds",
+    ),
+    Advice(
         "a text encoder that learns a word for it, and a model that stays as it is",
         ("textual_inversion", "xti"),
         ("merge",),
         "files of kilobytes; the second has a word for each cross-attention of a UNet",
+    ),
+    Advice(
+        "a subject in a few kilobytes, which prompts go on changing",
+        ("perfusion",),
+        ("act in SD 1.5 UNet",),
+        "looks at many captions and at some of the subject's class first; several subjects act at once",
     ),
     Advice(
         "several subjects in one picture",
@@ -200,7 +212,16 @@ ADVICE = (
     ),
     Advice(
         "a diffusion model that follows a picture",
-        ("controlnet", "controlnet_xs", "controlnext", "t2i_adapter", "scedit", "ip_adapter", "ominicontrol"),
+        (
+            "controlnet",
+            "controlnet_lora",
+            "controlnet_xs",
+            "controlnext",
+            "t2i_adapter",
+            "scedit",
+            "ip_adapter",
+            "ominicontrol",
+        ),
         ("do not merge",),
         "a second network, or with a DiT LoRA alone (the last); `peftcore.call(model, condition=...)`",
     ),

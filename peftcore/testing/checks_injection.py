@@ -62,7 +62,7 @@ def adapted_zoo(case: Case, **changes: Any) -> Iterator[tuple[str, Holder, Tenso
             holder.example = holder.example.double()
         base = holder().detach()
         try:
-            arguments = {**case.batches(lambda host: host(), {"x": holder.example}), **case.options, **changes}
+            arguments = {**case.batches(lambda host: host(), {"x": holder.example}), **case.settings, **changes}
             injection = peftcore.apply(holder, case.method, target="layer", dtype="float64", **arguments)
         except (TargetError, UnsupportedSite):
             continue

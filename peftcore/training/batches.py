@@ -51,6 +51,12 @@ class Batch:
         self._labels: Tensor | None = content.labels if labelled else None
         self._called: Mapping[str, Any] | None = None  # with what a function called the model
 
+    @property
+    def beside(self) -> Tensor | None:
+        """The labels that the user gives beside the batch (`Labelled`), where they are; `labels` has the model's too.
+        None where there are none: for methods that are told something of some batches."""
+        return self._labels
+
     def output(self) -> Any:
         """Returns the model's output for the batch.
 

@@ -309,6 +309,20 @@ def test_labels_may_stand_beside_a_batch_that_the_model_gets_without_them() -> N
     assert isinstance(found, Tensor) and torch.equal(found, labels) and not torch.equal(inputs["labels"], labels)
 
 
+def test_what_stands_beside_a_batch_is_not_what_the_model_is_given() -> None:
+    labels = torch.tensor([2, 0, 1, 2])
+    seen: list[Tensor | None] = []
+
+    def look(self: Method, model: nn.Module, data: Batches, config: Any, injection: Injection) -> None:
+        seen.extend(each.beside for each in data)
+        next(iter(injection.operators.values())).get_buffer("found").fill_(1)
+
+    peftcore.apply(
+        toy(), method("reads", {"needs_data": True}, calibrate=look), data=[batch(), peftcore.Labelled(batch(), labels)]
+    )
+    assert seen[0] is None and seen[1] is labels
+
+
 def test_a_function_runs_once_for_its_output_and_its_inputs() -> None:
     calls: list[int] = []
 

@@ -74,6 +74,21 @@ class Read:
     """The names of their tensors in the file."""
 
 
+def only_table(model: nn.Module, file: TensorFile) -> tuple[str, int]:
+    """Returns the path and the width of the one table of tokens for which a file has vectors.
+
+    Raises:
+        HostMismatch: the host has none, or several of different weights.
+    """
+    tables = tables_by_path(model)
+    if not tables:
+        raise HostMismatch(f"{file.path}: words are for a text encoder, and this host has no table of tokens")
+    if len({id(each.get_parameter("weight")) for each in tables.values()}) > 1:
+        raise HostMismatch(f"{file.path}: words are for one table of tokens, and here are {', '.join(tables)}")
+    path, table = next(iter(tables.items()))
+    return path, table.get_parameter("weight").shape[1]
+
+
 def read_words(file: TensorFile, model: nn.Module, ids: Mapping[str, Sequence[int]], part: str) -> Read:
     """Returns the words that are wanted of a file.
 
@@ -85,13 +100,7 @@ def read_words(file: TensorFile, model: nn.Module, ids: Mapping[str, Sequence[in
         CheckpointError: the file has no such word, or another number of its vectors.
         HostMismatch: it has none for this model, or for several that this could be.
     """
-    tables = tables_by_path(model)
-    if not tables:
-        raise HostMismatch(f"{file.path}: words are for a text encoder, and this host has no table of tokens")
-    if len(tables) > 1:
-        raise HostMismatch(f"{file.path}: words are for one table of tokens, and here are {', '.join(tables)}")
-    ((path, table),) = tables.items()
-    width = table.get_parameter("weight").shape[1]
+    path, width = only_table(model, file)
     some = any(part in parts for parts in ENCODERS.values())
     held: dict[str, dict[str, str]] = {}
     for name in filter(is_word, file.shapes):

@@ -14,6 +14,7 @@ def peftcore_methods() -> Mapping[str, str]:
     return {
         "controlnet": "peftcore_diffusion.controlnet:ControlNet",
         "controlnet_lllite": "peftcore_diffusion.controlnet_lllite:ControlNetLLLite",
+        "controlnet_lora": "peftcore_diffusion.controlnet_lora:ControlNetLoRA",
         "controlnext": "peftcore_diffusion.controlnext:ControlNeXt",
         "controlnet_xs": "peftcore_diffusion.controlnet_xs:ControlNetXS",
         "custom_diffusion": "peftcore_diffusion.custom_diffusion:CustomDiffusion",
@@ -21,12 +22,14 @@ def peftcore_methods() -> Mapping[str, str]:
         "ed_lora": "peftcore_diffusion.ed_lora:EDLoRA",
         "hypernetwork_a1111": "peftcore_diffusion.hypernetwork_a1111:HypernetworkA1111",
         "ip_adapter": "peftcore_diffusion.ip_adapter:IPAdapter",
+        "lidb": "peftcore_diffusion.lidb:LiDB",
         "locon": "peftcore_diffusion.locon:LoCon",
         "ominicontrol": "peftcore_diffusion.ominicontrol:OminiControl",
         "scedit": "peftcore_diffusion.scedit:SCEdit",
         "svdiff": "peftcore_diffusion.svdiff:SVDiff",
         "t2i_adapter": "peftcore_diffusion.t2i_adapter:T2IAdapter",
         "tlora": "peftcore_diffusion.tlora:TLoRA",
+        "perfusion": "peftcore_diffusion.perfusion:Perfusion",
         "textual_inversion": "peftcore_diffusion.textual_inversion:TextualInversion",
         "xti": "peftcore_diffusion.xti:XTI",
     }
@@ -36,6 +39,15 @@ def peftcore_methods() -> Mapping[str, str]:
 def peftcore_presets() -> Mapping[str, Preset]:
     """Name options of methods as papers do."""
     return PRESETS
+
+
+@hookimpl
+def peftcore_formats() -> Mapping[str, str]:
+    """Name the file formats that this plugin reads and writes."""
+    return {
+        "control_lora": "peftcore_diffusion.interop.control_lora:ControlLoRA",
+        "embeddings": "peftcore_diffusion.interop.embeddings:Embeddings",
+    }
 
 
 @hookimpl

@@ -6,6 +6,7 @@ import pytest
 from named_defaults import Free, Held, assert_as_said, rows
 
 CONTROLNET = "lllyasviel/ControlNet@ed85cd1"
+CONTROL_LORA = "huggingface/diffusers@00a26cd, examples/research_projects/control_lora/control_lora.py"
 CONTROLNEXT = "dvlab-research/ControlNeXt@ab4b3ac, ControlNeXt-SD1.5-Training"
 XS = "vislearn/ControlNet-XS@8d90ed4"
 LLLITE = "kohya-ss/sd-scripts@48d368f, networks/control_net_lllite.py"
@@ -19,7 +20,10 @@ LOCON = "cyber-meow/LyCORIS-evaluation@7c5758c, exp_configs/training_configs/exp
 OMINI = "Yuanshi9815/OminiControl@331dd34"
 TLORA = "ControlGenAI/T-LoRA@602c4f7"
 SCEPTER = "modelscope/scepter@9f5b439, scepter"
+PERFUSION = "lucidrains/perfusion-pytorch@9032150, perfusion_pytorch/perfusion.py"
 T2I = "TencentARC/T2I-Adapter"
+KOHAKU = "KohakuBlueleaf/HyperKohaku@7651313, modules/lightlora.py"
+MFACE = "MFaceTech/HyperDreamBooth@25a4312, modules/light_lora.py"
 
 HELD: Held = {
     ("controlnet", "scale"): (1.0, f"{CONTROLNET}, cldm/cldm.py: self.control_scales = [1.0] * 13"),
@@ -33,6 +37,25 @@ HELD: Held = {
     ("controlnet_lllite", "hidden"): (16, f"{LLLITE}: mlp_dim: int = 16"),
     ("controlnet_lllite", "channels"): (3, f"{LLLITE}: Conv2d(3, cond_emb_dim // 2, kernel_size=4, stride=4)"),
     ("controlnet_lllite", "dropout"): (0.0, f"{LLLITE}: dropout: Optional[float] = None"),
+    ("controlnet_lora", "rank"): (128, f"{CONTROL_LORA}: control-LoRAs-rank128/control-lora-canny-rank128.safetensors"),
+    ("controlnet_lora", "vectors"): (
+        True,
+        "Stability-AI/stability-ComfyUI-nodes@4c7d55a, control_lora_create.py: up and down if len(model_weight.shape) "
+        ">= 2, else output_sd[ck] = c[ck]",
+    ),
+    ("controlnet_lora", "scale"): (1.0, f"{CONTROL_LORA}: controlnet_conditioning_scale = 1.0"),
+    ("controlnet_lora", "guess_mode"): (
+        False,
+        "huggingface/diffusers@00a26cd, controlnet.py: guess_mode: bool = False",
+    ),
+    ("controlnet_lora", "channels"): (
+        3,
+        f"{CONTROL_LORA}: np.concatenate([image, image, image], axis=2)",
+    ),
+    ("controlnet_lora", "widths"): (
+        [16, 32, 96, 256],
+        "huggingface/diffusers@00a26cd, controlnet.py: conditioning_embedding_out_channels = (16, 32, 96, 256)",
+    ),
     ("controlnext", "scale"): (1.0, f"{CONTROLNEXT}/train_controlnext.py: --controlnext_scale default=1.0"),
     ("controlnext", "before"): (False, f"{CONTROLNEXT}/models/unet.py: if down_idx == 0, behind the block"),
     ("controlnext", "base"): ("attention", f'{CONTROLNEXT}/train_controlnext.py: if "to_out" in name'),
@@ -85,6 +108,10 @@ HELD: Held = {
     ("hypernetwork_a1111", "start"): ("normal", f"{WEBUI}@3157fe2, {HYPERNETWORK}: weight_init='Normal'"),
     ("ip_adapter", "scale"): (1.0, "tencent-ailab/IP-Adapter@62e4af9, ip_adapter/attention_processor.py: scale=1.0"),
     ("ip_adapter", "tokens"): (4, "tencent-ailab/IP-Adapter@62e4af9, ip_adapter/attention_processor.py: num_tokens=4"),
+    ("lidb", "rank"): (1, "arXiv 2307.06949, Lightweight DreamBooth: r = 1"),
+    ("lidb", "alpha"): (1.0, f"{MFACE}: network_alpha=None, which is a scale of 1"),
+    ("lidb", "a"): (100, f"{KOHAKU}: down_dim=100, as in arXiv 2307.06949"),
+    ("lidb", "b"): (50, f"{KOHAKU}: up_dim=50, as in arXiv 2307.06949"),
     ("locon", "rank"): (16, f"{LYCORIS}, example_configs/training_configs/kohya/lora_config.toml: network_dim = 16"),
     ("locon", "alpha"): (8.0, f"{LYCORIS}, example_configs/training_configs/kohya/lora_config.toml: network_alpha = 8"),
     ("locon", "conv_rank"): (8, f"{LOCON}: conv_dim=8, the paper's; also in {LYCORIS}, docs/Demo.md: (16,8) for LoCon"),
@@ -98,6 +125,16 @@ HELD: Held = {
     ("ominicontrol", "independent"): (
         False,
         f"{OMINI}, train/config/spatial_alignment.yaml: independent_condition: false",
+    ),
+    ("perfusion", "beta"): (0.75, f"{PERFUSION}: train_beta = 0.75"),
+    ("perfusion", "tau"): (0.1, f"{PERFUSION}: train_temperature = 0.1"),
+    ("perfusion", "beta_eval"): (0.7, f"{PERFUSION}: eval_beta = 0.70"),
+    ("perfusion", "tau_eval"): (0.15, f"{PERFUSION}: eval_temperature = 0.15"),
+    ("perfusion", "ema"): (0.99, f"{PERFUSION}: input_decay = 0.99"),
+    ("perfusion", "text_gradient"): (0.1, f"{PERFUSION}: frac_gradient_concept_embed = 0.1"),
+    ("perfusion", "initializer"): (
+        None,
+        "lucidrains/perfusion-pytorch@9032150, perfusion_pytorch/embedding.py: superclass_embed_id = None",
     ),
     ("scedit", "ratio"): (1.0, f"{SCEPTER}/methods/scedit/t2i/sd15_512_sce_t2i.yaml: DOWN_RATIO: 1.0"),
     ("scedit", "scale"): (1.0, f"{SCEPTER}/methods/scedit/ctr/sd15_512_sce_ctr_hed.yaml: SCALE: 1.0"),
@@ -142,7 +179,9 @@ HELD: Held = {
     ),
 }
 
-FREE: Free = {}
+FREE: Free = {
+    ("perfusion", "damping"): "none there, where C is of 100,000 captions; it moves no eigenvalue of that by 2 %",
+}
 
 
 @pytest.mark.parametrize(("method", "option", "row"), rows(HELD, FREE))

@@ -76,8 +76,9 @@ def precise(tensor: Tensor) -> Tensor:
 class MergingOperator(WeightOperator):
     """The combined change of one tensor, and of the bias that goes with it."""
 
-    def __init__(self, site: Site, config: PartsConfig, members: Members) -> None:
+    def __init__(self, site: Site, config: PartsConfig, members: Members, number: int = 0) -> None:
         super().__init__(site)
+        self.number = number
         self.parts = nn.ModuleDict({str(index): graft.operator for index, graft in members.items()})
         self.layers = {str(index): graft.site.layer for index, graft in members.items()}
         weights = [1.0] * len(config.parts) if config.weights is None else config.weights
@@ -151,12 +152,14 @@ def merge_parts(surgeon: Surgeon, config: PartsConfig, operator: Callable[..., M
     Raises:
         UnsupportedSite: a part is no change of a weight there, or parts meet in different ways.
     """
-    for members in collected(surgeon, config).values():
+    for number, members in enumerate(collected(surgeon, config).values()):
         for graft in members.values():
             if not is_mergeable(graft.operator):
                 raise UnsupportedSite(f"{graft.site.path}: {type(graft.operator).__name__} is no change of a weight")
         first = next(iter(members.values()))
-        surgeon.graft(first.site, functools.partial(operator, members=members), config, first.holders[1:])
+        surgeon.graft(
+            first.site, functools.partial(operator, members=members, number=number), config, first.holders[1:]
+        )
 
 
 def _check_apart(groups: Mapping[Key, Members]) -> None:

@@ -4,9 +4,9 @@
     W' = W + s sum_t w_t tau~_t        or, with `merge="ties"`, s times TIES of the w_t tau~_t
 
 What is left of each part is so sparse that parts hardly meet, and has the old mean. Masks are drawn once for each
-part and site, from (mask_seed, part, site) on the CPU, so that they are the same everywhere; files have `mask_seed`
-instead of them. The authors' code (yule-BUAA/MergeLM) draws anew at each merge and trims for TIES to 0.2 afterwards;
-peft trims no more, like the default here, and calls 1 - p the density.
+part and site, from (mask_seed, part, number of the site) on the CPU, so that they are the same everywhere; files have
+`mask_seed` instead of them. The authors' code (yule-BUAA/MergeLM) draws anew at each merge and trims for TIES to 0.2
+afterwards; peft trims no more, like the default here, and calls 1 - p the density.
 
 Parameters: those of the parts. A mask takes one byte for each value of a weight.
 
@@ -35,6 +35,8 @@ class Config(PartsConfig):
     """Probability p with which a value is dropped."""
     mask_seed: int = 0
     """What the masks are drawn from."""
+    masks: Literal["numbered", "by path"] = "numbered"
+    """What tells the sites' masks apart. Paths, as in files of before, are others where a host contains the model."""
     merge: Literal["linear", "ties"] = "linear"
     """What the sparse changes go into: their sum, or TIES."""
     density: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
@@ -48,13 +50,13 @@ class Config(PartsConfig):
 class DAREOperator(MergingOperator):
     """Merges the deltas that are left under masks, which stay the same."""
 
-    def __init__(self, site: Site, config: Config, members: Members) -> None:
-        super().__init__(site, config, members)
+    def __init__(self, site: Site, config: Config, members: Members, number: int = 0) -> None:
+        super().__init__(site, config, members, number)
         self.config = config
-        shape = site.weight_shape
+        shape, place = site.weight_shape, number if config.masks == "numbered" else site.path
         for index in self.parts:
             for name, sizes in (("mask", shape), ("bias_mask", shape[: self.layer.batch_dims + 1])):
-                digest = hashlib.sha256(f"{config.mask_seed}:{index}/{site.path}:{name}".encode()).digest()
+                digest = hashlib.sha256(f"{config.mask_seed}:{index}/{place}:{name}".encode()).digest()
                 mask = self._drawn(sizes, int.from_bytes(digest[:8], "big") >> 1, site.meta)
                 self.register_buffer(f"{name}_{index}", mask, persistent=False)
 
@@ -82,6 +84,8 @@ class DARE(OfMergedParts, Method):
 
     name = "dare"
     Config = Config
+    config_version = 2
+    former_defaults = ({"masks": "by path"},)
     tags = Tags(category="multitask", paper="2311.03099", mergeable=True)
     target = ()
 

@@ -69,8 +69,8 @@ class RegMeanOperator(MergingOperator):
 
     shares: Tensor | None
 
-    def __init__(self, site: Site, config: Config, members: Members) -> None:
-        super().__init__(site, config, members)
+    def __init__(self, site: Site, config: Config, members: Members, number: int = 0) -> None:
+        super().__init__(site, config, members, number)
         weights = [1.0] * len(config.parts) if config.weights is None else config.weights
         self.importance = [weight / sum(weights) for weight in weights]
         self.plain = [1.0] * len(weights) if config.unseen == "base" and site.layer.one_hot else self.importance

@@ -36,8 +36,8 @@ class Config(PartsConfig):
 class TaskArithmeticOperator(MergingOperator):
     """The scaled sum of deltas."""
 
-    def __init__(self, site: Site, config: Config, members: Members) -> None:
-        super().__init__(site, config, members)
+    def __init__(self, site: Site, config: Config, members: Members, number: int = 0) -> None:
+        super().__init__(site, config, members, number)
         self.scale = config.scale
 
     def combined(self, deltas: dict[str, Tensor]) -> Tensor:

@@ -42,8 +42,8 @@ class Config(PartsConfig):
 class TIESOperator(MergingOperator):
     """Merges deltas by the mean of values that are large and agree in sign."""
 
-    def __init__(self, site: Site, config: Config, members: Members) -> None:
-        super().__init__(site, config, members)
+    def __init__(self, site: Site, config: Config, members: Members, number: int = 0) -> None:
+        super().__init__(site, config, members, number)
         self.density, self.sign, self.scale = config.density, config.sign, config.scale
 
     def combined(self, deltas: dict[str, Tensor]) -> Tensor:

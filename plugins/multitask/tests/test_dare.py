@@ -73,6 +73,16 @@ def masks(**options: Any) -> Tensor:
     return torch.stack([operator.get_buffer(f"mask_{index}") for index in "01"])
 
 
+def test_masks_are_the_same_where_a_host_contains_the_model(tmp_path: Path) -> None:
+    model, inputs = host(), torch.randn(3, 6, dtype=torch.float64)
+    injection = applied(model, "dare", parts=PARTS, drop_rate=0.5)
+    expected, plain = model(inputs), host()(inputs)
+    injection.save(tmp_path)
+    around = torch.nn.Sequential(host())
+    peftcore.load(around, tmp_path)
+    assert equal(around(inputs), expected) and not torch.allclose(expected, plain)
+
+
 def test_masks_have_the_rate_and_depend_on_the_seed_and_the_part_alone() -> None:
     mine = masks(seed=1)
     assert all(abs(each.double().mean() - 0.1) < 0.02 for each in mine)  # 3000 draws: deviation 0.0055

@@ -32,6 +32,7 @@ def peftcore_methods() -> Mapping[str, str]:
         "mona": "peftcore_vision.mona:Mona",
         "pixel_vp": "peftcore_vision.pixel_vp:PixelVP",
         "repadapter": "peftcore_vision.repadapter:RepAdapter",
+        "spt_lora": "peftcore_vision.spt_lora:SPTLoRA",
         "st_adapter": "peftcore_vision.st_adapter:STAdapter",
         "tip_adapter": "peftcore_vision.tip_adapter:TipAdapter",
         "vpt_deep": "peftcore_vision.vpt_deep:VPTDeep",

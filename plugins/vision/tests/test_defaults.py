@@ -24,6 +24,7 @@ MAPLE = "muzairkhattak/multimodal-prompt-learning@69bce21, configs/trainers/MaPL
 PROMPTERS = "hjbahng/visual_prompting@679e71f"
 REPADAPTER = "luogen1996/RepAdapter@360992f, repadapter.py"
 ST_ADAPTER = "linziyi96/st-adapter@b914b38"
+SPT = "ziplab/SPT@e385f67, train_spt.py"
 TIP = "gaopengcuhk/Tip-Adapter@d0e2d6f"
 VQT = "andytu28/VQT@9bca87e"
 VPT = "KMnP/vpt@4410440, src/configs/config.py"
@@ -144,6 +145,19 @@ HELD: Held = {
     ("mona", "dropout"): (0.1, f"{MONA}: nn.Dropout(p=0.1)"),
     ("mona", "behind"): ("both", f"{MONA}: my_module_1 and my_module_2"),
     ("mona", "zero_up"): (False, f"{MONA}: nn.Linear(64, in_dim), as torch starts it"),
+    ("spt_lora", "share"): (
+        0.005,
+        "ziplab/SPT@e385f67, engine.py: budgets of 0.05 to 1.0 million; of the 85.1 of all sites it is 0.43",
+    ),
+    ("spt_lora", "rank"): (8, f"{SPT}: --low_rank_dim default=8"),
+    ("spt_lora", "ease"): (10.0, f"{SPT}: --alpha default=10."),
+    ("spt_lora", "vector_ease"): (5.0, f"{SPT}: --beta default=5."),
+    ("spt_lora", "batches"): (16, f"{SPT}: --sensitivity_batch_num default=16"),
+    ("spt_lora", "dropout"): (
+        0.0,
+        "ziplab/SPT@e385f67, model/vision_transformer_timm.py: nn.Dropout(p=0.1) and DropPath(0.1); ours has none",
+    ),
+    ("spt_lora", "entries"): (None, "ziplab/SPT@e385f67, engine.py: grad_sum, which gradients decide"),
     ("pixel_vp", "shape"): ("frame", f"{PROMPTERS}, main_clip.py: --method default='padding'"),
     ("pixel_vp", "size"): (None, f"{PROMPTERS}, main_clip.py: --prompt_size default=30, of 224; ours is that share"),
     ("pixel_vp", "picture"): (

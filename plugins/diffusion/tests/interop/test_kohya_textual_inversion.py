@@ -4,14 +4,13 @@ The vectors are taken out of the file by the rule of the webui and given to diff
 adds them to tokenizer and table by itself; the LoRA is given to diffusers as a file without them.
 """
 
-import json
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from pipeline_models import assert_same, clip, out
+from pipeline_models import assert_same, clip, clip_tokenizer, out
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -21,7 +20,7 @@ from peftcore.files.formats.kohya import TENSORS
 from peftcore.files.save_load import describe
 
 diffusers = pytest.importorskip("diffusers")
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("ignore:::(peft|diffusers|transformers)")
 
 WORDS = {"<cat>": [50, 51], "<dog>": [52]}
@@ -76,13 +75,7 @@ def adapted(**options: Any) -> tuple[Any, Any, peftcore.Injection]:
 
 def read_by_diffusers(file: Path, folder: Path, kind: str) -> nn.Module:
     """The text encoder of a pipeline that read the file: its words and its LoRA."""
-    letters = [chr(97 + index) for index in range(24)]
-    symbols = [*letters, *(f"{each}</w>" for each in letters), "<|startoftext|>", "<|endoftext|>"]
-    folder.mkdir()
-    (folder / "vocab.json").write_text(json.dumps({symbol: index for index, symbol in enumerate(symbols)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = transformers.CLIPTokenizer.from_pretrained(str(folder))
-    assert len(tokenizer) == 50
+    tokenizer = clip_tokenizer(folder)
     pipeline = diffusers.StableDiffusionPipeline(
         vae=None, text_encoder=clip(16), tokenizer=tokenizer, unet=None, scheduler=None, safety_checker=None,
         feature_extractor=None, requires_safety_checker=False,

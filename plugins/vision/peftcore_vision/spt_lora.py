@@ -1,0 +1,163 @@
+"""SPT-LoRA: sensitivity-aware tuning.   He et al. 2023, arXiv 2303.08566 (code: ziplab/SPT).
+
+    s(w) = sum over batches of (dL/dw)^2,   the tau weights with the largest s of all sites are chosen
+    W' = W + B A              where at least rank (in + out) / ease entries of a matrix were chosen
+    W' = W + scatter(v at I)  else, I the chosen entries of W,   v zero
+    b' = b + v                of a vector (norm, bias) with at least 1 / vector_ease of its entries chosen, else as W
+
+One look at data (``data=``, with a loss) before training decides where a budget goes, and to which kind of change: few
+entries where few matter, a low-rank update where many do. Gradients are those of whole batches, as in the code, not of
+single examples. Of tau = budget / 20 to 79 / 20 of it, in steps, that is taken whose number of parameters is nearest to
+the budget, which is `share` of the weights of all sites; the authors' steps are those of their budget of 400,000. What
+was chosen stands in `overrides`, so the file has it; where the user overrides a site, that stays.
+
+A is uniform in +-1/sqrt(in), B zero: a fresh adapter is an exact identity. Their code drops inputs of updates, and
+whole updates of samples, with 0.1 in training, and leaves entries of norms frozen that were chosen and count. Queries,
+keys and values of one fused matrix count apart. The authors train the head and the class token along
+(``train=["head"]``), count 768 numbers of the token in the budget, which is not done here, and leave embeddings alone.
+SPT-Adapter, with bottlenecks in place of low rank, is not here. Weights that are quantized are left out. Without data,
+as in a plan, each matrix has an update and each vector trains as a whole; ``share=1`` allots the same.
+
+Parameters: about share * (those of all sites).
+
+Use it where the budget is small and the task far from pretraining; not where one adapter is to fit several bases: the
+places are one model's. `fish_mask` trains entries alone, `eva` shares ranks out by what goes in.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+
+from peftcore import (
+    AppliedMethod,
+    Batches,
+    LearningRate,
+    Method,
+    MethodConfig,
+    Operator,
+    Site,
+    Surgeon,
+    Tags,
+    low_rank,
+)
+from peftcore.errors import UnsupportedSite
+from peftcore_vision._entries import EntriesOperator
+from peftcore_vision._sensitivity import is_vector, nearest, sensitivities, update_size
+
+
+class Config(MethodConfig):
+    """Options of SPT-LoRA."""
+
+    method: Literal["spt_lora"] = "spt_lora"
+    share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.005
+    """Share of the weights of all sites that is the budget."""
+    rank: PositiveInt = 8
+    """Rank of updates."""
+    ease: PositiveFloat = 10.0
+    """How many times as many numbers as were chosen in a matrix its update may have."""
+    vector_ease: PositiveFloat = 5.0
+    """How many times as many entries as were chosen a vector may have that trains as a whole."""
+    batches: PositiveInt = 16
+    """How many batches of the data are looked at, at most."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Probability with which inputs of updates are dropped in training."""
+    entries: NonNegativeInt | None = None
+    """Of a single site: how many entries train; None: a low-rank update, or all of a vector. Data decides it."""
+
+
+class UpdateOperator(Operator):
+    """A low-rank update of a matrix."""
+
+    factors_are_parameters = True
+    padded = frozenset({"A", "B"})
+
+    def __init__(self, site: Site, config: Config) -> None:
+        super().__init__(site)
+        if config.dropout and site.form == "weight":
+            raise UnsupportedSite(f"{site.path} is read, not called, so no input could be dropped: leave dropout=0")
+        self.input_dropout = config.dropout
+        inputs = (site.in_features, *site.kernel)
+        bound = 1 / math.sqrt(math.prod(inputs))
+        self.A = nn.Parameter(torch.empty(*site.batch, config.rank, *inputs).uniform_(-bound, bound))
+        self.B = nn.Parameter(torch.zeros(*site.batch, site.out_features, config.rank))
+
+    @low_rank
+    def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
+        y = call(x)
+        A, B = self.cast(y, self.A, self.B)
+        dropped = nn.functional.dropout(x, self.input_dropout) if self.training and self.input_dropout else x
+        return y + self.layer.mix(self.layer.apply(dropped, A), B)
+
+    def merged(self, weight: Tensor) -> Tensor:
+        return weight + (self.B @ self.A.flatten(self.B.dim() - 1)).view(weight.shape)
+
+    def factors(self) -> tuple[Tensor, Tensor, float]:
+        return self.A, self.B, 1.0
+
+
+class SPTLoRA(Method):
+    """Entries and low-rank updates where gradients are large.
+
+    Example:
+        injection = peftcore.apply(model, "spt_lora", data=[batch], share=0.05)  # for large models 0.005, the default
+    """
+
+    name = "spt_lora"
+    Config = Config
+    tags = Tags(category="vision", paper="2303.08566", mergeable=True, needs_data=True)
+    learning_rate = LearningRate(
+        1e-3, "ziplab/SPT@e385f67, configs/vtab_supervised_spt_lora.sh", on="ViT-B/16, VTAB-1k"
+    )
+    target = ("attn.q", "attn.k", "attn.v", "attn.out", "mlp.gate", "mlp.up", "mlp.down", "norm.*")
+    alternatives = ("all-layers",)
+    found: dict[str, Tensor] | None = None
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        tensors: dict[str, Site] = {}
+        for site in surgeon.sites():
+            biases = [site.at(name) for name in site.tensors() if name.endswith("bias") and not site.missing(name)]
+            tensors |= {each.path: each for each in (site, *biases) if not each.layer.packed}
+        for site in surgeon.chosen([*tensors.values()]):  # biases too are recorded in files
+            entries = config.at(site.path).entries
+            if entries != 0:
+                if is_vector(site) or entries is not None:
+                    surgeon.graft(site, lambda at, own: EntriesOperator(at, own.entries), config)
+                else:
+                    surgeon.graft(site, UpdateOperator, config)
+
+    def structure(
+        self, model: nn.Module, data: Batches, config: Config, sites: Sequence[Site]
+    ) -> Mapping[str, Mapping[str, Any] | None]:
+        model.eval()
+        self.found = sensitivities(sites, islice(data, config.batches))
+        own = {site.path: site for site in sites if config.at(site.path) is config}
+        if not own:  # the user told all of them
+            return {}
+        budget = config.share * sum(site.numel for site in own.values())
+        scores = {path: self.found[path] for path in own}
+        plan = nearest(scores, own, budget, config.rank, config.ease, config.vector_ease)
+        return {path: {"entries": count} for path, count in plan.items() if count is not None}
+
+    def calibrate(self, model: nn.Module, data: Batches, config: Config, injection: AppliedMethod) -> None:
+        grafts = [g for g in injection.grafts if g.by_method and isinstance(g.operator, EntriesOperator)]
+        if self.found is None:  # a part of a hybrid, whose entries are told
+            model.eval()
+            with injection.whole.disabled():
+                self.found = sensitivities([graft.site for graft in grafts], islice(data, config.batches))
+        for graft in grafts:
+            index = graft.operator.get_buffer("index")
+            index.copy_(self.found[graft.site.path].topk(len(index)).indices.sort().values)
+        self.found = None
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        if config.entries is not None:
+            return config.entries
+        return site.numel if is_vector(site) else update_size(site, config.rank)
