@@ -64,8 +64,10 @@ class PeftcoreCallback(transformers.TrainerCallback):
         self._frozen: set[str] = set()
         self._state: Any = None
         """The Trainer's, of the training that goes on."""
-        self._saves_itself = False
-        """Whether the model's ``save_pretrained`` asks for what a checkpoint holds."""
+        self.asked = False
+        """Whether the Trainer asks for what a checkpoint holds."""
+        self._told = False
+        """Whether the model's ``save_pretrained`` does."""
         self._undo: Callable[[], Any] | None = None
         self._hooks: list[RemovableHandle] = []
         self._evaluating = False
@@ -107,7 +109,7 @@ class PeftcoreCallback(transformers.TrainerCallback):
         save_for_trainer(model)
         self._note_state(model)
         self._frozen, self._stepped, self._state = frozen_keys(model), [], state
-        self._saves_itself = tell_run(model, self)
+        self._told = tell_run(model, self)
         self._own = optimizer.injection if isinstance(optimizer, MethodOptimizer) else None
         if state.global_step:
             self._check_read(model)
@@ -155,8 +157,8 @@ class PeftcoreCallback(transformers.TrainerCallback):
             whole.pop(prefix + key, None)
         whole.update({prefix + held.key: held.buffer for held in state_between_steps(model) if self._wanted(held)})
 
-    # A model without a save_pretrained cannot tell a checkpoint's state_dict() from others. The next call is the
-    # checkpoint's only between the last event before a checkpoint and the checkpoint, so the model is changed no longer
+    # Where nobody asks, a checkpoint's state_dict() cannot be told from others. The next call is the checkpoint's only
+    # between the last event before a checkpoint and the checkpoint, so the model is changed no longer
     # than that: a failure anywhere else finds it as it was.
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -213,7 +215,7 @@ class PeftcoreCallback(transformers.TrainerCallback):
     def _arm(self, model: nn.Module) -> None:
         """Let the next state_dict(), and no other, leave out frozen tensors, and have state between steps."""
         self._disarm(self._evaluating)
-        if self._saves_itself:
+        if self.asked or self._told:
             return
 
         def state_dict(*args: Any, prefix: str = "", **kwargs: Any) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from training_hosts import Squares, arguments, tensors
 
 import peftcore
-from peftcore.training import PeftcoreCallback
+from peftcore.training import PeftcoreCallback, PeftcoreTrainer
 
 torch.set_num_threads(1)
 
@@ -259,7 +259,7 @@ class Copied(transformers.TrainerCallback):
 
     @torch.no_grad()
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        if state.global_step == 2:  # after a warm-up, at a step of which a checkpoint is written
+        if self.copy is None and state.global_step >= 2:  # after a warm-up, at a step of which a checkpoint is written
             self.copy = copy.deepcopy(model)
         if state.global_step >= 2:
             values = model.state_dict()
@@ -345,6 +345,44 @@ def test_what_a_callback_saves_before_a_checkpoint_is_no_checkpoint(name: str, t
     resumed = Script(name, tmp_path, eval_strategy="no")
     resumed.trainer.train(resume_from_checkpoint=saves.script.checkpoint)
     assert_equal(resumed.values(), noted.at[4])
+
+
+class Bare(nn.Module):
+    """A model that is not of transformers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down = nn.Linear(4, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        logits = self.down(torch.tanh(self.up(x)))
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+@pytest.mark.parametrize("other", [Copied, Wanted])
+def test_our_trainer_has_other_callbacks_beside_models_that_are_not_of_transformers(
+    other: type[transformers.TrainerCallback], tmp_path: Path
+) -> None:
+    data = [{"x": torch.randn(4), "labels": torch.tensor(index % 3)} for index in range(12)]
+    ends: list[dict[str, Tensor]] = []
+    others: list[transformers.TrainerCallback] = []
+    for checkpoint in (None, str(tmp_path / "checkpoint-3")):
+        model = Bare()
+        injection = peftcore.apply(model, "lora", target=["up", "down"], rank=2, seed=0)
+        given = arguments(tmp_path, label_names=["labels"], max_steps=4, save_steps=4 if other is Wanted else 1)
+        run = PeftcoreTrainer(model, given, train_dataset=data)
+        others.append(other())
+        run.add_callback(others[-1])
+        run.train(resume_from_checkpoint=checkpoint)
+        ends.append({key: value.clone() for key, value in model.state_dict().items()})
+        found = load_file(tmp_path / "checkpoint-3" / "model.safetensors")
+        assert len(found) == len(injection.state_dict())
+    assert all(torch.equal(value, ends[1][key]) for key, value in ends[0].items())
+    if isinstance(others[0], Copied):
+        copied = others[0].copy.state_dict()
+        assert copied.keys() == ends[0].keys()
+        assert any(not torch.equal(value, ends[0][key]) for key, value in copied.items())
 
 
 class Thaws(transformers.TrainerCallback):
