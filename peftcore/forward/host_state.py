@@ -139,6 +139,12 @@ class HostState:
         """The paths of modules that are quantized but for merged injections."""
         return [path for name in self.merged for path in self.injections[name].made_dense]
 
+    @property
+    def left_out(self) -> list[str]:
+        """The names of injections that train, and are not merged."""
+        found = [name for name in self.injections if name not in self.merged]
+        return [name for name in found if any(p.requires_grad for p in self.injections[name].parameters())]
+
     def unmerged(self, active: Active) -> Active:
         """Returns the names of `active` that are not merged into the weights.
 

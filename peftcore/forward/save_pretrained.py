@@ -8,7 +8,7 @@ transformers, diffusers and hub mixins have, is told apart from it on the instan
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -20,6 +20,7 @@ from torch import nn
 from peftcore.errors import ExportError, UnsupportedSite
 from peftcore.forward.instance_methods import InstanceMethod, give_methods_back, replace_methods
 from peftcore.registry.plugins import layer_of
+from peftcore.utils.notices import notice
 
 CODES = (torch.int8, torch.uint8, torch.int16, torch.int32)
 """The dtypes in which layers that nobody here knows keep codes; positions are longer."""
@@ -59,6 +60,10 @@ class Owner(Protocol):
     def made_dense(self) -> Sequence[str]:
         """Returns the paths of modules that were quantized when the model was loaded, and are dense now."""
 
+    @property
+    def left_out(self) -> Sequence[str]:
+        """Returns the names of injections that train, and of which the weights of the base have nothing."""
+
 
 class SavesBase(InstanceMethod):
     """A ``save_pretrained`` that leaves adapters out. A caller that hands over a state dict (the Trainer, for its
@@ -78,6 +83,8 @@ class SavesBase(InstanceMethod):
             return self.plain(*args, **kwargs)
         self.check_form()
         check_saves(self.model)
+        if not BASE_ALONE.get():  # where it is asked for, nobody has to be told
+            _tell(dict.fromkeys(name for owner in self.owners for name in owner.left_out))
         with saving_base():
             return self.base(*args, **kwargs)
 
@@ -108,6 +115,16 @@ class Reformed:
     """Notes for good that modules of a model were quantized or made dense after it was loaded."""
 
     made_dense: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+
+
+def _tell(names: Iterable[str]) -> None:
+    """Say which adapters are not in what is saved: elsewhere, a training script may end with this line."""
+    notice(
+        f"save_pretrained (and push_to_hub) of the model writes the base alone, without {name!r}, which trains: "
+        "injection.save(folder) writes that adapter, and injection.push_to_hub(...) sends it"
+        for name in names
+    )
 
 
 @runtime_checkable

@@ -10,13 +10,16 @@ transformers has quantized train as others do.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import transformers
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 from torch.utils.hooks import RemovableHandle
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from peftcore.errors import TrainingError
 from peftcore.forward.admission import Admitted, await_trainer, has_trainer
@@ -30,8 +33,8 @@ from peftcore.trainers.checkpoints import (
     keys_of,
     save_adapters,
     save_for_trainer,
-    saves_checkpoint,
     state_between_steps,
+    tell_run,
     training,
     within,
 )
@@ -59,6 +62,12 @@ class PeftcoreCallback(transformers.TrainerCallback):
         if model is not None and within(model):
             replace_methods([model], Admitted, self)
         self._frozen: set[str] = set()
+        self._state: Any = None
+        """The Trainer's, of the training that goes on."""
+        self.asked = False
+        """Whether the Trainer asks for what a checkpoint holds."""
+        self._told = False
+        """Whether the model's ``save_pretrained`` does."""
         self._undo: Callable[[], Any] | None = None
         self._hooks: list[RemovableHandle] = []
         self._evaluating = False
@@ -99,7 +108,8 @@ class PeftcoreCallback(transformers.TrainerCallback):
             raise TrainingError(f"nothing trains: {names} is frozen, as `load` leaves it; call injection.trainable()")
         save_for_trainer(model)
         self._note_state(model)
-        self._frozen, self._stepped = frozen_keys(model), []
+        self._frozen, self._stepped, self._state = frozen_keys(model), [], state
+        self._told = tell_run(model, self)
         self._own = optimizer.injection if isinstance(optimizer, MethodOptimizer) else None
         if state.global_step:
             self._check_read(model)
@@ -136,8 +146,20 @@ class PeftcoreCallback(transformers.TrainerCallback):
             return
         take_steps(self._stepped, state.global_step + 1, state.max_steps)
 
-    # The next call of state_dict() is the checkpoint's only between the last event before a checkpoint and the
-    # checkpoint, so the model is changed no longer than that: a failure anywhere else finds it as it was.
+    def has_checkpoint(self, folder: str | os.PathLike[str]) -> bool:
+        """Returns whether a folder is that of the checkpoint of the present step, as the Trainer names it."""
+        return self._state is not None and Path(folder).name == f"{PREFIX_CHECKPOINT_DIR}-{self._state.global_step}"
+
+    def keep(self, model: nn.Module, whole: dict[str, Any], prefix: str = "") -> None:
+        """Leave in a state dict of the model what is not frozen, and add state between steps."""
+        self._frozen &= frozen_keys(model)  # another callback may have let more train
+        for key in self._frozen:
+            whole.pop(prefix + key, None)
+        whole.update({prefix + held.key: held.buffer for held in state_between_steps(model) if self._wanted(held)})
+
+    # Where nobody asks, a checkpoint's state_dict() cannot be told from others. The next call is the checkpoint's only
+    # between the last event before a checkpoint and the checkpoint, so the model is changed no longer
+    # than that: a failure anywhere else finds it as it was.
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Expect a checkpoint, or an evaluation and then a checkpoint."""
@@ -181,6 +203,7 @@ class PeftcoreCallback(transformers.TrainerCallback):
             TrainingError: it lacks tensors of adapters.
         """
         self._disarm()
+        tell_run(kwargs["model"], None)
         self._stop_waiting()
         self._check_read(kwargs["model"])
 
@@ -192,22 +215,17 @@ class PeftcoreCallback(transformers.TrainerCallback):
     def _arm(self, model: nn.Module) -> None:
         """Let the next state_dict(), and no other, leave out frozen tensors, and have state between steps."""
         self._disarm(self._evaluating)
+        if self.asked or self._told:
+            return
 
         def state_dict(*args: Any, prefix: str = "", **kwargs: Any) -> dict[str, Any]:
             model.__dict__.pop("state_dict", None)
             whole: dict[str, Any] = model.state_dict(*args, prefix=prefix, **kwargs)
-            for key in self._frozen:
-                whole.pop(prefix + key, None)
-            whole |= {prefix + held.key: held.buffer for held in state_between_steps(model) if self._wanted(held)}
+            self.keep(model, whole, prefix)
             return whole
 
-        def undo() -> None:
-            model.__dict__.pop("state_dict", None)
-            saves_checkpoint(model, False)
-
         model.__dict__["state_dict"] = state_dict
-        saves_checkpoint(model, True)
-        self._undo = undo
+        self._undo = lambda: model.__dict__.pop("state_dict", None)
 
     def _note_state(self, model: nn.Module) -> None:
         """Note what state between steps is like that was not there before."""

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import transformers
@@ -112,28 +112,46 @@ def _without_quantizer(model: nn.Module) -> Iterator[None]:
             vars(model)[name] = quantizer
 
 
+class Run(Protocol):
+    """A training that writes checkpoints."""
+
+    def has_checkpoint(self, folder: str | os.PathLike[str]) -> bool:
+        """Returns whether a folder is that of the checkpoint of the present step."""
+
+    def keep(self, model: nn.Module, whole: dict[str, Any]) -> None:
+        """Leave in a state dict of the model what a checkpoint holds, and add what it lacks."""
+
+
 class SavesAdapters(SavesBase):
     """A ``save_pretrained`` that tells the Trainer apart, which hands over a state dict, or None in its place: it gets
     the base, and the adapters beside it.
 
     Attributes:
-        checkpoint: whether the next call is for a checkpoint, to be read by the Trainer: it holds the state dict as it
-            is, under the model's own names, which transformers changes otherwise for models whose files had others.
+        run: the training that goes on. Its checkpoints, to be read by the Trainer, hold what changes in training, under
+            the model's own names, which transformers changes otherwise for models whose files had others. They are
+            known by their folders: what callbacks do before it, in whichever order, is no matter.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
-        self.checkpoint = False
+        self.run: Run | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the training out of copies of the model, which are nothing to it."""
+        return {**vars(self), "run": None}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = self.__signature__.bind(*args, **kwargs)
         given = call.arguments
         if "state_dict" not in given:
             return super().__call__(*args, **kwargs)
-        checkpoint, self.checkpoint = self.checkpoint, False
-        if checkpoint:
+        if self.run is not None and self.run.has_checkpoint(given["save_directory"]):
+            if given["state_dict"] is None or not is_sharded(self.model):
+                whole = self.model.state_dict() if given["state_dict"] is None else dict(given["state_dict"])
+                self.run.keep(self.model, whole)
+                given["state_dict"] = whole
             with _without_quantizer(self.model):  # it has no codes
-                found = self.plain(*args, **kwargs, **self.own_names())
+                found = self.plain(*call.args, **call.kwargs, **self.own_names())
         else:
             found = self._base_or_none(call)
         if given.get("is_main_process", True):
@@ -170,8 +188,12 @@ def save_for_trainer(model: nn.Module) -> None:
         new.owners = own.owners if isinstance(own, SavesBase) else []
 
 
-def saves_checkpoint(model: nn.Module, wanted: bool) -> None:
-    """Tell ``save_pretrained`` whether its next call is for a checkpoint."""
+def tell_run(model: nn.Module, run: Run | None) -> bool:
+    """Tell the model's ``save_pretrained`` of a training, or that there is none any more.
+
+    Returns whether it has one that can be told.
+    """
     own = vars(model).get("save_pretrained")
     if isinstance(own, SavesAdapters):
-        own.checkpoint = wanted
+        own.run = run
+    return isinstance(own, SavesAdapters)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from peftcore.forward.own_losses import share_of_step
 from peftcore.forward.save_pretrained import saving_base
+from peftcore.layers.fsdp import is_sharded
 from peftcore.trainers.callback import PeftcoreCallback
 from peftcore.trainers.checkpoints import save_adapters, within
 
@@ -35,6 +36,9 @@ class PeftcoreTrainer(transformers.Trainer):
         if not any(each is PeftcoreCallback or isinstance(each, PeftcoreCallback) for each in given):
             given.append(PeftcoreCallback())  # what others ask for, it sees
         super().__init__(model, *args, **{**kwargs, "callbacks": given})
+        found = [each for each in self.callback_handler.callbacks if isinstance(each, PeftcoreCallback)]
+        self._peftcore = found[0]
+        self._peftcore.asked = True
 
     def compute_loss(
         self,
@@ -83,8 +87,12 @@ class PeftcoreTrainer(transformers.Trainer):
         if isinstance(model, transformers.PreTrainedModel):  # its own save_pretrained does it
             super()._save(output_dir, state_dict)
             return
-        checkpoint = "state_dict" in vars(model)  # the callback expects one
+        folder = str(output_dir or self.args.output_dir)
+        checkpoint = self._peftcore.has_checkpoint(folder)
         with nullcontext() if checkpoint else saving_base():
-            super()._save(output_dir, state_dict)
+            whole = model.state_dict() if state_dict is None else state_dict
+            if checkpoint and (state_dict is None or not is_sharded(model)):
+                self._peftcore.keep(model, whole)
+            super()._save(folder, whole)
         if self.args.should_save:
-            save_adapters(model, str(output_dir or self.args.output_dir))
+            save_adapters(model, folder)

@@ -10,6 +10,7 @@ import json
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from peftcore.errors import ExportError
 from peftcore.testing import HOSTS
 from peftcore.testing.kit import fill
 from peftcore.testing.tools import differences, trace
+from peftcore.utils import notices
 
 TRANSFORMERS = ["llama", "bert", "t5", "gpt2", "moe", "vit"]
 DIFFUSERS = ["unet", "dit"]
@@ -80,6 +82,31 @@ def test_the_base_is_saved_and_the_adapter_goes_onto_it(name: str, method: str, 
     assert torch.equal(output(name, found, inputs), base)
     peftcore.load(found, tmp_path / "adapter", trainable=True)
     torch.testing.assert_close(output(name, found, inputs), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_adapters_that_are_left_out_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that train, once each; elsewhere this line is a script's last, and saves them."""
+    monkeypatch.setattr(notices, "told", set())
+    model, _ = host("llama")
+    injection = peftcore.apply(model, "lora")
+    with peftcore.saving_base():
+        model.save_pretrained(tmp_path / "base")
+    injection.merge()
+    model.save_pretrained(tmp_path / "merged")
+    injection.unmerge()
+    injection.trainable(False)
+    model.save_pretrained(tmp_path / "frozen")
+    assert not caplog.messages
+    injection.trainable()
+    model.save_pretrained(tmp_path / "out")
+    model.model.save_pretrained(tmp_path / "inner")
+    hub = SimpleNamespace(create_repo=lambda name, **_: SimpleNamespace(repo_id=name), create_commit=lambda **_: None)
+    monkeypatch.setattr(transformers.utils.hub, "hf_api", lambda: hub)
+    monkeypatch.setattr(notices, "told", set())
+    model.push_to_hub("a/b")
+    assert len(caplog.messages) == 2 and "without 'lora', which trains: injection.save(folder)" in caplog.text
 
 
 def test_an_adapter_beside_the_base_in_one_folder(tmp_path: Path) -> None:

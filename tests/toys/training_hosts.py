@@ -1,11 +1,11 @@
-"""Tiny hosts with labels, rows of data for them, and a Trainer that writes little."""
+"""Tiny hosts with labels, rows of data for them, and Trainers that write little."""
 
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 
 from peftcore.testing.hosts import HOSTS, VOCABULARY
 
@@ -62,3 +62,23 @@ def trainer(model: nn.Module, name: str, folder: Path, callbacks: list[Any], **c
     )
     made.remove_callback(transformers.PrinterCallback)
     return made
+
+
+def tensors(output: Any) -> list[Tensor]:
+    """The floating-point tensors of an output."""
+    values = output.values() if isinstance(output, dict) else output if isinstance(output, tuple) else [output]
+    inner = [tensors(each) if isinstance(each, dict | tuple) else [each] for each in values]
+    return [each for part in inner for each in part if isinstance(each, Tensor) and each.is_floating_point()]
+
+
+class Squares(transformers.Trainer):
+    """A Trainer for any output: its loss is the mean square."""
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        return sum(each.float().square().mean() for each in tensors(model(**inputs)))
+
+    def prediction_step(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Any:
+        with torch.no_grad():
+            return self.compute_loss(model, inputs), None, None

@@ -13,7 +13,7 @@ import transformers
 from host_zoo import build
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from training_hosts import arguments, host, rows, trainer
+from training_hosts import Squares, arguments, host, rows, tensors, trainer
 
 import peftcore
 from peftcore.errors import TrainingError
@@ -53,26 +53,6 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, dict[str, Any]]]] = {
 
 TARGETS = {"mixtral": ["attn.q", "experts.gate", "experts.up", "experts.down"]}
 """What `all-linear` leaves out."""
-
-
-def tensors(output: Any) -> list[Tensor]:
-    """The floating-point tensors of an output."""
-    values = output.values() if isinstance(output, dict) else output if isinstance(output, tuple) else [output]
-    inner = [tensors(each) if isinstance(each, dict | tuple) else [each] for each in values]
-    return [each for part in inner for each in part if isinstance(each, Tensor) and each.is_floating_point()]
-
-
-class Squares(transformers.Trainer):
-    """A Trainer for any output: its loss is the mean square."""
-
-    def compute_loss(
-        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        return sum(each.float().square().mean() for each in tensors(model(**inputs)))
-
-    def prediction_step(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Any:
-        with torch.no_grad():
-            return self.compute_loss(model, inputs), None, None
 
 
 class Noted(transformers.TrainerCallback):
