@@ -13,6 +13,7 @@ from peftcore.authoring.blocks import (
     stream_width,
     with_blocks,
 )
+from peftcore.authoring.borrowed_layers import BorrowedLayer, borrow
 from peftcore.authoring.branches import (
     AtBranchEnd,
     BranchSite,
@@ -114,6 +115,7 @@ __all__ = [
     "Batch",
     "Batches",
     "BlockSite",
+    "BorrowedLayer",
     "BranchSite",
     "Bypass",
     "Calls",
@@ -185,6 +187,7 @@ __all__ = [
     "block_around",
     "block_depths",
     "block_sites",
+    "borrow",
     "branch",
     "branch_end",
     "by_row",

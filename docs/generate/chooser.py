@@ -212,7 +212,16 @@ ADVICE = (
     ),
     Advice(
         "a diffusion model that follows a picture",
-        ("controlnet", "controlnet_xs", "controlnext", "t2i_adapter", "scedit", "ip_adapter", "ominicontrol"),
+        (
+            "controlnet",
+            "controlnet_lora",
+            "controlnet_xs",
+            "controlnext",
+            "t2i_adapter",
+            "scedit",
+            "ip_adapter",
+            "ominicontrol",
+        ),
         ("do not merge",),
         "a second network, or with a DiT LoRA alone (the last); `peftcore.call(model, condition=...)`",
     ),

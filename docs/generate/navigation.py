@@ -23,7 +23,7 @@ SECTIONS = {
             "mixtures",
             "serving",
         ),
-        *("files", "concepts", "roles", "promises", "performance", "benchmarks"),
+        *("files", "readers", "concepts", "roles", "promises", "performance", "benchmarks"),
     ),
     "Extend": ("write-a-method", "hooks"),
     "Project": ("upgrade", "checks", "architecture", "CONTRIBUTING", "SECURITY", "CHANGELOG"),

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from peftcore.algebra import merge_math
-from peftcore.algebra.merge_math import Sign, cat, linear, padded, product, svd
+from peftcore.algebra.merge_math import Sign, cat, linear, padded, product, svd, weighted_svd
+from peftcore.authoring.inputs import second_moments
 from peftcore.contract.config import MethodConfig, validate
 from peftcore.contract.method import Method
 from peftcore.contract.operators import Factors, _Base, changes_bias, is_mergeable
@@ -28,6 +29,7 @@ from peftcore.layers.layer import bias_name, put, take
 from peftcore.registry.catalogue import method as find_method
 from peftcore.surgery.surgeon import Wishes
 from peftcore.targets.sites import Site
+from peftcore.training.batches import Data
 from peftcore.utils.progress import through
 
 How = Literal["cat", "linear", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune", "slerp"]
@@ -215,21 +217,30 @@ def warn_of_heads(sources: Iterable[Injection]) -> None:
         warnings.warn(f"heads belong to one task and are left out: {', '.join(heads)}", UserWarning, stacklevel=3)
 
 
-def to_lora(injection: Injection, rank: int, name: str | None = None) -> tuple[Injection, dict[str, float]]:
+def to_lora(
+    injection: Injection, rank: int, name: str | None = None, *, data: Data | None = None
+) -> tuple[Injection, dict[str, float]]:
     """Returns a LoRA with the weight changes of another adapter, and its error at each site relative to the change.
 
     Exact where the change has so few columns, by its factors; else the nearest one, by `svd`. The new injection is
     frozen and active in place of the old one, which stays on the host.
 
+    Args:
+        data: batches of inputs. At linear layers the LoRA is then the one whose outputs for them are nearest, and the
+            errors there are those of outputs.
+
     Raises:
+        CalibrationError: `data` has no batches, or the model cannot be called with one.
         NotMergeable: the method makes no change of weights.
         UnsupportedSite: it changes vectors (biases, norms), of which no product of factors is one.
         UnknownMethod: LoRA is not installed.
         RouteError, CompositionError: a route or composition that is in force stands on the old one.
     """
     warn_of_heads([injection])
-    found = through(_matrices(changes(injection)).items(), "factors of changes")
-    made = {path: _nearest(change, rank) for path, change in found}
+    found = _matrices(changes(injection))
+    moments = {} if data is None else second_moments(injection, data)
+    steps = through(found.items(), "factors of changes")
+    made = {path: _nearest(change, rank, moments.get(path)) for path, change in steps}
     lora = _lora(injection.model, made, name or f"{injection.name}_lora", [injection.name])
     return lora, {path: error for path, (_, _, error) in made.items()}
 
@@ -260,9 +271,11 @@ def _matrices(found: dict[str, Change]) -> dict[str, Change]:
     return found
 
 
-def _nearest(change: Change, rank: int) -> Made:
+def _nearest(change: Change, rank: int, moment: Tensor | None = None) -> Made:
     if change.factors is not None and change.factors[1].shape[-1] <= rank:
         return change.site, padded(change.factors, rank), 0.0
+    if moment is not None and change.delta.dim() == 2:
+        return change.site, *weighted_svd(change.delta, rank, moment.to(change.delta))
     return change.site, *svd(change.delta, rank, change.site.layer.batch_dims)
 
 

@@ -127,6 +127,20 @@ def svd(delta: Tensor, rank: int, batch_dims: int = 0) -> tuple[Factors, float]:
     return padded((A, U[..., :rank] * root.unsqueeze(-2), 1.0), rank), dropped / whole_norm if whole_norm else 0.0
 
 
+def weighted_svd(delta: Tensor, rank: int, moment: Tensor) -> tuple[Factors, float]:
+    """Returns the update of that rank whose outputs are nearest to those of a delta ``[out, in]`` for inputs with a
+    second moment ``[in, in]``, and its error relative to the delta's outputs, as root mean squares over these inputs.
+
+    With ``moment = R R'`` that is B A R nearest to delta R: B are the first left singular vectors of delta R, and
+    A = B' delta, so that nothing is inverted. With the identity as moment it is `svd`.
+    """
+    values, vectors = torch.linalg.eigh(moment)
+    U, S, _ = torch.linalg.svd(delta @ (vectors * values.clamp_min(0).sqrt()), full_matrices=False)
+    B = U[:, :rank]
+    dropped, whole_norm = (float(torch.linalg.vector_norm(each)) for each in (S[rank:], S))
+    return padded((B.T @ delta, B, 1.0), rank), dropped / whole_norm if whole_norm else 0.0
+
+
 def padded(factors: Factors, rank: int) -> Factors:
     """Returns the same update with more columns, all zero; the scale in B."""
     A, B, scale = factors

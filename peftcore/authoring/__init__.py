@@ -1,6 +1,6 @@
 """Helpers for authors of methods.
 
-It may import `algebra`, and what is below. In the order of reading:
+It may import `files`, and what is below. In the order of reading:
 
 - `branches`: adapters parallel to a branch of a block.
 - `blocks`: the blocks of a model as target modules.
@@ -10,6 +10,7 @@ It may import `algebra`, and what is below. In the order of reading:
 - `instance_prompts`: soft prompts that look at the text behind them.
 - `pass_cache`: a cache of its own for an extra pass over the model, or for a network beside it.
 - `guests`: a smaller network of the model's own family, beside it.
+- `borrowed_layers`: a network beside the model whose layers are the model's, with updates of its own.
 - `streams`: rows beside the tokens of a diffusion transformer.
 - `row_logits`: what a model predicts at the rows of a soft prompt.
 - `hybrid_parts`: methods that are made of methods.

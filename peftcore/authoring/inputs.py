@@ -1,4 +1,4 @@
-"""What methods see of the user's data: the inputs of linear layers as vectors, without padding."""
+"""What methods see of the user's data: the inputs of linear layers as vectors, without padding, and their moments."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftcore.injection.injection import Injection
+from peftcore.injection.switching import activate
 from peftcore.targets.sites import Site
+from peftcore.training.batches import Batches, Data
 
 IGNORED = -100
 """The label of a position that no loss counts."""
@@ -53,3 +56,36 @@ def watched_inputs(model: nn.Module, modules: Iterable[nn.Module], look: Look, l
         for module in modules:
             hooks.callback(module.register_forward_pre_hook(entered, with_kwargs=True).remove)
         yield
+
+
+@torch.no_grad()
+def second_moments(injection: Injection, data: Data) -> dict[str, Tensor]:
+    """Returns the mean of ``x x'`` ``[in, in]`` over the inputs x of each linear layer that is called, by the path of
+    its site, in float32 or better. The model runs on `data` in evaluation with the adapter alone; padding counts for
+    nothing.
+
+    Raises:
+        CalibrationError: there are no batches, or the model cannot be called with one.
+    """
+    model = injection.model
+    sites = [graft.site for graft in injection.grafts if graft.by_method]
+    seen = {site.path: site for site in sites if site.layer.called and site.layer.of_vectors and not site.batch}
+    sums: dict[nn.Module, Tensor] = {}
+    counts: dict[nn.Module, int] = {}
+
+    def look(module: nn.Module, given: Tensor, vectors: Tensor) -> None:
+        product = vectors.T @ vectors
+        sums[module] = sums[module] + product if module in sums else product
+        counts[module] = counts.get(module, 0) + len(vectors)
+
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        modules = {site.module for site in seen.values()}
+        with activate(model, injection.name), watched_inputs(model, modules, look):
+            for batch in Batches(model, data, f"inputs with {injection.name}"):
+                batch.output()
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    return {path: sums[site.module] / counts[site.module] for path, site in seen.items() if counts.get(site.module)}

@@ -15,7 +15,7 @@ from peftcore.errors import PeftcoreError
 
 ORDER = (
     *("train", "compare", "search", "chat", "plan", "tree", "methods", "show", "schema"),
-    *("inspect", "merge", "convert", "export-lora", "doctor", "new"),
+    *("inspect", "merge", "convert", "export-lora", "check", "export", "doctor", "new"),
 )
 """Commands in the order in which people need them."""
 KEPT = "\n\N{NO-BREAK SPACE}"

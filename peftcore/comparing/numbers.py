@@ -21,6 +21,14 @@ def size(count: float) -> str:
     return f"{digits(value)}{SPACE}{units[0]}"
 
 
+def work(count: float) -> str:
+    """Format floating-point operations: three digits and a decimal unit."""
+    value, units = float(count), ["", "k", "M", "G", "T", "P", "E"]
+    while value >= 999.5 and len(units) > 1:
+        value, units = value / 1000, units[1:]
+    return f"{digits(value)}{SPACE}{units[0]}FLOP"
+
+
 def short(count: float) -> str:
     """Format a count of parameters: 1k, 2.5M, 7B."""
     value, units = float(count), ["", "k", "M", "B", "T"]

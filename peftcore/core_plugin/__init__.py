@@ -41,6 +41,8 @@ def peftcore_formats() -> Mapping[str, str]:
         "adapterhub": "peftcore.files.formats.adapterhub:AdapterHub",
         "kohya": "peftcore.files.formats.kohya:Kohya",
         "diffusers": "peftcore.files.formats.diffusers:Diffusers",
+        "mlx": "peftcore.files.formats.mlx:MLX",
+        "gguf": "peftcore.files.formats.gguf:GGUF",
     }
 
 

@@ -7,6 +7,7 @@ It may import `injection`, and what is below. In the order of reading:
 - `auto_classes`: the classes of transformers by which a base may be built, and their tasks.
 - `added_rows`: rows that were added to token tables of the base.
 - `formats`: one module a file format, ours and other libraries'.
+- `readers`: what other programs read of these, by version, as data.
 - `save_load`: `load`, and the function behind `Injection.save`.
 - `adapter_pool`: adapters within a limit of bytes, the idle ones in files.
 - `bases`: `load_base`, which builds the model that an adapter's file names.

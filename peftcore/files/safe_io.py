@@ -225,6 +225,11 @@ def write_text(path: Path, text: str) -> None:
     _put(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
+def write_made(path: Path, write: Callable[[Path], None]) -> None:
+    """Write a file by a function of another library whole, or not at all."""
+    _put(path, write)
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file whole, or not at all; equal tensors give equal bytes.
 

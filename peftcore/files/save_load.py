@@ -36,10 +36,10 @@ from peftcore.errors import (
 from peftcore.files.envelope import Envelope, method_of, mismatched, options_of, weights_digest
 from peftcore.files.formats.card import CARD, Metrics, card, is_ours, metric_rows
 from peftcore.files.formats.description import Description
-from peftcore.files.formats.format import PICKLES, Placed, Tensors, format_named, recognize
+from peftcore.files.formats.format import PICKLES, Made, Placed, Tensors, format_named, recognize
 from peftcore.files.formats.hub import located, upload
 from peftcore.files.formats.patterns import one_file
-from peftcore.files.safe_io import clear_partial, write_tensors, write_text
+from peftcore.files.safe_io import clear_partial, write_made, write_tensors, write_text
 from peftcore.forward.host_state import HostState
 from peftcore.forward.save_pretrained import saving_base
 from peftcore.injection import made_of_base
@@ -126,7 +126,7 @@ def _only_file(path: Path, formats: Sequence[str]) -> str:
     raise ExportError(f"{path} is the name of a file, and {why}; name a folder, such as {str(path.with_suffix(''))!r}")
 
 
-def _write_file(path: Path, content: Tensors | str | Placed) -> None:
+def _write_file(path: Path, content: Tensors | str | Placed | Made) -> None:
     assert isinstance(content, Tensors), "tensors are what a format's only file holds"
     path.parent.mkdir(parents=True, exist_ok=True)
     clear_partial(path.parent, path.name)
@@ -137,7 +137,7 @@ def _write(
     injection: Injection,
     path: Path,
     formats: Sequence[str],
-    contents: dict[str, Tensors | str | Placed],
+    contents: dict[str, Tensors | str | Placed | Made],
     metrics: Metrics | None,
     home: Path,
 ) -> None:
@@ -152,6 +152,8 @@ def _write(
             write_text(path / name, content.text(home))
         elif isinstance(content, Tensors):
             write_tensors(path / name, content.values, content.metadata)
+        elif isinstance(content, Made):
+            write_made(path / name, content.write)
         else:
             write_text(path / name, content)
 

@@ -417,6 +417,7 @@ def plan(
     seed: int | None = None,
     dtype: torch.dtype | str | None = None,
     host: HostMap | None = None,
+    shards: int | None = None,
     **config: Any,
 ) -> Plan:
     """Returns the sites, shapes, parameters and bytes of `apply` with the same arguments. Nothing is changed or
@@ -424,11 +425,14 @@ def plan(
 
     The host may be on the meta device; data is not looked at.
 
+    Args:
+        shards: a number of processes over which FSDP2 shards the model; the plan has what each of them holds.
+
     Raises:
-        PeftcoreError: the same errors as `apply`.
+        PeftcoreError: the same errors as `apply`; UnsupportedHost also where a parameter cannot be sharded.
     """
     check_model(model)
     found, options = resolve_method(method, config)
     target, train, host, _ = with_preset(method, model, target, train, host)
     surgeon = prepare(model, found, options, wishes_of(target, exclude, train, seed, dtype), host, dry=True)
-    return Plan.of(surgeon)
+    return Plan.of(surgeon, shards)

@@ -10,6 +10,7 @@ It may import `targets`, and what is below. In the order of reading:
 - `installation`: installs and removes recorded operators; `apply` freezes the base.
 - `placement`: an error for target modules that are in the model no longer.
 - `silent_layers`: an error for target modules that never ran.
+- `sharding`: what each process holds where a planned model is sharded.
 - `planning`: the result of `plan`, a dry run of `apply`.
 """
 

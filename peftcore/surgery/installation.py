@@ -79,7 +79,8 @@ def _remove(holder: nn.Module, key: str, name: str) -> None:
         del holder._modules[ADAPTER_MODULES]
 
 
-def _shelves(surgeon: Surgeon) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+def shelves(surgeon: Surgeon) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+    """Yields the module that will hold each recorded operator, the operator's name in it, and the operator."""
     places: dict[str, tuple[nn.Module, str]] = {}
     for graft in surgeon.grafts:
         site = graft.site
@@ -102,7 +103,7 @@ def install(surgeon: Surgeon, state: HostState, name: str) -> None:
     """Install all recorded operators in the host; on any error the host is left as it was."""
     _check_trains(surgeon)
     try:
-        for holder, key, operator in _shelves(surgeon):
+        for holder, key, operator in shelves(surgeon):
             _put(holder, key, name, operator)
         for graft in surgeon.grafts:
             for site in graft.holders:
@@ -152,7 +153,7 @@ def _force_attributes(surgeon: Surgeon, state: HostState, name: str) -> None:
 
 def uninstall(surgeon: Surgeon, state: HostState, name: str) -> None:
     """Remove the operators that `install` put in under `name`."""
-    for holder, key, _ in _shelves(surgeon):
+    for holder, key, _ in shelves(surgeon):
         _remove(holder, key, name)
     for module in surgeon.resolver.modules.values():
         detach(module, state, name)

@@ -12,6 +12,7 @@ from torch import Size, nn
 from peftcore.layers.layer import is_dense
 from peftcore.registry.plugins import layer_of
 from peftcore.roles import HostMap
+from peftcore.surgery.sharding import Shard, shards_of
 from peftcore.targets.sites import Site
 
 if TYPE_CHECKING:
@@ -52,13 +53,24 @@ class Plan:
     """The host map that was used."""
     notes: tuple[str, ...] = ()
     """Lines about the method's default targets: which alternative was taken, and what is left out."""
+    resident: int = 0
+    """Bytes that one adapter takes on the model: its parameters and buffers, those too that no file has. As many more
+    as there are adapters."""
+    shards: tuple[Shard, ...] = ()
+    """What each process holds, where a number of them was given."""
 
     @classmethod
-    def of(cls, surgeon: Surgeon) -> Plan:
-        """Make the plan from the operators that a surgeon recorded."""
+    def of(cls, surgeon: Surgeon, shards: int | None = None) -> Plan:
+        """Make the plan from the operators that a surgeon recorded.
+
+        Raises:
+            ConfigError: `shards` is no number of processes.
+            UnsupportedHost: some parameter cannot be sharded.
+        """
         modules = [(graft.key, graft.operator) for graft in surgeon.grafts]
         modules += [(f"shared:{name}", shared.module) for name, shared in surgeon.owned.items()]  # type: ignore[misc]
         tensors = {f"{path}.{key}": tensor for path, module in modules for key, tensor in module.state_dict().items()}
+        held = {each for _, module in modules for each in (*module.parameters(), *module.buffers())}
         return cls(
             sites=tuple(graft.site for graft in surgeon.grafts),
             shapes={key: tensor.shape for key, tensor in tensors.items()},
@@ -68,6 +80,8 @@ class Plan:
             bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
             host=surgeon.resolver.host,
             notes=tuple(surgeon.notices),
+            resident=sum(each.nbytes for each in held),
+            shards=() if shards is None else shards_of(surgeon, shards),
         )
 
     def differences(
@@ -99,6 +113,7 @@ class Plan:
             f"{len(self.sites)} sites, {self.trainable:,} trainable ({self.share:.3%}), {self.bytes:,} bytes",
         ]
         lines += [f"note: {note}" for note in self.notes]
+        lines += [f"process {number}: {shard}" for number, shard in enumerate(self.shards)]
         lines += [f"  {site.path}  {tuple(site.weight_shape)}  {site.form}" for site in self.sites]
         return "\n".join(lines)
 

@@ -113,3 +113,20 @@ def test_factors_side_by_side_are_the_sum_and_svd_knows_its_error(
         assert near[0].shape == (*lead, rank, 6, *kernel) and near[1].shape == (*lead, 5, rank)
         assert abs(float((algebra.product(near) - total).norm() / total.norm()) - error) < 1e-9
         assert (error < 1e-12) == (rank >= 5)
+
+
+def test_the_nearest_in_outputs_is_the_nearest_of_the_whitened_matrix() -> None:
+    x, delta = drawn(40, 7, seed=1) * torch.linspace(0.1, 3, 7), drawn(9, 7, seed=2)
+    root = torch.linalg.cholesky(x.T @ x / len(x))  # another root of the moment than the one of its eigenvectors
+    U, S, V = torch.linalg.svd(delta @ root, full_matrices=False)
+    expected = U[:, :3] * S[:3] @ V[:3] @ torch.linalg.inv(root)
+    factors, error = algebra.weighted_svd(delta, 3, x.T @ x / len(x))
+    near = algebra.product(factors)
+    assert close(near, expected)
+    assert error == pytest.approx(float((x @ (delta - near).T).norm() / (x @ delta.T).norm()))
+    plain, plain_error = algebra.svd(delta, 3)
+    same, same_error = algebra.weighted_svd(delta, 3, torch.eye(7, dtype=F64))
+    assert close(algebra.product(same), algebra.product(plain)) and same_error == pytest.approx(plain_error)
+    dead = torch.zeros(7, 7, dtype=F64)
+    dead[0, 0] = 1.0  # inputs along one direction alone: one column is enough, and nothing is inverted
+    assert algebra.weighted_svd(delta, 1, dead)[1] < 1e-12

@@ -47,6 +47,18 @@ HOSTS: dict[str, Callable[[], nn.Module]] = {
     "CLIP": lambda: of("CLIP", "Model"),
     "CLIP ViT-B/32": lambda: of("CLIPVision", "Model"),
     "SD 1.5 UNet": lambda: diffusers.UNet2DConditionModel(cross_attention_dim=768),
+    "SDXL UNet": lambda: diffusers.UNet2DConditionModel(
+        block_out_channels=(320, 640, 1280),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2, 10),
+        attention_head_dim=(5, 10, 20),
+        cross_attention_dim=2048,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=2816,
+    ),
     "SD 1.5 UNet and text encoder": lambda: nn.ModuleList(
         [
             diffusers.UNet2DConditionModel(cross_attention_dim=768),
@@ -210,6 +222,14 @@ ROWS = [
         {"base": "none"},
     ),
     Row("controlnet_xs", "SD 1.5 UNet", 53e6, "vislearn/ControlNet-XS, sd15_encD_canny_53m.yaml", within=5e5),
+    Row(
+        "controlnet_lora",
+        "SDXL UNet",
+        395_733_680 / 2,
+        "stabilityai/control-lora@75590eb, control-lora-canny-rank128.safetensors: 395,733,680 bytes of float16, of "
+        "which about 175,000 are names",
+        within=1e5,
+    ),
     Row("scedit", "SD 1.5 UNet", 19.68e6, "modelscope/ms-swift, GetStarted/SCEdit.md: 19.68M (in 2.1)", within=5e3),
     Row(
         "scedit",

@@ -109,7 +109,7 @@ def test_a_step_in_half_precision(folders: Folders) -> None:
     assert one["full"]["weights"] > other["full"]["weights"] > one["full"]["weights"] / 2  # rotary tables stay
     for each in (*one.values(), *other.values()):
         assert each["optimizer"] == 2 * each["gradients"]
-        assert each["total"] == sum(value for name, value in each.items() if name != "total")
+        assert each["total"] == sum(value for name, value in each.items() if name not in ("total", "peak"))
     assert other["full"]["activations"] < one["full"]["activations"]
 
 
@@ -180,3 +180,25 @@ def test_bad_options(folders: Folders) -> None:
     assert "matches nothing" in refused(bert, "lora", "--target", "nowhere")
     assert "'nowhere' matches nothing" in refused(bert, "lora", "--target", "attn.q", "--target", "nowhere")
     assert "--batch-size" in refused(bert, "lora", "--batch-size", 0)
+
+
+def test_sharded_weights_and_many_adapters(folders: Folders) -> None:
+    llama = folders("llama")
+    found = planned(llama, "lora", "--length", 8, "--shards", 2, "--resident", 10_000)
+    plan = peftcore.plan(real("llama", llama), "lora", shards=2)
+    assert found["resident"] == {"adapters": 10_000, "bytes": 10_000 * plan.resident}
+    for said, each in zip(found["shards"], plan.shards, strict=True):
+        assert {name: said[name] for name in vars(each)} == vars(each)
+        assert (said["activations"], said["peak"]) == (found["memory"]["adapted"]["activations"], None)
+    assert found["memory"]["adapted"]["peak"] > found["memory"]["adapted"]["weights"]
+    text = page(llama, "lora", "--length", 8, "--shards", 2, "--resident", 10_000)
+    assert "each of 2" in text and "gathered" in text and "10,000 adapters resident" in text
+    assert "gathered" not in page(llama, "lora", "--length", 8)
+
+
+def test_blocks_that_run_again(folders: Folders) -> None:
+    plain, again = (planned(folders("llama"), "lora", *more) for more in ((), ("--checkpoint-gradients",)))
+    assert again["memory"]["adapted"]["activations"] < plain["memory"]["adapted"]["activations"]
+    assert again["memory"]["adapted"]["peak"] < plain["memory"]["adapted"]["peak"]
+    assert again["flops"]["adapted"] > plain["flops"]["adapted"]
+    assert "no blocks of this model run again" in refused(folders("vit"), "lora", "--checkpoint-gradients")

@@ -2,11 +2,12 @@
 
 import math
 
-from peftcore.comparing.numbers import SPACE, decimals, digits, duration, fixed, listed, percent, short, size
+from peftcore.comparing.numbers import SPACE, decimals, digits, duration, fixed, listed, percent, short, size, work
 
 
 def test_numbers():
     assert [size(n).replace(SPACE, " ") for n in (999, 1_200, 3_600_000_000)] == ["999 B", "1.20 kB", "3.60 GB"]
+    assert [work(n).replace(SPACE, " ") for n in (5e3, 2.85e14)] == ["5.00 kFLOP", "285 TFLOP"]
     assert [short(n) for n in (512, 10_000, 2_500_000)] == ["512", "10k", "2.5M"]
     assert [percent(n) for n in (1, 0.0236, 0.0000034)] == ["100%", "2.36%", "0.000340%"]
     assert [digits(n) for n in (0.2, 12, 345.6)] == ["0.200", "12.0", "346"]

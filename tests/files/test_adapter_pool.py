@@ -20,6 +20,7 @@ from peftcore.errors import CheckpointError, ConfigError, IdleAdapter, MemoryLim
 from peftcore.files.adapter_pool import InFolder, bytes_of, digest
 from peftcore.files.safe_io import write_tensors
 from peftcore.injection.idle import StandIn
+from peftcore.testing.hosts import HOSTS
 
 IDS = token_ids()
 
@@ -420,3 +421,17 @@ def test_a_thousand_adapters_within_a_limit(adapters: int, limit: int, tmp_path:
     del found, wanted
     assert storages(others) == pool.bytes
     del others
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "ia3", "houlsby_adapter", "ln_tuning", "vera", "prompt_tuning"])
+def test_adapters_take_what_is_planned(method: str, tmp_path: Path) -> None:
+    """By the pool's count, and by the storages that come into being: as many bytes for each, however many there are."""
+    model = HOSTS["llama"].build()[0]
+    each = peftcore.plan(model, method).resident
+    pool = peftcore.keep_within(model, "1GB", idle=tmp_path / "idle")
+    before = storages()
+    for number in range(1, 5):
+        peftcore.apply(model, method, name=f"{method}-{number}", seed=number)
+        peftcore.activate(model)
+        assert pool.bytes == number * each
+        assert storages() - before == number * each

@@ -402,6 +402,7 @@ ELSEWHERE = {
     "cocoop": "has no place",
     "controlnet": "asks to be told more",
     "controlnet_lllite": "asks to be told more",
+    "controlnet_lora": "asks to be told more",
     "controlnext": "asks to be told more",
     "controlnet_xs": "asks to be told more",
     "coop": "asks to be told more",

@@ -36,6 +36,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "config_union": {"parts": [{"method": "lora", "rank": 2}, {"method": "houlsby_adapter", "bottleneck": 4}]},
     "controlnet": {"widths": [4, 6]},
     "controlnext": {"widths": [8, 8, 16]},
+    "controlnet_lora": {"widths": [4, 6], "rank": 2},
     "controlnet_xs": {"ratio": 0.5, "widths": [4, 6]},
     "coop": {"init_ids": [3, 4, 5]},
     "cpt": {"ids": [5, 9, 3, 7, 11, 2, 8, 4, 6], "types": [1, 2, 3, 4, 4, 5, 6, 7, 8]},

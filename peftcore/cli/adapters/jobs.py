@@ -1,19 +1,25 @@
-"""The jobs of the commands that work on adapter files: merge, convert, export as a LoRA."""
+"""The jobs of the commands that work on adapter files: merge, convert, export as a LoRA or for a program."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
+
+import transformers
 
 import peftcore
+from peftcore.algebra.exporting import Export, as_it_is
+from peftcore.algebra.exporting import export as algebra_export
 from peftcore.cli.adapters.hosts import Adapter, Source, Wanted, check_complete, find_source, write
 from peftcore.cli.adapters.output import Output
-from peftcore.cli.adapters.results import Converted, Exported, Merged, shown_format
+from peftcore.cli.adapters.results import Converted, Exported, ForReader, Merged, shown_format
 from peftcore.comparing.errors import BadInput
 from peftcore.comparing.models.opening import open_model
-from peftcore.errors import CheckpointError, NotMergeable, NoWeights
+from peftcore.errors import CheckpointError, ExportError, NotMergeable, NoWeights
 from peftcore.files.formats.format import recognize
+from peftcore.files.readers.reader import Reader
 from peftcore.files.save_load import describe
 from peftcore.files.save_load import save as save_folder
 from peftcore.injection.injection import Injection
@@ -134,6 +140,67 @@ def export_lora(
     with output.filled() as folder:
         save(lora, to, folder, output)
     return Exported(adapter.path, method, rank, shown_format(to), errors, numbers(lora), files_of(output))
+
+
+@dataclass(frozen=True)
+class Projection:
+    """The user's options about the nearest LoRA."""
+
+    rank: int | None = None
+    """None refuses what is no LoRA."""
+    texts: Path | None = None
+    """A file of examples, by whose outputs nearest is meant."""
+    max_error: float | None = None
+    """The largest relative error of a site."""
+
+
+def export(
+    wanted: Wanted, adapter: Adapter, reader: Reader, output: Output, projection: Projection, display: Display
+) -> ForReader:
+    """Write what another program reads, from the model's configuration alone where that is enough."""
+    if projection.texts is not None and projection.rank is None:
+        raise BadInput("--data says what the nearest LoRA is; give --project RANK with it")
+    display.phase("reading", None)
+    source = find_source(wanted, adapter)
+    try:
+        opened = open_model(source.folder, False, source.made_on)
+        injection = peftcore.load(opened.model, adapter.path, name="adapter")
+        with output.filled() as folder:
+            done = Export("as it is", as_it_is(injection, folder, reader, home=output.path), 0, {})
+    except (NoWeights, ExportError):
+        display.phase("loading", None)
+        opened = open_model(source.folder, made_on=source.made_on)
+        injection = peftcore.load(opened.model, adapter.path, name="adapter")
+        display.phase("writing", None)
+        data = None if projection.texts is None else _batches(source.folder, projection.texts)
+        with output.filled() as folder:
+            done = algebra_export(injection, folder, reader, rank=projection.rank, data=data, home=output.path)
+            _check_error(done, projection.max_error)
+    return ForReader(adapter.path, injection.method.name, done, files_of(output))
+
+
+def _check_error(done: Export, most: float | None) -> None:
+    if most is not None and not done.error <= most:
+        worst = max(done.errors, key=done.errors.__getitem__)
+        raise BadInput(
+            f"rank {done.rank} loses {done.error:.3g} of the change at {worst}, more than --max-error {most:g}; "
+            "nothing was written. A higher --project loses less"
+        )
+
+
+def _batches(model: Path, texts: Path) -> list[dict[str, Any]]:
+    """Return the lines of a text file, one a batch, as the tokenizer beside a model makes inputs of them."""
+    try:
+        lines = [line for line in texts.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeError) as error:
+        raise BadInput(f"--data {texts}: cannot be read ({error})") from None
+    if not lines:
+        raise BadInput(f"--data {texts}: has no lines of text")
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise BadInput(f"--data needs a tokenizer in {model}, and there is none that can be loaded ({error})") from None
+    return [dict(tokenizer(line, return_tensors="pt", truncation=True)) for line in lines]
 
 
 def check_mergeable(adapters: Sequence[Adapter]) -> None:

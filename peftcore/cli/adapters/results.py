@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from peftcore.algebra.exporting import Export
 from peftcore.injection.merging import MergeReport
 
 NATIVE = "native"
@@ -55,4 +56,14 @@ class Exported:
     errors: dict[str, float]
     """Relative errors by site: norm of what is lost over norm of the change."""
     values: int
+    files: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ForReader:
+    """One adapter that was written for another program."""
+
+    adapter: str
+    method: str
+    done: Export
     files: tuple[str, ...]

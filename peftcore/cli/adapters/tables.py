@@ -14,11 +14,13 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
-from peftcore.cli.adapters.results import Converted, Exported, Merged, shown_format
+from peftcore.cli.adapters.results import Converted, Exported, ForReader, Merged, shown_format
 from peftcore.cli.app import printable
 from peftcore.errors import shown
 from peftcore.files.formats.description import Description
 from peftcore.files.formats.keys import OFF
+from peftcore.files.readers.check import Report
+from peftcore.files.readers.reader import Verdict
 
 MOST = 20
 """Rows of a long table that are shown; JSON has all."""
@@ -159,6 +161,74 @@ def show_exported(done: Exported, console: Console) -> None:
         "lora": f"rank {done.rank} of {done.method}, {len(done.errors):,} target modules, {done.values:,} parameters",
         "largest error": f"{worst[0][1]:.3g} of the update",
         "files": ", ".join(done.files),
+    }
+    console.print(_facts(facts))
+
+
+def report_data(report: Report) -> dict[str, Any]:
+    """Return what a program reads of a file."""
+    reader = report.reader
+    return {
+        "for": reader.name,
+        "version": reader.version,
+        "rules": {"source": reader.source, "files": list(reader.files)},
+        "format": shown_format(report.format),
+        "verdict": report.verdict.value,
+        "as_trained": report.as_trained,
+        "needs": report.needs,
+        "parts": [
+            {"part": row.what, "verdict": row.verdict.value, "why": row.why, "tensors": list(row.tensors)}
+            for row in report.rows
+        ],
+        "notes": list(reader.notes),
+    }
+
+
+def show_report(report: Report, console: Console) -> None:
+    order = list(Verdict)
+    rows = sorted(report.rows, key=lambda row: -order.index(row.verdict))
+    _show_rows(console, ("part", "verdict", "why"), [(row.what, row.verdict.value, row.why) for row in rows])
+    reader = report.reader
+    said = "as it was trained" if report.as_trained else f"not as it was trained: the worst is {report.verdict.value}"
+    facts = {
+        "read": f"{said}, by {reader.name} {reader.version}",
+        "needs": report.needs,
+        "the rules": f"of {reader.source}: {', '.join(reader.files)}",
+        **{f"note {number}": note for number, note in enumerate(reader.notes, 1)},
+    }
+    console.print(_facts(facts))
+
+
+def export_data(done: ForReader) -> dict[str, Any]:
+    """Return what was written for a program."""
+    return {
+        "adapter": done.adapter,
+        "method": done.method,
+        "how": done.done.how,
+        "rank": done.done.rank,
+        "largest_error": done.done.error,
+        "errors": done.done.errors,
+        "files": list(done.files),
+        "read": report_data(done.done.report),
+    }
+
+
+def show_export(done: ForReader, console: Console) -> None:
+    written, report = done.done, done.done.report
+    if written.how == "projected":
+        worst = sorted(written.errors.items(), key=lambda item: -item[1])
+        _show_rows(console, ("target module", "error"), [(path, f"{error:.3g}") for path, error in worst])
+    what = {
+        "as it is": f"{done.method}, as it is",
+        "as a LoRA": f"a LoRA of rank {written.rank} that computes what {done.method} does",
+        "projected": f"the nearest LoRA of rank {written.rank} to what {done.method} does, which loses up to "
+        f"{written.error:.3g} of it",
+    }[written.how]
+    facts = {
+        "written": f"{what}, for {report.reader.name} {report.reader.version}",
+        "needs": report.needs,
+        "files": ", ".join(done.files),
+        **{f"note {number}": note for number, note in enumerate(report.reader.notes, 1)},
     }
     console.print(_facts(facts))
 

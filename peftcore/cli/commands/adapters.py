@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import math
-import sys
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from peftcore.cli.app import Json, answered, app, printable
+from peftcore.cli.app import Json, app
+from peftcore.cli.commands._adapter_options import Adapter, Component, ModelClass, Overwrite, at_work, output_of
 from peftcore.comparing.errors import BadInput
 from peftcore.comparing.models.naming import MODEL, Use, find
 
@@ -25,18 +22,14 @@ class Into(StrEnum):
     same = "same"
 
 
-Adapter = Annotated[str, typer.Argument(help="Folder or file of an adapter, in any format that peftcore loads.")]
 Model = Annotated[str, typer.Argument(help=MODEL)]
 OutFolder = Annotated[Path, typer.Option("--out", help="Folder to write.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result.")]
-ModelClass = Annotated[str | None, typer.Option(help="Class of transformers, if the folder has no head.")]
-Component = Annotated[str | None, typer.Option(help="Which model of a pipeline; not needed if only one fits.")]
 
 
 @app.command()
 def inspect(adapter: Adapter, json: Json = False) -> None:
     """Describe an adapter file, without any model: format, method, options, base model, target modules, tensors."""
-    with _at_work():
+    with at_work():
         from rich.console import Console
 
         from peftcore.cli.adapters import tables
@@ -69,11 +62,11 @@ def merge(
     json: Json = False,
 ) -> None:
     """Merge adapters into a model and write it, with its tokenizer, so that it loads without peftcore."""
-    with _at_work() as display:
+    with at_work() as display:
         shares = _weights(weights, len(adapters))
         named = find(model)
         named.check(Use.MERGE)
-        output = _output(out, overwrite, [*named.local(), *map(Path, adapters)])
+        output = output_of(out, overwrite, [*named.local(), *map(Path, adapters)])
         from rich.console import Console
 
         from peftcore.cli.adapters import jobs, tables
@@ -92,7 +85,9 @@ def merge(
 @app.command()
 def convert(
     adapter: Adapter,
-    to: Annotated[str, typer.Option(help="native, peft, diffusers or kohya; diffusers/text_encoder_2 names a part.")],
+    to: Annotated[
+        str, typer.Option(help="native, peft, diffusers, kohya, mlx or gguf; diffusers/text_encoder_2 names a part.")
+    ],
     out: Annotated[Path, typer.Option(help="Folder to write, or FILE.safetensors for a format of one file.")],
     model: Annotated[str | None, typer.Option(help=f"{MODEL} By default that which the adapter names.")] = None,
     component: Component = None,
@@ -104,7 +99,7 @@ def convert(
 
     Of the model only its configuration is read; its weights are loaded where the conversion depends on them.
     """
-    with _at_work() as display:
+    with at_work() as display:
         from rich.console import Console
 
         from peftcore.cli.adapters import jobs, tables
@@ -113,7 +108,7 @@ def convert(
         format = _format(to)
         read = jobs.read(adapter)
         wanted = Wanted(base_of(read) if model is None else find(model), component, model_class)
-        output = _output(out, overwrite, [*wanted.model.local(), Path(adapter)])
+        output = output_of(out, overwrite, [*wanted.model.local(), Path(adapter)])
         with display() as line:
             done = jobs.convert(wanted, read, format, output, line)
         if json:
@@ -139,10 +134,10 @@ def export_lora(
     json: Json = False,
 ) -> None:
     """Write the LoRA that is nearest to what an adapter of any method does to weights, and say how near it is."""
-    with _at_work() as display:
+    with at_work() as display:
         to = _format(format)
         named = find(model)
-        output = _output(out, overwrite, [*named.local(), Path(adapter)])
+        output = output_of(out, overwrite, [*named.local(), Path(adapter)])
         from rich.console import Console
 
         from peftcore.cli.adapters import jobs, tables
@@ -156,35 +151,6 @@ def export_lora(
             print(tables.as_json(tables.exported_data(done)))
         else:
             tables.show_exported(done, Console())
-
-
-@contextmanager
-def _at_work() -> Iterator[Any]:
-    """Print errors as one message and warnings as one line each; yield what makes the progress display."""
-
-    def told(message: Warning | str, *place: Any, **more: Any) -> None:
-        print(f"Warning: {printable(message)}", file=sys.stderr)
-
-    def display() -> Any:
-        from rich.console import Console
-
-        from peftcore.cli.printing.progress import Line
-        from peftcore.comparing.quiet import no_bars
-
-        no_bars()
-        return Line(Console(stderr=True))
-
-    with answered(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        warnings.filterwarnings("default", module="peftcore")
-        warnings.showwarning = told
-        yield display
-
-
-def _output(out: Path, overwrite: bool, sources: Sequence[Path]) -> Any:
-    from peftcore.cli.adapters.output import Output
-
-    return Output(out, overwrite, sources)
 
 
 def _format(name: str) -> str:

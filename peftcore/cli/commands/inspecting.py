@@ -32,14 +32,21 @@ def plan(
     batch_size: Annotated[int, typer.Option(min=1, help="Examples in a step.")] = 8,
     length: Annotated[int | None, typer.Option(min=1, help="Tokens of an example (128; of a prompt 77).")] = None,
     dtype: DType = None,
+    checkpoint_gradients: Annotated[
+        bool, typer.Option("--checkpoint-gradients", help="Let blocks run again in backward.")
+    ] = False,
+    shards: Annotated[
+        int | None, typer.Option(min=1, help="Processes over which FSDP2 shards the weights; each has its own batch.")
+    ] = None,
+    resident: Annotated[int, typer.Option(min=1, help="Adapters that are on the model at once, to serve.")] = 1,
     json: Json = False,
 ) -> None:
-    """Show what a method would train in a model, and what memory a step takes. Each option of the method is a flag too:
-    --rank 8.
+    """Show what a method would train in a model, and what memory and operations a step takes. Each option of the method
+    is a flag too: --rank 8.
 
-    The model is built from its configuration alone. Activations are counted by a forward of tensors that have shapes
-    only, with the kernels of a CPU and without gradient checkpointing; full fine-tuning is shown for comparison. The
-    peak of a step is higher than the sum: gradients of activations and buffers of kernels are not counted.
+    The model is built from its configuration alone. A forward and its backward run on tensors that have shapes only,
+    with the kernels of a CPU: what they keep, the most that is there at once, and the operations of products are
+    counted. Full fine-tuning is shown for comparison.
     """
     with answered():
         [flags] = for_methods(context, [{"name": method}])
@@ -51,7 +58,15 @@ def plan(
         from peftcore.comparing.plans.recorded import Wanted
 
         wanted = Wanted(method, options, target, exclude, train or ())
-        found = costs(model, wanted, Size(batch_size, length), dtype)
+        found = costs(
+            model,
+            wanted,
+            Size(batch_size, length),
+            dtype,
+            checkpointed=checkpoint_gradients,
+            shards=shards,
+            adapters=resident,
+        )
         if json:
             print(pages.as_json(found.as_dict()))
         else:

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from peftcore.cli.looking.folding import fold
 from peftcore.cli.pages import columns, share, spelled, tensors, times
-from peftcore.comparing.numbers import size
+from peftcore.comparing.numbers import size, work
 from peftcore.comparing.plans.costs import Costs, Memory
 from peftcore.comparing.plans.recorded import Place, Recorded
 
@@ -21,7 +21,9 @@ MEMORY = {
     "gradients": "gradients",
     "optimizer": "AdamW's states",
     "activations": "activations",
-    "total": "at least",
+    "gathered": "gathered",
+    "total": "together",
+    "peak": "at the peak",
 }
 
 
@@ -29,8 +31,10 @@ def page(costs: Costs) -> RenderableType:
     """Return the whole page."""
     parts: list[RenderableType] = [heading(costs), "", sites(costs.recorded), "", totals(costs), "", step(costs)]
     parts.append(memory(costs))
-    if costs.activations.unknown:
-        parts.append(f"activations: not known: {costs.activations.unknown}")
+    if costs.counted.unknown:
+        parts.append(f"activations: not known: {costs.counted.unknown}")
+    if costs.adapters > 1:
+        parts += ["", residents(costs)]
     parts += [Text(f"note: {note}", "yellow") for note in costs.notes]
     return Group(*parts)
 
@@ -72,7 +76,7 @@ def totals(costs: Costs) -> Text:
 
 
 def step(costs: Costs) -> str:
-    batch = costs.activations.batch
+    batch = costs.counted.batch
     if batch is None:
         return "One step of training:"
     shapes = ", ".join(f"{name} {times(shape)}" for name, shape in batch.shapes.items())
@@ -80,14 +84,35 @@ def step(costs: Costs) -> str:
 
 
 def memory(costs: Costs) -> Table:
-    name = costs.recorded.name
-    table = columns("", name, FULL, right=frozenset({name, FULL}))
+    """Return a table of the step: one column for the method, one for a process where there are several, and one for
+    full fine-tuning. Of the processes the first one is shown, which holds the most."""
+    name, passes = costs.recorded.name, [costs.counted.adapted, costs.counted.full]
+    shown = {name: costs.memory, FULL: costs.full}
+    if costs.sharded:
+        shown = {name: costs.memory, f"each of {len(costs.sharded)}": costs.sharded[0], FULL: costs.full}
+        passes.insert(1, costs.counted.adapted)
+    table = columns("", *shown, right=frozenset(shown))
     for key, label in MEMORY.items():
-        cells = [known(each, key) for each in (costs.memory, costs.full)]
-        table.add_row(f"  {label}", *cells, style="bold" if key == "total" else "")
+        if key != "gathered" or costs.sharded:
+            cells = [known(each, key) for each in shown.values()]
+            table.add_row(f"  {label}", *cells, style="bold" if key in ("total", "peak") else "")
+    table.add_row("  operations", *(operations(each.flops) for each in passes))
     return table
 
 
 def known(memory: Memory, key: str) -> str:
     value = memory.as_dict()[key]
     return "not known" if value is None else size(value) if value else "-"
+
+
+def operations(flops: int | None) -> str:
+    return "not known" if flops is None else work(flops)
+
+
+def residents(costs: Costs) -> str:
+    """Return what adapters take that serve together."""
+    each = costs.recorded.plan.resident
+    return (
+        f"{costs.adapters:,} adapters resident: {size(costs.resident)} ({size(each)} each), "
+        f"{size(costs.memory.weights + costs.resident)} with the weights"
+    )

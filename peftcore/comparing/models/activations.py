@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 from peftcore.comparing.errors import BadInput
 from peftcore.comparing.models.example_inputs import Size, Unknown
 from peftcore.comparing.models.skeletons import Skeleton
+from peftcore.comparing.models.watching import Watch
 from peftcore.errors import PeftcoreError
 
 Inputs = dict[str, Any]
@@ -138,12 +139,44 @@ class Pretended:
             tensors = self._tensors(model)
             return kept(tensors, lambda inputs: functional_call(model, tensors, kwargs=inputs), batch.inputs, repeated)
 
+    def step(self, model: nn.Module, batch: Batch) -> Watch:
+        """Run a forward and its backward; the watch has the peak, the model's tensors and the gradients of its
+        parameters in it, and the operations.
+
+        Raises:
+            Unknown: they cannot run without values.
+        """
+        with explained(), self.mode:
+            tensors = self._tensors(model)
+            inputs = [each for each in batch.inputs.values() if isinstance(each, Tensor)]
+            watch = Watch([*tensors.values(), *inputs])
+            with watch:
+                named = {f"model.{name}": each for name, each in tensors.items()}
+                functional_call(_Step(model, batch.loss), named, (batch.inputs,))
+            return watch
+
     def _tensors(self, model: nn.Module) -> dict[str, Tensor]:
         named, made = named_tensors(model), dict[int, Tensor]()
         for each in named.values():
             if id(each) not in made:
                 made[id(each)] = stand_in(each)
         return {name: made[id(each)] for name, each in named.items()}
+
+
+class _Step(nn.Module):
+    """A forward with its backward inside, where blocks that run again find the same tensors."""
+
+    def __init__(self, model: nn.Module, has_loss: bool) -> None:
+        super().__init__()
+        self.model, self._has_loss = model, has_loss
+
+    def forward(self, inputs: Inputs) -> None:
+        if self._has_loss:  # all but the loss is let go before backward, as a trainer does
+            self.model(**inputs)["loss"].backward()
+            return
+        outputs = tree_leaves(self.model(**inputs))
+        values = [each for each in outputs if isinstance(each, Tensor) and each.requires_grad]
+        torch.autograd.backward(values, [torch.ones_like(each) for each in values])
 
 
 def stand_in(tensor: Tensor) -> Tensor:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from peftcore.comparing.errors import BadInput
 from peftcore.comparing.models.activations import Batch, Pretended, explained
 from peftcore.comparing.models.example_inputs import Size, Unknown
 from peftcore.comparing.models.skeletons import Skeleton, skeleton
@@ -20,46 +22,74 @@ from peftcore.files.safe_io import DTYPES
 from peftcore.forward.host_state import HostState
 from peftcore.injection.applying import establish
 from peftcore.injection.injection import Injection
+from peftcore.surgery.sharding import STATES, Shard
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-STATES = 2
-"""Numbers that AdamW keeps for each that trains."""
 
 
 @dataclass(frozen=True)
-class Activations:
-    """Bytes that a forward keeps for its backward, or the reason why they are not known."""
+class Passes:
+    """What a forward and its backward take, as far as it is known."""
+
+    activations: int | None = None
+    """Bytes that the forward keeps for its backward."""
+    peak: int | None = None
+    """The most bytes at once, with the model's tensors and the gradients, and without the optimizer's states."""
+    flops: int | None = None
+    """Floating-point operations of both, with what backward runs again."""
+
+
+@dataclass(frozen=True)
+class Counted:
+    """The passes of the adapted model and of the model as it is, or the reason why they are not known."""
 
     batch: Batch | None = None
-    adapted: int | None = None
-    full: int | None = None
+    adapted: Passes = Passes()
+    full: Passes = Passes()
     unknown: str | None = None
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that one step of training takes. Tensors that come and go within it (gradients of activations, buffers of
-    kernels) are not in it."""
+    """Bytes that one step of training takes."""
 
     weights: int
     adapter: int
     gradients: int
     optimizer: int
     activations: int | None
+    gathered: int = 0
+    """Of sharded weights: what is whole while the largest block runs."""
+    within: int | None = None
+    """The most in a forward and its backward, as in `Passes.peak`."""
 
     @classmethod
-    def of(cls, weights: int, adapter: int, trained: Iterable[Tensor], activations: int | None) -> Memory:
+    def of(cls, weights: int, adapter: int, trained: Iterable[Tensor], passes: Passes) -> Memory:
         gradients = held(trained)
-        return cls(weights, adapter, gradients, STATES * gradients, activations)
+        return cls(weights, adapter, gradients, STATES * gradients, passes.activations, within=passes.peak)
+
+    @classmethod
+    def of_shard(cls, shard: Shard, passes: Passes) -> Memory:
+        return cls(**asdict(shard), activations=passes.activations)
 
     @property
     def total(self) -> int | None:
-        """Return the sum, where all of it is known."""
-        known = self.weights + self.adapter + self.gradients + self.optimizer
+        """Return the sum, where all of it is known; what comes and goes within a step (gradients of activations,
+        buffers of kernels) is not in it."""
+        known = self.weights + self.adapter + self.gradients + self.optimizer + self.gathered
         return None if self.activations is None else known + self.activations
 
+    @property
+    def peak(self) -> int | None:
+        """Return the most bytes at once: within the passes, or where the optimizer uses all gradients."""
+        if self.within is None:
+            return None
+        return self.optimizer + max(self.within, self.weights + self.adapter + self.gradients)
+
     def as_dict(self) -> dict[str, int | None]:
-        return {**asdict(self), "total": self.total}
+        found = {**asdict(self), "total": self.total, "peak": self.peak}
+        del found["within"]
+        return found
 
 
 @dataclass(frozen=True)
@@ -69,67 +99,128 @@ class Costs:
     skeleton: Skeleton
     recorded: Recorded
     file_size: int
-    activations: Activations
+    counted: Counted
     memory: Memory
     full: Memory
     """The same of full fine-tuning."""
+    sharded: tuple[Memory, ...] = ()
+    """What each process takes, where a number of them was given."""
+    adapters: int = 1
+    """Adapters that are resident at once when they serve."""
 
     @property
     def notes(self) -> tuple[str, ...]:
         return (*self.skeleton.notes, *self.recorded.notes)
 
+    @property
+    def resident(self) -> int:
+        """Return the bytes of the adapters, beside those of the weights."""
+        return self.adapters * self.recorded.plan.resident
+
     def as_dict(self) -> dict[str, Any]:
-        batch = self.activations.batch
+        batch = self.counted.batch
         return {
             **self.skeleton.as_dict(),
             **self.recorded.as_dict(),
             "file_size": self.file_size,
             "batch": None if batch is None else batch.shapes,
             "with_loss": batch is not None and batch.loss,
-            "activations_unknown": self.activations.unknown,
+            "activations_unknown": self.counted.unknown,
             "memory": {"adapted": self.memory.as_dict(), "full": self.full.as_dict()},
+            "flops": {"adapted": self.counted.adapted.flops, "full": self.counted.full.flops},
+            "shards": [each.as_dict() for each in self.sharded],
+            "resident": {"adapters": self.adapters, "bytes": self.resident},
             "notes": list(self.notes),
         }
 
 
-def costs(source: str, wanted: Wanted, size: Size, dtype: str | None = None) -> Costs:
+def costs(
+    source: str,
+    wanted: Wanted,
+    size: Size,
+    dtype: str | None = None,
+    *,
+    checkpointed: bool = False,
+    shards: int | None = None,
+    adapters: int = 1,
+) -> Costs:
     """Plan a method on a model that is never loaded.
 
+    Args:
+        source: a MODEL.
+        wanted: the method.
+        size: of a batch.
+        dtype: of the weights; that of the configuration by default.
+        checkpointed: whether blocks run again in backward.
+        shards: processes over which the weights are sharded.
+        adapters: adapters that are resident at once when they serve.
+
     Raises:
-        BadInput, UnknownMethod, ConfigError, TargetError, UnsupportedSite: it cannot be planned.
+        BadInput, UnknownMethod, ConfigError, TargetError, UnsupportedSite, UnsupportedHost: it cannot be planned.
     """
     wanted.resolved()  # a wrong name or option is said before anything is built
     built = skeleton(source, dtype)
     model = built.model
-    recorded = Recorded.of(wanted, model)
+    blocks = repeating(model, source) if checkpointed else ()
+    recorded = Recorded.of(wanted, model, shards)
     file_size = size_of_file(recorded)
     weights, everything = held((*model.parameters(), *model.buffers())), list(model.parameters())
-    operators = recorded.operators()
-    adapter = held(tensor for each in operators for tensor in (*each.parameters(), *each.buffers()))
-    trained = [parameter for each in operators for parameter in each.parameters()]
-    found = activations(built, recorded, size)
+    trained = [parameter for each in recorded.operators() for parameter in each.parameters()]
+    adapter = recorded.plan.resident
+    counted = count(built, recorded, size, blocks)
     return Costs(
         skeleton=built,
         recorded=recorded,
         file_size=file_size,
-        activations=found,
-        memory=Memory.of(weights, adapter, trained, found.adapted),
-        full=Memory.of(weights, 0, everything, found.full),
+        counted=counted,
+        memory=Memory.of(weights, adapter, trained, counted.adapted),
+        full=Memory.of(weights, 0, everything, counted.full),
+        sharded=tuple(Memory.of_shard(each, counted.adapted) for each in recorded.plan.shards),
+        adapters=adapters,
     )
 
 
-def activations(built: Skeleton, recorded: Recorded, size: Size) -> Activations:
-    """Count activations of the model as it is, then of the adapted one, which it is afterwards."""
+def repeating(model: nn.Module, source: str) -> Sequence[nn.Module]:
+    """Have the model checkpoint its gradients, and return the blocks that run again.
+
+    Raises:
+        BadInput: it does not do that.
+    """
+    blocks = checkpointable(model)
+    if not blocks:
+        raise BadInput(f"{source}: no blocks of this model run again in backward; plan without --checkpoint-gradients")
+    with quiet():
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    return blocks
+
+
+def checkpointable(model: nn.Module) -> list[nn.Module]:
+    """Return the blocks that transformers repeats where gradients are checkpointed."""
+    transformers = sys.modules.get("transformers")
+    kind = () if transformers is None else transformers.modeling_layers.GradientCheckpointingLayer
+    return [each for each in model.modules() if isinstance(each, kind)]
+
+
+def count(built: Skeleton, recorded: Recorded, size: Size, blocks: Sequence[nn.Module] = ()) -> Counted:
+    """Run the model as it is, then the adapted one, which it is afterwards, on tensors without values."""
     pretended = Pretended()
-    batch = full = None
+    batch, full, adapted = None, Passes(), Passes()
     try:
         batch = pretended.batch(built, size)
-        full = pretended.kept(built.model, batch)
+        full = passes(pretended, built.model, batch, blocks)
         with quiet(), explained():
             establish(recorded.surgeon, "planned")
-            return Activations(batch, pretended.kept(built.model, batch), full)
+        adapted = passes(pretended, built.model, batch, blocks)
     except Unknown as error:
-        return Activations(batch, None, full, str(error))
+        return Counted(batch, adapted, full, str(error))
+    return Counted(batch, adapted, full)
+
+
+def passes(pretended: Pretended, model: nn.Module, batch: Batch, blocks: Sequence[nn.Module]) -> Passes:
+    """Count a forward and its backward."""
+    activations = pretended.kept(model, batch, blocks)
+    watch = pretended.step(model, batch)
+    return Passes(activations, watch.peak, watch.flops)
 
 
 def held(tensors: Iterable[Tensor]) -> int:

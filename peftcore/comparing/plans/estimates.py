@@ -6,13 +6,10 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
-import transformers
-from torch import nn
-
 from peftcore.comparing.models.activations import Batch, Pretended
 from peftcore.comparing.models.example_inputs import Size
 from peftcore.comparing.models.skeletons import Skeleton, skeleton
-from peftcore.comparing.plans.costs import Memory, held
+from peftcore.comparing.plans.costs import Memory, Passes, checkpointable, held
 from peftcore.comparing.plans.recorded import Recorded, Wanted
 from peftcore.comparing.quiet import quiet
 from peftcore.injection.applying import establish
@@ -83,7 +80,7 @@ class Estimates:
         everything = held((*built.model.parameters(), *built.model.buffers()))
         kept = self._pretended.kept(built.model, self._batches[key], blocks)
         self._counting = time.monotonic() - began
-        return Memory.of(weights, everything - weights, trained, kept).total
+        return Memory.of(weights, everything - weights, trained, Passes(kept)).total
 
     def _built(self, dtype: str) -> tuple[Skeleton, int]:
         """Return the adapted model, and the bytes of its weights before."""
@@ -92,9 +89,3 @@ class Estimates:
         if self.wanted is not None:
             establish(Recorded.of(self.wanted, built.model).surgeon, "planned")
         return built, weights
-
-
-def checkpointable(model: nn.Module) -> list[nn.Module]:
-    """Return the blocks that transformers repeats where gradients are checkpointed."""
-    kind = transformers.modeling_layers.GradientCheckpointingLayer
-    return [each for each in model.modules() if isinstance(each, kind)]

@@ -94,10 +94,10 @@ class Recorded:
     """Notices and warnings of peftcore."""
 
     @classmethod
-    def of(cls, wanted: Wanted, model: nn.Module) -> Recorded:
-        """Plan a method on a model.
+    def of(cls, wanted: Wanted, model: nn.Module, shards: int | None = None) -> Recorded:
+        """Plan a method on a model, which may be sharded over processes.
 
-        Raises: UnknownMethod, ConfigError, TargetError, UnsupportedSite: it cannot be.
+        Raises: UnknownMethod, ConfigError, TargetError, UnsupportedSite, UnsupportedHost: it cannot be.
         """
         with unlogged(), warnings.catch_warnings(record=True) as heard:
             warnings.simplefilter("always")
@@ -105,7 +105,7 @@ class Recorded:
         shared = [(f"shared:{name}", each.module) for name, each in surgeon.owned.items()]
         return cls(
             surgeon=surgeon,
-            plan=Plan.of(surgeon),
+            plan=Plan.of(surgeon, shards),
             places=tuple(map(Place.of_graft, surgeon.grafts)),
             shared=tuple(Place.of(name, module) for name, module in shared),
             notes=(*surgeon.notices, *(str(each.message) for each in heard if each.category is UserWarning)),

@@ -16,7 +16,7 @@ from peftcore.comparing.models.activations import Batch, Pretended
 from peftcore.comparing.models.example_inputs import Unknown
 from peftcore.comparing.models.skeletons import emptied
 from peftcore.comparing.numbers import size
-from peftcore.comparing.plans.costs import Memory, held
+from peftcore.comparing.plans.costs import Memory, Passes, held
 from peftcore.comparing.quiet import quiet
 from peftcore.comparing.tasks.task import Prepared
 from peftcore.comparing.training.telling import options_for, without_names
@@ -161,7 +161,7 @@ class Planner:
             raise BadInput(f"the memory that {candidate.name} takes is not known: {error}") from None
         finally:
             injection.remove()
-        needed = Memory.of(self._weights, held(trained), trained, kept).total
+        needed = Memory.of(self._weights, held(trained), trained, Passes(kept)).total
         return Needs(trainable, needed)
 
 

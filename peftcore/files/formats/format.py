@@ -45,7 +45,15 @@ class Placed:
     """The text, from the folder in which the adapter will be."""
 
 
-Files = Mapping[str, str | Tensors | Placed]
+@dataclass(frozen=True)
+class Made:
+    """The content of a file that another library writes."""
+
+    write: Callable[[Path], None]
+    """Write the file, to a path where there is none."""
+
+
+Files = Mapping[str, str | Tensors | Placed | Made]
 
 
 class Content(ABC):

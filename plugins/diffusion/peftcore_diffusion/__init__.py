@@ -14,6 +14,7 @@ def peftcore_methods() -> Mapping[str, str]:
     return {
         "controlnet": "peftcore_diffusion.controlnet:ControlNet",
         "controlnet_lllite": "peftcore_diffusion.controlnet_lllite:ControlNetLLLite",
+        "controlnet_lora": "peftcore_diffusion.controlnet_lora:ControlNetLoRA",
         "controlnext": "peftcore_diffusion.controlnext:ControlNeXt",
         "controlnet_xs": "peftcore_diffusion.controlnet_xs:ControlNetXS",
         "custom_diffusion": "peftcore_diffusion.custom_diffusion:CustomDiffusion",
@@ -42,8 +43,11 @@ def peftcore_presets() -> Mapping[str, Preset]:
 
 @hookimpl
 def peftcore_formats() -> Mapping[str, str]:
-    """Name the file formats that this plugin reads."""
-    return {"embeddings": "peftcore_diffusion.interop.embeddings:Embeddings"}
+    """Name the file formats that this plugin reads and writes."""
+    return {
+        "control_lora": "peftcore_diffusion.interop.control_lora:ControlLoRA",
+        "embeddings": "peftcore_diffusion.interop.embeddings:Embeddings",
+    }
 
 
 @hookimpl

@@ -1,53 +1,176 @@
-"""The trainable copy of a UNet's encoder, and the operator that hands the UNet's inputs to it."""
+"""A UNet's encoder a second time, as a copy that trains or as one that borrows the UNet's layers, and the operators
+through which its features control the decoder."""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
+import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from peftcore import Operator, Shared, Site, Surgeon, Tap
+from peftcore import Operator, Shared, Site, Surgeon, Tap, borrow, forward_context, with_tensors
+from peftcore.errors import ConfigError, NoWeights, UnsupportedSite
+from peftcore_diffusion._told import cast, told
 
 GIVEN = ("sample", "timestep", "encoder_hidden_states", "class_labels", "timestep_cond", "added_cond_kwargs")
 """The inputs of the UNet that the copy gets."""
 
 
+class Options(Protocol):
+    """Options that methods with a second encoder have."""
+
+    scale: float
+    guess_mode: bool
+    input: str
+
+
 @dataclasses.dataclass(frozen=True)
 class Copy:
-    """The copy of one UNet's encoder, and the inputs and outputs that its operators share."""
+    """The second encoder of one UNet, and the inputs and outputs that its operators share."""
 
     network: Shared
     inputs: Tap | None
     """The inputs of the UNet; None where it is the host, whose inputs are known."""
+    lender: Tap | None
+    """The UNet, where the network borrows its layers."""
     controls: Tap = dataclasses.field(default_factory=lambda: Tap(until_backward=True))
+
+    def ready(self, sample: Tensor) -> tuple[nn.Module, Tensor]:
+        """Return the network for a sample, and a tensor of the dtype in which it computes: its own, or where layers are
+        borrowed the sample's, which is that of the UNet.
+
+        Raises:
+            NoWeights: values that have to be cast are offloaded.
+        """
+        network = self.network.module
+        if self.lender is None:
+            like: Any = network.conv_in
+            return network, like.weight
+        own = dict(network.named_parameters())
+        if any(each.dtype is not sample.dtype for each in own.values()):
+            if any(each.is_meta for each in own.values()) and not sample.is_meta:
+                raise NoWeights(
+                    f"what borrows the UNet's layers is offloaded, and would be cast to {sample.dtype}: apply with "
+                    "dtype= that of the UNet, or offload whole models"
+                )
+            network = with_tensors(network, {name: each.to(sample.dtype) for name, each in own.items()})
+        return network, sample
 
 
 class InputsOperator(Operator):
-    """Stores the inputs of a UNet inside a model, for the copy."""
+    """Stores the inputs of a UNet for the copy, and the UNet itself where that borrows its layers."""
 
-    def __init__(self, site: Site, inputs: Tap) -> None:
+    observes = frozenset({"activation"})
+
+    def __init__(self, site: Site, copy: Copy) -> None:
         super().__init__(site)
-        self.names, self.inputs = tuple(inspect.signature(site.module.forward).parameters), inputs
+        self.names, self.copy = tuple(inspect.signature(site.module.forward).parameters), copy
 
-    def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        self.inputs.put({**dict(zip(self.names, args, strict=False)), **kwargs})
-        return call(*args, **kwargs)
+    def at(self, form: str, module: nn.Module) -> Callable[..., Any]:
+        def around(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            if self.copy.inputs is not None:
+                self.copy.inputs.put({**dict(zip(self.names, args, strict=False)), **kwargs})
+            if self.copy.lender is not None:
+                self.copy.lender.put(module)
+            return call(*args, **kwargs)
+
+        return around
+
+
+class ControlsOperator(Operator):
+    """Adds the controls of one block; the first block that runs computes all of them."""
+
+    def __init__(self, site: Site, config: Options, skips: slice | None, copy: Copy) -> None:
+        super().__init__(site)
+        self.skips, self.copy, self.first = skips, copy, False
+        self.name, self.scale, self.guess_mode = config.input, config.scale, config.guess_mode
+
+    def forward(self, call: Callable[..., Any], hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.first:
+            self.copy.controls.put(self._compute(len(hidden)))
+        down, mid = self.copy.controls.get()
+        if self.skips is None:
+            output: Tensor = call(hidden, *args, **kwargs)
+            return output + mid.to(output.dtype)
+        states = zip(kwargs.pop("res_hidden_states_tuple"), down[self.skips], strict=True)
+        skips = tuple(state + control.to(state.dtype) for state, control in states)
+        return call(hidden, *args, res_hidden_states_tuple=skips, **kwargs)
+
+    def _compute(self, rows: int) -> Any:
+        """Run the copy on the model's own inputs and the image."""
+        here = forward_context()
+        inputs = here.inputs if self.copy.inputs is None else self.copy.inputs.get()
+        network, like = self.copy.ready(inputs["sample"])
+        return network(
+            **{name: cast(inputs.get(name), like) for name in GIVEN},
+            controlnet_cond=cast(told(self.name, rows), like),
+            conditioning_scale=here.context.get(f"{self.name}_scale", self.scale),
+            guess_mode=self.guess_mode,
+            return_dict=False,
+        )
+
+
+def control(surgeon: Surgeon, config: Any, make: Callable[[Any, Tap], nn.Module], borrows: bool = False) -> None:
+    """Let a second encoder of each UNet control the blocks of the decoder that are target modules.
+
+    Args:
+        surgeon: of the method.
+        config: its options, which are `Options`.
+        make: makes the second encoder of a UNet; the tap has that UNet when it runs, if it borrows layers.
+        borrows: whether it does.
+
+    Raises:
+        ConfigError: there are options for single blocks.
+        UnsupportedSite: a target module is no block of a UNet behind its encoder.
+    """
+    if any(config.overrides.values()):
+        raise ConfigError(f"{surgeon.method.name} has one network for all blocks: it takes no overrides")
+    copies: dict[str, Copy] = {}
+    places = [(_unet(surgeon, site), _skips(surgeon, site), site) for site in surgeon.sites()]
+    for unet, skips, site in sorted(places, key=lambda place: place[1] is not None):  # as they run
+        first = unet not in copies
+        if first:
+            module, lender = surgeon.resolver.modules[unet], Tap(until_backward=True)
+            network = surgeon.own(f"control_{unet}", lambda module=module, lender=lender: make(module, lender))
+            inputs = Tap(until_backward=True) if unet or borrows else None
+            copies[unet] = Copy(network, inputs, lender if borrows else None)
+            if inputs is not None:
+                at = dataclasses.replace(surgeon.resolver.module_site(unet), meta=site.meta)
+                surgeon.graft(at, lambda at, copy=copies[unet]: InputsOperator(at, copy))
+        parts = skips, copies[unet]
+        surgeon.graft(site, lambda at, parts=parts: ControlsOperator(at, config, *parts)).first = first
+
+
+def _unet(surgeon: Surgeon, site: Site) -> str:
+    """Return the path of the UNet around a block."""
+    found = re.fullmatch(r"(?:(.*)\.)?(?:mid_block|up_blocks\.\d+)", site.module_path)
+    path, diffusers = (found[1] or "") if found else None, sys.modules.get("diffusers")
+    if diffusers and path is not None and isinstance(surgeon.resolver.modules[path], diffusers.UNet2DConditionModel):
+        return path
+    raise UnsupportedSite(
+        f"{site.path or 'the host'} is neither the middle block nor one of the decoder in a UNet2DConditionModel"
+    )
+
+
+def _skips(surgeon: Surgeon, site: Site) -> slice | None:
+    """Return the slice of the skips, first to last, that go into a block of the decoder; None for the middle block."""
+    stack, _, number = site.module_path.rpartition(".")
+    if not number.isdecimal():
+        return None
+    paths = (re.fullmatch(rf"{re.escape(stack)}\.(\d+)\.resnets\.\d+", path) for path in surgeon.resolver.modules)
+    resnets = [int(path[1]) for path in paths if path]
+    behind = sum(each > int(number) for each in resnets)
+    return slice(behind, behind + resnets.count(int(number)))
 
 
 def encoder_copy(surgeon: Surgeon, model: Any, widths: tuple[int, ...], channels: int) -> nn.Module:
     """Make a ControlNet with the weights of a UNet."""
-    import diffusers
-
-    copy: nn.Module = diffusers.ControlNetModel.from_unet(
-        model,
-        conditioning_embedding_out_channels=widths,
-        conditioning_channels=channels,
-        load_weights_from_unet=False,  # that knows no host with other adapters in it
-    )
+    copy: nn.Module = _controlnet(model, widths, channels)
     own, layer_of = dict(model.named_modules()), surgeon.resolver.layer_of
     with torch.no_grad():
         for name, parameter in copy.named_parameters():
@@ -56,3 +179,30 @@ def encoder_copy(surgeon: Surgeon, model: Any, widths: tuple[int, ...], channels
             if held is not None:
                 parameter.copy_(held)
     return copy
+
+
+def borrowed_encoder(
+    surgeon: Surgeon, model: Any, lender: Tap, widths: tuple[int, ...], channels: int, rank: int, vectors: bool
+) -> nn.Module:
+    """Make a ControlNet whose encoder is that of a UNet, with updates of its own."""
+    with torch.device("meta"):
+        network = _controlnet(model, widths, channels)
+    borrow(network, model, lender, surgeon.resolver.layer_of, rank, vectors)
+    zeros = (network.controlnet_cond_embedding.conv_out, *network.controlnet_down_blocks, network.controlnet_mid_block)
+    for layer in zeros:
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    made: nn.Module = network
+    return made
+
+
+def _controlnet(model: Any, widths: tuple[int, ...], channels: int) -> Any:
+    """Build a ControlNet with the sizes of a UNet, and values of its own."""
+    import diffusers
+
+    return diffusers.ControlNetModel.from_unet(
+        model,
+        conditioning_embedding_out_channels=widths,
+        conditioning_channels=channels,
+        load_weights_from_unet=False,  # that knows no host with other adapters in it
+    )

@@ -6,6 +6,7 @@ import pytest
 from named_defaults import Free, Held, assert_as_said, rows
 
 CONTROLNET = "lllyasviel/ControlNet@ed85cd1"
+CONTROL_LORA = "huggingface/diffusers@00a26cd, examples/research_projects/control_lora/control_lora.py"
 CONTROLNEXT = "dvlab-research/ControlNeXt@ab4b3ac, ControlNeXt-SD1.5-Training"
 XS = "vislearn/ControlNet-XS@8d90ed4"
 LLLITE = "kohya-ss/sd-scripts@48d368f, networks/control_net_lllite.py"
@@ -36,6 +37,25 @@ HELD: Held = {
     ("controlnet_lllite", "hidden"): (16, f"{LLLITE}: mlp_dim: int = 16"),
     ("controlnet_lllite", "channels"): (3, f"{LLLITE}: Conv2d(3, cond_emb_dim // 2, kernel_size=4, stride=4)"),
     ("controlnet_lllite", "dropout"): (0.0, f"{LLLITE}: dropout: Optional[float] = None"),
+    ("controlnet_lora", "rank"): (128, f"{CONTROL_LORA}: control-LoRAs-rank128/control-lora-canny-rank128.safetensors"),
+    ("controlnet_lora", "vectors"): (
+        True,
+        "Stability-AI/stability-ComfyUI-nodes@4c7d55a, control_lora_create.py: up and down if len(model_weight.shape) "
+        ">= 2, else output_sd[ck] = c[ck]",
+    ),
+    ("controlnet_lora", "scale"): (1.0, f"{CONTROL_LORA}: controlnet_conditioning_scale = 1.0"),
+    ("controlnet_lora", "guess_mode"): (
+        False,
+        "huggingface/diffusers@00a26cd, controlnet.py: guess_mode: bool = False",
+    ),
+    ("controlnet_lora", "channels"): (
+        3,
+        f"{CONTROL_LORA}: np.concatenate([image, image, image], axis=2)",
+    ),
+    ("controlnet_lora", "widths"): (
+        [16, 32, 96, 256],
+        "huggingface/diffusers@00a26cd, controlnet.py: conditioning_embedding_out_channels = (16, 32, 96, 256)",
+    ),
     ("controlnext", "scale"): (1.0, f"{CONTROLNEXT}/train_controlnext.py: --controlnext_scale default=1.0"),
     ("controlnext", "before"): (False, f"{CONTROLNEXT}/models/unet.py: if down_idx == 0, behind the block"),
     ("controlnext", "base"): ("attention", f'{CONTROLNEXT}/train_controlnext.py: if "to_out" in name'),

@@ -7,8 +7,8 @@ from looking import folder_of, real
 
 import peftcore
 from peftcore.comparing.models.example_inputs import Size
-from peftcore.comparing.plans.costs import costs
-from peftcore.comparing.plans.estimates import Estimates, Step, checkpointable
+from peftcore.comparing.plans.costs import checkpointable, costs
+from peftcore.comparing.plans.estimates import Estimates, Step
 from peftcore.comparing.plans.recorded import Wanted
 
 LORA = Wanted("lora", {"rank": 2})

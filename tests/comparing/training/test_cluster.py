@@ -22,7 +22,7 @@ pytest.importorskip("ray")
 pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.usefixtures("cluster")]
 
 
-def run_of(model: Path, data: Path, out: Path, method: dict[str, Any], processes: int, steps: int = 40) -> Run:
+def run_of(model: Path, data: Path, out: Path, method: dict[str, Any], processes: int, steps: int = 6) -> Run:
     training = {
         "steps": steps,
         "batch_size": 8 // processes,
@@ -45,7 +45,7 @@ def assert_same(run: Run, alone: Run) -> None:
     one, two = (load_file(each.out / "adapter" / "adapter.safetensors") for each in (alone, run))
     assert one.keys() == two.keys()
     for key, value in one.items():
-        torch.testing.assert_close(two[key], value, rtol=1e-5, atol=1e-4, msg=key)
+        torch.testing.assert_close(two[key], value, rtol=1e-5, atol=1e-6, msg=key)
 
 
 METHODS = {
@@ -54,7 +54,7 @@ METHODS = {
     "oft": {},
     "prefix_tuning": {"projection": None},
     "houlsby_adapter": {},
-    "bitfit": {},
+    "bitfit": {"exclude": "*.key"},  # whose biases change nothing but rounding, as which Adam moves them
     "adalora": {"rank": 4, "target_rank": 2},
 }
 
@@ -64,7 +64,7 @@ def test_two_processes_learn_what_one_does(still: Path, csv_file: Path, tmp_path
     run, alone = (run_of(still, csv_file, tmp_path, {"name": method, **METHODS[method]}, count) for count in (2, 1))
     two, one = Cluster().train(run, 2), train(alone, Silent())
     assert np.allclose(two.losses, one.losses, rtol=1e-5)
-    assert (two.trainable, two.steps, two.saved) == (one.trainable, 40, str(run.out / "adapter"))
+    assert (two.trainable, two.steps, two.saved) == (one.trainable, 6, str(run.out / "adapter"))
     assert_same(run, alone)
     other = run.model_copy(update={"training": run.training.model_copy(update={"learning_rate": 3e-3})})
     for each in (run, other):

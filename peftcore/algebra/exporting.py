@@ -1,0 +1,159 @@
+"""An adapter as what another program reads: as it is, as a LoRA that computes the same, or as the nearest LoRA.
+
+What the program would do with a file say its rules (`peftcore.files.readers`). Each file is checked by them before it
+is written to where it is to be, so that nothing is written of which a part would be changed or dropped.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Literal
+
+import torch
+
+from peftcore.algebra.combining import Change, changes, lora_of, to_lora
+from peftcore.algebra.merge_math import svd
+from peftcore.contract.operators import Factors
+from peftcore.errors import ExportError, MergeError, NotMergeable, NoWeights, UnsupportedSite
+from peftcore.files.added_rows import check_no_rows
+from peftcore.files.readers.check import Report, check
+from peftcore.files.readers.reader import Reader
+from peftcore.files.save_load import save
+from peftcore.injection.injection import Injection
+from peftcore.injection.switching import activate
+from peftcore.training.batches import Data
+
+How = Literal["as it is", "as a LoRA", "projected"]
+NOTHING = 1e-6
+"""Relative error of an update up to which nothing of it is lost."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """What was written for a program."""
+
+    how: How
+    report: Report
+    """What the program reads of the files, by its rules."""
+    rank: int
+    """Of the LoRA; 0 for an adapter that was written as it is."""
+    errors: dict[str, float]
+    """Relative errors of a LoRA by site; empty for an adapter that was written as it is."""
+
+    @property
+    def error(self) -> float:
+        """The largest of them."""
+        return max(self.errors.values(), default=0.0)
+
+
+def export(
+    injection: Injection,
+    path: Path,
+    reader: Reader,
+    *,
+    rank: int | None = None,
+    data: Data | None = None,
+    home: Path | None = None,
+) -> Export:
+    """Write an adapter so that a program reads all of it as it was trained. The model is as it was afterwards.
+
+    Args:
+        path: the folder, or the file where the format's adapters are one.
+        rank: where it is no low-rank update, write the nearest LoRA of this rank; None refuses that.
+        data: batches of inputs by which nearest is meant, as of `to_lora`.
+        home: where the folder will be in the end, if that is another path.
+
+    Raises:
+        ExportError: the program cannot read it, and why; nothing was written.
+        NoWeights: its model is on the meta device, and writing it takes the weights.
+        CalibrationError: `data` has no batches, or the model cannot be called with one.
+    """
+    try:
+        return Export("as it is", as_it_is(injection, path, reader, home=home), 0, {})
+    except ExportError as error:
+        first = error
+    if any(parameter.is_meta for parameter in injection.model.parameters()):
+        raise NoWeights(f"{first}. As a LoRA it takes the weights of the model")
+    with activate(injection.model, injection.name):
+        try:
+            lora, how, kept, errors = _as_lora(injection, reader, rank, data)
+            try:
+                report = as_it_is(lora, path, reader, home=home)
+            finally:
+                lora.remove()
+        except (MergeError, UnsupportedSite, ExportError) as error:
+            instead = "serve it with peftcore" if isinstance(error, NotMergeable) else "merge it and serve the model"
+            raise ExportError(
+                f"{reader.name} does not read it as it is: {first}. As a LoRA: {error}. Otherwise {instead}"
+            ) from None
+    return Export(how, report, kept, errors)
+
+
+def as_it_is(injection: Injection, path: Path, reader: Reader, *, home: Path | None = None) -> Report:
+    """Write an adapter in a program's format, if the program would read all of it as it was trained.
+
+    Raises:
+        ExportError: the format cannot hold it, or the program would change, drop or refuse a part; nothing was written.
+    """
+    with TemporaryDirectory() as place:
+        trial = Path(place) / "adapter"
+        save(injection, trial, (reader.writes,), False, home=home or path)
+        report = check(trial, reader)
+    if not report.as_trained:
+        shown = "; ".join(report.reasons[:4])
+        raise ExportError(shown)
+    save(injection, path, (reader.writes,), False, home=home)
+    return report
+
+
+def _as_lora(
+    injection: Injection, reader: Reader, rank: int | None, data: Data | None
+) -> tuple[Injection, How, int, dict[str, float]]:
+    """Returns a LoRA on the model with the updates of an adapter, how near it is, its rank, and its errors by site.
+
+    Raises:
+        MergeError: it makes no change of weights.
+        ExportError: it does more than a LoRA, or is no low-rank update and `rank` is None.
+    """
+    if injection.trained_along:
+        raise ExportError(f"{injection.trained_along[0]} was trained along, and is no low-rank update")
+    check_no_rows(injection, reader.name)
+    name = f"{injection.name}_lora"
+    most = reader.ranks.most if reader.ranks else None
+    exact = {}
+    for path, change in changes(injection).items():
+        if change.delta.dim() < change.site.layer.batch_dims + 2:
+            raise ExportError(f"vectors have no low-rank form, and {path} changes")
+        factors = _lossless(change)
+        if factors is None or (most is not None and factors[1].shape[-1] > most):
+            break
+        exact[path] = change.site, factors
+    else:
+        if not exact:
+            raise ExportError("it changes no weight")
+        kept = max(factors[1].shape[-1] for _, factors in exact.values())
+        lora = lora_of(injection.model, exact, name, [injection.name])
+        return lora, "as a LoRA", kept, dict.fromkeys(exact, 0.0)
+    if rank is None:
+        raise ExportError(
+            f"the update at {path} is of no low rank; project it (rank=, --project RANK) to the nearest one, with the "
+            "error that is said then"
+        )
+    lora, errors = to_lora(injection, rank, name, data=data)
+    return lora, "projected", rank, errors
+
+
+def _lossless(change: Change) -> Factors | None:
+    """Returns factors of an update: its own, as few as its matrix can have, or those of one that has at most half as
+    many columns as its smaller side; None where it has more."""
+    dims = change.site.layer.batch_dims
+    matrix = change.delta.flatten(dims + 1)  # [*batch, out, in * kernel]
+    most = min(matrix.shape[-2:])
+    if change.factors is not None:
+        return change.factors if change.factors[1].shape[-1] <= most else svd(change.delta, most, dims)[0]
+    values = torch.linalg.svdvals(matrix)
+    lost = values.square().flip(-1).cumsum(-1).flip(-1).sqrt()  # [*batch, k]: what is left out with k columns
+    kept = int((lost > NOTHING * lost[..., :1]).sum(-1).max())
+    return svd(change.delta, max(kept, 1), dims)[0] if kept <= most // 2 else None

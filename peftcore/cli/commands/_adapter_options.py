@@ -1,0 +1,48 @@
+"""Options that commands on adapter files have in common, and how they report."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from peftcore.cli.app import answered, printable
+
+Adapter = Annotated[str, typer.Argument(help="Folder or file of an adapter, in any format that peftcore loads.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result.")]
+ModelClass = Annotated[str | None, typer.Option(help="Class of transformers, if the folder has no head.")]
+Component = Annotated[str | None, typer.Option(help="Which model of a pipeline; not needed if only one fits.")]
+
+
+@contextmanager
+def at_work() -> Iterator[Any]:
+    """Print errors as one message and warnings as one line each; yield what makes the progress display."""
+
+    def told(message: Warning | str, *place: Any, **more: Any) -> None:
+        print(f"Warning: {printable(message)}", file=sys.stderr)
+
+    def display() -> Any:
+        from rich.console import Console
+
+        from peftcore.cli.printing.progress import Line
+        from peftcore.comparing.quiet import no_bars
+
+        no_bars()
+        return Line(Console(stderr=True))
+
+    with answered(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("default", module="peftcore")
+        warnings.showwarning = told
+        yield display
+
+
+def output_of(out: Path, overwrite: bool, sources: Sequence[Path]) -> Any:
+    from peftcore.cli.adapters.output import Output
+
+    return Output(out, overwrite, sources)

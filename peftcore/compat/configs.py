@@ -1,0 +1,126 @@
+"""What stands in ``peft_config`` for an adapter: peft's own configuration where it was made of one, otherwise an
+`AdapterConfig`. Of both another adapter can be made, as trainers do for a reference model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from torch import nn
+
+from peftcore.contract.config import MethodConfig
+from peftcore.contract.method import Method
+from peftcore.errors import CalibrationError, ConfigError
+from peftcore.forward.host_state import injections
+from peftcore.injection.applying import apply, check_name, establish, prepare
+from peftcore.injection.injection import Injection
+from peftcore.injection.switching import activate
+from peftcore.surgery.surgeon import Wishes
+
+
+@dataclass
+class AdapterConfig(PeftConfig):  # type: ignore[misc]
+    """An adapter of any method, as a configuration of peft.
+
+    Attributes:
+        kind: the class of its method.
+        options: its options.
+        wishes: the other arguments with which it was applied; where it was loaded, the places of the file.
+    """
+
+    kind: type[Method] | None = None
+    options: MethodConfig | None = None
+    wishes: Wishes | None = None
+
+
+def config_of(injection: Injection) -> AdapterConfig:
+    """Returns the configuration of an adapter that was made of none of peft's."""
+    kind = type(injection.method)
+    return AdapterConfig(peft_type=kind.name, kind=kind, options=injection.config, wishes=injection.wishes)
+
+
+def apply_beside(model: nn.Module, name: str, method: Any, options: Mapping[str, Any]) -> Injection:
+    """Apply one more adapter, which trains and does not act yet; those that act go on to.
+
+    Args:
+        model: the host; changed in place.
+        name: the adapter's name.
+        method: what `peftcore.apply` takes, configurations of peft among it; or an `AdapterConfig`, of which a fresh
+            adapter is made, drawn from the same seed.
+        options: other arguments of `peftcore.apply`.
+
+    Raises:
+        PeftcoreError: as `peftcore.apply`; the host was not changed.
+        ConfigError: an `AdapterConfig` comes with options, or stands for an adapter that is made of other things.
+        CalibrationError: the method of an `AdapterConfig` looks at data first.
+    """
+    if not isinstance(method, AdapterConfig):
+        with _nothing_active(model):
+            return apply(model, method, name=name, **options)
+    if options:
+        raise ConfigError(f"this configuration has all options; name the method instead, with {sorted(options)}")
+    if method.kind is None or method.options is None or method.wishes is None:
+        raise ConfigError('an AdapterConfig is what model.peft_config has; for another adapter name a method: "lora"')
+    name = check_name(model, name)
+    with _nothing_active(model):
+        surgeon = prepare(model, method.kind(), method.options, method.wishes, None, dry=False)
+        injection = establish(surgeon, name, active=False)
+    if any(each.method.looks_at_data(each.config) for each in injection.family()):
+        injection.remove()
+        raise CalibrationError(
+            f"{method.kind.name} looks at data before training, so its configuration alone makes no adapter: "
+            "peftcore.apply(model.get_base_model(), ..., name=..., data=batches)"
+        )
+    return injection
+
+
+def check_same_state(one: Injection, other: Injection) -> None:
+    """Check that two adapters of one configuration compute the same once their parameters are the same.
+
+    Raises:
+        ConfigError: one has tensors that the other has not, or state that is no parameter.
+    """
+    shapes = [{key: value.shape for key, value in each.state_dict().items()} for each in (one, other)]
+    if shapes[0] != shapes[1]:
+        raise ConfigError(
+            f"{other.name!r} has other tensors than an adapter made of its configuration, as files of peft may: load "
+            "it under another name instead, model.load_adapter(folder, name), or give the trainer a ref_model"
+        )
+    for (path, mine), (_, theirs) in zip(_buffers(one), _buffers(other), strict=True):
+        if mine.shape != theirs.shape or not torch.equal(mine, theirs):
+            raise ConfigError(
+                f"{other.name!r} has state that no configuration has, at {path}: an adapter made of the configuration "
+                "would be another one, with the same parameters too. Load it under another name instead, "
+                "model.load_adapter(folder, name), or give the trainer a ref_model"
+            )
+
+
+def dropouts_of(injection: Injection) -> list[str]:
+    """Returns the options by which an adapter drops something in training."""
+    options = [option for each in injection.family() for option in each.config.model_dump().items()]
+    return sorted({name for name, value in options if "dropout" in name and value})
+
+
+def _buffers(injection: Injection) -> Iterator[tuple[str, torch.Tensor]]:
+    for path, module in injection.modules():
+        for name, buffer in module.named_buffers():
+            yield f"{path}.{name}", buffer
+
+
+@contextmanager
+def _nothing_active(model: nn.Module) -> Iterator[None]:
+    """Context manager in which no adapter acts, so that a new one is made of the base alone and need not act with those
+    that do; these act after it, and none else."""
+    found = injections(model)
+    active = [name for name, injection in found.items() if injection.active]
+    if found:
+        activate(model)
+    try:
+        yield
+    finally:
+        if found:
+            activate(model, *active)

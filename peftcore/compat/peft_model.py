@@ -1,0 +1,434 @@
+"""`PeftModel`: peft's class for those who ask for it, around a model that peftcore adapted; and `get_peft_model`."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+import peft
+from torch import nn
+from torch.nn.modules.module import _IncompatibleKeys
+
+from peftcore.compat.configs import apply_beside, check_same_state, config_of, dropouts_of
+from peftcore.compat.folders import config_in, save_folder
+from peftcore.compat.tuner import Tuner
+from peftcore.errors import ConfigError, TrainingError, UnsupportedHost
+from peftcore.files.save_load import load
+from peftcore.forward.host_state import injections, known
+from peftcore.injection.injection import Injection
+from peftcore.injection.switching import activate, route
+from peftcore.training.optimizer import scheduled
+
+BASE = "__base__"
+"""peft's name for no adapter, in `adapter_names`."""
+ALONE = "default"
+"""The adapter that peft saves into a folder itself, and not into one of its name below."""
+
+
+class PeftModel(peft.PeftModel):  # type: ignore[misc]
+    """A model that peftcore adapted, as a model of peft: ``isinstance(model, peft.PeftModel)``.
+
+    All state is that of the adapted model, so what `peftcore` does with that shows here, and the other way round.
+    One adapter acts and trains, as in peft, until `peftcore.activate` says otherwise.
+
+    Args:
+        model: the model; changed in place. Without `peft_config` it is adapted already, and goes on as it is.
+        peft_config: a method, as `peftcore.apply` takes it, or a configuration of peft.
+        adapter_name: the adapter's name.
+        options: other arguments of `peftcore.apply`.
+
+    Raises:
+        PeftcoreError: as `peftcore.apply`; the model was not changed.
+        UnsupportedHost: the model is one of peft.
+        ConfigError: there is no `peft_config`, and the model has no adapters.
+    """
+
+    def __init__(self, model: nn.Module, peft_config: Any = None, adapter_name: str = ALONE, **options: Any) -> None:
+        if isinstance(model, peft.PeftModel):
+            raise UnsupportedHost(
+                "the model is a PeftModel already: add_adapter(name, ...) adds one more; to start anew, give "
+                "model.unload() or model.merge_and_unload()"
+            )
+        if peft_config is None and not injections(model):
+            raise ConfigError('the model has no adapters: name a method, PeftModel(model, "lora", rank=8)')
+        nn.Module.__init__(self)
+        self._given: dict[str, Any] = {}
+        self._last: list[str] = []
+        self._adapters_disabled = False
+        if peft_config is not None:
+            apply_beside(model, adapter_name, peft_config, options)
+            self._note_config(adapter_name, peft_config)
+        self.base_model = Tuner(model)
+        if peft_config is not None:
+            self.set_adapter(adapter_name)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: nn.Module,
+        model_id: str | os.PathLike[str],
+        adapter_name: str = ALONE,
+        is_trainable: bool = False,
+        *,
+        revision: str | None = None,
+    ) -> PeftModel:
+        """Returns the model with a saved adapter: whatever `peftcore.load` reads, folders of peft among it.
+
+        Raises:
+            CheckpointError, HostMismatch, NewerFormat, UnknownMethod, HubError: as `peftcore.load`.
+        """
+        if isinstance(model, peft.PeftModel):
+            raise UnsupportedHost("the model is a PeftModel already: model.load_adapter(folder, name) loads one more")
+        load(model, model_id, name=adapter_name, trainable=is_trainable, revision=revision)
+        found = cls(model)
+        found._note_config(adapter_name, config_in(model_id))
+        found.set_adapter(adapter_name, inference_mode=not is_trainable)
+        return found if is_trainable else found.eval()
+
+    @property
+    def adapters(self) -> dict[str, Injection]:
+        """The adapters by name, as peftcore has them."""
+        return injections(self.get_base_model())
+
+    def get_base_model(self) -> nn.Module:
+        """Returns the adapted model."""
+        model: nn.Module = self.base_model.model
+        return model
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """Returns the model's output head, from whoever asks for it to multiply with its weight, as trainers of TRL do.
+
+        Raises:
+            TrainingError: an adapter acts on it, or trains it along, and would be passed over.
+        """
+        model: Any = self.get_base_model()
+        head: nn.Module | None = model.get_output_embeddings()
+        for injection in self.adapters.values():
+            for site in (site for graft in injection.grafts for site in graft.holders):
+                if injection.module_at(site.module_path) is head:
+                    raise TrainingError(
+                        f"{injection.name!r} is at the output head, {site.module_path}, and who asks for the head "
+                        "multiplies with its weight without the adapter: leave the head out of target= and train="
+                    )
+        return head
+
+    @property
+    def peft_config(self) -> dict[str, peft.PeftConfig]:
+        """The configuration of each adapter: peft's, where it was made of one; otherwise an `AdapterConfig`."""
+        found = self.adapters
+        self._given = {name: self._given.get(name) or config_of(injection) for name, injection in found.items()}
+        return dict(self._given)
+
+    @property
+    def peft_type(self) -> Any:
+        """peft's type of the adapter that acts, or the name of its method."""
+        return self.active_peft_config.peft_type
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The adapters that act; while they are disabled, those that acted before."""
+        return [name for name, injection in self.adapters.items() if injection.active] or self._last
+
+    @property
+    def active_adapter(self) -> str:
+        """The adapter that acts, or the first of several."""
+        return self.active_adapters[0]
+
+    @property
+    def has_active_enabled_adapter(self) -> bool:
+        """Whether an adapter acts."""
+        return any(injection.active for injection in self.adapters.values())
+
+    def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """Returns what the adapted model returns.
+
+        Args:
+            adapter_names: the adapter of each row; ``"__base__"`` for none.
+
+        Raises:
+            TrainingError: in training, an adapter drops something, and somebody turned dropout off.
+        """
+        if self.training and self.base_model.dropout_is_off:
+            self._check_drops_nothing()
+        with self._routed(adapter_names, 1):
+            return self.get_base_model()(*args, **kwargs)
+
+    def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """Returns what the adapted model generates; `adapter_names` as in forward."""
+        model: Any = self.get_base_model()
+        with self._routed(adapter_names, kwargs.get("num_beams") or model.generation_config.num_beams or 1):
+            return model.generate(*args, **kwargs)
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Context manager with the bare base model, to the bit; merged adapters are unmerged meanwhile."""
+        self._last, before, self._adapters_disabled = self.active_adapters, self._adapters_disabled, True
+        try:
+            with ExitStack() as stack:
+                for injection in self.adapters.values():
+                    if injection.merged:
+                        stack.enter_context(injection.disabled())
+                stack.enter_context(activate(self.get_base_model()))
+                yield
+        finally:
+            self._adapters_disabled = before
+
+    def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
+        """Let one adapter act and train, and no other.
+
+        Args:
+            adapter_name: its name.
+            inference_mode: whether it is frozen.
+
+        Raises:
+            UnknownInjection: there is none of that name.
+        """
+        activate(self.get_base_model(), adapter_name)
+        self._last = [adapter_name]
+        for name, injection in self.adapters.items():
+            injection.trainable(name == adapter_name and not inference_mode)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Let adapters train, or freeze them.
+
+        Raises:
+            UnknownInjection: there is none of such a name.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else [*adapter_names]
+        state = known(self.get_base_model(), names)
+        for name in names:
+            state.injections[name].trainable(requires_grad)
+
+    def add_adapter(self, adapter_name: str, peft_config: Any, **options: Any) -> None:
+        """Add a fresh adapter, frozen and not acting until `set_adapter`.
+
+        Args:
+            adapter_name: its name.
+            peft_config: a method or a configuration as `peftcore.apply` takes them, or one of `peft_config`.
+            options: other arguments of `peftcore.apply`.
+
+        Raises:
+            PeftcoreError: as `peftcore.apply`.
+            ConfigError: it is to be like an adapter that has state which is neither options nor parameters.
+
+        Nothing was changed then.
+        """
+        like = [name for name, config in self.peft_config.items() if config is peft_config]
+        injection = apply_beside(self.get_base_model(), adapter_name, peft_config, options)
+        try:
+            for name in like:
+                check_same_state(injection, self.adapters[name])
+        except ConfigError:
+            injection.remove()
+            raise
+        injection.trainable(False)
+        self._note_config(adapter_name, peft_config)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter; where it acts, the first of the others does then.
+
+        Raises:
+            UnknownInjection: there is none of that name.
+            ConfigError: it is the last one.
+            MergeError: it is merged, and `unmerge_adapter` is impossible.
+        """
+        injection = known(self.get_base_model(), [adapter_name]).injections[adapter_name]
+        others = [name for name in self.adapters if name != adapter_name]
+        if not others:
+            raise ConfigError(f"{adapter_name!r} is the last adapter: model.unload() returns the model without any")
+        acted = self.active_adapters == [adapter_name]
+        injection.remove()
+        self._given.pop(adapter_name, None)
+        if acted:
+            warnings.warn(f"{adapter_name!r} was active and is deleted; {others[0]!r} acts now", stacklevel=2)
+            self.set_adapter(others[0])
+
+    def load_adapter(
+        self,
+        model_id: str | os.PathLike[str],
+        adapter_name: str,
+        is_trainable: bool = False,
+        *,
+        revision: str | None = None,
+    ) -> Any:
+        """Load an adapter, which does not act until `set_adapter`; or, under the name of one that is there, its values
+        into that, as the Trainer does to resume.
+
+        Args:
+            model_id: what `peftcore.load` takes.
+            adapter_name: its name.
+            is_trainable: whether it trains; of one that is there nothing changes. Otherwise the model is in evaluation
+                mode afterwards, as in peft.
+            revision: as of `peftcore.load`.
+
+        Raises:
+            CheckpointError, HostMismatch, NewerFormat, UnknownMethod, HubError: as `peftcore.load`.
+            SwapError: an adapter of the name is there, of another method, with other options or elsewhere.
+            TrainingError: it is there, trains, and has a schedule, which values alone do not resume.
+
+        Returns:
+            What torch returns when it loads a state dict: no keys are missing, and none are unexpected.
+        """
+        there = self.adapters.get(adapter_name)
+        if there is not None:
+            if is_trainable and any(True for _ in scheduled(there)):
+                raise TrainingError(
+                    f"{there.method.name} has a schedule, and what it knows between steps is in no adapter's folder: "
+                    "to resume, give the Trainer the adapted model itself, with PeftcoreCallback"
+                )
+            there.swap(model_id, revision=revision)
+        else:
+            model = self.get_base_model()
+            load(model, model_id, name=adapter_name, trainable=is_trainable, active=False, revision=revision)
+            self._note_config(adapter_name, config_in(model_id))
+        if not is_trainable:
+            self.eval()
+        return _IncompatibleKeys([], [])
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        selected_adapters: Sequence[str] | None = None,
+        is_main_process: bool = True,
+        state_dict: Any = None,
+        safe_serialization: bool = True,
+    ) -> None:
+        """Write the adapters: ``default`` into the folder, others into folders of their names in it; in peft's format,
+        or, where that cannot hold one, in ours. Both are read by `from_pretrained`, and by `peftcore.load`.
+
+        Args:
+            save_directory: the folder.
+            selected_adapters: names; all by default.
+            is_main_process: whether this process writes.
+            state_dict: passed over: adapters are saved as they are on the model.
+            safe_serialization: has to be True.
+
+        Raises:
+            ConfigError: `safe_serialization` is False.
+            ExportError: the model is sharded over processes.
+            UnknownInjection: there is no adapter of such a name.
+        """
+        if not safe_serialization:
+            raise ConfigError("no pickles are written: leave safe_serialization out")
+        names = list(self.adapters) if selected_adapters is None else [*selected_adapters]
+        state = known(self.get_base_model(), names)
+        for name in names if is_main_process else ():
+            folder = Path(save_directory)
+            save_folder(state.injections[name], folder if name == ALONE else folder / name)
+
+    def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = True) -> None:
+        """Merge adapters into the weights, until `unmerge_adapter`; all or none.
+
+        Args:
+            adapter_names: those that act by default; others cannot be merged.
+            safe_merge: passed over: values are checked always.
+
+        Raises:
+            NotMergeable: the method has no merged form.
+            MergeError: as `Injection.merge`.
+        """
+        before = [injection for injection in self.adapters.values() if injection.merged]
+        try:
+            for injection in self._named(adapter_names):
+                injection.merge()
+        except Exception:
+            self._unmerge_all_but(before)
+            raise
+
+    def unmerge_adapter(self) -> None:
+        """Put the weights back, bit for bit.
+
+        Raises:
+            MergeError: as `Injection.unmerge`.
+        """
+        self._unmerge_all_but([])
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = True, adapter_names: Sequence[str] | None = None
+    ) -> nn.Module:
+        """Returns the model with adapters merged for good, those that act by default, and without any.
+
+        Raises:
+            NotMergeable, MergeError: as `merge_adapter`; the adapters are still there.
+        """
+        self.merge_adapter(adapter_names)
+        for injection in reversed(self.adapters.values()):
+            if injection.merged:
+                injection.bake()
+        return self.unload()
+
+    def unload(self) -> nn.Module:
+        """Returns the model without adapters."""
+        model = self.get_base_model()
+        for injection in self.adapters.values():
+            injection.remove()
+        return model
+
+    def get_layer_status(self) -> NoReturn:
+        """Raises ConfigError: there are no layers of peft."""
+        raise ConfigError(
+            "no layer is peft's: see print(adapter.summary()) for each adapter in model.adapters.values()"
+        )
+
+    def get_model_status(self) -> NoReturn:
+        """Raises ConfigError: there are no layers of peft."""
+        self.get_layer_status()
+
+    def _check_drops_nothing(self) -> None:
+        for name, injection in self.adapters.items():
+            if injection.active and (options := dropouts_of(injection)):
+                raise TrainingError(
+                    f"dropout was turned off in the modules of the model, and that of {name!r} is none of these: apply "
+                    f"it with {options[0]}=0, or leave dropout on (disable_dropout=False in TRL)"
+                )
+
+    def _named(self, names: Sequence[str] | None) -> list[Injection]:
+        state = known(self.get_base_model(), names or [])
+        return [state.injections[name] for name in (self.active_adapters if names is None else names)]
+
+    def _unmerge_all_but(self, kept: Sequence[Injection]) -> None:
+        for injection in reversed(self.adapters.values()):  # what was merged on top goes first
+            if injection not in kept:
+                injection.unmerge()
+
+    def _note_config(self, name: str, config: Any) -> None:
+        """Note the configuration with which an adapter was made, if it is one."""
+        if isinstance(config, peft.PeftConfig):
+            self._given[name] = config
+
+    @contextmanager
+    def _routed(self, names: Sequence[str] | None, copies: int) -> Iterator[None]:
+        """Context manager in which each row has its adapter.
+
+        Raises:
+            UnknownInjection: there is no adapter of such a name.
+        """
+        if names is None:
+            yield
+            return
+        if self._adapters_disabled:
+            raise ConfigError("adapter_names within disable_adapter(): leave one of the two out")
+        with route(self.get_base_model(), [None if name == BASE else name for name in names], copies=copies):
+            yield
+
+
+def get_peft_model(model: nn.Module, peft_config: Any, adapter_name: str = ALONE, **options: Any) -> PeftModel:
+    """Returns a model of peft around a model that is adapted in place, by any method:
+
+        model = get_peft_model(model, "dora", rank=8)
+        model = get_peft_model(model, peft.LoraConfig(r=8))
+
+    Args:
+        model: the model; changed in place.
+        peft_config: a method, as `peftcore.apply` takes it, or a configuration of peft.
+        adapter_name: the adapter's name.
+        options: other arguments of `peftcore.apply`.
+
+    Raises:
+        PeftcoreError: as `peftcore.apply`; the model was not changed.
+    """
+    return PeftModel(model, peft_config, adapter_name, **options)

@@ -1,0 +1,121 @@
+"""Files of llama.cpp with a LoRA, ``adapter.gguf``. They are written, not read.
+
+A matrix of the base, ``blk.0.attn_q.weight``, has ``….lora_a`` ``[rank, in]`` and ``….lora_b`` ``[out, rank]``, and the
+file one alpha, whose quotient with the rank of each is the scale. So ranks that differ are filled up with zeros, and
+scales are multiplied into ``lora_b``.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from peftcore.errors import CheckpointError, ExportError
+from peftcore.files.formats.format import Content, Files, Format, Made
+from peftcore.files.formats.plain_lora import Pair, plain_lora
+from peftcore.injection.injection import Injection
+
+FILE = "adapter.gguf"
+MAGIC = b"GGUF"
+ARCHITECTURES = Path(__file__).with_name("gguf_architectures.toml")
+ONLY_WRITTEN = "files of llama.cpp are written, not read; load or check the adapter that it was made of"
+
+
+class GGUF(Format):
+    """The format of llama.cpp's adapters."""
+
+    name = "gguf"
+
+    @classmethod
+    def recognizes(cls, path: Path) -> bool:
+        file = path / FILE if path.is_dir() else path
+        if not file.is_file():
+            return False
+        with file.open("rb") as opened:
+            return opened.read(len(MAGIC)) == MAGIC
+
+    def open(self, path: Path, model: nn.Module) -> Content:
+        raise CheckpointError(f"{path}: {ONLY_WRITTEN}")
+
+    def describe(self, path: Path) -> Any:
+        raise CheckpointError(f"{path}: {ONLY_WRITTEN}")
+
+    def files(self, injection: Injection, weights: bool = False) -> Files:
+        architecture, config = _known(injection.model)
+        pairs = plain_lora(injection, "llama.cpp")
+        rank = max(len(pair.A) for pair in pairs.values())
+        names = _names(architecture["name"], int(config["num_hidden_layers"]), pairs)
+        heads = {leaf: int(config[count]) for leaf, count in architecture.get("rotated", {}).items()}
+        tensors: dict[str, Tensor] = {}
+        for path, pair in pairs.items():
+            A, B = pair.filled(rank)
+            leaf = path.rpartition(".")[2]
+            tensors[f"{names[path]}.weight.lora_a"] = A
+            tensors[f"{names[path]}.weight.lora_b"] = neighbours(B, heads[leaf]) if leaf in heads else B
+        return {FILE: Made(lambda file: _write(file, architecture["name"], float(rank), tensors))}
+
+
+def neighbours(rows: Tensor, heads: int) -> Tensor:
+    """Returns the rows ``[heads * width, ...]`` of a projection with the two that are rotated together side by side in
+    each head, where they are half a head apart."""
+    halves = rows.reshape(heads, 2, -1, *rows.shape[1:])  # [heads, 2, width / 2, ...]
+    return halves.transpose(1, 2).reshape(rows.shape)
+
+
+def _known(model: nn.Module) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """Returns how llama.cpp has a model, and the model's configuration.
+
+    Raises:
+        ExportError: it is not in the table.
+    """
+    known = tomllib.loads(ARCHITECTURES.read_text(encoding="utf-8"))
+    config = getattr(model, "config", None)
+    said: Mapping[str, Any] = {} if config is None else config.to_dict()
+    kind = said.get("model_type")
+    if kind not in known:
+        raise ExportError(
+            f"GGUF is written for {', '.join(known)}, and this model is {kind or 'none of transformers'}: write "
+            'format="peft", which convert_lora_to_gguf.py of llama.cpp converts'
+        )
+    return known[kind], said
+
+
+def _names(architecture: str, blocks: int, paths: Mapping[str, Pair]) -> dict[str, str]:
+    """Returns the names in GGUF of modules.
+
+    Raises:
+        ExportError: one has none, or the package gguf is missing.
+    """
+    gguf = _package()
+    [arch] = [each for each, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture]
+    table = gguf.get_tensor_name_map(arch, blocks)
+    found = {path: table.get_name(path) for path in paths}
+    if lacking := [path for path, name in found.items() if name is None]:
+        raise ExportError(f"llama.cpp has no tensor for {lacking[0]} in its {architecture}")
+    return found
+
+
+def _write(file: Path, architecture: str, alpha: float, tensors: Mapping[str, Tensor]) -> None:
+    gguf = _package()
+    writer = gguf.GGUFWriter(file, architecture)
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
+    for name, value in tensors.items():
+        writer.add_tensor(name, value.contiguous().cpu().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _package() -> Any:
+    try:
+        import gguf
+    except ImportError:
+        raise ExportError("files of llama.cpp are written by the package gguf: pip install gguf") from None
+    return gguf

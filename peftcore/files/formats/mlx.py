@@ -1,0 +1,82 @@
+"""Folders of mlx-lm: ``adapters.safetensors`` and an ``adapter_config.json`` of its own. They are written, not read.
+
+All modules of a name have a LoRA of one rank and one scale in the last ``num_layers`` blocks, ``lora_a`` ``[in, rank]``
+and ``lora_b`` ``[rank, out]``; those that lack tensors start with zeros in ``lora_b``. So ranks that differ are filled
+up with zeros, and scales are multiplied into ``lora_b``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from peftcore.errors import CheckpointError, ExportError
+from peftcore.files.formats.description import Description, tensor_files
+from peftcore.files.formats.format import Content, Files, Format, Tensors
+from peftcore.files.formats.plain_lora import plain_lora
+from peftcore.files.safe_io import read_json
+from peftcore.injection.injection import Injection
+
+CONFIG, TENSORS = "adapter_config.json", "adapters.safetensors"
+BLOCK = re.compile(r"(?P<stem>(?:.*\.)?layers)\.(?P<index>\d+)\.(?P<key>.+)")
+
+
+class MLX(Format):
+    """The format of mlx-lm's folders."""
+
+    name = "mlx"
+
+    @classmethod
+    def recognizes(cls, path: Path) -> bool:
+        if not ((path / CONFIG).is_file() and (path / TENSORS).is_file()):
+            return False
+        try:
+            return "lora_parameters" in read_json(path / CONFIG)
+        except CheckpointError:
+            return False
+
+    def open(self, path: Path, model: nn.Module) -> Content:
+        raise CheckpointError(f"{path}: folders of mlx-lm are written, not read; load the adapter that it was made of")
+
+    def describe(self, path: Path) -> Description:
+        options = read_json(path / CONFIG)
+        problem = "folders of mlx-lm are written, not read"
+        kind = str(options.get("fine_tune_type", "lora"))
+        return Description(self.name, tensor_files(path), kind=kind, options=options, problem=problem)
+
+    def files(self, injection: Injection, weights: bool = False) -> Files:
+        pairs = plain_lora(injection, "mlx-lm")
+        rank = max(len(pair.A) for pair in pairs.values())
+        blocks = {path: BLOCK.fullmatch(path) for path in pairs}
+        keys = {path: path if found is None else found["key"] for path, found in blocks.items()}
+        indices = [int(found["index"]) for found in blocks.values() if found]
+        config = {
+            "fine_tune_type": "lora",
+            "num_layers": _blocks(injection.model, indices),
+            "lora_parameters": {"rank": rank, "scale": 1.0, "dropout": 0.0, "keys": sorted(set(keys.values()))},
+        }
+        tensors: dict[str, Tensor] = {}
+        for path, pair in pairs.items():
+            A, B = pair.filled(rank)
+            tensors[f"{path}.lora_a"], tensors[f"{path}.lora_b"] = A.T.contiguous(), B.T.contiguous()
+        text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+        return {TENSORS: Tensors(tensors, {"format": "mlx"}), CONFIG: text}
+
+
+def _blocks(model: nn.Module, indices: list[int]) -> int:
+    """Returns how many of the last blocks have adapters, at most.
+
+    Raises:
+        ExportError: the model's blocks are not found.
+    """
+    if not indices:
+        return 0
+    stacks = [each for path, each in model.named_modules() if path.rpartition(".")[2] == "layers"]
+    if len(stacks) != 1:
+        raise ExportError(
+            "mlx-lm counts blocks from the last one, and this model has no one list of them called layers"
+        )
+    return len(list(stacks[0].children())) - min(indices)

@@ -1,0 +1,60 @@
+"""An adapter as nothing but low-rank updates of matrices, which is what programs read that know LoRA alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from peftcore.errors import ExportError
+from peftcore.files.formats.peft_names import PREFIXES
+from peftcore.files.formats.peft_writing import module_key, written
+from peftcore.files.formats.places import places_of
+from peftcore.injection.injection import Injection
+
+FACTORS = (".lora_A.weight", ".lora_B.weight")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The update of one module: B A, with its scale in B."""
+
+    A: Tensor
+    """``[rank, in]``."""
+    B: Tensor
+    """``[out, rank]``."""
+
+    def filled(self, rank: int) -> tuple[Tensor, Tensor]:
+        """Returns A and B of a rank that is not smaller, with zeros beside."""
+        A = self.A.new_zeros(rank, self.A.shape[1])
+        B = self.B.new_zeros(self.B.shape[0], rank)
+        A[: len(self.A)], B[:, : len(self.A)] = self.A, self.B
+        return A, B
+
+
+@torch.no_grad()
+def plain_lora(injection: Injection, program: str) -> dict[str, Pair]:
+    """Returns the updates of an adapter by the paths of their modules.
+
+    Args:
+        program: who reads nothing else, for messages.
+
+    Raises:
+        ExportError: it is more than that: another method, a convolution, something that trains along.
+    """
+    options, tensors = written(injection)
+    beside = [name for name in tensors if not name.endswith(FACTORS)]
+    if options["peft_type"] != "LORA" or options.get("use_dora") or beside:
+        what = f"{min(beside)} is no such factor" if beside else f"{injection.method.name} is another method"
+        raise ExportError(
+            f"{program} reads low-rank factors of matrices alone, and {what}: peftcore.to_lora makes them"
+        )
+    pairs = {}
+    for place in places_of(injection):
+        path, factors = module_key(place.site), place.operator.factors()
+        if factors is None or factors[0].dim() != 2 or f"{PREFIXES[0]}{path}{FACTORS[0]}" not in tensors:
+            raise ExportError(f"{program} reads low-rank factors of matrices alone, and {path} has other ones")
+        A, B, scale = factors
+        pairs[path] = Pair(A.detach().float(), scale * B.detach().float())
+    return pairs

@@ -1,0 +1,173 @@
+"""What a program would read, change, drop or refuse of an adapter's file, from the file alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Size
+
+from peftcore.errors import CheckpointError
+from peftcore.files.formats.format import recognize
+from peftcore.files.formats.keys import OFF
+from peftcore.files.formats.peft import CONFIG, Peft
+from peftcore.files.readers.reader import Reader, Verdict
+from peftcore.files.safe_io import read_json
+
+TYPE = "peft_type"
+MADE = (
+    "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "lora_dropout", "fan_in_fan_out",
+    "megatron_config", "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
+    "qalora_group_size", "runtime_config", "ensure_weight_tying", "velora_config", "init_weights",
+)  # fmt: skip
+"""Options of peft that say where an adapter stands, which its tensors say too, and how it was made and trained."""
+BLOCK = re.compile(r"\.(?P<index>\d+)\.(?P<rest>.+)$")
+"""The first number in a path, which is that of the block."""
+RANKS = ("lora_A.weight", "lora_embedding_A", "lora_down.weight", "lora.down.weight")
+"""Endings of tensors ``[rank, ...]``."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A part of a file, and what becomes of it."""
+
+    what: str
+    """An option, a tensor, or the module of tensors that are read."""
+    verdict: Verdict
+    why: str = ""
+    tensors: tuple[str, ...] = ()
+    """The names of the tensors; none: an option, or the file as a whole."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a program does with each part of one file."""
+
+    reader: Reader
+    format: str
+    rows: tuple[Row, ...]
+    needs: str = ""
+    """The flag with which the program has to be started; empty where it needs none."""
+
+    @property
+    def verdict(self) -> Verdict:
+        """The worst of all parts."""
+        order = list(Verdict)
+        return max((row.verdict for row in self.rows), key=order.index, default=Verdict.READ)
+
+    @property
+    def as_trained(self) -> bool:
+        """Whether all of it is read as it was trained."""
+        return self.verdict is Verdict.READ
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """Why it is not, each reason once."""
+        found: dict[tuple[Verdict, str], list[str]] = {}
+        for row in self.rows:
+            if row.verdict is not Verdict.READ:
+                found.setdefault((row.verdict, row.why), []).append(row.what)
+        return tuple(
+            f"{parts[0]}{f' and {len(parts) - 1} more' if len(parts) > 1 else ''}: {verdict}, {why}"
+            for (verdict, why), parts in found.items()
+        )
+
+
+@dataclass(frozen=True)
+class _File:
+    format: str
+    options: Mapping[str, Any]
+    tensors: Mapping[str, Size]
+
+
+def check(path: str | Path, reader: Reader) -> Report:
+    """Returns what a program does with each option and tensor of an adapter, without a model.
+
+    Raises:
+        CheckpointError: it is no adapter of a known format, or is damaged.
+    """
+    file = _opened(Path(path))
+    if file.format not in reader.formats:
+        known = " and ".join(reader.formats)
+        why = f"{reader.name} is given files of {known}: peftcore export writes one"
+        return Report(reader, file.format, (Row(f"format {file.format}", Verdict.REFUSED, why, tuple(file.tensors)),))
+    kind = file.options.get(TYPE)
+    if kind is not None and kind not in reader.types:
+        rule = reader.other_types
+        return Report(reader, file.format, (Row(f"{TYPE} {kind}", rule.verdict, rule.why, tuple(file.tensors)),))
+    rows = [*_options(file.options, reader), *_tensors(file.tensors, reader)]
+    modules = {row.what: row.tensors for row in rows if row.tensors and row.verdict is Verdict.READ}
+    rows += [*_alone(modules, reader), *_in_some_blocks(modules, reader)]
+    rank = _rank(file)
+    if reader.ranks is not None and rank > reader.ranks.most:
+        why = f"{reader.name} takes {reader.ranks.most} at most: peftcore export --project writes fewer"
+        rows.append(Row(f"rank {rank}", Verdict.REFUSED, why))
+        return Report(reader, file.format, tuple(rows))
+    return Report(reader, file.format, tuple(rows), reader.ranks.needed(rank) if reader.ranks else "")
+
+
+def _opened(path: Path) -> _File:
+    format = recognize(path)
+    about = format.describe(path)
+    if not about.files:
+        raise CheckpointError(f"{path} has no tensors")
+    options = read_json(path / CONFIG) if format.name == Peft.name else {}
+    return _File(format.name, options, {name: shape for file in about.files for name, shape in file.shapes.items()})
+
+
+def _options(options: Mapping[str, Any], reader: Reader) -> Iterator[Row]:
+    for name, value in options.items():
+        if name == TYPE or name in MADE or value in OFF:
+            continue
+        rule = reader.options.get(name, reader.other_options)
+        read = any(value is each or (value == each and type(value) is type(each)) for each in rule.but)
+        yield Row(f"option {name}", Verdict.READ if read else rule.verdict, "" if read else rule.why)
+
+
+def _tensors(tensors: Mapping[str, Size], reader: Reader) -> Iterator[Row]:
+    found: dict[tuple[str, Verdict, str], list[str]] = {}
+    for name, shape in tensors.items():
+        module, rule = reader.tensor(name, len(shape))
+        what = module if rule.verdict is Verdict.READ else name
+        found.setdefault((what, rule.verdict, rule.why), []).append(name)
+    for (what, verdict, why), names in found.items():
+        yield Row(what, verdict, why, tuple(names))
+
+
+def _alone(modules: Mapping[str, tuple[str, ...]], reader: Reader) -> Iterator[Row]:
+    """Yields modules that the program reads only beside others, which are not adapted."""
+    for rule in reader.beside:
+        for path, names in modules.items():
+            parent, dot, leaf = path.rpartition(".")
+            if leaf == rule.module and f"{parent}{dot}{rule.wants}" not in modules:
+                yield Row(f"{path} without {rule.wants}", rule.rule.verdict, rule.rule.why, names)
+
+
+def _in_some_blocks(modules: Mapping[str, tuple[str, ...]], reader: Reader) -> Iterator[Row]:
+    """Yields modules that are adapted in some blocks alone, where the program wants all of them."""
+    if reader.some_blocks is None:
+        return
+    kinds: dict[str, dict[int, str]] = {}
+    for path in modules:
+        if found := BLOCK.search(path):
+            kinds.setdefault(found["rest"], {})[int(found["index"])] = path
+    last = max((index for held in kinds.values() for index in held), default=-1)
+    for held in kinds.values():
+        if len(held) <= last:
+            for path in held.values():
+                yield Row(path, reader.some_blocks.verdict, reader.some_blocks.why, modules[path])
+
+
+def _rank(file: _File) -> int:
+    """Returns the largest rank of a file's options and tensors; 0 where it has none."""
+    said = [file.options.get("r"), *_values(file.options.get("rank_pattern"))]
+    seen = [shape[0] for name, shape in file.tensors.items() if name.endswith(RANKS) and shape]
+    return max([*seen, *(each for each in said if isinstance(each, int))], default=0)
+
+
+def _values(table: Any) -> Iterable[Any]:
+    return table.values() if isinstance(table, dict) else ()

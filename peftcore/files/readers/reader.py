@@ -1,0 +1,181 @@
+"""What one program does with each option and each tensor of an adapter's file, as data.
+
+``rules/`` has a file for each program, with the version, the repository, the commit and the files in which it was read.
+What a program does with a part of a file is one of four: it reads it as it was trained, reads something else from it
+(*changed*), goes on without it and says little or nothing (*dropped*), or does not load the file (*refused*).
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cache
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from peftcore.errors import ExportError
+
+RULES = Path(__file__).parent / "rules"
+
+
+class Verdict(StrEnum):
+    """What becomes of a part of a file, from the best to the worst."""
+
+    READ = "read"
+    CHANGED = "changed"
+    DROPPED = "dropped"
+    REFUSED = "refused"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What becomes of one part."""
+
+    verdict: Verdict
+    why: str = ""
+    but: tuple[Any, ...] = ()
+    """Values of an option with which it changes nothing, and is read."""
+
+
+@dataclass(frozen=True)
+class TensorRule:
+    """What becomes of tensors by their names."""
+
+    name: re.Pattern[str]
+    """An expression that is found in the name. What is in front of its group `below`, or of what it finds, is the
+    module's path."""
+    rule: Rule
+    dims: int | None = None
+    """The number of dimensions that a tensor must have for the rule; None: any."""
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What becomes of a module that is adapted without another one beside it."""
+
+    module: str
+    """The last name of its path."""
+    wants: str
+    """That of the other, in the same module."""
+    rule: Rule
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The ranks that a program takes."""
+
+    most: int
+    default: int
+    """The largest that it takes without the flag; 0: any up to `most`."""
+    flag: str = ""
+    """The flag by which it is told of a larger rank."""
+    sizes: tuple[int, ...] = ()
+    """The values that the flag takes; empty: any."""
+
+    def needed(self, rank: int) -> str:
+        """Returns the flag with which a server has to be started for a rank; empty where it needs none."""
+        if not self.default or rank <= self.default:
+            return ""
+        return f"{self.flag} {min((size for size in self.sizes if size >= rank), default=rank)}"
+
+
+@dataclass(frozen=True)
+class Reader:
+    """One program that reads adapters."""
+
+    name: str
+    version: str
+    source: str
+    """Where its code was read: ``owner/repository@commit``."""
+    files: tuple[str, ...]
+    """The files there; ``path@commit`` was read at a commit of its own."""
+    formats: tuple[str, ...]
+    """The formats of adapters that it reads, by our names."""
+    writes: str
+    """The format in which it is given an adapter."""
+    types: tuple[str, ...]
+    """Types of peft that it reads."""
+    other_types: Rule
+    options: Mapping[str, Rule]
+    """What becomes of peft's options."""
+    other_options: Rule
+    """What becomes of those that are not in `options` and are on."""
+    tensors: tuple[TensorRule, ...]
+    """The first that fits counts; the last one fits all."""
+    beside: tuple[Beside, ...] = ()
+    some_blocks: Rule | None = None
+    """What becomes of modules that are adapted in some blocks and not in others before the last one."""
+    ranks: Ranks | None = None
+    notes: tuple[str, ...] = ()
+    """What depends on the base or on how the program is started, so that no file tells it."""
+
+    def tensor(self, name: str, dims: int) -> tuple[str, Rule]:
+        """Returns the module's part of a tensor's name, and what becomes of the tensor."""
+        for each in self.tensors:
+            found = each.name.search(name)
+            if found is not None and each.dims in (None, dims):
+                below = "below" if "below" in each.name.groupindex else 0
+                return name[: found.start(below)] or name, each.rule
+        raise AssertionError(f"the last rule of {self.name} fits all names")
+
+
+def readers() -> dict[str, Reader]:
+    """Returns all programs by name."""
+    return dict(_readers())
+
+
+def reader_named(name: str) -> Reader:
+    """Returns one program.
+
+    Raises:
+        ExportError: no rules say what it reads.
+    """
+    known = _readers()
+    if name not in known:
+        raise ExportError(f"there are no rules of what {name!r} reads; there are those of {', '.join(known)}")
+    return known[name]
+
+
+@cache
+def _readers() -> Mapping[str, Reader]:
+    found = (_parsed(path) for path in sorted(RULES.glob("*.toml")))
+    return MappingProxyType({each.name: each for each in found})
+
+
+def _parsed(path: Path) -> Reader:
+    data = tomllib.loads(path.read_text(encoding="utf-8"))
+    options = {name: _rule(value) for name, value in data.pop("options", {}).items()}
+    options |= dict.fromkeys(data.pop("read_options", []), Rule(Verdict.READ))
+    tensors = [
+        TensorRule(re.compile(each.pop("name")), dims=each.pop("dims", None), rule=_rule(each))
+        for each in data.pop("tensors")
+    ]
+    beside = [Beside(each.pop("module"), each.pop("wants"), _rule(each)) for each in data.pop("beside", [])]
+    blocks = data.pop("some_blocks", None)
+    ranks = data.pop("ranks", None)
+    return Reader(
+        files=tuple(data.pop("files")),
+        formats=tuple(data.pop("formats")),
+        types=tuple(data.pop("types", [])),
+        other_types=_rule(data.pop("other_types")),
+        options=MappingProxyType(options),
+        other_options=_rule(data.pop("other_options")),
+        tensors=tuple(tensors),
+        beside=tuple(beside),
+        some_blocks=None if blocks is None else _rule(blocks),
+        ranks=None if ranks is None else Ranks(sizes=tuple(ranks.pop("sizes", [])), **ranks),
+        notes=tuple(data.pop("notes", [])),
+        **data,
+    )
+
+
+def _rule(data: Mapping[str, Any]) -> Rule:
+    """Returns the rule in ``{VERDICT = "why", but = [...]}``."""
+    left = dict(data)
+    but = tuple(left.pop("but", ()))
+    [(verdict, why)] = left.items()
+    return Rule(Verdict(verdict), why, but)

@@ -1,0 +1,129 @@
+"""What each of several processes holds of a planned model, by bytes: FSDP2 with each block as a unit and all else as
+another, and AdamW."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from peftcore.errors import ConfigError, UnsupportedHost, shown
+from peftcore.layers.layer import is_dense
+from peftcore.roles import HostMap
+from peftcore.surgery.installation import shelves
+
+if TYPE_CHECKING:
+    from peftcore.surgery.surgeon import Surgeon
+
+STATES = 2
+"""Numbers that AdamW keeps for each that trains."""
+
+Units = Mapping[Tensor, str]
+"""The path of the block that a parameter is in; empty where it is in none."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What one process holds, in bytes. Activations, and gradients that are not yet reduced, are those of its batch."""
+
+    weights: int
+    """Its pieces of the base's parameters, and the base's buffers, which nobody cuts."""
+    adapter: int
+    """The same of the adapter."""
+    gradients: int
+    """Its pieces of what trains."""
+    optimizer: int
+    """AdamW's states for them."""
+    gathered: int
+    """The parameters that are whole while the largest block runs: its own, and those in no block. The next block may be
+    on its way meanwhile."""
+
+    def __str__(self) -> str:
+        return (
+            f"{self.weights:,} bytes of weights, {self.adapter:,} of the adapter, {self.gradients:,} of gradients, "
+            f"{self.optimizer:,} of AdamW's states, and {self.gathered:,} gathered"
+        )
+
+
+def shards_of(surgeon: Surgeon, processes: int) -> tuple[Shard, ...]:
+    """Returns what each process holds of a model that is sharded after the recorded operators are applied.
+
+    Raises:
+        ConfigError: it is no number of processes.
+        UnsupportedHost: FSDP2 cannot cut some parameter.
+    """
+    if not isinstance(processes, int) or isinstance(processes, bool) or processes < 1:
+        raise ConfigError(f"shards is a number of processes, 1 or more, not {shown(processes)}")
+    model = surgeon.model
+    owners = _owners(model, surgeon.resolver.host)
+    base = units_of(model, surgeon.resolver.host)
+    operators = [(owners[holder], operator) for holder, _, operator in shelves(surgeon)]
+    added: dict[Tensor, str] = {each: own for own, operator in reversed(operators) for each in operator.parameters()}
+    trained = [each for each in added if each.requires_grad]
+    kept = {each for _, operator in operators for each in operator.buffers()}
+    return cut(base, set(model.buffers()), added, kept, trained, processes)
+
+
+def units_of(model: nn.Module, host: HostMap) -> Units:
+    """Returns the units of a model's parameters."""
+    owners = _owners(model, host)
+    return {each: owner for module, owner in owners.items() for each in module.parameters(recurse=False)}
+
+
+def cut(
+    base: Units, buffers: Iterable[Tensor], added: Units, kept: Iterable[Tensor], trained: Iterable[Tensor], n: int
+) -> tuple[Shard, ...]:
+    """Returns what each of `n` processes holds.
+
+    Args:
+        base: the base's parameters.
+        buffers: its buffers.
+        added: the adapter's parameters.
+        kept: its buffers.
+        trained: parameters of both that train.
+
+    Raises:
+        UnsupportedHost: FSDP2 cannot cut some parameter.
+    """
+    for each in (*base, *added):
+        if not each.ndim or not is_dense(each):
+            what = "a scalar" if not each.ndim else f"packed ({each.dtype})"
+            raise UnsupportedHost(
+                f"a parameter of shape {tuple(each.shape)} is {what}, and what FSDP2 makes of it is not known: plan "
+                "without shards"
+            )
+    units = Counter[str]()
+    for each, unit in {**base, **added}.items():
+        units[unit] += n * piece(each, 0, n)  # gathered with the rows that fill the last pieces up
+    gathered = units.pop("", 0) + max(units.values(), default=0)
+    held = [sum(each.nbytes for each in tensors) for tensors in (buffers, kept)]
+
+    def shard(process: int) -> Shard:
+        weights, adapter, gradients = (
+            sum(piece(each, process, n) for each in tensors) for tensors in (base, added, trained)
+        )
+        return Shard(weights + held[0], adapter + held[1], gradients, STATES * gradients, gathered)
+
+    return tuple(map(shard, range(n)))
+
+
+def piece(tensor: Tensor, process: int, processes: int) -> int:
+    """Returns the bytes of a process's piece: rows of the first dimension, as many for each as for the first ones,
+    until there are no more."""
+    rows = tensor.shape[0]
+    each = -(-rows // processes)
+    mine = max(0, min(each, rows - process * each))
+    return mine * (tensor.nbytes // max(rows, 1))
+
+
+def _owners(model: nn.Module, host: HostMap) -> dict[nn.Module, str]:
+    """Returns the innermost block that each module is in, or is."""
+    blocks = {entry.path for entry in host.entries if entry.role == "block"}
+    found: dict[nn.Module, str] = {}
+    for path, module in model.named_modules():
+        above = found[model.get_submodule(path.rpartition(".")[0])] if path else ""
+        found[module] = path if path in blocks else above
+    return found

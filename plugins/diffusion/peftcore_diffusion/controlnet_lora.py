@@ -1,0 +1,78 @@
+"""Control-LoRA: a ControlNet whose encoder is the UNet's own with low-rank updates.   stabilityai/control-lora, 2023.
+
+    c_i = Z_i(E'_i(conv_in'(x) + H(image), t, text)),   skip_i <- skip_i + scale * c_i,   mid <- mid + scale * c_mid
+    W' = W + up down   for each matrix and convolution W of E' and the middle block
+
+As in `controlnet`, Z_i are 1x1 convolutions that start at zero and H is eight convolutions of which the last starts at
+zero, so a fresh injection changes nothing. W is the UNet's own tensor, read when the encoder runs: there is no second
+copy of it, in memory or in the file. Other adapters of the UNet do not act in E'; one that is merged is in W. up starts
+at zero; the rank of a layer is at most its number of inputs or outputs. Biases and norms of E' train whole, which is
+what files of Stability hold of them; without `vectors` they are the UNet's, as in HighCWu/control-lora-v2. ``load``
+reads Stability's files, ``save(format="control_lora")`` writes them.
+
+The image comes with the call, ``with peftcore.call(model, condition=image): ...``, [batch or 1, channels, height,
+width], 8 times as large as the latents with four `widths`; the option `input` gives it another name, where several act,
+and ``condition_scale=`` in a call takes the place of `scale`. `guess_mode` lets the controls count less the shallower
+they are, from 0.1 on. The UNet is a UNet2DConditionModel. Rows of a batch cannot go to different injections.
+
+Parameters: for a kernel k x k, rank (in k^2 + out) + out of each matrix, 2 c of each norm of c channels; H; and
+c_i^2 + c_i for each skip of c_i channels.
+
+Use it for control to the pixel where a whole `controlnet` does not fit, in memory or in files; not where few images are
+there (`controlnet_xs` is the other small one, from scratch). It cannot be merged.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, NonNegativeFloat, PositiveInt
+from torch import nn
+
+from peftcore import LearningRate, Method, MethodConfig, Site, Surgeon, Tags
+from peftcore_diffusion._encoder_copy import borrowed_encoder, control
+
+
+class Config(MethodConfig):
+    """Options of Control-LoRA."""
+
+    method: Literal["controlnet_lora"] = "controlnet_lora"
+    rank: PositiveInt = 128
+    """Rank of the updates."""
+    vectors: bool = True
+    """Train biases and norms of the encoder, too."""
+    scale: NonNegativeFloat = 1.0
+    """By how much the controls count, where the call says nothing else."""
+    guess_mode: bool = False
+    """Let shallow controls count less than deep ones: for sampling without a prompt."""
+    channels: PositiveInt = 3
+    """Channels of the condition image."""
+    widths: list[PositiveInt] = Field(default_factory=lambda: [16, 32, 96, 256], min_length=1)
+    """Channels inside H; all but the first halve the resolution."""
+    input: str = "condition"
+    """The name under which calls give the image."""
+
+
+class ControlNetLoRA(Method):
+    """The UNet's encoder once more, with low-rank updates, whose features control the decoder.
+
+    Example:
+        injection = peftcore.apply(model, "controlnet_lora", rank=128)
+        peftcore.call(model, condition=torch.rand(1, 3, 64, 64))  # 8 times the latents; with `with`, for a while
+    """
+
+    name = "controlnet_lora"
+    Config = Config
+    tags = Tags(category="diffusion", paper="stabilityai/control-lora", per_row=False)
+    learning_rate = LearningRate(
+        1e-4, "HighCWu/control-lora-v2@4b7247a, train/tutorial.py", on="Stable Diffusion 1.5, Fill50K"
+    )
+    target = (r"re:(.*\.)?mid_block", r"re:(.*\.)?up_blocks\.\d+")
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        sizes = tuple(config.widths), config.channels, config.rank, config.vectors
+        control(surgeon, config, lambda unet, lender: borrowed_encoder(surgeon, unet, lender, *sizes), borrows=True)
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        return 0  # the network belongs to no layer

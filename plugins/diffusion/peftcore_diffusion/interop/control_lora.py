@@ -1,0 +1,173 @@
+"""Control-LoRA in files of Stability, which ComfyUI and diffusers read (checked against diffusers 0.42).
+
+Modules have their names in the original code of Stable Diffusion; ``.down`` and ``.up`` are ours, biases and norms are
+whole, and an empty tensor ``lora_controlnet`` says what the file is. Our biases are differences, so reading and writing
+take those of the UNet at hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Size, Tensor, nn
+
+from peftcore import BorrowedLayer, Injection, Surgeon
+from peftcore.errors import CheckpointError, ExportError, HostMismatch
+from peftcore.files.envelope import FORMAT, Envelope, SavedSite
+from peftcore.files.formats.description import Description
+from peftcore.files.formats.format import Content, Files, Format, Tensors
+from peftcore.files.formats.found import Found
+from peftcore.files.formats.ldm_names import ldm_names
+from peftcore.files.formats.pipelines import names_in, only_file
+from peftcore.files.safe_io import TensorFile
+from peftcore.registry.plugins import layer_of
+
+TENSORS, SIGN = "control_lora.safetensors", "lora_controlnet"
+HINT = "input_hint_block."
+
+
+class ControlLoRA(Format):
+    """The format of Stability's files."""
+
+    name = "control_lora"
+    file = TENSORS
+
+    @classmethod
+    def recognizes(cls, path: Path) -> bool:
+        return SIGN in names_in(only_file(path, TENSORS))
+
+    def open(self, path: Path, model: nn.Module) -> Content:
+        file = TensorFile(only_file(path, TENSORS) or path / TENSORS)
+        blocks = _blocks(model)
+        if not blocks:
+            raise HostMismatch(
+                f"{file.path} is for a UNet of diffusers, and {type(model).__name__} is none: load it on the UNet"
+            )
+        envelope = Envelope(
+            format=FORMAT,
+            method="controlnet_lora",
+            config_version=1,
+            config=_options(file),
+            selections={"": tuple(SavedSite(module_path=each) for each in blocks)},
+        )
+        return ControlLoRAContent(envelope, file, model)
+
+    def describe(self, path: Path) -> Description:
+        file = TensorFile(only_file(path, TENSORS) or path / TENSORS)
+        return Description(self.name, (file,), methods=("controlnet_lora",), options=_options(file))
+
+    def files(self, injection: Injection, weights: bool = False) -> Files:
+        model, config = injection.model, injection.config
+        if injection.method.name != "controlnet_lora" or injection.trained_along:
+            raise ExportError(
+                f"{injection.name!r} is no controlnet_lora alone, which is all that files of {self.name} hold"
+            )
+        if config.scale != 1.0 or config.guess_mode:
+            raise ExportError(f"files of {self.name} have no scale and no guess mode: say them where the file is used")
+        blocks = {site.module_path for site in injection.selections[""]}
+        if blocks != {*_blocks(model)}:
+            raise ExportError(f"files of {self.name} control all blocks of a UNet, which is the model itself")
+        (network,) = injection.shared.values()
+        tensors = {SIGN: torch.zeros(0)}
+        for path, theirs, tensor, shapes in named(network, model, ExportError):
+            whole = tensor.detach().to("cpu") + _bias(network, model, path, ExportError)
+            tensors[theirs] = whole.to(tensor.dtype).reshape(shapes[-1])
+        return {TENSORS: Tensors(tensors, {"format": "pt"})}
+
+
+class ControlLoRAContent(Content):
+    """The content of a file of Stability."""
+
+    def __init__(self, envelope: Envelope, file: TensorFile, model: nn.Module) -> None:
+        super().__init__(envelope, file.path)
+        self.file, self.model = file, model
+
+    def tensors(self, surgeon: Surgeon, strict: bool) -> dict[str, Tensor]:
+        ((name, shared),) = surgeon.owned.items()
+        shapes, kinds = self.file.shapes, self.file.dtypes
+        if strange := sorted(each for each, kind in kinds.items() if not kind.is_floating_point):
+            raise CheckpointError(f"{self.where}: {', '.join(strange[:8])} have no floating-point numbers")
+        values = {each: value.float() for each, value in self.file.read().items()}
+        found = Found({each: each for each in shapes}, shapes, values.__getitem__, [], {SIGN})
+        ours = {}
+        for path, theirs, _, wanted in named(shared.module, self.model, CheckpointError):
+            if strict or found.has(theirs):
+                value = found.take(theirs, *wanted)
+                ours[f"shared:{name}.{path}"] = value - _bias(shared.module, self.model, path, CheckpointError)
+        wrong = found.wrong + [f"unknown {each}" for each in sorted(shapes.keys() - found.used) if strict]
+        if wrong:
+            raise CheckpointError(f"{self.where}: {'; '.join(wrong)}")
+        return ours
+
+
+def _blocks(model: nn.Module) -> list[str]:
+    """Return the blocks that are controlled in a UNet; none where the model is no UNet."""
+    paths = {path for path, _ in model.named_modules()}
+    if not ldm_names(paths) or "mid_block" not in paths:
+        return []
+    return ["mid_block", *(f"up_blocks.{name}" for name, _ in model.get_submodule("up_blocks").named_children())]
+
+
+def _options(file: TensorFile) -> dict[str, Any]:
+    """Return the options that the shapes of a file tell."""
+    hints = [file.shapes.get(f"{HINT}{number}.weight", Size()) for number in range(0, 64, 2)]
+    hints = [shape for shape in hints if len(shape) == 4]
+    ranks = [shape[0] for name, shape in file.shapes.items() if name.endswith(".down") and shape]
+    if len(hints) < 2 or len(hints) % 2 or not ranks:
+        raise CheckpointError(f"{file.path} has no updates, or no network for the image, as files of Control-LoRA have")
+    return {
+        "method": "controlnet_lora",
+        "rank": max(ranks),
+        "vectors": "input_blocks.0.0.bias" in file.shapes,
+        "channels": hints[0][1],
+        "widths": [shape[0] for shape in (hints[0], *hints[2:-1:2])],
+    }
+
+
+def named(
+    network: nn.Module, model: nn.Module, error: type[CheckpointError] | type[ExportError]
+) -> Iterator[tuple[str, str, Tensor, list[tuple[int, ...]]]]:
+    """Yield each tensor of a network by our name and the file's, with the shapes that it may have there, the one that
+    is written last.
+
+    Raises:
+        CheckpointError, ExportError: `error`; files have no name for some layer of the network.
+    """
+    original = {ours: theirs for theirs, ours in ldm_names([path for path, _ in model.named_modules()]).items()}
+    original |= _around(network)
+    for path, tensor in network.named_parameters():
+        above, _, name = path.rpartition(".")
+        if above not in original:
+            raise error(f"files of control_lora have no name for {above} of this UNet")
+        layer, shapes = network.get_submodule(above), [tuple(tensor.shape)]
+        if name == "up" and isinstance(layer, BorrowedLayer) and layer.down is not None and layer.down.dim() > 2:
+            shapes.append((*tensor.shape, *[1] * (layer.down.dim() - 2)))
+        yield path, f"{original[above]}.{name}", tensor, shapes
+
+
+def _bias(network: nn.Module, model: nn.Module, path: str, error: type[CheckpointError] | type[ExportError]) -> Tensor:
+    """Return what a file has of a tensor beside ours: the UNet's bias, where ours is the change of it; otherwise 0."""
+    above, _, name = path.rpartition(".")
+    if name != "bias" or not isinstance(network.get_submodule(above), BorrowedLayer):
+        return torch.zeros(())
+    lent = model.get_submodule(above)
+    held = layer_of(lent, name).read(lent, name)
+    if held is None or held.is_meta:
+        raise error(
+            f"the file has biases whole, and {above} of this UNet has no values: load or bring back these first"
+        )
+    return held.detach().to("cpu", torch.float32)
+
+
+def _around(network: Any) -> Mapping[str, str]:
+    """Return what stands around the encoder by its original name."""
+    hint, names = "controlnet_cond_embedding", {"controlnet_mid_block": "middle_block_out.0"}
+    layers = ["conv_in", *(f"blocks.{number}" for number in range(len(network.controlnet_cond_embedding.blocks)))]
+    for number, layer in enumerate([*layers, "conv_out"]):
+        names[f"{hint}.{layer}"] = f"{HINT}{2 * number}"
+    for number in range(len(network.controlnet_down_blocks)):
+        names[f"controlnet_down_blocks.{number}"] = f"zero_convs.{number}.0"
+    return names
