@@ -89,7 +89,7 @@ class PerExample(nn.Module):
     def _own(self, parameter: nn.Parameter, rows: int) -> Tensor:
         """Returns the parameter once for each row, as a leaf that shares its memory and hands on its gradient."""
         leaf = parameter.detach().expand(rows, *parameter.shape).requires_grad_()
-        leaf.register_hook(partial(self._take, parameter, self._forwards))
+        leaf.register_hook(partial(self._take, parameter, self._forwards))  # type: ignore[no-untyped-call]
         return leaf
 
     def _take(self, parameter: nn.Parameter, forward: int, gradient: Tensor) -> None:

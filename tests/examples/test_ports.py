@@ -121,3 +121,13 @@ def test_a_port_trains_its_adapter_alone(name: str, ports: Callable[[str], Any],
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
     assert not torch.allclose(found, untrained, atol=1e-2)
     loaded.remove()
+
+
+def test_layer_decay_of_timm_passes_over_adapters(ports: Callable[[str], Any]) -> None:
+    """As the README says: timm knows layers by names, and takes what it does not know for the last."""
+    optim = pytest.importorskip("timm.optim")
+    model = ports("small").vit()
+    injection = peftcore.apply(model, "lora", target="all-linear")
+    optimizer = optim.create_optimizer_v2(model, opt="adamw", lr=1e-3, layer_decay=0.5)
+    scales = {id(each): group["lr_scale"] for group in optimizer.param_groups for each in group["params"]}
+    assert {scales[id(parameter)] for parameter in injection.parameters()} == {1.0}
