@@ -123,11 +123,19 @@ def test_a_port_trains_its_adapter_alone(name: str, ports: Callable[[str], Any],
     loaded.remove()
 
 
-def test_layer_decay_of_timm_passes_over_adapters(ports: Callable[[str], Any]) -> None:
-    """As the README says: timm knows layers by names, and takes what it does not know for the last."""
+def test_layer_decay_of_timm_knows_the_layers_of_adapters(ports: Callable[[str], Any]) -> None:
+    """As the README says: an adapter has the learning rate of its block."""
     optim = pytest.importorskip("timm.optim")
+
+    def scales(model: nn.Module) -> dict[str, float]:
+        optimizer = optim.create_optimizer_v2(model, opt="adamw", lr=1e-3, layer_decay=0.5)
+        found = {id(each): group["lr_scale"] for group in optimizer.param_groups for each in group["params"]}
+        return {name: found[id(value)] for name, value in model.named_parameters() if value.requires_grad}
+
+    blocks = {f"blocks.{block}": scales(ports("small").vit())[f"blocks.{block}.mlp.fc1.weight"] for block in (0, 1)}
     model = ports("small").vit()
-    injection = peftcore.apply(model, "lora", target="all-linear")
-    optimizer = optim.create_optimizer_v2(model, opt="adamw", lr=1e-3, layer_decay=0.5)
-    scales = {id(each): group["lr_scale"] for group in optimizer.param_groups for each in group["params"]}
-    assert {scales[id(parameter)] for parameter in injection.parameters()} == {1.0}
+    peftcore.apply(model, "lora", target="all-linear")
+    assert blocks == {"blocks.0": 0.25, "blocks.1": 0.5}
+    adapters = scales(model)
+    assert len(adapters) == 16
+    assert all(scale == blocks[name[name.index("blocks") :][:8]] for name, scale in adapters.items())
