@@ -101,7 +101,7 @@ class _Base(Checked):
         if (getattr(hook, "__module__", None) or "").partition(".")[0] == "opacus":
             raise TrainingError(
                 "Opacus takes gradients of single examples where modules get tensors alone; operators get the forward "
-                "that they wrap: take them by torch.func.vmap(torch.func.grad(loss)), as of any function"
+                "that they wrap: give it peftcore.training.PerExample(model), with grad_sample_mode='no_op'"
             )
         return super().register_forward_hook(hook, **options)
 

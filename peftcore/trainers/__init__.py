@@ -5,6 +5,7 @@ It may import `fleets`, and what is below. In the order of reading:
 - `checkpoints`: what the Trainer of transformers writes of an adapted model.
 - `callback`: the Trainer's callback.
 - `trainer`: the Trainer itself, wherever its loss is computed.
+- `per_example`: gradients of single examples, for differential privacy.
 """
 
 from typing import Any
@@ -24,4 +25,8 @@ def __getattr__(name: str) -> Any:
         from peftcore.trainers.trainer import PeftcoreTrainer
 
         return PeftcoreTrainer
+    if name == "PerExample":
+        from peftcore.trainers.per_example import PerExample
+
+        return PerExample
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

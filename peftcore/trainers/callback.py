@@ -185,8 +185,12 @@ class PeftcoreCallback(transformers.TrainerCallback):
         self._disarm(self._evaluating)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Restore the model: the checkpoint is written."""
+        """Restore the model: the checkpoint is written. Adapters are put into it where a Trainer saves the model in a
+        way of its own (sentence-transformers), and left them out."""
         self._disarm()
+        folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
+        if state.is_world_process_zero and folder.is_dir() and not any(folder.rglob("adapter.json")):
+            save_adapters(kwargs["model"], folder)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Restore the model: no checkpoint came."""
@@ -278,7 +282,8 @@ class PeftcoreCallback(transformers.TrainerCallback):
         if lacking := sorted(wanted - self._read):
             raise TrainingError(
                 f"the checkpoint lacks {len(lacking)} tensors of adapters, such as {lacking[0]}: it is one of other "
-                "adapters, or was written by a Trainer without PeftcoreCallback"
+                "adapters, or was written by a Trainer without PeftcoreCallback, or by one that saves models in a way "
+                "of its own (sentence-transformers); peftcore.load reads the adapter in its folder, for a new training"
             )
 
     def _disarm(self, evaluating: bool = False) -> None:

@@ -1,7 +1,7 @@
 """Training: optimizers with a method's parameter groups, gradient rule and schedule, and data before training.
 
-It may import `surgery`, and what is below; the fleet, the Trainer and its callback, which are above, are handed out on
-demand. In the order of reading:
+It may import `surgery`, and what is below; the fleet, the Trainer, its callback and `PerExample`, which are above, are
+handed out on demand. In the order of reading:
 
 - `batches`: the user's data, as a method sees it before training.
 - `optimizer`: a torch optimizer with a method's rules.
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from peftcore.fleets.fleet import Fleet
     from peftcore.fleets.member import Member
     from peftcore.trainers.callback import PeftcoreCallback
+    from peftcore.trainers.per_example import PerExample
     from peftcore.trainers.trainer import PeftcoreTrainer
 
 __all__ = [
@@ -28,12 +29,13 @@ __all__ = [
     "MethodOptimizer",
     "PeftcoreCallback",
     "PeftcoreTrainer",
+    "PerExample",
 ]
 
 
 def __getattr__(name: str) -> Any:
     """Import what is above when it is first asked for: base classes of the Trainer's are of transformers."""
-    if name in ("Fleet", "Member", "PeftcoreCallback", "PeftcoreTrainer"):
+    if name in ("Fleet", "Member", "PeftcoreCallback", "PeftcoreTrainer", "PerExample"):
         from peftcore import trainers
 
         return getattr(trainers, name)

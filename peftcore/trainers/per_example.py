@@ -1,0 +1,135 @@
+"""Gradients of single examples, as differential privacy clips them: the model runs by `torch.vmap`, each row with
+tensors of its own.
+
+An expanded parameter has a gradient for each row of the batch, and takes no memory until backward. So any loss that is
+the mean or the sum over the rows gives, in one backward, what a loop over the rows would.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from peftcore.errors import PeftcoreError, TrainingError
+from peftcore.forward.host_state import injections
+
+
+class PerExample(nn.Module):
+    """A model whose backward leaves each trainable parameter's gradients of single examples in its `grad_sample`.
+
+    `grad_sample` has the shape ``[rows, *parameter.shape]``; several batches before the optimizer's step leave a list
+    of them. That is what optimizers of Opacus read, under ``grad_sample_mode="no_op"``. `grad` is left alone. Where no
+    gradients are asked for, and in evaluation, the model runs as it is.
+
+    Args:
+        model: a model with a batch in the first dimension of all its inputs and outputs, adapted or not. Rows see
+            nothing of each other, and draw by themselves.
+        reduction: what the loss makes of its rows, ``"mean"`` or ``"sum"``.
+    """
+
+    def __init__(self, model: nn.Module, reduction: Literal["mean", "sum"] = "mean") -> None:
+        super().__init__()
+        if reduction not in ("mean", "sum"):
+            raise TrainingError(f"reduction={reduction!r} is neither 'mean' nor 'sum': say what the loss makes of rows")
+        self.model = model
+        self.reduction = reduction
+        self._forwards = 0
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Returns the model's output for a batch; what has no dimension for one row has one number a row.
+
+        Raises:
+            TrainingError: inputs disagree on the number of rows, the model looks at values or at other rows, so that
+                `torch.vmap` cannot run it, or a method has a loss of its own.
+        """
+        if not (self.training and torch.is_grad_enabled()):
+            return self.model(*args, **kwargs)
+        self._forwards += 1
+        leaves, structure = pytree.tree_flatten((args, kwargs))
+        rows = _rows(leaves)
+        trained = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
+        if rows == 0:  # Poisson sampling draws empty batches
+            for parameter in trained.values():
+                _keep(parameter, parameter.new_zeros(0, *parameter.shape))
+            return self.model(*args, **kwargs)
+        own = {name: self._own(value, rows) for name, value in trained.items()}
+        dims = [0 if isinstance(leaf, Tensor) and leaf.dim() else None for leaf in leaves]
+        form: list[Any] = []  # the output's structure, with what is no tensor in its place
+
+        def one(tensors: Mapping[str, Tensor], *row: Any) -> tuple[Any, ...]:
+            alone = [value if dim is None else value.unsqueeze(0) for value, dim in zip(row, dims, strict=True)]
+            given, named = pytree.tree_unflatten(alone, structure)
+            output = torch.func.functional_call(self.model, dict(tensors), given, named)
+            self._refuse_own_losses()
+            values, spec = pytree.tree_flatten(output)
+            form[:] = [spec, [None if isinstance(value, Tensor) else value for value in values]]
+            form.append([isinstance(value, Tensor) for value in values])
+            return tuple(_of_row(value) for value in values if isinstance(value, Tensor))
+
+        try:
+            dims_of_own = dict.fromkeys(own, 0)
+            made = iter(torch.vmap(one, in_dims=(dims_of_own, *dims), randomness="different")(own, *leaves))
+        except PeftcoreError:
+            raise
+        except (RuntimeError, ValueError) as error:
+            raise TrainingError(
+                "the model does not run on single examples by torch.vmap: it looks at values, changes buffers or needs "
+                "other rows (batch norm in training). Put such modules in evaluation, or replace them; models of "
+                f"transformers need set_attn_implementation('eager'): {error}"
+            ) from error
+        spec, others, is_tensor = form
+        values = [next(made) if tensor else other for tensor, other in zip(is_tensor, others, strict=True)]
+        return pytree.tree_unflatten(values, spec)
+
+    def _own(self, parameter: nn.Parameter, rows: int) -> Tensor:
+        """Returns the parameter once for each row, as a leaf that shares its memory and hands on its gradient."""
+        leaf = parameter.detach().expand(rows, *parameter.shape).requires_grad_()
+        leaf.register_hook(partial(self._take, parameter, self._forwards))  # type: ignore[no-untyped-call]
+        return leaf
+
+    def _take(self, parameter: nn.Parameter, forward: int, gradient: Tensor) -> None:
+        if forward != self._forwards:
+            for each in self.model.parameters():
+                each.grad_sample = None  # type: ignore[attr-defined] # nobody steps with half of them
+            raise TrainingError(
+                "one backward goes through two forwards of PerExample, whose rows would count as different examples: "
+                "give the model both in one batch, and run backward before the next forward"
+            )
+        _keep(parameter, gradient.detach() * (len(gradient) if self.reduction == "mean" else 1))
+
+    def _refuse_own_losses(self) -> None:
+        for name, injection in injections(self.model).items():
+            if injection.state.recorder.losses.waits(injection.state, name):
+                injection.losses()  # nobody else takes them
+                raise TrainingError(
+                    f"{name!r} adds a loss of its own, which an output without a loss has no place for. Let the model "
+                    "compute its loss, or take a method without one"
+                )
+
+
+def _rows(leaves: list[Any]) -> int:
+    """Returns the number of rows, on which all inputs agree."""
+    found = {len(leaf) for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()}
+    if len(found) != 1:
+        raise TrainingError(
+            f"inputs of {sorted(found)} rows: PerExample needs one number, the batch in the first dimension of each"
+        )
+    return found.pop()
+
+
+def _of_row(value: Tensor) -> Tensor:
+    if value.dim() and len(value) != 1:
+        raise TrainingError(f"an output of shape {list(value.shape)} of one row lacks the batch in its first dimension")
+    return value.squeeze(0) if value.dim() else value
+
+
+def _keep(parameter: nn.Parameter, gradients: Tensor) -> None:
+    """Put gradients of rows beside those of earlier batches, as Opacus keeps them."""
+    earlier = getattr(parameter, "grad_sample", None)
+    kept = gradients if earlier is None else [*(earlier if isinstance(earlier, list) else [earlier]), gradients]
+    parameter.grad_sample = kept  # type: ignore[attr-defined]
