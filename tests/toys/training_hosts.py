@@ -82,3 +82,16 @@ class Squares(transformers.Trainer):
     def prediction_step(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Any:
         with torch.no_grad():
             return self.compute_loss(model, inputs), None, None
+
+
+class Bare(nn.Module):
+    """A model that is not of transformers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down = nn.Linear(4, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        logits = self.down(torch.tanh(self.up(x)))
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}

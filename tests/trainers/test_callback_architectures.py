@@ -16,7 +16,7 @@ import transformers
 from safetensors.torch import load_file
 from slowly import quick
 from torch import Tensor, nn
-from training_hosts import Squares, arguments, tensors
+from training_hosts import Bare, Squares, arguments, tensors
 
 import peftcore
 from peftcore.training import PeftcoreCallback, PeftcoreTrainer
@@ -345,19 +345,6 @@ def test_what_a_callback_saves_before_a_checkpoint_is_no_checkpoint(name: str, t
     resumed = Script(name, tmp_path, eval_strategy="no")
     resumed.trainer.train(resume_from_checkpoint=saves.script.checkpoint)
     assert_equal(resumed.values(), noted.at[4])
-
-
-class Bare(nn.Module):
-    """A model that is not of transformers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.up, self.down = nn.Linear(4, 8), nn.Linear(8, 3)
-
-    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        logits = self.down(torch.tanh(self.up(x)))
-        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
 
 
 @pytest.mark.parametrize("other", [Copied, Wanted])

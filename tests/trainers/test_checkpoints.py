@@ -13,7 +13,7 @@ import transformers
 from host_zoo import build
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from training_hosts import Squares, arguments, host, rows, tensors, trainer
+from training_hosts import Bare, Squares, arguments, host, rows, tensors, trainer
 
 import peftcore
 from peftcore.errors import TrainingError
@@ -242,26 +242,16 @@ def test_the_folder_that_is_pushed_has_the_adapter(tmp_path: Path, monkeypatch: 
 
 
 def test_models_that_are_not_of_transformers_are_saved_alike_by_our_trainer(tmp_path: Path) -> None:
-    class Classifier(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            torch.manual_seed(0)
-            self.up, self.down = nn.Linear(4, 8), nn.Linear(8, 3)
-
-        def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
-            logits = self.down(torch.tanh(self.up(x)))
-            return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
-
-    model = Classifier()
+    model = Bare()
     injection = peftcore.apply(model, "lora", target=["up", "down"], rank=2)
     data = [{"x": torch.randn(4), "labels": torch.tensor(index % 3)} for index in range(12)]
     run = PeftcoreTrainer(model, arguments(tmp_path / "run", label_names=["labels"]), train_dataset=data)
     run.train()
     run.save_model(str(tmp_path / "out"))
-    base = Classifier()
+    base = Bare()
     assert load_file(tmp_path / "out" / "model.safetensors").keys() == base.state_dict().keys()
     for folder in (tmp_path / "out", tmp_path / "run" / "checkpoint-6"):
-        base = Classifier()
+        base = Bare()
         if folder.name == "out":
             base.load_state_dict(load_file(folder / "model.safetensors"))
         loaded = peftcore.load(base, folder)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from words_and_unet import WordsAndUNet
 
 import peftcore
 from peftcore.errors import TargetError
@@ -79,22 +80,9 @@ def test_the_first_token_gives_no_gradient_unless_told_to() -> None:
         injection.remove()
 
 
-class Both(nn.Module):
-    """A text encoder and a UNet in one host."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.unet: Any = HOSTS["unet"].build()[0]
-        self.words = nn.Embedding(20, self.unet.config.cross_attention_dim)
-
-    def forward(self, ids: Tensor, **inputs: Tensor) -> Tensor:
-        sample: Tensor = self.unet(**inputs, encoder_hidden_states=self.words(ids)).sample
-        return sample
-
-
 def test_words_train_along_where_the_host_has_them() -> None:
     pytest.importorskip("diffusers")
-    model, inputs = Both().eval(), HOSTS["unet"].build()[1]
+    model, inputs = WordsAndUNet().eval(), HOSTS["unet"].build()[1]
     del inputs["encoder_hidden_states"]
     ids = torch.tensor([[1, 19, 4], [1, 2, 18]])
     injection = peftcore.apply(model, "custom_diffusion", modifier_tokens=[18, 19], initializer=3, target="cross.k")

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from words_and_unet import WordsAndUNet
 
 import peftcore
 from peftcore.errors import (
@@ -306,25 +307,12 @@ def test_what_is_no_text_is_refused() -> None:
         applied(Model(), tokens=[-1])
 
 
-class Both(nn.Module):
-    """A text encoder and a UNet in one host."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.unet: Any = HOSTS["unet"].build()[0]
-        self.words = nn.Embedding(20, self.unet.config.cross_attention_dim)
-
-    def forward(self, ids: Tensor, **inputs: Tensor) -> Tensor:
-        sample: Tensor = self.unet(**inputs, encoder_hidden_states=self.words(ids)).sample
-        return sample
-
-
 def test_words_train_along_where_the_host_has_them() -> None:
     """With the share of the gradient that is theirs."""
     pytest.importorskip("diffusers")
     inputs, ids = HOSTS["unet"].build()[1], torch.tensor([[1, 19, 4], [1, 2, 19]])
     del inputs["encoder_hidden_states"]
-    base, grads = Both(), []
+    base, grads = WordsAndUNet(), []
     for share in (1.0, 0.5):
         model = deepcopy(base)
         data = [peftcore.Labelled({"ids": torch.arange(20).view(2, 10), **inputs}, torch.tensor([3, 4]))]
