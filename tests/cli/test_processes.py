@@ -98,14 +98,15 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.slow
-def test_methods_of_every_kind_learn_in_two_processes_what_they_do_in_one(config: Path) -> None:
+@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
+def test_methods_of_every_kind_learn_in_two_processes_what_they_do_in_one(config: Path, launcher: list[str]) -> None:
     lines = {}
     for name, options in METHODS.items():
         file = Path(f"{name}.yaml")
         file.write_text(yaml.safe_dump({**yaml.safe_load(config.read_text()), "method": {"name": name, **options}}))
         lines[name] = ["train", str(file), "--json", "--out"]
     Path("lines.json").write_text(json.dumps([[*line, f"two/{name}"] for name, line in lines.items()]), "utf-8")
-    said, end = launched(*TORCHRUN, command_lines.__file__, "lines.json"), 0
+    said, end = launched(*launcher, command_lines.__file__, "lines.json"), 0
     for name, line in lines.items():
         two, end = json.JSONDecoder().raw_decode(said, end + said[end:].index("{"))
         alone = CliRunner().invoke(app, [*line, f"one/{name}", "--batch-size", "16"])
