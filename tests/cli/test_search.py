@@ -74,7 +74,7 @@ def test_the_plan_counts_what_training_counts(finished, encoder, tmp_path):
     what = job.Search.model_validate(
         {"model": str(encoder), "data": {"train": str(out / "data" / "train")}, "out": tmp_path, "methods": "ia3"}
     )
-    planner = job.Job(what, Silent()).planner
+    planner = job.SearchRun(what, Silent()).planner
     for each in held:
         assert planner.needs(Candidate(name=each["method"], **each["options"])).trainable == each["trainable"]
 

@@ -14,7 +14,7 @@ from peftcore.comparing.reports.trials import Trial
 from peftcore.comparing.runs.reading import load
 
 if TYPE_CHECKING:
-    from peftcore.comparing.searching.search import Job
+    from peftcore.comparing.searching.search import SearchRun
 
 BUDGET = 170
 SPACE = "{lora: {rank: [1, 2, 4], target: [attn.q, all-linear], depth: [1.0, 0.5]}, ia3: {}, bitfit: {}}"
@@ -60,7 +60,7 @@ def file(encoder, csv_file, tmp_path) -> Path:
     return written(tmp_path / "search.yaml", encoder, csv_file, budget=BUDGET, trials=6, storage="study.log", out="out")
 
 
-def searched(file: Path, **more: object) -> Job:
-    from peftcore.comparing.searching.search import Job, Search
+def searched(file: Path, **more: object) -> SearchRun:
+    from peftcore.comparing.searching.search import Search, SearchRun
 
-    return Job(Search.model_validate(load(file) | more), Silent())
+    return SearchRun(Search.model_validate(load(file) | more), Silent())

@@ -9,7 +9,7 @@ from typing import Any
 from peftcore.comparing.comparisons.on_ray import OnRay
 from peftcore.comparing.comparisons.running import Board
 from peftcore.comparing.searching.found import Found
-from peftcore.comparing.searching.search import Job, Search, work
+from peftcore.comparing.searching.search import Search, SearchRun, work
 from peftcore.comparing.training.cluster import Silent, go_to, taken
 
 
@@ -20,7 +20,7 @@ def search_on_ray(what: Search, board: Board, cluster: OnRay) -> Found:
         BadInput: something that is named cannot be used, or nothing fits into the budget; nothing was trained.
         TrainingError: a worker was lost again and again.
     """
-    job = Job(what, board)
+    running = SearchRun(what, board)
     settings, here = what.model_dump(mode="json", exclude_unset=True), str(Path.cwd())
     with cluster.connected():
         task = cluster.task(_work)
@@ -28,7 +28,7 @@ def search_on_ray(what: Search, board: Board, cluster: OnRay) -> Found:
         board.begin(f"{workers} workers on Ray")
         for done in [task.remote(settings, here) for _ in range(workers)]:
             taken(done)
-        return job.finish(cluster)
+        return running.finish(cluster)
 
 
 def _work(settings: dict[str, Any], here: str) -> int:

@@ -134,7 +134,7 @@ class Search(Options):
         return validated(Comparison, whole, "search")
 
 
-class Job:
+class SearchRun:
     """A search on its way.
 
     Raises:
@@ -382,14 +382,14 @@ def search(what: Search, board: Board) -> Found:
     Raises:
         BadInput: something that is named cannot be used, or nothing fits into the budget; nothing was trained.
     """
-    return Job(what, board).finish()
+    return SearchRun(what, board).finish()
 
 
 def work(what: Search, board: Board) -> int:
     """Run trials of a study that others finish; return how many there are now."""
-    job = Job(what, board)
-    job.work()
-    return len(job.study.counted())
+    running = SearchRun(what, board)
+    running.work()
+    return len(running.study.counted())
 
 
 def ranked(report: Report) -> list[Entry]:

@@ -18,8 +18,7 @@ from peftcore.comparing.comparisons.running import Job
 from peftcore.comparing.errors import BadInput
 from peftcore.comparing.runs.reading import load
 from peftcore.comparing.searching.on_ray import search_on_ray
-from peftcore.comparing.searching.search import Job as SearchJob
-from peftcore.comparing.searching.search import Search, candidate_of
+from peftcore.comparing.searching.search import Search, SearchRun, candidate_of
 from peftcore.errors import TrainingError
 
 ray = pytest.importorskip("ray")
@@ -64,7 +63,7 @@ def test_trials_of_a_search_run_there(encoder: Path, csv_file: Path, tmp_path: P
     assert sum(each.state is TrialState.COMPLETE for each in found.trials) == 6
     assert len(found.report.trials) == 2
     first = found.tried.entries()[0]
-    alone = what.comparison(SearchJob(what, Silent()).tuning, [candidate_of(first)], [0], tmp_path / "alone")
+    alone = what.comparison(SearchRun(what, Silent()).tuning, [candidate_of(first)], [0], tmp_path / "alone")
     (trial,) = compare(alone, Silent()).trials
     assert (trial.after, trial.losses) == (first.trials[0].after, [tuple(each) for each in first.trials[0].losses])
 

@@ -28,7 +28,7 @@ def test_two_workers_share_one_study_and_its_number_of_trials(file, instant, sto
     assert jobs[1].study.trials() == jobs[0].study.trials()
 
 
-def points(of: job.Job) -> list[dict]:
+def points(of: job.SearchRun) -> list[dict]:
     return [each.params for each in of.study.trials()]
 
 
