@@ -84,6 +84,7 @@ NO_RATE = {
     "mica": "the example of it in peft names none, and no other code of its authors was found",
     "peqa": "no code of its authors was found, nor the table of its paper",
     "perfusion": "its authors published no code, and its paper was not read for a rate",
+    "polyhistor": "no code of its authors was found, nor its paper's text",
     "regmean": "nothing trains",
     "res_tuning": "the library that has its authors' code names none, nor was its paper's appendix read for a rate",
     "task_arithmetic": "nothing trains",

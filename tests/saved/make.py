@@ -44,6 +44,7 @@ TOLD = {
     "multitask_prompt_tuning": [2, 0],
     "pal": [2, 0],
     "pha": [2, 0],
+    "polyhistor": [2, 0],
     "polytropon": [3, 0],
     "vl_adapter": [2, 0],
 }

@@ -68,6 +68,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "pixel_vp": {"size": 1, "picture": (8, 8)},
     "perfusion": {"tokens": [3], "initializer": 4},
     "pissa": {"rank": 2, "iterations": 2},
+    "polyhistor": {"tasks": 3},
     "polytropon": {"tasks": 3, "own_skills": 1},
     "prompt_tuning": {"length": 4, "init": "vocabulary", "init_ids": [1, 2]},
     "propetl": {"bottleneck": 4},

@@ -32,6 +32,7 @@ def peftcore_methods() -> Mapping[str, str]:
         "multitask_prompt_tuning": "peftcore_multitask.multitask_prompt_tuning:MultitaskPromptTuning",
         "pal": "peftcore_multitask.pal:PAL",
         "pha": "peftcore_multitask.pha:PHA",
+        "polyhistor": "peftcore_multitask.polyhistor:Polyhistor",
         "polytropon": "peftcore_multitask.polytropon:Polytropon",
         "regmean": "peftcore_multitask.regmean:RegMean",
         "sapt": "peftcore_multitask.sapt:SAPT",

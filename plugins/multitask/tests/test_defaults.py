@@ -257,6 +257,13 @@ FREE: Free = {
     ("moa_adapters", "experts"): "no single paper has it",
     ("moa_adapters", "joins"): "no single paper has it; as in houlsby_adapter",
     ("moa_adapters", "top_k"): "no single paper has it",
+    ("polyhistor", "activation"): "no code, nor the paper's text; as in hyperformer_pp",
+    ("polyhistor", "joins"): "no code, nor the paper's text; as in hyperformer_pp",
+    ("polyhistor", "rank"): "no code, nor the paper's text; the smallest there is",
+    ("polyhistor", "reduction"): "no code, nor the paper's text; as in hyperformer_pp, 24 of 768",
+    ("polyhistor", "task_width"): "no code, nor the paper's text; as in hyperformer_pp",
+    ("polyhistor", "tasks"): "no code, nor the paper's text; none is known",
+    ("polyhistor", "width"): "the narrowest site's, as the templates of the paper are those of the smallest stage",
     ("loramoe", "tasks"): "the authors' two kinds of data are in their code; with one, nobody has to tell them",
 }
 

@@ -60,8 +60,8 @@ def test_scores_of_each_task_are_those_of_its_rows(held_out: Any) -> None:
 
 def test_methods_that_ask_for_tasks_get_their_names() -> None:
     names = ("a", "b")
-    prompts = ("multitask_prompt_tuning", "attempt")
-    for method in ("polytropon", "mhr", "c_poly", "mtl_lora", "hyperformer_pp", "hyperformer", "pha", "pal", *prompts):
+    further = ("polyhistor", "multitask_prompt_tuning", "attempt")
+    for method in ("polytropon", "mhr", "c_poly", "mtl_lora", "hyperformer_pp", "hyperformer", "pha", "pal", *further):
         assert options_for(MethodChoice(name=method), names) == {"tasks": ["a", "b"]}, method
         assert options_for(MethodChoice(name=method), ()) == {}
     assert options_for(MethodChoice.model_validate({"name": "lora", "rank": 2}), names) == {"rank": 2}

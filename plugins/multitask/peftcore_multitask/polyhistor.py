@@ -1,0 +1,152 @@
+"""Polyhistor-Lite: adapters of tasks from templates that kernels scale up to each layer.   Liu et al. 2022, arXiv
+2210.03265.
+
+    y = h + W_up f(W_down h),   W_down = K kron (U_t V_t) [n, d],   W_up = K' kron (U'_t V'_t) [d, n]
+    U_t = A v_t [n0, r],  V_t = B v_t [r, d0],  U'_t = A' v_t [d0, r],  V'_t = B' v_t [r, n0],   t the task
+
+The paper's are: the embedding v_t of a task, hypernetworks in two factors that make a template of it (Polyhistor), and
+for each layer a kernel K that scales templates of the narrowest stage of a hierarchical model up to the layer's widths,
+the same for all tasks (the Lite, which is both together). There is no code of the authors, and their abstract, figures
+and introduction alone were at hand. So the rest is chosen here, by what they build on (`hyperformer_pp`): h is what the
+last matrix of attention or feed-forward returns, f is GELU; there are no norms, and neither hypernetworks nor adapters
+have biases; down and up projections have templates and kernels of their own, and all layers share these templates,
+attention and feed-forward alike. A layer of d = m d0 features has n = m n0 inner ones, n0 = d0 / reduction rounded
+down, but at least 1. So kernels are [m, m]: in a plain ViT, one number. Products are not built: h is read in m pieces.
+
+Embeddings start from N(0, 1), A to B' so that templates keep the variance of what they are given, K as the identity (of
+equal entries all m pieces would stay alike) and K' at zero: a fresh adapter is an exact identity. The task comes with
+the call, ``with peftcore.call(model, task=...)``: one for all rows, or one for each.
+
+Parameters: k (tasks + 2 r (n0 + d0)) once, and 2 m^2 an adapter.
+
+Use it for several dense tasks on one hierarchical backbone, a Swin or a SegFormer, where a further task should cost k
+numbers; not where widths have no common measure (`hyperformer_pp`, its nearest kin, has a network for each), nor where
+it has to be merged. `compacter` is its kin for one task.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from pydantic import PositiveInt
+from torch import Tensor, nn
+
+from peftcore import OUTPUTS, AtBranchEnd, BranchSite, Joins, Method, Shared, Surgeon, Tags, branch_end
+from peftcore.errors import ConfigError, UnsupportedSite
+from peftcore_multitask._tasks import TaskConfig, Tasks, task_count
+from peftcore_multitask.hyperformer_pp import ACTIVATIONS, OF_ONE_SITE
+
+
+class Config(TaskConfig):
+    """Options of Polyhistor."""
+
+    method: Literal["polyhistor"] = "polyhistor"
+    rank: PositiveInt = 1
+    """Rank r of the templates."""
+    reduction: PositiveInt = 32
+    """By what the templates' width is divided for the adapter's inner one."""
+    width: PositiveInt | None = None
+    """Width d0 of the templates, of which the width of each site is a multiple; without it, that of the narrowest."""
+    task_width: PositiveInt = 64
+    """Width k of the embeddings of tasks."""
+    activation: Literal["gelu_tanh", "gelu", "relu", "silu", "tanh"] = "gelu_tanh"
+    """The non-linearity f."""
+    joins: Joins = "matrix"
+    """Where an adapter reads and adds: at a branch's last matrix, or behind what the host does to the branch's output
+    (dropout, layer scale, stochastic depth)."""
+
+
+class Templates(nn.Module):
+    """The embeddings of tasks, and the linear maps that make factors of them."""
+
+    def __init__(self, width: int, config: Config) -> None:
+        super().__init__()
+        k, r, inner = config.task_width, config.rank, max(width // config.reduction, 1)
+        self.embedding = nn.Parameter(torch.randn(task_count(config), k))
+        # The variance of a template's product is that of its input, if that of a factor is one by what it sums over.
+        self.down_U = nn.Parameter(torch.randn(inner, r, k) / math.sqrt(k * r))
+        self.down_V = nn.Parameter(torch.randn(r, width, k) / math.sqrt(k * width))
+        self.up_U = nn.Parameter(torch.randn(width, r, k) / math.sqrt(k * r))
+        self.up_V = nn.Parameter(torch.randn(r, inner, k) / math.sqrt(k * inner))
+
+    def factors(self) -> list[Tensor]:
+        """Return U [tasks, n0, r], V [tasks, r, d0], U' [tasks, d0, r] and V' [tasks, r, n0]."""
+        maps = (self.down_U, self.down_V, self.up_U, self.up_V)
+        return [torch.einsum("abk,tk->tab", each, self.embedding) for each in maps]
+
+
+@dataclass(frozen=True, eq=False)
+class ScaledSite(BranchSite):
+    """The place of an adapter."""
+
+    times: int = 1
+    """How many times as wide as the templates it is, m."""
+
+
+class PolyhistorOperator(AtBranchEnd):
+    """The kernels of one site, and the templates of all."""
+
+    def __init__(self, site: ScaledSite, config: Config, templates: Shared) -> None:
+        super().__init__(site)
+        self.templates, self.tasks, self.times = templates, Tasks(site, config), site.times
+        self.down = nn.Parameter(torch.eye(site.times))
+        self.up = nn.Parameter(torch.zeros(site.times, site.times))
+        self.activation = ACTIVATIONS[config.activation]()
+
+    def adapt(self, h: Tensor) -> Tensor:
+        channels = self.layer.channel_dim
+        x = h.movedim(channels, -1)  # [rows, ..., d]
+        rows = len(x) if h.dim() > -channels else 1
+        factors = (self.tasks.of_rows(each, rows) for each in self.templates.module.factors())
+        down, up, U, V, up_U, up_V = self.cast(h, self.down, self.up, *factors)
+        pieces = x.reshape(rows, -1, x.shape[-1] // self.times)  # [rows, positions * m, d0]
+        made = scaled(self.activation(scaled(pieces, down, U, V)), up, up_U, up_V)
+        return h + made.reshape(x.shape).movedim(-1, channels)
+
+
+def scaled(pieces: Tensor, kernel: Tensor, U: Tensor, V: Tensor) -> Tensor:
+    """Return (kernel kron (U V)) of features in pieces ``[rows, positions * m, ...]``, in pieces again."""
+    low = (pieces @ V.mT).unflatten(1, (-1, len(kernel)))  # [rows, positions, m, r]
+    return torch.einsum("ij,npjr->npir", kernel, low).flatten(1, 2) @ U.mT
+
+
+class Polyhistor(Method):
+    """Adapters of several tasks, from templates that all layers share.
+
+    Example:
+        injection = peftcore.apply(model, "polyhistor", tasks=["segmentation", "depth", "normals"])
+        peftcore.call(model, task="depth")  # or a list, one for each row; with `with`, for a while
+    """
+
+    name = "polyhistor"
+    Config = Config
+    tags = Tags(category="multitask", paper="2210.03265")
+    target = ("attn.output", "mlp.output")
+    alternatives = OUTPUTS
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        if any({*changes} - OF_ONE_SITE for changes in config.overrides.values()):
+            raise ConfigError(
+                f"polyhistor: sites share templates, so overrides change {' and '.join(sorted(OF_ONE_SITE))} alone"
+            )
+        sites = surgeon.sites()
+        widths = [site.out_features for site in sites]
+        width = config.width or min(widths)
+        for site in sites:
+            if site.out_features % width:
+                raise UnsupportedSite(
+                    f"{site.path} is {site.out_features} wide, which is no multiple of {width}, the width of the "
+                    f"templates; set width={math.gcd(*widths)}, which all widths are multiples of, or exclude it"
+                )
+        templates = surgeon.own("templates", lambda: Templates(width, config))
+        for site in sites:
+            place = branch_end(surgeon, site, config.at(site.path).joins)
+            scaled_site = ScaledSite(**vars(place), times=site.out_features // width)
+            surgeon.graft(scaled_site, lambda at, own: PolyhistorOperator(at, own, templates), config, place.places)
+
+    @staticmethod
+    def parameter_count(site: ScaledSite, config: Config) -> int:
+        return 2 * site.times**2
