@@ -24,9 +24,9 @@ PAGES += sorted(ROOT.glob("plugins/*/README.md"))
 FILES = [*PLUGINS, *EXAMPLE, *TEMPLATES, *PAGES]
 
 FOR_AUTHORS = {"peftcore", "peftcore.errors"}
-BESIDES = {"peftcore.testing", "peftcore.training", "peftcore.roles", "peftcore.comparing.tasks"}
-"""For tests, for who trains, for who corrects a map of roles, and for who brings a task to the command line: what pages
-and tests show, and no method needs."""
+BESIDES = {"peftcore.testing", "peftcore.training", "peftcore.roles", "peftcore.comparing.tasks", "peftcore.compat"}
+"""For tests, for who trains, for who corrects a map of roles, for who brings a task to the command line, and for who
+comes from peft: what pages and tests show, and no method needs."""
 SNIPPET = re.compile(r"^(?P<indent> *)```python\n(?P<code>.*?)^ *```", re.MULTILINE | re.DOTALL)
 
 

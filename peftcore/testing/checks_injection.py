@@ -365,4 +365,6 @@ def injecting_costs_the_same_each_time(case: Case) -> None:
         with counted_calls() as count:
             case.apply(model, name=f"number{index}")
         work.append(count[0])
-    case.expect(work[-1] < 1.2 * work[1], f"{work[1]} calls for the second adapter, {work[-1]} for the twelfth")
+    # Before a look at data the whole model is put into evaluation, with the operators that are there.
+    bound = 1.3 if case.tags.needs_data else 1.2
+    case.expect(work[-1] < bound * work[1], f"{work[1]} calls for the second adapter, {work[-1]} for the twelfth")

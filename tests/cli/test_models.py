@@ -111,6 +111,11 @@ def exported(model: str, adapter: Path, data: Any, out: str) -> Any:
     return load_file(Path(out) / "adapter.safetensors")
 
 
+def exported_for(model: str, adapter: Path, data: Any, out: str) -> Any:
+    done("export", adapter, out, "--for", "peft", "--model", model)
+    return load_file(Path(out) / "adapter_model.safetensors")
+
+
 def answered(model: str, adapter: Path, data: Any, out: str) -> Any:
     result = invoke("chat", adapter, "--model", model, "--max-tokens", 5, told="my phone\n/base\n")
     assert result.exit_code == 0, (result.output, result.exception)
@@ -127,6 +132,7 @@ COMMANDS: Mapping[str, Callable[[str, Path, Any, str], Any]] = {
     "merge": merged,
     "convert": converted,
     "export-lora": exported,
+    "export": exported_for,
 }
 REFUSED = {
     ("merge", "gguf"): "is a GGUF file, and those are read here but not written: merge into the folder",

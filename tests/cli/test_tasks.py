@@ -15,6 +15,7 @@ import transformers
 from PIL import Image
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
+from slowly import quick
 from typer.testing import CliRunner
 
 import peftcore
@@ -338,9 +339,7 @@ def drawn_by_diffusers(
     return np.asarray(image, dtype=float)
 
 
-@pytest.mark.parametrize(
-    "kind", ["stable-diffusion", "stable-diffusion-xl", pytest.param("flux", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("kind", quick(["stable-diffusion", "stable-diffusion-xl", "flux"], ["stable-diffusion"]))
 def test_words_beside_the_denoiser(named_pictures: Path, tmp_path: Path, kind: str) -> None:
     """Pivotal tuning as the page has it. diffusers, which reads the rows and the LoRA into the pipeline as it was,
     draws what the run has drawn; the words rest after half of the steps, and a run that stopped goes on."""

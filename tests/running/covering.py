@@ -14,8 +14,9 @@ import functools
 import os
 import sys
 import zlib
-from collections.abc import Collection, Iterable, Sequence
-from types import CodeType
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from types import CodeType, FunctionType
+from typing import Any
 
 import pytest
 
@@ -63,13 +64,23 @@ def in_part(name: str, part: str) -> bool:
 
 @functools.cache
 def kinds(method: type[Method]) -> frozenset[str]:
-    """What the method is made of: names of the core's classes of operators, "parts", or "other" when it shows none."""
+    """What the method is made of: names of the core's classes of operators, "parts", or "other" when it shows none; of
+    one that leaves all to functions of its plugin, what those are made of."""
+    own = vars(sys.modules[method.__module__])
     called = _names(method.inject.__code__)
+    found = _made(called, own)
+    if not found:
+        shared = [own[name] for name in called if isinstance(own.get(name), FunctionType)]
+        found = set().union(*(_made(_names(each.__code__), vars(sys.modules[each.__module__])) for each in shared))
+    return frozenset(found or {"other"})
+
+
+def _made(called: Collection[str], there: Mapping[str, Any]) -> set[str]:
+    """What a function is made of that uses these names, in a module that has these."""
     made = {kind for function, kind in KINDS.items() if function.__name__ in called}
-    there = vars(sys.modules[method.__module__]).values()
-    operators = [each for each in there if isinstance(each, type) and issubclass(each, OPERATORS)]
+    operators = [each for each in there.values() if isinstance(each, type) and issubclass(each, OPERATORS)]
     core = {next(base for base in each.__mro__ if base.__module__.startswith("peftcore.")) for each in operators}
-    return frozenset(made | {each.__name__ for each in core} or {"other"})
+    return made | {each.__name__ for each in core}
 
 
 def _names(code: CodeType) -> set[str]:
