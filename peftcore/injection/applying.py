@@ -279,6 +279,8 @@ def apply(
         wishes = replace(wishes, left_out=left_out)
     surgeon = prepare(model, found, options, wishes, host, dry=False)
     _check_data(surgeon, data)
+    if data is not None:
+        _check_parts(surgeon, data)
     injection = establish(surgeon, name, data)
     notice(surgeon.notices)
     return injection
@@ -304,6 +306,28 @@ def _check_data(surgeon: Surgeon, data: Data | None) -> None:
         values = {option: value if isinstance(value, tuple) else (value,) for option, value in some.items()}
         but = "".join(f"; it does with {option}={' or '.join(map(repr, each))}" for option, each in values.items())
         raise CalibrationError(f"{surgeon.method.name} looks at no data before training{but}; leave data= out")
+
+
+def _check_parts(surgeon: Surgeon, data: Data) -> None:
+    """Check that the data decides no options of a part of a hybrid, which are those that its file has.
+
+    Raises:
+        ConfigError: it does, and what the part has to be told.
+    """
+    _, *parts = _surgeons(surgeon)
+    for part in parts:
+        if type(part.method).structure is Method.structure:
+            continue
+        sites = [graft.site for graft in part.grafts]
+        options, left_out = find_structure(part.method, surgeon.model, data, part.config, sites)
+        new = {path: own for path, own in options.overrides.items() if path not in part.config.overrides}
+        if new or left_out:
+            path, told = next(iter(new.items())) if new else (min(left_out), None)
+            instead = f"exclude={path!r}" if told is None else f"overrides={{{path!r}: {told!r}}}"
+            raise ConfigError(
+                f"data decides how {part.method.name} adapts {len(new) + len(left_out)} single sites, which it does by "
+                f"itself and not as a part: apply it alone, or tell the part what it found, {instead} and so on"
+            )
 
 
 def _surgeons(surgeon: Surgeon) -> Iterator[Surgeon]:

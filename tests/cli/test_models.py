@@ -140,6 +140,10 @@ REFUSED = {
     ("chat", "timm"): "is a model of pictures: name a folder, a GGUF file or a name on the Hub",
     ("chat", "timm-folder"): "cannot load a tokenizer from it",
     ("chat", "timm-hub"): "cannot load a tokenizer from it",
+    **{
+        ("export", kind): "is a part of a fused projection; peft adapts whole"
+        for kind in ("timm", "timm-folder", "timm-hub")
+    },
 }
 LONG = [("compare", kind) for kind in (*TEXT[2:], *PICTURES[2:])]
 """What `make test-slow` tries."""
@@ -196,6 +200,7 @@ def test_what_a_command_cannot_do_with_a_kind_is_refused(command: str, kind: str
     arguments = {
         "merge": (names[kind], adapters[False], "--out", "out"),
         "chat": (adapters[False], "--model", names[kind]),
+        "export": (adapters[True], "out", "--for", "peft", "--model", names[kind]),
     }
     result = invoke(command, *arguments[command])
     assert (result.exit_code, result.stdout) == (2, "") and REFUSED[command, kind] in " ".join(result.stderr.split())
@@ -235,6 +240,7 @@ def test_nothing_of_that_name(command: str, adapters: Any, data: Any, names: Any
         "merge": lambda name: (name, adapter, *rest),
         "convert": lambda name: (adapter, "--model", name, "--to", "native", *rest),
         "export-lora": lambda name: (name, adapter, "--rank", 2, *rest),
+        "export": lambda name: (adapter, "out", "--for", "peft", "--model", name),
     }
     for name, says in {
         "no/such/folder": "no/such/folder: no such folder; a model is a folder with config.json",

@@ -8,7 +8,7 @@ import torch
 from training_hosts import host, inputs, trainer
 
 import peftcore
-from peftcore.errors import CalibrationError, TrainingError
+from peftcore.errors import CalibrationError, ConfigError, TrainingError
 from peftcore.training import MethodOptimizer, PeftcoreCallback
 
 PARTS: list[dict[str, Any]] = [
@@ -85,10 +85,20 @@ def test_a_part_sees_its_data() -> None:
     assert isinstance(injection.optimizer(torch.optim.AdamW, lr=0.01), MethodOptimizer)
 
 
+def test_a_part_of_which_data_would_decide_options_is_refused() -> None:
+    """Its own options would stand there without a word: of SPT-LoRA, updates everywhere, whatever the budget."""
+    model = host("bert")
+    parts: list[Any] = [{"method": "spt_lora", "target": ["query", "value"]}, {"method": "ia3", "target": "query"}]
+    with pytest.raises(ConfigError, match=r"data decides how spt_lora adapts \d+ single sites"):
+        peftcore.apply(model, parts, data=[labelled()])
+    assert not peftcore.injections(model)
+
+
 def test_every_method_that_looks_at_data_finds_the_same_as_a_part() -> None:
     data = labelled()
     told: dict[str, dict[str, Any]] = {
         "cartridge": {"length": 2, "target": "self"},  # which acts inside of attentions
+        "spt_lora": {"entries": 3},
         "tip_adapter": {"features": "input", "images": len(data["labels"]), "classes": 3, "target": "classifier"},
     }
     curious = [info.name for info in peftcore.methods() if info.tags.needs_data]

@@ -137,7 +137,7 @@ class SPTLoRA(Method):
     ) -> Mapping[str, Mapping[str, Any] | None]:
         model.eval()
         self.found = sensitivities(sites, islice(data, config.batches))
-        own = {site.path: site for site in sites if config.at(site.path) is config}
+        own = {} if config.entries is not None else {s.path: s for s in sites if config.at(s.path) is config}
         if not own:  # the user told all of them
             return {}
         budget = config.share * sum(site.numel for site in own.values())

@@ -10,7 +10,15 @@ from torch import Tensor, nn
 from vpt_equations import host, pixels, wave
 
 import peftcore
-from peftcore.errors import CalibrationError, CheckpointError, RouteError, SequenceError, TargetError, UnsupportedSite
+from peftcore.errors import (
+    CalibrationError,
+    CheckpointError,
+    ConfigError,
+    RouteError,
+    SequenceError,
+    TargetError,
+    UnsupportedSite,
+)
 from peftcore.testing import against, conformance, frozen
 from peftcore.testing.kit import fill
 
@@ -158,7 +166,9 @@ def test_data_without_augmentations_is_gone_through_twice() -> None:
 
 def test_a_part_of_a_hybrid_is_told_its_sizes() -> None:
     cache = {"method": "tip_adapter", "features": "input", "target": "0", "passes": 3}
-    with pytest.raises(CalibrationError, match=r"5 images with labels up to 2, and the cache of 0 is of images=1"):
+    with pytest.raises(
+        ConfigError, match=r"tell the part what it found, overrides=\{'0': \{'images': 5, 'classes': 3\}\}"
+    ):
         peftcore.apply(classifier(), [cache, {"method": "ia3", "target": "0"}], data=Drawn())
     parts = [{**cache, "images": 5, "classes": 4}, {"method": "ia3", "target": "0"}]
     injection = peftcore.apply(classifier(), parts, data=Drawn(), dtype="float64")
