@@ -56,14 +56,14 @@ def launched(*line: str) -> str:
     return subprocess.run([sys.executable, "-m", *line], check=True, capture_output=True, text=True).stdout
 
 
-def learned_the_same(said: str, one: dict[str, Any], out: str = "two", of_one: str = "one") -> None:
+def learned_the_same(said: str, one: dict[str, Any], out: str = "two", of_one: str = "one", atol: float = 1e-6) -> None:
     two = json.loads(said)  # one of them speaks
-    assert np.allclose(two["losses"], one["losses"], rtol=1e-5)
+    assert np.allclose(two["losses"], one["losses"], rtol=max(1e-5, atol))
     assert two["after"]["accuracy"] == one["after"]["accuracy"]  # mean losses of scores count what fills up batches
     alone, together = (load_file(f"{folder}/adapter/adapter.safetensors") for folder in (of_one, out))
     assert alone.keys() == together.keys()
     for key, value in alone.items():
-        torch.testing.assert_close(together[key], value, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(together[key], value, rtol=1e-5, atol=atol)
 
 
 @pytest.mark.slow
@@ -133,19 +133,29 @@ def test_two_processes_go_on_with_what_one_began(config: Path, one: dict[str, An
     learned_the_same(launched(*TORCHRUN, "-m", "peftcore", *line), one, "rest")
 
 
+def children(pid: int) -> list[psutil.Process]:
+    """The two processes, when they are there."""
+    until = time.monotonic() + 120
+    while len(found := psutil.Process(pid).children()) < 2:
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    return found
+
+
 @pytest.mark.slow
 def test_of_two_processes_one_is_killed_and_one_alone_goes_on(config: Path) -> None:
-    line = ["train", str(config), "--steps", "60", "--set", "training.checkpoints=last"]
+    line = ["train", str(config), "--steps", "240", "--set", "training.checkpoints=last"]
+    line += ["--set", "training.evaluate_every=20"]
     alone = CliRunner().invoke(app, [*line, "--out", "one", "--batch-size", "16", "--json"])
     assert alone.exit_code == 0, alone.output
     running = subprocess.Popen(
         [sys.executable, "-m", *TORCHRUN, "-m", "peftcore", *line, "--out", "two"], stderr=subprocess.DEVNULL
     )
     until = time.monotonic() + 240
+    *_, last = children(running.pid)
     while not any(Path("two").glob("checkpoints/checkpoint-*/complete")) and running.poll() is None:
         assert time.monotonic() < until
         time.sleep(0.002)
-    *_, last = psutil.Process(running.pid).children()
     last.kill()
     assert running.wait() != 0 and not Path("two/adapter").exists()
 
@@ -154,5 +164,5 @@ def test_of_two_processes_one_is_killed_and_one_alone_goes_on(config: Path) -> N
     assert refused.exit_code != 0 and "a run of 16 examples a step, in 2 process(es)" in refused.output
     done = CliRunner().invoke(app, [*line, "--batch-size", "16"])
     assert done.exit_code == 0, done.output
-    learned_the_same(done.stdout, json.loads(alone.stdout))
-    assert json.loads(done.stdout)["steps"] == 60
+    learned_the_same(done.stdout, json.loads(alone.stdout), atol=1e-4)  # after 240 steps of rounding
+    assert json.loads(done.stdout)["steps"] == 240
