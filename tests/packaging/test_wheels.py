@@ -364,6 +364,8 @@ def trained(info):
             break
         except (peftcore.errors.MissingContext, peftcore.errors.SequenceError, peftcore.errors.TrainingError):
             return "asks to be told more"  # of a task, or of labels
+        except peftcore.errors.CalibrationError:
+            return "asks to be told more"  # of the data
         except (peftcore.errors.TargetError, peftcore.errors.UnsupportedSite):
             continue
     else:
@@ -413,7 +415,7 @@ ELSEWHERE = {
     "lqer": "trains nothing",
     "ominicontrol": "has no place",
     "maple": "has no place",
-    "perfusion": "has no place",
+    "perfusion": "asks to be told more",
     "qa_lora": "has no place",
     "st_adapter": "has no place",
     "state_offset_tuning": "has no place",
