@@ -8,6 +8,8 @@ It needs peft, which nothing else imports. It may import `trainers`, and what is
 - `arguments`: arguments of peft that say what is so anyway.
 - `configs`: what stands in ``peft_config`` for an adapter, and adapters made of that again; `method_config`.
 - `folders`: the folders that the Trainer and peft look for.
+- `schedules`: schedules that nobody drives.
+- `training_state`: what a training knows between steps, beside such a folder.
 - `tuner`: what peft has between its model and the adapted one.
 - `peft_model`: `PeftModel`.
 - `tasks`: peft's classes for tasks, and `get_peft_model`.

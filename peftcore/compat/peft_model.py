@@ -16,6 +16,8 @@ from torch.nn.modules.module import _IncompatibleKeys
 from peftcore.compat.arguments import check_no_more, without_peft_arguments
 from peftcore.compat.configs import AdapterConfig, apply_beside, check_same_state, config_of, drop_nothing
 from peftcore.compat.folders import config_in, save_folder
+from peftcore.compat.schedules import check_driven, has_schedule
+from peftcore.compat.training_state import digests, load_training_state, save_training_state
 from peftcore.compat.tuner import Tuner
 from peftcore.errors import ConfigError, TrainingError, UnsupportedHost
 from peftcore.files.auto_classes import peft_task_of
@@ -23,7 +25,6 @@ from peftcore.files.save_load import load
 from peftcore.forward.host_state import injections, known
 from peftcore.injection.injection import Injection
 from peftcore.injection.switching import activate, route
-from peftcore.training.optimizer import scheduled
 
 BASE = "__base__"
 """peft's name for no adapter, in `adapter_names`."""
@@ -70,11 +71,13 @@ class PeftModel(peft.PeftModel):  # type: ignore[misc]
         self._given: dict[str, Any] = {}
         self._last: list[str] = []
         self._drop_nothing_more: list[Injection] = []
+        self._before: dict[str, dict[str, bytes]] = {}
         self._adapters_disabled = False
         if peft_config is not None:
             apply_beside(model, adapter_name, peft_config, options)
             self._note_config(adapter_name, peft_config)
         self.base_model = Tuner(model)
+        self._note_state()
         if peft_config is not None:
             self.set_adapter(adapter_name)
 
@@ -179,10 +182,14 @@ class PeftModel(peft.PeftModel):  # type: ignore[misc]
             adapter_names: the adapter of each row; ``"__base__"`` for none.
 
         Raises:
-            TrainingError: in training, an adapter drops something, and goes on to where somebody turned dropout off.
+            TrainingError: in training, an adapter drops something, and goes on to where somebody turned dropout off; or
+                an optimizer took a step, and nobody took that of a method's schedule.
         """
         if self.training and self.base_model.dropout_is_off:
             self._drop_nothing()
+        if self.training:
+            for injection in self.adapters.values():
+                check_driven(injection)
         with self._routed(adapter_names, 1):
             return self.get_base_model()(*args, **kwargs)
 
@@ -260,6 +267,7 @@ class PeftModel(peft.PeftModel):  # type: ignore[misc]
             injection.remove()
             raise
         injection.trainable(False)
+        self._note_state()
         self._note_config(adapter_name, peft_config)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -276,7 +284,8 @@ class PeftModel(peft.PeftModel):  # type: ignore[misc]
             raise ConfigError(f"{adapter_name!r} is the last adapter: model.unload() returns the model without any")
         acted = self.active_adapters == [adapter_name]
         injection.remove()
-        self._given.pop(adapter_name, None)
+        for noted in (self._given, self._before):
+            noted.pop(adapter_name, None)
         if acted:
             warnings.warn(f"{adapter_name!r} was active and is deleted; {others[0]!r} acts now", stacklevel=2)
             self.set_adapter(others[0])
@@ -305,7 +314,7 @@ class PeftModel(peft.PeftModel):  # type: ignore[misc]
             CheckpointError, HostMismatch, NewerFormat, UnknownMethod, HubError: as `peftcore.load`.
             ConfigError: an argument of peft says something else.
             SwapError: an adapter of the name is there, of another method, with other options or elsewhere.
-            TrainingError: it is there, trains, and has a schedule, which values alone do not resume.
+            TrainingError: it is there, trains, and has a schedule, and the folder has values alone.
 
         Returns:
             What torch returns when it loads a state dict: no keys are missing, and none are unexpected.
@@ -313,15 +322,18 @@ class PeftModel(peft.PeftModel):  # type: ignore[misc]
         check_no_more(options)
         there = self.adapters.get(adapter_name)
         if there is not None:
-            if is_trainable and any(True for _ in scheduled(there)):
-                raise TrainingError(
-                    f"{there.method.name} has a schedule, and what it knows between steps is in no adapter's folder: "
-                    "to resume, give the Trainer the adapted model itself, with PeftcoreCallback"
-                )
-            there.swap(model_id, revision=revision)
+            if not (is_trainable and load_training_state(there, Path(model_id))):
+                if is_trainable and has_schedule(there):
+                    raise TrainingError(
+                        f"{there.method.name} has a schedule, and what it knows between steps is not in {model_id}, "
+                        "which was not written while it trained: to train on from its values, "
+                        "PeftModel.from_pretrained(model, folder, is_trainable=True)"
+                    )
+                there.swap(model_id, revision=revision)
         else:
             model = self.get_base_model()
             load(model, model_id, name=adapter_name, trainable=is_trainable, active=False, revision=revision)
+            self._note_state()
             self._note_config(adapter_name, config_in(model_id))
         if not is_trainable:
             self.eval()
@@ -336,7 +348,8 @@ class PeftModel(peft.PeftModel):  # type: ignore[misc]
         safe_serialization: bool = True,
     ) -> None:
         """Write the adapters: ``default`` into the folder, others into folders of their names in it; in peft's format,
-        or, where that cannot hold one, in ours. Both are read by `from_pretrained`, and by `peftcore.load`.
+        or, where that cannot hold one, in ours. Both are read by `from_pretrained`, and by `peftcore.load`. Of one that
+        trains, what it knows between steps lies beside it, where it has a schedule or draws anew in each step.
 
         Args:
             save_directory: the folder.
@@ -356,7 +369,9 @@ class PeftModel(peft.PeftModel):  # type: ignore[misc]
         state = known(self.get_base_model(), names)
         for name in names if is_main_process else ():
             folder = Path(save_directory)
-            save_folder(state.injections[name], folder if name == ALONE else folder / name)
+            folder = folder if name == ALONE else folder / name
+            save_folder(state.injections[name], folder)
+            save_training_state(state.injections[name], folder, self._before.get(name, {}))
 
     def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = True) -> None:
         """Merge adapters into the weights, until `unmerge_adapter`; all or none.
@@ -415,6 +430,12 @@ class PeftModel(peft.PeftModel):  # type: ignore[misc]
     def get_model_status(self) -> NoReturn:
         """Raises ConfigError: there are no layers of peft."""
         self.get_layer_status()
+
+    def _note_state(self) -> None:
+        """Note what state between steps is like at first, to see whether it changes."""
+        for name, injection in self.adapters.items():
+            if name not in self._before:
+                self._before[name] = digests(injection)
 
     def _drop_nothing(self) -> None:
         """Turn off the dropout of adapters too, whose probabilities need not be in modules of torch."""

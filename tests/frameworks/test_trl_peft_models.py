@@ -12,13 +12,16 @@ import torch
 from torch import Tensor
 from training_hosts import host
 
+import peftcore
 from peftcore.errors import ConfigError, SwapError, TrainingError
+from peftcore.training.optimizer import transient
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
 trl = pytest.importorskip("trl", reason="TRL is not installed")
 datasets = pytest.importorskip("datasets", reason="datasets, which TRL reads, is not installed")
 transformers = pytest.importorskip("transformers")
 compat = pytest.importorskip("peftcore.compat")
+training_state = pytest.importorskip("peftcore.compat.training_state")
 
 CONFIG = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"])
 
@@ -54,7 +57,7 @@ def even_words(completions: list[str], **_: Any) -> list[float]:
 
 
 def train(
-    kind: str, model: Any, folder: Path, resume: bool = False, peft_config: Any = None, **changes: Any
+    kind: str, model: Any, folder: Path, resume: bool = False, peft_config: Any = None, callbacks: Any = None, **changes: Any
 ) -> list[dict[str, float]]:
     """Train in three steps; what was logged in each."""
     given = {
@@ -76,6 +79,7 @@ def train(
         train_dataset=datasets.Dataset.from_list(DATA[kind]),
         processing_class=tokenizer(),
         peft_config=peft_config,
+        callbacks=callbacks,
         **({"reward_funcs": even_words} if kind == "GRPO" else {}),
     )
     torch.manual_seed(5)
@@ -235,10 +239,34 @@ def test_the_head_of_a_reward_model_trains_along(tmp_path: Path) -> None:
     assert all(not torch.equal(value, start[key]) for key, value in adapter_values(model).items())
 
 
+ADALORA = {"rank": 4, "target_rank": 1, "warmup": 1, "final": 1, "interval": 1, "seed": 1}
+
+
+def test_a_schedule_resumes_exactly(tmp_path: Path) -> None:
+    def values(resume: bool) -> dict[str, Tensor]:
+        model = compat.get_peft_model(base(), "adalora", **ADALORA)
+        callbacks = [peftcore.training.PeftcoreCallback()]
+        train("SFT", model, tmp_path, resume=resume, callbacks=callbacks, max_steps=5)
+        between = {f"between {name}": value.clone() for name, value in transient(model.adapters["default"])}
+        return adapter_values(model) | between
+
+    whole, resumed = values(False), values(True)
+    assert whole.keys() == resumed.keys() and any((value == 0).any() for key, value in whole.items() if "E" in key)
+    for key, value in whole.items():
+        assert torch.equal(resumed[key], value), key
+
+
 def test_a_schedule_is_not_resumed_by_values_alone(tmp_path: Path) -> None:
-    train("SFT", compat.get_peft_model(base(), "adalora"), tmp_path)
+    callbacks = [peftcore.training.PeftcoreCallback()]
+    train("SFT", compat.get_peft_model(base(), "adalora", **ADALORA), tmp_path, max_steps=5, callbacks=callbacks)
+    (tmp_path / "checkpoint-2" / training_state.FILE).unlink()
     with pytest.raises(TrainingError, match="schedule"):
-        train("SFT", compat.get_peft_model(base(), "adalora"), tmp_path, resume=True)
+        train("SFT", compat.get_peft_model(base(), "adalora", **ADALORA), tmp_path, resume=True, max_steps=5)
+
+
+def test_a_schedule_that_nobody_drives_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="PeftcoreCallback"):
+        train("SFT", compat.get_peft_model(base(), "adalora", **ADALORA), tmp_path)
 
 
 def test_the_dropout_of_an_adapter_is_turned_off_with_that_of_the_model(tmp_path: Path) -> None:
