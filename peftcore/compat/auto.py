@@ -53,7 +53,7 @@ class AutoPeftModel:
         wrapped = PeftModel.for_task(task_for(model, config) or found)(model)
         wrapped._note_config(adapter_name, config)
         wrapped.set_adapter(adapter_name, inference_mode=not is_trainable)
-        return wrapped
+        return wrapped if is_trainable else wrapped.eval()
 
 
 class AutoPeftModelForCausalLM(AutoPeftModel):

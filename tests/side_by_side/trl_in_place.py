@@ -32,7 +32,8 @@ def put_in_place() -> None:
     stays as it is."""
     from peftcore import compat
 
-    ours = {id(getattr(peft, name)): getattr(compat, name) for name in compat.__all__}
+    both = vars(peft).keys() & set(compat.__all__)
+    ours = {id(vars(peft)[name]): vars(compat)[name] for name in both}
     for module in [each for name, each in sys.modules.items() if name.split(".")[0] in ("trl", "tests")]:
         for name, value in list(vars(module).items()):
             if id(value) in ours:

@@ -62,7 +62,7 @@ def run(tests: Path, hub: Path, *, ours: bool, only: str | None = None) -> dict[
         command += ["--continue-on-collection-errors", f"--junit-xml={report}", f"--basetemp={scratch}/base"]
         command += ["-k", only] if only else []
         paths = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH", "")]))
-        variables = {"PYTHONPATH": paths, "HF_HOME": str(hub), "HF_HUB_OFFLINE": "1", "WANDB_DISABLED": "true"}
+        variables = {"PYTHONPATH": paths, "HF_HOME": str(hub), "HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
         variables |= {HUB: str(hub), **({OURS: "1"} if ours else {})}
         done = subprocess.run(
             command, cwd=tests, env={**os.environ, **variables}, text=True, capture_output=True, check=False
