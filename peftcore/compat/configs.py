@@ -140,8 +140,8 @@ def drop_nothing(injection: Injection) -> None:
     ]
     if not any(found):
         raise TrainingError(
-            f"dropout was turned off in the modules of the model, and what {injection.name!r} drops cannot be: apply it "
-            f"with {options[0]}=0, or leave dropout on (disable_dropout=False in TRL)"
+            f"dropout was turned off in the modules of the model, and what {injection.name!r} drops cannot be: apply "
+            f"it with {options[0]}=0, or leave dropout on (disable_dropout=False in TRL)"
         )
 
 

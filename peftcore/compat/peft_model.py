@@ -477,5 +477,9 @@ class PeftModel(peft.PeftModel):  # type: ignore[misc]
 def task_for(model: nn.Module, peft_config: Any) -> str | None:
     """Returns peft's name of the task of a model: what its configuration of peft says, or its own class."""
     if isinstance(peft_config, peft.PeftConfig) and not isinstance(peft_config, AdapterConfig):
-        return None if peft_config.task_type is None else str(getattr(peft_config.task_type, "value", peft_config.task_type))
+        return (
+            None
+            if peft_config.task_type is None
+            else str(getattr(peft_config.task_type, "value", peft_config.task_type))
+        )
     return peft_task_of(model)

@@ -1,4 +1,4 @@
-"""Classes of peft for tasks, which some trainers ask for, PPO of TRL among them; and `get_peft_model`, which chooses."""
+"""Classes of peft for tasks, which some trainers ask for, such as PPO of TRL; and `get_peft_model`, which chooses."""
 
 from __future__ import annotations
 
@@ -11,34 +11,50 @@ from peftcore.compat.configs import TASK
 from peftcore.compat.peft_model import ALONE, PeftModel, task_for
 
 
-class PeftModelForCausalLM(PeftModel, peft.PeftModelForCausalLM, task="CAUSAL_LM"):  # type: ignore[misc]
+class PeftModelForCausalLM(
+    PeftModel,
+    peft.PeftModelForCausalLM,  # type: ignore[misc]
+    task="CAUSAL_LM",
+):
     """An adapted language model."""
 
 
-class PeftModelForSeq2SeqLM(PeftModel, peft.PeftModelForSeq2SeqLM, task="SEQ_2_SEQ_LM"):  # type: ignore[misc]
+class PeftModelForSeq2SeqLM(
+    PeftModel,
+    peft.PeftModelForSeq2SeqLM,  # type: ignore[misc]
+    task="SEQ_2_SEQ_LM",
+):
     """An adapted model from text to text."""
 
 
-class PeftModelForSequenceClassification(  # type: ignore[misc]
-    PeftModel, peft.PeftModelForSequenceClassification, task="SEQ_CLS"
+class PeftModelForSequenceClassification(
+    PeftModel,
+    peft.PeftModelForSequenceClassification,  # type: ignore[misc]
+    task="SEQ_CLS",
 ):
     """An adapted model with scores for a text."""
 
 
-class PeftModelForTokenClassification(  # type: ignore[misc]
-    PeftModel, peft.PeftModelForTokenClassification, task="TOKEN_CLS"
+class PeftModelForTokenClassification(
+    PeftModel,
+    peft.PeftModelForTokenClassification,  # type: ignore[misc]
+    task="TOKEN_CLS",
 ):
     """An adapted model with scores for each token."""
 
 
-class PeftModelForQuestionAnswering(  # type: ignore[misc]
-    PeftModel, peft.PeftModelForQuestionAnswering, task="QUESTION_ANS"
+class PeftModelForQuestionAnswering(
+    PeftModel,
+    peft.PeftModelForQuestionAnswering,  # type: ignore[misc]
+    task="QUESTION_ANS",
 ):
     """An adapted model that finds answers in a text."""
 
 
-class PeftModelForFeatureExtraction(  # type: ignore[misc]
-    PeftModel, peft.PeftModelForFeatureExtraction, task="FEATURE_EXTRACTION"
+class PeftModelForFeatureExtraction(
+    PeftModel,
+    peft.PeftModelForFeatureExtraction,  # type: ignore[misc]
+    task="FEATURE_EXTRACTION",
 ):
     """An adapted model without a head."""
 
@@ -65,4 +81,4 @@ def get_peft_model(model: nn.Module, peft_config: Any, adapter_name: str = ALONE
 
 
 peft.MODEL_TYPE_TO_PEFT_MODEL_MAPPING[TASK] = get_peft_model
-"""peft's own function, which trainers call with the configuration that they are given, calls ours for `method_config`."""
+"""peft's own function, which trainers call with the configuration that they get, calls ours for `method_config`."""

@@ -63,7 +63,7 @@ def load_training_state(injection: Injection, folder: Path) -> bool:
     if file.metadata.get(OPTIONS) != _options(injection) or shapes != {name: b.shape for name, b in buffers.items()}:
         raise SwapError(
             f"the training in {folder} was of another adapter than {injection.name!r}, or with other options: make it "
-            "as it was, or load that one for a new training, PeftModel.from_pretrained(model, folder, is_trainable=True)"
+            "as it was; or begin a new training with PeftModel.from_pretrained(model, folder, is_trainable=True)"
         )
     tensors = file.read()
     injection.swap({name.removeprefix(VALUES): each for name, each in tensors.items() if name.startswith(VALUES)})

@@ -57,7 +57,13 @@ def even_words(completions: list[str], **_: Any) -> list[float]:
 
 
 def train(
-    kind: str, model: Any, folder: Path, resume: bool = False, peft_config: Any = None, callbacks: Any = None, **changes: Any
+    kind: str,
+    model: Any,
+    folder: Path,
+    resume: bool = False,
+    peft_config: Any = None,
+    callbacks: Any = None,
+    **changes: Any,
 ) -> list[dict[str, float]]:
     """Train in three steps; what was logged in each."""
     given = {

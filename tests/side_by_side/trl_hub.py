@@ -54,7 +54,11 @@ CONFIGS = {
     "Qwen/Qwen2.5": transformers.Qwen2Config,
     "google/flan-t5": transformers.T5Config,
 }
-SEEN = {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>", "vision_start_token_id": "<|vision_start|>"}
+SEEN = {
+    "image_token_id": "<|image_pad|>",
+    "video_token_id": "<|video_pad|>",
+    "vision_start_token_id": "<|vision_start|>",
+}
 """Entries of a configuration of a model that sees, and their tokens."""
 
 
@@ -75,7 +79,9 @@ class Hub:
         """Make everything, data sets first: tokenizers learn from their texts."""
         sys.path.insert(0, str(self.checkout))
         for name in DATA:
-            with mock.patch.object(datasets.DatasetDict, "push_to_hub", lambda *data, **to: self._keep_data(*data, **to)):
+            with mock.patch.object(
+                datasets.DatasetDict, "push_to_hub", lambda *data, **to: self._keep_data(*data, **to)
+            ):
                 importlib.import_module(f"scripts.{name}").main(0.1, True, f"{ORGANIZATION}/{_dashed(name)}")
         common: Any = importlib.import_module("scripts.generate_tiny_models._common")
         for name in ("check_transformers_version", "check_dtype_pattern", "print_config_diff", "smoke_test"):

@@ -41,7 +41,7 @@ def put_in_place() -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Put ours in place where that is wanted: before each test, since TRL imports its trainers as they are asked for."""
+    """Put ours in place where that is wanted: before each test, since TRL imports what is asked for, and no sooner."""
     if os.environ.get(OURS):
         put_in_place()
 

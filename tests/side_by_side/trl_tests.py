@@ -58,7 +58,18 @@ def run(tests: Path, hub: Path, *, ours: bool, only: str | None = None) -> dict[
     """
     with tempfile.TemporaryDirectory() as scratch:
         report = Path(scratch, "report.xml")
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "trl_in_place", "-p", "no:cacheprovider", "tests", "tests/experimental"]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "trl_in_place",
+            "-p",
+            "no:cacheprovider",
+            "tests",
+            "tests/experimental",
+        ]
         command += ["--continue-on-collection-errors", f"--junit-xml={report}", f"--basetemp={scratch}/base"]
         command += ["-k", only] if only else []
         paths = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH", "")]))
