@@ -1,7 +1,7 @@
 """Files of llama.cpp with a LoRA, ``adapter.gguf``. They are written, not read.
 
 A matrix of the base, ``blk.0.attn_q.weight``, has ``….lora_a`` ``[rank, in]`` and ``….lora_b`` ``[out, rank]``, and the
-file one alpha, whose quotient with the rank of each is the scale. So ranks that differ are filled up with zeros, and
+file one alpha, whose quotient with the rank of each is the scale. So lower ranks are filled up to the largest, and
 scales are multiplied into ``lora_b``.
 """
 
