@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from peftcore.errors import CheckpointError
 from peftcore.files.formats.format import recognize
 from peftcore.files.formats.keys import OFF
 from peftcore.files.formats.peft import CONFIG, Peft
-from peftcore.files.readers.reader import Reader, Verdict
+from peftcore.files.readers.reader import BLOCK, Reader, Verdict
 from peftcore.files.safe_io import read_json
 
 TYPE = "peft_type"
@@ -25,8 +24,7 @@ MADE = (
     "qalora_group_size", "runtime_config", "ensure_weight_tying", "velora_config", "init_weights",
 )  # fmt: skip
 """Options of peft that say where an adapter stands, which its tensors say too, and how it was made and trained."""
-BLOCK = re.compile(r"\.(?P<index>\d+)\.(?P<rest>.+)$")
-"""The first number in a path, which is that of the block."""
+FILLS = "; peftcore export adapts {} too, by an update of zero"
 RANKS = ("lora_A.weight", "lora_embedding_A", "lora_down.weight", "lora.down.weight")
 """Endings of tensors ``[rank, ...]``."""
 
@@ -144,7 +142,8 @@ def _alone(modules: Mapping[str, tuple[str, ...]], reader: Reader) -> Iterator[R
         for path, names in modules.items():
             parent, dot, leaf = path.rpartition(".")
             if leaf == rule.module and f"{parent}{dot}{rule.wants}" not in modules:
-                yield Row(f"{path} without {rule.wants}", rule.rule.verdict, rule.rule.why, names)
+                why = rule.rule.why + FILLS.format(rule.wants) * rule.filled
+                yield Row(f"{path} without {rule.wants}", rule.rule.verdict, why, names)
 
 
 def _in_some_blocks(modules: Mapping[str, tuple[str, ...]], reader: Reader) -> Iterator[Row]:
@@ -155,11 +154,12 @@ def _in_some_blocks(modules: Mapping[str, tuple[str, ...]], reader: Reader) -> I
     for path in modules:
         if found := BLOCK.search(path):
             kinds.setdefault(found["rest"], {})[int(found["index"])] = path
+    rule, filled = reader.some_blocks.rule, reader.some_blocks.filled
     last = max((index for held in kinds.values() for index in held), default=-1)
     for held in kinds.values():
         if len(held) <= last:
             for path in held.values():
-                yield Row(path, reader.some_blocks.verdict, reader.some_blocks.why, modules[path])
+                yield Row(path, rule.verdict, rule.why + FILLS.format("it in the others") * filled, modules[path])
 
 
 def _rank(file: _File) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cache
@@ -20,6 +20,8 @@ from typing import Any
 from peftcore.errors import ExportError
 
 RULES = Path(__file__).parent / "rules"
+BLOCK = re.compile(r"\.(?P<index>\d+)\.(?P<rest>.+)$")
+"""The first number in a path, which is that of the block."""
 
 
 class Verdict(StrEnum):
@@ -62,6 +64,17 @@ class Beside:
     wants: str
     """That of the other, in the same module."""
     rule: Rule
+    filled: bool = False
+    """Whether an export adapts the other too, by an update of zero."""
+
+
+@dataclass(frozen=True)
+class SomeBlocks:
+    """What becomes of a module that is adapted in some blocks and not in others before the last one."""
+
+    rule: Rule
+    filled: bool = False
+    """Whether an export adapts it in the others too, by an update of zero."""
 
 
 @dataclass(frozen=True)
@@ -107,8 +120,7 @@ class Reader:
     tensors: tuple[TensorRule, ...]
     """The first that fits counts; the last one fits all."""
     beside: tuple[Beside, ...] = ()
-    some_blocks: Rule | None = None
-    """What becomes of modules that are adapted in some blocks and not in others before the last one."""
+    some_blocks: SomeBlocks | None = None
     ranks: Ranks | None = None
     notes: tuple[str, ...] = ()
     """What depends on the base or on how the program is started, so that no file tells it."""
@@ -121,6 +133,34 @@ class Reader:
                 below = "below" if "below" in each.name.groupindex else 0
                 return name[: found.start(below)] or name, each.rule
         raise AssertionError(f"the last rule of {self.name} fits all names")
+
+    def lacking(self, adapted: Collection[str], known: Collection[str]) -> list[str]:
+        """Returns the modules of a model that an export has to adapt too, by an update of zero, so that the program
+        reads those that are adapted.
+
+        Args:
+            adapted: the paths of these.
+            known: the paths of all modules of the model.
+        """
+        held = dict.fromkeys(adapted)
+        while more := [path for path in self._wanted(held) if path not in held and path in known]:
+            held |= dict.fromkeys(more)
+        if self.some_blocks is not None and self.some_blocks.filled:
+            kinds = {_kind(path) for path in held} - {None}
+            held |= dict.fromkeys(path for path in known if _kind(path) in kinds)
+        return [path for path in held if path not in adapted]
+
+    def _wanted(self, held: Iterable[str]) -> Iterator[str]:
+        """Yields the modules beside which the program reads those that are adapted."""
+        for path in held:
+            parent, dot, leaf = path.rpartition(".")
+            yield from (f"{parent}{dot}{rule.wants}" for rule in self.beside if rule.filled and rule.module == leaf)
+
+
+def _kind(path: str) -> tuple[str, str] | None:
+    """Returns what is in front of the number of a block in a path and what is behind it; None where it has none."""
+    found = BLOCK.search(path)
+    return None if found is None else (path[: found.start()], found["rest"])
 
 
 def readers() -> dict[str, Reader]:
@@ -154,7 +194,10 @@ def _parsed(path: Path) -> Reader:
         TensorRule(re.compile(each.pop("name")), dims=each.pop("dims", None), rule=_rule(each))
         for each in data.pop("tensors")
     ]
-    beside = [Beside(each.pop("module"), each.pop("wants"), _rule(each)) for each in data.pop("beside", [])]
+    beside = [
+        Beside(each.pop("module"), each.pop("wants"), filled=each.pop("filled", False), rule=_rule(each))
+        for each in data.pop("beside", [])
+    ]
     blocks = data.pop("some_blocks", None)
     ranks = data.pop("ranks", None)
     return Reader(
@@ -166,7 +209,7 @@ def _parsed(path: Path) -> Reader:
         other_options=_rule(data.pop("other_options")),
         tensors=tuple(tensors),
         beside=tuple(beside),
-        some_blocks=None if blocks is None else _rule(blocks),
+        some_blocks=None if blocks is None else SomeBlocks(filled=blocks.pop("filled", False), rule=_rule(blocks)),
         ranks=None if ranks is None else Ranks(sizes=tuple(ranks.pop("sizes", [])), **ranks),
         notes=tuple(data.pop("notes", [])),
         **data,

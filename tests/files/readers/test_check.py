@@ -152,6 +152,8 @@ def test_modules_that_are_read_only_beside_others(tmp_path: Path) -> None:
     assert rows == {
         "q_proj": {"read", "refused"}, "k_proj v_proj": lost, "q_proj v_proj": {"read"}, "up_proj": lost,
     }  # fmt: skip
+    [reason] = check(tmp_path / "0", reader_named("sglang")).reasons
+    assert reason.endswith("one of them is missing; peftcore export adapts v_proj too, by an update of zero")
 
 
 def test_modules_that_are_adapted_in_some_blocks_alone(tmp_path: Path) -> None:

@@ -51,3 +51,12 @@ def test_a_rank_needs_the_next_size_of_the_flag() -> None:
     ranks = reader_named("vllm").ranks
     assert ranks is not None
     assert [ranks.needed(rank) for rank in (8, 16, 17, 300)] == ["", "", "--max-lora-rank 32", "--max-lora-rank 320"]
+
+
+def test_what_an_export_has_to_adapt_too() -> None:
+    known = [f"layers.{block}.{leaf}_proj" for block in (0, 1) for leaf in ("q", "k", "v", "up")]
+    sglang, tgi, vllm = (reader_named(name) for name in ("sglang", "tgi", "vllm"))
+    assert sglang.lacking(["layers.0.k_proj"], known) == ["layers.0.q_proj", "layers.0.v_proj"]
+    assert sglang.lacking(["layers.0.up_proj"], known) == []  # the model has no gate
+    assert tgi.lacking(["layers.1.k_proj"], known) == ["layers.0.k_proj"]
+    assert vllm.lacking(["layers.1.k_proj"], known) == []
