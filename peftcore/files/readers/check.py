@@ -12,9 +12,7 @@ from torch import Size
 from peftcore.errors import CheckpointError
 from peftcore.files.formats.format import recognize
 from peftcore.files.formats.keys import OFF
-from peftcore.files.formats.peft import CONFIG, Peft
 from peftcore.files.readers.reader import BLOCK, Reader, Verdict
-from peftcore.files.safe_io import read_json
 
 TYPE = "peft_type"
 MADE = (
@@ -80,6 +78,8 @@ class _File:
     format: str
     options: Mapping[str, Any]
     tensors: Mapping[str, Size]
+    made: bool
+    """Whether it is written and not read here, so that it was made of another."""
 
 
 def check(path: str | Path, reader: Reader) -> Report:
@@ -91,7 +91,8 @@ def check(path: str | Path, reader: Reader) -> Report:
     file = _opened(Path(path))
     if file.format not in reader.formats:
         known = " and ".join(reader.formats)
-        why = f"{reader.name} is given files of {known}: peftcore export writes one"
+        of = " of the adapter that it was made of" * file.made
+        why = f"{reader.name} is given files of {known}: peftcore export writes one{of}"
         return Report(reader, file.format, (Row(f"format {file.format}", Verdict.REFUSED, why, tuple(file.tensors)),))
     kind = file.options.get(TYPE)
     if kind is not None and kind not in reader.types:
@@ -113,8 +114,8 @@ def _opened(path: Path) -> _File:
     about = format.describe(path)
     if not about.files:
         raise CheckpointError(f"{path} has no tensors")
-    options = read_json(path / CONFIG) if format.name == Peft.name else {}
-    return _File(format.name, options, {name: shape for file in about.files for name, shape in file.shapes.items()})
+    tensors = {name: shape for file in about.files for name, shape in file.shapes.items()}
+    return _File(format.name, format.options(path), tensors, bool(about.problem))
 
 
 def _options(options: Mapping[str, Any], reader: Reader) -> Iterator[Row]:
