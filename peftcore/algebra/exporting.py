@@ -105,17 +105,24 @@ def as_it_is(injection: Injection, path: Path, reader: Reader, *, home: Path | N
     """Write an adapter in a program's format, if the program would read all of it as it was trained.
 
     Raises:
-        ExportError: the format cannot hold it, or the program would change, drop or refuse a part; nothing was written.
+        ExportError: no format of the program can hold it, or the program would change, drop or refuse a part; nothing
+            was written.
     """
-    with TemporaryDirectory() as place:
-        trial = Path(place) / "adapter"
-        save(injection, trial, (reader.writes,), False, home=home or path)
-        report = check(trial, reader)
-    if not report.as_trained:
-        shown = "; ".join(report.reasons[:4])
-        raise ExportError(shown)
-    save(injection, path, (reader.writes,), False, home=home)
-    return report
+    reasons = []
+    for format in reader.writes:
+        with TemporaryDirectory() as place:
+            trial = Path(place) / "adapter"
+            try:
+                save(injection, trial, (format,), False, home=home or path)
+            except ExportError as error:
+                reasons.append(str(error))
+                continue
+            report = check(trial, reader)
+        if report.as_trained:
+            save(injection, path, (format,), False, home=home)
+            return report
+        reasons.insert(0, "; ".join(report.reasons[:4]))  # says more than that a format cannot hold it
+    raise ExportError(reasons[0])
 
 
 Updates = dict[str, tuple[Site, Factors]]

@@ -96,9 +96,9 @@ def check(path: str | Path, reader: Reader) -> Report:
         return Report(reader, file.format, (Row(f"format {file.format}", Verdict.REFUSED, why, tuple(file.tensors)),))
     kind = file.options.get(TYPE)
     if kind is not None and kind not in reader.types:
-        rule = reader.other_types
+        rule = reader.more_types.get(kind, reader.other_types)
         return Report(reader, file.format, (Row(f"{TYPE} {kind}", rule.verdict, rule.why, tuple(file.tensors)),))
-    rows = [*_options(file.options, reader), *_tensors(file.tensors, reader)]
+    rows = [*_options(file.options, reader), *_tensors(file, reader)]
     modules = {row.what: row.tensors for row in rows if row.tensors and row.verdict is Verdict.READ}
     rows += [*_alone(modules, reader), *_in_some_blocks(modules, reader)]
     rank = _rank(file)
@@ -127,10 +127,10 @@ def _options(options: Mapping[str, Any], reader: Reader) -> Iterator[Row]:
         yield Row(f"option {name}", Verdict.READ if read else rule.verdict, "" if read else rule.why)
 
 
-def _tensors(tensors: Mapping[str, Size], reader: Reader) -> Iterator[Row]:
+def _tensors(file: _File, reader: Reader) -> Iterator[Row]:
     found: dict[tuple[str, Verdict, str], list[str]] = {}
-    for name, shape in tensors.items():
-        module, rule = reader.tensor(name, len(shape))
+    for name, shape in file.tensors.items():
+        module, rule = reader.tensor(name, shape, file.format)
         what = module if rule.verdict is Verdict.READ else name
         found.setdefault((what, rule.verdict, rule.why), []).append(name)
     for (what, verdict, why), names in found.items():

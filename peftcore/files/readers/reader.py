@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cache
 from pathlib import Path
@@ -20,6 +20,8 @@ from typing import Any
 from peftcore.errors import ExportError
 
 RULES = Path(__file__).parent / "rules"
+WHERE = ("dims", "first", "format")
+"""What a rule of tensors says of these beside their names."""
 BLOCK = re.compile(r"\.(?P<index>\d+)\.(?P<rest>.+)$")
 """The first number in a path, which is that of the block."""
 
@@ -53,6 +55,15 @@ class TensorRule:
     rule: Rule
     dims: int | None = None
     """The number of dimensions that a tensor must have for the rule; None: any."""
+    first: int | None = None
+    """The size that its first dimension must have; None: any."""
+    format: str | None = None
+    """The format of the files that it is for; None: any."""
+
+    def fits(self, shape: Sequence[int], format: str) -> bool:
+        """Whether a tensor of a shape in a file of a format is one that the rule is for."""
+        of_shape = self.dims in (None, len(shape)) and (self.first is None or tuple(shape[:1]) == (self.first,))
+        return of_shape and self.format in (None, format)
 
 
 @dataclass(frozen=True)
@@ -108,28 +119,31 @@ class Reader:
     """The files there; ``path@commit`` was read at a commit of its own."""
     formats: tuple[str, ...]
     """The formats of adapters that it reads, by our names."""
-    writes: str
-    """The format in which it is given an adapter."""
+    writes: tuple[str, ...]
+    """The formats in which it is given an adapter: the first that can hold it."""
     types: tuple[str, ...]
     """Types of peft that it reads."""
     other_types: Rule
+    """What becomes of files of those that are neither in `types` nor in `more_types`."""
     options: Mapping[str, Rule]
     """What becomes of peft's options."""
     other_options: Rule
     """What becomes of those that are not in `options` and are on."""
     tensors: tuple[TensorRule, ...]
     """The first that fits counts; the last one fits all."""
+    more_types: Mapping[str, Rule] = field(default_factory=dict)
+    """What becomes of files of some types that it does not know and reads all the same."""
     beside: tuple[Beside, ...] = ()
     some_blocks: SomeBlocks | None = None
     ranks: Ranks | None = None
     notes: tuple[str, ...] = ()
     """What depends on the base or on how the program is started, so that no file tells it."""
 
-    def tensor(self, name: str, dims: int) -> tuple[str, Rule]:
-        """Returns the module's part of a tensor's name, and what becomes of the tensor."""
+    def tensor(self, name: str, shape: Sequence[int], format: str) -> tuple[str, Rule]:
+        """Returns the module's part of the name of a tensor in a file of a format, and what becomes of the tensor."""
         for each in self.tensors:
             found = each.name.search(name)
-            if found is not None and each.dims in (None, dims):
+            if found is not None and each.fits(shape, format):
                 below = "below" if "below" in each.name.groupindex else 0
                 return name[: found.start(below)] or name, each.rule
         raise AssertionError(f"the last rule of {self.name} fits all names")
@@ -191,7 +205,9 @@ def _parsed(path: Path) -> Reader:
     options = {name: _rule(value) for name, value in data.pop("options", {}).items()}
     options |= dict.fromkeys(data.pop("read_options", []), Rule(Verdict.READ))
     tensors = [
-        TensorRule(re.compile(each.pop("name")), dims=each.pop("dims", None), rule=_rule(each))
+        TensorRule(
+            re.compile(each.pop("name")), **{key: each.pop(key) for key in WHERE if key in each}, rule=_rule(each)
+        )
         for each in data.pop("tensors")
     ]
     beside = [
@@ -203,8 +219,10 @@ def _parsed(path: Path) -> Reader:
     return Reader(
         files=tuple(data.pop("files")),
         formats=tuple(data.pop("formats")),
+        writes=tuple(data.pop("writes")),
         types=tuple(data.pop("types", [])),
         other_types=_rule(data.pop("other_types")),
+        more_types=MappingProxyType({name: _rule(value) for name, value in data.pop("more_types", {}).items()}),
         options=MappingProxyType(options),
         other_options=_rule(data.pop("other_options")),
         tensors=tuple(tensors),
