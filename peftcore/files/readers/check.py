@@ -141,8 +141,8 @@ def _alone(modules: Mapping[str, tuple[str, ...]], reader: Reader) -> Iterator[R
     """Yields modules that the program reads only beside others, which are not adapted."""
     for rule in reader.beside:
         for path, names in modules.items():
-            parent, dot, leaf = path.rpartition(".")
-            if leaf == rule.module and f"{parent}{dot}{rule.wants}" not in modules:
+            other = rule.other(path)
+            if other is not None and other not in modules:
                 why = rule.rule.why + FILLS.format(rule.wants) * rule.filled
                 yield Row(f"{path} without {rule.wants}", rule.rule.verdict, why, names)
 

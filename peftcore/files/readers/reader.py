@@ -77,6 +77,13 @@ class Beside:
     rule: Rule
     filled: bool = False
     """Whether an export adapts the other too, by an update of zero."""
+    within: re.Pattern[str] = re.compile("")
+    """An expression that is found in the path of the module that has both."""
+
+    def other(self, path: str) -> str | None:
+        """Returns the path of the other of a module that is adapted; None for a module that needs none."""
+        parent, dot, leaf = path.rpartition(".")
+        return f"{parent}{dot}{self.wants}" if leaf == self.module and self.within.search(parent) else None
 
 
 @dataclass(frozen=True)
@@ -167,8 +174,7 @@ class Reader:
     def _wanted(self, held: Iterable[str]) -> Iterator[str]:
         """Yields the modules beside which the program reads those that are adapted."""
         for path in held:
-            parent, dot, leaf = path.rpartition(".")
-            yield from (f"{parent}{dot}{rule.wants}" for rule in self.beside if rule.filled and rule.module == leaf)
+            yield from (other for rule in self.beside if rule.filled and (other := rule.other(path)))
 
 
 def _kind(path: str) -> tuple[str, str] | None:
@@ -210,10 +216,7 @@ def _parsed(path: Path) -> Reader:
         )
         for each in data.pop("tensors")
     ]
-    beside = [
-        Beside(each.pop("module"), each.pop("wants"), filled=each.pop("filled", False), rule=_rule(each))
-        for each in data.pop("beside", [])
-    ]
+    beside = [_beside(each) for each in data.pop("beside", [])]
     blocks = data.pop("some_blocks", None)
     ranks = data.pop("ranks", None)
     return Reader(
@@ -232,6 +235,12 @@ def _parsed(path: Path) -> Reader:
         notes=tuple(data.pop("notes", [])),
         **data,
     )
+
+
+def _beside(data: dict[str, Any]) -> Beside:
+    within = re.compile(data.pop("within", ""))
+    own = {key: data.pop(key) for key in ("module", "wants", "filled") if key in data}
+    return Beside(**own, within=within, rule=_rule(data))
 
 
 def _rule(data: Mapping[str, Any]) -> Rule:

@@ -62,3 +62,5 @@ def test_what_an_export_has_to_adapt_too() -> None:
     assert sglang.lacking(["layers.0.up_proj"], known) == []  # the model has no gate
     assert tgi.lacking(["layers.1.k_proj"], known) == ["layers.0.k_proj"]
     assert vllm.lacking(["layers.1.k_proj"], known) == []
+    experts = [f"layers.0.{place}.{leaf}_proj" for place in ("mlp", "experts.3") for leaf in ("gate", "up", "down")]
+    assert vllm.lacking(["layers.0.experts.3.up_proj", "layers.0.mlp.up_proj"], experts) == [experts[3], experts[5]]
