@@ -245,7 +245,11 @@ def to_lora(
 
 def nearest(injection: Injection, rank: int, data: Data | None = None) -> dict[str, Made]:
     """Returns the updates of at most a rank that are nearest to the weight changes of an adapter, by site path, with
-    the errors of `to_lora`, and raises what it raises of these."""
+    the errors of `to_lora`.
+
+    Raises:
+        CalibrationError, NotMergeable, UnsupportedSite: as `to_lora`.
+    """
     warn_of_heads([injection])
     found = _matrices(changes(injection))
     moments = {} if data is None else second_moments(injection, data)
