@@ -24,9 +24,8 @@ def test_no_script_changes_in_many_lines_and_the_page_says_how_many() -> None:
     page = (Path(__file__).parents[2] / "examples/ports/README.md").read_text("utf-8")
     for name, port in PORTS.items():
         assert len(port.changes) <= MOST
-        assert re.search(
-            rf"\| {name}, `[^`]*{re.escape(Path(port.script).name)}` \| `\w+` \| {len(port.changes)} \|", page
-        )
+        row = rf"\| {name}, [^|]*`{Path(port.script).stem}[^|]*\| `\w+` \| {len(port.changes)} \|"
+        assert re.search(row, page)
         assert all(each.ours in page for each in port.changes)
 
 
