@@ -1,11 +1,10 @@
 """TRL's own tests of adapters, with peft itself and with `peftcore.compat` in its place.
 
-    python tests/side_by_side/trl_tests.py CHECKOUT [--installed] [--only EXPRESSION] [--hub FOLDER]
+    python tests/side_by_side/trl_tests.py CHECKOUT [--only EXPRESSION] [--hub FOLDER]
 
 CHECKOUT is a checkout of huggingface/trl, at the tag of the installed version or the nearest one there is: its tests
-whose names have *peft* or *lora* run from there, and none of them is kept here. They run against the code of the
-checkout, or, with ``--installed``, against the version that is installed. What they fetch is made by the checkout's own
-scripts (`trl_hub`), once for both runs; the second run has our names where TRL and the tests import peft's
+whose names have *peft* or *lora* run from there, against its own code, and none of them is kept here. What they fetch
+is made by the checkout's own scripts (`trl_hub`), once for both runs; the second run has our names where TRL and the tests import peft's
 (`trl_in_place`). All else is the same.
 
 A row a test: what became of it with peft, with ours, and the reason, if both are not the same or neither passed.
@@ -16,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -47,7 +45,7 @@ def run(tests: Path, hub: Path, *, ours: bool, only: str | None = None) -> dict[
     """Run the tests in a process of their own.
 
     Args:
-        tests: a folder with TRL's ``tests``, and with its ``trl`` where that is to run.
+        tests: a checkout of TRL.
         hub: the folder of `trl_hub.Hub`.
         ours: whether our names stand in the place of peft's.
         only: an expression of pytest's ``-k``.
@@ -107,7 +105,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run both, print the table, and return the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("checkout", type=Path, help="a checkout of huggingface/trl")
-    parser.add_argument("--installed", action="store_true", help="run the TRL that is installed, not the checkout's")
     parser.add_argument("--only", help="an expression of pytest's -k")
     parser.add_argument("--hub", type=Path, help="a folder for what the tests fetch, kept for the next run")
     given = parser.parse_args(arguments)
@@ -115,11 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         hub = (given.hub or Path(scratch, "hub")).resolve()
         if not hub.exists():
             Hub(given.checkout.resolve(), hub).make()
-        tests = given.checkout.resolve()
-        if given.installed:
-            tests = Path(scratch, "installed")
-            shutil.copytree(given.checkout / "tests", tests / "tests")
-        theirs, ours = (run(tests, hub, ours=each, only=given.only) for each in (False, True))
+        theirs, ours = (run(given.checkout.resolve(), hub, ours=each, only=given.only) for each in (False, True))
     print(*table(theirs, ours), sep="\n")
     passed = {name for name, each in theirs.items() if each.verdict == PASSED}
     return int(any(ours.get(name, Outcome(FAILED)).verdict != PASSED for name in passed))
