@@ -4,8 +4,8 @@
 
 CHECKOUT is a checkout of huggingface/trl, at the tag of the installed version or the nearest one there is: its tests
 whose names have *peft* or *lora* run from there, against its own code, and none of them is kept here. What they fetch
-is made by the checkout's own scripts (`trl_hub`), once for both runs; the second run has our names where TRL and the tests import peft's
-(`trl_in_place`). All else is the same.
+is made by the checkout's own scripts (`trl_hub`), once for both runs; the second run has our names where TRL and the
+tests import peft's (`trl_in_place`). All else is the same.
 
 A row a test: what became of it with peft, with ours, and the reason, if both are not the same or neither passed.
 The last lines are the totals, and the exit status is 1 when a test passes with peft and not with ours.
