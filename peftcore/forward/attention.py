@@ -144,7 +144,8 @@ class Attend:
     def project(self, part: str, states: Tensor) -> Tensor:
         """Returns `states` ``[length, in]`` through the attention's own frozen projection `part` ("q", "k", "v"), by
         heads: ``[heads of that part, length, width]``. No positions are applied."""
-        made = self._operator.projections[part].apply(self._host.module, states, base=self._host.routed)
+        with forward_context().aside():
+            made = self._operator.projections[part].apply(self._host.module, states, base=self._host.routed)
         heads = self._operator.geometry.heads if part == "q" else self._operator.geometry.kv_heads
         return made.reshape(len(states), heads, -1).transpose(0, 1)
 

@@ -245,6 +245,16 @@ class ForwardContext:
         if self.open and (self._model is not None or (self.visits and not repeating())):
             self.losses.append(loss)
 
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Context manager in which a module runs on something else than the model gives it, such as a prompt: taps and
+        losses are afterwards what they were, for they are those of the model's own tokens."""
+        taps, losses = [*self.taps], [*self.losses]
+        try:
+            yield
+        finally:
+            self.taps[:], self.losses[:] = taps, losses
+
     def check_loss_learns(self) -> None:
         """Verify that a loss which an operator makes now has a gradient.
 

@@ -1,6 +1,7 @@
 """Losses that methods add are added once for each step of the optimizer, in however many forwards it is made."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -42,3 +43,43 @@ def test_labels_that_are_left_out_do_not_count(host: tuple[Any, torch.Tensor]) -
     half = {"input_ids": ids, "labels": labels, "num_items_in_batch": 2 * labels.ne(-100).sum()}
     added = model.train()(**half).loss - model.eval()(**half).loss
     torch.testing.assert_close(added, alone / 2, rtol=1e-3, atol=1e-4)
+
+
+class Counted(peftcore.Operator):
+    """Adds one to the loss in each call."""
+
+    def __init__(self, site: peftcore.Site) -> None:
+        super().__init__(site)
+        self.zero = torch.nn.Parameter(torch.zeros(()))
+
+    def forward(self, call: Callable[..., torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            peftcore.forward_context().add_loss(1.0 + self.zero)
+        return call(x)
+
+
+class Counts(peftcore.Method):
+    name, target = "toy_counts", ("attn.k", "attn.v")
+    tags = peftcore.Tags(category="additive", paper="none")
+
+    class Config(peftcore.MethodConfig):
+        method: Literal["toy_counts"] = "toy_counts"
+
+    def inject(self, model: torch.nn.Module, config: Any, surgeon: Any) -> None:
+        for site in surgeon.sites():
+            surgeon.graft(site, lambda place: Counted(place))
+
+    @staticmethod
+    def parameter_count(site: Any, config: Any) -> int:
+        return 1
+
+
+def test_what_a_prompt_goes_through_once_more_adds_nothing() -> None:
+    """LLaMA-Adapter's prompt goes through the matrices of keys and values, as tokens do."""
+    model, inputs = HOSTS["llama"].build()
+    ids = inputs["input_ids"]
+    counts = peftcore.apply(model, Counts)
+    alone = own(model, ids)
+    torch.testing.assert_close(alone, torch.tensor(float(len(counts.sites))))
+    peftcore.apply(model, "llama_adapter")
+    torch.testing.assert_close(own(model, ids), alone)

@@ -393,3 +393,16 @@ def test_cannot_be_merged() -> None:
     model, _, _ = host("llama")
     with pytest.raises(NotMergeable, match="unipelt"):
         apply(model).merge()
+
+
+def test_gates_are_those_of_the_models_tokens_beside_prompts_that_go_through_the_same_matrix() -> None:
+    """GPT-2 has one matrix for queries, keys and values, through which LLaMA-Adapter's prompts go once more."""
+    model, inputs = HOSTS["gpt2"].build()
+    model.double().eval()
+    apply(model)
+    alone = HOSTS["gpt2"].output(model(**inputs))
+    closed = peftcore.apply(model, "llama_adapter", dtype="float64")  # its gates are zero
+    torch.testing.assert_close(HOSTS["gpt2"].output(model(**inputs)), alone, rtol=1e-12, atol=1e-12)
+    for operator in closed.operators.values():
+        nn.init.ones_(operator.gate)
+    assert not torch.allclose(HOSTS["gpt2"].output(model(**inputs)), alone)
