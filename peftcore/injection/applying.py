@@ -29,6 +29,7 @@ from peftcore.forward.adapter_modules import AdapterModules
 from peftcore.forward.host_state import HostState, drop_state, ensure_state, state_of
 from peftcore.injection import freezing, made_of_base
 from peftcore.injection.injection import Injection
+from peftcore.layers.pieces import at_hand, is_in_engine
 from peftcore.registry.catalogue import method as find_method
 from peftcore.registry.experimental import notice_experimental
 from peftcore.registry.plugins import imported, layer_of, registry
@@ -132,14 +133,19 @@ def prepare(
         raise UnsupportedHost("TorchScript modules cannot change; apply before scripting, merge, then script")
     for changes in config.overrides.values():
         config.replace(**{**changes, "overrides": {}})  # wrong options are errors, also where no site matches
+    if is_in_engine(model):
+        raise UnsupportedHost(
+            "DeepSpeed's engine (ZeRO-3) has the model already, and would not train what comes now: apply before "
+            "deepspeed.initialize"
+        )
     resolver = Resolver(model, host or host_map(model), layer_of)
     parameters = resolver.parameters()
     if any(map(is_lazy, parameters)):
         raise UnsupportedHost("some layers are lazy and have no shapes yet: run the host once, then adapt it")
     if any(each.shape == (0,) for each in parameters):
         raise UnsupportedHost(
-            "some weights are empty: DeepSpeed's zero.Init (ZeRO-3) cuts them apart as the model is made. Make it "
-            "outside of zero.Init, apply, and hand it to deepspeed.initialize then"
+            "some weights are empty: somebody has cut them apart, or keeps them elsewhere. Make the model whole, "
+            "apply, and cut it then"
         )
     if _is_distributed(parameters) and _is_tensor_parallel(model):
         raise UnsupportedHost(
@@ -248,6 +254,9 @@ def apply(
         host: a host map to use instead of the derived one (`peftcore.roles.probe`, `HostMap.override`).
         config: the method's options.
 
+    Where DeepSpeed has cut the model apart as it was made (`zero.Init`), all processes call this, and each holds all of
+    it meanwhile.
+
     Raises:
         UnknownMethod: no plugin has it; AmbiguousMethod: two have.
         ConfigError: an option is unknown, or its value breaks a rule.
@@ -267,23 +276,24 @@ def apply(
         _check_alone(method, target, exclude, train, data, dtype, host, config)
         injection: Injection = imported(OF_PEFT)(model, method, name=name, seed=seed)
         return injection
-    found, options = resolve_method(method, config)
-    target, train, host, called = with_preset(method, model, target, train, host)
-    name = check_name(model, (called or found.name) if name is None else name)
-    wishes = wishes_of(target, exclude, train, seed, dtype)
-    if type(found).structure is not Method.structure and data is not None:
-        host = host or host_map(model)
-        planned = prepare(model, found, options, wishes, host, dry=True)
-        sites = [replace(graft.site, meta=False) for graft in planned.grafts]
-        options, left_out = find_structure(found, model, data, options, sites)
-        wishes = replace(wishes, left_out=left_out)
-    surgeon = prepare(model, found, options, wishes, host, dry=False)
-    _check_data(surgeon, data)
-    if data is not None:
-        _check_parts(surgeon, data)
-    injection = establish(surgeon, name, data)
-    notice(surgeon.notices)
-    return injection
+    with at_hand(model.parameters()):
+        found, options = resolve_method(method, config)
+        target, train, host, called = with_preset(method, model, target, train, host)
+        name = check_name(model, (called or found.name) if name is None else name)
+        wishes = wishes_of(target, exclude, train, seed, dtype)
+        if type(found).structure is not Method.structure and data is not None:
+            host = host or host_map(model)
+            planned = prepare(model, found, options, wishes, host, dry=True)
+            sites = [replace(graft.site, meta=False) for graft in planned.grafts]
+            options, left_out = find_structure(found, model, data, options, sites)
+            wishes = replace(wishes, left_out=left_out)
+        surgeon = prepare(model, found, options, wishes, host, dry=False)
+        _check_data(surgeon, data)
+        if data is not None:
+            _check_parts(surgeon, data)
+        injection = establish(surgeon, name, data)
+        notice(surgeon.notices)
+        return injection
 
 
 def _check_alone(method: object, *others: Any) -> None:
@@ -458,5 +468,6 @@ def plan(
     check_model(model)
     found, options = resolve_method(method, config)
     target, train, host, _ = with_preset(method, model, target, train, host)
-    surgeon = prepare(model, found, options, wishes_of(target, exclude, train, seed, dtype), host, dry=True)
-    return Plan.of(surgeon, shards)
+    with at_hand(model.parameters()):
+        surgeon = prepare(model, found, options, wishes_of(target, exclude, train, seed, dtype), host, dry=True)
+        return Plan.of(surgeon, shards)

@@ -1,4 +1,5 @@
-"""Parameters that are sharded over processes (FSDP2): whole in the forward of the sharded module, pieces outside of it.
+"""Models whose parameters are sharded over processes (FSDP2, ZeRO-3): whole in the forward of the sharded module, and
+pieces outside of it.
 
 Code that reads or writes them elsewhere (files, schedules, losses of the method's own) gets them whole here. All
 processes take part in that. torch's classes for it are looked up, not imported: without them no tensor is sharded.
@@ -14,26 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftcore.errors import TrainingError
+from peftcore.layers.pieces import ENGINE, at_hand, cut_like, is_cut, is_partitioned, whole
+
 MANAGED = "_is_fsdp_managed_module"
 """The mark that torch leaves on each module whose parameters it shards."""
-
-
-def is_cut(tensor: Tensor) -> bool:
-    """Whether a tensor is sharded: this process holds a piece of it, and others the rest."""
-    tensors = sys.modules.get("torch.distributed.tensor")
-    return tensors is not None and isinstance(tensor, tensors.DTensor)
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """Returns all of a tensor; gradients flow back into the pieces."""
-    return tensor.full_tensor() if is_cut(tensor) else tensor  # type: ignore[attr-defined]
-
-
-def cut_like(value: Tensor, piece: Any) -> Tensor:
-    """Returns a whole value, which every process has, sharded as another tensor is."""
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(value, piece.device_mesh, piece.placements, src_data_rank=None)
 
 
 def is_sharded_class(cls: type[nn.Module]) -> bool:
@@ -52,7 +38,9 @@ def is_sharded(model: nn.Module) -> bool:
     be."""
     if not in_group():
         return False
-    return any(True for _ in _cut_modules(model)) or any(is_cut(parameter) for parameter in model.parameters())
+    if any(True for _ in _cut_modules(model)):
+        return True
+    return any(is_cut(parameter) or is_partitioned(parameter) for parameter in model.parameters())
 
 
 @contextmanager
@@ -74,7 +62,11 @@ StandIns = Mapping[nn.Parameter, nn.Parameter]
 
 @contextmanager
 def gathered(
-    model: nn.Module, wanted: Callable[[], Iterable[nn.Parameter]], whole_parameters: StandIns | None = None
+    model: nn.Module,
+    wanted: Callable[[], Iterable[nn.Parameter]],
+    whole_parameters: StandIns | None = None,
+    *,
+    reads: bool = False,
 ) -> Iterator[None]:
     """Context manager in which parameters of the model are whole in their modules, with whole gradients; their values
     are sharded again afterwards.
@@ -82,21 +74,38 @@ def gathered(
     Args:
         wanted: returns the parameters; called when all sharded ones are in pieces.
         whole_parameters: the whole parameters to use, where the caller has to recognize them.
+        reads: whether the caller changes nothing, and asks for no gradients.
+
+    Raises:
+        TrainingError: DeepSpeed has cut them apart (ZeRO-3), and the caller would write.
     """
     if not is_sharded(model):
         yield
         return
     _reshard(model)
+    if reads:
+        with at_hand(wanted()), _whole_of(model, stand_ins_for(wanted())):
+            yield
+        return
+    if any(map(is_partitioned, wanted())):
+        raise TrainingError(f"{ENGINE}: train in stage 2 what has a schedule or a rule of its own")
     filled = stand_ins_for(wanted()) if whole_parameters is None else whole_parameters
+    with _whole_of(model, filled):
+        yield
+        with torch.no_grad():
+            for piece, stand_in in filled.items():
+                piece.copy_(cut_like(stand_in.detach(), piece))
+
+
+@contextmanager
+def _whole_of(model: nn.Module, filled: StandIns) -> Iterator[None]:
+    """Context manager in which whole parameters have the values and gradients of the pieces, and replace them."""
     for piece, stand_in in filled.items():
         stand_in.data = whole(piece.detach())
         stand_in.grad = None if piece.grad is None else whole(piece.grad)
     try:
         with standing(model, filled):
             yield
-        with torch.no_grad():
-            for piece, stand_in in filled.items():
-                piece.copy_(cut_like(stand_in.detach(), piece))
     finally:
         for stand_in in filled.values():
             stand_in.data, stand_in.grad = stand_in.data.new_empty(0), None

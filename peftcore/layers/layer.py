@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from peftcore.errors import UnsupportedSite
 from peftcore.layers.computed import by_hook
 from peftcore.layers.fsdp import is_sharded_class
+from peftcore.layers.pieces import outline
 
 Slices = tuple[tuple[int, int], ...]
 """Half-open ranges of the logical output dimension: the slices of one part of a fused projection."""
@@ -134,7 +135,7 @@ class Layer:
         """Returns the logical shape, also of a quantized tensor."""
         stored = self.read(module, tensor)
         assert stored is not None, "only existing tensors have a shape"
-        return self.logical(stored).shape
+        return self.logical(outline(stored)).shape
 
     def write(self, module: nn.Module, tensor: str, stored: Tensor) -> None:
         """Set the values of a dense stored tensor in place."""
