@@ -101,8 +101,8 @@ class AppliedMethod(ABC):
         """
         if any(map(is_empty, self.parameters())):
             raise ExportError(
-                "DeepSpeed's ZeRO-3 has cut the adapter apart, and its tensors are empty here: call save(folder), which "
-                "gathers them, in all processes, or gather them yourself, with deepspeed.zero.GatheredParameters("
+                "DeepSpeed's ZeRO-3 has cut the adapter apart, and its tensors are empty: call save(folder) in all "
+                "processes, which gathers, or gather them yourself, with deepspeed.zero.GatheredParameters("
                 "list(injection.parameters()))"
             )
         return {f"{path}.{key}": value for path, module in self.modules() for key, value in module.state_dict().items()}

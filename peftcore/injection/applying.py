@@ -30,6 +30,7 @@ from peftcore.forward.host_state import HostState, drop_state, ensure_state, sta
 from peftcore.injection import freezing, made_of_base
 from peftcore.injection.injection import Injection
 from peftcore.layers.pieces import at_hand, is_in_engine
+from peftcore.layers.tensor_parallel import ParallelLinear, agree
 from peftcore.registry.catalogue import method as find_method
 from peftcore.registry.experimental import notice_experimental
 from peftcore.registry.plugins import imported, layer_of, registry
@@ -46,6 +47,11 @@ from peftcore.targets.resolver import Resolver, Target, names_a_role
 from peftcore.training.batches import Data, calibrate, find_structure
 from peftcore.utils.notices import notice
 
+PIECES = (
+    "the model is tensor-parallel: target linear layers that are cut (such as attn.q, attn.v) with a method that acts "
+    "on weights, such as lora or dora; or adapt the whole model, merge, then parallelize"
+)
+"""What is said of a model that computes with pieces of its weights."""
 OF_PEFT = "peftcore.files.peft_configs:apply_peft_config"
 """The function that applies a configuration of peft; named, not imported, since it is in a layer above."""
 Part = str | MethodConfig | Mapping[str, Any]
@@ -147,19 +153,22 @@ def prepare(
             "some weights are empty: somebody has cut them apart, or keeps them elsewhere. Make the model whole, "
             "apply, and cut it then"
         )
-    if _is_distributed(parameters) and _is_tensor_parallel(model):
-        raise UnsupportedHost(
-            "tensor-parallel weights are cut along features; adapt the whole model, merge, then parallelize"
-        )
+    parallel = _is_distributed(parameters) and _is_tensor_parallel(model)
     surgeon = Surgeon(model, method, config, resolver, wishes, dry=dry, thawed=freezing.thawed(parameters))
     try:
         with preserved_rng():
             surgeon.table_rows()
             registry().hook.peftcore_inject(model=model, method=method, config=config, surgeon=surgeon)
             surgeon.train_wishes()
+    except RuntimeError as error:
+        if not parallel:
+            raise
+        raise UnsupportedHost(f"{PIECES}. {method.name} asked for more ({error})") from error
     finally:
         surgeon.progress.close()
     check_apart(surgeon)
+    if parallel:
+        _fit_pieces(surgeon, dry)
     if not surgeon.grafts:
         raise TargetError(
             f"{method.name} found nothing to act on in this {type(model).__name__}; "
@@ -187,15 +196,54 @@ def _is_distributed(parameters: Iterable[nn.Parameter]) -> bool:
 
 
 def _is_tensor_parallel(model: nn.Module) -> bool:
-    """Whether weights are distributed tensors by other means than FSDP2, which gathers them before each use."""
+    """Whether weights are distributed tensors by other means than FSDP2, which gathers them before each use.
+
+    Raises:
+        UnsupportedHost: FSDP2 has cut again what tensor parallelism had cut.
+    """
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
 
     if isinstance(model, FSDPModule):
+        if any(isinstance(each, DTensor) and _cuts(each) > 1 for each in model.parameters()):
+            raise UnsupportedHost(
+                "the model is tensor-parallel and sharded (FSDP2), and what an adapter would meet in its forward are "
+                "pieces: take one of them, or adapt the whole model, merge, then cut"
+            )
         return False
     own = any(isinstance(parameter, DTensor) for parameter in model._parameters.values())
     children = (child for child in model._modules.values() if child is not None and not is_ours(child))
     return own or any(_is_tensor_parallel(child) for child in children)
+
+
+def _cuts(tensor: Any) -> int:
+    """Returns along how many dimensions of the mesh of processes a distributed tensor is cut."""
+    return sum(not placement.is_replicate() for placement in tensor.placements)
+
+
+def _fit_pieces(surgeon: Surgeon, dry: bool) -> None:
+    """Check that operators in a tensor-parallel model act on weights alone, which are gathered for them, and let them
+    start alike in all processes.
+
+    Raises:
+        UnsupportedHost: one acts on what a module is given or computes, or on another tensor, of which this process may
+            have a piece.
+    """
+    for graft in surgeon.grafts:
+        for site in graft.holders:
+            if site.form != "weight" or not site.layer.in_pieces:
+                where = site.path or "the model"
+                raise UnsupportedHost(
+                    f"{PIECES}. At {where} {surgeon.method.name} would meet pieces without knowing it"
+                )
+    if not dry and surgeon.grafts:
+        layer = surgeon.grafts[0].site.layer
+        assert isinstance(layer, ParallelLinear)
+        for module in (
+            *(shared.module for shared in surgeon.owned.values()),
+            *(graft.operator for graft in surgeon.grafts),
+        ):
+            agree(module, layer)
 
 
 def is_ours(module: nn.Module) -> bool:
@@ -289,6 +337,8 @@ def apply(
             wishes = replace(wishes, left_out=left_out)
         surgeon = prepare(model, found, options, wishes, host, dry=False)
         _check_data(surgeon, data)
+        if data is not None and any(graft.site.layer.in_pieces for graft in surgeon.grafts):
+            raise UnsupportedHost(f"{PIECES}. {found.name} looks at what layers are given, which are pieces")
         if data is not None:
             _check_parts(surgeon, data)
         injection = establish(surgeon, name, data)

@@ -8,6 +8,7 @@ It may import `registry`, and what is below. In the order of reading:
 - `computed`: tensors that a module computes from others (weight norm, pruning).
 - `layer`: the interface of any layer.
 - `kinds`: linear, embedding, convolution and their kin.
+- `tensor_parallel`: linear layers of which each process holds rows or columns.
 - `detect`: finds the kind of a module's dense tensor.
 """
 

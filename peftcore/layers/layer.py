@@ -61,6 +61,17 @@ class Layer:
         return False
 
     @property
+    def in_pieces(self) -> bool:
+        """Whether the module computes with a piece of the tensor (tensor parallelism), so that nothing can act on what
+        it computes, and all that acts on the tensor does so on the whole, which `read` gathers."""
+        return False
+
+    @property
+    def one_product(self) -> bool:
+        """Whether the module is nothing but one product with the tensor."""
+        return self.called
+
+    @property
     def as_stored(self) -> Layer:
         """A layer for the tensor as it is stored, without a logical layout, for a value that replaces it."""
         return Layer()
@@ -116,6 +127,10 @@ class Layer:
         Raises:
             ExportError: they may not: a quantizer's format would be loaded as something else.
         """
+
+    def for_forward(self, module: nn.Module, tensor: str, effective: Tensor | None) -> Tensor | None:
+        """Returns an effective stored tensor as the module's forward takes it."""
+        return effective
 
     def has(self, module: nn.Module, tensor: str) -> bool:
         """Whether the module has such a tensor; cheap, also where reading is not."""
