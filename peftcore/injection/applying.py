@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from peftcore.contract.config import MethodConfig, dtype_of, matches
 from peftcore.contract.method import Method
+from peftcore.contract.operators import changes_bias
 from peftcore.contract.peft_names import is_peft_config
 from peftcore.errors import (
     CalibrationError,
@@ -231,19 +232,19 @@ def _fit_pieces(surgeon: Surgeon, dry: bool) -> None:
     """
     for graft in surgeon.grafts:
         for site in graft.holders:
-            if site.form != "weight" or not site.layer.in_pieces:
+            if site.form != "weight" or not isinstance(site.layer, ParallelLinear):
                 where = site.path or "the model"
+                raise UnsupportedHost(f"{PIECES}. {surgeon.method.name} would meet pieces at {where}")
+            if (site.tensor == "bias" or changes_bias(graft.operator)) and site.layer.adds_bias_late(site.module):
                 raise UnsupportedHost(
-                    f"{PIECES}. At {where} {surgeon.method.name} would meet pieces without knowing it"
+                    f"the bias of {site.module_path} is added to the sum of what all processes compute, where "
+                    f"{surgeon.method.name} cannot act on it: exclude it, or adapt the whole model, merge, then "
+                    "parallelize"
                 )
-    if not dry and surgeon.grafts:
-        layer = surgeon.grafts[0].site.layer
-        assert isinstance(layer, ParallelLinear)
-        for module in (
-            *(shared.module for shared in surgeon.owned.values()),
-            *(graft.operator for graft in surgeon.grafts),
-        ):
-            agree(module, layer)
+    layers = [graft.site.layer for graft in surgeon.grafts if isinstance(graft.site.layer, ParallelLinear)]
+    modules = [*(shared.module for shared in surgeon.owned.values()), *(graft.operator for graft in surgeon.grafts)]
+    for module in modules if layers and not dry else ():
+        agree(module, layers[0])
 
 
 def is_ours(module: nn.Module) -> bool:

@@ -90,9 +90,23 @@ class ParallelLinear(Layer):
     def for_forward(self, module: nn.Module, tensor: str, effective: Tensor | None) -> Tensor | None:
         if effective is None:
             return None
-        piece = self.cuts[tensor].piece(effective)
-        found: Tensor = piece if is_cut(self.like(module, tensor)) else piece.to_local()
-        return found
+        cut = self.cuts[tensor]
+        if is_cut(self.like(module, "weight")):
+            return cut.piece(effective)
+        if tensor == "bias" and not self.by_rows and cut.mesh.get_local_rank() != 0:
+            return torch.zeros_like(effective)  # what comes out is summed, and the bias counts once
+        piece: Tensor = cut.piece(effective).to_local()
+        return piece
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether a process has some rows of the weight, and all of what goes in (transformers: column-wise, of the
+        transposed weight); otherwise it has some columns, and what comes out is summed over processes."""
+        return bool(self.cuts["weight"].placements[0].is_shard(0))
+
+    def adds_bias_late(self, module: nn.Module) -> bool:
+        """Whether the module's own bias is added to that sum, where no gradients are kept, and not by the module."""
+        return not self.by_rows and self.has(module, "bias")
 
 
 def agree(module: nn.Module, layer: ParallelLinear) -> None:
@@ -124,8 +138,7 @@ def parallel_linear(module: nn.Module, tensor: str, called: bool) -> Layer | Non
         raise UnsupportedSite(
             f"a {type(module).__name__} is tensor-parallel in a way that no adapter can follow; exclude it, or {WHOLE}"
         )
-    rows = cuts["weight"].placements[0] == tensors.Shard(0)
-    cuts.setdefault(
-        "bias", Cut(weight.device_mesh, (tensors.Shard(0) if rows else tensors.Replicate(),), weight.shape[:1])
-    )
+    along_rows = cuts["weight"].placements[0].is_shard(0)
+    of_bias = tensors.Shard(0) if along_rows else tensors.Replicate()
+    cuts.setdefault("bias", Cut(weight.device_mesh, (of_bias,), weight.shape[:1]))
     return ParallelLinear(cuts=cuts)
