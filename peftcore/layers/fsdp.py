@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -20,6 +21,10 @@ from peftcore.layers.pieces import ENGINE, at_hand, cut_like, is_cut, is_partiti
 
 MANAGED = "_is_fsdp_managed_module"
 """The mark that torch leaves on each module whose parameters it shards."""
+
+
+_WHOLE: ContextVar[frozenset[int]] = ContextVar("_WHOLE", default=frozenset())
+"""Modules whose parameters are whole for now, of which one process has the values."""
 
 
 def is_sharded_class(cls: type[nn.Module]) -> bool:
@@ -36,7 +41,7 @@ def in_group() -> bool:
 def is_sharded(model: nn.Module) -> bool:
     """Whether some parameters of a model are sharded, also while they are gathered. Without a process group none can
     be."""
-    if not in_group():
+    if not in_group() or id(model) in _WHOLE.get():
         return False
     if any(True for _ in _cut_modules(model)):
         return True
@@ -54,6 +59,24 @@ def one_writes(model: nn.Module) -> Iterator[bool]:
         yield torch.distributed.get_rank() == 0
     finally:
         torch.distributed.barrier()
+
+
+@contextmanager
+def whole_from(model: nn.Module, values: Mapping[str, Tensor] | None) -> Iterator[None]:
+    """Context manager in which a sharded model has the values of a state dict of all of it, in the process that has
+    that: it saves without the others. Where the state dict lacks some, or there is none, the model stays as it is."""
+    named = [(name, each) for name, each in model.named_parameters(remove_duplicate=False)]
+    pieces = [(name, each) for name, each in named if is_cut(each) or is_partitioned(each)]
+    if values is None or not pieces or any(name not in values for name, _ in pieces):
+        yield
+        return
+    others = {each: nn.Parameter(values[name], each.requires_grad) for name, each in pieces}
+    token = _WHOLE.set(_WHOLE.get() | {id(module) for module in model.modules()})
+    try:
+        with standing(model, others):
+            yield
+    finally:
+        _WHOLE.reset(token)
 
 
 StandIns = Mapping[nn.Parameter, nn.Parameter]
