@@ -306,19 +306,20 @@ class PeftModel(peft.PeftModel):  # type: ignore[misc]
             selected_adapters: names; all by default.
             is_main_process: whether this process writes.
             state_dict: passed over: adapters are saved as they are on the model. Of a model that is sharded over
-                processes: all of it, which the Trainer gathers; the process that has it saves alone.
+                processes: whole values, which the Trainer gathers; the process that has them saves alone.
             safe_serialization: has to be True.
 
         Raises:
             ConfigError: `safe_serialization` is False.
-            ExportError: the model is sharded over processes, and `state_dict` does not have all of it.
+            ExportError: the model is sharded over processes, and `state_dict` does not have them whole.
             UnknownInjection: there is no adapter of such a name.
         """
         if not safe_serialization:
             raise ConfigError("no pickles are written: leave safe_serialization out")
         names = list(self.adapters) if selected_adapters is None else [*selected_adapters]
         state = known(self.get_base_model(), names)
-        with whole_from(self, state_dict):
+        wanted = [each for name in names for each in state.injections[name].parameters()]
+        with whole_from(self, state_dict, wanted):
             for name in names if is_main_process else ():
                 folder = Path(save_directory)
                 save_folder(state.injections[name], folder if name == ALONE else folder / name)

@@ -32,8 +32,6 @@ class Mount:
         none): as a merge writes it, or with `runs` as a forward uses it, which may drop parts in training."""
         operator = self.operator
         if runs and isinstance(operator, Operator) and operator.training and operator.input_dropout:
-            if self.layer.in_pieces:
-                raise TrainingError(f"{self.name!r} drops inputs of a tensor-parallel layer: train it with dropout=0")
             raise TrainingError(
                 f"{self.name!r} drops inputs of a module on whose weight another adapter acts, too, so the effective "
                 "weight is computed, in which there are no inputs. Train them one after the other, or with dropout=0"

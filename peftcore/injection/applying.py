@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from peftcore.contract.config import MethodConfig, dtype_of, matches
 from peftcore.contract.method import Method
-from peftcore.contract.operators import Operator, changes_bias
+from peftcore.contract.operators import changes_bias
 from peftcore.contract.peft_names import is_peft_config
 from peftcore.errors import (
     CalibrationError,
@@ -338,11 +338,8 @@ def apply(
             wishes = replace(wishes, left_out=left_out)
         surgeon = prepare(model, found, options, wishes, host, dry=False)
         _check_data(surgeon, data)
-        in_pieces = [graft.operator for graft in surgeon.grafts if graft.site.layer.in_pieces]
-        if data is not None and in_pieces:
+        if data is not None and any(graft.site.layer.in_pieces for graft in surgeon.grafts):
             raise UnsupportedHost(f"{PIECES}. {found.name} looks at what layers are given, which are pieces")
-        if any(isinstance(each, Operator) and each.input_dropout for each in in_pieces):
-            raise UnsupportedHost(f"{PIECES}. {found.name} would drop inputs, which are pieces: take dropout=0")
         if data is not None:
             _check_parts(surgeon, data)
         injection = establish(surgeon, name, data)

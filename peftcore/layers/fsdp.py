@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcore.errors import TrainingError
-from peftcore.layers.pieces import ENGINE, at_hand, cut_like, is_cut, is_partitioned, whole
+from peftcore.layers.pieces import ALONE, ENGINE, at_hand, cut_like, is_cut, is_partitioned, whole
 
 MANAGED = "_is_fsdp_managed_module"
 """The mark that torch leaves on each module whose parameters it shards."""
@@ -62,21 +62,23 @@ def one_writes(model: nn.Module) -> Iterator[bool]:
 
 
 @contextmanager
-def whole_from(model: nn.Module, values: Mapping[str, Tensor] | None) -> Iterator[None]:
-    """Context manager in which a sharded model has the values of a state dict of all of it, in the process that has
-    that: it saves without the others. Where the state dict lacks some, or there is none, the model stays as it is."""
-    named = [(name, each) for name, each in model.named_parameters(remove_duplicate=False)]
-    pieces = [(name, each) for name, each in named if is_cut(each) or is_partitioned(each)]
-    if values is None or not pieces or any(name not in values for name, _ in pieces):
+def whole_from(model: nn.Module, values: Mapping[str, Tensor] | None, wanted: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Context manager in which a sharded model has the values of a state dict with whole ones, in the process that has
+    that: it saves without the others. Where there is none, or it lacks some of `wanted`, the model stays as it is."""
+    named = model.named_parameters(remove_duplicate=False)
+    pieces = {each: name for name, each in named if is_cut(each) or is_partitioned(each)}
+    needed = [pieces[each] for each in wanted if each in pieces]
+    if values is None or not needed or any(name not in values for name in needed):
         yield
         return
-    others = {each: nn.Parameter(values[name], each.requires_grad) for name, each in pieces}
-    token = _WHOLE.set(_WHOLE.get() | {id(module) for module in model.modules()})
+    others = {each: nn.Parameter(values[name], each.requires_grad) for each, name in pieces.items() if name in values}
+    tokens = _WHOLE.set(_WHOLE.get() | {id(module) for module in model.modules()}), ALONE.set(True)
     try:
         with standing(model, others):
             yield
     finally:
-        _WHOLE.reset(token)
+        _WHOLE.reset(tokens[0])
+        ALONE.reset(tokens[1])
 
 
 StandIns = Mapping[nn.Parameter, nn.Parameter]

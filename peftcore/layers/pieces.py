@@ -12,11 +12,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from peftcore.errors import ExportError
+
+ALONE: ContextVar[bool] = ContextVar("ALONE", default=False)
+"""Whether this process works without the others now, so that nothing can be gathered."""
 ZERO = "deepspeed.runtime.zero"
 ENGINE = (
     "DeepSpeed's ZeRO-3 has cut the parameters apart, and keeps other values of them for its optimizer, to which "
@@ -39,7 +44,15 @@ def is_partitioned(tensor: Tensor) -> bool:
 
 def whole(tensor: Tensor) -> Tensor:
     """Returns all of a tensor. Gradients flow back into the pieces of a distributed one; of a parameter of ZeRO-3 it is
-    a copy of the values, unless they are gathered anyway."""
+    a copy of the values, unless they are gathered anyway.
+
+    Raises:
+        ExportError: this process works without the others now.
+    """
+    if ALONE.get() and (is_cut(tensor) or is_empty(tensor)):
+        raise ExportError(
+            "the file needs weights of which this process has a piece: call save(folder) in all processes"
+        )
     if is_cut(tensor):
         return tensor.full_tensor()  # type: ignore[attr-defined,no-any-return]
     if not is_empty(tensor):

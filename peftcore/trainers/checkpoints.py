@@ -91,11 +91,11 @@ def save_adapters(
     several into folders of their names.
 
     Args:
-        everything: a state dict of the whole model, where that is sharded over processes. Without it the adapters are
-            left out: to gather them takes all processes, and the Trainer asks one.
+        everything: a state dict with whole values, where the model is sharded over processes. Without it the adapters
+            are left out: to gather them takes all processes, and the Trainer asks one.
     """
-    with whole_from(model, everything):
-        found = [injection for injection in training(model) if not injection.merged]
+    found = [injection for injection in training(model) if not injection.merged]
+    with whole_from(model, everything, [each for injection in found for each in injection.parameters()]):
         if is_sharded(model):
             return
         for injection in found:
@@ -150,7 +150,7 @@ class SavesAdapters(SavesBase):
         given = call.arguments
         if "state_dict" not in given:
             return super().__call__(*args, **kwargs)
-        everything = given["state_dict"]
+        everything = given["state_dict"] and {**given["state_dict"]}  # the base is taken out of it as it is written
         if self.run is not None and self.run.has_checkpoint(given["save_directory"]):
             if given["state_dict"] is None or not is_sharded(self.model):
                 whole = self.model.state_dict() if given["state_dict"] is None else dict(given["state_dict"])

@@ -43,7 +43,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[PeftcoreError], str]] = {
     "bitfit": ({"target": ["o_proj"]}, UnsupportedHost, "bias of .*o_proj is added to the sum"),
     "ia3": ({"target": ["o_proj"]}, UnsupportedHost, "bias of .*o_proj is added to the sum"),
     "lora": ({"target": ["embed_tokens"]}, UnsupportedHost, "tensor-parallel"),
-    "lora that drops": ({"target": ["q_proj"], "dropout": 0.1}, UnsupportedHost, "take dropout=0"),
+    "lora that drops": ({"target": ["q_proj"], "dropout": 0.1}, UnsupportedSite, "use dropout=0"),
     "lora and a norm": ({"train": ["model.norm"]}, UnsupportedHost, "tensor-parallel"),
 }
 IDS = torch.tensor([[1, 5, 9, 2, 7], [3, 3, 8, 4, 6]])
