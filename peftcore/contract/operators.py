@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
@@ -212,13 +213,20 @@ class InputOperator(Operator):
         """
         raise NotImplementedError
 
-    def given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Returns the arguments of a call by name."""
-        return {**dict(zip(self._names, args, strict=False)), **kwargs}
+    def change(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], mine: Mine
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Returns the changed arguments of a call: by position what was given by position, since operators that stand
+        around the module take it so, and by name what was given by name or is new."""
+        names = self._names[: len(args)]
+        changed = self.arguments({**dict(zip(names, args, strict=False)), **kwargs}, mine)
+        first = [changed.pop(name) for name in takewhile(changed.keys().__contains__, names)]
+        return (*first, *args[len(self._names) :]), changed
 
     def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run the module on the changed arguments of all rows."""
-        return call(**self.arguments(self.given(args, kwargs), _all))
+        args, kwargs = self.change(args, kwargs, _all)
+        return call(*args, **kwargs)
 
 
 def _all(like: Tensor) -> None:

@@ -190,11 +190,12 @@ class Residency:
             chosen = {name: self._records[name] for name in names if self._records[name].here}
             for record in chosen.values():
                 record.here = False
-            pinned = self._pinned(chosen, None)
-            for name in pinned:
+            pinned = self._pinned(None)
+            stay = [name for name, record in chosen.items() if name in pinned or record.adapter.trains()]
+            for name in stay:
                 chosen.pop(name).here = True
             self._leave(chosen)
-            return sorted(pinned)
+            return sorted(stay)
 
     @contextmanager
     def kept(self, names: Collection[str], leaving: Block | None = None) -> Iterator[None]:
@@ -231,10 +232,10 @@ class Residency:
         candidates = {name: record for name, record in here if name not in keep}
         for record in candidates.values():  # first marked, then asked for pins: see the class
             record.here = False
-        pinned = self._pinned(candidates, leaving)
+        pinned = self._pinned(leaving)
         victims: dict[str, _Record] = {}
         for name, record in candidates.items():
-            if name in pinned or over <= 0:
+            if over <= 0 or name in pinned or record.adapter.trains():  # asked of few: there may be thousands
                 record.here = True
             else:
                 victims[name] = record
@@ -242,8 +243,8 @@ class Residency:
         if over > 0:
             for record in victims.values():
                 record.here = True
-            stay = sum(record.adapter.bytes() for name, record in here if name in pinned or name in keep)
-            names = [repr(name) for name, _ in here if name in pinned or name in keep]
+            staying = [(name, record) for name, record in here if name not in victims]
+            stay, names = sum(record.adapter.bytes() for _, record in staying), [repr(name) for name, _ in staying]
             more = f" and {len(names) - 8} more" if len(names) > 8 else ""
             taken = f"{stay:,} are taken by adapters that cannot leave now: {', '.join(names[:8])}{more}"
             raise MemoryLimit(
@@ -265,8 +266,8 @@ class Residency:
             for record in left.values():  # a full disk: they are still there
                 record.here = True
 
-    def _pinned(self, candidates: dict[str, _Record], leaving: Block | None) -> set[str]:
-        """Returns those of the candidates that cannot leave."""
+    def _pinned(self, leaving: Block | None) -> set[str]:
+        """Returns the names of adapters that cannot leave, whether they train or not."""
         state = self._state()
         assert state is not None, "the state of a model has its residency"
         pinned = {*state.merged}
@@ -277,4 +278,4 @@ class Residency:
         for context in list(state.running.values()):
             if context.open and context.choice is not None:
                 pinned.update(context.choice.named)
-        return {name for name, record in candidates.items() if name in pinned or record.adapter.trains()}
+        return pinned

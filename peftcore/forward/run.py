@@ -89,10 +89,11 @@ def _with_arguments(call: Forward, mount: Mount, route: Route | None, slot: Slot
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         if route is None or not route.seeds:
-            return call(**operator.arguments(operator.given(args, kwargs), mine))
-        with draws_of(forward_context(), route, route.names.index(mount.name), f"{slot.path}:inputs"):
-            changed = operator.arguments(operator.given(args, kwargs), mine)
-        return call(**changed)
+            args, kwargs = operator.change(args, kwargs, mine)
+        else:
+            with draws_of(forward_context(), route, route.names.index(mount.name), f"{slot.path}:inputs"):
+                args, kwargs = operator.change(args, kwargs, mine)
+        return call(*args, **kwargs)
 
     return forward
 

@@ -146,9 +146,7 @@ class Slot:
             return self._composed(choice, choice.composition)
         if choice.route is None:
             self.check_stack(choice.active)
-            acting = self._acting(choice.active)
-            *inner, outermost = layers_of(acting) or (None,)
-            return ModulePlan(choice.key, acting, tuple(inner), outermost)
+            return self._stacked(choice, self._acting(choice.active))
         each = tuple(self._acting((name,)) for name in choice.route.names)
         edits = tuple(mount for acting in each for mount in acting.attention)
         stand = plan_acting({}, self.forced_attributes, choice.route.names)
@@ -156,6 +154,10 @@ class Slot:
         inputs = tuple(mount for acting in each for mount in acting.inputs)
         together = replace(stand, attention=edits, observers=observers, inputs=inputs)
         return ModulePlan(choice.key, together, routed=each, updates=updates_of(each), apart=run_apart(each))
+
+    def _stacked(self, choice: Choice, acting: ActivePlan) -> ModulePlan:
+        *inner, outermost = layers_of(acting) or (None,)
+        return ModulePlan(choice.key, acting, tuple(inner), outermost)
 
     def _composed(self, choice: Choice, composition: Composition) -> ModulePlan:
         self.check_mixed(composition, choice.active)
@@ -167,8 +169,11 @@ class Slot:
                 self.check_stack(here)
                 distinct[here] = self._acting(here)
             ways[names] = distinct[here]
-        whole = self._acting(choice.active)
         combiners = self._combiners(choice.active)
+        if len(distinct) == 1 and not combiners:  # nothing is put together here
+            (acting,) = distinct.values()
+            return self._stacked(choice, acting)
+        whole = self._acting(choice.active)
         return ModulePlan(choice.key, whole, composition=composition, branches=ways, combiners=combiners)
 
     def _combiners(self, active: Active) -> Combiners:

@@ -240,6 +240,7 @@ def test_streams_do_not_see_each_other(name: str) -> None:
     assert (both - other).abs().max() > 1e-3
 
 
+@pytest.mark.slow
 def test_one_graph_with_the_same_numbers() -> None:
     _, model, stream, given = adapted("dit")
     expected = step(model, given, stream.prompt)

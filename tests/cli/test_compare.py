@@ -37,6 +37,7 @@ def finished(encoder, tmp_path_factory, rows) -> tuple[dict, Path]:
     return compare(encoder, data, folder / "out", "--set", "data.held_out_size=40", *EACH_STEP), folder
 
 
+@pytest.mark.slow
 def test_writes_what_it_prints(finished):
     report, folder = finished
     assert json.loads((folder / "out" / "results.json").read_text()) == report
@@ -148,6 +149,7 @@ def test_learns_what_there_is_to_learn(encoder, csv_file, tmp_path):
     assert full["after"]["accuracy"] > 0.9
 
 
+@pytest.mark.slow
 def test_seeds_and_configurations_of_one_method(encoder, csv_file, tmp_path):
     """From a file; the mean over seeds and its standard error."""
     path = tmp_path / "comparison.yaml"
@@ -218,6 +220,7 @@ def test_the_table_fits_a_terminal_of_80_columns(encoder, csv_file, tmp_path):
 
 
 @pytest.mark.usefixtures("undrawn")
+@pytest.mark.slow
 def test_rates_are_chosen_by_examples_that_the_report_does_not_use(encoder, csv_file, tmp_path):
     """All methods get the same rates, and the best of each is that of a comparison by hand."""
     out, grid = tmp_path / "out", (1e-6, 1e-2, 3e-2)

@@ -145,7 +145,7 @@ REFUSED = {
         for kind in ("timm", "timm-folder", "timm-hub")
     },
 }
-LONG = [("compare", kind) for kind in (*TEXT[2:], *PICTURES[2:])]
+LONG = [("compare", kind) for kind in (*TEXT[1:], *PICTURES)]
 """What `make test-slow` tries."""
 CELLS = [(command, kind) for command in COMMANDS for kind in (*TEXT, *PICTURES)]
 
@@ -256,6 +256,7 @@ def test_nothing_of_that_name(command: str, adapters: Any, data: Any, names: Any
         assert list(Path.cwd().rglob("*.safetensors")) == []
 
 
+@pytest.mark.slow
 def test_all_say_the_same_of_it() -> None:
     group: Any = typer.main.get_command(app)
     helps = {

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from looking import folder_of, real
+from slowly import quick
 from typer.testing import CliRunner
 
 import peftcore
@@ -58,7 +59,7 @@ REAL = [
 ]
 
 
-@pytest.mark.parametrize(("host", "method"), REAL)
+@pytest.mark.parametrize(("host", "method"), quick(REAL, REAL[2:4]))
 def test_numbers_are_those_of_the_real_thing(host: str, method: str, folders: Folders, tmp_path: Path) -> None:
     found = planned(folders(host), method, "--batch-size", 3)
     model = real(host, folders(host))

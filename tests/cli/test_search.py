@@ -36,6 +36,7 @@ def trials(found: dict, state: str) -> list[dict]:
     return [each for each in found["trials"] if each["state"] == state]
 
 
+@pytest.mark.slow
 def test_only_what_is_within_the_budget_is_trained(finished):
     found, out = finished
     assert json.loads((out / "search.json").read_text()) == found
@@ -68,6 +69,7 @@ def test_nothing_that_is_held_out_is_trained_on_or_chosen_by(finished, rows):
     assert {each["held_out"] for each in final} == {str(out / "data" / "held_out")}
 
 
+@pytest.mark.slow
 def test_the_plan_counts_what_training_counts(finished, encoder, tmp_path):
     _, out = finished
     held = json.loads((out / "search" / "results.json").read_text())["trials"]

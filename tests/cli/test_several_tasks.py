@@ -101,6 +101,7 @@ def test_text_is_scored_by_task(decoder: Path, table: Path, tmp_path: Path) -> N
     assert {f"perplexity/{task}" for task in TASKS} < {*found["after"]}
 
 
+@pytest.mark.slow
 def test_a_comparison_has_scores_by_task(encoder: Path, table: Path, tmp_path: Path) -> None:
     torch.set_num_threads(1)
     arguments = ("--model", encoder, "--data", table, "--methods", "lora,polytropon", "--set", COLUMN)

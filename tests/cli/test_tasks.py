@@ -340,6 +340,7 @@ def drawn_by_diffusers(
 
 
 @pytest.mark.parametrize("kind", quick(["stable-diffusion", "stable-diffusion-xl", "flux"], ["stable-diffusion"]))
+@pytest.mark.slow
 def test_words_beside_the_denoiser(named_pictures: Path, tmp_path: Path, kind: str) -> None:
     """Pivotal tuning as the page has it. diffusers, which reads the rows and the LoRA into the pipeline as it was,
     draws what the run has drawn; the words rest after half of the steps, and a run that stopped goes on."""

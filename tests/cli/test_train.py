@@ -251,6 +251,7 @@ def small(decoder: Path, tmp_path: Path) -> tuple[object, ...]:
     return ("--model", decoder, "--task", "causal-lm", "--data", path, "--method", "dora", "--rank", 3, "--steps", 2)
 
 
+@pytest.mark.slow
 def test_out_of_memory_says_what_plan_counts_now_and_with_each_setting(
     small: Any, decoder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

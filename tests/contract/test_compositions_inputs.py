@@ -209,3 +209,36 @@ def test_a_part_that_is_disabled_adds_nothing(host: Any, x: Tensor) -> None:
     with peftcore.injections(host)["b"].disabled():
         expected = norm(s + norm(s) * added(host, norm, "a", s))
         torch.testing.assert_close(host(x), expected, rtol=1e-12, atol=1e-12)
+
+
+class Whole(peftcore.Method):
+    """Gives a block another input, and reads what it returns for the one it is given."""
+
+    name, target = "toy_whole", ("norm",)
+    tags = peftcore.Tags(category="multitask", paper="none", per_row=False)
+
+    class Config(peftcore.MethodConfig):
+        method: str = "toy_whole"
+
+    def inject(self, model: nn.Module, config: Any, surgeon: Any) -> None:
+        surgeon.graft(surgeon.resolver.module_site("block"), lambda site: Around(site))
+
+    @staticmethod
+    def parameter_count(site: Any, config: Any) -> int:
+        return 36
+
+
+@pytest.mark.parametrize("parts", [("whole", "a"), ("a", "whole"), ("whole", Sum("a", "b"))], ids=repr)
+def test_a_block_runs_again_where_one_branch_alone_acts(parts: tuple[Any, ...], x: Tensor) -> None:
+    """Without a composition at the block there is nothing to put together, whatever acts inside of it."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"block": Norm()}).double()
+    fill(peftcore.apply(model, Whole, name="whole", dtype="float64"), 1)
+    for seed, name in enumerate("ab"):
+        fill(peftcore.apply(model, "lora", name=name, target="block.first", dtype="float64"), seed)
+    block: Any = model["block"]
+    (operator,) = peftcore.injections(model)["whole"].operators.values()
+    with peftcore.activate(model, *(part for part in parts if part != "whole")):
+        expected = block(x + block(x) @ operator.w)
+    with peftcore.activate(model, Stack(*parts)):
+        torch.testing.assert_close(block(x), expected, rtol=1e-12, atol=1e-12)

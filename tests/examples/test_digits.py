@@ -71,6 +71,7 @@ def test_diffusion(tmp_path: Path) -> None:
     assert steering.keys() == {"unadapted", "controlnet", "t2i_adapter", "controlnet + lora"}
 
 
+@pytest.mark.slow
 def test_one_tower_of_a_llava(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers")
     monkeypatch.setattr(sys, "argv", ["run.py", "--quick", "--out", str(tmp_path)])

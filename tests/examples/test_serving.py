@@ -127,6 +127,7 @@ async def line(lines: asyncio.Queue[str]) -> Any:
     return json.loads(await lines.get())
 
 
+@pytest.mark.slow
 def test_answers_are_those_of_single_requests(served: Served) -> None:
     """60 requests by 8 clients, of all adapters; one client goes away; one adapter is replaced while it answers."""
     example, single = served.example, served.single

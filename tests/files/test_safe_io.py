@@ -52,6 +52,7 @@ for line in sys.stdin:
 """
 
 
+@pytest.mark.slow
 def test_a_kill_leaves_the_old_adapter_or_the_new_one(tmp_path: Path) -> None:
     folder, moments = tmp_path / "adapter", random.Random(0)
     adapted(0.0).save(folder)

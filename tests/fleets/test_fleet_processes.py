@@ -1,6 +1,7 @@
 """A fleet in two processes, each with its half of every batch: DDP and FSDP2 on gloo."""
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from fleet_toys import ADAMW, SGD, alone, applied, expect_same, llama, next_token, texts
+from process_groups import process_group
 from torch import multiprocessing, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -70,14 +72,14 @@ def begun(way: str, kind: str, folder: Path, resume: bool = False, steps: int = 
     return fleet, model
 
 
-def met(rank: int, folder: str) -> None:
-    """Make this process one of two; they meet in a file, so nobody else can have taken a port."""
+def one_of_two(rank: int, work: Callable[..., None], *given: str) -> None:
+    """Do the work in one of two processes; they meet in a file, so nobody else can have taken a port."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/met", rank=rank, world_size=RANKS)
+    with process_group(init_method=f"file://{given[-1]}/met", rank=rank, world_size=RANKS):
+        work(*given)
 
 
-def run(rank: int, way: str, kind: str, folder: str) -> None:
-    met(rank, folder)
+def run(way: str, kind: str, folder: str) -> None:
     cls, rate, tolerance = OPTIMIZERS[kind]
     fleet, model = begun(way, kind, Path(folder))
     for _ in range(10):  # killed after the checkpoint of step 8
@@ -100,7 +102,6 @@ def run(rank: int, way: str, kind: str, folder: str) -> None:
         saved = peftcore.load(llama(), Path(folder) / name / f"step-{member.step:08d}")
         for key, value in injection.state_dict().items():
             torch.testing.assert_close(saved.state_dict()[key], value, rtol=tolerance, atol=tolerance)
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
@@ -108,17 +109,16 @@ def run(rank: int, way: str, kind: str, folder: str) -> None:
 def test_two_processes_take_the_steps_of_one(way: str, kind: str) -> None:
     """All members, killed once and gone on with; in two of the ways they end one after the other."""
     with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(run, (way, kind, folder), nprocs=RANKS)
+        multiprocessing.spawn(one_of_two, (run, way, kind, folder), nprocs=RANKS)
 
 
 def test_draws_differ_between_processes() -> None:
     """The same seed in all of them, as for the order of data, and other rows are dropped all the same."""
     with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(drop, (folder,), nprocs=RANKS)
+        multiprocessing.spawn(one_of_two, (drop, folder), nprocs=RANKS)
 
 
-def drop(rank: int, folder: str) -> None:
-    met(rank, folder)
+def drop(folder: str) -> None:
     model = llama()
     injection = applied(model, "lora", "a", dropout=0.5)
     fleet = Fleet(DistributedDataParallel(model))
@@ -135,4 +135,3 @@ def drop(rank: int, folder: str) -> None:
     dist.all_gather_object(found, own)
     assert fleet.members["a"].losses == pytest.approx([sum(each[0] for each in found) / RANKS])
     assert found[0] != found[1]
-    dist.destroy_process_group()

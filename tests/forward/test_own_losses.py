@@ -317,6 +317,7 @@ def compiled(model: nn.Module, graphs: list[Any]) -> Callable[..., Any]:
     return torch.compile(model, backend=backend, fullgraph=True)
 
 
+@pytest.mark.slow
 def test_compiled_losses_are_taken_from_one_graph(counted: list[Any], caplog: pytest.LogCaptureFixture) -> None:
     model, injection, x = sequential()
     (model(x).square().mean() + by_hand(injection)).backward()
@@ -331,6 +332,7 @@ def test_compiled_losses_are_taken_from_one_graph(counted: list[Any], caplog: py
     assert not notices(caplog)
 
 
+@pytest.mark.slow
 def test_compiled_losses_that_nobody_takes_get_a_notice(counted: list[Any], caplog: pytest.LogCaptureFixture) -> None:
     model, injection, x = sequential()
     run = compiled(model, counted)

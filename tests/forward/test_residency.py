@@ -198,6 +198,18 @@ def test_what_trains_or_is_merged_stays(served: tuple[nn.Module, peftcore.Adapte
     assert pool.rest("b") == []
 
 
+def test_what_trains_is_passed_over_when_another_comes(served: tuple[nn.Module, peftcore.AdapterPool]) -> None:
+    model, pool = served
+    pool.wake("a", "b")  # the first one was used longest ago
+    peftcore.injections(model)["a"].trainable()
+    pool.wake("c")
+    assert pool.resident == ["a", "c"]
+    peftcore.injections(model)["c"].trainable()
+    with pytest.raises(MemoryLimit, match=f"{2 * EACH:,} are taken by adapters that cannot leave now: 'a', 'c'"):
+        pool.wake("d")
+    assert pool.resident == ["a", "c"]
+
+
 def test_what_is_merged_stays_though_no_choice_names_it(served: tuple[nn.Module, peftcore.AdapterPool]) -> None:
     model, pool = served
     merged = peftcore.injections(model)["a"]

@@ -1,7 +1,8 @@
 """What a grafted module computes: order, composition, calls of any kind, and nothing left behind by errors."""
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -35,6 +36,73 @@ class Trace(DoublingOperator):
         output = call(*args, **kwargs)
         self.log.append(f"out of {self.label}")
         return output
+
+
+class TwiceAsMuch(peftcore.InputOperator):
+    """Doubles what the module is given, and tells it something more."""
+
+    def __init__(self, site: peftcore.Site) -> None:
+        super().__init__(site)
+        self.unused = nn.Parameter(torch.zeros(()))
+
+    def arguments(self, given: dict[str, Any], mine: Callable[[Tensor], Tensor | None]) -> dict[str, Any]:
+        x = given["x"]
+        found = mine(x)
+        rows = torch.ones(len(x), 1) if found is None else found[:, None].to(x)
+        return {**given, "x": x + rows * x, "plus": rows}
+
+
+class Minus(peftcore.Operator):
+    """Takes what the module is given by position, as operators around modules do."""
+
+    def __init__(self, site: peftcore.Site) -> None:
+        super().__init__(site)
+        self.unused = nn.Parameter(torch.zeros(()))
+
+    def forward(self, call: Callable[..., Tensor], tokens: Tensor, *others: Any, **kwargs: Any) -> Tensor:
+        return -call(tokens, *others, **kwargs)
+
+
+class Affine(nn.Linear):
+    def forward(self, x: Tensor, times: float = 1.0, plus: float | Tensor = 0.0) -> Tensor:
+        return super().forward(x) * times + plus
+
+
+class Given(peftcore.Method):
+    """One of the two operators."""
+
+    name, target = "toy_given", ("first",)
+    tags = peftcore.Tags(category="additive", paper="none", identity_at_init=False)
+
+    class Config(peftcore.MethodConfig):
+        method: Literal["toy_given"] = "toy_given"
+        turned: bool = False
+
+    def inject(self, model: nn.Module, config: Any, surgeon: Any) -> None:
+        for site in surgeon.sites():
+            surgeon.graft(replace(site, form="given"), Minus if config.turned else TwiceAsMuch)
+
+    @staticmethod
+    def parameter_count(site: Any, config: Any) -> int:
+        return 1
+
+
+@pytest.mark.parametrize("order", [("given", "turned"), ("turned", "given")])
+def test_arguments_by_position_stay_so_when_an_operator_changes_them(order: tuple[str, str]) -> None:
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"first": Affine(4, 4)})
+    layer, x = model["first"], torch.randn(3, 4)
+    plain, doubled = layer(x, 3.0), layer(2 * x, 3.0) + 1
+    for name in order:
+        peftcore.apply(model, Given, name=name, target="first", turned=name == "turned")
+    assert torch.equal(layer(x, 3.0), -doubled)
+    assert torch.equal(layer(x, times=3.0), -doubled)
+    peftcore.activate(model, "given")
+    assert torch.equal(layer(x, 3.0), doubled)
+    peftcore.activate(model)
+    assert torch.equal(layer(x, 3.0), plain)
+    peftcore.route(model, ["given", None, "turned"])
+    assert torch.equal(model["first"](x, 3.0), torch.stack([doubled[0], plain[1], -plain[2]]))
 
 
 def test_first_applied_is_the_innermost() -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from core_toys import perceptron
+from process_groups import process_group
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -17,9 +18,8 @@ X = torch.ones(2, 4)
 
 @pytest.fixture(autouse=True)
 def one_process() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+    with process_group(store=dist.HashStore(), rank=0, world_size=1):
+        yield
 
 
 def adapted() -> tuple[nn.Module, peftcore.Injection, peftcore.Injection]:

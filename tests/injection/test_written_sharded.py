@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from core_toys import perceptron, stir
+from process_groups import process_group
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -19,9 +19,8 @@ X = torch.linspace(-1, 1, 12).view(3, 4)
 @pytest.fixture
 def alone(tmp_path: Path) -> Iterator[None]:
     """A process group of one."""
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+    with process_group(init_method=f"file://{tmp_path}/store", rank=0, world_size=1):
+        yield
 
 
 @pytest.mark.usefixtures("alone")

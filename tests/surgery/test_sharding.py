@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from core_toys import transformer
+from process_groups import process_group
 from torch import Tensor, multiprocessing, nn
 
 import peftcore
@@ -129,14 +130,11 @@ def measured(method: str) -> Measured:
 
 
 def work(rank: int, port: int, done: Any) -> None:
-    torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=rank, world_size=PROCESSES)
-    try:
+    torch.set_num_threads(1)
+    with process_group(rank=rank, world_size=PROCESSES):
         for method in METHODS:
             done.put((method, rank, measured(method)))
-    finally:
-        dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")

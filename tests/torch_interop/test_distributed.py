@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from interop_hosts import Encoder, adapt, encoder, gradients, inputs
+from process_groups import process_group
 from torch import Tensor, multiprocessing, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -270,21 +271,19 @@ CASES: dict[Case, Callable[[], None]] = {
 
 def work(rank: int, port: int, cases: Sequence[Case], done: Any) -> None:
     """One rank: every case in one process group, until one fails."""
-    torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=rank, world_size=RANKS)
-    try:
+    torch.set_num_threads(1)
+    with process_group(rank=rank, world_size=RANKS):
         init_device_mesh("cpu", (RANKS,))
         for case in cases:
-            CASES[case]()
+            try:
+                CASES[case]()
+            except BaseException as error:
+                done.put((case, f"rank {rank}: {type(error).__name__}: {error}"))
+                raise
             dist.barrier()
             if rank == 0:
                 done.put((case, ""))
-    except BaseException as error:
-        done.put((case, f"rank {rank}: {type(error).__name__}: {error}"))
-        raise
-    finally:
-        dist.destroy_process_group()
 
 
 def free_port() -> int:

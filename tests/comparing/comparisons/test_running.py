@@ -14,6 +14,7 @@ from peftcore.comparing.comparisons.comparison import Comparison
 from peftcore.comparing.comparisons.running import RECORD, jobs_of
 
 
+@pytest.mark.slow
 def test_finished_runs_are_taken_as_they_are(comparison: Comparison, monkeypatch: pytest.MonkeyPatch) -> None:
     first = compare(comparison, Silent())
     with monkeypatch.context() as patch:
@@ -53,6 +54,7 @@ def stopping(step: int) -> Callable[..., Any]:
     return Stops
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_its_last_checkpoint(comparison: Comparison, monkeypatch: pytest.MonkeyPatch) -> None:
     """It comes to the same as without an interruption, and the steps before the checkpoint are not trained again."""
     whole = found(compare(comparison, Silent()))

@@ -109,6 +109,7 @@ def test_uses_that_kinds_refuse(use: Use, names: Any) -> None:
     assert found == expected[use]
 
 
+@pytest.mark.slow
 def test_a_pipeline_on_the_hub_is_planned_by_its_denoiser(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from looking import folder_of
 

@@ -16,6 +16,7 @@ from peftcore.errors import TrainingError
 
 
 @pytest.mark.parametrize("storage", ["study.log", "sqlite:///study.db"])
+@pytest.mark.slow
 def test_two_workers_share_one_study_and_its_number_of_trials(file, instant, storage):
     jobs = [searched(file, storage=storage) for _ in range(2)]
     threads = [threading.Thread(target=each.work) for each in jobs]

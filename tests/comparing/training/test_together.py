@@ -112,6 +112,7 @@ def test_a_run_that_fails_leaves_the_others(calm: Path, csv_file: Path, tmp_path
 @pytest.mark.parametrize(
     "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: not enough memory")]
 )
+@pytest.mark.slow
 def test_what_has_no_room_together_trains_one_by_one(
     error: Exception, calm: Path, csv_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

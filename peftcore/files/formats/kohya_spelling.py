@@ -1,0 +1,46 @@
+"""A host's modules by how files of kohya spell their paths, with underscores for dots."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from peftcore.errors import HostMismatch
+from peftcore.files.formats.original_names import Original
+from peftcore.registry.plugins import layer_of
+
+
+class Spelling:
+    """A host's modules by their paths, or by names of the original code, with dots and underscores taken as one."""
+
+    def __init__(self, modules: Mapping[str, nn.Module], originals: Mapping[str, Original] = {}) -> None:
+        self.modules = modules
+        self.meant: dict[str, list[Original]] = {}
+        for path in modules:
+            self.meant.setdefault(path.replace("_", "."), []).append(Original((path,)))
+        self.meant |= {name.replace("_", "."): [original] for name, original in originals.items()}
+
+    @property
+    def places(self) -> dict[str, str]:
+        """One path for each spelling; see `only`."""
+        return {spelling: meant[0].paths[0] for spelling, meant in self.meant.items()}
+
+    def only(self, path: str) -> Original:
+        """Returns the module with a weight for the spelling of `path`.
+
+        Raises:
+            HostMismatch: there are several.
+        """
+        meant = self.meant[path.replace("_", ".")]
+        if len(meant) > 1:
+            weighty = [each for each in meant if self.has_weight(each.paths[0])]
+            if len(weighty) > 1:
+                several = " and ".join(each.paths[0] for each in weighty)
+                raise HostMismatch(f"with underscores for dots {several} are one name")
+            meant = weighty or meant
+        return meant[0]
+
+    def has_weight(self, path: str) -> bool:
+        """Whether the host's module has a weight."""
+        return layer_of(self.modules[path], "weight").has(self.modules[path], "weight")
