@@ -162,7 +162,7 @@ def prepare(
             registry().hook.peftcore_inject(model=model, method=method, config=config, surgeon=surgeon)
             surgeon.train_wishes()
     except RuntimeError as error:
-        if not parallel:
+        if not parallel or "DTensor" not in str(error):
             raise
         raise UnsupportedHost(f"{PIECES}. {method.name} asked for more ({error})") from error
     finally:

@@ -100,6 +100,10 @@ class Layer:
             value = getattr(owner, name, None) if way is None else way.value()
         return value if isinstance(value, Tensor) else None
 
+    def held(self, module: nn.Module, tensor: str) -> Tensor | None:
+        """Returns the tensor that the module holds, to be recognized where others hold it too."""
+        return self.read(module, tensor)
+
     def check_readable(self, module: nn.Module, tensor: str) -> None:
         """Verify that `read` knows the format; cheap, and without values.
 

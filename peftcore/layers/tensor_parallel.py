@@ -77,8 +77,11 @@ class ParallelLinear(Layer):
             return held
         return held.full_tensor() if is_cut(held) else self.cuts[tensor].whole(held)  # type: ignore[attr-defined]
 
+    def held(self, module: nn.Module, tensor: str) -> Tensor | None:
+        return module._parameters.get(tensor)
+
     def has(self, module: nn.Module, tensor: str) -> bool:
-        return module._parameters.get(tensor) is not None
+        return self.held(module, tensor) is not None
 
     def shape(self, module: nn.Module, tensor: str) -> torch.Size:
         return self.cuts[tensor].shape
@@ -91,12 +94,14 @@ class ParallelLinear(Layer):
         if effective is None:
             return None
         cut = self.cuts[tensor]
+        piece: Any = cut.piece(effective)
+        distributed: Tensor = piece
         if is_cut(self.like(module, "weight")):
-            return cut.piece(effective)
+            return distributed
         if tensor == "bias" and not self.by_rows and cut.mesh.get_local_rank() != 0:
             return torch.zeros_like(effective)  # what comes out is summed, and the bias counts once
-        piece: Tensor = cut.piece(effective).to_local()
-        return piece
+        local: Tensor = piece.to_local()
+        return local
 
     @property
     def by_rows(self) -> bool:

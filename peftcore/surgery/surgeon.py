@@ -311,7 +311,7 @@ class Surgeon:
         Raises:
             UnsupportedSite: there is an operator already.
         """
-        tensor = None if site.layer.packed else site.layer.read(site.module, site.tensor)
+        tensor = None if site.layer.packed else site.layer.held(site.module, site.tensor)
         key = (site.path if tensor is None else id(tensor), site.slices)
         if key not in self._replaced:
             site = self._as_stored(site)

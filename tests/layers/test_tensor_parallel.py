@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 import peftcore
-from peftcore.errors import MergeError, PeftcoreError, UnsupportedHost, UnsupportedSite
+from peftcore.errors import MergeError, PeftcoreError, RouteError, UnsupportedHost, UnsupportedSite
 
 pytestmark = [
     pytest.mark.slow,
@@ -172,7 +172,10 @@ def check_refused() -> None:
             peftcore.apply(model, name.split(" ")[0], **options)
             pytest.fail(name)
         assert [(type(module), module.__dict__.get("forward")) for module in model.modules()] == before, name
-    with pytest.raises(UnsupportedHost, match="tensor-parallel"):
+    peftcore.apply(model, "lora", name="one", target=["q_proj"])
+    with pytest.raises(RouteError, match="tensor-parallel"):
+        peftcore.route(model, ["one", None])
+    with pytest.raises(UnsupportedSite, match="no linear layer that is called"):
         peftcore.apply(model, "corda", target=["q_proj"], data=[{"input_ids": IDS}])
 
 

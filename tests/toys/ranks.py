@@ -1,5 +1,6 @@
 """Cases that run in two processes with gloo, as few pairs of processes as may be: to start two takes seconds."""
 
+import gc
 import importlib
 import os
 import socket
@@ -57,6 +58,7 @@ def _work(rank: int, port: int, module: str, cases: Sequence[str], done: Any) ->
         done.put((case, f"rank {rank}: {type(error).__name__}: {error}"))
         raise
     finally:
+        gc.collect()  # what holds the group has to be gone: see process_groups
         dist.destroy_process_group()
 
 
