@@ -616,8 +616,8 @@ class Injection(AppliedMethod):
             raise RouteError(f"{self.method.name} acts on the whole batch, so it cannot be routed by rows")
         if any(site.layer.in_pieces for graft in self.grafts for site in graft.holders):
             raise RouteError(
-                f"{self.name!r} acts on tensor-parallel layers, which run all rows at once: activate one adapter for all "
-                "rows, or route in the whole model"
+                f"{self.name!r} acts on tensor-parallel layers, which run all rows at once: activate one adapter for "
+                "all of them, or route in the whole model"
             )
         for site in self.sites:
             if not site.separable:
