@@ -169,11 +169,10 @@ class Slot:
                 self.check_stack(here)
                 distinct[here] = self._acting(here)
             ways[names] = distinct[here]
-        combiners = self._combiners(choice.active)
+        whole, combiners = self._acting(choice.active), self._combiners(choice.active)
         if len(distinct) == 1 and not combiners:  # nothing is put together here
-            (acting,) = distinct.values()
-            return self._stacked(choice, acting)
-        whole = self._acting(choice.active)
+            (acting,) = distinct.values()  # what acts further in may force attributes here
+            return self._stacked(choice, replace(acting, attributes=whole.attributes))
         return ModulePlan(choice.key, whole, composition=composition, branches=ways, combiners=combiners)
 
     def _combiners(self, active: Active) -> Combiners:

@@ -92,7 +92,7 @@ def test_it_compiles(host: nn.Module, x: Tensor) -> None:
         torch.testing.assert_close(torch.compile(host, fullgraph=True, backend="eager")(x), eager)
 
 
-@pytest.mark.parametrize("name", ["llama", "bert", "moe", "unet"])
+@pytest.mark.parametrize("name", ["llama", "bert", "moe", "unet", "encoder"])
 def test_whole_models(name: str) -> None:
     torch.manual_seed(0)
     model, inputs = HOSTS[name].build()
