@@ -31,7 +31,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "oft": {"target": LINEAR},
     "vera": {"target": LINEAR},  # shared, and drawn
     "ia3": {"target": [*BY_ROWS, "down_proj"]},  # down_proj has no bias
-    "bitfit": {"target": BY_ROWS},  # up_proj has no bias: a new one
+    "bitfit": {"target": [*BY_ROWS, "down_proj"], "add_missing_bias": True},  # new ones, one of which is added to a sum
     "linear_probe": {},
     "lora and a head": {"target": BY_ROWS, "train": ["lm_head"]},
 }
@@ -155,7 +155,7 @@ def check_start() -> None:
     """Whatever seed each process has, the first one's start is everybody's."""
     model = parallel_model()
     torch.manual_seed(dist.get_rank())
-    injection = peftcore.apply(model, "vera", target=["q_proj"])
+    injection = peftcore.apply(model, "lora", target=["q_proj"])
     for module in dict(injection.modules()).values():
         for each in (*module.parameters(), *module.buffers()):
             theirs = each.detach().clone()
