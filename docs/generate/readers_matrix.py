@@ -41,6 +41,8 @@ SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vo
 IDS = torch.arange(16).view(2, 8)
 PICTURES = ("diffusers", "comfyui")
 """The programs that read adapters of models for pictures."""
+CONDITIONED, PICTURE = "controlnet_lora", torch.linspace(0, 1, 2 * 3 * 64 * 64).view(2, 3, 64, 64)
+"""A method that is given a picture in each call, and one of 8 times the latents."""
 TASKED = ("POLY", "MULTITASK_PROMPT_TUNING")
 """Types of peft whose models are told a task; ours take the first one."""
 NO_PLACE, NO_EFFECT = "no place", "no effect"
@@ -72,7 +74,7 @@ class Language:
 
     def read(self, reader: Reader, folder: Path) -> Tensor:
         base = copy.deepcopy(self.base)
-        if reader.writes == "mlx":
+        if reader.name == "mlx-lm":
             return self._mlx(base, folder)
         import peft
 
@@ -112,7 +114,9 @@ class Pictures:
 
     @torch.no_grad()
     def returned(self, model: nn.Module) -> Tensor:
-        found: Tensor = model(**{**self._made[1], "timestep": 0})[0]
+        names = {each.method.name for each in peftcore.injections(model).values()}
+        with peftcore.call(model, **({"condition": PICTURE} if CONDITIONED in names else {})):
+            found: Tensor = model(**{**self._made[1], "timestep": 0})[0]
         return found
 
     def read(self, reader: Reader, folder: Path) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from peftcore.algebra import merge_math
-from peftcore.algebra.merge_math import Sign, cat, linear, padded, product, svd, weighted_svd
+from peftcore.algebra.merge_math import Sign, cat, linear, product, svd, trimmed, weighted_svd
 from peftcore.authoring.inputs import second_moments
 from peftcore.contract.config import MethodConfig, validate
 from peftcore.contract.method import Method
@@ -222,8 +222,9 @@ def to_lora(
 ) -> tuple[Injection, dict[str, float]]:
     """Returns a LoRA with the weight changes of another adapter, and its error at each site relative to the change.
 
-    Exact where the change has so few columns, by its factors; else the nearest one, by `svd`. The new injection is
-    frozen and active in place of the old one, which stays on the host.
+    Exact where the change has so few columns, by its factors; else the nearest one, by `svd`. Ranks that the change
+    does not need start as those of a new LoRA do, so that they change nothing and train. The new injection is frozen
+    and active in place of the old one, which stays on the host.
 
     Args:
         data: batches of inputs. At linear layers the LoRA is then the one whose outputs for them are nearest, and the
@@ -236,27 +237,46 @@ def to_lora(
         UnknownMethod: LoRA is not installed.
         RouteError, CompositionError: a route or composition that is in force stands on the old one.
     """
+    made = nearest(injection, rank, data)
+    factors = {path: (site, factors) for path, (site, factors, _) in made.items()}
+    lora = lora_of(injection.model, factors, name or f"{injection.name}_lora", [injection.name], rank)
+    return lora, {path: error for path, (_, _, error) in made.items()}
+
+
+def nearest(injection: Injection, rank: int, data: Data | None = None) -> dict[str, Made]:
+    """Returns the updates of at most a rank that are nearest to the weight changes of an adapter, by site path, with
+    the errors of `to_lora`.
+
+    Raises:
+        CalibrationError, NotMergeable, UnsupportedSite: as `to_lora`.
+    """
     warn_of_heads([injection])
     found = _matrices(changes(injection))
     moments = {} if data is None else second_moments(injection, data)
     steps = through(found.items(), "factors of changes")
-    made = {path: _nearest(change, rank, moments.get(path)) for path, change in steps}
-    lora = _lora(injection.model, made, name or f"{injection.name}_lora", [injection.name])
-    return lora, {path: error for path, (_, _, error) in made.items()}
+    return {path: _nearest(change, rank, moments.get(path)) for path, change in steps}
 
 
 def lora_of(
-    model: torch.nn.Module, made: Mapping[str, tuple[Site, Factors]], name: str, instead: Sequence[str] = ()
+    model: torch.nn.Module,
+    made: Mapping[str, tuple[Site, Factors]],
+    name: str,
+    instead: Sequence[str] = (),
+    rank: int | None = None,
 ) -> Injection:
     """Returns a LoRA with given updates, by the paths of their sites: A ``[rank, in, *kernel]``, B ``[out, rank]`` and
-    a scale. It is frozen and active, in place of the injections named in `instead`; lower ranks are padded with zeros.
+    a scale. It is frozen and active, in place of the injections named in `instead`.
+
+    Args:
+        rank: of the LoRA; by default the largest of the updates. What an update has fewer starts as in a new LoRA: one
+            factor is zero and the other is not, so that it adds nothing, and trains.
 
     Raises:
         UnknownMethod: LoRA is not installed.
         DuplicateInjection: the name is taken.
         RouteError, CompositionError: a route or composition that is in force stands on one of these.
     """
-    return _lora(model, {path: (site, factors, 0.0) for path, (site, factors) in made.items()}, name, instead)
+    return _lora(model, made, name, instead, rank)
 
 
 Made = tuple[Site, Factors, float]
@@ -273,29 +293,36 @@ def _matrices(found: dict[str, Change]) -> dict[str, Change]:
 
 def _nearest(change: Change, rank: int, moment: Tensor | None = None) -> Made:
     if change.factors is not None and change.factors[1].shape[-1] <= rank:
-        return change.site, padded(change.factors, rank), 0.0
+        return change.site, change.factors, 0.0
     if moment is not None and change.delta.dim() == 2:
-        return change.site, *weighted_svd(change.delta, rank, moment.to(change.delta))
-    return change.site, *svd(change.delta, rank, change.site.layer.batch_dims)
+        factors, error = weighted_svd(change.delta, rank, moment.to(change.delta))
+    else:
+        factors, error = svd(change.delta, rank, change.site.layer.batch_dims)
+    return change.site, trimmed(factors), error
 
 
 @torch.no_grad()
-def _lora(model: torch.nn.Module, made: dict[str, Made], name: str, instead: Sequence[str]) -> Injection:
-    """Returns a LoRA with these updates; lower ranks are padded with zeros."""
+def _lora(
+    model: torch.nn.Module,
+    made: Mapping[str, tuple[Site, Factors]],
+    name: str,
+    instead: Sequence[str],
+    rank: int | None = None,
+) -> Injection:
     try:
         method = find_method("lora")
     except UnknownMethod as error:
         raise UnknownMethod(f"{error}; the result is a LoRA: pip install peftcore-reparameterized") from None
-    rank = max(factors[1].shape[-1] for _, factors, _ in made.values())
+    rank = rank or max(max(factors[1].shape[-1] for _, factors in made.values()), 1)
     config = validate(method.Config, {"rank": rank, "alpha": float(rank)})
-    dtype = max((factors[0].dtype for _, factors, _ in made.values()), key=lambda each: each.itemsize)
-    sites = [_as_weight(site) for site, _, _ in made.values()]
+    dtype = max((factors[0].dtype for _, factors in made.values()), key=lambda each: each.itemsize)
+    sites = [_as_weight(site) for site, _ in made.values()]
     lora = established(model, method, config, name, {"": sites}, dtype=dtype, instead=instead)
-    for graft, (_, factors, _) in zip(lora.grafts, made.values(), strict=True):
-        given = graft.operator.factors()
-        assert given is not None, "LoRA gives its factors"
-        for own, new in zip(given[:2], padded(factors, rank)[:2], strict=True):
-            own.copy_(new)
+    for graft, (_, (A, B, scale)) in zip(lora.grafts, made.values(), strict=True):
+        own = graft.operator.factors()
+        assert own is not None, "LoRA gives its factors"
+        own[0].narrow(B.dim() - 2, 0, B.shape[-1]).copy_(A)  # [*batch, rank, in, *kernel]; the other ranks stay new
+        own[1].narrow(-1, 0, B.shape[-1]).copy_(scale * B)
     return lora
 
 
@@ -361,7 +388,7 @@ def combine(
         if (error := made[worst][2]) >= LOSSY:
             text = f"rank {rank} loses {error:.0%} of the change at {worst}; a higher rank loses less"
             warnings.warn(text, UserWarning, stacklevel=2)
-        return _lora(model, made, name, instead)
+        return _lora(model, {path: (site, factors) for path, (site, factors, _) in made.items()}, name, instead, rank)
     first = adapters[0]
     wishes, method = first.wishes, type(first.method)
     soup = established(

@@ -12,8 +12,9 @@ from tempfile import TemporaryDirectory
 from typing import Literal
 
 import torch
+from torch import nn
 
-from peftcore.algebra.combining import Change, changes, lora_of, to_lora
+from peftcore.algebra.combining import Change, changes, lora_of, nearest
 from peftcore.algebra.merge_math import svd
 from peftcore.contract.operators import Factors
 from peftcore.errors import ExportError, MergeError, NotMergeable, NoWeights, UnsupportedSite
@@ -21,8 +22,12 @@ from peftcore.files.added_rows import check_no_rows
 from peftcore.files.readers.check import Report, check
 from peftcore.files.readers.reader import Reader
 from peftcore.files.save_load import save
+from peftcore.injection.applying import host_map
 from peftcore.injection.injection import Injection
 from peftcore.injection.switching import activate
+from peftcore.registry.plugins import layer_of
+from peftcore.targets.resolver import Resolver
+from peftcore.targets.sites import Site
 from peftcore.training.batches import Data
 
 How = Literal["as it is", "as a LoRA", "projected"]
@@ -41,6 +46,9 @@ class Export:
     """Of the LoRA; 0 for an adapter that was written as it is."""
     errors: dict[str, float]
     """Relative errors of a LoRA by site; empty for an adapter that was written as it is."""
+    filled: tuple[str, ...] = ()
+    """Modules that the adapter leaves as they are and that the LoRA adapts by an update of zero, since the program
+    reads others only beside them."""
 
     @property
     def error(self) -> float:
@@ -78,7 +86,9 @@ def export(
         raise NoWeights(f"{first}. As a LoRA it takes the weights of the model")
     with activate(injection.model, injection.name):
         try:
-            lora, how, kept, errors = _as_lora(injection, reader, rank, data)
+            made, kept, how, errors = _as_lora(injection, reader, rank, data)
+            filled = _filled(injection.model, reader, made)
+            lora = lora_of(injection.model, made | filled, f"{injection.name}_lora", [injection.name], kept)
             try:
                 report = as_it_is(lora, path, reader, home=home)
             finally:
@@ -88,30 +98,40 @@ def export(
             raise ExportError(
                 f"{reader.name} does not read it as it is: {first}. As a LoRA: {error}. Otherwise {instead}"
             ) from None
-    return Export(how, report, kept, errors)
+    return Export(how, report, kept, errors, tuple(filled))
 
 
 def as_it_is(injection: Injection, path: Path, reader: Reader, *, home: Path | None = None) -> Report:
     """Write an adapter in a program's format, if the program would read all of it as it was trained.
 
     Raises:
-        ExportError: the format cannot hold it, or the program would change, drop or refuse a part; nothing was written.
+        ExportError: no format of the program can hold it, or the program would change, drop or refuse a part; nothing
+            was written.
     """
-    with TemporaryDirectory() as place:
-        trial = Path(place) / "adapter"
-        save(injection, trial, (reader.writes,), False, home=home or path)
-        report = check(trial, reader)
-    if not report.as_trained:
-        shown = "; ".join(report.reasons[:4])
-        raise ExportError(shown)
-    save(injection, path, (reader.writes,), False, home=home)
-    return report
+    reasons = []
+    for format in reader.writes:
+        with TemporaryDirectory() as place:
+            trial = Path(place) / "adapter"
+            try:
+                save(injection, trial, (format,), False, home=home or path)
+            except ExportError as error:
+                reasons.append(str(error))
+                continue
+            report = check(trial, reader)
+        if report.as_trained:
+            save(injection, path, (format,), False, home=home)
+            return report
+        reasons.insert(0, "; ".join(report.reasons[:4]))  # says more than that a format cannot hold it
+    raise ExportError(reasons[0])
+
+
+Updates = dict[str, tuple[Site, Factors]]
 
 
 def _as_lora(
     injection: Injection, reader: Reader, rank: int | None, data: Data | None
-) -> tuple[Injection, How, int, dict[str, float]]:
-    """Returns a LoRA on the model with the updates of an adapter, how near it is, its rank, and its errors by site.
+) -> tuple[Updates, int, How, dict[str, float]]:
+    """Returns the updates of an adapter by site path, as those of a LoRA, its rank, how near it is, and its errors.
 
     Raises:
         MergeError: it makes no change of weights.
@@ -120,9 +140,8 @@ def _as_lora(
     if injection.trained_along:
         raise ExportError(f"{injection.trained_along[0]} was trained along, and is no low-rank update")
     check_no_rows(injection, reader.name)
-    name = f"{injection.name}_lora"
     most = reader.ranks.most if reader.ranks else None
-    exact = {}
+    exact: Updates = {}
     for path, change in changes(injection).items():
         if change.delta.dim() < change.site.layer.batch_dims + 2:
             raise ExportError(f"vectors have no low-rank form, and {path} changes")
@@ -134,15 +153,30 @@ def _as_lora(
         if not exact:
             raise ExportError("it changes no weight")
         kept = max(factors[1].shape[-1] for _, factors in exact.values())
-        lora = lora_of(injection.model, exact, name, [injection.name])
-        return lora, "as a LoRA", kept, dict.fromkeys(exact, 0.0)
+        return exact, kept, "as a LoRA", dict.fromkeys(exact, 0.0)
     if rank is None:
         raise ExportError(
             f"the update at {path} is of no low rank; project it (rank=, --project RANK) to the nearest one, with the "
             "error that is said then"
         )
-    lora, errors = to_lora(injection, rank, name, data=data)
-    return lora, "projected", rank, errors
+    made = nearest(injection, rank, data)
+    updates = {path: (site, factors) for path, (site, factors, _) in made.items()}
+    return updates, rank, "projected", {path: error for path, (_, _, error) in made.items()}
+
+
+def _filled(model: nn.Module, reader: Reader, made: Updates) -> Updates:
+    """Returns updates of no columns at the modules beside which the program reads those that are adapted.
+
+    Raises:
+        UnsupportedSite: one has no matrix.
+    """
+    resolver = Resolver(model, host_map(model), layer_of)
+    found: Updates = {}
+    for path in reader.lacking(made, resolver.modules):
+        site = resolver.module_site(path)
+        A = torch.empty(*site.batch, 0, site.in_features, *site.kernel)
+        found[site.path] = site, (A, torch.empty(*site.batch, site.out_features, 0), 1.0)
+    return found
 
 
 def _lossless(change: Change) -> Factors | None:

@@ -7,6 +7,7 @@ any shape; all deltas of one call have the same. Weights may be negative. For wh
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -147,3 +148,15 @@ def padded(factors: Factors, rank: int) -> Factors:
     dim, missing = B.dim() - 2, rank - B.shape[-1]
     rows = A.new_zeros(*A.shape[:dim], missing, *A.shape[dim + 1 :])
     return torch.cat([A, rows], dim), torch.cat([B * scale, B.new_zeros(*B.shape[:-1], missing)], -1), 1.0
+
+
+def trimmed(factors: Factors) -> Factors:
+    """Returns the same update, up to rounding, without the last columns that are rounding alone: those whose products
+    are too small beside the largest one to be told from nothing."""
+    A, B, scale = factors
+    lead = B.dim() - 1
+    sizes = torch.linalg.vector_norm(B, dim=-2) * torch.linalg.vector_norm(A.flatten(lead), dim=-1)  # [*batch, rank]
+    rounding = torch.finfo(sizes.dtype).eps * math.sqrt(max(B.shape[-2], A.flatten(lead).shape[-1]))
+    counts = (sizes > rounding * sizes.amax(-1, keepdim=True)).nonzero()[:, -1]
+    kept = 1 + int(counts.max()) if len(counts) else 0
+    return A.narrow(lead - 1, 0, kept), B[..., :kept], scale

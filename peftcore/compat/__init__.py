@@ -5,12 +5,53 @@
 
 It needs peft, which nothing else imports. It may import `trainers`, and what is below. In the order of reading:
 
-- `configs`: what stands in ``peft_config`` for an adapter, and adapters made of that again.
+- `arguments`: arguments of peft that say what is so anyway.
+- `configs`: what stands in ``peft_config`` for an adapter, and adapters made of that again; `method_config`.
 - `folders`: the folders that the Trainer and peft look for.
+- `schedules`: schedules that nobody drives.
+- `training_state`: what a training knows between steps, beside such a folder.
 - `tuner`: what peft has between its model and the adapted one.
-- `peft_model`: `PeftModel` and `get_peft_model`.
+- `peft_model`: `PeftModel`.
+- `tasks`: peft's classes for tasks, and `get_peft_model`.
+- `auto`: the base and its adapter in one call, as peft's ``AutoPeftModel``.
 """
 
-from peftcore.compat.peft_model import PeftModel, get_peft_model
+from peftcore.compat.auto import (
+    AutoPeftModel,
+    AutoPeftModelForCausalLM,
+    AutoPeftModelForFeatureExtraction,
+    AutoPeftModelForQuestionAnswering,
+    AutoPeftModelForSeq2SeqLM,
+    AutoPeftModelForSequenceClassification,
+    AutoPeftModelForTokenClassification,
+)
+from peftcore.compat.configs import method_config
+from peftcore.compat.peft_model import PeftModel
+from peftcore.compat.tasks import (
+    PeftModelForCausalLM,
+    PeftModelForFeatureExtraction,
+    PeftModelForQuestionAnswering,
+    PeftModelForSeq2SeqLM,
+    PeftModelForSequenceClassification,
+    PeftModelForTokenClassification,
+    get_peft_model,
+)
 
-__all__ = ["PeftModel", "get_peft_model"]
+__all__ = [
+    "AutoPeftModel",
+    "AutoPeftModelForCausalLM",
+    "AutoPeftModelForFeatureExtraction",
+    "AutoPeftModelForQuestionAnswering",
+    "AutoPeftModelForSeq2SeqLM",
+    "AutoPeftModelForSequenceClassification",
+    "AutoPeftModelForTokenClassification",
+    "PeftModel",
+    "PeftModelForCausalLM",
+    "PeftModelForFeatureExtraction",
+    "PeftModelForQuestionAnswering",
+    "PeftModelForSeq2SeqLM",
+    "PeftModelForSequenceClassification",
+    "PeftModelForTokenClassification",
+    "get_peft_model",
+    "method_config",
+]

@@ -13,13 +13,18 @@ from peft import PeftConfig
 from torch import nn
 
 from peftcore.contract.config import MethodConfig
+from peftcore.contract.dropout import turn_off_dropout
 from peftcore.contract.method import Method
-from peftcore.errors import CalibrationError, ConfigError
+from peftcore.contract.operators import _Base
+from peftcore.errors import CalibrationError, ConfigError, TrainingError
 from peftcore.forward.host_state import injections
 from peftcore.injection.applying import apply, check_name, establish, prepare
 from peftcore.injection.injection import Injection
 from peftcore.injection.switching import activate
 from peftcore.surgery.surgeon import Wishes
+
+TASK = "PEFTCORE"
+"""A task for peft's table of classes by tasks, which leads to ours."""
 
 
 @dataclass
@@ -30,11 +35,31 @@ class AdapterConfig(PeftConfig):  # type: ignore[misc]
         kind: the class of its method.
         options: its options.
         wishes: the other arguments with which it was applied; where it was loaded, the places of the file.
+        method: of `method_config`, the method; the three above are None then.
+        arguments: other arguments of `peftcore.apply`.
     """
 
     kind: type[Method] | None = None
     options: MethodConfig | None = None
     wishes: Wishes | None = None
+    method: Any = None
+    arguments: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        """Take a task that peft does not know: by it peft's functions come to ours."""
+        self.task_type = TASK
+
+
+def method_config(method: Any, **arguments: Any) -> AdapterConfig:
+    """Returns a configuration for ``peft_config=`` of trainers that make the model of peft themselves:
+
+        trl.SFTTrainer(model, peft_config=method_config("dora", rank=8), ...)
+
+    Args:
+        method: as `peftcore.apply` takes it.
+        arguments: other arguments of `peftcore.apply`, options of the method among them.
+    """
+    return AdapterConfig(peft_type="PEFTCORE", method=method, arguments=arguments)
 
 
 def config_of(injection: Injection) -> AdapterConfig:
@@ -58,6 +83,8 @@ def apply_beside(model: nn.Module, name: str, method: Any, options: Mapping[str,
         ConfigError: an `AdapterConfig` comes with options, or stands for an adapter that is made of other things.
         CalibrationError: the method of an `AdapterConfig` looks at data first.
     """
+    if isinstance(method, AdapterConfig) and method.method is not None:
+        method, options = method.method, {**(method.arguments or {}), **options}
     if not isinstance(method, AdapterConfig):
         with _nothing_active(model):
             return apply(model, method, name=name, **options)
@@ -99,7 +126,26 @@ def check_same_state(one: Injection, other: Injection) -> None:
             )
 
 
-def dropouts_of(injection: Injection) -> list[str]:
+def drop_nothing(injection: Injection) -> None:
+    """Let an adapter drop nothing in training any more; its options stay what they were.
+
+    Raises:
+        TrainingError: it has options by which it drops something, and nothing that could be turned off.
+    """
+    if not (options := _dropouts_of(injection)):
+        return
+    found = [
+        module.drop_nothing() if isinstance(module, _Base) else turn_off_dropout(module)
+        for _, module in injection.modules()
+    ]
+    if not any(found):
+        raise TrainingError(
+            f"dropout was turned off in the modules of the model, and what {injection.name!r} drops cannot be: apply "
+            f"it with {options[0]}=0, or leave dropout on (disable_dropout=False in TRL)"
+        )
+
+
+def _dropouts_of(injection: Injection) -> list[str]:
     """Returns the options by which an adapter drops something in training."""
     options = [option for each in injection.family() for option in each.config.model_dump().items()]
     return sorted({name for name, value in options if "dropout" in name and value})

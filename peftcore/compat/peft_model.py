@@ -1,4 +1,4 @@
-"""`PeftModel`: peft's class for those who ask for it, around a model that peftcore adapted; and `get_peft_model`."""
+"""`PeftModel`: peft's class for those who ask for it, around a model that peftcore adapted."""
 
 from __future__ import annotations
 
@@ -7,22 +7,25 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import peft
 from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 
-from peftcore.compat.configs import apply_beside, check_same_state, config_of, dropouts_of
+from peftcore.compat.arguments import check_no_more, without_peft_arguments
+from peftcore.compat.configs import AdapterConfig, apply_beside, check_same_state, config_of, drop_nothing
 from peftcore.compat.folders import config_in, save_folder
+from peftcore.compat.schedules import check_driven, has_schedule
+from peftcore.compat.training_state import digests, load_training_state, save_training_state
 from peftcore.compat.tuner import Tuner
 from peftcore.errors import ConfigError, TrainingError, UnsupportedHost
+from peftcore.files.auto_classes import peft_task_of
 from peftcore.files.save_load import load
 from peftcore.forward.host_state import injections, known
 from peftcore.injection.injection import Injection
 from peftcore.injection.switching import activate, route
 from peftcore.layers.fsdp import whole_from
-from peftcore.training.optimizer import scheduled
 
 BASE = "__base__"
 """peft's name for no adapter, in `adapter_names`."""
@@ -48,7 +51,16 @@ class PeftModel(peft.PeftModel):  # type: ignore[misc]
         ConfigError: there is no `peft_config`, and the model has no adapters.
     """
 
+    by_task: ClassVar[dict[str, type[PeftModel]]] = {}
+    """The classes for peft's tasks."""
+
+    def __init_subclass__(cls, task: str | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if task is not None:
+            PeftModel.by_task[task] = cls
+
     def __init__(self, model: nn.Module, peft_config: Any = None, adapter_name: str = ALONE, **options: Any) -> None:
+        options = without_peft_arguments(options)
         if isinstance(model, peft.PeftModel):
             raise UnsupportedHost(
                 "the model is a PeftModel already: add_adapter(name, ...) adds one more; to start anew, give "
@@ -59,13 +71,21 @@ class PeftModel(peft.PeftModel):  # type: ignore[misc]
         nn.Module.__init__(self)
         self._given: dict[str, Any] = {}
         self._last: list[str] = []
+        self._drop_nothing_more: list[Injection] = []
+        self._before: dict[str, dict[str, bytes]] = {}
         self._adapters_disabled = False
         if peft_config is not None:
             apply_beside(model, adapter_name, peft_config, options)
             self._note_config(adapter_name, peft_config)
         self.base_model = Tuner(model)
+        self._note_state()
         if peft_config is not None:
             self.set_adapter(adapter_name)
+
+    @classmethod
+    def for_task(cls, task: str | None) -> type[PeftModel]:
+        """Returns the class for a task of peft: this one, if it is for one already, or there is none."""
+        return PeftModel.by_task.get(task or "", cls) if cls is PeftModel else cls
 
     @classmethod
     def from_pretrained(
@@ -76,17 +96,29 @@ class PeftModel(peft.PeftModel):  # type: ignore[misc]
         is_trainable: bool = False,
         *,
         revision: str | None = None,
+        **options: Any,
     ) -> PeftModel:
         """Returns the model with a saved adapter: whatever `peftcore.load` reads, folders of peft among it.
 
+        Args:
+            model: the model; changed in place.
+            model_id: what `peftcore.load` takes.
+            adapter_name: the adapter's name.
+            is_trainable: whether it trains; otherwise the model is in evaluation mode, as in peft.
+            revision: as of `peftcore.load`.
+            options: arguments of peft that say what is so here.
+
         Raises:
             CheckpointError, HostMismatch, NewerFormat, UnknownMethod, HubError: as `peftcore.load`.
+            ConfigError: an argument of peft says something else.
         """
+        check_no_more(options)
         if isinstance(model, peft.PeftModel):
             raise UnsupportedHost("the model is a PeftModel already: model.load_adapter(folder, name) loads one more")
         load(model, model_id, name=adapter_name, trainable=is_trainable, revision=revision)
-        found = cls(model)
-        found._note_config(adapter_name, config_in(model_id))
+        config = config_in(model_id)
+        found = cls.for_task(task_for(model, config))(model)
+        found._note_config(adapter_name, config)
         found.set_adapter(adapter_name, inference_mode=not is_trainable)
         return found if is_trainable else found.eval()
 
@@ -104,14 +136,14 @@ class PeftModel(peft.PeftModel):  # type: ignore[misc]
         """Returns the model's output head, from whoever asks for it to multiply with its weight, as trainers of TRL do.
 
         Raises:
-            TrainingError: an adapter acts on it, or trains it along, and would be passed over.
+            ConfigError: an adapter acts on it, or trains it along, and would be passed over.
         """
         model: Any = self.get_base_model()
         head: nn.Module | None = model.get_output_embeddings()
         for injection in self.adapters.values():
             for site in (site for graft in injection.grafts for site in graft.holders):
                 if injection.module_at(site.module_path) is head:
-                    raise TrainingError(
+                    raise ConfigError(
                         f"{injection.name!r} is at the output head, {site.module_path}, and who asks for the head "
                         "multiplies with its weight without the adapter: leave the head out of target= and train="
                     )
@@ -151,12 +183,21 @@ class PeftModel(peft.PeftModel):  # type: ignore[misc]
             adapter_names: the adapter of each row; ``"__base__"`` for none.
 
         Raises:
-            TrainingError: in training, an adapter drops something, and somebody turned dropout off.
+            TrainingError: in training, an adapter drops something, and goes on to where somebody turned dropout off; or
+                an optimizer took a step, and nobody took that of a method's schedule.
         """
         if self.training and self.base_model.dropout_is_off:
-            self._check_drops_nothing()
+            self._drop_nothing()
+        if self.training:
+            for injection in self.adapters.values():
+                check_driven(injection)
         with self._routed(adapter_names, 1):
             return self.get_base_model()(*args, **kwargs)
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        """Returns what the adapted model prepares."""
+        model: Any = self.get_base_model()
+        return model.prepare_inputs_for_generation(*args, **kwargs)
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """Returns what the adapted model generates; `adapter_names` as in forward."""
@@ -227,6 +268,7 @@ class PeftModel(peft.PeftModel):  # type: ignore[misc]
             injection.remove()
             raise
         injection.trainable(False)
+        self._note_state()
         self._note_config(adapter_name, peft_config)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -243,7 +285,8 @@ class PeftModel(peft.PeftModel):  # type: ignore[misc]
             raise ConfigError(f"{adapter_name!r} is the last adapter: model.unload() returns the model without any")
         acted = self.active_adapters == [adapter_name]
         injection.remove()
-        self._given.pop(adapter_name, None)
+        for noted in (self._given, self._before):
+            noted.pop(adapter_name, None)
         if acted:
             warnings.warn(f"{adapter_name!r} was active and is deleted; {others[0]!r} acts now", stacklevel=2)
             self.set_adapter(others[0])
@@ -255,6 +298,7 @@ class PeftModel(peft.PeftModel):  # type: ignore[misc]
         is_trainable: bool = False,
         *,
         revision: str | None = None,
+        **options: Any,
     ) -> Any:
         """Load an adapter, which does not act until `set_adapter`; or, under the name of one that is there, its values
         into that, as the Trainer does to resume.
@@ -265,26 +309,32 @@ class PeftModel(peft.PeftModel):  # type: ignore[misc]
             is_trainable: whether it trains; of one that is there nothing changes. Otherwise the model is in evaluation
                 mode afterwards, as in peft.
             revision: as of `peftcore.load`.
+            options: arguments of peft that say what is so here.
 
         Raises:
             CheckpointError, HostMismatch, NewerFormat, UnknownMethod, HubError: as `peftcore.load`.
+            ConfigError: an argument of peft says something else.
             SwapError: an adapter of the name is there, of another method, with other options or elsewhere.
-            TrainingError: it is there, trains, and has a schedule, which values alone do not resume.
+            TrainingError: it is there, trains, and has a schedule, and the folder has values alone.
 
         Returns:
             What torch returns when it loads a state dict: no keys are missing, and none are unexpected.
         """
+        check_no_more(options)
         there = self.adapters.get(adapter_name)
         if there is not None:
-            if is_trainable and any(True for _ in scheduled(there)):
-                raise TrainingError(
-                    f"{there.method.name} has a schedule, and what it knows between steps is in no adapter's folder: "
-                    "to resume, give the Trainer the adapted model itself, with PeftcoreCallback"
-                )
-            there.swap(model_id, revision=revision)
+            if not (is_trainable and load_training_state(there, Path(model_id))):
+                if is_trainable and has_schedule(there):
+                    raise TrainingError(
+                        f"{there.method.name} has a schedule, and what it knows between steps is not in {model_id}, "
+                        "which was not written while it trained: to train on from its values, "
+                        "PeftModel.from_pretrained(model, folder, is_trainable=True)"
+                    )
+                there.swap(model_id, revision=revision)
         else:
             model = self.get_base_model()
             load(model, model_id, name=adapter_name, trainable=is_trainable, active=False, revision=revision)
+            self._note_state()
             self._note_config(adapter_name, config_in(model_id))
         if not is_trainable:
             self.eval()
@@ -299,7 +349,8 @@ class PeftModel(peft.PeftModel):  # type: ignore[misc]
         safe_serialization: bool = True,
     ) -> None:
         """Write the adapters: ``default`` into the folder, others into folders of their names in it; in peft's format,
-        or, where that cannot hold one, in ours. Both are read by `from_pretrained`, and by `peftcore.load`.
+        or, where that cannot hold one, in ours. Both are read by `from_pretrained`, and by `peftcore.load`. Of one that
+        trains, what it knows between steps lies beside it, where it has a schedule or draws anew in each step.
 
         Args:
             save_directory: the folder.
@@ -322,7 +373,9 @@ class PeftModel(peft.PeftModel):  # type: ignore[misc]
         with whole_from(self, state_dict, wanted):
             for name in names if is_main_process else ():
                 folder = Path(save_directory)
-                save_folder(state.injections[name], folder if name == ALONE else folder / name)
+                folder = folder if name == ALONE else folder / name
+                save_folder(state.injections[name], folder)
+                save_training_state(state.injections[name], folder, self._before.get(name, {}))
 
     def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = True) -> None:
         """Merge adapters into the weights, until `unmerge_adapter`; all or none.
@@ -382,13 +435,18 @@ class PeftModel(peft.PeftModel):  # type: ignore[misc]
         """Raises ConfigError: there are no layers of peft."""
         self.get_layer_status()
 
-    def _check_drops_nothing(self) -> None:
+    def _note_state(self) -> None:
+        """Note what state between steps is like at first, to see whether it changes."""
         for name, injection in self.adapters.items():
-            if injection.active and (options := dropouts_of(injection)):
-                raise TrainingError(
-                    f"dropout was turned off in the modules of the model, and that of {name!r} is none of these: apply "
-                    f"it with {options[0]}=0, or leave dropout on (disable_dropout=False in TRL)"
-                )
+            if name not in self._before:
+                self._before[name] = digests(injection)
+
+    def _drop_nothing(self) -> None:
+        """Turn off the dropout of adapters too, whose probabilities need not be in modules of torch."""
+        for injection in self.adapters.values():
+            if injection.active and not any(each is injection for each in self._drop_nothing_more):
+                drop_nothing(injection)
+                self._drop_nothing_more.append(injection)
 
     def _named(self, names: Sequence[str] | None) -> list[Injection]:
         state = known(self.get_base_model(), names or [])
@@ -401,7 +459,7 @@ class PeftModel(peft.PeftModel):  # type: ignore[misc]
 
     def _note_config(self, name: str, config: Any) -> None:
         """Note the configuration with which an adapter was made, if it is one."""
-        if isinstance(config, peft.PeftConfig):
+        if isinstance(config, peft.PeftConfig) and not (isinstance(config, AdapterConfig) and config.method):
             self._given[name] = config
 
     @contextmanager
@@ -420,19 +478,12 @@ class PeftModel(peft.PeftModel):  # type: ignore[misc]
             yield
 
 
-def get_peft_model(model: nn.Module, peft_config: Any, adapter_name: str = ALONE, **options: Any) -> PeftModel:
-    """Returns a model of peft around a model that is adapted in place, by any method:
-
-        model = get_peft_model(model, "dora", rank=8)
-        model = get_peft_model(model, peft.LoraConfig(r=8))
-
-    Args:
-        model: the model; changed in place.
-        peft_config: a method, as `peftcore.apply` takes it, or a configuration of peft.
-        adapter_name: the adapter's name.
-        options: other arguments of `peftcore.apply`.
-
-    Raises:
-        PeftcoreError: as `peftcore.apply`; the model was not changed.
-    """
-    return PeftModel(model, peft_config, adapter_name, **options)
+def task_for(model: nn.Module, peft_config: Any) -> str | None:
+    """Returns peft's name of the task of a model: what its configuration of peft says, or its own class."""
+    if isinstance(peft_config, peft.PeftConfig) and not isinstance(peft_config, AdapterConfig):
+        return (
+            None
+            if peft_config.task_type is None
+            else str(getattr(peft_config.task_type, "value", peft_config.task_type))
+        )
+    return peft_task_of(model)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from peftcore.contract.dropout import turn_off_dropout
 from peftcore.errors import NotMergeable, NoWeights, TrainingError
 
 if TYPE_CHECKING:
@@ -155,6 +156,16 @@ class _Base(Checked):
                 f"{type(self).__name__}: its values are offloaded, and it reads them where nothing is called that "
                 "would bring them back: offload the model first, and apply then"
             )
+
+    def drop_nothing(self) -> bool:
+        """Drop nothing in training any more, as where dropout of the whole model is turned off. An operator overrides
+        it whose probabilities are neither dropout modules of torch nor attributes called ``dropout`` or
+        ``input_dropout``.
+
+        Returns:
+            Whether there is anything of the kind.
+        """
+        return turn_off_dropout(self)
 
     def factors(self) -> Factors | None:
         """Returns the low-rank factors, where the update is low-rank, for export, routing and adapter algebra;

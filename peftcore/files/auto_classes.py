@@ -75,3 +75,13 @@ def task_of(model: nn.Module) -> str:
         return ""
     found = {AUTO_CLASSES[auto][1] for auto in auto_classes(model.config, plain_class(model).__name__)} - {""}
     return found.pop() if len(found) == 1 else ""
+
+
+def peft_task_of(model: nn.Module) -> str | None:
+    """Returns peft's name of the task of a model, such as "CAUSAL_LM"; None where it has none."""
+    transformers = sys.modules.get("transformers")
+    if transformers is None or not isinstance(model, transformers.PreTrainedModel):
+        return None
+    named = {auto: task for task, auto in TASKS.items()}
+    found = auto_classes(model.config, plain_class(model).__name__)
+    return next((named[auto] for auto in found if auto in named), None)

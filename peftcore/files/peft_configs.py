@@ -59,7 +59,18 @@ def twin(model: nn.Module, copied: bool = False) -> nn.Module:
     or gives them other data changes the copy alone; with `copied`, over memory of their own, for what writes to it."""
     memo: dict[int, Any] = {}
     for parameter in () if copied else model.parameters():
-        memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
+        memo[id(parameter)] = _beside(parameter)
     for buffer in () if copied else model.buffers():
         memo[id(buffer)] = buffer.detach()
     return copy.deepcopy(model, memo)
+
+
+def _beside(parameter: nn.Parameter) -> nn.Parameter:
+    """Returns another parameter over the same memory: of the same class, with all that one of a class of its own has
+    beside its values, such as the scales of a quantized weight."""
+    kind = type(parameter)
+    if kind is nn.Parameter or not issubclass(kind, nn.Parameter):
+        return nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
+    other = torch.Tensor._make_subclass(kind, parameter.data, parameter.requires_grad)
+    vars(other).update(vars(parameter))
+    return other

@@ -31,6 +31,7 @@ class AppliedMethod(ABC):
         method: the method.
         config: its options.
         grafts: the operators, each with its sites.
+        steps_taken: which step the method's schedule saw last, if it has one.
     """
 
     def __init__(self, name: str, surgeon: Surgeon) -> None:
@@ -39,6 +40,7 @@ class AppliedMethod(ABC):
         self.method: Method = surgeon.method
         self.config: MethodConfig = surgeon.config
         self.grafts: list[Graft] = surgeon.grafts
+        self.steps_taken = 0
         self._surgeon = surgeon
 
     @property

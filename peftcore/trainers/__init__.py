@@ -3,6 +3,7 @@
 It may import `fleets`, and what is below. In the order of reading:
 
 - `checkpoints`: what the Trainer of transformers writes of an adapted model.
+- `beside`: what a checkpoint lacks that a Trainer writes in a way of its own.
 - `callback`: the Trainer's callback.
 - `trainer`: the Trainer itself, wherever its loss is computed.
 - `per_example`: gradients of single examples, for differential privacy.

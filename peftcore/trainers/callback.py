@@ -26,6 +26,8 @@ from peftcore.forward.admission import Admitted, await_trainer, has_trainer
 from peftcore.forward.instance_methods import give_methods_back, replace_methods
 from peftcore.injection.applied import AppliedMethod
 from peftcore.injection.injection import Injection
+from peftcore.layers.fsdp import is_sharded
+from peftcore.trainers.beside import of_run, read_beside, save_beside
 from peftcore.trainers.checkpoints import (
     Held,
     digest,
@@ -44,7 +46,8 @@ from peftcore.training.optimizer import MethodOptimizer, gradient_rules, schedul
 class PeftcoreCallback(transformers.TrainerCallback):
     """A callback for the Trainer of a model that was adapted in place.
 
-    * Checkpoints hold trained tensors and those of adapters, not the frozen base; they resume exactly.
+    * Checkpoints hold trained tensors and those of adapters, not the frozen base; they resume exactly. Where a Trainer
+      saves models in a way of its own (sentence-transformers), these tensors lie beside what it writes.
     * ``trainer.save_model(folder)`` writes the base without adapters, and the adapter beside it: `peftcore.load` reads
       it from the folder. Checkpoints and folders that are pushed have it too. That is so for models of transformers; of
       others the file that the Trainer writes holds all there is, and `Injection.save` writes the adapter.
@@ -112,7 +115,7 @@ class PeftcoreCallback(transformers.TrainerCallback):
         self._told = tell_run(model, self)
         self._own = optimizer.injection if isinstance(optimizer, MethodOptimizer) else None
         if state.global_step:
-            self._check_read(model)
+            self._check_read(model, of_run(args, state, optimizer))
         self._training = training(model)
         for injection in self._training:
             if injection is not self._own:
@@ -185,12 +188,16 @@ class PeftcoreCallback(transformers.TrainerCallback):
         self._disarm(self._evaluating)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Restore the model: the checkpoint is written. Adapters are put into it where a Trainer saves the model in a
-        way of its own (sentence-transformers), and left them out."""
+        """Restore the model: the checkpoint is written. What it is to hold is put into it where a Trainer saves the
+        model in a way of its own (sentence-transformers), and left that out."""
         self._disarm()
-        folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
+        model, folder = kwargs["model"], Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
         if state.is_world_process_zero and folder.is_dir() and not any(folder.rglob("adapter.json")):
-            save_adapters(kwargs["model"], folder)
+            save_adapters(model, folder)
+            if not is_sharded(model):
+                whole = model.state_dict()
+                self.keep(model, whole)
+                save_beside(whole, folder)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Restore the model: no checkpoint came."""
@@ -209,7 +216,7 @@ class PeftcoreCallback(transformers.TrainerCallback):
         self._disarm()
         tell_run(kwargs["model"], None)
         self._stop_waiting()
-        self._check_read(kwargs["model"])
+        self._check_read(kwargs["model"], state.best_model_checkpoint and Path(state.best_model_checkpoint))
 
     def on_push_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the adapters into the folder that is pushed: of a checkpoint, the Trainer copies only its own files."""
@@ -258,8 +265,13 @@ class PeftcoreCallback(transformers.TrainerCallback):
                     held.buffer.copy_(state_dict.pop(held.key))
 
         def without_frozen(module: nn.Module, keys: Any) -> None:
-            if frozen.isdisjoint(self._read or ()):
-                keys.missing_keys[:] = [key for key in keys.missing_keys if key not in frozen]
+            read, ours = self._read or set(), keys_of(model, within(model))
+            passed = frozen if frozen.isdisjoint(read) else set()
+            if ours.isdisjoint(
+                read
+            ):  # what another way of saving leaves out lies beside it, and is read as training begins
+                passed = passed | ours
+            keys.missing_keys[:] = [key for key in keys.missing_keys if key not in passed]
 
         self._hooks = [
             model.register_load_state_dict_pre_hook(take_state),  # type: ignore[no-untyped-call]
@@ -272,18 +284,20 @@ class PeftcoreCallback(transformers.TrainerCallback):
             handle.remove()
         self._hooks = []
 
-    def _check_read(self, model: nn.Module) -> None:
+    def _check_read(self, model: nn.Module, folder: Path | None) -> None:
         """Check that the checkpoint, if one was read, had all tensors of the adapters that train, and what their
-        schedules know."""
+        schedules know; of one that has none of them, read what lies beside it in its folder."""
         if self._read is None:
             return
+        if folder is not None and keys_of(model, within(model)).isdisjoint(self._read):
+            self._read |= read_beside(model, folder)
         state = [held for held in state_between_steps(model) if any(True for _ in scheduled(held.injection))]
         wanted = {held.key for held in state if self._wanted(held)}.union(keys_of(model, training(model)))
         if lacking := sorted(wanted - self._read):
             raise TrainingError(
                 f"the checkpoint lacks {len(lacking)} tensors of adapters, such as {lacking[0]}: it is one of other "
-                "adapters, or was written by a Trainer without PeftcoreCallback, or by one that saves models in a way "
-                "of its own (sentence-transformers); peftcore.load reads the adapter in its folder, for a new training"
+                "adapters, or was written by a Trainer without PeftcoreCallback; or by one that saves models in a way "
+                "of its own (sentence-transformers), and then it has to lie in output_dir, as it was written"
             )
 
     def _disarm(self, evaluating: bool = False) -> None:

@@ -298,6 +298,7 @@ def take_steps(family: Iterable[AppliedMethod], step: int, total: int) -> None:
     for each in family:
         with gathered(each.model, each.parameters):
             each.method.on_step(each, step, total)
+        each.steps_taken = step
 
 
 def scheduled(injection: Injection) -> Iterator[AppliedMethod]:

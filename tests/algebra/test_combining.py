@@ -153,6 +153,48 @@ def test_a_lora_of_given_factors() -> None:
         peftcore.lora_of(model, {"first": (sites["first"], factors["first"])}, "made")
 
 
+def fills(lora: Injection, path: str, rank: int) -> bool:
+    """Whether a LoRA has that rank at a site, and each of its ranks trains: a factor of it gets a gradient."""
+    operator = lora.operators[path]
+    of_A, of_B = operator.A.grad.flatten(1).norm(dim=1), operator.B.grad.norm(dim=0)
+    return len(of_A) == rank and bool((of_A + of_B > 1e-3).all())
+
+
+@pytest.mark.parametrize("method", ["lora", "attention_only"])
+def test_ranks_that_a_change_does_not_need_add_nothing_and_train(method: str) -> None:
+    """Of the factors of an adapter, and of a change whose other singular values are rounding."""
+    model = host()
+    model.first.bias = None
+    source = applied(model, method, "source", 1, **({"rank": 1} if method == "lora" else {"target": ["first"]}))
+    if method != "lora":
+        with torch.no_grad():
+            next(iter(source.parameters())).copy_(model.first.weight + drawn(6, 1) @ drawn(1, 4))
+    change, expected = peftcore.deltas(source), outputs(model, "source")
+    lora, errors = peftcore.to_lora(source, 4)
+    assert close(outputs(model, "source_lora"), expected, 1e-12) and max(errors.values()) < 1e-12
+    assert all(close(delta, change[path], 1e-12) for path, delta in peftcore.deltas(lora).items())
+    lora.trainable(True)
+    (model(X) ** 3).sum().backward()
+    assert all(fills(lora, path, 4) for path in change)
+
+
+def test_a_site_of_a_lower_rank_than_the_others_trains_at_all_ranks() -> None:
+    model = host()
+    applied(model, "lora", "a", 1, rank=3)
+    applied(model, "lora", "b", 2, rank=2, target=["second"])
+    both = peftcore.combine(model, {"a": 1.0, "b": 1.0})
+    both.trainable(True)
+    (model(X) ** 3).sum().backward()
+    assert fills(both, "first", 5) and fills(both, "second", 5)
+
+    words = nn.Sequential(nn.Embedding(6, 4), nn.Linear(4, 3)).double()
+    source = applied(words, [{"method": "lora", "target": ["0"], "rank": 1}], "a", 1, target=None)
+    lora, _ = peftcore.to_lora(source, 3)
+    lora.trainable(True)
+    words(torch.arange(6)).sum().backward()
+    assert fills(lora, "0", 3)
+
+
 def test_every_kind_of_weight_becomes_a_lora() -> None:
     """Rows of a fused projection that is stored the other way round, a table trained in place, a convolution."""
     from transformers import GPT2Config, GPT2Model

@@ -151,3 +151,55 @@ def test_without_weights_only_what_needs_none_is_written(tmp_path: Path) -> None
         model = llama()
     with pytest.raises(NoWeights, match="takes the weights of the model"):
         export(peftcore.load(model, tmp_path / "dora"), tmp_path / "b", reader_named("vllm"), rank=4)
+
+
+@pytest.mark.parametrize(
+    ("target", "filled"),
+    [
+        (["q_proj"], ["v_proj"]),
+        (["k_proj", "o_proj"], ["q_proj", "v_proj"]),
+        (["v_proj", "up_proj"], ["q_proj", "gate_proj"]),
+        (["q_proj", "v_proj", "down_proj"], []),
+    ],
+)
+def test_modules_that_one_program_stacks_are_all_there(target: list[str], filled: list[str], tmp_path: Path) -> None:
+    """What was not adapted has an update of zero: what peft and a server compute is what the adapter does."""
+    model = llama(num_key_value_heads=1)
+    injection = noisy(model, "lora", target=target, rank=3)
+    ours = logits(model)
+    done = export(injection, tmp_path / "a", reader_named("sglang"))
+    assert {path.rpartition(".")[2] for path in done.filled} == set(filled) and len(done.filled) == 2 * len(filled)
+    assert done.how == ("as a LoRA" if filled else "as it is") and done.report.as_trained
+    assert check(tmp_path / "a", reader_named("sglang")).as_trained
+    read = peft.PeftModel.from_pretrained(
+        llama(num_key_value_heads=1), str(tmp_path / "a"), autocast_adapter_dtype=False
+    )
+    assert close(logits(read.eval()), ours) and not close(logits(llama(num_key_value_heads=1)), ours)
+    for name, value in read.state_dict().items():
+        if "lora_" in name and any(f".{leaf}." in name for leaf in filled):
+            assert bool(value.any()) == ("lora_A" in name) and 3 in value.shape
+    assert export(injection, tmp_path / "b", reader_named("vllm")).filled == ()
+    assert list(peftcore.injections(model)) == [injection.name] and close(logits(model), ours)
+
+
+def test_a_kind_of_module_is_adapted_in_all_blocks_for_tgi(tmp_path: Path) -> None:
+    model = llama()
+    injection = noisy(model, "lora", target=["q_proj", "model.layers.1.mlp.up_proj"], rank=2)
+    done = export(injection, tmp_path / "a", reader_named("tgi"))
+    assert done.filled == ("model.layers.0.mlp.up_proj",) and done.how == "as a LoRA"
+    assert close(as_peft(tmp_path / "a"), logits(model)) and close(as_a_server(tmp_path / "a"), logits(model))
+
+
+def test_what_is_projected_is_filled_too(tmp_path: Path) -> None:
+    model = llama()
+    injection = noisy(model, "dora", target=["q_proj"])
+    done = export(injection, tmp_path / "a", reader_named("sglang"), rank=16)
+    assert done.how == "projected" and len(done.filled) == 2 and set(done.errors) == set(peftcore.deltas(injection))
+    assert torch.allclose(as_peft(tmp_path / "a"), logits(model), rtol=1e-4, atol=1e-6)
+
+
+def test_a_model_without_the_other_module_is_refused(tmp_path: Path) -> None:
+    model = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"q_proj": nn.Linear(4, 4)})])}).double()
+    with pytest.raises(ExportError, match=r"without v_proj.*one of them is missing"):
+        export(noisy(model, "lora", target=["q_proj"]), tmp_path / "a", reader_named("sglang"))
+    assert not list(tmp_path.iterdir())

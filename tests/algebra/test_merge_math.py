@@ -115,6 +115,21 @@ def test_factors_side_by_side_are_the_sum_and_svd_knows_its_error(
         assert (error < 1e-12) == (rank >= 5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("side", [6, 300])
+def test_columns_that_are_rounding_alone_are_cut_and_no_others(dtype: torch.dtype, side: int) -> None:
+    delta = torch.stack([(drawn(side, rank) @ drawn(rank, side, seed=3)).to(dtype) for rank in (2, 3)])
+    factors, _ = algebra.svd(delta, 6, 1)
+    cut = algebra.trimmed(factors)
+    assert factors[1].shape[-1] == 6 and cut[0].shape == (2, 3, side) and cut[1].shape == (2, side, 3)
+    lost = torch.linalg.vector_norm(algebra.product(cut) - delta) / torch.linalg.vector_norm(delta)
+    assert float(lost) < 20 * torch.finfo(dtype).eps
+    small = torch.diag(torch.tensor([1.0, 100 * torch.finfo(dtype).eps], dtype=dtype))
+    assert algebra.trimmed(algebra.svd(small, 2)[0])[1].shape[-1] == 2
+    nothing = algebra.trimmed(algebra.svd(torch.zeros_like(delta), 2, 1)[0])
+    assert nothing[0].shape == (2, 0, side) and nothing[1].shape == (2, side, 0)
+
+
 def test_the_nearest_in_outputs_is_the_nearest_of_the_whitened_matrix() -> None:
     x, delta = drawn(40, 7, seed=1) * torch.linspace(0.1, 3, 7), drawn(9, 7, seed=2)
     root = torch.linalg.cholesky(x.T @ x / len(x))  # another root of the moment than the one of its eigenvectors

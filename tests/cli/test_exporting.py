@@ -52,6 +52,17 @@ def test_export_writes_what_check_finds_to_be_read(name: str) -> None:
     assert set(data["files"]) == {f"out/{path.name}" for path in Path("out").iterdir()}
 
 
+def test_export_says_which_modules_it_adapts_beside_the_others() -> None:
+    noisy(llama(), "lora", target=["q_proj"]).save("a", format="peft")
+    checked = run("check", "a", "--for", "sglang")
+    assert checked.exit_code == 1 and "peftcore export adapts v_proj too" in " ".join(checked.stdout.split())
+    command = ("export", "a", "out", "--for", "sglang", "--model", "base")
+    data = json.loads(run(*command, "--json").stdout)
+    assert data["filled"] == [f"model.layers.{block}.self_attn.v_proj" for block in (0, 1)]
+    shown = " ".join(run(*command, "--overwrite").stdout.split())
+    assert "self_attn.v_proj, by an update of zero" in shown and run("check", "out", "--for", "sglang").exit_code == 0
+
+
 def test_what_needs_a_projection_is_refused_until_there_is_one() -> None:
     model = llama()
     noisy(model, "dora").save("a")

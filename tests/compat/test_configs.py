@@ -5,7 +5,7 @@ import torch
 from training_hosts import host, inputs
 
 import peftcore
-from peftcore.errors import CalibrationError, ConfigError
+from peftcore.errors import CalibrationError, ConfigError, TrainingError
 
 peft = pytest.importorskip("peft")
 configs = pytest.importorskip("peftcore.compat.configs")
@@ -51,8 +51,52 @@ def test_state_that_is_no_parameter_is_compared() -> None:
         configs.check_same_state(longer, peftcore.apply(model, "lora", name="shorter", rank=2))
 
 
-def test_dropouts_are_found_in_parts_too() -> None:
+DROPS: list[tuple[object, dict[str, float]]] = [
+    ("lora", {"dropout": 0.5}),
+    ("dora", {"dropout": 0.5}),
+    ("loha", {"rank_dropout": 0.5, "module_dropout": 0.5}),
+    ("prefix_tuning", {"dropout": 0.5}),
+    ("tiny_attention_adapter", {"dropout": 0.5}),
+    ([{"method": "lora", "dropout": 0.5, "target": ["q_proj"]}, {"method": "hira", "target": ["v_proj"]}], {}),
+]
+
+
+@pytest.mark.parametrize(("method", "options"), DROPS, ids=str)
+def test_dropout_is_turned_off_wherever_an_operator_has_it(method: object, options: dict[str, float]) -> None:
+    model = host("llama").train()
+    injection = peftcore.apply(model, method, **options)  # type: ignore[arg-type]
+    torch.manual_seed(3)
+    for parameter in injection.parameters():
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    given = inputs("llama")
+
+    def output(seed: int) -> torch.Tensor:
+        torch.manual_seed(seed)
+        found: torch.Tensor = model(**given).logits
+        return found
+
+    assert not torch.equal(output(1), output(2))
+    configs.drop_nothing(injection)
+    found = output(1)
+    assert torch.equal(found, output(2))
+    torch.testing.assert_close(found, model.eval()(**given).logits, rtol=1e-5, atol=1e-6)
+
+
+def test_dropout_that_cannot_be_turned_off_is_refused() -> None:
     model = host("llama")
-    both = peftcore.apply(model, [{"method": "lora", "dropout": 0.1}, {"method": "hira", "dropout": 0.0}])
-    assert configs.dropouts_of(both) == ["dropout"]
-    assert configs.dropouts_of(peftcore.apply(model, "lora", name="plain")) == []
+    injection = peftcore.apply(model, "oft", block_dropout=0.5)
+    with pytest.raises(TrainingError, match="block_dropout=0"):
+        configs.drop_nothing(injection)
+
+
+def test_a_configuration_of_any_method_comes_through_peft_s_own_function() -> None:
+    compat = pytest.importorskip("peftcore.compat")
+    config = compat.method_config("dora", rank=3, target=["q_proj"])
+    assert isinstance(config, peft.PeftConfig)
+    model = peft.get_peft_model(host("llama"), config)  # as trainers call it
+    assert isinstance(model, compat.PeftModelForCausalLM)
+    injection = model.adapters["default"]
+    assert injection.method.name == "dora" and injection.config.rank == 3
+    assert {site.path.split(".")[-1] for site in injection.sites} == {"q_proj"}
+    with pytest.raises(ConfigError, match="dtype="):
+        peft.get_peft_model(host("llama"), config, autocast_adapter_dtype=False)

@@ -160,3 +160,35 @@ def test_a_twin_shares_memory_and_nothing_else() -> None:
     theirs.requires_grad_(False)
     theirs.data = torch.zeros(1)
     assert weight.requires_grad and weight.dim() == 2
+
+
+class Packed(nn.Parameter):
+    """A parameter of a class of its own, as bitsandbytes has for quantized weights."""
+
+    scales: torch.Tensor
+
+
+def test_a_twin_keeps_what_a_parameter_has_beside_its_values() -> None:
+    model = nn.Linear(3, 2)
+    model.weight = torch.Tensor._make_subclass(Packed, torch.arange(6).reshape(2, 3), False)
+    model.weight.scales = torch.ones(2)
+    found = twin(model).weight
+    assert type(found) is Packed and found is not model.weight
+    assert found.scales is model.weight.scales and found.data_ptr() == model.weight.data_ptr()
+    found.scales = torch.zeros(2)
+    assert model.weight.scales.all()
+
+
+def test_a_configuration_adapts_a_base_that_bitsandbytes_quantized() -> None:
+    bnb = pytest.importorskip("bitsandbytes")
+    model, inputs = host()
+    plain = model.get_submodule("model.layers.0.self_attn")
+    packed = bnb.nn.Linear4bit(*plain.q_proj.weight.shape[::-1], bias=False, compute_dtype=torch.float32)
+    packed.load_state_dict(plain.q_proj.state_dict())
+    plain.q_proj = packed.to("cpu")  # which quantizes it
+    before = model(**inputs).logits
+    injection = peftcore.apply(model, peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    assert len(injection.grafts) == len(model.get_submodule("model.layers"))
+    assert not torch.allclose(model(**inputs).logits, before)
+    injection.remove()
+    assert torch.equal(model(**inputs).logits, before)

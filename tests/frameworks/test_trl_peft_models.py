@@ -12,13 +12,16 @@ import torch
 from torch import Tensor
 from training_hosts import host
 
+import peftcore
 from peftcore.errors import ConfigError, SwapError, TrainingError
+from peftcore.training.optimizer import transient
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
 trl = pytest.importorskip("trl", reason="TRL is not installed")
 datasets = pytest.importorskip("datasets", reason="datasets, which TRL reads, is not installed")
 transformers = pytest.importorskip("transformers")
 compat = pytest.importorskip("peftcore.compat")
+training_state = pytest.importorskip("peftcore.compat.training_state")
 
 CONFIG = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"])
 
@@ -53,7 +56,15 @@ def even_words(completions: list[str], **_: Any) -> list[float]:
     return [sum(int(word[1:]) % 2 == 0 for word in each.split() if word[1:].isdigit()) for each in completions]
 
 
-def train(kind: str, model: Any, folder: Path, resume: bool = False, **changes: Any) -> list[dict[str, float]]:
+def train(
+    kind: str,
+    model: Any,
+    folder: Path,
+    resume: bool = False,
+    peft_config: Any = None,
+    callbacks: Any = None,
+    **changes: Any,
+) -> list[dict[str, float]]:
     """Train in three steps; what was logged in each."""
     given = {
         "output_dir": str(folder),
@@ -73,6 +84,8 @@ def train(kind: str, model: Any, folder: Path, resume: bool = False, **changes: 
         args=getattr(trl, f"{kind}Config")(**{**given, **EXTRA.get(kind, {}), **changes}),
         train_dataset=datasets.Dataset.from_list(DATA[kind]),
         processing_class=tokenizer(),
+        peft_config=peft_config,
+        callbacks=callbacks,
         **({"reward_funcs": even_words} if kind == "GRPO" else {}),
     )
     torch.manual_seed(5)
@@ -220,7 +233,7 @@ def test_an_adapter_of_the_head_that_the_trainer_would_pass_over_is_refused(
     kind: str, options: dict[str, Any], tmp_path: Path
 ) -> None:
     model = compat.get_peft_model(base(), "lora", **options)
-    with pytest.raises(TrainingError, match="lm_head"):
+    with pytest.raises(ConfigError, match="lm_head"):
         train(kind, model, tmp_path)
 
 
@@ -232,21 +245,61 @@ def test_the_head_of_a_reward_model_trains_along(tmp_path: Path) -> None:
     assert all(not torch.equal(value, start[key]) for key, value in adapter_values(model).items())
 
 
+ADALORA = {"rank": 4, "target_rank": 1, "warmup": 1, "final": 1, "interval": 1, "seed": 1}
+
+
+def test_a_schedule_resumes_exactly(tmp_path: Path) -> None:
+    def values(resume: bool) -> dict[str, Tensor]:
+        model = compat.get_peft_model(base(), "adalora", **ADALORA)
+        callbacks = [peftcore.training.PeftcoreCallback()]
+        train("SFT", model, tmp_path, resume=resume, callbacks=callbacks, max_steps=5)
+        between = {f"between {name}": value.clone() for name, value in transient(model.adapters["default"])}
+        return adapter_values(model) | between
+
+    whole, resumed = values(False), values(True)
+    assert whole.keys() == resumed.keys() and any((value == 0).any() for key, value in whole.items() if "E" in key)
+    for key, value in whole.items():
+        assert torch.equal(resumed[key], value), key
+
+
 def test_a_schedule_is_not_resumed_by_values_alone(tmp_path: Path) -> None:
-    train("SFT", compat.get_peft_model(base(), "adalora"), tmp_path)
+    callbacks = [peftcore.training.PeftcoreCallback()]
+    train("SFT", compat.get_peft_model(base(), "adalora", **ADALORA), tmp_path, max_steps=5, callbacks=callbacks)
+    (tmp_path / "checkpoint-2" / training_state.FILE).unlink()
     with pytest.raises(TrainingError, match="schedule"):
-        train("SFT", compat.get_peft_model(base(), "adalora"), tmp_path, resume=True)
+        train("SFT", compat.get_peft_model(base(), "adalora", **ADALORA), tmp_path, resume=True, max_steps=5)
+
+
+def test_a_schedule_that_nobody_drives_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="PeftcoreCallback"):
+        train("SFT", compat.get_peft_model(base(), "adalora", **ADALORA), tmp_path)
+
+
+def test_the_dropout_of_an_adapter_is_turned_off_with_that_of_the_model(tmp_path: Path) -> None:
+    def losses(name: str, dropout: float, **changes: Any) -> list[float]:
+        model = compat.get_peft_model(base(), peft.LoraConfig(**{**CONFIG.to_dict(), "lora_dropout": dropout}), seed=1)
+        noisy(model)
+        return [each["loss"] for each in train("DPO", model, tmp_path / name, **changes)]
+
+    plain = losses("plain", 0.0)
+    assert losses("off", 0.3) == plain
+    assert losses("on", 0.3, disable_dropout=False) != plain
 
 
 def test_a_dropout_that_a_trainer_cannot_turn_off_is_refused(tmp_path: Path) -> None:
-    given = {**CONFIG.to_dict(), "lora_dropout": 0.3}
-    for method in ("lora", peft.LoraConfig(**given)):
-        options = {"dropout": 0.3} if method == "lora" else {}
-        model = compat.get_peft_model(base(), method, **options)
-        with pytest.raises(TrainingError, match="disable_dropout=False"):
-            train("DPO", model, tmp_path)
-        train("DPO", compat.get_peft_model(base(), method, **options), tmp_path, disable_dropout=False)
-        train("SFT", compat.get_peft_model(base(), method, **options), tmp_path)
+    model = compat.get_peft_model(base(), "oft", block_dropout=0.3)
+    with pytest.raises(TrainingError, match="disable_dropout=False"):
+        train("DPO", model, tmp_path)
+    train("DPO", compat.get_peft_model(base(), "oft", block_dropout=0.3), tmp_path, disable_dropout=False)
+
+
+@pytest.mark.parametrize("kind", DATA)
+def test_a_trainer_takes_the_configuration_of_any_method(kind: str, tmp_path: Path) -> None:
+    def losses(name: str, model: Any, **more: Any) -> list[float]:
+        return [each["loss"] for each in train(kind, model, tmp_path / name, **more)]
+
+    given = losses("given", compat.get_peft_model(base(kind), "dora", rank=4, seed=1))
+    assert losses("made", base(kind), peft_config=compat.method_config("dora", rank=4, seed=1)) == given
 
 
 @pytest.mark.parametrize("method", ["dora", "houlsby_adapter", "ia3", "oft", "prefix_tuning", "prompt_tuning", "vera"])

@@ -208,6 +208,7 @@ def export_data(done: ForReader) -> dict[str, Any]:
         "rank": done.done.rank,
         "largest_error": done.done.error,
         "errors": done.done.errors,
+        "filled": list(done.done.filled),
         "files": list(done.files),
         "read": report_data(done.done.report),
     }
@@ -226,11 +227,17 @@ def show_export(done: ForReader, console: Console) -> None:
     }[written.how]
     facts = {
         "written": f"{what}, for {report.reader.name} {report.reader.version}",
+        "filled": _filled(written.filled),
         "needs": report.needs,
         "files": ", ".join(done.files),
         **{f"note {number}": note for number, note in enumerate(report.reader.notes, 1)},
     }
     console.print(_facts(facts))
+
+
+def _filled(paths: Sequence[str]) -> str:
+    more = f" and {len(paths) - 2:,} more" if len(paths) > 2 else ""
+    return f"{', '.join(paths[:2])}{more}, by an update of zero, beside which the others are read" if paths else ""
 
 
 def _method(about: Description) -> str:

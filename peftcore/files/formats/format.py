@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -125,6 +125,14 @@ class Format(ABC):
             NewerFormat: it was written by a newer version.
         """
         return Description(self.name, tensor_files(path))
+
+    def options(self, path: Path) -> Mapping[str, Any]:
+        """Returns the options in a folder or file by which other programs read its tensors; none where these tell all.
+
+        Raises:
+            CheckpointError: it is damaged.
+        """
+        return {}
 
     def files(self, injection: Injection, weights: bool = False) -> Files:
         """Returns the contents of the files to write for an injection, by name, in the order in which they are written;

@@ -1,7 +1,7 @@
-"""Files of llama.cpp with a LoRA, ``adapter.gguf``. They are written, not read.
+"""Files of llama.cpp with a LoRA, ``adapter.gguf``. They are written and described, not loaded.
 
 A matrix of the base, ``blk.0.attn_q.weight``, has ``….lora_a`` ``[rank, in]`` and ``….lora_b`` ``[out, rank]``, and the
-file one alpha, whose quotient with the rank of each is the scale. So ranks that differ are filled up with zeros, and
+file one alpha, whose quotient with the rank of each is the scale. So lower ranks are filled up to the largest, and
 scales are multiplied into ``lora_b``.
 """
 
@@ -14,14 +14,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from peftcore.errors import CheckpointError, ExportError
+from peftcore.errors import CheckpointError, ExportError, shown
+from peftcore.files.formats.description import Description, unique
 from peftcore.files.formats.format import Content, Files, Format, Made
+from peftcore.files.formats.gguf_header import MAGIC, GGUFFile
 from peftcore.files.formats.plain_lora import Pair, plain_lora
 from peftcore.injection.injection import Injection
 
 FILE = "adapter.gguf"
-MAGIC = b"GGUF"
 ARCHITECTURES = Path(__file__).with_name("gguf_architectures.toml")
+FACTORS = (".lora_a", ".lora_b")
+TYPE = "adapter.type"
 ONLY_WRITTEN = "files of llama.cpp are written, not read; load or check the adapter that it was made of"
 
 
@@ -41,8 +44,29 @@ class GGUF(Format):
     def open(self, path: Path, model: nn.Module) -> Content:
         raise CheckpointError(f"{path}: {ONLY_WRITTEN}")
 
-    def describe(self, path: Path) -> Any:
-        raise CheckpointError(f"{path}: {ONLY_WRITTEN}")
+    def describe(self, path: Path) -> Description:
+        file = GGUFFile(path / FILE if path.is_dir() else path)
+        kind = file.options.get("general.type")
+        if kind != "adapter":
+            raise CheckpointError(f"{file.path} is no adapter: its general.type is {shown(kind)}")
+        names = {name for name in file.shapes if name.endswith(FACTORS)}
+        lacking = [name for name in sorted(names) if not names >= {name[:-1] + each[-1] for each in FACTORS}]
+        if lacking:
+            raise CheckpointError(f"{file.path} has {lacking[0]} without the other factor")
+        sites = unique(name.removesuffix(FACTORS[0]).removesuffix(FACTORS[1]) for name in file.shapes if name in names)
+        return Description(
+            self.name,
+            (file,),
+            kind=str(file.options.get(TYPE, "")),
+            options=self.options(path),
+            host=str(file.options.get("general.architecture", "")),
+            sites=sites,
+            problem=ONLY_WRITTEN,
+        )
+
+    def options(self, path: Path) -> Mapping[str, Any]:
+        said = GGUFFile(path / FILE if path.is_dir() else path).options
+        return {TYPE: "none"} | {key: value for key, value in said.items() if key.startswith("adapter.")}
 
     def files(self, injection: Injection, weights: bool = False) -> Files:
         architecture, config = _known(injection.model)

@@ -99,6 +99,9 @@ class Peft(Format):
             problem=problem or next((part.problem for part in parts if part.problem), ""),
         )
 
+    def options(self, path: Path) -> Mapping[str, Any]:
+        return read_json(path / CONFIG)
+
     def files(self, injection: Injection, weights: bool = False) -> Files:
         options, tensors = written(injection)
         option, parts = written_parts(injection)

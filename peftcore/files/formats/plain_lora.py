@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -26,9 +27,11 @@ class Pair:
     """``[out, rank]``."""
 
     def filled(self, rank: int) -> tuple[Tensor, Tensor]:
-        """Returns A and B of a rank that is not smaller, with zeros beside."""
-        A = self.A.new_zeros(rank, self.A.shape[1])
-        B = self.B.new_zeros(self.B.shape[0], rank)
+        """Returns A and B of a rank that is not smaller. Beside B are zeros, so that the product is the same, and
+        beside A is what a new LoRA starts with, the same each time, so that who trains the file trains all ranks."""
+        bound = 1 / math.sqrt(self.A.shape[1])
+        drawn = torch.rand(rank, self.A.shape[1], generator=torch.Generator().manual_seed(0))
+        A, B = bound * (2 * drawn - 1).to(self.A), self.B.new_zeros(self.B.shape[0], rank)
         A[: len(self.A)], B[:, : len(self.A)] = self.A, self.B
         return A, B
 

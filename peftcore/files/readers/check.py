@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +12,7 @@ from torch import Size
 from peftcore.errors import CheckpointError
 from peftcore.files.formats.format import recognize
 from peftcore.files.formats.keys import OFF
-from peftcore.files.formats.peft import CONFIG, Peft
-from peftcore.files.readers.reader import Reader, Verdict
-from peftcore.files.safe_io import read_json
+from peftcore.files.readers.reader import BLOCK, Reader, Verdict
 
 TYPE = "peft_type"
 MADE = (
@@ -25,8 +22,7 @@ MADE = (
     "qalora_group_size", "runtime_config", "ensure_weight_tying", "velora_config", "init_weights",
 )  # fmt: skip
 """Options of peft that say where an adapter stands, which its tensors say too, and how it was made and trained."""
-BLOCK = re.compile(r"\.(?P<index>\d+)\.(?P<rest>.+)$")
-"""The first number in a path, which is that of the block."""
+FILLS = "; peftcore export adapts {} too, by an update of zero"
 RANKS = ("lora_A.weight", "lora_embedding_A", "lora_down.weight", "lora.down.weight")
 """Endings of tensors ``[rank, ...]``."""
 
@@ -82,6 +78,8 @@ class _File:
     format: str
     options: Mapping[str, Any]
     tensors: Mapping[str, Size]
+    made: bool
+    """Whether it is written and not read here, so that it was made of another."""
 
 
 def check(path: str | Path, reader: Reader) -> Report:
@@ -93,13 +91,14 @@ def check(path: str | Path, reader: Reader) -> Report:
     file = _opened(Path(path))
     if file.format not in reader.formats:
         known = " and ".join(reader.formats)
-        why = f"{reader.name} is given files of {known}: peftcore export writes one"
+        of = " of the adapter that it was made of" * file.made
+        why = f"{reader.name} is given files of {known}: peftcore export writes one{of}"
         return Report(reader, file.format, (Row(f"format {file.format}", Verdict.REFUSED, why, tuple(file.tensors)),))
     kind = file.options.get(TYPE)
     if kind is not None and kind not in reader.types:
-        rule = reader.other_types
+        rule = reader.more_types.get(kind, reader.other_types)
         return Report(reader, file.format, (Row(f"{TYPE} {kind}", rule.verdict, rule.why, tuple(file.tensors)),))
-    rows = [*_options(file.options, reader), *_tensors(file.tensors, reader)]
+    rows = [*_options(file.options, reader), *_tensors(file, reader)]
     modules = {row.what: row.tensors for row in rows if row.tensors and row.verdict is Verdict.READ}
     rows += [*_alone(modules, reader), *_in_some_blocks(modules, reader)]
     rank = _rank(file)
@@ -115,8 +114,8 @@ def _opened(path: Path) -> _File:
     about = format.describe(path)
     if not about.files:
         raise CheckpointError(f"{path} has no tensors")
-    options = read_json(path / CONFIG) if format.name == Peft.name else {}
-    return _File(format.name, options, {name: shape for file in about.files for name, shape in file.shapes.items()})
+    tensors = {name: shape for file in about.files for name, shape in file.shapes.items()}
+    return _File(format.name, format.options(path), tensors, bool(about.problem))
 
 
 def _options(options: Mapping[str, Any], reader: Reader) -> Iterator[Row]:
@@ -128,10 +127,10 @@ def _options(options: Mapping[str, Any], reader: Reader) -> Iterator[Row]:
         yield Row(f"option {name}", Verdict.READ if read else rule.verdict, "" if read else rule.why)
 
 
-def _tensors(tensors: Mapping[str, Size], reader: Reader) -> Iterator[Row]:
+def _tensors(file: _File, reader: Reader) -> Iterator[Row]:
     found: dict[tuple[str, Verdict, str], list[str]] = {}
-    for name, shape in tensors.items():
-        module, rule = reader.tensor(name, len(shape))
+    for name, shape in file.tensors.items():
+        module, rule = reader.tensor(name, shape, file.format)
         what = module if rule.verdict is Verdict.READ else name
         found.setdefault((what, rule.verdict, rule.why), []).append(name)
     for (what, verdict, why), names in found.items():
@@ -142,9 +141,10 @@ def _alone(modules: Mapping[str, tuple[str, ...]], reader: Reader) -> Iterator[R
     """Yields modules that the program reads only beside others, which are not adapted."""
     for rule in reader.beside:
         for path, names in modules.items():
-            parent, dot, leaf = path.rpartition(".")
-            if leaf == rule.module and f"{parent}{dot}{rule.wants}" not in modules:
-                yield Row(f"{path} without {rule.wants}", rule.rule.verdict, rule.rule.why, names)
+            other = rule.other(path)
+            if other is not None and other not in modules:
+                why = rule.rule.why + FILLS.format(rule.wants) * rule.filled
+                yield Row(f"{path} without {rule.wants}", rule.rule.verdict, why, names)
 
 
 def _in_some_blocks(modules: Mapping[str, tuple[str, ...]], reader: Reader) -> Iterator[Row]:
@@ -155,11 +155,12 @@ def _in_some_blocks(modules: Mapping[str, tuple[str, ...]], reader: Reader) -> I
     for path in modules:
         if found := BLOCK.search(path):
             kinds.setdefault(found["rest"], {})[int(found["index"])] = path
+    rule, filled = reader.some_blocks.rule, reader.some_blocks.filled
     last = max((index for held in kinds.values() for index in held), default=-1)
     for held in kinds.values():
         if len(held) <= last:
             for path in held.values():
-                yield Row(path, reader.some_blocks.verdict, reader.some_blocks.why, modules[path])
+                yield Row(path, rule.verdict, rule.why + FILLS.format("it in the others") * filled, modules[path])
 
 
 def _rank(file: _File) -> int:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cache
 from pathlib import Path
@@ -20,6 +20,10 @@ from typing import Any
 from peftcore.errors import ExportError
 
 RULES = Path(__file__).parent / "rules"
+WHERE = ("dims", "first", "format")
+"""What a rule of tensors says of these beside their names."""
+BLOCK = re.compile(r"\.(?P<index>\d+)\.(?P<rest>.+)$")
+"""The first number in a path, which is that of the block."""
 
 
 class Verdict(StrEnum):
@@ -51,6 +55,15 @@ class TensorRule:
     rule: Rule
     dims: int | None = None
     """The number of dimensions that a tensor must have for the rule; None: any."""
+    first: int | None = None
+    """The size that its first dimension must have; None: any."""
+    format: str | None = None
+    """The format of the files that it is for; None: any."""
+
+    def fits(self, shape: Sequence[int], format: str) -> bool:
+        """Whether a tensor of a shape in a file of a format is one that the rule is for."""
+        of_shape = self.dims in (None, len(shape)) and (self.first is None or tuple(shape[:1]) == (self.first,))
+        return of_shape and self.format in (None, format)
 
 
 @dataclass(frozen=True)
@@ -62,6 +75,24 @@ class Beside:
     wants: str
     """That of the other, in the same module."""
     rule: Rule
+    filled: bool = False
+    """Whether an export adapts the other too, by an update of zero."""
+    within: re.Pattern[str] = re.compile("")
+    """An expression that is found in the path of the module that has both."""
+
+    def other(self, path: str) -> str | None:
+        """Returns the path of the other of a module that is adapted; None for a module that needs none."""
+        parent, dot, leaf = path.rpartition(".")
+        return f"{parent}{dot}{self.wants}" if leaf == self.module and self.within.search(parent) else None
+
+
+@dataclass(frozen=True)
+class SomeBlocks:
+    """What becomes of a module that is adapted in some blocks and not in others before the last one."""
+
+    rule: Rule
+    filled: bool = False
+    """Whether an export adapts it in the others too, by an update of zero."""
 
 
 @dataclass(frozen=True)
@@ -95,32 +126,61 @@ class Reader:
     """The files there; ``path@commit`` was read at a commit of its own."""
     formats: tuple[str, ...]
     """The formats of adapters that it reads, by our names."""
-    writes: str
-    """The format in which it is given an adapter."""
+    writes: tuple[str, ...]
+    """The formats in which it is given an adapter: the first that can hold it."""
     types: tuple[str, ...]
     """Types of peft that it reads."""
     other_types: Rule
+    """What becomes of files of those that are neither in `types` nor in `more_types`."""
     options: Mapping[str, Rule]
     """What becomes of peft's options."""
     other_options: Rule
     """What becomes of those that are not in `options` and are on."""
     tensors: tuple[TensorRule, ...]
     """The first that fits counts; the last one fits all."""
+    more_types: Mapping[str, Rule] = field(default_factory=dict)
+    """What becomes of files of some types that it does not know and reads all the same."""
     beside: tuple[Beside, ...] = ()
-    some_blocks: Rule | None = None
-    """What becomes of modules that are adapted in some blocks and not in others before the last one."""
+    some_blocks: SomeBlocks | None = None
     ranks: Ranks | None = None
     notes: tuple[str, ...] = ()
     """What depends on the base or on how the program is started, so that no file tells it."""
 
-    def tensor(self, name: str, dims: int) -> tuple[str, Rule]:
-        """Returns the module's part of a tensor's name, and what becomes of the tensor."""
+    def tensor(self, name: str, shape: Sequence[int], format: str) -> tuple[str, Rule]:
+        """Returns the module's part of the name of a tensor in a file of a format, and what becomes of the tensor."""
         for each in self.tensors:
             found = each.name.search(name)
-            if found is not None and each.dims in (None, dims):
+            if found is not None and each.fits(shape, format):
                 below = "below" if "below" in each.name.groupindex else 0
                 return name[: found.start(below)] or name, each.rule
         raise AssertionError(f"the last rule of {self.name} fits all names")
+
+    def lacking(self, adapted: Collection[str], known: Collection[str]) -> list[str]:
+        """Returns the modules of a model that an export has to adapt too, by an update of zero, so that the program
+        reads those that are adapted.
+
+        Args:
+            adapted: the paths of these.
+            known: the paths of all modules of the model.
+        """
+        held = dict.fromkeys(adapted)
+        while more := [path for path in self._wanted(held) if path not in held and path in known]:
+            held |= dict.fromkeys(more)
+        if self.some_blocks is not None and self.some_blocks.filled:
+            kinds = {_kind(path) for path in held} - {None}
+            held |= dict.fromkeys(path for path in known if _kind(path) in kinds)
+        return [path for path in held if path not in adapted]
+
+    def _wanted(self, held: Iterable[str]) -> Iterator[str]:
+        """Yields the modules beside which the program reads those that are adapted."""
+        for path in held:
+            yield from (other for rule in self.beside if rule.filled and (other := rule.other(path)))
+
+
+def _kind(path: str) -> tuple[str, str] | None:
+    """Returns what is in front of the number of a block in a path and what is behind it; None where it has none."""
+    found = BLOCK.search(path)
+    return None if found is None else (path[: found.start()], found["rest"])
 
 
 def readers() -> dict[str, Reader]:
@@ -151,26 +211,36 @@ def _parsed(path: Path) -> Reader:
     options = {name: _rule(value) for name, value in data.pop("options", {}).items()}
     options |= dict.fromkeys(data.pop("read_options", []), Rule(Verdict.READ))
     tensors = [
-        TensorRule(re.compile(each.pop("name")), dims=each.pop("dims", None), rule=_rule(each))
+        TensorRule(
+            re.compile(each.pop("name")), **{key: each.pop(key) for key in WHERE if key in each}, rule=_rule(each)
+        )
         for each in data.pop("tensors")
     ]
-    beside = [Beside(each.pop("module"), each.pop("wants"), _rule(each)) for each in data.pop("beside", [])]
+    beside = [_beside(each) for each in data.pop("beside", [])]
     blocks = data.pop("some_blocks", None)
     ranks = data.pop("ranks", None)
     return Reader(
         files=tuple(data.pop("files")),
         formats=tuple(data.pop("formats")),
+        writes=tuple(data.pop("writes")),
         types=tuple(data.pop("types", [])),
         other_types=_rule(data.pop("other_types")),
+        more_types=MappingProxyType({name: _rule(value) for name, value in data.pop("more_types", {}).items()}),
         options=MappingProxyType(options),
         other_options=_rule(data.pop("other_options")),
         tensors=tuple(tensors),
         beside=tuple(beside),
-        some_blocks=None if blocks is None else _rule(blocks),
+        some_blocks=None if blocks is None else SomeBlocks(filled=blocks.pop("filled", False), rule=_rule(blocks)),
         ranks=None if ranks is None else Ranks(sizes=tuple(ranks.pop("sizes", [])), **ranks),
         notes=tuple(data.pop("notes", [])),
         **data,
     )
+
+
+def _beside(data: dict[str, Any]) -> Beside:
+    within = re.compile(data.pop("within", ""))
+    own = {key: data.pop(key) for key in ("module", "wants", "filled") if key in data}
+    return Beside(**own, within=within, rule=_rule(data))
 
 
 def _rule(data: Mapping[str, Any]) -> Rule:

@@ -68,6 +68,10 @@ class LoHaOperator(WeightOperator):
         core = self._parameters.get(f"T{number}")
         return B @ A if core is None else torch.einsum("pq...,op,qi->oi...", core, B, A)
 
+    def drop_nothing(self) -> bool:
+        self.drops = ChangeDropout()
+        return True
+
     def prefers_activation_form(self, x: Tensor) -> bool:
         """Whether the update runs on activations: where factors of all its ranks are far smaller than the weight."""
         (outputs, rank), (_, inputs) = self.get_tensor("B1").shape[-2:], self.get_tensor("A1").shape[-2:]

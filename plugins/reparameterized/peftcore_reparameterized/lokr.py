@@ -83,6 +83,10 @@ class LoKrOperator(WeightOperator):
         core = self._parameters.get("t2") if name == "w2" else None
         return a @ b if core is None else torch.einsum("pq...,po,qi->oi...", core, a, b).flatten(1)
 
+    def drop_nothing(self) -> bool:
+        self.drops = ChangeDropout()
+        return True
+
     def prefers_activation_form(self, x: Tensor) -> bool:
         return self.layer.of_vectors
 

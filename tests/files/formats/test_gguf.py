@@ -10,12 +10,16 @@ import pytest
 import torch
 import transformers
 from exported_hosts import SIZES, logits, noisy
+from gguf_files import PAIR, written
 from torch import Tensor, nn
 
-import peftcore
+import peftcore.files.save_load
 from peftcore.errors import CheckpointError, ExportError
 from peftcore.files.formats.format import recognize
 from peftcore.files.formats.gguf import FILE, GGUF, neighbours
+from peftcore.files.formats.gguf_header import GGUFFile
+from peftcore.files.readers.check import check
+from peftcore.files.readers.reader import reader_named
 
 gguf = pytest.importorskip("gguf")
 HEADS = {"attn_q": 4, "attn_k": 2}
@@ -78,12 +82,48 @@ def test_rows_that_are_rotated_together_are_neighbours() -> None:
     assert neighbours(torch.arange(12).view(6, 2), 1)[:, 0].tolist() == [0, 6, 2, 8, 4, 10]
 
 
-def test_it_is_recognized_and_not_loaded(tmp_path: Path) -> None:
-    noisy(host("llama"), "lora").save(tmp_path / "a", format="gguf")
+def test_it_is_described_and_not_loaded(tmp_path: Path) -> None:
+    """The header is what the package gguf reads."""
+    noisy(host("llama"), "lora", rank=3, target=TARGET).save(tmp_path / "a", format="gguf")
     assert isinstance(recognize(tmp_path / "a"), GGUF) and not GGUF.recognizes(tmp_path)
-    for attempt in (lambda: peftcore.load(host("llama"), tmp_path / "a"), lambda: GGUF().describe(tmp_path / "a")):
-        with pytest.raises(CheckpointError, match="written, not read"):
-            attempt()
+    read = gguf.GGUFReader(tmp_path / "a" / FILE)
+    for path in (tmp_path / "a", tmp_path / "a" / FILE):
+        about = GGUF().describe(path)
+        (file,) = about.files
+        assert {name: [*shape] for name, shape in file.shapes.items()} == {
+            each.name: [*map(int, each.shape)][::-1] for each in read.tensors
+        }
+        said = {key: field.contents() for key, field in read.fields.items() if not key.startswith("GGUF.")}
+        assert isinstance(file, GGUFFile) and file.options == said and set(file.dtypes.values()) == {torch.float32}
+        assert about.kind == "lora" and about.host == "llama" and "blk.0.attn_q.weight" in about.sites
+        assert about.options == {"adapter.type": "lora", "adapter.lora.alpha": 3.0} and len(about.sites) == 15
+        assert "not read" in about.problem and peftcore.files.save_load.describe(path) == about
+    with pytest.raises(CheckpointError, match="written, not read"):
+        peftcore.load(host("llama"), tmp_path / "a")
+
+
+def test_what_llama_cpp_does_with_a_file(tmp_path: Path) -> None:
+    reader = reader_named("llama.cpp")
+    options = {"adapter_type": "lora", "adapter_lora_alpha": 8.0, "general_tags": ["a", "b"]}
+    good = check(written(tmp_path / "good.gguf", "adapter", PAIR, **options), reader)
+    assert good.as_trained and [row.what for row in good.rows if row.tensors] == ["blk.0.attn_q"]
+    norms = {**PAIR, "blk.0.attn_norm.weight": torch.ones(4), "blk.0.attn_q.bias": torch.ones(6)}
+    report = check(written(tmp_path / "b.gguf", "adapter", norms, adapter_type="lora"), reader)
+    verdicts = {row.what: row.verdict.value for row in report.rows if row.verdict != "read"}
+    assert verdicts == {"blk.0.attn_norm.weight": "dropped", "blk.0.attn_q.bias": "refused"}
+    other = check(written(tmp_path / "c.gguf", "adapter", PAIR, adapter_type="hira"), reader)
+    assert other.verdict == "refused" and "of the type lora" in other.reasons[0]
+    assert check(written(tmp_path / "d.gguf", "adapter", PAIR), reader).verdict == "refused"
+    [row] = check(tmp_path / "good.gguf", reader_named("vllm")).rows
+    assert row.verdict == "refused" and row.why.endswith("export writes one of the adapter that it was made of")
+
+
+def test_files_that_are_no_adapter_are_refused(tmp_path: Path) -> None:
+    reader = reader_named("llama.cpp")
+    with pytest.raises(CheckpointError, match=r"no adapter: its general\.type is 'model'"):
+        check(written(tmp_path / "a.gguf", "model", PAIR), reader)
+    with pytest.raises(CheckpointError, match=r"lora_b without the other factor"):
+        check(written(tmp_path / "b.gguf", "adapter", {"x.weight.lora_b": torch.ones(2, 2)}), reader)
 
 
 def test_other_methods_models_and_modules_are_refused(tmp_path: Path) -> None:

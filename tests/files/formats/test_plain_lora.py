@@ -18,7 +18,9 @@ def test_the_products_are_the_updates(method: str) -> None:
     with torch.no_grad():
         for path, pair in pairs.items():
             A, B = pair.filled(4)
-            assert len(A) == 4 and torch.equal(B @ A, pair.B @ pair.A)
+            assert len(A) == 4 and torch.allclose(B @ A, pair.B @ pair.A, rtol=1e-6, atol=1e-7)
+            assert not B[:, len(pair.A) :].any() and A[len(pair.A) :].norm(dim=1).gt(0.1).all()  # who goes on trains B
+            assert torch.equal(pair.filled(4)[0], A)
             other.get_submodule(path).weight += (pair.B @ pair.A).double()
     assert torch.allclose(logits(other), logits(model), rtol=1e-5, atol=1e-6)
 

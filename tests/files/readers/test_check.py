@@ -47,7 +47,7 @@ def test_dora_is_refused_or_changed_with_the_magnitudes_named(tmp_path: Path) ->
     folder = folder_of(tmp_path / "a", "dora")
     magnitudes = [f"{name}_proj.lora_magnitude_vector" for name in "qv"]
     of_option = {"vllm": "refused", "sglang": "refused", "tgi": "changed", "llama.cpp": "refused"}
-    of_tensor = {"vllm": "refused", "sglang": "changed", "tgi": "dropped", "llama.cpp": "refused"}
+    of_tensor = {"vllm": "refused", "sglang": "refused", "tgi": "dropped", "llama.cpp": "refused"}
     expected = {
         name: {"option use_dora": of_option[name], **dict.fromkeys(magnitudes, of_tensor[name])} for name in LANGUAGE
     }
@@ -82,6 +82,25 @@ def test_another_type_is_refused_as_a_whole(tmp_path: Path) -> None:
         [row] = check(folder, reader_named(name)).rows
         assert row.what == "peft_type VERA" and row.verdict is Verdict.REFUSED
         assert set(row.tensors) == set(load_file(folder / "adapter_model.safetensors"))
+
+
+def test_a_type_that_a_program_takes_for_lora(tmp_path: Path) -> None:
+    """TGI's own code loaded it, and computed something else (docs/generate/readers_in_programs.py)."""
+    folder = folder_of(tmp_path / "a", "adalora")
+    verdicts = {name: check(folder, reader_named(name)).verdict.value for name in LANGUAGE}
+    assert verdicts == {"vllm": "refused", "sglang": "refused", "tgi": "changed", "llama.cpp": "refused"}
+
+
+def test_magnitudes_of_outputs_and_of_inputs_in_kohyas_names(tmp_path: Path) -> None:
+    """ComfyUI's own code computed something else of the former (docs/generate/readers_in_programs.py)."""
+    noisy(llama(), "dora").save(tmp_path / "a", format="kohya")
+    report = check(tmp_path / "a", reader_named("comfyui"))
+    assert report.verdict is Verdict.CHANGED and {row.verdict for row in report.rows} == {"read", "changed"}
+    [file] = (tmp_path / "a").glob("*.safetensors")
+    tensors = load_file(file)
+    turned = {name: value.flatten()[None] if name.endswith("dora_scale") else value for name, value in tensors.items()}
+    save_file(turned, file)
+    assert check(tmp_path / "a", reader_named("comfyui")).as_trained
 
 
 def test_an_option_that_nobody_knows_is_not_passed_over_in_silence(tmp_path: Path) -> None:
@@ -131,7 +150,7 @@ def test_files_of_another_format_are_refused_with_the_way_out(tmp_path: Path) ->
 def test_kohyas_names_of_dora_lose_their_magnitudes_in_diffusers(tmp_path: Path) -> None:
     noisy(llama(), "dora").save(tmp_path / "a", format="kohya")
     report = check(tmp_path / "a", reader_named("diffusers"))
-    assert report.verdict is Verdict.DROPPED and check(tmp_path / "a", reader_named("comfyui")).as_trained
+    assert report.verdict is Verdict.DROPPED
     noisy(llama(), "loha").save(tmp_path / "b", format="kohya")
     assert check(tmp_path / "b", reader_named("diffusers")).verdict is Verdict.REFUSED
     assert check(tmp_path / "b", reader_named("comfyui")).as_trained
@@ -152,6 +171,8 @@ def test_modules_that_are_read_only_beside_others(tmp_path: Path) -> None:
     assert rows == {
         "q_proj": {"read", "refused"}, "k_proj v_proj": lost, "q_proj v_proj": {"read"}, "up_proj": lost,
     }  # fmt: skip
+    [reason] = check(tmp_path / "0", reader_named("sglang")).reasons
+    assert reason.endswith("one of them is missing; peftcore export adapts v_proj too, by an update of zero")
 
 
 def test_modules_that_are_adapted_in_some_blocks_alone(tmp_path: Path) -> None:

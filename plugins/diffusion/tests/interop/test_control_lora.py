@@ -13,7 +13,10 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore import BorrowedLayer, Tap
+from peftcore.algebra.exporting import export
 from peftcore.errors import CheckpointError, ExportError, HostMismatch
+from peftcore.files.readers.check import check
+from peftcore.files.readers.reader import reader_named
 from peftcore.layers.detect import dense_layer
 from peftcore.testing import against
 from peftcore.testing.hosts import HOSTS
@@ -112,6 +115,30 @@ def test_a_file_comes_back(vectors: bool, tmp_path: Path) -> None:
     again = deepcopy(base)
     peftcore.load(again, tmp_path)
     torch.testing.assert_close(out(again, inputs, image), out(model, inputs, image), atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize(("vectors", "verdict"), [(True, "dropped"), (False, "read")])
+def test_what_other_programs_read(vectors: bool, verdict: str, tmp_path: Path) -> None:
+    """ComfyUI all of it (its own code gave the same numbers: docs/generate/readers_in_programs.py); diffusers no biases
+    of layers with updates."""
+    base, _ = unet()
+    _, injection = adapted(base, vectors=vectors)
+    injection.save(tmp_path / "a.safetensors", format="control_lora")
+    report = check(tmp_path / "a.safetensors", reader_named("diffusers"))
+    assert check(tmp_path / "a.safetensors", reader_named("comfyui")).as_trained and report.verdict == verdict
+    lost = {name for row in report.rows if row.verdict == "dropped" for name in row.tensors}
+    (network,) = injection.shared.values()
+    layers = [each for each in network.modules() if isinstance(each, BorrowedLayer) and each.bias is not None]
+    assert len(lost) == len(layers) and all(name.endswith(".bias") for name in lost) and bool(lost) is vectors
+    assert export(injection, tmp_path / "comfyui", reader_named("comfyui")).how == "as it is"
+    assert (tmp_path / "comfyui/control_lora.safetensors").exists()
+    if vectors:
+        with pytest.raises(ExportError, match="vectors=False"):
+            export(injection, tmp_path / "diffusers", reader_named("diffusers"))
+    else:
+        assert export(injection, tmp_path / "diffusers", reader_named("diffusers")).how == "as it is"
+    with pytest.raises(ExportError, match="controlnet_lora makes no change of weights"):
+        export(injection, tmp_path / "vllm", reader_named("vllm"))
 
 
 def test_the_layout_is_that_of_stabilitys_file() -> None:

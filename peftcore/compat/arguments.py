@@ -1,0 +1,44 @@
+"""Arguments of peft that say here what is so anyway: they are taken from who passes them, as TRL does, and any other
+value than that is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peftcore.errors import ConfigError
+
+SO_ANYWAY: dict[str, tuple[tuple[Any, ...], str]] = {
+    "autocast_adapter_dtype": ((True,), "adapters are float32 unless dtype= of the method says otherwise"),
+    "low_cpu_mem_usage": ((False, True), ""),
+    "ephemeral_gpu_offload": ((False,), "nothing is moved to a GPU for a moment"),
+    "mixed": ((False,), "adapters of several methods need no other class"),
+    "config": ((None,), "the folder has the configuration"),
+    "key_mapping": ((None,), "names are those of the model"),
+    "token": ((None,), "set HF_TOKEN, or log in: hf auth login"),
+    "torch_device": ((None,), "values go to where the model's are"),
+    "offload_folder": ((None,), "what the model offloads stays offloaded"),
+}
+"""Arguments of peft's functions, the values that say what is so, and what to say to others."""
+
+
+def without_peft_arguments(options: dict[str, Any]) -> dict[str, Any]:
+    """Returns options without the arguments of peft.
+
+    Raises:
+        ConfigError: one of these has another value than what is so anyway.
+    """
+    for name in options.keys() & SO_ANYWAY.keys():
+        values, instead = SO_ANYWAY[name]
+        if not any(options[name] is value for value in values):
+            raise ConfigError(f"{name}={options[name]!r} is not to be had; leave it out: {instead}")
+    return {name: value for name, value in options.items() if name not in SO_ANYWAY}
+
+
+def check_no_more(options: dict[str, Any]) -> None:
+    """Check that all options are arguments of peft that say what is so anyway.
+
+    Raises:
+        ConfigError: one is not.
+    """
+    if rest := sorted(without_peft_arguments(options)):
+        raise ConfigError(f"{rest[0]}= is none of the arguments here; leave it out")

@@ -1,0 +1,84 @@
+"""Schedules that nobody drives: an optimizer's steps are counted for adapters whose method changes with them, and their
+next forward in training is refused where the method was told of none."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from peftcore.errors import TrainingError
+from peftcore.injection.injection import Injection
+from peftcore.training.optimizer import scheduled
+
+
+@dataclass
+class _Watch:
+    """What is known of an adapter: the step that its schedule saw last, and how many an optimizer took since."""
+
+    told: int
+    untold: int = 0
+
+    def update(self, injection: Injection) -> None:
+        """Note whether the schedule went on."""
+        if (now := _told(injection)) != self.told:
+            self.told, self.untold = now, 0
+
+
+_WATCHED: weakref.WeakKeyDictionary[Injection, _Watch] = weakref.WeakKeyDictionary()
+
+
+def has_schedule(injection: Injection) -> bool:
+    """Whether the method, or one of its parts, changes with the steps."""
+    return any(True for _ in scheduled(injection))
+
+
+def check_driven(injection: Injection) -> None:
+    """Check, before a forward in training, that a schedule was told of the last step; from now on steps are counted.
+
+    Raises:
+        TrainingError: it was not.
+    """
+    if not has_schedule(injection):
+        return
+    if not _WATCHED:
+        _register()
+    watch = _WATCHED.setdefault(injection, _Watch(_told(injection)))
+    watch.update(injection)
+    if watch.untold:
+        raise TrainingError(
+            f"{injection.method.name} changes with the steps, and an optimizer took one of which nobody told it: give "
+            "the Trainer callbacks=[peftcore.training.PeftcoreCallback()], or train with "
+            "model.adapters[name].optimizer(..., total_steps=N)"
+        )
+
+
+def _told(injection: Injection) -> int:
+    return sum(each.steps_taken for each in scheduled(injection))
+
+
+def _stepped(optimizer: Optimizer, *_: Any) -> None:
+    """Count a step for the adapters of which an optimizer has parameters. One optimizer may hold another, of which each
+    says that it took the step."""
+    if not _WATCHED:
+        return
+    held = {id(each) for group in optimizer.param_groups for each in group["params"]}
+    for injection, watch in list(_WATCHED.items()):
+        if any(id(each) in held for each in injection.parameters()):
+            told = watch.told
+            watch.update(injection)
+            watch.untold += watch.told == told
+
+
+_registered = False
+
+
+def _register() -> None:
+    """Have torch report steps of optimizers; once, and not before somebody trains what has a schedule."""
+    global _registered
+    if not _registered:
+        register_optimizer_step_post_hook(_stepped)
+        _registered = True

@@ -1,0 +1,77 @@
+"""What a training knows of an adapter between steps, in a file beside the adapter's folder: the Trainer resumes a model
+of peft from that folder, and formats of adapters have neither a schedule's statistics nor all tensors to the bit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from peftcore.compat.schedules import has_schedule
+from peftcore.errors import SwapError
+from peftcore.files.safe_io import TensorFile, write_tensors
+from peftcore.injection.injection import Injection
+from peftcore.trainers.checkpoints import digest
+from peftcore.training.optimizer import transient
+
+FILE = "peftcore_training.safetensors"
+VALUES, BETWEEN = "values.", "between."
+"""Prefixes of the adapter's own tensors, and of state between steps."""
+OPTIONS = "options"
+"""The entry of the file's metadata with the method and its options: values alone do not say what they mean."""
+
+
+def digests(injection: Injection) -> dict[str, bytes]:
+    """Returns digests of state between steps, to see later whether it changed."""
+    return {name: digest(buffer) for name, buffer in transient(injection) if not buffer.is_meta}
+
+
+def save_training_state(injection: Injection, folder: Path, before: Mapping[str, bytes]) -> None:
+    """Write what a training has to know to go on exactly, where the adapter trains and its folder does not have it: it
+    has a schedule, or state between steps that changed.
+
+    Args:
+        injection: the adapter.
+        folder: its folder.
+        before: digests of state between steps as it was when it was made.
+    """
+    trains = any(parameter.requires_grad for parameter in injection.parameters())
+    if not trains or not (has_schedule(injection) or digests(injection) != before):
+        (folder / FILE).unlink(missing_ok=True)  # of an adapter that was there before
+        return
+    tensors = {f"{VALUES}{name}": value for name, value in injection.state_dict().items()}
+    tensors |= {f"{BETWEEN}{name}": value for name, value in transient(injection)}
+    write_tensors(folder / FILE, tensors, {OPTIONS: _options(injection)})
+
+
+def load_training_state(injection: Injection, folder: Path) -> bool:
+    """Put an adapter back to where the training was that wrote the folder.
+
+    Returns:
+        Whether the folder has what that takes; otherwise nothing was changed.
+
+    Raises:
+        CheckpointError: the file is damaged.
+        SwapError: it is of another adapter. Nothing was changed then.
+    """
+    if not (folder / FILE).is_file():
+        return False
+    file = TensorFile(folder / FILE)
+    buffers = dict(transient(injection))
+    shapes = {name.removeprefix(BETWEEN): shape for name, shape in file.shapes.items() if name.startswith(BETWEEN)}
+    if file.metadata.get(OPTIONS) != _options(injection) or shapes != {name: b.shape for name, b in buffers.items()}:
+        raise SwapError(
+            f"the training in {folder} was of another adapter than {injection.name!r}, or with other options: make it "
+            "as it was; or begin a new training with PeftModel.from_pretrained(model, folder, is_trainable=True)"
+        )
+    tensors = file.read()
+    injection.swap({name.removeprefix(VALUES): each for name, each in tensors.items() if name.startswith(VALUES)})
+    with torch.no_grad():
+        for name, buffer in buffers.items():
+            buffer.copy_(tensors[f"{BETWEEN}{name}"])
+    return True
+
+
+def _options(injection: Injection) -> str:
+    return "\n".join(f"{each.method.name} {each.config.model_dump_json()}" for each in injection.family())
