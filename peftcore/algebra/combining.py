@@ -24,8 +24,8 @@ from peftcore.files.save_load import fill, load
 from peftcore.forward.host_state import injections, state_of
 from peftcore.injection.applying import check_name, establish, prepare
 from peftcore.injection.injection import Injection
-from peftcore.layers.fsdp import whole
 from peftcore.layers.layer import bias_name, put, take
+from peftcore.layers.pieces import whole
 from peftcore.registry.catalogue import method as find_method
 from peftcore.surgery.surgeon import Wishes
 from peftcore.targets.sites import Site

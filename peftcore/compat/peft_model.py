@@ -25,6 +25,7 @@ from peftcore.files.save_load import load
 from peftcore.forward.host_state import injections, known
 from peftcore.injection.injection import Injection
 from peftcore.injection.switching import activate, route
+from peftcore.layers.fsdp import whole_from
 
 BASE = "__base__"
 """peft's name for no adapter, in `adapter_names`."""
@@ -355,23 +356,26 @@ class PeftModel(peft.PeftModel):  # type: ignore[misc]
             save_directory: the folder.
             selected_adapters: names; all by default.
             is_main_process: whether this process writes.
-            state_dict: passed over: adapters are saved as they are on the model.
+            state_dict: passed over: adapters are saved as they are on the model. Of a model that is sharded over
+                processes: whole values, which the Trainer gathers; the process that has them saves alone.
             safe_serialization: has to be True.
 
         Raises:
             ConfigError: `safe_serialization` is False.
-            ExportError: the model is sharded over processes.
+            ExportError: the model is sharded over processes, and `state_dict` does not have them whole.
             UnknownInjection: there is no adapter of such a name.
         """
         if not safe_serialization:
             raise ConfigError("no pickles are written: leave safe_serialization out")
         names = list(self.adapters) if selected_adapters is None else [*selected_adapters]
         state = known(self.get_base_model(), names)
-        for name in names if is_main_process else ():
-            folder = Path(save_directory)
-            folder = folder if name == ALONE else folder / name
-            save_folder(state.injections[name], folder)
-            save_training_state(state.injections[name], folder, self._before.get(name, {}))
+        wanted = [each for name in names for each in state.injections[name].parameters()]
+        with whole_from(self, state_dict, wanted):
+            for name in names if is_main_process else ():
+                folder = Path(save_directory)
+                folder = folder if name == ALONE else folder / name
+                save_folder(state.injections[name], folder)
+                save_training_state(state.injections[name], folder, self._before.get(name, {}))
 
     def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = True) -> None:
         """Merge adapters into the weights, until `unmerge_adapter`; all or none.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from peftcore.errors import ExportError
 from peftcore.files.envelope import base_name, base_revision
 from peftcore.injection.injection import Injection
-from peftcore.layers.fsdp import whole
+from peftcore.layers.pieces import whole
 from peftcore.roles.token_tables import tables_by_path, token_count
 from peftcore.surgery.table_rows import TableRows
 

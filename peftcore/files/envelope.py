@@ -19,6 +19,7 @@ from peftcore.errors import CheckpointError, ConfigError, NewerFormat, UnknownMe
 from peftcore.injection.applied import AppliedMethod
 from peftcore.injection.injection import Injection
 from peftcore.layers.layer import plain_class
+from peftcore.layers.pieces import whole
 from peftcore.registry.catalogue import method as find_method
 from peftcore.registry.catalogue import methods
 from peftcore.surgery.surgeon import Wishes
@@ -178,6 +179,7 @@ def weights_digest(sites: Iterable[Site]) -> str:
     for site in sorted(sites, key=lambda each: each.path):
         value = site.layer.read(site.module, site.tensor)
         if value is not None:
+            value = whole(value)
             digest.update(f"{site.path} {tuple(value.shape)} {value.dtype}".encode())
             digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -47,6 +47,7 @@ from peftcore.injection.applying import check_model, check_name, establish, prep
 from peftcore.injection.injection import Injection
 from peftcore.injection.swapping import matched, write
 from peftcore.layers.fsdp import gathered, one_writes
+from peftcore.layers.pieces import at_hand
 from peftcore.roles import HostMap
 from peftcore.surgery.surgeon import Surgeon, Wishes
 
@@ -92,7 +93,7 @@ def save(
     except InactiveSite as error:  # what was trained before is worth keeping
         logger.warning("saved as it was while it acted everywhere: %s", error)
     made_of_base.warn_of_another_base(injection)
-    with _values_wanted(model), gathered(model, injection.parameters):
+    with _values_wanted(model), gathered(model, injection.parameters, reads=True):
         contents = {
             name: content for each in formats for name, content in format_named(each).files(injection, weights).items()
         }
@@ -226,7 +227,7 @@ def load(
         check_name(model, name)
     found = _read(model, path, revision, strict, words)
     name = check_name(model, found.cls.name) if name is None else name
-    with _about(found.where), _values_wanted(model):
+    with _about(found.where), _values_wanted(model), at_hand(model.parameters()):
         if room is None:
             injection = establish(found.surgeon(), name, active=active)
             with injection.state.kept(name):
@@ -292,7 +293,7 @@ def _read(
     with _about(place), _values_wanted(model), one_file(), saving_base():
         kind = recognize(place)
         content = kind.open(place, model) if words is None else kind.open_with_words(place, model, words)
-    with _about(content.where), _values_wanted(model), saving_base():
+    with _about(content.where), _values_wanted(model), saving_base(), at_hand(model.parameters()):
         envelope = content.envelope
         cls = method_of(envelope)
         config = options_of(cls, envelope)

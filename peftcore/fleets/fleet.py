@@ -25,7 +25,8 @@ from peftcore.forward.draws import mixed
 from peftcore.forward.host_state import injections
 from peftcore.injection.injection import Injection
 from peftcore.injection.switching import route
-from peftcore.layers.fsdp import in_group, is_cut, is_sharded
+from peftcore.layers.fsdp import in_group, is_sharded
+from peftcore.layers.pieces import ENGINE, is_cut, is_partitioned
 from peftcore.utils.progress import Progress
 
 TARGETS = ("labels",)
@@ -196,6 +197,8 @@ class Fleet:
                 f"{len(base)} parameters of the base train, such as {base[0]}, and members share it: freeze them "
                 "(requires_grad_(False)), or let each adapter have its own: peftcore.apply(..., train=[...])"
             )
+        if any(map(is_partitioned, injection.parameters())):
+            raise TrainingError(f"{ENGINE}: train a fleet with DDP or FSDP2")
         held = {id(each) for other in self.active for each in other.parameters()}
         if any(id(each) in held for each in injection.parameters() if each.requires_grad):
             raise TrainingError(f"{name!r} has parameters in common with another member; each has to have its own")

@@ -17,7 +17,7 @@ from peftcore.fleets import checkpoints
 from peftcore.fleets.feeds import Data, Feed
 from peftcore.fleets.losses import Loss
 from peftcore.injection.injection import Injection
-from peftcore.layers.fsdp import whole
+from peftcore.layers.pieces import whole
 from peftcore.training.optimizer import (
     MethodOptimizer,
     cut_state,

@@ -146,7 +146,8 @@ def _looks_of(acting: ActivePlan, module: nn.Module, form: ActivationForm | None
     if seeded and any(_draws(mount.operator) for mount in mounts):
         return None
     runs_again = bool(effects) or any(mount.operator.changes_inputs for mount in mounts)
-    if runs_again and any(mount.layer.packed for mount in mounts):  # its kernels know nothing of vmap
+    if runs_again and any(mount.layer.packed or mount.layer.in_pieces for mount in mounts):
+        # Neither their kernels nor what gathers pieces know anything of vmap.
         return None
     looks = tuple(_looks_of_mount(mount) for mount in mounts)
     return None if None in looks else (form is None, looks)

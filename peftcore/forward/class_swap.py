@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
-from types import MethodType
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from types import CellType, FunctionType, MethodType
 from typing import Any
 
 from torch import nn
@@ -23,6 +24,7 @@ from peftcore.forward.run import Forward, run
 from peftcore.forward.slot import Slot, slot_of
 from peftcore.forward.view import SLOT
 from peftcore.layers.layer import GRAFTED
+from peftcore.layers.pieces import is_cut
 
 FORWARDS = ("forward", "_old_forward")
 """Where a forward may be set on an instance: by anybody, and by accelerate the one that its hook calls."""
@@ -137,10 +139,24 @@ def change_class(module: nn.Module, cls: type[nn.Module]) -> None:
     for key in FORWARDS:
         if _is_method(module.__dict__.get(key), before):
             module.__dict__[key] = MethodType(cls.forward, module)
+    for cell in _cells(module):
+        if _is_method(cell.cell_contents, before):
+            cell.cell_contents = MethodType(cls.forward, module)
 
 
 def _is_method(forward: Any, function: Callable[..., Any]) -> bool:
     return isinstance(forward, MethodType) and forward.__func__ is function
+
+
+def _cells(module: nn.Module) -> Iterator[CellType]:
+    """Yields where the tensor parallelism of transformers keeps the module's own forward: in the closure of the one
+    that it sets on the instance. Of other such forwards nobody knows whether they call it."""
+    forward, weight = module.__dict__.get("forward"), module._parameters.get("weight")
+    if isinstance(forward, FunctionType) and weight is not None and is_cut(weight):
+        for cell in forward.__closure__ or ():
+            with suppress(ValueError):  # an empty one
+                if isinstance(cell.cell_contents, MethodType) and cell.cell_contents.__self__ is module:
+                    yield cell
 
 
 def is_reached(module: nn.Module) -> bool:
@@ -149,4 +165,7 @@ def is_reached(module: nn.Module) -> bool:
     own = module.__dict__
     if own.keys().isdisjoint(FORWARDS):
         return True  # as nearly always
-    return any(_is_method(own.get(key), type(module).forward) for key in FORWARDS)
+    forward = type(module).forward
+    if any(_is_method(own.get(key), forward) for key in FORWARDS):
+        return True
+    return any(_is_method(cell.cell_contents, forward) for cell in _cells(module))

@@ -147,7 +147,7 @@ def _make(module: nn.Module, path: str, effects: tuple[Effect, ...]) -> Tensor |
     layer = effects[0].mount.layer
     like = layer.like(module, path)
     with full_precision(like):
-        return fold(module, effects, layer.read(module, path), like)
+        return layer.for_forward(module, path, fold(module, effects, layer.read(module, path), like))
 
 
 def plan_acting(
@@ -201,7 +201,7 @@ def plan_acting(
         packed=packed,
         view_class=next((mount.layer.runs_dense for mount in weight if mount.layer.runs_dense), None),
         activation_form=ActivationForm.of(weight[0], attributes) if len(weight) == 1 else None,
-        linear_only=all(mount.layer.called for mount in weight),
+        linear_only=all(mount.layer.one_product for mount in weight),
         product=_product(effects),
         updates=not packed and all(map(_updates_stack, weight)),
     )

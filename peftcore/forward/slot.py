@@ -30,8 +30,9 @@ from peftcore.forward.plan import (
 )
 from peftcore.forward.recompute import Unwritten
 from peftcore.forward.view import SLOT
-from peftcore.layers.fsdp import MANAGED, whole
+from peftcore.layers.fsdp import MANAGED
 from peftcore.layers.layer import Layer, Slices, take
+from peftcore.layers.pieces import whole
 
 Tables = tuple[Mapping[str, Tensor | None], ...]
 

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from peftcore.contract.config import MethodConfig
 from peftcore.contract.method import Method
 from peftcore.contract.operators import _Base
+from peftcore.errors import ExportError
+from peftcore.layers.pieces import is_empty
 from peftcore.surgery.surgeon import Graft, Surgeon
 from peftcore.targets.sites import Site
 
@@ -94,7 +96,17 @@ class AppliedMethod(ABC):
 
     def state_dict(self) -> dict[str, Tensor]:
         """Returns its tensors by ``<site path>.<operator tensor>``, without the injection's name, as files have them;
-        the operators' own, no copies."""
+        the operators' own, no copies. They may be pieces (FSDP2).
+
+        Raises:
+            ExportError: DeepSpeed has cut them apart (ZeRO-3), and they are empty.
+        """
+        if any(map(is_empty, self.parameters())):
+            raise ExportError(
+                "DeepSpeed's ZeRO-3 has cut the adapter apart, and its tensors are empty: call save(folder) in all "
+                "processes, which gathers, or gather them yourself, with deepspeed.zero.GatheredParameters("
+                "list(injection.parameters()))"
+            )
         return {f"{path}.{key}": value for path, module in self.modules() for key, value in module.state_dict().items()}
 
 

@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from peftcore.contract.config import MethodConfig, dtype_of, matches
 from peftcore.contract.method import Method
+from peftcore.contract.operators import changes_bias
 from peftcore.contract.peft_names import is_peft_config
 from peftcore.errors import (
     CalibrationError,
@@ -29,6 +30,8 @@ from peftcore.forward.adapter_modules import AdapterModules
 from peftcore.forward.host_state import HostState, drop_state, ensure_state, state_of
 from peftcore.injection import freezing, made_of_base
 from peftcore.injection.injection import Injection
+from peftcore.layers.pieces import at_hand, is_in_engine
+from peftcore.layers.tensor_parallel import ParallelLinear, agree
 from peftcore.registry.catalogue import method as find_method
 from peftcore.registry.experimental import notice_experimental
 from peftcore.registry.plugins import imported, layer_of, registry
@@ -45,6 +48,11 @@ from peftcore.targets.resolver import Resolver, Target, names_a_role
 from peftcore.training.batches import Data, calibrate, find_structure
 from peftcore.utils.notices import notice
 
+PIECES = (
+    "the model is tensor-parallel: target linear layers that are cut (such as attn.q, attn.v) with a method that acts "
+    "on weights, such as lora or dora; or adapt the whole model, merge, then parallelize"
+)
+"""What is said of a model that computes with pieces of its weights."""
 OF_PEFT = "peftcore.files.peft_configs:apply_peft_config"
 """The function that applies a configuration of peft; named, not imported, since it is in a layer above."""
 Part = str | MethodConfig | Mapping[str, Any]
@@ -132,28 +140,36 @@ def prepare(
         raise UnsupportedHost("TorchScript modules cannot change; apply before scripting, merge, then script")
     for changes in config.overrides.values():
         config.replace(**{**changes, "overrides": {}})  # wrong options are errors, also where no site matches
+    if is_in_engine(model):
+        raise UnsupportedHost(
+            "DeepSpeed's engine (ZeRO-3) has the model already, and would not train what comes now: apply before "
+            "deepspeed.initialize"
+        )
     resolver = Resolver(model, host or host_map(model), layer_of)
     parameters = resolver.parameters()
     if any(map(is_lazy, parameters)):
         raise UnsupportedHost("some layers are lazy and have no shapes yet: run the host once, then adapt it")
     if any(each.shape == (0,) for each in parameters):
         raise UnsupportedHost(
-            "some weights are empty: DeepSpeed's zero.Init (ZeRO-3) cuts them apart as the model is made. Make it "
-            "outside of zero.Init, apply, and hand it to deepspeed.initialize then"
+            "some weights are empty: somebody has cut them apart, or keeps them elsewhere. Make the model whole, "
+            "apply, and cut it then"
         )
-    if _is_distributed(parameters) and _is_tensor_parallel(model):
-        raise UnsupportedHost(
-            "tensor-parallel weights are cut along features; adapt the whole model, merge, then parallelize"
-        )
+    parallel = _is_distributed(parameters) and _is_tensor_parallel(model)
     surgeon = Surgeon(model, method, config, resolver, wishes, dry=dry, thawed=freezing.thawed(parameters))
     try:
         with preserved_rng():
             surgeon.table_rows()
             registry().hook.peftcore_inject(model=model, method=method, config=config, surgeon=surgeon)
             surgeon.train_wishes()
+    except RuntimeError as error:
+        if not parallel or "DTensor" not in str(error):
+            raise
+        raise UnsupportedHost(f"{PIECES}. {method.name} asked for more ({error})") from error
     finally:
         surgeon.progress.close()
     check_apart(surgeon)
+    if parallel:
+        _fit_pieces(surgeon, dry)
     if not surgeon.grafts:
         raise TargetError(
             f"{method.name} found nothing to act on in this {type(model).__name__}; "
@@ -181,15 +197,54 @@ def _is_distributed(parameters: Iterable[nn.Parameter]) -> bool:
 
 
 def _is_tensor_parallel(model: nn.Module) -> bool:
-    """Whether weights are distributed tensors by other means than FSDP2, which gathers them before each use."""
+    """Whether weights are distributed tensors by other means than FSDP2, which gathers them before each use.
+
+    Raises:
+        UnsupportedHost: FSDP2 has cut again what tensor parallelism had cut.
+    """
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
 
     if isinstance(model, FSDPModule):
+        if any(isinstance(each, DTensor) and _cuts(each) > 1 for each in model.parameters()):
+            raise UnsupportedHost(
+                "the model is tensor-parallel and sharded (FSDP2), and what an adapter would meet in its forward are "
+                "pieces: take one of them, or adapt the whole model, merge, then cut"
+            )
         return False
     own = any(isinstance(parameter, DTensor) for parameter in model._parameters.values())
     children = (child for child in model._modules.values() if child is not None and not is_ours(child))
     return own or any(_is_tensor_parallel(child) for child in children)
+
+
+def _cuts(tensor: Any) -> int:
+    """Returns along how many dimensions of the mesh of processes a distributed tensor is cut."""
+    return sum(not placement.is_replicate() for placement in tensor.placements)
+
+
+def _fit_pieces(surgeon: Surgeon, dry: bool) -> None:
+    """Check that operators in a tensor-parallel model act on weights alone, which are gathered for them, and let them
+    start alike in all processes.
+
+    Raises:
+        UnsupportedHost: one acts on what a module is given or computes, or on another tensor, of which this process may
+            have a piece.
+    """
+    for graft in surgeon.grafts:
+        for site in graft.holders:
+            if site.form != "weight" or not isinstance(site.layer, ParallelLinear):
+                where = site.path or "the model"
+                raise UnsupportedHost(f"{PIECES}. {surgeon.method.name} would meet pieces at {where}")
+            if (site.tensor == "bias" or changes_bias(graft.operator)) and site.layer.adds_bias_late(site.module):
+                raise UnsupportedHost(
+                    f"the bias of {site.module_path} is added to the sum of what all processes compute, where "
+                    f"{surgeon.method.name} cannot act on it: exclude it, or adapt the whole model, merge, then "
+                    "parallelize"
+                )
+    layers = [graft.site.layer for graft in surgeon.grafts if isinstance(graft.site.layer, ParallelLinear)]
+    modules = [*(shared.module for shared in surgeon.owned.values()), *(graft.operator for graft in surgeon.grafts)]
+    for module in modules if layers and not dry else ():
+        agree(module, layers[0])
 
 
 def is_ours(module: nn.Module) -> bool:
@@ -248,6 +303,9 @@ def apply(
         host: a host map to use instead of the derived one (`peftcore.roles.probe`, `HostMap.override`).
         config: the method's options.
 
+    Where DeepSpeed has cut the model apart as it was made (`zero.Init`), all processes call this, and each holds all of
+    it meanwhile.
+
     Raises:
         UnknownMethod: no plugin has it; AmbiguousMethod: two have.
         ConfigError: an option is unknown, or its value breaks a rule.
@@ -267,23 +325,26 @@ def apply(
         _check_alone(method, target, exclude, train, data, dtype, host, config)
         injection: Injection = imported(OF_PEFT)(model, method, name=name, seed=seed)
         return injection
-    found, options = resolve_method(method, config)
-    target, train, host, called = with_preset(method, model, target, train, host)
-    name = check_name(model, (called or found.name) if name is None else name)
-    wishes = wishes_of(target, exclude, train, seed, dtype)
-    if type(found).structure is not Method.structure and data is not None:
-        host = host or host_map(model)
-        planned = prepare(model, found, options, wishes, host, dry=True)
-        sites = [replace(graft.site, meta=False) for graft in planned.grafts]
-        options, left_out = find_structure(found, model, data, options, sites)
-        wishes = replace(wishes, left_out=left_out)
-    surgeon = prepare(model, found, options, wishes, host, dry=False)
-    _check_data(surgeon, data)
-    if data is not None:
-        _check_parts(surgeon, data)
-    injection = establish(surgeon, name, data)
-    notice(surgeon.notices)
-    return injection
+    with at_hand(model.parameters()):
+        found, options = resolve_method(method, config)
+        target, train, host, called = with_preset(method, model, target, train, host)
+        name = check_name(model, (called or found.name) if name is None else name)
+        wishes = wishes_of(target, exclude, train, seed, dtype)
+        if type(found).structure is not Method.structure and data is not None:
+            host = host or host_map(model)
+            planned = prepare(model, found, options, wishes, host, dry=True)
+            sites = [replace(graft.site, meta=False) for graft in planned.grafts]
+            options, left_out = find_structure(found, model, data, options, sites)
+            wishes = replace(wishes, left_out=left_out)
+        surgeon = prepare(model, found, options, wishes, host, dry=False)
+        _check_data(surgeon, data)
+        if data is not None and any(graft.site.layer.in_pieces for graft in surgeon.grafts):
+            raise UnsupportedHost(f"{PIECES}. {found.name} looks at what layers are given, which are pieces")
+        if data is not None:
+            _check_parts(surgeon, data)
+        injection = establish(surgeon, name, data)
+        notice(surgeon.notices)
+        return injection
 
 
 def _check_alone(method: object, *others: Any) -> None:
@@ -458,5 +519,6 @@ def plan(
     check_model(model)
     found, options = resolve_method(method, config)
     target, train, host, _ = with_preset(method, model, target, train, host)
-    surgeon = prepare(model, found, options, wishes_of(target, exclude, train, seed, dtype), host, dry=True)
-    return Plan.of(surgeon, shards)
+    with at_hand(model.parameters()):
+        surgeon = prepare(model, found, options, wishes_of(target, exclude, train, seed, dtype), host, dry=True)
+        return Plan.of(surgeon, shards)

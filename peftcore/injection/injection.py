@@ -16,7 +16,15 @@ from torch.optim import Optimizer
 
 from peftcore.contract.compositions import Stack
 from peftcore.contract.operators import Combiner, InputOperator, trainable_numbers
-from peftcore.errors import CompositionError, InactiveSite, MergeError, NoRouters, RouteError, UnknownInjection
+from peftcore.errors import (
+    CompositionError,
+    InactiveSite,
+    MergeError,
+    NoRouters,
+    RouteError,
+    SwapError,
+    UnknownInjection,
+)
 from peftcore.forward.class_swap import is_reached
 from peftcore.forward.host_state import HostState, drop_state
 from peftcore.forward.routers import Ledger
@@ -30,6 +38,7 @@ from peftcore.injection.originals import Fingerprint, Keep
 from peftcore.injection.router_report import RouterReport
 from peftcore.injection.summary import Summary
 from peftcore.layers.layer import GRAFTED
+from peftcore.layers.pieces import ENGINE, is_partitioned
 from peftcore.registry.plugins import registry
 from peftcore.surgery import silent_layers
 from peftcore.surgery.installation import release, uninstall
@@ -434,7 +443,8 @@ class Injection(AppliedMethod):
 
         Raises:
             SwapError: it cannot take the place exactly: another method, other target modules, options or dtype, or a
-                larger rank than there is room for; or the adapter is in use in a forward or a call of `using`.
+                larger rank than there is room for; or the adapter is in use in a forward or a call of `using`; or
+                DeepSpeed has cut it apart (ZeRO-3).
             MergeError: this one is merged, or the other is made of weights into which an adapter is merged.
             CheckpointError, HubError, HostMismatch, NewerFormat, UnknownMethod: as `load`.
             MemoryLimit: it is idle, and there is no room to bring it back.
@@ -446,6 +456,8 @@ class Injection(AppliedMethod):
             raise MergeError(f"{self.name!r} is merged, so its values are in the base's weights: unmerge() it first")
         if source is self:
             return
+        if any(map(is_partitioned, self.parameters())):
+            raise SwapError(f"{ENGINE}: load the other adapter into the model before deepspeed.initialize")
         with self.state.kept(self.name):
             if isinstance(source, Injection):
                 with source.state.kept(source.name):
@@ -602,6 +614,11 @@ class Injection(AppliedMethod):
         """
         if not self.method.tags.per_row:
             raise RouteError(f"{self.method.name} acts on the whole batch, so it cannot be routed by rows")
+        if any(site.layer.in_pieces for graft in self.grafts for site in graft.holders):
+            raise RouteError(
+                f"{self.name!r} acts on tensor-parallel layers, which run all rows at once: activate one adapter for "
+                "all of them, or route in the whole model"
+            )
         for site in self.sites:
             if not site.separable:
                 raise RouteError(f"{self.name!r} acts on {site.path}, where rows of the batch cannot be told apart")

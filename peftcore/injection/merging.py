@@ -44,8 +44,9 @@ from peftcore.injection.written import (
     owner_path,
 )
 from peftcore.layers.computed import Computation, computation, has_place, parametrized, resting
-from peftcore.layers.fsdp import MANAGED, in_pieces, is_cut
+from peftcore.layers.fsdp import MANAGED, in_pieces
 from peftcore.layers.layer import Layer
+from peftcore.layers.pieces import ENGINE, is_cut, is_partitioned
 from peftcore.registry.plugins import layer_of, registry
 from peftcore.surgery.placement import Placement
 from peftcore.targets.sites import Site
@@ -191,6 +192,8 @@ def _check_values(site: Site, operator: nn.Module) -> None:
     like = site.layer.like(site.module, site.tensor)
     if like.is_meta:
         raise UnsupportedSite("its values are offloaded, or on the meta device")
+    if is_partitioned(like):
+        raise UnsupportedSite(f"{ENGINE}; save the adapter, and merge it into a model outside of DeepSpeed")
     if is_cut(like) and not all(map(is_cut, operator.parameters())):
         raise UnsupportedSite(
             "it is sharded and the adapter, which came later, is not; save that, and merge it into the model before "

@@ -18,7 +18,7 @@ from peftcore.injection.folding import Unfolded, unfold
 from peftcore.injection.originals import Fingerprint, Original, brought_back, fingerprint
 from peftcore.injection.quantized_layer import Form, restore
 from peftcore.layers.computed import computation
-from peftcore.layers.fsdp import is_cut
+from peftcore.layers.pieces import is_cut
 from peftcore.registry.plugins import layer_of
 
 Holder = tuple[str, nn.Module, str]

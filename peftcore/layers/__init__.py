@@ -2,11 +2,13 @@
 
 It may import `registry`, and what is below. In the order of reading:
 
-- `fsdp`: parameters that are sharded over processes.
+- `pieces`: a parameter of which this process holds a piece (FSDP2, tensor parallelism, ZeRO-3).
+- `fsdp`: models whose parameters are sharded over processes.
 - `kernels`: fused products, each equal to plain mathematics.
 - `computed`: tensors that a module computes from others (weight norm, pruning).
 - `layer`: the interface of any layer.
 - `kinds`: linear, embedding, convolution and their kin.
+- `tensor_parallel`: linear layers of which each process holds rows or columns.
 - `detect`: finds the kind of a module's dense tensor.
 """
 

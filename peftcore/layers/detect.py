@@ -11,8 +11,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from peftcore.layers.fsdp import MANAGED
 from peftcore.layers.kinds import PRODUCTS, Conv, ConvTransposed, Linear, Opaque, Table, Transposed
 from peftcore.layers.layer import Layer, is_dense, plain_class
+from peftcore.layers.tensor_parallel import parallel_linear
 
 
 def _runs(module: nn.Module, *kinds: type[nn.Module]) -> bool:
@@ -59,6 +61,10 @@ def dense_layer(module: nn.Module, tensor: str) -> Layer:
     path, _, name = tensor.rpartition(".")
     owner = module.get_submodule(path)
     held = getattr(owner, name, None)
+    if isinstance(owner, nn.Linear) and MANAGED not in vars(owner):
+        parallel = parallel_linear(owner, name, _runs(owner, nn.Linear) and owner is module)
+        if parallel is not None:
+            return parallel
     if isinstance(held, Tensor) and not is_dense(held):
         return Opaque(called=owner is module)
     if name == "weight":

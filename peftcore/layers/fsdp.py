@@ -1,4 +1,5 @@
-"""Parameters that are sharded over processes (FSDP2): whole in the forward of the sharded module, pieces outside of it.
+"""Models whose parameters are sharded over processes (FSDP2, ZeRO-3): whole in the forward of the sharded module, and
+pieces outside of it.
 
 Code that reads or writes them elsewhere (files, schedules, losses of the method's own) gets them whole here. All
 processes take part in that. torch's classes for it are looked up, not imported: without them no tensor is sharded.
@@ -9,31 +10,21 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from peftcore.errors import TrainingError
+from peftcore.layers.pieces import ALONE, ENGINE, at_hand, cut_like, is_cut, is_partitioned, whole
+
 MANAGED = "_is_fsdp_managed_module"
 """The mark that torch leaves on each module whose parameters it shards."""
 
 
-def is_cut(tensor: Tensor) -> bool:
-    """Whether a tensor is sharded: this process holds a piece of it, and others the rest."""
-    tensors = sys.modules.get("torch.distributed.tensor")
-    return tensors is not None and isinstance(tensor, tensors.DTensor)
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """Returns all of a tensor; gradients flow back into the pieces."""
-    return tensor.full_tensor() if is_cut(tensor) else tensor  # type: ignore[attr-defined]
-
-
-def cut_like(value: Tensor, piece: Any) -> Tensor:
-    """Returns a whole value, which every process has, sharded as another tensor is."""
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(value, piece.device_mesh, piece.placements, src_data_rank=None)
+_WHOLE: ContextVar[frozenset[int]] = ContextVar("_WHOLE", default=frozenset())
+"""Modules whose parameters are whole for now, of which one process has the values."""
 
 
 def is_sharded_class(cls: type[nn.Module]) -> bool:
@@ -50,9 +41,11 @@ def in_group() -> bool:
 def is_sharded(model: nn.Module) -> bool:
     """Whether some parameters of a model are sharded, also while they are gathered. Without a process group none can
     be."""
-    if not in_group():
+    if not in_group() or id(model) in _WHOLE.get():
         return False
-    return any(True for _ in _cut_modules(model)) or any(is_cut(parameter) for parameter in model.parameters())
+    if any(True for _ in _cut_modules(model)):
+        return True
+    return any(is_cut(parameter) or is_partitioned(parameter) for parameter in model.parameters())
 
 
 @contextmanager
@@ -68,13 +61,37 @@ def one_writes(model: nn.Module) -> Iterator[bool]:
         torch.distributed.barrier()
 
 
+@contextmanager
+def whole_from(model: nn.Module, values: Mapping[str, Tensor] | None, wanted: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Context manager in which a sharded model has the values of a state dict with whole ones, in the process that has
+    that: it saves without the others. Where there is none, or it lacks some of `wanted`, the model stays as it is."""
+    named = model.named_parameters(remove_duplicate=False)
+    pieces = {each: name for name, each in named if is_cut(each) or is_partitioned(each)}
+    needed = [pieces[each] for each in wanted if each in pieces]
+    if values is None or not needed or any(name not in values for name in needed):
+        yield
+        return
+    others = {each: nn.Parameter(values[name], each.requires_grad) for each, name in pieces.items() if name in values}
+    tokens = _WHOLE.set(_WHOLE.get() | {id(module) for module in model.modules()}), ALONE.set(True)
+    try:
+        with standing(model, others):
+            yield
+    finally:
+        _WHOLE.reset(tokens[0])
+        ALONE.reset(tokens[1])
+
+
 StandIns = Mapping[nn.Parameter, nn.Parameter]
 """Whole parameters by the pieces that they replace; empty outside of `gathered`, and always the same objects."""
 
 
 @contextmanager
 def gathered(
-    model: nn.Module, wanted: Callable[[], Iterable[nn.Parameter]], whole_parameters: StandIns | None = None
+    model: nn.Module,
+    wanted: Callable[[], Iterable[nn.Parameter]],
+    whole_parameters: StandIns | None = None,
+    *,
+    reads: bool = False,
 ) -> Iterator[None]:
     """Context manager in which parameters of the model are whole in their modules, with whole gradients; their values
     are sharded again afterwards.
@@ -82,21 +99,38 @@ def gathered(
     Args:
         wanted: returns the parameters; called when all sharded ones are in pieces.
         whole_parameters: the whole parameters to use, where the caller has to recognize them.
+        reads: whether the caller changes nothing, and asks for no gradients.
+
+    Raises:
+        TrainingError: DeepSpeed has cut them apart (ZeRO-3), and the caller would write.
     """
     if not is_sharded(model):
         yield
         return
     _reshard(model)
+    if reads:
+        with at_hand(wanted()), _whole_of(model, stand_ins_for(wanted())):
+            yield
+        return
+    if any(map(is_partitioned, wanted())):
+        raise TrainingError(f"{ENGINE}: train in stage 2 what has a schedule or a rule of its own")
     filled = stand_ins_for(wanted()) if whole_parameters is None else whole_parameters
+    with _whole_of(model, filled):
+        yield
+        with torch.no_grad():
+            for piece, stand_in in filled.items():
+                piece.copy_(cut_like(stand_in.detach(), piece))
+
+
+@contextmanager
+def _whole_of(model: nn.Module, filled: StandIns) -> Iterator[None]:
+    """Context manager in which whole parameters have the values and gradients of the pieces, and replace them."""
     for piece, stand_in in filled.items():
         stand_in.data = whole(piece.detach())
         stand_in.grad = None if piece.grad is None else whole(piece.grad)
     try:
         with standing(model, filled):
             yield
-        with torch.no_grad():
-            for piece, stand_in in filled.items():
-                piece.copy_(cut_like(stand_in.detach(), piece))
     finally:
         for stand_in in filled.values():
             stand_in.data, stand_in.grad = stand_in.data.new_empty(0), None

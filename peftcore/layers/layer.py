@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from peftcore.errors import UnsupportedSite
 from peftcore.layers.computed import by_hook
 from peftcore.layers.fsdp import is_sharded_class
+from peftcore.layers.pieces import outline
 
 Slices = tuple[tuple[int, int], ...]
 """Half-open ranges of the logical output dimension: the slices of one part of a fused projection."""
@@ -60,6 +61,17 @@ class Layer:
         return False
 
     @property
+    def in_pieces(self) -> bool:
+        """Whether the module computes with a piece of the tensor (tensor parallelism), so that nothing can act on what
+        it computes, and all that acts on the tensor does so on the whole, which `read` gathers."""
+        return False
+
+    @property
+    def one_product(self) -> bool:
+        """Whether the module is nothing but one product with the tensor."""
+        return self.called
+
+    @property
     def as_stored(self) -> Layer:
         """A layer for the tensor as it is stored, without a logical layout, for a value that replaces it."""
         return Layer()
@@ -87,6 +99,10 @@ class Layer:
             way = None if name in owner._parameters else by_hook(owner, name)
             value = getattr(owner, name, None) if way is None else way.value()
         return value if isinstance(value, Tensor) else None
+
+    def held(self, module: nn.Module, tensor: str) -> Tensor | None:
+        """Returns the tensor that the module holds, to be recognized where others hold it too."""
+        return self.read(module, tensor)
 
     def check_readable(self, module: nn.Module, tensor: str) -> None:
         """Verify that `read` knows the format; cheap, and without values.
@@ -116,6 +132,10 @@ class Layer:
             ExportError: they may not: a quantizer's format would be loaded as something else.
         """
 
+    def for_forward(self, module: nn.Module, tensor: str, effective: Tensor | None) -> Tensor | None:
+        """Returns an effective stored tensor as the module's forward takes it."""
+        return effective
+
     def has(self, module: nn.Module, tensor: str) -> bool:
         """Whether the module has such a tensor; cheap, also where reading is not."""
         return self.read(module, tensor) is not None
@@ -134,7 +154,7 @@ class Layer:
         """Returns the logical shape, also of a quantized tensor."""
         stored = self.read(module, tensor)
         assert stored is not None, "only existing tensors have a shape"
-        return self.logical(stored).shape
+        return self.logical(outline(stored)).shape
 
     def write(self, module: nn.Module, tensor: str, stored: Tensor) -> None:
         """Set the values of a dense stored tensor in place."""

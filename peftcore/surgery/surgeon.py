@@ -190,6 +190,12 @@ class Surgeon:
             raise PluginError(f"{self.method.name} grafts {path} twice")
         built: O = self._build(path, lambda: operator(site, config.at(path)) if config else operator(site), site)
         if isinstance(built, Operator) and site.form == "weight" and not is_mergeable(built):
+            if site.layer.in_pieces:
+                raise UnsupportedSite(
+                    f"{self.method.name} acts on what a module computes, but {site.path} is tensor-parallel and "
+                    "computes pieces; take a method that acts on weights, such as lora or dora, or adapt the whole "
+                    "model, merge, then parallelize"
+                )
             raise UnsupportedSite(
                 f"{self.method.name} acts on what a module computes, but {site.path} is a tensor that is read, "
                 "not called; target what uses it, such as the role attn.output"
@@ -305,7 +311,7 @@ class Surgeon:
         Raises:
             UnsupportedSite: there is an operator already.
         """
-        tensor = None if site.layer.packed else site.layer.read(site.module, site.tensor)
+        tensor = None if site.layer.packed else site.layer.held(site.module, site.tensor)
         key = (site.path if tensor is None else id(tensor), site.slices)
         if key not in self._replaced:
             site = self._as_stored(site)

@@ -236,7 +236,8 @@ class Resolver:
         output = role is not None and role.endswith(".output")  # the operator acts on the module's output
         layer = self._layer(module, tensor)
         whole = tensor == "weight" and not layer.has(module, tensor)  # a module without a weight of its own
-        form = "activation" if output or whole or (layer.called and tensor == "weight") else "weight"
+        around = output or whole or (layer.called and tensor == "weight")
+        form = "activation" if around and not layer.in_pieces else "weight"
         if role is None:
             role = self._role_of.get(module_path if tensor == "weight" else f"{module_path}.{tensor}")
         chosen = module_path in self._among_experts

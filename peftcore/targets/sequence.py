@@ -25,8 +25,8 @@ from torch.func import functional_call
 from peftcore.contract.operators import Operator
 from peftcore.errors import PluginError, SequenceError, UnsupportedSite
 from peftcore.forward.context import Tap
-from peftcore.layers.fsdp import whole
 from peftcore.layers.layer import Layer
+from peftcore.layers.pieces import whole
 from peftcore.roles.stacks import CACHES, EMBEDS, IDS, MEMORY, TokenStack, arguments
 from peftcore.targets.resolver import Resolver
 from peftcore.targets.sequence_cache import Opened, is_cache, opened, self_attention_cache

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from peftcore.errors import UnsupportedSite
 from peftcore.forward.slot import effective_weight
 from peftcore.layers.detect import dense_layer
-from peftcore.layers.fsdp import whole
 from peftcore.layers.layer import Layer, Slices, plain_class, take
+from peftcore.layers.pieces import whole
 from peftcore.roles.stacks import arguments
 from peftcore.utils.renamed import renamed
 

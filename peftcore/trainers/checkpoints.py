@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -19,7 +19,7 @@ from peftcore.errors import ExportError
 from peftcore.forward.host_state import injections
 from peftcore.forward.save_pretrained import SavesBase, check_saves, saving_base
 from peftcore.injection.injection import Injection
-from peftcore.layers.fsdp import is_sharded
+from peftcore.layers.fsdp import is_sharded, whole_from
 from peftcore.registry.plugins import layer_of
 from peftcore.training.optimizer import transient
 from peftcore.utils.notices import notice
@@ -84,17 +84,22 @@ def digest(tensor: Tensor) -> bytes:
     return hashlib.blake2b(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data).digest()
 
 
-def save_adapters(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+def save_adapters(
+    model: nn.Module, folder: str | os.PathLike[str], everything: Mapping[str, Tensor] | None = None
+) -> None:
     """Write the adapters that train into a folder, from which `peftcore.load` reads them: one into the folder itself,
     several into folders of their names.
 
-    Those of a sharded model are left out: to gather them takes all processes, and the Trainer asks one.
+    Args:
+        everything: a state dict with whole values, where the model is sharded over processes. Without it the adapters
+            are left out: to gather them takes all processes, and the Trainer asks one.
     """
     found = [injection for injection in training(model) if not injection.merged]
-    if not found or is_sharded(model):
-        return
-    for injection in found:
-        injection.save(Path(folder) if len(found) == 1 else Path(folder, injection.name))
+    with whole_from(model, everything, [each for injection in found for each in injection.parameters()]):
+        if is_sharded(model):
+            return
+        for injection in found:
+            injection.save(Path(folder) if len(found) == 1 else Path(folder, injection.name))
 
 
 @contextmanager
@@ -145,6 +150,7 @@ class SavesAdapters(SavesBase):
         given = call.arguments
         if "state_dict" not in given:
             return super().__call__(*args, **kwargs)
+        everything = given["state_dict"] and {**given["state_dict"]}  # the base is taken out of it as it is written
         if self.run is not None and self.run.has_checkpoint(given["save_directory"]):
             if given["state_dict"] is None or not is_sharded(self.model):
                 whole = self.model.state_dict() if given["state_dict"] is None else dict(given["state_dict"])
@@ -155,7 +161,7 @@ class SavesAdapters(SavesBase):
         else:
             found = self._base_or_none(call)
         if given.get("is_main_process", True):
-            save_adapters(self.model, given["save_directory"])
+            save_adapters(self.model, given["save_directory"], everything)
         return found
 
     def _base_or_none(self, call: inspect.BoundArguments) -> Any:

@@ -95,4 +95,4 @@ class PeftcoreTrainer(transformers.Trainer):
                 self._peftcore.keep(model, whole)
             super()._save(folder, whole)
         if self.args.should_save:
-            save_adapters(model, folder)
+            save_adapters(model, folder, state_dict)

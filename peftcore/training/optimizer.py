@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from peftcore.errors import TrainingError
-from peftcore.layers.fsdp import cut_like, gathered, is_cut, stand_ins_for, standing, whole
+from peftcore.layers.fsdp import gathered, stand_ins_for, standing
+from peftcore.layers.pieces import cut_like, is_cut, whole
 
 if TYPE_CHECKING:
     from peftcore.injection.applied import AppliedMethod
@@ -86,11 +87,26 @@ class MethodOptimizer(Optimizer):
                 f"{self.injection.method.name} changes with the steps: say how many in injection.optimizer(..., "
                 "total_steps=N), or give transformers' Trainer the callback peftcore.training.PeftcoreCallback"
             )
+        self._check_groups()
         loss = self._by_rules(closure) if self.rules else self.inner.step(closure)
         self.steps += 1
         if self.total_steps is not None:
             take_steps(scheduled(self.injection), self.steps, self.total_steps)
         return loss
+
+    def _check_groups(self) -> None:
+        """Verify that the optimizer inside steps on the adapter's own parameters.
+
+        Raises:
+            TrainingError: it steps on others, and what the method changes would be lost at the next step.
+        """
+        held = {parameter for group in self.param_groups for parameter in group["params"]}
+        if held.isdisjoint(self.injection.parameters()):
+            raise TrainingError(
+                f"the optimizer's parameters are not those of {self.injection.name!r} any more (DeepSpeed's ZeRO puts "
+                f"its own in their place), so what {self.injection.method.name} changes as it trains would be lost: "
+                "train it with DDP or FSDP2, or take a method without a schedule or a rule for gradients, such as lora"
+            )
 
     @torch.no_grad()
     def _by_rules(self, closure: Callable[[], Any] | None) -> Any:

@@ -15,7 +15,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import peftcore
-from peftcore.layers.fsdp import gathered, is_cut
+from peftcore.layers.fsdp import gathered
+from peftcore.layers.pieces import is_cut
 from peftcore.training import Fleet
 
 RANKS, STEPS = 2, 20

@@ -187,6 +187,6 @@ def test_what_the_user_changes_later_does_not_reach_the_injection() -> None:
 
 def test_weights_that_are_cut_apart_as_they_are_made_are_refused() -> None:
     model = nn.Sequential(nn.Linear(4, 4))
-    model[0].weight = nn.Parameter(torch.empty(0))  # as DeepSpeed's zero.Init leaves it
-    with pytest.raises(UnsupportedHost, match=r"zero\.Init"):
+    model[0].weight = nn.Parameter(torch.empty(0))
+    with pytest.raises(UnsupportedHost, match="some weights are empty"):
         peftcore.apply(model, "lora", target="0")

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from peftcore.layers.fsdp import gathered, is_cut, is_sharded, is_sharded_class, loading_whole, one_writes, whole
+from peftcore.layers.fsdp import gathered, is_sharded, is_sharded_class, loading_whole, one_writes
+from peftcore.layers.pieces import is_cut, whole
 
 
 @pytest.fixture

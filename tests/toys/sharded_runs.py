@@ -13,7 +13,7 @@ from silent import Silent
 from peftcore.comparing.runs.folder import first_process
 from peftcore.comparing.runs.run import Run
 from peftcore.comparing.training import train as job
-from peftcore.layers.fsdp import is_cut
+from peftcore.layers.pieces import is_cut
 
 trainers: list[Any] = []
 made = job.trainer_for

@@ -14,7 +14,7 @@ def alike(sites: Iterable[Site]) -> list[list[Site]]:
     """Group the sites that hold the very same tensor."""
     groups: dict[object, list[Site]] = {}
     for site in sites:
-        tensor = site.layer.read(site.module, site.tensor)
+        tensor = site.layer.held(site.module, site.tensor)
         tied = isinstance(tensor, nn.Parameter) and site.slices is None
         groups.setdefault(id(tensor) if tied else site.path, []).append(site)
     return list(groups.values())
@@ -22,7 +22,7 @@ def alike(sites: Iterable[Site]) -> list[list[Site]]:
 
 def holders(surgeon: Surgeon, site: Site) -> list[Site]:
     """Return all sites that hold the site's tensor, whether they are targets or not."""
-    tensor = site.layer.read(site.module, site.tensor)
+    tensor = site.layer.held(site.module, site.tensor)
     found = surgeon.resolver.holders(tensor) if isinstance(tensor, nn.Parameter) else []
     return [dataclasses.replace(surgeon.resolver.site(*each), meta=site.meta) for each in found] or [site]
 

@@ -14,7 +14,7 @@ def one_each(sites: Iterable[Site]) -> list[Site]:
     handed down to them, and may never be called itself."""
     found: dict[tuple[int | str, Slices | None], Site] = {}
     for site in sites:
-        tensor = site.layer.read(site.module, site.tensor)
+        tensor = site.layer.held(site.module, site.tensor)
         key = (site.path if tensor is None else id(tensor), site.slices)
         if key not in found or site.module_path.count(".") > found[key].module_path.count("."):
             found[key] = site
@@ -23,7 +23,7 @@ def one_each(sites: Iterable[Site]) -> list[Site]:
 
 def tied_to(site: Site, surgeon: Surgeon) -> list[Site]:
     """Return the other places that hold the site's tensor, where the site is all of it."""
-    resolver, tensor = surgeon.resolver, site.layer.read(site.module, site.tensor)
+    resolver, tensor = surgeon.resolver, site.layer.held(site.module, site.tensor)
     places = resolver.holders(tensor) if isinstance(tensor, nn.Parameter) and site.slices is None else []
     here = site.module_path, site.tensor
     return [each for each in (resolver.site(*place) for place in places) if (each.module_path, each.tensor) != here]

@@ -1,0 +1,100 @@
+"""A parameter of which this process holds a piece, and others the rest, whoever cut it.
+
+Two kinds are known. A distributed tensor of torch (FSDP2, tensor parallelism) has the shape of the whole. A parameter
+of DeepSpeed's ZeRO-3 is empty, of shape ``[0]``, but where DeepSpeed gathers it: in the forward and backward that use
+it, and on demand. Classes and functions of theirs are looked up, not imported: without them no tensor is in pieces.
+
+All processes take part in whatever makes a tensor whole.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftcore.errors import ExportError
+
+ALONE: ContextVar[bool] = ContextVar("ALONE", default=False)
+"""Whether this process works without the others now, so that nothing can be gathered."""
+ZERO = "deepspeed.runtime.zero"
+ENGINE = (
+    "DeepSpeed's ZeRO-3 has cut the parameters apart, and keeps other values of them for its optimizer, to which "
+    "nothing is written here"
+)
+"""What is said of values that would have to change."""
+
+
+def is_cut(tensor: Tensor) -> bool:
+    """Whether a tensor is a distributed one: this process holds a piece of it, and others the rest."""
+    tensors = sys.modules.get("torch.distributed.tensor")
+    return tensors is not None and isinstance(tensor, tensors.DTensor)
+
+
+def is_partitioned(tensor: Tensor) -> bool:
+    """Whether DeepSpeed (ZeRO-3) has cut a parameter apart, also while it is gathered."""
+    zero = sys.modules.get(f"{ZERO}.partition_parameters")
+    return zero is not None and bool(zero.is_zero_param(tensor))
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Returns all of a tensor. Gradients flow back into the pieces of a distributed one; of a parameter of ZeRO-3 it is
+    a copy of the values, unless they are gathered anyway.
+
+    Raises:
+        ExportError: this process works without the others now.
+    """
+    if ALONE.get() and (is_cut(tensor) or is_empty(tensor)):
+        raise ExportError(
+            "the file needs weights of which this process has a piece: call save(folder) in all processes"
+        )
+    if is_cut(tensor):
+        return tensor.full_tensor()  # type: ignore[attr-defined,no-any-return]
+    if not is_empty(tensor):
+        return tensor
+    with at_hand([tensor]):
+        return tensor.detach().clone()
+
+
+def outline(tensor: Tensor) -> Tensor:
+    """Returns a tensor of the whole's shape, which may have no values: for who asks for shapes."""
+    if not is_empty(tensor):
+        return tensor
+    return torch.empty(_zeros(tensor).ds_shape, dtype=tensor.dtype, device="meta")
+
+
+def cut_like(value: Tensor, piece: Any) -> Tensor:
+    """Returns a whole value, which every process has, distributed as another tensor is."""
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value, piece.device_mesh, piece.placements, src_data_rank=None)
+
+
+@contextmanager
+def at_hand(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Context manager in which parameters of ZeRO-3 have their values, to be read. What is written is lost or an
+    error, as DeepSpeed has it. Those that are gathered already, by whomever, stay so."""
+    empty = [each for each in parameters if is_empty(each)]
+    with sys.modules[f"{ZERO}.partition_parameters"].GatheredParameters(empty) if empty else nullcontext():
+        yield
+
+
+def is_in_engine(model: nn.Module) -> bool:
+    """Whether DeepSpeed's engine (ZeRO-3) has the module: what is added to it now does not train."""
+    zero = sys.modules.get(f"{ZERO}.parameter_offload")
+    return zero is not None and isinstance(model._parameters, zero.ZeROOrderedDict)
+
+
+def is_empty(tensor: Tensor) -> bool:
+    """Whether a parameter of ZeRO-3 has no values now: nobody has gathered it."""
+    return tensor.shape == (0,) and is_partitioned(tensor) and _zeros(tensor).ds_shape != tensor.shape
+
+
+def _zeros(tensor: Any) -> Any:
+    """Returns a parameter of ZeRO-3 as what it is, with attributes that torch's does not have."""
+    return tensor
