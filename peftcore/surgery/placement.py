@@ -15,6 +15,8 @@ from torch import nn
 
 from peftcore.errors import InactiveSite
 from peftcore.forward.save_pretrained import saving_base
+from peftcore.layers.fsdp import MANAGED, in_group
+from peftcore.layers.pieces import is_cut
 
 if TYPE_CHECKING:
     from peftcore.forward.host_state import HostState
@@ -44,12 +46,15 @@ class Placement:
         """Check that the modules of these injections are where they were, or elsewhere in the model.
 
         Raises:
-            InactiveSite: some are not in the model any more, or a token table of them was resized.
+            InactiveSite: some are not in the model any more, a token table of them was resized, or a tensor of them
+                was cut over processes (tensor parallelism) by who does not gather it for the forward.
         """
         for name in acting:
             ways = self.ways.get(name)
             if ways is None or _changed(ways):
                 self.ways[name] = list(_steps(model, state.injections[name]))
+            if in_group():
+                _check_whole(name, state.injections[name])
             for site, shape in self.tables.get(name, ()):
                 if (now := site.layer.shape(site.module, site.tensor)) != shape:
                     raise InactiveSite(
@@ -64,6 +69,18 @@ class Placement:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "ways": {}}
+
+
+def _check_whole(name: str, injection: Injection) -> None:
+    """Check that an injection computes with whole tensors where it was made for whole ones."""
+    for graft in injection.grafts:
+        for site in graft.holders:
+            held = site.module._parameters.get(site.tensor)
+            if held is not None and is_cut(held) and not site.layer.in_pieces and MANAGED not in vars(site.module):
+                raise InactiveSite(
+                    f"{site.path}: cut over processes since {name!r} was applied. Save and remove() it before the "
+                    "model is made tensor-parallel; then load it again, or apply it to that model"
+                )
 
 
 def _is_table(site: Site) -> bool:

@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.distributed as dist
+from process_groups import process_group
 from torch import nn
 
 import peftcore
@@ -141,3 +143,17 @@ def test_a_table_that_is_resized_in_place_is_missed(method: str) -> None:
         peftcore.injections(model)[method].merge()
     with peftcore.activate(model):
         model(ids)
+
+
+@pytest.mark.parametrize("method", ["lora", "bitfit"])
+def test_what_was_cut_over_processes_is_missed(method: str, model: nn.Module) -> None:
+    """Tensor parallelism of a model that has an adapter; sharding by FSDP2 gathers what the forward uses."""
+    tensors = pytest.importorskip("torch.distributed.tensor")
+    with process_group(store=dist.HashStore(), rank=0, world_size=1):
+        adapted(model, method)
+        mesh = tensors.init_device_mesh("cpu", (1,))
+        for name, value in dict(model[2].named_parameters(recurse=False)).items():
+            cut = tensors.distribute_tensor(value.detach(), mesh, [tensors.Shard(0)])
+            model[2].register_parameter(name, nn.Parameter(cut))
+        with torch.no_grad(), pytest.raises(InactiveSite, match=r"^2.*: cut over processes since .* load it again"):
+            model(X)
