@@ -79,8 +79,9 @@ def cut_like(value: Tensor, piece: Any) -> Tensor:
 def at_hand(parameters: Iterable[Tensor]) -> Iterator[None]:
     """Context manager in which parameters of ZeRO-3 have their values, to be read. What is written is lost or an
     error, as DeepSpeed has it. Those that are gathered already, by whomever, stay so."""
-    empty = [each for each in parameters if is_empty(each)]
-    with sys.modules[f"{ZERO}.partition_parameters"].GatheredParameters(empty) if empty else nullcontext():
+    zero = sys.modules.get(f"{ZERO}.partition_parameters")
+    empty = [] if zero is None else [each for each in parameters if is_empty(each)]
+    with zero.GatheredParameters(empty) if zero is not None and empty else nullcontext():
         yield
 
 

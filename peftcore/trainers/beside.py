@@ -18,7 +18,7 @@ from peftcore.errors import TrainingError
 from peftcore.files.safe_io import TensorFile
 from peftcore.trainers.checkpoints import state_between_steps
 
-FILE = "peftcore_training.safetensors"
+FILE = "peftcore_adapters.safetensors"
 
 
 def save_beside(tensors: Mapping[str, Any], folder: Path) -> None:

@@ -11,7 +11,7 @@ import peftcore
 from peftcore import AppliedMethod, HybridPart, Injection, Method
 
 READ = {"name", "model", "method", "config", "grafts", "operators", "sites", "shared", "parts", "whole", "family",
-        "modules", "parameters", "reads_tokens", "state_dict"}  # fmt: skip
+        "modules", "parameters", "reads_tokens", "state_dict", "steps_taken"}  # fmt: skip
 """All that a part has."""
 
 LORA: dict[str, Any] = {"method": "lora", "rank": 2, "target": ["first", "second"]}

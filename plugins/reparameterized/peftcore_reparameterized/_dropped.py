@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from peftcore import WeightOperator
+
 
 @dataclass(frozen=True)
 class ChangeDropout:
@@ -38,6 +40,17 @@ class ChangeDropout:
                 kept = kept / kept.mean(-1, keepdim=True).clamp(min=1 / kept.shape[-1])
             shares = shares * kept
         return shares
+
+
+class DropsChange(WeightOperator):
+    """An operator whose change drops out, as `drops` says."""
+
+    training_only = frozenset({"drops"})
+    drops: ChangeDropout
+
+    def drop_nothing(self) -> bool:
+        self.drops = ChangeDropout()
+        return True
 
 
 def with_shares(change: Tensor, drops: ChangeDropout, batch_dims: int, training: bool) -> Tensor:

@@ -26,8 +26,8 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import MATRICES, Held, LearningRate, Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
-from peftcore_reparameterized._dropped import ChangeDropout, with_shares
+from peftcore import MATRICES, Held, LearningRate, Method, MethodConfig, Site, Surgeon, Tags
+from peftcore_reparameterized._dropped import ChangeDropout, DropsChange, with_shares
 
 
 class Config(MethodConfig):
@@ -48,11 +48,10 @@ class Config(MethodConfig):
     """Probability with which a module gets nothing of the change, in training."""
 
 
-class LoHaOperator(WeightOperator):
+class LoHaOperator(DropsChange):
     """The update of one site."""
 
     padded, scaled = frozenset({"A1", "B1", "T1", "A2", "B2", "T2"}), frozenset({"B1"})
-    training_only = frozenset({"drops"})
 
     def __init__(self, site: Site, config: Config) -> None:
         super().__init__(site)
@@ -67,10 +66,6 @@ class LoHaOperator(WeightOperator):
         A, B = self.get_tensor(f"A{number}"), self.get_tensor(f"B{number}")
         core = self._parameters.get(f"T{number}")
         return B @ A if core is None else torch.einsum("pq...,op,qi->oi...", core, B, A)
-
-    def drop_nothing(self) -> bool:
-        self.drops = ChangeDropout()
-        return True
 
     def prefers_activation_form(self, x: Tensor) -> bool:
         """Whether the update runs on activations: where factors of all its ranks are far smaller than the weight."""

@@ -28,8 +28,8 @@ import torch.nn.functional as F
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import MATRICES, LearningRate, Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
-from peftcore_reparameterized._dropped import ChangeDropout, with_shares
+from peftcore import MATRICES, LearningRate, Method, MethodConfig, Site, Surgeon, Tags
+from peftcore_reparameterized._dropped import ChangeDropout, DropsChange, with_shares
 
 
 class Config(MethodConfig):
@@ -60,10 +60,8 @@ class Config(MethodConfig):
     """Probability with which a module gets nothing of the change, in training."""
 
 
-class LoKrOperator(WeightOperator):
+class LoKrOperator(DropsChange):
     """The update of one site."""
-
-    training_only = frozenset({"drops"})
 
     def __init__(self, site: Site, config: Config) -> None:
         super().__init__(site)
@@ -82,10 +80,6 @@ class LoKrOperator(WeightOperator):
         a, b = self.get_tensor(f"{name}a"), self.get_tensor(f"{name}b")
         core = self._parameters.get("t2") if name == "w2" else None
         return a @ b if core is None else torch.einsum("pq...,po,qi->oi...", core, a, b).flatten(1)
-
-    def drop_nothing(self) -> bool:
-        self.drops = ChangeDropout()
-        return True
 
     def prefers_activation_form(self, x: Tensor) -> bool:
         return self.layer.of_vectors
