@@ -115,7 +115,7 @@ class PeftcoreCallback(transformers.TrainerCallback):
         self._told = tell_run(model, self)
         self._own = optimizer.injection if isinstance(optimizer, MethodOptimizer) else None
         if state.global_step:
-            self._check_read(model, of_run(args, state, optimizer))
+            self._check_read(model, lambda: of_run(args, state, optimizer))
         self._training = training(model)
         for injection in self._training:
             if injection is not self._own:
@@ -216,7 +216,8 @@ class PeftcoreCallback(transformers.TrainerCallback):
         self._disarm()
         tell_run(kwargs["model"], None)
         self._stop_waiting()
-        self._check_read(kwargs["model"], state.best_model_checkpoint and Path(state.best_model_checkpoint))
+        best = state.best_model_checkpoint
+        self._check_read(kwargs["model"], lambda: best and Path(best))
 
     def on_push_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the adapters into the folder that is pushed: of a checkpoint, the Trainer copies only its own files."""
@@ -267,9 +268,7 @@ class PeftcoreCallback(transformers.TrainerCallback):
         def without_frozen(module: nn.Module, keys: Any) -> None:
             read, ours = self._read or set(), keys_of(model, within(model))
             passed = frozen if frozen.isdisjoint(read) else set()
-            if ours.isdisjoint(
-                read
-            ):  # what another way of saving leaves out lies beside it, and is read as training begins
+            if ours.isdisjoint(read):  # it lies beside what was saved, and is read as training begins
                 passed = passed | ours
             keys.missing_keys[:] = [key for key in keys.missing_keys if key not in passed]
 
@@ -284,12 +283,13 @@ class PeftcoreCallback(transformers.TrainerCallback):
             handle.remove()
         self._hooks = []
 
-    def _check_read(self, model: nn.Module, folder: Path | None) -> None:
+    def _check_read(self, model: nn.Module, find: Callable[[], Path | None]) -> None:
         """Check that the checkpoint, if one was read, had all tensors of the adapters that train, and what their
         schedules know; of one that has none of them, read what lies beside it in its folder."""
         if self._read is None:
             return
-        if folder is not None and keys_of(model, within(model)).isdisjoint(self._read):
+        none = not is_sharded(model) and keys_of(model, within(model)).isdisjoint(self._read)
+        if none and (folder := find()) is not None:
             self._read |= read_beside(model, folder)
         state = [held for held in state_between_steps(model) if any(True for _ in scheduled(held.injection))]
         wanted = {held.key for held in state if self._wanted(held)}.union(keys_of(model, training(model)))
