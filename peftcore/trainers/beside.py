@@ -3,13 +3,14 @@ file beside it, and is read from the folder of the checkpoint."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from transformers import TrainerState
 from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -60,18 +61,8 @@ def of_run(args: Any, state: TrainerState, optimizer: Any) -> Path | None:
         return None
     if (folder / OPTIMIZER_NAME).exists():
         theirs = torch.load(folder / OPTIMIZER_NAME, map_location="cpu", weights_only=True)
-        one, other = [*_tensors(theirs)], [*_tensors(optimizer.state_dict())]
+        one, other = ([each for each in tree_leaves(it) if isinstance(each, Tensor)]
+                      for it in (theirs, optimizer.state_dict()))  # fmt: skip
         if len(one) != len(other) or not all(torch.equal(a, b.cpu()) for a, b in zip(one, other, strict=True)):
             return None
     return folder
-
-
-def _tensors(nested: Any) -> Iterator[Tensor]:
-    if isinstance(nested, Tensor):
-        yield nested
-    elif isinstance(nested, Mapping):
-        for value in nested.values():
-            yield from _tensors(value)
-    elif isinstance(nested, list | tuple):
-        for value in nested:
-            yield from _tensors(value)
