@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import takewhile
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
@@ -231,7 +230,11 @@ class InputOperator(Operator):
         around the module take it so, and by name what was given by name or is new."""
         names = self._names[: len(args)]
         changed = self.arguments({**dict(zip(names, args, strict=False)), **kwargs}, mine)
-        first = [changed.pop(name) for name in takewhile(changed.keys().__contains__, names)]
+        first = []
+        for name in names:
+            if name not in changed:
+                break
+            first.append(changed.pop(name))
         return (*first, *args[len(self._names) :]), changed
 
     def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
