@@ -82,6 +82,8 @@ def main() -> None:
         parser.error(f"no figures are called {', '.join(sorted(unknown))}")
     if given.page and given.threads != 1:
         parser.error("the page has figures with one thread; --out takes a folder for others")
+    if given.out is not None:
+        given.out.mkdir(parents=True, exist_ok=True)  # before the half hour, not behind it
     torch.set_num_threads(given.threads)
     keep_memory()
     warnings.simplefilter("ignore")
