@@ -1,10 +1,8 @@
 """Two processes give the gradients of one: DDP and FSDP2, sharded before or after the graft."""
 
 import functools
-import os
-import socket
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from interop_hosts import Encoder, adapt, encoder, gradients, inputs
-from process_groups import process_group
-from torch import Tensor, multiprocessing, nn
+from ranks import RANKS, outcomes_of
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -23,7 +21,6 @@ import peftcore
 from peftcore.testing.hosts import HOSTS
 
 METHODS = ("lora", "dora", "oft", "houlsby_adapter", "bitfit")
-RANKS = 2
 TOLERANCE = 1e-5
 pytestmark = [
     pytest.mark.slow,
@@ -269,53 +266,14 @@ CASES: dict[Case, Callable[[], None]] = {
 }  # fmt: skip
 
 
-def work(rank: int, port: int, cases: Sequence[Case], done: Any) -> None:
-    """One rank: every case in one process group, until one fails."""
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    with process_group(rank=rank, world_size=RANKS):
-        init_device_mesh("cpu", (RANKS,))
-        for case in cases:
-            try:
-                CASES[case]()
-            except BaseException as error:
-                done.put((case, f"rank {rank}: {type(error).__name__}: {error}"))
-                raise
-            dist.barrier()
-            if rank == 0:
-                done.put((case, ""))
-
-
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return int(server.getsockname()[1])
-
-
-def on_two_ranks(cases: Sequence[Case]) -> dict[Case, str]:
-    """What was wrong with each case, up to the first that fails: a rank that waits for a dead one cannot go on."""
-    done = multiprocessing.get_context("spawn").SimpleQueue()
-    failed = ""
-    try:
-        multiprocessing.spawn(work, args=(free_port(), cases, done), nprocs=RANKS, join=True)
-    except (multiprocessing.ProcessRaisedException, multiprocessing.ProcessExitedException) as error:
-        failed = str(error)
-    found: dict[Case, str] = {}
-    while not done.empty():
-        case, wrong = done.get()
-        found[case] = found.get(case) or wrong
-    if failed and not any(found.values()):
-        found[next(case for case in cases if case not in found)] = failed
-    return found
+def begin() -> None:
+    dist.init_process_group("gloo")
+    init_device_mesh("cpu", (RANKS,))
 
 
 @pytest.fixture(scope="module")
 def outcomes() -> dict[Case, str]:
-    """What was wrong with each case, found in as few pairs of processes as may be: to start two takes seconds."""
-    found: dict[Case, str] = {}
-    while left := [case for case in CASES if case not in found]:
-        found |= on_two_ranks(left)
-    return found
+    return outcomes_of(__name__)
 
 
 def assert_right(outcomes: dict[Case, str], way: str) -> None:

@@ -12,20 +12,20 @@ import torch.distributed as dist
 from torch import multiprocessing
 
 RANKS = 2
-Cases = Mapping[str, Callable[[], None]]
+Cases = Mapping[Any, Callable[[], None]]
 
 
-def outcomes_of(module: str) -> dict[str, str]:
+def outcomes_of(module: str) -> dict[Any, str]:
     """What was wrong with each of the `CASES` of a test module, or nothing; its `begin` starts the group of
     processes."""
     cases: Cases = importlib.import_module(module).CASES
-    found: dict[str, str] = {}
+    found: dict[Any, str] = {}
     while left := [case for case in cases if case not in found]:
         found |= _on_two_ranks(module, left)
     return found
 
 
-def _on_two_ranks(module: str, cases: Sequence[str]) -> dict[str, str]:
+def _on_two_ranks(module: str, cases: Sequence[Any]) -> dict[Any, str]:
     """Up to the first that fails: a rank that waits for a dead one cannot go on."""
     done = multiprocessing.get_context("spawn").SimpleQueue()
     failed = ""
@@ -33,7 +33,7 @@ def _on_two_ranks(module: str, cases: Sequence[str]) -> dict[str, str]:
         multiprocessing.spawn(_work, args=(_free_port(), module, cases, done), nprocs=RANKS, join=True)
     except (multiprocessing.ProcessRaisedException, multiprocessing.ProcessExitedException) as error:
         failed = str(error)
-    found: dict[str, str] = {}
+    found: dict[Any, str] = {}
     while not done.empty():
         case, wrong = done.get()
         found[case] = found.get(case) or wrong
@@ -42,7 +42,7 @@ def _on_two_ranks(module: str, cases: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def _work(rank: int, port: int, module: str, cases: Sequence[str], done: Any) -> None:
+def _work(rank: int, port: int, module: str, cases: Sequence[Any], done: Any) -> None:
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS))
