@@ -19,7 +19,8 @@ from peftcore.authoring.budgets import reference
 from peftcore.comparing.quiet import unlogged
 from peftcore.contract.operators import Combiner, Operator, Replacement, WeightOperator
 from peftcore.errors import ConfigError, PeftcoreError
-from peftcore.injection.applying import host_map, prepare, resolve_method, wishes_of
+from peftcore.injection.arguments import host_map, resolve_method, wishes_of
+from peftcore.injection.recording import prepare
 from peftcore.roles import HostEntry, HostMap
 from peftcore.roles.hostmap import part_roles
 from peftcore.roles.vocabulary import FUSED_ROLES, OTHER

@@ -22,8 +22,9 @@ from peftcore.contract.operators import Factors, _Base, changes_bias, is_mergeab
 from peftcore.errors import ConfigError, MergeError, NotMergeable, UnknownInjection, UnknownMethod, UnsupportedSite
 from peftcore.files.save_load import fill, load
 from peftcore.forward.host_state import injections, state_of
-from peftcore.injection.applying import check_name, establish, prepare
+from peftcore.injection.establishing import check_name, establish
 from peftcore.injection.injection import Injection
+from peftcore.injection.recording import prepare
 from peftcore.layers.layer import bias_name, put, take
 from peftcore.layers.pieces import whole
 from peftcore.registry.catalogue import method as find_method

@@ -18,8 +18,10 @@ from peftcore.contract.method import Method
 from peftcore.contract.operators import _Base
 from peftcore.errors import CalibrationError, ConfigError, TrainingError
 from peftcore.forward.host_state import injections
-from peftcore.injection.applying import apply, check_name, establish, prepare
+from peftcore.injection.applying import apply
+from peftcore.injection.establishing import check_name, establish
 from peftcore.injection.injection import Injection
+from peftcore.injection.recording import prepare
 from peftcore.injection.switching import activate
 from peftcore.surgery.surgeon import Wishes
 

@@ -20,7 +20,8 @@ from peftcore.errors import CheckpointError, ConfigError, MemoryLimit, UnknownIn
 from peftcore.files.safe_io import DTYPES, TensorFile, write_tensors
 from peftcore.forward.host_state import HostState, drop_state, state_of
 from peftcore.forward.residency import Residency
-from peftcore.injection.applying import begin_state, check_model
+from peftcore.injection.arguments import check_model
+from peftcore.injection.establishing import begin_state
 from peftcore.injection.idle import IdleValues, InMemory, Store, Values
 from peftcore.injection.injection import Injection
 

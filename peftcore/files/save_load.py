@@ -43,8 +43,10 @@ from peftcore.files.safe_io import clear_partial, write_made, write_tensors, wri
 from peftcore.forward.host_state import HostState
 from peftcore.forward.save_pretrained import saving_base
 from peftcore.injection import made_of_base
-from peftcore.injection.applying import check_model, check_name, establish, prepare
+from peftcore.injection.arguments import check_model
+from peftcore.injection.establishing import check_name, establish
 from peftcore.injection.injection import Injection
+from peftcore.injection.recording import prepare
 from peftcore.injection.swapping import matched, write
 from peftcore.layers.fsdp import gathered, one_writes
 from peftcore.layers.pieces import at_hand

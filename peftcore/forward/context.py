@@ -197,6 +197,25 @@ class ForwardContext:
         finally:
             self.held = outer
 
+    @contextmanager
+    def branches(self) -> Iterator[Callable[[], None]]:
+        """Context manager for a module that runs in several branches; gives a function to call in front of each. Each
+        reads the taps that were left in front of the module, also those that an operator of an earlier branch took."""
+        before = [*self.taps]
+        left: list[Any] = []
+        taken: list[Any] = []
+
+        def begin() -> None:
+            left.extend(_others(self.taps, before))
+            taken.extend(_others(before, self.taps))
+            self.taps[:] = before
+
+        try:
+            yield begin
+        finally:
+            begin()
+            self.taps[:] = [*_others(before, taken), *left]
+
     @property
     def context(self) -> Mapping[str, Any]:
         """The values given to `peftcore.call(model, ...)`; in a route those of the operator's own rows."""
@@ -490,6 +509,10 @@ class Tap:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, key=next(self._numbers))  # a number of another process may be taken in this one
+
+
+def _others(taps: Sequence[Any], than: Sequence[Any]) -> list[Any]:
+    return [tap for tap in taps if all(tap is not each for each in than)]
 
 
 def _loses_gradient(value: Any) -> bool:

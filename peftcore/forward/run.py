@@ -454,8 +454,10 @@ def _composed(
     def run(names: tuple[str, ...]) -> Any:
         acting = planned.branches[names]
         if id(acting) not in outputs:
+            begin()
             call = _inner(plain, slot, module, acting) if acting.effects or acting.attention else shared
             outputs[id(acting)] = _around(acting, call, module)(*args, **kwargs)
         return outputs[id(acting)]
 
-    return composed(planned.composition, run, planned.combiners, shared)
+    with forward_context().branches() as begin:
+        return composed(planned.composition, run, planned.combiners, shared)

@@ -16,6 +16,9 @@ It may import `training`, and what is below; saving is left to `files`, which is
 - `idle`: the values of an injection elsewhere, and back.
 - `made_of_base`: what is made of values of the base that its file does not hold.
 - `switching`: `activate`, `route`, `call`.
+- `arguments`: what the arguments of `apply` and `plan` say.
+- `recording`: records what a method installs; nothing changes.
+- `establishing`: installs what was recorded, and registers the injection.
 - `applying`: `apply` and `plan`.
 - `quantization`: `quantize`, and the contract of a scheme.
 - `replicated_layers`: layers that a model runs again with the same weights.

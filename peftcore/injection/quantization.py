@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from peftcore.contract.operators import _Base
 from peftcore.errors import QuantizationError, TargetError, UnsupportedSite
-from peftcore.forward.adapter_modules import IDLE
+from peftcore.forward.adapter_modules import IDLE, AdapterModules
 from peftcore.forward.save_pretrained import check_readable, note_form
 from peftcore.forward.slot import slot_of
-from peftcore.injection.applying import host_map, is_ours
+from peftcore.injection.arguments import host_map
 from peftcore.injection.folding import fold
 from peftcore.injection.quantized_layer import QuantizedLayer, dense_linear, floating_dtype, replace_in_place
 from peftcore.layers.computed import computation, has_place, parametrized, resting
@@ -206,7 +206,7 @@ def dequantize(model: M) -> M:
     Nothing was changed then.
     """
     check_readable(model)
-    dtype = floating_dtype(module for module in model.modules() if not is_ours(module))
+    dtype = floating_dtype(module for module in model.modules() if not isinstance(module, AdapterModules))
     layers = {path: layer_of(module, "weight") for path, module in model.named_modules()}
     packed = {path: layer for path, layer in layers.items() if isinstance(layer, QuantizedLayer)}
     for module in model.modules():

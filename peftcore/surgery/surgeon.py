@@ -339,6 +339,12 @@ class Surgeon:
         sites = [site for site in sites if not site.missing(site.tensor)]
         return [self.replace(replace(site, meta=self.dry)) for site in sites]
 
+    def with_parts(self) -> Iterator[Surgeon]:
+        """Yields this surgeon, and those of the parts of a hybrid, in their order."""
+        yield self
+        for part in self.parts.values():
+            yield from part.with_parts()
+
     def stored_anew(self, module: nn.Module) -> None:
         """Read again how a module stores the tensors of the recorded sites, after it was quantized or made dense."""
 

@@ -14,7 +14,7 @@ from typing import Any
 
 MOVED: Mapping[str, tuple[str, ...]] = {
     "algebra": ("algebra.merge_math",),
-    "applying": ("injection.applying",),
+    "applying": ("injection.applying", "injection.arguments", "injection.recording", "injection.establishing"),
     "attention": ("forward.attention",),
     "attention_sites": ("targets.attention_sites",),
     "branches": ("authoring.branches",),

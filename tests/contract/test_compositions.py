@@ -191,3 +191,24 @@ def test_fuse_asks_the_combiner_that_stands_there_and_averages_elsewhere(host: n
     expected = (layer(host, 1, expected, "a") + layer(host, 1, expected, "b")) / 2
     with peftcore.activate(host, Fuse("a", "b", by="by")):
         torch.testing.assert_close(host(x), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", [None, "aot_eager"])
+def test_each_branch_reads_what_was_left_in_front_of_its_module(backend: str | None) -> None:
+    """The bypass of a gated feed-forward reads its input at one matrix and adds to another, which runs in branches."""
+    model, inputs = HOSTS["llama"].build()
+    for name in ("parallel_adapter", "lora", "dora"):
+        options = {} if name == "parallel_adapter" else {"target": "mlp.down"}
+        fill(peftcore.apply(model.double().eval(), name, dtype=torch.float64, **options), ord(name[0]))
+    forward = model if backend is None else torch.compile(model, backend=backend)
+
+    def run(*chosen: Any) -> tuple[Tensor, list[Tensor]]:
+        with peftcore.activate(model, *chosen):
+            logits = forward(**inputs).logits
+            bypass = [*peftcore.injections(model)["parallel_adapter"].parameters()]
+            return logits, [*torch.autograd.grad(logits.square().sum(), bypass)]
+
+    expected, gradients = run("parallel_adapter", "lora")
+    logits, found = run(Stack("parallel_adapter", Sum("lora", "dora", weights=[1.0, 0.0])))
+    torch.testing.assert_close(logits, expected)
+    torch.testing.assert_close(found, gradients)

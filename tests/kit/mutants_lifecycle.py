@@ -20,7 +20,7 @@ from peftcore.forward.active_adapters import Choice
 from peftcore.forward.host_state import HostState
 from peftcore.forward.scopes import Choices, Chosen, Statement
 from peftcore.forward.slot import slot_of
-from peftcore.injection import applying
+from peftcore.injection import recording
 from peftcore.injection.injection import Summary
 from peftcore.layers.kinds import Linear
 from peftcore.surgery.placement import Placement
@@ -205,7 +205,7 @@ class AdaptsTwice(Case):
     """No method can say whose modules are."""
 
     def apply(self, model: nn.Module, **changes: Any) -> Injection:
-        with mock.patch.object(applying, "check_apart", lambda surgeon: None):
+        with mock.patch.object(recording, "check_apart", lambda surgeon: None):
             return super().apply(model, **changes)
 
 

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import HostMismatch
-from peftcore.injection.applying import establish, prepare, resolve_method
+from peftcore.injection.arguments import resolve_method
+from peftcore.injection.establishing import establish
+from peftcore.injection.recording import prepare
 from peftcore.surgery.surgeon import Wishes
 from peftcore.surgery.table_rows import TableRows
 

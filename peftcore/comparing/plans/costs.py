@@ -20,7 +20,7 @@ from peftcore.files.envelope import envelope_of
 from peftcore.files.formats.native import METADATA
 from peftcore.files.safe_io import DTYPES
 from peftcore.forward.host_state import HostState
-from peftcore.injection.applying import establish
+from peftcore.injection.establishing import establish
 from peftcore.injection.injection import Injection
 from peftcore.surgery.sharding import STATES, Shard
 

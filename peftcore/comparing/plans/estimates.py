@@ -12,7 +12,7 @@ from peftcore.comparing.models.skeletons import Skeleton, skeleton
 from peftcore.comparing.plans.costs import Memory, Passes, checkpointable, held
 from peftcore.comparing.plans.recorded import Recorded, Wanted
 from peftcore.comparing.quiet import quiet
-from peftcore.injection.applying import establish
+from peftcore.injection.establishing import establish
 
 SECONDS = 10.0
 """After these nothing more is counted."""

@@ -14,7 +14,8 @@ import peftcore
 from peftcore.comparing.quiet import unlogged
 from peftcore.contract.config import MethodConfig, validate_json
 from peftcore.contract.method import Method
-from peftcore.injection.applying import prepare, wishes_of
+from peftcore.injection.arguments import wishes_of
+from peftcore.injection.recording import prepare
 from peftcore.surgery.planning import Plan
 from peftcore.surgery.surgeon import Graft, Surgeon
 from peftcore.targets.resolver import Target

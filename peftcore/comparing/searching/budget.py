@@ -21,7 +21,9 @@ from peftcore.comparing.quiet import quiet
 from peftcore.comparing.tasks.task import Prepared
 from peftcore.comparing.training.telling import options_for, without_names
 from peftcore.errors import PeftcoreError
-from peftcore.injection.applying import establish, host_map, prepare, resolve_method, wishes_of, with_preset
+from peftcore.injection.arguments import host_map, resolve_method, wishes_of, with_preset
+from peftcore.injection.establishing import establish
+from peftcore.injection.recording import prepare
 from peftcore.surgery.planning import Plan
 from peftcore.surgery.surgeon import Surgeon
 

@@ -1,0 +1,116 @@
+"""Tensor-parallel models, which compute with pieces of their weights: what may act in them, and starts alike in all
+processes.
+
+Layers gather a weight for operators that act on weights (`layers.tensor_parallel`). What acts on the input or the
+output of a layer would meet the piece of this process, and is refused before anything changes.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from peftcore.contract.operators import changes_bias
+from peftcore.errors import UnsupportedHost
+from peftcore.forward.adapter_modules import AdapterModules
+from peftcore.layers.tensor_parallel import ParallelLinear, agree
+
+if TYPE_CHECKING:
+    from peftcore.surgery.surgeon import Surgeon
+
+ADVICE = (
+    "the model is tensor-parallel: target linear layers that are cut (such as attn.q, attn.v) with a method that acts "
+    "on weights, such as lora or dora; or adapt the whole model, merge, then parallelize"
+)
+
+
+def computes_with_pieces(model: nn.Module, parameters: Iterable[nn.Parameter]) -> bool:
+    """Whether some of a model's parameters are distributed tensors that nobody gathers before their use.
+
+    Raises:
+        UnsupportedHost: FSDP2 has cut again what tensor parallelism had cut.
+    """
+    # Looked up, not imported: in a process that never imported torch.distributed.tensor no weight is distributed.
+    tensors = sys.modules.get("torch.distributed.tensor")
+    if tensors is None or not any(issubclass(kind, tensors.DTensor) for kind in set(map(type, parameters))):
+        return False
+    return _is_tensor_parallel(model)
+
+
+def _is_tensor_parallel(model: nn.Module) -> bool:
+    """Whether weights are distributed tensors by other means than FSDP2, which gathers them before each use."""
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
+
+    if isinstance(model, FSDPModule):
+        if any(isinstance(each, DTensor) and _cuts(each) > 1 for each in model.parameters()):
+            raise UnsupportedHost(
+                "the model is tensor-parallel and sharded (FSDP2), and what an adapter would meet in its forward are "
+                "pieces: take one of them, or adapt the whole model, merge, then cut"
+            )
+        return False
+    own = any(isinstance(parameter, DTensor) for parameter in model._parameters.values())
+    children = (child for child in model._modules.values() if child is not None)
+    return own or any(_is_tensor_parallel(child) for child in children if not isinstance(child, AdapterModules))
+
+
+def _cuts(tensor: Any) -> int:
+    """Returns along how many dimensions of the mesh of processes a distributed tensor is cut."""
+    return sum(not placement.is_replicate() for placement in tensor.placements)
+
+
+@contextmanager
+def explaining(method: str) -> Iterator[None]:
+    """Says what can be done where a method, as it is recorded, asks torch for what it refuses of distributed tensors.
+
+    Raises:
+        UnsupportedHost: in place of torch's error.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "DTensor" not in str(error):
+            raise
+        raise UnsupportedHost(f"{ADVICE}. {method} asked for more ({error})") from error
+
+
+def check_operators(surgeon: Surgeon) -> None:
+    """Check that the recorded operators act on weights alone, which are gathered for them.
+
+    Raises:
+        UnsupportedHost: one acts on what a module is given or computes, or on another tensor, of which this process may
+            have a piece.
+    """
+    for graft in surgeon.grafts:
+        for site in graft.holders:
+            if site.form != "weight" or not isinstance(site.layer, ParallelLinear):
+                where = site.path or "the model"
+                raise UnsupportedHost(f"{ADVICE}. {surgeon.method.name} would meet pieces at {where}")
+            if (site.tensor == "bias" or changes_bias(graft.operator)) and site.layer.adds_bias_late(site.module):
+                raise UnsupportedHost(
+                    f"the bias of {site.module_path} is added to the sum of what all processes compute, where "
+                    f"{surgeon.method.name} cannot act on it: exclude it, or adapt the whole model, merge, then "
+                    "parallelize"
+                )
+
+
+def check_looks_at_no_data(surgeon: Surgeon) -> None:
+    """Check that no recorded operator stands where a layer is given pieces; for methods that look at data first.
+
+    Raises:
+        UnsupportedHost: one does.
+    """
+    if any(graft.site.layer.in_pieces for graft in surgeon.grafts):
+        raise UnsupportedHost(f"{ADVICE}. {surgeon.method.name} looks at what layers are given, which are pieces")
+
+
+def start_alike(surgeon: Surgeon) -> None:
+    """Give all processes the tensors with which the first one's operators start."""
+    layers = [graft.site.layer for graft in surgeon.grafts if isinstance(graft.site.layer, ParallelLinear)]
+    modules = [*(shared.module for shared in surgeon.owned.values()), *(graft.operator for graft in surgeon.grafts)]
+    for module in modules if layers else ():
+        agree(module, layers[0])
