@@ -19,10 +19,10 @@ torch.set_num_threads(1)
 gc.set_threshold(100_000, 20, 20)  # looking through all that torch and transformers made took a fifteenth of all time
 
 
-OFTEN = 100
+OFTEN = 300
 """After how many tests what is there is frozen."""
 
-pytest_plugins = ["processor_time", "scheduling", "peftcore.testing.gathering"]
+pytest_plugins = ["processor_time", "scheduling", "uncompiled", "peftcore.testing.gathering"]
 
 
 @pytest.hookimpl(wrapper=True)

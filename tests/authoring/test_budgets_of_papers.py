@@ -256,6 +256,7 @@ def ident(row: Row) -> str:
     return f"{row.method}-{row.host}"
 
 
+@pytest.mark.share(3)
 @pytest.mark.parametrize("row", ROWS, ids=ident)
 def test_a_paper_counts_the_same(row: Row) -> None:
     model = host(row.host)

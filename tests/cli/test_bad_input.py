@@ -179,6 +179,7 @@ def test_a_fault_of_ours_is_exit_code_1_with_a_traceback(encoder, csv_file, tmp_
     assert "ZeroDivisionError" in done.stderr
 
 
+@pytest.mark.slow
 def test_python_m_peftcore():
     done = subprocess.run([sys.executable, "-m", "peftcore", "compare"], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")

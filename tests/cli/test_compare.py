@@ -105,6 +105,7 @@ def timeless(report: dict) -> dict:
     return {**{k: v for k, v in report.items() if k not in MEASURED}, "trials": trials}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_flags_give_methods_the_chances_that_a_file_gives_them(encoder, csv_file, tmp_path):
     """And all of them the same: what suits each on the demonstration's tweets stays there."""
@@ -121,6 +122,7 @@ def test_flags_give_methods_the_chances_that_a_file_gives_them(encoder, csv_file
     assert timeless(json.loads(result.stdout)) == timeless(named)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_a_seed_decides_everything(encoder, csv_file, tmp_path):
     first, second, other = (
@@ -140,6 +142,7 @@ def test_a_method_does_not_depend_on_those_before_it(encoder, csv_file, tmp_path
     assert timeless(together)["trials"][1] == timeless(alone)["trials"][0]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_learns_what_there_is_to_learn(encoder, csv_file, tmp_path):
     options = ("--steps", "120", "--batch-size", "16", "--lr", "0.01", "--set", "training.evaluate_every=40")

@@ -156,6 +156,7 @@ def first() -> dict[tuple[str, bool], Any]:
     return {}
 
 
+@pytest.mark.share(3)
 @pytest.mark.parametrize(
     ("command", "kind"),
     [

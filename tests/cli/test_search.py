@@ -47,6 +47,7 @@ def test_only_what_is_within_the_budget_is_trained(finished):
     assert len(list((out / "search" / "runs").iterdir())) == 4 + 1, "one run a trial, and another seed of the best"
 
 
+@pytest.mark.slow
 def test_the_start_is_tried_first_and_the_best_is_picked_by_the_tuning_split(finished):
     found, _ = finished
     first = found["trials"][0]["parameters"]

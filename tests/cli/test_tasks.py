@@ -225,6 +225,7 @@ def named_pictures(pictures: Path) -> Path:
     return pictures
 
 
+@pytest.mark.slow
 def test_pictures_of_words(painter: Path, named_pictures: Path) -> None:
     """The denoiser alone gets the adapter, and the adapter fits the denoiser alone."""
     outcome = trained(

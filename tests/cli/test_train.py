@@ -211,6 +211,7 @@ OUT_OF_MEMORY = [
 ]
 
 
+@pytest.mark.share(3)
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
 @pytest.mark.parametrize("where", ["AdapterTrainer.training_step", "AdapterTrainer.__init__", "told"])
 def test_out_of_memory_says_what_takes_less(tweets: Any, error: Exception, where: str, monkeypatch: Any) -> None:

@@ -193,7 +193,7 @@ def test_fuse_asks_the_combiner_that_stands_there_and_averages_elsewhere(host: n
         torch.testing.assert_close(host(x), expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("backend", [None, "aot_eager"])
+@pytest.mark.parametrize("backend", [None, pytest.param("aot_eager", marks=pytest.mark.slow)])
 def test_each_branch_reads_what_was_left_in_front_of_its_module(backend: str | None) -> None:
     """The bypass of a gated feed-forward reads its input at one matrix and adds to another, which runs in branches."""
     model, inputs = HOSTS["llama"].build()

@@ -25,8 +25,8 @@ STARTS = ("peftcore ", "pip ", "make ", "python ", "torchrun ", "accelerate ", "
 """How lines of code begin, in blocks that say that they are none."""
 DEAR = {"--demo", "--sizes"}
 FILES = (".csv", ".jsonl", ".yaml", ".safetensors")
-LONG = {"start", "write-a-method"}
-"""Pages whose blocks train for more than ten seconds, which `make test-slow` runs."""
+LONG = {"serving", "start", "training", "write-a-method"}
+"""Pages whose blocks train for seconds, which `make test-slow` runs."""
 RUN_WHOLE = [ROOT / "docs/start.md"]
 """Pages of which every command runs, but the dear ones."""
 PAGES = [

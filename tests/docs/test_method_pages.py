@@ -17,6 +17,7 @@ NAMES = [info.name for info in peftcore.methods()]
 BUDGETS = {"BERT base": 1000}
 
 
+@pytest.mark.share(4)
 @pytest.mark.parametrize("name", NAMES)
 def test_snippet_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It saves the adapter, and where something trains, the step has reached it."""

@@ -46,6 +46,7 @@ def alike(scheme: str, one: str, other: str) -> bool:
 NAMES = [info.name for info in peftcore.methods()] if os.environ.get(ALL) == "1" else list(TELLING)
 
 
+@pytest.mark.share(3)
 @pytest.mark.parametrize("name", NAMES)
 def test_cells_are_found_again(name: str) -> None:
     written = matrix.written((DOCS / "quantization.md").read_text(encoding="utf-8"))
@@ -78,6 +79,7 @@ def packed_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], P
     return functools.cache(lambda name: packed_folders.write(name, tmp_path_factory.mktemp("model")))
 
 
+@pytest.mark.share(3)
 @pytest.mark.parametrize(("name", "action"), quick(CELLS, QUICK))
 def test_what_works_with_a_quantized_model(
     name: str, action: str, packed_folder: Callable[[str], Path], tmp_path: Path

@@ -80,6 +80,7 @@ def host() -> tuple[nn.Module, dict[str, Any]]:
     return model.eval(), inputs
 
 
+@pytest.mark.share(3)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_configuration_is_what_peft_makes_of_it(name: str) -> None:
     model, inputs = host()

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from fleet_toys import ADAMW, SGD, STEPS, alone, applied, expect_same, llama, next_token, texts
-from slowly import quick
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR
 from torch.utils.data import DataLoader
@@ -164,7 +163,8 @@ def dropping(name: str, seed: int, method: str = "lora") -> tuple[Case, int]:
     return Case(name, method, dropout=0.4), seed
 
 
-@pytest.mark.parametrize("reentrant", quick([None, False, True], [None, False]))
+@pytest.mark.slow
+@pytest.mark.parametrize("reentrant", [None, False, True])
 def test_members_drop_what_they_drop_alone(reentrant: bool | None) -> None:
     """Alone: in a fleet of one. With the same seed two of them drop the same, with others not."""
     cases = [dropping("a", 1), dropping("b", 2), dropping("c", 1, "dora"), dropping("d", 5, "parallel_adapter")]

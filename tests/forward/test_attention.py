@@ -33,6 +33,7 @@ def step(model: Any, name: str, leaves: list[Tensor]) -> tuple[Tensor, list[Tens
     return output.detach(), list(gradients)
 
 
+@pytest.mark.share(3)
 @pytest.mark.parametrize(("name", "kind", "implementation"), CASES)
 def test_outputs_and_gradients(name: str, kind: str, implementation: str) -> None:
     """Grouped queries, latent attention, sliding windows, fused and transposed projections, relative biases,

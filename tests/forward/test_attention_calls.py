@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 from attention_hosts import METHODS, copies
-from slowly import quick
 from torch import Tensor, nn
 from torch_attention_hosts import NAMES, VALUES, host, logits, rewritten
 
@@ -116,7 +115,8 @@ def test_removal_leaves_no_trace(name: str) -> None:
     assert torch.equal(logits(copy, given), moved) and not torch.equal(moved, base)
 
 
-@pytest.mark.parametrize("name", quick(["timm_vit", "sd15_unet", "flux"], ["timm_vit"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["timm_vit", "sd15_unet", "flux"])
 def test_one_graph_with_the_same_numbers(name: str) -> None:
     """Also where diffusers lets the compiler take whole attentions for operations."""
     model, given = host(name, torch.float32)

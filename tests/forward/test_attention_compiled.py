@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 from attention_hosts import METHODS, host, inputs
-from slowly import quick
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -37,10 +36,10 @@ CASES = [
     )
     for implementation in ("eager", "sdpa")
 ]
-QUICK = [("llama", "beside", "sdpa")]
 
 
-@pytest.mark.parametrize(("name", "method", "implementation"), quick(CASES, QUICK))
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "method", "implementation"), CASES)
 def test_one_graph_with_the_same_numbers(name: str, method: str, implementation: str) -> None:
     model, given = host(name, implementation), inputs(name)
     injection = peftcore.apply(model, METHODS[method])

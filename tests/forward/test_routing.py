@@ -217,6 +217,7 @@ def test_rows_of_the_bare_base_are_the_base_to_the_bit() -> None:
     assert torch.equal(routed[[0, 2]], base[[0, 2]]) and not torch.equal(routed[1], base[1])
 
 
+@pytest.mark.slow
 def test_any_assignment_of_rows_is_one_compiled_graph() -> None:
     torch.compiler.reset()
     model, injections = adapted("lora", "dora", "ia3")

@@ -43,6 +43,7 @@ def logits(model: nn.Module, pieces: list[Tensor]) -> Tensor:
     return torch.cat(found, 1)
 
 
+@pytest.mark.share(3)
 @pytest.mark.parametrize("name", METHODS)
 def test_each_row_is_as_alone(name: str) -> None:
     try:

@@ -56,6 +56,7 @@ def recomputed(model: nn.Module) -> list[str]:
     return seen
 
 
+@pytest.mark.share(3)
 @pytest.mark.parametrize("reentrant", [False, True], ids=["nonreentrant", "reentrant"])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", TEXT)

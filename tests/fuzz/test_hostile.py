@@ -32,7 +32,7 @@ CASES = int(os.environ.get("PEFTCORE_FUZZ", "10000"))
 """How many cases are tried; ``make fuzz`` sets more."""
 SEED = int(os.environ.get("PEFTCORE_FUZZ_SEED", "0"))
 PARTS = 8
-QUICK = range(2)
+QUICK = range(1)
 """Parts of the cases that a quick run tries; `make test-slow` has the others."""
 OURS = "adapter.safetensors"
 THEIRS = "adapter_model.safetensors"
@@ -372,6 +372,7 @@ def depth(request: pytest.FixtureRequest) -> Iterator[None]:
     sys.setrecursionlimit(before)
 
 
+@pytest.mark.share(3)
 @pytest.mark.usefixtures("depth")
 @pytest.mark.parametrize("pattern", EVIL, ids=range(len(EVIL)))
 def test_no_pattern_takes_long(pattern: str, tmp_path: Path) -> None:

@@ -140,6 +140,7 @@ def applied(name: str, model: nn.Module, method: str, verb: Any = peftcore.apply
     return verb(model, method)
 
 
+@pytest.mark.share(3)
 @pytest.mark.parametrize("name", quick(HOSTS, {*QUICK, *HOSTS[::4]}))
 def test_each_of_them_has_a_place(name: str) -> None:
     model, _ = build(name)
@@ -197,6 +198,7 @@ def check(name: str) -> None:
     assert wrong.keys() == {method for host, method in KNOWN if host == name}, wrong
 
 
+@pytest.mark.share(3)
 @pytest.mark.parametrize("name", QUICK)
 def test_each_of_them_acts_and_trains(name: str) -> None:
     check(name)

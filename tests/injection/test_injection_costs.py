@@ -107,6 +107,7 @@ def test_the_number_of_residents_costs_nothing(
     assert each < 2 * SITES  # a look at its name, and none at its sites
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize("act", ACTS)
 def test_another_site_costs_what_the_others_do(
     act: Callable[[Transformer, Path], None], tmp_path: Path, fresh_registry: None

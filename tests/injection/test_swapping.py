@@ -58,6 +58,7 @@ def fresh(folder: Path) -> Tensor:
     return outputs(model)
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize("method", [*ROOMY, *FIXED])
 def test_it_computes_what_the_other_one_does_in_the_same_tensors(method: str, tmp_path: Path) -> None:
     options = ROOMY.get(method, ({}, {}, {}))

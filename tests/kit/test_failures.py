@@ -100,6 +100,7 @@ class MultipliesByAlpha(Small):
         return rows.view(y.shape)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("operator", [AddsByAlpha, MultipliesByAlpha])
 def test_what_inductor_would_lose_is_named(operator: type[Small]) -> None:
     """Without a C++ compiler, and for what it loses on a GPU alone."""

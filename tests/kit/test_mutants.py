@@ -66,6 +66,7 @@ def test_there_are_forty_checks_and_a_mutant_for_each() -> None:
     assert sorted(names) == sorted(MUTANTS)
 
 
+@pytest.mark.share(3)
 @pytest.mark.parametrize("host", ["mlp", "encoder", "task"])
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.name)
 def test_the_method_that_mutants_start_from_is_good(check: Check, host: str) -> None:
@@ -80,6 +81,7 @@ def test_a_method_that_is_installed_nowhere_is_tried_on_packed_bases() -> None:
     check(Case(good, HOSTS["llama"]))
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize(
     "check",
     [pytest.param(each, marks=pytest.mark.slow if each.cost == "slow" else (), id=each.name) for each in CHECKS],

@@ -51,6 +51,7 @@ def test_there_is_a_mutant_for_each_check() -> None:
     assert sorted(packed_mutants.SCHEMES) == sorted(check.name for check in QUANTIZER_CHECKS)
 
 
+@pytest.mark.share(3)
 @pytest.mark.parametrize("check", QUANTIZER_CHECKS, ids=lambda check: check.name)
 def test_the_mutant_fails_its_check_and_no_other(check: Check) -> None:
     case = Packing(check.name, {})

@@ -148,6 +148,7 @@ def test_registering_a_name_again_replaces_it(install: Callable[..., None]) -> N
     assert peftcore.method("toy_doubling") is again
 
 
+@pytest.mark.share(3)
 @pytest.mark.parametrize("name", [info.name for info in peftcore.methods()])
 def test_schema_describes_every_option_in_the_words_of_its_docstring(name: str) -> None:
     described = schema(name)

@@ -40,6 +40,7 @@ def test_there_are_fifty_six() -> None:
     assert not {info.name for info in peftcore.methods()} & PRESETS.keys()
 
 
+@pytest.mark.share(3)
 @pytest.mark.parametrize("name", CALLED)
 def test_a_preset_is_its_method_with_its_options(name: str, tmp_path: Path) -> None:
     preset = PRESETS[name]
@@ -78,6 +79,7 @@ CLAIMED = ("a_fresh_adapter_changes_nothing", "draws_are_declared", "routers_are
 """Checks of what options may change of a method's tags."""
 
 
+@pytest.mark.share(3)
 @pytest.mark.parametrize("name", CALLED)
 def test_its_tags_are_those_of_its_options(name: str) -> None:
     """By the kit's checks, on the first host where it acts; without looks at data, which a case makes itself."""

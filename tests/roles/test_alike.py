@@ -50,6 +50,7 @@ def told_apart(model: nn.Module) -> bool:
     return rules.are_told_apart(folded, rules.judged(folded))
 
 
+@pytest.mark.share(3)
 @pytest.mark.parametrize("name", [*SURVEY, *EXTRA])
 def test_the_map_is_the_one_that_judges_each_element(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = deeper(build(name)[0])
@@ -269,6 +270,7 @@ def test_the_head_that_a_host_declares_is_one_wherever_it_stands() -> None:
     assert "parts.3.v_proj" not in nodes  # another one speaks for it
 
 
+@pytest.mark.share(3)
 @pytest.mark.parametrize("name", SURVEY)
 def test_a_layer_is_the_one_that_plugins_tell(name: str) -> None:
     model, _ = build(name)

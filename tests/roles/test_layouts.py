@@ -84,6 +84,7 @@ GATED_HOSTS = [
 ]
 
 
+@pytest.mark.share(3)
 @pytest.mark.parametrize("name", ATTENTION_HOSTS)
 def test_zeroed_rows_change_their_operand_alone(name: str) -> None:
     model, inputs = build(name)

@@ -52,6 +52,7 @@ def roles_and_layouts(host: HostMap) -> dict[str, tuple[object, ...]]:
     }
 
 
+@pytest.mark.share(3)
 @pytest.mark.parametrize("name", [*SURVEY, *EXTRA])
 def test_a_spoiled_map_is_restored(name: str) -> None:
     """The static map and the forward agree on every query, key, value and row order; neither knows of the other."""

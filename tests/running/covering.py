@@ -14,6 +14,7 @@ import functools
 import os
 import sys
 import zlib
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from types import CodeType, FunctionType
 from typing import Any
@@ -104,12 +105,21 @@ def declared(item: pytest.Item) -> tuple[Declared, Check] | None:
 
 
 def mark_slow(items: Iterable[pytest.Item]) -> None:
-    """Mark slow checks of methods that did not change as slow tests, which `make test` leaves to `make test-slow`."""
+    """Mark as slow tests, which `make test` leaves to `make test-slow`, slow checks of methods that did not change, and
+    of a test's parameters all but its share, ``pytest.mark.share(3)``: a third of them, the same ones on every machine.
+    """
     changed = set(os.environ.get(CHANGED, "").split())
+    counted: Counter[str] = Counter()
     for item in items:
         pair = declared(item)
+        shared = item.get_closest_marker("share")
         if pair is not None and pair[1].cost == "slow" and pair[0].method.name not in changed:
             item.add_marker(pytest.mark.slow)
+        elif shared is not None and item.get_closest_marker("slow") is None:
+            test = item.nodeid.partition("[")[0]
+            counted[test] += 1
+            if (counted[test] + zlib.crc32(test.encode())) % shared.args[0]:
+                item.add_marker(pytest.mark.slow)
 
 
 Pair = tuple[pytest.Item, tuple[Declared, Check] | None]

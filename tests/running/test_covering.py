@@ -26,7 +26,12 @@ def _tests(method: str) -> list[Any]:
 
     told = vars(test)["declared"]
     return [
-        SimpleNamespace(nodeid=f"test_{method}.py::test[{name}]", function=test, callspec=SimpleNamespace(id=name))
+        SimpleNamespace(
+            nodeid=f"test_{method}.py::test[{name}]",
+            function=test,
+            callspec=SimpleNamespace(id=name),
+            get_closest_marker=lambda name: None,
+        )
         for name in told.checks
     ]
 
@@ -201,3 +206,21 @@ def test_slow_checks_are_those_that_train_or_compile() -> None:
         "compiled_equals_eager",
         "assignments_share_a_compiled_graph",
     }
+
+
+def test_a_quick_run_has_a_share_of_many_parameters_and_a_slow_one_the_others(quick: None) -> None:
+    marked: list[int] = []
+
+    def item(number: int) -> Any:
+        marks = {"share": pytest.mark.share(3).mark} | ({"slow": pytest.mark.slow.mark} if number < 3 else {})
+        return SimpleNamespace(
+            nodeid=f"test_many.py::test[{number}]",
+            get_closest_marker=marks.get,
+            add_marker=lambda mark: marked.append(number),
+        )
+
+    covering.mark_slow(map(item, range(12)))
+    left = set(range(3, 12)) - set(marked)
+    assert len(left) == 3 and {number % 3 for number in left} == {min(left) % 3}, "slow ones are not counted"
+    covering.mark_slow(map(item, range(12)))
+    assert left == set(range(3, 12)) - set(marked), "the same ones each time"

@@ -130,6 +130,7 @@ def assert_close(ours: Tensor, theirs: Tensor, what: str) -> None:
     assert error <= EXACT, f"{what}: relative error {error:.1e}"
 
 
+@pytest.mark.share(3)
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("build", [bert, gpt2, convolutions])
 @against("peft 0.21", "adalora")

@@ -103,6 +103,7 @@ CASES = [
 ]
 
 
+@pytest.mark.share(3)
 @pytest.mark.parametrize("optimizer", [pytest.param(each, id=name) for name, each in OPTIMIZERS.items()])
 @pytest.mark.parametrize(("method", "host", "trained"), [pytest.param(*case, id="-".join(case[:2])) for case in CASES])
 def test_ten_steps_end_where_training_in_place_ends(

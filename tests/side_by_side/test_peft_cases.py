@@ -57,6 +57,7 @@ def test_six_are_refused() -> None:
     assert all("peft computes something else" in each["reason"] for each in refused)
 
 
+@pytest.mark.share(3)
 @pytest.mark.parametrize(
     ("method", "quick"),
     [pytest.param(*key, marks=() if key[1] else pytest.mark.slow, id=f"{key[0]}{'' if key[1] else '-rest'}")

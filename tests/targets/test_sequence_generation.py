@@ -59,6 +59,7 @@ def alone_by_hand(base: nn.Module, rows: Tensor, ids: Tensor, new: int) -> tuple
     return ids, scores
 
 
+@pytest.mark.share(3)
 @pytest.mark.parametrize("left", [0, 2])
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("name", quick(HOSTS, ["llama", "gpt2", "hybrid", "bloom"]))
@@ -132,6 +133,7 @@ def test_a_conversation_goes_on_with_its_cache(name: str) -> None:
     same(model.generate(longer, past_key_values=first.past_key_values, **GREEDY), expected, scores)
 
 
+@pytest.mark.share(3)
 @pytest.mark.parametrize("name", ["t5", "bart"])
 @pytest.mark.parametrize("target", ["stack", "stack.decoder"])
 @pytest.mark.parametrize("path", ["cached", "uncached", "static"])
@@ -184,7 +186,8 @@ def test_images(name: str, path: str) -> None:
     same(cached, uncached.sequences, list(uncached.logits))
 
 
-@pytest.mark.parametrize("name", quick(["llama", "hybrid"], ["llama"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "hybrid"])
 def test_steps_that_generate_compiles(name: str) -> None:
     """As generate does by itself on accelerators with static caches: no graph breaks, and no graph for each step."""
     from torch._dynamo.utils import counters

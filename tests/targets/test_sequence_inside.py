@@ -128,6 +128,7 @@ def uncached(name: str) -> dict[str, Any]:
     return {"use_cache": False} if name in DECODERS else {}
 
 
+@pytest.mark.share(3)
 @pytest.mark.parametrize("padding", [0, 2])
 @pytest.mark.parametrize("blocks", PLACES)
 @pytest.mark.parametrize("name", (*DECODERS, *ENCODERS))
@@ -216,6 +217,7 @@ def test_below_tokens_are_what_they_are_alone(name: str) -> None:
     assert (ours[3] - alone[3]).abs().max() > 1e-3
 
 
+@pytest.mark.share(3)
 @pytest.mark.parametrize("left", [0, 2])
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("blocks", [[1], [1, 2]])
@@ -316,7 +318,8 @@ def test_gradient_checkpointing(name: str, reentrant: bool) -> None:
     torch.testing.assert_close(values.grad, expected, rtol=1e-8, atol=1e-8)
 
 
-@pytest.mark.parametrize("name", quick(["llama", "gpt2", "bert", "t5"], ["llama"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "t5"])
 def test_compiled_without_a_break(name: str) -> None:
     _, _, values = adapt(model := deep(name), [1])
     ids = tokens()

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from sequence_toys import Rows, adapt, host, padded, tokens
-from slowly import quick
 from torch import Tensor, nn
 from transformers import StaticCache
 
@@ -31,7 +30,8 @@ def inputs_of(name: str) -> dict[str, Any]:
 COMPILED = ["llama", "gpt2", "short_mistral", "hybrid", "bert_cls", "roberta", "t5", "bart"]
 
 
-@pytest.mark.parametrize("name", quick(COMPILED, ["llama", "bert_cls"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMPILED)
 def test_compiled_without_a_break(name: str) -> None:
     """Also with the cache that a model makes by default."""
     model, _ = host(name)
@@ -49,8 +49,9 @@ def test_compiled_without_a_break(name: str) -> None:
         assert output.past_key_values.get_seq_length() == 6
 
 
+@pytest.mark.slow
 @torch.no_grad()
-@pytest.mark.parametrize("name", quick(["llama", "hybrid"], ["llama"]))
+@pytest.mark.parametrize("name", ["llama", "hybrid"])
 def test_compiled_decoding_steps(name: str) -> None:
     """A static cache that holds the rows, in a step compiled without a break, twice with one graph."""
     model, _ = host(name)

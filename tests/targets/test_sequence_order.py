@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from sequence_toys import LENGTH, Rows, adapt, close, for_padding, host, padded, tokens
-from slowly import quick
 from torch import Tensor, nn
 from transformers import DynamicCache, StaticCache
 
@@ -321,7 +320,8 @@ def test_several_edits(name: str) -> None:
         assert torch.equal(model.generate(ids, attention_mask=mask, **given, **path)[1, LEFT:], alone[0])
 
 
-@pytest.mark.parametrize("name", quick(["short_mistral", "hybrid", "llama", "roberta"], ["short_mistral"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["short_mistral", "hybrid", "llama", "roberta"])
 def test_any_padding_runs_in_one_compiled_graph(name: str) -> None:
     from torch._dynamo.testing import CompileCounterWithBackend
 

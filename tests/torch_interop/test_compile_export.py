@@ -108,6 +108,7 @@ def test_switching_compiles_once_for_each_active_set(method: str) -> None:
     assert counter.frame_count == len(sets)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "counted", [pytest.param(True, id="by-turns"), pytest.param(False, id="at-once", marks=pytest.mark.slow)]
 )

@@ -113,6 +113,7 @@ assert torch.equal(model(x), base), "it leaves"
 """
 
 
+@pytest.mark.slow
 def test_pickle_acts_in_a_fresh_process(tmp_path: Path) -> None:
     model, x = encoder(), inputs()
     base = model(x).detach()

@@ -108,6 +108,7 @@ def test_a_quantized_model_of_which_a_part_is_adapted(load: Load, tmp_path: Path
     assert all(not torch.equal(value, start[key]) for key, value in injection.state_dict().items())
 
 
+@pytest.mark.share(3)
 @pytest.mark.parametrize("method", ["lora", "dora", "ia3"])
 def test_it_trains_evaluates_resumes_and_leaves_the_codes_alone(load: Load, method: str, tmp_path: Path) -> None:
     """With an evaluation between, after which bitsandbytes' 4-bit modules would have no gradient on some processors."""

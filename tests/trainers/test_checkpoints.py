@@ -82,6 +82,7 @@ def assert_same(one: tuple[dict[str, Tensor], list[Tensor]], other: tuple[dict[s
     assert all(torch.equal(a, b) for a, b in zip(one[1], other[1], strict=True))
 
 
+@pytest.mark.share(3)
 @pytest.mark.parametrize("name", MODELS)
 def test_a_run_resumes_and_ends_with_the_best_where_files_have_other_names(name: str, tmp_path: Path) -> None:
     built, inputs = MODELS[name]()

@@ -170,6 +170,7 @@ def test_models_that_classify_are_those_of_peft() -> None:
     compare(ours, injection, model, inputs, base)
 
 
+@pytest.mark.share(3)
 @pytest.mark.parametrize("options", ["plain", "sizes", "narrow", "table", "classes"])
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 @against("peft 0.21", "shadow")

@@ -261,6 +261,7 @@ def test_a_concept_has_the_keys_of_its_class() -> None:
         torch.testing.assert_close(found[kind][:, 2], output[:, 0])
 
 
+@pytest.mark.slow
 def test_it_learns_the_looks() -> None:
     """Of another Perfusion, in a UNet; texts that have little of the concept hardly change."""
     pytest.importorskip("diffusers")

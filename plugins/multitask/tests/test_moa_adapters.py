@@ -34,6 +34,7 @@ def mixed(t: dict[str, Tensor], h: Tensor, top_k: int | None) -> Tensor:
     return y
 
 
+@pytest.mark.share(3)
 @pytest.mark.parametrize("top_k", [None, 2, 1])
 @pytest.mark.parametrize("name", ["bert", "llama", "unet"])
 def test_the_equation(name: str, top_k: int | None) -> None:

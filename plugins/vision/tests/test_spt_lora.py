@@ -221,6 +221,7 @@ def test_data_that_says_nothing_is_an_error() -> None:
         peftcore.apply(model, "spt_lora", data=[lambda host: 0.0 * host(**inputs).logits.sum()])
 
 
+@pytest.mark.slow
 def test_what_data_chose_merges_routes_and_compiles() -> None:
     """What the kit shows of updates and whole vectors, of entries too."""
     model, inputs = small()

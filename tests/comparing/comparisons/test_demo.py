@@ -14,7 +14,6 @@ from typing import Any, Literal
 import pytest
 import torch
 import transformers
-from slowly import quick
 from torch import nn
 
 import peftcore
@@ -93,11 +92,13 @@ def probed(tmp_path_factory: pytest.TempPathFactory) -> Probed:
     return Probed(model, head, tokenizer, rows[:TEXTS], scratch)
 
 
-@pytest.mark.parametrize("method", quick(METHODS, ["lora", "ia3"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
 def test_lowers_the_training_loss_below_what_the_trained_head_reaches(method: str, probed: Probed):
     assert probed.loss_left_by(method, demo.RECIPES[method], seed=1) <= 0.95
 
 
+@pytest.mark.slow
 def test_an_adapter_that_does_nothing_would_be_noticed(probed: Probed):
     class InertConfig(peftcore.MethodConfig):
         method: Literal["inert"] = "inert"

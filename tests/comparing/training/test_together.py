@@ -59,6 +59,7 @@ METHODS: list[tuple[Any, float]] = [
 ]
 
 
+@pytest.mark.slow
 def test_each_comes_to_what_it_comes_to_alone(calm: Path, csv_file: Path, tmp_path: Path) -> None:
     """Scores on the way, losses, sizes, and the saved adapter, also over the end of an epoch."""
 

@@ -94,6 +94,7 @@ def changed(folder: Path, **options: Any) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), **options}))
 
 
+@pytest.mark.share(3)
 @pytest.mark.filterwarnings("ignore:.*use_trainable_adapters")
 @pytest.mark.parametrize("case", CASES)
 def test_both_ways(case: str, tmp_path: Path) -> None:

@@ -59,6 +59,7 @@ WRITTEN: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.share(3)
 @pytest.mark.parametrize("reads", [read_by_them, read_into_their_network])
 @pytest.mark.parametrize("form", WRITTEN)
 def test_what_they_read(form: str, reads: Any, tmp_path: Path) -> None:

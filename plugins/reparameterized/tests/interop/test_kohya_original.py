@@ -56,6 +56,7 @@ CASES: list[tuple[str, str, Callable[[str], bool]]] = [
 ]
 
 
+@pytest.mark.share(3)
 @pytest.mark.parametrize(("kind", "form", "wanted"), CASES, ids=[f"{kind}-{form}" for kind, form, _ in CASES])
 def test_beside_diffusers(kind: str, form: str, wanted: Callable[[str], bool], tmp_path: Path) -> None:
     """The same numbers; and our files of it, in each form that diffusers reads."""

@@ -39,6 +39,7 @@ TELLING = {
 ALGORITHM = {"lora": "locon", "dora": "locon"}
 
 
+@pytest.mark.share(3)
 @pytest.mark.parametrize("form", FORMS)
 def test_what_they_wrote(form: str, tmp_path: Path) -> None:
     method, std, options, _ = FORMS[form]

@@ -64,6 +64,7 @@ def larger(model: nn.Module) -> None:
             parameter.data.mul_(3)
 
 
+@pytest.mark.share(3)
 @pytest.mark.parametrize("method", TYPES)
 def test_a_model(method: str, tmp_path: Path) -> None:
     kind, theirs, ours = TYPES[method]
