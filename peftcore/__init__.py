@@ -61,11 +61,12 @@ from peftcore.files.compositions import load_composition, save_composition
 from peftcore.files.save_load import load
 from peftcore.forward.attention import Attend, AttentionOperator
 from peftcore.forward.cached_weights import cache_weights
-from peftcore.forward.context import ForwardContext, Tap, forward_context
+from peftcore.forward.context import ForwardContext, forward_context
 from peftcore.forward.host_state import injections
 from peftcore.forward.routers import Router, by_row
 from peftcore.forward.routing import OneForward
 from peftcore.forward.save_pretrained import saving_base
+from peftcore.forward.taps import Tap
 from peftcore.forward.tokens import Tokens
 from peftcore.forward.view import with_tensors
 from peftcore.injection.applied import AppliedMethod, HybridPart

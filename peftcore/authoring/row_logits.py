@@ -13,7 +13,7 @@ from torch import Tensor
 
 from peftcore.contract.operators import Operator
 from peftcore.errors import TargetError, UnsupportedSite
-from peftcore.forward.context import Tap
+from peftcore.forward.taps import Tap
 from peftcore.surgery.surgeon import Surgeon
 from peftcore.targets.defaults import default_sites
 from peftcore.targets.sequence import SequenceOperator, SequenceSite

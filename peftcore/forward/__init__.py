@@ -8,6 +8,7 @@ It may import `roles`, and what is below. In the order of reading:
 - `tokens`: the tokens of one forward, and what was decided when they were new.
 - `context`: the context of one forward of the model, which backward may repeat.
 - `routers`: operators that give shares of experts, and what is summed up of them.
+- `taps`: what one operator leaves for another in the same forward.
 - `recorder`: opens and closes the context of each forward, and knows which one backward repeats.
 - `scopes`: for whom a choice holds, and until when.
 - `cache`: what is computed from weights, kept while nobody writes to them.

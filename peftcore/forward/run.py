@@ -43,6 +43,7 @@ from peftcore.forward.routing import (
     select_rows,
 )
 from peftcore.forward.slot import Edits, Slot, slot_of
+from peftcore.forward.taps import branches
 from peftcore.forward.view import view
 from peftcore.layers.fsdp import MANAGED
 from peftcore.layers.kernels import runs_plain, saves_elsewhere, transformed
@@ -459,5 +460,5 @@ def _composed(
             outputs[id(acting)] = _around(acting, call, module)(*args, **kwargs)
         return outputs[id(acting)]
 
-    with forward_context().branches() as begin:
+    with branches(forward_context()) as begin:
         return composed(planned.composition, run, planned.combiners, shared)

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from peftcore.contract.operators import Checked, Shared, _Base
 from peftcore.errors import SwapError
-from peftcore.forward.context import Tap
 from peftcore.forward.host_state import HostState
+from peftcore.forward.taps import Tap
 from peftcore.forward.view import TORCHS
 from peftcore.injection.applied import AppliedMethod
 from peftcore.layers.layer import Layer

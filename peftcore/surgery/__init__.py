@@ -8,7 +8,7 @@ It may import `targets`, and what is below. In the order of reading:
 - `adapted_models`: models that share modules, and which of them may act there.
 - `parallel_models`: what may act in tensor-parallel models, which compute with pieces of their weights.
 - `forced_attributes`: attributes that some modules must have while a model is adapted.
-- `installation`: installs and removes recorded operators; `apply` freezes the base.
+- `installation`: installs and removes recorded operators.
 - `placement`: an error for target modules that are in the model no longer.
 - `silent_layers`: an error for target modules that never ran.
 - `sharding`: what each process holds where a planned model is sharded.

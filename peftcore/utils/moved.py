@@ -129,7 +129,7 @@ MOVED: Mapping[str, tuple[str, ...]] = {
     "plugins": ("registry.plugins",),
     "progress": ("utils.progress",),
     "quantization": ("injection.quantization",),
-    "records": ("forward.context", "forward.recorder"),
+    "records": ("forward.context", "forward.taps", "forward.recorder"),
     "references": ("authoring.budgets",),
     "rows": ("forward.routing", "forward.batched_updates"),
     "saving": ("forward.save_pretrained",),
