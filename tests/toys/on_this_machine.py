@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from threading import Thread
 
@@ -24,7 +25,8 @@ def cluster() -> Iterator[None]:
 
 
 class Kills(Thread):
-    """Kills a worker as soon as its run has a checkpoint, once."""
+    """Kills a worker as soon as its run has a checkpoint, once. It is halted first, so that it is not at the next one
+    when its last one is looked up."""
 
     def __init__(self, runs: Path, pattern: str, called: str) -> None:
         super().__init__(daemon=True)
@@ -33,15 +35,23 @@ class Kills(Thread):
 
     def run(self) -> None:
         until = time.monotonic() + 120
-        while time.monotonic() < until:
-            for done in self.runs.glob(f"{self.pattern}checkpoints/checkpoint-100/complete"):
+        while time.monotonic() < until and not self.written:
+            for run in {done.parents[2] for done in self._complete(self.runs, self.pattern)}:
                 for worker in psutil.process_iter(["cmdline"]):
-                    called = self.called in " ".join(worker.info["cmdline"] or [])
-                    if called and str(done.parents[2]) in opened(worker):
-                        self.checkpoint, self.written = done, done.stat().st_mtime_ns
-                        worker.kill()
-                        return
+                    if self.called in " ".join(worker.info["cmdline"] or []) and str(run) in opened(worker):
+                        with suppress(psutil.NoSuchProcess):
+                            self._kill(worker, run)
             time.sleep(0.002)
+
+    def _kill(self, worker: psutil.Process, run: Path) -> None:
+        worker.suspend()
+        self.checkpoint = max(self._complete(run, ""), key=lambda done: done.stat().st_mtime_ns)
+        self.written = self.checkpoint.stat().st_mtime_ns
+        worker.kill()
+
+    @staticmethod
+    def _complete(folder: Path, pattern: str) -> list[Path]:
+        return [*folder.glob(f"{pattern}checkpoints/checkpoint-*/complete")]
 
     def assert_went_on(self) -> None:
         """Check that a worker was killed, and that nothing before the checkpoint was trained again."""
