@@ -37,13 +37,13 @@ NOTHING = 1e-6
 
 @dataclass(frozen=True)
 class Export:
-    """What was written for a program."""
+    """The result of an export for a program."""
 
     how: How
     report: Report
-    """What the program reads of the files, by its rules."""
+    """The report of what the program reads of the files, by its rules."""
     rank: int
-    """Of the LoRA; 0 for an adapter that was written as it is."""
+    """Rank of the LoRA; 0 for an adapter that was written as it is."""
     errors: dict[str, float]
     """Relative errors of a LoRA by site; empty for an adapter that was written as it is."""
     filled: tuple[str, ...] = ()
@@ -52,7 +52,7 @@ class Export:
 
     @property
     def error(self) -> float:
-        """The largest of them."""
+        """The largest of `errors`; 0 where there are none."""
         return max(self.errors.values(), default=0.0)
 
 

@@ -19,7 +19,7 @@ ORDER = (
 )
 """Commands in the order in which people need them."""
 KEPT = "\n\N{NO-BREAK SPACE}"
-"""What a terminal may be shown, though Python does not count it among what is printable."""
+"""Characters that a terminal may be shown, though Python does not count them as printable."""
 
 
 class Commands(TyperGroup):

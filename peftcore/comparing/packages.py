@@ -9,7 +9,7 @@ from pathlib import Path
 from peftcore.comparing.errors import MissingPackage
 
 PACKAGE = "package:"
-"""What stands before the name of an installed package, where a folder may be named."""
+"""The prefix of an installed package's name, where a folder may be named."""
 
 
 def package_folder(name: str) -> Path | None:

@@ -6,11 +6,11 @@
 It needs peft, which nothing else imports. It may import `trainers`, and what is below. In the order of reading:
 
 - `arguments`: arguments of peft that say what is so anyway.
-- `configs`: what stands in ``peft_config`` for an adapter, and adapters made of that again; `method_config`.
+- `configs`: entries of ``peft_config`` for adapters, and adapters made of these again; `method_config`.
 - `folders`: the folders that the Trainer and peft look for.
 - `schedules`: schedules that nobody drives.
-- `training_state`: what a training knows between steps, beside such a folder.
-- `tuner`: what peft has between its model and the adapted one.
+- `training_state`: the state of a training between steps, in such a folder.
+- `tuner`: the module between peft's model and the adapted one.
 - `peft_model`: `PeftModel`.
 - `tasks`: peft's classes for tasks, and `get_peft_model`.
 - `auto`: the base and its adapter in one call, as peft's ``AutoPeftModel``.

@@ -1,4 +1,4 @@
-"""What stands in ``peft_config`` for an adapter: peft's own configuration where it was made of one, otherwise an
+"""Entries of ``peft_config``: for an adapter peft's own configuration where it was made of one, otherwise an
 `AdapterConfig`. Of both another adapter can be made, as trainers do for a reference model."""
 
 from __future__ import annotations

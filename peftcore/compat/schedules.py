@@ -17,7 +17,7 @@ from peftcore.training.optimizer import scheduled
 
 @dataclass
 class _Watch:
-    """What is known of an adapter: the step that its schedule saw last, and how many an optimizer took since."""
+    """The steps of an adapter: the last one that its schedule saw, and how many an optimizer took since."""
 
     told: int
     untold: int = 0

@@ -1,4 +1,4 @@
-"""What peft has between its model and the adapted one: ``peft_model.base_model.model``."""
+"""The module between peft's model and the adapted one: ``base_model`` in ``peft_model.base_model.model``."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ KINDS = {
     "ForVideoClassification",
     "ForAudioClassification",
 }
-"""What transformers calls losses of logits and labels alone; it computes them so whatever the model."""
+"""Names in transformers of losses of logits and labels alone; it computes them so whatever the model."""
 
 
 def kind_of(model: nn.Module) -> str | None:

@@ -31,7 +31,7 @@ from peftcore.training.optimizer import (
 logger = logging.getLogger("peftcore")
 
 VERSION = 1
-"""Of the state in a checkpoint."""
+"""The version of the state in a checkpoint."""
 
 
 class Member:

@@ -190,7 +190,7 @@ class Declared:
     checks: Mapping[str, Check]
     """The checks that run here, by the id of the test."""
     tags: Tags | None = None
-    """Those of a preset, where it is one."""
+    """Tags of the method; of a preset, its own."""
 
     def case(self, host: str) -> Case:
         """Return the case of the method on one host, with the options that the test declares."""

@@ -1,4 +1,4 @@
-"""What a test must have done for a method to count as checked against somebody else's numbers.
+"""Declarations of tests that compare a method with somebody else's numbers, and the check that they did so.
 
     @against("peft 0.21", "dora")
     def test_beside_peft(): ...
@@ -40,12 +40,12 @@ from peftcore.testing.failures import CheckFailed
 P = ParamSpec("P")
 T = TypeVar("T")
 FROZEN = ("repository", "commit", "script", "versions", "numbers")
-"""What a file of frozen numbers has."""
+"""Keys that a file of frozen numbers must have."""
 
 
 @dataclass(frozen=True)
 class Declaration:
-    """What a test says that it compares."""
+    """The comparison that a test declares."""
 
     source: Source
     methods: tuple[str, ...]
@@ -60,7 +60,7 @@ class Declaration:
 
 @dataclass
 class _Watch:
-    """What ran while a test did."""
+    """The code that ran, and the frozen numbers that were read, while a test ran."""
 
     libraries: tuple[str, ...] = ()
     """Folders of the library that has to return numbers; none where frozen ones have to be read."""
@@ -79,7 +79,7 @@ class _Watch:
 
 
 _watches: list[_Watch] = []
-"""Those of the tests that run; a test has one for each of its declarations."""
+"""Watches of the tests that run now; a test has one for each of its declarations."""
 
 
 def _profile(frame: FrameType, event: str, result: Any) -> None:

@@ -279,7 +279,7 @@ class Check:
     hosts: tuple[str, ...] | None = None
     """Names of the hosts on which the check runs; all when None (a check of files needs one host, not eight)."""
     chooses: bool = False
-    """It finds hosts by itself, and runs once a method."""
+    """Whether the check finds hosts by itself, and runs once a method."""
     cost: Cost = "quick"
     """The cost of a case."""
 

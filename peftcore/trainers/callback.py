@@ -66,11 +66,11 @@ class PeftcoreCallback(transformers.TrainerCallback):
             replace_methods([model], Admitted, self)
         self._frozen: set[str] = set()
         self._state: Any = None
-        """The Trainer's, of the training that goes on."""
+        """The Trainer's state, of the training that goes on."""
         self.asked = False
         """Whether the Trainer asks for what a checkpoint holds."""
         self._told = False
-        """Whether the model's ``save_pretrained`` does."""
+        """Whether the model's ``save_pretrained`` asks for that."""
         self._undo: Callable[[], Any] | None = None
         self._hooks: list[RemovableHandle] = []
         self._evaluating = False

@@ -1,5 +1,5 @@
-"""What transformers' Trainer writes of an adapted model: the base without adapters, adapters in files of their own, and
-in checkpoints all that training changes, under the names that the model has for it."""
+"""Files that transformers' Trainer writes of an adapted model: the base without adapters, adapters in files of their
+own, and in checkpoints all that training changes, under the names that the model has for it."""
 
 from __future__ import annotations
 

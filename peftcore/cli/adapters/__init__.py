@@ -2,9 +2,9 @@
 
 It may import the core, `peftcore.comparing.models` and `peftcore.cli.app`. In the order of reading:
 
-- `jobs`: what is done.
+- `jobs`: the work of the commands.
 - `hosts`: the model that an adapter is for.
-- `output`: what is written, whole or not at all.
-- `results`: what the jobs came to.
-- `tables`: what is printed of it.
+- `output`: the files that a command writes, whole or not at all.
+- `results`: the results of the jobs.
+- `tables`: the results as tables and JSON.
 """

@@ -147,7 +147,7 @@ class Projection:
     """The user's options about the nearest LoRA."""
 
     rank: int | None = None
-    """None refuses what is no LoRA."""
+    """Rank of the nearest LoRA; None refuses an adapter that is no LoRA."""
     texts: Path | None = None
     """A file of examples, by whose outputs nearest is meant."""
     max_error: float | None = None

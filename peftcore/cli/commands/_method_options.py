@@ -14,7 +14,7 @@ from peftcore.comparing.errors import BadInput
 
 GIVEN = "peftcore.options"
 PLACES = ("target", "exclude", "train")
-"""What `peftcore.apply` takes for all methods."""
+"""Arguments of `peftcore.apply` that all methods have."""
 
 
 class WithMethodOptions(TyperCommand):

@@ -18,7 +18,7 @@ from peftcore.roles import HostEntry, HostMap
 from peftcore.roles.tree import Line, tree_lines
 
 COLOURS = ("green", "magenta", "yellow", "cyan", "blue", "red")
-"""One a method, in turn."""
+"""Colours of the methods, in turn."""
 
 
 @dataclass(frozen=True)

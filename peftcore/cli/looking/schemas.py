@@ -21,7 +21,7 @@ PLACES = {
     "train": "Modules or parameters that are trained too.",
 }
 CHOICES = {kind.__name__ for kind in (MethodChoice, Candidate)}
-"""What a file says of a method."""
+"""Names of the definitions in a schema that hold the choice of a method."""
 JSON = dict[str, Any]
 BY_NAME: JSON = {"type": "string", "description": "Name of a method, with its own options."}
 

@@ -17,9 +17,9 @@ class Candidate(MethodChoice):
     """One configuration of a method."""
 
     label: str | None = None
-    """What it is called in the report; the method's name, unless set."""
+    """Name of the configuration in the report; the method's name, unless set."""
     learning_rate: PositiveFloat | None = None
-    """Instead of that which all have."""
+    """Learning rate of this configuration, instead of that of `training`."""
 
     @property
     def called(self) -> str:
@@ -31,19 +31,19 @@ class Comparison(Options):
 
     model: str = Field(description=MODEL)
     task: str = "text-classification"
-    """What is learned."""
+    """The task: text-classification, causal-lm, chat ..."""
     data: dict[str, Any]
     """Where the examples are, and what the task has to know of them."""
     methods: list[Candidate] = Field(min_length=1)
     """Names, or ``{name: lora, rank: 8, learning_rate: 2e-3, label: small}``; ``full`` is full fine-tuning."""
     seeds: list[NonNegativeInt] = Field(default=[0], min_length=1)
-    """Each method is trained with each."""
+    """Seeds; each method is trained with each of them."""
     tune_lr: list[PositiveFloat] = Field(default_factory=list)
     """Learning rates that each method is tried with, scored on a tuning set; then it is trained with the best."""
     tuning: str | None = None
     """Examples to choose rates by, from elsewhere; otherwise some of those to train on."""
     tuning_size: PositiveInt | None = None
-    """How many of them (a fifth, at most 1,000)."""
+    """Number of examples to choose rates by, where they are some of those to train on (a fifth, at most 1,000)."""
     training: Training = Field(default_factory=lambda: Training.model_validate({"steps": 100}))
     together: PositiveInt = 1
     """How many runs train at once on one model, where they differ in method, options and learning rate alone. Then
@@ -52,7 +52,7 @@ class Comparison(Options):
     """Write some on the way, from which ``--resume`` goes on with a run that was stopped in the middle; none of runs
     that train together."""
     dtype: str = "float32"
-    """Of the base's weights in memory."""
+    """Dtype of the base's weights in memory."""
     quantize: str | None = None
     """A scheme that packs the base's weights before anything is trained: nf4, int8, bnb-nf4 ..."""
     out: Path = Path("peftcore-compare")

@@ -38,7 +38,7 @@ class Board(Display, Protocol):
 
 @dataclass(frozen=True)
 class Ran:
-    """What one run came to, and what all runs of a comparison have in common."""
+    """The result of one run, and the values that all runs of a comparison have in common."""
 
     trial: Trial
     train_size: int

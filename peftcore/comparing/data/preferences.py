@@ -28,7 +28,7 @@ class PairColumns:
 
 @dataclass(frozen=True)
 class Pair:
-    """What was said before, and two ways to go on: lists of messages, those of the answers all of the assistant."""
+    """A prompt and two answers to it: lists of messages, those of the answers all of the assistant."""
 
     prompt: list[Message]
     chosen: list[Message]

@@ -21,13 +21,13 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 @dataclass(frozen=True)
 class Source:
-    """Where a part of the examples is from, as messages say it."""
+    """The origin of a part of the examples, as errors name it."""
 
     name: str
     file: str | None = None
-    """What the part was cut from, if it was."""
+    """The data that the part was cut from; None where it is whole."""
     rows: Sequence[int] = ()
-    """Where its examples stood there, counted from 0."""
+    """Positions of its examples in that data, counted from 0."""
 
     def __str__(self) -> str:
         return self.name
@@ -51,7 +51,7 @@ class Splits:
 
     @property
     def named(self) -> list[tuple[Source, Dataset]]:
-        """Both with their names."""
+        """Returns both parts with their sources."""
         return [*zip(self.names, (self.train, self.held_out), strict=True)]
 
 

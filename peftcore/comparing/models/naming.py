@@ -1,4 +1,4 @@
-"""What a MODEL names, wherever a command, a file or Python names one: one class a kind, and what is to be had of each.
+"""The kinds of MODEL that a command, a file or Python may name, one class each: where its files are, how to load it.
 
 Nothing is loaded here. What a kind cannot be used for is refused by `Named.check` before anything happens.
 """
@@ -22,7 +22,7 @@ MODEL = (
     "A folder of a model, a GGUF file, package:NAME or package:NAME/FOLDER for what an installed Python package holds, "
     "timm:NAME, or a name on the Hub."
 )
-"""What may be written for a model; the help of all commands and the schemas of their files say it."""
+"""The help of a MODEL in all commands and in the schemas of their files: all that may be written there."""
 GGUF, TIMM = ".gguf", "timm:"
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 DENOISERS = ("unet", "transformer")
@@ -33,15 +33,15 @@ WEIGHTS = ".safetensors"
 
 
 class Use(Enum):
-    """What a model is named for."""
+    """The use for which a model is named."""
 
     TEXT = "text"
-    """It reads tokens, so it has a tokenizer."""
+    """A model that reads tokens, so it has a tokenizer."""
     PICTURES = "pictures"
     PIPELINE = "pipeline"
-    """One of diffusers."""
+    """A pipeline of diffusers."""
     MERGE = "merge"
-    """Its weights are written again, in its own format."""
+    """A model whose weights are written again, in its own format."""
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,9 @@ class Configured:
 
     config: Mapping[str, Any]
     source: str
-    """What is shown of it: as the user named it, or the folder inside a pipeline."""
+    """The name that is shown: as the user gave it, or the folder inside a pipeline."""
     name: str
-    """By which its library's loaders know it; files of adapters name it so."""
+    """The name by which its library's loaders know it; files of adapters name it so."""
     folder: Path | None = None
     """Where its files are, if it has some."""
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -65,7 +65,7 @@ class Named(ABC):
 
     said: str
     refusals: ClassVar[Mapping[Use, str]] = {}
-    """What this kind cannot be used for: what it is, and what to name instead."""
+    """Messages for the uses that this kind does not have: what it is, and what to name instead."""
 
     def check(self, use: Use) -> None:
         """Refuse what this kind cannot be used for.

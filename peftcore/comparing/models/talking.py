@@ -23,7 +23,7 @@ Say = Callable[[str], None]
 
 @dataclass
 class Conversation:
-    """What was said so far, and who answers."""
+    """The messages so far, and the model with its adapter that answers."""
 
     model: Any
     tokenizer: Any

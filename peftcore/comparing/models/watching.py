@@ -24,7 +24,7 @@ FLOPS: Mapping[Any, Callable[..., int]] = {
         aten._scaled_dot_product_flash_attention_backward
     ],
 }
-"""What counts the operations of each operator, by `torch.utils.flop_counter`."""
+"""Functions that count the operations of each operator, by `torch.utils.flop_counter`."""
 
 
 class Watch(TorchDispatchMode):

@@ -29,7 +29,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class Passes:
-    """What a forward and its backward take, as far as it is known."""
+    """The memory and the operations of a forward and its backward; None where they are not known."""
 
     activations: int | None = None
     """Bytes that the forward keeps for its backward."""
@@ -102,9 +102,9 @@ class Costs:
     counted: Counted
     memory: Memory
     full: Memory
-    """The same of full fine-tuning."""
+    """The memory of a step of full fine-tuning."""
     sharded: tuple[Memory, ...] = ()
-    """What each process takes, where a number of them was given."""
+    """The memory of each process; empty unless a number of processes was given."""
     adapters: int = 1
     """Adapters that are resident at once when they serve."""
 

@@ -15,12 +15,12 @@ from peftcore.comparing.quiet import quiet
 from peftcore.injection.establishing import establish
 
 SECONDS = 10.0
-"""After these nothing more is counted."""
+"""Time in seconds after which nothing more is counted."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """What a step depends on."""
+    """The settings on which the memory of a step depends."""
 
     batch_size: int
     dtype: str

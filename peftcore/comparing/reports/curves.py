@@ -21,7 +21,7 @@ from peftcore.comparing.reports.trials import Entry, Report, Trial
 COLOURS = (LIGHT.blue, LIGHT.amber, LIGHT.green, LIGHT.purple, LIGHT.sky, LIGHT.ink)
 """Colours of as many lines as eyes follow in one chart; full fine-tuning is red as in all charts."""
 LINE = 15
-"""From one name to the next."""
+"""Distance from one name to the next."""
 PANEL = 118
 """How high one of many charts is."""
 

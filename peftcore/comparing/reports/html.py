@@ -98,7 +98,7 @@ def charts(report: Report) -> list[Chart]:
 
 @dataclass(frozen=True)
 class Picture:
-    """What the model of one configuration drew."""
+    """The picture that the model of one configuration drew."""
 
     label: str
     source: str

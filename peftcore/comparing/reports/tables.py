@@ -20,7 +20,7 @@ from peftcore.files.safe_io import write_text
 
 @dataclass(frozen=True)
 class Line:
-    """What a table has of a configuration."""
+    """The values of one configuration in a table."""
 
     label: str
     target: str

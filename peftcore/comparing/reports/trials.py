@@ -100,7 +100,7 @@ class Report:
     tuned: str = ""
     """How the learning rates were chosen, where they were."""
     together: tuple[str, ...] = ()
-    """Of each group of runs that trained at once on one model: what that saved."""
+    """For each group of runs that trained at once on one model, the savings in words."""
 
     @property
     def model_name(self) -> str:

@@ -58,17 +58,17 @@ class Training(Options):
     learning_rate: PositiveFloat = 1e-3
     """The highest, after the warm-up."""
     schedule: Literal["linear", "cosine", "constant_with_warmup"] = "linear"
-    """What becomes of the learning rate after the warm-up."""
+    """Schedule of the learning rate after the warm-up."""
     warmup: float = Field(0.1, ge=0, lt=1)
     """The share of all steps in which the learning rate rises."""
     weight_decay: NonNegativeFloat = 0.0
-    """Of AdamW."""
+    """Weight decay of AdamW."""
     ema: float | None = Field(None, gt=0, lt=1)
     """Decay of moving averages of what is trained (0.999): these are scored, chosen among and saved."""
     clip: PositiveFloat = 1.0
     """The largest norm of all gradients together."""
     seed: NonNegativeInt = Field(0, lt=2**32)
-    """Of what is newly initialised, the order of the data, and dropout."""
+    """Seed of what is newly initialised, the order of the data, and dropout."""
     autocast: bool = False
     """Compute in bfloat16 where torch's autocast does."""
     checkpoint_gradients: bool = False
@@ -108,7 +108,7 @@ class Run(Options):
 
     model: str = Field(description=MODEL)
     task: str
-    """What is learned: text-classification, causal-lm, chat ..."""
+    """The task: text-classification, causal-lm, chat ..."""
     data: dict[str, Any]
     """Where the examples are, and what the task has to know of them."""
     method: MethodChoice
@@ -118,7 +118,7 @@ class Run(Options):
     options and the target modules of the file."""
     training: Training = Field(default_factory=lambda: Training.model_validate({}))
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the base's weights in memory."""
+    """Dtype of the base's weights in memory."""
     quantize: str | None = None
     """A scheme that packs the base's weights before anything is trained: nf4, int8, bnb-nf4 ..."""
     out: Path = Path("peftcore-run")

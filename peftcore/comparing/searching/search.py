@@ -46,7 +46,7 @@ POLL = 1.0
 PATIENCE = 200
 """Points in a row that are not trained, after which the space has nothing new."""
 KEY = "key"
-"""By what a trial is known again: all that decides its score."""
+"""The attribute by which a trial is known again: all that decides its score."""
 TOLD = {"model", "task", "data", "tuning", "tuning_size", "methods", "learning_rate", "budget", "memory", "start"}
 TRAINED = {"training", "dtype", "quantize", "seed"}
 
@@ -56,13 +56,13 @@ class Search(Options):
 
     model: str = Field(description=MODEL)
     task: str = "text-classification"
-    """What is learned."""
+    """The task: text-classification, causal-lm, chat ..."""
     data: dict[str, Any]
     """Where the examples are, and what the task has to know of them."""
     tuning: str | None = None
     """Examples to choose by, from elsewhere; otherwise some of those to train on."""
     tuning_size: PositiveInt | None = None
-    """How many of them (a fifth, at most 1,000)."""
+    """Number of examples to choose by, where they are some of those to train on (a fifth, at most 1,000)."""
     methods: dict[str, dict[str, Any] | None] = Field(default_factory=lambda: dict.fromkeys(METHODS))
     """For each method what may be chosen, ``lora: {rank: [2, 4, 8], target: [attn.q, all-linear]}``; or names alone:
     then sizes, sites and depth are tried."""
@@ -82,18 +82,18 @@ class Search(Options):
     confirm: PositiveInt = 3
     """How many of the best are trained with all seeds before one is picked."""
     finals: PositiveInt = 1
-    """How many are scored on the held-out examples: the pick, and smaller ones of the Pareto front."""
+    """How many configurations are scored on the held-out examples: the pick, and smaller ones of the Pareto front."""
     seeds: list[NonNegativeInt] = Field(default=[0, 1, 2], min_length=1)
-    """Of the runs that decide, and of the final ones."""
+    """Seeds of the runs that decide, and of the final ones."""
     seed: NonNegativeInt = 0
-    """Of the sampler, and of the runs in the study."""
+    """Seed of the sampler, and of the runs in the study."""
     storage: str | None = None
     """A journal file or the URL of a database, which several workers may share; otherwise ``study.log`` in `out`."""
     study: str = "search"
     """Name of the study in the storage."""
     training: Training = Field(default_factory=lambda: Training.model_validate({"steps": 100}))
     dtype: str = "float32"
-    """Of the base's weights in memory."""
+    """Dtype of the base's weights in memory."""
     quantize: str | None = None
     """A scheme that packs the base's weights before anything is trained: nf4, int8, bnb-nf4 ..."""
     out: Path = Path("peftcore-search")

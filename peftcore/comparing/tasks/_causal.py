@@ -24,9 +24,9 @@ class DecoderData(Data):
     max_length: PositiveInt = 512
     """Tokens of an example."""
     prompts: tuple[str, ...] = ()
-    """What the model is asked before and after training, to be looked at."""
+    """Prompts that the model answers before and after training, to be looked at."""
     answer_length: PositiveInt = 48
-    """Tokens of what it answers at most."""
+    """Tokens of an answer at most."""
 
 
 class CausalData(DecoderData, RowsOfTasks):

@@ -27,14 +27,14 @@ from peftcore.comparing.tasks.task import IGNORED, OwnTrainer
 
 @dataclass
 class Scores:
-    """What `DPOTrainer` reads of each token's prediction ``[rows, tokens - 1]``, zero where no label is."""
+    """The values of each token's prediction that `DPOTrainer` reads, ``[rows, tokens - 1]``, zero where no label is."""
 
     log_probs: Tensor
     entropy: Tensor
     mean_logits: Tensor
     is_top1: Tensor
     aux_loss: Tensor | None
-    """Of a mixture of experts: how unevenly the router chooses."""
+    """The loss of a mixture of experts by how unevenly the router chooses; None of other models."""
 
 
 class ByLogits:

@@ -20,15 +20,15 @@ class Noised:
     latents: Tensor
     """[rows, channels, height, width]"""
     times: Tensor
-    """What the denoiser is told of how much noise there is, [rows]."""
+    """The timesteps, which tell the denoiser how much noise there is, [rows]."""
     target: Tensor
-    """What it should say, of the shape of the latents."""
+    """The output that the denoiser should give, of the shape of the latents."""
     weight: Tensor
-    """What a row's squared error counts, [rows]."""
+    """The weight of each row's squared error in the loss, [rows]."""
 
 
 class Noising(ABC):
-    """How much noise training sees."""
+    """The noise of training, and the target of the denoiser under it."""
 
     def __init__(self, scheduler: Any) -> None:
         # A copy: drawing pictures sets the times of the pipeline's own.

@@ -14,16 +14,16 @@ from torch.nn import functional
 from peftcore.comparing.tasks._noising import Diffusion, Flow, Noising
 
 Words = dict[str, Any]
-"""What a denoiser is told of the words of some rows: arguments of its forward."""
+"""Arguments of a denoiser's forward that carry the encoded words of some rows."""
 
 
 class Reader(NamedTuple):
-    """One of those that read words in a pipeline."""
+    """One text encoder of a pipeline, with its tokenizer."""
 
     encoder: Any
     tokenizer: Any
     file: str
-    """What files of embeddings call it."""
+    """The encoder's name in files of embeddings: ``clip_l``, ``clip_g`` or ``t5``."""
 
 
 class Painter(ABC):
@@ -36,9 +36,9 @@ class Painter(ABC):
 
     noising: ClassVar[type[Diffusion] | type[Flow]]
     part: ClassVar[str]
-    """What the pipeline calls the denoiser."""
+    """The denoiser's name among the components of the pipeline: ``unet`` or ``transformer``."""
     files: ClassVar[tuple[str, ...]]
-    """What files of embeddings call the text encoders."""
+    """Names of the text encoders in files of embeddings, in the order of the pipeline."""
 
     def __init__(self, pipeline: Any, guidance: float) -> None:
         self.pipeline, self.guidance = pipeline, guidance

@@ -32,7 +32,7 @@ class SegmentedData(Data):
     mask: str | None = None
     """Column of the classes of their pixels; guessed when left out."""
     classes: tuple[str, ...] = ()
-    """What the classes are called, from 0 on; left out, the pictures of classes are all read to count them."""
+    """Names of the classes, from 0 on; left out, the pictures of classes are all read to count them."""
 
 
 class Segmentation(Task[SegmentedData]):

@@ -92,7 +92,7 @@ class Work:
     """Something that takes its time and comes before training: pictures that are drawn, answers that are written."""
 
     name: str
-    """What it is, for the display."""
+    """Name of the work, for the display."""
     steps: int
     do: Callable[[Callable[[], None]], None]
     """Does it, and calls what it is given after each step."""
@@ -153,7 +153,7 @@ class Prepared:
     check: Callable[[peftcore.Injection | None], None] | None = None
     """Refuses what only the adapted model shows; called before it is trained."""
     first: Work | None = None
-    """What has to be done with the model before anything is put into it."""
+    """Work with the model that comes before any adapter is put into it."""
     samples: Callable[[], list[str]] | None = None
     """Returns answers of the model, to be looked at before training and after it."""
     during: bool = False
@@ -188,7 +188,7 @@ class Task(ABC, Generic[D]):
     coarse: ClassVar[bool] = False
     """Whether many checkpoints come to the same number, so that the one of the lowest loss is the best."""
     use: ClassVar[Use | None] = None
-    """What the model is named for, where all kinds of names are understood that the command line knows."""
+    """The use for which `check_model` checks the model's name, where a task takes every kind of MODEL; else None."""
 
     def check_model(self, model: str) -> None:
         """Refuse a model by its name alone, before anything is read or written.

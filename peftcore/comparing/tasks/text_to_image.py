@@ -50,7 +50,7 @@ class CaptionedData(Data):
     (``textual_inversion``); otherwise all text encoders learn them together with the denoiser (pivotal tuning). The
     tokenizers that know them are in the run's folder."""
     words_from: str | None = None
-    """What the new words are like: they begin as its vector, of several tokens as the mean."""
+    """A known word that the new ones are like: they begin as its vector, of several tokens as the mean."""
     words_rate: PositiveFloat | None = None
     """Learning rate of words that are learned beside the denoiser; by default that of the run."""
     words_until: float = Field(1.0, gt=0, le=1)
@@ -59,17 +59,17 @@ class CaptionedData(Data):
     """Folder of pictures of the class of what is learned, each beside one of `train` in every batch, so that the class
     stays what it is (DreamBooth). The model draws those that are missing, before training."""
     prior_text: str | None = None
-    """What the pictures of the class are called: a dog, where ``sks dog`` is learned."""
+    """The text of the pictures of the class: a dog, where ``sks dog`` is learned."""
     prior_images: PositiveInt = 100
-    """How many there are."""
+    """Number of pictures of the class."""
     prior_weight: PositiveFloat = 1.0
-    """What their part of the loss counts."""
+    """Weight of the pictures of the class in the loss."""
     min_snr: PositiveFloat | None = None
     """The largest weight of a step of the diffusion (5 in the paper); without it, all errors of noise count alike."""
     guidance: NonNegativeFloat = 3.5
-    """What models that are distilled from guidance (Flux) are told of it in training."""
+    """Guidance scale that models distilled from guidance (Flux) are given in training."""
     prompts: tuple[str, ...] = ()
-    """What is drawn before and after training, to be looked at."""
+    """Prompts that are drawn before and after training, to be looked at."""
     prompts_during: bool = False
     """Draw them at each score too."""
     prompt_conditions: tuple[Path, ...] = ()

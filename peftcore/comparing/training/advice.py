@@ -1,4 +1,4 @@
-"""What to change in a run for which there was too little memory, and what that would come to."""
+"""Advice where a run had too little memory: settings to change, and the memory of a step with each."""
 
 from __future__ import annotations
 

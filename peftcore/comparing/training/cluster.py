@@ -154,7 +154,7 @@ def taken(done: Any) -> Any:
 
 
 def _has() -> dict[str, float]:
-    """What the cluster has, by Ray's names."""
+    """Returns the resources of the cluster, by Ray's names (``CPU``, ``GPU``)."""
     import ray
 
     found: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]

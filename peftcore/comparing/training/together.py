@@ -33,20 +33,20 @@ from peftcore.fleets.member import Member
 from peftcore.training import Fleet
 
 CHOSEN = {"method": True, "out": True, "training": {"learning_rate"}}
-"""What may differ between runs that train together."""
+"""Fields of `Run` in which runs that train together may differ, as pydantic's ``exclude``."""
 
 
 @dataclass(frozen=True)
 class Saved:
-    """What runs cost that trained together, and what they would have cost one by one."""
+    """The costs of runs that trained together, and those of the same runs one by one."""
 
     runs: int
     base_bytes: int
-    """Of the base, which was loaded and held once instead of `runs` times."""
+    """Bytes of the base, which was loaded and held once instead of `runs` times."""
     forwards: int
-    """Of the base in training; each has the rows of all runs."""
+    """Forwards of the base in training; each has the rows of all runs."""
     alone: int
-    """Those that the runs would have taken one by one, each with its own rows."""
+    """Forwards that the runs would have taken one by one, each with its own rows."""
 
     def __str__(self) -> str:
         return (

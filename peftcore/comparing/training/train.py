@@ -266,7 +266,7 @@ def _trained(trainer: AdapterTrainer, checkpoint: Path | None, reported: Sequenc
 
 @dataclass
 class _Seen:
-    """What is known of a run by the time that memory is full."""
+    """The model and examples of a run, once it has them, for the advice when memory is full."""
 
     prepared: Prepared | None = None
 
