@@ -26,7 +26,7 @@ from peftcore.targets.sequence import POSITIONS
 from peftcore.targets.sites import Site
 
 LAYERS, WIDTH = "num_hidden_layers", "hidden_size"
-"""What configs of transformers call the depth and the width of a stack, or take for them."""
+"""The names that configs of transformers have, or accept, for the depth and the width of a stack."""
 OF_A_DECODER = "decoder_layers"
 """A size of configs in which the names of others mean the encoder."""
 NAMES = {"intermediate_size": ("intermediate_size", "ffn_dim", "n_inner")}

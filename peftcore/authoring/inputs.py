@@ -1,4 +1,4 @@
-"""What methods see of the user's data: the inputs of linear layers as vectors, without padding, and their moments."""
+"""The user's data as methods see it: the inputs of linear layers as vectors, without padding, and their moments."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model predicts at the rows of a soft prompt: their logits, for losses on them.
+"""The predictions of a model at the rows of a soft prompt: their logits, for losses on them.
 
 The rows are dropped before anything scores, so that labels need no change. In training what the stack made of them is
 kept for the head, which scores those rows that the author asks for.

@@ -1,4 +1,4 @@
-"""What peft calls otherwise: its options and variants, for messages to those who come from there."""
+"""Names in peft that differ from ours: its options and variants, for messages to users who come from there."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 from collections.abc import Collection, Mapping
 
 Answer = tuple[str, str]
-"""What to write here, and the option that a method needs for that; "" where it needs none."""
+"""The text that says what to write here, and the option that a method needs for that; "" where it needs none."""
 
 LEFT_OUT = {
     "adapter_name": "use name=",

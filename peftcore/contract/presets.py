@@ -27,7 +27,7 @@ class Preset:
     claims: Mapping[str, Any] = field(default_factory=dict)
     """Tags that are others than those of the method with its defaults: ``{"identity_at_init": False}``."""
     workflow: str = ""
-    """What to do, where one call of `apply` does not do it."""
+    """Instructions for the user, where one call of `apply` does not do it; else empty."""
 
     def __str__(self) -> str:
         said = [f"{name}={value!r}" for name, value in self.options.items()]

@@ -75,7 +75,7 @@ class HostState:
     """The rows that the host's token tables had when the first adapter came; 0 of a host that names none."""
 
     loading: list[RemovableHandle] = field(default_factory=list)
-    """Of the hook by which a state dict that lacks adapters is not loaded as a whole one."""
+    """Handles of the hook by which a state dict that lacks adapters is not loaded as a whole one."""
 
     residency: Residency | None = None
     """Keeps the values of adapters within a limit of bytes, where the user has given one."""
@@ -97,7 +97,7 @@ class HostState:
 
     @property
     def choice(self) -> Choice:
-        """What holds for everybody who did not choose for themselves."""
+        """The choice of everybody who did not choose for themselves."""
         return self.choices.choice
 
     def now(self) -> Choice:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Adapter(Protocol):
-    """What an adapter is to its residency: values that can be taken from the model, and put back."""
+    """An adapter as its residency sees it: values that can be taken from the model, and put back."""
 
     def bytes(self) -> int:
         """Returns the bytes that its values take, or would take, on the model."""

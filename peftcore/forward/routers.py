@@ -18,7 +18,7 @@ from peftcore.contract.operators import Operator
 from peftcore.forward.context import forward_context
 
 Routes = Literal["token", "sequence", "task"]
-"""What has gates of its own."""
+"""The unit that has gates of its own: a token, a sequence or a task."""
 OTHERS = ("decoder_input_ids", "decoder_inputs_embeds", "labels")
 """Arguments whose rows are those of a decoder beside an encoder."""
 
@@ -38,7 +38,7 @@ class Router(Operator):
     """An operator that gives shares of experts. Its forward calls `noted` with its gates."""
 
     routes: ClassVar[Routes] = "token"
-    """What has gates of its own."""
+    """The unit that has gates of its own; "token" by default."""
     ledger: Ledger | None = None
     """Where gates are summed up, while somebody asks for them."""
 

@@ -47,7 +47,7 @@ def _place() -> Place:
 
 
 class Block:
-    """What a choice lasts as long as: a ``with`` block, a call, or a thread that chose for itself.
+    """The span of a choice: a ``with`` block, a call, or a thread that chose for itself.
 
     Attributes:
         choice: what is chosen in it now.
@@ -93,7 +93,7 @@ Scopes = tuple[Scope, ...]
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Statement:
-    """What was chosen by `activate`, `route` or `call` without a block, and what it replaced: the choice before it, and
+    """A choice made by `activate`, `route` or `call` without a block, and what it replaced: the choice before it, and
     those of blocks that were left elsewhere."""
 
     made: Scope

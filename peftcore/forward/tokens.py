@@ -27,7 +27,7 @@ REMEDY = "say from which column of tokens on it acts, one for each row: with pef
 
 
 class _Kept(NamedTuple):
-    """What is kept with a cache about one sequence of ids."""
+    """The record that is kept with a cache about one sequence of ids."""
 
     since: Tensor
     """``[batch]``: the first column of its last occurrence."""

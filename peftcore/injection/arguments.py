@@ -1,4 +1,4 @@
-"""What the arguments of `apply` and `plan` say: the method and its options, the model, where to act, which seed."""
+"""The arguments of `apply` and `plan`: the method and its options, the model, where to act, which seed."""
 
 from __future__ import annotations
 

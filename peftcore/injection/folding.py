@@ -30,7 +30,7 @@ class Unfolded:
     module: nn.Module
     cls: type[nn.Module]
     tables: Mapping[str, tuple[dict[Any, Any], frozenset[Any]]]
-    """What stood in its tables, and what stood there after it: others may add and remove things meanwhile."""
+    """By table, its content before `fold` and its keys after it: others may add and remove things meanwhile."""
     left: Mapping[str, Any]
     """Plain attributes: what a hook left there in the last forward."""
     tensors: Mapping[str, Tensor]

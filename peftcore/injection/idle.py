@@ -138,7 +138,7 @@ class _Held:
 
 
 class IdleValues:
-    """What the residency of a model has of one injection."""
+    """The values of one injection, for the residency of its model: counted, taken out, put back."""
 
     def __init__(self, injection: Injection, store: Store, key: int) -> None:
         self._injection = weakref.ref(injection)
@@ -275,7 +275,7 @@ def _now(held: _Held) -> Tensor:
 
 
 class _Marked:
-    """What a module has while it is idle: its own answers to what torch asks of it. They lie in its ``__dict__``, and
+    """The mark of an idle module. The module's own answers to what torch asks of it lie in its ``__dict__`` too, and
     so go with the mark."""
 
     def __init__(self, values: IdleValues, path: str) -> None:

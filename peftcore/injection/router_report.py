@@ -17,7 +17,7 @@ COLUMNS = ("router", "routes", "choices", "padding", "balance", "entropy", "drop
 
 @dataclass(frozen=True)
 class RouterRow:
-    """What one router did.
+    """The figures of one router.
 
     Attributes:
         path: of its operator.

@@ -31,7 +31,7 @@ SIZES = frozenset({"in_features", "out_features"})
 
 @dataclass
 class Swap:
-    """What is written where."""
+    """The writes of a swap: tensors with their new values, and the options that come with them."""
 
     pairs: list[tuple[Tensor, Tensor]]
     """The adapter's tensors, each with its new values, which have its shape."""

@@ -1,4 +1,4 @@
-"""What a merge wrote into a host: where, how it comes back, and whether somebody else has written there since.
+"""The writes of a merge into a host: where, how they are undone, and whether somebody else has written there since.
 
 A tensor of the host is never written to, since others may hold it: a frozen reference over the same base, an optimizer,
 a thread that runs. A new one takes its place at all modules of the host that hold it.
@@ -186,7 +186,7 @@ class Reformed(Written):
     key: Key
     module: nn.Module
     form: Form
-    """What it was before, codes included."""
+    """The layer's form before the merge, codes included."""
 
     def __post_init__(self) -> None:
         weight = self._weight()

@@ -27,7 +27,7 @@ ENGINE = (
     "DeepSpeed's ZeRO-3 has cut the parameters apart, and keeps other values of them for its optimizer, to which "
     "nothing is written here"
 )
-"""What is said of values that would have to change."""
+"""The text of the error where values of parameters under ZeRO-3 would have to change."""
 
 
 def is_cut(tensor: Tensor) -> bool:

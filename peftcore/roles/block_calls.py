@@ -40,7 +40,7 @@ _REGROUPS = {"view", "reshape", "flatten", "unflatten", "expand"}
 
 
 class BlockCalls(NamedTuple):
-    """What the code says of one module."""
+    """The calls of one module in the code: where the rows of the batch are, and how often one forward runs it."""
 
     rows: Dims
     """The dimensions at which its first argument may have the rows of the batch, where the host is given rows first;
@@ -95,7 +95,7 @@ def alike(path: str) -> str:
 
 
 class Value(NamedTuple):
-    """What an expression in the code stands for."""
+    """The value of an expression in the code, as far as it is known."""
 
     known: Any = UNKNOWN
     """The object, where that is known."""
@@ -487,7 +487,7 @@ class _Frame:
 
 
 _LOOKING = (len, isinstance, getattr, hasattr, type, enumerate, zip, list, tuple, iter, reversed, range, int, float)
-"""What is given modules and values and runs none of them."""
+"""Builtins that are given modules and values and run none of them."""
 
 
 def _looks(known: Any) -> bool:

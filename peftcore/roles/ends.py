@@ -30,7 +30,7 @@ Order = tuple[int, ...]
 
 
 class State(Enum):
-    """What a value in the code has to do with the branch."""
+    """The relation of a value in the code to the branch."""
 
     BRANCH = "branch"  # the last matrix returned it, or it was made of that
     SUM = "sum"  # something else was added to it

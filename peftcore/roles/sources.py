@@ -11,7 +11,7 @@ from typing import Any
 
 
 class Unknown:
-    """What nobody knows before the code runs."""
+    """The class of `UNKNOWN`: a value that nobody knows before the code runs."""
 
 
 UNKNOWN = Unknown()

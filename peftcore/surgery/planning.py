@@ -57,7 +57,7 @@ class Plan:
     """Bytes that one adapter takes on the model: its parameters and buffers, those too that no file has. As many more
     as there are adapters."""
     shards: tuple[Shard, ...] = ()
-    """What each process holds, where a number of them was given."""
+    """The bytes that each process holds, where a number of processes was given; else empty."""
 
     @classmethod
     def of(cls, surgeon: Surgeon, shards: int | None = None) -> Plan:

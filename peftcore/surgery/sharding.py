@@ -1,4 +1,4 @@
-"""What each of several processes holds of a planned model, by bytes: FSDP2 with each block as a unit and all else as
+"""The bytes of a planned model that each of several processes holds: FSDP2 with each block as a unit and all else as
 another, and AdamW."""
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ Units = Mapping[Tensor, str]
 
 @dataclass(frozen=True)
 class Shard:
-    """What one process holds, in bytes. Activations, and gradients that are not yet reduced, are those of its batch."""
+    """The bytes that one process holds, without activations and unreduced gradients, which depend on its batch."""
 
     weights: int
     """Its pieces of the base's parameters, and the base's buffers, which nobody cuts."""
     adapter: int
-    """The same of the adapter."""
+    """Its pieces of the adapter's parameters, and the adapter's buffers."""
     gradients: int
     """Its pieces of what trains."""
     optimizer: int

@@ -132,7 +132,7 @@ def locate(site: Site, resolver: Resolver) -> SequenceSite:
 
 
 class Rows(NamedTuple):
-    """What became of the rows of a soft prompt."""
+    """The output at the rows of a soft prompt, and where the rows end."""
 
     states: Tensor
     """``[batch, rows, width]``."""

@@ -23,7 +23,7 @@ SEVERAL = (
     "runs several times in one forward, for several layers of the model, and nobody knows at which of them to act; "
     "take a method that acts at each of them in the same way, such as lora or houlsby_adapter"
 )
-"""What is said of a module that has to run once."""
+"""The text of the error for a module that runs several times in one forward and has to run once."""
 MIXES_ROWS = ("experts", "pos")
 """Families of roles whose modules see no rows of the batch: chosen tokens, or positions."""
 CHOOSE_AMONG_TOKENS = (("top_k_index", "top_k_weights"), ("router_indices", "routing_weights"))

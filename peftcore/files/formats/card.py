@@ -23,7 +23,7 @@ NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
 Metrics = Mapping[str, Any]
 """Numbers by name, or by a set of data and name."""
 SOME, OTHER = "unknown", "other"
-"""What stands for a set of data, or a task, that nobody named: the form of model indexes wants one."""
+"""The names of a data set and of a task that nobody named: the form of model indexes wants one."""
 
 
 def is_ours(path: Path) -> bool:

@@ -62,7 +62,7 @@ class Held:
 
 @dataclass(frozen=True)
 class Piece:
-    """What a file has for one module."""
+    """The tensors and the alpha that a file has for one module."""
 
     alpha: float | None
     """None where it has none."""

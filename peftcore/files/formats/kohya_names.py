@@ -17,7 +17,7 @@ PARTS = ("lora_unet", "lora_te", "lora_te1", "lora_te2", "lora_te3", "lora_trans
 """Models in names with underscores."""
 DIFFUSION = "diffusion_model"
 PEFTS = "base_model.model"
-"""What is in front of names that peft wrote: its own files have it too."""
+"""The prefix of names that peft wrote: its own files have it too."""
 DOTTED = (DIFFUSION, PEFTS, *(f"text_encoders.{name}.transformer" for name in ("clip_l", "clip_g", "t5xxl")))
 """Models in names with dots. Only the first is written."""
 BARE = re.compile(r"(base_model\.model\.)?(double_blocks|single_blocks)\.\d+\.|[^.]+\..*\.lora_(down|up)\.weight$")

@@ -1,4 +1,4 @@
-"""What a file of kohya holds for one host: a method for each module, and where each tensor goes.
+"""The content of a kohya file for one host: a method for each module, and where each tensor goes.
 
 What spelling of its paths the host's modules have, or their names in the original code, is found by what fits. Methods
 are told by the tensors at a module; fused modules of the original code are cut into the host's.
@@ -84,7 +84,7 @@ class KohyaContent(Content):
         self.file = file
         self.methods = kohya_methods()
         self.cuts: dict[str, Tensor] = {}
-        """What was cut out of tensors of the file, by names of its own."""
+        """Tensors that were cut out of tensors of the file, by names made for them."""
         modules = dict(model.named_modules())
         originals = original_names(modules)
         stems = split([full for full in file.shapes if not is_word(full)], part_of)

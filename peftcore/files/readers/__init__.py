@@ -1,4 +1,4 @@
-"""What other programs read of an adapter's file: peft, servers of language models, programs that paint.
+"""Rules of how other programs read an adapter's file: peft, servers of language models, image generators.
 
 It may import `files.formats`, and what is below. In the order of reading:
 

@@ -1,4 +1,4 @@
-"""What a program would read, change, drop or refuse of an adapter's file, from the file alone."""
+"""The check of an adapter's file for a program: what it would read, change, drop or refuse, from the file alone."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """What a program does with each part of one file."""
+    """The result of `check`: the verdict of a program on each part of one file."""
 
     reader: Reader
     format: str
@@ -51,7 +51,7 @@ class Report:
 
     @property
     def verdict(self) -> Verdict:
-        """The worst of all parts."""
+        """The worst verdict of all parts."""
         order = list(Verdict)
         return max((row.verdict for row in self.rows), key=order.index, default=Verdict.READ)
 
@@ -62,7 +62,7 @@ class Report:
 
     @property
     def reasons(self) -> tuple[str, ...]:
-        """Why it is not, each reason once."""
+        """Why the file is not read as it was trained, each reason once."""
         found: dict[tuple[Verdict, str], list[str]] = {}
         for row in self.rows:
             if row.verdict is not Verdict.READ:

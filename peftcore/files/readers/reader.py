@@ -1,4 +1,4 @@
-"""What one program does with each option and each tensor of an adapter's file, as data.
+"""The rules by which one program treats each option and each tensor of an adapter's file, as data.
 
 ``rules/`` has a file for each program, with the version, the repository, the commit and the files in which it was read.
 What a program does with a part of a file is one of four: it reads it as it was trained, reads something else from it
@@ -21,13 +21,13 @@ from peftcore.errors import ExportError
 
 RULES = Path(__file__).parent / "rules"
 WHERE = ("dims", "first", "format")
-"""What a rule of tensors says of these beside their names."""
+"""Keys of a rule of tensors beside the name: number of dimensions, size of the first one, format of the file."""
 BLOCK = re.compile(r"\.(?P<index>\d+)\.(?P<rest>.+)$")
 """The first number in a path, which is that of the block."""
 
 
 class Verdict(StrEnum):
-    """What becomes of a part of a file, from the best to the worst."""
+    """The verdict on a part of a file, from the best to the worst."""
 
     READ = "read"
     CHANGED = "changed"
@@ -37,7 +37,7 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True)
 class Rule:
-    """What becomes of one part."""
+    """The verdict on one part of a file, and the reason."""
 
     verdict: Verdict
     why: str = ""
@@ -47,7 +47,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class TensorRule:
-    """What becomes of tensors by their names."""
+    """The rule for tensors with a name, and perhaps a shape and a file format."""
 
     name: re.Pattern[str]
     """An expression that is found in the name. What is in front of its group `below`, or of what it finds, is the
@@ -68,12 +68,12 @@ class TensorRule:
 
 @dataclass(frozen=True)
 class Beside:
-    """What becomes of a module that is adapted without another one beside it."""
+    """The rule for a module that is adapted without another one beside it."""
 
     module: str
     """The last name of its path."""
     wants: str
-    """That of the other, in the same module."""
+    """The last name of the other module's path; both have the same parent."""
     rule: Rule
     filled: bool = False
     """Whether an export adapts the other too, by an update of zero."""
@@ -88,7 +88,7 @@ class Beside:
 
 @dataclass(frozen=True)
 class SomeBlocks:
-    """What becomes of a module that is adapted in some blocks and not in others before the last one."""
+    """The rule for a module that is adapted in some blocks and not in others before the last one."""
 
     rule: Rule
     filled: bool = False
@@ -131,20 +131,20 @@ class Reader:
     types: tuple[str, ...]
     """Types of peft that it reads."""
     other_types: Rule
-    """What becomes of files of those that are neither in `types` nor in `more_types`."""
+    """The rule for files of types that are neither in `types` nor in `more_types`."""
     options: Mapping[str, Rule]
-    """What becomes of peft's options."""
+    """The rules for peft's options, by name."""
     other_options: Rule
-    """What becomes of those that are not in `options` and are on."""
+    """The rule for options that are not in `options` and are on."""
     tensors: tuple[TensorRule, ...]
     """The first that fits counts; the last one fits all."""
     more_types: Mapping[str, Rule] = field(default_factory=dict)
-    """What becomes of files of some types that it does not know and reads all the same."""
+    """The rules for files of some types that it does not know and reads all the same, by type."""
     beside: tuple[Beside, ...] = ()
     some_blocks: SomeBlocks | None = None
     ranks: Ranks | None = None
     notes: tuple[str, ...] = ()
-    """What depends on the base or on how the program is started, so that no file tells it."""
+    """Remarks on what depends on the base or on how the program is started, so that no file tells it."""
 
     def tensor(self, name: str, shape: Sequence[int], format: str) -> tuple[str, Rule]:
         """Returns the module's part of the name of a tensor in a file of a format, and what becomes of the tensor."""

@@ -1,4 +1,4 @@
-"""What side networks have in common that answer in the model's place: they read what blocks return, and no gradient
+"""The common part of side networks that answer in the model's place: they read what blocks return, and no gradient
 goes into the blocks."""
 
 from __future__ import annotations

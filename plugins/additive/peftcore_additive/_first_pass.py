@@ -12,7 +12,7 @@ from peftcore import InstanceOperator, forward_context
 
 
 class Summary(NamedTuple):
-    """What one pass made of the texts of a batch."""
+    """The result of one pass over the texts of a batch: the state of one token of each."""
 
     state: Tensor
     """``[batch, width]``, without gradients."""

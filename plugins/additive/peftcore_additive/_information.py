@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from peftcore import Operator, Site, Tap, forward_context
 
 HIDDEN = -100.0
-"""What is added to the score of padding."""
+"""The number that is added to the scores of padding."""
 
 
 def info_nce(positive: Tensor, negatives: Tensor, ceiling: float | None) -> Tensor:

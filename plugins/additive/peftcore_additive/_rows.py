@@ -1,4 +1,4 @@
-"""What soft prompts start from: embeddings of tokens, drawn or given."""
+"""The start of soft prompts: embeddings of tokens, drawn or given."""
 
 from __future__ import annotations
 

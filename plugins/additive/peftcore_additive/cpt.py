@@ -59,7 +59,7 @@ class Config(MethodConfig):
     ids: Annotated[list[NonNegativeInt], Field(min_length=1)]
     """The tokens of the examples."""
     types: list[NonNegativeInt] = Field(default_factory=list)
-    """What each of them is; without it all are text around inputs."""
+    """The type of each token, a number as the method's page has it; without it all are text around inputs (1)."""
     epsilon: NonNegativeFloat = 0.1
     """How far a row of an input may move, in a model of width 2048."""
     format_epsilon: NonNegativeFloat = 0.1

@@ -51,7 +51,7 @@ class Config(MethodConfig):
     max_length: PositiveInt = 256
     """Tokens s of a text that get something."""
     alpha: PositiveFloat = 8.0
-    """What is added is scaled by alpha / sqrt(rank)."""
+    """Numerator of the scale ``alpha / sqrt(rank)`` of what is added to the embeddings."""
     init_ids: list[NonNegativeInt] = Field(default_factory=list)
     """Start the prompt from the embeddings of these tokens, repeated or cut to its length, and not from drawn ones."""
     update_ratio: PositiveFloat = 5e-4 / 0.3

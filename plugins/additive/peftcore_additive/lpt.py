@@ -60,8 +60,8 @@ class Config(MethodConfig):
     layer: NonNegativeInt | None = None
     """The block before which it comes in, by number; None takes the middle one."""
     generator: Literal["naive", "average", "max"] | None = "naive"
-    """What makes it of the tokens: one of them, or windows of all that are averaged, or of which the largest counts;
-    None trains it itself, from N(0, 1)."""
+    """The network that makes the prompt: of one token, or of windows of all tokens, averaged or of which the largest
+    counts; None trains the prompt itself, from N(0, 1)."""
     hidden: PositiveInt = 128
     """Width of the generator."""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1

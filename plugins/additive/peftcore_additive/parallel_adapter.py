@@ -57,8 +57,8 @@ class Config(MethodConfig):
     scale: PositiveFloat | Literal["learned"] = 4.0
     """The factor s in front of the adapter; "learned" trains one for each block, from 1."""
     reads: Literal["branch", "stream", "matrix"] = "branch"
-    """What the adapter reads: what the block itself reads, or the stream in front of the block's norm (as the adapters
-    package has it in pre-norm hosts), or what the target module reads."""
+    """The adapter's input: what the block itself reads, or the stream in front of the block's norm (as the adapters
+    package has it in pre-norm models), or what the target module reads."""
     joins: Joins = "stream"
     """Where it adds: to the stream, behind what the host does to the branch's output (dropout, layer scale, stochastic
     depth), or to the output of the branch's last matrix, in front of that."""

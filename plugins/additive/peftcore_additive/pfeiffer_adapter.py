@@ -43,8 +43,8 @@ class Config(MethodConfig):
     activation: Literal["gelu", "relu", "silu", "tanh"] = "relu"
     """The non-linearity f."""
     placement: Literal["auto", "post", "pre", "branch"] = "auto"
-    """What it reads: the stream behind the norm that ends a block, or as the block returns it ("auto" is one of these,
-    as the host is), or what the target itself returns."""
+    """The adapter's input: the stream behind the norm that ends a block, or as the block returns it ("auto" is one of
+    these, as the model is), or what the target itself returns."""
     scale: Scale = 1.0
     """A factor in front of what the adapter adds: a number, one that is "learned" from 1, or a vector of those, one for
     each "channel"."""

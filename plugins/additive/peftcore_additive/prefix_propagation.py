@@ -49,7 +49,7 @@ class Config(MethodConfig):
 
 
 class PropagationOperator(InnerRows):
-    """What is added to the rows at the blocks of one stack."""
+    """The additions to the rows at the blocks of one stack."""
 
     def __init__(self, site: InnerSite, config: Config) -> None:
         super().__init__(site, config.length)

@@ -70,7 +70,7 @@ class Tuner(nn.Module):
 
 
 class Step(nn.Module):
-    """What the bypass does at one block."""
+    """The two tuners of the bypass at one block."""
 
     def __init__(self, width: int, bottleneck: int, zero: bool) -> None:
         super().__init__()

@@ -58,7 +58,7 @@ class Config(MethodConfig):
     sparsity: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.4
     """The share of the weights of all adapters that is pruned."""
     score: Literal["snip", "grasp", "magnitude", "random"] = "snip"
-    """What the weights are ranked by; the first two look at data."""
+    """The score by which the weights are ranked; the first two look at data."""
     activation: Literal["gelu", "relu", "silu", "tanh"] = "relu"
     """The non-linearity f."""
     norm: bool = True

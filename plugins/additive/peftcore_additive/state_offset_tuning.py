@@ -40,7 +40,7 @@ class Config(MethodConfig):
 
     method: Literal["state_offset_tuning"] = "state_offset_tuning"
     offset: Literal["state", "output"] = "state"
-    """What is offset: the states, or what is read of them."""
+    """The quantity that is offset: the states, or what is read of them."""
     rank: PositiveInt | None = None
     """Rank of the offset of the states; None trains it whole."""
 

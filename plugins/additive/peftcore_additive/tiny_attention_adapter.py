@@ -63,7 +63,7 @@ class Config(MethodConfig):
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
     """Probability with which attention weights are dropped in training."""
     out_scale: NonNegativeFloat = 0.01
-    """What the start of the last map is scaled by; 0 makes a fresh adapter an exact identity."""
+    """Factor on the start of the last map; 0 makes a fresh adapter an exact identity."""
 
     @model_validator(mode="after")
     def _divides(self) -> Self:

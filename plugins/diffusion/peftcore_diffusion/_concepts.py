@@ -1,4 +1,4 @@
-"""What a look at texts leaves, and the encodings of a concept and of its class as moving averages."""
+"""The inverse second moment of texts, and the encodings of a concept and of its class as moving averages."""
 
 from __future__ import annotations
 

@@ -20,13 +20,13 @@ class Exchange:
     """A layer of the UNet's encoder and what runs beside it, by their paths."""
 
     at: str
-    """In the UNet."""
+    """The layer of the UNet."""
     layer: str
-    """In the network, as are the next two: what runs beside it."""
+    """The module of the network that runs beside it; the next two are in the network too."""
     reads: str | None
-    """What brings to that the features that the UNet's layer is given."""
+    """The 1x1 convolution from the input of the UNet's layer to `layer`; None where it reads none."""
     adds: str | None
-    """What brings its own back to what the UNet's layer returns; none where another layer belongs to the same step."""
+    """The 1x1 convolution from `layer` to the UNet's layer's output; None where another layer of the step has it."""
 
 
 class Controller(nn.Module):
@@ -169,7 +169,7 @@ def _down(block: Any, left: list[int], width: int, heads: int | None, most: int)
 
 
 class Middle(nn.Module):
-    """What runs beside the middle block: a resnet, and attentions with a resnet behind each."""
+    """The module beside the middle block: a resnet, and attentions with a resnet behind each."""
 
     def __init__(self, block: Any, width: int, heads: int | None) -> None:
         super().__init__()

@@ -44,7 +44,7 @@ class Config(MethodConfig):
     structure: list[PositiveFloat] = Field(default_factory=lambda: [1.0, 2.0, 1.0], min_length=2, max_length=32)
     """Widths of a network, relative to that of its context, which is the first and the last: 1."""
     activation: Literal["linear", "relu", "leakyrelu", "elu", "swish", "tanh", "sigmoid"] = "linear"
-    """What stands behind each layer but the last; "linear" is nothing, swish Hardswish."""
+    """The activation behind each layer but the last; "linear" is none, "swish" is Hardswish."""
     activate_output: bool = False
     """Have the activation behind the last layer too."""
     norm: bool = False

@@ -79,7 +79,7 @@ class Config(MethodConfig):
     text_gradient: Annotated[float, Field(gt=0.0, le=1.0)] = 0.1
     """Share of the gradient that goes on to the text, so that the word learns more slowly."""
     damping: NonNegativeFloat = 1e-3
-    """What is added to the diagonal of C, relative to its mean."""
+    """The number that is added to the diagonal of C, relative to its mean."""
     tokens: list[int] = Field(default_factory=list)
     """Ids of words for the concept that train along; negative ones count from the end."""
     initializer: NonNegativeInt | None = None

@@ -52,7 +52,7 @@ class Config(MethodConfig):
     timesteps: PositiveFloat = 1000.0
     """The largest timestep T, of noise alone: 1000 of most schedules, 1 of hosts that are given shares."""
     start: Literal["random", "weight", "zero"] = "random"
-    """What A, l and B are at first: orthonormal and random, those of the weight, or those of LoRA."""
+    """The start of A, l and B: orthonormal and random, those of the weight, or those of LoRA."""
     part: Literal["last", "principal", "middle"] = "last"
     """The singular values with which l starts: the smallest, the largest, or those between."""
 

@@ -1,4 +1,4 @@
-"""What a model says in two passes, compared."""
+"""The divergence of a model's logits in two passes."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ class Config(MethodConfig):
     consistency: NonNegativeFloat = 1.0
     """Weight w of the loss between two passes; 0 runs the model once."""
     routing: Literal["random", "mean"] = "random"
-    """What acts in training: copies that are drawn, or already the mean of all."""
+    """The maps that act in training: copies that are drawn, or already the mean of all."""
     joins: Joins = "matrix"
     """Where it reads and adds: at the feed-forward's last matrix, or behind what the host does to the branch's output
     (dropout, layer scale, stochastic depth)."""

@@ -43,15 +43,15 @@ class Config(MethodConfig):
     rank: PositiveInt = 8
     """Rank of what is of low rank; the authors' is 4."""
     A: Matrix | Literal["product"] = "lora"
-    """What scales the weight; a "product" is a low-rank matrix from its right, not entry by entry."""
+    """The term that scales the weight; a "product" is a low-rank matrix from its right, not entry by entry."""
     B: Matrix = "lora"
-    """What is added to the weight."""
+    """The term that is added to the weight."""
     C: Literal["lora", "vector", "none"] = "lora"
-    """What the weight maps to a shift of the bias: a constant input."""
+    """The term that the weight maps to a shift of the bias: a constant input."""
     D: Vector = "constant"
-    """What scales the bias."""
+    """The term that scales the bias."""
     E: Vector = "constant"
-    """What is added to the bias."""
+    """The term that is added to the bias."""
 
 
 def terms(site: Site, config: Config) -> dict[str, tuple[tuple[int, ...], ...]]:

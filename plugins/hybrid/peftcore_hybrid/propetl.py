@@ -56,8 +56,8 @@ class Config(MethodConfig):
     mask_ratio: PositiveFloat = 30.0
     """Learning rate of the scores over that of the prototype."""
     placement: Literal["auto", "post", "pre", "branch"] = "auto"
-    """What it reads: the stream behind the norm that ends a block, or as the block returns it ("auto" is one of these,
-    as the host is), or what the target itself returns."""
+    """The adapter's input: the stream behind the norm that ends a block, or as the block returns it ("auto" is one of
+    these, as the model is), or what the target itself returns."""
     init_std: NonNegativeFloat = 0.02
     """Standard deviation of D at the start."""
     up_init_std: NonNegativeFloat = 0.02

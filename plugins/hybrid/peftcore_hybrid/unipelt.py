@@ -59,8 +59,8 @@ class Config(MethodConfig):
     adapter_reduction: PositiveInt = 16
     """How many times narrower than the stream the adapter's bottleneck is."""
     adapter_placement: Literal["auto", "post", "pre", "branch"] = "auto"
-    """What the adapter reads: the stream behind the norm that ends a block, or as the block returns it ("auto" is one
-    of these, as the host is), or what the feed-forward's last matrix returns."""
+    """The adapter's input: the stream behind the norm that ends a block, or as the block returns it ("auto" is one of
+    these, as the model is), or what the feed-forward's last matrix returns."""
 
     def prefix(self) -> prefix_tuning.Config:
         """Return the options of the prefix."""

@@ -47,7 +47,7 @@ class TaskTable(nn.Module):
 
 
 class Generators(nn.Module):
-    """What makes an adapter of z."""
+    """The linear maps that make an adapter of z."""
 
     def __init__(self, width: int, config: Any) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ class Network(Generators):
 
 @dataclass(frozen=True)
 class Known:
-    """What a site shares with others: the network of its stack, and the embeddings of its layer and its place."""
+    """Parts that a site shares with others: the network of its stack, and the embeddings of its layer and its place."""
 
     network: Shared
     layer: Shared

@@ -32,7 +32,7 @@ class Block(nn.Module):
 
 
 class LoRANetwork(nn.Module):
-    """What all sites have in common: it reads a vector and where the LoRA is to stand."""
+    """The network that all sites share: it reads a vector and where the LoRA is to stand."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class LayerEmbedding(nn.Module):
 
 
 class Kind(nn.Module):
-    """What the LoRAs of one kind of matrix have in common: its embedding, and the head that makes them of z. The head
+    """The shared parts of the LoRAs of one kind of matrix: its embedding, and the head that makes them of z. The head
     starts as a LoRA, the same for all vectors: A uniform in +-1/sqrt(in), B zero."""
 
     def __init__(self, inputs: int, outputs: int, config: Any) -> None:
@@ -123,8 +123,8 @@ def evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Known:
-    """What a site shares with others: the network, the embedding of its layer, and its kind; and how many sites are of
-    that kind."""
+    """The parts that a site shares with others: the network, the embedding of its layer, and its kind; and how many
+    sites are of that kind."""
 
     network: Shared
     layer: Shared

@@ -1,5 +1,5 @@
-"""What PHA's adapters share: prototypes of tasks, the network that makes adapters of them, and the retriever, whose
-losses hold prototypes and texts together.
+"""The shared parts of PHA's adapters: prototypes of tasks, the network that makes adapters of them, and the retriever,
+whose losses hold prototypes and texts together.
 
 `config` has the widths t (`task_width`), h (`hidden`) and p (`code`), and the options of the losses.
 """

@@ -26,7 +26,7 @@ KEPT = "_peftcore_decided"
 
 
 class Decisions:
-    """What one operator decided, with the model's caches; copies of the model share it."""
+    """The decisions of one operator, kept with the model's caches; copies of the model share them."""
 
     def __init__(self) -> None:
         self.stamp = uuid.uuid4().hex

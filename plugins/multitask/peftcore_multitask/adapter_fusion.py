@@ -63,7 +63,7 @@ class Config(MethodConfig):
     train_parts: bool = True
     """Train the parts along; in the paper they were trained before, each for itself, and are frozen."""
     mixes: Literal["auto", "inputs", "outputs"] = "auto"
-    """What it mixes: what adapters give a module, which then runs on the mix, or what the module returns with each.
+    """The mixed values: what adapters give a module, which then runs on the mix, or what the module returns with each.
     "auto": inputs where all of them do nothing but give the module another input, such as a norm at a block's end."""
     value: bool = True
     """Have the matrix V; the package calls a fusion without it static."""

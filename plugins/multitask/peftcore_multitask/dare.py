@@ -34,11 +34,11 @@ class Config(PartsConfig):
     drop_rate: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
     """Probability p with which a value is dropped."""
     mask_seed: int = 0
-    """What the masks are drawn from."""
+    """Seed of the masks."""
     masks: Literal["numbered", "by path"] = "numbered"
-    """What tells the sites' masks apart. Paths, as in files of before, are others where a host contains the model."""
+    """The key of each target module's masks: its number, or its path (older files), which changes in a larger model."""
     merge: Literal["linear", "ties"] = "linear"
-    """What the sparse changes go into: their sum, or TIES."""
+    """The merge of the sparse changes: their sum, or TIES."""
     density: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """For TIES: the share of each part's values that is kept, of all."""
     sign: merge_math.Sign = "total"

@@ -46,7 +46,7 @@ class Config(TaskConfig):
     alpha: PositiveFloat = 16.0
     """Numerator of the scale ``alpha / rank``."""
     temperature: PositiveFloat = 0.1
-    """What the logits of the mixture are divided by: the smaller, the more a task keeps to one B."""
+    """Divisor of the logits of the mixture: the smaller, the more a task keeps to one B."""
     task_matrix: Literal["full", "diagonal"] = "full"
     """The task's own matrix in the middle: whole, or its diagonal alone."""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05

@@ -52,10 +52,10 @@ class Config(PartsConfig):
 
     method: Literal["regmean"] = "regmean"
     off_diagonal: Annotated[float, Field(ge=0.0, le=1.0)] = 0.9
-    """What is left of products of two different inputs in the matrices, the factor a."""
+    """The factor a of products of two different inputs in the matrices: the share of them that is left."""
     unseen: Literal["mean", "base"] = "mean"
-    """What a weight does in directions that no task's inputs have: it has the parts' mean, where only single inputs may
-    be unseen and all else is an error; or it stays the base's."""
+    """The weight in directions that no task's inputs have: the parts' mean, where only single inputs may be unseen and
+    all else is an error; or the base's."""
 
     @model_validator(mode="after")
     def _positive(self) -> Self:

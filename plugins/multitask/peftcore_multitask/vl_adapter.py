@@ -47,7 +47,7 @@ class Config(TaskConfig):
 
     method: Literal["vl_adapter"] = "vl_adapter"
     shared: Literal["all", "down", "up", "none"] = "all"
-    """What is one for all tasks: the whole adapter, the matrix of one side with its bias, or nothing."""
+    """The part that is one for all tasks: the whole adapter, the matrix of one side with its bias, or nothing."""
     bottleneck: PositiveInt = 96
     """Width r of the adapters; an eighth of the stream in the authors' scripts."""
     activation: Literal["gelu_tanh", "gelu", "relu", "silu"] = "gelu_tanh"

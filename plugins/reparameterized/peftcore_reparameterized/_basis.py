@@ -1,5 +1,5 @@
-"""What a seed of its own draws, so that files need not hold it: a pair of frozen random matrices that all sites read,
-and positions in a weight."""
+"""Random values that a seed of their own draws, so that files need not hold them: a pair of frozen matrices that all
+sites read, and positions in a weight."""
 
 from __future__ import annotations
 

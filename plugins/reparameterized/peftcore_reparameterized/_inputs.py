@@ -1,4 +1,4 @@
-"""What methods need that look at the inputs of linear layers before training."""
+"""The check of target modules for methods that look at the inputs of linear layers before training."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ def within(V: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Joint(Checked):
-    """What all sites of a role share: V, and the entries of S that train, as places in its rows one after the other."""
+    """The V that the sites of a role share, and the entries of S that train, as places in S flattened by rows."""
 
     V: Tensor
     index: Tensor

@@ -14,16 +14,16 @@ from peftcore import GradientRule, Operator
 
 @dataclass(frozen=True)
 class Preconditioner:
-    """What the gradient of one factor is multiplied by: ``inverse(other to itself + damping I)``."""
+    """The matrix that the gradient of one factor is multiplied by: ``inverse(other to itself + damping I)``."""
 
     other: Callable[[], Tensor]
     """The other factor: A ``[*experts, rank, in, *kernel]`` for B, B ``[*experts, out, rank]`` for A."""
     of_A: bool
     """Whether it is A's gradient, which is multiplied from the left; B's is from the right."""
     damping: float
-    """What is added to the diagonal."""
+    """The number that is added to the diagonal."""
     divisor: float = 1.0
-    """What the product is divided by."""
+    """Divisor of the product."""
 
     def __call__(self, grad: Tensor) -> Tensor:
         """Return the gradient of a factor as it is after the rule, in the dtype that it has."""

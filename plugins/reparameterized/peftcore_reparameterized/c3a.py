@@ -44,7 +44,7 @@ class Config(MethodConfig):
     block_size: PositiveInt = 256
     """Width b of a block, a divisor of both sides; a larger one has fewer parameters."""
     start: Literal["xavier_uniform", "kaiming_uniform", "gaussian", "zeros"] = "xavier_uniform"
-    """What the kernels are drawn from."""
+    """The distribution that the kernels are drawn from."""
 
 
 def started(site: Site, start: str, shape: tuple[int, ...]) -> Tensor:

@@ -45,7 +45,7 @@ class Config(MethodConfig):
     alpha: PositiveFloat | None = None
     """Numerator of the scale ``alpha / rank`` of what is put in; None leaves it as it is."""
     projection: Literal["relu", "qr"] = "relu"
-    """What is taken away: what falls on the positive part of P, or on the space that its columns span."""
+    """The part of the weight that is taken away: on the positive part of P, or on the space that its columns span."""
     injects: bool = True
     """Put something in; otherwise only take away (PaRa)."""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
@@ -53,7 +53,7 @@ class Config(MethodConfig):
 
 
 class DEFTOperator(WeightOperator):
-    """What is taken away from one weight, and what is put in."""
+    """The part that is taken away from one weight, and the part that is put in."""
 
     def __init__(self, site: Site, config: Config) -> None:
         super().__init__(site)

@@ -34,7 +34,7 @@ from peftcore import MATRICES, LearningRate, Method, MethodConfig, Site, Surgeon
 from peftcore_reparameterized._low_rank import LowRankOperator, low_rank_count, low_rank_factors
 
 SHORTEST = 1e-4
-"""What shorter rows and columns count as."""
+"""The least length of rows and columns: shorter ones count as this."""
 
 
 class Config(MethodConfig):
@@ -44,7 +44,7 @@ class Config(MethodConfig):
     rank: PositiveInt = 8
     """Rank of the update."""
     strength: PositiveFloat = 15.0
-    """What lambda starts from: the update's largest norm, relative to that of the weight's longest column."""
+    """The start of lambda: the update's largest norm, relative to that of the weight's longest column."""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Probability with which inputs of the update are dropped in training."""
 

@@ -58,7 +58,7 @@ class Config(MethodConfig):
     sparsity: Annotated[float, Field(ge=0.0, le=1.0)] = 0.01
     """The share of entries of S that train; one at least, unless it is 0."""
     ridge: PositiveFloat = 1e-3
-    """What is added to the diagonals before an inverse is taken, where V is found."""
+    """The number that is added to the diagonals before an inverse is taken, where V is found."""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Probability with which inputs of the update are dropped in training."""
     projection_seed: NonNegativeInt = 0
@@ -72,7 +72,7 @@ def entries(inputs: int, config: Config) -> int:
 
 
 class FRoDOperator(Operator):
-    """What one site trains between its own U and the V of its role."""
+    """The trained values of one site, between its own U and the V of its role."""
 
     U: Tensor
     L0: Tensor

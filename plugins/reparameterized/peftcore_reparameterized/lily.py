@@ -47,7 +47,7 @@ class Config(MethodConfig):
     scale: PositiveFloat = 1.0
     """Factor s of the update."""
     across: Literal["name", "shape"] = "name"
-    """What modules that share have in common: name and shape, or the shape."""
+    """The modules that share: those of the same name and shape, or of the same shape."""
 
 
 class Factor(nn.Module):

@@ -78,11 +78,11 @@ class Config(MethodConfig):
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Probability with which inputs of the update are dropped in training."""
     start: Literal["zero", "orthogonal"] = "zero"
-    """What makes the update zero at first: one factor is, or the two are orthogonal to each other."""
+    """The start that makes the update zero: one factor is zero, or the two are orthogonal to each other."""
     trained: Literal["both", "B"] = "both"
     """The factors that train: both, or B alone (LoRA-FA)."""
     damping: NonNegativeFloat | None = None
-    """That of the Riemannian preconditioner of both gradients; without, gradients stay as they are."""
+    """The damping of the Riemannian preconditioner of both gradients; without, gradients stay as they are."""
     across_groups: bool = False
     """In grouped convolutions, let A read the channels of all groups (as peft); of no effect on other layers."""
 

@@ -60,7 +60,7 @@ class Config(MethodConfig):
     """Whether A has the first half of the directions and B the second, B the first, or B every other one from the first
     on."""
     scale: Literal["stable", "weight_svd", "gd_scale", "unit"] = "stable"
-    """What the factors are multiplied by: k; the singular values of the weight; one over s; nothing."""
+    """The number that the factors are multiplied by: k; the singular values of the weight; one over s; nothing."""
     gamma: PositiveFloat = 16.0
     """The gamma of k: the larger, the smaller the start."""
     form: Literal["authors", "peft"] = "authors"

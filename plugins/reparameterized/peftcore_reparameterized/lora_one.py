@@ -68,9 +68,9 @@ class Config(MethodConfig):
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Probability with which inputs of the update are dropped in training."""
     gamma: PositiveFloat = 128.0
-    """What the start is divided by: the larger, the smaller the first step."""
+    """Divisor of the start: the larger, the smaller the first step."""
     damping: NonNegativeFloat | None = None
-    """That of the preconditioner of both gradients; without, gradients stay as they are."""
+    """The damping of the preconditioner of both gradients; without, gradients stay as they are."""
     iterations: Annotated[PositiveInt, Field(le=1000)] | None = 16
     """Find the singular vectors by so many steps of a fast approximation; None is exact."""
 

@@ -54,7 +54,7 @@ class Config(MethodConfig):
     rank: PositiveInt = 256
     """Rows of A for the mean, and as many for the variance; columns of B."""
     d_initial: PositiveFloat = 0.1
-    """What d starts from."""
+    """The value of all entries of d at the start."""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Probability with which inputs of the update are dropped in training."""
     sample: Literal["never", "training", "always"] = "training"

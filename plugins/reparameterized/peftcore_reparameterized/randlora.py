@@ -55,7 +55,7 @@ class Config(MethodConfig):
     scaling: Literal["rank", "bases"] = "rank"
     """Denominator of the scale: the rank, or the rank times the square root of the number of bases."""
     basis: Literal["uniform", "sparse", "very_sparse"] = "uniform"
-    """What the random matrices are drawn from."""
+    """The distribution that the random matrices are drawn from."""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Probability with which inputs of the update are dropped in training."""
     projection_seed: NonNegativeInt = 0

@@ -54,7 +54,7 @@ class Config(MethodConfig):
 
 
 class Vector(nn.Module):
-    """What a group trains."""
+    """The vector v ``[u]`` that a group trains."""
 
     def __init__(self, u: int) -> None:
         super().__init__()

@@ -48,7 +48,7 @@ class Config(MethodConfig):
     projection: Literal["first", "each", "random"] = "first"
     """Whether v comes of the first batch, of each batch, or is drawn."""
     rebuilt_scale: PositiveFloat = 0.1
-    """What the rebuilt inputs are multiplied by."""
+    """The factor c of the rebuilt inputs."""
 
 
 def in_groups(x: Tensor, groups: int) -> Tensor:

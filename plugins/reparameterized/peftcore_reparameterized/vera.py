@@ -38,7 +38,7 @@ class Config(MethodConfig):
     rank: PositiveInt = 256
     """Rows of A, columns of B; it costs parameters hardly at all."""
     d_initial: PositiveFloat = 0.1
-    """What d starts from."""
+    """The value of all entries of d at the start."""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Probability with which inputs of the update are dropped in training."""
     projection_seed: NonNegativeInt = 0

@@ -40,7 +40,7 @@ class Gated(Protocol):
 
 @dataclass(frozen=True)
 class Taps:
-    """What the gates of an adapter share."""
+    """The taps that the gates of an adapter share."""
 
     everyone: Tap = field(default_factory=Tap)
     """Whether all tokens go through, in a pass of its own."""

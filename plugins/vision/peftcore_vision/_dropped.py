@@ -5,7 +5,7 @@ from __future__ import annotations
 from peftcore import Site
 
 AUTHORS = 0.1
-"""What the codes of FacT, RepAdapter and ARC have."""
+"""The probability in the authors' code of FacT, RepAdapter and ARC."""
 
 
 def own_dropout(site: Site, dropout: float | None) -> float:

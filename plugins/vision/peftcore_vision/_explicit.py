@@ -1,4 +1,4 @@
-"""What explicit prompts are made of: frequencies of the picture, and frozen embeddings of its patches, by stages."""
+"""The sources of explicit prompts: frequencies of the picture, and frozen embeddings of its patches, by stages."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def channels(site: StageSite, config: ExplicitConfig) -> int:
 
 
 class StageOperator(Operator):
-    """What one stage makes of its patches and of the picture, for the prompts of its blocks."""
+    """The maps from one stage's patches and from the picture to features for the prompts of its blocks."""
 
     def __init__(self, site: StageSite, config: ExplicitConfig, taps: list[tuple[Tap, Tap]]) -> None:
         super().__init__(site)

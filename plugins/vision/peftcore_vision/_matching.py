@@ -18,7 +18,7 @@ PER_IMAGE, PER_TEXT = "logits_per_image", "logits_per_text"
 
 @dataclass(frozen=True, eq=False)
 class MatcherSite(FeatureSite):
-    """What returns features of images in a model that compares these with texts."""
+    """The module that returns features of images in a model that compares these with texts."""
 
     @property
     def separable(self) -> bool:

@@ -17,7 +17,7 @@ class Towers:
     """Both towers."""
 
     table: Site
-    """What embeds texts."""
+    """The module that embeds texts."""
     tower: Site
     """The tower of texts, of which the mask is seen."""
     texts: list[Site]
@@ -47,7 +47,7 @@ class CoupledSite(Site):
 
 @dataclass(frozen=True)
 class Rest:
-    """What operators of all blocks are told alike."""
+    """The arguments that operators of all blocks have in common."""
 
     names: tuple[str, ...]
     """The arguments of the tower of texts."""
@@ -56,7 +56,7 @@ class Rest:
     has_norm: bool
     """Whether there is a norm before the blocks of images."""
     places: Tap
-    """From the table of texts to their blocks."""
+    """The tap from the table of texts to their blocks."""
 
 
 def two_towers(surgeon: Surgeon) -> Towers:

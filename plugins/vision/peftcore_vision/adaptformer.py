@@ -40,7 +40,7 @@ class Config(MethodConfig):
     layer_norm: Literal["none", "in", "out"] = "none"
     """A norm of the adapter's own: of what it reads, or of what it adds."""
     reads: Literal["stream", "branch"] = "stream"
-    """What the adapter reads: the stream in front of the feed-forward's norm, or what the feed-forward itself reads."""
+    """The adapter's input: the stream in front of the feed-forward's norm, or what the feed-forward itself reads."""
     joins: Joins = "stream"
     """Where it adds: to the stream, behind what the host does to the branch's output (dropout, layer scale, stochastic
     depth), or to the output of the branch's last matrix, in front of that."""

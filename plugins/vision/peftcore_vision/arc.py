@@ -41,7 +41,7 @@ class Config(MethodConfig):
     bottleneck: PositiveInt = 50
     """Width h of the bottleneck, for all layers."""
     feed_forward_start: Literal["xavier", "zero"] = "xavier"
-    """What r in front of feed-forwards starts from."""
+    """The start of r in front of feed-forwards: a Xavier-uniform draw, or zero."""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
     """Probability with which the bottleneck's numbers drop in training; None: 0.1, but 0 where weights are read."""
 

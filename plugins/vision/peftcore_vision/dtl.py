@@ -67,7 +67,7 @@ Sums = tuple[Tap | None, Tap]
 
 
 class SideOperator(Operator):
-    """What one block adds to the side network, and what is fed back behind it. At the convolution that embeds the
+    """The part of the side network at one block, and what is fed back behind it. At the convolution that embeds the
     patches (form "patch") it sees how they lie."""
 
     def __init__(

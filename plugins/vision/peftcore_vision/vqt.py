@@ -42,7 +42,7 @@ class Config(RowsConfig):
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
     """Probability with which numbers of the queries are dropped in training."""
     summary: Literal["concat", "mean", "weighted"] = "concat"
-    """What the head reads of a block's queries: all of them, their mean, or a sum with trained weights."""
+    """The values that the head reads of a block's queries: all of them, their mean, or a sum with trained weights."""
     normalize: bool = True
     """Bring what the head reads of each block, and of the tokens, to length 1."""
     train_head: bool = True

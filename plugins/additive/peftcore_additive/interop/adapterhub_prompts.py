@@ -42,7 +42,7 @@ OF_TOKENS = (
 )
 """Where transformers lists models that return something for each token, and pool nothing unless they have a pooler."""
 COPY = "copy "
-"""What we put in front of the names of tensors that the file holds a second time."""
+"""The prefix that we give to names of tensors that the file holds a second time."""
 
 
 class HubPrefix(HubArchitecture):

@@ -19,7 +19,7 @@ from peftcore.files.formats.places import Place
 
 THEIRS = {"A": "a1.weight", "A_up": "a2.weight", "B": "b1.weight", "B_up": "b2.weight"}
 KINDS = {"A": ("product", "none"), "B": ("lora", "none"), "C": ("none",), "D": ("none",), "E": ("none",)}
-"""What a file can hold of each term."""
+"""The kinds of each term that a file can hold; the first one is read."""
 
 
 class KohyaGLoRA(KohyaMethod):

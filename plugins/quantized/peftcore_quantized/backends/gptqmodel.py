@@ -22,7 +22,7 @@ PEFTCORE_API = 2
 ROWS = 512
 """Rows of the identity that a kernel gets at once: no more than it was made for."""
 IN_TRAINING = {"linear_mode": "train"}
-"""What kernels with two ways of computing note once they have taken the one with a gradient."""
+"""The attribute of kernels with two ways of computing, and its value once they have taken the one with a gradient."""
 
 
 def _base() -> Any:

@@ -22,7 +22,7 @@ SAMPLER = "lora_monteclora_sampler"
 PRIORS = {"t": f"{SAMPLER}.std_prior", "p": f"{SAMPLER}.expert_weights_prior"}
 """Tensors in peft, by ours."""
 DRAWS = (f"{SAMPLER}.gaussian_var_prior", f"{SAMPLER}.expert_weights")
-"""What the sampler drew last: a covariance [rank, rank], and the weight of each sample."""
+"""The last draw of the sampler: a covariance [rank, rank], and the weight of each sample."""
 OPTIONS = {
     "samples": ("num_samples", 8),
     "sample_scale": ("sample_scaler", 1e-4),
