@@ -25,9 +25,9 @@ class BlockSite(Site):
     width: int = 0
     """Features of the stream that goes through it."""
     depth: int = 0
-    """Its number in its stack, from 0 on."""
+    """The number of the block in its stack, from 0 on."""
     stack: str = ""
-    """Its path without numbers, which all blocks of its stack have in common."""
+    """The path of the block without numbers, which all blocks of its stack have in common."""
     blocks: int = 0
     """How many blocks that stack has."""
 

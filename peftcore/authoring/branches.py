@@ -27,7 +27,7 @@ FIRST = {
     "cross.out": {"cross.qkv", "cross.q", "cross.q_a"},
     "attn_mlp.out": {"attn_mlp.in", "attn.qkv", "attn.q"},
 }
-"""By the role of a branch's last matrix, the roles of the first ones, which read the input of the branch."""
+"""Roles of the first matrices of a branch, which read its input, by the role of its last matrix."""
 READ_STREAM = frozenset({"attn.k", "attn.v", "attn.kv"}).union(*FIRST.values())
 """Roles of the matrices of a block that read its stream."""
 

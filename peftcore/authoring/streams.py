@@ -61,7 +61,7 @@ class StreamSite(Site):
     width: int = 0
     """Features of its tokens inside of the blocks."""
     places: tuple[Site, ...] = ()
-    """Its blocks."""
+    """The blocks of the transformer."""
     attentions: tuple[AttentionSite, ...] = ()
     """The attentions in which its tokens see each other."""
     joint: bool = False

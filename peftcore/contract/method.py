@@ -81,8 +81,8 @@ class Tags:
     """Where only some options need data, these: ``{"start": "gradient"}``, or ``{"score": ("snip", "grasp")}``, where
     each of several values does. `needs_data` then speaks of the defaults."""
     routes: Literal["token", "sequence", "task"] | None = None
-    """It is a mixture: its operators (`Router`) give shares of experts to each of these, and `Injection.report` tells
-    them."""
+    """The unit to each of which the operators (`Router`) of a mixture give shares of experts, which `Injection.report`
+    tells; None for methods that are no mixtures."""
     reentrant: bool = True
     """With default options it trains under reentrant checkpoints of single blocks; else these are a TrainingError, and
     only the others work (``use_reentrant=False``)."""
@@ -104,7 +104,7 @@ class LearningRate:
     """The learning rate with which those who made a method trained it, and where they say so."""
 
     rate: float
-    """As it was given to the optimizer, at the top of its schedule."""
+    """The rate that the optimizer was given, at the top of its schedule."""
     source: str
     """``"repository@commit, file"``, or the paper and the place in it."""
     on: str
@@ -112,7 +112,7 @@ class LearningRate:
     optimizer: str = "AdamW"
     """The class of `torch.optim` that is the source's optimizer, or the nearest."""
     momentum: float = 0.0
-    """That of SGD."""
+    """The momentum, where the optimizer is SGD."""
 
     def __str__(self) -> str:
         return f"{self.rate:g} ({self.optimizer}; {self.on}): {self.source}"
@@ -129,13 +129,13 @@ class Method(ABC):
     name: ClassVar[str]
     """The name by which `apply` and files find it."""
     aliases: ClassVar[tuple[str, ...]] = ()
-    """Other names."""
+    """Other names of the method."""
     Config: ClassVar[type[MethodConfig]]
-    """Its options."""
+    """The class of the method's options."""
     tags: ClassVar[Tags]
-    """Its abilities."""
+    """The abilities of the method."""
     learning_rate: ClassVar[LearningRate | None] = None
-    """That of the paper or of its authors' code; None where neither says one."""
+    """The learning rate of the paper or of its authors' code; None where neither says one."""
     target: ClassVar[str | tuple[str, ...]]
     """Default targets, by role, so that one line serves every architecture; roles that a host lacks are passed over."""
     alternatives: ClassVar[tuple[str | tuple[str, ...], ...]] = ()
@@ -153,7 +153,7 @@ class Method(ABC):
     config_version: ClassVar[int] = 1
     """Raised when options change their meaning; `migrate` then upgrades old ones."""
     former_defaults: ClassVar[tuple[Mapping[str, Any], ...]] = ()
-    """For files of version 1, 2, ...: defaults that are others now, and what options meant that were not there yet."""
+    """Options of files of version 1, 2, ...: defaults that are others now, and values of options that came later."""
 
     @abstractmethod
     def inject(self, model: nn.Module, config: Any, surgeon: Surgeon) -> None:

@@ -229,11 +229,11 @@ OPTIONS: Mapping[str, tuple[Answer, ...]] = {
     "block_size_pattern": (('use overrides={"*.q_proj": {"block_size": 4}}', "block_size"),),
     "n_frequency_pattern": (('use overrides={"*.q_proj": {"n_frequency": 400}}', "n_frequency"),),
 }
-"""For options of peft's configs: what to write here; the first answer counts whose option the method has."""
+"""Advice for options of peft's configs, and our option that it needs; the first counts whose option the method has."""
 METHODS: Mapping[str, str] = {
     "loraplus": "use lora_plus",
 }
-"""For variants that peft has as options: the method that they are here."""
+"""Advice for variants that are options in peft and methods here."""
 
 
 def is_peft_config(method: object) -> bool:

@@ -213,8 +213,8 @@ class InFolder(Store):
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = Path(tempfile.mkdtemp(prefix="peftcore-idle-", dir=folder))
         self._written: dict[int, tuple[dict[str, bytes], tuple[int, int], Shapes]] = {}
-        """By number: the digests of the tensors, the size and time of the file, and the dtypes and shapes of tensors
-        that lie in it as bytes."""
+        """The written adapters, by number: the digests of the tensors, the size and time of the file, and the dtypes
+        and shapes of tensors that lie in it as bytes."""
         weakref.finalize(self, shutil.rmtree, self._folder, True)
 
     def keep(self, key: int, values: Values) -> None:

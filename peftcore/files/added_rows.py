@@ -29,7 +29,7 @@ class AddedRows:
     weight: Tensor
     """The whole table with these rows, ``[tokens, width]``."""
     bias: Tensor | None
-    """The same of a head's bias, ``[tokens]``."""
+    """The whole bias of a head with these rows, ``[tokens]``; None where there is none."""
 
     def copy(self) -> AddedRows:
         """Returns them with a memory of their own."""

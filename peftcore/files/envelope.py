@@ -64,7 +64,7 @@ class Envelope(BaseModel):
     plugin_version: str = ""
     config_version: NonNegativeInt
     part_versions: dict[str, NonNegativeInt] = {}
-    """Of a hybrid, the versions of its parts' options, by the names of parts: ``"0"``, ``"0/1"``."""
+    """Versions of the options of a hybrid's parts, by the names of parts: ``"0"``, ``"0/1"``."""
     config: dict[str, Any]
     target: Any = None
     exclude: Any = None

@@ -36,9 +36,9 @@ MAX_HEADER = 32 * 2**20
 MAX_JSON = 16 * 2**20
 """The largest JSON file of an adapter's options, in bytes, far above any adapter's."""
 MAX_VALUES = 500_000
-"""The largest number of values in them."""
+"""The largest number of values in a JSON file."""
 MAX_DEPTH = 64
-"""Their deepest nesting."""
+"""The deepest nesting of values in a JSON file."""
 SAFE_CALLS = 5_000
 """Python's JSON parser recurses for nested values, in C. It raises an error at the recursion limit, which some
 libraries set so high that the stack overflows first, and the process dies: then nesting is checked beforehand."""

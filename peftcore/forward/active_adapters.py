@@ -34,12 +34,12 @@ class Route:
     positions: tuple[int, ...] = ()
     """`index` as numbers, which are known without asking the device."""
     since: tuple[int, ...] | None = None
-    """Of each row the first column of tokens on which its injection acts; those before run the bare base model. None:
+    """The first column of tokens of each row on which its injection acts; those before run the bare base model. None:
     all."""
     tokens: int = 0
-    """Of a route of single tokens: how many there are of each row of the batch."""
+    """The number of tokens of each row of the batch, in a route of single tokens; else 0."""
     seeds: tuple[int | None, ...] = ()
-    """By position in `names`, the seed of what an injection draws for its rows; None: as the model draws."""
+    """The seeds by which injections draw for their rows, by position in `names`; None: as the model draws."""
     _known: dict[Any, Tensor | None] = field(default_factory=dict, repr=False)
     _routes: dict[Any, Route] = field(default_factory=dict, repr=False)
     _last: dict[str, tuple[Any, Route]] = field(default_factory=dict, repr=False)

@@ -13,7 +13,7 @@ from peftcore.forward.save_pretrained import BASE_ALONE
 ADAPTER_MODULES = "peft"
 """The name of the adapter modules in the module above."""
 IDLE = "_peftcore_idle"
-"""In the ``__dict__`` of an operator whose values are not on the model: what stands for them."""
+"""The key in an operator's ``__dict__`` of what stands for its values while they are not on the model."""
 
 
 class AdapterModules(nn.Module):

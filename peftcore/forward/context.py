@@ -48,7 +48,7 @@ class _Threads(threading.local):
         self.outside: weakref.ref[ForwardContext] | None = None
         """The context for a part of the host that runs by itself; the host's state holds it."""
         self.announced: dict[int, tuple[int, weakref.ref[ForwardContext]]] = {}
-        """By host: the backward pass (its number) and the forward that it goes through now, which its graph holds."""
+        """The backward pass (its number) and the forward that it goes through now, which its graph holds, by host."""
 
     def disturb(self) -> None:
         """Let the modules of all forwards that this thread runs ask again what was chosen: something else may be."""
@@ -108,14 +108,14 @@ class ForwardContext:
         self.recorded = torch.is_grad_enabled() or (model is not None and model.training)
         """Whether backward may repeat it; in a reentrant checkpoint its modules run without gradients."""
         self.within: list[Any] = []
-        """Of an extra pass: the checkpoints in which it runs, which repeat the pass and what is round it."""
+        """The checkpoints in which an extra pass runs, which repeat the pass and what is round it."""
         self.rows: OwnRows | None = None
         """The rows of the batch that the operator which runs is given, where it is not given all of them."""
         self.drawn: tuple[Streams, list[Tensor]] | None = None
         """While an adapter of a route draws by its own seed: torch's generators, and where the model's draws were."""
         self.held: dict[int, list[int]] = {}
-        """Of the module that runs for several injections one after the other: how many tokens each layer of its caches
-        held before, by id of the cache."""
+        """How many tokens each layer of a cache held before, by id of the cache, while a module runs for several
+        injections one after the other."""
         self._tokens: Tokens | None = None
         self._model, self._args, self._kwargs = model, args, kwargs or {}
 
@@ -356,7 +356,7 @@ class ForwardContext:
 
 
 _COMPILED_ALONE = ForwardContext()
-"""For parts of a host that are compiled and run by themselves."""
+"""The context for parts of a host that are compiled and run by themselves."""
 
 
 def bound(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

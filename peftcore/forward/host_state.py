@@ -90,7 +90,7 @@ class HostState:
 
     recorder: Recorder = field(default_factory=Recorder)
     outside: MutableMapping[Token, ForwardContext] = field(default_factory=weakref.WeakKeyDictionary)
-    """By thread: the forward context of parts that run without the host. Held here, so that it ends with the host."""
+    """The forward contexts of parts that run without the host, by thread. Held here, so that they end with the host."""
 
     def __post_init__(self) -> None:
         self.choices = Choices(self)

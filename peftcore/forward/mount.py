@@ -117,7 +117,7 @@ class Effect:
 
     mount: Mount
     before: tuple[Mount, ...] | None = None
-    """For a bias: the mounts that act earlier on its weight."""
+    """The mounts that act earlier on the weight, where the tensor is its bias; None for a weight."""
     runs: bool = True
     """False for what a merge writes."""
 

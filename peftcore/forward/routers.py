@@ -157,6 +157,6 @@ class Ledger:
 
     @property
     def sums(self) -> list[float]:
-        """By expert the sums of shares, then how many choices have it; the sum of entropies, and how many choices were
-        dropped, made, and left out as padding. Nothing before the first forward."""
+        """The sums of shares, one for each expert, then how many choices each has; then the sum of entropies, and how
+        many choices were dropped, made, and left out as padding. Empty before the first forward."""
         return [] if self._sums is None else self._sums.tolist()

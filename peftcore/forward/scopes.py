@@ -84,7 +84,7 @@ class Scope:
     choice: Choice
     block: Block
     pin: Block | None = None
-    """Of a statement of a task in a block that another one entered: lets the others see what it names."""
+    """Lets others see what a task's statement names, where it was made in a block that another task entered."""
 
 
 Scopes = tuple[Scope, ...]

@@ -30,7 +30,7 @@ class Unfolded:
     module: nn.Module
     cls: type[nn.Module]
     tables: Mapping[str, tuple[dict[Any, Any], frozenset[Any]]]
-    """By table, its content before `fold` and its keys after it: others may add and remove things meanwhile."""
+    """The content of `TABLES` before `fold`, and their keys after it: others may add and remove things meanwhile."""
     left: Mapping[str, Any]
     """Plain attributes: what a hook left there in the last forward."""
     tensors: Mapping[str, Tensor]

@@ -66,7 +66,7 @@ class Injection(AppliedMethod):
         self.wishes: Wishes = surgeon.wishes
         self.state = state
         self.made_of: dict[str, Fingerprint] = {}
-        """Of operators that are made of the base's weights, by key: what these were."""
+        """Fingerprints of the base's weights that operators are made of, by key of the operator."""
         self._merge: merging.Merged | None = None
         self._low_memory = False
         self._chosen: list[bool] = []  # which tensors its method lets train, since somebody last asked it

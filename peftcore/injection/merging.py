@@ -88,7 +88,7 @@ class Repacked:
     error: float
     """Norm of the difference to the merged weight, over the norm of the merged weight."""
     lost: float
-    """The same difference over the norm of the merge's change: at 1 it drowns the adapter."""
+    """Norm of the same difference, over the norm of the merge's change: at 1 it drowns the adapter."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ class Merged:
     wanted: Wanted
     report: MergeReport
     written: list[Written]
-    """In the order of writing; nothing with ``keep=None``."""
+    """The changes that were made, in their order; empty with ``keep=None``."""
     frozen: list[Remembered]
     """Parameters that left the host and were frozen for it."""
 

@@ -38,11 +38,11 @@ class MethodInfo:
     distribution: str
     """Distribution and version that bring the method, or "registered at run time"."""
     location: str = field(repr=False)
-    """``module:Class``."""
+    """The method's class, ``module:Class``."""
     aliases: tuple[str, ...] = ()
     """Other names of the method."""
     preset: Preset | None = None
-    """Of a preset: the method and its options."""
+    """The method and the options of a preset; None for a method."""
 
     def _tags(self) -> Tags:
         return method(f"{self.plugin}/{self.name}").tags

@@ -24,16 +24,16 @@ AUTHORS = "authors"
 
 @dataclass(frozen=True, order=True)
 class Source:
-    """Somebody else's numbers."""
+    """A source of numbers that tests compare with."""
 
     name: str
     """A library with its version, ``"peft 0.21"``; or ``"authors"``."""
     repository: str = ""
-    """Of authors, and of a library whose numbers are frozen: where the code is, ``"owner/name"``."""
+    """The repository of the code, ``"owner/name"``: for authors, and for a library whose numbers are frozen."""
     commit: str = ""
-    """There: the commit that was run."""
+    """The commit of the repository that was run."""
     script: str = ""
-    """There: the file whose functions gave the numbers."""
+    """The file of the repository whose functions gave the numbers."""
 
     def __str__(self) -> str:
         return "the authors' code" if self.name == AUTHORS else self.name

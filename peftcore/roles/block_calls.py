@@ -111,7 +111,7 @@ class Call(NamedTuple):
     """A call of a module on the way."""
 
     at: int
-    """Its number on the way."""
+    """The number of the called module on the way."""
     given: list[Value]
     named: dict[str, Value]
     runs: Runs

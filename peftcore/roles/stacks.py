@@ -34,7 +34,7 @@ class TokenStack:
     """One stack of blocks that takes token ids, by paths."""
 
     path: str
-    """Its own path; "" for the host itself."""
+    """The path of the stack; "" for the host itself."""
     entry: str
     """The module that takes embeddings in the place of ids: the stack itself, or its embeddings (CLIP's text tower)."""
     body: str

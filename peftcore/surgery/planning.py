@@ -42,9 +42,9 @@ class Plan:
     shapes: dict[str, Size]
     """The tensors of the adapter, by their name in its file."""
     dtypes: dict[str, torch.dtype]
-    """Their dtypes."""
+    """The dtypes of these tensors, by the same names."""
     trainable: int
-    """Values that would train."""
+    """Number of values that would train."""
     total: int
     """Values in the host, each parameter counted once."""
     bytes: int

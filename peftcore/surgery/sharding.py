@@ -30,13 +30,13 @@ class Shard:
     """The bytes that one process holds, without activations and unreduced gradients, which depend on its batch."""
 
     weights: int
-    """Its pieces of the base's parameters, and the base's buffers, which nobody cuts."""
+    """The process's pieces of the base's parameters, and the base's buffers, which nobody cuts."""
     adapter: int
-    """Its pieces of the adapter's parameters, and the adapter's buffers."""
+    """The process's pieces of the adapter's parameters, and the adapter's buffers."""
     gradients: int
-    """Its pieces of what trains."""
+    """The process's pieces of the gradients of all parameters that train."""
     optimizer: int
-    """AdamW's states for them."""
+    """AdamW's states for these pieces."""
     gathered: int
     """The parameters that are whole while the largest block runs: its own, and those in no block. The next block may be
     on its way meanwhile."""

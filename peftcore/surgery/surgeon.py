@@ -44,7 +44,7 @@ class Graft:
     """One recorded operator."""
 
     site: Site
-    """Where it stands."""
+    """The site at which the operator stands."""
     operator: _Base
     """The operator itself."""
     holders: tuple[Site, ...]
@@ -52,7 +52,7 @@ class Graft:
     by_method: bool
     """False for modules that the user named in ``train``, and for rows that were added to the base."""
     part: str = ""
-    """Of a hybrid: the part that the operator belongs to, ``"0/"``."""
+    """The part of a hybrid that the operator belongs to, ``"0/"``; empty for other methods."""
 
     @property
     def trained_along(self) -> bool:
@@ -77,7 +77,7 @@ class Wishes:
     saved: Mapping[str, Sequence[Mapping[str, Any]]] | None = None
     """Selections of a saved adapter: they are taken as they were instead of being resolved again."""
     rows: Mapping[str, tuple[int, int]] = field(default_factory=dict)
-    """Of a saved adapter: the first and the end of the rows that it brings of token tables, by path of the table."""
+    """The first and the end of the rows that a saved adapter brings of token tables, by path of the table."""
     left_out: Collection[str] = ()
     """The paths of sites at which the method, having looked at data, puts no operator."""
 

@@ -29,7 +29,7 @@ class AttentionSite(Site):
     """An attention module whose queries, keys and values can be edited."""
 
     geometry: Geometry = field(kw_only=True)
-    """Its heads, key and value heads, and their widths."""
+    """The numbers of heads and of key and value heads, and their widths."""
     projections: Mapping[str, Projection] = field(kw_only=True)
     """The attention's own matrices by part: "q", "k", "v", those that are there."""
     calls: AttentionCalls | None = field(kw_only=True, default=None)

@@ -155,7 +155,7 @@ class Nest:
     asking: Tensor = field(default_factory=lambda: torch.empty(0))
     """``[queries]``: the places of this forward, of all that blocks get."""
     keys: dict[int, Tensor] = field(default_factory=dict)
-    """By number of a block ``[keys]``: the places of its keys."""
+    """The places of the keys of each block ``[keys]``, by number of the block."""
     made: set[tuple[str, int]] = field(default_factory=set)
     """The rows that were made, and at which blocks."""
 

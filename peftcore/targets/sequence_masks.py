@@ -54,7 +54,7 @@ class Front:
 
     module: nn.Module
     order: Order
-    """Where they stand."""
+    """Where the rows stand."""
     enter: bool
     """Whether they enter with this forward; otherwise they are in the cache."""
     causal: bool

@@ -110,7 +110,7 @@ def each_pays_for_its_own_rows(case: Case) -> None:
 
 
 SURPLUS = 1.03
-"""By how much a step of several injections may cost more than those of each with its own rows."""
+"""The largest cost of a step of several injections, relative to the steps of each with its own rows."""
 
 
 def _flops(case: Case, model: nn.Module, inputs: Mapping[str, Any], training: bool) -> int:

@@ -20,10 +20,10 @@ from peftcore.training.batches import Labelled
 SHARE = 1 / 3
 """The share of the gain of full fine-tuning in the same steps."""
 MULTIPLES = (30, 100, 10, 300, 3, 1)
-"""By how much the learning rate of a method's source is multiplied, in the order in which it is tried. Hosts of the
+"""Factors of the learning rate of a method's source, in the order in which they are tried. Hosts of the
 tasks are about thirty times narrower than those of papers, and are trained for 80 steps in place of thousands."""
 UNKNOWN = LearningRate(1e-3, source="", on="")
-"""Taken where no source says a rate."""
+"""The learning rate that is taken where no source says one."""
 
 
 def _told(case: Case, task: Task) -> Task:

@@ -138,7 +138,7 @@ class Case(Expecting):
     method: type[Method]
     """The method that is checked."""
     host: Host
-    """On what."""
+    """The host that the method is checked on."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Options of the method that this host needs (``add_missing_bias`` on hosts without biases)."""
     context: Context | None = None

@@ -34,7 +34,7 @@ class Labelled:
     batch: Mapping[str, Any] | tuple[Any, ...] | list[Any] | Callable[[nn.Module], Any]
     """The batch, as data has it without labels."""
     labels: Tensor
-    """Its labels."""
+    """The labels of the batch."""
 
 
 Data = Iterable[Mapping[str, Any] | tuple[Any, ...] | list[Any] | Callable[[nn.Module], Any] | Labelled]

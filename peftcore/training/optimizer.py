@@ -232,7 +232,7 @@ class _Aside:
     param: nn.Parameter
     rule: GradientRule
     data: Tensor | None
-    """Its own tensor, where another one replaces it."""
+    """The parameter's own tensor, where another one replaces it; else None."""
     grad: Tensor
     group: dict[str, Any]
 

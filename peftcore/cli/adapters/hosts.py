@@ -31,7 +31,7 @@ class Source:
     """The place of a model, and what is known of it."""
 
     folder: Path
-    """Or a GGUF file."""
+    """The folder of the model, or a GGUF file."""
     made_on: MadeOn
     pipeline: Path | None = None
     """The folder of the pipeline that it is a part of."""

@@ -51,13 +51,13 @@ class MadeOn:
     """The model that an adapter was made on, as its file describes it."""
 
     host: str = ""
-    """Its class."""
+    """The model's class; empty where the file does not name it."""
     task: str = ""
     """Peft's name for the class, in a file that has no better one."""
     trained: Mapping[str, Size] = field(default_factory=dict)
     """Parameters of the host that the adapter brings, such as those of a head."""
     base: str = ""
-    """Its name for the model's weights."""
+    """The file's name for the model's weights; empty where it has none."""
     meant: str | None = None
     """The class of transformers that the user says it is."""
 

@@ -59,7 +59,7 @@ class Memory:
     optimizer: int
     activations: int | None
     gathered: int = 0
-    """Of sharded weights: what is whole while the largest block runs."""
+    """Sharded weights that are whole while the largest block runs."""
     within: int | None = None
     """The most in a forward and its backward, as in `Passes.peak`."""
 

@@ -48,7 +48,7 @@ class Place:
     """One place at which the method acts."""
 
     name: str
-    """Its path, in a hybrid with the part's number in front; or the name of what several places share."""
+    """The site's path, in a hybrid after the part's number; or the name of a module that several places share."""
     path: str
     """The path of the module or bare parameter."""
     shape: tuple[int, ...]

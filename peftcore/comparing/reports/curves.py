@@ -39,7 +39,7 @@ class Curve:
     low: tuple[float, ...]
     high: tuple[float, ...]
     result: float
-    """The text beside it."""
+    """The number that stands beside the curve."""
 
     @property
     def group(self) -> str:

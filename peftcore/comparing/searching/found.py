@@ -28,7 +28,7 @@ class Found:
     confirmed: Report
     """The best of them with all seeds, on the tuning split."""
     pick: Entry
-    """The best of these."""
+    """The best of the confirmed runs."""
     report: Report
     """The pick on the held-out examples."""
     budget: Budget

@@ -135,7 +135,7 @@ class Prepared:
     held_out: Any
     """Indexable examples."""
     collate: Callable[[list[Any]], dict[str, Any]]
-    """Examples to a batch."""
+    """Makes a batch of examples."""
     adapted: nn.Module | None = None
     """The part that gets the adapter; the model itself, unless set."""
     head: tuple[str, ...] = ()
@@ -143,9 +143,9 @@ class Prepared:
     beside: tuple[Beside, ...] = ()
     """Adapters of other parts, which train too; not for full fine-tuning."""
     reduce: Callable[[Any, Any], Any] | None = None
-    """From logits and labels to what the metrics are made of: logits of all examples would not fit in memory."""
+    """Reduces a batch's logits and labels to what the metrics need: logits of all examples would not fit in memory."""
     metrics: Callable[[Any], dict[str, float]] | None = None
-    """From all of that to numbers; the loss is there without it."""
+    """Computes the metrics from the (reduced) outputs of all examples; the loss is there without it."""
     floor: float | None = None
     """The task's metric for an answer that looks at nothing, where that is known."""
     tasks: tuple[str, ...] = ()

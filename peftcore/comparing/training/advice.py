@@ -15,7 +15,7 @@ from peftcore.comparing.tasks import catalogue
 from peftcore.comparing.tasks.task import Prepared
 
 MOST = 3
-"""Changes that are listed."""
+"""The largest number of changes that are listed."""
 
 
 @dataclass(frozen=True)

@@ -42,9 +42,9 @@ class HubPlace:
 
     site: Site
     names: Mapping[str, str]
-    """Their full names, by their names behind the adapter's."""
+    """Full names of the tensors, by their names behind the adapter's."""
     index: int = 0
-    """Its number among the sites whose values the same tensors hold."""
+    """The site's number among those whose values the same tensors hold."""
     count: int = 1
     """How many such sites there are."""
 

@@ -26,7 +26,7 @@ class Description:
     kind: str = ""
     """The other library's name for the method."""
     options: Mapping[str, Any] = field(default_factory=dict)
-    """As the file has them."""
+    """The options of the method, as the file has them."""
     base: str = ""
     """The file's name for the weights that it belongs to; empty where it has none."""
     base_revision: str = ""
@@ -38,7 +38,7 @@ class Description:
     task: str = ""
     """Peft's name for the kind of model that it was made on."""
     parts: tuple[str, ...] = ()
-    """Of a file for a pipeline: the models that it is for."""
+    """The models of a pipeline that the file is for; empty where it is for no pipeline."""
     sites: tuple[str, ...] = ()
     """The places of its operators, as the file spells them; empty where the method finds its place itself."""
     trained: Mapping[str, Size] = field(default_factory=dict)

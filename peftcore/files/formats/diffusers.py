@@ -47,7 +47,7 @@ LEAVES = {
 }
 """Names below a module, and peft's names for them."""
 OF_PROCESSORS = {"down.weight": A, "up.weight": B, ALPHA: ALPHA}
-"""The same below ``processor.to_q_lora``, from before peft."""
+"""Names below ``processor.to_q_lora``, from before peft, and peft's names for them."""
 LAYERS: tuple[dict[str, str], ...] = (
     {"to_out": "to_out.0"},
     {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"},

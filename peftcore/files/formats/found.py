@@ -15,7 +15,7 @@ class Found:
     """The tensors of one place: of a module, or of the whole adapter."""
 
     names: Mapping[str, str]
-    """Their full names in the file, by their names below the place: ``"lora_A.weight"``."""
+    """Full names of the tensors in the file, by their names below the place: ``"lora_A.weight"``."""
     shapes: Mapping[str, Size]
     """Shapes of all tensors in the file, by full name."""
     read: Callable[[str], Tensor]

@@ -65,9 +65,9 @@ class Piece:
     """The tensors and the alpha that a file has for one module."""
 
     alpha: float | None
-    """None where it has none."""
+    """The module's alpha; None where the file has none."""
     tensors: Mapping[str, Tensor]
-    """Its other tensors, by their names below the module."""
+    """The module's other tensors, by their names below it."""
 
 
 class KohyaMethod(ABC):

@@ -104,7 +104,7 @@ WAN_AROUND: Names = {
 }
 FLUX = {"time_text_embed.text_embedder.linear_1", "time_text_embed.timestep_embedder.linear_1", "norm_out.linear"}
 FLUX_BLOCKS = "transformer_blocks.0.norm1_context.linear", "single_transformer_blocks.0.proj_mlp"
-"""Of which one is enough, and `x_embedder` is a layer itself."""
+"""Paths of which Flux has at least one; besides, its `x_embedder` is a single layer."""
 WAN = {"blocks.0.attn1.to_q", "blocks.0.attn2.to_q", "blocks.0.ffn.net.0.proj", "condition_embedder.time_proj"}
 QWEN_IMAGE = {"transformer_blocks.0.img_mod.1", "transformer_blocks.0.attn.add_q_proj", "txt_norm", "norm_out.linear"}
 """Paths by which a host is known."""

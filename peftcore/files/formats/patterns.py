@@ -13,7 +13,7 @@ from pathlib import Path
 from peftcore.errors import CheckpointError, shown
 
 SECONDS = 1.0
-"""For one expression on all paths of a host, and for all expressions of one file."""
+"""The time limit, in seconds, of one expression on all paths of a host, and of all expressions of one file."""
 LONGEST = 100_000
 """The largest number of characters in an expression."""
 GROUPS = 500

@@ -21,7 +21,7 @@ WRAPPER = "base_layer"
 """Peft's name for the module that it wrapped; an operator for a parameter wraps the one for the parameter before."""
 
 TOKENS = "token_adapter"
-"""Its name for the module by which LoRA trains single tokens, which wraps a table too."""
+"""Peft's name for the module by which LoRA trains single tokens, which wraps a table too."""
 
 
 @dataclass(frozen=True)

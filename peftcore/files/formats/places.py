@@ -16,11 +16,11 @@ class Place:
 
     graft: Graft
     index: int
-    """Its number among the operators of its kind."""
+    """The operator's number among those of its kind."""
     count: int
-    """How many there are of its kind."""
+    """How many operators of its kind there are."""
     config: Any
-    """Its options."""
+    """The options of the operator."""
 
     @property
     def site(self) -> Any:

@@ -30,7 +30,7 @@ ENCODERS: Mapping[str, tuple[str, ...]] = {
 OUTPUTS = "_out"
 """The ending of vectors that OneTrainer puts behind an encoder."""
 PICTURES = frozenset({"lora_unet", "lora_transformer", "oft_unet", "diffusion_model"})
-"""Models without words."""
+"""Prefixes of models that read no words."""
 
 
 def is_word(name: str) -> bool:
@@ -65,11 +65,11 @@ class Read:
     """The words of a file for one table of a host."""
 
     path: str
-    """The table."""
+    """The path of the table."""
     vectors: Tensor
     """All vectors, ``[vectors, width]``."""
     tokens: tuple[tuple[str, int], ...]
-    """The word and the id of each."""
+    """The word and the token id of each vector."""
     names: frozenset[str]
     """The names of their tensors in the file."""
 

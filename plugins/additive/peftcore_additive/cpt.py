@@ -65,7 +65,7 @@ class Config(MethodConfig):
     format_epsilon: NonNegativeFloat = 0.1
     """How far a row of the text around inputs may move."""
     decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    """By how much the answer of an example counts less than that of the next one."""
+    """Factor by which the answer of an example counts less than that of the next one; at 1 all count the same."""
 
     @model_validator(mode="after")
     def _one_type_each(self) -> Config:

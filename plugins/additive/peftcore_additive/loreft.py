@@ -48,7 +48,7 @@ class Config(MethodConfig):
 
     method: Literal["loreft"] = "loreft"
     kind: Literal["loreft", "noreft", "direft"] = "loreft"
-    """Which of the three equations."""
+    """The equation: of LoReFT, of NoReFT (R is free), or of DiReFT (R is free, without R h)."""
     rank: PositiveInt = 4
     """Dimensions r of the subspace."""
     prefix_positions: NonNegativeInt = 3

@@ -44,9 +44,9 @@ class Config(MethodConfig):
 
     method: Literal["smop"] = "smop"
     prompts: PositiveInt = 4
-    """Short prompts E."""
+    """Number E of short prompts."""
     length: PositiveInt = 5
-    """Rows of each."""
+    """Rows of each prompt."""
     top_k: PositiveInt = 1
     """Prompts that a text gets, added up."""
     noise: Annotated[float, Field(ge=0.0)] = 1.0

@@ -13,7 +13,7 @@ from peftcore.errors import CalibrationError, SequenceError, TrainingError
 from peftcore_diffusion._told import told
 
 LEARNING = Tap()
-"""By width of encodings, the texts of the adapter whose concept learns in this forward."""
+"""The texts of the adapter whose concept learns in this forward, by width of encodings."""
 
 
 class Texts(Checked):

@@ -25,9 +25,9 @@ class SkipSite(Site):
     """A resnet of the decoder, which is given the channels of the layer before it and behind them those of a skip."""
 
     number: int = dataclasses.field(kw_only=True)
-    """Which skip it is given, counted in the encoder."""
+    """The number of the skip that the resnet is given, counted in the encoder."""
     skips: tuple[Skip, ...] = dataclasses.field(kw_only=True)
-    """All of them, as the encoder leaves them."""
+    """All skips, as the encoder leaves them."""
 
     @property
     def width(self) -> int:

@@ -59,9 +59,9 @@ class Config(MethodConfig):
     scale: NonNegativeFloat = 1.0
     """By how much the feature counts, where the call says nothing else."""
     before: bool = False
-    """Add it to what the block is given, in place of what it hands on."""
+    """Add the feature to what the block is given, in place of what it hands on."""
     base: Literal["attention", "cross", "none"] = "attention"
-    """Whose output matrices train along: all attention's, those of cross-attention, or none."""
+    """The output matrices that train along: those of all attention, those of cross-attention, or none."""
     channels: PositiveInt = 3
     """Channels of the condition image."""
     widths: list[Annotated[int, Field(ge=8, multiple_of=8)]] = Field(

@@ -45,7 +45,7 @@ class Config(MethodConfig):
     rank: PositiveInt = 4
     """Rank of the updates."""
     alpha: PositiveFloat = 1.0
-    """Their scale, which no rank divides."""
+    """Scale of the updates, which is not divided by the rank."""
     random_tokens: list[int] = Field(default_factory=list)
     """Ids of V_rand, one for each cross-attention; negative ones count from the end of the table."""
     class_tokens: list[int] = Field(default_factory=list)

@@ -67,13 +67,13 @@ class Config(MethodConfig):
 
     method: Literal["perfusion"] = "perfusion"
     beta: float = 0.75
-    """From which share of the concept on the gate is rather open, in training."""
+    """The share r of the concept from which on the gate is rather open, in training."""
     tau: PositiveFloat = 0.1
-    """How softly it opens, in training."""
+    """How softly the gate opens, in training."""
     beta_eval: float = 0.7
-    """The same of `beta` in evaluation: less brings more of the concept's looks, more obeys the rest of the prompt."""
+    """The `beta` of evaluation: less brings more of the concept's looks, more obeys the rest of the prompt."""
     tau_eval: PositiveFloat = 0.15
-    """The same of `tau` in evaluation."""
+    """The `tau` of evaluation."""
     ema: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.99
     """How much of the moving averages a step keeps."""
     text_gradient: Annotated[float, Field(gt=0.0, le=1.0)] = 0.1

@@ -12,9 +12,9 @@ from peftcore import Batches, Injection, Site, activate, watched_inputs
 from peftcore.errors import CalibrationError, ConfigError
 
 LEAST = 1e-6
-"""Of the largest eigenvalue of the inputs' correlations: what is below is rounding in float32."""
+"""The share of the largest eigenvalue of the inputs' correlations below which others are rounding in float32."""
 LARGEST_ERROR = 1e-3
-"""Of an inverse, as the largest distance of the sum of all shares from the identity."""
+"""The largest error of an inverse, as the largest distance of the sum of all shares from the identity."""
 
 
 def gram_sites(sites: Iterable[Site]) -> list[Site]:

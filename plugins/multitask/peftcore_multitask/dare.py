@@ -42,7 +42,7 @@ class Config(PartsConfig):
     density: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """For TIES: the share of each part's values that is kept, of all."""
     sign: merge_math.Sign = "total"
-    """For TIES: whose sign is elected, that of the sum or that of more parts ("frequency")."""
+    """For TIES: the sign that is elected, that of the sum ("total") or that of more parts ("frequency")."""
     scale: float = 1.0
     """The factor s of the merged change."""
 

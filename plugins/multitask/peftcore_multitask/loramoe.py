@@ -41,7 +41,7 @@ class Config(TaskConfig):
     experts: PositiveInt = 8
     """Low-rank updates of a site."""
     rank: PositiveInt = 4
-    """Rank of each."""
+    """Rank of each low-rank update."""
     alpha: PositiveFloat = 32.0
     """Numerator of the scale ``alpha / rank``."""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05

@@ -56,7 +56,7 @@ class Config(MethodConfig):
     experts: PositiveInt = 4
     """Bottlenecks of a site."""
     bottleneck: PositiveInt = 16
-    """Width r of each."""
+    """Width r of each bottleneck."""
     activation: Literal["gelu", "relu", "silu", "tanh"] = "gelu"
     """The non-linearity f."""
     top_k: PositiveInt | None = None

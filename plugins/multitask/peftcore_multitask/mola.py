@@ -61,7 +61,7 @@ class Config(MethodConfig):
     top_k: PositiveInt = 2
     """How many of them act on a token."""
     rank: PositiveInt = 8
-    """Rank of each."""
+    """Rank of each low-rank update."""
     alpha: PositiveFloat = 16.0
     """Numerator of the scale ``alpha / rank``."""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05

@@ -39,7 +39,7 @@ class Config(MethodConfig):
     experts: PositiveInt = 10
     """Low-rank updates of a site."""
     rank: PositiveInt = 4
-    """Rank of each."""
+    """Rank of each low-rank update."""
     alpha: PositiveFloat = 16.0
     """Numerator of the scale ``alpha / rank``."""
 

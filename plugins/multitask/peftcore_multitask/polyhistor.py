@@ -47,7 +47,7 @@ class Config(TaskConfig):
     rank: PositiveInt = 1
     """Rank r of the templates."""
     reduction: PositiveInt = 32
-    """By what the templates' width is divided for the adapter's inner one."""
+    """Divisor of the templates' width, which gives the adapter's inner width."""
     width: PositiveInt | None = None
     """Width d0 of the templates, of which the width of each site is a multiple; without it, that of the narrowest."""
     task_width: PositiveInt = 64

@@ -70,7 +70,7 @@ class Config(MethodConfig):
     latent: Annotated[PositiveInt, Field(multiple_of=4)] = 128
     """Width l of the network: half of it reads the vector, a quarter each says layer and kind."""
     head_width: PositiveInt = 512
-    """Width w of z."""
+    """Width w of z, which the heads read."""
     network_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05
     """Probability with which numbers in the network are dropped in training."""
     decay: NonNegativeFloat = 1e-3

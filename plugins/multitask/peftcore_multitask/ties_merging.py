@@ -34,7 +34,7 @@ class Config(PartsConfig):
     density: Annotated[float, Field(gt=0.0, le=1.0)] = 0.2
     """Share of each part's values that is kept."""
     sign: merge_math.Sign = "total"
-    """Whose sign is elected: that of the sum of values, or that of more parts ("frequency")."""
+    """The sign that is elected: that of the sum of values ("total"), or that of more parts ("frequency")."""
     scale: float = 1.0
     """The factor s of the merged change."""
 

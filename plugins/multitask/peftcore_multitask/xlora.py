@@ -65,7 +65,7 @@ class Config(PartsConfig):
     depth: Annotated[int, Field(ge=1, le=100)] = 1
     """Linear layers of the classifier."""
     width: PositiveInt = 2048
-    """Width between them."""
+    """Width between the layers of the classifier."""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.2
     """Dropout between them, in training."""
     scale: float = 1.0

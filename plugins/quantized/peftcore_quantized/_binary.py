@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 ROUNDS = 500
-"""As often the authors' code improves the codes. Up to four bits they rest by then; eight would be far from it."""
+"""Number of steps by which the authors' code improves codes. Up to four bits they rest by then, eight by far not."""
 
 
 @functools.cache

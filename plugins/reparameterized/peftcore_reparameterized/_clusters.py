@@ -14,7 +14,7 @@ from peftcore_reparameterized._basis import columns
 from peftcore_reparameterized._decomposed import as_matrix, principal
 
 SEED = 123456789
-"""Of the first centers, in peft and in the code that it follows."""
+"""Seed of the draw of the first centers, in peft and in the code that it follows."""
 
 
 def has_bias(site: Site) -> bool:

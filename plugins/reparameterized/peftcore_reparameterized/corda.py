@@ -46,7 +46,7 @@ from peftcore_reparameterized._inputs import check_seen
 from peftcore_reparameterized._low_rank import low_rank_count
 
 LARGEST_ERROR = 0.05
-"""Of an inverse, as the distance of C' inv(C') from the identity."""
+"""The largest error of an inverse, as the distance of C' inv(C') from the identity."""
 
 
 class Config(MethodConfig):

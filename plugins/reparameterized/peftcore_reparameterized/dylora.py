@@ -60,7 +60,7 @@ class Config(MethodConfig):
     block_size: PositiveInt = 1
     """Rows u by which ranks differ; it divides the rank."""
     frozen: bool = True
-    """In training, let what stands below the block that is drawn act and stay as it is."""
+    """In training, let rows below the block that is drawn act and stay as they are; off, all n rows are trained."""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Probability with which inputs of the update are dropped in training."""
 

@@ -38,8 +38,8 @@ class Config(MethodConfig):
     scale: PositiveFloat = 0.25
     """Factor of every update."""
     side: Side = "std"
-    """Which side of the gradient is projected: "std" the longer one's partner (the optimizer's state is smallest),
-    "reverse_std" the other, "right", "left", or both ("full")."""
+    """The side of the gradient that is projected: "std" the shorter one, "reverse_std" the longer one, "right" the
+    inputs, "left" the outputs, or both ("full")."""
 
 
 def factors(gradient: Tensor, rank: int, side: Side) -> dict[str, Tensor]:

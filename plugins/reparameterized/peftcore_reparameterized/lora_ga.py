@@ -64,7 +64,7 @@ class Config(MethodConfig):
     gamma: PositiveFloat = 16.0
     """The gamma of k: the larger, the smaller the start."""
     form: Literal["authors", "peft"] = "authors"
-    """Whose start it is."""
+    """The start: that of the authors' code, or that of peft, in which B0 has the singular values of G besides."""
     iterations: Annotated[PositiveInt, Field(le=1000)] | None = 4
     """Find the singular vectors by so many steps of a fast approximation; None is exact."""
 

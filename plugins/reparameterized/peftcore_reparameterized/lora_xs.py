@@ -54,7 +54,7 @@ class Config(MethodConfig):
     std: NonNegativeFloat = 1e-5
     """Standard deviation of R at the start; with 0 a fresh adapter changes nothing at all."""
     start: Literal["weight", "gradient"] = "weight"
-    """Whose singular vectors A and B are: the weight's, or those of its first step (LoRA-SB), which data says."""
+    """The matrix whose singular vectors A and B are: the weight, or its first step (LoRA-SB), which needs data."""
     step: NonNegativeFloat = 3e-7
     """The learning rate of that first step; with 0 a fresh adapter changes nothing at all."""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0

@@ -59,7 +59,7 @@ class Config(MethodConfig):
     prior: PositiveFloat = 0.1
     """Concentration of the weights' prior: small, and few samples count."""
     kl: NonNegativeFloat = 1e-5
-    """Factor of the loss."""
+    """Factor of the loss that holds the distributions near their priors."""
     entropy: bool = False
     """Add sum(w^2) to the loss, which keeps the weights of samples apart from a single one."""
 

@@ -46,7 +46,7 @@ class Config(MethodConfig):
     theta_bound: PositiveFloat = 0.02
     """Bound of the uniform distribution that the vector starts from."""
     projection_seed: NonNegativeInt = 42
-    """Seed of the draw."""
+    """Seed by which each entry draws its number in the vector."""
     store_indices: bool = False
     """Keep what is drawn in files, which grow by it. What came from elsewhere is kept."""
 

@@ -25,7 +25,7 @@ class PlaceSite(Site):
     """A module through which tokens go."""
 
     width: int = 0
-    """Their features."""
+    """Number of features of the tokens."""
     embeds: bool = False
     """Whether it stands behind the embeddings, in front of all blocks."""
 

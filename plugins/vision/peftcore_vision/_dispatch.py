@@ -48,7 +48,7 @@ class Taps:
     """For each block that ran in training the sum of its gates and how many they are, numbers without dimensions: those
     are no rows of a route."""
     lies: dict[str, Tap] = field(default_factory=dict)
-    """By the path of the convolution that embeds a tower's patches: one channel, ``[images, rows, columns]``."""
+    """One channel of a tower's patches, ``[images, rows, columns]``, by path of the convolution that embeds them."""
 
     def graft(self, surgeon: Surgeon, site: BranchSite, make: Callable[..., Operator], config: MethodConfig) -> None:
         """Graft an operator that ``make(site, config, taps=..., lie=...)`` returns."""

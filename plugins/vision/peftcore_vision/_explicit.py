@@ -21,7 +21,7 @@ class ExplicitConfig(MethodConfig):
     share: Annotated[float, Field(ge=0.0, le=1.0)] = 0.25
     """The share of all frequencies that count as low."""
     frequencies: Literal["high", "low", "none"] = "high"
-    """Which frequencies of the picture prompts are made of."""
+    """The frequencies of the picture that prompts are made of."""
     patches: bool = True
     """Make them of the frozen embeddings of patches too."""
 

@@ -34,7 +34,7 @@ class FactSite(Site):
     """A weight that is cut into slices of ``[d, d]``."""
 
     side: int = 1
-    """d."""
+    """The side d of a slice."""
     total: int = 0
     """Slices of all sites together."""
 

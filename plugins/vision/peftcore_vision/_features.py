@@ -27,7 +27,7 @@ class FeatureSite(Site):
     """A module that returns features, or is given them."""
 
     width: int = 0
-    """How many."""
+    """Number of features."""
 
     @property
     def weight_shape(self) -> torch.Size:

@@ -16,12 +16,12 @@ from peftcore.errors import CalibrationError, UnsupportedSite
 
 @dataclass(frozen=True)
 class Shots:
-    """Few images."""
+    """Few images, by their features and labels."""
 
     keys: Mapping[str, Tensor]
-    """Their features, normalized, by path of the site: ``[images, d]``."""
+    """Normalized features of the images, by path of the site: ``[images, d]``."""
     labels: Tensor
-    """Their labels ``[images]``."""
+    """Labels of the images, ``[images]``."""
 
     def check(self, path: str, images: int, classes: int) -> None:
         """Check that a cache has room for them.

@@ -24,7 +24,7 @@ class PlacesConfig(MethodConfig):
     """Options of trained words."""
 
     length: PositiveInt = 16
-    """Context vectors M."""
+    """Number M of context vectors."""
     init_ids: list[NonNegativeInt] = Field(default_factory=list)
     """Start from the embeddings of these tokens; there are as many context vectors then."""
     placeholder: NonNegativeInt | None = None

@@ -18,7 +18,7 @@ class StageSite(Site):
     """The convolution in front of a stage."""
 
     number: int = 0
-    """Of the stage, from 0 on."""
+    """The number of the stage, from 0 on."""
     before: int = 0
     """Features of the stage before, of which the convolution makes those of this one; 0 in front of the first."""
     normed: bool = False

@@ -14,18 +14,18 @@ from peftcore_vision._prompts import image_blocks
 
 @dataclass(frozen=True)
 class Towers:
-    """Both towers."""
+    """The sites of the tower of texts and of that of images."""
 
     table: Site
     """The module that embeds texts."""
     tower: Site
     """The tower of texts, of which the mask is seen."""
     texts: list[Site]
-    """Its blocks."""
+    """The blocks of the tower of texts."""
     images: list[Site]
     """The blocks that patches of an image go through."""
     image_width: int
-    """Features of their stream."""
+    """Features of the images' stream."""
     norms: list[Site]
     """The norm through which patches go before the first block, if there is one."""
 

@@ -55,7 +55,7 @@ class Config(MethodConfig):
     scale: PositiveFloat = 0.5
     """The factor s of what stands beside the feed-forward; the code has 1 for Something-Something v2."""
     temporal_adapters: Annotated[int, Field(ge=1, le=2)] = 1
-    """With 2, one stands in front of the temporal attention too, as the code has it for Something-Something v2."""
+    """With 2, an adapter is in front of the temporal attention too, as in the code for Something-Something v2."""
     drop_path: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.2
     """Probability with which what is added is dropped in training in the last block."""
     train_norm: bool = True

@@ -44,7 +44,7 @@ class Config(PlacesConfig):
 
     method: Literal["cocoop"] = "cocoop"
     length: PositiveInt = 4
-    """Context vectors M."""
+    """Number M of context vectors."""
     reduction: PositiveInt = 16
     """How many times narrower the network is inside than features are."""
 

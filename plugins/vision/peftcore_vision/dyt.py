@@ -70,13 +70,13 @@ class Config(MethodConfig):
     rate: Share = 0.5
     """The share of tokens that is to go through the feed-forwards."""
     rate_weight: NonNegativeFloat = 2.0
-    """Weight of the loss that holds it."""
+    """Weight of the loss that holds this share."""
     complete: NonNegativeFloat = 1.0
     """Weight of the two losses of the pass in which all tokens go through; 0 runs the model once."""
     temperature: PositiveFloat = 5.0
-    """By what logits and draws are divided in training."""
+    """Divisor of logits and draws in training."""
     threshold: Share = 0.5
-    """Above which probability a token goes through."""
+    """Probability above which a token goes through."""
     skip: bool = False
     """In evaluation without gradients compute the chosen tokens alone, of each row as many as the row with the most
     has. For feed-forwards that treat each token by itself, and for one adapter at each; in routes and under

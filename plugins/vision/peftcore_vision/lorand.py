@@ -45,7 +45,7 @@ class Config(MethodConfig):
     branches: PositiveInt = 4
     """Number β of branches of a matrix."""
     reduction: PositiveInt = 2
-    """By what the stream's width d is divided for the adapter's inner one."""
+    """Divisor of the stream's width d, which gives the adapter's inner width."""
     joins: Joins = "stream"
     """Where it reads and adds: behind what the host does to a branch's output (dropout, layer scale, stochastic depth),
     or at the branch's last matrix, in front of that."""

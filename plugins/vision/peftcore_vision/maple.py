@@ -51,7 +51,7 @@ class Config(PlacesConfig):
     length: PositiveInt = 2
     """Rows of each prompt."""
     depth: PositiveInt = 9
-    """In how many blocks prompts are new."""
+    """Number of blocks, from the first on, that have prompts of their own."""
 
 
 class MaPLeOperator(PlacesOperator):

@@ -69,7 +69,7 @@ class Config(MethodConfig):
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Probability with which inputs of updates are dropped in training."""
     entries: NonNegativeInt | None = None
-    """Of a single site: how many entries train; None: a low-rank update, or all of a vector. Data decides it."""
+    """Number of entries that train, of a single site; None: a low-rank update, or all of a vector. Data decides it."""
 
 
 class UpdateOperator(Operator):

@@ -20,7 +20,7 @@ from peftcore.files.formats.places import Place
 
 STEM = "internal_xlora_classifier."
 MOST = 10
-"""With more LoRAs peft mixes them up when it opens a file: it sorts the names as texts."""
+"""The largest number of LoRAs: peft mixes up more of them when it opens a file, as it sorts the names as texts."""
 PLAIN = ("r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights", "rank_pattern", "alpha_pattern")
 PLACES = ("target_modules", "task_type")
 LOST = (

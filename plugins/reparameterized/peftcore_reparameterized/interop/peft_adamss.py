@@ -26,9 +26,9 @@ from peftcore_reparameterized._clusters import approximate, clustered, with_bias
 MOST = 512
 """Clusters that a module of a file may have."""
 CLOSE = 1e-4
-"""By how much V' may differ: its rows have length one."""
+"""The largest difference between the file's V' and ours, whose rows have length one."""
 ROUNDING = 2e-7
-"""By how much rounding may move an output's row of U, relative to the largest entry."""
+"""Deviation of random changes of U that stand for rounding, relative to its largest entry."""
 
 
 class PeftAdaMSS(PeftMethod):

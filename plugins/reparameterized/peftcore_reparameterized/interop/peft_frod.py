@@ -26,7 +26,7 @@ from peftcore_reparameterized._decomposed import as_matrix
 from peftcore_reparameterized._joint import Joint, by_role, joint, role, within
 
 CLOSE = 1e-3
-"""By how much V may differ, or what it makes of a weight, relative to the largest entry."""
+"""The largest difference of V, or of the weight that it gives, relative to the largest entry."""
 
 
 class PeftFRoD(PeftMethod):
