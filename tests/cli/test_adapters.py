@@ -316,6 +316,7 @@ def test_what_cannot_be_merged(llama: Path, causal: nn.Module, encoder: Path, ad
         assert "--weights" in refused("merge", llama, adapter, "--out", "x", "--weights", weights)
 
 
+@pytest.mark.slow
 def test_heads_that_do_not_fit_together(encoder: Path) -> None:
     model = transformers.AutoModelForSequenceClassification.from_pretrained(encoder)
     saved(model, "one", "lora", train=["classifier"])

@@ -77,6 +77,7 @@ def test_what_needs_a_projection_is_refused_until_there_is_one() -> None:
     assert (near - ours).norm() < (logits(llama()) - ours).norm()
 
 
+@pytest.mark.slow
 def test_data_wants_a_projection_texts_and_a_tokenizer() -> None:
     noisy(llama(), "dora").save("a")
     command = ("export", "a", "out", "--for", "vllm", "--model", "base")

@@ -183,6 +183,7 @@ def test_bad_options(folders: Folders) -> None:
     assert "--batch-size" in refused(bert, "lora", "--batch-size", 0)
 
 
+@pytest.mark.slow
 def test_sharded_weights_and_many_adapters(folders: Folders) -> None:
     llama = folders("llama")
     found = planned(llama, "lora", "--length", 8, "--shards", 2, "--resident", 10_000)

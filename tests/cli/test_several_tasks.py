@@ -39,6 +39,7 @@ def trained(*arguments: object) -> dict[str, Any]:
     return json.loads(result.stdout)
 
 
+@pytest.mark.slow
 def test_a_method_is_told_the_task_of_each_row(encoder: Path, table: Path, tmp_path: Path) -> None:
     """Told the other task, the adapter gives the answers of that one; the run's scores are those of a loop by hand."""
     options = ("--model", encoder, "--task", "text-classification", "--data", table, "--set", COLUMN)

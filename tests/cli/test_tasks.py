@@ -119,6 +119,7 @@ def timm_vit(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return tmp_path / "timm"
 
 
+@pytest.mark.slow
 def test_pictures_for_a_model_of_timm(timm_vit: Path, pictures: Path) -> None:
     """Its head, which is inside of what transformers wraps, is new."""
     outcome = trained(
@@ -190,12 +191,13 @@ def upernet_on_timm(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "target", "steps"),
     [
         (segformer, "all-linear", 30),
-        pytest.param(beit, "all-linear", 30, marks=pytest.mark.slow),
-        pytest.param(upernet_on_timm, "conv", 150, marks=pytest.mark.slow),
+        (beit, "all-linear", 30),
+        (upernet_on_timm, "conv", 150),
     ],
 )
 def test_classes_of_pixels(masked: Path, tmp_path: Path, make: Any, target: str, steps: int) -> None:
@@ -244,6 +246,7 @@ def test_pictures_of_words(painter: Path, named_pictures: Path) -> None:
     assert saved and max(saved) < 100_000
 
 
+@pytest.mark.slow
 def test_a_pipeline_in_bfloat16_whose_tokenizer_knows_no_length(painter: Path, named_pictures: Path) -> None:
     """Pictures get the pipeline's dtype, and texts the length that the text encoder has."""
     path = painter / "tokenizer" / "tokenizer_config.json"

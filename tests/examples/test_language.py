@@ -47,6 +47,7 @@ def test_talks_have_the_style_and_none_is_there_twice() -> None:
     assert not {text for text in asked if text in (EXAMPLES / "chat-style" / "run.yaml").read_text(encoding="utf-8")}
 
 
+@pytest.mark.slow
 def test_chat_style(talker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     options = ("--set", "data.answer_length=2", "--set", "training.evaluate_every=1.0", "--out", tmp_path / "run")
@@ -59,6 +60,7 @@ def test_chat_style(talker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert each["without"] != each["with"]
 
 
+@pytest.mark.slow
 def test_preference(talker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("trl", reason="TRL is not installed")
     gc.collect()

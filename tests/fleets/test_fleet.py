@@ -86,6 +86,7 @@ def test_clipping_schedules_and_accumulation(kind: str) -> None:
 OTHERS = ["dora", "vera", "ia3", "houlsby_adapter", "bitfit", "ln_tuning", "prefix_tuning", "loreft", "oft"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_methods(kind: str) -> None:
     """Different ones in one batch, some of them around modules, inside attention, in front of the sequence."""

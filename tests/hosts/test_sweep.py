@@ -117,7 +117,7 @@ def verdict(method: str, model: nn.Module, inputs: dict[str, Any], base: list[Te
     return "acts" if changed else "waits"
 
 
-@pytest.mark.share(3)
+@pytest.mark.share(6)
 @pytest.mark.parametrize(
     "name", quick(SURVEY if os.environ.get(ALL) == "1" else FAMILIES, [name for name in FAMILIES if name not in LARGE])
 )

@@ -81,7 +81,7 @@ def test_a_method_that_is_installed_nowhere_is_tried_on_packed_bases() -> None:
     check(Case(good, HOSTS["llama"]))
 
 
-@pytest.mark.share(2)
+@pytest.mark.share(3)
 @pytest.mark.parametrize(
     "check",
     [pytest.param(each, marks=pytest.mark.slow if each.cost == "slow" else (), id=each.name) for each in CHECKS],

@@ -109,6 +109,7 @@ def attention_around(host: HostMap, entry: HostEntry) -> str:
     return path
 
 
+@pytest.mark.slow
 def test_every_fused_weight_of_the_zoo_is_checked_or_unknown() -> None:
     """The lists above are complete, and only GCViT's two-part matrices have no static layout."""
     unknown = set()

@@ -271,7 +271,8 @@ class Repeated(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("method", quick(["lora", "dora", "hra"], ["dora"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lora", "dora", "hra"])
 def test_compiled_with_symbolic_shapes_in_a_checkpoint(method: str) -> None:
     torch.manual_seed(0)
     model = Repeated(2).train()

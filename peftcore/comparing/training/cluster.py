@@ -157,7 +157,7 @@ def _has() -> dict[str, float]:
     """Returns the resources of the cluster, by Ray's names (``CPU``, ``GPU``)."""
     import ray
 
-    found: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    found: dict[str, float] = ray.cluster_resources()
     return found
 
 

@@ -241,6 +241,7 @@ def test_picture(compared, tmp_path: Path):
     plots.draw_picture(report(), tmp_path / "nothing.png")
 
 
+@pytest.mark.slow
 def test_what_models_drew_is_in_the_page(tmp_path: Path) -> None:
     """As data: the page asks for no file."""
     Image.new("RGB", (4, 4), "red").save(tmp_path / "samples.png")

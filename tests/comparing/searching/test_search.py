@@ -98,6 +98,7 @@ def test_a_limit_of_memory_is_that_of_one_trial(file, instant):
         searched(file, storage="c.log", memory="1GB", together=2)
 
 
+@pytest.mark.slow
 def test_memory_is_a_limit_too(file, instant):
     free = searched(file, memory="1GB", storage="a.log")
     needs = [free.planner.needs(Candidate(name="lora", rank=rank, target="attn.q")) for rank in (1, 4)]

@@ -218,6 +218,7 @@ def test_dropout_of_the_base_is_off_and_that_of_the_adapter_is_on(talker: Path, 
             assert module.p == (0.2 if id(module) in inside else 0.0)
 
 
+@pytest.mark.slow
 def test_compared_and_not_trained_together(
     talker: Path, data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
