@@ -11,13 +11,16 @@ HERE = Path(__file__).parent
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("marks", ["", "not slow"], ids=["one by one", "by file"])
 @pytest.mark.parametrize(("ends", "behind"), [("os._exit(1)", 0), ("os._exit(1)", 1), ("time.sleep(100)", 5)])
-def test_a_worker_that_ends_is_one_failure(tmp_path: Path, ends: str, behind: int) -> None:
+def test_a_worker_that_ends_is_one_failure(tmp_path: Path, ends: str, behind: int, marks: str) -> None:
     lines = ["import os, time", "def test_before(): pass", f"def test_ends(): {ends}"]
     lines += [f"def test_behind_{number}(): pass" for number in range(behind)]
     (tmp_path / "test_it.py").write_text("\n".join(lines))
     options = [
         "-q",
+        "-m",
+        marks,
         "-n",
         "2",
         "-p",
