@@ -28,9 +28,10 @@ pytest_plugins = ["processor_time", "scheduling", "uncompiled", "peftcore.testin
 @pytest.hookimpl(wrapper=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Iterator[None]:
     """Among what the command line asks for, what `covering` chooses."""
-    covering.mark_slow(items)  # before `-m` is asked
+    turns = covering.turns(items)
+    covering.mark_slow(items, turns)  # before `-m` is asked
     yield
-    chosen = covering.covering(items)
+    chosen = covering.covering(items, turns)
     kept = set(chosen)
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = chosen

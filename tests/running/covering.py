@@ -4,8 +4,9 @@ Slow checks train a model or compile one, and what they find wrong lies nearly a
 one method alone. A run has them for methods that changed, and for one method of each kind; those of methods that did
 not change are marked as slow (`make test-slow`). The kinds follow from what methods are made of: the core's operator
 classes that theirs derive from, trained values of the model itself, and parts that are methods. Of the hosts of other
-checks a quick run has one for each method and check; over all methods each check meets all of its hosts. And of
-methods that are made of the same things every third one runs a check, other ones for the next check.
+checks a run has one for each method and check; over all methods each check meets all of its hosts. And of methods that
+are made of the same things every fourth one runs a check, other ones for the next check, and as many more are marked as
+slow.
 """
 
 from __future__ import annotations
@@ -34,8 +35,9 @@ TOGETHER = (
     "tests/torch_interop/test_distributed.py",
 )
 """Parts of names of tests that share something that takes long to make: they run in one worker, and in one part."""
-SHARE = 3
-"""Of so many methods that are made of the same things one runs a check in a quick run, another one for each check."""
+SHARE = 4
+"""Of so many methods that are made of the same things one runs a check in a quick run and another one in a slow run;
+other ones run the next check."""
 OPERATORS = (Operator, WeightOperator, AttentionOperator)
 """What operators of methods are; the core has more special ones below these."""
 KINDS = {
@@ -104,16 +106,18 @@ def declared(item: pytest.Item) -> tuple[Declared, Check] | None:
     return None if check is None else (told, check)
 
 
-def mark_slow(items: Iterable[pytest.Item]) -> None:
-    """Mark as slow tests, which `make test` leaves to `make test-slow`, slow checks of methods that did not change, and
-    of a test's parameters all but its share, ``pytest.mark.share(3)``: a third of them, the same ones on every machine.
+def mark_slow(items: Iterable[pytest.Item], turn_of: Mapping[str, int]) -> None:
+    """Mark as slow tests, which `make test` leaves to `make test-slow`: slow checks of methods that did not change,
+    quick ones of methods whose turn is the second; and of a test's parameters all but its share,
+    ``pytest.mark.share(3)``: a third of them, the same ones on every machine.
     """
     changed = set(os.environ.get(CHANGED, "").split())
     counted: Counter[str] = Counter()
     for item in items:
-        pair = declared(item)
-        shared = item.get_closest_marker("share")
-        if pair is not None and pair[1].cost == "slow" and pair[0].method.name not in changed:
+        pair, shared = declared(item), item.get_closest_marker("share")
+        if turn_of.get(item.nodeid) == 1 or (
+            pair is not None and pair[1].cost == "slow" and pair[0].method.name not in changed
+        ):
             item.add_marker(pytest.mark.slow)
         elif shared is not None and item.get_closest_marker("slow") is None:
             test = item.nodeid.partition("[")[0]
@@ -139,39 +143,39 @@ def on_one_host(pairs: Sequence[Pair], whole: Collection[str]) -> list[Pair]:
     return [(item, pair) for item, pair in pairs if item.nodeid not in left]
 
 
-def on_a_share(pairs: Sequence[Pair], whole: Collection[str]) -> list[Pair]:
-    """Those without quick checks of methods that are made of the same things as others: one in `SHARE` has a check,
-    other ones the next check, and one at least. Methods in `whole` keep all checks, and so does one that is alone."""
-    if len({pair[0].method for _, pair in pairs if pair is not None}) < 2:
-        return [*pairs]
-    keys = [_shared(pair, whole) for _, pair in pairs]
+def turns(items: Iterable[pytest.Item]) -> dict[str, int]:
+    """Returns, by names of tests, whose turn it is to run a quick check, of methods that are made of the same things: 0
+    runs it in a quick run, 1 in a slow one, others in neither. Tests that are not there run always: others, those of
+    methods that changed, and all where one method is alone."""
+    changed = set(os.environ.get(CHANGED, "").split())
+    pairs = [(item, pair) for item in items if (pair := declared(item)) is not None]
+    if len({pair[0].method for _, pair in pairs}) < 2:
+        return {}
+    keys = {item.nodeid: key for item, pair in pairs if (key := _shared(pair, changed))}
     alike: dict[str, set[str]] = {}
-    for key, (_, pair) in zip(keys, pairs, strict=True):
-        if key and pair is not None:
-            alike.setdefault(key, set()).add(pair[0].method.name)
-    kept = {key: _share(key, names) for key, names in alike.items()}
-    return [
-        (item, pair)
-        for key, (item, pair) in zip(keys, pairs, strict=True)
-        if not key or pair is None or pair[0].method.name in kept[key]
-    ]
+    for item, pair in pairs:
+        if item.nodeid in keys:
+            alike.setdefault(keys[item.nodeid], set()).add(pair[0].method.name)
+    turn = {key: _turns(key, names) for key, names in alike.items()}
+    return {item.nodeid: turn[keys[item.nodeid]][pair[0].method.name] for item, pair in pairs if item.nodeid in keys}
 
 
-def _shared(pair: tuple[Declared, Check] | None, whole: Collection[str]) -> str:
-    """What methods of one make share: a quick check; empty where each has its own."""
-    if pair is None or pair[1].cost != "quick" or pair[0].method.name in whole:
+def _shared(pair: tuple[Declared, Check], whole: Collection[str]) -> str:
+    """Returns a name for a quick check of methods that are made of the same things; empty where each has its own."""
+    if pair[1].cost != "quick" or pair[0].method.name in whole:
         return ""
     return "/".join([*sorted(kinds(pair[0].method)), pair[1].name])
 
 
-def _share(key: str, names: Collection[str]) -> set[str]:
-    turn = zlib.crc32(key.encode())
-    chosen = {name for number, name in enumerate(sorted(names)) if (number + turn) % SHARE == 0}
-    return chosen or {min(names)}
+def _turns(key: str, names: Collection[str]) -> dict[str, int]:
+    """Returns the turns of methods; one at least has the first."""
+    begin = zlib.crc32(key.encode())
+    found = {name: (number + begin) % SHARE for number, name in enumerate(sorted(names))}
+    return found if 0 in found.values() else {**found, min(names): 0}
 
 
-def covering(items: Sequence[pytest.Item]) -> list[pytest.Item]:
-    """Those that the environment asks for."""
+def covering(items: Sequence[pytest.Item], turn_of: Mapping[str, int]) -> list[pytest.Item]:
+    """Those that the environment asks for; `turn_of` are the `turns` of all that was collected."""
     pairs: list[Pair] = [(item, declared(item)) for item in items]
     if os.environ.get(ALL) != "1":
         slow = {pair[0].method for _, pair in pairs if pair is not None and pair[1].cost == "slow"}
@@ -179,8 +183,9 @@ def covering(items: Sequence[pytest.Item]) -> list[pytest.Item]:
         chosen = representatives(slow) | changed
         pairs = [
             (item, pair)
-            for item, pair in on_a_share(on_one_host(pairs, changed), changed)
-            if pair is None or pair[1].cost == "quick" or pair[0].method.name in chosen
+            for item, pair in on_one_host(pairs, changed)
+            if turn_of.get(item.nodeid, 0) < 2
+            and (pair is None or pair[1].cost == "quick" or pair[0].method.name in chosen)
         ]
     part = os.environ.get(PART)
     return [item for item, _ in pairs if not part or in_part(item.nodeid, part)]

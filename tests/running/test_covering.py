@@ -36,6 +36,11 @@ def _tests(method: str) -> list[Any]:
     ]
 
 
+def _chosen(items: list[Any]) -> list[Any]:
+    """Those of a quick and of a slow run."""
+    return covering.covering(items, covering.turns(items))
+
+
 def _slow(items: Iterable[Any]) -> set[str]:
     """Names of methods for which slow checks run."""
     pairs = [covering.declared(item) for item in items]
@@ -68,7 +73,7 @@ def test_what_is_collected_here_is_in_exactly_one_part(
     found = []
     for part in (1, 2, 3, 4):
         monkeypatch.setenv(covering.PART, f"{part}/4")
-        found += covering.covering(collected)
+        found += _chosen(collected)
     assert sorted(item.nodeid for item in found) == sorted(item.nodeid for item in collected)
 
 
@@ -107,7 +112,7 @@ def test_every_kind_of_method_has_a_representative() -> None:
 
 def test_slow_checks_run_for_one_method_of_a_kind(quick: None) -> None:
     items = [*_tests("lora"), *_tests("adalora"), *_tests("oft"), *_tests("dora")]
-    chosen = covering.covering(items)
+    chosen = _chosen(items)
     assert _slow(items) == {"lora", "adalora", "oft", "dora"}
     assert _slow(chosen) == {"lora", "dora"}
     hosts = {(m.nodeid.partition("[")[0], covering.declared(m)[1].name): m for m in chosen}  # type: ignore[index]
@@ -118,7 +123,7 @@ def test_each_check_of_a_method_runs_on_one_host_and_over_methods_on_all(quick: 
     """Of every second method, that is."""
     names = [info.name for info in peftcore.registry.catalogue.methods() if info.plugin == "reparameterized"]
     items = [item for name in names for item in _tests(name)]
-    chosen = covering.covering(items)
+    chosen = _chosen(items)
 
     def on(host: str, among: Iterable[Any]) -> set[tuple[str, str]]:
         found = ((item.nodeid.partition("[")[0], item.callspec.id.rpartition("-")) for item in among)
@@ -131,7 +136,7 @@ def test_each_check_of_a_method_runs_on_one_host_and_over_methods_on_all(quick: 
         assert {name for name, each in on("encoder", chosen) if each == check}
 
 
-def test_every_kind_of_method_has_every_quick_check_and_a_third_of_the_methods_do(quick: None) -> None:
+def test_every_kind_of_method_has_every_quick_check_and_half_of_the_methods_do(quick: None) -> None:
     """What is made of the same things shares the checks; each method has some."""
     names = [
         info.name for info in peftcore.registry.catalogue.methods() if info.plugin in ("reparameterized", "selective")
@@ -145,17 +150,28 @@ def test_every_kind_of_method_has_every_quick_check_and_a_third_of_the_methods_d
     def made(among: set[tuple[str, str]]) -> set[tuple[frozenset[str], str]]:
         return {(covering.kinds(peftcore.registry.catalogue.method(name)), check) for name, check in among}
 
-    whole, chosen = pairs(items), pairs(covering.covering(items))
-    assert chosen < whole and made(chosen) == made(whole)
-    assert len(chosen) < 0.45 * len(whole)
+    turns = covering.turns(items)
+    whole, chosen = pairs(items), pairs(_chosen(items))
+    quick = pairs(item for item in _chosen(items) if turns.get(item.nodeid, 0) == 0)
+    assert quick < chosen < whole and made(quick) == made(whole)
+    assert len(quick) < 0.35 * len(whole) and len(chosen) < 0.6 * len(whole)
     for name in names:
-        assert sum(each == name for each, _ in chosen) > 0.2 * sum(each == name for each, _ in whole), name
+        assert sum(each == name for each, _ in quick) > 0.15 * sum(each == name for each, _ in whole), name
+
+
+def test_what_a_quick_run_has_depends_on_all_that_is_collected_alone(quick: None) -> None:
+    """The turns are those of before what is slow was left out."""
+    items = [item for info in peftcore.registry.catalogue.methods("selective") for item in _tests(info.name)]
+    turns = covering.turns(items)
+    run = [[item for item in items if turns.get(item.nodeid, 0) == turn] for turn in (0, 1)]
+    together = {item.nodeid for each in run for item in covering.covering(each, turns)}
+    assert together == {item.nodeid for item in covering.covering(items, turns)}
 
 
 def test_a_method_that_changed_runs_on_all_its_hosts(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(CHANGED, "lora")
     items = [*_tests("lora"), *_tests("dora")]
-    chosen = covering.covering(items)
+    chosen = _chosen(items)
     assert [item for item in chosen if "test_lora.py" in item.nodeid] == _as_items("lora", items)
     assert sum("test_dora.py" in item.nodeid for item in chosen) < sum("test_dora.py" in item.nodeid for item in items)
 
@@ -166,7 +182,7 @@ def _as_items(name: str, items: Iterable[Any]) -> list[Any]:
 
 def test_slow_checks_run_for_methods_that_changed(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(CHANGED, "adalora oft")
-    assert _slow(covering.covering([*_tests("lora"), *_tests("adalora"), *_tests("oft")])) == {
+    assert _slow(_chosen([*_tests("lora"), *_tests("adalora"), *_tests("oft")])) == {
         "lora",
         "adalora",
         "oft",
@@ -179,7 +195,7 @@ def test_slow_checks_are_slow_tests_unless_their_method_changed(quick: None, mon
     marked: list[Any] = []
     for item in items:
         item.add_marker = lambda mark, item=item: marked.append((item, mark.name))
-    covering.mark_slow(items)
+    covering.mark_slow(items, {})
     assert {name for _, name in marked} == {"slow"} and _slow(item for item, _ in marked) == {"lora"}
     assert [item for item, _ in marked] == [item for item in _as_items("lora", items) if _slow([item])]
 
@@ -187,17 +203,17 @@ def test_slow_checks_are_slow_tests_unless_their_method_changed(quick: None, mon
 def test_a_whole_run_leaves_nothing_out(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(ALL, "1")
     items = [*_tests("lora"), *_tests("adalora")]
-    assert covering.covering(items) == items
+    assert _chosen(items) == items
 
 
 def test_a_method_whose_file_runs_alone_is_checked_whole(quick: None) -> None:
     items = _tests("adalora")
-    assert _slow(items) and covering.covering(items) == items
+    assert _slow(items) and _chosen(items) == items
 
 
 def test_tests_that_are_not_the_kits_run_always(quick: None) -> None:
     items: list[Any] = [SimpleNamespace(nodeid=name) for name in NAMES]
-    assert covering.covering(items) == items
+    assert _chosen(items) == items
 
 
 def test_slow_checks_are_those_that_train_or_compile() -> None:
@@ -219,8 +235,8 @@ def test_a_quick_run_has_a_share_of_many_parameters_and_a_slow_one_the_others(qu
             add_marker=lambda mark: marked.append(number),
         )
 
-    covering.mark_slow(map(item, range(12)))
+    covering.mark_slow(map(item, range(12)), {})
     left = set(range(3, 12)) - set(marked)
     assert len(left) == 3 and {number % 3 for number in left} == {min(left) % 3}, "slow ones are not counted"
-    covering.mark_slow(map(item, range(12)))
+    covering.mark_slow(map(item, range(12)), {})
     assert left == set(range(3, 12)) - set(marked), "the same ones each time"
