@@ -392,7 +392,7 @@ class PeftModel(peft.PeftModel):  # type: ignore[misc]
         try:
             for injection in self._named(adapter_names):
                 injection.merge()
-        except Exception:
+        except BaseException:
             self._unmerge_all_but(before)
             raise
 

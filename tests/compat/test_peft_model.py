@@ -223,3 +223,17 @@ def test_of_several_to_merge_all_are_or_none() -> None:
     with pytest.raises(MergeError):
         ours.merge_adapter(["default", "second"])  # the second one does not act
     assert not any(injection.merged for injection in ours.adapters.values())
+
+
+def test_a_merge_of_several_that_is_interrupted_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = compat.get_peft_model(base(), "lora", target=["q_proj"])
+    ours.add_adapter("second", "lora", target=["v_proj"])
+    second = ours.adapters["second"]
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(second, "merge", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        ours.merge_adapter(["default", "second"])
+    assert not any(injection.merged for injection in ours.adapters.values())
