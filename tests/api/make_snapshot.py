@@ -1,7 +1,8 @@
 """Reads the public API: names with their signatures, and the imports that pages and examples show.
 
-``python tests/api/make_snapshot.py`` writes snapshot.json beside it. That was done at the commit 1f05ddf, before the
-modules moved; it is done again only for a release, since what is recorded may not break within a minor version.
+``python tests/api/make_snapshot.py`` adds names that are new to snapshot.json beside it, and leaves what is recorded.
+With ``--anew`` it writes all of it, which is done for a release alone: what is recorded may not break within a minor
+version.
 
 An entry of "names" has a kind: "function", "class" or "constant". A function has parameters, each [name, kind, repr of
 the default or null]. A class has members of its own and of base classes of peftcore (methods, and values: properties,
@@ -14,6 +15,8 @@ import importlib
 import inspect
 import json
 import re
+import sys
+import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -59,7 +62,7 @@ def described(value: Any, names: Mapping[str, Any]) -> Described:
         shown = {name: members[name] for name in sorted(members) if not name.startswith(("_", "model_config"))}
         made = {"parameters": parameters(value)} if any("__init__" in vars(cls) for cls in ours) else {}
         return {"kind": "class", "bases": sorted(bases), **made, "members": shown}
-    if callable(value):
+    if callable(value) and not typing.get_origin(value):  # an alias of types can be called, and has no signature
         return {"kind": "function", "parameters": parameters(value)}
     return {"kind": "constant", "type": type(value).__name__}
 
@@ -134,4 +137,8 @@ def text(recorded: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    FILE.write_text(text(snapshot()), encoding="utf-8")
+    recorded = {} if "--anew" in sys.argv[1:] else json.loads(FILE.read_text(encoding="utf-8"))
+    now = snapshot()
+    FILE.write_text(
+        text({part: dict(sorted({**now[part], **recorded.get(part, {})}.items())) for part in now}), encoding="utf-8"
+    )
