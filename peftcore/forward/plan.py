@@ -245,13 +245,6 @@ def updates_of(routed: Sequence[ActivePlan]) -> tuple[tuple[int, Mount], ...]:
     return tuple((position, mount) for position, acting in enumerate(routed) for mount in acting.onion)
 
 
-def run_apart(routed: Sequence[ActivePlan]) -> bool:
-    """Whether several names of a route have an activation form for the weight and none depends on which rows it is
-    given (by a context value for each row of the batch, for one)."""
-    several = sum(acting.activation_form is not None for acting in routed) > 1
-    return several and all(_is_update(mount) for acting in routed for mount in acting.onion)
-
-
 def _is_update(mount: Mount) -> bool:
     """Whether an operator adds ``scale * B A x`` to each vector and does nothing else."""
     kind = type(mount.operator)
@@ -274,8 +267,6 @@ class ModulePlan:
     """With a route: the plan for the rows of each of its names."""
     updates: tuple[tuple[int, Mount], ...] = ()
     """With a route: the low-rank updates of its names by position, where they do nothing else here."""
-    apart: bool = False
-    """With a route: each of its names runs on its own rows alone, see `run_apart`."""
     composition: Composition | None = None
     branches: Mapping[Active, ActivePlan] = field(default_factory=dict)
     """With a composition: the plan of each branch; branches with the same operators share one object."""

@@ -25,7 +25,6 @@ from peftcore.forward.plan import (
     ModulePlan,
     layers_of,
     plan_acting,
-    run_apart,
     updates_of,
 )
 from peftcore.forward.recompute import Unwritten
@@ -153,7 +152,7 @@ class Slot:
         observers = tuple(mount for acting in each for mount in acting.observers)
         inputs = tuple(mount for acting in each for mount in acting.inputs)
         together = replace(stand, attention=edits, observers=observers, inputs=inputs)
-        return ModulePlan(choice.key, together, routed=each, updates=updates_of(each), apart=run_apart(each))
+        return ModulePlan(choice.key, together, routed=each, updates=updates_of(each))
 
     def _stacked(self, choice: Choice, acting: ActivePlan) -> ModulePlan:
         *inner, outermost = layers_of(acting) or (None,)

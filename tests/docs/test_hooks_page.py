@@ -4,6 +4,7 @@ import inspect
 import re
 from pathlib import Path
 
+from peftcore import core_plugin
 from peftcore.contract import hookspecs
 
 PAGE = (Path(__file__).parents[2] / "docs/hooks.md").read_text(encoding="utf-8")
@@ -33,3 +34,9 @@ def test_the_table_says_whose_answers_count() -> None:
     rows = dict(re.findall(r"^\| \[`(\w+)`\]\(#\w+\) \| ([\w, ]+) \|", PAGE, re.MULTILINE))
     first = {hook: getattr(hookspecs, hook).peftcore_spec["firstresult"] for hook in HOOKS}
     assert rows == {hook: "first" if first[hook] else "all, put together" for hook in HOOKS}
+
+
+def test_the_table_names_all_that_the_core_brings() -> None:
+    rows = dict(re.findall(r"^\| \[`(\w+)`\]\(#\w+\) \| [\w, ]+ \| ([\w, -]+) \|", PAGE, re.MULTILINE))
+    for hook in (core_plugin.peftcore_formats, core_plugin.peftcore_tasks):
+        assert rows[hook.__name__] == ", ".join(hook())
