@@ -93,11 +93,7 @@ from peftcore.targets.sequence_inside import InnerRows, InnerSite
 from peftcore.targets.sites import Site
 from peftcore.training.batches import Batch, Batches, Labelled
 from peftcore.training.optimizer import GradientRule
-from peftcore.utils import moved
 from peftcore.utils.autocast import cast_operands, full_precision
-from peftcore.utils.renamed import renamed
-
-moved.install()
 
 __version__ = "0.1.0"
 
@@ -260,14 +256,9 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str) -> object:
-    """Return `compare`, which is above and imported when it is first asked for, and what has another name now."""
+    """Return `compare`, which is above and imported when it is first asked for."""
     if name == "compare":
         from peftcore.comparing.comparisons.modules import compare
 
         return compare
-    new = {"Call": "ForwardContext", "current_call": "forward_context"}.get(name)
-    if new is None:
-        raise AttributeError(f"module 'peftcore' has no attribute {name!r}")
-    renamed(f"peftcore.{name}", f"peftcore.{new}")
-    found: object = globals()[new]
-    return found
+    raise AttributeError(f"module 'peftcore' has no attribute {name!r}")

@@ -26,7 +26,7 @@ SECTIONS = {
         *("files", "readers", "concepts", "roles", "promises", "performance", "benchmarks"),
     ),
     "Extend": ("write-a-method", "hooks"),
-    "Project": ("upgrade", "checks", "architecture", "CONTRIBUTING", "SECURITY", "CHANGELOG"),
+    "Project": ("checks", "architecture", "CONTRIBUTING", "SECURITY", "CHANGELOG"),
 }
 
 

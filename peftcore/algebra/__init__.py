@@ -7,7 +7,3 @@ It may import `authoring`, and what is below. In the order of reading:
 - `adapters_as_parts`: existing adapters as the parts of a hybrid.
 - `exporting`: an adapter as what another program reads, exact, projected or refused.
 """
-
-from peftcore.utils.moved import names_of
-
-__getattr__ = names_of("algebra")

@@ -12,7 +12,3 @@ It may import `peftcore.errors`. In the order of reading:
 - `compositions`: how several injections act together.
 - `hookspecs`: every hook, and the version of the contract.
 """
-
-from peftcore.utils.moved import names_of
-
-__getattr__ = names_of("contract")

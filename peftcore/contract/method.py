@@ -3,10 +3,9 @@ and `inject`."""
 
 from __future__ import annotations
 
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import InitVar, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor, nn
@@ -70,8 +69,6 @@ class Tags:
     """`calibrate` uses the user's data before training; `apply` then needs ``data=``."""
     scheduled: bool = False
     """`on_step` changes the adapter while it trains, so the optimizer must know how many steps there will be."""
-    checked_against: InitVar[str] = ""
-    """Means nothing any more: `evidence.json` in the plugin's package says what tests compare with."""
     random: bool = False
     """With default options, forwards in training draw random numbers, from torch's global generator."""
     exact_gradient: bool = True
@@ -88,15 +85,6 @@ class Tags:
     only the others work (``use_reentrant=False``)."""
     whole_graph: bool = True
     """With default options torch.compile makes one graph of the model (``fullgraph=True``); else it needs breaks."""
-
-    def __post_init__(self, checked_against: str) -> None:
-        if checked_against:
-            warnings.warn(
-                "checked_against= means nothing any more: tests declare what they compare with "
-                "(peftcore.testing.against), and the package's evidence.json says it",
-                DeprecationWarning,
-                stacklevel=3,
-            )
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,3 @@ It may import `injection`, and what is below. In the order of reading:
 - `peft_configs`: configurations of peft, applied as a file of theirs is loaded.
 - `compositions`: compositions with the adapters in them.
 """
-
-from peftcore.utils.moved import names_of
-
-__getattr__ = names_of("files")

@@ -12,7 +12,6 @@ import torch
 from peftcore.errors import TrainingError
 from peftcore.forward.checkpoints import reentrant
 from peftcore.forward.context import ForwardContext, forward_context, tensors_in
-from peftcore.utils.renamed import renamed
 
 if TYPE_CHECKING:
     from peftcore.forward.routing import OwnRows
@@ -31,15 +30,12 @@ class Tap:
             gradient checkpointing runs one block again without the other.
         learns: values learn by what is read of them. Reading one that a reentrant checkpoint has made, outside of that,
             is a TrainingError: it has no gradient there.
-        kept: the old name of `until_backward`.
     """
 
     _numbers = itertools.count()
 
-    def __init__(self, kept: bool = False, *, until_backward: bool = False, learns: bool = False) -> None:
-        if kept:
-            renamed("Tap(kept=)", "until_backward")
-        self.key, self.until_backward, self.learns = next(self._numbers), until_backward or kept, learns
+    def __init__(self, *, until_backward: bool = False, learns: bool = False) -> None:
+        self.key, self.until_backward, self.learns = next(self._numbers), until_backward, learns
 
     def put(self, value: Any) -> None:
         """Leave a value for the rest of this forward."""

@@ -23,7 +23,3 @@ It may import `training`, and what is below; saving is left to `files`, which is
 - `quantization`: `quantize`, and the contract of a scheme.
 - `replicated_layers`: layers that a model runs again with the same weights.
 """
-
-from peftcore.utils.moved import names_of
-
-__getattr__ = names_of("injection")

@@ -44,7 +44,6 @@ from peftcore.surgery import silent_layers
 from peftcore.surgery.installation import release, uninstall
 from peftcore.surgery.surgeon import Graft, Surgeon, Wishes
 from peftcore.targets.sites import Site
-from peftcore.utils.renamed import renamed
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -127,17 +126,6 @@ class Injection(AppliedMethod):
         self._alive()
         self._low_memory = mode
         self._replan()
-
-    @property
-    def frugal(self) -> bool:
-        """The old name of `low_memory`, for one minor version."""
-        renamed("Injection.frugal", "low_memory")
-        return self.low_memory
-
-    @frugal.setter
-    def frugal(self, mode: bool) -> None:
-        renamed("Injection.frugal", "low_memory")
-        self.low_memory = mode
 
     def enabled(self) -> Chosen:
         """Activate it besides the active ones; as a context manager, until the end of the block. Upon a composition it

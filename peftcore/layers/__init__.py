@@ -11,7 +11,3 @@ It may import `registry`, and what is below. In the order of reading:
 - `tensor_parallel`: linear layers of which each process holds rows or columns.
 - `detect`: finds the kind of a module's dense tensor.
 """
-
-from peftcore.utils.moved import names_of
-
-__getattr__ = names_of("layers")

@@ -83,7 +83,8 @@ class Registry:
             version = getattr(module, "PEFTCORE_API", None)
             if version != API:
                 raise pluggy.PluginValidationError(
-                    module, f"it speaks API {version}, this peftcore speaks {API}; docs/upgrade.md says what changed"
+                    module,
+                    f"it was written for API {version}, and this peftcore has API {API}: install another version",
                 )
             self.manager.register(module, name)
             self.manager.check_pending()

@@ -32,7 +32,6 @@ def class_of(name: str, preset: Preset, cls: type[Method]) -> type[Method]:
         "tags": dataclasses.replace(
             cls.tags,
             paper=preset.paper,
-            checked_against="",
             needs_data=cls.tags.needs_data if cls.tags.data_options is None else cls.looks_at_data(config(method=name)),
             **preset.claims,
         ),

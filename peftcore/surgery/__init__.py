@@ -14,7 +14,3 @@ It may import `targets`, and what is below. In the order of reading:
 - `sharding`: what each process holds where a planned model is sharded.
 - `planning`: the result of `plan`, a dry run of `apply`.
 """
-
-from peftcore.utils.moved import names_of
-
-__getattr__ = names_of("surgery")

@@ -12,7 +12,3 @@ It may import `forward`, and what is below. In the order of reading:
 - `sequence`: virtual tokens in front of the user's tokens.
 - `sequence_inside`: virtual tokens that are made at blocks further in.
 """
-
-from peftcore.utils.moved import names_of
-
-__getattr__ = names_of("targets")

@@ -16,7 +16,6 @@ from peftcore.layers.detect import dense_layer
 from peftcore.layers.layer import Layer, Slices, plain_class, take
 from peftcore.layers.pieces import whole
 from peftcore.roles.stacks import arguments
-from peftcore.utils.renamed import renamed
 
 LayerOf = Callable[[nn.Module, str], Layer]
 SEVERAL = (
@@ -79,12 +78,6 @@ class Site(_Memory):
     """Whether the first forward has to tell that it runs the module once, or is an error."""
     among_experts: bool = False
     """Whether the module lies in one of a list of experts, which get the tokens that were chosen for them."""
-
-    @property
-    def rows(self) -> Slices | None:
-        """The old name of `slices`, for one minor version."""
-        renamed("rows of a Site", "slices")
-        return self.slices
 
     @property
     def path(self) -> str:

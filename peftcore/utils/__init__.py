@@ -6,6 +6,4 @@ It may import nothing of peftcore. In the order of reading:
 - `notices`: single lines for the user, each once.
 - `threads`: threads by objects of their own.
 - `autocast`: the dtype under autocast.
-- `renamed`: old names, for one minor version.
-- `moved`: old paths of modules, for one minor version.
 """

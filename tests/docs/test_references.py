@@ -12,7 +12,7 @@ import pytest
 from doc_pages import DOCS, OTHERS, ROOT, name
 
 RECORDS = ROOT / "docs/decisions"
-OF_THEIR_TIME = {*RECORDS.glob("[0-9]*.md"), ROOT / "CHANGELOG.md", ROOT / "docs/upgrade.md"}
+OF_THEIR_TIME = {*RECORDS.glob("[0-9]*.md"), ROOT / "CHANGELOG.md"}
 """These name what was there when they were written, and what is gone."""
 PAGES = [*DOCS, *OTHERS, ROOT / "CHANGELOG.md", ROOT / "SECURITY.md", *sorted(ROOT.glob("plugins/*/README.md"))]
 FOLDERS = ("peftcore", "plugins", "docs", "tests", "benchmarks", "examples", "release")

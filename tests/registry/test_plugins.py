@@ -34,7 +34,10 @@ class NoMapping:
 BROKEN: dict[str, tuple[Callable[[], Any], str]] = {
     "fails at import": (import_failure, "missing_dependency"),
     "raises something else at import": (any_failure, "division by zero"),
-    "speaks an older API": (lambda: plugin(api=peftcore.API - 1), "API 1, this peftcore speaks 2; docs/upgrade.md"),
+    "speaks an older API": (
+        lambda: plugin(api=peftcore.API - 1),
+        "this peftcore has API 2: install another version",
+    ),
     "speaks a newer API": (lambda: plugin(api=3), "API 3"),
     "says no API": (lambda: plugin(api=None), "API None"),
     "misspells a hook": (lambda: plugin(peftcore_injekt=hookimpl(lambda model: True)), "peftcore_injekt"),
