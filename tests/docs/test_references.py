@@ -88,6 +88,31 @@ def test_sources_name_what_is_there(folder: str) -> None:
     assert not wrong
 
 
+CODE_NAME = re.compile(r"`([A-Za-z_][\w.]*)(?:\(\))?`")
+OTHERS_NAMES = ("torch.", "transformers.", "diffusers.", "peft.")
+
+
+@cache
+def words_of_the_code() -> frozenset[str]:
+    words = {word for path in SOURCES for word in re.findall(r"\w+", path.read_text(encoding="utf-8"))}
+    return frozenset(words | {part for path in SOURCES for part in path.relative_to(ROOT).with_suffix("").parts})
+
+
+@pytest.mark.parametrize("record", sorted(RECORDS.glob("[0-9]*.md")), ids=lambda path: path.name[:3])
+def test_names_in_a_record_exist_or_it_is_superseded(record: Path) -> None:
+    text = record.read_text(encoding="utf-8")
+    if re.search(r"^(?:Date: )?[\d-]+\. Status: superseded by \[", text, re.MULTILINE):
+        return
+    named = {each for each in CODE_NAME.findall(text) if not each.startswith(OTHERS_NAMES)}
+    assert sorted(each for each in named if not words_of_the_code().issuperset(each.split("."))) == []
+
+
+def test_the_index_has_every_record_once() -> None:
+    index = (RECORDS / "README.md").read_text(encoding="utf-8").partition("## By package")[2]
+    linked = re.findall(r"\[(\d{3})\]\((\S+)\) [^;|]+", index)
+    assert sorted(linked) == sorted((path.name[:3], path.name) for path in RECORDS.glob("[0-9]*.md"))
+
+
 def test_rules_are_those_of_the_page() -> None:
     """Whoever reads a rule's number in `peftcore/roles` finds the rule."""
     written = set(re.findall(r"^- \*\*R(\d+), ", (ROOT / "docs/roles.md").read_text(encoding="utf-8"), re.MULTILINE))
