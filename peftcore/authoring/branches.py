@@ -15,7 +15,7 @@ from peftcore.contract.operators import Operator, on_first
 from peftcore.errors import RouteError, UnsupportedSite
 from peftcore.forward.taps import Tap
 from peftcore.roles import HostEntry
-from peftcore.roles.ends import Order
+from peftcore.roles.branch_ends import Order
 from peftcore.roles.hostmap import under
 from peftcore.surgery.surgeon import Surgeon
 from peftcore.targets.resolver import Resolver

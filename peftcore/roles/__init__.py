@@ -19,9 +19,10 @@ the order of reading:
 - `token_tables`: tables that have a row for each token.
 - `readers`: modules that read a weight in place of calling its module.
 - `sources`: the source of forwards, and what its names stand for.
-- `ends`: where branches join the stream, read from the code of forwards.
+- `code_frames`: follows values through the source code of functions, for the two rules below.
+- `branch_ends`: where branches join the stream.
 - `stacks`: modules that take token ids and run blocks.
-- `block_calls`: where rows are in what modules are given, and how often blocks run, read from the code of forwards.
+- `block_calls`: where rows are in what modules are given, and how often blocks run.
 - `find_roles`: derives the map of a model, rule by rule.
 - `recording`: records one forward.
 - `tracing`: refines the map by the recording.

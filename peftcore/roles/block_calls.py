@@ -11,30 +11,24 @@ them, to the call of the next module on the way, and so are the loops around tha
 from __future__ import annotations
 
 import ast
-import builtins
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import combinations
-from types import FunctionType, MethodType
+from types import MethodType
 from typing import Any, Literal, NamedTuple
 
-from torch import Tensor, nn
+from torch import nn
 
-from peftcore.roles.sources import UNKNOWN, called, definition_of
+from peftcore.roles.code_frames import HELD, NONE, Dims, Frame, Value, parameters
+from peftcore.roles.sources import UNKNOWN, definition_of
 from peftcore.roles.stacks import arguments
 
-Dims = frozenset[int]
 Runs = Literal["once", "several", "unknown"]
 Arms = tuple[tuple[ast.stmt, bool], ...]
 """Conditions in the code, and on which side of each a call stands."""
-NONE: Dims = frozenset()
 FIRST: Dims = frozenset({0})
-DEPTH = 8
-"""The number of calls within each other that are followed."""
 LISTS = nn.ModuleList | nn.ModuleDict
-HELD = nn.ModuleList | nn.ModuleDict | nn.Sequential
-_ABOUT = {"dtype", "device", "shape", "ndim", "size", "dim", "numel", "stride"}
 _TURNS = {"transpose", "swapaxes", "swapdims"}
 _REGROUPS = {"view", "reshape", "flatten", "unflatten", "expand"}
 
@@ -92,19 +86,6 @@ class CodeReader:
 def alike(path: str) -> str:
     """Returns the path of a module with `*` for its numbers: the same for all that stand where it does."""
     return re.sub(r"\d+", "*", path)
-
-
-class Value(NamedTuple):
-    """The value of an expression in the code, as far as it is known."""
-
-    known: Any = UNKNOWN
-    """The object, where that is known."""
-    rows: Dims = NONE
-    """Where the rows of the batch may be in it."""
-    loops: frozenset[int] = frozenset()
-    """The loops that choose it."""
-    part: bool = False
-    """Whether it is some of a list, and other code may take the rest."""
 
 
 class Call(NamedTuple):
@@ -177,16 +158,15 @@ class _Reader:
         """How often each loop runs."""
         self.open: list[int] = []
         self.arms: list[tuple[ast.stmt, bool]] = []
-        self.depth = 0
 
     def calls(self, given: Mapping[str, Dims] | None) -> list[Call]:
         """Returns the calls, for arguments that have the rows there; None: all have them first."""
         function = getattr(self.plain(self.way[self.at]), "forward", None)
         tree = definition_of(function)
         if tree is not None:
-            owner, *names = _parameters(tree)
+            owner, *names = parameters(tree)
             known = {name: Value(rows=FIRST if given is None else given.get(name, NONE)) for name in names}
-            _Frame(self, function, tree, {**known, owner: Value(self.way[self.at])}).run()
+            _Frame(self, function, tree, {**known, owner: Value(self.way[self.at])}, self.plain).run()
         return self.found
 
     def element(self, held: Any) -> Any:
@@ -215,50 +195,22 @@ class _Reader:
         self.found.append(Call(at, given, named, often, tuple(self.arms), callee.part))
 
 
-class _Frame:
-    """The names of one function while its code is followed."""
+class _Frame(Frame):
+    """The names of one function, with the calls of modules on the way and the rows of the batch in its values."""
 
-    def __init__(self, reader: _Reader, function: Any, tree: ast.FunctionDef, names: dict[str, Value]) -> None:
-        self.reader, self.tree, self.names = reader, tree, names
-        self.globals = {**vars(builtins), **inspect.unwrap(function).__globals__}
-        self.returned = Value()
+    question: _Reader
 
-    def run(self) -> Value:
-        self._all(self.tree.body)
-        return self.returned
+    def element(self, held: Any) -> Any:
+        return self.question.element(held)
 
-    def _all(self, statements: Sequence[ast.stmt]) -> None:
-        arms = len(self.reader.arms)
-        for statement in statements:
-            self._one(statement)
-            if isinstance(statement, ast.If) and _ends(statement.body) and not statement.orelse:
-                self.reader.arms.append((statement, False))
-        del self.reader.arms[arms:]
+    def branched(self, statement: ast.stmt, side: bool | None) -> None:
+        if side is None:
+            self.question.arms.pop()
+        else:
+            self.question.arms.append((statement, side))
 
-    def _one(self, statement: ast.stmt) -> None:
-        match statement:
-            case ast.Assign(targets=targets, value=value):
-                for target in targets:
-                    self._bind(target, value)
-            case ast.AnnAssign(target=target, value=ast.expr() as value):
-                self._bind(target, value)
-            case ast.AugAssign(target=target, value=value):
-                self._set(target, self._both(target, value))
-            case ast.Return(value=ast.expr() as value):
-                self.returned = _either(self.returned, self.of(value))
-            case ast.Expr(value=value):
-                self.of(value)
-            case ast.If(test=test, body=body, orelse=otherwise):
-                self._choose(statement, test, body, otherwise)
-            case ast.For(target=target, iter=each, body=body):
-                self._loop(target, each, lambda: self._all(body))
-            case ast.While(body=body):
-                self._loop(None, None, lambda: self._all(body))
-            case ast.With(body=body) | ast.Try(body=body):
-                self._all(body)
-
-    def _loop(self, target: ast.expr | None, each: ast.expr | None, body: Callable[[], None]) -> None:
-        reader = self.reader
+    def looped(self, target: ast.expr | None, each: ast.expr | None, body: Callable[[], None]) -> None:
+        reader = self.question
         loop = len(reader.counts)
         reader.counts[loop] = None
         if target is not None and each is not None:
@@ -275,179 +227,42 @@ class _Frame:
                 counts = [self._take(one, of, loop) for one, of in zip(targets, args, strict=True)]
                 return min((count for count in counts if count is not None), default=None)
             case ast.Call(func=ast.Name(id="enumerate"), args=[inner, *_]) if len(targets) == 2:
-                self._set(targets[0], Value(loops=loop))
+                self.set(targets[0], Value(loops=loop))
                 return self._take(targets[1], inner, loop)
             case ast.Call(func=ast.Attribute(value=inner, attr="items" | "named_children")) if len(targets) == 2:
-                self._set(targets[0], Value(loops=loop))
+                self.set(targets[0], Value(loops=loop))
                 return self._take(targets[1], inner, loop)
             case ast.Call(func=ast.Attribute(value=inner, attr="values" | "children"), args=[]):
                 return self._take(target, inner, loop)
         value = self.of(each)
         known, loops = value.known, value.loops | loop
         if isinstance(known, HELD):
-            self._set(target, Value(self.reader.element(known), loops=loops, part=value.part))
+            self.set(target, Value(self.element(known), loops=loops, part=value.part))
         else:
-            self._set(target, Value(rows=value.rows, loops=loops))
+            self.set(target, Value(rows=value.rows, loops=loops))
         return len(known) if isinstance(known, HELD | range | list | tuple) else None
 
-    def _choose(
-        self, statement: ast.stmt, test: ast.expr, body: Sequence[ast.stmt], otherwise: Sequence[ast.stmt]
-    ) -> None:
-        """Follow the side of a condition that attributes of modules decide; else both."""
-        truth = self._truth(test)
-        if truth is not None:
-            return self._all(body if truth else otherwise)
-        after = []
-        before = self.names
-        for side, statements in ((True, body), (False, otherwise)):
-            self.names = {**before, **_told(test, side)}
-            self.reader.arms.append((statement, side))
-            self._all(statements)
-            self.reader.arms.pop()
-            after += [] if _ends(statements) else [self.names]
-        self.names = after[0] if after else before
-        if len(after) == 2:
-            first, second = after
-            self.names = {
-                name: _either(first.get(name, Value()), second.get(name, Value())) for name in {**first, **second}
-            }
-
-    def _truth(self, test: ast.expr) -> bool | None:
-        match test:
-            case ast.UnaryOp(op=ast.Not(), operand=operand):
-                truth = self._truth(operand)
-                return None if truth is None else not truth
-            case ast.Compare(left=left, ops=[ast.Is() | ast.IsNot() as operation], comparators=[ast.Constant(None)]):
-                value = self.of(left).known
-                return None if value is UNKNOWN else (value is None) is isinstance(operation, ast.Is)
-            case ast.Compare(left=left, ops=[ast.Eq() | ast.NotEq() as operation], comparators=[right]):
-                values = [self.of(left).known, self.of(right).known]
-                if all(isinstance(each, str | int) for each in values):
-                    return (values[0] == values[1]) is isinstance(operation, ast.Eq)
-            case ast.Attribute(attr=name) if name != "training":
-                value = self.of(test).known
-                return bool(value) if isinstance(value, bool | int | float | str | None) else None
-        return None
-
-    def _bind(self, target: ast.expr, value: ast.expr) -> None:
-        if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple) and len(target.elts) == len(value.elts):
-            for each, its in zip(target.elts, value.elts, strict=True):
-                self._bind(each, its)
-        else:
-            self._set(target, self.of(value))
-
-    def _set(self, target: ast.expr, value: Value) -> None:
-        if isinstance(target, ast.Name):
-            self.names[target.id] = value
-        elif isinstance(target, ast.Tuple | ast.List):
-            for each in target.elts:
-                self._set(each, value._replace(known=UNKNOWN))
-
-    def _both(self, *parts: ast.expr, known: Any = UNKNOWN) -> Value:
-        """Returns what is made of several values: it has the rows where the first has them that has any."""
-        values = [self.of(part) for part in parts]
-        rows = next((value.rows for value in values if value.rows), NONE)
-        return Value(known, rows, frozenset[int]().union(*(value.loops for value in values)))
-
-    def of(self, value: ast.expr) -> Value:
-        """Returns what an expression stands for."""
-        match value:
-            case ast.Constant(value=constant):
-                return Value(constant)
-            case ast.Name(id=name):
-                return self.names[name] if name in self.names else Value(self.globals.get(name, UNKNOWN))
-            case ast.Attribute(value=inner, attr=name):
-                return self._attribute(self.of(inner), name)
-            case ast.Subscript(value=inner, slice=place):
-                return self._item(self.of(inner), place)
-            case ast.Call():
-                return self._call(value)
-            case ast.IfExp(test=test, body=body, orelse=otherwise):
-                truth = self._truth(test)
-                if truth is not None:
-                    return self.of(body if truth else otherwise)
-                return _either(self.of(body), self.of(otherwise))
-            case ast.NamedExpr(target=target, value=inner):
-                self._bind(target, inner)
-                return self.of(target)
-            case ast.Starred(value=inner) | ast.UnaryOp(operand=inner):
-                return self.of(inner)._replace(known=UNKNOWN)
-            case ast.BinOp(left=left, right=right):
-                return self._both(left, right)
-            case ast.Tuple(elts=parts) | ast.List(elts=parts) | ast.BoolOp(values=parts):
-                return self._both(*parts)
-            case ast.Compare(left=left, comparators=others):
-                return self._both(left, *others)._replace(rows=NONE)
-            case ast.ListComp(elt=element, generators=[each]) | ast.GeneratorExp(elt=element, generators=[each]):
-                return self._comprehend(element, each)
-        return Value()
-
-    def _comprehend(self, element: ast.expr, each: ast.comprehension) -> Value:
-        made: list[Value] = []
-        before = dict(self.names)
-        self._loop(each.target, each.iter, lambda: made.append(self.of(element)))
-        self.names = before
-        return made[0]._replace(known=UNKNOWN)
-
-    def _attribute(self, owner: Value, name: str) -> Value:
-        if name in _ABOUT:
-            return Value(loops=owner.loops)
-        rows = frozenset(1 - dim if dim < 2 else dim for dim in owner.rows) if name == "T" else owner.rows
-        return Value(self._member(owner.known, name), rows, owner.loops)
-
-    def _member(self, owner: Any, name: str) -> Any:
-        if isinstance(owner, nn.Module):
-            if name in owner._modules:
-                return owner._modules[name]
-            if name in ("__call__", "forward"):
-                return owner
-            member = inspect.getattr_static(self.reader.plain(owner), name, None)
-            if name not in vars(owner) and isinstance(member, FunctionType):
-                return MethodType(member, owner)
-        if owner is UNKNOWN or isinstance(owner, type):
-            return UNKNOWN
-        try:
-            found = vars(owner).get(name, UNKNOWN)
-        except TypeError:  # numbers, strings
-            return UNKNOWN
-        return UNKNOWN if isinstance(found, Tensor) else called(found)
-
-    def _item(self, owner: Value, place: ast.expr) -> Value:
-        known = owner.known
-        if isinstance(place, ast.Slice):
-            return owner._replace(part=True)
-        index = self.of(place)
-        loops = owner.loops | index.loops
-        if isinstance(known, HELD):
-            here = isinstance(index.known, int) and not isinstance(known, nn.ModuleDict)
-            inside = here and -len(known) <= index.known < len(known)
-            return Value(known[index.known] if inside else self.reader.element(known), loops=loops, part=True)
-        if isinstance(known, list | tuple) and {*map(type, known)} <= {int, str} and len({*known}) == 1:
-            return Value(known[0], owner.rows, loops)  # whichever it is
-        new = place.elts[0] if isinstance(place, ast.Tuple) and place.elts else place
-        deeper = isinstance(new, ast.Constant) and new.value is None
-        return Value(rows=frozenset(dim + deeper for dim in owner.rows), loops=loops)
-
-    def _call(self, call: ast.Call) -> Value:
-        reader, callee = self.reader, self.of(call.func)
-        given = [self.of(each) for each in call.args]
-        named = {each.arg: self.of(each.value) for each in call.keywords if each.arg is not None}
-        values = [*given, *named.values(), *(self.of(each.value) for each in call.keywords if each.arg is None)]
-        made = Value(rows=next((value.rows for value in values if value.rows), NONE),
-                     loops=callee.loops.union(*(value.loops for value in values)))  # fmt: skip
-        known = callee.known
+    def called(
+        self, call: ast.Call, callee: Value, owner: Value | None, given: list[Value], named: dict[str, Value]
+    ) -> Value:
+        reader, known = self.question, callee.known
+        made = self.both(*given, *named.values())
+        made = made._replace(loops=made.loops | callee.loops)
+        by_name = {name: value for name, value in named.items() if name != "**"}
         if (at := reader.further(known)) is not None:
-            reader.note(at, callee, given, named)
+            reader.note(at, callee, given, by_name)
             return made
         for number, value in enumerate(given):  # `checkpoint(self.layer.__call__, x)`
             at = reader.further(value.known)
             if at is not None and not _looks(known):
-                reader.note(at, value, given[number + 1 :], named)
+                reader.note(at, value, given[number + 1 :], by_name)
                 return made
         if isinstance(known, MethodType):
-            return self._enter(known.__func__, [Value(known.__self__), *given], named, made)
-        if isinstance(call.func, ast.Attribute) and not isinstance(known, nn.Module):
-            return self._method(call.func, given, made)
+            returned = self.entered(known.__func__, [Value(known.__self__), *given], by_name, made)
+            return made if returned is None else returned
+        if owner is not None and not isinstance(known, nn.Module):
+            assert isinstance(call.func, ast.Attribute)
+            return self._method(owner, call.func.attr, given, made)
         return self._built_in(known, given, made)
 
     def _built_in(self, known: Any, given: list[Value], made: Value) -> Value:
@@ -460,30 +275,14 @@ class _Frame:
             return given[0]._replace(loops=made.loops)
         return made._replace(rows=NONE) if _looks(known) else made
 
-    def _method(self, function: ast.Attribute, given: list[Value], made: Value) -> Value:
+    def _method(self, owner: Value, name: str, given: list[Value], made: Value) -> Value:
         """Returns what a method of a tensor gives, or the function of torch of that name."""
-        owner, rest = self.of(function.value), given
+        rest = given
         if inspect.ismodule(owner.known) and given:
             owner, rest = given[0], given[1:]
         if not owner.rows:
             return made
-        numbers = [each.known for each in rest]
-        return made._replace(rows=_moved(owner.rows, function.attr, numbers))
-
-    def _enter(self, function: Any, given: list[Value], named: dict[str, Value], made: Value) -> Value:
-        """Follow the code of a method of a module."""
-        tree = definition_of(function)
-        if tree is None or self.reader.depth >= DEPTH:
-            return made
-        names = dict.fromkeys(_parameters(tree), Value())
-        plain = [each.arg for each in (*tree.args.posonlyargs, *tree.args.args)]
-        names |= {**dict(zip(plain, given, strict=False)), **named}
-        if tree.args.vararg is not None:
-            names[tree.args.vararg.arg] = made
-        self.reader.depth += 1
-        returned = _Frame(self.reader, function, tree, names).run()
-        self.reader.depth -= 1
-        return returned
+        return made._replace(rows=_moved(owner.rows, name, [each.known for each in rest]))
 
 
 _LOOKING = (len, isinstance, getattr, hasattr, type, enumerate, zip, list, tuple, iter, reversed, range, int, float)
@@ -505,32 +304,3 @@ def _moved(rows: Dims, name: str, numbers: Sequence[Any]) -> Dims:
     if name == "unsqueeze" and [*numbers] == [0]:
         return frozenset(dim + 1 for dim in rows)
     return rows & FIRST if name in _REGROUPS else rows
-
-
-def _either(first: Value, second: Value) -> Value:
-    """Returns what a name stands for of which one of two values is there."""
-    same = first.known is second.known or (isinstance(first.known, str | int) and first.known == second.known)
-    modules = [each.known for each in (first, second) if isinstance(each.known, nn.Module)]
-    known = first.known if same else modules[0] if len(modules) == 1 else UNKNOWN
-    return Value(known, first.rows | second.rows, first.loops | second.loops, first.part or second.part)
-
-
-def _told(test: ast.expr, side: bool) -> dict[str, Value]:
-    """Returns what a side of a condition tells of a name: that it is None there."""
-    match test:
-        case ast.Compare(left=ast.Name(id=name), ops=[ast.Is()], comparators=[ast.Constant(None)]) if side:
-            return {name: Value(None)}
-        case ast.Compare(left=ast.Name(id=name), ops=[ast.IsNot()], comparators=[ast.Constant(None)]) if not side:
-            return {name: Value(None)}
-    return {}
-
-
-def _ends(statements: Sequence[ast.stmt]) -> bool:
-    """Whether nothing that stands behind these statements runs after them."""
-    return bool(statements) and isinstance(statements[-1], ast.Return | ast.Raise | ast.Continue | ast.Break)
-
-
-def _parameters(tree: ast.FunctionDef) -> list[str]:
-    given = tree.args
-    every = [*given.posonlyargs, *given.args, *given.kwonlyargs, given.vararg, given.kwarg]
-    return [each.arg for each in every if each is not None]

@@ -27,7 +27,7 @@ from peftcore.layers.layer import Layer, Slices, plain_class
 from peftcore.roles import HostEntry, HostMap
 from peftcore.roles.alike import Structure
 from peftcore.roles.block_calls import CodeReader
-from peftcore.roles.ends import End, find_end
+from peftcore.roles.branch_ends import End, find_end
 from peftcore.roles.stacks import TokenStack, find
 from peftcore.roles.virtual import ALL_LAYERS, VIRTUAL
 from peftcore.roles.vocabulary import ROLES

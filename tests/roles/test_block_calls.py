@@ -263,3 +263,12 @@ class TurnsTheMask(Fairseq):
 def test_the_first_argument_is_the_stream() -> None:
     model = TurnsTheMask()
     assert not CodeReader(dict(model.named_modules()), plain_class).tokens_first("layers.0")
+
+
+def test_a_module_whose_output_is_reshaped_in_the_same_line_runs_once() -> None:
+    """``self.q_proj(x).view(...)`` is one call."""
+    model = built(
+        "Bart", {key: FSMT[key] for key in FSMT if not key.startswith(("langs", "src", "tgt"))} | {"vocab_size": 50}
+    )
+    reader = CodeReader(dict(model.named_modules()), plain_class)
+    assert reader.of("decoder.layers.0.self_attn.q_proj").runs == "once"

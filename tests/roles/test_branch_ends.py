@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from peftcore.layers.layer import plain_class
 from peftcore.roles import derive
-from peftcore.roles.ends import End, find_end
+from peftcore.roles.branch_ends import End, find_end
 
 
 def ends(name: str, role: str) -> dict[str, End]:
