@@ -29,8 +29,8 @@ rank]``."""
 
 
 class Checked(nn.Module):
-    """A module whose values can be wrong though their shapes and dtypes are right, such as indices into a weight. The
-    values of a file are checked before the host changes."""
+    """A module that checks values from a file before the model changes: values such as indices into a weight can be
+    wrong although their shapes and dtypes are right."""
 
     def wrong_values(self, values: Mapping[str, Tensor]) -> Iterator[str]:
         """Yields the errors in values from a file for this module's own tensors, in words that follow the tensor's
@@ -49,39 +49,37 @@ class _Base(Checked):
     """Base class of all operators: holds the layer at which the operator acts (plain data, never the host's module)."""
 
     needs_recompute = True
-    """True when the effective tensor is computed and must not outlive its use; False when a parameter replaces it as
-    it is."""
+    """True if the effective tensor is computed, so backward recomputes it instead of saving it; False if a parameter is
+    used as the effective tensor."""
     observes: frozenset[str] = frozenset()
-    """The forms of sites at which the operator only looks: it gets the module's inputs as the model gives them, and
-    returns its output as it is, with what all others do to it, in routes and compositions too."""
+    """Forms of sites at which the operator only observes: it reads the module's original inputs and final output, after
+    all other operators, and changes neither; in routes and compositions too."""
     factors_are_parameters = False
-    """Whether `factors` gives parameters as they are. In training, updates of many adapters are then one product: of
-    factors that are computed, the gradients would cost products of their own."""
+    """True if `factors` returns parameters. In training, the updates of many adapters are then one product; gradients
+    of computed factors would need further products."""
     changes_inputs = False
-    """Whether it gives the module, around which it stands or in its activation form, other inputs than it gets. In a
-    route the module then runs for the rows of each injection by themselves, and not once for all."""
+    """True if the operator, or its activation form, calls the wrapped module with changed inputs. In a route the module
+    then runs once for the rows of each injection instead of once for all rows."""
     only_inputs = False
-    """Whether all that it does to the modules around which it stands is to give them another input: what it returns is,
-    as it is, what a call of the module returned. A composition can then mix what branches give the module (`Combiner`).
-    """
+    """True if the operator only changes the input of the module that it wraps, and returns the module's output as it
+    is. A composition can then mix the inputs of its branches (`Combiner`)."""
     stackable = False
-    """Whether its forward is plain mathematics of its inputs and of its own tensors, which `torch.vmap` runs. In a
-    route, equal operators of several adapters are then one operator with stacked tensors."""
+    """True if `torch.vmap` can run the forward, which depends on its inputs and its own tensors alone. In a route,
+    equal operators of several adapters are then computed as one operator with stacked tensors."""
     padded: ClassVar[frozenset[str]] = frozenset()
-    """The tensors that may be larger than an adapter's own, ``"A"``, ``"down.weight"``: with zeros in the rest, of all
-    of them, the operator computes the same. So an adapter of a smaller rank can be swapped in."""
+    """Names of the tensors, such as ``"A"`` or ``"down.weight"``, that may be padded with zeros to a larger rank: the
+    operator then computes the same. An adapter of a smaller rank can be swapped in."""
     scaled: ClassVar[frozenset[str]] = frozenset()
-    """The tensors that `scale` multiplies, one of each product, where all that the number `scale` does is that: an
-    adapter with another scale is then swapped in with its own scale in these tensors."""
+    """Names of tensors, one of each product, by which `scale` is multiplied, if `scale` has no other effect. An adapter
+    with another scale can then be swapped in: the ratio of scales is multiplied into these tensors."""
     training_only: ClassVar[frozenset[str]] = frozenset({"input_dropout", "dropout"})
-    """Attributes that say nothing of what is computed in evaluation. Where values are swapped the operator's own
-    stay."""
+    """Names of attributes that have no effect in evaluation. A swap leaves them as they are."""
     known_by: ClassVar[frozenset[str]] = frozenset()
-    """Attributes by which others know the operator, such as caches: no two operators have the same."""
+    """Names of attributes that identify the operator, such as keys of caches: they differ between any two operators."""
     trains_only = False
-    """Whether modules compute in evaluation what they compute without it: merging leaves it out."""
+    """True if the operator acts in training only; merging skips it."""
     overrides = False
-    """Whether the effective tensor is the same whatever tensor it is made of: what acts there before is lost."""
+    """True if the operator ignores its input tensor, so earlier adapters on that tensor have no effect."""
 
     def __init__(self, site: Site) -> None:
         super().__init__()
@@ -128,8 +126,8 @@ class _Base(Checked):
         """Called when the result of `base_to_pack` is packed and is the base from here on."""
 
     def tables(self) -> Iterator[Mapping[str, Tensor | None]]:
-        """Yields the dictionaries of all tensors that it computes with: its parameters and buffers, and those of shared
-        modules that it holds."""
+        """Yields the dictionaries of all parameters and buffers of the operator and of the shared modules that it
+        uses."""
         for module in self.modules():
             yield from tables(module)
             for held in vars(module).values():
@@ -145,10 +143,11 @@ class _Base(Checked):
         return tensors  # as nearly always, and at every token
 
     def check_here(self, values: Tensor, like: Tensor) -> None:
-        """Check that values which the operator reads are there, where it computes with `like`.
+        """Check that `values`, a tensor of the operator, is not offloaded while the operator computes on the device of
+        `like`.
 
         Raises:
-            NoWeights: they are offloaded. What offloads brings values back where a module is called, and no sooner.
+            NoWeights: it is. Offloading restores tensors when their module is called, and not before.
         """
         if values.is_meta and not like.is_meta:
             raise NoWeights(
@@ -157,12 +156,12 @@ class _Base(Checked):
             )
 
     def drop_nothing(self) -> bool:
-        """Drop nothing in training any more, as where dropout of the whole model is turned off. An operator overrides
-        it whose probabilities are neither dropout modules of torch nor attributes called ``dropout`` or
+        """Turn the operator's dropout off, for trainers that turn off the dropout of the whole model. Override it if
+        the operator's probabilities are neither dropout modules of torch nor attributes called ``dropout`` or
         ``input_dropout``.
 
         Returns:
-            Whether there is anything of the kind.
+            Whether the operator had dropout.
         """
         return turn_off_dropout(self)
 
@@ -173,20 +172,24 @@ class _Base(Checked):
 
 
 class Operator(_Base):
-    """An onion layer: `forward` receives the inner call and the module's own inputs, and returns what the module would
-    return.
+    """An operator that wraps the forward of a module: its `forward` is given the inner call and the module's inputs,
+    and returns the output.
 
-    Where the target cannot be called (a raw parameter, an attention's fused projection, a grouped convolution), the
-    core uses `merged` in its place, so a method that defines both works on every kind of module.
+    At a tensor whose module cannot be called alone (a bare parameter, a fused projection of attention, a grouped
+    convolution), the core uses `merged` instead. So a method that defines both works on every kind of module.
     """
 
     input_dropout: float = 0.0
     """Probability with which inputs of a low-rank update are dropped in training."""
 
     def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Act around `call`, which takes the site's own inputs and gives its output: a tensor ``[..., out]`` of a
-        linear layer, ``[batch, out, *positions]`` of a convolution, a tuple of some attentions (see `on_first`). The
-        result has the same shapes and dtypes.
+        """Returns the output of the module with the operator's change, in the shapes and dtypes of `call`.
+
+        Args:
+            call: runs the wrapped module on given inputs. It returns a tensor ``[..., out]`` (linear layers), a tensor
+                ``[batch, out, *positions]`` (convolutions) or a tuple (some attentions, see `on_first`).
+            args: the module's inputs by position.
+            kwargs: its inputs by name.
 
         Raises:
             MissingContext, SequenceError, ConfigError: this call lacks arguments that the operator needs, or has
@@ -195,8 +198,8 @@ class Operator(_Base):
         raise NotImplementedError
 
     def at(self, form: str, module: nn.Module) -> Callable[..., Any]:
-        """Returns the callable that acts around a module: by default the operator itself. An operator at several
-        modules tells them apart by the form of the site (and reads what it needs of the module, but never keeps it)."""
+        """Returns the callable that wraps a module: by default the operator itself. An operator of several modules may
+        return another one for each form of site. It may read the module here, and must not keep it."""
         return self
 
 
@@ -205,9 +208,9 @@ Mine = Callable[[Tensor], Tensor | None]
 
 
 class InputOperator(Operator):
-    """Changes the arguments of a module, row by row, and nothing else of it.
+    """Changes the arguments of a module for each row, and nothing else.
 
-    The rows of a route then go through the module together, each with the arguments that its own adapter gives it.
+    In a route the module runs once for all rows, each row with the arguments of its own adapter.
     """
 
     def __init__(self, site: Site) -> None:
@@ -215,8 +218,7 @@ class InputOperator(Operator):
         self._names = site.arguments
 
     def arguments(self, given: dict[str, Any], mine: Mine) -> dict[str, Any]:
-        """Returns the arguments for the module: `given`, which it gets by name, changed for the rows that are `mine`.
-        Those of all other rows mean the same as before.
+        """Returns the module's arguments by name: `given`, changed in the rows of the adapter alone.
 
         Raises:
             MissingContext, SequenceError, ConfigError: as `Operator.forward`.
@@ -226,8 +228,8 @@ class InputOperator(Operator):
     def change(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], mine: Mine
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Returns the changed arguments of a call: by position what was given by position, since operators that stand
-        around the module take it so, and by name what was given by name or is new."""
+        """Returns the changed arguments of a call: by position those that were given by position, as the operators that
+        wrap the module expect, and the others by name."""
         names = self._names[: len(args)]
         changed = self.arguments({**dict(zip(names, args, strict=False)), **kwargs}, mine)
         first = []

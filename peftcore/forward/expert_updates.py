@@ -1,9 +1,9 @@
-"""Lazy weights: a weight and its low-rank updates, without their sum, for a module that reads the weight.
+"""Lazy weights: stand in for W + BA without materializing it, in modules that read `weight` themselves.
 
-Experts are stacked parameters, and no layers around which an update could act. But a module only multiplies by such a
-weight, or picks the matrix of an expert. So in training it reads a lazy weight: a product with it is one with the
-weight and two with the factors. No effective weight is computed, and no gradient of its size. Any other operation gets
-the effective tensor, computed then.
+Experts are stacked parameters and not layers, so no update can wrap their forward. But a module only multiplies by such
+a weight, or selects the matrix of one expert. In training it reads a lazy weight: a product with W + BA is computed as
+one product with W and two with the factors. Neither an effective weight nor a gradient of its size is made. Any other
+operation computes the effective tensor first.
 """
 
 from __future__ import annotations

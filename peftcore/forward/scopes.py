@@ -1,8 +1,8 @@
-"""For whom a choice holds, and until when: for everybody or for one thread or task, until a block or a call ends.
+"""Scopes of a choice: which threads or asyncio tasks see the active adapters, and when that ends.
 
-What one thread or task chose for itself lies in a context variable, as an immutable stack for each model. So a task
-begins with what held where it was started, a new thread begins with nothing, and with a thread or task its choices are
-gone.
+The choices of one thread or task are kept in a context variable, as an immutable stack for each model. So a task
+inherits the choices of the code that started it, a new thread inherits none, and choices are freed with their thread or
+task.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""The values of another adapter in the place of one's own: the tensors stay the same objects, of the same shapes, so
-that nothing is planned, traced or compiled again."""
+"""Hot swap: copies another adapter's values into the installed tensors, which stay the same objects with the same
+shapes, so plans and compiled graphs stay valid."""
 
 from __future__ import annotations
 
