@@ -33,8 +33,8 @@ NAMED = 8
 def record_of(injection: Injection) -> dict[str, Any]:
     """Returns what decides how an adapter trains on, as plain data: method, options, target modules, what trains along,
     dtype, and a sample of the weights of its base."""
-    envelope = envelope_of(injection).model_dump(mode="json")
-    return {"adapter": envelope, "base": base_sample(injection.sites)}
+    envelope = envelope_of(injection).model_dump(mode="json", exclude_defaults=True)
+    return {"adapter": envelope, "base": base_sample(_read_sites(injection))}
 
 
 def check_record(held: Mapping[str, Any], injection: Injection, where: object) -> None:
@@ -49,7 +49,7 @@ def check_record(held: Mapping[str, Any], injection: Injection, where: object) -
     if envelope.method == mine.method:
         theirs = options_of(type(injection.method), envelope).model_dump(mode="json")
         lines += differences(theirs, mine.model_dump(mode="json")["config"])
-    elsewhere, here = _other_places(envelope, mine), base_sample(injection.sites)
+    elsewhere, here = _other_places(envelope, mine), base_sample(_read_sites(injection))
     lines += elsewhere
     if not elsewhere and held["base"] is not None and here is not None and held["base"] != here:
         lines.append("the weights of the base have other values, or another dtype")
@@ -92,6 +92,11 @@ def base_sample(sites: Iterable[Site]) -> str | None:
         taken = flat[places.to(flat.device)].cpu().contiguous().view(torch.uint8)
         digest.update(f"{path} {tuple(value.shape)} {value.dtype}".encode() + taken.numpy().tobytes())
     return digest.hexdigest() if found else None
+
+
+def _read_sites(injection: Injection) -> list[Site]:
+    """Returns the sites at which the adapter reads the base, and has no value of its own in the place of the base's."""
+    return [graft.site for graft in injection.grafts if not graft.trained_along]
 
 
 def _plain(envelope: Envelope) -> dict[str, Any]:
