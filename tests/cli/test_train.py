@@ -94,7 +94,9 @@ def test_what_is_wrong_is_named_and_nothing_is_written(tweets: Any, changes: lis
 def test_a_folder_holds_one_run(tweets: Any) -> None:
     trained(*tweets, "--steps", 4, "--out", "run")
     assert "--resume goes on with it" in refused(*tweets, "--out", "run")
-    assert "another training" in refused(*tweets, "--lr", "1e-4", "--out", "run", "--resume")
+    assert "training.learning_rate was 0.03 and is 0.0001" in refused(
+        *tweets, "--lr", "1e-4", "--out", "run", "--resume"
+    )
 
 
 KILLED = """
@@ -417,8 +419,8 @@ def test_a_run_gets_longer(tweets: Any) -> None:
     options = (*tweets, "--out", "run", "--set", "training.evaluate_every=2")
     trained(*options, "--steps", 4)
     first = json.loads(Path("run/metrics.json").read_text(encoding="utf-8"))
-    assert "another training" in refused(*options, "--steps", 2, "--resume")
-    assert "another training" in refused(*options, "--steps", 6, "--lr", "1e-4", "--resume")
+    assert "training.steps was 4 and is 2" in refused(*options, "--steps", 2, "--resume")
+    assert "training.learning_rate was" in refused(*options, "--steps", 6, "--lr", "1e-4", "--resume")
     outcome = json.loads(trained(*options, "--steps", 8, "--resume", "--json"))
     assert [step for step, _ in outcome["curve"]] == [0, 2, 4, 6, 8]
     assert outcome["before"] == first["before"] and outcome["losses"][:2] == first["losses"]
