@@ -39,8 +39,8 @@ class TextClassification(Task[TextData]):
         text = choose_column(found.train.column_names, data.text, TEXT_NAMES, "text", data.train)
         label = choose_column(found.train.column_names, data.label, LABEL_NAMES, "label", data.train)
         kept = [_complete(part, text, label) for part in (found.train, found.held_out)]
-        examples = [_examples(part, text, label) for part in kept]
-        task = make_task(data.train, *examples, learned(run))
+        examples, scored = (_examples(part, text, label) for part in kept)
+        task = make_task(data.train, examples, scored, learned(run))
         tokenizer = load_tokenizer(run.model)
         parts = (task.train, task.held_out)
         train, held_out = (
