@@ -7,6 +7,7 @@ order of reading:
 
 - `errors`: input that cannot be used.
 - `packages`: which Python packages are installed.
+- `digests`: digests of what is read from files.
 - `numbers`: numbers as people read them.
 - `quiet`: other libraries say nothing.
 - `data`: examples from files, folders and datasets.

@@ -70,6 +70,9 @@ class Envelope(BaseModel):
     exclude: Any = None
     train: tuple[str, ...] = ()
     """Paths of modules and parameters that were trained along."""
+    classes: tuple[str, ...] = ()
+    """Names of the classes of the host's head, in the order of their numbers, where something was trained along and the
+    host's config names them."""
     rows: dict[str, tuple[NonNegativeInt, NonNegativeInt]] = {}
     """The first and the end of the rows of token tables that its base lacks, by path of the table: the file has them,
     though they did not train."""
@@ -141,6 +144,7 @@ def envelope_of(injection: Injection, weights: bool = False, rows: Mapping[str, 
         target=spelled(wishes.target),
         exclude=spelled(wishes.exclude),
         train=injection.trained_along,
+        classes=class_names(model) if injection.trained_along else (),
         rows=dict(rows),
         dtype=str(wishes.dtype).removeprefix("torch."),
         host=f"{cls.__module__}.{cls.__qualname__}",
@@ -156,6 +160,15 @@ def base_name(model: nn.Module) -> str | None:
     config = vars(model).get("config") or vars(model).get("_internal_dict")
     name = getattr(config, "_name_or_path", None) or (config.get("_name_or_path") if isinstance(config, dict) else None)
     return str(name) if name else None
+
+
+def class_names(model: nn.Module) -> tuple[str, ...]:
+    """Returns the names of the classes that a model tells apart, in the order of their numbers, as the config of a
+    model of transformers has them; empty where it has none, or transformers' own (``LABEL_0``)."""
+    names = getattr(vars(model).get("config"), "id2label", None)
+    if not isinstance(names, dict) or all(str(name) == f"LABEL_{number}" for number, name in names.items()):
+        return ()
+    return tuple(str(names[number]) for number in sorted(names, key=int))
 
 
 def base_revision(model: nn.Module) -> str | None:

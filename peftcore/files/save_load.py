@@ -32,8 +32,9 @@ from peftcore.errors import (
     TargetError,
     UnsupportedHost,
     UnsupportedSite,
+    shown,
 )
-from peftcore.files.envelope import Envelope, method_of, mismatched, options_of, weights_digest
+from peftcore.files.envelope import Envelope, class_names, method_of, mismatched, options_of, weights_digest
 from peftcore.files.formats.card import CARD, Metrics, card, is_ours, metric_rows
 from peftcore.files.formats.description import Description
 from peftcore.files.formats.format import PICKLES, Made, Placed, Tensors, format_named, recognize
@@ -310,6 +311,7 @@ def _read(
             where = f" (it was made on {envelope.host})" if envelope.host else ""
             raise HostMismatch(f"the adapter does not fit this base{where}: {error}") from None
         _check_host(envelope, rehearsal)
+        _tell_other_classes(envelope, model)
         tensors = content.tensors(rehearsal, strict)
         _check_memory(rehearsal, tensors)
         _check_values(rehearsal, tensors)
@@ -387,6 +389,16 @@ def _check_host(envelope: Envelope, surgeon: Surgeon) -> None:
         raise HostMismatch(f"{made}: {'; '.join(wrong[:8])}")
     if envelope.weights is not None and envelope.weights != weights_digest(graft.site for graft in surgeon.grafts):
         raise HostMismatch(f"{made}: the base has other weights at its sites")
+
+
+def _tell_other_classes(envelope: Envelope, model: nn.Module) -> None:
+    names = class_names(model)
+    if envelope.classes and names and names != envelope.classes:
+        logger.warning(
+            "the adapter was trained with a head for the classes %s, in this order; the config of the model names %s",
+            shown(list(envelope.classes)),
+            shown(list(names)),
+        )
 
 
 def _check_values(surgeon: Surgeon, tensors: Mapping[str, Tensor]) -> None:

@@ -2,7 +2,8 @@
 what its optimizer, its schedule and its method remember: tensors as safetensors, the rest as JSON.
 
 A checkpoint is a folder that gets its name when it is whole, and an older one goes after that: a training that is
-killed finds one or the other.
+killed finds one or the other. The folder in which checkpoints lie belongs to one training, whose identity it holds:
+whoever has another one neither writes there nor removes anything.
 """
 
 from __future__ import annotations
@@ -10,14 +11,14 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from peftcore.errors import CheckpointError, TrainingError
+from peftcore.errors import CheckpointError, PeftcoreError, TrainingError
 from peftcore.files.formats.native import TENSORS
 from peftcore.files.safe_io import TensorFile, read_json, write_tensors, write_text
 from peftcore.files.save_load import fill
@@ -27,45 +28,106 @@ from peftcore.layers.fsdp import gathered, in_group, is_sharded
 STATE, STATE_TENSORS = "training.json", "training.safetensors"
 _TENSOR, _TUPLE, _PAIRS, _FLOAT = "tensor", "tuple", "pairs", "float"
 STEP = "step-"
-PARTIAL = ".partial"
+PARTIAL, BEFORE = ".partial", ".before"
+"""Endings of the name of a checkpoint that is being written, and of one whose place a newer one of its step takes."""
+OWNER = "owner.json"
+"""The file that says to which training a folder belongs."""
 
 
 def newest(folder: Path) -> Path | None:
     """Returns the last checkpoint in a folder; None where there is none."""
-    found = [each for each in folder.glob(f"{STEP}*") if each.name.removeprefix(STEP).isdecimal()]
-    return max(found, key=lambda each: int(each.name.removeprefix(STEP)), default=None)
+    found: dict[tuple[int, bool], Path] = {}
+    for each in folder.glob(f"{STEP}*"):
+        number = each.name.removeprefix(STEP).removesuffix(BEFORE)
+        if number.isdecimal():
+            found[int(number), each.suffix != BEFORE] = each
+    return found[max(found)] if found else None
 
 
-def write(injection: Injection, state: Mapping[str, Any], folder: Path, step: int) -> Path:
+def claim(folder: Path, training: str, takes_over: bool = False) -> None:
+    """Write into a folder that it belongs to a training. Of processes that train together all call this, and the first
+    one writes.
+
+    Args:
+        folder: where its checkpoints are to go.
+        training: the training's identity.
+        takes_over: whether it goes on with the training whose checkpoints are there. The folder is no longer that of
+            the other one then.
+
+    Raises:
+        TrainingError: the folder is that of another training; nothing was written.
+    """
+    _first_does(lambda: _claim(folder, training, takes_over))
+
+
+def _claim(folder: Path, training: str, takes_over: bool) -> None:
+    held = read_json(folder / OWNER).get("training") if (folder / OWNER).exists() else None
+    if held == training:
+        return
+    if not takes_over and (held is not None or newest(folder) is not None):
+        what = "has checkpoints of" if newest(folder) is not None else "was begun by"
+        raise TrainingError(
+            f"{folder} {what} an earlier training, or of another one that goes on: name another folder, one for each "
+            "adapter, or join(..., resume=True), which goes on with what is there"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / OWNER, json.dumps({"training": training}) + "\n")
+
+
+def _first_does(act: Callable[[], None]) -> None:
+    """Let the first of processes that train together do something; what it raises, all raise."""
+    if not in_group():
+        act()
+        return
+    told: list[BaseException | None] = [None]
+    if torch.distributed.get_rank() == 0:
+        try:
+            act()
+        except (PeftcoreError, OSError) as error:
+            told = [error]
+    torch.distributed.broadcast_object_list(told, src=0)
+    if told[0] is not None:
+        raise told[0]
+
+
+def write(injection: Injection, state: Mapping[str, Any], folder: Path, step: int, training: str) -> Path:
     """Write a checkpoint, and remove those before it; returns its folder. Of processes that train together all call
     this, and the first one writes.
 
+    Args:
+        injection: the adapter.
+        state: what is remembered beside it.
+        folder: the folder of this training, or one that is nobody's.
+        step: the step that was taken last. A checkpoint of this step that is there already is replaced.
+        training: the training's identity.
+
     Raises:
-        TrainingError: the state is no plain data.
+        TrainingError: the state is no plain data, or the folder is that of another training; nothing was written.
     """
     tensors: dict[str, Tensor] = {}
     told = json.dumps(_split(state, "state", tensors))
+    claim(folder, training)
     place = folder / f"{STEP}{step:08d}"
-    held = place.exists()
-    if in_group():
-        torch.distributed.barrier()  # all have looked before one of them writes
-    if held:  # a folder is one training's, so it has what is to be written
-        return place
     partial = place.with_name(place.name + PARTIAL)
     first = not in_group() or torch.distributed.get_rank() == 0
     if first:
         shutil.rmtree(partial, ignore_errors=True)
     if first or is_sharded(injection.model):  # to gather it takes all of them
         injection.save(partial)
-    if first:
+
+    def finish() -> None:
         write_tensors(partial / STATE_TENSORS, tensors, {})
         write_text(partial / STATE, told)
+        if place.exists():
+            before = place.with_name(place.name + BEFORE)
+            shutil.rmtree(before, ignore_errors=True)
+            place.rename(before)
         partial.rename(place)
         for each in folder.glob(f"{STEP}*"):
             if each != place:
                 shutil.rmtree(each, ignore_errors=True)
-    if in_group():
-        torch.distributed.barrier()
+
+    _first_does(finish)
     return place
 
 

@@ -108,7 +108,8 @@ class Fleet:
             optimizer: over its parameters: ``injection.optimizer(torch.optim.AdamW, lr=...)``.
             loss: from the output for its rows, and these rows of the batch (labels with them), to the mean loss over
                 them. By default what a model of transformers computes of logits and labels.
-            schedule: of its learning rate; it takes a step after each one of the optimizer.
+            schedule: of its learning rate; it takes a step after each one of the optimizer. `ReduceLROnPlateau` is told
+                the loss of the step.
             steps: how many steps of the optimizer; None: one epoch.
             clip: the largest norm of its gradients together.
             accumulate: how many batches make one step. Where the model's own loss is a mean over tokens, it is one over
@@ -116,18 +117,20 @@ class Fleet:
             seed: of what the adapter draws in training, and of the order of data that shuffles.
             stop: called with the member after each step; True ends it early. ``member.losses`` is what it goes on from
                 after a resume, too.
-            folder: where its checkpoints go: one when it is done, and those of `save_every` and `Fleet.save`.
+            folder: where its checkpoints go, which no other member has: one when it is done, and those of `save_every`
+                and `Fleet.save`.
             save_every: steps between checkpoints.
-            resume: go on from the newest checkpoint in `folder`, where there is one.
+            resume: go on from the newest checkpoint in `folder`, where there is one, also if the member had ended then:
+                with more steps, after it left, after a loss that was no number.
 
         Returns:
             The member.
 
         Raises:
             RouteError: rows of the adapter cannot be told apart; it says what to do instead.
-            TrainingError: it is frozen, the base trains too, the optimizer is not its own, or nothing says what its
-                loss is.
-            CheckpointError: the checkpoint is damaged, of another training, or there is one and `resume` is False.
+            TrainingError: it is frozen, the base trains too, the optimizer is not its own or needs more than gradients,
+                nothing says what its loss is, or the folder is another training's.
+            CheckpointError: the checkpoint is damaged, or of another training: what differs is listed.
         """
         found = self._named(injection) if isinstance(injection, str) else injection
         self._check(found)
@@ -146,14 +149,13 @@ class Fleet:
             save_every,
         )
         made.of_tokens = loss is None
-        if made.folder is not None and not resume and (held := checkpoints.newest(made.folder)) is not None:
-            raise TrainingError(
-                f"{held} is of an earlier training: resume=True goes on with it, or name another folder"
-            )
-        if resume:
-            if made.folder is None:
-                raise TrainingError(f"resume of {found.name!r} needs folder=..., where its checkpoints are")
-            made.resume()
+        if resume and made.folder is None:
+            raise TrainingError(f"resume of {found.name!r} needs folder=..., where its checkpoints are")
+        if made.folder is not None:
+            self._check_folder(made.name, made.folder)
+            if resume:
+                made.resume()
+            checkpoints.claim(made.folder, made.training, takes_over=resume)
         self._host = found.model
         self._norms = {path: each for path, each in found.model.named_modules() if isinstance(each, _BatchNorm)}
         self.members[made.name] = made
@@ -170,6 +172,14 @@ class Fleet:
         member = self.members.pop(name)
         member.end("it left")
         return member
+
+    def _check_folder(self, name: str, folder: Path) -> None:
+        for each in self.members.values():
+            if each.name != name and each.folder is not None and each.folder.resolve() == folder.resolve():
+                raise TrainingError(
+                    f"{each.name!r} has its checkpoints in {folder}, and each member has to have a folder of its own: "
+                    f"folder={str(folder / name)!r}"
+                )
 
     @property
     def active(self) -> list[Member]:
@@ -208,14 +218,21 @@ class Fleet:
     def step(self) -> list[Member]:
         """Take one step of every member that still trains, and return these members; none when all are done.
 
-        Where it raises, no member has taken its step, and the next call runs the same batches again.
+        Where the data, the model or a loss raises, no member has taken its step, and the next call runs the same
+        batches again. Where the optimizer, the method or the schedule of one member raises, that member has not taken
+        its step, and the others have. `stop` is called and checkpoints are written after all steps are taken; the first
+        error is raised at the end.
 
         Raises:
-            TrainingError: batches cannot be put together, the model computed a loss over all rows, or the base makes
-                statistics of batches.
+            TrainingError: batches cannot be put together, the model computed a loss over all rows, the base makes
+                statistics of batches, or a member was frozen since it joined.
         """
-        windows = {each: window for each in self.active if (window := each.window())}
+        active = self.active
+        for member in active:
+            member.check_trains()
+        windows = {each: window for each in active if (window := each.window())}
         if not windows:
+            self._settle(active, [])
             return []
         self._check_base()
         counts = {each: self._counts(each, window) for each, window in windows.items()}
@@ -233,19 +250,37 @@ class Fleet:
         self._reduce([*windows])
         values = numbers([sum(losses[1:], losses[0]) for losses in found.values()])
         taken = self._agreed({each: (loss, sum(counts[each])) for each, loss in zip(found, values, strict=True)})
+        errors: list[Exception] = []
         for member, (loss, tokens) in taken.items():
-            member.forwards += len(windows[member])
-            if math.isfinite(loss):
-                member.take_step(loss, tokens)
-            else:
-                member.fail(loss)
+            try:
+                if math.isfinite(loss):
+                    member.take_step(loss, tokens)
+                else:
+                    member.fail(loss)
+                member.forwards += len(windows[member])
+            except Exception as error:
+                member.zero()
+                error.add_note(f"It was raised in step {member.step + 1} of {member.name!r}, which it has not taken.")
+                errors.append(error)
+        self._settle(active, errors)
         return [*windows]
+
+    def _settle(self, members: Iterable[Member], errors: list[Exception]) -> None:
+        """Do what comes after a step, for all members, then raise the first error."""
+        for member in members:
+            try:
+                member.settle()
+            except Exception as error:
+                error.add_note(f"It was raised after step {member.step} of {member.name!r}, which it has taken.")
+                errors.append(error)
+        if errors:
+            raise errors[0]
 
     def run(self) -> list[Member]:
         """Take steps until all members are done, behind a progress bar; returns all members. One whose loss became no
         number has `failed`, and `ended` says when."""
         bar = Progress("training a fleet")
-        bar.expect(max((each.steps or 0) - each.step for each in self.active) if self.active else 0)
+        bar.expect(max((each.steps - each.step for each in self.active if each.steps is not None), default=0))
         try:
             while self.step():
                 bar.step()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
+import uuid
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.utils._pytree import tree_map_only
 
 from peftcore.errors import CheckpointError, RouteError, TrainingError
+from peftcore.files.continuing import check_record, differences, listed, record_of
 from peftcore.fleets import checkpoints
 from peftcore.fleets.feeds import Data, Feed
 from peftcore.fleets.losses import Loss
@@ -26,11 +31,12 @@ from peftcore.training.optimizer import (
     take_steps,
     transient,
     whole_state,
+    whole_step,
 )
 
 logger = logging.getLogger("peftcore")
 
-VERSION = 1
+VERSION = 2
 """The version of the state in a checkpoint."""
 
 
@@ -48,7 +54,8 @@ class Member:
         tokens: how much its losses were means over: labels that count, or rows.
         forwards: how many forwards of the base it took part in.
         done: whether it trains no more.
-        ended: why not; empty as long as it trains.
+        ended: why not; empty as long as it trains. No checkpoint has it: whether a member trains on after a resume is
+            for its steps, its data and `stop` to say.
         failed: whether that is because its loss was no number.
     """
 
@@ -74,14 +81,28 @@ class Member:
         self.feed = Feed(data, seed, once=steps is None)
         self.step = self.tokens = self.forwards = 0
         self.losses: list[float] = []
-        self.ended, self.failed = "", False
+        self.failed = False
+        self.training = uuid.uuid4().hex
+        """The identity of this training, by which folders are known to be its own."""
+        self._ended = ""
+        self._saved: int | None = None
+        """The step of its last checkpoint in its folder."""
+        self._fed = (0, 0)
+        """Epoch and position in the data after its last step."""
         self.of_tokens = False
         """Whether its loss is the model's own, a mean over tokens."""
         self._window: list[Mapping[str, Any]] = []
         self._check()
         self._stepped = [] if self._owns_steps else [*scheduled(injection)]
+        self._given = self._options()
         if isinstance(optimizer, MethodOptimizer) and optimizer.total_steps is None:
             optimizer.total_steps = steps
+
+    @property
+    def ended(self) -> str:
+        if not self._ended and self.steps is not None and self.step >= self.steps:
+            return "all steps are taken"
+        return self._ended
 
     @property
     def done(self) -> bool:
@@ -95,6 +116,21 @@ class Member:
     @property
     def _owns_steps(self) -> bool:
         return isinstance(self.optimizer, MethodOptimizer) and self.optimizer.injection is self.injection
+
+    @property
+    def _inner(self) -> Optimizer:
+        """The torch optimizer that takes the steps."""
+        return self.optimizer.inner if isinstance(self.optimizer, MethodOptimizer) else self.optimizer
+
+    def _options(self) -> dict[str, Any]:
+        """Returns what optimizer and schedule are told, as long as they have taken no step."""
+        schedule = None if self.schedule is None else {"kind": _kind(self.schedule), **self.schedule.state_dict()}
+        told: dict[str, Any] = tree_map_only(Tensor, Tensor.tolist, {"optimizer": self._groups(), "schedule": schedule})
+        return told
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """Returns the options of the optimizer's groups of parameters."""
+        return [{key: each for key, each in group.items() if key != "params"} for group in self.optimizer.param_groups]
 
     def parameters(self) -> list[nn.Parameter]:
         """Returns the parameters that its optimizer trains."""
@@ -127,6 +163,7 @@ class Member:
                 f"and has {len(given)}, {len(given & trained)} of them: injection.optimizer(torch.optim.AdamW, lr=...) "
                 "makes one, after the model was wrapped or sharded"
             )
+        self._check_arguments()
         if gradient_rules(injection) and not self._owns_steps:
             raise TrainingError(
                 f"{name!r} has a rule for gradients that this optimizer does not know: "
@@ -142,6 +179,44 @@ class Member:
             raise TrainingError(f"clip={self.clip} of {name!r}: has to be above 0, the largest norm of all gradients")
         if self.save_every is not None and self.folder is None:
             raise TrainingError(f"save_every of {name!r} needs folder=..., where checkpoints go")
+
+    def _check_arguments(self) -> None:
+        """Check that optimizer and schedule can take a step with what a fleet has for them.
+
+        Raises:
+            TrainingError: they need more, or the schedule is another optimizer's.
+        """
+        if _needs_arguments(self._inner):
+            raise TrainingError(
+                f"{type(self._inner).__name__} of {self.name!r} computes the loss several times in one step, and a "
+                "fleet computes it once for all members: take an optimizer that needs gradients alone, such as "
+                "torch.optim.AdamW, or train the adapter by itself, in a loop"
+            )
+        schedule = self.schedule
+        if schedule is None:
+            return
+        if not isinstance(schedule, ReduceLROnPlateau) and _needs_arguments(schedule):
+            raise TrainingError(
+                f"{type(schedule).__name__}.step of {self.name!r} has to be told something, and a fleet calls "
+                "schedule.step() (ReduceLROnPlateau.step(loss), with the loss of the step): give the argument a default"
+            )
+        if isinstance(schedule, LRScheduler) and schedule.optimizer not in (self.optimizer, self._inner):
+            raise TrainingError(
+                f"the schedule of {self.name!r} changes another optimizer's learning rates: make it of the optimizer "
+                "that joins"
+            )
+
+    def check_trains(self) -> None:
+        """Check that something of it still trains.
+
+        Raises:
+            TrainingError: it was frozen since it joined.
+        """
+        if not any(each.requires_grad for each in self.parameters()):
+            raise TrainingError(
+                f"{self.name!r} was frozen since it joined, so that its steps would train nothing: "
+                f"injection.trainable(True), or let it go, fleet.leave({self.name!r})"
+            )
 
     def window(self) -> list[Mapping[str, Any]]:
         """Returns the batches of its next step: those of the step that failed, if one did; none when it is done."""
@@ -166,23 +241,38 @@ class Member:
         self.optimizer.zero_grad(set_to_none=True)
 
     def take_step(self, loss: float, tokens: int) -> None:
-        """Clip the gradients that are there, and take a step of the optimizer, the method and the schedule."""
-        if self.clip is not None:
-            clip_gradients(self.parameters(), self.clip)
-        self.optimizer.step()
+        """Clip the gradients that are there, and take a step of the optimizer, the method and the schedule; where one
+        of them raises, none has taken it."""
+        with whole_step(self.injection, self.optimizer, self.schedule):
+            if self.clip is not None:
+                clip_gradients(self.parameters(), self.clip)
+            self.optimizer.step()
+            if self._stepped:
+                assert self.steps is not None
+                take_steps(self._stepped, self.step + 1, self.steps)
+            self._step_schedule(loss)
         self.step += 1
-        if self._stepped:
-            assert self.steps is not None
-            take_steps(self._stepped, self.step, self.steps)
-        if self.schedule is not None:
+        self.losses.append(loss)
+        self.tokens += tokens
+        self._fed = self.feed.epoch, self.feed.position
+        self._window = []
+        self.zero()
+
+    def _step_schedule(self, loss: float) -> None:
+        if isinstance(self.schedule, ReduceLROnPlateau):
+            self.schedule.step(loss)
+        elif self.schedule is not None:
             self.schedule.step()
-        self._count(loss, tokens)
-        if self.steps is not None and self.step >= self.steps:
-            self._end("all steps are taken")
-        elif self.stop is not None and self.stop(self):
-            self._end("stopped early")
-        if self.folder is not None and (self.done or (self.save_every and self.step % self.save_every == 0)):
-            self.save()
+
+    def settle(self) -> None:
+        """Do what comes after a step: ask whether to stop, and write a checkpoint where it is time to."""
+        try:
+            if not self.done and self.stop is not None and self.stop(self):
+                self._end("stopped early")
+        finally:
+            due = self.done or (self.save_every is not None and self.step % self.save_every == 0)
+            if self.folder is not None and due and self._saved != self.step:
+                self.save()
 
     def fail(self, loss: float) -> None:
         """End it, since its loss is no number: it keeps the values of the step before."""
@@ -195,14 +285,8 @@ class Member:
         )
         logger.warning("%r in a fleet: %s", self.name, self.ended)
 
-    def _count(self, loss: float, tokens: int) -> None:
-        self.losses.append(loss)
-        self.tokens += tokens
-        self._window = []
-        self.zero()
-
     def _end(self, why: str) -> None:
-        self.ended = why
+        self._ended = why
 
     def end(self, why: str) -> None:
         """End it between two steps."""
@@ -227,57 +311,98 @@ class Member:
         if place is None:
             raise TrainingError(f"{self.name!r} has no folder: join(..., folder=...), or save(folder)")
         with whole_state(self.optimizer):
-            optimizer = self.optimizer.state_dict()
             state = {
                 "version": VERSION,
-                "method": self.injection.method.name,
-                "seed": self.seed,
+                "adapter": record_of(self.injection),
+                "training": self._decides(),
+                "given": self._given,
                 "step": self.step,
                 "tokens": self.tokens,
                 "forwards": self.forwards,
                 "losses": self.losses,
-                "ended": self.ended,
-                "failed": self.failed,
-                "epoch": self.feed.epoch,
-                "position": self.feed.position,
-                "optimizer": optimizer,
+                "fed": self._fed,
+                "optimizer": self.optimizer.state_dict(),
                 "schedule": None if self.schedule is None else self.schedule.state_dict(),
                 "buffers": dict(transient(self.injection)),
             }
-            return checkpoints.write(self.injection, state, place, self.step)
+            written = checkpoints.write(self.injection, state, place, self.step, self.training)
+        if place == self.folder:
+            self._saved = self.step
+        return written
+
+    def _decides(self) -> dict[str, Any]:
+        """Returns what has to be the same when the training goes on, beside the adapter."""
+        told = self.optimizer.total_steps if isinstance(self.optimizer, MethodOptimizer) else self.steps
+        follows = any(True for _ in scheduled(self.injection))
+        total = told if follows else None  # a schedule of the method is one over all steps
+        return {"seed": self.seed, "optimizer": _kind(self._inner), "steps of the method's schedule": total}
 
     def resume(self) -> None:
         """Go on from the newest checkpoint in the folder; where there is none, nothing changes.
 
+        What the adapter, the optimizer and the schedule remember comes from the checkpoint. What they are told (steps,
+        learning rates, the length of the schedule) is what they are told now: a schedule with other options is taken
+        through the steps that there were.
+
         Raises:
-            CheckpointError: it is damaged, or one of another adapter, optimizer or seed; nothing was changed.
+            CheckpointError: it is damaged, or one of another adapter, base, optimizer or seed; nothing was changed.
         """
         place = None if self.folder is None else checkpoints.newest(self.folder)
         if place is None:
             return
         state = checkpoints.read(place)
-        told = (state.get("version"), state.get("method"), state.get("seed"))
-        wanted = (VERSION, self.injection.method.name, self.seed)
-        if told != wanted:
-            raise CheckpointError(f"{place} is of another training: version, method, seed are {told}, and not {wanted}")
-        if (state["schedule"] is None) != (self.schedule is None):
-            raise CheckpointError(f"{place} was written with {'no' if self.schedule else 'a'} schedule; do as then")
+        if state.get("version") != VERSION:
+            raise CheckpointError(
+                f"{place} is not of this version of fleets: begin a new training from its values, "
+                f"peftcore.load(model, {str(place)!r}, trainable=True)"
+            )
+        check_record(state["adapter"], self.injection, place)
+        if other := differences(state["training"], self._decides()):
+            raise CheckpointError(
+                f"{place} is of another training: {listed(other)}; join as then, or begin a new training from its "
+                f"values, peftcore.load(model, {str(place)!r}, trainable=True)"
+            )
         values, buffers = checkpoints.values_of(self.injection, place), dict(transient(self.injection))
         if buffers.keys() != state["buffers"].keys():
             raise CheckpointError(f"{place} lacks the state of the method between steps; apply it as it was then")
-        self.feed.go_to(state["epoch"], state["position"])
+        self.feed.go_to(*state["fed"])
+        changed = differences(state["given"], self._given)
+        options = self._options_after(state["losses"], place) if changed else []
         try:
             self.optimizer.load_state_dict(state["optimizer"])
         except (ValueError, KeyError) as error:
             raise CheckpointError(f"{place} was written with another optimizer: {error}") from None
         cut_state(self.optimizer)
-        if self.schedule is not None:
+        if changed:
+            logger.warning("%r in a fleet goes on with other options: %s", self.name, listed(changed))
+            for group, told in zip(self.optimizer.param_groups, options, strict=True):
+                group.update(told)
+        elif self.schedule is not None:
             self.schedule.load_state_dict(state["schedule"])
         checkpoints.put(self.injection, values)
         for name, buffer in buffers.items():
             buffer.copy_(state["buffers"][name])
         self.step, self.tokens, self.forwards = state["step"], state["tokens"], state["forwards"]
-        self.losses, self.ended, self.failed = list(state["losses"]), state["ended"], state["failed"]
+        self.losses, self._fed, self._saved = list(state["losses"]), state["fed"], self.step
+        if self.step and self.stop is not None and self.stop(self):
+            self._end("stopped early")
+
+    def _options_after(self, losses: list[float], place: Path) -> list[dict[str, Any]]:
+        """Take the schedule through the steps that there were; returns the options of the optimizer's groups then.
+
+        Raises:
+            CheckpointError: it has fewer steps.
+        """
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # torch misses the optimizer's steps
+                for loss in losses:
+                    self._step_schedule(loss)
+        except Exception as error:
+            raise CheckpointError(
+                f"the schedule cannot take the {len(losses)} steps that {place} has taken: {error}"
+            ) from error
+        return self._groups()
 
     def __repr__(self) -> str:
         of = "" if self.steps is None else f" of {self.steps}"
@@ -298,3 +423,18 @@ def clip_gradients(parameters: list[nn.Parameter], largest: float) -> Tensor:
     for each in gradients:
         each.mul_(factor.to(each.device, each.dtype))
     return total
+
+
+def _kind(what: object) -> str:
+    """Returns the name of an object's class, by which a checkpoint tells of which kind it was."""
+    return f"{type(what).__module__}.{type(what).__qualname__}"
+
+
+def _needs_arguments(stepping: Any) -> bool:
+    """Whether an optimizer or a schedule cannot take a step without being told something."""
+    step = type(stepping).step  # torch replaces the one of an optimizer that has a schedule
+    try:
+        inspect.signature(step).bind(stepping)
+    except TypeError:
+        return True
+    return False

@@ -29,10 +29,13 @@ from peftcore.injection.injection import Injection
 from peftcore.layers.fsdp import is_sharded
 from peftcore.trainers.beside import of_run, read_beside, save_beside
 from peftcore.trainers.checkpoints import (
+    STATE,
     Held,
+    check_records,
     digest,
     frozen_keys,
     keys_of,
+    records,
     save_adapters,
     save_for_trainer,
     state_between_steps,
@@ -101,7 +104,8 @@ class PeftcoreCallback(transformers.TrainerCallback):
         """Find the frozen parameters, and check that all that trains follows the methods' rules.
 
         Raises:
-            TrainingError: it does not, nothing trains, or the checkpoint is not one of these adapters.
+            CheckpointError: the checkpoint was written of an adapter with other options, or of another base.
+            TrainingError: what trains does not follow them, nothing trains, or the checkpoint lacks tensors.
         """
         model, optimizer = kwargs["model"], _inside(kwargs["optimizer"])
         self._disarm()
@@ -114,8 +118,11 @@ class PeftcoreCallback(transformers.TrainerCallback):
         self._frozen, self._stepped, self._state = frozen_keys(model), [], state
         self._told = tell_run(model, self)
         self._own = optimizer.injection if isinstance(optimizer, MethodOptimizer) else None
+        held = state.stateful_callbacks  # the Trainer writes it into its checkpoints, and reads it back from them
         if state.global_step:
+            check_records(model, held.get(STATE, {}), "the checkpoint")
             self._check_read(model, lambda: of_run(args, state, optimizer))
+        held[STATE] = records(model)
         self._training = training(model)
         for injection in self._training:
             if injection is not self._own:

@@ -16,6 +16,7 @@ import transformers
 from torch import Tensor, nn
 
 from peftcore.errors import ExportError
+from peftcore.files.continuing import check_record, record_of
 from peftcore.forward.host_state import injections
 from peftcore.forward.save_pretrained import SavesBase, check_saves, saving_base
 from peftcore.injection.injection import Injection
@@ -77,6 +78,30 @@ def state_between_steps(model: nn.Module) -> list[Held]:
         for name, buffer in transient(injection)
         if not buffer.is_meta
     ]
+
+
+def records(model: nn.Module) -> dict[str, Any]:
+    """Returns a record of each adapter that trains, by its path and name: what a training that goes on is held
+    against."""
+    found = ((path, injection) for path, module in model.named_modules() for injection in injections(module).values())
+    wanted = {id(injection) for injection in training(model)}
+    return {_place(path, each): record_of(each) for path, each in found if id(each) in wanted}
+
+
+def check_records(model: nn.Module, held: Mapping[str, Any], where: object) -> None:
+    """Check that the adapters of a model are those of which a checkpoint has the records.
+
+    Raises:
+        CheckpointError: one is another one, listing what differs.
+    """
+    for path, module in model.named_modules():
+        for injection in injections(module).values():
+            if (record := held.get(_place(path, injection))) is not None:
+                check_record(record, injection, where)
+
+
+def _place(path: str, injection: Injection) -> str:
+    return ".".join(filter(None, (path, injection.name)))
 
 
 def digest(tensor: Tensor) -> bytes:

@@ -8,24 +8,27 @@ class Mine(PeftcoreTrainer, trl.SFTTrainer): ...
 from __future__ import annotations
 
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers.trainer import TRAINER_STATE_NAME
 
 from peftcore.forward.own_losses import share_of_step
 from peftcore.forward.save_pretrained import saving_base
 from peftcore.layers.fsdp import is_sharded
 from peftcore.trainers.callback import PeftcoreCallback
-from peftcore.trainers.checkpoints import save_adapters, within
+from peftcore.trainers.checkpoints import STATE, check_records, save_adapters, within
 
 
 class PeftcoreTrainer(transformers.Trainer):
-    """The Trainer with `PeftcoreCallback`, and with two things that a callback cannot do:
+    """The Trainer with `PeftcoreCallback`, and with three things that a callback cannot do:
 
     * Losses of methods (adalora, hra, adapter_fusion) are in the Trainer's, also where the model returns none: with
       label smoothing, a ``compute_loss_func``, ``return_dict=False``, an adapted model inside of another one.
+    * A checkpoint of an adapter with other options, or of another base, is refused before anything of it is read.
     * Models that are not of transformers are saved as those are: the base, and the adapter beside it.
 
     For subclasses of the Trainer it is the first base class. Arguments are the Trainer's.
@@ -56,6 +59,13 @@ class PeftcoreTrainer(transformers.Trainer):
             return found
         own = own * self._scale(before, "labels" in inputs, num_items_in_batch)
         return (found[0] + own, *found[1:]) if isinstance(found, tuple) else found + own
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        file = Path(resume_from_checkpoint, TRAINER_STATE_NAME)
+        if file.exists():
+            held = transformers.TrainerState.load_from_json(str(file)).stateful_callbacks or {}
+            check_records(self._adapted, held.get(STATE, {}), resume_from_checkpoint)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     @property
     def _adapted(self) -> nn.Module:

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils._pytree import tree_map
 
 from peftcore.errors import TrainingError
 from peftcore.layers.fsdp import gathered, stand_ins_for, standing
@@ -304,6 +306,56 @@ def take_steps(family: Iterable[AppliedMethod], step: int, total: int) -> None:
 def scheduled(injection: Injection) -> Iterator[AppliedMethod]:
     """Returns the methods with a schedule: the injection or, of a hybrid, parts of it."""
     return (each for each in injection.family() if each.method.follows_steps(each.config))
+
+
+@contextmanager
+def whole_step(injection: Injection, optimizer: Optimizer, schedule: LRScheduler | None) -> Iterator[None]:
+    """Context manager for one step of an adapter's optimizer, method and schedule, which is taken whole or not at all:
+    where it raises, the adapter's values and all that is remembered between steps are as they were before it."""
+    rules = optimizer.rules if isinstance(optimizer, MethodOptimizer) else []
+    states = [optimizer.state, *(rule.state for rule in rules)]
+    remembered = [{key: dict(held) for key, held in each.items()} for each in states]
+    tensors = _changing(injection, optimizer)
+    tensors += [each for state in remembered for held in state.values() for each in held.values() if _is_tensor(each)]
+    values = [each.detach().clone() for each in tensors]
+    groups = [dict(group) for group in optimizer.param_groups]
+    rates = None if schedule is None else tree_map(_kept, schedule.state_dict())
+    taken = [(each, each.steps_taken) for each in injection.family()]
+    steps = optimizer.steps if isinstance(optimizer, MethodOptimizer) else 0
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for tensor, value in zip(tensors, values, strict=True):
+                tensor.copy_(value)
+        for state, before in zip(states, remembered, strict=True):
+            state.clear()
+            state.update(before)
+        if schedule is not None and rates is not None:
+            schedule.load_state_dict(rates)
+        for group, options in zip(optimizer.param_groups, groups, strict=True):
+            group.clear()
+            group.update(options)
+        for applied, count in taken:
+            applied.steps_taken = count
+        if isinstance(optimizer, MethodOptimizer):
+            optimizer.steps = steps
+        raise
+
+
+def _changing(injection: Injection, optimizer: Optimizer) -> list[Tensor]:
+    """Returns the tensors of an adapter that a step may write to, each once."""
+    found: list[Tensor] = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    found += [*injection.parameters(), *(each for _, module in injection.modules() for each in module.buffers())]
+    return [*{id(each): each for each in found if not each.is_meta}.values()]
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor)
+
+
+def _kept(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 @contextmanager

@@ -214,6 +214,39 @@ def test_a_class_that_is_none(masked: Path, tmp_path: Path) -> None:
     assert result.exit_code == 2 and "a mask has the class 2, and there are 2" in " ".join(result.stderr.split())
 
 
+def goes_on(*arguments: object) -> str:
+    """What is said to a run that goes on from an adapter."""
+    shutil.rmtree("second", ignore_errors=True)
+    command = ("train", "--adapter", "first/adapter", "--steps", 1, "--out", "second", *arguments)
+    result = CliRunner().invoke(app, [*map(str, command)])
+    return " ".join(result.stderr.split()) if result.exit_code == 2 else f"code {result.exit_code}"
+
+
+def test_a_head_for_tags_is_gone_on_from_by_their_names(encoder: Path, tagged: Path) -> None:
+    options = ("--model", encoder, "--task", "token-classification", "--data", tagged)
+    trained(*options, "--steps", 1, "--out", "first")
+    tagged.write_text(tagged.read_text(encoding="utf-8").replace("SAID", "TOLD"), encoding="utf-8")
+    assert "has a head for 2 classes, 'O', 'SAID', and these are others: it lacks 'TOLD'" in goes_on(*options)
+
+
+def test_a_head_for_pictures_is_gone_on_from_by_their_classes(vit: Path, pictures: Path) -> None:
+    options = ("--model", vit, "--task", "image-classification", "--data", pictures)
+    trained(*options, "--steps", 1, "--out", "first")
+    assert goes_on(*options) == "code 0"
+    (pictures / "zero").rename(pictures / "nought")
+    assert "it lacks 'nought' and no row is 'zero'" in goes_on(*options)
+
+
+def test_a_head_for_pixels_is_gone_on_from_by_their_classes(masked: Path, tmp_path: Path) -> None:
+    """Numbers in masks are not renamed, so that another order is another head."""
+    options = ("--model", segformer(tmp_path / "model"), "--task", "segmentation", "--data", masked)
+    named = "--set", 'data.classes=["paper", "zero", "one"]'
+    trained(*options, *named, "--steps", 1, "--out", "first")
+    assert goes_on(*options, *named) == "code 0"
+    other = goes_on(*options, "--set", 'data.classes=["paper", "one", "zero"]')
+    assert "for the classes paper, zero, one, in this order" in other and "stand for paper, one, zero" in other
+
+
 @pytest.fixture
 def painter(tmp_path: Path) -> Path:
     pytest.importorskip("diffusers")

@@ -1,5 +1,6 @@
 """``peftcore train``: from a model and a file to an adapter, resumed to the bit, ended clearly."""
 
+import csv
 import importlib.util
 import json
 import re
@@ -22,6 +23,7 @@ from peftcore.cli.commands import app
 from peftcore.comparing.numbers import size
 from peftcore.comparing.runs.folder import COMPLETE
 from peftcore.comparing.training import train as job
+from peftcore.files.save_load import describe
 
 
 def trained(*arguments: object) -> str:
@@ -94,12 +96,15 @@ def test_what_is_wrong_is_named_and_nothing_is_written(tweets: Any, changes: lis
 def test_a_folder_holds_one_run(tweets: Any) -> None:
     trained(*tweets, "--steps", 4, "--out", "run")
     assert "--resume goes on with it" in refused(*tweets, "--out", "run")
-    assert "another training" in refused(*tweets, "--lr", "1e-4", "--out", "run", "--resume")
+    assert "training.learning_rate was 0.03 and is 0.0001" in refused(
+        *tweets, "--lr", "1e-4", "--out", "run", "--resume"
+    )
 
 
 KILLED = """
 import os, signal, sys
 from peftcore.comparing.training import train as job
+from peftcore.files.save_load import describe
 end = job.Watch.on_step_end
 def killed(self, args, state, control, **kwargs):
     end(self, args, state, control, **kwargs)
@@ -417,8 +422,8 @@ def test_a_run_gets_longer(tweets: Any) -> None:
     options = (*tweets, "--out", "run", "--set", "training.evaluate_every=2")
     trained(*options, "--steps", 4)
     first = json.loads(Path("run/metrics.json").read_text(encoding="utf-8"))
-    assert "another training" in refused(*options, "--steps", 2, "--resume")
-    assert "another training" in refused(*options, "--steps", 6, "--lr", "1e-4", "--resume")
+    assert "training.steps was 4 and is 2" in refused(*options, "--steps", 2, "--resume")
+    assert "training.learning_rate was" in refused(*options, "--steps", 6, "--lr", "1e-4", "--resume")
     outcome = json.loads(trained(*options, "--steps", 8, "--resume", "--json"))
     assert [step for step, _ in outcome["curve"]] == [0, 2, 4, 6, 8]
     assert outcome["before"] == first["before"] and outcome["losses"][:2] == first["losses"]
@@ -448,6 +453,47 @@ def test_an_adapter_is_gone_on_from(encoder: Path, csv_file: Path, tweets: Any) 
     assert "leave out the method" in refused(*data, "--method", "lora", "--rank", 8, "--out", "third")
     assert "leave out the method" in refused(*data, "--method", "ia3", "--out", "third")
     assert "nothing" in refused(*data[:-1], "nothing", "--out", "third")
+
+
+def relabelled(csv_file: Path, name: str, **names: str) -> Path:
+    """The same rows, whose classes are called otherwise."""
+    table = csv_file.read_text(encoding="utf-8")
+    lines = [line.rsplit(",", 1) for line in table.splitlines()[1:]]
+    text = "\n".join([table.splitlines()[0], *(f"{text},{names[label]}" for text, label in lines)])
+    Path(name).write_text(text + "\n", encoding="utf-8")
+    return Path(name)
+
+
+def test_a_head_is_gone_on_from_by_the_names_of_its_classes(tweets: Any, encoder: Path, csv_file: Path) -> None:
+    """Those of the adapter, in the order in which it has them, whatever the order by alphabet is; no other ones."""
+    labels = sorted({row["label"] for row in csv.DictReader(csv_file.open(encoding="utf-8"))})
+    named = relabelled(csv_file, "named.csv", **dict(zip(labels, ("no", "yes"), strict=True)))
+    options = ("--steps", 60, "--set", "training.checkpoints=last", "--out")
+    first = json.loads(trained(*tweets[:4], "--data", named, *tweets[6:], *options, "first", "--json"))
+    assert describe("first/adapter").classes == ("no", "yes")
+    on = ("--model", encoder, "--task", "text-classification", "--adapter", "first/adapter", "--steps", 1)
+    same = json.loads(trained(*on, "--data", named, "--lr", 1e-9, "--out", "same", "--json"))
+    assert same["before"]["accuracy"] == first["after"]["accuracy"]
+    for number, names in enumerate((("no", "maybe"), ("fine", "yes"), ("a", "b"))):
+        other = relabelled(csv_file, f"other{number}.csv", **dict(zip(labels, names, strict=True)))
+        said = refused(*on, "--data", other, "--out", f"other{number}")
+        assert "has a head for 2 classes, 'no', 'yes'" in said and "--method in place of --adapter" in said
+        assert not Path(f"other{number}", "adapter").exists()
+    # An adapter whose classes stand in another order than by alphabet, as another program may write it.
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(
+        encoder, num_labels=2, id2label={0: "yes", 1: "no"}
+    )
+    swapped = peftcore.load(model, "first/adapter", trainable=True)
+    with torch.no_grad():
+        for name, value in swapped.state_dict().items():
+            if name.startswith("classifier") and value.shape[0] == 2:
+                value.copy_(value.flip(0))
+    swapped.save("swapped")
+    assert describe("swapped").classes == ("yes", "no")
+    on = ("--model", encoder, "--task", "text-classification", "--adapter", "swapped", "--steps", 1, "--lr", 1e-9)
+    turned = json.loads(trained(*on, "--data", named, "--out", "turned", "--json"))
+    assert turned["before"] == pytest.approx(same["before"])
+    assert describe("turned/adapter").classes == ("yes", "no")
 
 
 def test_an_adapter_without_the_head_of_the_task_is_refused(encoder: Path, csv_file: Path) -> None:

@@ -17,6 +17,7 @@ from peftcore import Method, MethodConfig, Operator, Site, Surgeon, Tags
 from peftcore.errors import CheckpointError, HostMismatch, NewerFormat
 from peftcore.files.formats.native import ENVELOPE, METADATA, TENSORS
 from peftcore.files.safe_io import write_tensors
+from peftcore.files.save_load import describe
 from peftcore.testing.kit import fill
 from peftcore.testing.tools import differences, trace
 
@@ -172,3 +173,27 @@ def test_the_digest_is_of_the_base_and_of_nothing_on_top(tmp_path: Path) -> None
     injection.save(tmp_path / "after", weights=True)
     for name in (ENVELOPE, TENSORS):
         assert (tmp_path / "before" / name).read_bytes() == (tmp_path / "after" / name).read_bytes()
+
+
+def classifier(*names: str, method: str = "lora", **options: Any) -> peftcore.Injection:
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    named = {"id2label": dict(enumerate(names))} if names else {"num_labels": 2}
+    model = transformers.BertForSequenceClassification(transformers.BertConfig(vocab_size=20, **sizes, **named))
+    return peftcore.apply(model, method, **options)
+
+
+def test_classes_of_a_head_are_in_its_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Where a head is in the file, and the model names the classes; whoever names others hears of it."""
+    for number, (names, train, expected) in enumerate(
+        [(("b", "a"), ["classifier"], ("b", "a")), (("b", "a"), [], ()), ((), ["classifier"], ())]
+    ):
+        classifier(*names, train=train).save(tmp_path / str(number))
+        assert describe(tmp_path / str(number)).classes == expected
+    for names, told in ((("b", "a"), False), ((), False), (("a", "b"), True)):
+        caplog.clear()
+        model = classifier(*names).model
+        peftcore.load(model, tmp_path / "0", name="again")
+        assert ("['b', 'a'], in this order; the config of the model names ['a', 'b']" in caplog.text) == told

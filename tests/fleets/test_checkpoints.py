@@ -14,18 +14,61 @@ from peftcore.fleets import checkpoints
 def test_the_newest_is_found_and_older_ones_go(tmp_path: Path) -> None:
     injection = applied(llama(), "lora", "a")
     assert checkpoints.newest(tmp_path / "nothing") is None
-    first = checkpoints.write(injection, {"x": 1}, tmp_path, 5)
+    first = checkpoints.write(injection, {"x": 1}, tmp_path, 5, "one")
     assert checkpoints.newest(tmp_path) == first
     (tmp_path / "step-00000099.partial").mkdir()  # of a process that was killed
-    second = checkpoints.write(injection, {"x": torch.ones(2)}, tmp_path, 10)
-    assert checkpoints.newest(tmp_path) == second and [*tmp_path.iterdir()] == [second]
+    second = checkpoints.write(injection, {"x": torch.ones(2)}, tmp_path, 10, "one")
+    assert checkpoints.newest(tmp_path) == second and [*tmp_path.glob("step-*")] == [second]
     assert torch.equal(checkpoints.read(second)["x"], torch.ones(2))
-    assert checkpoints.write(injection, {"x": 3}, tmp_path, 10) == second  # the same step of the same training
+
+
+def test_a_step_is_written_again_and_what_is_killed_meanwhile_leaves_a_whole_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    injection = applied(llama(), "lora", "a")
+    place = checkpoints.write(injection, {"x": 1}, tmp_path, 10, "one")
+    with torch.no_grad():
+        next(injection.parameters()).fill_(3.0)
+    assert checkpoints.write(injection, {"x": 2}, tmp_path, 10, "one") == place and [*tmp_path.glob("step-*")] == [
+        place
+    ]
+    assert checkpoints.read(place)["x"] == 2 and next(peftcore.load(llama(), place).parameters()).unique().item() == 3.0
+    rename = Path.rename
+
+    def killed(self: Path, target: Path) -> Path:
+        if self.suffix == checkpoints.PARTIAL:
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "rename", killed)
+        checkpoints.write(injection, {"x": 3}, tmp_path, 10, "one")
+    held = checkpoints.newest(tmp_path)
+    assert held is not None and held != place and checkpoints.read(held)["x"] == 2
+    checkpoints.write(injection, {"x": 4}, tmp_path, 10, "one")
+    assert checkpoints.newest(tmp_path) == place and [*tmp_path.glob("step-*")] == [place]
+
+
+def test_a_folder_is_one_trainings(tmp_path: Path) -> None:
+    injection = applied(llama(), "lora", "a")
+    place = checkpoints.write(injection, {"x": 1}, tmp_path, 10, "one")
+    for step in (10, 20):
+        with pytest.raises(TrainingError, match=r"earlier training.*name another folder"):
+            checkpoints.write(injection, {"x": 2}, tmp_path, step, "two")
+    assert [*tmp_path.glob("step-*")] == [place] and checkpoints.read(place)["x"] == 1
+    checkpoints.claim(tmp_path, "two", takes_over=True)
+    later = checkpoints.write(injection, {"x": 3}, tmp_path, 20, "two")
+    with pytest.raises(TrainingError, match="of another one that goes on"):
+        checkpoints.write(injection, {"x": 4}, tmp_path, 30, "one")
+    assert [*tmp_path.glob("step-*")] == [later]
+    checkpoints.claim(tmp_path / "begun", "one")
+    with pytest.raises(TrainingError, match="was begun by"):
+        checkpoints.claim(tmp_path / "begun", "two")
 
 
 def test_the_adapter_in_it_is_one_like_any_other(tmp_path: Path) -> None:
     injection = applied(llama(), "dora", "a")
-    place = checkpoints.write(injection, {}, tmp_path, 1)
+    place = checkpoints.write(injection, {}, tmp_path, 1, "one")
     loaded = peftcore.load(llama(), place)
     torch.testing.assert_close(loaded.state_dict(), injection.state_dict(), rtol=0, atol=0)
     fresh = peftcore.apply(llama(), "dora", dtype=torch.float64)
@@ -38,7 +81,7 @@ def test_the_adapter_in_it_is_one_like_any_other(tmp_path: Path) -> None:
 def test_only_data_is_written(tmp_path: Path) -> None:
     injection = applied(llama(), "lora", "a")
     with pytest.raises(TrainingError, match="no plain data"):
-        checkpoints.write(injection, {"x": Path()}, tmp_path, 1)
+        checkpoints.write(injection, {"x": Path()}, tmp_path, 1, "one")
     assert not [*tmp_path.iterdir()]
 
 
@@ -51,7 +94,7 @@ def test_what_optimizers_remember_comes_back_as_it_was(tmp_path: Path) -> None:
         "count": torch.tensor(7),
         "empty": [],
     }
-    place = checkpoints.write(applied(llama(), "lora", "a"), state, tmp_path, 1)
+    place = checkpoints.write(applied(llama(), "lora", "a"), state, tmp_path, 1, "one")
     found = checkpoints.read(place)
     assert torch.equal(found["state"][0].pop("exp_avg"), state["state"][0].pop("exp_avg"))  # type: ignore[index]
     assert found["state"][0]["step"].shape == () and found["count"].dtype == torch.int64
@@ -63,7 +106,7 @@ def test_what_optimizers_remember_comes_back_as_it_was(tmp_path: Path) -> None:
 )
 @pytest.mark.parametrize("name", [checkpoints.STATE, checkpoints.STATE_TENSORS])
 def test_a_damaged_state_is_one_error(tmp_path: Path, name: str, content: bytes) -> None:
-    place = checkpoints.write(applied(llama(), "lora", "a"), {"x": torch.ones(2)}, tmp_path, 1)
+    place = checkpoints.write(applied(llama(), "lora", "a"), {"x": torch.ones(2)}, tmp_path, 1, "one")
     (place / name).write_bytes(content)
     with pytest.raises(CheckpointError):
         checkpoints.read(place)

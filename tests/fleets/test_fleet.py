@@ -396,7 +396,9 @@ def test_a_checkpoint_of_another_training_is_refused(tmp_path: Path) -> None:
     for wrong, options in (
         ("seed", {"seed": 3}),
         ("another adapter", {"options": {"rank": 3}}),
-        ("another training", {"options": {"method": "ia3"}}),
+        ("method was 'lora' and is 'ia3'", {"options": {"method": "ia3"}}),
+        ("alpha was 8.0 and is 99.0", {"options": {"alpha": 99}}),
+        ("optimizer was", {"options": {"kind": "sgd"}}),
     ):
         with pytest.raises(CheckpointError, match=wrong):
             begun(resume=True, **options)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from training_hosts import Bare, Squares, arguments, host, rows, tensors, trainer
 
 import peftcore
-from peftcore.errors import TrainingError
+from peftcore.errors import CheckpointError, TrainingError
 from peftcore.testing.hosts import HOSTS
 from peftcore.trainers.checkpoints import SavesAdapters, digest, frozen_keys
 from peftcore.training import PeftcoreCallback, PeftcoreTrainer
@@ -292,7 +292,7 @@ def test_checkpoints_that_lack_the_adapter_are_refused(tmp_path: Path) -> None:
     model, _ = adapted("lora")
     trainer(model, "bert", tmp_path / "lora", [PeftcoreCallback()]).train()
     model, _ = adapted("lora", target=["attn.q", "attn.k"])
-    with pytest.raises(TrainingError, match=r"the checkpoint lacks 4 tensors"):
+    with pytest.raises(CheckpointError, match="target modules: 2 are missing, .* and 2 are new"):
         trainer(model, "bert", tmp_path, [PeftcoreCallback()]).train(str(tmp_path / "lora" / "checkpoint-3"))
 
 
@@ -317,3 +317,61 @@ def test_a_digest_tells_values_apart(dtype: torch.dtype) -> None:
     assert digest(values) == digest(values.clone()) == digest(values.repeat_interleave(2)[::2])
     assert digest(values) != digest(values.flip(0))
     assert len(digest(torch.tensor(1, dtype=dtype))) == 64
+
+
+def weaker_base(model: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        model.get_submodule("bert.encoder.layer.1.attention.self.value").weight.mul_(0.99)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["callback", "elsewhere", "trainer"])
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"alpha": 99}, "alpha was 8.0 and is 99.0"),
+        ({"dropout": 0.5}, "dropout was 0.0 and is 0.5"),
+        ({}, "the weights of the base have other values"),
+    ],
+    ids=str,
+)
+def test_a_checkpoint_of_another_adapter_is_refused(
+    options: dict[str, Any], words: str, kind: str, tmp_path: Path
+) -> None:
+    """Wherever the checkpoint lies; `PeftcoreTrainer` refuses it before anything is read."""
+    model, _ = adapted()
+    trainer(model, "bert", tmp_path, [PeftcoreCallback()]).train()
+    checkpoint = tmp_path / "checkpoint-3"
+    if kind == "elsewhere":
+        checkpoint = checkpoint.rename(tmp_path / "moved")
+    other, injection = adapted(**options) if options else adapted()
+    if not options:
+        weaker_base(other)
+    before = {key: value.clone() for key, value in injection.state_dict().items()}
+    run = trainer(other, "bert", tmp_path, [PeftcoreCallback()])
+    if kind == "trainer":
+        run = PeftcoreTrainer(other, run.args, train_dataset=run.train_dataset)
+    with pytest.raises(CheckpointError, match=words):
+        run.train(resume_from_checkpoint=str(checkpoint))
+    if kind == "trainer":
+        assert all(torch.equal(value, before[key]) for key, value in injection.state_dict().items())
+    again, injection = adapted()
+    trainer(again, "bert", tmp_path, [PeftcoreCallback()]).train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_other_target_modules_are_named_before_shapes_are_compared(tmp_path: Path) -> None:
+    model, _ = adapted()
+    trainer(model, "bert", tmp_path, [PeftcoreCallback()]).train()
+    other, _ = adapted(target=["query"], rank=3)
+    run = PeftcoreTrainer(other, arguments(tmp_path), train_dataset=rows("bert"))
+    with pytest.raises(CheckpointError, match="rank was 8 and is 3; target modules: 2 are missing, such as bert"):
+        run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+
+
+def test_a_fresh_head_is_not_the_base(tmp_path: Path) -> None:
+    """It starts otherwise each time, and the checkpoint has its values."""
+    for seed, checkpoint in ((0, None), (1, str(tmp_path / "checkpoint-3"))):
+        model, _ = adapted(train=["classifier"])
+        with torch.no_grad():
+            model.get_submodule("classifier").weight.normal_(generator=torch.Generator().manual_seed(seed))
+        trainer(model, "bert", tmp_path, [PeftcoreCallback()]).train(resume_from_checkpoint=checkpoint)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import peftcore
 from peftcore.comparing.comparisons import rates
@@ -95,6 +96,7 @@ def _check(comparison: Comparison) -> None:
     for candidate in comparison.methods:
         if candidate.name != FULL:
             peftcore.method(candidate.name)
+    _check_folders(comparison)
     catalogue.find(comparison.task).check_model(comparison.model)
     made(comparison.out)
     run = comparison.run(comparison.methods[0], comparison.seeds[0])
@@ -106,3 +108,18 @@ def _check(comparison: Comparison) -> None:
             arguments = options_for(candidate, prepared.tasks)
             train = (*prepared.head, *arguments.pop("train", ()))
             peftcore.plan(prepared.adapted or prepared.model, candidate.name, train=train, **arguments)
+
+
+def _check_folders(comparison: Comparison) -> None:
+    """Check that each run has a folder of its own: names of folders have no spaces and signs that labels may have.
+
+    Raises:
+        BadInput: two have the same one.
+    """
+    taken: dict[Path, str] = {}
+    for candidate in comparison.methods:
+        for seed in dict.fromkeys(comparison.seeds):
+            folder = comparison.run(candidate, seed).out
+            if folder in taken:
+                raise BadInput(f"{taken[folder]} and {candidate.called} would share the folder {folder}: rename one")
+            taken[folder] = candidate.called

@@ -1,7 +1,7 @@
 """Examples, from files, folders and datasets.
 
-It may import `errors` and what libraries read tables and pictures with; no model and no tokenizer is loaded here. In
-the order of reading:
+It may import `errors`, `digests`, and what libraries read tables and pictures with; no model and no tokenizer is loaded
+here. In the order of reading:
 
 - `tables`: the rows of a CSV or JSONL file.
 - `columns`: which column of a table holds what.

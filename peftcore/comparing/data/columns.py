@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from peftcore.comparing.errors import BadInput
 
@@ -21,6 +21,27 @@ def choose_column(columns: Sequence[str], wanted: str | None, names: Sequence[st
         if name in by_name:
             return by_name[name]
     raise BadInput(f"{path}: name the {kind} with data.{kind}; its columns are {', '.join(columns)}")
+
+
+def numbered(labels: Iterable[str], known: Sequence[str], source: object) -> tuple[str, ...]:
+    """Return classes in the order of their numbers: of those that a head has learned, where `known` names them;
+    otherwise integers by value, and words by alphabet.
+
+    Raises:
+        BadInput: the head has learned other classes.
+    """
+    found = tuple(sorted(set(labels), key=label_order))
+    if not known:
+        return found
+    if set(known) != set(found):
+        pairs = (("it lacks", set(found) - set(known)), ("no row is", set(known) - set(found)))
+        what = " and ".join(f"{words} {', '.join(map(repr, sorted(some)[:4]))}" for words, some in pairs if some)
+        raise BadInput(
+            f"{source}: the adapter has a head for {len(known)} classes, {', '.join(map(repr, known[:4]))}, and these "
+            f"are others: {what}. Begin with a fresh adapter, --method in place of --adapter, or call the classes as "
+            "it does"
+        )
+    return tuple(known)
 
 
 def label_order(label: str) -> tuple[bool, int, str]:

@@ -67,13 +67,30 @@ def splits(train: str, held_out: str | None, size: int | None) -> Splits:
     if "train" not in pieces:
         raise BadInput(f"{train}: no split is called train; there are: {', '.join(pieces)}")
     if held_out is not None:
-        other = read(held_out)
-        scored = other if isinstance(other, Dataset) else next(iter(other.values()))
-        return Splits(pieces["train"], scored, (Source(train), Source(held_out)))
+        return Splits(pieces["train"], scored(held_out), (Source(train), Source(held_out)))
     for name in HELD_OUT:
         if name in pieces:
             return Splits(pieces["train"], pieces[name], names)
     return divide(pieces["train"], size, train)
+
+
+def scored(source: str) -> Dataset:
+    """Read examples to score: all that there are or, of several splits, the first one that is for it.
+
+    Raises:
+        BadInput: they cannot be read, or none of the splits is for it.
+    """
+    found = read(source)
+    if isinstance(found, Dataset):
+        return found
+    names = [*found] if len(found) == 1 else [name for name in HELD_OUT if name in found]
+    if not names:
+        raise BadInput(
+            f"{source}: examples to score are a split called {', '.join(HELD_OUT)}, and it has {', '.join(found)}; "
+            f"name the folder of the one that is meant, {Path(source) / [*found][-1]}, or save that split by itself "
+            "with datasets' save_to_disk"
+        )
+    return found[names[0]]
 
 
 def divide(examples: Dataset, size: int | None, source: str) -> Splits:
@@ -159,7 +176,7 @@ def _pictures(path: Path) -> Dataset | DatasetDict:
 
     with tempfile.TemporaryDirectory() as scratch:  # the index would stay in the user's home otherwise
         found = datasets.load_dataset("imagefolder", data_dir=str(path), cache_dir=scratch, keep_in_memory=True)
-    return found if len(found) > 1 else found["train"]
+    return found if len(found) > 1 else next(iter(found.values()))
 
 
 def named(found: Dataset | DatasetDict) -> Dataset | DatasetDict:

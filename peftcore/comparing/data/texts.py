@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from peftcore.comparing.data.columns import label_order
+from peftcore.comparing.data.columns import numbered
 from peftcore.comparing.errors import BadInput
 
 SPLIT_SEED = 0
@@ -42,8 +42,8 @@ class Task:
         return sum(example.label == commonest for example in self.held_out) / len(self.held_out)
 
 
-def make_task(source: str, train: list[Example], held_out: list[Example]) -> Task:
-    """Number the classes (integers by value, words by alphabet) and refuse what cannot be learned or scored."""
+def make_task(source: str, train: list[Example], held_out: list[Example], known: Sequence[str] = ()) -> Task:
+    """Number the classes, those of a head as it has them, and refuse what cannot be learned or scored."""
     labels = {example.label for example in (*train, *held_out)}
     if len(labels) < 2:
         raise BadInput(f"{source}: every row has the label {labels.pop()!r}; a comparison needs at least two classes")
@@ -52,7 +52,7 @@ def make_task(source: str, train: list[Example], held_out: list[Example]) -> Tas
     unseen = labels - {example.label for example in train}
     if unseen:
         raise BadInput(f"{source}: no training row has the label {min(unseen)!r}; give more rows, hold out fewer")
-    return Task(source, train, held_out, tuple(sorted(labels, key=label_order)))
+    return Task(source, train, held_out, numbered(labels, known, source))
 
 
 def split(examples: Iterable[Example], sizes: Sequence[int]) -> list[list[Example]]:

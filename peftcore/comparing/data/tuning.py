@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import uuid
@@ -11,9 +12,13 @@ from typing import Any
 
 from datasets import Dataset
 
-from peftcore.comparing.data.sources import divide, read, splits
+from peftcore.comparing.data.sources import divide, scored, splits
+from peftcore.comparing.digests import of_content
+from peftcore.comparing.errors import BadInput
 
 TUNING, HELD_OUT = "tuning", "held_out"
+CUT_FROM = "cut_from.json"
+"""The file that says from which examples the parts were cut."""
 
 
 def parted(
@@ -31,13 +36,15 @@ def parted(
       folder: where the parts are put.
 
     Raises:
-        BadInput: one of them cannot be read, or nothing is left to train on.
+        BadInput: one of them cannot be read, nothing is left to train on, or the folder holds parts of others.
     """
     rest = {name: value for name, value in data.items() if name != "held_out_size"}
     if tuning is not None and data.get(HELD_OUT) is not None:
         return {**rest, HELD_OUT: tuning}, rest
+    cut_from = _cut_from(data, tuning, size)
     if not folder.exists():
-        _write(_parts(data, tuning, size), folder)
+        _write(_parts(data, tuning, size), folder, cut_from)
+    _check_same(folder, cut_from)
     places = {name: str(folder / name) for name in ("train", TUNING, HELD_OUT)}
     rest["train"] = places["train"]
     return {**rest, HELD_OUT: places[TUNING]}, {**rest, HELD_OUT: places[HELD_OUT]}
@@ -49,17 +56,40 @@ def _parts(data: Mapping[str, Any], tuning: str | None, size: int | None) -> dic
     if tuning is None:
         cut = divide(found.train, size, source)
         return {"train": cut.train, TUNING: cut.held_out, HELD_OUT: found.held_out}
-    other = read(tuning)
-    chosen_by = other if isinstance(other, Dataset) else next(iter(other.values()))
-    return {"train": found.train, TUNING: chosen_by, HELD_OUT: found.held_out}
+    return {"train": found.train, TUNING: scored(tuning), HELD_OUT: found.held_out}
 
 
-def _write(parts: Mapping[str, Dataset], folder: Path) -> None:
+def _cut_from(data: Mapping[str, Any], tuning: str | None, size: int | None) -> dict[str, Any]:
+    """Return what decides the parts, with digests of the files."""
+    named = {"data.train": data["train"], "data.held_out": data.get(HELD_OUT), "tuning": tuning}
+    files = {name: each and (of_content(str(each)) or str(each)) for name, each in named.items()}
+    return {**files, "data.held_out_size": data.get("held_out_size"), "tuning_size": size}
+
+
+def _check_same(folder: Path, cut_from: Mapping[str, Any]) -> None:
+    """Check that the parts in a folder are those of these examples.
+
+    Raises:
+        BadInput: they are of others, or of others by now.
+    """
+    file = folder / CUT_FROM
+    if not file.exists():  # an older version wrote them
+        return
+    held = json.loads(file.read_text(encoding="utf-8"))
+    if other := [name for name, each in cut_from.items() if held.get(name) != each]:
+        raise BadInput(
+            f"{folder} holds examples that were cut from others: {', '.join(other)} changed since. Remove the "
+            "folder, or name another one for all, --out"
+        )
+
+
+def _write(parts: Mapping[str, Dataset], folder: Path, cut_from: Mapping[str, Any]) -> None:
     """Write all of the parts or nothing; what another worker has put there meanwhile is the same, and stays."""
     partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
         for name, part in parts.items():
             part.save_to_disk(str(partial / name))
+        (partial / CUT_FROM).write_text(json.dumps(cut_from), encoding="utf-8")
         if not folder.exists():
             os.rename(partial, folder)
     finally:

@@ -8,14 +8,18 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import transformers
 
 import peftcore
+from peftcore.comparing.digests import of_content, of_sample
 from peftcore.comparing.errors import BadInput
+from peftcore.comparing.models.naming import find
 from peftcore.comparing.runs.run import FULL, Run
+from peftcore.files.continuing import differences, listed
 from peftcore.files.safe_io import write_text
 
 COMPLETE = "complete"
@@ -55,11 +59,32 @@ def holds(run: Run) -> bool:
         held = json.loads((run.out / RUN).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return isinstance(held, dict) and held.get("run") == _settings(run)
+    return isinstance(held, dict) and held.get("run") == _settings(run) and not changed_inputs(held, inputs_of(run))
 
 
 def _settings(run: Run) -> dict[str, Any]:
     return run.model_dump(mode="json", exclude={"out"})
+
+
+def inputs_of(run: Run) -> dict[str, str | None]:
+    """Return digests of the files that a run reads: of its examples, its model and the adapter that it goes on from."""
+    found = digests_of(run.data)
+    places = find(run.model).local()
+    found["model"] = of_sample(str(places[0])) if places else None
+    found["adapter"] = None if run.adapter is None else of_content(run.adapter)
+    return found
+
+
+def digests_of(data: Mapping[str, Any]) -> dict[str, str | None]:
+    """Return digests of the files of examples that options of a task's data name."""
+    named = {name: data.get(name) for name in ("train", "held_out")}
+    return {f"data.{name}": None if source is None else of_content(str(source)) for name, source in named.items()}
+
+
+def changed_inputs(held: Mapping[str, Any], here: Mapping[str, str | None]) -> list[str]:
+    """Return a line for each of the inputs whose content is another one than a record of a run says."""
+    then = held.get("inputs", here)
+    return [f"the content of {name} is another one" for name in here if then.get(name) != here[name]]
 
 
 CUT = ("batch_size", "accumulate")
@@ -81,7 +106,7 @@ class RunFolder:
     """
 
     def __init__(self, run: Run) -> None:
-        self.path, self._run = run.out, _settings(run)
+        self.path, self._run, self._inputs = run.out, _settings(run), inputs_of(run)
         self.method = None if run.method.name == FULL else peftcore.method(run.method.name)
         self.before: dict[str, float] | None = None
         self.said: list[str] = []
@@ -110,7 +135,8 @@ class RunFolder:
         if not (self.path / RUN).exists():
             raise BadInput(f"{self.path} holds no run to go on with")
         held = json.loads((self.path / RUN).read_text(encoding="utf-8"))
-        self._check_goes_on(held["run"], held.get("processes", processes()))
+        changed = changed_inputs(held, self._inputs)
+        self._check_goes_on(held["run"], held.get("processes", processes()), changed)
         self.before, self.said = held["before"], held["said"]
         found = list(self.path.glob("checkpoints/checkpoint-*"))
         whole = [each for each in found if (each / COMPLETE).exists()]
@@ -119,14 +145,15 @@ class RunFolder:
                 shutil.rmtree(each)
         return max(whole, key=lambda each: int(each.name.rpartition("-")[2]), default=None)
 
-    def _check_goes_on(self, held: dict[str, Any], shared_by: int) -> None:
+    def _check_goes_on(self, held: dict[str, Any], shared_by: int, changed: list[str]) -> None:
         """Check that the run that is held, by so many processes, can go on as this one: it is the same, or longer, and
-        its steps have as many examples.
+        its steps have as many examples. `changed` says which of its inputs are others.
 
         Raises:
             BadInput: it is another one, or its method follows a schedule of the whole length.
         """
-        other = sorted(name for name in self._run if name != "training" and self._run[name] != held.get(name))
+        without = {"training": None}
+        other = differences({**held, **without}, {**self._run, **without}) + changed
         mine, before = self._run["training"], held["training"]
         now, then = _examples(mine, processes()), _examples(before, shared_by)
         if now != then and shared_by != processes():
@@ -134,14 +161,15 @@ class RunFolder:
                 f"{self.path} holds a run of {then} examples a step, in {shared_by} process(es), and in {processes()} "
                 f"a step would have {now}: set training.batch_size or training.accumulate so that it has {then}"
             )
-        changed = [name for name in mine if mine[name] != before.get(name) and (now != then or name not in CUT)]
-        self.longer = _is_longer(mine, before, changed)
-        if changed and not self.longer:
-            other.append("training")
+        options = [name for name in mine if mine[name] != before.get(name) and (now != then or name not in CUT)]
+        self.longer = _is_longer(mine, before, options)
+        if options and not self.longer:
+            then, wanted = ({name: each.get(name) for name in options} for each in (before, mine))
+            other += differences(then, wanted, "training")
         if other:
             raise BadInput(
-                f"{self.path} holds a run with another {', '.join(other)}; only the same one can go on, or one of more "
-                "steps or epochs"
+                f"{self.path} holds another run: {listed(other)}. Only the same one can go on, or one of more steps or "
+                "epochs; begin this one in another folder, --out"
             )
         if self.longer and self.method is not None and self.method.tags.scheduled:
             raise BadInput(f"{self.method.name} follows a schedule over all steps, so a run with it cannot get longer")
@@ -149,7 +177,8 @@ class RunFolder:
     def note(self) -> None:
         """Write down what is known of the run, so that it can go on from here."""
         if first_process():
-            known = {"run": self._run, "processes": processes(), "before": self.before, "said": self.said}
+            known = {"run": self._run, "inputs": self._inputs, "processes": processes()}
+            known |= {"before": self.before, "said": self.said}
             write_text(self.path / RUN, json.dumps(known, indent=2) + "\n")
 
 

@@ -24,12 +24,13 @@ from peftcore.comparing.comparisons.compare import compare
 from peftcore.comparing.comparisons.comparison import Candidate, Comparison
 from peftcore.comparing.comparisons.running import Board, Place, Result, run_together, run_trial, together
 from peftcore.comparing.data.tuning import parted
+from peftcore.comparing.digests import of_content
 from peftcore.comparing.errors import BadInput
 from peftcore.comparing.models.naming import MODEL
 from peftcore.comparing.quiet import no_bars
 from peftcore.comparing.reports.files import write
 from peftcore.comparing.reports.trials import Entry, Report, Trial
-from peftcore.comparing.runs.folder import made
+from peftcore.comparing.runs.folder import digests_of, made
 from peftcore.comparing.runs.reading import validated
 from peftcore.comparing.runs.run import Options, Training
 from peftcore.comparing.searching.budget import Budget, Needs, Planner, memory, values
@@ -156,7 +157,9 @@ class SearchRun:
         self.left_out = self._fit()
         points = [self.space.parameters(self._timed(each)) for each in search.start if each.name not in self.left_out]
         where = search.storage or str(search.out / "study.log")
-        self.study = Study(where, search.study, self.task.greater, search.seed, search.settings)
+        content = {**digests_of(search.data), "tuning": search.tuning and of_content(search.tuning)}
+        settings = {**search.settings, "content": content}
+        self.study = Study(where, search.study, self.task.greater, search.seed, settings)
         for point in points:
             self.study.start_with(point)
 

@@ -24,6 +24,7 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
 from peftcore.comparing.errors import BadInput
+from peftcore.files.continuing import differences, listed
 
 BEAT, GRACE = 10.0, 90.0
 """Seconds between two signs of life, and after which a worker without any is lost."""
@@ -85,10 +86,10 @@ class Study:
         if held is None:
             self._study.set_user_attr("search", dict(settings))
         elif held != settings:
-            other = sorted(key for key in {*held, *settings} if held.get(key) != settings.get(key))
+            other = listed(differences(held, settings))
             raise BadInput(
-                f"storage={where} holds the study {name} of another search (with other {', '.join(other)}); name "
-                "another storage, or another study"
+                f"storage={where} holds the study {name} of another search: {other}. Name another storage, or another "
+                "study"
             )
 
     def trials(self) -> list[FrozenTrial]:

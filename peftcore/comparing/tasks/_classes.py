@@ -1,10 +1,30 @@
-"""Metrics of tasks of classes: the predicted class, and how often it is right."""
+"""Classes of tasks that have some: those that a head has learned already, the predicted one, and how often it is
+right."""
 
 from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
 
 import numpy as np
 import transformers
 from torch import Tensor
+
+from peftcore.comparing.runs.run import Run
+from peftcore.files.save_load import describe
+
+logger = logging.getLogger("peftcore")
+
+
+def learned(run: Run) -> Sequence[str]:
+    """Return the classes that the head of the adapter has learned from which a run goes on, in the order of their
+    numbers; none where it begins with a fresh one."""
+    if run.adapter is None:
+        return ()
+    found = describe(run.adapter).classes
+    if not found:
+        logger.warning("%s does not name the classes of its head: they are taken to be those of the data", run.adapter)
+    return found
 
 
 def predictions(logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tensor:

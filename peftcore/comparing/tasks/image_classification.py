@@ -8,13 +8,13 @@ from typing import Any, ClassVar
 import torch
 import transformers
 
-from peftcore.comparing.data.columns import LABEL_NAMES, choose_column, label_order
+from peftcore.comparing.data.columns import LABEL_NAMES, choose_column, numbered
 from peftcore.comparing.data.several import TASK
 from peftcore.comparing.errors import BadInput
 from peftcore.comparing.models.loading import UNREADABLE, classifier, unreadable
 from peftcore.comparing.models.naming import Use, find
 from peftcore.comparing.runs.run import Run
-from peftcore.comparing.tasks._classes import accuracy, predictions
+from peftcore.comparing.tasks._classes import accuracy, learned, predictions
 from peftcore.comparing.tasks.task import Prepared, RowsOfTasks, Task
 
 IMAGES = ("image", "img", "picture", "pixel_values")
@@ -41,7 +41,7 @@ class ImageClassification(Task[ImageData]):
         found = data.splits()
         image = choose_column(found.train.column_names, data.image, IMAGES, "image", data.train)
         label = choose_column(found.train.column_names, data.label, LABEL_NAMES, "label", data.train)
-        labels = tuple(sorted({str(each) for each in found.train[label]}, key=label_order))
+        labels = numbered(map(str, found.train[label]), learned(run), data.train)
         unseen = {str(each) for each in found.held_out[label]}.difference(labels)
         if len(labels) < 2 or unseen:
             what = f"no training picture is a {min(unseen)!r}" if unseen else "there is one class alone"

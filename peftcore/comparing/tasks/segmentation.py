@@ -16,6 +16,7 @@ from peftcore.comparing.errors import BadInput
 from peftcore.comparing.models.loading import UNREADABLE, classifier, unreadable
 from peftcore.comparing.models.naming import Use, find
 from peftcore.comparing.runs.run import Run
+from peftcore.comparing.tasks._classes import learned
 from peftcore.comparing.tasks.image_classification import IMAGES
 from peftcore.comparing.tasks.task import Data, Prepared, Task
 
@@ -54,6 +55,11 @@ class Segmentation(Task[SegmentedData]):
         labels = data.classes or tuple(map(str, range(1 + max(_largest(row["mask"]) for row in train))))
         if len(labels) < 2:
             raise BadInput(f"{data.train}: there is one class alone")
+        if (known := tuple(learned(run))) and known != labels:
+            raise BadInput(
+                f"{run.adapter} has a head for the classes {', '.join(known)}, in this order, and the numbers in the "
+                f"masks stand for {', '.join(labels)}: name the same with data.classes, or begin with a fresh adapter"
+            )
         where, options = find(run.model).origin()
         try:
             auto: Any = transformers.AutoImageProcessor

@@ -12,7 +12,7 @@ from peftcore.comparing.data.texts import Example, encode, make_task
 from peftcore.comparing.models.loading import classifier, load_tokenizer
 from peftcore.comparing.models.naming import Use
 from peftcore.comparing.runs.run import Run
-from peftcore.comparing.tasks._classes import accuracy, predictions
+from peftcore.comparing.tasks._classes import accuracy, learned, predictions
 from peftcore.comparing.tasks.task import Prepared, RowsOfTasks, Task
 
 
@@ -39,8 +39,8 @@ class TextClassification(Task[TextData]):
         text = choose_column(found.train.column_names, data.text, TEXT_NAMES, "text", data.train)
         label = choose_column(found.train.column_names, data.label, LABEL_NAMES, "label", data.train)
         kept = [_complete(part, text, label) for part in (found.train, found.held_out)]
-        examples = [_examples(part, text, label) for part in kept]
-        task = make_task(data.train, *examples)
+        examples, scored = (_examples(part, text, label) for part in kept)
+        task = make_task(data.train, examples, scored, learned(run))
         tokenizer = load_tokenizer(run.model)
         parts = (task.train, task.held_out)
         train, held_out = (

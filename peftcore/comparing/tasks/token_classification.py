@@ -8,12 +8,12 @@ import numpy as np
 import transformers
 from pydantic import PositiveInt
 
-from peftcore.comparing.data.columns import choose_column, label_order
+from peftcore.comparing.data.columns import choose_column, numbered
 from peftcore.comparing.errors import BadInput
 from peftcore.comparing.models.loading import classifier, load_tokenizer
 from peftcore.comparing.models.naming import Use
 from peftcore.comparing.runs.run import Run
-from peftcore.comparing.tasks._classes import predictions
+from peftcore.comparing.tasks._classes import learned, predictions
 from peftcore.comparing.tasks.task import IGNORED, Prepared, RowsOfTasks, Task
 
 WORDS = ("tokens", "words")
@@ -45,7 +45,7 @@ class TokenClassification(Task[TaggedData]):
         words = choose_column(found.train.column_names, data.words, WORDS, "words", data.train)
         tags = choose_column(found.train.column_names, data.tags, TAGS, "tags", data.train)
         parts = [_rows(part, words, tags, data.train) for part in (found.train, found.held_out)]
-        labels = tuple(sorted({str(tag) for _, tagged in parts[0] for tag in tagged}, key=label_order))
+        labels = numbered((str(tag) for _, tagged in parts[0] for tag in tagged), learned(run), data.train)
         unseen = {str(tag) for _, tagged in parts[1] for tag in tagged}.difference(labels)
         if len(labels) < 2 or unseen:
             what = f"no training row has the tag {min(unseen)!r}" if unseen else "there is one tag alone"

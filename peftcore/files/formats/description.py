@@ -35,6 +35,9 @@ class Description:
     """The number of rows that token tables had to which rows were added; 0 where the file tells of none."""
     host: str = ""
     """The class of the model that it was made on; empty where the file does not name it."""
+    classes: tuple[str, ...] = ()
+    """Names of the classes of the head that it was trained with, in the order of their numbers; empty where the file
+    names none."""
     task: str = ""
     """Peft's name for the kind of model that it was made on."""
     parts: tuple[str, ...] = ()

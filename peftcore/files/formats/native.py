@@ -64,6 +64,7 @@ class Native(Format):
             base_revision=envelope.base_revision or "",
             tokens=max((stop for _, stop in envelope.rows.values()), default=0),
             host=envelope.host,
+            classes=envelope.classes,
             sites=unique(_place(site) for site in sites),
             trained={each: file.shapes[name] for each, name in names.items() if name in file.shapes},
             problem=trouble(lambda: options_of(method_of(envelope), envelope)),

@@ -2,6 +2,7 @@
 last checkpoint."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from peftcore.comparing.comparisons import running
 from peftcore.comparing.comparisons.compare import compare
 from peftcore.comparing.comparisons.comparison import Comparison
 from peftcore.comparing.comparisons.running import RECORD, jobs_of
+from peftcore.comparing.errors import BadInput
 
 
 @pytest.mark.slow
@@ -94,3 +96,25 @@ def test_a_damaged_record_is_none(comparison: Comparison) -> None:
     assert running.recorded(run) is None
     (run.out / "run.json").write_text("[]", encoding="utf-8")
     assert not running.holds(run)
+
+
+def test_runs_on_data_that_changed_are_trained_again(
+    comparison: Comparison, csv_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = comparison.model_copy(update={"methods": comparison.methods[:1], "seeds": [0]})
+    first = compare(one, Silent())
+    asked: list[bool] = []
+    working = running.train
+    monkeypatch.setattr(running, "train", lambda *given: (asked.append(given[-1]), working(*given))[1])
+    compare(one, Silent(), resume=True)
+    assert asked == []
+    csv_file.write_bytes(csv_file.read_bytes() + b"".join(csv_file.read_bytes().splitlines(keepends=True)[1:]))
+    again = compare(one, Silent(), resume=True)
+    assert asked == [False] and again.train_size > first.train_size  # anew, and from no checkpoint
+
+
+def test_two_runs_never_share_a_folder(comparison: Comparison) -> None:
+    """Labels that differ in signs that names of folders lack: the second run removed the first."""
+    labels = [comparison.methods[0].model_copy(update={"label": label}) for label in ("r 8", "r:8")]
+    with pytest.raises(BadInput, match=r"r 8 and r:8 would share the folder .*r-8-0"):
+        compare(comparison.model_copy(update={"methods": labels}), Silent())

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
-from peftcore.comparing.data.sources import splits
+from peftcore.comparing.data.sources import scored, splits
 from peftcore.comparing.data.texts import SPLIT_SEED
 from peftcore.comparing.errors import BadInput
 
@@ -29,6 +29,34 @@ def test_a_dataset_has_splits_of_its_own(rows: list[Any], tmp_path: Path) -> Non
     )
     found = splits(str(tmp_path / "d"), None, None)
     assert (len(found.train), len(found.held_out)) == (90, 30)
+
+
+@pytest.mark.parametrize(
+    ("names", "chosen"),
+    [
+        (("train", "test"), "test"),
+        (("train", "validation"), "validation"),
+        (("test", "train", "validation"), "validation"),
+        (("train",), "train"),
+        (("other",), "other"),
+    ],
+)
+def test_of_several_splits_the_one_for_it_is_scored(names: tuple[str, ...], chosen: str, tmp_path: Path) -> None:
+    """Not the first one, which is most often that of the training."""
+    parts = {name: Dataset.from_list([{"text": f"{name} {n}", "label": n} for n in range(4)]) for name in names}
+    DatasetDict(parts).save_to_disk(tmp_path / "saved")
+    Dataset.from_list([{"text": "mine", "label": 0}] * 3).save_to_disk(tmp_path / "mine")
+    found = splits(str(tmp_path / "mine"), str(tmp_path / "saved"), None)
+    assert {*found.train["text"]} == {"mine"} and found.held_out["text"][0] == f"{chosen} 0"
+    assert scored(str(tmp_path / "saved" / names[0]))["text"][0] == f"{names[0]} 0"  # a split is a dataset as well
+
+
+def test_splits_of_which_none_is_to_be_scored_are_refused(tmp_path: Path) -> None:
+    rows = Dataset.from_list([{"text": "a", "label": 0}] * 3)
+    DatasetDict(train=rows, holdout=rows).save_to_disk(tmp_path / "saved")
+    with pytest.raises(BadInput, match=r"it has train, holdout; name the folder .*saved.holdout"):
+        splits(str(tmp_path / "saved"), str(tmp_path / "saved"), None)
+    assert len(splits(str(tmp_path / "saved"), str(tmp_path / "saved" / "holdout"), None).held_out) == 3
 
 
 def test_rows_are_named_as_they_stand_in_the_file(tmp_path: Path) -> None:

@@ -110,6 +110,13 @@ def test_memory_is_a_limit_too(file, instant):
 
 def test_another_search_does_not_go_on_with_a_study(file, instant):
     searched(file)
-    with pytest.raises(BadInput, match="of another search \\(with other budget, training\\)"):
+    with pytest.raises(BadInput, match=r"of another search: budget was 170 and is 100; training.steps was 2 and is 3"):
         searched(file, budget=100, training={"steps": 3})
     searched(file, budget=100, study="another", trials=1)
+
+
+def test_a_search_whose_data_changed_is_another_one(file, csv_file, instant):
+    searched(file)
+    csv_file.write_bytes(csv_file.read_bytes() + csv_file.read_bytes().splitlines(keepends=True)[-1])
+    with pytest.raises(BadInput, match=r"data\.train changed since"):
+        searched(file)

@@ -1,0 +1,114 @@
+"""What a checkpoint says of the adapter that it was written of, held against the adapter that is to go on from it.
+
+Whoever writes checkpoints (fleets, the Trainer's callback) writes a record of the adapter into them, and holds it
+against the adapter that it meets. Runs, comparisons and studies hold their settings against each other by
+`differences` too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftcore.errors import CheckpointError, shown
+from peftcore.files.envelope import Envelope, envelope_of, options_of, parse_envelope
+from peftcore.injection.injection import Injection
+from peftcore.layers.layer import is_dense
+from peftcore.layers.pieces import is_cut
+from peftcore.targets.sites import Site
+
+COMPARED = ("method", "train", "rows", "dtype")
+"""Fields of the envelope that must be equal, beside the options and the target modules."""
+SAMPLE = 64
+"""How many values of each tensor of the base are looked at."""
+NAMED = 8
+"""How many differences a message names."""
+
+
+def record_of(injection: Injection) -> dict[str, Any]:
+    """Returns what decides how an adapter trains on, as plain data: method, options, target modules, what trains along,
+    dtype, and a sample of the weights of its base."""
+    envelope = envelope_of(injection).model_dump(mode="json", exclude_defaults=True)
+    return {"adapter": envelope, "base": base_sample(_read_sites(injection))}
+
+
+def check_record(held: Mapping[str, Any], injection: Injection, where: object) -> None:
+    """Check that an adapter is like the one of which a checkpoint has the record.
+
+    Raises:
+        CheckpointError: it is not; the message lists what differs.
+    """
+    envelope = parse_envelope(held["adapter"], where)
+    mine = envelope_of(injection)
+    lines = [line for name in COMPARED for line in differences(_plain(envelope)[name], _plain(mine)[name], name)]
+    if envelope.method == mine.method:
+        theirs = options_of(type(injection.method), envelope).model_dump(mode="json")
+        lines += differences(theirs, mine.model_dump(mode="json")["config"])
+    elsewhere, here = _other_places(envelope, mine), base_sample(_read_sites(injection))
+    lines += elsewhere
+    if not elsewhere and held["base"] is not None and here is not None and held["base"] != here:
+        lines.append("the weights of the base have other values, or another dtype")
+    if lines:
+        raise CheckpointError(
+            f"{where} was written of another adapter than {injection.name!r}: {listed(lines)}. Apply the adapter as it "
+            f"was then, to the same base; or begin a new training from its values: peftcore.load(model, folder, "
+            "trainable=True)"
+        )
+
+
+def differences(held: Any, here: Any, name: str = "") -> list[str]:
+    """Returns a line for each value in which plain data differs: ``training.steps was 4 and is 8``."""
+    if isinstance(held, Mapping) and isinstance(here, Mapping):
+        keys = dict.fromkeys((*held, *here))
+        pairs = ((f"{name}.{key}" if name else str(key), held.get(key), here.get(key)) for key in keys)
+        return [line for each, one, other in pairs for line in differences(one, other, each)]
+    return [] if held == here else [f"{name} was {shown(held)} and is {shown(here)}"]
+
+
+def listed(lines: list[str]) -> str:
+    """Returns the first differences for a message, and how many more there are."""
+    more = len(lines) - NAMED
+    return "; ".join(lines[:NAMED]) + (f"; and {more} more" if more > 0 else "")
+
+
+def base_sample(sites: Iterable[Site]) -> str | None:
+    """Returns a digest of some values of each frozen, dense tensor at these sites; None where there is none, or this
+    process holds pieces of them. It tells apart bases that were trained differently, and reads little of them."""
+    digest, found = hashlib.sha256(), dict[str, Tensor]()
+    for site in sites:
+        value = site.layer.read(site.module, site.tensor)
+        if value is None or value.is_meta or value.requires_grad or not value.numel():
+            continue
+        if is_dense(value) and not is_cut(value):
+            found[f"{site.module_path}.{site.tensor}"] = value.detach()
+    for path, value in sorted(found.items()):
+        flat = value.reshape(-1)
+        places = torch.linspace(0, len(flat) - 1, min(SAMPLE, len(flat)), dtype=torch.float64).long()
+        taken = flat[places.to(flat.device)].cpu().contiguous().view(torch.uint8)
+        digest.update(f"{path} {tuple(value.shape)} {value.dtype}".encode() + taken.numpy().tobytes())
+    return digest.hexdigest() if found else None
+
+
+def _read_sites(injection: Injection) -> list[Site]:
+    """Returns the sites at which the adapter reads the base, and has no value of its own in the place of the base's."""
+    return [graft.site for graft in injection.grafts if not graft.trained_along]
+
+
+def _plain(envelope: Envelope) -> dict[str, Any]:
+    plain: dict[str, Any] = json.loads(envelope.text)
+    return plain
+
+
+def _other_places(held: Envelope, here: Envelope) -> list[str]:
+    """Returns a line where the target modules differ."""
+    then, now = ({json.dumps(each) for sites in _plain(it)["selections"].values() for each in sites} for it in
+                 (held, here))  # fmt: skip
+    gone, new = (sorted(json.loads(each)["module_path"] for each in it) for it in (then - now, now - then))
+    words = [f"{len(gone)} are missing, such as {gone[0]}"] if gone else []
+    words += [f"{len(new)} are new, such as {new[0]}"] if new else []
+    return [f"target modules: {' and '.join(words)}"] if words else []
