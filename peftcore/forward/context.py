@@ -23,8 +23,9 @@ from torch import Tensor, nn
 
 from peftcore.errors import MissingContext, SequenceError, TrainingError
 from peftcore.forward.checkpoints import reentrant, remember, remembered, running
-from peftcore.forward.tokens import CACHES, OF_DECODER, Tokens
+from peftcore.forward.tokens import OF_DECODER, Prompt, Tokens
 from peftcore.layers.kernels import transformed
+from peftcore.roles.stacks import arguments, caches_in, is_cache
 from peftcore.utils.threads import this_thread
 
 if TYPE_CHECKING:
@@ -47,6 +48,8 @@ class _Threads(threading.local):
         """The choice for one call that runs now, with the `Choices` of its host, for code that torch.compile traces."""
         self.outside: weakref.ref[ForwardContext] | None = None
         """The context for a part of the host that runs by itself; the host's state holds it."""
+        self.prompts: list[tuple[Sequence[object], Prompt]] = []
+        """The prompts of the calls of ``generate`` that run, the innermost last, each with the states of its hosts."""
         self.announced: dict[int, tuple[int, weakref.ref[ForwardContext]]] = {}
         """The backward pass (its number) and the forward that it goes through now, which its graph holds, by host."""
 
@@ -122,7 +125,14 @@ class ForwardContext:
     def count_tokens(self) -> None:
         """Count the tokens, while the cache holds none of the new ones yet."""
         taken = () if self._model is None else inspect.signature(self._model.forward).parameters
-        self._tokens = Tokens(self.inputs, taken)
+        prompts = (each for hosts, each in reversed(HERE.prompts) if any(host is self.state for host in hosts))
+        self._tokens = Tokens(self.inputs, taken, next(prompts, None))
+
+    @property
+    def prompt(self) -> Prompt | None:
+        """The prompt of the ``generate`` in which this forward runs, whose tokens it is given (or generated ones behind
+        it); None elsewhere."""
+        return None if self._tokens is None else self._tokens.prompt
 
     @property
     def tokens(self) -> Tokens:
@@ -184,11 +194,12 @@ class ForwardContext:
         return lengths[depth] if depth < len(lengths) else 0  # a layer that the module has made since
 
     @contextmanager
-    def one_module(self, given: Mapping[str, Any]) -> Iterator[None]:
-        """Context manager for the call of a module that runs for several injections; `given` are its arguments by
-        name."""
+    def one_module(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[None]:
+        """Context manager for the call of a module that runs for several injections, with its arguments by position
+        and by name."""
         outer, self.held = self.held, {}
-        for cache in [given[name] for name in CACHES if given.get(name) is not None]:
+        given = {**dict(zip(arguments(type(module)), args, strict=False)), **kwargs}
+        for cache in caches_in(given).values():
             with suppress(AttributeError, ValueError):  # caches of states count no tokens
                 self.held[id(cache)] = [int(cache.get_seq_length(depth)) for depth in range(len(cache))]
         try:
@@ -281,7 +292,7 @@ class ForwardContext:
                 ``forward_context().without(self, call, x)``.
             run: what to run, such as the operator's ``call``.
             args: its arguments, with `kwargs`.
-            caches: what stands for a cache among the keyword arguments: a copy, so the pass sees what is in it and
+            caches: what stands for a cache among the arguments: a copy, so the pass sees what is in it and
                 leaves it as it is; or `PassCache.beside`, a cache of what such passes computed themselves.
 
         Raises:
@@ -291,7 +302,8 @@ class ForwardContext:
         if state is None or self.choice is None:
             return run(*args, **kwargs)
         choice = self.choice.without(name if isinstance(name, str) else state.name_of(name))
-        kwargs = {k: caches(v) if k in CACHES and v is not None else v for k, v in kwargs.items()}
+        args = tuple(caches(each) if is_cache(each) else each for each in args)
+        kwargs |= {name: caches(each) for name, each in caches_in(kwargs).items()}
         inner = ForwardContext(state, choice, self._model, self._args, self._kwargs)
         inner.extra, inner.calm, inner.taps, inner.frame = True, not repeating(), [*self.taps], sys._getframe()
         inner.within = running() if inner.recorded else []
@@ -326,8 +338,10 @@ class ForwardContext:
         model = self._model
         if model is None:
             raise MissingContext("a part of the model was called by itself: only the whole model runs once more")
-        if given := [name for name, value in self.inputs.items() if name in CACHES and value is not None]:
-            raise TrainingError(f"the model is to run twice, and {given[0]}= has the tokens already: train without it")
+        if given := caches_in(self.inputs):
+            raise TrainingError(
+                f"the model is to run twice, and {next(iter(given))}= has the tokens already: train without it"
+            )
         inner = ForwardContext(self.state, self.choice, model, self._args, self._kwargs)
         inner.extra, inner._tokens = True, self._tokens
         inner.taps = [(tap.key, value, True, None, None) for tap, value in (left or {}).items()]

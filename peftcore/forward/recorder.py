@@ -55,7 +55,7 @@ class Recorder:
             silent_layers.check(model)
         if choice.route is not None:
             _check_rows(call, choice.route)
-        if state.reads_tokens or (choice.route is not None and choice.route.since is not None):
+        if HERE.prompts or state.reads_tokens or (choice.route is not None and choice.route.since is not None):
             call.count_tokens()
         if not repeating():  # also without gradients: a reentrant checkpoint round the host runs it so
             self.note(choice)
