@@ -143,11 +143,10 @@ class PromptPositions:
         """
         rows, new = len(hidden), hidden[0, ..., 0].numel()
         running = forward_context()
-        inputs, told = running.inputs, running.context.get("prompt_length")
+        inputs, told = running.inputs, running.told("prompt_length")
         held, prompt = cached_tokens(given, self.depth, new), running.prompt if self.generates else None
         if told is None and prompt is not None and prompt.mask is not None:
             told = (prompt.mask != 0).sum(-1)
-            told = told if running.rows is None else running.rows.told(told)
         if told is None and held:
             if new == 1 and (prompt is None or held >= prompt.end):
                 return None
@@ -276,7 +275,7 @@ def _seen(mask: Tensor, held: int) -> Tensor:
 
 def _per_row(told: Any, rows: int, device: torch.device) -> Tensor:
     """Returns the lengths as ``[batch or 1, 1]``; rows that generate repeats (beams) have one together."""
-    lengths = torch.as_tensor(told, device=device).view(-1, 1)
+    lengths = forward_context().for_rows("prompt_length", rows, torch.as_tensor(told, device=device).view(-1, 1))
     return lengths if len(lengths) in (1, rows) else lengths.repeat_interleave(rows // len(lengths), 0)
 
 

@@ -31,20 +31,20 @@ class GeneratesFromCache(InstanceMethod):
     having = Generates
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with caching(self.owners), _prompting(self.owners, _prompt(args, kwargs)):
+        with caching(self.owners), _generating(self.owners, args, kwargs):
             return self.plain(*args, **kwargs)
 
 
 @contextmanager
-def _prompting(owners: list[object], prompt: Prompt | None) -> Iterator[None]:
-    """Context manager in which forwards of these hosts know the prompt."""
-    before = len(HERE.prompts)
-    if prompt is not None:
-        HERE.prompts.append((owners, prompt))
+def _generating(owners: list[object], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[None]:
+    """Context manager in which forwards of these hosts know what ``generate`` was given."""
+    before = len(HERE.generating)
+    rows = next((len(each) for each in (*args, *kwargs.values()) if isinstance(each, Tensor) and each.dim()), 0)
+    HERE.generating.append((owners, rows, _prompt(args, kwargs)))
     try:
         yield
     finally:
-        del HERE.prompts[before:]
+        del HERE.generating[before:]
 
 
 def _prompt(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Prompt | None:
