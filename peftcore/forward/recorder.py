@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import sys
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -105,6 +107,15 @@ class Recorder:
             return  # as at nearly every token
         if not any(choice.same(other) for other in self.recent):
             self.recent = [*self.recent[-1:], choice]
+
+    @contextmanager
+    def unrepeated(self) -> Iterator[None]:
+        """Context manager for forwards that no backward repeats: what was recorded of others stays."""
+        recent, drained = self.recent, self.drained
+        try:
+            yield
+        finally:
+            self.recent, self.drained = recent, drained
 
     def visit(self, state: HostState, choice: Choice, training: bool) -> None:
         """Record that a grafted module runs. Where the host itself does not (through `forward_features`, an encoder by
