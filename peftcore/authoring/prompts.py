@@ -121,8 +121,8 @@ class PromptPositions:
     """Finds the first and the last positions of the prompt in one forward.
 
     The prompt is what ``peftcore.call(model, prompt_length=...)`` says (a number, or one a row; padding does not
-    count); otherwise, in a language model that is told labels, what comes before the first of them; otherwise the whole
-    input. A step that adds one token to a cache is no prompt.
+    count); otherwise, in ``generate``, what that is given; otherwise, in a language model that is told labels, what
+    comes before the first of them; otherwise the whole input. A step that adds one token to a cache is no prompt.
     """
 
     def __init__(
@@ -143,10 +143,12 @@ class PromptPositions:
         """
         rows, new = len(hidden), hidden[0, ..., 0].numel()
         running = forward_context()
-        inputs, told = running.inputs, running.context.get("prompt_length")
-        held = cached_tokens(given, self.depth, new)
+        inputs, told = running.inputs, running.told("prompt_length")
+        held, prompt = cached_tokens(given, self.depth, new), running.prompt if self.generates else None
+        if told is None and prompt is not None and prompt.mask is not None:
+            told = (prompt.mask != 0).sum(-1)
         if told is None and held:
-            if new == 1:
+            if new == 1 and (prompt is None or held >= prompt.end):
                 return None
             if self.last:
                 raise MissingContext(f"this input goes on from a cache, and may be prompt or not: {REMEDY}")
@@ -249,7 +251,7 @@ def _real(sources: list[Mapping[str, Any]], count: int, device: torch.device) ->
         if not isinstance(mask, Tensor):
             continue
         if mask.dim() == 4:  # which tokens see which: one that nobody sees is padding
-            mask = (mask == 0 if mask.is_floating_point() else mask != 0).flatten(1, 2).any(1)
+            mask = _seen(mask, count - mask.shape[-2]).flatten(1, 2).any(1)
         elif name != "attention_mask":
             mask = mask == 0
         if mask.dim() == 2 and mask.shape[-1] >= count:
@@ -262,9 +264,18 @@ def _real(sources: list[Mapping[str, Any]], count: int, device: torch.device) ->
     return torch.ones(1, count, dtype=torch.bool, device=device)
 
 
+def _seen(mask: Tensor, held: int) -> Tensor:
+    """Returns which tokens see which by the mask of a block ``[.., new, held + new or more]``; where no token would see
+    itself, it says what is hidden (MPT's)."""
+    if mask.is_floating_point():
+        return mask == 0
+    seen = mask != 0
+    return seen ^ ~seen.diagonal(held, -2, -1).any()
+
+
 def _per_row(told: Any, rows: int, device: torch.device) -> Tensor:
     """Returns the lengths as ``[batch or 1, 1]``; rows that generate repeats (beams) have one together."""
-    lengths = torch.as_tensor(told, device=device).view(-1, 1)
+    lengths = forward_context().for_rows("prompt_length", rows, torch.as_tensor(told, device=device).view(-1, 1))
     return lengths if len(lengths) in (1, rows) else lengths.repeat_interleave(rows // len(lengths), 0)
 
 

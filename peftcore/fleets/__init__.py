@@ -2,7 +2,8 @@
 
 It may import `authoring`, and what is below. In the order of reading:
 
-- `rows`: batches put together, outputs taken apart.
+- `rows`: batches put together, and rows taken from them again.
+- `outputs`: the rows of one member in an output, which dimensions have them.
 - `losses`: the loss of one adapter, of its own rows.
 - `feeds`: one adapter's data, batch after batch.
 - `checkpoints`: the files from which one adapter's training goes on.

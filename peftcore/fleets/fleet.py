@@ -20,11 +20,12 @@ from peftcore.fleets import checkpoints
 from peftcore.fleets.feeds import Data
 from peftcore.fleets.losses import SHIFTED, Loss, counted, kind_of, loss_of, numbers, shares
 from peftcore.fleets.member import Member
-from peftcore.fleets.rows import Batch, Collate, count_of, part, together
-from peftcore.forward.draws import mixed
-from peftcore.forward.host_state import injections
+from peftcore.fleets.outputs import FEW, MORE, Outputs
+from peftcore.fleets.rows import Batch, Collate, count_of, taken, together
+from peftcore.forward.draws import Streams, mixed
+from peftcore.forward.host_state import injections, state_of
 from peftcore.injection.injection import Injection
-from peftcore.injection.switching import route
+from peftcore.injection.switching import activate, route
 from peftcore.layers.fsdp import in_group, is_sharded
 from peftcore.layers.pieces import ENGINE, is_cut, is_partitioned
 from peftcore.utils.progress import Progress
@@ -46,6 +47,9 @@ class Fleet:
     A member comes to what it would come to alone, up to rounding, as long as the base itself draws nothing (dropout)
     and makes no statistics of batches. What adapters draw depends on the member's seed, its step and the target module.
     Whether the model is in training mode is the caller's to say, ``model.train()``, as in any loop.
+
+    Which dimensions of an output have the rows is learned beforehand, from a forward of the bare base with two rows and
+    one with three. Similarities of all rows with all are cut in both: own texts with own pictures.
 
     Under DistributedDataParallel the wrapped model is given, with ``find_unused_parameters=True`` where members join a
     different number of forwards; under FSDP2 the sharded one. All processes make the same fleet, each with its own
@@ -79,6 +83,7 @@ class Fleet:
         self.forwards = 0
         self._host: nn.Module | None = None
         self._norms: dict[str, nn.Module] = {}
+        self._outputs = Outputs()
 
     # ------------------------------------------------------------------------------------------------------ members
 
@@ -104,10 +109,12 @@ class Fleet:
         Args:
             injection: the adapter, or its name. It has to be trainable.
             data: batches, which are gone through again and again until `steps` are taken; or a function that returns
-                those of an epoch, given its number. A batch maps names to tensors with a row for each example.
+                those of an epoch, given its number. A batch maps names to tensors with a row for each example, to lists
+                with an entry for each, and to what is the same for all members.
             optimizer: over its parameters: ``injection.optimizer(torch.optim.AdamW, lr=...)``.
             loss: from the output for its rows, and these rows of the batch (labels with them), to the mean loss over
-                them. By default what a model of transformers computes of logits and labels.
+                them. By default what a model of transformers computes of logits and labels. Reading an output that
+                cannot be cut into rows is a TrainingError.
             schedule: of its learning rate; it takes a step after each one of the optimizer. `ReduceLROnPlateau` is told
                 the loss of the step.
             steps: how many steps of the optimizer; None: one epoch.
@@ -331,13 +338,17 @@ class Fleet:
         rank = torch.distributed.get_rank() if in_group() else 0
         seeds = {each.name: mixed(each.seed, each.step, turn, *([rank] if rank else ())) for each in batches}
         inputs = {key: value for key, value in whole.items() if key not in self.targets}
+        if len(bounds) > 1 and not self._outputs.learned:
+            self._learn(inputs, rows)
         with torch.enable_grad(), self._casting(), route(host, names, seeds=seeds):
             output = self.model(**inputs)
             self._check_no_loss(output)
+            if len(bounds) > 1 and not self._outputs.know(output):
+                self._learn(inputs, rows)
             total: Tensor | None = None
             for member, (start, stop) in bounds.items():
-                own = part(output, start, stop, rows)
-                loss = member.loss_function(own, part(whole, start, stop, rows))
+                own = output if len(bounds) == 1 else self._outputs.part(output, start, stop, rows)
+                loss = member.loss_function(own, taken(whole, [*range(start, stop)]))
                 if not isinstance(loss, Tensor) or loss.dim():
                     raise TrainingError(f"the loss of {member.name!r} is to be a scalar tensor, and is {loss!r:.80}")
                 share = shares(counts[member], member.of_tokens)[turn]
@@ -347,6 +358,23 @@ class Fleet:
         self.forwards += 1
         assert total is not None
         total.backward()  # type: ignore[no-untyped-call]
+
+    @torch.no_grad()
+    def _learn(self, inputs: Batch, rows: int) -> None:
+        """Learn which dimensions of the output have the rows: the base runs on few rows of a batch, and on one more."""
+        host = self._host
+        state = None if host is None else state_of(host)
+        assert host is not None and state is not None
+        few, more = (taken(inputs, [0, 1, rows - 1][:count]) for count in (FEW, MORE))
+        streams = Streams(next(iter(host.parameters())).device)
+        before = streams.states()
+        try:
+            with self._casting(), activate(host), state.recorder.unrepeated():
+                one = self.model(**few)
+                streams.set(before)
+                self._outputs.learn(one, self.model(**more))
+        finally:
+            streams.set(before)
 
     def _casting(self) -> AbstractContextManager[Any]:
         if self.autocast is None:

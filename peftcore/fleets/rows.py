@@ -1,4 +1,4 @@
-"""Batches of several adapters put together along their rows, and outputs taken apart again."""
+"""Batches of several adapters put together along their rows, and rows taken from them again."""
 
 from __future__ import annotations
 
@@ -13,6 +13,10 @@ from peftcore.errors import TrainingError
 
 Batch = Mapping[str, Any]
 Collate = Callable[[list[Batch]], Batch]
+
+
+class Entries(list[Any]):
+    """A list with an entry for each row."""
 
 
 def count_of(batch: Any, name: str) -> int:
@@ -52,7 +56,8 @@ def together(batches: Mapping[str, Batch], pad: Mapping[str, float], collate: Co
                 f"the collate function of the fleet made {count_of(made, '')} rows of {sum(counts.values())}; it has "
                 "to keep every row, in order"
             )
-        return made
+        rows = sum(counts.values())
+        return {key: Entries(each) if type(each) is list and len(each) == rows else each for key, each in made.items()}
     names = [*batches]
     first = batches[names[0]]
     for name in names[1:]:
@@ -71,7 +76,7 @@ def _column(key: str, values: Mapping[str, Any], counts: Mapping[str, int], pad:
         return _tensors(key, values, pad)
     by_row = all(isinstance(value, list | tuple) and len(value) == counts[name] for name, value in values.items())
     if by_row:
-        return [entry for value in each for entry in value]
+        return Entries(entry for value in each for entry in value)
     if all(_same(value, each[0]) for value in each[1:]):
         return each[0]
     raise TrainingError(
@@ -109,16 +114,13 @@ def _filled(value: Tensor, sizes: Sequence[int], fill: float) -> Tensor:
     return F.pad(value, widths, value=fill) if any(widths) else value
 
 
-def part(value: Any, start: int, stop: int, count: int) -> Any:
-    """Returns the rows from `start` to `stop` of a value of `count` rows: of a tensor, of a list with an entry for each
-    row, or of those in nested containers. What has no rows is returned as it is."""
-    if isinstance(value, Tensor):
-        return value[start:stop] if value.dim() and len(value) == count else value
-    if isinstance(value, Mapping):
-        held = {key: part(each, start, stop, count) for key, each in value.items()}
-        return held if type(value) is dict else type(value)(**held)
-    if type(value) is list and len(value) == count and not any(isinstance(each, Tensor) for each in value):
-        return value[start:stop]
-    if type(value) in (list, tuple):
-        return type(value)(part(each, start, stop, count) for each in value)
-    return value
+def taken(batch: Batch, rows: list[int]) -> dict[str, Any]:
+    """Returns some rows of a batch that `together` made: of its tensors, which all have rows first, and of its lists
+    with an entry for each row. All else is of all rows."""
+
+    def of(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.dim():
+            return value[torch.tensor(rows, device=value.device)]
+        return Entries(value[row] for row in rows) if isinstance(value, Entries) else value
+
+    return {key: of(value) for key, value in batch.items()}

@@ -171,6 +171,11 @@ class HostAttention:
         self._keys, self._mask, self._options = key.shape[2], mask, options
         self.weights: Tensor | None = None
 
+    @property
+    def others(self) -> tuple[Tensor | None, Mapping[str, Any]]:
+        """The arguments of the call besides queries, keys and values."""
+        return self._mask, self._options
+
     def of(self, rows: OwnRows) -> HostAttention:
         """Returns the attention of some rows of the batch."""
         own = copy.copy(self)
@@ -292,7 +297,7 @@ def run_edits(
     route = edits.route
     if route is None:
         return _chain(edits.mounts, host)(query, key, value), host.weights
-    count = None if torch.compiler.is_compiling() else rows_seen(route, (query,), {})
+    count = None if torch.compiler.is_compiling() else rows_seen(route, (query, host.others), {})
     if count is not None:
         edited = {mount.name for mount in edits.mounts}  # all others are one softmax, whatever acts on them elsewhere
         route = route.only(tuple(n for n, name in enumerate(route.names) if name in edited))

@@ -21,10 +21,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from peftcore.errors import MissingContext, SequenceError, TrainingError
+from peftcore.errors import MissingContext, RouteError, SequenceError, TrainingError
 from peftcore.forward.checkpoints import reentrant, remember, remembered, running
-from peftcore.forward.tokens import CACHES, OF_DECODER, Tokens
+from peftcore.forward.repeats import Repeats, of_batch, told_repeats
+from peftcore.forward.tokens import OF_DECODER, Prompt, Tokens
 from peftcore.layers.kernels import transformed
+from peftcore.roles.stacks import arguments, caches_in, is_cache
 from peftcore.utils.threads import this_thread
 
 if TYPE_CHECKING:
@@ -47,6 +49,9 @@ class _Threads(threading.local):
         """The choice for one call that runs now, with the `Choices` of its host, for code that torch.compile traces."""
         self.outside: weakref.ref[ForwardContext] | None = None
         """The context for a part of the host that runs by itself; the host's state holds it."""
+        self.generating: list[tuple[Sequence[object], int, Prompt | None]] = []
+        """The calls of ``generate`` that run, the innermost last: the states of its hosts, how many rows it was given,
+        and its prompt."""
         self.announced: dict[int, tuple[int, weakref.ref[ForwardContext]]] = {}
         """The backward pass (its number) and the forward that it goes through now, which its graph holds, by host."""
 
@@ -117,12 +122,27 @@ class ForwardContext:
         """How many tokens each layer of a cache held before, by id of the cache, while a module runs for several
         injections one after the other."""
         self._tokens: Tokens | None = None
+        self._sizes: list[int] | None = None
         self._model, self._args, self._kwargs = model, args, kwargs or {}
 
     def count_tokens(self) -> None:
         """Count the tokens, while the cache holds none of the new ones yet."""
         taken = () if self._model is None else inspect.signature(self._model.forward).parameters
-        self._tokens = Tokens(self.inputs, taken)
+        _, prompt = self._generating()
+        self._tokens = Tokens(self.inputs, taken, prompt)
+
+    def _generating(self) -> tuple[int, Prompt | None]:
+        """Returns how many rows the ``generate`` of the host was given in which this runs, and its prompt."""
+        for hosts, rows, prompt in reversed(HERE.generating):
+            if any(host is self.state for host in hosts):
+                return rows, prompt
+        return 0, None
+
+    @property
+    def prompt(self) -> Prompt | None:
+        """The prompt of the ``generate`` in which this forward runs, whose tokens it is given (or generated ones behind
+        it); None elsewhere."""
+        return None if self._tokens is None else self._tokens.prompt
 
     @property
     def tokens(self) -> Tokens:
@@ -154,10 +174,13 @@ class ForwardContext:
             MissingContext: nothing says where that is; see `Tokens.since`.
             SequenceError: the module is given other tokens than the host.
         """
-        told = None if self.choice is None else self.choice.context.get("since")
+        told = self.told("since")
         if not sequence and told is None:
             return None
         tokens = self.tokens
+        if told is not None:  # of all rows of the batch, of which the operator's own are taken below
+            entries = torch.as_tensor(told).view(-1)
+            told = of_batch("since", entries, tokens.batch, self._repeated(len(entries), tokens.batch)[1])
         since = tokens.since(sequence, told).to(like.device)
         behind = torch.arange(tokens.held, tokens.held + tokens.new, device=like.device) >= since.unsqueeze(-1)
         own = behind if self.rows is None else self.rows.of_tokens(behind)
@@ -184,11 +207,12 @@ class ForwardContext:
         return lengths[depth] if depth < len(lengths) else 0  # a layer that the module has made since
 
     @contextmanager
-    def one_module(self, given: Mapping[str, Any]) -> Iterator[None]:
-        """Context manager for the call of a module that runs for several injections; `given` are its arguments by
-        name."""
+    def one_module(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[None]:
+        """Context manager for the call of a module that runs for several injections, with its arguments by position
+        and by name."""
         outer, self.held = self.held, {}
-        for cache in [given[name] for name in CACHES if given.get(name) is not None]:
+        given = {**dict(zip(arguments(type(module)), args, strict=False)), **kwargs}
+        for cache in caches_in(given).values():
             with suppress(AttributeError, ValueError):  # caches of states count no tokens
                 self.held[id(cache)] = [int(cache.get_seq_length(depth)) for depth in range(len(cache))]
         try:
@@ -208,9 +232,67 @@ class ForwardContext:
         Raises:
             MissingContext: `call` was not given it.
         """
-        if name not in self.context:
-            raise MissingContext(f"this method needs to be told {name!r}: with peftcore.call(model, {name}=...): ...")
+        self._check_told(name)
         return self.context[name]
+
+    def told(self, name: str, otherwise: Any = None) -> Any:
+        """Returns one entry of what was given to `peftcore.call(model, ...)`, in a route too as it was given."""
+        return otherwise if self.choice is None else self.choice.context.get(name, otherwise)
+
+    def _check_told(self, name: str) -> None:
+        if self.choice is None or name not in self.choice.context:
+            raise MissingContext(f"this method needs to be told {name!r}: with peftcore.call(model, {name}=...): ...")
+
+    def for_rows(self, name: str, rows: int, value: Tensor | None = None) -> Tensor:
+        """Returns the entries of a value that calls tell for the rows that a module is given, in a route the operator's
+        own: one for all, or one for each row of the batch, which stands for the adjacent rows that the module has of it
+        (windows, frames, flat tokens).
+
+        Args:
+            name: the name by which calls tell it.
+            rows: how many rows the module is given; a multiple of the entries.
+            value: what to look up entries in, of all rows; None for what was told, a tensor.
+
+        Raises:
+            MissingContext: nobody told it.
+            RouteError: there are not as many rows, and nothing says how the batch repeats entries.
+        """
+        if value is None:
+            self._check_told(name)
+            value = self.told(name)
+            assert value is not None
+        if len(value) == 1:
+            return value
+        if not len(value):
+            raise RouteError(f"{name} has no entries: give one for each row, or one for all")
+        own = of_batch(name, value, *self._repeated(len(value), rows))
+        own = own if self.rows is None else self.rows.of(own)
+        if rows % len(own):
+            raise RouteError(
+                f"a module is given {rows} rows, which cannot be told apart by the {len(own)} entries of {name}: "
+                "exclude it from the adapter's target modules, or give one entry for all rows"
+            )
+        return own
+
+    def _repeated(self, entries: int, rows: int) -> tuple[int, Repeats]:
+        """Returns how many rows the batch has, where a value has so many entries and a module is given so many rows;
+        and how it repeats entries."""
+        repeats = told_repeats({} if self.choice is None else self.choice.context)
+        route = None if self.rows is None else self.rows.route
+        if self._sizes is None:
+            inputs = {} if self._model is None else bound(self._model, self._args, self._kwargs)
+            self._sizes = batch_sizes(inputs)
+        sizes = self._sizes
+        if sizes:  # of several (pictures and texts), the one that the module is given
+            batch = rows if rows == entries and entries in sizes else sizes[0]
+        elif route is not None:
+            batch = len(route.index) // max(route.tokens, 1) * route.copies
+        else:  # a part of the host runs by itself
+            batch = rows if repeats is None else entries * repeats.guidance * repeats.copies
+        if repeats is None:
+            known = entries in (self._generating()[0], 0 if route is None else len(route.index))
+            repeats = Repeats(copies=max(batch // entries, 1)) if known else Repeats()
+        return batch, repeats
 
     @property
     def repeating(self) -> bool:
@@ -281,7 +363,7 @@ class ForwardContext:
                 ``forward_context().without(self, call, x)``.
             run: what to run, such as the operator's ``call``.
             args: its arguments, with `kwargs`.
-            caches: what stands for a cache among the keyword arguments: a copy, so the pass sees what is in it and
+            caches: what stands for a cache among the arguments: a copy, so the pass sees what is in it and
                 leaves it as it is; or `PassCache.beside`, a cache of what such passes computed themselves.
 
         Raises:
@@ -291,7 +373,8 @@ class ForwardContext:
         if state is None or self.choice is None:
             return run(*args, **kwargs)
         choice = self.choice.without(name if isinstance(name, str) else state.name_of(name))
-        kwargs = {k: caches(v) if k in CACHES and v is not None else v for k, v in kwargs.items()}
+        args = tuple(caches(each) if is_cache(each) else each for each in args)
+        kwargs |= {name: caches(each) for name, each in caches_in(kwargs).items()}
         inner = ForwardContext(state, choice, self._model, self._args, self._kwargs)
         inner.extra, inner.calm, inner.taps, inner.frame = True, not repeating(), [*self.taps], sys._getframe()
         inner.within = running() if inner.recorded else []
@@ -326,8 +409,10 @@ class ForwardContext:
         model = self._model
         if model is None:
             raise MissingContext("a part of the model was called by itself: only the whole model runs once more")
-        if given := [name for name, value in self.inputs.items() if name in CACHES and value is not None]:
-            raise TrainingError(f"the model is to run twice, and {given[0]}= has the tokens already: train without it")
+        if given := caches_in(self.inputs):
+            raise TrainingError(
+                f"the model is to run twice, and {next(iter(given))}= has the tokens already: train without it"
+            )
         inner = ForwardContext(self.state, self.choice, model, self._args, self._kwargs)
         inner.extra, inner._tokens = True, self._tokens
         inner.taps = [(tap.key, value, True, None, None) for tap, value in (left or {}).items()]
@@ -368,6 +453,14 @@ def bound(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
         if parameter.kind is parameter.VAR_KEYWORD:
             arguments.update(arguments.pop(name, {}))
     return arguments
+
+
+def batch_sizes(inputs: Mapping[str, Any]) -> list[int]:
+    """Returns how many rows the tensors among a host's arguments have, in order; what stands for all rows (positions
+    ``[1, tokens]``) comes last."""
+    found = [value for value in inputs.values() if isinstance(value, Tensor) and value.dim()]
+    found = [value for value in found if value.dim() > 1] or found
+    return sorted((len(value) for value in found), key=lambda size: size == 1)
 
 
 def forward_context() -> ForwardContext:

@@ -1,11 +1,19 @@
-"""`generate` keeps what is computed from the weights from token to token: nothing writes to them within one call."""
+"""`generate` keeps what is computed from the weights from token to token: nothing writes to them within one call. And
+it tells what its prompt is, of which the model may be given pieces."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
 
+from torch import Tensor
+
 from peftcore.forward.cache import caching
+from peftcore.forward.context import HERE
 from peftcore.forward.instance_methods import InstanceMethod
+from peftcore.forward.tokens import Prompt
+from peftcore.roles.stacks import cache_in
 
 
 @runtime_checkable
@@ -17,11 +25,35 @@ class Generates(Protocol):
 
 
 class GeneratesFromCache(InstanceMethod):
-    """A ``generate`` in which effective weights are computed once."""
+    """A ``generate`` in which effective weights are computed once, and the prompt is known."""
 
     name = "generate"
     having = Generates
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with caching(self.owners):
+        with caching(self.owners), _generating(self.owners, args, kwargs):
             return self.plain(*args, **kwargs)
+
+
+@contextmanager
+def _generating(owners: list[object], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[None]:
+    """Context manager in which forwards of these hosts know what ``generate`` was given."""
+    before = len(HERE.generating)
+    rows = next((len(each) for each in (*args, *kwargs.values()) if isinstance(each, Tensor) and each.dim()), 0)
+    HERE.generating.append((owners, rows, _prompt(args, kwargs)))
+    try:
+        yield
+    finally:
+        del HERE.generating[before:]
+
+
+def _prompt(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Prompt | None:
+    """Returns the prompt that ``generate`` is given, as transformers reads its arguments: where the mask is longer than
+    the ids, these go on from the cache; otherwise they have all tokens. None where it is given no ids."""
+    ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point():
+        return None
+    mask = kwargs.get("attention_mask")
+    plain = isinstance(mask, Tensor) and mask.dim() == 2
+    begin = max(mask.shape[1] - ids.shape[1], 0) if plain and cache_in(kwargs) is not None else 0
+    return Prompt(ids, begin, mask if plain and mask.shape[1] == begin + ids.shape[1] else None)

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import sys
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +14,16 @@ from torch import Tensor, nn
 
 from peftcore.errors import AmbiguousBackward, RouteError
 from peftcore.forward.checkpoints import remembered
-from peftcore.forward.context import HERE, ForwardContext, announce, drop_interrupted, graph_task, outside, repeating
+from peftcore.forward.context import (
+    HERE,
+    ForwardContext,
+    announce,
+    batch_sizes,
+    drop_interrupted,
+    graph_task,
+    outside,
+    repeating,
+)
 from peftcore.forward.own_losses import Fate, OwnLosses, output_losses
 
 if TYPE_CHECKING:
@@ -55,7 +66,7 @@ class Recorder:
             silent_layers.check(model)
         if choice.route is not None:
             _check_rows(call, choice.route)
-        if state.reads_tokens or (choice.route is not None and choice.route.since is not None):
+        if HERE.generating or state.reads_tokens or (choice.route is not None and choice.route.since is not None):
             call.count_tokens()
         if not repeating():  # also without gradients: a reentrant checkpoint round the host runs it so
             self.note(choice)
@@ -97,6 +108,15 @@ class Recorder:
         if not any(choice.same(other) for other in self.recent):
             self.recent = [*self.recent[-1:], choice]
 
+    @contextmanager
+    def unrepeated(self) -> Iterator[None]:
+        """Context manager for forwards that no backward repeats: what was recorded of others stays."""
+        recent, drained = self.recent, self.drained
+        try:
+            yield
+        finally:
+            self.recent, self.drained = recent, drained
+
     def visit(self, state: HostState, choice: Choice, training: bool) -> None:
         """Record that a grafted module runs. Where the host itself does not (through `forward_features`, an encoder by
         itself), this opens a context without inputs, until the next forward of the host."""
@@ -129,10 +149,11 @@ def _fate(state: HostState) -> Fate:
 
 
 def _check_rows(call: ForwardContext, route: Route) -> None:
-    tensors = [value for value in call.inputs.values() if isinstance(value, Tensor) and value.dim() > 1]
-    if tensors and not route.fits(len(tensors[0])):
+    tensors = {name: value for name, value in call.inputs.items() if isinstance(value, Tensor) and value.dim() > 1}
+    sizes = batch_sizes(tensors)
+    if sizes and not route.fits(sizes[0]):
         raise RouteError(
-            f"the route has {len(route.index)} rows (times {route.copies} copies), the batch {len(tensors[0])}; "
+            f"the route has {len(route.index)} rows (times {route.copies} copies), the batch {sizes[0]}; "
             "name one injection (or None) for each row, and say copies=num_beams where generate repeats rows"
         )
 

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map_only
 
 from peftcore.errors import RouteError
 from peftcore.forward.active_adapters import Positions, Route
-from peftcore.forward.context import HERE, ForwardContext, forward_context
+from peftcore.forward.context import HERE, ForwardContext, forward_context, tensors_in
 from peftcore.forward.draws import draws_of, own_draws_aside
 
 
@@ -212,11 +212,22 @@ def all_rows() -> AbstractContextManager[None]:
 
 def rows_seen(route: Route, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
     """Returns how many rows a module sees, by the first tensor among its arguments; None where they cannot be told
-    apart: one stands for all."""
+    apart: one stands for all, or others may have rows or not."""
     first = next((each for each in (*args, *kwargs.values()) if isinstance(each, Tensor) and each.dim()), None)
     if first is None or len(first) < 2 or len(first) % len(route.index):
         return None
-    return len(first)
+    alone = len(args) == 1 and not kwargs
+    return len(first) if alone or told_apart(route, len(first), first, (args, kwargs)) else None
+
+
+def told_apart(route: Route, count: int, first: Tensor, others: Any) -> bool:
+    """Whether the tensors among a module's other arguments that are as long as the batch have its rows for sure: no
+    dimension of these arguments behind their first one is as long (rows of as many tokens or heads, with a mask
+    ``[tokens, tokens]``, angles ``[tokens, width]``, a number for each head)."""
+    every = [each for each in tensors_in(others) if each.dim() and each is not first]
+    lengths = {count, len(route.index), len(route.index) * route.copies}
+    long = {len(each) for each in every} & lengths
+    return not long or long.isdisjoint({*first.shape[1:], *(size for each in every for size in each.shape[1:])})
 
 
 def by_tokens(run: Callable[..., Any], route: Route, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

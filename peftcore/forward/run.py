@@ -109,11 +109,11 @@ def _run(
     **kwargs: Any,
 ) -> Any:
     if planned.composition is not None:
-        with _one_module(kwargs):
+        with _one_module(module, args, kwargs):
             return _composed(plain, slot, module, planned, args, kwargs)
     inner = _inner(plain, slot, module, planned.acting, route)
     if route is not None:
-        with _one_module(kwargs):
+        with _one_module(module, args, kwargs):
 
             def rows(route: Route, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
                 return _by_rows(plain, slot, module, planned, route, OneForward(inner, module), args, kwargs)
@@ -122,9 +122,11 @@ def _run(
     return _around(planned.acting, inner, module)(*args, **kwargs)
 
 
-def _one_module(kwargs: Mapping[str, Any]) -> AbstractContextManager[None]:
+def _one_module(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> AbstractContextManager[None]:
     """Returns the context manager for a module that runs for several injections one after the other."""
-    return HERE.calls[-1].one_module(kwargs) if HERE.calls and not torch.compiler.is_compiling() else nullcontext()
+    if torch.compiler.is_compiling() or not HERE.calls:
+        return nullcontext()
+    return HERE.calls[-1].one_module(module, args, kwargs)
 
 
 def _again(

@@ -14,15 +14,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from peftcore.errors import MissingContext
+from peftcore.errors import MissingContext, SequenceError
+from peftcore.roles.stacks import cache_in
 
-CACHES = ("past_key_values", "cache", "past_key_value", "cache_params")
-"""The names under which transformers hands its caches on."""
 _TOKENS = ("input_ids", "inputs_embeds")
 OF_DECODER = frozenset({"decoder_input_ids", "decoder_inputs_embeds"})
 """Arguments of models that have an encoder and a decoder."""
+NEVER = torch.iinfo(torch.int64).max
+"""The first column of a sequence that does not occur."""
 _KEPT = "_peftcore_kept"
 """The attribute of a cache in which decisions about its tokens are kept."""
+_FILLED = "_peftcore_filled"
+"""The attribute of a cache that says of which prompt its first tokens are, and whether they are."""
 REMEDY = "say from which column of tokens on it acts, one for each row: with peftcore.call(model, since=[...]): ..."
 
 
@@ -31,10 +34,31 @@ class _Kept(NamedTuple):
 
     since: Tensor
     """``[batch]``: the first column of its last occurrence."""
-    tail: Tensor
-    """``[batch, length - 1]``: the last ids, with which an occurrence may begin."""
+    ids: Tensor
+    """``[batch, seen]``: the ids of the last columns before `end`."""
     end: int
     """How many columns the cache held then."""
+
+    def before(self, held: int, most: int) -> Tensor:
+        """Returns the last ids (at most so many) of a cache that holds so many columns; none where it holds some that
+        were not seen."""
+        stop = self.ids.shape[1] - (self.end - held)
+        return self.ids[:, max(stop - most, 0) : max(stop, 0)] if self.end >= held else self.ids[:, :0]
+
+
+class Prompt(NamedTuple):
+    """The prompt of a ``generate`` that runs: it is known as a whole before the model is given pieces of it."""
+
+    ids: Tensor
+    """``[batch, tokens]``"""
+    begin: int
+    """How many columns are before it, in the cache that ``generate`` was given."""
+    mask: Tensor | None = None
+    """``[batch, begin + tokens]``: zero where padding is; None where ``generate`` was given none."""
+
+    @property
+    def end(self) -> int:
+        return self.begin + self.ids.shape[1]
 
 
 class Tokens:
@@ -44,6 +68,7 @@ class Tokens:
         inputs: the host's arguments by name, before any of its modules runs.
         names: the names of all that its forward takes. What has an encoder and a decoder has tokens of two kinds, and
             none are counted.
+        prompt: that of the ``generate`` in which the forward runs.
 
     Attributes:
         counted: whether the columns are known.
@@ -51,11 +76,12 @@ class Tokens:
         held: how many columns of tokens the cache held when the forward began, padding included.
         new: how many columns this forward adds.
         batch: the rows of the batch.
+        prompt: that of the ``generate``, where the tokens are those of the prompt and of what is generated behind it.
     """
 
-    def __init__(self, inputs: Mapping[str, Any], names: Collection[str] = ()) -> None:
+    def __init__(self, inputs: Mapping[str, Any], names: Collection[str] = (), prompt: Prompt | None = None) -> None:
         found = next((inputs[name] for name in _TOKENS if isinstance(inputs.get(name), Tensor)), None)
-        self._cache = next((inputs[name] for name in CACHES if inputs.get(name) is not None), None)
+        self._cache = cache_in(inputs)
         self.counted = found is not None and found.dim() > 1 and OF_DECODER.isdisjoint(names)
         counted = found if found is not None and self.counted else torch.empty(0, 0)
         self.batch, self.new = int(counted.shape[0]), int(counted.shape[1])
@@ -66,14 +92,15 @@ class Tokens:
                 self.held = int(self._cache.get_seq_length())
             except (AttributeError, ValueError):  # caches of states count no tokens
                 self.counted = False
+        self.prompt = prompt if prompt is not None and self._are_of(prompt) else None
         self._found: dict[tuple[int, ...], Tensor] = {}
 
     def since(self, sequence: Sequence[int], told: Any = None) -> Tensor:
         """Returns the first column of the last occurrence of a sequence of ids in each row: ``[batch]`` int64, on the
         device of the ids; ``held + new`` or more where there is none.
 
-        It is decided by the forward that sees the sequence, and kept with the cache for those that go on from there. An
-        occurrence may have begun in the forward before.
+        In ``generate`` the prompt decides it, whatever is generated; elsewhere the forward that sees the sequence. It
+        is kept with the cache for the forwards that go on from there.
 
         Args:
             sequence: the ids.
@@ -81,6 +108,7 @@ class Tokens:
 
         Raises:
             MissingContext: the ids of this forward, or those in the cache, were not seen.
+            SequenceError: tokens in the cache did not run as the sequence decides it now.
         """
         key = tuple(sequence)
         if told is not None:
@@ -91,30 +119,85 @@ class Tokens:
 
     def _find(self, key: tuple[int, ...]) -> Tensor:
         if self.ids is None or not self.counted:
-            raise MissingContext(
-                f"no ids of tokens are given to the model in which {list(key)} could be found: {REMEDY}"
-            )
+            raise MissingContext(f"no ids of tokens are given to the model in which {[*key]} could be found: {REMEDY}")
         kept: dict[tuple[int, ...], _Kept] = getattr(self._cache, _KEPT, {})
         before = kept.get(key) if self.held else None
-        whole = before is not None and before.end == self.held  # else the cache was cropped
-        tail = self._of_rows(before.tail) if before is not None and whole else self.ids[:, :0]
-        seen = torch.cat([tail.to(self.ids), self.ids], 1)
-        first = _last_occurrence(seen, key)  # -1 where there is none
-        never = torch.iinfo(torch.int64).max
-        since = torch.where(first < 0, never, first + self.held - tail.shape[1])
+        earlier = self.ids.new_full((self.batch,), NEVER)
         if before is not None:
-            earlier = self._of_rows(before.since).to(since)
-            since = torch.where(earlier < self.held, earlier, since)
-        elif self.held and bool((since == never).any()):
+            since = self._of_rows(before.since).to(self.ids)
+            earlier = torch.where(since < self.held, since, earlier)
+        if self.prompt is not None and self.held < self.prompt.end:
+            since = self._prompted(key, before, earlier, self.prompt)
+        elif self.prompt is not None and before is not None:  # generated tokens
+            since = earlier
+        else:
+            since = self._seen(key, before, earlier)
+        if self._cache is not None:
+            ids = self.ids if before is None else torch.cat([self._history(before, self.held), self.ids], 1)
+            with suppress(AttributeError):  # a cache that takes no attributes keeps nothing
+                setattr(self._cache, _KEPT, {**kept, key: _Kept(since, ids, self.held + self.new)})
+        return since
+
+    def _are_of(self, prompt: Prompt) -> bool:
+        """Whether the ids are those of the prompt, as far as it goes, and what the cache holds is of it, too."""
+        start = self.held - prompt.begin
+        if self.ids is None or not self.counted or start < 0 or self.batch % len(prompt.ids):
+            return False
+        filled: tuple[Any, bool] = getattr(self._cache, _FILLED, (None, True))
+        if filled[0] is prompt.ids and (self.held >= prompt.end or not filled[1]):
+            return filled[1]
+        own = self._of_rows(prompt.ids[:, start : start + self.new]).to(self.ids)
+        found = torch.equal(own, self.ids[:, : own.shape[1]])
+        if self._cache is not None:
+            with suppress(AttributeError):  # a cache that takes no attributes keeps nothing
+                setattr(self._cache, _FILLED, (prompt.ids, found))
+        return found
+
+    def _history(self, before: _Kept | None, most: int) -> Tensor:
+        """Returns the last ids that the cache holds, at most so many, as far as they were seen."""
+        assert self.ids is not None
+        return self.ids[:, :0] if before is None else self._of_rows(before.before(self.held, most)).to(self.ids)
+
+    def _prompted(self, key: tuple[int, ...], before: _Kept | None, earlier: Tensor, prompt: Prompt) -> Tensor:
+        """Returns where the sequence begins in the prompt, or in what the cache holds before that."""
+        since = _first_columns(self._of_rows(prompt.ids).to(earlier), key, prompt.begin)
+        if prompt.begin:
+            since = torch.where(since == NEVER, earlier, since)
+            self._check_known(key, before, since)
+        if bool(((since < self.held) & (since != earlier)).any()):
+            raise SequenceError(
+                f"{[*key]} begins among the {self.held} tokens that the cache holds, and not all of these ran as if it "
+                f"did: {REMEDY}"
+            )
+        return since
+
+    def _seen(self, key: tuple[int, ...], before: _Kept | None, earlier: Tensor) -> Tensor:
+        """Returns where the sequence begins by the ids of this forward, and the last ones before it."""
+        assert self.ids is not None
+        tail = self._history(before, len(key) - 1)
+        first = _first_columns(torch.cat([tail, self.ids], 1), key, self.held - tail.shape[1])
+        acts, is_new = earlier < self.held, (first != NEVER) & (first != earlier)
+        if self.held:
+            is_new &= ~acts | (self.new > 1)  # a step that adds one token to what a sequence is in generates
+            cut = acts & (earlier + len(key) > self.held) & (first != earlier)  # the cache was cropped inside it
+            if bool((is_new & (acts | (first < self.held)) | cut).any()):
+                raise SequenceError(
+                    f"where {[*key]} last begins decides for all tokens from there on, and {self.held} are in the "
+                    "cache already, which ran without this forward's part of it: give the model the prompt in one "
+                    f"forward, or in pieces that end elsewhere; or {REMEDY}"
+                )
+        since = torch.where(is_new, first, torch.where(acts, earlier, NEVER))
+        self._check_known(key, before, since)
+        return since
+
+    def _check_known(self, key: tuple[int, ...], before: _Kept | None, since: Tensor) -> None:
+        """Raise MissingContext where the sequence may be among tokens of the cache that nobody looked at."""
+        known = before is not None and before.end >= self.held
+        if self.held and not known and bool((since == NEVER).any()):
             raise MissingContext(
-                f"{list(key)} is not among the {self.new} tokens of this forward, and nobody looked for it among the "
+                f"{[*key]} is not among the {self.new} tokens of this forward, and nobody looked for it among the "
                 f"{self.held} in the cache, which it goes on from: {REMEDY}"
             )
-        if self._cache is not None:
-            rest = seen[:, max(seen.shape[1] - len(key) + 1, 0) :]
-            with suppress(AttributeError):  # a cache that takes no attributes keeps nothing
-                setattr(self._cache, _KEPT, {**kept, key: _Kept(since, rest, self.held + self.new)})
-        return since
 
     def _of_rows(self, value: Tensor) -> Tensor:
         """Returns a value with an entry for each row: those of a batch before it was repeated (beams) are repeated."""
@@ -126,11 +209,13 @@ class Tokens:
         return value if times == 1 else value.repeat_interleave(times, 0)
 
 
-def _last_occurrence(ids: Tensor, sequence: tuple[int, ...]) -> Tensor:
-    """Returns where a sequence last begins in each row ``[batch, tokens]``; -1 where it does not occur."""
+def _first_columns(ids: Tensor, sequence: tuple[int, ...], begin: int) -> Tensor:
+    """Returns the column where a sequence last begins in each row ``[batch, tokens]`` of ids, of which the first stands
+    at the column `begin`; `NEVER` where it does not occur."""
     if ids.shape[1] < len(sequence):
-        return ids.new_full((len(ids),), -1)
+        return ids.new_full((len(ids),), NEVER)
     windows = ids.unfold(1, len(sequence), 1)  # [batch, places, length]
     matches = (windows == torch.tensor(sequence, device=ids.device)).all(-1)
-    places = torch.arange(matches.shape[1], device=ids.device)
-    return torch.where(matches, places, -1).amax(1)
+    places = torch.arange(begin, begin + matches.shape[1], device=ids.device)
+    last = torch.where(matches, places, -1).amax(1)
+    return torch.where(last < 0, NEVER, last)

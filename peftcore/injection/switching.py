@@ -19,6 +19,7 @@ from peftcore.contract.compositions import Composition, Stack, branches
 from peftcore.errors import BlockOrderError, ConfigError, MergeError, RouteError
 from peftcore.forward.active_adapters import Choice, Route
 from peftcore.forward.host_state import HostState, known, state_of
+from peftcore.forward.repeats import COPIES, GUIDANCE, told_repeats
 from peftcore.forward.scopes import Chosen
 
 P = ParamSpec("P")
@@ -91,18 +92,35 @@ def route(
     return _now(*_routing(model, names, copies, since, seeds or {}))
 
 
-def call(model: nn.Module, **context: Any) -> Chosen:
-    """Give methods values for which forward has no argument: a task, a timestep.
+def call(model: nn.Module, *, guidance: bool | int | None = None, copies: int | None = None, **context: Any) -> Chosen:
+    """Give methods values for which forward has no argument: a task, a timestep, a picture.
 
     Best as a context manager, round forward or generate; values given before stay unless they are given anew:
 
         with call(model, task="rte"):
             model(**batch)
 
+    A value for rows has an entry for each row of the batch, or one for all. Where a batch repeats entries, that is to
+    be said, unless the model's own ``generate`` does it; it holds for all values that are given:
+
+        with call(unet, condition=pictures, guidance=True):  # [without text, with text], as pipelines of diffusers do
+            pipeline(prompts)
+
     Holds for threads and tasks as `activate` does.
+
+    Args:
+        model: the host.
+        guidance: whether the batch has all rows twice, one time behind the other, for classifier-free guidance; or how
+            many times.
+        copies: how many adjacent rows each entry has (``num_images_per_prompt``, ``num_beams``); within each time where
+            `guidance` says that there are several.
+        context: values for methods.
+
+    Raises:
+        ConfigError: `guidance` or `copies` is no number of times.
     """
     state = state_of(model) or HostState()
-    return Chosen(state, _telling(context)(state.now()))
+    return Chosen(state, _telling(_with_repeats(context, guidance, copies))(state.now()))
 
 
 def using(
@@ -110,6 +128,7 @@ def using(
     *adapters: str | Composition | Sequence[str | None] | None,
     copies: int = 1,
     since: Sequence[int] | None = None,
+    guidance: bool | int | None = None,
     **context: Any,
 ) -> Using:
     """Choose for one call, and for nothing but what that call runs: the form that is safe in every thread, task and
@@ -123,8 +142,9 @@ def using(
         model: the host.
         adapters: names and compositions, as `activate` takes them; one list, as `route` takes it; None for the bare
             base model. Without any, what is active stays, and `context` is given to it.
-        copies: see `route`.
+        copies: see `route` and `call`.
         since: see `route`.
+        guidance: see `call`.
         context: values for methods, as `call` gives them.
 
     Returns:
@@ -138,6 +158,7 @@ def using(
     """
     names = [each for each in adapters if isinstance(each, str | Composition)]
     rows = [tuple(each) for each in adapters if isinstance(each, Sequence) and not isinstance(each, str)]
+    context = _with_repeats(context, guidance, copies if copies != 1 and context else None)
     told = _telling(context) if context else None
     if not adapters and told is not None:
         return Using(model, lambda: (state_of(model) or HostState(), None), told)
@@ -259,6 +280,13 @@ def _routing(
     for name in used:
         state.injections[name].check_routable(by_tokens=starts is not None)
     return state, lambda before: replace(before, route=routed, composition=None)
+
+
+def _with_repeats(context: Mapping[str, Any], guidance: bool | int | None, copies: int | None) -> dict[str, Any]:
+    """Returns values for methods with what is said of how the batch repeats their entries."""
+    said = {name: value for name, value in ((GUIDANCE, guidance), (COPIES, copies)) if value is not None}
+    told_repeats(said)
+    return {**context, **said}
 
 
 def _telling(context: Mapping[str, Any]) -> Change:

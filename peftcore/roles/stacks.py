@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -22,8 +23,8 @@ from peftcore.roles.survey import attribute
 IDS = "input_ids"
 EMBEDS = "inputs_embeds"
 MEMORY = "encoder_hidden_states"
-CACHES = frozenset({"cache", "past_key_values", "cache_params"})
-"""Names of transformers' argument for the cache of earlier tokens."""
+CACHES = frozenset({"cache", "past_key_values", "past_key_value", "layer_past", "cache_params"})
+"""Names of transformers' arguments for the cache of earlier tokens, of models and of blocks."""
 _TABLES = ("table", "raw", "tensor")
 NEED_IDS = frozenset({"per_layer_inputs"})
 """Arguments of stacks that make more of the ids than their embeddings, so that embeddings alone do not say enough."""
@@ -70,9 +71,21 @@ def _arguments(forward: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(inspect.signature(forward).parameters)[1:]
 
 
+def is_cache(value: Any) -> bool:
+    """Whether a value is a cache of transformers. Looked up, not imported: without transformers nothing is one."""
+    utils = sys.modules.get("transformers.cache_utils")
+    return utils is not None and isinstance(value, utils.Cache)
+
+
+def caches_in(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the caches among a module's arguments by name: what is one, and what has the name of one."""
+    return {name: value for name, value in given.items() if value is not None and (name in CACHES or is_cache(value))}
+
+
 def cache_in(given: Mapping[str, Any]) -> Any:
     """Returns the cache among a transformers module's arguments by name; None where there is none."""
-    return next((given[name] for name in sorted(CACHES) if given.get(name) is not None), None)
+    found = caches_in(given)
+    return found[min(found)] if found else None
 
 
 def find(modules: Mapping[str, nn.Module], entries: Iterable[HostEntry]) -> list[TokenStack]:

@@ -27,9 +27,9 @@ from peftcore.errors import PluginError, SequenceError, UnsupportedSite
 from peftcore.forward.taps import Tap
 from peftcore.layers.layer import Layer
 from peftcore.layers.pieces import whole
-from peftcore.roles.stacks import CACHES, EMBEDS, IDS, MEMORY, TokenStack, arguments
+from peftcore.roles.stacks import CACHES, EMBEDS, IDS, MEMORY, TokenStack, arguments, is_cache
 from peftcore.targets.resolver import Resolver
-from peftcore.targets.sequence_cache import Opened, is_cache, opened, self_attention_cache
+from peftcore.targets.sequence_cache import Opened, opened, self_attention_cache
 from peftcore.targets.sequence_masks import Front, padding_before
 from peftcore.targets.sequence_order import Order
 from peftcore.targets.sites import Site

@@ -10,7 +10,6 @@ the cache holds, so a cache filled without them, or by another prompt, is an err
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -98,12 +97,6 @@ def _marked_class(base: type) -> type[Any]:
 def _rebuild(base: type[Any]) -> Any:
     cls = _marked_class(base)
     return object.__new__(cls)
-
-
-def is_cache(value: Any) -> bool:
-    """Whether a value is a cache. Looked up, not imported: without transformers nothing is one."""
-    utils = sys.modules.get("transformers.cache_utils")
-    return utils is not None and isinstance(value, utils.Cache)
 
 
 def _view(own: Any, rows: Rows) -> Any:

@@ -107,6 +107,16 @@ def test_causal_tokens_see_those_before_and_none_sees_padding(inside: Inside) ->
     assert VisibleTokens(None).real(3, told, torch.device("cpu")).int().tolist() == [[1, 1, 0]], "what the block sees"
 
 
+@pytest.mark.parametrize("held", [0, 2])
+def test_a_mask_of_a_block_may_say_what_is_hidden(held: int) -> None:
+    visible = torch.ones(4, 4, dtype=torch.bool).tril()
+    padded = visible & torch.tensor([False, True, True, True])
+    for mask, wanted in ((visible, 1), (~visible, 1), (padded, 0), (padded.long(), 0)):
+        told = {"attention_mask": mask[None, None, held:]}
+        found = VisibleTokens(None).real(4, told, torch.device("cpu"))
+        assert found.int().tolist() == [[wanted, 1, 1, 1]]
+
+
 def test_what_a_cache_holds_is_counted_or_refused(inside: Inside) -> None:
     inside()
     assert cached_tokens({}, 0, 3) == 0 and cached_tokens({"past_key_values": Cache(7)}, 0, 1) == 7

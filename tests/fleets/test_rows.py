@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from peftcore.errors import TrainingError
-from peftcore.fleets.rows import count_of, part, together
+from peftcore.fleets.rows import count_of, taken, together
 
 ONE = {"ids": torch.tensor([[1, 2, 3]]), "names": ["x"], "flag": True}
 TWO = {"ids": torch.tensor([[4, 5, 6], [7, 8, 9]]), "names": ["y", "z"], "flag": True}
@@ -59,18 +59,12 @@ def test_what_is_no_batch_is_refused(batch: Any) -> None:
         count_of(batch, "a")
 
 
-def test_a_part_of_an_output() -> None:
-    class Output(dict[str, Any]):
-        pass
-
-    x = torch.arange(6.0).view(3, 2).requires_grad_()
-    output = Output(
-        logits=x, hidden=(x, [x]), scale=torch.tensor(2.0), other=torch.ones(5), said=["p", "q", "r"], n=None
-    )
-    found = part(output, 1, 3, 3)
-    assert type(found) is Output
-    assert found["logits"].tolist() == [[2, 3], [4, 5]] and found["hidden"][1][0].tolist() == [[2, 3], [4, 5]]
-    assert found["scale"] is output["scale"] and found["other"] is output["other"] and found["n"] is None
-    assert found["said"] == ["q", "r"]
-    found["logits"].sum().backward()
-    assert x.grad is not None and x.grad.tolist() == [[0, 0], [1, 1], [1, 1]]
+def test_rows_are_taken_of_what_has_rows() -> None:
+    """A list that is the same for all is as long as the batch by accident."""
+    shared = {"scale": torch.tensor(2.0), "sizes": [4, 5, 6], "flag": None}
+    made = together({"a": {**ONE, **shared}, "b": {**TWO, **shared}}, {}, None)
+    found = taken(made, [2, 0])
+    assert found["ids"].tolist() == [[7, 8, 9], [1, 2, 3]] and found["names"] == ["z", "x"]
+    assert found["sizes"] == [4, 5, 6] and found["scale"] is made["scale"] and found["flag"] is None
+    collated = together({"a": ONE, "b": TWO}, {}, lambda batches: {"ids": torch.ones(3, 1), "names": ["p", "q", "r"]})
+    assert taken(collated, [1])["names"] == ["q"]

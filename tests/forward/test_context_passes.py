@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from call_toys import TapMethod, TwiceMethod, fill, gradients, host, separately
 from core_toys import token_ids
 from torch import Tensor, nn
@@ -68,6 +69,22 @@ def test_what_operators_leave_in_the_pass_ends_with_it() -> None:
         found = model(IDS, IDS)
     for key, value in expected.items():
         torch.testing.assert_close(found[key], value)
+
+
+@pytest.mark.parametrize("kind", ["GPT2LMHeadModel", "LlamaForCausalLM"])
+def test_the_pass_leaves_the_cache_as_it_is(kind: str) -> None:
+    """Blocks of GPT-2 are given it by position."""
+    torch.manual_seed(0)
+    cls = getattr(transformers, kind)
+    shape = {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = cls(cls.config_class(**shape, bos_token_id=0, eos_token_id=1)).eval()
+    fill(peftcore.apply(model, TwiceMethod, name="twice"), 1)
+    ids = torch.randint(3, 30, (1, 6))
+    with torch.no_grad(), call(model, strength=1.0):
+        expected, cache = model(ids, use_cache=False).logits, transformers.DynamicCache()
+        first = model(ids[:, :5], cache=cache)
+        assert cache.get_seq_length() == 5
+        torch.testing.assert_close(first.logits, expected[:, :5])
 
 
 def test_an_operator_of_another_model_is_no_injection_of_this_one() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from history_world import case_of
 from torch import Tensor, nn
 from transformers import DynamicCache
@@ -14,6 +15,7 @@ import peftcore
 from peftcore import Average
 from peftcore.errors import PeftcoreError, TargetError, UnsupportedSite
 from peftcore.testing import HOSTS
+from peftcore.testing.kit import fill
 
 METHODS = [info.name for info in peftcore.methods() if info.per_row and not info.needs_data]
 
@@ -63,6 +65,46 @@ def test_each_row_is_as_alone(name: str) -> None:
         pytest.skip(f"it does not go on from a cache: {error}")
     with peftcore.route(model, names):
         torch.testing.assert_close(logits(model, pieces), expected, atol=2e-5, rtol=1e-4)
+
+
+SMALL = {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+BLOCKS: dict[str, Any] = {
+    "GPT2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 40},  # by position
+    "Bloom": SMALL,  # by a name of their own
+    "Falcon": {**SMALL, "alibi": False},
+    "GPTNeo": {
+        "vocab_size": 40,
+        "hidden_size": 32,
+        "num_layers": 2,
+        "num_heads": 4,
+        "attention_types": [[["global", "local"], 1]],
+    },
+}
+"""Models whose blocks are given the cache in other ways than most."""
+
+
+def small(kind: str) -> nn.Module:
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**BLOCKS[kind], bos_token_id=0, eos_token_id=1)
+    name = "GPT2LMHeadModel" if kind == "GPT2" else f"{kind}ForCausalLM"
+    model: nn.Module = getattr(transformers, name)(config)
+    return model.eval()
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+@pytest.mark.parametrize("name", ["loreft", "k_adapter"])
+def test_blocks_may_be_given_the_cache_under_any_name_or_by_position(kind: str, name: str) -> None:
+    model = small(kind)
+    for number in (1, 2):
+        fill(peftcore.apply(model, name, name=f"a{number}"), number)
+    pieces = [torch.randint(3, 30, (3, 6)), torch.randint(3, 30, (3, 1))]
+    expected = []
+    for row, chosen in enumerate(["a2", "a1", None]):
+        with torch.no_grad(), peftcore.activate(model, *filter(None, [chosen])), peftcore.call(model, prompt_length=6):
+            expected.append(model(torch.cat(pieces, 1)[row : row + 1], use_cache=False).logits)
+    for prompt_length in ({}, {"prompt_length": 6}):
+        with peftcore.route(model, ["a2", "a1", None]), peftcore.call(model, **prompt_length):
+            torch.testing.assert_close(logits(model, pieces), torch.cat(expected), atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["loreft", "lora"])

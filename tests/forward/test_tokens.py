@@ -13,11 +13,9 @@ from transformers import DynamicCache
 
 import peftcore
 from peftcore import activate, call, route
-from peftcore.errors import MissingContext
+from peftcore.errors import MissingContext, SequenceError
 from peftcore.forward.host_state import state_of
-from peftcore.forward.tokens import Tokens
-
-NEVER = torch.iinfo(torch.int64).max
+from peftcore.forward.tokens import NEVER, Prompt, Tokens
 
 
 class Counted:
@@ -30,8 +28,8 @@ class Counted:
         return self.held
 
 
-def tokens(ids: Any, cache: Any = None) -> Tokens:
-    found = Tokens({"input_ids": torch.tensor(ids), "past_key_values": cache})
+def tokens(ids: Any, cache: Any = None, prompt: Prompt | None = None) -> Tokens:
+    found = Tokens({"input_ids": torch.tensor(ids), "past_key_values": cache}, prompt=prompt)
     if cache is not None:
         cache.held += found.new  # as the blocks do, one after the other
     return found
@@ -65,8 +63,9 @@ def test_what_was_found_is_kept_with_the_cache_and_its_copies() -> None:
     cache = Counted(0)
     assert tokens([[1, 7, 8], [1, 2, 3]], cache).since([7, 8]).tolist() == [1, NEVER]
     other = copy.deepcopy(cache)
-    assert tokens([[9], [7]], cache).since([7, 8]).tolist() == [1, NEVER]
-    assert tokens([[7], [8]], cache).since([7, 8]).tolist() == [1, 3], "it began in the forward before"
+    assert tokens([[9], [4]], cache).since([7, 8]).tolist() == [1, NEVER]
+    assert tokens([[7], [9]], cache).since([7, 8]).tolist() == [1, NEVER]
+    assert tokens([[8], [9]], cache).since([7, 8]).tolist() == [1, NEVER], "generated again, token by token"
     assert tokens([[9], [9]], other).since([7, 8]).tolist() == [1, NEVER]
 
 
@@ -74,8 +73,17 @@ def test_rows_may_be_repeated_and_a_cache_cropped() -> None:
     cache = Counted(0)
     tokens([[1, 7, 8], [7, 8, 1]], cache).since([7, 8])
     assert tokens([[9]] * 4, copy.deepcopy(cache)).since([7, 8]).tolist() == [1, 1, 0, 0]
+    cache.held = 2
+    assert tokens([[8, 9], [9, 9]], cache).since([7, 8]).tolist() == [1, 0]
     cache.held = 1
-    assert tokens([[7, 8], [9, 9]], cache).since([7, 8]).tolist() == [1, 0]
+    with pytest.raises(SequenceError, match="which ran without this forward's part"):
+        tokens([[7, 8], [9, 9]], cache).since([7, 8])  # the second row's cache ends inside its first occurrence
+    cache = Counted(0)
+    tokens([[1, 2, 7, 8], [3, 1, 7, 8]], cache).since([7, 8])
+    cache.held = 2
+    assert tokens([[9], [9]], cache).since([7, 8]).tolist() == [NEVER, NEVER]
+    cache.held = 2
+    assert tokens([[7, 8], [9, 9]], cache).since([7, 8]).tolist() == [2, NEVER]
     with pytest.raises(MissingContext, match="from which column on each of 3 rows"):
         tokens([[9]] * 3, cache).since([7, 8])
 
@@ -90,6 +98,61 @@ def test_what_nobody_saw_is_an_error_that_says_what_to_do() -> None:
     with pytest.raises(MissingContext, match="no ids of tokens"):
         embeds.since([7, 8])
     assert not Tokens({"pixel_values": torch.randn(1, 3, 8, 8)}).counted
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        ([1, 7], [8, 2]),
+        ([1, 7], [8]),
+        ([7, 8, 1], [7, 8]),
+        ([7, 8, 7], [8, 2]),
+    ],
+)
+def test_pieces_of_which_the_next_decides_for_the_first_are_an_error(pieces: tuple[list[int], ...]) -> None:
+    """The whole has its last occurrence elsewhere than the first piece, which ran by what it saw alone."""
+    cache = Counted(0)
+    tokens([pieces[0]], cache).since([7, 8])
+    with pytest.raises(SequenceError, match=r"in the cache already.*call\(model, since="):
+        tokens([pieces[1]], cache).since([7, 8])
+    assert tokens([pieces[1]], cache).since([7, 8], told=[1]).tolist() == [1]
+
+
+def test_tokens_of_a_cache_that_were_not_seen_are_an_error() -> None:
+    cache = Counted(0)
+    tokens([[1, 2]], cache).since([7, 8])
+    cache.held += 2  # with the adapter off
+    with pytest.raises(MissingContext, match="nobody looked for it among the 4"):
+        tokens([[9]], cache).since([7, 8])
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_the_prompt_of_generate_decides_for_all_its_pieces(size: int) -> None:
+    prompt = torch.tensor([[7, 8, 1, 7, 8], [1, 2, 7, 8, 3], [1, 2, 3, 4, 7]])
+    cache = Counted(0)
+    for begin in range(0, 5, size):
+        piece = prompt[:, begin : begin + size].repeat_interleave(2, 0)  # of beams
+        found = tokens(piece.tolist(), cache, Prompt(prompt, 0)).since([7, 8])
+        assert found.tolist() == [3, 3, 2, 2, NEVER, NEVER]
+    for generated in (7, 8, 8):
+        assert tokens([[generated]] * 6, cache, Prompt(prompt, 0)).since([7, 8])[-1] == NEVER
+    other = tokens([[7, 8]], Counted(0), Prompt(prompt[:1, 1:], 0))
+    assert other.since([7, 8]).tolist() == [0], "tokens of no prompt (guidance without one)"
+
+
+def test_a_prompt_goes_on_from_a_cache() -> None:
+    cache = Counted(0)
+    tokens([[1, 7, 8]], cache).since([7, 8])
+    behind = copy.deepcopy(cache)
+    assert tokens([[5, 6]], behind, Prompt(torch.tensor([[5, 6]]), 3)).since([7, 8]).tolist() == [1]
+    behind = copy.deepcopy(cache)
+    whole = Prompt(torch.tensor([[1, 7, 8, 7, 8]]), 0)
+    assert tokens([[7]], behind, whole).since([7, 8]).tolist() == [3], "a turn of its own"
+    assert tokens([[8]], behind, whole).since([7, 8]).tolist() == [3]
+    with pytest.raises(SequenceError, match="begins among the 3 tokens that the cache holds"):
+        tokens([[9]], Counted(3), Prompt(torch.tensor([[1, 7, 8, 9]]), 0)).since([7, 8])
+    with pytest.raises(MissingContext, match="nobody looked for it among the 3"):
+        tokens([[9]], Counted(3), Prompt(torch.tensor([[9]]), 3)).since([7, 8])
 
 
 def test_a_cache_of_states_counts_no_tokens() -> None:
@@ -112,7 +175,7 @@ def test_nobody_counts_where_nobody_asks(monkeypatch: pytest.MonkeyPatch) -> Non
     model, (injection,) = adapted("lora")
     counted: list[int] = []
     inner = Tokens.__init__
-    monkeypatch.setattr(Tokens, "__init__", lambda self, inputs: (counted.append(1), inner(self, inputs))[1])
+    monkeypatch.setattr(Tokens, "__init__", lambda self, *given: (counted.append(1), inner(self, *given))[1])
     with torch.no_grad(), activate(model, injection.name), call(model, task=1):
         model(token_ids(2))
     assert not counted

@@ -145,3 +145,7 @@ def test_the_cache_among_the_arguments_of_a_module() -> None:
     cache = object()
     assert peftcore.cache_in({"hidden_states": 1, "past_key_values": cache, "cache_params": None}) is cache
     assert peftcore.cache_in({"hidden_states": 1, "past_key_values": None}) is None
+    from transformers import DynamicCache
+
+    own = DynamicCache()
+    assert peftcore.cache_in({"hidden_states": 1, "whatever_its_name": own}) is own, "a block may name it as it likes"

@@ -334,13 +334,26 @@ def test_first_positions_need_no_word_on_the_prompt() -> None:
 def test_a_prompt_that_is_filled_in_pieces_needs_to_be_told() -> None:
     model, inputs = host("llama")
     apply(model, prefix_positions=2, suffix_positions=1)
-    inputs = {"input_ids": inputs["input_ids"]}
+    masked, inputs = inputs, {"input_ids": inputs["input_ids"]}
     whole = generate(model, inputs, use_cache=True)
     with pytest.raises(MissingContext, match="prompt_length"):
         generate(model, inputs, use_cache=True, prefill_chunk_size=2)
     with peftcore.call(model, prompt_length=5):
         pieces = generate(model, inputs, use_cache=True, prefill_chunk_size=2)
     torch.testing.assert_close(pieces, whole, rtol=1e-9, atol=1e-9)
+    masked["attention_mask"] = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
+    whole = generate(model, masked, use_cache=True)
+    for size in (1, 2, 4):  # the mask says how long the prompt is
+        pieces = generate(model, masked, use_cache=True, prefill_chunk_size=size)
+        torch.testing.assert_close(pieces, whole, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_piece_of_one_token_is_no_generated_one(size: int) -> None:
+    model, inputs = host("llama")
+    apply(model, prefix_positions=2)
+    with pytest.raises(MissingContext, match="less than 4 tokens"):
+        generate(model, {"input_ids": inputs["input_ids"][:, :4]}, use_cache=True, prefill_chunk_size=size)
 
 
 @pytest.mark.parametrize("length", [3, 4])
@@ -359,7 +372,8 @@ def test_first_pieces_of_a_prompt_are_as_long_as_needed_or_it_is_told(length: in
 
 
 def test_generation_without_a_cache_needs_to_be_told_of_the_prompt() -> None:
-    model, inputs = host("llama")
+    model, masked = host("llama")
+    inputs = {"input_ids": masked["input_ids"][:, :3]}
     apply(model, prefix_positions=2, suffix_positions=1, name="both")
     with pytest.raises(MissingContext, match="prompt_length"):
         generate(model, inputs, use_cache=False)
@@ -368,6 +382,9 @@ def test_generation_without_a_cache_needs_to_be_told_of_the_prompt() -> None:
         apply(model, name=name, short_prompts="half" if name == "short" else "first", **options)
         with peftcore.activate(model, name), pytest.raises(MissingContext, match="shorter than 4"):
             generate(model, inputs, use_cache=False)
+        with peftcore.activate(model, name):  # the mask says how long the prompt is
+            cached, uncached = (generate(model, masked, use_cache=use) for use in (True, False))
+        torch.testing.assert_close(cached, uncached, rtol=1e-9, atol=1e-9)
     peftcore.activate(model, "short")
     run("llama", model, inputs)
     run("llama", model.train(), {**inputs, "use_cache": False})

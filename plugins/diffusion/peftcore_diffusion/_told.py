@@ -14,19 +14,17 @@ from peftcore.errors import RouteError
 
 def told(name: str, rows: int) -> Tensor:
     """Return the tensor of that name in ``peftcore.call(model, ...)``, one entry for each of so many rows: repeated
-    where a module sees several rows of one (frames), or where one image is for all.
+    where a module sees several rows of one (frames), where one image is for all, or as calls say that the batch does.
 
     Raises:
         MissingContext: nobody said it.
         RouteError: there are not as many rows.
     """
-    value: Tensor = forward_context().need(name)
-    times, rest = divmod(rows, len(value))
-    if rest or not times:
-        raise RouteError(
-            f"{name} has {len(value)} entries, and the batch {rows}; give one for each row, or one for all"
-        )
-    return value if times == 1 else value.repeat_interleave(times, 0)
+    return _each(forward_context().for_rows(name, rows), rows)
+
+
+def _each(value: Tensor, rows: int) -> Tensor:
+    return value if len(value) == rows else value.repeat_interleave(rows // len(value), 0)
 
 
 def timesteps(rows: int, device: torch.device) -> Tensor:
@@ -38,12 +36,14 @@ def timesteps(rows: int, device: torch.device) -> Tensor:
         RouteError: there are not as many rows.
     """
     running = forward_context()
-    said = running.context.get("timestep", running.inputs.get("timestep"))
+    said, given = running.told("timestep"), running.inputs.get("timestep")
+    if said is None and given is not None:  # by the host's caller, of the operator's own rows
+        value = torch.as_tensor(given, device=device).flatten()
+        if rows % len(value):
+            raise RouteError(f"timestep has {len(value)} entries, and a module is given {rows} rows; exclude it")
+        return _each(value, rows)
     value = torch.as_tensor(running.need("timestep") if said is None else said, device=device).flatten()
-    times, rest = divmod(rows, len(value))
-    if len(value) > 1 and (rest or not times):
-        raise RouteError(f"timestep has {len(value)} entries, and a module is given {rows} rows; exclude that module")
-    return value.expand(rows) if len(value) == 1 else value.repeat_interleave(times, 0)
+    return _each(running.for_rows("timestep", rows, value), rows)
 
 
 def cast(value: Any, like: Tensor) -> Any:

@@ -100,12 +100,14 @@ class Told:
             ConfigError: it is no table of vectors of that width.
             RouteError: there are not as many rows.
         """
-        told = forward_context().need("task_vector")
+        running = forward_context()
+        running.need("task_vector")
+        told = running.told("task_vector")
         if not isinstance(told, Tensor) or told.dim() != 2 or told.shape[1] != self.width:
             raise ConfigError(f"task_vector is a tensor [1 or rows, {self.width}]: embeddings of descriptions of tasks")
-        if len(told) != 1 and (not len(told) or rows % len(told) or not self.apart):
+        if len(told) != 1 and not self.apart:
             raise RouteError(f"{self.path} got {rows} rows, which cannot be told apart by {len(told)} vectors of tasks")
-        return told
+        return running.for_rows("task_vector", rows, told)
 
 
 @contextmanager

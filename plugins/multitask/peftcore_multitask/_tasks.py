@@ -70,7 +70,7 @@ class Tasks:
     """Looks up what belongs to the task of each row.
 
     What a call says is one task, a number or a name, for all rows; or a list or an integer tensor with one for each
-    row. Rows come first in what a module sees.
+    row, or with a single one for all. Rows come first in what a module sees.
     """
 
     def __init__(self, site: Site, config: TaskConfig) -> None:
@@ -87,7 +87,8 @@ class Tasks:
             MissingContext: nobody said the task.
             RouteError: there are not as many rows.
         """
-        told = forward_context().context.get("task", self.default)
+        running = forward_context()
+        told = running.told("task", self.default)
         if told is None:
             raise MissingContext(
                 "this method needs to be told the task, one or a list of one for each row: with "
@@ -100,13 +101,12 @@ class Tasks:
         else:
             one = position(told, self.tasks)
             return table[one : one + 1]
-        times = rows // max(len(index), 1)
-        if not times or times * len(index) != rows or not self.apart:
+        if not self.apart:
             raise RouteError(
-                f"{self.path} got {rows} rows, which cannot be told apart by {len(index)} tasks; name one for each row "
-                "of the batch, or one for all"
+                f"{self.path} got {rows} rows, which cannot be told apart by {len(index)} tasks; name one for all"
             )
-        return table[index if times == 1 else index.repeat_interleave(times)]
+        index = running.for_rows("task", rows, index)
+        return table[index if len(index) in (1, rows) else index.repeat_interleave(rows // len(index))]
 
     def _checked(self, told: Tensor) -> Tensor:
         if told.dim() != 1 or told.is_floating_point() or told.dtype == torch.bool:

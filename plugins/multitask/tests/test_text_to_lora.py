@@ -116,7 +116,10 @@ def test_rows_get_the_lora_of_their_vector() -> None:
                 torch.testing.assert_close(model(ids).logits[0], alone[0][0])
     with peftcore.call(model, task_vector=vectors):
         torch.testing.assert_close(model(ids).logits, torch.cat(alone))
-        torch.testing.assert_close(model(ids.repeat_interleave(2, 0)).logits[::2], torch.cat(alone))
+        with peftcore.call(model, copies=2):
+            torch.testing.assert_close(model(ids.repeat_interleave(2, 0)).logits[::2], torch.cat(alone))
+        with peftcore.call(model, guidance=True):
+            torch.testing.assert_close(model(ids.repeat(2, 1)).logits[4:], torch.cat(alone))
     assert difference(alone[0], alone[1]) > 1e-3
 
 
@@ -202,7 +205,7 @@ def test_what_is_refused() -> None:
         (torch.randn(5), ConfigError, r"\[1 or rows, 5\]"),
         (torch.randn(3, 4), ConfigError, r"\[1 or rows, 5\]"),
         ("sums", ConfigError, r"\[1 or rows, 5\]"),
-        (torch.randn(2, 5), RouteError, "3 rows, which cannot be told apart by 2 vectors"),
+        (torch.randn(2, 5), RouteError, "task_vector has 2 entries, and the batch 3 rows"),
     ]
     for told, error, words in wrong:
         with pytest.raises(error, match=words), peftcore.call(model, task_vector=told):

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import peftcore
 from peftcore import activate, call, route
-from peftcore.errors import MissingContext, UnsupportedSite
+from peftcore.errors import MissingContext, SequenceError, UnsupportedSite
 from peftcore.testing import against, conformance
 from peftcore.testing.kit import fill
 
@@ -123,22 +123,37 @@ def test_files_go_both_ways(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("cut", [3, 5, 6, 7, 9])
 def test_prompts_may_come_in_pieces(cut: int) -> None:
-    """The invocation lies behind the cut, before it, or across it: then its first tokens are those of the base."""
+    """The invocation lies behind the cut, before it, or across it: then its first tokens ran the base."""
     model, _ = adapted()
     ids = prompts(5, 9)
     with torch.no_grad():
         whole = model(ids).logits
         cache = transformers.DynamicCache(config=model.config)
         first = model(ids[:, :cut], past_key_values=cache).logits
-        second = model(ids[:, cut:], past_key_values=cache).logits
-    found = torch.cat([first, second], 1)
-    across = 5 < cut < 8
-    rows = [1] if across else [0, 1]
-    torch.testing.assert_close(found[rows], whole[rows])
-    if across:
-        cache = transformers.DynamicCache(config=model.config)
-        with torch.no_grad(), route(model, ["judge"], since=[cut]):
-            torch.testing.assert_close(model(ids[:1]).logits, found[:1])
+        if 5 < cut < 8:
+            with pytest.raises(SequenceError, match=f"{cut} are in the cache already, which ran without"):
+                model(ids[:, cut:], past_key_values=copy.deepcopy(cache))
+            with call(model, since=[cut, 9]):
+                second = model(ids[:, cut:], past_key_values=cache).logits
+            with route(model, ["judge", "judge"], since=[cut, 9]), call(model, since=[0, 0]):
+                whole = model(ids).logits
+        else:
+            second = model(ids[:, cut:], past_key_values=cache).logits
+    torch.testing.assert_close(torch.cat([first, second], 1), whole)
+
+
+@pytest.mark.parametrize("size", [1, 3, 4, 6])
+def test_generate_may_give_the_prompt_in_pieces(size: int) -> None:
+    model, _ = adapted()
+    ids = prompts(2, 7, None, tokens=13)
+    ids[0, 9:12] = torch.tensor(INVOCATION)  # a second time
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "output_logits": True}
+    whole = model.generate(ids, **options, return_dict_in_generate=True)
+    pieces = model.generate(ids, **options, return_dict_in_generate=True, prefill_chunk_size=size)
+    torch.testing.assert_close(torch.stack(pieces.logits), torch.stack(whole.logits))
+    torch.testing.assert_close(whole.logits[0], model(ids).logits[:, -1].float())
+    beams = {"num_beams": 2, "max_new_tokens": 4, "pad_token_id": 0, "do_sample": False}
+    assert torch.equal(model.generate(ids, **beams, prefill_chunk_size=size), model.generate(ids, **beams))
 
 
 def test_the_prefix_is_the_cache_of_the_base_to_the_bit() -> None:
