@@ -170,6 +170,7 @@ def established(
     *,
     dtype: torch.dtype = torch.float32,
     train: tuple[str, ...] = (),
+    untied: tuple[str, ...] = (),
     instead: Sequence[str] = (),
 ) -> Injection:
     """Returns a new injection of a method whose selections are known already. It is frozen, as if loaded, and active;
@@ -184,7 +185,8 @@ def established(
         key: [{"module_path": s.module_path, "tensor": s.tensor, "role": s.role, "slices": s.slices} for s in sites]
         for key, sites in selections.items()
     }
-    surgeon = prepare(model, method(), config, Wishes(train=train, dtype=dtype, saved=saved), None, dry=False)
+    wishes = Wishes(train=train, dtype=dtype, saved=saved, untied=untied)
+    surgeon = prepare(model, method(), config, wishes, None, dry=False)
     injection = establish(surgeon, check_name(model, name), instead=instead)
     injection.trainable(False)
     return injection
@@ -393,7 +395,15 @@ def combine(
     first = adapters[0]
     wishes, method = first.wishes, type(first.method)
     soup = established(
-        model, method, first.config, name, first.selections, dtype=wishes.dtype, train=wishes.train, instead=instead
+        model,
+        method,
+        first.config,
+        name,
+        first.selections,
+        dtype=wishes.dtype,
+        train=wishes.train,
+        untied=wishes.untied,
+        instead=instead,
     )
     fill(soup, tensors)
     return soup
@@ -446,6 +456,12 @@ def _check_alike(adapters: Sequence[Injection]) -> None:
         if type(other.method) is not type(first.method) or other.config != first.config:
             raise ConfigError(f"{first.name!r} and {other.name!r} differ in method or options; means need equal ones")
         theirs = {key: value.shape for key, value in other.state_dict().items()}
+        if other.ties != first.ties:
+            where = sorted(dict(first.ties.items() ^ other.ties.items()))[0]
+            raise ConfigError(
+                f"{first.name!r} and {other.name!r} tie other modules, at {where}: one of them is of a file that "
+                "unties them, and there is no mean of the two"
+            )
         if theirs != shapes:
             wrong = sorted(key for key in shapes.keys() | theirs.keys() if shapes.get(key) != theirs.get(key))
             raise ConfigError(f"{first.name!r} and {other.name!r} differ in: {', '.join(wrong[:8])}")

@@ -33,7 +33,7 @@ from peftcore.errors import (
     UnsupportedHost,
     UnsupportedSite,
 )
-from peftcore.files.envelope import Envelope, method_of, mismatched, options_of, weights_digest
+from peftcore.files.envelope import Envelope, method_of, mismatched, options_of, otherwise_tied, weights_digest
 from peftcore.files.formats.card import CARD, Metrics, card, is_ours, metric_rows
 from peftcore.files.formats.description import Description
 from peftcore.files.formats.format import PICKLES, Made, Placed, Tensors, format_named, recognize
@@ -385,6 +385,11 @@ def _check_host(envelope: Envelope, surgeon: Surgeon) -> None:
     made = f"the adapter belongs to another base (it was made on {envelope.host})"
     if wrong := mismatched(envelope, surgeon.selections):
         raise HostMismatch(f"{made}: {'; '.join(wrong[:8])}")
+    if tied := otherwise_tied(envelope, surgeon):
+        raise HostMismatch(
+            f"{made}: {'; '.join(tied[:8])}. Take a model with the same ties (tie_word_embeddings in the config of one "
+            "of transformers)"
+        )
     if envelope.weights is not None and envelope.weights != weights_digest(graft.site for graft in surgeon.grafts):
         raise HostMismatch(f"{made}: the base has other weights at its sites")
 
