@@ -172,9 +172,10 @@ def established(
     train: tuple[str, ...] = (),
     untied: tuple[str, ...] = (),
     instead: Sequence[str] = (),
+    fill: Callable[[Injection], object],
 ) -> Injection:
-    """Returns a new injection of a method whose selections are known already. It is frozen, as if loaded, and active;
-    the injections named in `instead` are deactivated.
+    """Returns a new injection of a method whose selections are known already, with the values that `fill` gives it. It
+    is frozen, as if loaded, and active; the injections named in `instead` are deactivated.
 
     Raises:
         RouteError, CompositionError: a route or composition that is in force stands on one of these.
@@ -187,9 +188,12 @@ def established(
     }
     wishes = Wishes(train=train, dtype=dtype, saved=saved, untied=untied)
     surgeon = prepare(model, method(), config, wishes, None, dry=False)
-    injection = establish(surgeon, check_name(model, name), instead=instead)
-    injection.trainable(False)
-    return injection
+
+    def give(injection: Injection) -> None:
+        fill(injection)
+        injection.trainable(False)
+
+    return establish(surgeon, check_name(model, name), instead=instead, fill=give)
 
 
 @contextmanager
@@ -320,13 +324,15 @@ def _lora(
     config = validate(method.Config, {"rank": rank, "alpha": float(rank)})
     dtype = max((factors[0].dtype for _, factors in made.values()), key=lambda each: each.itemsize)
     sites = [_as_weight(site) for site, _ in made.values()]
-    lora = established(model, method, config, name, {"": sites}, dtype=dtype, instead=instead)
-    for graft, (_, (A, B, scale)) in zip(lora.grafts, made.values(), strict=True):
-        own = graft.operator.factors()
-        assert own is not None, "LoRA gives its factors"
-        own[0].narrow(B.dim() - 2, 0, B.shape[-1]).copy_(A)  # [*batch, rank, in, *kernel]; the other ranks stay new
-        own[1].narrow(-1, 0, B.shape[-1]).copy_(scale * B)
-    return lora
+
+    def give(lora: Injection) -> None:
+        for graft, (_, (A, B, scale)) in zip(lora.grafts, made.values(), strict=True):
+            own = graft.operator.factors()
+            assert own is not None, "LoRA gives its factors"
+            own[0].narrow(B.dim() - 2, 0, B.shape[-1]).copy_(A)  # [*batch, rank, in, *kernel]; other ranks stay new
+            own[1].narrow(-1, 0, B.shape[-1]).copy_(scale * B)
+
+    return established(model, method, config, name, {"": sites}, dtype=dtype, instead=instead, fill=give)
 
 
 def _as_weight(site: Site) -> Site:
@@ -394,7 +400,7 @@ def combine(
         return _lora(model, {path: (site, factors) for path, (site, factors, _) in made.items()}, name, instead, rank)
     first = adapters[0]
     wishes, method = first.wishes, type(first.method)
-    soup = established(
+    return established(
         model,
         method,
         first.config,
@@ -404,9 +410,8 @@ def combine(
         train=wishes.train,
         untied=wishes.untied,
         instead=instead,
+        fill=lambda soup: fill(soup, tensors),
     )
-    fill(soup, tensors)
-    return soup
 
 
 def _check_use(option: str, value: object, used: bool, how: str) -> None:

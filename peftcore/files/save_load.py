@@ -231,18 +231,20 @@ def load(
     name = check_name(model, found.cls.name) if name is None else name
     with _about(found.where), _values_wanted(model), at_hand(model.parameters()):
         if room is None:
-            injection = establish(found.surgeon(), name, active=active)
-            with injection.state.kept(name):
-                fill(injection, found.tensors)
-                _check_filled(injection)
+            source, surgeon = None, found.surgeon()
         else:
             source, surgeon = found.filled(), found.surgeon(found.config.replace(**room))
             matched(Injection(name, surgeon, HostState()), source)  # what does not fit is refused before it comes
-            injection = establish(surgeon, name, active=active)
-            with injection.state.kept(name):
+
+        def give(injection: Injection) -> None:
+            if source is None:
+                fill(injection, found.tensors)
+                _check_filled(injection)
+            else:
                 write(injection, matched(injection, source))
-    injection.trainable(trainable)
-    return injection
+            injection.trainable(trainable)
+
+        return establish(surgeon, name, active=active, fill=give)
 
 
 def values_of(injection: Injection, path: str | os.PathLike[str], revision: str | None) -> Injection:
@@ -449,6 +451,5 @@ def _check_filled(injection: Injection) -> None:
             for name, each in (*module.named_parameters(), *module.named_buffers()))  # fmt: skip
     lacking = [f"{path}.{name}" for path, name, each in held if each.is_meta]
     if lacking:
-        injection.remove()
         what = f"{injection.method.name} starts from its weights: {', '.join(lacking[:4])}"
         raise NoWeights(f"the host is on the meta device, and {what}")

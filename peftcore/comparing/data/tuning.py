@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 from datasets import Dataset
 
 from peftcore.comparing.data.sources import divide, read, splits
+from peftcore.files.safe_io import discard
 
 TUNING, HELD_OUT = "tuning", "held_out"
 
@@ -63,4 +63,4 @@ def _write(parts: Mapping[str, Dataset], folder: Path) -> None:
         if not folder.exists():
             os.rename(partial, folder)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        discard(partial)
