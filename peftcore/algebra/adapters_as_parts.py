@@ -48,11 +48,13 @@ def gather(
     own, config = method_of(kind, {"parts": parts, "weights": list(sources.values()), **options})
     selections = {f"{index}/{key}": sites for index, each in enumerate(found) for key, sites in each[1].items()}
     dtype = functools.reduce(torch.promote_types, (each[2] for each in found))
-    made = established(model, type(own), config, name or kind.name, selections, dtype=dtype, instead=instead)
-    for part, (tensors, _, _) in zip(made.parts.values(), found, strict=True):
-        for key, value in _tensors(part).items():
-            value.copy_(tensors[key])
-    return made
+
+    def give(made: Injection) -> None:
+        for part, (tensors, _, _) in zip(made.parts.values(), found, strict=True):
+            for key, value in _tensors(part).items():
+                value.copy_(tensors[key])
+
+    return established(model, type(own), config, name or kind.name, selections, dtype=dtype, instead=instead, fill=give)
 
 
 def _tensors(injection: AppliedMethod) -> dict[str, Tensor]:

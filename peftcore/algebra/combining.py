@@ -170,10 +170,12 @@ def established(
     *,
     dtype: torch.dtype = torch.float32,
     train: tuple[str, ...] = (),
+    untied: tuple[str, ...] = (),
     instead: Sequence[str] = (),
+    fill: Callable[[Injection], object],
 ) -> Injection:
-    """Returns a new injection of a method whose selections are known already. It is frozen, as if loaded, and active;
-    the injections named in `instead` are deactivated.
+    """Returns a new injection of a method whose selections are known already, with the values that `fill` gives it. It
+    is frozen, as if loaded, and active; the injections named in `instead` are deactivated.
 
     Raises:
         RouteError, CompositionError: a route or composition that is in force stands on one of these.
@@ -184,10 +186,14 @@ def established(
         key: [{"module_path": s.module_path, "tensor": s.tensor, "role": s.role, "slices": s.slices} for s in sites]
         for key, sites in selections.items()
     }
-    surgeon = prepare(model, method(), config, Wishes(train=train, dtype=dtype, saved=saved), None, dry=False)
-    injection = establish(surgeon, check_name(model, name), instead=instead)
-    injection.trainable(False)
-    return injection
+    wishes = Wishes(train=train, dtype=dtype, saved=saved, untied=untied)
+    surgeon = prepare(model, method(), config, wishes, None, dry=False)
+
+    def give(injection: Injection) -> None:
+        fill(injection)
+        injection.trainable(False)
+
+    return establish(surgeon, check_name(model, name), instead=instead, fill=give)
 
 
 @contextmanager
@@ -318,13 +324,15 @@ def _lora(
     config = validate(method.Config, {"rank": rank, "alpha": float(rank)})
     dtype = max((factors[0].dtype for _, factors in made.values()), key=lambda each: each.itemsize)
     sites = [_as_weight(site) for site, _ in made.values()]
-    lora = established(model, method, config, name, {"": sites}, dtype=dtype, instead=instead)
-    for graft, (_, (A, B, scale)) in zip(lora.grafts, made.values(), strict=True):
-        own = graft.operator.factors()
-        assert own is not None, "LoRA gives its factors"
-        own[0].narrow(B.dim() - 2, 0, B.shape[-1]).copy_(A)  # [*batch, rank, in, *kernel]; the other ranks stay new
-        own[1].narrow(-1, 0, B.shape[-1]).copy_(scale * B)
-    return lora
+
+    def give(lora: Injection) -> None:
+        for graft, (_, (A, B, scale)) in zip(lora.grafts, made.values(), strict=True):
+            own = graft.operator.factors()
+            assert own is not None, "LoRA gives its factors"
+            own[0].narrow(B.dim() - 2, 0, B.shape[-1]).copy_(A)  # [*batch, rank, in, *kernel]; other ranks stay new
+            own[1].narrow(-1, 0, B.shape[-1]).copy_(scale * B)
+
+    return established(model, method, config, name, {"": sites}, dtype=dtype, instead=instead, fill=give)
 
 
 def _as_weight(site: Site) -> Site:
@@ -392,11 +400,18 @@ def combine(
         return _lora(model, {path: (site, factors) for path, (site, factors, _) in made.items()}, name, instead, rank)
     first = adapters[0]
     wishes, method = first.wishes, type(first.method)
-    soup = established(
-        model, method, first.config, name, first.selections, dtype=wishes.dtype, train=wishes.train, instead=instead
+    return established(
+        model,
+        method,
+        first.config,
+        name,
+        first.selections,
+        dtype=wishes.dtype,
+        train=wishes.train,
+        untied=wishes.untied,
+        instead=instead,
+        fill=lambda soup: fill(soup, tensors),
     )
-    fill(soup, tensors)
-    return soup
 
 
 def _check_use(option: str, value: object, used: bool, how: str) -> None:
@@ -446,6 +461,12 @@ def _check_alike(adapters: Sequence[Injection]) -> None:
         if type(other.method) is not type(first.method) or other.config != first.config:
             raise ConfigError(f"{first.name!r} and {other.name!r} differ in method or options; means need equal ones")
         theirs = {key: value.shape for key, value in other.state_dict().items()}
+        if other.ties != first.ties:
+            where = sorted(dict(first.ties.items() ^ other.ties.items()))[0]
+            raise ConfigError(
+                f"{first.name!r} and {other.name!r} tie other modules, at {where}: one of them is of a file that "
+                "unties them, and there is no mean of the two"
+            )
         if theirs != shapes:
             wrong = sorted(key for key in shapes.keys() | theirs.keys() if shapes.get(key) != theirs.get(key))
             raise ConfigError(f"{first.name!r} and {other.name!r} differ in: {', '.join(wrong[:8])}")

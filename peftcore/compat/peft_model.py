@@ -19,7 +19,7 @@ from peftcore.compat.folders import config_in, save_folder
 from peftcore.compat.schedules import check_driven, has_schedule
 from peftcore.compat.training_state import digests, load_training_state, save_training_state
 from peftcore.compat.tuner import Tuner
-from peftcore.errors import ConfigError, TrainingError, UnsupportedHost
+from peftcore.errors import ConfigError, MergeError, TrainingError, UnsupportedHost
 from peftcore.files.auto_classes import peft_task_of
 from peftcore.files.save_load import load
 from peftcore.forward.host_state import injections, known
@@ -71,6 +71,8 @@ class PeftModel(peft.PeftModel):  # type: ignore[misc]
         nn.Module.__init__(self)
         self._given: dict[str, Any] = {}
         self._last: list[str] = []
+        self._set_meanwhile: str | None = None
+        self._merged_meanwhile: list[str] = []
         self._drop_nothing_more: list[Injection] = []
         self._before: dict[str, dict[str, bytes]] = {}
         self._adapters_disabled = False
@@ -163,7 +165,7 @@ class PeftModel(peft.PeftModel):  # type: ignore[misc]
 
     @property
     def active_adapters(self) -> list[str]:
-        """The adapters that act; while they are disabled, those that acted before."""
+        """The adapters that act; while they are disabled, those that will again."""
         return [name for name, injection in self.adapters.items() if injection.active] or self._last
 
     @property
@@ -207,20 +209,26 @@ class PeftModel(peft.PeftModel):  # type: ignore[misc]
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Context manager with the bare base model, to the bit; merged adapters are unmerged meanwhile."""
+        """Context manager with the bare base model, to the bit; merged adapters are unmerged meanwhile. An adapter that
+        is set in it acts from its end on."""
         self._last, before, self._adapters_disabled = self.active_adapters, self._adapters_disabled, True
+        merged = [name for name, injection in self.adapters.items() if injection.merged]
+        self._merged_meanwhile = self._merged_meanwhile if before else merged
         try:
             with ExitStack() as stack:
-                for injection in self.adapters.values():
-                    if injection.merged:
-                        stack.enter_context(injection.disabled())
+                for name in merged:
+                    stack.enter_context(self.adapters[name].disabled())
                 stack.enter_context(activate(self.get_base_model()))
                 yield
         finally:
             self._adapters_disabled = before
+            if not before:
+                name, self._set_meanwhile, self._merged_meanwhile = self._set_meanwhile, None, []
+                if name in self.adapters:
+                    activate(self.get_base_model(), name)
 
     def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
-        """Let one adapter act and train, and no other.
+        """Let one adapter act and train, and no other; within `disable_adapter`, it acts from the end of that on.
 
         Args:
             adapter_name: its name.
@@ -228,8 +236,18 @@ class PeftModel(peft.PeftModel):  # type: ignore[misc]
 
         Raises:
             UnknownInjection: there is none of that name.
+            MergeError: another one is merged.
         """
-        activate(self.get_base_model(), adapter_name)
+        if self._adapters_disabled:
+            known(self.get_base_model(), [adapter_name])
+            if others := [name for name in self._merged_meanwhile if name != adapter_name]:
+                raise MergeError(
+                    f"{others[0]!r} is merged, and is so again when disable_adapter() ends: call unmerge_adapter() "
+                    "before that block"
+                )
+            self._set_meanwhile = adapter_name
+        else:
+            activate(self.get_base_model(), adapter_name)
         self._last = [adapter_name]
         for name, injection in self.adapters.items():
             injection.trainable(name == adapter_name and not inference_mode)
@@ -285,6 +303,7 @@ class PeftModel(peft.PeftModel):  # type: ignore[misc]
             raise ConfigError(f"{adapter_name!r} is the last adapter: model.unload() returns the model without any")
         acted = self.active_adapters == [adapter_name]
         injection.remove()
+        self._last = [name for name in self._last if name != adapter_name]
         for noted in (self._given, self._before):
             noted.pop(adapter_name, None)
         if acted:

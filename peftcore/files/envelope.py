@@ -22,7 +22,7 @@ from peftcore.layers.layer import plain_class
 from peftcore.layers.pieces import whole
 from peftcore.registry.catalogue import method as find_method
 from peftcore.registry.catalogue import methods
-from peftcore.surgery.surgeon import Wishes
+from peftcore.surgery.surgeon import Surgeon, Wishes
 from peftcore.targets.sites import Site
 
 FORMAT = 1
@@ -73,6 +73,12 @@ class Envelope(BaseModel):
     classes: tuple[str, ...] = ()
     """Names of the classes of the host's head, in the order of their numbers, where something was trained along and the
     host's config names them."""
+    untied: tuple[str, ...] = ()
+    """Paths of modules of which each has values of its own for what was trained along in it, also where others hold the
+    same tensors (`Wishes.untied`)."""
+    ties: dict[str, tuple[str, ...]] | None = None
+    """The other parameters on which an operator acts because they were its site's own tensor, by the operator's name in
+    files; None in a file that does not say."""
     rows: dict[str, tuple[NonNegativeInt, NonNegativeInt]] = {}
     """The first and the end of the rows of token tables that its base lacks, by path of the table: the file has them,
     though they did not train."""
@@ -97,7 +103,9 @@ class Envelope(BaseModel):
         if self.dtype not in DTYPES:
             raise CheckpointError(f"dtype {self.dtype!r}: operators may be {', '.join(DTYPES)}")
         saved = {key: [site.record for site in sites] for key, sites in self.selections.items()}
-        return Wishes(self.target, self.exclude, self.train, 0, DTYPES[self.dtype], saved, self.rows)
+        return Wishes(
+            self.target, self.exclude, self.train, 0, DTYPES[self.dtype], saved, self.rows, untied=self.untied
+        )
 
     @property
     def text(self) -> str:
@@ -145,6 +153,8 @@ def envelope_of(injection: Injection, weights: bool = False, rows: Mapping[str, 
         exclude=spelled(wishes.exclude),
         train=injection.trained_along,
         classes=class_names(model) if injection.trained_along else (),
+        untied=wishes.untied,
+        ties=dict(injection.ties),
         rows=dict(rows),
         dtype=str(wishes.dtype).removeprefix("torch."),
         host=f"{cls.__module__}.{cls.__qualname__}",
@@ -281,6 +291,20 @@ def options_of(cls: type[Method], envelope: Envelope) -> MethodConfig:
         return validate_json(cls.Config, json.dumps(options))
     except (ConfigError, ValueError) as error:
         raise CheckpointError(f"the adapter's options are wrong: {error}") from None
+
+
+def otherwise_tied(envelope: Envelope, surgeon: Surgeon) -> list[str]:
+    """Returns the parameters on which an operator acted where the adapter was made, and does not here, or the other way
+    round, because they are one tensor with its site's in one of the two models alone. Modules that this host lacks
+    count for nothing."""
+    wrong = []
+    for graft in surgeon.grafts if envelope.ties is not None else ():
+        told, here = set(envelope.ties.get(graft.key, ())), set(surgeon.ties.get(graft.key, ()))
+        told = {path for path in told if surgeon.resolver.has_parameter(path)}
+        own = f"{graft.site.module_path}.{graft.site.tensor}".lstrip(".")
+        wrong += [f"{own} was tied to {path}, and has a tensor of its own here" for path in sorted(told - here)]
+        wrong += [f"{own} had a tensor of its own, and is tied to {path} here" for path in sorted(here - told)]
+    return wrong
 
 
 def mismatched(envelope: Envelope, selections: Mapping[str, Sequence[Site]]) -> list[str]:

@@ -214,7 +214,17 @@ def _put(path: Path, write: Callable[[Path], Any]) -> None:
         partial.chmod(scratch.stat().st_mode & 0o666)  # as the user's umask has it; libraries may make files private
         os.replace(partial, path)
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        discard(scratch)
+
+
+def discard(folder: Path) -> None:
+    """Remove the folder of what was not put in its place, or was; once more where the first try fails or is
+    interrupted."""
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        if os.path.lexists(folder):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:

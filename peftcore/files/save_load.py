@@ -34,7 +34,15 @@ from peftcore.errors import (
     UnsupportedSite,
     shown,
 )
-from peftcore.files.envelope import Envelope, class_names, method_of, mismatched, options_of, weights_digest
+from peftcore.files.envelope import (
+    Envelope,
+    class_names,
+    method_of,
+    mismatched,
+    options_of,
+    otherwise_tied,
+    weights_digest,
+)
 from peftcore.files.formats.card import CARD, Metrics, card, is_ours, metric_rows
 from peftcore.files.formats.description import Description
 from peftcore.files.formats.format import PICKLES, Made, Placed, Tensors, format_named, recognize
@@ -232,18 +240,20 @@ def load(
     name = check_name(model, found.cls.name) if name is None else name
     with _about(found.where), _values_wanted(model), at_hand(model.parameters()):
         if room is None:
-            injection = establish(found.surgeon(), name, active=active)
-            with injection.state.kept(name):
-                fill(injection, found.tensors)
-                _check_filled(injection)
+            source, surgeon = None, found.surgeon()
         else:
             source, surgeon = found.filled(), found.surgeon(found.config.replace(**room))
             matched(Injection(name, surgeon, HostState()), source)  # what does not fit is refused before it comes
-            injection = establish(surgeon, name, active=active)
-            with injection.state.kept(name):
+
+        def give(injection: Injection) -> None:
+            if source is None:
+                fill(injection, found.tensors)
+                _check_filled(injection)
+            else:
                 write(injection, matched(injection, source))
-    injection.trainable(trainable)
-    return injection
+            injection.trainable(trainable)
+
+        return establish(surgeon, name, active=active, fill=give)
 
 
 def values_of(injection: Injection, path: str | os.PathLike[str], revision: str | None) -> Injection:
@@ -387,6 +397,11 @@ def _check_host(envelope: Envelope, surgeon: Surgeon) -> None:
     made = f"the adapter belongs to another base (it was made on {envelope.host})"
     if wrong := mismatched(envelope, surgeon.selections):
         raise HostMismatch(f"{made}: {'; '.join(wrong[:8])}")
+    if tied := otherwise_tied(envelope, surgeon):
+        raise HostMismatch(
+            f"{made}: {'; '.join(tied[:8])}. Take a model with the same ties (tie_word_embeddings in the config of one "
+            "of transformers)"
+        )
     if envelope.weights is not None and envelope.weights != weights_digest(graft.site for graft in surgeon.grafts):
         raise HostMismatch(f"{made}: the base has other weights at its sites")
 
@@ -456,6 +471,5 @@ def _check_filled(injection: Injection) -> None:
             for name, each in (*module.named_parameters(), *module.named_buffers()))  # fmt: skip
     lacking = [f"{path}.{name}" for path, name, each in held if each.is_meta]
     if lacking:
-        injection.remove()
         what = f"{injection.method.name} starts from its weights: {', '.join(lacking[:4])}"
         raise NoWeights(f"the host is on the meta device, and {what}")

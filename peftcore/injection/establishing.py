@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import nullcontext
 
 from torch import nn
@@ -39,10 +39,24 @@ def check_name(model: nn.Module, name: str) -> str:
 
 
 def establish(
-    surgeon: Surgeon, name: str, data: Data | None = None, *, active: bool = True, instead: Collection[str] = ()
+    surgeon: Surgeon,
+    name: str,
+    data: Data | None = None,
+    *,
+    active: bool = True,
+    instead: Collection[str] = (),
+    fill: Callable[[Injection], object] | None = None,
 ) -> Injection:
     """Install the recorded operators, register the injection with the host, and let the method look at the data, if
     there is any. The injection is active from then on, unless `active` is False, in place of those named in `instead`.
+
+    Args:
+        surgeon: what was recorded.
+        name: the injection's name.
+        data: what the method looks at.
+        active: whether it acts.
+        instead: the injections that stop to act.
+        fill: gives the new injection its values, once it is installed. Where that fails nothing was installed.
     """
     model = surgeon.model
     fresh = state_of(model) is None
@@ -50,7 +64,7 @@ def establish(
     injection = Injection(name, surgeon, state)
     made_of_base.check_nothing_merged(injection, state)
     with nullcontext() if state.residency is None else state.residency.joining(injection):
-        _establish(injection, surgeon, fresh, data, active, instead)
+        _establish(injection, surgeon, fresh, data, active, instead, fill)
     return injection
 
 
@@ -64,16 +78,22 @@ def begin_state(model: nn.Module, modules: Collection[nn.Module]) -> HostState:
 
 
 def _establish(
-    injection: Injection, surgeon: Surgeon, fresh: bool, data: Data | None, active: bool, instead: Collection[str]
+    injection: Injection,
+    surgeon: Surgeon,
+    fresh: bool,
+    data: Data | None,
+    active: bool,
+    instead: Collection[str],
+    fill: Callable[[Injection], object] | None,
 ) -> None:
     model, state, name = injection.model, injection.state, injection.name
-    state.injections[name] = injection
-    state.reads_tokens += injection.reads_tokens
-    state.placement = state.placement or Placement()
-    state.placement.expect(name, surgeon.grafts)
     thawed = surgeon.thawed
     choices, before = state.choices, state.choices.saved()
+    state.placement = state.placement or Placement()
+    state.injections[name] = injection
+    state.reads_tokens += injection.reads_tokens
     try:
+        state.placement.expect(name, surgeon.grafts)
         install(surgeon, state, name)
         freezing.freeze(thawed)
         if active:
@@ -87,8 +107,11 @@ def _establish(
         if data is not None:  # the model that it looks at has it, in a route and a composition too
             with choices.held(Choice(_together(state, stack, name), context=choices.around().context)):
                 calibrate(injection, data)
+        if fill is not None:
+            fill(injection)
     except BaseException:
         silent_layers.forget(state, name)
+        state.placement.forget(name)
         del state.injections[name]
         state.reads_tokens -= injection.reads_tokens
         choices.restore(before)

@@ -104,6 +104,12 @@ class Injection(AppliedMethod):
         return tuple(f"{site.module_path}.{site.tensor}".lstrip(".") for site in own)
 
     @property
+    def ties(self) -> Mapping[str, tuple[str, ...]]:
+        """The other parameters of the host on which an operator acts because they are its site's own tensor, by the
+        operator's name in files."""
+        return self._surgeon.ties
+
+    @property
     def active(self) -> bool:
         """Whether it acts in this thread."""
         return self.name in self.state.current()

@@ -214,10 +214,12 @@ def dequantize(model: M) -> M:
             raise QuantizationError(f"{MERGED}; its undoing would bring codes back")
     for path in packed:
         _check_unmerged(model.get_submodule(path))
-    for path, layer in packed.items():
-        module = model.get_submodule(path)
-        dense = dense_linear(layer.unpack(module), layer.dtype(module) or dtype)
-        replace_in_place(module, dense.train(module.training))
+    modules = {path: model.get_submodule(path) for path in packed}
+    dense = [
+        dense_linear(layer.unpack(modules[path]), layer.dtype(modules[path]) or dtype) for path, layer in packed.items()
+    ]
+    for module, new in zip(modules.values(), dense, strict=True):
+        replace_in_place(module, new.train(module.training))
     note_form(model, list(packed))
     return model
 

@@ -49,6 +49,7 @@ def prepare(
             surgeon.train_wishes()
     finally:
         surgeon.progress.close()
+    surgeon.note_ties()
     check_apart(surgeon)
     if parallel:
         parallel_models.check_operators(surgeon)

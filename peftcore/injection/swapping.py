@@ -258,12 +258,19 @@ def exchanging(state: HostState, name: str) -> Iterator[None]:
 
 
 def write(mine: AppliedMethod, swap: Swap) -> None:
-    """Write the values, and take over options."""
+    """Write the values, and take over options. Where that fails, the values are those from before."""
     inference = any(tensor.is_inference() for tensor, _ in swap.pairs)
     copies = [(tensor, value.to(tensor.device)) for tensor, value in swap.pairs]  # what can fail comes first
+    before: list[tuple[Tensor, Tensor]] = []
     with torch.inference_mode(inference), torch.no_grad():
-        for tensor, value in copies:
-            tensor.copy_(value)
+        try:
+            for tensor, value in copies:
+                before.append((tensor, tensor.clone()))
+                tensor.copy_(value)
+        except BaseException:
+            for tensor, value in before:
+                tensor.copy_(value)
+            raise
     if swap.options is not None:
         _take_options(mine._surgeon, swap.options)
         mine.config = mine._surgeon.config

@@ -80,6 +80,9 @@ class Wishes:
     """The first and the end of the rows that a saved adapter brings of token tables, by path of the table."""
     left_out: Collection[str] = ()
     """The paths of sites at which the method, having looked at data, puts no operator."""
+    untied: tuple[str, ...] = ()
+    """The paths of modules of which each has values of its own for what trains along in it, also where others hold the
+    same tensors: those of the others stay."""
 
 
 @dataclass
@@ -98,6 +101,8 @@ class Surgeon:
         owned: the shared modules built by `own`, by name.
         selections: the sites of each target, by its text; "" for the user's or the default one.
         thawed: the host's parameters that train before anything is changed.
+        ties: the other parameters on which an operator acts because they are its site's own tensor, by key of the
+            operator; only those of tensors that several modules hold.
         notices: lines to tell the user about targets: which alternative was taken, what is left out.
     """
 
@@ -118,8 +123,9 @@ class Surgeon:
     """Advances with each operator: decompositions of many weights take their time."""
     _by_method: bool = True
     _paths: set[str] = field(default_factory=set)
-    _replaced: dict[tuple[str | int, Slices | None], Replacement] = field(default_factory=dict)
+    _replaced: dict[tuple[str | int, Slices | None, str], Replacement] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
+    ties: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def sites(self, target: Target | None = None, *, optional: bool = False) -> list[Site]:
         """Returns the sites of `target`; without one, those of the user's target, or of the method's default targets.
@@ -305,14 +311,14 @@ class Surgeon:
         return self.owned[name]
 
     def replace(self, site: Site) -> Replacement:
-        """Let a trainable value replace the site's tensor: one for each tensor, so all modules tied to it see the same.
-        It is stored as the host stores the tensor, and has its shape.
+        """Let a trainable value replace the site's tensor: one for each tensor, so all modules tied to it see the same,
+        but for those that a file unties. It is stored as the host stores the tensor, and has its shape.
 
         Raises:
             UnsupportedSite: there is an operator already.
         """
         tensor = None if site.layer.packed else site.layer.held(site.module, site.tensor)
-        key = (site.path if tensor is None else id(tensor), site.slices)
+        key = (site.path if tensor is None else id(tensor), site.slices, self._untied(site))
         if key not in self._replaced:
             site = self._as_stored(site)
             self._replaced[key] = self._build(site.path, lambda: Replacement(site), site)
@@ -338,6 +344,16 @@ class Surgeon:
         ]
         sites = [site for site in sites if not site.missing(site.tensor)]
         return [self.replace(replace(site, meta=self.dry)) for site in sites]
+
+    def note_ties(self) -> None:
+        """Note which operators act on a tensor at several modules."""
+        for graft in self.grafts:
+            own = graft.site.module._parameters.get(graft.site.tensor)
+            if own is not None and graft.holders[1:]:
+                held = {f"{path}.{name}".lstrip(".") for path, name in self.resolver.holders(own)}
+                acts = {f"{each.module_path}.{each.tensor}".lstrip(".") for each in graft.holders}
+                if others := (held & acts) - {f"{graft.site.module_path}.{graft.site.tensor}".lstrip(".")}:
+                    self.ties[graft.key] = tuple(sorted(others))
 
     def with_parts(self) -> Iterator[Surgeon]:
         """Yields this surgeon, and those of the parts of a hybrid, in their order."""
@@ -442,8 +458,14 @@ class Surgeon:
         if isinstance(tensor, nn.Parameter) and site.slices is None:
             for path, name in self.resolver.holders(tensor):
                 holder = self.resolver.site(path, name)
-                if (holder.module_path, holder.tensor) != (site.module_path, site.tensor):
+                itself = (holder.module_path, holder.tensor) == (site.module_path, site.tensor)
+                if not itself and self._untied(holder) == self._untied(site):
                     yield self._as_stored(holder)
+
+    def _untied(self, site: Site) -> str:
+        """Returns the module with values of its own in which a site is; "" for one that is in none."""
+        path = f"{site.module_path}.{site.tensor}"
+        return next((unit for unit in self.wishes.untied if path.startswith(f"{unit}.")), "")
 
     @staticmethod
     def _as_stored(site: Site) -> Site:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from peftcore.comparing.errors import BadInput
+from peftcore.files.safe_io import discard
 
 SUFFIX = ".safetensors"
 SHARED = ("README.md", ".gitattributes")
@@ -68,7 +68,7 @@ class Output:
         except (OSError, SafetensorError) as error:
             raise BadInput(f"--out {self.shown}: cannot be written ({error})") from error
         finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            discard(partial)
 
     def _filled(self) -> bool:
         return not self.path.is_dir() or any(self.path.iterdir())
@@ -95,7 +95,7 @@ class Output:
         os.rename(self.path, aside)
         try:
             os.rename(ready, self.path)
-        except OSError:
+        except BaseException:
             os.rename(aside, self.path)
             raise
-        shutil.rmtree(aside, ignore_errors=True)
+        discard(aside)

@@ -27,6 +27,7 @@ import peftcore
 from peftcore.cli import pages
 from peftcore.comparing.errors import BadInput
 from peftcore.contract.method import CATEGORIES
+from peftcore.files.safe_io import discard
 from peftcore.registry.plugins import RESERVED, registry
 
 TREES = Path(__file__).parent / "templates"
@@ -170,7 +171,7 @@ def write(plugin: Plugin, folder: Path) -> RenderableType:
     except OSError as error:
         raise BadInput(f"{folder}: cannot be written to ({error.strerror})") from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        discard(partial)
     return _next(plugin, folder, steps)
 
 

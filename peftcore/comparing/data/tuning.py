@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from datasets import Dataset
 from peftcore.comparing.data.sources import divide, scored, splits
 from peftcore.comparing.digests import of_content
 from peftcore.comparing.errors import BadInput
+from peftcore.files.safe_io import discard
 
 TUNING, HELD_OUT = "tuning", "held_out"
 CUT_FROM = "cut_from.json"
@@ -93,4 +93,4 @@ def _write(parts: Mapping[str, Dataset], folder: Path, cut_from: Mapping[str, An
         if not folder.exists():
             os.rename(partial, folder)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        discard(partial)

@@ -41,6 +41,7 @@ def composed(
     dtypes: Iterable[torch.dtype],
     target: Sequence[str] | None,
     train: Sequence[str] = (),
+    untied: Sequence[str] = (),
     rows: Mapping[str, tuple[int, int]] = {},
     host: str = "",
 ) -> Envelope:
@@ -52,6 +53,7 @@ def composed(
         dtypes: the dtypes of the tensors.
         target: paths of modules, for people to read.
         train: the host's parameters that are replaced.
+        untied: the modules of which each has values of its own for these, also where others hold the same tensors.
         rows: the first and the end of the rows that are brought along of token tables, by path of the table.
         host: the file's name for its base, for people to read.
     """
@@ -69,6 +71,7 @@ def composed(
         config={"method": name, "parts": list(configs)} if several else configs[0],
         target=target,
         train=tuple(train),
+        untied=tuple(untied),
         rows=dict(rows),
         dtype="float64" if torch.float64 in dtypes else "float32",
         host=host,

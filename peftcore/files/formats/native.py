@@ -138,9 +138,22 @@ def moved(envelope: Envelope, move: Move) -> Envelope:
     config = dict(envelope.config)
     if isinstance(overrides, dict):
         config["overrides"] = {move(key) if move.covers(key) else key: each for key, each in overrides.items()}
-    rows = {move(path): span for path, span in envelope.rows.items()}
-    update = {"selections": selections, "train": tuple(map(move, envelope.train)), "rows": rows, "config": config}
+    update = {
+        "selections": selections,
+        "config": config,
+        "train": tuple(map(move, envelope.train)),
+        "untied": tuple(map(move, filter(move.covers, envelope.untied))),
+        # A host with more around the encoder may have more that is tied to it, such as a head.
+        "ties": None if envelope.ties is None or move.new else _moved_ties(envelope.ties, move),
+        "rows": {move(path): span for path, span in envelope.rows.items()},
+    }
     return envelope.model_copy(update=update)
+
+
+def _moved_ties(ties: Mapping[str, tuple[str, ...]], move: Move) -> dict[str, tuple[str, ...]]:
+    """Returns which operators act on a tensor at several modules, with the host's own paths; those that are above what
+    the file and the host have in common are left out."""
+    return {_moved_key(key, move): tuple(map(move, filter(move.covers, paths))) for key, paths in ties.items()}
 
 
 def _moved_key(key: str, move: Move) -> str:

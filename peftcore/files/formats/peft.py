@@ -6,7 +6,7 @@ modules that train along. A `PeftMethod` translates the options and tensors of o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from peftcore.files.formats.peft_names import (
     written_path,
     written_paths,
 )
+from peftcore.files.formats.peft_tying import kept_tied, one_update_for_several, untied_modules
 from peftcore.files.formats.peft_writing import text_of, with_class, written, written_parts
 from peftcore.files.formats.places import Place, places_of
 from peftcore.files.safe_io import TensorFile, read_json
@@ -235,7 +236,7 @@ class PeftContent(Content):
                         for path in part.method.trains(part.keys, g.path)}  # fmt: skip
         self._tables: dict[str, dict[str, str]] = {}
         self._check_buffers()
-        trained = self._trained(keys)
+        trained = self._trained(keys, method)
         self._rows = self._rows_of_tables()
         held = {name: self._as_part(name, content) for name, content in self.named.items()}
         self.parts[0].config |= method.parts_options(keys, [each.config for each in held.values()])
@@ -251,6 +252,7 @@ class PeftContent(Content):
             dtypes={*file.dtypes.values(), *(DTYPES[each.dtype] for each in held.values())},
             target=[group.path for group in groups] or None,
             train=(*trained, *self._beside),
+            untied=self._untied,
             rows={path: (rows.start, rows.stop) for path, rows in self._rows.items()},
             host=keys.take("base_model_name_or_path", str, ""),
         )
@@ -284,16 +286,25 @@ class PeftContent(Content):
                 overrides[literally(group.site_path)] = other
         return {**plain, "overrides": overrides} if overrides else plain
 
-    def _trained(self, keys: Keys) -> list[str]:
+    def _trained(self, keys: Keys, method: PeftMethod) -> list[str]:
         """Returns the host's parameters that the file brings and its options announce. Copies of others must equal the
         host's, unless they are of token tables, which peft saves where rows were added."""
+        ensured = bool(method.ties) and keys.take(method.ties, bool, False)
         announced, biases = keys.names("modules_to_save"), keys.take("bias", str, "none")
         found, owned = [], {group.path for part in self.parts for group in part.groups}
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        copied: dict[str, str] = {}
+        for path in self.sorted.replaced:
+            if (module := self._copied(path, announced)) is not None:
+                copied[path] = module
+        tied = kept_tied(self.model, self.sorted.replaced, ensured and bool(copied))
+        self._untied = untied_modules(self.model, copied, tied)
+        if ensured:
+            self.sorted.wrong[:0] = one_update_for_several(self.model, owned, method.ties)
         for path, full in self.sorted.replaced.items():
             owner, _, leaf = path.rpartition(".")
             bias = leaf == "bias" and (biases == "all" or (biases.endswith("_only") and owner in owned))
-            if bias or any(f".{name}." in f".{written_path(path, self.sorted.move)}." for name in announced):
+            if bias or path in copied or path in tied:
                 found.append(path)
             elif self._is_table(owner):
                 self._tables.setdefault(owner, {})[leaf] = full
@@ -302,6 +313,16 @@ class PeftContent(Content):
             ):
                 self.sorted.wrong.append(f"{full} is none of the adapter's modules and differs from the host's {path}")
         return found
+
+    def _copied(self, path: str, names: Collection[str]) -> str | None:
+        """Returns the module with a parameter that peft copied, since its path ends with one of the names; None where
+        there is none."""
+        written = written_path(path, self.sorted.move)
+        ends = [f".{written}.".find(f".{name}.") + len(name) for name in names if f".{name}." in f".{written}."]
+        if not ends:
+            return None
+        below = written[min(ends) :].strip(".")
+        return path.removesuffix(below).removesuffix(".")
 
     def _check_buffers(self) -> None:
         """Verify that the buffers that come with a trained module, such as a norm's statistics, are the host's."""
@@ -339,7 +360,8 @@ class PeftContent(Content):
             elif (start := min(_first_difference(held[leaf], own[leaf]) for leaf in held)) < rows:
                 found[path] = AddedRows(start, rows, held["weight"], held.get("bias", own.get("bias")))
         weights = {id(self.model.get_submodule(path)._parameters["weight"]): each for path, each in found.items()}
-        tied = {path: weights.get(id(module._parameters.get("weight"))) for path, module in self.model.named_modules()}
+        tied = {path: weights.get(id(module._parameters.get("weight"))) for path, module in self.model.named_modules()
+                if not any(f"{path}.".startswith(f"{untied}.") for untied in self._untied)}  # fmt: skip
         return found | {path: each for path, each in tied.items() if each is not None and path not in found}
 
     def tensors(self, surgeon: Surgeon, strict: bool) -> dict[str, Tensor]:
@@ -372,7 +394,7 @@ class PeftContent(Content):
                 values = part.method.read_shared(name, shared.module, whole)
                 tensors |= {f"shared:{part.prefix}{name}.{key}": value for key, value in values.items()}
         for graft in surgeon.grafts:
-            path = f"{graft.site.module_path}.{graft.site.tensor}".lstrip(".")
+            path, *others = [f"{each.module_path}.{each.tensor}".lstrip(".") for each in graft.holders]
             if isinstance(graft.operator, TableRows):
                 rows = self._rows[graft.site.module_path]
                 tensors[f"{graft.key}.value"] = rows.weight[rows.start :]
@@ -386,6 +408,9 @@ class PeftContent(Content):
                 value = part.method.replaced(place, part.config, found(group.names))
             else:
                 value = found({path: self.sorted.replaced[path]}).take(path, graft.operator.state_dict()["value"].shape)
+                twins = [self.sorted.replaced[each] for each in others if each in self.sorted.replaced]
+                wrong += [f"{each} differs from {path}, to which it is tied here" for each in twins
+                          if not torch.equal(read(each).reshape(value.shape), value)]  # fmt: skip
             tensors[f"{graft.key}.value"] = value
         wrong += [f"unknown {name}" for name in sorted(set(self.names.values()) - used)]
         if strict and wrong:

@@ -45,6 +45,8 @@ class PeftMethod(ABC):
     which is ours, is another."""
     bias: ClassVar[str] = ""
     """The value of the option `bias` with which biases of adapted modules train, in types that have the option."""
+    ties: ClassVar[str] = ""
+    """The option that keeps an embedding and its heads tied where they train along; empty in types without one."""
     trained_beside: ClassVar[bool] = True
     """Whether its files can have modules and token tables of the host that train along."""
     folders: ClassVar[str] = ""

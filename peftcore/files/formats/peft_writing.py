@@ -17,6 +17,7 @@ from peftcore.files.added_rows import added_rows
 from peftcore.files.envelope import base_name, base_revision
 from peftcore.files.formats.peft_method import PeftMethod, peft_methods
 from peftcore.files.formats.peft_names import WRAPPER
+from peftcore.files.formats.peft_tying import tying
 from peftcore.files.formats.places import Place, places_of
 from peftcore.injection.applied import AppliedMethod
 from peftcore.injection.injection import Injection
@@ -114,21 +115,20 @@ def _adapted(injection: Injection) -> set[str]:
     return {graft.site.module_path for graft in grafts if not isinstance(graft.site, BesideSite)}
 
 
-def along(injection: Injection, only: str, stem: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def along(injection: Injection, method: PeftMethod) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Returns the modules and biases trained along, as peft's `modules_to_save` and `bias`, and the tensors by peft's
     names.
 
-    Args:
-        only: peft's word for biases of adapted modules alone, where the type has one.
-        stem: the prefix of paths.
-
     Raises:
-        ExportError: it was a part of a module, or some biases.
+        ExportError: it was a part of a module, or some biases; or tied modules, which peft would untie.
     """
-    replaced = {(g.site.module_path, g.site.tensor): g for g in injection.grafts if g.trained_along}
+    only, stem = method.bias, method.stem
+    grafts = [graft for graft in injection.grafts if graft.trained_along]
+    replaced = {(site.module_path, site.tensor): graft for graft in grafts for site in graft.holders}
     adapted = _adapted(injection)
-    own = {path: [name for name, value in graft.site.module._parameters.items() if value is not None]
-           for (path, _), graft in replaced.items()}  # fmt: skip
+    modules = {site.module_path: site.module for graft in grafts for site in graft.holders}
+    own = {path: [name for name, value in module._parameters.items() if value is not None]
+           for path, module in modules.items()}  # fmt: skip
     whole = {path for path, names in own.items() if path and all((path, name) in replaced for name in names)}
     partly = {key for key in replaced if key[0] not in whole}
     everywhere = {(path.rpartition(".")[0], "bias") for path, _ in injection.model.named_parameters() if
@@ -138,6 +138,8 @@ def along(injection: Injection, only: str, stem: str) -> tuple[dict[str, Any], d
     if (not only and mode != "none") or not mode:
         shown = ", ".join(".".join(key) for key in sorted(partly)[:4])
         raise ExportError(f"peft trains along whole modules, or all biases, and not {shown}")
+    copied = {id(graft): graft for (path, _), graft in replaced.items() if path in whole}.values()
+    tied = tying(injection.model, copied, injection.ties, method.ties)
     tensors = {}
     for (path, name), graft in replaced.items():
         inside = f".{WRAPPER}" if path in adapted else ""
@@ -146,7 +148,7 @@ def along(injection: Injection, only: str, stem: str) -> tuple[dict[str, Any], d
         module = injection.model.get_submodule(path)
         held = {name: each for name, each in module._buffers.items() if name not in module._non_persistent_buffers_set}
         tensors |= {f"{stem}{path}.{name}": each for name, each in held.items() if each is not None}
-    return {"modules_to_save": sorted(whole) or None, **({"bias": mode} if only else {})}, tensors
+    return {"modules_to_save": sorted(whole) or None, **({"bias": mode} if only else {}), **tied}, tensors
 
 
 def tables(injection: Injection, stem: str) -> dict[str, Tensor]:
@@ -259,7 +261,7 @@ def written(injection: Injection) -> tuple[dict[str, Any], dict[str, Tensor]]:
             tensors |= other.tensors(beside=True)
             if both := sorted(main.modules & other.modules):
                 raise ExportError(f"peft cannot have {main.kind} and {other.kind} at one module: {both[0]}")
-    trained, values = along(injection, main.method.bias, main.method.stem)
+    trained, values = along(injection, main.method)
     values |= tables(injection, main.method.stem)
     if not main.method.trained_beside:
         if values:

@@ -66,6 +66,7 @@ class PeftLoRA(PeftMethod):
     methods = tuple(name for each in (plain.PlainVariant, *VARIANTS) for name in each.writes)
     below = (*layouts.FACTORS, *(name for each in VARIANTS for name in each.below))
     bias = "lora_only"
+    ties = "ensure_weight_tying"
     patterns: ClassVar[Mapping[str, str]] = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
 
     def __init__(self) -> None:
@@ -82,7 +83,7 @@ class PeftLoRA(PeftMethod):
         return self.in_file or next(each for each in self.variants if name in each.writes)
 
     def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
-        keys.pass_over("loftq_config", "eva_config", "corda_config", "lora_ga_config", "ensure_weight_tying")
+        keys.pass_over("loftq_config", "eva_config", "corda_config", "lora_ga_config")
         keys.pass_over("qalora_group_size", "layer_replication")
         start = keys.take("init_lora_weights", (bool, str), True)
         if isinstance(start, str) and not any(start in each.starts for each in self.variants):

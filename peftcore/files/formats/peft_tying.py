@@ -1,0 +1,112 @@
+"""Tied tables in peft's files. Peft trains a copy of each module that `modules_to_save` names, so what is named has
+values of its own from then on, also where the host ties it to others. LoRA's `ensure_weight_tying` keeps an embedding
+and its heads together."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from torch import nn
+
+from peftcore.errors import ExportError
+from peftcore.roles.token_tables import HasTables
+from peftcore.surgery.surgeon import Graft
+
+UNTIED = (
+    "which are tied and train here as one. peft would train copies of them apart. Keep our own format; or give each a "
+    "tensor of its own before you adapt the model (tie_word_embeddings=False in the config of one of transformers)"
+)
+
+
+def holders_of(model: nn.Module) -> dict[int, list[str]]:
+    """Returns the paths of all parameters of a host, by their identity."""
+    found: dict[int, list[str]] = {}
+    for path, parameter in model.named_parameters(remove_duplicate=False):
+        found.setdefault(id(parameter), []).append(path)
+    return found
+
+
+def kept_tied(model: nn.Module, held: Collection[str], ensured: bool) -> set[str]:
+    """Returns the paths of parameters that a file has for all modules that hold them, and keeps together.
+
+    Args:
+        held: the paths of the parameters that the file has.
+        ensured: whether the file says that ties are kept.
+    """
+    groups = holders_of(model).values() if ensured else ()
+    return {path for paths in groups if len(paths) > 1 and set(paths) <= set(held) for path in paths}
+
+
+def one_update_for_several(model: nn.Module, paths: Collection[str], option: str) -> list[str]:
+    """Returns an error for a file that says that ties are kept, and has updates at modules that are tied: peft trains
+    one update for all of them.
+
+    Args:
+        paths: the modules that the file adapts.
+        option: the option that says so.
+    """
+    for held in holders_of(model).values():
+        tied = sorted({path.rpartition(".")[0] for path in held} & set(paths))
+        if tied[1:]:
+            return [
+                f"with {option} peft trains one update for {' and '.join(tied)}, which are tied; here each has one of "
+                f"its own: set {option} to false in the file's options, and name all of them in target_modules"
+            ]
+    return []
+
+
+def untied_modules(model: nn.Module, copied: Mapping[str, str], tied: Collection[str]) -> tuple[str, ...]:
+    """Returns the modules that have values of their own in a file, though the host ties them to others outside of them.
+
+    Args:
+        copied: the parameters that the file has, each with the module that peft copied.
+        tied: those that the file keeps together.
+    """
+    by_path = {path: paths for paths in holders_of(model).values() for path in paths}
+    found = {
+        module
+        for path, module in copied.items()
+        if path not in tied and any(not f"{other}.".startswith(f"{module}.") for other in by_path[path])
+    }
+    return tuple(sorted(found))
+
+
+def tying(
+    model: nn.Module, grafts: Collection[Graft], ties: Mapping[str, tuple[str, ...]], option: str
+) -> dict[str, Any]:
+    """Returns the option with which peft keeps together what is tied and trained along; nothing where nothing is.
+
+    Args:
+        grafts: the values of modules that are trained along.
+        ties: the other parameters that have them, by key.
+        option: the option of the type, if it has one.
+
+    Raises:
+        ExportError: peft would untie it.
+    """
+    tied = [graft for graft in grafts if graft.key in ties]
+    for graft in tied:
+        others = {path.rpartition(".")[0] for path in ties[graft.key]}
+        if not option or not _ties_again(model, {graft.site.module_path, *others}):
+            raise ExportError(f"these are {', '.join([graft.key, *ties[graft.key]])}, {UNTIED}")
+    return {option: True} if tied else {}
+
+
+def _ties_again(model: nn.Module, paths: set[str]) -> bool:
+    """Whether peft ties these modules again where it is told to: an embedding of a model of transformers, and heads
+    without a bias. It makes a linear layer of all that is tied to an embedding."""
+    transformers = sys.modules.get("transformers")
+    if transformers is None or not isinstance(model, transformers.PreTrainedModel) or not isinstance(model, HasTables):
+        return False
+    modules = {path: model.get_submodule(path) for path in paths}
+    heads = {path for path, module in modules.items() if module is not model.get_input_embeddings()}
+    known = {
+        f"{path}.{name}".lstrip(".").rpartition(".")[0]
+        for path, module in model.named_modules()
+        if isinstance(module, transformers.PreTrainedModel)
+        for name in module._tied_weights_keys or ()
+    }
+    plain = all(isinstance(modules[path], nn.Linear) and modules[path].bias is None for path in heads)
+    return len(heads) == len(paths) - 1 and heads <= known and plain and model.config.tie_word_embeddings is not False
