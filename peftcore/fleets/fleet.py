@@ -23,6 +23,7 @@ from peftcore.fleets.member import Member
 from peftcore.fleets.rows import Batch, Collate, count_of, part, together
 from peftcore.forward.draws import mixed
 from peftcore.forward.host_state import injections
+from peftcore.forward.own_losses import loss_in
 from peftcore.injection.injection import Injection
 from peftcore.injection.switching import route
 from peftcore.layers.fsdp import in_group, is_sharded
@@ -298,7 +299,7 @@ class Fleet:
         inputs = {key: value for key, value in whole.items() if key not in self.targets}
         with torch.enable_grad(), self._casting(), route(host, names, seeds=seeds):
             output = self.model(**inputs)
-            self._check_no_loss(output)
+            self._check_no_loss(output, inputs)
             total: Tensor | None = None
             for member, (start, stop) in bounds.items():
                 own = part(output, start, stop, rows)
@@ -326,8 +327,8 @@ class Fleet:
         device = next(iter(self._host.parameters())).device
         return {key: each.to(device) if isinstance(each, Tensor) else each for key, each in batch.items()}
 
-    def _check_no_loss(self, output: Any) -> None:
-        if isinstance(output, Mapping) and isinstance(output.get("loss"), Tensor):
+    def _check_no_loss(self, output: Any, inputs: Mapping[str, Any]) -> None:
+        if loss_in(output, inputs) is not None:
             raise TrainingError(
                 "the model computed a loss over the rows of all members: name what it computes it of, "
                 f"Fleet(..., targets={(*self.targets, '...')})"

@@ -81,7 +81,8 @@ def draws_of(context: ForwardContext, route: Route, position: int, site: str) ->
     before, outer = streams.states(), context.drawn
     if outer is None:
         context.drawn = streams, before
-    streams.seed(mixed(seed, site))
+    # A pass of `ForwardContext.again` draws anew.
+    streams.seed(mixed(seed, site, *([context.number] if context.number else ())))
     try:
         yield
     finally:
