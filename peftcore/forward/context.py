@@ -252,8 +252,8 @@ class ForwardContext:
         route = None if self.choice is None else self.choice.route
         if route is not None and self.rows is None and (torch.compiler.is_compiling() or len(route.present) > 1):
             raise RouteError(
-                f"the loss that a {type(operator).__name__} adds would be one of the rows of all adapters: compiled, and "
-                "where a module is not given a row for each of the batch, it runs on all of them. Train uncompiled, "
+                f"the loss that a {type(operator).__name__} adds would be one of the rows of all adapters: it runs on "
+                "all when compiled, and where a module is not given a row for each of the batch. Train uncompiled, "
                 "exclude that module from its targets, or train this adapter in batches of its own"
             )
         if self.open and (self._model is not None or (self.visits and not repeating())):

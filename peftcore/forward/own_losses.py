@@ -182,8 +182,8 @@ def output_losses(state: HostState, call: ForwardContext, output: Any) -> list[E
         else:
             if torch.compiler.is_compiling():
                 raise RouteError(
-                    f"{name!r} has a loss of what the model returns for its own rows, which compiled code does not tell "
-                    "apart: train it uncompiled, or in batches of its own"
+                    f"{name!r} has a loss of what the model returns for its own rows, and compiled code does not tell "
+                    "rows apart: train it uncompiled, or in batches of its own"
                 )
             rows = OwnRows(route, (route.names.index(name),), len(route.index) * route.copies)
             with own_rows(rows, "output"):
