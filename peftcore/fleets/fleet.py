@@ -20,8 +20,8 @@ from peftcore.fleets import checkpoints
 from peftcore.fleets.feeds import Data
 from peftcore.fleets.losses import SHIFTED, Loss, counted, kind_of, loss_of, numbers, shares
 from peftcore.fleets.member import Member
-from peftcore.fleets.rows import Batch, Collate, count_of, part, together
-from peftcore.forward.draws import mixed
+from peftcore.fleets.rows import Batch, Collate, count_of, filled_in_front, part, together
+from peftcore.forward.counted_draws import mixed
 from peftcore.forward.host_state import injections
 from peftcore.forward.own_losses import loss_in
 from peftcore.injection.injection import Injection
@@ -300,6 +300,7 @@ class Fleet:
         with torch.enable_grad(), self._casting(), route(host, names, seeds=seeds):
             output = self.model(**inputs)
             self._check_no_loss(output, inputs)
+            self._check_fillings(batches, bounds, whole, rows)
             total: Tensor | None = None
             for member, (start, stop) in bounds.items():
                 own = part(output, start, stop, rows)
@@ -333,6 +334,19 @@ class Fleet:
                 "the model computed a loss over the rows of all members: name what it computes it of, "
                 f"Fleet(..., targets={(*self.targets, '...')})"
             )
+
+    def _check_fillings(
+        self, batches: Mapping[Member, Batch], bounds: Mapping[Member, tuple[int, int]], whole: Batch, count: int
+    ) -> None:
+        """Check that rows of members that drew begin where they begin alone."""
+        for member, (start, stop) in bounds.items() if self.collate is not None else ():
+            routed = member.injection.state.now().route
+            drew = routed is not None and member.name in routed.drew
+            if drew and filled_in_front(batches[member], part(whole, start, stop, count)):
+                raise TrainingError(
+                    f"{member.name!r} draws random numbers by the places of tokens, and the collate function moves "
+                    "them: it fills shorter rows up in front. Fill up at the end, or give all rows one length"
+                )
 
     def _agreed(self, found: dict[Member, tuple[float, int]]) -> dict[Member, tuple[float, int]]:
         """Returns losses and numbers of tokens; where processes share the training, the mean of the losses, so that

@@ -109,6 +109,18 @@ def _filled(value: Tensor, sizes: Sequence[int], fill: float) -> Tensor:
     return F.pad(value, widths, value=fill) if any(widths) else value
 
 
+def filled_in_front(own: Batch, made: Batch) -> bool:
+    """Whether a batch begins elsewhere in its rows of the one that all are put together to, by tensors of one name in
+    both."""
+    for key, value in own.items():
+        rows = made.get(key)
+        if isinstance(value, Tensor) and isinstance(rows, Tensor) and value.dim() == rows.dim() > 1:
+            common = tuple(slice(min(sizes)) for sizes in zip(value.shape, rows.shape, strict=True))
+            if not torch.equal(rows[common], value.to(rows)[common]):
+                return True
+    return False
+
+
 def part(value: Any, start: int, stop: int, count: int) -> Any:
     """Returns the rows from `start` to `stop` of a value of `count` rows: of a tensor, of a list with an entry for each
     row, or of those in nested containers. What has no rows is returned as it is."""

@@ -4,6 +4,7 @@ It may import `roles`, and what is below. In the order of reading:
 
 - `active_adapters`: which adapters are active, on which rows of a batch.
 - `checkpoints`: which forward a checkpoint repeats inside backward.
+- `counted_draws`: random numbers that are functions of what they are for.
 - `draws`: random numbers of adapters that rows go to.
 - `tokens`: the tokens of one forward, and what was decided when they were new.
 - `context`: the context of one forward of the model, which backward may repeat.

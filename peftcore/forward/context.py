@@ -30,6 +30,7 @@ from peftcore.utils.threads import this_thread
 
 if TYPE_CHECKING:
     from peftcore.forward.active_adapters import Choice
+    from peftcore.forward.counted_draws import CountedDraws
     from peftcore.forward.draws import Streams
     from peftcore.forward.host_state import HostState
     from peftcore.forward.routing import OwnRows
@@ -114,8 +115,9 @@ class ForwardContext:
         """The checkpoints in which an extra pass runs, which repeat the pass and what is round it."""
         self.rows: OwnRows | None = None
         """The rows of the batch that the operator which runs is given, where it is not given all of them."""
-        self.drawn: tuple[Streams, list[Tensor]] | None = None
-        """While an adapter of a route draws by its own seed: torch's generators, and where the model's draws were."""
+        self.drawn: tuple[Streams, list[Tensor], CountedDraws] | None = None
+        """While an adapter of a route draws by its own seed: torch's generators, where the model's draws were, and what
+        draws in their place."""
         self.held: dict[int, list[int]] = {}
         """How many tokens each layer of a cache held before, by id of the cache, while a module runs for several
         injections one after the other."""

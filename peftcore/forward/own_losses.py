@@ -200,6 +200,7 @@ def loss_in(output: Any, inputs: Mapping[str, Any]) -> Tensor | None:
         output: of the host: a mapping, a dataclass or a tuple.
         inputs: the host's arguments by keyword.
     """
+    named: Any = output  # by its fields
     if type(output) is tuple:
         labelled = any("label" in name for name, value in inputs.items() if value is not None)
         first = output[0] if output and (labelled or inputs.get("return_dict") is False) else None
@@ -207,9 +208,9 @@ def loss_in(output: Any, inputs: Mapping[str, Any]) -> Tensor | None:
     if isinstance(output, MutableMapping):
         found = output.get("loss")
     elif dataclasses.is_dataclass(output):
-        found = output.loss if any(field.name == "loss" for field in dataclasses.fields(output)) else None
-    elif isinstance(output, tuple):  # a named one
-        found = output.loss if "loss" in getattr(type(output), "_fields", ()) else None
+        found = named.loss if any(field.name == "loss" for field in dataclasses.fields(output)) else None
+    elif isinstance(output, tuple):
+        found = named.loss if "loss" in getattr(type(output), "_fields", ()) else None
     else:
         return None
     return found if isinstance(found, Tensor) else None
@@ -222,7 +223,8 @@ def with_loss(output: Any, loss: Tensor) -> Any:
         return output
     if type(output) is tuple:
         return (loss, *output[1:])
-    return output._replace(loss=loss) if isinstance(output, tuple) else dataclasses.replace(output, loss=loss)
+    named: Any = output
+    return named._replace(loss=loss) if isinstance(output, tuple) else dataclasses.replace(named, loss=loss)
 
 
 def acting_injections(state: HostState, acting: Active) -> Iterator[tuple[str, Injection]]:
