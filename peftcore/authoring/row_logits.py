@@ -13,6 +13,7 @@ from torch import Tensor
 
 from peftcore.contract.operators import Operator
 from peftcore.errors import TargetError, UnsupportedSite
+from peftcore.forward.context import forward_context
 from peftcore.forward.taps import Tap
 from peftcore.surgery.surgeon import Surgeon
 from peftcore.targets.defaults import default_sites
@@ -72,5 +73,7 @@ class RowScorer(Operator):
     def forward(self, call: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         made = self.states.take()
         if made is not None:
-            self.logits.put(made._replace(states=call(made.states[:, self.rows])))
+            with forward_context().aside():
+                logits = call(made.states[:, self.rows])
+            self.logits.put(made._replace(states=logits))
         return call(*args, **kwargs)

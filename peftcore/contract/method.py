@@ -250,9 +250,9 @@ class Method(ABC):
 
         Args:
             injection: the adapter.
-            output: of the host, as it computed it, of all rows of the batch.
+            output: of the host, as it computed it; in a route the injection's own rows of it.
             call: the forward, whose taps are still there: ``call.inputs`` has the host's arguments by name (labels),
-                ``call.context`` what `peftcore.call` was told.
+                ``call.context`` what `peftcore.call` was told; in a route of its own rows too.
         """
         return None
 

@@ -21,9 +21,11 @@ from peftcore.fleets.feeds import Data
 from peftcore.fleets.losses import SHIFTED, Loss, counted, kind_of, loss_of, numbers, shares
 from peftcore.fleets.member import Member
 from peftcore.fleets.outputs import FEW, MORE, Outputs
-from peftcore.fleets.rows import Batch, Collate, count_of, taken, together
-from peftcore.forward.draws import Streams, mixed
+from peftcore.fleets.rows import Batch, Collate, count_of, filled_in_front, taken, together
+from peftcore.forward.counted_draws import mixed
+from peftcore.forward.draws import Streams
 from peftcore.forward.host_state import injections, state_of
+from peftcore.forward.own_losses import loss_in
 from peftcore.injection.injection import Injection
 from peftcore.injection.switching import activate, route
 from peftcore.layers.fsdp import in_group, is_sharded
@@ -342,7 +344,8 @@ class Fleet:
             self._learn(inputs, rows)
         with torch.enable_grad(), self._casting(), route(host, names, seeds=seeds):
             output = self.model(**inputs)
-            self._check_no_loss(output)
+            self._check_no_loss(output, inputs)
+            self._check_fillings(batches, bounds, whole)
             if len(bounds) > 1 and not self._outputs.know(output):
                 self._learn(inputs, rows)
             total: Tensor | None = None
@@ -389,12 +392,25 @@ class Fleet:
         device = next(iter(self._host.parameters())).device
         return {key: each.to(device) if isinstance(each, Tensor) else each for key, each in batch.items()}
 
-    def _check_no_loss(self, output: Any) -> None:
-        if isinstance(output, Mapping) and isinstance(output.get("loss"), Tensor):
+    def _check_no_loss(self, output: Any, inputs: Mapping[str, Any]) -> None:
+        if loss_in(output, inputs) is not None:
             raise TrainingError(
                 "the model computed a loss over the rows of all members: name what it computes it of, "
                 f"Fleet(..., targets={(*self.targets, '...')})"
             )
+
+    def _check_fillings(
+        self, batches: Mapping[Member, Batch], bounds: Mapping[Member, tuple[int, int]], whole: Batch
+    ) -> None:
+        """Check that rows of members that drew begin where they begin alone."""
+        for member, (start, stop) in bounds.items() if self.collate is not None else ():
+            routed = member.injection.state.now().route
+            drew = routed is not None and member.name in routed.drew
+            if drew and filled_in_front(batches[member], taken(whole, [*range(start, stop)])):
+                raise TrainingError(
+                    f"{member.name!r} draws random numbers by the places of tokens, and the collate function moves "
+                    "them: it fills shorter rows up in front. Fill up at the end, or give all rows one length"
+                )
 
     def _agreed(self, found: dict[Member, tuple[float, int]]) -> dict[Member, tuple[float, int]]:
         """Returns losses and numbers of tokens; where processes share the training, the mean of the losses, so that

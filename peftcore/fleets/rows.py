@@ -124,3 +124,15 @@ def taken(batch: Batch, rows: list[int]) -> dict[str, Any]:
         return Entries(value[row] for row in rows) if isinstance(value, Entries) else value
 
     return {key: of(value) for key, value in batch.items()}
+
+
+def filled_in_front(own: Batch, made: Batch) -> bool:
+    """Whether a batch begins elsewhere in its rows of the one that all are put together to, by tensors of one name in
+    both."""
+    for key, value in own.items():
+        rows = made.get(key)
+        if isinstance(value, Tensor) and isinstance(rows, Tensor) and value.dim() == rows.dim() > 1:
+            common = tuple(slice(min(sizes)) for sizes in zip(value.shape, rows.shape, strict=True))
+            if not torch.equal(rows[common], value.to(rows)[common]):
+                return True
+    return False

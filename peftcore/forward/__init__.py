@@ -4,9 +4,12 @@ It may import `roles`, and what is below. In the order of reading:
 
 - `active_adapters`: which adapters are active, on which rows of a batch.
 - `checkpoints`: which forward a checkpoint repeats inside backward.
-- `own_losses`: the losses that methods add to the model's.
+- `counted_draws`: random numbers that are functions of what they are for.
+- `draws`: random numbers of adapters that rows go to.
 - `tokens`: the tokens of one forward, and what was decided when they were new.
 - `context`: the context of one forward of the model, which backward may repeat.
+- `routing`: rows of a batch that go to different adapters.
+- `own_losses`: the losses that methods add to the model's.
 - `routers`: operators that give shares of experts, and what is summed up of them.
 - `taps`: what one operator leaves for another in the same forward.
 - `recorder`: opens and closes the context of each forward, and knows which one backward repeats.
@@ -28,8 +31,6 @@ It may import `roles`, and what is below. In the order of reading:
 - `plan`: the plan of one module under one choice.
 - `slot`: the operators and plans of one module.
 - `cached_weights`: the promise of a user that nothing is written for a while.
-- `draws`: random numbers of adapters that rows go to.
-- `routing`: rows of a batch that go to different adapters.
 - `alike`: equal operators of several adapters, which run as one.
 - `batched_updates`: low-rank updates of many adapters in one product.
 - `attention`: edits inside attention.

@@ -40,6 +40,8 @@ class Route:
     """The number of tokens of each row of the batch, in a route of single tokens; else 0."""
     seeds: tuple[int | None, ...] = ()
     """The seeds by which injections draw for their rows, by position in `names`; None: as the model draws."""
+    drew: set[str] = field(default_factory=set, repr=False)
+    """The injections that drew by their seeds since it was made."""
     _known: dict[Any, Tensor | None] = field(default_factory=dict, repr=False)
     _routes: dict[Any, Route] = field(default_factory=dict, repr=False)
     _last: dict[str, tuple[Any, Route]] = field(default_factory=dict, repr=False)
@@ -76,7 +78,7 @@ class Route:
             index = torch.where(self.index == gone, -1, self.index - (self.index > gone).to(self.index.dtype))
         positions = tuple(-1 if each == gone else each - (each > gone) for each in self.positions)
         seeds = tuple(seed for each, seed in zip(self.names, self.seeds, strict=False) if each != name)
-        return Route(left, index, self.copies, positions, self.since, seeds=seeds)
+        return Route(left, index, self.copies, positions, self.since, seeds=seeds, drew=self.drew)
 
     def only(self, positions: Positions) -> Route:
         """Returns the route in which the rows of all others are the bare base model's; computed once."""
@@ -93,7 +95,8 @@ class Route:
             with torch.inference_mode(False):  # a later forward may train
                 index = torch.tensor(positions, device=self.index.device)
             tokens = self.tokens if len(positions) == len(self.positions) else 0
-            self._routes[key] = Route(self.names, index, self.copies, positions, self.since, tokens, self.seeds)
+            routed = Route(self.names, index, self.copies, positions, self.since, tokens, self.seeds, self.drew)
+            self._routes[key] = routed
         return self._routes[key]
 
     def by_tokens(self, held: int, new: int, batch: int) -> Route:
@@ -122,7 +125,7 @@ class Route:
         with torch.inference_mode(False):  # a later forward may train
             index = torch.tensor(places, device=self.index.device)
         copies, tokens = (self.copies, 0) if whole else (1, new)
-        found = Route(self.names, index, copies, tuple(places), None, tokens, self.seeds)
+        found = Route(self.names, index, copies, tuple(places), None, tokens, self.seeds, self.drew)
         # The last one alone: all modules of a forward share it, and each length of a prompt would leave another.
         self._last["tokens"] = key, found
         return found

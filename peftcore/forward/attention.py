@@ -315,7 +315,7 @@ def run_edits(
     for position, name in enumerate(route.names):
         mounts = [mount for mount in edits.mounts if mount.name == name]
         if mounts:
-            with draws_of(forward_context(), route, position, f"{edits.slot.path}:attention"):
+            with draws_of(forward_context(), route, position, f"{edits.slot.path}:attention", alone=False):
                 other = _chain(mounts, host)(query, key, value), host.weights
             result = select_rows(result, other, route, position)
     return result

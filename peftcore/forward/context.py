@@ -14,7 +14,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from peftcore.errors import MissingContext, RouteError, SequenceError, TrainingError
 from peftcore.forward.checkpoints import reentrant, remember, remembered, running
+from peftcore.forward.draws import own_draws_aside
 from peftcore.forward.repeats import Repeats, of_batch, told_repeats
 from peftcore.forward.tokens import OF_DECODER, Prompt, Tokens
 from peftcore.layers.kernels import transformed
@@ -31,6 +32,7 @@ from peftcore.utils.threads import this_thread
 
 if TYPE_CHECKING:
     from peftcore.forward.active_adapters import Choice
+    from peftcore.forward.counted_draws import CountedDraws
     from peftcore.forward.draws import Streams
     from peftcore.forward.host_state import HostState
     from peftcore.forward.routing import OwnRows
@@ -88,7 +90,7 @@ class ForwardContext:
         taps: values that operators leave for each other, by number of the `Tap`; those that are held until backward are
             there when the host has returned. A list, since torch.compile does not trace grafts behind a change of a
             dict that was there before.
-        losses: scalars that operators add to the loss of the output; see `add_loss`.
+        losses: scalars that operators add to the loss of the output, each with its operator; see `add_loss`.
         visits: of a part of the host that runs by itself, how many target modules ran in training since the losses
             were taken.
     """
@@ -103,8 +105,10 @@ class ForwardContext:
     ) -> None:
         self.state, self.choice = state, choice
         self.taps: list[tuple[int, Any, bool, OwnRows | None, int | None]] = []
-        self.losses: list[Tensor] = []
+        self.losses: list[tuple[nn.Module, Tensor]] = []
         self.visits = 0
+        self.passes, self.number = 0, 0
+        """How many passes `again` made, and which of them this is; 0 is the forward itself."""
         self.open, self.calm, self.extra = True, False, False
         self.frame: FrameType | None = None
         """The call of the host whose forward it is."""
@@ -116,8 +120,9 @@ class ForwardContext:
         """The checkpoints in which an extra pass runs, which repeat the pass and what is round it."""
         self.rows: OwnRows | None = None
         """The rows of the batch that the operator which runs is given, where it is not given all of them."""
-        self.drawn: tuple[Streams, list[Tensor]] | None = None
-        """While an adapter of a route draws by its own seed: torch's generators, and where the model's draws were."""
+        self.drawn: tuple[Streams, list[Tensor], CountedDraws] | None = None
+        """While an adapter of a route draws by its own seed: torch's generators, where the model's draws were, and what
+        draws in their place."""
         self.held: dict[int, list[int]] = {}
         """How many tokens each layer of a cache held before, by id of the cache, while a module runs for several
         injections one after the other."""
@@ -314,17 +319,29 @@ class ForwardContext:
         taken = () if self._model is None else inspect.signature(self._model.forward).parameters
         return not OF_DECODER.isdisjoint(taken)
 
-    def add_loss(self, loss: Tensor) -> None:
+    def add_loss(self, loss: Tensor, operator: nn.Module) -> None:
         """Add a scalar to the loss of the host's output, in training. Repeated forwards add nothing twice.
 
-        Where the output has no loss, it waits for `Injection.losses`.
+        Where the output has no loss, it waits for `Injection.losses` of the injection that the operator belongs to.
+
+        Args:
+            loss: of shape ``[]``; in a route of the rows that the operator is given, which are its own adapter's.
+            operator: the operator that adds it, ``forward_context().add_loss(loss, self)``.
 
         Raises:
             TrainingError: as `check_loss_learns`.
+            RouteError: the operator is given rows of other adapters too, so the loss would be of all of them.
         """
         self.check_loss_learns()
+        route = None if self.choice is None else self.choice.route
+        if route is not None and self.rows is None and (torch.compiler.is_compiling() or len(route.present) > 1):
+            raise RouteError(
+                f"the loss that a {type(operator).__name__} adds would be one of the rows of all adapters: it runs on "
+                "all when compiled, and where a module is not given a row for each of the batch. Train uncompiled, "
+                "exclude that module from its targets, or train this adapter in batches of its own"
+            )
         if self.open and (self._model is not None or (self.visits and not repeating())):
-            self.losses.append(loss)
+            self.losses.append((operator, loss))
 
     @contextmanager
     def aside(self) -> Iterator[None]:
@@ -400,7 +417,8 @@ class ForwardContext:
             left: what taps hold in that pass from its beginning on, of which operators see that it is this one.
 
         Returns:
-            What the host returns, with its graph, before hooks of the host change it.
+            What the host returns, with its graph, before hooks of the host change it; in a route the adapter's own rows
+            of it.
 
         Raises:
             MissingContext: a part of the host was called by itself.
@@ -414,7 +432,8 @@ class ForwardContext:
                 f"the model is to run twice, and {next(iter(given))}= has the tokens already: train without it"
             )
         inner = ForwardContext(self.state, self.choice, model, self._args, self._kwargs)
-        inner.extra, inner._tokens = True, self._tokens
+        self.passes += 1
+        inner.extra, inner._tokens, inner.number = True, self._tokens, self.passes
         inner.taps = [(tap.key, value, True, None, None) for tap, value in (left or {}).items()]
         compiling = torch.compiler.is_compiling()
         if not compiling:
@@ -422,13 +441,14 @@ class ForwardContext:
         before = len(HERE.calls)
         HERE.calls.append(inner)
         try:
-            output = model.forward(*self._args, **self._kwargs)
+            with nullcontext() if self.drawn is None else own_draws_aside(self):
+                output = model.forward(*self._args, **self._kwargs)
         finally:
             del HERE.calls[before:]
         inner.close()
         if not compiling:
             announce(output, inner)
-        return output
+        return output if self.rows is None else self.rows.of(output)
 
     def close(self) -> None:
         """Close the context when the host has returned: taps hold activations and are dropped, but for those that

@@ -1,14 +1,15 @@
 """Random numbers where rows of a batch go to different adapters: what an adapter drops is what it would drop alone.
 
-Operators draw from torch's global generators (``F.dropout``, ``nn.Dropout``). Where a route has a seed for an adapter,
-these are seeded anew for its rows at each module, by that seed and the module's path, and go on afterwards where they
-were. Nothing is counted on the way, so what backward runs again draws the same, and so does a training that goes on
-from a file. A module that runs several times in one forward draws the same each time.
+Operators draw by torch's functions (``F.dropout``, ``nn.Dropout``). Where a route has a seed for an adapter, what they
+draw for its rows at a module is a function of that seed, the module's path, the row's number among the adapter's own
+and the place in the row (`peftcore.forward.counted_draws`): neither other rows nor padding at the end of rows change
+it. What else draws takes torch's global generators, which are seeded anew there and go on afterwards where they were.
+Nothing is counted from module to module, so what backward runs again draws the same, and so does a training that goes
+on from a file. A module that runs several times in one forward draws the same each time.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -16,15 +17,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from peftcore.forward.counted_draws import CountedDraws, mixed
+
 if TYPE_CHECKING:
-    from peftcore.forward.active_adapters import Route
+    from peftcore.forward.active_adapters import Positions, Route
     from peftcore.forward.context import ForwardContext
-
-
-def mixed(seed: int, *parts: object) -> int:
-    """Returns a seed for one of the things that a seed stands for: a whole number from 0 to 2**63 - 1."""
-    text = "\0".join(map(str, (seed, *parts)))
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
 class Streams:
@@ -64,7 +61,7 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def draws_of(context: ForwardContext, route: Route, position: int, site: str) -> Iterator[None]:
+def draws_of(context: ForwardContext, route: Route, position: int, site: str, alone: bool) -> Iterator[None]:
     """Context manager in which an adapter of a route draws by its own seed, where the route has one for it.
 
     Args:
@@ -72,21 +69,36 @@ def draws_of(context: ForwardContext, route: Route, position: int, site: str) ->
         route: the route.
         position: that of the adapter in the route; -1 for the bare base model, which draws as it always does.
         site: the module, and what the adapter does there.
+        alone: whether the adapter is given its own rows alone, and not those of the batch.
     """
     seed = route.seeds[position] if route.seeds and position >= 0 else None
     if seed is None or torch.compiler.is_compiling():
         yield
         return
-    streams = Streams(route.index.device)
-    before, outer = streams.states(), context.drawn
-    if outer is None:
-        context.drawn = streams, before
-    streams.seed(mixed(seed, site))
+    streams, outer = Streams(route.index.device), context.drawn
+    before = streams.states()
+    own = mixed(seed, site, *([context.number] if context.number else ()))  # a pass of `again` draws anew
+    count = route.sizes[position]
+    draws = CountedDraws(own, range(count) if alone else _numbers(route.positions, position), count)
+    context.drawn = streams, before if outer is None else outer[1], draws
+    if outer is not None:
+        outer[2].rests = True
+    streams.seed(own)
     try:
-        yield
+        with draws:
+            yield
     finally:
         context.drawn = outer
+        if draws.count:
+            route.drew.add(route.names[position])
+        if outer is not None:
+            outer[2].rests = False
         streams.set(before)
+
+
+def _numbers(positions: Positions, own: int) -> list[int]:
+    """Returns the number of each row among the rows of a position; those of other rows count for nothing."""
+    return [positions[:row].count(own) for row in range(len(positions))]
 
 
 @contextmanager
@@ -94,13 +106,13 @@ def own_draws_aside(context: ForwardContext) -> Iterator[None]:
     """Context manager in which the model itself draws, in the middle of what an adapter of a route does by its own
     seed."""
     assert context.drawn is not None
-    streams, before = context.drawn
-    mine, context.drawn = streams.states(), None
+    streams, before, draws = context.drawn
+    mine, context.drawn, draws.rests = streams.states(), None, True
     streams.set(before)
     try:
         yield
     finally:
         # In place: what the adapter's block puts back at its end is this list.
         before[:] = streams.states()
-        context.drawn = streams, before
+        context.drawn, draws.rests = (streams, before, draws), False
         streams.set(mine)

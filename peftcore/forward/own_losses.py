@@ -6,6 +6,7 @@ A method makes them in `aux_loss`, or in `output_loss` of what the model returne
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,7 +16,8 @@ import torch
 from torch import Tensor
 
 from peftcore.contract.method import Method
-from peftcore.errors import UnknownInjection
+from peftcore.errors import RouteError, TrainingError, UnknownInjection
+from peftcore.forward.routing import OwnRows, own_rows
 from peftcore.layers.fsdp import differentiable
 from peftcore.utils.threads import Token, this_thread
 
@@ -36,8 +38,8 @@ told: set[str] = set()
 """Names of the methods for which this process has given notice of losses that were left out."""
 
 Fate = Literal["wait", "waited", "lost"]
-Entry = tuple["Active", Tensor]
-"""A loss, and the injections that it may be of: the one whose method made it, or all those that acted."""
+Entry = tuple[str, Tensor]
+"""A loss, with the name of the injection whose method or operator made it."""
 
 
 class OwnLosses:
@@ -57,8 +59,8 @@ class OwnLosses:
         """Drop what waits of these injections: another training forward of theirs begins."""
         if self._compiled_waits or this_thread() in self._waiting:
             entries = self._gathered()
-            self._keep(entry for entry in entries if set(acting).isdisjoint(entry[0]))
-            notice(state, [entry for entry in entries if not set(acting).isdisjoint(entry[0])])
+            self._keep(entry for entry in entries if entry[0] not in acting)
+            notice(state, [entry for entry in entries if entry[0] in acting])
 
     def end(
         self,
@@ -81,19 +83,20 @@ class OwnLosses:
                 repeated inside backward ran first, or are lost.
         """
         acting = () if call.choice is None else call.choice.acting
-        entries = [*((acting, loss) for loss in call.losses), *aux_losses(state, acting), *seen]
+        entries = [*operator_losses(state, call), *aux_losses(state, acting), *seen]
         if not entries:
             return output
+        inputs = inputs if torch.compiler.is_compiling() else call.inputs  # what was given by position too
         share = share_of_step(inputs)
-        if isinstance(output, MutableMapping) and isinstance(output.get("loss"), Tensor):
-            losses = [loss for _, loss in entries]
-            output["loss"] = output["loss"] + share * sum(losses[1:], losses[0])
-        elif torch.compiler.is_compiling():
+        if (loss := loss_in(output, inputs)) is not None:
+            losses = [own for _, own in entries]
+            return with_loss(output, loss + share * sum(losses[1:], losses[0]))
+        if torch.compiler.is_compiling():
             if self._compiled_waits:  # nobody took those of the forward before, for which this one is compiled again
                 _notice_compiled(*names_of(state, entries))
-            self._compiled, self._compiled_waits = [(names, share * loss) for names, loss in entries], True
+            self._compiled, self._compiled_waits = [(name, share * own) for name, own in entries], True
         elif fate == "wait":
-            self._keep([*self._waiting.get(this_thread(), ()), *((names, share * loss) for names, loss in entries)])
+            self._keep([*self._waiting.get(this_thread(), ()), *((name, share * own) for name, own in entries)])
         elif fate == "lost":
             notice(state, entries)
         return output
@@ -107,13 +110,13 @@ class OwnLosses:
     def waits(self, state: HostState, name: str) -> bool:
         """Whether losses of an injection wait in this thread."""
         self._keep([*self._gathered(), *self._of_parts(state)])
-        return any(name in names for names, _ in self._waiting.get(this_thread(), ()))
+        return any(name == each for each, _ in self._waiting.get(this_thread(), ()))
 
     def take(self, state: HostState, name: str) -> list[Tensor]:
         """Returns the losses of an injection that wait in this thread, with their graph; they wait no longer."""
         entries = [*self._gathered(), *self._of_parts(state)]
-        self._keep(entry for entry in entries if name not in entry[0])
-        return [loss for names, loss in entries if name in names]
+        self._keep(entry for entry in entries if entry[0] != name)
+        return [loss for each, loss in entries if each == name]
 
     def _gathered(self) -> list[Entry]:
         """Returns all that waits in this thread, and forgets it."""
@@ -130,23 +133,98 @@ class OwnLosses:
         call = state.outside.get(this_thread())
         if call is None or call.choice is None or not call.visits:
             return []
-        losses, call.losses, call.visits = call.losses, [], 0
-        return [*((call.choice.acting, loss) for loss in losses), *aux_losses(state, call.choice.acting)]
+        call.visits = 0
+        return [*operator_losses(state, call), *aux_losses(state, call.choice.acting)]
 
     def __reduce__(self) -> Any:
         """Copies and pickles begin with nothing."""
         return OwnLosses, ()
 
 
-def output_losses(state: HostState, call: ForwardContext, output: Any) -> list[Entry]:
-    """Returns the losses that methods make of the output of a forward that is still open."""
+def operator_losses(state: HostState, call: ForwardContext) -> list[Entry]:
+    """Returns the losses that operators added in a forward, each with the injection of its operator, and forgets them.
+
+    Raises:
+        TrainingError: a loss came with a module that is no operator of an injection that acted.
+    """
+    added, call.losses = call.losses, []
+    if not added:
+        return []
     acting = () if call.choice is None else call.choice.acting
-    found = [
-        (name, injection.method.output_loss(injection, output, call))
-        for name, injection in acting_injections(state, acting)
-        if type(injection.method).output_loss is not Method.output_loss
-    ]
-    return [((name,), loss) for name, loss in found if loss is not None]
+    owners = {
+        id(graft.operator): name for name, injection in acting_injections(state, acting) for graft in injection.grafts
+    }
+    for operator, _ in added:
+        if id(operator) not in owners:
+            raise TrainingError(
+                f"a loss was added as one of a {type(operator).__name__}, which is no operator that the surgeon put at "
+                "a site: give add_loss the operator whose forward runs, add_loss(loss, self). Where equal operators of "
+                "several adapters run as one, it is none of theirs: set stackable = False where it adds losses"
+            )
+    return [(owners[id(operator)], loss) for operator, loss in added]
+
+
+def output_losses(state: HostState, call: ForwardContext, output: Any) -> list[Entry]:
+    """Returns the losses that methods make of the output of a forward that is still open; in a route each of its own
+    rows.
+
+    Raises:
+        RouteError: the forward is compiled, and a route gives its rows to several adapters.
+    """
+    choice = call.choice
+    route = None if choice is None else choice.route
+    found = []
+    for name, injection in acting_injections(state, () if choice is None else choice.acting):
+        if type(injection.method).output_loss is Method.output_loss:
+            continue
+        if route is None:
+            loss = injection.method.output_loss(injection, output, call)
+        else:
+            if torch.compiler.is_compiling():
+                raise RouteError(
+                    f"{name!r} has a loss of what the model returns for its own rows, and compiled code does not tell "
+                    "rows apart: train it uncompiled, or in batches of its own"
+                )
+            rows = OwnRows(route, (route.names.index(name),), len(route.index) * route.copies)
+            with own_rows(rows, "output"):
+                loss = injection.method.output_loss(injection, rows.of(output), call)
+        found.append((name, loss))
+    return [(name, loss) for name, loss in found if loss is not None]
+
+
+def loss_in(output: Any, inputs: Mapping[str, Any]) -> Tensor | None:
+    """Returns the loss in what a host returned: what it calls "loss"; or, as transformers has it, the scalar in front
+    of a tuple, where the host was told not to name its outputs, or given labels. None where there is none.
+
+    Args:
+        output: of the host: a mapping, a dataclass or a tuple.
+        inputs: the host's arguments by keyword.
+    """
+    named: Any = output  # by its fields
+    if type(output) is tuple:
+        labelled = any("label" in name for name, value in inputs.items() if value is not None)
+        first = output[0] if output and (labelled or inputs.get("return_dict") is False) else None
+        return first if isinstance(first, Tensor) and not first.dim() and first.requires_grad else None
+    if isinstance(output, MutableMapping):
+        found = output.get("loss")
+    elif dataclasses.is_dataclass(output):
+        found = named.loss if any(field.name == "loss" for field in dataclasses.fields(output)) else None
+    elif isinstance(output, tuple):
+        found = named.loss if "loss" in getattr(type(output), "_fields", ()) else None
+    else:
+        return None
+    return found if isinstance(found, Tensor) else None
+
+
+def with_loss(output: Any, loss: Tensor) -> Any:
+    """Returns what a host returned, with another loss in place of that which `loss_in` found."""
+    if isinstance(output, MutableMapping):
+        output["loss"] = loss
+        return output
+    if type(output) is tuple:
+        return (loss, *output[1:])
+    named: Any = output
+    return named._replace(loss=loss) if isinstance(output, tuple) else dataclasses.replace(named, loss=loss)
 
 
 def acting_injections(state: HostState, acting: Active) -> Iterator[tuple[str, Injection]]:
@@ -169,7 +247,7 @@ def aux_losses(state: HostState, acting: Active) -> Iterator[Entry]:
             with differentiable(injection.model, injection.parameters):  # here it is outside of the blocks
                 loss = injection.method.aux_loss(injection)
             if loss is not None:
-                yield (name,), loss
+                yield name, loss
 
 
 def share_of_step(inputs: Mapping[str, Any], shifted: bool = True) -> Tensor | float:
@@ -190,7 +268,7 @@ def share_of_step(inputs: Mapping[str, Any], shifted: bool = True) -> Tensor | f
 
 def names_of(state: HostState, entries: Iterable[Entry]) -> list[str]:
     """Returns the names of the methods of the losses, each once."""
-    injections = [state.injections.get(name) for names, _ in entries for name in names]
+    injections = [state.injections.get(name) for name, _ in entries]
     return list(dict.fromkeys(each.method.name for each in injections if each is not None))
 
 

@@ -197,7 +197,7 @@ def own_rows(rows: OwnRows | None, site: str = "") -> Iterator[None]:
             with own_draws_aside(context):
                 yield
         elif rows is not None and rows.route.seeds and len(rows.positions) == 1:
-            with draws_of(context, rows.route, rows.positions[0], site):
+            with draws_of(context, rows.route, rows.positions[0], site, alone=True):
                 yield
         else:  # as nearly always
             yield

@@ -92,7 +92,7 @@ def _with_arguments(call: Forward, mount: Mount, route: Route | None, slot: Slot
         if route is None or not route.seeds:
             args, kwargs = operator.change(args, kwargs, mine)
         else:
-            with draws_of(forward_context(), route, route.names.index(mount.name), f"{slot.path}:inputs"):
+            with draws_of(forward_context(), route, route.names.index(mount.name), f"{slot.path}:inputs", False):
                 args, kwargs = operator.change(args, kwargs, mine)
         return call(*args, **kwargs)
 
@@ -435,7 +435,7 @@ def _on_all_rows(
         if not (acting.effects or acting.onion):
             continue
         call = _inner(plain, slot, module, acting) if acting.effects else inner
-        with draws_of(forward_context(), route, position, slot.path):
+        with draws_of(forward_context(), route, position, slot.path, alone=False):
             other = _around(acting, call, module)(*args, **kwargs)
         output = select_rows(output, other, route, position)
     return output

@@ -198,8 +198,8 @@ class Injection(AppliedMethod):
 
             loss = criterion(model(x), y) + injection.losses()
 
-        They are taken: it is zero until the next forward, and where there are none. Losses of operators that another
-        active injection made too are given to the first that is asked.
+        They are taken: it is zero until the next forward, and where there are none. In a route they are losses of the
+        injection's own rows.
         """
         self._alive()
         losses = self.state.recorder.losses.take(self.state, self.name)

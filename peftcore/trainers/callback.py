@@ -141,7 +141,7 @@ class PeftcoreCallback(transformers.TrainerCallback):
             if injection.state.recorder.losses.waits(injection.state, injection.name):
                 raise TrainingError(
                     f"the own loss of {injection.name!r} ({injection.method.name}) is not in the Trainer's, which is "
-                    "not the model's (label smoothing, compute_loss_func, return_dict=False ...): use "
+                    "not the model's (label smoothing, compute_loss_func ...): use "
                     "peftcore.training.PeftcoreTrainer, or add injection.losses() in a loss function of your own"
                 )
 

@@ -262,6 +262,48 @@ def test_a_loss_that_is_no_number_ends_one_member_alone(caplog: pytest.LogCaptur
     other.expect(bad, steps=3)
 
 
+def test_losses_of_operators_are_those_of_their_own_member() -> None:
+    """Beside one without, and beside another one, over several batches a step."""
+    trained(
+        Case("a"),
+        Case("b", "loramoe", balance=0.5, dropout=0.0, accumulate=4),
+        Case("c", "loramoe", 3e-3, balance=0.1, dropout=0.0, accumulate=2),
+        Case("d", "pvera", kl=0.5, sample="never"),
+    )
+
+
+def test_an_own_loss_that_is_no_number_ends_its_member_alone() -> None:
+    model = llama()
+    fleet = Fleet(model)
+    cases = [Case("a", accumulate=2), Case("b", "loramoe", balance=0.5, dropout=0.0, accumulate=2)]
+    good, bad = (case.join(fleet, model) for case in cases)
+    held = [each.detach().clone() for each in bad.parameters()]
+    (operator, *_) = bad.injection.operators.values()
+
+    def breaks(gates: Tensor) -> Tensor:
+        return type(operator).imbalance(operator, gates) * (math.nan if bad.step == 3 else 1.0)
+
+    object.__setattr__(operator, "imbalance", breaks)
+    while not bad.done:
+        held = [each.detach().clone() for each in bad.parameters()]
+        fleet.step()
+    assert bad.failed and "nan in step 4" in bad.ended and not good.failed
+    assert all(torch.equal(each, before) for each, before in zip(bad.parameters(), held, strict=True))
+    fleet.run()
+    cases[0].expect(good)
+    cases[1].expect(bad, steps=3)
+
+
+def test_a_loss_in_a_tuple_over_all_rows_is_refused() -> None:
+    model = llama()
+    fleet = Fleet(model, targets=())
+    injection, optimizer, _ = Case("a").made(model)
+    batches = [{**each, "return_dict": False} for each in texts(1)]
+    fleet.join(injection, batches, optimizer=optimizer, steps=1, loss=lambda output, batch: output[0])
+    with pytest.raises(TrainingError, match="loss over the rows of all members"):
+        fleet.step()
+
+
 def test_other_lengths_are_filled_up_as_the_user_says() -> None:
     model = llama()
     fleet = Fleet(model, pad={"input_ids": 0, "attention_mask": 0, "labels": -100})

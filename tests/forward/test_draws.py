@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore import Method, MethodConfig, Operator, Site, Surgeon, Tags
-from peftcore.forward.draws import Streams, mixed, seeded
+from peftcore.forward.draws import Streams, seeded
 
 CPU = torch.device("cpu")
 
@@ -122,12 +122,6 @@ def test_without_a_name_a_route_keeps_the_seeds_of_the_others() -> None:
 
     route = Route(("a", "b", "c"), torch.tensor([0, 1, 2]), 1, (0, 1, 2), seeds=(5, None, 7))
     assert route.without("a").seeds == (None, 7) and route.without("c").seeds == (5, None)
-
-
-def test_seeds_are_mixed() -> None:
-    found = {mixed(seed, step, site) for seed in range(4) for step in range(4) for site in ("a", "b")}
-    assert len(found) == 32 and all(0 <= each < 2**63 for each in found)
-    assert mixed(1, 23) != mixed(12, 3)
 
 
 def test_a_seeded_block_moves_nothing() -> None:

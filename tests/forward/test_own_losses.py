@@ -1,18 +1,21 @@
 """Losses that methods add are never lost: where the output has no loss they wait, once, until somebody takes them."""
 
 import copy
+import dataclasses
 import gc
 import io
 import threading
+import types
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from call_toys import Reader, TapMethod, TwiceMethod, fill, gradients, host, in_a_thread
 from core_toys import token_ids
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 import peftcore
@@ -84,9 +87,15 @@ def test_a_loss_of_the_output_takes_them_as_before() -> None:
     model = HOSTS["llama"].build()[0].train()
     injection = peftcore.apply(model, "adalora")
     ids = token_ids(2)
-    model(input_ids=ids, labels=ids)
+    named = model(input_ids=ids, labels=ids).loss
     assert injection.losses() == 0
-    model(input_ids=ids, labels=ids, return_dict=False)
+    unnamed = model(input_ids=ids, labels=ids, return_dict=False)
+    assert injection.losses() == 0 and isinstance(unnamed, tuple)
+    torch.testing.assert_close(unnamed[0], named)
+    with injection.disabled():
+        bare = model(input_ids=ids, labels=ids, return_dict=False)[0]
+    assert abs(named - bare) > 1e-3
+    model(input_ids=ids, return_dict=False)
     torch.testing.assert_close(injection.losses(), by_hand(injection))
     model(input_ids=ids)
     torch.testing.assert_close(injection.losses(), by_hand(injection))
@@ -147,7 +156,87 @@ def test_parts_whose_layers_run_again_in_backward_leave_theirs_once() -> None:
     torch.testing.assert_close(injection.losses(), wanted)
 
 
-def test_each_injection_gets_its_own_and_together_they_get_all_of_it() -> None:
+@dataclasses.dataclass(frozen=True)
+class Outputs:
+    logits: Tensor
+    loss: Tensor | None = None
+
+
+class Named(NamedTuple):
+    loss: Tensor | None
+    logits: Tensor
+
+
+FORMS: dict[str, tuple[Callable[[Tensor, Tensor], Any], Callable[[Any], Tensor]]] = {
+    "mapping": (lambda loss, logits: {"loss": loss, "logits": logits}, lambda output: output["loss"]),
+    "dataclass": (lambda loss, logits: Outputs(logits, loss), lambda output: output.loss),
+    "named tuple": (Named, lambda output: output.loss),
+    "tuple": (lambda loss, logits: (loss, logits, (logits, logits)), lambda output: output[0]),
+}
+"""How a host may return its loss, and where it is."""
+WITHOUT: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "tensor": lambda loss, logits: logits,
+    "scalar": lambda loss, logits: loss,
+    "logits first": lambda loss, logits: (logits, loss),
+    "nested": lambda loss, logits: ((loss, logits), logits),
+    "list": lambda loss, logits: [loss, logits],
+    "frozen mapping": lambda loss, logits: types.MappingProxyType({"loss": loss, "logits": logits}),
+    "no loss": lambda loss, logits: Outputs(logits),
+    "constant first": lambda loss, logits: (torch.zeros(()), logits),
+}
+"""What a host may return in which nobody can tell where a loss is that may be added to."""
+
+
+class Returns(nn.Module):
+    """Returns what it is told to make of its loss and its logits."""
+
+    def __init__(self, form: Callable[[Tensor, Tensor], Any]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.form = nn.Linear(4, 3), form
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Any:
+        logits = self.first(x)
+        return self.form(logits.square().mean(), logits)
+
+
+def returning(form: Callable[[Tensor, Tensor], Any]) -> tuple[nn.Module, peftcore.Injection, Tensor]:
+    model = Returns(form).train()
+    injection = peftcore.apply(model, "adalora", target=["first"], orthogonality=100.0)
+    fill(injection, 1)
+    return model, injection, torch.randn(5, 4)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_loss_of_an_output_of_any_form_takes_them(form: str) -> None:
+    make, loss_of = FORMS[form]
+    model, injection, x = returning(make)
+    output = model(x, labels=torch.zeros(5))
+    assert injection.losses() == 0
+    logits = model.eval()(x)
+    torch.testing.assert_close(loss_of(output), loss_of(logits) + by_hand(injection))
+    assert type(output) is type(logits) and len(pytree.tree_leaves(output)) == len(pytree.tree_leaves(logits))
+
+
+@pytest.mark.parametrize("form", WITHOUT)
+def test_without_such_a_place_they_wait_and_a_notice_says_so(form: str, caplog: pytest.LogCaptureFixture) -> None:
+    model, injection, x = returning(WITHOUT[form])
+    model(x, labels=torch.zeros(5))
+    torch.testing.assert_close(injection.losses(), by_hand(injection))
+    assert not notices(caplog)
+    model(x, labels=torch.zeros(5))
+    model(x, labels=torch.zeros(5))
+    assert len(notices(caplog)) == 1
+
+
+def test_a_number_in_front_of_a_tuple_is_no_loss_where_nobody_asked_for_one() -> None:
+    """A model without labels may begin with any number: a temperature, for one."""
+    model, injection, x = returning(FORMS["tuple"][0])
+    model(x)
+    torch.testing.assert_close(injection.losses(), by_hand(injection))
+
+
+def test_each_injection_gets_its_own() -> None:
     model, [first, taps] = adapted("adalora", TapMethod)
     second = peftcore.apply(model, "hra", name="second", orthogonality=0.1)
     fill(second, 4)
@@ -155,7 +244,7 @@ def test_each_injection_gets_its_own_and_together_they_get_all_of_it() -> None:
     operators = extra(model, taps, ids, model)
     assert operators > 1e-3
     taken = [each.losses() for each in (first, second, taps)]
-    torch.testing.assert_close(taken, [by_hand(first) + operators, by_hand(second), torch.zeros(())])
+    torch.testing.assert_close(taken, [by_hand(first), by_hand(second), operators])
     with activate(model, first.name):
         model(ids)
     with activate(model, second.name):

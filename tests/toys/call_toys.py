@@ -103,7 +103,7 @@ class Reader(Operator):
 
     def forward(self, call: Callable[..., Any], x: Tensor) -> Tensor:
         y, seen = call(x), self.tap.get()
-        forward_context().add_loss((self.gain * seen).square().mean())
+        forward_context().add_loss((self.gain * seen).square().mean(), self)
         return y + self.gain * seen
 
 

@@ -145,6 +145,10 @@ CASES = {
 }
 
 
+TUPLES = ("tuples", "tuples, tokens", "a part")
+"""The cases in which the model computes its loss and returns it in front of a tuple."""
+
+
 @pytest.mark.parametrize("batches", [1, 2])
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_are_those_of_a_sum_by_hand(case: str, batches: int, tmp_path: Path) -> None:
@@ -242,7 +246,18 @@ def test_it_is_the_first_base_class_of_another_trainer(tmp_path: Path) -> None:
     torch.testing.assert_close(found, by_hand(name, lambda out, y: 2 * loss(out, y), 1), rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("batches", [1, 2])
+@pytest.mark.parametrize("case", TUPLES)
+def test_a_plain_trainer_gets_them_in_the_loss_of_a_tuple(case: str, batches: int, tmp_path: Path) -> None:
+    name, wrap, changes, _ = CASES[case]
+    with_own = trained(transformers.Trainer, name, tmp_path, wrap, gradient_accumulation_steps=batches, **changes)
+    wanted = trained(PeftcoreTrainer, name, tmp_path, wrap, gradient_accumulation_steps=batches, **changes)
+    without = trained(transformers.Trainer, name, tmp_path, wrap, 0.0, gradient_accumulation_steps=batches, **changes)
+    torch.testing.assert_close(with_own, wanted)
+    assert not all(torch.allclose(each, without[key], atol=1e-3) for key, each in with_own.items())
+
+
+@pytest.mark.parametrize("case", [each for each in CASES if each not in TUPLES])
 def test_a_plain_trainer_is_refused_before_it_changes_anything(case: str, tmp_path: Path) -> None:
     name, wrap, changes, _ = CASES[case]
     with pytest.raises(TrainingError, match="PeftcoreTrainer"):

@@ -34,9 +34,18 @@ def dropped_linear(x: Tensor, weight: Tensor, probability: float) -> Tensor:
 def dropout_mask(like: Tensor, probability: float) -> tuple[Tensor, float]:
     """Returns the mask of values that dropout keeps [bool, the shape of `like`], and the factor by which it scales
     them."""
+    if _by_modes():
+        kept = torch.empty(like.shape, dtype=torch.bool, device=like.device)
+        return kept.bernoulli_(1 - probability), 1 / (1 - probability)
     count, level = like.numel(), round(probability * LEVELS)
     draws = _bits(-(-count // 4), like.device).view(torch.int16)[:count].view(like.shape)
     return draws >= level - LEVELS // 2, LEVELS / (LEVELS - level)
+
+
+def _by_modes() -> bool:
+    """Whether a mode of torch's sees what is drawn, and may draw by the places of entries: four that come from one word
+    have no places there."""
+    return not torch.compiler.is_compiling() and bool(torch._C._len_torch_dispatch_stack())
 
 
 def _bits(words: int, device: torch.device) -> Tensor:

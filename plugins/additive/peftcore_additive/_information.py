@@ -67,8 +67,9 @@ class HeadLoss(Operator):
     def forward(self, call: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         told = self.told.take()
         if told is not None:
-            scores = self.scores(call, [told[0].to(x), told[1].to(x), told[2]], self.outputs)
-            forward_context().add_loss(self.weight * info_nce(*scores, self.ceiling))
+            with forward_context().aside():
+                scores = self.scores(call, [told[0].to(x), told[1].to(x), told[2]], self.outputs)
+            forward_context().add_loss(self.weight * info_nce(*scores, self.ceiling), self)
         return call(x, *args, **kwargs)
 
     @staticmethod

@@ -27,12 +27,14 @@ class GuestLoss(Operator):
         states, labels = self.states.get(), context.inputs.get("labels")
         if self.training and self.weight and states is not None and isinstance(labels, Tensor):
             if self.head is None:
-                loss = next_token_loss(call(states.to(x.dtype)), labels)
+                with context.aside():
+                    logits = call(states.to(x.dtype))
+                loss = next_token_loss(logits, labels)
             else:
                 if labels.dim() != 2 or labels.is_floating_point():  # else there is one for each token
                     states = last_token(states, context.inputs.get("attention_mask"))
                 loss = class_loss(self.head.module(states.to(next(self.head.module.parameters()).dtype)), labels)
-            context.add_loss(self.weight * loss)
+            context.add_loss(self.weight * loss, self)
         return call(x, *args, **kwargs)
 
 

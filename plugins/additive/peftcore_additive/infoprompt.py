@@ -107,7 +107,7 @@ class InfoPromptOperator(InstanceOperator):
         with full_precision(states):
             pair = [each.to(prompt.dtype) for each in (without.state, without.same(states))]
             loss, divergence = self.critic(*pair, prompt, self.ceiling)
-            forward_context().add_loss(self.weight * loss + self.kl * divergence)
+            forward_context().add_loss(self.weight * loss + self.kl * divergence, self)
 
 
 class InfoPrompt(Method):

@@ -137,9 +137,6 @@ class AdaMix(Method):
         one, other = logits_of(output, labelled), logits_of(call.again(), labelled)
         differences, counts, _ = by_row(symmetric_kl(one, other).unsqueeze(-1))  # [rows, tokens or 1, 1]
         counted = torch.ones_like(differences[..., 0]) if counts is None else counts.to(differences.dtype)
-        route = None if call.choice is None else call.choice.route
-        if route is not None:
-            counted = counted * route.of(injection.whole.name, len(counted), one.device).unsqueeze(-1)
         mean: Tensor = (differences[..., 0] * counted).sum() / counted.sum().clamp(min=1)
         return weight * mean
 

@@ -49,7 +49,7 @@ def apply(model: nn.Module, **options: Any) -> peftcore.Injection:
 def expected(
     name: str, base: Any, run: Any, tensors: dict[str, Tensors], ends: Callable[[str], str] = lambda last: last
 ) -> Tensor:
-    """What the host gives with the equations around its modules; adapters add behind the module that `branch_ends` names."""
+    """What the host gives with the equations around its modules; adapters add behind the module of `branch_ends`."""
     hooks = []
     for first, last in [(a.format(layer), b.format(layer)) for layer in LAYERS for a, b in FEED_FORWARDS[name]]:
         own, read = tensors[f"ffn/{last}"], {}

@@ -71,8 +71,9 @@ class Contrast:
         self.retriever, self.prototypes, self.tasks = retriever, prototypes, Tasks(site, config)
         self.factor, self.temperature = config.contrast, config.temperature
 
-    def add(self, states: Tensor, counts: Tensor | None) -> None:
-        """Add the loss for ``[rows, tokens, width]``, of which those count that `counts` ``[rows, tokens]`` has."""
+    def add(self, operator: Operator, states: Tensor, counts: Tensor | None) -> None:
+        """Add the loss of an operator for ``[rows, tokens, width]``, of which those count that `counts` ``[rows,
+        tokens]`` has."""
         prototypes = self.prototypes.module.value
         with full_precision(states):
             states = states.to(prototypes.dtype)
@@ -81,7 +82,7 @@ class Contrast:
             every = torch.arange(len(prototypes), device=states.device)
             tasks = self.tasks.of_rows(every, len(mean)).expand(len(mean))
             loss = contrast(self.retriever.module(mean), tasks, prototypes, self.temperature)
-        forward_context().add_loss(self.factor * loss)
+        forward_context().add_loss(self.factor * loss, operator)
 
 
 class ReadingOperator(Operator):
@@ -96,13 +97,13 @@ class ReadingOperator(Operator):
     def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         output = call(*args, **kwargs)
         if self.training and self.positions is None:
-            self.contrast.add(*by_row(output.movedim(self.layer.channel_dim, -1))[:2])
+            self.contrast.add(self, *by_row(output.movedim(self.layer.channel_dim, -1))[:2])
         elif self.training and self.positions is not None:
             states = output if isinstance(output, Tensor) else output[0]  # [rows, tokens, d]
             given = {**dict(zip(self.names, args, strict=False)), **kwargs}
             found = self.positions.positions(states, given, training=True)
             if found is not None:
-                self.contrast.add(states, found[1].expand(states.shape[:2]))
+                self.contrast.add(self, states, found[1].expand(states.shape[:2]))
         return output
 
 

@@ -104,7 +104,7 @@ class AdapterOperator(Bypass):
 
     def beside(self, x: Tensor) -> Tensor:
         if self.contrast is not None and self.training:
-            self.contrast.add(*by_row(x)[:2])
+            self.contrast.add(self, *by_row(x)[:2])
         if self.network is None:
             return cast_linear(self, self.up, cast_linear(self, self.down, x).relu())
         rows = len(x) if x.dim() > 1 else 1

@@ -95,7 +95,7 @@ class SharedAttention(DecidingOperator):
             logs = self.scores(embeds, text).log_softmax(-1)
             told = forward_context().context.get("attention") if self.training else None
             if told is not None:
-                forward_context().add_loss(self.replay * divergence(told, logs))
+                forward_context().add_loss(self.replay * divergence(told, logs), self)
             shares = logs.exp()
         self.noted(shares)
         return shares

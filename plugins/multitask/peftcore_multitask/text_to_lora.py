@@ -100,7 +100,7 @@ class TextToLoRAOperator(Operator):
         rows = len(x) if x.dim() > 1 else 1
         A, B = self.made(self.told.of_rows(rows))
         if self.training and self.decay:
-            forward_context().add_loss(self.decay * (A.square().mean() + B.square().mean()))
+            forward_context().add_loss(self.decay * (A.square().mean() + B.square().mean()), self)
         A, B = self.cast(y, A, B)
         seen = self.dropout(x).to(y.dtype).reshape(len(A), -1, x.shape[-1])  # rows of one vector lie together
         return y + self.scale * (seen @ A.mT @ B.mT).view(y.shape)

@@ -3,10 +3,12 @@
     G = U S V',   every `gap` steps   P = V[:, :rank]'  (out >= in)   or   P = U[:, :rank]  (out < in)
     g = G P'  or  P' G,     W <- W + scale * (step(g) P)   or   W + scale * (P step(g))
 
-All of W trains; it is the state of the optimizer that becomes small: 2 rank max(in, out) numbers for Adam instead of
-2 in out. `step` is what any torch optimizer makes of g, so this acts through ``injection.optimizer(...)`` only. The
-moments stay when P changes, as in the authors' code. Weight decay is decoupled and comes last. The trained weights are
-replacements: the base stays, merging writes them into it.
+All of W trains; it is the state of the optimizer that becomes small: 2 rank max(in, out) numbers for Adam instead of 2
+in out. `step` is what any torch optimizer makes of g, so this acts through ``injection.optimizer(...)`` only. The
+moments stay when P changes, as in the authors' code. Where G has fewer directions than `rank` (a batch has fewer
+tokens), a singular value decomposition leaves the others to rounding; here they are drawn, the same ones each time.
+Weight decay is decoupled and comes last. The trained weights are replacements: the base stays, merging writes them into
+it.
 
 Parameters: in * out a site, times the number of experts, each of which has a P of its own.
 
@@ -23,6 +25,9 @@ from torch import Tensor, nn
 
 from peftcore import AppliedMethod, GradientRule, LearningRate, Method, MethodConfig, Site, Surgeon, Tags
 from peftcore.errors import UnsupportedSite
+
+NONE = 10
+"""Singular values of up to so many times the rounding of the largest one are zero."""
 
 Side = Literal["std", "reverse_std", "right", "left", "full"]
 
@@ -53,9 +58,24 @@ def factors(gradient: Tensor, rank: int, side: Side) -> dict[str, Tensor]:
         "left": ("left",),
         "full": ("left", "right"),
     }[side]
-    U, _, V = torch.linalg.svd(gradient.to(torch.promote_types(gradient.dtype, torch.float32)), full_matrices=False)
-    both = {"left": U[..., :rank], "right": V[..., :rank, :]}
-    return {name: both[name].to(gradient.dtype, copy=True) for name in sides}
+    U, S, V = torch.linalg.svd(gradient.to(torch.promote_types(gradient.dtype, torch.float32)), full_matrices=False)
+    known = S[..., :rank] > NONE * torch.finfo(S.dtype).eps * S[..., :1]
+    both = {"left": U[..., :rank].mT, "right": V[..., :rank, :]}
+    found = {name: completed(both[name], known).to(gradient.dtype, copy=True) for name in sides}
+    return {name: each.mT if name == "left" else each for name, each in found.items()}
+
+
+def completed(rows: Tensor, known: Tensor) -> Tensor:
+    """Return orthonormal rows [*experts, rank, n] with others in place of those that are not known [*experts, rank]."""
+    if known.all():
+        return rows
+    drawn = torch.randn(rows.shape[-2:], dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(rows)
+    own = rows * known.unsqueeze(-1)
+    for _ in range(2):  # rounding leaves something the first time
+        drawn = drawn - drawn @ own.mT @ own
+    Q, R = torch.linalg.qr(torch.where(known.unsqueeze(-1), rows, drawn).mT)
+    signed = Q * R.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
+    return torch.where(known.unsqueeze(-1), rows, signed.mT)
 
 
 class Projection(GradientRule):

@@ -115,7 +115,7 @@ class MonteCLoRAOperator(Operator):
         y, A = call(x), self.A
         if self.training and self.noise:
             A, loss = self.sample()
-            forward_context().add_loss(loss)
+            forward_context().add_loss(loss, self)
         A, B = self.cast(y, A, self.B)
         low = self.layer.apply_dropped(x, A, self.dropout if self.training else 0.0)
         return y + self.layer.mix(self.scale * low, B)

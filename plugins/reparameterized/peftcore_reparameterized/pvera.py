@@ -96,7 +96,7 @@ class PVeRAOperator(Operator):
             log_variance = low.narrow(layer.channel_dim, self.rank, self.rank)
             if self.training and self.kl:
                 divergence = (mean.square() + log_variance.exp() - 1 - log_variance).float().mean() / 2
-                forward_context().add_loss(self.kl * divergence)
+                forward_context().add_loss(self.kl * divergence, self)
             if self.noise:
                 mean = mean + self.noise * torch.randn_like(mean) * (log_variance / 2).exp()
         return y + layer.along_channels(b, y) * layer.mix(mean, B)

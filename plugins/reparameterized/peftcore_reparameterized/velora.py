@@ -5,9 +5,9 @@
 
 Training keeps a number for each group of inputs in place of the inputs, and puts x~ in their place where the gradient
 of A needs them; all other gradients, and outputs, are those of LoRA. v is the direction of the mean of all groups of
-all tokens: of the first batch (projection="first", the authors', kept in the file), or of each (projection="each",
-peft's default, which keeps nothing); projection="random" draws it. c is `rebuilt_scale`. With dropout the inputs are
-those after it.
+all tokens that are no padding (padding counts in the authors' code and in peft): of the first batch
+(projection="first", the authors', kept in the file), or of each (projection="each", peft's default, which keeps
+nothing); projection="random" draws it. c is `rebuilt_scale`. With dropout the inputs are those after it.
 
 Where `in` is no multiple of g, zeros fill the last group, as in peft; the authors' code needs one. It compresses the
 inputs of whole layers too, which train; here, as in peft, those of the update alone. It acts on linear layers that are
@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import MATRICES, LearningRate, Method, MethodConfig, Operator, Site, Surgeon, Tags, sees_vectors
+from peftcore import MATRICES, LearningRate, Method, MethodConfig, Operator, Site, Surgeon, Tags, by_row, sees_vectors
 from peftcore.errors import UnsupportedSite
 from peftcore_reparameterized._low_rank import add_low_rank, low_rank_count, low_rank_factors
 
@@ -58,8 +58,11 @@ def in_groups(x: Tensor, groups: int) -> Tensor:
 
 
 def direction(x: Tensor, groups: int) -> Tensor:
-    """Return v, ``[size]``: of the mean of all groups; where that is zero, all entries are alike."""
-    mean = in_groups(x.detach(), groups).flatten(0, 1).mean(0).to(torch.promote_types(x.dtype, torch.float32))
+    """Return v, ``[size]``: of the mean of all groups of tokens that are no padding; where that is zero, all entries
+    are alike."""
+    tokens, counts, _ = by_row(x.detach())  # [rows, tokens, in], [rows, tokens]
+    kept = tokens if counts is None else tokens * counts.unsqueeze(-1)
+    mean = in_groups(kept, groups).flatten(0, 1).mean(0).to(torch.promote_types(x.dtype, torch.float32))
     return F.normalize(torch.where(mean.any(), mean, 1.0), dim=0)
 
 

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftcore import (
-    AppliedMethod,
     BranchSite,
     Bypass,
     ForwardContext,
@@ -147,9 +146,8 @@ def loss_of_share(taps: Taps, share: float) -> Tensor | None:
     return (through / tokens - share).square()
 
 
-def loss_of_everyone(taps: Taps, injection: AppliedMethod, output: Any, call: ForwardContext) -> Tensor | None:
-    """Return ``L(q) + KL(q | p)``, of a second pass q in which all tokens go through; None where a route gives the
-    adapter no rows.
+def loss_of_everyone(taps: Taps, output: Any, call: ForwardContext) -> Tensor:
+    """Return ``L(q) + KL(q | p)``, of a second pass q in which all tokens go through.
 
     Raises:
         TrainingError: the model returns no logits, or there are no labels of their shape.
@@ -157,12 +155,6 @@ def loss_of_everyone(taps: Taps, injection: AppliedMethod, output: Any, call: Fo
     given = call.inputs.get("labels")
     labels = call.context.get("labels") if given is None else given
     p, q = _logits_of(output, labels), _logits_of(call.again({taps.everyone: True}), labels)
-    route = None if call.choice is None else call.choice.route
-    if route is not None:
-        own = route.of(injection.whole.name, len(p), p.device)
-        p, q, labels = p[own], q[own], labels[own]
-    if not len(p):
-        return None
     target = q.detach().log_softmax(1)
     apart = (target.exp() * (target - p.log_softmax(1))).sum(1).mean()
     return F.cross_entropy(q, labels) + apart

@@ -142,7 +142,7 @@ class DyT(Method):
         config = injection.config
         weighed = [(config.rate_weight, loss_of_share(self.taps, config.rate))]
         if config.complete:
-            weighed.append((config.complete, loss_of_everyone(self.taps, injection, output, call)))
+            weighed.append((config.complete, loss_of_everyone(self.taps, output, call)))
         losses = [weight * loss for weight, loss in weighed if loss is not None]
         return torch.stack(losses).sum() if losses else None
 
