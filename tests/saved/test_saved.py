@@ -62,6 +62,7 @@ FORMER: dict[str, dict[str, Any]] = {
     "prefix_tuning": {"behind": False},
     "repadapter": {"dropout": 0.0},
     "svdiff": {"vectors": "one"},
+    "tlora": {"alpha": 64.0},
 }
 """Defaults of the first version of a method's options that another version has changed."""
 
