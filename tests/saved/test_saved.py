@@ -48,6 +48,7 @@ def test_a_difference_is_seen() -> None:
 FORMER: dict[str, dict[str, Any]] = {
     "adapterdrop": {"drop_first_layers": 5},
     "adaptformer": {"dropout": 0.0},
+    "attempt": {"train_norm": True},
     "attention_only": {"head": False, "positions": False},
     "bi_adaptformer": {"dropout": 0.0},
     "bitfit": {"head": False},
