@@ -23,6 +23,7 @@ from peftcore.comparing.numbers import size
 from peftcore.comparing.plans.costs import costs
 from peftcore.comparing.plans.recorded import Wanted
 from peftcore.contract.method import Tags
+from peftcore.contract.presets import Preset
 from peftcore.errors import PeftcoreError
 from peftcore.files.formats.peft_method import peft_methods
 from peftcore.registry.plugins import imported
@@ -285,9 +286,14 @@ def kinds() -> str:
     return table((f"of {len(tags)} methods", "", "which"), rows)
 
 
+def preset_text(preset: Preset) -> str:
+    """The call of a preset, or its instructions, and what it leaves out of its paper."""
+    return " ".join(filter(None, (preset.workflow or f"`{preset}`", preset.note and f"*{preset.note}*")))
+
+
 def presets() -> str:
     rows = [
-        (f"`{info.name}`", f"`{info.preset}`" if not info.preset.workflow else info.preset.workflow, info.preset.paper)
+        (f"`{info.name}`", preset_text(info.preset), info.preset.paper)
         for info in peftcore.methods(presets=True)
         if info.preset is not None
     ]

@@ -53,6 +53,7 @@ def gather(
         for part, (tensors, _, _) in zip(made.parts.values(), found, strict=True):
             for key, value in _tensors(part).items():
                 value.copy_(tensors[key])
+        made.method.parts_gathered(made)
 
     return established(model, type(own), config, name or kind.name, selections, dtype=dtype, instead=instead, fill=give)
 

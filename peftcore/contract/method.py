@@ -163,6 +163,11 @@ class Method(ABC):
         for parameter in injection.parameters():
             parameter.requires_grad = True
 
+    def parts_gathered(self, injection: AppliedMethod) -> None:  # noqa: B027
+        """Set what starts from the values of the method's parts. `peftcore.gather` calls it once, when it has copied
+        the values of existing adapters into the parts; by default nothing starts from them. An operator that starts
+        from its parts does so in its own `__init__` too, where parts are fresh."""
+
     def structure(
         self, model: nn.Module, data: Batches, config: Any, sites: Sequence[Site]
     ) -> Mapping[str, Mapping[str, Any] | None]:

@@ -28,6 +28,8 @@ class Preset:
     """Tags that are others than those of the method with its defaults: ``{"identity_at_init": False}``."""
     workflow: str = ""
     """Instructions for the user, where one call of `apply` does not do it; else empty."""
+    note: str = ""
+    """What of the paper it is and what it leaves out, in a sentence; empty where it is what the paper has."""
 
     def __str__(self) -> str:
         said = [f"{name}={value!r}" for name, value in self.options.items()]

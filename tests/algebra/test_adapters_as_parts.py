@@ -54,3 +54,18 @@ def test_what_is_not_there_changes_nothing(source: str | Path) -> None:
     with pytest.raises(UnknownInjection, match="no folder and no injection"):
         gather(model, "task_arithmetic", {"one": 1.0, source: 1.0})
     assert torch.equal(model(X), expected) and list(peftcore.injections(model)) == ["one", "two"]
+
+
+def test_a_method_is_told_when_its_parts_have_their_values(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, seen = adapted(), []
+    expected = peftcore.injections(model)["one"].operators["first"].state_dict()
+
+    def parts_gathered(self: peftcore.Method, injection: peftcore.Injection) -> None:
+        part = injection.parts["0"].operators["first"]
+        seen.extend(torch.equal(value, expected[key]) for key, value in part.state_dict().items())
+
+    monkeypatch.setattr(peftcore.method("task_arithmetic"), "parts_gathered", parts_gathered)
+    gather(model, "task_arithmetic", {"one": 1.0})
+    assert len(seen) > 1 and all(seen)

@@ -54,6 +54,13 @@ def test_a_method_for_people() -> None:
     assert re.search(r"checked against +its equation alone: experimental\s", printed("show", "peqa"))
 
 
+def test_a_preset_says_first_what_of_its_paper_it_leaves_out() -> None:
+    head = " ".join(printed("show", "s4").split("Union of methods")[0].split())
+    assert "a preset: four groups of layers" in head and "not S4 itself" in head
+    assert "not S4 itself" in json.loads(printed("show", "s4", "--json"))["note"]
+    assert json.loads(printed("show", "rslora", "--json"))["note"] == ""
+
+
 def test_every_option_of_every_method_has_a_type_and_a_description() -> None:
     for info in peftcore.methods():
         for option in Shown.of(f"{info.plugin}/{info.name}").options:

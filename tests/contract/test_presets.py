@@ -11,3 +11,7 @@ def test_a_preset_is_written_as_a_call() -> None:
 
 def test_a_workflow_says_what_to_do() -> None:
     assert str(Preset("prompt_tuning", "2109.04332", workflow="train it on another task")) == "train it on another task"
+
+
+def test_a_note_is_no_part_of_the_call() -> None:
+    assert str(Preset("lora", "2106.09685", note="without its second half")) == "lora()"

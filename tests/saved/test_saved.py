@@ -48,6 +48,7 @@ def test_a_difference_is_seen() -> None:
 FORMER: dict[str, dict[str, Any]] = {
     "adapterdrop": {"drop_first_layers": 5},
     "adaptformer": {"dropout": 0.0},
+    "attempt": {"train_norm": True},
     "attention_only": {"head": False, "positions": False},
     "bi_adaptformer": {"dropout": 0.0},
     "bitfit": {"head": False},
@@ -62,6 +63,7 @@ FORMER: dict[str, dict[str, Any]] = {
     "prefix_tuning": {"behind": False},
     "repadapter": {"dropout": 0.0},
     "svdiff": {"vectors": "one"},
+    "tlora": {"alpha": 64.0},
 }
 """Defaults of the first version of a method's options that another version has changed."""
 

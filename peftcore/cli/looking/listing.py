@@ -24,7 +24,7 @@ def records(infos: Iterable[MethodInfo], sizes: bool) -> list[dict[str, Any]]:
 def _record(info: MethodInfo, sizes: bool) -> dict[str, Any]:
     record: dict[str, Any] = {"name": info.name, "distribution": info.distribution}
     if info.preset is not None:
-        record |= {"preset_of": info.preset.method, "preset": str(info.preset)}
+        record |= {"preset_of": info.preset.method, "preset": str(info.preset), "note": info.preset.note}
     try:
         record |= {
             "category": info.category,

@@ -152,6 +152,7 @@ class Shown:
             "proven": self.info.proven,
             "checked_against": self.info.checked_against,
             "preset": None if self.info.preset is None else str(self.info.preset),
+            "note": "" if self.info.preset is None else self.info.preset.note,
         }
 
     def page(self) -> RenderableType:
@@ -160,7 +161,7 @@ class Shown:
         return Group(
             Text.assemble((self.info.name, "bold"), f"  {tags.category}, {self.info.distribution}"),
             Text(self.link, f"link {self.link}" if self.link.startswith("https:") else ""),
-            *([Text(f"a preset: {self.info.preset}")] if self.info.preset is not None else []),
+            *(Text(line) for line in preset_lines(self.info)),
             "",
             *paragraphs(self.text),
             options_table(self.options),
@@ -204,6 +205,13 @@ def paragraphs(text: str) -> Iterator[RenderableType]:
             else:
                 yield Text(" ".join(lines))
         yield ""
+
+
+def preset_lines(info: MethodInfo) -> list[str]:
+    """Return what a preset stands for, and what it leaves out of its paper, a line each; nothing for a method."""
+    if info.preset is None:
+        return []
+    return [f"a preset: {info.preset}", *([info.preset.note] if info.preset.note else [])]
 
 
 def yes_or_no(value: bool) -> Text:

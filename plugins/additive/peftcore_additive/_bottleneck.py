@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from peftcore import AtBranchEnd, BlockSite, BranchSite, Operator, Site
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU, "tanh": nn.Tanh}
+ACTIVATIONS |= {"gelu_tanh": lambda: nn.GELU("tanh")}
 Start = Literal["cut", "normal"]
 Scale = PositiveFloat | Literal["learned", "channel"]
 

@@ -12,8 +12,8 @@ from peftcore.errors import ConfigError
 
 
 def embedded_tokens(site: SequenceSite, length: int, ids: Sequence[int] = ()) -> Tensor:
-    """Return the embeddings ``[length, width]`` of given tokens, repeated or cut; without them, of drawn ones. They are
-    float32, and the caller's own.
+    """Return the embeddings ``[length, width]`` of given tokens, repeated or cut; without them, of drawn ones, none of
+    them twice where there are enough. They are float32, and the caller's own.
 
     Raises:
         ConfigError: an id is none of the vocabulary.
@@ -21,5 +21,7 @@ def embedded_tokens(site: SequenceSite, length: int, ids: Sequence[int] = ()) ->
     if unknown := [each for each in ids if each >= site.in_features]:
         raise ConfigError(f"init_ids: {unknown[:4]} are no tokens of a vocabulary of {site.in_features}")
     chosen = torch.tensor(ids).repeat(-(-length // len(ids)))[:length] if ids else None
-    chosen = torch.randint(site.in_features, (length,)) if chosen is None else chosen
+    if chosen is None:
+        enough = length <= site.in_features
+        chosen = torch.randperm(site.in_features)[:length] if enough else torch.randint(site.in_features, (length,))
     return site.embedded(chosen).to(torch.float32, copy=True)

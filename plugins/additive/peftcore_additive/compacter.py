@@ -44,8 +44,6 @@ from peftcore import (
 from peftcore.errors import UnsupportedSite
 from peftcore_additive._bottleneck import ACTIVATIONS
 
-FUNCTIONS = {**ACTIVATIONS, "gelu_tanh": lambda: nn.GELU("tanh")}
-
 
 class Config(MethodConfig):
     """Options of Compacter."""
@@ -128,7 +126,7 @@ class CompacterOperator(AtBranchEnd):
         if site.out_features % (n := config.phm_dim):
             raise UnsupportedSite(f"{site.path}: {site.out_features} features are no multiple of phm_dim={n}")
         self.down = KroneckerLinear(site.out_features, config.bottleneck, config, rule)
-        self.activation = FUNCTIONS[config.activation]()
+        self.activation = ACTIVATIONS[config.activation]()
         self.up = KroneckerLinear(config.bottleneck, site.out_features, config, rule)
 
     def adapt(self, h: Tensor) -> Tensor:

@@ -53,8 +53,8 @@ class Config(MethodConfig):
     method: Literal["houlsby_adapter"] = "houlsby_adapter"
     bottleneck: PositiveInt = 64
     """Width r of the bottleneck."""
-    activation: Literal["gelu", "relu", "silu", "tanh"] = "gelu"
-    """The non-linearity f."""
+    activation: Literal["gelu", "gelu_tanh", "relu", "silu", "tanh"] = "gelu"
+    """The non-linearity f; "gelu_tanh" is the approximation of GELU that the authors' code has."""
     train_layer_norm: bool | Literal["blocks"] = True
     """Train all norms along, or those of the blocks alone."""
     joins: Joins = "stream"

@@ -1,16 +1,19 @@
 """LST, ladder side-tuning.   Sung et al. 2022, arXiv 2206.06522 (code: ylsung/Ladder-Side-Tuning).
 
+Two things of the paper are not here: a ladder in the encoder of an encoder-decoder model, which has one in the decoder
+alone, and the start of side blocks from rows of the model that pruning finds important.
+
     z_0 = W_0 b_0,   z_l = S_l(mu_l z_{l-1} + (1 - mu_l) W_l b_l),   mu_l = sigmoid(alpha_l / T)
     y   = W_out LN(z_L)   in the place of b_L
 
 b_0 is what the first block reads, b_l what block l returns. No gradient goes into the backbone, so none of its
 activations are kept for backward. S_l are transformer blocks (pre-norm, attention, then a feed-forward
 four times as wide) of width d / R, causal where the backbone is; W_l [d/R, d] with bias. alpha_l starts at 0, all else
-as torch's layers do: the authors start S_l from rows of the backbone that pruning finds important, and put y behind its
-last norm, which here acts on y. The model predicts from the side network alone, so no start is an identity.
+as torch's layers do. The authors put y behind the model's last norm, which here acts on y. The model predicts from the
+side network alone, so no start is an identity.
 
-In encoder-decoder models the decoder has the ladder, whose side blocks read the encoder through b_l only. The model's
-cache holds the keys and values of the side blocks too. What else is adapted inside the blocks gets no gradient.
+Side blocks of a decoder read its encoder through b_l only. The model's cache holds the keys and values of the side
+blocks too. What else is adapted inside the blocks gets no gradient.
 
 Parameters, with w = d / R and L blocks: (L + 1)(d w + w) + L (12 w^2 + 13 w + 1) + 2 w + w d + d.
 

@@ -13,7 +13,8 @@ what it gives alone. (Others put P before it, further from the tokens.) In encod
 encoder, and the decoder attends to it.
 
 Never identity at the start: anything in front moves the outputs. P starts as embeddings of tokens drawn from the
-vocabulary, of given tokens, or uniform in +-0.5. Parameters: length * d; rank * (length + d) with a rank.
+vocabulary, none twice where there are enough (the authors draw from its first 5,000), of given tokens, or uniform in
++-0.5. Parameters: length * d; rank * (length + d) with a rank.
 
 Use it on large models, where it comes close to full fine-tuning with a few thousand numbers; the paper trains with a
 learning rate of 0.3. A rank makes a long prompt small; in a short one it saves little.

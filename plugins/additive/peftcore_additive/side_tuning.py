@@ -1,6 +1,8 @@
 """Side-tuning: a small network beside the model, blended with what the model makes.   Zhang et al. 2019,
 arXiv 1912.13503 (code: jozhang97/side-tuning).
 
+For models of tokens alone: pictures, for which the authors' side networks are convolutions, are not here.
+
     R = g B(x) + (1 - g) S(x),   g = sigmoid(a)
 
 By `merge` it is the sum or the product of B and S, too, as in the code. B are the model's features, behind its last
@@ -11,8 +13,8 @@ names another place; of several modules the last one counts. With several inject
 S is a guest: of the model's own class and config, with `layers` layers and other `sizes`, and a projection where its
 width is another. It shares the model's token table where it can. It starts from scratch; the authors train it to give
 what the model gives first, and the values of such a network come in by ``injection.shared["guest"].take(network)``. a
-starts at 0: half of each, no identity. Images, for which the authors' side networks are convolutions, are not here, and
-neither are a schedule of g, FiLM, MLP, and links to the side networks of earlier tasks.
+starts at 0: half of each, no identity. A schedule of g, FiLM, MLP, and links to the side networks of earlier tasks are
+not here.
 
 Parameters: those of the guest, and 1.
 

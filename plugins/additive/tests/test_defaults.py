@@ -80,6 +80,10 @@ HELD: Held = {
         "lora_embedding_lr=0.0005 and learning_rate=0.3",
     ),
     ("houlsby_adapter", "bottleneck"): (64, f"{HOULSBY}: feedforward_adapter(input_tensor, hidden_size=64)"),
+    ("houlsby_adapter", "activation"): (
+        "gelu",
+        f"{HOULSBY}: gelu(net), as BERT then was, by tanh; ours is exact, as BERT is in transformers",
+    ),
     ("houlsby_adapter", "init_std"): (0.001, f"{HOULSBY}: feedforward_adapter(..., init_scale=1e-3)"),
     ("houlsby_adapter", "up_init_std"): (0.001, f"{HOULSBY}: feedforward_adapter(..., init_scale=1e-3)"),
     ("houlsby_adapter", "side"): (

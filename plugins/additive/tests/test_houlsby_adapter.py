@@ -1,11 +1,12 @@
-"""The serial adapter: numbers of the adapters package; where it stands, how it starts, and its equation, written a
-second time as forward hooks on a copy of the host, in float64."""
+"""The serial adapter: numbers of its authors' encoder and of the adapters package; where it stands, how it starts, and
+its equation, written a second time as forward hooks on a copy of the host, in float64."""
 
 import re
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from copy import deepcopy
 from pathlib import Path
+from runpy import run_path
 from typing import Any
 
 import pytest
@@ -99,6 +100,75 @@ def test_the_numbers_of_the_adapters_package(name: str) -> None:
     """Its norms do not train."""
     numbers = frozen(NUMBERS)["houlsby_adapter"]
     assert_same_adapters("houlsby_adapter", numbers, name, activation="silu", train_layer_norm=False)
+
+
+AUTHORS = Path(__file__).parent / "numbers" / "houlsby_adapter.json"
+CODE = {"repository": "google-research/adapter-bert", "commit": "1a31fc6", "script": "modeling.py"}
+TENSORS = {"down.weight": "weights1", "down.bias": "biases1", "up.weight": "weights2", "up.bias": "biases2"}
+
+
+def named_by_the_authors(injection: peftcore.Injection) -> dict[str, Any]:
+    """Tensors that train in the encoder by their names in adapter-bert."""
+    found = {}
+    for path, operator in injection.operators.items():
+        place = path.removesuffix(".dense").removesuffix(".bias").replace("encoder.layer.", "layer_").replace(".", "/")
+        norm = "beta" if path.endswith(".bias") else "gamma"
+        for name, parameter in operator.named_parameters():
+            found[f"{place}/{norm}" if name == "value" else f"{place}/adapters/{TENSORS[name]}"] = parameter
+    return {name: parameter for name, parameter in found.items() if name.startswith("layer_")}
+
+
+@against(
+    "authors", "houlsby_adapter", repository="google-research/adapter-bert", commit="1a31fc6", script="modeling.py"
+)
+def test_the_encoder_of_the_authors() -> None:
+    """Outputs, and gradients of all that trains; its biases are rows there, its matrices the other way round."""
+    transformers, script = pytest.importorskip("transformers"), run_path(str(AUTHORS.with_suffix(".py")))
+    wave, numbers = script["wave"], frozen(AUTHORS)
+    sizes = {"hidden_size": script["WIDTH"], "num_attention_heads": script["HEADS"], "vocab_size": 11}
+    sizes |= {"intermediate_size": script["INNER"], "num_hidden_layers": script["LAYERS"], "layer_norm_eps": 1e-12}
+    silent = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    config = transformers.BertConfig(**sizes, **silent, hidden_act="gelu_new")
+    model = transformers.BertModel(config, add_pooling_layer=False).double()
+    kinds = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta", "weight": "kernel"}
+
+    def fill_as_there(parameter: Tensor, name: str) -> None:
+        shape = parameter.shape[::-1] if parameter.dim() == 2 else parameter.shape
+        parameter.copy_(wave(shape, name).T if parameter.dim() == 2 else wave(shape, name))
+
+    with torch.no_grad():
+        for path, parameter in model.encoder.layer.named_parameters():
+            ending = next((each for each in kinds if path.endswith(each)), "")
+            name = f"layer_{path.removesuffix(ending)}{kinds.get(ending, '')}".replace(".", "/")
+            fill_as_there(parameter, name)
+        for table in (model.embeddings.position_embeddings, model.embeddings.token_type_embeddings):
+            table.weight.zero_()
+    options = {"bottleneck": script["BOTTLENECK"], "activation": "gelu_tanh", "dtype": "float64"}
+    own = named_by_the_authors(peftcore.apply(model, "houlsby_adapter", **options))
+    assert own.keys() == numbers["gradients"].keys()
+    with torch.no_grad():
+        for name in numbers["starts"]:
+            fill_as_there(own[name], name)
+    y = model(inputs_embeds=script["states"]()).last_hidden_state
+    (y.square() * wave(y.shape, "direction")).sum().backward()
+    assert y.flatten().tolist() == pytest.approx(numbers["output"], abs=1e-10)
+    for name, parameter in own.items():
+        gradient = parameter.grad.T if parameter.dim() == 2 else parameter.grad
+        assert gradient.flatten().tolist() == pytest.approx(numbers["gradients"][name], abs=1e-9), name
+
+
+@against(
+    "authors", "houlsby_adapter", repository="google-research/adapter-bert", commit="1a31fc6", script="modeling.py"
+)
+def test_the_start_of_the_authors() -> None:
+    """Cut normals, whose deviation theirs is before the cut, and zeros."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 64, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = transformers.BertModel(transformers.BertConfig(**sizes, vocab_size=9), add_pooling_layer=False)
+    own = named_by_the_authors(peftcore.apply(model, "houlsby_adapter"))
+    for name, deviation in frozen(AUTHORS)["starts"].items():
+        assert own[name].abs().max() <= 2 * deviation, name
+        assert abs(own[name].std().item() - 0.8796 * deviation) <= 0.03 * deviation, name
 
 
 def bottleneck(tensors: dict[str, Tensor], activation: str) -> Callable[..., Any]:

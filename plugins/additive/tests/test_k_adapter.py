@@ -63,10 +63,11 @@ def named(injection: peftcore.Injection, of: Callable[[nn.Parameter], Tensor]) -
     return found
 
 
-@against(
-    "authors", "k_adapter", repository="microsoft/K-Adapter", commit="43651cd",
-    script="pytorch_transformers/my_modeling_roberta.py",
-)  # fmt: skip
+AUTHORS = {"repository": "microsoft/K-Adapter", "commit": "43651cd"}
+AUTHORS["script"] = "pytorch_transformers/my_modeling_roberta.py"
+
+
+@against("authors", "k_adapter", **AUTHORS)
 @pytest.mark.parametrize("fusion", ["concat", "add"])
 def test_numbers_of_the_authors(fusion: Any) -> None:
     """One chain and its linear layer; two chains that are added up: here two injections. Gradients of all tensors, and
@@ -97,6 +98,22 @@ def test_numbers_of_the_authors(fusion: Any) -> None:
     for name, value in gradients.items():
         assert any(numbers["gradients"][name]) != name.endswith("key.bias")  # softmax does not see these
         expect(value, numbers["gradients"][name])
+
+
+@against("authors", "k_adapter", **AUTHORS)
+def test_layers_of_the_authors_scripts() -> None:
+    """Of 24 layers; of 12 those that are as far up."""
+    sizes = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 12, "vocab_size": 11}
+    for script, layers in frozen(NUMBERS)["layers"].items():
+        for blocks in (24, 12):
+            model = transformers.RobertaModel(transformers.RobertaConfig(**sizes, num_hidden_layers=blocks))
+            injection = peftcore.apply(model, "k_adapter", **OPTIONS)
+            expected = [f"adapter_{layer * blocks // 24}" for layer in layers]
+            assert list(injection.shared) == [*expected, "joint"], script
+            operators: dict[str, Any] = injection.operators
+            reading = [path for path, operator in operators.items() if operator.state is not None]
+            assert reading == [f"encoder.layer.{layer * blocks // 24}" for layer in layers], script
+            model(torch.tensor([[8, 5, 3]]))
 
 
 def expect(value: Tensor | None, numbers: list[float]) -> None:

@@ -1,14 +1,17 @@
-"""P-tuning: the other implementation with the same tensors, for both networks; counts; how the prompt is made."""
+"""P-tuning: the authors' network; the other implementation with the same tensors, for both networks; counts; how the
+prompt is made."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
+from runpy import run_path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 import peftcore
@@ -182,6 +185,45 @@ def test_the_residual_network_of_its_authors() -> None:
     longer = torch.cat([mask.new_ones(len(ids), LENGTH), mask], dim=1)
     theirs = base(inputs_embeds=embeds, attention_mask=longer, decoder_input_ids=inputs["decoder_input_ids"]).logits
     torch.testing.assert_close(model(**inputs).logits, theirs, rtol=1e-10, atol=1e-10)
+
+
+AUTHORS = Path(__file__).parent / "numbers" / "p_tuning.json"
+CODE = {"repository": "THUDM/P-tuning", "commit": "f4225d4", "script": "LAMA/p_tuning/prompt_encoder.py"}
+
+
+@against("authors", "p_tuning", **CODE)
+def test_the_network_of_the_authors() -> None:
+    """Rows and all gradients; the network is as wide as the embeddings, half in each direction."""
+    numbers, script = frozen(AUTHORS), run_path(str(AUTHORS.with_suffix(".py")))
+    model, _ = host("llama")
+    options = {"length": sum(script["TEMPLATE"]), "encoder": "lstm", "hidden": script["WIDTH"] // 2}
+    injection = peftcore.apply(model, "p_tuning", **options, dtype="float64")
+    (operator,) = injection.operators.values()
+    own: dict[str, Any] = dict(operator.named_parameters())
+    assert list(own) == list(numbers["gradients"])
+    with torch.no_grad():
+        for index, each in enumerate(own.values()):
+            each.copy_(script["wave"](each.shape, 0.31 + 0.11 * index) / 2)
+    rows = operator.rows(operator.start)
+    (rows * script["wave"](rows.shape, 0.23)).sum().backward()
+    assert rows.flatten().tolist() == pytest.approx(numbers["rows"], abs=1e-10)
+    for name, each in own.items():
+        assert each.grad.flatten().tolist() == pytest.approx(numbers["gradients"][name], abs=1e-10), name
+
+
+@against("authors", "p_tuning", **CODE)
+def test_the_start_of_the_authors() -> None:
+    """The deviation and the largest entry of each tensor; those of a standard normal move more."""
+    config = transformers.LlamaConfig(
+        hidden_size=64, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=9
+    )
+    model = transformers.LlamaModel(config)
+    injection = peftcore.apply(model, "p_tuning", length=64, encoder="lstm", hidden=32)
+    (operator,) = injection.operators.values()
+    for name, (deviation, largest) in frozen(AUTHORS)["start"].items():
+        tensor = operator.get_parameter(name).detach()
+        assert tensor.std(correction=0).item() == pytest.approx(deviation, rel=0.15), name
+        assert tensor.abs().max().item() == pytest.approx(largest, rel=0.2 if name == "start" else 0.05), name
 
 
 def test_the_residual_network_starts_from_words() -> None:

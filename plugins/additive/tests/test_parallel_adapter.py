@@ -1,11 +1,12 @@
-"""The parallel adapter: numbers of the adapters package; what it reads and where it adds, how it starts, and its
-equation, written a second time as hooks on a copy of the host, in float64."""
+"""The parallel adapter: numbers of its authors' encoder and of the adapters package; what it reads and where it adds,
+how it starts, and its equation, written a second time as hooks on a copy of the host, in float64."""
 
 import pickle
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from copy import deepcopy
 from pathlib import Path
+from runpy import run_path
 from typing import Any
 
 import pytest
@@ -73,6 +74,60 @@ ATTENTIONS: dict[str, Places] = {
 @conformance("parallel_adapter")
 def test_conformance(check: Callable[[], None]) -> None:
     check()
+
+
+AUTHORS = Path(__file__).parent / "numbers" / "parallel_adapter.json"
+CODE = {"repository": "jxhe/unify-parameter-efficient-tuning", "commit": "3222ce2"}
+CODE["script"] = "src/transformers/models/roberta/modeling_roberta.py"
+
+
+def named_by_the_authors(injection: peftcore.Injection) -> dict[str, nn.Parameter]:
+    """Tensors by their names in the authors' RoBERTa."""
+    return {
+        f"encoder.layer.{layer}.ef_ffn_adapter.{name.replace('down', 'down_proj').replace('up', 'up_proj')}": parameter
+        for layer in (0, 1)
+        for name, parameter in injection.operators[f"encoder.layer.{layer}.output.dense"].named_parameters()
+    }
+
+
+@pytest.mark.parametrize("scale", ["4", "learnable_scalar"])
+@against("authors", "parallel_adapter", **CODE)
+def test_the_encoder_of_the_authors(scale: str) -> None:
+    """Of a batch with padding, in training; outputs and gradients."""
+    transformers, script = pytest.importorskip("transformers"), run_path(str(AUTHORS.with_suffix(".py")))
+    wave, numbers = script["wave"], frozen(AUTHORS)[scale]
+    silent = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    config = transformers.RobertaConfig(**script["SIZES"], **silent, layer_norm_eps=1e-5)
+    model = transformers.RobertaModel(config, add_pooling_layer=False).double().train()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(wave(parameter.shape, name))
+    options = {"bottleneck": 5, "scale": script["SCALES"][scale], "dtype": "float64"}
+    own = named_by_the_authors(peftcore.apply(model, "parallel_adapter", **options))
+    assert own.keys() == numbers["gradients"].keys()
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(wave(parameter.shape, name))
+    ids = torch.tensor(script["IDS"])
+    y = model(input_ids=ids, attention_mask=(ids != 1).long()).last_hidden_state
+    (y.square() * wave(y.shape, "direction")).sum().backward()
+    assert y.flatten().tolist() == pytest.approx(numbers["output"], abs=1e-8)
+    for name, parameter in own.items():
+        assert parameter.grad.flatten().tolist() == pytest.approx(numbers["gradients"][name], abs=1e-8), name
+
+
+@pytest.mark.parametrize(("theirs", "ours"), [("lora", "lora"), ("bert", "normal")])
+@against("authors", "parallel_adapter", **CODE)
+def test_the_starts_of_the_authors(theirs: str, ours: str) -> None:
+    """The deviation of each tensor, and the largest entry, which of a normal draws move."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 64, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = transformers.RobertaModel(transformers.RobertaConfig(**sizes, vocab_size=9), add_pooling_layer=False)
+    own = named_by_the_authors(peftcore.apply(model, "parallel_adapter", init=ours))
+    for name, (deviation, largest) in frozen(AUTHORS)[theirs].items():
+        tensor = own[f"encoder.layer.0.ef_ffn_adapter.{name}"].detach()
+        assert tensor.std(correction=0).item() == pytest.approx(deviation, rel=0.05), name
+        assert tensor.abs().max().item() == pytest.approx(largest, rel=0.3 if ours == "normal" else 0.01), name
 
 
 def host(name: str) -> tuple[nn.Module, dict[str, Tensor], Callable[[nn.Module], Tensor]]:

@@ -1,4 +1,5 @@
-"""Prompt tuning: the other implementation with the same prompt, where it stands, how it starts.
+"""Prompt tuning: the authors' rows and draws; the other implementation with the same prompt, where it stands, how it
+starts.
 
 (The other implementation is compared in a plain forward: its `generate` gives wrong text with the transformers versions
 that this project is for. What it is compared with there stands in tests/targets/test_sequence.py.)"""
@@ -8,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
+from runpy import run_path
 from typing import Any
 
 import pytest
@@ -89,6 +91,45 @@ def test_it_starts_from_rows_of_the_table() -> None:
     where = (prompt[:, None] == table[None]).all(-1)
     assert where.any(1).all()
     assert len(where.nonzero()[:, 1].unique()) > 10  # drawn, not counted off
+
+
+AUTHORS = Path(__file__).parent / "numbers" / "prompt_tuning.json"
+CODE = {"repository": "google-research/prompt-tuning", "commit": "72285ee", "script": "prompt_tuning/train/prompts.py"}
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+@against("authors", "prompt_tuning", **CODE)
+def test_the_rows_of_the_authors(name: str) -> None:
+    """The host reads what their module puts together."""
+    model, inputs = host(name)
+    script = run_path(str(AUTHORS.with_suffix(".py")))
+    with torch.no_grad():
+        model.get_input_embeddings().weight.copy_(script["wave"]((script["VOCABULARY"], script["WIDTH"]), 0.29))
+    base = deepcopy(model)
+    injection = peftcore.apply(model, "prompt_tuning", length=script["LENGTH"], dtype="float64")
+    (operator,) = injection.operators.values()
+    with torch.no_grad():
+        operator.prompt.copy_(script["wave"]((script["LENGTH"], script["WIDTH"]), 0.41))
+    rows = torch.tensor(frozen(AUTHORS)["rows"], dtype=torch.float64).view(2, -1, script["WIDTH"])
+    more = {"decoder_input_ids": inputs["decoder_input_ids"]} if name == "t5" else {}
+    ours = model(input_ids=torch.tensor(script["IDS"]), **more).logits
+    theirs = base(inputs_embeds=rows, **more).logits
+    assert (ours - base(input_ids=torch.tensor(script["IDS"]), **more).logits).abs().max() > 1e-3
+    torch.testing.assert_close(ours, theirs if name == "t5" else theirs[:, LENGTH:], rtol=1e-10, atol=1e-10)
+
+
+@against("authors", "prompt_tuning", **CODE)
+def test_no_token_is_drawn_twice_where_there_are_enough() -> None:
+    model, _ = host("llama")
+    table = model.get_input_embeddings().weight
+    expected = frozen(AUTHORS)["drawn"]
+    for length, drawn in ((len(table), expected), (3 * len(table), None)):
+        injection = peftcore.apply(model, "prompt_tuning", length=length, dtype="float64", name=str(length))
+        (operator,) = injection.operators.values()
+        found = (operator.prompt[:, None] == table[None]).all(-1)
+        assert found.any(1).all()
+        if drawn is not None:
+            assert len(table) == drawn == found.any(0).sum()
 
 
 def test_it_starts_from_given_tokens_repeated_or_cut() -> None:

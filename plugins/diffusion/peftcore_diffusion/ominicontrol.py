@@ -136,7 +136,9 @@ class OminiControl(Method):
     Config = Config
     tags = Tags(category="diffusion", paper="2411.15098", identity_at_init=False, per_row=False, reentrant=False)
     learning_rate = LearningRate(
-        1e-4, "Yuanshi9815/OminiControl@331dd34, train/config/spatial_alignment.yaml", on="FLUX.1-dev, edges of Canny"
+        1e-4,
+        "Yuanshi9815/OminiControl@331dd34, train/config/spatial_alignment.yaml",
+        on="FLUX.1-dev, edges of Canny; the AdamW of a comment there: the file itself has Prodigy, with a rate of 1",
     )
     target = (
         r"re:(.*\.)?(x_embedder|pos_embed\.proj"

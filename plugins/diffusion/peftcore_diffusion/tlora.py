@@ -1,6 +1,6 @@
 """T-LoRA: a rank that falls with the noise.   Soboleva et al. 2025, arXiv 2507.05964 (ControlGenAI/T-LoRA).
 
-    y = W x + b + s (B M diag(l) A x - B0 M diag(l0) A0 x),   s = alpha / rank,   M = diag(1, ..., 1, 0, ..., 0)
+    y = W x + b + s (B M diag(l) A x - B0 M diag(l0) A0 x),   M = diag(1, ..., 1, 0, ..., 0)
     M has r(t) ones,   r(t) = floor(((T - t) / T)^p (rank - min_rank)) + min_rank
 
 At a timestep t near T, where an image is noise, few ranks act, and all of them at t = 0: what is seen of one or of a
@@ -12,7 +12,8 @@ does what another does, and frozen copies of all three are taken off, so that no
 has singular values of a matrix N(0, 1 / rank) of the weight's shape, the last (`part`) by default, with random A and B;
 the authors take both from its decomposition, and rows where columns are meant, which is the same in distribution.
 start="weight" has the weight's own, as LyCORIS does by default. start="zero" is what the authors call vanilla T-LoRA: a
-LoRA with A ~ N(0, 1 / rank) and B zero, without l, which is masked.
+LoRA with A ~ N(0, 1 / rank) and B zero, without l, which is masked. The authors' code has no scale: s is 1 at every
+rank, or alpha / rank where `alpha` is given, as in files of LyCORIS.
 
 Convolutions have A [rank, in, *kernel] here; LyCORIS has kernels of one point in all. Where a weight has fewer ranks,
 it is the first so many of the mask that count. Files of LyCORIS are read with all ranks acting, as there, as PiSSA.
@@ -45,8 +46,8 @@ class Config(MethodConfig):
     """Rank of the update at the timestep 0; at most that of the weight."""
     min_rank: PositiveInt = 32
     """Rank at the last timestep."""
-    alpha: PositiveFloat = 64.0
-    """Numerator of the scale ``alpha / rank``."""
+    alpha: PositiveFloat | None = None
+    """Numerator of the scale ``alpha / rank``; None has no scale."""
     power: PositiveFloat = 1.0
     """Exponent p: above 1 fewer ranks act in between."""
     timesteps: PositiveFloat = 1000.0
@@ -75,7 +76,8 @@ class TLoRAOperator(Operator):
         super().__init__(site)
         if site.form != "activation":
             raise UnsupportedSite(f"{site.path} is read, not called, so it has no rows with timesteps; exclude it")
-        self.scale, self.power, self.timesteps = config.alpha / config.rank, config.power, config.timesteps
+        self.scale = 1.0 if config.alpha is None else config.alpha / config.rank
+        self.power, self.timesteps = config.power, config.timesteps
         self.rank, self.min_rank = config.rank, config.min_rank
         self.A, self.B, self.values = (nn.Parameter(each) for each in _start(site, config))
         for name, own in (("A0", self.A), ("B0", self.B), ("values0", self.values)):
@@ -148,6 +150,8 @@ class TLoRA(Method):
     learning_rate = LearningRate(1e-4, "ControlGenAI/T-LoRA@602c4f7, train.py", on="SDXL, DreamBooth")
     target = ("attn.q", "attn.k", "attn.v", "attn.out", "cross.q", "cross.k", "cross.v", "cross.out")
     alternatives = MATRICES
+    config_version = 2
+    former_defaults = ({"alpha": 64.0},)
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
         for site in surgeon.sites():

@@ -159,7 +159,7 @@ HELD: Held = {
     ("t2i_adapter", "blocks"): (2, f"{T2I}@16bba67, train_depth.py: nums_rb=2"),
     ("tlora", "rank"): (64, f"{TLORA}, README.md: --lora_rank=64"),
     ("tlora", "min_rank"): (32, f"{TLORA}, README.md: --min_rank=32"),
-    ("tlora", "alpha"): (64.0, f"{TLORA}, tlora/model/lora.py: scale=1.0, which is alpha = rank"),
+    ("tlora", "alpha"): (None, f"{TLORA}, tlora/model/lora.py: scale=1.0"),
     ("tlora", "power"): (1.0, f"{TLORA}, train.py: --alpha_rank_scale default=1.0"),
     ("tlora", "timesteps"): (
         1000.0,

@@ -49,7 +49,7 @@ def difference(one: Tensor, other: Tensor) -> float:
 def adapted(layer: nn.Module, **options: Any) -> tuple[Any, peftcore.Injection, Any]:
     """A frozen host in float64 with the method, its injection and the operator."""
     host = One(layer).double().requires_grad_(False)
-    options = {"rank": RANK, "min_rank": MIN_RANK, "alpha": float(RANK), **options}
+    options = {"rank": RANK, "min_rank": MIN_RANK, **options}
     injection = peftcore.apply(host, "tlora", target="layer", dtype="float64", **options)
     (operator,) = injection.operators.values()
     return host, injection, operator

@@ -2,7 +2,6 @@
 
 from peftcore import Preset
 
-# Its query prompts are left out: what comes out at their rows is dropped, so they would change nothing.
 APROMPT = [
     {"method": "prompt_tuning", "length": 20},
     {"method": "prefix_tuning", "length": 5, "projection": None, "behind": False},
@@ -23,18 +22,36 @@ S4 = (
     'part for each, such as {"method": "lora", "target": r"re:.*layers\\.[0-3]\\..*"}'
 )
 
+APROMPT_NOTE = (
+    "Without the paper's query prompts: what comes out at their rows is dropped, so that they would change nothing."
+)
+COMPACTER_NOTE = "Compacter itself, which its paper presents as adapters put together with low-rank Kronecker products."
+MADX_NOTE = "The language adapter alone; the adapter of a task is stacked on it, as adapter_stack says."
+S4_NOTE = (
+    "A way to write S4, not S4 itself: which methods the four groups have is left to you, since the authors' code does "
+    "not have it."
+)
+SPARSE_NOTE = (
+    "LoRA beside a sparse update at random entries. RoSA (arXiv 2401.04679) is such a sum, whose entries are chosen by "
+    "gradients after a warm-up of LoRA; that choice is not here."
+)
+V2_NOTE = "What trains on text: the paper's second half, pictures in early layers and their training, is not here."
+
 MOVED = {"identity_at_init": False}
 PRESETS = {
-    "aprompt": Preset("config_union", "EMNLP 2023", {"parts": APROMPT}, claims=MOVED),
-    "compacter_hybrid": Preset("compacter", "2106.04647"),
-    "llama_adapter_v2": Preset("config_union", "2304.15010", {"parts": LLAMA_ADAPTER_V2}),
+    "aprompt": Preset("config_union", "EMNLP 2023", {"parts": APROMPT}, claims=MOVED, note=APROMPT_NOTE),
+    "compacter_hybrid": Preset("compacter", "2106.04647", note=COMPACTER_NOTE),
+    "llama_adapter_v2": Preset("config_union", "2304.15010", {"parts": LLAMA_ADAPTER_V2}, note=V2_NOTE),
     "madx": Preset(
         "config_union",
         "2005.00052",
         {"parts": [{"method": "madx_invertible"}, {"method": "pfeiffer_adapter"}]},
         claims=MOVED,
+        note=MADX_NOTE,
     ),
     "rlrr": Preset("config_union", "2403.19067", {"parts": RLRR}, claims=MOVED),
-    "s4": Preset("config_union", "2301.01821", workflow=S4),
-    "sparse_combos": Preset("config_union", "2401.04679", {"parts": [{"method": "lora"}, {"method": "shira"}]}),
+    "s4": Preset("config_union", "2301.01821", workflow=S4, note=S4_NOTE),
+    "sparse_combos": Preset(
+        "config_union", "2406.13175", {"parts": [{"method": "lora"}, {"method": "shira"}]}, note=SPARSE_NOTE
+    ),
 }

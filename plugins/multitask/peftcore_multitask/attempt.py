@@ -17,8 +17,10 @@ The text is what comes before the first label, or the whole input, unless ``peft
 says it: the mixture is made once, and generated tokens do not change it. The authors' max sees padding, this does not;
 their option of a trained temperature does not train, and is left out, as are their other kinds of attention.
 
-P_t starts as embeddings of tokens that are drawn, W_down and W_up uniform in +-1/sqrt(inputs). Never identity at the
-start. Parameters: length * d for each source and each task, and 2 hidden d + 2 d.
+P_t starts as the first source, for every task; W_down and W_up uniform in +-1/sqrt(inputs). Never identity at the
+start. LN has neither gain nor bias: the authors' code leaves its own frozen at one and zero, while the 232,000 that the
+paper prints for T5-base count them (`train_norm`). Parameters: length * d for each source and each task, and
+2 hidden d, with `train_norm` + 2 d.
 
 Use it where prompts of large tasks are there and a new one has few examples; not to train many tasks at once from
 nothing (multitask_prompt_tuning), nor where a prompt need not depend on the text (spot starts from one source).
@@ -49,7 +51,6 @@ from peftcore import (
 )
 from peftcore.errors import ConfigError, UnsupportedSite
 from peftcore_additive import prompt_tuning
-from peftcore_additive._rows import embedded_tokens
 from peftcore_multitask._merging import SOME, Members, OfMergedParts, PartsConfig, collected
 from peftcore_multitask._tasks import TaskConfig, Tasks, task_count
 
@@ -65,6 +66,8 @@ class Config(TaskConfig, PartsConfig):
     """The sources: prompts of one length, each as its options, with "prompt_tuning" under "method"."""
     train_parts: bool = False
     """Train the sources along."""
+    train_norm: bool = False
+    """Give the norm behind the network a gain and a bias that train."""
     hidden: PositiveInt = 100
     """Width of the network that looks for sources."""
     temperature: PositiveFloat | None = None
@@ -98,11 +101,17 @@ class AttemptOperator(InstanceOperator, Router):
         self.weights = [weights[index] for index in members]
         self.tasks = Tasks(site, config)
         self.temperature = config.temperature or math.e * self.width
-        prompts = [embedded_tokens(site, self.length) for _ in range(task_count(config))]
-        self.prompt = nn.Parameter(torch.stack(prompts))
+        self.prompt = nn.Parameter(torch.empty(task_count(config), self.length, self.width))
+        self.start()
         self.down = nn.Linear(self.width, config.hidden, bias=False)
         self.up = nn.Linear(config.hidden, self.width, bias=False)
-        self.norm = nn.LayerNorm(self.width)
+        self.norm = nn.LayerNorm(self.width, elementwise_affine=config.train_norm)
+
+    @torch.no_grad()
+    def start(self) -> None:
+        """Set the prompt of each task to the first source."""
+        first: Any = next(iter(self.parts.values()))
+        self.prompt.copy_(first.rows(self.prompt))
 
     def rows_of(self, embeds: Tensor, text: Tensor) -> Tensor:
         with full_precision(embeds):
@@ -139,6 +148,8 @@ class Attempt(OfMergedParts, Method):
         0.3, "AkariAsai/ATTEMPT@b5121e5, attempt/configs/attempt/sinlge_task.json", on="T5-base, MRPC"
     )
     target = "stack"
+    config_version = 2
+    former_defaults = ({"train_norm": True},)
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
         for members in collected(surgeon, config).values():
@@ -147,6 +158,11 @@ class Attempt(OfMergedParts, Method):
             if lengths != {length_of(config.parts[0])}:
                 raise UnsupportedSite(f"{site.path}: sources of lengths {sorted(lengths)}; overrides change none")
             surgeon.graft(site, functools.partial(AttemptOperator, members=members), config, first.holders[1:])
+
+    def parts_gathered(self, injection: AppliedMethod) -> None:
+        operators: Any = injection.operators
+        for each in operators.values():
+            each.start()
 
     def trainable(self, model: nn.Module, config: Config, injection: AppliedMethod) -> None:
         if config.train_parts:
@@ -159,5 +175,5 @@ class Attempt(OfMergedParts, Method):
     @staticmethod
     def parameter_count(site: Site, config: Config) -> int:
         width, length = site.out_features, length_of(config.parts[0])
-        own = task_count(config) * length * width + 2 * config.hidden * width + 2 * width
+        own = task_count(config) * length * width + 2 * config.hidden * width + 2 * width * config.train_norm
         return own + OfMergedParts.parameter_count(site, config)

@@ -1,6 +1,9 @@
 """Text-to-LoRA: LoRAs that a network makes of the description of a task.   Charakorn et al. 2025, arXiv 2506.06105
 (code: SakanaAI/text-to-lora).
 
+One of the paper's three networks, the largest, and one of its two ways to train, by the loss of the model itself. Those
+whose heads make A and B, or their rows, one after the other are not here, nor is training on LoRAs that exist (recon).
+
     y = W x + b + s B A dropout(x),   s = alpha / sqrt(rank),   (A, B) = H z + h
     z = M([LN(E v + e) ; LN(layer) ; LN(kind)])
 
@@ -12,9 +15,8 @@ first all vectors give the same LoRA, which does nothing. The loss gets decay * 
     with peftcore.call(model, task_vector=embedded): ...      # [1, vector_width] for all rows, or [rows, vector_width]
     make_lora(injection, embedded[0])                         # a plain LoRA: it merges, and is saved by itself
 
-This is the largest of the paper's three networks and what its scripts train, by the loss of the model itself; those
-whose heads make A and B, or their rows, one after the other are not here, nor is the training on LoRAs that exist
-(recon). Where models have several stacks, each has layers and kinds of its own.
+This network is the one that the authors' scripts train. Where models have several stacks, each has layers and kinds of
+its own.
 
 Parameters, l = latent and w = head_width: (vector_width + 1) l / 2 + 28 l^2 + 27 l + (4 l + 1) w in the network, l / 4
 for each layer and each kind, and (w + 1) rank (in + out) for each kind.

@@ -40,6 +40,11 @@ HELD: Held = {
         False,
         "AkariAsai/ATTEMPT@b5121e5, attempt/third_party/models/t5/modeling_t5.py: embeddings.clone().detach()",
     ),
+    ("attempt", "train_norm"): (
+        False,
+        "AkariAsai/ATTEMPT@b5121e5, attempt/utils/utils.py: freeze_model_params names attn_W_down, attn_W_up and "
+        "prefix_shared; the 232K of the paper's table 1 count the norm",
+    ),
     ("attempt", "hidden"): (
         100,
         "AkariAsai/ATTEMPT@b5121e5, attempt/third_party/models/t5/modeling_t5.py: nn.Linear(self.model_dim, 100",

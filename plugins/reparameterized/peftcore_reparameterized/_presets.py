@@ -7,6 +7,6 @@ PRESETS = {
     "lora_orthogonal": Preset("lora", "datta0.github.io/posts/rethink-lora-init", {"start": "orthogonal"}),
     "lora_fa": Preset("lora", "2308.03303", {"trained": "B"}),
     "lora_sb": Preset("lora_xs", "2411.19557", {"start": "gradient"}),
-    "riemannian_lora": Preset("lora", "2402.02347", {"damping": 1e-2}),
+    "riemannian_lora": Preset("lora", "2402.02347", {"damping": 1e-6}),
     "rslora": Preset("lora", "2312.03732", {"scaling": "sqrt_rank"}),
 }

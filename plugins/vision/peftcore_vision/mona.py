@@ -4,9 +4,11 @@
     u = W_down (gamma LN(x) + delta x) + b_down
 
 at the stream x behind attention and behind the feed-forward. W_down [h, d], W_up [d, h]; D_k is a depthwise convolution
-of k by k, V [h, h] one of 1 by 1, all with biases and zeros around; LN is a norm of the adapter's own, and γ = 1e-6 and
-δ = 1 at the start, [d] each. All else starts as torch's layers do, so that a fresh adapter is no identity (`zero_up`
-makes it one). Dropout acts in front of W_up.
+of k by k, V [h, h] one of 1 by 1, all with biases and zeros around; LN is a norm of the adapter's own. Dropout acts in
+front of W_up.
+
+γ starts at 1e-6 and δ at 1, [d] each; W_down and W_up from N(0, 0.02^2), their biases at zero; convolutions as torch's
+do. So a fresh adapter is no identity (`zero_up` makes it one).
 
 Patches are convolved where they lie in the picture: activations of four dimensions (Swin in timm) are grids, a sequence
 is the largest grid in the proportions of the patches that the model embeds, behind as many other tokens as are left.
@@ -47,7 +49,7 @@ class Config(StreamConfig):
     behind: Literal["both", "attention", "feed-forward"] = "both"
     """Behind which branches of a block adapters stand."""
     zero_up: bool = False
-    """Start W_up and its bias at zero: an exact identity."""
+    """Start W_up at zero, as its bias does: an exact identity."""
 
     @property
     def amid(self) -> bool:
@@ -67,9 +69,11 @@ class Cognition(nn.Module):
         self.filters = nn.ModuleList(nn.Conv2d(h, h, k, padding=k // 2, groups=h) for k in KERNELS)
         self.mix = nn.Conv2d(h, h, 1)
         self.dropout = nn.Dropout(config.dropout)
+        for linear in (self.down, self.up):
+            nn.init.trunc_normal_(linear.weight, std=0.02)
+            nn.init.zeros_(linear.bias)
         if config.zero_up:
             nn.init.zeros_(self.up.weight)
-            nn.init.zeros_(self.up.bias)
 
     def convolve(self, u: Tensor) -> Tensor:
         """Map pictures ``[n, h, rows, columns]``."""

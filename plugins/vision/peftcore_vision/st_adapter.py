@@ -135,8 +135,8 @@ class STAdapter(Method):
     tags = Tags(category="vision", paper="2206.13559", per_row=False)
     learning_rate = LearningRate(
         1e-3,
-        "linziyi96/st-adapter@b914b38, scripts/train_ssv2_clip_vit_b16_adapter24x384.sh",
-        on="CLIP ViT-B/16, Something-Something v2",
+        "linziyi96/st-adapter@b914b38, main.py",
+        on="CLIP ViT-B/16, Something-Something v2, batches of 256 clips: --blr is for 256, times 4 * 64 / 256",
     )
     target = ("block",)
 

@@ -144,7 +144,7 @@ HELD: Held = {
     ("mona", "bottleneck"): (64, f"{MONA}: nn.Linear(in_dim, 64)"),
     ("mona", "dropout"): (0.1, f"{MONA}: nn.Dropout(p=0.1)"),
     ("mona", "behind"): ("both", f"{MONA}: my_module_1 and my_module_2"),
-    ("mona", "zero_up"): (False, f"{MONA}: nn.Linear(64, in_dim), as torch starts it"),
+    ("mona", "zero_up"): (False, f"{MONA}: trunc_normal_(m.weight, std=.02) in init_weights, for all linear layers"),
     ("spt_lora", "share"): (
         0.005,
         "ziplab/SPT@e385f67, engine.py: budgets of 0.05 to 1.0 million; of the 85.1 of all sites it is 0.43",

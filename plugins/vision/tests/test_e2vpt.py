@@ -8,7 +8,19 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from vpt_equations import ATTENTIONS, HOSTS, by_hand, edit_attention, host, of_waves, pixels, prompted, wave
+from vpt_equations import (
+    ATTENTIONS,
+    HOSTS,
+    TIMM,
+    by_hand,
+    edit_attention,
+    host,
+    of_waves,
+    pixels,
+    prompted,
+    timm,
+    wave,
+)
 
 import peftcore
 from peftcore.errors import CalibrationError, ConfigError, UnsupportedSite
@@ -68,6 +80,21 @@ def test_pruning_as_the_authors_do_it() -> None:
     torch.testing.assert_close(fresh[0](wave((2, 3, 8, 8), "images")), logits, rtol=1e-11, atol=1e-11)
     sizes = torch.stack([importance(trained[1], [each]) for each in data]).abs().mean(0)
     torch.testing.assert_close(importance(trained[1], data, absolute=True), sizes)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@against("authors", "e2vpt", **CODE)
+def test_start_of_the_authors_class(shared: bool) -> None:
+    """The deviation and the largest entry of 300 keys, values and tokens of the last block."""
+    options = {"length": 300, "kv_length": 300, "segments": 4, "share_kv": shared, "dtype": "float64"}
+    injection = peftcore.apply(timm.models.VisionTransformer(**TIMM), "e2vpt", **options)
+    own = (injection.operators["blocks.2"], injection.operators["blocks.2.attn:attention"])
+    found = {name: tensor for operator in own for name, tensor in operator.named_parameters()}
+    expected = frozen(NUMBERS)["start"][str(shared)]
+    assert found.keys() == expected.keys() == ({"prompt", "key"} if shared else {"prompt", "key", "value"})
+    for name, spread in expected.items():
+        ours = found[name].detach()
+        assert [ours.std(correction=0).item(), ours.abs().max().item()] == pytest.approx(spread, rel=0.05), name
 
 
 def test_what_was_pruned_is_kept_in_files(tmp_path: Path) -> None:

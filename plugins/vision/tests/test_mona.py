@@ -1,5 +1,5 @@
-"""Mona: the conformance kit; a Swin block of the authors' code, with its gradients; its equation in a ViT in training
-mode, written a second time in float64; and where the stream is."""
+"""Mona: the conformance kit; a Swin block of the authors' code, with its gradients, and its start; its equation in a
+ViT in training mode, written a second time in float64; and where the stream is."""
 
 import math
 from collections.abc import Callable
@@ -32,6 +32,7 @@ def test_conformance(check: Callable[[], None]) -> None:
 @against("authors", "mona", **AUTHORS)
 def test_numbers_of_the_authors_code() -> None:
     numbers, wave = frozen(NUMBERS), module_of("mona").wave
+    del numbers["start"]
     sizes = {"img_size": 16, "embed_dim": 8, "depths": (1,), "num_heads": (2,), "window_size": 2}
     model = timm.create_model("swin_tiny_patch4_window7_224", num_classes=3, **sizes).double().eval()
     injection = peftcore.apply(model, "mona", dtype="float64")
@@ -49,6 +50,22 @@ def test_numbers_of_the_authors_code() -> None:
     for name, value in found.items():
         expected = torch.tensor(numbers[name], dtype=torch.float64)
         torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-11, msg=name)
+
+
+@against("authors", "mona", **AUTHORS)
+def test_start_of_the_authors_code() -> None:
+    """The mean, the deviation and the largest entry of each tensor, as far as 256 draws tell them."""
+    sizes = {"img_size": 32, "embed_dim": 256, "depths": (1,), "num_heads": (2,), "window_size": 2}
+    model = timm.create_model("swin_tiny_patch4_window7_224", num_classes=3, **sizes)
+    (operator,) = peftcore.apply(model, "mona").operators.values()
+    expected, spread = frozen(NUMBERS)["start"], module_of("mona").spread
+    ours = dict(operator.named_parameters())
+    assert ours.keys() == expected.keys()
+    for name, (mean, deviation, largest) in expected.items():
+        own_mean, own_deviation, own_largest = spread(ours[name])
+        assert abs(own_mean - mean) <= 0.5 * deviation, name
+        assert abs(own_deviation - deviation) <= 0.25 * deviation, name
+        assert abs(own_largest - largest) <= 0.25 * largest, name
 
 
 def added(x: Tensor, t: dict[str, Tensor], name: str, prefix: int) -> Tensor:

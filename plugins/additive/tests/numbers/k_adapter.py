@@ -1,9 +1,10 @@
-"""What K-Adapter's authors make of a small RoBERTa, in float64, all numbers waves:
-``python -m peftcore.testing.freeze k_adapter.py CHECKOUT``.
+"""What K-Adapter's authors make of a small RoBERTa, in float64, all numbers waves, and at which layers of a large one
+their scripts have adapters: ``python -m peftcore.testing.freeze k_adapter.py CHECKOUT``.
 
 Their adapters are 768 wide; smaller ones of the same class take their places.
 """
 
+import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -65,7 +66,7 @@ def adapted(module: Any, fusion: str, chains: Iterable[str]) -> Any:
 
 def numbers(checkout: Path) -> dict[str, Any]:
     """Returns the features ``[2, 5, 8]`` for both ways to join chains, and gradients of the words, and of the one chain
-    and its linear layer, flat."""
+    and its linear layer, flat; and the numbers of layers by script for pre-training."""
     package = sys.modules["pytorch_transformers"] = ModuleType("pytorch_transformers")
     package.__path__ = [str(checkout / "pytorch_transformers")]
     module = load(checkout / SOURCE.script, root=checkout, absent=ABSENT)
@@ -81,4 +82,8 @@ def numbers(checkout: Path) -> dict[str, Any]:
         words = model.model.embeddings.word_embeddings.weight
         found[fusion] = {"output": rounded(y), "words": rounded(words.grad)}
         found[fusion]["gradients"] = {name: rounded(p.grad) for name, p in own.items()}
+    found["layers"] = {}
+    for script in sorted(checkout.glob("run_pretrain_*.sh")):
+        if told := re.search(r'--adapter_list "([\d,]+)"', script.read_text(encoding="utf-8")):
+            found["layers"][script.name] = [int(each) for each in told[1].split(",")]
     return found

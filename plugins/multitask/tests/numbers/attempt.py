@@ -1,5 +1,6 @@
 """The prompts that ATTEMPT's authors mix for two texts of two tasks, with gradients, on tensors of sines: their encoder
-without its blocks, ``python -m peftcore.testing.freeze attempt.py CHECKOUT``."""
+without its blocks; which of its tensors their script trains, and which source their target prompts start as:
+``python -m peftcore.testing.freeze attempt.py CHECKOUT``."""
 
 import ast
 import math
@@ -52,8 +53,48 @@ def stack(path: Path) -> Any:
     return found["T5Stack"]
 
 
-def numbers(checkout: Path) -> dict[str, list[float]]:
-    """Returns the rows of the texts and the gradients of all tensors, flat."""
+def trained(checkout: Path, encoder: nn.Module, prompts: nn.Parameter) -> list[str]:
+    """Returns the names of what trains after their function that freezes parameters."""
+    path = checkout / "attempt/utils/utils.py"
+    names = "freeze_params", "freeze_model_params"
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree.body = [each for each in tree.body if isinstance(each, ast.FunctionDef) and each.name in names]
+    found: dict[str, Any] = {"nn": nn}
+    exec(compile(tree, str(path), "exec"), found)
+    model = nn.Module()
+    model.encoder, model.prefix_shared = encoder, prompts
+    others = dict.fromkeys(("train_task_adapters", "unfreeze_lm_head", "unfreeze_layer_norms", "bitfit"), False)
+    told = SimpleNamespace(attn_prefix=True, attn_method="sub", ignore_target=False, fix_attention=False)
+    found["freeze_model_params"](model, SimpleNamespace(prefix_tuning=True, **others), told)
+    return sorted({name for name, each in model.named_parameters() if each.requires_grad})
+
+
+def started(checkout: Path, shared: bool) -> int:
+    """Returns the number of the source that their script gives to the prompt of the task, or of all of several."""
+    path = checkout / "attempt/run_seq2seq.py"
+    (load,) = (
+        node
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "model_args.load_prefix_embeddings is True"
+    )
+    model, files = MagicMock(), [str(number) for number in range(3)]
+    told = SimpleNamespace(
+        load_prefix_embeddings=True,
+        prompt_embedding_path=files,
+        target_prompt_embedding_path=None,
+        attn_prefix_tuning=True,
+        multi_task=False,
+        shared_attn=shared,
+    )
+    training, loads = SimpleNamespace(do_train=True), SimpleNamespace(load=int)
+    around = {"model": model, "model_args": told, "training_args": training, "torch": loads, "config": MagicMock()}
+    exec(compile(ast.Module([load], []), str(path), "exec"), around)
+    call = model.update_prefix_weights_multi if shared else model.update_prefix_weights_single
+    return int(call.call_args.args[0])
+
+
+def numbers(checkout: Path) -> dict[str, Any]:
+    """Returns the rows of the texts and the gradients of all tensors, flat; and what starts and trains."""
     sizes = {"d_model": WIDTH, "num_layers": 0, "layer_norm_epsilon": 1e-6, "dropout_rate": 0.0}
     told = {"is_decoder": False, "prefix_tuning": True, "use_cache": False, "use_return_dict": False}
     config = SimpleNamespace(**sizes, **told, output_attentions=False, output_hidden_states=False)
@@ -74,4 +115,8 @@ def numbers(checkout: Path) -> dict[str, list[float]]:
     (rows * wave(2, LENGTH, WIDTH, step=0.23)).sum().backward()
     tensors = {"prompts": prompts, "sources": sources, "down": down, "up": up, "weight": norm.weight, "bias": norm.bias}
     found = {"rows": rows, "embeddings": table.weight.grad, **{name: each.grad for name, each in tensors.items()}}
-    return {name: each.flatten().tolist() for name, each in found.items()}
+    around = {
+        "trained": trained(checkout, model, prompts),
+        "started": [started(checkout, shared) for shared in (False, True)],
+    }
+    return {name: each.flatten().tolist() for name, each in found.items()} | around

@@ -1,5 +1,6 @@
-"""What the prompted transformer of E2VPT's authors gives for images, the derivatives of their loss by its masks, and
-what their trainer prunes by them, on tensors of cosines: ``python -m peftcore.testing.freeze e2vpt.py CHECKOUT``."""
+"""What the prompted transformer of E2VPT's authors gives for images, the derivatives of their loss by its masks, what
+their trainer prunes by them, on tensors of cosines, and how their prompts start:
+``python -m peftcore.testing.freeze e2vpt.py CHECKOUT``."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,11 +26,36 @@ OPTIONS |= {"CLS_TOKEN_MASK": True, "CLS_TOKEN_MASK_PIECES": True, "CLS_TOKEN_P_
 OPTIONS |= {"QUERY_PROMPT_MODE": 0, "ORIGIN_INIT": 2}
 
 
-def filled(module: Any, shared: bool, projection: int | None) -> Any:
-    """The authors' model of three layers with numbers that depend on the names in timm."""
-    prompt = SimpleNamespace(**OPTIONS, SHARE_PARAM_KV=shared, PROJECT=-1 if projection is None else projection)
+def built(module: Any, shared: bool, projection: int | None, **options: int) -> Any:
+    """The authors' model of three layers."""
+    told = OPTIONS | options
+    prompt = SimpleNamespace(**told, SHARE_PARAM_KV=shared, PROJECT=-1 if projection is None else projection)
     prompt.MASK_CLS_TOKEN = projection is None  # their masks have the width of what is projected
-    model = module.PromptedVisionTransformer_Prompt_VK(prompt, "tiny", img_size=8, num_classes=3).double().eval()
+    return module.PromptedVisionTransformer_Prompt_VK(prompt, "tiny", img_size=8, num_classes=3).double().eval()
+
+
+def start(module: Any, shared: bool) -> dict[str, list[float]]:
+    """Returns the deviation and the largest size of what 300 keys and 300 tokens start as in the last block."""
+    torch.manual_seed(0)
+    model = built(module, shared, None, NUM_TOKENS=300, NUM_TOKENS_P=300)
+    own = dict(model.named_parameters())
+    names = {"prompt": "transformer.deep_prompt_embeddings"}
+    names |= {
+        {"": "key", "_K": "key", "_V": "value"}[name.rpartition("embeddings")[2]]: name
+        for name in own
+        if "QKV" in name and ".2." in name
+    }
+    return {part: spread(own[name]) for part, name in names.items()}
+
+
+def spread(tensor: Tensor) -> list[float]:
+    """The deviation and the largest size of the entries."""
+    return [tensor.detach().std(correction=0).item(), tensor.detach().abs().max().item()]
+
+
+def filled(module: Any, shared: bool, projection: int | None) -> Any:
+    """The authors' model with numbers that depend on the names in timm."""
+    model = built(module, shared, projection)
     known = named()
     for name, parameter in model.named_parameters():
         if name.endswith("prompt_embeddings"):
@@ -66,7 +92,8 @@ def pruned(trainer: Any, model: Any) -> dict[str, Any]:
 
 
 def numbers(checkout: Path) -> dict[str, Any]:
-    """Returns logits ``[2, 3]`` by whether keys are values and by the width of prompts, and those after pruning."""
+    """Returns logits ``[2, 3]`` by whether keys are values and by the width of prompts, those after pruning, and how
+    prompts start by whether keys are values."""
     module = load(checkout / SOURCE.script, root=checkout, absent=(*ABSENT, *GRAPHICS, *TRAINING))
     trainer = load(checkout / "src/engine/trainer.py", root=checkout).Trainer
     module.CONFIGS["tiny"] = SimpleNamespace(patches={"size": (4, 4)}, hidden_size=16, transformer=SIZES, classifier="")
@@ -75,4 +102,5 @@ def numbers(checkout: Path) -> dict[str, Any]:
         for projection in (None, 6):
             model = filled(module, shared, projection)
             found[f"{shared} {projection}"] = model(images).tolist()
-    return {"logits": found, "pruned": pruned(trainer, filled(module, True, None))}
+    starts = {str(shared): start(module, shared) for shared in (True, False)}
+    return {"logits": found, "pruned": pruned(trainer, filled(module, True, None)), "start": starts}

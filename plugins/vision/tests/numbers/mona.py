@@ -1,4 +1,4 @@
-"""What a Swin block of Mona's authors returns, with its gradients, on tensors of sines:
+"""What a Swin block of Mona's authors returns, with its gradients, on tensors of sines, and how their adapters start:
 ``python -m peftcore.testing.freeze mona.py CHECKOUT``."""
 
 import importlib.util
@@ -47,6 +47,7 @@ def imported(file: Path) -> Any:
     """The module of the file, without the packages around it: their library is for training."""
     for name in ("mmcv_custom", "mmcls", "mmcls.utils", "authors", "authors.backbones", "authors.builder"):
         sys.modules[name] = MagicMock()
+    sys.modules["authors.builder"].BACKBONES.register_module.return_value = lambda model: model
     sys.modules["mmcv"] = sys.modules["mmcv.runner"] = SimpleNamespace(BaseModule=nn.Module)  # type: ignore[assignment]
     spec = importlib.util.spec_from_file_location("authors.backbones.mona", file)
     assert spec is not None and spec.loader is not None
@@ -55,8 +56,25 @@ def imported(file: Path) -> Any:
     return module
 
 
+def start(module: Any) -> dict[str, list[float]]:
+    """Returns the mean, the deviation and the largest size of each tensor of the first adapters of their model."""
+    torch.manual_seed(0)
+    sizes = {"embed_dim": 256, "depths": [1], "num_heads": [2], "window_size": 2, "out_indices": (0,)}
+    model: Any = module.SwinTransformer_mona(**sizes)
+    model.init_weights()
+    found = model.layers[0].blocks[0].named_parameters()
+    return {renamed(name): spread(each) for name, each in found if name.startswith("my_module")}
+
+
+def spread(tensor: Tensor) -> list[float]:
+    """The mean, the deviation and the largest size of the entries."""
+    values = tensor.detach().double()
+    return [values.mean().item(), values.std(correction=0).item(), values.abs().max().item()]
+
+
 def numbers(checkout: Path) -> dict[str, Any]:
-    """Returns four tokens of the second picture, their gradients, and the first four of each tensor of the adapters."""
+    """Returns four tokens of the second picture, their gradients, the first four of each tensor of the adapters, and
+    how these tensors start."""
     module = imported(checkout / SOURCE.script)
     block: Any = module.SwinTransformerBlock(WIDTH, num_heads=2, window_size=2, shift_size=0).double().eval()
     block.H = block.W = SIDE
@@ -71,4 +89,4 @@ def numbers(checkout: Path) -> dict[str, Any]:
     for name, parameter in block.named_parameters():
         if name.startswith("my_module"):
             found[renamed(name)] = parameter.grad.flatten()[:4].tolist()
-    return found
+    return {**found, "start": start(module)}

@@ -1,0 +1,50 @@
+"""The prompt that the LSTM of P-tuning's authors makes, and its gradients, on tensors of sines:
+``python -m peftcore.testing.freeze p_tuning.py CHECKOUT``."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftcore.registry.evidence import Source
+from peftcore.testing.checkouts import load
+
+SOURCE = Source("authors", "THUDM/P-tuning", "f4225d4", "LAMA/p_tuning/prompt_encoder.py")
+VERSIONS = ("torch",)
+TEMPLATE, WIDTH = (2, 1, 2), 16
+
+
+def wave(shape: Sequence[int], k: float) -> Tensor:
+    return torch.sin(torch.arange(torch.Size(shape).numel(), dtype=torch.float64) * k + k).view(*shape)
+
+
+def spread(tensor: Tensor) -> list[float]:
+    """The deviation and the largest size of the entries."""
+    return [tensor.detach().std(correction=0).item(), tensor.detach().abs().max().item()]
+
+
+def renamed(name: str) -> str:
+    """A name of theirs, as it is here."""
+    return {"embedding.weight": "start"}.get(name, name).replace("lstm_head", "lstm").replace("mlp_head", "head")
+
+
+def numbers(checkout: Path) -> dict[str, Any]:
+    """Returns the rows ``[5, 16]`` and all gradients, flat; and how an encoder 64 wide for 64 rows starts."""
+    encoder: Any = load(checkout / SOURCE.script, root=checkout / "LAMA").PromptEncoder
+    told = SimpleNamespace(lstm_dropout=0.0)
+    model = encoder(TEMPLATE, WIDTH, None, "cpu", told).double()
+    with torch.no_grad():
+        for index, parameter in enumerate(model.parameters()):
+            parameter.copy_(wave(parameter.shape, 0.31 + 0.11 * index) / 2)
+    rows = model()
+    (rows * wave(rows.shape, 0.23)).sum().backward()
+    torch.manual_seed(0)
+    fresh = encoder((22, 21, 21), 64, None, "cpu", told)
+    return {
+        "rows": rows.flatten().tolist(),
+        "gradients": {renamed(name): each.grad.flatten().tolist() for name, each in model.named_parameters()},
+        "start": {renamed(name): spread(each) for name, each in fresh.named_parameters()},
+    }

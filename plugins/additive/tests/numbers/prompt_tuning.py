@@ -1,0 +1,73 @@
+"""What prompt tuning's authors put in front of embedded tokens, of sines, and how often a token is drawn for the start:
+``python -m peftcore.testing.freeze prompt_tuning.py CHECKOUT``.
+
+JAX does not run here. Their modules ask for little of it, which NumPy has under the same names.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from peftcore.registry.evidence import Source
+from peftcore.testing.checkouts import load
+
+SOURCE = Source("authors", "google-research/prompt-tuning", "72285ee", "prompt_tuning/train/prompts.py")
+VERSIONS = ("numpy",)
+ABSENT = ("absl", "flax.traverse_util", "seqio", "t5x", "tensorflow", "tensorflow.io", "flaxformer", "flaxformer.types")
+LENGTH, WIDTH, VOCABULARY = 4, 16, 40
+IDS = [[5, 1, 3, 8, 30], [2, 9, 4, 0, 17]]
+
+
+def wave(shape: Sequence[int], k: float) -> Tensor:
+    return torch.sin(torch.arange(torch.Size(shape).numel(), dtype=torch.float64) * k + k).view(*shape)
+
+
+class Module:
+    """A module whose fields are its options."""
+
+    def __init_subclass__(cls) -> None:
+        dataclasses.dataclass(cls)
+
+
+def stand_in(name: str, **functions: Any) -> Any:
+    module = sys.modules[name] = ModuleType(name)
+    vars(module).update(functions, __path__=[])
+    return module
+
+
+def authors(checkout: Path) -> tuple[Any, Any]:
+    """Returns their module of prompts, and the one of prompts in training."""
+
+    def param(name: str, start: Callable[..., Any], shape: Any, axes: Any) -> Any:
+        return start(np.random.default_rng(0), shape)
+
+    initializers = SimpleNamespace(uniform=lambda: None)
+    partitioning = stand_in("flax.linen.partitioning", param_with_axes=param)
+    linen = stand_in(
+        "flax.linen", Module=Module, compact=lambda call: call, initializers=initializers, partitioning=partitioning
+    )
+    stand_in("flax", linen=linen)
+    random = SimpleNamespace(choice=lambda rng, count, shape, replace: rng.choice(count, shape, replace))
+    device = {"device_put": lambda array, where: array, "local_devices": lambda backend: [None]}
+    sys.modules["jax.numpy"] = np
+    stand_in("jax", numpy=np, random=random, **device)
+    train = load(checkout / SOURCE.script, root=checkout, absent=ABSENT)
+    return train.prompts, train
+
+
+def numbers(checkout: Path) -> dict[str, Any]:
+    """Returns the rows ``[2, 9, 16]`` that the encoder reads, and how many tokens of 40 a fresh prompt of 40 has."""
+    prompts, train = authors(checkout)
+    ids, table = np.array(IDS), wave((VOCABULARY, WIDTH), 0.29).numpy()
+    given = prompts.from_array(wave((LENGTH, WIDTH), 0.41).numpy())
+    prompt = train.Prompt(prompt=prompts.Prompt(length=LENGTH, prompt_init=given, dtype=np.float64))
+    fresh = prompts.Prompt(length=VOCABULARY, prompt_init=prompts.from_sample_of_embeddings(table), dtype=np.float64)
+    drawn = {int(each) for each in (fresh(ids, table[ids])[:, None] == table[None]).all(-1).argmax(1)}
+    return {"rows": prompt(ids, table[ids]).flatten().tolist(), "drawn": len(drawn)}
