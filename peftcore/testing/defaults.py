@@ -18,12 +18,15 @@ def same_defaults(config: MethodConfig, told: Mapping[str, Any], otherwise: Mapp
         otherwise: options whose default is another one here, each with why.
 
     Raises:
-        CheckFailed: an option is unknown or another one; or it is the same and stands in `otherwise`.
+        CheckFailed: an option is unknown, was given a value, or is another one; or it is the same and stands in
+            `otherwise`.
     """
     otherwise = {} if otherwise is None else otherwise
     ours = config.model_dump(mode="json")
     if unknown := sorted({*told, *otherwise} - ours.keys() | otherwise.keys() - told.keys()):
         raise CheckFailed(f"{', '.join(unknown)}: no option of {type(config).__name__}, or not told by their code")
+    if given := sorted(told.keys() & config.model_fields_set):
+        raise CheckFailed(f"{', '.join(given)}: given a value, so no default; apply the method without it")
     for option, value in told.items():
         if (ours[option] == value) is (option in otherwise):
             remedy = "take it out of `otherwise`" if option in otherwise else "change it, or say why in `otherwise`"

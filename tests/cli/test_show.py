@@ -54,6 +54,14 @@ def test_a_method_for_people() -> None:
     assert re.search(r"checked against +its equation alone: experimental\s", printed("show", "peqa"))
 
 
+def test_what_is_compared_stands_beside_its_source() -> None:
+    """Outputs alone are not spelled out; code of others has its repository's name."""
+    assert "the authors' code (outputs, start, trains)" in " ".join(printed("show", "ssf").split())
+    found = json.loads(printed("show", "perfusion", "--json"))
+    assert found["compared"] == {"code of lucidrains/perfusion-pytorch": ["outputs"]}
+    assert re.search(r"checked against +code of lucidrains/perfusion-pytorch\s", printed("show", "perfusion"))
+
+
 def test_every_option_of_every_method_has_a_type_and_a_description() -> None:
     for info in peftcore.methods():
         for option in Shown.of(f"{info.plugin}/{info.name}").options:

@@ -20,6 +20,11 @@ def test_what_is_otherwise_says_why_and_only_then() -> None:
         same_defaults(LORA, {"rank": 8}, otherwise={"rank": "as in peft"})
 
 
+def test_what_is_given_is_no_default() -> None:
+    with pytest.raises(CheckFailed, match="rank: given a value"):
+        same_defaults(method("lora").Config(rank=8), {"rank": 8})
+
+
 def test_options_are_ours_and_told() -> None:
     with pytest.raises(CheckFailed, match="ranks: no option"):
         same_defaults(LORA, {"ranks": 8})
