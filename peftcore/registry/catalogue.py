@@ -16,7 +16,7 @@ from peftcore.contract.method import CATEGORIES, Method, Tags, check_method_clas
 from peftcore.contract.peft_names import METHODS
 from peftcore.contract.presets import Preset
 from peftcore.errors import AmbiguousMethod, PluginError, UnknownMethod
-from peftcore.registry.evidence import sources
+from peftcore.registry.evidence import parts, sources
 from peftcore.registry.plugins import RUNTIME, Plugin, imported, registry
 from peftcore.registry.presets import class_of
 
@@ -82,6 +82,12 @@ class MethodInfo:
         """Whose numbers the plugin's tests compare with: libraries with their versions, and "the authors' code",
         separated by commas; empty where its tests have the equation alone."""
         return sources(self.location, self.name if self.preset is None else self.preset.method)
+
+    @property
+    def compared(self) -> Mapping[str, tuple[str, ...]]:
+        """What the plugin's tests compare with each source: "outputs", "start" (the values it starts from), "trains"
+        (which tensors train) and "defaults" (of its options), by the words of `checked_against`."""
+        return parts(self.location, self.name if self.preset is None else self.preset.method)
 
     @property
     def proven(self) -> bool:

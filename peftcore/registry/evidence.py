@@ -1,5 +1,5 @@
-"""Evidence: with whose numbers the tests of a plugin compare its methods, as the file `evidence.json` in its package
-says.
+"""Evidence: with whose numbers the tests of a plugin compare its methods, and what of them, as the file
+`evidence.json` in its package says.
 
 The file is made from tests (`peftcore.testing.against`) and read as data. A method without evidence is experimental.
 """
@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from peftcore.errors import PluginError
 
@@ -20,6 +20,13 @@ FILE = "evidence.json"
 """The file's name in a plugin's package."""
 AUTHORS = "authors"
 """The source that is no library: the code of a paper's authors."""
+OTHERS = "others"
+"""The source that is no library either: code of people who did not write the method's paper."""
+
+Part = Literal["outputs", "start", "trains", "defaults"]
+"""What is compared: what a method computes, the values that it starts from, which tensors it trains, and the defaults
+of its options."""
+PARTS: tuple[Part, ...] = get_args(Part)
 
 
 @dataclass(frozen=True, order=True)
@@ -27,25 +34,38 @@ class Source:
     """A source of numbers that tests compare with."""
 
     name: str
-    """A library with its version, ``"peft 0.21"``; or ``"authors"``."""
+    """A library with its version, ``"peft 0.21"``; or ``"authors"``, or ``"others"``."""
     repository: str = ""
-    """The repository of the code, ``"owner/name"``: for authors, and for a library whose numbers are frozen."""
+    """The repository of the code, ``"owner/name"``: for authors and others, and for a library whose numbers are
+    frozen."""
     commit: str = ""
     """The commit of the repository that was run."""
     script: str = ""
     """The file of the repository whose functions gave the numbers."""
 
     def __str__(self) -> str:
-        return "the authors' code" if self.name == AUTHORS else self.name
+        return {AUTHORS: "the authors' code", OTHERS: f"code of {self.repository}"}.get(self.name, self.name)
 
 
-Evidence = Mapping[str, tuple[Source, ...]]
-"""Sources by the name of a method."""
+@dataclass(frozen=True, order=True)
+class Row:
+    """A row of the evidence of a method."""
+
+    source: Source
+    part: Part = "outputs"
+    """What is compared with this source."""
+
+    def __str__(self) -> str:
+        return str(self.source) if self.part == "outputs" else f"{self.source}: {self.part}"
+
+
+Evidence = Mapping[str, tuple[Row, ...]]
+"""Rows by the name of a method."""
 
 
 def sources(location: str, name: str) -> str:
-    """Returns whose numbers the tests of a method compare with, separated by commas; nothing where there is no
-    evidence.
+    """Returns whose outputs the tests of a method compare with, or whose choice of what trains, separated by commas;
+    nothing where there is no evidence. A start and defaults alone are not enough.
 
     Args:
         location: where the method is, ``"package.module:Class"``; the package is not imported.
@@ -54,9 +74,25 @@ def sources(location: str, name: str) -> str:
     Raises:
         PluginError: the package's file cannot be read.
     """
+    return ", ".join(each for each, found in parts(location, name).items() if {"outputs", "trains"} & {*found})
+
+
+def parts(location: str, name: str) -> dict[str, tuple[Part, ...]]:
+    """Returns what the tests of a method compare with each source, libraries first, by the source's words; see
+    `sources`.
+
+    Raises:
+        PluginError: the package's file cannot be read.
+    """
     place = folder(location.partition(":")[0].partition(".")[0])
-    found = () if place is None else read(place / FILE).get(name, ())
-    return ", ".join(dict.fromkeys(str(each) for each in sorted(found, key=lambda each: (each.name == AUTHORS, each))))
+    rows = () if place is None else read(place / FILE).get(name, ())
+    words = dict.fromkeys(
+        str(each.source) for each in sorted(rows, key=lambda each: (each.source.name in (AUTHORS, OTHERS), each))
+    )
+    return {
+        source: tuple(part for part in PARTS if any(str(row.source) == source and row.part == part for row in rows))
+        for source in words
+    }
 
 
 def folder(package: str) -> Path | None:
@@ -80,15 +116,28 @@ def read(file: Path) -> Evidence:
         return {}
     try:
         found: dict[str, list[dict[str, Any]]] = json.loads(file.read_text(encoding="utf-8"))
-        return {name: tuple(Source(**each) for each in sources) for name, sources in found.items()}
+        return {name: tuple(row for each in sources for row in _rows(**each)) for name, sources in found.items()}
     except (ValueError, TypeError, AttributeError) as error:
         raise PluginError(f"{file} is no evidence: {error}; `make evidence` writes it anew") from error
 
 
-def written(evidence: Mapping[str, Iterable[Source]]) -> str:
-    """Returns the text of a file with this evidence, the same for the same evidence."""
-    told = {
-        name: [{key: value for key, value in asdict(each).items() if value} for each in sorted(set(evidence[name]))]
-        for name in sorted(evidence)
-    }
-    return json.dumps(told, indent=2) + "\n"
+def _rows(compared: Iterable[Part] = ("outputs",), **source: str) -> list[Row]:
+    if unknown := set(compared) - set(PARTS):
+        raise ValueError(f"{', '.join(sorted(unknown))} is none of {', '.join(PARTS)}")
+    return [Row(Source(**source), part) for part in compared]
+
+
+def written(evidence: Mapping[str, Iterable[Row]]) -> str:
+    """Returns the text of a file with this evidence, the same for the same evidence: each source once, with what is
+    compared with it where that is more, or other, than outputs."""
+    return json.dumps({name: _written(set(evidence[name])) for name in sorted(evidence)}, indent=2) + "\n"
+
+
+def _written(rows: set[Row]) -> list[dict[str, Any]]:
+    told: list[dict[str, Any]] = []
+    for source in sorted({row.source for row in rows}):
+        compared = [part for part in PARTS if Row(source, part) in rows]
+        told.append({key: value for key, value in asdict(source).items() if value})
+        if compared != ["outputs"]:
+            told[-1]["compared"] = compared
+    return told

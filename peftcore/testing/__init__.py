@@ -21,6 +21,8 @@ It may import all of peftcore but `comparing` and `cli`. In the order of reading
 - `compiling`: a compiler for checks.
 - `doors`: `conformance` and `check_method`.
 - `evidence`: with whose numbers tests compare, and what they must have done for it.
+- `starts`: how values that somebody else starts from are told, and compared with ours.
+- `defaults`: our defaults compared with somebody else's.
 - `checkouts`: the authors' code imported, for scripts that make frozen numbers.
 - `freeze`: the command that makes frozen numbers again.
 - `gathering`: a plugin of pytest that writes down what tests compare with.
@@ -33,6 +35,7 @@ It may import all of peftcore but `comparing` and `cli`. In the order of reading
 
 import importlib
 
+from peftcore.testing.defaults import same_defaults
 from peftcore.testing.doors import Result, check_method, conformance
 from peftcore.testing.evidence import against, frozen
 from peftcore.testing.failures import CheckFailed
@@ -40,6 +43,7 @@ from peftcore.testing.hosts import APART, HOSTS
 from peftcore.testing.kit import CHECKS, Case, Check, Host, NotApplicable
 from peftcore.testing.plugging import plugged
 from peftcore.testing.quantizers import QUANTIZER_CHECKS, check_quantizer, quantizer_conformance
+from peftcore.testing.starts import drawn, same_start
 
 for _name in (
     "injection",
@@ -76,7 +80,10 @@ __all__ = [
     "check_method",
     "check_quantizer",
     "conformance",
+    "drawn",
     "frozen",
     "plugged",
     "quantizer_conformance",
+    "same_defaults",
+    "same_start",
 ]

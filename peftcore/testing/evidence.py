@@ -11,6 +11,10 @@ A declaration is only met when, while the test ran, a function of that library r
 that were frozen from that code; and when code of the method ran as well. Otherwise the test fails. `gathering` writes
 what tests prove into the file that `registry.evidence` reads.
 
+Outputs are one part of what is compared. With ``part="start"`` (``"trains"``, ``"defaults"``) a test declares that it
+compares the values that a method starts from (which tensors it trains, the defaults of its options), and reads them by
+``frozen(path, "start")``.
+
 A library that cannot be installed beside the others is frozen like the code of authors: its declaration has a
 repository, a commit and a script too.
 """
@@ -22,6 +26,7 @@ import importlib.metadata
 import importlib.util
 import inspect
 import json
+import random
 import sys
 import types
 from collections.abc import Callable, Iterator, Mapping
@@ -31,23 +36,27 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, ParamSpec, TypeVar
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from peftcore.registry.catalogue import method as find_method
-from peftcore.registry.evidence import AUTHORS, Source
+from peftcore.registry.evidence import AUTHORS, OTHERS, PARTS, Part, Row, Source
 from peftcore.testing.failures import CheckFailed
 
 P = ParamSpec("P")
 T = TypeVar("T")
-FROZEN = ("repository", "commit", "script", "versions", "numbers")
+FROZEN = ("repository", "commit", "script", "versions")
 """Keys that a file of frozen numbers must have."""
+MADE: Mapping[Part, str] = {"outputs": "numbers", "start": "start", "trains": "trains", "defaults": "defaults"}
+"""The function of a script that makes a part, which is the key of the file that has it."""
 
 
 @dataclass(frozen=True)
 class Declaration:
     """The comparison that a test declares."""
 
-    source: Source
+    row: Row
     methods: tuple[str, ...]
     """Names of methods; none where an argument of the test says it."""
     of: str | None = None
@@ -67,7 +76,7 @@ class _Watch:
     files: set[str] = field(default_factory=set)
     """Files of methods of which no code ran so far."""
     returned: bool = False
-    read: list[Source] = field(default_factory=list)
+    read: list[Row] = field(default_factory=list)
 
     def see(self, frame: FrameType, event: str, result: Any) -> bool:
         """Takes note of a call or of what it returned. Returns whether there is nothing more to see."""
@@ -89,27 +98,37 @@ def _profile(frame: FrameType, event: str, result: Any) -> None:
 
 
 def against(
-    source: str, *methods: str, of: str | None = None, repository: str = "", commit: str = "", script: str = ""
+    source: str,
+    *methods: str,
+    of: str | None = None,
+    repository: str = "",
+    commit: str = "",
+    script: str = "",
+    part: Part = "outputs",
 ) -> Callable[[Callable[P, T]], Callable[P, T]]:
     """Declare that a test compares methods with somebody else's numbers.
 
     Args:
-        source: a library by the name of its package, with the version that is run, such as ``"peft 0.21"``; or
-            ``"authors"``, the code of the paper's authors.
+        source: a library by the name of its package, with the version that is run, such as ``"peft 0.21"``;
+            ``"authors"``, the code of the paper's authors; or ``"others"``, code of people who did not write it.
         methods: the methods' names.
         of: in the place of names, the argument of a parametrized test that is the method's name.
-        repository: of what is frozen, so of authors always: ``"owner/name"``.
+        repository: of what is frozen, so of authors and others always: ``"owner/name"``.
         commit: of what is frozen: the commit whose code gave the numbers.
         script: of what is frozen: the file in it.
+        part: what is compared; all but outputs has to be frozen.
 
     Raises:
         ValueError: the declaration is not whole.
     """
-    known = Source(source, repository, commit, script)
+    known, of_no_library = Row(Source(source, repository, commit, script), part), source in (AUTHORS, OTHERS)
     places = repository, commit, script
-    if not all(places) and (source == AUTHORS or any(places)):
-        raise ValueError("frozen numbers, as of authors, have a repository, a commit and a script; others have none")
-    if source != AUTHORS and len(source.split()) != 2:
+    if not all(places) and (of_no_library or any(places) or part != "outputs"):
+        raise ValueError(
+            "frozen numbers, as of authors, have a repository, a commit and a script; others, of which only outputs "
+            "are compared, have none"
+        )
+    if not of_no_library and len(source.split()) != 2:
         raise ValueError(f"{source!r}: a library is named with the version that is run, such as 'peft 0.21'")
     if bool(methods) is (of is not None):
         raise ValueError("name the methods, or the argument of the test that is a method's name")
@@ -121,7 +140,7 @@ def against(
         @functools.wraps(test)
         def watched(*args: P.args, **kwargs: P.kwargs) -> T:
             names = declaration.named(signature.bind(*args, **kwargs).arguments)
-            with _watching(known, names) as watch:
+            with _watching(known.source, names) as watch:
                 result = test(*args, **kwargs)
             _judge(watch, known, names)
             return result
@@ -138,50 +157,70 @@ def declarations(test: Any) -> tuple[Declaration, ...]:
     return found
 
 
-def frozen(path: Path) -> Any:
+def frozen(path: Path, part: Part = "outputs") -> Any:
     """Returns numbers that the authors' code gave, or a library's, as a file beside the script that makes them again
     has them.
 
+    Args:
+        path: the file.
+        part: what of it: outputs are what ``numbers`` of the script made, the others what the function of their name
+            made.
+
     Raises:
-        CheckFailed: the file does not name its source, or there is no script of its name beside it.
+        CheckFailed: the file does not name its source, or has no such part, or there is no script of its name beside
+            it.
     """
     found = json.loads(path.read_text(encoding="utf-8"))
-    if lacking := [key for key in FROZEN if key not in found]:
+    if lacking := [key for key in (*FROZEN, MADE[part]) if key not in found]:
         raise CheckFailed(f"{path.name} does not say {', '.join(lacking)}: write it by `freeze`")
     if not path.with_suffix(".py").is_file():
         raise CheckFailed(f"beside {path.name} there is no {path.stem}.py, which would make its numbers again")
     for watch in _watches:
         source = found.get("source", AUTHORS), found["repository"], found["commit"], found["script"]
-        watch.read.append(Source(*source))
-    return found["numbers"]
+        watch.read.append(Row(Source(*source), part))
+    return found[MADE[part]]
 
 
 def freeze(script: Path, checkout: Path) -> str:
     """Returns the text of the file of numbers that a script of ours makes with a checkout of the authors' code.
 
     Args:
-        script: a file with `SOURCE`, a `Source`; `VERSIONS`, names of distributions whose versions count; and
-            ``numbers(checkout)``, which runs the authors' code and returns what JSON can hold.
+        script: a file with `SOURCE`, a `Source`; `VERSIONS`, names of distributions whose versions count; and at least
+            one of the functions ``numbers(checkout)``, ``start(checkout)``, ``trains(checkout)`` and
+            ``defaults(checkout)``, which run the authors' code and return what JSON can hold. Before each but the
+            first, all generators of random numbers are seeded.
         checkout: a folder with the authors' code at the commit that `SOURCE` names.
 
     Raises:
-        CheckFailed: `SOURCE` is a library, and another version of it is installed.
+        CheckFailed: `SOURCE` is a library, and another version of it is installed; or the script makes nothing.
     """
     module: Any = types.ModuleType(f"frozen_{script.stem}")
     module.__file__ = str(script)
     exec(compile(script.read_bytes(), script, "exec"), vars(module))  # its bytecode may be that of a second ago
     source: Source = module.SOURCE
-    if source.name != AUTHORS:
+    if source.name not in (AUTHORS, OTHERS):
         _check_version(source)
+    if not any(name in vars(module) for name in MADE.values()):
+        raise CheckFailed(f"{script.name} has none of the functions {', '.join(MADE.values())}: write one")
     told = {
         **({} if source.name == AUTHORS else {"source": source.name}),
         "repository": source.repository,
         "commit": source.commit,
         "script": source.script,
         "versions": {name: importlib.metadata.version(name) for name in module.VERSIONS},
-        "numbers": module.numbers(checkout),
     }
+    for part in PARTS:
+        if (make := vars(module).get(MADE[part])) is not None:
+            if part != "outputs":
+                _seed()
+            told[MADE[part]] = make(checkout)
     return json.dumps(told, indent=1) + "\n"
+
+
+def _seed() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
 
 
 @contextmanager
@@ -197,16 +236,20 @@ def _watching(source: Source, methods: tuple[str, ...]) -> Iterator[_Watch]:
         _watches.remove(watch)
 
 
-def _judge(watch: _Watch, source: Source, methods: tuple[str, ...]) -> None:
+def _judge(watch: _Watch, row: Row, methods: tuple[str, ...]) -> None:
     """Check that what was declared has happened.
 
     Raises:
         CheckFailed: it has not.
     """
+    source = row.source
     if watch.files:
         raise CheckFailed(f"the test says that it compares {', '.join(methods)}, but no code of it ran")
-    if source.repository and source not in watch.read:
-        raise CheckFailed(f"the test says that it compares with {source.repository}, but reads no numbers of it")
+    if source.repository and row not in watch.read:
+        raise CheckFailed(
+            f"the test says that it compares {row.part} with {source.repository}, but reads no numbers of it: "
+            f"read frozen(path, {row.part!r})"
+        )
     if not source.repository and not watch.returned:
         raise CheckFailed(f"the test says that it compares with {source}, but nothing of it returned numbers")
 

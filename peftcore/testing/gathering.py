@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from peftcore.registry.catalogue import method as find_method
-from peftcore.registry.evidence import FILE, Source, folder, read, written
+from peftcore.registry.evidence import FILE, Row, Source, folder, read, written
 from peftcore.testing.evidence import declarations
 
 KEY = "evidence"
@@ -40,20 +40,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         raise pytest.UsageError("\n".join([*wrong, "`make evidence` writes what tests prove"]))
 
 
-def declared(items: list[pytest.Item]) -> dict[Path, dict[str, set[Source]]]:
-    """Returns the sources that tests declare, by package and method."""
-    found: defaultdict[Path, defaultdict[str, set[Source]]] = defaultdict(lambda: defaultdict(set))
+def declared(items: list[pytest.Item]) -> dict[Path, dict[str, set[Row]]]:
+    """Returns the rows that tests declare, by package and method."""
+    found: defaultdict[Path, defaultdict[str, set[Row]]] = defaultdict(lambda: defaultdict(set))
     for item in items:
-        for name, source in _of(item):
+        for name, row in _of(item):
             place = folder(find_method(name).__module__.partition(".")[0])
             if place is not None:
-                found[place / FILE][name].add(source)
+                found[place / FILE][name].add(row)
     return {file: dict(methods) for file, methods in found.items()}
 
 
-def _of(item: pytest.Item) -> list[tuple[str, Source]]:
+def _of(item: pytest.Item) -> list[tuple[str, Row]]:
     function, arguments = getattr(item, "function", None), getattr(getattr(item, "callspec", None), "params", {})
-    return [(name, each.source) for each in declarations(function) for name in each.named(arguments)]
+    return [(name, each.row) for each in declarations(function) for name in each.named(arguments)]
 
 
 def differences(items: list[pytest.Item], packages: list[Path]) -> list[str]:
@@ -72,15 +72,15 @@ class Gathering:
     """Gathers what tests that passed prove, and writes it."""
 
     def __init__(self) -> None:
-        self.proved: defaultdict[Path, defaultdict[str, set[Source]]] = defaultdict(lambda: defaultdict(set))
+        self.proved: defaultdict[Path, defaultdict[str, set[Row]]] = defaultdict(lambda: defaultdict(set))
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
         report = yield
         if report.when == "call" and report.passed:
             for file, methods in declared([item]).items():
-                for name, sources in methods.items():
-                    told = [[str(file), name, *vars(each).values()] for each in sources]
+                for name, rows in methods.items():
+                    told = [[str(file), name, each.part, *vars(each.source).values()] for each in rows]
                     report.user_properties.append((KEY, told))
         return report
 
@@ -89,8 +89,8 @@ class Gathering:
             return
         for key, told in report.user_properties:
             if key == KEY and isinstance(told, list):
-                for file, name, *source in told:
-                    self.proved[Path(file)][name].add(Source(*source))
+                for file, name, part, *source in told:
+                    self.proved[Path(file)][name].add(Row(Source(*source), part))
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         if not hasattr(session.config, "workerinput"):

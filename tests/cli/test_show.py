@@ -61,6 +61,14 @@ def test_a_preset_says_first_what_of_its_paper_it_leaves_out() -> None:
     assert json.loads(printed("show", "rslora", "--json"))["note"] == ""
 
 
+def test_what_is_compared_stands_beside_its_source() -> None:
+    """Outputs alone are not spelled out; code of others has its repository's name."""
+    assert "the authors' code (outputs, start, trains)" in " ".join(printed("show", "ssf").split())
+    found = json.loads(printed("show", "perfusion", "--json"))
+    assert found["compared"] == {"code of lucidrains/perfusion-pytorch": ["outputs"]}
+    assert re.search(r"checked against +code of lucidrains/perfusion-pytorch\s", printed("show", "perfusion"))
+
+
 def test_every_option_of_every_method_has_a_type_and_a_description() -> None:
     for info in peftcore.methods():
         for option in Shown.of(f"{info.plugin}/{info.name}").options:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 import peftcore
-from peftcore.registry.evidence import Source
+from peftcore.registry.evidence import Row, Source
 from peftcore.testing import HOSTS, CheckFailed, against, frozen, gathering
-from peftcore.testing.checkouts import load
-from peftcore.testing.evidence import declarations, freeze
+from peftcore.testing.checkouts import flags, load
+from peftcore.testing.evidence import MADE, declarations, freeze
 
 AUTHORS: dict[str, Any] = {"repository": "owner/code", "commit": "abc123", "script": "model.py"}
 
@@ -94,6 +94,39 @@ def test_frozen_numbers_have_to_be_those_that_are_named(tmp_path: Path) -> None:
         reads(commit="another")
 
 
+def test_a_part_is_read_that_is_declared(tmp_path: Path) -> None:
+    """Outputs are no start, and the start of an adapter is met only by what was frozen as such."""
+
+    @against("authors", "lora", **AUTHORS, part="start")
+    def reads(*parts: Any, run: bool = True) -> None:
+        if run:
+            ours()
+        for part in parts:
+            frozen(numbers(tmp_path, start=[2.0], trains=["w"]), part)
+
+    reads("start")
+    reads("outputs", "start")
+    for parts in ((), ("outputs",), ("trains", "outputs")):
+        with pytest.raises(CheckFailed, match=r"compares start with owner/code, .* frozen\(path, 'start'\)"):
+            reads(*parts)
+    with pytest.raises(CheckFailed, match="no code of it ran"):
+        reads("start", run=False)
+    with pytest.raises(CheckFailed, match="does not say defaults"):
+        frozen(numbers(tmp_path), "defaults")
+
+
+def test_code_of_others_is_frozen_and_named(tmp_path: Path) -> None:
+    @against("others", "lora", **AUTHORS)
+    def reads(**changed: Any) -> None:
+        ours()
+        frozen(numbers(tmp_path, **changed))
+
+    reads(source="others")
+    with pytest.raises(CheckFailed, match="reads no numbers"):
+        reads()
+    assert str(Source("others", "owner/code")) == "code of owner/code"
+
+
 def test_a_library_may_be_frozen(tmp_path: Path) -> None:
     """One that cannot be installed beside the others; its numbers are no authors' ones."""
 
@@ -119,11 +152,13 @@ def test_frozen_numbers_say_where_they_are_from(tmp_path: Path) -> None:
 
 
 def test_a_declaration_is_whole() -> None:
-    for wrong in (("authors", "lora"), ("peft", "lora"), ("peft 0.21",)):
+    for wrong in (("authors", "lora"), ("others", "lora"), ("peft", "lora"), ("peft 0.21",)):
         with pytest.raises(ValueError, match=r"as of authors|named with the version|name the methods"):
             against(*wrong)
     with pytest.raises(ValueError, match="as of authors"):
         against("peft 0.21", "lora", commit="abc123")
+    with pytest.raises(ValueError, match="of which only outputs"):
+        against("peft 0.21", "lora", part="start")
 
 
 def test_each_declaration_of_a_test_is_watched() -> None:
@@ -178,6 +213,30 @@ def test_numbers_are_made_by_the_script_beside_them(tmp_path: Path) -> None:
         freeze(script, tmp_path)
 
 
+def test_parts_are_made_by_the_functions_of_their_names(tmp_path: Path) -> None:
+    """Each with the same draws, whatever ran before."""
+    script = tmp_path / "numbers.py"
+    head = (
+        "import random, torch\nfrom peftcore.registry.evidence import Source\n"
+        "SOURCE, VERSIONS = Source('authors', 'owner/code', 'abc123', 'model.py'), ()\n"
+    )
+    script.write_text(head)
+    with pytest.raises(CheckFailed, match="has none of the functions numbers, start, trains, defaults"):
+        freeze(script, tmp_path)
+    start = "def start(checkout): return [torch.rand(()).item(), random.random()]\n"
+    script.write_text(f"{head}{start}def trains(checkout): return ['w']\n")
+    torch.rand(3)
+    file = script.with_suffix(".json")
+    file.write_text(freeze(script, tmp_path))
+    assert frozen(file, "trains") == ["w"] and json.loads(file.read_text()).keys() & MADE.values() == {
+        "start",
+        "trains",
+    }
+    first = frozen(file, "start")
+    script.write_text(f"{head}{start}def numbers(checkout): return torch.rand(()).item()\n")
+    assert json.loads(freeze(script, tmp_path))["start"] == first
+
+
 class Item:
     """What pytest has of a test."""
 
@@ -191,7 +250,7 @@ def test_files_and_tests_say_the_same(tmp_path: Path) -> None:
 
     items: Any = [Item(compares)]
     ((file, told),) = gathering.declared(items).items()
-    assert file.name == "evidence.json" and told == {"lora": {Source("peft 0.21")}}
+    assert file.name == "evidence.json" and told == {"lora": {Row(Source("peft 0.21"))}}
     (tmp_path / "evidence.json").write_text('{"lst": [{"name": "peft 0.21"}]}')
     wrong = gathering.differences([], [tmp_path])
     assert wrong == [f"{tmp_path / 'evidence.json'}: lst: peft 0.21 is compared with in no test"]
@@ -206,3 +265,17 @@ def test_a_file_of_a_checkout_is_imported_without_what_it_does_not_need(tmp_path
     )
     module = load(folder / "model.py", root=tmp_path, absent=["wanting", "wanting.engine"])
     assert module.TWO == 2
+
+
+def test_options_of_a_command_are_read() -> None:
+    text = """
+#!/bin/bash
+RANK=8  # or --rank 4
+export NAME="rte"
+python run.py --rank ${RANK} --lr=1e-3 -s -1 --task $NAME --bias --names a \\
+    --alpha 2. --path $HOME/out
+"""
+    assert flags(text) == {
+        **{"rank": 8, "lr": 1e-3, "s": -1, "task": "rte", "bias": True, "names": "a", "alpha": 2.0},
+        "path": "$HOME/out",
+    }

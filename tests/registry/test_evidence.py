@@ -7,10 +7,10 @@ import pytest
 import peftcore
 from peftcore.errors import PluginError
 from peftcore.registry import evidence
-from peftcore.registry.evidence import Source, read, sources, written
+from peftcore.registry.evidence import Row, Source, parts, read, sources, written
 
-AUTHORS = Source("authors", "owner/code", "abc123", "model.py")
-PEFT = Source("peft 0.21")
+CODE = Source("authors", "owner/code", "abc123", "model.py")
+AUTHORS, START, PEFT = Row(CODE), Row(CODE, "start"), Row(Source("peft 0.21"))
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
@@ -20,6 +20,22 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     file.write_text(written({"b": [PEFT], "a": [AUTHORS, PEFT, PEFT]}))
     assert read(file) == {"a": (AUTHORS, PEFT), "b": (PEFT,)}
     assert file.read_text() == written(read(file))
+
+
+def test_what_is_compared_stands_with_its_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A start alone is no reason to trust what a method computes; which tensors train is, of one that chooses them."""
+    package = tmp_path / "compared_elsewhere"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    trains = Row(CODE, "trains")
+    file = package / "evidence.json"
+    file.write_text(written({"both": [START, AUTHORS, PEFT], "start": [START], "chosen": [trains]}))
+    assert read(file) == {"both": (AUTHORS, START, PEFT), "start": (START,), "chosen": (trains,)}
+    monkeypatch.syspath_prepend(tmp_path)
+    assert parts("compared_elsewhere", "both") == {"peft 0.21": ("outputs",), "the authors' code": ("outputs", "start")}
+    assert sources("compared_elsewhere", "both") == "peft 0.21, the authors' code"
+    assert sources("compared_elsewhere", "start") == ""
+    assert sources("compared_elsewhere", "chosen") == "the authors' code"
 
 
 def test_sources_of_a_method_are_its_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -36,7 +52,7 @@ def test_sources_of_a_method_are_its_packages(tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_file_that_is_none_is_refused(tmp_path: Path) -> None:
-    for number, text in enumerate(("[]", '{"a": [{"paper": 1}]}', "{")):
+    for number, text in enumerate(("[]", '{"a": [{"paper": 1}]}', '{"a": [{"name": "b", "compared": ["end"]}]}', "{")):
         file = tmp_path / f"{number}.json"
         file.write_text(text)
         with pytest.raises(PluginError, match="is no evidence"):

@@ -24,7 +24,7 @@ METHODS |= {"llm_adapters_parallel": "parallel_adapter"}
 
 @pytest.mark.parametrize(("name", "method"), METHODS.items())
 @against(
-    "authors",
+    "others",
     of="method",
     repository="AGI-Edgerunners/LLM-Adapters",
     commit="8166572",

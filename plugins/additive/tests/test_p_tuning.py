@@ -160,7 +160,7 @@ def wave(shape: tuple[int, ...], k: float) -> Tensor:
 NUMBERS = Path(__file__).parent / "numbers" / "residual_prompt_tuning.json"
 
 
-@against("authors", "p_tuning", repository="arazd/ResidualPrompts", commit="53087ca", script="prompt_tuner2.py")
+@against("others", "p_tuning", repository="arazd/ResidualPrompts", commit="53087ca", script="prompt_tuner2.py")
 def test_the_residual_network_of_its_authors() -> None:
     """The rows, and the gradients of the prompt and of each tensor; the encoder gets these rows in front."""
     model, inputs = host("t5")

@@ -229,7 +229,7 @@ def wave(shape: tuple[int, ...], k: float) -> Tensor:
 NUMBERS = Path(__file__).parent / "numbers" / "dpt_lowrank.json"
 
 
-@against("authors", "prompt_tuning", repository="XYaoooo/DPT", commit="8f98d1e", script="modeling_t5.py")
+@against("others", "prompt_tuning", repository="XYaoooo/DPT", commit="8f98d1e", script="modeling_t5.py")
 def test_a_prompt_of_a_rank_is_that_of_its_authors() -> None:
     """The rows and the gradients of both factors; the encoder gets these rows in front of its tokens."""
     model, inputs = host("t5")

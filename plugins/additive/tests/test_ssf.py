@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 import peftcore
 from peftcore.errors import UnsupportedSite
-from peftcore.testing import against, conformance, frozen
+from peftcore.testing import against, conformance, frozen, same_start
 from peftcore.testing.hosts import HOSTS, stir
 from peftcore.testing.kit import fill
 
@@ -33,6 +33,7 @@ def wave(shape: tuple[int, ...], k: float) -> Tensor:
 
 PLACES = ["patch_embed.proj", "norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2", "norm"]
 NUMBERS = Path(__file__).parent / "numbers" / "ssf.json"
+CODE: Any = {"repository": "dongzelian/SSF", "commit": "0135361", "script": "models/vision_transformer.py"}
 
 
 @torch.no_grad()
@@ -45,7 +46,7 @@ def vision_transformer() -> nn.Module:
     return model
 
 
-@against("authors", "ssf", repository="dongzelian/SSF", commit="0135361", script="models/vision_transformer.py")
+@against("authors", "ssf", **CODE)
 def test_the_authors_numbers() -> None:
     """Outputs, and gradients of the first scale and of a norm's shift; the head is left out, all else is adapted."""
     model, x, numbers = vision_transformer(), wave((2, 2, 4, 4), 0.23), frozen(NUMBERS)
@@ -131,9 +132,19 @@ def test_what_is_adapted_of_itself() -> None:
         peftcore.plan(plain, "ssf", target="1")
 
 
+@against("authors", "ssf", **CODE, part="start")
 def test_start() -> None:
     """The authors' draw."""
-    operator: Any = peftcore.apply(nn.Sequential(nn.Linear(2, 20000)), "ssf", target="0").operators["0"]
-    for vector, mean in ((operator.gain, 1.0), (operator.shift, 0.0)):
-        assert vector.mean().item() == pytest.approx(mean, abs=1e-3)
-        assert vector.std().item() == pytest.approx(0.02, rel=0.02)
+    operator: Any = peftcore.apply(nn.Sequential(nn.Linear(2, 40000)), "ssf", target="0").operators["0"]
+    told = frozen(NUMBERS, "start")
+    same_start(operator.gain, told["gain"])
+    same_start(operator.shift, told["shift"])
+
+
+@against("authors", "ssf", **CODE, part="trains")
+def test_what_trains_is_what_the_authors_train() -> None:
+    """The scales and shifts of all places, and the head, which `train` names here."""
+    told, injection = frozen(NUMBERS, "trains"), peftcore.apply(vision_transformer(), "ssf", train=["head"])
+    *operators, weight, bias = injection.operators.values()
+    assert [value.numel() for each in operators for value in each.parameters()] == told["sizes"]
+    assert [weight.value.numel(), bias.value.numel()] == [3 * 8, 3] and told["besides"] == ["head.weight", "head.bias"]

@@ -135,7 +135,7 @@ def taught(model: nn.Module, concept: int) -> Any:
 
 
 @against(
-    "authors",
+    "others",
     "perfusion",
     repository="lucidrains/perfusion-pytorch",
     commit="9032150",

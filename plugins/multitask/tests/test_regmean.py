@@ -186,7 +186,7 @@ SCRIPT = run_path(str(FUSION.with_suffix(".py")))
 
 
 @pytest.mark.parametrize("case", SCRIPT["CASES"])
-@against("authors", "regmean", repository="TencentARC/Mix-of-Show", commit="51270fd", script="gradient_fusion.py")
+@against("others", "regmean", repository="TencentARC/Mix-of-Show", commit="51270fd", script="gradient_fusion.py")
 def test_gradient_fusion_is_the_regression_that_keeps_the_base(case: str) -> None:
     """As near as their L-BFGS comes to it, with more inputs than directions and with fewer; each row counts alike."""
     model, sources, every = nn.Sequential(nn.Linear(6, 5, bias=False)).double(), {}, []

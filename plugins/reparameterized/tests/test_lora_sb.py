@@ -35,7 +35,7 @@ def test_conformance(check: Callable[[], None]) -> None:
     check()
 
 
-@against("authors", "lora_xs", repository="CERT-Lab/lora-sb", commit="4feb81c", script="utils/initialization_utils.py")
+@against("others", "lora_xs", repository="CERT-Lab/lora-sb", commit="4feb81c", script="utils/initialization_utils.py")
 def test_beside_the_authors_code() -> None:
     """Their first step to the digit, and their factors up to signs and to the bfloat16 that they round to."""
     numbers = {name: torch.tensor(value).double() for name, value in frozen(NUMBERS).items()}

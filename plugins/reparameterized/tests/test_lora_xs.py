@@ -12,11 +12,16 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import UnsupportedSite
-from peftcore.testing import against, conformance, frozen
+from peftcore.testing import against, conformance, frozen, same_defaults, same_start
 
 RANK, ALPHA = 3, 5.0
 OPTIONS: dict[str, Any] = {"rank": RANK, "alpha": ALPHA}
 NUMBERS = Path(__file__).parent / "numbers" / "lora_xs.json"
+CODE: Any = {
+    "repository": "MohammadrezaBanaei/LoRA-XS",
+    "commit": "e50b1a8",
+    "script": "utils/initialization_utils.py",
+}
 
 
 @conformance("lora_xs", options={"*": {"rank": 4}})  # the default rank is the width of these hosts
@@ -24,13 +29,7 @@ def test_conformance(check: Callable[[], None]) -> None:
     check()
 
 
-@against(
-    "authors",
-    "lora_xs",
-    repository="MohammadrezaBanaei/LoRA-XS",
-    commit="e50b1a8",
-    script="utils/initialization_utils.py",
-)
+@against("authors", "lora_xs", **CODE)
 def test_beside_the_authors_code() -> None:
     """Its factors for one layer, what they compute, and what is merged, in float32."""
     numbers = {name: torch.tensor(value) for name, value in frozen(NUMBERS).items()}
@@ -45,6 +44,30 @@ def test_beside_the_authors_code() -> None:
     assert difference(base(torch.tensor([[1.0, 2.0, -1.0, 0.5]]).double()), numbers["output"]) <= 1e-6
     injection.merge()
     assert difference(base.layer.weight, numbers["merged"]) <= 1e-6
+
+
+@against("authors", "lora_xs", **CODE, part="start")
+def test_start_is_the_authors() -> None:
+    """The principal part of a weight, all its singular values in A; and R's draw."""
+    told, small, large = frozen(NUMBERS, "start"), nn.Linear(5, 6), nn.Linear(200, 200)
+    small.weight.data.copy_(torch.arange(1.0, 31).sin().view(6, 5))
+    operator: Any = peftcore.apply(One(small), "lora_xs", target="layer", rank=2).operators["layer"]
+    same_start(operator.A, told["A"])
+    same_start(operator.B, told["B"])
+    same_start(peftcore.apply(One(large), "lora_xs", target="layer", rank=200).operators["layer"].R, told["R"])
+
+
+@against("authors", "lora_xs", **CODE, part="trains")
+def test_what_trains_is_what_the_authors_train() -> None:
+    injection = peftcore.apply(One(nn.Linear(5, 6)), "lora_xs", target="layer", rank=2)
+    trained = {name: value.numel() for name, value in injection.operators["layer"].named_parameters()}
+    assert frozen(NUMBERS, "trains") == {"0.default_lora_latent_mapping.weight": trained.pop("R")} and not trained
+
+
+@against("authors", "lora_xs", **CODE, part="defaults")
+def test_defaults_are_the_authors() -> None:
+    injection = peftcore.apply(One(nn.Linear(16, 16)), "lora_xs", target="layer")
+    same_defaults(injection.config, frozen(NUMBERS, "defaults"), otherwise={"iterations": "exact, not in ten steps"})
 
 
 def between(weight: Tensor, tensors: dict[str, Tensor]) -> Tensor:

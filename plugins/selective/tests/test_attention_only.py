@@ -15,6 +15,7 @@ from peftcore.testing import against, conformance, frozen
 from peftcore.testing.hosts import HOSTS
 
 NUMBERS = Path(__file__).parent / "numbers" / "attention_only.json"
+CODE: Any = {"repository": "facebookresearch/deit", "commit": "7e160fe", "script": "main.py"}
 WEIGHTS = {
     "bert": ["attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense"],
     "gpt2": ["attn.c_attn", "attn.c_proj"],
@@ -44,12 +45,12 @@ def tensors(model: nn.Module, host: str) -> list[str]:
     return within + [name for name in names if any(each in name for each in MORE[host])]
 
 
-@against("authors", "attention_only", repository="facebookresearch/deit", commit="7e160fe", script="main.py")
+@against("authors", "attention_only", **CODE, part="trains")
 def test_what_trains_is_what_the_authors_train() -> None:
     timm = pytest.importorskip("timm")
     sizes = {"img_size": 8, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 3}
     sites = peftcore.apply(timm.models.VisionTransformer(**sizes), "attention_only").sites
-    assert {f"{site.module_path}.{site.tensor}".removeprefix(".") for site in sites} == set(frozen(NUMBERS))
+    assert {f"{site.module_path}.{site.tensor}".removeprefix(".") for site in sites} == set(frozen(NUMBERS, "trains"))
 
 
 @pytest.mark.parametrize("host", ["bert", "gpt2", "t5", "vit", "encoder"])

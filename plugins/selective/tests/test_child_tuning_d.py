@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import CalibrationError
-from peftcore.testing import against, conformance, frozen
+from peftcore.testing import against, conformance, frozen, same_defaults
 from peftcore.testing.hosts import HOSTS
 
 NUMBERS = Path(__file__).parent / "numbers" / "child_tuning_d.json"
+CODE: Any = {"repository": "RunxinXu/ChildTuning", "commit": "d0d8655", "script": "ChildTuningD.py"}
 SHARE = 0.3
 MOVED = "torch cuts the ties of a host that moves to the meta device, so one table counts as two"
 TIED = "a table is one weight: where one of its places is left out, the others still have it trained, everywhere"
@@ -122,7 +123,7 @@ class Layers(nn.Module):
         return {"loss": nn.functional.cross_entropy(self.classifier(x), labels)}
 
 
-@against("authors", "child_tuning_d", repository="RunxinXu/ChildTuning", commit="d0d8655", script="ChildTuningD.py")
+@against("authors", "child_tuning_d", **CODE)
 def test_the_child_network_of_the_authors_code() -> None:
     """It is chosen in training mode."""
     data = [{"x": wave(5, 4, step=0.7 + i) * (1 + 3 * i), "labels": torch.arange(5) % 3} for i in range(4)]
@@ -130,7 +131,7 @@ def test_the_child_network_of_the_authors_code() -> None:
     injection = peftcore.apply(Layers().eval(), "child_tuning_d", **options)
     found = {f"{site.module_path}.{site.tensor}": injection.operators[site.path].mask for site in injection.sites}
     child = {name: mask.flatten().nonzero().flatten().tolist() for name, mask in found.items()}
-    assert child == frozen(NUMBERS)["child"]
+    assert child == frozen(NUMBERS)
     other = peftcore.apply(Layers().eval(), "child_tuning_d", **options, training=False).operators
     assert any(not torch.equal(other[path].mask, each.mask) for path, each in injection.operators.items())
 
@@ -195,7 +196,12 @@ def test_data_is_needed() -> None:
         peftcore.apply(host(), "child_tuning_d", target="maps.*")
 
 
-@against("authors", "child_tuning_d", repository="RunxinXu/ChildTuning", commit="d0d8655", script="ChildTuningD.py")
+@against("authors", "child_tuning_d", **CODE, part="defaults")
+def test_defaults_are_the_authors() -> None:
+    same_defaults(peftcore.apply(host(), "child_tuning_d", data=batches()).config, frozen(NUMBERS, "defaults"))
+
+
+@against("authors", "child_tuning_d", **CODE, part="trains")
 def test_default_targets_are_what_the_blocks_hold_and_all_else_trains_whole() -> None:
     model, inputs = HOSTS["bert"].build()
     inputs["labels"] = torch.tensor([0, 2])
@@ -204,8 +210,9 @@ def test_default_targets_are_what_the_blocks_hold_and_all_else_trains_whole() ->
     found = {f"{site.module_path}.{site.tensor}": injection.operators[site.path] for site in injection.sites}
     assert found.keys() == {name for name, _ in HOSTS["bert"].build()[0].named_parameters()}
     child = {name: dict(operator.named_buffers()).get("mask") for name, operator in found.items()}
-    assert {name for name, mask in child.items() if mask is not None} == blocks
-    assert {name for name, mask in child.items() if mask is None} == set(frozen(NUMBERS)["whole"])
+    told = frozen(NUMBERS, "trains")
+    assert {name for name, mask in child.items() if mask is not None} == blocks == set(told["child"])
+    assert {name for name, mask in child.items() if mask is None} == set(told["whole"])
     total = sum(child[name].numel() for name in blocks)
     assert sum(int(child[name].sum()) for name in blocks) == pytest.approx(0.2 * total, abs=1)
     alone = peftcore.apply(HOSTS["bert"].build()[0], "child_tuning_d", data=[inputs], others=False)

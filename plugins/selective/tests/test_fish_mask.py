@@ -11,10 +11,15 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import CalibrationError
-from peftcore.testing import against, conformance, frozen
+from peftcore.testing import against, conformance, frozen, same_defaults
 from peftcore.testing.hosts import HOSTS
 
 NUMBERS = Path(__file__).parent / "numbers" / "fish_mask.json"
+CODE: Any = {
+    "repository": "varunnair18/FISH",
+    "commit": "b5bff1e",
+    "script": "transformers/examples/text-classification/run_glue_sparse_update.py",
+}
 SHARE = 0.6
 """Enough for the tied table to have some of it."""
 
@@ -112,18 +117,27 @@ def test_the_mask_is_the_largest_of_the_fisher_information(share: float) -> None
     assert injection.shared["mask"].values.shape == (int(share * total),)
 
 
-@against(
-    "authors",
-    "fish_mask",
-    repository="varunnair18/FISH",
-    commit="b5bff1e",
-    script="transformers/examples/text-classification/run_glue_sparse_update.py",
-)
+@against("authors", "fish_mask", **CODE)
 def test_the_mask_of_the_authors_code() -> None:
     """Which of the weights in front of the classifier are kept, where a fifth of them is."""
     found = moved(adapted(share=0.2)[1])
     named = [name for name, _ in host().named_parameters() if not name.startswith("classifier")]
     assert torch.cat([found[name].flatten() for name in named]).nonzero().flatten().tolist() == frozen(NUMBERS)
+
+
+@against("authors", "fish_mask", **CODE, part="trains")
+def test_what_trains_is_what_the_authors_train() -> None:
+    """The share of all weights, and the classifier whole, which `train` names here."""
+    injection, told = adapted(share=0.2, train=["classifier"])[1], frozen(NUMBERS, "trains")
+    assert sum(value.numel() for value in injection.parameters()) == sum(told.values())
+    assert injection.shared["mask"].values.numel() == told["else"]
+
+
+@against("authors", "fish_mask", **CODE, part="defaults")
+def test_defaults_are_the_authors() -> None:
+    model = host()
+    injection = peftcore.apply(model, "fish_mask", data=examples())
+    same_defaults(injection.config, frozen(NUMBERS, "defaults"))
 
 
 def test_the_first_samples_alone_count() -> None:

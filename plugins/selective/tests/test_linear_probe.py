@@ -50,12 +50,19 @@ def test_the_head_trains_and_nothing_else(name: str, head: set[str], count: int)
     assert [p for p in model.parameters() if p.requires_grad] == list(injection.parameters())
 
 
-@against("authors", "linear_probe", repository="KMnP/vpt", commit="4410440", script="src/models/vit_models.py")
+@against(
+    "authors",
+    "linear_probe",
+    repository="KMnP/vpt",
+    commit="4410440",
+    script="src/models/vit_models.py",
+    part="trains",
+)
 def test_what_trains_is_what_the_authors_train() -> None:
     timm = pytest.importorskip("timm")
     sizes = {"img_size": 8, "patch_size": 4, "embed_dim": 16, "depth": 3, "num_heads": 2}
     sites = peftcore.apply(timm.models.VisionTransformer(**sizes, num_classes=3), "linear_probe").sites
-    assert {f"{site.module_path}.{site.tensor}" for site in sites} == set(frozen(NUMBERS)["linear"])
+    assert {f"{site.module_path}.{site.tensor}" for site in sites} == set(frozen(NUMBERS, "trains")["linear"])
 
 
 def test_features_stay_while_the_head_learns() -> None:

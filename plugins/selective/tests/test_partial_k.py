@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import TargetError
-from peftcore.testing import against, conformance, frozen
+from peftcore.testing import against, conformance, frozen, same_defaults
 from peftcore.testing.hosts import HOSTS
 
 NUMBERS = Path(__file__).parent / "numbers" / "vpt_transfer.json"
+CODE: Any = {"repository": "KMnP/vpt", "commit": "4410440", "script": "src/models/vit_models.py"}
 TOPS = {
     "llama": ("model.layers.1.", "model.norm.", "lm_head."),
     "bert": ("bert.encoder.layer.1.", "classifier."),
@@ -57,14 +58,22 @@ def test_options_say_what_trains(host: str) -> None:
         assert peftcore.plan(model, "partial_k", final_norm=False, head=False, **options).trainable == expected
 
 
-@against("authors", "partial_k", repository="KMnP/vpt", commit="4410440", script="src/models/vit_models.py")
+@against("authors", "partial_k", **CODE, part="trains")
 def test_what_trains_is_what_the_authors_train() -> None:
     timm, kinds = pytest.importorskip("timm"), {"partial-1": {}, "partial-2": {"k": 2}}
-    numbers, sizes = frozen(NUMBERS), {"img_size": 8, "patch_size": 4, "embed_dim": 16, "depth": 3, "num_heads": 2}
+    numbers, sizes = (
+        frozen(NUMBERS, "trains"),
+        {"img_size": 8, "patch_size": 4, "embed_dim": 16, "depth": 3, "num_heads": 2},
+    )
     for kind, options in kinds.items():
         model = timm.models.VisionTransformer(**sizes, num_classes=3)
         sites = peftcore.apply(model, "partial_k", **options).sites
         assert {f"{site.module_path}.{site.tensor}" for site in sites} == set(numbers[kind])
+
+
+@against("authors", "partial_k", **CODE, part="defaults")
+def test_defaults_are_the_authors() -> None:
+    same_defaults(peftcore.apply(HOSTS["encoder"].build()[0], "partial_k").config, frozen(NUMBERS, "defaults"))
 
 
 def test_backward_ends_below_the_last_blocks() -> None:

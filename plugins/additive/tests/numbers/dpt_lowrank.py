@@ -13,7 +13,7 @@ from torch import Tensor
 from peftcore.registry.evidence import Source
 from peftcore.testing.checkouts import load
 
-SOURCE = Source("authors", "XYaoooo/DPT", "8f98d1e", "modeling_t5.py")
+SOURCE = Source("others", "XYaoooo/DPT", "8f98d1e", "modeling_t5.py")
 VERSIONS = ("torch", "transformers")
 GONE = ("find_pruneable_heads_and_indices", "prune_linear_layer")
 

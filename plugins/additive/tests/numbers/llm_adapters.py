@@ -12,7 +12,7 @@ from torch import Tensor
 from peftcore.registry.evidence import Source
 from peftcore.testing.checkouts import load
 
-SOURCE = Source("authors", "AGI-Edgerunners/LLM-Adapters", "8166572", "peft/src/peft/tuners/bottleneck.py")
+SOURCE = Source("others", "AGI-Edgerunners/LLM-Adapters", "8166572", "peft/src/peft/tuners/bottleneck.py")
 VERSIONS = ("torch", "transformers")
 SIZES = {"vocab_size": 11, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2}
 SIZES |= {"num_attention_heads": 2, "max_position_embeddings": 16}

@@ -10,7 +10,7 @@ from torch import Tensor
 from peftcore.registry.evidence import Source
 from peftcore.testing.checkouts import load
 
-SOURCE = Source("authors", "arazd/ResidualPrompts", "53087ca", "prompt_tuner2.py")
+SOURCE = Source("others", "arazd/ResidualPrompts", "53087ca", "prompt_tuner2.py")
 VERSIONS = ("torch",)
 
 

@@ -1,14 +1,16 @@
-"""What the vision transformer of SSF's authors gives for images, on tensors of sines:
+"""What the vision transformer of SSF's authors gives for images, on tensors of sines, what it starts from and trains:
 ``python -m peftcore.testing.freeze ssf.py CHECKOUT``."""
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
 from torch import Tensor
 
 from peftcore.registry.evidence import Source
+from peftcore.testing import drawn
 from peftcore.testing.checkouts import load
 
 SOURCE = Source("authors", "dongzelian/SSF", "0135361", "models/vision_transformer.py")
@@ -24,14 +26,21 @@ def wave(shape: tuple[int, ...], k: float) -> Tensor:
     return torch.sin(torch.arange(size, dtype=torch.float64) * k + k).view(shape)
 
 
-def numbers(checkout: Path) -> dict[str, list[float]]:
-    """Returns the logits of two images, ``[2, 3]`` flat, and gradients of the first scale and of a norm's shift."""
+def theirs(checkout: Path) -> Any:
     sys.modules.update(
         {"timm.models.layers": timm.layers, "timm.models.layers.helpers": timm.layers.helpers}
     )  # since moved
-    module = load(checkout / SOURCE.script, absent=ABSENT)
+    return load(checkout / SOURCE.script, absent=ABSENT)
+
+
+def transformer(checkout: Path) -> Any:
     sizes = {"img_size": 4, "patch_size": 2, "in_chans": 2, "embed_dim": 8, "mlp_ratio": 1.5, "num_classes": 3}
-    model = module.VisionTransformer(**sizes, depth=1, num_heads=2, tuning_mode="ssf").double().eval()
+    return theirs(checkout).VisionTransformer(**sizes, depth=1, num_heads=2, tuning_mode="ssf")
+
+
+def numbers(checkout: Path) -> dict[str, list[float]]:
+    """Returns the logits of two images, ``[2, 3]`` flat, and gradients of the first scale and of a norm's shift."""
+    model = transformer(checkout).double().eval()
     scales = [model.get_parameter(place.format("ssf_scale")) for place in PLACES]
     shifts = [model.get_parameter(place.format("ssf_shift")) for place in PLACES]
     with torch.no_grad():
@@ -43,3 +52,20 @@ def numbers(checkout: Path) -> dict[str, list[float]]:
     y = model(wave((2, 2, 4, 4), 0.23))
     y.square().sum().backward()
     return {"outputs": y.flatten().tolist(), "scale": scales[0].grad.tolist(), "shift": shifts[4].grad.tolist()}
+
+
+def start(checkout: Path) -> dict[str, Any]:
+    """Returns what a scale and a shift of 40,000 channels are drawn from."""
+    scale, shift = theirs(checkout).init_ssf_scale_shift(40_000)
+    return {"gain": drawn(scale), "shift": drawn(shift)}
+
+
+def trains(checkout: Path) -> dict[str, Any]:
+    """Returns the sizes of the scales and shifts that train, in the order of the forward, and what trains besides, when
+    their optimizer is made."""
+    model = transformer(checkout)
+    factory = load(checkout / "optim_factory.py", absent=["timm.optim.nadam", "timm.optim.radam"])
+    factory.create_optimizer_v2(model, opt="adamw", lr=1e-3, tuning_mode="ssf")
+    trained = {name: parameter.numel() for name, parameter in model.named_parameters() if parameter.requires_grad}
+    sizes = [trained.pop(place.format(kind)) for place in PLACES for kind in ("ssf_scale", "ssf_shift")]
+    return {"sizes": sizes, "besides": list(trained)}

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from peftcore.registry.evidence import Source
 
-SOURCE = Source("authors", "lucidrains/perfusion-pytorch", "9032150", "perfusion_pytorch/perfusion.py")
+SOURCE = Source("others", "lucidrains/perfusion-pytorch", "9032150", "perfusion_pytorch/perfusion.py")
 VERSIONS = ("torch",)
 WIDTH, OUTPUTS, BATCH, TOKENS = 6, 5, 2, 5
 DAMPING = 0.1

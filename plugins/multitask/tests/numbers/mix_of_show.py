@@ -13,7 +13,7 @@ from torch import Tensor
 from peftcore.registry.evidence import Source
 from peftcore.testing.checkouts import load
 
-SOURCE = Source("authors", "TencentARC/Mix-of-Show", "51270fd", "gradient_fusion.py")
+SOURCE = Source("others", "TencentARC/Mix-of-Show", "51270fd", "gradient_fusion.py")
 VERSIONS = ("torch",)
 CASES = {"many": (5, 9, 4), "few": (2, 1, 1)}
 """Rows of inputs of each concept: in all more than inputs, and fewer."""

@@ -15,7 +15,7 @@ from transformers.utils import ModelOutput
 from peftcore.registry.evidence import Source
 from peftcore.testing.checkouts import load
 
-SOURCE = Source("authors", "CERT-Lab/lora-sb", "4feb81c", "utils/initialization_utils.py")
+SOURCE = Source("others", "CERT-Lab/lora-sb", "4feb81c", "utils/initialization_utils.py")
 VERSIONS = ("torch", "peft", "accelerate")
 RATE, RANK, ALPHA = 0.01, 2, 2
 

@@ -20,7 +20,7 @@ class Chosen(Exception):
     """What trains is chosen, and an optimizer would be made."""
 
 
-def numbers(checkout: Path) -> list[str]:
+def trains(checkout: Path) -> list[str]:
     """Returns the names of what trains."""
     module, model = load(checkout / SOURCE.script, absent=ABSENT), tiny()
 

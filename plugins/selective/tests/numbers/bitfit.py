@@ -20,7 +20,7 @@ ABSENT = (
 )
 
 
-def numbers(checkout: Path) -> list[str]:
+def trains(checkout: Path) -> list[str]:
     """Returns the names of what trains, with the options that their script has of itself."""
     model, _ = HOSTS["bert"].build()
     evaluator = load(checkout / SOURCE.script, absent=ABSENT).GLUEvaluator

@@ -1,5 +1,5 @@
-"""Which weights of a tiny model are in the child network of Child-Tuning_D's authors, and what of it trains whole:
-``python -m peftcore.testing.freeze child_tuning_d.py CHECKOUT``."""
+"""Which weights of a tiny model are in the child network of Child-Tuning_D's authors, what trains whole, and their
+command's options: ``python -m peftcore.testing.freeze child_tuning_d.py CHECKOUT``."""
 
 import math
 import sys
@@ -13,7 +13,7 @@ import transformers
 from torch import Tensor, nn
 
 from peftcore.registry.evidence import Source
-from peftcore.testing.checkouts import load
+from peftcore.testing.checkouts import flags, load
 from peftcore.testing.hosts import HOSTS
 
 SOURCE = Source("authors", "RunxinXu/ChildTuning", "d0d8655", "ChildTuningD.py")
@@ -60,17 +60,28 @@ def chosen(module: Any, model: nn.Module, data: list[dict[str, Tensor]]) -> dict
     return {name: masks[parameter] for name, parameter in model.named_parameters() if parameter in masks}
 
 
-def numbers(checkout: Path) -> dict[str, Any]:
-    """Returns the places of the child's numbers in each tensor, ascending; then the names of what the optimizer masks
-    not at all of a tiny BERT."""
+def theirs(checkout: Path) -> Any:
     assert transformers.Trainer
     names = {name: MagicMock(return_value=False) for name in ASKED}
     sys.modules["transformers.file_utils"] = sys.modules["transformers.integrations"] = MagicMock(**names)
-    module, (bert, inputs) = load(checkout / SOURCE.script, absent=ABSENT), HOSTS["bert"].build()
+    return load(checkout / SOURCE.script, absent=ABSENT)
+
+
+def numbers(checkout: Path) -> dict[str, list[int]]:
+    """Returns the places of the child's numbers in each tensor, ascending."""
     xs = [wave(5, 4, step=0.7 + index) * (1 + 3 * index) for index in range(4)]
-    child = chosen(module, Stack().eval(), [{"x": x, "labels": torch.arange(5) % 3} for x in xs])
-    masked = chosen(module, bert, [{**inputs, "labels": torch.tensor([0, 2])}])
-    return {
-        "child": {name: mask.flatten().nonzero().flatten().tolist() for name, mask in child.items()},
-        "whole": [name for name, _ in bert.named_parameters() if name not in masked],
-    }
+    child = chosen(theirs(checkout), Stack().eval(), [{"x": x, "labels": torch.arange(5) % 3} for x in xs])
+    return {name: mask.flatten().nonzero().flatten().tolist() for name, mask in child.items()}
+
+
+def trains(checkout: Path) -> dict[str, list[str]]:
+    """Returns the names of what their optimizer masks of a tiny BERT, and of what it does not."""
+    bert, inputs = HOSTS["bert"].build()
+    masked = chosen(theirs(checkout), bert, [{**inputs, "labels": torch.tensor([0, 2])}])
+    return {"child": list(masked), "whole": [name for name, _ in bert.named_parameters() if name not in masked]}
+
+
+def defaults(checkout: Path) -> dict[str, Any]:
+    """Returns the options of their command, which leaves the norm to transformers."""
+    options = flags((checkout / "run.sh").read_text())
+    return {"share": options["reserve_p"], "max_grad_norm": transformers.TrainingArguments.max_grad_norm}

@@ -1,7 +1,8 @@
-"""Which weights of a tiny model the authors of FISH Mask keep:
+"""Which weights of a tiny model the authors of FISH Mask keep, what trains, and the defaults of their arguments:
 ``python -m peftcore.testing.freeze fish_mask.py CHECKOUT``."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,9 +36,9 @@ class Stack(nn.Module):
         return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
 
 
-def numbers(checkout: Path) -> list[int]:
-    """Returns the places of what is kept among the 123 weights in front of the classifier, where a fifth of them is, by
-    the gradients that labels give, squared, of six examples."""
+def masks(checkout: Path) -> dict[str, Tensor]:
+    """Returns the masks where a fifth of the 123 weights in front of the classifier is kept, by the gradients that
+    labels give, squared, of six examples."""
     module = load(checkout / SOURCE.script, absent=ABSENT)
     torch.manual_seed(0)
     model = Stack().double().eval()
@@ -45,7 +46,25 @@ def numbers(checkout: Path) -> list[int]:
     ids = torch.randint(0, 6, (6, 1, 5), generator=generator)
     examples = [{"ids": each, "labels": torch.tensor([number % 3])} for number, each in enumerate(ids)]
     ratio = (123 // 5 + 15 + 0.5) / (123 + 15)  # theirs counts the 15 numbers of the classifier, which always train
-    masks = module.create_mask_gradient(model, examples, lambda batch: dict(batch[0]), 6, ratio, "label", "square")
-    kept = [mask.flatten() for name, mask in masks.items() if not name.startswith("classifier")]
+    made = module.create_mask_gradient(model, examples, lambda batch: dict(batch[0]), 6, ratio, "label", "square")
+    return dict(made)
+
+
+def numbers(checkout: Path) -> list[int]:
+    """Returns the places of what is kept in front of the classifier."""
+    kept = [mask.flatten() for name, mask in masks(checkout).items() if not name.startswith("classifier")]
     found: list[int] = torch.cat(kept).nonzero().flatten().tolist()
     return found
+
+
+def trains(checkout: Path) -> dict[str, int]:
+    """Returns how many numbers of the classifier train, and of all else."""
+    counts = {name: int(mask.sum()) for name, mask in masks(checkout).items()}
+    head = sum(counts.pop(name) for name in ("classifier.weight", "classifier.bias"))
+    return {"classifier": head, "else": sum(counts.values())}
+
+
+def defaults(checkout: Path) -> dict[str, Any]:
+    """Returns the defaults of their arguments, by the names here."""
+    arguments = load(checkout / SOURCE.script, absent=ABSENT).SparseUpdateTrainingArguments
+    return {"share": arguments.keep_ratio, "samples": arguments.num_samples}

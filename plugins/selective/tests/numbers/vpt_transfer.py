@@ -1,6 +1,8 @@
-"""What VPT's authors train of an image transformer: its head, or from its last blocks on:
+"""What VPT's authors train of an image transformer, its head, or from its last blocks on, and of how many:
 ``python -m peftcore.testing.freeze vpt_transfer.py CHECKOUT``."""
 
+import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,7 +27,7 @@ def renamed(name: str) -> str:
     return name
 
 
-def numbers(checkout: Path) -> dict[str, list[str]]:
+def trains(checkout: Path) -> dict[str, list[str]]:
     """Returns timm's names of what trains of three blocks, by the kind of transfer."""
     module, found = load(checkout / SOURCE.script, root=checkout, absent=ABSENT), {}
     backbone = load(checkout / "src/models/vit_backbones/vit.py", root=checkout)
@@ -45,3 +47,12 @@ def numbers(checkout: Path) -> dict[str, list[str]]:
         trained = module.ViT(SimpleNamespace(MODEL=model, DATA=data)).named_parameters()
         found[kind] = sorted({renamed(name) for name, parameter in trained if parameter.requires_grad})
     return found
+
+
+def defaults(checkout: Path) -> dict[str, int]:
+    """Returns of how many blocks their notebook trains."""
+    cells = json.loads((checkout / "demo.ipynb").read_text())["cells"]
+    (kind,) = re.findall(
+        r'MODEL.TRANSFER_TYPE "partial-(\d+)"', "".join(line for cell in cells for line in cell["source"])
+    )
+    return {"k": int(kind)}

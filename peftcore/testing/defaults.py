@@ -1,0 +1,33 @@
+"""Comparison of the options that a method has by default with those of somebody else's code."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from peftcore.contract.config import MethodConfig
+from peftcore.testing.failures import CheckFailed
+
+
+def same_defaults(config: MethodConfig, told: Mapping[str, Any], otherwise: Mapping[str, str] | None = None) -> None:
+    """Check that options are as somebody else's code has them by default.
+
+    Args:
+        config: the options of an injection, or a plan, that was told none: ``injection.config``.
+        told: their defaults, by the name of our option.
+        otherwise: options whose default is another one here, each with why.
+
+    Raises:
+        CheckFailed: an option is unknown, was given a value, or is another one; or it is the same and stands in
+            `otherwise`.
+    """
+    otherwise = {} if otherwise is None else otherwise
+    ours = config.model_dump(mode="json")
+    if unknown := sorted({*told, *otherwise} - ours.keys() | otherwise.keys() - told.keys()):
+        raise CheckFailed(f"{', '.join(unknown)}: no option of {type(config).__name__}, or not told by their code")
+    if given := sorted(told.keys() & config.model_fields_set):
+        raise CheckFailed(f"{', '.join(given)}: given a value, so no default; apply the method without it")
+    for option, value in told.items():
+        if (ours[option] == value) is (option in otherwise):
+            remedy = "take it out of `otherwise`" if option in otherwise else "change it, or say why in `otherwise`"
+            raise CheckFailed(f"{option} is {ours[option]!r} by default here, {value!r} in their code: {remedy}")
