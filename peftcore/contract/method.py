@@ -49,7 +49,7 @@ OUTPUTS: tuple[str | tuple[str, ...], ...] = ("ssm.output", "conv.output", "all-
 
 @dataclass(frozen=True)
 class Tags:
-    """The abilities of a method, declared here and proven by the conformance kit: claiming too much and claiming too
+    """The abilities of a method, declared here and tested by the conformance kit: claiming too much and claiming too
     little both fail."""
 
     category: str

@@ -84,8 +84,8 @@ class MethodInfo:
         return sources(self.location, self.name if self.preset is None else self.preset.method)
 
     @property
-    def proven(self) -> bool:
-        """Whether its tests compare with somebody else's numbers. Else it is experimental."""
+    def checked(self) -> bool:
+        """Whether its tests compare with somebody else's numbers. Else it is *equation only*."""
         return bool(self.checked_against)
 
     @property

@@ -9,7 +9,7 @@
 
 A declaration is only met when, while the test ran, a function of that library returned numbers, or numbers were read
 that were frozen from that code; and when code of the method ran as well. Otherwise the test fails. `gathering` writes
-what tests prove into the file that `registry.evidence` reads.
+what tests compared into the file that `registry.evidence` reads.
 
 A library that cannot be installed beside the others is frozen like the code of authors: its declaration has a
 repository, a commit and a script too.

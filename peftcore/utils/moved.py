@@ -121,7 +121,7 @@ MOVED: Mapping[str, tuple[str, ...]] = {
     "layers": ("layers.detect",),
     "merging": ("injection.merging",),
     "mounts": ("forward.mount",),
-    "notices": ("registry.experimental",),
+    "notices": ("registry.equation_only",),
     "operators": ("contract.operators", "utils.autocast"),
     "packing": ("injection.quantized_layer",),
     "parts": ("authoring.hybrid_parts",),

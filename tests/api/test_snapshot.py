@@ -30,6 +30,7 @@ GONE: dict[str, str] = {
         for name in ("(eager)", ".eager")
     },
     "peftcore.Tags.proven": WATCHED,
+    "peftcore.MethodInfo.proven": "is `checked`: equal numbers are no proof",
     "peftcore.Call": RENAMED,
     "peftcore.current_call": RENAMED,
 }

@@ -32,7 +32,7 @@ def _record(info: MethodInfo, sizes: bool) -> dict[str, Any]:
             "mergeable": info.mergeable,
             "per_row": info.per_row,
             "needs_data": info.needs_data,
-            "proven": info.proven,
+            "checked": info.checked,
             "checked_against": info.checked_against,
         }
         if sizes:
@@ -50,7 +50,7 @@ def as_json(found: list[dict[str, Any]]) -> str:
 
 def as_table(found: list[dict[str, Any]], sizes: bool) -> Table:
     """Return a table for people. Parameters are those in the first reference host that the method has a place in."""
-    checked = Column("checked against", min_width=len("experimental"))
+    checked = Column("checked against", min_width=len("equation only"))
     table = Table("method", "category", "paper", "merges", "per sample", "data", checked)
     if sizes:
         table.add_column("parameters", justify="right")
@@ -62,7 +62,7 @@ def as_table(found: list[dict[str, Any]], sizes: bool) -> Table:
         row = [record["name"], record["category"], record["paper"]]
         row += ["yes" if record[key] else "" for key in ("mergeable", "per_row", "needs_data")]
         row.append(
-            f"= {record['preset_of']}" if "preset" in record else record["checked_against"] or "[dim]experimental"
+            f"= {record['preset_of']}" if "preset" in record else record["checked_against"] or "[dim]equation only"
         )
         if sizes:
             budgets: dict[str, int] = record["parameters"]
