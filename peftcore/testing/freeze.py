@@ -1,9 +1,10 @@
-"""``python -m peftcore.testing.freeze SCRIPT CHECKOUT``: write the numbers of the authors' code into the file beside a
-script that makes them; ``--check`` compares with that file instead.
+"""``python -m peftcore.testing.freeze SCRIPT CHECKOUT``: run the authors' code again, and compare its numbers with those
+in the file beside the script that makes them; nothing is written. With ``--write`` the file gets the new numbers.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -27,13 +28,23 @@ def close(one: Any, other: Any) -> bool:
 
 def main(arguments: list[str]) -> int:
     """Returns the exit status: 1 where other numbers come out than the file has."""
-    script, checkout = (Path(each) for each in arguments if each != "--check")
-    text, file = freeze(script, checkout), script.with_suffix(".json")
-    if "--check" not in arguments:
+    parser = argparse.ArgumentParser("python -m peftcore.testing.freeze", description=__doc__)
+    parser.add_argument("script", type=Path, help="has SOURCE, VERSIONS and numbers(checkout)")
+    parser.add_argument(
+        "checkout", type=Path, help="the folder with the authors' code, at the commit that SOURCE names"
+    )
+    parser.add_argument("--write", action="store_true", help="write the file instead of comparing with it")
+    asked = parser.parse_args(arguments)
+    file = asked.script.with_suffix(".json")
+    if not asked.write and not file.exists():
+        parser.error(f"there is no {file} to compare with: --write makes it")
+    text = freeze(asked.script, asked.checkout)
+    if asked.write:
         file.write_text(text, encoding="utf-8")
+        print(f"{file.name}: written")
         return 0
     same = close(json.loads(text)["numbers"], json.loads(file.read_text(encoding="utf-8"))["numbers"])
-    print(f"{file.name}: {'the same numbers' if same else 'other numbers come out'}")
+    print(f"{file.name}: " + ("the same numbers" if same else "other numbers come out; --write would put them there"))
     return 0 if same else 1
 
 
