@@ -25,6 +25,7 @@ from peftcore.comparing.plans.recorded import Wanted
 from peftcore.contract.method import Tags
 from peftcore.errors import PeftcoreError
 from peftcore.files.formats.peft_method import peft_methods
+from peftcore.registry.catalogue import COMBINES, QUANTIZED, TRAINS
 from peftcore.registry.plugins import imported
 
 ROOT = Path(__file__).parents[2]
@@ -270,8 +271,11 @@ def sizes() -> str:
 
 def kinds() -> str:
     """Methods by what their tags say."""
-    tags = {info.name: info.tags for info in peftcore.methods()}
+    infos = peftcore.methods()
+    tags = {info.name: info.tags for info in infos}
     groups = {
+        "combines adapters that are trained already": [info.name for info in infos if info.kind == COMBINES],
+        "is for quantized models": [info.name for info in infos if info.kind == QUANTIZED],
         "does not merge": [name for name, each in tags.items() if not each.mergeable],
         "no per-sample adapters": [name for name, each in tags.items() if not each.per_row],
         "looks at data before training": [name for name, each in tags.items() if each.needs_data],
@@ -282,6 +286,8 @@ def kinds() -> str:
         "changes outputs before it is trained": [name for name, each in tags.items() if not each.identity_at_init],
     }
     rows = [(what, str(len(names)), named(names)) for what, names in groups.items()]
+    trains = sum(info.kind == TRAINS for info in infos)
+    rows.insert(0, ("trains parameters of its own", str(trains), "all but those of the next two rows"))
     return table((f"of {len(tags)} methods", "", "which"), rows)
 
 

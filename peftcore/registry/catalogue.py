@@ -23,6 +23,8 @@ from peftcore.registry.presets import class_of
 M = TypeVar("M", bound=type[Method])
 _registered: dict[str, type[Method]] = {}
 _loaded: dict[str, type[Method]] = {}
+TRAINS, COMBINES, QUANTIZED = "trains", "combines", "quantized"
+"""What a method is for: `MethodInfo.kind`."""
 BUDGETS = "peftcore.authoring.budgets:budgets"
 """The function that counts parameters on reference models; named, not imported, since it is in a layer above."""
 
@@ -76,6 +78,15 @@ class MethodInfo:
     def needs_data(self) -> bool:
         """`Tags.needs_data` (imports the method's module)."""
         return self._tags().needs_data
+
+    @property
+    def kind(self) -> str:
+        """Which of three: it "trains" parameters of its own; it "combines" adapters that are trained already, its
+        parts; or it is for "quantized" models (imports the method's module)."""
+        if self.category == "quantized":
+            return QUANTIZED
+        parts = "parts" in method(f"{self.plugin}/{self.name}").Config.model_fields
+        return COMBINES if self.category == "multitask" and parts else TRAINS
 
     @property
     def checked_against(self) -> str:

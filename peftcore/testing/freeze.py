@@ -1,5 +1,5 @@
-"""``python -m peftcore.testing.freeze SCRIPT CHECKOUT``: run the authors' code again, and compare its numbers with those
-in the file beside the script that makes them; nothing is written. With ``--write`` the file gets the new numbers.
+"""``python -m peftcore.testing.freeze SCRIPT CHECKOUT``: run the authors' code again, and compare its numbers with
+those in the file beside the script that makes them; nothing is written. With ``--write`` the file gets the new numbers.
 """
 
 from __future__ import annotations
