@@ -1,6 +1,6 @@
 """The figures that a user cares about, in the environment that a user has: torch's own number of threads, and the
-system's own memory. ``python -m benchmarks.everyday`` puts them at the top of docs/performance.md, and into the table of
-the README; ``python -m benchmarks.everyday real`` those of SmolLM2-135M alone.
+system's own memory. ``python -m benchmarks.everyday`` puts them at the top of docs/performance.md, and into the table
+of the README; ``python -m benchmarks.everyday real`` those of SmolLM2-135M alone.
 """
 
 from __future__ import annotations

@@ -85,10 +85,10 @@ ADVICE = (
         "suits nearly every task; other programs read its files",
     ),
     Advice(
-        "better results than LoRA, and a step may cost more",
+        "updates of another form than LoRA's, and a step may cost more",
         ("dora", "hira", "randlora"),
         ("merge", "start as the base model"),
-        "other or more directions with as many parameters",
+        "other or more directions with as many parameters; [no rule says that they are better](#dora-or-lora)",
     ),
     Advice(
         "hardly any memory for adapters, or thousands of them",
@@ -158,9 +158,10 @@ ADVICE = (
     ),
     Advice(
         "pictures, with a ViT",
-        ("convpass", "adaptformer", "repadapter", "ssf", "vpt_deep"),
+        ("lora", "ln_tuning", "adaptformer", "convpass", "vpt_deep"),
         ("act in ViT base",),
-        "made for patches; see the digits below",
+        "here they were compared on digits alone, where `convpass` learns most, and the model loses half of what it knew "
+        "([benchmarks](benchmarks.md#reading-other-digits))",
     ),
     Advice(
         "videos, with a ViT or CLIP of pictures",
