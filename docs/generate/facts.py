@@ -71,9 +71,9 @@ class Facts:
         return re.split(r"\s{2,}", self.shown.text.split("\n\n")[0].replace("\n", " "), maxsplit=1)[0]
 
     @property
-    def proven(self) -> bool:
+    def checked(self) -> bool:
         """Whether somebody else's numbers exist for it, beside the equation."""
-        return self.shown.info.proven
+        return self.shown.info.checked
 
     @property
     def source(self) -> str:

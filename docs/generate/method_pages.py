@@ -11,8 +11,8 @@ from peftcore.cli.looking.show import TAGS
 from prose import as_html, inline
 
 MARKS = {
-    True: ("proven", "its tests compare with independent numbers"),
-    False: ("experimental", "its tests have the equation alone to compare with"),
+    True: ("checked against", "its tests compare it with the numbers of other code"),
+    False: ("equation only", "its tests compare it with its equation, and with no other code"),
 }
 RELATED = "Its parts, the methods that its text names, and those of its category that act in the same way."
 
@@ -29,9 +29,10 @@ def page_of(name: str) -> str | None:
 
 
 def badge(method: Facts) -> str:
-    """Whether it is proven."""
-    mark, meaning = MARKS[method.proven]
-    return f'<span class="mark {mark}" title="{meaning}">{mark}</span>'
+    """Whether its tests compare it with other code."""
+    mark, meaning = MARKS[method.checked]
+    kind = mark.replace(" ", "-")
+    return f'<span class="mark {kind}" title="{meaning}">{mark}</span>'
 
 
 def _front(method: Facts) -> str:

@@ -13,7 +13,7 @@ from itertools import groupby
 
 import facts
 from facts import Facts
-from method_pages import badge
+from method_pages import MARKS, badge
 from peftcore.cli.looking.show import TAGS
 from peftcore.contract.method import CATEGORIES
 
@@ -35,9 +35,9 @@ INTRODUCTION = """
 # Methods
 
 The figure of the survey [arXiv 2410.19878](https://arxiv.org/abs/2410.19878), for what is installed here: its
-categories, in each what the methods act on, and there the methods. *Proven* methods are compared with independent
-numbers by their tests; of *experimental* ones there is the equation alone. The number is what trains with default
-options in the model that is chosen.
+categories, in each what the methods act on, and there the methods. The tests of methods that are *checked against*
+other code compare them with its numbers; those of the others, *equation only*, have the equation alone. The number is
+what trains with default options in the model that is chosen.
 """
 
 
@@ -54,7 +54,7 @@ def _filters() -> str:
             _select(name, label.capitalize(), [("", "any"), ("yes", "yes"), ("no", "no")])
             for name, label in FLAGS.items()
         ),
-        _select("mark", "Mark", [("", "any"), ("proven", "proven"), ("experimental", "experimental")]),
+        _select("mark", "Mark", [("", "any"), *((mark, mark) for mark, _ in MARKS.values())]),
         _select("host", "Works on", [("", "any model"), *((each, each) for each in hosts)]),
         _select("budget", "Trains at most", [("", "any share"), *SHARES.items()]),
     ]
@@ -88,7 +88,7 @@ def _method(method: Facts) -> str:
     tags = vars(method.cls.tags)
     flags = {name: "yes" if tags[name] else "no" for name in FLAGS}
     data = {"name": f"{method.name} {method.title}".lower(), "category": method.info.category, **flags}
-    data |= {"mark": "proven" if method.proven else "experimental", "budgets": json.dumps(dict(method.budgets))}
+    data |= {"mark": MARKS[method.checked][0], "budgets": json.dumps(dict(method.budgets))}
     attributes = " ".join(f'data-{name.replace("_", "-")}="{html.escape(value)}"' for name, value in data.items())
     shown = [f'<span title="{TAGS[name]}">{label}</span>' for name, label in FLAGS.items() if tags[name]]
     return (

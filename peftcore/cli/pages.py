@@ -10,6 +10,8 @@ from pydantic_core import to_json
 from rich.console import Console
 from rich.table import Table
 
+from peftcore.surgery.planning import Plan
+
 WIDTH = 100
 """Columns where nobody says how many there are: in a pipe, in a file."""
 MANY = 8
@@ -45,6 +47,11 @@ def tensors(shapes: Mapping[str, Sequence[int]]) -> str:
     named."""
     named = [f"{name} {times(shape) or '1'}" for name, shape in shapes.items()]
     return ", ".join(named if len(named) <= MANY else [*named[:2], f"... ({len(named)} tensors)"])
+
+
+def frozen(plan: Plan) -> str:
+    """Tell how many parameters of an adapter would not train; nothing where all of them would."""
+    return f", {plan.frozen:,} frozen in the adapter" if plan.frozen else ""
 
 
 def share(part: float) -> str:

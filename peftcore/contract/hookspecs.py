@@ -132,7 +132,8 @@ def peftcore_inject(model: nn.Module, method: Method, config: MethodConfig, surg
 def peftcore_select(model: nn.Module, method: Method, config: MethodConfig, injection: AppliedMethod) -> bool | None:
     """Choose the parameters that train.
 
-    Runs after the operators are in the host and the base is frozen, and when an injection is made trainable again.
+    Runs after the operators are in the host and the base is frozen, and when an injection is made trainable again. Runs
+    in a plan too, where the operators are on the meta device and not in the host: choose by names, shapes and options.
     Gets the host, the method, its options and the injection; of a hybrid, each part where the hybrid's method asks for
     it. Returns True when done; the core calls ``method.trainable``. Stops at the first result that is not None.
     """

@@ -48,7 +48,7 @@ OUTPUTS: tuple[str | tuple[str, ...], ...] = ("ssm.output", "conv.output", "all-
 
 @dataclass(frozen=True)
 class Tags:
-    """The abilities of a method, declared here and proven by the conformance kit: claiming too much and claiming too
+    """The abilities of a method, declared here and tested by the conformance kit: claiming too much and claiming too
     little both fail."""
 
     category: str
@@ -159,7 +159,8 @@ class Method(ABC):
         """
 
     def trainable(self, model: nn.Module, config: Any, injection: AppliedMethod) -> None:
-        """Turn on requires_grad of the parameters that train: by default of every parameter of the operators."""
+        """Turn on requires_grad of the parameters that train: by default of every parameter of the operators. A plan
+        calls it too, with operators on the meta device: choose by names, shapes and options."""
         for parameter in injection.parameters():
             parameter.requires_grad = True
 
@@ -274,8 +275,8 @@ class Method(ABC):
     @staticmethod
     @abstractmethod
     def parameter_count(site: Site, config: Any) -> int:
-        """Returns the number of values of the operator at one target module, by the closed formula of the paper; the
-        kit compares it with the actual number.
+        """Returns the number of values in the parameters of the operator at one target module, frozen ones included, by
+        the closed formula of the paper; the kit compares it with the actual number.
 
         Raises:
             ConfigError: the number does not follow from the options of one site.

@@ -4,7 +4,7 @@ hybrid."""
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from peftcore.contract.config import MethodConfig
 from peftcore.contract.method import Method
 from peftcore.contract.operators import _Base
-from peftcore.errors import ExportError
+from peftcore.errors import ExportError, PluginError
 from peftcore.layers.pieces import is_empty
+from peftcore.registry.plugins import registry
 from peftcore.surgery.surgeon import Graft, Surgeon
 from peftcore.targets.sites import Site
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 class AppliedMethod(ABC):
     """One method in a model, with its operators. The functions of `Method` get one: an `Injection`, or a `HybridPart`
     where the method is a part of a hybrid. Both read the same: a part names things as if it were applied by itself.
+    `trainable` gets a `Planned` too, for a plan.
 
     Attributes:
         name: of an injection, its name on this model; of a part, its name in the hybrid.
@@ -65,7 +67,7 @@ class AppliedMethod(ABC):
         return {name: shared.module for name, shared in self._surgeon.owned.items()}
 
     @property
-    def parts(self) -> dict[str, HybridPart]:
+    def parts(self) -> Mapping[str, AppliedMethod]:
         """The methods of a hybrid, by name of the part."""
         return {name: HybridPart(name, surgeon, self.whole) for name, surgeon in self._surgeon.parts.items()}
 
@@ -93,6 +95,16 @@ class AppliedMethod(ABC):
             for inner in module.modules() if module._modules else (module,):
                 tensors += inner._parameters.values()
         yield from {id(each): each for each in tensors if each is not None}.values()
+
+    def choose_trained(self) -> None:
+        """Let those parameters train that the method selects, and what the user named in ``train``; freeze all others
+        of the adapter."""
+        for parameter in self.parameters():
+            parameter.requires_grad = False
+        registry().hook.peftcore_select(model=self.model, method=self.method, config=self.config, injection=self)
+        for graft in self.grafts:
+            if not graft.by_method:  # modules named in `train` train, whatever the method selects
+                graft.operator.requires_grad_(True)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Returns its tensors by ``<site path>.<operator tensor>``, without the injection's name, as files have them;
@@ -124,3 +136,21 @@ class HybridPart(AppliedMethod):
 
     def __repr__(self) -> str:
         return f"HybridPart({self.name!r} of {self.whole.name!r}: {self.method.name}, {len(self.grafts)} sites)"
+
+
+class Planned(AppliedMethod):
+    """One method whose operators are recorded and not installed: the method chooses from it what would train."""
+
+    def __init__(self, surgeon: Surgeon, name: str = "planned") -> None:
+        super().__init__(name, surgeon)
+
+    @property
+    def whole(self) -> Injection:
+        raise PluginError(
+            f"{self.method.name}: `trainable` asks for the injection, and a plan has none: choose by `operators`, "
+            "`shared`, `parts` and `config`"
+        )
+
+    @property
+    def parts(self) -> Mapping[str, Planned]:
+        return {name: Planned(surgeon, name) for name, surgeon in self._surgeon.parts.items()}

@@ -83,8 +83,8 @@ def apply(
         CalibrationError: data is missing, or of no use to the method.
         PluginError: the method breaks its contract.
 
-    Nothing was changed then. The logger "peftcore" says in one line, once in a process, that a method is experimental
-    (`MethodInfo.proven`), which other default targets were taken where the host has none of the method's own
+    Nothing was changed then. The logger "peftcore" says in one line, once in a process, that a method is equation only
+    (not `MethodInfo.checked`), which other default targets were taken where the host has none of the method's own
     (`Method.alternatives`), and which parts of the host they leave out.
     """
     check_model(model)

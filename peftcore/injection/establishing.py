@@ -12,7 +12,7 @@ from peftcore.forward.active_adapters import Active, Choice
 from peftcore.forward.host_state import HostState, drop_state, ensure_state, state_of
 from peftcore.injection import freezing, made_of_base
 from peftcore.injection.injection import Injection
-from peftcore.registry.experimental import notice_experimental
+from peftcore.registry.equation_only import notice_equation_only
 from peftcore.surgery import silent_layers
 from peftcore.surgery.installation import install, release, uninstall
 from peftcore.surgery.placement import Placement
@@ -124,7 +124,7 @@ def _establish(
         raise
     state.frozen += thawed
     surgeon.thawed = []  # held by the state alone: a merge may take them out of the host
-    notice_experimental(each.method for each in surgeon.with_parts())
+    notice_equation_only(each.method for each in surgeon.with_parts())
 
 
 def _together(state: HostState, stack: Active, name: str) -> Active:

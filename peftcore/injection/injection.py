@@ -39,7 +39,6 @@ from peftcore.injection.router_report import RouterReport
 from peftcore.injection.summary import Summary
 from peftcore.layers.layer import GRAFTED
 from peftcore.layers.pieces import ENGINE, is_partitioned
-from peftcore.registry.plugins import registry
 from peftcore.surgery import silent_layers
 from peftcore.surgery.installation import release, uninstall
 from peftcore.surgery.surgeon import Graft, Surgeon, Wishes
@@ -176,15 +175,12 @@ class Injection(AppliedMethod):
         """Let its parameters train, or freeze them. Nothing else on the host changes."""
         self._alive()
         with self.state.kept(*([self.name] if mode else [])):  # then it trains, and does not leave
-            for parameter in self.parameters():
-                parameter.requires_grad = False
             if mode:
-                hook = registry().hook
-                hook.peftcore_select(model=self.model, method=self.method, config=self.config, injection=self)
-                for graft in self.grafts:
-                    if not graft.by_method:  # modules named in `train` train, whatever the method selects
-                        graft.operator.requires_grad_(True)
+                self.choose_trained()
                 self._chosen = [parameter.requires_grad for parameter in self.parameters()]
+            else:
+                for parameter in self.parameters():
+                    parameter.requires_grad = False
 
     def state_dict(self) -> dict[str, Tensor]:
         """Returns its tensors by ``<site path>.<operator tensor>``, without the injection's name, as files have them;

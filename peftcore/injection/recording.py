@@ -14,6 +14,7 @@ from peftcore.contract.config import MethodConfig, matches
 from peftcore.contract.method import Method
 from peftcore.errors import TargetError, UnsupportedHost
 from peftcore.injection import freezing
+from peftcore.injection.applied import Planned
 from peftcore.injection.arguments import host_map
 from peftcore.layers.pieces import is_in_engine
 from peftcore.registry.plugins import layer_of, registry
@@ -28,7 +29,8 @@ from peftcore.targets.resolver import Resolver
 def prepare(
     model: nn.Module, method: Method, config: MethodConfig, wishes: Wishes, host: HostMap | None, dry: bool
 ) -> Surgeon:
-    """Returns a surgeon with the operators of the method recorded; nothing is changed.
+    """Returns a surgeon with the operators of the method recorded; nothing is changed. After a dry run those parameters
+    of the operators require gradients that would train.
 
     Raises:
         UnsupportedHost: a wrapper that hides its module, TorchScript, or layers without shapes.
@@ -60,6 +62,8 @@ def prepare(
             f"{method.name} found nothing to act on in this {type(model).__name__}; "
             f"its target is {wishes.target or method.target!r}"
         )
+    if dry:
+        Planned(surgeon).choose_trained()
     if idle := _idle(config, surgeon):
         warnings.warn(f"these overrides match no site and are passed over: {idle}", UserWarning, stacklevel=3)
     return surgeon

@@ -23,6 +23,8 @@ from peftcore.registry.presets import class_of
 M = TypeVar("M", bound=type[Method])
 _registered: dict[str, type[Method]] = {}
 _loaded: dict[str, type[Method]] = {}
+TRAINS, COMBINES, QUANTIZED = "trains", "combines", "quantized"
+"""What a method is for: `MethodInfo.kind`."""
 BUDGETS = "peftcore.authoring.budgets:budgets"
 """The function that counts parameters on reference models; named, not imported, since it is in a layer above."""
 
@@ -78,6 +80,15 @@ class MethodInfo:
         return self._tags().needs_data
 
     @property
+    def kind(self) -> str:
+        """Which of three: it "trains" parameters of its own; it "combines" adapters that are trained already, its
+        parts; or it is for "quantized" models (imports the method's module)."""
+        if self.category == "quantized":
+            return QUANTIZED
+        parts = "parts" in method(f"{self.plugin}/{self.name}").Config.model_fields
+        return COMBINES if self.category == "multitask" and parts else TRAINS
+
+    @property
     def checked_against(self) -> str:
         """Whose numbers the plugin's tests compare with: libraries with their versions, and "the authors' code",
         separated by commas; empty where its tests have the equation alone."""
@@ -90,8 +101,8 @@ class MethodInfo:
         return parts(self.location, self.name if self.preset is None else self.preset.method)
 
     @property
-    def proven(self) -> bool:
-        """Whether its tests compare with somebody else's numbers. Else it is experimental."""
+    def checked(self) -> bool:
+        """Whether its tests compare with somebody else's numbers. Else it is *equation only*."""
         return bool(self.checked_against)
 
     @property

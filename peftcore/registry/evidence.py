@@ -1,7 +1,7 @@
 """Evidence: with whose numbers the tests of a plugin compare its methods, and what of them, as the file
 `evidence.json` in its package says.
 
-The file is made from tests (`peftcore.testing.against`) and read as data. A method without evidence is experimental.
+The file is made from tests (`peftcore.testing.against`) and read as data. A method without evidence is *equation only*.
 """
 
 from __future__ import annotations

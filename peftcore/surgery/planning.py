@@ -44,7 +44,7 @@ class Plan:
     dtypes: dict[str, torch.dtype]
     """The dtypes of these tensors, by the same names."""
     trainable: int
-    """Number of values that would train."""
+    """Number of values that would train; what the adapter brings and leaves frozen is not in it."""
     total: int
     """Values in the host, each parameter counted once."""
     bytes: int
@@ -53,6 +53,8 @@ class Plan:
     """The host map that was used."""
     notes: tuple[str, ...] = ()
     """Lines about the method's default targets: which alternative was taken, and what is left out."""
+    parameters: int = 0
+    """Number of values in the adapter's parameters, those that would stay frozen included."""
     resident: int = 0
     """Bytes that one adapter takes on the model: its parameters and buffers, those too that no file has. As many more
     as there are adapters."""
@@ -61,7 +63,7 @@ class Plan:
 
     @classmethod
     def of(cls, surgeon: Surgeon, shards: int | None = None) -> Plan:
-        """Make the plan from the operators that a surgeon recorded.
+        """Make the plan from the operators that a surgeon recorded in a dry run, which has chosen what trains.
 
         Raises:
             ConfigError: `shards` is no number of processes.
@@ -70,16 +72,18 @@ class Plan:
         modules = [(graft.key, graft.operator) for graft in surgeon.grafts]
         modules += [(f"shared:{name}", shared.module) for name, shared in surgeon.owned.items()]  # type: ignore[misc]
         tensors = {f"{path}.{key}": tensor for path, module in modules for key, tensor in module.state_dict().items()}
-        held = {each for _, module in modules for each in (*module.parameters(), *module.buffers())}
+        parameters = {each for _, module in modules for each in module.parameters()}
+        held = parameters.union(each for _, module in modules for each in module.buffers())
         return cls(
             sites=tuple(graft.site for graft in surgeon.grafts),
             shapes={key: tensor.shape for key, tensor in tensors.items()},
             dtypes={key: tensor.dtype for key, tensor in tensors.items()},
-            trainable=sum(p.numel() for _, module in modules for p in module.parameters()),
+            trainable=sum(each.numel() for each in parameters if each.requires_grad),
             total=size_of(surgeon.resolver.modules.values()),
             bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
             host=surgeon.resolver.host,
             notes=tuple(surgeon.notices),
+            parameters=sum(each.numel() for each in parameters),
             resident=sum(each.nbytes for each in held),
             shards=() if shards is None else shards_of(surgeon, shards),
         )
@@ -105,12 +109,18 @@ class Plan:
         """Trainable values over values of the host: 0.01 is one percent."""
         return self.trainable / max(self.total, 1)
 
+    @property
+    def frozen(self) -> int:
+        """Number of values in the adapter's parameters that would not train."""
+        return self.parameters - self.trainable
+
     def tree(self) -> str:
         """Returns the host's map as a tree, and below it the sites that would change."""
+        frozen = f", {self.frozen:,} frozen in the adapter" if self.frozen else ""
         lines = [
             self.host.tree(),
             "",
-            f"{len(self.sites)} sites, {self.trainable:,} trainable ({self.share:.3%}), {self.bytes:,} bytes",
+            f"{len(self.sites)} sites, {self.trainable:,} trainable ({self.share:.3%}){frozen}, {self.bytes:,} bytes",
         ]
         lines += [f"note: {note}" for note in self.notes]
         lines += [f"process {number}: {shard}" for number, shard in enumerate(self.shards)]

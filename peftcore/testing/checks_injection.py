@@ -105,7 +105,7 @@ def every_kind_of_layer_equals_its_effective_weight(case: Case) -> None:
 
 @check(
     "plan() tells what apply() then does",
-    cause="`inject` or the operator decides by values, or does something else on the meta device",
+    cause="`inject`, the operator or `trainable` decides by values, or does something else on the meta device",
     remedy="decide by shapes and options alone: `site.weight_shape`, `site.in_features`, `config`",
 )
 def a_plan_comes_true(case: Case) -> None:
@@ -115,8 +115,10 @@ def a_plan_comes_true(case: Case) -> None:
     state = injection.state_dict()
     case.expect([s.path for s in plan.sites] == [s.path for s in injection.sites], "other sites than planned")
     case.expect(plan.shapes == {key: tensor.shape for key, tensor in state.items()}, "other tensors than planned")
-    real = sum(parameter.numel() for parameter in injection.parameters())
-    case.expect(plan.trainable == real, f"{plan.trainable} parameters planned, {real} there")
+    held = sum(parameter.numel() for parameter in injection.parameters())
+    trained = sum(parameter.numel() for parameter in injection.parameters() if parameter.requires_grad)
+    case.expect(plan.parameters == held, f"{plan.parameters} parameters planned, {held} there")
+    case.expect(plan.trainable == trained, f"{plan.trainable} trainable parameters planned, {trained} train")
     case.expect(plan.bytes == sum(t.numel() * t.element_size() for t in state.values()), "another size than planned")
 
 

@@ -9,7 +9,7 @@
 
 A declaration is only met when, while the test ran, a function of that library returned numbers, or numbers were read
 that were frozen from that code; and when code of the method ran as well. Otherwise the test fails. `gathering` writes
-what tests prove into the file that `registry.evidence` reads.
+what tests compared into the file that `registry.evidence` reads.
 
 Outputs are one part of what is compared. With ``part="start"`` (``"trains"``, ``"defaults"``) a test declares that it
 compares the values that a method starts from (which tensors it trains, the defaults of its options), and reads them by

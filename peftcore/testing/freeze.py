@@ -1,9 +1,10 @@
-"""``python -m peftcore.testing.freeze SCRIPT CHECKOUT``: write the numbers of the authors' code into the file beside a
-script that makes them; ``--check`` compares with that file instead.
+"""``python -m peftcore.testing.freeze SCRIPT CHECKOUT``: run the authors' code again, and compare its numbers with
+those in the file beside the script that makes them; nothing is written. With ``--write`` the file gets the new numbers.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -39,14 +40,24 @@ def kept(text: str, before: str) -> str:
 
 def main(arguments: list[str]) -> int:
     """Returns the exit status: 1 where other numbers come out than the file has."""
-    script, checkout = (Path(each) for each in arguments if each != "--check")
-    text, file = freeze(script, checkout), script.with_suffix(".json")
-    before = file.read_text(encoding="utf-8") if file.is_file() else "{}"
-    if "--check" not in arguments:
+    parser = argparse.ArgumentParser("python -m peftcore.testing.freeze", description=__doc__)
+    parser.add_argument("script", type=Path, help="has SOURCE, VERSIONS and functions such as numbers(checkout)")
+    parser.add_argument(
+        "checkout", type=Path, help="the folder with the authors' code, at the commit that SOURCE names"
+    )
+    parser.add_argument("--write", action="store_true", help="write the file instead of comparing with it")
+    asked = parser.parse_args(arguments)
+    file = asked.script.with_suffix(".json")
+    if not asked.write and not file.exists():
+        parser.error(f"there is no {file} to compare with: --write makes it")
+    text = freeze(asked.script, asked.checkout)
+    if asked.write:
+        before = file.read_text(encoding="utf-8") if file.exists() else "{}"
         file.write_text(kept(text, before), encoding="utf-8")
+        print(f"{file.name}: written")
         return 0
-    same = close(parts(text), parts(before))
-    print(f"{file.name}: {'the same numbers' if same else 'other numbers come out'}")
+    same = close(parts(text), parts(file.read_text(encoding="utf-8")))
+    print(f"{file.name}: " + ("the same numbers" if same else "other numbers come out; --write would put them there"))
     return 0 if same else 1
 
 

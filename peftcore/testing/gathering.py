@@ -37,7 +37,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     packages = [each for pattern in config.getini("evidence") for each in config.rootpath.glob(pattern)]
     whole = asked >= paths and not config.getoption("--evidence")
     if whole and packages and (wrong := differences(items, packages)):
-        raise pytest.UsageError("\n".join([*wrong, "`make evidence` writes what tests prove"]))
+        raise pytest.UsageError("\n".join([*wrong, "`make evidence` writes what tests compare"]))
 
 
 def declared(items: list[pytest.Item]) -> dict[Path, dict[str, set[Row]]]:
@@ -69,7 +69,7 @@ def differences(items: list[pytest.Item], packages: list[Path]) -> list[str]:
 
 
 class Gathering:
-    """Gathers what tests that passed prove, and writes it."""
+    """Gathers what tests that passed compared, and writes it."""
 
     def __init__(self) -> None:
         self.proved: defaultdict[Path, defaultdict[str, set[Row]]] = defaultdict(lambda: defaultdict(set))

@@ -27,12 +27,12 @@ def test_every_method_is_listed_with_what_it_declares() -> None:
             infos[name].mergeable,
             infos[name].paper,
         )
-        assert row["proven"] is bool(row["checked_against"]) is infos[name].proven
+        assert row["checked"] is bool(row["checked_against"]) is infos[name].checked
 
 
 def test_one_category_as_a_table() -> None:
     table = printed("--category", "additive")
-    assert "additive" in table and "experimental" in table and "peft 0.21" in table
+    assert "additive" in table and "equation" in table and "peft 0.21" in table
     names = {row["name"] for row in json.loads(printed("--category", "additive", "--json"))}
     assert {"lst", "prefix_tuning"} <= names and "lora" not in names
 

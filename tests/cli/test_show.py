@@ -29,7 +29,7 @@ def test_a_method_as_json() -> None:
     assert found["tags"]["mergeable"] and not found["tags"]["needs_data"]
     assert found["targets"] == list(cls.target)
     assert found["alternatives"] == [[each] if isinstance(each, str) else list(each) for each in cls.alternatives]
-    assert found["proven"] and found["checked_against"]
+    assert found["checked"] and found["checked_against"]
     assert found["parameters"] == budgets("lora") and found["parameters"]["Llama 2 7B"] == 4_194_304
     options = {option["name"]: option for option in found["options"]}
     assert options.keys() == cls.Config.model_fields.keys() - {"method"}
@@ -51,7 +51,7 @@ def test_a_method_for_people() -> None:
     assert "Llama 2 7B" in text
     assert max(map(len, text.splitlines())) <= 100
     assert re.search(r"checked against +peft 0.21\s", text)
-    assert re.search(r"checked against +its equation alone: experimental\s", printed("show", "peqa"))
+    assert re.search(r"checked against +no other code: equation only\s", printed("show", "peqa"))
 
 
 def test_a_preset_says_first_what_of_its_paper_it_leaves_out() -> None:

@@ -23,7 +23,7 @@ from peftcore import errors
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("peftcore", "peftcore.training", "peftcore.testing")
-MODULES = ("errors", "contract.hookspecs", "algebra", "registry.plugins", "registry.experimental", "files.formats")
+MODULES = ("errors", "contract.hookspecs", "algebra", "registry.plugins", "registry.equation_only", "files.formats")
 PLUGINS = sorted(path.stem for path in ROOT.glob("plugins/*/peftcore_*"))
 ERRORS = {name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, Exception)}
 

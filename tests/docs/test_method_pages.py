@@ -84,7 +84,7 @@ def test_page_says_what_the_method_declares(name: str) -> None:
     options = [option for option in method.cls.Config.model_fields if option != "method"]
     assert all(f"<td><code>{option}</code></td>" in text for option in options)
     assert method.shown.link in text and "1 %" in text and method.source in text
-    assert ("proven" if method.proven else "experimental") in text
+    assert ("checked against" if method.checked else "equation only") in text
 
 
 @pytest.mark.usefixtures("pages")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from peftcore import Method, MethodConfig, Site
 from peftcore.forward.slot import slot_of
+from peftcore.injection.applied import AppliedMethod
 from peftcore.surgery.surgeon import Surgeon
 
 
@@ -49,15 +50,6 @@ class MirrorsKernels(Small):
     def merged(self, weight: Tensor) -> Tensor:
         update = (self.B @ self.A.flatten(1)).view(weight.shape)
         return weight + (update.flip(-1) if weight.dim() > 2 else update)
-
-
-class FrozenInPlans(Small):
-    def __init__(self, site: Site, config: MethodConfig) -> None:
-        super().__init__(site, config)
-        if site.meta:
-            A = self.A.detach()
-            del self.A
-            self.register_buffer("A", A)
 
 
 class ReadsValues(Small):
@@ -189,6 +181,13 @@ def _says_it_ran(self: Method, model: nn.Module, config: Any, injection: Any) ->
         parameter.requires_grad_(True)
 
 
+def _fewer_in_plans(self: Method, model: nn.Module, config: Any, injection: AppliedMethod) -> None:
+    Method.trainable(self, model, config, injection)
+    for name, module in injection.modules():
+        assert isinstance(module, Small), name
+        module.A.requires_grad = not module.A.is_meta
+
+
 def _one_more(site: Site, config: Any) -> int:
     return RANK * (site.in_features * math.prod(site.kernel) + site.out_features) + 1
 
@@ -203,7 +202,7 @@ MUTANTS: dict[str, Entry] = {
     "every_kind_of_layer_starts_unchanged": _on_mlp("forgets_kernels", ForgetsKernels),
     "every_kind_of_layer_equals_its_effective_weight": _on_mlp("mirrors_kernels", MirrorsKernels),
     "the_parameter_count_is_the_declared_one": _on_mlp("miscounts", parameter_count=_one_more),
-    "a_plan_comes_true": _on_mlp("frozen_in_plans", FrozenInPlans),
+    "a_plan_comes_true": _on_mlp("trains_fewer_in_plans", trainable=_fewer_in_plans),
     "a_plan_changes_nothing": _on_mlp("notes_plans", inject=_with_a_plan),
     "a_host_without_memory_can_be_planned": _on_mlp("reads_values", ReadsValues),
     "a_failed_injection_leaves_no_trace": _on_mlp("busy_until_the_end", inject=_busy_until_the_end),

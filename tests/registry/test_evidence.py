@@ -59,7 +59,7 @@ def test_a_file_that_is_none_is_refused(tmp_path: Path) -> None:
             read(file)
 
 
-def test_a_method_that_says_so_itself_is_experimental() -> None:
+def test_what_a_method_says_itself_is_no_evidence() -> None:
     assert evidence.FILE == "evidence.json"
     peqa = next(info for info in peftcore.methods() if info.name == "peqa")
-    assert not peqa.proven and peqa.checked_against == ""
+    assert not peqa.checked and peqa.checked_against == ""

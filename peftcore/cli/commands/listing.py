@@ -33,6 +33,7 @@ def methods(
             print(listing.as_json(found))
         else:
             Console().print(listing.as_table(found, sizes))
+            Console().print(listing.tally(found))
 
 
 @app.command()

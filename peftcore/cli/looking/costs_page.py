@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from peftcore.cli.looking.folding import fold
-from peftcore.cli.pages import columns, share, spelled, tensors, times
+from peftcore.cli.pages import columns, frozen, share, spelled, tensors, times
 from peftcore.comparing.numbers import size, work
 from peftcore.comparing.plans.costs import Costs, Memory
 from peftcore.comparing.plans.recorded import Place, Recorded
@@ -70,7 +70,7 @@ def totals(costs: Costs) -> Text:
     return Text.assemble(
         "trainable ",
         (f"{plan.trainable:,}", "bold"),
-        f" of {plan.total:,} ({share(plan.share)}), target modules {len(plan.sites)}, file ",
+        f" of {plan.total:,} ({share(plan.share)}){frozen(plan)}, target modules {len(plan.sites)}, file ",
         (size(costs.file_size), "bold"),
     )
 

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from peftcore.cli.pages import columns, share, tensors
+from peftcore.cli.pages import columns, frozen, share, tensors
 from peftcore.comparing.models.skeletons import Skeleton, skeleton
 from peftcore.comparing.plans.recorded import Place, Recorded, Wanted
 from peftcore.injection.arguments import host_map
@@ -96,7 +96,7 @@ def cells(line: Line, colours: dict[str, str]) -> tuple[Text, ...]:
 
 def total(recorded: Recorded) -> str:
     plan = recorded.plan
-    text = f"{recorded.name}: trainable {plan.trainable:,} of {plan.total:,} ({share(plan.share)})"
+    text = f"{recorded.name}: trainable {plan.trainable:,} of {plan.total:,} ({share(plan.share)}){frozen(plan)}"
     shared = [
         f"{place.name.removeprefix('shared:')}: {tensors(place.tensors)}" for place in recorded.shared if place.tensors
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,7 +11,7 @@ from rich.progress import track
 from rich.table import Column, Table
 
 from peftcore.errors import PeftcoreError
-from peftcore.registry.catalogue import MethodInfo
+from peftcore.registry.catalogue import COMBINES, QUANTIZED, TRAINS, MethodInfo
 
 
 def records(infos: Iterable[MethodInfo], sizes: bool) -> list[dict[str, Any]]:
@@ -28,11 +29,12 @@ def _record(info: MethodInfo, sizes: bool) -> dict[str, Any]:
     try:
         record |= {
             "category": info.category,
+            "kind": info.kind,
             "paper": info.paper,
             "mergeable": info.mergeable,
             "per_row": info.per_row,
             "needs_data": info.needs_data,
-            "proven": info.proven,
+            "checked": info.checked,
             "checked_against": info.checked_against,
         }
         if sizes:
@@ -48,9 +50,23 @@ def as_json(found: list[dict[str, Any]]) -> str:
     return json.dumps(found, indent=2)
 
 
+def tally(found: list[dict[str, Any]]) -> str:
+    """Return how many methods do what, without presets, which are names for options of methods."""
+    methods = [record for record in found if "error" not in record and "preset" not in record]
+    kinds = Counter(record["kind"] for record in methods)
+    merges, rows, data, checked = (
+        sum(bool(record[key]) for record in methods) for key in ("mergeable", "per_row", "needs_data", "checked")
+    )
+    return (
+        f"{len(methods)} methods: {kinds[TRAINS]} train parameters of their own, {kinds[COMBINES]} combine trained "
+        f"adapters, {kinds[QUANTIZED]} are for quantized models. {merges} merge into the weights, {rows} take samples "
+        f"of one batch by different adapters, {data} look at data first; {checked} are checked against other code."
+    )
+
+
 def as_table(found: list[dict[str, Any]], sizes: bool) -> Table:
     """Return a table for people. Parameters are those in the first reference host that the method has a place in."""
-    checked = Column("checked against", min_width=len("experimental"))
+    checked = Column("checked against", min_width=len("equation only"))
     table = Table("method", "category", "paper", "merges", "per sample", "data", checked)
     if sizes:
         table.add_column("parameters", justify="right")
@@ -62,7 +78,7 @@ def as_table(found: list[dict[str, Any]], sizes: bool) -> Table:
         row = [record["name"], record["category"], record["paper"]]
         row += ["yes" if record[key] else "" for key in ("mergeable", "per_row", "needs_data")]
         row.append(
-            f"= {record['preset_of']}" if "preset" in record else record["checked_against"] or "[dim]experimental"
+            f"= {record['preset_of']}" if "preset" in record else record["checked_against"] or "[dim]equation only"
         )
         if sizes:
             budgets: dict[str, int] = record["parameters"]

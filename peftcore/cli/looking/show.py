@@ -149,7 +149,7 @@ class Shown:
             "alternatives": self.alternatives,
             "parameters": dict(self.budgets),
             "learning_rate": None if self.cls.learning_rate is None else vars(self.cls.learning_rate),
-            "proven": self.info.proven,
+            "checked": self.info.checked,
             "checked_against": self.info.checked_against,
             "compared": {source: list(parts) for source, parts in self.info.compared.items()},
             "preset": None if self.info.preset is None else str(self.info.preset),
@@ -194,7 +194,7 @@ class Shown:
             options = " ".join(f"{name}={spelled(value)}" for name, value in tags.identity_options.items())
             yield "changes nothing at first with", options
         yield "learning rate", str(self.cls.learning_rate or "none was found in its paper or its authors' code")
-        yield "checked against", ", ".join(self.sources()) or "its equation alone: experimental"
+        yield "checked against", ", ".join(self.sources()) or "no other code: equation only"
 
     def sources(self) -> Iterator[str]:
         """Yield whose numbers tests compare with, and what of them, if that is not outputs alone."""

@@ -165,7 +165,7 @@ def costs(
     recorded = Recorded.of(wanted, model, shards)
     file_size = size_of_file(recorded)
     weights, everything = held((*model.parameters(), *model.buffers())), list(model.parameters())
-    trained = [parameter for each in recorded.operators() for parameter in each.parameters()]
+    trained = [each for operator in recorded.operators() for each in operator.parameters() if each.requires_grad]
     adapter = recorded.plan.resident
     counted = count(built, recorded, size, blocks)
     return Costs(

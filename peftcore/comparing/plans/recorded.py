@@ -14,6 +14,7 @@ import peftcore
 from peftcore.comparing.quiet import unlogged
 from peftcore.contract.config import MethodConfig, validate_json
 from peftcore.contract.method import Method
+from peftcore.contract.operators import trainable_numbers
 from peftcore.injection.arguments import wishes_of
 from peftcore.injection.recording import prepare
 from peftcore.surgery.planning import Plan
@@ -63,7 +64,7 @@ class Place:
     def of(cls, name: str, operator: nn.Module) -> Place:
         """Return the place of a module that several places share."""
         tensors = {key: tuple(each.shape) for key, each in operator.state_dict().items()}
-        return cls(name, "", (), None, tensors, sum(parameter.numel() for parameter in operator.parameters()))
+        return cls(name, "", (), None, tensors, trainable_numbers([operator]))
 
     @classmethod
     def of_graft(cls, graft: Graft) -> Place:
@@ -132,6 +133,7 @@ class Recorded:
             "sites": [place.as_dict() for place in self.places],
             "shared": [place.as_dict() for place in self.shared],
             "trainable": self.plan.trainable,
+            "frozen": self.plan.frozen,
             "total": self.plan.total,
             "share": self.plan.share,
         }

@@ -56,7 +56,7 @@ def card(injection: Injection, formats: Sequence[str], metrics: Metrics | None =
         "",
         f"- method: {method.name} ({source}), options: {shown_options}",
         f"- sites: {len(injection.grafts)}",
-        f"- budget: {values:,} values, {values / max(host, 1):.3%} of the base's {host:,}",
+        f"- size: {values:,} values, {values / max(host, 1):.3%} of the base's {host:,}",
         *(f"- {name}{f' on {data}' if data != SOME else ''}: {value:g}" for data, name, value in rows),
         "",
         "```python",

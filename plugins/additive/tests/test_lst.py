@@ -102,8 +102,8 @@ def named(injection: peftcore.Injection) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def test_the_ladder_is_the_authors() -> None:
-    """Of an encoder in training: their numbers, and not what makes the method proven, since their side blocks are of
-    the backbone's kind. Here it is torch's, as ours, in both. They have no norm of the model's behind theirs."""
+    """Of an encoder in training: their numbers, and not what the method is checked against, since their side blocks are
+    of the backbone's kind. Here it is torch's, as ours, in both. They have no norm of the model's behind theirs."""
     transformers = pytest.importorskip("transformers")
     sizes = {"vocab_size": 11, "d_model": 8, "d_kv": 4, "d_ff": 12, "num_layers": 2, "num_heads": 2}
     sizes |= {"relative_attention_num_buckets": 8, "dropout_rate": 0.0}

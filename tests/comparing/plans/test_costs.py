@@ -11,11 +11,13 @@ import pytest
 import torch
 import transformers
 from looking import folder_of
+from rich.console import Console
 from slowly import quick
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import peftcore
+from peftcore.cli.looking.costs_page import page
 from peftcore.comparing.errors import BadInput
 from peftcore.comparing.models.example_inputs import Size
 from peftcore.comparing.plans.costs import Costs, costs
@@ -28,6 +30,7 @@ METHODS: Mapping[str, dict[str, Any]] = {
     "ia3": {},
     "houlsby_adapter": {},
     "ln_tuning": {},
+    "sapt": {"tasks": 6},
 }
 LLAMA_3_70B = {
     "hidden_size": 8192,
@@ -154,6 +157,22 @@ def test_operations_by_hand(tmp_path: Path) -> None:
     plan = planned(tmp_path, shape(64), "lora", Size(ROWS, LENGTH), "float32")
     matrices, attention = products(shape(64), ROWS * LENGTH, LENGTH)
     assert plan.counted.full.flops == 3 * matrices + attention * 7 // 2
+
+
+def test_frozen_values_of_an_adapter_have_no_gradients_and_no_states(tmp_path: Path) -> None:
+    """Five of six tasks' LoRAs stand still."""
+    plan = planned(tmp_path, shape(64), "sapt", Size(ROWS, LENGTH), "float32")
+    trained, memory = plan.recorded.plan.trainable, plan.memory
+    assert 0 < trained < plan.recorded.plan.parameters
+    assert (memory.gradients, memory.optimizer) == (4 * trained, 8 * trained)
+    assert memory.adapter == 4 * plan.recorded.plan.parameters
+    told = plan.as_dict()
+    assert (told["trainable"], told["frozen"]) == (trained, plan.recorded.plan.frozen)
+    assert sum(each["trainable"] for each in (*told["sites"], *told["shared"])) == trained
+    console = Console(width=120)
+    with console.capture() as shown:
+        console.print(page(plan))
+    assert f"{plan.recorded.plan.frozen:,} frozen in the adapter" in shown.get()
 
 
 @pytest.mark.slow

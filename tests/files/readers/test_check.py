@@ -70,6 +70,15 @@ def test_ranks_and_alphas_that_differ(tmp_path: Path) -> None:
     assert found["sglang"] == found["tgi"] == refused
 
 
+def test_what_vllm_reads_from_some_version_on_says_so(tmp_path: Path) -> None:
+    """Its sources of 0.31.0 know neither option."""
+    folder = folder_of(tmp_path / "a", rank=4, overrides={"*.0.self_attn.q_proj": {"rank": 8, "alpha": 3.0}})
+    report = check(folder, reader_named("vllm"))
+    told = {row.what: row.why for row in report.rows if row.why}
+    assert report.as_trained and not report.reasons and told.keys() == {"option rank_pattern", "option alpha_pattern"}
+    assert all(why.startswith("from vLLM 0.32.0 on; 0.31.0 and earlier pass over it") for why in told.values())
+
+
 def test_a_rank_above_the_largest_is_refused(tmp_path: Path) -> None:
     report = check(folder_of(tmp_path / "a", rank=600), reader_named("vllm"))
     assert report.verdict is Verdict.REFUSED and "takes 512 at most" in report.reasons[0]

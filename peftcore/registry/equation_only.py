@@ -1,4 +1,4 @@
-"""The notice, given once, that a method is experimental; see `evidence`."""
+"""The notice, given once, that a method is *equation only*; see `evidence`."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ told: set[str] = set()
 """Names of the methods for which this process has given the notice."""
 
 
-def notice_experimental(methods: Iterable[Method]) -> None:
+def notice_equation_only(methods: Iterable[Method]) -> None:
     """Log one line, a warning of the logger "peftcore", for each method that was not compared with anybody else's
     numbers; in a process once a method."""
     for method in methods:
         if not sources(type(method).__module__, method.name) and method.name not in told:
             told.add(method.name)
             logger.warning(
-                "method %r is experimental: its tests compare it with its equation alone, not with numbers of another "
+                "method %r is equation only: its tests compare it with its equation, not with numbers of another "
                 "library or of the authors' code (no more of this: logging.getLogger('peftcore').setLevel('ERROR'))",
                 method.name,
             )

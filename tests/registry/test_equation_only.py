@@ -1,4 +1,4 @@
-"""What `apply` tells of an experimental method, once."""
+"""What `apply` tells once of a method that was compared with its equation only."""
 
 import logging
 from pathlib import Path
@@ -10,7 +10,7 @@ from torch import nn
 
 import peftcore
 from peftcore.errors import TargetError
-from peftcore.registry import experimental as notices
+from peftcore.registry import equation_only as notices
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def lines(caplog: Any) -> list[str]:
 
 
 @pytest.mark.usefixtures("nobody_told")
-def test_experimental_methods_are_told_once_by_name(caplog: pytest.LogCaptureFixture) -> None:
+def test_they_are_told_once_by_name(caplog: pytest.LogCaptureFixture) -> None:
     model = host()
     peftcore.plan(model, Doubling.name, target=["0", "1"])
     with pytest.raises(TargetError):
@@ -37,12 +37,12 @@ def test_experimental_methods_are_told_once_by_name(caplog: pytest.LogCaptureFix
     for number in range(3):
         peftcore.apply(model, Doubling.name, target=["0", "1"], name=f"number{number}")
     [line] = lines(caplog)
-    assert repr(Doubling.name) in line and "equation alone" in line and "getLogger('peftcore')" in line
+    assert repr(Doubling.name) in line and "equation only" in line and "getLogger('peftcore')" in line
     assert caplog.records[0].levelno == logging.WARNING
 
 
 @pytest.mark.usefixtures("nobody_told")
-def test_parts_are_told_too_and_proven_methods_are_not(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+def test_parts_are_told_too_and_checked_methods_are_not(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
     injection = peftcore.apply(host(), ["lora", Doubling.name], target=["0", "1"])
     assert len(lines(caplog)) == 1 and repr(Doubling.name) in lines(caplog)[0]
     injection.save(tmp_path)
