@@ -1,25 +1,51 @@
-"""Random histories, each compared with a fresh model after each step. ``make histories`` runs more of them."""
+"""Random histories, each step compared with what ought to come out. ``make histories`` runs more of them."""
 
 import os
 import time
+from typing import NamedTuple
 
 import pytest
+from history_fleets import FleetHistory
+from history_guidance import GuidedHistory
 from history_machine import History
+from history_peft import PeftHistory
+from history_rows import RowHistory
+from history_tables import TableHistory
 from hypothesis import HealthCheck, Phase, Verbosity, settings
 from hypothesis import seed as seeded
-from hypothesis.stateful import run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
 from slowly import quick
 
 SEED = int(os.environ.get("PEFTCORE_HISTORIES_SEED") or "0")
 MINUTES = float(os.environ.get("PEFTCORE_HISTORIES_MINUTES") or "0")
-EACH = 10
-"""Histories that one call of hypothesis draws."""
 
 
-def run(seed: int) -> None:
+class Kind(NamedTuple):
+    """A kind of histories.
+
+    Attributes:
+        machine: draws one.
+        each: how many one call of hypothesis draws, which takes some seconds.
+    """
+
+    machine: type[RuleBasedStateMachine]
+    each: int
+
+
+KINDS = {
+    "models": Kind(History, 10),
+    "fleets": Kind(FleetHistory, 4),
+    "peft": Kind(PeftHistory, 5),
+    "rows": Kind(RowHistory, 3),
+    "tables": Kind(TableHistory, 5),
+    "guidance": Kind(GuidedHistory, 6),
+}
+
+
+def run(kind: Kind, seed: int) -> None:
     """Draw some histories."""
     options = settings(
-        max_examples=EACH,
+        max_examples=kind.each,
         stateful_step_count=12,
         deadline=None,
         database=None,
@@ -28,18 +54,21 @@ def run(seed: int) -> None:
         suppress_health_check=list(HealthCheck),
         phases=(Phase.generate, Phase.shrink),
     )
-    run_state_machine_as_test(seeded(seed)(History), settings=options)
+    run_state_machine_as_test(seeded(seed)(kind.machine), settings=options)
 
 
 @pytest.mark.parametrize("part", quick(range(5), range(1)))
-def test_histories(part: int) -> None:
-    run(1000 * SEED + part)
+@pytest.mark.parametrize("kind", KINDS)
+def test_histories(kind: str, part: int) -> None:
+    run(KINDS[kind], 1000 * SEED + part)
 
 
 @pytest.mark.skipif(not MINUTES, reason="make histories says for how long")
-def test_more_histories() -> None:
-    end, seed = time.monotonic() + 60 * MINUTES, 1000 * SEED + 100
+@pytest.mark.parametrize("kind", KINDS)
+def test_more_histories(kind: str) -> None:
+    """Each kind has its share of the minutes."""
+    end, seed = time.monotonic() + 60 * MINUTES / len(KINDS), 1000 * SEED + 100
     while time.monotonic() < end:
-        run(seed)
+        run(KINDS[kind], seed)
         seed += 1
-    print(f"{EACH * (seed - 1000 * SEED - 100)} histories")
+    print(f"{KINDS[kind].each * (seed - 1000 * SEED - 100)} histories of {kind}")

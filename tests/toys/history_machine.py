@@ -285,6 +285,28 @@ class History(RuleBasedStateMachine):
         for name in acting:
             world.learn(name)
 
+    @precondition(lambda self: not any(each.merged for each in self.world.adapters.values()))
+    @rule()
+    def own_losses(self) -> None:
+        """Each adapter has the losses of its own method, whoever is asked first; one whose method has none has none."""
+        world = self.world
+        if not isinstance(world.choice, tuple) or len(world.choice) < 2:
+            return
+
+        def told(acting: tuple[str, ...], asked: tuple[str, ...]) -> dict[str, Tensor]:
+            model = world.fresh(acting)
+            peftcore.activate(model, *acting)
+            torch.manual_seed(0)
+            model.train()(**world.inputs)
+            return {name: peftcore.injections(model)[name].losses().detach() for name in asked}
+
+        with world.allowed():
+            found, turned = told(world.choice, world.choice), told(world.choice, world.choice[::-1])
+            for name, loss in found.items():
+                world.compare(turned[name], loss, f"losses of {name!r}, asked in another order")
+                if not told((name,), (name,))[name]:
+                    world.compare(loss, torch.zeros_like(loss), f"losses of {name!r}, whose method has none")
+
     @rule(name=names, how=st.sampled_from([*WRITERS]))
     def write_to_an_adapter(self, name: str, how: str) -> None:
         world = self.world
