@@ -1,6 +1,6 @@
 """LiDB: Lightweight DreamBooth, the adapter of HyperDreamBooth.   Ruiz et al. 2023, arXiv 2307.06949.
 
-    y = W x + b + s (B_aux B) (A A_aux) x,   s = alpha / rank
+    y = W x + b + s (B_aux B) (A A_aux) x
     A [rank, a] ~ N(0, 2 / (a + rank)),   B [b, rank] zero,   A_aux [a, in] and B_aux [out, b] frozen
 
 LoRA whose factors are written in a random basis that is not whole: the rows of A_aux and the columns of B_aux are
@@ -11,9 +11,9 @@ basis there, and a rank at most as large as its bases. Kernels of convolutions c
 experts have bases of their own each. In memory they are a * in + b * out numbers a site: 60 MB in the UNet of Stable
 Diffusion 1.5.
 
-The authors published no code. The equation is the paper's; the start and the order of the factors are those of an
-unofficial code, MFaceTech/HyperDreamBooth, which takes a = 160 and b = 80. In another one, KohakuBlueleaf/HyperKohaku,
-the bases are normal instead of orthonormal.
+The authors published no code. The equation is the paper's, with s = 1, or alpha / rank where `alpha` is given; the
+start and the order of the factors are those of an unofficial code, MFaceTech/HyperDreamBooth, which takes a = 160 and
+b = 80. In another one, KohakuBlueleaf/HyperKohaku, the bases are normal instead of orthonormal.
 
 The network that predicts A and B of all sites from a picture of a face is not here: it is trained with thousands of
 adapters. Nor is the relaxed rank an option. The paper adds the update to the weights and trains a LoRA of a higher rank
@@ -47,8 +47,8 @@ class Config(MethodConfig):
     method: Literal["lidb"] = "lidb"
     rank: PositiveInt = 1
     """Rank of the update; at most the size of the smaller basis."""
-    alpha: PositiveFloat = 1.0
-    """Numerator of the scale ``alpha / rank``."""
+    alpha: PositiveFloat | None = None
+    """Numerator of the scale ``alpha / rank``; None has no scale."""
     a: PositiveInt = 100
     """Directions of the inputs that an update can read; at most all of them."""
     b: PositiveInt = 50
@@ -83,7 +83,7 @@ class LiDBOperator(Operator):
     def __init__(self, site: Site, config: Config, number: int) -> None:
         super().__init__(site)
         rank, a, b = sizes(site, config)
-        self.scale = config.alpha / config.rank
+        self.scale = 1.0 if config.alpha is None else config.alpha / config.rank
         inputs = (site.in_features, *site.kernel)
         generator = torch.Generator().manual_seed(config.basis_seed + number)
         A_aux = orthonormal(generator, *site.batch, math.prod(inputs), a).mT.unflatten(-1, inputs)
@@ -120,6 +120,8 @@ class LiDB(Method):
     )
     target = ("attn.q", "attn.k", "attn.v", "attn.out", "cross.q", "cross.k", "cross.v", "cross.out")
     alternatives = MATRICES
+    config_version = 2
+    former_defaults = ({"alpha": 1.0},)
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
         for number, site in enumerate(surgeon.sites()):

@@ -95,7 +95,7 @@ def test_A_starts_as_wide_as_in_the_unofficial_code() -> None:
 
 def test_narrow_layers_have_whole_bases() -> None:
     """And the rank that is left there; the scale stays that of the option."""
-    operator = adapted("linear", "lidb", rank=64)[2]
+    operator = adapted("linear", "lidb", rank=64, alpha=1.0)[2]
     assert (operator.A.shape, operator.B.shape) == ((7, 12), (7, 7))
     assert operator.factors()[2] == 1 / 64
 
@@ -195,3 +195,10 @@ def test_it_acts_in_a_unet_and_starts_as_the_base() -> None:
     for operator in injection.operators.values():
         fill(operator)
     assert difference(model(**inputs).sample, base) > 1e-3
+
+
+def test_the_scale_is_one_at_every_rank() -> None:
+    for rank in (1, 3):
+        model = nn.Sequential(nn.Linear(9, 7))
+        (operator,) = peftcore.apply(model, "lidb", target="0", rank=rank).operators.values()
+        assert operator.scale == 1.0

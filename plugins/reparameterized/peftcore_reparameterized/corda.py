@@ -2,7 +2,7 @@
 
     C = mean of X' X / max(X)^2 over the batches,   X [tokens, in] the inputs of a target module
     C' = C + d mean(diag C) I,   W C' = U S V',   B0 = U_r sqrt(S_r / s),   A0 = sqrt(S_r / s) V_r' inv(C')
-    W' = W - s B0 A0 + s B A = W + s (B A - B0 A0),   A = A0 and B = B0 at first,   s = alpha / rank
+    W' = W - s B0 A0 + s B A = W + s (B A - B0 A0),   A = A0 and B = B0 at first
 
 PiSSA by what comes out of a weight for the inputs of ``data=``, which needs no labels. mode="ipm" (instruction
 previewed) trains the r largest directions, and data is of the task; mode="kpm" (knowledge preserved) trains the r
@@ -10,9 +10,9 @@ smallest, and data is of what shall be kept. d is 0.01, and is doubled until inv
 
 The authors' code and peft write W - s B0 A0 into the base; here the base stays, and A0 and B0 stand frozen beside A and
 B. Outputs and gradients are the same, and the adapter fits the base as it came. As in both of them, max(X) is the
-largest entry with its sign; the authors have s = 1. Padding is left out, which neither has. Weights whose inputs are no
-vectors (convolutions, embeddings, what is read) are decomposed as they are, with C' = I. All of the C are in memory at
-once, a matrix [in, in] for each module.
+largest entry with its sign. s is 1 at every rank, as in the authors' code, or alpha / rank where `alpha` is given.
+Padding is left out, which neither has. Weights whose inputs are no vectors (convolutions, embeddings, what is read) are
+decomposed as they are, with C' = I. All of the C are in memory at once, a matrix [in, in] for each module.
 
 Parameters: rank * (in * kernel + out) a site, times the number of experts; rank at most that of the weight.
 
@@ -55,8 +55,8 @@ class Config(MethodConfig):
     method: Literal["corda"] = "corda"
     rank: PositiveInt = 128
     """How many directions are adapted; at most those that there are."""
-    alpha: PositiveFloat = 128.0
-    """Numerator of the scale ``alpha / rank``."""
+    alpha: PositiveFloat | None = None
+    """Numerator of the scale ``alpha / rank``; None has no scale."""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Probability with which inputs of the trained factors are dropped in training."""
     mode: Literal["ipm", "kpm"] = "ipm"
@@ -87,9 +87,8 @@ class CorDAOperator(PairOperator):
     def __init__(self, site: Site, config: Config) -> None:
         rank = rank_within(site, config.rank)
         A = torch.zeros(*site.batch, rank, site.in_features, *site.kernel)
-        super().__init__(
-            site, A, torch.zeros(*site.batch, site.out_features, rank), config.alpha / config.rank, config.dropout
-        )
+        scale = 1.0 if config.alpha is None else config.alpha / config.rank
+        super().__init__(site, A, torch.zeros(*site.batch, site.out_features, rank), scale, config.dropout)
         self.last = config.mode == "kpm"
 
     @torch.no_grad()
@@ -116,6 +115,8 @@ class CorDA(Method):
     learning_rate = LearningRate(2e-5, "iboing/CorDA@baffb03, tools/train_CorDA.sh", on="Llama-2-7B, MetaMathQA")
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
     alternatives = MATRICES
+    config_version = 2
+    former_defaults = ({"alpha": 128.0},)
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
         sites = surgeon.sites()

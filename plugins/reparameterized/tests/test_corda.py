@@ -181,11 +181,12 @@ def test_damping_doubles_until_the_inverse_is_exact() -> None:
     assert fixed[1, 1] == pytest.approx(0.01 / 6)
 
 
-def test_files_of_peft(tmp_path: Path) -> None:
+@pytest.mark.parametrize("alpha", [6.0, None])
+def test_files_of_peft(alpha: float | None, tmp_path: Path) -> None:
     """Written as LoRA of twice the rank, which peft makes of its own, too."""
     base, x = host().eval(), batches()[0][0]
     ours = deepcopy(base)
-    injection = peftcore.apply(ours, "corda", target=["first", "second"], data=batches(), rank=RANK, alpha=6.0)
+    injection = peftcore.apply(ours, "corda", target=["first", "second"], data=batches(), rank=RANK, alpha=alpha)
     fill(injection.parameters())
     injection.save(tmp_path / "ours", format="peft")
     theirs = peft.PeftModel.from_pretrained(deepcopy(base), str(tmp_path / "ours")).eval()
@@ -207,3 +208,12 @@ def test_files_of_peft(tmp_path: Path) -> None:
     loaded = deepcopy(base)
     assert peftcore.load(loaded, tmp_path / "theirs").config.rank == 2 * RANK
     assert_same(base(x), loaded(x), model(x))
+
+
+def test_the_scale_is_one_at_every_rank() -> None:
+    model, inputs = HOSTS["mlp"].build()
+    data = [lambda host: host(**inputs).square().mean()]
+    for rank in (1, 3):
+        injection = peftcore.apply(model, "corda", rank=rank, data=data)
+        assert {operator.scale for operator in injection.operators.values()} == {1.0}
+        injection.remove()

@@ -324,10 +324,7 @@ HELD: Held = {
     ("kasa", "beta"): (1e-4, f"{KASA}: BETA=0.0001"),
     ("kasa", "gamma"): (1e-3, f"{KASA}: GEMMA=0.001"),
     ("corda", "rank"): (128, "huggingface/peft@5d602fd, examples/corda_finetuning/README.md: --r 128"),
-    ("corda", "alpha"): (
-        128.0,
-        f"{CORDA}, cordalib/decomposition.py: CorDA_adapter has no scale, which is 1 with alpha = rank",
-    ),
+    ("corda", "alpha"): (None, f"{CORDA}, cordalib/decomposition.py: CorDA_adapter has no scale"),
     ("corda", "dropout"): (0.0, f"{CORDA}, cordalib/decomposition.py: CorDA_adapter drops nothing"),
     ("corda", "mode"): ("ipm", "peft 0.21: CordaConfig.corda_method"),
     ("lora_ga", "rank"): (

@@ -175,7 +175,7 @@ class PeftLoRA(PeftMethod):
         site, config, variant = place.site, place.config, self._variant(place)
         options = {
             "r": variant.times * config.rank,
-            "lora_alpha": variant.times * config.alpha,
+            "lora_alpha": variant.times * (config.rank if config.alpha is None else config.alpha),
             "lora_dropout": getattr(config, "dropout", 0.0),
             "use_dora": False,
             "use_rslora": getattr(config, "scaling", "rank") == "sqrt_rank",
