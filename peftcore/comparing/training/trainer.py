@@ -270,7 +270,7 @@ def _arguments(run: Run, task: Task[Any], prepared: Prepared) -> transformers.Tr
 
 
 def _checkpointing(wanted: bool) -> dict[str, Any]:
-    """Returns the arguments by which blocks run again in backward; transformers 5.23 gave them other names."""
+    """Return the arguments by which blocks run again in backward; transformers 5.23 gave them other names."""
     if any(each.name == "activation_checkpointing" for each in fields(transformers.TrainingArguments)):
         return {"activation_checkpointing": wanted}
     return {"gradient_checkpointing": wanted, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
