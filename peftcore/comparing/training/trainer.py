@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -244,7 +245,7 @@ def _arguments(run: Run, task: Task[Any], prepared: Prepared) -> transformers.Tr
         weight_decay=chosen.weight_decay,
         max_grad_norm=chosen.clip,
         bf16=chosen.autocast,
-        activation_checkpointing=chosen.checkpoint_gradients,
+        **_checkpointing(chosen.checkpoint_gradients),
         **sharding_arguments(chosen.shard),
         seed=chosen.seed,
         dataloader_num_workers=chosen.workers,
@@ -266,6 +267,13 @@ def _arguments(run: Run, task: Task[Any], prepared: Prepared) -> transformers.Tr
         disable_tqdm=True,
         remove_unused_columns=False,
     )
+
+
+def _checkpointing(wanted: bool) -> dict[str, Any]:
+    """Return the arguments by which blocks run again in backward; transformers 5.23 gave them other names."""
+    if any(each.name == "activation_checkpointing" for each in fields(transformers.TrainingArguments)):
+        return {"activation_checkpointing": wanted}
+    return {"gradient_checkpointing": wanted, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
 
 
 def _divides_by_items(prepared: Prepared) -> bool:
