@@ -5,6 +5,7 @@ It may import `roles`, and what is below. In the order of reading:
 - `active_adapters`: which adapters are active, on which rows of a batch.
 - `checkpoints`: which forward a checkpoint repeats inside backward.
 - `own_losses`: the losses that methods add to the model's.
+- `repeats`: how a batch repeats what a call tells.
 - `tokens`: the tokens of one forward, and what was decided when they were new.
 - `context`: the context of one forward of the model, which backward may repeat.
 - `routers`: operators that give shares of experts, and what is summed up of them.
@@ -16,7 +17,7 @@ It may import `roles`, and what is below. In the order of reading:
 - `save_pretrained`: other libraries' saving writes the bare base.
 - `admission`: the mark by which transformers' Trainer takes an adapted quantized model.
 - `adapter_modules`: the modules in which operators live, and what loading into them lacks.
-- `generate`: one call of `generate` computes effective weights once.
+- `generate`: one call of `generate` computes effective weights once, and its prompt is known.
 - `merged_choice`: which choices are right while adapters are merged.
 - `unused_parameters`: adapters that train and do not act, where that fails.
 - `residency`: which adapters have their values on the model, within a limit.
