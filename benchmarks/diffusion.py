@@ -131,7 +131,7 @@ class Painter(nn.Module):
         self.words, self.denoiser = nn.Embedding(WORDS, WIDTH), denoiser
 
     @staticmethod
-    def steered(edges: Tensor) -> dict[str, Tensor]:
+    def steered(edges: Tensor) -> dict[str, Any]:
         """Return what a call says of edges [n, 1, 8, 8]: an image of the model's own form."""
         return {"condition": edges}
 
@@ -153,7 +153,7 @@ class UNet(Painter):
         return noise
 
     @staticmethod
-    def steered(edges: Tensor) -> dict[str, Tensor]:
+    def steered(edges: Tensor) -> dict[str, Any]:
         """As colors eight times as large, as images are beside latents; and as four tokens, a quarter each."""
         large = nn.functional.interpolate(edges, scale_factor=8.0, mode="nearest").expand(-1, 3, -1, -1)
         return {"condition": large, "image_tokens": nn.functional.unfold(edges, 4, stride=4).mT}

@@ -37,7 +37,7 @@ class InstanceOperator(SequenceOperator):
             raise UnsupportedSite(f"{site.path} reads what an encoder made of the text; target the encoder's stack")
         super().__init__(site, length)
         generates = site.stack.causal and not site.stack.readers
-        self._positions = PromptPositions(0, generates, 0, sys.maxsize, halves=False)
+        self._positions = PromptPositions(0, generates, 0, sys.maxsize, halves=False, whole=True)
         self._text = Tap()
 
     def rows_of(self, embeds: Tensor, text: Tensor) -> Tensor:

@@ -126,12 +126,20 @@ class PromptPositions:
     """
 
     def __init__(
-        self, depth: int, generates: bool, first: int, last: int, halves: bool, last_wins: bool = False
+        self,
+        depth: int,
+        generates: bool,
+        first: int,
+        last: int,
+        halves: bool,
+        last_wins: bool = False,
+        whole: bool = False,
     ) -> None:
         """Set which positions: `first` and `last` ones, and whether either has half of the prompt at most; without
-        `halves` the first ones come first, or the last ones where these win."""
+        `halves` the first ones come first, or the last ones where these win. `whole`: something is made of the prompt,
+        so that it has to come at once."""
         self.depth, self.generates, self.first, self.last, self.halves = depth, generates, first, last, halves
-        self.last_wins = last_wins
+        self.last_wins, self.whole = last_wins, whole
 
     def positions(self, hidden: Tensor, given: Mapping[str, Any], training: bool) -> tuple[Tensor, Tensor] | None:
         """Returns masks ``[batch or 1, tokens]`` of the first and of the last positions (none is in both), for the
@@ -139,12 +147,17 @@ class PromptPositions:
 
         Raises:
             MissingContext: the input may be more than the prompt, and nobody said where that ends.
-            SequenceError: nothing tells which tokens are padding.
+            SequenceError: nothing tells which tokens are padding; or the prompt is to be `whole`, and this is a piece.
         """
         rows, new = len(hidden), hidden[0, ..., 0].numel()
         running = forward_context()
         inputs, told = running.inputs, running.told("prompt_length")
         held, prompt = cached_tokens(given, self.depth, new), running.prompt if self.generates else None
+        if self.whole and prompt is not None and held < prompt.end and new < prompt.ids.shape[1]:
+            raise SequenceError(
+                f"the prompt has {prompt.ids.shape[1]} tokens, of which a forward is given {new}: what is made of a "
+                "prompt has to see the whole of it; leave out prefill_chunk_size="
+            )
         if told is None and prompt is not None and prompt.mask is not None:
             told = (prompt.mask != 0).sum(-1)
         if told is None and held:
@@ -159,7 +172,12 @@ class PromptPositions:
         if told is None and held:
             self._check_pieces(real[:, :held].sum(-1))
         if told is not None:
-            length = _per_row(told, rows, hidden.device)
+            seen, length = length, _per_row(told, rows, hidden.device)
+            if self.whole and not held and not torch.compiler.is_compiling() and bool((length > seen).any()):
+                raise SequenceError(
+                    f"{[*seen.flatten().tolist()]} tokens are less than a prompt of {[*length.flatten().tolist()]}, "
+                    "which has to come at once: what is made of a prompt has to see the whole of it"
+                )
         elif isinstance(labels, Tensor) and labels.shape == (rows, new):
             length = _before_labels(labels, real, length)
         elif self.generates and not training and inputs.get("use_cache") is False:

@@ -6,6 +6,7 @@ It may import `roles`, and what is below. In the order of reading:
 - `checkpoints`: which forward a checkpoint repeats inside backward.
 - `counted_draws`: random numbers that are functions of what they are for.
 - `draws`: random numbers of adapters that rows go to.
+- `repeats`: how a batch repeats what a call tells.
 - `tokens`: the tokens of one forward, and what was decided when they were new.
 - `context`: the context of one forward of the model, which backward may repeat.
 - `routing`: rows of a batch that go to different adapters.
@@ -19,7 +20,7 @@ It may import `roles`, and what is below. In the order of reading:
 - `save_pretrained`: other libraries' saving writes the bare base.
 - `admission`: the mark by which transformers' Trainer takes an adapted quantized model.
 - `adapter_modules`: the modules in which operators live, and what loading into them lacks.
-- `generate`: one call of `generate` computes effective weights once.
+- `generate`: one call of `generate` computes effective weights once, and its prompt is known.
 - `merged_choice`: which choices are right while adapters are merged.
 - `unused_parameters`: adapters that train and do not act, where that fails.
 - `residency`: which adapters have their values on the model, within a limit.

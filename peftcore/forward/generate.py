@@ -54,6 +54,7 @@ def _prompt(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Prompt | None:
     if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point():
         return None
     mask = kwargs.get("attention_mask")
-    plain = isinstance(mask, Tensor) and mask.dim() == 2
-    begin = max(mask.shape[1] - ids.shape[1], 0) if plain and cache_in(kwargs) is not None else 0
-    return Prompt(ids, begin, mask if plain and mask.shape[1] == begin + ids.shape[1] else None)
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        return Prompt(ids, 0)
+    begin = max(mask.shape[1] - ids.shape[1], 0) if cache_in(kwargs) is not None else 0
+    return Prompt(ids, begin, mask if mask.shape[1] == begin + ids.shape[1] else None)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import peftcore
 from peftcore import Method, MethodConfig, PromptPositions, Tags, TokenStacks, VisibleTokens, cached_tokens
-from peftcore.errors import MissingContext, SequenceError, UnsupportedSite
+from peftcore.errors import MissingContext, RouteError, SequenceError, UnsupportedSite
 from peftcore.forward import context as contexts
 from peftcore.forward.active_adapters import Choice
 from peftcore.forward.context import ForwardContext
@@ -67,7 +67,18 @@ def test_without_a_word_the_whole_input_is_the_prompt(inside: Inside) -> None:
 def test_a_call_says_where_it_ends_for_each_row(inside: Inside) -> None:
     inside(prompt_length=[2, 4])
     assert ends(1, 1, 6, 2) == [[[0], [0]], [[1], [3]]]
+    with pytest.raises(RouteError, match="prompt_length has 2 entries, and the batch 4 rows"):
+        ends(1, 1, 6, 4)
+    inside(prompt_length=[2, 4], copies=2)
     assert ends(1, 1, 6, 4) == [[[0]] * 4, [[1], [1], [3], [3]]], "beams are repeated"
+
+
+def test_a_whole_prompt_is_no_piece(inside: Inside) -> None:
+    inside(prompt_length=[2, 4])
+    whole = PromptPositions(0, True, 0, 1, False, whole=True)
+    assert whole.positions(torch.zeros(2, 4, 8), {}, False) is not None
+    with pytest.raises(SequenceError, match=r"\[3\] tokens are less than a prompt of \[2, 4\]"):
+        whole.positions(torch.zeros(2, 3, 8), {}, False)
 
 
 def test_labels_say_where_it_ends_and_padding_is_no_prompt(inside: Inside) -> None:

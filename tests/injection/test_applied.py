@@ -35,7 +35,7 @@ def test_a_part_is_read_and_has_no_verbs(tmp_path: Path) -> None:
 
 def test_functions_of_methods_get_what_both_have() -> None:
     takes = [each for _, each in inspect.getmembers(Method, inspect.isfunction) if "injection" in each.__annotations__]
-    assert len(takes) == 7
+    assert len(takes) == 8
     assert {each.__annotations__["injection"] for each in takes} == {"AppliedMethod"}
     assert issubclass(Injection, AppliedMethod)
 

@@ -160,7 +160,8 @@ class Planner:
         injection = establish(surgeon, "planned")
         try:
             trained = [each for each in self.model.parameters() if each.requires_grad]
-            with peftcore.call(self.model, **({"task": self.tasks[0]} if self.tasks else {})):
+            told: dict[str, Any] = {"task": self.tasks[0]} if self.tasks else {}
+            with peftcore.call(self.model, **told):
                 kept = Pretended().kept(self._whole, self._batch)
         except Unknown as error:
             raise BadInput(f"the memory that {candidate.name} takes is not known: {error}") from None

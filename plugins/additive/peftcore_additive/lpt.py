@@ -79,7 +79,8 @@ class LPTOperator(InnerRows):
             self.prompt = nn.Parameter(torch.randn(config.length, width))
             return
         generates = self.causal and not site.stack.readers
-        self.positions = PromptPositions(self.depths[0], generates, ALL, 1, halves=False)  # where it ends counts
+        # `last` is 1, since where the prompt ends counts.
+        self.positions = PromptPositions(self.depths[0], generates, ALL, 1, halves=False, whole=True)
         self.down = nn.Linear(width, config.hidden)
         self.up = nn.Linear(config.hidden, width * (config.length if self.generator == "naive" else 1))
         self.dropout = nn.Dropout(config.dropout)

@@ -132,10 +132,12 @@ def test_generation_from_padded_prompts(kind: str | None, path: dict[str, Any]) 
         assert torch.equal(model.generate(ids, **{**given, "use_cache": False, "cache_implementation": None}), cached)
         assert torch.equal(model.generate(ids, **given), cached)
     if kind is not None:
+        assert torch.equal(model.generate(ids, **{**given, "use_cache": False, "cache_implementation": None}), cached)
         with pytest.raises(MissingContext, match="prompt_length"):
-            model.generate(ids, **{**given, "use_cache": False, "cache_implementation": None})
-        with pytest.raises(MissingContext, match="prompt_length"):
-            model.generate(ids, prefill_chunk_size=3, **given)
+            model.generate(ids, **{**given, "use_cache": False, "cache_implementation": None, "attention_mask": None})
+        for told in ({}, {"prompt_length": [6, 4]}):
+            with peftcore.call(model, **told), pytest.raises(SequenceError, match="has 6 tokens, of which a forward"):
+                model.generate(ids, prefill_chunk_size=3, **given)
 
 
 @pytest.mark.parametrize("kind", ["naive", "average"])

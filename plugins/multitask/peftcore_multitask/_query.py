@@ -51,7 +51,7 @@ class DecidingOperator(Router):
     def __init__(self, site: Site, stack: TokenStack, decided: Tap) -> None:
         super().__init__(site)
         self.decided, self.given, self.kept, self.names = decided, Tap(), Decisions(), site.arguments
-        self.positions = PromptPositions(0, stack.causal, 0, sys.maxsize, halves=False)
+        self.positions = PromptPositions(0, stack.causal, 0, sys.maxsize, halves=False, whole=True)
 
     def decide(self, embeds: Tensor, text: Tensor) -> Tensor:
         """Return the decision for embedded tokens ``[rows, tokens, d]``, of which `text` ``[rows, tokens]`` counts."""
