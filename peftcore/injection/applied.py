@@ -96,16 +96,6 @@ class AppliedMethod(ABC):
                 tensors += inner._parameters.values()
         yield from {id(each): each for each in tensors if each is not None}.values()
 
-    def choose_trained(self) -> None:
-        """Let those parameters train that the method selects, and what the user named in ``train``; freeze all others
-        of the adapter."""
-        for parameter in self.parameters():
-            parameter.requires_grad = False
-        registry().hook.peftcore_select(model=self.model, method=self.method, config=self.config, injection=self)
-        for graft in self.grafts:
-            if not graft.by_method:  # modules named in `train` train, whatever the method selects
-                graft.operator.requires_grad_(True)
-
     def state_dict(self) -> dict[str, Tensor]:
         """Returns its tensors by ``<site path>.<operator tensor>``, without the injection's name, as files have them;
         the operators' own, no copies. They may be pieces (FSDP2).
@@ -154,3 +144,16 @@ class Planned(AppliedMethod):
     @property
     def parts(self) -> Mapping[str, Planned]:
         return {name: Planned(surgeon, name) for name, surgeon in self._surgeon.parts.items()}
+
+
+def select_trained(applied: AppliedMethod) -> None:
+    """Let the parameters train that the method selects, and the modules that the user named in ``train``; freeze all
+    others of the adapter."""
+    for parameter in applied.parameters():
+        parameter.requires_grad = False
+    registry().hook.peftcore_select(
+        model=applied.model, method=applied.method, config=applied.config, injection=applied
+    )
+    for graft in applied.grafts:
+        if not graft.by_method:  # modules named in `train` train, whatever the method selects
+            graft.operator.requires_grad_(True)

@@ -14,7 +14,7 @@ from peftcore.contract.config import MethodConfig, matches
 from peftcore.contract.method import Method
 from peftcore.errors import TargetError, UnsupportedHost
 from peftcore.injection import freezing
-from peftcore.injection.applied import Planned
+from peftcore.injection.applied import Planned, select_trained
 from peftcore.injection.arguments import host_map
 from peftcore.layers.pieces import is_in_engine
 from peftcore.registry.plugins import layer_of, registry
@@ -63,7 +63,7 @@ def prepare(
             f"its target is {wishes.target or method.target!r}"
         )
     if dry:
-        Planned(surgeon).choose_trained()
+        select_trained(Planned(surgeon))
     if idle := _idle(config, surgeon):
         warnings.warn(f"these overrides match no site and are passed over: {idle}", UserWarning, stacklevel=3)
     return surgeon
