@@ -223,9 +223,9 @@ class PeftModel(peft.PeftModel):  # type: ignore[misc]
         finally:
             self._adapters_disabled = before
             if not before:
-                name, self._set_meanwhile, self._merged_meanwhile = self._set_meanwhile, None, []
-                if name in self.adapters:
-                    activate(self.get_base_model(), name)
+                chosen, self._set_meanwhile, self._merged_meanwhile = self._set_meanwhile, None, []
+                if chosen in self.adapters:
+                    activate(self.get_base_model(), chosen)
 
     def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
         """Let one adapter act and train, and no other; within `disable_adapter`, it acts from the end of that on.

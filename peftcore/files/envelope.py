@@ -297,8 +297,10 @@ def otherwise_tied(envelope: Envelope, surgeon: Surgeon) -> list[str]:
     """Returns the parameters on which an operator acted where the adapter was made, and does not here, or the other way
     round, because they are one tensor with its site's in one of the two models alone. Modules that this host lacks
     count for nothing."""
-    wrong = []
-    for graft in surgeon.grafts if envelope.ties is not None else ():
+    wrong: list[str] = []
+    if envelope.ties is None:
+        return wrong
+    for graft in surgeon.grafts:
         told, here = set(envelope.ties.get(graft.key, ())), set(surgeon.ties.get(graft.key, ()))
         told = {path for path in told if surgeon.resolver.has_parameter(path)}
         own = f"{graft.site.module_path}.{graft.site.tensor}".lstrip(".")

@@ -1,7 +1,8 @@
 """Idle adapters: the values of an injection elsewhere, its operators in place with tensors that have shapes alone.
 
 A parameter that goes is replaced by a stand-in, with which nothing can be computed, and comes back as the same object:
-an optimizer, or whoever else holds it, has the right one then. In between it is empty.
+an optimizer, or whoever else holds it, has the right one then. In between that object has no values, and whoever reads
+or writes it gets an error.
 """
 
 from __future__ import annotations
@@ -97,6 +98,61 @@ class StandIn(Tensor):
         raise IdleAdapter(f"the adapter {name!r} is idle, so nothing can be computed with it: {_back(name)}")
 
 
+def _plain(*names: str) -> frozenset[Any]:
+    return frozenset(getattr(Tensor, name) for name in names)
+
+
+def _read(*names: str) -> frozenset[Any]:
+    return frozenset(getattr(Tensor, name).__get__ for name in names)
+
+
+def _set(*names: str) -> frozenset[Any]:
+    return frozenset(getattr(Tensor, name).__set__ for name in names)
+
+
+_OF_STAND_IN = _read(
+    "shape", "dtype", "device", "ndim", "layout", "itemsize", "nbytes", "is_cpu", "is_cuda", "is_meta"
+) | _plain(
+    "size", "dim", "ndimension", "numel", "nelement", "element_size", "is_floating_point", "is_complex", "get_device",
+    "__len__",
+)  # fmt: skip
+"""What a tensor that is away still tells, as its stand-in does."""
+_OF_ITSELF = (
+    _plain("requires_grad_", "__hash__", "untyped_storage", "is_inference")
+    | _read("requires_grad", "grad", "is_leaf", "grad_fn", "_version", "output_nr")
+    | _set("requires_grad", "grad")
+)
+"""What it has itself, values or not."""
+
+
+class _Away(Tensor):
+    """The class that a tensor has while its values are elsewhere, for those who hold it: to read it or write to it is
+    an error."""
+
+    stand_in: Any
+    """What is registered in its place."""
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        own = next(each for each in tree_leaves((args, kwargs)) if isinstance(each, _Away))
+        with torch._C.DisableTorchFunctionSubclass():
+            if function in _OF_ITSELF:
+                return function(*args, **(kwargs or {}))
+            if function in _OF_STAND_IN:
+                return function(own.stand_in, *args[1:], **(kwargs or {}))
+        name = own.stand_in.adapter
+        raise IdleAdapter(f"the adapter {name!r} is idle, so its tensors have no values: {_back(name)}")
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"{self.stand_in!r} of the idle adapter {self.stand_in.adapter!r}"
+
+
+class _AwayParameter(_Away, nn.Parameter):
+    """A parameter that is away."""
+
+
 def _back(name: str) -> str:
     return f"name it (peftcore.using, activate), pool.wake({name!r}), or bring all back, pool.end()"
 
@@ -104,10 +160,10 @@ def _back(name: str) -> str:
 class _Held:
     """One tensor of an operator, at all the places where it is registered."""
 
-    __slots__ = ("counts", "name", "places", "stand_in", "tensor")
+    __slots__ = ("cls", "counts", "name", "places", "stand_in", "tensor")
 
     def __init__(self, name: str, tensor: Tensor) -> None:
-        self.name, self.tensor = name, tensor
+        self.name, self.tensor, self.cls = name, tensor, type(tensor)
         self.counts = not tensor.is_inference()
         """Whether torch counts its changes."""
         self.places: list[tuple[dict[str, Any], str]] = []
@@ -125,6 +181,20 @@ class _Held:
         parameter = isinstance(self.tensor, nn.Parameter)
         self.stand_in = nn.Parameter(bare, requires_grad=False) if parameter else bare
         self.replace(self.stand_in)
+        if isinstance(self.tensor, _Away):
+            self.tensor.stand_in = self.stand_in
+
+    def leave(self) -> None:
+        """Let the tensor have no values, and tell so whoever reads it or writes to it."""
+        self.give(torch.empty(0, dtype=self.tensor.dtype, device=self.tensor.device))
+        self.tensor.__class__ = _AwayParameter if isinstance(self.tensor, nn.Parameter) else _Away
+        vars(self.tensor)["stand_in"] = self.stand_in
+
+    def come(self, value: Tensor) -> None:
+        """Let the tensor have values again."""
+        vars(self.tensor).pop("stand_in", None)  # gone where somebody exchanged the two, `torch.utils.swap_tensors`
+        self.tensor.__class__ = self.cls
+        self.give(value)
 
     def give(self, value: Tensor) -> None:
         """Let the tensor have a storage of another one."""
@@ -188,7 +258,7 @@ class IdleValues:
                 tensor = each.tensor
                 each.stand(injection.name, tensor.dtype, tensor.device)
                 each.written()
-                each.give(torch.empty(0, dtype=tensor.dtype, device=tensor.device))
+                each.leave()
         self._away = found
         for path, module in injection.modules():
             _mark(module, _Marked(self, path))
@@ -200,7 +270,7 @@ class IdleValues:
             now = [_now(each) for each in self._away]
             ready = [values[each.name].to(to.device, to.dtype) for each, to in zip(self._away, now, strict=True)]
             for each, value in zip(self._away, ready, strict=True):
-                each.give(value)
+                each.come(value)
                 each.written()
                 each.stand_in = None
                 each.replace(each.tensor)

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from peftcore.errors import ExportError
-from peftcore.roles.token_tables import HasTables
+from peftcore.roles.token_tables import token_tables
 from peftcore.surgery.surgeon import Graft
 
 UNTIED = (
@@ -97,11 +97,11 @@ def tying(
 def _ties_again(model: nn.Module, paths: set[str]) -> bool:
     """Whether peft ties these modules again where it is told to: an embedding of a model of transformers, and heads
     without a bias. It makes a linear layer of all that is tied to an embedding."""
-    transformers = sys.modules.get("transformers")
-    if transformers is None or not isinstance(model, transformers.PreTrainedModel) or not isinstance(model, HasTables):
+    transformers, tables = sys.modules.get("transformers"), token_tables(model)
+    if transformers is None or not isinstance(model, transformers.PreTrainedModel) or not tables:
         return False
     modules = {path: model.get_submodule(path) for path in paths}
-    heads = {path for path, module in modules.items() if module is not model.get_input_embeddings()}
+    heads = {path for path, module in modules.items() if module is not tables[0]}
     known = {
         f"{path}.{name}".lstrip(".").rpartition(".")[0]
         for path, module in model.named_modules()
