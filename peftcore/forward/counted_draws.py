@@ -63,11 +63,11 @@ class CountedDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if _get_current_dispatch_mode() is not self:
             yield
             return
-        self.__exit__(None, None, None)
+        self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         try:
             yield
         finally:
-            self.__enter__()
+            self.__enter__()  # type: ignore[no-untyped-call]
 
     def bits(self, shape: Sequence[int], device: torch.device, which: int = 0) -> Tensor:
         """Returns a whole number from -2**31 to 2**31 - 1 for each entry of a shape, of int32."""
