@@ -47,6 +47,12 @@ def positions_alike(
     return [tuple(group) for group in groups.values()]
 
 
+def may_draw(acting: ActivePlan, form: ActivationForm | None) -> bool:
+    """Whether operators of one adapter at a module may draw random numbers: one that is no plain mathematics, or drops
+    something."""
+    return any(not each.stackable or _draws(each) for each in _operators(acting, form))
+
+
 def run_alike(
     acting: Sequence[ActivePlan], module: nn.Module, bare: OfSomeRows, inner: Inner, form: Form, prepare: Prepare
 ) -> Tensor:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
 from peftcore.forward.checkpoints import running
 
@@ -49,27 +50,41 @@ class CountedDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         draw = DRAWS.get(func)
-        if draw is None or self.rests or kwargs.pop("generator", None) is not None or not _is_plain(args):
+        if draw is None or self.rests or kwargs.get("generator") is not None or not _is_plain(args):
             return func(*args, **kwargs)
         if [*map(id, running())] != [*map(id, self._within)]:  # backward repeats it outside of this block
             return func(*args, **kwargs)
         self.count += 1
-        return draw(self, *args, **kwargs)
+        return draw(self, *args, **{name: value for name, value in kwargs.items() if name != "generator"})
+
+    @contextmanager
+    def out(self) -> Iterator[None]:
+        """Context manager in which torch does not ask it, where no other mode was entered since."""
+        if _get_current_dispatch_mode() is not self:
+            yield
+            return
+        self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        try:
+            yield
+        finally:
+            self.__enter__()  # type: ignore[no-untyped-call]
 
     def bits(self, shape: Sequence[int], device: torch.device, which: int = 0) -> Tensor:
         """Returns a whole number from -2**31 to 2**31 - 1 for each entry of a shape, of int32."""
         length = shape[0] if shape else 1
         counted = (each for each in (self.rows, range(self.own)) if each and not length % len(each))
         numbers = next(counted, range(length))
-        made = torch.zeros((), dtype=torch.int32, device=device)
-        for axis, size in enumerate((len(numbers), length // len(numbers) if length else 0, *shape[1:])):
-            if axis or isinstance(numbers, range):
-                places = torch.arange(size, dtype=torch.int32, device=device)
-            else:
-                places = torch.tensor(numbers, dtype=torch.int32, device=device)
-            salt = mixed(self.seed, self.count, which, axis) % 2**32 - 2**31
-            made = _hashed(made.unsqueeze(-1) + _hashed(places.mul_(_GOLDEN).add_(salt)))
-        return made.view(shape)
+        axes = [len(numbers), length // len(numbers) if length else 0, *shape[1:]]
+        places = [torch.arange(size, dtype=torch.int32, device=device) for size in axes]
+        if not isinstance(numbers, range):
+            places[0] = torch.tensor(numbers, dtype=torch.int32, device=device)
+        *before, last = [each.mul_(STEPS[axis % len(STEPS)]) for axis, each in enumerate(places)]
+        code = before[0]
+        for each in before[1:]:
+            code = code.unsqueeze(-1) + each
+        salts = [mixed(self.seed, self.count, which, part) % 2**32 - 2**31 for part in range(2)]
+        found = _hashed(code.add_(salts[0])).unsqueeze(-1) + _hashed(last.add_(salts[1]))
+        return _hashed(found).view(shape)
 
     def unit(self, like: Tensor) -> Tensor:
         """Returns numbers from 0 to 1, without 1, in the shape of a tensor of floats, and in its dtype."""
@@ -98,8 +113,8 @@ class CountedDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return (self.bits(like.shape, like.device, which) >> (32 - digits)).bitwise_and_(2**digits - 1)
 
 
-_GOLDEN = -1640531535
-"""2**32 over the golden ratio, as an int32: neighbours lie far from each other."""
+STEPS = (-1640531535, 1013904243, -2147102765, 1664525197, -1150833019, 748931239, -328493541)
+"""Odd numbers by which places in each dimension are multiplied, so that sums of them are different for all entries."""
 
 
 def _hashed(x: Tensor) -> Tensor:
@@ -130,7 +145,9 @@ def _normal(draw: CountedDraws, x: Tensor, mean: float = 0.0, std: float = 1.0) 
 
 
 def _exponential(draw: CountedDraws, x: Tensor, rate: float = 1.0) -> Tensor:
-    return x.copy_(draw.unit(x).neg_().log1p_().div_(-rate))
+    precise = torch.promote_types(x.dtype, torch.float32)
+    unit = draw.unit(torch.empty(x.shape, dtype=precise, device=x.device))
+    return x.copy_(unit.clamp_(min=torch.finfo(precise).eps / 4).log_().div_(-rate))  # never 0, which has no logarithm
 
 
 def _bernoulli(draw: CountedDraws, x: Tensor, chance: float | Tensor = 0.5) -> Tensor:

@@ -110,7 +110,8 @@ def own_draws_aside(context: ForwardContext) -> Iterator[None]:
     mine, context.drawn, draws.rests = streams.states(), None, True
     streams.set(before)
     try:
-        yield
+        with draws.out():
+            yield
     finally:
         # In place: what the adapter's block puts back at its end is this list.
         before[:] = streams.states()

@@ -182,13 +182,13 @@ def _same(before: tuple[tuple[Any, ...], dict[str, Any]], args: tuple[Any, ...],
 
 
 @contextmanager
-def own_rows(rows: OwnRows | None, site: str = "") -> Iterator[None]:
+def own_rows(rows: OwnRows | None, site: str | None = None) -> Iterator[None]:
     """Context manager in which operators see the rows of one injection alone: in what taps hold, in what a call told
     and in the model's inputs; they draw by the injection's own seed, where the route has one.
 
     Args:
         rows: the rows; None for all of them, where the model draws as it always does.
-        site: the module, and what operators do there, by which draws differ.
+        site: the module, and what operators do there, by which draws differ; None where nothing draws.
     """
     context = forward_context()
     outer, context.rows = context.rows, rows
@@ -196,7 +196,7 @@ def own_rows(rows: OwnRows | None, site: str = "") -> Iterator[None]:
         if rows is None and context.drawn is not None:
             with own_draws_aside(context):
                 yield
-        elif rows is not None and rows.route.seeds and len(rows.positions) == 1:
+        elif rows is not None and site is not None and rows.route.seeds and len(rows.positions) == 1:
             with draws_of(context, rows.route, rows.positions[0], site, alone=True):
                 yield
         else:  # as nearly always

@@ -24,7 +24,7 @@ from peftcore.contract.calls import Calls
 from peftcore.contract.compositions import composed
 from peftcore.contract.operators import Factors, InputOperator
 from peftcore.forward.active_adapters import Route
-from peftcore.forward.alike import positions_alike, run_alike
+from peftcore.forward.alike import may_draw, positions_alike, run_alike
 from peftcore.forward.attention import AttentionOperator
 from peftcore.forward.batched_updates import add_updates
 from peftcore.forward.context import HERE, forward_context
@@ -327,7 +327,8 @@ def _by_rows(
             else OfSomeRows(inner, given, OwnRows(shared, group, shared_count))
         )
         first = acting[group[0]]
-        with own_rows(rows, slot.path):
+        draws = route.seeds and first is not None and may_draw(first, takes(first))
+        with own_rows(rows, slot.path if draws else None):
             if first is not None and len(group) > 1:
                 parts[group] = run_alike([planned.routed[n] for n in group], module, bare, inside, takes, prepare)
             else:

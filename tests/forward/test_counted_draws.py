@@ -71,7 +71,7 @@ def test_they_are_distributed_as_torchs(dtype: torch.dtype) -> None:
     normal = drawn("randn_like", *shape, dtype=dtype, rows=64).double()
     assert normal.isfinite().all() and normal.abs().max() < 7
     rates = drawn("exponential_", *shape, dtype=dtype, rows=64).double()
-    assert rates.min() >= 0 and rates.isfinite().all()
+    assert rates.min() > 0 and rates.isfinite().all()
     rough = 4 * torch.finfo(dtype).eps
     for found, mean, deviation in ((uniform, 0.5, 12**-0.5), (normal, 0.0, 1.0), (rates, 0.5, 0.5)):
         assert abs(found.mean() - mean) < error * deviation + rough
@@ -137,8 +137,10 @@ def test_what_it_does_not_know_and_what_has_a_generator_comes_from_torch() -> No
     torch.manual_seed(3)
     wanted = torch.randperm(9)
     given = torch.rand(4, generator=torch.Generator().manual_seed(5))
+    filled = torch.empty(4).uniform_(generator=torch.Generator().manual_seed(5))
     torch.manual_seed(3)
     with CountedDraws(1, range(2), 2) as draws:
+        assert torch.equal(torch.empty(4).uniform_(generator=torch.Generator().manual_seed(5)), filled)
         assert torch.equal(torch.randperm(9), wanted)
         assert torch.equal(torch.rand(4, generator=torch.Generator().manual_seed(5)), given)
         draws.rests = True
@@ -148,6 +150,33 @@ def test_what_it_does_not_know_and_what_has_a_generator_comes_from_torch() -> No
         rested = torch.rand(4)
     torch.manual_seed(4)
     assert torch.equal(torch.rand(4), rested)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_ends_of_what_is_drawn(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the bits: no number is infinite, a uniform one is below 1, and an exponential one has a logarithm."""
+    for bits in (-(2**31), 2**31 - 1, -1, 0):
+        monkeypatch.setattr(CountedDraws, "bits", lambda *_, bits=bits: torch.full((2, 3), bits, dtype=torch.int32))
+        x = torch.ones(2, 3, dtype=dtype)
+        with CountedDraws(1, range(2), 2):
+            assert torch.rand_like(x).min() >= 0 and torch.rand_like(x).max() < 1
+            assert torch.randn_like(x).isfinite().all()
+            assert torch.empty_like(x).exponential_().log().isfinite().all()
+            assert set(torch.randint_like(x, 7).unique().tolist()) <= {0.0, 3.0, 6.0}
+            assert set(torch.empty_like(x).bernoulli_(0.5).unique().tolist()) <= {0.0, 1.0}
+
+
+def test_out_of_it_torch_draws_as_ever() -> None:
+    torch.manual_seed(4)
+    wanted = torch.rand(4)
+    with CountedDraws(1, range(2), 2) as draws:
+        before = torch.rand(4)
+        torch.manual_seed(4)
+        with draws.out():
+            assert torch.equal(torch.rand(4), wanted)
+        assert draws.count == 1 and not torch.equal(torch.rand(4), before)
+        with CountedDraws(2, range(2), 2), draws.out():  # another one stands in front of it
+            assert torch.rand(4).shape == (4,)
 
 
 def test_a_checkpoint_that_begins_inside_draws_in_backward_what_it_drew() -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, Literal
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -94,6 +95,19 @@ def test_torchs_generator_goes_on_where_it_was() -> None:
     assert torch.equal(torch.get_rng_state(), before)
     routed(made, ["a", "b", "a", None], x, a=1)  # b has no seed, so it draws as ever
     assert not torch.equal(torch.get_rng_state(), before)
+
+
+def test_where_nothing_draws_no_generator_is_touched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A LoRA without dropout is plain mathematics; with it, it draws by its seed."""
+    made, x = nn.Sequential(nn.Linear(3, 3)).train(), torch.randn(4, 3)
+    still = peftcore.apply(made, "lora", name="still", target=["0"], rank=2)
+    peftcore.apply(made, "lora", name="drops", target=["0"], rank=3, dropout=0.5)
+    seen: list[int] = []
+    monkeypatch.setattr(Streams, "seed", lambda self, seed: seen.append(seed))
+    routed(made, ["still"] * 4, x, still=1)
+    assert not seen and still.active
+    routed(made, ["still", "drops", "still", "drops"], x, still=1, drops=2)
+    assert len(seen) == 1
 
 
 def test_the_model_draws_as_ever() -> None:
