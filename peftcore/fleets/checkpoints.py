@@ -20,7 +20,7 @@ from torch import Tensor
 
 from peftcore.errors import CheckpointError, PeftcoreError, TrainingError
 from peftcore.files.formats.native import TENSORS
-from peftcore.files.safe_io import TensorFile, read_json, write_tensors, write_text
+from peftcore.files.safe_io import TensorFile, discard, read_json, write_tensors, write_text
 from peftcore.files.save_load import fill
 from peftcore.injection.injection import Injection
 from peftcore.layers.fsdp import gathered, in_group, is_sharded
@@ -112,8 +112,6 @@ def write(injection: Injection, state: Mapping[str, Any], folder: Path, step: in
     first = not in_group() or torch.distributed.get_rank() == 0
     if first:
         shutil.rmtree(partial, ignore_errors=True)
-    if first or is_sharded(injection.model):  # to gather it takes all of them
-        injection.save(partial)
 
     def finish() -> None:
         write_tensors(partial / STATE_TENSORS, tensors, {})
@@ -127,7 +125,14 @@ def write(injection: Injection, state: Mapping[str, Any], folder: Path, step: in
             if each != place:
                 shutil.rmtree(each, ignore_errors=True)
 
-    _first_does(finish)
+    try:
+        if first or is_sharded(injection.model):  # to gather it takes all of them
+            injection.save(partial)
+        _first_does(finish)
+    except BaseException:
+        if first:
+            discard(partial)
+        raise
     return place
 
 

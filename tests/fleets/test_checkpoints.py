@@ -43,6 +43,7 @@ def test_a_step_is_written_again_and_what_is_killed_meanwhile_leaves_a_whole_one
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Path, "rename", killed)
         checkpoints.write(injection, {"x": 3}, tmp_path, 10, "one")
+    assert not [*tmp_path.glob(f"*{checkpoints.PARTIAL}")]
     held = checkpoints.newest(tmp_path)
     assert held is not None and held != place and checkpoints.read(held)["x"] == 2
     checkpoints.write(injection, {"x": 4}, tmp_path, 10, "one")
