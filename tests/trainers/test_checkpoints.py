@@ -292,7 +292,7 @@ def test_checkpoints_that_lack_the_adapter_are_refused(tmp_path: Path) -> None:
     model, _ = adapted("lora")
     trainer(model, "bert", tmp_path / "lora", [PeftcoreCallback()]).train()
     model, _ = adapted("lora", target=["attn.q", "attn.k"])
-    with pytest.raises(CheckpointError, match="target modules: 2 are missing, .* and 2 are new"):
+    with pytest.raises(CheckpointError, match=r"target modules: 2 are missing, .* and 2 are new"):
         trainer(model, "bert", tmp_path, [PeftcoreCallback()]).train(str(tmp_path / "lora" / "checkpoint-3"))
 
 
