@@ -164,8 +164,8 @@ class RunFolder:
         options = [name for name in mine if mine[name] != before.get(name) and (now != then or name not in CUT)]
         self.longer = _is_longer(mine, before, options)
         if options and not self.longer:
-            then, wanted = ({name: each.get(name) for name in options} for each in (before, mine))
-            other += differences(then, wanted, "training")
+            former, wanted = ({name: each.get(name) for name in options} for each in (before, mine))
+            other += differences(former, wanted, "training")
         if other:
             raise BadInput(
                 f"{self.path} holds another run: {listed(other)}. Only the same one can go on, or one of more steps or "
