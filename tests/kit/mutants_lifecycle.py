@@ -88,7 +88,8 @@ class RemembersTheFirst(Choices):
 
 def with_memory(self: Method, model: nn.Module, config: Any, injection: Injection) -> None:
     Method.trainable(self, model, config, injection)
-    injection.state.choices.__class__ = RemembersTheFirst
+    if isinstance(injection, Injection):
+        injection.state.choices.__class__ = RemembersTheFirst
 
 
 def ignores_exclude_of_the_second(self: Method, model: nn.Module, config: Any, surgeon: Surgeon) -> None:
@@ -137,7 +138,8 @@ class Forgetful(dict[str, Injection]):
 
 def with_forgetful_host(self: Method, model: nn.Module, config: Any, injection: Injection) -> None:
     Method.trainable(self, model, config, injection)
-    injection.state.injections = Forgetful(injection.state.injections)
+    if isinstance(injection, Injection):
+        injection.state.injections = Forgetful(injection.state.injections)
 
 
 class Inert(Small):
@@ -166,7 +168,8 @@ def walks_over_the_host(self: Method, model: nn.Module, config: Any, surgeon: Su
 
 def evaluates_the_host(self: Method, model: nn.Module, config: Any, injection: Injection) -> None:
     Method.trainable(self, model, config, injection)
-    model.eval()
+    if isinstance(injection, Injection):
+        model.eval()
 
 
 KEPT: weakref.WeakKeyDictionary[nn.Module, Tensor] = weakref.WeakKeyDictionary()
