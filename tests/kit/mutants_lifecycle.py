@@ -116,6 +116,7 @@ def thaws_the_host(injection: Injection) -> Chosen:
 
 
 def trains_all_operators(self: Method, model: nn.Module, config: Any, injection: Injection) -> None:
+    Method.trainable(self, model, config, injection)
     for name, parameter in model.named_parameters():
         if ".peft." in f".{name}":
             parameter.requires_grad_(True)
