@@ -173,8 +173,10 @@ class HostAttention:
 
     @property
     def others(self) -> tuple[Tensor | None, Mapping[str, Any]]:
-        """The arguments of the call besides queries, keys and values."""
-        return self._mask, self._options
+        """The arguments of the call of which nothing says whether they have rows: all but queries, keys and values, and
+        a mask ``[rows or 1, heads or 1, queries, keys]``."""
+        unsaid = None if self._mask is None or self._mask.dim() == 4 else self._mask
+        return unsaid, self._options
 
     def of(self, rows: OwnRows) -> HostAttention:
         """Returns the attention of some rows of the batch."""

@@ -4,7 +4,7 @@ hybrid."""
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -67,7 +67,7 @@ class AppliedMethod(ABC):
         return {name: shared.module for name, shared in self._surgeon.owned.items()}
 
     @property
-    def parts(self) -> Mapping[str, AppliedMethod]:
+    def parts(self) -> dict[str, HybridPart]:
         """The methods of a hybrid, by name of the part."""
         return {name: HybridPart(name, surgeon, self.whole) for name, surgeon in self._surgeon.parts.items()}
 
@@ -128,11 +128,12 @@ class HybridPart(AppliedMethod):
         return f"HybridPart({self.name!r} of {self.whole.name!r}: {self.method.name}, {len(self.grafts)} sites)"
 
 
-class Planned(AppliedMethod):
-    """One method whose operators are recorded and not installed: the method chooses from it what would train."""
+class Planned(HybridPart):
+    """One method whose operators are recorded and not installed, to be read as a part is: a method chooses from it what
+    would train. A part of a planned hybrid is one too."""
 
     def __init__(self, surgeon: Surgeon, name: str = "planned") -> None:
-        super().__init__(name, surgeon)
+        AppliedMethod.__init__(self, name, surgeon)
 
     @property
     def whole(self) -> Injection:
@@ -142,18 +143,20 @@ class Planned(AppliedMethod):
         )
 
     @property
-    def parts(self) -> Mapping[str, Planned]:
+    def parts(self) -> dict[str, HybridPart]:
         return {name: Planned(surgeon, name) for name, surgeon in self._surgeon.parts.items()}
 
+    def __repr__(self) -> str:
+        return f"Planned({self.method.name}, {len(self.grafts)} sites)"
 
-def select_trained(applied: AppliedMethod) -> None:
-    """Let the parameters train that the method selects, and the modules that the user named in ``train``; freeze all
-    others of the adapter."""
+
+def choose_trained(applied: AppliedMethod) -> None:
+    """Let those parameters train that the method selects, and what the user named in ``train``; freeze all others of
+    the adapter."""
     for parameter in applied.parameters():
         parameter.requires_grad = False
-    registry().hook.peftcore_select(
-        model=applied.model, method=applied.method, config=applied.config, injection=applied
-    )
+    hook = registry().hook
+    hook.peftcore_select(model=applied.model, method=applied.method, config=applied.config, injection=applied)
     for graft in applied.grafts:
         if not graft.by_method:  # modules named in `train` train, whatever the method selects
             graft.operator.requires_grad_(True)

@@ -16,7 +16,7 @@ from peftcore.errors import CalibrationError, ConfigError
 from peftcore.injection.arguments import Part, check_model, host_map, resolve_method, wishes_of, with_preset
 from peftcore.injection.establishing import check_name, establish
 from peftcore.injection.injection import Injection
-from peftcore.injection.recording import prepare
+from peftcore.injection.recording import plan_of, prepare
 from peftcore.layers.pieces import at_hand
 from peftcore.registry.plugins import imported
 from peftcore.roles import HostMap
@@ -143,7 +143,7 @@ def plan(
     target, train, host, _ = with_preset(method, model, target, train, host)
     with at_hand(model.parameters()):
         surgeon = prepare(model, found, options, wishes_of(target, exclude, train, seed, dtype), host, dry=True)
-        return Plan.of(surgeon, shards)
+        return plan_of(surgeon, shards)
 
 
 def _check_alone(method: object, *others: Any) -> None:

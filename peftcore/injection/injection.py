@@ -32,7 +32,7 @@ from peftcore.forward.save_pretrained import note_form
 from peftcore.forward.scopes import Chosen
 from peftcore.forward.slot import slot_of
 from peftcore.injection import merging, router_report, swapping
-from peftcore.injection.applied import AppliedMethod, select_trained
+from peftcore.injection.applied import AppliedMethod, choose_trained
 from peftcore.injection.freezing import thaw
 from peftcore.injection.originals import Fingerprint, Keep
 from peftcore.injection.router_report import RouterReport
@@ -176,7 +176,7 @@ class Injection(AppliedMethod):
         self._alive()
         with self.state.kept(*([self.name] if mode else [])):  # then it trains, and does not leave
             if mode:
-                select_trained(self)
+                choose_trained(self)
                 self._chosen = [parameter.requires_grad for parameter in self.parameters()]
             else:
                 for parameter in self.parameters():

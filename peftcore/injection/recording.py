@@ -14,13 +14,14 @@ from peftcore.contract.config import MethodConfig, matches
 from peftcore.contract.method import Method
 from peftcore.errors import TargetError, UnsupportedHost
 from peftcore.injection import freezing
-from peftcore.injection.applied import Planned, select_trained
+from peftcore.injection.applied import Planned, choose_trained
 from peftcore.injection.arguments import host_map
 from peftcore.layers.pieces import is_in_engine
 from peftcore.registry.plugins import layer_of, registry
 from peftcore.roles import HostMap
 from peftcore.surgery import parallel_models
 from peftcore.surgery.adapted_models import check_apart
+from peftcore.surgery.planning import Plan
 from peftcore.surgery.seeding import preserved_rng
 from peftcore.surgery.surgeon import Surgeon, Wishes
 from peftcore.targets.resolver import Resolver
@@ -29,8 +30,7 @@ from peftcore.targets.resolver import Resolver
 def prepare(
     model: nn.Module, method: Method, config: MethodConfig, wishes: Wishes, host: HostMap | None, dry: bool
 ) -> Surgeon:
-    """Returns a surgeon with the operators of the method recorded; nothing is changed. After a dry run those parameters
-    of the operators require gradients that would train.
+    """Returns a surgeon with the operators of the method recorded; nothing is changed.
 
     Raises:
         UnsupportedHost: a wrapper that hides its module, TorchScript, or layers without shapes.
@@ -62,11 +62,15 @@ def prepare(
             f"{method.name} found nothing to act on in this {type(model).__name__}; "
             f"its target is {wishes.target or method.target!r}"
         )
-    if dry:
-        select_trained(Planned(surgeon))
     if idle := _idle(config, surgeon):
         warnings.warn(f"these overrides match no site and are passed over: {idle}", UserWarning, stacklevel=3)
     return surgeon
+
+
+def plan_of(surgeon: Surgeon, shards: int | None = None) -> Plan:
+    """Returns the plan of a dry run, for which the method chooses what would train."""
+    choose_trained(Planned(surgeon))
+    return Plan.of(surgeon, shards)
 
 
 def _check_adaptable(model: nn.Module) -> None:

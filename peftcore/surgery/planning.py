@@ -63,7 +63,8 @@ class Plan:
 
     @classmethod
     def of(cls, surgeon: Surgeon, shards: int | None = None) -> Plan:
-        """Make the plan from the operators that a surgeon recorded in a dry run, which has chosen what trains.
+        """Make the plan from the operators that a surgeon recorded; those of their parameters would train that require
+        gradients now.
 
         Raises:
             ConfigError: `shards` is no number of processes.

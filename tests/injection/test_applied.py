@@ -1,7 +1,6 @@
 """What a method put in: the same to read of an injection and of a part of a hybrid, which has no verbs of its own."""
 
 import inspect
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -25,7 +24,7 @@ def test_a_part_is_read_and_has_no_verbs(tmp_path: Path) -> None:
     part = injection.parts["0"]
     assert type(part) is HybridPart and not isinstance(part, Injection)
     assert {name for name in dir(part) if not name.startswith("_")} == READ
-    assert get_type_hints(AppliedMethod.parts.fget)["return"] == Mapping[str, AppliedMethod]
+    assert get_type_hints(AppliedMethod.parts.fget)["return"] == dict[str, HybridPart]
     with pytest.raises(AttributeError, match="'HybridPart' object has no attribute 'merge'"):
         part.merge()  # type: ignore[attr-defined]
     part.whole.save(tmp_path)

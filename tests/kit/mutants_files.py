@@ -53,7 +53,7 @@ def trains_by_value(self: Method, model: nn.Module, config: Any, injection: Inje
     """What trains depends on whether the operators are fresh."""
     Method.trainable(self, model, config, injection)
     for operator in injection.operators.values():
-        if isinstance(operator, Small):
+        if isinstance(operator, Small) and not operator.B.is_meta:
             operator.A.requires_grad_(not operator.B.any())
 
 

@@ -183,9 +183,9 @@ def _says_it_ran(self: Method, model: nn.Module, config: Any, injection: Any) ->
 
 def _fewer_in_plans(self: Method, model: nn.Module, config: Any, injection: AppliedMethod) -> None:
     Method.trainable(self, model, config, injection)
-    for name, module in injection.modules():
-        assert isinstance(module, Small), name
-        module.A.requires_grad = not module.A.is_meta
+    for operator in injection.operators.values():
+        if isinstance(operator, Small):
+            operator.A.requires_grad = not operator.A.is_meta
 
 
 def _one_more(site: Site, config: Any) -> int:

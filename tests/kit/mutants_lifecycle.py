@@ -88,7 +88,8 @@ class RemembersTheFirst(Choices):
 
 def with_memory(self: Method, model: nn.Module, config: Any, injection: Injection) -> None:
     Method.trainable(self, model, config, injection)
-    injection.state.choices.__class__ = RemembersTheFirst
+    if isinstance(injection, Injection):
+        injection.state.choices.__class__ = RemembersTheFirst
 
 
 def ignores_exclude_of_the_second(self: Method, model: nn.Module, config: Any, surgeon: Surgeon) -> None:
@@ -115,6 +116,7 @@ def thaws_the_host(injection: Injection) -> Chosen:
 
 
 def trains_all_operators(self: Method, model: nn.Module, config: Any, injection: Injection) -> None:
+    Method.trainable(self, model, config, injection)
     for name, parameter in model.named_parameters():
         if ".peft." in f".{name}":
             parameter.requires_grad_(True)
@@ -137,7 +139,8 @@ class Forgetful(dict[str, Injection]):
 
 def with_forgetful_host(self: Method, model: nn.Module, config: Any, injection: Injection) -> None:
     Method.trainable(self, model, config, injection)
-    injection.state.injections = Forgetful(injection.state.injections)
+    if isinstance(injection, Injection):
+        injection.state.injections = Forgetful(injection.state.injections)
 
 
 class Inert(Small):
@@ -166,7 +169,8 @@ def walks_over_the_host(self: Method, model: nn.Module, config: Any, surgeon: Su
 
 def evaluates_the_host(self: Method, model: nn.Module, config: Any, injection: Injection) -> None:
     Method.trainable(self, model, config, injection)
-    model.eval()
+    if isinstance(injection, Injection):
+        model.eval()
 
 
 KEPT: weakref.WeakKeyDictionary[nn.Module, Tensor] = weakref.WeakKeyDictionary()

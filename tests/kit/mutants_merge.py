@@ -38,7 +38,8 @@ class ActsAgain(Recorder):
 
 def acting_again(self: Method, model: nn.Module, config: Any, injection: Injection) -> None:
     Method.trainable(self, model, config, injection)
-    injection.state.recorder.__class__ = ActsAgain
+    if isinstance(injection, Injection):
+        injection.state.recorder.__class__ = ActsAgain
 
 
 class OverridesUntold(Replacement):

@@ -16,7 +16,7 @@ from peftcore.contract.config import MethodConfig, validate_json
 from peftcore.contract.method import Method
 from peftcore.contract.operators import trainable_numbers
 from peftcore.injection.arguments import wishes_of
-from peftcore.injection.recording import prepare
+from peftcore.injection.recording import plan_of, prepare
 from peftcore.surgery.planning import Plan
 from peftcore.surgery.surgeon import Graft, Surgeon
 from peftcore.targets.resolver import Target
@@ -107,7 +107,7 @@ class Recorded:
         shared = [(f"shared:{name}", each.module) for name, each in surgeon.owned.items()]
         return cls(
             surgeon=surgeon,
-            plan=Plan.of(surgeon, shards),
+            plan=plan_of(surgeon, shards),
             places=tuple(map(Place.of_graft, surgeon.grafts)),
             shared=tuple(Place.of(name, module) for name, module in shared),
             notes=(*surgeon.notices, *(str(each.message) for each in heard if each.category is UserWarning)),

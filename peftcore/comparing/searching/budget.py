@@ -23,8 +23,7 @@ from peftcore.comparing.training.telling import options_for, without_names
 from peftcore.errors import PeftcoreError
 from peftcore.injection.arguments import host_map, resolve_method, wishes_of, with_preset
 from peftcore.injection.establishing import establish
-from peftcore.injection.recording import prepare
-from peftcore.surgery.planning import Plan
+from peftcore.injection.recording import plan_of, prepare
 from peftcore.surgery.surgeon import Surgeon
 
 COUNT = re.compile(r"([0-9][0-9_,]*(?:\.[0-9]+)?)\s*([kKmMbB%]?)")
@@ -154,7 +153,7 @@ class Planner:
 
     def _planned(self, candidate: Candidate) -> Needs:
         surgeon = self._surgeon(candidate)
-        trainable = Plan.of(surgeon).trainable + self._beside
+        trainable = plan_of(surgeon).trainable + self._beside
         if self._batch is None:
             return Needs(trainable)
         injection = establish(surgeon, "planned")
