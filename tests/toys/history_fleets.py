@@ -3,7 +3,9 @@ the losses that it comes to when it trains by itself, in a plain loop on a model
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
 import itertools
 import shutil
 import tempfile
@@ -232,6 +234,7 @@ def with_optimizer(injection: peftcore.Injection, how: How, trip: Callable[[str,
     """The adapter's optimizer and schedule."""
     cls, rate = OPTIMIZERS[how.kind]
 
+    @functools.wraps(cls.step)
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
         trip(injection.name, "optimizer")
         return cls.step(self, *args, **kwargs)
@@ -542,15 +545,17 @@ class FleetHistory(RuleBasedStateMachine):
 
     @rule(name=names, where=st.sampled_from(["loss", "data", "optimizer", "schedule", "stop"]))
     def step_that_raises(self, name: str, where: str) -> None:
-        """Something raises once: no member has taken its step, and the next call runs the same batches."""
+        """Something raises once: each member has taken its step whole, or not at all, and then it is run again."""
         world = self.world
         if name not in world.training:
             return
-        world.trip.armed = name, where
-        try:
+        world.trip.armed, due = (name, where), world.training
+        with contextlib.suppress(Tripped):
             world.step()
-        except Tripped:
-            pass
+            due = []
+        for each in due:
+            if world.members[each].step < world.fleet.members[each].step or world.fleet.members[each].failed:
+                world.stepped(each)
         world.trip.armed = None
 
     @rule(name=names)
