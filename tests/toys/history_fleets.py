@@ -26,7 +26,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, ReduceLROnPlat
 import peftcore
 from peftcore.errors import CheckpointError, PeftcoreError
 from peftcore.testing import NotApplicable
-from peftcore.testing.hosts import APART, MLP
+from peftcore.testing.hosts import APART, MLP, stir
 from peftcore.testing.kit import fill
 from peftcore.training import Fleet, Member
 
@@ -79,7 +79,9 @@ def _texts(rows: int, length: int) -> dict[str, Tensor]:
 
 
 def _clip() -> nn.Module:
-    return APART["clip"].build()[0].double()
+    model: Any = APART["clip"].build()[0]
+    model.config.text_config.max_position_embeddings = 32  # prefixes take some
+    return stir(type(model)(model.config)).double().eval()
 
 
 def _pairs(rows: int, length: int) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from transformers import DynamicCache, GenerationMixin
 
 import peftcore
 from peftcore.errors import PeftcoreError
-from peftcore.testing import NotApplicable
+from peftcore.testing import Case, NotApplicable
 from peftcore.testing.hosts import VOCABULARY
 from peftcore.testing.kit import fill
 
@@ -29,6 +29,8 @@ LENGTHS = (1, 2, 3, 4, 5, 8, 16)
 """Of rows and of tokens: these have 2 heads of width 8, are 16 wide, and have 3 to 5 labels, channels, experts."""
 NAMES = ("a", "b", "c")
 METHODS = sorted(each.name for each in peftcore.methods() if each.tags.per_row)
+INVOCATION = [7, 5, 7]
+"""Tokens from which on a method acts that wants some; each row has them somewhere."""
 OF_TOKENS = (
     "loreft",
     "alora",
@@ -51,7 +53,6 @@ class RowWorld(World):
     def __init__(self, host: str, rows: int, tokens: int, seed: int) -> None:
         super().__init__(host)
         self.given, self.models = dict(self.inputs), dict[str | None, nn.Module]()
-        self.invocation: list[int] = []
         self.another_batch(rows, tokens, seed)
 
     def another_batch(self, rows: int, tokens: int, seed: int) -> None:
@@ -72,11 +73,16 @@ class RowWorld(World):
             else:
                 top = VOCABULARY if value.dim() > 1 else 9
                 self.inputs[key] = torch.randint(3, top, shape, generator=drawn)
-        ids, count = self.inputs.get("input_ids"), len(self.invocation)
-        if ids is not None and 0 < count <= ids.shape[1]:
+        ids, count = self.inputs.get("input_ids"), len(INVOCATION)
+        if ids is not None and count <= ids.shape[1]:
             for row in ids:
                 at = int(torch.randint(0, len(row) - count + 1, (), generator=drawn))
-                row[at : at + count] = torch.tensor(self.invocation)
+                row[at : at + count] = torch.tensor(INVOCATION)
+
+    def apply(self, model: nn.Module, name: str, case: Case) -> peftcore.Injection:
+        """As everywhere; a method that begins to act at some tokens does so here."""
+        changes = {"invocation": INVOCATION} if "invocation" in case.method.Config.model_fields else {}
+        return case.apply(model, name=name, dtype="float64", seed=7, **changes)
 
     def add(self, name: str, method: str, seed: int) -> None:
         """Apply a method and move its values, where it goes here."""
@@ -89,7 +95,6 @@ class RowWorld(World):
         fill(injection, seed)
         self.adapters[name] = Adapter(case, snapshot(injection.state_dict()))
         self.models.clear()
-        self.invocation = self.invocation or list(injection.config.model_dump().get("invocation") or ())
 
     def alone(self, name: str | None) -> nn.Module:
         """A fresh model with one adapter alone."""
