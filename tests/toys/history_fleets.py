@@ -45,6 +45,8 @@ WITH_LOSSES = (
     "polytropon",
 )
 """Methods that add losses or keep counts of their own; drawn more often."""
+BALANCE = 0.5
+"""The weight of a loss that balances experts; many methods have none by default."""
 METHODS = sorted(each.name for each in peftcore.methods() if each.tags.per_row)
 OPTIMIZERS = {"sgd": (torch.optim.SGD, 0.1), "adamw": (torch.optim.AdamW, 1e-2), "lbfgs": (torch.optim.LBFGS, 0.1)}
 Batch = Mapping[str, Tensor]
@@ -222,6 +224,8 @@ def applied(base: Base, model: nn.Module, name: str, how: How, **changes: Any) -
     if case.context is not None or case.looks_at_data:
         raise NotApplicable("a call of a fleet tells nothing, and its start is made of no data")
     options = {"dtype": torch.float64, "seed": how.seed, **case.settings, **changes}
+    if "balance" in case.method.Config.model_fields:
+        options["balance"] = BALANCE
     if how.dropout and "dropout" in case.method.Config.model_fields:
         options["dropout"] = how.dropout
     with peftcore.activate(model):  # it starts from the base alone
