@@ -11,7 +11,7 @@
 # make docs-check    run the notebooks, and look at the site in headless Chromium, which the machine must have
 # make evidence    write into the plugins' packages with whose numbers their tests compare
 # make held-defaults    say which defaults of methods no test holds
-# make histories SEED= MINUTES=    random histories of adapted models, many more than `make test` draws
+# make histories SEED= MINUTES=    random histories of models, fleets, calls of peft, routes, tied tables and guidance, many more than `make test` draws
 # make fuzz    load many more damaged files than `make test` does
 # Both create .venv when it is missing and install into it again when the requirements have changed.
 

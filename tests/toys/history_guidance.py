@@ -57,8 +57,8 @@ TOLD: list[tuple[str, str, TELL]] = [
     ("idpg", "llama", lengths),
     ("smop", "llama", lengths),
 ]
-"""Methods that are told something by calls, each with a host and what is told there of random pictures ``[entries, 1, 16, 16]``; None
-for what the method's own test tells of them."""
+"""Methods that are told something by calls, each with a host and what is told there of random pictures
+``[entries, 1, 16, 16]``; None for what the method's own test tells of them."""
 
 
 class GuidedWorld:

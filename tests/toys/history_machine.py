@@ -293,9 +293,16 @@ class History(RuleBasedStateMachine):
         if not isinstance(world.choice, tuple) or len(world.choice) < 2:
             return
 
+        def weigh(injection: peftcore.Injection) -> None:
+            for _, module in injection.modules():
+                if "balance" in vars(module):
+                    module.balance = 0.5  # many have no weight by default
+
         def told(acting: tuple[str, ...], asked: tuple[str, ...]) -> dict[str, Tensor]:
             model = world.fresh(acting)
             peftcore.activate(model, *acting)
+            for injection in peftcore.injections(model).values():
+                weigh(injection)
             torch.manual_seed(0)
             model.train()(**world.inputs)
             return {name: peftcore.injections(model)[name].losses().detach() for name in asked}

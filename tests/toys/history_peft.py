@@ -68,19 +68,20 @@ MORE = {
 }
 """Calls that change nothing, and that peft refuses where ours does them, with the reason."""
 OTHERWISE = {
-    "train while merged": "peft takes merges back within other calls (load_adapter, disable_adapter), for good, and trains; "
-    "ours stays merged, and what is merged gets no gradient",
+    "train while merged": "peft takes merges back within other calls (load_adapter, disable_adapter), for good, and "
+    "trains; ours stays merged, and what is merged gets no gradient",
     "trains while disabled": "peft freezes the adapter within disable_adapter(); ours trains what it is told, and what "
     "does not act gets no gradient",
     "trains after disable_adapter": "in peft what acts and nothing else, whatever trained before; ours leaves it alone",
-    "disable_adapter again after add_adapter": "layers that peft adds within the block are not disabled, which confuses "
-    "the inner one: at its end all adapters act",
-    "alpha of LoKr": "where both factors are full, peft multiplies with alpha / rank, and we have that in the values, so "
-    "that steps have other sizes: here alpha is the rank",
+    "disable_adapter again after add_adapter": "layers that peft adds within the block are not disabled, which "
+    "confuses the inner one: at its end all adapters act",
+    "alpha of LoKr": "where both factors are full, peft multiplies with alpha / rank, and we have that in the values, "
+    "so that steps have other sizes: here alpha is the rank",
     "delete_adapter of what is merged": "peft refuses it; ours takes it out of the weights first",
-    "acts after delete_adapter": "peft asks the layers of the one that is deleted, so that none acts where no other one "
-    "is at these; with us the first of the others acts always, as peft's documentation has it",
-    "unload()": "peft leaves what is merged, and what was trained along (modules_to_save); ours has the weights of before",
+    "acts after delete_adapter": "peft asks the layers of the one that is deleted, so that none acts where no other "
+    "one is at these; with us the first of the others acts always, as peft's documentation has it",
+    "unload()": "peft leaves what is merged, and what was trained along (modules_to_save); ours has the weights of "
+    "before",
     "mixed batches and weighted adapters": "peft has them for LoRA alone: others pass adapter_names over",
 }
 """What else is otherwise, with the reason. It is not compared, or both are told what to do next."""

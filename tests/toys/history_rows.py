@@ -16,7 +16,7 @@ from transformers import DynamicCache, GenerationMixin
 
 import peftcore
 from peftcore.errors import PeftcoreError
-from peftcore.testing import NotApplicable
+from peftcore.testing import Case, NotApplicable
 from peftcore.testing.hosts import VOCABULARY
 from peftcore.testing.kit import fill
 
@@ -26,9 +26,23 @@ HOSTS_HERE = ("llama", "gpt2", "mistral", "moe", "t5", "bert", "encoder", "mlp",
 CACHED = ("llama", "gpt2", "mistral", "moe")
 """Hosts whose forward goes on from a cache."""
 LENGTHS = (1, 2, 3, 4, 5, 8, 16)
-"""Of rows and of tokens: these hosts have 2 heads of width 8, are 16 wide, and have 3 to 5 labels, channels, experts."""
+"""Of rows and of tokens: these have 2 heads of width 8, are 16 wide, and have 3 to 5 labels, channels, experts."""
 NAMES = ("a", "b", "c")
 METHODS = sorted(each.name for each in peftcore.methods() if each.tags.per_row)
+INVOCATION = [7, 5, 7]
+"""Tokens from which on a method acts that wants some; each row has them somewhere."""
+OF_TOKENS = (
+    "loreft",
+    "alora",
+    "shadow",
+    "llama_adapter",
+    "cartridge",
+    "prefix_tuning",
+    "p_tuning_v2",
+    "apt",
+    "longlora",
+)
+"""Methods for which it matters which tokens came before; drawn more often."""
 WHOLE_PROMPTS: dict[str, str] = {}
 """Methods whose prompt in pieces is another one, with the reason."""
 
@@ -39,7 +53,6 @@ class RowWorld(World):
     def __init__(self, host: str, rows: int, tokens: int, seed: int) -> None:
         super().__init__(host)
         self.given, self.models = dict(self.inputs), dict[str | None, nn.Module]()
-        self.invocation: list[int] = []
         self.another_batch(rows, tokens, seed)
 
     def another_batch(self, rows: int, tokens: int, seed: int) -> None:
@@ -60,11 +73,16 @@ class RowWorld(World):
             else:
                 top = VOCABULARY if value.dim() > 1 else 9
                 self.inputs[key] = torch.randint(3, top, shape, generator=drawn)
-        ids, count = self.inputs.get("input_ids"), len(self.invocation)
-        if ids is not None and 0 < count <= ids.shape[1]:
+        ids, count = self.inputs.get("input_ids"), len(INVOCATION)
+        if ids is not None and count <= ids.shape[1]:
             for row in ids:
                 at = int(torch.randint(0, len(row) - count + 1, (), generator=drawn))
-                row[at : at + count] = torch.tensor(self.invocation)
+                row[at : at + count] = torch.tensor(INVOCATION)
+
+    def apply(self, model: nn.Module, name: str, case: Case) -> peftcore.Injection:
+        """As everywhere; a method that begins to act at some tokens does so here."""
+        changes = {"invocation": INVOCATION} if "invocation" in case.method.Config.model_fields else {}
+        return case.apply(model, name=name, dtype="float64", seed=7, **changes)
 
     def add(self, name: str, method: str, seed: int) -> None:
         """Apply a method and move its values, where it goes here."""
@@ -77,7 +95,6 @@ class RowWorld(World):
         fill(injection, seed)
         self.adapters[name] = Adapter(case, snapshot(injection.state_dict()))
         self.models.clear()
-        self.invocation = self.invocation or list(injection.config.model_dump().get("invocation") or ())
 
     def alone(self, name: str | None) -> nn.Module:
         """A fresh model with one adapter alone."""
@@ -125,7 +142,8 @@ def named(world: RowWorld, drawn: list[int]) -> list[str | None]:
 
 
 routes = st.lists(st.integers(0, 3), min_size=2, max_size=16)
-methods = st.lists(st.sampled_from(METHODS), min_size=1, max_size=3)
+method = st.sampled_from(METHODS) | st.sampled_from(OF_TOKENS)
+methods = st.lists(method, min_size=1, max_size=3)
 lengths = st.sampled_from(LENGTHS)
 cuts = st.lists(st.integers(1, 7), max_size=3, unique=True).map(sorted)
 
@@ -135,7 +153,9 @@ class RowHistory(RuleBasedStateMachine):
 
     world: RowWorld
 
-    @initialize(host=st.sampled_from(HOSTS_HERE), methods=methods, rows=lengths, tokens=lengths)
+    @initialize(
+        host=st.sampled_from(CACHED) | st.sampled_from(HOSTS_HERE), methods=methods, rows=lengths, tokens=lengths
+    )
     def begin(self, host: str, methods: list[str], rows: int, tokens: int) -> None:
         self.world = RowWorld(host, rows, tokens, 1)
         for name, method in zip(NAMES, methods, strict=False):
@@ -147,7 +167,7 @@ class RowHistory(RuleBasedStateMachine):
         """In half of all cases with as many rows as tokens."""
         self.world.another_batch(rows, rows if equal else tokens, seed)
 
-    @rule(name=st.sampled_from(NAMES), method=st.sampled_from(METHODS))
+    @rule(name=st.sampled_from(NAMES), method=method)
     def another_adapter(self, name: str, method: str) -> None:
         world = self.world
         if name in world.adapters:
