@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import ConfigError
-from peftcore.testing import against, conformance, frozen
+from peftcore.testing import against, conformance, frozen, same_defaults, same_start
 from peftcore.testing.hosts import HOSTS
 from peftcore.testing.kit import fill
 from peftcore.testing.tools import without_fast_paths
@@ -43,7 +43,7 @@ def wave(shape: Sequence[int], key: str) -> Tensor:
     return torch.cos(torch.arange(count, dtype=torch.float64) * 1.7 + zlib.crc32(key.encode()) % 97).view(*shape) / 2
 
 
-CODE = {"repository": "modelscope/ms-swift", "commit": "3602360", "script": "swift/tuners/restuning.py"}
+CODE: Any = {"repository": "modelscope/ms-swift", "commit": "3602360", "script": "swift/tuners/restuning.py"}
 
 
 @against("authors", "res_tuning", **CODE)
@@ -54,9 +54,7 @@ def test_the_bypass_of_the_authors_with_the_same_numbers() -> None:
     injection = peftcore.apply(model, "res_tuning", bottleneck=4, dtype="float64")
     tensors = {}
     for part, shared in injection.shared.items():
-        for name, parameter in shared.named_parameters():
-            theirs = name.replace(".", "_tuner.tuner.", 1).replace("down", "ln1").replace("up", "ln2")
-            tensors[f"bypass_blocks.{part.rpartition('_')[2]}.{theirs}"] = parameter
+        tensors |= {theirs(part, name): parameter for name, parameter in shared.named_parameters()}
     assert tensors.keys() == numbers["gradients"].keys()
     for name, parameter in (*model.named_parameters(), *tensors.items()):
         parameter.data.copy_(wave(parameter.shape, name))
@@ -66,6 +64,29 @@ def test_the_bypass_of_the_authors_with_the_same_numbers() -> None:
     (output * wave((2, 5, 8), "direction")).sum().backward()
     for name, parameter in tensors.items():
         assert parameter.grad.flatten().tolist() == pytest.approx(numbers["gradients"][name], rel=1e-9, abs=1e-10), name
+
+
+def theirs(part: str, name: str) -> str:
+    """The authors' name of a tensor of the bypass at a block."""
+    own = name.replace(".", "_tuner.tuner.", 1).replace("down", "ln1").replace("up", "ln2")
+    return f"bypass_blocks.{part.rpartition('_')[2]}.{own}"
+
+
+@against("authors", "res_tuning", **CODE, part="start")
+@pytest.mark.parametrize(("shape", "width", "bottleneck"), [("through", 16, 12_000), ("back", 12_000, 16)])
+def test_start_is_the_authors(shape: str, width: int, bottleneck: int) -> None:
+    told = frozen(NUMBERS, "start")[shape]
+    injection: Any = peftcore.apply(HOSTS["llama"].build()[0], "res_tuning")
+    step = type(injection.shared["model_layers_0"])(width, bottleneck, False)
+    for name, tensor in step.named_parameters():
+        if tensor.numel() > 16:
+            same_start(tensor, told.pop(theirs("block_0", name)))
+    assert not told
+
+
+@against("authors", "res_tuning", **CODE, part="defaults")
+def test_defaults_are_the_authors() -> None:
+    same_defaults(peftcore.apply(HOSTS["llama"].build()[0], "res_tuning").config, frozen(NUMBERS, "defaults"))
 
 
 def tuned(t: dict[str, Tensor], x: Tensor) -> Tensor:

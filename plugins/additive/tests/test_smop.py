@@ -15,10 +15,15 @@ from sines import wave
 
 import peftcore
 from peftcore.errors import ConfigError, UnsupportedSite
-from peftcore.testing import against, conformance, frozen
+from peftcore.testing import against, conformance, frozen, same_defaults, same_start
 from peftcore.testing.kit import fill
 
 NUMBERS = Path(__file__).parent / "numbers" / "smop.json"
+CODE: Any = {
+    "repository": "jyjohnchoi/SMoP",
+    "commit": "34da5e2",
+    "script": "peft_models/tuners/prompt_routing.py",
+}
 MASKS = [[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]]
 
 
@@ -35,9 +40,7 @@ def prompted(model: Any, **options: Any) -> Any:
 
 
 @pytest.mark.parametrize("training", [False, True])
-@against(
-    "authors", "smop", repository="jyjohnchoi/SMoP", commit="34da5e2", script="peft_models/tuners/prompt_routing.py"
-)
+@against("authors", "smop", **CODE)
 def test_the_authors_numbers(training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of texts one by one, together: which prompt, its rows, and gradients of all prompts and of the router."""
     operator = prompted(host("llama")[0], length=3).train(training)
@@ -107,12 +110,23 @@ def test_answers_choose_nothing() -> None:
     torch.testing.assert_close(one[:, :3], other[:, :3], rtol=1e-10, atol=1e-10)
 
 
-def test_start_and_count() -> None:
+@against("authors", "smop", **CODE, part="start")
+def test_start_is_the_authors() -> None:
+    """Many small prompts here, few wide ones there; the router's rows are orthonormal, which no draw changes."""
+    (operator,) = peftcore.apply(host("llama")[0], "smop", length=1000).operators.values()
+    told = frozen(NUMBERS, "start")
+    same_start(operator.prompts, told["prompts"])
+    torch.testing.assert_close(operator.router @ operator.router.T, torch.tensor(told["router"]), rtol=0, atol=1e-5)
+
+
+@against("authors", "smop", **CODE, part="defaults")
+def test_defaults_are_the_authors() -> None:
+    same_defaults(peftcore.apply(host("llama")[0], "smop").config, frozen(NUMBERS, "defaults"))
+
+
+def test_count() -> None:
     model, _ = host("llama")
     injection = peftcore.apply(model, "smop")
-    (operator,) = injection.operators.values()
-    torch.testing.assert_close(operator.router @ operator.router.T, torch.eye(4), rtol=0, atol=1e-5)
-    assert abs(operator.prompts.detach().std().item() - 1) < 0.1
     assert sum(p.numel() for p in injection.parameters()) == 4 * 5 * 16 + 4 * 16
 
 

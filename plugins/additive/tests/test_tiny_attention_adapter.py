@@ -15,12 +15,15 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import ConfigError, MissingContext, NotMergeable, UnsupportedSite
-from peftcore.testing import HOSTS, against, conformance, frozen
+from peftcore.testing import HOSTS, against, conformance, frozen, same_defaults, same_start
 from peftcore.testing.kit import fill
 from peftcore.testing.tools import without_fast_paths
 from peftcore_additive.tiny_attention_adapter import Config, TinyAttention
 
 NUMBERS = Path(__file__).parent / "numbers" / "tiny_attention_adapter.json"
+CODE: Any = {"repository": "cindermond/tiny-attn", "commit": "03eee7e", "script": "rewriter/model/tiny_attn.py"}
+THEIRS = {"down": "linear1", "up": "linear2"}
+"""The names of maps in the authors' code."""
 
 
 READ = "the path of torch's attention names the matrix that it reads, and no path names its output"
@@ -40,10 +43,7 @@ def wave(*shape: int, step: float) -> Tensor:
     return (torch.arange(math.prod(shape), dtype=torch.float64) * step + step).sin().view(shape)
 
 
-@against(
-    "authors", "tiny_attention_adapter", repository="cindermond/tiny-attn", commit="03eee7e",
-    script="rewriter/model/tiny_attn.py",
-)  # fmt: skip
+@against("authors", "tiny_attention_adapter", **CODE)
 def test_numbers_of_the_authors() -> None:
     """Two modules one behind the other, with padding on the left: outputs, and all gradients."""
     numbers = frozen(NUMBERS)
@@ -235,11 +235,26 @@ def test_dropout_acts_on_attention_weights_in_training() -> None:
     assert not torch.equal(layer.train()(h, seen), layer(h, seen))
 
 
-def test_how_it_starts_and_what_it_counts() -> None:
-    """4 a d + 4 a^2 + 7 a + 3 d numbers in a layer of RoBERTa-base; the last map has a hundredth of its start."""
+@against("authors", "tiny_attention_adapter", **CODE, part="start")
+def test_start_is_the_authors() -> None:
+    """Of all tensors; the last map has a hundredth of its draw."""
+    operator: Any = next(iter(peftcore.apply(built("bert")[0], "tiny_attention_adapter").operators.values()))
+    layer, told = type(operator.series[0])(4200, Config(width=1400)), frozen(NUMBERS, "start")
+    for name, tensor in layer.named_parameters():
+        first, *more = name.split(".")
+        same_start(tensor, told.pop(".".join([THEIRS.get(first, first), *more])))
+    assert not told
+
+
+@against("authors", "tiny_attention_adapter", **CODE, part="defaults")
+def test_defaults_are_the_authors() -> None:
+    same_defaults(peftcore.apply(built("bert")[0], "tiny_attention_adapter").config, frozen(NUMBERS, "defaults"))
+
+
+def test_an_identity_and_what_it_counts() -> None:
+    """4 a d + 4 a^2 + 7 a + 3 d numbers in a layer of RoBERTa-base."""
     layer = TinyAttention(768, Config())
     assert sum(p.numel() for p in layer.parameters()) == 4 * 768 + 4 + 7 + 3 * 768 == 5387
-    assert layer.up.weight.abs().max() <= 0.01 and layer.up.weight.abs().max() > 0.009
     model, inputs = built("bert")
     before = model(**inputs)[0]
     peftcore.apply(model, "tiny_attention_adapter", out_scale=0.0)

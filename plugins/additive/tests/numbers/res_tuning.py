@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcore.registry.evidence import Source
+from peftcore.testing import drawn
 from peftcore.testing.checkouts import load
 
 SOURCE = Source("authors", "modelscope/ms-swift", "3602360", "swift/tuners/restuning.py")
@@ -49,24 +50,25 @@ class Acting:
         pass
 
 
-def numbers(checkout: Path) -> dict[str, Any]:
-    """Returns the encoder's output behind its last norm, and derivatives of a weighted sum of it."""
+def theirs(checkout: Path) -> Any:
+    """Returns the module of their tuners."""
     package, helpers = ModuleType("tuners"), ModuleType("tuners.utils")
     package.__path__ = [str(checkout / "swift/tuners")]
     for name in ("SwiftAdapter", "SwiftConfig", "SwiftOutput"):
         setattr(helpers, name, object)
     helpers.ActivationMixin = Acting  # type: ignore[attr-defined]
     sys.modules |= {"tuners": package, "tuners.utils": helpers}
-    module = load(checkout / SOURCE.script, root=checkout / "swift", absent=("swift", "swift.utils"))
-    bypass = module.ResTuningBypassModule(
-        8,
-        3,
-        "default",
-        tuner_cfg={
-            "lateral_cfg": {"res_adapter": {"adapter_length": 4}},
-            "vertical_cfg": {"res_adapter": {"adapter_length": 4}},
-        },
-    ).double()
+    return load(checkout / SOURCE.script, root=checkout / "swift", absent=("swift", "swift.utils"))
+
+
+def made(checkout: Path, width: int, blocks: int, tuner: dict[str, int]) -> Any:
+    options = {f"{kind}_cfg": {"res_adapter": tuner} for kind in ("lateral", "vertical")}
+    return theirs(checkout).ResTuningBypassModule(width, blocks, "default", tuner_cfg=options)
+
+
+def numbers(checkout: Path) -> dict[str, Any]:
+    """Returns the encoder's output behind its last norm, and derivatives of a weighted sum of it."""
+    bypass = made(checkout, 8, 3, {"adapter_length": 4}).double()
     fill(bypass)
     model, states = encoder(), [wave((2, 5, 8), "states")]
     for layer in model.layers:
@@ -75,3 +77,22 @@ def numbers(checkout: Path) -> dict[str, Any]:
     (output * wave((2, 5, 8), "direction")).sum().backward()
     gradients = {name: parameter.grad.flatten().tolist() for name, parameter in bypass.named_parameters()}
     return {"output": output.tolist(), "gradients": gradients}
+
+
+def start(checkout: Path) -> dict[str, Any]:
+    """Returns what the tensors of both tuners of one block are drawn from, by their names: in a stream of 16 through a
+    width of 12,000, and the other way round; of those that are large enough."""
+    sizes = {"through": (16, 12_000), "back": (12_000, 16)}
+    modules = {name: made(checkout, width, 1, {"adapter_length": own}) for name, (width, own) in sizes.items()}
+    return {
+        name: {key: drawn(tensor) for key, tensor in module.named_parameters() if tensor.numel() > 16}
+        for name, module in modules.items()
+    }
+
+
+def defaults(checkout: Path) -> dict[str, Any]:
+    """Returns the width of their tuners where none is told, and whether the last ones start as identities."""
+    module = made(checkout, 8, 1, {})
+    widths = {tensor.shape[0] for name, tensor in module.named_parameters() if name.endswith("ln1.weight")}
+    (width,) = widths
+    return {"bottleneck": width, "zero_last": theirs(checkout).ResTuningConfig.zero_init_last}

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from peftcore.registry.evidence import Source
+from peftcore.testing import drawn
+from peftcore.testing.checkouts import flags
 
 SOURCE = Source("authors", "jyjohnchoi/SMoP", "34da5e2", "peft_models/tuners/prompt_routing.py")
 VERSIONS = ("torch",)
@@ -28,9 +30,8 @@ def on_the_cpu(name: str) -> None:
     setattr(torch, name, lambda *args, **kwargs: make(*args, **{**kwargs, "device": "cpu"}))
 
 
-def numbers(checkout: Path) -> dict[str, Any]:
-    """Returns for each text, in evaluation and in training, which prompt it gets, its rows ``[3, 6]`` and the gradients
-    of all prompts and of the router, flat."""
+def theirs(checkout: Path) -> Any:
+    """Returns the module of their prompts."""
     sys.path.insert(0, str(checkout))
     for name in ("peft_models", "peft_models.tuners"):  # without all that they import
         package = ModuleType(name)
@@ -42,6 +43,13 @@ def numbers(checkout: Path) -> dict[str, Any]:
     config = importlib.import_module("peft_models.utils.config")
     utils.PeftType, utils.PromptLearningConfig = config.PeftType, config.PromptLearningConfig
     module = importlib.import_module("peft_models.tuners.prompt_routing")
+    return module
+
+
+def numbers(checkout: Path) -> dict[str, Any]:
+    """Returns for each text, in evaluation and in training, which prompt it gets, its rows ``[3, 6]`` and the gradients
+    of all prompts and of the router, flat."""
+    module = theirs(checkout)
     for name in ("zeros", "arange"):
         on_the_cpu(name)
     sizes = {"num_virtual_tokens": 3, "num_virtual_tokens_full": 12, "token_dim": 6}
@@ -52,6 +60,7 @@ def numbers(checkout: Path) -> dict[str, Any]:
         prompts.copy_(wave((12, 6), 0.41))
         router.copy_(2 * wave((4, 6), 0.37))
     embeds = wave((3, 4, 6), 0.29)
+    normal = Tensor.normal_
     Tensor.normal_ = lambda self, *args: self.copy_(wave(tuple(self.shape), 0.71))  # type: ignore[method-assign]
     found: dict[str, Any] = {}
     for training in (False, True):
@@ -65,4 +74,22 @@ def numbers(checkout: Path) -> dict[str, Any]:
                 "prompts": gradients[0].flatten().tolist(),
                 "router": gradients[1].flatten().tolist(),
             }
+    Tensor.normal_ = normal  # type: ignore[method-assign]
     return found
+
+
+def start(checkout: Path) -> dict[str, Any]:
+    """Returns what 4 prompts of 5 rows are drawn from, 4,000 wide, and the scalar products of the router's rows."""
+    on_the_cpu("zeros")
+    options = {"num_virtual_tokens": 5, "num_virtual_tokens_full": 20, "token_dim": 4000}
+    module = theirs(checkout)
+    network = module.PromptRoutingEmbedding(module.PromptRoutingConfig(**options, stochastic=False), None)
+    (router,) = (tensor for name, tensor in network.named_parameters() if name.startswith("router"))
+    return {"prompts": drawn(network.embedding.weight), "router": (router @ router.T).tolist()}
+
+
+def defaults(checkout: Path) -> dict[str, Any]:
+    """Returns the sizes of the command in their README."""
+    told = flags((checkout / "README.md").read_text())
+    prompts = told["num_virtual_tokens_full"] // told["num_virtual_tokens"]
+    return {"prompts": prompts, "length": told["num_virtual_tokens"], "top_k": told["topk"]}

@@ -1,13 +1,16 @@
 """What two modules of tiny attention of its authors give one behind the other, as in their layer of RoBERTa, on tensors
 of sines: ``python -m peftcore.testing.freeze tiny_attention_adapter.py CHECKOUT``."""
 
+import inspect
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from peftcore.registry.evidence import Source
+from peftcore.testing import drawn
 from peftcore.testing.checkouts import load
 
 SOURCE = Source("authors", "cindermond/tiny-attn", "03eee7e", "rewriter/model/tiny_attn.py")
@@ -38,3 +41,16 @@ def numbers(checkout: Path) -> dict[str, list[float]]:
     for index, layer in enumerate(layers):
         found |= {f"{index}.{name}": tensor.grad.flatten().tolist() for name, tensor in layer.named_parameters()}
     return found
+
+
+def start(checkout: Path) -> dict[str, Any]:
+    """Returns what tensors are drawn from, by their names, of a stream 4,200 wide and an attention of 1,400."""
+    layer = load(checkout / SOURCE.script).TinyAttention(4200, 4200, 1400)
+    return {name: drawn(tensor) for name, tensor in layer.named_parameters()}
+
+
+def defaults(checkout: Path) -> dict[str, Any]:
+    """Returns the defaults of their constructor, by the names here."""
+    options = inspect.signature(load(checkout / SOURCE.script).TinyAttention).parameters
+    names = {"width": "attention_embd", "heads": "attention_head", "dropout": "attention_dropout"}
+    return {ours: options[name].default for ours, name in names.items()}
