@@ -26,7 +26,7 @@ SECTIONS = {
         *("files", "readers", "concepts", "roles", "promises", "performance", "benchmarks"),
     ),
     "Extend": ("write-a-method", "hooks"),
-    "Project": ("checks", "architecture", "CONTRIBUTING", "SECURITY", "CHANGELOG"),
+    "Project": ("found", "checks", "architecture", "CONTRIBUTING", "SECURITY", "CHANGELOG"),
 }
 
 
