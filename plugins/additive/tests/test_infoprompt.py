@@ -15,11 +15,12 @@ from torch import Tensor
 
 import peftcore
 from peftcore.errors import ConfigError
-from peftcore.testing import against, conformance, frozen
+from peftcore.testing import against, conformance, frozen, same_defaults
 from peftcore.testing.kit import fill
 from peftcore_additive._information import HeadLoss, info_nce
 
 NUMBERS = Path(__file__).parent / "numbers" / "infoprompt.json"
+CODE: Any = {"repository": "JoshuaWu1997/infoprompt", "commit": "cc56fba", "script": "model/RoBertaPrompt.py"}
 SMALL = {"length": 2, "hidden": 4}
 BREAKS = "the first pass, in which another choice holds, breaks the graph"
 HOST_NAMES = ("llama", "bert", "t5", "gpt2", "moe", "mistral")
@@ -64,9 +65,7 @@ def theirs(operator: Any) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(("case", "texts", "scale"), [("one", 1, 1.0), ("two", 2, 1.5)])
-@against(
-    "authors", "infoprompt", repository="JoshuaWu1997/infoprompt", commit="cc56fba", script="model/RoBertaPrompt.py"
-)
+@against("authors", "infoprompt", **CODE)
 def test_the_authors_numbers(case: str, texts: int, scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows and losses, with the gradients of each loss. The bias of theirs that moves all scores alike is not here."""
     numbers = frozen(NUMBERS)[case]
@@ -201,3 +200,8 @@ def test_outputs_that_the_head_does_not_have_are_refused() -> None:
 def test_counts() -> None:
     injection = peftcore.apply(host("llama")[0], "infoprompt", **SMALL)
     assert sum(p.numel() for p in injection.parameters()) == 17 * 4 + 5 * 32 + 3 * 16 * 4 + 2 * 4 + 16 * 17
+
+
+@against("authors", "infoprompt", **CODE, part="defaults")
+def test_defaults_are_the_authors() -> None:
+    same_defaults(peftcore.apply(narrow(), "infoprompt").config, frozen(NUMBERS, "defaults"))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import MissingContext, NotMergeable, RouteError, SequenceError, UnsupportedSite
-from peftcore.testing import against, conformance, frozen
+from peftcore.testing import against, conformance, frozen, same_defaults
 from peftcore.testing.hosts import HOSTS
 from peftcore.testing.kit import fill
 
@@ -21,6 +21,8 @@ SIZES |= {"max_position_embeddings": 16}
 WITHOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "intermediate_size": 12}
 IDS = torch.tensor([[2, 5, 3, 9, 4, 6, 8], [4, 4, 10, 7, 1, 1, 1]])
 REAL = torch.arange(7) < torch.tensor([[7], [4]])
+NUMBERS = Path(__file__).parent / "numbers" / "lpt.json"
+CODE: Any = {"repository": "xyltt/LPT", "commit": "634c7b2", "script": "encoder-only/models/modeling_roberta.py"}
 OPTIONS = {"length": 3, "layer": 2, "hidden": 5, "dropout": 0.0, "dtype": "float64"}
 
 
@@ -50,13 +52,13 @@ def generator_of(injection: peftcore.Injection) -> nn.Module:
     return next(each for path, each in injection.operators.items() if path.endswith("sequence"))
 
 
-@against("authors", "lpt", repository="xyltt/LPT", commit="634c7b2", script="encoder-only/models/modeling_roberta.py")
+@against("authors", "lpt", **CODE)
 @pytest.mark.parametrize("kind", ["naive", "average", "max", None])
 @pytest.mark.parametrize("name", ["roberta", "gpt2"])
 def test_numbers_of_the_authors(name: str, kind: str | None) -> None:
     """Outputs at tokens, and gradients, with padding on the right, in training. Their decoder takes the last token of
     the prompt, and pools those before it."""
-    numbers = frozen(Path(__file__).parent / "numbers" / "lpt.json")[str(kind)][name]
+    numbers = frozen(NUMBERS)[str(kind)][name]
     model = small(name)
     injection = peftcore.apply(model, "lpt", generator=kind, **OPTIONS)
     own = dict(generator_of(injection).named_parameters())
@@ -197,3 +199,8 @@ def test_what_it_refuses() -> None:
         peftcore.apply(host("t5")[0], "lpt", target="stack.decoder")
     with pytest.raises(UnsupportedSite, match="blocks 0 to 1"):
         peftcore.apply(host("bert")[0], "lpt", layer=2)
+
+
+@against("authors", "lpt", **CODE, part="defaults")
+def test_defaults_are_the_authors() -> None:
+    same_defaults(peftcore.apply(host("llama")[0], "lpt").config, frozen(NUMBERS, "defaults"))

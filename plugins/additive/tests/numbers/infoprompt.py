@@ -97,3 +97,11 @@ def numbers(checkout: Path) -> dict[str, Any]:
             "gradients": gradients,
         }
     return found
+
+
+def defaults(checkout: Path) -> dict[str, Any]:
+    """Returns the defaults of their options, by the names here."""
+    sys.argv = ["run.py"]
+    told = load(checkout / "trainers/options.py").parser.parse_args([])
+    names = {"length": "n_prompt", "hidden": "n_latent", "head_weight": "gamma", "representation_weight": "beta"}
+    return {ours: getattr(told, name) for ours, name in names.items()}

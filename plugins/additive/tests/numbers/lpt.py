@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcore.registry.evidence import Source
-from peftcore.testing.checkouts import load
+from peftcore.testing.checkouts import flags, load
 
 SOURCE = Source("authors", "xyltt/LPT", "634c7b2", "encoder-only/models/modeling_roberta.py")
 DECODER = "decoder-only/models/modeling_gpt2.py"
@@ -100,3 +100,10 @@ def numbers(checkout: Path) -> dict[str, dict[str, Any]]:
             rows = prompt if generator is None else None
             result.setdefault(kind, {})[name] = found(model, own, given, rows)
     return result
+
+
+def defaults(checkout: Path) -> dict[str, Any]:
+    """Returns the options of their command, by the names here."""
+    told = flags((checkout / "encoder-only/run_roberta.sh").read_text())
+    generator = {"NPG": "naive"}[told["generator_type"]]
+    return {"length": told["num_prompt_tokens"], "hidden": told["proj_down_size"], "generator": generator}

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from peftcore.registry.evidence import Source
-from peftcore.testing.checkouts import load
+from peftcore.testing import drawn
+from peftcore.testing.checkouts import flags, load
 
 SOURCE = Source("authors", "MonliH/prefix-propagation", "fc868c5", "model/longformer.py")
 VERSIONS = ("torch", "transformers")
@@ -81,3 +82,20 @@ def numbers(checkout: Path) -> dict[str, dict[str, Any]]:
             "longformer": found(long, long.longformer, True),
         }
     return result
+
+
+def start(checkout: Path) -> dict[str, Any]:
+    """Returns what is added to 5,000 rows of a Longformer is drawn from."""
+    import transformers
+
+    more = {"pre_seq_len": 5000, "add_pre_seq_len": None, "propagate_prefix": "only", "prefix_projection": False}
+    more |= {"propagate_prefix_scalar": False, "additional_non_frozen_embeds": None, "use_offset_pool_tok": True}
+    config = transformers.LongformerConfig(**SIZES, **more, attention_window=WINDOW)
+    model = load(checkout / "model/longformer.py", checkout).LongformerPrefixForSequenceClassification(config)
+    return {"prefix": drawn(model.propagated_prefix_encoder.embedding.weight)}
+
+
+def defaults(checkout: Path) -> dict[str, Any]:
+    """Returns the options of their command."""
+    told = flags((checkout / "run_script/hyperpartisan_longformer_propagation.sh").read_text())
+    return {"length": told["pre_seq_len"], "dropout": told["hidden_dropout_prob"]}

@@ -2,15 +2,18 @@
 ``python -m peftcore.testing.freeze state_offset_tuning.py CHECKOUT``."""
 
 import importlib
+import json
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import peft
 import torch
 from torch import Tensor
 
 from peftcore.registry.evidence import Source
+from peftcore.testing import drawn
 from peftcore.testing.checkouts import load
 
 SOURCE = Source("authors", "furiosa-ai/ssm-state-tuning", "2cff985", "modules/suffix_tuning.py")
@@ -31,27 +34,36 @@ def package(name: str, folder: Path) -> None:
     sys.modules[name] = made
 
 
-def numbers(checkout: Path) -> dict[str, dict[str, list[float]]]:
-    """Returns outputs ``[2, 5, 6]`` flat of each kind, and gradients of inputs and of what is trained."""
-    torch.Tensor.float = torch.Tensor.double  # their scan computes in float32, for the sake of kernels
+def theirs(checkout: Path) -> tuple[Any, Any]:
+    """Returns the modules of their mixer and of what is added to it."""
     peft.peft_model.PEFT_TYPE_TO_MODEL_MAPPING = peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING = {}  # since moved
     package("modules", checkout / "modules")
     package("mamba_ssm", checkout / "src/mamba/mamba_ssm")
     package("mamba_ssm.ops", checkout / "src/mamba/mamba_ssm/ops")
     mixers = load(checkout / "modules/mamba_peft.py", root=checkout, absent=ABSENT)
-    tuning = importlib.import_module("modules.suffix_tuning")
-    found = {}
+    return mixers, importlib.import_module("modules.suffix_tuning")
+
+
+def offset(modules: tuple[Any, Any], mixer: Any, kind: str, rank: int | None) -> Any:
+    """Returns what is added to a mixer, starting as in their configurations."""
+    place = mixer.parameter_processors["x_after_ssm"]
+    place.dtype, place.device = torch.float64, "cpu"
+    options = {"bias_type": kind, "bias_init": modules[1].SuffixTuningBiasInit.ZERO, "r": rank}
+    return modules[1].SuffixTuningBiasProcessor(place, "default", **options)
+
+
+def numbers(checkout: Path) -> dict[str, dict[str, list[float]]]:
+    """Returns outputs ``[2, 5, 6]`` flat of each kind, and gradients of inputs and of what is trained."""
+    modules, found, single = theirs(checkout), {}, torch.Tensor.float
+    torch.Tensor.float = torch.Tensor.double  # their scan computes in float32, for the sake of kernels
     for kind, (bias, rank) in KINDS.items():
-        mixer = mixers.MambaPeft(6, d_state=3, dt_rank=2, layer_idx=0, backend="ref").double().eval()
+        mixer = modules[0].MambaPeft(6, d_state=3, dt_rank=2, layer_idx=0, backend="ref").double().eval()
         with torch.no_grad():
             for index, name in enumerate(sorted(dict(mixer.named_parameters()))):
                 mixer.get_parameter(name).copy_(wave(tuple(mixer.get_parameter(name).shape), 0.37 + 0.11 * index))
-        place = mixer.parameter_processors["x_after_ssm"]
-        place.dtype, place.device = torch.float64, "cpu"
-        options = {"bias_type": bias, "bias_init": tuning.SuffixTuningBiasInit.ZERO, "r": rank}
-        offset = tuning.SuffixTuningBiasProcessor(place, "default", **options)
-        mixer.parameter_processors["x_after_ssm"] = offset
-        trained = {name: p for name, p in offset.named_parameters() if "bias" in name}
+        added = offset(modules, mixer, bias, rank)
+        mixer.parameter_processors["x_after_ssm"] = added
+        trained = {name: p for name, p in added.named_parameters() if "bias" in name}
         with torch.no_grad():
             for index, name in enumerate(sorted(trained)):
                 trained[name].copy_(wave(tuple(trained[name].shape), 0.71 + 0.13 * index))
@@ -60,4 +72,21 @@ def numbers(checkout: Path) -> dict[str, dict[str, list[float]]]:
         (y * wave((2, 5, 6), 0.3)).sum().backward()
         found[kind] = {"output": y.flatten().tolist(), "x": x.grad.flatten().tolist()}
         found[kind] |= {f"trained {i}": trained[name].grad.flatten().tolist() for i, name in enumerate(sorted(trained))}
+    torch.Tensor.float = single
     return found
+
+
+def start(checkout: Path) -> dict[str, Any]:
+    """Returns what the offset of states starts from, and its factors of rank 12,000, of 6 channels and 5 states."""
+    modules = theirs(checkout)
+    mixer = modules[0].MambaPeft(6, d_state=5, dt_rank=2, layer_idx=0, backend="ref")
+    (whole,) = offset(modules, mixer, "SILU_Z_C", None).suffixtuning_bias.parameters()
+    factors = offset(modules, mixer, "SILU_Z_C", 12_000).suffixtuning_bias["default"]
+    return {"offset": drawn(whole), "down": drawn(factors.lora_A), "up": drawn(factors.lora_B)}
+
+
+def defaults(checkout: Path) -> dict[str, Any]:
+    """Returns what their configuration of state tuning offsets, and the rank, which it leaves to their code."""
+    told = json.loads((checkout / "cfg/final/peft/mamba-130m/dart/state_tuning.json").read_text())
+    kinds = {kind: name for name, (kind, rank) in KINDS.items() if rank is None}
+    return {"offset": kinds[told["bias_type"]], "rank": theirs(checkout)[1].SuffixTuningConfig.r}
