@@ -74,10 +74,13 @@ class PassCache:
 
 
 def _layers_for(config: Any, own: Any) -> list[Any]:
-    """Returns empty layers for a network with a config, as large as those of the model's cache where these are
-    static."""
+    """Returns empty layers for a network with a config: as large as those of the model's cache where these are static;
+    none yet where that cache adds layers of one kind as it goes, among which those of another kind would change what
+    the model's masks are made for."""
     from transformers.cache_utils import DynamicCache, StaticCache
 
+    if own.layer_class_to_replicate is not None:
+        return []
     if isinstance(own, StaticCache):
         most = max(vars(layer).get("max_cache_len", 0) for layer in own.layers)
         return StaticCache(config=config, max_cache_len=most).layers

@@ -122,7 +122,8 @@ class PromptPositions:
 
     The prompt is what ``peftcore.call(model, prompt_length=...)`` says (a number, or one a row; padding does not
     count); otherwise, in ``generate``, what that is given; otherwise, in a language model that is told labels, what
-    comes before the first of them; otherwise the whole input. A step that adds one token to a cache is no prompt.
+    comes before the first of them; otherwise the whole input. A step that adds one token to a cache is no prompt; where
+    the cache has fewer tokens than the first positions take, it may be, and somebody has to say.
     """
 
     def __init__(
@@ -160,17 +161,19 @@ class PromptPositions:
             )
         if told is None and prompt is not None and prompt.mask is not None:
             told = (prompt.mask != 0).sum(-1)
-        if told is None and held:
-            if new == 1 and (prompt is None or held >= prompt.end):
-                return None
-            if self.last:
-                raise MissingContext(f"this input goes on from a cache, and may be prompt or not: {REMEDY}")
+        step = told is None and held and new == 1 and (prompt is None or held >= prompt.end)
+        if step and prompt is not None:
+            return None
+        if told is None and held and not step and self.last:
+            raise MissingContext(f"this input goes on from a cache, and may be prompt or not: {REMEDY}")
         real = _real([inputs, given], held + new, hidden.device)
         index = real.cumsum(-1) - 1
         length = index[:, -1:] + 1
         labels = inputs.get("labels") if self.generates else None
         if told is None and held:
-            self._check_pieces(real[:, :held].sum(-1))
+            self._check_pieces(real[:, :held].sum(-1), moves=self.halves or step)
+            if step:
+                return None
         if told is not None:
             seen, length = length, _per_row(told, rows, hidden.device)
             if self.whole and not held and not torch.compiler.is_compiling() and bool((length > seen).any()):
@@ -193,12 +196,13 @@ class PromptPositions:
         """The length from which on more tokens leave the first positions where they are."""
         return self.first * (1 + self.halves)
 
-    def _check_pieces(self, seen: Tensor) -> None:
-        """Raise where a prompt that goes on would move the positions in what came before."""
-        if self.halves and not torch.compiler.is_compiling() and bool((seen < self.settled).any()):
+    def _check_pieces(self, seen: Tensor, moves: bool) -> None:
+        """Raise where a prompt that goes on would move the positions in what came before, or would have some where a
+        step that is no prompt has none."""
+        if moves and not torch.compiler.is_compiling() and bool((seen < self.settled).any()):
             raise MissingContext(
-                f"this input goes on from a cache of less than {self.settled} tokens, and either end has half of the "
-                f"prompt at most: {REMEDY}"
+                f"this input goes on from a cache of less than {self.settled} tokens, which were the whole prompt or "
+                f"its beginning, and of these the positions differ: {REMEDY}"
             )
 
     def _check_uncached(self, length: Tensor) -> None:
@@ -260,13 +264,15 @@ def _real(sources: list[Mapping[str, Any]], count: int, device: torch.device) ->
     """Returns which of so many tokens, from the first in the cache on, are no padding ``[batch or 1, tokens]``.
 
     The host's own mask says it; where it has none (a part that runs by itself), or not for these tokens, the block's. A
-    block that looks through a window does not show all tokens: then there is none, if the host was told of none.
+    block that looks through a window does not show all tokens of a cache: then there is none, if the host was told of
+    none.
     """
     masks = [(name, source[name]) for source in sources for name in MASKS if source.get(name) is not None]
+    host_told_of_none = len(sources) > 1 and sources[0] and not any(sources[0].get(name) is not None for name in MASKS)
     for name, mask in masks:
         if isinstance(mask, Mapping):  # one for each kind of layer
             mask = mask.get("full_attention")
-        if not isinstance(mask, Tensor):
+        if not isinstance(mask, Tensor) or (host_told_of_none and mask.dim() == 4 and mask.shape[-2] < count):
             continue
         if mask.dim() == 4:  # which tokens see which: one that nobody sees is padding
             mask = _seen(mask, count - mask.shape[-2]).flatten(1, 2).any(1)
@@ -274,7 +280,6 @@ def _real(sources: list[Mapping[str, Any]], count: int, device: torch.device) ->
             mask = mask == 0
         if mask.dim() == 2 and mask.shape[-1] >= count:
             return mask != 0
-    host_told_of_none = len(sources) > 1 and sources[0] and not any(sources[0].get(name) is not None for name in MASKS)
     if masks and not host_told_of_none:
         raise SequenceError(
             f"none of the masks given ({', '.join(name for name, _ in masks)}) tells padding from tokens"

@@ -279,6 +279,15 @@ class ForwardContext:
             )
         return own
 
+    def keep_rows(self, keep: Callable[..., Any], *tensors: Tensor) -> Any:
+        """Returns what `keep` returns of tensors with a row for each row that an operator is given. In a route these
+        are its own ones: `keep` is given all rows of the batch then, with zeros for the others, and of what it returns
+        the operator gets its own. For what stays from one forward to the next, and is reordered or repeated with the
+        batch: layers of the model's cache."""
+        if self.rows is None:
+            return keep(*tensors)
+        return self.rows.of(keep(*map(self.rows.spread, tensors)))
+
     def _repeated(self, entries: int, rows: int) -> tuple[int, Repeats]:
         """Returns how many rows the batch has, where a value has so many entries and a module is given so many rows;
         and how it repeats entries."""

@@ -14,8 +14,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from peftcore.errors import SequenceError
 from peftcore.roles import vocabulary as V
 from peftcore.roles.entries import HostEntry
 from peftcore.roles.survey import attribute
@@ -59,6 +61,30 @@ class TokenStack:
     def role(self) -> str:
         """The stack's role in the host map."""
         return "stack.decoder" if self.reads else "stack"
+
+    def check_positions(self, front: int, text: int, places: Tensor | None, what: str = "rows") -> None:
+        """Check that the table has positions for a text of so many tokens and what is in front of it.
+
+        Args:
+            front: how many are in front.
+            text: how many tokens there are, with those of a cache.
+            places: the positions of both, where they are told or counted; padding may have none.
+            what: what is in front, for the error.
+
+        Raises:
+            SequenceError: it has fewer.
+        """
+        if self.positions is None or torch.compiler.is_compiling():
+            return
+        first = 0 if self.position_padding is None else self.position_padding + 1
+        most, whole = self.positions - first, front + text
+        if whole > most and places is not None:  # nearly nobody waits for this look
+            whole = int(places.max()) + 1 - first
+        if whole > most:
+            raise SequenceError(
+                f"{self.path or 'the host'} has {most} positions, and {front} {what} in front of a text of "
+                f"{whole - front} tokens take {whole}: shorten the text, or take fewer {what}"
+            )
 
 
 def arguments(cls: type[nn.Module]) -> tuple[str, ...]:

@@ -308,20 +308,11 @@ class SequenceOperator(Operator):
     def _check_positions(self, places: Tensor | None, tokens: int, cache: Opened) -> None:
         """Raise where rows and tokens are more than the stack's table has positions; `places` are theirs, where they
         are told or counted."""
-        if self.stack.positions is None or torch.compiler.is_compiling():
+        if self.stack.positions is None:
             return  # state-space stacks among them, whose caches count nothing
         past = cache.past if cache.held else self.length
-        if not isinstance(past, int):
-            return  # counts of static caches are tensors
-        first = 0 if self.stack.position_padding is None else self.stack.position_padding + 1
-        most, whole = self.stack.positions - first, past + tokens
-        if whole > most and places is not None:  # padding may have none; nearly nobody waits for this look
-            whole = int(places.max()) + 1 - first
-        if whole > most:
-            raise SequenceError(
-                f"{self.stack.path or 'the host'} has {most} positions, and {self.length} rows in front of a text of "
-                f"{whole - self.length} tokens take {whole}: shorten the text, or the prompt"
-            )
+        if isinstance(past, int):  # counts of static caches are tensors
+            self.stack.check_positions(self.length, past - self.length + tokens, places)
 
     def _with_rows(self, embeds: Tensor) -> Tensor:
         """Returns embeddings with the rows in front."""

@@ -102,6 +102,19 @@ def test_caches_hold_its_tokens(kind: Any) -> None:
     torch.testing.assert_close(model(IDS[[1, 1], 3:], cache=cache).logits, whole[[1, 1], 3:])
 
 
+@pytest.mark.parametrize("cuts", [[2], [5], [1, 2], [4, 6]])
+@pytest.mark.parametrize("window", [True, False])
+def test_a_window_may_go_on_from_a_cache_that_keeps_all(window: bool, cuts: list[int]) -> None:
+    """Both networks look through the window; the cache drops what is behind it, or keeps it."""
+    torch.manual_seed(0)
+    model: Any = HOSTS["mistral"].build()[0].double().eval()
+    peftcore.apply(model, HostWithGuest, dtype="float64")
+    ids = torch.randint(3, 40, (2, 8))
+    cache = DynamicCache(config=model.config) if window else DynamicCache()
+    found = [model(piece, past_key_values=cache, use_cache=True).logits for piece in ids.tensor_split(cuts, 1)]
+    torch.testing.assert_close(torch.cat(found, 1), model(ids, use_cache=False).logits)
+
+
 def test_it_starts_from_what_is_handed_in() -> None:
     model = llama()
     small = llama(num_hidden_layers=1, hidden_size=8)

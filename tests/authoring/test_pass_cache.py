@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import LlamaConfig, MistralConfig
 from transformers.cache_utils import DynamicCache, DynamicLayer, StaticCache
 
 import peftcore
@@ -87,7 +87,11 @@ def test_tokens_of_which_no_pass_was_told_are_refused() -> None:
 
 def test_a_network_with_other_layers_gets_its_own() -> None:
     own, config = PassCache(), LlamaConfig(num_hidden_layers=3)
-    assert [type(layer) for layer in own.beside(DynamicCache(), config).layers] == [DynamicLayer] * 3
+    made = own.beside(DynamicCache(config=LlamaConfig(num_hidden_layers=1)), config)
+    assert [type(layer) for layer in made.layers] == [DynamicLayer] * 3
+    grows = own.beside(DynamicCache(), MistralConfig(num_hidden_layers=3, sliding_window=2))
+    grows.update(torch.randn(1, 1, 3, 4), torch.randn(1, 1, 3, 4), 2)
+    assert [type(layer) for layer in grows.layers] == [DynamicLayer] * 3, "of the kind that the model's has"
     static = own.beside(StaticCache(config=LlamaConfig(num_hidden_layers=1), max_cache_len=7), config)
     assert [layer.max_cache_len for layer in static.layers] == [7] * 3
 

@@ -5,7 +5,9 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from history_world import case_of
 from torch import Tensor
+from transformers import DynamicCache
 
 import peftcore
 from peftcore import Method, MethodConfig, PromptPositions, Tags, TokenStacks, VisibleTokens, cached_tokens
@@ -14,6 +16,7 @@ from peftcore.forward import context as contexts
 from peftcore.forward.active_adapters import Choice
 from peftcore.forward.context import ForwardContext
 from peftcore.testing import HOSTS
+from peftcore.testing.kit import fill
 
 
 class Cache:
@@ -95,6 +98,10 @@ def test_a_step_of_one_token_is_no_prompt_and_more_must_be_said(inside: Inside) 
         ends(2, 1, 3, given={"past_key_values": Cache(4)})
     with pytest.raises(MissingContext, match="less than 4 tokens"):
         ends(2, 0, 3, given={"past_key_values": Cache(2)}, halves=True)
+    for halves, held in ((True, 3), (False, 1)):  # one more token of the prompt would be at, or move, a position
+        with pytest.raises(MissingContext, match=f"less than {held + 1} tokens"):
+            ends(2, 0, 1, given={"past_key_values": Cache(held)}, halves=halves)
+        assert ends(2, 0, 1, given={"past_key_values": Cache(held + 1)}, halves=halves) is None
 
 
 def test_generation_without_a_cache_needs_a_word(inside: Inside) -> None:
@@ -126,6 +133,34 @@ def test_a_mask_of_a_block_may_say_what_is_hidden(held: int) -> None:
         told = {"attention_mask": mask[None, None, held:]}
         found = VisibleTokens(None).real(4, told, torch.device("cpu"))
         assert found.int().tolist() == [[wanted, 1, 1, 1]]
+
+
+def test_what_a_window_does_not_show_of_a_cache_is_no_padding(inside: Inside) -> None:
+    """Where the model was told of none; where all tokens are there, each sees itself, so the mask tells."""
+    inside({"input_ids": torch.ones(1, 2)})
+    at = torch.arange(5)
+    window = (at <= at[:, None]) & (at > at[:, None] - 2)  # each sees itself and the one before
+
+    class Stack:
+        causal, reads = True, False
+
+    visible, cpu = VisibleTokens(Stack()), torch.device("cpu")  # type: ignore[arg-type]
+    found = visible.mask(3, 2, {"attention_mask": window[None, None, 3:]}, cpu)
+    assert torch.equal(found[0, 0], torch.ones(5, 5, dtype=torch.bool).tril()[3:])
+    padded = window & (at > 0)
+    found = visible.mask(0, 5, {"attention_mask": padded[None, None]}, cpu)
+    assert found[0, 0, 1:, 0].sum() == 0 and bool(found[0, 0, 4, 1:].all())
+
+
+@pytest.mark.parametrize("name", ["apt", "k_adapter", "lst", "pal", "tiny_attention_adapter"])
+def test_networks_beside_a_window_see_all_of_a_cache_that_keeps_all(name: str) -> None:
+    torch.manual_seed(0)
+    model: Any = HOSTS["mistral"].build()[0].double().eval()
+    fill(case_of(name, "mistral").apply(model, dtype="float64", seed=0))
+    ids, found, cache = torch.randint(3, 40, (2, 8)), [], DynamicCache()
+    for piece in ids.split([5, 3], 1):
+        found.append(model(piece, past_key_values=cache, use_cache=True).logits)
+    torch.testing.assert_close(torch.cat(found, 1), model(ids, use_cache=False).logits)
 
 
 def test_what_a_cache_holds_is_counted_or_refused(inside: Inside) -> None:

@@ -114,3 +114,24 @@ def test_branches_of_a_composition_see_the_cache_as_it_was(name: str) -> None:
     with peftcore.activate(model, Average("a1", "a2")):
         together = logits(model, [torch.cat(pieces, 1)])
         torch.testing.assert_close(logits(model, pieces), together, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("name", ["apt", "k_adapter", "lst", "pal", "tiny_attention_adapter", "shadow"])
+def test_beams_reorder_what_operators_keep_of_rows_in_the_cache(name: str, cache: str) -> None:
+    """The cache has it of all rows, also where an operator is given those of its own injection alone."""
+    model: Any = adapted(name)
+    ids, names = torch.randint(3, 30, (3, 5)), ["a2", None, "a1"]
+    way = {"max_new_tokens": 4, "min_new_tokens": 4, "num_beams": 2, "do_sample": False, "pad_token_id": 0}
+    way |= {"use_cache": True, "return_dict_in_generate": True, "output_logits": True}
+    way |= {"cache_implementation": "static"} if cache == "static" else {}
+
+    def alone(row: int, chosen: str | None) -> Tensor:
+        with peftcore.activate(model, *filter(None, [chosen])):
+            return torch.stack(model.generate(ids[row : row + 1], **way).logits, 1)
+
+    expected = torch.cat([alone(row, chosen) for row, chosen in enumerate(names)])
+    with peftcore.route(model, names, copies=2):
+        found = torch.stack(model.generate(ids, **way).logits, 1)
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
+    assert (expected[:2] - expected[4:]).abs().max() > 1e-3

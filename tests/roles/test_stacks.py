@@ -8,6 +8,7 @@ from host_zoo import SURVEY, build
 from torch import nn
 
 import peftcore
+from peftcore.errors import SequenceError
 from peftcore.roles import derive
 from peftcore.roles.stacks import TokenStack, find
 
@@ -149,3 +150,17 @@ def test_the_cache_among_the_arguments_of_a_module() -> None:
 
     own = DynamicCache()
     assert peftcore.cache_in({"hidden_states": 1, "whatever_its_name": own}) is own, "a block may name it as it likes"
+
+
+def test_what_is_in_front_and_the_text_are_no_more_than_the_positions() -> None:
+    """Places tell more than counts: padding has none."""
+    stack = TokenStack("text", "text", "text", "table", positions=8)
+    stack.check_positions(3, 5, None)
+    stack.check_positions(3, 9, torch.tensor([[0, 0, 7]]))
+    with pytest.raises(SequenceError, match="text has 8 positions, and 3 keys in front of a text of 6 tokens take 9"):
+        stack.check_positions(3, 6, None, "keys")
+    counts = TokenStack("", "", "", "table", positions=8, position_padding=1)  # from 2 on
+    counts.check_positions(3, 3, None)
+    with pytest.raises(SequenceError, match="the host has 6 positions, and 3 rows in front of a text of 4 tokens take"):
+        counts.check_positions(3, 9, torch.tensor([[1, 8]]))
+    TokenStack("", "", "", "table").check_positions(3, 1000, None)

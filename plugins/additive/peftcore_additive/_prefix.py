@@ -130,22 +130,23 @@ class Behind(InputOperator):
 
     def __init__(self, site: SequenceSite, length: int) -> None:
         super().__init__(site)
-        self.length, self.padding = length, site.stack.position_padding
+        self.length, self.stack = length, site.stack
 
     def arguments(self, given: dict[str, Any], mine: Mine) -> dict[str, Any]:
-        places, ids = given.get("position_ids"), given.get("input_ids")
-        tokens = given["inputs_embeds"] if ids is None else ids  # [batch, tokens, ...]
+        places, ids, padding = given.get("position_ids"), given.get("input_ids"), self.stack.position_padding
+        tokens, cache = given["inputs_embeds"] if ids is None else ids, cache_in(given)  # [batch, tokens, ...]
         rows = mine(tokens)
         length = self.length if rows is None else self.length * rows.long()[:, None]  # [batch, 1]
+        held = 0 if cache is None else cache.get_seq_length()
         if places is not None:
             places = places + length
-        elif self.padding is None:
-            cache = cache_in(given)
-            start = length if cache is None else length + cache.get_seq_length()
-            places = torch.arange(tokens.shape[1], device=tokens.device)[None] + start
+        elif padding is None:
+            places = torch.arange(tokens.shape[1], device=tokens.device)[None] + length + held
         elif ids is not None:  # RoBERTa counts what is no padding
-            counted = ids != self.padding
-            places = (counted.cumsum(1) + length) * counted + self.padding
+            counted = ids != padding
+            places = (counted.cumsum(1) + length) * counted + padding
+        if places is not None and isinstance(held, int):  # counts of static caches are tensors
+            self.stack.check_positions(self.length, held + tokens.shape[1], places, "keys")
         return {**given, "position_ids": places}
 
 

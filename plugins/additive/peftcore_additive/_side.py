@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from peftcore import cache_in, self_attention_cache
+from peftcore import cache_in, forward_context, self_attention_cache
 from peftcore.errors import SequenceError
 
 
@@ -79,7 +80,24 @@ class Ends(torch.autograd.Function):
         return None, None
 
 
-def side_layers(given: Mapping[str, Any], stamp: str, count: int, blocks: int) -> list[Any]:
+@dataclass(frozen=True)
+class SideLayer:
+    """A layer of the model's cache, for an operator that is given all rows of the batch or some of them."""
+
+    kept: Any
+    """Transformers' own, which holds all rows."""
+
+    def update(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Add keys and values of new tokens; return those of all tokens so far."""
+        keys, values = forward_context().keep_rows(self.kept.update, key, value)
+        return keys, values
+
+    def get_seq_length(self) -> Any:
+        """Return how many tokens it holds."""
+        return self.kept.get_seq_length()
+
+
+def side_layers(given: Mapping[str, Any], stamp: str, count: int, blocks: int) -> list[SideLayer]:
     """Return the `count` cache layers of the network with a stamp, made where the cache has none yet; none where a
     block of a stack of so many `blocks` is given no cache (its arguments by name)."""
     cache = cache_in(given)
@@ -98,10 +116,10 @@ def side_layers(given: Mapping[str, Any], stamp: str, count: int, blocks: int) -
             layer.side = stamp
             layer.is_compileable = own.is_compileable  # hosts ask this of the whole before they leave a mask out
         layers.extend(mine)
-    return mine
+    return [SideLayer(layer) for layer in mine]
 
 
-def held_by(layers: list[Any], held: int) -> int:
+def held_by(layers: list[SideLayer], held: int) -> int:
     """Return how many tokens the cache layers hold, which have to be as many as the model's own hold (`held`).
 
     Raises:

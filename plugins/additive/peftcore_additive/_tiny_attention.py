@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from peftcore import BranchSite, Site, Surgeon, branch
 from peftcore.errors import UnsupportedSite
 from peftcore_additive._bottleneck import width_of
-from peftcore_additive._side import side_layers
+from peftcore_additive._side import SideLayer, side_layers
 
 JOINED = "joined"
 """The form of the site of the norm behind the sum of stream and attention."""
@@ -59,7 +59,7 @@ class Room:
     blocks: int
     stamp: str = field(default_factory=lambda: uuid.uuid4().hex, compare=False)
 
-    def layers(self, given: dict[str, Any]) -> list[Any]:
+    def layers(self, given: dict[str, Any]) -> list[SideLayer]:
         """Return them, by the arguments of a block; none without a cache."""
         return side_layers(given, self.stamp, self.count, self.blocks)
 

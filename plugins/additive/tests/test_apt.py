@@ -172,7 +172,8 @@ def test_generation_remembers_the_first_token(way: dict[str, Any]) -> None:
         prefix.layer_gate.data.mul_(5)
     ids, mask = torch.randint(3, 40, (2, 6)), torch.ones(2, 6, dtype=torch.long)
     mask[1, :2] = 0
-    given = {"attention_mask": mask, "max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, **way}
+    given = {"attention_mask": mask, "use_cache": True, "do_sample": False, **way}
+    given |= {"max_new_tokens": 6, "min_new_tokens": 6}
     cached = model.generate(ids, **given)
     assert torch.equal(model.generate(ids, **{**given, "use_cache": False, "cache_implementation": None}), cached)
     alone = model.generate(ids[1:, 2:], **{**given, "attention_mask": mask[1:, 2:]})

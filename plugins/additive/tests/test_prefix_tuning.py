@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 import peftcore
+from peftcore.errors import SequenceError
 from peftcore.testing import against, conformance
 from peftcore.testing.hosts import HOSTS
 from peftcore_additive._prefix import PrefixOperator
@@ -145,6 +146,39 @@ def test_positions_from_behind_where_the_host_counts_what_is_no_padding() -> Non
     places = torch.tensor([[2, 3, 4, 5], [2, 3, 1, 1]]) + LENGTH * (ids != 1)  # padding is not counted
     expected = logits(plain, input_ids=ids, attention_mask=(ids != 1).long(), position_ids=places)
     assert torch.equal(logits(shifted, input_ids=ids, attention_mask=(ids != 1).long()), expected)
+
+
+def without_room(family: str) -> Any:
+    """A model with twelve positions."""
+    config: dict[str, Any] = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config |= {"max_position_embeddings": 12 + 2 * (family == "Roberta"), "intermediate_size": 16, "pad_token_id": 1}
+    config |= {"OPT": {"word_embed_proj_dim": 16, "ffn_dim": 16}, "CLIPText": {"eos_token_id": 39}}.get(family, {})
+    return getattr(transformers, f"{family}Model")(getattr(transformers, f"{family}Config")(**config)).eval()
+
+
+@pytest.mark.parametrize("method", ["prefix_tuning", "p_tuning_v2", "apt"])
+@pytest.mark.parametrize("family", ["CLIPText", "GPT2", "Bert", "Roberta", "OPT"])
+def test_prefix_and_text_are_no_more_than_the_positions(method: str, family: str) -> None:
+    model = without_room(family)
+    bare = deepcopy(model)
+    injection = peftcore.apply(model, method, length=LENGTH)
+    ids = torch.randint(3, 38, (2, 13 - LENGTH))
+    model(input_ids=ids[:, :-1])
+    error = f"12 positions, and {LENGTH} keys in front of a text of {13 - LENGTH} tokens take 13: shorten the text"
+    with pytest.raises(SequenceError, match=error):
+        model(input_ids=ids)
+    with injection.disabled():
+        torch.testing.assert_close(model(input_ids=ids)[0], bare(input_ids=ids)[0])
+    with peftcore.route(model, [None, None]):
+        torch.testing.assert_close(model(input_ids=ids)[0], bare(input_ids=ids)[0])
+
+
+def test_prefix_and_text_from_a_cache_are_counted_whole() -> None:
+    peftcore.apply(model := without_room("GPT2"), "prefix_tuning", length=LENGTH)
+    ids = torch.randint(3, 38, (2, 12 - LENGTH))
+    cache = model(input_ids=ids, use_cache=True).past_key_values
+    with pytest.raises(SequenceError, match=f"{LENGTH} keys in front of a text of {13 - LENGTH} tokens take 13"):
+        model(input_ids=ids[:, :1], past_key_values=cache)
 
 
 def test_tokens_without_positions_stay_where_they_are() -> None:
