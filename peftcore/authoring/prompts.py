@@ -215,8 +215,8 @@ class PromptPositions:
 
 
 class VisibleTokens:
-    """The attention mask for a network beside the model: in causal stacks a token sees those from the first on up to
-    itself, elsewhere all; none sees padding, but each sees itself."""
+    """The attention mask for a network beside the model: in causal stacks, and where a block is told ``is_causal``, a
+    token sees those from the first on up to itself, elsewhere all; none sees padding, but each sees itself."""
 
     def __init__(self, stack: TokenStack | None) -> None:
         self.causal = stack is not None and stack.causal
@@ -232,7 +232,7 @@ class VisibleTokens:
         count = held + new
         real = _real([given] if self.reads else [forward_context().inputs, given], count, device)
         seen = real[:, None, None, :count].expand(-1, 1, new, count)
-        if self.causal:
+        if self.causal or given.get("is_causal"):  # CLIP's text tower alone says it in the call
             seen = seen.tril(held)
         return seen | torch.ones(new, count, dtype=torch.bool, device=device).triu(held).tril(held)
 

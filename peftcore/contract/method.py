@@ -235,10 +235,17 @@ class Method(ABC):
         non-persistent buffers of the operators: the optimizer saves them.
 
         Raises:
-            TrainingError: its schedule does not fit into `total` steps.
             PluginError: the method has the tag and no such function.
         """
         raise PluginError(f"{self.name} has the tag scheduled and does not define on_step")
+
+    def check_steps(self, config: Any, total: int) -> None:  # noqa: B027
+        """Verify that the schedule of `on_step` fits into `total` steps; called before the first one, as soon as the
+        number is known.
+
+        Raises:
+            TrainingError: it does not.
+        """
 
     def follows_steps(self, config: Any) -> bool:
         """Returns whether `on_step` changes anything with these options; by default the tag `scheduled` alone says so.

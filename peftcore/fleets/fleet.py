@@ -138,7 +138,8 @@ class Fleet:
         Raises:
             RouteError: rows of the adapter cannot be told apart; it says what to do instead.
             TrainingError: it is frozen, the base trains too, the optimizer is not its own or needs more than gradients,
-                nothing says what its loss is, or the folder is another training's.
+                its method's schedule does not fit into the steps, nothing says what its loss is, or the folder is
+                another training's.
             CheckpointError: the checkpoint is damaged, or of another training: what differs is listed.
         """
         found = self._named(injection) if isinstance(injection, str) else injection
@@ -227,15 +228,17 @@ class Fleet:
     def step(self) -> list[Member]:
         """Take one step of every member that still trains, and return these members; none when all are done.
 
-        Where the data, the model or a loss raises, no member has taken its step, and the next call runs the same
-        batches again. Where the optimizer, the method or the schedule of one member raises, that member has not taken
-        its step, and the others have. `stop` is called and checkpoints are written after all steps are taken; the first
-        error is raised at the end.
+        Where data, the model's forward or backward, or a loss raises, no member has taken its step, and the next call
+        runs the same batches again. Where a member's own optimizer, method or schedule raises, that member is as before
+        the step, and the others have taken theirs; the next call runs its batches again. `stop` is called and
+        checkpoints are written after these steps; where one of them raises, all steps are taken, and the next call
+        tries it again before it takes another step. All members come to their turn before the first error is raised.
 
         Raises:
             TrainingError: batches cannot be put together, the model computed a loss over all rows, the base makes
                 statistics of batches, or a member was frozen since it joined.
         """
+        self._settle(self.members.values(), [])
         active = self.active
         for member in active:
             member.check_trains()

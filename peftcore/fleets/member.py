@@ -25,6 +25,7 @@ from peftcore.injection.injection import Injection
 from peftcore.layers.pieces import whole
 from peftcore.training.optimizer import (
     MethodOptimizer,
+    check_steps,
     cut_state,
     gradient_rules,
     scheduled,
@@ -87,6 +88,8 @@ class Member:
         self._ended = ""
         self._saved: int | None = None
         """The step of its last checkpoint in its folder."""
+        self._asked = 0
+        """The last step after which `stop` was asked."""
         self._fed = (0, 0)
         """Epoch and position in the data after its last step."""
         self.of_tokens = False
@@ -132,6 +135,11 @@ class Member:
         """Returns the options of the optimizer's groups of parameters."""
         return [{key: each for key, each in group.items() if key != "params"} for group in self.optimizer.param_groups]
 
+    def _total_steps(self) -> int | None:
+        """Returns over how many steps a schedule of the method goes: those that its optimizer was told, or its own."""
+        told = self.optimizer.total_steps if isinstance(self.optimizer, MethodOptimizer) else None
+        return self.steps if told is None else told
+
     def parameters(self) -> list[nn.Parameter]:
         """Returns the parameters that its optimizer trains."""
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
@@ -169,8 +177,10 @@ class Member:
                 f"{name!r} has a rule for gradients that this optimizer does not know: "
                 "optimizer=injection.optimizer(torch.optim.AdamW, lr=...)"
             )
-        if any(True for _ in scheduled(injection)) and self.steps is None:
-            raise TrainingError(f"{injection.method.name} changes with the steps: say how many, join(..., steps=N)")
+        if any(True for _ in scheduled(injection)):
+            if (total := self._total_steps()) is None or self.steps is None:
+                raise TrainingError(f"{injection.method.name} changes with the steps: say how many, join(..., steps=N)")
+            check_steps(injection, total)
         wrong = {"steps": self.steps, "accumulate": self.accumulate, "save_every": self.save_every}
         for what, number in wrong.items():
             if number is not None and number < 1:
@@ -265,12 +275,14 @@ class Member:
             self.schedule.step()
 
     def settle(self) -> None:
-        """Do what comes after a step: ask whether to stop, and write a checkpoint where it is time to."""
+        """Do what comes after a step, unless it was done: ask whether to stop, and write a checkpoint where it is time
+        to. What raises is tried again when it is called the next time."""
         try:
-            if not self.done and self.stop is not None and self.stop(self):
+            if not self.done and self._asked != self.step and self.stop is not None and self.stop(self):
                 self._end("stopped early")
+            self._asked = self.step
         finally:
-            due = self.done or (self.save_every is not None and self.step % self.save_every == 0)
+            due = self.done or (self.save_every is not None and self.step and self.step % self.save_every == 0)
             if self.folder is not None and due and self._saved != self.step:
                 self.save()
 
@@ -332,9 +344,8 @@ class Member:
 
     def _decides(self) -> dict[str, Any]:
         """Returns what has to be the same when the training goes on, beside the adapter."""
-        told = self.optimizer.total_steps if isinstance(self.optimizer, MethodOptimizer) else self.steps
         follows = any(True for _ in scheduled(self.injection))
-        total = told if follows else None  # a schedule of the method is one over all steps
+        total = self._total_steps() if follows else None  # a schedule of the method is one over all steps
         return {"seed": self.seed, "optimizer": _kind(self._inner), "steps of the method's schedule": total}
 
     def resume(self) -> None:
@@ -384,6 +395,7 @@ class Member:
             buffer.copy_(state["buffers"][name])
         self.step, self.tokens, self.forwards = state["step"], state["tokens"], state["forwards"]
         self.losses, self._fed, self._saved = list(state["losses"]), state["fed"], self.step
+        self._asked = self.step
         if self.step and self.stop is not None and self.stop(self):
             self._end("stopped early")
 

@@ -9,6 +9,7 @@ choice whose gates are all zero is *dropped*. Nothing is kept of a forward unles
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -108,9 +109,16 @@ def padding_mask(rows: int, tokens: int) -> tuple[Tensor | None, bool]:
         return _of_two(mask, inputs.get("decoder_attention_mask"), others, rows, tokens)
     if not isinstance(mask, Tensor):
         return None, mask is None
-    if mask.dim() != 2 or len(mask) != rows or mask.shape[1] < tokens:
+    if mask.dim() != 2 or len(mask) != rows or mask.shape[1] < tokens or tokens != _new_tokens(inputs, tokens):
         return None, False
     return mask[:, mask.shape[1] - tokens :] != 0, True
+
+
+def _new_tokens(inputs: Mapping[str, Any], otherwise: int) -> int:
+    """Returns how many tokens a row has that the model is given; a module beside them, such as one of a tower for
+    pictures, has others."""
+    given = [inputs.get(name) for name in ("input_ids", "inputs_embeds")]
+    return next((each.shape[1] for each in given if isinstance(each, Tensor) and each.dim() > 1), otherwise)
 
 
 def _of_two(encoder: Any, decoder: Any, others: list[int], rows: int, tokens: int) -> tuple[Tensor | None, bool]:

@@ -258,7 +258,7 @@ class Injection(AppliedMethod):
             options: its other options.
 
         Raises:
-            TrainingError: the injection is frozen.
+            TrainingError: the injection is frozen, or the method's schedule does not fit into `total_steps`.
         """
         self._alive()
         from peftcore.training.optimizer import method_optimizer

@@ -43,7 +43,7 @@ from peftcore.trainers.checkpoints import (
     training,
     within,
 )
-from peftcore.training.optimizer import MethodOptimizer, gradient_rules, scheduled, take_steps
+from peftcore.training.optimizer import MethodOptimizer, check_steps, gradient_rules, scheduled, take_steps
 
 
 class PeftcoreCallback(transformers.TrainerCallback):
@@ -127,8 +127,10 @@ class PeftcoreCallback(transformers.TrainerCallback):
         for injection in self._training:
             if injection is not self._own:
                 _check_plain(injection)
+                check_steps(injection, state.max_steps)
                 self._stepped += scheduled(injection)
         if isinstance(optimizer, MethodOptimizer) and optimizer.total_steps is None:
+            check_steps(optimizer.injection, state.max_steps)
             optimizer.total_steps = state.max_steps
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

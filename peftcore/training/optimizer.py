@@ -274,6 +274,8 @@ def method_optimizer(
     injection: Injection, cls: Callable[..., Optimizer], lr: float, total_steps: int | None, options: dict[str, Any]
 ) -> Optimizer:
     """Returns the optimizer of `Injection.optimizer`."""
+    if total_steps is not None:
+        check_steps(injection, total_steps)
     method = injection.method
     groups = [group for group in method.parameter_groups(injection, lr=lr, **options) if group["params"]]
     held = {parameter for group in groups for parameter in group["params"]}
@@ -306,6 +308,16 @@ def take_steps(family: Iterable[AppliedMethod], step: int, total: int) -> None:
 def scheduled(injection: Injection) -> Iterator[AppliedMethod]:
     """Returns the methods with a schedule: the injection or, of a hybrid, parts of it."""
     return (each for each in injection.family() if each.method.follows_steps(each.config))
+
+
+def check_steps(injection: Injection, total: int) -> None:
+    """Verify that what changes with the steps fits into so many.
+
+    Raises:
+        TrainingError: the schedule of a method needs more.
+    """
+    for each in scheduled(injection):
+        each.method.check_steps(each.config, total)
 
 
 @contextmanager

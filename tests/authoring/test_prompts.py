@@ -119,6 +119,8 @@ def test_causal_tokens_see_those_before_and_none_sees_padding(inside: Inside) ->
 
     causal: Tensor = VisibleTokens(Stack()).mask(2, 2, {}, torch.device("cpu"))  # type: ignore[arg-type]
     assert causal.int().tolist() == [[[[0, 1, 1, 0], [0, 1, 1, 1]]]]
+    told_so: Tensor = VisibleTokens(None).mask(2, 2, {"is_causal": True}, torch.device("cpu"))
+    assert told_so.equal(causal), "CLIP's attentions declare not to be causal, and their blocks are told to be"
     both = VisibleTokens(None).mask(0, 4, {}, torch.device("cpu"))
     assert both[0, 0].int().tolist() == [[1, 1, 1, 1], [0, 1, 1, 1], [0, 1, 1, 1], [0, 1, 1, 1]], "each sees itself"
     told = {"attention_mask": torch.tensor([[[[0.0, 0.0, -9.0]]]])}

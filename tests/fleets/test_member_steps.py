@@ -163,6 +163,29 @@ def test_what_raises_after_a_step_leaves_it_taken(which: str, tmp_path: Path, mo
         expect(member)
 
 
+def test_what_raised_after_a_step_is_tried_again_before_the_next(tmp_path: Path) -> None:
+    fleet, breaking = Fleet(llama()), Breaking(2)
+
+    def stop(member: Member) -> bool:
+        breaking()
+        return member.step == 2
+
+    one = join(fleet, "a", folder=tmp_path / "a", stop=stop)
+    two = join(fleet, "b", folder=tmp_path / "b", save_every=2)
+    fleet.step()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(two, "save", Breaking(1))
+        with pytest.raises(Raises):
+            fleet.step()
+        patch.setattr(two, "save", Breaking(1))
+        with pytest.raises(Raises):
+            fleet.step()
+    assert (one.step, one.ended, two.step) == (2, "stopped early", 2)
+    assert [*(tmp_path / "a").glob("step-00000002")] and not [*(tmp_path / "b").glob("step-*")]
+    assert fleet.step() == [two] and [*(tmp_path / "b").glob("step-00000002")]
+    assert (one.step, two.step) == (2, 3)
+
+
 def test_what_needs_more_than_gradients_is_refused_before_it_joins() -> None:
     fleet = Fleet(llama())
     with pytest.raises(TrainingError, match=r"LBFGS of 'a' computes the loss several times.*AdamW"):
@@ -179,6 +202,31 @@ def test_what_needs_more_than_gradients_is_refused_before_it_joins() -> None:
     with pytest.raises(TrainingError, match="another optimizer's learning rates"):
         join(fleet, "c", schedule=lambda it: LambdaLR(other, lambda n: 1.0))
     assert not fleet.members
+
+
+SHORT = {
+    "adalora": ({"warmup": 2}, "leave none of the 2 steps"),
+    "adamss": ({"target_subspaces": 2, "warmup": 1, "until": 3}, "until=3 is not reached in 2 steps"),
+}
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["the method's optimizer", "torch's"])
+@pytest.mark.parametrize("method", SHORT)
+def test_a_schedule_that_needs_more_steps_is_refused_before_it_joins(method: str, own: bool) -> None:
+    """With the default options of neither a test would see it: no step is too few for them."""
+    options, why = SHORT[method]
+    fleet = Fleet(llama())
+    join(fleet, "a")
+    injection = peftcore.apply(fleet.model, method, name="b", **options)
+    optimizer = (injection.optimizer if own else lambda cls, lr: cls(injection.parameters(), lr=lr))(
+        torch.optim.SGD, lr=0.1
+    )
+    with pytest.raises(TrainingError, match=why):
+        fleet.join(injection, texts(1), optimizer=optimizer, loss=next_token, steps=2)
+    assert [*fleet.members] == ["a"] and getattr(optimizer, "total_steps", None) is None
+    assert fleet.join(injection, texts(1), optimizer=optimizer, loss=next_token, steps=4).steps == 4
+    with pytest.raises(TrainingError, match=why):
+        injection.optimizer(torch.optim.SGD, lr=0.1, total_steps=2)
 
 
 def test_a_plateau_is_told_the_loss_and_chains_work() -> None:

@@ -48,9 +48,16 @@ def test_a_token_may_choose_several_times(within: Any) -> None:
 
 
 def test_with_a_cache_the_last_columns_are_this_forwards(within: Any) -> None:
-    within(input_ids=MASK[:, :1], attention_mask=MASK)
+    within(input_ids=MASK[:, 1:], attention_mask=MASK)
     counts = by_row(numbered(2, 2, 5)).counts
     assert counts is not None and torch.equal(counts, MASK[:, 1:] != 0)
+
+
+def test_what_stands_beside_the_tokens_has_no_padding_of_theirs(within: Any) -> None:
+    """A tower for pictures has fewer tokens than a text here, and the text's last ones are padding."""
+    for text in ({"input_ids": MASK}, {"inputs_embeds": numbered(2, 3, 4)}):
+        within(**text, attention_mask=MASK.flip(1))
+        assert by_row(numbered(2, 2, 5))[1:] == (None, False)
 
 
 def test_one_vector_a_row_is_no_padding(within: Any) -> None:

@@ -3,7 +3,6 @@ the losses that it comes to when it trains by itself, in a plain loop on a model
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
 import itertools
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import hypothesis.strategies as st
+import pytest
 import torch
 import torch.nn.functional as F
 from fleet_toys import VOCABULARY, llama, next_token
@@ -45,8 +45,8 @@ WITH_LOSSES = (
     "polytropon",
 )
 """Methods that add losses or keep counts of their own; drawn more often."""
-BALANCE = 0.5
-"""The weight of a loss that balances experts; many methods have none by default."""
+WEIGHT = 0.5
+"""The weight of each loss of a method's own; many have none by default, or one so small that nothing would show."""
 METHODS = sorted(each.name for each in peftcore.methods() if each.tags.per_row)
 OPTIMIZERS = {"sgd": (torch.optim.SGD, 0.1), "adamw": (torch.optim.AdamW, 1e-2), "lbfgs": (torch.optim.LBFGS, 0.1)}
 Batch = Mapping[str, Tensor]
@@ -60,7 +60,8 @@ class Prototypes(nn.Module):
         self.body = MLP()
         self.points = nn.Parameter(torch.randn(3, 5), requires_grad=False)
 
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
+    def forward(self, x: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
+        """The mask says which tokens are padding; methods that compute something of all tokens read it."""
         return {"found": self.body(x), "points": self.points}
 
 
@@ -87,9 +88,11 @@ def _clip() -> nn.Module:
 
 
 def _pairs(rows: int, length: int) -> dict[str, Tensor]:
+    length += length >= 5  # pictures have 5 tokens, and what has as many as the mask is taken for text
     ids = torch.randint(3, 39, (rows, length))
     ids[:, -1] = 39  # the largest token ends a text
-    return {"input_ids": ids, "pixel_values": torch.randn(rows, 1, 8, 8).double()}
+    images = torch.randn(rows, 1, 8, 8).double()
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": images}
 
 
 def _contrast(output: Any, batch: Batch) -> Tensor:
@@ -98,7 +101,8 @@ def _contrast(output: Any, batch: Batch) -> Tensor:
 
 
 def _vectors(rows: int, length: int) -> dict[str, Tensor]:
-    return {"x": torch.randn(rows, length, 12).double(), "labels": torch.randint(0, 3, (rows, length))}
+    labels = torch.randint(0, 3, (rows, length))
+    return {"x": torch.randn(rows, length, 12).double(), "attention_mask": torch.ones_like(labels), "labels": labels}
 
 
 def _nearest(output: Any, batch: Batch) -> Tensor:
@@ -108,8 +112,10 @@ def _nearest(output: Any, batch: Batch) -> Tensor:
 
 BASES = {
     "llama": Base(llama, _texts, next_token, {"input_ids": 0, "attention_mask": 0, "labels": -100}),
-    "clip": Base(_clip, _pairs, _contrast, {"input_ids": 0}),
-    "prototypes": Base(lambda: Prototypes().double(), _vectors, _nearest, {"x": 0.0, "labels": -100}),
+    "clip": Base(_clip, _pairs, _contrast, {"input_ids": 0, "attention_mask": 0}),
+    "prototypes": Base(
+        lambda: Prototypes().double(), _vectors, _nearest, {"x": 0.0, "attention_mask": 0, "labels": -100}
+    ),
 }
 
 
@@ -164,6 +170,10 @@ HOWS = st.builds(
     broken_at=st.sampled_from([None, None, None, 2, 3]),
     stops_at=st.sampled_from([None, None, None, 1, 2]),
 )
+
+
+TAKEN = {"loss": "none", "data": "none", "optimizer": "others", "schedule": "others", "stop": "all"}
+"""Who has taken the step in which something of one member raises."""
 
 
 class Tripped(Exception):
@@ -223,10 +233,11 @@ def applied(base: Base, model: nn.Module, name: str, how: How, **changes: Any) -
     case = case_of(how.method, "llama")
     if case.context is not None or case.looks_at_data:
         raise NotApplicable("a call of a fleet tells nothing, and its start is made of no data")
+    known = case.method.Config.model_fields
+    weights = [each for each, field in known.items() if "loss" in (field.description or "")]
     options = {"dtype": torch.float64, "seed": how.seed, **case.settings, **changes}
-    if "balance" in case.method.Config.model_fields:
-        options["balance"] = BALANCE
-    if how.dropout and "dropout" in case.method.Config.model_fields:
+    options |= {each: WEIGHT for each in weights if isinstance(known[each].default, float)}
+    if how.dropout and "dropout" in known:
         options["dropout"] = how.dropout
     with peftcore.activate(model):  # it starts from the base alone
         if isinstance(model, Prototypes):
@@ -345,6 +356,8 @@ class Held:
     saved: int | None = None
     """The step of its checkpoint."""
     failed: bool = False
+    unasked: bool = False
+    """Whether `stop` raised after its last step, so that it is asked again before the next one."""
 
 
 class FleetWorld:
@@ -426,13 +439,26 @@ class FleetWorld:
         held = self.members[name]
         if held.step + 1 == held.how.broken_at:
             held.failed = True
+            self.settled(held)
             return
         held.step += 1
+        self.settled(held)
+
+    def ask(self, *but: str) -> None:
+        """Ask again, as a fleet does before a step, where `stop` raised after the last one."""
+        for name, held in self.members.items():
+            if held.unasked and name not in but:
+                held.unasked = False
+                self.settled(held)
+
+    def settled(self, held: Held) -> None:
+        """Count the checkpoint after a step, if there is one."""
         if held.how.folder and (self.done(held) or held.step % (held.how.save_every or 1_000_000) == 0):
             held.saved = held.step
 
     def done(self, held: Held) -> bool:
-        return held.failed or held.step >= held.how.steps or held.step == held.how.stops_at
+        stopped = held.step == held.how.stops_at and not held.unasked
+        return held.failed or held.step >= held.how.steps or stopped
 
     @property
     def training(self) -> list[str]:
@@ -442,6 +468,7 @@ class FleetWorld:
     def step(self) -> None:
         """Take a step of all; where members do not go together, the last one leaves until they do."""
         while self.training:
+            self.ask()
             due = self.training
             try:
                 found = self.fleet.step()
@@ -549,19 +576,27 @@ class FleetHistory(RuleBasedStateMachine):
             world.same(loaded.state_dict(), injection.state_dict(), f"the checkpoint of {name!r}")
         world.members[name].saved = world.members[name].step
 
-    @rule(name=names, where=st.sampled_from(["loss", "data", "optimizer", "schedule", "stop"]))
+    @rule(name=names, where=st.sampled_from([*TAKEN]))
     def step_that_raises(self, name: str, where: str) -> None:
-        """Something raises once: each member has taken its step whole, or not at all, and then it is run again."""
+        """Something raises once: where it is a member's own optimizer or schedule, that member is as before the step
+        and the others have taken theirs; where it is data or a loss, nobody has; where it is `stop`, everybody has.
+        Then the step is run again."""
         world = self.world
         if name not in world.training:
             return
-        world.trip.armed, due = (name, where), world.training
-        with contextlib.suppress(Tripped):
+        world.trip.armed = name, where
+        if where == "stop" and world.members[name].unasked:  # which is asked first
+            with pytest.raises(Tripped):
+                world.fleet.step()
+            world.ask(name)
+            return
+        try:
             world.step()
-            due = []
-        for each in due:
-            if world.members[each].step < world.fleet.members[each].step or world.fleet.members[each].failed:
-                world.stepped(each)
+        except Tripped:
+            world.members[name].unasked = where == "stop"
+            for each in world.training:
+                if TAKEN[where] == "all" or (TAKEN[where] == "others" and each != name):
+                    world.stepped(each)
         world.trip.armed = None
 
     @rule(name=names)
@@ -570,6 +605,7 @@ class FleetHistory(RuleBasedStateMachine):
         world = self.world
         if name not in world.training:
             return
+        world.ask()
         others = [each for each in world.training if each != name]
         world.injection(name).trainable(False)
         try:

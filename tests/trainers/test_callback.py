@@ -190,6 +190,15 @@ def test_steps_are_taken_once_where_the_optimizer_is_the_methods(
     assert seen == [(step, STEPS) for step in range(1, STEPS + 1)]
 
 
+@pytest.mark.parametrize("own", [True, False], ids=["the method's optimizer", "the Trainer's"])
+def test_a_schedule_that_needs_more_steps_is_refused_before_the_first(own: bool, tmp_path: Path) -> None:
+    model, injection, optimizers = adapted("bert", "adalora", {"final": STEPS})
+    before = {key: value.clone() for key, value in injection.state_dict().items()}
+    with pytest.raises(TrainingError, match=f"leave none of the {STEPS} steps"):
+        trainer(model, "bert", tmp_path, [PeftcoreCallback()], **({"optimizers": optimizers} if own else {})).train()
+    assert all(torch.equal(value, before[key]) for key, value in injection.state_dict().items())
+
+
 def test_an_evaluation_before_training_changes_nothing(tmp_path: Path) -> None:
     """The counter of its draws is in the checkpoint that is read after it."""
     results = []

@@ -109,11 +109,16 @@ class AdaLoRA(Method):
         weight = injection.config.orthogonality
         return weight * torch.cat([each.distances() for each in _operators(injection)]).mean() if weight else None
 
+    def check_steps(self, config: Config, total: int) -> None:
+        if total - config.final <= config.warmup:
+            raise TrainingError(
+                f"adalora: warmup={config.warmup} and final={config.final} leave none of the {total} steps in which "
+                "ranks could fall, so set them lower"
+            )
+
     @torch.no_grad()
     def on_step(self, injection: AppliedMethod, step: int, total: int) -> None:
         config, operators, last = injection.config, _operators(injection), total - injection.config.final
-        if last <= config.warmup:
-            raise TrainingError(f"adalora: warmup and final leave none of the {total} steps in which ranks could fall")
         if step < last:
             for operator in operators:
                 operator.observe(config)

@@ -140,13 +140,15 @@ class AdaMSS(Method):
     def follows_steps(self, config: Config) -> bool:
         return config.target_subspaces is not None
 
+    def check_steps(self, config: Config, total: int) -> None:
+        if config.until >= total:
+            raise TrainingError(f"adamss: until={config.until} is not reached in {total} steps, so set it lower")
+
     @torch.no_grad()
     def on_step(self, injection: AppliedMethod, step: int, total: int) -> None:
         config, at = injection.config, step - 1
         if not self.follows_steps(config):
             return
-        if config.until >= total:
-            raise TrainingError(f"adamss: until={config.until} is not reached in {total} steps, so set it lower")
         operators = [each for each in injection.operators.values() if isinstance(each, AdaMSSOperator)]
         for operator in operators:
             operator.hold()

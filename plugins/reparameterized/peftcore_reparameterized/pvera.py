@@ -8,7 +8,8 @@ and drawn from `projection_seed` as peft draws them; files hold them with `store
 is drawn in evaluation too, so that several passes tell how sure the model is; merging takes the mean, as does a weight
 that is read, not called, in training too: there are no activations to draw. Without `sample` it is VeRA by half of A.
 
-`kl` is the factor of a loss: the mean over all activations, for each site, of the divergence of z from N(0, 1). The
+`kl` is the factor of a loss: the mean over all activations of tokens that are no padding, for each site, of the
+divergence of z from N(0, 1). The
 authors' code has it, with 1e-6 to 1e-16 by data set; peft does not. Their d starts at one random number for all, and
 they scale the update by 16.
 
@@ -40,6 +41,7 @@ from peftcore import (
     Site,
     Surgeon,
     Tags,
+    by_row,
     forward_context,
 )
 from peftcore_reparameterized._basis import columns, graft_between
@@ -95,11 +97,18 @@ class PVeRAOperator(Operator):
         if with_variance:
             log_variance = low.narrow(layer.channel_dim, self.rank, self.rank)
             if self.training and self.kl:
-                divergence = (mean.square() + log_variance.exp() - 1 - log_variance).float().mean() / 2
-                forward_context().add_loss(self.kl * divergence, self)
+                forward_context().add_loss(self.kl * self.divergence(mean, log_variance), self)
             if self.noise:
                 mean = mean + self.noise * torch.randn_like(mean) * (log_variance / 2).exp()
         return y + layer.along_channels(b, y) * layer.mix(mean, B)
+
+    def divergence(self, mean: Tensor, log_variance: Tensor) -> Tensor:
+        """Return the mean divergence from N(0, 1), over all activations of tokens that are no padding."""
+        each = (mean.square() + log_variance.exp() - 1 - log_variance).movedim(self.layer.channel_dim, -1) / 2
+        values, counts, _ = by_row(each.to(torch.promote_types(each.dtype, torch.float32)))
+        counted = torch.ones_like(values[..., 0]) if counts is None else counts.to(values.dtype)
+        mean_divergence: Tensor = (values.mean(-1) * counted).sum() / counted.sum().clamp(min=1)
+        return mean_divergence
 
     def merged(self, weight: Tensor) -> Tensor:
         A, B = (each.to(self.d) for each in self.corners())

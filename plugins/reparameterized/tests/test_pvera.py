@@ -14,7 +14,7 @@ from torch.distributions import Normal, kl_divergence
 from transformers.pytorch_utils import Conv1D
 
 import peftcore
-from peftcore.testing import against, conformance
+from peftcore.testing import HOSTS, against, conformance
 
 RANK = 5
 
@@ -113,6 +113,21 @@ def test_divergence_is_a_loss() -> None:
     expected = 0.3 * kl_divergence(Normal(mean, (log_variance / 2).exp()), Normal(0.0, 1.0)).mean()
     host.train()(x)
     assert difference(injection.losses(), expected.float()) <= 1e-6
+
+
+def test_padding_has_no_part_in_the_divergence() -> None:
+    model, inputs = HOSTS["llama"].build()
+    injection = peftcore.apply(model.double(), "pvera", rank=RANK, kl=0.3, sample="never", dtype="float64")
+    for operator in injection.operators.values():
+        fill(operator)
+    ids = inputs["input_ids"][:, :4]
+    found = []
+    for more in (0, 3):
+        padded = nn.functional.pad(ids, (0, more), value=1)
+        mask = nn.functional.pad(torch.ones_like(ids), (0, more))
+        model.train()(input_ids=padded, attention_mask=mask)
+        found.append(injection.losses())
+    assert difference(*found) <= 1e-12
 
 
 def test_sites_share_one_pair_unless_their_options_differ() -> None:
