@@ -176,11 +176,8 @@ class PromptPositions:
                 return None
         if told is not None:
             seen, length = length, _per_row(told, rows, hidden.device)
-            if self.whole and not held and not torch.compiler.is_compiling() and bool((length > seen).any()):
-                raise SequenceError(
-                    f"{[*seen.flatten().tolist()]} tokens are less than a prompt of {[*length.flatten().tolist()]}, "
-                    "which has to come at once: what is made of a prompt has to see the whole of it"
-                )
+            if self.whole and not held and not torch.compiler.is_compiling():
+                _check_seen(seen, length)
         elif isinstance(labels, Tensor) and labels.shape == (rows, new):
             length = _before_labels(labels, real, length)
         elif self.generates and not training and inputs.get("use_cache") is False:
@@ -300,6 +297,20 @@ def _per_row(told: Any, rows: int, device: torch.device) -> Tensor:
     """Returns the lengths as ``[batch or 1, 1]``; rows that generate repeats (beams) have one together."""
     lengths = forward_context().for_rows("prompt_length", rows, torch.as_tensor(told, device=device).view(-1, 1))
     return lengths if len(lengths) in (1, rows) else lengths.repeat_interleave(rows // len(lengths), 0)
+
+
+def _check_seen(seen: Tensor, length: Tensor) -> None:
+    """Check that each row has all tokens of its prompt, of which something is made. On a GPU the check runs there:
+    reading a value would wait for it.
+
+    Raises:
+        SequenceError: a row has fewer; on a GPU it is a RuntimeError of torch.
+    """
+    message = "tokens are less than a prompt that has to come at once: what is made of a prompt has to see all of it"
+    if seen.device.type != "cpu":
+        torch._assert_async((length <= seen).all(), message)
+    elif bool((length > seen).any()):
+        raise SequenceError(f"{seen.flatten().tolist()} of {length.flatten().tolist()} {message}")
 
 
 def _before_labels(labels: Tensor, real: Tensor, length: Tensor) -> Tensor:

@@ -1,6 +1,5 @@
 """House rules that no linter knows: where things lie, and how long they are."""
 
-import ast
 import importlib
 import re
 import tomllib
@@ -35,13 +34,9 @@ def test_tests_plugins_and_docs_are_no_packages() -> None:
 
 
 @pytest.mark.parametrize("path", METHOD_FILES, ids=relative)
-def test_method_file_is_60_to_150_lines(path: Path) -> None:
-    """Shorter only where it chooses tensors and has no operator of its own; imports are not counted."""
-    body = ast.parse(path.read_text(encoding="utf-8")).body
-    shortest = 60 if sum(isinstance(node, ast.ClassDef) for node in body) > 2 else 30
-    imports = [node for node in body if isinstance(node, ast.Import | ast.ImportFrom)]
-    counted = lines(path) - sum((node.end_lineno or 0) - node.lineno + 1 for node in imports)
-    assert shortest <= lines(path) and counted <= 150, f"{relative(path)} has {counted} lines without its imports"
+def test_a_method_file_is_one_idea(path: Path) -> None:
+    """Helpers that serve one method stand in its file, which may be long for that; what is longer still is a folder."""
+    assert lines(path) <= 350, f"{relative(path)} has {lines(path)} lines"
 
 
 @pytest.mark.parametrize("plugin", PLUGINS, ids=relative)

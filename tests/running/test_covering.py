@@ -8,9 +8,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import covering
-import peftcore.catalogue
 import pytest
 
+import peftcore.registry.catalogue
 from peftcore.testing import CHECKS, conformance
 from peftcore.testing.doors import CHANGED
 from peftcore.testing.kit import ALL
@@ -90,7 +90,7 @@ def test_a_part_that_is_none_is_refused(part: str) -> None:
 
 
 def test_every_kind_of_method_has_a_representative() -> None:
-    methods = [peftcore.registry.catalogue.method(info.name) for info in peftcore.catalogue.methods()]
+    methods = [peftcore.registry.catalogue.method(info.name) for info in peftcore.registry.catalogue.methods()]
     made_of = {method.name: covering.kinds(method) for method in methods}
     of = {
         "lora": "Operator",

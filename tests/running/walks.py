@@ -4,7 +4,7 @@
 
 Nothing of the core is run. A call is followed where its function is known from imports and definitions: a function or a
 class of a module, or a method of `self`. What an object holds of the parameter goes with the object. Each function is
-entered once.
+entered once. Error messages and the tools of `utils` are no stops.
 """
 
 from __future__ import annotations
@@ -130,7 +130,8 @@ class Walk:
                 names |= {each.id for each in ast.walk(node.target) if isinstance(each, ast.Name)}
 
     def _stay(self, module: str) -> None:
-        if not self.stays or self.stays[-1] != module:
+        words_and_tools = module.split(".")[1:2] in (["errors"], ["utils"])
+        if not words_and_tools and self.stays[-1:] != [module]:
             self.stays.append(module)
 
     def _call(self, module: Module, caller: str, node: ast.Call, names: set[str]) -> None:
