@@ -161,7 +161,7 @@ class PromptPositions:
             )
         if told is None and prompt is not None and prompt.mask is not None:
             told = (prompt.mask != 0).sum(-1)
-        step = told is None and held and new == 1 and (prompt is None or held >= prompt.end)
+        step = told is None and held > 0 and new == 1 and (prompt is None or held >= prompt.end)
         if step and prompt is not None:
             return None
         if told is None and held and not step and self.last:
@@ -310,7 +310,7 @@ def _check_seen(seen: Tensor, length: Tensor) -> None:
     if seen.device.type != "cpu":
         torch._assert_async((length <= seen).all(), message)
     elif bool((length > seen).any()):
-        raise SequenceError(f"{seen.flatten().tolist()} of {length.flatten().tolist()} {message}")
+        raise SequenceError(f"{seen.flatten().tolist()} {message}; it is {length.flatten().tolist()} long")
 
 
 def _before_labels(labels: Tensor, real: Tensor, length: Tensor) -> Tensor:
