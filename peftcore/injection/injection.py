@@ -611,7 +611,10 @@ class Injection(AppliedMethod):
             )
         for site in self.sites:
             if not site.separable:
-                raise RouteError(f"{self.name!r} acts on {site.path}, where rows of the batch cannot be told apart")
+                raise RouteError(
+                    f"{self.name!r} acts on {site.path}, where rows of the batch cannot be told apart: exclude it, or "
+                    "activate one adapter for all rows"
+                )
             if by_tokens and not site.of_tokens:
                 raise RouteError(
                     f"{self.name!r} acts on {site.path}, which does not act on each token by itself: route it without "

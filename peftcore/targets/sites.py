@@ -98,10 +98,11 @@ class Site(_Memory):
 
     @property
     def mixes_rows(self) -> bool:
-        """Whether rows of the batch cannot be told apart: among the tokens of experts, at positions, and where tokens
-        stand in front of rows."""
+        """Whether rows of the batch cannot be told apart: among the tokens of experts, at positions, where tokens stand
+        in front of rows, and where the module is given nothing (a bias by distance, for all rows and windows)."""
         family = (self.role or "").partition(".")[0]
-        return self.among_experts or family in MIXES_ROWS or self.role == "embed.pos" or self.tokens_first
+        for_all = self.role == "embed.pos" or not self.arguments
+        return self.among_experts or family in MIXES_ROWS or for_all or self.tokens_first
 
     @property
     def tokens_first(self) -> bool:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from call_toys import TaskMethod, adapted, check_rows, fill, gradients, host, separately
 from core_toys import token_ids
 from torch import Tensor, nn
@@ -255,3 +256,23 @@ def test_generation_with_beams_repeats_the_rows_of_a_route() -> None:
         assert not torch.equal(routed, model.generate(ids, **options))
     with pytest.raises(RouteError, match="num_beams"), route(model, names):
         model.generate(ids, **options)
+
+
+def test_a_bias_of_all_windows_is_refused_and_without_it_each_row_is_as_alone() -> None:
+    """The module that makes it is given nothing, so it makes one for all rows, of which there are more within."""
+    torch.manual_seed(0)
+    sizes = {"image_size": 16, "patch_size": 2, "embed_dim": 8, "depths": [2], "num_heads": [2], "window_size": 4}
+    model = transformers.SwinModel(transformers.SwinConfig(**sizes)).double().eval()
+    x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    injection = peftcore.apply(model, "svdiff", name="a", dtype="float64")
+    with pytest.raises(RouteError, match=r"relative_position_bias_table, where rows .* exclude it"):
+        route(model, ["a", None])
+    injection.remove()
+    fill(peftcore.apply(model, "svdiff", name="a", dtype="float64", exclude="*relative_position_bias"), 1)
+    with torch.no_grad():
+        with route(model, ["a", None]):
+            found = model(x).last_hidden_state
+        with activate(model, "a"):
+            torch.testing.assert_close(found[:1], model(x[:1]).last_hidden_state)
+        with activate(model):
+            torch.testing.assert_close(found[1:], model(x[1:]).last_hidden_state)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from core_toys import Doubling, Shift, Swap, perceptron, snapshot, transformer
-from torch import nn
+from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import UnsupportedSite
@@ -158,3 +158,24 @@ def test_a_site_names_the_arguments_of_its_module() -> None:
 def test_where_rows_of_the_batch_cannot_be_told_apart(role: str | None, mixes: bool) -> None:
     (site,) = peftcore.plan(perceptron(), Shift, target="first").sites
     assert replace(site, role=role).mixes_rows is mixes
+
+
+def test_what_is_given_nothing_makes_the_same_for_all_rows() -> None:
+    class Bias(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Parameter(torch.zeros(3, 4))
+
+        def forward(self) -> Tensor:
+            return self.table
+
+    class Host(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bias, self.first = Bias(), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.first(x) + self.bias().sum(0)
+
+    bias, first = peftcore.plan(Host(), "svdiff").sites
+    assert bias.path == "bias.table" and bias.mixes_rows and not first.mixes_rows
