@@ -185,9 +185,8 @@ def test_what_trains_is_what_the_authors_train() -> None:
     for path, operator in bypasses:
         (theirs,) = (each for end, each in names.items() if path.endswith(end))
         block = ".".join(path.split(".")[:2])
-        ours |= {
-            f"{block}.{theirs}.adapter_{name}": p.numel() for name, p in operator.named_parameters() if p.requires_grad
-        }
+        trained = {name: each for name, each in operator.named_parameters() if each.requires_grad}
+        ours |= {f"{block}.{theirs}.adapter_{name}": each.numel() for name, each in trained.items()}
     assert ours == frozen(NUMBERS, "trains")
 
 

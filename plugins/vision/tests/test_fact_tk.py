@@ -84,9 +84,8 @@ def test_start() -> None:
     """P's draw is that of the columns of all sites together, here of twelve blocks, whatever their width is."""
     told = frozen(NUMBERS, "start")
     one = peftcore.apply(wide_model(1), "fact_tk", rank=120).operators["blocks.0.mlp.fc2"]
-    deep = peftcore.apply(
-        image_model("vit_tiny_patch16_224", embed_dim=120, depth=12)[0], "fact_tk", rank=120
-    ).operators
+    model, _ = image_model("vit_tiny_patch16_224", embed_dim=120, depth=12)
+    deep = peftcore.apply(model, "fact_tk", rank=120).operators
     found = {"U": one.U.module.weight, "V": one.V.module.weight, "core": one.core.module.weight}
     found["P"] = torch.cat([operator.P for operator in deep.values()], 1)
     assert found.keys() == told.keys()
