@@ -50,6 +50,13 @@ def image_model(name: str, **changes: Any) -> tuple[nn.Module, Callable[..., Ten
     return model, lambda each, tensors=None: output(functional_call(each, tensors or {}, (), inputs))
 
 
+def wide_model(depth: int) -> nn.Module:
+    """A transformer 768 wide, as the authors' code has it."""
+    sizes = {"img_size": 16, "patch_size": 16, "embed_dim": 768, "depth": depth, "num_heads": 2, "num_classes": 5}
+    model: nn.Module = timm.models.vision_transformer.VisionTransformer(**sizes)
+    return model
+
+
 def apply(model: nn.Module, method: str, **options: Any) -> peftcore.Injection:
     injection = peftcore.apply(model, method, dtype="float64", **{"rank": 3, "scale": 0.7, **options})
     with torch.no_grad():

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import NotMergeable, UnsupportedSite
-from peftcore.testing import against, conformance, frozen
+from peftcore.testing import against, conformance, frozen, same_defaults, same_start
 from peftcore.testing.hosts import HOSTS
 from peftcore.testing.tools import without_fast_paths
 
 timm = pytest.importorskip("timm")
 NUMBERS = Path(__file__).parent / "numbers" / "adaptformer.json"
+CODE: Any = {"repository": "ShoufaChen/AdaptFormer", "commit": "6967d67", "script": "models/adapter.py"}
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
 SWIN = {"img_size": 32, "embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4), "window_size": 4}
 # A host: of timm, with its options, or of the kit; what its operators' paths end with inside of a block; the modules
@@ -65,7 +66,7 @@ def host(name: str) -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
 
 
 @pytest.mark.parametrize("layer_norm", ["none", "in", "out"])
-@against("authors", "adaptformer", repository="ShoufaChen/AdaptFormer", commit="6967d67", script="models/adapter.py")
+@against("authors", "adaptformer", **CODE)
 def test_numbers_of_the_authors_code(layer_norm: str) -> None:
     host = nn.Sequential(nn.Linear(6, 6)).double().eval()
     options = {"bottleneck": 4, "layer_norm": layer_norm, "dtype": "float64"}
@@ -151,10 +152,36 @@ def test_equation(name: str, reads: str) -> None:
             torch.testing.assert_close(p.grad, tensors[key].grad, rtol=1e-8, atol=1e-10)
 
 
-def test_dropout_is_that_of_the_authors_by_default() -> None:
-    """`Adapter(self.config, dropout=0.1, ...)`, models/custom_modules.py of ShoufaChen/AdaptFormer at 6967d67."""
+@against("authors", "adaptformer", **CODE, part="start")
+def test_start() -> None:
+    injection = peftcore.apply(nn.Sequential(nn.Linear(768, 768)), "adaptformer", target="0")
+    told, ours = frozen(NUMBERS, "start"), dict(injection.operators["0"].named_parameters())
+    assert ours.keys() == told.keys()
+    for name, parameter in ours.items():
+        same_start(parameter, told[name])
+
+
+@against("authors", "adaptformer", **CODE, part="trains")
+def test_what_trains_is_what_the_authors_train() -> None:
+    """The adapters, and the head, which `train` names here."""
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=5, **VIT)
+    injection = peftcore.apply(model, "adaptformer", train=["head"])
+    *adapters, weight, bias = injection.operators.items()
+    ours = {
+        f"{path.replace('mlp.fc2', 'adaptmlp')}.{name.replace('.', '_proj.')}": parameter.numel()
+        for path, operator in adapters
+        for name, parameter in operator.named_parameters()
+        if parameter.requires_grad
+    }
+    ours |= {"head.weight": weight[1].value.numel(), "head.bias": bias[1].value.numel()}
+    assert ours == frozen(NUMBERS, "trains")
+
+
+@against("authors", "adaptformer", **CODE, part="defaults")
+def test_defaults_are_the_authors() -> None:
     injection = peftcore.apply(nn.Sequential(nn.Linear(6, 6)), "adaptformer", target="0")
-    assert injection.operators["0"].dropout.p == 0.1
+    assert injection.operators["0"].dropout.p == injection.config.dropout
+    same_defaults(injection.config, frozen(NUMBERS, "defaults"))
 
 
 def test_dropout_is_in_the_bottleneck_and_a_learned_scale_starts_at_one() -> None:

@@ -15,13 +15,13 @@ from vpt_equations import transformers, wave
 
 import peftcore
 from peftcore.errors import RouteError, UnsupportedSite
-from peftcore.testing import against, conformance, frozen
+from peftcore.testing import against, conformance, frozen, same_defaults, same_start
 from peftcore.testing.hosts import HOSTS
 from peftcore.testing.kit import fill
 
 timm = pytest.importorskip("timm")
 NUMBERS = Path(__file__).parent / "numbers" / "aim.json"
-AUTHORS = {"repository": "taoyang1122/adapt-image-models", "commit": "b3580d2"}
+AUTHORS: Any = {"repository": "taoyang1122/adapt-image-models", "commit": "b3580d2"}
 AUTHORS["script"] = "mmaction/models/backbones/vit_clip.py"
 CLOSE = {"rtol": 1e-9, "atol": 1e-11}
 PARTS = {"before": "T_Adapter_in", "temporal": "T_Adapter", "spatial": "S_Adapter", "joint": "MLP_Adapter"}
@@ -162,3 +162,36 @@ def test_what_is_refused() -> None:
     videos = transformers.TimesformerModel(transformers.TimesformerConfig(**sizes))
     with pytest.raises(UnsupportedSite, match="no norm with one attention"):
         peftcore.plan(videos, "aim")
+
+
+@against("authors", "aim", **AUTHORS, part="start")
+def test_start() -> None:
+    sizes = {"img_size": 32, "patch_size": 16, "embed_dim": 640, "depth": 1, "num_heads": 2, "num_classes": 0}
+    model = timm.models.vision_transformer.VisionTransformer(**sizes)
+    operators = peftcore.apply(model, "aim", frames=3, temporal_adapters=2, train_norm=False).operators
+    found = {"temporal_embedding": operators["blocks.0"].times}
+    for path in ("blocks.0.attn", "blocks.0.mlp.fc2"):
+        for name, parameter in operators[path].named_parameters():
+            part, layer, kind = name.split(".")
+            number = 1 if layer == "down" else 2
+            found[f"transformer.resblocks.0.{PARTS[part]}.D_fc{number}.{kind}"] = parameter
+    told = frozen(NUMBERS, "start")
+    assert found.keys() == told.keys()
+    for name, parameter in found.items():
+        same_start(parameter, told[name])
+
+
+@against("authors", "aim", **AUTHORS, part="trains")
+def test_what_trains_is_what_the_authors_train() -> None:
+    injection = peftcore.apply(openai_clip().vision_model, "aim", frames=3)
+    trained = by_their_names(injection, 3)
+    assert {id(each) for each in trained.values()} == {id(each) for each in injection.parameters()}
+    ours = {name: parameter.numel() for name, parameter in trained.items() if parameter.requires_grad}
+    assert ours == frozen(NUMBERS, "trains")
+
+
+@against("authors", "aim", **AUTHORS, part="defaults")
+def test_defaults_are_the_authors() -> None:
+    config = peftcore.apply(openai_clip().vision_model, "aim").config
+    frames = "8, the default of the authors' block; this configuration has 32"
+    same_defaults(config, frozen(NUMBERS, "defaults"), otherwise={"frames": frames})

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import ConfigError, UnsupportedSite
-from peftcore.testing import against, conformance, frozen
+from peftcore.testing import against, conformance, frozen, same_defaults, same_start
 
 timm = pytest.importorskip("timm")
 NUMBERS = Path(__file__).parent / "numbers" / "arc.json"
+CODE: Any = {"repository": "DavidYanAnDe/ARC", "commit": "8227d57", "script": "Model/ARC_ViT.py"}
 VIT = {"img_size": 32, "patch_size": 16, "embed_dim": 8, "depth": 2, "num_heads": 2, "mlp_ratio": 2.0, "num_classes": 3}
 SHARED = "queries, keys and values share one adapter, which has the path of the first of them that is targeted"
 SEPARATE = ("llama", "bert", "t5", "moe", "mistral", "vit", "unet", "dit")
@@ -45,7 +46,7 @@ def filled(model: nn.Module, **options: Any) -> peftcore.Injection:
     return injection
 
 
-@against("authors", "arc", repository="DavidYanAnDe/ARC", commit="8227d57", script="Model/ARC_ViT.py")
+@against("authors", "arc", **CODE)
 def test_numbers_of_the_authors_code() -> None:
     numbers, wave, model = frozen(NUMBERS), module_of("arc").wave, vit()
     with torch.no_grad():
@@ -117,7 +118,49 @@ def test_stages_of_other_widths_have_projections_of_their_own() -> None:
     }
 
 
+@against("authors", "arc", **CODE, part="start")
 def test_start() -> None:
+    injection = peftcore.apply(vit(embed_dim=2, num_heads=1, depth=1), "arc", bottleneck=40_000)
+    found = {}
+    for part, path in (("attn", "blocks.0.attn.qkv"), ("mlp", "blocks.0.mlp.fc1")):
+        operator = injection.operators[path]
+        found |= {f"{part}.projection": injection.shared[f"{part}_2"].weight}
+        found |= {f"{part}.rescale": operator.rescale, f"{part}.bias": operator.bias}
+    told = frozen(NUMBERS, "start")
+    assert found.keys() == told.keys()
+    for name, each in found.items():
+        same_start(each, told[name])
+
+
+@against("authors", "arc", **CODE, part="trains")
+def test_what_trains_is_what_the_authors_train() -> None:
+    """Projections, adapters, and the head, which `train` names here."""
+    injection = peftcore.apply(vit(), "arc", bottleneck=3, train=["head"])
+    names = {"attn.qkv": "att_adapter", "mlp.fc1": "mlp_adapter", "blocks": "transformer.layer"}
+    names |= {"rescale": "adapter_rescale", ".bias": ".adapter_bias"}
+    *adapters, weight, bias = injection.operators.items()
+    ours = {"head_mlp.head.weight": weight[1].value.numel(), "head_mlp.head.bias": bias[1].value.numel()}
+    for part, theirs in (("attn", "att"), ("mlp", "mlp")):
+        ours[f"transformer.{theirs}_down_projection"] = injection.shared[f"{part}_8"].weight.numel()
+    for path, operator in adapters:
+        for name, parameter in operator.named_parameters():
+            whole = f"{path}.{name}"
+            for mine, theirs in names.items():
+                whole = whole.replace(mine, theirs)
+            if parameter.requires_grad:
+                ours[whole] = parameter.numel()
+    assert ours == frozen(NUMBERS, "trains")
+
+
+@against("authors", "arc", **CODE, part="defaults")
+def test_defaults_are_the_authors() -> None:
+    injection = peftcore.apply(vit(), "arc")
+    assert {each.dropout.p for each in injection.operators.values()} == {frozen(NUMBERS, "defaults")["dropout"]}
+    reason = "None is theirs where a matrix is called, and 0 where its weight is read, which no dropout can reach"
+    same_defaults(injection.config, frozen(NUMBERS, "defaults"), otherwise={"dropout": reason})
+
+
+def test_the_start_is_no_identity_unless_told() -> None:
     model, x = vit(), torch.randn(2, 3, 32, 32, dtype=torch.float64)
     before = model(x)
     injection = peftcore.apply(model, "arc", dtype="float64")

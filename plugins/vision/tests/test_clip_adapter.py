@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,10 +11,11 @@ from vpt_equations import HOSTS, host, pixels, wave
 
 import peftcore
 from peftcore.errors import TargetError, UnsupportedSite
-from peftcore.testing import against, conformance, frozen
+from peftcore.testing import against, conformance, frozen, same_defaults, same_start
 from peftcore.testing.kit import fill
 
 NUMBERS = Path(__file__).parent / "numbers" / "clip_adapter.json"
+CODE: Any = {"repository": "gaopengcuhk/CLIP-Adapter", "commit": "08d07f8", "script": "clip_adapter.py"}
 IDS = torch.tensor([[1, 5, 7, 2], [1, 9, 2, 0], [1, 8, 2, 0]])
 WITH_HEADS = ("llama", "bert", "t5", "gpt2", "moe", "mistral", "vit", "convnet", "task")
 
@@ -30,7 +32,7 @@ def mixed(operator: nn.Module, f: Tensor, ratio: float = 0.2) -> Tensor:
     return ratio * ((f @ operator.down.weight.T).clamp(min=0) @ operator.up.weight.T).clamp(min=0) + (1 - ratio) * f
 
 
-@against("authors", "clip_adapter", repository="gaopengcuhk/CLIP-Adapter", commit="08d07f8", script="clip_adapter.py")
+@against("authors", "clip_adapter", **CODE)
 def test_the_authors_class_with_the_same_numbers() -> None:
     """Directions of the mixed features, and the gradients of both matrices."""
     numbers = {name: torch.tensor(value, dtype=torch.float64) for name, value in frozen(NUMBERS).items()}
@@ -110,3 +112,27 @@ def test_where_it_cannot_be() -> None:
         peftcore.apply(host("timm"), "clip_adapter", target="patch_embed.proj")
     with pytest.raises(UnsupportedSite, match="how many features"):
         peftcore.apply(host("siglip"), "clip_adapter", target="head", features="input")
+
+
+def wide() -> peftcore.Injection:
+    return peftcore.apply(nn.Sequential(nn.Linear(2, 1024)), "clip_adapter", target="0")
+
+
+@against("authors", "clip_adapter", **CODE, part="start")
+def test_start() -> None:
+    told, ours = frozen(NUMBERS, "start"), dict(wide().operators["0"].named_parameters())
+    assert ours.keys() == told.keys()
+    for name, parameter in ours.items():
+        same_start(parameter, told[name])
+
+
+@against("authors", "clip_adapter", **CODE, part="trains")
+def test_what_trains_is_what_the_authors_train() -> None:
+    names = {"adapter.fc.0.weight": "down.weight", "adapter.fc.2.weight": "up.weight"}
+    ours = {name: p.numel() for name, p in wide().operators["0"].named_parameters() if p.requires_grad}
+    assert ours == {names[name]: size for name, size in frozen(NUMBERS, "trains").items()}
+
+
+@against("authors", "clip_adapter", **CODE, part="defaults")
+def test_defaults_are_the_authors() -> None:
+    same_defaults(wide().config, frozen(NUMBERS, "defaults"))

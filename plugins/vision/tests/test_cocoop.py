@@ -8,15 +8,16 @@ import pytest
 import torch
 from clip_equations import IDS, learned, logits_by_hand, openai_clip, table, text_features
 from torch import Tensor
-from vpt_equations import host, pixels, wave
+from vpt_equations import host, pixels, transformers, wave
 
 import peftcore
 from peftcore.errors import ConfigError, MissingContext, RouteError, SequenceError, UnsupportedSite
-from peftcore.testing import against, conformance, frozen
+from peftcore.testing import against, conformance, frozen, same_defaults, same_start
 from peftcore.testing.hosts import HOSTS as KIT
 from peftcore.testing.kit import fill
 
 NUMBERS = Path(__file__).parent / "numbers" / "cocoop.json"
+CODE: Any = {"repository": "KaiyangZhou/CoOp", "commit": "ff61507", "script": "trainers/cocoop.py"}
 TABLE = "text_model.embeddings.token_embedding"
 
 
@@ -30,7 +31,7 @@ def test_conformance(check: Callable[[], None]) -> None:
     check()
 
 
-@against("authors", "cocoop", repository="KaiyangZhou/CoOp", commit="ff61507", script="trainers/cocoop.py")
+@against("authors", "cocoop", **CODE)
 def test_the_authors_clip_with_the_same_numbers() -> None:
     """Logits, and the gradients of words and of both matrices."""
     numbers = {name: torch.tensor(value, dtype=torch.float64) for name, value in frozen(NUMBERS).items()}
@@ -125,3 +126,43 @@ def test_where_it_cannot_be() -> None:
         peftcore.apply(host("clip"), "cocoop", reduction=513)
     with pytest.raises(ConfigError, match="vocabulary of 40"):
         peftcore.apply(host("clip"), "cocoop", init_ids=[40])
+
+
+def sized(width: int, features: int) -> Any:
+    """CLIP with texts of that width and images of so many features."""
+    text = {"hidden_size": width, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 4}
+    text |= {"vocab_size": 40, "max_position_embeddings": 6}
+    vision = {"hidden_size": 4, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 4}
+    vision |= {"image_size": 8, "patch_size": 4}
+    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=features)
+    return transformers.CLIPModel(config)
+
+
+@against("authors", "cocoop", **CODE, part="start")
+def test_start() -> None:
+    told = frozen(NUMBERS, "start")
+    same_start(peftcore.apply(sized(32, 32), "cocoop", length=1280).operators[TABLE].context, told.pop("context"))
+    operator: Any = peftcore.apply(sized(1280, 1024), "cocoop").operators[TABLE]
+    found = {"down.weight": operator.down.weight, "up.weight": operator.up.weight}
+    assert found.keys() == told.keys()
+    for name, each in found.items():
+        same_start(each, told[name])
+
+
+@against("authors", "cocoop", **CODE, part="trains")
+def test_what_trains_is_what_the_authors_train() -> None:
+    (operator,) = peftcore.apply(sized(12, 32), "cocoop", length=2).operators.values()
+    names = {"context": "ctx", "down": "meta_net.linear1", "up": "meta_net.linear2"}
+    ours = {}
+    for name, parameter in operator.named_parameters():
+        head, dot, kind = name.partition(".")
+        if parameter.requires_grad:
+            ours[f"prompt_learner.{names[head]}{dot}{kind}"] = parameter.numel()
+    assert ours == frozen(NUMBERS, "trains")
+
+
+@against("authors", "cocoop", **CODE, part="defaults")
+def test_defaults_are_the_authors() -> None:
+    config = peftcore.apply(host("clip"), "cocoop").config
+    words = "only a tokenizer knows the ids of the words from which theirs start"
+    same_defaults(config, frozen(NUMBERS, "defaults"), otherwise={"init_ids": words})

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import UnsupportedSite
-from peftcore.testing import against, conformance, frozen
+from peftcore.testing import against, conformance, frozen, same_defaults, same_start
 from peftcore.testing.hosts import HOSTS
 
 timm = pytest.importorskip("timm")
 SQUARE = {"grid": (1, 1)}
 
 NUMBERS = Path(__file__).parent / "numbers" / "convpass.json"
+CODE: Any = {"repository": "JieShibo/PETL-ViT", "commit": "026e4f1", "script": "convpass/vtab/convpass.py"}
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
 SWIN = {"img_size": 32, "embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4), "window_size": 4}
 NEXT = {"dims": (8, 16, 16, 16), "depths": (1, 1, 1, 1)}
@@ -145,7 +146,7 @@ def compare(name: str, prefix: int, wide: float = 1.0, changes: Any = None, **op
         ((2, 3, 3, 6), 4, [0, 4, 8], "swin"),
     ],
 )
-@against("authors", "convpass", repository="JieShibo/PETL-ViT", commit="026e4f1", script="convpass/vtab/convpass.py")
+@against("authors", "convpass", **CODE)
 def test_numbers_of_the_authors_code(shape: tuple[int, ...], channels: int, places: list[int], host: str) -> None:
     layer = nn.Sequential(nn.Linear(6, 6)).double().eval()
     options = {"bottleneck": channels, "scale": 3.0, "dtype": "float64", **SQUARE}
@@ -162,10 +163,38 @@ def test_numbers_of_the_authors_code(shape: tuple[int, ...], channels: int, plac
     torch.testing.assert_close(added, torch.tensor(frozen(NUMBERS)[host], dtype=torch.float64), rtol=1e-10, atol=1e-12)
 
 
-def test_dropout_is_that_of_the_authors_by_default() -> None:
-    """`nn.Dropout(0.1)`, convpass/vtab/convpass.py of JieShibo/PETL-ViT at 026e4f1."""
-    injection = peftcore.apply(nn.Sequential(nn.Linear(6, 6)), "convpass", target="0", **SQUARE)
-    assert injection.operators["0"].dropout.p == 0.1
+@against("authors", "convpass", **CODE, part="start")
+def test_start() -> None:
+    layer, told = nn.Sequential(nn.Linear(768, 768)), frozen(NUMBERS, "start")
+    operator = peftcore.apply(layer, "convpass", target="0", bottleneck=80, conv_init="xavier", **SQUARE).operators["0"]
+    ours = dict(operator.named_parameters())
+    other = peftcore.apply(layer, "convpass", target="0", name="other", **SQUARE).operators["0"]
+    same_start(other.conv.weight, told.pop("identity"))
+    assert ours.keys() == told.keys()
+    for name, parameter in ours.items():
+        same_start(parameter, told[name])
+
+
+@against("authors", "convpass", **CODE, part="trains")
+def test_what_trains_is_what_the_authors_train() -> None:
+    """The bypasses, and the head, which `train` names here."""
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=5, **{**VIT, "embed_dim": 768})
+    *bypasses, weight, bias = peftcore.apply(model, "convpass", train=["head"]).operators.items()
+    names = {"attn.proj": "adapter_attn", "mlp.fc2": "adapter_mlp"}
+    ours = {"head.weight": weight[1].value.numel(), "head.bias": bias[1].value.numel()}
+    for path, operator in bypasses:
+        (theirs,) = (each for end, each in names.items() if path.endswith(end))
+        block = ".".join(path.split(".")[:2])
+        trained = {name: each for name, each in operator.named_parameters() if each.requires_grad}
+        ours |= {f"{block}.{theirs}.adapter_{name}": each.numel() for name, each in trained.items()}
+    assert ours == frozen(NUMBERS, "trains")
+
+
+@against("authors", "convpass", **CODE, part="defaults")
+def test_defaults_are_the_authors() -> None:
+    injection = peftcore.apply(image_model("vit_tiny_patch16_224")[0], "convpass")
+    assert {each.dropout.p for each in injection.operators.values()} == {injection.config.dropout}
+    same_defaults(injection.config, frozen(NUMBERS, "defaults"))
 
 
 def block_of_the_authors(self: nn.Module, x: Tensor, attn: dict[str, Tensor], mlp: dict[str, Tensor]) -> Tensor:

@@ -11,11 +11,12 @@ from vpt_equations import TEXT, host, pixels, transformers
 
 import peftcore
 from peftcore.errors import ConfigError, MissingContext, SequenceError, UnsupportedSite
-from peftcore.testing import against, conformance, frozen
+from peftcore.testing import against, conformance, frozen, same_defaults, same_start
 from peftcore.testing.hosts import HOSTS as KIT
 from peftcore.testing.kit import fill
 
 NUMBERS = Path(__file__).parent / "numbers" / "coop.json"
+CODE: Any = {"repository": "KaiyangZhou/CoOp", "commit": "ff61507", "script": "trainers/coop.py"}
 X = 3
 IDS = torch.tensor([[1, X, X, X, 5, 39, 0, 0], [1, X, X, X, 6, 7, 8, 39], [1, X, X, X, 9, 4, 39, 0]])
 """Three classes in the towers below, each behind three places."""
@@ -65,7 +66,7 @@ def table(model: nn.Module) -> Any:
 
 @pytest.mark.parametrize("order", ["end", "middle", "front"])
 @pytest.mark.parametrize("placeholder", [X, None])
-@against("authors", "coop", repository="KaiyangZhou/CoOp", commit="ff61507", script="trainers/coop.py")
+@against("authors", "coop", **CODE)
 def test_the_authors_class_puts_the_same_together(order: str, placeholder: int | None) -> None:
     config = transformers.CLIPTextConfig(**{**TEXT, "hidden_size": 2, "num_attention_heads": 1})
     model = transformers.CLIPTextModel(config)
@@ -135,12 +136,32 @@ def test_a_row_has_the_context_of_its_class() -> None:
         torch.testing.assert_close(features("clip", model, IDS[[2, 0]]), whole[[2, 0]], rtol=1e-10, atol=1e-10)
 
 
-def test_it_starts_small_or_from_words() -> None:
+@against("authors", "coop", **CODE, part="start")
+def test_start() -> None:
+    model, told = tower("clip"), frozen(NUMBERS, "start")
+    shared = peftcore.apply(model, "coop", length=1280).operators[TABLE].context
+    own = peftcore.apply(model, "coop", name="own", classes=80).operators[TABLE].context
+    assert shared.shape == (1, 1280, 32) and own.shape == (80, 16, 32)
+    same_start(shared, told["shared"])
+    same_start(own, told["own"])
+
+
+@against("authors", "coop", **CODE, part="trains")
+def test_what_trains_is_what_the_authors_train() -> None:
+    """Their one tensor of words."""
+    told = frozen(NUMBERS, "trains")
+    for name, classes in (("shared", None), ("own", 5)):
+        found = list(peftcore.apply(tower("clip"), "coop", classes=classes).parameters())
+        assert {"prompt_learner.ctx": sum(each.numel() for each in found if each.requires_grad)} == told[name]
+
+
+@against("authors", "coop", **CODE, part="defaults")
+def test_defaults_are_the_authors() -> None:
+    same_defaults(peftcore.apply(tower("clip"), "coop").config, frozen(NUMBERS, "defaults"))
+
+
+def test_it_starts_from_words() -> None:
     model = tower("clip")
-    for name, options, shape in (("one", {}, (1, 16, 32)), ("each", {"classes": 50}, (50, 16, 32))):
-        context = peftcore.apply(model, "coop", name=name, **options).operators[TABLE].context
-        assert context.shape == shape
-        assert abs(context.std() / 0.02 - 1) < 0.15 and abs(context.mean()) < 0.004
     options = {"init_ids": [7, 3, 9], "classes": 2, "dtype": "float64"}
     context = peftcore.apply(model, "coop", name="words", **options).operators[TABLE].context
     assert torch.equal(context, table(model).weight[[7, 3, 9]].expand(2, -1, -1))

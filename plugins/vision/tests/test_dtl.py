@@ -11,11 +11,12 @@ from vpt_equations import host, pixels, timm, wave
 
 import peftcore
 from peftcore.errors import ConfigError, UnsupportedSite
-from peftcore.testing import against, conformance, frozen
+from peftcore.testing import against, conformance, frozen, same_defaults, same_start
 from peftcore.testing.hosts import HOSTS
 from peftcore.testing.kit import fill
 
 NUMBERS = Path(__file__).parent / "numbers" / "dtl.json"
+CODE: Any = {"repository": "heekhero/DTL", "commit": "bf6c51e", "script": "models/vision_transformer.py"}
 SIZES: dict[str, Any] = {"img_size": 28, "patch_size": 2, "embed_dim": 8, "depth": 3, "num_heads": 2, "mlp_ratio": 1.5}
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}
 
@@ -31,7 +32,7 @@ def test_conformance_with_a_convolution(check: Callable[[], None]) -> None:
 
 
 @pytest.mark.parametrize(("kernel", "beta"), [(None, 100.0), (3, 2.0), (4, 2.0)])
-@against("authors", "dtl", repository="heekhero/DTL", commit="bf6c51e", script="models/vision_transformer.py")
+@against("authors", "dtl", **CODE)
 def test_the_authors_class_with_the_same_numbers(kernel: int | None, beta: float) -> None:
     numbers = frozen(NUMBERS)[str(kernel or 0)]
     model = timm.models.VisionTransformer(**SIZES, num_classes=3, global_pool="avg").double().eval()
@@ -98,3 +99,35 @@ def test_refused() -> None:
     with pytest.raises(UnsupportedSite, match="no patches of a picture"):
         peftcore.apply(HOSTS["llama"].build()[0], "dtl", kernel=3)
     assert isinstance(peftcore.apply(host("timm"), "dtl", kernel=3).shared["fusion"], nn.Conv2d)
+
+
+@against("authors", "dtl", **CODE, part="start")
+def test_start() -> None:
+    model = timm.models.VisionTransformer(**{**SIZES, "embed_dim": 1600, "depth": 1})
+    injection = peftcore.apply(model, "dtl", rank=25, kernel=3, start=0.0)
+    (operator,), told = injection.operators.values(), frozen(NUMBERS, "start")
+    same_start(operator.A, told["A"])
+    same_start(operator.C, told["C"])
+    same_start(injection.shared["fusion"].weight, told["fusion"])
+
+
+@against("authors", "dtl", **CODE, part="trains")
+def test_what_trains_is_what_the_authors_train() -> None:
+    """The side network, and the head, which `train` names here."""
+    model = timm.models.VisionTransformer(**SIZES, num_classes=3)
+    injection = peftcore.apply(model, "dtl", kernel=3, train=["head"])
+    *blocks, weight, bias = injection.operators.values()
+    ours = {
+        "head.weight": weight.value,
+        "head.bias": bias.value,
+        "lora_fusion.weight": injection.shared["fusion"].weight,
+    }
+    for number, operator in enumerate(blocks):
+        ours |= {f"lora_dict.{number}.lora_A": operator.A, f"lora_dict.{number}.lora_B": operator.C}
+    assert {id(each) for each in ours.values()} == {id(each) for each in injection.parameters()}
+    assert {name: each.numel() for name, each in ours.items() if each.requires_grad} == frozen(NUMBERS, "trains")
+
+
+@against("authors", "dtl", **CODE, part="defaults")
+def test_defaults_are_the_authors() -> None:
+    same_defaults(peftcore.apply(host("timm"), "dtl").config, frozen(NUMBERS, "defaults"))

@@ -4,6 +4,7 @@ time slice by slice, in float64."""
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,13 +19,15 @@ from fact_equations import (
     in_places,
     small_operators,
     wave,
+    wide_model,
 )
 from torch import Tensor
 
 import peftcore
-from peftcore.testing import against, conformance, frozen
+from peftcore.testing import against, conformance, frozen, same_defaults, same_start
 
 NUMBERS = Path(__file__).parent / "numbers" / "fact_tk.json"
+CODE: Any = {"repository": "JieShibo/PETL-ViT", "commit": "026e4f1", "script": "FacT/fact_tk.py"}
 
 
 TOGETHER = "the bound of P's draws is Xavier's for the columns of all sites together, as in the authors' code"
@@ -59,7 +62,7 @@ def update(weight: Tensor, U: Tensor, V: Tensor, C: Tensor, P: Tensor) -> Tensor
     return in_places(weight, U, V, lambda rows, columns: middle(rows, columns, C, P))
 
 
-@against("authors", "fact_tk", repository="JieShibo/PETL-ViT", commit="026e4f1", script="FacT/fact_tk.py")
+@against("authors", "fact_tk", **CODE)
 def test_numbers_of_the_authors_code() -> None:
     operators = small_operators("fact_tk")
     columns = wave(3, 12, step=2.9).split([1, 1, 1, 1, 4, 4], 1)
@@ -76,9 +79,43 @@ def test_equation_on_image_models(name: str) -> None:
     assert_equation("fact_tk", name, ("U", "V", "core"), "P", update, 2 * width * 3 + 3**3 + slices * 3)
 
 
-def test_dropout_is_that_of_the_authors_by_default() -> None:
-    """`nn.Dropout(0.1)`, FacT/fact_tk.py of JieShibo/PETL-ViT at 026e4f1."""
+@against("authors", "fact_tk", **CODE, part="start")
+def test_start() -> None:
+    """P's draw is that of the columns of all sites together, here of twelve blocks, whatever their width is."""
+    told = frozen(NUMBERS, "start")
+    one = peftcore.apply(wide_model(1), "fact_tk", rank=120).operators["blocks.0.mlp.fc2"]
+    model, _ = image_model("vit_tiny_patch16_224", embed_dim=120, depth=12)
+    deep = peftcore.apply(model, "fact_tk", rank=120).operators
+    found = {"U": one.U.module.weight, "V": one.V.module.weight, "core": one.core.module.weight}
+    found["P"] = torch.cat([operator.P for operator in deep.values()], 1)
+    assert found.keys() == told.keys()
+    for name, each in found.items():
+        same_start(each, told[name])
+
+
+@against("authors", "fact_tk", **CODE, part="trains")
+def test_what_trains_is_what_the_authors_train() -> None:
+    """The factors, and the head, which `train` names here."""
+    told, injection = frozen(NUMBERS, "trains"), peftcore.apply(wide_model(12), "fact_tk", rank=3, train=["head"])
+    operators = dict(injection.operators)
+    assert [path for path in operators if path.startswith("head")] == ["head", "head.bias"]
+    assert told["besides"] == ["head.weight", "head.bias"]
+    del operators["head"], operators["head.bias"]
+    one = operators["blocks.0.mlp.fc2"]
+    factors = [one.U.module.weight.numel(), one.V.module.weight.numel()]
+    factors += [operators["blocks.0.mlp.fc2"].core.module.weight.numel(), sum(o.P.numel() for o in operators.values())]
+    assert sorted(factors) == told["factors"]
+
+
+@against("authors", "fact_tk", **CODE, part="defaults")
+def test_defaults_are_the_authors() -> None:
+    """Rank and scale are searched by task in the authors' code; these are those of its default task."""
+    injection = peftcore.apply(image_model("vit_tiny_patch16_224")[0], "fact_tk")
     assert_authors_dropout("fact_tk")
+    otherwise = {"rank": "16, which six of their 19 tasks have; this one has 32"}
+    otherwise |= {"dropout": "None is theirs where a matrix is called, and 0 where its weight is read"}
+    otherwise |= {"scale": "1, the default of their function; this task has 0.1"}
+    same_defaults(injection.config, frozen(NUMBERS, "defaults"), otherwise)
 
 
 def test_start_is_xavier_for_the_core_and_for_all_columns_together() -> None:

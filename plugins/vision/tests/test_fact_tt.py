@@ -4,11 +4,13 @@ time slice by slice, in float64."""
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from fact_equations import (
     HOSTED,
+    PATHS,
     apply,
     assert_authors,
     assert_authors_dropout,
@@ -18,13 +20,15 @@ from fact_equations import (
     in_places,
     small_operators,
     wave,
+    wide_model,
 )
 from torch import Tensor, nn
 
 import peftcore
-from peftcore.testing import against, conformance, frozen
+from peftcore.testing import against, conformance, frozen, same_defaults, same_start
 
 NUMBERS = Path(__file__).parent / "numbers" / "fact_tt.json"
+CODE: Any = {"repository": "JieShibo/PETL-ViT", "commit": "026e4f1", "script": "FacT/fact_tt.py"}
 
 
 @conformance(
@@ -42,7 +46,7 @@ def update(weight: Tensor, U: Tensor, V: Tensor, sigma: Tensor) -> Tensor:
     return in_places(weight, U, V, lambda rows, columns: sigma)
 
 
-@against("authors", "fact_tt", repository="JieShibo/PETL-ViT", commit="026e4f1", script="FacT/fact_tt.py")
+@against("authors", "fact_tt", **CODE)
 def test_numbers_of_the_authors_code() -> None:
     operators, steps = small_operators("fact_tt"), {"up": 1.7, "down": 1.9, "q": 3.1, "k": 3.3, "v": 3.7, "out": 3.9}
     with torch.no_grad():
@@ -57,9 +61,40 @@ def test_equation_on_image_models(name: str) -> None:
     assert_equation("fact_tt", name, ("U", "V"), "sigma", update, 2 * width * 3 + slices * 3**2)
 
 
-def test_dropout_is_that_of_the_authors_by_default() -> None:
-    """`nn.Dropout(0.1)`, FacT/fact_tt.py of JieShibo/PETL-ViT at 026e4f1."""
+@against("authors", "fact_tt", **CODE, part="start")
+def test_start() -> None:
+    told = frozen(NUMBERS, "start")
+    operators = peftcore.apply(wide_model(1), "fact_tt", rank=200).operators
+    one = operators["blocks.0.mlp.fc2"]
+    found = {"U": one.U.module.weight, "V": one.V.module.weight}
+    found |= {name: operators[f"blocks.0.{path}"].sigma for name, path in PATHS.items()}
+    assert found.keys() == told.keys()
+    for name, each in found.items():
+        same_start(each, told[name])
+
+
+@against("authors", "fact_tt", **CODE, part="trains")
+def test_what_trains_is_what_the_authors_train() -> None:
+    """The factors, and the head, which `train` names here."""
+    told, injection = frozen(NUMBERS, "trains"), peftcore.apply(wide_model(2), "fact_tt", rank=3, train=["head"])
+    operators = dict(injection.operators)
+    assert [path for path in operators if path.startswith("head")] == ["head", "head.bias"]
+    assert told["besides"] == ["head.weight", "head.bias"]
+    del operators["head"], operators["head.bias"]
+    one = operators["blocks.0.mlp.fc2"]
+    factors = [one.U.module.weight.numel(), one.V.module.weight.numel()]
+    factors += [operator.sigma.numel() for operator in operators.values()]
+    assert sorted(factors) == told["factors"]
+
+
+@against("authors", "fact_tt", **CODE, part="defaults")
+def test_defaults_are_the_authors() -> None:
+    """Rank and scale are searched by task in the authors' code; these are those of its default task."""
+    injection = peftcore.apply(image_model("vit_tiny_patch16_224")[0], "fact_tt")
     assert_authors_dropout("fact_tt")
+    otherwise = {"rank": "16, which nine of their 19 tasks have; this one has 8"}
+    otherwise |= {"dropout": "None is theirs where a matrix is called, and 0 where its weight is read"}
+    same_defaults(injection.config, frozen(NUMBERS, "defaults"), otherwise)
 
 
 def test_dropout_is_between_sigma_and_v() -> None:

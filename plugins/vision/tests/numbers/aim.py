@@ -1,16 +1,22 @@
 """What the CLIP of AIM's authors makes of two clips of three frames, and the derivatives by what they train, on
-tensors of cosines: ``python -m peftcore.testing.freeze aim.py CHECKOUT``."""
+tensors of cosines, and what it starts from: ``python -m peftcore.testing.freeze aim.py CHECKOUT``."""
 
+import ast
+import inspect
+import runpy
 import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest.mock import Mock
 
 import torch
+from adaptformer import run_statements
 from torch import Tensor, nn
 from vpt import wave
 
 from peftcore.registry.evidence import Source
+from peftcore.testing import drawn
 
 SOURCE = Source("authors", "taoyang1122/adapt-image-models", "b3580d2", "mmaction/models/backbones/vit_clip.py")
 VERSIONS = ("torch", "timm", "einops")
@@ -46,8 +52,8 @@ def outputs(module: Any, adapters: int, scale: float) -> dict[str, Any]:
     return {"y": y[:, ::2, ::5].tolist(), "features": features.tolist(), "gradients": gradients}
 
 
-def numbers(checkout: Path) -> dict[str, Any]:
-    """Returns the outputs with one and with two adapters round the temporal attention."""
+def theirs(checkout: Path) -> Any:
+    """Returns the module with the authors' model."""
     absent = {name: ModuleType(name) for name in ABSENT}
     vars(absent["builder"]).update(BACKBONES=Registry())
     vars(absent["mmaction.utils"]).update(get_root_logger=None)
@@ -55,5 +61,37 @@ def numbers(checkout: Path) -> dict[str, Any]:
     code = (checkout / SOURCE.script).read_text().replace("from ..builder", "from builder")  # without its package
     module = ModuleType("vit_clip")
     exec(compile(code, SOURCE.script, "exec"), vars(module))
+    return module
+
+
+def numbers(checkout: Path) -> dict[str, Any]:
+    """Returns the outputs with one and with two adapters round the temporal attention."""
+    module = theirs(checkout)
     vars(module).update(LayerNorm=nn.LayerNorm)  # theirs rounds to float32
     return {"1": outputs(module, 1, 0.5), "2": outputs(module, 2, 1.0)}
+
+
+def start(checkout: Path) -> dict[str, Any]:
+    """Returns what the adapters of a block 640 wide and the times of frames start from, by the authors' names."""
+    sizes = {"input_resolution": 8, "patch_size": 4, "width": 640, "layers": 1, "heads": 2}
+    model = theirs(checkout).ViT_CLIP(**sizes, num_frames=3, drop_path_rate=0.2, num_tadapter=2)
+    model.init_weights()
+    ours = ("Adapter", "temporal")
+    return {name: drawn(each) for name, each in model.named_parameters() if any(part in name for part in ours)}
+
+
+def trains(checkout: Path) -> dict[str, int]:
+    """Returns the sizes of what their script leaves to train of the model without a head."""
+    model = theirs(checkout).ViT_CLIP(**SIZES, num_frames=FRAMES, drop_path_rate=0.2)
+    run_statements(checkout / "tools/train.py", ast.For, "requires_grad = False", model=model, logger=Mock())
+    return {name: parameter.numel() for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def defaults(checkout: Path) -> dict[str, Any]:
+    """Returns the options in the configuration for Kinetics-400 and a ViT-B, and what it leaves to the functions."""
+    module = theirs(checkout)
+    told = runpy.run_path(str(checkout / "configs/recognition/vit/vitclip_base_k400.py"))["model"]["backbone"]
+    model, adapter = (inspect.signature(each).parameters for each in (module.ViT_CLIP, module.Adapter))
+    found = {"frames": told["num_frames"], "scale": told["adapter_scale"], "drop_path": told["drop_path_rate"]}
+    assert "num_tadapter" not in told
+    return found | {"temporal_adapters": model["num_tadapter"].default, "ratio": adapter["mlp_ratio"].default}

@@ -1,17 +1,19 @@
-"""What two layers of ARC's authors return, with gradients, on tensors of sines:
+"""What two layers of ARC's authors return, with gradients, on tensors of sines, what they start from and train:
 ``python -m peftcore.testing.freeze arc.py CHECKOUT``."""
 
 import math
+import sys
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from peftcore.registry.evidence import Source
+from peftcore.testing import drawn
 from peftcore.testing.checkouts import load
 
 SOURCE = Source("authors", "DavidYanAnDe/ARC", "8227d57", "Model/ARC_ViT.py")
@@ -58,3 +60,42 @@ def numbers(checkout: Path) -> dict[str, Any]:
     found = {"y": y[1].tolist(), "x": x.grad[1].tolist()}
     added = ((name, p) for name, p in model.named_parameters() if "adapter" in name or "projection" in name)
     return found | {name: parameter.grad.flatten().tolist() for name, parameter in added}
+
+
+def config_of(width: int, inner: int) -> SimpleNamespace:
+    dropouts = {"transformer": SIZES, "adapter_dropout": 0.0}
+    return SimpleNamespace(hidden_size=width, adapter_dim=inner, patches={"size": (16, 16)}, **dropouts)
+
+
+def start(checkout: Path) -> dict[str, Any]:
+    """Returns what projections of 2 x 40,000 and the adapters of the first layer start from."""
+    module = load(checkout / SOURCE.script, root=checkout, absent=["Utils", "Utils.tools"])
+    model: Any = module.Transformer(config_of(2, 40_000), "ARC")
+    found = {"attn.projection": model.att_down_projection, "mlp.projection": model.mlp_down_projection}
+    for name, adapter in (("attn", model.layer[0].att_adapter), ("mlp", model.layer[0].mlp_adapter)):
+        found |= {f"{name}.rescale": adapter.adapter_rescale, f"{name}.bias": adapter.adapter_bias}
+    return {name: drawn(each) for name, each in found.items()}
+
+
+def trains(checkout: Path) -> dict[str, int]:
+    """Returns the sizes of what their function leaves to train of a transformer of two layers."""
+    freeze = load(checkout / "Utils/Frozen_weight.py").ViT_ARC_Frozen
+    module = load(checkout / SOURCE.script, root=checkout, absent=["Utils", "Utils.tools"])
+    model = module.ARCVisionTransformer(config_of(WIDTH, INNER), 32, num_classes=3, tuning_mode="ARC")
+    freeze(model)
+    return {name: parameter.numel() for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def defaults(checkout: Path) -> dict[str, Any]:
+    """Returns the width in the configuration of a ViT-B, and the dropout that the script for FGVC puts into it."""
+    collections = ModuleType("ml_collections")
+    vars(collections)["ConfigDict"] = lambda told=None: SimpleNamespace(**told or {})
+    sys.modules["ml_collections"] = collections
+    absent = ["Utils", "Utils.tools", "Utils.scheduler", "Utils.Frozen_weight"]
+    absent += ["Data_process", "Data_process.FGVC_config", "Data_process.FGVC_loader"]
+    script = load(checkout / "FGVC_ARC_train.py", absent=absent)
+    seen: list[Any] = []
+    vars(script).update(setup=lambda args: (seen.append(args), 0.0), train=lambda args, model: 0.0)
+    sys.argv = ["FGVC_ARC_train.py"]
+    script.main()
+    return {"bottleneck": script.CONFIGS[seen[0].model_type].adapter_dim, "dropout": seen[0].adapt_drop}

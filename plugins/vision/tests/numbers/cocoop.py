@@ -1,6 +1,8 @@
 """What the CLIP of CoCoOp's authors gives for images and texts with shifted words, and the gradients of these words and
-of the network, on tensors of cosines: ``python -m peftcore.testing.freeze cocoop.py CHECKOUT``."""
+of the network, on tensors of cosines; what they start from and train:
+``python -m peftcore.testing.freeze cocoop.py CHECKOUT``."""
 
+import ast
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,9 +10,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import yaml
+from adaptformer import run_statements
 from torch import Tensor, nn
 
 from peftcore.registry.evidence import Source
+from peftcore.testing import drawn
 from peftcore.testing.checkouts import load
 
 SOURCE = Source("authors", "KaiyangZhou/CoOp", "ff61507", "trainers/cocoop.py")
@@ -57,3 +62,45 @@ def numbers(checkout: Path) -> dict[str, Any]:
     found = {"logits": logits, "context": learner.ctx.grad}
     found |= {"down": learner.meta_net.linear1.weight.grad, "up": learner.meta_net.linear2.weight.grad}
     return {name: each.tolist() for name, each in found.items()}
+
+
+def learner(checkout: Path, words: int, width: int, features: int) -> Any:
+    """Returns the model of one class with so many words, around stand-ins for both encoders."""
+    cocoop = load(checkout / SOURCE.script, checkout, ABSENT)
+    cocoop._tokenizer.encode = str.split
+    cocoop.clip.tokenize = lambda prompt: torch.zeros(1, words + 4, dtype=torch.long)
+    clip = nn.Module()
+    clip.visual, clip.transformer, clip.ln_final = nn.Linear(2, 2), nn.Linear(2, 2), nn.LayerNorm(width)
+    clip.token_embedding, clip.positional_embedding = nn.Embedding(5, width), nn.Parameter(torch.zeros(2))
+    clip.text_projection, clip.logit_scale = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(()))
+    clip.dtype, clip.visual.input_resolution, clip.visual.output_dim = torch.float32, 8, features
+    options = SimpleNamespace(N_CTX=words, CTX_INIT="", PREC="fp32")
+    config = SimpleNamespace(TRAINER=SimpleNamespace(COCOOP=options), INPUT=SimpleNamespace(SIZE=(8, 8)))
+    return cocoop.CustomCLIP(config, ["5"], clip)
+
+
+def start(checkout: Path) -> dict[str, Any]:
+    """Returns what 1,280 words of width 32, and a network from 512 features to 1,280, start from."""
+    found = {"context": learner(checkout, 1280, 32, 512).prompt_learner.ctx}
+    network = learner(checkout, 2, 1280, 1024).prompt_learner.meta_net
+    for name, layer in (("down", network.linear1), ("up", network.linear2)):
+        found |= {f"{name}.{kind}": each for kind, each in layer.named_parameters()}
+    return {name: drawn(each) for name, each in found.items() if each.dim() > 1}
+
+
+def trains(checkout: Path) -> dict[str, int]:
+    """Returns the sizes of what their trainer leaves to train: 2 words of 12, and 32 features of an image."""
+    model = learner(checkout, 2, 12, 32)
+    names = {"self": SimpleNamespace(model=model), "name_to_update": "prompt_learner"}
+    run_statements(checkout / SOURCE.script, ast.For, "requires_grad_(False)", **names)
+    return {name: parameter.numel() for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def defaults(checkout: Path) -> dict[str, Any]:
+    """Returns the words in the configuration that their script for CoCoOp takes, and how narrow the network is."""
+    script = (checkout / "scripts/cocoop/base2new_train.sh").read_text()
+    (name,) = (line.removeprefix("CFG=") for line in script.splitlines() if line.startswith("CFG="))
+    told = yaml.safe_load((checkout / f"configs/trainers/CoCoOp/{name}.yaml").read_text())["TRAINER"]["COCOOP"]
+    layer = learner(checkout, 2, 12, 64).prompt_learner.meta_net.linear1
+    reduction = layer.in_features // layer.out_features
+    return {"length": told["N_CTX"], "init_ids": told["CTX_INIT"], "reduction": reduction}

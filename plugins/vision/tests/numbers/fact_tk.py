@@ -1,20 +1,27 @@
-"""What FacT-TK's authors add to an attention and to a feed-forward of width 6, on tensors of sines:
+"""What FacT-TK's authors add to an attention and to a feed-forward of width 6, on tensors of sines,
+what they start from and train:
 ``python -m peftcore.testing.freeze fact_tk.py CHECKOUT``."""
 
+import ast
 import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import timm
 import torch
+import yaml
+from adaptformer import run_statements
 from torch import Tensor, nn
 
 from peftcore.registry.evidence import Source
+from peftcore.testing import drawn
 from peftcore.testing.checkouts import load
 
 SOURCE = Source("authors", "JieShibo/PETL-ViT", "026e4f1", "FacT/fact_tk.py")
-VERSIONS = ("torch",)
+VERSIONS = ("torch", "timm")
 ABSENT = ("avalanche.evaluation.metrics.accuracy", "vtab")
 
 
@@ -44,3 +51,42 @@ def numbers(checkout: Path) -> dict[str, list[float]]:
     q, k, v = qkv.flatten().chunk(3)
     found = {"q": q, "k": k, "v": v, "out": output, "up": up, "down": down}
     return {name: tensor.flatten().tolist() for name, tensor in found.items()}
+
+
+def transformer(checkout: Path, depth: int, rank: int) -> Any:
+    """Returns a vision transformer, 768 wide as it has to be, with the authors' factors."""
+    module = load(checkout / SOURCE.script, absent=ABSENT)
+    timm.models.layers = timm.layers  # since moved
+    sizes = {"img_size": 16, "patch_size": 16, "embed_dim": 768, "depth": depth, "num_heads": 2, "num_classes": 5}
+    module.vit = timm.models.vision_transformer.VisionTransformer(**sizes, mlp_ratio=4)
+    module.set_FacT(module.vit, dim=rank)
+    return module.vit
+
+
+def start(checkout: Path) -> dict[str, Any]:
+    """Returns what factors of rank 120 start from; P [120, 144] is that of all sites."""
+    model = transformer(checkout, 1, 120)
+    found = {"U": model.FacTu.weight, "V": model.FacTv.weight, "core": model.FacTc, "P": model.FacTp}
+    return {name: drawn(each) for name, each in found.items()}
+
+
+def trains(checkout: Path) -> dict[str, Any]:
+    """Returns the sizes of the factors that train of a vision transformer of twelve blocks, and what trains besides."""
+    model, trainable = transformer(checkout, 12, 3), list[Any]()
+    run_statements(
+        checkout / SOURCE.script, ast.For, "requires_grad = False", vit=model, trainable=trainable, total_param=0
+    )
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found = {names[id(parameter)]: parameter.numel() for parameter in trainable}
+    factors = [size for name, size in found.items() if "FacT" in name]
+    return {"factors": sorted(factors), "besides": [name for name in found if "FacT" not in name]}
+
+
+def defaults(checkout: Path) -> dict[str, Any]:
+    """Returns the rank and the scale in the configuration of the task that their script has by default, and dropout."""
+    text = ast.parse((checkout / SOURCE.script).read_text())
+    calls = [each for each in ast.walk(text) if isinstance(each, ast.Call) and "'--dataset'" in ast.unparse(each)]
+    (task,) = (ast.literal_eval(each.value) for call in calls for each in call.keywords if each.arg == "default")
+    told = yaml.safe_load((checkout / f"FacT/configs/tk/{task}.yaml").read_text())
+    block = transformer(checkout, 1, 3).blocks[0]
+    return {"rank": told["rank"], "scale": told["scale"], "dropout": block.attn.dp.p}
