@@ -1,4 +1,4 @@
-"""Tip-Adapter: the authors' cache, logits and gradients, its start, the equation in CLIP, and what data is of no use."""
+"""Tip-Adapter: the authors' cache, logits, gradients and start, the equation in CLIP, and what data is of no use."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path

@@ -1,5 +1,6 @@
 """What the authors of SPT choose in a small vision transformer, and what it computes and learns then, on tensors of
-cosines; and what they chose in ViT-B/16; what trains, and the options of a command: ``python -m peftcore.testing.freeze spt_lora.py CHECKOUT``."""
+cosines; and what they chose in ViT-B/16; what trains, and the options of a command:
+``python -m peftcore.testing.freeze spt_lora.py CHECKOUT``."""
 
 import math
 import zlib

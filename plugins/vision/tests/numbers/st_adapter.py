@@ -1,7 +1,9 @@
 """What the CLIP of ST-Adapter's authors makes of two clips of three frames, and the derivatives by its adapters, on
-tensors of cosines; what adapters start from, what trains, and their options: ``python -m peftcore.testing.freeze st_adapter.py CHECKOUT``."""
+tensors of cosines; what adapters start from, what trains, and their options:
+``python -m peftcore.testing.freeze st_adapter.py CHECKOUT``."""
 
 import argparse
+import contextlib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -90,10 +92,7 @@ def defaults(checkout: Path) -> dict[str, Any]:
         frames = parser.get_default("num_frames")
         raise Parsed
 
-    with mock.patch.object(argparse.ArgumentParser, "parse_args", asked):
-        try:
-            main.main()
-        except Parsed:
-            pass
+    with mock.patch.object(argparse.ArgumentParser, "parse_args", asked), contextlib.suppress(Parsed):
+        main.main()
     kernel = [*told.adapter_kernel_size]
     return {"frames": frames, "bottleneck": told.adapter_width, "kernel": kernel, "before": before}

@@ -1,5 +1,6 @@
 """The cache of Tip-Adapter's authors, its logits, and the gradient of its keys in their first step of training, on
-tensors of cosines; what training starts from, what trains, and their configuration: ``python -m peftcore.testing.freeze tip_adapter.py CHECKOUT``."""
+tensors of cosines; what training starts from, what trains, and their configuration:
+``python -m peftcore.testing.freeze tip_adapter.py CHECKOUT``."""
 
 import tempfile
 import zlib
