@@ -116,7 +116,7 @@ class MethodConfig(BaseModel):
         Raises:
             ConfigError: an option is unknown or its value breaks a rule.
         """
-        return validate(type(self), {**self.model_dump(exclude=set(changes)), **changes})
+        return validate(type(self), {**self.model_dump(exclude=set(changes), exclude_unset=True), **changes})
 
     def at(self, path: str) -> Self:
         """Returns the options for the site at `path`, with `overrides` applied.

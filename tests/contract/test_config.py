@@ -66,6 +66,7 @@ def test_replace_gives_a_checked_copy() -> None:
     first = config("lora", rank=4)
     second = first.replace(rank=16)
     assert (first.rank, second.rank, second.alpha) == (4, 16, first.alpha)
+    assert second.model_fields_set == {"rank"}
     with pytest.raises(ConfigError, match=r"rank.*greater than 0"):
         first.replace(rank=0)
     with pytest.raises(ConfigError, match="did you mean 'rank'"):

@@ -11,8 +11,9 @@ single examples. Of tau = budget / 20 to 79 / 20 of it, in steps, that is taken 
 the budget, which is `share` of the weights of all sites; the authors' steps are those of their budget of 400,000. What
 was chosen stands in `overrides`, so the file has it; where the user overrides a site, that stays.
 
-A is uniform in +-1/sqrt(in), B zero: a fresh adapter is an exact identity. Their code drops inputs of updates, and
-whole updates of samples, with 0.1 in training, and leaves entries of norms frozen that were chosen and count. Queries,
+A is uniform in +-1/sqrt(in), B zero: a fresh adapter is an exact identity. Theirs are made so too, but the reset of
+their whole model then draws A and B anew, from N(0, 0.02^2) both. Their code drops inputs of updates, and whole updates
+of samples, with 0.1 in training, and leaves entries of norms frozen that were chosen and count. Queries,
 keys and values of one fused matrix count apart. The authors train the head and the class token along
 (``train=["head"]``), count 768 numbers of the token in the budget, which is not done here, and leave embeddings alone.
 SPT-Adapter, with bottlenecks in place of low rank, is not here. Weights that are quantized are left out. Without data,

@@ -1,4 +1,5 @@
-"""LoRand: the conformance kit; numbers of the authors' adapter, with gradients; and its equation in a ViT in training
+"""LoRand: the conformance kit; numbers of the authors' adapter, with gradients, its
+start, what trains and its defaults; and its equation in a ViT in training
 mode, written a second time in float64."""
 
 import math
@@ -12,7 +13,7 @@ from numbers_of import module_of
 from torch import Tensor, nn
 
 import peftcore
-from peftcore.testing import against, conformance, frozen
+from peftcore.testing import against, conformance, frozen, same_defaults, same_start
 
 timm = pytest.importorskip("timm")
 NUMBERS = Path(__file__).parent / "numbers" / "lorand.json"
@@ -82,14 +83,34 @@ def test_equation_in_training() -> None:
     assert_same(injection, copies, (model, twin), lambda each: each(x), bare)
 
 
-def test_start() -> None:
-    host = nn.Sequential(nn.Linear(64, 64))
-    up = peftcore.apply(host, "lorand", target="0").operators["0"].up
-    assert (up.P.shape, up.K.shape, up.Q.shape) == ((4, 64, 8), (4, 8, 8), (4, 8, 32))
-    bounds = {"P": 64**-0.5, "K": 8**-0.5, "Q": 8**-0.5, "bias": 32**-0.5}  # as the authors' factors lie
-    for name, bound in bounds.items():
-        assert 0.8 * bound < getattr(up, name).abs().max() <= bound
+def test_zero_up_is_an_exact_identity() -> None:
     x, own = torch.randn(3, 64), nn.Sequential(nn.Linear(64, 64))
     before = own(x)
     peftcore.apply(own, "lorand", target="0", zero_up=True)
     assert torch.equal(own(x), before)
+
+
+@against("authors", "lorand", **AUTHORS, part="start")
+def test_start_is_the_authors() -> None:
+    host = nn.Sequential(nn.Linear(1, 8400))
+    (operator,) = peftcore.apply(host, "lorand", target="0", rank=40).operators.values()
+    told, ours = frozen(NUMBERS, "start"), dict(operator.named_parameters())
+    assert ours.keys() == told.keys()
+    for name, tensor in ours.items():
+        same_start(tensor, told[name])
+
+
+@against("authors", "lorand", **AUTHORS, part="trains")
+def test_what_trains_is_what_the_authors_train() -> None:
+    """Two adapters in a block of 12."""
+    sizes = {"img_size": 8, "embed_dim": 12, "depths": (1,), "num_heads": (2,), "window_size": 2}
+    swin, found = timm.create_model("swin_tiny_patch4_window7_224", num_classes=3, **sizes), {}
+    for place, operator in zip(("lorand1", "lorand2"), peftcore.apply(swin, "lorand").operators.values(), strict=True):
+        found |= {name: each.numel() for name, each in operator.named_parameters(place)}
+    assert found == frozen(NUMBERS, "trains")
+
+
+@against("authors", "lorand", **AUTHORS, part="defaults")
+def test_defaults_are_the_authors() -> None:
+    config = peftcore.apply(nn.Sequential(nn.Linear(12, 12)), "lorand", target="0").config
+    same_defaults(config, frozen(NUMBERS, "defaults"))

@@ -1,4 +1,4 @@
-"""MaPLe: the authors' towers and learner, the equation in CLIP and SigLIP, and where it cannot be."""
+"""MaPLe: the authors' towers, learner and start, the equation in CLIP and SigLIP, and where it cannot be."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,15 +8,17 @@ import pytest
 import torch
 from clip_equations import IDS, learned, logits_by_hand, openai_clip, table, text_features
 from torch import Tensor, nn
-from vpt_equations import host, pixels, wave
+from vpt_equations import host, pixels, transformers, wave
 
 import peftcore
 from peftcore.errors import ConfigError, RouteError, SequenceError, UnsupportedSite
-from peftcore.testing import against, conformance, frozen
+from peftcore.testing import against, conformance, frozen, same_defaults, same_start
 from peftcore.testing.hosts import HOSTS as KIT
 from peftcore.testing.kit import fill
 
 NUMBERS = Path(__file__).parent / "numbers" / "maple.json"
+CODE: Any = {"repository": "muzairkhattak/multimodal-prompt-learning", "commit": "69bce21"}
+CODE["script"] = "trainers/maple.py"
 TABLE = "text_model.embeddings.token_embedding"
 
 
@@ -31,13 +33,7 @@ def test_conformance(check: Callable[[], None]) -> None:
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
-@against(
-    "authors",
-    "maple",
-    repository="muzairkhattak/multimodal-prompt-learning",
-    commit="69bce21",
-    script="trainers/maple.py",
-)
+@against("authors", "maple", **CODE)
 def test_the_authors_towers_with_the_same_numbers(depth: int) -> None:
     """Logits, and the gradients of all prompts and maps."""
     numbers, model = frozen(NUMBERS)[str(depth)], openai_clip()
@@ -54,6 +50,45 @@ def test_the_authors_towers_with_the_same_numbers(depth: int) -> None:
     for name, gradients in found.items():
         for ours, theirs in zip(gradients, numbers[name], strict=True):
             torch.testing.assert_close(ours, torch.tensor(theirs, dtype=torch.float64), rtol=1e-9, atol=1e-11)
+
+
+def clip_b16(blocks: int) -> Any:
+    """Returns a CLIP as wide as that of ViT-B/16, on which the authors' prompts rely, with small pictures."""
+    small = {"num_hidden_layers": blocks, "intermediate_size": 8, "num_attention_heads": 8}
+    text = {**small, "hidden_size": 512, "vocab_size": 40, "max_position_embeddings": 6}
+    vision = {**small, "hidden_size": 768, "image_size": 8, "patch_size": 4}
+    return transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision))
+
+
+@against("authors", "maple", **CODE, part="start")
+def test_start_is_the_authors() -> None:
+    """Each draw; the authors copy one map for all deeper blocks, here each has its own, as the docstring says."""
+    told = frozen(NUMBERS, "start")
+    operators = [*peftcore.apply(clip_b16(7), "maple", length=80, depth=7).operators.values()]
+    for j, each in enumerate(operators[:2]):
+        same_start(each.rows, told[f"rows.{j}"])
+        same_start(each.map.weight, told[f"map.{j}.weight"])
+    biases = torch.cat([each.map.bias for each in operators])  # one has 768 numbers
+    same_start(biases, told["map.0.bias"])
+    same_start(biases, told["map.1.bias"])
+
+
+@against("authors", "maple", **CODE, part="trains")
+def test_what_trains_is_what_the_authors_train() -> None:
+    found: dict[str, int] = {}
+    for j, each in enumerate(peftcore.apply(clip_b16(2), "maple", depth=2).operators.values()):
+        for name, parameter in each.named_parameters():
+            kind, _, tensor = name.partition(".")
+            found[f"{kind}.{j}" + (f".{tensor}" if tensor else "")] = parameter.numel()
+    assert found == frozen(NUMBERS, "trains")
+
+
+@against("authors", "maple", **CODE, part="defaults")
+def test_defaults_are_the_authors() -> None:
+    config = peftcore.apply(clip_b16(9), "maple").config
+    same_defaults(
+        config, frozen(NUMBERS, "defaults"), otherwise={"init_ids": "only a tokenizer knows their words' ids"}
+    )
 
 
 def of_images(model: Any, images: Tensor, prompts: list[Tensor]) -> Tensor:

@@ -1,5 +1,5 @@
-"""Mona: the conformance kit; a Swin block of the authors' code, with its gradients, and its start; its equation in a
-ViT in training mode, written a second time in float64; and where the stream is."""
+"""Mona: the conformance kit; a Swin block of the authors' code, with its gradients, its start, what trains
+and its defaults; its equation in a ViT in training mode, written a second time in float64; and where the stream is."""
 
 import math
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import UnsupportedSite
-from peftcore.testing import against, conformance, frozen
+from peftcore.testing import against, conformance, frozen, same_defaults, same_start
 from peftcore.testing.hosts import HOSTS
 
 timm = pytest.importorskip("timm")
@@ -29,12 +29,15 @@ def test_conformance(check: Callable[[], None]) -> None:
     check()
 
 
+def swin() -> Any:
+    """Returns a Swin of one block."""
+    sizes = {"img_size": 16, "embed_dim": 8, "depths": (1,), "num_heads": (2,), "window_size": 2}
+    return timm.create_model("swin_tiny_patch4_window7_224", num_classes=3, **sizes)
+
+
 @against("authors", "mona", **AUTHORS)
 def test_numbers_of_the_authors_code() -> None:
-    numbers, wave = frozen(NUMBERS), module_of("mona").wave
-    del numbers["start"]
-    sizes = {"img_size": 16, "embed_dim": 8, "depths": (1,), "num_heads": (2,), "window_size": 2}
-    model = timm.create_model("swin_tiny_patch4_window7_224", num_classes=3, **sizes).double().eval()
+    numbers, wave, model = frozen(NUMBERS), module_of("mona").wave, swin().double().eval()
     injection = peftcore.apply(model, "mona", dtype="float64")
     (operator,), block = injection.operators.values(), model.layers[0].blocks[0]
     with torch.no_grad():
@@ -52,20 +55,26 @@ def test_numbers_of_the_authors_code() -> None:
         torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-11, msg=name)
 
 
-@against("authors", "mona", **AUTHORS)
-def test_start_of_the_authors_code() -> None:
-    """The mean, the deviation and the largest entry of each tensor, as far as 256 draws tell them."""
-    sizes = {"img_size": 32, "embed_dim": 256, "depths": (1,), "num_heads": (2,), "window_size": 2}
-    model = timm.create_model("swin_tiny_patch4_window7_224", num_classes=3, **sizes)
-    (operator,) = peftcore.apply(model, "mona").operators.values()
-    expected, spread = frozen(NUMBERS)["start"], module_of("mona").spread
+@against("authors", "mona", **AUTHORS, part="start")
+def test_start_is_the_authors() -> None:
+    """The draws of each tensor, with more channels than 64, of the 1 by 1 convolution those of some channels."""
+    told = frozen(NUMBERS, "start")
+    (operator,) = peftcore.apply(swin(), "mona", bottleneck=5000, behind="attention").operators.values()
     ours = dict(operator.named_parameters())
-    assert ours.keys() == expected.keys()
-    for name, (mean, deviation, largest) in expected.items():
-        own_mean, own_deviation, own_largest = spread(ours[name])
-        assert abs(own_mean - mean) <= 0.5 * deviation, name
-        assert abs(own_deviation - deviation) <= 0.25 * deviation, name
-        assert abs(own_largest - largest) <= 0.25 * largest, name
+    assert ours.keys() == told.keys()
+    for name, tensor in ours.items():
+        same_start(tensor[:20] if name == "attention.mix.weight" else tensor, told[name])
+
+
+@against("authors", "mona", **AUTHORS, part="trains")
+def test_what_trains_is_what_the_authors_train() -> None:
+    (operator,) = peftcore.apply(swin(), "mona").operators.values()
+    assert {name: each.numel() for name, each in operator.named_parameters()} == frozen(NUMBERS, "trains")
+
+
+@against("authors", "mona", **AUTHORS, part="defaults")
+def test_defaults_are_the_authors() -> None:
+    same_defaults(peftcore.apply(swin(), "mona").config, frozen(NUMBERS, "defaults"))
 
 
 def added(x: Tensor, t: dict[str, Tensor], name: str, prefix: int) -> Tensor:

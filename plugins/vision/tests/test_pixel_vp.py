@@ -1,4 +1,5 @@
-"""Visual prompting in pixels: the authors' prompters, hosts whose positions say how large pictures are, the rate."""
+"""Visual prompting in pixels: the authors' prompters with their start and options, hosts whose positions say how
+large pictures are, the rate."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,13 +12,14 @@ from vpt_equations import HOSTS, host, pixels, timm, transformers, wave
 
 import peftcore
 from peftcore.errors import TargetError, UnsupportedSite
-from peftcore.testing import against, conformance, frozen
+from peftcore.testing import against, conformance, frozen, same_defaults, same_start
 from peftcore.testing.checks_learning import SHARE
 from peftcore.testing.hosts import HOSTS as SMALL
 from peftcore.testing.kit import fill
 from peftcore.testing.tasks import STEPS, TASKS, full_fine_tuning
 
 NUMBERS = Path(__file__).parent / "numbers" / "pixel_vp.json"
+CODE: Any = {"repository": "hjbahng/visual_prompting", "commit": "679e71f", "script": "models/prompters.py"}
 SIZES: dict[str, Any] = {"img_size": 8, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 3}
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}
 TAKEN = {"unet": {"picture": (8, 8)}, "dit": {"picture": (8, 8)}, "convnet": {"picture": (9, 9)}}
@@ -42,7 +44,7 @@ def test_it_learns() -> None:
 
 
 @pytest.mark.parametrize("shape", ["frame", "square", "random"])
-@against("authors", "pixel_vp", repository="hjbahng/visual_prompting", commit="679e71f", script="models/prompters.py")
+@against("authors", "pixel_vp", **CODE)
 def test_the_authors_prompters_with_the_same_numbers(shape: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     numbers = frozen(NUMBERS)[shape]
     model = timm.models.VisionTransformer(**SIZES).double().eval()
@@ -71,6 +73,39 @@ def test_the_authors_prompters_with_the_same_numbers(shape: Any, monkeypatch: py
         gradient = gradient[:, 0] if name == "images" else gradient[None]
         torch.testing.assert_close(gradient, told, msg=name, **CLOSE)
         assert told.abs().max() > 1e-6
+
+
+def reading(**options: Any) -> Any:
+    """Returns an injection at what reads pictures of 224 by 224."""
+    return peftcore.apply(nn.Sequential(nn.Conv2d(3, 2, 16, stride=16)), "pixel_vp", **options)
+
+
+@against("authors", "pixel_vp", **CODE, part="start")
+def test_start_is_the_authors() -> None:
+    """Squares are larger than 30, for the number of their pixels."""
+    told, found = frozen(NUMBERS, "start"), {}
+    for shape in ("frame", "square", "random"):
+        (operator,) = reading(shape=shape, size=None if shape == "frame" else 120).operators.values()
+        found |= dict(operator.named_parameters(shape))
+    assert found.keys() == told.keys()
+    for name, tensor in found.items():
+        same_start(tensor, told[name])
+
+
+@against("authors", "pixel_vp", **CODE, part="trains")
+def test_what_trains_is_what_the_authors_train() -> None:
+    told = frozen(NUMBERS, "trains")
+    found = {shape: [[*each.shape] for each in reading(shape=shape).parameters()] for shape in told}
+    assert found == told
+
+
+@against("authors", "pixel_vp", **CODE, part="defaults")
+def test_defaults_are_the_authors() -> None:
+    injection, told = reading(), frozen(NUMBERS, "defaults")
+    (operator,) = injection.operators.values()
+    assert (operator.size, operator.picture[1:]) == (told["size"], (224, 224))
+    why = {"size": "None is theirs in pictures as large as theirs", "picture": "None is theirs without positions"}
+    same_defaults(injection.config, told, otherwise=why)
 
 
 @pytest.mark.parametrize("name", ["vit", "clip", "siglip", "timm", "timm_mean", "timm_distilled", "torchvision"])

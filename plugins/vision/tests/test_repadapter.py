@@ -14,12 +14,13 @@ from torch import Tensor, nn
 import peftcore
 from peftcore.errors import UnsupportedSite
 from peftcore.roles import derive, probe
-from peftcore.testing import against, conformance, frozen
+from peftcore.testing import against, conformance, frozen, same_defaults, same_start
 from peftcore.testing.hosts import HOSTS
 
 timm = pytest.importorskip("timm")
 
 NUMBERS = Path(__file__).parent / "numbers" / "repadapter.json"
+CODE: Any = {"repository": "luogen1996/RepAdapter", "commit": "360992f", "script": "repadapter.py"}
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
 SWIN = {"img_size": 32, "embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4), "window_size": 4}
 NEXT = {"dims": (8, 16, 16, 16), "depths": (1, 1, 1, 1)}
@@ -75,7 +76,7 @@ def adapted(x: Tensor, t: dict[str, Tensor], groups: int = 2) -> Tensor:
     return x + 0.7 * ((x @ t["A"].T + t["a"]) @ G.T + t["b"])
 
 
-@against("authors", "repadapter", repository="luogen1996/RepAdapter", commit="360992f", script="repadapter.py")
+@against("authors", "repadapter", **CODE)
 def test_numbers_of_the_authors_code() -> None:
     """Behind the adapter, and what merging writes into the matrix."""
     numbers = {name: torch.tensor(value, dtype=torch.float64) for name, value in frozen(NUMBERS).items()}
@@ -93,6 +94,39 @@ def test_numbers_of_the_authors_code() -> None:
     injection.merge()
     torch.testing.assert_close(host[0].weight, numbers["weight"], **exact)
     torch.testing.assert_close(host[0].bias, numbers["bias"], **exact)
+
+
+@against("authors", "repadapter", **CODE, part="start")
+def test_start_is_the_authors() -> None:
+    (operator,) = peftcore.apply(nn.Sequential(nn.Linear(40_000, 2)), "repadapter", target="0").operators.values()
+    told, ours = frozen(NUMBERS, "start"), dict(operator.named_parameters())
+    assert ours.keys() == told.keys()
+    for name, tensor in ours.items():
+        same_start(tensor, told[name])
+
+
+def one_block() -> Any:
+    """Returns a transformer as wide as the authors' adapters."""
+    sizes = {"img_size": 8, "patch_size": 4, "embed_dim": 768, "depth": 1, "num_heads": 1, "mlp_ratio": 0.1}
+    return timm.models.VisionTransformer(**sizes, num_classes=3)
+
+
+@against("authors", "repadapter", **CODE, part="trains")
+def test_what_trains_is_what_the_authors_train() -> None:
+    """With the head, which `train` names here."""
+    injection, found = peftcore.apply(one_block(), "repadapter", train=["head"]), {}
+    for place, path in (("attn", "blocks.0.attn.qkv"), ("mlp", "blocks.0.mlp.fc1")):
+        found |= {name: each.numel() for name, each in injection.operators[path].named_parameters(place)}
+    found |= {f"head.{name}": each.numel() for name, each in injection.model.head.named_parameters()}
+    assert found == frozen(NUMBERS, "trains")
+    assert sum(each.numel() for each in injection.parameters()) == sum(found.values())
+
+
+@against("authors", "repadapter", **CODE, part="defaults")
+def test_defaults_are_the_authors() -> None:
+    config = peftcore.apply(one_block(), "repadapter").config
+    why = "None stands for theirs, and for 0 where a weight is read and nothing can drop"
+    same_defaults(config, frozen(NUMBERS, "defaults"), otherwise={"dropout": why})
 
 
 @pytest.mark.parametrize("name", HOSTED)

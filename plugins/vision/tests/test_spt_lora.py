@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import CalibrationError, InactiveSite
-from peftcore.testing import HOSTS, against, conformance, frozen
+from peftcore.testing import HOSTS, against, conformance, frozen, same_defaults
 from peftcore.testing.kit import fill
 from peftcore_vision._entries import EntriesOperator
 from peftcore_vision._sensitivity import allotted, counts, sensitivities
 from peftcore_vision.spt_lora import UpdateOperator
 
+CODE: Any = {"repository": "ziplab/SPT", "commit": "e385f67", "script": "engine.py"}
 NUMBERS = Path(__file__).parent / "numbers" / "spt_lora.json"
 RANK, EASE, VECTOR_EASE = 32, 2.0, 5.0
 """Those of the frozen numbers."""
@@ -86,7 +87,7 @@ def assert_chosen(
     assert {name: [len(index), int(index.sum())] for name, index in entries.items()} == numbers["entries"]
 
 
-@against("authors", "spt_lora", repository="ziplab/SPT", commit="e385f67", script="engine.py")
+@against("authors", "spt_lora", **CODE)
 @pytest.mark.parametrize("budget", ["0.05", "0.1", "0.2"])
 def test_the_authors_choice_of_places(budget: str) -> None:
     """From the same gradients and as many of the largest: matrices, vectors, entries."""
@@ -106,7 +107,7 @@ def test_the_authors_choice_of_places(budget: str) -> None:
     )
 
 
-@against("authors", "spt_lora", repository="ziplab/SPT", commit="e385f67", script="engine.py")
+@against("authors", "spt_lora", **CODE)
 def test_the_authors_choice_for_a_budget() -> None:
     """Of 0.05 million, at which the steps are theirs."""
     numbers = frozen(NUMBERS)["0.05"]
@@ -147,19 +148,25 @@ def tensors(injection: peftcore.Injection) -> dict[str, nn.Parameter]:
     return found
 
 
-@against("authors", "spt_lora", repository="ziplab/SPT", commit="e385f67", script="engine.py")
-@pytest.mark.parametrize("training", [True, False])
-def test_numbers_of_the_authors_model(training: bool) -> None:
-    """Updates, entries and whole vectors, several in one fused module; with gradients. Nothing drops in training."""
-    script, numbers = module_of("spt_lora"), frozen(NUMBERS)["tuned"]
+def changed(**options: Any) -> Any:
+    """Returns an injection with what the authors' model of the script has: updates, entries and whole vectors."""
+    script = module_of("spt_lora")
     model = timm(script.SMALL, script.base)
     updated = [
         f"blocks.{i}.{PARTS[m]}.weight" for i, row in enumerate(script.UPDATED) for m, one in enumerate(row) if one
     ]
-    changed = dict.fromkeys([*updated, *script.WHOLE]) | {name: len(at) for name, at in script.ENTRIES.items()}
+    changes = dict.fromkeys([*updated, *script.WHOLE]) | {name: len(at) for name, at in script.ENTRIES.items()}
     data = [lambda host: host(script.wave((2, 3, 8, 8), "data")).square().sum()]
-    options = {"rank": script.RANK, "overrides": told(model, changed), "dtype": "float64"}
-    injection = peftcore.apply(model, "spt_lora", data=data, **options)
+    options |= {"rank": script.RANK, "overrides": told(model, changes), "dtype": "float64"}
+    return peftcore.apply(model, "spt_lora", data=data, **options)
+
+
+@against("authors", "spt_lora", **CODE)
+@pytest.mark.parametrize("training", [True, False])
+def test_numbers_of_the_authors_model(training: bool) -> None:
+    """Updates, entries and whole vectors, several in one fused module; with gradients. Nothing drops in training."""
+    script, numbers, injection = module_of("spt_lora"), frozen(NUMBERS)["tuned"], changed()
+    model = injection.model
     with torch.no_grad():
         for path, operator in injection.operators.items():
             if theirs(path) in script.ENTRIES:
@@ -176,7 +183,7 @@ def test_numbers_of_the_authors_model(training: bool) -> None:
         torch.testing.assert_close(value.flatten(), expected, rtol=1e-9, atol=1e-12, msg=name)
 
 
-@against("authors", "spt_lora", repository="ziplab/SPT", commit="e385f67", script="engine.py")
+@against("authors", "spt_lora", **CODE)
 def test_the_authors_number_of_parameters() -> None:
     """What they found for CIFAR-100 in ViT-B/16, where 0.4 million was the budget, with 768 numbers of the token."""
     numbers = frozen(NUMBERS)["cifar"]
@@ -187,6 +194,26 @@ def test_the_authors_number_of_parameters() -> None:
     changed = dict.fromkeys(whole) | {name: count for name, (count, _) in numbers["entries"].items()}
     plan = peftcore.plan(model, "spt_lora", overrides=told(model, changed))
     assert plan.trainable + 768 == round(numbers["millions"] * 1e6) == 380_909
+
+
+@against("authors", "spt_lora", **CODE, part="trains")
+def test_what_trains_is_what_the_authors_train() -> None:
+    """With the head and the class token, which `train` names here."""
+    along = ["head", "cls_token"]
+    injection = changed(train=along)
+    found = {name: each.numel() for name, each in tensors(injection).items()}
+    named = injection.model.named_parameters()
+    found |= {name: each.numel() for name, each in named if name.startswith(tuple(along)) and ".peft." not in name}
+    assert found == frozen(NUMBERS, "trains")
+    assert sum(each.numel() for each in injection.parameters()) == sum(found.values())
+
+
+@against("authors", "spt_lora", **CODE, part="defaults")
+def test_defaults_are_the_authors() -> None:
+    model, data = model_and_data()
+    config = peftcore.apply(model, "spt_lora", data=data, share=1.0).config  # all that data could choose
+    why = "theirs drops what some updates read, and besides whole updates; ours what it is told"
+    same_defaults(config, frozen(NUMBERS, "defaults"), otherwise={"dropout": why})
 
 
 def small() -> tuple[nn.Module, Any]:

@@ -3,6 +3,7 @@ mode and in windows, written a second time; how frames are told; and what is ref
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from vpt_equations import transformers, wave
 
 import peftcore
 from peftcore.errors import ConfigError, RouteError, UnsupportedSite
-from peftcore.testing import against, conformance, frozen
+from peftcore.testing import against, conformance, frozen, same_defaults, same_start
 from peftcore.testing.hosts import HOSTS
 from peftcore.testing.kit import fill
 
@@ -41,20 +42,25 @@ def test_conformance(check: Callable[[], None]) -> None:
     check()
 
 
+def of_theirs(name: str) -> str:
+    """The name of a tensor of a block's adapters in the authors' code."""
+    place, layer, kind = name.split(".")
+    names = {"attention": "adapter_pre_attn", "feed_forward": "adapter_pre_mlp"}
+    return f"{names[place]}.{PARTS.get(layer, layer)}.{kind}"
+
+
 @pytest.mark.parametrize("before", KERNELS)
 @against("authors", "st_adapter", **AUTHORS)
 def test_numbers_of_the_authors_code(before: str) -> None:
     numbers, model = frozen(NUMBERS)[before], openai_clip().vision_model
     options = {"before": before, "kernel": KERNELS[before], "frames": 3, "bottleneck": 6, "dtype": "float64"}
     injection = peftcore.apply(model, "st_adapter", **options)
-    names = {"attention": "adapter_pre_attn", "feed_forward": "adapter_pre_mlp"}
     adapters: dict[str, Tensor] = {}
     for number, operator in enumerate(injection.operators.values()):
         for name, parameter in operator.named_parameters():
-            place, layer, kind = name.split(".")
-            theirs = f"{names[place]}.{PARTS.get(layer, layer)}.{kind}"
-            adapters[f"transformer.resblocks.{number}.{theirs}"] = parameter
-            parameter.data.copy_(wave(parameter.shape, f"visual.transformer.resblocks.{number}.{theirs}"))
+            theirs = f"transformer.resblocks.{number}.{of_theirs(name)}"
+            adapters[theirs] = parameter
+            parameter.data.copy_(wave(parameter.shape, f"visual.{theirs}"))
     clips = wave((2, 3, 3, 8, 8), "clips").requires_grad_()  # [clips, 3, frames, rows, columns]
     y = model(clips.transpose(1, 2).flatten(0, 1)).last_hidden_state
     torch.testing.assert_close(y[:, ::2, ::5], torch.tensor(numbers["y"], dtype=torch.float64), **CLOSE)
@@ -64,6 +70,39 @@ def test_numbers_of_the_authors_code(before: str) -> None:
     for name, expected in numbers["gradients"].items():
         mine = gradients[name].flatten()[::7]
         torch.testing.assert_close(mine, torch.tensor(expected, dtype=torch.float64), rtol=1e-8, atol=1e-9, msg=name)
+
+
+def small(**options: Any) -> Any:
+    """Returns an injection in a transformer of three blocks, 16 wide."""
+    sizes = {"img_size": 8, "patch_size": 4, "embed_dim": 16, "depth": 3, "num_heads": 2, "num_classes": 3}
+    return peftcore.apply(timm.models.VisionTransformer(**sizes), "st_adapter", **options)
+
+
+@against("authors", "st_adapter", **AUTHORS, part="start")
+def test_start_is_the_authors() -> None:
+    told, operator = frozen(NUMBERS, "start"), small(bottleneck=2500).operators["blocks.0"]
+    ours = {of_theirs(name): each for name, each in operator.named_parameters()}
+    for name, start in told.items():
+        for place in ("adapter_pre_attn", "adapter_pre_mlp"):
+            same_start(ours.pop(f"{place}.{name}"), start)
+    assert not ours
+
+
+@against("authors", "st_adapter", **AUTHORS, part="trains")
+def test_what_trains_is_what_the_authors_train() -> None:
+    """With the head, which is another one there, and which `train` names here."""
+    injection = small(train=["head"])
+    found = {f"fc.{name}": each.numel() for name, each in injection.model.head.named_parameters()}
+    for number in range(3):
+        for name, each in injection.operators[f"blocks.{number}"].named_parameters():
+            found[f"transformer.resblocks.{number}.{of_theirs(name)}"] = each.numel()
+    assert found == frozen(NUMBERS, "trains")
+    assert sum(each.numel() for each in injection.parameters()) == sum(found.values())
+
+
+@against("authors", "st_adapter", **AUTHORS, part="defaults")
+def test_defaults_are_the_authors() -> None:
+    same_defaults(small().config, frozen(NUMBERS, "defaults"))
 
 
 def added(x: Tensor, t: dict[str, Tensor], name: str, frames: int, prefix: int) -> Tensor:

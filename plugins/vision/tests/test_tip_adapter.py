@@ -1,4 +1,4 @@
-"""Tip-Adapter: the authors' cache, logits and gradients, the equation in CLIP, and what data is of no use."""
+"""Tip-Adapter: the authors' cache, logits, gradients and start, the equation in CLIP, and what data is of no use."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,10 +19,11 @@ from peftcore.errors import (
     TargetError,
     UnsupportedSite,
 )
-from peftcore.testing import against, conformance, frozen
+from peftcore.testing import against, conformance, frozen, same_defaults, same_start
 from peftcore.testing.kit import fill
 
 NUMBERS = Path(__file__).parent / "numbers" / "tip_adapter.json"
+CODE: Any = {"repository": "gaopengcuhk/Tip-Adapter", "commit": "d0e2d6f", "script": "main.py"}
 IDS = torch.tensor([[1, 5, 7, 2], [1, 9, 2, 0], [1, 8, 2, 0]])
 LABELS = torch.tensor([2, 0])
 
@@ -62,13 +63,18 @@ def classifier() -> Any:
     return model
 
 
-@against("authors", "tip_adapter", repository="gaopengcuhk/Tip-Adapter", commit="d0e2d6f", script="main.py")
+def cached(model: nn.Module, data: Drawn, **options: Any) -> peftcore.Injection:
+    """Apply to the authors' classifier."""
+    options |= {"target": "0", "features": "input", "dtype": "float64"}
+    return peftcore.apply(model, "tip_adapter", data=data, **options)
+
+
+@against("authors", "tip_adapter", **CODE)
 def test_the_authors_cache_with_the_same_numbers() -> None:
     """Keys from three augmentations, logits, and the gradient of the keys."""
     numbers = {name: torch.tensor(value, dtype=torch.float64) for name, value in frozen(NUMBERS).items()}
     model, data = classifier(), Drawn()
-    options = {"alpha": 1.2, "beta": 5.5, "passes": 3, "target": "0", "features": "input", "dtype": "float64"}
-    (operator,) = peftcore.apply(model, "tip_adapter", data=data, **options).operators.values()
+    (operator,) = cached(model, data, alpha=1.2, beta=5.5, passes=3).operators.values()
     assert data.passes == 3
     f = wave((4, 8), "features")
     logits = model(f / f.norm(dim=-1, keepdim=True))
@@ -77,6 +83,26 @@ def test_the_authors_cache_with_the_same_numbers() -> None:
     found["values"] = nn.functional.one_hot(operator.labels).double()
     for name, ours in found.items():
         torch.testing.assert_close(ours, numbers[name], rtol=1e-12, atol=1e-12)
+
+
+@against("authors", "tip_adapter", **CODE, part="start")
+def test_start_is_the_authors() -> None:
+    """The features of images, of length one, from three augmentations of each, with their labels."""
+    told = frozen(NUMBERS, "start")
+    (operator,) = cached(classifier(), Drawn(), passes=3).operators.values()
+    same_start(operator.keys, told["keys"])
+    same_start(operator.labels, told["labels"])
+
+
+@against("authors", "tip_adapter", **CODE, part="trains")
+def test_what_trains_is_what_the_authors_train() -> None:
+    injection = cached(classifier(), Drawn(), passes=3)
+    assert [[*each.shape] for each in injection.parameters()] == frozen(NUMBERS, "trains")
+
+
+@against("authors", "tip_adapter", **CODE, part="defaults")
+def test_defaults_are_the_authors() -> None:
+    same_defaults(cached(classifier(), Drawn()).config, frozen(NUMBERS, "defaults"))
 
 
 def few(model: nn.Module, **options: Any) -> peftcore.Injection:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,9 +11,11 @@ from dit_hosts import dit_host, joined
 from vpt_equations import HOSTS, authors_numbers, compare, host, pixels, prompted, timm
 
 import peftcore
-from peftcore.testing import against, conformance, frozen
+from peftcore.testing import against, conformance, frozen, same_defaults, same_start
 from peftcore.testing.hosts import HOSTS as KIT
+from peftcore_vision._prompts import PromptOperator
 
+CODE: Any = {"repository": "KMnP/vpt", "commit": "4410440", "script": "src/models/vit_prompt/vit.py"}
 NUMBERS = Path(__file__).parent / "numbers" / "vpt.json"
 
 
@@ -22,10 +25,46 @@ def test_conformance(check: Callable[[], None]) -> None:
 
 
 @pytest.mark.parametrize("projection", [None, 6])
-@against("authors", "vpt_deep", repository="KMnP/vpt", commit="4410440", script="src/models/vit_prompt/vit.py")
+@against("authors", "vpt_deep", **CODE)
 def test_the_authors_class_with_the_same_numbers(projection: int | None) -> None:
     expected = torch.tensor(frozen(NUMBERS)["deep"][str(projection)], dtype=torch.float64)
     torch.testing.assert_close(authors_numbers("vpt_deep", projection), expected, rtol=1e-11, atol=1e-11)
+
+
+@against("authors", "vpt_deep", **CODE, part="start")
+def test_start_is_the_authors() -> None:
+    """Prompts with and without a map, and the map, whose biases are few in one model."""
+
+    def start(projection: int | None, length: int, seed: int = 0) -> list[Any]:
+        injection = peftcore.apply(
+            host("timm"), "vpt_deep", length=length, projection=projection, train_head=False, seed=seed
+        )
+        return [*injection.operators.values(), *injection.shared.values()]
+
+    told = frozen(NUMBERS, "start")["deep"]
+    own = [each.prompt for each in start(None, 2500)]
+    same_start(own[0], told["first"])
+    same_start(torch.stack(own[1:]), told["later"])
+    first, *_, linear = start(1000, 40)
+    same_start(first.prompt, told["projected"])
+    same_start(linear.weight, told["weight"])
+    same_start(torch.cat([start(1000, 1, seed)[-1].bias for seed in range(260)]), told["bias"])
+
+
+@against("authors", "vpt_deep", **CODE, part="trains")
+def test_what_trains_is_what_the_authors_train() -> None:
+    injection = peftcore.apply(host("timm"), "vpt_deep")
+    first, *later = (each.prompt.numel() for each in injection.operators.values() if isinstance(each, PromptOperator))
+    found = {"enc.transformer.prompt_embeddings": first, "enc.transformer.deep_prompt_embeddings": sum(later)}
+    head = injection.model.head.named_parameters()
+    found |= {f"head.last_layer.{name}": each.numel() for name, each in head}
+    assert found == frozen(NUMBERS, "trains")["deep"]
+    assert sum(each.numel() for each in injection.parameters()) == sum(found.values())
+
+
+@against("authors", "vpt_deep", **CODE, part="defaults")
+def test_defaults_are_the_authors() -> None:
+    same_defaults(peftcore.apply(host("timm"), "vpt_deep").config, frozen(NUMBERS, "defaults"))
 
 
 @pytest.mark.parametrize("name", HOSTS)

@@ -1,4 +1,4 @@
-"""VQT: the authors' class, the equation on hosts of three libraries, and tokens that stay what they are."""
+"""VQT: the authors' class and start, the equation on hosts of three libraries, and tokens that stay what they are."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,9 +11,10 @@ from vpt_equations import ATTENTIONS, HOSTS, edit_attention, host, of_waves, pix
 
 import peftcore
 from peftcore.errors import ConfigError, SequenceError, UnsupportedSite
-from peftcore.testing import against, conformance, frozen
+from peftcore.testing import against, conformance, frozen, same_defaults, same_start
 from peftcore_vision._queries import QueryOperator
 
+CODE: Any = {"repository": "andytu28/VQT", "commit": "9bca87e", "script": "src/models/vit_backbones/h2t_vit.py"}
 NUMBERS = Path(__file__).parent / "numbers" / "vqt.json"
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}
 
@@ -29,7 +30,7 @@ def asking(injection: peftcore.Injection) -> list[QueryOperator]:
 
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("summary", ["concat", "mean", "weighted"])
-@against("authors", "vqt", repository="andytu28/VQT", commit="9bca87e", script="src/models/vit_backbones/h2t_vit.py")
+@against("authors", "vqt", **CODE)
 def test_the_authors_class_with_the_same_numbers(summary: str, normalize: bool) -> None:
     expected = {
         key: torch.tensor(value, dtype=torch.float64)
@@ -49,6 +50,38 @@ def test_the_authors_class_with_the_same_numbers(summary: str, normalize: bool) 
     found = torch.autograd.grad((logits * wave((2, 3), "direction")).sum(), [*queries, images])
     torch.testing.assert_close(torch.stack(found[:-1]), expected["queries"], **CLOSE)
     torch.testing.assert_close(found[-1][:, :, 0], expected["images"], **CLOSE)
+
+
+@against("authors", "vqt", **CODE, part="start")
+def test_start_is_the_authors() -> None:
+    """Queries, and the weights of their sums. The authors draw a new head over queries and class token; here the
+    model's own goes on, and what it reads of queries starts at zero."""
+    told = frozen(NUMBERS, "start")
+    operators = asking(peftcore.apply(host("timm"), "vqt", length=1000, summary="weighted"))
+    same_start(torch.stack([each.prompt for each in operators]), told["queries"])
+    for each in operators:
+        assert each.sums is not None
+        same_start(each.sums, told["sums"])
+
+
+@pytest.mark.parametrize("summary", ["concat", "mean", "weighted"])
+@against("authors", "vqt", **CODE, part="trains")
+def test_what_trains_is_what_the_authors_train(summary: str) -> None:
+    """Their head is one matrix; here its columns over queries lie with these."""
+    injection = peftcore.apply(host("timm"), "vqt", length=2, summary=summary)
+    operators, head = asking(injection), injection.model.head
+    found = {"enc.transformer.encoder.query_prompt_embeddings": sum(each.prompt.numel() for each in operators)}
+    found["head.last_layer.weight"] = head.weight.numel() + sum(each.reads[0].numel() for each in operators)
+    found["head.last_layer.bias"] = head.bias.numel()
+    if summary == "weighted":
+        found["enc.combine_params"] = sum(each.sums.numel() for each in operators if each.sums is not None)
+    assert found == frozen(NUMBERS, "trains")[summary]
+    assert sum(each.numel() for each in injection.parameters()) == sum(found.values())
+
+
+@against("authors", "vqt", **CODE, part="defaults")
+def test_defaults_are_the_authors() -> None:
+    same_defaults(peftcore.apply(host("timm"), "vqt").config, frozen(NUMBERS, "defaults"))
 
 
 HEADS: dict[str, tuple[str, Callable[[Any, Tensor], Tensor]]] = {

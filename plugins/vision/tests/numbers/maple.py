@@ -1,22 +1,28 @@
 """What the CLIP with prompts of MaPLe's authors gives for images and texts, and the gradients of the prompts and maps,
-on tensors of cosines: ``python -m peftcore.testing.freeze maple.py CHECKOUT``."""
+on tensors of cosines, what these start from, what trains, and their configuration:
+``python -m peftcore.testing.freeze maple.py CHECKOUT``."""
 
+import sys
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
+import yaml
 from torch import Tensor, nn
 
 from peftcore.registry.evidence import Source
+from peftcore.testing import drawn
 from peftcore.testing.checkouts import load
 
 SOURCE = Source("authors", "muzairkhattak/multimodal-prompt-learning", "69bce21", "trainers/maple.py")
 VERSIONS = ("torch",)
-ABSENT = ("dassl.engine", "dassl.metrics", "dassl.utils", "dassl.optim", "clip.simple_tokenizer", "clip.clip")
+CONFIGURATION = "configs/trainers/MaPLe/vit_b16_c2_ep5_batch4_2ctx.yaml"
+ABSENT = ("dassl.metrics", "dassl.utils", "dassl.optim", "clip.simple_tokenizer", "clip.clip")
 IDS = torch.tensor([[1, 3, 3, 5, 39, 0], [1, 3, 3, 6, 7, 39], [1, 3, 3, 9, 4, 39]])
 """Texts of three classes, each behind two places."""
 
@@ -37,9 +43,19 @@ def in_double() -> Iterator[None]:
         Tensor.half = kept  # type: ignore[method-assign]
 
 
+def trainers(checkout: Path) -> Any:
+    """Returns their module, with the base of their trainer, and a tokenizer of zeros."""
+    registry = SimpleNamespace(register=lambda: lambda trainer: trainer)
+    engine: Any = SimpleNamespace(TRAINER_REGISTRY=registry, TrainerX=object)
+    sys.modules["dassl"] = sys.modules["dassl.engine"] = engine
+    maple = load(checkout / SOURCE.script, checkout, ABSENT)
+    maple.clip.tokenize = lambda text: torch.zeros(1, 6, dtype=torch.long)
+    return maple
+
+
 def built(checkout: Path, depth: int) -> tuple[Any, Any]:
     """The authors' two towers, 12 and 16 wide with three blocks each, and their prompts."""
-    maple = load(checkout / SOURCE.script, checkout, ABSENT)
+    maple = trainers(checkout)
     clip = load(checkout / "clip/model.py", checkout)
     clip.LayerNorm = nn.LayerNorm  # theirs computes in float32
     design = {"trainer": "MaPLe", "maple_length": 2}
@@ -91,3 +107,53 @@ def numbers(checkout: Path) -> dict[str, Any]:
             "map": [each.weight.grad.tolist() for each in maps],
         }
     return found
+
+
+def configured(length: int, depth: int) -> Any:
+    """Returns a configuration with drawn prompts."""
+    maple = SimpleNamespace(N_CTX=length, CTX_INIT="", PROMPT_DEPTH=depth, PREC="fp32")
+    names = SimpleNamespace(BACKBONE=SimpleNamespace(NAME=""), INIT_WEIGHTS="")
+    return SimpleNamespace(TRAINER=SimpleNamespace(MAPLE=maple), INPUT=SimpleNamespace(SIZE=[8]), MODEL=names, OPTIM={})
+
+
+def towers(checkout: Path) -> Any:
+    """Returns their CLIP, of two blocks, as wide as that of ViT-B/16, on which their prompts rely."""
+    design = {"trainer": "MaPLe", "maple_length": 2, "vision_depth": 0, "language_depth": 0}
+    sizes = {"image_resolution": 8, "vision_layers": 2, "vision_width": 768, "vision_patch_size": 4}
+    sizes |= {"context_length": 6, "vocab_size": 40, "transformer_width": 512, "transformer_heads": 8}
+    model = load(checkout / "clip/model.py", checkout).CLIP(16, **sizes, transformer_layers=2, design_details=design)
+    return model.float()
+
+
+def start(checkout: Path) -> dict[str, Any]:
+    """Returns what their prompts and maps start from, of which they make deeper ones by copying one draw."""
+    maple, clip = trainers(checkout), towers(checkout)
+    with mock.patch.object(nn.Module, "half", lambda module: module):  # what is drawn, in front of its rounding
+        learners = [maple.MultiModalPromptLearner(configured(4, 2), ["a"], clip) for _ in range(20)]
+    deeper = [each.compound_prompt_projections[0] for each in learners]
+    found = {"rows.0": [each.ctx for each in learners], "rows.1": [each.compound_prompts_text[0] for each in learners]}
+    found |= {"map.0.weight": [learners[0].proj.weight], "map.0.bias": [each.proj.bias for each in learners]}
+    found |= {"map.1.weight": [deeper[0].weight], "map.1.bias": [each.bias for each in deeper]}
+    return {name: drawn(torch.cat([each.flatten().float() for each in tensors])) for name, tensors in found.items()}
+
+
+def trains(checkout: Path) -> dict[str, int]:
+    """Returns the sizes of what trains when their trainer makes a model of two depths."""
+    maple, clip = trainers(checkout), towers(checkout)
+    maple.load_clip_to_cpu = lambda cfg: clip
+    trainer = maple.MaPLe.__new__(maple.MaPLe)
+    trainer.cfg, trainer.device = configured(2, 2), "cpu"
+    trainer.dm = SimpleNamespace(dataset=SimpleNamespace(classnames=["a", "b"]))
+    trainer.register_model = lambda *args: None
+    trainer.build_model()
+    found = {name: each.numel() for name, each in trainer.model.named_parameters() if each.requires_grad}
+    names = {"ctx": "rows.0", "compound_prompts_text.0": "rows.1"}
+    for kind in ("weight", "bias"):
+        names |= {f"proj.{kind}": f"map.0.{kind}", f"compound_prompt_projections.0.{kind}": f"map.1.{kind}"}
+    return {names[name.removeprefix("prompt_learner.")]: size for name, size in found.items()}
+
+
+def defaults(checkout: Path) -> dict[str, Any]:
+    """Returns the options of their configuration, with the words whose ids are an option here."""
+    found = yaml.safe_load((checkout / CONFIGURATION).read_text())["TRAINER"]["MAPLE"]
+    return {"length": found["N_CTX"], "depth": found["PROMPT_DEPTH"], "init_ids": found["CTX_INIT"]}

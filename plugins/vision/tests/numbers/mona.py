@@ -1,5 +1,5 @@
-"""What a Swin block of Mona's authors returns, with its gradients, on tensors of sines, and how their adapters start:
-``python -m peftcore.testing.freeze mona.py CHECKOUT``."""
+"""What a Swin block of Mona's authors returns, with its gradients, on tensors of sines, how their adapters start, what
+trains, and their sizes: ``python -m peftcore.testing.freeze mona.py CHECKOUT``."""
 
 import importlib.util
 import math
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcore.registry.evidence import Source
+from peftcore.testing import drawn
 
 SOURCE = Source(
     "authors",
@@ -28,6 +29,7 @@ PARTS = {"my_module_1": "attention", "my_module_2": "feed_forward", "gammax": "d
 PARTS |= {"project1": "down", "project2": "up"}
 PARTS |= {f"adapter_conv.conv{i + 1}": f"filters.{i}" for i in range(3)}
 WIDTH, SIDE = 8, 4
+CHANNELS = 5000  # of the adapters whose start is told: enough numbers in each tensor
 
 
 def wave(shape: Sequence[int], key: str) -> Tensor:
@@ -56,25 +58,48 @@ def imported(file: Path) -> Any:
     return module
 
 
-def start(module: Any) -> dict[str, list[float]]:
-    """Returns the mean, the deviation and the largest size of each tensor of the first adapters of their model."""
-    torch.manual_seed(0)
-    sizes = {"embed_dim": 256, "depths": [1], "num_heads": [2], "window_size": 2, "out_indices": (0,)}
+def model_of(module: Any, width: int) -> Any:
+    """Returns a Swin of one block, as their constructor and their reset make it."""
+    sizes = {"embed_dim": width, "depths": [1], "num_heads": [2], "window_size": 2, "out_indices": (0,)}
     model: Any = module.SwinTransformer_mona(**sizes)
     model.init_weights()
-    found = model.layers[0].blocks[0].named_parameters()
-    return {renamed(name): spread(each) for name, each in found if name.startswith("my_module")}
+    return model
 
 
-def spread(tensor: Tensor) -> list[float]:
-    """The mean, the deviation and the largest size of the entries."""
-    values = tensor.detach().double()
-    return [values.mean().item(), values.std(correction=0).item(), values.abs().max().item()]
+def start(checkout: Path) -> dict[str, Any]:
+    """Returns what the tensors of the first adapter of their model start from, with more channels than their 64."""
+    module = imported(checkout / SOURCE.script)
+    convolutions, adapter = module.MonaOp, module.Mona.__init__
+
+    def wider(self: Any, width: int, factor: int) -> None:
+        adapter(self, width, factor)
+        self.project1, self.project2 = nn.Linear(width, CHANNELS), nn.Linear(CHANNELS, width)
+
+    module.MonaOp, module.Mona.__init__ = lambda channels: convolutions(CHANNELS), wider
+    found = model_of(module, WIDTH).layers[0].blocks[0].named_parameters()
+    return {renamed(name): drawn(each) for name, each in found if name.startswith("my_module_1")}
+
+
+def trains(checkout: Path) -> dict[str, int]:
+    """Returns the sizes of the tensors that train, of a Swin of one block."""
+    model = model_of(imported(checkout / SOURCE.script), WIDTH)
+    found = ((renamed(name), each.numel()) for name, each in model.named_parameters() if each.requires_grad)
+    return {name.removeprefix("layers.0.blocks.0."): size for name, size in found}
+
+
+def defaults(checkout: Path) -> dict[str, Any]:
+    """Returns the sizes and dropout of the adapters of a block, and where these are."""
+    block = model_of(imported(checkout / SOURCE.script), WIDTH).layers[0].blocks[0]
+    adapters = {renamed(name): each for name, each in block.named_children() if name.startswith("my_module")}
+    (channels,) = {each.project1.out_features for each in adapters.values()}
+    (dropout,) = {each.dropout.p for each in adapters.values()}
+    behind = "both" if adapters.keys() == {"attention", "feed_forward"} else [*adapters]
+    return {"bottleneck": channels, "dropout": dropout, "behind": behind}
 
 
 def numbers(checkout: Path) -> dict[str, Any]:
-    """Returns four tokens of the second picture, their gradients, the first four of each tensor of the adapters, and
-    how these tensors start."""
+    """Returns four tokens of the second picture, their gradients, and those of the first four of each tensor of the
+    adapters."""
     module = imported(checkout / SOURCE.script)
     block: Any = module.SwinTransformerBlock(WIDTH, num_heads=2, window_size=2, shift_size=0).double().eval()
     block.H = block.W = SIDE
@@ -89,4 +114,4 @@ def numbers(checkout: Path) -> dict[str, Any]:
     for name, parameter in block.named_parameters():
         if name.startswith("my_module"):
             found[renamed(name)] = parameter.grad.flatten()[:4].tolist()
-    return {**found, "start": start(module)}
+    return found

@@ -1,5 +1,6 @@
 """What the authors of SPT choose in a small vision transformer, and what it computes and learns then, on tensors of
-cosines; and what they chose in ViT-B/16: ``python -m peftcore.testing.freeze spt_lora.py CHECKOUT``."""
+cosines; and what they chose in ViT-B/16; what trains, and the options of a command:
+``python -m peftcore.testing.freeze spt_lora.py CHECKOUT``."""
 
 import math
 import zlib
@@ -19,6 +20,7 @@ from peftcore.testing.checkouts import load
 
 SOURCE = Source("authors", "ziplab/SPT", "e385f67", "engine.py")
 VERSIONS = ("torch", "timm")
+ABSENT = ("lib.datasets", "lib.samplers", "mmcv", "mmcv.runner")
 CHOSEN = "sensitivity_spt_supervised_lora_a10/cifar/param_req_0.4.pth"
 SIZES: dict[str, Any] = {"img_size": 8, "patch_size": 4, "embed_dim": 64, "depth": 4, "num_heads": 2, "num_classes": 3}
 SMALL: dict[str, Any] = {**SIZES, "embed_dim": 8, "depth": 2, "mlp_ratio": 2.0}
@@ -46,12 +48,16 @@ def base(shape: Sequence[int], name: str) -> Tensor:
     return wave(shape, name) + (1 if "norm" in name and name.endswith("weight") else 0)
 
 
+def transformers(checkout: Path) -> Any:
+    """Returns the module of their transformers."""
+    file = checkout / "model" / "vision_transformer_timm.py"
+    return load(file, root=checkout, absent=("model.swin_transformer",))
+
+
 def numbers(checkout: Path) -> dict[str, Any]:
     """Returns what a budget chooses ("0.05" and others), what a model with changes computes ("tuned"), and what the
     authors found for a data set in ViT-B/16 ("cifar")."""
-    engine = load(checkout / SOURCE.script, root=checkout)
-    absent = ("model.swin_transformer",)
-    module = load(checkout / "model" / "vision_transformer_timm.py", root=checkout, absent=absent)
+    engine, module = load(checkout / SOURCE.script, root=checkout), transformers(checkout)
     return {**chosen(engine, module), "tuned": tuned(module), "cifar": in_a_vit(checkout)}
 
 
@@ -105,23 +111,7 @@ def places(result: dict[str, Any]) -> dict[str, Any]:
 
 def tuned(module: Any) -> dict[str, Any]:
     """Returns the logits of two images, the gradients of the first image's first channel, and those of all changes."""
-    shapes = {name: parameter.shape for name, parameter in module.VisionTransformerSepQKV(**SMALL).named_parameters()}
-    index = {name: torch.stack(torch.unravel_index(torch.tensor(at), shapes[name]), 1) for name, at in ENTRIES.items()}
-    with mock.patch.object(Tensor, "cuda", lambda tensor: tensor):
-        model = module.VisionTransformerSPT(
-            **SMALL,
-            structured_list=UPDATED,
-            low_rank_dim=RANK,
-            block="BlockSPTParallel",
-            structured_type="lora",
-            unstructured_indexes=index,
-            unstructured_shapes={name: shapes[name] for name in ENTRIES},
-            fully_fine_tuned_keys=WHOLE,
-            freeze_backbone=True,
-            no_structured_drop_out=True,
-            no_structured_drop_path=True,
-        )
-    model.double().train()
+    model = changed(module).double().train()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(base(parameter.shape, name))
@@ -137,9 +127,44 @@ def tuned(module: Any) -> dict[str, Any]:
     return {name: part.flatten().tolist() for name, part in parts.items()}
 
 
+def changed(module: Any, **options: Any) -> Any:
+    """Returns a model of theirs with updates, entries and whole vectors, of which nothing drops."""
+    shapes = {name: parameter.shape for name, parameter in module.VisionTransformerSepQKV(**SMALL).named_parameters()}
+    index = {name: torch.stack(torch.unravel_index(torch.tensor(at), shapes[name]), 1) for name, at in ENTRIES.items()}
+    with mock.patch.object(Tensor, "cuda", lambda tensor: tensor):
+        return module.VisionTransformerSPT(
+            **SMALL,
+            structured_list=UPDATED,
+            low_rank_dim=RANK,
+            block="BlockSPTParallel",
+            structured_type="lora",
+            unstructured_indexes=index,
+            unstructured_shapes={name: shapes[name] for name in ENTRIES},
+            fully_fine_tuned_keys=WHOLE,
+            freeze_backbone=True,
+            **{"no_structured_drop_out": True, "no_structured_drop_path": True, **options},
+        )
+
+
 def in_a_vit(checkout: Path) -> dict[str, Any]:
     """Returns what they chose for CIFAR-100, and how many parameters that is, in millions, 768 of them of a token."""
     scalar = (np._core.multiarray.scalar, "numpy.core.multiarray.scalar")
     with torch.serialization.safe_globals([scalar, np.dtype, type(np.dtype("int64"))]):
         result = torch.load(checkout / CHOSEN, map_location="cpu", weights_only=True)
     return {"millions": float(result["params"]), **places(result)}
+
+
+def trains(checkout: Path) -> dict[str, int]:
+    """Returns the sizes of what trains in their model with updates, entries and whole vectors."""
+    model = changed(transformers(checkout))
+    return {name: each.numel() for name, each in model.named_parameters() if each.requires_grad}
+
+
+def defaults(checkout: Path) -> dict[str, Any]:
+    """Returns the options of a command that names none, and the dropout in front of updates."""
+    train = load(checkout / "train_spt.py", root=checkout, absent=ABSENT)
+    told = train.get_args_parser().parse_args(["--model_name", "any"])
+    model = changed(transformers(checkout), no_structured_drop_out=told.no_structured_drop_out)
+    found = {"rank": told.low_rank_dim, "ease": told.alpha, "vector_ease": told.beta}
+    found |= {"batches": told.sensitivity_batch_num, "dropout": model.blocks[0].attn.structured_drop.p}
+    return found

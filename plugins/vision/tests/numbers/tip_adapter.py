@@ -1,5 +1,6 @@
 """The cache of Tip-Adapter's authors, its logits, and the gradient of its keys in their first step of training, on
-tensors of cosines: ``python -m peftcore.testing.freeze tip_adapter.py CHECKOUT``."""
+tensors of cosines; what training starts from, what trains, and their configuration:
+``python -m peftcore.testing.freeze tip_adapter.py CHECKOUT``."""
 
 import tempfile
 import zlib
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
+import yaml
 from torch import Tensor
 
 from peftcore.registry.evidence import Source
@@ -44,6 +46,13 @@ class Watched(torch.optim.AdamW):
     """Keeps the gradient that each step is given."""
 
     gradients: ClassVar[list[Tensor]] = []
+    given: ClassVar[list[Tensor]] = []
+    """What trains, as it starts."""
+
+    def __init__(self, parameters: Iterable[Tensor], **options: Any) -> None:
+        trained = [*parameters]
+        self.given[:] = [each.detach().clone() for each in trained]
+        super().__init__(trained, **options)
 
     def step(self, closure: Any = None) -> Any:
         self.gradients += [p.grad.clone() for group in self.param_groups for p in group["params"]]
@@ -65,6 +74,12 @@ def on_the_cpu() -> Iterator[None]:
 
 def numbers(checkout: Path) -> dict[str, Any]:
     """Returns keys [8, 5] and values [5, 3], the logits of four images [4, 3], and the gradient of the keys [5, 8]."""
+    return {name: each.tolist() for name, each in trained(checkout).items()}
+
+
+def trained(checkout: Path) -> dict[str, Tensor]:
+    """Runs their method with training. Returns keys, values, logits and the first gradient."""
+    Watched.gradients.clear()
     main = load(checkout / SOURCE.script, absent=ABSENT)
     seen: list[Tensor] = []
 
@@ -86,5 +101,23 @@ def numbers(checkout: Path) -> dict[str, Any]:
         logits = seen[1]  # the first are CLIP's own
         run = (config, keys.clone(), values, f, labels, f, labels, texts, clip, [(f.clone(), labels)])
         main.run_tip_adapter_F(*run)
-    found = {"keys": keys, "values": values, "logits": logits, "gradient": Watched.gradients[0]}
-    return {name: each.tolist() for name, each in found.items()}
+    return {"keys": keys, "values": values, "logits": logits, "gradient": Watched.gradients[0]}
+
+
+def start(checkout: Path) -> dict[str, Any]:
+    """Returns what their optimizer is given, as it starts, [5, 8], and the labels beside it."""
+    values = trained(checkout)["values"]
+    (keys,) = Watched.given
+    return {"keys": keys.tolist(), "labels": values.argmax(1).tolist()}
+
+
+def trains(checkout: Path) -> list[list[int]]:
+    """Returns the shapes of what their optimizer is given."""
+    trained(checkout)
+    return [[*each.shape] for each in Watched.given]
+
+
+def defaults(checkout: Path) -> dict[str, Any]:
+    """Returns the options of their configuration for ImageNet."""
+    found = yaml.safe_load((checkout / "configs/imagenet.yaml").read_text())
+    return {"alpha": found["init_alpha"], "beta": found["init_beta"], "passes": found["augment_epoch"]}

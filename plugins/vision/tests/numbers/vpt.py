@@ -1,6 +1,8 @@
 """What the prompted transformer of VPT's authors gives for images, with prompts in front of each layer or of
-the first one, on tensors of cosines: ``python -m peftcore.testing.freeze vpt.py CHECKOUT``."""
+the first one, on tensors of cosines; what prompts start from, what trains, and their configuration:
+``python -m peftcore.testing.freeze vpt.py CHECKOUT``."""
 
+import sys
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,11 +13,13 @@ import torch
 from torch import Tensor
 
 from peftcore.registry.evidence import Source
+from peftcore.testing import drawn
 from peftcore.testing.checkouts import load
 
 SOURCE = Source("authors", "KMnP/vpt", "4410440", "src/models/vit_prompt/vit.py")
 VERSIONS = ("torch",)
 ABSENT = ("turtle", "ml_collections", "src.utils", "src.utils.logging")
+BACKBONES = ("src.models.build_vit_backbone", "src.utils", "src.utils.logging")
 SIZES = {"mlp_dim": 24, "num_heads": 2, "num_layers": 3, "attention_dropout_rate": 0.0, "dropout_rate": 0.0}
 # Parts of a layer, and what they are called in timm, on whose names the numbers depend.
 PARTS = {"attention_norm": "norm1", "ffn_norm": "norm2", "ffn.fc1": "mlp.fc1", "ffn.fc2": "mlp.fc2"}
@@ -44,15 +48,27 @@ def named() -> dict[str, Tensor]:
     return found
 
 
+def transformers(checkout: Path) -> Any:
+    """Returns their module, with the sizes of the model."""
+    module = load(checkout / SOURCE.script, root=checkout, absent=ABSENT)
+    module.CONFIGS["tiny"] = SimpleNamespace(patches={"size": (4, 4)}, hidden_size=16, transformer=SIZES, classifier="")
+    return module
+
+
+def prompted(module: Any, deep: bool, length: int, projection: int | None = None) -> Any:
+    """Returns the model with prompts."""
+    options = {"LOCATION": "prepend", "INITIATION": "random", "NUM_DEEP_LAYERS": None, "DEEP_SHARED": False}
+    options |= {"NUM_TOKENS": length, "DROPOUT": 0.0, "DEEP": deep, "VIT_POOL_TYPE": "original"}
+    prompt = SimpleNamespace(**options, PROJECT=-1 if projection is None else projection)
+    return module.PromptedVisionTransformer(prompt, "tiny", img_size=8, num_classes=3)
+
+
 @torch.no_grad()
 def logits(module: Any, deep: bool) -> dict[str, list[list[float]]]:
     """Returns the logits of two images, ``[2, 3]``, by the width from which prompts are projected."""
     found = {}
-    options = {"LOCATION": "prepend", "INITIATION": "random", "NUM_DEEP_LAYERS": None, "DEEP_SHARED": False}
-    options |= {"NUM_TOKENS": 2, "DROPOUT": 0.0, "DEEP": deep, "VIT_POOL_TYPE": "original"}
     for projection in (None, 6):
-        prompt = SimpleNamespace(**options, PROJECT=-1 if projection is None else projection)
-        model = module.PromptedVisionTransformer(prompt, "tiny", img_size=8, num_classes=3).double().eval()
+        model = prompted(module, deep, 2, projection).double().eval()
         known = named()
         for name, parameter in model.named_parameters():
             if name.endswith("prompt_embeddings"):
@@ -71,6 +87,47 @@ def logits(module: Any, deep: bool) -> dict[str, list[list[float]]]:
 
 def numbers(checkout: Path) -> dict[str, dict[str, list[list[float]]]]:
     """Returns the logits with deep prompts and with shallow ones."""
-    module = load(checkout / SOURCE.script, root=checkout, absent=ABSENT)
-    module.CONFIGS["tiny"] = SimpleNamespace(patches={"size": (4, 4)}, hidden_size=16, transformer=SIZES, classifier="")
+    module = transformers(checkout)
     return {"deep": logits(module, True), "shallow": logits(module, False)}
+
+
+def start(checkout: Path) -> dict[str, Any]:
+    """Returns what prompts of 16 numbers start from, the later ones together; prompts of 1000 that are projected; and
+    the map of these, its biases from many models."""
+    module = transformers(checkout)
+    found: dict[str, Any] = {}
+    for kind, deep in (("deep", True), ("shallow", False)):
+        plain = prompted(module, deep, 2500).transformer
+        projected = [prompted(module, deep, 40, 1000).transformer for _ in range(300)]
+        first = projected[0]
+        tensors = {"first": plain.prompt_embeddings, "projected": first.prompt_embeddings}
+        if deep:
+            tensors["later"] = plain.deep_prompt_embeddings
+        tensors["weight"] = first.prompt_proj.weight
+        tensors["bias"] = torch.cat([each.prompt_proj.bias for each in projected])
+        found[kind] = {name: drawn(each) for name, each in tensors.items()}
+    return found
+
+
+def trains(checkout: Path) -> dict[str, dict[str, int]]:
+    """Returns the sizes of what trains in their classifier."""
+    vit, module = load(checkout / "src/models/vit_models.py", root=checkout, absent=BACKBONES), transformers(checkout)
+    found = {}
+    for kind, deep in (("deep", True), ("shallow", False)):
+        model = prompted(module, deep, 5)
+        model.head = torch.nn.Identity()  # as theirs that builds it
+        vit.build_vit_sup_models = lambda *args, model=model: (model, 16)
+        told = SimpleNamespace(TRANSFER_TYPE="prompt", PROMPT=model.prompt_cfg, MODEL_ROOT="", MLP_NUM=0)
+        config = SimpleNamespace(MODEL=told, DATA=SimpleNamespace(FEATURE="", CROPSIZE=8, NUMBER_CLASSES=3))
+        named = vit.ViT(config).named_parameters()
+        found[kind] = {name: each.numel() for name, each in named if each.requires_grad}
+    return found
+
+
+def defaults(checkout: Path) -> dict[str, Any]:
+    """Returns the options of their configuration; a projection of -1 is none."""
+    node: Any = SimpleNamespace(CfgNode=SimpleNamespace)
+    sys.modules["src.configs.config_node"] = node  # its library is for files
+    found = load(checkout / "src/configs/config.py", root=checkout)._C.MODEL.PROMPT
+    projection = found.PROJECT if found.PROJECT > -1 else None
+    return {"length": found.NUM_TOKENS, "dropout": found.DROPOUT, "projection": projection}
