@@ -4,9 +4,10 @@
 
 `rank` is that of all experts together: each has rank / experts of it, and the scale counts the whole. v_t [task_width]
 stands for task t, N(0, 1) at first; W_g [experts, task_width], without bias, starts uniform in +-1/sqrt(task_width),
-A_e [rank / experts, in] as N(0, 0.01), B_e at zero. Every site has v and W_g of its own, as in the authors' code (whose
-table of tasks has one row more, which no task reads); the paper draws one gate for all. Their script has rank 16 and 8
-experts, alpha is the default of their arguments. The softmax is taken in float32 at least.
+A_e [rank / experts, in] as N(0, 0.01), B_e at zero. Every site has v and W_g of its own, as the authors' layer
+MMOELoraLinear has (whose table of tasks has one row more, which no task reads); the paper draws one gate for all, and
+their script trains one. That script has rank 16 and 8 experts, alpha is the default of their arguments. The softmax is
+taken in float32 at least.
 
 The task comes with the call, ``with peftcore.call(model, task=...)``: one for all rows, or one for each. So one weight
 cannot stand for the update, and it does not merge; a tensor that is read instead of called has no rows, and is refused.

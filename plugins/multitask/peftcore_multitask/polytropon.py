@@ -2,7 +2,8 @@
 
     y = W x + b + s (sum_k w_k B_k) (sum_k w_k A_k) x,   s = 1 / rank,   w = z / sum_k z
 
-Skill k of a site is a low-rank update A_k [rank, in], B_k [out, rank], started as in LoRA. Task t has a logit for each
+Skill k of a site is a low-rank update A_k [rank, in], B_k [out, rank]. As in the authors' code, A_k starts uniform in
++-1/sqrt(3 in), narrower than a LoRA (peft has it as wide, +-1/sqrt(in)), and B_k at zero. Task t has a logit for each
 skill, Z_t, uniform in +-0.001 at first: z = sigmoid(Z_t), and in training a draw for each row that the module sees from
 the relaxed Bernoulli distribution with these logits, z = sigmoid(Z_t + log u - log(1 - u)), u uniform. A and B are
 averaged apart.
@@ -12,7 +13,8 @@ task chooses, with logits beside those of the common ones. k runs over both. No 
 its equation adds outputs of skills, A and B are averaged apart here, own ones among them, as Polytropon's code does.
 
 With `splits` it is multi-head routing: the inputs of A and the outputs of B are cut into groups, and each group has
-logits, and skills, of its own. Convolutions and embeddings have factors as in LoRA.
+logits, and skills, of its own. In convolutions, the 3 in of A's start counts the kernel too; in embeddings A starts at
+zero and B ~ N(0, 1).
 
 The task comes with the call, ``with peftcore.call(model, task=...)``: one for all rows, or one for each. So one weight
 cannot stand for the update, and it does not merge; a tensor that is read instead of called has no rows, and is refused.
@@ -72,18 +74,18 @@ class PolytroponOperator(Router):
                 f"{site.path} has {site.in_features} inputs and {site.out_features} outputs, which {splits} groups do "
                 "not divide; choose other splits"
             )
-        inputs, outputs = site.in_features // splits, site.out_features // splits
+        inputs, outputs, spread = site.in_features // splits, site.out_features // splits, 3 * site.in_features
         self.scale, self.tasks = 1 / config.rank, Tasks(site, config)
         self.noise = 1.0 if config.sampled else 0.0
         self.count, self.skills, self.own = task_count(config), config.skills, config.own_skills
         lead = (splits, self.skills)
-        self.A, self.B = factors(site, (*lead, config.rank, inputs), (*lead, outputs, config.rank), inputs)
+        self.A, self.B = factors(site, (*lead, config.rank, inputs), (*lead, outputs, config.rank), spread)
         self.logits = nn.Parameter(torch.empty(self.count, splits, self.skills + self.own).uniform_(-1e-3, 1e-3))
         self.own_A: nn.Parameter | None = None
         self.own_B: nn.Parameter | None = None
         if self.own:
             lead = (splits, self.count * self.own)
-            self.own_A, self.own_B = factors(site, (*lead, config.rank, inputs), (*lead, outputs, config.rank), inputs)
+            self.own_A, self.own_B = factors(site, (*lead, config.rank, inputs), (*lead, outputs, config.rank), spread)
 
     def weights(self, rows: int) -> Tensor:
         """Return how much of each skill a row gets, ``[rows or 1, splits, skills + own_skills]``."""

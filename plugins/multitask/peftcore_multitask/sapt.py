@@ -18,8 +18,9 @@ since: ``with peftcore.call(model, attention=t)``. A row of zeros is none of the
 the texts of a task for t, which `injection.report()` has.
 
 The text is what comes before the first label, or the whole input, unless ``peftcore.call(model, prompt_length=...)``
-says it: generated tokens change nothing. The authors' max sees padding, this does not. Keys start uniform in +-1, A and
-the network in +-1/sqrt(inputs), B at zero: an exact identity for the first task. Dropout, which the authors' scripts
+says it: generated tokens change nothing. The authors' max sees padding, this does not. Keys start uniform in +-1, A in
++-1/sqrt(inputs), the network from N(0, 0.02^2) as transformers starts it in their Llama (in their T5, uniform in
++-1/sqrt(inputs)), B at zero: an exact identity for the first task. Dropout, which the authors' scripts
 have at zero, is left out, and models in which a decoder reads an encoder are refused: there the text is not at hand
 when the decoder runs.
 
@@ -63,6 +64,9 @@ from peftcore_multitask._skills import factors
 
 __all__ = ["SAPT", "Config", "take_tasks"]
 
+STD = 0.02
+"""Deviation of the network at the start."""
+
 
 class Config(MethodConfig):
     """Options of SAPT."""
@@ -88,6 +92,8 @@ class SharedAttention(DecidingOperator):
         width, self.replay = site.out_features, config.replay
         self.keys = nn.ParameterList(torch.empty(width).uniform_(-1, 1) for _ in range(config.tasks))
         self.down, self.up = nn.Linear(width, config.hidden, bias=False), nn.Linear(config.hidden, width, bias=False)
+        for linear in (self.down, self.up):
+            nn.init.normal_(linear.weight, std=STD)
         self.norm = nn.LayerNorm(width)
 
     def decide(self, embeds: Tensor, text: Tensor) -> Tensor:

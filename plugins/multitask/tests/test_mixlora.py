@@ -15,13 +15,14 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 
 import peftcore
 from peftcore.errors import ConfigError, NotMergeable, RouteError, UnsupportedSite
-from peftcore.testing import HOSTS, against, conformance, frozen
+from peftcore.testing import HOSTS, against, conformance, drawn, frozen, same_defaults, same_start
 from peftcore.testing.kit import fill
 
 D, INNER, EXPERTS, RANK = 6, 10, 4, 2
 MATRICES = ("gate_proj", "up_proj", "down_proj")
 OPTIONS: dict[str, Any] = {"experts": EXPERTS, "rank": RANK, "alpha": 3.0, "dropout": 0.0}
 NUMBERS = Path(__file__).parent / "numbers" / "mixlora.json"
+CODE: Any = {"repository": "TUDB-Labs/MixLoRA", "commit": "d59d09b", "script": "mixlora/model.py"}
 
 
 # A rank for which nothing that is kept is as large as a weight of the hosts.
@@ -56,7 +57,7 @@ def operators(injection: Any, block: str = "model.layers.0.mlp") -> tuple[Any, l
     return found[block], [found[f"{block}.{name}"] for name in MATRICES]
 
 
-@against("authors", "mixlora", repository="TUDB-Labs/MixLoRA", commit="d59d09b", script="mixlora/model.py")
+@against("authors", "mixlora", **CODE)
 def test_numbers_of_the_authors() -> None:
     """The feed-forward of a Llama: its output, and the gradients of input, router and factors."""
     model = host()
@@ -81,6 +82,23 @@ def test_numbers_of_the_authors() -> None:
     for name, value in found.items():
         expected = torch.tensor(numbers[name], dtype=torch.float64)
         torch.testing.assert_close(value.flatten(), expected, rtol=1e-9, atol=1e-10, msg=name)
+
+
+@against("authors", "mixlora", **CODE, part="start")
+def test_start_is_the_authors() -> None:
+    """Of the router their code has the deviation alone."""
+    told = frozen(NUMBERS, "start")
+    router, (gate, *_) = operators(peftcore.apply(host(2000, 4), "mixlora", experts=20, rank=4))
+    same_start(gate.A, told["A"])
+    same_start(gate.B, told["B"])
+    assert (
+        router.router.std().item() == pytest.approx(told["router"], rel=0.02) and drawn(router.router)["kurtosis"] > 2.8
+    )
+
+
+@against("authors", "mixlora", **CODE, part="defaults")
+def test_defaults_are_the_authors() -> None:
+    same_defaults(peftcore.apply(host(), "mixlora").config, frozen(NUMBERS, "defaults"))
 
 
 @pytest.mark.parametrize("padded", [False, True])

@@ -1,4 +1,4 @@
-"""MoLoRA: the kit; numbers of the authors' module; the equation in a model, by hooks; how it starts."""
+"""MoLoRA: the kit; numbers of the authors' module; the equation in a model, by hooks."""
 
 import math
 from collections.abc import Callable
@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import NotMergeable
-from peftcore.testing import HOSTS, against, conformance, frozen
+from peftcore.testing import HOSTS, against, conformance, frozen, same_defaults, same_start
 from peftcore.testing.kit import fill
 
 NUMBERS = Path(__file__).parent / "numbers" / "molora_moe.json"
+CODE: Any = {"repository": "for-ai/parameter-efficient-moe", "commit": "e2683fe", "script": "src/molora.py"}
 
 
 @conformance("molora_moe", options={"*": {"experts": 3, "rank": 2}})
@@ -29,7 +30,7 @@ def wave(*shape: int, step: float) -> Tensor:
     return (torch.arange(math.prod(shape), dtype=torch.float64) * step).sin().view(shape)
 
 
-@against("authors", "molora_moe", repository="for-ai/parameter-efficient-moe", commit="e2683fe", script="src/molora.py")
+@against("authors", "molora_moe", **CODE)
 def test_numbers_of_the_authors() -> None:
     """What is added, and the gradients; their numbers are of float32."""
     model = nn.Sequential(nn.Linear(5, 4, bias=False)).double().eval()
@@ -74,10 +75,27 @@ def test_the_equation(name: str) -> None:
     torch.testing.assert_close(model(**inputs).logits, expected, rtol=1e-9, atol=1e-9)
 
 
-def test_how_it_starts() -> None:
-    injection = peftcore.apply(nn.Sequential(nn.Linear(300, 200)), "molora_moe", target="0")
-    op: Any = injection.operators["0"]
-    assert op.A.shape == (10, 4, 300) and op.scale == 4.0 and not op.B.any()
-    assert all(0.018 < each.std() < 0.022 for each in (op.A, op.router))
+@against("authors", "molora_moe", **CODE, part="start")
+def test_start_is_the_authors() -> None:
+    injection = peftcore.apply(nn.Sequential(nn.Linear(2000, 4)), "molora_moe", target="0", experts=20, rank=2)
+    for name, told in frozen(NUMBERS, "start").items():
+        same_start(getattr(injection.operators["0"], name), told)
+
+
+@against("authors", "molora_moe", **CODE, part="trains")
+def test_what_trains_is_what_the_authors_train() -> None:
+    op = peftcore.apply(nn.Sequential(nn.Linear(5, 4)), "molora_moe", target="0", experts=3, rank=2).operators["0"]
+    trained = {name: each.numel() for name, each in op.named_parameters() if each.requires_grad}
+    assert trained == frozen(NUMBERS, "trains")
+
+
+@against("authors", "molora_moe", **CODE, part="defaults")
+def test_defaults_are_the_authors() -> None:
+    injection = peftcore.apply(nn.Sequential(nn.Linear(5, 4)), "molora_moe", target="0")
+    same_defaults(injection.config, frozen(NUMBERS, "defaults"))
+
+
+def test_it_does_not_merge() -> None:
+    injection = peftcore.apply(nn.Sequential(nn.Linear(5, 4)), "molora_moe", target="0")
     with pytest.raises(NotMergeable):
         injection.merge()

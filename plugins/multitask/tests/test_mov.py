@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import NotMergeable, UnsupportedSite
-from peftcore.testing import against, conformance, frozen
+from peftcore.testing import against, conformance, frozen, same_defaults, same_start
 from peftcore.testing.hosts import HOSTS
 from peftcore.testing.kit import fill
 
 NUMBERS = Path(__file__).parent / "numbers" / "mov.json"
+CODE: Any = {"repository": "for-ai/parameter-efficient-moe", "commit": "e2683fe", "script": "src/mov.py"}
 HEADS_TOLD = {"unet": {"experts": 3, "head": 4}, "dit": {"experts": 3, "head": 8}}
 
 
@@ -33,7 +34,7 @@ def wave(*shape: int, step: float) -> Tensor:
 
 
 @pytest.mark.parametrize(("place", "heads", "head"), [("feed-forward", 1, 5), ("attention", 2, 3)])
-@against("authors", "mov", repository="for-ai/parameter-efficient-moe", commit="e2683fe", script="src/mov.py")
+@against("authors", "mov", **CODE)
 def test_numbers_of_the_authors(place: str, heads: int, head: int) -> None:
     """The output, then the gradients: behind a layer that does nothing, so that a is what comes in."""
     width = heads * head
@@ -53,6 +54,28 @@ def test_numbers_of_the_authors(place: str, heads: int, head: int) -> None:
     numbers = frozen(NUMBERS)[place]
     for name, found in {"y": y, "gain": op.gain.grad, "router": op.router.grad}.items():
         assert difference(found.flatten(), torch.tensor(numbers[name], dtype=torch.float64)) < 1e-6, name
+
+
+@against("authors", "mov", **CODE, part="start")
+def test_start_is_the_authors() -> None:
+    model = nn.Sequential(nn.Linear(2000, 4))
+    injection = peftcore.apply(model, "mov", target="0", scale_inputs=["0"], experts=20)
+    for name, told in frozen(NUMBERS, "start").items():
+        same_start(getattr(injection.operators["0"], name), told)
+
+
+@against("authors", "mov", **CODE, part="trains")
+def test_what_trains_is_what_the_authors_train() -> None:
+    model = nn.Sequential(nn.Linear(5, 4))
+    op = peftcore.apply(model, "mov", target="0", scale_inputs=["0"], experts=3).operators["0"]
+    trained = {name: each.numel() for name, each in op.named_parameters() if each.requires_grad}
+    assert trained == frozen(NUMBERS, "trains")
+
+
+@against("authors", "mov", **CODE, part="defaults")
+def test_defaults_are_the_authors() -> None:
+    injection = peftcore.apply(nn.Sequential(nn.Linear(5, 4)), "mov", target="0")
+    same_defaults(injection.config, frozen(NUMBERS, "defaults"))
 
 
 def mixed(a: Tensor, gain: Tensor, router: Tensor) -> Tensor:

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import ConfigError, MissingContext, NotMergeable, UnsupportedSite
-from peftcore.testing import HOSTS, against, conformance, frozen
+from peftcore.testing import HOSTS, against, conformance, frozen, same_defaults, same_start
 from peftcore.testing.kit import fill
 from peftcore.testing.tools import without_fast_paths
 
 NUMBERS = Path(__file__).parent / "numbers" / "pal.json"
+CODE: Any = {"repository": "AsaCooperStickland/Bert-n-Pals", "commit": "9b40f4f", "script": "modeling.py"}
 OPTIONS: dict[str, Any] = {"tasks": 3, "width": 6, "heads": 2, "dropout": 0.0, "dtype": "float64"}
 
 
@@ -54,9 +55,7 @@ def in_the_authors_words(model: nn.Module, injection: Any) -> dict[str, Tensor]:
     return named
 
 
-@against(
-    "authors", "pal", repository="AsaCooperStickland/Bert-n-Pals", commit="9b40f4f", script="modeling.py"
-)  # fmt: skip
+@against("authors", "pal", **CODE)
 def test_numbers_of_the_authors() -> None:
     """States and gradients of four rows, two of each task, of which one has padding, in training."""
     transformers = pytest.importorskip("transformers")
@@ -97,6 +96,38 @@ def test_numbers_of_the_authors() -> None:
         for name, value in each.items():
             expected = torch.tensor(value, dtype=torch.float64)
             torch.testing.assert_close(found[task][name].flatten(), expected, rtol=1e-7, atol=1e-9, msg=name)
+
+
+def bert(width: int, layers: int) -> Any:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 11, "hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": 2}
+    return transformers.BertModel(transformers.BertConfig(**sizes, intermediate_size=12), add_pooling_layer=False)
+
+
+@against("authors", "pal", **CODE, part="start")
+def test_start_is_the_authors() -> None:
+    injection: Any = peftcore.apply(bert(204, 1), "pal", width=198)
+    found = {**dict(injection.shared["projections/encoder/layer/n/204"].named_parameters())}
+    (operator,) = injection.operators.values()
+    found |= dict(operator.named_parameters())
+    told = frozen(NUMBERS, "start")
+    assert found.keys() == told.keys()
+    for name, each in found.items():
+        same_start(each, told[name])
+
+
+@against("authors", "pal", **CODE, part="trains")
+def test_what_trains_is_what_the_authors_train() -> None:
+    """Where their script is told to freeze the model they train its norms along, which `train` names here."""
+    told, injection = frozen(NUMBERS, "trains"), peftcore.apply(bert(8, 2), "pal", tasks=2, width=12, train=["norm.*"])
+    norms = {path: each for path, each in injection.operators.items() if "Norm" in path}
+    assert sorted(path if path.endswith("bias") else f"{path}.weight" for path in norms) == told["others"]
+    assert injection.summary().trainable - 8 * len(norms) == told["tasks"]
+
+
+@against("authors", "pal", **CODE, part="defaults")
+def test_defaults_are_the_authors() -> None:
+    same_defaults(peftcore.apply(bert(8, 1), "pal").config, frozen(NUMBERS, "defaults"))
 
 
 BLOCKS = {

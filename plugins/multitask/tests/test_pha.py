@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import ConfigError, MissingContext, UnsupportedSite
-from peftcore.testing import HOSTS, against, conformance, frozen
+from peftcore.testing import HOSTS, against, conformance, frozen, same_defaults, same_start
 from peftcore.testing.kit import fill
 from peftcore_multitask._prototypes import contrast
 
 NUMBERS = Path(__file__).parent / "numbers" / "pha.json"
+CODE: Any = {"repository": "Bumble666/PHA", "commit": "bbb4169", "script": "modeling/adapter_t5.py"}
 SMALL = {"tasks": 3, "bottleneck": 2, "task_width": 4, "hidden": 5, "code": 3}
 TASKS = [2, 0, 2, 1]
 IDS = torch.tensor([[5, 1, 3, 8], [2, 9, 4, 0], [7, 7, 1, 0], [3, 6, 0, 0]])
@@ -52,9 +53,9 @@ def thin(tensor: Tensor) -> list[float]:
     return [*flat[:: len(flat) // 16 | 1].tolist(), flat.norm().item()]
 
 
-def t5() -> Any:
+def t5(**changes: Any) -> Any:
     torch.manual_seed(0)
-    config = transformers.T5Config(**SIZES, decoder_start_token_id=0, tie_word_embeddings=False)
+    config = transformers.T5Config(**{**SIZES, **changes}, decoder_start_token_id=0, tie_word_embeddings=False)
     return transformers.T5ForConditionalGeneration(config).double()
 
 
@@ -81,7 +82,7 @@ def turned(value: Tensor, number: int, count: int, back: bool = False) -> Tensor
     return value.unflatten(0, shape).transpose(0, 1).flatten(0, 1)
 
 
-@against("authors", "pha", repository="Bumble666/PHA", commit="bbb4169", script="modeling/adapter_t5.py")
+@against("authors", "pha", **CODE)
 def test_numbers_of_the_authors() -> None:
     """States, losses and gradients in training."""
     model = t5().train()
@@ -116,6 +117,40 @@ def test_numbers_of_the_authors() -> None:
     for name, value in numbers.items():
         assert max(map(abs, value)) > 1e-4, name
         assert found[name] == pytest.approx(value, rel=1e-8, abs=1e-9), name
+
+
+@against("authors", "pha", **CODE, part="start")
+def test_start_is_the_authors() -> None:
+    told, options = frozen(NUMBERS, "start"), {"tasks": 200, "bottleneck": 256}
+    injection: Any = peftcore.apply(t5(d_model=256, num_layers=1), "pha", **options)
+    shared = injection.shared
+    retriever, network = shared["retriever"], shared["network/256/256"]
+    own = next(each for path, each in injection.operators.items() if path.startswith("encoder.block"))
+    found = {f"own.{name}": each for name, each in own.named_parameters()}
+    found |= {f"retriever.{name}": each for name, each in retriever.named_parameters()}
+    found |= {**dict(network.named_parameters()), "prototypes.weight": shared["prototypes"].value}
+    wide = peftcore.apply(t5(num_layers=1), "pha", tasks=1, task_width=20000, hidden=1)
+    found["place.weight"] = next(
+        each.place for path, each in wide.operators.items() if path.startswith("decoder.block")
+    )
+    for name, value in told.items():
+        same_start(found[name], value)
+
+
+@against("authors", "pha", **CODE, part="trains")
+def test_what_trains_is_what_the_authors_train() -> None:
+    """Matrices of the decoder's adapters that train there, and that nothing reads, are not counted."""
+    injection: Any = peftcore.apply(t5(), "pha", tasks=3, bottleneck=2)
+    trained = {id(each): each.numel() for each in injection.parameters() if each.requires_grad}
+    owners = [each for path, each in injection.operators.items() if path.startswith("encoder.block")]
+    encoder = sum(trained.pop(id(value)) for each in owners for value in each.parameters())
+    assert {"encoder": encoder, "decoder": sum(trained.values())} == frozen(NUMBERS, "trains")
+
+
+@against("authors", "pha", **CODE, part="defaults")
+def test_defaults_are_the_authors() -> None:
+    otherwise = {"tasks": "theirs are those of GLUE; here none is known"}
+    same_defaults(peftcore.apply(t5(), "pha").config, frozen(NUMBERS, "defaults"), otherwise=otherwise)
 
 
 def test_the_losses_row_by_row() -> None:

@@ -17,10 +17,13 @@ from transformers.pytorch_utils import Conv1D
 
 import peftcore
 from peftcore.errors import CalibrationError, ConfigError
-from peftcore.testing import against, conformance, frozen
+from peftcore.testing import against, conformance, frozen, same_defaults
 from peftcore_multitask import gather
 from peftcore_multitask.regmean import grams, take_grams
 
+NUMBERS = Path(__file__).parent / "numbers" / "regmean.json"
+CODE: Any = {"repository": "bloomberg/dataless-model-merging", "commit": "92247ae"}
+CODE["script"] = "src/model_merge/avg_merger.py"
 TARGET = {"target": ["first", "second"]}
 
 
@@ -46,13 +49,7 @@ class Toy(nn.Sequential):
 
 
 @pytest.mark.parametrize("case", CASES)
-@against(
-    "authors",
-    "regmean",
-    repository="bloomberg/dataless-model-merging",
-    commit="92247ae",
-    script="src/model_merge/avg_merger.py",
-)
+@against("authors", "regmean", **CODE)
 def test_numbers_of_the_authors(case: str) -> None:
     """Whole weights and biases of three models, whose matrices of inputs are made of their data as the authors'
     notebook makes them. The third part has the values of LoRAs and bias offsets, which are the same thing."""
@@ -76,7 +73,7 @@ def test_numbers_of_the_authors(case: str) -> None:
     moved = model(wave((2, 4), 0.3)).detach()
     assert not equal(plain, moved)
     merged.merge()
-    numbers = frozen(Path(__file__).parent / "numbers" / "regmean.json")[case]
+    numbers = frozen(NUMBERS)[case]
     assert equal(model(wave((2, 4), 0.3)), moved) and len(numbers) == 4
     for name, expected in numbers.items():
         value = model.get_parameter(name.replace("first", "0").replace("second", "2"))
@@ -91,6 +88,15 @@ def batches(seed: int, count: int = 3) -> list[tuple[Tensor]]:
     generator = torch.Generator().manual_seed(seed)
     turn = torch.randn(6, 6, generator=generator, dtype=torch.float64)
     return [(torch.randn(9, 6, generator=generator, dtype=torch.float64) @ turn,) for _ in range(count)]
+
+
+@against("authors", "regmean", **CODE, part="defaults")
+def test_default_is_the_authors() -> None:
+    """Of their notebook and of one configuration; others of theirs have 0.1."""
+    model = Toy()
+    for name in ("one", "two"):
+        peftcore.apply(model, "linear_probe", name=name, target=["0", "2"])
+    same_defaults(gather(model, "regmean", {"one": 1.0, "two": 1.0}).config, frozen(NUMBERS, "defaults"))
 
 
 def test_it_is_the_regression_on_what_each_part_puts_out() -> None:

@@ -1,8 +1,10 @@
 """The prompts that ATTEMPT's authors mix for two texts of two tasks, with gradients, on tensors of sines: their encoder
-without its blocks; which of its tensors their script trains, and which source their target prompts start as:
+without its blocks; which source their target prompts start as, and what their network does; which tensors their script
+trains, and its options:
 ``python -m peftcore.testing.freeze attempt.py CHECKOUT``."""
 
 import ast
+import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcore.registry.evidence import Source
+from peftcore.testing import drawn
 
 SOURCE = Source("authors", "AkariAsai/ATTEMPT", "b5121e5", "attempt/third_party/models/t5/modeling_t5.py")
 VERSIONS = ("torch",)
@@ -93,17 +96,21 @@ def started(checkout: Path, shared: bool) -> int:
     return int(call.call_args.args[0])
 
 
-def numbers(checkout: Path) -> dict[str, Any]:
-    """Returns the rows of the texts and the gradients of all tensors, flat; and what starts and trains."""
-    sizes = {"d_model": WIDTH, "num_layers": 0, "layer_norm_epsilon": 1e-6, "dropout_rate": 0.0}
+def encoder(checkout: Path, width: int, prompts: Any, sources: Any, table: nn.Module) -> Any:
+    sizes = {"d_model": width, "num_layers": 0, "layer_norm_epsilon": 1e-6, "dropout_rate": 0.0}
     told = {"is_decoder": False, "prefix_tuning": True, "use_cache": False, "use_return_dict": False}
     config = SimpleNamespace(**sizes, **told, output_attentions=False, output_hidden_states=False)
+    return stack(checkout / SOURCE.script)(
+        config, table, MagicMock(prefix_dim=LENGTH), prompts, True, sources, width, "sub", True, temperature=1.5
+    )
+
+
+def numbers(checkout: Path) -> dict[str, Any]:
+    """Returns the rows of the texts and the gradients of all tensors, flat."""
     prompts = nn.Parameter(wave(2, LENGTH, WIDTH, step=0.41))
     sources = nn.Parameter(wave(SOURCES, LENGTH, WIDTH, step=0.53))
     table = nn.Embedding.from_pretrained(wave(10, WIDTH, step=0.29), freeze=False)
-    model = stack(checkout / SOURCE.script)(
-        config, table, MagicMock(prefix_dim=LENGTH), prompts, True, sources, WIDTH, "sub", True, temperature=1.5
-    ).double()
+    model = encoder(checkout, WIDTH, prompts, sources, table).double()
     down, up, norm = model.attn_W_down.weight, model.attn_W_up.weight, model.layer_norm
     with torch.no_grad():
         down.copy_(wave(100, WIDTH, step=0.37))
@@ -115,8 +122,33 @@ def numbers(checkout: Path) -> dict[str, Any]:
     (rows * wave(2, LENGTH, WIDTH, step=0.23)).sum().backward()
     tensors = {"prompts": prompts, "sources": sources, "down": down, "up": up, "weight": norm.weight, "bias": norm.bias}
     found = {"rows": rows, "embeddings": table.weight.grad, **{name: each.grad for name, each in tensors.items()}}
-    around = {
-        "trained": trained(checkout, model, prompts),
-        "started": [started(checkout, shared) for shared in (False, True)],
+    return {name: each.flatten().tolist() for name, each in found.items()}
+
+
+def start(checkout: Path) -> dict[str, Any]:
+    """Returns the number of the source that the prompt of the only task starts as, and those of several tasks; and what
+    the network is drawn from, at a width of 400."""
+    model = encoder(checkout, 400, None, None, nn.Embedding(2, 400))
+    sources = [started(checkout, shared) for shared in (False, True)]
+    return {"source": sources, "down": drawn(model.attn_W_down.weight), "up": drawn(model.attn_W_up.weight)}
+
+
+def trains(checkout: Path) -> list[str]:
+    """Returns the names of their tensors that train."""
+    prompts = nn.Parameter(torch.zeros(LENGTH, WIDTH))
+    sources = nn.Parameter(torch.zeros(SOURCES, LENGTH, WIDTH))
+    return trained(checkout, encoder(checkout, WIDTH, prompts, sources, nn.Embedding(2, WIDTH)), prompts)
+
+
+def defaults(checkout: Path) -> dict[str, Any]:
+    """Returns the options of their configuration for one task, and those that their code writes out."""
+    told = json.loads((checkout / "attempt/configs/attempt/sinlge_task.json").read_text())
+    model = encoder(checkout, WIDTH, None, None, nn.Embedding(2, WIDTH))
+    return {
+        "tasks": len(told["task_name"]),
+        "parts": [{"method": "prompt_tuning", "length": told["prefix_dim"]}] * told["prefix_num"],
+        "temperature": told["temperature"],
+        "hidden": model.attn_W_down.out_features,
+        "train_parts": any("mul_prefix_emb" in name for name in trains(checkout)),
+        "train_norm": any("layer_norm" in name for name in trains(checkout)),
     }
-    return {name: each.flatten().tolist() for name, each in found.items()} | around

@@ -1,12 +1,16 @@
-"""What the authors' BERT with projected attention layers computes for two tasks, in float64, all tensors sines:
-``python -m peftcore.testing.freeze pal.py CHECKOUT``."""
+"""What the authors' BERT with projected attention layers computes for two tasks, in float64, all tensors sines;
+what they start from, what trains of it, and its options: ``python -m peftcore.testing.freeze pal.py CHECKOUT``."""
 
+import ast
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from peftcore.registry.evidence import Source
+from peftcore.testing import drawn
 from peftcore.testing.checkouts import load
 
 SOURCE = Source("authors", "AsaCooperStickland/Bert-n-Pals", "9b40f4f", "modeling.py")
@@ -46,3 +50,50 @@ def numbers(checkout: Path) -> dict[str, dict[str, list[float]]]:
 def rounded(tensor: Tensor | None) -> list[float]:
     assert tensor is not None
     return [round(each, 10) for each in tensor.flatten().tolist()]
+
+
+def start(checkout: Path) -> dict[str, Any]:
+    """Returns what the tensors of a task are drawn from, between 204 features and 198."""
+    module = load(checkout / SOURCE.script, absent=["six"])
+    sizes = {**SIZES, "hidden_size": 204, "num_hidden_layers": 1, "hidden_size_aug": 198}
+    model = module.BertForMultiTask(module.BertConfig(**sizes, pals=True, mult=True, num_tasks=1), [2])
+    (own,) = model.bert.encoder.layer[0].multi_layers
+    parts = (own.attn.query, own.attn.key, own.attn.value)
+    found = {"down": own.aug_dense.weight, "down_bias": own.aug_dense.bias}
+    found |= {"up": own.aug_dense2.weight, "up_bias": own.aug_dense2.bias}
+    found |= {"qkv": torch.cat([each.weight for each in parts]), "qkv_bias": torch.cat([each.bias for each in parts])}
+    return {name: drawn(each) for name, each in found.items()}
+
+
+def trains(checkout: Path) -> dict[str, Any]:
+    """Returns how many numbers of two tasks train, and which other tensors of the encoder, by their names in
+    transformers, where their script is told to freeze."""
+    module = load(checkout / SOURCE.script, absent=["six"])
+    model = module.BertForMultiTask(
+        module.BertConfig(**SIZES, pals=True, mult=True, num_tasks=2, hidden_size_aug=12), [2, 2]
+    )
+    script = ast.parse((checkout / "run_multi_task.py").read_text())
+    (freeze,) = (
+        each for each in ast.walk(script) if isinstance(each, ast.If) and ast.unparse(each.test) == "args.freeze"
+    )
+    exec(compile(ast.Module([freeze], []), "freeze", "exec"), {"args": SimpleNamespace(freeze=True), "model": model})
+    trained = {name: each.numel() for name, each in model.bert.named_parameters() if each.requires_grad}
+    others = [name for name in trained if "aug" not in name and "mult" not in name]
+    return {
+        "tasks": sum(trained[name] for name in trained.keys() - {*others}),
+        "others": sorted(name.replace("gamma", "weight").replace("beta", "bias") for name in others),
+    }
+
+
+def defaults(checkout: Path) -> dict[str, Any]:
+    """Returns the options of their configuration, and the heads that their code writes out."""
+    module = load(checkout / SOURCE.script, absent=["six"])
+    config = module.BertConfig.from_json_file(checkout / "configs/pals_config.json")
+    return {
+        "tasks": config.num_tasks,
+        "width": config.hidden_size_aug,
+        "heads": module.BERTPals(config).attn.num_attention_heads,
+        "dropout": config.attention_probs_dropout_prob,
+        "init_std": config.initializer_range,
+        "up_std": config.initializer_range,
+    }

@@ -1,13 +1,16 @@
-"""What the layer of Polytropon's authors gives for rows of two tasks, on tensors of sines:
-``python -m peftcore.testing.freeze polytropon.py CHECKOUT``."""
+"""What the layer of Polytropon's authors gives for rows of two tasks, on tensors of sines; what it starts from and
+trains, and its options: ``python -m peftcore.testing.freeze polytropon.py CHECKOUT``."""
 
+import inspect
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from peftcore.registry.evidence import Source
+from peftcore.testing import drawn
 from peftcore.testing.checkouts import load
 
 SOURCE = Source("authors", "McGill-NLP/polytropon", "d567ea8", "src/polytropon/adapters.py")
@@ -36,3 +39,24 @@ def numbers(checkout: Path) -> dict[str, dict[str, list[float]]]:
         parts = {"y": y, "A": A, "B": B, "logits": layer.skill_logits.grad}
         found[mode] = {name: tensor.flatten().tolist() for name, tensor in parts.items()}
     return found
+
+
+def start(checkout: Path) -> dict[str, Any]:
+    """Returns what the factors of 10 skills of rank 2 for 2000 inputs are drawn from, and logits of 4000 tasks."""
+    module = load(checkout / SOURCE.script, root=checkout / "src")
+    layer = module.SkilledLoRALinear(4000, 10, None, torch.zeros(4, 2000), None, r=2)
+    return {"A": drawn(layer.skills_weight_A), "B": drawn(layer.skills_weight_B), "logits": drawn(layer.skill_logits)}
+
+
+def trains(checkout: Path) -> dict[str, int]:
+    """Returns how many numbers train of a layer ``[4, 5]`` in a model, for 4 tasks and 3 skills, by our names."""
+    module = load(checkout / "src/polytropon/polytropon.py", root=checkout / "src", absent=["scipy"])
+    model = module.SkilledMixin(nn.ModuleDict({"q": nn.Linear(5, 4)}), n_tasks=4, n_skills=3).model
+    names = {"skills_weight_A": "A", "skills_weight_B": "B", "skill_logits": "logits"}
+    return {names[name.split(".")[1]]: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def defaults(checkout: Path) -> dict[str, Any]:
+    """Returns the rank of their layer, the only number that it has by default."""
+    module = load(checkout / SOURCE.script, root=checkout / "src")
+    return {"rank": inspect.signature(module.SkilledLoRALinear).parameters["r"].default}

@@ -1,5 +1,5 @@
-"""What RegMean's authors make of three models of two linear layers and their data, all of sines:
-``python -m peftcore.testing.freeze regmean.py CHECKOUT``."""
+"""What RegMean's authors make of three models of two linear layers and their data, all of sines, and their
+option: ``python -m peftcore.testing.freeze regmean.py CHECKOUT``."""
 
 import json
 import math
@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor, nn
 
 from peftcore.registry.evidence import Source
@@ -81,3 +82,9 @@ def numbers(checkout: Path) -> dict[str, dict[str, list[float]]]:
         merger.merge_to_global(model_coeffs=weights, all_grams=every)
         found[case] = {name: value.flatten().tolist() for name, value in merged.named_parameters()}
     return found
+
+
+def defaults(checkout: Path) -> dict[str, Any]:
+    """Returns the option of their configuration for named entities in DeBERTa: the value of their notebook, too."""
+    file = checkout / "src/configs/exps/deberta/ner/ood/deberta-ner-regmean.yaml"
+    return {"off_diagonal": yaml.safe_load(file.read_text())["merger"]["regmean_reduce_nondiag"]}
