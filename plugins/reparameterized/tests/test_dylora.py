@@ -16,10 +16,11 @@ from one_layer import One
 from peft_pairs import difference
 from torch import nn
 from torch.func import functional_call
+from transformers import RobertaConfig, RobertaForSequenceClassification
 
 import peftcore
 from peftcore.errors import ConfigError
-from peftcore.testing import HOSTS, against, conformance
+from peftcore.testing import HOSTS, against, conformance, same_defaults, same_start
 from peftcore.testing import frozen as kept
 from peftcore_reparameterized.dylora import make_lora
 
@@ -27,6 +28,11 @@ EXACT = 1e-12
 NUMBERS = Path(__file__).parent / "numbers" / "dylora.json"
 SCRIPT = run_path(str(NUMBERS.with_suffix(".py")))
 RANK = SCRIPT["RANK"]
+CODE: Any = {
+    "repository": "huawei-noah/Efficient-NLP",
+    "commit": "bb44348",
+    "script": "DyLoRA/loralib/layers.py",
+}
 
 
 OPTIONS = {
@@ -45,9 +51,7 @@ def test_conformance(check: Callable[[], None]) -> None:
 
 @pytest.mark.parametrize("rank", range(1, RANK + 1))
 @pytest.mark.parametrize("mode", ["frozen", "whole", "evaluated"])
-@against(
-    "authors", "dylora", repository="huawei-noah/Efficient-NLP", commit="bb44348", script="DyLoRA/loralib/layers.py"
-)
+@against("authors", "dylora", **CODE)
 def test_outputs_and_gradients_are_those_of_the_authors_code(mode: str, rank: int) -> None:
     expected, given = kept(NUMBERS)[f"{mode} {rank}"], SCRIPT["tensors"]()
     host = One(nn.Linear(SCRIPT["INPUTS"], SCRIPT["OUTPUTS"])).double().requires_grad_(False)
@@ -66,6 +70,35 @@ def test_outputs_and_gradients_are_those_of_the_authors_code(mode: str, rank: in
     assert difference(output, before) > 0.01
     for name, value in expected.items():
         assert difference(found[name].detach(), torch.tensor(value, dtype=torch.float64)) <= EXACT, name
+
+
+@against("authors", "dylora", **CODE, part="start")
+def test_start_is_the_authors() -> None:
+    told, injection = kept(NUMBERS, "start"), peftcore.apply(One(nn.Linear(5000, 20)), "dylora", target="layer")
+    (operator,) = injection.operators.values()
+    same_start(operator.A, told["A"])
+    same_start(operator.B, told["B"])
+
+
+@against("authors", "dylora", **CODE, part="trains")
+def test_what_trains_is_what_the_authors_train() -> None:
+    """Of RoBERTa by default; and the head, which `train` names here."""
+    model = RobertaForSequenceClassification(RobertaConfig(vocab_size=9, **SCRIPT["SIZES"]))
+    head = {name: p.numel() for name, p in model.named_parameters() if "classifier" in name}
+    injection, told = peftcore.apply(model, "dylora", rank=2, train=["classifier"]), kept(NUMBERS, "trains")
+    factors = {
+        f"{path}.lora_{name}": value.numel()
+        for path, operator in injection.operators.items()
+        if not path.startswith("classifier")
+        for name, value in operator.named_parameters()
+    }
+    assert {**factors, **head} == told
+    assert sum(told.values()) == sum(each.numel() for each in injection.parameters())
+
+
+@against("authors", "dylora", **CODE, part="defaults")
+def test_defaults_are_the_authors() -> None:
+    same_defaults(peftcore.apply(One(nn.Linear(9, 9)), "dylora", target="layer").config, kept(NUMBERS, "defaults"))
 
 
 LYCORIS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {

@@ -10,14 +10,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import peftcore
 from peftcore.errors import UnsupportedSite
-from peftcore.testing import against, conformance, frozen
+from peftcore.testing import against, conformance, frozen, same_defaults
 from peftcore.testing.hosts import HOSTS
 from peftcore_reparameterized.galore import Config, Projection
 
 NUMBERS = Path(__file__).parent / "numbers" / "galore.json"
+CODE: Any = {"repository": "jiaweizzhao/GaLore", "commit": "33f2c4f", "script": "galore_torch/adamw.py"}
 SHAPES = ((20, 12), (9, 20), (9, 9))
 RANK, GAP, SCALE, LR, DECAY, BETAS, EPS = 4, 3, 0.25, 0.01, 0.1, (0.9, 0.999), 1e-8
 SIDES = ("std", "reverse_std", "right", "left", "full")
@@ -105,7 +107,7 @@ def wave(shape: tuple[int, ...], seed: int) -> Tensor:
 
 
 @pytest.mark.parametrize("side", [each for each in SIDES if each != "full"])
-@against("authors", "galore", repository="jiaweizzhao/GaLore", commit="33f2c4f", script="galore_torch/adamw.py")
+@against("authors", "galore", **CODE)
 def test_numbers_of_the_authors_package(side: str) -> None:
     _, injection, values = adapted(dtype="float32", side=side)
     optimizer = injection.optimizer(torch.optim.AdamW, lr=0.05, eps=1e-12, weight_decay=0.1)
@@ -262,10 +264,29 @@ def test_experts_train_by_default() -> None:
     assert (value - before).flatten(1).abs().amax(1).gt(0).sum() >= 2
 
 
-def test_defaults_are_those_of_the_authors() -> None:
-    """`'rank': 128, 'update_proj_gap': 200, 'scale': 0.25, 'proj_type': 'std'` in the README of jiaweizzhao/GaLore at
-    2cc66f8, 0.25 also in its scripts for Llama: a step of SGD is a quarter of the gradient, in its 128 leading
-    directions on the shorter side, which stay for 200 steps."""
+@against("authors", "galore", **CODE, part="trains")
+def test_what_trains_is_what_the_authors_train() -> None:
+    """The matrices of the blocks are projected; all else trains as usual, and is named by `train` here."""
+    sizes: Any = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 12}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=9, **sizes))
+    told, rest = frozen(NUMBERS, "trains"), ["model.embed_tokens", "lm_head", "*norm"]
+    injection = peftcore.apply(model, "galore", train=rest)
+    projected = {f"{graft.site.module_path}.{graft.site.tensor}" for graft in injection.grafts if graft.by_method}
+    every = {f"{site.module_path}.{site.tensor}" for site in injection.sites}
+    assert projected == set(told["projected"])
+    assert every - projected == set(told["regular"])
+
+
+@against("authors", "galore", **CODE, part="defaults")
+def test_defaults_are_the_authors() -> None:
+    same_defaults(
+        peftcore.apply(nn.Sequential(nn.Linear(4, 4)), "galore", target="0").config, frozen(NUMBERS, "defaults")
+    )
+
+
+def test_what_the_defaults_do() -> None:
+    """A step of SGD is a quarter of the gradient, in its 128 leading directions on the shorter side, which stay for 200
+    steps."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(150, 140, bias=False))
     injection = peftcore.apply(model, "galore", target="0")

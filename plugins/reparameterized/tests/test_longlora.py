@@ -17,10 +17,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import peftcore
 from peftcore.errors import SequenceError
-from peftcore.testing import against, conformance, frozen
+from peftcore.testing import against, conformance, frozen, same_defaults, same_start
 from peftcore.testing.kit import fill
+from peftcore_reparameterized.lora import LoRAOperator
 
 NUMBERS = Path(__file__).parent / "numbers" / "longlora.json"
+CODE: Any = {"repository": "dvlab-research/LongLoRA", "commit": "d4eb344", "script": "llama_attn_replace.py"}
 SIZES: dict[str, Any] = {"hidden_size": 8, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 2}
 IDS = torch.randint(3, WORDS, (2, 11), generator=torch.Generator().manual_seed(0))
 PADDING = torch.tensor([[1] * 11, [1] * 8 + [0] * 3])
@@ -44,7 +46,7 @@ def wave(shape: Sequence[int], key: str) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", ["flash", "noflash"])
-@against("authors", "longlora", repository="dvlab-research/LongLoRA", commit="d4eb344", script="llama_attn_replace.py")
+@against("authors", "longlora", **CODE)
 def test_the_authors_attention_with_the_same_numbers(kind: str) -> None:
     """Where tokens are rolled around, the first half group sees the last one; all others see the same."""
     config = transformers.LlamaConfig(**SIZES, vocab_size=8, intermediate_size=8, num_hidden_layers=1)
@@ -65,6 +67,34 @@ def test_the_authors_attention_with_the_same_numbers(kind: str) -> None:
         torch.testing.assert_close(slope, expected["slope"], rtol=1e-10, atol=1e-10)
     else:
         assert not torch.allclose(output[:, :first], expected["output"][:, :first], atol=1e-3)
+
+
+def tiny(width: int) -> nn.Module:
+    sizes: Any = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8, "vocab_size": 9}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(hidden_size=width, **sizes))
+
+
+@against("authors", "longlora", **CODE, part="start")
+def test_start_is_the_authors() -> None:
+    operators = peftcore.apply(tiny(1600), "longlora").operators.values()
+    factors = [each for each in operators if isinstance(each, LoRAOperator)]
+    assert len(factors) == 4
+    for key, told in frozen(NUMBERS, "start").items():
+        same_start(torch.cat([each.get_parameter(key).flatten() for each in factors]), told)
+
+
+@against("authors", "longlora", **CODE, part="trains")
+def test_what_trains_is_what_the_authors_train() -> None:
+    ours = {}
+    for path, operator in peftcore.apply(tiny(8), "longlora").operators.items():
+        for name, value in operator.named_parameters():
+            ours[f"{path}.weight" if name == "value" else f"{path}.lora_{name}.default.weight"] = value.numel()
+    assert ours == frozen(NUMBERS, "trains")
+
+
+@against("authors", "longlora", **CODE, part="defaults")
+def test_defaults_are_the_authors() -> None:
+    same_defaults(peftcore.apply(tiny(8), "longlora").config, frozen(NUMBERS, "defaults"))
 
 
 def host(name: str) -> nn.Module:

@@ -18,9 +18,10 @@ from two_layers import Loss, Two
 
 import peftcore
 from peftcore.errors import CalibrationError
-from peftcore.testing import against, conformance, frozen
+from peftcore.testing import against, conformance, frozen, same_defaults, same_start
 
 pytestmark = pytest.mark.filterwarnings("ignore:::peft")
+CODE: Any = {"repository": "YuanheZ/LoRA-One", "commit": "01bba05", "script": "run_exp.py"}
 NUMBERS = Path(__file__).parent / "numbers" / "lora_one.json"
 SEEN = "gradients of a host in half precision are rounded, so the factors are others"
 DROPS = (
@@ -41,9 +42,8 @@ def test_conformance(check: Callable[[], None]) -> None:
     check()
 
 
-@against("authors", "lora_one", repository="YuanheZ/LoRA-One", commit="01bba05", script="run_exp.py")
-def test_beside_the_authors_code() -> None:
-    """Factors up to signs, what they add and what comes out, from the same batches."""
+def as_the_authors() -> tuple[Any, Tensor, Tensor, peftcore.Injection]:
+    """Returns their model with the adapter, a batch, what came out of it before, and the injection."""
     numbers = {name: torch.tensor(value).double() for name, value in frozen(NUMBERS).items()}
     model = Loss(nn.Linear(5, 4)).double()
     with torch.no_grad():
@@ -53,12 +53,38 @@ def test_beside_the_authors_code() -> None:
     data = [{"x": x[i : i + 2], "y": y[i : i + 2]} for i in (0, 2, 4)]
     base = model(x)
     injection = peftcore.apply(model, "lora_one", target="layer", rank=2, alpha=3.0, dtype="float64", data=data)
-    operator: Any = injection.operators["layer"]
-    assert difference(operator.A.abs(), numbers["A"].abs()) <= 1e-5
-    assert difference(operator.B.abs(), numbers["B"].abs()) <= 1e-5
-    assert difference(operator.B @ operator.A, numbers["B"] @ numbers["A"]) <= 1e-5
-    assert difference(model(x), numbers["output"]) <= 1e-5
+    return model, x, base, injection
+
+
+@against("authors", "lora_one", **CODE)
+def test_beside_the_authors_code() -> None:
+    """What comes out, from the same batches."""
+    model, x, base, _ = as_the_authors()
+    assert difference(model(x), torch.tensor(frozen(NUMBERS)["output"]).double()) <= 1e-5
     assert difference(model(x), base) >= 1e-3
+
+
+@against("authors", "lora_one", **CODE, part="start")
+def test_start_is_the_authors() -> None:
+    """Factors up to signs of both, and what they add."""
+    told = {name: torch.tensor(value) for name, value in frozen(NUMBERS, "start").items()}
+    (operator,) = as_the_authors()[3].operators.values()
+    same_start(operator.A.abs(), told["A"].abs().tolist())
+    same_start(operator.B.abs(), told["B"].abs().tolist())
+    same_start(operator.B @ operator.A, (told["B"] @ told["A"]).tolist())
+
+
+@against("authors", "lora_one", **CODE, part="trains")
+def test_what_trains_is_what_the_authors_train() -> None:
+    (operator,) = as_the_authors()[3].operators.values()
+    trained = {f"layer.lora_{name}.default.weight": value.numel() for name, value in operator.named_parameters()}
+    assert trained == frozen(NUMBERS, "trains")
+
+
+@against("authors", "lora_one", **CODE, part="defaults")
+def test_defaults_are_the_authors() -> None:
+    host, data, _ = batches("linear")
+    same_defaults(peftcore.apply(host, "lora_one", target="layer", data=data).config, frozen(NUMBERS, "defaults"))
 
 
 def batches(kind: str) -> tuple[One, list[Callable[[nn.Module], Tensor]], Tensor]:
