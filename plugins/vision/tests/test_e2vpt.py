@@ -24,7 +24,7 @@ from vpt_equations import (
 
 import peftcore
 from peftcore.errors import CalibrationError, ConfigError, UnsupportedSite
-from peftcore.testing import against, conformance, frozen, same_start
+from peftcore.testing import against, conformance, frozen, same_defaults, same_start
 from peftcore_vision.e2vpt import KeyValueOperator, importance, prune
 
 NUMBERS = Path(__file__).parent / "numbers" / "e2vpt.json"
@@ -94,6 +94,13 @@ def test_start(shared: bool) -> None:
     assert found.keys() == told.keys() == ({"prompt", "key"} if shared else {"prompt", "key", "value"})
     for name, each in found.items():
         same_start(each, told[name])
+
+
+@against("authors", "e2vpt", **CODE, part="defaults")
+def test_defaults_are_the_authors() -> None:
+    sizes = {**TIMM, "embed_dim": 32}  # which 16 segments divide
+    config = peftcore.apply(timm.models.VisionTransformer(**sizes), "e2vpt").config
+    same_defaults(config, frozen(NUMBERS, "defaults"))
 
 
 def test_what_was_pruned_is_kept_in_files(tmp_path: Path) -> None:

@@ -2,8 +2,9 @@
 their trainer prunes by them, on tensors of cosines, and how their prompts start:
 ``python -m peftcore.testing.freeze e2vpt.py CHECKOUT``."""
 
+import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -105,3 +106,14 @@ def start(checkout: Path) -> dict[str, Any]:
         }
         found[str(shared)] = {part: drawn(own[name]) for part, name in names.items()}
     return found
+
+
+def defaults(checkout: Path) -> dict[str, Any]:
+    """Returns the options that their configuration has before a command changes them."""
+    node = ModuleType("src.configs.config_node")
+    vars(node)["CfgNode"] = SimpleNamespace
+    sys.modules[node.__name__] = node
+    told = load(checkout / "src/configs/config.py", root=checkout)._C.MODEL.P_VK
+    found = {"length": told.NUM_TOKENS_P, "dropout": told.DROPOUT_P, "kv_length": told.NUM_TOKENS}
+    found |= {"kv_dropout": told.DROPOUT, "share_kv": told.SHARE_PARAM_KV, "segments": told.CLS_TOKEN_P_PIECES_NUM}
+    return found | {"projection": None if told.PROJECT == -1 else told.PROJECT}
