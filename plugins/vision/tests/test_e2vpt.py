@@ -24,11 +24,11 @@ from vpt_equations import (
 
 import peftcore
 from peftcore.errors import CalibrationError, ConfigError, UnsupportedSite
-from peftcore.testing import against, conformance, frozen
+from peftcore.testing import against, conformance, frozen, same_defaults, same_start
 from peftcore_vision.e2vpt import KeyValueOperator, importance, prune
 
 NUMBERS = Path(__file__).parent / "numbers" / "e2vpt.json"
-CODE = {"repository": "ChengHan111/E2VPT", "commit": "7a66e75", "script": "src/models/vit_prompt/vit_prompt_VK.py"}
+CODE: Any = {"repository": "ChengHan111/E2VPT", "commit": "7a66e75", "script": "src/models/vit_prompt/vit_prompt_VK.py"}
 TINY: dict[str, Any] = {"length": 3, "kv_length": 2, "segments": 4}
 
 
@@ -83,18 +83,24 @@ def test_pruning_as_the_authors_do_it() -> None:
 
 
 @pytest.mark.parametrize("shared", [True, False])
-@against("authors", "e2vpt", **CODE)
-def test_start_of_the_authors_class(shared: bool) -> None:
-    """The deviation and the largest entry of 300 keys, values and tokens of the last block."""
-    options = {"length": 300, "kv_length": 300, "segments": 4, "share_kv": shared, "dtype": "float64"}
+@against("authors", "e2vpt", **CODE, part="start")
+def test_start(shared: bool) -> None:
+    """3,000 keys, values and tokens of the last block."""
+    options = {"length": 3000, "kv_length": 3000, "segments": 4, "share_kv": shared}
     injection = peftcore.apply(timm.models.VisionTransformer(**TIMM), "e2vpt", **options)
     own = (injection.operators["blocks.2"], injection.operators["blocks.2.attn:attention"])
     found = {name: tensor for operator in own for name, tensor in operator.named_parameters()}
-    expected = frozen(NUMBERS)["start"][str(shared)]
-    assert found.keys() == expected.keys() == ({"prompt", "key"} if shared else {"prompt", "key", "value"})
-    for name, spread in expected.items():
-        ours = found[name].detach()
-        assert [ours.std(correction=0).item(), ours.abs().max().item()] == pytest.approx(spread, rel=0.05), name
+    told = frozen(NUMBERS, "start")[str(shared)]
+    assert found.keys() == told.keys() == ({"prompt", "key"} if shared else {"prompt", "key", "value"})
+    for name, each in found.items():
+        same_start(each, told[name])
+
+
+@against("authors", "e2vpt", **CODE, part="defaults")
+def test_defaults_are_the_authors() -> None:
+    sizes = {**TIMM, "embed_dim": 32}  # which 16 segments divide
+    config = peftcore.apply(timm.models.VisionTransformer(**sizes), "e2vpt").config
+    same_defaults(config, frozen(NUMBERS, "defaults"))
 
 
 def test_what_was_pruned_is_kept_in_files(tmp_path: Path) -> None:

@@ -2,8 +2,9 @@
 their trainer prunes by them, on tensors of cosines, and how their prompts start:
 ``python -m peftcore.testing.freeze e2vpt.py CHECKOUT``."""
 
+import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from vpt import ABSENT, SIZES, named, wave
 
 from peftcore.registry.evidence import Source
+from peftcore.testing import drawn
 from peftcore.testing.checkouts import load
 
 SOURCE = Source("authors", "ChengHan111/E2VPT", "7a66e75", "src/models/vit_prompt/vit_prompt_VK.py")
@@ -32,25 +34,6 @@ def built(module: Any, shared: bool, projection: int | None, **options: int) -> 
     prompt = SimpleNamespace(**told, SHARE_PARAM_KV=shared, PROJECT=-1 if projection is None else projection)
     prompt.MASK_CLS_TOKEN = projection is None  # their masks have the width of what is projected
     return module.PromptedVisionTransformer_Prompt_VK(prompt, "tiny", img_size=8, num_classes=3).double().eval()
-
-
-def start(module: Any, shared: bool) -> dict[str, list[float]]:
-    """Returns the deviation and the largest size of what 300 keys and 300 tokens start as in the last block."""
-    torch.manual_seed(0)
-    model = built(module, shared, None, NUM_TOKENS=300, NUM_TOKENS_P=300)
-    own = dict(model.named_parameters())
-    names = {"prompt": "transformer.deep_prompt_embeddings"}
-    names |= {
-        {"": "key", "_K": "key", "_V": "value"}[name.rpartition("embeddings")[2]]: name
-        for name in own
-        if "QKV" in name and ".2." in name
-    }
-    return {part: spread(own[name]) for part, name in names.items()}
-
-
-def spread(tensor: Tensor) -> list[float]:
-    """The deviation and the largest size of the entries."""
-    return [tensor.detach().std(correction=0).item(), tensor.detach().abs().max().item()]
 
 
 def filled(module: Any, shared: bool, projection: int | None) -> Any:
@@ -91,16 +74,46 @@ def pruned(trainer: Any, model: Any) -> dict[str, Any]:
     return {"tokens": tokens.tolist(), "segments": pieces.tolist(), "logits": logits.tolist()}
 
 
-def numbers(checkout: Path) -> dict[str, Any]:
-    """Returns logits ``[2, 3]`` by whether keys are values and by the width of prompts, those after pruning, and how
-    prompts start by whether keys are values."""
+def theirs(checkout: Path) -> Any:
+    """Returns the module of the authors' model, which knows the sizes of the tiny one."""
     module = load(checkout / SOURCE.script, root=checkout, absent=(*ABSENT, *GRAPHICS, *TRAINING))
-    trainer = load(checkout / "src/engine/trainer.py", root=checkout).Trainer
     module.CONFIGS["tiny"] = SimpleNamespace(patches={"size": (4, 4)}, hidden_size=16, transformer=SIZES, classifier="")
+    return module
+
+
+def numbers(checkout: Path) -> dict[str, Any]:
+    """Returns logits ``[2, 3]`` by whether keys are values and by the width of prompts, and those after pruning."""
+    module = theirs(checkout)
+    trainer = load(checkout / "src/engine/trainer.py", root=checkout).Trainer
     images, found = wave((2, 3, 8, 8), "images"), {}
     for shared in (True, False):
         for projection in (None, 6):
             model = filled(module, shared, projection)
             found[f"{shared} {projection}"] = model(images).tolist()
-    starts = {str(shared): start(module, shared) for shared in (True, False)}
-    return {"logits": found, "pruned": pruned(trainer, filled(module, True, None)), "start": starts}
+    return {"logits": found, "pruned": pruned(trainer, filled(module, True, None))}
+
+
+def start(checkout: Path) -> dict[str, Any]:
+    """Returns what 3,000 keys, values and tokens of the last block start from, by whether keys are values."""
+    module, found = theirs(checkout), {}
+    for shared in (True, False):
+        own = dict(built(module, shared, None, NUM_TOKENS=3000, NUM_TOKENS_P=3000).named_parameters())
+        names = {"prompt": "transformer.deep_prompt_embeddings"}
+        names |= {
+            {"": "key", "_K": "key", "_V": "value"}[name.rpartition("embeddings")[2]]: name
+            for name in own
+            if "QKV" in name and ".2." in name
+        }
+        found[str(shared)] = {part: drawn(own[name]) for part, name in names.items()}
+    return found
+
+
+def defaults(checkout: Path) -> dict[str, Any]:
+    """Returns the options that their configuration has before a command changes them."""
+    node = ModuleType("src.configs.config_node")
+    vars(node)["CfgNode"] = SimpleNamespace
+    sys.modules[node.__name__] = node
+    told = load(checkout / "src/configs/config.py", root=checkout)._C.MODEL.P_VK
+    found = {"length": told.NUM_TOKENS_P, "dropout": told.DROPOUT_P, "kv_length": told.NUM_TOKENS}
+    found |= {"kv_dropout": told.DROPOUT, "share_kv": told.SHARE_PARAM_KV, "segments": told.CLS_TOKEN_P_PIECES_NUM}
+    return found | {"projection": None if told.PROJECT == -1 else told.PROJECT}
