@@ -161,7 +161,7 @@ class PromptPositions:
             )
         if told is None and prompt is not None and prompt.mask is not None:
             told = (prompt.mask != 0).sum(-1)
-        step = told is None and held and new == 1 and (prompt is None or held >= prompt.end)
+        step = told is None and held > 0 and new == 1 and (prompt is None or held >= prompt.end)
         if step and prompt is not None:
             return None
         if told is None and held and not step and self.last:
