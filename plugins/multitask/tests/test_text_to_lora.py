@@ -15,10 +15,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import peftcore
 from peftcore.errors import ConfigError, MissingContext, RouteError, UnsupportedSite
-from peftcore.testing import HOSTS, against, conformance, frozen
+from peftcore.testing import HOSTS, against, conformance, frozen, same_defaults, same_start
 from peftcore.testing.kit import fill
 from peftcore_multitask.text_to_lora import make_lora
 
+NUMBERS = Path(__file__).parent / "numbers" / "text_to_lora.json"
+CODE: Any = {"repository": "SakanaAI/text-to-lora", "commit": "8ba7749"}
+CODE["script"] = "src/hyper_llm_modulator/hyper_modulator.py"
 SMALL: dict[str, Any] = {"vector_width": 5, "rank": 2, "alpha": 4.0, "latent": 12, "head_width": 6}
 KIT = {**SMALL, "vector_width": 16, "latent": 16, "head_width": 16}
 
@@ -32,16 +35,16 @@ def test_conformance(check: Callable[[], None]) -> None:
     check()
 
 
-def llama() -> LlamaForCausalLM:
-    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2, "vocab_size": 16}
+def llama(layers: int = 2) -> LlamaForCausalLM:
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": layers, "vocab_size": 16}
     torch.manual_seed(0)
     return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=1)).double().eval()
 
 
-def parameters(injection: Any) -> list[list[nn.Parameter]]:
+def parameters(injection: Any, depth: int = 2) -> list[list[nn.Parameter]]:
     """In the order of the authors' numbers; embeddings are rows of one of theirs."""
     network = injection.shared["network"]
-    layers = [injection.shared[f"layer/model/layers/n/{layer}"] for layer in range(2)]
+    layers = [injection.shared[f"layer/model/layers/n/{layer}"] for layer in range(depth)]
     names = (f"kind/model/layers/n/self_attn/{each}" for each in ("q_proj/8x8", "v_proj/8x4"))
     kinds = [injection.shared[name] for name in names]
     single = [*network.reader.parameters(), *network.reader_norm.parameters()]
@@ -53,13 +56,7 @@ def parameters(injection: Any) -> list[list[nn.Parameter]]:
     return [*([each] for each in single), *tables, *([each] for each in rest)]
 
 
-@against(
-    "authors",
-    "text_to_lora",
-    repository="SakanaAI/text-to-lora",
-    commit="8ba7749",
-    script="src/hyper_llm_modulator/hyper_modulator.py",
-)
+@against("authors", "text_to_lora", **CODE)
 def test_numbers_of_the_authors() -> None:
     """Both factors of each site for two vectors, what a layer adds for a row of each, and gradients (of large tensors
     every n-th value)."""
@@ -86,11 +83,38 @@ def test_numbers_of_the_authors() -> None:
     total.backward()
     gradients = [torch.cat([each.grad.flatten() for each in row]) for row in rows]
     found |= {str(index): each[:: 1 + len(each) // 100] for index, each in enumerate(gradients)}
-    numbers = frozen(Path(__file__).parent / "numbers" / "text_to_lora.json")
+    numbers = frozen(NUMBERS)
     assert {*numbers} == {*found}
     for name, value in numbers.items():
         expected = torch.tensor(value, dtype=torch.float64)
         assert expected.any() and difference(found[name].flatten(), expected) < 1e-6, name
+
+
+@against("authors", "text_to_lora", **CODE, part="start")
+def test_start_is_the_authors() -> None:
+    """Also the biases of the heads, which are a LoRA's start: A, then B."""
+    told, options = frozen(NUMBERS, "start"), {**SMALL, "rank": 600, "vector_width": 200, "latent": 200}
+    injection = peftcore.apply(llama(300), "text_to_lora", **options)
+    *rows, head_q, bias_q, head_v, bias_v = (
+        torch.cat([*map(torch.flatten, row)]) for row in parameters(injection, 300)
+    )
+    found = {str(index): row for index, row in enumerate(rows)}
+    for name, head, bias in (("q_proj", head_q, bias_q), ("v_proj", head_v, bias_v)):
+        found |= {f"{name}/head": head, f"{name}/A": bias[: 600 * 8], f"{name}/B": bias[600 * 8 :]}
+    assert len(told) > 20
+    for name, value in told.items():
+        same_start(found[name], value)
+
+
+@against("authors", "text_to_lora", **CODE, part="trains")
+def test_what_trains_is_what_the_authors_train() -> None:
+    """The whole network, and nothing of the model."""
+    assert peftcore.apply(llama(), "text_to_lora", **SMALL).summary().trainable == frozen(NUMBERS, "trains")
+
+
+@against("authors", "text_to_lora", **CODE, part="defaults")
+def test_defaults_are_the_authors() -> None:
+    same_defaults(peftcore.apply(llama(), "text_to_lora").config, frozen(NUMBERS, "defaults"))
 
 
 def filled(model: nn.Module, **options: Any) -> Any:

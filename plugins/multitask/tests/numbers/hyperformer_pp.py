@@ -1,15 +1,23 @@
 """What the adapters of HyperFormer's authors give behind attention and feed-forward of two layers, for rows of two
-tasks, on tensors of sines: ``python -m peftcore.testing.freeze hyperformer_pp.py CHECKOUT``."""
+tasks, on tensors of sines; what the networks start from, what trains, and their options:
+``python -m peftcore.testing.freeze hyperformer_pp.py CHECKOUT``."""
 
+import ast
+import inspect
 import itertools
+import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import T5Config, T5ForConditionalGeneration
+from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 from peftcore.registry.evidence import Source
+from peftcore.testing import drawn
 from peftcore.testing.checkouts import load
 
 SOURCE = Source("authors", "rabeehk/hyperformer", "56b0f99", "hyperformer/adapters/adapter_modeling.py")
@@ -87,3 +95,78 @@ def numbers(checkout: Path) -> dict[str, dict[str, list[float]]]:
         found[kind]["0"] = torch.stack([each.double() for each in gradients]).flatten().tolist()
         found[kind] |= {str(number): each.grad.flatten().tolist() for number, each in enumerate(parameters, 1)}
     return found
+
+
+def shared(checkout: Path, tasks: int, input_dim: int, reduction: int, widths: tuple[int, int, int]) -> tuple[Any, Any]:
+    """Returns a function that makes the network of a stack of two layers, and the controller of the tasks' embeddings:
+    for widths of embeddings, inside and in front of the generators."""
+    modeling = load(checkout / SOURCE.script, root=checkout)
+    utils = load(checkout / "hyperformer/adapters/adapter_utils.py", root=checkout)
+    config: Any = load(checkout / "hyperformer/adapters/adapter_configuration.py", root=checkout).MetaAdapterConfig()
+    config.device, config.input_dim, config.reduction_factor, config.non_linearity = "cpu", input_dim, reduction, "relu"
+    config.tasks, config.task_to_embeddings = [str(task) for task in range(tasks)], None
+    config.conditional_layer_norm = True
+    config.task_embedding_dim, config.task_hidden_dim, config.projected_task_embedding_dim = widths
+    return lambda: modeling.AdapterLayersOneHyperNetController(config, 2), utils.TaskEmbeddingController(config)
+
+
+def start(checkout: Path) -> dict[str, Any]:
+    """Returns what the parts of a network are drawn from, for 200 features and a bottleneck of 200, and embeddings: of
+    layers and places, wide ones."""
+    make, tasks = shared(checkout, 200, 200, 1, (100, 200, 100))
+    network, (wide, _) = make(), shared(checkout, 1, 6, 3, (10_000, 1, 1))
+    first, _, second = network.task_hypernet.task_embeding_generator
+    parameters = [*first.parameters(), *second.parameters(), *network.LayerNorm.parameters()]
+    for part in (network.down_sampler_hyper_net, network.up_sampler_hyper_net, network.post_layernorm_hypernet):
+        parameters += part.parameters()
+    names = ("reader.first", "reader.second", "norm", "down", "down_bias", "up", "up_bias", "gain", "shift")
+    both = [f"{name}.{kind}" for name in names for kind in ("weight", "bias")]
+    found = dict(zip(both, parameters, strict=True))
+    found["tasks"] = torch.stack([*tasks.task_to_embeddings.values()])
+    embeddings = wide()
+    found |= {"layer": embeddings.layer_id_embeddings.weight, "place": embeddings.adapters_block_type.weight}
+    return {name: drawn(each) for name, each in found.items()}
+
+
+def trains(checkout: Path) -> dict[str, Any]:
+    """Returns how many numbers of the networks and embeddings of three tasks train, and which tensors of a T5 besides,
+    with the options of their configuration."""
+    told = json.loads((checkout / "hyperformer/configs/hyperformer++.json").read_text())
+    sizes = {"d_model": 8, "d_kv": 4, "num_heads": 2, "d_ff": 12, "num_layers": 2, "vocab_size": 10}
+    model: Any = T5ForConditionalGeneration(T5Config(**sizes))
+    make, model.task_embedding_controller = shared(checkout, TASKS, 8, 4, (4, 5, 3))
+    model.encoder.networks, model.decoder.networks = make(), make()
+    known: dict[str, Any] = {"T5LayerNorm": T5LayerNorm, "nn": nn, "AdapterLayersHyperNetController": ()}
+    known |= {"MetaAdapterController": (), "AdapterController": ()}
+    known["AdapterLayersOneHyperNetController"] = type(model.encoder.networks)
+    for path, name in (("third_party/utils/utils.py", "freeze_params"), ("utils/utils.py", "freezing_params")):
+        tree = ast.parse((checkout / "hyperformer" / path).read_text())
+        tree.body = [each for each in tree.body if getattr(each, "name", "") == name]
+        exec(compile(tree, path, "exec"), known)  # its file imports what transformers no longer has
+    off = ("freeze_model", "freeze_model_but_lm_head", "freeze_embeds", "freeze_encoder", "unfreeze_model")
+    off = (*off, "freeze_model_but_task_embeddings", "unique_hyper_net")
+    options = SimpleNamespace(**{**dict.fromkeys(off, False), **told})
+    known["freezing_params"](model, options, options, options)
+    trained = {name: each.numel() for name, each in model.named_parameters() if each.requires_grad}
+    own = [name for name in trained if "networks" in name or name.startswith("task_embedding")]
+    return {"own": sum(map(trained.pop, own)), "others": sorted(trained)}
+
+
+def defaults(checkout: Path) -> dict[str, Any]:
+    """Returns the options of their configuration, for the 768 features of T5-base, and its program's own."""
+    told = json.loads((checkout / "hyperformer/configs/hyperformer++.json").read_text())
+    own = load(checkout / "hyperformer/adapters/adapter_configuration.py", root=checkout).MetaAdapterConfig
+    linear = load(checkout / "hyperformer/adapters/adapter_utils.py", root=checkout).linear_layer
+    std = inspect.signature(linear).parameters["std"].default
+    return {
+        "tasks": len(told["tasks"]),
+        "shared": told["efficient_unique_hyper_net"],
+        "bottleneck": 768 // told["reduction_factor"],
+        "task_width": told["task_embedding_dim"],
+        "hidden": own.task_hidden_dim,
+        "code": told["projected_task_embedding_dim"],
+        "activation": {"gelu_new": "gelu_tanh"}[told["non_linearity"]],
+        "init_std": std,
+        "gain_std": std,
+        "train_layer_norm": told["unfreeze_layer_norms"],
+    }
