@@ -223,6 +223,14 @@ def test_start_is_the_authors() -> None:
         same_start(torch.cat(own), told)
 
 
+@against("authors", "p_tuning", **CODE, part="trains")
+def test_what_trains_is_what_the_authors_train() -> None:
+    script, model = run_path(str(AUTHORS.with_suffix(".py"))), host("llama")[0]
+    options = {"length": sum(script["TEMPLATE"]), "encoder": "lstm", "hidden": script["WIDTH"] // 2}
+    (operator,) = peftcore.apply(model, "p_tuning", **options).operators.values()
+    assert {name: each.numel() for name, each in operator.named_parameters()} == frozen(AUTHORS, "trains")
+
+
 def test_the_residual_network_starts_from_words() -> None:
     model, _ = host("llama")
     injection = peftcore.apply(model, "residual_prompt_tuning", length=30, dtype="float64")

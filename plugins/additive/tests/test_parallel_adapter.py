@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import peftcore
 from peftcore import forward_context
 from peftcore.errors import NotMergeable, UnsupportedSite
-from peftcore.testing import against, conformance, frozen, same_start
+from peftcore.testing import against, conformance, frozen, same_defaults, same_start
 from peftcore.testing.hosts import HOSTS
 from peftcore.testing.tools import without_fast_paths
 
@@ -123,6 +123,13 @@ def test_start_is_the_authors(theirs: str, ours: str) -> None:
     (operator,) = peftcore.apply(host, "parallel_adapter", target="0", init=ours).operators.values()
     for name, told in frozen(AUTHORS, "start")[theirs].items():
         same_start(operator.get_parameter(name.replace("_proj", "")), told)
+
+
+@against("authors", "parallel_adapter", **CODE, part="defaults")
+def test_defaults_are_the_authors() -> None:
+    config = peftcore.apply(nn.Sequential(nn.Linear(8, 8)), "parallel_adapter", target="0").config
+    narrow = {"bottleneck": "as narrow as the other bottlenecks here by default; theirs is for models 1024 wide"}
+    same_defaults(config, frozen(AUTHORS, "defaults"), otherwise=narrow)
 
 
 def host(name: str) -> tuple[nn.Module, dict[str, Tensor], Callable[[nn.Module], Tensor]]:

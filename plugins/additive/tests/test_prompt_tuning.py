@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import ConfigError, NotMergeable, UnsupportedSite
-from peftcore.testing import against, check_method, conformance, frozen
+from peftcore.testing import against, check_method, conformance, frozen, same_defaults
 from peftcore.testing.hosts import HOSTS
 from peftcore.testing.kit import fill
 
@@ -130,6 +130,12 @@ def test_no_token_is_drawn_twice_where_there_are_enough() -> None:
         assert found.any(1).all()
         if drawn is not None:
             assert len(table) == drawn == found.any(0).sum()
+
+
+@against("authors", "prompt_tuning", **CODE, part="defaults")
+def test_defaults_are_the_authors() -> None:
+    config, short = peftcore.apply(host("llama")[0], "prompt_tuning").config, "the paper gains little beyond 20 rows"
+    same_defaults(config, frozen(AUTHORS, "defaults"), otherwise={"length": short})
 
 
 def test_it_starts_from_given_tokens_repeated_or_cut() -> None:

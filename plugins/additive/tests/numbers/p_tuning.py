@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -55,3 +56,27 @@ def start(checkout: Path) -> dict[str, Any]:
     found, parts = fresh(checkout, 80, 512), ("start", "lstm", "head")
     of = {part: [each.flatten() for name, each in found.items() if name.split(".")[0] == part] for part in parts}
     return {part: drawn(torch.cat(each)) for part, each in of.items()}
+
+
+class Chosen(Exception):
+    """What trains is chosen."""
+
+
+def trains(checkout: Path) -> dict[str, int]:
+    """Returns what their trainer gives to its optimizer beside a frozen model, by our names: how many numbers."""
+    module = load(checkout / "LAMA/cli.py", root=checkout, absent=("LAMA.p_tuning.modeling", "LAMA.data_utils.vocab"))
+    encoder: Any = load(checkout / SOURCE.script, root=checkout / "LAMA").PromptEncoder
+    told = SimpleNamespace(lstm_dropout=0.0, use_lm_finetune=False, lr=1e-5, weight_decay=0.0)
+    model, given = encoder(TEMPLATE, WIDTH, None, "cpu", told), []
+
+    def optimizer(groups: list[dict[str, Any]], **options: Any) -> None:
+        given.extend(each for group in groups for each in group["params"])
+        raise Chosen
+
+    with patch.object(torch.optim, "Adam", optimizer):
+        try:
+            module.Trainer.train(SimpleNamespace(model=SimpleNamespace(prompt_encoder=model), args=told))
+        except Chosen:
+            names = {parameter: renamed(name) for name, parameter in model.named_parameters()}
+            return {names[each]: each.numel() for each in given}
+    raise AssertionError("it did not come to an optimizer")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from peftcore.registry.evidence import Source
 from peftcore.testing import drawn
-from peftcore.testing.checkouts import load
+from peftcore.testing.checkouts import flags, load
 
 SOURCE = Source(
     "authors",
@@ -91,3 +91,12 @@ def start(checkout: Path) -> dict[str, Any]:
 def rounded(tensor: Tensor | None) -> list[float]:
     assert tensor is not None
     return [round(each, 9) for each in tensor.flatten().tolist()]
+
+
+def defaults(checkout: Path) -> dict[str, Any]:
+    """Returns the options of their command for XSum, and the non-linearity of their adapter."""
+    told, (_, petl) = flags((checkout / "exps/run_xsum.sh").read_text()), authors(checkout)
+    adapter = petl.Adapter_Layer(d_model=8, bottleneck=2)
+    kinds = {nn.ReLU: "relu", nn.GELU: "gelu", nn.SiLU: "silu", nn.Tanh: "tanh"}
+    found = {"bottleneck": told["ffn_bn"], "scale": told["ffn_adapter_scalar"], "init": told["ffn_adapter_init_option"]}
+    return found | {"activation": kinds[type(adapter.non_linear_func)]}

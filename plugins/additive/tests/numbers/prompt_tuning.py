@@ -5,6 +5,7 @@ JAX does not run here. Their modules ask for little of it, which NumPy has under
 """
 
 import dataclasses
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -78,3 +79,12 @@ def start(checkout: Path) -> dict[str, int]:
     fresh = prompts.Prompt(length=VOCABULARY, prompt_init=prompts.from_sample_of_embeddings(table), dtype=np.float64)
     drawn = {int(each) for each in (fresh(ids, table[ids])[:, None] == table[None]).all(-1).argmax(1)}
     return {"drawn": len(drawn)}
+
+
+def defaults(checkout: Path) -> dict[str, int]:
+    """Returns the rows of a prompt in their configuration of T5."""
+    found = re.search(
+        r"PROMPT_LENGTH = (\d+)", (checkout / "prompt_tuning/configs/models/t5_1_1_prompt.gin").read_text()
+    )
+    assert found
+    return {"length": int(found[1])}
