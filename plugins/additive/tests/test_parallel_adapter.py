@@ -125,6 +125,18 @@ def test_start_is_the_authors(theirs: str, ours: str) -> None:
         same_start(operator.get_parameter(name.replace("_proj", "")), told)
 
 
+@against("authors", "parallel_adapter", **CODE, part="trains")
+def test_what_trains_is_what_the_authors_train() -> None:
+    """Their layers hold a second adapter each, which a parallel one leaves unused: it has no gradient."""
+    transformers, script = pytest.importorskip("transformers"), run_path(str(AUTHORS.with_suffix(".py")))
+    model = transformers.RobertaModel(transformers.RobertaConfig(**script["SIZES"]), add_pooling_layer=False)
+    injection = peftcore.apply(model, "parallel_adapter", bottleneck=5)
+    own = {name: each.numel() for name, each in named_by_the_authors(injection).items()}
+    used = frozen(AUTHORS)["4"]["gradients"]
+    assert own == {name: count for name, count in frozen(AUTHORS, "trains").items() if name in used}
+    assert sum(own.values()) == sum(each.numel() for each in injection.parameters())
+
+
 @against("authors", "parallel_adapter", **CODE, part="defaults")
 def test_defaults_are_the_authors() -> None:
     config = peftcore.apply(nn.Sequential(nn.Linear(8, 8)), "parallel_adapter", target="0").config

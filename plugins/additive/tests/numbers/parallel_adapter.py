@@ -4,7 +4,9 @@ float64, on tensors of cosines: ``python -m peftcore.testing.freeze parallel_ada
 Their transformers does not run here as a whole; the encoder needs of it only the activation.
 """
 
+import logging
 import sys
+import textwrap
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -100,3 +102,21 @@ def defaults(checkout: Path) -> dict[str, Any]:
     kinds = {nn.ReLU: "relu", nn.GELU: "gelu", nn.SiLU: "silu", nn.Tanh: "tanh"}
     found = {"bottleneck": told["ffn_bn"], "scale": told["ffn_adapter_scalar"], "init": told["ffn_adapter_init_option"]}
     return found | {"activation": kinds[type(adapter.non_linear_func)]}
+
+
+def trains(checkout: Path) -> dict[str, int]:
+    """Returns what the lines of their wrapper leave to train of an encoder, with the names that their command gives:
+    how many numbers."""
+    roberta, _ = authors(checkout)
+    config = SimpleNamespace(**SIZES, **HOST, **TUNED, ffn_adapter_scalar="4", ffn_adapter_init_option="lora")
+    model = nn.ModuleDict({"encoder": roberta.RobertaEncoder(config)})
+    command = flags((checkout / "exps/run_xsum.sh").read_text())
+    told = SimpleNamespace(**TUNED, unfreeze_params=command["unfreeze_params"])
+    text = (checkout / "petl/petl_enc_model.py").read_text()
+    lines = text[text.index("        not_freeze_set = []") : text.index('        logger.info("already freezed')]
+    own = SimpleNamespace(
+        pretrained_model=model, check_params=lambda name, parts, all_match: any(x in name for x in parts)
+    )
+    space = {"args": told, "self": own, "logger": logging, "print": lambda *args: None}
+    exec(compile(textwrap.dedent(lines), "petl_enc_model.py", "exec"), space)
+    return {name: each.numel() for name, each in model.named_parameters() if each.requires_grad}
