@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import ConfigError, NotMergeable, UnsupportedSite
-from peftcore.testing import against, check_method, conformance, frozen
+from peftcore.testing import against, check_method, conformance, frozen, same_defaults
 from peftcore.testing.hosts import HOSTS
 from peftcore.testing.kit import fill
 
@@ -118,11 +118,11 @@ def test_the_rows_of_the_authors(name: str) -> None:
     torch.testing.assert_close(ours, theirs if name == "t5" else theirs[:, LENGTH:], rtol=1e-10, atol=1e-10)
 
 
-@against("authors", "prompt_tuning", **CODE)
+@against("authors", "prompt_tuning", **CODE, part="start")
 def test_no_token_is_drawn_twice_where_there_are_enough() -> None:
     model, _ = host("llama")
     table = model.get_input_embeddings().weight
-    expected = frozen(AUTHORS)["drawn"]
+    expected = frozen(AUTHORS, "start")["drawn"]
     for length, drawn in ((len(table), expected), (3 * len(table), None)):
         injection = peftcore.apply(model, "prompt_tuning", length=length, dtype="float64", name=str(length))
         (operator,) = injection.operators.values()
@@ -130,6 +130,12 @@ def test_no_token_is_drawn_twice_where_there_are_enough() -> None:
         assert found.any(1).all()
         if drawn is not None:
             assert len(table) == drawn == found.any(0).sum()
+
+
+@against("authors", "prompt_tuning", **CODE, part="defaults")
+def test_defaults_are_the_authors() -> None:
+    config, short = peftcore.apply(host("llama")[0], "prompt_tuning").config, "the paper gains little beyond 20 rows"
+    same_defaults(config, frozen(AUTHORS, "defaults"), otherwise={"length": short})
 
 
 def test_it_starts_from_given_tokens_repeated_or_cut() -> None:

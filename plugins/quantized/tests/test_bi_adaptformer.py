@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import ConfigError, NotMergeable, UnsupportedSite
-from peftcore.testing import against, conformance, frozen
+from peftcore.testing import against, conformance, frozen, same_defaults, same_start
 from peftcore.testing.hosts import HOSTS
 from peftcore.testing.tools import without_fast_paths
 from peftcore_quantized._binary import normal_codes
 
 NUMBERS = Path(__file__).parent / "numbers" / "bi_adaptformer.json"
+CODE: Any = {"repository": "JieShibo/PETL-ViT", "commit": "026e4f1", "script": "binary_adapter/adaptformer.py"}
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
 # A host: of timm, with its options, or of the kit; what its operators' paths end with inside of a block; the modules
 # there that read the stream in front of the norm, and that return what the feed-forward returns.
@@ -53,13 +54,7 @@ def test_codes_of_the_authors_code(bits: int) -> None:
 
 
 @pytest.mark.parametrize("bits", [1, 2])
-@against(
-    "authors",
-    "bi_adaptformer",
-    repository="JieShibo/PETL-ViT",
-    commit="026e4f1",
-    script="binary_adapter/adaptformer.py",
-)
+@against("authors", "bi_adaptformer", **CODE)
 def test_numbers_of_the_authors_code(bits: int) -> None:
     host = nn.Sequential(nn.Linear(6, 6)).double().eval()
     injection = peftcore.apply(host, "bi_adaptformer", target="0", bottleneck=4, bits=bits, dtype="float64")
@@ -78,10 +73,36 @@ def test_numbers_of_the_authors_code(bits: int) -> None:
         torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-9)
 
 
-def test_dropout_is_that_of_the_authors_by_default() -> None:
-    """`nn.Dropout(0.1)`, binary_adapter/adaptformer.py of JieShibo/PETL-ViT at 026e4f1."""
-    (operator,) = peftcore.apply(nn.Sequential(nn.Linear(6, 6)), "bi_adaptformer", target="0").operators.values()
-    assert operator.dropout.p == 0.1
+@against("authors", "bi_adaptformer", **CODE, part="start")
+def test_start_is_the_authors() -> None:
+    host, told = nn.Sequential(nn.Linear(768, 768)), frozen(NUMBERS, "start")
+    (operator,) = peftcore.apply(host, "bi_adaptformer", target="0", bottleneck=64).operators.values()
+    same_start(operator.down, told["down"])
+    same_start(operator.up, told["up"])
+
+
+@against("authors", "bi_adaptformer", **CODE, part="trains")
+def test_what_trains_is_what_the_authors_train() -> None:
+    """Both matrices beside each feed-forward; and the head, which `train` names here."""
+    timm = pytest.importorskip("timm")
+    sizes = {"img_size": 8, "patch_size": 4, "embed_dim": 768, "depth": 2, "num_heads": 2, "num_classes": 3}
+    model = timm.models.VisionTransformer(**sizes)
+    head = {name: each.numel() for name, each in model.named_parameters() if name.startswith("head")}
+    injection = peftcore.apply(model, "bi_adaptformer", bottleneck=5, train=["head"])
+    trained = {
+        f"{path.removesuffix('.mlp.fc2')}.adapter_mlp.adapter_{name}.weight": value.numel()
+        for path, operator in injection.operators.items()
+        if path.startswith("blocks")
+        for name, value in operator.named_parameters()
+    }
+    assert {**trained, **head} == frozen(NUMBERS, "trains")
+    assert sum({**trained, **head}.values()) == sum(each.numel() for each in injection.parameters())
+
+
+@against("authors", "bi_adaptformer", **CODE, part="defaults")
+def test_defaults_are_the_authors() -> None:
+    injection = peftcore.apply(nn.Sequential(nn.Linear(6, 6)), "bi_adaptformer", target="0")
+    same_defaults(injection.config, frozen(NUMBERS, "defaults"))
 
 
 def host(name: str) -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:

@@ -28,13 +28,14 @@ from transformers.pytorch_utils import Conv1D
 import peftcore
 from peftcore.errors import UnsupportedSite
 from peftcore.injection.quantization import scheme
-from peftcore.testing import against, conformance, frozen
+from peftcore.testing import against, conformance, frozen, same_defaults, same_start
 from peftcore.testing.checks_forward import WAYS
 from peftcore_quantized.backends import _icq
 from peftcore_quantized.backends.reference import DYNAMIC, NORMAL
 
 RANK, ALPHA = 4, 8.0
 OPTIONS: dict[str, Any] = {"rank": RANK, "alpha": ALPHA}
+CODE: Any = {"repository": "htqin/IR-QLoRA", "commit": "e6fef4a", "script": "utils.py"}
 NUMBERS = Path(__file__).parent / "numbers" / "ir_qlora.json"
 
 
@@ -55,7 +56,7 @@ def test_conformance(check: Callable[[], None]) -> None:
     check()
 
 
-@against("authors", "ir_qlora", repository="htqin/IR-QLoRA", commit="e6fef4a", script="utils.py")
+@against("authors", "ir_qlora", **CODE)
 def test_figures_of_the_authors_code() -> None:
     """The codes of the weight and of its shifts, and the layer's forward."""
     numbers = frozen(NUMBERS)
@@ -75,6 +76,26 @@ def test_figures_of_the_authors_code() -> None:
     y = host(x)
     assert difference(y[0, :6], torch.tensor(numbers["outputs"])) <= 1e-5
     assert y.norm().item() == pytest.approx(numbers["norm of outputs"], rel=1e-6)
+
+
+@against("authors", "ir_qlora", **CODE, part="start")
+def test_start_is_the_authors() -> None:
+    host = nn.Sequential(nn.Linear(640, 128))
+    (operator,) = peftcore.apply(host, "ir_qlora", target="0", rank=64).operators.values()
+    for name, told in frozen(NUMBERS, "start").items():
+        same_start(operator.get_parameter(name), told)
+
+
+@against("authors", "ir_qlora", **CODE, part="trains")
+def test_what_trains_is_what_the_authors_train() -> None:
+    (operator,) = peftcore.apply(nn.Sequential(nn.Linear(128, 128)), "ir_qlora", target="0", rank=4).operators.values()
+    assert {name: each.numel() for name, each in operator.named_parameters()} == frozen(NUMBERS, "trains")
+
+
+@against("authors", "ir_qlora", **CODE, part="defaults")
+def test_defaults_are_the_authors() -> None:
+    injection = peftcore.apply(nn.Sequential(nn.Linear(64, 64)), "ir_qlora", target="0")
+    same_defaults(injection.config, frozen(NUMBERS, "defaults"))
 
 
 def entropy(codes: Tensor) -> float:

@@ -9,11 +9,12 @@ import torch
 from beside_packed import PACKAGES, assert_from_dense, assert_from_packed, host, packed
 from equation_in_float64 import KINDS, assert_equation
 from peft_pairs import OUTPUTS, difference
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import peftcore
 from peftcore.registry.plugins import layer_of
-from peftcore.testing import against, conformance, frozen
+from peftcore.testing import against, conformance, frozen, same_defaults, same_start
 
 RANK, ALPHA = 3, 5.0
 OPTIONS: dict[str, Any] = {"rank": RANK, "alpha": ALPHA}
@@ -58,11 +59,12 @@ def started(iterations: int) -> tuple[Tensor, Tensor, Tensor]:
     return weight, ALPHA / RANK * B @ A, model[0].weight
 
 
+CODE: Any = {"repository": "HanGuo97/lq-lora", "commit": "c2424b3", "script": "models/lq_utils.py"}
 NUMBERS = Path(__file__).parent / "numbers" / "lq_lora.json"
 
 
 @pytest.mark.parametrize("iterations", [1, 2, 3, 4, 5, 6, 8])
-@against("authors", "lq_lora", repository="HanGuo97/lq-lora", commit="c2424b3", script="models/lq_utils.py")
+@against("authors", "lq_lora", **CODE)
 def test_the_distances_are_the_authors(iterations: int) -> None:
     weight, product, effective = started(iterations)
     for _, (low, base) in zip(range(iterations), iterates(weight, RANK), strict=False):
@@ -70,6 +72,38 @@ def test_the_distances_are_the_authors(iterations: int) -> None:
     assert difference(product, wanted[0]) <= OUTPUTS
     assert difference(effective, wanted[1]) <= OUTPUTS
     assert abs((weight - effective).norm().item() / frozen(NUMBERS)[str(iterations)] - 1) <= OUTPUTS
+
+
+@against("authors", "lq_lora", **CODE, part="start")
+def test_start_is_the_authors() -> None:
+    """Factors up to signs, and what they add, at a scale of 1: of the first iterate, which takes the weight apart."""
+    model = host()[0].double()
+    told = {name: torch.tensor(each, dtype=torch.float64) for name, each in frozen(NUMBERS, "start").items()}
+    options: dict[str, Any] = {"target": "0", "rank": 3, "alpha": 3.0, "iterations": 1, "dtype": "float64"}
+    (operator,) = peftcore.apply(model, "lq_lora", **options).operators.values()
+    A, B = operator.A[:, :6], operator.B[:4]
+    same_start(A.abs(), told["A"].abs().tolist())
+    same_start(B.abs(), told["B"].abs().tolist())
+    same_start(B @ A, (told["B"] @ told["A"]).tolist())
+
+
+@against("authors", "lq_lora", **CODE, part="trains")
+def test_what_trains_is_what_the_authors_train() -> None:
+    sizes: Any = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 12, "vocab_size": 9}
+    injection = peftcore.apply(LlamaForCausalLM(LlamaConfig(hidden_size=8, **sizes)), "lq_lora", rank=2, iterations=1)
+    trained = {
+        f"{path}.lora_{name}.default.weight": value.numel()
+        for path, operator in injection.operators.items()
+        for name, value in operator.named_parameters()
+    }
+    assert trained == frozen(NUMBERS, "trains")
+
+
+@against("authors", "lq_lora", **CODE, part="defaults")
+def test_defaults_are_the_authors() -> None:
+    config = peftcore.apply(nn.Sequential(nn.Linear(64, 64)), "lq_lora", target="0").config
+    few = "decompositions are exact and cost more, and little is gained after the first few iterations"
+    same_defaults(config, frozen(NUMBERS, "defaults"), otherwise={"iterations": few})
 
 
 def test_it_takes_the_iterate_before_the_distance_rises() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import TrainingError
-from peftcore.testing import against, conformance, frozen
+from peftcore.testing import against, conformance, frozen, same_defaults
 
 HOSTS = ("mlp", "encoder", "llama", "bert", "t5", "gpt2", "moe", "mistral", "vit", "unet", "dit", "convnet")
 SAME = "the kit's batches differ in what counts of the output; the inputs, which is what this looks at, are the same"
@@ -52,12 +52,15 @@ def corrected(gap: Tensor, x: Tensor | None, rank: int) -> Tensor:
     return vectors @ vectors.T @ scaled / columns.double()
 
 
+CODE: Any = {
+    "repository": "ChengZhang-98/lqer",
+    "commit": "88b6960",
+    "script": "src/lqer/approximate/lqer_act.py",
+}
 NUMBERS = Path(__file__).parent / "numbers" / "lqer.json"
 
 
-@against(
-    "authors", "lqer", repository="ChengZhang-98/lqer", commit="88b6960", script="src/lqer/approximate/lqer_act.py"
-)
+@against("authors", "lqer", **CODE)
 def test_the_factors_are_the_authors() -> None:
     """Norms of E, of E - B A and of B A."""
     model, _ = host()
@@ -77,6 +80,23 @@ def test_the_factors_are_the_authors() -> None:
             assert abs(found.norm().item() / wanted - 1) <= 1e-5
     with pytest.raises(TrainingError, match="frozen"):
         injection.optimizer(torch.optim.SGD, lr=0.1)
+
+
+@against("authors", "lqer", **CODE, part="start")
+def test_start_is_the_authors() -> None:
+    """What the factors put back; of a silent input as much as of others, by its least size."""
+    pytest.importorskip("bitsandbytes")
+    options: dict[str, Any] = {"rank": 3, "scheme": "bnb-nf4", "factor_bits": None, "train_factors": True}
+    injection = peftcore.apply(host()[0], "lqer", target=["0", "2"], data=batches(), **options)
+    for path, told in frozen(NUMBERS, "start").items():
+        operator = injection.operators[path]
+        assert difference((operator.B @ operator.A)[:4, :8], torch.tensor(told)) <= 1e-5
+
+
+@against("authors", "lqer", **CODE, part="defaults")
+def test_defaults_are_the_authors() -> None:
+    config = peftcore.apply(host()[0], "lqer", target=["0", "2"], data=batches()).config
+    same_defaults(config, frozen(NUMBERS, "defaults"))
 
 
 def in_int8(weight: Tensor) -> Tensor:

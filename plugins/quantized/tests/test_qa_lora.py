@@ -14,13 +14,15 @@ from packed_bases import SCHEMES, assert_lives_on, dense, fill
 from peft.tuners.lora.variants import QALoraLinearVariant
 from peft_pairs import difference
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import peftcore
 from peftcore.errors import ConfigError, MergeError, UnsupportedSite
-from peftcore.testing import against, conformance, frozen
+from peftcore.testing import against, conformance, frozen, same_defaults, same_start
 
 NUMBERS = Path(__file__).parent / "numbers" / "qa_lora.json"
 RANK, ALPHA, GROUP = 3, 5.0, 4
+CODE: Any = {"repository": "yuhuixu1993/qa-lora", "commit": "91604c7", "script": "peft_utils.py"}
 OPTIONS: dict[str, Any] = {"rank": RANK, "alpha": ALPHA}
 
 
@@ -58,11 +60,37 @@ def added(packed: bool) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("packed", [False, True])
-@against("authors", "qa_lora", repository="yuhuixu1993/qa-lora", commit="91604c7", script="peft_utils.py")
+@against("authors", "qa_lora", **CODE)
 def test_numbers_of_the_authors_code(packed: bool) -> None:
     torch.testing.assert_close(
         added(packed)[0], torch.tensor(frozen(NUMBERS), dtype=torch.float64), rtol=1e-10, atol=1e-12
     )
+
+
+@against("authors", "qa_lora", **CODE, part="start")
+def test_start_is_the_authors() -> None:
+    told, host = frozen(NUMBERS, "start"), nn.Sequential(nn.Linear(20480, 16))
+    (operator,) = peftcore.apply(host, "qa_lora", target="0", rank=64).operators.values()
+    same_start(operator.A, told["A"])
+    same_start(operator.B, told["B"])
+
+
+@against("authors", "qa_lora", **CODE, part="trains")
+def test_what_trains_is_what_the_authors_train() -> None:
+    sizes: Any = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 96, "vocab_size": 9}
+    injection = peftcore.apply(LlamaForCausalLM(LlamaConfig(hidden_size=64, **sizes)), "qa_lora", rank=2)
+    trained = {
+        f"{path}.lora_{name}.default.weight": value.numel()
+        for path, operator in injection.operators.items()
+        for name, value in operator.named_parameters()
+    }
+    assert trained == frozen(NUMBERS, "trains")
+
+
+@against("authors", "qa_lora", **CODE, part="defaults")
+def test_defaults_are_the_authors() -> None:
+    config = peftcore.apply(nn.Sequential(nn.Linear(64, 64)), "qa_lora", target="0").config
+    same_defaults(config, frozen(NUMBERS, "defaults"))
 
 
 def test_peft_adds_as_many_times_more_as_there_are_groups() -> None:

@@ -10,11 +10,13 @@ from beside_packed import PACKAGES, assert_from_dense, assert_from_packed, fill,
 from equation_in_float64 import KINDS, assert_equation
 from peft_pairs import GRADIENTS, MOVED, OUTPUTS, difference
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import peftcore
-from peftcore.testing import against, conformance, frozen
+from peftcore.testing import against, conformance, frozen, same_defaults
 
 RANK, ALPHA = 3, 5.0
+CODE: Any = {"repository": "GraphPKU/PiSSA", "commit": "87f4db6", "script": "utils/init_qpissa.py"}
 OPTIONS: dict[str, Any] = {"rank": RANK, "alpha": ALPHA}
 NUMBERS = Path(__file__).parent / "numbers" / "qpissa.json"
 TIES = "with its weights in bfloat16 the singular vectors are others; pissa on all its linear layers fails there alike"
@@ -84,8 +86,8 @@ RECORDED = 3e-5
 
 
 @pytest.mark.parametrize("iterations", [1, 5])
-@against("authors", "qpissa", repository="GraphPKU/PiSSA", commit="87f4db6", script="utils/init_qpissa.py")
-def test_the_start_is_the_authors(iterations: int) -> None:
+@against("authors", "qpissa", **CODE)
+def test_what_it_holds_at_first_is_the_authors(iterations: int) -> None:
     """Also how far it is from the weight, which each iteration brings nearer."""
     model, _ = host()
     injection = peftcore.apply(model, "qpissa", target="0", scheme="bnb-nf4", iterations=iterations, **OPTIONS)
@@ -102,6 +104,37 @@ def test_the_start_is_the_authors(iterations: int) -> None:
     assert (model[0].weight - weight).norm().item() == pytest.approx(numbers["distance"], rel=OUTPUTS)
     plain, now = (rounded(weight) - weight).norm(), (model[0].weight - weight).norm()
     assert now < (0.95 if iterations == 1 else 0.9) * plain
+
+
+@against("authors", "qpissa", **CODE, part="start")
+def test_start_is_the_authors() -> None:
+    """Factors up to signs, and what they add, at a scale of 1."""
+    model, told = host()[0], {name: torch.tensor(each) for name, each in frozen(NUMBERS, "start").items()}
+    (operator,) = peftcore.apply(model, "qpissa", target="0", rank=3, alpha=3.0).operators.values()
+    A, B = operator.A[:, :6], operator.B[:4]
+    for ours, theirs in ((A.abs(), told["A"].abs()), (B.abs(), told["B"].abs()), (B @ A, told["B"] @ told["A"])):
+        assert difference(ours, theirs) <= OUTPUTS
+
+
+@against("authors", "qpissa", **CODE, part="trains")
+def test_what_trains_is_what_the_authors_train() -> None:
+    sizes: Any = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 12, "vocab_size": 9}
+    injection = peftcore.apply(LlamaForCausalLM(LlamaConfig(hidden_size=8, **sizes)), "qpissa", rank=2)
+    trained = {
+        f"{path}.lora_{name}.default.weight": value.numel()
+        for path, operator in injection.operators.items()
+        for name, value in operator.named_parameters()
+    }
+    assert trained == frozen(NUMBERS, "trains")
+
+
+@against("authors", "qpissa", **CODE, part="defaults")
+def test_defaults_are_the_authors() -> None:
+    """Also the scale of one."""
+    config = peftcore.apply(nn.Sequential(nn.Linear(64, 64)), "qpissa", target="0").config
+    told, small = frozen(NUMBERS, "defaults"), "an eighth of theirs, which fits smaller models and memory"
+    same_defaults(config, told, otherwise={"rank": small, "alpha": f"the rank, as theirs is: {small}"})
+    assert config.alpha == config.rank and told["alpha"] == told["rank"]
 
 
 @pytest.mark.parametrize("kind", KINDS)

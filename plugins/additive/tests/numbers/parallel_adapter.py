@@ -4,7 +4,9 @@ float64, on tensors of cosines: ``python -m peftcore.testing.freeze parallel_ada
 Their transformers does not run here as a whole; the encoder needs of it only the activation.
 """
 
+import logging
 import sys
+import textwrap
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from peftcore.registry.evidence import Source
-from peftcore.testing.checkouts import load
+from peftcore.testing import drawn
+from peftcore.testing.checkouts import flags, load
 
 SOURCE = Source(
     "authors",
@@ -43,11 +46,6 @@ def wave(shape: Sequence[int], key: str) -> Tensor:
     return torch.cos(torch.arange(count, dtype=torch.float64) * 1.7 + zlib.crc32(key.encode()) % 97).view(*shape) / 2
 
 
-def spread(tensor: Tensor) -> list[float]:
-    """The deviation and the largest size of the entries."""
-    return [tensor.detach().std(correction=0).item(), tensor.detach().abs().max().item()]
-
-
 def authors(checkout: Path) -> tuple[Any, Any]:
     """Returns the module of RoBERTa and that of the adapter. Packages around the first are empty."""
     for name in ("transformers", "transformers.models", "transformers.models.roberta"):
@@ -63,8 +61,8 @@ def authors(checkout: Path) -> tuple[Any, Any]:
 
 def numbers(checkout: Path) -> dict[str, Any]:
     """Returns, by the scale, the output for two rows of five tokens, ``[2, 5, 8]``, and gradients of the adapters'
-    tensors, flat; and by the start how tensors of an adapter 64 wide start."""
-    roberta, petl = authors(checkout)
+    tensors, flat."""
+    roberta, _ = authors(checkout)
     found: dict[str, Any] = {}
     for scale in SCALES:
         config = SimpleNamespace(**SIZES, **HOST, **TUNED, ffn_adapter_scalar=scale, ffn_adapter_init_option="lora")
@@ -79,13 +77,46 @@ def numbers(checkout: Path) -> dict[str, Any]:
         (y.square() * wave(y.shape, "direction")).sum().backward()
         own = {name: p for name, p in model.named_parameters() if ".ef_" in name and p.grad is not None}
         found[scale] = {"output": rounded(y), "gradients": {name: rounded(p.grad) for name, p in own.items()}}
-    torch.manual_seed(0)
+    return found
+
+
+def start(checkout: Path) -> dict[str, Any]:
+    """Returns, by the start, what an adapter of the width 64 on 800 numbers starts from."""
+    _, petl = authors(checkout)
+    found = {}
     for init in INITS:
-        adapter = petl.Adapter_Layer(d_model=64, bottleneck=64, init_option=init, adapter_layernorm_option="none")
-        found[init] = {name: spread(each) for name, each in adapter.named_parameters()}
+        adapter = petl.Adapter_Layer(d_model=800, bottleneck=64, init_option=init, adapter_layernorm_option="none")
+        found[init] = {name: drawn(each) for name, each in adapter.named_parameters()}
     return found
 
 
 def rounded(tensor: Tensor | None) -> list[float]:
     assert tensor is not None
     return [round(each, 9) for each in tensor.flatten().tolist()]
+
+
+def defaults(checkout: Path) -> dict[str, Any]:
+    """Returns the options of their command for XSum, and the non-linearity of their adapter."""
+    told, (_, petl) = flags((checkout / "exps/run_xsum.sh").read_text()), authors(checkout)
+    adapter = petl.Adapter_Layer(d_model=8, bottleneck=2)
+    kinds = {nn.ReLU: "relu", nn.GELU: "gelu", nn.SiLU: "silu", nn.Tanh: "tanh"}
+    found = {"bottleneck": told["ffn_bn"], "scale": told["ffn_adapter_scalar"], "init": told["ffn_adapter_init_option"]}
+    return found | {"activation": kinds[type(adapter.non_linear_func)]}
+
+
+def trains(checkout: Path) -> dict[str, int]:
+    """Returns what the lines of their wrapper leave to train of an encoder, with the names that their command gives:
+    how many numbers."""
+    roberta, _ = authors(checkout)
+    config = SimpleNamespace(**SIZES, **HOST, **TUNED, ffn_adapter_scalar="4", ffn_adapter_init_option="lora")
+    model = nn.ModuleDict({"encoder": roberta.RobertaEncoder(config)})
+    command = flags((checkout / "exps/run_xsum.sh").read_text())
+    told = SimpleNamespace(**TUNED, unfreeze_params=command["unfreeze_params"])
+    text = (checkout / "petl/petl_enc_model.py").read_text()
+    lines = text[text.index("        not_freeze_set = []") : text.index('        logger.info("already freezed')]
+    own = SimpleNamespace(
+        pretrained_model=model, check_params=lambda name, parts, all_match: any(x in name for x in parts)
+    )
+    space = {"args": told, "self": own, "logger": logging, "print": lambda *args: None}
+    exec(compile(textwrap.dedent(lines), "petl_enc_model.py", "exec"), space)
+    return {name: each.numel() for name, each in model.named_parameters() if each.requires_grad}

@@ -5,6 +5,7 @@ JAX does not run here. Their modules ask for little of it, which NumPy has under
 """
 
 import dataclasses
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -63,11 +64,27 @@ def authors(checkout: Path) -> tuple[Any, Any]:
 
 
 def numbers(checkout: Path) -> dict[str, Any]:
-    """Returns the rows ``[2, 9, 16]`` that the encoder reads, and how many tokens of 40 a fresh prompt of 40 has."""
+    """Returns the rows ``[2, 9, 16]`` that the encoder reads."""
     prompts, train = authors(checkout)
     ids, table = np.array(IDS), wave((VOCABULARY, WIDTH), 0.29).numpy()
     given = prompts.from_array(wave((LENGTH, WIDTH), 0.41).numpy())
     prompt = train.Prompt(prompt=prompts.Prompt(length=LENGTH, prompt_init=given, dtype=np.float64))
+    return {"rows": prompt(ids, table[ids]).flatten().tolist()}
+
+
+def start(checkout: Path) -> dict[str, int]:
+    """Returns how many tokens of 40 a fresh prompt of 40 has."""
+    prompts, _ = authors(checkout)
+    ids, table = np.array(IDS), wave((VOCABULARY, WIDTH), 0.29).numpy()
     fresh = prompts.Prompt(length=VOCABULARY, prompt_init=prompts.from_sample_of_embeddings(table), dtype=np.float64)
     drawn = {int(each) for each in (fresh(ids, table[ids])[:, None] == table[None]).all(-1).argmax(1)}
-    return {"rows": prompt(ids, table[ids]).flatten().tolist(), "drawn": len(drawn)}
+    return {"drawn": len(drawn)}
+
+
+def defaults(checkout: Path) -> dict[str, int]:
+    """Returns the rows of a prompt in their configuration of T5."""
+    found = re.search(
+        r"PROMPT_LENGTH = (\d+)", (checkout / "prompt_tuning/configs/models/t5_1_1_prompt.gin").read_text()
+    )
+    assert found
+    return {"length": int(found[1])}

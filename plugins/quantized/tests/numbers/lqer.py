@@ -1,7 +1,10 @@
-"""What LQER's authors correct of two weights' rounding, with NF4 of bitsandbytes:
+"""What LQER's authors correct of two weights' rounding, with NF4 of bitsandbytes, and the options of their script:
 ``python -m peftcore.testing.freeze lqer.py CHECKOUT``."""
 
+import re
+import tomllib
 from pathlib import Path
+from typing import Any
 
 import bitsandbytes as bnb
 import torch
@@ -24,9 +27,9 @@ def rounded(weight: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def numbers(checkout: Path) -> dict[str, list[float]]:
-    """Returns the norms of what rounding loses, of what is left of it, and of what is corrected. In float64, and the
-    factors not rounded: in float32 the code divides singular vectors by 0.0001 where a channel is silent."""
+def corrections(checkout: Path) -> dict[str, tuple[Tensor, Tensor]]:
+    """Returns what rounding loses of a weight, and what is corrected of it. In float64, and the factors not rounded: in
+    float32 the code divides singular vectors by 0.0001 where a channel is silent."""
     shared, found = load(SHARED), {}
     (model, x), generator = shared.host(), torch.Generator().manual_seed(2)
     batches = [each * torch.randn(shared.WIDTH, generator=generator).exp() for each in (x, x.flip(0))]
@@ -41,6 +44,26 @@ def numbers(checkout: Path) -> dict[str, list[float]]:
         approximator = module.WeightApproximatorLqerAct(name, weight, 3, rounded, same, same).double()
         approximator.initialize_scale(scales[f"{name}.scale"])
         approximator.approximate()
-        gap, correction = (weight - rounded(weight)).T, approximator.approximated_q_error_T()
-        found[name] = [each.norm().item() for each in (gap, gap - correction, correction)]
+        found[name] = weight - rounded(weight), approximator.approximated_q_error_T().T
     return found
+
+
+def numbers(checkout: Path) -> dict[str, list[float]]:
+    """Returns the norms of what rounding loses, of what is left of it, and of what is corrected."""
+    found = corrections(checkout)
+    return {k: [each.norm().item() for each in (gap, gap - own, own)] for k, (gap, own) in found.items()}
+
+
+def start(checkout: Path) -> dict[str, list[list[float]]]:
+    """Returns what is corrected of 4 outputs and 8 inputs, of which one is silent."""
+    return {name: own[:4, :8].tolist() for name, (_, own) in corrections(checkout).items()}
+
+
+def defaults(checkout: Path) -> dict[str, Any]:
+    """Returns the only rank of their sweep, and the bits of both factors in the template that it fills."""
+    experiments = checkout / "experiments"
+    ranks = re.search(r"rank_options=\((\d+)\)", (experiments / "pipeline/sweep_lqer_act.sh").read_text())
+    template = tomllib.loads((experiments / "configs/template/llama-7b.toml").read_text())
+    told = template["approximate"]["approximator"]["default"]
+    assert ranks and told["A_quantizer"]["width"] == told["B_quantizer"]["width"]
+    return {"rank": int(ranks[1]), "factor_bits": told["A_quantizer"]["width"]}
