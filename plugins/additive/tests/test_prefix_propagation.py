@@ -204,7 +204,7 @@ def test_what_trains_is_what_the_authors_train() -> None:
         if name.endswith(".value"):
             host = name.removesuffix(".value")
             found[host if host.endswith("bias") else f"{host}.weight"] = list(tensor.shape)
-    assert found == told
+    assert found == told and len(found) == len(list(injection.parameters()))
 
 
 @against("authors", "prefix_propagation", **CODE, part="defaults")

@@ -128,6 +128,7 @@ def test_what_trains_is_what_the_authors_train() -> None:
     trained = {id(p) for p in model.parameters() if p.requires_grad}
     assert trained == {id(p) for p in injection.parameters()}
     told = frozen(NUMBERS, "trains")
+    assert sum(p.numel() for p in injection.parameters()) == sum(told.values())
     found = {"kept": injection.shared["kept"].values.numel()}
     names = {"down_bias": "down_proj.bias", "up_bias": "up_proj.bias"}
     names |= {f"norm.{kind}": f"adapter_layer_norm_before.{kind}" for kind in ("weight", "bias")}
