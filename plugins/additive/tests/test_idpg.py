@@ -15,10 +15,12 @@ from torch import Tensor
 
 import peftcore
 from peftcore.errors import UnsupportedSite
-from peftcore.testing import against, conformance, frozen
+from peftcore.testing import against, conformance, frozen, same_defaults, same_start
 from peftcore.testing.kit import fill
 
 NUMBERS = Path(__file__).parent / "numbers" / "idpg.json"
+CODE: Any = {"repository": "CSerxy/IDPG", "commit": "691b282"}
+CODE["script"] = "fairseq/modules/transformer_sentence_encoder.py"
 SMALL = {"length": 3, "hidden": 4, "phm": 2}
 
 
@@ -37,11 +39,11 @@ def test_conformance(check: Callable[[], None]) -> None:
     check()
 
 
-def narrow() -> Any:
+def narrow(width: int = 8) -> Any:
     """A model as wide as the authors' encoder there."""
     import transformers
 
-    sizes = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes = {"hidden_size": width, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
     model: Any = transformers.BertModel(transformers.BertConfig(vocab_size=11, **sizes), add_pooling_layer=False)
     return model.double().eval()
 
@@ -59,7 +61,7 @@ def theirs(operator: Any) -> dict[str, list[Tensor]]:
         "generation_out_proj_w": operator.up.factors,
         "generation_shared_w2": operator.up.rules,
     }
-    parts = {f"{name}.{index}": [each, index] for name, each in names.items() for index in range(2)}
+    parts = {f"{name}.{index}": [each, index] for name, each in names.items() for index in range(len(each))}
     return {**parts, "generation_dense_b": [operator.down.bias], "generation_out_proj_b.weight": [operator.up.bias]}
 
 
@@ -68,13 +70,7 @@ def part(tensor: Tensor, *index: int) -> Tensor:
 
 
 @pytest.mark.parametrize(("network", "phm"), [("dnn", None), ("phm", 2)])
-@against(
-    "authors",
-    "idpg",
-    repository="CSerxy/IDPG",
-    commit="691b282",
-    script="fairseq/modules/transformer_sentence_encoder.py",
-)
+@against("authors", "idpg", **CODE)
 def test_the_authors_numbers(network: str, phm: int | None) -> None:
     """The rows of two texts, of the states of their first tokens, and the gradients of each tensor; their gelu computes
     in float32."""
@@ -151,16 +147,34 @@ def test_counts(phm: int | None, count: int) -> None:
     assert sum(p.numel() for p in injection.parameters()) == count
 
 
-def test_start() -> None:
-    """The authors' draws."""
-    model, _ = host("llama")
-    (dense,) = peftcore.apply(model, "idpg", length=50, hidden=64, phm=None, name="dense").operators.values()
-    for layer in (dense.down, dense.up):
-        assert abs(layer.weight.std().item() - 0.02) < 2e-3 and not layer.bias.any()
-    (phm,) = peftcore.apply(model, "idpg", length=50, hidden=64, name="phm").operators.values()
-    for each in (phm.down.rules, phm.down.factors, phm.down.bias, phm.up.rules, phm.up.factors):
-        assert abs(each.std().item() - 0.05) < 0.02
-    assert phm.up.bias.min() > -0.5 and phm.up.bias.max() < 0.5 and phm.up.bias.std() > 0.25
+@pytest.mark.parametrize(
+    ("network", "options"), [("dnn", {"hidden": 400, "phm": None}), ("phm", {"hidden": 12_800, "phm": 32})]
+)
+@against("authors", "idpg", **CODE, part="start")
+def test_start_is_the_authors(network: str, options: dict[str, Any]) -> None:
+    """Of 400 rows in a width of 32; their lists of factors together."""
+    (operator,) = peftcore.apply(narrow(32).float(), "idpg", length=400, **options).operators.values()
+    own = {name.rsplit(".", 1)[0] if name[-1].isdigit() else name: each[0] for name, each in theirs(operator).items()}
+    told = frozen(NUMBERS, "start")[network]
+    assert own.keys() == told.keys()
+    for name, each in told.items():
+        same_start(own[name], each)
+
+
+@pytest.mark.parametrize(("network", "phm"), [("dnn", None), ("phm", 2)])
+@against("authors", "idpg", **CODE, part="trains")
+def test_what_trains_is_what_the_authors_train(network: str, phm: int | None) -> None:
+    model = narrow()
+    injection = peftcore.apply(model, "idpg", **{**SMALL, "phm": phm})
+    assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in injection.parameters()}
+    own = theirs(*injection.operators.values())
+    assert {id(each[0]) for each in own.values()} == {id(p) for p in injection.parameters()}
+    assert sorted(own) == frozen(NUMBERS, "trains")[network]
+
+
+@against("authors", "idpg", **CODE, part="defaults")
+def test_defaults_are_the_authors() -> None:
+    same_defaults(peftcore.apply(narrow(32), "idpg").config, frozen(NUMBERS, "defaults"))
 
 
 def test_what_does_not_divide_is_refused() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import peftcore
 from peftcore.errors import ConfigError
-from peftcore.testing import against, conformance, frozen, same_defaults
+from peftcore.testing import against, conformance, frozen, same_defaults, same_start
 from peftcore.testing.kit import fill
 from peftcore_additive._information import HeadLoss, info_nce
 
@@ -37,11 +37,11 @@ def test_conformance(check: Callable[[], None]) -> None:
     check()
 
 
-def narrow() -> Any:
+def narrow(width: int = 6) -> Any:
     """A model as wide as the authors' networks there."""
     import transformers
 
-    sizes = {"hidden_size": 6, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes = {"hidden_size": width, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
     model: Any = transformers.BertModel(transformers.BertConfig(vocab_size=11, **sizes), add_pooling_layer=False)
     return model.double().eval()
 
@@ -200,6 +200,32 @@ def test_outputs_that_the_head_does_not_have_are_refused() -> None:
 def test_counts() -> None:
     injection = peftcore.apply(host("llama")[0], "infoprompt", **SMALL)
     assert sum(p.numel() for p in injection.parameters()) == 17 * 4 + 5 * 32 + 3 * 16 * 4 + 2 * 4 + 16 * 17
+
+
+@against("authors", "infoprompt", **CODE, part="start")
+@pytest.mark.parametrize(("case", "width", "hidden", "length"), [("wide", 8, 12_000, 5), ("square", 128, 128, 100)])
+def test_start_is_the_authors(case: str, width: int, hidden: int, length: int) -> None:
+    """Of what is large: networks 12,000 wide, and those of a hundred rows."""
+    injection = peftcore.apply(narrow(width).float(), "infoprompt", hidden=hidden, length=length)
+    own = theirs(next(iter(injection.operators.values())))
+    for name, told in frozen(NUMBERS, "start")[case].items():
+        same_start(own[name], told)
+
+
+@against("authors", "infoprompt", **CODE, part="trains")
+def test_what_trains_is_what_the_authors_train() -> None:
+    """The head is the model's, without its bias. The bias of theirs that moves all scores alike is not here."""
+    import transformers
+
+    sizes = {"hidden_size": 6, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = transformers.BertForSequenceClassification(transformers.BertConfig(vocab_size=11, num_labels=3, **sizes))
+    injection = peftcore.apply(model, "infoprompt", **SMALL, train=["classifier.weight"])
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    assert trained == {id(p) for p in injection.parameters()}
+    (operator,) = (each for path, each in injection.operators.items() if not path.startswith("classifier"))
+    own = theirs(operator)
+    assert len(trained) == len(own) + 1
+    assert sorted([*own, "tune.lm.head.head", "tune.lm.output.bias"]) == frozen(NUMBERS, "trains")
 
 
 @against("authors", "infoprompt", **CODE, part="defaults")

@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from adapters_package import IDS, wave
 from adapters_package import host as small
 from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import ConfigError, MissingContext, NotMergeable, TargetError, UnsupportedSite
-from peftcore.testing import against, conformance, frozen
+from peftcore.testing import against, conformance, frozen, same_start
 from peftcore.testing.hosts import HOSTS
 from peftcore.testing.tools import without_fast_paths
 from peftcore_additive.loreft import ReftOperator
@@ -29,6 +30,8 @@ BLOCKS = {
     "encoder": "encoder.layers.{}",
 }
 KINDS = ("loreft", "noreft", "direft")
+NUMBERS = Path(__file__).parent / "numbers" / "loreft_interventions.json"
+CODE: Any = {"repository": "stanfordnlp/pyreft", "commit": "dafd099", "script": "pyreft/interventions.py"}
 Positions = Sequence[tuple[int, int]]
 """(row, token)."""
 
@@ -198,11 +201,11 @@ def along(gradient: Tensor, R: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@against("authors", "loreft", repository="stanfordnlp/pyreft", commit="dafd099", script="pyreft/interventions.py")
+@against("authors", "loreft", **CODE)
 def test_the_authors_numbers(kind: str) -> None:
     """At the first two tokens and at the last one, with a suffix and a prefix of their own in both layers of a Llama in
     training. Orthonormal rows have other coordinates in the authors' code, which no number depends on."""
-    numbers = frozen(Path(__file__).parent / "numbers" / "loreft_interventions.json")[kind]
+    numbers = frozen(NUMBERS)[kind]
     model = small("llama")
     options: dict[str, Any] = {"rank": 3, "prefix_positions": 2, "suffix_positions": 1, "dtype": "float64"}
     injection = peftcore.apply(model, "loreft", kind=kind, **options)
@@ -225,6 +228,38 @@ def test_the_authors_numbers(kind: str) -> None:
         for letter, gradient in {"W": unit.learned.weight.grad, "b": unit.learned.bias.grad, "R": R}.items():
             theirs = numbers["interventions"][name][letter]
             assert gradient.flatten().tolist() == pytest.approx(theirs, abs=1e-7), f"{name} {letter}"
+
+
+def llama(**sizes: Any) -> Any:
+    common = {"vocab_size": 11, "intermediate_size": 12, "num_attention_heads": 2, "max_position_embeddings": 16}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**common | sizes))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@against("authors", "loreft", **CODE, part="start")
+def test_start_is_the_authors(kind: Any) -> None:
+    """Of a hundred interventions, at both ends of fifty layers, taken together."""
+    model = llama(hidden_size=128, num_hidden_layers=50)
+    injection = peftcore.apply(model, "loreft", kind=kind, rank=128, suffix_positions=1)
+    units: list[Any] = [unit for each in injection.operators.values() for unit in each.ends.values()]
+    assert len(units) == 100
+    for name, told in frozen(NUMBERS, "start")[kind].items():
+        same_start(torch.cat([unit.get_parameter(name).flatten() for unit in units]), told)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@against("authors", "loreft", **CODE, part="trains")
+def test_what_trains_is_what_the_authors_train(kind: Any) -> None:
+    model = llama(hidden_size=8, num_hidden_layers=2)
+    injection = peftcore.apply(model, "loreft", kind=kind, rank=3)
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    assert trained == {id(p) for p in injection.parameters()}
+    own = [
+        f"{layer}.{name}"
+        for layer in (0, 1)
+        for name, _ in injection.operators[f"model.layers.{layer}"].ends["prefix"].named_parameters()
+    ]
+    assert {"model": [], "own": own} == frozen(NUMBERS, "trains")[kind]
 
 
 FROZEN = frozen(Path(__file__).parent / "numbers" / "loreft.json")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import MissingContext, NotMergeable, RouteError, SequenceError, UnsupportedSite
-from peftcore.testing import against, conformance, frozen, same_defaults
+from peftcore.testing import against, conformance, frozen, same_defaults, same_start
 from peftcore.testing.hosts import HOSTS
 from peftcore.testing.kit import fill
 
@@ -199,6 +199,34 @@ def test_what_it_refuses() -> None:
         peftcore.apply(host("t5")[0], "lpt", target="stack.decoder")
     with pytest.raises(UnsupportedSite, match="blocks 0 to 1"):
         peftcore.apply(host("bert")[0], "lpt", layer=2)
+
+
+@against("authors", "lpt", **CODE, part="start")
+@pytest.mark.parametrize(
+    ("case", "options"),
+    [
+        ("wide", {"hidden": 12_000}),
+        ("long", {"hidden": 5, "length": 3000}),
+        ("alone", {"generator": None, "length": 3000}),
+    ],
+)
+def test_start_is_the_authors(case: str, options: dict[str, Any]) -> None:
+    """Of what is large: a generator 12,000 wide, one of 3,000 rows, and as many rows without one."""
+    own = dict(generator_of(peftcore.apply(small("roberta").float(), "lpt", **options)).named_parameters())
+    for name, told in frozen(NUMBERS, "start")[case].items():
+        same_start(own[name], told)
+
+
+@against("authors", "lpt", **CODE, part="trains")
+@pytest.mark.parametrize("kind", ["naive", "average", "max", None])
+def test_what_trains_is_what_the_authors_train(kind: Any) -> None:
+    """The head of the words stays as it is."""
+    model = transformers.RobertaForMaskedLM(transformers.RobertaConfig(**SIZES, **WITHOUT))
+    injection = peftcore.apply(model, "lpt", generator=kind, length=3, hidden=5, layer=2)
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    own = dict(generator_of(injection).named_parameters())
+    assert trained == {id(p) for p in own.values()}
+    assert sorted(own) == frozen(NUMBERS, "trains")[str(kind)]
 
 
 @against("authors", "lpt", **CODE, part="defaults")

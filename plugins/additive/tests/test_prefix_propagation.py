@@ -187,6 +187,26 @@ def test_start_is_the_authors() -> None:
     same_start(operator.prefix, frozen(NUMBERS, "start")["prefix"])
 
 
+@against("authors", "prefix_propagation", **CODE, part="trains")
+def test_what_trains_is_what_the_authors_train() -> None:
+    """With the head, and the token types, which their Longformer trains along. Their rows for words that a task adds to
+    the vocabulary belong to the task, and not to the prefix."""
+    model: Any = transformers.LongformerForSequenceClassification(
+        transformers.LongformerConfig(**{**SIZES, "type_vocab_size": 1}, attention_window=4)
+    )
+    injection = peftcore.apply(model, "prefix_propagation", train=["classifier", "token_type_embeddings"])
+    assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in injection.parameters()}
+    told = frozen(NUMBERS, "trains")
+    assert told.pop("longformer.embeddings.additional_word_embeddings.weight") == [2, 8]
+    (operator,) = (each for path, each in injection.operators.items() if path.endswith("sequence"))
+    found = {"propagated_prefix_encoder.embedding.weight": [8, operator.prefix.numel() // 8]}
+    for name, tensor in injection.state_dict().items():
+        if name.endswith(".value"):
+            host = name.removesuffix(".value")
+            found[host if host.endswith("bias") else f"{host}.weight"] = list(tensor.shape)
+    assert found == told and len(found) == len(list(injection.parameters()))
+
+
 @against("authors", "prefix_propagation", **CODE, part="defaults")
 def test_defaults_are_the_authors() -> None:
     same_defaults(peftcore.apply(host("bert")[0], "prefix_propagation").config, frozen(NUMBERS, "defaults"))

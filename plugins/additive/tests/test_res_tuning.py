@@ -84,6 +84,16 @@ def test_start_is_the_authors(shape: str, width: int, bottleneck: int) -> None:
     assert not told
 
 
+@against("authors", "res_tuning", **CODE, part="trains")
+def test_what_trains_is_what_the_authors_train() -> None:
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 12, batch_first=True), 3, norm=nn.LayerNorm(8))
+    injection = peftcore.apply(model, "res_tuning", bottleneck=4)
+    assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in injection.parameters()}
+    own = [theirs(part, name) for part, shared in injection.shared.items() for name, _ in shared.named_parameters()]
+    assert len(own) == len(list(injection.parameters()))
+    assert {"model": [], "bypass": sorted(own)} == frozen(NUMBERS, "trains")
+
+
 @against("authors", "res_tuning", **CODE, part="defaults")
 def test_defaults_are_the_authors() -> None:
     same_defaults(peftcore.apply(HOSTS["llama"].build()[0], "res_tuning").config, frozen(NUMBERS, "defaults"))

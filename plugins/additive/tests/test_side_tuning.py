@@ -14,10 +14,12 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import ConfigError, MissingContext, SequenceError, TargetError, TrainingError, UnsupportedSite
-from peftcore.testing import HOSTS, against, conformance, frozen
+from peftcore.testing import HOSTS, against, conformance, frozen, same_defaults, same_start
 from peftcore.testing.kit import fill
 
 NUMBERS = Path(__file__).parent / "numbers" / "side_tuning.json"
+CODE: Any = {"repository": "jozhang97/side-tuning", "commit": "dea3456"}
+CODE["script"] = "tlkit/models/sidetune_architecture.py"
 ALL_ROWS = "the guest sees all rows of the batch, so that what it keeps of them lies beside the model's cache"
 
 
@@ -33,18 +35,17 @@ def test_conformance(check: Callable[[], None]) -> None:
     check()
 
 
-@against(
-    "authors", "side_tuning", repository="jozhang97/side-tuning", commit="dea3456",
-    script="tlkit/models/sidetune_architecture.py",
-)  # fmt: skip
+def gpt2() -> Any:
+    sizes: dict[str, Any] = {"vocab_size": 11, "n_embd": 8, "n_head": 2, "n_positions": 8, "n_inner": 12, "n_layer": 3}
+    sizes |= {"bos_token_id": None, "eos_token_id": None}
+    return transformers.GPT2Model(transformers.GPT2Config(**sizes, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
+
+
+@against("authors", "side_tuning", **CODE)
 @pytest.mark.parametrize("merge", ["alpha", "sum", "product"])
 def test_numbers_of_the_authors(merge: Any) -> None:
     """A GPT-2 of three layers, and one of one beside it with a table of its own, in training."""
-    numbers = frozen(NUMBERS)[merge]
-    sizes: dict[str, Any] = {"vocab_size": 11, "n_embd": 8, "n_head": 2, "n_positions": 8, "n_inner": 12, "n_layer": 3}
-    sizes |= {"bos_token_id": None, "eos_token_id": None}
-    config = transformers.GPT2Config(**sizes, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
-    model = transformers.GPT2Model(config).double().train()
+    numbers, model = frozen(NUMBERS)[merge], gpt2().double().train()
     waves(dict(model.named_parameters()), 0.4)
     injection = peftcore.apply(model, "side_tuning", merge=merge, own_table=True, alpha=0.7, dtype="float64")
     trained = dict(injection.shared["guest"].network.named_parameters())
@@ -64,6 +65,33 @@ def test_numbers_of_the_authors(merge: Any) -> None:
 def expect(value: Tensor | None, numbers: list[float]) -> None:
     assert value is not None and any(numbers)
     torch.testing.assert_close(value.flatten(), torch.tensor(numbers, dtype=torch.float64), rtol=1e-8, atol=2e-9)
+
+
+@against("authors", "side_tuning", **CODE, part="start")
+def test_start_of_the_share_is_the_authors() -> None:
+    """The side network is of the model's own class, which draws its start; their networks are of pictures."""
+    same_start(peftcore.apply(gpt2(), "side_tuning").shared["blend"].alpha, frozen(NUMBERS, "start")["alpha"])
+
+
+@against("authors", "side_tuning", **CODE, part="trains")
+def test_what_trains_is_what_the_authors_train() -> None:
+    """With a table of its own, as their side networks have all layers of their own."""
+    model = gpt2()
+    injection = peftcore.apply(model, "side_tuning", own_table=True)
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    assert trained == {id(p) for p in injection.parameters()}
+    side, blend = injection.shared["guest"].network, injection.shared["blend"]
+    found = {
+        "base": [],
+        "side": sorted(name for name, p in side.named_parameters() if id(p) in trained),
+        "blend": [f"{name}s" for name, p in blend.named_parameters() if id(p) in trained],
+    }
+    assert found == frozen(NUMBERS, "trains") and len(trained) == len(found["side"]) + 1
+
+
+@against("authors", "side_tuning", **CODE, part="defaults")
+def test_defaults_are_the_authors() -> None:
+    same_defaults(peftcore.apply(gpt2(), "side_tuning").config, frozen(NUMBERS, "defaults"))
 
 
 FAMILIES = {

@@ -119,6 +119,17 @@ def test_start_is_the_authors() -> None:
     torch.testing.assert_close(operator.router @ operator.router.T, torch.tensor(told["router"]), rtol=0, atol=1e-5)
 
 
+@against("authors", "smop", **CODE, part="trains")
+def test_what_trains_is_what_the_authors_train() -> None:
+    """How many numbers of the prompts, and of the router."""
+    model = host("llama")[0]
+    injection = peftcore.apply(model, "smop")
+    assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in injection.parameters()}
+    (operator,) = injection.operators.values()
+    found = [operator.prompts.numel(), operator.router.numel()]
+    assert found == frozen(NUMBERS, "trains") and len(list(injection.parameters())) == 2
+
+
 @against("authors", "smop", **CODE, part="defaults")
 def test_defaults_are_the_authors() -> None:
     same_defaults(peftcore.apply(host("llama")[0], "smop").config, frozen(NUMBERS, "defaults"))

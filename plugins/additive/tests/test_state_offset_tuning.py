@@ -214,6 +214,19 @@ def test_start_is_the_authors() -> None:
         same_start(tensor, told[name])
 
 
+@against("authors", "state_offset_tuning", **CODE, part="trains")
+@pytest.mark.parametrize("kind", ["state", "output", "rank"])
+def test_what_trains_is_what_the_authors_train(kind: str) -> None:
+    model = Alone()
+    options: dict[str, Any] = {"offset": "output"} if kind == "output" else {"rank": 2} if kind == "rank" else {}
+    injection = peftcore.apply(model, "state_offset_tuning", **options)
+    assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in injection.parameters()}
+    start = "parameter_processors.x_after_ssm.suffixtuning_bias"
+    names = {"offset": f"{start}.default", "down": f"{start}.default.lora_A", "up": f"{start}.default.lora_B"}
+    own = [names[name] for name, _ in injection.operators["mixer"].named_parameters()]
+    assert sorted(own) == sorted(frozen(NUMBERS, "trains")[kind])
+
+
 @against("authors", "state_offset_tuning", **CODE, part="defaults")
 def test_defaults_are_the_authors() -> None:
     same_defaults(peftcore.apply(built("Jamba"), "state_offset_tuning").config, frozen(NUMBERS, "defaults"))

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import static_windows
 import torch
+import transformers
 from torch import Tensor, nn
 
 import peftcore
@@ -244,6 +245,27 @@ def test_start_is_the_authors() -> None:
         first, *more = name.split(".")
         same_start(tensor, told.pop(".".join([THEIRS.get(first, first), *more])))
     assert not told
+
+
+@against("authors", "tiny_attention_adapter", **CODE, part="trains")
+def test_what_trains_is_what_the_authors_train() -> None:
+    """With the head."""
+    sizes = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = transformers.RobertaForSequenceClassification(transformers.RobertaConfig(vocab_size=11, **sizes))
+    injection = peftcore.apply(model, "tiny_attention_adapter", train=["classifier"])
+    assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in injection.parameters()}
+    layers: list[Any] = [each for path, each in injection.operators.items() if not path.startswith("classifier")]
+    layers = [each for each in layers if list(each.parameters())]
+    found = {
+        f"{layer}.{theirs(name)}": list(p.shape)
+        for layer, each in enumerate(layers)
+        for name, p in each.series[0].named_parameters()
+    }
+    for name, tensor in injection.state_dict().items():
+        if name.startswith("classifier"):
+            head = name.removesuffix(".value")
+            found[head if head.endswith("bias") else f"{head}.weight"] = list(tensor.shape)
+    assert found == frozen(NUMBERS, "trains") and len(found) == len(list(injection.parameters()))
 
 
 @against("authors", "tiny_attention_adapter", **CODE, part="defaults")

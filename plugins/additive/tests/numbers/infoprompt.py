@@ -5,6 +5,7 @@ Their encoder is stood in for by a linear map of the mean of what it is given: a
 places of its prompt. The losses, and the networks that they train, are theirs.
 """
 
+import ast
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcore.registry.evidence import Source
+from peftcore.testing import drawn
 from peftcore.testing.checkouts import load
 
 SOURCE = Source("authors", "JoshuaWu1997/infoprompt", "cc56fba", "model/RoBertaPrompt.py")
@@ -31,12 +33,17 @@ def wave(shape: Sequence[int], k: float) -> Tensor:
     return torch.sin(torch.arange(size, dtype=torch.float64) * k + k).view(tuple(shape))
 
 
-def theirs(checkout: Path, scale: float) -> Any:
-    """Returns their model, without its encoder, in float64."""
+def module_of(checkout: Path) -> Any:
+    """Returns the module of their model, without that of its encoder."""
     absent = ModuleType("model.modeling_roberta_prompt")
     absent.RobertaModel = nn.Module  # type: ignore[attr-defined]
     sys.modules["model.modeling_roberta_prompt"] = absent
-    module = load(checkout / SOURCE.script, root=checkout)
+    return load(checkout / SOURCE.script, root=checkout)
+
+
+def theirs(checkout: Path, scale: float) -> Any:
+    """Returns their model, without its encoder, in float64."""
+    module = module_of(checkout)
     config = SimpleNamespace(n_latent=HIDDEN, n_prompt=LENGTH, beta=0.2, gamma=0.1)
     model = module.BertDIBPromptRE.__new__(module.BertDIBPromptRE)
     nn.Module.__init__(model)
@@ -97,6 +104,27 @@ def numbers(checkout: Path) -> dict[str, Any]:
             "gradients": gradients,
         }
     return found
+
+
+def start(checkout: Path) -> dict[str, Any]:
+    """Returns what large tensors start from, by their names: of networks 12,000 wide in a width of 8, and of those 128
+    wide in as much, for a hundred rows."""
+    module, found = module_of(checkout), {}
+    for case, (width, hidden, length) in {"wide": (8, 12_000, 5), "square": (128, 128, 100)}.items():
+        prompt = module.InstancePrompt(SimpleNamespace(n_latent=hidden), length, torch.zeros(1, width))
+        tune = nn.ModuleDict({"prompt": prompt, "lm": module.VariationalLM(hidden, torch.ones(CLASSES, width), length)})
+        found[case] = {f"tune.{name}": drawn(p) for name, p in tune.named_parameters() if p.numel() >= 12_000}
+    return found
+
+
+def trains(checkout: Path) -> list[str]:
+    """Returns the names of what trains, after the statement of their script that says so."""
+    script = ast.parse((checkout / "infoprompt.py").read_text(encoding="utf-8"))
+    (told,) = (each for each in ast.walk(script) if isinstance(each, ast.For) and "[FROZE]" in ast.unparse(each))
+    model = theirs(checkout, 1.0)
+    layers = next(each for each in ast.walk(script) if ast.unparse(each).startswith("unfrozen_layers ="))
+    exec(compile(ast.Module([layers, told], []), "infoprompt.py", "exec"), {"model": model})  # type: ignore[list-item]
+    return sorted(name for name, p in model.named_parameters() if p.requires_grad)
 
 
 def defaults(checkout: Path) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """What the interventions of LoReFT's authors make of a small Llama, in float64, on waves:
 ``python -m peftcore.testing.freeze loreft_interventions.py CHECKOUT``.
 
-Their file derives from classes of pyvene, which does not run beside the transformers versions that this project is for;
-of these only the width is needed. What pyvene does besides, hooks do here: they intervene on what a layer returns, at
-the first two tokens and at the last one.
+Their file derives from classes of pyvene, of which the numbers need only the width. What pyvene does besides, hooks do
+here: they intervene on what a layer returns, at the first two tokens and at the last one. Which tensors train, pyvene
+itself says: PYTHONPATH ends with a folder into which ``pip install --target FOLDER --no-deps pyvene==0.1.8`` put it.
 """
 
 import sys
@@ -19,16 +19,20 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import cached
 
 from peftcore.registry.evidence import Source
+from peftcore.testing import drawn
 from peftcore.testing.checkouts import load
 
 SOURCE = Source("authors", "stanfordnlp/pyreft", "dafd099", "pyreft/interventions.py")
-VERSIONS = ("torch", "transformers")
+VERSIONS = ("torch", "transformers", "pyvene")
 SIZES = {"vocab_size": 11, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2}
 SIZES |= {"num_attention_heads": 2, "max_position_embeddings": 16}
 IDS = [[1, 5, 3, 9, 2], [4, 4, 10, 0, 7]]
 ENDS = {"prefix": [0, 1], "suffix": [4]}
 KINDS = {"loreft": "LoreftIntervention", "noreft": "NoreftIntervention", "direft": "NodireftIntervention"}
 RANK = 3
+NAMES = {"learned_source.weight": "learned.weight", "learned_source.bias": "learned.bias", "proj_layer.weight": "R"}
+NAMES |= {"rotate_layer.parametrizations.weight.original": "R"}
+"""Of tensors of an intervention, by theirs."""
 
 
 def wave(like: Tensor, k: float) -> Tensor:
@@ -126,3 +130,48 @@ def along(gradient: Tensor, R: Tensor) -> Tensor:
 
 def rounded(tensor: Tensor) -> list[float]:
     return [round(each, 10) for each in tensor.flatten().tolist()]
+
+
+def start(checkout: Path) -> dict[str, Any]:
+    """Returns what tensors of a hundred interventions on states that are 128 wide start from, taken together."""
+    module, found = authors(checkout), {}
+    for kind, name in KINDS.items():
+        options = {"embed_dim": 128, "low_rank_dimension": 128, "dtype": torch.float32, "add_bias": False}
+        made = [getattr(module, name)(**options) for _ in range(100)]
+        learned = {
+            f"learned.{part}": drawn(torch.cat([getattr(each.learned_source, part).flatten() for each in made]))
+            for part in ("weight", "bias")
+        }
+        found[kind] = {"R": drawn(torch.cat([rows(each).flatten() for each in made])), **learned}
+    return found
+
+
+def trains(checkout: Path) -> dict[str, dict[str, list[str]]]:
+    """Returns the names of what trains in a Llama, and in an intervention on each of its two layers, by the names
+    here."""
+    for name in [each for each in sys.modules if each.partition(".")[0] in ("pyvene", "pyreft")]:
+        del sys.modules[name]
+    load(checkout / "pyreft/utils.py", root=checkout)
+    theirs: Any = sys.modules["pyreft"]
+    found = {}
+    for kind, name in KINDS.items():
+        options = {"embed_dim": 8, "low_rank_dimension": RANK, "dtype": torch.float32, "add_bias": False}
+        representations = [
+            {
+                "layer": layer,
+                "component": "block_output",
+                "low_rank_dimension": RANK,
+                "intervention": getattr(theirs, name)(**options),
+            }
+            for layer in (0, 1)
+        ]
+        model: Any = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES))
+        whole = theirs.get_reft_model(model, theirs.ReftConfig(representations=representations))
+        own = [
+            f"{layer}.{NAMES[key]}"
+            for layer, each in enumerate(whole.interventions.values())
+            for key, p in each.named_parameters()
+            if p.requires_grad
+        ]
+        found[kind] = {"model": [key for key, p in whole.model.named_parameters() if p.requires_grad], "own": own}
+    return found

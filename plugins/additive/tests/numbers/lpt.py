@@ -7,14 +7,17 @@ which stands first in PYTHONPATH. Its decorator for
 documentation takes other words, and is left out.
 """
 
+import ast
 from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from peftcore.registry.evidence import Source
+from peftcore.testing import drawn
 from peftcore.testing.checkouts import flags, load
 
 SOURCE = Source("authors", "xyltt/LPT", "634c7b2", "encoder-only/models/modeling_roberta.py")
@@ -100,6 +103,55 @@ def numbers(checkout: Path) -> dict[str, dict[str, Any]]:
             rows = prompt if generator is None else None
             result.setdefault(kind, {})[name] = found(model, own, given, rows)
     return result
+
+
+def tuned(checkout: Path, generator: str | None, hidden: int, length: int) -> Any:
+    """Returns their RoBERTa after those statements of their script that say what trains."""
+    import transformers
+
+    vars(transformers.file_utils)["add_code_sample_docstrings"] = lambda **words: lambda function: function
+    more = {"generator_type": generator, "num_prompt_tokens": length, "proj_down_size": hidden}
+    config = transformers.RobertaConfig(**SIZES, **WITHOUT, **more, add_prompt_layer=LAYER)
+    model = load(checkout / SOURCE.script).RobertaPromptTuning(config)
+    script = ast.parse((checkout / "encoder-only/run_roberta.py").read_text(encoding="utf-8"))
+    (main,) = (each for each in script.body if isinstance(each, ast.FunctionDef) and each.name == "main")
+    wanted = ("param.requires_grad = False", "add_prompt_generator()")
+    told = [each for each in main.body if any(words in ast.unparse(each) for words in wanted)]
+    assert len(told) == 2
+    exec(
+        compile(ast.Module(told, []), "run_roberta.py", "exec"),
+        {"model": model, "args": SimpleNamespace(generator_type=generator)},
+    )
+    return model
+
+
+def ours(name: str) -> str:
+    """Returns our name of a tensor of theirs."""
+    last = name.replace("prompt_embedding.weight", "prompt").rpartition("prompt_generator.")[2]
+    return last.replace("proj_", "")
+
+
+def start(checkout: Path) -> dict[str, Any]:
+    """Returns what large tensors start from by their names here: of a generator that is 12,000 wide, of one of 3,000
+    rows, and of as many rows without one."""
+    cases = {"wide": ("NPG", 12_000, 5), "long": ("NPG", 5, 3000), "alone": (None, 5, 3000)}
+    return {
+        case: {
+            ours(name): drawn(p)
+            for name, p in tuned(checkout, *options).named_parameters()
+            if p.requires_grad and p.numel() >= 12_000
+        }
+        for case, options in cases.items()
+    }
+
+
+def trains(checkout: Path) -> dict[str, list[str]]:
+    """Returns the names of what trains, by kind of generator, by the names here."""
+    found = {}
+    for kind, generator in KINDS.items():
+        model = tuned(checkout, generator, HIDDEN, LENGTH)
+        found[kind] = sorted(ours(name) for name, p in model.named_parameters() if p.requires_grad)
+    return found
 
 
 def defaults(checkout: Path) -> dict[str, Any]:

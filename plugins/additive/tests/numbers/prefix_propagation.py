@@ -95,6 +95,20 @@ def start(checkout: Path) -> dict[str, Any]:
     return {"prefix": drawn(model.propagated_prefix_encoder.embedding.weight)}
 
 
+def trains(checkout: Path) -> dict[str, list[int]]:
+    """Returns the sizes of what trains in a Longformer that classifies, by their names, with as many additional words
+    as their command has."""
+    import transformers
+
+    told = flags((checkout / "run_script/hyperpartisan_longformer_propagation.sh").read_text())
+    more = {"pre_seq_len": told["pre_seq_len"], "add_pre_seq_len": None, "propagate_prefix": told["propagate_prefix"]}
+    more |= {"additional_non_frozen_embeds": told["additional_non_frozen_embeds"], "propagate_prefix_scalar": False}
+    more |= {"prefix_projection": False, "use_offset_pool_tok": True}
+    config = transformers.LongformerConfig(**SIZES, **more, attention_window=WINDOW)
+    model = load(checkout / "model/longformer.py", checkout).LongformerPrefixForSequenceClassification(config)
+    return {name: list(p.shape) for name, p in model.named_parameters() if p.requires_grad}
+
+
 def defaults(checkout: Path) -> dict[str, Any]:
     """Returns the options of their command."""
     told = flags((checkout / "run_script/hyperpartisan_longformer_propagation.sh").read_text())

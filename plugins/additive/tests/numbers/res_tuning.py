@@ -1,11 +1,12 @@
 """What the bypass of Res-Tuning's authors makes of the states of an encoder, and the derivatives by its tensors, on
 tensors of cosines: ``python -m peftcore.testing.freeze res_tuning.py CHECKOUT``."""
 
+import ast
 import sys
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -88,6 +89,28 @@ def start(checkout: Path) -> dict[str, Any]:
         name: {key: drawn(tensor) for key, tensor in module.named_parameters() if tensor.numel() > 16}
         for name, module in modules.items()
     }
+
+
+def trains(checkout: Path) -> dict[str, list[str]]:
+    """Returns the names of what trains in the encoder and in the bypass, after the statement of their code that freezes
+    what a tuner is for."""
+    model = encoder()
+    known: dict[str, Any] = {}
+    helpers = ast.parse((checkout / "swift/tuners/utils.py").read_text(encoding="utf-8"))
+    (adapter,) = (each for each in helpers.body if isinstance(each, ast.ClassDef) and each.name == "SwiftAdapter")
+    adapter.bases, adapter.body = [], [each for each in adapter.body if "has_additional_modules" in ast.unparse(each)]
+    exec(compile(ast.Module([adapter], []), "utils.py", "exec"), known)
+    code = ast.parse((checkout / "swift/tuners/base.py").read_text(encoding="utf-8"))
+    told = [
+        each
+        for each in ast.walk(code)
+        if isinstance(each, ast.If) and ast.unparse(each.test).startswith("adapter_cls.has_additional_modules()")
+    ]
+    assert len(told) == 1
+    known |= {"adapter_cls": known["SwiftAdapter"], "model": model, "config": SimpleNamespace()}
+    exec(compile(ast.Module(told, []), "base.py", "exec"), known)  # type: ignore[arg-type]
+    parts = {"model": model, "bypass": made(checkout, 8, 3, {"adapter_length": 4})}
+    return {part: sorted(name for name, p in of.named_parameters() if p.requires_grad) for part, of in parts.items()}
 
 
 def defaults(checkout: Path) -> dict[str, Any]:

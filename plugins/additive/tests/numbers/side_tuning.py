@@ -5,6 +5,7 @@ Their networks for text are not in their repository. Those of transformers stand
 """
 
 from collections.abc import Iterable
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ import transformers
 from torch import Tensor, nn
 
 from peftcore.registry.evidence import Source
+from peftcore.testing import drawn
 from peftcore.testing.checkouts import load
 
 SOURCE = Source("authors", "jozhang97/side-tuning", "dea3456", "tlkit/models/sidetune_architecture.py")
+TASKS = "tlkit/models/lifelong_framework.py"
 MERGES = "tlkit/models/merge_operators.py"
 VERSIONS = ("torch", "transformers")
 ABSENT = ("tlkit.utils", "tlkit.models.student_models", "tlkit.models.resnet_cifar", "evkit.models.taskonomy_network")
@@ -78,3 +81,40 @@ def numbers(checkout: Path) -> dict[str, Any]:
         gradients = {key: rounded(p.grad) for key, p in trained.items() if name == "alpha" or key.startswith("ln_f")}
         found[name] = {"output": rounded(y), "gradients": gradients}
     return found
+
+
+def start(checkout: Path) -> dict[str, Any]:
+    """Returns what alpha starts from."""
+    whole = load(checkout / SOURCE.script, root=checkout, absent=ABSENT).GenericSidetuneNetwork(8, 8)
+    return {"alpha": drawn(whole.alpha)}
+
+
+def trains(checkout: Path) -> dict[str, list[str]]:
+    """Returns the names of what their first task trains in the base, in the side network, and of alpha."""
+    module = load(checkout / TASKS, root=checkout, absent=(*ABSENT, "tlkit.models.fusion"))
+    basic = load(checkout / "tlkit/models/basic_models.py", root=checkout)
+
+    class Base(basic.EvalOnlyModel):  # type: ignore[name-defined,misc]
+        """A GPT-2 as the base that their networks derive from."""
+
+        def __init__(self) -> None:
+            super().__init__(eval_only=True)
+            self.network = Features(3, 0.4).network
+
+    module.Base, module.Side, cuda = Base, Features, nn.Module.cuda
+    nn.Module.cuda = lambda self: self  # type: ignore[method-assign,assignment]
+    side = {"layers": 1, "start": 0.9}
+    classes = {"base_class": "Base", "side_class": "Side", "transfer_class": "nn.Identity"}
+    model = module.LifelongSidetuneNetwork(**classes, side_kwargs=side, tasks=[0])
+    trained = {id(p) for p in model.train().start_task(0, True)}
+    nn.Module.cuda = cuda  # type: ignore[method-assign]
+    parts = {"base": model.base.network, "side": model.sides["0"].network, "blend": model.merge_operators["0"]}
+    return {part: sorted(name for name, p in of.named_parameters() if id(p) in trained) for part, of in parts.items()}
+
+
+def defaults(checkout: Path) -> dict[str, Any]:
+    """Returns how their network for tasks merges, and its first alpha."""
+    module = load(checkout / TASKS, root=checkout, absent=(*ABSENT, "tlkit.models.fusion"))
+    merge = signature(module.LifelongSidetuneNetwork.__init__).parameters["merge_method"].default
+    alpha = getattr(module.merge_operators, merge.rpartition(".")[2])(dense=False, task_idx=0, dataset="").alphas
+    return {"merge": merge.rpartition(".")[2].lower(), "alpha": alpha.item()}

@@ -1,10 +1,11 @@
 """The prompt that SMoP's authors make for one text, and gradients, on tensors of sines; in training with noise that is
 said: ``python -m peftcore.testing.freeze smop.py CHECKOUT``."""
 
+import ast
 import importlib
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -86,6 +87,19 @@ def start(checkout: Path) -> dict[str, Any]:
     network = module.PromptRoutingEmbedding(module.PromptRoutingConfig(**options, stochastic=False), None)
     (router,) = (tensor for name, tensor in network.named_parameters() if name.startswith("router"))
     return {"prompts": drawn(network.embedding.weight), "router": (router @ router.T).tolist()}
+
+
+def trains(checkout: Path) -> list[int]:
+    """Returns how many numbers each group has of what their script gives to the optimizer: 4 prompts of 5 rows, 16
+    wide."""
+    on_the_cpu("zeros")
+    module, made = theirs(checkout), {"num_virtual_tokens": 5, "num_virtual_tokens_full": 20, "token_dim": 16}
+    network = module.PromptRoutingEmbedding(module.PromptRoutingConfig(**made, stochastic=False), None)
+    script = ast.parse((checkout / "scripts/train.py").read_text(encoding="utf-8"))
+    told = [each for each in ast.walk(script) if ast.unparse(each).startswith("tuning_params = [{")]
+    known: dict[str, Any] = {"model": SimpleNamespace(prompt_encoder=network), "args": SimpleNamespace(lr=0.5)}
+    exec(compile(ast.Module(told, []), "train.py", "exec"), known)  # type: ignore[arg-type]
+    return [sum(p.numel() for p in group["params"] if p.requires_grad) for group in known["tuning_params"]]
 
 
 def defaults(checkout: Path) -> dict[str, Any]:

@@ -1,11 +1,12 @@
 """What the Mamba mixer of state-offset tuning's authors gives, on tensors of sines:
 ``python -m peftcore.testing.freeze state_offset_tuning.py CHECKOUT``."""
 
+import ast
 import importlib
 import json
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import peft
@@ -83,6 +84,31 @@ def start(checkout: Path) -> dict[str, Any]:
     (whole,) = offset(modules, mixer, "SILU_Z_C", None).suffixtuning_bias.parameters()
     factors = offset(modules, mixer, "SILU_Z_C", 12_000).suffixtuning_bias["default"]
     return {"offset": drawn(whole), "down": drawn(factors.lora_A), "up": drawn(factors.lora_B)}
+
+
+def trains(checkout: Path) -> dict[str, list[str]]:
+    """Returns the names of what trains in a mixer, by kind, as their tuner marks it."""
+    modules, found = theirs(checkout), {}
+    told = json.loads((checkout / "cfg/final/peft/mamba-130m/dart/state_tuning.json").read_text())
+    config = SimpleNamespace(finetune_parameters=told.get("finetune_parameters"))
+    (tuner,) = (
+        each
+        for each in ast.parse((checkout / SOURCE.script).read_text()).body
+        if isinstance(each, ast.ClassDef) and each.name == "SuffixTuningModel"
+    )
+    wanted = ("prefix: str", "def _mark_only_adapters_as_trainable")
+    known: dict[str, Any] = {"nn": torch.nn}
+    tuner.bases, tuner.decorator_list = [], []  # of a peft that has moved
+    tuner.body = [each for each in tuner.body if ast.unparse(each).startswith(wanted)]
+    exec(compile(ast.Module([tuner], []), "suffix_tuning.py", "exec"), known)
+    for kind, (bias, rank) in KINDS.items():
+        mixer = modules[0].MambaPeft(6, d_state=3, dt_rank=2, layer_idx=0, backend="ref")
+        mixer.parameter_processors["x_after_ssm"] = offset(modules, mixer, bias, rank)
+        marks: Any = known["SuffixTuningModel"]()
+        marks.peft_config, marks.active_adapter = {"default": config}, "default"
+        marks._mark_only_adapters_as_trainable(mixer)
+        found[kind] = [name for name, p in mixer.named_parameters() if p.requires_grad]
+    return found
 
 
 def defaults(checkout: Path) -> dict[str, Any]:
