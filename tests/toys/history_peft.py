@@ -82,6 +82,10 @@ OTHERWISE = {
     "one is at these; with us the first of the others acts always, as peft's documentation has it",
     "unload()": "peft leaves what is merged, and what was trained along (modules_to_save); ours has the weights of "
     "before",
+    "linear": "peft sums factors of any LoRAs with roots of weights; `combine` sums parameters of equal adapters",
+    "weighted adapters of rsLoRA and DoRA": "peft takes use_rslora and use_dora over from the first one beside "
+    "alpha = rank, so that the sum is scaled once more, and leaves magnitudes out; ours is the sum of the changes, and "
+    "refuses to put DoRA together by factors",
     "mixed batches and weighted adapters": "peft has them for LoRA alone: others pass adapter_names over",
 }
 """What else is otherwise, with the reason. It is not compared, or both are told what to do next."""
@@ -294,12 +298,15 @@ class PeftHistory(RuleBasedStateMachine):
             if len(found) == 2:
                 world.compare(*found, f"output of rows {rows}")
 
-    @rule(pair=st.permutations(NAMES), how=st.sampled_from(["cat", "linear", "svd"]))
+    @rule(pair=st.permutations(NAMES), how=st.sampled_from(["cat", "svd"]))  # OTHERWISE["linear"]
     def add_weighted_adapter(self, pair: list[str], how: str) -> None:
         world = self.world
         one, two, new = pair
         if world.family != "lora" or new in world.names() or any(name not in world.names() for name in (one, two)):
             return
+        configs = [world.theirs.peft_config[name] for name in (one, two)]
+        if configs[0].use_rslora or any(each.use_dora for each in configs):
+            return  # OTHERWISE["weighted adapters of rsLoRA and DoRA"]
         rank = {"svd_rank": 3} if how == "svd" else {}
 
         def add(model: Any) -> None:
