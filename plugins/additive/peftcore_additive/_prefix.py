@@ -4,7 +4,7 @@ may make it."""
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import torch
@@ -114,15 +114,17 @@ def prefix_count(site: Site, config: PrefixConfig, gate: bool = False) -> int:
     return rows * prefix_width(site) + gate
 
 
-def shared_encoder(surgeon: Surgeon, site: AttentionSite, config: PrefixConfig) -> Shared | None:
-    """Return the half of the network that the stack of a site shares: encoder, decoder and cross-attention have one
-    each."""
+def shared_encoder(
+    surgeon: Surgeon, site: AttentionSite, config: PrefixConfig, make: Callable[[int, int, int], Encoder] = Encoder
+) -> Shared | None:
+    """Return the half of the network that the stack of a site shares, as `make` makes it: encoder, decoder and
+    cross-attention have one each."""
     hidden = config.projection
     if hidden is None:
         return None
     stack = re.sub(r"(^|\.)\d+(?=\.|$)", "", site.module_path).strip(".").replace(".", "_") or "attention"
     width = site.geometry.kv_heads * site.geometry.head_dim
-    return surgeon.own(f"{stack}_{config.length}x{hidden}", lambda: Encoder(config.length, width, hidden))
+    return surgeon.own(f"{stack}_{config.length}x{hidden}", lambda: make(config.length, width, hidden))
 
 
 class Behind(InputOperator):

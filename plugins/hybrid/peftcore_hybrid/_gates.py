@@ -35,9 +35,16 @@ class Gate(nn.Module):
 def linear(width: int, outputs: int) -> nn.Linear:
     """Make a linear layer that starts as BERT's own do, with a bias of zeros."""
     made = nn.Linear(width, outputs)
-    nn.init.normal_(made.weight, std=0.02)
-    nn.init.zeros_(made.bias)
+    start_as_bert(made)
     return made
+
+
+def start_as_bert(module: nn.Module) -> None:
+    """Draw a linear layer or an embedding as BERT draws its own: N(0, 0.02), with a bias of zeros."""
+    if isinstance(module, (nn.Linear, nn.Embedding)):
+        nn.init.normal_(module.weight, std=0.02)
+    if isinstance(module, nn.Linear):
+        nn.init.zeros_(module.bias)
 
 
 def mean_of_tokens(values: Tensor) -> Tensor:

@@ -16,8 +16,8 @@ The adapter is a `pfeiffer_adapter` behind a gate: x is the stream, o what the f
 host's dropout, LN the norm that ends the block; where none does, it reads and adds without LN. By the paper's text it
 reads o (adapter_placement="branch").
 
-Gates start near one half: u and the adapter's W from N(0, 0.02), biases at zero, A and B as in LoRA. Gates depend on
-the input, so nothing merges.
+Gates start near one half: u, the adapter's W, and all of the network that makes the prefix from N(0, 0.02), biases at
+zero, A and B as in LoRA. Gates depend on the input, so nothing merges.
 
 Parameters: a prefix as in `prefix_tuning`, rank (d + d_out) for queries and for values each, 2 d r + r + d a
 feed-forward, r = d / reduction; and d + 1 for the gate of each of these.
@@ -37,9 +37,9 @@ from torch import Tensor, nn
 from peftcore import Attend, AttentionSite, Method, MethodConfig, Site, Surgeon, Tags, Tap
 from peftcore.errors import TargetError, UnsupportedSite
 from peftcore_additive import prefix_tuning
-from peftcore_additive._prefix import PrefixOperator, prefix_count, shared_encoder
+from peftcore_additive._prefix import Encoder, PrefixOperator, prefix_count, shared_encoder
 from peftcore_additive.pfeiffer_adapter import Placement, placed
-from peftcore_hybrid._gates import GatedAdapter, GatedLoRA
+from peftcore_hybrid._gates import GatedAdapter, GatedLoRA, start_as_bert
 
 QUERIES, VALUES, BLOCKS = ("attn.q", "cross.q"), ("attn.v", "cross.v"), ("mlp.output", "mlp.down")
 
@@ -75,7 +75,8 @@ class GatedPrefix(PrefixOperator):
     """Puts keys and values in front of the attention's own, as far as the gate is open."""
 
     def __init__(self, site: AttentionSite, config: Config, surgeon: Surgeon, opening: Tap) -> None:
-        super().__init__(site, config.prefix(), shared_encoder(surgeon, site, config.prefix()))
+        super().__init__(site, config.prefix(), shared_encoder(surgeon, site, config.prefix(), _encoder))
+        self.apply(start_as_bert)  # the matrix behind the encoder, where there is one
         self.opening, self.sequence = opening, config.gate == "sequence"
 
     def forward(self, attend: Attend, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -125,6 +126,13 @@ class UniPELT(Method):
 
 def _gated(site: Site, config: Config, placement: Placement) -> GatedAdapter:
     return GatedAdapter(site, config.bottleneck(site), config.gate, placement)
+
+
+def _encoder(length: int, width: int, hidden: int) -> Encoder:
+    """Make the half of the prefix network that layers share, started as BERT's own layers."""
+    made = Encoder(length, width, hidden)
+    made.apply(start_as_bert)
+    return made
 
 
 def _gated_update(site: Site, config: Config, prefix: Tap | None) -> GatedLoRA:

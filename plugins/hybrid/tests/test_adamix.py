@@ -2,7 +2,6 @@
 loss once more for tokens, for rows of a route, and in steps; what it has and what it refuses."""
 
 import itertools
-import math
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 import peftcore
 from peftcore import forward_context
 from peftcore.errors import TrainingError
-from peftcore.testing import HOSTS, against, conformance, frozen
+from peftcore.testing import HOSTS, against, conformance, frozen, same_defaults, same_start
 from peftcore.testing.kit import fill
 
 SIZES = {"vocab_size": 11, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2, "num_labels": 3}
@@ -26,6 +25,11 @@ GIVEN = {"input_ids": IDS, "attention_mask": (IDS != 1).long(), "labels": torch.
 DRAWS = [0, 2, 1, 2, 2, 1, 0, 0]
 """Down and up map of the first layer, of the second one; then those of the second pass."""
 NUMBERS = Path(__file__).parent / "numbers" / "adamix.json"
+CODE: Any = {
+    "repository": "microsoft/AdaMix",
+    "commit": "d361e9d",
+    "script": "src/transformers/models/roberta/modeling_roberta.py",
+}
 
 
 # Most hosts of the kit have no logits, and its training takes no losses that wait.
@@ -58,30 +62,30 @@ def drawing(monkeypatch: pytest.MonkeyPatch, draws: Iterator[int]) -> None:
     monkeypatch.setattr(torch, "randint", lambda high, size, device: torch.tensor([next(draws)], device=device))
 
 
+def places(injection: peftcore.Injection) -> dict[str, tuple[nn.Parameter, int]]:
+    """Our tensors, and the copies in them, by the names of the authors' tensors."""
+    found = {}
+    for layer in range(2):
+        for name, own in injection.operators[f"roberta.encoder.layer.{layer}.output.dense"].named_parameters():
+            side, kind = ("MoA_A" if "down" in name else "MoA_B"), ("bias" if "bias" in name else "weight")
+            for index in range(len(own)):
+                path = f"roberta.encoder.layer.{layer}.output.ExpertSoup.{side}.deepspeed_experts.{index}.{kind}"
+                found[path] = own, index
+    return found
+
+
 @pytest.mark.parametrize("shared", ["up", "down", None])
-@against(
-    "authors",
-    "adamix",
-    repository="microsoft/AdaMix",
-    commit="d361e9d",
-    script="src/transformers/models/roberta/modeling_roberta.py",
-)
+@against("authors", "adamix", **CODE)
 def test_numbers_of_the_authors(shared: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """The loss of two passes, all gradients, the logits; those of the mean in evaluation."""
     model, numbers = roberta(), frozen(NUMBERS)[str(shared).lower()]
     injection = peftcore.apply(model, "adamix", experts=3, bottleneck=5, shared=shared, dtype="float64")
-    places = {}
+    owned = places(injection)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(wave(parameter.shape, name) * (4 if name.startswith("classifier") else 1))
-        for layer in range(2):
-            operator: Any = injection.operators[f"roberta.encoder.layer.{layer}.output.dense"]
-            for name, own in operator.named_parameters():
-                side, kind = ("MoA_A" if "down" in name else "MoA_B"), ("bias" if "bias" in name else "weight")
-                for index, each in enumerate(own):
-                    path = f"roberta.encoder.layer.{layer}.output.ExpertSoup.{side}.deepspeed_experts.{index}.{kind}"
-                    each.copy_(4 * wave(each.shape, path))
-                    places[path] = own, index
+        for path, (own, index) in owned.items():
+            own[index].copy_(4 * wave(own[index].shape, path))
     of_one = [shared == "down", shared == "up"] * 4
     drawing(monkeypatch, iter([draw for draw, alone in zip(DRAWS, of_one, strict=True) if not alone]))
     output = model(**GIVEN)
@@ -89,8 +93,8 @@ def test_numbers_of_the_authors(shared: str | None, monkeypatch: pytest.MonkeyPa
     assert output.logits.flatten().tolist() == pytest.approx(numbers["logits"], abs=1e-8)
     assert output.loss.item() == pytest.approx(numbers["loss"][0], rel=1e-6)
     assert output.loss - nn.functional.cross_entropy(output.logits, GIVEN["labels"]) > 1e-3
-    assert numbers["gradients"].keys() == places.keys()
-    for path, (own, index) in places.items():
+    assert numbers["gradients"].keys() == owned.keys()
+    for path, (own, index) in owned.items():
         assert own.grad is not None
         wanted = torch.tensor(numbers["gradients"][path], dtype=torch.float64)
         torch.testing.assert_close(own.grad[index].flatten(), wanted.expand(own[index].numel()), rtol=1e-5, atol=1e-6)
@@ -247,12 +251,26 @@ def test_parameters_are_those_of_the_paper_and_of_the_authors_files(
     assert (every + head) * 4 / 2**20 == pytest.approx(file, abs=0.1)
 
 
-def test_how_it_starts() -> None:
-    """As the linear layers of the authors' RoBERTa."""
-    injection = peftcore.apply(nn.Sequential(nn.Linear(8, 900)), "adamix", target="0")
+@against("authors", "adamix", **CODE, part="start")
+def test_start() -> None:
+    """Each copy by itself."""
+    injection = peftcore.apply(nn.Sequential(nn.Linear(2, 400)), "adamix", target="0", bottleneck=100, shared=None)
     op: Any = injection.operators["0"]
-    assert op.down.shape == (4, 16, 900) and op.up.shape == (1, 900, 16)
-    assert not op.down_bias.any() and not op.up_bias.any()
-    for each in (*op.down, *op.up):
-        assert each.std().item() == pytest.approx(0.02, rel=0.05)
-    assert not torch.equal(op.down[0], op.down[1]) and math.isclose(op.noise, 1.0)
+    for name, told in frozen(NUMBERS, "start").items():
+        same_start(op.get_tensor(name), told)
+    assert not torch.equal(op.down[0], op.down[1]) and not torch.equal(op.up[0], op.up[1])
+
+
+@against("authors", "adamix", **CODE, part="trains")
+def test_what_trains_is_what_the_authors_train() -> None:
+    """The copies, and the head, which `train` names here."""
+    model, told = roberta(), frozen(NUMBERS, "trains")
+    head = {name: value.numel() for name, value in model.named_parameters() if name.startswith("classifier")}
+    injection = peftcore.apply(model, "adamix", experts=3, bottleneck=5, train=["classifier"])
+    assert sum(value.numel() for value in injection.parameters()) == sum(told.values())
+    assert head | {path: own[index].numel() for path, (own, index) in places(injection).items()} == told
+
+
+@against("authors", "adamix", **CODE, part="defaults")
+def test_defaults_are_the_authors() -> None:
+    same_defaults(peftcore.apply(llama()[0], "adamix").config, frozen(NUMBERS, "defaults"))

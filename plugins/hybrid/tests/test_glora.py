@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 import peftcore
 from peftcore.errors import UnsupportedSite
-from peftcore.testing import against, conformance, frozen
+from peftcore.testing import against, conformance, frozen, same_defaults, same_start
 from peftcore.testing.hosts import HOSTS
 from peftcore.testing.kit import fill
 
@@ -61,10 +61,11 @@ def wave(shape: tuple[int, ...], k: float) -> Tensor:
 
 
 NUMBERS = Path(__file__).parent / "numbers" / "glora.json"
+CODE: Any = {"repository": "Arnav0400/ViT-Slim", "commit": "0fed674", "script": "GLoRA/layer.py"}
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@against("authors", "glora", repository="Arnav0400/ViT-Slim", commit="0fed674", script="GLoRA/layer.py")
+@against("authors", "glora", **CODE)
 def test_the_authors_numbers(bias: bool) -> None:
     """Outputs and the gradient of E; peft leaves C and E away where there is no bias."""
     model = nn.Sequential(nn.Linear(6, 4, bias=bias)).double().requires_grad_(False)
@@ -140,18 +141,40 @@ def test_a_product_multiplies_the_inputs(name: str) -> None:
     assert (expected - before).abs().max() > 1e-2 * before.abs().max()
 
 
+@against("authors", "glora", **CODE, part="start")
 def test_start() -> None:
-    """X_u uniform within sqrt(6 / (rows + columns)), all else zero."""
-    model = nn.Sequential(nn.Linear(500, 40))
-    injection = peftcore.apply(model, "glora", target="0", rank=4, D="vector")
-    for name, value in injection.operators["0"].named_parameters():
-        if name.endswith("_up"):
-            bound = (6 / sum(value.shape)) ** 0.5
-            assert 0.1 * bound < value.abs().max() <= bound
-        else:
-            assert not value.any()
-    largest = injection.operators["0"].get_parameter("A_up").abs().max().item()
-    assert largest > 0.99 * (6 / 504) ** 0.5
+    """The second factors are drawn, by the sizes of each, all else is zero."""
+    told, vectors = frozen(NUMBERS, "start"), {"D": "vector", "E": "vector"}
+    large, column = (
+        peftcore.apply(nn.Sequential(layer), "glora", target="0", rank=rank, **vectors).operators["0"]
+        for layer, rank in ((nn.Linear(300, 300), 200), (nn.Linear(2, 2), 40000))
+    )
+    same_start(column.get_parameter("C_up"), told.pop("C_up"))
+    assert told.keys() | {"C_up"} == dict(large.named_parameters()).keys()
+    for name, each in told.items():
+        same_start(large.get_parameter(name), each)
+
+
+@against("authors", "glora", **CODE, part="trains")
+def test_what_trains_is_what_the_authors_train() -> None:
+    """The terms of a layer, here with D and E as long as theirs, and the head, which `train` names here."""
+    model = nn.Sequential()
+    for name, layer in {"qkv": nn.Linear(6, 4), "norm": nn.LayerNorm(4), "head": nn.Linear(4, 3)}.items():
+        model.add_module(name, layer)
+    head = {name: each.numel() for name, each in model.named_parameters() if name.startswith("head")}
+    options: dict[str, Any] = {"rank": 2, "D": "vector", "E": "vector", "train": ["head"]}
+    injection = peftcore.apply(model, "glora", target="qkv", **options)
+    names = {"A": "Ad", "A_up": "Au", "B": "Bd", "B_up": "Bu", "C": "Cd", "C_up": "Cu", "D": "D", "E": "E"}
+    own = dict(injection.operators["qkv"].named_parameters())
+    sizes = head | {f"qkv.{names[name]}": each.numel() for name, each in own.items()}
+    assert sum(each.numel() for each in injection.parameters()) == sum(sizes.values())
+    assert {name: torch.Size(shape).numel() for name, shape in frozen(NUMBERS, "trains").items()} == sizes
+
+
+@against("authors", "glora", **CODE, part="defaults")
+def test_defaults_are_the_authors() -> None:
+    injection = peftcore.apply(HOSTS["bert"].build()[0], "glora")
+    same_defaults(injection.config, frozen(NUMBERS, "defaults"), otherwise={"rank": "peft's, whose choices these are"})
 
 
 def test_sites_may_choose_for_themselves() -> None:

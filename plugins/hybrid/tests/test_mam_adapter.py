@@ -1,6 +1,7 @@
 """The MAM adapter: numbers of the authors' RoBERTa, its equations written a second time in float64, and its two parts
 applied one by one."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from pathlib import Path
@@ -29,8 +30,14 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import ConfigError, NotMergeable, TargetError, UnsupportedSite
-from peftcore.testing import against, conformance, frozen
+from peftcore.testing import against, conformance, frozen, same_defaults, same_start
 
+NUMBERS = Path(__file__).parent / "numbers" / "mam_adapter.json"
+CODE: Any = {
+    "repository": "jxhe/unify-parameter-efficient-tuning",
+    "commit": "3222ce2",
+    "script": "src/transformers/models/roberta/modeling_roberta.py",
+}
 SMALL = {"prefix_length": 4, "prefix_mid_dim": 6, "ffn_bottleneck": 5}
 
 
@@ -79,7 +86,7 @@ def expected(
     return output
 
 
-def places(injection: peftcore.Injection) -> Iterator[Place]:
+def places(injection: peftcore.Injection, layers: int = 2, width: int = 8) -> Iterator[Place]:
     """Our tensors by the names in the authors' RoBERTa. The last matrix of their network has all layers below each
     other, of each its keys above its values."""
     whole, (shared, *_) = slice(None), [*injection.shared.values(), None]
@@ -89,10 +96,10 @@ def places(injection: peftcore.Injection) -> Iterator[Place]:
         parts["control_trans.0.bias"] = "hidden.bias"
         for theirs, ours in parts.items():
             yield shared.get_parameter(ours), [f"prefix.{theirs}"], whole
-    for layer in LAYERS:
+    for layer in range(layers):
         operator: Any = injection.operators[f"prefix/encoder.layer.{layer}.attention.self:attention"]
         if network:
-            rows = slice(16 * layer, 16 * (layer + 1))
+            rows = slice(2 * width * layer, 2 * width * (layer + 1))
             yield operator.out.weight, ["prefix.control_trans.2.weight"], rows
             yield operator.out.bias, ["prefix.control_trans.2.bias"], rows
         else:
@@ -111,13 +118,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@against(
-    "authors",
-    "mam_adapter",
-    repository="jxhe/unify-parameter-efficient-tuning",
-    commit="3222ce2",
-    script="src/transformers/models/roberta/modeling_roberta.py",
-)
+@against("authors", "mam_adapter", **CODE)
 def test_the_authors_numbers(variant: str) -> None:
     """Of a batch with padding, in training."""
     transformers = pytest.importorskip("transformers")
@@ -126,7 +127,7 @@ def test_the_authors_numbers(variant: str) -> None:
     options = {"prefix_length": 3, "prefix_mid_dim": 6, "ffn_bottleneck": 5, **VARIANTS[variant]}
     injection = peftcore.apply(model, "mam_adapter", dtype="float64", **options)
     ids = torch.tensor([[2, 5, 3, 9, 4], [4, 10, 7, 1, 1]])
-    numbers = frozen(Path(__file__).parent / "numbers" / "mam_adapter.json")[variant]
+    numbers = frozen(NUMBERS)[variant]
     assert_frozen(model, {"input_ids": ids, "attention_mask": (ids != 1).long()}, places(injection), numbers)
 
 
@@ -194,7 +195,42 @@ def test_it_is_its_parts_one_after_the_other(name: str) -> None:
             assert torch.equal(mine.grad, its.grad)
 
 
-def test_defaults_are_those_of_the_paper() -> None:
+def roberta(**sizes: int) -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.RobertaConfig(**{**TINY, **sizes})
+    model: nn.Module = transformers.RobertaModel(config, add_pooling_layer=False)
+    return model
+
+
+@against("authors", "mam_adapter", **CODE, part="start")
+def test_start() -> None:
+    """The network of the prefix as torch starts its layers, and an adapter that adds nothing."""
+    told, found = frozen(NUMBERS, "start"), {}
+    for layers, width in ((30, 200), (1, 20000)):
+        model = roberta(num_hidden_layers=layers, hidden_size=300)
+        options: dict[str, Any] = {"prefix_length": 200, "prefix_mid_dim": width, "ffn_bottleneck": 150}
+        groups: dict[str, list[Tensor]] = {}
+        for own, (name,), _ in places(peftcore.apply(model, "mam_adapter", **options), layers, 300):
+            groups.setdefault(name.rpartition(".ef_ffn_adapter.")[2], []).append(own.detach().flatten())
+        found[layers] = {name: torch.cat(parts) for name, parts in groups.items()}
+    assert told.keys() == found[1].keys()
+    for name, each in told.items():
+        same_start(found[1 if name == "prefix.control_trans.0.bias" else 30][name], each)
+
+
+@against("authors", "mam_adapter", **CODE, part="trains")
+def test_what_trains_is_what_the_authors_train() -> None:
+    options: dict[str, Any] = {"prefix_length": 3, "prefix_mid_dim": 6, "ffn_bottleneck": 5}
+    injection, sizes = peftcore.apply(roberta(), "mam_adapter", **options), Counter[str]()
+    for own, (name,), _ in places(injection):
+        sizes[name] += own.numel()
+    assert sizes == frozen(NUMBERS, "trains")
+    assert sum(value.numel() for value in injection.parameters()) == sizes.total()
+
+
+@against("authors", "mam_adapter", **CODE, part="defaults")
+def test_defaults_are_the_authors() -> None:
+    """By the shapes too."""
     model, _, _ = host("bert")
     shapes = peftcore.plan(model, "mam_adapter").shapes
     assert shapes["shared:prefix/bert_encoder_layer_attention_self_30x800.embedding.weight"] == (30, 16)
@@ -202,6 +238,7 @@ def test_defaults_are_those_of_the_paper() -> None:
     assert shapes["ffn/bert.encoder.layer.0.output.dense.down.weight"] == (512, 16)
     injection = peftcore.apply(model, "mam_adapter")
     assert injection.operators["ffn/bert.encoder.layer.0.output.dense"].scale == 4.0
+    same_defaults(injection.config, frozen(NUMBERS, "defaults"))
 
 
 def test_parameters_are_those_of_the_formula() -> None:

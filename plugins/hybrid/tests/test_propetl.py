@@ -12,13 +12,18 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import ConfigError
-from peftcore.testing import HOSTS, against, conformance, frozen
+from peftcore.testing import HOSTS, against, conformance, frozen, same_defaults, same_start
 from peftcore.testing.kit import fill
 from peftcore_hybrid._masks import from_bits, to_bits
-from peftcore_hybrid.propetl import take_masks
+from peftcore_hybrid.propetl import MAPS, take_masks
 
 KEPT = 0.3
 NUMBERS = Path(__file__).parent / "numbers" / "propetl.json"
+CODE: Any = {
+    "repository": "ChaosCodes/ProPETL",
+    "commit": "1c08f19",
+    "script": "propetl-roberta/src/transformers/adapters/modeling.py",
+}
 
 
 @conformance("propetl", options={"*": {"bottleneck": 6}})
@@ -30,13 +35,7 @@ def wave(*shape: int, step: float) -> Tensor:
     return (torch.arange(math.prod(shape), dtype=torch.float64) * step).sin().view(shape)
 
 
-@against(
-    "authors",
-    "propetl",
-    repository="ChaosCodes/ProPETL",
-    commit="1c08f19",
-    script="propetl-roberta/src/transformers/adapters/modeling.py",
-)
+@against("authors", "propetl", **CODE)
 def test_numbers_of_the_authors() -> None:
     """Two layers under masks of their own, in training: the output and all gradients."""
     model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6)).double().train()
@@ -173,16 +172,37 @@ def test_scores_learn_faster_and_biases_do_not_decay() -> None:
         assert lr == pytest.approx(3e-3 if "scores" in name else 1e-4) and decay == (0.0 if "bias" in name else 0.1)
 
 
-def test_how_it_starts() -> None:
-    model = nn.Sequential(nn.Linear(8, 400), nn.Linear(400, 400))
-    injection = peftcore.apply(model, "propetl", target=["0", "1"], placement="branch")
-    [prototype] = injection.shared.values()
-    for name, parameter in prototype.named_parameters():
-        assert parameter.std().item() == pytest.approx(0.0 if "bias" in name else 0.02, rel=0.05)
-    first, second = injection.operators.values()
-    for name, bound in (("down_scores", 1 / 8), ("up_scores", 1 / 20)):
-        one, other = first.get_tensor(name), second.get_tensor(name)
-        assert 0.95 * bound < one.abs().max() <= bound and not torch.equal(one, other)
-    assert peftcore.plan(model, "propetl", target=["0", "1"], placement="branch").trainable == (
-        3 * 2 * 64 * 400 + 64 + 400
-    )
+@against("authors", "propetl", **CODE, part="start")
+def test_start() -> None:
+    """Each layer has scores of its own."""
+    model, told = nn.Sequential(nn.Linear(2, 400), nn.Linear(2, 400)), frozen(NUMBERS, "start")
+    injection = peftcore.apply(model, "propetl", target=["0", "1"], placement="branch", bottleneck=100)
+    (prototype,), (first, second) = injection.shared.values(), injection.operators.values()
+    for name in MAPS:
+        one, other = (each.get_tensor(f"{name}_scores") for each in (first, second))
+        same_start(one, told.pop(f"{name}_scores"))
+        assert not torch.equal(one, other)
+    assert told.keys() == dict(prototype.named_parameters()).keys()
+    for name, each in told.items():
+        same_start(prototype.get_parameter(name), each)
+
+
+@against("authors", "propetl", **CODE, part="trains")
+def test_what_trains_is_what_the_authors_train() -> None:
+    model = nn.Sequential(nn.Linear(3, 8), nn.Linear(3, 8))
+    injection = peftcore.apply(model, "propetl", target=["0", "1"], placement="branch", bottleneck=4)
+    (prototype,) = injection.shared.values()
+    names = {"down": "adapter_down.0", "up": "adapter_up"}
+    sizes = {}
+    for name in MAPS:
+        for kind, own in prototype.get_submodule(name).named_parameters():
+            sizes[f"0.adapters.it.{names[name]}.{kind}"] = own.numel()
+        for path, operator in injection.operators.items():
+            sizes[f"{path}.adapters_mask.it.{name}_mask"] = operator.get_parameter(f"{name}_scores").numel()
+    assert sizes == frozen(NUMBERS, "trains")
+    assert sum(value.numel() for value in injection.parameters()) == sum(sizes.values())
+
+
+@against("authors", "propetl", **CODE, part="defaults")
+def test_defaults_are_the_authors() -> None:
+    same_defaults(peftcore.apply(HOSTS["llama"].build()[0], "propetl").config, frozen(NUMBERS, "defaults"))

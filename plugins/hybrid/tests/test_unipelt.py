@@ -1,6 +1,8 @@
 """UniPELT: numbers of the authors' BERT, its equations written a second time in float64, what its gates see, where its
 parts stand."""
 
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from pathlib import Path
@@ -29,10 +31,16 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import MissingContext, NotMergeable, TargetError, UnsupportedSite
-from peftcore.testing import against, conformance, frozen
+from peftcore.testing import against, conformance, frozen, same_defaults, same_start
 from peftcore.testing.hosts import HOSTS
 
 LENGTH = 4
+NUMBERS = Path(__file__).parent / "numbers" / "unipelt.json"
+CODE: Any = {
+    "repository": "morningmoni/UniPELT",
+    "commit": "53d3c35",
+    "script": "transformers/models/bert/modeling_bert.py",
+}
 
 
 @conformance("unipelt", options={"unet": {"rank": 6}})  # 32 tokens of rank 8 would be as large as a matrix there
@@ -51,7 +59,7 @@ NAMES = {"down": "adapter_down.0", "up": "adapter_up", "A": "lora_A", "B": "lora
 """Modules and tensors of ours, and what the authors call them; a gate is called by what is behind it."""
 
 
-def places(injection: peftcore.Injection) -> Iterator[Place]:
+def places(injection: peftcore.Injection, layers: int = 2, width: int = 8) -> Iterator[Place]:
     """Our tensors by their names in the authors' BERT. The last matrix of the network that makes the prefix has all
     layers below each other, of each its keys above its values."""
     whole = slice(None)
@@ -59,8 +67,8 @@ def places(injection: peftcore.Injection) -> Iterator[Place]:
     yield shared.get_parameter("embedding.weight"), ["encoder.prefix_enc_embed.weight"], whole
     for kind in ("weight", "bias"):
         yield shared.get_parameter(f"hidden.{kind}"), [f"encoder.prefix_embed_MLP.0.{kind}"], whole
-    for layer in LAYERS:
-        block, rows = f"encoder.layer.{layer}", slice(16 * layer, 16 * (layer + 1))
+    for layer in range(layers):
+        block, rows = f"encoder.layer.{layer}", slice(2 * width * layer, 2 * width * (layer + 1))
         attention, adapter = f"{block}.attention.self", f"{block}.output.adapters.own"
         for kind in ("weight", "bias"):
             network = injection.operators[f"{attention}:attention"]
@@ -76,13 +84,7 @@ def places(injection: peftcore.Injection) -> Iterator[Place]:
             yield parameter, [f"{adapter}.{NAMES.get(first, first)}.{last}"], whole
 
 
-@against(
-    "authors",
-    "unipelt",
-    repository="morningmoni/UniPELT",
-    commit="53d3c35",
-    script="transformers/models/bert/modeling_bert.py",
-)
+@against("authors", "unipelt", **CODE)
 def test_the_authors_numbers() -> None:
     """Of rows without padding, in training."""
     transformers = pytest.importorskip("transformers")
@@ -91,8 +93,7 @@ def test_the_authors_numbers() -> None:
     options: dict[str, Any] = {"rank": 3, "prefix_length": 3, "prefix_mid_dim": 6, "adapter_reduction": 2}
     injection = peftcore.apply(model, "unipelt", gate="sequence", dtype="float64", **options)
     ids = torch.tensor([[2, 5, 3, 9, 4], [4, 10, 7, 1, 6]])
-    numbers = frozen(Path(__file__).parent / "numbers" / "unipelt.json")
-    assert_frozen(model, {"input_ids": ids}, places(injection), numbers)
+    assert_frozen(model, {"input_ids": ids}, places(injection), frozen(NUMBERS))
 
 
 def opened(x: Tensor, tensors: Tensors, gate: str, sequence: Tensor | None) -> Tensor:
@@ -315,21 +316,39 @@ def test_parameters_are_those_of_the_formula(name: str, mid_dim: int | None) -> 
     )
 
 
+def bert(**sizes: int) -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    model: nn.Module = transformers.BertModel(transformers.BertConfig(**{**TINY, **sizes}), add_pooling_layer=False)
+    return model
+
+
+@against("authors", "unipelt", **CODE, part="start")
 def test_start() -> None:
-    """As in the authors' code: gates near one half, matrices as BERT's, and LoRA's."""
-    model, _, run = host("bert")
-    before = run(model)
-    injection = peftcore.apply(model, "unipelt", rank=200, dtype="float64")
-    tensors = injection.state_dict()
-    assert not any(value.any() for key, value in tensors.items() if key.endswith((".B", "linear.bias", "up.bias")))
-    drawn = {
-        end: torch.cat([v.flatten() for k, v in tensors.items() if k.endswith(end)]) for end in (".A", "up.weight")
-    }
-    assert 0.249 < drawn[".A"].abs().max() <= 0.25
-    weights = torch.cat([v.flatten() for k, v in tensors.items() if k.endswith(("linear.weight", "down.weight"))])
-    assert abs(weights.std().item() - 0.02) < 0.003
-    assert abs(drawn["up.weight"].std().item() - 0.02) < 0.006
-    assert (run(model) - before).abs().max() > 1e-4
+    """All layers together: gates near one half, the network of the prefix as BERT's own layers, A and B as LoRA's."""
+    model, told = bert(num_hidden_layers=40, hidden_size=300), frozen(NUMBERS, "start")
+    options: dict[str, Any] = {"rank": 100, "prefix_length": 200, "prefix_mid_dim": 200, "adapter_reduction": 2}
+    injection = peftcore.apply(model, "unipelt", **options)
+    found: dict[str, list[Tensor]] = {}
+    for own, (name,), _ in places(injection, 40, 300):
+        found.setdefault(re.sub(r"^encoder\.layer\.\d+\.", "", name), []).append(own.detach().flatten())
+    assert found.keys() == told.keys()
+    for name, parts in found.items():
+        same_start(torch.cat(parts), told[name])
+
+
+@against("authors", "unipelt", **CODE, part="trains")
+def test_what_trains_is_what_the_authors_train() -> None:
+    options: dict[str, Any] = {"rank": 3, "prefix_length": 3, "prefix_mid_dim": 6, "adapter_reduction": 2}
+    injection, sizes = peftcore.apply(bert(), "unipelt", **options), Counter[str]()
+    for own, (name,), _ in places(injection):
+        sizes[name] += own.numel()
+    assert sizes == frozen(NUMBERS, "trains")
+    assert sum(value.numel() for value in injection.parameters()) == sizes.total()
+
+
+@against("authors", "unipelt", **CODE, part="defaults")
+def test_defaults_are_the_authors() -> None:
+    same_defaults(peftcore.apply(bert(), "unipelt").config, frozen(NUMBERS, "defaults"))
 
 
 def test_bottleneck_is_the_stream_by_the_reduction() -> None:

@@ -1,10 +1,11 @@
 """What RoBERTa with a head for classes gives in the code of AdaMix's authors, in training with its two passes and in
-evaluation, on tensors of cosines, with draws that are written here: ``python -m peftcore.testing.freeze adamix.py
-CHECKOUT``. Their divergences are in float32.
+evaluation, on tensors of cosines, with draws that are written here; what its adapters start from, what their script
+trains, and its options: ``python -m peftcore.testing.freeze adamix.py CHECKOUT``. Their divergences are in float32.
 
 Their transformers does not run here as a whole; what RoBERTa's file takes of it is an activation and base classes.
 """
 
+import ast
 import functools
 import sys
 import zlib
@@ -18,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from peftcore.registry.evidence import Source
-from peftcore.testing.checkouts import load
+from peftcore.testing import drawn
+from peftcore.testing.checkouts import flags, load
 
 SOURCE = Source("authors", "microsoft/AdaMix", "d361e9d", "src/transformers/models/roberta/modeling_roberta.py")
 VERSIONS = ("torch",)
@@ -29,7 +31,7 @@ SIZES |= {"num_attention_heads": 2, "max_position_embeddings": 16, "pad_token_id
 HOST: dict[str, Any] = {"layer_norm_eps": 1e-5, "hidden_act": "gelu", "is_decoder": False, "add_cross_attention": False}
 HOST |= {"chunk_size_feed_forward": 0, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 HOST |= {"apply_lora": False, "apply_adapter": False, "adapter_type": "none", "position_embedding_type": "absolute"}
-HOST |= {"use_return_dict": True, "finetuning_task": "mnli"}
+HOST |= {"use_return_dict": True, "finetuning_task": "mnli", "initializer_range": 0.02}
 TUNED = {"apply_expert_soup": True, "adapter_size": 5, "num_experts": 3, "inference_level": 3}
 VARIANTS = {
     "up": {"sharing_up": 1, "sharing_down": 0},
@@ -54,7 +56,7 @@ def module(name: str, **values: Any) -> None:
     vars(sys.modules[name]).update(values)
 
 
-def drawn(draws: Iterator[int], low: int, high: int, size: tuple[int]) -> Tensor:
+def dealt(draws: Iterator[int], low: int, high: int, size: tuple[int]) -> Tensor:
     return torch.tensor([next(draws) % high])
 
 
@@ -100,15 +102,21 @@ class Output(list[Tensor]):
     hidden_states = attentions = None
 
 
+def built(roberta: Any, **changes: Any) -> tuple[nn.ModuleDict, Any]:
+    """Returns their RoBERTa with a head for classes, and its configuration."""
+    config = SimpleNamespace(**{**SIZES, **HOST, **TUNED, **changes})
+    model = nn.ModuleDict({"roberta": Stack(roberta, config)})
+    model["classifier"] = roberta.RobertaClassificationHead(config)
+    return model, config
+
+
 def numbers(checkout: Path) -> dict[str, Any]:
     """Returns logits and loss in training, gradients of all adapters (0 where there is none), and logits in evaluation,
     flat."""
     roberta = authors(checkout)
     found = {}
     for variant, options in VARIANTS.items():
-        config = SimpleNamespace(**SIZES, **HOST, **TUNED, **options, use_consistency_loss=1)
-        model = nn.ModuleDict({"roberta": Stack(roberta, config)})
-        model["classifier"] = roberta.RobertaClassificationHead(config)
+        model, config = built(roberta, **options, use_consistency_loss=1)
         with torch.no_grad():
             for name, parameter in model.double().train().named_parameters():
                 if not name.endswith("expert_score_weight"):
@@ -116,7 +124,7 @@ def numbers(checkout: Path) -> dict[str, Any]:
         ids = torch.tensor(IDS)
         given = {"input_ids": ids, "attention_mask": (ids != 1).long(), "labels": torch.tensor(LABELS)}
         whole = SimpleNamespace(**dict(model.items()), config=config, num_labels=3)
-        with patch("torch.randint", functools.partial(drawn, iter(DRAWS))):
+        with patch("torch.randint", functools.partial(dealt, iter(DRAWS))):
             trained = roberta.RobertaForSequenceClassification.forward(whole, **given)
         trained.loss.backward()
         own = {n: p.grad for n, p in model.named_parameters() if "ExpertSoup" in n and p.requires_grad}
@@ -130,6 +138,43 @@ def numbers(checkout: Path) -> dict[str, Any]:
             "gradients": gradients,
         }
     return found
+
+
+def start(checkout: Path) -> dict[str, Any]:
+    """Returns what both maps of two copies are drawn from, between 400 features and 100, as the model starts all its
+    layers."""
+    roberta = authors(checkout)
+    model, config = built(roberta, hidden_size=400, adapter_size=100, num_experts=2, **VARIANTS["none"])
+    model.apply(functools.partial(roberta.RobertaPreTrainedModel._init_weights, SimpleNamespace(config=config)))
+    soup = model["roberta"].encoder.layer[0].output.ExpertSoup
+    found = {}
+    for name, own in (("down", soup.MoA_A), ("up", soup.MoA_B)):
+        found[name] = drawn(torch.stack([each.weight for each in own.deepspeed_experts]))
+        found[f"{name}_bias"] = drawn(torch.stack([each.bias for each in own.deepspeed_experts]))
+    return found
+
+
+def trains(checkout: Path) -> dict[str, int]:
+    """Returns how many numbers train, by name, after the lines of their script that freeze all else."""
+    model, _ = built(authors(checkout), **VARIANTS["up"])
+    script = ast.parse((checkout / "examples/text-classification/run_glue.py").read_text())
+    tests = "model_args.apply_expert_soup", "len(trainable_params) > 0"
+    lines: list[Any] = [n for n in ast.walk(script) if isinstance(n, ast.If) and ast.unparse(n.test) in tests]
+    told = SimpleNamespace(apply_expert_soup=True, expert_soup_path=None)
+    around = {"model": model, "model_args": told, "trainable_params": [], "fixed_params": []}
+    exec(compile(ast.Module(lines, []), "run_glue.py", "exec"), around)
+    return {name: each.numel() for name, each in model.named_parameters() if each.requires_grad}
+
+
+def defaults(checkout: Path) -> dict[str, Any]:
+    """Returns the options of their script for RoBERTa; the loss of two passes has the weight 1 where it is on."""
+    told = flags((checkout / "roberta_large_mnli_expert_soup.sh").read_text())
+    return {
+        "experts": told["num_experts"],
+        "bottleneck": told["adapter_size"],
+        "shared": {(1, 0): "up", (0, 1): "down", (0, 0): None}[told["sharing_up"], told["sharing_down"]],
+        "consistency": float(told["use_consistency_loss"]),
+    }
 
 
 def rounded(tensor: Tensor) -> list[float]:

@@ -1,12 +1,16 @@
-"""What the layer of GLoRA's authors gives, with and without a bias of its own, on tensors of sines:
-``python -m peftcore.testing.freeze glora.py CHECKOUT``."""
+"""What the layer of GLoRA's authors gives, with and without a bias of its own, on tensors of sines; what it starts from,
+what trains of a model, and their options: ``python -m peftcore.testing.freeze glora.py CHECKOUT``."""
 
+import ast
+import inspect
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from peftcore.registry.evidence import Source
+from peftcore.testing import drawn
 from peftcore.testing.checkouts import load
 
 SOURCE = Source("authors", "Arnav0400/ViT-Slim", "0fed674", "GLoRA/layer.py")
@@ -35,3 +39,31 @@ def numbers(checkout: Path) -> dict[str, dict[str, list[float]]]:
         y.square().sum().backward()
         found[str(bias)] = {"outputs": y.flatten().tolist(), "E": layer.E.grad.tolist()}
     return found
+
+
+def start(checkout: Path) -> dict[str, Any]:
+    """Returns what the tensors of a layer of 300 features are drawn from, at rank 200."""
+    layer = load(checkout / SOURCE.script).ModuleInjection.make_scalable(nn.Linear(300, 300), rank=200)
+    names = {"A": "Ad", "A_up": "Au", "B": "Bd", "B_up": "Bu", "C": "Cd", "D": "D", "E": "E"}
+    found = {ours: drawn(layer.get_parameter(theirs)) for ours, theirs in names.items()}
+    column = load(checkout / SOURCE.script).ModuleInjection.make_scalable(nn.Linear(2, 2), rank=40000).Cu
+    return {**found, "C_up": drawn(column)}
+
+
+def trains(checkout: Path) -> dict[str, list[int]]:
+    """Returns the shapes of what trains of a model with a layer, its norm and its head, after the lines of their script
+    that freeze all else: D and E are as long as the output, of which a constant reads the first number alone."""
+    model = nn.Sequential()
+    for name, layer in {"qkv": nn.Linear(6, 4), "norm": nn.LayerNorm(4), "head": nn.Linear(4, 3)}.items():
+        model.add_module(name, layer)
+    load(checkout / "GLoRA/utils.py").set_glora(model, 2)
+    script = ast.parse((checkout / "GLoRA/supernet.py").read_text())
+    lines: list[Any] = [node for node in ast.walk(script) if isinstance(node, ast.For)]
+    exec(compile(ast.Module(lines, []), "supernet.py", "exec"), {"vit": model, "trainable": []})
+    return {name: [*each.shape] for name, each in model.named_parameters() if each.requires_grad}
+
+
+def defaults(checkout: Path) -> dict[str, Any]:
+    """Returns the rank of their function."""
+    make = load(checkout / SOURCE.script).ModuleInjection.make_scalable
+    return {"rank": inspect.signature(make).parameters["rank"].default}

@@ -1,5 +1,6 @@
 """What the encoder of RoBERTa in the code of MAM's authors gives with a prefix in its attention and an adapter beside
-its feed-forward, in float64, on tensors of cosines: ``python -m peftcore.testing.freeze mam_adapter.py CHECKOUT``.
+its feed-forward, in float64, on tensors of cosines; what both start from, what trains, and the options of their script:
+``python -m peftcore.testing.freeze mam_adapter.py CHECKOUT``.
 
 Their transformers does not run here as a whole; the encoder needs of it only the activation.
 """
@@ -15,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from peftcore.registry.evidence import Source
-from peftcore.testing.checkouts import load
+from peftcore.testing import drawn
+from peftcore.testing.checkouts import flags, load
 
 SOURCE = Source(
     "authors",
@@ -60,6 +62,19 @@ def authors(checkout: Path) -> tuple[Any, Any]:
     return roberta, petl
 
 
+def run(model: nn.ModuleDict) -> Tensor:
+    """Returns the output for two rows of five tokens, and lets gradients flow."""
+    ids = torch.tensor(IDS)
+    mask = (ids == 1)[:, None, None] * -10000.0  # as their models have it
+    state = model["prefix"](2, device="cpu")
+    (y,) = model["encoder"](
+        model["embeddings"](ids), mask, head_mask=[None, None], return_dict=False, prefix_state=state
+    )
+    (y.square() * wave(y.shape, "direction")).sum().backward()
+    found: Tensor = y
+    return found
+
+
 def numbers(checkout: Path) -> dict[str, Any]:
     """Returns the output for two rows of five tokens, ``[2, 5, 8]``, of which two are padding, and gradients of the
     tensors that act, flat; in training, without dropout."""
@@ -74,16 +89,72 @@ def numbers(checkout: Path) -> dict[str, Any]:
         with torch.no_grad():
             for name, parameter in model.double().train().named_parameters():
                 parameter.copy_(wave(parameter.shape, name))
-        ids = torch.tensor(IDS)
-        mask = (ids == 1)[:, None, None] * -10000.0  # as their models have it
-        state = model["prefix"](2, device="cpu")
-        (y,) = model["encoder"](
-            model["embeddings"](ids), mask, head_mask=[None, None], return_dict=False, prefix_state=state
-        )
-        (y.square() * wave(y.shape, "direction")).sum().backward()
+        y = run(model)
         own = {n: p for n, p in model.named_parameters() if (".ef_" in n or "prefix." in n) and p.grad is not None}
         found[variant] = {"output": rounded(y), "gradients": {name: rounded(p.grad) for name, p in own.items()}}
     return found
+
+
+def start(checkout: Path) -> dict[str, Any]:
+    """Returns what the tensors of the prefix of 30 layers 300 wide are drawn from, 200 long, by a network 200 wide (and
+    its first bias by one 20000 wide); and of an adapter between 300 features and 150, with the options of their script."""
+    _, petl = authors(checkout)
+    made = {}
+    for layers, width in ((30, 200), (1, 20000)):
+        sizes = {**SIZES, "hidden_size": 300, "num_hidden_layers": layers, "attn_bn": 200, "mid_dim": width}
+        config = SimpleNamespace(**sizes, prefix_dropout=0.0)
+        made[layers] = petl.Prefix(config, config)
+    told = script(checkout)
+    adapter = petl.Adapter_Layer(
+        d_model=300,
+        bottleneck=150,
+        init_option=told["ffn_adapter_init_option"],
+        adapter_scalar=str(told["ffn_adapter_scalar"]),
+        adapter_layernorm_option=told["ffn_adapter_layernorm_option"],
+    )
+    names = [name for name, _ in made[30].named_parameters() if name.startswith(("wte.", "control_trans."))]
+    own = {name: made[1 if name == "control_trans.0.bias" else 30].get_parameter(name) for name in names}
+    found = {f"prefix.{name}": drawn(each) for name, each in own.items()}
+    return found | {name: drawn(each) for name, each in adapter.named_parameters()}
+
+
+def trains(checkout: Path) -> dict[str, int]:
+    """Returns how many numbers train and have a gradient, by name, of the model that their code makes of an encoder:
+    it has networks besides for a decoder."""
+    roberta, petl = authors(checkout)
+    config = SimpleNamespace(**SIZES, **HOST, **TUNED, attn_mode="prefix", ffn_adapter_scalar="4")
+    base = nn.ModuleDict({"embeddings": roberta.RobertaEmbeddings(config), "encoder": roberta.RobertaEncoder(config)})
+    vars(sys.modules["transformers"])["PreTrainedModel"] = type(
+        "PreTrainedModel", (nn.Module,), {"__init__": lambda self, config: nn.Module.__init__(self)}
+    )
+    sys.modules["petl.petl_factory"] = petl
+    whole = load(checkout / "petl/petl_enc_model.py", root=checkout)
+    unfreeze_params = script(checkout)["unfreeze_params"]
+    made = whole.PETLEncModel(config, SimpleNamespace(**vars(config), unfreeze_params=unfreeze_params), base)
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            parameter.copy_(wave(parameter.shape, name))
+    model = nn.ModuleDict({**dict(base.items()), "prefix": made.prompt_model})
+    run(model)
+    own = {name: each for name, each in model.named_parameters() if each.requires_grad and each.grad is not None}
+    return {name: each.numel() for name, each in own.items()}
+
+
+def script(checkout: Path) -> dict[str, Any]:
+    """Returns the options of their script for summaries, without what it has for the debugger."""
+    return flags((checkout / "exps/run_xsum.sh").read_text())
+
+
+def defaults(checkout: Path) -> dict[str, Any]:
+    """Returns the options of their script for summaries, and of their arguments what it leaves."""
+    told, own = script(checkout), load(checkout / "petl/options.py", root=checkout).TuneArguments()
+    return {
+        "prefix_length": told["attn_bn"],
+        "prefix_mid_dim": told["mid_dim"],
+        "prefix_dropout": told.get("prefix_dropout", own.prefix_dropout),
+        "ffn_bottleneck": told["ffn_bn"],
+        "ffn_scale": float(told["ffn_adapter_scalar"]),
+    }
 
 
 def rounded(tensor: Tensor | None) -> list[float]:
