@@ -1,5 +1,5 @@
-"""What the layer of GLoRA's authors gives, with and without a bias of its own, on tensors of sines; what it starts from,
-what trains of a model, and their options: ``python -m peftcore.testing.freeze glora.py CHECKOUT``."""
+"""What the layer of GLoRA's authors gives, with and without a bias of its own, on tensors of sines; what it starts
+from, what trains of a model, and their options: ``python -m peftcore.testing.freeze glora.py CHECKOUT``."""
 
 import ast
 import inspect

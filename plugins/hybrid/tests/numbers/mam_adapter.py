@@ -97,7 +97,8 @@ def numbers(checkout: Path) -> dict[str, Any]:
 
 def start(checkout: Path) -> dict[str, Any]:
     """Returns what the tensors of the prefix of 30 layers 300 wide are drawn from, 200 long, by a network 200 wide (and
-    its first bias by one 20000 wide); and of an adapter between 300 features and 150, with the options of their script."""
+    its first bias by one 20000 wide), and those of an adapter from 300 features to 150, by the options of their
+    script."""
     _, petl = authors(checkout)
     made = {}
     for layers, width in ((30, 200), (1, 20000)):

@@ -69,8 +69,8 @@ def authors(checkout: Path) -> Any:
 
 
 def built(checkout: Path, reduction: int = 2, **changes: Any) -> tuple[nn.ModuleDict, list[str]]:
-    """Returns embeddings and encoder, which start as the model's own do, with an adapter; and the names of what is added
-    to BERT."""
+    """Returns embeddings and encoder, which start as the model's own do, with an adapter; and the names of what is
+    added to BERT."""
     bert = authors(checkout)
     from transformers.adapters.composition import Stack  # type: ignore[attr-defined]
     from transformers.adapters.configuration import PfeifferConfig  # type: ignore[attr-defined]
@@ -139,7 +139,8 @@ def defaults(checkout: Path) -> dict[str, Any]:
     authors(checkout)
     from transformers.adapters.configuration import PfeifferConfig  # type: ignore[attr-defined]
 
-    told = {each.name: each.default for each in fields(parts(checkout / "run_glue.py", {"ModelArguments"})["ModelArguments"])}
+    arguments = parts(checkout / "run_glue.py", {"ModelArguments"})["ModelArguments"]
+    told = {each.name: each.default for each in fields(arguments)}
     names = {"rank": "lora_r", "prefix_length": "prefix_len", "prefix_mid_dim": "mid_dim"}
     return {ours: told[name] for ours, name in names.items()} | {"adapter_reduction": PfeifferConfig().reduction_factor}
 
