@@ -174,7 +174,6 @@ ROWS = [
         "2205.11961: 232K, without six prompts",
         {"train_norm": True},
         within=500,
-        less=6 * 100 * 768,
     ),
     Row("pal", "BERT base", 13, "1902.02671, table 2: 1.13 times BERT, for eight tasks", {"tasks": 8}, "model", 0.5),
     Row(
