@@ -221,13 +221,18 @@ def rows_seen(route: Route, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
 
 
 def told_apart(route: Route, count: int, first: Tensor, others: Any) -> bool:
-    """Whether the tensors among a module's other arguments that are as long as the batch have its rows for sure: no
-    dimension of these arguments behind their first one is as long (rows of as many tokens or heads, with a mask
-    ``[tokens, tokens]``, angles ``[tokens, width]``, a number for each head)."""
+    """Whether the tensors among a module's other arguments that are as long as the batch have its rows for sure: four
+    dimensions or more (a mask or a bias ``[rows, heads, tokens, tokens]``), or the last dimension of a sequence like
+    the first argument. Others, such as a mask ``[tokens, tokens]``, angles ``[tokens, width]`` or a number for each
+    head, have them if no dimension behind the first one of any argument is as long."""
     every = [each for each in tensors_in(others) if each.dim() and each is not first]
     lengths = {count, len(route.index), len(route.index) * route.copies}
-    long = {len(each) for each in every} & lengths
+    long = {len(each) for each in every if not _has_rows(each, first)} & lengths
     return not long or long.isdisjoint({*first.shape[1:], *(size for each in every for size in each.shape[1:])})
+
+
+def _has_rows(tensor: Tensor, first: Tensor) -> bool:
+    return tensor.dim() > 3 or (tensor.dim() == first.dim() == 3 and tensor.shape[-1] == first.shape[-1])
 
 
 def by_tokens(run: Callable[..., Any], route: Route, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

@@ -3,7 +3,11 @@
 import torch
 from torch import nn
 
+import peftcore
+from peftcore.compat.configs import drop_nothing
 from peftcore.contract.dropout import turn_off_dropout
+from peftcore.testing import HOSTS
+from peftcore.testing.kit import fill
 
 
 class Told(nn.Module):
@@ -31,3 +35,13 @@ def test_what_drops_nothing_says_so() -> None:
     turn_off_dropout(module)
     assert turn_off_dropout(module)  # its modules of torch are there, whoever turned them off
     assert not turn_off_dropout(module.inner[1])
+
+
+def test_blocks_of_rotations_drop_nothing_then() -> None:
+    model, inputs = HOSTS["llama"].build()
+    injection = peftcore.apply(model, "oft", block_dropout=0.5, block_size=2)
+    fill(injection, 0)
+    model.train()
+    assert not torch.equal(model(**inputs)["logits"], model(**inputs)["logits"])
+    drop_nothing(injection)
+    torch.testing.assert_close(model(**inputs)["logits"], model(**inputs)["logits"], rtol=0, atol=0)

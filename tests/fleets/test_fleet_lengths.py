@@ -23,8 +23,8 @@ tinylora uni_lora vb_lora velora vera
 DRAWING: dict[str, dict[str, Any]] = {
     **{name: {"dropout": 0.3} for name in DROPS.split()},
     "adamix": {"consistency": 0.5},
-    "boft": {"block_dropout": 0.3},
-    "oft": {"block_dropout": 0.3},
+    "boft": {"block_dropout": 0.3, "block_size": 4},
+    "oft": {"block_dropout": 0.3, "block_size": 4},
     "loha": {"rank_dropout": 0.3, "module_dropout": 0.3},
     "lokr": {"rank_dropout": 0.3, "module_dropout": 0.3},
     "mam_adapter": {"prefix_dropout": 0.3, "ffn_dropout": 0.3},

@@ -26,6 +26,8 @@ def route_of(rows: int, copies: int = 1) -> Route:
         ({}, True),
         ({"mask": torch.ones(1, 1, 5, 5)}, True),
         ({"memory": torch.ones(4, 7, 8)}, True),
+        ({"memory": torch.ones(4, 7, 8), "mask": torch.ones(4, 1, 5, 5), "bias": torch.ones(4, 4, 5, 5)}, True),
+        ({"slopes": torch.ones(4, 5, 5), "bias": torch.ones(4, 4, 5, 5)}, False),
         ({"mask": torch.ones(4, 4)}, False),
         ({"angles": (torch.ones(4, 6), torch.ones(4, 6))}, True),
         ({"angles": (torch.ones(4, 6), torch.ones(4, 6)), "mask": torch.ones(4, 1, 4, 4)}, False),

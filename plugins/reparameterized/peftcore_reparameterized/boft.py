@@ -58,6 +58,7 @@ class BOFTOperator(WeightOperator):
     """The rotation of one site and the gains of its outputs."""
 
     stackable = True
+    training_only = WeightOperator.training_only | {"block_dropout"}
 
     def __init__(self, site: Site, config: Config) -> None:
         super().__init__(site)

@@ -75,6 +75,7 @@ class OFTOperator(WeightOperator):
     """The rotation of one site."""
 
     stackable = True
+    training_only = WeightOperator.training_only | {"block_dropout"}
 
     def __init__(self, site: Site, config: Config) -> None:
         super().__init__(site)
