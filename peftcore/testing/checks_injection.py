@@ -33,7 +33,7 @@ def _identity_options(case: Case) -> dict[str, Any]:
     return dict(case.tags.identity_options or {})
 
 
-def _promises_identity(tags: peftcore.Tags) -> bool:
+def _promises_identity(tags: peftcore.author.Tags) -> bool:
     return tags.identity_at_init or tags.identity_options is not None
 
 
