@@ -1,6 +1,6 @@
 """What most methods are written with: a method, its options, its target modules, the operators at them."""
 
-from peftcore.contract.config import MethodConfig
+from peftcore.contract.config import MethodConfig, Share
 from peftcore.contract.hookspecs import API, hookimpl
 from peftcore.contract.method import MATRICES, OUTPUTS, LearningRate, Method, Tags
 from peftcore.contract.operators import Held, InputOperator, Operator, Shared, WeightOperator, on_first
@@ -27,6 +27,7 @@ __all__ = [
     "MethodConfig",
     "Operator",
     "Preset",
+    "Share",
     "Shared",
     "Site",
     "Surgeon",

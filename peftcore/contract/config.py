@@ -6,7 +6,7 @@ import difflib
 import fnmatch
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Self, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Self, TypeVar, get_args, get_origin
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -34,6 +34,9 @@ RESERVED = frozenset(
 )
 """Argument names of `apply` and `load`: no method option may be called so."""
 
+
+Share = Annotated[float, Field(ge=0.0, lt=1.0)]
+"""Type of an option that is a probability or a share: from 0 up to 1, without 1."""
 
 MAX_OVERRIDES = 10_000
 MAX_GLOBS = 100_000

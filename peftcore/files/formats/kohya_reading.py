@@ -70,7 +70,7 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Share:
+class MethodGroups:
     """The modules that one method reads."""
 
     method: KohyaMethod
@@ -268,13 +268,13 @@ class KohyaContent(Content):
         values = self.file.read([full for below in single.values() for full in below.values()])
         return {stem: {leaf: float(values[full]) for leaf, full in below.items()} for stem, below in single.items()}
 
-    def _shares(self, groups: Sequence[Group]) -> list[Share]:
+    def _shares(self, groups: Sequence[Group]) -> list[MethodGroups]:
         """Returns as few methods as can read all modules, the one that reads most first.
 
         Raises:
             CheckpointError: no installed plugin reads the tensors of a module.
         """
-        left, found = list(groups), list[Share]()
+        left, found = list(groups), list[MethodGroups]()
         while left:
             counts = [sum(method.fits(group.held) for group in left) for method in self.methods]
             most = max(counts, default=0)
@@ -282,7 +282,7 @@ class KohyaContent(Content):
                 shown = [f"{', '.join(sorted(g.names))} at {g.held.where.rpartition(': ')[2]}" for g in left[:4]]
                 raise CheckpointError(f"{self.file.path}: no installed plugin reads {'; '.join(shown)}")
             method = self.methods[counts.index(most)]
-            found.append(Share(method, [group for group in left if method.fits(group.held)]))
+            found.append(MethodGroups(method, [group for group in left if method.fits(group.held)]))
             left = [group for group in left if not method.fits(group.held)]
         return found
 

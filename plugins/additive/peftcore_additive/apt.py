@@ -22,10 +22,10 @@ decoders, where prefix_tuning does the same for less; p_tuning_v2 is its nearest
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import Field, PositiveInt
+from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from peftcore.author import (
@@ -34,6 +34,7 @@ from peftcore.author import (
     Method,
     MethodConfig,
     Operator,
+    Share,
     Shared,
     Site,
     Surgeon,
@@ -58,7 +59,7 @@ class Config(MethodConfig):
     """Keys and values in front of each attention's own."""
     projection: PositiveInt | None = None
     """Width of the network that makes them while they train; None trains them themselves."""
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
+    dropout: Share = 0.1
     """Probability with which numbers of them are dropped in training."""
     behind: bool = True
     """Count the positions of tokens from behind the prefix, as if it were words."""

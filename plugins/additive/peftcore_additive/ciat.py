@@ -22,10 +22,10 @@ norms and embeddings, `madx_invertible` one at the embeddings alone.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import Field, PositiveInt
+from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from peftcore.author import (
@@ -38,6 +38,7 @@ from peftcore.author import (
     MethodConfig,
     Mine,
     Operator,
+    Share,
     Site,
     Surgeon,
     Tags,
@@ -54,7 +55,7 @@ class Config(MethodConfig):
     method: Literal["ciat"] = "ciat"
     reduction: PositiveInt = 2
     """How many times narrower than the stream the adapters are inside."""
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.3
+    dropout: Share = 0.3
     """Probability with which numbers behind relu are dropped in training."""
     embeddings: bool = True
     """Adapt what the first block of a stack reads, too, where a target is in it."""

@@ -23,9 +23,9 @@ Use it where a small non-linear module is worth a little latency: it cannot be m
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveInt
+from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 
 from peftcore.author import (
@@ -36,6 +36,7 @@ from peftcore.author import (
     LearningRate,
     Method,
     MethodConfig,
+    Share,
     Site,
     Surgeon,
     Tags,
@@ -70,7 +71,7 @@ class Config(MethodConfig):
     scale: Scale = 1.0
     """A factor in front of what the adapter adds: a number, one that is "learned" from 1, or a vector of those, one for
     each "channel"."""
-    stochastic_depth: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    stochastic_depth: Share = 0.0
     """Probability with which a row of the batch goes without the adapter in training; what others get is scaled up."""
     init: Start = "cut"
     """The draw of both matrices: a normal that is cut at two standard deviations, or a whole one."""

@@ -23,10 +23,10 @@ by the embeddings alone).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import Field, PositiveInt
+from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from peftcore.author import (
@@ -35,6 +35,7 @@ from peftcore.author import (
     Method,
     MethodConfig,
     SequenceSite,
+    Share,
     Site,
     Surgeon,
     Tags,
@@ -56,7 +57,7 @@ class Config(MethodConfig):
     phm: PositiveInt | None = 16
     """How many Kronecker products a matrix of the network is the sum of; it divides the width and h. None trains the
     matrices themselves (IDPG-DNN)."""
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
+    dropout: Share = 0.1
     """Dropout in front of either matrix, in training."""
 
 

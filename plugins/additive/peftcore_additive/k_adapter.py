@@ -39,6 +39,7 @@ from peftcore.author import (
     Method,
     MethodConfig,
     Operator,
+    Share,
     Shared,
     Site,
     Surgeon,
@@ -68,7 +69,7 @@ class Config(MethodConfig):
     """Transformer blocks in an adapter."""
     heads: PositiveInt = 12
     """Heads of their attention; their greatest common divisor with the width, where they do not divide it."""
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
+    dropout: Share = 0.1
     """Probability with which attention weights, and what attention and feed-forward add, are dropped in training."""
     fusion: Literal["concat", "add"] = "concat"
     """How the last state of the model and that of the chain are put together: a linear layer reads both, or the sum."""

@@ -20,10 +20,10 @@ Use it where few numbers should do much: ten to fifty times fewer than LoRA's. I
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
 import torch
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from peftcore.author import (
@@ -33,6 +33,7 @@ from peftcore.author import (
     MethodConfig,
     Operator,
     PromptPositions,
+    Share,
     Surgeon,
     Tags,
     TokenStacks,
@@ -62,7 +63,7 @@ class Config(MethodConfig):
     """The layers, by number; None takes all."""
     tied: bool = False
     """One intervention for both ends of the prompt."""
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    dropout: Share = 0.0
     """Probability with which numbers of h' are dropped in training."""
     activation: Literal["gelu", "relu", "silu", "tanh"] | None = None
     """A non-linearity of W h + b; the paper has none."""

@@ -26,10 +26,10 @@ text need it everywhere (prefix_tuning acts in every layer), nor for adapters of
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
 from peftcore.author import (
@@ -39,6 +39,7 @@ from peftcore.author import (
     MethodConfig,
     PromptPositions,
     SequenceSite,
+    Share,
     Site,
     Surgeon,
     Tags,
@@ -64,7 +65,7 @@ class Config(MethodConfig):
     counts; None trains the prompt itself, from N(0, 1)."""
     hidden: PositiveInt = 128
     """Width of the generator."""
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
+    dropout: Share = 0.1
     """Probability with which numbers of a generated prompt are dropped in training."""
 
 

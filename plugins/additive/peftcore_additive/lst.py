@@ -25,9 +25,9 @@ from __future__ import annotations
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from peftcore.author import (
@@ -35,6 +35,7 @@ from peftcore.author import (
     LearningRate,
     Method,
     MethodConfig,
+    Share,
     Shared,
     Site,
     Surgeon,
@@ -59,7 +60,7 @@ class Config(MethodConfig):
     """Heads of its attention; their greatest common divisor with its width, where they do not divide it."""
     temperature: PositiveFloat = 0.1
     """T: the smaller, the sooner a gate is open or shut."""
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    dropout: Share = 0.0
     """Probability with which what a side block adds is dropped in training."""
 
     def width(self, width: int) -> int:

@@ -22,10 +22,10 @@ prompt_tuning, the residual network is better.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-from pydantic import Field, PositiveInt
+from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from peftcore.author import (
@@ -34,6 +34,7 @@ from peftcore.author import (
     MethodConfig,
     SequenceOperator,
     SequenceSite,
+    Share,
     Site,
     Surgeon,
     Tags,
@@ -53,7 +54,7 @@ class Config(MethodConfig):
     whose output is added to Z."""
     hidden: PositiveInt | None = None
     """Width h of the network; the width of the embeddings unless given."""
-    lstm_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    lstm_dropout: Share = 0.0
     """Dropout between the two layers of the LSTM, in training."""
 
 

@@ -19,12 +19,12 @@ about 100. Nothing merges; rows of a batch may have different prompts.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import PositiveInt
 from torch import nn
 
-from peftcore.author import AttentionSite, LearningRate, Method, MethodConfig, Site, Surgeon, Tags
+from peftcore.author import AttentionSite, LearningRate, Method, MethodConfig, Share, Site, Surgeon, Tags
 from peftcore_additive._prefix import PrefixOperator, behind, prefix_count, shared_encoder
 
 
@@ -37,7 +37,7 @@ class Config(MethodConfig):
     projection: PositiveInt | None = None
     """Width of the network that makes the prompts while they train (512 in the authors' code); None trains them
     themselves."""
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
+    dropout: Share = 0.1
     """Probability with which numbers of the prompts are dropped in training."""
     behind: bool = True
     """Count the positions of tokens from behind the prompts, as if these were words: what the authors and peft do."""

@@ -24,10 +24,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from peftcore.author import (
@@ -38,6 +38,7 @@ from peftcore.author import (
     LearningRate,
     Method,
     MethodConfig,
+    Share,
     Surgeon,
     Tags,
     branch,
@@ -62,7 +63,7 @@ class Config(MethodConfig):
     joins: Joins = "stream"
     """Where it adds: to the stream, behind what the host does to the branch's output (dropout, layer scale, stochastic
     depth), or to the output of the branch's last matrix, in front of that."""
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    dropout: Share = 0.0
     """Probability with which the bottleneck's numbers are dropped in training."""
     bias: bool = True
     """Biases behind both matrices."""

@@ -21,13 +21,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveInt
+from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 
 from peftcore import HostMap
-from peftcore.author import MIXERS, AtBranchEnd, LearningRate, Method, MethodConfig, Site, Surgeon, Tags, is_post_norm
+from peftcore.author import (
+    MIXERS,
+    AtBranchEnd,
+    LearningRate,
+    Method,
+    MethodConfig,
+    Share,
+    Site,
+    Surgeon,
+    Tags,
+    is_post_norm,
+)
 from peftcore.errors import UnsupportedSite
 from peftcore_additive._bottleneck import Scale, ScaledOperator, Start, learned_scale
 
@@ -49,7 +60,7 @@ class Config(MethodConfig):
     scale: Scale = 1.0
     """A factor in front of what the adapter adds: a number, one that is "learned" from 1, or a vector of those, one for
     each "channel"."""
-    stochastic_depth: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    stochastic_depth: Share = 0.0
     """Probability with which a row of the batch goes without the adapter in training; what others get is scaled up."""
     init: Start = "normal"
     """The draw of both matrices: a normal, whole or cut at two standard deviations."""

@@ -26,10 +26,10 @@ prefix_tuning can have.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import Field, PositiveInt
+from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from peftcore.author import (
@@ -38,6 +38,7 @@ from peftcore.author import (
     LearningRate,
     Method,
     MethodConfig,
+    Share,
     Site,
     Surgeon,
     Tags,
@@ -54,7 +55,7 @@ class Config(MethodConfig):
     """Rows in front of the tokens; the authors take 32 for questions about several documents."""
     projection: PositiveInt | None = None
     """Width of the network that makes what is added to them (512 in the authors' code); None trains it itself."""
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
+    dropout: Share = 0.1
     """Probability with which numbers of it are dropped in training."""
 
 

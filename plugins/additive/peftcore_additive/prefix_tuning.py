@@ -21,12 +21,12 @@ different ones.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import PositiveInt
 from torch import nn
 
-from peftcore.author import AttentionSite, LearningRate, Method, MethodConfig, Site, Surgeon, Tags
+from peftcore.author import AttentionSite, LearningRate, Method, MethodConfig, Share, Site, Surgeon, Tags
 from peftcore_additive._prefix import PrefixOperator, behind, prefix_count, shared_encoder
 
 
@@ -38,7 +38,7 @@ class Config(MethodConfig):
     """Keys and values in front of each attention's own: 10 for tables to text, 200 for summaries in the paper."""
     projection: PositiveInt | None = 512
     """Width of the network that makes the prefix while it trains; None trains the prefix itself."""
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    dropout: Share = 0.0
     """Probability with which numbers of the prefix are dropped in training."""
     behind: bool = True
     """Count the positions of tokens from behind the prefix, as if it were words: what the authors and peft do."""

@@ -31,7 +31,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveInt
@@ -45,6 +45,7 @@ from peftcore.author import (
     Method,
     MethodConfig,
     Mine,
+    Share,
     Shared,
     Site,
     Surgeon,
@@ -69,7 +70,7 @@ class Config(MethodConfig):
     """Rank r of the correction."""
     scale: float = 0.1
     """Factor a of the correction."""
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.2
+    dropout: Share = 0.2
     """Probability with which an entry of what the correction reads is dropped in training."""
     update_width: PositiveInt | None = None
     """Width u inside of T and G; the rank without."""

@@ -22,10 +22,10 @@ from __future__ import annotations
 
 import math
 from itertools import accumulate
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
 import torch
-from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
+from pydantic import NonNegativeFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from peftcore.author import (
@@ -37,6 +37,7 @@ from peftcore.author import (
     LearningRate,
     Method,
     MethodConfig,
+    Share,
     Shared,
     Site,
     Surgeon,
@@ -55,7 +56,7 @@ class Config(MethodConfig):
     method: Literal["sparse_adapter"] = "sparse_adapter"
     bottleneck: PositiveInt = 64
     """Width r of the bottleneck before pruning."""
-    sparsity: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.4
+    sparsity: Share = 0.4
     """The share of the weights of all adapters that is pruned."""
     score: Literal["snip", "grasp", "magnitude", "random"] = "snip"
     """The score by which the weights are ranked; the first two look at data."""
@@ -63,7 +64,7 @@ class Config(MethodConfig):
     """The non-linearity f."""
     norm: bool = True
     """A layer norm of its own in front of W_down, which trains with it."""
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
+    dropout: Share = 0.1
     """Probability with which the bottleneck's numbers are dropped in training."""
     joins: Joins = "stream"
     """Where it reads and adds: behind what the host does to a branch's output, or at its last matrix."""

@@ -20,9 +20,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
+from pydantic import NonNegativeFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from peftcore.author import (
@@ -31,6 +31,7 @@ from peftcore.author import (
     LearningRate,
     Method,
     MethodConfig,
+    Share,
     Site,
     Surgeon,
     Tags,
@@ -60,7 +61,7 @@ class Config(MethodConfig):
     """Heads, which divide the width."""
     modules: PositiveInt = 1
     """How many stand one behind the other, each with a share of what is added."""
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
+    dropout: Share = 0.1
     """Probability with which attention weights are dropped in training."""
     out_scale: NonNegativeFloat = 0.01
     """Factor on the start of the last map; 0 makes a fresh adapter an exact identity."""

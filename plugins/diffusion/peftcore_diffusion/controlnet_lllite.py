@@ -32,7 +32,7 @@ import torch
 from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore.author import LearningRate, Method, MethodConfig, Operator, Site, Surgeon, Tags, forward_context
+from peftcore.author import LearningRate, Method, MethodConfig, Operator, Share, Site, Surgeon, Tags, forward_context
 from peftcore.errors import ConfigError, UnsupportedSite
 from peftcore_diffusion._told import told
 
@@ -52,7 +52,7 @@ class Config(MethodConfig):
     """Width of a network."""
     channels: PositiveInt = 3
     """Channels of the condition image."""
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    dropout: Share = 0.0
     """Probability with which hidden values are dropped in training."""
     input: str = "condition"
     """The name under which calls give the image."""

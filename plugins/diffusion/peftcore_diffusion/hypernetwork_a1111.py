@@ -25,12 +25,12 @@ smaller. It acts in any attention with matrices of its own for keys and values. 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 from torch import Tensor, nn
 
-from peftcore.author import LearningRate, Method, MethodConfig, Operator, Shared, Site, Surgeon, Tags
+from peftcore.author import LearningRate, Method, MethodConfig, Operator, Share, Shared, Site, Surgeon, Tags
 from peftcore.errors import ConfigError, UnsupportedSite
 from peftcore_diffusion._context_network import ContextNetwork
 
@@ -49,7 +49,7 @@ class Config(MethodConfig):
     """Have the activation behind the last layer too."""
     norm: bool = False
     """Have a layer norm behind each layer."""
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    dropout: Share = 0.0
     """Probability with which hidden values are dropped in training; the webui's is 0.3, where it has one."""
     start: Literal["normal", "xavier_uniform", "xavier_normal", "kaiming_uniform", "kaiming_normal"] = "normal"
     """How matrices start."""

@@ -46,6 +46,7 @@ from peftcore.author import (
     Method,
     MethodConfig,
     Operator,
+    Share,
     Shared,
     Site,
     Surgeon,
@@ -74,7 +75,7 @@ class Config(MethodConfig):
     """The `beta` of evaluation: less brings more of the concept's looks, more obeys the rest of the prompt."""
     tau_eval: PositiveFloat = 0.15
     """The `tau` of evaluation."""
-    ema: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.99
+    ema: Share = 0.99
     """How much of the moving averages a step keeps."""
     text_gradient: Annotated[float, Field(gt=0.0, le=1.0)] = 0.1
     """Share of the gradient that goes on to the text, so that the word learns more slowly."""

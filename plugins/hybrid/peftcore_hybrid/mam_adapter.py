@@ -18,12 +18,12 @@ Use it where a few percent of parameters are affordable and merging is not neede
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import PositiveFloat, PositiveInt
 from torch import nn
 
-from peftcore.author import Joins, LearningRate, Method, MethodConfig, Site, Surgeon, Tags
+from peftcore.author import Joins, LearningRate, Method, MethodConfig, Share, Site, Surgeon, Tags
 from peftcore_additive import parallel_adapter, prefix_tuning
 
 PREFIX = {"prefix_length": "length", "prefix_mid_dim": "projection", "prefix_dropout": "dropout"}
@@ -40,13 +40,13 @@ class Config(MethodConfig):
     """Keys and values in front of each attention's own."""
     prefix_mid_dim: PositiveInt | None = 800
     """Width of the network that makes the prefix while it trains; None trains the prefix itself."""
-    prefix_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    prefix_dropout: Share = 0.0
     """Probability with which numbers of the prefix are dropped in training."""
     ffn_bottleneck: PositiveInt = 512
     """Width r of the adapter at the feed-forward."""
     ffn_scale: PositiveFloat | Literal["learned"] = 4.0
     """The factor s in front of the adapter; "learned" trains one for each feed-forward, from 1."""
-    ffn_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    ffn_dropout: Share = 0.0
     """Probability with which the bottleneck's numbers are dropped in training."""
     ffn_joins: Joins = "stream"
     """Where the adapter adds: to the stream, behind the host's dropout and layer scale of the feed-forward, or to the

@@ -35,7 +35,7 @@ import torch
 from pydantic import Field, NonNegativeFloat
 from torch import Tensor, nn
 
-from peftcore.author import AppliedMethod, Combiner, LearningRate, Method, MethodConfig, Site, Surgeon, Tags
+from peftcore.author import AppliedMethod, Combiner, LearningRate, Method, MethodConfig, Share, Site, Surgeon, Tags
 from peftcore.errors import CompositionError
 from peftcore_multitask._members import Members, fused, mixes_inputs, of_host, of_parts, only_inputs
 from peftcore_multitask._merging import SOME, OfMergedParts
@@ -60,7 +60,7 @@ class Config(MethodConfig):
     """Have the matrix V; the package calls a fusion without it static."""
     regularizer: NonNegativeFloat = 0.01
     """Factor of |V - I|^2 in the loss."""
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    dropout: Share = 0.0
     """Probability with which scores are dropped (set to zero) in training."""
 
 

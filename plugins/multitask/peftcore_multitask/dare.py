@@ -23,7 +23,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from peftcore.author import Method, Site, Surgeon, Tags, merge_math
+from peftcore.author import Method, Share, Site, Surgeon, Tags, merge_math
 from peftcore_multitask._merging import Members, MergingOperator, OfMergedParts, PartsConfig, merge_parts
 
 
@@ -31,7 +31,7 @@ class Config(PartsConfig):
     """Options of DARE."""
 
     method: Literal["dare"] = "dare"
-    drop_rate: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    drop_rate: Share = 0.9
     """Probability p with which a value is dropped."""
     mask_seed: int = 0
     """Seed of the masks."""

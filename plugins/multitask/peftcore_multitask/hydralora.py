@@ -20,13 +20,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore.author import MATRICES, LearningRate, Method, MethodConfig, Router, Site, Surgeon, Tags
+from peftcore.author import MATRICES, LearningRate, Method, MethodConfig, Router, Share, Site, Surgeon, Tags
 from peftcore.errors import UnsupportedSite
 from peftcore_multitask._skills import factors
 
@@ -41,7 +41,7 @@ class Config(MethodConfig):
     """How many B there are."""
     alpha: PositiveFloat = 32.0
     """Numerator of the scale ``alpha / rank``."""
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05
+    dropout: Share = 0.05
     """Probability with which inputs of a head's update are dropped in training."""
 
 

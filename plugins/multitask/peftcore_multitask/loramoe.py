@@ -23,13 +23,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
 import torch
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
-from peftcore.author import MATRICES, LearningRate, Method, Site, Surgeon, Tags, by_row, forward_context
+from peftcore.author import MATRICES, LearningRate, Method, Share, Site, Surgeon, Tags, by_row, forward_context
 from peftcore_multitask._mixture import ExpertsOperator, softmax_of
 from peftcore_multitask._tasks import TaskConfig, Tasks, task_count
 
@@ -44,11 +44,11 @@ class Config(TaskConfig):
     """Rank of each low-rank update."""
     alpha: PositiveFloat = 32.0
     """Numerator of the scale ``alpha / rank``."""
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05
+    dropout: Share = 0.05
     """Probability with which inputs of an expert are dropped in training."""
     balance: NonNegativeFloat = 0.0
     """Factor of the balancing loss."""
-    delta: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    delta: Share = 0.0
     """How much more the experts of a row's task are to do than the others; training is then told the task."""
 
     @model_validator(mode="after")

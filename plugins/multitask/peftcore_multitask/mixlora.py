@@ -22,10 +22,10 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
 import torch
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from peftcore.author import (
@@ -37,6 +37,7 @@ from peftcore.author import (
     MethodConfig,
     Operator,
     Router,
+    Share,
     Site,
     Surgeon,
     Tags,
@@ -61,7 +62,7 @@ class Config(MethodConfig):
     """Rank of each update."""
     alpha: PositiveFloat = 16.0
     """Numerator of the scale ``alpha / rank``."""
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05
+    dropout: Share = 0.05
     """Probability with which inputs of an update are dropped in training."""
     balance: NonNegativeFloat = 0.01
     """Factor of the balancing loss."""

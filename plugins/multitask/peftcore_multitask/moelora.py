@@ -22,13 +22,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
-from peftcore.author import MATRICES, LearningRate, Method, Site, Surgeon, Tags
+from peftcore.author import MATRICES, LearningRate, Method, Share, Site, Surgeon, Tags
 from peftcore_multitask._mixture import ExpertsOperator
 from peftcore_multitask._tasks import TaskConfig, Tasks, task_count
 
@@ -43,7 +43,7 @@ class Config(TaskConfig):
     """Rank of all of them together."""
     alpha: PositiveFloat = 32.0
     """Numerator of the scale ``alpha / rank``."""
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
+    dropout: Share = 0.1
     """Probability with which inputs of an expert are dropped in training."""
     task_width: PositiveInt = 64
     """Length of the vector that stands for a task."""

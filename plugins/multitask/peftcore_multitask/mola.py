@@ -40,6 +40,7 @@ from peftcore.author import (
     LearningRate,
     Method,
     MethodConfig,
+    Share,
     Site,
     Surgeon,
     Tags,
@@ -64,7 +65,7 @@ class Config(MethodConfig):
     """Rank of each low-rank update."""
     alpha: PositiveFloat = 16.0
     """Numerator of the scale ``alpha / rank``."""
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05
+    dropout: Share = 0.05
     """Probability with which inputs of an expert are dropped in training."""
     balance: NonNegativeFloat = 0.0
     """Factor of the balancing loss."""

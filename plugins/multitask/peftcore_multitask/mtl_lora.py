@@ -23,13 +23,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore.author import MATRICES, LearningRate, Method, Operator, Site, Surgeon, Tags
+from peftcore.author import MATRICES, LearningRate, Method, Operator, Share, Site, Surgeon, Tags
 from peftcore.errors import UnsupportedSite
 from peftcore_multitask._skills import factors
 from peftcore_multitask._tasks import TaskConfig, Tasks, task_count
@@ -49,7 +49,7 @@ class Config(TaskConfig):
     """Divisor of the logits of the mixture: the smaller, the more a task keeps to one B."""
     task_matrix: Literal["full", "diagonal"] = "full"
     """The task's own matrix in the middle: whole, or its diagonal alone."""
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05
+    dropout: Share = 0.05
     """Probability with which inputs of the update are dropped in training."""
 
 

@@ -22,10 +22,10 @@ common (`hyperformer_pp`), nor where it has to be merged. `parallel_adapter` is 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
 import torch
-from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
+from pydantic import NonNegativeFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from peftcore.author import (
@@ -33,6 +33,7 @@ from peftcore.author import (
     LearningRate,
     Method,
     Operator,
+    Share,
     Shared,
     Site,
     Surgeon,
@@ -63,7 +64,7 @@ class Config(TaskConfig):
     """Width a of the attention, of all heads together."""
     heads: PositiveInt = 6
     """Heads, which divide the width."""
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
+    dropout: Share = 0.1
     """Probability with which attention weights are dropped in training."""
     init_std: NonNegativeFloat = 0.02
     """Standard deviation of U and of the matrices of queries, keys and values at the start."""

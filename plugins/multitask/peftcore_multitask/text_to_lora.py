@@ -43,6 +43,7 @@ from peftcore.author import (
     Method,
     MethodConfig,
     Operator,
+    Share,
     Site,
     Surgeon,
     Tags,
@@ -66,13 +67,13 @@ class Config(MethodConfig):
     """Rank of the LoRAs."""
     alpha: PositiveFloat = 16.0
     """Numerator of the scale ``alpha / sqrt(rank)``."""
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05
+    dropout: Share = 0.05
     """Probability with which inputs of the update are dropped in training."""
     latent: Annotated[PositiveInt, Field(multiple_of=4)] = 128
     """Width l of the network: half of it reads the vector, a quarter each says layer and kind."""
     head_width: PositiveInt = 512
     """Width w of z, which the heads read."""
-    network_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05
+    network_dropout: Share = 0.05
     """Probability with which numbers in the network are dropped in training."""
     decay: NonNegativeFloat = 1e-3
     """Factor of the loss of what the network makes."""

@@ -32,6 +32,7 @@ from peftcore.author import (
     Operator,
     PassCache,
     Router,
+    Share,
     Shared,
     Site,
     Surgeon,
@@ -66,7 +67,7 @@ class Config(PartsConfig):
     """Linear layers of the classifier."""
     width: PositiveInt = 2048
     """Width between the layers of the classifier."""
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.2
+    dropout: Share = 0.2
     """Dropout between them, in training."""
     scale: float = 1.0
     """Factor g of all that is added."""

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated
 
-from pydantic import Field, PositiveFloat
+from pydantic import PositiveFloat
 from torch import Tensor, nn
 
-from peftcore.author import Site
+from peftcore.author import Share, Site
 from peftcore.errors import UnsupportedSite
 from peftcore_quantized._packed_base import Factors, PackedBaseOperator, PackedConfig, lora_start
 
@@ -18,7 +17,7 @@ class LoRAConfig(PackedConfig):
 
     alpha: PositiveFloat = 16.0
     """Numerator of the scale ``alpha / rank``."""
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    dropout: Share = 0.0
     """Probability with which inputs of the update are dropped in training; only where the base is packed already."""
 
 

@@ -35,6 +35,7 @@ from peftcore.author import (
     LearningRate,
     Method,
     MethodConfig,
+    Share,
     Surgeon,
     Tags,
     branch,
@@ -55,7 +56,7 @@ class Config(MethodConfig):
     joins: Joins = "stream"
     """Where it adds: to the stream, behind what the host does to the branch's output (dropout, layer scale, stochastic
     depth), or to the output of the branch's last matrix, in front of that."""
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
+    dropout: Share = 0.1
     """Probability with which the bottleneck's numbers are dropped in training, as in the authors' code."""
 
 

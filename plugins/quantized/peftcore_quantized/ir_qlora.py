@@ -21,13 +21,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore.author import LearningRate, Method, Site, Surgeon, Tags
+from peftcore.author import LearningRate, Method, Share, Site, Surgeon, Tags
 from peftcore.errors import UnsupportedSite
 from peftcore_quantized._packed_base import Factors, PackedBaseOperator, PackedConfig, lora_start, place, update_count
 
@@ -40,7 +40,7 @@ class Config(PackedConfig):
     """Rank of the update; divides the numbers of inputs and outputs."""
     alpha: PositiveFloat = 16.0
     """Numerator of the scale ``alpha / rank``."""
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    dropout: Share = 0.0
     """Probability with which inputs of A are dropped in training, not those of the means; only where the base is packed
     already."""
     scheme: str = "nf4-icq"

@@ -18,12 +18,12 @@ Use it where the model in 16 bits leaves no room for training.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field, PositiveInt
 from torch import nn
 
-from peftcore.author import LearningRate, Method, Site, Surgeon, Tags
+from peftcore.author import LearningRate, Method, Share, Site, Surgeon, Tags
 from peftcore_quantized._lora_on_packed import LoRAConfig, LoRAOnPacked
 from peftcore_quantized._packed_base import place, update_count
 
@@ -34,7 +34,7 @@ class Config(LoRAConfig):
     method: Literal["qlora"] = "qlora"
     rank: PositiveInt = 64
     """Rank of the update."""
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    dropout: Share = 0.0
     """Probability with which inputs of the update are dropped in training (the paper: 0.1, or 0.05 for large models);
     only where the base is packed already."""
     scheme_options: dict[str, Any] = Field(default_factory=lambda: {"double_quant": True})

@@ -21,7 +21,7 @@ import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore.author import MATRICES, AppliedMethod, LearningRate, Method, MethodConfig, Site, Surgeon, Tags
+from peftcore.author import MATRICES, AppliedMethod, LearningRate, Method, MethodConfig, Share, Site, Surgeon, Tags
 from peftcore.errors import TrainingError
 from peftcore_reparameterized._low_rank import LowRankOperator, low_rank_count
 
@@ -36,7 +36,7 @@ class Config(MethodConfig):
     """Rank of the updates at the end, on average over the sites."""
     alpha: PositiveFloat = 8.0
     """Numerator of the scale ``alpha / rank``."""
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    dropout: Share = 0.0
     """Probability with which inputs of the update are dropped in training."""
     warmup: NonNegativeInt = 0
     """Steps before the budget falls."""

@@ -32,7 +32,7 @@ import torch
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore.author import MATRICES, AppliedMethod, LearningRate, Method, MethodConfig, Site, Surgeon, Tags
+from peftcore.author import MATRICES, AppliedMethod, LearningRate, Method, MethodConfig, Share, Site, Surgeon, Tags
 from peftcore.errors import ConfigError, TrainingError
 from peftcore_reparameterized._clusters import shape, subspaces
 from peftcore_reparameterized._competing import Competing, choose
@@ -48,7 +48,7 @@ class Config(MethodConfig):
     """K, how many clusters the outputs of a site are in."""
     rank: PositiveInt = 1
     """Rank of the update of each cluster."""
-    threshold: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
+    threshold: Share | None = None
     """Leave a cluster as many ranks as have a larger squared singular value, relative to the largest."""
     target_subspaces: PositiveInt | None = None
     """How many clusters of all sites train at the end; None lets all train."""

@@ -24,13 +24,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch.nn.functional as F
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore.author import MATRICES, LearningRate, Method, MethodConfig, Operator, Site, Surgeon, Tags, forward_context
+from peftcore.author import (
+    MATRICES,
+    LearningRate,
+    Method,
+    MethodConfig,
+    Operator,
+    Share,
+    Site,
+    Surgeon,
+    Tags,
+    forward_context,
+)
 from peftcore.errors import UnsupportedSite
 from peftcore_reparameterized._low_rank import low_rank_count, low_rank_factors
 
@@ -45,7 +56,7 @@ class Config(MethodConfig):
     """Numerator of the scale ``alpha / rank``."""
     scaling: Literal["rank", "sqrt_rank"] = "rank"
     """Denominator of the scale: the rank, or its square root (rsLoRA)."""
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    dropout: Share = 0.0
     """Probability with which inputs of the update are dropped in training."""
     invocation: list[NonNegativeInt] = Field(default_factory=list)
     """The ids of the tokens from which on the adapter acts; none: it acts on all tokens (peft's

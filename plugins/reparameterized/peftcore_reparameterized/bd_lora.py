@@ -24,13 +24,13 @@ from __future__ import annotations
 import fnmatch
 import math
 from collections.abc import Callable
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
-from peftcore.author import MATRICES, Method, MethodConfig, Site, Surgeon, Tags
+from peftcore.author import MATRICES, Method, MethodConfig, Share, Site, Surgeon, Tags
 from peftcore.errors import UnsupportedSite
 from peftcore_reparameterized._low_rank import LowRankOperator, low_rank_factors
 
@@ -51,7 +51,7 @@ class Config(MethodConfig):
         default_factory=lambda: ["attn.out", "cross.out", "attn_mlp.out", "mlp.down", "experts.down", "ssm.out"]
     )
     """Sites whose A is block diagonal, and not B: roles, or globs for site paths (peft's `target_modules_bd_a`)."""
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    dropout: Share = 0.0
     """Probability with which inputs of the update are dropped in training."""
 
     @model_validator(mode="after")

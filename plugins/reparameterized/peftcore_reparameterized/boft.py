@@ -29,7 +29,18 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from peftcore.author import MATRICES, Held, LearningRate, Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
+from peftcore.author import (
+    MATRICES,
+    Held,
+    LearningRate,
+    Method,
+    MethodConfig,
+    Share,
+    Site,
+    Surgeon,
+    Tags,
+    WeightOperator,
+)
 from peftcore_reparameterized._dropped import replaced_blocks
 from peftcore_reparameterized._gains import gained, with_gains
 from peftcore_reparameterized._kernels import cayley, rotated
@@ -44,7 +55,7 @@ class Config(MethodConfig):
     """Width b of a block; at a site whose inputs it does not fit, the nearest width that does."""
     factors: PositiveInt = 2
     """Number m of butterfly factors; b * 2^(m - 1) divides the inputs of a site."""
-    block_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    block_dropout: Share = 0.0
     """Share of the blocks of one factor that do not turn in a forward in training, rounded down."""
     side: Literal["inputs", "outputs"] = "inputs"
     """Side of a weight that turns; an embedding turns what it returns either way."""

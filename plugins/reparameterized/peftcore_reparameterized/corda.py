@@ -21,10 +21,10 @@ Use it in place of LoRA where the base's knowledge must be kept (kpm), or traini
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from peftcore.author import (
@@ -34,6 +34,7 @@ from peftcore.author import (
     LearningRate,
     Method,
     MethodConfig,
+    Share,
     Site,
     Surgeon,
     Tags,
@@ -57,7 +58,7 @@ class Config(MethodConfig):
     """How many directions are adapted; at most those that there are."""
     alpha: PositiveFloat | None = None
     """Numerator of the scale ``alpha / rank``; None has no scale."""
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    dropout: Share = 0.0
     """Probability with which inputs of the trained factors are dropped in training."""
     mode: Literal["ipm", "kpm"] = "ipm"
     """Whether the largest directions train (ipm) or the smallest (kpm)."""

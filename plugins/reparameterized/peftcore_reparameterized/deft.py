@@ -23,13 +23,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore.author import MATRICES, Held, LearningRate, Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
+from peftcore.author import (
+    MATRICES,
+    Held,
+    LearningRate,
+    Method,
+    MethodConfig,
+    Share,
+    Site,
+    Surgeon,
+    Tags,
+    WeightOperator,
+)
 from peftcore_reparameterized._basis import columns
 from peftcore_reparameterized._decomposed import as_matrix, as_rows
 from peftcore_reparameterized._low_rank import check_in_weight_form, input_dropout
@@ -48,7 +59,7 @@ class Config(MethodConfig):
     """The part of the weight that is taken away: on the positive part of P, or on the space that its columns span."""
     injects: bool = True
     """Put something in; otherwise only take away (PaRa)."""
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    dropout: Share = 0.0
     """Probability with which inputs of what is put in are dropped in training."""
 
 

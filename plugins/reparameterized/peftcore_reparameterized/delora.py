@@ -24,13 +24,13 @@ Use it where training is long or its rate uncertain: it does not drift far from 
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore.author import MATRICES, LearningRate, Method, MethodConfig, Site, Surgeon, Tags
+from peftcore.author import MATRICES, LearningRate, Method, MethodConfig, Share, Site, Surgeon, Tags
 from peftcore_reparameterized._low_rank import LowRankOperator, low_rank_count, low_rank_factors
 
 SHORTEST = 1e-4
@@ -45,7 +45,7 @@ class Config(MethodConfig):
     """Rank of the update."""
     strength: PositiveFloat = 15.0
     """The start of lambda: the update's largest norm, relative to that of the weight's longest column."""
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    dropout: Share = 0.0
     """Probability with which inputs of the update are dropped in training."""
 
 

@@ -16,11 +16,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from peftcore.author import (
@@ -29,6 +29,7 @@ from peftcore.author import (
     LearningRate,
     Method,
     MethodConfig,
+    Share,
     Site,
     Surgeon,
     Tags,
@@ -53,7 +54,7 @@ class Config(MethodConfig):
     """Rank of the update of the direction."""
     alpha: PositiveFloat = 8.0
     """Numerator of the scale ``alpha / rank``."""
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    dropout: Share = 0.0
     """Probability with which inputs of the update are dropped in training."""
 
 

@@ -25,10 +25,10 @@ Use it where the rank is to be chosen after training; not where it is known, as 
 from __future__ import annotations
 
 from functools import partial
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from peftcore.author import (
@@ -37,6 +37,7 @@ from peftcore.author import (
     LearningRate,
     Method,
     MethodConfig,
+    Share,
     Site,
     Surgeon,
     Tags,
@@ -61,7 +62,7 @@ class Config(MethodConfig):
     """Rows u by which ranks differ; it divides the rank."""
     frozen: bool = True
     """In training, let rows below the block that is drawn act and stay as they are; off, all n rows are trained."""
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    dropout: Share = 0.0
     """Probability with which inputs of the update are dropped in training."""
 
     @model_validator(mode="after")

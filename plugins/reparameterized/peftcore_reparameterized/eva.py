@@ -40,6 +40,7 @@ from peftcore.author import (
     LearningRate,
     Method,
     MethodConfig,
+    Share,
     Site,
     Surgeon,
     Tags,
@@ -63,7 +64,7 @@ class Config(MethodConfig):
     """Numerator of the scale ``alpha / rank``."""
     scaling: Literal["rank", "sqrt_rank"] = "rank"
     """Denominator of the scale: the rank, or its square root (rsLoRA)."""
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    dropout: Share = 0.0
     """Probability with which inputs of the update are dropped in training."""
     rho: Annotated[float, Field(ge=1.0, le=1000.0)] = 2.0
     """How many times `rank` a module may get at most; 1 leaves all ranks as they are."""

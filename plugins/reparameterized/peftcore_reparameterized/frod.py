@@ -33,7 +33,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from peftcore.author import MATRICES, LearningRate, Method, MethodConfig, Operator, Shared, Site, Surgeon, Tags
+from peftcore.author import MATRICES, LearningRate, Method, MethodConfig, Operator, Share, Shared, Site, Surgeon, Tags
 from peftcore.errors import ConfigError
 from peftcore_reparameterized._basis import columns
 from peftcore_reparameterized._decomposed import as_matrix
@@ -49,7 +49,7 @@ class Config(MethodConfig):
     """The share of entries of S that train; one at least, unless it is 0."""
     ridge: PositiveFloat = 1e-3
     """The number that is added to the diagonals before an inverse is taken, where V is found."""
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    dropout: Share = 0.0
     """Probability with which inputs of the update are dropped in training."""
     projection_seed: NonNegativeInt = 0
     """Seed of the positions in S."""

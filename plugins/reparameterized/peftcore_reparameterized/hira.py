@@ -18,14 +18,25 @@ Use it where LoRA's rank is the limit, as in reasoning and long answers, and a s
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch.nn.functional as F
-from pydantic import Field, PositiveInt
+from pydantic import PositiveInt
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from peftcore.author import MATRICES, Held, LearningRate, Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
+from peftcore.author import (
+    MATRICES,
+    Held,
+    LearningRate,
+    Method,
+    MethodConfig,
+    Share,
+    Site,
+    Surgeon,
+    Tags,
+    WeightOperator,
+)
 from peftcore_reparameterized._low_rank import (
     check_in_weight_form,
     input_dropout,
@@ -41,7 +52,7 @@ class Config(MethodConfig):
     method: Literal["hira"] = "hira"
     rank: PositiveInt = 32
     """Rank of what the weight is multiplied with."""
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    dropout: Share = 0.0
     """Probability with which inputs of the update are dropped in training."""
 
 

@@ -20,13 +20,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore.author import MATRICES, Held, LearningRate, Method, MethodConfig, Site, Surgeon, Tags
+from peftcore.author import MATRICES, Held, LearningRate, Method, MethodConfig, Share, Site, Surgeon, Tags
 from peftcore_reparameterized._dropped import ChangeDropout, DropsChange, with_shares
 
 
@@ -40,11 +40,11 @@ class Config(MethodConfig):
     """Numerator of the scale ``alpha / rank``."""
     tucker: bool = False
     """Factor the kernels of convolutions too (peft: use_effective_conv2d); of no effect on other layers."""
-    rank_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    rank_dropout: Share = 0.0
     """Probability with which an output gets nothing of the change, in training."""
     rank_dropout_scale: bool = False
     """Divide what is left by the share of the outputs that are (peft: always)."""
-    module_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    module_dropout: Share = 0.0
     """Probability with which a module gets nothing of the change, in training."""
 
 

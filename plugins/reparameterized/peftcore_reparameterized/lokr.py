@@ -21,14 +21,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore.author import MATRICES, LearningRate, Method, MethodConfig, Site, Surgeon, Tags
+from peftcore.author import MATRICES, LearningRate, Method, MethodConfig, Share, Site, Surgeon, Tags
 from peftcore_reparameterized._dropped import ChangeDropout, DropsChange, with_shares
 
 
@@ -52,11 +52,11 @@ class Config(MethodConfig):
     """Factor the kernels of convolutions too (peft: use_effective_conv2d); of no effect on other layers."""
     layout: Literal["kronecker", "peft"] = "kronecker"
     """Order of the product's values where w2 is full and the convolution has one dimension; of no effect elsewhere."""
-    rank_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    rank_dropout: Share = 0.0
     """Probability with which an output gets nothing of the change, in training."""
     rank_dropout_scale: bool = False
     """Divide what is left by the share of the outputs that are."""
-    module_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    module_dropout: Share = 0.0
     """Probability with which a module gets nothing of the change, in training."""
 
 

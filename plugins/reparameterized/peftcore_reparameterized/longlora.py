@@ -31,7 +31,7 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import nn
 
-from peftcore.author import AttentionSite, LearningRate, Method, MethodConfig, Site, Surgeon, Tags
+from peftcore.author import AttentionSite, LearningRate, Method, MethodConfig, Share, Site, Surgeon, Tags
 from peftcore.errors import UnsupportedSite
 from peftcore_reparameterized import lora
 from peftcore_reparameterized._low_rank import low_rank_count
@@ -46,7 +46,7 @@ class Config(MethodConfig):
     """Rank of the update."""
     alpha: PositiveFloat = 16.0
     """Numerator of the scale ``alpha / rank``."""
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    dropout: Share = 0.0
     """Probability with which inputs of the update are dropped in training."""
     group_ratio: Annotated[NonNegativeFloat, Field(gt=0.0, le=1.0)] = 0.25
     """The share of the tokens that a group has."""

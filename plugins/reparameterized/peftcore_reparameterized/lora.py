@@ -34,10 +34,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Annotated, Literal, Self, cast
+from typing import Literal, Self, cast
 
 import torch.nn.functional as F
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from peftcore.author import (
@@ -48,6 +48,7 @@ from peftcore.author import (
     Method,
     MethodConfig,
     Operator,
+    Share,
     Site,
     Surgeon,
     Tags,
@@ -75,7 +76,7 @@ class Config(MethodConfig):
     """Numerator of the scale ``alpha / rank``: change the rank without touching the learning rate."""
     scaling: Literal["rank", "sqrt_rank"] = "rank"
     """Denominator of the scale: the rank, or its square root (rsLoRA)."""
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    dropout: Share = 0.0
     """Probability with which inputs of the update are dropped in training."""
     start: Literal["zero", "orthogonal"] = "zero"
     """The start that makes the update zero: one factor is zero, or the two are orthogonal to each other."""

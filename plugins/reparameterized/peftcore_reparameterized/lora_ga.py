@@ -35,6 +35,7 @@ from peftcore.author import (
     LearningRate,
     Method,
     MethodConfig,
+    Share,
     Site,
     Surgeon,
     Tags,
@@ -54,7 +55,7 @@ class Config(MethodConfig):
     """How many directions each factor has; at most half of those that there are."""
     alpha: PositiveFloat = 16.0
     """Numerator of the scale ``alpha / rank``."""
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    dropout: Share = 0.0
     """Probability with which inputs of the trained factors are dropped in training."""
     direction: Literal["ArB2r", "A2rBr", "ArBr"] = "ArB2r"
     """Whether A has the first half of the directions and B the second, B the first, or B every other one from the first

@@ -39,6 +39,7 @@ from peftcore.author import (
     LearningRate,
     Method,
     MethodConfig,
+    Share,
     Site,
     Surgeon,
     Tags,
@@ -65,7 +66,7 @@ class Config(MethodConfig):
     """Numerator of the scale ``alpha / sqrt(rank)``."""
     scaling: Literal["rank", "sqrt_rank"] = "sqrt_rank"
     """Denominator of the scale: the rank, or its square root."""
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    dropout: Share = 0.0
     """Probability with which inputs of the update are dropped in training."""
     gamma: PositiveFloat = 128.0
     """Divisor of the start: the larger, the smaller the first step."""

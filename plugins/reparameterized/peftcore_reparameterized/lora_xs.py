@@ -37,7 +37,18 @@ import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore.author import MATRICES, AppliedMethod, Batches, LearningRate, Method, MethodConfig, Site, Surgeon, Tags
+from peftcore.author import (
+    MATRICES,
+    AppliedMethod,
+    Batches,
+    LearningRate,
+    Method,
+    MethodConfig,
+    Share,
+    Site,
+    Surgeon,
+    Tags,
+)
 from peftcore_reparameterized._decomposed import as_matrix, as_rows, nearly_principal, principal, rank_within
 from peftcore_reparameterized._gradients import gradients_of
 from peftcore_reparameterized._low_rank import LowRankOperator
@@ -57,7 +68,7 @@ class Config(MethodConfig):
     """The matrix whose singular vectors A and B are: the weight, or its first step (LoRA-SB), which needs data."""
     step: NonNegativeFloat = 3e-7
     """The learning rate of that first step; with 0 a fresh adapter changes nothing at all."""
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    dropout: Share = 0.0
     """Probability with which inputs of the update are dropped in training."""
     iterations: Annotated[PositiveInt, Field(le=1000)] | None = None
     """Find the singular vectors by so many steps of a fast approximation; None is exact."""

@@ -17,13 +17,13 @@ Use it in place of LoRA where new knowledge must not overwrite what the base kno
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore.author import MATRICES, Method, MethodConfig, Site, Surgeon, Tags
+from peftcore.author import MATRICES, Method, MethodConfig, Share, Site, Surgeon, Tags
 from peftcore_reparameterized._decomposed import as_matrix, positive, rank_within
 from peftcore_reparameterized._low_rank import LowRankOperator
 
@@ -36,7 +36,7 @@ class Config(MethodConfig):
     """How many of the smallest singular values; at most those that there are."""
     alpha: PositiveFloat = 16.0
     """Numerator of the scale ``alpha / rank``."""
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    dropout: Share = 0.0
     """Probability with which inputs of the update are dropped in training."""
 
 

@@ -30,13 +30,24 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore.author import MATRICES, LearningRate, Method, MethodConfig, Operator, Site, Surgeon, Tags, forward_context
+from peftcore.author import (
+    MATRICES,
+    LearningRate,
+    Method,
+    MethodConfig,
+    Operator,
+    Share,
+    Site,
+    Surgeon,
+    Tags,
+    forward_context,
+)
 from peftcore_reparameterized._low_rank import add_low_rank, input_dropout, low_rank_count, low_rank_factors
 
 
@@ -50,7 +61,7 @@ class Config(MethodConfig):
     """Numerator of the scale ``alpha / rank``."""
     scaling: Literal["rank", "sqrt_rank"] = "rank"
     """Denominator of the scale: the rank, or its square root (rsLoRA)."""
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    dropout: Share = 0.0
     """Probability with which inputs of the update are dropped in training."""
     samples: PositiveInt = 8
     """How many samples N are drawn at a time."""

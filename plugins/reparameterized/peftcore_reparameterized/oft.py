@@ -36,7 +36,18 @@ import torch
 from pydantic import Field, PositiveFloat, model_validator
 from torch import Tensor, nn
 
-from peftcore.author import MATRICES, Held, LearningRate, Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
+from peftcore.author import (
+    MATRICES,
+    Held,
+    LearningRate,
+    Method,
+    MethodConfig,
+    Share,
+    Site,
+    Surgeon,
+    Tags,
+    WeightOperator,
+)
 from peftcore_reparameterized._dropped import replaced_blocks
 from peftcore_reparameterized._gains import gained, with_gains
 from peftcore_reparameterized._kernels import cayley, neumann, rotated
@@ -55,7 +66,7 @@ class Config(MethodConfig):
     """How far R may leave the identity (COFT), such as 6e-5; None leaves it free."""
     series: Annotated[int, Field(ge=4, le=100)] | None = None
     """Terms of a Neumann series in place of the exact transform; None is exact."""
-    block_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    block_dropout: Share = 0.0
     """Share of the blocks that do not turn in a forward in training, rounded down; with `block_share` none."""
     side: Literal["inputs", "outputs"] = "inputs"
     """Side of a weight that turns; an embedding turns what it returns either way."""

@@ -20,13 +20,13 @@ Use it in place of LoRA where training is short, and `pissa` is too slow to star
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import PositiveFloat, PositiveInt
 from torch import nn
 
-from peftcore.author import MATRICES, LearningRate, Method, MethodConfig, Site, Surgeon, Tags
+from peftcore.author import MATRICES, LearningRate, Method, MethodConfig, Share, Site, Surgeon, Tags
 from peftcore_reparameterized._decomposed import PairOperator, as_matrix, as_rows, positive, rank_within
 from peftcore_reparameterized._low_rank import low_rank_count
 
@@ -39,7 +39,7 @@ class Config(MethodConfig):
     """How many columns of Q are adapted; at most those that there are."""
     alpha: PositiveFloat = 8.0
     """Numerator of the scale ``alpha / rank``."""
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    dropout: Share = 0.0
     """Probability with which inputs of the trained factors are dropped in training."""
 
 

@@ -23,7 +23,7 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import nn
 
-from peftcore.author import MATRICES, LearningRate, Method, MethodConfig, Site, Surgeon, Tags
+from peftcore.author import MATRICES, LearningRate, Method, MethodConfig, Share, Site, Surgeon, Tags
 from peftcore_reparameterized._decomposed import PairOperator, as_matrix, as_rows, principal, rank_within
 from peftcore_reparameterized._low_rank import low_rank_count
 
@@ -36,7 +36,7 @@ class Config(MethodConfig):
     """How many singular values are adapted; at most those that there are."""
     alpha: PositiveFloat = 8.0
     """Numerator of the scale ``alpha / rank``."""
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    dropout: Share = 0.0
     """Probability with which inputs of the trained factors are dropped in training."""
     iterations: Annotated[PositiveInt, Field(le=1000)] | None = None
     """Find the singular vectors by so many steps of a fast approximation, 4 to 16; None is exact."""

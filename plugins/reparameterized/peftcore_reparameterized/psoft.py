@@ -29,7 +29,7 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore.author import MATRICES, LearningRate, Method, MethodConfig, Site, Surgeon, Tags
+from peftcore.author import MATRICES, LearningRate, Method, MethodConfig, Share, Site, Surgeon, Tags
 from peftcore_reparameterized._decomposed import as_matrix, as_rows, principal, rank_within
 from peftcore_reparameterized._kernels import cayley, neumann
 from peftcore_reparameterized._low_rank import LowRankOperator
@@ -54,7 +54,7 @@ class Config(MethodConfig):
     """Terms of a Neumann series in place of the exact transform; None is exact."""
     eps: PositiveFloat | None = None
     """How long K is at most, in the series; None leaves it free."""
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    dropout: Share = 0.0
     """Probability with which inputs of the update are dropped in training."""
     iterations: Annotated[PositiveInt, Field(le=1000)] | None = None
     """Find the singular vectors by so many steps of a fast approximation; None is exact."""

@@ -25,10 +25,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from peftcore.author import (
@@ -37,6 +37,7 @@ from peftcore.author import (
     Method,
     MethodConfig,
     Operator,
+    Share,
     Shared,
     Site,
     Surgeon,
@@ -57,7 +58,7 @@ class Config(MethodConfig):
     """Rows of A for the mean, and as many for the variance; columns of B."""
     d_initial: PositiveFloat = 0.1
     """The value of all entries of d at the start."""
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    dropout: Share = 0.0
     """Probability with which inputs of the update are dropped in training."""
     sample: Literal["never", "training", "always"] = "training"
     """When z is drawn; otherwise it is the mean."""

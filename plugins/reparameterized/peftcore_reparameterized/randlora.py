@@ -21,10 +21,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from peftcore.author import (
@@ -32,6 +32,7 @@ from peftcore.author import (
     LearningRate,
     Method,
     MethodConfig,
+    Share,
     Shared,
     Site,
     Surgeon,
@@ -56,7 +57,7 @@ class Config(MethodConfig):
     """Denominator of the scale: the rank, or the rank times the square root of the number of bases."""
     basis: Literal["uniform", "sparse", "very_sparse"] = "uniform"
     """The distribution that the random matrices are drawn from."""
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    dropout: Share = 0.0
     """Probability with which inputs of the update are dropped in training."""
     projection_seed: NonNegativeInt = 0
     """Seed of the random matrices."""

@@ -29,7 +29,7 @@ import torch
 from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
-from peftcore.author import MATRICES, Method, MethodConfig, Shared, Site, Surgeon, Tags
+from peftcore.author import MATRICES, Method, MethodConfig, Share, Shared, Site, Surgeon, Tags
 from peftcore.errors import ConfigError
 from peftcore_reparameterized._decomposed import as_matrix, as_rows, principal, rank_within
 from peftcore_reparameterized._low_rank import LowRankOperator
@@ -45,7 +45,7 @@ class Config(MethodConfig):
     """Trained numbers of a group."""
     tying: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
     """How much sites share: 0 nothing, 1 all of them one vector."""
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    dropout: Share = 0.0
     """Probability with which inputs of the update are dropped in training."""
     projection_seed: NonNegativeInt = 42
     """Seed of the P of the first site; the next one has the next."""

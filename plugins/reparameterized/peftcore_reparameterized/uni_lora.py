@@ -22,13 +22,13 @@ import functools
 import math
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore.author import MATRICES, LearningRate, Method, MethodConfig, Shared, Site, Surgeon, Tags
+from peftcore.author import MATRICES, LearningRate, Method, MethodConfig, Share, Shared, Site, Surgeon, Tags
 from peftcore.errors import ConfigError
 from peftcore_reparameterized._low_rank import LowRankOperator, low_rank_count
 
@@ -41,7 +41,7 @@ class Config(MethodConfig):
     """Rank of the update."""
     theta_length: PositiveInt = 23040
     """Length d of the vector: all that trains."""
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    dropout: Share = 0.0
     """Probability with which inputs of the update are dropped in training."""
     theta_bound: PositiveFloat = 0.02
     """Bound of the uniform distribution that the vector starts from."""

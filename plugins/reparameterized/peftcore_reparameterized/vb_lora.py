@@ -22,13 +22,24 @@ Use it where many adapters must be stored, and training may hold more than a LoR
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
-from peftcore.author import MATRICES, AppliedMethod, LearningRate, Method, MethodConfig, Shared, Site, Surgeon, Tags
+from peftcore.author import (
+    MATRICES,
+    AppliedMethod,
+    LearningRate,
+    Method,
+    MethodConfig,
+    Share,
+    Shared,
+    Site,
+    Surgeon,
+    Tags,
+)
 from peftcore.errors import ConfigError
 from peftcore_reparameterized._basis import columns
 from peftcore_reparameterized._low_rank import LowRankOperator
@@ -46,7 +57,7 @@ class Config(MethodConfig):
     """Length b of a vector: one that divides the widths of the target modules."""
     topk: PositiveInt = 2
     """How many vectors k of the bank a sub-vector mixes."""
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    dropout: Share = 0.0
     """Probability with which inputs of the update are dropped in training."""
     bank_bound: PositiveFloat = 0.02
     """Bound of the uniform distribution that the bank starts from."""

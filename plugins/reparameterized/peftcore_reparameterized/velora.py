@@ -21,11 +21,11 @@ Use it in place of LoRA where the inputs of its layers fill the memory, and noth
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from peftcore.author import (
@@ -34,6 +34,7 @@ from peftcore.author import (
     Method,
     MethodConfig,
     Operator,
+    Share,
     Site,
     Surgeon,
     Tags,
@@ -52,7 +53,7 @@ class Config(MethodConfig):
     """Rank of the update."""
     alpha: PositiveFloat = 16.0
     """Numerator of the scale ``alpha / rank``."""
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    dropout: Share = 0.0
     """Probability with which inputs of the update are dropped in training."""
     num_groups: PositiveInt = 32
     """How many numbers of each token's input are kept; the more, the more exact the gradient of A."""

@@ -19,13 +19,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore.author import MATRICES, LearningRate, Method, MethodConfig, Shared, Site, Surgeon, Tags
+from peftcore.author import MATRICES, LearningRate, Method, MethodConfig, Share, Shared, Site, Surgeon, Tags
 from peftcore_reparameterized._basis import columns, graft_between
 from peftcore_reparameterized._kernels import ScaledFactors, scaled_update
 from peftcore_reparameterized._low_rank import LowRankOperator
@@ -39,7 +39,7 @@ class Config(MethodConfig):
     """Rows of A, columns of B; it costs parameters hardly at all."""
     d_initial: PositiveFloat = 0.1
     """The value of all entries of d at the start."""
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    dropout: Share = 0.0
     """Probability with which inputs of the update are dropped in training."""
     projection_seed: NonNegativeInt = 0
     """Seed of A and B."""

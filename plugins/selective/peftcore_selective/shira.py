@@ -23,13 +23,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore.author import MATRICES, LearningRate, Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
+from peftcore.author import MATRICES, LearningRate, Method, MethodConfig, Share, Site, Surgeon, Tags, WeightOperator
 from peftcore.errors import UnsupportedSite
 
 
@@ -41,7 +41,7 @@ class Config(MethodConfig):
     """Sets how many entries train: as many as LoRA of this rank has. The update's own rank is not bounded by it."""
     mask: Literal["random", "magnitude", "smallest"] = "random"
     """How the entries are chosen: drawn evenly, or the largest weights, or the smallest."""
-    sparsity: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
+    sparsity: Share | None = None
     """The share of entries that stay as they are; where it is given, `rank` does not count."""
     low_rank: NonNegativeInt = 0
     """Rank of a low-rank update beside the entries; 0 is none."""

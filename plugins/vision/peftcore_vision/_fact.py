@@ -6,13 +6,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Annotated
 
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore.author import MethodConfig, Operator, Shared, Site, Surgeon
+from peftcore.author import MethodConfig, Operator, Share, Shared, Site, Surgeon
 from peftcore.errors import ConfigError, UnsupportedSite
 from peftcore_vision._dropped import own_dropout
 
@@ -24,7 +23,7 @@ class FactConfig(MethodConfig):
     """Rank r of the decomposition."""
     scale: PositiveFloat = 1.0
     """The factor s in front of the update; the authors search it between 0.01 and 100."""
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
+    dropout: Share | None = None
     """Probability with which what V reads is dropped in training; None: 0.1, as in the authors' code, but 0 where a
     weight is read, not called, so that dropout cannot reach its update."""
 

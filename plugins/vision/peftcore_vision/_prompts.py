@@ -12,14 +12,14 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from pydantic import Field, PositiveInt
+from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from peftcore import HostEntry
-from peftcore.author import MethodConfig, Operator, Shared, Site, Surgeon, on_first
+from peftcore.author import MethodConfig, Operator, Share, Shared, Site, Surgeon, on_first
 from peftcore.errors import SequenceError, UnsupportedSite
 
 STREAM = ("mlp.down", "experts.down", "attn.out", "attn_mlp.out")
@@ -33,7 +33,7 @@ class RowsConfig(MethodConfig):
 
     length: PositiveInt = 5
     """Rows of a prompt; the authors search from 1 to 200 by task."""
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    dropout: Share = 0.0
     """Probability with which numbers of the prompts are dropped in training."""
 
 

@@ -36,6 +36,7 @@ from peftcore.author import (
     LearningRate,
     Method,
     MethodConfig,
+    Share,
     Site,
     Surgeon,
     Tags,
@@ -67,7 +68,7 @@ class Config(MethodConfig):
     """The factor s of what stands beside the feed-forward; the code has 1 for Something-Something v2."""
     temporal_adapters: Annotated[int, Field(ge=1, le=2)] = 1
     """With 2, an adapter is in front of the temporal attention too, as in the code for Something-Something v2."""
-    drop_path: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.2
+    drop_path: Share = 0.2
     """Probability with which what is added is dropped in training in the last block."""
     train_norm: bool = True
     """Train the norm behind the last block along."""

@@ -20,13 +20,13 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-from pydantic import Field, PositiveInt
+from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from peftcore.author import LearningRate, Method, MethodConfig, Shared, Site, Surgeon, Tags
+from peftcore.author import LearningRate, Method, MethodConfig, Share, Shared, Site, Surgeon, Tags
 from peftcore.errors import ConfigError
 from peftcore_vision._in_front import READERS, InFrontOperator, read_alike, refuse
 
@@ -42,7 +42,7 @@ class Config(MethodConfig):
     """Width h of the bottleneck, for all layers."""
     feed_forward_start: Literal["xavier", "zero"] = "xavier"
     """The start of r in front of feed-forwards: a Xavier-uniform draw, or zero."""
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
+    dropout: Share | None = None
     """Probability with which the bottleneck's numbers drop in training; None: 0.1, but 0 where weights are read."""
 
 

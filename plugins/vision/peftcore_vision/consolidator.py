@@ -28,7 +28,7 @@ import torch
 from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore.author import LearningRate, Method, MethodConfig, Operator, Site, Surgeon, Tags, bias_name
+from peftcore.author import LearningRate, Method, MethodConfig, Operator, Share, Site, Surgeon, Tags, bias_name
 from peftcore.errors import UnsupportedSite
 from peftcore_vision._grouped import written_out
 
@@ -44,7 +44,7 @@ class Config(MethodConfig):
     """Deal the inputs of each group to all groups."""
     init_range: NonNegativeFloat = 1e-3
     """Bound of the uniform draw; 0 makes a fresh one an exact identity."""
-    stochastic_depth: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    stochastic_depth: Share = 0.0
     """Probability with which a row goes without a branch in training; what others get is scaled up."""
     train_norms: bool = True
     """Train all norms along."""

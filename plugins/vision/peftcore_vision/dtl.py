@@ -22,11 +22,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from peftcore.author import (
@@ -35,6 +35,7 @@ from peftcore.author import (
     Method,
     MethodConfig,
     Operator,
+    Share,
     Shared,
     Site,
     Surgeon,
@@ -54,7 +55,7 @@ class Config(MethodConfig):
     method: Literal["dtl"] = "dtl"
     rank: PositiveInt = 2
     """Rank of what a block adds to the side network."""
-    start: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.5
+    start: Share = 0.5
     """The share of the blocks behind which nothing is fed back: the first ones."""
     beta: PositiveFloat = 100.0
     """How near t is to a ReLU."""

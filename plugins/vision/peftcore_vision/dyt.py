@@ -43,6 +43,7 @@ from peftcore.author import (
     LearningRate,
     Method,
     MethodConfig,
+    Share,
     Surgeon,
     Tags,
     Tap,
@@ -54,7 +55,7 @@ from peftcore_vision._skipped import Skipping, skipping_site
 
 OF_ALL = {"rate", "rate_weight", "complete"}
 """Options that sites cannot have for themselves."""
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Portion = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 class Config(MethodConfig):
@@ -65,9 +66,9 @@ class Config(MethodConfig):
     """Width r of the adapter."""
     scale: PositiveFloat = 0.1
     """The factor s in front of the adapter."""
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
+    dropout: Share = 0.1
     """Probability with which the bottleneck's numbers are dropped in training."""
-    rate: Share = 0.5
+    rate: Portion = 0.5
     """The share of tokens that is to go through the feed-forwards."""
     rate_weight: NonNegativeFloat = 2.0
     """Weight of the loss that holds this share."""
@@ -75,7 +76,7 @@ class Config(MethodConfig):
     """Weight of the two losses of the pass in which all tokens go through; 0 runs the model once."""
     temperature: PositiveFloat = 5.0
     """Divisor of logits and draws in training."""
-    threshold: Share = 0.5
+    threshold: Portion = 0.5
     """Probability above which a token goes through."""
     skip: bool = False
     """In evaluation without gradients compute the chosen tokens alone, of each row as many as the row with the most

@@ -24,13 +24,13 @@ Use it where `vpt_deep` is used, with fewer prompts or better ones; not where it
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-from pydantic import Field, PositiveInt
+from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from peftcore.author import Attend, AttentionOperator, AttentionSite, LearningRate, Method, Site, Surgeon, Tags
+from peftcore.author import Attend, AttentionOperator, AttentionSite, LearningRate, Method, Share, Site, Surgeon, Tags
 from peftcore.errors import UnsupportedSite
 from peftcore_vision._prompts import (
     PromptConfig,
@@ -54,7 +54,7 @@ class Config(PromptConfig):
     """Keys and values that each attention gets."""
     share_kv: bool = True
     """Keys and values are the same numbers."""
-    kv_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    kv_dropout: Share = 0.0
     """Probability with which their numbers are dropped in training, those of keys and of values apart."""
     segments: PositiveInt = 16
     """Segments in which a token of a prompt can be pruned."""

@@ -23,14 +23,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peftcore.author import MATRICES, Method, MethodConfig, Operator, Shared, Site, Surgeon, Tags, bias_name
+from peftcore.author import MATRICES, Method, MethodConfig, Operator, Share, Shared, Site, Surgeon, Tags, bias_name
 from peftcore.errors import ConfigError, UnsupportedSite
 
 
@@ -46,7 +46,7 @@ class Config(MethodConfig):
     """The factor s in front of the update."""
     rule_range: PositiveFloat = 0.01
     """Bound of the uniform draw of l and r."""
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
+    dropout: Share | None = None
     """Probability with which entries of H drop in training; None: 0.5, but 0 where weights are read."""
 
 

@@ -24,14 +24,14 @@ pictures: it cannot be merged (`repadapter` can). `convpass` is its kin beside t
 from __future__ import annotations
 
 from functools import partial
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-from pydantic import Field, PositiveInt
+from pydantic import PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peftcore.author import BlockSite, LearningRate, Method, Surgeon, Tags
+from peftcore.author import BlockSite, LearningRate, Method, Share, Surgeon, Tags
 from peftcore_vision._patches import over_patches
 from peftcore_vision._stream import Stream, StreamConfig, StreamOperator, streams
 
@@ -44,7 +44,7 @@ class Config(StreamConfig):
     method: Literal["mona"] = "mona"
     bottleneck: PositiveInt = 64
     """Channels h of the convolutions."""
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
+    dropout: Share = 0.1
     """Probability with which what W_up reads is dropped in training."""
     behind: Literal["both", "attention", "feed-forward"] = "both"
     """Behind which branches of a block adapters stand."""

@@ -14,13 +14,13 @@ Parameters: d h + h + d h / g + d an adapter. Use it where inference must cost n
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore.author import LearningRate, Method, MethodConfig, Site, Surgeon, Tags
+from peftcore.author import LearningRate, Method, MethodConfig, Share, Site, Surgeon, Tags
 from peftcore.errors import UnsupportedSite
 from peftcore_vision._in_front import InFrontOperator, read_alike, refuse
 
@@ -35,7 +35,7 @@ class Config(MethodConfig):
     """Into how many blocks G falls: g, a divisor of h and of d."""
     scale: PositiveFloat = 1.0
     """The factor s in front of the adapter; the authors search it between 0.1 and 10."""
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
+    dropout: Share | None = None
     """Probability with which the bottleneck's numbers drop in training; None: 0.1, but 0 where weights are read."""
 
 

@@ -43,6 +43,7 @@ from peftcore.author import (
     Method,
     MethodConfig,
     Operator,
+    Share,
     Site,
     Surgeon,
     Tags,
@@ -67,7 +68,7 @@ class Config(MethodConfig):
     """How many times as many entries as were chosen a vector may have that trains as a whole."""
     batches: PositiveInt = 16
     """How many batches of the data are looked at, at most."""
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    dropout: Share = 0.0
     """Probability with which inputs of updates are dropped in training."""
     entries: NonNegativeInt | None = None
     """Number of entries that train, of a single site; None: a low-rank update, or all of a vector. Data decides it."""

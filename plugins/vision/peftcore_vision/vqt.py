@@ -22,12 +22,12 @@ where features have to change with the task: `vpt_deep`, whose kin it is.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import PositiveInt
 from torch import nn
 
-from peftcore.author import LearningRate, Method, Site, Surgeon, Tags, Tap, head_sites
+from peftcore.author import LearningRate, Method, Share, Site, Surgeon, Tags, Tap, head_sites
 from peftcore.errors import ConfigError, UnsupportedSite
 from peftcore_vision._prompts import RowsConfig, attentions_of, prompt_sites
 from peftcore_vision._queries import QueryOperator, QuerySite, ReadingOperator, UnaskedOperator
@@ -39,7 +39,7 @@ class Config(RowsConfig):
     method: Literal["vqt"] = "vqt"
     length: PositiveInt = 1
     """Queries of a block."""
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
+    dropout: Share = 0.1
     """Probability with which numbers of the queries are dropped in training."""
     summary: Literal["concat", "mean", "weighted"] = "concat"
     """The values that the head reads of a block's queries: all of them, their mean, or a sum with trained weights."""
