@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import ConfigError, MissingContext, UnsupportedSite
-from peftcore.testing import against, conformance, frozen
+from peftcore.testing import against, conformance, frozen, same_defaults, same_start
 from peftcore.testing.hosts import HOSTS
 
 NUMBERS = Path(__file__).parent / "numbers" / "controlnet_lllite.json"
@@ -92,6 +92,61 @@ def test_outputs_and_gradients_are_those_of_the_authors() -> None:
             assert wanted.abs().max() > 1e-6
             torch.testing.assert_close(one.flatten(), wanted, rtol=1e-10, atol=1e-12)
         assert (output - nn.functional.linear(x, layers[0].weight, layers[0].bias)).abs().max() > 1e-2
+
+
+@against("authors", "controlnet_lllite", **AUTHORS, part="start")
+def test_start_is_the_authors() -> None:
+    """Tensors of the same name in all layers together, which the authors' code drew as many of."""
+    layers = nn.ModuleList(nn.Linear(MADE.WIDE, 1) for _ in range(MADE.LAYERS))
+    model = Encoder([nn.Identity(), nn.Identity(), layers])
+    options = {"target": r"re:.*\.to_q\.\d+", "condition_dim": MADE.WIDE, "hidden": MADE.WIDE}
+    operators = list(peftcore.apply(model, "controlnet_lllite", **options).operators.values())
+    told = frozen(NUMBERS, "start")
+    assert told.keys() == {name for name, _ in operators[0].named_parameters()}
+    for name, start in told.items():
+        same_start(torch.cat([each.get_parameter(name).flatten() for each in operators]), start)
+
+
+SDXL: dict[str, Any] = {
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 10),
+    "reverse_transformer_layers_per_block": (1, 1, 1),
+    "attention_head_dim": (5, 10, 20),
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+}
+
+
+@pytest.fixture
+def sdxl() -> Any:
+    """A UNet as wide and deep as SDXL's, but for one transformer in each attention of the decoder; without values."""
+    diffusers = pytest.importorskip("diffusers")
+    with torch.device("meta"):
+        return diffusers.UNet2DConditionModel(**SDXL)
+
+
+def theirs(path: str) -> str:
+    """The authors' name of a layer in SDXL: their encoder counts its levels' blocks, and what halves, in one row."""
+    place, _, inside = path.partition(".transformer_blocks.")
+    _, level, *_, number = place.split(".")
+    block = "middle_block_1" if level == "attentions" else f"input_blocks_{3 * int(level) + int(number) + 1}_1"
+    return f"lllite_unet_{block}_transformer_blocks_{inside}".replace(".", "_")
+
+
+@against("authors", "controlnet_lllite", **AUTHORS, part="trains")
+def test_what_trains_is_what_the_authors_train(sdxl: Any) -> None:
+    """In SDXL, how many numbers for each layer, which tell the depths too."""
+    operators = peftcore.apply(sdxl, "controlnet_lllite").operators
+    counts = {theirs(path): sum(each.numel() for each in own.parameters()) for path, own in operators.items()}
+    assert counts == frozen(NUMBERS, "trains")
+
+
+@against("authors", "controlnet_lllite", **AUTHORS, part="defaults")
+def test_defaults_are_the_authors() -> None:
+    injection = peftcore.apply(Encoder([nn.Linear(2, 2)]), "controlnet_lllite")
+    same_defaults(injection.config, frozen(NUMBERS, "defaults"))
 
 
 def unet() -> tuple[Any, dict[str, Tensor]]:

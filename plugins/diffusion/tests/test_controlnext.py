@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import ConfigError, MissingContext, UnsupportedSite
-from peftcore.testing import against, conformance, frozen
+from peftcore.testing import against, conformance, frozen, same_defaults, same_start
 from peftcore.testing.hosts import HOSTS
 from peftcore_diffusion._control_features import ControlFeatures
 
@@ -68,6 +68,37 @@ def test_outputs_and_gradients_are_those_of_the_authors(case: str) -> None:
     assert MADE.near(torch.tensor(traces, dtype=torch.float64), theirs["traces"])
     with peftcore.call(model, condition=image, condition_scale=0.0), torch.no_grad():
         assert (output - model(**inputs).sample).abs().max() > 1e-2
+
+
+def wide() -> Any:
+    """A UNet of which the first block is as wide as that of Stable Diffusion."""
+    return pytest.importorskip("diffusers").UNet2DConditionModel(**MADE.WIDE)
+
+
+@against("authors", "controlnext", **AUTHORS, part="start")
+def test_start_is_the_authors() -> None:
+    """The network of an injection; tensors of few numbers together with those of more such networks."""
+    widths = [64, 128, MADE.STARTS["last"]]
+    operators: Any = peftcore.apply(wide(), "controlnext", widths=widths).operators
+    first = operators["down_blocks.0"].features
+    networks = [first, *(ControlFeatures(3, widths, 320) for _ in range(1, MADE.STARTS["networks"]))]
+    ours, told = MADE.pooled([*in_their_order(each)] for each in networks), frozen(NUMBERS, "start")
+    for value, start in zip(ours, told.values(), strict=True):
+        same_start(value, start)
+
+
+@against("authors", "controlnext", **AUTHORS, part="trains")
+def test_what_trains_is_what_the_authors_train() -> None:
+    told, operators = frozen(NUMBERS, "trains"), dict(peftcore.apply(wide(), "controlnext").operators)
+    network = in_their_order(operators.pop("down_blocks.0").features)
+    assert [each.numel() for each in network if each.requires_grad] == told["network"]
+    base = {name.removesuffix(".weight"): size for name, size in told["base"].items()}
+    assert {path: each.value.numel() for path, each in operators.items()} == base
+
+
+@against("authors", "controlnext", **AUTHORS, part="defaults")
+def test_defaults_are_the_authors() -> None:
+    same_defaults(peftcore.apply(wide(), "controlnext").config, frozen(NUMBERS, "defaults"))
 
 
 def unet() -> tuple[Any, dict[str, Tensor]]:

@@ -1,5 +1,5 @@
-"""ED-LoRA: the promises of the kit, the numbers of the authors' code (`numbers/ed_lora.json`), where words start, with
-which rate they train, and what a merged UNet takes."""
+"""ED-LoRA: the promises of the kit, the numbers of the authors' code (`numbers/ed_lora.json`), with which rate words
+train, and what a merged UNet takes."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import ConfigError, TargetError, UnsupportedSite
-from peftcore.testing import against, conformance, frozen
+from peftcore.testing import against, conformance, frozen, same_defaults, same_start
 from peftcore_multitask import gather
 from peftcore_multitask.regmean import grams, take_grams
 
@@ -22,6 +22,7 @@ SCRIPT = run_path(str(NUMBERS.with_suffix(".py")))
 RANK, LAYERS = SCRIPT["RANK"], SCRIPT["LAYERS"]
 WORDS = {"random_tokens": SCRIPT["RANDOM"], "class_tokens": SCRIPT["CLASS"]}
 EVERYWHERE = ["attn.q", "attn.k", "attn.v", "attn.out", "cross.q", "cross.k", "cross.v", "cross.out"]
+CODE: Any = {"repository": "TencentARC/Mix-of-Show", "commit": "51270fd", "script": "mixofshow/models/edlora.py"}
 OPTIONS = {"rank": RANK, "alpha": SCRIPT["ALPHA"], "dtype": "float64"}
 
 
@@ -60,13 +61,7 @@ def operators(model: Both, together: bool) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("together", [True, False])
-@against(
-    "authors",
-    "ed_lora",
-    repository="TencentARC/Mix-of-Show",
-    commit="51270fd",
-    script="mixofshow/models/edlora.py",
-)
+@against("authors", "ed_lora", **CODE)
 def test_numbers_of_the_authors(together: bool) -> None:
     """Outputs, and gradients of words, factors and latents, in training mode too."""
     model, expected = Both(), frozen(NUMBERS)["whole"]
@@ -146,18 +141,52 @@ def test_fused_text_encoders_know_all_words() -> None:
     assert all(torch.allclose(table[own], value) for own, value in zip(tokens, expected, strict=True))
 
 
-def test_the_start_of_words_and_factors() -> None:
+IDS = list(range(SCRIPT["NEW"], SCRIPT["VOCABULARY"]))
+NEW: Any = {"random_tokens": IDS[:16], "class_tokens": IDS[16:]}
+
+
+class Texts(nn.Module):
+    """A text encoder, and a table of another that is wide enough to compare a draw."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text = SCRIPT["encoder"](SCRIPT["VOCABULARY"])
+        self.wide = SCRIPT["encoder"](SCRIPT["VOCABULARY"], SCRIPT["WIDE"], layers=0)
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        return self.text(ids)[0], self.wide(ids)[0]
+
+
+@against("authors", "ed_lora", **CODE, part="start")
+def test_start_is_the_authors() -> None:
     """V_rand is one vector for all layers, V_class that of a word; B is zero, A as torch's linear layers start."""
-    model = Both()
-    injection = peftcore.apply(model, "ed_lora", **WORDS, initializer=5, random_std=0.5, rank=RANK)
-    vectors: Any = injection.operators["text.embeddings.token_embedding"].vectors
-    table = model.text.get_input_embeddings().weight
-    assert torch.equal(vectors[4:], table[5].float().expand(4, -1))
-    assert torch.equal(vectors[:4], vectors[:1].expand(4, -1)) and 0.2 < vectors[0].std() < 1.0
-    for path, operator in injection.operators.items():
-        if path.endswith("to_k"):
-            A, bound = operator.get_parameter("A"), operator.get_parameter("A").shape[1] ** -0.5
-            assert not operator.get_parameter("B").any() and 0.5 * bound < A.abs().max() <= bound
+    told = frozen(NUMBERS, "start")
+    words: Any = peftcore.apply(Texts(), "ed_lora", initializer=SCRIPT["MAN"], **NEW).operators
+    same_start(words["wide.embeddings.token_embedding"].vectors[0], told["random"])
+    vectors = words["text.embeddings.token_embedding"].vectors
+    assert len(vectors[:16].unique(dim=0)) == told["random rows"]
+    same_start(vectors[16:], told["class"])
+    factors: Any = peftcore.apply(nn.Sequential(nn.Linear(200, 3)), "ed_lora", target="0", rank=200).operators["0"]
+    same_start(factors.A, told["A"])
+    same_start(factors.B, told["B"])
+
+
+@against("authors", "ed_lora", **CODE, part="trains")
+def test_what_trains_is_what_the_authors_train() -> None:
+    """Factors of both models, and of the table that theirs trains the rows of words, for the others are put back."""
+    told, trained = frozen(NUMBERS, "trains"), {}
+    hosts = {"text": SCRIPT["encoder"](SCRIPT["VOCABULARY"]), "unet": SCRIPT["unet"]()}
+    for part, options in (("text", NEW), ("unet", {})):
+        own = peftcore.apply(hosts[part], "ed_lora", **options).operators
+        trained |= {f"{part}.{path}": [each.numel() for each in one.parameters()] for path, one in own.items()}
+    assert told["besides factors"] == ["text_encoder.embeddings.token_embedding.weight"]
+    assert told["words"] == IDS and trained.pop("text.embeddings.token_embedding") == [len(IDS) * 12]
+    assert {path: sizes for path, sizes in trained.items() if sizes} == told["factors"]
+
+
+@against("authors", "ed_lora", **CODE, part="defaults")
+def test_defaults_are_the_authors() -> None:
+    same_defaults(peftcore.apply(SCRIPT["unet"](), "ed_lora").config, frozen(NUMBERS, "defaults"))
 
 
 def test_words_have_a_rate_of_their_own() -> None:

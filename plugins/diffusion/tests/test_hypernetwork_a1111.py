@@ -11,9 +11,9 @@ import torch
 
 import peftcore
 from peftcore.errors import ConfigError, UnsupportedSite
-from peftcore.testing import against, conformance, frozen
+from peftcore.testing import against, conformance, frozen, same_defaults, same_start
 from peftcore.testing.hosts import HOSTS
-from peftcore_diffusion._context_network import ACTIVATIONS, ContextNetwork
+from peftcore_diffusion._context_network import ACTIVATIONS
 
 NUMBERS = Path(__file__).parent / "numbers" / "hypernetwork_a1111.json"
 MADE = SimpleNamespace(**run_path(str(NUMBERS.with_suffix(".py"))))
@@ -54,15 +54,36 @@ def test_outputs_and_gradients_are_those_of_the_webui(case: str) -> None:
         assert (output - model(**inputs).sample).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize(
-    ("start", "deviation"), [("normal", 0.01), ("xavier_normal", (2 / 600) ** 0.5), ("kaiming_uniform", 0.1)]
-)
-def test_how_matrices_start(start: str, deviation: float) -> None:
-    network = ContextNetwork([200, 400, 200], "relu", False, False, 0.0, start)
-    first, last = (stage.linear for stage in network.stages)
-    assert first.weight.std().item() == pytest.approx(deviation, rel=0.02)
-    assert not first.bias.any()
-    assert not last.bias.any()
+def unet() -> Any:
+    return pytest.importorskip("diffusers").UNet2DConditionModel(**MADE.UNETS.UNET)
+
+
+@pytest.mark.parametrize("start", MADE.STARTS)
+@against("authors", "hypernetwork_a1111", **WEBUI, part="start")
+def test_start_is_that_of_the_webui(start: str) -> None:
+    """Of layers and of the norm between them, however matrices start; the last norm has too few numbers to tell."""
+    target = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_k"
+    injection = peftcore.apply(unet(), "hypernetwork_a1111", target=target, start=start, **MADE.START)
+    (network,) = injection.shared.values()
+    for value, told in zip([*network.parameters()][:6], frozen(NUMBERS, "start")[start], strict=True):
+        same_start(value, told)
+
+
+@against("authors", "hypernetwork_a1111", **WEBUI, part="trains")
+def test_what_trains_is_what_the_webui_trains() -> None:
+    injection = peftcore.apply(unet(), "hypernetwork_a1111")
+    told = frozen(NUMBERS, "trains")
+    sizes = {
+        width: [each.numel() for part in "kv" for each in injection.shared[f"{part}{width}"].parameters()]
+        for width in told
+    }
+    assert sizes == told
+    assert sum(each.numel() for each in injection.parameters()) == sum(map(sum, told.values()))
+
+
+@against("authors", "hypernetwork_a1111", **WEBUI, part="defaults")
+def test_defaults_are_those_of_the_webui() -> None:
+    same_defaults(peftcore.apply(unet(), "hypernetwork_a1111").config, frozen(NUMBERS, "defaults"))
 
 
 def test_dropout_in_training_alone() -> None:

@@ -1,17 +1,23 @@
-"""What ControlNeXt's own UNets and networks compute, with gradients: ``python -m peftcore.testing.freeze controlnext.py
-CHECKOUT``.
+"""What ControlNeXt's own UNets and networks compute, with gradients, what networks start from, what their script trains
+and its options: ``python -m peftcore.testing.freeze controlnext.py CHECKOUT``.
 
 Their networks end at the width of Stable Diffusion; here the last convolution is another one, of the width of the UNet.
 """
 
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from runpy import run_path
+from tempfile import TemporaryDirectory
 from typing import Any
+from unittest.mock import MagicMock, patch
 
 import torch
 from torch import Tensor, nn
 
 from peftcore.registry.evidence import Source
+from peftcore.testing import drawn
+from peftcore.testing.checkouts import load
 
 SOURCE = Source("authors", "dvlab-research/ControlNeXt", "ab4b3ac", "ControlNeXt-SD1.5-Training/models/unet.py")
 VERSIONS = ("torch", "diffusers")
@@ -32,6 +38,12 @@ CASES = {
     "sdxl": ("SDXL", "controlnet.py", "ControlNetModel", "out", "controls"),
 }
 """Model, file and class of the network, the key of its output, and the argument of the UNet."""
+
+WIDE = {**UNET, "block_out_channels": (320, 16)}
+"""A UNet of which the first block is as wide as that of Stable Diffusion."""
+STARTS: dict[str, Any] = {"networks": 100, "last": 64, "enough": 5000}
+"""Networks whose starts are compared, their last width, and the numbers of a tensor that a single network need have."""
+ABSENT = ("cv2", "datasets", "pipeline", "pipeline.pipeline_controlnext")
 
 
 def wave(*shape: int, phase: float = 0.0) -> Tensor:
@@ -98,3 +110,77 @@ def numbers(checkout: Path) -> dict[str, dict[str, Any]]:
             "trained": [name for name, each in unet.named_parameters() if "to_out" in name],
         }
     return found
+
+
+def pooled(networks: Iterable[list[Tensor]]) -> list[Tensor]:
+    """Returns the values of each tensor, of all networks together where one of them has too few to compare."""
+    first, *others = networks
+    small = [place for place, each in enumerate(first) if each.numel() < STARTS["enough"]]
+    for place in small:
+        first[place] = torch.cat([each[place].detach().flatten() for each in (first, *others)])
+    return first
+
+
+def start(checkout: Path) -> dict[str, Any]:
+    """Returns by their names what the tensors of a network are drawn from."""
+    network = run_path(str(checkout / "ControlNeXt-SD1.5-Training/models/controlnext.py"))["ControlNeXtModel"]
+    last = STARTS["last"]
+    made = (network(time_embed_dim=last, out_channels=[128, last]) for _ in range(STARTS["networks"]))
+    names = [name for name, _ in network(time_embed_dim=last, out_channels=[128, last]).named_parameters()]
+    return dict(zip(names, map(drawn, pooled([*each.parameters()] for each in made)), strict=True))
+
+
+def script(checkout: Path) -> Any:
+    """The module of their script."""
+    root = checkout / "ControlNeXt-SD1.5-Training"
+    return load(root / "train_controlnext.py", root, ABSENT)
+
+
+def optimized(checkout: Path) -> tuple[Any, nn.Module, Any]:
+    """Returns options of their script, a tiny UNet, and the optimizer that the script makes for it and a network."""
+    authors, made, optimizer = script(checkout), [], torch.optim.AdamW
+    unet = authors.UNet2DConditionModel(**WIDE)
+
+    def optimize(*given: Any, **options: Any) -> Any:
+        made.append(optimizer(*given, **options))
+        return made[-1]
+
+    names = ("AutoTokenizer", "import_model_class_from_model_name_or_path", "DDPMScheduler", "AutoencoderKL")
+    mocks: dict[str, Any] = {name: MagicMock() for name in names}
+    mocks["make_train_dataset"] = MagicMock(side_effect=StopIteration)  # which comes after the optimizer
+    with TemporaryDirectory() as folder:
+        told = ["--pretrained_model_name_or_path=tiny", "--dataset_name=none", f"--output_dir={folder}"]
+        args = authors.parse_args(told)
+        args.report_to = None
+        with (
+            patch.multiple(authors, **mocks),
+            patch.object(authors.UNet2DConditionModel, "from_pretrained", return_value=unet),
+            patch.object(torch.optim, "AdamW", optimize),
+            suppress(StopIteration),
+        ):
+            authors.main(args)
+    return args, unet, made[0]
+
+
+def trains(checkout: Path) -> dict[str, Any]:
+    """Returns sizes of what trains of the network, names and sizes of what trains of the UNet."""
+    _, unet, optimizer = optimized(checkout)
+    names = {id(each): name for name, each in unet.named_parameters()}
+    network, *base = ([each for each in group["params"] if each.requires_grad] for group in optimizer.param_groups)
+    return {
+        "network": [each.numel() for each in network],
+        "base": {names[id(each)]: each.numel() for group in base for each in group},
+    }
+
+
+def defaults(checkout: Path) -> dict[str, Any]:
+    """Returns defaults of their script, the rate that it gives the network, and what a network is by default."""
+    args, _, optimizer = optimized(checkout)
+    network = script(checkout).ControlNeXtModel()
+    first, last = network.embedding[0], network.down_res[-1]
+    return {
+        "scale": args.controlnext_scale,
+        "control_rate": round(optimizer.param_groups[0]["lr"] / args.learning_rate, 6),
+        "channels": first.in_channels,
+        "widths": [first.out_channels, last.in_channels, last.out_channels],
+    }

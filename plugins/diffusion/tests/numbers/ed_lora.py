@@ -1,13 +1,18 @@
-"""What Mix-of-Show's code computes of a text encoder and a UNet with layer-wise words and LoRA, with gradients:
-``python -m peftcore.testing.freeze ed_lora.py CHECKOUT``."""
+"""What Mix-of-Show's code computes of a text encoder and a UNet with layer-wise words and LoRA, with gradients, what
+both start from, what trains, and options: ``python -m peftcore.testing.freeze ed_lora.py CHECKOUT``."""
 
+import inspect
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock, patch
 
 import torch
+import yaml
 from torch import Tensor, nn
 
 from peftcore.registry.evidence import Source
+from peftcore.testing import drawn
 from peftcore.testing.checkouts import load
 
 SOURCE = Source("authors", "TencentARC/Mix-of-Show", "51270fd", "mixofshow/models/edlora.py")
@@ -18,6 +23,12 @@ RANDOM, CLASS = [20, 21, 22, 23], [24, 25, 26, 27]
 TEXTS = [[1, 5, RANDOM, CLASS, 7, 2], [1, CLASS, 9, 6, RANDOM, 2]]
 """Two prompts, in which a word stands for the token of each layer."""
 WORDS_ALONE, WHOLE = "words", "whole"
+OPTIONS = "options/train/EDLoRA/real/8101_EDLoRA_potter_Cmix_B4_Repeat500.yml"
+"""The file of options of the learning rate too."""
+VOCABULARY, MAN, NEW = 60, 7, 28
+"""Tokens of the encoder where words start: the id of the class, and the first of two words of 16 tokens."""
+WIDE = 40_000
+"""Width of a table of tokens, of which the start of a vector can be compared."""
 
 
 def wave(*shape: int, phase: float = 0.0) -> Tensor:
@@ -26,15 +37,15 @@ def wave(*shape: int, phase: float = 0.0) -> Tensor:
     return torch.sin(numbers**1.5 + phase).view(shape)
 
 
-def encoder() -> Any:
+def encoder(vocabulary: int = 28, width: int = 12, layers: int = 2) -> Any:
     """A text encoder in float64, its parameters waves."""
     import transformers
 
     config = transformers.CLIPTextConfig(
-        vocab_size=28,
-        hidden_size=12,
+        vocab_size=vocabulary,
+        hidden_size=width,
         intermediate_size=16,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         max_position_embeddings=8,
         eos_token_id=2,
@@ -137,3 +148,98 @@ def numbers(checkout: Path) -> dict[str, Any]:
             "B": {path: layer.lora_up.weight.grad.flatten().tolist() for path, layer in layers.items()},
         }
     return found
+
+
+class Tokenizer:
+    """A tokenizer that has room for all new tokens in its vocabulary, and knows one old word."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def __len__(self) -> int:
+        return VOCABULARY
+
+    def add_tokens(self, names: list[str]) -> int:
+        self.names += names
+        return len(names)
+
+    def convert_tokens_to_ids(self, name: str) -> int:
+        return NEW + self.names.index(name)
+
+    def encode(self, text: str, **rest: Any) -> list[int]:
+        return {"man": [MAN]}[text]
+
+
+def trainers(checkout: Path) -> Any:
+    """The module of their trainer, which tells nobody what it does."""
+    absent = ["mixofshow.pipelines.pipeline_edlora", "mixofshow.utils.ptp_util"]
+    authors = load(checkout / "mixofshow/pipelines/trainer_edlora.py", checkout, absent)
+    authors.get_logger = MagicMock()
+    return authors
+
+
+def options(checkout: Path) -> Any:
+    """Options of their trainer in the file of one subject."""
+    return yaml.safe_load((checkout / OPTIONS).read_text(encoding="utf-8"))["models"]
+
+
+def start(checkout: Path) -> dict[str, Any]:
+    """Returns what V_rand is drawn from, the different rows that it has and those of V_class, and starts of factors."""
+    authors, told = trainers(checkout), options(checkout)
+    tables = []
+    for text in (encoder(VOCABULARY, WIDE, layers=0), encoder(VOCABULARY)):
+        trainer = SimpleNamespace(tokenizer=Tokenizer(), text_encoder=text)
+        names = told["new_concept_token"], told["initializer_token"]
+        found = authors.EDLoRATrainer.init_new_concept(trainer, *names, enable_edlora=True)
+        random, known = (text.get_input_embeddings().weight[each["concept_token_ids"]] for each in found.values())
+        tables.append((random.detach(), known.detach()))
+    (wide, _), (narrow, known) = tables
+    factors = authors.LoRALinearLayer("layer", nn.Linear(200, 3), rank=200)
+    return {
+        "random": drawn(wide[0]),
+        "random rows": len(narrow.unique(dim=0)),
+        "class": known.tolist(),
+        "A": drawn(factors.lora_down.weight),
+        "B": drawn(factors.lora_up.weight),
+    }
+
+
+def trains(checkout: Path) -> dict[str, Any]:
+    """Returns the ids of words, of which alone their loop leaves the table changed; and sizes of factors by matrix."""
+    authors, told = trainers(checkout), options(checkout)
+    tiny = {"CLIPTokenizer": Tokenizer(), "CLIPTextModel": encoder(VOCABULARY), "UNet2DConditionModel": unet()}
+    mocks = {name: MagicMock() for name in ("AutoencoderKL", "DDPMScheduler", *tiny)}
+    for name, model in tiny.items():
+        mocks[name].from_pretrained.return_value = model
+    mocks["AutoencoderKL"].from_pretrained.return_value = nn.Linear(1, 1)
+    with patch.multiple(authors, is_xformers_available=lambda: True, **mocks):
+        trainer = authors.EDLoRATrainer(**told)
+    parts = {"text": trainer.text_encoder_lora, "unet": trainer.unet_lora}
+    trained = {name for name, each in trainer.named_parameters() if each.requires_grad}
+    found = {
+        f"{part}.{layer.name}": [each.numel() for each in layer.parameters() if each.requires_grad]
+        for part, layers in parts.items()
+        for layer in layers
+    }
+    return {
+        "words": trainer.get_all_concept_token_ids(),
+        "besides factors": [name for name in trained if "lora" not in name],
+        "factors": found,
+    }
+
+
+def defaults(checkout: Path) -> dict[str, Any]:
+    """Returns options of the file of one subject, where the matrices of both models have the same."""
+    told = options(checkout)["finetune_cfg"]
+    text, unet = (told[name]["lora_cfg"] for name in ("text_encoder", "unet"))
+    signature = inspect.signature(trainers(checkout).LoRALinearLayer).parameters
+    assert text["rank"] == unet["rank"] == signature["rank"].default
+    assert text["alpha"] == unet["alpha"] == signature["alpha"].default
+    random, _ = options(checkout)["initializer_token"].split("+")
+    deviation = float(random.removeprefix("<rand-").removesuffix(">"))
+    return {
+        "rank": unet["rank"],
+        "alpha": unet["alpha"],
+        "random_std": deviation,
+        "word_lr": told["text_embedding"]["lr"],
+    }
