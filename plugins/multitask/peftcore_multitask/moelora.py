@@ -118,12 +118,10 @@ class MOELoRA(Method):
     former_defaults = ({"gate": "each"},)
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
-        fixed = OF_THE_GATE if config.gate == "shared" else {"gate"}
+        fixed, remedy = (OF_THE_GATE, ', or set gate="each"') if config.gate == "shared" else ({"gate"}, "")
         if any(fixed & changes.keys() for changes in config.overrides.values()):
-            raise ConfigError(
-                f"moelora: overrides do not change {', '.join(sorted(fixed))}, which all sites have alike; give them for "
-                'all, or gate="each" if sites differ'
-            )
+            names = ", ".join(sorted(fixed))
+            raise ConfigError(f"moelora: overrides do not change {names}: give one value for all sites{remedy}")
         shared = surgeon.own("tasks", lambda: TaskGate(config)) if config.gate == "shared" else None
         for site in surgeon.sites():
             surgeon.graft(site, functools.partial(MOELoRAOperator, shared=shared), config)
