@@ -55,7 +55,8 @@ class Config(MethodConfig):
     start: Literal["random", "weight", "zero"] = "random"
     """The start of A, l and B: orthonormal and random, those of the weight, or those of LoRA."""
     part: Literal["last", "principal", "middle"] = "last"
-    """The singular values with which l starts: the smallest, the largest, or those between."""
+    """The singular values with which l starts: the smallest, the largest, or those in the middle. If an odd number is
+    left over, larger ones than these are one more than smaller ones; in LyCORIS smaller ones are one more."""
 
     @model_validator(mode="after")
     def _order(self) -> Self:
@@ -118,21 +119,21 @@ def _start(site: Site, config: Config) -> tuple[Tensor, Tensor, Tensor]:
     inputs, outputs = site.in_features * math.prod(site.kernel), site.out_features
     rank = min(config.rank, inputs, outputs)
     if config.start == "zero":
-        A, B, values = torch.randn(rank, inputs) / config.rank, torch.zeros(outputs, rank), torch.ones(rank)
+        A, B, values = torch.randn(rank, inputs) / rank, torch.zeros(outputs, rank), torch.ones(rank)
     elif config.start == "weight":
         weight = site.weight().detach().reshape(outputs, inputs)
         U, S, V = torch.linalg.svd(weight.to(torch.promote_types(weight.dtype, torch.float32)), full_matrices=False)
         chosen = _part(len(S), rank, config.part)
         A, B, values = V[chosen], U[:, chosen], S[chosen]
     else:
-        S = torch.linalg.svdvals(torch.randn(outputs, inputs) / config.rank)
+        S = torch.linalg.svdvals(torch.randn(outputs, inputs) / rank)
         A, B = (torch.linalg.qr(torch.randn(size, rank)).Q for size in (inputs, outputs))
         A, values = A.mT, S[_part(len(S), rank, config.part)]
     return A.reshape(rank, site.in_features, *site.kernel).contiguous(), B.contiguous(), values
 
 
 def _part(of: int, rank: int, part: str) -> slice:
-    first = {"principal": 0, "middle": (of - rank) // 2, "last": of - rank}[part]
+    first = {"principal": 0, "middle": (of - rank + 1) // 2, "last": of - rank}[part]
     return slice(first, first + rank)
 
 

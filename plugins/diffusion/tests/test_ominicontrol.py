@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import ConfigError, MissingContext, RouteError, UnsupportedSite
-from peftcore.testing import against, conformance, frozen
+from peftcore.testing import against, conformance, frozen, same_defaults, same_start
 from peftcore.testing.kit import fill
 
 NUMBERS = Path(__file__).parent / "numbers" / "ominicontrol.json"
@@ -63,6 +63,28 @@ def test_outputs_and_gradients_are_those_of_the_authors(case: str) -> None:
         torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-8, msg=lambda text, name=name: f"{name}: {text}")
     moving = [name for name, wanted in theirs.items() if max(map(abs, wanted)) > 1e-6]
     assert len(moving) > len(theirs) - 8  # what makes queries and outputs of the last block counts for nothing
+
+
+@against("authors", "ominicontrol", **AUTHORS, part="start")
+def test_start_is_the_authors() -> None:
+    pytest.importorskip("diffusers")
+    operator = peftcore.apply(MADE.host(MADE.WIDE), "ominicontrol").operators["x_embedder"]
+    for name, told in frozen(NUMBERS, "start").items():
+        same_start(operator.get_parameter(name), told)
+
+
+@against("authors", "ominicontrol", **AUTHORS, part="trains")
+def test_what_trains_is_what_the_authors_train() -> None:
+    pytest.importorskip("diffusers")
+    operators = peftcore.apply(MADE.host(), "ominicontrol").operators
+    ours = {f"{path}.{name}": p.numel() for path, each in operators.items() for name, p in each.named_parameters()}
+    assert ours == frozen(NUMBERS, "trains")
+
+
+@against("authors", "ominicontrol", **AUTHORS, part="defaults")
+def test_defaults_are_the_authors() -> None:
+    pytest.importorskip("diffusers")
+    same_defaults(peftcore.apply(MADE.host(), "ominicontrol").config, frozen(NUMBERS, "defaults"))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import ConfigError, MissingContext, UnsupportedSite
-from peftcore.testing import against, conformance, frozen
+from peftcore.testing import against, conformance, frozen, same_defaults, same_start
 from peftcore.testing.hosts import HOSTS
 
 NUMBERS = Path(__file__).parent / "numbers" / "scedit.json"
@@ -62,6 +62,43 @@ def test_outputs_and_gradients_are_those_of_the_authors(case: str) -> None:
         assert wanted.abs().max() > 1e-6, name
         torch.testing.assert_close(one.flatten(), wanted, rtol=1e-9, atol=1e-11)
     assert (output - base).abs().max() > 1e-3
+
+
+@against("authors", "scedit", **AUTHORS, part="start")
+def test_start_is_the_authors() -> None:
+    made, model, width = MADE, MADE.Host(), MADE.WIDTHS[1]
+    image = {"channels": made.CHANNELS, "widths": made.WIDE}
+    _, networks = adapted(model, ratio=made.INSIDE / width, target=r"re:up_blocks\.0\.resnets\.0", **image)
+    hints, tuner = networks
+    layers = {"down": tuner.down, "up": tuner.up, "first": hints.first[-1], "cascade": hints.cascade[-1]}
+    for name, told in frozen(NUMBERS, "start").items():
+        layer, _, kind = name.partition(".")
+        same_start(layers[layer].get_parameter(kind), told)
+
+
+@pytest.mark.parametrize("case", ["plain", "image"])
+@against("authors", "scedit", **AUTHORS, part="trains")
+def test_what_trains_is_what_the_authors_train(case: str) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    model = diffusers.UNet2DConditionModel(
+        in_channels=2,
+        out_channels=2,
+        block_out_channels=MADE.CHANNELS_OF_UNET,
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=MADE.CONTEXT,
+        attention_head_dim=2,
+    )
+    _, networks = adapted(model, **({"channels": 3} if case == "image" else {}))
+    assert [each.numel() for each in networks.parameters()] == frozen(NUMBERS, "trains")[case]
+    trained = [each for each in model.parameters() if each.requires_grad]
+    assert {*map(id, trained)} == {*map(id, networks.parameters())}
+
+
+@against("authors", "scedit", **AUTHORS, part="defaults")
+def test_defaults_are_the_authors() -> None:
+    same_defaults(peftcore.apply(MADE.Host(), "scedit").config, frozen(NUMBERS, "defaults"))
 
 
 def unet() -> tuple[Any, dict[str, Tensor]]:

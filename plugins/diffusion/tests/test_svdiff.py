@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import peftcore
 from peftcore.files.formats.native import METADATA
 from peftcore.files.safe_io import write_tensors
-from peftcore.testing import against, conformance, frozen
+from peftcore.testing import against, conformance, frozen, same_start
 from peftcore.testing.hosts import HOSTS
 
 UNTIED = "moved to the meta device, the host has lost its ties, and with them the shift that both holders share"
@@ -51,10 +51,11 @@ class One(nn.Module):
 NUMBERS = Path(__file__).parent / "numbers" / "svdiff.json"
 SCRIPT = run_path(str(NUMBERS.with_suffix(".py")))
 wave, shifts = SCRIPT["wave"], SCRIPT["shifts"]
+CODE: Any = {"repository": "phymhan/SVDiff", "commit": "4ca843c", "script": "utils_svd.py"}
 
 
 @pytest.mark.parametrize("case", SCRIPT["CASES"])
-@against("authors", "svdiff", repository="phymhan/SVDiff", commit="4ca843c", script="utils_svd.py")
+@against("authors", "svdiff", **CODE)
 def test_outputs_and_gradients_are_those_of_the_authors_code(case: str) -> None:
     """With a shift up, one down, and one below zero, which is cut at matrices and not at vectors."""
     model, x = One(SCRIPT["layer_of"](case)), SCRIPT["CASES"][case][1]
@@ -71,6 +72,21 @@ def test_outputs_and_gradients_are_those_of_the_authors_code(case: str) -> None:
     assert delta.grad.tolist() == pytest.approx(expected["gradient"], abs=1e-12)
     injection.bake()
     assert model(x).flatten().tolist() == pytest.approx(expected["output"], abs=1e-12)
+
+
+@pytest.mark.parametrize("case", SCRIPT["CASES"])
+@against("authors", "svdiff", **CODE, part="start")
+def test_start_is_the_authors(case: str) -> None:
+    (operator,) = peftcore.apply(One(SCRIPT["layer_of"](case)), "svdiff").operators.values()
+    same_start(operator.get_parameter("delta"), frozen(NUMBERS, "start")[case]["delta"])
+
+
+@pytest.mark.parametrize("case", SCRIPT["CASES"])
+@against("authors", "svdiff", **CODE, part="trains")
+def test_what_trains_is_what_the_authors_train(case: str) -> None:
+    """A shift for each singular value of a matrix, and for each entry of a vector."""
+    injection = peftcore.apply(One(SCRIPT["layer_of"](case)), "svdiff")
+    assert [p.numel() for p in injection.parameters()] == frozen(NUMBERS, "trains")[case]
 
 
 UNOFFICIAL: dict[str, tuple[Any, Tensor, list[float]]] = {

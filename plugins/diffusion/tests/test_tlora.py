@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import ConfigError, MissingContext, NotMergeable, RouteError, UnsupportedSite
-from peftcore.testing import against, conformance, frozen
+from peftcore.testing import against, conformance, frozen, same_defaults, same_start
 from peftcore.testing.hosts import HOSTS
 
 EXACT = 1e-12
 NUMBERS = Path(__file__).parent / "numbers" / "tlora.json"
 SCRIPT = run_path(str(NUMBERS.with_suffix(".py")))
 RANK, MIN_RANK, wave = SCRIPT["RANK"], SCRIPT["MIN_RANK"], SCRIPT["wave"]
+CODE: Any = {"repository": "ControlGenAI/T-LoRA", "commit": "602c4f7", "script": "tlora/model/lora.py"}
 START = {"ortho_lora": "random", "lortho_lora": "weight", "lora": "zero"}
 
 
@@ -64,7 +65,7 @@ def fill(operator: Any) -> None:
 
 @pytest.mark.parametrize(("timestep", "power"), SCRIPT["TIMESTEPS"].items())
 @pytest.mark.parametrize("kind", SCRIPT["KINDS"])
-@against("authors", "tlora", repository="ControlGenAI/T-LoRA", commit="602c4f7", script="tlora/model/lora.py")
+@against("authors", "tlora", **CODE)
 def test_outputs_and_gradients_are_those_of_the_authors_code(kind: str, timestep: int, power: float) -> None:
     expected, given = frozen(NUMBERS)[f"{kind} {timestep}"], SCRIPT["tensors"]()
     layer = nn.Linear(SCRIPT["INPUTS"], SCRIPT["OUTPUTS"]).double()
@@ -81,6 +82,54 @@ def test_outputs_and_gradients_are_those_of_the_authors_code(kind: str, timestep
         told = torch.tensor(value, dtype=torch.float64).view(found[name].shape)
         assert told.abs().max() > 0.001
         assert difference(found[name].detach(), told) <= EXACT, name
+
+
+@pytest.mark.parametrize("part", SCRIPT["PARTS"])
+@against("authors", "tlora", **CODE, part="start")
+def test_random_start_is_the_authors(part: str) -> None:
+    """A and B of a square layer, and the singular values of many layers."""
+    told, wide, narrow = frozen(NUMBERS, "start")[f"random {part}"], SCRIPT["WIDE"], SCRIPT["NARROW"]
+    host = nn.Sequential(nn.Linear(wide, wide), *(nn.Linear(wide, narrow) for _ in range(SCRIPT["LAYERS"])))
+    injection = peftcore.apply(host, "tlora", target=r"re:\d+", rank=SCRIPT["PART"], part=part)
+    square, *many = injection.operators.values()
+    same_start(square.get_parameter("A"), told["A"])
+    same_start(square.get_parameter("B"), told["B"])
+    same_start(torch.stack([each.get_parameter("values") for each in many]), told["values"])
+
+
+@pytest.mark.parametrize("part", SCRIPT["PARTS"])
+@against("authors", "tlora", **CODE, part="start")
+def test_start_of_a_weight_is_the_authors(part: str) -> None:
+    """Where the weight is square: where it is not, theirs takes directions and values that do not belong together."""
+    layer, told = nn.Linear(SCRIPT["SIDE"], SCRIPT["SIDE"]).double(), frozen(NUMBERS, "start")[f"weight {part}"]
+    layer.weight.data.copy_(wave(*layer.weight.shape))
+    _, _, operator = adapted(layer, rank=SCRIPT["FEW"], start="weight", part=part)
+    same_start(operator.values, told["values"])
+    same_start(operator.B * operator.values @ operator.A, told["product"])
+
+
+@against("authors", "tlora", **CODE, part="start")
+def test_zero_start_is_the_authors() -> None:
+    """In a layer that has fewer ranks than asked for."""
+    told, layer = frozen(NUMBERS, "start")["zero"], nn.Linear(SCRIPT["WIDE"], SCRIPT["NARROW"])
+    _, _, operator = adapted(layer, rank=SCRIPT["WIDE"], start="zero")
+    same_start(operator.A, told["A"])
+    same_start(operator.B, told["B"])
+
+
+@against("authors", "tlora", **CODE, part="trains")
+def test_what_trains_is_what_the_authors_train() -> None:
+    """In a UNet: of all queries, keys, values and outputs of attention."""
+    pytest.importorskip("diffusers")
+    operators = peftcore.apply(HOSTS["unet"].build()[0], "tlora", rank=4, min_rank=1).operators
+    ours = {f"{path}.{name}": p.numel() for path, each in operators.items() for name, p in each.named_parameters()}
+    assert ours == frozen(NUMBERS, "trains")
+
+
+@against("authors", "tlora", **CODE, part="defaults")
+def test_defaults_are_the_authors() -> None:
+    injection = peftcore.apply(One(nn.Linear(64, 64)), "tlora", target="layer")
+    same_defaults(injection.config, frozen(NUMBERS, "defaults"))
 
 
 @pytest.mark.parametrize(
@@ -188,7 +237,7 @@ def test_starts_are_orthonormal_with_the_singular_values_of_a_part(start: str, p
     eye = torch.eye(RANK).double()
     assert difference(operator.A @ operator.A.T, eye) <= 1e-5
     assert difference(operator.B.T @ operator.B, eye) <= 1e-5
-    first = {"principal": 0, "middle": (20 - RANK) // 2, "last": 20 - RANK}[part]
+    first = {"principal": 0, "middle": (21 - RANK) // 2, "last": 20 - RANK}[part]
     if start == "weight":
         U, S, V = torch.linalg.svd(layer.weight, full_matrices=False)
         chosen = slice(first, first + RANK)

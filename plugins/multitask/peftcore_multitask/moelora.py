@@ -4,15 +4,15 @@
 
 `rank` is that of all experts together: each has rank / experts of it, and the scale counts the whole. v_t [task_width]
 stands for task t, N(0, 1) at first; W_g [experts, task_width], without bias, starts uniform in +-1/sqrt(task_width),
-A_e [rank / experts, in] as N(0, 0.01), B_e at zero. Every site has v and W_g of its own, as the authors' layer
-MMOELoraLinear has (whose table of tasks has one row more, which no task reads); the paper draws one gate for all, and
-their script trains one. That script has rank 16 and 8 experts, alpha is the default of their arguments. The softmax is
-taken in float32 at least.
+A_e [rank / experts, in] as N(0, 0.01), B_e at zero. All sites share one v and one W_g, as in the paper and in the
+authors' script (whose table of tasks has one row more, which no task reads); with ``gate="each"``, each site has its
+own, as in their layer MMOELoraLinear, which that script does not run. That script has rank 16 and 8 experts, alpha is
+the default of their arguments. The softmax is taken in float32 at least.
 
 The task comes with the call, ``with peftcore.call(model, task=...)``: one for all rows, or one for each. So one weight
 cannot stand for the update, and it does not merge; a tensor that is read instead of called has no rows, and is refused.
 
-Parameters: rank * (in * kernel + out) + tasks * task_width + experts * task_width a site.
+Parameters: rank * (in * kernel + out) a site, and (tasks + experts) * task_width once; with ``gate="each"`` a site.
 
 Use it for tasks that are known, of which some have little data: one adapter costs no more than a LoRA of its rank;
 `polytropon` lets tasks share skills without a vector for each.
@@ -20,6 +20,7 @@ Use it for tasks that are known, of which some have little data: one adapter cos
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Literal, Self
@@ -28,9 +29,13 @@ import torch
 from pydantic import PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
-from peftcore.author import MATRICES, LearningRate, Method, Share, Site, Surgeon, Tags
+from peftcore.author import MATRICES, LearningRate, Method, Share, Shared, Site, Surgeon, Tags
+from peftcore.errors import ConfigError
 from peftcore_multitask._mixture import ExpertsOperator
 from peftcore_multitask._tasks import TaskConfig, Tasks, task_count
+
+OF_THE_GATE = {"experts", "gate", "task_width", "tasks"}
+"""Options that say how large the gate is, and whose."""
 
 
 class Config(TaskConfig):
@@ -47,6 +52,8 @@ class Config(TaskConfig):
     """Probability with which inputs of an expert are dropped in training."""
     task_width: PositiveInt = 64
     """Length of the vector that stands for a task."""
+    gate: Literal["shared", "each"] = "shared"
+    """Whether all sites share the vectors of tasks and the gate, or each has its own."""
 
     @model_validator(mode="after")
     def _divides(self) -> Self:
@@ -55,26 +62,38 @@ class Config(TaskConfig):
         return self
 
 
+class TaskGate(nn.Module):
+    """The vectors of tasks, and the matrix that makes gates of them."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.vectors = nn.Parameter(torch.randn(task_count(config), config.task_width))
+        bound = 1 / math.sqrt(config.task_width)
+        self.gate = nn.Parameter(torch.empty(config.experts, config.task_width).uniform_(-bound, bound))
+
+
 class MOELoRAOperator(ExpertsOperator):
-    """The experts of one site, and what tasks choose of them."""
+    """The experts of one site, and what tasks choose of them: by the gate that is shared, or else by its own."""
 
     routes = "task"
     stackable = False  # rows have tasks
 
-    def __init__(self, site: Site, config: Config) -> None:
+    def __init__(self, site: Site, config: Config, shared: Shared | None) -> None:
         super().__init__(site, config.experts, config.rank // config.experts, config.alpha / config.rank,
                          config.dropout)  # fmt: skip
         self.start_normal(0.01)
-        self.tasks = Tasks(site, config)
-        self.vectors = nn.Parameter(torch.randn(task_count(config), config.task_width))
-        bound = 1 / math.sqrt(config.task_width)
-        self.gate = nn.Parameter(torch.empty(config.experts, config.task_width).uniform_(-bound, bound))
+        self.tasks, self.shared = Tasks(site, config), shared
+        if shared is None:
+            own = TaskGate(config)
+            self.vectors, self.gate = own.vectors, own.gate
 
     def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
         channels, places = self.layer.channel_dim, x.dim() + int(self.layer.one_hot)
         batched = places > -channels
         rows = len(x) if batched else 1
-        logits = self.tasks.of_rows(self.vectors, rows) @ self.gate.T  # [rows or 1, experts]
+        holder = self if self.shared is None else self.shared.module
+        vectors, gate = holder.vectors.to(x.device), holder.gate.to(x.device)
+        logits = self.tasks.of_rows(vectors, rows) @ gate.T  # [rows or 1, experts]
         gates = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
         self.noted(gates.expand(rows, -1))
         gates = gates.view(*gates.shape[: int(batched)], *[1] * (places - 1 - int(batched)), -1)
@@ -95,13 +114,20 @@ class MOELoRA(Method):
     learning_rate = LearningRate(2e-4, "liuqidong07/MOELoRA-peft@2d9efa4, experiments/moelora.bash", on="ChatGLM-6B")
     target = ("attn.*", "mlp.gate", "mlp.up", "mlp.down")
     alternatives = MATRICES
+    config_version = 2
+    former_defaults = ({"gate": "each"},)
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        fixed, remedy = (OF_THE_GATE, ', or set gate="each"') if config.gate == "shared" else ({"gate"}, "")
+        if any(fixed & changes.keys() for changes in config.overrides.values()):
+            names = ", ".join(sorted(fixed))
+            raise ConfigError(f"moelora: overrides do not change {names}: give one value for all sites{remedy}")
+        shared = surgeon.own("tasks", lambda: TaskGate(config)) if config.gate == "shared" else None
         for site in surgeon.sites():
-            surgeon.graft(site, MOELoRAOperator, config)
+            surgeon.graft(site, functools.partial(MOELoRAOperator, shared=shared), config)
 
     @staticmethod
     def parameter_count(site: Site, config: Config) -> int:
         inputs = site.in_features * math.prod(site.kernel)
-        shared = (task_count(config) + config.experts) * config.task_width
-        return config.rank * (inputs + site.out_features) + shared
+        own = 0 if config.gate == "shared" else (task_count(config) + config.experts) * config.task_width
+        return config.rank * (inputs + site.out_features) + own

@@ -84,6 +84,10 @@ HELD: Held = {
     ("moelora", "alpha"): (32.0, f"{MOELORA}, src/MLoRA/arguments.py: lora_alpha default=32."),
     ("moelora", "dropout"): (0.1, f"{MOELORA}, experiments/moelora.bash: lora_dropout=0.1"),
     ("moelora", "task_width"): (64, f"{MOELORA}, src/MLoRA/arguments.py: task_embedding_dim default=64"),
+    ("moelora", "gate"): (
+        "shared",
+        f"{MOELORA}, src/MLoRA/peft/peft_model.py: PeftModelForCausalLMShared, whose lora_gate all layers are given",
+    ),
     ("mola", "experts"): ([2, 4, 6, 8], f'{MOLA}: number_experts: str = "2,2,2,2,2,2,2,2,4,4,4,4,4,4,4,4,6, ...'),
     ("mola", "top_k"): (2, f'{MOLA}: top_k: str = "2,2,2, ...'),
     ("mola", "rank"): (8, f'{MOLA}: lora_r: str = "8,8,8, ...'),

@@ -1,5 +1,5 @@
-"""What OminiControl's own forward of a Flux computes, with gradients: ``python -m peftcore.testing.freeze
-ominicontrol.py CHECKOUT``.
+"""What OminiControl's own forward of a Flux computes, with gradients, what it starts from and trains, and the options
+of its training for edges: ``python -m peftcore.testing.freeze ominicontrol.py CHECKOUT``.
 
 Their file imports cv2, which makes conditions of pictures and is not needed; it stands empty.
 """
@@ -11,9 +11,12 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor, nn
 
 from peftcore.registry.evidence import Source
+from peftcore.testing import drawn
+from peftcore.testing.checkouts import load
 
 SOURCE = Source("authors", "Yuanshi9815/OminiControl", "331dd34", "omini/pipeline/flux_omini.py")
 VERSIONS = ("torch", "diffusers", "peft")
@@ -28,6 +31,8 @@ CASES: dict[str, dict[str, Any]] = {
     "subject": {"shape": (2, 3), "position_delta": (0, -2), "position_scale": 2.0, "independent": True},
 }
 """Tokens of the condition, and how it is used."""
+WIDE = 10_000
+"""Channels of an image whose embedding has the A of which the start is told."""
 
 
 def wave(*shape: int, phase: float = 0.0) -> Tensor:
@@ -42,13 +47,13 @@ def grid(rows: int, columns: int) -> Tensor:
     return torch.stack([torch.zeros(rows, columns), *at], -1).flatten(0, 1).double()
 
 
-def host() -> Any:
+def host(channels: int = 4) -> Any:
     """A Flux with one block of each kind, in float64, its parameters waves."""
     import diffusers
 
     model = diffusers.FluxTransformer2DModel(
         patch_size=1,
-        in_channels=4,
+        in_channels=channels,
         num_layers=1,
         num_single_layers=1,
         num_attention_heads=2,
@@ -134,3 +139,53 @@ def numbers(checkout: Path) -> dict[str, Any]:
     sys.modules.setdefault("cv2", ModuleType("cv2"))
     theirs = run_path(str(checkout / SOURCE.script), run_name="omini")
     return {case: run(case, theirs["transformer_forward"]) for case in CASES}
+
+
+def told(checkout: Path) -> Any:
+    """Returns their configuration of edges."""
+    return yaml.safe_load((checkout / "train/config/spatial_alignment.yaml").read_text(encoding="utf-8"))
+
+
+def trained(checkout: Path, channels: int = 4) -> dict[str, Tensor]:
+    """Returns what their optimizer is given, by our names."""
+    absent = ["cv2", "prodigyopt", "wandb"]
+    theirs = load(checkout / "omini/train_flux/trainer.py", root=checkout, absent=absent).OminiModel
+    model = object.__new__(theirs)
+    nn.Module.__init__(model)
+    model.transformer, model.adapter_set = host(channels), {"default"}
+    model.optimizer_config = {"type": "AdamW", "params": {"lr": 1e-4}}  # of their comment
+    model.lora_layers = model.init_lora(None, told(checkout)["train"]["lora_config"])
+    (group,) = model.configure_optimizers().param_groups
+    given, names = {*map(id, group["params"])}, {"lora_A.default.weight": "A", "lora_B.default.weight": "B"}
+    found = {}
+    for name, each in model.transformer.named_parameters():
+        if id(each) in given:
+            path, _, rest = name.partition(".lora_")
+            found[f"{path}.{names[f'lora_{rest}']}"] = each
+    assert len(found) == len(given)
+    return found
+
+
+def start(checkout: Path) -> dict[str, Any]:
+    """Returns what the factors at a wide embedding are drawn from."""
+    found = trained(checkout, WIDE)
+    return {name: drawn(found[f"x_embedder.{name}"]) for name in "AB"}
+
+
+def trains(checkout: Path) -> dict[str, int]:
+    """Returns the sizes of all that trains."""
+    return {name: each.numel() for name, each in sorted(trained(checkout).items())}
+
+
+def defaults(checkout: Path) -> dict[str, Any]:
+    """Returns the options of their training for edges, and how its dataset places a condition, here a grey picture."""
+    from PIL import Image
+
+    config, absent = told(checkout), ["cv2", "prodigyopt", "wandb", "datasets"]
+    module = load(checkout / "omini/train_flux/train_spatial_alignment.py", root=checkout, absent=absent)
+    picture = {"jpg": Image.new("RGB", (8, 8)), "json": {"prompt": ""}}
+    data = module.ImageConditionDataset([picture], condition_type="coloring")
+    return {
+        "rank": config["train"]["lora_config"]["r"], "independent": config["model"]["independent_condition"],
+        "position_delta": data[0]["position_delta_0"].tolist(), "position_scale": data.position_scale,
+    }  # fmt: skip

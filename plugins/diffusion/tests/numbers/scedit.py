@@ -1,28 +1,35 @@
-"""What SCEdit's own code computes in a small UNet, with its gradients:
-``python -m peftcore.testing.freeze scedit.py CHECKOUT``.
+"""What SCEdit's own code computes in a small UNet, with its gradients, what it starts from and trains, and the options
+in its configurations: ``python -m peftcore.testing.freeze scedit.py CHECKOUT``.
 
-Its UNet runs layers that are given to it: those of `Host`, which here stand in both. The repository's other modules, of
-which these import names alone, stand empty.
+Its UNet runs layers that are given to it: those of `Host`, which here stand in both.
 """
 
+import copy
 import importlib
 import sys
 from pathlib import Path
-from runpy import run_path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import torch
+import yaml
 from torch import Tensor, nn
 
 from peftcore.registry.evidence import Source
+from peftcore.testing import drawn
 
 SOURCE = Source("authors", "modelscope/scepter", "9f5b439", "scepter/modules/model/tuner/sce/scetuning.py")
 VERSIONS = ("torch",)
-UNET = "scepter/modules/model/backbone/unet/unet_module.py"
+TUNER, UNET = "model.tuner.sce.scetuning", "model.backbone.unet.unet_module"
+STYLE, IMAGE = "t2i/sd15_512_sce_t2i.yaml", "ctr/sd15_512_sce_ctr_hed.yaml"
 WIDTHS, HINTS, CHANNELS, SCALE = (3, 4), [1, 2, 6, 5], 2, 0.7
 CASES = {"plain": None, "image": 3, "point": 1}
 """The kernel of the convolutions behind each other, or none without an image."""
+INSIDE, WIDE = 40_000, [1, 2, 6, 15_000]
+"""How wide a tuner and the network of an image are of which the start is told."""
+CHANNELS_OF_UNET, CONTEXT = (32, 64), 14
+"""Widths of the UNet of which is told what trains, whose stages have one resnet each, and of its text."""
 
 
 def wave(*shape: int, phase: float = 0.0) -> Tensor:
@@ -123,58 +130,19 @@ class Stage(nn.Module):
         return run(self.layers, x)
 
 
-class Anything(ModuleType):
-    """A module that has every name."""
-
-    REGISTRY = SimpleNamespace(register_class=lambda *_: lambda each: each)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return {"conv_nd": conv, "zero_module": zeroed, "TUNERS": tuners(), "BACKBONES": self.REGISTRY}.get(name, Base)
+def loaded(checkout: Path, name: str) -> Any:
+    """Returns a module of theirs."""
+    sys.path.insert(0, str(checkout))
+    return importlib.import_module(f"scepter.modules.{name}")
 
 
-class Base(nn.Module):
-    """What all of their networks are made of."""
-
-    def __init__(self, cfg: Any = None, logger: Any = None) -> None:
-        super().__init__()
-
-
-def conv(dims: int, *sizes: Any, **more: Any) -> nn.Module:
-    return nn.Conv2d(*sizes, **more)
-
-
-def zeroed(module: nn.Module) -> nn.Module:
-    return module
-
-
-def tuners() -> SimpleNamespace:
-    """Their registry, which here knows the tuner alone."""
-    return SimpleNamespace(
-        register_class=lambda *_: lambda each: each, build=lambda cfg, logger: MADE["SCTuner"](cfg, logger)
-    )
-
-
-MADE: dict[str, Any] = {}
-
-
-def loaded(checkout: Path) -> Any:
-    """Return their UNet's class, and fill `MADE` with that of their tuners."""
-    names = "tuner tuner.tuner_utils tuner.tuner_component tuner.base_tuner registry base_model utils utils.basic_utils"
-    models = [f"scepter.modules.model.{name}" for name in f"{names} backbone.unet.unet_utils".split()]
-    tools = [f"scepter.modules.utils.{name}" for name in ("config", "file_system", "distribute")]
-    sys.modules |= {name: Anything(name) for name in (*models, *tools)}
-    package = ModuleType("sce")
-    package.__path__ = [str((checkout / SOURCE.script).parent)]
-    sys.modules["sce"] = package
-    MADE.update(vars(importlib.import_module("sce.scetuning")))
-    return run_path(str(checkout / UNET))["DiffusionUNet"]
+def config(told: dict[str, Any]) -> Any:
+    return importlib.import_module("scepter.modules.utils.config").Config(load=False, cfg_dict=copy.deepcopy(told))
 
 
 def numbers(checkout: Path) -> dict[str, dict[str, Any]]:
     """Returns output and gradients by case."""
-    unet, found = loaded(checkout), {}
+    unet, made, found = loaded(checkout, UNET).DiffusionUNet, loaded(checkout, TUNER), {}
     for case, kernel in CASES.items():
         host = Host()
         stages = {
@@ -184,14 +152,14 @@ def numbers(checkout: Path) -> dict[str, dict[str, Any]]:
             "out": host.out,
         }
         chans, halved = [WIDTHS[0], WIDTHS[0], WIDTHS[0], WIDTHS[1]], [False, False, True, False]
-        config = {"INPUT_BLOCK_CHANS": chans, "INPUT_DOWN_FLAG": halved, "PRE_HINT_IN_CHANNELS": CHANNELS}
-        config |= {
+        sizes = {"INPUT_BLOCK_CHANS": chans, "INPUT_DOWN_FLAG": halved, "PRE_HINT_IN_CHANNELS": CHANNELS}
+        sizes |= {
             "PRE_HINT_OUT_CHANNELS": HINTS[-1],
             "PRE_HINT_DIM_RATIO": HINTS[0] / 16,
             "DENSE_HINT_KERNAL": kernel or 3,
             "SCALE": SCALE,
         }
-        tuner = MADE["CSCTuners"]({**config, "SC_TUNER_CFG": {"NAME": "SCTuner"}}).double()
+        tuner = made.CSCTuners(config({**sizes, "SC_TUNER_CFG": {"NAME": "SCTuner"}})).double()
         x = latents().requires_grad_()
         if kernel is None:
             lone = tuner.lsc_tuner_blocks
@@ -207,3 +175,62 @@ def numbers(checkout: Path) -> dict[str, dict[str, Any]]:
         gradients = {name: parameter.grad.flatten().tolist() for name, parameter in named}
         found[case] = {"output": output.flatten().tolist(), "x": x.grad.flatten().tolist(), **gradients}
     return found
+
+
+def start(checkout: Path) -> dict[str, Any]:
+    """Returns what the two matrices of a tuner are drawn from, and in the network of an image the last convolution of
+    the first seven, and the one behind."""
+    made, width = loaded(checkout, TUNER), WIDTHS[1]
+    tuner = made.SCTuner(config({"DIM": width, "TUNER_LENGTH": INSIDE})).tuner_op
+    sizes = {"INPUT_BLOCK_CHANS": [width], "INPUT_DOWN_FLAG": [False], "PRE_HINT_IN_CHANNELS": CHANNELS}
+    sizes |= {"PRE_HINT_OUT_CHANNELS": WIDE[-1], "PRE_HINT_DIM_RATIO": WIDE[0] / 16}
+    image = made.CSCTuners(config({**sizes, "SC_TUNER_CFG": {"NAME": "SCTuner"}}))
+    layers = {"down": tuner.ln1, "up": tuner.ln2, "first": image.pre_hint_blocks[-1]}
+    layers["cascade"] = image.dense_hint_blocks[0][1]
+    return {
+        f"{name}.{kind}": drawn(layer.get_parameter(kind))
+        for name, layer in layers.items()
+        for kind in ("weight", "bias")
+    }
+
+
+def method(checkout: Path, file: str) -> Any:
+    """Returns one of their configurations."""
+    return yaml.safe_load((checkout / "scepter/methods/scedit" / file).read_text(encoding="utf-8"))["SOLVER"]
+
+
+def trains(checkout: Path) -> dict[str, list[int]]:
+    """Returns the sizes of all that trains in their order, by their configurations for a style and for an image."""
+    sized = {"IN_CHANNELS": 2, "OUT_CHANNELS": 2, "MODEL_CHANNELS": CHANNELS_OF_UNET[0], "NUM_RES_BLOCKS": 1}
+    sized |= {"ATTENTION_RESOLUTIONS": [1], "CHANNEL_MULT": [1, 2], "NUM_HEADS": 2, "CONTEXT_DIM": CONTEXT}
+    made = loaded(checkout, "model.network.ldm.ldm_sce")
+    made.LatentDiffusion.construct_network, made.ANNOTATORS = lambda model: None, MagicMock()
+    solver, found = loaded(checkout, "solver.diffusion_solver").LatentDiffusionSolver, {}
+    for case, file in {"plain": STYLE, "image": IMAGE}.items():
+        told = method(checkout, file)
+        model = object.__new__(getattr(made, told["MODEL"]["NAME"]))
+        nn.Module.__init__(model)
+        model.model = loaded(checkout, UNET).DiffusionUNet(config(sized), None)
+        model.first_stage_model = model.cond_stage_model = nn.Linear(1, 1)
+        model.logger, model.control_anno_config = MagicMock(), None
+        model.tuner_model_config = model.control_model_config = config(
+            told["MODEL"]["TUNER_MODEL" if case == "plain" else "CONTROL_MODEL"]
+        )
+        model.construct_network()
+        solver.freeze(SimpleNamespace(logger=MagicMock()), told["FREEZE"], model)
+        found[case] = [each.numel() for each in model.parameters() if each.requires_grad]
+    return found
+
+
+def defaults(checkout: Path) -> dict[str, Any]:
+    """Returns options of their configurations for a style and for an image, and the widths of the network that is made
+    by the latter."""
+    style = method(checkout, STYLE)["MODEL"]["TUNER_MODEL"]
+    image = method(checkout, IMAGE)["MODEL"]["CONTROL_MODEL"]
+    sizes = {"INPUT_BLOCK_CHANS": [4], "INPUT_DOWN_FLAG": [False]}
+    first, *rest = loaded(checkout, TUNER).CSCTuners(config({**image, **sizes})).pre_hint_blocks
+    widths = [first.out_channels, *(each.out_channels for each in rest[1::2] if each.stride == (2, 2))]
+    return {
+        "ratio": style["SC_TUNER_CFG"]["DOWN_RATIO"], "channels": style.get("PRE_HINT_IN_CHANNELS"),
+        "scale": image["SCALE"], "kernel": image["DENSE_HINT_KERNAL"], "widths": widths,
+    }  # fmt: skip

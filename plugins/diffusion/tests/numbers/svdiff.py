@@ -1,4 +1,4 @@
-"""What SVDiff's authors' own code computes on five layers, and its gradients:
+"""What SVDiff's authors' own code computes on five layers, its gradients, what it starts from and trains:
 ``python -m peftcore.testing.freeze svdiff.py CHECKOUT``.
 
 Their file lacks two attributes that it reads, a residual of the decomposition and a cache; they are set to what leaves
@@ -57,8 +57,32 @@ def run(case: str, spectral_shift: Callable[..., Any]) -> dict[str, list[float]]
     return {"output": output.flatten().tolist(), "gradient": shift.eigenvalues_delta.grad.tolist()}
 
 
-def numbers(checkout: Path) -> dict[str, dict[str, list[float]]]:
-    """Returns outputs and gradients of each case."""
+def code(checkout: Path) -> Callable[..., Any]:
+    """Returns their function, which puts a module of shifts in front of a layer's weight."""
     theirs = run_path(str(checkout / SOURCE.script))
     theirs["_SpectralShift"].eigenvalues_delta_cached, theirs["_SpectralShift"]._residual = None, torch.zeros(())
-    return {case: run(case, theirs["spectral_shift"]) for case in CASES}
+    return theirs["spectral_shift"]
+
+
+def numbers(checkout: Path) -> dict[str, dict[str, list[float]]]:
+    """Returns outputs and gradients of each case."""
+    spectral_shift = code(checkout)
+    return {case: run(case, spectral_shift) for case in CASES}
+
+
+def shifts_of(checkout: Path) -> dict[str, nn.Module]:
+    """Returns the module of shifts that they make of the weight of each case."""
+    spectral_shift = code(checkout)
+    return {case: spectral_shift(layer_of(case))[1] for case in CASES}
+
+
+def start(checkout: Path) -> dict[str, dict[str, list[float]]]:
+    """Returns the shifts of each case."""
+    return {case: {"delta": made.eigenvalues_delta.tolist()} for case, made in shifts_of(checkout).items()}
+
+
+def trains(checkout: Path) -> dict[str, list[int]]:
+    """Returns the sizes of the tensors that require a gradient, of the shifts of each case; what becomes of biases is
+    left to a training that they did not publish."""
+    made = shifts_of(checkout)
+    return {case: [p.numel() for p in each.parameters() if p.requires_grad] for case, each in made.items()}

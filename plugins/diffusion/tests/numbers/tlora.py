@@ -1,17 +1,22 @@
-"""What T-LoRA's authors' own layers compute at several timesteps, and their gradients:
-``python -m peftcore.testing.freeze tlora.py CHECKOUT``.
-"""
+"""What T-LoRA's authors' own layers compute at several timesteps, their gradients, what they start from, what trains in
+the UNet of the kit, and the options of the command in the README: ``python -m peftcore.testing.freeze tlora.py
+CHECKOUT``."""
 
 import ast
+import gc
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import torch
 from torch import Tensor, nn
 
 from peftcore.registry.evidence import Source
+from peftcore.testing import drawn
+from peftcore.testing.checkouts import flags, load
+from peftcore.testing.hosts import HOSTS
 
 SOURCE = Source("authors", "ControlGenAI/T-LoRA", "602c4f7", "tlora/model/lora.py")
 VERSIONS = ("torch",)
@@ -19,6 +24,11 @@ INPUTS, OUTPUTS, RANK, MIN_RANK = 7, 6, 5, 2
 KINDS = ("ortho_lora", "lortho_lora", "lora")
 TIMESTEPS = {0: 1.0, 200: 2.0, 500: 1.0, 999: 1.0}
 """And the exponent of the rank at each."""
+LAYERS, WIDE, NARROW, PART = 60, 200, 160, 128
+"""How many layers are drawn, their sizes and rank."""
+PARTS = ("principal", "last", "middle")
+SIDE, FEW = 6, 3
+"""The side of a square weight that is decomposed, and the rank, such that an odd number of values is left over."""
 
 
 def wave(*shape: int) -> Tensor:
@@ -78,3 +88,59 @@ def numbers(checkout: Path) -> dict[str, dict[str, Any]]:
             grads = {name: own.grad.tolist() for name, own in held.items()}
             found[f"{kind} {timestep}"] = {"output": output.tolist(), "x": x.grad.tolist(), **grads}
     return found
+
+
+def start(checkout: Path) -> dict[str, Any]:
+    """Returns what A and B are drawn from in each kind; the singular values of many layers, in one draw; and, of the
+    decomposition of a wave, the singular values and the product of all three.
+
+    Orthonormal ones are those of a square layer: of others theirs are columns, too, with which LAPACK fills up a basis.
+    """
+    layers = load(checkout / SOURCE.script, root=checkout).lora_linear_layers.classes
+    gc.collect = lambda *_: 0  # after each layer
+    plain = layers["lora"](WIDE, NARROW, NARROW)  # their trainer takes no more ranks than a layer has
+    found: dict[str, Any] = {"zero": {"A": drawn(plain.down.weight), "B": drawn(plain.up.weight)}}
+    for part in PARTS:
+        many = [layers["ortho_lora"](WIDE, NARROW, PART, sig_type=part) for _ in range(LAYERS)]
+        values = drawn(torch.stack([each.lambda_layer for each in many]))
+        square = layers["ortho_lora"](WIDE, WIDE, PART, sig_type=part)
+        factors = {"A": drawn(square.q_layer.weight), "B": drawn(square.p_layer.weight)}
+        found[f"random {part}"] = {**factors, "values": values}
+        base = nn.Linear(SIDE, SIDE).double()
+        base.weight.data.copy_(wave(SIDE, SIDE))
+        own = layers["lortho_lora"](base, SIDE, SIDE, FEW, sig_type=part)
+        product = own.p_layer.weight * own.lambda_layer @ own.q_layer.weight
+        found[f"weight {part}"] = {"values": own.lambda_layer[0].tolist(), "product": product.tolist()}
+    return found
+
+
+OURS = {"to_out_lora": "to_out.0", "q_layer.weight": "A", "p_layer.weight": "B", "lambda_layer": "values"}
+
+
+def trains(checkout: Path) -> dict[str, int]:
+    """Returns the sizes of all that their optimizer is given, by our names, in the UNet of the kit at rank 4."""
+    told = SimpleNamespace(trainer_type="ortho_lora", lora_rank=4, sig_type="last")
+    absent = ("wandb", "tlora.model.pipeline_sdxl")
+    trainer = load(checkout / "tlora/trainer_sdxl.py", root=checkout, absent=absent).TLoraTrainerSDXL(told)
+    trainer.unet, trainer.accelerator = HOSTS["unet"].build()[0], MagicMock()
+    trainer.vae = trainer.text_encoder = trainer.text_encoder_2 = nn.Linear(1, 1)
+    trainer.setup_model()
+    trained = {name: each for name, each in trainer.unet.named_parameters() if each.requires_grad}
+    assert {*map(id, trained.values())} == {*map(id, trainer.params_to_optimize)}
+    found = {}
+    for name, each in trained.items():
+        path, _, rest = name.partition(".processor.")
+        projection, _, tensor = rest.partition(".")
+        found[f"{path}.{OURS.get(projection, projection.removesuffix('_lora'))}.{OURS[tensor]}"] = each.numel()
+    return found
+
+
+def defaults(checkout: Path) -> dict[str, Any]:
+    """Returns what their parser makes of the README's command for SDXL."""
+    _, _, text = (checkout / "README.md").read_text(encoding="utf-8").partition("accelerate launch train.py")
+    given = flags(text.partition("```")[0])
+    sys.argv = ["train.py", *(f"--{name}={value}" for name, value in given.items())]
+    told = load(checkout / "train.py", absent=["tlora.trainer_sdxl"]).parse_args()
+    started = {"ortho_lora": "random", "lortho_lora": "weight", "lora": "zero"}[told.trainer_type]
+    ranks = {"rank": told.lora_rank, "min_rank": told.min_rank, "power": told.alpha_rank_scale}
+    return {**ranks, "start": started, "part": told.sig_type}
