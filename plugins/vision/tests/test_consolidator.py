@@ -1,5 +1,5 @@
-"""Consolidator: the conformance kit; numbers of the authors' code, merged ones and gradients too, its start, what trains
-and its options; its equation in a ViT, written a second time as weights; and stochastic depth."""
+"""Consolidator: the conformance kit; numbers of the authors' code, merged ones and gradients too, its start, what
+trains and its options; its equation in a ViT, written a second time as weights; and stochastic depth."""
 
 from collections.abc import Callable
 from copy import deepcopy
