@@ -1,6 +1,6 @@
 """DyT: the conformance kit; a training step of the authors' code with its loss and gradients, its start, what trains
-and its options; the equation a second time in float64, in training and where norms stand behind branches; its losses in a
-route, with padding and under checkpoints; which tokens always go through, and what is refused."""
+and its options; the equation a second time in float64, in training and where norms stand behind branches; its losses in
+a route, with padding and under checkpoints; which tokens always go through, and what is refused."""
 
 from collections.abc import Callable
 from copy import deepcopy
