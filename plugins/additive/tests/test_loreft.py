@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import ConfigError, MissingContext, NotMergeable, TargetError, UnsupportedSite
-from peftcore.testing import against, conformance, frozen, same_start
+from peftcore.testing import against, conformance, frozen, same_defaults, same_start
 from peftcore.testing.hosts import HOSTS
 from peftcore.testing.tools import without_fast_paths
 from peftcore_additive.loreft import ReftOperator
@@ -260,6 +260,19 @@ def test_what_trains_is_what_the_authors_train(kind: Any) -> None:
         for name, _ in injection.operators[f"model.layers.{layer}"].ends["prefix"].named_parameters()
     ]
     assert {"model": [], "own": own} == frozen(NUMBERS, "trains")[kind]
+
+
+@against("authors", "loreft", **CODE, part="defaults")
+def test_defaults_are_the_authors() -> None:
+    """Beside those of a command that names none, which are for a Llama of 32 layers."""
+    why = {
+        "rank": "4 is the rank of their first command and of their README; 8 is for four layers, and ours takes all",
+        "prefix_positions": "their code of the paper's numbers has three first positions in all layers, for GLUE",
+        "suffix_positions": "as there, no last ones; what they add differs from task to task, up to seven",
+        "layers": "None takes all, as most of their commands do: numbers of layers fit one depth of model",
+    }
+    config = peftcore.apply(llama(hidden_size=8, num_hidden_layers=2), "loreft").config
+    same_defaults(config, frozen(NUMBERS, "defaults"), otherwise=why)
 
 
 FROZEN = frozen(Path(__file__).parent / "numbers" / "loreft.json")

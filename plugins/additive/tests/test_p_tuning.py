@@ -15,7 +15,7 @@ import transformers
 from torch import Tensor, nn
 
 import peftcore
-from peftcore.testing import against, check_method, conformance, frozen, same_start
+from peftcore.testing import against, check_method, conformance, frozen, same_defaults, same_start
 from peftcore.testing.hosts import HOSTS
 from peftcore.testing.kit import fill
 
@@ -188,7 +188,7 @@ def test_the_residual_network_of_its_authors() -> None:
 
 
 AUTHORS = Path(__file__).parent / "numbers" / "p_tuning.json"
-CODE = {"repository": "THUDM/P-tuning", "commit": "f4225d4", "script": "LAMA/p_tuning/prompt_encoder.py"}
+CODE: Any = {"repository": "THUDM/P-tuning", "commit": "f4225d4", "script": "LAMA/p_tuning/prompt_encoder.py"}
 
 
 @against("authors", "p_tuning", **CODE)
@@ -229,6 +229,17 @@ def test_what_trains_is_what_the_authors_train() -> None:
     options = {"length": sum(script["TEMPLATE"]), "encoder": "lstm", "hidden": script["WIDTH"] // 2}
     (operator,) = peftcore.apply(model, "p_tuning", **options).operators.values()
     assert {name: each.numel() for name, each in operator.named_parameters()} == frozen(AUTHORS, "trains")
+
+
+@against("authors", "p_tuning", **CODE, part="defaults")
+def test_defaults_are_the_authors() -> None:
+    why = {
+        "length": "theirs are nine rows in three places of a cloze; ours stand in front, as many as in prompt_tuning",
+        "encoder": "the perceptron is what peft takes, and has no steps one after the other",
+        "hidden": "None stands for the width of the embeddings, which their LSTM has in both directions together",
+    }
+    config = peftcore.apply(host("llama")[0], "p_tuning").config
+    same_defaults(config, frozen(AUTHORS, "defaults"), otherwise=why)
 
 
 def test_the_residual_network_starts_from_words() -> None:

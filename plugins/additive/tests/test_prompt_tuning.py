@@ -132,6 +132,17 @@ def test_no_token_is_drawn_twice_where_there_are_enough() -> None:
             assert len(table) == drawn == found.any(0).sum()
 
 
+@against("authors", "prompt_tuning", **CODE, part="trains")
+def test_what_trains_is_what_the_authors_train() -> None:
+    """The one tensor of the prompt, in the encoder of a T5."""
+    model, _ = host("t5")
+    injection = peftcore.apply(model, "prompt_tuning")
+    assert frozen(AUTHORS, "trains") == ["encoder/prompt/prompt/prompt"]
+    own = {id(each) for each in injection.operators["encoder:sequence"].parameters()}
+    assert {id(each) for each in model.parameters() if each.requires_grad} == own
+    assert list(injection.state_dict()) == ["encoder:sequence.prompt"]
+
+
 @against("authors", "prompt_tuning", **CODE, part="defaults")
 def test_defaults_are_the_authors() -> None:
     config, short = peftcore.apply(host("llama")[0], "prompt_tuning").config, "the paper gains little beyond 20 rows"

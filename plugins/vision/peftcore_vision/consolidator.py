@@ -7,7 +7,7 @@ P is the identity, or with `reorder` deals the inputs of each group to all group
 number j g + i. Several `groups` are branches that add up, each with a c and a draw of its own. The drop is stochastic
 depth: it leaves whole rows of what the matrix reads without the branch. G and c are uniform in +-1e-3 at the start:
 near the identity, not exactly. All matrices of blocks have one, and all norms train, as in the authors' code; there the
-biases of the matrices train beside c, which is the same sum.
+biases of the matrices train beside c, to which they add up: `train` takes their names where that is wanted.
 
 Kernels of convolutions are in the blocks, [out/g, in/g, kernel]. Experts have blocks of their own, and no c where they
 have no biases.

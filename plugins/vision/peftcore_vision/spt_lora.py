@@ -12,9 +12,9 @@ the budget, which is `share` of the weights of all sites; the authors' steps are
 was chosen stands in `overrides`, so the file has it; where the user overrides a site, that stays.
 
 A is uniform in +-1/sqrt(in), B zero: a fresh adapter is an exact identity. Theirs are made so too, but the reset of
-their whole model then draws A and B anew, from N(0, 0.02^2) both. Their code drops inputs of updates, and whole updates
-of samples, with 0.1 in training, and leaves entries of norms frozen that were chosen and count. Queries,
-keys and values of one fused matrix count apart. The authors train the head and the class token along
+their whole model then draws A and B anew, from N(0, 0.02^2) both: `init_std` is for that. Their code drops inputs of
+updates, and whole updates of samples, with 0.1 in training, and leaves entries of norms frozen that were chosen and
+count. Queries, keys and values of one fused matrix count apart. The authors train the head and the class token along
 (``train=["head"]``), count 768 numbers of the token in the budget, which is not done here, and leave embeddings alone.
 SPT-Adapter, with bottlenecks in place of low rank, is not here. Weights that are quantized are left out. Without data,
 as in a plan, each matrix has an update and each vector trains as a whole; ``share=1`` allots the same.
@@ -33,7 +33,7 @@ from itertools import islice
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from peftcore.author import (
@@ -70,6 +70,9 @@ class Config(MethodConfig):
     """How many batches of the data are looked at, at most."""
     dropout: Share = 0.0
     """Probability with which inputs of updates are dropped in training."""
+    init_std: NonNegativeFloat | None = None
+    """Standard deviation of both factors of updates at the start, 0.02 in the authors' code; None: an exact
+    identity."""
     entries: NonNegativeInt | None = None
     """Number of entries that train, of a single site; None: a low-rank update, or all of a vector. Data decides it."""
 
@@ -89,6 +92,9 @@ class UpdateOperator(Operator):
         bound = 1 / math.sqrt(math.prod(inputs))
         self.A = nn.Parameter(torch.empty(*site.batch, config.rank, *inputs).uniform_(-bound, bound))
         self.B = nn.Parameter(torch.zeros(*site.batch, site.out_features, config.rank))
+        if config.init_std is not None:
+            for factor in (self.A, self.B):
+                nn.init.normal_(factor, std=config.init_std)
 
     @low_rank
     def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:

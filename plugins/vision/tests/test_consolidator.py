@@ -1,9 +1,10 @@
-"""Consolidator: the conformance kit; numbers of the authors' code, merged ones and gradients too; its equation in a
-ViT, written a second time as weights; and stochastic depth."""
+"""Consolidator: the conformance kit; numbers of the authors' code, merged ones and gradients too, its start, what
+trains and its options; its equation in a ViT, written a second time as weights; and stochastic depth."""
 
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,12 +13,12 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import UnsupportedSite
-from peftcore.testing import against, conformance, frozen
+from peftcore.testing import against, conformance, frozen, same_defaults, same_start
 from peftcore_vision.consolidator import ConsolidatorOperator
 
 timm = pytest.importorskip("timm")
 NUMBERS = Path(__file__).parent / "numbers" / "consolidator.json"
-AUTHORS = {"repository": "THU-MIG/Consolidator", "commit": "545d006", "script": "model/vision_transformer_timm.py"}
+AUTHORS: Any = {"repository": "THU-MIG/Consolidator", "commit": "545d006", "script": "model/vision_transformer_timm.py"}
 CASES = {"one": ((4,), False), "dealt": ((4,), True), "several": ((6, 3), True)}
 
 
@@ -50,6 +51,46 @@ def test_numbers_of_the_authors_code(case: str) -> None:
     for name, value in found.items():
         expected = torch.tensor(numbers[name], dtype=torch.float64)
         torch.testing.assert_close(value.flatten(), expected, rtol=1e-10, atol=1e-12, msg=name)
+
+
+@against("authors", "consolidator", **AUTHORS, part="start")
+def test_start_is_the_authors() -> None:
+    host = nn.Sequential(nn.Linear(20, 40_000))
+    operator: Any = peftcore.apply(host, "consolidator", target="0", groups=(2,)).operators["0"]
+    told = frozen(NUMBERS, "start")
+    same_start(operator.G[0], told["G"])
+    same_start(operator.c[0], told["c"])
+
+
+def one_block() -> Any:
+    sizes = {"img_size": 8, "patch_size": 4, "embed_dim": 8, "depth": 1, "num_heads": 1, "num_classes": 3}
+    return timm.models.VisionTransformer(**sizes)
+
+
+@against("authors", "consolidator", **AUTHORS, part="trains")
+def test_what_trains_is_what_the_authors_train() -> None:
+    """With the head and the biases of the matrices, which `train` names here."""
+    matrices = [f"blocks.0.{name}" for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")]
+    along = ["head", *(f"{path}.bias" for path in matrices)]
+    injection, found = peftcore.apply(one_block(), "consolidator", groups=(2,), train=along), {}
+    for path, operator in injection.operators.items():
+        if isinstance(operator, ConsolidatorOperator):
+            assert operator.c is not None
+            found[f"{path}.fc_rep_branches.0.group_fc.weight"] = operator.G[0].numel()
+            found[f"{path}.fc_rep_branches.0.group_fc.bias"] = operator.c[0].numel()
+        else:
+            layer = path.removesuffix(".bias")
+            name = f"{layer}.fc_origin" if layer in matrices else layer
+            found[f"{name}.{'weight' if path == layer else 'bias'}"] = operator.value.numel()
+    assert found == frozen(NUMBERS, "trains")
+    assert sum(each.numel() for each in injection.parameters()) == sum(found.values())
+
+
+@against("authors", "consolidator", **AUTHORS, part="defaults")
+def test_defaults_are_the_authors() -> None:
+    config = peftcore.apply(one_block(), "consolidator").config
+    why = "None stands for half of the greatest common divisor, which is theirs in a ViT-B and exists in all widths"
+    same_defaults(config, frozen(NUMBERS, "defaults"), otherwise={"groups": why})
 
 
 def written_out(G: Tensor, groups: int, dealt: bool) -> Tensor:

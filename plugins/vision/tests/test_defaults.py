@@ -157,6 +157,11 @@ HELD: Held = {
         0.0,
         "ziplab/SPT@e385f67, model/vision_transformer_timm.py: nn.Dropout(p=0.1) and DropPath(0.1); ours has none",
     ),
+    ("spt_lora", "init_std"): (
+        None,
+        "ziplab/SPT@e385f67, model/vision_transformer_timm.py: nn.init.zeros_(self.learnable[1].weight), which "
+        "trunc_normal_(module.weight, std=.02) of the whole model then overwrites; ours stays an identity",
+    ),
     ("spt_lora", "entries"): (None, "ziplab/SPT@e385f67, engine.py: grad_sum, which gradients decide"),
     ("pixel_vp", "shape"): ("frame", f"{PROMPTERS}, main_clip.py: --method default='padding'"),
     ("pixel_vp", "size"): (None, f"{PROMPTERS}, main_clip.py: --prompt_size default=30, of 224; ours is that share"),

@@ -1,6 +1,6 @@
-"""DyT: the conformance kit; a training step of the authors' code with its loss and gradients; the equation a second
-time in float64, in training and where norms stand behind branches; its losses in a route, with padding and under
-checkpoints; which tokens always go through, and what is refused."""
+"""DyT: the conformance kit; a training step of the authors' code with its loss and gradients, its start, what trains
+and its options; the equation a second time in float64, in training and where norms stand behind branches; its losses in
+a route, with padding and under checkpoints; which tokens always go through, and what is refused."""
 
 from collections.abc import Callable
 from copy import deepcopy
@@ -17,14 +17,15 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import ConfigError, SequenceError, TrainingError, UnsupportedSite
-from peftcore.testing import against, conformance, frozen
+from peftcore.testing import against, conformance, frozen, same_defaults, same_start
 from peftcore.testing.hosts import HOSTS
 from peftcore.testing.tools import without_fast_paths
 
 timm = pytest.importorskip("timm")
 NUMBERS = Path(__file__).parent / "numbers" / "dyt.json"
 NAMES = {"adaptmlp.down_proj": "down", "adaptmlp.up_proj": "up", "mlp_token_select.mlp_head": "gate"}
-AUTHORS = {"repository": "NUS-HPC-AI-Lab/Dynamic-Tuning", "commit": "d1744f0"}
+AUTHORS: Any = {"repository": "NUS-HPC-AI-Lab/Dynamic-Tuning", "commit": "d1744f0"}
+AUTHORS |= {"script": "models/vision_transformer_IN21K.py"}
 ALONE: dict[str, Any] = {"complete": 0.0, "dropout": 0.0, "dtype": "float64"}
 
 
@@ -41,7 +42,14 @@ def named(operator: nn.Module, theirs: str) -> nn.Parameter:
     return operator.get_parameter("gate_bias" if (name, kind) == ("gate", "bias") else name)
 
 
-@against("authors", "dyt", **AUTHORS, script="models/vision_transformer_IN21K.py")
+def by_their_names(injection: peftcore.Injection) -> dict[str, nn.Parameter]:
+    """Returns the tensors of operators by the names that the authors gave them in their model."""
+    end, parts = ".mlp.fc2", [f"{part}.{kind}" for part in NAMES for kind in ("weight", "bias")]
+    operators = {path.removesuffix(end): each for path, each in injection.operators.items() if path.endswith(end)}
+    return {f"{path}.{part}": named(each, part) for path, each in operators.items() for part in parts}
+
+
+@against("authors", "dyt", **AUTHORS)
 def test_a_step_of_the_authors(monkeypatch: pytest.MonkeyPatch) -> None:
     """Their loss of two passes with its gradients, the logits and the shares of both modes, with the same draws."""
     numbers, script = frozen(NUMBERS), module_of("dyt")
@@ -49,11 +57,7 @@ def test_a_step_of_the_authors(monkeypatch: pytest.MonkeyPatch) -> None:
     injection = peftcore.apply(
         model, "dyt", bottleneck=script.BOTTLENECK, rate=script.RATE, dropout=0.0, dtype="float64"
     )
-    theirs = {}
-    for path, operator in injection.operators.items():
-        for part in NAMES:
-            for kind in ("weight", "bias"):
-                theirs[f"{path.removesuffix('.mlp.fc2')}.{part}.{kind}"] = named(operator, f"{part}.{kind}")
+    theirs = by_their_names(injection)
     with torch.no_grad():
         for name, parameter in (*model.named_parameters(), *theirs.items()):
             if ".peft." not in name:
@@ -70,6 +74,35 @@ def test_a_step_of_the_authors(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in found.items():
         expected = torch.tensor(numbers[name], dtype=torch.float64)
         torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-11, msg=name)
+
+
+@against("authors", "dyt", **AUTHORS, part="start")
+def test_start_is_the_authors() -> None:
+    """Of forty blocks, taken together."""
+    model = timm.models.VisionTransformer(**module_of("dyt").MANY)
+    tensors = by_their_names(peftcore.apply(model, "dyt", bottleneck=4))
+    for name, told in frozen(NUMBERS, "start").items():
+        same_start(torch.cat([each.flatten() for key, each in tensors.items() if key.endswith(f".{name}")]), told)
+
+
+def one_block() -> Any:
+    """Returns a transformer as wide as that of the authors."""
+    return timm.models.VisionTransformer(**{**module_of("dyt").SIZES, "embed_dim": 768, "depth": 1, "mlp_ratio": 0.1})
+
+
+@against("authors", "dyt", **AUTHORS, part="trains")
+def test_what_trains_is_what_the_authors_train() -> None:
+    """With the head, which `train` names here."""
+    injection = peftcore.apply(one_block(), "dyt", train=["head"])
+    found = {name: each.numel() for name, each in by_their_names(injection).items()}
+    found |= {f"head.{name}": each.numel() for name, each in injection.model.head.named_parameters()}
+    assert found == frozen(NUMBERS, "trains")
+    assert sum(each.numel() for each in injection.parameters()) == sum(found.values())
+
+
+@against("authors", "dyt", **AUTHORS, part="defaults")
+def test_defaults_are_the_authors() -> None:
+    same_defaults(peftcore.apply(one_block(), "dyt").config, frozen(NUMBERS, "defaults"))
 
 
 def gates(x: Tensor, t: dict[str, Tensor], prefix: int, draws: Tensor | None = None) -> Tensor:

@@ -25,6 +25,7 @@ from vpt_equations import (
 import peftcore
 from peftcore.errors import CalibrationError, ConfigError, UnsupportedSite
 from peftcore.testing import against, conformance, frozen, same_defaults, same_start
+from peftcore_vision._pruned import PrunedOperator
 from peftcore_vision.e2vpt import KeyValueOperator, importance, prune
 
 NUMBERS = Path(__file__).parent / "numbers" / "e2vpt.json"
@@ -94,6 +95,23 @@ def test_start(shared: bool) -> None:
     assert found.keys() == told.keys() == ({"prompt", "key"} if shared else {"prompt", "key", "value"})
     for name, each in found.items():
         same_start(each, told[name])
+
+
+@against("authors", "e2vpt", **CODE, part="trains")
+def test_what_trains_is_what_the_authors_train_of_pruned_prompts() -> None:
+    """At first theirs trains its masks too, which here are 1, as the module says."""
+    injection = peftcore.apply(timm.models.VisionTransformer(**TIMM), "e2vpt", **TINY)
+    prune(injection, torch.arange(12.0).view(3, 4), tokens=1, segments=1)
+    first, *later = (each.prompt.numel() for each in injection.operators.values() if isinstance(each, PrunedOperator))
+    found = {"enc.transformer.prompt_embeddings": first, "enc.transformer.deep_prompt_embeddings": sum(later)}
+    for number, own in enumerate(pairs(injection)):
+        name = f"enc.transformer.encoder.layer.{number}.attn.deep_QKV_embeddings"
+        found[name] = sum(each.numel() for each in own.parameters())
+    found |= {f"head.last_layer.{name}": each.numel() for name, each in injection.model.head.named_parameters()}
+    told = frozen(NUMBERS, "trains")
+    assert found == told["again"]
+    assert sum(each.numel() for each in injection.parameters()) == sum(found.values())
+    assert all("_mask_" in name for name in told["first"].keys() - found.keys())
 
 
 @against("authors", "e2vpt", **CODE, part="defaults")

@@ -1,4 +1,5 @@
-"""EVP: the authors' SegFormer with the same numbers, the equation behind class tokens, and what is refused."""
+"""EVP: the authors' SegFormer with the same numbers, its start, what trains and its options, the equation behind class
+tokens, and what is refused."""
 
 import re
 from collections.abc import Callable
@@ -12,13 +13,15 @@ from vpt_equations import HOSTS, host, pixels, timm, transformers, wave
 
 import peftcore
 from peftcore.errors import ConfigError, UnsupportedSite
-from peftcore.testing import against, conformance, frozen
+from peftcore.testing import against, conformance, frozen, same_defaults, same_start
 from peftcore.testing.hosts import HOSTS as SMALL
 from peftcore.testing.kit import fill
 from peftcore_vision._explicit import StageOperator
 from peftcore_vision.evp import EVPOperator
 
 NUMBERS = Path(__file__).parent / "numbers" / "evp.json"
+CODE: Any = {"repository": "NiFangBaAGe/Explicit-Visual-Prompt", "commit": "601ae99"}
+CODE |= {"script": "models/mmseg/models/backbones/mix_transformer_evp.py"}
 CLOSE = {"rtol": 1e-9, "atol": 1e-10}
 SEGFORMER: dict[str, Any] = {"hidden_sizes": [4, 8, 12, 16], "num_attention_heads": [1, 2, 2, 4], "mlp_ratios": [2] * 4}
 SEGFORMER |= {"depths": [2, 1, 1, 1], "sr_ratios": [4, 2, 1, 1], "drop_path_rate": 0.0}
@@ -72,6 +75,9 @@ def of_theirs(injection: peftcore.Injection) -> dict[str, Tensor]:
         found.update({} if module is None else {f"{name}.{part}": each for part, each in module.named_parameters()})
 
     for path, operator in injection.operators.items():
+        if path.startswith("decode_head"):
+            continue
+        path = path.removeprefix("segformer.")
         number = int(path.split(".")[1]) + 1
         if isinstance(operator, StageOperator):
             add(f"handcrafted_generator{number}.proj", operator.filter)
@@ -86,13 +92,7 @@ def of_theirs(injection: peftcore.Injection) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize(("frequencies", "patches"), [("high", True), ("low", True), ("high", False), ("none", True)])
-@against(
-    "authors",
-    "evp",
-    repository="NiFangBaAGe/Explicit-Visual-Prompt",
-    commit="601ae99",
-    script="models/mmseg/models/backbones/mix_transformer_evp.py",
-)
+@against("authors", "evp", **CODE)
 def test_the_authors_segformer_with_the_same_numbers(frequencies: Any, patches: bool, train: bool) -> None:
     numbers = frozen(NUMBERS)[f"{frequencies} {patches}"]
     model = segformer(train)
@@ -112,6 +112,35 @@ def test_the_authors_segformer_with_the_same_numbers(frequencies: Any, patches: 
         sum_ = (gradient * wave(gradient.shape, "weights")).sum()
         torch.testing.assert_close(sum_.item(), expected, rtol=1e-8, atol=1e-10, msg=name)
         assert gradient.abs().max() > 1e-7, name
+
+
+@against("authors", "evp", **CODE, part="start")
+def test_start_is_the_authors() -> None:
+    """Of stages that are 512 wide."""
+    wide = {"hidden_sizes": [512] * 4, "num_attention_heads": [1] * 4, "depths": [1] * 4}
+    model = transformers.SegformerModel(transformers.SegformerConfig(**{**SEGFORMER, **wide}))
+    told, found = frozen(NUMBERS, "start"), of_theirs(peftcore.apply(model, "evp"))
+    assert found.keys() == told.keys()
+    for name, tensor in found.items():
+        same_start(tensor, told[name])
+
+
+@against("authors", "evp", **CODE, part="trains")
+def test_what_trains_is_what_the_authors_train() -> None:
+    """With the decoder, which `train` names here."""
+    model = transformers.SegformerForSemanticSegmentation(transformers.SegformerConfig(**SEGFORMER))
+    size = sum(each.numel() for each in model.decode_head.parameters())
+    injection = peftcore.apply(model, "evp", reduction=2, train=["decode_head"])
+    own = {f"prompt_generator.{name}": each.numel() for name, each in of_theirs(injection).items()}
+    assert {"backbone": own, "decoder": True} == frozen(NUMBERS, "trains")
+    assert sum(each.numel() for each in injection.parameters()) == sum(own.values()) + size
+
+
+@against("authors", "evp", **CODE, part="defaults")
+def test_defaults_are_the_authors() -> None:
+    sizes = {**SEGFORMER, "hidden_sizes": [8, 8, 12, 16]}
+    config = peftcore.apply(transformers.SegformerModel(transformers.SegformerConfig(**sizes)), "evp").config
+    same_defaults(config, frozen(NUMBERS, "defaults"))
 
 
 def without_low(x: Tensor, share: float) -> Tensor:

@@ -1,5 +1,5 @@
 """SPT-LoRA: the places that the authors' code chooses by the same gradients; what their model with such changes
-computes and learns; what a budget came to in ViT-B/16; and files of what data chose."""
+computes and learns, and starts from; what a budget came to in ViT-B/16; and files of what data chose."""
 
 import math
 from collections import defaultdict
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import CalibrationError, InactiveSite
-from peftcore.testing import HOSTS, against, conformance, frozen, same_defaults
+from peftcore.testing import HOSTS, against, conformance, frozen, same_defaults, same_start
 from peftcore.testing.kit import fill
 from peftcore_vision._entries import EntriesOperator
 from peftcore_vision._sensitivity import allotted, counts, sensitivities
@@ -148,16 +148,16 @@ def tensors(injection: peftcore.Injection) -> dict[str, nn.Parameter]:
     return found
 
 
-def changed(**options: Any) -> Any:
+def changed(width: int | None = None, **options: Any) -> Any:
     """Returns an injection with what the authors' model of the script has: updates, entries and whole vectors."""
     script = module_of("spt_lora")
-    model = timm(script.SMALL, script.base)
+    model = timm({**script.SMALL, "embed_dim": width or script.SMALL["embed_dim"]}, script.base)
     updated = [
         f"blocks.{i}.{PARTS[m]}.weight" for i, row in enumerate(script.UPDATED) for m, one in enumerate(row) if one
     ]
     changes = dict.fromkeys([*updated, *script.WHOLE]) | {name: len(at) for name, at in script.ENTRIES.items()}
     data = [lambda host: host(script.wave((2, 3, 8, 8), "data")).square().sum()]
-    options |= {"rank": script.RANK, "overrides": told(model, changes), "dtype": "float64"}
+    options = {"rank": script.RANK, **options, "overrides": told(model, changes), "dtype": "float64"}
     return peftcore.apply(model, "spt_lora", data=data, **options)
 
 
@@ -194,6 +194,21 @@ def test_the_authors_number_of_parameters() -> None:
     changed = dict.fromkeys(whole) | {name: count for name, (count, _) in numbers["entries"].items()}
     plan = peftcore.plan(model, "spt_lora", overrides=told(model, changed))
     assert plan.trainable + 768 == round(numbers["millions"] * 1e6) == 380_909
+
+
+@against("authors", "spt_lora", **CODE, part="start")
+def test_start_is_the_authors() -> None:
+    """With the deviation of their reset, which `init_std` names here: by default a fresh adapter is an identity."""
+    kinds: dict[str, list[Tensor]] = {"A": [], "B": [], "entries": []}
+    for operator in changed(width=200, rank=20, init_std=0.02).operators.values():
+        if isinstance(operator, UpdateOperator):
+            kinds["A"].append(operator.A.flatten())
+            kinds["B"].append(operator.B.flatten())
+        else:
+            kinds["entries"].append(operator.values)
+    assert len(kinds["A"]) == sum(map(sum, module_of("spt_lora").UPDATED))
+    for kind, told in frozen(NUMBERS, "start").items():
+        same_start(torch.cat(kinds[kind]), told)
 
 
 @against("authors", "spt_lora", **CODE, part="trains")

@@ -1,5 +1,5 @@
-"""What the interventions of LoReFT's authors make of a small Llama, in float64, on waves:
-``python -m peftcore.testing.freeze loreft_interventions.py CHECKOUT``.
+"""What the interventions of LoReFT's authors make of a small Llama, in float64, on waves, their start, what trains, and
+the options of a command: ``python -m peftcore.testing.freeze loreft_interventions.py CHECKOUT``.
 
 Their file derives from classes of pyvene, of which the numbers need only the width. What pyvene does besides, hooks do
 here: they intervene on what a layer returns, at the first two tokens and at the last one. Which tensors train, pyvene
@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import torch
 import transformers
@@ -27,6 +28,7 @@ VERSIONS = ("torch", "transformers", "pyvene")
 SIZES = {"vocab_size": 11, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2}
 SIZES |= {"num_attention_heads": 2, "max_position_embeddings": 16}
 IDS = [[1, 5, 3, 9, 2], [4, 4, 10, 0, 7]]
+ABSENT = ("wandb", "evaluate", "datasets", "task_config", "dataset", "compute_metrics", "pyreft")
 ENDS = {"prefix": [0, 1], "suffix": [4]}
 KINDS = {"loreft": "LoreftIntervention", "noreft": "NoreftIntervention", "direft": "NodireftIntervention"}
 RANK = 3
@@ -175,3 +177,17 @@ def trains(checkout: Path) -> dict[str, dict[str, list[str]]]:
         ]
         found[kind] = {"model": [key for key, p in whole.model.named_parameters() if p.requires_grad], "own": own}
     return found
+
+
+def defaults(checkout: Path) -> dict[str, Any]:
+    """Returns the options of a command that names none: of f1+l1, the first position and the last one."""
+    modules = {name: mock.MagicMock() for name in ABSENT}
+    with mock.patch.dict(sys.modules, modules):
+        command = load(checkout / "examples/loreft/train.py")
+    with mock.patch.object(command, "finetune") as finetune, mock.patch.object(sys, "argv", ["train.py"]):
+        command.main()
+    told = finetune.call_args.kwargs
+    first, last = (int(end[1:]) for end in told["position"].split("+"))
+    found = {"rank": told["rank"], "prefix_positions": first, "suffix_positions": last}
+    found |= {"layers": [int(each) for each in told["layers"].split(";")], "tied": told["share_weights"]}
+    return {**found, "dropout": told["dropout"], "activation": told["act_fn"]}

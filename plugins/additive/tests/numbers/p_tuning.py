@@ -1,6 +1,7 @@
-"""The prompt that the LSTM of P-tuning's authors makes, and its gradients, on tensors of sines:
-``python -m peftcore.testing.freeze p_tuning.py CHECKOUT``."""
+"""The prompt that the LSTM of P-tuning's authors makes, and its gradients, on tensors of sines, its
+start, what trains, and its options: ``python -m peftcore.testing.freeze p_tuning.py CHECKOUT``."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -58,13 +59,18 @@ def start(checkout: Path) -> dict[str, Any]:
     return {part: drawn(torch.cat(each)) for part, each in of.items()}
 
 
+def command(checkout: Path) -> Any:
+    """Returns the module of their command."""
+    return load(checkout / "LAMA/cli.py", root=checkout, absent=("LAMA.p_tuning.modeling", "LAMA.data_utils.vocab"))
+
+
 class Chosen(Exception):
     """What trains is chosen."""
 
 
 def trains(checkout: Path) -> dict[str, int]:
     """Returns what their trainer gives to its optimizer beside a frozen model, by our names: how many numbers."""
-    module = load(checkout / "LAMA/cli.py", root=checkout, absent=("LAMA.p_tuning.modeling", "LAMA.data_utils.vocab"))
+    module = command(checkout)
     encoder: Any = load(checkout / SOURCE.script, root=checkout / "LAMA").PromptEncoder
     told = SimpleNamespace(lstm_dropout=0.0, use_lm_finetune=False, lr=1e-5, weight_decay=0.0)
     model, given = encoder(TEMPLATE, WIDTH, None, "cpu", told), []
@@ -80,3 +86,15 @@ def trains(checkout: Path) -> dict[str, int]:
             names = {parameter: renamed(name) for name, parameter in model.named_parameters()}
             return {names[each]: each.numel() for each in given}
     raise AssertionError("it did not come to an optimizer")
+
+
+def defaults(checkout: Path) -> dict[str, Any]:
+    """Returns the options of a command that names none, and the network of an encoder of width 16."""
+    module = command(checkout)
+    with patch.object(sys, "argv", ["cli.py"]):
+        told = module.construct_generation_args()
+    encoder: Any = load(checkout / SOURCE.script, root=checkout / "LAMA").PromptEncoder
+    model = encoder(told.template, WIDTH, None, "cpu", told)
+    lstm = model.lstm_head
+    found = {"length": len(model.embedding.weight), "encoder": type(lstm).__name__.lower()}
+    return {**found, "hidden": lstm.hidden_size, "lstm_dropout": lstm.dropout}

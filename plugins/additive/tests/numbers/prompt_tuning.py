@@ -1,9 +1,10 @@
-"""What prompt tuning's authors put in front of embedded tokens, of sines, and how often a token is drawn for the start:
-``python -m peftcore.testing.freeze prompt_tuning.py CHECKOUT``.
+"""What prompt tuning's authors put in front of embedded tokens, of sines, how often a token is drawn for the start, and
+what trains: ``python -m peftcore.testing.freeze prompt_tuning.py CHECKOUT``.
 
 JAX does not run here. Their modules ask for little of it, which NumPy has under the same names.
 """
 
+import ast
 import dataclasses
 import re
 import sys
@@ -11,9 +12,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
+import transformers
 from torch import Tensor
 
 from peftcore.registry.evidence import Source
@@ -88,3 +91,23 @@ def defaults(checkout: Path) -> dict[str, int]:
     )
     assert found
     return {"length": int(found[1])}
+
+
+def trains(checkout: Path) -> list[str]:
+    """Returns which of the names of a T5's parameters, and of its prompt, their optimizer takes.
+
+    The names are those of transformers: what chooses is a pattern of theirs, and their T5 does not run here.
+    """
+    absent = (*ABSENT, "flax", "flax.optim", "jax", "jax.experimental")
+    with patch.dict(sys.modules):
+        utils = load(checkout / "prompt_tuning/train/utils.py", root=checkout, absent=absent)
+    configs = checkout / "prompt_tuning/configs"
+    model = (configs / "models/t5_1_1_prompt.gin").read_text()
+    path = (configs / "extended/models/wayward_t5_1_1_prompt.gin").read_text()
+    pattern, own = re.search(r"PROMPT_REGEX = (.*)", model), re.search(r'prompt_path = "(.*)"', path)
+    assert pattern and own
+    sizes = {"vocab_size": VOCABULARY, "d_model": WIDTH, "d_kv": 8, "d_ff": 8, "num_layers": 1, "num_heads": 2}
+    host = transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes))
+    names = [*(name.replace(".", "/") for name, _ in host.named_parameters()), own[1]]
+    chosen = utils.match_any(ast.literal_eval(pattern[1]))
+    return [name for name in names if chosen(f"/{name}", None)]

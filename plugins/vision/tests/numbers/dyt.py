@@ -1,24 +1,30 @@
 """The loss of a training step of DyT's authors with its gradients, and what their ViT says in training and evaluation,
-on tensors of sines: ``python -m peftcore.testing.freeze dyt.py CHECKOUT``."""
+on tensors of sines, what their blocks start from, what trains, and its options:
+``python -m peftcore.testing.freeze dyt.py CHECKOUT``."""
 
 import importlib
 import math
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock, patch
 
+import timm
 import torch
 from torch import Tensor
 
 from peftcore.registry.evidence import Source
+from peftcore.testing import drawn
 
 SOURCE = Source("authors", "NUS-HPC-AI-Lab/Dynamic-Tuning", "d1744f0", "models/vision_transformer_IN21K.py")
 VERSIONS = ("torch", "timm")
 SIZES: dict[str, Any] = {"img_size": 16, "patch_size": 4, "embed_dim": 8, "depth": 2, "num_heads": 2, "num_classes": 3}
+MANY: dict[str, Any] = {**SIZES, "embed_dim": 400, "depth": 40, "mlp_ratio": 0.1}
+"""Blocks with 16,000 numbers of dispatchers, and 40,000 and more of bottlenecks."""
 BOTTLENECK, RATE, LABELS = 4, 0.3, torch.tensor([2, 0, 1])
 
 
@@ -66,15 +72,19 @@ class Batches:
         return lambda *args, **kwargs: None
 
 
+def transformer(module: Any, sizes: dict[str, Any], adapter: dict[str, Any]) -> Any:
+    return module.VisionTransformer(
+        **sizes,
+        tuning_config=SimpleNamespace(**adapter, ffn_adapter_layernorm_option="none"),
+        select_config=SimpleNamespace(open=True, keep_layers=0),
+    )
+
+
 def numbers(checkout: Path) -> dict[str, Any]:
     """Returns the loss, the logits and the shares of open gates of both modes, and the gradients of what trains."""
     module, losses, engine = imported(checkout)
     adapter = {"ffn_num": BOTTLENECK, "ffn_adapter_init_option": "lora", "ffn_adapter_scalar": "0.1", "d_model": 8}
-    model: Any = module.VisionTransformer(
-        **SIZES,
-        tuning_config=SimpleNamespace(**adapter, ffn_adapter_layernorm_option="none"),
-        select_config=SimpleNamespace(open=True, keep_layers=0),
-    ).double()
+    model: Any = transformer(module, SIZES, adapter).double()
     for block in model.blocks:
         block.adaptmlp.dropout = 0.0
     with torch.no_grad():
@@ -102,3 +112,67 @@ def numbers(checkout: Path) -> dict[str, Any]:
             found[mode] = logits.tolist()
             found[f"{mode} share"] = selected["token_select"].mean().item()
     return found
+
+
+def start(checkout: Path) -> dict[str, Any]:
+    """Returns what the dispatchers and bottlenecks of many blocks start from, taken together."""
+    module, width = imported(checkout)[0], MANY["embed_dim"]
+    adapter = {"ffn_num": 4, "ffn_adapter_init_option": "lora", "ffn_adapter_scalar": "0.1", "d_model": width}
+    parts: dict[str, list[Tensor]] = {}
+    for name, parameter in transformer(module, MANY, adapter).named_parameters():
+        if "adaptmlp" in name or "mlp_token_select" in name:
+            parts.setdefault(name.split(".", 2)[2], []).append(parameter.flatten())
+    return {name: drawn(torch.cat(each)) for name, each in parts.items()}
+
+
+class Made(Exception):
+    """The criterion was made."""
+
+
+def command(checkout: Path) -> tuple[Any, dict[str, Any], Any, set[int]]:
+    """Returns what a command with no options makes: its options, those of its criterion, the model, and what the
+    optimizer is given, by identity. The pretrained model is as wide as theirs, and has one block."""
+    module, _, _ = imported(checkout)
+    names = ("configs", "util.pos_embed", "util.logger", "datasets", "datasets.image_datasets", "easydict")
+    stand_ins = {name: MagicMock() for name in (*names, "torch.utils.tensorboard", "timm.models.layers")}
+    stand_ins["easydict"].EasyDict = SimpleNamespace
+    with patch.dict(sys.modules, stand_ins):
+        main = importlib.import_module("main_image")
+    told = main.get_args_parser().parse_args(["--finetune", "VIT_BASE_IN21K", "--device", "cpu"])
+    told.pretrain_ckpts, told.distributed = {"VIT_BASE_IN21K": "file"}, False
+    main.misc.get_world_size, main.misc.get_rank = lambda: 1, lambda: 0
+    main.build_image_dataset = lambda args: ([], [], SIZES["num_classes"], "accuracy")
+    sizes, models = {**SIZES, "embed_dim": 768, "depth": 1, "mlp_ratio": 0.1, "qkv_bias": True}, []
+
+    def build(**options: Any) -> Any:
+        models.append(module.VisionTransformer(**{**sizes, **options}))
+        return models[-1]
+
+    main.vit_base_patch16_224_in21k = build
+    with (
+        patch("os.makedirs"),
+        patch.object(torch, "load", lambda *args, **kwargs: timm.models.VisionTransformer(**sizes).state_dict()),
+        patch("torch.utils.data.DataLoader"),
+        patch("torch.utils.data.DistributedSampler"),
+        patch("torch.optim.AdamW") as optimizer,
+        patch.object(main, "AdaLoss", side_effect=Made) as criterion,
+        suppress(Made),
+    ):
+        main.main(told)
+    return told, criterion.call_args.kwargs, models[0], {id(each) for each in optimizer.call_args.args[0]}
+
+
+def trains(checkout: Path) -> dict[str, int]:
+    """Returns the sizes of what trains in a transformer of one block, by name."""
+    *_, model, given = command(checkout)
+    return {name: each.numel() for name, each in model.named_parameters() if id(each) in given}
+
+
+def defaults(checkout: Path) -> dict[str, Any]:
+    """Returns the options of a command that names none, and what a dispatcher has by default."""
+    told, weights, model, _ = command(checkout)
+    (block,) = model.blocks
+    adapter, dispatcher = block.adaptmlp, block.mlp_token_select
+    found = {"bottleneck": told.ffn_num, "scale": adapter.scale, "dropout": adapter.dropout}
+    found |= {"rate": weights["token_target_ratio"], "rate_weight": weights["token_loss_ratio"]}
+    return {**found, "temperature": dispatcher.tau, "threshold": dispatcher.threshold}

@@ -1,5 +1,5 @@
 """What the prompted transformer of E2VPT's authors gives for images, the derivatives of their loss by its masks, what
-their trainer prunes by them, on tensors of cosines, and how their prompts start:
+their trainer prunes by them, on tensors of cosines, how their prompts start, and what trains:
 ``python -m peftcore.testing.freeze e2vpt.py CHECKOUT``."""
 
 import sys
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vpt import ABSENT, SIZES, named, wave
+from vpt import ABSENT, BACKBONES, SIZES, named, wave
 
 from peftcore.registry.evidence import Source
 from peftcore.testing import drawn
@@ -105,6 +105,24 @@ def start(checkout: Path) -> dict[str, Any]:
             if "QKV" in name and ".2." in name
         }
         found[str(shared)] = {part: drawn(own[name]) for part, name in names.items()}
+    return found
+
+
+def trains(checkout: Path) -> dict[str, dict[str, int]]:
+    """Returns the sizes of what trains in their classifier at first, and again when prompts are pruned."""
+    module, found = theirs(checkout), {}
+    classifier = load(checkout / "src/models/vit_models.py", root=checkout, absent=BACKBONES)
+    for time in ("first", "again"):
+        model = built(module, True, None)
+        model.head = torch.nn.Identity()  # as theirs that builds it
+        if time == "again":
+            model.transformer.mask_soft_tokens({1})
+            model.transformer.mask_soft_tokens_pieces({0: {2}})
+        classifier.build_vit_sup_models = lambda *args, model=model, **kwargs: (model, 16)
+        told = SimpleNamespace(TRANSFER_TYPE="P_VK", P_VK=SimpleNamespace(FT_PT_MIXED=False), MODEL_ROOT="", MLP_NUM=0)
+        config = SimpleNamespace(MODEL=told, DATA=SimpleNamespace(FEATURE="", CROPSIZE=8, NUMBER_CLASSES=3))
+        named = classifier.ViT(config).named_parameters()
+        found[time] = {name: each.numel() for name, each in named if each.requires_grad}
     return found
 
 

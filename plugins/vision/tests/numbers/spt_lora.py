@@ -1,5 +1,5 @@
 """What the authors of SPT choose in a small vision transformer, and what it computes and learns then, on tensors of
-cosines; and what they chose in ViT-B/16; what trains, and the options of a command:
+cosines; and what they chose in ViT-B/16; what changes start from, what trains, and the options of a command:
 ``python -m peftcore.testing.freeze spt_lora.py CHECKOUT``."""
 
 import math
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcore.registry.evidence import Source
+from peftcore.testing import drawn
 from peftcore.testing.checkouts import load
 
 SOURCE = Source("authors", "ziplab/SPT", "e385f67", "engine.py")
@@ -127,15 +128,16 @@ def tuned(module: Any) -> dict[str, Any]:
     return {name: part.flatten().tolist() for name, part in parts.items()}
 
 
-def changed(module: Any, **options: Any) -> Any:
+def changed(module: Any, width: int = SMALL["embed_dim"], rank: int = RANK, **options: Any) -> Any:
     """Returns a model of theirs with updates, entries and whole vectors, of which nothing drops."""
-    shapes = {name: parameter.shape for name, parameter in module.VisionTransformerSepQKV(**SMALL).named_parameters()}
+    sizes = {**SMALL, "embed_dim": width}
+    shapes = {name: parameter.shape for name, parameter in module.VisionTransformerSepQKV(**sizes).named_parameters()}
     index = {name: torch.stack(torch.unravel_index(torch.tensor(at), shapes[name]), 1) for name, at in ENTRIES.items()}
     with mock.patch.object(Tensor, "cuda", lambda tensor: tensor):
         return module.VisionTransformerSPT(
-            **SMALL,
+            **sizes,
             structured_list=UPDATED,
-            low_rank_dim=RANK,
+            low_rank_dim=rank,
             block="BlockSPTParallel",
             structured_type="lora",
             unstructured_indexes=index,
@@ -152,6 +154,16 @@ def in_a_vit(checkout: Path) -> dict[str, Any]:
     with torch.serialization.safe_globals([scalar, np.dtype, type(np.dtype("int64"))]):
         result = torch.load(checkout / CHOSEN, map_location="cpu", weights_only=True)
     return {"millions": float(result["params"]), **places(result)}
+
+
+def start(checkout: Path) -> dict[str, Any]:
+    """Returns what updates of rank 20 of a model that is 200 wide start from, taken together, and entries."""
+    model = changed(transformers(checkout), width=200, rank=20)
+    kinds = {"A": ".learnable.0.", "B": ".learnable.1.", "entries": ".sparse_"}
+    found = {
+        kind: [p.flatten() for name, p in model.named_parameters() if part in name] for kind, part in kinds.items()
+    }
+    return {kind: drawn(torch.cat(each)) for kind, each in found.items()}
 
 
 def trains(checkout: Path) -> dict[str, int]:
