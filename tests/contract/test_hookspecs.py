@@ -12,7 +12,7 @@ from core_toys import Doubling, DoublingOperator, Shift, perceptron, token_ids, 
 from torch import Tensor, nn
 
 import peftcore
-from peftcore import hookimpl
+from peftcore.author import hookimpl
 from peftcore.comparing.tasks.catalogue import find as find_task
 from peftcore.comparing.tasks.catalogue import places as tasks
 from peftcore.contract import hookspecs
