@@ -159,3 +159,20 @@ def test_an_interrupt_leaves_all_or_nothing(door: Callable[..., Any], since: str
     if before["names"]:
         peftcore.activate(model, *before["names"])
     assert torch.equal(run_without_gradients(model, token_ids()), here)
+
+
+@pytest.mark.parametrize("door", [apply, load, combine])
+def test_what_fails_last_is_undone_too(
+    door: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unread(methods: object) -> None:
+        raise OSError("the evidence cannot be read")
+
+    model, enter = door("lora", tmp_path)
+    before = state(model)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="evidence"):
+        patch.setattr("peftcore.injection.applying.notice_equation_only", unread)
+        enter()
+    now = state(model)
+    assert [key for key in before if now[key] != before[key]] == []
+    enter()
