@@ -19,8 +19,8 @@ from peftcore.authoring.budgets import reference
 from peftcore.comparing.quiet import unlogged
 from peftcore.contract.operators import Combiner, Operator, Replacement, WeightOperator
 from peftcore.errors import ConfigError, PeftcoreError
-from peftcore.injection.arguments import host_map, resolve_method, wishes_of
-from peftcore.injection.recording import prepare
+from peftcore.injection.applying import record
+from peftcore.injection.request import Request, host_map, resolve_method
 from peftcore.roles import HostEntry, HostMap
 from peftcore.roles.hostmap import part_roles
 from peftcore.roles.vocabulary import FUSED_ROLES, OTHER
@@ -161,7 +161,7 @@ def recorded(name: str, where: str) -> Surgeon:
     except ConfigError:
         method, config = resolve_method(name, snippets.options(peftcore.method(name)))
     with unlogged(), warnings.catch_warnings(action="ignore"):
-        return prepare(model, method, config, wishes_of(None, None, (), 0, None), found, dry=True)
+        return record(Request(model, method, config, host=found), dry=True)
 
 
 def folded(name: str, found: HostMap, surgeon: Surgeon) -> Drawn:

@@ -20,11 +20,12 @@ from peftcore.contract.config import MethodConfig, validate
 from peftcore.contract.method import Method
 from peftcore.contract.operators import Factors, _Base, changes_bias, is_mergeable
 from peftcore.errors import ConfigError, MergeError, NotMergeable, UnknownInjection, UnknownMethod, UnsupportedSite
-from peftcore.files.save_load import fill, load
+from peftcore.files.save_load import load
 from peftcore.forward.host_state import injections, state_of
-from peftcore.injection.establishing import check_name, establish
+from peftcore.injection.applied import fill
+from peftcore.injection.applying import apply_request
 from peftcore.injection.injection import Injection
-from peftcore.injection.recording import prepare
+from peftcore.injection.request import Request, check_name
 from peftcore.layers.layer import bias_name, put, take
 from peftcore.layers.pieces import whole
 from peftcore.registry.catalogue import method as find_method
@@ -187,13 +188,12 @@ def established(
         for key, sites in selections.items()
     }
     wishes = Wishes(train=train, dtype=dtype, saved=saved, untied=untied)
-    surgeon = prepare(model, method(), config, wishes, None, dry=False)
 
     def give(injection: Injection) -> None:
         fill(injection)
         injection.trainable(False)
 
-    return establish(surgeon, check_name(model, name), instead=instead, fill=give)
+    return apply_request(Request(model, method(), config, wishes, name=name, instead=instead, fill=give))
 
 
 @contextmanager

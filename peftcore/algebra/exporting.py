@@ -22,8 +22,8 @@ from peftcore.files.added_rows import check_no_rows
 from peftcore.files.readers.check import Report, check
 from peftcore.files.readers.reader import Reader
 from peftcore.files.save_load import save
-from peftcore.injection.arguments import host_map
 from peftcore.injection.injection import Injection
+from peftcore.injection.request import host_map
 from peftcore.injection.switching import activate
 from peftcore.registry.plugins import layer_of
 from peftcore.targets.resolver import Resolver

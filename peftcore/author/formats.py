@@ -30,8 +30,8 @@ from peftcore.files.formats.places import Place
 from peftcore.files.formats.rebasing import find_move
 from peftcore.files.formats.words import only_table
 from peftcore.files.safe_io import TensorFile, read_json
-from peftcore.injection.arguments import host_map
 from peftcore.injection.replicated_layers import replicated_layers, runs
+from peftcore.injection.request import host_map
 from peftcore.layers.layer import plain_class
 from peftcore.registry.plugins import imported, layer_of
 from peftcore.surgery.seeding import preserved_rng

@@ -18,10 +18,9 @@ from peftcore.contract.method import Method
 from peftcore.contract.operators import _Base
 from peftcore.errors import CalibrationError, ConfigError, TrainingError
 from peftcore.forward.host_state import injections
-from peftcore.injection.applying import apply
-from peftcore.injection.establishing import check_name, establish
+from peftcore.injection.applying import apply, apply_request
 from peftcore.injection.injection import Injection
-from peftcore.injection.recording import prepare
+from peftcore.injection.request import Request
 from peftcore.injection.switching import activate
 from peftcore.surgery.surgeon import Wishes
 
@@ -94,17 +93,15 @@ def apply_beside(model: nn.Module, name: str, method: Any, options: Mapping[str,
         raise ConfigError(f"this configuration has all options; name the method instead, with {sorted(options)}")
     if method.kind is None or method.options is None or method.wishes is None:
         raise ConfigError('an AdapterConfig is what model.peft_config has; for another adapter name a method: "lora"')
-    name = check_name(model, name)
-    with _nothing_active(model):
-        surgeon = prepare(model, method.kind(), method.options, method.wishes, None, dry=False)
-        injection = establish(surgeon, name, active=False)
-    if any(each.method.looks_at_data(each.config) for each in injection.family()):
-        injection.remove()
+    request = Request(model, method.kind(), method.options, method.wishes, name=name, active=False)
+    try:
+        with _nothing_active(model):
+            return apply_request(request)
+    except CalibrationError:
         raise CalibrationError(
             f"{method.kind.name} looks at data before training, so its configuration alone makes no adapter: "
             "peftcore.apply(model.get_base_model(), ..., name=..., data=batches)"
-        )
-    return injection
+        ) from None
 
 
 def check_same_state(one: Injection, other: Injection) -> None:

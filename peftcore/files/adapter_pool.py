@@ -20,10 +20,10 @@ from peftcore.errors import CheckpointError, ConfigError, MemoryLimit, UnknownIn
 from peftcore.files.safe_io import DTYPES, TensorFile, write_tensors
 from peftcore.forward.host_state import HostState, drop_state, state_of
 from peftcore.forward.residency import Residency
-from peftcore.injection.arguments import check_model
-from peftcore.injection.establishing import begin_state
+from peftcore.injection.applying import adapting
 from peftcore.injection.idle import IdleValues, InMemory, Store, Values
 from peftcore.injection.injection import Injection
+from peftcore.injection.request import check_model
 
 Shapes = dict[str, tuple[torch.dtype, torch.Size]]
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -102,19 +102,16 @@ def keep_within(
             "the model is on the CPU, so idle adapters would free nothing there: name a folder, idle=path"
         )
     store: Store = InMemory() if idle == "cpu" else InFolder(Path(idle))
-    if fresh:
-        state = begin_state(model, list(model.modules()))
-    pool = AdapterPool(model, state, room, store)
-    try:
-        for injection in state.injections.values():
-            pool.residency.add(injection)
-        state.residency = pool.residency
-        pool.residency.make_room()
-    except BaseException:
-        state.residency = None
-        if fresh:
-            drop_state(model)
-        raise
+    with adapting(model, list(model.modules())) as state:
+        pool = AdapterPool(model, state, room, store)
+        try:
+            for injection in state.injections.values():
+                pool.residency.add(injection)
+            state.residency = pool.residency
+            pool.residency.make_room()
+        except BaseException:
+            state.residency = None
+            raise
     return pool
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,15 +16,18 @@ from torch import nn
 
 from peftcore.contract.config import DTYPES, MethodConfig, described, validate_json
 from peftcore.contract.method import Method
-from peftcore.errors import CheckpointError, ConfigError, NewerFormat, UnknownMethod, shown
+from peftcore.errors import CheckpointError, ConfigError, HostMismatch, NewerFormat, UnknownMethod, shown
 from peftcore.injection.applied import AppliedMethod
 from peftcore.injection.injection import Injection
+from peftcore.injection.request import Request
 from peftcore.layers.layer import plain_class
 from peftcore.layers.pieces import whole
 from peftcore.registry.catalogue import method as find_method
 from peftcore.registry.catalogue import methods
 from peftcore.surgery.surgeon import Surgeon, Wishes
 from peftcore.targets.sites import Site
+
+logger = logging.getLogger("peftcore")
 
 FORMAT = 1
 WEIGHTS = (".safetensors", ".bin", ".gguf")
@@ -120,6 +124,50 @@ class Envelope(BaseModel):
         return Wishes(
             self.target, self.exclude, self.train, 0, DTYPES[self.dtype], saved, self.rows, untied=self.untied
         )
+
+    def request(self, model: nn.Module) -> Request:
+        """Returns the request by which the adapter is applied again, to a model.
+
+        Raises:
+            UnknownMethod: no installed plugin has its method.
+            NewerFormat: its options are newer than the installed plugin.
+            CheckpointError: its options are wrong, or operators cannot have the dtype.
+            HostMismatch: it stands at many more places than the model has.
+        """
+        cls = method_of(self)
+        request = Request(model, cls(), options_of(cls, self), self.wishes)
+        told, here = sum(map(len, self.selections.values())), sum(1 for _ in model.modules())
+        if told > 100 * here:
+            raise HostMismatch(
+                f"the adapter belongs to another base: it stands at {told:,} places, and here are {here:,}"
+            )
+        return request
+
+    def check(self, surgeon: Surgeon) -> None:
+        """Check that a model is one as the adapter was made on, by the operators that were recorded for it. Other names
+        of classes are logged.
+
+        Raises:
+            HostMismatch: shapes, ties or, where the file has a digest of them, weights differ.
+        """
+        made = f"the adapter belongs to another base (it was made on {self.host})"
+        if wrong := mismatched(self, surgeon.selections):
+            raise HostMismatch(f"{made}: {'; '.join(wrong[:8])}")
+        if tied := otherwise_tied(self, surgeon):
+            raise HostMismatch(
+                f"{made}: {'; '.join(tied[:8])}. Take a model with the same ties (tie_word_embeddings in the config of "
+                "one of transformers)"
+            )
+        if self.weights is not None and self.weights != weights_digest(graft.site for graft in surgeon.grafts):
+            raise HostMismatch(f"{made}: the base has other weights at its sites")
+        names = class_names(surgeon.model)
+        if self.classes and names and names != self.classes:
+            logger.warning(
+                "the adapter was trained with a head for the classes %s, in this order; the config of the model names "
+                "%s",
+                shown(list(self.classes)),
+                shown(list(names)),
+            )
 
     @property
     def text(self) -> str:

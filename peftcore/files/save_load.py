@@ -11,7 +11,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +19,6 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from peftcore.contract.config import MethodConfig
-from peftcore.contract.method import Method
 from peftcore.contract.operators import Checked
 from peftcore.errors import (
     CheckpointError,
@@ -32,16 +30,6 @@ from peftcore.errors import (
     TargetError,
     UnsupportedHost,
     UnsupportedSite,
-    shown,
-)
-from peftcore.files.envelope import (
-    Envelope,
-    class_names,
-    method_of,
-    mismatched,
-    options_of,
-    otherwise_tied,
-    weights_digest,
 )
 from peftcore.files.formats.card import CARD, Metrics, card, is_ours, metric_rows
 from peftcore.files.formats.description import Description
@@ -52,15 +40,14 @@ from peftcore.files.safe_io import clear_partial, write_made, write_tensors, wri
 from peftcore.forward.host_state import HostState
 from peftcore.forward.save_pretrained import saving_base
 from peftcore.injection import made_of_base
-from peftcore.injection.arguments import check_model
-from peftcore.injection.establishing import check_name, establish
+from peftcore.injection.applied import check_filled, fill
+from peftcore.injection.applying import apply_request, record
 from peftcore.injection.injection import Injection
-from peftcore.injection.recording import prepare
+from peftcore.injection.request import Request, check_model, check_name
 from peftcore.injection.swapping import matched, write
 from peftcore.layers.fsdp import gathered, one_writes
 from peftcore.layers.pieces import at_hand
-from peftcore.roles import HostMap
-from peftcore.surgery.surgeon import Surgeon, Wishes
+from peftcore.surgery.surgeon import Surgeon
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -237,23 +224,20 @@ def load(
     if name is not None:
         check_name(model, name)
     found = _read(model, path, revision, strict, words)
-    name = check_name(model, found.cls.name) if name is None else name
+    name = check_name(model, found.request.method.name if name is None else name)
     with _about(found.where), _values_wanted(model), at_hand(model.parameters()):
-        if room is None:
-            source, surgeon = None, found.surgeon()
-        else:
-            source, surgeon = found.filled(), found.surgeon(found.config.replace(**room))
-            matched(Injection(name, surgeon, HostState()), source)  # what does not fit is refused before it comes
+        source = None if room is None else found.filled()
+        config = found.request.config.replace(**(room or {}))
 
         def give(injection: Injection) -> None:
             if source is None:
                 fill(injection, found.tensors)
-                _check_filled(injection)
+                check_filled(injection)
             else:
                 write(injection, matched(injection, source))
             injection.trainable(trainable)
 
-        return establish(surgeon, name, active=active, fill=give)
+        return apply_request(replace(found.request, config=config, name=name, active=active, fill=give))
 
 
 def values_of(injection: Injection, path: str | os.PathLike[str], revision: str | None) -> Injection:
@@ -275,21 +259,13 @@ def values_of(injection: Injection, path: str | os.PathLike[str], revision: str 
 class _Read:
     """A saved adapter that fits a model."""
 
-    model: nn.Module
+    request: Request
     where: Path
-    cls: type[Method]
-    config: MethodConfig
-    wishes: Wishes
-    host: HostMap
     tensors: Mapping[str, Tensor]
-
-    def surgeon(self, config: MethodConfig | None = None) -> Surgeon:
-        """Returns operators for it, with their fresh values."""
-        return prepare(self.model, self.cls(), config or self.config, self.wishes, self.host, dry=False)
 
     def filled(self) -> Injection:
         """Returns it with its values, not installed."""
-        source = Injection(self.cls.name, self.surgeon(), HostState())
+        source = Injection(self.request.method.name, record(self.request), HostState())
         fill(source, self.tensors)
         return source
 
@@ -308,24 +284,20 @@ def _read(
         content = kind.open(place, model) if words is None else kind.open_with_words(place, model, words)
     with _about(content.where), _values_wanted(model), saving_base(), at_hand(model.parameters()):
         envelope = content.envelope
-        cls = method_of(envelope)
-        config = options_of(cls, envelope)
-        wishes = envelope.wishes
-        _check_sites(envelope, model)
+        request = envelope.request(model)
         try:
             with _Bounded(model):
-                rehearsal = prepare(model, cls(), config, wishes, None, dry=True)
+                rehearsal = record(request, dry=True)
         except CheckpointError:
             raise
         except (TargetError, UnsupportedSite, UnsupportedHost) as error:
             where = f" (it was made on {envelope.host})" if envelope.host else ""
             raise HostMismatch(f"the adapter does not fit this base{where}: {error}") from None
-        _check_host(envelope, rehearsal)
-        _tell_other_classes(envelope, model)
+        envelope.check(rehearsal)
         tensors = content.tensors(rehearsal, strict)
         _check_memory(rehearsal, tensors)
         _check_values(rehearsal, tensors)
-    return _Read(model, content.where, cls, config, wishes, rehearsal.resolver.host, tensors)
+    return _Read(replace(request, host=rehearsal.resolver.host), content.where, tensors)
 
 
 def describe(path: str | os.PathLike[str], revision: str | None = None) -> Description:
@@ -387,35 +359,6 @@ class _Bounded(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _check_sites(envelope: Envelope, model: nn.Module) -> None:
-    told, here = sum(map(len, envelope.selections.values())), sum(1 for _ in model.modules())
-    if told > 100 * here:
-        raise HostMismatch(f"the adapter belongs to another base: it stands at {told:,} places, and here are {here:,}")
-
-
-def _check_host(envelope: Envelope, surgeon: Surgeon) -> None:
-    made = f"the adapter belongs to another base (it was made on {envelope.host})"
-    if wrong := mismatched(envelope, surgeon.selections):
-        raise HostMismatch(f"{made}: {'; '.join(wrong[:8])}")
-    if tied := otherwise_tied(envelope, surgeon):
-        raise HostMismatch(
-            f"{made}: {'; '.join(tied[:8])}. Take a model with the same ties (tie_word_embeddings in the config of one "
-            "of transformers)"
-        )
-    if envelope.weights is not None and envelope.weights != weights_digest(graft.site for graft in surgeon.grafts):
-        raise HostMismatch(f"{made}: the base has other weights at its sites")
-
-
-def _tell_other_classes(envelope: Envelope, model: nn.Module) -> None:
-    names = class_names(model)
-    if envelope.classes and names and names != envelope.classes:
-        logger.warning(
-            "the adapter was trained with a head for the classes %s, in this order; the config of the model names %s",
-            shown(list(envelope.classes)),
-            shown(list(names)),
-        )
-
-
 def _check_values(surgeon: Surgeon, tensors: Mapping[str, Tensor]) -> None:
     """Check values that only the method understands; all wrong ones are named."""
     modules = [(graft.key, graft.operator) for graft in surgeon.grafts]
@@ -442,34 +385,3 @@ def _check_memory(surgeon: Surgeon, tensors: Mapping[str, Tensor]) -> None:
         raise CheckpointError(
             f"it holds {known:,} bytes of an adapter that needs {needed:,}: more than the host itself has, {host:,}"
         )
-
-
-@torch.no_grad()
-def fill(injection: Injection, tensors: Mapping[str, Tensor]) -> None:
-    """Copy values into an injection's tensors, by their names in files."""
-    for path, module in injection.modules():
-        for key, value in module.state_dict(keep_vars=True).items():
-            saved = tensors.get(f"{path}.{key}")
-            if saved is not None and value.is_meta:  # it was to start from the host's weight
-                _put(module, key, saved.to(value.dtype))
-            elif saved is not None:
-                value.data.copy_(saved)
-
-
-def _put(module: nn.Module, key: str, value: Tensor) -> None:
-    """Give a value to a tensor that has no memory."""
-    below, _, name = key.rpartition(".")
-    owner = module.get_submodule(below)
-    if name in owner._parameters:
-        owner._parameters[name] = nn.Parameter(value, requires_grad=False)
-    else:
-        owner._buffers[name] = value
-
-
-def _check_filled(injection: Injection) -> None:
-    held = ((path, name, each) for path, module in injection.modules()
-            for name, each in (*module.named_parameters(), *module.named_buffers()))  # fmt: skip
-    lacking = [f"{path}.{name}" for path, name, each in held if each.is_meta]
-    if lacking:
-        what = f"{injection.method.name} starts from its weights: {', '.join(lacking[:4])}"
-        raise NoWeights(f"the host is on the meta device, and {what}")

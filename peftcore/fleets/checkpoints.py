@@ -21,7 +21,7 @@ from torch import Tensor
 from peftcore.errors import CheckpointError, PeftcoreError, TrainingError
 from peftcore.files.formats.native import TENSORS
 from peftcore.files.safe_io import TensorFile, discard, read_json, write_tensors, write_text
-from peftcore.files.save_load import fill
+from peftcore.injection.applied import fill
 from peftcore.injection.injection import Injection
 from peftcore.layers.fsdp import gathered, in_group, is_sharded
 

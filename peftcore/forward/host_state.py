@@ -215,6 +215,16 @@ class HostState:
         wanted = set(names)
         return tuple(name for name in self.injections if name in wanted)
 
+    def together(self, stack: Active, name: str) -> Active:
+        """Returns the stack with which a new injection looks at data: itself alone, where it cannot act with the
+        others."""
+        try:
+            for slot in self.slots:
+                slot.check_stack(stack)
+        except CompositionError:
+            return (name,)
+        return stack
+
     def replan(self) -> None:
         """Let every slot plan for the choice that holds for everybody."""
         choice = self.choice

@@ -2,7 +2,7 @@
 
 It may import `training`, and what is below; saving is left to `files`, which is above. In the order of reading:
 
-- `applied`: one method with its operators; the parts of a hybrid.
+- `applied`: one method with its operators, and their values; the parts of a hybrid.
 - `summary`: one injection at a glance.
 - `router_report`: what the routers of a mixture did.
 - `quantized_layer`: quantized layers, and how a module becomes one in place.
@@ -16,10 +16,8 @@ It may import `training`, and what is below; saving is left to `files`, which is
 - `idle`: the values of an injection elsewhere, and back.
 - `made_of_base`: what is made of values of the base that its file does not hold.
 - `switching`: `activate`, `route`, `call`.
-- `arguments`: what the arguments of `apply` and `plan` say.
-- `recording`: records what a method installs; nothing changes.
-- `establishing`: installs what was recorded, and registers the injection.
-- `applying`: `apply` and `plan`.
+- `request`: what is asked for: a model, a method with its options, where to act, data or values.
+- `applying`: the road of a request into the model: record, look at data, install, fill; `apply` and `plan`.
 - `quantization`: `quantize`, and the contract of a scheme.
 - `replicated_layers`: layers that a model runs again with the same weights.
 """

@@ -4,15 +4,16 @@ hybrid."""
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 from peftcore.contract.config import MethodConfig
 from peftcore.contract.method import Method
 from peftcore.contract.operators import _Base
-from peftcore.errors import ExportError, PluginError
+from peftcore.errors import ExportError, NoWeights, PluginError
 from peftcore.layers.pieces import is_empty
 from peftcore.registry.plugins import registry
 from peftcore.surgery.surgeon import Graft, Surgeon
@@ -160,3 +161,39 @@ def choose_trained(applied: AppliedMethod) -> None:
     for graft in applied.grafts:
         if not graft.by_method:  # modules named in `train` train, whatever the method selects
             graft.operator.requires_grad_(True)
+
+
+@torch.no_grad()
+def fill(applied: AppliedMethod, tensors: Mapping[str, Tensor]) -> None:
+    """Copy values into the tensors of an adapter, by the names that `state_dict` has for them; others stay."""
+    for path, module in applied.modules():
+        for key, value in module.state_dict(keep_vars=True).items():
+            saved = tensors.get(f"{path}.{key}")
+            if saved is not None and value.is_meta:  # it was to start from the host's weight
+                _put(module, key, saved.to(value.dtype))
+            elif saved is not None:
+                value.data.copy_(saved)
+
+
+def _put(module: nn.Module, key: str, value: Tensor) -> None:
+    """Give a value to a tensor that has no memory."""
+    below, _, name = key.rpartition(".")
+    owner = module.get_submodule(below)
+    if name in owner._parameters:
+        owner._parameters[name] = nn.Parameter(value, requires_grad=False)
+    else:
+        owner._buffers[name] = value
+
+
+def check_filled(applied: AppliedMethod) -> None:
+    """Check that all tensors of an adapter have values.
+
+    Raises:
+        NoWeights: some were to start from weights of a host that is on the meta device.
+    """
+    held = ((path, name, each) for path, module in applied.modules()
+            for name, each in (*module.named_parameters(), *module.named_buffers()))  # fmt: skip
+    lacking = [f"{path}.{name}" for path, name, each in held if each.is_meta]
+    if lacking:
+        what = f"{applied.method.name} starts from its weights: {', '.join(lacking[:4])}"
+        raise NoWeights(f"the host is on the meta device, and {what}")

@@ -1,8 +1,15 @@
-"""`apply` and `plan`: adapt a model with a method, or return what that would come to."""
+"""The one road by which an adapter is installed in a model, whoever asks for it: `record` what the method installs, let
+it look at data, `install` it and fill in its values; all of it, or nothing on an error or an interrupt.
+
+`apply` makes a `Request` of its arguments, `load` one of a file, `combine` and its kin one of other adapters. `plan`
+records and changes nothing.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -12,19 +19,22 @@ from torch import nn
 from peftcore.contract.config import MethodConfig
 from peftcore.contract.method import Method
 from peftcore.contract.peft_names import is_peft_config
-from peftcore.errors import CalibrationError, ConfigError
-from peftcore.injection.arguments import Part, check_model, host_map, resolve_method, wishes_of, with_preset
-from peftcore.injection.establishing import check_name, establish
+from peftcore.errors import ConfigError, UnsupportedHost
+from peftcore.forward.active_adapters import Choice
+from peftcore.forward.host_state import HostState, drop_state, ensure_state, state_of
+from peftcore.injection import made_of_base
+from peftcore.injection.applied import Planned, choose_trained
 from peftcore.injection.injection import Injection
-from peftcore.injection.recording import plan_of, prepare
-from peftcore.layers.pieces import at_hand
-from peftcore.registry.plugins import imported
+from peftcore.injection.request import Part, Request, check_model, check_name
+from peftcore.layers.pieces import at_hand, is_in_engine
+from peftcore.registry.equation_only import notice_equation_only
+from peftcore.registry.plugins import imported, layer_of
 from peftcore.roles import HostMap
-from peftcore.surgery import parallel_models
+from peftcore.surgery.installation import release
 from peftcore.surgery.planning import Plan
 from peftcore.surgery.surgeon import Surgeon
-from peftcore.targets.resolver import Target
-from peftcore.training.batches import Data, find_structure
+from peftcore.targets.resolver import Resolver, Target
+from peftcore.training.batches import Data, calibrate, find_structure
 from peftcore.utils.notices import notice
 
 OF_PEFT = "peftcore.files.peft_configs:apply_peft_config"
@@ -92,25 +102,20 @@ def apply(
         _check_alone(method, target, exclude, train, data, dtype, host, config)
         injection: Injection = imported(OF_PEFT)(model, method, name=name, seed=seed)
         return injection
-    with at_hand(model.parameters()):
-        found, options = resolve_method(method, config)
-        target, train, host, called = with_preset(method, model, target, train, host)
-        name = check_name(model, (called or found.name) if name is None else name)
-        wishes = wishes_of(target, exclude, train, seed, dtype)
-        if type(found).structure is not Method.structure and data is not None:
-            host = host or host_map(model)
-            planned = prepare(model, found, options, wishes, host, dry=True)
-            sites = [replace(graft.site, meta=False) for graft in planned.grafts]
-            options, left_out = find_structure(found, model, data, options, sites)
-            wishes = replace(wishes, left_out=left_out)
-        surgeon = prepare(model, found, options, wishes, host, dry=False)
-        _check_data(surgeon, data)
-        if data is not None:
-            parallel_models.check_looks_at_no_data(surgeon)
-            _check_parts(surgeon, data)
-        injection = establish(surgeon, name, data)
-        notice(surgeon.notices)
-        return injection
+    request = Request.of(
+        model,
+        method,
+        config,
+        name=name,
+        target=target,
+        exclude=exclude,
+        train=train,
+        data=data,
+        seed=seed,
+        dtype=dtype,
+        host=host,
+    )
+    return apply_request(request)
 
 
 def plan(
@@ -139,11 +144,108 @@ def plan(
         PeftcoreError: the same errors as `apply`; UnsupportedHost also where a parameter cannot be sharded.
     """
     check_model(model)
-    found, options = resolve_method(method, config)
-    target, train, host, _ = with_preset(method, model, target, train, host)
+    request = Request.of(
+        model, method, config, target=target, exclude=exclude, train=train, seed=seed, dtype=dtype, host=host
+    )
     with at_hand(model.parameters()):
-        surgeon = prepare(model, found, options, wishes_of(target, exclude, train, seed, dtype), host, dry=True)
-        return plan_of(surgeon, shards)
+        return plan_of(record(request, dry=True), shards)
+
+
+def apply_request(request: Request) -> Injection:
+    """Carry out a request: `apply` without its arguments.
+
+    Raises:
+        PeftcoreError: as `apply`, or as `Request.fill` does. Nothing was changed then.
+    """
+    check_name(request.model, request.name)
+    with at_hand(request.model.parameters()):
+        request = _decided_by_data(request)
+        surgeon = record(request)
+        request.check_data(surgeon)
+        notice(surgeon.notices)
+        return install(surgeon, request)
+
+
+def _decided_by_data(request: Request) -> Request:
+    """Returns the request with the options and places that its method finds by looking at the data."""
+    method, data = request.method, request.data
+    if data is None or type(method).structure is Method.structure:
+        return request
+    request = replace(request, host=request.map)
+    sites = [replace(graft.site, meta=False) for graft in record(request, dry=True).grafts]
+    config, left_out = find_structure(method, request.model, data, request.config, sites)
+    return replace(request, config=config, wishes=replace(request.wishes, left_out=left_out))
+
+
+def record(request: Request, dry: bool = False) -> Surgeon:
+    """Returns a surgeon with the operators of the method recorded; nothing is changed.
+
+    Args:
+        request: what is asked for.
+        dry: whether operators are made on the meta device, without values: for plans.
+
+    Raises:
+        UnsupportedHost: a wrapper that hides its module, TorchScript, or layers without shapes.
+        TargetError: nothing to act on.
+    """
+    model, config = request.model, request.config
+    _check_adaptable(model)
+    for changes in config.overrides.values():
+        config.replace(**{**changes, "overrides": {}})  # wrong options are errors, also where no site matches
+    surgeon = Surgeon(model, request.method, config, Resolver(model, request.map, layer_of), request.wishes, dry)
+    surgeon.record()
+    if idle := surgeon.idle_overrides():
+        text = f"these overrides match no site and are passed over: {idle}"
+        warnings.warn(text, UserWarning, stacklevel=3 if dry else 4)
+    return surgeon
+
+
+def plan_of(surgeon: Surgeon, shards: int | None = None) -> Plan:
+    """Returns the plan of a dry run, for which the method chooses what would train."""
+    choose_trained(Planned(surgeon))
+    return Plan.of(surgeon, shards)
+
+
+def install(surgeon: Surgeon, request: Request) -> Injection:
+    """Install the recorded operators, register the injection with the host, let the method look at the data, and fill
+    in values, if there are any.
+
+    Args:
+        surgeon: what was recorded of the request.
+        request: what is asked for.
+    """
+    with adapting(surgeon.model, surgeon.resolver.modules.values()) as state:
+        injection = Injection(request.name, surgeon, state)
+        made_of_base.check_nothing_merged(injection, state)
+        with injection._installing(request.active, request.instead) as stack:
+            made_of_base.note_base(injection)
+            if request.data is not None:  # the model that it looks at has it, in a route and a composition too
+                choices = state.choices
+                with choices.held(Choice(state.together(stack, injection.name), context=choices.around().context)):
+                    calibrate(injection, request.data)
+            if request.fill is not None:
+                request.fill(injection)
+            notice_equation_only(each.method for each in surgeon.with_parts())
+    return injection
+
+
+@contextmanager
+def adapting(model: nn.Module, modules: Collection[nn.Module]) -> Iterator[HostState]:
+    """Context manager that yields the host's state, made when missing; what was made is undone where the block
+    fails."""
+    fresh = state_of(model) is None
+    try:
+        state = ensure_state(model, modules)
+        if fresh:
+            state.loading.append(model.register_load_state_dict_post_hook(made_of_base.make_anew))  # type: ignore[no-untyped-call]
+        yield state
+    except BaseException:
+        if fresh and (begun := state_of(model)) is not None:
+            for injection in [*begun.injections.values()]:
+                injection._leave()
+            release(model, begun)
+            drop_state(model)
+        raise
 
 
 def _check_alone(method: object, *others: Any) -> None:
@@ -156,35 +258,15 @@ def _check_alone(method: object, *others: Any) -> None:
         raise ConfigError(f"a {type(method).__name__} of peft says where and how by itself; leave other arguments out")
 
 
-def _check_data(surgeon: Surgeon, data: Data | None) -> None:
-    """Check that data is given exactly when the method, or a part of a hybrid, needs it."""
-    curious = [each.method.name for each in surgeon.with_parts() if each.method.looks_at_data(each.config)]
-    if curious and data is None:
-        raise CalibrationError(f"{curious[0]} looks at data before training: apply(..., data=batches)")
-    if data is not None and not curious:
-        some = surgeon.method.tags.data_options or {}
-        values = {option: value if isinstance(value, tuple) else (value,) for option, value in some.items()}
-        but = "".join(f"; it does with {option}={' or '.join(map(repr, each))}" for option, each in values.items())
-        raise CalibrationError(f"{surgeon.method.name} looks at no data before training{but}; leave data= out")
-
-
-def _check_parts(surgeon: Surgeon, data: Data) -> None:
-    """Check that the data decides no options of a part of a hybrid, which are those that its file has.
-
-    Raises:
-        ConfigError: it does, and what the part has to be told.
-    """
-    _, *parts = surgeon.with_parts()
-    for part in parts:
-        if type(part.method).structure is Method.structure:
-            continue
-        sites = [graft.site for graft in part.grafts]
-        options, left_out = find_structure(part.method, surgeon.model, data, part.config, sites)
-        new = {path: own for path, own in options.overrides.items() if path not in part.config.overrides}
-        if new or left_out:
-            path, told = next(iter(new.items())) if new else (min(left_out), None)
-            instead = f"exclude={path!r}" if told is None else f"overrides={{{path!r}: {told!r}}}"
-            raise ConfigError(
-                f"data decides how {part.method.name} adapts {len(new) + len(left_out)} single sites, which it does by "
-                f"itself and not as a part: apply it alone, or tell the part what it found, {instead} and so on"
-            )
+def _check_adaptable(model: nn.Module) -> None:
+    if isinstance(model, nn.DataParallel):
+        raise UnsupportedHost(
+            "DataParallel copies modules in every forward; use DistributedDataParallel, and apply to the module inside"
+        )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise UnsupportedHost("TorchScript modules cannot change; apply before scripting, merge, then script")
+    if is_in_engine(model):
+        raise UnsupportedHost(
+            "DeepSpeed's engine (ZeRO-3) has the model already, and would not train what comes now: apply before "
+            "deepspeed.initialize"
+        )

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +25,7 @@ from peftcore.errors import (
     SwapError,
     UnknownInjection,
 )
+from peftcore.forward.active_adapters import Active
 from peftcore.forward.class_swap import is_reached
 from peftcore.forward.host_state import HostState, drop_state
 from peftcore.forward.routers import Ledger
@@ -33,14 +34,15 @@ from peftcore.forward.scopes import Chosen
 from peftcore.forward.slot import slot_of
 from peftcore.injection import merging, router_report, swapping
 from peftcore.injection.applied import AppliedMethod, choose_trained
-from peftcore.injection.freezing import thaw
+from peftcore.injection.freezing import freeze, thaw, thawed
 from peftcore.injection.originals import Fingerprint, Keep
 from peftcore.injection.router_report import RouterReport
 from peftcore.injection.summary import Summary
 from peftcore.layers.layer import GRAFTED
 from peftcore.layers.pieces import ENGINE, is_partitioned
 from peftcore.surgery import silent_layers
-from peftcore.surgery.installation import release, uninstall
+from peftcore.surgery.installation import install, release, uninstall
+from peftcore.surgery.placement import Placement
 from peftcore.surgery.surgeon import Graft, Surgeon, Wishes
 from peftcore.targets.sites import Site
 
@@ -638,12 +640,52 @@ class Injection(AppliedMethod):
         if self.state.injections.get(self.name) is not self:
             raise UnknownInjection(f"injection {self.name!r} is not on its host any more")
 
-    def _leave(self) -> None:
-        silent_layers.forget(self.state, self.name)
+    @contextmanager
+    def _installing(self, active: bool, instead: Collection[str]) -> Iterator[Active]:
+        """Context manager that installs its operators and registers it with the host; yields the stack in which it
+        acts. Where the block fails, nothing of it stays.
+
+        Args:
+            active: whether it acts.
+            instead: the injections that stop to act.
+        """
+        state, name, surgeon = self.state, self.name, self._surgeon
+        choices, before = state.choices, state.choices.saved()
+        frozen, reads_tokens = thawed(surgeon.resolver.parameters()), self.reads_tokens
+        with nullcontext() if state.residency is None else state.residency.joining(self):
+            try:
+                state.injections[name] = self
+                state.reads_tokens += reads_tokens
+                state.placement = state.placement or Placement()
+                state.placement.expect(name, self.grafts)
+                install(surgeon, state, name)
+                freeze(frozen)
+                stack = choices.add(name, instead) if active else (name,)
+                if not active:
+                    state.replan()
+                self.trainable(True)
+                silent_layers.watch(surgeon, state, name)
+                yield stack
+                state.frozen += frozen
+            except BaseException:
+                if state.injections.pop(name, None) is not None:
+                    state.reads_tokens -= reads_tokens
+                choices.restore(before)
+                self._uninstall()
+                state.replan()
+                thaw(frozen)
+                raise
+
+    def _uninstall(self) -> None:
         state = self.state
+        silent_layers.forget(state, self.name)
         uninstall(self._surgeon, state, self.name)
         if state.placement is not None:
             state.placement.forget(self.name)
+
+    def _leave(self) -> None:
+        self._uninstall()
+        state = self.state
         state.forget(self.name)
         if not state.injections:
             thaw(state.frozen)

@@ -15,11 +15,23 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
+from peftcore.contract.config import matches
 from peftcore.contract.operators import Operator, Replacement, Shared, WeightOperator, _Base, is_mergeable, tables
-from peftcore.errors import CheckpointError, CompositionError, HostMismatch, PluginError, TargetError, UnsupportedSite
+from peftcore.errors import (
+    CheckpointError,
+    CompositionError,
+    HostMismatch,
+    PluginError,
+    TargetError,
+    UnsupportedHost,
+    UnsupportedSite,
+)
 from peftcore.layers.layer import Slices, overlap
 from peftcore.registry.plugins import registry
+from peftcore.surgery import parallel_models
+from peftcore.surgery.adapted_models import check_apart
 from peftcore.surgery.seeding import one_dtype, preserved_rng, seed_by_path
 from peftcore.surgery.table_rows import RowsSite, TableRows
 from peftcore.targets.attention_sites import AttentionSite
@@ -100,7 +112,6 @@ class Surgeon:
         grafts: the operators so far, in the order in which they came.
         owned: the shared modules built by `own`, by name.
         selections: the sites of each target, by its text; "" for the user's or the default one.
-        thawed: the host's parameters that train before anything is changed.
         ties: the other parameters on which an operator acts because they are its site's own tensor, by key of the
             operator; only those of tensors that several modules hold.
         notices: lines to tell the user about targets: which alternative was taken, what is left out.
@@ -118,7 +129,6 @@ class Surgeon:
     grafts: list[Graft] = field(default_factory=list)
     owned: dict[str, Shared] = field(default_factory=dict)
     selections: dict[str, list[Site]] = field(default_factory=dict)
-    thawed: list[nn.Parameter] = field(default_factory=list)
     progress: Progress = field(default_factory=lambda: Progress("building operators"))
     """Advances with each operator: decompositions of many weights take their time."""
     _by_method: bool = True
@@ -126,6 +136,46 @@ class Surgeon:
     _replaced: dict[tuple[str | int, Slices | None, str], Replacement] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
     ties: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def record(self) -> None:
+        """Let the method record its operators, with the rows that a file brings and what trains along; nothing is
+        changed.
+
+        Raises:
+            TargetError: nothing to act on.
+            UnsupportedHost: layers have no shapes; or an operator would lie in two adapted models, or meet pieces of a
+                tensor-parallel one.
+        """
+        method, config = self.method, self.config
+        parameters = self.resolver.parameters()
+        _check_shapes(parameters)
+        parallel = parallel_models.computes_with_pieces(self.model, parameters)
+        try:
+            with preserved_rng(), parallel_models.explaining(method.name) if parallel else contextlib.nullcontext():
+                self.table_rows()
+                registry().hook.peftcore_inject(model=self.model, method=method, config=config, surgeon=self)
+                self.train_wishes()
+        finally:
+            self.progress.close()
+        self.note_ties()
+        check_apart(self)
+        if parallel:
+            parallel_models.check_operators(self)
+            if not self.dry:
+                parallel_models.start_alike(self)
+        if not self.grafts:
+            raise TargetError(
+                f"{method.name} found nothing to act on in this {type(self.model).__name__}; "
+                f"its target is {self.wishes.target or method.target!r}"
+            )
+
+    def idle_overrides(self) -> list[str]:
+        """Returns the overrides of single sites that match none."""
+        if not self.config.overrides:
+            return []
+        paths = {graft.site.path for graft in self.grafts}
+        paths |= {site.path for selection in self.selections.values() for site in selection}
+        return [each for each in self.config.overrides if not any(matches(path, each) for path in paths)]
 
     def sites(self, target: Target | None = None, *, optional: bool = False) -> list[Site]:
         """Returns the sites of `target`; without one, those of the user's target, or of the method's default targets.
@@ -507,6 +557,16 @@ class Surgeon:
         for parameter in parameters.values():
             there = there and (parameter is None or parameter.dtype is dtype)
         return built if there else built.to(goal, dtype)
+
+
+def _check_shapes(parameters: Collection[nn.Parameter]) -> None:
+    if any(map(is_lazy, parameters)):
+        raise UnsupportedHost("some layers are lazy and have no shapes yet: run the host once, then adapt it")
+    if any(each.shape == (0,) for each in parameters):
+        raise UnsupportedHost(
+            "some weights are empty: somebody has cut them apart, or keeps them elsewhere. Make the model whole, "
+            "apply, and cut it then"
+        )
 
 
 def _exactly(path: str) -> Callable[[str, nn.Module], bool]:

@@ -13,7 +13,7 @@ from peftcore.cli.commands import app
 from peftcore.cli.looking.host_tree import shown
 from peftcore.comparing.models.skeletons import skeleton
 from peftcore.comparing.plans.recorded import Wanted
-from peftcore.injection.arguments import host_map
+from peftcore.injection.request import host_map
 
 
 @pytest.fixture(scope="module")

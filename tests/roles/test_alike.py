@@ -13,7 +13,7 @@ from torch import nn
 
 import peftcore
 from peftcore.forward import view
-from peftcore.injection.arguments import host_map
+from peftcore.injection.request import host_map
 from peftcore.registry.plugins import layer_of
 from peftcore.roles import alike, derive, survey
 from peftcore.roles import find_roles as rules

@@ -9,9 +9,8 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import HostMismatch
-from peftcore.injection.arguments import resolve_method
-from peftcore.injection.establishing import establish
-from peftcore.injection.recording import prepare
+from peftcore.injection.applying import apply_request
+from peftcore.injection.request import Request, resolve_method
 from peftcore.surgery.surgeon import Wishes
 from peftcore.surgery.table_rows import TableRows
 
@@ -32,8 +31,8 @@ IDS = torch.tensor([[0, 6, 7, 8], [8, 3, 2, 7]])
 
 def with_rows(model: nn.Module, rows: dict[str, tuple[int, int]], **wishes: Any) -> peftcore.Injection:
     method, config = resolve_method("lora", {"rank": 2})
-    surgeon = prepare(model, method, config, Wishes(target="inner", rows=rows, **wishes), None, dry=False)
-    injection = establish(surgeon, "lora")
+    wished = Wishes(target="inner", rows=rows, **wishes)
+    injection = apply_request(Request(model, method, config, wished, name="lora"))
     for operator in injection.operators.values():
         if isinstance(operator, TableRows):
             for value in operator.buffers():

@@ -13,7 +13,7 @@ from rich.text import Text
 from peftcore.cli.pages import columns, frozen, share, tensors
 from peftcore.comparing.models.skeletons import Skeleton, skeleton
 from peftcore.comparing.plans.recorded import Place, Recorded, Wanted
-from peftcore.injection.arguments import host_map
+from peftcore.injection.request import host_map
 from peftcore.roles import HostEntry, HostMap
 from peftcore.roles.tree import Line, tree_lines
 

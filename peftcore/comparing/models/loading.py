@@ -15,7 +15,7 @@ from transformers.backbone_utils import BackboneMixin
 
 from peftcore.comparing.errors import BadInput
 from peftcore.comparing.models.naming import Use, find
-from peftcore.injection.arguments import host_map
+from peftcore.injection.request import host_map
 from peftcore.layers.layer import is_dense
 
 NO_KERNELS = {"attn_implementation": None, "experts_implementation": None}

@@ -20,7 +20,7 @@ from peftcore.files.envelope import envelope_of
 from peftcore.files.formats.native import METADATA
 from peftcore.files.safe_io import DTYPES
 from peftcore.forward.host_state import HostState
-from peftcore.injection.establishing import establish
+from peftcore.injection.applying import install
 from peftcore.injection.injection import Injection
 from peftcore.surgery.sharding import STATES, Shard
 
@@ -209,7 +209,7 @@ def count(built: Skeleton, recorded: Recorded, size: Size, blocks: Sequence[nn.M
         batch = pretended.batch(built, size)
         full = passes(pretended, built.model, batch, blocks)
         with quiet(), explained():
-            establish(recorded.surgeon, "planned")
+            install(recorded.surgeon, recorded.request)
         adapted = passes(pretended, built.model, batch, blocks)
     except Unknown as error:
         return Counted(batch, adapted, full, str(error))

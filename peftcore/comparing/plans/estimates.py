@@ -12,7 +12,7 @@ from peftcore.comparing.models.skeletons import Skeleton, skeleton
 from peftcore.comparing.plans.costs import Memory, Passes, checkpointable, held
 from peftcore.comparing.plans.recorded import Recorded, Wanted
 from peftcore.comparing.quiet import quiet
-from peftcore.injection.establishing import establish
+from peftcore.injection.applying import install
 
 SECONDS = 10.0
 """Time in seconds after which nothing more is counted."""
@@ -87,5 +87,6 @@ class Estimates:
         built = skeleton(self.model, dtype)
         weights = held((*built.model.parameters(), *built.model.buffers()))
         if self.wanted is not None:
-            establish(Recorded.of(self.wanted, built.model).surgeon, "planned")
+            recorded = Recorded.of(self.wanted, built.model)
+            install(recorded.surgeon, recorded.request)
         return built, weights

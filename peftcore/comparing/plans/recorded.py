@@ -15,10 +15,10 @@ from peftcore.comparing.quiet import unlogged
 from peftcore.contract.config import MethodConfig, validate_json
 from peftcore.contract.method import Method
 from peftcore.contract.operators import trainable_numbers
-from peftcore.injection.arguments import wishes_of
-from peftcore.injection.recording import plan_of, prepare
+from peftcore.injection.applying import plan_of, record
+from peftcore.injection.request import Request
 from peftcore.surgery.planning import Plan
-from peftcore.surgery.surgeon import Graft, Surgeon
+from peftcore.surgery.surgeon import Graft, Surgeon, Wishes
 from peftcore.targets.resolver import Target
 
 
@@ -37,11 +37,10 @@ class Wanted:
         cls = peftcore.method(self.method)
         return cls, validate_json(cls.Config, json.dumps(dict(self.options)))
 
-    def on(self, model: nn.Module) -> Surgeon:
-        """Record what the method would do to the model, without doing it."""
+    def on(self, model: nn.Module) -> Request:
+        """Return the request to apply the method to a model."""
         cls, config = self.resolved()
-        wishes = wishes_of(self.target, self.exclude, tuple(self.train), 0, None)
-        return prepare(model, cls(), config, wishes, None, dry=True)
+        return Request(model, cls(), config, Wishes(self.target, self.exclude, tuple(self.train)), name="planned")
 
 
 @dataclass(frozen=True)
@@ -88,6 +87,7 @@ class Place:
 class Recorded:
     """The recorded changes of a method to a model."""
 
+    request: Request
     surgeon: Surgeon
     plan: Plan
     places: tuple[Place, ...]
@@ -103,9 +103,11 @@ class Recorded:
         """
         with unlogged(), warnings.catch_warnings(record=True) as heard:
             warnings.simplefilter("always")
-            surgeon = wanted.on(model)
+            request = wanted.on(model)
+            surgeon = record(request, dry=True)
         shared = [(f"shared:{name}", each.module) for name, each in surgeon.owned.items()]
         return cls(
+            request=request,
             surgeon=surgeon,
             plan=plan_of(surgeon, shards),
             places=tuple(map(Place.of_graft, surgeon.grafts)),

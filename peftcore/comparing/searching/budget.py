@@ -21,10 +21,8 @@ from peftcore.comparing.quiet import quiet
 from peftcore.comparing.tasks.task import Prepared
 from peftcore.comparing.training.telling import options_for, without_names
 from peftcore.errors import PeftcoreError
-from peftcore.injection.arguments import host_map, resolve_method, wishes_of, with_preset
-from peftcore.injection.establishing import establish
-from peftcore.injection.recording import plan_of, prepare
-from peftcore.surgery.surgeon import Surgeon
+from peftcore.injection.applying import install, plan_of, record
+from peftcore.injection.request import Request, host_map
 
 COUNT = re.compile(r"([0-9][0-9_,]*(?:\.[0-9]+)?)\s*([kKmMbB%]?)")
 COUNTS = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9}
@@ -123,7 +121,7 @@ class Planner:
         """Whether a method stands in more than one layer by default, so that there is a depth to choose."""
         try:
             with quiet():
-                surgeon = self._surgeon(Candidate(name=method))
+                surgeon = record(self._request(Candidate(name=method)), dry=True)
         except PeftcoreError:
             return False
         blocks = {entry.block for entry in self.host.entries if entry.block is not None}
@@ -142,21 +140,19 @@ class Planner:
                 self._known[key] = self._planned(candidate)
         return self._known[key]
 
-    def _surgeon(self, candidate: Candidate) -> Surgeon:
+    def _request(self, candidate: Candidate) -> Request:
         arguments = options_for(candidate, self.tasks)
         train = (*self.head, *arguments.pop("train", ()))
-        target, exclude = arguments.pop("target", None), arguments.pop("exclude", None)
-        method, config = resolve_method(candidate.name, arguments)
-        target, train, host, _ = with_preset(candidate.name, self.model, target, train, None)
-        wishes = wishes_of(target, exclude, train, 0, None)
-        return prepare(self.model, method, config, wishes, host, dry=True)
+        where = {"target": arguments.pop("target", None), "exclude": arguments.pop("exclude", None), "train": train}
+        return Request.of(self.model, candidate.name, arguments, name="planned", seed=0, **where)
 
     def _planned(self, candidate: Candidate) -> Needs:
-        surgeon = self._surgeon(candidate)
+        request = self._request(candidate)
+        surgeon = record(request, dry=True)
         trainable = plan_of(surgeon).trainable + self._beside
         if self._batch is None:
             return Needs(trainable)
-        injection = establish(surgeon, "planned")
+        injection = install(surgeon, request)
         try:
             trained = [each for each in self.model.parameters() if each.requires_grad]
             told: dict[str, Any] = {"task": self.tasks[0]} if self.tasks else {}

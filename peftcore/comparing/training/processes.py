@@ -10,7 +10,7 @@ from accelerate import Accelerator, DistributedType
 from torch import nn
 
 from peftcore.comparing.errors import BadInput
-from peftcore.injection.arguments import host_map
+from peftcore.injection.request import host_map
 from peftcore.registry.plugins import layer_of
 
 ASKED = "ACCELERATE_USE_FSDP"

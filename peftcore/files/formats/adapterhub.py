@@ -25,7 +25,7 @@ from peftcore.files.formats.found import Found
 from peftcore.files.formats.keys import Keys
 from peftcore.files.formats.rebasing import find_move
 from peftcore.files.safe_io import TensorFile, read_json
-from peftcore.injection.arguments import host_map
+from peftcore.injection.request import host_map
 from peftcore.registry.plugins import imported, layer_of, named_places
 from peftcore.surgery.surgeon import Surgeon
 from peftcore.targets.resolver import Resolver

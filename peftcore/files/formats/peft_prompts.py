@@ -15,7 +15,7 @@ from peftcore.files.formats.keys import Keys
 from peftcore.files.formats.peft_method import PeftMethod
 from peftcore.files.formats.peft_names import PREFIXES
 from peftcore.files.formats.places import Place
-from peftcore.injection.arguments import host_map
+from peftcore.injection.request import host_map
 from peftcore.layers.layer import plain_class
 from peftcore.registry.plugins import layer_of
 from peftcore.targets.attention_sites import locate as locate_attention

@@ -1,0 +1,206 @@
+"""The `Request`: one adapter that is to be installed in a model, whoever asks for it (`apply`, `load`, `combine`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from peftcore.contract.config import MethodConfig, dtype_of
+from peftcore.contract.method import Method
+from peftcore.contract.peft_names import is_peft_config
+from peftcore.errors import CalibrationError, ConfigError, DuplicateInjection, UnsupportedHost
+from peftcore.forward.host_state import state_of
+from peftcore.injection.injection import Injection
+from peftcore.layers.pieces import at_hand
+from peftcore.registry.catalogue import method as find_method
+from peftcore.registry.plugins import registry
+from peftcore.registry.presets import method_of, preset_of
+from peftcore.roles import HostMap
+from peftcore.surgery.parallel_models import check_looks_at_no_data
+from peftcore.surgery.surgeon import Surgeon, Wishes
+from peftcore.targets.resolver import Target, names_a_role
+from peftcore.training.batches import Data, find_structure
+
+Part = str | MethodConfig | Mapping[str, Any]
+"""One method of a hybrid: a name, a config object, or the options as a mapping with the name under "method" (and, where
+the part has its own, a "target")."""
+Asked = str | MethodConfig | type[Method] | Sequence[Part]
+"""A method as a user names it: by its name, a config object, its class, or a list of parts."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One adapter that is to be installed in a model. It is made once; `peftcore.injection.applying.install` carries it
+    out."""
+
+    model: nn.Module
+    method: Method
+    config: MethodConfig
+    """The options of the method, checked."""
+    wishes: Wishes = field(default_factory=Wishes)
+    """Where to act, what trains along, seed and dtype."""
+    host: HostMap | None = None
+    """The map of the model to use; None for the one that plugins derive."""
+    name: str = ""
+    """The name of the injection."""
+    data: Data | None = None
+    """Batches for a method that looks at data before training."""
+    fill: Callable[[Injection], object] | None = None
+    """Gives the installed injection its values, of a file or of other adapters; None leaves those of a fresh one."""
+    active: bool = True
+    """Whether the injection acts from then on."""
+    instead: Collection[str] = ()
+    """The names of injections that are deactivated for it."""
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        method: Asked,
+        options: Mapping[str, Any],
+        *,
+        name: str | None = None,
+        target: Target | None = None,
+        exclude: Target | None = None,
+        train: Iterable[str] = (),
+        data: Data | None = None,
+        seed: int | None = None,
+        dtype: torch.dtype | str | None = None,
+        host: HostMap | None = None,
+    ) -> Request:
+        """Returns the request for what a user names, as `apply` takes it. A preset adds its target, its modules to
+        train along and its name; torch's own seed is taken unless one is given, so that torch.manual_seed decides.
+
+        Raises:
+            UnknownMethod, AmbiguousMethod, ConfigError: as `apply`.
+        """
+        found, config = resolve_method(method, options)
+        kind = find_method(method) if isinstance(method, str) else None
+        train = (train,) if isinstance(train, str) else tuple(train)
+        if kind is None or (preset := preset_of(kind)) is None:
+            name = found.name if name is None else name
+        else:
+            name, train = kind.name if name is None else name, (*preset.train, *train)
+            if target is None and preset.target is not None:
+                host = host or host_map(model)
+                targets = [preset.target] if isinstance(preset.target, str) else [*preset.target]
+                # Roles of a preset that the model lacks are passed over, as of default targets.
+                target = [each for each in targets if host.knows(each) or not names_a_role(each)] or targets
+        wishes = Wishes(target, exclude, train, torch.initial_seed() if seed is None else seed, dtype_of(dtype))
+        return cls(model, found, config, wishes, host, name, data)
+
+    @property
+    def map(self) -> HostMap:
+        """The map of the model: the given one, or the one that plugins derive."""
+        return self.host or host_map(self.model)
+
+    def check_data(self, surgeon: Surgeon) -> None:
+        """Check that data is given exactly when the recorded method, or a part of a hybrid, needs it.
+
+        Raises:
+            CalibrationError: it is missing, or of no use.
+            UnsupportedHost: the layers to look at are given pieces (tensor parallelism).
+            ConfigError: the data would decide options of a part.
+        """
+        if self.fill is not None:  # who has the values needs no data
+            return
+        curious = [each.method.name for each in surgeon.with_parts() if each.method.looks_at_data(each.config)]
+        if curious and self.data is None:
+            raise CalibrationError(f"{curious[0]} looks at data before training: apply(..., data=batches)")
+        if self.data is not None and not curious:
+            some = self.method.tags.data_options or {}
+            values = {option: value if isinstance(value, tuple) else (value,) for option, value in some.items()}
+            but = "".join(f"; it does with {option}={' or '.join(map(repr, each))}" for option, each in values.items())
+            raise CalibrationError(f"{self.method.name} looks at no data before training{but}; leave data= out")
+        if self.data is not None:
+            check_looks_at_no_data(surgeon)
+            _check_parts(surgeon, self.data)
+
+
+def check_model(model: object) -> None:
+    """Check that what is to be adapted is a module.
+
+    Raises:
+        UnsupportedHost: it is something else, such as a pipeline; the modules that it has are named.
+    """
+    if not isinstance(model, nn.Module):
+        held = vars(model) if isinstance(getattr(model, "__dict__", None), dict) else {}
+        inside = [f".{name}" for name, value in held.items() if isinstance(value, nn.Module)]
+        hint = f"; it has {', '.join(inside)}: adapt one of these" if inside else ""
+        raise UnsupportedHost(f"{type(model).__name__} is no nn.Module{hint}")
+
+
+def check_name(model: nn.Module, name: str) -> str:
+    """Returns the name, if an injection of this host may have it.
+
+    Raises:
+        DuplicateInjection: it is taken, empty, or has a dot.
+    """
+    state = state_of(model)
+    if not name or "." in name or name in dir(nn.Module):
+        raise DuplicateInjection(
+            f"an injection cannot be called {name!r}: not empty, no dots, no attribute of nn.Module"
+        )
+    if state is not None and name in state.injections:
+        raise DuplicateInjection(
+            f"this host already has an injection named {name!r}; give another name=, or remove() it first"
+        )
+    return name
+
+
+def host_map(model: nn.Module) -> HostMap:
+    """Returns the host's map, from the first plugin that knows the host."""
+    with at_hand(model.parameters()):
+        found: HostMap = registry().hook.peftcore_map(model=model)
+    return found
+
+
+def resolve_method(method: Asked, options: Mapping[str, Any]) -> tuple[Method, MethodConfig]:
+    """Returns the method and its checked options, from a name, a config object, a method class, or a list of parts."""
+    if isinstance(method, Sequence) and not isinstance(method, str):
+        return resolve_method("config_union", {"parts": [_spelled(part) for part in method], **options})
+    if isinstance(method, MethodConfig):
+        return find_method(method.method)(), method.replace(**options) if options else method
+    if is_peft_config(method):
+        raise ConfigError(
+            f"a {type(method).__name__} of peft can be applied, and nothing else: peftcore.apply(model, it)"
+        )
+    cls = find_method(method) if isinstance(method, str) else method
+    if not (isinstance(cls, type) and issubclass(cls, Method)):
+        raise ConfigError(
+            f'{type(method).__name__} is no method: name one, peftcore.apply(model, "lora", rank=8), or give a config, '
+            "or a list of methods. Files of peft are read by peftcore.load(model, folder)"
+        )
+    return method_of(cls, options)
+
+
+def _spelled(part: Part) -> dict[str, Any]:
+    if isinstance(part, MethodConfig):
+        return part.model_dump(mode="json")
+    return {"method": part} if isinstance(part, str) else dict(part)
+
+
+def _check_parts(surgeon: Surgeon, data: Data) -> None:
+    """Check that the data decides no options of a part of a hybrid, which are those that its file has.
+
+    Raises:
+        ConfigError: it does, and what the part has to be told.
+    """
+    _, *parts = surgeon.with_parts()
+    for part in parts:
+        if type(part.method).structure is Method.structure:
+            continue
+        sites = [graft.site for graft in part.grafts]
+        options, left_out = find_structure(part.method, surgeon.model, data, part.config, sites)
+        new = {path: own for path, own in options.overrides.items() if path not in part.config.overrides}
+        if new or left_out:
+            path, told = next(iter(new.items())) if new else (min(left_out), None)
+            instead = f"exclude={path!r}" if told is None else f"overrides={{{path!r}: {told!r}}}"
+            raise ConfigError(
+                f"data decides how {part.method.name} adapts {len(new) + len(left_out)} single sites, which it does by "
+                f"itself and not as a part: apply it alone, or tell the part what it found, {instead} and so on"
+            )
