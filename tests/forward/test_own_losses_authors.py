@@ -218,7 +218,7 @@ class Adding(Operator):
         return y * (1 + self.gain)
 
 
-class Config(peftcore.MethodConfig):
+class AddingMethodConfig(peftcore.MethodConfig):
     method: Any = "toy_adding"
     of: str = "itself"
     stackable: bool = False
@@ -226,10 +226,10 @@ class Config(peftcore.MethodConfig):
 
 class AddingMethod(peftcore.Method):
     name, target = "toy_adding", ("all-linear",)
-    Config = Config
+    Config = AddingMethodConfig
     tags = peftcore.Tags(category="additive", paper="none", identity_at_init=False)
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Any) -> None:
+    def inject(self, model: nn.Module, config: AddingMethodConfig, surgeon: Any) -> None:
         for site in surgeon.sites():
             surgeon.graft(site, functools.partial(Adding, of=config.of, stackable=config.stackable))
 

@@ -40,7 +40,7 @@ from peftcore.errors import ConfigError
 from peftcore_additive._beside import BesideOperator, beside
 
 
-class Config(MethodConfig):
+class ResTuningConfig(MethodConfig):
     """Options of Res-Tuning's bypass."""
 
     method: Literal["res_tuning"] = "res_tuning"
@@ -101,11 +101,11 @@ class ResTuning(Method):
     """Residual tuners in a bypass, which reads what blocks return and answers in their place."""
 
     name = "res_tuning"
-    Config = Config
+    Config = ResTuningConfig
     tags = Tags(category="additive", paper="2310.19859", identity_at_init=False)
     target = ("block",)
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: ResTuningConfig, surgeon: Surgeon) -> None:
         if any(config.overrides.values()):
             raise ConfigError("res_tuning has one bypass for all sites: it takes no overrides")
         places = beside(surgeon)
@@ -118,5 +118,5 @@ class ResTuning(Method):
             surgeon.graft(site, lambda at, taps=taps, own=own: BypassOperator(at, taps, own))
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: ResTuningConfig) -> int:
         return 0  # the bypass belongs to no site

@@ -42,7 +42,7 @@ from peftcore import (
 from peftcore.errors import ConfigError, UnsupportedSite
 
 
-class Config(MethodConfig):
+class SPTSelectiveConfig(MethodConfig):
     """Options of selective prompt tuning."""
 
     method: Literal["spt_selective"] = "spt_selective"
@@ -61,7 +61,7 @@ class Config(MethodConfig):
 class SelectiveOperator(InnerRows):
     """The prompts of one stack."""
 
-    def __init__(self, site: SequenceSite, config: Config) -> None:
+    def __init__(self, site: SequenceSite, config: SPTSelectiveConfig) -> None:
         super().__init__(site, config.length)
         self.prompts = nn.Parameter(torch.randn(len(self.depths), config.length, self.width) * 0.02)
         self.alpha = nn.Parameter(torch.zeros(len(self.depths))) if config.layers is None else None
@@ -100,11 +100,11 @@ class SPTSelective(Method):
     """
 
     name = "spt_selective"
-    Config = Config
+    Config = SPTSelectiveConfig
     tags = Tags(category="additive", paper="2310.20127", identity_at_init=False, per_row=False)
     target = "stack"
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: SPTSelectiveConfig, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
             stack = surgeon.sequence_site(site)
             if stack.stack.reads:
@@ -114,7 +114,7 @@ class SPTSelective(Method):
             surgeon.sequence(site, SelectiveOperator, config, blocks=blocks)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: SPTSelectiveConfig) -> int:
         if not isinstance(site, InnerSite):
             return 0  # attentions that hide the rows
         return len(site.depths) * (config.length * site.out_features + (config.layers is None))

@@ -50,7 +50,7 @@ AROUND = "around"
 """The form of the site of the block."""
 
 
-class Config(MethodConfig):
+class TinyAttentionAdapterConfig(MethodConfig):
     """Options of the tiny-attention adapter."""
 
     method: Literal["tiny_attention_adapter"] = "tiny_attention_adapter"
@@ -78,7 +78,14 @@ class TinyAttentionOperator(Bypass):
     observes = Bypass.observes | {AROUND}
 
     def __init__(
-        self, site: BranchSite, config: Config, block: Site, depth: int, blocks: int, visible: VisibleTokens, sums: bool
+        self,
+        site: BranchSite,
+        config: TinyAttentionAdapterConfig,
+        block: Site,
+        depth: int,
+        blocks: int,
+        visible: VisibleTokens,
+        sums: bool,
     ) -> None:
         super().__init__(site)
         if site.order is not None:
@@ -137,7 +144,7 @@ class TinyAttentionAdapter(Method):
     """A very narrow attention behind each self-attention."""
 
     name = "tiny_attention_adapter"
-    Config = Config
+    Config = TinyAttentionAdapterConfig
     tags = Tags(
         category="additive",
         paper="2211.01979",
@@ -148,7 +155,7 @@ class TinyAttentionAdapter(Method):
     learning_rate = LearningRate(8e-4, "cindermond/tiny-attn@03eee7e, run_examples.sh", on="RoBERTa-large, SST-2")
     target = ("attn.output",)
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: TinyAttentionAdapterConfig, surgeon: Surgeon) -> None:
         stacks, depths, resolver = TokenStacks(surgeon), block_depths(surgeon), surgeon.resolver
         for site in surgeon.sites():
             entries = resolver.host.at(site.module_path)
@@ -170,6 +177,6 @@ class TinyAttentionAdapter(Method):
             )
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: TinyAttentionAdapterConfig) -> int:
         a, d = config.width, width_of(site)
         return config.modules * (4 * a * d + 4 * a * a + 7 * a + 3 * d)

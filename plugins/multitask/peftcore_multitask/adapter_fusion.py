@@ -52,7 +52,7 @@ from peftcore_multitask._merging import SOME, OfMergedParts
 ADAPTER = {"method": "pfeiffer_adapter", "placement": "branch"}
 
 
-class Config(MethodConfig):
+class AdapterFusionConfig(MethodConfig):
     """Options of AdapterFusion."""
 
     method: Literal["adapter_fusion"] = "adapter_fusion"
@@ -76,7 +76,9 @@ class Config(MethodConfig):
 class FusionOperator(Combiner):
     """The attention of one module over adapters, and those that are its own."""
 
-    def __init__(self, site: Site, config: Config, mixes_inputs: bool, parts: Members | None = None) -> None:
+    def __init__(
+        self, site: Site, config: AdapterFusionConfig, mixes_inputs: bool, parts: Members | None = None
+    ) -> None:
         super().__init__(site)
         self.mixes_inputs = self.only_inputs = mixes_inputs
         width = self.width = site.out_features
@@ -116,7 +118,7 @@ class AdapterFusion(OfMergedParts, Method):
     """Attention over adapters, for each token at each module."""
 
     name = "adapter_fusion"
-    Config = Config
+    Config = AdapterFusionConfig
     tags = Tags(
         category="multitask",
         paper="2005.00247",
@@ -128,7 +130,7 @@ class AdapterFusion(OfMergedParts, Method):
     config_version = 2
     former_defaults = ({"mixes": "outputs"},)
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: AdapterFusionConfig, surgeon: Surgeon) -> None:
         for site, *others in of_host(surgeon, config.adapters) if config.adapters else ():
             mixes = mixes_inputs(site, config.at(site.path).mixes, only_inputs(model, config.adapters, [site, *others]))
             surgeon.graft(site, functools.partial(FusionOperator, mixes_inputs=mixes), config, tuple(others))
@@ -139,7 +141,7 @@ class AdapterFusion(OfMergedParts, Method):
             )
             surgeon.graft(site, make, config, holders)
 
-    def trainable(self, model: nn.Module, config: Config, injection: AppliedMethod) -> None:
+    def trainable(self, model: nn.Module, config: AdapterFusionConfig, injection: AppliedMethod) -> None:
         if config.train_parts:
             super().trainable(model, config, injection)
         for parameter in _own(injection):
@@ -160,7 +162,7 @@ class AdapterFusion(OfMergedParts, Method):
         return [each for each in (own, *super().parameter_groups(injection, lr=lr, **defaults)) if each["params"]]
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: AdapterFusionConfig) -> int:
         inside = 0 if config.adapters else OfMergedParts.parameter_count(site, config)
         return (3 if config.value else 2) * site.out_features**2 + site.out_features + inside
 

@@ -33,7 +33,7 @@ from peftcore_multitask._mixture import ExpertsOperator
 from peftcore_multitask._tasks import TaskConfig, Tasks, task_count
 
 
-class Config(TaskConfig):
+class MOELoRAConfig(TaskConfig):
     """Options of MOELoRA."""
 
     method: Literal["moelora"] = "moelora"
@@ -61,7 +61,7 @@ class MOELoRAOperator(ExpertsOperator):
     routes = "task"
     stackable = False  # rows have tasks
 
-    def __init__(self, site: Site, config: Config) -> None:
+    def __init__(self, site: Site, config: MOELoRAConfig) -> None:
         super().__init__(site, config.experts, config.rank // config.experts, config.alpha / config.rank,
                          config.dropout)  # fmt: skip
         self.start_normal(0.01)
@@ -90,18 +90,18 @@ class MOELoRA(Method):
     """
 
     name = "moelora"
-    Config = Config
+    Config = MOELoRAConfig
     tags = Tags(category="multitask", paper="2310.18339", random=True, routes="task")
     learning_rate = LearningRate(2e-4, "liuqidong07/MOELoRA-peft@2d9efa4, experiments/moelora.bash", on="ChatGLM-6B")
     target = ("attn.*", "mlp.gate", "mlp.up", "mlp.down")
     alternatives = MATRICES
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: MOELoRAConfig, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
             surgeon.graft(site, MOELoRAOperator, config)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: MOELoRAConfig) -> int:
         inputs = site.in_features * math.prod(site.kernel)
         shared = (task_count(config) + config.experts) * config.task_width
         return config.rank * (inputs + site.out_features) + shared

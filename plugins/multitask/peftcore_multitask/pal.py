@@ -55,7 +55,7 @@ OF_ONE_SITE = {"heads", "dropout"}
 """Options that may differ between blocks: all else belongs to what they share."""
 
 
-class Config(TaskConfig):
+class PALConfig(TaskConfig):
     """Options of projected attention layers."""
 
     method: Literal["pal"] = "pal"
@@ -80,7 +80,7 @@ class Config(TaskConfig):
 class Projections(nn.Module):
     """U and V of each task, which all blocks of a stack share."""
 
-    def __init__(self, features: int, config: Config) -> None:
+    def __init__(self, features: int, config: PALConfig) -> None:
         super().__init__()
         tasks, a = task_count(config), config.width
         self.down, self.down_bias = _matrices(tasks, a, features, config.init_std)
@@ -95,7 +95,7 @@ def _matrices(tasks: int, outputs: int, inputs: int, std: float) -> tuple[nn.Par
 class PALOperator(Operator):
     """The attentions of one block, one for each task."""
 
-    def __init__(self, site: BlockSite, config: Config, shared: Shared, visible: VisibleTokens, norm: bool) -> None:
+    def __init__(self, site: BlockSite, config: PALConfig, shared: Shared, visible: VisibleTokens, norm: bool) -> None:
         super().__init__(site)
         self.names, self.depth, self.path = site.arguments, site.depth, site.path
         self.shared, self.visible, self.tasks = shared, visible, Tasks(site, config)
@@ -150,7 +150,7 @@ class PAL(Method):
     """
 
     name = "pal"
-    Config = Config
+    Config = PALConfig
     tags = Tags(
         category="multitask", paper="1902.02671", identity_at_init=False, identity_options={"up_std": 0.0}, random=True
     )
@@ -159,7 +159,7 @@ class PAL(Method):
     )
     target = ("block",)
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: PALConfig, surgeon: Surgeon) -> None:
         if any({*changes} - OF_ONE_SITE for changes in config.overrides.values()):
             raise ConfigError(
                 f"pal: blocks share matrices, so overrides change {' and '.join(sorted(OF_ONE_SITE))} alone"
@@ -173,6 +173,6 @@ class PAL(Method):
             surgeon.graft(site, lambda at, own, more=more: PALOperator(at, own, *more), config, norms)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: PALConfig) -> int:
         a = config.width  # U and V belong to no block
         return task_count(config) * (3 * a * a + 3 * a)

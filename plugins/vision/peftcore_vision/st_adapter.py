@@ -36,7 +36,7 @@ from peftcore_vision._patches import layout
 from peftcore_vision._stream import Stream, StreamConfig, StreamOperator, streams
 
 
-class Config(StreamConfig):
+class STAdapterConfig(StreamConfig):
     """Options of ST-Adapter."""
 
     method: Literal["st_adapter"] = "st_adapter"
@@ -65,7 +65,7 @@ class Config(StreamConfig):
 class Convolution(nn.Module):
     """One adapter: what it adds to patches."""
 
-    def __init__(self, width: int, config: Config) -> None:
+    def __init__(self, width: int, config: STAdapterConfig) -> None:
         super().__init__()
         h = config.bottleneck
         self.down, self.up = nn.Linear(width, h), nn.Linear(h, width)
@@ -77,7 +77,7 @@ class Convolution(nn.Module):
 class STAdapterOperator(StreamOperator):
     """The adapters of one block."""
 
-    def __init__(self, site: BlockSite, config: Config, stream: Stream) -> None:
+    def __init__(self, site: BlockSite, config: STAdapterConfig, stream: Stream) -> None:
         super().__init__(site, config, stream)
         self.frames = config.frames
         self.attention = Convolution(site.width, config) if config.before != "feed-forward" else None
@@ -131,7 +131,7 @@ class STAdapter(Method):
     """
 
     name = "st_adapter"
-    Config = Config
+    Config = STAdapterConfig
     tags = Tags(category="vision", paper="2206.13559", per_row=False)
     learning_rate = LearningRate(
         1e-3,
@@ -140,11 +140,11 @@ class STAdapter(Method):
     )
     target = ("block",)
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: STAdapterConfig, surgeon: Surgeon) -> None:
         for site, stream in streams(surgeon, config):
             surgeon.graft(site, partial(STAdapterOperator, stream=stream), config, stream.places)
 
     @staticmethod
-    def parameter_count(site: BlockSite, config: Config) -> int:
+    def parameter_count(site: BlockSite, config: STAdapterConfig) -> int:
         d, h, (t, y, z) = site.width, config.bottleneck, config.kernel
         return (2 * d * h + 2 * h + d + h * t * y * z) * (1 + (config.before == "both"))
