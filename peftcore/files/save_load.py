@@ -419,7 +419,7 @@ def _tell_other_classes(envelope: Envelope, model: nn.Module) -> None:
 def _check_values(surgeon: Surgeon, tensors: Mapping[str, Tensor]) -> None:
     """Check values that only the method understands; all wrong ones are named."""
     modules = [(graft.key, graft.operator) for graft in surgeon.grafts]
-    modules += [(f"shared:{name}", shared.module) for name, shared in surgeon.owned.items()]  # type: ignore[misc]
+    modules += [(f"shared:{name}", shared.module) for name, shared in surgeon.owned.items()]
     wrong = []
     for path, module in modules:
         for below, each in module.named_modules(prefix=path):

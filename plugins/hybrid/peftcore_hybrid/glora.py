@@ -106,7 +106,7 @@ class GLoRAOperator(WeightOperator):
 
     def _multiplied(self, weight: Tensor) -> Tensor:
         """Return W A, for each place of a kernel, [*batch, out, in * kernel]."""
-        A, up, inputs = self._parameters["A"], self._parameters["A_up"], self.layer.batch_dims + 1
+        A, up, inputs = self.get_parameter("A"), self.get_parameter("A_up"), self.layer.batch_dims + 1
         precise = torch.promote_types(weight.dtype, A.dtype)
         product = weight.movedim(inputs, -1).to(precise) @ A.to(precise) @ up.to(precise)
         return product.movedim(-1, inputs).flatten(inputs)

@@ -23,7 +23,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import nn
 
-from peftcore import Joins, LearningRate, Method, MethodConfig, Site, Surgeon, Tags
+from peftcore import Joins, LearningRate, Method, MethodConfig, Surgeon, Tags
 from peftcore_additive import parallel_adapter, prefix_tuning
 
 PREFIX = {"prefix_length": "length", "prefix_mid_dim": "projection", "prefix_dropout": "dropout"}
@@ -102,7 +102,7 @@ class MAMAdapter(Method):
             surgeon.include("ffn", parallel_adapter.ParallelAdapter(), ffn_options(config), chosen)
 
     @staticmethod
-    def parameter_count(site: Site, config: MAMAdapterConfig) -> int:
+    def parameter_count(site: Any, config: MAMAdapterConfig) -> int:
         if site.form == "attention":
             return prefix_tuning.PrefixTuning.parameter_count(site, prefix_options(config))
         return parallel_adapter.ParallelAdapter.parameter_count(site, ffn_options(config))

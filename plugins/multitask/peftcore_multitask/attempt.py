@@ -154,7 +154,7 @@ class Attempt(OfMergedParts, Method):
     def inject(self, model: nn.Module, config: AttemptConfig, surgeon: Surgeon) -> None:
         for members in collected(surgeon, config).values():
             first = next(iter(members.values()))
-            site, lengths = first.site, {graft.operator.length for graft in members.values()}  # type: ignore[attr-defined]
+            site, lengths = first.site, {graft.operator.length for graft in members.values()}
             if lengths != {length_of(config.parts[0])}:
                 raise UnsupportedSite(f"{site.path}: sources of lengths {sorted(lengths)}; overrides change none")
             surgeon.graft(site, functools.partial(AttemptOperator, members=members), config, first.holders[1:])
