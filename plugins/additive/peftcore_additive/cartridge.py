@@ -136,7 +136,7 @@ class Cartridge(Method):
             with torch.no_grad():
                 next(iter(data)).output()
             for path, front in fronts.items():
-                if front.seen < (length := len(front.flat())):
+                if (front.seen or 0) < (length := len(front.flat())):
                     raise CalibrationError(
                         f"{path} saw {front.seen} tokens in the first row of the data, and {length} are asked for: "
                         "give a longer text, without padding before it, or a smaller length="

@@ -133,7 +133,8 @@ class CIAT(Method):
     target = ("attn.output", "mlp.output")
 
     def inject(self, model: nn.Module, config: CIATConfig, surgeon: Surgeon) -> None:
-        depths, first = block_depths(surgeon), {}
+        depths = block_depths(surgeon)
+        first: dict[str | None, int] = {}
         for site in surgeon.sites():
             entries = surgeon.resolver.host.at(site.module_path)
             if surgeon.wishes.target is None and any(each.role.startswith("cross") for each in entries):

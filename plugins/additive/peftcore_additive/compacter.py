@@ -22,6 +22,7 @@ Use it where adapters must be small: a tenth of a percent of T5.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Literal, Self
 
 import torch
@@ -151,9 +152,7 @@ class Compacter(Method):
             left_out = {"cross", "attn"} if own.placement == "compacter_pp" else {"cross"}
             if site.role == "attn.output" and families & left_out:  # named by the role, not by the user
                 continue
-            rule = (
-                surgeon.own(f"rule_{own.phm_dim}", lambda own=own: Rule(own)) if own.rules and own.shared_rule else None
-            )
+            rule = surgeon.own(f"rule_{own.phm_dim}", partial(Rule, own)) if own.rules and own.shared_rule else None
             place = branch_end(surgeon, site, own.joins)
             surgeon.graft(place, lambda s, c, rule=rule: CompacterOperator(s, c, rule), config, place.places)
         for site in surgeon.at("norm.*") if config.train_layer_norm else ():

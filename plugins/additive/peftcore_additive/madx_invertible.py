@@ -70,9 +70,9 @@ class InvertibleOperator(Operator):
     def __init__(self, site: Site, config: MadxInvertibleConfig, around: bool) -> None:
         super().__init__(site)
         self.around = around
-        self.half = site.out_features // 2
-        rest = site.out_features - self.half
-        self.F, self.G = Coupling(rest, self.half, config), Coupling(self.half, rest, config)
+        self.half_width = site.out_features // 2
+        rest = site.out_features - self.half_width
+        self.F, self.G = Coupling(rest, self.half_width, config), Coupling(self.half_width, rest, config)
 
     def at(self, form: str, module: nn.Module) -> Callable[..., Any]:
         if form == HEAD:
@@ -92,7 +92,7 @@ class InvertibleOperator(Operator):
         return call(torch.cat([y1 - self._of(self.F, x2), x2], -1), *args, **kwargs)
 
     def _halves(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return x[..., : self.half], x[..., self.half :]
+        return x[..., : self.half_width], x[..., self.half_width :]
 
     def _of(self, network: Coupling, x: Tensor) -> Tensor:
         return cast_linear(self, network.up, network.activation(cast_linear(self, network.down, x)))

@@ -123,7 +123,7 @@ def placed(
     for site in sites:
         placement = wish(site)
         if placement == "branch":
-            yield site, placement, ()
+            yield site, "branch", ()
             continue
         block = _block_of(site, surgeon.resolver.host)
         if block in blocks:

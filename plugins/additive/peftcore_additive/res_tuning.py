@@ -21,6 +21,7 @@ caches, and is simpler; `lst` has attention in its side network. It cannot be me
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal
 
 from pydantic import PositiveInt
@@ -112,7 +113,7 @@ class ResTuning(Method):
         last, steps = places[-1][0], []
         for site, _ in places:
             sizes = (site.width, config.bottleneck, config.zero_last and site is last)
-            steps.append(surgeon.own(site.path.replace(".", "_"), lambda sizes=sizes: Step(*sizes)))
+            steps.append(surgeon.own(site.path.replace(".", "_"), partial(Step, *sizes)))
         for site, taps in places:
             own = steps if site is last else []
             surgeon.graft(site, lambda at, taps=taps, own=own: BypassOperator(at, taps, own))

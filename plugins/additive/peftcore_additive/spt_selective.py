@@ -81,12 +81,13 @@ def chosen(injection: Injection, count: int) -> list[int]:
     Raises:
         ConfigError: the injection is no search, has several stacks, or has fewer blocks.
     """
-    searches = [op for op in injection.operators.values() if isinstance(op, SelectiveOperator) and op.alpha is not None]
+    operators = [op for op in injection.operators.values() if isinstance(op, SelectiveOperator)]
+    searches = [op.alpha for op in operators if op.alpha is not None]
     if len(searches) != 1:
         raise ConfigError(
             f"{injection.name!r} has {len(searches)} searches for prompts, not one: apply it without layers"
         )
-    alpha = searches[0].alpha
+    alpha = searches[0]
     if not 0 < count <= len(alpha):
         raise ConfigError(f"{count} of {len(alpha)} blocks cannot be chosen")
     return sorted(alpha.detach().topk(count).indices.tolist())

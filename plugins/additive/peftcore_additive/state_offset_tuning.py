@@ -72,7 +72,8 @@ class OffsetOperator(Operator):
             self.offset = nn.Parameter(torch.zeros(channels, *[states] * (config.offset == "state")))
 
     def at(self, form: str, module: nn.Module) -> Callable[..., Any]:
-        return {GATE: self._at_gate, READOUT: self._at_readout, OUT: self._at_out}.get(form, self)
+        forms: dict[str, Callable[..., Any]] = {GATE: self._at_gate, READOUT: self._at_readout, OUT: self._at_out}
+        return forms.get(form, self)
 
     def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run the mixer.

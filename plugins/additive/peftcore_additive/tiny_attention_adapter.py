@@ -20,6 +20,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from itertools import repeat
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
@@ -135,7 +137,7 @@ class TinyAttentionOperator(Bypass):
         caches = self.room.layers(given)
         visible = self.visible.mask(held_by(caches, held), h.shape[1], given, h.device)
         start = y = h.to(self.series[0].up.weight.dtype)  # type: ignore[arg-type,union-attr]
-        for each, cache in zip(self.series, caches or [None] * len(self.series), strict=True):
+        for each, cache in zip(self.series, caches or repeat(None, len(self.series)), strict=True):
             y = y + each(y, visible, cache) / len(self.series)
         return (y - start).to(h.dtype)
 
@@ -167,14 +169,12 @@ class TinyAttentionAdapter(Method):
                 raise UnsupportedSite(f"{site.path} ends no self-attention of a block of tokens; target attn.output")
             block = replace(resolver.site(path, "weight", "block"), form=AROUND)
             blocks = sum(stack_path(other or "") == stack_path(path) for other in depths)
-            more = (block, depths[path], blocks, VisibleTokens(stacks.of(site)))
+            visible = VisibleTokens(stacks.of(site))
             place, sums = placed(surgeon, site)
-            surgeon.graft(
-                place,
-                lambda at, own, more=more, sums=sums: TinyAttentionOperator(at, own, *more, sums),
-                config,
-                (*place.places, block),
+            make = partial(
+                TinyAttentionOperator, block=block, depth=depths[path], blocks=blocks, visible=visible, sums=sums
             )
+            surgeon.graft(place, make, config, (*place.places, block))
 
     @staticmethod
     def parameter_count(site: Site, config: TinyAttentionAdapterConfig) -> int:
