@@ -123,7 +123,9 @@ class Arrow(OfMergedParts, Method):
                 raise UnsupportedSite(
                     f"{site.path}: parts of general knowledge stand where all others do, and no others"
                 )
-            shapes = {tuple(tensor.shape) for graft in members.values() for tensor in graft.operator.factors()[:2]}
+            shapes = {
+                tuple(tensor.shape) for graft in members.values() for tensor in (graft.operator.factors() or ())[:2]
+            }
             if general and len(shapes) > 2:
                 raise UnsupportedSite(f"{site.path}: parts have several ranks, between which nothing can be taken away")
             surgeon.graft(site, functools.partial(ArrowOperator, members=members), config)

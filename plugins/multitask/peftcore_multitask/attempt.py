@@ -51,7 +51,7 @@ from peftcore import (
 )
 from peftcore.errors import ConfigError, UnsupportedSite
 from peftcore_additive import prompt_tuning
-from peftcore_multitask._merging import SOME, Members, OfMergedParts, PartsConfig, collected
+from peftcore_multitask._merging import MOST, Members, OfMergedParts, PartsConfig, collected
 from peftcore_multitask._tasks import TaskConfig, Tasks, task_count
 
 SOURCE = {"method": "prompt_tuning", "length": 100}
@@ -62,7 +62,9 @@ class AttemptConfig(TaskConfig, PartsConfig):
 
     method: Literal["attempt"] = "attempt"
     changes_weights: ClassVar[bool] = False
-    parts: list[dict[str, Any]] = Field(default_factory=lambda: [{**SOURCE} for _ in range(6)], **SOME)
+    parts: list[dict[str, Any]] = Field(
+        default_factory=lambda: [{**SOURCE} for _ in range(6)], min_length=1, max_length=MOST
+    )
     """The sources: prompts of one length, each as its options, with "prompt_tuning" under "method"."""
     train_parts: bool = False
     """Train the sources along."""
@@ -154,7 +156,8 @@ class Attempt(OfMergedParts, Method):
     def inject(self, model: nn.Module, config: AttemptConfig, surgeon: Surgeon) -> None:
         for members in collected(surgeon, config).values():
             first = next(iter(members.values()))
-            site, lengths = first.site, {graft.operator.length for graft in members.values()}
+            site = first.site
+            lengths: set[Any] = {graft.operator.length for graft in members.values()}
             if lengths != {length_of(config.parts[0])}:
                 raise UnsupportedSite(f"{site.path}: sources of lengths {sorted(lengths)}; overrides change none")
             surgeon.graft(site, functools.partial(AttemptOperator, members=members), config, first.holders[1:])

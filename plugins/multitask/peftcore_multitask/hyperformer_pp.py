@@ -25,6 +25,7 @@ where an adapter each (`pfeiffer_adapter`) is better, nor where it has to be mer
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -47,7 +48,7 @@ from peftcore.errors import ConfigError
 from peftcore_multitask._hypernetwork import Generators, Known, TaskTable, known_of
 from peftcore_multitask._tasks import TaskConfig, Tasks
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "gelu_tanh": lambda: nn.GELU("tanh"),
     "gelu": nn.GELU,
     "relu": nn.ReLU,

@@ -73,9 +73,9 @@ class MoVOperator(Router):
         self.router = nn.Parameter(torch.randn(config.experts, site.head) * 0.02)
 
     def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
-        return call(self.scaled(x)) if self.inputs else self.scaled(call(x))
+        return call(self.mixed(x)) if self.inputs else self.mixed(call(x))
 
-    def scaled(self, a: Tensor) -> Tensor:
+    def mixed(self, a: Tensor) -> Tensor:
         """Scale the activation, its channels where the layer has them, by its mixture of vectors."""
         dim = self.layer.channel_dim
         with full_precision(a):

@@ -21,6 +21,7 @@ common (`hyperformer_pp`), nor where it has to be merged. `parallel_adapter` is 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, Self
 
@@ -167,7 +168,7 @@ class PAL(Method):
         stacks = TokenStacks(surgeon)
         for site in block_sites(surgeon, each_run=True):
             name, width = part_name("projections", site.stack, str(site.width)), site.width
-            shared = surgeon.own(name, lambda width=width: Projections(width, config))
+            shared = surgeon.own(name, functools.partial(Projections, width, config))
             norms, visible = ending_norms(surgeon, site), VisibleTokens(stacks.of(site))
             more = (shared, visible, bool(norms))
             surgeon.graft(site, lambda at, own, more=more: PALOperator(at, own, *more), config, norms)

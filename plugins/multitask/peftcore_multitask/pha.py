@@ -149,12 +149,12 @@ class PHA(Method):
         sites, stacks = surgeon.sites(), TokenStacks(surgeon)
         prototypes = surgeon.own("prototypes", lambda: Prototypes(config))
         places = [branch(surgeon, site) for site in sites]
-        last = places[-1]
+        last: Site = places[-1]
         contrast = None
         if config.contrast and task_count(config) > 1:
             norms = [replace(site, form="activation") for site in surgeon.at("norm.final")]
             stack, end = stacks.reading(sites) or (None, next(iter(norms), None))
-            seen, width = (last, last.width) if end is None else (end, end.out_features)
+            seen, width = (last, places[-1].width) if end is None else (end, end.out_features)
             retriever = surgeon.own("retriever", lambda: Retriever(width, config))
             contrast = Contrast(seen, config, retriever, prototypes)
             if end is not None:

@@ -25,6 +25,7 @@ other's way (`polytropon`, `mtl_lora`), nor where a new task should cost next to
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -34,7 +35,7 @@ from torch import Tensor, nn
 from peftcore import OUTPUTS, AtBranchEnd, Joins, LearningRate, Method, Site, Surgeon, Tags, branch_end
 from peftcore_multitask._tasks import TaskConfig, Tasks, task_count
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "gelu_tanh": lambda: nn.GELU("tanh"),
     "gelu": nn.GELU,
     "relu": nn.ReLU,
