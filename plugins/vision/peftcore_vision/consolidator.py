@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveInt
@@ -117,7 +117,8 @@ class ConsolidatorOperator(Operator):
         return y
 
     def merged(self, weight: Tensor) -> Tensor:
-        return weight + sum(self.dense(number) for number in range(len(self.groups))).view(weight.shape)
+        dense: Any = sum(self.dense(number) for number in range(len(self.groups)))
+        return weight + dense.view(weight.shape)
 
     def merged_bias(self, bias: Tensor | None, weight: Callable[[], Tensor]) -> Tensor | None:
         if self.c is None:

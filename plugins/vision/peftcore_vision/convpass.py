@@ -73,7 +73,7 @@ class ConvpassOperator(Bypass):
         self.up = nn.Linear(channels, site.out_features)
         nn.init.xavier_uniform_(self.down.weight)
         nn.init.xavier_uniform_(self.conv.weight) if config.conv_init == "xavier" else nn.init.dirac_(self.conv.weight)
-        for zero in (self.down.bias, self.conv.bias, self.up.weight, self.up.bias):
+        for zero in (self.down.bias, self.conv.get_parameter("bias"), self.up.weight, self.up.bias):
             nn.init.zeros_(zero)
 
     def at(self, form: str, module: nn.Module) -> Callable[..., Any]:
@@ -95,6 +95,7 @@ class ConvpassOperator(Bypass):
         return end(added) if self.drops_path else added
 
     def _convolve(self, u: Tensor) -> Tensor:
+        assert self.conv.bias is not None, "it is made with one"
         weight, bias = self.cast(u, self.conv.weight, self.conv.bias)
 
         def act(pictures: Tensor) -> Tensor:

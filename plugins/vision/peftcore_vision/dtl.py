@@ -104,7 +104,7 @@ class SideOperator(Operator):
         (weight,) = self.cast(h, self.kernel.module.weight)
         if h.dim() == 4:  # [batch, rows, columns, d]
             return _convolved(h, weight)
-        rows, columns = layout(self.lie.get(), *h.shape[:2], None, None)
+        rows, columns = layout(self.lie.get(), h.shape[0], h.shape[1], None, None)
         others = h.shape[1] - rows * columns
         patches = _convolved(h[:, others:].unflatten(1, (rows, columns)), weight)
         return torch.cat([h[:, :others], patches.flatten(1, 2)], dim=1)

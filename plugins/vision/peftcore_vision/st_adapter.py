@@ -69,8 +69,9 @@ class Convolution(nn.Module):
         super().__init__()
         h = config.bottleneck
         self.down, self.up = nn.Linear(width, h), nn.Linear(h, width)
-        self.conv = nn.Conv3d(h, h, config.kernel, padding=tuple(size // 2 for size in config.kernel), groups=h)
-        for zero in (self.down.bias, self.up.bias, self.conv.weight, self.conv.bias):
+        times, rows, columns = config.kernel
+        self.conv = nn.Conv3d(h, h, config.kernel, padding=(times // 2, rows // 2, columns // 2), groups=h)
+        for zero in (self.down.bias, self.up.bias, self.conv.weight, self.conv.get_parameter("bias")):
             nn.init.zeros_(zero)
 
 
@@ -99,13 +100,14 @@ class STAdapterOperator(StreamOperator):
         lie, frames = self.lie.get(), self._told()
         count = clips(x, frames, None if lie is None else lie[0])
         if x.dim() == 3:
-            grid = layout(lie, *x.shape[:2], self.grid, self.prefix_tokens)
+            grid = layout(lie, x.shape[0], x.shape[1], self.grid, self.prefix_tokens)
             others = x.shape[1] - grid[0] * grid[1]
             patches = x[:, others:].unflatten(1, grid)
         elif x.dim() == 4:
             others, patches = 0, x
         else:
             raise UnsupportedSite(f"a block is given {tuple(x.shape)}: patches of pictures are [rows, tokens, d]")
+        assert adapter.conv.bias is not None, "it is made with one"
         (down, down_bias, up, up_bias, kernel, bias) = self.cast(
             x,
             *(adapter.down.weight, adapter.down.bias, adapter.up.weight, adapter.up.bias),
