@@ -1,11 +1,13 @@
 # make demo    adapt a real encoder to real tweets with every method, and compare them
 # make test    linters, types, tests
 # make test-slow    what takes seconds each, which `make test` leaves out
+# make test-oldest    tests of the core with the oldest torch and transformers that are promised, in an environment of their own
 # make test-cluster    what starts a Ray cluster on this machine
 # make test-all PART=1/4    the first quarter of the whole matrix of methods and hosts; without PART all of it
 # make quantization-matrix    try every method on every packed base, and write docs/quantization.md
 # make bench   how fast it is, side by side with peft; writes docs/performance.md
 # make version VERSION=0.2.0    give all nine packages another version
+# make changelog VERSION=0.2.0    put the fragments of changelog.d/ into CHANGELOG.md; without VERSION show what it would say
 # make release-check    build the nine packages into dist/ and check them; nothing is uploaded
 # make docs    the documentation, into site/; a broken link or reference fails
 # make docs-check    run the notebooks, and look at the site in headless Chromium, which the machine must have
@@ -24,7 +26,7 @@ REQUIREMENTS := requirements-dev.txt requirements-demo.txt pyproject.toml $(wild
 # Models and data come from packages; nothing is fetched while the project runs.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-slow test-cluster test-all style lint docs docs-check evidence held-defaults quantization-matrix bench histories fuzz version release-check clean
+.PHONY: demo test test-slow test-oldest test-cluster test-all style lint docs docs-check evidence held-defaults quantization-matrix bench histories fuzz version changelog release-check clean
 .DEFAULT_GOAL := test
 
 demo: $(INSTALLED)
@@ -52,6 +54,16 @@ test: style
 # What takes seconds each: the examples, a package that is installed, several processes, compilers, training, the site.
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 -m "slow and not cluster"
+
+# The lower bounds in pyproject.toml. Other libraries, with whose numbers tests compare, want newer ones: what imports them
+# stays out.
+OLDEST := torch==2.6.* transformers==5.6.* pluggy==1.5.* pydantic==2.7.*
+WITH_OLDEST := tests/contract
+test-oldest:
+	$(PYTHON) -m venv --clear build/oldest
+	build/oldest/bin/python -m pip install --quiet $(foreach each,$(OLDEST),"$(each)") hypothesis jsonschema pytest-timeout pytest-xdist \
+		-e ".[cli,interop,test]" $(foreach plugin,$(wildcard plugins/*),-e $(plugin))
+	build/oldest/bin/python -m pytest -n 2 -m "not slow" $(WITH_OLDEST)
 
 # In one process by itself: Ray's servers and threads stay in a process that has begun a cluster, and take both cores.
 test-cluster: $(INSTALLED)
@@ -96,9 +108,13 @@ fuzz: $(INSTALLED)
 version: $(INSTALLED)
 	$(BIN)/python release/version.py $(VERSION)
 
+# Without a version nothing is written, and the section is shown.
+changelog: $(INSTALLED)
+	$(BIN)/towncrier build $(if $(VERSION),--yes --version $(VERSION),--draft --version next)
+
 release-check: $(INSTALLED)
 	rm -rf dist
-	$(BIN)/python release/check.py
+	$(BIN)/python release/check.py $(if $(TAG),--tag $(TAG))
 
 # What takes long, planning every method in large models, is kept in build/docs-kept for as long as the sources are the same.
 docs: export NO_MKDOCS_2_WARNING := 1

@@ -48,7 +48,7 @@ def main(wanted: str) -> None:
     if version <= Version(current()):
         sys.exit(f"{version} does not come after {current()}")
     write(str(version))
-    print(f"{version} in {len(PYPROJECTS)} packages; name it in CHANGELOG.md too, then: make release-check")
+    print(f"{version} in {len(PYPROJECTS)} packages; then: make changelog VERSION={version}, make release-check")
 
 
 if __name__ == "__main__":

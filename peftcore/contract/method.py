@@ -281,7 +281,7 @@ class Method(ABC):
 
     @staticmethod
     @abstractmethod
-    def parameter_count(site: Site, config: Any) -> int:
+    def parameter_count(site: Any, config: Any) -> int:
         """Returns the number of values in the parameters of the operator at one target module, frozen ones included, by
         the closed formula of the paper; the kit compares it with the actual number.
 

@@ -383,7 +383,7 @@ class Shared:
     owning it."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.module = module
+        self.module: Any = module  # of a class that the method knows: its operators read attributes of it
 
 
 def on_first(output: Any, change: Callable[[Tensor], Tensor]) -> Any:

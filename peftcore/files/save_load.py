@@ -362,7 +362,7 @@ class _Bounded(TorchFunctionMode):
 def _check_values(surgeon: Surgeon, tensors: Mapping[str, Tensor]) -> None:
     """Check values that only the method understands; all wrong ones are named."""
     modules = [(graft.key, graft.operator) for graft in surgeon.grafts]
-    modules += [(f"shared:{name}", shared.module) for name, shared in surgeon.owned.items()]  # type: ignore[misc]
+    modules += [(f"shared:{name}", shared.module) for name, shared in surgeon.owned.items()]
     wrong = []
     for path, module in modules:
         for below, each in module.named_modules(prefix=path):

@@ -5,12 +5,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from peftcore.contract.config import MethodConfig
 from peftcore.contract.method import Method
 from peftcore.contract.operators import _Base
 from peftcore.errors import ExportError, NoWeights, PluginError
@@ -41,7 +40,7 @@ class AppliedMethod(ABC):
         self.name = name
         self.model = surgeon.model
         self.method: Method = surgeon.method
-        self.config: MethodConfig = surgeon.config
+        self.config: Any = surgeon.config  # of the method's own `Config`
         self.grafts: list[Graft] = surgeon.grafts
         self.steps_taken = 0
         self._surgeon = surgeon
@@ -63,7 +62,7 @@ class AppliedMethod(ABC):
         return [graft.site for graft in self.grafts]
 
     @property
-    def shared(self) -> dict[str, nn.Module]:
+    def shared(self) -> dict[str, Any]:
         """State that several operators use, by name."""
         return {name: shared.module for name, shared in self._surgeon.owned.items()}
 

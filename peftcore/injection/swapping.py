@@ -216,7 +216,7 @@ class _Work:
         if dataclasses.is_dataclass(a):
             names = [each.name for each in dataclasses.fields(a) if each.compare]
             return all(self._same(getattr(a, name), getattr(b, name)) for name in names)
-        return self.mine.config == self.other.config  # whatever it is, it was made of the same
+        return bool(self.mine.config == self.other.config)  # whatever it is, it was made of the same
 
 
 def _in_training_only(module: nn.Module, name: str) -> bool:

@@ -71,7 +71,7 @@ class Plan:
             UnsupportedHost: some parameter cannot be sharded.
         """
         modules = [(graft.key, graft.operator) for graft in surgeon.grafts]
-        modules += [(f"shared:{name}", shared.module) for name, shared in surgeon.owned.items()]  # type: ignore[misc]
+        modules += [(f"shared:{name}", shared.module) for name, shared in surgeon.owned.items()]
         tensors = {f"{path}.{key}": tensor for path, module in modules for key, tensor in module.state_dict().items()}
         parameters = {each for _, module in modules for each in module.parameters()}
         held = parameters.union(each for _, module in modules for each in module.buffers())

@@ -99,7 +99,7 @@ def _default(value: Any) -> str:
 def pages() -> Iterable[Path]:
     """What users and authors read, and what makes it."""
     yield from (ROOT / "README.md", ROOT / "CONTRIBUTING.md")
-    yield from (path for path in sorted(ROOT.glob("docs/**/*.md")) if "decisions" not in path.parts)
+    yield from (path for path in sorted(ROOT.glob("docs/**/*.md")) if not {"decisions", "history"} & {*path.parts})
     for pattern in ("plugins/*/README.md", "examples/**/*.md", "examples/**/*.py", "docs/generate/*.py"):
         yield from sorted(ROOT.glob(pattern))
 

@@ -22,7 +22,8 @@ GONE: dict[str, str] = {
     "peftcore.author.Surgeon.thawed": "the injection notes what it froze",
 }
 """What was taken out on purpose, and the reason that the release notes give: a name ("peftcore.Injection.save"), a
-parameter ("peftcore.apply(seed)") or an import as it is recorded. Each is named in CHANGELOG.md too."""
+parameter ("peftcore.apply(seed)") or an import as it is recorded. Each is
+named in CHANGELOG.md too, or in a fragment for it."""
 KEYWORD, POSITIONAL = "keyword_only", ("positional_only", "positional_or_keyword")
 
 Described = dict[str, Any]
@@ -81,7 +82,8 @@ def test_every_public_name_is_recorded() -> None:
 
 
 def test_what_is_gone_is_gone_and_in_the_release_notes(problems: dict[str, str]) -> None:
-    notes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    files = [ROOT / "CHANGELOG.md", *ROOT.glob("changelog.d/*.removed.md")]
+    notes = "\n".join(path.read_text(encoding="utf-8") for path in files)
     for name, reason in GONE.items():
         assert problems.get(name) == "is gone", name
         assert reason

@@ -41,7 +41,7 @@ class Second(Layers):
         return found
 
 
-class Config(MethodConfig):
+class HostThatLendsConfig(MethodConfig):
     method: Literal["host_that_lends"] = "host_that_lends"
     vectors: bool = True
 
@@ -64,11 +64,11 @@ class HostThatLends(Method):
     """The smallest method with borrowed layers: a second network over the same ids, which is added."""
 
     name = "host_that_lends"
-    Config = Config
+    Config = HostThatLendsConfig
     tags = Tags(category="additive", paper="none", identity_at_init=False)
     target = ("re:layers",)
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: HostThatLendsConfig, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
             lender = Tap(until_backward=True)
 
@@ -82,7 +82,7 @@ class HostThatLends(Method):
             surgeon.graft(site, lambda at, parts=(network, lender): Adds(at, *parts))
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: HostThatLendsConfig) -> int:
         return 0
 
 

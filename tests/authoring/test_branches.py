@@ -18,7 +18,7 @@ from peftcore.targets.resolver import Resolver
 X = torch.linspace(-1, 1, 2 * 5 * 8).view(2, 5, 8)
 
 
-class Config(MethodConfig):
+class BesideConfig(MethodConfig):
     """Options of the toy."""
 
     method: Literal["toy_bypass"] = "toy_bypass"
@@ -29,7 +29,7 @@ class Config(MethodConfig):
 class Seen(Bypass):
     """Adds a gain times what the branch reads."""
 
-    def __init__(self, site: BranchSite, config: Config) -> None:
+    def __init__(self, site: BranchSite, config: BesideConfig) -> None:
         super().__init__(site)
         self.gain = nn.Parameter(torch.ones(site.width))
 
@@ -39,7 +39,7 @@ class Seen(Bypass):
 
 class Beside(Method):
     name = "toy_bypass"
-    Config = Config
+    Config = BesideConfig
     tags = Tags(category="additive", paper="none", identity_at_init=False)
     target = "mlp.down"
 
@@ -89,7 +89,9 @@ class Kept(Seen):
 
 class Keeping(Method):
     name = "toy_keeping"
-    Config = type("Config", (Config,), {"__annotations__": {"method": Literal["toy_keeping"]}, "method": "toy_keeping"})
+    Config = type(
+        "Config", (BesideConfig,), {"__annotations__": {"method": Literal["toy_keeping"]}, "method": "toy_keeping"}
+    )
     tags, target, parameter_count = Beside.tags, Beside.target, staticmethod(Beside.parameter_count)
 
     def inject(self, model: nn.Module, config: Any, surgeon: Any) -> None:
@@ -220,7 +222,7 @@ def with_layers(kind: type[Layer]) -> nn.Module:
 class OneMore(AtBranchEnd):
     """Adds a number to what a branch gives to the stream."""
 
-    def __init__(self, site: BranchSite, config: Config) -> None:
+    def __init__(self, site: BranchSite, config: BesideConfig) -> None:
         super().__init__(site)
         self.number = nn.Parameter(torch.ones(1))
 
@@ -230,7 +232,9 @@ class OneMore(AtBranchEnd):
 
 class Behind(Method):
     name = "toy_behind"
-    Config = type("Config", (Config,), {"__annotations__": {"method": Literal["toy_behind"]}, "method": "toy_behind"})
+    Config = type(
+        "Config", (BesideConfig,), {"__annotations__": {"method": Literal["toy_behind"]}, "method": "toy_behind"}
+    )
     tags = Tags(category="additive", paper="none", identity_at_init=False)
     target = ("attn.output", "mlp.output")
 

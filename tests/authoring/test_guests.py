@@ -26,7 +26,7 @@ from peftcore.errors import ConfigError, UnsupportedSite
 from peftcore.testing.hosts import HOSTS
 
 
-class Config(MethodConfig):
+class HostWithGuestConfig(MethodConfig):
     method: Literal["host_with_guest"] = "host_with_guest"
     own_table: bool = False
     width: int = 16
@@ -48,11 +48,11 @@ class HostWithGuest(Method):
     """The smallest method with a guest."""
 
     name = "host_with_guest"
-    Config = Config
+    Config = HostWithGuestConfig
     tags = Tags(category="additive", paper="none", identity_at_init=False)
     target = ("block",)
 
-    def inject(self, model: nn.Module, config: Config, surgeon: peftcore.author.Surgeon) -> None:
+    def inject(self, model: nn.Module, config: HostWithGuestConfig, surgeon: peftcore.author.Surgeon) -> None:
         stack = TokenStacks(surgeon).around(surgeon.sites())
         sizes = {"num_hidden_layers": 1, "hidden_size": config.width}
         guest = guest_network(surgeon, stack, sizes, config.own_table, encoders=config.encoders)
@@ -62,7 +62,7 @@ class HostWithGuest(Method):
             surgeon.graft(site, lambda at: Adds(at, states))
 
     @staticmethod
-    def parameter_count(site: peftcore.author.Site, config: Config) -> int:
+    def parameter_count(site: peftcore.author.Site, config: HostWithGuestConfig) -> int:
         return 0
 
 

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+HISTORY = ROOT / "docs/history"
+"""Lists of their time, which are no pages of the site."""
+DOCS = [ROOT / "README.md", *sorted(page for page in (ROOT / "docs").rglob("*.md") if page.parent != HISTORY)]
 OTHERS = [ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("examples/*/README.md"))]
 FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 DOORS = ("peftcore", ".venv/bin/peftcore")

@@ -9,12 +9,19 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from doc_pages import DOCS, OTHERS, ROOT, name
+from doc_pages import DOCS, HISTORY, OTHERS, ROOT, name
 
 RECORDS = ROOT / "docs/decisions"
-OF_THEIR_TIME = {*RECORDS.glob("[0-9]*.md"), ROOT / "CHANGELOG.md"}
+OF_THEIR_TIME = {*RECORDS.glob("[0-9]*.md"), *HISTORY.glob("*.md"), ROOT / "CHANGELOG.md"}
 """These name what was there when they were written, and what is gone."""
-PAGES = [*DOCS, *OTHERS, ROOT / "CHANGELOG.md", ROOT / "SECURITY.md", *sorted(ROOT.glob("plugins/*/README.md"))]
+PAGES = [
+    *DOCS,
+    *OTHERS,
+    *HISTORY.glob("*.md"),
+    ROOT / "CHANGELOG.md",
+    ROOT / "SECURITY.md",
+    *sorted(ROOT.glob("plugins/*/README.md")),
+]
 FOLDERS = ("peftcore", "plugins", "docs", "tests", "benchmarks", "examples", "release")
 SOURCES = sorted(path for folder in FOLDERS for path in ROOT.glob(f"{folder}/**/*.py"))
 NAMES = {path.name for path in (*SOURCES, *DOCS, *OTHERS, *ROOT.glob("*.*"))}

@@ -27,22 +27,22 @@ class Noise(Operator):
         return call(x) + self.scale * (before + torch.randn(len(x), 1))
 
 
-class Config(MethodConfig):
+class NoisyConfig(MethodConfig):
     method: Literal["noisy"] = "noisy"
 
 
 class Noisy(Method):
     name = "noisy"
-    Config = Config
+    Config = NoisyConfig
     tags = Tags(category="additive", paper="-", random=True, identity_at_init=False)
     target = ("all-linear",)
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: NoisyConfig, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
             surgeon.graft(site, Noise)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: NoisyConfig) -> int:
         return 1
 
 

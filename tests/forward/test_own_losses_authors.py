@@ -219,7 +219,7 @@ class Adding(Operator):
         return y * (1 + self.gain)
 
 
-class Config(peftcore.author.MethodConfig):
+class AddingMethodConfig(peftcore.author.MethodConfig):
     method: Any = "toy_adding"
     of: str = "itself"
     stackable: bool = False
@@ -227,10 +227,10 @@ class Config(peftcore.author.MethodConfig):
 
 class AddingMethod(peftcore.author.Method):
     name, target = "toy_adding", ("all-linear",)
-    Config = Config
+    Config = AddingMethodConfig
     tags = peftcore.author.Tags(category="additive", paper="none", identity_at_init=False)
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Any) -> None:
+    def inject(self, model: nn.Module, config: AddingMethodConfig, surgeon: Any) -> None:
         for site in surgeon.sites():
             surgeon.graft(site, functools.partial(Adding, of=config.of, stackable=config.stackable))
 

@@ -33,7 +33,7 @@ class Shifted(Operator):
         return y + self.gain * own.view(-1, *[1] * (y.dim() - 1))
 
 
-class Config(MethodConfig):
+class NumbersConfig(MethodConfig):
     """No options."""
 
     method: Literal["numbers"] = "numbers"
@@ -43,7 +43,7 @@ class Numbers(Method):
     """Adds numbers that calls tell."""
 
     name = "numbers"
-    Config = Config
+    Config = NumbersConfig
     tags = Tags("additive", "none", identity_at_init=False)
     target = "all-layers"
 

@@ -79,3 +79,33 @@ def test_a_version_that_is_none_or_not_later_changes_nothing(copy: Path, version
     done = bump(copy, version)
     assert done.returncode == 1 and done.stderr.count("\n") == 1
     assert texts(copy) == before
+
+
+DONE = "# Changelog\n\n## 0.1.0 - 2030-01-02\n"
+
+
+@pytest.mark.parametrize(
+    ("tag", "changelog", "fragment", "said"),
+    [
+        ("v0.1.0", DONE, None, ""),
+        ("v0.1.0", DONE.replace("2030-01-02", "unreleased"), None, 'no heading "## 0.1.0 - YEAR-MONTH-DAY"'),
+        ("v0.1.0", DONE, "dora.fixed.md", "not yet in CHANGELOG.md: dora.fixed.md"),
+        ("v0.2.0", DONE, None, "make version VERSION=0.2.0"),
+        ("0.1.0", DONE, None, "is not v0.1.0"),
+    ],
+)
+def test_a_tag_that_does_not_fit_is_refused(
+    copy: Path, tag: str, changelog: str, fragment: str | None, said: str
+) -> None:
+    shutil.copy(ROOT / "release/check.py", copy / "release")
+    (copy / "CHANGELOG.md").write_text(changelog, encoding="utf-8")
+    (copy / "changelog.d").mkdir()
+    (copy / "changelog.d/README.md").touch()
+    if fragment is not None:
+        (copy / "changelog.d" / fragment).touch()
+    code = f"import check; check.check_tag({tag!r})"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=copy / "release", capture_output=True, text=True, check=False
+    )
+    assert (done.returncode == 0) == (not said)
+    assert said in done.stderr

@@ -46,7 +46,7 @@ class SoftPrompt(PeftMethod):
     """
 
     stem = PREFIXES[-1]
-    root = (ROWS,)
+    root: ClassVar[tuple[str, ...]] = (ROWS,)
     most_stacks: ClassVar[int] = 1
     """2 where peft may have rows in front of a decoder too, besides its encoder."""
 

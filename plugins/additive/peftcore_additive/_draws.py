@@ -7,7 +7,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from peftcore.author import ForwardContext
 from peftcore.errors import AmbiguousBackward, TrainingError
@@ -21,6 +21,9 @@ class Draws(nn.Module):
     that the first run got.
     """
 
+    seed: Tensor
+    count: Tensor
+
     def __init__(self, most: int) -> None:
         """Draw the seed of the numbers from torch's generator, which the surgeon seeds."""
         super().__init__()
@@ -31,7 +34,7 @@ class Draws(nn.Module):
         self.blind: set[int] = set()  # what forwards without gradients drew: a reentrant checkpoint round the host
         self.repeated = False  # runs them again inside backward, in another forward context
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch annotates it without its parameters
     def forward(self, call: ForwardContext) -> int:
         """Return the number of one forward.
 

@@ -47,14 +47,16 @@ class FeatureCritic(nn.Module):
         """
         batch, width = within.shape
         asked = self.of_prompt(prompt.detach()) @ self.up.weight / width**0.5  # [batch, hidden]
-        scores, divergence = [], within.new_zeros(())
+        scores: list[Tensor] = []
+        divergence = within.new_zeros(())
         for state, count in ((within, 1), (without, self.draws * batch)):
             mean, log_std = self.mean(state), self.log_std(state).clamp(-2.0, 10.0)
             noise = torch.randn(batch, count, mean.shape[-1], dtype=mean.dtype, device=mean.device)
             features = mean[:, None] + noise * log_std.exp()[:, None]  # [batch, count, hidden]
             scores.append((features @ asked[..., None]).squeeze(-1))
             divergence = divergence + (mean.square() + (2 * log_std).exp() - 1).mean() / 2 - log_std.mean()
-        return info_nce(*scores, ceiling), divergence
+        positive, negatives = scores
+        return info_nce(positive, negatives, ceiling), divergence
 
 
 class HeadLoss(Operator):

@@ -47,7 +47,7 @@ from peftcore_additive._bottleneck import BottleneckOperator
 from peftcore_additive._draws import Draws
 
 
-class Config(MethodConfig):
+class AdapterDropConfig(MethodConfig):
     """Options of AdapterDrop."""
 
     method: Literal["adapterdrop"] = "adapterdrop"
@@ -72,7 +72,7 @@ class Config(MethodConfig):
 class DroppableOperator(BottleneckOperator):
     """A bottleneck adapter that knows the number of its layer."""
 
-    def __init__(self, site: Site, config: Config, depth: int, draws: Shared | None) -> None:
+    def __init__(self, site: Site, config: AdapterDropConfig, depth: int, draws: Shared | None) -> None:
         super().__init__(site, config)
         self.depth, self.draws = depth, draws
 
@@ -95,7 +95,7 @@ class AdapterDrop(Method):
     """
 
     name = "adapterdrop"
-    Config = Config
+    Config = AdapterDropConfig
     tags = Tags(
         category="additive",
         paper="2010.11918",
@@ -110,7 +110,7 @@ class AdapterDrop(Method):
     config_version = 2
     former_defaults = ({"joins": "matrix", "drop_first_layers": 5},)
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: AdapterDropConfig, surgeon: Surgeon) -> None:
         numbers = block_depths(surgeon)
         found = [(site, self._depth(site, surgeon, numbers)) for site in surgeon.sites()]
         top = max(depth for _, depth in found)
@@ -136,5 +136,5 @@ class AdapterDrop(Method):
         return numbers[block]
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: AdapterDropConfig) -> int:
         return 2 * site.out_features * config.bottleneck + config.bottleneck + site.out_features

@@ -51,7 +51,7 @@ from peftcore_additive._side import held_by
 from peftcore_additive._tiny_attention import Room
 
 
-class Config(MethodConfig):
+class APTConfig(MethodConfig):
     """Options of APT."""
 
     method: Literal["apt"] = "apt"
@@ -86,7 +86,7 @@ class AdaptivePrefix(PrefixOperator):
     def __init__(
         self,
         site: AttentionSite,
-        config: Config,
+        config: APTConfig,
         encoder: Shared | None,
         block: BlockSite,
         given: Tap,
@@ -138,11 +138,11 @@ class APT(Method):
     for each layer."""
 
     name = "apt"
-    Config = Config
+    Config = APTConfig
     tags = Tags(category="additive", paper="2305.15212", identity_at_init=False, random=True)
     target = ("attn.core",)
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: APTConfig, surgeon: Surgeon) -> None:
         sites, stacks = surgeon.sites(), TokenStacks(surgeon)
         for site in sites:
             block, given = block_around(surgeon, site, each_run=True), Tap()
@@ -159,7 +159,7 @@ class APT(Method):
             behind(surgeon, sites, config)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: APTConfig) -> int:
         if not isinstance(site, AttentionSite):
             return 0
         return prefix_count(site, config) + config.length * site.projections["q"].in_features + 1

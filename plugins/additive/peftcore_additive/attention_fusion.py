@@ -33,7 +33,7 @@ from peftcore.errors import ConfigError
 from peftcore_additive._beside import BesideOperator, beside
 
 
-class Config(MethodConfig):
+class AttentionFusionConfig(MethodConfig):
     """Options of attention fusion."""
 
     method: Literal["attention_fusion"] = "attention_fusion"
@@ -54,7 +54,7 @@ class Config(MethodConfig):
 class Fusion(nn.Module):
     """The query, and the maps of what it asks."""
 
-    def __init__(self, width: int, config: Config) -> None:
+    def __init__(self, width: int, config: AttentionFusionConfig) -> None:
         super().__init__()
         self.heads, keys = config.heads, config.key_width if config.project else width
         self.query = nn.Parameter(torch.zeros(keys))
@@ -92,11 +92,11 @@ class AttentionFusion(Method):
     """A query of the task, which takes of each token's states in all layers what it asks for."""
 
     name = "attention_fusion"
-    Config = Config
+    Config = AttentionFusionConfig
     tags = Tags(category="additive", paper="Findings of NAACL 2022", identity_at_init=False)
     target = ("block",)
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: AttentionFusionConfig, surgeon: Surgeon) -> None:
         if any(config.overrides.values()):
             raise ConfigError("attention_fusion has one query for all sites: it takes no overrides")
         places = beside(surgeon)
@@ -111,5 +111,5 @@ class AttentionFusion(Method):
             surgeon.graft(site, lambda at, taps=taps, own=own: FusionOperator(at, taps, own))
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: AttentionFusionConfig) -> int:
         return 0  # the query belongs to no site

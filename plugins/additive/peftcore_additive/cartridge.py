@@ -53,7 +53,7 @@ from peftcore_additive._prefix import Behind, FrontOperator, behind, prefix_widt
 from peftcore_additive._teacher import cross_entropy
 
 
-class Config(MethodConfig):
+class CartridgeConfig(MethodConfig):
     """Options of a cartridge."""
 
     method: Literal["cartridge"] = "cartridge"
@@ -63,7 +63,7 @@ class Config(MethodConfig):
     """How many of the first tokens do not train."""
 
     @model_validator(mode="after")
-    def _some_train(self) -> Config:
+    def _some_train(self) -> CartridgeConfig:
         if self.frozen >= self.length:
             raise ValueError(f"frozen={self.frozen} leaves nothing to train of length={self.length}")
         return self
@@ -74,7 +74,7 @@ class CartridgeOperator(FrontOperator):
 
     sink: Tensor
 
-    def __init__(self, site: AttentionSite, config: Config) -> None:
+    def __init__(self, site: AttentionSite, config: CartridgeConfig) -> None:
         super().__init__(site)
         rows = torch.randn(config.length, prefix_width(site))
         self.register_buffer("sink", rows[: config.frozen].clone())
@@ -108,7 +108,7 @@ class Cartridge(Method):
     """
 
     name = "cartridge"
-    Config = Config
+    Config = CartridgeConfig
     tags = Tags(category="additive", paper="2506.06266", identity_at_init=False, needs_data=True)
     learning_rate = LearningRate(
         2e-2,
@@ -118,13 +118,13 @@ class Cartridge(Method):
     )
     target = ("attn.core",)
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: CartridgeConfig, surgeon: Surgeon) -> None:
         sites = surgeon.sites()
         for site in sites:
             surgeon.attention(site, CartridgeOperator, config)
         behind(surgeon, sites, config)
 
-    def calibrate(self, model: nn.Module, data: Batches, config: Config, injection: AppliedMethod) -> None:
+    def calibrate(self, model: nn.Module, data: Batches, config: CartridgeConfig, injection: AppliedMethod) -> None:
         model.eval()
         fronts = {path: each for path, each in injection.operators.items() if isinstance(each, CartridgeOperator)}
         places = {each: each.length for each in injection.operators.values() if isinstance(each, Behind)}
@@ -136,7 +136,7 @@ class Cartridge(Method):
             with torch.no_grad():
                 next(iter(data)).output()
             for path, front in fronts.items():
-                if front.seen < (length := len(front.flat())):
+                if (front.seen or 0) < (length := len(front.flat())):
                     raise CalibrationError(
                         f"{path} saw {front.seen} tokens in the first row of the data, and {length} are asked for: "
                         "give a longer text, without padding before it, or a smaller length="
@@ -152,5 +152,5 @@ class Cartridge(Method):
         return None if teacher is None else cross_entropy(teacher, output, call.inputs)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: CartridgeConfig) -> int:
         return (config.length - config.frozen) * prefix_width(site) if isinstance(site, AttentionSite) else 0

@@ -49,7 +49,7 @@ from peftcore.errors import UnsupportedSite
 from peftcore_additive._bottleneck import cast_linear, width_of
 
 
-class Config(MethodConfig):
+class CIATConfig(MethodConfig):
     """Options of CIAT."""
 
     method: Literal["ciat"] = "ciat"
@@ -70,7 +70,7 @@ class Config(MethodConfig):
 class Bottleneck(nn.Module):
     """A norm and two matrices: A."""
 
-    def __init__(self, inputs: int, outputs: int, config: Config) -> None:
+    def __init__(self, inputs: int, outputs: int, config: CIATConfig) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(inputs, eps=1e-6)
         self.down = nn.Linear(inputs, config.inner(inputs))
@@ -92,7 +92,7 @@ class Bottleneck(nn.Module):
 class BranchOperator(Bypass):
     """The adapter beside a branch."""
 
-    def __init__(self, site: BranchSite, config: Config) -> None:
+    def __init__(self, site: BranchSite, config: CIATConfig) -> None:
         super().__init__(site)
         self.A = Bottleneck(site.width, site.out_features, config)
 
@@ -103,7 +103,7 @@ class BranchOperator(Bypass):
 class EmbeddingsOperator(InputOperator):
     """The adapter in front of the first block of a stack."""
 
-    def __init__(self, site: BlockSite, config: Config) -> None:
+    def __init__(self, site: BlockSite, config: CIATConfig) -> None:
         super().__init__(site)
         self.A = Bottleneck(site.width, site.width, config)
 
@@ -124,7 +124,7 @@ class CIAT(Method):
     """Parallel adapters with norms of their own, and one behind the embeddings."""
 
     name = "ciat"
-    Config = Config
+    Config = CIATConfig
     tags = Tags(
         category="additive", paper="2104.08154", identity_at_init=False, identity_options={"init": "zero"}, random=True
     )
@@ -133,8 +133,9 @@ class CIAT(Method):
     )
     target = ("attn.output", "mlp.output")
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
-        depths, first = block_depths(surgeon), {}
+    def inject(self, model: nn.Module, config: CIATConfig, surgeon: Surgeon) -> None:
+        depths = block_depths(surgeon)
+        first: dict[str | None, int] = {}
         for site in surgeon.sites():
             entries = surgeon.resolver.host.at(site.module_path)
             if surgeon.wishes.target is None and any(each.role.startswith("cross") for each in entries):
@@ -150,7 +151,7 @@ class CIAT(Method):
             surgeon.graft(_block(surgeon, block or "", width), EmbeddingsOperator, config)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: CIATConfig) -> int:
         inputs, outputs = width_of(site), width_of(site) if isinstance(site, BlockSite) else site.out_features
         return (inputs + outputs + 1) * config.inner(inputs) + outputs + 2 * inputs
 

@@ -53,7 +53,7 @@ from peftcore_additive._bottleneck import ACTIVATIONS, cast_linear
 from peftcore_additive._chosen_tokens import arguments_of, soft_top_k
 
 
-class Config(MethodConfig):
+class CoDAConfig(MethodConfig):
     """Options of conditional adapters."""
 
     method: Literal["coda"] = "coda"
@@ -74,7 +74,7 @@ class ConditionalOperator(Operator):
 
     changes_inputs = True
 
-    def __init__(self, site: BlockSite, config: Config, visible: VisibleTokens) -> None:
+    def __init__(self, site: BlockSite, config: CoDAConfig, visible: VisibleTokens) -> None:
         super().__init__(site)
         self.names, self.visible, self.width = site.arguments, visible, site.width
         self.reduction, self.steps, self.temperature = config.reduction, config.steps, config.temperature
@@ -129,11 +129,11 @@ class CoDA(Method):
     """Blocks that only some tokens go through, beside adapters that all of them do."""
 
     name = "coda"
-    Config = Config
+    Config = CoDAConfig
     tags = Tags(category="additive", paper="2304.04947", identity_at_init=False, identity_options={"reduction": 1.0})
     target = ("block",)
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: CoDAConfig, surgeon: Surgeon) -> None:
         stacks = TokenStacks(surgeon)
         for site in block_sites(surgeon):
             stack = stacks.of(site)
@@ -147,5 +147,5 @@ class CoDA(Method):
             surgeon.graft(site, lambda at, own, visible=visible: ConditionalOperator(at, own, visible), config)
 
     @staticmethod
-    def parameter_count(site: BlockSite, config: Config) -> int:
+    def parameter_count(site: BlockSite, config: CoDAConfig) -> int:
         return 2 * site.width * config.bottleneck + config.bottleneck + 2 * site.width

@@ -22,6 +22,7 @@ Use it where adapters must be small: a tenth of a percent of T5.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Literal, Self
 
 import torch
@@ -45,7 +46,7 @@ from peftcore.errors import UnsupportedSite
 from peftcore_additive._bottleneck import ACTIVATIONS
 
 
-class Config(MethodConfig):
+class CompacterConfig(MethodConfig):
     """Options of Compacter."""
 
     method: Literal["compacter"] = "compacter"
@@ -86,7 +87,7 @@ class Config(MethodConfig):
 class Rule(nn.Module):
     """The rules: the first factors of all products, [n, n, n]."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: CompacterConfig) -> None:
         super().__init__()
         n = config.phm_dim
         self.value = nn.Parameter(torch.randn(n, n, n) * config.rule_std)
@@ -95,7 +96,7 @@ class Rule(nn.Module):
 class KroneckerLinear(nn.Module):
     """x H + b, where H is a sum of Kronecker products."""
 
-    def __init__(self, inputs: int, outputs: int, config: Config, shared: Shared | None) -> None:
+    def __init__(self, inputs: int, outputs: int, config: CompacterConfig, shared: Shared | None) -> None:
         super().__init__()
         n, self.shared = config.phm_dim, shared
         self.rule = Rule(config) if config.rules and shared is None else None
@@ -121,7 +122,7 @@ class CompacterOperator(AtBranchEnd):
 
     stackable = True
 
-    def __init__(self, site: Site, config: Config, rule: Shared | None) -> None:
+    def __init__(self, site: Site, config: CompacterConfig, rule: Shared | None) -> None:
         super().__init__(site)
         if site.out_features % (n := config.phm_dim):
             raise UnsupportedSite(f"{site.path}: {site.out_features} features are no multiple of phm_dim={n}")
@@ -138,29 +139,27 @@ class Compacter(Method):
     """Bottleneck adapters of Kronecker products with shared rules."""
 
     name = "compacter"
-    Config = Config
+    Config = CompacterConfig
     tags = Tags(category="additive", paper="2106.04647", identity_at_init=False, identity_options={"rule_std": 0.0})
     learning_rate = LearningRate(3e-3, "rabeehk/compacter@e123daa, seq2seq/configs/compacter.json", on="T5-base, GLUE")
     target = ("attn.output", "mlp.output")
     alternatives = OUTPUTS
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: CompacterConfig, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
             own = config.at(site.path)
             families = {entry.role.partition(".")[0] for entry in surgeon.resolver.host.at(site.module_path)}
             left_out = {"cross", "attn"} if own.placement == "compacter_pp" else {"cross"}
             if site.role == "attn.output" and families & left_out:  # named by the role, not by the user
                 continue
-            rule = (
-                surgeon.own(f"rule_{own.phm_dim}", lambda own=own: Rule(own)) if own.rules and own.shared_rule else None
-            )
+            rule = surgeon.own(f"rule_{own.phm_dim}", partial(Rule, own)) if own.rules and own.shared_rule else None
             place = branch_end(surgeon, site, own.joins)
             surgeon.graft(place, lambda s, c, rule=rule: CompacterOperator(s, c, rule), config, place.places)
         for site in surgeon.at("norm.*") if config.train_layer_norm else ():
             surgeon.train(site.module_path)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: CompacterConfig) -> int:
         if site.form == "weight":  # a norm's gain or bias
             return site.numel
         d, r, n = site.out_features, config.bottleneck, config.phm_dim

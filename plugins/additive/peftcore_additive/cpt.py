@@ -52,7 +52,7 @@ from peftcore.errors import ConfigError
 from peftcore_additive._answers import more_than_labels
 
 
-class Config(MethodConfig):
+class CPTConfig(MethodConfig):
     """Options of CPT."""
 
     method: Literal["cpt"] = "cpt"
@@ -68,7 +68,7 @@ class Config(MethodConfig):
     """Factor by which the answer of an example counts less than that of the next one; at 1 all count the same."""
 
     @model_validator(mode="after")
-    def _one_type_each(self) -> Config:
+    def _one_type_each(self) -> CPTConfig:
         if self.types and len(self.types) != len(self.ids):
             raise ValueError(f"types are {len(self.types)}, and ids {len(self.ids)}: one for each")
         return self
@@ -91,7 +91,7 @@ class CPTOperator(SequenceOperator):
     start: Tensor
     logits: Tap
 
-    def __init__(self, site: SequenceSite, config: Config) -> None:
+    def __init__(self, site: SequenceSite, config: CPTConfig) -> None:
         if unknown := [each for each in config.ids if each >= site.in_features]:
             raise ConfigError(f"ids: {unknown[:4]} are no tokens of a vocabulary of {site.in_features}")
         super().__init__(site, len(config.ids))
@@ -138,7 +138,7 @@ class CPT(Method):
     """
 
     name = "cpt"
-    Config = Config
+    Config = CPTConfig
     tags = Tags(category="additive", paper="2410.17222", identity_at_init=False, per_row=False, exact_gradient=False)
     learning_rate = LearningRate(
         1e-4,
@@ -147,7 +147,7 @@ class CPT(Method):
     )
     target = "stack"
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: CPTConfig, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
             stack, own = surgeon.sequence_site(site), config.at(site.path)
             operator = surgeon.sequence(site, CPTOperator, config)
@@ -168,5 +168,5 @@ class CPT(Method):
         return Within({each.delta: each for each in operators})
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: CPTConfig) -> int:
         return len(config.ids) * site.out_features if isinstance(site, SequenceSite) else 0

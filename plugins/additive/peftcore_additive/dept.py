@@ -40,7 +40,7 @@ from peftcore.author import (
 from peftcore_additive._rows import embedded_tokens
 
 
-class Config(MethodConfig):
+class DePTConfig(MethodConfig):
     """Options of DePT."""
 
     method: Literal["dept"] = "dept"
@@ -61,7 +61,7 @@ class Config(MethodConfig):
 class DePTOperator(InstanceOperator):
     """The short prompt of one stack, and what is added to its embeddings."""
 
-    def __init__(self, site: SequenceSite, config: Config) -> None:
+    def __init__(self, site: SequenceSite, config: DePTConfig) -> None:
         super().__init__(site, config.length)
         self.scale = config.alpha / math.sqrt(config.rank)
         self.prompt = nn.Parameter(embedded_tokens(site, config.length, config.init_ids))
@@ -85,12 +85,12 @@ class DePT(Method):
     """A short prompt, and a low-rank addition to the embedded tokens."""
 
     name = "dept"
-    Config = Config
+    Config = DePTConfig
     tags = Tags(category="additive", paper="2309.05173", identity_at_init=False, per_row=False)
     learning_rate = LearningRate(0.3, "ZhengxiangShi/DePT@f0266a7, README.md", on="T5-base, GLUE")
     target = "stack"
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: DePTConfig, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
             surgeon.sequence(site, DePTOperator, config)
 
@@ -103,5 +103,5 @@ class DePT(Method):
         return [prompts, {**updates, "lr": lr * injection.config.update_ratio}]
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: DePTConfig) -> int:
         return config.length * site.out_features + config.rank * (config.max_length + site.out_features)

@@ -48,7 +48,7 @@ from peftcore.errors import UnsupportedSite
 from peftcore_additive._bottleneck import Scale, ScaledOperator, Start, learned_scale, width_of
 
 
-class Config(MethodConfig):
+class HoulsbyAdapterConfig(MethodConfig):
     """Options of the serial adapter."""
 
     method: Literal["houlsby_adapter"] = "houlsby_adapter"
@@ -84,7 +84,7 @@ class Config(MethodConfig):
 class SerialOperator(ScaledOperator):
     """The adapter behind its target, or around a block."""
 
-    def __init__(self, site: Site, config: Config) -> None:
+    def __init__(self, site: Site, config: HoulsbyAdapterConfig) -> None:
         super().__init__(site, config, norm=config.norm, bias=config.bias)
 
 
@@ -112,7 +112,7 @@ class HoulsbyAdapter(Method):
     """Serial bottleneck adapters after attention and feed-forward."""
 
     name = "houlsby_adapter"
-    Config = Config
+    Config = HoulsbyAdapterConfig
     tags = Tags(category="additive", paper="1902.00751", identity_at_init=False, identity_options={"up_init_std": 0.0})
     learning_rate = LearningRate(3e-4, "google-research/adapter-bert@1a31fc6, README.md", on="BERT-base, MRPC")
     target = ("attn.output", "mlp.output")
@@ -124,7 +124,7 @@ class HoulsbyAdapter(Method):
         norms = "blocks" if options.get("train_layer_norm", True) else False
         return {"joins": "matrix", **options, "train_layer_norm": norms}  # what version 1 trained, and where it stood
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: HoulsbyAdapterConfig, surgeon: Surgeon) -> None:
         for site in with_blocks(surgeon, each_run=True):
             self._adapt(site, config, surgeon)
         for site in surgeon.at("norm" if config.train_layer_norm == "blocks" else "norm.*"):
@@ -132,7 +132,7 @@ class HoulsbyAdapter(Method):
                 surgeon.train(site.module_path)
 
     @staticmethod
-    def _adapt(site: Site, config: Config, surgeon: Surgeon) -> None:
+    def _adapt(site: Site, config: HoulsbyAdapterConfig, surgeon: Surgeon) -> None:
         own = config.at(site.path)
         if isinstance(site, BlockSite):
             surgeon.graft(site, SerialOperator, config)
@@ -143,7 +143,7 @@ class HoulsbyAdapter(Method):
             surgeon.graft(place, SerialOperator, config, place.places)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: HoulsbyAdapterConfig) -> int:
         if site.form == "weight":  # a norm's gain or bias
             return site.numel
         d, r = width_of(site), config.bottleneck

@@ -27,7 +27,7 @@ from peftcore.author import MATRICES, LearningRate, Method, MethodConfig, Operat
 from peftcore.errors import UnsupportedSite
 
 
-class Config(MethodConfig):
+class IA3Config(MethodConfig):
     """Options of (IA)^3."""
 
     method: Literal["ia3"] = "ia3"
@@ -36,12 +36,12 @@ class Config(MethodConfig):
     `feedforward_modules`)."""
 
 
-def scales_input(site: Site, config: Config) -> bool:
+def scales_input(site: Site, config: IA3Config) -> bool:
     """Whether the vector scales the inputs of the site's linear map, and not its outputs."""
     return any(site.role == each or fnmatch.fnmatchcase(site.path, each) for each in config.scale_inputs)
 
 
-def gain_width(site: Site, config: Config) -> int:
+def gain_width(site: Site, config: IA3Config) -> int:
     """Return the number of gains of each expert: outputs, or inputs of all groups of a convolution."""
     return site.in_features * getattr(site.module, "groups", 1) if scales_input(site, config) else site.out_features
 
@@ -51,7 +51,7 @@ class IA3Operator(Operator):
 
     stackable = True
 
-    def __init__(self, site: Site, config: Config) -> None:
+    def __init__(self, site: Site, config: IA3Config) -> None:
         super().__init__(site)
         self.on_input = self.changes_inputs = scales_input(site, config)
         if self.on_input and self.layer.one_hot:
@@ -82,7 +82,7 @@ class IA3(Method):
     """Learned gains for keys, values and inner activations of the feed-forward."""
 
     name = "ia3"
-    Config = Config
+    Config = IA3Config
     tags = Tags(category="additive", paper="2205.05638", mergeable=True)
     learning_rate = LearningRate(
         3e-3, "r-three/t-few@114dece, configs/ia3.json", on="T0-3B, tasks of T-Few", optimizer="Adafactor"
@@ -90,10 +90,10 @@ class IA3(Method):
     target = ("attn.k", "attn.v", "cross.k", "cross.v", "mlp.down", "experts.down")
     alternatives = MATRICES
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: IA3Config, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
             surgeon.graft(site, IA3Operator, config)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: IA3Config) -> int:
         return math.prod(site.batch) * gain_width(site, config)

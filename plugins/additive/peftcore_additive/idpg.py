@@ -46,7 +46,7 @@ from peftcore.errors import UnsupportedSite
 from peftcore_additive._first_pass import first_pass
 
 
-class Config(MethodConfig):
+class IDPGConfig(MethodConfig):
     """Options of IDPG."""
 
     method: Literal["idpg"] = "idpg"
@@ -80,7 +80,7 @@ class KroneckerSum(nn.Module):
 class IDPGOperator(InstanceOperator):
     """The network that makes the prompt of one stack."""
 
-    def __init__(self, site: SequenceSite, config: Config) -> None:
+    def __init__(self, site: SequenceSite, config: IDPGConfig) -> None:
         super().__init__(site, config.length)
         width, hidden, outputs, n = self.width, config.hidden, config.length * self.width, config.phm
         self.dropout, self.summary = nn.Dropout(config.dropout), Tap()
@@ -115,17 +115,17 @@ class IDPG(Method):
     """A prompt for each text, made of what the model itself makes of the text."""
 
     name = "idpg"
-    Config = Config
+    Config = IDPGConfig
     tags = Tags(category="additive", paper="2204.04497", identity_at_init=False, per_row=False, random=True)
     learning_rate = LearningRate(5e-4, "CSerxy/IDPG@691b282, IDPG-PHM.sh", on="RoBERTa-large, RTE", optimizer="Adam")
     target = "stack"
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: IDPGConfig, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
             surgeon.sequence(site, IDPGOperator, config)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: IDPGConfig) -> int:
         d, h, n = site.out_features, config.hidden, config.phm
         outputs = config.length * d
         if n is None:

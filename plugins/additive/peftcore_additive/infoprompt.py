@@ -55,7 +55,7 @@ from peftcore_additive._first_pass import first_pass
 from peftcore_additive._information import FeatureCritic, HeadLoss
 
 
-class Config(MethodConfig):
+class InfoPromptConfig(MethodConfig):
     """Options of InfoPrompt."""
 
     method: Literal["infoprompt"] = "infoprompt"
@@ -80,7 +80,7 @@ class Config(MethodConfig):
 class InfoPromptOperator(InstanceOperator):
     """The network that makes the prompt of one stack, and the critic of its features."""
 
-    def __init__(self, site: SequenceSite, config: Config, told: Tap) -> None:
+    def __init__(self, site: SequenceSite, config: InfoPromptConfig, told: Tap) -> None:
         super().__init__(site, config.length)
         self.down = nn.Linear(self.width, config.hidden)
         self.up = nn.Linear(config.hidden, config.length * self.width)
@@ -114,12 +114,12 @@ class InfoPrompt(Method):
     """A prompt for each text, with losses that have it tell of the head and of the model's features."""
 
     name = "infoprompt"
-    Config = Config
+    Config = InfoPromptConfig
     tags = Tags(category="additive", paper="2306.04933", identity_at_init=False, per_row=False)
     learning_rate = LearningRate(1e-3, "JoshuaWu1997/infoprompt@cc56fba, trainers/options.py", on="RoBERTa-large, GLUE")
     target = "stack"
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: InfoPromptConfig, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
             stack, own, told = surgeon.sequence_site(site), config.at(site.path), Tap()
             surgeon.sequence(site, lambda at, options, told=told: InfoPromptOperator(at, options, told), config)
@@ -133,7 +133,7 @@ class InfoPrompt(Method):
             surgeon.graft(head, lambda at, options=options: HeadLoss(at, *options))
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: InfoPromptConfig) -> int:
         if not isinstance(site, SequenceSite):
             return 0  # the head
         d, h = site.out_features, config.hidden

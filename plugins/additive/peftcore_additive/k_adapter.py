@@ -56,7 +56,7 @@ from peftcore_additive._chain import Adapter, joint
 from peftcore_additive._side import held_by, side_layers
 
 
-class Config(MethodConfig):
+class KAdapterConfig(MethodConfig):
     """Options of K-Adapter."""
 
     method: Literal["k_adapter"] = "k_adapter"
@@ -136,7 +136,7 @@ class KAdapter(Method):
     """A chain of adapters beside the model, which read states of some layers and join the last one."""
 
     name = "k_adapter"
-    Config = Config
+    Config = KAdapterConfig
     tags = Tags(
         category="additive",
         paper="2002.01808",
@@ -150,7 +150,7 @@ class KAdapter(Method):
     )
     target = ("block",)
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: KAdapterConfig, surgeon: Surgeon) -> None:
         if any(config.overrides.values()):
             raise ConfigError("k_adapter has one chain for all sites: it takes no overrides")
         stacks = TokenStacks(surgeon)
@@ -170,5 +170,5 @@ class KAdapter(Method):
                 surgeon.graft(site, lambda at, state=state, ends=ends: KAdapterOperator(at, state, ends))
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: KAdapterConfig) -> int:
         return 0  # the chain belongs to no site

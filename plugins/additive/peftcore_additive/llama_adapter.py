@@ -36,7 +36,7 @@ from peftcore.author import (
 from peftcore.errors import UnsupportedSite
 
 
-class Config(MethodConfig):
+class LlamaAdapterConfig(MethodConfig):
     """Options of LLaMA-Adapter."""
 
     method: Literal["llama_adapter"] = "llama_adapter"
@@ -51,7 +51,7 @@ class Config(MethodConfig):
 class LlamaAdapterOperator(AttentionOperator):
     """The prompt and the gate of one layer."""
 
-    def __init__(self, site: AttentionSite, config: Config) -> None:
+    def __init__(self, site: AttentionSite, config: LlamaAdapterConfig) -> None:
         super().__init__(site)
         sizes = site.geometry
         made = {part: projection.out_features for part, projection in site.projections.items()}
@@ -80,7 +80,7 @@ class LlamaAdapter(Method):
     """Gated attention to a prompt beside that to the words."""
 
     name = "llama_adapter"
-    Config = Config
+    Config = LlamaAdapterConfig
     tags = Tags(category="additive", paper="2303.16199")
     learning_rate = LearningRate(
         1.125e-3,
@@ -89,10 +89,10 @@ class LlamaAdapter(Method):
     )
     target = ("attn.core",)
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: LlamaAdapterConfig, surgeon: Surgeon) -> None:
         for site in top(surgeon.sites(), config.layers):
             surgeon.attention(site, LlamaAdapterOperator, config)
 
     @staticmethod
-    def parameter_count(site: AttentionSite, config: Config) -> int:
+    def parameter_count(site: AttentionSite, config: LlamaAdapterConfig) -> int:
         return config.length * site.projections["k"].in_features + site.geometry.heads

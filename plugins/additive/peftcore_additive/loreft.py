@@ -44,7 +44,7 @@ from peftcore.errors import TargetError, UnsupportedSite
 from peftcore_additive._intervention import Intervention
 
 
-class Config(MethodConfig):
+class LoReFTConfig(MethodConfig):
     """Options of LoReFT and its ablations."""
 
     method: Literal["loreft"] = "loreft"
@@ -82,7 +82,7 @@ class Config(MethodConfig):
 class ReftOperator(Operator):
     """Changes what a block returns at both ends of the prompt, by low-rank interventions."""
 
-    def __init__(self, site: BlockSite, config: Config, generates: bool) -> None:
+    def __init__(self, site: BlockSite, config: LoReFTConfig, generates: bool) -> None:
         super().__init__(site)
         if config.rank > site.width:
             raise UnsupportedSite(f"{site.path} is {site.width} wide, which has no subspace of rank {config.rank}")
@@ -111,7 +111,7 @@ class LoReFT(Method):
     """Low-rank interventions on hidden states at both ends of the prompt."""
 
     name = "loreft"
-    Config = Config
+    Config = LoReFTConfig
     tags = Tags("additive", "2404.03592", identity_at_init=False, identity_options={"identity": True})
     learning_rate = LearningRate(
         9e-4, "stanfordnlp/pyreft@dafd099, examples/loreft/README.md", on="LLaMA-7B, commonsense"
@@ -120,19 +120,19 @@ class LoReFT(Method):
     config_version = 2
     former_defaults = ({"short_prompts": "first"},)
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: LoReFTConfig, surgeon: Surgeon) -> None:
         stacks = TokenStacks(surgeon)
         for site in _chosen(surgeon, stacks, config):
             generates = stacks.generates(site)
             surgeon.graft(site, lambda at, own, generates=generates: ReftOperator(at, own, generates), config)
 
     @staticmethod
-    def parameter_count(site: BlockSite, config: Config) -> int:
+    def parameter_count(site: BlockSite, config: LoReFTConfig) -> int:
         ends = 1 if config.tied else bool(config.prefix_positions) + bool(config.suffix_positions)
         return ends * (2 * site.width * config.rank + config.rank)
 
 
-def _chosen(surgeon: Surgeon, stacks: TokenStacks, config: Config) -> list[BlockSite]:
+def _chosen(surgeon: Surgeon, stacks: TokenStacks, config: LoReFTConfig) -> list[BlockSite]:
     """Return the blocks of the chosen layers through which the prompt goes."""
     sites = stacks.prompted(block_sites(surgeon, each_run=True), surgeon.wishes.target is not None)
     there = {site.depth for site in sites}

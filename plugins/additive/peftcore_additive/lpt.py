@@ -52,7 +52,7 @@ ALL = 2**31
 """More tokens than any prompt has."""
 
 
-class Config(MethodConfig):
+class LPTConfig(MethodConfig):
     """Options of LPT."""
 
     method: Literal["lpt"] = "lpt"
@@ -72,7 +72,7 @@ class Config(MethodConfig):
 class LPTOperator(InnerRows):
     """The late prompt of one stack."""
 
-    def __init__(self, site: SequenceSite, config: Config) -> None:
+    def __init__(self, site: SequenceSite, config: LPTConfig) -> None:
         super().__init__(site, config.length)
         self.generator, width = config.generator, self.width
         self.causal = site.stack.causal
@@ -146,14 +146,14 @@ class LPT(Method):
     """
 
     name = "lpt"
-    Config = Config
+    Config = LPTConfig
     tags = Tags(category="additive", paper="2210.11292", identity_at_init=False, per_row=False, random=True)
     learning_rate = LearningRate(
         1e-3, "xyltt/LPT@634c7b2, encoder-only/run_roberta.sh", on="RoBERTa-large, RTE with 100 examples"
     )
     target = "stack"
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: LPTConfig, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
             stack = surgeon.sequence_site(site)
             if stack.stack.reads:
@@ -163,7 +163,7 @@ class LPT(Method):
             surgeon.sequence(site, LPTOperator, config, blocks=[layer])
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: LPTConfig) -> int:
         if not isinstance(site, SequenceSite):
             return 0  # attentions that hide the rows
         d, h, k = site.out_features, config.hidden, config.length

@@ -50,7 +50,7 @@ from peftcore_additive._beside import BesideOperator, beside
 from peftcore_additive._side import SideBlock, held_by, side_layers
 
 
-class Config(MethodConfig):
+class LSTConfig(MethodConfig):
     """Options of ladder side-tuning."""
 
     method: Literal["lst"] = "lst"
@@ -118,14 +118,14 @@ class LST(Method):
     """A small transformer beside the model, which reads what its blocks return and answers in their place."""
 
     name = "lst"
-    Config = Config
+    Config = LSTConfig
     tags = Tags(category="additive", paper="2206.06522", identity_at_init=False)
     learning_rate = LearningRate(
         3e-3, "ylsung/Ladder-Side-Tuning@1798e82, seq2seq/scripts/ladder_side_tuning_base.sh", on="T5-base, GLUE"
     )
     target = ("block",)
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: LSTConfig, surgeon: Surgeon) -> None:
         if any(config.overrides.values()):
             raise ConfigError("lst has one side network for all sites: it takes no overrides")
         places = beside(surgeon)
@@ -140,5 +140,5 @@ class LST(Method):
             surgeon.graft(site, lambda at, taps=taps, ladder=ladder: LadderOperator(at, taps, visible, ladder))
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: LSTConfig) -> int:
         return 0  # the side network belongs to no site

@@ -37,7 +37,7 @@ AROUND, HEAD = "around", "head"
 """The forms of the module around a table that makes embeddings, and of a head that predicts tokens."""
 
 
-class Config(MethodConfig):
+class MadxInvertibleConfig(MethodConfig):
     """Options of the invertible adapter."""
 
     method: Literal["madx_invertible"] = "madx_invertible"
@@ -52,7 +52,7 @@ class Config(MethodConfig):
 class Coupling(nn.Module):
     """One of the two networks: [..., inputs] to [..., outputs]."""
 
-    def __init__(self, inputs: int, outputs: int, config: Config) -> None:
+    def __init__(self, inputs: int, outputs: int, config: MadxInvertibleConfig) -> None:
         super().__init__()
         self.down = nn.Linear(inputs, max(1, inputs // config.reduction))
         self.activation = ACTIVATIONS[config.activation]()
@@ -67,12 +67,12 @@ class InvertibleOperator(Operator):
 
     changes_inputs = True
 
-    def __init__(self, site: Site, config: Config, around: bool) -> None:
+    def __init__(self, site: Site, config: MadxInvertibleConfig, around: bool) -> None:
         super().__init__(site)
         self.around = around
-        self.half = site.out_features // 2
-        rest = site.out_features - self.half
-        self.F, self.G = Coupling(rest, self.half, config), Coupling(self.half, rest, config)
+        self.half_width = site.out_features // 2
+        rest = site.out_features - self.half_width
+        self.F, self.G = Coupling(rest, self.half_width, config), Coupling(self.half_width, rest, config)
 
     def at(self, form: str, module: nn.Module) -> Callable[..., Any]:
         if form == HEAD:
@@ -92,7 +92,7 @@ class InvertibleOperator(Operator):
         return call(torch.cat([y1 - self._of(self.F, x2), x2], -1), *args, **kwargs)
 
     def _halves(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return x[..., : self.half], x[..., self.half :]
+        return x[..., : self.half_width], x[..., self.half_width :]
 
     def _of(self, network: Coupling, x: Tensor) -> Tensor:
         return cast_linear(self, network.up, network.activation(cast_linear(self, network.down, x)))
@@ -102,20 +102,20 @@ class MadxInvertible(Method):
     """A coupling behind the embeddings and its inverse in front of the head."""
 
     name = "madx_invertible"
-    Config = Config
+    Config = MadxInvertibleConfig
     tags = Tags(category="additive", paper="2005.00052", identity_at_init=False, identity_options={"init_std": 0.0})
     learning_rate = LearningRate(
         1e-4, "adapter-hub/adapters@88f18eb, docs/training.md", on="BERT-base, masked language modelling"
     )
     target = ("embed",)
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: MadxInvertibleConfig, surgeon: Surgeon) -> None:
         for table, around, heads in _embeddings(surgeon):
             made = functools.partial(InvertibleOperator, around=bool(around))
             surgeon.graft(table, made, config, (*around, *heads))
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: MadxInvertibleConfig) -> int:
         half = site.out_features // 2
         sizes = ((site.out_features - half, half), (half, site.out_features - half))
         inner = [max(1, inputs // config.reduction) for inputs, _ in sizes]

@@ -43,7 +43,7 @@ from peftcore.author import (
 from peftcore_additive._rows import embedded_tokens
 
 
-class Config(MethodConfig):
+class PTuningConfig(MethodConfig):
     """Options of P-tuning."""
 
     method: Literal["p_tuning"] = "p_tuning"
@@ -61,7 +61,7 @@ class Config(MethodConfig):
 class PTuningOperator(SequenceOperator):
     """The prompt of one stack and the network that makes it."""
 
-    def __init__(self, site: SequenceSite, config: Config) -> None:
+    def __init__(self, site: SequenceSite, config: PTuningConfig) -> None:
         super().__init__(site, config.length)
         width, hidden = self.width, config.hidden or self.width
         self.residual, self.lstm = config.encoder == "residual", None
@@ -93,19 +93,19 @@ class PTuning(Method):
     """A prompt made by a small network, in front of the embedded tokens."""
 
     name = "p_tuning"
-    Config = Config
+    Config = PTuningConfig
     tags = Tags(category="additive", paper="2103.10385", identity_at_init=False, per_row=False)
     learning_rate = LearningRate(
         1e-4, "THUDM/P-tuning@f4225d4, PT-Fewshot/scripts/boolq_pt_few_shot.sh", on="ALBERT-xxlarge, BoolQ"
     )
     target = "stack"
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: PTuningConfig, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
             surgeon.sequence(site, PTuningOperator, config)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: PTuningConfig) -> int:
         d = site.out_features
         h = config.hidden or d
         if config.encoder == "mlp":

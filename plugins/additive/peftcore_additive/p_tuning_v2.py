@@ -28,7 +28,7 @@ from peftcore.author import AttentionSite, LearningRate, Method, MethodConfig, S
 from peftcore_additive._prefix import PrefixOperator, behind, prefix_count, shared_encoder
 
 
-class Config(MethodConfig):
+class PTuningV2Config(MethodConfig):
     """Options of P-tuning v2."""
 
     method: Literal["p_tuning_v2"] = "p_tuning_v2"
@@ -47,7 +47,7 @@ class PTuningV2(Method):
     """Trained keys and values in front of those of every self-attention, made for tasks of understanding."""
 
     name = "p_tuning_v2"
-    Config = Config
+    Config = PTuningV2Config
     tags = Tags(category="additive", paper="2110.07602", identity_at_init=False, random=True)
     learning_rate = LearningRate(
         5e-3, "THUDM/P-tuning-v2@b1520c9, run_script/run_boolq_bert.sh", on="BERT-large, BoolQ"
@@ -56,8 +56,8 @@ class PTuningV2(Method):
     config_version = 2
     former_defaults = ({"behind": False},)
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
-        def prompts(site: AttentionSite, own: Config) -> PrefixOperator:
+    def inject(self, model: nn.Module, config: PTuningV2Config, surgeon: Surgeon) -> None:
+        def prompts(site: AttentionSite, own: PTuningV2Config) -> PrefixOperator:
             return PrefixOperator(site, own, shared_encoder(surgeon, site, own))
 
         sites = surgeon.sites()
@@ -67,5 +67,5 @@ class PTuningV2(Method):
             behind(surgeon, sites, config)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: PTuningV2Config) -> int:
         return prefix_count(site, config)

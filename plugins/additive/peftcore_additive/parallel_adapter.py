@@ -47,7 +47,7 @@ from peftcore.author import (
 from peftcore_additive._bottleneck import ACTIVATIONS, cast_linear
 
 
-class Config(MethodConfig):
+class ParallelAdapterConfig(MethodConfig):
     """Options of the parallel adapter."""
 
     method: Literal["parallel_adapter"] = "parallel_adapter"
@@ -76,7 +76,7 @@ class ParallelOperator(Bypass):
 
     padded = frozenset({"down.weight", "down.bias", "up.weight"})
 
-    def __init__(self, site: BranchSite, config: Config) -> None:
+    def __init__(self, site: BranchSite, config: ParallelAdapterConfig) -> None:
         super().__init__(site)
         self.down = nn.Linear(site.width, config.bottleneck, bias=config.bias)
         self.activation = ACTIVATIONS[config.activation]()
@@ -102,7 +102,7 @@ class ParallelAdapter(Method):
     """A bottleneck beside each feed-forward."""
 
     name = "parallel_adapter"
-    Config = Config
+    Config = ParallelAdapterConfig
     tags = Tags(category="additive", paper="2110.04366")
     learning_rate = LearningRate(
         5e-5, "jxhe/unify-parameter-efficient-tuning@3222ce2, exps/run_xsum.sh", on="BART-large, XSum"
@@ -113,7 +113,7 @@ class ParallelAdapter(Method):
     config_version = 2
     former_defaults = ({"joins": "matrix"},)
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: ParallelAdapterConfig, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
             own = config.at(site.path)
             if own.reads == "matrix":
@@ -123,6 +123,6 @@ class ParallelAdapter(Method):
             surgeon.graft(place, ParallelOperator, config, place.places)
 
     @staticmethod
-    def parameter_count(site: BranchSite, config: Config) -> int:
+    def parameter_count(site: BranchSite, config: ParallelAdapterConfig) -> int:
         r, biases = config.bottleneck, (config.bottleneck + site.out_features) * config.bias
         return (site.width + site.out_features) * r + biases + (config.scale == "learned")

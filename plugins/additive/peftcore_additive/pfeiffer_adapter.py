@@ -46,7 +46,7 @@ STREAM = "stream"  # the form of the site where an adapter acts, unless it is th
 Placement = Literal["post", "pre", "branch"]
 
 
-class Config(MethodConfig):
+class PfeifferAdapterConfig(MethodConfig):
     """Options of the Pfeiffer adapter."""
 
     method: Literal["pfeiffer_adapter"] = "pfeiffer_adapter"
@@ -97,7 +97,7 @@ class AtLayerEnd(AtBranchEnd):
 class PfeifferOperator(ScaledOperator, AtLayerEnd):
     """The bottleneck of one layer."""
 
-    def __init__(self, site: Site, config: Config, placement: Placement) -> None:
+    def __init__(self, site: Site, config: PfeifferAdapterConfig, placement: Placement) -> None:
         super().__init__(site, config)
         self.placement = placement
         self.only_inputs = placement == "post"
@@ -107,17 +107,17 @@ class PfeifferAdapter(Method):
     """One bottleneck adapter a layer, at the residual stream."""
 
     name = "pfeiffer_adapter"
-    Config = Config
+    Config = PfeifferAdapterConfig
     tags = Tags(category="additive", paper="2005.00247", identity_at_init=False, identity_options={"up_init_std": 0.0})
     learning_rate = LearningRate(1e-4, "arXiv 2005.00247, section 4.1", on="BERT-base, 16 tasks")
     target = ("mlp.output",)
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: PfeifferAdapterConfig, surgeon: Surgeon) -> None:
         for site, placement, holders in placed(surgeon, surgeon.sites(), lambda site: config.at(site.path).placement):
             surgeon.graft(site, lambda s, c, placement=placement: PfeifferOperator(s, c, placement), config, holders)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: PfeifferAdapterConfig) -> int:
         d, r = site.out_features, config.bottleneck
         return 2 * d * r + r + d + learned_scale(config.scale, d)
 
@@ -135,7 +135,7 @@ def placed(
     for site in sites:
         placement = wish(site)
         if placement == "branch":
-            yield site, placement, ()
+            yield site, "branch", ()
             continue
         block = _block_of(site, surgeon.resolver.host)
         if block in blocks:

@@ -47,7 +47,7 @@ from peftcore.author import (
 from peftcore.errors import UnsupportedSite
 
 
-class Config(MethodConfig):
+class PrefixPropagationConfig(MethodConfig):
     """Options of prefix-propagation."""
 
     method: Literal["prefix_propagation"] = "prefix_propagation"
@@ -62,7 +62,7 @@ class Config(MethodConfig):
 class PropagationOperator(InnerRows):
     """The additions to the rows at the blocks of one stack."""
 
-    def __init__(self, site: InnerSite, config: Config) -> None:
+    def __init__(self, site: InnerSite, config: PrefixPropagationConfig) -> None:
         super().__init__(site, config.length)
         blocks, width = len(site.depths), self.width
         self.projection, self.dropout = config.projection, nn.Dropout(config.dropout)
@@ -93,7 +93,7 @@ class PrefixPropagation(Method):
     """Rows in front of the tokens that go through all blocks, to which something trained is added at each."""
 
     name = "prefix_propagation"
-    Config = Config
+    Config = PrefixPropagationConfig
     tags = Tags(category="additive", paper="2305.12086", identity_at_init=False, per_row=False, random=True)
     learning_rate = LearningRate(
         7e-3,
@@ -102,7 +102,7 @@ class PrefixPropagation(Method):
     )
     target = "stack"
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: PrefixPropagationConfig, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
             blocks = range(surgeon.blocks_of(site))
             if not blocks:
@@ -110,7 +110,7 @@ class PrefixPropagation(Method):
             surgeon.sequence(site, PropagationOperator, config, blocks=blocks, counted=True)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: PrefixPropagationConfig) -> int:
         if not isinstance(site, InnerSite):
             return 0
         d, blocks = site.out_features, len(site.depths)

@@ -30,7 +30,7 @@ from peftcore.author import AttentionSite, LearningRate, Method, MethodConfig, S
 from peftcore_additive._prefix import PrefixOperator, behind, prefix_count, shared_encoder
 
 
-class Config(MethodConfig):
+class PrefixTuningConfig(MethodConfig):
     """Options of prefix tuning."""
 
     method: Literal["prefix_tuning"] = "prefix_tuning"
@@ -51,7 +51,7 @@ class PrefixTuning(Method):
     """Trained keys and values in front of those of every attention."""
 
     name = "prefix_tuning"
-    Config = Config
+    Config = PrefixTuningConfig
     tags = Tags(
         category="additive",
         paper="2101.00190",
@@ -63,8 +63,8 @@ class PrefixTuning(Method):
     config_version = 2
     former_defaults = ({"behind": False},)
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
-        def prefix(site: AttentionSite, own: Config) -> PrefixOperator:
+    def inject(self, model: nn.Module, config: PrefixTuningConfig, surgeon: Surgeon) -> None:
+        def prefix(site: AttentionSite, own: PrefixTuningConfig) -> PrefixOperator:
             return PrefixOperator(site, own, shared_encoder(surgeon, site, own), own.gate)
 
         sites = surgeon.sites()
@@ -74,5 +74,5 @@ class PrefixTuning(Method):
             behind(surgeon, sites, config)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: PrefixTuningConfig) -> int:
         return prefix_count(site, config, config.gate)

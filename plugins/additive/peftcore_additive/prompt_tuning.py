@@ -42,7 +42,7 @@ from peftcore.author import (
 from peftcore_additive._rows import embedded_tokens
 
 
-class Config(MethodConfig):
+class PromptTuningConfig(MethodConfig):
     """Options of prompt tuning."""
 
     method: Literal["prompt_tuning"] = "prompt_tuning"
@@ -71,7 +71,7 @@ class PromptOperator(SequenceOperator):
 
     prompt: nn.Parameter
 
-    def __init__(self, site: SequenceSite, config: Config) -> None:
+    def __init__(self, site: SequenceSite, config: PromptTuningConfig) -> None:
         super().__init__(site, config.length)
         self.rank = config.rank
         if config.rank is not None:
@@ -95,7 +95,7 @@ class PromptTuning(Method):
     """A trained prompt in front of the embedded tokens."""
 
     name = "prompt_tuning"
-    Config = Config
+    Config = PromptTuningConfig
     tags = Tags(category="additive", paper="2104.08691", identity_at_init=False, per_row=False)
     learning_rate = LearningRate(
         0.3,
@@ -105,12 +105,12 @@ class PromptTuning(Method):
     )
     target = "stack"
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: PromptTuningConfig, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
             surgeon.sequence(site, PromptOperator, config, behind=config.behind_embeddings)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: PromptTuningConfig) -> int:
         if config.rank is not None:
             return config.rank * (config.length + site.out_features)
         return config.length * site.out_features

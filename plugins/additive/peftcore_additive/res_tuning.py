@@ -21,6 +21,7 @@ caches, and is simpler; `lst` has attention in its side network. It cannot be me
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal
 
 from pydantic import PositiveInt
@@ -31,7 +32,7 @@ from peftcore.errors import ConfigError
 from peftcore_additive._beside import BesideOperator, beside
 
 
-class Config(MethodConfig):
+class ResTuningConfig(MethodConfig):
     """Options of Res-Tuning's bypass."""
 
     method: Literal["res_tuning"] = "res_tuning"
@@ -92,22 +93,22 @@ class ResTuning(Method):
     """Residual tuners in a bypass, which reads what blocks return and answers in their place."""
 
     name = "res_tuning"
-    Config = Config
+    Config = ResTuningConfig
     tags = Tags(category="additive", paper="2310.19859", identity_at_init=False)
     target = ("block",)
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: ResTuningConfig, surgeon: Surgeon) -> None:
         if any(config.overrides.values()):
             raise ConfigError("res_tuning has one bypass for all sites: it takes no overrides")
         places = beside(surgeon)
         last, steps = places[-1][0], []
         for site, _ in places:
             sizes = (site.width, config.bottleneck, config.zero_last and site is last)
-            steps.append(surgeon.own(site.path.replace(".", "_"), lambda sizes=sizes: Step(*sizes)))
+            steps.append(surgeon.own(site.path.replace(".", "_"), partial(Step, *sizes)))
         for site, taps in places:
             own = steps if site is last else []
             surgeon.graft(site, lambda at, taps=taps, own=own: BypassOperator(at, taps, own))
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: ResTuningConfig) -> int:
         return 0  # the bypass belongs to no site

@@ -62,7 +62,7 @@ from peftcore_additive._shadow import GuestLoss, copied
 OF_THE_GUEST = ("layers", "sizes", "own_table", "guest_weight")
 
 
-class Config(MethodConfig):
+class ShadowConfig(MethodConfig):
     """Options of ShadowPEFT."""
 
     method: Literal["shadow"] = "shadow"
@@ -88,7 +88,7 @@ class ShadowOperator(InputOperator):
     """The correction of what one block reads, and what the shadow learns from the block's output, which the next block
     reads."""
 
-    def __init__(self, site: BlockSite, config: Config, before: Shared | None, shadow: Tap, left: Tap) -> None:
+    def __init__(self, site: BlockSite, config: ShadowConfig, before: Shared | None, shadow: Tap, left: Tap) -> None:
         super().__init__(site)
         width, inner, self.scale = site.width, config.update_width or config.rank, config.scale
         self.down, self.up = nn.Linear(width, config.rank, bias=False), nn.Linear(config.rank, width, bias=False)
@@ -135,12 +135,12 @@ class Shadow(Method):
     """A small network of the model's own kind beside it, and what corrects the model by it."""
 
     name = "shadow"
-    Config = Config
+    Config = ShadowConfig
     tags = Tags(category="additive", paper="2604.19254", random=True, reentrant=False)
     learning_rate = LearningRate(3e-3, "ShadowLLM/shadow-peft@665d889, experiment/best_script.md", on="Qwen3-8B, GSM8K")
     target = ("block",)
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: ShadowConfig, surgeon: Surgeon) -> None:
         if once := [name for each in config.overrides.values() for name in each if name in OF_THE_GUEST]:
             raise ConfigError(f"there is one guest network for all blocks, so {once[0]} takes no overrides")
         sites = sorted(block_sites(surgeon), key=lambda site: site.depth)
@@ -163,7 +163,7 @@ class Shadow(Method):
             surgeon.graft(head, lambda at: GuestLoss(at, states[0], config.guest_weight, own))
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: ShadowConfig) -> int:
         if not isinstance(site, BlockSite):
             return 0  # the guest belongs to no site
         width, inner = site.width, config.update_width or config.rank

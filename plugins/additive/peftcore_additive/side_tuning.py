@@ -52,7 +52,7 @@ from peftcore.author import (
 from peftcore.errors import ConfigError, MissingContext, SequenceError
 
 
-class Config(MethodConfig):
+class SideTuningConfig(MethodConfig):
     """Options of side-tuning."""
 
     method: Literal["side_tuning"] = "side_tuning"
@@ -112,14 +112,14 @@ class SideTuning(Method):
     """A small network of the model's own kind beside it, blended with its last states."""
 
     name = "side_tuning"
-    Config = Config
+    Config = SideTuningConfig
     tags = Tags(category="additive", paper="1912.13503", identity_at_init=False)
     learning_rate = LearningRate(
         1e-3, "jozhang97/side-tuning@dea3456, configs/icifar_cfg.py", on="ResNet-44, CIFAR-100", optimizer="Adam"
     )
     target = ("block", "norm.final")
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: SideTuningConfig, surgeon: Surgeon) -> None:
         if any(config.overrides.values()):
             raise ConfigError("side_tuning has one side network: it takes no overrides")
         sites = with_blocks(surgeon)
@@ -134,5 +134,5 @@ class SideTuning(Method):
         surgeon.graft(last, lambda at: BlendOperator(at, merge, states))
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: SideTuningConfig) -> int:
         return 0  # the side network and its share belong to no site

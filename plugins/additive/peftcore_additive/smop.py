@@ -39,7 +39,7 @@ from peftcore.author import (
 )
 
 
-class Config(MethodConfig):
+class SMoPConfig(MethodConfig):
     """Options of SMoP."""
 
     method: Literal["smop"] = "smop"
@@ -62,7 +62,7 @@ class Config(MethodConfig):
 class SMoPOperator(InstanceOperator):
     """The short prompts of one stack, and their router."""
 
-    def __init__(self, site: SequenceSite, config: Config) -> None:
+    def __init__(self, site: SequenceSite, config: SMoPConfig) -> None:
         super().__init__(site, config.length)
         self.top_k, self.noise = config.top_k, config.noise
         self.prompts = nn.Parameter(torch.randn(config.prompts, config.length, self.width))
@@ -87,7 +87,7 @@ class SMoP(Method):
     """A short prompt for each text, chosen among several by a router."""
 
     name = "smop"
-    Config = Config
+    Config = SMoPConfig
     tags = Tags(
         category="additive",
         paper="aclanthology.org/2023.emnlp-main.884",
@@ -99,10 +99,10 @@ class SMoP(Method):
     learning_rate = LearningRate(0.5, "jyjohnchoi/SMoP@34da5e2, README.md", on="T5-base, RTE", optimizer="Adafactor")
     target = "stack"
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: SMoPConfig, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
             surgeon.sequence(site, SMoPOperator, config)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: SMoPConfig) -> int:
         return config.prompts * (config.length + 1) * site.out_features

@@ -50,7 +50,7 @@ from peftcore_additive._kept import Kept, drawn
 from peftcore_additive._scores import SCORES
 
 
-class Config(MethodConfig):
+class SparseAdapterConfig(MethodConfig):
     """Options of SparseAdapter."""
 
     method: Literal["sparse_adapter"] = "sparse_adapter"
@@ -83,7 +83,7 @@ class Config(MethodConfig):
 class SparseOperator(AtBranchEnd):
     """The part of what stays that lies in one adapter, and its biases and norm."""
 
-    def __init__(self, site: Site, config: Config, first: int, kept: Shared) -> None:
+    def __init__(self, site: Site, config: SparseAdapterConfig, first: int, kept: Shared) -> None:
         super().__init__(site)
         self.width, self.first, self.kept = width_of(site), first, kept
         self.activation, self.dropout = ACTIVATIONS[config.activation](), nn.Dropout(config.dropout)
@@ -112,7 +112,7 @@ class SparseAdapter(Method):
     """Serial adapters, pruned by one ranking before they train."""
 
     name = "sparse_adapter"
-    Config = Config
+    Config = SparseAdapterConfig
     tags = Tags(
         category="additive",
         paper="2210.04284",
@@ -131,7 +131,7 @@ class SparseAdapter(Method):
     alternatives = OUTPUTS
     starts: list[Tensor]
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: SparseAdapterConfig, surgeon: Surgeon) -> None:
         sites = surgeon.sites()
         owns = [config.at(site.path) for site in sites]
         if any((own.sparsity, own.score) != (config.sparsity, config.score) for own in owns):
@@ -145,7 +145,7 @@ class SparseAdapter(Method):
         kept = surgeon.own("kept", lambda: Kept(total, count))
         self.starts = []
 
-        def build(site: Site, own: Config, first: int) -> SparseOperator:
+        def build(site: Site, own: SparseAdapterConfig, first: int) -> SparseOperator:
             self.starts.append(drawn(width_of(site), own))  # here the generator is seeded for the site
             return SparseOperator(site, own, first, kept)
 
@@ -154,7 +154,7 @@ class SparseAdapter(Method):
         start = torch.cat(self.starts)
         kept.module.take(start, start.abs() if config.score == "magnitude" else None)
 
-    def calibrate(self, model: nn.Module, data: Batches, config: Config, injection: AppliedMethod) -> None:
+    def calibrate(self, model: nn.Module, data: Batches, config: SparseAdapterConfig, injection: AppliedMethod) -> None:
         operators: list[Any] = [graft.operator for graft in injection.grafts if graft.by_method]
         weights = [start.to(each.up_bias).requires_grad_() for start, each in zip(self.starts, operators, strict=True)]
         for each, whole in zip(operators, weights, strict=True):
@@ -173,5 +173,5 @@ class SparseAdapter(Method):
         kept.take(start, score)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: SparseAdapterConfig) -> int:
         return config.bottleneck + width_of(site) * (1 + 2 * config.norm)  # all else is in one vector, of no site

@@ -33,7 +33,7 @@ from peftcore.author import InnerRows, InnerSite, Method, MethodConfig, Sequence
 from peftcore.errors import ConfigError, UnsupportedSite
 
 
-class Config(MethodConfig):
+class SPTSelectiveConfig(MethodConfig):
     """Options of selective prompt tuning."""
 
     method: Literal["spt_selective"] = "spt_selective"
@@ -52,7 +52,7 @@ class Config(MethodConfig):
 class SelectiveOperator(InnerRows):
     """The prompts of one stack."""
 
-    def __init__(self, site: SequenceSite, config: Config) -> None:
+    def __init__(self, site: SequenceSite, config: SPTSelectiveConfig) -> None:
         super().__init__(site, config.length)
         self.prompts = nn.Parameter(torch.randn(len(self.depths), config.length, self.width) * 0.02)
         self.alpha = nn.Parameter(torch.zeros(len(self.depths))) if config.layers is None else None
@@ -72,12 +72,13 @@ def chosen(injection: Injection, count: int) -> list[int]:
     Raises:
         ConfigError: the injection is no search, has several stacks, or has fewer blocks.
     """
-    searches = [op for op in injection.operators.values() if isinstance(op, SelectiveOperator) and op.alpha is not None]
+    operators = [op for op in injection.operators.values() if isinstance(op, SelectiveOperator)]
+    searches = [op.alpha for op in operators if op.alpha is not None]
     if len(searches) != 1:
         raise ConfigError(
             f"{injection.name!r} has {len(searches)} searches for prompts, not one: apply it without layers"
         )
-    alpha = searches[0].alpha
+    alpha = searches[0]
     if not 0 < count <= len(alpha):
         raise ConfigError(f"{count} of {len(alpha)} blocks cannot be chosen")
     return sorted(alpha.detach().topk(count).indices.tolist())
@@ -91,11 +92,11 @@ class SPTSelective(Method):
     """
 
     name = "spt_selective"
-    Config = Config
+    Config = SPTSelectiveConfig
     tags = Tags(category="additive", paper="2310.20127", identity_at_init=False, per_row=False)
     target = "stack"
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: SPTSelectiveConfig, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
             stack = surgeon.sequence_site(site)
             if stack.stack.reads:
@@ -105,7 +106,7 @@ class SPTSelective(Method):
             surgeon.sequence(site, SelectiveOperator, config, blocks=blocks)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: SPTSelectiveConfig) -> int:
         if not isinstance(site, InnerSite):
             return 0  # attentions that hide the rows
         return len(site.depths) * (config.length * site.out_features + (config.layers is None))

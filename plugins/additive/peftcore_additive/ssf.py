@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from peftcore.author import LearningRate, Method, MethodConfig, Operator, Site, Surgeon, Tags, bias_name, with_tensors
 
 
-class Config(MethodConfig):
+class SSFConfig(MethodConfig):
     """Options of SSF."""
 
     method: Literal["ssf"] = "ssf"
@@ -45,7 +45,7 @@ class SSFOperator(Operator):
 
     stackable = True
 
-    def __init__(self, site: Site, config: Config) -> None:
+    def __init__(self, site: Site, config: SSFConfig) -> None:
         super().__init__(site)
         shape = (*site.batch, site.out_features)
         self.gain = nn.Parameter(1 + config.init_std * torch.randn(shape))
@@ -95,7 +95,7 @@ class SSF(Method):
     """Learned scales and shifts after every operation."""
 
     name = "ssf"
-    Config = Config
+    Config = SSFConfig
     tags = Tags(
         category="additive",
         paper="2210.08823",
@@ -108,14 +108,14 @@ class SSF(Method):
     )
     target = ("*", "all-linear", "experts.*")
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: SSFConfig, surgeon: Surgeon) -> None:
         found = surgeon.sites()
         sites = [site for site in found if site.layer.has(site.module, site.tensor)] or found
         for site in sites if surgeon.wishes.target is not None else filter(_operation, sites):
             surgeon.graft(site, SSFOperator, config)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: SSFConfig) -> int:
         return math.prod(site.batch) * site.out_features * (2 if shifts(site) else 1)
 
 

@@ -35,7 +35,7 @@ from peftcore.errors import TrainingError, UnsupportedSite
 from peftcore_additive._state_space import GATE, OUT, READOUT, MixerSite, mixer_site
 
 
-class Config(MethodConfig):
+class StateOffsetTuningConfig(MethodConfig):
     """Options of state-offset tuning."""
 
     method: Literal["state_offset_tuning"] = "state_offset_tuning"
@@ -58,7 +58,7 @@ class OffsetOperator(Operator):
     observes = frozenset({GATE, READOUT})
     changes_inputs = True
 
-    def __init__(self, site: MixerSite, config: Config) -> None:
+    def __init__(self, site: MixerSite, config: StateOffsetTuningConfig) -> None:
         super().__init__(site)
         channels, states = site.channels, site.states
         if config.offset == "state" and not states:
@@ -72,7 +72,8 @@ class OffsetOperator(Operator):
             self.offset = nn.Parameter(torch.zeros(channels, *[states] * (config.offset == "state")))
 
     def at(self, form: str, module: nn.Module) -> Callable[..., Any]:
-        return {GATE: self._at_gate, READOUT: self._at_readout, OUT: self._at_out}.get(form, self)
+        forms: dict[str, Callable[..., Any]] = {GATE: self._at_gate, READOUT: self._at_readout, OUT: self._at_out}
+        return forms.get(form, self)
 
     def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run the mixer.
@@ -120,7 +121,7 @@ class StateOffsetTuning(Method):
     """Constant offsets of the states of a state-space model, or of what is read of them."""
 
     name = "state_offset_tuning"
-    Config = Config
+    Config = StateOffsetTuningConfig
     tags = Tags(category="additive", paper="2503.03499")
     learning_rate = LearningRate(
         4e-4,
@@ -129,13 +130,13 @@ class StateOffsetTuning(Method):
     )
     target = ("ssm",)
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: StateOffsetTuningConfig, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
             place = mixer_site(surgeon, site)
             surgeon.graft(place, OffsetOperator, config, place.places)
 
     @staticmethod
-    def parameter_count(site: MixerSite, config: Config) -> int:
+    def parameter_count(site: MixerSite, config: StateOffsetTuningConfig) -> int:
         if config.offset == "output":
             return site.channels
         return site.channels * site.states if config.rank is None else config.rank * (site.channels + site.states)

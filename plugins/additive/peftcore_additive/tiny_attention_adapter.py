@@ -20,6 +20,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from itertools import repeat
 from typing import Any, Literal, Self
 
 from pydantic import NonNegativeFloat, PositiveInt, model_validator
@@ -51,7 +53,7 @@ AROUND = "around"
 """The form of the site of the block."""
 
 
-class Config(MethodConfig):
+class TinyAttentionAdapterConfig(MethodConfig):
     """Options of the tiny-attention adapter."""
 
     method: Literal["tiny_attention_adapter"] = "tiny_attention_adapter"
@@ -79,7 +81,14 @@ class TinyAttentionOperator(Bypass):
     observes = Bypass.observes | {AROUND}
 
     def __init__(
-        self, site: BranchSite, config: Config, block: Site, depth: int, blocks: int, visible: VisibleTokens, sums: bool
+        self,
+        site: BranchSite,
+        config: TinyAttentionAdapterConfig,
+        block: Site,
+        depth: int,
+        blocks: int,
+        visible: VisibleTokens,
+        sums: bool,
     ) -> None:
         super().__init__(site)
         if site.order is not None:
@@ -129,7 +138,7 @@ class TinyAttentionOperator(Bypass):
         caches = self.room.layers(given)
         visible = self.visible.mask(held_by(caches, held), h.shape[1], given, h.device)
         start = y = h.to(self.series[0].up.weight.dtype)  # type: ignore[arg-type,union-attr]
-        for each, cache in zip(self.series, caches or [None] * len(self.series), strict=True):
+        for each, cache in zip(self.series, caches or repeat(None, len(self.series)), strict=True):
             y = y + each(y, visible, cache) / len(self.series)
         return (y - start).to(h.dtype)
 
@@ -138,7 +147,7 @@ class TinyAttentionAdapter(Method):
     """A very narrow attention behind each self-attention."""
 
     name = "tiny_attention_adapter"
-    Config = Config
+    Config = TinyAttentionAdapterConfig
     tags = Tags(
         category="additive",
         paper="2211.01979",
@@ -149,7 +158,7 @@ class TinyAttentionAdapter(Method):
     learning_rate = LearningRate(8e-4, "cindermond/tiny-attn@03eee7e, run_examples.sh", on="RoBERTa-large, SST-2")
     target = ("attn.output",)
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: TinyAttentionAdapterConfig, surgeon: Surgeon) -> None:
         stacks, depths, resolver = TokenStacks(surgeon), block_depths(surgeon), surgeon.resolver
         for site in surgeon.sites():
             entries = resolver.host.at(site.module_path)
@@ -161,16 +170,14 @@ class TinyAttentionAdapter(Method):
                 raise UnsupportedSite(f"{site.path} ends no self-attention of a block of tokens; target attn.output")
             block = replace(resolver.site(path, "weight", "block"), form=AROUND)
             blocks = sum(stack_path(other or "") == stack_path(path) for other in depths)
-            more = (block, depths[path], blocks, VisibleTokens(stacks.of(site)))
+            visible = VisibleTokens(stacks.of(site))
             place, sums = placed(surgeon, site)
-            surgeon.graft(
-                place,
-                lambda at, own, more=more, sums=sums: TinyAttentionOperator(at, own, *more, sums),
-                config,
-                (*place.places, block),
+            make = partial(
+                TinyAttentionOperator, block=block, depth=depths[path], blocks=blocks, visible=visible, sums=sums
             )
+            surgeon.graft(place, make, config, (*place.places, block))
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: TinyAttentionAdapterConfig) -> int:
         a, d = config.width, width_of(site)
         return config.modules * (4 * a * d + 4 * a * a + 7 * a + 3 * d)

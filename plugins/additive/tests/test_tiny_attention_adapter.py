@@ -19,7 +19,7 @@ from peftcore.errors import ConfigError, MissingContext, NotMergeable, Unsupport
 from peftcore.testing import HOSTS, against, conformance, frozen, same_defaults, same_start
 from peftcore.testing.kit import fill
 from peftcore.testing.tools import without_fast_paths
-from peftcore_additive.tiny_attention_adapter import Config, TinyAttention
+from peftcore_additive.tiny_attention_adapter import TinyAttention, TinyAttentionAdapterConfig
 
 NUMBERS = Path(__file__).parent / "numbers" / "tiny_attention_adapter.json"
 CODE: Any = {"repository": "cindermond/tiny-attn", "commit": "03eee7e", "script": "rewriter/model/tiny_attn.py"}
@@ -48,7 +48,9 @@ def wave(*shape: int, step: float) -> Tensor:
 def test_numbers_of_the_authors() -> None:
     """Two modules one behind the other, with padding on the left: outputs, and all gradients."""
     numbers = frozen(NUMBERS)
-    layers = [TinyAttention(6, Config(width=4, heads=2, dropout=0.0)).double().train() for _ in range(2)]
+    layers = [
+        TinyAttention(6, TinyAttentionAdapterConfig(width=4, heads=2, dropout=0.0)).double().train() for _ in range(2)
+    ]
     found: dict[str, Tensor] = {}
     for index, layer in enumerate(layers):
         named = {theirs(name): tensor for name, tensor in layer.named_parameters()}
@@ -230,7 +232,7 @@ def test_padding_on_the_left_changes_nothing(name: str) -> None:
 
 
 def test_dropout_acts_on_attention_weights_in_training() -> None:
-    layer, h = TinyAttention(6, Config(width=4, heads=2, dropout=0.5)), torch.randn(2, 5, 6)
+    layer, h = TinyAttention(6, TinyAttentionAdapterConfig(width=4, heads=2, dropout=0.5)), torch.randn(2, 5, 6)
     seen = torch.ones(5, 5).bool()
     assert torch.equal(layer.eval()(h, seen), layer(h, seen))
     assert not torch.equal(layer.train()(h, seen), layer(h, seen))
@@ -240,7 +242,7 @@ def test_dropout_acts_on_attention_weights_in_training() -> None:
 def test_start_is_the_authors() -> None:
     """Of all tensors; the last map has a hundredth of its draw."""
     operator: Any = next(iter(peftcore.apply(built("bert")[0], "tiny_attention_adapter").operators.values()))
-    layer, told = type(operator.series[0])(4200, Config(width=1400)), frozen(NUMBERS, "start")
+    layer, told = type(operator.series[0])(4200, TinyAttentionAdapterConfig(width=1400)), frozen(NUMBERS, "start")
     for name, tensor in layer.named_parameters():
         first, *more = name.split(".")
         same_start(tensor, told.pop(".".join([THEIRS.get(first, first), *more])))
@@ -275,7 +277,7 @@ def test_defaults_are_the_authors() -> None:
 
 def test_an_identity_and_what_it_counts() -> None:
     """4 a d + 4 a^2 + 7 a + 3 d numbers in a layer of RoBERTa-base."""
-    layer = TinyAttention(768, Config())
+    layer = TinyAttention(768, TinyAttentionAdapterConfig())
     assert sum(p.numel() for p in layer.parameters()) == 4 * 768 + 4 + 7 + 3 * 768 == 5387
     model, inputs = built("bert")
     before = model(**inputs)[0]

@@ -29,7 +29,7 @@ from peftcore.author import LearningRate, Method, MethodConfig, Site, Surgeon, T
 from peftcore_diffusion._encoder_copy import control, encoder_copy
 
 
-class Config(MethodConfig):
+class ControlNetConfig(MethodConfig):
     """Options of ControlNet."""
 
     method: Literal["controlnet"] = "controlnet"
@@ -54,17 +54,17 @@ class ControlNet(Method):
     """
 
     name = "controlnet"
-    Config = Config
+    Config = ControlNetConfig
     tags = Tags(category="diffusion", paper="2302.05543", per_row=False)
     learning_rate = LearningRate(
         1e-5, "lllyasviel/ControlNet@ed85cd1, tutorial_train.py", on="Stable Diffusion 1.5, Fill50K"
     )
     target = (r"re:(.*\.)?mid_block", r"re:(.*\.)?up_blocks\.\d+")
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: ControlNetConfig, surgeon: Surgeon) -> None:
         sizes = tuple(config.widths), config.channels
         control(surgeon, config, lambda unet, _: encoder_copy(surgeon, unet, *sizes))
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: ControlNetConfig) -> int:
         return 0  # the copy belongs to no block

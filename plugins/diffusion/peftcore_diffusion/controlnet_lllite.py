@@ -40,7 +40,7 @@ STRIDES = ((4, 2), (4, 4), (4, 4, 2))
 """Strides of the convolutions, by how often the latents were halved."""
 
 
-class Config(MethodConfig):
+class ControlNetLLLiteConfig(MethodConfig):
     """Options of ControlNet-LLLite."""
 
     method: Literal["controlnet_lllite"] = "controlnet_lllite"
@@ -70,7 +70,7 @@ class LLLiteOperator(Operator):
 
     changes_inputs, only_inputs = True, True
 
-    def __init__(self, site: LLLiteSite, config: Config) -> None:
+    def __init__(self, site: LLLiteSite, config: ControlNetLLLiteConfig) -> None:
         super().__init__(site)
         self.name, self.scale, self.dropout = config.input, config.scale, config.dropout
         strides = STRIDES[site.halved]
@@ -114,7 +114,7 @@ class ControlNetLLLite(Method):
     """
 
     name = "controlnet_lllite"
-    Config = Config
+    Config = ControlNetLLLiteConfig
     tags = Tags(
         category="diffusion", paper="kohya-ss/sd-scripts", identity_at_init=False, identity_options={"scale": 0.0}
     )
@@ -123,12 +123,12 @@ class ControlNetLLLite(Method):
     )
     target = (r"re:(.*\.)?(down_blocks\.\d+|mid_block)\..*\.(attn1\.to_[qkv]|attn2\.to_q)",)
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: ControlNetLLLiteConfig, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
             surgeon.graft(LLLiteSite(**vars(site), halved=_halved(surgeon, site)), LLLiteOperator, config)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: ControlNetLLLiteConfig) -> int:
         assert isinstance(site, LLLiteSite)
         wide, hidden, width = config.condition_dim, config.hidden, site.in_features
         half = wide // 2

@@ -33,7 +33,7 @@ from peftcore.author import LearningRate, Method, MethodConfig, Site, Surgeon, T
 from peftcore_diffusion._encoder_copy import borrowed_encoder, control
 
 
-class Config(MethodConfig):
+class ControlNetLoRAConfig(MethodConfig):
     """Options of Control-LoRA."""
 
     method: Literal["controlnet_lora"] = "controlnet_lora"
@@ -62,17 +62,17 @@ class ControlNetLoRA(Method):
     """
 
     name = "controlnet_lora"
-    Config = Config
+    Config = ControlNetLoRAConfig
     tags = Tags(category="diffusion", paper="stabilityai/control-lora", per_row=False)
     learning_rate = LearningRate(
         1e-4, "HighCWu/control-lora-v2@4b7247a, train/tutorial.py", on="Stable Diffusion 1.5, Fill50K"
     )
     target = (r"re:(.*\.)?mid_block", r"re:(.*\.)?up_blocks\.\d+")
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: ControlNetLoRAConfig, surgeon: Surgeon) -> None:
         sizes = tuple(config.widths), config.channels, config.rank, config.vectors
         control(surgeon, config, lambda unet, lender: borrowed_encoder(surgeon, unet, lender, *sizes), borrows=True)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: ControlNetLoRAConfig) -> int:
         return 0  # the network belongs to no layer

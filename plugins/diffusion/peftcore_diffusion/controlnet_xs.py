@@ -38,7 +38,7 @@ from peftcore_diffusion._controller import Controller, Exchange, XSOperator, con
 from peftcore_diffusion._told import told
 
 
-class Config(MethodConfig):
+class ControlNetXSConfig(MethodConfig):
     """Options of ControlNet-XS."""
 
     method: Literal["controlnet_xs"] = "controlnet_xs"
@@ -59,7 +59,7 @@ class Config(MethodConfig):
 class StartOperator(XSOperator):
     """Begins beside the first convolution, with the image."""
 
-    def __init__(self, site: Site, config: Config, network: Shared, after: Tap) -> None:
+    def __init__(self, site: Site, config: ControlNetXSConfig, network: Shared, after: Tap) -> None:
         super().__init__(site, network, config.input, config.scale)
         self.after = after
 
@@ -79,7 +79,9 @@ class StartOperator(XSOperator):
 class ExchangeOperator(XSOperator):
     """Runs the layer beside one of the encoder, or beside the middle block."""
 
-    def __init__(self, site: Site, config: Config, network: Shared, what: Exchange, before: Tap, after: Tap) -> None:
+    def __init__(
+        self, site: Site, config: ControlNetXSConfig, network: Shared, what: Exchange, before: Tap, after: Tap
+    ) -> None:
         super().__init__(site, network, config.input, config.scale)
         self.what, self.before, self.after = what, before, after
 
@@ -99,7 +101,7 @@ class SkipOperator(XSOperator):
 
     changes_inputs, only_inputs = True, True
 
-    def __init__(self, site: Site, config: Config, network: Shared, path: str, skip: Tap) -> None:
+    def __init__(self, site: Site, config: ControlNetXSConfig, network: Shared, path: str, skip: Tap) -> None:
         super().__init__(site, network, config.input, config.scale)
         self.path, self.skip = path, skip
         self.width = network.module.get_submodule(path).out_channels
@@ -118,7 +120,7 @@ class ControlNetXS(Method):
     """
 
     name = "controlnet_xs"
-    Config = Config
+    Config = ControlNetXSConfig
     tags = Tags(category="diffusion", paper="2312.06573", reentrant=False)
     learning_rate = LearningRate(
         1e-5,
@@ -127,7 +129,7 @@ class ControlNetXS(Method):
     )
     target = (r"re:(.*\.)?mid_block",)
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: ControlNetXSConfig, surgeon: Surgeon) -> None:
         if any(config.overrides.values()):
             raise ConfigError("controlnet_xs has one network for a whole UNet: it takes no overrides")
         for site in surgeon.sites():
@@ -137,7 +139,7 @@ class ControlNetXS(Method):
             self._talk(surgeon, site, config, root, network)
 
     @staticmethod
-    def _talk(surgeon: Surgeon, middle: Site, config: Config, root: str, network: Shared) -> None:
+    def _talk(surgeon: Surgeon, middle: Site, config: ControlNetXSConfig, root: str, network: Shared) -> None:
         def graft(path: str, operator: type[XSOperator], *parts: Any) -> None:
             site = dataclasses.replace(surgeon.resolver.module_site(f"{root}{path}"), meta=middle.meta)
             surgeon.graft(site, lambda at: operator(at, config, network, *parts))
@@ -157,5 +159,5 @@ class ControlNetXS(Method):
                 graft(f"up_blocks.{number}.resnets.{each}", SkipOperator, path, left.pop())
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: ControlNetXSConfig) -> int:
         return 0  # the network belongs to no layer

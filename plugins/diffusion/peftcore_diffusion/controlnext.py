@@ -52,7 +52,7 @@ BLOCK = re.compile(r"((?:.*\.)?)down_blocks\.\d+")
 BASES = {"attention": ("attn.out", "cross.out"), "cross": ("cross.out",), "none": ()}
 
 
-class Config(MethodConfig):
+class ControlNeXtConfig(MethodConfig):
     """Options of ControlNeXt."""
 
     method: Literal["controlnext"] = "controlnext"
@@ -84,7 +84,7 @@ class ControlSite(Site):
 class ControlNeXtOperator(Operator):
     """Adds the feature of the image to the stream, in front of a block or behind it."""
 
-    def __init__(self, site: ControlSite, config: Config) -> None:
+    def __init__(self, site: ControlSite, config: ControlNeXtConfig) -> None:
         super().__init__(site)
         self.name, self.scale, self.before = config.input, config.scale, config.before
         self.features = ControlFeatures(config.channels, config.widths, site.width)
@@ -112,7 +112,7 @@ class ControlNeXt(Method):
     """
 
     name = "controlnext"
-    Config = Config
+    Config = ControlNeXtConfig
     tags = Tags(category="diffusion", paper="2408.06070", identity_at_init=False, identity_options={"scale": 0.0})
     learning_rate = LearningRate(
         1e-5,
@@ -121,7 +121,7 @@ class ControlNeXt(Method):
     )
     target = (r"re:(.*\.)?down_blocks\.0",)
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: ControlNeXtConfig, surgeon: Surgeon) -> None:
         found: dict[str, Site] = {}
         for site in surgeon.sites():
             options, place = config.at(site.path), BLOCK.fullmatch(site.module_path)
@@ -148,7 +148,7 @@ class ControlNeXt(Method):
         return [{"params": own, **defaults, "lr": rate} for rate, own in groups.items()]
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: ControlNeXtConfig) -> int:
         if not isinstance(site, ControlSite):
             return site.numel
         c, d, (w, v, u) = config.channels, site.width, config.widths

@@ -29,7 +29,7 @@ from peftcore.author import LearningRate, Method, MethodConfig, Operator, Site, 
 from peftcore_diffusion import textual_inversion
 
 
-class Config(MethodConfig):
+class CustomDiffusionConfig(MethodConfig):
     """Options of custom diffusion."""
 
     method: Literal["custom_diffusion"] = "custom_diffusion"
@@ -44,7 +44,7 @@ class Config(MethodConfig):
 class CustomDiffusionOperator(Operator):
     """The change of one matrix."""
 
-    def __init__(self, site: Site, config: Config) -> None:
+    def __init__(self, site: Site, config: CustomDiffusionConfig) -> None:
         super().__init__(site)
         text = site.role in ("cross.k", "cross.v") and site.layer.channel_dim == -1
         self.hold_first = config.hold_first and text
@@ -66,7 +66,7 @@ class CustomDiffusion(Method):
     """Train what cross-attention reads of the text."""
 
     name = "custom_diffusion"
-    Config = Config
+    Config = CustomDiffusionConfig
     tags = Tags(category="diffusion", paper="2212.04488", mergeable=True)
     learning_rate = LearningRate(
         8e-5,
@@ -75,15 +75,17 @@ class CustomDiffusion(Method):
     )
     target = ("cross.k", "cross.v")
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: CustomDiffusionConfig, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
             surgeon.graft(site, CustomDiffusionOperator, config)
         if config.modifier_tokens:
-            words = textual_inversion.Config(tokens=config.modifier_tokens, initializer=config.initializer)
+            words = textual_inversion.TextualInversionConfig(
+                tokens=config.modifier_tokens, initializer=config.initializer
+            )
             surgeon.include("words", textual_inversion.TextualInversion(), words, "embed")
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: CustomDiffusionConfig) -> int:
         if site.layer.one_hot and site.role not in ("cross.k", "cross.v"):
             return len(config.modifier_tokens) * site.out_features
         return site.numel

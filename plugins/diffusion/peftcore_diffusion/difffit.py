@@ -34,7 +34,7 @@ ENDS = ("attn.output", "cross.output", "mlp.output")
 INSIDE = tuple(f"{family}.{part}" for family in ("attn", "cross") for part in ("q", "k", "v"))
 
 
-class Config(MethodConfig):
+class DiffFitConfig(MethodConfig):
     """Options of DiffFit."""
 
     method: Literal["difffit"] = "difffit"
@@ -75,14 +75,14 @@ class DiffFit(Method):
     """Train biases, norms and classes, and scale what attention and feed-forward add to the stream."""
 
     name = "difffit"
-    Config = Config
+    Config = DiffFitConfig
     tags = Tags(category="diffusion", paper="2304.06648", mergeable=True)
     learning_rate = LearningRate(
         1e-3, "mkshing/DiffFit-pytorch@78dc2d1, README.md", on="Stable Diffusion 1.4, one subject"
     )
     target = "*"
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: DiffFitConfig, surgeon: Surgeon) -> None:
         sites = surgeon.sites()
         takes_tokens = bool(surgeon.at("stack"))
         for site in sites:
@@ -99,7 +99,7 @@ class DiffFit(Method):
                 surgeon.graft(site, ScaleOperator)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: DiffFitConfig) -> int:
         scaled = site.role in ENDS + INSIDE and not site.tensor.endswith("bias")
         return site.out_features if scaled else site.numel
 

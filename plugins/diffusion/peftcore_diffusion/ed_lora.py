@@ -38,7 +38,7 @@ from peftcore_diffusion._layerwise import check_words, read_layers
 from peftcore_diffusion.textual_inversion import TextualInversionOperator, WordsConfig, learn_words
 
 
-class Config(MethodConfig):
+class EDLoRAConfig(MethodConfig):
     """Options of ED-LoRA."""
 
     method: Literal["ed_lora"] = "ed_lora"
@@ -64,7 +64,7 @@ class EDLoRAOperator(Operator):
     stackable = factors_are_parameters = True
     padded, scaled = frozenset({"A", "B"}), frozenset({"B"})
 
-    def __init__(self, site: Site, config: Config) -> None:
+    def __init__(self, site: Site, config: EDLoRAConfig) -> None:
         """Make the factors.
 
         Raises:
@@ -91,7 +91,7 @@ class EDLoRAOperator(Operator):
 class SubjectOperator(TextualInversionOperator):
     """The vectors of V_rand, then those of V_class."""
 
-    def __init__(self, site: Site, config: Config) -> None:
+    def __init__(self, site: Site, config: EDLoRAConfig) -> None:
         tokens, random = [*config.random_tokens, *config.class_tokens], len(config.random_tokens)
         super().__init__(site, WordsConfig(method="ed_lora", tokens=tokens, initializer=config.initializer))
         with torch.no_grad():
@@ -106,7 +106,7 @@ class EDLoRA(Method):
     """
 
     name = "ed_lora"
-    Config = Config
+    Config = EDLoRAConfig
     tags = Tags(category="diffusion", paper="2305.18292", mergeable=True, low_rank=True)
     learning_rate = LearningRate(
         1e-4,
@@ -115,7 +115,7 @@ class EDLoRA(Method):
     )
     target = ("attn.q", "attn.k", "attn.v", "attn.out", "cross.q", "cross.k", "cross.v", "cross.out")
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: EDLoRAConfig, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
             surgeon.graft(site, EDLoRAOperator, config)
         layers, _ = read_layers(surgeon, left_out=True)
@@ -133,7 +133,7 @@ class EDLoRA(Method):
         return [{"params": params, **defaults, "lr": rate} for rate, params in groups.items() if params]
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: EDLoRAConfig) -> int:
         if site.layer.one_hot:
             return (len(config.random_tokens) + len(config.class_tokens)) * site.out_features
         if not site.layer.has(site.module, site.tensor):  # an attention, which reads its own text

@@ -35,7 +35,7 @@ from peftcore.errors import ConfigError, UnsupportedSite
 from peftcore_diffusion._context_network import ContextNetwork
 
 
-class Config(MethodConfig):
+class HypernetworkA1111Config(MethodConfig):
     """Options of hypernetworks."""
 
     method: Literal["hypernetwork_a1111"] = "hypernetwork_a1111"
@@ -55,7 +55,7 @@ class Config(MethodConfig):
     """How matrices start."""
 
     @model_validator(mode="after")
-    def _ends(self) -> Config:
+    def _ends(self) -> HypernetworkA1111Config:
         if self.structure[0] != 1 or self.structure[-1] != 1:
             raise ValueError(f"structure begins and ends with 1, the width of the context, not {self.structure}")
         return self
@@ -79,7 +79,7 @@ class HypernetworkA1111(Method):
     """Networks for the contexts of keys and values, one pair a width."""
 
     name = "hypernetwork_a1111"
-    Config = Config
+    Config = HypernetworkA1111Config
     tags = Tags(
         category="diffusion",
         paper="AUTOMATIC1111/stable-diffusion-webui",
@@ -91,7 +91,7 @@ class HypernetworkA1111(Method):
     )
     target = ("attn.k", "attn.v", "cross.k", "cross.v")
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: HypernetworkA1111Config, surgeon: Surgeon) -> None:
         if any(config.overrides.values()):
             raise ConfigError("hypernetwork_a1111 has networks for all sites of a width: it takes no overrides")
         parts = config.model_dump(include={"activation", "activate_output", "norm", "dropout", "start"})
@@ -108,5 +108,5 @@ class HypernetworkA1111(Method):
             surgeon.graft(site, lambda at, network=network: HypernetworkOperator(at, config.scale, network))
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: HypernetworkA1111Config) -> int:
         return 0  # the networks belong to no site

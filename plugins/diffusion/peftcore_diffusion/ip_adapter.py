@@ -32,7 +32,7 @@ from peftcore_diffusion._image import ImageSite, Projection, matrices
 from peftcore_diffusion._told import told
 
 
-class Config(MethodConfig):
+class IPAdapterConfig(MethodConfig):
     """Options of IP-Adapter."""
 
     method: Literal["ip_adapter"] = "ip_adapter"
@@ -62,7 +62,7 @@ class QueryOperator(Operator):
 class IPAdapterOperator(Operator):
     """Attention to the image, added to what goes into the output matrix."""
 
-    def __init__(self, site: ImageSite, config: Config) -> None:
+    def __init__(self, site: ImageSite, config: IPAdapterConfig) -> None:
         super().__init__(site)
         self.scale, self.heads, self.query, self.projection = config.scale, site.heads, site.query, site.projection
         self.key, self.value = (_start(each, config.image_dim or each.in_features) for each in (site.key, site.value))
@@ -98,12 +98,12 @@ class IPAdapter(Method):
     """
 
     name = "ip_adapter"
-    Config = Config
+    Config = IPAdapterConfig
     tags = Tags(category="diffusion", paper="2308.06721", identity_at_init=False, identity_options={"scale": 0.0})
     learning_rate = LearningRate(1e-4, "tencent-ailab/IP-Adapter@62e4af9, README.md", on="Stable Diffusion 1.5")
     target = ("cross.out",)
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: IPAdapterConfig, surgeon: Surgeon) -> None:
         for out in surgeon.sites():
             attention, query, key, value = matrices(surgeon, out)
             heads: Any = getattr(attention, "heads", None)
@@ -118,7 +118,7 @@ class IPAdapter(Method):
             surgeon.graft(ImageSite(**vars(out), **known), IPAdapterOperator, config)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: IPAdapterConfig) -> int:
         if not isinstance(site, ImageSite):  # the queries, which are read only
             return 0
         return 2 * site.key.out_features * (config.image_dim or site.key.in_features)

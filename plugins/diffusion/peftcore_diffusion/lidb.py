@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from peftcore.author import MATRICES, LearningRate, Method, MethodConfig, Operator, Site, Surgeon, Tags
 
 
-class Config(MethodConfig):
+class LiDBConfig(MethodConfig):
     """Options of LiDB."""
 
     method: Literal["lidb"] = "lidb"
@@ -59,7 +59,7 @@ class Config(MethodConfig):
     """Keep the bases in files, which grow by them many times over."""
 
 
-def sizes(site: Site, config: Config) -> tuple[int, int, int]:
+def sizes(site: Site, config: LiDBConfig) -> tuple[int, int, int]:
     """Return rank, a and b, as they can be at a site."""
     a = min(config.a, site.in_features * math.prod(site.kernel))
     b = min(config.b, site.out_features)
@@ -80,7 +80,7 @@ class LiDBOperator(Operator):
     A_aux: Tensor
     B_aux: Tensor
 
-    def __init__(self, site: Site, config: Config, number: int) -> None:
+    def __init__(self, site: Site, config: LiDBConfig, number: int) -> None:
         super().__init__(site)
         rank, a, b = sizes(site, config)
         self.scale = 1.0 if config.alpha is None else config.alpha / config.rank
@@ -111,7 +111,7 @@ class LiDB(Method):
     """Low-rank adaptation in random bases."""
 
     name = "lidb"
-    Config = Config
+    Config = LiDBConfig
     tags = Tags(category="diffusion", paper="2307.06949", mergeable=True, low_rank=True)
     learning_rate = LearningRate(
         1e-3,
@@ -123,11 +123,11 @@ class LiDB(Method):
     config_version = 2
     former_defaults = ({"alpha": 1.0},)
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: LiDBConfig, surgeon: Surgeon) -> None:
         for number, site in enumerate(surgeon.sites()):
             surgeon.graft(site, partial(LiDBOperator, number=number), config)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: LiDBConfig) -> int:
         rank, a, b = sizes(site, config)
         return math.prod(site.batch) * rank * (a + b)

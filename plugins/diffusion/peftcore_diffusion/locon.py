@@ -35,7 +35,7 @@ AROUND = ("*.proj_in", "*.proj_out", "conv_in", "conv_out", "time_embedding.line
 """Modules that the preset "full" adapts and no role means."""
 
 
-class Config(MethodConfig):
+class LoConConfig(MethodConfig):
     """Options of LoCon."""
 
     method: Literal["locon"] = "locon"
@@ -53,7 +53,7 @@ class Config(MethodConfig):
     """Denominator of the scale: the rank, or its square root."""
 
 
-def _sizes(site: Site, config: Config) -> tuple[int, float, bool]:
+def _sizes(site: Site, config: LoConConfig) -> tuple[int, float, bool]:
     """Return rank, alpha, and whether there is a core, at one site."""
     if math.prod(site.kernel) == 1:
         return config.rank, config.alpha, False
@@ -70,7 +70,7 @@ class LoConOperator(Operator):
     stackable = True
     padded, scaled = frozenset({"down", "core", "up"}), frozenset({"up"})
 
-    def __init__(self, site: Site, config: Config) -> None:
+    def __init__(self, site: Site, config: LoConConfig) -> None:
         super().__init__(site)
         rank, alpha, tucker = _sizes(site, config)
         self.scale = alpha / (rank if config.scaling == "rank" else math.sqrt(rank))
@@ -101,18 +101,18 @@ class LoCon(Method):
     """Low-rank adaptation of linear maps and convolutions."""
 
     name = "locon"
-    Config = Config
+    Config = LoConConfig
     tags = Tags(category="diffusion", paper="2309.14859", mergeable=True, low_rank=True)
     learning_rate = LearningRate(5e-4, "arXiv 2309.14859, appendix", on="Stable Diffusion 1.5")
     target = ("all-linear", "conv", "down", "mod", *AROUND)
     alternatives = ("all-layers",)
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: LoConConfig, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
             surgeon.graft(site, LoConOperator, config)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: LoConConfig) -> int:
         rank, _, tucker = _sizes(site, config)
         points, experts = math.prod(site.kernel), math.prod(site.batch)
         core = rank**2 * points if tucker else 0

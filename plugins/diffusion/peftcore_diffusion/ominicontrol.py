@@ -52,7 +52,7 @@ from peftcore.errors import ConfigError, UnsupportedSite
 from peftcore_diffusion._told import told
 
 
-class Config(MethodConfig):
+class OminiControlConfig(MethodConfig):
     """Options of OminiControl."""
 
     method: Literal["ominicontrol"] = "ominicontrol"
@@ -71,7 +71,7 @@ class Config(MethodConfig):
 class ConditionStream(RowStream):
     """The tokens of the condition."""
 
-    def __init__(self, site: StreamSite, config: Config) -> None:
+    def __init__(self, site: StreamSite, config: OminiControlConfig) -> None:
         super().__init__(site)
         self.name, self.sees_tokens = config.input, not config.independent
         self.delta, self.scale = config.position_delta, config.position_scale
@@ -110,7 +110,7 @@ class ConditionOperator(Operator):
 
     padded = frozenset({"A", "B"})
 
-    def __init__(self, site: Site, config: Config, turn: Turn) -> None:
+    def __init__(self, site: Site, config: OminiControlConfig, turn: Turn) -> None:
         super().__init__(site)
         self.turn = turn
         self.A = nn.Parameter(torch.randn(config.rank, site.in_features, *site.kernel) / config.rank)
@@ -133,7 +133,7 @@ class OminiControl(Method):
     """
 
     name = "ominicontrol"
-    Config = Config
+    Config = OminiControlConfig
     tags = Tags(category="diffusion", paper="2411.15098", identity_at_init=False, per_row=False, reentrant=False)
     learning_rate = LearningRate(
         1e-4,
@@ -146,7 +146,7 @@ class OminiControl(Method):
         r"|single_transformer_blocks\.\d+\.(norm\.linear|proj_mlp|proj_out|attn\.to_[qkv]))",
     )
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: OminiControlConfig, surgeon: Surgeon) -> None:
         sites = surgeon.sites()
         streams = {
             site.module_path: add_stream(surgeon, site, ConditionStream, config)
@@ -159,7 +159,7 @@ class OminiControl(Method):
             surgeon.graft(site, functools.partial(ConditionOperator, turn=streams[owner].turn), config)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: OminiControlConfig) -> int:
         inside = site.form == "activation"  # no stream, and no attention
         return config.rank * (site.numel // site.out_features + site.out_features) if inside else 0
 

@@ -63,7 +63,7 @@ RAW = Tap()
 """The text as a module is given it, while concepts edit it one after the other."""
 
 
-class Config(MethodConfig):
+class PerfusionConfig(MethodConfig):
     """Options of Perfusion."""
 
     method: Literal["perfusion"] = "perfusion"
@@ -87,7 +87,7 @@ class Config(MethodConfig):
     """Id of the class, from which they start."""
 
     @model_validator(mode="after")
-    def _of_a_class(self) -> Config:
+    def _of_a_class(self) -> PerfusionConfig:
         if self.tokens and self.initializer is None:
             raise ValueError("tokens start as their class, as i does: give its id as initializer")
         return self
@@ -99,7 +99,7 @@ class PerfusionOperator(Operator):
     changes_inputs = True
     training_only = Operator.training_only | {"train_gate", "text_gradient"}
 
-    def __init__(self, site: Site, config: Config, texts: Shared) -> None:
+    def __init__(self, site: Site, config: PerfusionConfig, texts: Shared) -> None:
         super().__init__(site)
         self.texts, self.text_gradient = texts, config.text_gradient
         self.train_gate, self.gate = (config.beta, config.tau), (config.beta_eval, config.tau_eval)
@@ -139,21 +139,21 @@ class Perfusion(Method):
     """
 
     name = "perfusion"
-    Config = Config
+    Config = PerfusionConfig
     tags = Tags(category="diffusion", paper="2305.01644", identity_at_init=False, needs_data=True, exact_gradient=False)
     target = ("cross.k", "cross.v")
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: PerfusionConfig, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
             if site.role not in ("cross.k", "cross.v") or not sees_vectors(site):
                 raise UnsupportedSite(f"{site.path} is no linear layer for the keys or values of a text: exclude it")
             texts = surgeon.own(f"texts_{site.in_features}", partial(Texts, site.in_features))
             surgeon.graft(site, partial(PerfusionOperator, texts=texts), config)
         if config.tokens:
-            words = textual_inversion.Config(tokens=config.tokens, initializer=config.initializer)
+            words = textual_inversion.TextualInversionConfig(tokens=config.tokens, initializer=config.initializer)
             surgeon.include("words", textual_inversion.TextualInversion(), words, "embed")
 
-    def calibrate(self, model: nn.Module, data: Batches, config: Config, injection: AppliedMethod) -> None:
+    def calibrate(self, model: nn.Module, data: Batches, config: PerfusionConfig, injection: AppliedMethod) -> None:
         edits: list[Any] = [graft for graft in injection.grafts if isinstance(graft.operator, PerfusionOperator)]
         model.eval()
         with injection.whole.disabled():
@@ -167,7 +167,7 @@ class Perfusion(Method):
             texts.learn(C[width], config.damping)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: PerfusionConfig) -> int:
         if site.layer.one_hot:
             return len(config.tokens) * site.out_features
         return site.out_features if site.role == "cross.v" else 0

@@ -51,7 +51,7 @@ OF_ALL = {"channels", "widths", "kernel", "input"}
 """Options of what all tuners share."""
 
 
-class Config(MethodConfig):
+class SCEditConfig(MethodConfig):
     """Options of SCEdit."""
 
     method: Literal["scedit"] = "scedit"
@@ -74,7 +74,7 @@ class SCTuner(Operator):
 
     changes_inputs, only_inputs = True, True
 
-    def __init__(self, site: SkipSite, config: Config, shared: Shared | None, hints: Tap) -> None:
+    def __init__(self, site: SkipSite, config: SCEditConfig, shared: Shared | None, hints: Tap) -> None:
         super().__init__(site)
         self.number, self.width, self.shared, self.hints, self.first = site.number, site.width, shared, hints, False
         self.name, self.scale, self.times = config.input, config.scale, 2 ** (len(config.widths) - 1)
@@ -117,7 +117,7 @@ class SCEdit(Method):
     """
 
     name = "scedit"
-    Config = Config
+    Config = SCEditConfig
     tags = Tags(category="diffusion", paper="2312.11392")
     learning_rate = LearningRate(
         1e-4,
@@ -126,7 +126,7 @@ class SCEdit(Method):
     )
     target = (r"re:(.*\.)?up_blocks\.\d+\.resnets\.\d+",)
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: SCEditConfig, surgeon: Surgeon) -> None:
         if any(OF_ALL & own.keys() for own in config.overrides.values()):
             raise ConfigError(f"scedit has one network for all hints: {sorted(OF_ALL)} take no overrides")
         for root, sites in skip_sites(surgeon).items():
@@ -141,12 +141,12 @@ class SCEdit(Method):
                 operator.first = site is sites[0]
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: SCEditConfig) -> int:
         assert isinstance(site, SkipSite)
         width, inside = site.width, _inside(site, config)
         return 2 * width * inside + inside + width
 
 
-def _inside(site: SkipSite, config: Config) -> int:
+def _inside(site: SkipSite, config: SCEditConfig) -> int:
     """Return the width inside a tuner."""
     return max(1, int(config.ratio * site.width))

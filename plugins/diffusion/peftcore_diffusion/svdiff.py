@@ -44,7 +44,7 @@ from peftcore.author import (
 from peftcore_diffusion._ties import alike, foremost, stored_as
 
 
-class Config(MethodConfig):
+class SVDiffConfig(MethodConfig):
     """Options of SVDiff."""
 
     method: Literal["svdiff"] = "svdiff"
@@ -64,7 +64,7 @@ class SVDiffOperator(WeightOperator):
     S: Tensor
     V: Tensor
 
-    def __init__(self, site: Site, config: Config) -> None:
+    def __init__(self, site: Site, config: SVDiffConfig) -> None:
         super().__init__(site)
         self.scale = config.scale
         U, S, V = self._decompose(site.base_weight())
@@ -91,7 +91,7 @@ class SVDiffOperator(WeightOperator):
 class VectorOperator(WeightOperator):
     """The shifts of a vector, entry by entry."""
 
-    def __init__(self, site: Site, config: Config) -> None:
+    def __init__(self, site: Site, config: SVDiffConfig) -> None:
         super().__init__(site)
         self.scale = config.scale
         self.delta = nn.Parameter(torch.zeros(site.weight_shape))  # [*batch, n]
@@ -104,14 +104,14 @@ class SVDiff(Method):
     """Shifts of singular values."""
 
     name = "svdiff"
-    Config = Config
+    Config = SVDiffConfig
     config_version = 2
     former_defaults = ({"vectors": "one"},)
     tags = Tags(category="diffusion", paper="2303.11305", mergeable=True)
     learning_rate = LearningRate(1e-3, "mkshing/svdiff-pytorch@a78f69e, README.md", on="Stable Diffusion 1.5")
     target = "*"
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: SVDiffConfig, surgeon: Surgeon) -> None:
         for group in alike(weight for site in surgeon.sites() for weight in _weights(site)):
             site, rest = foremost(group), [each for each in group if each is not foremost(group)]
             if rest:  # one shift for all, in the layout of storage
@@ -128,7 +128,7 @@ class SVDiff(Method):
         return [{"params": shifts, **defaults, "lr": rate} for rate, shifts in groups.items()]
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: SVDiffConfig) -> int:
         shape = site.weight_shape[site.layer.batch_dims :]
         return math.prod(site.batch) * (shape[0] if _entries(site, config) else min(shape[0], math.prod(shape[1:])))
 
@@ -137,7 +137,7 @@ def _is_vector(site: Site) -> bool:
     return len(site.weight_shape) == site.layer.batch_dims + 1
 
 
-def _entries(site: Site, config: Config) -> bool:
+def _entries(site: Site, config: SVDiffConfig) -> bool:
     """Whether the site has a shift for each of its entries."""
     return _is_vector(site) and config.vectors == "entries"
 

@@ -44,7 +44,7 @@ from peftcore_diffusion._pyramid import Place, Pyramid
 from peftcore_diffusion._told import told
 
 
-class Config(MethodConfig):
+class T2IAdapterConfig(MethodConfig):
     """Options of T2I-Adapter."""
 
     method: Literal["t2i_adapter"] = "t2i_adapter"
@@ -63,7 +63,9 @@ class Config(MethodConfig):
 class T2IAdapterOperator(Operator):
     """Adds the feature of one block; the first computes all of them."""
 
-    def __init__(self, site: Site, config: Config, place: Place, number: int, shared: Shared, features: Tap) -> None:
+    def __init__(
+        self, site: Site, config: T2IAdapterConfig, place: Place, number: int, shared: Shared, features: Tap
+    ) -> None:
         super().__init__(site)
         self.number, self.pyramid, self.features = number, shared, features
         self.name, self.scale, self.factor = config.input, config.scale, config.downscale * 2**place.level
@@ -98,7 +100,7 @@ class T2IAdapter(Method):
     """
 
     name = "t2i_adapter"
-    Config = Config
+    Config = T2IAdapterConfig
     tags = Tags(category="diffusion", paper="2302.08453", identity_at_init=False, identity_options={"scale": 0.0})
     learning_rate = LearningRate(
         1e-5,
@@ -107,7 +109,7 @@ class T2IAdapter(Method):
     )
     target = (r"re:(.*\.)?down_blocks\.\d+",)
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: T2IAdapterConfig, surgeon: Surgeon) -> None:
         if any(config.overrides.values()):
             raise ConfigError("t2i_adapter has one network for all blocks: it takes no overrides")
         sizes = config.channels, config.downscale, config.blocks
@@ -126,7 +128,7 @@ class T2IAdapter(Method):
                 operator.first = number == min(numbers)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: T2IAdapterConfig) -> int:
         return 0  # the network belongs to no block
 
 

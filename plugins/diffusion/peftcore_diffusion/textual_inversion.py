@@ -40,7 +40,7 @@ class WordsConfig(MethodConfig):
     rows that the placeholders have."""
 
 
-class Config(WordsConfig):
+class TextualInversionConfig(WordsConfig):
     """Options of textual inversion."""
 
     method: Literal["textual_inversion"] = "textual_inversion"
@@ -48,7 +48,7 @@ class Config(WordsConfig):
     """Names of the words in files of other programs, one for each token; vectors of one word have the same."""
 
     @model_validator(mode="after")
-    def _named(self) -> Config:
+    def _named(self) -> TextualInversionConfig:
         if self.words and len(self.words) != len(self.tokens):
             raise ValueError(f"{len(self.words)} words do not name {len(self.tokens)} tokens: one for each")
         return self
@@ -110,16 +110,16 @@ class TextualInversion(Method):
     """
 
     name = "textual_inversion"
-    Config = Config
+    Config = TextualInversionConfig
     tags = Tags(category="diffusion", paper="2208.01618", mergeable=True)
     learning_rate = LearningRate(
         0.04, "arXiv 2208.01618, implementation details", on="latent diffusion of 1.4B, batches of 8"
     )
     target = ("embed",)
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: TextualInversionConfig, surgeon: Surgeon) -> None:
         learn_words(surgeon, surgeon.sites(), TextualInversionOperator, config)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: TextualInversionConfig) -> int:
         return len(config.tokens) * site.out_features

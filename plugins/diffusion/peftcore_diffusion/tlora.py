@@ -38,7 +38,7 @@ from peftcore.errors import UnsupportedSite
 from peftcore_diffusion._told import timesteps
 
 
-class Config(MethodConfig):
+class TLoRAConfig(MethodConfig):
     """Options of T-LoRA."""
 
     method: Literal["tlora"] = "tlora"
@@ -68,7 +68,7 @@ class Config(MethodConfig):
 class TLoRAOperator(Operator):
     """The update of one site."""
 
-    def __init__(self, site: Site, config: Config) -> None:
+    def __init__(self, site: Site, config: TLoRAConfig) -> None:
         """Make the factors.
 
         Raises:
@@ -114,7 +114,7 @@ class TLoRAOperator(Operator):
         return y
 
 
-def _start(site: Site, config: Config) -> tuple[Tensor, Tensor, Tensor]:
+def _start(site: Site, config: TLoRAConfig) -> tuple[Tensor, Tensor, Tensor]:
     """Return A, B and the singular values at first."""
     inputs, outputs = site.in_features * math.prod(site.kernel), site.out_features
     rank = min(config.rank, inputs, outputs)
@@ -146,7 +146,7 @@ class TLoRA(Method):
     """
 
     name = "tlora"
-    Config = Config
+    Config = TLoRAConfig
     tags = Tags(category="diffusion", paper="2507.05964")
     learning_rate = LearningRate(1e-4, "ControlGenAI/T-LoRA@602c4f7, train.py", on="SDXL, DreamBooth")
     target = ("attn.q", "attn.k", "attn.v", "attn.out", "cross.q", "cross.k", "cross.v", "cross.out")
@@ -154,12 +154,12 @@ class TLoRA(Method):
     config_version = 2
     former_defaults = ({"alpha": 64.0},)
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: TLoRAConfig, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
             surgeon.graft(site, TLoRAOperator, config)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: TLoRAConfig) -> int:
         inputs = site.in_features * math.prod(site.kernel)
         rank = min(config.rank, inputs, site.out_features)
         return rank * (inputs + site.out_features + (config.start != "zero"))

@@ -36,7 +36,7 @@ from peftcore_diffusion._layerwise import around, check_words, read_layers
 from peftcore_diffusion.textual_inversion import TextualInversionOperator, WordsConfig, learn_words
 
 
-class Config(WordsConfig):
+class XTIConfig(WordsConfig):
     """Options of extended textual inversion."""
 
     method: Literal["xti"] = "xti"
@@ -53,12 +53,12 @@ class XTI(Method):
     """
 
     name = "xti"
-    Config = Config
+    Config = XTIConfig
     tags = Tags(category="diffusion", paper="2303.09522", mergeable=True)
     learning_rate = LearningRate(5e-3, "mkshing/prompt-plus-pytorch@7862c3f, README.md", on="Stable Diffusion 1.4")
     target = ("embed",)
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: XTIConfig, surgeon: Surgeon) -> None:
         sites = surgeon.sites()
         tables = [site for site in sites if site.layer.one_hot]
         keys = [site for site in sites if not site.layer.one_hot]
@@ -70,5 +70,5 @@ class XTI(Method):
         learn_words(surgeon, tables, TextualInversionOperator, config)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: XTIConfig) -> int:
         return len(config.tokens) * site.out_features if site.layer.one_hot else 0

@@ -95,7 +95,7 @@ class GatedAdapter(PfeifferOperator):
     reads there, or with the placement "branch" to what the site returns."""
 
     def __init__(self, site: Site, bottleneck: int, gate: Each, placement: Placement) -> None:
-        super().__init__(site, pfeiffer_adapter.Config(bottleneck=bottleneck), placement)
+        super().__init__(site, pfeiffer_adapter.PfeifferAdapterConfig(bottleneck=bottleneck), placement)
         if self.layer.channel_dim != -1:
             raise UnsupportedSite(f"{site.path}: a bottleneck adapter needs features in the last dimension")
         if gate == "sequence":

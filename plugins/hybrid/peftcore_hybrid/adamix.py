@@ -52,7 +52,7 @@ from peftcore.author import (
 from peftcore_hybrid._consistency import logits_of, symmetric_kl
 
 
-class Config(MethodConfig):
+class AdaMixConfig(MethodConfig):
     """Options of AdaMix."""
 
     method: Literal["adamix"] = "adamix"
@@ -75,7 +75,7 @@ class Config(MethodConfig):
     """Standard deviation of the up maps at the start; 0 makes a fresh adapter an exact identity."""
 
 
-def copies(config: Config) -> tuple[int, int]:
+def copies(config: AdaMixConfig) -> tuple[int, int]:
     """Return how many down maps and up maps there are."""
     down, up = (1 if config.shared == name else config.experts for name in ("down", "up"))
     return down, up
@@ -84,7 +84,7 @@ def copies(config: Config) -> tuple[int, int]:
 class AdaMixOperator(AtBranchEnd):
     """The copies behind one feed-forward."""
 
-    def __init__(self, site: Site, config: Config) -> None:
+    def __init__(self, site: Site, config: AdaMixConfig) -> None:
         super().__init__(site)
         (downs, ups), d, r = copies(config), site.out_features, config.bottleneck
         self.down = nn.Parameter(torch.randn(downs, r, d) * config.init_std)
@@ -110,7 +110,7 @@ class AdaMix(Method):
     """Adapters behind feed-forwards that are drawn in training and averaged afterwards."""
 
     name = "adamix"
-    Config = Config
+    Config = AdaMixConfig
     tags = Tags(
         category="hybrid",
         paper="2205.12410",
@@ -124,7 +124,7 @@ class AdaMix(Method):
     target = ("mlp.output",)
     alternatives = OUTPUTS
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: AdaMixConfig, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
             place = branch_end(surgeon, site, config.at(site.path).joins)
             surgeon.graft(place, AdaMixOperator, config, place.places)
@@ -141,6 +141,6 @@ class AdaMix(Method):
         return weight * mean
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: AdaMixConfig) -> int:
         (downs, ups), d, r = copies(config), site.out_features, config.bottleneck
         return downs * (d * r + r) + ups * (d * r + d)

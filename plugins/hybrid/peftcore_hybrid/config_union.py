@@ -23,7 +23,7 @@ from peftcore.author import Method, MethodConfig, OfParts, Site, Surgeon, Tags, 
 from peftcore.errors import ConfigError
 
 
-class Config(MethodConfig):
+class ConfigUnionConfig(MethodConfig):
     """Options of a union."""
 
     method: Literal["config_union"] = "config_union"
@@ -44,14 +44,14 @@ class ConfigUnion(OfParts, Method):
     """
 
     name = "config_union"
-    Config = Config
+    Config = ConfigUnionConfig
     tags = Tags(category="hybrid", paper="2311.11077")
     target = ()
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: ConfigUnionConfig, surgeon: Surgeon) -> None:
         for index, part in enumerate(config.parts):
             surgeon.include(str(index), peftcore.method(part["method"])(), options_of(part), part.get("target"))
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: ConfigUnionConfig) -> int:
         raise ConfigError("a union has no formula of its own: ask each of its parts")

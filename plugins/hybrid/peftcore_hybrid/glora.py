@@ -36,7 +36,7 @@ Matrix = Literal["lora", "vector", "constant", "none"]
 Vector = Literal["vector", "constant", "none"]
 
 
-class Config(MethodConfig):
+class GLoRAConfig(MethodConfig):
     """Options of GLoRA."""
 
     method: Literal["glora"] = "glora"
@@ -54,7 +54,7 @@ class Config(MethodConfig):
     """The term that is added to the bias."""
 
 
-def terms(site: Site, config: Config) -> dict[str, tuple[tuple[int, ...], ...]]:
+def terms(site: Site, config: GLoRAConfig) -> dict[str, tuple[tuple[int, ...], ...]]:
     """Return the shapes behind each term that acts at a site, without the experts': two factors, or the term itself."""
     inputs, outputs, rank = site.in_features * math.prod(site.kernel), site.out_features, config.rank
     of_rows = {"lora": ((outputs, rank), (rank, inputs)), "vector": ((outputs, 1),), "constant": ((1, 1),)}
@@ -72,7 +72,7 @@ def terms(site: Site, config: Config) -> dict[str, tuple[tuple[int, ...], ...]]:
 class GLoRAOperator(WeightOperator):
     """The terms of one site, as matrices that broadcast to the weight [*batch, out, in * kernel] or to a column."""
 
-    def __init__(self, site: Site, config: Config) -> None:
+    def __init__(self, site: Site, config: GLoRAConfig) -> None:
         super().__init__(site)
         shapes = terms(site, config)
         if not shapes:
@@ -106,7 +106,7 @@ class GLoRAOperator(WeightOperator):
 
     def _multiplied(self, weight: Tensor) -> Tensor:
         """Return W A, for each place of a kernel, [*batch, out, in * kernel]."""
-        A, up, inputs = self._parameters["A"], self._parameters["A_up"], self.layer.batch_dims + 1
+        A, up, inputs = self.get_parameter("A"), self.get_parameter("A_up"), self.layer.batch_dims + 1
         precise = torch.promote_types(weight.dtype, A.dtype)
         product = weight.movedim(inputs, -1).to(precise) @ A.to(precise) @ up.to(precise)
         return product.movedim(-1, inputs).flatten(inputs)
@@ -132,16 +132,16 @@ class GLoRA(Method):
     """LoRA, scales and shifts of a layer's weight and bias."""
 
     name = "glora"
-    Config = Config
+    Config = GLoRAConfig
     tags = Tags(category="hybrid", paper="2306.07967", mergeable=True)
     learning_rate = LearningRate(1e-4, "Arnav0400/ViT-Slim@0fed674, GLoRA/README.md", on="ViT-B/16, VTAB-1k")
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
     alternatives = MATRICES
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: GLoRAConfig, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
             surgeon.graft(site, GLoRAOperator, config)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: GLoRAConfig) -> int:
         return math.prod(site.batch) * sum(math.prod(shape) for each in terms(site, config).values() for shape in each)

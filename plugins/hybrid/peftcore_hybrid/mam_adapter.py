@@ -23,7 +23,7 @@ from typing import Any, Literal
 from pydantic import PositiveFloat, PositiveInt
 from torch import nn
 
-from peftcore.author import Joins, LearningRate, Method, MethodConfig, Share, Site, Surgeon, Tags
+from peftcore.author import Joins, LearningRate, Method, MethodConfig, Share, Surgeon, Tags
 from peftcore_additive import parallel_adapter, prefix_tuning
 
 PREFIX = {"prefix_length": "length", "prefix_mid_dim": "projection", "prefix_dropout": "dropout"}
@@ -32,7 +32,7 @@ FFN = {"ffn_bottleneck": "bottleneck", "ffn_scale": "scale", "ffn_dropout": "dro
 BLOCKS = ("mlp.output", "mlp.down")
 
 
-class Config(MethodConfig):
+class MAMAdapterConfig(MethodConfig):
     """Options of the MAM adapter."""
 
     method: Literal["mam_adapter"] = "mam_adapter"
@@ -57,16 +57,18 @@ def _translated(options: Mapping[str, Any], names: Mapping[str, str]) -> dict[st
     return {names[name]: value for name, value in options.items() if name in names}
 
 
-def prefix_options(config: Config) -> prefix_tuning.Config:
+def prefix_options(config: MAMAdapterConfig) -> prefix_tuning.PrefixTuningConfig:
     """Return the options of the prefix."""
     overrides = {pattern: _translated(changes, PREFIX) for pattern, changes in config.overrides.items()}
-    return prefix_tuning.Config(**_translated(config.model_dump(), PREFIX), behind=False, overrides=overrides)
+    return prefix_tuning.PrefixTuningConfig(
+        **_translated(config.model_dump(), PREFIX), behind=False, overrides=overrides
+    )
 
 
-def ffn_options(config: Config) -> parallel_adapter.Config:
+def ffn_options(config: MAMAdapterConfig) -> parallel_adapter.ParallelAdapterConfig:
     """Return the options of the adapter at the feed-forward."""
     overrides = {pattern: _translated(changes, FFN) for pattern, changes in config.overrides.items()}
-    return parallel_adapter.Config(**_translated(config.model_dump(), FFN), overrides=overrides)
+    return parallel_adapter.ParallelAdapterConfig(**_translated(config.model_dump(), FFN), overrides=overrides)
 
 
 def _chosen(paths: list[str], surgeon: Surgeon) -> Callable[[str, nn.Module], bool] | None:
@@ -79,7 +81,7 @@ class MAMAdapter(Method):
     """Prefixes in attention and parallel adapters at feed-forwards under one name."""
 
     name = "mam_adapter"
-    Config = Config
+    Config = MAMAdapterConfig
     tags = Tags(category="hybrid", paper="2110.04366", identity_at_init=False)
     learning_rate = LearningRate(
         5e-5, "jxhe/unify-parameter-efficient-tuning@3222ce2, exps/run_xsum.sh", on="BART-large, XSum"
@@ -88,7 +90,7 @@ class MAMAdapter(Method):
     config_version = 2
     former_defaults = ({"ffn_joins": "matrix"},)
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: MAMAdapterConfig, surgeon: Surgeon) -> None:
         sites = surgeon.sites()
         attentions = [site.module_path for site in sites if site.role not in BLOCKS]
         blocks = [site.module_path for site in sites if site.role in BLOCKS]
@@ -100,7 +102,7 @@ class MAMAdapter(Method):
             surgeon.include("ffn", parallel_adapter.ParallelAdapter(), ffn_options(config), chosen)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Any, config: MAMAdapterConfig) -> int:
         if site.form == "attention":
             return prefix_tuning.PrefixTuning.parameter_count(site, prefix_options(config))
         return parallel_adapter.ParallelAdapter.parameter_count(site, ffn_options(config))

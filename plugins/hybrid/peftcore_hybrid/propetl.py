@@ -43,7 +43,7 @@ from peftcore_hybrid._masks import Prototype, from_bits, largest, to_bits
 MAPS = ("down", "up")
 
 
-class Config(MethodConfig):
+class ProPETLConfig(MethodConfig):
     """Options of ProPETL."""
 
     method: Literal["propetl"] = "propetl"
@@ -67,7 +67,7 @@ class Config(MethodConfig):
 class ProPETLOperator(AtLayerEnd):
     """The masks of one layer, over the prototype."""
 
-    def __init__(self, site: Site, config: Config, placement: Placement, prototype: Shared) -> None:
+    def __init__(self, site: Site, config: ProPETLConfig, placement: Placement, prototype: Shared) -> None:
         super().__init__(site)
         self.placement, self.prototype, self.kept = placement, prototype, config.kept
         self.only_inputs = placement == "post"
@@ -100,7 +100,7 @@ class ProPETL(Method):
     """One adapter for all layers, under a mask a layer."""
 
     name = "propetl"
-    Config = Config
+    Config = ProPETLConfig
     tags = Tags(
         category="hybrid",
         paper="2305.17682",
@@ -113,7 +113,7 @@ class ProPETL(Method):
     )
     target = ("mlp.output",)
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: ProPETLConfig, surgeon: Surgeon) -> None:
         for site, placement, holders in placed(surgeon, surgeon.sites(), lambda site: config.at(site.path).placement):
             own, width = config.at(site.path), site.out_features
             prototype = surgeon.own(f"prototype_{width}x{own.bottleneck}", partial(Prototype, width, own))
@@ -132,7 +132,7 @@ class ProPETL(Method):
         ]
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: ProPETLConfig) -> int:
         return 2 * site.out_features * config.bottleneck if config.masks == "learned" else 0
 
 

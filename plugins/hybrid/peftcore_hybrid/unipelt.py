@@ -44,7 +44,7 @@ from peftcore_hybrid._gates import GatedAdapter, GatedLoRA, start_as_bert
 QUERIES, VALUES, BLOCKS = ("attn.q", "cross.q"), ("attn.v", "cross.v"), ("mlp.output", "mlp.down")
 
 
-class Config(MethodConfig):
+class UniPELTConfig(MethodConfig):
     """Options of UniPELT."""
 
     method: Literal["unipelt"] = "unipelt"
@@ -62,9 +62,9 @@ class Config(MethodConfig):
     """The adapter's input: the stream behind the norm that ends a block, or as the block returns it ("auto" is one of
     these, as the model is), or what the feed-forward's last matrix returns."""
 
-    def prefix(self) -> prefix_tuning.Config:
+    def prefix(self) -> prefix_tuning.PrefixTuningConfig:
         """Return the options of the prefix."""
-        return prefix_tuning.Config(length=self.prefix_length, projection=self.prefix_mid_dim)
+        return prefix_tuning.PrefixTuningConfig(length=self.prefix_length, projection=self.prefix_mid_dim)
 
     def bottleneck(self, site: Site) -> int:
         """Return the width of an adapter's bottleneck."""
@@ -74,7 +74,7 @@ class Config(MethodConfig):
 class GatedPrefix(PrefixOperator):
     """Puts keys and values in front of the attention's own, as far as the gate is open."""
 
-    def __init__(self, site: AttentionSite, config: Config, surgeon: Surgeon, opening: Tap) -> None:
+    def __init__(self, site: AttentionSite, config: UniPELTConfig, surgeon: Surgeon, opening: Tap) -> None:
         super().__init__(site, config.prefix(), shared_encoder(surgeon, site, config.prefix(), _encoder))
         self.apply(start_as_bert)  # the matrix behind the encoder, where there is one
         self.opening, self.sequence = opening, config.gate == "sequence"
@@ -92,13 +92,13 @@ class UniPELT(Method):
     """LoRA, prefix and adapter behind gates."""
 
     name = "unipelt"
-    Config = Config
+    Config = UniPELTConfig
     tags = Tags(category="hybrid", paper="2110.07577", identity_at_init=False)
     target = ("attn.core", "cross.core", "mlp.output")
     config_version = 2
     former_defaults = ({"adapter_placement": "branch"},)
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: UniPELTConfig, surgeon: Surgeon) -> None:
         gates = {config.gate, *(changes.get("gate") for changes in config.overrides.values())}
         if "sequence" in gates and any(getattr(each, "is_causal", False) for each in surgeon.resolver.modules.values()):
             raise UnsupportedSite('gate="sequence" sees what comes later, and attention in this host is causal')
@@ -115,7 +115,7 @@ class UniPELT(Method):
             surgeon.graft(site, functools.partial(_gated, placement=placement), config, holders)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: UniPELTConfig) -> int:
         if isinstance(site, AttentionSite):
             return prefix_count(site, config.prefix())
         if site.role in QUERIES + VALUES:
@@ -124,7 +124,7 @@ class UniPELT(Method):
         return (2 * site.out_features + 1) * (config.bottleneck(site) + 1)
 
 
-def _gated(site: Site, config: Config, placement: Placement) -> GatedAdapter:
+def _gated(site: Site, config: UniPELTConfig, placement: Placement) -> GatedAdapter:
     return GatedAdapter(site, config.bottleneck(site), config.gate, placement)
 
 
@@ -135,11 +135,11 @@ def _encoder(length: int, width: int, hidden: int) -> Encoder:
     return made
 
 
-def _gated_update(site: Site, config: Config, prefix: Tap | None) -> GatedLoRA:
+def _gated_update(site: Site, config: UniPELTConfig, prefix: Tap | None) -> GatedLoRA:
     return GatedLoRA(site, config.rank, config.gate, prefix)
 
 
-def _adapt_attention(site: Site, inside: list[Site], config: Config, surgeon: Surgeon) -> None:
+def _adapt_attention(site: Site, inside: list[Site], config: UniPELTConfig, surgeon: Surgeon) -> None:
     """Adapt an attention: its prefix, and the updates of its queries and values, which are `inside` it."""
     opening = Tap()
     queries = [each for each in inside if each.role in QUERIES]

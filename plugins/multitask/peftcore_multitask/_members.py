@@ -94,7 +94,7 @@ def of_parts(surgeon: Surgeon, parts: Sequence[dict[str, Any]]) -> list[tuple[Si
         ways = {tuple(site.module_path for site in graft.holders) for graft in grafts}
         if len(ways) > 1:
             raise UnsupportedSite(f"{path}: the parts that are named for it stand at different modules")
-        operators = [[graft.operator for graft in part] for part in members.values()]
+        operators: list[list[nn.Module]] = [[graft.operator for graft in part] for part in members.values()]
         places.append((grafts[0].site, grafts[0].holders[1:], operators))
     return places
 

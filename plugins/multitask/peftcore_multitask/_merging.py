@@ -38,7 +38,7 @@ Members = dict[int, Graft]
 """Grafts at one tensor, by number of the part; parts without a site there are left out."""
 
 
-SOME: dict[str, Any] = {"min_length": 1, "max_length": 100}
+MOST = 100
 """How many parts there may be."""
 
 
@@ -48,7 +48,9 @@ class PartsConfig(MethodConfig):
     changes_weights: ClassVar[bool] = True
     """Whether every part has to be a change of weights."""
 
-    parts: list[dict[str, Any]] = Field(default_factory=lambda: [{"method": "lora"}, {"method": "lora"}], **SOME)
+    parts: list[dict[str, Any]] = Field(
+        default_factory=lambda: [{"method": "lora"}, {"method": "lora"}], min_length=1, max_length=MOST
+    )
     """The adapters: each as its options, with its name under "method" and its "target" if it has its own."""
     weights: list[float] | None = None
     """One for each part, negative ones too; all the same without."""

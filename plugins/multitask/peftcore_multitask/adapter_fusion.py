@@ -38,18 +38,20 @@ from torch import Tensor, nn
 from peftcore.author import AppliedMethod, Combiner, LearningRate, Method, MethodConfig, Share, Site, Surgeon, Tags
 from peftcore.errors import CompositionError
 from peftcore_multitask._members import Members, fused, mixes_inputs, of_host, of_parts, only_inputs
-from peftcore_multitask._merging import SOME, OfMergedParts
+from peftcore_multitask._merging import MOST, OfMergedParts
 
 ADAPTER = {"method": "pfeiffer_adapter", "placement": "branch"}
 
 
-class Config(MethodConfig):
+class AdapterFusionConfig(MethodConfig):
     """Options of AdapterFusion."""
 
     method: Literal["adapter_fusion"] = "adapter_fusion"
     adapters: Annotated[list[str], Field(min_length=1)] | None = None
     """Injections of the host that are fused, by name; without them, `parts` are."""
-    parts: list[dict[str, Any]] = Field(default_factory=lambda: [{**ADAPTER}, {**ADAPTER}], **SOME)
+    parts: list[dict[str, Any]] = Field(
+        default_factory=lambda: [{**ADAPTER}, {**ADAPTER}], min_length=1, max_length=MOST
+    )
     """Adapters of its own: each as its options, with its name under "method" and its "target" if it has its own."""
     train_parts: bool = True
     """Train the parts along; in the paper they were trained before, each for itself, and are frozen."""
@@ -67,7 +69,9 @@ class Config(MethodConfig):
 class FusionOperator(Combiner):
     """The attention of one module over adapters, and those that are its own."""
 
-    def __init__(self, site: Site, config: Config, mixes_inputs: bool, parts: Members | None = None) -> None:
+    def __init__(
+        self, site: Site, config: AdapterFusionConfig, mixes_inputs: bool, parts: Members | None = None
+    ) -> None:
         super().__init__(site)
         self.mixes_inputs = self.only_inputs = mixes_inputs
         width = self.width = site.out_features
@@ -81,7 +85,7 @@ class FusionOperator(Combiner):
         return self.at("activation", nn.Identity())(*call, **kwargs)  # around rows, which a plain matrix has
 
     def at(self, form: str, module: nn.Module) -> Callable[..., Any]:
-        around = [[operator.at(form, module) for operator in part] for part in self.parts]
+        around = [[operator.at(form, module) for operator in part] for part in self.parts]  # type: ignore[attr-defined]  # lists of operators
         return functools.partial(fused, self, around, module)
 
     def combine(self, outputs: list[Tensor], base: Tensor) -> Tensor:
@@ -107,7 +111,7 @@ class AdapterFusion(OfMergedParts, Method):
     """Attention over adapters, for each token at each module."""
 
     name = "adapter_fusion"
-    Config = Config
+    Config = AdapterFusionConfig
     tags = Tags(
         category="multitask",
         paper="2005.00247",
@@ -119,9 +123,10 @@ class AdapterFusion(OfMergedParts, Method):
     config_version = 2
     former_defaults = ({"mixes": "outputs"},)
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
-        for site, *others in of_host(surgeon, config.adapters) if config.adapters else ():
-            mixes = mixes_inputs(site, config.at(site.path).mixes, only_inputs(model, config.adapters, [site, *others]))
+    def inject(self, model: nn.Module, config: AdapterFusionConfig, surgeon: Surgeon) -> None:
+        adapters = config.adapters or []
+        for site, *others in of_host(surgeon, adapters) if adapters else ():
+            mixes = mixes_inputs(site, config.at(site.path).mixes, only_inputs(model, adapters, [site, *others]))
             surgeon.graft(site, functools.partial(FusionOperator, mixes_inputs=mixes), config, tuple(others))
         for site, holders, members in of_parts(surgeon, config.parts) if not config.adapters else ():
             can = all(operator.only_inputs for part in members for operator in part)
@@ -130,7 +135,7 @@ class AdapterFusion(OfMergedParts, Method):
             )
             surgeon.graft(site, make, config, holders)
 
-    def trainable(self, model: nn.Module, config: Config, injection: AppliedMethod) -> None:
+    def trainable(self, model: nn.Module, config: AdapterFusionConfig, injection: AppliedMethod) -> None:
         if config.train_parts:
             super().trainable(model, config, injection)
         for parameter in _own(injection):
@@ -140,8 +145,7 @@ class AdapterFusion(OfMergedParts, Method):
         theirs = super().aux_loss(injection) if injection.config.train_parts else None
         losses = [] if theirs is None else [theirs]
         for each in injection.operators.values():
-            value = each.value if isinstance(each, FusionOperator) else None
-            if value is not None and value.requires_grad:
+            if isinstance(each, FusionOperator) and (value := each.value) is not None and value.requires_grad:
                 eye = torch.eye(len(value), dtype=value.dtype, device=value.device)
                 losses.append(each.regularizer * (value - eye).square().sum())
         return torch.stack(losses).sum() if losses else None
@@ -151,7 +155,7 @@ class AdapterFusion(OfMergedParts, Method):
         return [each for each in (own, *super().parameter_groups(injection, lr=lr, **defaults)) if each["params"]]
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: AdapterFusionConfig) -> int:
         inside = 0 if config.adapters else OfMergedParts.parameter_count(site, config)
         return (3 if config.value else 2) * site.out_features**2 + site.out_features + inside
 

@@ -39,7 +39,7 @@ from peftcore.errors import ConfigError, UnsupportedSite
 from peftcore_multitask._merging import Members, OfMergedParts, PartsConfig, collected
 
 
-class Config(PartsConfig):
+class AdapterSoupConfig(PartsConfig):
     """Options of an adapter soup."""
 
     method: Literal["adapter_soup"] = "adapter_soup"
@@ -56,7 +56,7 @@ class Config(PartsConfig):
 class _Soup(nn.Module):
     """The equal operators of the parts, and one with the mean of their parameters."""
 
-    def __init__(self, members: Members, config: Config) -> None:
+    def __init__(self, members: Members, config: AdapterSoupConfig) -> None:
         super().__init__()
         self.parts = nn.ModuleDict({str(index): graft.operator for index, graft in members.items()})
         self.weights = [1 / len(self.parts)] * len(self.parts) if config.weights is None else config.weights
@@ -71,7 +71,7 @@ class _Soup(nn.Module):
 class SoupOperator(WeightOperator):
     """The mean adapter, where it is a change of a weight."""
 
-    def __init__(self, site: Site, config: Config, members: Members) -> None:
+    def __init__(self, site: Site, config: AdapterSoupConfig, members: Members) -> None:
         super().__init__(site)
         self.soup = _Soup(members, config)
 
@@ -91,7 +91,7 @@ class SoupOperator(WeightOperator):
 class SoupAround(Operator):
     """The mean adapter, where it acts on what a module computes."""
 
-    def __init__(self, site: Site, config: Config, members: Members) -> None:
+    def __init__(self, site: Site, config: AdapterSoupConfig, members: Members) -> None:
         super().__init__(site)
         self.soup = _Soup(members, config)
 
@@ -103,7 +103,7 @@ class AdapterSoup(OfMergedParts, Method):
     """One adapter with the mean of several adapters' parameters."""
 
     name = "adapter_soup"
-    Config = Config
+    Config = AdapterSoupConfig
     tags = Tags(
         category="multitask",
         paper="2302.07027",
@@ -112,7 +112,7 @@ class AdapterSoup(OfMergedParts, Method):
     )
     target = ()
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: AdapterSoupConfig, surgeon: Surgeon) -> None:
         for members in collected(surgeon, config).values():
             first = next(iter(members.values()))
             site, whole = first.site, is_mergeable(first.operator)

@@ -38,7 +38,7 @@ SQUARINGS = 12
 """Squarings of a matrix whose largest eigenvector is wanted: as many as 4096 steps of power iteration."""
 
 
-class Config(PartsConfig):
+class ArrowConfig(PartsConfig):
     """Options of Arrow."""
 
     method: Literal["arrow"] = "arrow"
@@ -77,7 +77,7 @@ def prototype(A: Tensor, B: Tensor) -> Tensor:
 class ArrowOperator(Router):
     """The parts of one module, of which each token chooses."""
 
-    def __init__(self, site: Site, config: Config, members: Members) -> None:
+    def __init__(self, site: Site, config: ArrowConfig, members: Members) -> None:
         super().__init__(site)
         self.parts = nn.ModuleDict({str(index): graft.operator for index, graft in members.items()})
         count = len(config.parts) - config.general
@@ -111,11 +111,11 @@ class Arrow(OfMergedParts, Method):
     """Routing among LoRAs by what they change."""
 
     name = "arrow"
-    Config = Config
+    Config = ArrowConfig
     tags = Tags(category="multitask", paper="2405.11157", exact_gradient=False, routes="token")
     target = ()
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: ArrowConfig, surgeon: Surgeon) -> None:
         for members in collected(surgeon, config).values():
             site = first_of(members, "Arrow").site
             general = [index for index in members if index >= len(config.parts) - config.general]
@@ -123,7 +123,9 @@ class Arrow(OfMergedParts, Method):
                 raise UnsupportedSite(
                     f"{site.path}: parts of general knowledge stand where all others do, and no others"
                 )
-            shapes = {tuple(tensor.shape) for graft in members.values() for tensor in graft.operator.factors()[:2]}
+            shapes = {
+                tuple(tensor.shape) for graft in members.values() for tensor in (graft.operator.factors() or ())[:2]
+            }
             if general and len(shapes) > 2:
                 raise UnsupportedSite(f"{site.path}: parts have several ranks, between which nothing can be taken away")
             surgeon.graft(site, functools.partial(ArrowOperator, members=members), config)

@@ -51,18 +51,20 @@ from peftcore.author import (
 )
 from peftcore.errors import ConfigError, UnsupportedSite
 from peftcore_additive import prompt_tuning
-from peftcore_multitask._merging import SOME, Members, OfMergedParts, PartsConfig, collected
+from peftcore_multitask._merging import MOST, Members, OfMergedParts, PartsConfig, collected
 from peftcore_multitask._tasks import TaskConfig, Tasks, task_count
 
 SOURCE = {"method": "prompt_tuning", "length": 100}
 
 
-class Config(TaskConfig, PartsConfig):
+class AttemptConfig(TaskConfig, PartsConfig):
     """Options of ATTEMPT."""
 
     method: Literal["attempt"] = "attempt"
     changes_weights: ClassVar[bool] = False
-    parts: list[dict[str, Any]] = Field(default_factory=lambda: [{**SOURCE} for _ in range(6)], **SOME)
+    parts: list[dict[str, Any]] = Field(
+        default_factory=lambda: [{**SOURCE} for _ in range(6)], min_length=1, max_length=MOST
+    )
     """The sources: prompts of one length, each as its options, with "prompt_tuning" under "method"."""
     train_parts: bool = False
     """Train the sources along."""
@@ -76,7 +78,7 @@ class Config(TaskConfig, PartsConfig):
     @model_validator(mode="after")
     def _prompts(self) -> Self:
         for part in self.parts:
-            if not isinstance(options_of(part), prompt_tuning.Config):
+            if not isinstance(options_of(part), prompt_tuning.PromptTuningConfig):
                 raise ConfigError(f"{part['method']!r} cannot be a part of attempt: sources are prompt_tuning")
         if len(lengths := {length_of(part) for part in self.parts}) > 1:
             raise ConfigError(f"sources of lengths {sorted(lengths)} have no sum; give them one length")
@@ -94,7 +96,7 @@ class AttemptOperator(InstanceOperator, Router):
 
     routes = "sequence"
 
-    def __init__(self, site: SequenceSite, config: Config, members: Members) -> None:
+    def __init__(self, site: SequenceSite, config: AttemptConfig, members: Members) -> None:
         super().__init__(site, length_of(config.parts[0]))
         self.parts = nn.ModuleDict({str(index): graft.operator for index, graft in members.items()})
         weights = config.weights or [1.0] * len(config.parts)
@@ -142,7 +144,7 @@ class Attempt(OfMergedParts, Method):
     """
 
     name = "attempt"
-    Config = Config
+    Config = AttemptConfig
     tags = Tags(category="multitask", paper="2205.11961", identity_at_init=False, per_row=False, routes="sequence")
     learning_rate = LearningRate(
         0.3, "AkariAsai/ATTEMPT@b5121e5, attempt/configs/attempt/sinlge_task.json", on="T5-base, MRPC"
@@ -151,10 +153,11 @@ class Attempt(OfMergedParts, Method):
     config_version = 2
     former_defaults = ({"train_norm": True},)
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: AttemptConfig, surgeon: Surgeon) -> None:
         for members in collected(surgeon, config).values():
             first = next(iter(members.values()))
-            site, lengths = first.site, {graft.operator.length for graft in members.values()}  # type: ignore[attr-defined]
+            site = first.site
+            lengths: set[Any] = {graft.operator.length for graft in members.values()}
             if lengths != {length_of(config.parts[0])}:
                 raise UnsupportedSite(f"{site.path}: sources of lengths {sorted(lengths)}; overrides change none")
             surgeon.graft(site, functools.partial(AttemptOperator, members=members), config, first.holders[1:])
@@ -164,7 +167,7 @@ class Attempt(OfMergedParts, Method):
         for each in operators.values():
             each.start()
 
-    def trainable(self, model: nn.Module, config: Config, injection: AppliedMethod) -> None:
+    def trainable(self, model: nn.Module, config: AttemptConfig, injection: AppliedMethod) -> None:
         if config.train_parts:
             super().trainable(model, config, injection)
         for each in injection.operators.values():
@@ -173,7 +176,7 @@ class Attempt(OfMergedParts, Method):
                     parameter.requires_grad_(True)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: AttemptConfig) -> int:
         width, length = site.out_features, length_of(config.parts[0])
         own = task_count(config) * length * width + 2 * config.hidden * width + 2 * width * config.train_norm
         return own + OfMergedParts.parameter_count(site, config)

@@ -27,7 +27,7 @@ from peftcore.author import Method, Share, Site, Surgeon, Tags, merge_math
 from peftcore_multitask._merging import Members, MergingOperator, OfMergedParts, PartsConfig, merge_parts
 
 
-class Config(PartsConfig):
+class DAREConfig(PartsConfig):
     """Options of DARE."""
 
     method: Literal["dare"] = "dare"
@@ -50,7 +50,7 @@ class Config(PartsConfig):
 class DAREOperator(MergingOperator):
     """Merges the deltas that are left under masks, which stay the same."""
 
-    def __init__(self, site: Site, config: Config, members: Members, number: int = 0) -> None:
+    def __init__(self, site: Site, config: DAREConfig, members: Members, number: int = 0) -> None:
         super().__init__(site, config, members, number)
         self.config = config
         shape, place = site.weight_shape, number if config.masks == "numbered" else site.path
@@ -83,11 +83,11 @@ class DARE(OfMergedParts, Method):
     """Changes of weights, thinned out at random before they are merged."""
 
     name = "dare"
-    Config = Config
+    Config = DAREConfig
     config_version = 2
     former_defaults = ({"masks": "by path"},)
     tags = Tags(category="multitask", paper="2311.03099", mergeable=True)
     target = ()
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: DAREConfig, surgeon: Surgeon) -> None:
         merge_parts(surgeon, config, DAREOperator)

@@ -31,7 +31,7 @@ from peftcore.errors import UnsupportedSite
 from peftcore_multitask._skills import factors
 
 
-class Config(MethodConfig):
+class HydraLoRAConfig(MethodConfig):
     """Options of HydraLoRA."""
 
     method: Literal["hydralora"] = "hydralora"
@@ -50,7 +50,7 @@ class HydraLoRAOperator(Router):
 
     stackable = True
 
-    def __init__(self, site: Site, config: Config) -> None:
+    def __init__(self, site: Site, config: HydraLoRAConfig) -> None:
         super().__init__(site)
         if config.dropout and self.layer.one_hot:
             raise UnsupportedSite(f"{site.path} gets ids, of which nothing can be dropped; use dropout=0 or exclude it")
@@ -78,7 +78,7 @@ class HydraLoRA(Method):
     """Low-rank adaptation with one A and several gated B."""
 
     name = "hydralora"
-    Config = Config
+    Config = HydraLoRAConfig
     tags = Tags(category="multitask", paper="2404.19245", random=True, routes="token")
     learning_rate = LearningRate(2e-4, "Clin0212/HydraLoRA@afb693b, HydraLoRA/fine-tuning.sh", on="LLaMA")
     config_version = 2
@@ -86,11 +86,11 @@ class HydraLoRA(Method):
     target = ("mlp.gate", "mlp.up", "mlp.down")
     alternatives = MATRICES
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: HydraLoRAConfig, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
             surgeon.graft(site, HydraLoRAOperator, config)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: HydraLoRAConfig) -> int:
         inputs = site.in_features * math.prod(site.kernel)
         return (config.rank + config.heads) * inputs + config.heads * config.rank * site.out_features

@@ -25,6 +25,7 @@ where an adapter each (`pfeiffer_adapter`) is better, nor where it has to be mer
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -36,7 +37,7 @@ from peftcore.errors import ConfigError
 from peftcore_multitask._hypernetwork import Generators, Known, TaskTable, known_of
 from peftcore_multitask._tasks import TaskConfig, Tasks
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "gelu_tanh": lambda: nn.GELU("tanh"),
     "gelu": nn.GELU,
     "relu": nn.ReLU,
@@ -47,7 +48,7 @@ OF_ONE_SITE = {"activation", "joins"}
 """Options that may differ between sites: all else belongs to networks that sites share."""
 
 
-class Config(TaskConfig):
+class HyperFormerConfig(TaskConfig):
     """Options of HyperFormer."""
 
     method: Literal["hyperformer_pp"] = "hyperformer_pp"
@@ -77,7 +78,7 @@ class Config(TaskConfig):
 class HyperFormerOperator(AtBranchEnd):
     """The adapter of one site, which has no tensors of its own where a network is shared."""
 
-    def __init__(self, site: Site, config: Config, table: Shared, known: Known | None) -> None:
+    def __init__(self, site: Site, config: HyperFormerConfig, table: Shared, known: Known | None) -> None:
         super().__init__(site)
         self.table, self.known = table, known
         self.own = Generators(site.out_features, config) if known is None else None
@@ -116,7 +117,7 @@ class HyperFormer(Method):
     """
 
     name = "hyperformer_pp"
-    Config = Config
+    Config = HyperFormerConfig
     tags = Tags(category="multitask", paper="2106.04489", identity_at_init=False, identity_options={"gain_std": 0.0})
     learning_rate = LearningRate(
         3e-4, "rabeehk/hyperformer@56b0f99, hyperformer/configs/hyperformer++.json", on="T5-base, GLUE"
@@ -124,7 +125,7 @@ class HyperFormer(Method):
     target = ("attn.output", "mlp.output")
     alternatives = OUTPUTS
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: HyperFormerConfig, surgeon: Surgeon) -> None:
         if any({*changes} - OF_ONE_SITE for changes in config.overrides.values()):
             raise ConfigError(
                 f"hyperformer_pp: sites share networks, so overrides change {' and '.join(sorted(OF_ONE_SITE))} alone"
@@ -141,7 +142,7 @@ class HyperFormer(Method):
             surgeon.train(site.module_path)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: HyperFormerConfig) -> int:
         if site.form == "weight":  # a norm's gain or bias
             return site.numel
         d, r = site.out_features, config.bottleneck

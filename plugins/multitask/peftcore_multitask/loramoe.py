@@ -34,7 +34,7 @@ from peftcore_multitask._mixture import ExpertsOperator, softmax_of
 from peftcore_multitask._tasks import TaskConfig, Tasks, task_count
 
 
-class Config(TaskConfig):
+class LoRAMoEConfig(TaskConfig):
     """Options of LoRAMoE."""
 
     method: Literal["loramoe"] = "loramoe"
@@ -61,7 +61,7 @@ class Config(TaskConfig):
 class LoRAMoEOperator(ExpertsOperator):
     """The experts of one site, their gate and their balance."""
 
-    def __init__(self, site: Site, config: Config) -> None:
+    def __init__(self, site: Site, config: LoRAMoEConfig) -> None:
         super().__init__(site, config.experts, config.rank, config.alpha / config.rank, config.dropout)
         bound = 1 / math.sqrt(site.in_features * math.prod(site.kernel))
         self.gate = nn.Parameter(torch.empty(config.experts, site.in_features, *site.kernel).uniform_(-bound, bound))
@@ -105,17 +105,17 @@ class LoRAMoE(Method):
     """
 
     name = "loramoe"
-    Config = Config
+    Config = LoRAMoEConfig
     tags = Tags(category="multitask", paper="2312.09979", random=True, routes="token")
     learning_rate = LearningRate(2e-4, "Ablustrund/LoRAMoE@1177288, run_loramoe.sh", on="LLaMA 2 7B")
     target = ("mlp.gate", "mlp.up", "mlp.down")
     alternatives = MATRICES
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: LoRAMoEConfig, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
             surgeon.graft(site, LoRAMoEOperator, config)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: LoRAMoEConfig) -> int:
         inputs = site.in_features * math.prod(site.kernel)
         return config.experts * (config.rank * (inputs + site.out_features) + inputs)

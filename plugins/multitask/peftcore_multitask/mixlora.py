@@ -50,7 +50,7 @@ from peftcore_multitask._mixture import imbalance, leave_counts, with_one_input
 from peftcore_multitask._skills import factors
 
 
-class Config(MethodConfig):
+class MixLoRAConfig(MethodConfig):
     """Options of MixLoRA."""
 
     method: Literal["mixlora"] = "mixlora"
@@ -87,7 +87,7 @@ class RouterOperator(Router):
 
     changes_inputs = True
 
-    def __init__(self, site: FeedForwardSite, config: Config, chosen: Tap, balances: Tap) -> None:
+    def __init__(self, site: FeedForwardSite, config: MixLoRAConfig, chosen: Tap, balances: Tap) -> None:
         super().__init__(with_one_input(site))
         self.top_k, self.balance, self.chosen, self.balances = config.top_k, config.balance, chosen, balances
         self.router = nn.Parameter(torch.randn(config.experts, site.width) * 0.02)
@@ -113,7 +113,7 @@ class RouterOperator(Router):
 class UpdateOperator(Operator):
     """The updates of one matrix: of a feed-forward, of which each token has the one that its router chose; or one."""
 
-    def __init__(self, site: MatrixSite, config: Config, chosen: Tap | None) -> None:
+    def __init__(self, site: MatrixSite, config: MixLoRAConfig, chosen: Tap | None) -> None:
         super().__init__(site)
         if not (self.layer.called and self.layer.of_vectors) or site.batch:
             raise UnsupportedSite(f"{site.path} is no linear layer; exclude it")
@@ -147,12 +147,12 @@ class MixLoRA(Method):
     """Sparse mixtures of feed-forwards that differ by low-rank updates, and LoRA beside them."""
 
     name = "mixlora"
-    Config = Config
+    Config = MixLoRAConfig
     tags = Tags(category="multitask", paper="2404.15159", per_row=False, random=True, reentrant=False, routes="token")
     learning_rate = LearningRate(1e-5, "TUDB-Labs/MixLoRA@d59d09b, README.md", on="alpaca-cleaned")
     target = ("attn.q", "attn.v", "mlp.gate", "mlp.up", "mlp.down")
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: MixLoRAConfig, surgeon: Surgeon) -> None:
         taps: dict[str, Tap] = {}
         self.balances = Tap()
         for site in surgeon.sites():
@@ -172,7 +172,7 @@ class MixLoRA(Method):
         return None if loss is None else injection.config.balance * loss
 
     @staticmethod
-    def parameter_count(site: FeedForwardSite | MatrixSite, config: Config) -> int:
+    def parameter_count(site: FeedForwardSite | MatrixSite, config: MixLoRAConfig) -> int:
         if isinstance(site, FeedForwardSite):
             return config.experts * site.width
         return site.experts * config.rank * (site.in_features + site.out_features)

@@ -49,7 +49,7 @@ from peftcore_multitask._mixture import imbalance, leave_counts
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU, "tanh": nn.Tanh}
 
 
-class Config(MethodConfig):
+class MoAAdaptersConfig(MethodConfig):
     """Options of a mixture of adapters."""
 
     method: Literal["moa_adapters"] = "moa_adapters"
@@ -79,7 +79,7 @@ class Config(MethodConfig):
 class MixtureOperator(AtBranchEnd, Router):
     """The bottlenecks of one site and their gate."""
 
-    def __init__(self, site: Site, config: Config, balances: Tap) -> None:
+    def __init__(self, site: Site, config: MoAAdaptersConfig, balances: Tap) -> None:
         super().__init__(site)
         experts, r, d = config.experts, config.bottleneck, site.out_features
         bound = 1 / math.sqrt(d)
@@ -126,12 +126,12 @@ class MoAAdapters(Method):
     """
 
     name = "moa_adapters"
-    Config = Config
+    Config = MoAAdaptersConfig
     tags = Tags(category="multitask", paper="none: a form that several have in common", routes="token")
     target = ("attn.output", "mlp.output")
     alternatives = OUTPUTS
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: MoAAdaptersConfig, surgeon: Surgeon) -> None:
         self.balances = Tap()
         for site in surgeon.sites():
             place = branch_end(surgeon, site, config.at(site.path).joins)
@@ -142,6 +142,6 @@ class MoAAdapters(Method):
         return None if loss is None else config.balance / config.top_k * loss
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: MoAAdaptersConfig) -> int:
         d, r = site.out_features, config.bottleneck
         return config.experts * (2 * d * r + r + 2 * d)

@@ -38,7 +38,7 @@ OF_THE_GATE = {"experts", "gate", "task_width", "tasks"}
 """Options that say how large the gate is, and whose."""
 
 
-class Config(TaskConfig):
+class MOELoRAConfig(TaskConfig):
     """Options of MOELoRA."""
 
     method: Literal["moelora"] = "moelora"
@@ -65,7 +65,7 @@ class Config(TaskConfig):
 class TaskGate(nn.Module):
     """The vectors of tasks, and the matrix that makes gates of them."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: MOELoRAConfig) -> None:
         super().__init__()
         self.vectors = nn.Parameter(torch.randn(task_count(config), config.task_width))
         bound = 1 / math.sqrt(config.task_width)
@@ -78,7 +78,7 @@ class MOELoRAOperator(ExpertsOperator):
     routes = "task"
     stackable = False  # rows have tasks
 
-    def __init__(self, site: Site, config: Config, shared: Shared | None) -> None:
+    def __init__(self, site: Site, config: MOELoRAConfig, shared: Shared | None) -> None:
         super().__init__(site, config.experts, config.rank // config.experts, config.alpha / config.rank,
                          config.dropout)  # fmt: skip
         self.start_normal(0.01)
@@ -109,7 +109,7 @@ class MOELoRA(Method):
     """
 
     name = "moelora"
-    Config = Config
+    Config = MOELoRAConfig
     tags = Tags(category="multitask", paper="2310.18339", random=True, routes="task")
     learning_rate = LearningRate(2e-4, "liuqidong07/MOELoRA-peft@2d9efa4, experiments/moelora.bash", on="ChatGLM-6B")
     target = ("attn.*", "mlp.gate", "mlp.up", "mlp.down")
@@ -117,7 +117,7 @@ class MOELoRA(Method):
     config_version = 2
     former_defaults = ({"gate": "each"},)
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: MOELoRAConfig, surgeon: Surgeon) -> None:
         fixed, remedy = (OF_THE_GATE, ', or set gate="each"') if config.gate == "shared" else ({"gate"}, "")
         if any(fixed & changes.keys() for changes in config.overrides.values()):
             names = ", ".join(sorted(fixed))
@@ -127,7 +127,7 @@ class MOELoRA(Method):
             surgeon.graft(site, functools.partial(MOELoRAOperator, shared=shared), config)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: MOELoRAConfig) -> int:
         inputs = site.in_features * math.prod(site.kernel)
         own = 0 if config.gate == "shared" else (task_count(config) + config.experts) * config.task_width
         return config.rank * (inputs + site.out_features) + own

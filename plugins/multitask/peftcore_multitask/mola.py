@@ -53,7 +53,7 @@ from peftcore.errors import UnsupportedSite
 from peftcore_multitask._mixture import ExpertsOperator, imbalance, leave_counts, softmax_of
 
 
-class Config(MethodConfig):
+class MoLAConfig(MethodConfig):
     """Options of MoLA."""
 
     method: Literal["mola"] = "mola"
@@ -90,7 +90,7 @@ class LayerSite(Site):
 class MoLAOperator(ExpertsOperator):
     """The experts of one site, of which a token has those with the largest gates."""
 
-    def __init__(self, site: LayerSite, config: Config, balances: Tap) -> None:
+    def __init__(self, site: LayerSite, config: MoLAConfig, balances: Tap) -> None:
         super().__init__(site, site.experts, config.rank, config.alpha / config.rank, config.dropout)
         bound = 1 / math.sqrt(site.in_features * math.prod(site.kernel))
         self.router = nn.Parameter(torch.empty(site.experts, site.in_features, *site.kernel).uniform_(-bound, bound))
@@ -121,13 +121,13 @@ class MoLA(Method):
     """
 
     name = "mola"
-    Config = Config
+    Config = MoLAConfig
     tags = Tags(category="multitask", paper="2402.08562", random=True, routes="token")
     learning_rate = LearningRate(3e-4, "GCYZSL/MoLA@01785c8, mola_training.py", on="Llama 2 7B, ScienceQA")
     target = ("attn.q", "attn.k", "attn.v", "attn.out", "mlp.gate", "mlp.up", "mlp.down")
     alternatives = MATRICES
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: MoLAConfig, surgeon: Surgeon) -> None:
         self.balances = Tap()
         make = functools.partial(MoLAOperator, balances=self.balances)
         for site in surgeon.sites():
@@ -138,7 +138,7 @@ class MoLA(Method):
         return None if loss is None else config.balance / config.top_k * loss
 
     @staticmethod
-    def parameter_count(site: LayerSite, config: Config) -> int:
+    def parameter_count(site: LayerSite, config: MoLAConfig) -> int:
         inputs = site.in_features * math.prod(site.kernel)
         return site.experts * (config.rank * (inputs + site.out_features) + inputs)
 

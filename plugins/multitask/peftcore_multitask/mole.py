@@ -54,7 +54,7 @@ from peftcore_multitask._chosen import first_of
 from peftcore_multitask._merging import Members, OfMergedParts, PartsConfig, collected
 
 
-class Config(PartsConfig):
+class MoLEConfig(PartsConfig):
     """Options of MoLE."""
 
     method: Literal["mole"] = "mole"
@@ -68,7 +68,7 @@ class Config(PartsConfig):
 class MoLEOperator(Router):
     """The LoRAs of one module, and their gates."""
 
-    def __init__(self, site: Site, config: Config, members: Members, balances: Tap) -> None:
+    def __init__(self, site: Site, config: MoLEConfig, members: Members, balances: Tap) -> None:
         super().__init__(site)
         self.parts = nn.ModuleDict({str(index): graft.operator for index, graft in members.items()})
         self.members, self.balance, self.balances = tuple(members), config.balance, balances
@@ -125,7 +125,7 @@ class MoLE(OfMergedParts, Method):
     """Gates over LoRAs that were trained apart, for each token at each module."""
 
     name = "mole"
-    Config = Config
+    Config = MoLEConfig
     tags = Tags(category="multitask", paper="2404.13628", routes="token")
     learning_rate = LearningRate(
         1e-5,
@@ -134,13 +134,13 @@ class MoLE(OfMergedParts, Method):
     )
     target = ()
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: MoLEConfig, surgeon: Surgeon) -> None:
         self.balances = Tap()
         for members in collected(surgeon, config).values():
             make = functools.partial(MoLEOperator, members=members, balances=self.balances)
             surgeon.graft(first_of(members, "MoLE").site, make, config)
 
-    def trainable(self, model: nn.Module, config: Config, injection: AppliedMethod) -> None:
+    def trainable(self, model: nn.Module, config: MoLEConfig, injection: AppliedMethod) -> None:
         if config.train_parts:
             super().trainable(model, config, injection)
         for each in injection.operators.values():
@@ -159,5 +159,5 @@ class MoLE(OfMergedParts, Method):
         return -injection.config.balance * logs.sum()
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: MoLEConfig) -> int:
         return len(config.parts) ** 2 * site.out_features + 1 + OfMergedParts.parameter_count(site, config)

@@ -32,7 +32,7 @@ STD = 0.02
 """Deviation of A and of the router at the start."""
 
 
-class Config(MethodConfig):
+class MoLoRAConfig(MethodConfig):
     """Options of MoLoRA."""
 
     method: Literal["molora_moe"] = "molora_moe"
@@ -47,7 +47,7 @@ class Config(MethodConfig):
 class MoLoRAOperator(ExpertsOperator):
     """The experts of one site, and their router."""
 
-    def __init__(self, site: Site, config: Config) -> None:
+    def __init__(self, site: Site, config: MoLoRAConfig) -> None:
         super().__init__(site, config.experts, config.rank, config.alpha / config.rank)
         self.start_normal(STD)
         self.router = nn.Parameter(torch.randn(config.experts, site.in_features, *site.kernel) * STD)
@@ -65,7 +65,7 @@ class MoLoRA(Method):
     """Low-rank experts, all of which act on each token with shares of its own."""
 
     name = "molora_moe"
-    Config = Config
+    Config = MoLoRAConfig
     tags = Tags(category="multitask", paper="2309.05444", routes="token")
     learning_rate = LearningRate(
         3e-4,
@@ -76,11 +76,11 @@ class MoLoRA(Method):
     target = ("attn.*", "cross.*", "mlp.gate", "mlp.up", "mlp.down")
     alternatives = MATRICES
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: MoLoRAConfig, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
             surgeon.graft(site, MoLoRAOperator, config)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: MoLoRAConfig) -> int:
         inputs = site.in_features * math.prod(site.kernel)
         return config.experts * (config.rank * (inputs + site.out_features) + inputs)

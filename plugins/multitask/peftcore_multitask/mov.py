@@ -33,7 +33,7 @@ HEADED = ("attn.k", "attn.v", "cross.k", "cross.v")
 """Roles whose output is a run of heads."""
 
 
-class Config(MethodConfig):
+class MoVConfig(MethodConfig):
     """Options of the mixture."""
 
     method: Literal["mov"] = "mov"
@@ -62,7 +62,7 @@ class MoVOperator(Router):
 
     stackable = True
 
-    def __init__(self, site: RoutedSite, config: Config) -> None:
+    def __init__(self, site: RoutedSite, config: MoVConfig) -> None:
         super().__init__(site)
         if site.inputs and self.layer.one_hot:
             raise UnsupportedSite(f"{site.path} has no input to scale; leave it out of scale_inputs")
@@ -73,9 +73,9 @@ class MoVOperator(Router):
         self.router = nn.Parameter(torch.randn(config.experts, site.head) * 0.02)
 
     def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
-        return call(self.scaled(x)) if self.inputs else self.scaled(call(x))
+        return call(self.mixed(x)) if self.inputs else self.mixed(call(x))
 
-    def scaled(self, a: Tensor) -> Tensor:
+    def mixed(self, a: Tensor) -> Tensor:
         """Scale the activation, its channels where the layer has them, by its mixture of vectors."""
         dim = self.layer.channel_dim
         with full_precision(a):
@@ -87,7 +87,7 @@ class MoVOperator(Router):
         return a * gain.movedim(-1, dim).to(a.dtype)
 
 
-def _routed(surgeon: Surgeon, site: Site, config: Config) -> RoutedSite:
+def _routed(surgeon: Surgeon, site: Site, config: MoVConfig) -> RoutedSite:
     """Return the site with the width that its router reads at once.
 
     Raises:
@@ -115,7 +115,7 @@ class MoV(Method):
     """Mixtures of gains for keys, values and inner activations of the feed-forward."""
 
     name = "mov"
-    Config = Config
+    Config = MoVConfig
     tags = Tags(category="multitask", paper="2309.05444", routes="token")
     learning_rate = LearningRate(
         3e-4, "for-ai/parameter-efficient-moe@e2683fe, configs/mov.gin", on="T5 1.1 large, P3", optimizer="Adafactor"
@@ -123,10 +123,10 @@ class MoV(Method):
     target = ("attn.k", "attn.v", "cross.k", "cross.v", "mlp.down")
     alternatives = MATRICES
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: MoVConfig, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
             surgeon.graft(_routed(surgeon, site, config), MoVOperator, config)
 
     @staticmethod
-    def parameter_count(site: RoutedSite, config: Config) -> int:
+    def parameter_count(site: RoutedSite, config: MoVConfig) -> int:
         return config.experts * (site.width + site.head)

@@ -35,7 +35,7 @@ from peftcore_multitask._skills import factors
 from peftcore_multitask._tasks import TaskConfig, Tasks, task_count
 
 
-class Config(TaskConfig):
+class MTLLoRAConfig(TaskConfig):
     """Options of MTL-LoRA."""
 
     method: Literal["mtl_lora"] = "mtl_lora"
@@ -56,7 +56,7 @@ class Config(TaskConfig):
 class MTLLoRAOperator(Operator):
     """The shared factors of one site, and what its tasks have of their own."""
 
-    def __init__(self, site: Site, config: Config) -> None:
+    def __init__(self, site: Site, config: MTLLoRAConfig) -> None:
         super().__init__(site)
         if config.dropout and self.layer.one_hot:
             raise UnsupportedSite(f"{site.path} gets ids, of which nothing can be dropped; use dropout=0 or exclude it")
@@ -95,7 +95,7 @@ class MTLLoRA(Method):
     """
 
     name = "mtl_lora"
-    Config = Config
+    Config = MTLLoRAConfig
     tags = Tags(category="multitask", paper="2410.09437", random=True)
     learning_rate = LearningRate(
         3e-4, "pUmpKin-Co/MTL-LoRA@7848a70, script/llama2_7B_mlora_qkvo.sh", on="LLaMA 2 7B, commonsense"
@@ -103,12 +103,12 @@ class MTLLoRA(Method):
     target = ("attn.q", "attn.k", "attn.v", "attn.out", "cross.q", "cross.k", "cross.v", "cross.out")
     alternatives = MATRICES
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: MTLLoRAConfig, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
             surgeon.graft(site, MTLLoRAOperator, config)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: MTLLoRAConfig) -> int:
         rank, inputs = config.rank, site.in_features * math.prod(site.kernel)
         own = (rank if config.task_matrix == "diagonal" else rank**2) + config.ups
         return rank * inputs + config.ups * rank * site.out_features + task_count(config) * own

@@ -30,7 +30,7 @@ from peftcore.errors import ConfigError
 from peftcore_multitask._tasks import TaskConfig, Tasks, task_count
 
 
-class Config(TaskConfig):
+class MultitaskPromptTuningConfig(TaskConfig):
     """Options of multitask prompt tuning."""
 
     method: Literal["multitask_prompt_tuning"] = "multitask_prompt_tuning"
@@ -49,7 +49,7 @@ class Config(TaskConfig):
 class MultitaskPromptOperator(SequenceOperator):
     """The shared prompt of one stack, and the factors by which tasks scale it."""
 
-    def __init__(self, site: SequenceSite, config: Config) -> None:
+    def __init__(self, site: SequenceSite, config: MultitaskPromptTuningConfig) -> None:
         super().__init__(site, config.length)
         self.tasks, count = Tasks(site, config), task_count(config)
         if config.init == "vocabulary" or config.init_ids:
@@ -70,7 +70,7 @@ class MultitaskPromptOperator(SequenceOperator):
             return self.prompt * (u @ v)  # [1 or batch, length, width]
 
 
-def _ids(vocabulary: int, config: Config) -> Tensor:
+def _ids(vocabulary: int, config: MultitaskPromptTuningConfig) -> Tensor:
     """Return the tokens whose embeddings the shared prompt starts from."""
     if not config.init_ids:
         return torch.randint(vocabulary, (config.length,))
@@ -88,7 +88,7 @@ class MultitaskPromptTuning(Method):
     """
 
     name = "multitask_prompt_tuning"
-    Config = Config
+    Config = MultitaskPromptTuningConfig
     tags = Tags(category="multitask", paper="2303.02861", identity_at_init=False, per_row=False)
     learning_rate = LearningRate(
         1e-4,
@@ -97,11 +97,11 @@ class MultitaskPromptTuning(Method):
     )
     target = "stack"
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: MultitaskPromptTuningConfig, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
             surgeon.sequence(site, MultitaskPromptOperator, config)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: MultitaskPromptTuningConfig) -> int:
         length, width = config.length, site.out_features
         return length * width + task_count(config) * config.rank * (length + width)

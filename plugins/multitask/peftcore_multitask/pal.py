@@ -21,6 +21,7 @@ common (`hyperformer_pp`), nor where it has to be merged. `parallel_adapter` is 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, Self
 
@@ -56,7 +57,7 @@ OF_ONE_SITE = {"heads", "dropout"}
 """Options that may differ between blocks: all else belongs to what they share."""
 
 
-class Config(TaskConfig):
+class PALConfig(TaskConfig):
     """Options of projected attention layers."""
 
     method: Literal["pal"] = "pal"
@@ -81,7 +82,7 @@ class Config(TaskConfig):
 class Projections(nn.Module):
     """U and V of each task, which all blocks of a stack share."""
 
-    def __init__(self, features: int, config: Config) -> None:
+    def __init__(self, features: int, config: PALConfig) -> None:
         super().__init__()
         tasks, a = task_count(config), config.width
         self.down, self.down_bias = _matrices(tasks, a, features, config.init_std)
@@ -96,7 +97,7 @@ def _matrices(tasks: int, outputs: int, inputs: int, std: float) -> tuple[nn.Par
 class PALOperator(Operator):
     """The attentions of one block, one for each task."""
 
-    def __init__(self, site: BlockSite, config: Config, shared: Shared, visible: VisibleTokens, norm: bool) -> None:
+    def __init__(self, site: BlockSite, config: PALConfig, shared: Shared, visible: VisibleTokens, norm: bool) -> None:
         super().__init__(site)
         self.names, self.depth, self.path = site.arguments, site.depth, site.path
         self.shared, self.visible, self.tasks = shared, visible, Tasks(site, config)
@@ -151,7 +152,7 @@ class PAL(Method):
     """
 
     name = "pal"
-    Config = Config
+    Config = PALConfig
     tags = Tags(
         category="multitask", paper="1902.02671", identity_at_init=False, identity_options={"up_std": 0.0}, random=True
     )
@@ -160,7 +161,7 @@ class PAL(Method):
     )
     target = ("block",)
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: PALConfig, surgeon: Surgeon) -> None:
         if any({*changes} - OF_ONE_SITE for changes in config.overrides.values()):
             raise ConfigError(
                 f"pal: blocks share matrices, so overrides change {' and '.join(sorted(OF_ONE_SITE))} alone"
@@ -168,12 +169,12 @@ class PAL(Method):
         stacks = TokenStacks(surgeon)
         for site in block_sites(surgeon, each_run=True):
             name, width = part_name("projections", site.stack, str(site.width)), site.width
-            shared = surgeon.own(name, lambda width=width: Projections(width, config))
+            shared = surgeon.own(name, functools.partial(Projections, width, config))
             norms, visible = ending_norms(surgeon, site), VisibleTokens(stacks.of(site))
             more = (shared, visible, bool(norms))
             surgeon.graft(site, lambda at, own, more=more: PALOperator(at, own, *more), config, norms)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: PALConfig) -> int:
         a = config.width  # U and V belong to no block
         return task_count(config) * (3 * a * a + 3 * a)

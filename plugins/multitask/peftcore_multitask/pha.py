@@ -57,7 +57,7 @@ from peftcore_multitask._prototypes import Contrast, Hypernetwork, Prototypes, R
 from peftcore_multitask._tasks import TaskConfig, Tasks, task_count
 
 
-class Config(TaskConfig):
+class PHAConfig(TaskConfig):
     """Options of PHA."""
 
     method: Literal["pha"] = "pha"
@@ -89,7 +89,12 @@ class AdapterOperator(Bypass):
     """The adapter of one site: made by `network`, or its own."""
 
     def __init__(
-        self, site: AdapterSite, config: Config, prototypes: Shared, network: Shared | None, contrast: Contrast | None
+        self,
+        site: AdapterSite,
+        config: PHAConfig,
+        prototypes: Shared,
+        network: Shared | None,
+        contrast: Contrast | None,
     ) -> None:
         super().__init__(site)
         self.prototypes, self.network, self.contrast, self.tasks = prototypes, network, contrast, Tasks(site, config)
@@ -130,7 +135,7 @@ class PHA(Method):
     """
 
     name = "pha"
-    Config = Config
+    Config = PHAConfig
     tags = Tags(category="multitask", paper="2310.11670", identity_at_init=False)
     learning_rate = LearningRate(
         3e-4, "Bumble666/PHA@bbb4169, configs/experiments/glue_t5_base.json", on="T5-base, GLUE"
@@ -138,18 +143,18 @@ class PHA(Method):
     target = ("mlp.output",)
     alternatives = OUTPUTS
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: PHAConfig, surgeon: Surgeon) -> None:
         if any(config.overrides.values()):
             raise ConfigError("pha: sites share networks, so overrides change nothing; leave them out")
         sites, stacks = surgeon.sites(), TokenStacks(surgeon)
         prototypes = surgeon.own("prototypes", lambda: Prototypes(config))
         places = [branch(surgeon, site) for site in sites]
-        last = places[-1]
+        last: Site = places[-1]
         contrast = None
         if config.contrast and task_count(config) > 1:
             norms = [replace(site, form="activation") for site in surgeon.at("norm.final")]
             stack, end = stacks.reading(sites) or (None, next(iter(norms), None))
-            seen, width = (last, last.width) if end is None else (end, end.out_features)
+            seen, width = (last, places[-1].width) if end is None else (end, end.out_features)
             retriever = surgeon.own("retriever", lambda: Retriever(width, config))
             contrast = Contrast(seen, config, retriever, prototypes)
             if end is not None:
@@ -166,7 +171,7 @@ class PHA(Method):
             surgeon.graft(AdapterSite(**vars(place), own=own), make, config, place.places)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: PHAConfig) -> int:
         if not isinstance(site, AdapterSite):
             return 0  # the stack that the retriever reads
         r = config.bottleneck

@@ -40,7 +40,7 @@ from peftcore_multitask._tasks import TaskConfig, Tasks, task_count
 from peftcore_multitask.hyperformer_pp import ACTIVATIONS, OF_ONE_SITE
 
 
-class Config(TaskConfig):
+class PolyhistorConfig(TaskConfig):
     """Options of Polyhistor."""
 
     method: Literal["polyhistor"] = "polyhistor"
@@ -62,7 +62,7 @@ class Config(TaskConfig):
 class Templates(nn.Module):
     """The embeddings of tasks, and the linear maps that make factors of them."""
 
-    def __init__(self, width: int, config: Config) -> None:
+    def __init__(self, width: int, config: PolyhistorConfig) -> None:
         super().__init__()
         k, r, inner = config.task_width, config.rank, max(width // config.reduction, 1)
         self.embedding = nn.Parameter(torch.randn(task_count(config), k))
@@ -89,7 +89,7 @@ class ScaledSite(BranchSite):
 class PolyhistorOperator(AtBranchEnd):
     """The kernels of one site, and the templates of all."""
 
-    def __init__(self, site: ScaledSite, config: Config, templates: Shared) -> None:
+    def __init__(self, site: ScaledSite, config: PolyhistorConfig, templates: Shared) -> None:
         super().__init__(site)
         self.templates, self.tasks, self.times = templates, Tasks(site, config), site.times
         self.down = nn.Parameter(torch.eye(site.times))
@@ -122,12 +122,12 @@ class Polyhistor(Method):
     """
 
     name = "polyhistor"
-    Config = Config
+    Config = PolyhistorConfig
     tags = Tags(category="multitask", paper="2210.03265")
     target = ("attn.output", "mlp.output")
     alternatives = OUTPUTS
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: PolyhistorConfig, surgeon: Surgeon) -> None:
         if any({*changes} - OF_ONE_SITE for changes in config.overrides.values()):
             raise ConfigError(
                 f"polyhistor: sites share templates, so overrides change {' and '.join(sorted(OF_ONE_SITE))} alone"
@@ -148,5 +148,5 @@ class Polyhistor(Method):
             surgeon.graft(scaled_site, lambda at, own: PolyhistorOperator(at, own, templates), config, place.places)
 
     @staticmethod
-    def parameter_count(site: ScaledSite, config: Config) -> int:
+    def parameter_count(site: ScaledSite, config: PolyhistorConfig) -> int:
         return 2 * site.times**2

@@ -43,7 +43,7 @@ from peftcore_multitask._skills import blocks, factors, joined
 from peftcore_multitask._tasks import TaskConfig, Tasks, task_count
 
 
-class Config(TaskConfig):
+class PolytroponConfig(TaskConfig):
     """Options of Polytropon."""
 
     method: Literal["polytropon"] = "polytropon"
@@ -66,7 +66,7 @@ class PolytroponOperator(Router):
 
     routes = "task"
 
-    def __init__(self, site: Site, config: Config) -> None:
+    def __init__(self, site: Site, config: PolytroponConfig) -> None:
         super().__init__(site)
         splits = config.splits
         if site.in_features % splits or site.out_features % splits:
@@ -131,7 +131,7 @@ class Polytropon(Method):
     """
 
     name = "polytropon"
-    Config = Config
+    Config = PolytroponConfig
     tags = Tags(category="multitask", paper="2202.13914", random=True, routes="task")
     learning_rate = LearningRate(
         1e-3, "microsoft/mttl@c66b20d, projects/mhr/configs/t0/poly_lora.json", on="T5-XL, T0", optimizer="Adafactor"
@@ -139,7 +139,7 @@ class Polytropon(Method):
     target = ("attn.q", "attn.k", "attn.v", "attn.out", "cross.q", "cross.k", "cross.v", "cross.out")
     alternatives = MATRICES
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: PolytroponConfig, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
             surgeon.graft(site, PolytroponOperator, config)
 
@@ -152,7 +152,7 @@ class Polytropon(Method):
         return [skills, {**routing, "lr": lr * injection.config.routing_ratio, "weight_decay": 0.0}]
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: PolytroponConfig) -> int:
         numbers = site.in_features * math.prod(site.kernel) + site.out_features
         tasks, of_a_task = task_count(config), config.skills + config.own_skills
         return (config.skills + tasks * config.own_skills) * config.rank * numbers + tasks * config.splits * of_a_task

@@ -47,7 +47,7 @@ from peftcore_multitask._merging import Members, MergingOperator, OfMergedParts,
 __all__ = ["RegMean", "grams", "take_grams"]
 
 
-class Config(PartsConfig):
+class RegMeanConfig(PartsConfig):
     """Options of RegMean."""
 
     method: Literal["regmean"] = "regmean"
@@ -69,7 +69,7 @@ class RegMeanOperator(MergingOperator):
 
     shares: Tensor | None
 
-    def __init__(self, site: Site, config: Config, members: Members, number: int = 0) -> None:
+    def __init__(self, site: Site, config: RegMeanConfig, members: Members, number: int = 0) -> None:
         super().__init__(site, config, members, number)
         weights = [1.0] * len(config.parts) if config.weights is None else config.weights
         self.importance = [weight / sum(weights) for weight in weights]
@@ -107,11 +107,11 @@ class RegMean(OfMergedParts, Method):
     """Changes of weights, merged by a regression on the inputs of their tasks."""
 
     name = "regmean"
-    Config = Config
+    Config = RegMeanConfig
     tags = Tags(category="multitask", paper="2212.09849", mergeable=True, low_rank=True)
     target = ()
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: RegMeanConfig, surgeon: Surgeon) -> None:
         merge_parts(surgeon, config, RegMeanOperator)
 
 

@@ -62,13 +62,13 @@ from peftcore_multitask._growing import divergence, take_tasks
 from peftcore_multitask._query import DecidingOperator, deciding_place
 from peftcore_multitask._skills import factors
 
-__all__ = ["SAPT", "Config", "take_tasks"]
+__all__ = ["SAPT", "SAPTConfig", "take_tasks"]
 
 STD = 0.02
 """Deviation of the network at the start."""
 
 
-class Config(MethodConfig):
+class SAPTConfig(MethodConfig):
     """Options of SAPT."""
 
     method: Literal["sapt"] = "sapt"
@@ -87,7 +87,7 @@ class Config(MethodConfig):
 class SharedAttention(DecidingOperator):
     """The keys of the tasks, and the network that reads texts."""
 
-    def __init__(self, site: Site, config: Config, stack: TokenStack, decided: Tap) -> None:
+    def __init__(self, site: Site, config: SAPTConfig, stack: TokenStack, decided: Tap) -> None:
         super().__init__(site, stack, decided)
         width, self.replay = site.out_features, config.replay
         self.keys = nn.ParameterList(torch.empty(width).uniform_(-1, 1) for _ in range(config.tasks))
@@ -118,7 +118,7 @@ class SharedAttention(DecidingOperator):
 class SAPTOperator(Operator):
     """The LoRAs of one module."""
 
-    def __init__(self, site: Site, config: Config, decided: Tap) -> None:
+    def __init__(self, site: Site, config: SAPTConfig, decided: Tap) -> None:
         super().__init__(site)
         if not (self.layer.called and self.layer.of_vectors) or site.batch:
             raise UnsupportedSite(f"{site.path} is no linear layer; exclude it")
@@ -148,7 +148,7 @@ class SAPT(Method):
     """LoRAs of tasks that come one after the other, mixed by attention to each text."""
 
     name = "sapt"
-    Config = Config
+    Config = SAPTConfig
     tags = Tags(
         category="multitask",
         paper="2401.08295",
@@ -161,14 +161,14 @@ class SAPT(Method):
     target = ("attn.q", "attn.v")
     alternatives = MATRICES
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: SAPTConfig, surgeon: Surgeon) -> None:
         sites, decided = surgeon.sites(), Tap(until_backward=True)
         place, stack, table = deciding_place(surgeon, sites)
         surgeon.graft(place, functools.partial(SharedAttention, stack=stack, decided=decided), config, table)
         for site in sites:
             surgeon.graft(site, functools.partial(SAPTOperator, decided=decided), config)
 
-    def trainable(self, model: nn.Module, config: Config, injection: AppliedMethod) -> None:
+    def trainable(self, model: nn.Module, config: SAPTConfig, injection: AppliedMethod) -> None:
         super().trainable(model, config, injection)
         for each in injection.operators.values():
             for name, parameter in each.named_parameters():
@@ -177,7 +177,7 @@ class SAPT(Method):
                     parameter.requires_grad_(False)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: SAPTConfig) -> int:
         if site.role == "stack":
             return (config.tasks + 2 * config.hidden + 2) * site.out_features
         return config.tasks * config.rank * (site.in_features + site.out_features)

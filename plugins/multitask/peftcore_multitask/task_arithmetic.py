@@ -25,7 +25,7 @@ from peftcore.author import Factors, Method, Site, Surgeon, Tags, merge_math
 from peftcore_multitask._merging import Members, MergingOperator, OfMergedParts, PartsConfig, merge_parts
 
 
-class Config(PartsConfig):
+class TaskArithmeticConfig(PartsConfig):
     """Options of task arithmetic."""
 
     method: Literal["task_arithmetic"] = "task_arithmetic"
@@ -36,7 +36,7 @@ class Config(PartsConfig):
 class TaskArithmeticOperator(MergingOperator):
     """The scaled sum of deltas."""
 
-    def __init__(self, site: Site, config: Config, members: Members, number: int = 0) -> None:
+    def __init__(self, site: Site, config: TaskArithmeticConfig, members: Members, number: int = 0) -> None:
         super().__init__(site, config, members, number)
         self.scale = config.scale
 
@@ -56,9 +56,9 @@ class TaskArithmetic(OfMergedParts, Method):
     """A weighted sum of changes of weights."""
 
     name = "task_arithmetic"
-    Config = Config
+    Config = TaskArithmeticConfig
     tags = Tags(category="multitask", paper="2212.04089", mergeable=True, low_rank=True)
     target = ()
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: TaskArithmeticConfig, surgeon: Surgeon) -> None:
         merge_parts(surgeon, config, TaskArithmeticOperator)

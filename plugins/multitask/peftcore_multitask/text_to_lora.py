@@ -57,7 +57,7 @@ OF_ONE_SITE = {"alpha", "dropout", "decay"}
 """Options that may differ between sites: all else belongs to the network."""
 
 
-class Config(MethodConfig):
+class TextToLoRAConfig(MethodConfig):
     """Options of Text-to-LoRA."""
 
     method: Literal["text_to_lora"] = "text_to_lora"
@@ -84,7 +84,7 @@ class TextToLoRAOperator(Operator):
 
     training_only = Operator.training_only | {"decay"}
 
-    def __init__(self, site: Site, config: Config, known: Known) -> None:
+    def __init__(self, site: Site, config: TextToLoRAConfig, known: Known) -> None:
         super().__init__(site)
         self.known, self.told = known, Told(site, config.vector_width)
         self.scale = config.alpha / config.rank**0.5
@@ -117,7 +117,7 @@ class TextToLoRA(Method):
     """
 
     name = "text_to_lora"
-    Config = Config
+    Config = TextToLoRAConfig
     tags = Tags(category="multitask", paper="2506.06105", random=True, reentrant=False)
     learning_rate = LearningRate(
         2.5e-5, "SakanaAI/text-to-lora@8ba7749, scripts/train_t2l_mistral.sh", on="Mistral 7B Instruct, 479 tasks"
@@ -125,7 +125,7 @@ class TextToLoRA(Method):
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
     alternatives = MATRICES
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: TextToLoRAConfig, surgeon: Surgeon) -> None:
         if any({*changes} - OF_ONE_SITE for changes in config.overrides.values()):
             raise ConfigError(
                 f"text_to_lora: sites share a network, so overrides change {', '.join(sorted(OF_ONE_SITE))} alone"
@@ -140,7 +140,7 @@ class TextToLoRA(Method):
             surgeon.graft(site, lambda at, own, known=known: TextToLoRAOperator(at, own, known), config)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: TextToLoRAConfig) -> int:
         return 0
 
 

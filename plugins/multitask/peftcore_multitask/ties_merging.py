@@ -27,7 +27,7 @@ from peftcore.author import Method, Site, Surgeon, Tags, merge_math
 from peftcore_multitask._merging import Members, MergingOperator, OfMergedParts, PartsConfig, merge_parts
 
 
-class Config(PartsConfig):
+class TIESMergingConfig(PartsConfig):
     """Options of TIES merging."""
 
     method: Literal["ties_merging"] = "ties_merging"
@@ -42,7 +42,7 @@ class Config(PartsConfig):
 class TIESOperator(MergingOperator):
     """Merges deltas by the mean of values that are large and agree in sign."""
 
-    def __init__(self, site: Site, config: Config, members: Members, number: int = 0) -> None:
+    def __init__(self, site: Site, config: TIESMergingConfig, members: Members, number: int = 0) -> None:
         super().__init__(site, config, members, number)
         self.density, self.sign, self.scale = config.density, config.sign, config.scale
 
@@ -55,9 +55,9 @@ class TIESMerging(OfMergedParts, Method):
     """Changes of weights, merged where their signs agree."""
 
     name = "ties_merging"
-    Config = Config
+    Config = TIESMergingConfig
     tags = Tags(category="multitask", paper="2306.01708", mergeable=True)
     target = ()
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: TIESMergingConfig, surgeon: Surgeon) -> None:
         merge_parts(surgeon, config, TIESOperator)

@@ -25,6 +25,7 @@ other's way (`polytropon`, `mtl_lora`), nor where a new task should cost next to
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -34,7 +35,7 @@ from torch import Tensor, nn
 from peftcore.author import OUTPUTS, AtBranchEnd, Joins, LearningRate, Method, Site, Surgeon, Tags, branch_end
 from peftcore_multitask._tasks import TaskConfig, Tasks, task_count
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "gelu_tanh": lambda: nn.GELU("tanh"),
     "gelu": nn.GELU,
     "relu": nn.ReLU,
@@ -42,7 +43,7 @@ ACTIVATIONS = {
 }
 
 
-class Config(TaskConfig):
+class VLAdapterConfig(TaskConfig):
     """Options of VL-Adapter."""
 
     method: Literal["vl_adapter"] = "vl_adapter"
@@ -70,7 +71,7 @@ class Config(TaskConfig):
 class VLAdapterOperator(AtBranchEnd):
     """The adapters of one site, for all tasks."""
 
-    def __init__(self, site: Site, config: Config) -> None:
+    def __init__(self, site: Site, config: VLAdapterConfig) -> None:
         super().__init__(site)
         d, r = site.out_features, config.bottleneck
         down, up = config.copies("down"), config.copies("up")
@@ -100,7 +101,7 @@ class VLAdapter(Method):
     """
 
     name = "vl_adapter"
-    Config = Config
+    Config = VLAdapterConfig
     tags = Tags(category="multitask", paper="2112.06825", identity_at_init=False, identity_options={"up_init_std": 0.0})
     learning_rate = LearningRate(
         1e-3, "ylsung/VL_adapter@545fcbb, VL-T5/scripts/image/single_adapter.sh", on="BART-base, VQA, GQA, NLVR, COCO"
@@ -108,7 +109,7 @@ class VLAdapter(Method):
     target = ("attn.output", "mlp.output")
     alternatives = OUTPUTS
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: VLAdapterConfig, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
             place = branch_end(surgeon, site, config.at(site.path).joins)
             surgeon.graft(place, VLAdapterOperator, config, place.places)
@@ -116,7 +117,7 @@ class VLAdapter(Method):
             surgeon.train(site.module_path)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: VLAdapterConfig) -> int:
         if site.form == "weight":  # a norm's gain or bias
             return site.numel
         d, r = site.out_features, config.bottleneck

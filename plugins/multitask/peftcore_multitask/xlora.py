@@ -47,7 +47,7 @@ from peftcore_multitask._chosen import add_shares, first_of
 from peftcore_multitask._merging import Members, OfMergedParts, PartsConfig, collected
 
 
-class Config(PartsConfig):
+class XLoRAConfig(PartsConfig):
     """Options of X-LoRA."""
 
     method: Literal["xlora"] = "xlora"
@@ -73,7 +73,7 @@ class Config(PartsConfig):
     """Factor g of all that is added."""
 
 
-def classifier(inputs: int, outputs: int, config: Config) -> nn.Sequential:
+def classifier(inputs: int, outputs: int, config: XLoRAConfig) -> nn.Sequential:
     """Make the layers that map hidden states ``[..., inputs]`` to a number for each part."""
     widths = [inputs, *[config.width] * (config.depth - 1)]
     between: list[nn.Module] = []
@@ -85,7 +85,7 @@ def classifier(inputs: int, outputs: int, config: Config) -> nn.Sequential:
 class ClassifierOperator(Operator):
     """Runs the stack once with X-LoRA off, and leaves the shares for the run that counts."""
 
-    def __init__(self, site: Site, config: Config, classifier: Shared, shares: Tap) -> None:
+    def __init__(self, site: Site, config: XLoRAConfig, classifier: Shared, shares: Tap) -> None:
         super().__init__(site)
         self.config, self.classifier, self.shares = config, classifier, shares
         self.cache, self.names = PassCache(), site.arguments
@@ -119,7 +119,7 @@ class ClassifierOperator(Operator):
 class XLoRAOperator(Router):
     """The parts of one module, each with a share in each token."""
 
-    def __init__(self, site: Site, config: Config, members: Members, shares: Tap, number: int) -> None:
+    def __init__(self, site: Site, config: XLoRAConfig, members: Members, shares: Tap, number: int) -> None:
         super().__init__(site)
         self.parts = nn.ModuleDict({str(index): graft.operator for index, graft in members.items()})
         self.members, self.shares, self.number = list(members), shares, number if config.layerwise else 0
@@ -144,13 +144,13 @@ class XLoRA(OfMergedParts, Method):
     """Shares of LoRAs in each token, from a first pass of the model."""
 
     name = "xlora"
-    Config = Config
+    Config = XLoRAConfig
     tags = Tags(
         category="multitask", paper="2402.07148", per_row=False, routes="token", reentrant=False, whole_graph=False
     )
     target = ()
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: XLoRAConfig, surgeon: Surgeon) -> None:
         order = {path: number for number, (path, _) in enumerate(model.named_modules())}
         groups = [(first_of(members, "X-LoRA"), members) for members in collected(surgeon, config).values()]
         groups.sort(key=lambda group: order[group[0].site.module_path])
@@ -164,7 +164,7 @@ class XLoRA(OfMergedParts, Method):
             make = functools.partial(XLoRAOperator, members=members, shares=shares, number=number)
             surgeon.graft(graft.site, make, config)
 
-    def trainable(self, model: nn.Module, config: Config, injection: AppliedMethod) -> None:
+    def trainable(self, model: nn.Module, config: XLoRAConfig, injection: AppliedMethod) -> None:
         if config.train_parts:
             super().trainable(model, config, injection)
         for operator in injection.operators.values():
@@ -172,5 +172,5 @@ class XLoRA(OfMergedParts, Method):
                 operator.classifier.module.requires_grad_(True)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: XLoRAConfig) -> int:
         return 0 if site.role == "stack" else OfMergedParts.parameter_count(site, config)  # the classifier is shared

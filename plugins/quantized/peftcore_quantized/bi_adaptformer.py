@@ -43,7 +43,7 @@ from peftcore.author import (
 from peftcore_quantized._binary import in_bits, normal_codes
 
 
-class Config(MethodConfig):
+class BiAdaptFormerConfig(MethodConfig):
     """Options of Bi-AdaptFormer."""
 
     method: Literal["bi_adaptformer"] = "bi_adaptformer"
@@ -63,7 +63,7 @@ class Config(MethodConfig):
 class BiAdaptFormerOperator(Bypass):
     """The bottleneck beside one feed-forward."""
 
-    def __init__(self, site: BranchSite, config: Config) -> None:
+    def __init__(self, site: BranchSite, config: BiAdaptFormerConfig) -> None:
         super().__init__(site)
         self.scale = config.scale
         self.levels = tuple(normal_codes(config.bits).tolist())  # numbers, which a compiler does not look into
@@ -83,7 +83,7 @@ class BiAdaptFormer(Method):
     """A bottleneck of a few bits beside each feed-forward."""
 
     name = "bi_adaptformer"
-    Config = Config
+    Config = BiAdaptFormerConfig
     tags = Tags(
         category="quantized",
         paper="2307.16867",
@@ -98,11 +98,11 @@ class BiAdaptFormer(Method):
     config_version = 2
     former_defaults = ({"joins": "matrix", "dropout": 0.0},)
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: BiAdaptFormerConfig, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
             place = branch(surgeon, site, before_norm=True, joins=config.at(site.path).joins)
             surgeon.graft(place, BiAdaptFormerOperator, config, place.places)
 
     @staticmethod
-    def parameter_count(site: BranchSite, config: Config) -> int:
+    def parameter_count(site: BranchSite, config: BiAdaptFormerConfig) -> int:
         return (site.width + site.out_features) * config.bottleneck

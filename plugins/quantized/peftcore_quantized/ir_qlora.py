@@ -32,7 +32,7 @@ from peftcore.errors import UnsupportedSite
 from peftcore_quantized._packed_base import Factors, PackedBaseOperator, PackedConfig, lora_start, place, update_count
 
 
-class Config(PackedConfig):
+class IRQLoRAConfig(PackedConfig):
     """Options of IR-QLoRA."""
 
     method: Literal["ir_qlora"] = "ir_qlora"
@@ -50,7 +50,7 @@ class Config(PackedConfig):
 class IRQLoRAOperator(PackedBaseOperator):
     """The update of one site and the connections past its factors."""
 
-    def __init__(self, site: Site, config: Config) -> None:
+    def __init__(self, site: Site, config: IRQLoRAConfig) -> None:
         rank = config.rank
         if site.in_features % rank or site.out_features % rank:
             sizes = f"{site.in_features} inputs and {site.out_features} outputs"
@@ -85,16 +85,16 @@ class IRQLoRA(Method):
     """Information retention in a 4-bit base and past low-rank adapters."""
 
     name = "ir_qlora"
-    Config = Config
+    Config = IRQLoRAConfig
     tags = Tags(category="quantized", paper="2402.05445", mergeable=True, identity_at_init=False)
     learning_rate = LearningRate(2e-4, "htqin/IR-QLoRA@e6fef4a, irlora.py", on="LLaMA-7B, Alpaca")
     target = ("all-linear",)
     alternatives = ("all-layers",)
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: IRQLoRAConfig, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
             surgeon.graft(place(site), IRQLoRAOperator, config)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: IRQLoRAConfig) -> int:
         return update_count(site, config.rank) + 2

@@ -39,7 +39,7 @@ from peftcore_quantized._packed_base import (
 )
 
 
-class Config(PackedConfig):
+class LoftQConfig(PackedConfig):
     """Options of LoftQ."""
 
     method: Literal["loftq"] = "loftq"
@@ -70,7 +70,7 @@ def alternate(weight: Tensor, rank: int, rounding: str, iterations: int) -> tupl
 class LoftQOperator(PackedBaseOperator):
     """The update of one site, which starts at the error of rounding."""
 
-    def __init__(self, site: Site, config: Config) -> None:
+    def __init__(self, site: Site, config: LoftQConfig) -> None:
         if site.layer.packed:
             found: Factors = lora_start(site, config.rank)
             taken: Factors | None = None
@@ -88,16 +88,16 @@ class LoftQ(Method):
     """Quantization and low-rank adapters that start together."""
 
     name = "loftq"
-    Config = Config
+    Config = LoftQConfig
     tags = Tags(category="quantized", paper="2310.08659", mergeable=True, identity_at_init=False)
     learning_rate = LearningRate(3e-4, "yxli2123/LoftQ@ae33fd4, scripts/train_gsm8k.sh", on="Llama-2-7B, GSM8K")
     target = ("all-linear",)
     alternatives = ("all-layers",)
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: LoftQConfig, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
             surgeon.graft(place(site), LoftQOperator, config)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: LoftQConfig) -> int:
         return update_count(site, config.rank)

@@ -27,7 +27,7 @@ from peftcore_quantized._lora_on_packed import LoRAConfig, LoRAOnPacked
 from peftcore_quantized._packed_base import place, update_count
 
 
-class Config(LoRAConfig):
+class LoRAInt8Config(LoRAConfig):
     """Options of LoRA on an 8-bit base."""
 
     method: Literal["lora_int8"] = "lora_int8"
@@ -39,7 +39,7 @@ class LoRAInt8(Method):
     """LoRA on an 8-bit base."""
 
     name = "lora_int8"
-    Config = Config
+    Config = LoRAInt8Config
     tags = Tags(category="quantized", paper="2208.07339", mergeable=True, identity_at_init=False)
     learning_rate = LearningRate(
         2e-4,
@@ -49,10 +49,10 @@ class LoRAInt8(Method):
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
     alternatives = MATRICES
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: LoRAInt8Config, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
             surgeon.graft(place(site), LoRAOnPacked, config)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: LoRAInt8Config) -> int:
         return update_count(site, config.rank)

@@ -36,7 +36,7 @@ from peftcore_quantized._low_rank_first import LowRankFirstConfig, LowRankFirstO
 from peftcore_quantized._packed_base import Factors, place, update_count
 
 
-class Config(LowRankFirstConfig):
+class LQLoRAConfig(LowRankFirstConfig):
     """Options of LQ-LoRA."""
 
     method: Literal["lq_lora"] = "lq_lora"
@@ -65,7 +65,7 @@ class LQLoRA(Method):
     """A weight as low-rank plus quantized; the low-rank part trains."""
 
     name = "lq_lora"
-    Config = Config
+    Config = LQLoRAConfig
     tags = Tags(category="quantized", paper="2311.12023", mergeable=True, identity_at_init=False)
     learning_rate = LearningRate(
         2e-4, "HanGuo97/lq-lora@c2424b3, scripts/oasst1_lora.sh", on="Llama-2-7B, OpenAssistant"
@@ -73,10 +73,10 @@ class LQLoRA(Method):
     target = ("all-linear",)
     alternatives = ("all-layers",)
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: LQLoRAConfig, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
             surgeon.graft(place(site), LQLoRAOperator, config)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: LQLoRAConfig) -> int:
         return update_count(site, config.rank)

@@ -50,7 +50,7 @@ LEAST = 1e-4
 """The least size that an input counts with; the factors of silent ones are divided by it."""
 
 
-class Config(PackedConfig):
+class LQERConfig(PackedConfig):
     """Options of LQER."""
 
     method: Literal["lqer"] = "lqer"
@@ -81,7 +81,7 @@ def sizes(site: Site, x: Tensor) -> Tensor:
 class LQEROperator(PackedBaseOperator):
     """The correction of one weight: zero until `correct` has set it."""
 
-    def __init__(self, site: Site, config: Config) -> None:
+    def __init__(self, site: Site, config: LQERConfig) -> None:
         A = torch.zeros(*site.batch, config.rank, site.in_features, *site.kernel)
         start = Factors(A, torch.zeros(*site.batch, site.out_features, config.rank))
         super().__init__(site, config, start)
@@ -89,7 +89,7 @@ class LQEROperator(PackedBaseOperator):
             delattr(self, name)
             self.register_buffer(name, tensor)
 
-    def correct(self, site: Site, config: Config, x: Tensor | None) -> None:
+    def correct(self, site: Site, config: LQERConfig, x: Tensor | None) -> None:
         """Set A and B by the weight and the sizes of its inputs; without these, all count alike."""
         weight = original(site)
         gap = weight - round_weight(self.rounding, weight, self.layer.batch_dims)
@@ -107,16 +107,16 @@ class LQER(Method):
     """A low-rank correction of the error of rounding."""
 
     name = "lqer"
-    Config = Config
+    Config = LQERConfig
     tags = Tags(category="quantized", paper="2402.02446", mergeable=True, identity_at_init=False, needs_data=True)
     target = ("all-linear",)
     alternatives = ("all-layers",)
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: LQERConfig, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
             surgeon.graft(place(site), LQEROperator, config)
 
-    def calibrate(self, model: nn.Module, data: Batches, config: Config, injection: AppliedMethod) -> None:
+    def calibrate(self, model: nn.Module, data: Batches, config: LQERConfig, injection: AppliedMethod) -> None:
         grafts: list[Any] = [each for each in injection.grafts if each.by_method and not each.site.layer.packed]
         called = {graft.site.module: graft.site for graft in grafts if graft.site.layer.called}
         seen: dict[nn.Module, Tensor] = {}
@@ -137,5 +137,5 @@ class LQER(Method):
                 graft.operator.correct(graft.site, config.at(graft.site.path), x)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: LQERConfig) -> int:
         return update_count(site, config.rank) if config.train_factors else 0

@@ -30,7 +30,7 @@ from peftcore.author import AppliedMethod, Method, Site, Surgeon, Tags
 from peftcore_quantized._packed_base import HeldOperator, SchemeConfig, group_count, on_weight
 
 
-class Config(SchemeConfig):
+class PEQAConfig(SchemeConfig):
     """Options of PEQA."""
 
     method: Literal["peqa"] = "peqa"
@@ -45,7 +45,7 @@ class PEQAOperator(HeldOperator):
 
     s0: Tensor
 
-    def __init__(self, site: Site, config: Config) -> None:
+    def __init__(self, site: Site, config: PEQAConfig) -> None:
         super().__init__(site, config)
         self.groups = group_count(site, config.group_size)
         with torch.no_grad():
@@ -73,7 +73,7 @@ class PEQA(Method):
     """Only the scales of quantized weights train."""
 
     name = "peqa"
-    Config = Config
+    Config = PEQAConfig
     tags = Tags(
         category="quantized",
         paper="2305.14152",
@@ -83,7 +83,7 @@ class PEQA(Method):
     target = ("all-linear",)
     alternatives = ("all-layers",)
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: PEQAConfig, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
             surgeon.graft(on_weight(site), PEQAOperator, config)
 
@@ -93,5 +93,5 @@ class PEQA(Method):
         return [{"params": trained, **defaults, "lr": lr, "weight_decay": 0.0}]
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: PEQAConfig) -> int:
         return math.prod(site.batch) * site.out_features * group_count(site, config.group_size)

@@ -31,7 +31,7 @@ from peftcore_quantized._lora_on_packed import LoRAConfig, LoRAOnPacked
 from peftcore_quantized._packed_base import Factors, group_count, place
 
 
-class Config(LoRAConfig):
+class QALoRAConfig(LoRAConfig):
     """Options of QA-LoRA."""
 
     method: Literal["qa_lora"] = "qa_lora"
@@ -47,7 +47,7 @@ class Config(LoRAConfig):
 class QALoRAOperator(LoRAOnPacked):
     """The update of one site: A ``[*batch, rank, groups]``, B ``[*batch, out, rank]``."""
 
-    def __init__(self, site: Site, config: Config) -> None:
+    def __init__(self, site: Site, config: QALoRAConfig) -> None:
         groups = group_count(site, config.group_size)
         bound = math.sqrt(6 / (groups + config.rank))
         A = nn.init.uniform_(torch.empty(*site.batch, config.rank, groups), -bound, bound)
@@ -66,16 +66,16 @@ class QALoRA(Method):
     """Low-rank adapters that zeros of codes take up."""
 
     name = "qa_lora"
-    Config = Config
+    Config = QALoRAConfig
     tags = Tags(category="quantized", paper="2309.14717", mergeable=True, identity_at_init=False)
     learning_rate = LearningRate(2e-4, "yuhuixu1993/qa-lora@91604c7, qalora.py", on="LLaMA-7B, Alpaca")
     target = ("all-linear",)
     alternatives = ("all-layers",)
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: QALoRAConfig, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
             surgeon.graft(place(site), QALoRAOperator, config)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: QALoRAConfig) -> int:
         return math.prod(site.batch) * config.rank * (group_count(site, config.group_size) + site.out_features)

@@ -28,7 +28,7 @@ from peftcore_quantized._lora_on_packed import LoRAConfig, LoRAOnPacked
 from peftcore_quantized._packed_base import place, update_count
 
 
-class Config(LoRAConfig):
+class QLoRAConfig(LoRAConfig):
     """Options of QLoRA."""
 
     method: Literal["qlora"] = "qlora"
@@ -45,7 +45,7 @@ class QLoRA(Method):
     """Low-rank adapters on a 4-bit base."""
 
     name = "qlora"
-    Config = Config
+    Config = QLoRAConfig
     tags = Tags(category="quantized", paper="2305.14314", mergeable=True, identity_at_init=False)
     learning_rate = LearningRate(
         2e-4, "artidoro/qlora@7f4e95a, scripts/finetune_guanaco_7b.sh", on="LLaMA-7B, OpenAssistant"
@@ -53,10 +53,10 @@ class QLoRA(Method):
     target = ("all-linear",)
     alternatives = ("all-layers",)
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: QLoRAConfig, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
             surgeon.graft(place(site), LoRAOnPacked, config)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: QLoRAConfig) -> int:
         return update_count(site, config.rank)

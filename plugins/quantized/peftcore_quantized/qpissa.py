@@ -32,7 +32,7 @@ from peftcore_quantized._low_rank_first import LowRankFirstConfig, LowRankFirstO
 from peftcore_quantized._packed_base import Factors, place, update_count
 
 
-class Config(LowRankFirstConfig):
+class QPiSSAConfig(LowRankFirstConfig):
     """Options of QPiSSA."""
 
     method: Literal["qpissa"] = "qpissa"
@@ -55,7 +55,7 @@ class QPiSSA(Method):
     """The principal part trains, the rest is packed."""
 
     name = "qpissa"
-    Config = Config
+    Config = QPiSSAConfig
     tags = Tags(category="quantized", paper="2404.02948", mergeable=True, identity_at_init=False)
     learning_rate = LearningRate(
         2e-5, "GraphPKU/PiSSA@87f4db6, scripts/metamath_llama2_7b/run_qpissa.sh", on="Llama-2-7B, MetaMathQA"
@@ -63,10 +63,10 @@ class QPiSSA(Method):
     target = ("all-linear",)
     alternatives = ("all-layers",)
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: QPiSSAConfig, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
             surgeon.graft(place(site), QPiSSAOperator, config)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: QPiSSAConfig) -> int:
         return update_count(site, config.rank)

@@ -49,7 +49,7 @@ def mean_gradients(sites: Sequence[Site], data: Iterable[Batch]) -> dict[str, Te
         for batch in data:
             batches += 1
             if (loss := batch.loss()).requires_grad:
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
     found = {}
     for site in sites:
         if site.module in sums and sees_vectors(site):

@@ -26,7 +26,7 @@ from peftcore.errors import TrainingError
 from peftcore_reparameterized._low_rank import LowRankOperator, low_rank_count
 
 
-class Config(MethodConfig):
+class AdaLoRAConfig(MethodConfig):
     """Options of AdaLoRA."""
 
     method: Literal["adalora"] = "adalora"
@@ -55,7 +55,7 @@ class Config(MethodConfig):
 class AdaLoRAOperator(LowRankOperator):
     """The update of one site in triples, and the moving averages of their importance."""
 
-    def __init__(self, site: Site, config: Config) -> None:
+    def __init__(self, site: Site, config: AdaLoRAConfig) -> None:
         super().__init__(site, config.dropout)
         self.scale = config.alpha / (config.rank + 1e-5)
         self.A = nn.Parameter(torch.randn(*site.batch, config.rank, site.in_features, *site.kernel) * 0.02)
@@ -74,7 +74,7 @@ class AdaLoRAOperator(LowRankOperator):
         grams = torch.stack([each @ each.mT for each in (self.A.flatten(self.E.dim()), self.B.mT)])
         return torch.linalg.matrix_norm(grams - torch.eye(grams.shape[-1]).to(grams)).flatten()
 
-    def observe(self, config: Config) -> None:
+    def observe(self, config: AdaLoRAConfig) -> None:
         """Update the moving averages from the gradients."""
         for name in "ABE":
             weight = self.get_parameter(name)
@@ -93,7 +93,7 @@ class AdaLoRA(Method):
     """Low-rank adaptation with ranks by importance."""
 
     name = "adalora"
-    Config = Config
+    Config = AdaLoRAConfig
     tags = Tags("reparameterized", "2303.10512", mergeable=True, low_rank=True, scheduled=True)
     learning_rate = LearningRate(
         5e-4, "QingruZhang/AdaLoRA@d10f5eb, NLG_QA/scripts/run_bart_xsum.sh", on="BART-large, XSum"
@@ -101,7 +101,7 @@ class AdaLoRA(Method):
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
     alternatives = MATRICES
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: AdaLoRAConfig, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
             surgeon.graft(site, AdaLoRAOperator, config)
 
@@ -109,7 +109,7 @@ class AdaLoRA(Method):
         weight = injection.config.orthogonality
         return weight * torch.cat([each.distances() for each in _operators(injection)]).mean() if weight else None
 
-    def check_steps(self, config: Config, total: int) -> None:
+    def check_steps(self, config: AdaLoRAConfig, total: int) -> None:
         if total - config.final <= config.warmup:
             raise TrainingError(
                 f"adalora: warmup={config.warmup} and final={config.final} leave none of the {total} steps in which "
@@ -130,7 +130,7 @@ class AdaLoRA(Method):
             operator.E.masked_fill_(~operator.chosen, 0.0)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: AdaLoRAConfig) -> int:
         return low_rank_count(site, config.rank) + math.prod(site.batch) * config.rank
 
 

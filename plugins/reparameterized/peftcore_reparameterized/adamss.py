@@ -38,7 +38,7 @@ from peftcore_reparameterized._clusters import shape, subspaces
 from peftcore_reparameterized._competing import Competing, choose
 
 
-class Config(MethodConfig):
+class AdaMSSConfig(MethodConfig):
     """Options of AdaMSS."""
 
     method: Literal["adamss"] = "adamss"
@@ -73,7 +73,7 @@ class AdaMSSOperator(Competing):
 
     V: Tensor
 
-    def __init__(self, site: Site, config: Config) -> None:
+    def __init__(self, site: Site, config: AdaMSSConfig) -> None:
         super().__init__(site)
         self.rank, self.inputs = config.rank, (site.in_features, *site.kernel)
         V, cluster, ranks, A = subspaces(site, config)
@@ -114,7 +114,7 @@ class AdaMSS(Method):
     """Adaptive multi-subspace fine-tuning."""
 
     name = "adamss"
-    Config = Config
+    Config = AdaMSSConfig
     tags = Tags("reparameterized", "NeurIPS 2025, OpenReview 8ZdWmpYxT0", mergeable=True, scheduled=True)
     learning_rate = LearningRate(
         1e-3, "huggingface/peft@5d602fd, examples/adamss_finetuning/glue_adamss_asa_example.py", on="RoBERTa-base, CoLA"
@@ -122,16 +122,16 @@ class AdaMSS(Method):
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
     alternatives = MATRICES
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: AdaMSSConfig, surgeon: Surgeon) -> None:
         if config.target_subspaces and config.warmup >= config.until:
             raise ConfigError(f"adamss: warmup={config.warmup} leaves no step before until={config.until}")
         for site in surgeon.sites():
             surgeon.graft(site, AdaMSSOperator, config)
 
-    def follows_steps(self, config: Config) -> bool:
+    def follows_steps(self, config: AdaMSSConfig) -> bool:
         return config.target_subspaces is not None
 
-    def check_steps(self, config: Config, total: int) -> None:
+    def check_steps(self, config: AdaMSSConfig, total: int) -> None:
         if config.until >= total:
             raise TrainingError(f"adamss: until={config.until} is not reached in {total} steps, so set it lower")
 
@@ -152,6 +152,6 @@ class AdaMSS(Method):
                 choose(operators, int(target + (most - target) * share**config.exponent))
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: AdaMSSConfig) -> int:
         K, components = shape(site, config)
         return math.prod(site.batch) * config.rank * (K * components + site.out_features)

@@ -46,7 +46,7 @@ from peftcore.errors import UnsupportedSite
 from peftcore_reparameterized._low_rank import low_rank_count, low_rank_factors
 
 
-class Config(MethodConfig):
+class ALoRAConfig(MethodConfig):
     """Options of aLoRA."""
 
     method: Literal["alora"] = "alora"
@@ -66,7 +66,7 @@ class Config(MethodConfig):
 class ALoRAOperator(Operator):
     """The update of one linear layer, on the tokens from the invocation on."""
 
-    def __init__(self, site: Site, config: Config) -> None:
+    def __init__(self, site: Site, config: ALoRAConfig) -> None:
         super().__init__(site)
         if not (site.layer.called and site.layer.of_vectors and site.separable):
             raise UnsupportedSite(f"{site.path} does not act on each token by itself; target linear layers")
@@ -93,7 +93,7 @@ class ALoRA(Method):
     """Low-rank adaptation from an invocation on."""
 
     name = "alora"
-    Config = Config
+    Config = ALoRAConfig
     tags = Tags(category="reparameterized", paper="2504.12397")
     learning_rate = LearningRate(
         6e-5, "IBM/activated-lora@736414e, train_scripts/basic_finetune_example.py", on="Granite 3.2 8B, an example"
@@ -102,10 +102,10 @@ class ALoRA(Method):
     target = ("attn.q", "attn.k", "attn.v")
     alternatives = MATRICES
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: ALoRAConfig, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
             surgeon.graft(site, ALoRAOperator, config)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: ALoRAConfig) -> int:
         return low_rank_count(site, config.rank)

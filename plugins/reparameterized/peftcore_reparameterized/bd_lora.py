@@ -35,7 +35,7 @@ from peftcore.errors import UnsupportedSite
 from peftcore_reparameterized._low_rank import LowRankOperator, low_rank_factors
 
 
-class Config(MethodConfig):
+class BDLoRAConfig(MethodConfig):
     """Options of BD-LoRA."""
 
     method: Literal["bd_lora"] = "bd_lora"
@@ -55,13 +55,13 @@ class Config(MethodConfig):
     """Probability with which inputs of the update are dropped in training."""
 
     @model_validator(mode="after")
-    def _check_blocks(self) -> Config:
+    def _check_blocks(self) -> BDLoRAConfig:
         if self.rank % self.blocks:
             raise ValueError(f"rank={self.rank} is no multiple of blocks={self.blocks}")
         return self
 
 
-def cuts_input(site: Site, config: Config) -> bool:
+def cuts_input(site: Site, config: BDLoRAConfig) -> bool:
     """Whether A is the factor that is block diagonal."""
     return any(site.role == each or fnmatch.fnmatchcase(site.path, each) for each in config.cut_inputs)
 
@@ -69,7 +69,7 @@ def cuts_input(site: Site, config: Config) -> bool:
 class BDLoRAOperator(LowRankOperator):
     """The factors of one target module's update, one of them in blocks."""
 
-    def __init__(self, site: Site, config: Config) -> None:
+    def __init__(self, site: Site, config: BDLoRAConfig) -> None:
         super().__init__(site, config.dropout)
         n, self.cut_A = config.blocks, cuts_input(site, config)
         width, what = (site.in_features, "inputs") if self.cut_A else (site.out_features, "outputs")
@@ -127,17 +127,17 @@ class BDLoRA(Method):
     """Low-rank adaptation with a factor in blocks."""
 
     name = "bd_lora"
-    Config = Config
+    Config = BDLoRAConfig
     tags = Tags(category="reparameterized", paper="2510.23346", mergeable=True, low_rank=True)
     target = ("attn.*", "cross.*", "mlp.gate", "mlp.up", "mlp.down")
     alternatives = MATRICES
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: BDLoRAConfig, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
             surgeon.graft(site, BDLoRAOperator, config)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: BDLoRAConfig) -> int:
         inputs, out = site.in_features * math.prod(site.kernel), site.out_features
         inputs, out = (inputs // config.blocks, out) if cuts_input(site, config) else (inputs, out // config.blocks)
         return math.prod(site.batch) * config.rank * (inputs + out)

@@ -47,7 +47,7 @@ from peftcore_reparameterized._kernels import cayley, rotated
 from peftcore_reparameterized._rotations import block_size, precise, rotate, rows, weight_of, width
 
 
-class Config(MethodConfig):
+class BOFTConfig(MethodConfig):
     """Options of BOFT."""
 
     method: Literal["boft"] = "boft"
@@ -71,7 +71,7 @@ class BOFTOperator(WeightOperator):
     stackable = True
     training_only = WeightOperator.training_only | {"block_dropout"}
 
-    def __init__(self, site: Site, config: Config) -> None:
+    def __init__(self, site: Site, config: BOFTConfig) -> None:
         super().__init__(site)
         self.outputs = config.side == "outputs"
         self.changes_inputs = not self.outputs
@@ -138,18 +138,18 @@ class BOFT(Method):
     """Butterfly orthogonal fine-tuning."""
 
     name = "boft"
-    Config = Config
+    Config = BOFTConfig
     tags = Tags(category="reparameterized", paper="2311.06243", mergeable=True)
     learning_rate = LearningRate(1e-4, "arXiv 2311.06243, appendix A.3", on="Llama-2-7B, Alpaca")
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
     alternatives = MATRICES
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: BOFTConfig, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
             surgeon.graft(site, BOFTOperator, config)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: BOFTConfig) -> int:
         outputs = config.side == "outputs"
         size = block_size(site, config.block_size, config.factors, outputs)
         rotations = config.factors * width(site, outputs) // size * size * (size - 1) // 2

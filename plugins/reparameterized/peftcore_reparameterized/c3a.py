@@ -37,7 +37,7 @@ from peftcore_reparameterized._basis import columns
 from peftcore_reparameterized._rotations import precise
 
 
-class Config(MethodConfig):
+class C3AConfig(MethodConfig):
     """Options of C3A."""
 
     method: Literal["c3a"] = "c3a"
@@ -61,7 +61,7 @@ def started(site: Site, start: str, shape: tuple[int, ...]) -> Tensor:
 class C3AOperator(WeightOperator):
     """The circulant blocks of one weight's update."""
 
-    def __init__(self, site: Site, config: Config) -> None:
+    def __init__(self, site: Site, config: C3AConfig) -> None:
         super().__init__(site)
         b, out, self.inputs = config.block_size, site.out_features, columns(site)
         if out % b or self.inputs % b:
@@ -98,7 +98,7 @@ class C3A(Method):
     """
 
     name = "c3a"
-    Config = Config
+    Config = C3AConfig
     tags = Tags(
         category="reparameterized",
         paper="2407.19342",
@@ -110,10 +110,10 @@ class C3A(Method):
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
     alternatives = MATRICES
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: C3AConfig, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
             surgeon.graft(site, C3AOperator, config)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: C3AConfig) -> int:
         return math.prod(site.batch) * site.out_features * columns(site) // config.block_size

@@ -50,7 +50,7 @@ LARGEST_ERROR = 0.05
 """The largest error of an inverse, as the distance of C' inv(C') from the identity."""
 
 
-class Config(MethodConfig):
+class CorDAConfig(MethodConfig):
     """Options of CorDA."""
 
     method: Literal["corda"] = "corda"
@@ -85,7 +85,7 @@ def damped(C: Tensor) -> tuple[Tensor, Tensor]:
 class CorDAOperator(PairOperator):
     """The part of one weight that trains, and its frozen start: zero until `decompose` has set it."""
 
-    def __init__(self, site: Site, config: Config) -> None:
+    def __init__(self, site: Site, config: CorDAConfig) -> None:
         rank = rank_within(site, config.rank)
         A = torch.zeros(*site.batch, rank, site.in_features, *site.kernel)
         scale = 1.0 if config.alpha is None else config.alpha / config.rank
@@ -111,7 +111,7 @@ class CorDA(Method):
     """Low-rank adaptation from a decomposition that data orients."""
 
     name = "corda"
-    Config = Config
+    Config = CorDAConfig
     tags = Tags(category="reparameterized", paper="2406.05223", mergeable=True, low_rank=True, needs_data=True)
     learning_rate = LearningRate(2e-5, "iboing/CorDA@baffb03, tools/train_CorDA.sh", on="Llama-2-7B, MetaMathQA")
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
@@ -119,13 +119,13 @@ class CorDA(Method):
     config_version = 2
     former_defaults = ({"alpha": 128.0},)
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: CorDAConfig, surgeon: Surgeon) -> None:
         sites = surgeon.sites()
         check_seen(sites, "pissa")
         for site in sites:
             surgeon.graft(site, CorDAOperator, config)
 
-    def calibrate(self, model: nn.Module, data: Batches, config: Config, injection: AppliedMethod) -> None:
+    def calibrate(self, model: nn.Module, data: Batches, config: CorDAConfig, injection: AppliedMethod) -> None:
         grafts: list[Any] = [graft for graft in injection.grafts if graft.by_method]
         sums: dict[nn.Module, Tensor] = {}
         calls: dict[nn.Module, int] = {}
@@ -147,5 +147,5 @@ class CorDA(Method):
                 graft.operator.decompose(graft.site, None if C is None else C / calls[graft.site.module])
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: CorDAConfig) -> int:
         return low_rank_count(site, rank_within(site, config.rank))

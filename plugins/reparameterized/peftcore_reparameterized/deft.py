@@ -47,7 +47,7 @@ from peftcore_reparameterized._low_rank import check_in_weight_form, input_dropo
 from peftcore_reparameterized._rotations import precise
 
 
-class Config(MethodConfig):
+class DEFTConfig(MethodConfig):
     """Options of DEFT."""
 
     method: Literal["deft"] = "deft"
@@ -66,7 +66,7 @@ class Config(MethodConfig):
 class DEFTOperator(WeightOperator):
     """The part that is taken away from one weight, and the part that is put in."""
 
-    def __init__(self, site: Site, config: Config) -> None:
+    def __init__(self, site: Site, config: DEFTConfig) -> None:
         super().__init__(site)
         rank = min(config.rank, site.out_features)
         self.projection, self.dropout = config.projection, input_dropout(site, config.dropout)
@@ -122,7 +122,7 @@ class DEFT(Method):
     """Decompositional fine-tuning."""
 
     name = "deft"
-    Config = Config
+    Config = DEFTConfig
     tags = Tags(category="reparameterized", paper="2509.22793", mergeable=True)
     learning_rate = LearningRate(
         1e-3, "MAXNORM8650/DEFT@8efdc0a, examples/sks_dog_run_all.sh", on="OmniGen, a subject of its own"
@@ -130,11 +130,11 @@ class DEFT(Method):
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
     alternatives = MATRICES
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: DEFTConfig, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
             surgeon.graft(site, DEFTOperator, config)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: DEFTConfig) -> int:
         each = site.out_features + (columns(site) if config.injects else 0)
         return math.prod(site.batch) * min(config.rank, site.out_features) * each

@@ -37,7 +37,7 @@ SHORTEST = 1e-4
 """The least length of rows and columns: shorter ones count as this."""
 
 
-class Config(MethodConfig):
+class DeLoRAConfig(MethodConfig):
     """Options of DeLoRA."""
 
     method: Literal["delora"] = "delora"
@@ -59,7 +59,7 @@ class DeLoRAOperator(LowRankOperator):
 
     n: Tensor
 
-    def __init__(self, site: Site, config: Config) -> None:
+    def __init__(self, site: Site, config: DeLoRAConfig) -> None:
         super().__init__(site, config.dropout)
         self.A, self.B = low_rank_factors(site, config.rank)  # [*batch, rank, in, *kernel], [*batch, out, rank]
         self.strength = nn.Parameter(torch.full((*site.batch, 1), config.strength))
@@ -78,16 +78,16 @@ class DeLoRA(Method):
     """Low-rank adaptation of bounded strength."""
 
     name = "delora"
-    Config = Config
+    Config = DeLoRAConfig
     tags = Tags(category="reparameterized", paper="2503.18225", mergeable=True, low_rank=True)
     learning_rate = LearningRate(1e-3, "ExplainableML/DeLoRA@2dd91e1, scripts/glue_eval.sh", on="RoBERTa-base, MNLI")
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
     alternatives = MATRICES
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: DeLoRAConfig, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
             surgeon.graft(site, DeLoRAOperator, config)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: DeLoRAConfig) -> int:
         return low_rank_count(site, config.rank) + math.prod(site.batch)

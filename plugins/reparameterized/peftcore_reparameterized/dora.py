@@ -46,7 +46,7 @@ from peftcore_reparameterized._low_rank import (
 )
 
 
-class Config(MethodConfig):
+class DoRAConfig(MethodConfig):
     """Options of DoRA."""
 
     method: Literal["dora"] = "dora"
@@ -64,7 +64,7 @@ class DoRAOperator(WeightOperator):
     stackable = True
     padded, scaled = frozenset({"A", "B"}), frozenset({"B"})
 
-    def __init__(self, site: Site, config: Config) -> None:
+    def __init__(self, site: Site, config: DoRAConfig) -> None:
         super().__init__(site)
         self.scale = config.alpha / config.rank
         self.dropout = input_dropout(site, config.dropout)
@@ -127,7 +127,7 @@ class DoRA(Method):
     """Weight-decomposed low-rank adaptation."""
 
     name = "dora"
-    Config = Config
+    Config = DoRAConfig
     tags = Tags(
         category="reparameterized",
         paper="2402.09353",
@@ -140,10 +140,10 @@ class DoRA(Method):
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
     alternatives = MATRICES
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: DoRAConfig, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
             surgeon.graft(site, DoRAOperator, config)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: DoRAConfig) -> int:
         return low_rank_count(site, config.rank) + math.prod(site.batch) * site.out_features

@@ -47,10 +47,10 @@ from peftcore.author import (
 from peftcore_reparameterized._low_rank import low_rank_count
 from peftcore_reparameterized._nested import NestedOperator, make_lora
 
-__all__ = ["Config", "DyLoRA", "DyLoRAOperator", "make_lora"]
+__all__ = ["DyLoRA", "DyLoRAConfig", "DyLoRAOperator", "make_lora"]
 
 
-class Config(MethodConfig):
+class DyLoRAConfig(MethodConfig):
     """Options of DyLoRA."""
 
     method: Literal["dylora"] = "dylora"
@@ -75,7 +75,7 @@ class Config(MethodConfig):
 class DyLoRAOperator(NestedOperator):
     """The factors of one site, of which the first ranks act."""
 
-    def __init__(self, site: Site, config: Config, drawn: Tap) -> None:
+    def __init__(self, site: Site, config: DyLoRAConfig, drawn: Tap) -> None:
         super().__init__(site, config.rank, config.alpha, config.block_size, config.dropout)
         self.frozen, self.drawn = config.frozen, drawn
         self.noise = 1.0  # set to 0 where nothing is to be drawn
@@ -115,7 +115,7 @@ class DyLoRA(Method):
     """
 
     name = "dylora"
-    Config = Config
+    Config = DyLoRAConfig
     tags = Tags(
         category="reparameterized",
         paper="2210.07558",
@@ -130,11 +130,11 @@ class DyLoRA(Method):
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
     alternatives = MATRICES
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: DyLoRAConfig, surgeon: Surgeon) -> None:
         drawn = Tap(until_backward=True)
         for site in surgeon.sites():
             surgeon.graft(site, partial(DyLoRAOperator, drawn=drawn), config)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: DyLoRAConfig) -> int:
         return low_rank_count(site, config.rank)

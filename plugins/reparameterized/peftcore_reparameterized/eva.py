@@ -54,7 +54,7 @@ from peftcore_reparameterized._low_rank import low_rank_count
 from peftcore_reparameterized.lora import LoRAOperator
 
 
-class Config(MethodConfig):
+class EVAConfig(MethodConfig):
     """Options of EVA: LoRA's, and those of the look at data."""
 
     method: Literal["eva"] = "eva"
@@ -82,7 +82,7 @@ class Config(MethodConfig):
     """How often the data is gone through, at most; then directions are taken as they are."""
 
 
-def components(model: nn.Module, data: Batches, config: Config, sites: Sequence[Site]) -> dict[str, Components]:
+def components(model: nn.Module, data: Batches, config: EVAConfig, sites: Sequence[Site]) -> dict[str, Components]:
     """Return the components of the inputs of each site that was called, of which the earlier stand first.
 
     Raises:
@@ -133,21 +133,21 @@ class EVA(Method):
     """Low-rank adaptation from the principal components of inputs."""
 
     name = "eva"
-    Config = Config
+    Config = EVAConfig
     tags = Tags(category="reparameterized", paper="2410.07170", mergeable=True, low_rank=True, needs_data=True)
     learning_rate = LearningRate(5e-4, "ml-jku/EVA@a5ac24b, README.md", on="Llama-2-7B, MetaMathQA")
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
     alternatives = MATRICES
     found: dict[str, Components] | None = None
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: EVAConfig, surgeon: Surgeon) -> None:
         sites = surgeon.sites()
         check_seen(sites, "lora")
         for site in sites:
             surgeon.graft(site, LoRAOperator, config)
 
     def structure(
-        self, model: nn.Module, data: Batches, config: Config, sites: Sequence[Site]
+        self, model: nn.Module, data: Batches, config: EVAConfig, sites: Sequence[Site]
     ) -> Mapping[str, Mapping[str, Any] | None]:
         self.found = components(model, data, config, sites)
         free = {path: each for path, each in self.found.items() if config.at(path) is config}
@@ -158,7 +158,7 @@ class EVA(Method):
                 options[path] = {"rank": rank, "alpha": alpha} if rank else None
         return options
 
-    def calibrate(self, model: nn.Module, data: Batches, config: Config, injection: AppliedMethod) -> None:
+    def calibrate(self, model: nn.Module, data: Batches, config: EVAConfig, injection: AppliedMethod) -> None:
         grafts: list[Any] = [graft for graft in injection.grafts if graft.by_method]
         if self.found is None:  # a part of a hybrid, whose ranks are told
             with injection.whole.disabled():
@@ -171,5 +171,5 @@ class EVA(Method):
         self.found = None
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: EVAConfig) -> int:
         return low_rank_count(site, config.rank)

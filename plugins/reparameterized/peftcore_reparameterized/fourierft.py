@@ -35,7 +35,7 @@ from peftcore.errors import UnsupportedSite
 from peftcore_reparameterized._basis import drawn_entries
 
 
-class Config(MethodConfig):
+class FourierFTConfig(MethodConfig):
     """Options of FourierFT."""
 
     method: Literal["fourierft"] = "fourierft"
@@ -58,7 +58,7 @@ class FourierFTOperator(WeightOperator):
 
     entries: Tensor
 
-    def __init__(self, site: Site, config: Config) -> None:
+    def __init__(self, site: Site, config: FourierFTConfig) -> None:
         super().__init__(site)
         self.alpha = config.alpha
         size = site.out_features * site.in_features * math.prod(site.kernel)
@@ -79,7 +79,7 @@ class FourierFTOperator(WeightOperator):
         return weight + self.alpha * delta.reshape(weight.shape)
 
 
-def relative_size(site: Site, config: Config) -> float:
+def relative_size(site: Site, config: FourierFTConfig) -> float:
     """Return the norm that the fresh update of a site is expected to have, relative to that of its weight; 0 where the
     weight is not there."""
     weight = site.base_weight()
@@ -88,7 +88,7 @@ def relative_size(site: Site, config: Config) -> float:
     return expected / math.sqrt(weight.numel() / math.prod(site.batch)) / norm if norm else 0.0
 
 
-def _too_large(sites: Iterable[Site], config: Config) -> Iterator[str]:
+def _too_large(sites: Iterable[Site], config: FourierFTConfig) -> Iterator[str]:
     """Yield a line about the site whose fresh update is the largest, if that is `LARGE`."""
     sizes = {site.path: relative_size(site, config.at(site.path)) for site in sites}
     path = max(sizes, key=sizes.__getitem__, default="")
@@ -104,7 +104,7 @@ class FourierFT(Method):
     """Updates in the Fourier domain."""
 
     name = "fourierft"
-    Config = Config
+    Config = FourierFTConfig
     tags = Tags(
         category="reparameterized",
         paper="2405.03003",
@@ -118,12 +118,12 @@ class FourierFT(Method):
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
     alternatives = MATRICES
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: FourierFTConfig, surgeon: Surgeon) -> None:
         sites = surgeon.sites()
         for site in sites:
             surgeon.graft(site, FourierFTOperator, config)
         surgeon.notices += _too_large(sites, config)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: FourierFTConfig) -> int:
         return math.prod(site.batch) * config.n_frequency

@@ -41,7 +41,7 @@ from peftcore_reparameterized._joint import Joint, by_role, within
 from peftcore_reparameterized._low_rank import input_dropout
 
 
-class Config(MethodConfig):
+class FRoDConfig(MethodConfig):
     """Options of FRoD."""
 
     method: Literal["frod"] = "frod"
@@ -55,7 +55,7 @@ class Config(MethodConfig):
     """Seed of the positions in S."""
 
 
-def entries(inputs: int, config: Config) -> int:
+def entries(inputs: int, config: FRoDConfig) -> int:
     """Return n: how many entries off the diagonal train."""
     most = inputs * (inputs - 1)
     return min(max(int(inputs * inputs * config.sparsity), int(config.sparsity > 0)), most)
@@ -67,7 +67,7 @@ class FRoDOperator(Operator):
     U: Tensor
     L0: Tensor
 
-    def __init__(self, site: Site, config: Config, joint: Shared) -> None:
+    def __init__(self, site: Site, config: FRoDConfig, joint: Shared) -> None:
         super().__init__(site)
         self.joint, self.input_dropout = joint, input_dropout(site, config.dropout)
         self.inputs = (site.in_features, *site.kernel)
@@ -103,7 +103,7 @@ class FRoD(Method):
     """Full-rank fine-tuning with rotational degrees."""
 
     name = "frod"
-    Config = Config
+    Config = FRoDConfig
     tags = Tags(category="reparameterized", paper="AAAI 2026, doi 10.1609/aaai.v40i31.39813", mergeable=True)
     learning_rate = LearningRate(
         2e-2, "huggingface/peft@5d602fd, examples/frod_finetuning/frod_text_classification.py", on="BERT-base, SST-2"
@@ -111,7 +111,7 @@ class FRoD(Method):
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
     alternatives = MATRICES
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: FRoDConfig, surgeon: Surgeon) -> None:
         if any(changes.keys() - {"dropout"} for changes in config.overrides.values()):
             raise ConfigError("frod: sites of a role share V, so overrides can change dropout alone")
         for name, sites, counted in by_role(surgeon.sites()):
@@ -121,5 +121,5 @@ class FRoD(Method):
                 surgeon.graft(site, partial(FRoDOperator, joint=basis), config)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: FRoDConfig) -> int:
         return math.prod(site.batch) * (columns(site) + entries(columns(site), config))

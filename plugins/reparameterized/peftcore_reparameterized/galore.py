@@ -32,7 +32,7 @@ NONE = 10
 Side = Literal["std", "reverse_std", "right", "left", "full"]
 
 
-class Config(MethodConfig):
+class GaLoreConfig(MethodConfig):
     """Options of GaLore."""
 
     method: Literal["galore"] = "galore"
@@ -81,7 +81,7 @@ def completed(rows: Tensor, known: Tensor) -> Tensor:
 class Projection(GradientRule):
     """Projects gradients into their leading directions, and steps back out of them."""
 
-    def __init__(self, configs: dict[nn.Parameter, Config]) -> None:
+    def __init__(self, configs: dict[nn.Parameter, GaLoreConfig]) -> None:
         super().__init__()
         self.configs = configs
 
@@ -108,14 +108,14 @@ class GaLore(Method):
     """Gradient low-rank projection."""
 
     name = "galore"
-    Config = Config
+    Config = GaLoreConfig
     tags = Tags(category="reparameterized", paper="2403.03507", mergeable=True)
     learning_rate = LearningRate(
         1e-2, "jiaweizzhao/GaLore@2cc66f8, scripts/benchmark_c4/llama_60m.sh", on="LLaMA-60M, C4"
     )
     target = "all-linear"
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: GaLoreConfig, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
             if len(site.weight_shape) != 2 + len(site.batch):
                 raise UnsupportedSite(f"{site.path} has {len(site.weight_shape)} dimensions; GaLore projects matrices")
@@ -128,11 +128,11 @@ class GaLore(Method):
         return [{"params": [value for value in _configs(injection) if value.requires_grad], "lr": lr, **defaults}]
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: GaLoreConfig) -> int:
         return site.numel
 
 
-def _configs(injection: AppliedMethod) -> dict[nn.Parameter, Config]:
+def _configs(injection: AppliedMethod) -> dict[nn.Parameter, GaLoreConfig]:
     """Map the projected weights to their options."""
     grafts = [graft for graft in injection.grafts if graft.by_method]
     return {graft.operator.get_parameter("value"): injection.config.at(graft.site.path) for graft in grafts}

@@ -36,7 +36,7 @@ from peftcore_reparameterized._basis import columns
 from peftcore_reparameterized._low_rank import LowRankOperator, low_rank_count, low_rank_factors
 
 
-class Config(MethodConfig):
+class GraLoRAConfig(MethodConfig):
     """Options of GraLoRA."""
 
     method: Literal["gralora"] = "gralora"
@@ -52,7 +52,7 @@ class Config(MethodConfig):
     """Probability with which inputs of the update are dropped in training."""
 
     @model_validator(mode="after")
-    def _check_blocks(self) -> Config:
+    def _check_blocks(self) -> GraLoRAConfig:
         if self.rank % self.blocks:
             raise ValueError(f"rank={self.rank} is no multiple of blocks={self.blocks}")
         return self
@@ -61,7 +61,7 @@ class Config(MethodConfig):
 class GraLoRAOperator(LowRankOperator):
     """The blocks of one weight's update."""
 
-    def __init__(self, site: Site, config: Config) -> None:
+    def __init__(self, site: Site, config: GraLoRAConfig) -> None:
         super().__init__(site, config.dropout)
         k, inputs, out = config.blocks, columns(site), site.out_features
         if inputs % k or out % k:
@@ -112,7 +112,7 @@ class GraLoRA(Method):
     """Low-rank adaptation of blocks of a weight."""
 
     name = "gralora"
-    Config = Config
+    Config = GraLoRAConfig
     tags = Tags(category="reparameterized", paper="2505.20355", mergeable=True, low_rank=True)
     learning_rate = LearningRate(
         2e-4, "SqueezeBits/GraLoRA@7dd2945, scripts/train/llm.llama-3_1-8b+data.code.sh", on="Llama-3.1-8B, code, Lion"
@@ -120,10 +120,10 @@ class GraLoRA(Method):
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
     alternatives = MATRICES
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: GraLoRAConfig, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
             surgeon.graft(site, GraLoRAOperator, config)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: GraLoRAConfig) -> int:
         return low_rank_count(site, config.rank + config.hybrid_rank)

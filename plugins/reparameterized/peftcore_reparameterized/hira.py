@@ -46,7 +46,7 @@ from peftcore_reparameterized._low_rank import (
 )
 
 
-class Config(MethodConfig):
+class HiRAConfig(MethodConfig):
     """Options of HiRA."""
 
     method: Literal["hira"] = "hira"
@@ -61,7 +61,7 @@ class HiRAOperator(WeightOperator):
 
     padded = frozenset({"A", "B"})
 
-    def __init__(self, site: Site, config: Config) -> None:
+    def __init__(self, site: Site, config: HiRAConfig) -> None:
         super().__init__(site)
         self.dropout = input_dropout(site, config.dropout)
         self.A, self.B = low_rank_factors(site, config.rank)
@@ -95,16 +95,16 @@ class HiRA(Method):
     """Hadamard high-rank adaptation."""
 
     name = "hira"
-    Config = Config
+    Config = HiRAConfig
     tags = Tags(category="reparameterized", paper="ICLR 2025, OpenReview TwJrTz9cRS", mergeable=True)
     learning_rate = LearningRate(1e-3, "hqsiswiliam/hira@f75f0cf, README.md", on="Llama-3-8B, commonsense")
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
     alternatives = MATRICES
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: HiRAConfig, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
             surgeon.graft(site, HiRAOperator, config)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: HiRAConfig) -> int:
         return low_rank_count(site, config.rank)

@@ -44,7 +44,7 @@ from peftcore.errors import UnsupportedSite
 from peftcore_reparameterized._rotations import rows, weight_of, width
 
 
-class Config(MethodConfig):
+class HRAConfig(MethodConfig):
     """Options of HRA."""
 
     method: Literal["hra"] = "hra"
@@ -63,7 +63,7 @@ class HRAOperator(WeightOperator):
 
     changes_inputs = True
 
-    def __init__(self, site: Site, config: Config) -> None:
+    def __init__(self, site: Site, config: HRAConfig) -> None:
         super().__init__(site)
         self.gram_schmidt = config.gram_schmidt
         if self.gram_schmidt and config.rank > width(site):
@@ -117,7 +117,7 @@ class HRA(Method):
     """Householder reflection adaptation."""
 
     name = "hra"
-    Config = Config
+    Config = HRAConfig
     tags = Tags(category="reparameterized", paper="2405.17484", mergeable=True)
     learning_rate = LearningRate(
         9e-4, "DaShenZi721/HRA@8e0c637, nlu/experiments/glue/mnli.sh", on="DeBERTa-v3-base, MNLI"
@@ -125,7 +125,7 @@ class HRA(Method):
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
     alternatives = MATRICES
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: HRAConfig, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
             surgeon.graft(site, HRAOperator, config)
 
@@ -135,5 +135,5 @@ class HRA(Method):
         return weight * torch.cat([each.distance().flatten() for each in operators]).sum() if weight else None
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: HRAConfig) -> int:
         return math.prod(site.batch) * config.rank * width(site)

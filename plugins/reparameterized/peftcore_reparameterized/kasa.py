@@ -36,7 +36,7 @@ from peftcore_reparameterized._decomposed import as_matrix, as_rows, positive, r
 from peftcore_reparameterized._low_rank import LowRankOperator, input_dropout, low_rank_count, low_rank_factors
 
 
-class Config(MethodConfig):
+class KaSAConfig(MethodConfig):
     """Options of KaSA."""
 
     method: Literal["kasa"] = "kasa"
@@ -52,7 +52,7 @@ class Config(MethodConfig):
     """Weight of the loss of A and B."""
 
 
-def rank_of(site: Site, config: Config) -> int:
+def rank_of(site: Site, config: KaSAConfig) -> int:
     """Return the rank of the update.
 
     Raises:
@@ -70,7 +70,7 @@ class KaSAOperator(LowRankOperator):
     A0: Tensor
     B0: Tensor
 
-    def __init__(self, site: Site, config: Config) -> None:
+    def __init__(self, site: Site, config: KaSAConfig) -> None:
         super().__init__(site)
         self.dropout, self.scale = input_dropout(site, config.dropout), config.alpha / config.rank
         rank = rank_of(site, config)
@@ -106,13 +106,13 @@ class KaSA(Method):
     """Knowledge-aware singular-value adaptation."""
 
     name = "kasa"
-    Config = Config
+    Config = KaSAConfig
     tags = Tags(category="reparameterized", paper="2412.06071", mergeable=True, identity_at_init=False, low_rank=True)
     learning_rate = LearningRate(4e-4, "juyongjiang/KaSA@f85e88c, README.md", on="RoBERTa-base, CoLA")
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
     alternatives = MATRICES
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: KaSAConfig, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
             surgeon.graft(site, KaSAOperator, config)
 
@@ -124,6 +124,6 @@ class KaSA(Method):
         return torch.cat([each.losses(config.beta, config.gamma).flatten() for each in operators]).mean()
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: KaSAConfig) -> int:
         rank = rank_of(site, config)
         return low_rank_count(site, rank) + math.prod(site.batch) * rank

@@ -34,7 +34,7 @@ from peftcore.author import MATRICES, LearningRate, Method, MethodConfig, Operat
 from peftcore.errors import ConfigError
 
 
-class Config(MethodConfig):
+class LilyConfig(MethodConfig):
     """Options of Lily."""
 
     method: Literal["lily"] = "lily"
@@ -62,7 +62,7 @@ class Factor(nn.Module):
 class LilyOperator(Operator):
     """The router of one site, between factors that it shares."""
 
-    def __init__(self, site: Site, config: Config, A: tuple[str, Shared], B: tuple[str, Shared]) -> None:
+    def __init__(self, site: Site, config: LilyConfig, A: tuple[str, Shared], B: tuple[str, Shared]) -> None:
         super().__init__(site)
         (name, self.A), (other, self.B), self.scale = A, B, config.scale
         self.names = name, other  # of the shared factors
@@ -83,7 +83,7 @@ class Lily(Method):
     """Low-rank updates whose factors layers share, and a router for each."""
 
     name = "lily"
-    Config = Config
+    Config = LilyConfig
     tags = Tags(category="reparameterized", paper="2407.09946", per_row=False)
     learning_rate = LearningRate(
         3e-4, "yibozhong/lily@db6ed3c, commonsense-reasoning/finetune_llama.sh", on="Llama 3 8B, Commonsense170K"
@@ -91,7 +91,7 @@ class Lily(Method):
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
     alternatives = MATRICES
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: LilyConfig, surgeon: Surgeon) -> None:
         if any(changes.keys() - {"scale"} for changes in config.overrides.values()):
             raise ConfigError("lily: sites share their factors, so overrides can change the scale alone")
         seen: dict[str, int] = {}
@@ -106,5 +106,5 @@ class Lily(Method):
             surgeon.graft(site, partial(LilyOperator, A=(names[0], A), B=(names[1], B)), config)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: LilyConfig) -> int:
         return config.experts * config.rank

@@ -30,7 +30,7 @@ from peftcore.author import MATRICES, Held, LearningRate, Method, MethodConfig, 
 from peftcore_reparameterized._dropped import ChangeDropout, DropsChange, with_shares
 
 
-class Config(MethodConfig):
+class LoHaConfig(MethodConfig):
     """Options of LoHa."""
 
     method: Literal["loha"] = "loha"
@@ -53,7 +53,7 @@ class LoHaOperator(DropsChange):
 
     padded, scaled = frozenset({"A1", "B1", "T1", "A2", "B2", "T2"}), frozenset({"B1"})
 
-    def __init__(self, site: Site, config: Config) -> None:
+    def __init__(self, site: Site, config: LoHaConfig) -> None:
         super().__init__(site)
         self.scale = config.alpha / config.rank
         self.drops = ChangeDropout(config.rank_dropout, config.module_dropout, config.rank_dropout_scale)
@@ -97,7 +97,7 @@ class LoHa(Method):
     """Low-rank Hadamard product."""
 
     name = "loha"
-    Config = Config
+    Config = LoHaConfig
     tags = Tags(category="reparameterized", paper="2108.06098", mergeable=True)
     learning_rate = LearningRate(
         5e-4,
@@ -107,16 +107,16 @@ class LoHa(Method):
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
     alternatives = MATRICES
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: LoHaConfig, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
             surgeon.graft(site, LoHaOperator, config)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: LoHaConfig) -> int:
         return math.prod(site.batch) * sum(math.prod(shape) for shape in _shapes(site, config).values())
 
 
-def _shapes(site: Site, config: Config) -> dict[str, tuple[int, ...]]:
+def _shapes(site: Site, config: LoHaConfig) -> dict[str, tuple[int, ...]]:
     """Return the shapes of the trained tensors, for one expert."""
     tucker = config.tucker and math.prod(site.kernel) > 1
     shapes: dict[str, tuple[int, ...]] = {}

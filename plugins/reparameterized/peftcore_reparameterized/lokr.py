@@ -32,7 +32,7 @@ from peftcore.author import MATRICES, LearningRate, Method, MethodConfig, Share,
 from peftcore_reparameterized._dropped import ChangeDropout, DropsChange, with_shares
 
 
-class Config(MethodConfig):
+class LoKrConfig(MethodConfig):
     """Options of LoKr."""
 
     method: Literal["lokr"] = "lokr"
@@ -63,7 +63,7 @@ class Config(MethodConfig):
 class LoKrOperator(DropsChange):
     """The update of one site."""
 
-    def __init__(self, site: Site, config: Config) -> None:
+    def __init__(self, site: Site, config: LoKrConfig) -> None:
         super().__init__(site)
         shapes = _shapes(site, config)
         self.drops = ChangeDropout(config.rank_dropout, config.module_dropout, config.rank_dropout_scale)
@@ -115,7 +115,7 @@ class LoKr(Method):
     """Low-rank Kronecker product."""
 
     name = "lokr"
-    Config = Config
+    Config = LoKrConfig
     tags = Tags(category="reparameterized", paper="2309.14859", mergeable=True)
     learning_rate = LearningRate(
         5e-4,
@@ -125,12 +125,12 @@ class LoKr(Method):
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
     alternatives = MATRICES
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: LoKrConfig, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
             surgeon.graft(site, LoKrOperator, config)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: LoKrConfig) -> int:
         return math.prod(site.batch) * sum(math.prod(shape) for shape in _shapes(site, config).values())
 
 
@@ -143,7 +143,7 @@ def _cut(size: int, factor: int | None, first: bool = False) -> tuple[int, int]:
     return small, size // small
 
 
-def _shapes(site: Site, config: Config) -> dict[str, tuple[int, ...]]:
+def _shapes(site: Site, config: LoKrConfig) -> dict[str, tuple[int, ...]]:
     """Return the shapes of the trained tensors, for one expert."""
     sizes = (site.out_features, site.in_features)
     (low_out, out), (low_in, inputs) = (_cut(size, config.factor, config.factor_first) for size in sizes)

@@ -38,7 +38,7 @@ from peftcore_reparameterized._low_rank import low_rank_count
 from peftcore_reparameterized._shifted import ShiftedOperator
 
 
-class Config(MethodConfig):
+class LongLoRAConfig(MethodConfig):
     """Options of LongLoRA."""
 
     method: Literal["longlora"] = "longlora"
@@ -62,14 +62,14 @@ class LongLoRA(Method):
     """LoRA, norms and embeddings, with attention in shifted groups while they train."""
 
     name = "longlora"
-    Config = Config
+    Config = LongLoRAConfig
     tags = Tags(category="reparameterized", paper="2309.12307", mergeable=True, low_rank=True)
     learning_rate = LearningRate(
         2e-5, "dvlab-research/LongLoRA@d4eb344, README.md", on="Llama 2 7B, RedPajama, texts of 8,192 tokens"
     )
     target = ("attn.q", "attn.k", "attn.v", "attn.out")
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: LongLoRAConfig, surgeon: Surgeon) -> None:
         sites = surgeon.sites()
         for site in sites:
             surgeon.graft(site, lambda at, own: lora.LoRAOperator(at, _lora(own)), config)
@@ -91,7 +91,7 @@ class LongLoRA(Method):
             surgeon.train(path)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: LongLoRAConfig) -> int:
         if isinstance(site, AttentionSite):
             return 0
         if len(site.weight_shape) == 1 or (site.layer_of(site.module, site.tensor).one_hot and config.train_embeddings):
@@ -99,5 +99,5 @@ class LongLoRA(Method):
         return low_rank_count(site, config.rank)
 
 
-def _lora(config: Config) -> lora.Config:
-    return lora.Config(rank=config.rank, alpha=config.alpha, dropout=config.dropout)
+def _lora(config: LongLoRAConfig) -> lora.LoRAConfig:
+    return lora.LoRAConfig(rank=config.rank, alpha=config.alpha, dropout=config.dropout)

@@ -66,7 +66,7 @@ from peftcore_reparameterized._low_rank import (
 from peftcore_reparameterized._preconditioned import Preconditioned, Preconditioner, fixed_projection, riemannian
 
 
-class Config(MethodConfig):
+class LoRAConfig(MethodConfig):
     """Options of LoRA."""
 
     method: Literal["lora"] = "lora"
@@ -96,7 +96,7 @@ class Config(MethodConfig):
         return self
 
 
-def scale_of(config: Config) -> float:
+def scale_of(config: LoRAConfig) -> float:
     """Return the factor of the update."""
     return config.alpha / (config.rank if config.scaling == "rank" else math.sqrt(config.rank))
 
@@ -110,7 +110,7 @@ class LoRAOperator(Operator):
 
     A: Tensor
 
-    def __init__(self, site: Site, config: Config, start: str = "zero", trained: str = "both") -> None:
+    def __init__(self, site: Site, config: LoRAConfig, start: str = "zero", trained: str = "both") -> None:
         super().__init__(site)
         self.input_dropout = input_dropout(site, config.dropout)
         self.scale = scale_of(config)
@@ -138,7 +138,7 @@ class LoRA(Method):
     """Low-rank adaptation."""
 
     name = "lora"
-    Config = Config
+    Config = LoRAConfig
     tags = Tags(category="reparameterized", paper="2106.09685", mergeable=True, low_rank=True)
     learning_rate = LearningRate(
         5e-4, "microsoft/LoRA@c4593f0, examples/NLU/roberta_base_mnli.sh", on="RoBERTa-base, MNLI"
@@ -146,7 +146,7 @@ class LoRA(Method):
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
     alternatives = MATRICES
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: LoRAConfig, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
             if config.at(site.path).across_groups and groups_of(site) > 1:
                 surgeon.graft(
@@ -158,7 +158,7 @@ class LoRA(Method):
     def gradient_rule(self, injection: AppliedMethod) -> GradientRule | None:
         of: dict[nn.Parameter, Preconditioner] = {}
         for graft in (each for each in injection.grafts if isinstance(each.operator, LoRAOperator)):
-            damping = cast(Config, injection.config.at(graft.site.path)).damping
+            damping = cast(LoRAConfig, injection.config.at(graft.site.path)).damping
             if not isinstance(graft.operator.A, nn.Parameter):
                 of |= fixed_projection(graft.operator)
             elif damping is not None:
@@ -166,7 +166,7 @@ class LoRA(Method):
         return Preconditioned(of) if of else None
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: LoRAConfig) -> int:
         if config.across_groups and groups_of(site) > 1:
             return across_count(site, config.rank)
         if config.trained == "B":

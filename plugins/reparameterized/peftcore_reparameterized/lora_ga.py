@@ -47,7 +47,7 @@ from peftcore_reparameterized._gradients import gradients_of
 from peftcore_reparameterized._low_rank import low_rank_count
 
 
-class Config(MethodConfig):
+class LoRAGAConfig(MethodConfig):
     """Options of LoRA-GA."""
 
     method: Literal["lora_ga"] = "lora_ga"
@@ -70,7 +70,7 @@ class Config(MethodConfig):
     """Find the singular vectors by so many steps of a fast approximation; None is exact."""
 
 
-def rank_of(site: Site, config: Config) -> int:
+def rank_of(site: Site, config: LoRAGAConfig) -> int:
     """Return the number of directions of a factor.
 
     Raises:
@@ -84,7 +84,7 @@ def rank_of(site: Site, config: Config) -> int:
 class LoRAGAOperator(PairOperator):
     """The factors of one weight, and their frozen start: zero until `decompose` has set it."""
 
-    def __init__(self, site: Site, config: Config) -> None:
+    def __init__(self, site: Site, config: LoRAGAConfig) -> None:
         if site.layer.packed and not sees_vectors(site):
             raise UnsupportedSite(f"{site.path} is quantized, and has no gradient; exclude it, or take pissa")
         rank = rank_of(site, config)
@@ -94,7 +94,7 @@ class LoRAGAOperator(PairOperator):
         )
 
     @torch.no_grad()
-    def decompose(self, site: Site, config: Config, gradient: Tensor) -> None:
+    def decompose(self, site: Site, config: LoRAGAConfig, gradient: Tensor) -> None:
         """Set A and B by the gradient, [*batch, out, in * kernel]."""
         r = self.B.shape[-1]
         U, S, V = nearly_principal(gradient, 2 * r, 4 * r, config.iterations)
@@ -111,7 +111,7 @@ class LoRAGAOperator(PairOperator):
             by_B = by_B / S[..., :1].clamp_min(1e-30) if config.scale == "weight_svd" else by_B
         self.start(as_rows(site, A * by_A), B * by_B)
 
-    def _factor(self, site: Site, config: Config) -> Any:
+    def _factor(self, site: Site, config: LoRAGAConfig) -> Any:
         """Return what both factors are multiplied by; for a `weight_svd` of peft's, the largest singular value."""
         if config.scale == "stable":
             return site.out_features**0.25 / config.gamma**0.5
@@ -126,7 +126,7 @@ class LoRAGA(Method):
     """Low-rank adaptation from the directions of the gradient."""
 
     name = "lora_ga"
-    Config = Config
+    Config = LoRAGAConfig
     tags = Tags(category="reparameterized", paper="2407.05000", mergeable=True, low_rank=True, needs_data=True)
     learning_rate = LearningRate(
         2e-5, "Outsider565/LoRA-GA@89af7de, examples/float_llama2-7b_metamath.py", on="Llama-2-7B, MetaMathQA"
@@ -134,14 +134,14 @@ class LoRAGA(Method):
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
     alternatives = MATRICES
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: LoRAGAConfig, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
             surgeon.graft(site, LoRAGAOperator, config)
 
-    def calibrate(self, model: nn.Module, data: Batches, config: Config, injection: AppliedMethod) -> None:
+    def calibrate(self, model: nn.Module, data: Batches, config: LoRAGAConfig, injection: AppliedMethod) -> None:
         for graft, gradient in gradients_of(injection.grafts, model, data, injection):
             graft.operator.decompose(graft.site, config.at(graft.site.path), gradient)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: LoRAGAConfig) -> int:
         return low_rank_count(site, rank_of(site, config))

@@ -56,7 +56,7 @@ WIDTH = 512
 """How many directions the approximation turns."""
 
 
-class Config(MethodConfig):
+class LoRAOneConfig(MethodConfig):
     """Options of LoRA-One: LoRA's, and those of the start."""
 
     method: Literal["lora_one"] = "lora_one"
@@ -77,7 +77,7 @@ class Config(MethodConfig):
 
 
 @torch.no_grad()
-def decompose(operator: LoRAOperator, site: Site, config: Config, gradient: Tensor) -> None:
+def decompose(operator: LoRAOperator, site: Site, config: LoRAOneConfig, gradient: Tensor) -> None:
     """Set A and B by the gradient, [*batch, out, in * kernel]."""
     U, S, V = nearly_principal(-gradient, config.rank, WIDTH, config.iterations)
     found = S.shape[-1]
@@ -94,7 +94,7 @@ class LoRAOne(Method):
     """Low-rank adaptation from one step along the full gradient."""
 
     name = "lora_one"
-    Config = Config
+    Config = LoRAOneConfig
     tags = Tags(
         category="reparameterized",
         paper="2502.01235",
@@ -107,13 +107,13 @@ class LoRAOne(Method):
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
     alternatives = MATRICES
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: LoRAOneConfig, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
             if site.layer.packed and not sees_vectors(site):
                 raise UnsupportedSite(f"{site.path} is quantized, and has no gradient; exclude it, or take lora")
             surgeon.graft(site, LoRAOperator, config)
 
-    def calibrate(self, model: nn.Module, data: Batches, config: Config, injection: AppliedMethod) -> None:
+    def calibrate(self, model: nn.Module, data: Batches, config: LoRAOneConfig, injection: AppliedMethod) -> None:
         for graft, gradient in gradients_of(injection.grafts, model, data, injection):
             decompose(graft.operator, graft.site, config.at(graft.site.path), gradient)
 
@@ -121,10 +121,14 @@ class LoRAOne(Method):
         of: dict[nn.Parameter, Preconditioner] = {}
         for graft in injection.grafts:
             here = injection.config.at(graft.site.path)
-            if isinstance(graft.operator, LoRAOperator) and isinstance(here, Config) and here.damping is not None:
+            if (
+                isinstance(graft.operator, LoRAOperator)
+                and isinstance(here, LoRAOneConfig)
+                and here.damping is not None
+            ):
                 of |= riemannian(graft.operator, here.damping)
         return Preconditioned(of) if of else None
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: LoRAOneConfig) -> int:
         return low_rank_count(site, config.rank)

@@ -28,7 +28,7 @@ from peftcore_reparameterized._low_rank import low_rank_count
 from peftcore_reparameterized.lora import LoRAOperator
 
 
-class Config(MethodConfig):
+class LoRAPlusConfig(MethodConfig):
     """Options of LoRA+: LoRA's, and the rates."""
 
     method: Literal["lora_plus"] = "lora_plus"
@@ -50,7 +50,7 @@ class LoRAPlus(Method):
     """Low-rank adaptation with two learning rates."""
 
     name = "lora_plus"
-    Config = Config
+    Config = LoRAPlusConfig
     tags = Tags(category="reparameterized", paper="2402.12354", mergeable=True, low_rank=True)
     learning_rate = LearningRate(
         2e-4, "nikhil-ghosh-berkeley/loraplus@a0c44bf, glue/scripts/run_gpt2_lora.sh", on="GPT-2, MNLI; of A"
@@ -58,7 +58,7 @@ class LoRAPlus(Method):
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
     alternatives = MATRICES
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: LoRAPlusConfig, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
             surgeon.graft(site, LoRAOperator, config)
 
@@ -73,5 +73,5 @@ class LoRAPlus(Method):
         return [{"params": factors, **defaults, "lr": rate} for rate, factors in groups]
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: LoRAPlusConfig) -> int:
         return low_rank_count(site, config.rank)

@@ -54,7 +54,7 @@ from peftcore_reparameterized._gradients import gradients_of
 from peftcore_reparameterized._low_rank import LowRankOperator
 
 
-class Config(MethodConfig):
+class LoRAXSConfig(MethodConfig):
     """Options of LoRA-XS."""
 
     method: Literal["lora_xs"] = "lora_xs"
@@ -80,7 +80,7 @@ class LoRAXSOperator(LowRankOperator):
     A: Tensor
     B: Tensor
 
-    def __init__(self, site: Site, config: Config) -> None:
+    def __init__(self, site: Site, config: LoRAXSConfig) -> None:
         super().__init__(site, config.dropout)
         self.scale = config.alpha / config.rank
         rank = rank_within(site, config.rank)
@@ -95,7 +95,7 @@ class LoRAXSOperator(LowRankOperator):
         self.R = nn.Parameter(torch.randn(*site.batch, rank, rank) * config.std)
 
     @torch.no_grad()
-    def decompose(self, site: Site, config: Config, gradient: Tensor) -> None:
+    def decompose(self, site: Site, config: LoRAXSConfig, gradient: Tensor) -> None:
         """Set A, B and R by the gradient, [*batch, out, in * kernel]."""
         rank = self.R.shape[-1]
         U, S, V = nearly_principal(-gradient.sign(), rank, rank, config.iterations)
@@ -111,7 +111,7 @@ class LoRAXS(Method):
     """Low-rank adaptation with a trainable core alone."""
 
     name = "lora_xs"
-    Config = Config
+    Config = LoRAXSConfig
     tags = Tags(
         category="reparameterized",
         paper="2405.17604",
@@ -127,15 +127,15 @@ class LoRAXS(Method):
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
     alternatives = MATRICES
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: LoRAXSConfig, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
             surgeon.graft(site, LoRAXSOperator, config)
 
-    def calibrate(self, model: nn.Module, data: Batches, config: Config, injection: AppliedMethod) -> None:
+    def calibrate(self, model: nn.Module, data: Batches, config: LoRAXSConfig, injection: AppliedMethod) -> None:
         started = [graft for graft in injection.grafts if config.at(graft.site.path).start == "gradient"]
         for graft, gradient in gradients_of(started, model, data, injection):
             graft.operator.decompose(graft.site, config.at(graft.site.path), gradient)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: LoRAXSConfig) -> int:
         return math.prod(site.batch) * rank_within(site, config.rank) ** 2

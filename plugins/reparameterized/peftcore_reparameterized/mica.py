@@ -28,7 +28,7 @@ from peftcore_reparameterized._decomposed import as_matrix, positive, rank_withi
 from peftcore_reparameterized._low_rank import LowRankOperator
 
 
-class Config(MethodConfig):
+class MiCAConfig(MethodConfig):
     """Options of MiCA."""
 
     method: Literal["mica"] = "mica"
@@ -46,7 +46,7 @@ class MiCAOperator(LowRankOperator):
     padded, scaled = frozenset({"A", "B"}), frozenset({"B"})
     B: Tensor
 
-    def __init__(self, site: Site, config: Config) -> None:
+    def __init__(self, site: Site, config: MiCAConfig) -> None:
         super().__init__(site, config.dropout)
         self.scale = config.alpha / config.rank
         rank = rank_within(site, config.rank)
@@ -63,16 +63,16 @@ class MiCA(Method):
     """Minor component adaptation."""
 
     name = "mica"
-    Config = Config
+    Config = MiCAConfig
     tags = Tags(category="reparameterized", paper="2604.01694", mergeable=True, low_rank=True)
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
     alternatives = MATRICES
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: MiCAConfig, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
             surgeon.graft(site, MiCAOperator, config)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: MiCAConfig) -> int:
         inputs = site.in_features * math.prod(site.kernel)
         return math.prod(site.batch) * rank_within(site, config.rank) * inputs

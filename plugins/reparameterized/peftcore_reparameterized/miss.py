@@ -34,7 +34,7 @@ from peftcore.errors import UnsupportedSite
 from peftcore_reparameterized._low_rank import LowRankOperator
 
 
-class Config(MethodConfig):
+class MiSSConfig(MethodConfig):
     """Options of MiSS."""
 
     method: Literal["miss"] = "miss"
@@ -48,18 +48,18 @@ class Config(MethodConfig):
     """Let the weight take part, block by block."""
 
     @model_validator(mode="after")
-    def _check_form(self) -> Config:
+    def _check_form(self) -> MiSSConfig:
         if self.bat and (self.dropout or self.outputs):
             raise ValueError("bat has neither dropout nor outputs")
         return self
 
 
-def shard(site: Site, config: Config) -> int:
+def shard(site: Site, config: MiSSConfig) -> int:
     """Count the columns of one shard."""
     return min(config.rank, site.in_features * math.prod(site.kernel))
 
 
-def own_outputs(site: Site, config: Config) -> int:
+def own_outputs(site: Site, config: MiSSConfig) -> int:
     """Count the outputs with updates of their own.
 
     Raises:
@@ -78,7 +78,7 @@ def own_outputs(site: Site, config: Config) -> int:
 class MiSSOperator(LowRankOperator):
     """The update that the shards of one weight share."""
 
-    def __init__(self, site: Site, config: Config) -> None:
+    def __init__(self, site: Site, config: MiSSConfig) -> None:
         super().__init__(site, config.dropout)
         self.inputs = (site.in_features, *site.kernel)
         self.times = site.out_features // own_outputs(site, config)
@@ -109,7 +109,7 @@ class MiSSOperator(LowRankOperator):
 class BatOperator(WeightOperator):
     """Changes blocks of one weight by a shared matrix and by themselves."""
 
-    def __init__(self, site: Site, config: Config) -> None:
+    def __init__(self, site: Site, config: MiSSConfig) -> None:
         super().__init__(site)
         rank, columns = config.rank, site.in_features * math.prod(site.kernel)
         if site.out_features % rank or columns % rank:
@@ -130,17 +130,17 @@ class MiSS(Method):
     """Matrix shard sharing."""
 
     name = "miss"
-    Config = Config
+    Config = MiSSConfig
     tags = Tags(category="reparameterized", paper="2409.15371", mergeable=True, low_rank=True)
     learning_rate = LearningRate(2e-5, "JL-er/MiSS@a17e631, scripts/math/run_miss.sh", on="Qwen3-4B, MetaMathQA")
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
     alternatives = MATRICES
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: MiSSConfig, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
             surgeon.graft(site, BatOperator if config.at(site.path).bat else MiSSOperator, config)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: MiSSConfig) -> int:
         columns = site.out_features if config.bat else own_outputs(site, config)
         return math.prod(site.batch) * shard(site, config) * columns

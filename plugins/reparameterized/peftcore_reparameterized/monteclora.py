@@ -51,7 +51,7 @@ from peftcore.author import (
 from peftcore_reparameterized._low_rank import add_low_rank, input_dropout, low_rank_count, low_rank_factors
 
 
-class Config(MethodConfig):
+class MonteCLoRAConfig(MethodConfig):
     """Options of MonteCLoRA."""
 
     method: Literal["monteclora"] = "monteclora"
@@ -78,7 +78,7 @@ class Config(MethodConfig):
 class MonteCLoRAOperator(Operator):
     """The factors of one target module, and the distribution of A."""
 
-    def __init__(self, site: Site, config: Config, share: float) -> None:
+    def __init__(self, site: Site, config: MonteCLoRAConfig, share: float) -> None:
         super().__init__(site)
         self.dropout = input_dropout(site, config.dropout)
         self.scale = config.alpha / (config.rank if config.scaling == "rank" else math.sqrt(config.rank))
@@ -142,7 +142,7 @@ class MonteCLoRA(Method):
     """Low-rank adaptation by Monte Carlo."""
 
     name = "monteclora"
-    Config = Config
+    Config = MonteCLoRAConfig
     tags = Tags(
         category="reparameterized", paper="2411.04358", mergeable=True, low_rank=True, random=True, reentrant=False
     )
@@ -150,11 +150,11 @@ class MonteCLoRA(Method):
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
     alternatives = MATRICES
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: MonteCLoRAConfig, surgeon: Surgeon) -> None:
         sites = surgeon.sites()
         for site in sites:
             surgeon.graft(site, partial(MonteCLoRAOperator, share=1 / len(sites)), config)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: MonteCLoRAConfig) -> int:
         return low_rank_count(site, config.rank) + math.prod(site.batch) * (config.rank + config.samples)

@@ -54,7 +54,7 @@ from peftcore_reparameterized._kernels import cayley, neumann, rotated
 from peftcore_reparameterized._rotations import block_size, each_within, precise, rotate, rows, weight_of, width, within
 
 
-class Config(MethodConfig):
+class OFTConfig(MethodConfig):
     """Options of OFT."""
 
     method: Literal["oft"] = "oft"
@@ -88,7 +88,7 @@ class OFTOperator(WeightOperator):
     stackable = True
     training_only = WeightOperator.training_only | {"block_dropout"}
 
-    def __init__(self, site: Site, config: Config) -> None:
+    def __init__(self, site: Site, config: OFTConfig) -> None:
         super().__init__(site)
         self.outputs = config.side == "outputs"
         self.changes_inputs = not self.outputs
@@ -148,7 +148,7 @@ class OFT(Method):
     """Orthogonal fine-tuning."""
 
     name = "oft"
-    Config = Config
+    Config = OFTConfig
     tags = Tags(category="reparameterized", paper="2306.07280", mergeable=True)
     learning_rate = LearningRate(
         6e-5, "Zeju1997/oft@df2b263, oft-db/train_dreambooth_oft.sh", on="Stable Diffusion 1.5, DreamBooth"
@@ -156,18 +156,18 @@ class OFT(Method):
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
     alternatives = MATRICES
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: OFTConfig, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
             surgeon.graft(site, OFTOperator, config)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: OFTConfig) -> int:
         blocks, size = _blocks(site, config)
         gains = site.out_features if config.rescaled else 0
         return math.prod(site.batch) * (blocks * size * (size - 1) // 2 + gains)
 
 
-def _blocks(site: Site, config: Config) -> tuple[int, int]:
+def _blocks(site: Site, config: OFTConfig) -> tuple[int, int]:
     """Return how many blocks have a rotation of their own, and their width."""
     outputs = config.side == "outputs"
     size = block_size(site, config.block_size, outputs=outputs)

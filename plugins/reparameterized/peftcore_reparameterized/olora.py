@@ -31,7 +31,7 @@ from peftcore_reparameterized._decomposed import PairOperator, as_matrix, as_row
 from peftcore_reparameterized._low_rank import low_rank_count
 
 
-class Config(MethodConfig):
+class OLoRAConfig(MethodConfig):
     """Options of OLoRA."""
 
     method: Literal["olora"] = "olora"
@@ -46,7 +46,7 @@ class Config(MethodConfig):
 class OLoRAOperator(PairOperator):
     """The first columns and rows of one weight's decomposition, which train, and their frozen start."""
 
-    def __init__(self, site: Site, config: Config) -> None:
+    def __init__(self, site: Site, config: OLoRAConfig) -> None:
         rank = rank_within(site, config.rank)
         Q, R = torch.linalg.qr(as_matrix(site))
         sign = positive(R.diagonal(dim1=-2, dim2=-1)).unsqueeze(-2)  # [*batch, 1, min(out, in * kernel)]
@@ -59,7 +59,7 @@ class OLoRA(Method):
     """Orthonormal low-rank adaptation."""
 
     name = "olora"
-    Config = Config
+    Config = OLoRAConfig
     tags = Tags(category="reparameterized", paper="2406.01775", mergeable=True, low_rank=True)
     learning_rate = LearningRate(
         3e-4, "huggingface/peft@5d602fd, examples/olora_finetuning/olora_finetuning.py", on="OPT-350m, Alpaca"
@@ -67,10 +67,10 @@ class OLoRA(Method):
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
     alternatives = MATRICES
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: OLoRAConfig, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
             surgeon.graft(site, OLoRAOperator, config)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: OLoRAConfig) -> int:
         return low_rank_count(site, rank_within(site, config.rank))

@@ -36,7 +36,7 @@ from peftcore_reparameterized._decomposed import as_matrix, principal
 from peftcore_reparameterized._low_rank import LowRankOperator
 
 
-class Config(MethodConfig):
+class OSFConfig(MethodConfig):
     """Options of OSF."""
 
     method: Literal["osf"] = "osf"
@@ -44,7 +44,7 @@ class Config(MethodConfig):
     """How many of the largest singular values stay as they are: a number, or a share of them."""
 
 
-def frozen_rank(site: Site, config: Config) -> int:
+def frozen_rank(site: Site, config: OSFConfig) -> int:
     """Return k.
 
     Raises:
@@ -69,7 +69,7 @@ class OSFOperator(LowRankOperator):
     kept_U: Tensor
     kept_V: Tensor
 
-    def __init__(self, site: Site, config: Config) -> None:
+    def __init__(self, site: Site, config: OSFConfig) -> None:
         super().__init__(site)
         self.site_inputs, k = (site.in_features, *site.kernel), frozen_rank(site, config)
         matrix = as_matrix(site)
@@ -101,7 +101,7 @@ class OSF(Method):
     """Training of a weight's smaller singular values, orthogonally to the larger ones."""
 
     name = "osf"
-    Config = Config
+    Config = OSFConfig
     tags = Tags(category="reparameterized", paper="2504.07097", mergeable=True, low_rank=True, exact_gradient=False)
     learning_rate = LearningRate(
         1e-5,
@@ -111,12 +111,12 @@ class OSF(Method):
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
     alternatives = MATRICES
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: OSFConfig, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
             surgeon.graft(site, OSFOperator, config)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: OSFConfig) -> int:
         inputs = columns(site)
         low = min(site.out_features, inputs) - frozen_rank(site, config)
         return math.prod(site.batch) * low * (site.out_features + inputs + 1)

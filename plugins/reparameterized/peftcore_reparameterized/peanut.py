@@ -37,7 +37,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-class Config(MethodConfig):
+class PEANuTConfig(MethodConfig):
     """Options of PEANuT."""
 
     method: Literal["peanut"] = "peanut"
@@ -54,7 +54,7 @@ class Config(MethodConfig):
 class PEANuTOperator(WeightOperator):
     """The network of one site."""
 
-    def __init__(self, site: Site, config: Config) -> None:
+    def __init__(self, site: Site, config: PEANuTConfig) -> None:
         super().__init__(site)
         self.scale, self.depth, self.act = config.scale, config.depth, ACTIVATIONS[config.activation]
         self.inputs = (site.in_features, *site.kernel)
@@ -98,7 +98,7 @@ class PEANuT(Method):
     """Updates that a small network makes of the weight."""
 
     name = "peanut"
-    Config = Config
+    Config = PEANuTConfig
     tags = Tags(category="reparameterized", paper="2410.01870", mergeable=True)
     learning_rate = LearningRate(
         3e-4, "yibozhong/peanut@5b2b2d7, commonsense&math/scripts/finetune.sh", on="Llama 2 7B, Commonsense170K"
@@ -106,10 +106,10 @@ class PEANuT(Method):
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
     alternatives = MATRICES
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: PEANuTConfig, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
             surgeon.graft(site, PEANuTOperator, config)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: PEANuTConfig) -> int:
         return math.prod(site.batch) * 2 * config.rank * (site.out_features + config.depth * config.rank)

@@ -28,7 +28,7 @@ from peftcore_reparameterized._decomposed import PairOperator, as_matrix, as_row
 from peftcore_reparameterized._low_rank import low_rank_count
 
 
-class Config(MethodConfig):
+class PiSSAConfig(MethodConfig):
     """Options of PiSSA."""
 
     method: Literal["pissa"] = "pissa"
@@ -45,7 +45,7 @@ class Config(MethodConfig):
 class PiSSAOperator(PairOperator):
     """The principal part of one weight, which trains, and its frozen start."""
 
-    def __init__(self, site: Site, config: Config) -> None:
+    def __init__(self, site: Site, config: PiSSAConfig) -> None:
         scale = config.alpha / config.rank
         U, S, V = principal(as_matrix(site), rank_within(site, config.rank), config.iterations)
         root = (S / scale).sqrt()
@@ -56,7 +56,7 @@ class PiSSA(Method):
     """Principal singular values and vectors adaptation."""
 
     name = "pissa"
-    Config = Config
+    Config = PiSSAConfig
     tags = Tags(category="reparameterized", paper="2404.02948", mergeable=True, low_rank=True)
     learning_rate = LearningRate(
         2e-5, "GraphPKU/PiSSA@87f4db6, scripts/metamath_llama2_7b/run_pissa.sh", on="Llama-2-7B, MetaMathQA"
@@ -64,10 +64,10 @@ class PiSSA(Method):
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
     alternatives = MATRICES
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: PiSSAConfig, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
             surgeon.graft(site, PiSSAOperator, config)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: PiSSAConfig) -> int:
         return low_rank_count(site, rank_within(site, config.rank))

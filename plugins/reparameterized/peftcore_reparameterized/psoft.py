@@ -36,7 +36,7 @@ from peftcore_reparameterized._low_rank import LowRankOperator
 from peftcore_reparameterized._rotations import precise
 
 
-class Config(MethodConfig):
+class PSOFTConfig(MethodConfig):
     """Options of PSOFT."""
 
     method: Literal["psoft"] = "psoft"
@@ -66,7 +66,7 @@ class PSOFTOperator(LowRankOperator):
     A: Tensor
     B: Tensor
 
-    def __init__(self, site: Site, config: Config) -> None:
+    def __init__(self, site: Site, config: PSOFTConfig) -> None:
         super().__init__(site, config.dropout)
         self.series, self.eps, self.orthogonal = config.series, config.eps, config.orthogonal
         self.rank = rank_within(site, config.rank)
@@ -103,7 +103,7 @@ class PSOFT(Method):
     """Orthogonal fine-tuning of the principal subspace."""
 
     name = "psoft"
-    Config = Config
+    Config = PSOFTConfig
     tags = Tags(category="reparameterized", paper="2505.11235", mergeable=True, low_rank=True)
     learning_rate = LearningRate(
         6e-4, "fei407/PSOFT@783a5e2, 1-NLU/script/deberta_v3_base_psoft-cola.sh", on="DeBERTa-v3-base, CoLA"
@@ -111,12 +111,12 @@ class PSOFT(Method):
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
     alternatives = MATRICES
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: PSOFTConfig, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
             surgeon.graft(site, PSOFTOperator, config)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: PSOFTConfig) -> int:
         rank = rank_within(site, config.rank)
         square = math.comb(rank, 2) if config.orthogonal else rank * rank
         return math.prod(site.batch) * (square + rank * (config.scale_outputs + config.scale_inputs))

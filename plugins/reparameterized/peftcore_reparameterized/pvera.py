@@ -50,7 +50,7 @@ from peftcore_reparameterized._low_rank import add_low_rank, input_dropout
 from peftcore_reparameterized.vera import draw
 
 
-class Config(MethodConfig):
+class PVeRAConfig(MethodConfig):
     """Options of PVeRA."""
 
     method: Literal["pvera"] = "pvera"
@@ -73,7 +73,7 @@ class Config(MethodConfig):
 class PVeRAOperator(Operator):
     """The vectors of one site, between the matrices of all sites."""
 
-    def __init__(self, site: Site, config: Config, basis: Shared) -> None:
+    def __init__(self, site: Site, config: PVeRAConfig, basis: Shared) -> None:
         super().__init__(site)
         self.basis, self.rank, self.kl = basis, config.rank, config.kl
         self.always, self.noise = config.sample == "always", 0.0 if config.sample == "never" else 1.0
@@ -121,15 +121,15 @@ class PVeRA(Method):
     """Vector-based random matrix adaptation by distributions."""
 
     name = "pvera"
-    Config = Config
+    Config = PVeRAConfig
     tags = Tags(category="reparameterized", paper="2512.07703", mergeable=True, random=True)
     learning_rate = LearningRate(1e-3, "leofillioux/pvera@25a3baa, config/adapters.yaml", on="ViT, VTAB-1k")
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
     alternatives = MATRICES
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: PVeRAConfig, surgeon: Surgeon) -> None:
         graft_between(surgeon, config, PVeRAOperator, draw, 2)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: PVeRAConfig) -> int:
         return math.prod(site.batch) * (2 * config.rank + site.out_features)

@@ -45,7 +45,7 @@ from peftcore_reparameterized._kernels import scaled_bases
 from peftcore_reparameterized._low_rank import check_in_weight_form, input_dropout
 
 
-class Config(MethodConfig):
+class RandLoRAConfig(MethodConfig):
     """Options of RandLoRA."""
 
     method: Literal["randlora"] = "randlora"
@@ -83,7 +83,7 @@ def draw(sparsity: float, generator: torch.Generator, shape: Sequence[int]) -> T
 class Bases(Basis):
     """The random matrices of all sites, and the shapes that they were drawn for."""
 
-    def __init__(self, config: Config, short: int, long: int, span: tuple[int, int]) -> None:
+    def __init__(self, config: RandLoRAConfig, short: int, long: int, span: tuple[int, int]) -> None:
         sparsity = {"uniform": 0.0, "sparse": 3.0, "very_sparse": math.sqrt(short)}[config.basis]
         shapes = (config.rank, short), (long, -(-short // config.rank), config.rank)
         super().__init__(config.projection_seed, partial(draw, sparsity), *shapes, config.store_basis)
@@ -95,7 +95,7 @@ class Bases(Basis):
 class RandLoRAOperator(WeightOperator):
     """The scales of one site and its corner of the bases."""
 
-    def __init__(self, site: Site, config: Config, basis: Shared) -> None:
+    def __init__(self, site: Site, config: RandLoRAConfig, basis: Shared) -> None:
         super().__init__(site)
         self.basis, self.dropout = basis, input_dropout(site, config.dropout)
         self.inputs = (site.in_features, *site.kernel)
@@ -140,13 +140,13 @@ class RandLoRA(Method):
     """Full-rank adaptation by random bases."""
 
     name = "randlora"
-    Config = Config
+    Config = RandLoRAConfig
     tags = Tags(category="reparameterized", paper="2502.00987", mergeable=True)
     learning_rate = LearningRate(1e-4, "PaulAlbert31/RandLoRA@4ac565e, GLUE/train_all.sh", on="RoBERTa-base, GLUE")
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
     alternatives = MATRICES
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: RandLoRAConfig, surgeon: Surgeon) -> None:
         sites = surgeon.sites()
         pairs = [sorted((site.out_features, columns(site))) for site in sites]
         short, long = largest((a, b) for a, b in pairs)
@@ -158,6 +158,6 @@ class RandLoRA(Method):
             surgeon.graft(site, partial(RandLoRAOperator, basis=basis), config)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: RandLoRAConfig) -> int:
         each = config.rank + min(site.out_features, columns(site))
         return math.prod(site.batch) * bases(site, config.rank) * each

@@ -32,7 +32,7 @@ from peftcore.author import OUTPUTS, LearningRate, Method, MethodConfig, Operato
 from peftcore.errors import UnsupportedSite
 
 
-class Config(MethodConfig):
+class RoAdConfig(MethodConfig):
     """Options of RoAd."""
 
     method: Literal["road"] = "road"
@@ -45,7 +45,7 @@ class Config(MethodConfig):
 class RoAdOperator(Operator):
     """The rotations of one target module's outputs."""
 
-    def __init__(self, site: Site, config: Config) -> None:
+    def __init__(self, site: Site, config: RoAdConfig) -> None:
         super().__init__(site)
         if site.out_features % config.group_size:
             raise UnsupportedSite(
@@ -88,16 +88,16 @@ class RoAd(Method):
     """Rotations of pairs of outputs."""
 
     name = "road"
-    Config = Config
+    Config = RoAdConfig
     tags = Tags(category="reparameterized", paper="2409.00119", mergeable=True)
     learning_rate = LearningRate(3e-3, "arXiv 2409.00119, table C.5", on="LLaMA, commonsense")
     target = ("all-linear",)
     alternatives = OUTPUTS
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: RoAdConfig, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
             surgeon.graft(site, RoAdOperator, config)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: RoAdConfig) -> int:
         return math.prod(site.batch) * config.variant * site.out_features

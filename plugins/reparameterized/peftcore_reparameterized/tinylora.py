@@ -35,7 +35,7 @@ from peftcore_reparameterized._decomposed import as_matrix, as_rows, principal, 
 from peftcore_reparameterized._low_rank import LowRankOperator
 
 
-class Config(MethodConfig):
+class TinyLoRAConfig(MethodConfig):
     """Options of TinyLoRA."""
 
     method: Literal["tinylora"] = "tinylora"
@@ -68,7 +68,7 @@ class TinyLoRAOperator(LowRankOperator):
     B: Tensor
     P: Tensor
 
-    def __init__(self, site: Site, config: Config, number: int, vector: Shared) -> None:
+    def __init__(self, site: Site, config: TinyLoRAConfig, number: int, vector: Shared) -> None:
         super().__init__(site, config.dropout)
         self.vector = vector
         rank = rank_within(site, config.rank)
@@ -94,12 +94,12 @@ class TinyLoRA(Method):
     """Low-rank adaptation by a few numbers in all."""
 
     name = "tinylora"
-    Config = Config
+    Config = TinyLoRAConfig
     tags = Tags(category="reparameterized", paper="2602.04118", mergeable=True, low_rank=True)
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
     alternatives = MATRICES
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: TinyLoRAConfig, surgeon: Surgeon) -> None:
         if any(changes.keys() - {"rank", "dropout"} for changes in config.overrides.values()):
             raise ConfigError("tinylora: sites share vectors, so overrides can change rank and dropout alone")
         sites = surgeon.sites()
@@ -109,5 +109,5 @@ class TinyLoRA(Method):
             surgeon.graft(site, partial(TinyLoRAOperator, number=number, vector=vector), config)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: TinyLoRAConfig) -> int:
         return 0

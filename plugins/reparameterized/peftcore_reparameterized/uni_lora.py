@@ -33,7 +33,7 @@ from peftcore.errors import ConfigError
 from peftcore_reparameterized._low_rank import LowRankOperator, low_rank_count
 
 
-class Config(MethodConfig):
+class UniLoRAConfig(MethodConfig):
     """Options of Uni-LoRA."""
 
     method: Literal["uni_lora"] = "uni_lora"
@@ -65,7 +65,7 @@ class Theta(nn.Module):
 
     norm: Tensor
 
-    def __init__(self, config: Config, total: int) -> None:
+    def __init__(self, config: UniLoRAConfig, total: int) -> None:
         super().__init__()
         bound, length = config.theta_bound, config.theta_length
         self.theta = nn.Parameter(torch.empty(length).uniform_(-bound, bound))
@@ -79,7 +79,7 @@ class UniLoRAOperator(LowRankOperator):
     index_A: Tensor
     index_B: Tensor
 
-    def __init__(self, site: Site, config: Config, theta: Shared, start: int, total: int) -> None:
+    def __init__(self, site: Site, config: UniLoRAConfig, theta: Shared, start: int, total: int) -> None:
         super().__init__(site, config.dropout)
         self.theta, self.total, self.length = theta, total, config.theta_length
         A = (*site.batch, config.rank, site.in_features, *site.kernel)
@@ -105,7 +105,7 @@ class UniLoRA(Method):
     """Low-rank adaptation whose factors are projections of one vector."""
 
     name = "uni_lora"
-    Config = Config
+    Config = UniLoRAConfig
     tags = Tags(category="reparameterized", paper="2506.00799", mergeable=True, identity_at_init=False, low_rank=True)
     learning_rate = LearningRate(
         5e-3, "KaiyangLi1992/Uni-LoRA@e622e78, NLU/NLU/scripts_unilora_qv/roberta_base_cola.sh", on="RoBERTa-base, CoLA"
@@ -113,7 +113,7 @@ class UniLoRA(Method):
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
     alternatives = MATRICES
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: UniLoRAConfig, surgeon: Surgeon) -> None:
         if any(changes.keys() - {"rank", "dropout"} for changes in config.overrides.values()):
             raise ConfigError("uni_lora: all sites share one vector, so overrides can change rank and dropout alone")
         sites = surgeon.sites()
@@ -125,5 +125,5 @@ class UniLoRA(Method):
             start += count
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: UniLoRAConfig) -> int:
         return 0

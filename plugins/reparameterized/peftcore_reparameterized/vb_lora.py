@@ -45,7 +45,7 @@ from peftcore_reparameterized._basis import columns
 from peftcore_reparameterized._low_rank import LowRankOperator
 
 
-class Config(MethodConfig):
+class VBLoRAConfig(MethodConfig):
     """Options of VB-LoRA."""
 
     method: Literal["vb_lora"] = "vb_lora"
@@ -67,7 +67,7 @@ class Config(MethodConfig):
     """How many times faster the logits learn than the bank."""
 
     @model_validator(mode="after")
-    def _check_topk(self) -> Config:
+    def _check_topk(self) -> VBLoRAConfig:
         if self.topk > self.num_vectors:
             raise ValueError(f"topk={self.topk} of num_vectors={self.num_vectors} cannot be chosen")
         return self
@@ -76,7 +76,7 @@ class Config(MethodConfig):
 class Bank(nn.Module):
     """The vectors of all sites."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: VBLoRAConfig) -> None:
         super().__init__()
         bound = config.bank_bound
         self.vectors = nn.Parameter(torch.empty(config.num_vectors, config.vector_length).uniform_(-bound, bound))
@@ -90,7 +90,7 @@ def pieces(site: Site, length: int) -> tuple[int, int]:
 class VBLoRAOperator(LowRankOperator):
     """The logits of one site, which choose among the vectors of the bank."""
 
-    def __init__(self, site: Site, config: Config, bank: Shared) -> None:
+    def __init__(self, site: Site, config: VBLoRAConfig, bank: Shared) -> None:
         super().__init__(site, config.dropout)
         self.bank, self.topk = bank, config.topk
         self.inputs, self.columns, self.out = (site.in_features, *site.kernel), columns(site), site.out_features
@@ -116,7 +116,7 @@ class VBLoRA(Method):
     """Low-rank adaptation whose factors are mixed from a bank of vectors."""
 
     name = "vb_lora"
-    Config = Config
+    Config = VBLoRAConfig
     tags = Tags(category="reparameterized", paper="2405.15179", mergeable=True, identity_at_init=False, low_rank=True)
     learning_rate = LearningRate(
         1e-3, "leo-yangli/VB-LoRA@2fa62a7, NLU/NLU/scripts_vblora_qv/roberta_base_mrpc.sh", on="RoBERTa-base, MRPC"
@@ -124,7 +124,7 @@ class VBLoRA(Method):
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
     alternatives = MATRICES
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: VBLoRAConfig, surgeon: Surgeon) -> None:
         if any({"num_vectors", "vector_length", "bank_bound"} & {*changes} for changes in config.overrides.values()):
             raise ConfigError("vb_lora: all sites share one bank, so overrides cannot change its size or its start")
         bank = surgeon.own("bank", lambda: Bank(config))
@@ -139,5 +139,5 @@ class VBLoRA(Method):
         return [{"params": group, **defaults, "lr": rate} for group, rate in groups]
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: VBLoRAConfig) -> int:
         return math.prod(site.batch) * config.rank * config.num_vectors * sum(pieces(site, config.vector_length))

@@ -45,7 +45,7 @@ from peftcore.errors import UnsupportedSite
 from peftcore_reparameterized._low_rank import add_low_rank, low_rank_count, low_rank_factors
 
 
-class Config(MethodConfig):
+class VeLoRAConfig(MethodConfig):
     """Options of VeLoRA."""
 
     method: Literal["velora"] = "velora"
@@ -102,7 +102,7 @@ class VeLoRAOperator(Operator):
     padded, scaled = frozenset({"A", "B"}), frozenset({"B"})
     v: Tensor
 
-    def __init__(self, site: Site, config: Config) -> None:
+    def __init__(self, site: Site, config: VeLoRAConfig) -> None:
         super().__init__(site)
         self.dropout, self.projection = config.dropout, config.projection
         self.groups = min(config.num_groups, site.in_features)  # more would be empty
@@ -139,13 +139,13 @@ class VeLoRA(Method):
     """Low-rank adaptation with compressed inputs."""
 
     name = "velora"
-    Config = Config
+    Config = VeLoRAConfig
     tags = Tags(category="reparameterized", paper="2405.17991", mergeable=True, exact_gradient=False)
     learning_rate = LearningRate(4e-4, "roymiles/VeLoRA@a6415bc, scripts/finetune_llama_7b.sh", on="LLaMA-7B, Alpaca")
     target = ("attn.v", "mlp.down")
     alternatives = MATRICES
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: VeLoRAConfig, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
             if not sees_vectors(site):
                 raise UnsupportedSite(
@@ -154,5 +154,5 @@ class VeLoRA(Method):
             surgeon.graft(site, VeLoRAOperator, config)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: VeLoRAConfig) -> int:
         return low_rank_count(site, config.rank)

@@ -31,7 +31,7 @@ from peftcore_reparameterized._kernels import ScaledFactors, scaled_update
 from peftcore_reparameterized._low_rank import LowRankOperator
 
 
-class Config(MethodConfig):
+class VeRAConfig(MethodConfig):
     """Options of VeRA."""
 
     method: Literal["vera"] = "vera"
@@ -56,7 +56,7 @@ def draw(generator: torch.Generator, shape: Sequence[int]) -> Tensor:
 class VeRAOperator(LowRankOperator):
     """The vectors of one site, between the matrices of all sites."""
 
-    def __init__(self, site: Site, config: Config, basis: Shared) -> None:
+    def __init__(self, site: Site, config: VeRAConfig, basis: Shared) -> None:
         super().__init__(site, config.dropout)
         self.basis = basis
         self.inputs, self.columns = (site.in_features, *site.kernel), columns(site)
@@ -82,15 +82,15 @@ class VeRA(Method):
     """Vector-based random matrix adaptation."""
 
     name = "vera"
-    Config = Config
+    Config = VeRAConfig
     tags = Tags(category="reparameterized", paper="2310.11454", mergeable=True, low_rank=True)
     learning_rate = LearningRate(1e-2, "arXiv 2310.11454, table 8", on="RoBERTa-large, SST-2")
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
     alternatives = MATRICES
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: VeRAConfig, surgeon: Surgeon) -> None:
         graft_between(surgeon, config, VeRAOperator, draw)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: VeRAConfig) -> int:
         return math.prod(site.batch) * (config.rank + site.out_features)

@@ -37,7 +37,7 @@ from peftcore.errors import UnsupportedSite
 from peftcore_reparameterized._basis import columns, drawn_entries
 
 
-class Config(MethodConfig):
+class WaveFTConfig(MethodConfig):
     """Options of WaveFT."""
 
     method: Literal["waveft"] = "waveft"
@@ -87,7 +87,7 @@ class WaveFTOperator(WeightOperator):
     entries: Tensor
     weights: Tensor
 
-    def __init__(self, site: Site, config: Config) -> None:
+    def __init__(self, site: Site, config: WaveFTConfig) -> None:
         super().__init__(site)
         self.alpha, out, inputs = config.alpha, site.out_features, columns(site)
         if config.n_frequency > out * inputs:
@@ -122,7 +122,7 @@ class WaveFT(Method):
     """Updates in the wavelet domain."""
 
     name = "waveft"
-    Config = Config
+    Config = WaveFTConfig
     tags = Tags(category="reparameterized", paper="2505.12532", mergeable=True)
     learning_rate = LearningRate(
         1e-4,
@@ -132,10 +132,10 @@ class WaveFT(Method):
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
     alternatives = MATRICES
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: WaveFTConfig, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
             surgeon.graft(site, WaveFTOperator, config)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: WaveFTConfig) -> int:
         return math.prod(site.batch) * config.n_frequency

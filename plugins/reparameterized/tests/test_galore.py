@@ -16,7 +16,7 @@ import peftcore
 from peftcore.errors import UnsupportedSite
 from peftcore.testing import against, conformance, frozen, same_defaults
 from peftcore.testing.hosts import HOSTS
-from peftcore_reparameterized.galore import Config, Projection
+from peftcore_reparameterized.galore import GaLoreConfig, Projection
 
 NUMBERS = Path(__file__).parent / "numbers" / "galore.json"
 CODE: Any = {"repository": "jiaweizzhao/GaLore", "commit": "33f2c4f", "script": "galore_torch/adamw.py"}
@@ -243,12 +243,12 @@ def test_number_of_parameters() -> None:
 @pytest.mark.parametrize("side", SIDES)
 def test_each_expert_has_a_projection_of_its_own(side: Any) -> None:
     stack = nn.Parameter(torch.randn(3, 7, 5, dtype=torch.float64))
-    rule = Projection({stack: Config(rank=2, side=side)})
+    rule = Projection({stack: GaLoreConfig(rank=2, side=side)})
     gradient = torch.randn_like(stack)
     together = rule.restore(rule.project(gradient, stack), stack)
     for index, one in enumerate(stack):
         alone = nn.Parameter(one.detach().clone())
-        rule.configs[alone] = Config(rank=2, side=side)
+        rule.configs[alone] = GaLoreConfig(rank=2, side=side)
         torch.testing.assert_close(together[index], rule.restore(rule.project(gradient[index], alone), alone))
 
 

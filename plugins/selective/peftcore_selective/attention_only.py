@@ -24,7 +24,7 @@ from peftcore.author import Method, MethodConfig, Site, Surgeon, Tags, bias_name
 from peftcore_selective._heads import train_classifiers
 
 
-class Config(MethodConfig):
+class AttentionOnlyConfig(MethodConfig):
     """Options of attention-only tuning."""
 
     method: Literal["attention_only"] = "attention_only"
@@ -40,13 +40,13 @@ class AttentionOnly(Method):
     """Train the attention layers."""
 
     name = "attention_only"
-    Config = Config
+    Config = AttentionOnlyConfig
     tags = Tags(category="selective", paper="2203.09795", mergeable=True)
     target = "attn.*"
     config_version = 2
     former_defaults = ({"head": False, "positions": False},)
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: AttentionOnlyConfig, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
             if not site.missing(site.tensor):
                 surgeon.replace(site)
@@ -61,5 +61,5 @@ class AttentionOnly(Method):
                     surgeon.replace(site)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: AttentionOnlyConfig) -> int:
         return site.numel

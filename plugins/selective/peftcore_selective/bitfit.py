@@ -23,7 +23,7 @@ from peftcore.errors import TargetError
 from peftcore_selective._heads import train_classifiers
 
 
-class Config(MethodConfig):
+class BitFitConfig(MethodConfig):
     """Options of BitFit."""
 
     method: Literal["bitfit"] = "bitfit"
@@ -38,14 +38,14 @@ class BitFit(Method):
     """Train the biases."""
 
     name = "bitfit"
-    Config = Config
+    Config = BitFitConfig
     tags = Tags(category="selective", paper="2106.10199", mergeable=True)
     learning_rate = LearningRate(1e-3, "benzakenelad/BitFit@7ead19a, README.md", on="BERT-base, RTE")
     target = "*"
     config_version = 2
     former_defaults = ({"head": False},)
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: BitFitConfig, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
             for tensor in site.tensors():
                 if tensor.endswith("bias") and not site.missing(tensor):
@@ -65,5 +65,5 @@ class BitFit(Method):
         return surgeon.at("all-linear") if surgeon.wishes.target is None else surgeon.sites()
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: BitFitConfig) -> int:
         return site.numel

@@ -37,7 +37,7 @@ from peftcore.author import (
 from peftcore_selective._fisher import squared_gradients
 
 
-class Config(MethodConfig):
+class ChildTuningDConfig(MethodConfig):
     """Options of Child-Tuning_D."""
 
     method: Literal["child_tuning_d"] = "child_tuning_d"
@@ -67,7 +67,7 @@ class ChildTuningD(Method):
     """Train the child network of the task."""
 
     name = "child_tuning_d"
-    Config = Config
+    Config = ChildTuningDConfig
     tags = Tags(
         category="selective",
         paper="2109.05687",
@@ -79,7 +79,7 @@ class ChildTuningD(Method):
     config_version = 2
     former_defaults = ({"training": False, "others": False},)
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: ChildTuningDConfig, surgeon: Surgeon) -> None:
         values = {value for site in surgeon.sites() for value in surgeon.train(site.module_path)}
         for value in values:
             value.register_buffer("mask", torch.ones_like(value.value, dtype=torch.bool))
@@ -88,7 +88,7 @@ class ChildTuningD(Method):
                 if not site.missing(tensor):
                     surgeon.replace(site.at(tensor))
 
-    def calibrate(self, model: nn.Module, data: Batches, config: Config, injection: AppliedMethod) -> None:
+    def calibrate(self, model: nn.Module, data: Batches, config: ChildTuningDConfig, injection: AppliedMethod) -> None:
         model.train(config.training)
         torch.manual_seed(0)  # what dropout drops is the same each time; the caller puts the generator back
         values = [value for value, _ in _masked(injection)]
@@ -101,7 +101,7 @@ class ChildTuningD(Method):
         return Mask(dict(_masked(injection)))
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: ChildTuningDConfig) -> int:
         return site.numel
 
 

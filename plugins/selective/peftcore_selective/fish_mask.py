@@ -47,7 +47,7 @@ from peftcore_selective._fisher import squared_gradients
 from peftcore_selective._ties import one_each, tied_to
 
 
-class Config(MethodConfig):
+class FishMaskConfig(MethodConfig):
     """Options of FISH Mask."""
 
     method: Literal["fish_mask"] = "fish_mask"
@@ -100,7 +100,7 @@ class FishMask(Method):
     """Train the weights with the largest Fisher information."""
 
     name = "fish_mask"
-    Config = Config
+    Config = FishMaskConfig
     tags = Tags(category="selective", paper="2111.09839", mergeable=True, needs_data=True)
     learning_rate = LearningRate(
         5e-5,
@@ -109,7 +109,7 @@ class FishMask(Method):
     )
     target = "*"
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: FishMaskConfig, surgeon: Surgeon) -> None:
         heads = surgeon.at("head") if surgeon.wishes.target is None else ()
         left_out = {site.module_path for site in heads}
         sites = [site for site in surgeon.sites() if site.module_path not in left_out]
@@ -123,7 +123,7 @@ class FishMask(Method):
             surgeon.graft(_stored(each), lambda site, start=start: FishOperator(site, start, mask), None, holders)
             start += each.numel
 
-    def calibrate(self, model: nn.Module, data: Batches, config: Config, injection: AppliedMethod) -> None:
+    def calibrate(self, model: nn.Module, data: Batches, config: FishMaskConfig, injection: AppliedMethod) -> None:
         model.eval()
         sites = [graft.site for graft in injection.grafts if graft.by_method]
         weights = [site.module.get_parameter(site.tensor) for site in sites]
@@ -135,7 +135,7 @@ class FishMask(Method):
         index.copy_(torch.cat(parts).topk(len(index)).indices.sort().values)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: FishMaskConfig) -> int:
         return 0  # all of them are in the mask, which belongs to no site
 
 

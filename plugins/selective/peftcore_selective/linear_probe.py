@@ -20,7 +20,7 @@ from torch import nn
 from peftcore.author import LearningRate, Method, MethodConfig, Site, Surgeon, Tags
 
 
-class Config(MethodConfig):
+class LinearProbeConfig(MethodConfig):
     """The linear probe has no options of its own."""
 
     method: Literal["linear_probe"] = "linear_probe"
@@ -30,7 +30,7 @@ class LinearProbe(Method):
     """Train the head alone."""
 
     name = "linear_probe"
-    Config = Config
+    Config = LinearProbeConfig
     tags = Tags(category="selective", paper="2203.12119", mergeable=True)
     learning_rate = LearningRate(
         0.1,
@@ -41,10 +41,10 @@ class LinearProbe(Method):
     )
     target = "head"
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: LinearProbeConfig, surgeon: Surgeon) -> None:
         for site in surgeon.sites(optional=bool(surgeon.wishes.train)):
             surgeon.train(site.module_path)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: LinearProbeConfig) -> int:
         return site.numel

@@ -19,7 +19,7 @@ from torch import nn
 from peftcore.author import Method, MethodConfig, Site, Surgeon, Tags
 
 
-class Config(MethodConfig):
+class LNTuningConfig(MethodConfig):
     """Norm tuning has no options of its own."""
 
     method: Literal["ln_tuning"] = "ln_tuning"
@@ -29,14 +29,14 @@ class LNTuning(Method):
     """Train the normalization layers."""
 
     name = "ln_tuning"
-    Config = Config
+    Config = LNTuningConfig
     tags = Tags(category="selective", paper="2312.11420", mergeable=True)
     target = "norm.*"
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: LNTuningConfig, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
             surgeon.train(site.module_path)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: LNTuningConfig) -> int:
         return site.numel

@@ -25,7 +25,7 @@ from peftcore.author import LearningRate, Method, MethodConfig, Site, Surgeon, T
 from peftcore.errors import TargetError
 
 
-class Config(MethodConfig):
+class PartialKConfig(MethodConfig):
     """Options of partial-k."""
 
     method: Literal["partial_k"] = "partial_k"
@@ -41,14 +41,14 @@ class PartialK(Method):
     """Train the last blocks."""
 
     name = "partial_k"
-    Config = Config
+    Config = PartialKConfig
     tags = Tags(category="selective", paper="2203.12119", mergeable=True)
     learning_rate = LearningRate(
         3.75e-3, "KMnP/vpt@4410440, configs/finetune/cub.yaml", on="ViT-B/16, CUB, batches of 384"
     )
     target = "*"
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: PartialKConfig, surgeon: Surgeon) -> None:
         last = _last_blocks(surgeon, config.k)
         roles = [role for role, wanted in (("norm.final", config.final_norm), ("head", config.head)) if wanted]
         paths = {site.module_path for role in roles for site in surgeon.at(role)}
@@ -59,7 +59,7 @@ class PartialK(Method):
                     surgeon.replace(each)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: PartialKConfig) -> int:
         return site.numel
 
 

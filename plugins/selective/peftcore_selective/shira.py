@@ -33,7 +33,7 @@ from peftcore.author import MATRICES, LearningRate, Method, MethodConfig, Share,
 from peftcore.errors import UnsupportedSite
 
 
-class Config(MethodConfig):
+class SHiRAConfig(MethodConfig):
     """Options of SHiRA."""
 
     method: Literal["shira"] = "shira"
@@ -54,7 +54,7 @@ def ends(site: Site) -> int:
     return site.in_features * math.prod(site.kernel) + site.out_features
 
 
-def entries(site: Site, config: Config) -> int:
+def entries(site: Site, config: SHiRAConfig) -> int:
     """Return how many entries train in each matrix of the site."""
     if config.sparsity is None:
         return config.rank * ends(site)
@@ -71,7 +71,7 @@ class SHiRAOperator(WeightOperator):
 
     index: Tensor
 
-    def __init__(self, site: Site, config: Config) -> None:
+    def __init__(self, site: Site, config: SHiRAConfig) -> None:
         super().__init__(site)
         size, count = math.prod(site.weight_shape[len(site.batch) :]), entries(site, config)
         if count > size:
@@ -97,7 +97,7 @@ class SHiRAOperator(WeightOperator):
             self.B = nn.Parameter(torch.zeros(*site.batch, site.out_features, config.low_rank))
 
     @staticmethod
-    def _choose(site: Site, config: Config, size: int, count: int) -> Tensor:
+    def _choose(site: Site, config: SHiRAConfig, size: int, count: int) -> Tensor:
         if config.mask != "random":
             return largest(site.weight(), len(site.batch), count, config.mask == "smallest")
         drawn = [torch.randperm(size)[:count] for _ in range(math.prod(site.batch))]
@@ -125,16 +125,16 @@ class SHiRA(Method):
     """Sparse high-rank adapters."""
 
     name = "shira"
-    Config = Config
+    Config = SHiRAConfig
     tags = Tags(category="selective", paper="2406.13175", mergeable=True)
     learning_rate = LearningRate(5e-4, "arXiv 2406.13175v2, table 9", on="LLaMA-7B, commonsense")
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
     alternatives = MATRICES
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: SHiRAConfig, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
             surgeon.graft(site, SHiRAOperator, config)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: SHiRAConfig) -> int:
         return math.prod(site.batch) * (entries(site, config) + config.low_rank * ends(site))

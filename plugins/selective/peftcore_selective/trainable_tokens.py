@@ -34,7 +34,7 @@ def _different(indices: list[int]) -> list[int]:
     return indices
 
 
-class Config(MethodConfig):
+class TrainableTokensConfig(MethodConfig):
     """Options of trainable tokens."""
 
     method: Literal["trainable_tokens"] = "trainable_tokens"
@@ -47,7 +47,7 @@ class TokensOperator(Operator):
 
     index: Tensor
 
-    def __init__(self, site: Site, config: Config) -> None:
+    def __init__(self, site: Site, config: TrainableTokensConfig) -> None:
         super().__init__(site)
         if site.slices is not None or len(site.weight_shape) != 2:
             raise UnsupportedSite(f"{site.path} is no table: it has no rows that could belong to tokens")
@@ -81,7 +81,7 @@ class TrainableTokens(Method):
     """
 
     name = "trainable_tokens"
-    Config = Config
+    Config = TrainableTokensConfig
     tags = Tags(category="selective", paper="none: huggingface/peft", mergeable=True)
     learning_rate = LearningRate(
         0.2,
@@ -90,13 +90,13 @@ class TrainableTokens(Method):
     )
     target = "embed"
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: TrainableTokensConfig, surgeon: Surgeon) -> None:
         for site in one_each(surgeon.sites()):
             holders = tuple(_by_rows(each) for each in tied_to(site, surgeon))
             surgeon.graft(_by_rows(site), TokensOperator, config, holders)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: TrainableTokensConfig) -> int:
         return len(config.token_indices) * site.in_features
 
 

@@ -153,7 +153,7 @@ def loss_of_everyone(taps: Taps, output: Any, call: ForwardContext) -> Tensor:
         TrainingError: the model returns no logits, or there are no labels of their shape.
     """
     given = call.inputs.get("labels")
-    labels = call.context.get("labels") if given is None else given
+    labels: Any = call.context.get("labels") if given is None else given
     p, q = _logits_of(output, labels), _logits_of(call.again({taps.everyone: True}), labels)
     target = q.detach().log_softmax(1)
     apart = (target.exp() * (target - p.log_softmax(1))).sum(1).mean()
@@ -164,10 +164,13 @@ def _logits_of(output: Any, labels: Any) -> Tensor:
     """Return the logits of classes in what a model returned ``[rows, classes]`` or ``[rows, classes, high, wide]``, in
     float32 at least."""
     logits = output.get("logits") if isinstance(output, Mapping) else output
-    whole = isinstance(logits, Tensor) and isinstance(labels, Tensor) and logits.dim() in (2, 4)
-    if whole and labels.shape == (logits if labels.is_floating_point() else logits[:, 0]).shape:
-        precise: Tensor = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return precise
+    if (
+        isinstance(logits, Tensor)
+        and isinstance(labels, Tensor)
+        and logits.dim() in (2, 4)
+        and labels.shape == (logits if labels.is_floating_point() else logits[:, 0]).shape
+    ):
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
     raise TrainingError(
         "dyt trains the model with all tokens too, which takes its logits [rows, classes] (or of each pixel) and their "
         "labels: give these to the model, or tell them by peftcore.call(model, labels=...); or take complete=0"

@@ -65,10 +65,10 @@ class StageOperator(Operator):
         self.norm: nn.LayerNorm | None = None
         if config.frequencies != "none":
             inputs = channels(site, config)
-            shape: Any = {"stride": conv.stride, "padding": conv.padding}
-            self.filter = nn.Conv2d(inputs, c, conv.kernel_size, **shape)
+            shape: Any = {"kernel_size": conv.kernel_size, "stride": conv.stride, "padding": conv.padding}
+            self.filter = nn.Conv2d(inputs, c, **shape)
             nn.init.normal_(self.filter.weight, std=(2.0 / (site.kernel[0] * site.kernel[1] * c)) ** 0.5)
-            nn.init.zeros_(self.filter.bias)
+            nn.init.zeros_(self.filter.get_parameter("bias"))
             self.norm = nn.LayerNorm(c) if site.normed else None
         self.normed = site.normed
 

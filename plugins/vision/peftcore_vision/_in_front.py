@@ -72,7 +72,8 @@ class InFrontOperator(Operator):
 
 def refuse(site: Site, dropout: float | None) -> None:
     """Raise where the adapter cannot act, or not so that merging it is exact."""
-    layer, padding = site.layer, getattr(site.layer, "padding", None)
+    layer = site.layer
+    padding: Any = getattr(layer, "padding", None)
     spread = math.prod(site.kernel) > 1
     if layer.one_hot or getattr(site.module, "groups", 1) > 1 or (spread and padding is None):
         raise UnsupportedSite(f"{site.path}: no adapter on channels goes in front of it")

@@ -113,7 +113,7 @@ def over_patches(
         return act(u.flatten(0, -4).movedim(-1, 1)).movedim(1, -1).reshape(*u.shape[:-1], -1)
     if u.dim() == 2:  # nothing around it
         return act(u[..., None, None]).flatten(1)
-    rows, columns = layout(lie, *u.shape[:2], grid, prefix_tokens)
+    rows, columns = layout(lie, u.shape[0], u.shape[1], grid, prefix_tokens)
     others = u.shape[1] - rows * columns
     parts = []
     if others:

@@ -41,7 +41,7 @@ from peftcore.author import (
 )
 
 
-class Config(MethodConfig):
+class AdaptFormerConfig(MethodConfig):
     """Options of AdaptFormer."""
 
     method: Literal["adaptformer"] = "adaptformer"
@@ -65,7 +65,7 @@ class AdaptFormerOperator(Bypass):
 
     padded = frozenset({"down.weight", "down.bias", "up.weight"})
 
-    def __init__(self, site: BranchSite, config: Config) -> None:
+    def __init__(self, site: BranchSite, config: AdaptFormerConfig) -> None:
         super().__init__(site)
         self.normed = config.layer_norm
         if self.normed != "none":
@@ -95,7 +95,7 @@ class AdaptFormer(Method):
     """A bottleneck beside each feed-forward of an image transformer."""
 
     name = "adaptformer"
-    Config = Config
+    Config = AdaptFormerConfig
     tags = Tags(category="vision", paper="2205.13535", random=True)
     learning_rate = LearningRate(
         0.4,
@@ -110,14 +110,14 @@ class AdaptFormer(Method):
     config_version = 2
     former_defaults = ({"joins": "matrix", "dropout": 0.0},)
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: AdaptFormerConfig, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
             own = config.at(site.path)
             place = branch(surgeon, site, before_norm=own.reads == "stream", joins=own.joins)
             surgeon.graft(place, AdaptFormerOperator, config, place.places)
 
     @staticmethod
-    def parameter_count(site: BranchSite, config: Config) -> int:
+    def parameter_count(site: BranchSite, config: AdaptFormerConfig) -> int:
         bottleneck = (site.width + site.out_features) * config.bottleneck + config.bottleneck + site.out_features
         norm = {"none": 0, "in": 2 * site.width, "out": 2 * site.out_features}[config.layer_norm]
         return bottleneck + norm + (config.scale == "learned")

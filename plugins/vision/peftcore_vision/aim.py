@@ -56,7 +56,7 @@ from peftcore_vision._frames import dropped
 from peftcore_vision._prompts import prompt_sites
 
 
-class Config(MethodConfig):
+class AIMConfig(MethodConfig):
     """Options of AIM."""
 
     method: Literal["aim"] = "aim"
@@ -77,7 +77,7 @@ class Config(MethodConfig):
 class Adapter(nn.Module):
     """One bottleneck, which starts as zero."""
 
-    def __init__(self, width: int, config: Config) -> None:
+    def __init__(self, width: int, config: AIMConfig) -> None:
         super().__init__()
         h = inner(width, config)
         self.down, self.up = nn.Linear(width, h), nn.Linear(h, width)
@@ -91,12 +91,12 @@ class Adapter(nn.Module):
         return F.linear(F.gelu(F.linear(u, down, down_bias)), up, up_bias)
 
 
-def inner(width: int, config: Config) -> int:
+def inner(width: int, config: AIMConfig) -> int:
     """Return h."""
     return max(int(width * config.ratio), 1)
 
 
-def count(width: int, config: Config) -> int:
+def count(width: int, config: AIMConfig) -> int:
     """Return how many parameters one has."""
     return (2 * width + 1) * inner(width, config) + width
 
@@ -104,7 +104,7 @@ def count(width: int, config: Config) -> int:
 class TurnsOperator(AcrossOperator):
     """The temporal and the spatial adapter of one attention."""
 
-    def __init__(self, site: PlaceSite, config: Config, ends: bool, p: float) -> None:
+    def __init__(self, site: PlaceSite, config: AIMConfig, ends: bool, p: float) -> None:
         super().__init__(site, config.frames, ends)
         self.p = p
         self.before = Adapter(site.width, config) if config.temporal_adapters == 2 else None
@@ -123,7 +123,7 @@ class TurnsOperator(AcrossOperator):
 class JointOperator(Bypass):
     """The adapter beside one feed-forward."""
 
-    def __init__(self, site: BranchSite, config: Config, p: float) -> None:
+    def __init__(self, site: BranchSite, config: AIMConfig, p: float) -> None:
         super().__init__(site)
         self.scale, self.p = config.scale, p
         self.joint = Adapter(site.width, config)
@@ -140,7 +140,7 @@ class AIM(Method):
     """
 
     name = "aim"
-    Config = Config
+    Config = AIMConfig
     tags = Tags(category="vision", paper="2302.03024", per_row=False, random=True)
     learning_rate = LearningRate(
         3e-4,
@@ -149,7 +149,7 @@ class AIM(Method):
     )
     target = ("block",)
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: AIMConfig, surgeon: Surgeon) -> None:
         host, depths, towers = surgeon.resolver.host, block_depths(surgeon), set()
         for block in prompt_sites(surgeon):
             tower = host.at(block.module_path)[0].tower
@@ -167,7 +167,7 @@ class AIM(Method):
             surgeon.graft(end, partial(JointOperator, p=p), config, end.places)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: AIMConfig) -> int:
         if isinstance(site, BranchSite):
             return count(site.width, config)
         if not isinstance(site, PlaceSite):

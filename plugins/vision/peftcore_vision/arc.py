@@ -34,7 +34,7 @@ FED = READERS["mlp"]
 """Roles of matrices that a feed-forward reads with."""
 
 
-class Config(MethodConfig):
+class ARCConfig(MethodConfig):
     """Options of ARC."""
 
     method: Literal["arc"] = "arc"
@@ -58,7 +58,7 @@ class Projection(nn.Module):
 class ARCOperator(InFrontOperator):
     """The adapter in front of one matrix, or of several that read the same."""
 
-    def __init__(self, site: Site, config: Config, projection: Shared) -> None:
+    def __init__(self, site: Site, config: ARCConfig, projection: Shared) -> None:
         super().__init__(site, config.dropout, 1.0)
         self.projection = projection
         drawn = site.role in FED and config.feed_forward_start == "xavier"
@@ -80,7 +80,7 @@ class ARC(Method):
     """Linear adapters in front of attention and feed-forward that share their projections and merge."""
 
     name = "arc"
-    Config = Config
+    Config = ARCConfig
     tags = Tags(
         category="vision",
         paper="2310.06234",
@@ -92,7 +92,7 @@ class ARC(Method):
     learning_rate = LearningRate(5e-3, "DavidYanAnDe/ARC@8227d57, FGVC_ARC_train.py", on="ViT-B/16, Stanford Dogs")
     target = ("attn.q", "attn.k", "attn.v", "mlp.gate", "mlp.up")
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: ARCConfig, surgeon: Surgeon) -> None:
         if any("bottleneck" in changes for changes in config.overrides.values()):
             raise ConfigError("arc: layers share their projections, so overrides cannot change the bottleneck")
         for first, *others in read_alike(surgeon):
@@ -104,5 +104,5 @@ class ARC(Method):
             surgeon.graft(first, partial(ARCOperator, projection=shared), config, tuple(others))
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: ARCConfig) -> int:
         return math.prod(site.batch) * (config.bottleneck + site.in_features)

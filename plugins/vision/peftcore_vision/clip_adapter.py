@@ -31,7 +31,7 @@ from peftcore.errors import UnsupportedSite
 from peftcore_vision._features import FeatureConfig, FeatureSite, feature_sites
 
 
-class Config(FeatureConfig):
+class CLIPAdapterConfig(FeatureConfig):
     """Options of CLIP-Adapter."""
 
     method: Literal["clip_adapter"] = "clip_adapter"
@@ -44,7 +44,7 @@ class Config(FeatureConfig):
 class FeatureOperator(Operator):
     """Mixes features with the output of a bottleneck on them."""
 
-    def __init__(self, site: FeatureSite, config: Config) -> None:
+    def __init__(self, site: FeatureSite, config: CLIPAdapterConfig) -> None:
         super().__init__(site)
         narrow = site.width // config.reduction
         if not narrow:
@@ -70,7 +70,7 @@ class CLIPAdapter(Method):
     """A bottleneck on image features, mixed with them."""
 
     name = "clip_adapter"
-    Config = Config
+    Config = CLIPAdapterConfig
     tags = Tags(category="vision", paper="2110.04544", identity_at_init=False, identity_options={"ratio": 0.0})
     learning_rate = LearningRate(
         2e-3,
@@ -81,10 +81,10 @@ class CLIPAdapter(Method):
     )
     target = ("head",)
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: CLIPAdapterConfig, surgeon: Surgeon) -> None:
         for site in feature_sites(surgeon, config):
             surgeon.graft(site, FeatureOperator, config)
 
     @staticmethod
-    def parameter_count(site: FeatureSite, config: Config) -> int:
+    def parameter_count(site: FeatureSite, config: CLIPAdapterConfig) -> int:
         return 2 * site.width * (site.width // config.reduction)

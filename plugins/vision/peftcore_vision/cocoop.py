@@ -39,7 +39,7 @@ FEATURES = "features"
 """The form of the projection that returns features of images."""
 
 
-class Config(PlacesConfig):
+class CoCoOpConfig(PlacesConfig):
     """Options of CoCoOp."""
 
     method: Literal["cocoop"] = "cocoop"
@@ -62,7 +62,7 @@ class ConditionedOperator(PlacesOperator):
 
     observes = frozenset({FEATURES})
 
-    def __init__(self, site: ConditionedSite, config: Config, names: tuple[str, ...]) -> None:
+    def __init__(self, site: ConditionedSite, config: CoCoOpConfig, names: tuple[str, ...]) -> None:
         super().__init__(site, config, names)
         narrow = site.features // config.reduction
         if not narrow:
@@ -112,7 +112,7 @@ class CoCoOp(Method):
     """Trained words in front of the names of classes, which each image shifts."""
 
     name = "cocoop"
-    Config = Config
+    Config = CoCoOpConfig
     tags = Tags(category="vision", paper="2203.05557", identity_at_init=False, per_row=False)
     learning_rate = LearningRate(
         2e-3,
@@ -123,11 +123,11 @@ class CoCoOp(Method):
     )
     target = ("embed",)
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: CoCoOpConfig, surgeon: Surgeon) -> None:
         projection = image_projection(surgeon)
         for site, tower in text_sites(surgeon):
 
-            def operator(site: ConditionedSite, own: Config, names: tuple[str, ...] = tower.arguments) -> Any:
+            def operator(site: ConditionedSite, own: CoCoOpConfig, names: tuple[str, ...] = tower.arguments) -> Any:
                 return ConditionedOperator(site, own, names)
 
             root = replace(projection, module=model, module_path="", form=MATCH)
@@ -135,6 +135,6 @@ class CoCoOp(Method):
             surgeon.graft(ConditionedSite(**vars(site), features=projection.width), operator, config, holders)
 
     @staticmethod
-    def parameter_count(site: ConditionedSite, config: Config) -> int:
+    def parameter_count(site: ConditionedSite, config: CoCoOpConfig) -> int:
         narrow = site.features // config.reduction
         return config.count * site.out_features + (site.features + 1) * narrow + (narrow + 1) * site.out_features

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveInt
@@ -33,7 +33,7 @@ from peftcore.errors import UnsupportedSite
 from peftcore_vision._grouped import written_out
 
 
-class Config(MethodConfig):
+class ConsolidatorConfig(MethodConfig):
     """Options of Consolidator."""
 
     method: Literal["consolidator"] = "consolidator"
@@ -50,7 +50,7 @@ class Config(MethodConfig):
     """Train all norms along."""
 
 
-def groups_of(site: Site, config: Config) -> tuple[int, ...]:
+def groups_of(site: Site, config: ConsolidatorConfig) -> tuple[int, ...]:
     """Return the number of blocks of each branch.
 
     Raises:
@@ -77,7 +77,7 @@ class ConsolidatorOperator(Operator):
 
     training_only = Operator.training_only | {"drops"}
 
-    def __init__(self, site: Site, config: Config) -> None:
+    def __init__(self, site: Site, config: ConsolidatorConfig) -> None:
         super().__init__(site)
         if site.layer.one_hot:
             raise UnsupportedSite(f"{site.path} looks its outputs up and has no place for a bias; exclude= it")
@@ -117,7 +117,8 @@ class ConsolidatorOperator(Operator):
         return y
 
     def merged(self, weight: Tensor) -> Tensor:
-        return weight + sum(self.dense(number) for number in range(len(self.groups))).view(weight.shape)
+        dense: Any = sum(self.dense(number) for number in range(len(self.groups)))
+        return weight + dense.view(weight.shape)
 
     def merged_bias(self, bias: Tensor | None, weight: Callable[[], Tensor]) -> Tensor | None:
         if self.c is None:
@@ -129,7 +130,7 @@ class Consolidator(Method):
     """Grouped branches beside matrices, which merge."""
 
     name = "consolidator"
-    Config = Config
+    Config = ConsolidatorConfig
     tags = Tags(
         category="vision",
         paper="2305.00603",
@@ -144,14 +145,14 @@ class Consolidator(Method):
     )
     target = ("all-linear",)
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: ConsolidatorConfig, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
             surgeon.graft(site, ConsolidatorOperator, config)
         for site in surgeon.at("norm.*") if config.train_norms else ():
             surgeon.train(site.module_path)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: ConsolidatorConfig) -> int:
         if len(site.weight_shape) < 2:  # a norm's gain or bias
             return site.numel
         inputs = site.in_features * math.prod(site.kernel)

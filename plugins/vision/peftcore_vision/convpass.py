@@ -45,7 +45,7 @@ from peftcore.errors import UnsupportedSite
 from peftcore_vision._patches import over_patches, patch_sites
 
 
-class Config(MethodConfig):
+class ConvpassConfig(MethodConfig):
     """Options of Convpass."""
 
     method: Literal["convpass"] = "convpass"
@@ -74,7 +74,7 @@ def _quick_gelu(u: Tensor) -> Tensor:
 class ConvpassOperator(Bypass):
     """The bypass of one branch. At the convolution that embeds the patches (form "patch") it sees how they lie."""
 
-    def __init__(self, site: BranchSite, config: Config, lie: Tap) -> None:
+    def __init__(self, site: BranchSite, config: ConvpassConfig, lie: Tap) -> None:
         super().__init__(site)
         site.check_rows_first()
         self.drops_path = site.drops_path
@@ -86,7 +86,7 @@ class ConvpassOperator(Bypass):
         self.up = nn.Linear(channels, site.out_features)
         nn.init.xavier_uniform_(self.down.weight)
         nn.init.xavier_uniform_(self.conv.weight) if config.conv_init == "xavier" else nn.init.dirac_(self.conv.weight)
-        for zero in (self.down.bias, self.conv.bias, self.up.weight, self.up.bias):
+        for zero in (self.down.bias, self.conv.get_parameter("bias"), self.up.weight, self.up.bias):
             nn.init.zeros_(zero)
 
     def at(self, form: str, module: nn.Module) -> Callable[..., Any]:
@@ -108,6 +108,7 @@ class ConvpassOperator(Bypass):
         return end(added) if self.drops_path else added
 
     def _convolve(self, u: Tensor) -> Tensor:
+        assert self.conv.bias is not None, "it is made with one"
         weight, bias = self.cast(u, self.conv.weight, self.conv.bias)
 
         def act(pictures: Tensor) -> Tensor:
@@ -120,7 +121,7 @@ class Convpass(Method):
     """A convolution beside each attention and each feed-forward."""
 
     name = "convpass"
-    Config = Config
+    Config = ConvpassConfig
     tags = Tags(category="vision", paper="2207.07039", random=True)
     learning_rate = LearningRate(1e-3, "JieShibo/PETL-ViT@026e4f1, convpass/vtab/train.py", on="ViT-B/16, VTAB-1k")
     target = ("attn.output", "mlp.output")
@@ -129,7 +130,7 @@ class Convpass(Method):
     config_version = 2
     former_defaults = ({"joins": "matrix", "dropout": 0.0},)
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: ConvpassConfig, surgeon: Surgeon) -> None:
         lies: dict[str, Tap] = {}
         for site in surgeon.sites():
             own, patches = config.at(site.path), patch_sites(surgeon, site)
@@ -145,6 +146,6 @@ class Convpass(Method):
             surgeon.graft(place, functools.partial(ConvpassOperator, lie=lie), config, (*place.places, *seen))
 
     @staticmethod
-    def parameter_count(site: BranchSite, config: Config) -> int:
+    def parameter_count(site: BranchSite, config: ConvpassConfig) -> int:
         h = config.bottleneck
         return (site.width + site.out_features) * h + h + site.out_features + 9 * h * h + h

@@ -35,7 +35,7 @@ from peftcore.errors import MissingContext
 from peftcore_vision._places import PlacesConfig, PlacesOperator, put_at, text_sites, words
 
 
-class Config(PlacesConfig):
+class CoOpConfig(PlacesConfig):
     """Options of CoOp."""
 
     method: Literal["coop"] = "coop"
@@ -46,7 +46,7 @@ class Config(PlacesConfig):
 class ContextOperator(PlacesOperator):
     """Puts context vectors in their places among the embedded tokens."""
 
-    def __init__(self, site: Site, config: Config, names: tuple[str, ...] = ()) -> None:
+    def __init__(self, site: Site, config: CoOpConfig, names: tuple[str, ...] = ()) -> None:
         super().__init__(site, config, names)
         self.classes = config.classes
         self.context = nn.Parameter(words(site, config, config.classes or 1))  # [classes or 1, M, d]
@@ -70,7 +70,7 @@ class CoOp(Method):
     """Trained words in front of the names of classes."""
 
     name = "coop"
-    Config = Config
+    Config = CoOpConfig
     tags = Tags(category="vision", paper="2109.01134", identity_at_init=False)
     learning_rate = LearningRate(
         2e-3,
@@ -81,11 +81,11 @@ class CoOp(Method):
     )
     target = ("embed",)
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: CoOpConfig, surgeon: Surgeon) -> None:
         for site, tower in text_sites(surgeon):
             operator = functools.partial(ContextOperator, names=tower.arguments)
             surgeon.graft(site, operator, config, (tower,))
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: CoOpConfig) -> int:
         return (config.classes or 1) * config.count * site.out_features

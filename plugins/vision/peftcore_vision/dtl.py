@@ -49,7 +49,7 @@ from peftcore.errors import ConfigError, UnsupportedSite
 from peftcore_vision._patches import layout, patch_sites
 
 
-class Config(MethodConfig):
+class DTLConfig(MethodConfig):
     """Options of DTL."""
 
     method: Literal["dtl"] = "dtl"
@@ -72,7 +72,7 @@ class SideOperator(Operator):
     patches (form "patch") it sees how they lie."""
 
     def __init__(
-        self, site: BlockSite, config: Config, sums: Sums, feeds: bool, kernel: Shared | None, lie: Tap
+        self, site: BlockSite, config: DTLConfig, sums: Sums, feeds: bool, kernel: Shared | None, lie: Tap
     ) -> None:
         super().__init__(site)
         (self.before, self.behind), self.feeds, self.kernel, self.lie = sums, feeds, kernel, lie
@@ -105,7 +105,7 @@ class SideOperator(Operator):
         (weight,) = self.cast(h, self.kernel.module.weight)
         if h.dim() == 4:  # [batch, rows, columns, d]
             return _convolved(h, weight)
-        rows, columns = layout(self.lie.get(), *h.shape[:2], None, None)
+        rows, columns = layout(self.lie.get(), h.shape[0], h.shape[1], None, None)
         others = h.shape[1] - rows * columns
         patches = _convolved(h[:, others:].unflatten(1, (rows, columns)), weight)
         return torch.cat([h[:, :others], patches.flatten(1, 2)], dim=1)
@@ -123,14 +123,14 @@ class DTL(Method):
     """A side network of low rank, whose sum is fed back behind the later blocks."""
 
     name = "dtl"
-    Config = Config
+    Config = DTLConfig
     tags = Tags(category="vision", paper="2312.07856", reentrant=False)
     learning_rate = LearningRate(
         3e-4, "heekhero/DTL@bf6c51e, train_scripts/vit/vtab/cifar_100/train_dtl.sh", on="ViT-B/16, CIFAR-100 of VTAB"
     )
     target = ("block",)
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: DTLConfig, surgeon: Surgeon) -> None:
         if any(config.overrides.values()):
             raise ConfigError("dtl has one side network for all sites: it takes no overrides")
         sites = TokenStacks(surgeon).answering(block_sites(surgeon), surgeon.wishes.target is not None)
@@ -150,5 +150,5 @@ class DTL(Method):
             before = sums[1]
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: DTLConfig) -> int:
         return 2 * config.rank * site.out_features

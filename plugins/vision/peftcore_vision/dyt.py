@@ -58,7 +58,7 @@ OF_ALL = {"rate", "rate_weight", "complete"}
 Portion = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
-class Config(MethodConfig):
+class DyTConfig(MethodConfig):
     """Options of Dynamic Tuning."""
 
     method: Literal["dyt"] = "dyt"
@@ -95,7 +95,7 @@ class DyTOperator(Skipping):
 
     padded = frozenset({"down.weight", "down.bias", "up.weight"})
 
-    def __init__(self, site: BranchSite, config: Config, taps: Taps, lie: Tap) -> None:
+    def __init__(self, site: BranchSite, config: DyTConfig, taps: Taps, lie: Tap) -> None:
         super().__init__(site, config, taps, lie)
         self.down = nn.Linear(site.width, config.bottleneck)
         self.dropout = nn.Dropout(config.dropout)
@@ -114,7 +114,7 @@ class DyT(Method):
     """Feed-forwards that only chosen tokens go through, beside adapters that all do."""
 
     name = "dyt"
-    Config = Config
+    Config = DyTConfig
     tags = Tags(
         category="vision",
         paper="2403.11808",
@@ -130,7 +130,7 @@ class DyT(Method):
     target = ("mlp.output",)
     alternatives = OUTPUTS
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: DyTConfig, surgeon: Surgeon) -> None:
         if any({*changes} & OF_ALL for changes in config.overrides.values()):
             raise ConfigError(f"dyt has one loss for all sites: no overrides of {', '.join(sorted(OF_ALL))}")
         self.taps = Taps()
@@ -148,6 +148,6 @@ class DyT(Method):
         return torch.stack(losses).sum() if losses else None
 
     @staticmethod
-    def parameter_count(site: BranchSite, config: Config) -> int:
+    def parameter_count(site: BranchSite, config: DyTConfig) -> int:
         bottleneck = (site.width + site.out_features) * config.bottleneck + config.bottleneck + site.out_features
         return bottleneck + site.width + 1

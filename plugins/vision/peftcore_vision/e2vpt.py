@@ -46,7 +46,7 @@ from peftcore_vision._pruned import PrunedOperator, importance, prune
 __all__ = ["E2VPT", "importance", "prune"]
 
 
-class Config(PromptConfig):
+class E2VPTConfig(PromptConfig):
     """Options of E2VPT."""
 
     method: Literal["e2vpt"] = "e2vpt"
@@ -63,7 +63,7 @@ class Config(PromptConfig):
 class KeyValueOperator(AttentionOperator):
     """The keys and values of one attention."""
 
-    def __init__(self, site: AttentionSite, config: Config) -> None:
+    def __init__(self, site: AttentionSite, config: E2VPTConfig) -> None:
         super().__init__(site)
         sizes = self.geometry
         if config.share_kv and sizes.head_dim != sizes.value_dim:
@@ -86,7 +86,7 @@ class E2VPT(Method):
     """Visual prompts in front of each block and in each attention, which can be pruned."""
 
     name = "e2vpt"
-    Config = Config
+    Config = E2VPTConfig
     tags = Tags(category="vision", paper="2307.13770", identity_at_init=False, per_row=False)
     learning_rate = LearningRate(
         0.25,
@@ -97,8 +97,8 @@ class E2VPT(Method):
     )
     target = ("block",)
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
-        def prompt(site: PromptSite, own: Config) -> PrunedOperator:
+    def inject(self, model: nn.Module, config: E2VPTConfig, surgeon: Surgeon) -> None:
+        def prompt(site: PromptSite, own: E2VPTConfig) -> PrunedOperator:
             return PrunedOperator(site, own, own.segments, shared_projection(surgeon, site, own))
 
         sites = prompt_sites(surgeon)
@@ -110,7 +110,7 @@ class E2VPT(Method):
             train_heads(surgeon, sites)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: E2VPTConfig) -> int:
         if not isinstance(site, AttentionSite):
             return prompt_count(site, config)
         sizes = site.geometry

@@ -37,7 +37,7 @@ from peftcore_vision._explicit import ExplicitConfig, StageOperator, channels, s
 from peftcore_vision._stages import StageSite, stages_of
 
 
-class Config(ExplicitConfig):
+class EVPConfig(ExplicitConfig):
     """Options of EVP."""
 
     method: Literal["evp"] = "evp"
@@ -50,7 +50,7 @@ class EVPOperator(Operator):
 
     changes_inputs, only_inputs = True, True
 
-    def __init__(self, site: BlockSite, config: Config, feature: Tap, up: Shared) -> None:
+    def __init__(self, site: BlockSite, config: EVPConfig, feature: Tap, up: Shared) -> None:
         super().__init__(site)
         c = site.width // config.reduction
         self.tune, self.feature, self.up = starting(nn.Linear(c, c)), feature, up
@@ -75,7 +75,7 @@ class EVP(Method):
     """Prompts of a picture's high frequencies and patches."""
 
     name = "evp"
-    Config = Config
+    Config = EVPConfig
     tags = Tags(
         category="vision",
         paper="2303.10883",
@@ -90,7 +90,7 @@ class EVP(Method):
     )
     target = ("block",)
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: EVPConfig, surgeon: Surgeon) -> None:
         if any(config.overrides.values()) or (config.frequencies == "none" and not config.patches):
             raise ConfigError("prompts are made alike in all blocks, of frequencies or patches: evp takes no overrides")
         stages = stages_of(surgeon, block_sites(surgeon))
@@ -107,7 +107,7 @@ class EVP(Method):
                 surgeon.graft(site, partial(EVPOperator, feature=taps[number][1], up=up), config)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: EVPConfig) -> int:
         c = site.out_features // config.reduction
         if not isinstance(site, StageSite):
             return c * (c + 1)

@@ -25,7 +25,7 @@ from peftcore.author import LearningRate, Method, Shared, Surgeon, Tags
 from peftcore_vision._fact import FactConfig, FactOperator, FactSite, fact_sites, shared_factors
 
 
-class Config(FactConfig):
+class FactTKConfig(FactConfig):
     """Options of FacT-TK."""
 
     method: Literal["fact_tk"] = "fact_tk"
@@ -43,7 +43,7 @@ class Core(nn.Module):
 class FactTKOperator(FactOperator):
     """The slices of one site, each a mixture of matrices of the core."""
 
-    def __init__(self, site: FactSite, config: Config, U: Shared, V: Shared, core: Shared) -> None:
+    def __init__(self, site: FactSite, config: FactTKConfig, U: Shared, V: Shared, core: Shared) -> None:
         super().__init__(site, config, U, V)
         self.core = core
         self.P = nn.Parameter(torch.empty(config.rank, site.count))
@@ -64,14 +64,14 @@ class FactTK(Method):
     """Updates of which the layers share all but a few mixing numbers."""
 
     name = "fact_tk"
-    Config = Config
+    Config = FactTKConfig
     tags = Tags(category="vision", paper="2212.03145", mergeable=True, low_rank=True, random=True)
     learning_rate = LearningRate(1e-3, "JieShibo/PETL-ViT@026e4f1, FacT/fact_tk.py", on="ViT-B/16, VTAB-1k")
     config_version = 2
     former_defaults = ({"dropout": 0.0},)
     target = ("attn.q", "attn.k", "attn.v", "attn.out", "mlp.gate", "mlp.up", "mlp.down")
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: FactTKConfig, surgeon: Surgeon) -> None:
         sites = fact_sites(surgeon, config)
         U, V = shared_factors(surgeon, sites[0].side, config.rank)
         core = surgeon.own("C", lambda: Core(config.rank))
@@ -79,5 +79,5 @@ class FactTK(Method):
             surgeon.graft(site, lambda at, own: FactTKOperator(at, own, U, V, core), config)
 
     @staticmethod
-    def parameter_count(site: FactSite, config: Config) -> int:
+    def parameter_count(site: FactSite, config: FactTKConfig) -> int:
         return site.count * config.rank

@@ -26,7 +26,7 @@ from peftcore.author import LearningRate, Method, Shared, Surgeon, Tags
 from peftcore_vision._fact import FactConfig, FactOperator, FactSite, fact_sites, shared_factors
 
 
-class Config(FactConfig):
+class FactTTConfig(FactConfig):
     """Options of FacT-TT."""
 
     method: Literal["fact_tt"] = "fact_tt"
@@ -35,7 +35,7 @@ class Config(FactConfig):
 class FactTTOperator(FactOperator):
     """The slices of one site, each with a core of its own."""
 
-    def __init__(self, site: FactSite, config: Config, U: Shared, V: Shared) -> None:
+    def __init__(self, site: FactSite, config: FactTTConfig, U: Shared, V: Shared) -> None:
         super().__init__(site, config, U, V)
         rows, columns, places = site.cut
         self.sigma = nn.Parameter(torch.empty(*site.batch, places, rows * config.rank, columns * config.rank))
@@ -50,19 +50,19 @@ class FactTT(Method):
     """Updates whose outer factors all layers share."""
 
     name = "fact_tt"
-    Config = Config
+    Config = FactTTConfig
     tags = Tags(category="vision", paper="2212.03145", mergeable=True, low_rank=True, random=True)
     learning_rate = LearningRate(1e-3, "JieShibo/PETL-ViT@026e4f1, FacT/fact_tt.py", on="ViT-B/16, VTAB-1k")
     config_version = 2
     former_defaults = ({"dropout": 0.0},)
     target = ("attn.q", "attn.k", "attn.v", "attn.out", "mlp.gate", "mlp.up", "mlp.down")
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: FactTTConfig, surgeon: Surgeon) -> None:
         sites = fact_sites(surgeon, config)
         U, V = shared_factors(surgeon, sites[0].side, config.rank)
         for site in sites:
             surgeon.graft(site, lambda at, own: FactTTOperator(at, own, U, V), config)
 
     @staticmethod
-    def parameter_count(site: FactSite, config: Config) -> int:
+    def parameter_count(site: FactSite, config: FactTTConfig) -> int:
         return site.count * config.rank**2

@@ -34,7 +34,7 @@ from peftcore.author import MATRICES, Method, MethodConfig, Operator, Share, Sha
 from peftcore.errors import ConfigError, UnsupportedSite
 
 
-class Config(MethodConfig):
+class KAdaptationConfig(MethodConfig):
     """Options of KAdaptation."""
 
     method: Literal["kadaptation"] = "kadaptation"
@@ -53,7 +53,7 @@ class Config(MethodConfig):
 class Rule(nn.Module):
     """The shared matrices of a role, as l and r."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: KAdaptationConfig) -> None:
         super().__init__()
         n, bound = config.products, config.rule_range
         self.left = nn.Parameter(torch.empty(n, n).uniform_(-bound, bound))  # [i, inputs]
@@ -71,7 +71,7 @@ class SharedBias(nn.Module):
 class KAdaptationOperator(Operator):
     """The update of one site."""
 
-    def __init__(self, site: Site, config: Config, rule: Shared, bias: Shared) -> None:
+    def __init__(self, site: Site, config: KAdaptationConfig, rule: Shared, bias: Shared) -> None:
         super().__init__(site)
         n, rank, columns = config.products, config.rank, site.in_features * math.prod(site.kernel)
         if site.in_features % n or site.out_features % n:
@@ -126,12 +126,12 @@ class KAdaptation(Method):
     """Updates that are sums of Kronecker products with shared first factors."""
 
     name = "kadaptation"
-    Config = Config
+    Config = KAdaptationConfig
     tags = Tags(category="vision", paper="2203.16329", mergeable=True, random=True)
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
     alternatives = MATRICES
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: KAdaptationConfig, surgeon: Surgeon) -> None:
         if any(changes.keys() & {"products", "rule_range"} for changes in config.overrides.values()):
             raise ConfigError("kadaptation: sites share matrices, so overrides cannot change products or rule_range")
         for site in surgeon.sites():
@@ -144,6 +144,6 @@ class KAdaptation(Method):
             surgeon.graft(site, partial(KAdaptationOperator, rule=rule, bias=bias), config)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: KAdaptationConfig) -> int:
         columns = site.in_features * math.prod(site.kernel)
         return math.prod(site.batch) * config.rank * (columns + site.out_features)

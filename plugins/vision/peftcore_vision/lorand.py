@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from peftcore.author import OUTPUTS, AtBranchEnd, BranchSite, Joins, Method, MethodConfig, Surgeon, Tags, branch_end
 
 
-class Config(MethodConfig):
+class LoRandConfig(MethodConfig):
     """Options of LoRand."""
 
     method: Literal["lorand"] = "lorand"
@@ -46,7 +46,7 @@ class Config(MethodConfig):
 class Branches(nn.Module):
     """A linear map whose matrix is a sum of products."""
 
-    def __init__(self, inputs: int, outputs: int, config: Config, zero: bool = False) -> None:
+    def __init__(self, inputs: int, outputs: int, config: LoRandConfig, zero: bool = False) -> None:
         super().__init__()
         count, rank = config.branches, config.rank
         self.P = nn.Parameter(torch.empty(count, outputs, rank))
@@ -75,7 +75,7 @@ class LoRandOperator(AtBranchEnd):
 
     stackable = True
 
-    def __init__(self, site: BranchSite, config: Config) -> None:
+    def __init__(self, site: BranchSite, config: LoRandConfig) -> None:
         super().__init__(site)
         width, inner = site.out_features, max(site.out_features // config.reduction, 1)
         self.down = Branches(width, inner, config)
@@ -91,7 +91,7 @@ class LoRand(Method):
     """Bottlenecks of thin factors behind attention and feed-forward."""
 
     name = "lorand"
-    Config = Config
+    Config = LoRandConfig
     tags = Tags(
         category="vision",
         paper="CVPR 2023",
@@ -101,13 +101,13 @@ class LoRand(Method):
     target = ("attn.output", "mlp.output")
     alternatives = OUTPUTS
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: LoRandConfig, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
             place = branch_end(surgeon, site, config.at(site.path).joins)
             surgeon.graft(place, LoRandOperator, config, place.places)
 
     @staticmethod
-    def parameter_count(site: BranchSite, config: Config) -> int:
+    def parameter_count(site: BranchSite, config: LoRandConfig) -> int:
         d, r = site.out_features, config.rank
         inner = max(d // config.reduction, 1)
         return 2 * config.branches * (r * (d + inner) + r * r) + d + inner

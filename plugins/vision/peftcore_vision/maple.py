@@ -44,7 +44,7 @@ NORM, BLOCK, LAST = "prompt.norm", "prompt.block", "prompt.last"
 """The forms of places in the image tower: the norm before the blocks, the prompt's own block, and the last one."""
 
 
-class Config(PlacesConfig):
+class MaPLeConfig(PlacesConfig):
     """Options of MaPLe."""
 
     method: Literal["maple"] = "maple"
@@ -57,7 +57,7 @@ class Config(PlacesConfig):
 class MaPLeOperator(PlacesOperator):
     """The prompts of one block in both towers: in that of texts behind the block before it, or behind the table."""
 
-    def __init__(self, site: CoupledSite, config: Config, start: Tensor, depth: int, rest: Rest) -> None:
+    def __init__(self, site: CoupledSite, config: MaPLeConfig, start: Tensor, depth: int, rest: Rest) -> None:
         super().__init__(site, config, rest.names)
         self.depth, self.places = depth, rest.places
         self.stays = depth == config.depth - 1 < rest.last
@@ -103,7 +103,7 @@ class MaPLeOperator(PlacesOperator):
         return on_first(call(*args, **kwargs), lambda y: y[:, : -self.count].contiguous())
 
 
-def _alike(config: Config) -> tuple[int, int, int | None]:
+def _alike(config: MaPLeConfig) -> tuple[int, int, int | None]:
     """Return the options that all prompts have in common."""
     return config.count, config.depth, config.placeholder
 
@@ -116,7 +116,7 @@ class MaPLe(Method):
     """
 
     name = "maple"
-    Config = Config
+    Config = MaPLeConfig
     tags = Tags(category="vision", paper="2210.03117", identity_at_init=False, per_row=False, reentrant=False)
     learning_rate = LearningRate(
         3.5e-3,
@@ -127,7 +127,7 @@ class MaPLe(Method):
     )
     target = ("embed",)
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: MaPLeConfig, surgeon: Surgeon) -> None:
         towers = two_towers(surgeon)
         table, images = towers.table, towers.images
         if config.depth > (most := min(len(images), len(towers.texts))):
@@ -144,12 +144,12 @@ class MaPLe(Method):
             if depth == config.depth - 1 < rest.last:
                 holders.append(replace(images[-1], form=LAST))
 
-            def operator(site: CoupledSite, own: Config, depth: int = depth) -> MaPLeOperator:
+            def operator(site: CoupledSite, own: MaPLeConfig, depth: int = depth) -> MaPLeOperator:
                 drawn = own if depth == 0 else own.replace(init_ids=[], length=own.count)
                 return MaPLeOperator(site, own, words(table, drawn)[0], depth, rest)
 
             surgeon.graft(coupled, operator, config, tuple(holders))
 
     @staticmethod
-    def parameter_count(site: CoupledSite, config: Config) -> int:
+    def parameter_count(site: CoupledSite, config: MaPLeConfig) -> int:
         return config.count * site.width + (site.width + 1) * site.image_width

@@ -38,7 +38,7 @@ from peftcore_vision._stream import Stream, StreamConfig, StreamOperator, stream
 KERNELS = (3, 5, 7)
 
 
-class Config(StreamConfig):
+class MonaConfig(StreamConfig):
     """Options of Mona."""
 
     method: Literal["mona"] = "mona"
@@ -59,7 +59,7 @@ class Config(StreamConfig):
 class Cognition(nn.Module):
     """One adapter: what it adds to a stream."""
 
-    def __init__(self, width: int, config: Config) -> None:
+    def __init__(self, width: int, config: MonaConfig) -> None:
         super().__init__()
         h = config.bottleneck
         self.norm = nn.LayerNorm(width)
@@ -95,7 +95,7 @@ class Cognition(nn.Module):
 class MonaOperator(StreamOperator):
     """The adapters of one block."""
 
-    def __init__(self, site: BlockSite, config: Config, stream: Stream) -> None:
+    def __init__(self, site: BlockSite, config: MonaConfig, stream: Stream) -> None:
         super().__init__(site, config, stream)
         self.attention = Cognition(site.width, config) if config.amid else None
         self.feed_forward = Cognition(site.width, config) if config.behind != "attention" else None
@@ -117,7 +117,7 @@ class Mona(Method):
     """Adapters with convolutions of several sizes behind attention and feed-forward."""
 
     name = "mona"
-    Config = Config
+    Config = MonaConfig
     tags = Tags(
         category="vision",
         paper="2408.08345",
@@ -133,12 +133,12 @@ class Mona(Method):
     )
     target = ("block",)
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: MonaConfig, surgeon: Surgeon) -> None:
         for site, stream in streams(surgeon, config):
             surgeon.graft(site, partial(MonaOperator, stream=stream), config, stream.places)
 
     @staticmethod
-    def parameter_count(site: BlockSite, config: Config) -> int:
+    def parameter_count(site: BlockSite, config: MonaConfig) -> int:
         d, h = site.width, config.bottleneck
         adapter = 2 * d * h + h * h + 5 * d + (sum(k * k + 1 for k in KERNELS) + 2) * h
         return adapter * (1 + (config.behind == "both"))

@@ -35,7 +35,7 @@ from peftcore_vision._patches import picture_sites, side_of
 Pixels = Annotated[int, Field(ge=1, le=65536)]
 
 
-class Config(MethodConfig):
+class PixelVPConfig(MethodConfig):
     """Options of visual prompting."""
 
     method: Literal["pixel_vp"] = "pixel_vp"
@@ -56,7 +56,7 @@ class PixelSite(Site):
     high: int = 0
     wide: int = 0
 
-    def size(self, config: Config) -> int:
+    def size(self, config: PixelVPConfig) -> int:
         """Width of the frame or the square."""
         return config.size or max(1, round(min(self.high, self.wide) * 30 / 224))
 
@@ -64,7 +64,7 @@ class PixelSite(Site):
 class PixelOperator(InputOperator):
     """The pixels that are added."""
 
-    def __init__(self, site: PixelSite, config: Config) -> None:
+    def __init__(self, site: PixelSite, config: PixelVPConfig) -> None:
         super().__init__(site)
         p, c = site.size(config), site.in_features
         self.picture, self.size, self.moves = torch.Size([c, site.high, site.wide]), p, config.shape == "random"
@@ -111,7 +111,7 @@ class PixelVP(Method):
     """Trained pixels around or in a picture."""
 
     name = "pixel_vp"
-    Config = Config
+    Config = PixelVPConfig
     tags = Tags(category="vision", paper="2203.17274", identity_at_init=False, identity_options={"std": 0.0})
     learning_rate = LearningRate(
         40.0,
@@ -122,14 +122,14 @@ class PixelVP(Method):
     )
     target = ("patch",)
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: PixelVPConfig, surgeon: Surgeon) -> None:
         for site in picture_sites(surgeon):
             side = side_of(surgeon, site) or 224
             high, wide = config.at(site.path).picture or (side, side)
             surgeon.graft(PixelSite(**vars(site), high=high, wide=wide), PixelOperator, config)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: PixelVPConfig) -> int:
         assert isinstance(site, PixelSite)
         p, c = site.size(config), site.in_features
         return 2 * c * p * (site.high + site.wide - 2 * p) if config.shape == "frame" else c * p * p

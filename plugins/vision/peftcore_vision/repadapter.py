@@ -25,7 +25,7 @@ from peftcore.errors import UnsupportedSite
 from peftcore_vision._in_front import InFrontOperator, read_alike, refuse
 
 
-class Config(MethodConfig):
+class RepAdapterConfig(MethodConfig):
     """Options of RepAdapter."""
 
     method: Literal["repadapter"] = "repadapter"
@@ -42,7 +42,7 @@ class Config(MethodConfig):
 class RepAdapterOperator(InFrontOperator):
     """The adapter in front of one matrix, or of several that read the same."""
 
-    def __init__(self, site: Site, config: Config) -> None:
+    def __init__(self, site: Site, config: RepAdapterConfig) -> None:
         super().__init__(site, config.dropout, config.scale)
         width, inner, self.groups = site.in_features, config.bottleneck, config.groups
         if width % self.groups or inner % self.groups:
@@ -70,20 +70,20 @@ class RepAdapter(Method):
     """Linear adapters in front of attention and feed-forward, which merge into their first matrices."""
 
     name = "repadapter"
-    Config = Config
+    Config = RepAdapterConfig
     tags = Tags(category="vision", paper="2302.08106", mergeable=True, random=True)
     learning_rate = LearningRate(1e-3, "luogen1996/RepAdapter@360992f, train.py", on="ViT-B/16, VTAB-1k")
     config_version = 2
     former_defaults = ({"dropout": 0.0},)
     target = ("attn.q", "attn.k", "attn.v", "mlp.gate", "mlp.up")
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: RepAdapterConfig, surgeon: Surgeon) -> None:
         for first, *others in read_alike(surgeon):
             for site in (first, *others):
                 refuse(site, config.at(first.path).dropout)
             surgeon.graft(first, RepAdapterOperator, config, tuple(others))
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: RepAdapterConfig) -> int:
         width, inner = site.in_features, config.bottleneck
         return math.prod(site.batch) * (width * inner + inner + width * inner // config.groups + width)

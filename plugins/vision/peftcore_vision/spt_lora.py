@@ -54,7 +54,7 @@ from peftcore_vision._entries import EntriesOperator
 from peftcore_vision._sensitivity import is_vector, nearest, sensitivities, update_size
 
 
-class Config(MethodConfig):
+class SPTLoRAConfig(MethodConfig):
     """Options of SPT-LoRA."""
 
     method: Literal["spt_lora"] = "spt_lora"
@@ -83,7 +83,7 @@ class UpdateOperator(Operator):
     factors_are_parameters = True
     padded = frozenset({"A", "B"})
 
-    def __init__(self, site: Site, config: Config) -> None:
+    def __init__(self, site: Site, config: SPTLoRAConfig) -> None:
         super().__init__(site)
         if config.dropout and site.form == "weight":
             raise UnsupportedSite(f"{site.path} is read, not called, so no input could be dropped: leave dropout=0")
@@ -118,7 +118,7 @@ class SPTLoRA(Method):
     """
 
     name = "spt_lora"
-    Config = Config
+    Config = SPTLoRAConfig
     tags = Tags(category="vision", paper="2303.08566", mergeable=True, needs_data=True)
     learning_rate = LearningRate(
         1e-3, "ziplab/SPT@e385f67, configs/vtab_supervised_spt_lora.sh", on="ViT-B/16, VTAB-1k"
@@ -127,7 +127,7 @@ class SPTLoRA(Method):
     alternatives = ("all-layers",)
     found: dict[str, Tensor] | None = None
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: SPTLoRAConfig, surgeon: Surgeon) -> None:
         tensors: dict[str, Site] = {}
         for site in surgeon.sites():
             biases = [site.at(name) for name in site.tensors() if name.endswith("bias") and not site.missing(name)]
@@ -141,7 +141,7 @@ class SPTLoRA(Method):
                     surgeon.graft(site, UpdateOperator, config)
 
     def structure(
-        self, model: nn.Module, data: Batches, config: Config, sites: Sequence[Site]
+        self, model: nn.Module, data: Batches, config: SPTLoRAConfig, sites: Sequence[Site]
     ) -> Mapping[str, Mapping[str, Any] | None]:
         model.eval()
         self.found = sensitivities(sites, islice(data, config.batches))
@@ -153,7 +153,7 @@ class SPTLoRA(Method):
         plan = nearest(scores, own, budget, config.rank, config.ease, config.vector_ease)
         return {path: {"entries": count} for path, count in plan.items() if count is not None}
 
-    def calibrate(self, model: nn.Module, data: Batches, config: Config, injection: AppliedMethod) -> None:
+    def calibrate(self, model: nn.Module, data: Batches, config: SPTLoRAConfig, injection: AppliedMethod) -> None:
         grafts = [g for g in injection.grafts if g.by_method and isinstance(g.operator, EntriesOperator)]
         if self.found is None:  # a part of a hybrid, whose entries are told
             model.eval()
@@ -165,7 +165,7 @@ class SPTLoRA(Method):
         self.found = None
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: SPTLoRAConfig) -> int:
         if config.entries is not None:
             return config.entries
         return site.numel if is_vector(site) else update_size(site, config.rank)

@@ -36,7 +36,7 @@ from peftcore_vision._patches import layout
 from peftcore_vision._stream import Stream, StreamConfig, StreamOperator, streams
 
 
-class Config(StreamConfig):
+class STAdapterConfig(StreamConfig):
     """Options of ST-Adapter."""
 
     method: Literal["st_adapter"] = "st_adapter"
@@ -65,19 +65,20 @@ class Config(StreamConfig):
 class Convolution(nn.Module):
     """One adapter: what it adds to patches."""
 
-    def __init__(self, width: int, config: Config) -> None:
+    def __init__(self, width: int, config: STAdapterConfig) -> None:
         super().__init__()
         h = config.bottleneck
         self.down, self.up = nn.Linear(width, h), nn.Linear(h, width)
-        self.conv = nn.Conv3d(h, h, config.kernel, padding=tuple(size // 2 for size in config.kernel), groups=h)
-        for zero in (self.down.bias, self.up.bias, self.conv.weight, self.conv.bias):
+        times, rows, columns = config.kernel
+        self.conv = nn.Conv3d(h, h, config.kernel, padding=(times // 2, rows // 2, columns // 2), groups=h)
+        for zero in (self.down.bias, self.up.bias, self.conv.weight, self.conv.get_parameter("bias")):
             nn.init.zeros_(zero)
 
 
 class STAdapterOperator(StreamOperator):
     """The adapters of one block."""
 
-    def __init__(self, site: BlockSite, config: Config, stream: Stream) -> None:
+    def __init__(self, site: BlockSite, config: STAdapterConfig, stream: Stream) -> None:
         super().__init__(site, config, stream)
         self.frames = config.frames
         self.attention = Convolution(site.width, config) if config.before != "feed-forward" else None
@@ -99,13 +100,14 @@ class STAdapterOperator(StreamOperator):
         lie, frames = self.lie.get(), self._told()
         count = clips(x, frames, None if lie is None else lie[0])
         if x.dim() == 3:
-            grid = layout(lie, *x.shape[:2], self.grid, self.prefix_tokens)
+            grid = layout(lie, x.shape[0], x.shape[1], self.grid, self.prefix_tokens)
             others = x.shape[1] - grid[0] * grid[1]
             patches = x[:, others:].unflatten(1, grid)
         elif x.dim() == 4:
             others, patches = 0, x
         else:
             raise UnsupportedSite(f"a block is given {tuple(x.shape)}: patches of pictures are [rows, tokens, d]")
+        assert adapter.conv.bias is not None, "it is made with one"
         (down, down_bias, up, up_bias, kernel, bias) = self.cast(
             x,
             *(adapter.down.weight, adapter.down.bias, adapter.up.weight, adapter.up.bias),
@@ -131,7 +133,7 @@ class STAdapter(Method):
     """
 
     name = "st_adapter"
-    Config = Config
+    Config = STAdapterConfig
     tags = Tags(category="vision", paper="2206.13559", per_row=False)
     learning_rate = LearningRate(
         1e-3,
@@ -140,11 +142,11 @@ class STAdapter(Method):
     )
     target = ("block",)
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: STAdapterConfig, surgeon: Surgeon) -> None:
         for site, stream in streams(surgeon, config):
             surgeon.graft(site, partial(STAdapterOperator, stream=stream), config, stream.places)
 
     @staticmethod
-    def parameter_count(site: BlockSite, config: Config) -> int:
+    def parameter_count(site: BlockSite, config: STAdapterConfig) -> int:
         d, h, (t, y, z) = site.width, config.bottleneck, config.kernel
         return (2 * d * h + 2 * h + d + h * t * y * z) * (1 + (config.before == "both"))

@@ -40,7 +40,7 @@ from peftcore_vision._few_shots import Shots, few_shots
 from peftcore_vision._matching import MATCH, MatcherSite, with_logits
 
 
-class Config(FeatureConfig):
+class TipAdapterConfig(FeatureConfig):
     """Options of Tip-Adapter."""
 
     method: Literal["tip_adapter"] = "tip_adapter"
@@ -63,7 +63,7 @@ class CacheOperator(Operator):
 
     labels: Tensor
 
-    def __init__(self, site: FeatureSite, config: Config) -> None:
+    def __init__(self, site: FeatureSite, config: TipAdapterConfig) -> None:
         super().__init__(site)
         self.alpha, self.beta, self.features = config.alpha, config.beta, config.features
         images, self.classes = config.images or 1, config.classes or 1
@@ -112,7 +112,7 @@ class TipAdapter(Method):
     """
 
     name = "tip_adapter"
-    Config = Config
+    Config = TipAdapterConfig
     tags = Tags(
         category="vision", paper="2111.03930", identity_at_init=False, identity_options={"alpha": 0.0}, needs_data=True
     )
@@ -122,7 +122,7 @@ class TipAdapter(Method):
     target = ("head",)
     found: Shots | None = None
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: TipAdapterConfig, surgeon: Surgeon) -> None:
         for site in feature_sites(surgeon, config):
             if config.at(site.path).features == "input":
                 surgeon.graft(site, CacheOperator, config)
@@ -131,7 +131,7 @@ class TipAdapter(Method):
                 surgeon.graft(MatcherSite(**vars(site)), CacheOperator, config, (root,))
 
     def structure(
-        self, model: nn.Module, data: Batches, config: Config, sites: Sequence[Site]
+        self, model: nn.Module, data: Batches, config: TipAdapterConfig, sites: Sequence[Site]
     ) -> Mapping[str, Mapping[str, Any] | None]:
         self.found = few_shots(model, data, config.passes, {site: config.at(site.path).features for site in sites})
         sizes = {"images": len(self.found.labels), "classes": int(self.found.labels.max()) + 1}
@@ -140,7 +140,7 @@ class TipAdapter(Method):
             for site in sites
         }
 
-    def calibrate(self, model: nn.Module, data: Batches, config: Config, injection: AppliedMethod) -> None:
+    def calibrate(self, model: nn.Module, data: Batches, config: TipAdapterConfig, injection: AppliedMethod) -> None:
         grafts: list[Any] = [graft for graft in injection.grafts if graft.by_method]
         if self.found is None:  # a part of a hybrid, whose sizes are told
             with injection.whole.disabled():
@@ -154,5 +154,5 @@ class TipAdapter(Method):
         self.found = None
 
     @staticmethod
-    def parameter_count(site: FeatureSite, config: Config) -> int:
+    def parameter_count(site: FeatureSite, config: TipAdapterConfig) -> int:
         return (config.images or 1) * site.width if config.train_keys else 0

@@ -43,7 +43,7 @@ from peftcore_vision._prompts import (
 )
 
 
-class Config(PromptConfig):
+class VPTDeepConfig(PromptConfig):
     """Options of VPT-deep."""
 
     method: Literal["vpt_deep"] = "vpt_deep"
@@ -53,15 +53,15 @@ class VPTDeep(Method):
     """Trained prompts, fresh ones at each block of a vision transformer."""
 
     name = "vpt_deep"
-    Config = Config
+    Config = VPTDeepConfig
     tags = Tags(category="vision", paper="2203.12119", identity_at_init=False, per_row=False)
     learning_rate = LearningRate(
         0.25, "KMnP/vpt@4410440, demo.ipynb", on="ViT-B/16, dmlab of VTAB, batches of 64", optimizer="SGD", momentum=0.9
     )
     target = ("block",)
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
-        def prompt(site: PromptSite, own: Config) -> DeepOperator:
+    def inject(self, model: nn.Module, config: VPTDeepConfig, surgeon: Surgeon) -> None:
+        def prompt(site: PromptSite, own: VPTDeepConfig) -> DeepOperator:
             return DeepOperator(site, own, shared_projection(surgeon, site, own))
 
         sites = prompt_sites(surgeon)
@@ -73,6 +73,6 @@ class VPTDeep(Method):
             train_heads(surgeon, sites)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: VPTDeepConfig) -> int:
         prompts = len(site.blocks) if isinstance(site, StreamSite) else 1
         return prompts * prompt_count(site, config)

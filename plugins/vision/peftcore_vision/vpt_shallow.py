@@ -50,7 +50,7 @@ LEAVE = "prompt.leave"
 """The form of the block behind which the rows are dropped."""
 
 
-class Config(PromptConfig):
+class VPTShallowConfig(PromptConfig):
     """Options of VPT-shallow."""
 
     method: Literal["vpt_shallow"] = "vpt_shallow"
@@ -74,7 +74,7 @@ class VPTShallow(Method):
     """A trained prompt that goes through a vision transformer with the patches."""
 
     name = "vpt_shallow"
-    Config = Config
+    Config = VPTShallowConfig
     tags = Tags(category="vision", paper="2203.12119", identity_at_init=False, per_row=False)
     learning_rate = LearningRate(
         0.1,
@@ -85,7 +85,7 @@ class VPTShallow(Method):
     )
     target = ("block",)
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: VPTShallowConfig, surgeon: Surgeon) -> None:
         sites = prompt_sites(surgeon)
         if add_prompt_stream(surgeon, sites, config, deep=False):
             return
@@ -97,5 +97,5 @@ class VPTShallow(Method):
             train_heads(surgeon, sites)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: VPTShallowConfig) -> int:
         return prompt_count(site, config)

@@ -33,7 +33,7 @@ from peftcore_vision._prompts import RowsConfig, attentions_of, prompt_sites
 from peftcore_vision._queries import QueryOperator, QuerySite, ReadingOperator, UnaskedOperator
 
 
-class Config(RowsConfig):
+class VQTConfig(RowsConfig):
     """Options of VQT."""
 
     method: Literal["vqt"] = "vqt"
@@ -53,7 +53,7 @@ class VQT(Method):
     """Trained queries in each block of a vision transformer, which the head alone reads."""
 
     name = "vqt"
-    Config = Config
+    Config = VQTConfig
     tags = Tags(
         category="vision",
         paper="2212.03220",
@@ -71,7 +71,7 @@ class VQT(Method):
     )
     target = ("block",)
 
-    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+    def inject(self, model: nn.Module, config: VQTConfig, surgeon: Surgeon) -> None:
         if any(config.overrides.values()):
             raise ConfigError("the head reads the queries of all blocks alike: vqt takes no overrides")
         sites = prompt_sites(surgeon)
@@ -100,7 +100,7 @@ class VQT(Method):
             surgeon.train(head.module_path)
 
     @staticmethod
-    def parameter_count(site: Site, config: Config) -> int:
+    def parameter_count(site: Site, config: VQTConfig) -> int:
         if not isinstance(site, QuerySite):
             return site.numel if site.form == "weight" else 0
         read = site.width * (config.length if config.summary == "concat" else 1)

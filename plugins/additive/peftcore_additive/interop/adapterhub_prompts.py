@@ -70,8 +70,8 @@ class HubPrefix(HubArchitecture):
                 names = held.setdefault(where, {})
                 names[f"{COPY}{len(names)} {tensor}" if tensor in names else tensor] = full
         if unknown := sorted(held.keys() - ROLES.keys()):
-            names = f"{', '.join(unknown)}; read are {', '.join(ROLES)}, of one stack or an encoder and its decoder"
-            raise CheckpointError(f"{keys.where} has prefixes at {names}")
+            said = f"{', '.join(unknown)}; read are {', '.join(ROLES)}, of one stack or an encoder and its decoder"
+            raise CheckpointError(f"{keys.where} has prefixes at {said}")
         found, left_out = list[HubPlace](), keys.take("leave_out", list, [])
         for where, names in held.items():
             sites = [site for number, site in _sites(resolver, where) if number not in left_out]

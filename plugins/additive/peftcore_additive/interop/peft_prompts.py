@@ -195,7 +195,7 @@ class PeftCartridge(PeftPrefix):
     def read(self, place: Place, found: Found) -> dict[str, Tensor]:
         if not isinstance(place.operator, FrontOperator):
             return {}
-        sink, rows = self.rows(place, found).tensor_split([len(place.operator.sink)])
+        sink, rows = self.rows(place, found).tensor_split([len(place.operator.get_tensor("sink"))])
         return {"sink": sink, "rows": rows}
 
     def write_options(self, config: Any) -> dict[str, Any]:

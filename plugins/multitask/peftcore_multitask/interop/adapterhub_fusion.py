@@ -88,7 +88,7 @@ class AdapterHubFusion(Format):
                 f"{injection.name!r} fuses at {len(fusions)} of the {len(sites)} modules at which its adapters act, "
                 "and adapters fuses at all: apply it without target and exclude"
             )
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for site in sites.values():
             operator: Any = fusions[site.module_path].operator
             _check_mixes(operator, site, model, adapters)

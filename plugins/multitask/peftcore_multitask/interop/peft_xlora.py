@@ -135,7 +135,8 @@ class PeftXLoRA(PeftMethod):
 def _layers(classifier: nn.Module) -> list[tuple[str, str, Tensor]]:
     """Returns our name and peft's name of each tensor of a classifier, and the tensor. In peft a dropout of zero is no
     layer, and has no number."""
-    names, number = [], 0
+    names: list[tuple[str, str, Tensor]] = []
+    number = 0
     for ours, layer in classifier.named_children():
         for leaf, tensor in layer.named_parameters():
             names.append((f"{ours}.{leaf}", f"{STEM}layers.{number}.{leaf}", tensor))

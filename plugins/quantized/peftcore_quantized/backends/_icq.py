@@ -68,7 +68,7 @@ def kept_calibration(blocks: Tensor, spread: float, steps: int) -> Tensor:
     """Return the `calibration` of the blocks, found once for the same values."""
     if blocks.is_meta:
         return calibration(blocks, spread, steps)
-    digest = hashlib.sha256(blocks.cpu().numpy()).digest()
+    digest = hashlib.sha256(blocks.cpu().numpy().data).digest()
     key = (digest, blocks.shape, blocks.device, spread, steps)
     with _lock:
         found = _kept.pop(key, None)
@@ -95,7 +95,7 @@ class ICQLinear(NF4Linear):
         codes = nearest(groups / scale.clamp_min(TINY)[:, None], DYNAMIC).view(-1)[: tau.numel()]
         return {**packed, "tau_codes": codes, "tau_scale": scale}
 
-    def decode(self, codes: Tensor, *rest: Tensor) -> Tensor:
+    def decode(self, codes: Tensor, *rest: Tensor) -> Tensor:  # type: ignore[override]  # called with what `encode` made
         *absmax, tau_codes, tau_scale = rest
         weight = super().decode(codes, *absmax)
         tau = blocks_of(look_up(tau_codes, DYNAMIC), DOUBLE) * tau_scale[:, None]

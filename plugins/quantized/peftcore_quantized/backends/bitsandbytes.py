@@ -61,15 +61,15 @@ class FourBit(QuantizedLayer):
         held: Any = module.weight
         new = _four_bit(weight, held.quant_type, held.blocksize, held.compress_statistics, held.quant_storage)
         new.compute_dtype, new.compute_type_is_set = module.compute_dtype, module.compute_type_is_set
-        return new  # type: ignore[no-any-return]
+        return new
 
 
 def _four_bit(weight: Tensor, kind: str, block_size: int, double: bool, storage: torch.dtype = torch.uint8) -> Any:
-    from bitsandbytes.nn import Linear4bit, Params4bit
+    from bitsandbytes.nn.modules import Linear4bit, Params4bit
 
     rows, columns = weight.shape
     module = Linear4bit(columns, rows, bias=False, quant_type=kind, compress_statistics=double, quant_storage=storage)
-    codes = Params4bit(
+    codes: Any = Params4bit(
         weight.detach().contiguous(),
         requires_grad=False,
         blocksize=block_size,
@@ -100,8 +100,8 @@ class EightBit(QuantizedLayer):
             "every process, or quantize by bnb-nf4, nf4, int8, int4 or hqq-4"
         )
 
-    def pack(self, module: nn.Module, weight: Tensor) -> nn.Module:
-        return _eight_bit(weight, module.state.threshold)  # type: ignore[union-attr,no-any-return]
+    def pack(self, module: Any, weight: Tensor) -> nn.Module:
+        return _eight_bit(weight, module.state.threshold)
 
 
 def _eight_bit_state(module: Any) -> tuple[Tensor, Tensor]:
@@ -111,12 +111,12 @@ def _eight_bit_state(module: Any) -> tuple[Tensor, Tensor]:
 
 
 def _eight_bit(weight: Tensor, threshold: float) -> Any:
-    from bitsandbytes.nn import Int8Params, Linear8bitLt
+    from bitsandbytes.nn.modules import Int8Params, Linear8bitLt
 
     if weight.shape[1] < 2:
         raise QuantizationError("bitsandbytes computes wrong outputs with 8-bit weights of one input")
     rows, columns = weight.shape
-    module = Linear8bitLt(columns, rows, bias=False, has_fp16_weights=False, threshold=threshold)
+    module: Any = Linear8bitLt(columns, rows, bias=False, has_fp16_weights=False, threshold=threshold)
     module.weight = Int8Params(weight.detach().float().contiguous().cpu(), requires_grad=False, has_fp16_weights=False)
     module.weight = module.weight.to(weight.device)
     return module
@@ -140,7 +140,7 @@ class NF4(BnbScheme):
     """Keep the scales in 8 bits."""
 
     def module(self, weight: Tensor) -> nn.Module:
-        return _four_bit(weight, self.kind, self.block_size, self.double_quant)  # type: ignore[no-any-return]
+        return _four_bit(weight, self.kind, self.block_size, self.double_quant)
 
 
 class FP4(NF4):
@@ -157,7 +157,7 @@ class Int8(BnbScheme):
     """Columns of the input with a value above this are multiplied in floating point; 0 for none."""
 
     def module(self, weight: Tensor) -> nn.Module:
-        return _eight_bit(weight, self.threshold)  # type: ignore[no-any-return]
+        return _eight_bit(weight, self.threshold)
 
 
 @hookimpl

@@ -55,13 +55,13 @@ class HQQLayer(QuantizedLayer):
     """Reads and quantizes `HQQLinear` for the core."""
 
     def unpack(self, module: Any) -> Tensor:
-        return module.dequantize()  # type: ignore[no-any-return]
+        return module.dequantize()
 
     def dtype(self, module: Any) -> torch.dtype | None:
-        return module.compute_dtype  # type: ignore[no-any-return]
+        return module.compute_dtype
 
     def pack(self, module: Any, weight: Tensor) -> nn.Module:
-        return _packed(weight.to(module.compute_dtype), {**module.quant_config, "offload_meta": module.offload_meta})  # type: ignore[no-any-return]
+        return _packed(weight.to(module.compute_dtype), {**module.quant_config, "offload_meta": module.offload_meta})
 
 
 class HQQ8(Scheme):
@@ -82,7 +82,7 @@ class HQQ8(Scheme):
         groups, share = weight.numel() // self.group_size, 8 // self.bits
         if groups % share:
             raise QuantizationError(f"hqq: the {groups} groups of {tuple(weight.shape)} are not divisible by {share}")
-        return _packed(weight, BaseQuantizeConfig(nbits=self.bits, group_size=self.group_size, axis=1))  # type: ignore[no-any-return]
+        return _packed(weight, BaseQuantizeConfig(nbits=self.bits, group_size=self.group_size, axis=1))
 
 
 class HQQ4(HQQ8):

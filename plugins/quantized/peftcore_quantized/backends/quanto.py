@@ -24,10 +24,10 @@ class QuantoLayer(QuantizedLayer):
         return True
 
     def unpack(self, module: Any) -> Tensor:
-        return module.weight.dequantize()  # type: ignore[no-any-return]
+        return module.weight.dequantize()
 
     def dtype(self, module: Any) -> torch.dtype | None:
-        return module.weight.dtype  # type: ignore[no-any-return]
+        return module.weight.dtype
 
     def check_cut(self, module: nn.Module) -> None:
         raise UnsupportedHost(

@@ -40,7 +40,7 @@ def _normal_quantiles() -> list[float]:
     top = 0.9677083  # halfway between the last quantiles of 15 and of 16 levels
     upper, lower = (torch.linspace(top, 0.5, n, dtype=torch.float32, device="cpu")[:-1].double() for n in (9, 8))
     levels = torch.cat([-torch.special.ndtri(lower), upper.new_zeros(1), torch.special.ndtri(upper)]).float().sort()
-    return (levels.values / levels.values[-1]).tolist()  # type: ignore[no-any-return]
+    return (levels.values / levels.values[-1]).tolist()
 
 
 def _dynamic() -> list[float]:
@@ -99,13 +99,15 @@ class Frozen(torch.autograd.Function):
         ctx.save_for_backward(*packed)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         packed = ctx.saved_tensors
         return grad @ ctx.decode(*packed).to(grad.dtype), None, *(None for _ in packed)
 
 
 class PackedLinear(nn.Module):
     """A linear layer with a quantized weight. Subclasses say how to encode and how to decode."""
+
+    bias: nn.Parameter | None
 
     def __init__(self, weight: Tensor, options: dict[str, Any]) -> None:
         super().__init__()
@@ -133,17 +135,20 @@ class PackedLinear(nn.Module):
             return tensor.to(new.device) if id(tensor) in packed and new.dtype != tensor.dtype else new
 
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device="cpu")).dtype
-        super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(moved, recurse)
         return self
 
     @property
     def weight(self) -> Tensor:
         """Return a dense copy of the weight."""
-        return self.decode(*self._buffers.values()).to(self.dtype)
+        return self.decode(*self._packed()).to(self.dtype)
+
+    def _packed(self) -> list[Tensor]:
+        return [each for each in self._buffers.values() if each is not None]
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[..., in]`` to ``[..., out]``, in the dtype of x."""
-        y: Tensor = Frozen.apply(x, self.decode, *self._buffers.values())
+        y: Tensor = Frozen.apply(x, self.decode, *self._packed())
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:
@@ -177,7 +182,7 @@ class NF4Linear(PackedLinear):
         codes = nearest(steps / GRID * 2 - 1, DYNAMIC).where(scale[:, None] > 0, 0).view(-1)[: absmax.numel()]
         return {"absmax_codes": codes, "absmax_scale": scale, "absmax_mean": mean}
 
-    def decode(self, codes: Tensor, *absmax: Tensor) -> Tensor:
+    def decode(self, codes: Tensor, *absmax: Tensor) -> Tensor:  # type: ignore[override]  # called with what `encode` made
         size, shape = self.options["block_size"], (self.out_features, self.in_features)
         block_absmax = absmax[0]
         if self.options["double_quant"]:

@@ -32,7 +32,8 @@ def _packed(weight: Tensor, config: Any) -> nn.Module:
     module.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
     quantize_(module, config)
     module.weight.requires_grad_(False)
-    codes: Any = module.weight.qdata
+    packed: Any = module.weight  # of a class of torchao by now
+    codes: Any = packed.qdata
     if codes.is_floating_point():
         codes.view(torch.uint8)[(weight == 0).all(1)] = 0  # the scale of such rows is zero too, and the quotient NaN
     vars(module).pop("extra_repr", None)  # bound to this module, and no process but this one can read it
@@ -78,7 +79,7 @@ class TorchAOLayer(QuantizedLayer):
         return True
 
     def unpack(self, module: nn.Module) -> Tensor:
-        return module.weight.dequantize()  # type: ignore[union-attr,operator]
+        return module.weight.dequantize()  # type: ignore[operator]  # dequantize is no Module
 
     def dtype(self, module: nn.Module) -> torch.dtype | None:
         return module.weight.dtype  # type: ignore[return-value]
@@ -134,7 +135,7 @@ class Int4(Int8):
 
         if weight.shape[1] % self.group_size:
             raise QuantizationError(f"{weight.shape[1]} inputs are not divisible by group_size={self.group_size}")
-        return _packed(weight, IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(self.group_size)))
+        return _packed(weight, IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(self.group_size)))  # type: ignore[attr-defined]  # torch has it, its stubs have not
 
 
 @hookimpl
