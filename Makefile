@@ -5,8 +5,8 @@
 # make test-all PART=1/4    the first quarter of the whole matrix of methods and hosts; without PART all of it
 # make quantization-matrix    try every method on every packed base, and write docs/quantization.md
 # make bench   how fast it is, side by side with peft; writes docs/performance.md
-# make version VERSION=0.2.0    give all nine packages another version
-# make release-check    build the nine packages into dist/ and check them; nothing is uploaded
+# make version VERSION=0.2.0    give all ten packages another version
+# make release-check    build the ten packages into dist/ and check them; nothing is uploaded
 # make docs    the documentation, into site/; a broken link or reference fails
 # make docs-check    run the notebooks, and look at the site in headless Chromium, which the machine must have
 # make evidence    write into the plugins' packages with whose numbers their tests compare

@@ -1,5 +1,7 @@
 """peftcore: a registry of parameter-efficient fine-tuning methods that anyone extends without touching its core."""
 
+from importlib.util import find_spec
+
 from peftcore.algebra import merge_math
 from peftcore.algebra.adapters_as_parts import gather
 from peftcore.algebra.combining import combine, deltas, lora_of, to_lora
@@ -250,15 +252,27 @@ __all__ = [
 ]
 
 
+if find_spec("peftcore_lab") is None:
+    __all__.remove("compare")
+
+
 def __dir__() -> list[str]:
     """The public API: modules that imports leave here are not part of it."""
     return sorted(__all__)
 
 
 def __getattr__(name: str) -> object:
-    """Return `compare`, which is above and imported when it is first asked for."""
+    """Return `compare`, which is in the distribution peftcore-lab and imported when it is first asked for.
+
+    Raises:
+        MissingPackage: peftcore-lab is not installed.
+    """
     if name == "compare":
-        from peftcore.comparing.comparisons.modules import compare
+        if find_spec("peftcore_lab") is None:
+            from peftcore.utils.packages import lab_is_missing
+
+            raise lab_is_missing("peftcore.compare")
+        from peftcore_lab.comparisons.modules import compare
 
         return compare
     raise AttributeError(f"module 'peftcore' has no attribute {name!r}")
