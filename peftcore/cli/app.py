@@ -58,7 +58,7 @@ class Commands(TyperGroup):
             from peftcore.cli.plugin_commands import commands
 
             self.complete = True
-            self.commands |= commands(taken=tuple(self.commands))
+            self.commands.update(commands(taken=tuple(self.commands)))
 
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, pretty_exceptions_show_locals=False)
