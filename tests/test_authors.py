@@ -1,8 +1,8 @@
-"""What is written by authors, of methods, quantizers and plugins, imports `peftcore` and `peftcore.errors` alone.
+"""What is written by authors, of methods, quantizers and plugins, imports `peftcore`, `peftcore.author` and
+`peftcore.errors` alone; readers and writers of files import `peftcore.author.formats` too.
 
-So do the files that we write as authors: all plugins but for their interop files, which know the formats of other
-libraries, the example of a plugin, the snippets of the pages, and the templates of `peftcore new`. Where such a file
-needs what is further down, a verb is missing in the public API.
+So do the files that we write as authors: all plugins, the example of a plugin, the snippets of the pages, and the
+templates of `peftcore new`. Where such a file needs what is further down, a verb is missing in the public API.
 """
 
 import ast
@@ -14,23 +14,24 @@ from pathlib import Path
 import pytest
 
 import peftcore
+import peftcore.author
 
 ROOT = Path(__file__).parents[1]
 LAB = "lab"
 """The plugin that brings commands and no methods: an application, which may import all of the core."""
-PLUGINS = sorted(
-    path for path in ROOT.glob("plugins/*/peftcore_*/**/*.py") if not {"interop", f"peftcore_{LAB}"} & {*path.parts}
-)
+PLUGINS = sorted(path for path in ROOT.glob("plugins/*/peftcore_*/**/*.py") if f"peftcore_{LAB}" not in path.parts)
 EXAMPLE = sorted(ROOT.glob("examples/third-party-plugin/**/*.py"))
 TEMPLATES = sorted(ROOT.glob("peftcore/cli/authoring/templates/**/*.py.jinja"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
 PAGES += sorted(ROOT.glob("plugins/*/README.md"))
 FILES = [*PLUGINS, *EXAMPLE, *TEMPLATES, *PAGES]
 
-FOR_AUTHORS = {"peftcore", "peftcore.errors"}
+FOR_AUTHORS = {"peftcore", "peftcore.author", "peftcore.author.formats", "peftcore.errors"}
 BESIDES = {"peftcore.testing", "peftcore.training", "peftcore.roles", "peftcore.compat"}
 """For tests, for who trains, for who corrects a map of roles, and for who comes from peft: what pages and tests show,
 and no method needs."""
+PUBLIC = {f"peftcore.{name}" for name in (*peftcore.__all__, "__version__")}
+PUBLIC |= {f"peftcore.author.{name}" for name in peftcore.author.__all__}
 SNIPPET = re.compile(r"^(?P<indent> *)```python\n(?P<code>.*?)^ *```", re.MULTILINE | re.DOTALL)
 
 
@@ -56,7 +57,7 @@ def filled_in(expression: re.Match[str]) -> str:
 
 
 def reached(source: str) -> Iterator[tuple[int, str]]:
-    """What a piece of Python reaches for in the core, anywhere in it, by line: ``peftcore``, ``peftcore.Site``,
+    """What a piece of Python reaches for in the core, anywhere in it, by line: ``peftcore``, ``peftcore.author.Site``,
     ``peftcore.errors``, or what it should not: ``peftcore.layers.layer``."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -71,7 +72,7 @@ def reached(source: str) -> Iterator[tuple[int, str]]:
 
 def strays(path: Path, allowed: set[str]) -> list[str]:
     """Each place where a file reaches below the public API."""
-    public = {f"peftcore.{name}" for name in (*peftcore.__all__, "__version__")} | allowed
+    public = PUBLIC | allowed
     return [
         f"{relative(path)}:{before + line} {name}"
         for before, source in sources(path)
@@ -91,7 +92,7 @@ def test_all_kinds_of_files_are_read() -> None:
     folders = {path.name for path in (ROOT / "plugins").iterdir()}
     assert {path.parts[len(ROOT.parts) + 1] for path in PLUGINS} == folders - {LAB}
     assert EXAMPLE and TEMPLATES
-    assert any(name == "peftcore.Method" for page in PAGES for _, text in sources(page) for _, name in reached(text))
+    assert any(name == "peftcore.author" for page in PAGES for _, text in sources(page) for _, name in reached(text))
 
 
 @pytest.mark.parametrize(
@@ -106,7 +107,7 @@ def test_all_kinds_of_files_are_read() -> None:
     ],
 )
 def test_what_reaches_further_down_is_seen(line: str) -> None:
-    public = {f"peftcore.{name}" for name in peftcore.__all__} | FOR_AUTHORS
+    public = PUBLIC | FOR_AUTHORS
     assert any(name.startswith("peftcore.layers") and name not in public for _, name in reached(line))
 
 

@@ -9,6 +9,13 @@ import yaml
 
 MODULES: Mapping[str, Sequence[str]] = {
     "peftcore": (),
+    "peftcore.author": (
+        "peftcore.author.essentials",
+        "peftcore.author.weights",
+        "peftcore.author.blocks",
+        "peftcore.author.sequences",
+    ),
+    "peftcore.author.formats": (),
     "peftcore.training": (),
     "peftcore.testing": (),
     "peftcore.files.formats": ("peftcore.files.formats.format", "peftcore.files.formats.description"),

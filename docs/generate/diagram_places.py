@@ -41,10 +41,10 @@ ON_WEIGHT = "acts on the weight"
 ACTS = (
     (Replacement, "trains in place"),
     (WeightOperator, ON_WEIGHT),
-    (peftcore.AttentionOperator, "acts on queries, keys and values"),
-    (peftcore.SequenceOperator, "adds vectors in front of the tokens"),
+    (peftcore.author.AttentionOperator, "acts on queries, keys and values"),
+    (peftcore.author.SequenceOperator, "adds vectors in front of the tokens"),
     (Bypass, "acts in parallel to the branch"),
-    (peftcore.InputOperator, "changes what the model gets"),
+    (peftcore.author.InputOperator, "changes what the model gets"),
     (Combiner, "weights the outputs of adapters"),
     (Operator, "acts on the output"),
 )

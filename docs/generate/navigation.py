@@ -25,7 +25,7 @@ SECTIONS = {
         ),
         *("files", "readers", "concepts", "roles", "promises", "performance", "benchmarks"),
     ),
-    "Extend": ("write-a-method", "hooks"),
+    "Extend": ("write-a-method", "write-a-format", "hooks"),
     "Project": ("found", "checks", "architecture", "CONTRIBUTING", "SECURITY", "CHANGELOG"),
 }
 

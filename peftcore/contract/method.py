@@ -304,7 +304,7 @@ def check_method_class(cls: Any) -> type[Method]:
         PluginError: naming what is missing.
     """
     if not (isinstance(cls, type) and issubclass(cls, Method)):
-        raise PluginError(f"{cls!r} is not a subclass of peftcore.Method")
+        raise PluginError(f"{cls!r} is not a subclass of peftcore.author.Method")
     for attribute, kind in (("name", str), ("tags", Tags), ("target", object), ("Config", type)):
         value = getattr(cls, attribute, None)
         if value is None or not isinstance(value, kind):

@@ -35,9 +35,13 @@ class SavedSite(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     module_path: str
+    """Path of the module in the model."""
     tensor: str = "weight"
+    """Name of the tensor in the module."""
     role: str | None = None
+    """Role of the part of the tensor, such as ``"attn.q"``; None for the whole tensor."""
     rows: tuple[tuple[NonNegativeInt, NonNegativeInt], ...] | None = None
+    """First and last + 1 of the rows of the part, for each piece; None for the whole tensor."""
     shape: tuple[NonNegativeInt, ...] | None = None
     """Logical shape; empty for a module without a weight of its own, None where the file does not say."""
 
@@ -59,15 +63,23 @@ class Envelope(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     format: int
+    """Version of the file format."""
     method: str
+    """Name of the method."""
     plugin: str = ""
+    """Name of the plugin that has the method."""
     plugin_version: str = ""
+    """Version of that plugin."""
     config_version: NonNegativeInt
+    """Version of the method's options."""
     part_versions: dict[str, NonNegativeInt] = {}
     """Versions of the options of a hybrid's parts, by the names of parts: ``"0"``, ``"0/1"``."""
     config: dict[str, Any]
+    """Options of the method."""
     target: Any = None
+    """The argument `target` of `apply`."""
     exclude: Any = None
+    """The argument `exclude` of `apply`."""
     train: tuple[str, ...] = ()
     """Paths of modules and parameters that were trained along."""
     classes: tuple[str, ...] = ()
@@ -83,6 +95,7 @@ class Envelope(BaseModel):
     """The first and the end of the rows of token tables that its base lacks, by path of the table: the file has them,
     though they did not train."""
     dtype: str = "float32"
+    """Dtype of the operators' parameters."""
     host: str = ""
     """Class of the host, for people to read."""
     base: str | None = None
@@ -92,6 +105,7 @@ class Envelope(BaseModel):
     weights: str | None = None
     """Digest of the host's tensors at the sites, where the user asked for it."""
     selections: dict[str, tuple[SavedSite, ...]]
+    """Target modules, by the name of their selection."""
 
     @property
     def wishes(self) -> Wishes:

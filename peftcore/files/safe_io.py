@@ -137,6 +137,7 @@ class TensorFile:
     """A safetensors file: names, shapes and dtypes are read and checked at once, values only when asked for."""
 
     path: Path
+    """Path of the file."""
 
     @cached_property
     def header(self) -> dict[str, Any]:

@@ -206,7 +206,7 @@ class Layer:
 
         None wherever such a kernel must not run, or need not: `call` is anything else, such as another operator; weight
         or bias train, or are more than plain tensors (quantized, sharded, traced); the plain mathematics runs
-        (`peftcore.runs_plain`); or so little goes through memory that it is not worth it. Then call, and add.
+        (`peftcore.author.runs_plain`); or so little goes through memory that it is not worth it. Then call, and add.
 
         Args:
             call: the inner layer of an operator.

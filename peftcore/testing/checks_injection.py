@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import peftcore
+from peftcore.author import Tags
 from peftcore.errors import InactiveSite, TargetError, UnsupportedSite
 from peftcore.injection.injection import Injection
 from peftcore.testing.kit import Case, NotApplicable, check, fill
@@ -33,7 +34,7 @@ def _identity_options(case: Case) -> dict[str, Any]:
     return dict(case.tags.identity_options or {})
 
 
-def _promises_identity(tags: peftcore.Tags) -> bool:
+def _promises_identity(tags: Tags) -> bool:
     return tags.identity_at_init or tags.identity_options is not None
 
 

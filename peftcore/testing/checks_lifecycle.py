@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import peftcore
+from peftcore.author import Method, MethodConfig, Tags
 from peftcore.errors import (
     DuplicateInjection,
     InactiveSite,
@@ -167,16 +168,16 @@ def operators_are_no_targets(case: Case) -> None:
         case.expect(not any(id(site.module) in inside for site in found), f"target {target!r} reaches operators")
 
 
-class _EverythingConfig(peftcore.MethodConfig):
+class _EverythingConfig(MethodConfig):
     method: Literal["everything"] = "everything"
 
 
-class _Everything(peftcore.Method):
+class _Everything(Method):
     """Lists every tensor below the target; for looking only."""
 
     name = "everything"
     Config = _EverythingConfig
-    tags = peftcore.Tags(category="selective", paper="none")
+    tags = Tags(category="selective", paper="none")
     target = "*"
 
     def inject(self, model: nn.Module, config: Any, surgeon: Any) -> None:

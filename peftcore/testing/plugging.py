@@ -12,8 +12,8 @@ from peftcore.registry.plugins import registry
 
 @contextmanager
 def plugged(*hooks: Callable[..., Any]) -> Iterator[None]:
-    """Let functions that are marked with `peftcore.hookimpl` answer hooks, as those of a plugin do, until the block
-    ends.
+    """Let functions that are marked with `peftcore.author.hookimpl` answer hooks, as those of a plugin do, until the
+    block ends.
 
     Example:
         with plugged(peftcore_layer):

@@ -62,7 +62,7 @@ def test_a_method_is_told_when_its_parts_have_their_values(
     model, seen = adapted(), []
     expected = peftcore.injections(model)["one"].operators["first"].state_dict()
 
-    def parts_gathered(self: peftcore.Method, injection: peftcore.Injection) -> None:
+    def parts_gathered(self: peftcore.author.Method, injection: peftcore.Injection) -> None:
         part = injection.parts["0"].operators["first"]
         seen.extend(torch.equal(value, expected[key]) for key, value in part.state_dict().items())
 

@@ -23,7 +23,14 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 FILE = Path(__file__).with_name("snapshot.json")
-MODULES = ("peftcore", "peftcore.testing", "peftcore.training", "peftcore.errors")
+MODULES = (
+    "peftcore",
+    "peftcore.author",
+    "peftcore.author.formats",
+    "peftcore.testing",
+    "peftcore.training",
+    "peftcore.errors",
+)
 NAME = r"\w+(?: as \w+)?"
 FROM = re.compile(rf"\bfrom (peftcore(?:\.\w+)*) import (?:\(([^)]*)\)|({NAME}(?:, *{NAME})*))")
 IMPORT = re.compile(r"\bimport (peftcore(?:\.\w+)*)\b")

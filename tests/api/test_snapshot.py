@@ -81,7 +81,7 @@ def test_what_is_gone_is_gone_and_in_the_release_notes(problems: dict[str, str])
 
 
 APPLY = {"kind": "function", "parameters": [["model", POSITIONAL[1], None], ["seed", KEYWORD, "0"]]}
-CLASS = {"kind": "class", "bases": ["peftcore.Site"], "members": {"save": APPLY, "sites": {"kind": "value"}}}
+CLASS = {"kind": "class", "bases": ["peftcore.author.Site"], "members": {"save": APPLY, "sites": {"kind": "value"}}}
 
 
 def changed(recorded: Described, **changes: Any) -> Described:

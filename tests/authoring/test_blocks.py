@@ -8,7 +8,7 @@ import transformers
 from torch import nn
 
 import peftcore
-from peftcore import (
+from peftcore.author import (
     BlockSite,
     Method,
     MethodConfig,
@@ -37,7 +37,7 @@ class Nothing(Operator):
         self.shift = nn.Parameter(torch.zeros(site.width))
 
     def forward(self, call: Any, *args: Any, **kwargs: Any) -> Any:
-        return peftcore.on_first(call(*args, **kwargs), lambda h: h + self.shift)
+        return peftcore.author.on_first(call(*args, **kwargs), lambda h: h + self.shift)
 
 
 def found(model: nn.Module, target: Any = None) -> tuple[list[BlockSite], dict[Any, int]]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import peftcore
-from peftcore import BorrowedLayer, Method, MethodConfig, Operator, Shared, Site, Surgeon, Tags, Tap, borrow
+from peftcore.author import BorrowedLayer, Method, MethodConfig, Operator, Shared, Site, Surgeon, Tags, Tap, borrow
 from peftcore.errors import MissingContext, UnsupportedHost, UnsupportedSite
 from peftcore.layers.detect import dense_layer
 

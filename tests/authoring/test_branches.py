@@ -8,7 +8,7 @@ from core_toys import Layer, token_ids, transformer
 from torch import Tensor, nn
 
 import peftcore
-from peftcore import Method, MethodConfig, Tags
+from peftcore.author import Method, MethodConfig, Tags
 from peftcore.authoring.branches import AtBranchEnd, BranchSite, Bypass, branch, branch_end, is_post_norm
 from peftcore.errors import InactiveSite, UnsupportedSite
 from peftcore.registry.plugins import layer_of

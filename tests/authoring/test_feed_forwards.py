@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import peftcore
-from peftcore import FeedForwardSite, Method, MethodConfig, Operator, Tags, feed_forward_around
+from peftcore.author import FeedForwardSite, Method, MethodConfig, Operator, Tags, feed_forward_around
 from peftcore.errors import UnsupportedSite
 from peftcore.testing import HOSTS
 

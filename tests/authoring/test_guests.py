@@ -11,7 +11,17 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, StaticCache
 
 import peftcore
-from peftcore import GuestNetwork, GuestOperator, Method, MethodConfig, Operator, Tags, Tap, TokenStacks, guest_network
+from peftcore.author import (
+    GuestNetwork,
+    GuestOperator,
+    Method,
+    MethodConfig,
+    Operator,
+    Tags,
+    Tap,
+    TokenStacks,
+    guest_network,
+)
 from peftcore.errors import ConfigError, UnsupportedSite
 from peftcore.testing.hosts import HOSTS
 
@@ -26,7 +36,7 @@ class Config(MethodConfig):
 class Adds(Operator):
     """Adds what the guest made to what the head reads."""
 
-    def __init__(self, site: peftcore.Site, states: Tap) -> None:
+    def __init__(self, site: peftcore.author.Site, states: Tap) -> None:
         super().__init__(site)
         self.states = states
 
@@ -42,7 +52,7 @@ class HostWithGuest(Method):
     tags = Tags(category="additive", paper="none", identity_at_init=False)
     target = ("block",)
 
-    def inject(self, model: nn.Module, config: Config, surgeon: peftcore.Surgeon) -> None:
+    def inject(self, model: nn.Module, config: Config, surgeon: peftcore.author.Surgeon) -> None:
         stack = TokenStacks(surgeon).around(surgeon.sites())
         sizes = {"num_hidden_layers": 1, "hidden_size": config.width}
         guest = guest_network(surgeon, stack, sizes, config.own_table, encoders=config.encoders)
@@ -52,7 +62,7 @@ class HostWithGuest(Method):
             surgeon.graft(site, lambda at: Adds(at, states))
 
     @staticmethod
-    def parameter_count(site: peftcore.Site, config: Config) -> int:
+    def parameter_count(site: peftcore.author.Site, config: Config) -> int:
         return 0
 
 

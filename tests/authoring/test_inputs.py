@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import peftcore
-from peftcore import Surgeon, sees_vectors, watched_inputs
+from peftcore.author import Surgeon, sees_vectors, watched_inputs
 from peftcore.errors import TargetError
 
 
@@ -69,12 +69,12 @@ def test_sites_that_see_vectors() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Conv1d(4, 4, 1), nn.Embedding(4, 4), nn.MultiheadAttention(4, 2))
     found: dict[str, bool] = {}
 
-    class Options(peftcore.MethodConfig):
+    class Options(peftcore.author.MethodConfig):
         method: str = "looking_at_sites"
 
-    class Looking(peftcore.Method):
+    class Looking(peftcore.author.Method):
         name, target = "looking_at_sites", ("all-layers", "3.in_proj_weight")
-        Config, tags = Options, peftcore.Tags(category="selective", paper="none")
+        Config, tags = Options, peftcore.author.Tags(category="selective", paper="none")
 
         def inject(self, model: nn.Module, config: Any, surgeon: Surgeon) -> None:
             found.update({site.path: sees_vectors(site) for site in surgeon.sites()})

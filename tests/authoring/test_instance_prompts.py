@@ -8,7 +8,7 @@ from plugin_toys import method_members
 from torch import Tensor, nn
 
 import peftcore
-from peftcore import InstanceOperator, Method, MethodConfig, Tags
+from peftcore.author import InstanceOperator, Method, MethodConfig, Tags
 from peftcore.errors import MissingContext, SequenceError, UnsupportedSite
 from peftcore.testing.hosts import HOSTS
 
@@ -53,7 +53,7 @@ class Looks(Method):
     name, Config, target = "toy_looking", Config, "stack"
     tags = Tags(category="additive", paper="none", identity_at_init=False, per_row=False)
 
-    def inject(self, model: nn.Module, config: Any, surgeon: peftcore.Surgeon) -> None:
+    def inject(self, model: nn.Module, config: Any, surgeon: peftcore.author.Surgeon) -> None:
         for site in surgeon.sites():
             surgeon.sequence(site, Looking, config)
 

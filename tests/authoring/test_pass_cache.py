@@ -8,7 +8,7 @@ from transformers import LlamaConfig, MistralConfig
 from transformers.cache_utils import DynamicCache, DynamicLayer, StaticCache
 
 import peftcore
-from peftcore import PassCache
+from peftcore.author import PassCache
 from peftcore.errors import SequenceError
 
 
@@ -101,4 +101,4 @@ def test_without_caches_nothing_is_kept() -> None:
     PassCache().keep(given, (torch.ones(1),), (torch.ones(1),))
     cache = filled()
     PassCache().keep({"past_key_values": cache}, (torch.ones(1),), Output(past_key_values=filled()))
-    assert len(cache.layers) == 4 and peftcore.PassCache is PassCache
+    assert len(cache.layers) == 4 and peftcore.author.PassCache is PassCache

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import peftcore
-from peftcore import Method, MethodConfig, PromptPositions, Tags, TokenStacks, VisibleTokens, cached_tokens
+from peftcore.author import Method, MethodConfig, PromptPositions, Tags, TokenStacks, VisibleTokens, cached_tokens
 from peftcore.errors import MissingContext, RouteError, SequenceError, UnsupportedSite
 from peftcore.forward import context as contexts
 from peftcore.forward.active_adapters import Choice

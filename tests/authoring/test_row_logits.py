@@ -9,7 +9,7 @@ from plugin_toys import method_members
 from torch import Tensor, nn
 
 import peftcore
-from peftcore import Method, MethodConfig, Rows, SequenceOperator, Tags, row_logits
+from peftcore.author import Method, MethodConfig, Rows, SequenceOperator, Tags, row_logits
 from peftcore.errors import UnsupportedSite
 from peftcore.testing.hosts import HOSTS
 
@@ -40,7 +40,7 @@ class Scored(Method):
     name, Config, target = "toy_scored", Config, "stack"
     tags = Tags(category="additive", paper="none", identity_at_init=False, per_row=False)
 
-    def inject(self, model: nn.Module, config: Any, surgeon: peftcore.Surgeon) -> None:
+    def inject(self, model: nn.Module, config: Any, surgeon: peftcore.author.Surgeon) -> None:
         (site,) = surgeon.sites()
         stack = surgeon.sequence_site(site)
         self.left = row_logits(surgeon, stack, surgeon.sequence(site, Prompt, config), ROWS)

@@ -15,7 +15,7 @@ from dit_hosts import IMAGE, NAMES, ROTARY, SHAPES, SIZES, TEXT, blocks_of, dit_
 from torch import Tensor, nn
 
 import peftcore
-from peftcore import Method, MethodConfig, RowStream, StreamSite, Tags, add_stream, stream_sites
+from peftcore.author import Method, MethodConfig, RowStream, StreamSite, Tags, add_stream, stream_sites
 from peftcore.errors import PluginError, SequenceError, TrainingError, UnsupportedSite
 
 ROWS = 3
@@ -41,7 +41,7 @@ class Trained(RowStream):
     def second(self, given: Mapping[str, Any]) -> Mapping[str, Any] | None:
         if self.timestep is None:
             return None
-        told = peftcore.forward_context().context
+        told = peftcore.author.forward_context().context
         return {**given, "timestep": torch.full_like(given["timestep"], self.timestep), **told}
 
     def first(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -55,7 +55,7 @@ class Streams(Method):
     name, Config, target = "toy_stream", Options, "block"
     tags = Tags(category="diffusion", paper="none", identity_at_init=False, per_row=False)
 
-    def inject(self, model: nn.Module, config: Any, surgeon: peftcore.Surgeon) -> None:
+    def inject(self, model: nn.Module, config: Any, surgeon: peftcore.author.Surgeon) -> None:
         for site in stream_sites(surgeon):
             add_stream(surgeon, site, Trained, config)
 

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 import peftcore
 import peftcore.registry.catalogue
 import peftcore.registry.plugins
-from peftcore import hookimpl
+from peftcore.author import hookimpl
 from peftcore.cli.commands import app
 
 LORA = "peftcore_reparameterized.lora:LoRA"
@@ -54,7 +54,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
 
 def plugin(**methods: str) -> Callable[[], types.ModuleType]:
     module = types.ModuleType("other_plugin")
-    module.PEFTCORE_API = peftcore.API
+    module.PEFTCORE_API = peftcore.author.API
     module.peftcore_methods = hookimpl(lambda: methods)
     return lambda: module
 

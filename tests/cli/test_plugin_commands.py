@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 import peftcore.registry.plugins
 import peftcore.utils.packages
-from peftcore import hookimpl
+from peftcore.author import hookimpl
 from peftcore.cli.app import OF_LAB
 from peftcore.cli.commands import app
 from peftcore.registry.plugins import PluginWarning

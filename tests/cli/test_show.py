@@ -76,7 +76,7 @@ def test_every_option_of_every_method_has_a_type_and_a_description() -> None:
             assert "any" not in option.type.split(), (info.name, option.name)
 
 
-class Odd(peftcore.MethodConfig):
+class Odd(peftcore.author.MethodConfig):
     method: str = "odd"
     sides: tuple[int, float] = (1, 2.0)
     """A ``pair``."""

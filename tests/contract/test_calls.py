@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from peftcore import Calls
+from peftcore.author import Calls
 from peftcore.errors import CompositionError
 
 

@@ -166,16 +166,16 @@ def test_prefixes_stack_and_are_not_averaged() -> None:
 
 
 def test_fuse_asks_the_combiner_that_stands_there_and_averages_elsewhere(host: nn.Module, x: Tensor) -> None:
-    class Largest(peftcore.Combiner):
+    class Largest(peftcore.author.Combiner):
         def combine(self, outputs: list[Tensor], base: Tensor) -> Tensor:
             return torch.stack([output - base for output in outputs]).amax(0) + base
 
-    class Options(peftcore.MethodConfig):
+    class Options(peftcore.author.MethodConfig):
         method: str = "toy_largest"
 
-    class LargestMethod(peftcore.Method):
+    class LargestMethod(peftcore.author.Method):
         name, target, Config = "toy_largest", ("first",), Options
-        tags = peftcore.Tags(category="multitask", paper="none")
+        tags = peftcore.author.Tags(category="multitask", paper="none")
 
         def inject(self, model: nn.Module, config: Any, surgeon: Any) -> None:
             for site in surgeon.sites():

@@ -14,17 +14,17 @@ from peftcore.errors import CompositionError, MergeError
 from peftcore.testing.kit import fill
 
 
-class Options(peftcore.MethodConfig):
+class Options(peftcore.author.MethodConfig):
     method: str = "toy"
     kind: str = "around"
 
 
-class Around(peftcore.Operator):
+class Around(peftcore.author.Operator):
     """Reads what the module returns, and adds to what it is given."""
 
     only_inputs = True
 
-    def __init__(self, site: peftcore.Site) -> None:
+    def __init__(self, site: peftcore.author.Site) -> None:
         super().__init__(site)
         self.w = nn.Parameter(torch.zeros(6, 6))
 
@@ -46,7 +46,7 @@ class Behind(Around):
         return call(x) @ self.w
 
 
-class Mixer(peftcore.Combiner):
+class Mixer(peftcore.author.Combiner):
     """Weighs by what the module returns."""
 
     mixes_inputs = True
@@ -58,9 +58,9 @@ class Mixer(peftcore.Combiner):
 KINDS = {"around": Around, "untrue": Untrue, "behind": Behind, "mixer": Mixer}
 
 
-class Toy(peftcore.Method):
+class Toy(peftcore.author.Method):
     name, target, Config = "toy", ("norm",), Options
-    tags = peftcore.Tags(category="multitask", paper="none")
+    tags = peftcore.author.Tags(category="multitask", paper="none")
 
     def inject(self, model: nn.Module, config: Any, surgeon: Any) -> None:
         for site in surgeon.sites():
@@ -211,13 +211,13 @@ def test_a_part_that_is_disabled_adds_nothing(host: Any, x: Tensor) -> None:
         torch.testing.assert_close(host(x), expected, rtol=1e-12, atol=1e-12)
 
 
-class Whole(peftcore.Method):
+class Whole(peftcore.author.Method):
     """Gives a block another input, and reads what it returns for the one it is given."""
 
     name, target = "toy_whole", ("norm",)
-    tags = peftcore.Tags(category="multitask", paper="none", per_row=False)
+    tags = peftcore.author.Tags(category="multitask", paper="none", per_row=False)
 
-    class Config(peftcore.MethodConfig):
+    class Config(peftcore.author.MethodConfig):
         method: str = "toy_whole"
 
     def inject(self, model: nn.Module, config: Any, surgeon: Any) -> None:

@@ -8,7 +8,7 @@ from core_toys import perceptron, transformer
 from pydantic import ValidationError
 
 import peftcore
-from peftcore import MethodConfig
+from peftcore.author import MethodConfig
 from peftcore.contract.config import validate, validate_json
 from peftcore.errors import ConfigError
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import peftcore
-from peftcore import hookimpl
+from peftcore.author import hookimpl
 from peftcore.cli.commands import app as command_line
 from peftcore.contract import hookspecs
 from peftcore.files.formats.format import formats

@@ -11,7 +11,7 @@ from plugin_toys import method_members
 
 import peftcore
 import peftcore.registry.plugins
-from peftcore import Method, MethodConfig, Tags
+from peftcore.author import Method, MethodConfig, Tags
 from peftcore.errors import PluginError
 
 pytestmark = pytest.mark.usefixtures("fresh_registry")
@@ -111,7 +111,7 @@ def test_each_method_names_the_learning_rate_of_its_source() -> None:
 
 
 def test_a_learning_rate_says_where_it_is_from() -> None:
-    rate = peftcore.LearningRate(3e-4, "google-research/adapter-bert@1a31fc6, README.md", on="BERT-base, MRPC")
+    rate = peftcore.author.LearningRate(3e-4, "google-research/adapter-bert@1a31fc6, README.md", on="BERT-base, MRPC")
     assert str(rate) == "0.0003 (AdamW; BERT-base, MRPC): google-research/adapter-bert@1a31fc6, README.md"
 
 

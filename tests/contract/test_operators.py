@@ -81,7 +81,9 @@ def test_which_operators_change_the_bias_beside_their_weight() -> None:
 
     (site,) = peftcore.plan(transformer(), Shift, target="layers.0.mlp.up_proj").sites
     config = Shift.Config()
-    assert peftcore.changes_bias(Moves(site, config)) and not peftcore.changes_bias(ShiftOperator(site, config))
+    assert peftcore.author.changes_bias(Moves(site, config)) and not peftcore.author.changes_bias(
+        ShiftOperator(site, config)
+    )
 
 
 def test_hooks_of_opacus_are_refused_and_others_see_the_operator_run() -> None:

@@ -1,6 +1,6 @@
 """A preset says in one line what it is."""
 
-from peftcore import Preset
+from peftcore.author import Preset
 
 
 def test_a_preset_is_written_as_a_call() -> None:

@@ -22,7 +22,7 @@ import pytest
 from peftcore import errors
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("peftcore", "peftcore.training", "peftcore.testing")
+PACKAGES = ("peftcore", "peftcore.author", "peftcore.author.formats", "peftcore.training", "peftcore.testing")
 MODULES = ("errors", "contract.hookspecs", "algebra", "registry.plugins", "registry.equation_only", "files.formats")
 PLUGINS = sorted(path.stem for path in ROOT.glob("plugins/*/peftcore_*"))
 ERRORS = {name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, Exception)}
@@ -81,11 +81,16 @@ EVERY = public()
 
 def test_all_are_found() -> None:
     """Otherwise the tests below would hold of nothing."""
-    wanted = ("peftcore.apply", "peftcore.Injection.merge", "peftcore.Site.path", "peftcore.ForwardContext.context")
+    wanted = (
+        "peftcore.apply",
+        "peftcore.Injection.merge",
+        "peftcore.author.Site.path",
+        "peftcore.author.ForwardContext.context",
+    )
     wanted += ("peftcore.training.MethodOptimizer.step", "peftcore.testing.check_method", "peftcore.errors.MergeError")
     wanted += (
         "peftcore.contract.hookspecs.peftcore_map",
-        "peftcore.files.formats.format.Format.open",
+        "peftcore.author.formats.Format.open",
         "peftcore_vision.coop.CoOp",
     )
     wanted += ("peftcore_reparameterized.lora.LoRAOperator.factors",)

@@ -11,7 +11,7 @@ import peftcore
 import snippets
 import taxonomy
 from links import copies, mended
-from peftcore import Method, MethodConfig, Tags
+from peftcore.author import Method, MethodConfig, Tags
 
 NAMES = [info.name for info in peftcore.methods()]
 BUDGETS = {"BERT base": 1000}

@@ -13,7 +13,7 @@ from file_toys import adapted, host
 from torch import Tensor, nn
 
 import peftcore
-from peftcore import Method, MethodConfig, Operator, Site, Surgeon, Tags
+from peftcore.author import Method, MethodConfig, Operator, Site, Surgeon, Tags
 from peftcore.errors import CheckpointError, HostMismatch, NewerFormat
 from peftcore.files.formats.native import ENVELOPE, METADATA, TENSORS
 from peftcore.files.safe_io import write_tensors

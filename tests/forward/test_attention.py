@@ -10,7 +10,7 @@ from attention_hosts import FAMILIES, METHODS, VALUES, copies, host, inputs, met
 from torch import Tensor
 
 import peftcore
-from peftcore import Attend, AttentionOperator, AttentionSite, MethodConfig
+from peftcore.author import Attend, AttentionOperator, AttentionSite, MethodConfig
 
 ONLY_EAGER = {"gemma2"}
 """Their scores are capped, which sdpa cannot do."""

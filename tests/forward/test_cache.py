@@ -12,7 +12,8 @@ from core_toys import Shift, ShiftOperator, perceptron, run_without_gradients
 from torch import Tensor, nn
 
 import peftcore
-from peftcore import Method, MethodConfig, Tags, cache_weights, route
+from peftcore import cache_weights, route
+from peftcore.author import Method, MethodConfig, Tags
 from peftcore.contract.operators import Held, WeightOperator
 from peftcore.forward.cache import WeightCache
 from peftcore.forward.slot import slot_of

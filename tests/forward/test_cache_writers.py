@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import peftcore
-from peftcore import Site
+from peftcore.author import Site
 from peftcore.testing import HOSTS, Case
 
 CASES: Mapping[str, tuple[str, str, Mapping[str, Any]]] = {

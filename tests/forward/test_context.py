@@ -36,11 +36,11 @@ def test_context_reaches_operators_in_forward_and_generate() -> None:
 def test_the_record_names_the_inputs_and_is_gone_afterwards() -> None:
     seen: dict[str, Any] = {}
     model, _ = adapted("lora")
-    model.norm.register_forward_hook(lambda *_: seen.update(peftcore.forward_context().inputs))
+    model.norm.register_forward_hook(lambda *_: seen.update(peftcore.author.forward_context().inputs))
     ids = token_ids(2)
     model(ids, labels=ids)
     assert seen["ids"] is ids and seen["labels"] is ids
-    assert not peftcore.forward_context().inputs
+    assert not peftcore.author.forward_context().inputs
 
 
 def test_an_extra_pass_leaves_out_the_injection_and_nothing_else() -> None:
@@ -83,7 +83,7 @@ def test_nothing_of_the_record_stays_when_forward_raises_or_the_injection_goes()
     injection = peftcore.apply(model, TaskMethod)
     with pytest.raises(MissingContext):
         model(token_ids(2))
-    assert not peftcore.forward_context().inputs
+    assert not peftcore.author.forward_context().inputs
     injection.remove()
     notes = (model._forward_hooks_with_kwargs, model._forward_hooks_always_called, model._forward_pre_hooks_with_kwargs)
     assert (dict(model._forward_hooks), dict(model._forward_pre_hooks)) == hooks and not any(notes)

@@ -45,24 +45,24 @@ def test_labels_that_are_left_out_do_not_count(host: tuple[Any, torch.Tensor]) -
     torch.testing.assert_close(added, alone / 2, rtol=1e-3, atol=1e-4)
 
 
-class Counted(peftcore.Operator):
+class Counted(peftcore.author.Operator):
     """Adds one to the loss in each call."""
 
-    def __init__(self, site: peftcore.Site) -> None:
+    def __init__(self, site: peftcore.author.Site) -> None:
         super().__init__(site)
         self.zero = torch.nn.Parameter(torch.zeros(()))
 
     def forward(self, call: Callable[..., torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         if self.training:
-            peftcore.forward_context().add_loss(1.0 + self.zero, self)
+            peftcore.author.forward_context().add_loss(1.0 + self.zero, self)
         return call(x)
 
 
-class Counts(peftcore.Method):
+class Counts(peftcore.author.Method):
     name, target = "toy_counts", ("attn.k", "attn.v")
-    tags = peftcore.Tags(category="additive", paper="none")
+    tags = peftcore.author.Tags(category="additive", paper="none")
 
-    class Config(peftcore.MethodConfig):
+    class Config(peftcore.author.MethodConfig):
         method: Literal["toy_counts"] = "toy_counts"
 
     def inject(self, model: torch.nn.Module, config: Any, surgeon: Any) -> None:

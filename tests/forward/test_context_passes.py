@@ -12,7 +12,8 @@ from core_toys import token_ids
 from torch import Tensor, nn
 
 import peftcore
-from peftcore import Average, ForwardContext, Method, Operator, Sum, Tap, activate, call, forward_context, route
+from peftcore import Average, Sum, activate, call, route
+from peftcore.author import ForwardContext, Method, Operator, Tap, forward_context
 from peftcore.errors import MissingContext, UnknownInjection
 
 IDS = token_ids(3)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import peftcore
-from peftcore import Method, MethodConfig, Operator, Site, Surgeon, Tags
+from peftcore.author import Method, MethodConfig, Operator, Site, Surgeon, Tags
 from peftcore.forward.draws import Streams, seeded
 
 CPU = torch.device("cpu")

@@ -8,7 +8,7 @@ from core_toys import perceptron, snapshot, stir
 from torch import Tensor, nn
 
 import peftcore
-from peftcore import Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
+from peftcore.author import Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
 from peftcore.errors import TrainingError
 
 

@@ -13,7 +13,8 @@ from fleet_toys import applied, llama, texts
 from torch import Tensor, nn
 
 import peftcore
-from peftcore import Average, Operator, Stack, Sum, activate, forward_context, route
+from peftcore import Average, Stack, Sum, activate, route
+from peftcore.author import Operator, forward_context
 from peftcore.errors import RouteError, TrainingError
 
 ADDING: dict[str, tuple[str, dict[str, Any]]] = {
@@ -218,16 +219,16 @@ class Adding(Operator):
         return y * (1 + self.gain)
 
 
-class Config(peftcore.MethodConfig):
+class Config(peftcore.author.MethodConfig):
     method: Any = "toy_adding"
     of: str = "itself"
     stackable: bool = False
 
 
-class AddingMethod(peftcore.Method):
+class AddingMethod(peftcore.author.Method):
     name, target = "toy_adding", ("all-linear",)
     Config = Config
-    tags = peftcore.Tags(category="additive", paper="none", identity_at_init=False)
+    tags = peftcore.author.Tags(category="additive", paper="none", identity_at_init=False)
 
     def inject(self, model: nn.Module, config: Config, surgeon: Any) -> None:
         for site in surgeon.sites():

@@ -223,8 +223,8 @@ def test_losses_of_operators_count_once(reentrant: bool) -> None:
 
 def test_records_die_with_their_graphs() -> None:
     model, _ = adapted(False)
-    seen: list[weakref.ref[peftcore.ForwardContext]] = []
-    model.norm.register_forward_hook(lambda *_: seen.append(weakref.ref(peftcore.forward_context())))
+    seen: list[weakref.ref[peftcore.author.ForwardContext]] = []
+    model.norm.register_forward_hook(lambda *_: seen.append(weakref.ref(peftcore.author.forward_context())))
     value = loss(model, CHOICES["one"])
     assert seen[0]() is not None
     value.backward()

@@ -12,7 +12,8 @@ from core_toys import token_ids
 from torch import Tensor, nn
 
 import peftcore
-from peftcore import Method, MethodConfig, Operator, Tags, call, forward_context, route, using
+from peftcore import call, route, using
+from peftcore.author import Method, MethodConfig, Operator, Tags, forward_context
 from peftcore.errors import ConfigError, MissingContext, RouteError
 from peftcore.forward.repeats import Repeats, of_batch, told_repeats
 

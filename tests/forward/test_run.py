@@ -38,10 +38,10 @@ class Trace(DoublingOperator):
         return output
 
 
-class TwiceAsMuch(peftcore.InputOperator):
+class TwiceAsMuch(peftcore.author.InputOperator):
     """Doubles what the module is given, and tells it something more."""
 
-    def __init__(self, site: peftcore.Site) -> None:
+    def __init__(self, site: peftcore.author.Site) -> None:
         super().__init__(site)
         self.unused = nn.Parameter(torch.zeros(()))
 
@@ -52,10 +52,10 @@ class TwiceAsMuch(peftcore.InputOperator):
         return {**given, "x": x + rows * x, "plus": rows}
 
 
-class Minus(peftcore.Operator):
+class Minus(peftcore.author.Operator):
     """Takes what the module is given by position, as operators around modules do."""
 
-    def __init__(self, site: peftcore.Site) -> None:
+    def __init__(self, site: peftcore.author.Site) -> None:
         super().__init__(site)
         self.unused = nn.Parameter(torch.zeros(()))
 
@@ -68,13 +68,13 @@ class Affine(nn.Linear):
         return super().forward(x) * times + plus
 
 
-class Given(peftcore.Method):
+class Given(peftcore.author.Method):
     """One of the two operators."""
 
     name, target = "toy_given", ("first",)
-    tags = peftcore.Tags(category="additive", paper="none", identity_at_init=False)
+    tags = peftcore.author.Tags(category="additive", paper="none", identity_at_init=False)
 
-    class Config(peftcore.MethodConfig):
+    class Config(peftcore.author.MethodConfig):
         method: Literal["toy_given"] = "toy_given"
         turned: bool = False
 

@@ -37,14 +37,14 @@ def test_taps_and_losses(compiled: bool) -> None:
     torch.testing.assert_close(trained["loss"] - plain["loss"], extra)
     assert extra > 1e-3
     assert model(ids).keys() == {"logits"}
-    assert not peftcore.forward_context().taps
+    assert not peftcore.author.forward_context().taps
     torch.compiler.reset()
 
 
 def test_kept_taps_last_until_backward_is_done() -> None:
     """What one block leaves for another must be there when that one alone runs again; other taps must be gone."""
     model = host()
-    kept, passing = peftcore.Tap(until_backward=True), peftcore.Tap()
+    kept, passing = peftcore.author.Tap(until_backward=True), peftcore.author.Tap()
     states: list[Any] = []
 
     def write(module: Any, args: Any, output: Tensor) -> None:
@@ -71,7 +71,7 @@ def test_what_learns_reaches_a_block_that_runs_again_with_its_gradient_or_not_at
     model, ids = host(reentrant), token_ids(2)
     peftcore.apply(model, "lora")
     gain = torch.ones(8, requires_grad=True)
-    tap, learns = peftcore.Tap(until_backward=True), True
+    tap, learns = peftcore.author.Tap(until_backward=True), True
     model.embed_tokens.register_forward_hook(lambda *_: tap.put([gain * 2 if learns else gain.detach()]))
     model.layers[1].register_forward_hook(lambda module, args, output: output * tap.get()[0])
     if reentrant:
@@ -91,7 +91,7 @@ def test_what_a_block_makes_is_read_behind_it_with_its_gradient_or_not_at_all(re
     model, ids = host(reentrant), token_ids(2)
     peftcore.apply(model, "lora")
     gain = torch.ones(8, requires_grad=True)
-    tap = peftcore.Tap(until_backward=True, learns=True)
+    tap = peftcore.author.Tap(until_backward=True, learns=True)
     model.layers[0].register_forward_hook(lambda *_: tap.put(gain * 2))
     model.layers[1].register_forward_hook(lambda module, args, output: output * tap.get())
     if reentrant:

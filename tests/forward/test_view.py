@@ -23,7 +23,7 @@ class Reader(nn.Module):
         return nn.functional.linear(x, self.qkv.weight)
 
 
-class OnNestedTensor(peftcore.Method):
+class OnNestedTensor(peftcore.author.Method):
     """Acts on a child's tensor through the module that reads it."""
 
     name = "toy_nested"
@@ -120,7 +120,7 @@ def test_a_stand_in_computes_with_other_tensors_and_leaves_the_module_alone() ->
     peftcore.apply(model, OnNestedTensor)
     reader = model["reader"]
     before, weight = snapshot(model), torch.randn(6, 4, requires_grad=True)
-    y = peftcore.with_tensors(reader, {"qkv.weight": weight})(x)
+    y = peftcore.author.with_tensors(reader, {"qkv.weight": weight})(x)
     assert torch.equal(y, nn.functional.linear(x, weight))
     y.sum().backward()
     assert weight.grad is not None and reader.qkv.weight.grad is None

@@ -8,7 +8,8 @@ import pytest
 from core_toys import perceptron
 
 import peftcore
-from peftcore import AppliedMethod, HybridPart, Injection, Method
+from peftcore import Injection
+from peftcore.author import AppliedMethod, HybridPart, Method
 
 READ = {"name", "model", "method", "config", "grafts", "operators", "sites", "shared", "parts", "whole", "family",
         "modules", "parameters", "reads_tokens", "state_dict", "steps_taken"}  # fmt: skip

@@ -240,12 +240,14 @@ def test_what_computes_a_weight_in_a_way_of_its_own_is_refused(make: Any) -> Non
         assert not differences(before, trace(model)) and not injection.merged
 
 
-class Shifted(peftcore.Method):
+class Shifted(peftcore.author.Method):
     """A shift of the tensor `weight`, whatever holds it."""
 
     name = "toy_shifted"
-    Config = type("ShiftedConfig", (peftcore.MethodConfig,), {"__annotations__": {"method": str}, "method": name})
-    tags = peftcore.Tags(category="reparameterized", paper="none", mergeable=True)
+    Config = type(
+        "ShiftedConfig", (peftcore.author.MethodConfig,), {"__annotations__": {"method": str}, "method": name}
+    )
+    tags = peftcore.author.Tags(category="reparameterized", paper="none", mergeable=True)
     target = "*"
 
     def inject(self, model: nn.Module, config: Any, surgeon: Any) -> None:

@@ -202,16 +202,16 @@ def test_what_is_drawn_from_a_seed_and_lies_in_no_file_is_swapped_too(tmp_path: 
     assert torch.equal(fresh(tmp_path / "c"), fresh(second))
 
 
-class MaskedConfig(peftcore.MethodConfig):
+class MaskedConfig(peftcore.author.MethodConfig):
     method: Literal["masked"] = "masked"
     first: int = 0
     dropout: float = 0.0
 
 
-class MaskedOperator(peftcore.Operator):
+class MaskedOperator(peftcore.author.Operator):
     """Adds to some outputs: which ones is drawn from an option, and lies in no file."""
 
-    def __init__(self, site: peftcore.Site, config: MaskedConfig) -> None:
+    def __init__(self, site: peftcore.author.Site, config: MaskedConfig) -> None:
         super().__init__(site)
         self.input_dropout = config.dropout
         self.bias = nn.Parameter(torch.ones(site.out_features))
@@ -221,20 +221,20 @@ class MaskedOperator(peftcore.Operator):
         return call(x) + self.bias * self.mask
 
 
-class Masked(peftcore.Method):
+class Masked(peftcore.author.Method):
     """Added to some outputs."""
 
     name = "masked"
     Config = MaskedConfig
-    tags = peftcore.Tags(category="additive", paper="2106.09685", identity_at_init=False)
+    tags = peftcore.author.Tags(category="additive", paper="2106.09685", identity_at_init=False)
     target = ("attn.q",)
 
-    def inject(self, model: nn.Module, config: MaskedConfig, surgeon: peftcore.Surgeon) -> None:
+    def inject(self, model: nn.Module, config: MaskedConfig, surgeon: peftcore.author.Surgeon) -> None:
         for site in surgeon.sites():
             surgeon.graft(site, MaskedOperator, config)
 
     @staticmethod
-    def parameter_count(site: peftcore.Site, config: MaskedConfig) -> int:
+    def parameter_count(site: peftcore.author.Site, config: MaskedConfig) -> int:
         return site.out_features
 
 

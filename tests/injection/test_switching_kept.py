@@ -93,7 +93,7 @@ def _fails(*_: Any) -> None:
     raise ZeroDivisionError
 
 
-Fails = type("Fails", (peftcore.Method,), {**vars(TaskMethod), "name": "toy_fails", "trainable": _fails})
+Fails = type("Fails", (peftcore.author.Method,), {**vars(TaskMethod), "name": "toy_fails", "trainable": _fails})
 """Its operators are installed, and then it fails."""
 
 HOW = ["apply", "load", "load to wait", "combine", "to_lora", "remove", "enable", "fails"]

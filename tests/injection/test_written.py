@@ -133,12 +133,14 @@ def test_modules_that_keep_lists_of_their_weights_follow() -> None:
         assert torch.equal(model(x)[0], expected)
 
 
-class InRecurrent(peftcore.Method):
+class InRecurrent(peftcore.author.Method):
     """A value for one weight of a recurrent layer."""
 
     name = "toy_in_recurrent"
-    Config = type("InRecurrentConfig", (peftcore.MethodConfig,), {"__annotations__": {"method": str}, "method": name})
-    tags = peftcore.Tags(category="selective", paper="none", mergeable=True)
+    Config = type(
+        "InRecurrentConfig", (peftcore.author.MethodConfig,), {"__annotations__": {"method": str}, "method": name}
+    )
+    tags = peftcore.author.Tags(category="selective", paper="none", mergeable=True)
     target = "re:^0$"
 
     def inject(self, model: nn.Module, config: Any, surgeon: Any) -> None:

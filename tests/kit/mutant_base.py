@@ -10,7 +10,7 @@ import torch
 from pydantic import ConfigDict
 from torch import Tensor, nn
 
-from peftcore import Method, MethodConfig, Operator, Site, Tags
+from peftcore.author import Method, MethodConfig, Operator, Site, Tags
 from peftcore.surgery.surgeon import Surgeon
 from peftcore.testing import Case
 

@@ -9,7 +9,7 @@ from typing import Any
 from mutant_base import TAGS, Entry, Small, mutant
 from torch import Tensor
 
-from peftcore import forward_context
+from peftcore.author import forward_context
 from peftcore.forward.host_state import state_of
 
 

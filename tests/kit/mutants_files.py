@@ -14,7 +14,8 @@ from mutant_base import RANK, Entry, Small, SmallConfig, graft_all, mutant
 from mutants_lifecycle import sabotaged
 from torch import Tensor, nn
 
-from peftcore import Injection, Method, MethodConfig, Site
+from peftcore import Injection
+from peftcore.author import Method, MethodConfig, Site
 from peftcore.surgery.surgeon import Surgeon
 
 

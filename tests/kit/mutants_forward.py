@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from mutant_base import NOT_MERGEABLE, TAGS, Entry, Small, SmallConfig, Unmergeable, mutant
 from torch import Tensor, nn
 
-from peftcore import (
-    Injection,
+from peftcore import Injection
+from peftcore.author import (
     Method,
     MethodConfig,
     SequenceOperator,

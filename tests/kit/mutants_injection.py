@@ -12,7 +12,7 @@ from mutant_base import RANK, TAGS, Entry, Small, SmallConfig, count, graft_all,
 from pydantic import Field, ValidationInfo, model_validator
 from torch import Tensor, nn
 
-from peftcore import Method, MethodConfig, Site
+from peftcore.author import Method, MethodConfig, Site
 from peftcore.forward.slot import slot_of
 from peftcore.injection.applied import AppliedMethod
 from peftcore.surgery.surgeon import Surgeon

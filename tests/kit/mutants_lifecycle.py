@@ -15,7 +15,8 @@ from mutant_base import Entry, Small, graft_all, mutant
 from torch import Tensor, nn
 
 import peftcore
-from peftcore import Injection, Method, MethodConfig, Site
+from peftcore import Injection
+from peftcore.author import Method, MethodConfig, Site
 from peftcore.forward.active_adapters import Choice
 from peftcore.forward.host_state import HostState
 from peftcore.forward.scopes import Choices, Chosen, Statement

@@ -11,7 +11,8 @@ from mutant_base import NOT_MERGEABLE, Entry, Small, mutant
 from mutants_lifecycle import sabotaged
 from torch import Tensor, nn
 
-from peftcore import Injection, Method, MethodConfig, Replacement, Site
+from peftcore import Injection
+from peftcore.author import Method, MethodConfig, Replacement, Site
 from peftcore.errors import MergeError
 from peftcore.forward.active_adapters import Choice
 from peftcore.forward.host_state import HostState

@@ -9,7 +9,7 @@ import torch
 from mutant_base import NOT_MERGEABLE, TAGS, Entry, Small, mutant
 from torch import Tensor
 
-from peftcore import MethodConfig, Router, Site, forward_context
+from peftcore.author import MethodConfig, Router, Site, forward_context
 
 
 class RoutesWithoutATag(Router, Small):

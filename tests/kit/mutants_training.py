@@ -12,7 +12,8 @@ import torch
 from mutant_base import NOT_MERGEABLE, TAGS, Entry, Small, Unmergeable, mutant
 from torch import Tensor, nn
 
-from peftcore import Batches, Injection, Method, MethodConfig, Site, Tap
+from peftcore import Injection
+from peftcore.author import Batches, Method, MethodConfig, Site, Tap
 from peftcore.surgery.surgeon import Surgeon
 
 WITH_DATA = replace(TAGS, needs_data=True)

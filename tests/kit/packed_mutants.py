@@ -10,7 +10,7 @@ from pydantic import ConfigDict
 from torch import Tensor, nn
 from toy_quantizer import Toy, ToyLayer, ToyLinear
 
-from peftcore import hookimpl
+from peftcore.author import hookimpl
 
 PEFTCORE_API = 2
 SCHEMES: dict[str, str] = {}

@@ -12,7 +12,7 @@ from mutant_base import NOT_MERGEABLE, Small, mutant
 from mutants_injection import MUTANTS
 from torch import Tensor
 
-from peftcore import MethodConfig, Site
+from peftcore.author import MethodConfig, Site
 from peftcore.errors import ConfigError
 from peftcore.testing import (
     APART,

@@ -5,7 +5,7 @@ from core_toys import Shift, perceptron
 from torch import nn
 
 import peftcore
-from peftcore import Layer, Transposed, hookimpl
+from peftcore.author import Layer, Transposed, hookimpl
 from peftcore.testing import plugged
 
 

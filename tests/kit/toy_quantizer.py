@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from peftcore import hookimpl
+from peftcore.author import hookimpl
 from peftcore.injection.quantization import Scheme
 from peftcore.injection.quantized_layer import QuantizedLayer, quantized_layer_of
 from peftcore.layers.layer import Layer

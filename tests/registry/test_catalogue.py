@@ -12,7 +12,7 @@ from plugin_toys import GOOD, Aliased, method_members, names, plugin, point
 
 import peftcore
 import peftcore.registry.plugins
-from peftcore import Method
+from peftcore.author import Method
 from peftcore.errors import AmbiguousMethod, PluginError, UnknownMethod
 from peftcore.registry.catalogue import schema
 

@@ -11,7 +11,7 @@ from plugin_toys import Point, names, plugin, point
 
 import peftcore
 import peftcore.registry.plugins
-from peftcore import hookimpl
+from peftcore.author import hookimpl
 from peftcore.errors import UnknownMethod
 from peftcore.registry.plugins import PluginWarning
 
@@ -35,7 +35,7 @@ BROKEN: dict[str, tuple[Callable[[], Any], str]] = {
     "fails at import": (import_failure, "missing_dependency"),
     "raises something else at import": (any_failure, "division by zero"),
     "speaks an older API": (
-        lambda: plugin(api=peftcore.API - 1),
+        lambda: plugin(api=peftcore.author.API - 1),
         "this peftcore has API 2: install another version",
     ),
     "speaks a newer API": (lambda: plugin(api=3), "API 3"),

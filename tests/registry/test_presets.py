@@ -11,7 +11,7 @@ import torch
 from plugin_toys import plugin, point
 
 import peftcore
-from peftcore import Preset, hookimpl
+from peftcore.author import Preset, hookimpl
 from peftcore.errors import ConfigError, TargetError, UnknownMethod, UnsupportedSite
 from peftcore.registry.presets import class_of, preset_of
 from peftcore.testing import HOSTS, NotApplicable, conformance

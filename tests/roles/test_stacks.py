@@ -144,12 +144,14 @@ def test_which_stacks_go_on_from_what_earlier_tokens_left(name: str, takes: bool
 
 def test_the_cache_among_the_arguments_of_a_module() -> None:
     cache = object()
-    assert peftcore.cache_in({"hidden_states": 1, "past_key_values": cache, "cache_params": None}) is cache
-    assert peftcore.cache_in({"hidden_states": 1, "past_key_values": None}) is None
+    assert peftcore.author.cache_in({"hidden_states": 1, "past_key_values": cache, "cache_params": None}) is cache
+    assert peftcore.author.cache_in({"hidden_states": 1, "past_key_values": None}) is None
     from transformers import DynamicCache
 
     own = DynamicCache()
-    assert peftcore.cache_in({"hidden_states": 1, "whatever_its_name": own}) is own, "a block may name it as it likes"
+    assert peftcore.author.cache_in({"hidden_states": 1, "whatever_its_name": own}) is own, (
+        "a block may name it as it likes"
+    )
 
 
 def test_what_is_in_front_and_the_text_are_no_more_than_the_positions() -> None:

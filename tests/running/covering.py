@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 
-from peftcore import AttentionOperator, Method, Operator, Replacement, Surgeon, WeightOperator
+from peftcore.author import AttentionOperator, Method, Operator, Replacement, Surgeon, WeightOperator
 from peftcore.testing.doors import CHANGED, Declared
 from peftcore.testing.kit import ALL, Check
 

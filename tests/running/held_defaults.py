@@ -26,7 +26,7 @@ import pytest
 from pydantic import ValidationError
 
 import peftcore
-from peftcore import MethodConfig
+from peftcore.author import MethodConfig
 from peftcore.utils.progress import through
 
 ROOT = Path(__file__).parents[2]

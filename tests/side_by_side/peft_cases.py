@@ -443,7 +443,7 @@ def in_our_words(injection: Injection, case: Case, base: nn.Module) -> dict[str,
     if injection.parts or layers is None:
         return {}
     options = injection.config.model_dump(mode="json", exclude_defaults=True)
-    found = any(isinstance(graft.operator, peftcore.SequenceOperator) for graft in injection.grafts)
+    found = any(isinstance(graft.operator, peftcore.author.SequenceOperator) for graft in injection.grafts)
     sites = [] if found else _short([site.path for site in injection.main_selection if not site.slices], base)
     return {
         "host": layers,

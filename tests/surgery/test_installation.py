@@ -20,7 +20,7 @@ from core_toys import (
 from torch import Tensor, nn
 
 import peftcore
-from peftcore import hookimpl
+from peftcore.author import hookimpl
 from peftcore.errors import (
     UnsupportedHost,
 )
@@ -33,7 +33,7 @@ def test_container_of_nothing_but_containers_around_it_is_refused() -> None:
         peftcore.apply(nn.Sequential(nn.Sequential()), StandOnRoot)
 
 
-class StandOnRoot(peftcore.Method):
+class StandOnRoot(peftcore.author.Method):
     """Acts on what the host itself returns."""
 
     name = "toy_root"
@@ -151,7 +151,7 @@ def test_names_of_sites_that_contain_each_other_do_not_collide() -> None:
     assert snapshot(model) == before
 
 
-class Breaks(peftcore.Method):
+class Breaks(peftcore.author.Method):
     """Fails where it is told to."""
 
     name = "toy_fragile"

@@ -25,7 +25,7 @@ from peftcore.errors import (
 
 
 def test_method_that_grafts_a_site_twice_is_told_so() -> None:
-    class Twice(peftcore.Method):
+    class Twice(peftcore.author.Method):
         name = "toy_twice"
         Config = Shift.Config
         tags = Shift.tags

@@ -11,7 +11,7 @@ from host_zoo import build
 from torch import Tensor, nn
 
 import peftcore
-from peftcore import Attend, AttentionOperator, AttentionSite
+from peftcore.author import Attend, AttentionOperator, AttentionSite
 from peftcore.errors import TargetError, UnsupportedSite
 from peftcore.testing.tools import differences, trace
 

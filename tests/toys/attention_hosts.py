@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor, nn
 
 import peftcore
-from peftcore import Attend, AttentionOperator, AttentionSite, Method, MethodConfig, Surgeon, Tags
+from peftcore.author import Attend, AttentionOperator, AttentionSite, Method, MethodConfig, Surgeon, Tags
 
 WORDS, WIDTH = 40, 16
 DECODER = {

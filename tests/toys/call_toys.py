@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import peftcore
-from peftcore import Method, MethodConfig, Operator, Tags, Tap, activate, forward_context, route
+from peftcore import activate, route
+from peftcore.author import Method, MethodConfig, Operator, Tags, Tap, forward_context
 
 WIDTH = 8
 

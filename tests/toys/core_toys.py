@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import peftcore
-from peftcore import Method, MethodConfig, Operator, Replacement, Tags, WeightOperator
+from peftcore.author import Method, MethodConfig, Operator, Replacement, Tags, WeightOperator
 from peftcore.contract.operators import on_first
 
 WIDTH = 8
@@ -312,7 +312,7 @@ class Fragile(Shift.Config):
     """Where it breaks."""
 
 
-class BreakingOperator(peftcore.WeightOperator):
+class BreakingOperator(peftcore.author.WeightOperator):
     built = 0
 
     def __init__(self, site: Any, config: Any) -> None:

@@ -10,7 +10,7 @@ from core_toys import DoublingConfig
 
 import peftcore
 import peftcore.registry.plugins
-from peftcore import Method, MethodConfig, Tags, hookimpl
+from peftcore.author import Method, MethodConfig, Tags, hookimpl
 
 GOOD = {"toy_doubling": "core_toys:Doubling"}
 
@@ -25,7 +25,7 @@ class Point:
     value: str = "module"
 
 
-def plugin(methods: Any = GOOD, api: Any = peftcore.API, **hooks: Any) -> types.ModuleType:
+def plugin(methods: Any = GOOD, api: Any = peftcore.author.API, **hooks: Any) -> types.ModuleType:
     """A plugin module that brings `methods`."""
     module = types.ModuleType("toy_plugin")
     if api is not None:

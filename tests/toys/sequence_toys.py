@@ -11,7 +11,7 @@ from host_zoo import VOCABULARY, build
 from torch import Tensor, nn
 
 import peftcore
-from peftcore import InnerRows, Method, MethodConfig, SequenceOperator, SequenceSite, Site, Surgeon, Tags
+from peftcore.author import InnerRows, Method, MethodConfig, SequenceOperator, SequenceSite, Site, Surgeon, Tags
 
 torch.set_num_threads(1)
 LENGTH = 3

@@ -7,7 +7,8 @@ import torch
 from pydantic import ConfigDict
 from torch import Tensor, nn
 
-from peftcore import Batches, GradientRule, Injection, Method, MethodConfig, Operator, Site, Surgeon, Tags
+from peftcore import Injection
+from peftcore.author import Batches, GradientRule, Method, MethodConfig, Operator, Site, Surgeon, Tags
 
 WIDTH = 6
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from training_toys import WIDTH, Looks, LowRank, Plain, batch, found, method, toy
 
 import peftcore
-from peftcore import Batches, Injection, Method, MethodConfig, Operator, Site
+from peftcore import Injection
+from peftcore.author import Batches, Method, MethodConfig, Operator, Site
 from peftcore.errors import CalibrationError, ConfigError, PluginError
 from peftcore.testing.tools import differences, trace
 

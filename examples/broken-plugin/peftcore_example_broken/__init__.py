@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import a_dependency_that_was_never_declared  # noqa: F401
 
-from peftcore import hookimpl
+from peftcore.author import hookimpl
 
 PEFTCORE_API = 2
 

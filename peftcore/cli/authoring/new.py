@@ -24,6 +24,7 @@ from rich.console import Group, RenderableType
 from rich.padding import Padding
 
 import peftcore
+from peftcore.author import API
 from peftcore.cli import pages
 from peftcore.contract.method import CATEGORIES
 from peftcore.errors import BadInput
@@ -109,7 +110,7 @@ class Plugin:
             "class_name": "".join(part.title() for part in self.name.split("_")),
             "title": " ".join(part.capitalize() for part in self.name.split("_")),
             "entry_point": self.package if self.template == "method" else f"{self.package}.{self.name}",
-            "api": peftcore.API,
+            "api": API,
             "peftcore_version": peftcore.__version__.rpartition(".")[0],
             "author": _author() or f"the authors of {self.distribution}",
             "year": date.today().year,

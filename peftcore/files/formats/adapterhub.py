@@ -41,6 +41,7 @@ class HubPlace:
     """One site of ours, with the tensors of the file that belong to it."""
 
     site: Site
+    """The target module."""
     names: Mapping[str, str]
     """Full names of the tensors, by their names behind the adapter's."""
     index: int = 0

@@ -19,6 +19,7 @@ class Description:
     """The description of one adapter. Values of tensors were not read."""
 
     format: str
+    """The name of the format."""
     files: tuple[TensorFile, ...]
     """The files of its tensors."""
     methods: tuple[str, ...] = ()

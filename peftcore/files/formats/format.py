@@ -34,7 +34,9 @@ class Tensors:
     """The content of a safetensors file."""
 
     values: Mapping[str, Tensor]
+    """The tensors by name."""
     metadata: Mapping[str, str]
+    """The texts of the file's header."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ class Format(ABC):
     """Base class of file formats."""
 
     name: ClassVar[str]
+    """The name of the format, by which `save` takes it."""
     file: ClassVar[str] = ""
     """The name of the file that holds an adapter by itself; empty where that takes several files."""
     parts: ClassVar[tuple[str, ...]] = ()

@@ -12,7 +12,8 @@ from peftcore.errors import CheckpointError, shown
 T = TypeVar("T")
 OFF: tuple[Any, ...] = (None, False, "", [], {})
 """Values with which an unknown option does nothing."""
-REQUIRED: Any = object()
+REQUIRED: Any = ...
+"""The default of an option that a file has to have."""
 
 
 class Keys:

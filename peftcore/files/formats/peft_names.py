@@ -29,6 +29,7 @@ class Group:
     """The tensors at one module, or at one parameter of a module."""
 
     site: SavedSite
+    """The record of the module in our file."""
     written: str
     """The module's path in the file."""
     names: Mapping[str, str]

@@ -15,6 +15,7 @@ class Place:
     """One operator of ours, for a translation to read into or write from."""
 
     graft: Graft
+    """The record of the operator and the tensors that it acts on."""
     index: int
     """The operator's number among those of its kind."""
     count: int

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peftcore import Rows
+from peftcore.author import Rows
 
 IGNORED = -100
 """Labels that do not count."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from peftcore import BlockSite, Operator, Surgeon, Tap, TokenStacks, block_sites, on_first
+from peftcore.author import BlockSite, Operator, Surgeon, Tap, TokenStacks, block_sites, on_first
 from peftcore_additive._side import Ends
 
 

@@ -10,7 +10,7 @@ import torch
 from pydantic import PositiveFloat
 from torch import Tensor, nn
 
-from peftcore import AtBranchEnd, BlockSite, BranchSite, Operator, Site
+from peftcore.author import AtBranchEnd, BlockSite, BranchSite, Operator, Site
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU, "tanh": nn.Tanh}
 ACTIVATIONS |= {"gelu_tanh": lambda: nn.GELU("tanh")}

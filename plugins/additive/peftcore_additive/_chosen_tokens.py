@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftcore import cache_in
+from peftcore.author import cache_in
 from peftcore.errors import SequenceError
 
 PADDING = ("src_key_padding_mask", "attention_mask")

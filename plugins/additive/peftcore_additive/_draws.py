@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from peftcore import ForwardContext
+from peftcore.author import ForwardContext
 from peftcore.errors import AmbiguousBackward, TrainingError
 
 

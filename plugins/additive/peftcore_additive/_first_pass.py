@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from peftcore import InstanceOperator, forward_context
+from peftcore.author import InstanceOperator, forward_context
 
 
 class Summary(NamedTuple):

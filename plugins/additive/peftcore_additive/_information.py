@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftcore import Operator, Site, Tap, forward_context
+from peftcore.author import Operator, Site, Tap, forward_context
 
 HIDDEN = -100.0
 """The number that is added to the scores of padding."""

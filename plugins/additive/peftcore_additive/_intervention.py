@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftcore import Checked, full_precision
+from peftcore.author import Checked, full_precision
 from peftcore_additive._bottleneck import ACTIVATIONS
 
 

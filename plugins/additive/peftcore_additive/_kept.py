@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftcore import Checked
+from peftcore.author import Checked
 
 
 class Kept(Checked):

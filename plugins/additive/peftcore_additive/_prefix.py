@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from peftcore import (
+from peftcore.author import (
     Attend,
     AttentionOperator,
     AttentionSite,

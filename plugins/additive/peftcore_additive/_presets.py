@@ -1,6 +1,6 @@
 """Presets of this plugin: names of papers for options of methods, a line each."""
 
-from peftcore import Preset
+from peftcore.author import Preset
 
 FROM_ANOTHER_TASK = (
     "train prompt_tuning on another task and save it; here peftcore.load(model, folder, trainable=True) goes on from "

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from peftcore import SequenceSite
+from peftcore.author import SequenceSite
 from peftcore.errors import ConfigError
 
 

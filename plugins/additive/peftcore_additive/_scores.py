@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from peftcore import Batches
+from peftcore.author import Batches
 from peftcore.errors import CalibrationError
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peftcore import Operator, Shared, Site, Tap, forward_context
+from peftcore.author import Operator, Shared, Site, Tap, forward_context
 
 IGNORED = -100
 """Labels that do not count."""

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftcore import cache_in, forward_context, self_attention_cache
+from peftcore.author import cache_in, forward_context, self_attention_cache
 from peftcore.errors import SequenceError
 
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from peftcore import HostEntry, Site, Surgeon
+from peftcore import HostEntry
+from peftcore.author import Site, Surgeon
 from peftcore.errors import UnsupportedSite
 
 GATE, READOUT, OUT = "gate", "readout", "out"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftcore import BranchSite, Site, Surgeon, branch
+from peftcore.author import BranchSite, Site, Surgeon, branch
 from peftcore.errors import UnsupportedSite
 from peftcore_additive._bottleneck import width_of
 from peftcore_additive._side import SideLayer, side_layers

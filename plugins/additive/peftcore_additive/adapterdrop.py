@@ -28,7 +28,7 @@ from typing import Literal
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import (
+from peftcore.author import (
     OUTPUTS,
     Joins,
     LearningRate,

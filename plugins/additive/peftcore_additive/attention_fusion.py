@@ -28,7 +28,7 @@ import torch
 from pydantic import PositiveInt, model_validator
 from torch import Tensor, nn
 
-from peftcore import BlockSite, Method, MethodConfig, Shared, Site, Surgeon, Tags, Tap, full_precision
+from peftcore.author import BlockSite, Method, MethodConfig, Shared, Site, Surgeon, Tags, Tap, full_precision
 from peftcore.errors import ConfigError
 from peftcore_additive._beside import BesideOperator, beside
 

@@ -35,7 +35,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 
-from peftcore import (
+from peftcore.author import (
     BlockSite,
     Method,
     MethodConfig,

@@ -29,7 +29,7 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import (
+from peftcore.author import (
     InstanceOperator,
     LearningRate,
     Method,

@@ -36,7 +36,7 @@ from typing import Any, Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import (
+from peftcore.author import (
     InstanceOperator,
     LearningRate,
     Method,

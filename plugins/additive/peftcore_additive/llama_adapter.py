@@ -21,7 +21,7 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from peftcore import (
+from peftcore.author import (
     Attend,
     AttentionOperator,
     AttentionSite,

@@ -32,7 +32,7 @@ import torch
 from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import (
+from peftcore.author import (
     InnerRows,
     LearningRate,
     Method,

@@ -29,7 +29,7 @@ import torch
 from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import LearningRate, Method, MethodConfig, Operator, Site, Surgeon, Tags, TokenStacks
+from peftcore.author import LearningRate, Method, MethodConfig, Operator, Site, Surgeon, Tags, TokenStacks
 from peftcore.errors import UnsupportedSite
 from peftcore_additive._bottleneck import ACTIVATIONS, cast_linear
 

@@ -26,7 +26,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import MIXERS, AtBranchEnd, HostMap, LearningRate, Method, MethodConfig, Site, Surgeon, Tags, is_post_norm
+from peftcore import HostMap
+from peftcore.author import MIXERS, AtBranchEnd, LearningRate, Method, MethodConfig, Site, Surgeon, Tags, is_post_norm
 from peftcore.errors import UnsupportedSite
 from peftcore_additive._bottleneck import Scale, ScaledOperator, Start, learned_scale
 

@@ -32,7 +32,17 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import InnerRows, InnerSite, LearningRate, Method, MethodConfig, Site, Surgeon, Tags, full_precision
+from peftcore.author import (
+    InnerRows,
+    InnerSite,
+    LearningRate,
+    Method,
+    MethodConfig,
+    Site,
+    Surgeon,
+    Tags,
+    full_precision,
+)
 from peftcore.errors import UnsupportedSite
 
 

@@ -26,7 +26,7 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveInt
 from torch import nn
 
-from peftcore import AttentionSite, LearningRate, Method, MethodConfig, Site, Surgeon, Tags
+from peftcore.author import AttentionSite, LearningRate, Method, MethodConfig, Site, Surgeon, Tags
 from peftcore_additive._prefix import PrefixOperator, behind, prefix_count, shared_encoder
 
 

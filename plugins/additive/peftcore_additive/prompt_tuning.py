@@ -28,7 +28,7 @@ import torch
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor, nn
 
-from peftcore import (
+from peftcore.author import (
     LearningRate,
     Method,
     MethodConfig,

@@ -26,16 +26,7 @@ from typing import Literal
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from peftcore import (
-    BlockSite,
-    Method,
-    MethodConfig,
-    Shared,
-    Site,
-    Surgeon,
-    Tags,
-    Tap,
-)
+from peftcore.author import BlockSite, Method, MethodConfig, Shared, Site, Surgeon, Tags, Tap
 from peftcore.errors import ConfigError
 from peftcore_additive._beside import BesideOperator, beside
 

@@ -37,7 +37,7 @@ import torch
 from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import (
+from peftcore.author import (
     BlockSite,
     GuestOperator,
     InputOperator,

@@ -33,7 +33,7 @@ import torch
 from pydantic import Field, FiniteFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import (
+from peftcore.author import (
     GuestOperator,
     LearningRate,
     Method,

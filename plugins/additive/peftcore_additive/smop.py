@@ -26,7 +26,7 @@ import torch
 from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
 
-from peftcore import (
+from peftcore.author import (
     InstanceOperator,
     LearningRate,
     Method,

@@ -28,17 +28,8 @@ import torch
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor, nn
 
-from peftcore import (
-    Injection,
-    InnerRows,
-    InnerSite,
-    Method,
-    MethodConfig,
-    SequenceSite,
-    Site,
-    Surgeon,
-    Tags,
-)
+from peftcore import Injection
+from peftcore.author import InnerRows, InnerSite, Method, MethodConfig, SequenceSite, Site, Surgeon, Tags
 from peftcore.errors import ConfigError, UnsupportedSite
 
 

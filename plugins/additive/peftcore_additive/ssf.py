@@ -24,7 +24,7 @@ import torch
 from pydantic import NonNegativeFloat
 from torch import Tensor, nn
 
-from peftcore import LearningRate, Method, MethodConfig, Operator, Site, Surgeon, Tags, bias_name, with_tensors
+from peftcore.author import LearningRate, Method, MethodConfig, Operator, Site, Surgeon, Tags, bias_name, with_tensors
 
 
 class Config(MethodConfig):

@@ -30,7 +30,7 @@ from pydantic import PositiveInt, model_validator
 from torch import Tensor, nn
 from torch.nn.functional import linear, silu
 
-from peftcore import LearningRate, Method, MethodConfig, Operator, Surgeon, Tags, Tap
+from peftcore.author import LearningRate, Method, MethodConfig, Operator, Surgeon, Tags, Tap
 from peftcore.errors import TrainingError, UnsupportedSite
 from peftcore_additive._state_space import GATE, OUT, READOUT, MixerSite, mixer_site
 

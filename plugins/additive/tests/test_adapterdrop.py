@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import peftcore
-from peftcore import forward_context
+from peftcore.author import forward_context
 from peftcore.errors import NotMergeable, TargetError, TrainingError, UnsupportedSite
 from peftcore.testing import against, conformance, frozen
 from peftcore.testing.hosts import HOSTS
@@ -202,7 +202,7 @@ def test_how_many_layers_are_dropped_by_default() -> None:
         injection = peftcore.apply(model, "adapterdrop", robust=True, **options)
         assert len(injection.operators) == 12
         draws = injection.shared["draws"]
-        seen = {draws(peftcore.ForwardContext(model=model, args=(torch.zeros(1),))) for _ in range(400)}
+        seen = {draws(peftcore.author.ForwardContext(model=model, args=(torch.zeros(1),))) for _ in range(400)}
         assert seen == set(range(most + 1))
         injection.remove()
 
@@ -275,7 +275,9 @@ def numbers(seed: int, forwards: int = 400) -> list[int]:
     """What a robust injection draws, without running a host for it."""
     model, _ = host("llama")
     draws = apply(model, drop_first_layers=3, robust=True, seed=seed).shared["draws"]
-    return [draws(peftcore.ForwardContext(model=nn.Linear(1, 1), args=(torch.zeros(1),))) for _ in range(forwards)]
+    return [
+        draws(peftcore.author.ForwardContext(model=nn.Linear(1, 1), args=(torch.zeros(1),))) for _ in range(forwards)
+    ]
 
 
 def test_draws_are_even_and_depend_on_the_seed_alone() -> None:

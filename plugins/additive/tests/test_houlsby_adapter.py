@@ -16,7 +16,7 @@ from dropped_hosts import assert_same, filled, rewrite
 from torch import Tensor, nn
 
 import peftcore
-from peftcore import Replacement
+from peftcore.author import Replacement
 from peftcore.errors import NotMergeable
 from peftcore.testing import against, conformance, frozen, same_defaults, same_start
 from peftcore.testing.hosts import HOSTS

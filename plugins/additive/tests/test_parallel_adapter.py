@@ -16,7 +16,7 @@ from dropped_hosts import assert_same, filled, rewrite, train
 from torch import Tensor, nn
 
 import peftcore
-from peftcore import forward_context
+from peftcore.author import forward_context
 from peftcore.errors import NotMergeable, UnsupportedSite
 from peftcore.testing import against, conformance, frozen, same_defaults, same_start
 from peftcore.testing.hosts import HOSTS

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftcore import Batches, Checked, Shared, Tap, forward_context, full_precision, watched_inputs
+from peftcore.author import Batches, Checked, Shared, Tap, forward_context, full_precision, watched_inputs
 from peftcore.errors import CalibrationError, SequenceError, TrainingError
 from peftcore_diffusion._told import told
 

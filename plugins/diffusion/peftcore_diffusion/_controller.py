@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from peftcore import Operator, Shared, Site, Surgeon, forward_context
+from peftcore.author import Operator, Shared, Site, Surgeon, forward_context
 from peftcore.errors import UnsupportedSite
 from peftcore_diffusion._told import cast
 

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from peftcore import Operator, Shared, Site, Surgeon, Tap, borrow, forward_context, with_tensors
+from peftcore.author import Operator, Shared, Site, Surgeon, Tap, borrow, forward_context, with_tensors
 from peftcore.errors import ConfigError, NoWeights, UnsupportedSite
 from peftcore_diffusion._told import cast, told
 

@@ -6,7 +6,7 @@ import dataclasses
 
 from torch import Tensor, nn
 
-from peftcore import Shared, Site, Surgeon, Tap
+from peftcore.author import Shared, Site, Surgeon, Tap
 from peftcore.errors import UnsupportedSite
 
 

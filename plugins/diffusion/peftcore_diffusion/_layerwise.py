@@ -6,7 +6,7 @@ import functools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from peftcore import InputOperator, Mine, Site, Surgeon
+from peftcore.author import InputOperator, Mine, Site, Surgeon
 from peftcore.errors import ConfigError
 
 PARTS = ("down_blocks", "mid_block", "up_blocks")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 
-from peftcore import Site, Surgeon
+from peftcore.author import Site, Surgeon
 from peftcore.errors import UnsupportedSite
 
 RESNET = re.compile(r"((?:.*\.)?)up_blocks\.(\d+)\.resnets\.(\d+)")

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from peftcore import Layer, Site, Surgeon
+from peftcore.author import Layer, Site, Surgeon
 
 
 def alike(sites: Iterable[Site]) -> list[list[Site]]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftcore import forward_context
+from peftcore.author import forward_context
 from peftcore.errors import RouteError
 
 

@@ -32,7 +32,7 @@ import torch
 from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import LearningRate, Method, MethodConfig, Operator, Site, Surgeon, Tags, forward_context
+from peftcore.author import LearningRate, Method, MethodConfig, Operator, Site, Surgeon, Tags, forward_context
 from peftcore.errors import ConfigError, UnsupportedSite
 from peftcore_diffusion._told import told
 

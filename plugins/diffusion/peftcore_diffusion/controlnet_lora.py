@@ -29,7 +29,7 @@ from typing import Literal
 from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch import nn
 
-from peftcore import LearningRate, Method, MethodConfig, Site, Surgeon, Tags
+from peftcore.author import LearningRate, Method, MethodConfig, Site, Surgeon, Tags
 from peftcore_diffusion._encoder_copy import borrowed_encoder, control
 
 

@@ -32,17 +32,7 @@ import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import (
-    LearningRate,
-    Method,
-    MethodConfig,
-    Shared,
-    Site,
-    Surgeon,
-    Tags,
-    Tap,
-    on_first,
-)
+from peftcore.author import LearningRate, Method, MethodConfig, Shared, Site, Surgeon, Tags, Tap, on_first
 from peftcore.errors import ConfigError
 from peftcore_diffusion._controller import Controller, Exchange, XSOperator, controlled
 from peftcore_diffusion._told import told

@@ -25,7 +25,7 @@ import torch
 from pydantic import Field, NonNegativeInt
 from torch import Tensor, nn
 
-from peftcore import LearningRate, Method, MethodConfig, Operator, Site, Surgeon, Tags
+from peftcore.author import LearningRate, Method, MethodConfig, Operator, Site, Surgeon, Tags
 from peftcore_diffusion import textual_inversion
 
 

@@ -28,7 +28,7 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from peftcore import LearningRate, Method, MethodConfig, Operator, Site, Surgeon, Tags, block_around, on_first
+from peftcore.author import LearningRate, Method, MethodConfig, Operator, Site, Surgeon, Tags, block_around, on_first
 
 ENDS = ("attn.output", "cross.output", "mlp.output")
 INSIDE = tuple(f"{family}.{part}" for family in ("attn", "cross") for part in ("q", "k", "v"))

@@ -32,7 +32,7 @@ import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import AppliedMethod, LearningRate, Method, MethodConfig, Operator, Site, Surgeon, Tags
+from peftcore.author import AppliedMethod, LearningRate, Method, MethodConfig, Operator, Site, Surgeon, Tags
 from peftcore.errors import UnsupportedSite
 from peftcore_diffusion._layerwise import check_words, read_layers
 from peftcore_diffusion.textual_inversion import TextualInversionOperator, WordsConfig, learn_words

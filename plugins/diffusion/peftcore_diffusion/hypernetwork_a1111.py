@@ -30,7 +30,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 from torch import Tensor, nn
 
-from peftcore import LearningRate, Method, MethodConfig, Operator, Shared, Site, Surgeon, Tags
+from peftcore.author import LearningRate, Method, MethodConfig, Operator, Shared, Site, Surgeon, Tags
 from peftcore.errors import ConfigError, UnsupportedSite
 from peftcore_diffusion._context_network import ContextNetwork
 

@@ -26,7 +26,7 @@ import torch
 from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import LearningRate, Method, MethodConfig, Operator, Site, Surgeon, Tags, Tap, forward_context
+from peftcore.author import LearningRate, Method, MethodConfig, Operator, Site, Surgeon, Tags, Tap, forward_context
 from peftcore.errors import UnsupportedSite
 from peftcore_diffusion._image import ImageSite, Projection, matrices
 from peftcore_diffusion._told import told

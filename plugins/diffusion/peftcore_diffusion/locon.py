@@ -29,7 +29,7 @@ import torch
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import LearningRate, Method, MethodConfig, Operator, Site, Surgeon, Tags
+from peftcore.author import LearningRate, Method, MethodConfig, Operator, Site, Surgeon, Tags
 
 AROUND = ("*.proj_in", "*.proj_out", "conv_in", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2")
 """Modules that the preset "full" adapts and no role means."""

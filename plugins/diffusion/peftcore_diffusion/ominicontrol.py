@@ -33,7 +33,7 @@ import torch
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import (
+from peftcore.author import (
     LearningRate,
     Method,
     MethodConfig,

@@ -40,7 +40,7 @@ import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, model_validator
 from torch import Tensor, nn
 
-from peftcore import (
+from peftcore.author import (
     AppliedMethod,
     Batches,
     Method,

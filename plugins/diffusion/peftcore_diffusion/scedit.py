@@ -30,7 +30,18 @@ import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import LearningRate, Method, MethodConfig, Operator, Shared, Site, Surgeon, Tags, Tap, forward_context
+from peftcore.author import (
+    LearningRate,
+    Method,
+    MethodConfig,
+    Operator,
+    Shared,
+    Site,
+    Surgeon,
+    Tags,
+    Tap,
+    forward_context,
+)
 from peftcore.errors import ConfigError
 from peftcore_diffusion._hints import Hints
 from peftcore_diffusion._skips import SkipSite, skip_sites

@@ -30,7 +30,17 @@ import torch
 from pydantic import PositiveFloat
 from torch import Tensor, nn
 
-from peftcore import AppliedMethod, Layer, LearningRate, Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
+from peftcore.author import (
+    AppliedMethod,
+    Layer,
+    LearningRate,
+    Method,
+    MethodConfig,
+    Site,
+    Surgeon,
+    Tags,
+    WeightOperator,
+)
 from peftcore_diffusion._ties import alike, foremost, stored_as
 
 

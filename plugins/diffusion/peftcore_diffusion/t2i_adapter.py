@@ -27,7 +27,18 @@ from typing import Any, Literal
 from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import LearningRate, Method, MethodConfig, Operator, Shared, Site, Surgeon, Tags, Tap, forward_context
+from peftcore.author import (
+    LearningRate,
+    Method,
+    MethodConfig,
+    Operator,
+    Shared,
+    Site,
+    Surgeon,
+    Tags,
+    Tap,
+    forward_context,
+)
 from peftcore.errors import ConfigError, UnsupportedSite
 from peftcore_diffusion._pyramid import Place, Pyramid
 from peftcore_diffusion._told import told

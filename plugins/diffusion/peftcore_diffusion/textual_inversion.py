@@ -24,7 +24,7 @@ import torch
 from pydantic import Field, NonNegativeInt, model_validator
 from torch import Tensor, nn
 
-from peftcore import LearningRate, Method, MethodConfig, Operator, Site, Surgeon, Tags, Transposed
+from peftcore.author import LearningRate, Method, MethodConfig, Operator, Site, Surgeon, Tags, Transposed
 from peftcore.errors import UnsupportedSite
 from peftcore_diffusion._ties import alike, foremost, holders, stored_as
 

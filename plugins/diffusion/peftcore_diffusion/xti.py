@@ -30,7 +30,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from torch import nn
 
-from peftcore import LearningRate, Method, Site, Surgeon, Tags
+from peftcore.author import LearningRate, Method, Site, Surgeon, Tags
 from peftcore.errors import UnsupportedSite
 from peftcore_diffusion._layerwise import around, check_words, read_layers
 from peftcore_diffusion.textual_inversion import TextualInversionOperator, WordsConfig, learn_words

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import peftcore
-from peftcore import BorrowedLayer
+from peftcore.author import BorrowedLayer
 from peftcore.errors import ConfigError, MissingContext, RouteError, UnsupportedHost, UnsupportedSite
 from peftcore.testing import against, conformance
 from peftcore.testing.hosts import HOSTS

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from peftcore import Operator, Site, Tap, forward_context
+from peftcore.author import Operator, Site, Tap, forward_context
 from peftcore.errors import MissingContext, UnsupportedSite
 from peftcore_additive import pfeiffer_adapter
 from peftcore_additive.pfeiffer_adapter import PfeifferOperator, Placement

@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import (
+from peftcore.author import (
     OUTPUTS,
     AppliedMethod,
     AtBranchEnd,

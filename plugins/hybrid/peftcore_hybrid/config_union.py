@@ -19,7 +19,7 @@ from pydantic import Field, field_validator
 from torch import nn
 
 import peftcore
-from peftcore import Method, MethodConfig, OfParts, Site, Surgeon, Tags, options_of, without_preset
+from peftcore.author import Method, MethodConfig, OfParts, Site, Surgeon, Tags, options_of, without_preset
 from peftcore.errors import ConfigError
 
 

@@ -29,7 +29,7 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from peftcore import MATRICES, LearningRate, Method, MethodConfig, Site, Surgeon, Tags, WeightOperator, bias_name
+from peftcore.author import MATRICES, LearningRate, Method, MethodConfig, Site, Surgeon, Tags, WeightOperator, bias_name
 from peftcore.errors import UnsupportedSite
 
 Matrix = Literal["lora", "vector", "constant", "none"]

@@ -23,7 +23,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import nn
 
-from peftcore import Joins, LearningRate, Method, MethodConfig, Site, Surgeon, Tags
+from peftcore.author import Joins, LearningRate, Method, MethodConfig, Site, Surgeon, Tags
 from peftcore_additive import parallel_adapter, prefix_tuning
 
 PREFIX = {"prefix_length": "length", "prefix_mid_dim": "projection", "prefix_dropout": "dropout"}

@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import AppliedMethod, LearningRate, Method, MethodConfig, Shared, Site, Surgeon, Tags
+from peftcore.author import AppliedMethod, LearningRate, Method, MethodConfig, Shared, Site, Surgeon, Tags
 from peftcore.errors import ConfigError
 from peftcore_additive.pfeiffer_adapter import AtLayerEnd, Placement, placed
 from peftcore_hybrid._masks import Prototype, from_bits, largest, to_bits

@@ -34,7 +34,7 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from peftcore import Attend, AttentionSite, Method, MethodConfig, Site, Surgeon, Tags, Tap
+from peftcore.author import Attend, AttentionSite, Method, MethodConfig, Site, Surgeon, Tags, Tap
 from peftcore.errors import TargetError, UnsupportedSite
 from peftcore_additive import prefix_tuning
 from peftcore_additive._prefix import Encoder, PrefixOperator, prefix_count, shared_encoder

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import peftcore
-from peftcore import forward_context
+from peftcore.author import forward_context
 from peftcore.errors import TrainingError
 from peftcore.testing import HOSTS, against, conformance, frozen, same_defaults, same_start
 from peftcore.testing.kit import fill

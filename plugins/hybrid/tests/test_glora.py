@@ -24,7 +24,7 @@ def test_conformance(check: Callable[[], None]) -> None:
     check()
 
 
-def pairs(site: peftcore.Site, operator: Any, theirs: nn.Module) -> Iterator[Pair]:
+def pairs(site: peftcore.author.Site, operator: Any, theirs: nn.Module) -> Iterator[Pair]:
     layer: Any = theirs.get_submodule(site.module_path)
     for name in "ABCDE":
         for their, our in (("X", name), ("Xd", name), ("Xu", f"{name}_up")):

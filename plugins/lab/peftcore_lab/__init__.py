@@ -1,9 +1,11 @@
 """Training runs, comparisons and searches: a library, and the commands ``peftcore train``, ``compare``, ``search`` and
 ``chat``.
 
-A plugin of peftcore: its entry point is this module, which brings commands and tasks and imports nothing else. It may
-import all of the core but `peftcore.testing`; of the core, `peftcore.compare` alone imports it. Only the commands
-print: the library is handed a display of progress. Each package imports those above it alone. In the order of reading:
+A plugin of peftcore: its entry point is this module, which brings commands and tasks and imports nothing else.
+
+It may import all of the core but `peftcore.testing`; of the core, `peftcore.compare` alone imports it. Only the
+commands print: the library is handed a display of progress. Each package imports those above it alone. In the order of
+reading:
 
 - `digests`: digests of what is read from files.
 - `data`: examples from files, folders and datasets.
@@ -24,7 +26,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from peftcore import hookimpl
+from peftcore.author import hookimpl
 
 if TYPE_CHECKING:
     import typer

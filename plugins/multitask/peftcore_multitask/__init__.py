@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping
 
-from peftcore import Preset, gather, hookimpl
+from peftcore import gather
+from peftcore.author import Preset, hookimpl
 from peftcore_multitask._presets import PRESETS
 
 PEFTCORE_API = 2

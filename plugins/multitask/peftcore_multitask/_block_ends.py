@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from peftcore import BlockSite, Site, Surgeon
+from peftcore.author import BlockSite, Site, Surgeon
 from peftcore.errors import UnsupportedSite
 
 ENDING = "ending"

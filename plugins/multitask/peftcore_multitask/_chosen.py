@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from peftcore import Graft, Operator
+from peftcore.author import Graft, Operator
 from peftcore.errors import UnsupportedSite
 from peftcore_multitask._merging import Members
 

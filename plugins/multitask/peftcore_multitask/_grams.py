@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftcore import Batches, Injection, Site, activate, watched_inputs
+from peftcore import Injection, activate
+from peftcore.author import Batches, Site, watched_inputs
 from peftcore.errors import CalibrationError, ConfigError
 
 LEAST = 1e-6

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftcore import AppliedMethod
+from peftcore.author import AppliedMethod
 from peftcore.errors import ConfigError
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftcore import Shared, Site, Surgeon, stack_path
+from peftcore.author import Shared, Site, Surgeon, stack_path
 from peftcore_multitask._tasks import task_count
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftcore import Shared, Site, Surgeon, forward_context, stack_path
+from peftcore.author import Shared, Site, Surgeon, forward_context, stack_path
 from peftcore.errors import ConfigError, RouteError
 
 

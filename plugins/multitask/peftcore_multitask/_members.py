@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 
 import peftcore
-from peftcore import Calls, Graft, OneForward, Replacement, Site, Surgeon, injections, on_first, options_of
+from peftcore import injections
+from peftcore.author import Calls, Graft, OneForward, Replacement, Site, Surgeon, on_first, options_of
 from peftcore.errors import ConfigError, UnknownInjection, UnsupportedSite
 
 Members = list[list[nn.Module]]

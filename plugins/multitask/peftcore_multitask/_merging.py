@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 import peftcore
-from peftcore import (
+from peftcore.author import (
     Graft,
     MethodConfig,
     OfParts,

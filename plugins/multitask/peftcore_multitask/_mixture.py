@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from peftcore import Router, Site, Tap, by_row, forward_context
+from peftcore.author import Router, Site, Tap, by_row, forward_context
 from peftcore.errors import UnsupportedSite
 from peftcore_multitask._skills import factors
 

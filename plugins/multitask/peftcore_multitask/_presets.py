@@ -1,6 +1,6 @@
 """Presets of this plugin: names of papers for options of methods, a line each."""
 
-from peftcore import Preset
+from peftcore.author import Preset
 
 STACK = (
     'apply "pfeiffer_adapter" twice under two names, and peftcore.activate(model, peftcore.Stack(first, second)); '

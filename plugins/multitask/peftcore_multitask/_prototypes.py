@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftcore import Operator, PromptPositions, Shared, Site, TokenStack, by_row, forward_context, full_precision
+from peftcore.author import Operator, PromptPositions, Shared, Site, TokenStack, by_row, forward_context, full_precision
 from peftcore_multitask._tasks import Tasks, task_count
 
 

@@ -16,8 +16,18 @@ from typing import Any
 
 from torch import Tensor
 
-from peftcore import PromptPositions, Router, Site, Surgeon, Tap, TokenStack, TokenStacks, cache_in, cached_tokens
-from peftcore import forward_context as running
+from peftcore.author import (
+    PromptPositions,
+    Router,
+    Site,
+    Surgeon,
+    Tap,
+    TokenStack,
+    TokenStacks,
+    cache_in,
+    cached_tokens,
+)
+from peftcore.author import forward_context as running
 from peftcore.errors import MissingContext, SequenceError
 
 EMBEDS = "inputs_embeds"

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from peftcore import Site
+from peftcore.author import Site
 
 
 def factors(site: Site, A: tuple[int, ...], B: tuple[int, ...], inputs: int) -> tuple[nn.Parameter, nn.Parameter]:

@@ -10,7 +10,7 @@ import torch
 from pydantic import NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor
 
-from peftcore import MethodConfig, Site, forward_context
+from peftcore.author import MethodConfig, Site, forward_context
 from peftcore.errors import ConfigError, MissingContext, RouteError
 
 

@@ -35,16 +35,7 @@ import torch
 from pydantic import Field, NonNegativeFloat
 from torch import Tensor, nn
 
-from peftcore import (
-    AppliedMethod,
-    Combiner,
-    LearningRate,
-    Method,
-    MethodConfig,
-    Site,
-    Surgeon,
-    Tags,
-)
+from peftcore.author import AppliedMethod, Combiner, LearningRate, Method, MethodConfig, Site, Surgeon, Tags
 from peftcore.errors import CompositionError
 from peftcore_multitask._members import Members, fused, mixes_inputs, of_host, of_parts, only_inputs
 from peftcore_multitask._merging import SOME, OfMergedParts

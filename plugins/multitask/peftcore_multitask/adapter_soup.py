@@ -22,7 +22,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import model_validator
 from torch import Tensor, nn
 
-from peftcore import (
+from peftcore.author import (
     Factors,
     Method,
     Operator,

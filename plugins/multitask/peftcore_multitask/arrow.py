@@ -29,7 +29,7 @@ import torch
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
-from peftcore import Method, Router, Site, Surgeon, Tags
+from peftcore.author import Method, Router, Site, Surgeon, Tags
 from peftcore.errors import ConfigError, UnsupportedSite
 from peftcore_multitask._chosen import Factors, add_shares, first_of
 from peftcore_multitask._merging import Members, OfMergedParts, PartsConfig, collected

@@ -36,7 +36,7 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
-from peftcore import (
+from peftcore.author import (
     AppliedMethod,
     InstanceOperator,
     LearningRate,

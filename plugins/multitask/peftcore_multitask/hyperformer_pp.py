@@ -31,18 +31,7 @@ import torch
 from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import (
-    OUTPUTS,
-    AtBranchEnd,
-    Joins,
-    LearningRate,
-    Method,
-    Shared,
-    Site,
-    Surgeon,
-    Tags,
-    branch_end,
-)
+from peftcore.author import OUTPUTS, AtBranchEnd, Joins, LearningRate, Method, Shared, Site, Surgeon, Tags, branch_end
 from peftcore.errors import ConfigError
 from peftcore_multitask._hypernetwork import Generators, Known, TaskTable, known_of
 from peftcore_multitask._tasks import TaskConfig, Tasks

@@ -29,7 +29,7 @@ import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
-from peftcore import MATRICES, LearningRate, Method, Site, Surgeon, Tags, by_row, forward_context
+from peftcore.author import MATRICES, LearningRate, Method, Site, Surgeon, Tags, by_row, forward_context
 from peftcore_multitask._mixture import ExpertsOperator, softmax_of
 from peftcore_multitask._tasks import TaskConfig, Tasks, task_count
 

@@ -28,7 +28,7 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
-from peftcore import MATRICES, LearningRate, Method, Site, Surgeon, Tags
+from peftcore.author import MATRICES, LearningRate, Method, Site, Surgeon, Tags
 from peftcore_multitask._mixture import ExpertsOperator
 from peftcore_multitask._tasks import TaskConfig, Tasks, task_count
 

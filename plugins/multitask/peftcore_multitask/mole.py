@@ -36,7 +36,7 @@ import torch
 from pydantic import NonNegativeFloat
 from torch import Tensor, nn
 
-from peftcore import (
+from peftcore.author import (
     AppliedMethod,
     ForwardContext,
     LearningRate,

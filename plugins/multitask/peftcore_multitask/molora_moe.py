@@ -25,7 +25,7 @@ import torch
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import MATRICES, LearningRate, Method, MethodConfig, Site, Surgeon, Tags, full_precision
+from peftcore.author import MATRICES, LearningRate, Method, MethodConfig, Site, Surgeon, Tags, full_precision
 from peftcore_multitask._mixture import ExpertsOperator, softmax_of
 
 STD = 0.02

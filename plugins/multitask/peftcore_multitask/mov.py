@@ -26,7 +26,7 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import MATRICES, LearningRate, Method, MethodConfig, Router, Site, Surgeon, Tags, full_precision
+from peftcore.author import MATRICES, LearningRate, Method, MethodConfig, Router, Site, Surgeon, Tags, full_precision
 from peftcore.errors import UnsupportedSite
 
 HEADED = ("attn.k", "attn.v", "cross.k", "cross.v")

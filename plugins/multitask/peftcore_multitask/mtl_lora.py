@@ -29,7 +29,7 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import MATRICES, LearningRate, Method, Operator, Site, Surgeon, Tags
+from peftcore.author import MATRICES, LearningRate, Method, Operator, Site, Surgeon, Tags
 from peftcore.errors import UnsupportedSite
 from peftcore_multitask._skills import factors
 from peftcore_multitask._tasks import TaskConfig, Tasks, task_count

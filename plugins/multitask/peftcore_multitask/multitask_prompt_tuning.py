@@ -25,7 +25,7 @@ import torch
 from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import LearningRate, Method, SequenceOperator, SequenceSite, Site, Surgeon, Tags, full_precision
+from peftcore.author import LearningRate, Method, SequenceOperator, SequenceSite, Site, Surgeon, Tags, full_precision
 from peftcore.errors import ConfigError
 from peftcore_multitask._tasks import TaskConfig, Tasks, task_count
 

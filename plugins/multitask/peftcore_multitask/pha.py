@@ -37,7 +37,7 @@ import torch
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import (
+from peftcore.author import (
     OUTPUTS,
     BranchSite,
     Bypass,

@@ -34,7 +34,7 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from peftcore import OUTPUTS, AtBranchEnd, BranchSite, Joins, Method, Shared, Surgeon, Tags, branch_end
+from peftcore.author import OUTPUTS, AtBranchEnd, BranchSite, Joins, Method, Shared, Surgeon, Tags, branch_end
 from peftcore.errors import ConfigError, UnsupportedSite
 from peftcore_multitask._tasks import TaskConfig, Tasks, task_count
 from peftcore_multitask.hyperformer_pp import ACTIVATIONS, OF_ONE_SITE

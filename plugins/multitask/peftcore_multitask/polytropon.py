@@ -37,7 +37,7 @@ import torch
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import MATRICES, AppliedMethod, LearningRate, Method, Router, Site, Surgeon, Tags
+from peftcore.author import MATRICES, AppliedMethod, LearningRate, Method, Router, Site, Surgeon, Tags
 from peftcore.errors import UnsupportedSite
 from peftcore_multitask._skills import blocks, factors, joined
 from peftcore_multitask._tasks import TaskConfig, Tasks, task_count

@@ -39,7 +39,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from peftcore import AppliedMethod, Factors, Method, Site, Surgeon, Tags, merge_math
+from peftcore.author import AppliedMethod, Factors, Method, Site, Surgeon, Tags, merge_math
 from peftcore.errors import ConfigError
 from peftcore_multitask._grams import gram_sites, grams, matrices_of, shares_of
 from peftcore_multitask._merging import Members, MergingOperator, OfMergedParts, PartsConfig, merge_parts

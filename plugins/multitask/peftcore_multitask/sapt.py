@@ -41,7 +41,7 @@ import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import (
+from peftcore.author import (
     MATRICES,
     AppliedMethod,
     LearningRate,

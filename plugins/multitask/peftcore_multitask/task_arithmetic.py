@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from peftcore import Factors, Method, Site, Surgeon, Tags, merge_math
+from peftcore.author import Factors, Method, Site, Surgeon, Tags, merge_math
 from peftcore_multitask._merging import Members, MergingOperator, OfMergedParts, PartsConfig, merge_parts
 
 

@@ -35,10 +35,10 @@ import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import (
+from peftcore import Injection, lora_of
+from peftcore.author import (
     MATRICES,
     AppliedMethod,
-    Injection,
     LearningRate,
     Method,
     MethodConfig,
@@ -47,7 +47,6 @@ from peftcore import (
     Surgeon,
     Tags,
     forward_context,
-    lora_of,
     sees_vectors,
 )
 from peftcore.errors import ConfigError, UnsupportedSite

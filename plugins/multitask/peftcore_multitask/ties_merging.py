@@ -23,7 +23,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from torch import Tensor, nn
 
-from peftcore import Method, Site, Surgeon, Tags, merge_math
+from peftcore.author import Method, Site, Surgeon, Tags, merge_math
 from peftcore_multitask._merging import Members, MergingOperator, OfMergedParts, PartsConfig, merge_parts
 
 

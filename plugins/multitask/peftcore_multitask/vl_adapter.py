@@ -31,7 +31,7 @@ import torch
 from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import OUTPUTS, AtBranchEnd, Joins, LearningRate, Method, Site, Surgeon, Tags, branch_end
+from peftcore.author import OUTPUTS, AtBranchEnd, Joins, LearningRate, Method, Site, Surgeon, Tags, branch_end
 from peftcore_multitask._tasks import TaskConfig, Tasks, task_count
 
 ACTIVATIONS = {

@@ -16,7 +16,7 @@ from told_tasks import assert_beams_keep_the_tasks_of_their_rows
 from torch import Tensor, nn
 
 import peftcore
-from peftcore import Replacement
+from peftcore.author import Replacement
 from peftcore.errors import ConfigError
 from peftcore.testing import HOSTS, against, conformance, frozen, same_defaults, same_start
 from peftcore.testing.kit import fill

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import BartConfig, BartForConditionalGeneration
 
 import peftcore
-from peftcore import Replacement
+from peftcore.author import Replacement
 from peftcore.errors import MissingContext
 from peftcore.testing import HOSTS, against, conformance, frozen, same_defaults, same_start
 from peftcore.testing.kit import fill

@@ -8,7 +8,7 @@ from typing import Annotated
 from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 
-from peftcore import Site
+from peftcore.author import Site
 from peftcore.errors import UnsupportedSite
 from peftcore_quantized._packed_base import Factors, PackedBaseOperator, PackedConfig, lora_start
 

@@ -11,7 +11,7 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from peftcore import Site
+from peftcore.author import Site
 from peftcore_quantized._packed_base import (
     Factors,
     PackedBaseOperator,

@@ -21,7 +21,8 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import MethodConfig, Operator, Site, round_trip, scheme_key
+from peftcore import round_trip
+from peftcore.author import MethodConfig, Operator, Site, scheme_key
 from peftcore.errors import QuantizationError, UnsupportedSite
 
 

@@ -27,7 +27,18 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peftcore import OUTPUTS, BranchSite, Bypass, Joins, LearningRate, Method, MethodConfig, Surgeon, Tags, branch
+from peftcore.author import (
+    OUTPUTS,
+    BranchSite,
+    Bypass,
+    Joins,
+    LearningRate,
+    Method,
+    MethodConfig,
+    Surgeon,
+    Tags,
+    branch,
+)
 from peftcore_quantized._binary import in_bits, normal_codes
 
 

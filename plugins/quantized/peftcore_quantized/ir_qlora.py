@@ -27,7 +27,7 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import LearningRate, Method, Site, Surgeon, Tags
+from peftcore.author import LearningRate, Method, Site, Surgeon, Tags
 from peftcore.errors import UnsupportedSite
 from peftcore_quantized._packed_base import Factors, PackedBaseOperator, PackedConfig, lora_start, place, update_count
 

@@ -24,7 +24,7 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import LearningRate, Method, Site, Surgeon, Tags, full_precision
+from peftcore.author import LearningRate, Method, Site, Surgeon, Tags, full_precision
 from peftcore_quantized._packed_base import (
     Factors,
     PackedBaseOperator,

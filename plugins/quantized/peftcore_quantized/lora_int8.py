@@ -22,7 +22,7 @@ from typing import Literal
 
 from torch import nn
 
-from peftcore import MATRICES, LearningRate, Method, Site, Surgeon, Tags
+from peftcore.author import MATRICES, LearningRate, Method, Site, Surgeon, Tags
 from peftcore_quantized._lora_on_packed import LoRAConfig, LoRAOnPacked
 from peftcore_quantized._packed_base import place, update_count
 

@@ -31,7 +31,7 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveInt
 from torch import nn
 
-from peftcore import LearningRate, Method, Site, Surgeon, Tags
+from peftcore.author import LearningRate, Method, Site, Surgeon, Tags
 from peftcore_quantized._low_rank_first import LowRankFirstConfig, LowRankFirstOperator
 from peftcore_quantized._packed_base import Factors, place, update_count
 

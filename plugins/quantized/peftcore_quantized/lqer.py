@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import AppliedMethod, Batches, Method, Site, Surgeon, Tags
+from peftcore.author import AppliedMethod, Batches, Method, Site, Surgeon, Tags
 from peftcore_quantized._packed_base import (
     Factors,
     PackedBaseOperator,

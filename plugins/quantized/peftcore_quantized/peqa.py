@@ -26,7 +26,7 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import AppliedMethod, Method, Site, Surgeon, Tags
+from peftcore.author import AppliedMethod, Method, Site, Surgeon, Tags
 from peftcore_quantized._packed_base import HeldOperator, SchemeConfig, group_count, on_weight
 
 

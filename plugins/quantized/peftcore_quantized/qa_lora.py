@@ -26,7 +26,7 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from peftcore import LearningRate, Method, Site, Surgeon, Tags
+from peftcore.author import LearningRate, Method, Site, Surgeon, Tags
 from peftcore_quantized._lora_on_packed import LoRAConfig, LoRAOnPacked
 from peftcore_quantized._packed_base import Factors, group_count, place
 

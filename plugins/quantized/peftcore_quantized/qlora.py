@@ -23,7 +23,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PositiveInt
 from torch import nn
 
-from peftcore import LearningRate, Method, Site, Surgeon, Tags
+from peftcore.author import LearningRate, Method, Site, Surgeon, Tags
 from peftcore_quantized._lora_on_packed import LoRAConfig, LoRAOnPacked
 from peftcore_quantized._packed_base import place, update_count
 

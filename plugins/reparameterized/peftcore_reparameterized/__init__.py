@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from peftcore import Preset, hookimpl
+from peftcore.author import Preset, hookimpl
 from peftcore_reparameterized._presets import PRESETS
 
 PEFTCORE_API = 2

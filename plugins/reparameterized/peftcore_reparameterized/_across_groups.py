@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peftcore import Operator, Site
+from peftcore.author import Operator, Site
 from peftcore.errors import UnsupportedSite
 
 

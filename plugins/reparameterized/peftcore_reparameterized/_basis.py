@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftcore import Site, Surgeon
+from peftcore.author import Site, Surgeon
 
 Draw = Callable[[torch.Generator, Sequence[int]], Tensor]
 """Draws a matrix of a shape."""

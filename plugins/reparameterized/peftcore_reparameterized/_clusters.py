@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftcore import Site, bias_name
+from peftcore.author import Site, bias_name
 from peftcore.errors import UnsupportedSite
 from peftcore_reparameterized._basis import columns
 from peftcore_reparameterized._decomposed import as_matrix, principal

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from peftcore import Operator
+from peftcore.author import Operator
 
 
 class Competing(Operator):

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from peftcore import Site
+from peftcore.author import Site
 from peftcore_reparameterized._low_rank import LowRankOperator, input_dropout
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from peftcore import WeightOperator
+from peftcore.author import WeightOperator
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from peftcore import Operator, Site
+from peftcore.author import Operator, Site
 from peftcore.errors import UnsupportedSite
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from peftcore import Layer
+from peftcore.author import Layer
 from peftcore_reparameterized._kernels import add_scaled
 
 

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftcore import AppliedMethod, Batch, Batches, Site, sees_vectors
+from peftcore import Batch
+from peftcore.author import AppliedMethod, Batches, Site, sees_vectors
 from peftcore.errors import CalibrationError
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from peftcore import Site, sees_vectors
+from peftcore.author import Site, sees_vectors
 from peftcore.errors import UnsupportedSite
 
 

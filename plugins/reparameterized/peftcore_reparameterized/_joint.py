@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from peftcore import Checked, Site
+from peftcore.author import Checked, Site
 from peftcore_reparameterized._basis import columns, drawn_entries
 from peftcore_reparameterized._decomposed import as_matrix
 

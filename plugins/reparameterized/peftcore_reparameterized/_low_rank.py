@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from peftcore import Operator, Site, low_rank
+from peftcore.author import Operator, Site, low_rank
 from peftcore.errors import TrainingError, UnsupportedSite
 
 

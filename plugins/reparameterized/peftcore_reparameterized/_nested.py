@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from peftcore import AppliedMethod, Injection, Site, lora_of
+from peftcore import Injection, lora_of
+from peftcore.author import AppliedMethod, Site
 from peftcore.errors import ConfigError
 from peftcore_reparameterized._low_rank import LowRankOperator, low_rank_factors
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from peftcore import GradientRule, Operator
+from peftcore.author import GradientRule, Operator
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Presets of this plugin: names of papers for options of methods, a line each."""
 
-from peftcore import Preset
+from peftcore.author import Preset
 
 PRESETS = {
     "krona": Preset("lokr", "2212.10650", {"full_matrix": True}),

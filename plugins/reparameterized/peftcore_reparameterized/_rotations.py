@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from peftcore import Layer, Site
+from peftcore.author import Layer, Site
 from peftcore.errors import UnsupportedSite
 
 

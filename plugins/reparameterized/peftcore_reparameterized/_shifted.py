@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from peftcore import Attend, AttentionOperator, AttentionSite
+from peftcore.author import Attend, AttentionOperator, AttentionSite
 from peftcore.errors import SequenceError
 
 

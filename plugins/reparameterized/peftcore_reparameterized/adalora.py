@@ -21,7 +21,7 @@ import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import MATRICES, AppliedMethod, LearningRate, Method, MethodConfig, Site, Surgeon, Tags
+from peftcore.author import MATRICES, AppliedMethod, LearningRate, Method, MethodConfig, Site, Surgeon, Tags
 from peftcore.errors import TrainingError
 from peftcore_reparameterized._low_rank import LowRankOperator, low_rank_count
 

@@ -32,16 +32,7 @@ import torch
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import (
-    MATRICES,
-    AppliedMethod,
-    LearningRate,
-    Method,
-    MethodConfig,
-    Site,
-    Surgeon,
-    Tags,
-)
+from peftcore.author import MATRICES, AppliedMethod, LearningRate, Method, MethodConfig, Site, Surgeon, Tags
 from peftcore.errors import ConfigError, TrainingError
 from peftcore_reparameterized._clusters import shape, subspaces
 from peftcore_reparameterized._competing import Competing, choose

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import MATRICES, LearningRate, Method, MethodConfig, Operator, Site, Surgeon, Tags, forward_context
+from peftcore.author import MATRICES, LearningRate, Method, MethodConfig, Operator, Site, Surgeon, Tags, forward_context
 from peftcore.errors import UnsupportedSite
 from peftcore_reparameterized._low_rank import low_rank_count, low_rank_factors
 

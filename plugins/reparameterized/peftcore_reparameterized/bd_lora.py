@@ -30,7 +30,7 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
-from peftcore import MATRICES, Method, MethodConfig, Site, Surgeon, Tags
+from peftcore.author import MATRICES, Method, MethodConfig, Site, Surgeon, Tags
 from peftcore.errors import UnsupportedSite
 from peftcore_reparameterized._low_rank import LowRankOperator, low_rank_factors
 

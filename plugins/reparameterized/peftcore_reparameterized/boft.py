@@ -29,7 +29,7 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import MATRICES, Held, LearningRate, Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
+from peftcore.author import MATRICES, Held, LearningRate, Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
 from peftcore_reparameterized._dropped import replaced_blocks
 from peftcore_reparameterized._gains import gained, with_gains
 from peftcore_reparameterized._kernels import cayley, rotated

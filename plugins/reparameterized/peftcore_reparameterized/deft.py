@@ -29,7 +29,7 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import MATRICES, Held, LearningRate, Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
+from peftcore.author import MATRICES, Held, LearningRate, Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
 from peftcore_reparameterized._basis import columns
 from peftcore_reparameterized._decomposed import as_matrix, as_rows
 from peftcore_reparameterized._low_rank import check_in_weight_form, input_dropout

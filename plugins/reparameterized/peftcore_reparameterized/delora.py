@@ -30,7 +30,7 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import MATRICES, LearningRate, Method, MethodConfig, Site, Surgeon, Tags
+from peftcore.author import MATRICES, LearningRate, Method, MethodConfig, Site, Surgeon, Tags
 from peftcore_reparameterized._low_rank import LowRankOperator, low_rank_count, low_rank_factors
 
 SHORTEST = 1e-4

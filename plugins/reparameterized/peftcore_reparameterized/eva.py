@@ -33,7 +33,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from peftcore import (
+from peftcore.author import (
     MATRICES,
     AppliedMethod,
     Batches,

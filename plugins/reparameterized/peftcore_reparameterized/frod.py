@@ -33,17 +33,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from peftcore import (
-    MATRICES,
-    LearningRate,
-    Method,
-    MethodConfig,
-    Operator,
-    Shared,
-    Site,
-    Surgeon,
-    Tags,
-)
+from peftcore.author import MATRICES, LearningRate, Method, MethodConfig, Operator, Shared, Site, Surgeon, Tags
 from peftcore.errors import ConfigError
 from peftcore_reparameterized._basis import columns
 from peftcore_reparameterized._decomposed import as_matrix

@@ -23,7 +23,7 @@ import torch
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import AppliedMethod, GradientRule, LearningRate, Method, MethodConfig, Site, Surgeon, Tags
+from peftcore.author import AppliedMethod, GradientRule, LearningRate, Method, MethodConfig, Site, Surgeon, Tags
 from peftcore.errors import UnsupportedSite
 
 NONE = 10

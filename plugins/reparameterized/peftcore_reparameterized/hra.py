@@ -28,7 +28,7 @@ import torch
 from pydantic import Field, NonNegativeFloat
 from torch import Tensor, nn
 
-from peftcore import (
+from peftcore.author import (
     MATRICES,
     AppliedMethod,
     Held,

@@ -30,7 +30,7 @@ import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import MATRICES, AppliedMethod, LearningRate, Method, MethodConfig, Site, Surgeon, Tags
+from peftcore.author import MATRICES, AppliedMethod, LearningRate, Method, MethodConfig, Site, Surgeon, Tags
 from peftcore.errors import UnsupportedSite
 from peftcore_reparameterized._decomposed import as_matrix, as_rows, positive, rank_within
 from peftcore_reparameterized._low_rank import LowRankOperator, input_dropout, low_rank_count, low_rank_factors

@@ -30,7 +30,7 @@ import torch
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import MATRICES, LearningRate, Method, MethodConfig, Operator, Shared, Site, Surgeon, Tags
+from peftcore.author import MATRICES, LearningRate, Method, MethodConfig, Operator, Shared, Site, Surgeon, Tags
 from peftcore.errors import ConfigError
 
 

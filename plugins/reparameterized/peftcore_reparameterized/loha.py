@@ -26,7 +26,7 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import MATRICES, Held, LearningRate, Method, MethodConfig, Site, Surgeon, Tags
+from peftcore.author import MATRICES, Held, LearningRate, Method, MethodConfig, Site, Surgeon, Tags
 from peftcore_reparameterized._dropped import ChangeDropout, DropsChange, with_shares
 
 

@@ -31,7 +31,7 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import nn
 
-from peftcore import AttentionSite, LearningRate, Method, MethodConfig, Site, Surgeon, Tags
+from peftcore.author import AttentionSite, LearningRate, Method, MethodConfig, Site, Surgeon, Tags
 from peftcore.errors import UnsupportedSite
 from peftcore_reparameterized import lora
 from peftcore_reparameterized._low_rank import low_rank_count

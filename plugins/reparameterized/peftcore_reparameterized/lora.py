@@ -40,7 +40,7 @@ import torch.nn.functional as F
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
-from peftcore import (
+from peftcore.author import (
     MATRICES,
     AppliedMethod,
     GradientRule,
@@ -52,7 +52,7 @@ from peftcore import (
     Surgeon,
     Tags,
     low_rank,
-)  # fmt: skip
+)
 from peftcore_reparameterized._across_groups import AcrossGroups, across_count, around, groups_of
 from peftcore_reparameterized._fixed_projection import fix_projection
 from peftcore_reparameterized._low_rank import (

@@ -31,7 +31,7 @@ import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import (
+from peftcore.author import (
     MATRICES,
     AppliedMethod,
     Batches,
@@ -43,7 +43,7 @@ from peftcore import (
     Surgeon,
     Tags,
     sees_vectors,
-)  # fmt: skip
+)
 from peftcore.errors import UnsupportedSite
 from peftcore_reparameterized._decomposed import as_rows, nearly_principal
 from peftcore_reparameterized._gradients import gradients_of

@@ -37,7 +37,7 @@ import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import MATRICES, AppliedMethod, Batches, LearningRate, Method, MethodConfig, Site, Surgeon, Tags
+from peftcore.author import MATRICES, AppliedMethod, Batches, LearningRate, Method, MethodConfig, Site, Surgeon, Tags
 from peftcore_reparameterized._decomposed import as_matrix, as_rows, nearly_principal, principal, rank_within
 from peftcore_reparameterized._gradients import gradients_of
 from peftcore_reparameterized._low_rank import LowRankOperator

@@ -23,7 +23,7 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import MATRICES, Method, MethodConfig, Site, Surgeon, Tags
+from peftcore.author import MATRICES, Method, MethodConfig, Site, Surgeon, Tags
 from peftcore_reparameterized._decomposed import as_matrix, positive, rank_within
 from peftcore_reparameterized._low_rank import LowRankOperator
 

@@ -36,7 +36,7 @@ import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import MATRICES, LearningRate, Method, MethodConfig, Operator, Site, Surgeon, Tags, forward_context
+from peftcore.author import MATRICES, LearningRate, Method, MethodConfig, Operator, Site, Surgeon, Tags, forward_context
 from peftcore_reparameterized._low_rank import add_low_rank, input_dropout, low_rank_count, low_rank_factors
 
 

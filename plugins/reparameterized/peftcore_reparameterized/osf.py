@@ -29,7 +29,7 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import MATRICES, LearningRate, Method, MethodConfig, Site, Surgeon, Tags
+from peftcore.author import MATRICES, LearningRate, Method, MethodConfig, Site, Surgeon, Tags
 from peftcore.errors import UnsupportedSite
 from peftcore_reparameterized._basis import columns
 from peftcore_reparameterized._decomposed import as_matrix, principal

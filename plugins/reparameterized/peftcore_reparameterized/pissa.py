@@ -23,7 +23,7 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import nn
 
-from peftcore import MATRICES, LearningRate, Method, MethodConfig, Site, Surgeon, Tags
+from peftcore.author import MATRICES, LearningRate, Method, MethodConfig, Site, Surgeon, Tags
 from peftcore_reparameterized._decomposed import PairOperator, as_matrix, as_rows, principal, rank_within
 from peftcore_reparameterized._low_rank import low_rank_count
 

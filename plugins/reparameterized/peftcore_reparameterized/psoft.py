@@ -29,7 +29,7 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import MATRICES, LearningRate, Method, MethodConfig, Site, Surgeon, Tags
+from peftcore.author import MATRICES, LearningRate, Method, MethodConfig, Site, Surgeon, Tags
 from peftcore_reparameterized._decomposed import as_matrix, as_rows, principal, rank_within
 from peftcore_reparameterized._kernels import cayley, neumann
 from peftcore_reparameterized._low_rank import LowRankOperator

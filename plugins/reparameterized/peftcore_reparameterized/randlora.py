@@ -27,7 +27,7 @@ import torch
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import (
+from peftcore.author import (
     MATRICES,
     LearningRate,
     Method,

@@ -28,7 +28,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from peftcore import OUTPUTS, LearningRate, Method, MethodConfig, Operator, Site, Surgeon, Tags, on_first
+from peftcore.author import OUTPUTS, LearningRate, Method, MethodConfig, Operator, Site, Surgeon, Tags, on_first
 from peftcore.errors import UnsupportedSite
 
 

@@ -29,7 +29,7 @@ import torch
 from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import MATRICES, Method, MethodConfig, Shared, Site, Surgeon, Tags
+from peftcore.author import MATRICES, Method, MethodConfig, Shared, Site, Surgeon, Tags
 from peftcore.errors import ConfigError
 from peftcore_reparameterized._decomposed import as_matrix, as_rows, principal, rank_within
 from peftcore_reparameterized._low_rank import LowRankOperator

@@ -28,7 +28,7 @@ import torch
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import MATRICES, LearningRate, Method, MethodConfig, Shared, Site, Surgeon, Tags
+from peftcore.author import MATRICES, LearningRate, Method, MethodConfig, Shared, Site, Surgeon, Tags
 from peftcore.errors import ConfigError
 from peftcore_reparameterized._low_rank import LowRankOperator, low_rank_count
 

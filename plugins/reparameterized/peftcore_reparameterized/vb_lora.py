@@ -28,7 +28,7 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
-from peftcore import MATRICES, AppliedMethod, LearningRate, Method, MethodConfig, Shared, Site, Surgeon, Tags
+from peftcore.author import MATRICES, AppliedMethod, LearningRate, Method, MethodConfig, Shared, Site, Surgeon, Tags
 from peftcore.errors import ConfigError
 from peftcore_reparameterized._basis import columns
 from peftcore_reparameterized._low_rank import LowRankOperator

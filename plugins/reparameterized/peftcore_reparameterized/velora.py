@@ -28,7 +28,18 @@ import torch.nn.functional as F
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import MATRICES, LearningRate, Method, MethodConfig, Operator, Site, Surgeon, Tags, by_row, sees_vectors
+from peftcore.author import (
+    MATRICES,
+    LearningRate,
+    Method,
+    MethodConfig,
+    Operator,
+    Site,
+    Surgeon,
+    Tags,
+    by_row,
+    sees_vectors,
+)
 from peftcore.errors import UnsupportedSite
 from peftcore_reparameterized._low_rank import add_low_rank, low_rank_count, low_rank_factors
 

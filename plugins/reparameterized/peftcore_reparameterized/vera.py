@@ -25,7 +25,7 @@ import torch
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import MATRICES, LearningRate, Method, MethodConfig, Shared, Site, Surgeon, Tags
+from peftcore.author import MATRICES, LearningRate, Method, MethodConfig, Shared, Site, Surgeon, Tags
 from peftcore_reparameterized._basis import columns, graft_between
 from peftcore_reparameterized._kernels import ScaledFactors, scaled_update
 from peftcore_reparameterized._low_rank import LowRankOperator

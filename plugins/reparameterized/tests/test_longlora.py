@@ -181,12 +181,12 @@ def test_a_share_of_the_tokens() -> None:
 def test_what_trains_along() -> None:
     model: Any = host("llama")
     injection = peftcore.apply(model, "longlora")
-    trained = {path for path, each in injection.operators.items() if isinstance(each, peftcore.Replacement)}
+    trained = {path for path, each in injection.operators.items() if isinstance(each, peftcore.author.Replacement)}
     assert trained == {"model.embed_tokens", "model.norm"} | {
         f"model.layers.{layer}.{name}_layernorm" for layer in (0, 1) for name in ("input", "post_attention")
     }
     bare = peftcore.apply(host("llama"), "longlora", train_norms=False, train_embeddings=False)
-    assert not any(isinstance(each, peftcore.Replacement) for each in bare.operators.values())
+    assert not any(isinstance(each, peftcore.author.Replacement) for each in bare.operators.values())
 
 
 def test_caches_are_for_evaluation() -> None:

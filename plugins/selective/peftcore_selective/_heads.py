@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from peftcore import Surgeon
+from peftcore.author import Surgeon
 
 
 def train_classifiers(surgeon: Surgeon) -> None:

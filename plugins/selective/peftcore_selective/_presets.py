@@ -1,6 +1,6 @@
 """Presets of this plugin: names of papers for options of methods, a line each."""
 
-from peftcore import Preset
+from peftcore.author import Preset
 
 NO_EMBEDDINGS = "Without the embeddings of a new language, which the paper trains along: train= adds them."
 

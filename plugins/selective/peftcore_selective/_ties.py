@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from peftcore import Site, Slices, Surgeon
+from peftcore.author import Site, Slices, Surgeon
 
 
 def one_each(sites: Iterable[Site]) -> list[Site]:

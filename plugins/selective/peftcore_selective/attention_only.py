@@ -20,7 +20,7 @@ from typing import Literal
 
 from torch import nn
 
-from peftcore import Method, MethodConfig, Site, Surgeon, Tags, bias_name
+from peftcore.author import Method, MethodConfig, Site, Surgeon, Tags, bias_name
 from peftcore_selective._heads import train_classifiers
 
 

@@ -18,7 +18,7 @@ from typing import Literal
 
 from torch import nn
 
-from peftcore import LearningRate, Method, MethodConfig, Site, Surgeon, Tags
+from peftcore.author import LearningRate, Method, MethodConfig, Site, Surgeon, Tags
 from peftcore.errors import TargetError
 from peftcore_selective._heads import train_classifiers
 

@@ -23,7 +23,17 @@ import torch
 from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 
-from peftcore import AppliedMethod, Batches, GradientRule, LearningRate, Method, MethodConfig, Site, Surgeon, Tags
+from peftcore.author import (
+    AppliedMethod,
+    Batches,
+    GradientRule,
+    LearningRate,
+    Method,
+    MethodConfig,
+    Site,
+    Surgeon,
+    Tags,
+)
 from peftcore_selective._fisher import squared_gradients
 
 

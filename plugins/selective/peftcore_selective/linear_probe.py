@@ -17,7 +17,7 @@ from typing import Literal
 
 from torch import nn
 
-from peftcore import LearningRate, Method, MethodConfig, Site, Surgeon, Tags
+from peftcore.author import LearningRate, Method, MethodConfig, Site, Surgeon, Tags
 
 
 class Config(MethodConfig):

@@ -16,7 +16,7 @@ from typing import Literal
 
 from torch import nn
 
-from peftcore import Method, MethodConfig, Site, Surgeon, Tags
+from peftcore.author import Method, MethodConfig, Site, Surgeon, Tags
 
 
 class Config(MethodConfig):

@@ -21,7 +21,7 @@ from typing import Literal
 from pydantic import PositiveInt
 from torch import nn
 
-from peftcore import LearningRate, Method, MethodConfig, Site, Surgeon, Tags
+from peftcore.author import LearningRate, Method, MethodConfig, Site, Surgeon, Tags
 from peftcore.errors import TargetError
 
 

@@ -29,7 +29,7 @@ import torch
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import MATRICES, LearningRate, Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
+from peftcore.author import MATRICES, LearningRate, Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
 from peftcore.errors import UnsupportedSite
 
 

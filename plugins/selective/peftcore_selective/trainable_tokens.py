@@ -23,7 +23,7 @@ import torch
 from pydantic import AfterValidator, Field, NonNegativeInt
 from torch import Tensor, nn
 
-from peftcore import Layer, LearningRate, Method, MethodConfig, Operator, Site, Surgeon, Tags
+from peftcore.author import Layer, LearningRate, Method, MethodConfig, Operator, Site, Surgeon, Tags
 from peftcore.errors import UnsupportedSite
 from peftcore_selective._ties import one_each, tied_to
 

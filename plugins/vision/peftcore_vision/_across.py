@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftcore import Operator, Site, Surgeon, Tap, branch_end, is_post_norm, on_first
+from peftcore.author import Operator, Site, Surgeon, Tap, branch_end, is_post_norm, on_first
 from peftcore.errors import UnsupportedSite
 from peftcore_vision._frames import clips
 from peftcore_vision._patches import patch_sites

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peftcore import (
+from peftcore.author import (
     BranchSite,
     Bypass,
     ForwardContext,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from peftcore import Site
+from peftcore.author import Site
 
 AUTHORS = 0.1
 """The probability in the authors' code of FacT, RepAdapter and ARC."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from peftcore import Site, WeightOperator
+from peftcore.author import Site, WeightOperator
 from peftcore.errors import UnsupportedSite
 
 

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import MethodConfig, Operator, Tap
+from peftcore.author import MethodConfig, Operator, Tap
 from peftcore_vision._stages import NORM, StageSite
 
 

@@ -12,7 +12,7 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import MethodConfig, Operator, Shared, Site, Surgeon
+from peftcore.author import MethodConfig, Operator, Shared, Site, Surgeon
 from peftcore.errors import ConfigError, UnsupportedSite
 from peftcore_vision._dropped import own_dropout
 

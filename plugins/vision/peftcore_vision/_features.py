@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from peftcore import MethodConfig, Site, Surgeon
+from peftcore.author import MethodConfig, Site, Surgeon
 from peftcore.errors import TargetError, UnsupportedSite
 
 IMAGES = frozenset({"visual", "vision", "image", "images", "img"})

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftcore import Batches, Site
+from peftcore.author import Batches, Site
 from peftcore.errors import CalibrationError, UnsupportedSite
 
 

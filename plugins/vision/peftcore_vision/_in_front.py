@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peftcore import Operator, Site, Surgeon, bias_name
+from peftcore.author import Operator, Site, Surgeon, bias_name
 from peftcore.errors import UnsupportedSite
 from peftcore_vision._dropped import own_dropout
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from peftcore import Site, Surgeon
+from peftcore.author import Site, Surgeon
 from peftcore.errors import UnsupportedSite
 
 

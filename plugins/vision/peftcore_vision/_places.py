@@ -13,7 +13,7 @@ import torch
 from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import MethodConfig, Operator, Site, Surgeon, Tap
+from peftcore.author import MethodConfig, Operator, Site, Surgeon, Tap
 from peftcore.errors import ConfigError, SequenceError, UnsupportedSite
 
 TOWER = "tower"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftcore import RowStream, Shared, StreamSite, Surgeon, add_stream, stream_sites
+from peftcore.author import RowStream, Shared, StreamSite, Surgeon, add_stream, stream_sites
 from peftcore.errors import UnsupportedSite
 from peftcore_vision._prompts import PromptConfig, PromptSite, shared_projection
 

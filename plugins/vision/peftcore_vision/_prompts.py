@@ -18,7 +18,8 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import HostEntry, MethodConfig, Operator, Shared, Site, Surgeon, on_first
+from peftcore import HostEntry
+from peftcore.author import MethodConfig, Operator, Shared, Site, Surgeon, on_first
 from peftcore.errors import SequenceError, UnsupportedSite
 
 STREAM = ("mlp.down", "experts.down", "attn.out", "attn_mlp.out")

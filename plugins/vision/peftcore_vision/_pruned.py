@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftcore import Batches, Injection, activate
+from peftcore import Injection, activate
+from peftcore.author import Batches
 from peftcore.errors import CalibrationError, ConfigError, UnsupportedSite
 from peftcore_vision._prompts import DeepOperator, PromptConfig, PromptSite
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from peftcore import Attend, AttentionOperator, AttentionSite, Operator, Site, Tap, on_first
+from peftcore.author import Attend, AttentionOperator, AttentionSite, Operator, Site, Tap, on_first
 from peftcore.errors import SequenceError
 from peftcore_vision._prompts import PromptOperator, PromptSite, RowsConfig
 

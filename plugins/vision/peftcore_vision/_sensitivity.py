@@ -8,7 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from peftcore import Batch, Site
+from peftcore import Batch
+from peftcore.author import Site
 from peftcore.errors import CalibrationError, InactiveSite
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftcore import BranchSite, Site, Surgeon, Tap, feed_forward_around, forward_context
+from peftcore.author import BranchSite, Site, Surgeon, Tap, feed_forward_around, forward_context
 from peftcore.errors import SequenceError, UnsupportedSite
 from peftcore_vision._dispatch import Dispatcher, Gated, Taps
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from peftcore import BlockSite, Site, Surgeon
+from peftcore.author import BlockSite, Site, Surgeon
 from peftcore.errors import UnsupportedSite
 
 NORM = "norm"

@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import BlockSite, MethodConfig, Operator, Site, Surgeon, Tap, block_sites, on_first
+from peftcore.author import BlockSite, MethodConfig, Operator, Site, Surgeon, Tap, block_sites, on_first
 from peftcore.errors import UnsupportedSite
 from peftcore_vision._patches import patch_sites
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from peftcore import Site, Surgeon, Tap
+from peftcore.author import Site, Surgeon, Tap
 from peftcore.errors import UnsupportedSite
 from peftcore_vision._places import text_sites
 from peftcore_vision._prompts import image_blocks

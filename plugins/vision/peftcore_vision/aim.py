@@ -30,7 +30,18 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peftcore import BranchSite, Bypass, LearningRate, Method, MethodConfig, Site, Surgeon, Tags, block_depths, branch
+from peftcore.author import (
+    BranchSite,
+    Bypass,
+    LearningRate,
+    Method,
+    MethodConfig,
+    Site,
+    Surgeon,
+    Tags,
+    block_depths,
+    branch,
+)
 from peftcore_vision._across import (
     AcrossOperator,
     PlaceSite,

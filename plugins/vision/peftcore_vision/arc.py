@@ -26,7 +26,7 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import LearningRate, Method, MethodConfig, Shared, Site, Surgeon, Tags
+from peftcore.author import LearningRate, Method, MethodConfig, Shared, Site, Surgeon, Tags
 from peftcore.errors import ConfigError
 from peftcore_vision._in_front import READERS, InFrontOperator, read_alike, refuse
 

@@ -26,7 +26,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import LearningRate, Method, Operator, Surgeon, Tags
+from peftcore.author import LearningRate, Method, Operator, Surgeon, Tags
 from peftcore.errors import UnsupportedSite
 from peftcore_vision._features import FeatureConfig, FeatureSite, feature_sites
 

@@ -29,7 +29,7 @@ from typing import Any, Literal
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from peftcore import LearningRate, Method, Site, Surgeon, Tags, Tap
+from peftcore.author import LearningRate, Method, Site, Surgeon, Tags, Tap
 from peftcore.errors import MissingContext, SequenceError, UnsupportedSite
 from peftcore_vision._features import image_projection
 from peftcore_vision._matching import MATCH, of_own_texts

@@ -28,7 +28,7 @@ import torch
 from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import LearningRate, Method, MethodConfig, Operator, Site, Surgeon, Tags, bias_name
+from peftcore.author import LearningRate, Method, MethodConfig, Operator, Site, Surgeon, Tags, bias_name
 from peftcore.errors import UnsupportedSite
 from peftcore_vision._grouped import written_out
 

@@ -27,7 +27,19 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peftcore import OUTPUTS, BranchSite, Bypass, Joins, LearningRate, Method, MethodConfig, Surgeon, Tags, Tap, branch
+from peftcore.author import (
+    OUTPUTS,
+    BranchSite,
+    Bypass,
+    Joins,
+    LearningRate,
+    Method,
+    MethodConfig,
+    Surgeon,
+    Tags,
+    Tap,
+    branch,
+)
 from peftcore.errors import UnsupportedSite
 from peftcore_vision._patches import over_patches, patch_sites
 

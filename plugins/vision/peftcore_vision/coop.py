@@ -30,7 +30,7 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from peftcore import LearningRate, Method, Site, Surgeon, Tags, forward_context
+from peftcore.author import LearningRate, Method, Site, Surgeon, Tags, forward_context
 from peftcore.errors import MissingContext
 from peftcore_vision._places import PlacesConfig, PlacesOperator, put_at, text_sites, words
 

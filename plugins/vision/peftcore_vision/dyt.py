@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from pydantic import Field, FiniteFloat, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import (
+from peftcore.author import (
     OUTPUTS,
     AppliedMethod,
     BranchSite,

@@ -30,7 +30,7 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import Attend, AttentionOperator, AttentionSite, LearningRate, Method, Site, Surgeon, Tags
+from peftcore.author import Attend, AttentionOperator, AttentionSite, LearningRate, Method, Site, Surgeon, Tags
 from peftcore.errors import UnsupportedSite
 from peftcore_vision._prompts import (
     PromptConfig,

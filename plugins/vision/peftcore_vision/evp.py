@@ -31,18 +31,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from peftcore import (
-    BlockSite,
-    LearningRate,
-    Method,
-    Operator,
-    Shared,
-    Site,
-    Surgeon,
-    Tags,
-    Tap,
-    block_sites,
-)
+from peftcore.author import BlockSite, LearningRate, Method, Operator, Shared, Site, Surgeon, Tags, Tap, block_sites
 from peftcore.errors import ConfigError, UnsupportedSite
 from peftcore_vision._explicit import ExplicitConfig, StageOperator, channels, starting
 from peftcore_vision._stages import StageSite, stages_of

@@ -22,7 +22,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from peftcore import LearningRate, Method, Shared, Surgeon, Tags
+from peftcore.author import LearningRate, Method, Shared, Surgeon, Tags
 from peftcore_vision._fact import FactConfig, FactOperator, FactSite, fact_sites, shared_factors
 
 

@@ -30,7 +30,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peftcore import MATRICES, Method, MethodConfig, Operator, Shared, Site, Surgeon, Tags, bias_name
+from peftcore.author import MATRICES, Method, MethodConfig, Operator, Shared, Site, Surgeon, Tags, bias_name
 from peftcore.errors import ConfigError, UnsupportedSite
 
 

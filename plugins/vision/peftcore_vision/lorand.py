@@ -23,17 +23,7 @@ from pydantic import PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peftcore import (
-    OUTPUTS,
-    AtBranchEnd,
-    BranchSite,
-    Joins,
-    Method,
-    MethodConfig,
-    Surgeon,
-    Tags,
-    branch_end,
-)
+from peftcore.author import OUTPUTS, AtBranchEnd, BranchSite, Joins, Method, MethodConfig, Surgeon, Tags, branch_end
 
 
 class Config(MethodConfig):

@@ -34,7 +34,7 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from peftcore import LearningRate, Method, Surgeon, Tags, Tap, on_first
+from peftcore.author import LearningRate, Method, Surgeon, Tags, Tap, on_first
 from peftcore.errors import ConfigError, SequenceError
 from peftcore_vision._places import PlacesConfig, PlacesOperator, put_at, words
 from peftcore_vision._prompts import check_tokens

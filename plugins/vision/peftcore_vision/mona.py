@@ -31,7 +31,7 @@ from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peftcore import BlockSite, LearningRate, Method, Surgeon, Tags
+from peftcore.author import BlockSite, LearningRate, Method, Surgeon, Tags
 from peftcore_vision._patches import over_patches
 from peftcore_vision._stream import Stream, StreamConfig, StreamOperator, streams
 

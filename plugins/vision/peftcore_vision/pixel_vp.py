@@ -28,7 +28,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from peftcore import InputOperator, LearningRate, Method, MethodConfig, Mine, Site, Surgeon, Tags
+from peftcore.author import InputOperator, LearningRate, Method, MethodConfig, Mine, Site, Surgeon, Tags
 from peftcore.errors import UnsupportedSite
 from peftcore_vision._patches import picture_sites, side_of
 

@@ -20,7 +20,7 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import LearningRate, Method, MethodConfig, Site, Surgeon, Tags
+from peftcore.author import LearningRate, Method, MethodConfig, Site, Surgeon, Tags
 from peftcore.errors import UnsupportedSite
 from peftcore_vision._in_front import InFrontOperator, read_alike, refuse
 

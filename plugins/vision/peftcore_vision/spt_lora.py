@@ -36,7 +36,7 @@ import torch
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import (
+from peftcore.author import (
     AppliedMethod,
     Batches,
     LearningRate,

@@ -29,7 +29,7 @@ from pydantic import PositiveInt, field_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peftcore import BlockSite, LearningRate, Method, Surgeon, Tags, forward_context
+from peftcore.author import BlockSite, LearningRate, Method, Surgeon, Tags, forward_context
 from peftcore.errors import ConfigError, UnsupportedSite
 from peftcore_vision._frames import clips
 from peftcore_vision._patches import layout

@@ -34,7 +34,7 @@ import torch
 from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import AppliedMethod, Batches, LearningRate, Method, Operator, Site, Surgeon, Tags, Tap
+from peftcore.author import AppliedMethod, Batches, LearningRate, Method, Operator, Site, Surgeon, Tags, Tap
 from peftcore_vision._features import FeatureConfig, FeatureSite, feature_sites
 from peftcore_vision._few_shots import Shots, few_shots
 from peftcore_vision._matching import MATCH, MatcherSite, with_logits

@@ -30,7 +30,7 @@ from typing import Literal
 
 from torch import nn
 
-from peftcore import LearningRate, Method, Site, StreamSite, Surgeon, Tags
+from peftcore.author import LearningRate, Method, Site, StreamSite, Surgeon, Tags
 from peftcore_vision._prompt_streams import add_prompt_stream
 from peftcore_vision._prompts import (
     DeepOperator,

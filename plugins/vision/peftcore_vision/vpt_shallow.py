@@ -34,7 +34,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from peftcore import LearningRate, Method, Site, Surgeon, Tags, on_first
+from peftcore.author import LearningRate, Method, Site, Surgeon, Tags, on_first
 from peftcore_vision._prompt_streams import add_prompt_stream
 from peftcore_vision._prompts import (
     PromptConfig,

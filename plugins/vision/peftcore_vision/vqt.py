@@ -27,7 +27,7 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveInt
 from torch import nn
 
-from peftcore import LearningRate, Method, Site, Surgeon, Tags, Tap, head_sites
+from peftcore.author import LearningRate, Method, Site, Surgeon, Tags, Tap, head_sites
 from peftcore.errors import ConfigError, UnsupportedSite
 from peftcore_vision._prompts import RowsConfig, attentions_of, prompt_sites
 from peftcore_vision._queries import QueryOperator, QuerySite, ReadingOperator, UnaskedOperator

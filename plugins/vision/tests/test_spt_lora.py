@@ -96,7 +96,7 @@ def test_the_authors_choice_of_places(budget: str) -> None:
     injection = peftcore.apply(model, "spt_lora", data=data, share=1.0, rank=RANK, dtype="float64")
     sites = {graft.site.path: graft.site for graft in injection.grafts}
     injection.remove()
-    scores = sensitivities([*sites.values()], peftcore.Batches(model, data, "data"))
+    scores = sensitivities([*sites.values()], peftcore.author.Batches(model, data, "data"))
     plan = allotted(next(counts(scores, [numbers["tau"]])), sites, RANK, EASE, VECTOR_EASE)
     whole = [sites[path] for path, count in plan.items() if count is None]
     assert_chosen(

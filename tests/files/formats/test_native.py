@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import peftcore
-from peftcore import Method, MethodConfig, Operator, Site, Surgeon, Tags
+from peftcore.author import Method, MethodConfig, Operator, Site, Surgeon, Tags
 from peftcore.errors import ExportError, PluginError
 from peftcore.files.formats.card import CARD
 

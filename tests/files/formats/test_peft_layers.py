@@ -4,7 +4,7 @@ import pytest
 from torch import nn
 
 import peftcore
-from peftcore import Site
+from peftcore.author import Site
 from peftcore.files.formats.peft_layers import is_one_of, not_added, uneven
 from peftcore.layers.kinds import Linear
 

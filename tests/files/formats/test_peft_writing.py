@@ -8,7 +8,7 @@ from core_toys import transformer
 from torch import nn
 
 import peftcore
-from peftcore import Site
+from peftcore.author import Site
 from peftcore.errors import ExportError
 from peftcore.files.formats.peft_writing import common, is_parameter, module_key, stem_of, targets
 

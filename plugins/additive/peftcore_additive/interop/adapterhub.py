@@ -12,12 +12,9 @@ from typing import Any
 
 from torch import Tensor
 
-from peftcore.authoring.branches import is_post_norm
+from peftcore.author import Resolver, is_post_norm
+from peftcore.author.formats import Found, HubArchitecture, HubPlace, Keys
 from peftcore.errors import CheckpointError
-from peftcore.files.formats.adapterhub import HubArchitecture, HubPlace
-from peftcore.files.formats.found import Found
-from peftcore.files.formats.keys import Keys
-from peftcore.targets.resolver import Resolver
 
 WHERE = ("mh_adapter", "output_adapter", "is_parallel", "original_ln_before", "original_ln_after")
 KINDS = {

@@ -20,15 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftcore.author import Resolver, Site, TokenStack
+from peftcore.author.formats import Found, HubArchitecture, HubPlace, Keys, is_listed, plain_class
 from peftcore.errors import CheckpointError, HostMismatch
-from peftcore.files.formats.adapterhub import HubArchitecture, HubPlace
-from peftcore.files.formats.found import Found
-from peftcore.files.formats.keys import Keys
-from peftcore.files.formats.peft_prompts import is_listed
-from peftcore.layers.layer import plain_class
-from peftcore.roles.stacks import TokenStack
-from peftcore.targets.resolver import Resolver
-from peftcore.targets.sites import Site
 from peftcore_additive._bottleneck import ACTIVATIONS as FUNCTIONS
 from peftcore_additive.interop.adapterhub import ACTIVATIONS
 

@@ -17,12 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftcore.author import Resolver
+from peftcore.author.formats import Found, HubArchitecture, HubPlace, Keys, preserved_rng
 from peftcore.errors import CheckpointError
-from peftcore.files.formats.adapterhub import HubArchitecture, HubPlace
-from peftcore.files.formats.found import Found
-from peftcore.files.formats.keys import Keys
-from peftcore.surgery.seeding import preserved_rng
-from peftcore.targets.resolver import Resolver
 from peftcore_additive.interop.adapterhub import ACTIVATIONS
 
 STEP = ".reft_layer"

@@ -12,10 +12,8 @@ from typing import Any
 import torch
 from torch import Size, Tensor
 
+from peftcore.author.formats import Found, Held, KohyaMethod, Place
 from peftcore.errors import ExportError
-from peftcore.files.formats.found import Found
-from peftcore.files.formats.kohya_method import Held, KohyaMethod
-from peftcore.files.formats.places import Place
 
 GAIN, ON_INPUT = "weight", "on_input"
 

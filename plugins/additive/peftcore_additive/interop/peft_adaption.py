@@ -12,13 +12,8 @@ from typing import Any
 
 from torch import Size, Tensor, nn
 
+from peftcore.author.formats import Found, Keys, PeftMethod, Place, SavedSite, ending
 from peftcore.errors import CheckpointError, ExportError
-from peftcore.files.envelope import SavedSite
-from peftcore.files.formats.found import Found
-from peftcore.files.formats.keys import Keys
-from peftcore.files.formats.patterns import ending
-from peftcore.files.formats.peft_method import PeftMethod
-from peftcore.files.formats.places import Place
 
 OUT = "o_proj"
 """The module that peft takes for the output matrix."""

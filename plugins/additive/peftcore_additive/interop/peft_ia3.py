@@ -12,14 +12,9 @@ from typing import Any
 
 from torch import Size, Tensor, nn
 
+from peftcore.author import Transposed
+from peftcore.author.formats import Found, Keys, PeftMethod, Place, matching, module_key
 from peftcore.errors import CheckpointError
-from peftcore.files.formats.found import Found
-from peftcore.files.formats.keys import Keys
-from peftcore.files.formats.patterns import matching
-from peftcore.files.formats.peft_method import PeftMethod
-from peftcore.files.formats.peft_writing import module_key
-from peftcore.files.formats.places import Place
-from peftcore.layers.kinds import Transposed
 
 
 class PeftIA3(PeftMethod):

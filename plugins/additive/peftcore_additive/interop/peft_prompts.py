@@ -15,13 +15,9 @@ from typing import Any
 import torch
 from torch import Size, Tensor, nn
 
-from peftcore import SequenceSite
+from peftcore.author import SequenceSite
+from peftcore.author.formats import BOTH, ROWS, Found, Keys, Place, SavedSite, SoftPrompt, halves
 from peftcore.errors import CheckpointError, ExportError
-from peftcore.files.envelope import SavedSite
-from peftcore.files.formats.found import Found
-from peftcore.files.formats.keys import Keys
-from peftcore.files.formats.peft_prompts import BOTH, ROWS, SoftPrompt, halves
-from peftcore.files.formats.places import Place
 from peftcore_additive._prefix import FrontOperator
 from peftcore_additive.cpt import CPTOperator
 

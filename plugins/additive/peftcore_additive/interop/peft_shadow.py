@@ -13,13 +13,8 @@ from typing import Any
 
 from torch import Size, Tensor, nn
 
+from peftcore.author.formats import Found, Keys, PeftMethod, Place, SavedSite, task_of
 from peftcore.errors import CheckpointError, ExportError
-from peftcore.files.envelope import SavedSite
-from peftcore.files.formats.found import Found
-from peftcore.files.formats.keys import Keys
-from peftcore.files.formats.peft_method import PeftMethod
-from peftcore.files.formats.peft_prompts import task_of
-from peftcore.files.formats.places import Place
 from peftcore_additive._shadow import GuestLoss
 from peftcore_additive.shadow import ShadowOperator
 

@@ -14,16 +14,25 @@ from typing import Any
 import torch
 from torch import Size, Tensor, nn
 
-from peftcore import BorrowedLayer, Injection, Surgeon
+from peftcore import Injection
+from peftcore.author import BorrowedLayer, Surgeon
+from peftcore.author.formats import (
+    FORMAT,
+    Content,
+    Description,
+    Envelope,
+    Files,
+    Format,
+    Found,
+    SavedSite,
+    TensorFile,
+    Tensors,
+    layer_of,
+    ldm_names,
+    names_in,
+    only_file,
+)
 from peftcore.errors import CheckpointError, ExportError, HostMismatch
-from peftcore.files.envelope import FORMAT, Envelope, SavedSite
-from peftcore.files.formats.description import Description
-from peftcore.files.formats.format import Content, Files, Format, Tensors
-from peftcore.files.formats.found import Found
-from peftcore.files.formats.ldm_names import ldm_names
-from peftcore.files.formats.pipelines import names_in, only_file
-from peftcore.files.safe_io import TensorFile
-from peftcore.registry.plugins import layer_of
 
 TENSORS, SIGN = "control_lora.safetensors", "lora_controlnet"
 HINT = "input_hint_block."

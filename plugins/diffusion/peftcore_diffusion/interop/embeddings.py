@@ -14,16 +14,23 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from peftcore import Injection, Surgeon
+from peftcore import Injection
+from peftcore.author import Surgeon
+from peftcore.author.formats import (
+    Content,
+    Description,
+    Files,
+    Format,
+    SavedSite,
+    TensorFile,
+    Tensors,
+    check_no_rows,
+    composed,
+    names_in,
+    only_file,
+    only_table,
+)
 from peftcore.errors import CheckpointError, ExportError, HostMismatch
-from peftcore.files.added_rows import check_no_rows
-from peftcore.files.envelope import SavedSite
-from peftcore.files.formats.composing import composed
-from peftcore.files.formats.description import Description
-from peftcore.files.formats.format import Content, Files, Format, Tensors
-from peftcore.files.formats.pipelines import names_in, only_file
-from peftcore.files.formats.words import only_table
-from peftcore.files.safe_io import TensorFile
 from peftcore_diffusion.textual_inversion import TextualInversion
 
 TENSORS = "embeddings.safetensors"

@@ -12,9 +12,7 @@ from typing import Any
 
 from torch import Size, Tensor
 
-from peftcore.files.formats.found import Found
-from peftcore.files.formats.kohya_method import Held, KohyaMethod, spelled
-from peftcore.files.formats.places import Place
+from peftcore.author.formats import Found, Held, KohyaMethod, Place, spelled
 
 DOWN, CORE, UP = "lora_down.weight", "lora_mid.weight", "lora_up.weight"
 

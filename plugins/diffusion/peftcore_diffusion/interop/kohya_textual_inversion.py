@@ -7,10 +7,8 @@ from typing import Any
 
 from torch import Size, Tensor
 
+from peftcore.author.formats import VECTORS, Found, Held, KohyaMethod, Place
 from peftcore.errors import ExportError
-from peftcore.files.formats.found import Found
-from peftcore.files.formats.kohya_method import VECTORS, Held, KohyaMethod
-from peftcore.files.formats.places import Place
 
 
 class KohyaTextualInversion(KohyaMethod):

@@ -17,9 +17,7 @@ from typing import Any
 import torch
 from torch import Size, Tensor
 
-from peftcore.files.formats.found import Found
-from peftcore.files.formats.kohya_method import Held, KohyaMethod
-from peftcore.files.formats.places import Place
+from peftcore.author.formats import Found, Held, KohyaMethod, Place
 
 Q, P, VALUES = "q_layer.weight", "p_layer.weight", "lambda_layer"
 DOWN, UP = "lora_down.weight", "lora_up.weight"

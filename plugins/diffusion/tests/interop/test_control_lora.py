@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import peftcore
-from peftcore import BorrowedLayer, Tap
 from peftcore.algebra.exporting import export
+from peftcore.author import BorrowedLayer, Tap
 from peftcore.errors import CheckpointError, ExportError, HostMismatch
 from peftcore.files.readers.check import check
 from peftcore.files.readers.reader import reader_named
@@ -158,7 +158,7 @@ def test_the_layout_is_that_of_stabilitys_file() -> None:
     with torch.device("meta"):
         model = diffusers.UNet2DConditionModel(**{**SIZES, **XL, **sizes})
         network = diffusers.ControlNetModel.from_unet(model, load_weights_from_unet=False)
-        peftcore.borrow(network, model, Tap(), dense_layer, 128)
+        peftcore.author.borrow(network, model, Tap(), dense_layer, 128)
     shapes = {theirs: wanted[-1] for _, theirs, _, wanted in named(network, model, ExportError)}
     assert len(shapes) + 1 == 1228
     assert shapes["input_blocks.0.0.down"] == (4, 4, 3, 3)

@@ -12,9 +12,7 @@ from typing import Any
 import torch
 from torch import Size, Tensor
 
-from peftcore.files.formats.found import Found
-from peftcore.files.formats.kohya_method import Held, KohyaMethod
-from peftcore.files.formats.places import Place
+from peftcore.author.formats import Found, Held, KohyaMethod, Place
 
 GAIN, ON_INPUT = "weight", "on_input"
 ALONE = {"A": "vector", "B": "none", "C": "none", "D": "none", "E": "none"}

@@ -12,10 +12,8 @@ from typing import Any
 
 from torch import Size, Tensor
 
+from peftcore.author.formats import ALPHA, Found, Held, KohyaMethod, Place, spelled
 from peftcore.errors import ExportError
-from peftcore.files.formats.found import Found
-from peftcore.files.formats.kohya_method import ALPHA, Held, KohyaMethod, spelled
-from peftcore.files.formats.places import Place
 
 THEIRS = {"A": "a1.weight", "A_up": "a2.weight", "B": "b1.weight", "B_up": "b2.weight"}
 KINDS = {"A": ("product", "none"), "B": ("lora", "none"), "C": ("none",), "D": ("none",), "E": ("none",)}

@@ -12,11 +12,8 @@ from typing import Any
 
 from torch import Size, Tensor, nn
 
+from peftcore.author.formats import Found, Keys, PeftMethod, Place
 from peftcore.errors import ExportError
-from peftcore.files.formats.found import Found
-from peftcore.files.formats.keys import Keys
-from peftcore.files.formats.peft_method import PeftMethod
-from peftcore.files.formats.places import Place
 
 OPTION = {"A": "config_A_B", "B": "config_A_B", "C": "config_C", "D": "config_D_E", "E": "config_D_E"}
 """Peft's option for each term."""

@@ -100,10 +100,10 @@ def test_lowers_the_training_loss_below_what_the_trained_head_reaches(method: st
 
 @pytest.mark.slow
 def test_an_adapter_that_does_nothing_would_be_noticed(probed: Probed):
-    class InertConfig(peftcore.MethodConfig):
+    class InertConfig(peftcore.author.MethodConfig):
         method: Literal["inert"] = "inert"
 
-    class InertOperator(peftcore.Operator):
+    class InertOperator(peftcore.author.Operator):
         """Trained, saved, called, and without effect."""
 
         def __init__(self, site, config):
@@ -113,10 +113,10 @@ def test_an_adapter_that_does_nothing_would_be_noticed(probed: Probed):
         def forward(self, call, x):
             return call(x) + 0 * self.gain
 
-    class Inert(peftcore.Method):
+    class Inert(peftcore.author.Method):
         name = "inert"
         Config = InertConfig
-        tags = peftcore.Tags(category="additive", paper="0000.00000")
+        tags = peftcore.author.Tags(category="additive", paper="0000.00000")
         target = ("attn.q",)
 
         def inject(self, model, config, surgeon):

@@ -15,17 +15,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftcore import HostMap, Injection, Site, Surgeon, injections
+from peftcore import HostMap, Injection, injections
+from peftcore.author import Site, Surgeon
+from peftcore.author.formats import (
+    Content,
+    Description,
+    Files,
+    Format,
+    Found,
+    Keys,
+    SavedSite,
+    TensorFile,
+    Tensors,
+    composed,
+    find_move,
+    host_map,
+    read_json,
+    unique,
+)
 from peftcore.errors import CheckpointError, ExportError, HostMismatch, PeftcoreError
-from peftcore.files.envelope import SavedSite
-from peftcore.files.formats.composing import composed
-from peftcore.files.formats.description import Description, unique
-from peftcore.files.formats.format import Content, Files, Format, Tensors
-from peftcore.files.formats.found import Found
-from peftcore.files.formats.keys import Keys
-from peftcore.files.formats.rebasing import find_move
-from peftcore.files.safe_io import TensorFile, read_json
-from peftcore.injection.arguments import host_map
 from peftcore_additive.houlsby_adapter import SerialOperator
 from peftcore_additive.pfeiffer_adapter import PfeifferOperator
 

@@ -13,12 +13,8 @@ from typing import Any
 import torch
 from torch import Size, Tensor, nn
 
+from peftcore.author.formats import ROWS, Found, Keys, Place, SavedSite, SoftPrompt, halves
 from peftcore.errors import ExportError
-from peftcore.files.envelope import SavedSite
-from peftcore.files.formats.found import Found
-from peftcore.files.formats.keys import Keys
-from peftcore.files.formats.peft_prompts import ROWS, SoftPrompt, halves
-from peftcore.files.formats.places import Place
 from peftcore_multitask._tasks import task_count
 
 COLS, TASK_ROWS = "prefix_task_cols", "prefix_task_rows"

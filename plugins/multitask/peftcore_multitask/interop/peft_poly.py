@@ -11,12 +11,8 @@ from typing import Any
 
 from torch import Size, Tensor, nn
 
+from peftcore.author.formats import Found, Keys, PeftMethod, Place, task_of
 from peftcore.errors import ExportError
-from peftcore.files.formats.found import Found
-from peftcore.files.formats.keys import Keys
-from peftcore.files.formats.peft_method import PeftMethod
-from peftcore.files.formats.peft_prompts import task_of
-from peftcore.files.formats.places import Place
 from peftcore_multitask._tasks import task_count
 
 A, B, LOGITS = "poly_lora_A", "poly_lora_B", "poly_router.module_logits"

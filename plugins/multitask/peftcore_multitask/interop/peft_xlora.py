@@ -11,12 +11,8 @@ from typing import Any
 
 from torch import Size, Tensor, nn
 
+from peftcore.author.formats import OFF, Found, Keys, PeftMethod, Place, is_one_of
 from peftcore.errors import CheckpointError, ExportError
-from peftcore.files.formats.found import Found
-from peftcore.files.formats.keys import OFF, Keys
-from peftcore.files.formats.peft_layers import is_one_of
-from peftcore.files.formats.peft_method import PeftMethod
-from peftcore.files.formats.places import Place
 
 STEM = "internal_xlora_classifier."
 MOST = 10

@@ -18,7 +18,8 @@ import torch
 from pydantic import NonNegativeFloat
 from torch import Tensor, nn
 
-from peftcore import ForcedAttributes, Layer, QuantizedLayer, Scheme, hookimpl, quantized_layer_of
+from peftcore import Scheme
+from peftcore.author import ForcedAttributes, Layer, QuantizedLayer, hookimpl, quantized_layer_of
 from peftcore.errors import QuantizationError, UnsupportedHost
 
 PEFTCORE_API = 2

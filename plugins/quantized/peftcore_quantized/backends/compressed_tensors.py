@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from peftcore import Layer, hookimpl
+from peftcore.author import Layer, hookimpl
 from peftcore.errors import UnsupportedSite
 
 PEFTCORE_API = 2

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftcore import ForcedAttributes, Layer, QuantizedLayer, hookimpl, quantized_layer_of
+from peftcore.author import ForcedAttributes, Layer, QuantizedLayer, hookimpl, quantized_layer_of
 from peftcore.errors import ExportError, UnsupportedHost
 
 PEFTCORE_API = 2

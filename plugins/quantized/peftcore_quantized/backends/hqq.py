@@ -11,7 +11,8 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from peftcore import Layer, QuantizedLayer, Scheme, hookimpl, quantized_layer_of
+from peftcore import Scheme
+from peftcore.author import Layer, QuantizedLayer, hookimpl, quantized_layer_of
 from peftcore.errors import QuantizationError
 
 PEFTCORE_API = 2

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftcore import Layer, QuantizedLayer, hookimpl, quantized_layer_of
+from peftcore.author import Layer, QuantizedLayer, hookimpl, quantized_layer_of
 from peftcore.errors import UnsupportedHost
 
 PEFTCORE_API = 2

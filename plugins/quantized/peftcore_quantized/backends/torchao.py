@@ -16,7 +16,8 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from peftcore import Layer, QuantizedLayer, Scheme, hookimpl, quantized_layer_of
+from peftcore import Scheme
+from peftcore.author import Layer, QuantizedLayer, hookimpl, quantized_layer_of
 from peftcore.errors import MergeError, QuantizationError, UnsupportedHost
 
 PEFTCORE_API = 2

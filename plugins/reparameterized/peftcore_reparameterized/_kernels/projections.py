@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
-from peftcore import runs_plain
+from peftcore.author import runs_plain
 
 
 def plain_projected(x: Tensor, A: Tensor, dtype: torch.dtype) -> Tensor:

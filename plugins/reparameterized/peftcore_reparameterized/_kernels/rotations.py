@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peftcore import Layer, cast_operands, runs_plain
+from peftcore.author import Layer, cast_operands, runs_plain
 
 
 def plain_rotate(x: Tensor, R: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peftcore import Layer, cast_operands, dropped_linear, matmul_transposed, runs_plain
+from peftcore.author import Layer, cast_operands, dropped_linear, matmul_transposed, runs_plain
 from peftcore_reparameterized._kernels.projections import projected
 from peftcore_reparameterized._kernels.scaling import add_scaled
 

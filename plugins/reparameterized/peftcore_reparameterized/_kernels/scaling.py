@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftcore import runs_plain
+from peftcore.author import runs_plain
 
 
 def plain_add_scaled(y: Tensor, gain: Tensor, z: Tensor) -> Tensor:

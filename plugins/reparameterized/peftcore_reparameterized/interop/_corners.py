@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from peftcore.files.formats.found import Found
+from peftcore.author.formats import Found
 
 
 def corner(found: Found, name: str, shape: Sequence[int]) -> Tensor:

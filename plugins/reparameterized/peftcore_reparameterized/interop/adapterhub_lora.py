@@ -7,10 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from peftcore.files.formats.adapterhub import HubArchitecture, HubPlace
-from peftcore.files.formats.found import Found
-from peftcore.files.formats.keys import Keys
-from peftcore.targets.resolver import Resolver
+from peftcore.author import Resolver
+from peftcore.author.formats import Found, HubArchitecture, HubPlace, Keys
 
 
 class HubLoRA(HubArchitecture):

@@ -14,10 +14,8 @@ from typing import Any
 
 from torch import Size, Tensor
 
+from peftcore.author.formats import Found, Held, KohyaMethod, Place
 from peftcore.errors import CheckpointError
-from peftcore.files.formats.found import Found
-from peftcore.files.formats.kohya_method import Held, KohyaMethod
-from peftcore.files.formats.places import Place
 from peftcore_reparameterized.lokr import _cut
 
 

@@ -14,10 +14,8 @@ from typing import Any, ClassVar
 
 from torch import Size, Tensor
 
+from peftcore.author.formats import Found, Held, KohyaMethod, Place, spelled
 from peftcore.errors import CheckpointError
-from peftcore.files.formats.found import Found
-from peftcore.files.formats.kohya_method import Held, KohyaMethod, spelled
-from peftcore.files.formats.places import Place
 
 DOWN, UP, MAGNITUDE, BIAS = "lora_down.weight", "lora_up.weight", "dora_scale", "diff_b"
 

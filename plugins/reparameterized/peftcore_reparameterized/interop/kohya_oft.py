@@ -20,10 +20,8 @@ from typing import Any
 import torch
 from torch import Size, Tensor
 
+from peftcore.author.formats import ALPHA, Found, Held, KohyaMethod, Place
 from peftcore.errors import CheckpointError, ExportError
-from peftcore.files.formats.found import Found
-from peftcore.files.formats.kohya_method import ALPHA, Held, KohyaMethod
-from peftcore.files.formats.places import Place
 
 BLOCKS, RESCALE = "oft_blocks", "rescale"
 CONSTRAINED = "oft_unet"

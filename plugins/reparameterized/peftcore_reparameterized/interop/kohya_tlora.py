@@ -19,10 +19,8 @@ from typing import Any
 
 from torch import Size, Tensor
 
+from peftcore.author.formats import Found, Held, KohyaMethod, Place, spelled
 from peftcore.errors import CheckpointError, ExportError
-from peftcore.files.formats.found import Found
-from peftcore.files.formats.kohya_method import Held, KohyaMethod, spelled
-from peftcore.files.formats.places import Place
 from peftcore_reparameterized._decomposed import principal
 from peftcore_reparameterized._rotations import precise
 

@@ -15,12 +15,8 @@ from typing import Any
 import torch
 from torch import Size, Tensor, nn
 
+from peftcore.author.formats import Found, Keys, PeftMethod, Place, not_added
 from peftcore.errors import CheckpointError, ExportError
-from peftcore.files.formats.found import Found
-from peftcore.files.formats.keys import Keys
-from peftcore.files.formats.peft_layers import not_added
-from peftcore.files.formats.peft_method import PeftMethod
-from peftcore.files.formats.places import Place
 from peftcore_reparameterized._clusters import approximate, clustered, with_bias
 
 MOST = 512

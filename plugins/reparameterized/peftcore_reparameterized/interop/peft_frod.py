@@ -15,13 +15,9 @@ from typing import Any
 import torch
 from torch import Size, Tensor, nn
 
+from peftcore.author import Transposed
+from peftcore.author.formats import Found, Keys, PeftMethod, Place, not_added
 from peftcore.errors import CheckpointError, ExportError
-from peftcore.files.formats.found import Found
-from peftcore.files.formats.keys import Keys
-from peftcore.files.formats.peft_layers import not_added
-from peftcore.files.formats.peft_method import PeftMethod
-from peftcore.files.formats.places import Place
-from peftcore.layers.kinds import Transposed
 from peftcore_reparameterized._decomposed import as_matrix
 from peftcore_reparameterized._joint import Joint, by_role, joint, role, within
 

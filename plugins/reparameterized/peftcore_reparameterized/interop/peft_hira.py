@@ -11,12 +11,8 @@ from typing import Any
 
 from torch import Size, Tensor, nn
 
-from peftcore.files.formats.found import Found
-from peftcore.files.formats.keys import Keys
-from peftcore.files.formats.peft_layers import not_added
-from peftcore.files.formats.peft_method import PeftMethod
-from peftcore.files.formats.places import Place
-from peftcore.layers.kinds import Transposed
+from peftcore.author import Transposed
+from peftcore.author.formats import Found, Keys, PeftMethod, Place, not_added
 
 
 class PeftHiRA(PeftMethod):

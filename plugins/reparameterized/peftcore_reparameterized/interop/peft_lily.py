@@ -13,10 +13,7 @@ from typing import Any
 import torch
 from torch import Size, Tensor, nn
 
-from peftcore.files.formats.found import Found
-from peftcore.files.formats.keys import Keys
-from peftcore.files.formats.peft_method import PeftMethod
-from peftcore.files.formats.places import Place
+from peftcore.author.formats import Found, Keys, PeftMethod, Place
 
 
 class PeftLily(PeftMethod):

@@ -14,12 +14,8 @@ from typing import Any, ClassVar
 
 from torch import Size, Tensor, nn
 
+from peftcore.author.formats import Found, Keys, PeftMethod, Place, not_added
 from peftcore.errors import ExportError
-from peftcore.files.formats.found import Found
-from peftcore.files.formats.keys import Keys
-from peftcore.files.formats.peft_layers import not_added
-from peftcore.files.formats.peft_method import PeftMethod
-from peftcore.files.formats.places import Place
 
 NAMES = {
     "w1": "lokr_w1", "w1a": "lokr_w1_a", "w1b": "lokr_w1_b",

@@ -15,12 +15,8 @@ from typing import Any
 import torch
 from torch import Size, Tensor, nn
 
+from peftcore.author.formats import Found, Keys, PeftMethod, Place, not_added
 from peftcore.errors import ExportError
-from peftcore.files.formats.found import Found
-from peftcore.files.formats.keys import Keys
-from peftcore.files.formats.peft_layers import not_added
-from peftcore.files.formats.peft_method import PeftMethod
-from peftcore.files.formats.places import Place
 
 WAYS = (None, (10, 0))
 """How peft finds singular vectors: exactly, or with so many steps and that seed, which are its defaults."""

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Size
 
+from peftcore.author.formats import Keys
 from peftcore.errors import ExportError
-from peftcore.files.formats.keys import Keys
 from peftcore_reparameterized.interop.peft_vera import PeftVeRA
 
 

@@ -7,11 +7,8 @@ from typing import Any
 
 from torch import Size, Tensor, nn
 
+from peftcore.author.formats import Found, Keys, PeftMethod, Place
 from peftcore.errors import CheckpointError
-from peftcore.files.formats.found import Found
-from peftcore.files.formats.keys import Keys
-from peftcore.files.formats.peft_method import PeftMethod
-from peftcore.files.formats.places import Place
 
 NAMES = {"angle": "road_theta", "length": "road_alpha"}
 VARIANTS = {"road_1": 1, "road_2": 2, "road_4": 4}

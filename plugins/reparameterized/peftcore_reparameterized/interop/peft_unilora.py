@@ -13,14 +13,9 @@ from typing import Any
 import torch
 from torch import Size, Tensor, nn
 
+from peftcore.author import Transposed
+from peftcore.author.formats import Found, Keys, PeftMethod, Place, SavedSite, layer_of
 from peftcore.errors import CheckpointError
-from peftcore.files.envelope import SavedSite
-from peftcore.files.formats.found import Found
-from peftcore.files.formats.keys import Keys
-from peftcore.files.formats.peft_method import PeftMethod
-from peftcore.files.formats.places import Place
-from peftcore.layers.kinds import Transposed
-from peftcore.registry.plugins import layer_of
 
 FACTORS = ("A", "B")
 

@@ -8,12 +8,9 @@ from typing import Any, ClassVar
 
 from torch import Size, Tensor, nn
 
+from peftcore.author import Transposed
+from peftcore.author.formats import Found, Keys, PeftMethod, Place
 from peftcore.errors import CheckpointError
-from peftcore.files.formats.found import Found
-from peftcore.files.formats.keys import Keys
-from peftcore.files.formats.peft_method import PeftMethod
-from peftcore.files.formats.places import Place
-from peftcore.layers.kinds import Transposed
 
 SAME = {"sym2": "db2", "sym3": "db3"}
 """Names of other families for wavelets of Daubechies."""

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Size, Tensor, nn
 
 import peftcore
-from peftcore import Method, MethodConfig, Operator, Site, Tags
+from peftcore.author import Method, MethodConfig, Operator, Site, Tags
 from peftcore.errors import CheckpointError
 from peftcore.files.formats.found import Found
 from peftcore.files.formats.keys import Keys
@@ -83,7 +83,7 @@ class ToyVariant(LoRAVariant):
         return {"lora_gain": place.operator.g}
 
 
-@peftcore.hookimpl
+@peftcore.author.hookimpl
 def peftcore_translations() -> Mapping[str, str]:
     return {"peft/LORA/gained": f"{__name__}:ToyVariant"}
 

@@ -14,11 +14,8 @@ from typing import Any
 import torch
 from torch import Size, Tensor, nn
 
+from peftcore.author.formats import Found, Keys, PeftMethod, Place
 from peftcore.errors import ExportError
-from peftcore.files.formats.found import Found
-from peftcore.files.formats.keys import Keys
-from peftcore.files.formats.peft_method import PeftMethod
-from peftcore.files.formats.places import Place
 from peftcore_selective.shira import largest
 
 FACTORS = {"A": "supertuning_lora_A.weight", "B": "supertuning_lora_B.weight"}

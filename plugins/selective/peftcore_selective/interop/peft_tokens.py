@@ -12,12 +12,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Size, Tensor, nn
 
+from peftcore.author.formats import Found, Group, Keys, PeftMethod, Place
 from peftcore.errors import CheckpointError
-from peftcore.files.formats.found import Found
-from peftcore.files.formats.keys import Keys
-from peftcore.files.formats.peft_method import PeftMethod
-from peftcore.files.formats.peft_names import Group
-from peftcore.files.formats.places import Place
 
 
 class PeftTokens(PeftMethod):

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Size
 
-from peftcore.files.formats.keys import Keys
+from peftcore.author.formats import Keys
 from peftcore_reparameterized.interop.peft_lora.variant import LoRAVariant
 
 

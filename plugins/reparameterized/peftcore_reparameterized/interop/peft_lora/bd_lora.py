@@ -11,11 +11,8 @@ from typing import Any
 
 from torch import Size, nn
 
+from peftcore.author.formats import Keys, Place, is_one_of, module_key
 from peftcore.errors import CheckpointError, ExportError
-from peftcore.files.formats.keys import Keys
-from peftcore.files.formats.peft_layers import is_one_of
-from peftcore.files.formats.peft_writing import module_key
-from peftcore.files.formats.places import Place
 from peftcore_reparameterized.interop.peft_lora.variant import LoRAVariant
 
 BLOCKS = ("target_modules_bd_a", "target_modules_bd_b")

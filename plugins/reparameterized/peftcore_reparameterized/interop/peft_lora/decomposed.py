@@ -15,13 +15,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Size, Tensor, nn
 
-from peftcore import MethodConfig, Site
+from peftcore.author import MethodConfig, Site, Transposed
+from peftcore.author.formats import Found, Keys, Place, is_one_of
 from peftcore.errors import CheckpointError
-from peftcore.files.formats.found import Found
-from peftcore.files.formats.keys import Keys
-from peftcore.files.formats.peft_layers import is_one_of
-from peftcore.files.formats.places import Place
-from peftcore.layers.kinds import Transposed
 from peftcore_reparameterized._decomposed import PairOperator
 from peftcore_reparameterized.interop.peft_lora.dora import DoRAVariant
 from peftcore_reparameterized.interop.peft_lora.plain import UpdateVariant

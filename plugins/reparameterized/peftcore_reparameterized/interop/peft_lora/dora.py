@@ -10,9 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from peftcore.files.formats.found import Found
-from peftcore.files.formats.keys import Keys
-from peftcore.files.formats.places import Place
+from peftcore.author.formats import Found, Keys, Place
 from peftcore_reparameterized.interop.peft_lora.variant import LoRAVariant
 
 MAGNITUDE = "lora_magnitude_vector"

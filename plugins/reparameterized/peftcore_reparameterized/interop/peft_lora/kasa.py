@@ -11,9 +11,7 @@ from typing import Any
 
 from torch import Size, Tensor, nn
 
-from peftcore.files.formats.found import Found
-from peftcore.files.formats.keys import Keys
-from peftcore.files.formats.places import Place
+from peftcore.author.formats import Found, Keys, Place
 from peftcore_reparameterized.interop.peft_lora.decomposed import DecomposedVariant
 
 DIAGONAL = "lora_diag"

@@ -9,9 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from peftcore.author.formats import Keys, replicated_layers, runs
 from peftcore.errors import CheckpointError, HostMismatch, shown
-from peftcore.files.formats.keys import Keys
-from peftcore.injection.replicated_layers import replicated_layers, runs
 
 MOST = 1000
 """The most ranges of layers that a file may name, and layers in each."""

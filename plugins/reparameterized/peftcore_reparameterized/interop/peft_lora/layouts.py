@@ -11,10 +11,9 @@ from collections.abc import Iterable
 
 from torch import Size, Tensor
 
+from peftcore.author import Site, Transposed
+from peftcore.author.formats import Found
 from peftcore.errors import ExportError
-from peftcore.files.formats.found import Found
-from peftcore.layers.kinds import Transposed
-from peftcore.targets.sites import Site
 
 A_NAME, B_NAME, BIAS = "lora_A.weight", "lora_B.weight", "lora_B.bias"
 TABLE_A, TABLE_B = "lora_embedding_A", "lora_embedding_B"

@@ -10,11 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from peftcore.files.formats.keys import Keys
-from peftcore.files.formats.peft_layers import is_one_of
-from peftcore.files.formats.peft_writing import is_parameter
-from peftcore.files.formats.places import Place
-from peftcore.layers.kinds import Transposed
+from peftcore.author import Transposed
+from peftcore.author.formats import Keys, Place, is_one_of, is_parameter
 from peftcore_reparameterized.interop.peft_lora.plain import UpdateVariant
 
 LAYERS = (nn.Linear, Transposed, nn.Embedding)

@@ -12,10 +12,7 @@ from typing import Any
 import torch
 from torch import Size, Tensor, nn
 
-from peftcore.files.formats.found import Found
-from peftcore.files.formats.keys import Keys
-from peftcore.files.formats.peft_layers import is_one_of
-from peftcore.files.formats.places import Place
+from peftcore.author.formats import Found, Keys, Place, is_one_of
 from peftcore_reparameterized.interop.peft_lora.variant import LoRAVariant
 
 SAMPLER = "lora_monteclora_sampler"

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Size, Tensor
 
-from peftcore.files.formats.keys import Keys
-from peftcore.files.formats.places import Place
+from peftcore.author.formats import Keys, Place
 from peftcore_reparameterized.interop.peft_lora.variant import LoRAVariant
 
 

@@ -17,15 +17,18 @@ from typing import Any, ClassVar
 from torch import Size, Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from peftcore.author.formats import (
+    Found,
+    Keys,
+    PeftMethod,
+    Place,
+    ending,
+    imported,
+    is_parameter,
+    not_added,
+    peft_variants,
+)
 from peftcore.errors import CheckpointError, ExportError
-from peftcore.files.formats.found import Found
-from peftcore.files.formats.keys import Keys
-from peftcore.files.formats.patterns import ending
-from peftcore.files.formats.peft_layers import not_added
-from peftcore.files.formats.peft_method import PeftMethod, peft_variants
-from peftcore.files.formats.peft_writing import is_parameter
-from peftcore.files.formats.places import Place
-from peftcore.registry.plugins import imported
 from peftcore_reparameterized.interop.peft_lora import (
     alora,
     bd_lora,

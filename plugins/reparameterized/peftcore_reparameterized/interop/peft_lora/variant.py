@@ -11,9 +11,7 @@ from typing import Any, ClassVar
 
 from torch import Size, Tensor
 
-from peftcore.files.formats.found import Found
-from peftcore.files.formats.keys import Keys
-from peftcore.files.formats.places import Place
+from peftcore.author.formats import Found, Keys, Place
 
 
 class LoRAVariant:

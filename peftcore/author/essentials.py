@@ -1,0 +1,40 @@
+"""What most methods are written with: a method, its options, its target modules, the operators at them."""
+
+from peftcore.contract.config import MethodConfig
+from peftcore.contract.hookspecs import API, hookimpl
+from peftcore.contract.method import MATRICES, OUTPUTS, LearningRate, Method, Tags
+from peftcore.contract.operators import Held, InputOperator, Operator, Shared, WeightOperator, on_first
+from peftcore.contract.presets import Preset
+from peftcore.forward.context import ForwardContext, forward_context
+from peftcore.forward.taps import Tap
+from peftcore.injection.applied import AppliedMethod
+from peftcore.surgery.surgeon import Surgeon
+from peftcore.targets.sites import Site
+from peftcore.training.batches import Batches
+from peftcore.utils.autocast import full_precision
+
+__all__ = [
+    "API",
+    "MATRICES",
+    "OUTPUTS",
+    "AppliedMethod",
+    "Batches",
+    "ForwardContext",
+    "Held",
+    "InputOperator",
+    "LearningRate",
+    "Method",
+    "MethodConfig",
+    "Operator",
+    "Preset",
+    "Shared",
+    "Site",
+    "Surgeon",
+    "Tags",
+    "Tap",
+    "WeightOperator",
+    "forward_context",
+    "full_precision",
+    "hookimpl",
+    "on_first",
+]

@@ -1,0 +1,36 @@
+"""Token sequences and attention: soft prompts, what a cache holds, edits inside an attention."""
+
+from peftcore.authoring.instance_prompts import InstanceOperator
+from peftcore.authoring.pass_cache import PassCache
+from peftcore.authoring.prompts import PromptPositions, TokenStacks, VisibleTokens, cached_tokens
+from peftcore.authoring.row_logits import head_sites, row_logits
+from peftcore.forward.attention import Attend, AttentionOperator
+from peftcore.forward.tokens import Tokens
+from peftcore.roles.stacks import TokenStack, cache_in
+from peftcore.targets.attention_sites import AttentionSite
+from peftcore.targets.sequence import Rows, SequenceOperator, SequenceSite
+from peftcore.targets.sequence_cache import self_attention_cache
+from peftcore.targets.sequence_inside import InnerRows, InnerSite
+
+__all__ = [
+    "Attend",
+    "AttentionOperator",
+    "AttentionSite",
+    "InnerRows",
+    "InnerSite",
+    "InstanceOperator",
+    "PassCache",
+    "PromptPositions",
+    "Rows",
+    "SequenceOperator",
+    "SequenceSite",
+    "TokenStack",
+    "TokenStacks",
+    "Tokens",
+    "VisibleTokens",
+    "cache_in",
+    "cached_tokens",
+    "head_sites",
+    "row_logits",
+    "self_attention_cache",
+]

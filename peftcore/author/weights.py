@@ -1,0 +1,68 @@
+"""Weights and modules in detail: layouts, slices, quantized layers, low-rank factors, gradients, routers, hybrids."""
+
+from peftcore.algebra import merge_math
+from peftcore.authoring.hybrid_parts import OfParts, options_of, without_preset
+from peftcore.authoring.inputs import sees_vectors, watched_inputs
+from peftcore.contract.calls import Calls
+from peftcore.contract.operators import (
+    Checked,
+    Combiner,
+    Factors,
+    Mine,
+    Replacement,
+    changes_bias,
+    is_mergeable,
+    low_rank,
+)
+from peftcore.forward.routers import Router, by_row
+from peftcore.forward.routing import OneForward
+from peftcore.forward.view import with_tensors
+from peftcore.injection.applied import HybridPart
+from peftcore.injection.quantization import scheme_key
+from peftcore.injection.quantized_layer import QuantizedLayer, quantized_layer_of
+from peftcore.layers.kernels import dropped_linear, matmul_transposed, runs_plain
+from peftcore.layers.kinds import Transposed
+from peftcore.layers.layer import Layer, Slices, bias_name
+from peftcore.surgery.forced_attributes import ForcedAttributes
+from peftcore.surgery.surgeon import Graft
+from peftcore.targets.resolver import Resolver
+from peftcore.training.optimizer import GradientRule
+from peftcore.utils.autocast import cast_operands
+
+__all__ = [
+    "Calls",
+    "Checked",
+    "Combiner",
+    "Factors",
+    "ForcedAttributes",
+    "GradientRule",
+    "Graft",
+    "HybridPart",
+    "Layer",
+    "Mine",
+    "OfParts",
+    "OneForward",
+    "QuantizedLayer",
+    "Replacement",
+    "Resolver",
+    "Router",
+    "Slices",
+    "Transposed",
+    "bias_name",
+    "by_row",
+    "cast_operands",
+    "changes_bias",
+    "dropped_linear",
+    "is_mergeable",
+    "low_rank",
+    "matmul_transposed",
+    "merge_math",
+    "options_of",
+    "quantized_layer_of",
+    "runs_plain",
+    "scheme_key",
+    "sees_vectors",
+    "watched_inputs",
+    "with_tensors",
+    "without_preset",
+]
