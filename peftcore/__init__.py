@@ -87,8 +87,8 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str) -> object:
-    """Return what is imported when it is first asked for: `author`, `compare` from the distribution peftcore-lab, and with
-    a warning the names of `peftcore.author` that were here before.
+    """Return what is imported when it is first asked for: `author`, `compare` from the distribution peftcore-lab, and
+    with a warning the names of `peftcore.author` that were here before.
 
     Raises:
         MissingPackage: `compare` is asked for, and peftcore-lab is not installed.
