@@ -36,7 +36,7 @@ GONE: dict[str, str] = {
             "from peftcore.comparing.plans.recorded import Wanted",
             "from peftcore.comparing.quiet import unlogged",
         ],
-        "is in peftcore.models or peftcore.utils: peftcore.comparing became peftcore-lab, and the core's commands kept this",
+        "is in peftcore.models or peftcore.utils, where the core's own commands need it",
     ),
 }
 """What was taken out on purpose, and the reason that the release notes give: a name ("peftcore.Injection.save"), a
