@@ -344,7 +344,7 @@ def test_a_new_word(painter: Path, named_pictures: Path) -> None:
 
 def of_the_page(**changed: str) -> list[str]:
     """The command of docs/training.md for words beside the denoiser, with other values of some flags and settings."""
-    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[4] / "docs" / "training.md").read_text(encoding="utf-8")
     (line,) = (line for line in page.splitlines() if line.startswith("peftcore train") and "data.words_until" in line)
     words = shlex.split(line)[1:]
     for name, value in changed.items():
