@@ -6,9 +6,9 @@
 # make test-all PART=1/4    the first quarter of the whole matrix of methods and hosts; without PART all of it
 # make quantization-matrix    try every method on every packed base, and write docs/quantization.md
 # make bench   how fast it is, side by side with peft; writes docs/performance.md
-# make version VERSION=0.2.0    give all nine packages another version
+# make version VERSION=0.2.0    give all ten packages another version
 # make changelog VERSION=0.2.0    put the fragments of changelog.d/ into CHANGELOG.md; without VERSION show what it would say
-# make release-check    build the nine packages into dist/ and check them; nothing is uploaded
+# make release-check    build the ten packages into dist/ and check them; nothing is uploaded
 # make docs    the documentation, into site/; a broken link or reference fails
 # make docs-check    run the notebooks, and look at the site in headless Chromium, which the machine must have
 # make evidence    write into the plugins' packages with whose numbers their tests compare

@@ -26,7 +26,7 @@ from benchmarks.rows import Row
 from benchmarks.serving import LAYERS, decoding
 from benchmarks.steps import LENGTH, heavier, peaks
 from benchmarks.timing import take_turns
-from peftcore.comparing.packages import package_folder
+from peftcore.utils.packages import package_folder
 
 ROUNDS = 24
 REAL = "SmolLM2-135M"

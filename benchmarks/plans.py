@@ -22,10 +22,10 @@ from torch.utils.flop_counter import FlopCounterMode
 import peftcore
 from benchmarks.memory import peak
 from benchmarks.page import write
-from peftcore.comparing.models.example_inputs import Size
-from peftcore.comparing.numbers import size, work
-from peftcore.comparing.plans.costs import Costs, Memory, costs
-from peftcore.comparing.plans.recorded import Wanted
+from peftcore.models.costs import Costs, Memory, costs
+from peftcore.models.example_inputs import Size
+from peftcore.models.recorded import Wanted
+from peftcore.utils.numbers import size, work
 
 METHODS = ("lora", "dora", "ia3", "houlsby_adapter", "ln_tuning")
 WIDTHS = (128, 256, 512)

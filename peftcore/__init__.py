@@ -5,6 +5,7 @@ Users import from here, authors of methods from `peftcore.author`.
 
 import importlib
 import warnings
+from importlib.util import find_spec
 
 from peftcore.algebra.adapters_as_parts import gather
 from peftcore.algebra.combining import combine, deltas, lora_of, to_lora
@@ -76,16 +77,28 @@ __all__ = [
 ]
 
 
+if find_spec("peftcore_lab") is None:
+    __all__.remove("compare")
+
+
 def __dir__() -> list[str]:
     """The public API: modules that imports leave here are not part of it."""
     return sorted(__all__)
 
 
 def __getattr__(name: str) -> object:
-    """Return what is imported when it is first asked for: `author`, `compare`, and with a warning the names of
-    `peftcore.author` that were here before."""
+    """Return what is imported when it is first asked for: `author`, `compare` from the distribution peftcore-lab, and
+    with a warning the names of `peftcore.author` that were here before.
+
+    Raises:
+        MissingPackage: `compare` is asked for, and peftcore-lab is not installed.
+    """
     if name == "compare":
-        from peftcore.comparing.comparisons.modules import compare
+        if find_spec("peftcore_lab") is None:
+            from peftcore.utils.packages import lab_is_missing
+
+            raise lab_is_missing("peftcore.compare")
+        from peftcore_lab.comparisons.modules import compare
 
         return compare
     if not name.startswith("_"):

@@ -172,3 +172,11 @@ class HostMismatch(CheckpointError):
 
 class NewerFormat(CheckpointError):
     """The adapter was written by a newer version than the one installed."""
+
+
+class BadInput(PeftcoreError, ValueError):
+    """A command, a file or a call has input that cannot be used; the message says why and what to do."""
+
+
+class MissingPackage(BadInput, ImportError):
+    """A Python package that is needed is not installed; the message has the pip line that installs it."""

@@ -1,4 +1,4 @@
-"""Builds the nine packages and holds them against what an index of packages asks for: ``make release-check``.
+"""Builds the ten packages and holds them against what an index of packages asks for: ``make release-check``.
 
 Each becomes a source distribution and, from that, a wheel, so that a file which the source distribution lacks is missed
 here and not by users. Nothing is fetched and nothing is uploaded. ``make release-check TAG=v0.2.0`` first refuses a tag

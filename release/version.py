@@ -1,4 +1,4 @@
-"""Gives the nine packages another version: ``make version VERSION=0.2.0``.
+"""Gives the ten packages another version: ``make version VERSION=0.2.0``.
 
 They are released together, so each says the same version, and a plugin wants the core (and other plugins) from that
 version on and below the next that may break it: the next minor one before 1.0, the next major one after.

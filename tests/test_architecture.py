@@ -11,6 +11,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 CORE = ROOT / "peftcore"
+LAB = ROOT / "plugins/lab/peftcore_lab"
+"""What trains, compares and searches: above all of the core."""
 PAGE = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
 
 DEFERRED = {
@@ -24,8 +26,8 @@ DEFERRED = {
     ): "`Fleet`, `PeftcoreTrainer` and its callback are imported from `peftcore.training`",
     (
         "peftcore",
-        "peftcore.comparing.comparisons.modules",
-    ): "`peftcore.compare` stands where `peftcore.apply` does, and is imported when it is asked for",
+        "peftcore_lab.comparisons.modules",
+    ): "`peftcore.compare` stands where `peftcore.apply` does, and is imported from peftcore-lab when it is asked for",
 }
 """Imports that go up on purpose, inside a function, each with its reason. No more than three."""
 
@@ -39,16 +41,17 @@ PACKAGES = [name for name in LAYERS if name not in LOOSE]
 
 
 def module_of(file: Path) -> str:
-    """The dotted name of a file of the core."""
-    parts = file.relative_to(ROOT).with_suffix("").parts
+    """The dotted name of a file of the core or the lab."""
+    parts = file.relative_to(ROOT if file.is_relative_to(CORE) else LAB.parent).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-FILES = {module_of(file): file for file in sorted(CORE.rglob("*.py"))}
+FILES = {module_of(file): file for file in sorted([*CORE.rglob("*.py"), *LAB.rglob("*.py")])}
 
 
 def imports(file: Path) -> Iterator[str]:
-    """Every module of the core that a file imports when it runs, anywhere in it: not what only type checkers read."""
+    """Every module of the core or the lab that a file imports when it runs, anywhere in it: not what only type checkers
+    read."""
 
     def below(node: ast.AST) -> Iterator[str]:
         for child in ast.iter_child_nodes(node):
@@ -73,8 +76,8 @@ def arrows() -> frozenset[tuple[str, str]]:
 
 
 def package(module: str) -> str:
-    """The layer of a module: its package, or for the loose ones the module."""
-    return [*module.split("."), "__init__"][1]
+    """The layer of a module: its package, or for the loose ones the module; the lab is one."""
+    return LAB.name if module.split(".")[0] == LAB.name else [*module.split("."), "__init__"][1]
 
 
 def test_every_package_has_its_place_on_the_page() -> None:
@@ -84,7 +87,7 @@ def test_every_package_has_its_place_on_the_page() -> None:
 
 
 def test_imports_go_down_between_packages() -> None:
-    level = {name: place for place, name in enumerate(LAYERS)}
+    level = {name: place for place, name in enumerate([*LAYERS, LAB.name])}
     wrong = [
         f"{name} imports {other}"
         for name, other in sorted(arrows())
@@ -110,21 +113,22 @@ def test_what_is_deferred_is_there_and_rare() -> None:
         assert other in set(imports(FILES[name]))
 
 
-@pytest.mark.parametrize("name", PACKAGES)
+@pytest.mark.parametrize("name", [*PACKAGES, LAB.name])
 def test_a_package_says_what_it_is_for_and_in_which_order_to_read_it(name: str) -> None:
-    text = ast.get_docstring(ast.parse((CORE / name / "__init__.py").read_text(encoding="utf-8"))) or ""
+    folder, dotted = (LAB, name) if name == LAB.name else (CORE / name, f"peftcore.{name}")
+    text = ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8"))) or ""
     assert "It may import" in text
-    inside = {path.stem for path in (CORE / name).glob("[!_]*.py")}
-    inside |= {path.parent.name for path in (CORE / name).glob("*/__init__.py")}
+    inside = {path.stem for path in folder.glob("[!_]*.py")}
+    inside |= {path.parent.name for path in folder.glob("*/__init__.py")}
     points = re.findall(r"^- (`\w+`(?:,\s+`\w+`)*): \S", text, re.MULTILINE)
     listed = [name for point in points for name in re.findall(r"\w+", point)]
     assert sorted(listed) == sorted(inside)
     rank = {module: place for place, module in enumerate(listed)}
     for module in inside:  # one reads from what nothing else here needs
-        whole = f"peftcore.{name}.{module}."
+        whole = f"{dotted}.{module}."
         for _, other in (arrow for arrow in arrows() if f"{arrow[0]}.".startswith(whole)):
-            below = other.removeprefix(f"peftcore.{name}.").split(".")[0]
-            if other.startswith(f"peftcore.{name}.") and below != module:
+            below = other.removeprefix(f"{dotted}.").split(".")[0]
+            if other.startswith(f"{dotted}.") and below != module:
                 assert rank[below] < rank[module], f"{module} needs {below}, which is listed after it"
 
 

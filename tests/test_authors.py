@@ -17,7 +17,9 @@ import peftcore
 import peftcore.author
 
 ROOT = Path(__file__).parents[1]
-PLUGINS = sorted(ROOT.glob("plugins/*/peftcore_*/**/*.py"))
+LAB = "lab"
+"""The plugin that brings commands and no methods: an application, which may import all of the core."""
+PLUGINS = sorted(path for path in ROOT.glob("plugins/*/peftcore_*/**/*.py") if f"peftcore_{LAB}" not in path.parts)
 EXAMPLE = sorted(ROOT.glob("examples/third-party-plugin/**/*.py"))
 TEMPLATES = sorted(ROOT.glob("peftcore/cli/authoring/templates/**/*.py.jinja"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
@@ -25,9 +27,9 @@ PAGES += sorted(ROOT.glob("plugins/*/README.md"))
 FILES = [*PLUGINS, *EXAMPLE, *TEMPLATES, *PAGES]
 
 FOR_AUTHORS = {"peftcore", "peftcore.author", "peftcore.author.formats", "peftcore.errors"}
-BESIDES = {"peftcore.testing", "peftcore.training", "peftcore.roles", "peftcore.comparing.tasks", "peftcore.compat"}
-"""For tests, for who trains, for who corrects a map of roles, for who brings a task to the command line, and for who
-comes from peft: what pages and tests show, and no method needs."""
+BESIDES = {"peftcore.testing", "peftcore.training", "peftcore.roles", "peftcore.compat"}
+"""For tests, for who trains, for who corrects a map of roles, and for who comes from peft: what pages and tests show,
+and no method needs."""
 PUBLIC = {f"peftcore.{name}" for name in (*peftcore.__all__, "__version__")}
 PUBLIC |= {f"peftcore.author.{name}" for name in peftcore.author.__all__}
 SNIPPET = re.compile(r"^(?P<indent> *)```python\n(?P<code>.*?)^ *```", re.MULTILINE | re.DOTALL)
@@ -87,7 +89,8 @@ def test_authors_import_the_public_api_alone(path: Path) -> None:
 
 def test_all_kinds_of_files_are_read() -> None:
     """Otherwise the test above would hold of nothing."""
-    assert {path.parts[len(ROOT.parts) + 1] for path in PLUGINS} == {p.name for p in (ROOT / "plugins").iterdir()}
+    folders = {path.name for path in (ROOT / "plugins").iterdir()}
+    assert {path.parts[len(ROOT.parts) + 1] for path in PLUGINS} == folders - {LAB}
     assert EXAMPLE and TEMPLATES
     assert any(name == "peftcore.author" for page in PAGES for _, text in sources(page) for _, name in reached(text))
 

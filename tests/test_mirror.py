@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ELSEWHERE = {"cli": "by command, in tests/cli", "testing": "by what the kit must find out, in tests/kit"}
 """Packages whose tests are sorted otherwise, and how."""
-BY_COMMANDS = {"comparing"}
+BY_COMMANDS = {"models"}
 """Packages of which the commands, tests/cli, show much: their modules need no test file, but a file names a module."""
 
 DEFINITIONS = (ast.FunctionDef, ast.ClassDef, ast.If)
@@ -27,6 +27,13 @@ MODULES = {
 FILES = sorted(
     path.relative_to(ROOT / "tests") for package in PACKAGES for path in ROOT.glob(f"tests/{package}/**/test_*.py")
 )
+
+
+LAB = ROOT / "plugins/lab"
+OF_LAB = {
+    path.relative_to(LAB / "peftcore_lab").with_suffix("").as_posix() for path in LAB.glob("peftcore_lab/**/*.py")
+}
+"""Modules of the lab. Its commands show much, so a module needs no test file, but a file names a module."""
 
 
 def module_of(file: Path) -> str:
@@ -48,6 +55,12 @@ def test_a_test_file_names_a_module_or_one_side_of_one(file: Path) -> None:
     assert named in MODULES or any(
         named.startswith(f"{module_of(each)}_") and module_of(each) in MODULES for each in FILES
     ), f"there is no peftcore/{named}.py"
+
+
+@pytest.mark.parametrize("file", sorted(LAB.glob("tests/**/test_*.py")), ids=lambda file: file.stem)
+def test_a_test_file_of_the_lab_names_a_module_or_tests_commands(file: Path) -> None:
+    named = module_of(file.relative_to(LAB / "tests"))
+    assert named.startswith("commands/") or named in OF_LAB, f"there is no peftcore_lab/{named}.py"
 
 
 def test_what_runs_by_hand_left_no_adapter_in_the_root() -> None:

@@ -18,16 +18,16 @@ import transformers
 
 import peftcore
 from peftcore.authoring.budgets import reference
-from peftcore.comparing.models.example_inputs import Size
-from peftcore.comparing.numbers import size
-from peftcore.comparing.plans.costs import costs
-from peftcore.comparing.plans.recorded import Wanted
 from peftcore.contract.method import Tags
 from peftcore.contract.presets import Preset
 from peftcore.errors import PeftcoreError
 from peftcore.files.formats.peft_method import peft_methods
+from peftcore.models.costs import costs
+from peftcore.models.example_inputs import Size
+from peftcore.models.recorded import Wanted
 from peftcore.registry.catalogue import COMBINES, QUANTIZED, TRAINS
 from peftcore.registry.plugins import imported
+from peftcore.utils.numbers import size
 
 ROOT = Path(__file__).parents[2]
 HOSTS = ("Llama 2 7B", "BERT base", "ViT base", "ResNet-50", "SD 1.5 UNet")

@@ -16,7 +16,6 @@ import peftcore
 import snippets
 from peftcore.authoring.branches import Bypass, is_post_norm
 from peftcore.authoring.budgets import reference
-from peftcore.comparing.quiet import unlogged
 from peftcore.contract.operators import Combiner, Operator, Replacement, WeightOperator
 from peftcore.errors import ConfigError, PeftcoreError
 from peftcore.injection.applying import record
@@ -26,6 +25,7 @@ from peftcore.roles.hostmap import part_roles
 from peftcore.roles.vocabulary import FUSED_ROLES, OTHER
 from peftcore.surgery.surgeon import Graft, Surgeon
 from peftcore.targets.sites import Site
+from peftcore.utils.quiet import unlogged
 
 HOSTS = ("Llama 2 7B", "BERT base", "ViT base", "T5 small", "CLIP text", "SD 1.5 UNet", "ResNet-50", "Mamba 130M")
 HOSTS_OF: Mapping[str, tuple[str, ...]] = {

@@ -19,13 +19,13 @@ from diagram import svg
 from kept import ROOT, kept
 from peftcore.authoring.budgets import REFERENCES, reference
 from peftcore.cli.looking.show import Shown
-from peftcore.comparing.plans.recorded import Recorded, Wanted
-from peftcore.comparing.quiet import unlogged
 from peftcore.contract.method import CATEGORIES, Method
 from peftcore.contract.operators import Operator, Replacement, WeightOperator
 from peftcore.forward.attention import AttentionOperator
+from peftcore.models.recorded import Recorded, Wanted
 from peftcore.registry.catalogue import MethodInfo
 from peftcore.targets.sequence import SequenceOperator
+from peftcore.utils.quiet import unlogged
 
 MADE_OF_OTHERS = "made of other methods"
 SEVERAL = "several ways at once"

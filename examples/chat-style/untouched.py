@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 import peftcore
-from peftcore.comparing.models.loading import from_pretrained, load_tokenizer
+from peftcore.models.loading import from_pretrained, load_tokenizer
 
 HERE = Path(__file__).parent
 TEXTS = {"a story": HERE / "untouched.txt", "the licence": HERE.parents[1] / "LICENSE"}

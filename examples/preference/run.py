@@ -23,8 +23,8 @@ from torch import Tensor
 from trl import DPOConfig, DPOTrainer
 
 import peftcore
-from peftcore.comparing.packages import package_folder
 from peftcore.training import PeftcoreCallback
+from peftcore.utils.packages import package_folder
 
 HERE = Path(__file__).parent
 PROMPTS = ("What is an anchor for?", "How do I keep my hands warm?")

@@ -30,7 +30,7 @@ from rich.table import Table
 
 import peftcore
 from engine import Engine, Event
-from peftcore.comparing.models.loading import from_pretrained, load_tokenizer
+from peftcore.models.loading import from_pretrained, load_tokenizer
 from server import encoded, serving
 
 HERE = Path(__file__).parent

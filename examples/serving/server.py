@@ -27,8 +27,8 @@ from pydantic import BaseModel, Field
 
 import peftcore
 from engine import Engine, Event
-from peftcore.comparing.models.loading import from_pretrained, load_tokenizer
 from peftcore.errors import CheckpointError, PeftcoreError, UnknownInjection
+from peftcore.models.loading import from_pretrained, load_tokenizer
 
 
 class Ask(BaseModel):

@@ -20,7 +20,7 @@ from rich.table import Table
 
 import peftcore
 from measure import ADAPTERS, LORAS, make_adapters
-from peftcore.comparing.models.loading import from_pretrained
+from peftcore.models.loading import from_pretrained
 from peftcore.testing.tools import Counts
 
 FILLED = 40

@@ -10,24 +10,55 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from peftcore.comparing.errors import BadInput
-from peftcore.errors import PeftcoreError
+from peftcore.errors import BadInput, PeftcoreError
+from peftcore.utils.packages import lab_is_missing
 
 ORDER = (
     *("train", "compare", "search", "chat", "plan", "tree", "methods", "show", "schema"),
     *("inspect", "merge", "convert", "export-lora", "check", "export", "doctor", "new"),
 )
 """Commands in the order in which people need them."""
+OF_LAB = ("train", "compare", "search", "chat")
+"""Commands that the distribution peftcore-lab brings: without it, each says how to install it."""
+EXTRAS = {"transformers": "peftcore[cli]", "huggingface_hub": "peftcore[cli]", "jinja2": "peftcore[cli]"}
+"""Packages that some commands import and the core does not require, and what pip installs for each."""
 KEPT = "\n\N{NO-BREAK SPACE}"
 """Characters that a terminal may be shown, though Python does not count them as printable."""
 
 
 class Commands(TyperGroup):
-    """The commands in that order; others come last."""
+    """The commands of the core and of plugins in that order; others come last. Plugins are loaded when a command is
+    asked for that the core does not have, or when all are listed."""
+
+    complete = False
+    """Whether the commands of plugins are among them."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        """Return their names."""
+        """Return the names of all commands."""
+        self.complete_with_plugins()
         return sorted(super().list_commands(ctx), key=lambda name: (name not in ORDER, (*ORDER, name).index(name)))
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """Return a command of the core or, if it has none of that name, of a plugin."""
+        if cmd_name not in self.commands:
+            self.complete_with_plugins()
+        return super().get_command(ctx, cmd_name)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Find the command that a command line begins with. Of a command that belongs to peftcore-lab, say how to
+        install it."""
+        if args[0] in OF_LAB and self.get_command(ctx, args[0]) is None:
+            with answered():
+                raise lab_is_missing(f"peftcore {args[0]}")
+        return super().resolve_command(ctx, args)
+
+    def complete_with_plugins(self) -> None:
+        """Add the commands of plugins, once."""
+        if not self.complete:
+            from peftcore.cli.plugin_commands import commands
+
+            self.complete = True
+            self.commands.update(commands(taken=tuple(self.commands)))
 
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, pretty_exceptions_show_locals=False)
@@ -47,7 +78,7 @@ def settings(given: list[str] | None, flag: str = "--set", example: str = "train
     Raises:
         BadInput: one of them has no name, or a name is given twice.
     """
-    from peftcore.comparing.runs.reading import parse
+    from peftcore.utils.yaml_values import parse
 
     found: dict[str, Any] = {}
     for each in given or ():
@@ -68,10 +99,15 @@ def printable(text: object) -> str:
 
 @contextlib.contextmanager
 def answered() -> Iterator[None]:
-    """Turn what peftcore refuses into one message and exit code 2; anything else is our fault and keeps its
-    traceback."""
+    """Turn what peftcore refuses, and a package that is not installed, into one message and exit code 2; anything else
+    is our fault and keeps its traceback."""
     try:
         yield
     except PeftcoreError as error:
         print(f"Error: {printable(error)}", file=sys.stderr)
+        raise typer.Exit(2) from None
+    except ModuleNotFoundError as error:
+        if error.name not in EXTRAS:
+            raise
+        print(f"Error: not installed: {error.name}. Run: pip install '{EXTRAS[error.name]}'", file=sys.stderr)
         raise typer.Exit(2) from None

@@ -15,6 +15,7 @@ import pluggy
 
 if TYPE_CHECKING:
     import torch
+    import typer
     from torch import nn
 
     from peftcore.contract.config import MethodConfig
@@ -111,10 +112,31 @@ def peftcore_translations() -> Mapping[str, str]:  # type: ignore[empty-body]
 
 @hookspec
 def peftcore_tasks() -> Mapping[str, str]:  # type: ignore[empty-body]
-    """Name the tasks that a plugin brings to the command line: what its examples are, and how they are scored.
+    """Name the tasks that a plugin brings to ``peftcore train``, ``compare`` and ``search``: what its examples are, and
+    how they are scored.
 
-    Runs when a run's task is looked for. Returns names mapped to ``"module:Class"``, each a
-    `peftcore.comparing.tasks.task.Task`.
+    Runs when a run's task is looked for, by the distribution peftcore-lab; without it, never. Returns names mapped to
+    ``"module:Class"``, each a `peftcore_lab.tasks.task.Task`.
+    """
+
+
+@hookspec
+def peftcore_commands(app: typer.Typer) -> None:
+    """Add commands to the command line ``peftcore``.
+
+    Runs when the command line is asked for a command that the core does not have, or lists all commands; never on
+    ``import peftcore``. Gets a typer application of the plugin's own: ``app.command()(function)`` adds a command, and
+    ``app.add_typer`` a group of commands. Returns nothing. If a command has a name that is taken, the plugin's commands
+    are left out and a warning says why.
+    """
+
+
+@hookspec
+def peftcore_file_schemas() -> Mapping[str, str]:  # type: ignore[empty-body]
+    """Name the JSON schemas of the files that a plugin's commands read.
+
+    Runs in ``peftcore schema NAME``. Returns the names of the commands mapped to ``"module:function"``; the function
+    takes no arguments and returns the schema.
     """
 
 

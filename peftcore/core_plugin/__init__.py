@@ -47,21 +47,6 @@ def peftcore_formats() -> Mapping[str, str]:
 
 
 @hookimpl(trylast=True)
-def peftcore_tasks() -> Mapping[str, str]:
-    return {
-        "text-classification": "peftcore.comparing.tasks.text_classification:TextClassification",
-        "token-classification": "peftcore.comparing.tasks.token_classification:TokenClassification",
-        "causal-lm": "peftcore.comparing.tasks.causal_lm:CausalLM",
-        "chat": "peftcore.comparing.tasks.chat:Chat",
-        "preference": "peftcore.comparing.tasks.preference:Preference",
-        "seq2seq": "peftcore.comparing.tasks.seq2seq:Seq2Seq",
-        "image-classification": "peftcore.comparing.tasks.image_classification:ImageClassification",
-        "segmentation": "peftcore.comparing.tasks.segmentation:Segmentation",
-        "text-to-image": "peftcore.comparing.tasks.text_to_image:TextToImage",
-    }
-
-
-@hookimpl(trylast=True)
 def peftcore_inject(model: nn.Module, method: Any, config: Any, surgeon: Any) -> bool:
     method.inject(model, config, surgeon)
     return True

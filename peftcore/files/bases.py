@@ -90,7 +90,7 @@ def load_base(
     try:
         import transformers
     except ImportError:
-        raise CheckpointError("load_base builds models of transformers: pip install 'peftcore[train]'") from None
+        raise CheckpointError("load_base builds models of transformers: pip install 'peftcore[cli]'") from None
     here = Path(path).exists()  # a file from elsewhere names no folders of this machine
     named = os.fspath(base) if base is not None else about.base
     if not named:

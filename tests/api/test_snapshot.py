@@ -12,15 +12,7 @@ import pytest
 from make_snapshot import FILE, ROOT, described, public, works
 
 RECORDED = json.loads(FILE.read_text(encoding="utf-8"))
-_REQUEST = "peftcore.injection.request and peftcore.injection.applying are in the place of three modules"
-GONE: dict[str, str] = {
-    "from peftcore.injection.arguments import host_map": _REQUEST,
-    "from peftcore.injection.arguments import resolve_method": _REQUEST,
-    "from peftcore.injection.arguments import wishes_of": _REQUEST,
-    "from peftcore.injection.recording import prepare": _REQUEST,
-    "peftcore.author.Surgeon(thawed)": "the injection notes what it froze",
-    "peftcore.author.Surgeon.thawed": "the injection notes what it froze",
-}
+GONE: dict[str, str] = {}
 """What was taken out on purpose, and the reason that the release notes give: a name ("peftcore.Injection.save"), a
 parameter ("peftcore.apply(seed)") or an import as it is recorded. Each is
 named in CHANGELOG.md too, or in a fragment for it."""

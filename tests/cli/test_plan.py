@@ -12,10 +12,10 @@ from typer.testing import CliRunner
 
 import peftcore
 from peftcore.cli.commands import app
-from peftcore.comparing.models.activations import Batch, kept, named_tensors
-from peftcore.comparing.models.example_inputs import Size
-from peftcore.comparing.models.skeletons import skeleton
-from peftcore.comparing.plans.recorded import Wanted
+from peftcore.models.activations import Batch, kept, named_tensors
+from peftcore.models.example_inputs import Size
+from peftcore.models.recorded import Wanted
+from peftcore.models.skeletons import skeleton
 
 Folders = Callable[[str], Path]
 

@@ -11,9 +11,9 @@ from typer.testing import CliRunner
 
 from peftcore.cli.commands import app
 from peftcore.cli.looking.host_tree import shown
-from peftcore.comparing.models.skeletons import skeleton
-from peftcore.comparing.plans.recorded import Wanted
 from peftcore.injection.request import host_map
+from peftcore.models.recorded import Wanted
+from peftcore.models.skeletons import skeleton
 
 
 @pytest.fixture(scope="module")

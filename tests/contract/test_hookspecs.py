@@ -1,6 +1,7 @@
 """Each hook says when it runs, what it gets and returns, can be answered earlier and wrapped, and rests in a step."""
 
 import inspect
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -8,19 +9,22 @@ from typing import Any
 import pluggy
 import pytest
 import torch
+import typer
 from core_toys import Doubling, DoublingOperator, Shift, perceptron, token_ids, transformer
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
 import peftcore
 from peftcore.author import hookimpl
-from peftcore.comparing.tasks.catalogue import find as find_task
-from peftcore.comparing.tasks.catalogue import places as tasks
+from peftcore.cli.commands import app as command_line
 from peftcore.contract import hookspecs
 from peftcore.files.formats.format import formats
 from peftcore.files.formats.peft_method import peft_methods, peft_variants
 from peftcore.injection.quantization import schemes
 from peftcore.registry.plugins import registry
 from peftcore.surgery.forced_attributes import ForcedAttributes
+from peftcore_lab.tasks.catalogue import find as find_task
+from peftcore_lab.tasks.catalogue import places as tasks
 
 HOOKS = [name for name in vars(hookspecs) if name.startswith("peftcore_")]
 FIRSTRESULT = [
@@ -100,6 +104,8 @@ def test_these_are_all_the_hooks() -> None:
     """A hook is added only together with a plugin that needs it, and with a test below."""
     assert sorted(
         [
+            "peftcore_commands",
+            "peftcore_file_schemas",
             "peftcore_formats",
             "peftcore_methods",
             "peftcore_presets",
@@ -254,11 +260,31 @@ def test_hook_translations(answer: Add) -> None:
 
 def test_hook_tasks(answer: Add) -> None:
     """Not firstresult: every plugin names its own, after those of the core; one that is not there says so."""
-    answer("peftcore_tasks", lambda: {"scribbling": "peftcore.comparing.tasks.chat:Chat", "gone": "nowhere:Gone"})
+    answer("peftcore_tasks", lambda: {"scribbling": "peftcore_lab.tasks.chat:Chat", "gone": "nowhere:Gone"})
     assert next(iter(tasks())) == "text-classification"
     assert type(find_task("scribbling")).__name__ == "Chat"
     with pytest.raises(peftcore.errors.PluginError, match="task 'gone' at nowhere:Gone cannot be imported"):
         find_task("gone")
+
+
+def test_hook_commands(answer: Add) -> None:
+    """Not firstresult: every plugin adds its own, when the core has none of that name or all are listed."""
+    said: list[str] = []
+
+    def add(app: typer.Typer) -> None:
+        app.command("hum")(lambda: said.append("hummed"))
+
+    observer = answer("peftcore_commands", add)
+    assert CliRunner().invoke(command_line, ["methods"]).exit_code == 0 and observer.calls == []
+    assert CliRunner().invoke(command_line, ["hum"]).exit_code == 0 and said == ["hummed"]
+    assert "hum" in CliRunner().invoke(command_line, ["--help"]).output
+
+
+def test_hook_file_schemas(answer: Add) -> None:
+    """Not firstresult: every plugin names its own."""
+    answer("peftcore_file_schemas", lambda: {"hum": "core_toys:schema_of_hums"})
+    found = CliRunner().invoke(command_line, ["schema", "hum"])
+    assert json.loads(found.stdout) == {"type": "object"}
 
 
 def test_hook_inject(answer: Add) -> None:

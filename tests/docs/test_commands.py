@@ -13,7 +13,8 @@ from peftcore.cli.commands import app
 from peftcore.cli.commands._method_options import WithMethodOptions
 
 SHELL = ("bash", "")
-COMMANDS: dict[str, Any] = vars(typer.main.get_command(app))["commands"]
+GROUP: Any = typer.main.get_command(app)
+COMMANDS: dict[str, Any] = {name: GROUP.get_command(None, name) for name in GROUP.list_commands(None)}
 TARGETS = set(re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
 
 

@@ -24,7 +24,8 @@ from peftcore import errors
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("peftcore", "peftcore.author", "peftcore.author.formats", "peftcore.training", "peftcore.testing")
 MODULES = ("errors", "contract.hookspecs", "algebra", "registry.plugins", "registry.equation_only", "files.formats")
-PLUGINS = sorted(path.stem for path in ROOT.glob("plugins/*/peftcore_*"))
+PLUGINS = sorted(path.stem for path in ROOT.glob("plugins/*/peftcore_*") if path.stem != "peftcore_lab")
+"""Those of methods: the lab is an application, which nothing is written against but its tasks."""
 ERRORS = {name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, Exception)}
 
 

@@ -102,7 +102,8 @@ def test_the_command_for_a_clone_names_all_packages() -> None:
         re.findall(r'^name = "([^"]+)"', each.read_text(), re.M)[0] for each in ROOT.glob("plugins/*/pyproject.toml")
     }
     plugins = re.search(r"^plugins = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(), re.DOTALL | re.MULTILINE)
-    assert plugins is not None and set(re.findall(r'"(peftcore-\w+)', plugins[1])) == names
+    assert plugins is not None and set(re.findall(r'"(peftcore-\w+)', plugins[1])) == names - {"peftcore-lab"}
+    assert 'train = ["peftcore-lab' in (ROOT / "pyproject.toml").read_text()
 
 
 def test_the_first_screen_installs_applies_and_shows_a_picture() -> None:

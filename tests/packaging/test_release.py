@@ -1,4 +1,4 @@
-"""Nine packages have one version, fit each other, and get the next one by one command. (That all can be built and pass
+"""Ten packages have one version, fit each other, and get the next one by one command. (That all can be built and pass
 `twine check` is part of what test_wheels.py starts with.)"""
 
 import re
@@ -21,7 +21,7 @@ FILES = [*PYPROJECTS, Path("peftcore/__init__.py"), Path("release/version.py"), 
 
 def assert_one_version(root: Path, version: str, below: str) -> None:
     """All say `version`, and want each other from it on and below the other."""
-    assert len(PYPROJECTS) == 9
+    assert len(PYPROJECTS) == 10
     for path in PYPROJECTS:
         project = tomllib.loads((root / path).read_text(encoding="utf-8"))["project"]
         assert project["version"] == version, path
@@ -69,7 +69,7 @@ def test_one_command_changes_all(copy: Path, version: str, below: str) -> None:
     for one, other in zip(before, texts(copy), strict=True):  # and nothing else
         lines = zip(one.splitlines(), other.splitlines(), strict=True)
         changed = [old for old, new in lines if old != new]
-        wanted = '(__version__|version|dependencies|[a-z]+) = |version: |    "peftcore-'
+        wanted = '(__version__|version|dependencies|[a-z]+) = |version: |    "peftcore'
         assert all(re.match(wanted, line) for line in changed), changed
 
 

@@ -27,6 +27,7 @@ ROOT = Path(__file__).parents[2]
 METHODS = {
     folder.name: set(importlib.import_module(f"peftcore_{folder.name}").peftcore_methods())
     for folder in sorted(path.parent for path in ROOT.glob("plugins/*/pyproject.toml"))
+    if folder.name != "lab"
 }
 """The methods by plugin, as the plugins' own tables name them."""
 NEEDS = {"hybrid": ("additive",), "multitask": ("additive", "reparameterized")}
@@ -224,9 +225,11 @@ def link(installed: Distribution, site_packages: Path) -> None:
 # ---------------------------------------------------------------- what the wheels say and hold
 
 
-def test_core_requires_four_packages_and_nothing_else(wheels: dict[str, Path]) -> None:
+def test_core_requires_four_packages_and_four_small_ones_for_its_command(wheels: dict[str, Path]) -> None:
     core = describe(wheels["peftcore"])
-    assert sorted(plain_requirements(core)) == ["pluggy>=1.5", "pydantic>=2.7", "safetensors[torch]>=0.4", "torch>=2.6"]
+    for_import = ["pluggy>=1.5", "pydantic>=2.7", "safetensors[torch]>=0.4", "torch>=2.6"]
+    for_command = ["packaging>=23", "pyyaml>=6", "rich>=13", "typer>=0.12"]
+    assert sorted(plain_requirements(core)) == sorted([*for_import, *for_command])
     extras = {"all", "plugins", "train", "diffusion", "vision", "quantized", "hub", "ray", "cli", "interop", "test"}
     assert set(core.metadata.get_all("Provides-Extra") or []) == extras
     assert [(point.group, point.name) for point in core.entry_points] == [("console_scripts", "peftcore")]
@@ -247,14 +250,14 @@ def test_one_extra_of_the_core_asks_for_all_plugins_and_all_that_they_use(wheels
     core = describe(wheels["peftcore"])
     everything = [each for each in asked(core, "all").values() if each.name != "peftcore"]
     names = {each.name.replace("_", "-") for each in everything}
-    assert names >= {f"peftcore-{each}" for each in METHODS}
-    assert names >= {"typer", "transformers", "diffusers", "timm", "torchvision", "huggingface-hub"}, names
+    assert names >= {f"peftcore-{each}" for each in (*METHODS, "lab")}
+    assert names >= {"transformers", "diffusers", "timm", "torchvision", "huggingface-hub"}, names
     assert {extra for each in everything for extra in each.extras} >= {"bitsandbytes", "torchao"}
     ours = [each for each in everything if each.name.startswith("peftcore-")]
     assert all(each.specifier.contains(VERSION) and not each.specifier.contains("99") for each in ours)
 
 
-@pytest.mark.parametrize("package", ["peftcore", *(f"peftcore_{each}" for each in METHODS)])
+@pytest.mark.parametrize("package", ["peftcore", *(f"peftcore_{each}" for each in (*METHODS, "lab"))])
 def test_each_package_says_where_it_comes_from_and_under_which_licence(wheels: dict[str, Path], package: str) -> None:
     said = describe(wheels[package]).metadata
     assert {each.partition(",")[0] for each in said.get_all("Project-URL") or []} == {
@@ -277,10 +280,7 @@ def test_core_wheel_holds_the_package_its_typing_marker_and_the_licence(wheels: 
         path.relative_to(ROOT).as_posix() for path in (ROOT / "peftcore").glob("**/templates/**/*") if path.is_file()
     }
     assert templates <= set(names)
-    assert (
-        any(".github" in each for each in templates)
-        and "peftcore/comparing/reports/templates/compare.html" in templates
-    )
+    assert any(".github" in each for each in templates)
     assert any(name.endswith("/licenses/LICENSE") for name in names)
 
 
@@ -298,6 +298,18 @@ def test_plugin_wheel_requires_the_core_and_has_one_entry_point(wheels: dict[str
         f"peftcore_{category}",
         f"peftcore_{category}-{VERSION}.dist-info",
     }
+
+
+def test_lab_wheel_requires_the_core_and_what_trains_and_has_its_templates(wheels: dict[str, Path]) -> None:
+    lab = describe(wheels["peftcore_lab"])
+    assert {"peftcore", "transformers", "accelerate", "datasets"} <= set(map(name_of, plain_requirements(lab)))
+    assert lab.metadata.get_all("Provides-Extra") == ["ray"]
+    assert [(point.group, point.name, point.value) for point in lab.entry_points] == [
+        ("peftcore", "lab", "peftcore_lab")
+    ]
+    names = contents(wheels["peftcore_lab"])
+    assert {name.split("/")[0] for name in names} == {"peftcore_lab", f"peftcore_lab-{VERSION}.dist-info"}
+    assert "peftcore_lab/reports/templates/compare.html" in names
 
 
 # ---------------------------------------------------------------- what they do once installed
@@ -474,6 +486,115 @@ def test_plugin_alone_lists_and_trains_its_methods(
     methods = sorted(METHODS[category].union(*(METHODS[each] for each in NEEDS.get(category, ()))))
     trained = {name: expected(name) for name in METHODS[category]}
     assert prepared.ask(made, train(category)) == {"methods": methods, "warnings": [], "trained": trained}
+
+
+SAVED = """
+import json, torch, peftcore
+from torch import nn
+model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+peftcore.apply(model, "lora", target=["0", "1"], rank=2).save("adapter")
+peftcore.apply(model, "lora", target=["0", "1"], rank=2, name="other").save("other", format="peft")
+print(json.dumps({}))
+"""
+ENCODER = """
+import json, torch, transformers, peftcore
+sizes = dict(vocab_size=20, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+model = transformers.BertModel(transformers.BertConfig(**sizes))
+model.save_pretrained("encoder")
+peftcore.apply(model, "lora", rank=2).save("adapter")
+print(json.dumps({}))
+"""
+COMPARED = """
+import json, torch, peftcore
+from torch import nn
+torch.manual_seed(0)
+x = torch.randn(16, 4)
+loss = lambda model: (model(x) - x.sin()).square().mean()
+
+def train(model, injection):
+    optimizer = injection.optimizer(torch.optim.AdamW, lr=1e-2)
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss(model).backward()
+        optimizer.step()
+
+methods = [{"name": "lora", "target": ["0"]}, {"name": "dora", "target": ["0"]}]
+found = peftcore.compare(nn.Sequential(nn.Linear(4, 4)), methods, train=train, score=lambda m: loss(m).item())
+print(json.dumps({"compared": [line.label for line in found.lines], "listed": "compare" in dir(peftcore)}))
+"""
+TRAINING = ("train", "compare", "search", "chat")
+
+
+def command(made: Environment, *words: str) -> subprocess.CompletedProcess[str]:
+    """The command of an environment, which writes no traceback."""
+    peftcore = [str(made.folder / "bin" / "peftcore"), *words]
+    done = subprocess.run(peftcore, cwd=made.folder, env=outside(), capture_output=True, text=True, check=False)
+    assert "Traceback" not in done.stderr, done.stderr
+    return done
+
+
+def works(made: Environment, *lines: str) -> None:
+    for line in lines:
+        done = command(made, *line.split())
+        assert done.returncode == 0 and not done.stderr.strip(), f"{line}: {done.stdout}{done.stderr}"
+
+
+def test_core_alone_has_a_command_that_looks_and_says_where_the_others_are(
+    wheels: dict[str, Path], environment: Callable[..., Environment]
+) -> None:
+    made = environment()
+    made.install(wheels["peftcore"])
+    works(made, "methods", "schema", "--help", "new my-method")
+    made.install(wheels["peftcore_reparameterized"])
+    made.ask(SAVED)
+    works(made, "methods", "show lora", "schema lora", "doctor", "inspect adapter", "check other --for peft")
+    for name in TRAINING:
+        done = command(made, name, "--demo")
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr == (
+            f"Error: peftcore {name} is part of peftcore-lab, which is not installed. Run: pip install peftcore-lab\n"
+        )
+    (made.folder / "model").mkdir()
+    (made.folder / "model" / "config.json").write_text('{"model_type": "bert", "hidden_size": 4}')
+    for line in ("plan model lora", "merge model adapter --out merged"):
+        done = command(made, *line.split())
+        assert done.returncode == 2 and done.stderr.startswith("Error: not installed: transformers. Run: pip "), line
+    said = made.ask("""
+import json, peftcore
+from peftcore import *
+try:
+    peftcore.compare
+except peftcore.errors.MissingPackage as error:
+    print(json.dumps({"error": str(error), "listed": "compare" in dir(peftcore)}))
+""")
+    assert said == {
+        "error": "peftcore.compare is part of peftcore-lab, which is not installed. Run: pip install peftcore-lab",
+        "listed": False,
+    }
+
+
+def test_core_plans_converts_and_exports_without_the_lab(
+    wheels: dict[str, Path], environment: Callable[..., Environment]
+) -> None:
+    made = environment("transformers")
+    made.install(wheels["peftcore"], wheels["peftcore_reparameterized"])
+    made.ask(ENCODER)
+    works(made, "plan encoder lora --rank 4", "tree encoder lora", "merge encoder adapter --out merged")
+    works(made, "convert adapter --to peft --out peft --model encoder")
+    works(made, "export peft exported --for peft --model encoder")
+
+
+def test_lab_adds_its_commands_and_compare(wheels: dict[str, Path], environment: Callable[..., Environment]) -> None:
+    needs = plain_requirements(describe(wheels["peftcore_lab"]))
+    made = environment(*(text for text in needs if name_of(text) != "peftcore"))
+    made.install(wheels["peftcore"], wheels["peftcore_reparameterized"], wheels["peftcore_lab"])
+    works(made, *(f"{name} --help" for name in TRAINING), *(f"schema {name}" for name in TRAINING[:3]))
+    assert made.ask(COMPARED) == {"compared": ["lora", "dora"], "listed": True}
+    made.ask(ENCODER)
+    rows = "".join(f"{word},{label}\n" for word, label in [("good", 1), ("bad", 0)] * 8)
+    (made.folder / "rows.csv").write_text(f"text,label\n{rows}")
+    done = command(made, "train", "--model", "encoder", "--data", "rows.csv", "--method", "lora")
+    assert done.returncode == 2 and "task is missing" in done.stderr
 
 
 def test_third_party_plugin_is_applied_by_name_and_passes_the_kit(

@@ -12,7 +12,7 @@ import peftcore
 from peftcore.registry.evidence import AUTHORS, FILE, OTHERS, PARTS, Evidence, read
 
 ROOT = Path(__file__).parents[2]
-PLUGINS = sorted(path.name for path in (ROOT / "plugins").iterdir() if path.is_dir())
+PLUGINS = sorted(path.name for path in (ROOT / "plugins").iterdir() if path.is_dir() and path.name != "lab")
 PAPERS: dict[str, dict[str, Any]] = yaml.safe_load(Path(__file__).with_name("papers.yaml").read_text())
 
 

@@ -30,8 +30,8 @@ PART = "PEFTCORE_TEST_PART"
 """Environment variable: "2/4" runs the second quarter of what would run."""
 TOGETHER = (
     "tests/packaging/",
-    "tests/cli/test_compare.py",
-    "tests/comparing/comparisons/test_demo.py",
+    "plugins/lab/tests/commands/test_compare.py",
+    "plugins/lab/tests/comparisons/test_demo.py",
     "tests/torch_interop/test_distributed.py",
 )
 """Parts of names of tests that share something that takes long to make: they run in one worker, and in one part."""

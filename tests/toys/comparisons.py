@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from peftcore.comparing.comparisons.comparison import Comparison
-    from peftcore.comparing.reports.trials import Report
+    from peftcore_lab.comparisons.comparison import Comparison
+    from peftcore_lab.reports.trials import Report
 
 MEASURED = {"seconds_per_step", "peak_memory"}
 
 
 @pytest.fixture
 def comparison(encoder: Path, csv_file: Path, tmp_path: Path) -> Comparison:
-    from peftcore.comparing.comparisons.comparison import Comparison
+    from peftcore_lab.comparisons.comparison import Comparison
 
     whole: dict[str, Any] = {
         "model": str(encoder),

@@ -324,3 +324,8 @@ class BreakingOperator(peftcore.author.WeightOperator):
 
     def forward(self, weight: Tensor) -> Tensor:
         return weight + self.shift
+
+
+def schema_of_hums() -> dict[str, str]:
+    """The schema of a file, as a plugin names it."""
+    return {"type": "object"}

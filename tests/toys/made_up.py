@@ -1,6 +1,6 @@
 """Reports of comparisons that were never made."""
 
-from peftcore.comparing.reports.trials import Report, Trial
+from peftcore_lab.reports.trials import Report, Trial
 
 TOTAL = 1_000_000
 

@@ -21,8 +21,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import peftcore
-from peftcore.comparing.errors import BadInput
-from peftcore.errors import PeftcoreError
+from peftcore.errors import BadInput, PeftcoreError
 from peftcore.training import PeftcoreCallback
 
 IDS = torch.arange(3, 15).view(2, 6)

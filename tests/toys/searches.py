@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 import pytest
 from silent import Silent
 
-from peftcore.comparing.comparisons.running import Ran
-from peftcore.comparing.reports.trials import Trial
-from peftcore.comparing.runs.reading import load
+from peftcore_lab.comparisons.running import Ran
+from peftcore_lab.reports.trials import Trial
+from peftcore_lab.runs.reading import load
 
 if TYPE_CHECKING:
-    from peftcore.comparing.searching.search import SearchRun
+    from peftcore_lab.searching.search import SearchRun
 
 BUDGET = 170
 SPACE = "{lora: {rank: [1, 2, 4], target: [attn.q, all-linear], depth: [1.0, 0.5]}, ia3: {}, bitfit: {}}"
@@ -35,7 +35,7 @@ def written(path: Path, model: Path, data: Path, **more: object) -> Path:
 @pytest.fixture
 def instant(monkeypatch) -> list[str]:
     """Runs take no time; the higher the learning rate, the better. The labels of those that were asked for."""
-    from peftcore.comparing.searching import search as job
+    from peftcore_lab.searching import search as job
 
     asked: list[str] = []
 
@@ -61,6 +61,6 @@ def file(encoder, csv_file, tmp_path) -> Path:
 
 
 def searched(file: Path, **more: object) -> SearchRun:
-    from peftcore.comparing.searching.search import Search, SearchRun
+    from peftcore_lab.searching.search import Search, SearchRun
 
     return SearchRun(Search.model_validate(load(file) | more), Silent())

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from silent import Silent
 
-from peftcore.comparing.runs.folder import first_process
-from peftcore.comparing.runs.run import Run
-from peftcore.comparing.training import train as job
 from peftcore.layers.pieces import is_cut
+from peftcore_lab.runs.folder import first_process
+from peftcore_lab.runs.run import Run
+from peftcore_lab.training import train as job
 
 trainers: list[Any] = []
 made = job.trainer_for

@@ -1,6 +1,6 @@
 """The commands on adapter files (inspect, merge, convert, export-lora), which speak in words of their options.
 
-It may import the core, `peftcore.comparing.models` and `peftcore.cli.app`. In the order of reading:
+It may import the core, `peftcore.models` and `peftcore.cli.app`. In the order of reading:
 
 - `jobs`: the work of the commands.
 - `hosts`: the model that an adapter is for.

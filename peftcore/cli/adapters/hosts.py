@@ -8,13 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import peftcore
-from peftcore.comparing.errors import BadInput
-from peftcore.comparing.models.files import PIPELINE, read_config
-from peftcore.comparing.models.naming import Named, find
-from peftcore.comparing.models.opening import MadeOn, Opened, components, open_model
-from peftcore.errors import NoWeights, PeftcoreError
+from peftcore.errors import BadInput, NoWeights, PeftcoreError
 from peftcore.files.formats.description import Description
 from peftcore.injection.injection import Injection
+from peftcore.models.files import PIPELINE, read_config
+from peftcore.models.naming import Named, find
+from peftcore.models.opening import MadeOn, Opened, components, open_model
 
 
 @dataclass(frozen=True)

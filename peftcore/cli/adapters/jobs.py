@@ -15,15 +15,14 @@ from peftcore.algebra.exporting import export as algebra_export
 from peftcore.cli.adapters.hosts import Adapter, Source, Wanted, check_complete, find_source, write
 from peftcore.cli.adapters.output import Output
 from peftcore.cli.adapters.results import Converted, Exported, ForReader, Merged, shown_format
-from peftcore.comparing.errors import BadInput
-from peftcore.comparing.models.opening import open_model
-from peftcore.errors import CheckpointError, ExportError, NotMergeable, NoWeights
+from peftcore.errors import BadInput, CheckpointError, ExportError, NotMergeable, NoWeights
 from peftcore.files.formats.format import recognize
 from peftcore.files.readers.reader import Reader
 from peftcore.files.save_load import describe
 from peftcore.files.save_load import save as save_folder
 from peftcore.injection.injection import Injection
 from peftcore.injection.merging import Into
+from peftcore.models.opening import open_model
 
 
 class Display(Protocol):

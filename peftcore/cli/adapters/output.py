@@ -10,7 +10,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from peftcore.comparing.errors import BadInput
+from peftcore.errors import BadInput
 from peftcore.files.safe_io import discard
 
 SUFFIX = ".safetensors"

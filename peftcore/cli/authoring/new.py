@@ -26,8 +26,8 @@ from rich.padding import Padding
 import peftcore
 from peftcore.author import API
 from peftcore.cli import pages
-from peftcore.comparing.errors import BadInput
 from peftcore.contract.method import CATEGORIES
+from peftcore.errors import BadInput
 from peftcore.files.safe_io import discard
 from peftcore.registry.plugins import RESERVED, registry
 

@@ -1,34 +1,11 @@
-"""The commands, each in the module of its kind: it reads options, calls its job and prints the result.
+"""The core's commands, each in the module of its kind: it reads options, calls its job and prints the result.
 
 They may import all of the command line and what lies below it, inside their functions, so that the command line starts
-quickly. In the order of reading: `listing`, `inspecting`, `training`, `comparing`, `searching`, `chatting`,
-`adapters`, `exporting`, `authoring`; `_adapter_options` are those that commands on adapter files have in common,
-`_options` are those that commands of training have in common, `_method_options` the options of
-methods as flags.
+quickly. In the order of reading: `listing`, `inspecting`, `adapters`, `exporting`, `authoring`; `_adapter_options` are
+those that commands on adapter files have in common, `_method_options` the options of methods as flags.
 """
 
 from peftcore.cli.app import app
-from peftcore.cli.commands import (
-    adapters,
-    authoring,
-    chatting,
-    comparing,
-    exporting,
-    inspecting,
-    listing,
-    searching,
-    training,
-)
+from peftcore.cli.commands import adapters, authoring, exporting, inspecting, listing
 
-__all__ = [
-    "adapters",
-    "app",
-    "authoring",
-    "chatting",
-    "comparing",
-    "exporting",
-    "inspecting",
-    "listing",
-    "searching",
-    "training",
-]
+__all__ = ["adapters", "app", "authoring", "exporting", "inspecting", "listing"]

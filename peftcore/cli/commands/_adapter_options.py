@@ -29,8 +29,8 @@ def at_work() -> Iterator[Any]:
     def display() -> Any:
         from rich.console import Console
 
-        from peftcore.cli.printing.progress import Line
-        from peftcore.comparing.quiet import no_bars
+        from peftcore.cli.progress import Line
+        from peftcore.utils.quiet import no_bars
 
         no_bars()
         return Line(Console(stderr=True))

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import difflib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import typer
 from typer.core import TyperCommand
 
-from peftcore.comparing.errors import BadInput
+from peftcore.errors import BadInput
 
 GIVEN = "peftcore.options"
 PLACES = ("target", "exclude", "train")
@@ -41,19 +41,22 @@ class WithMethodOptions(TyperCommand):
         return super().parse_args(ctx, rest)
 
 
-def for_methods(context: typer.Context, methods: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def for_methods(
+    context: typer.Context, methods: Sequence[Mapping[str, Any]], bare: Collection[str] = ()
+) -> list[dict[str, Any]]:
     """Return for each method those of the given flags that it has, their values read as YAML; a flag that is given
     several times is a list. What a method does not have is said, and it keeps its defaults.
 
     Args:
         context: that of the command.
         methods: mappings with a "name", as files have them.
+        bare: names that are no methods and take no options, such as that of full fine-tuning.
 
     Raises:
         BadInput: a flag is neither of the command nor of any of the methods.
         ConfigError: the same for a single method, which knows other libraries' names of its options.
     """
-    from peftcore.comparing.runs.reading import parse
+    from peftcore.utils.yaml_values import parse
 
     given, own = context.meta.get(GIVEN, ((), ()))
     values: dict[str, list[Any]] = {}
@@ -61,22 +64,21 @@ def for_methods(context: typer.Context, methods: Sequence[Mapping[str, Any]]) ->
         values.setdefault(name, []).append(parse(text, f"--{name}"))
     options: Mapping[str, Any] = {name: each[0] if len(each) == 1 else each for name, each in values.items()}
     names = [str(each.get("name", "")) for each in methods]
-    having = [_options_of(name) if options else set() for name in names]
+    having = [_options_of(name) if options and name not in bare else set() for name in names]
     for name, value in options.items():
         lacking = [method for method, each in zip(names, having, strict=True) if name not in each]
         if len(lacking) == len(names):
-            _refuse(name, value, names, own)
+            _refuse(name, value, [each for each in names if each not in bare], own)
         if lacking:
             print(f"--{name.replace('_', '-')}: no option of {', '.join(lacking)}", file=sys.stderr)
     return [{name: value for name, value in options.items() if name in each} for each in having]
 
 
 def _options_of(method: str) -> set[str]:
-    """Return the names of what a method takes; of full fine-tuning nothing."""
+    """Return the names of what a method takes."""
     import peftcore
-    from peftcore.comparing.runs.run import FULL
 
-    return set() if method in ("", FULL) else {*peftcore.method(method).Config.model_fields, *PLACES} - {"method"}
+    return set() if not method else {*peftcore.method(method).Config.model_fields, *PLACES} - {"method"}
 
 
 def _refuse(name: str, value: Any, methods: Sequence[str], own: Sequence[str]) -> None:

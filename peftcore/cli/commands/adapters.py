@@ -11,8 +11,8 @@ import typer
 
 from peftcore.cli.app import Json, app
 from peftcore.cli.commands._adapter_options import Adapter, Component, ModelClass, Overwrite, at_work, output_of
-from peftcore.comparing.errors import BadInput
-from peftcore.comparing.models.naming import MODEL, Use, find
+from peftcore.errors import BadInput
+from peftcore.models.naming import MODEL, Use, find
 
 
 class Into(StrEnum):

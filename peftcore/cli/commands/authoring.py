@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from peftcore.cli.app import answered, app
-from peftcore.comparing.errors import BadInput
+from peftcore.errors import BadInput
 
 
 class Template(StrEnum):
@@ -31,7 +31,7 @@ def new(
 ) -> None:
     """Write a plugin package that installs and passes the conformance kit as it is, for a method of your own."""
     with answered():
-        from peftcore.comparing.packages import require
+        from peftcore.utils.packages import require
 
         require({"jinja2": "peftcore[cli]"})
         from peftcore.cli import pages

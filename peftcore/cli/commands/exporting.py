@@ -9,7 +9,7 @@ import typer
 
 from peftcore.cli.app import Json, app
 from peftcore.cli.commands._adapter_options import Adapter, Component, ModelClass, Overwrite, at_work, output_of
-from peftcore.comparing.models.naming import MODEL, find
+from peftcore.models.naming import MODEL, find
 
 READER = "peft, vllm, sglang, tgi, llama.cpp, mlx-lm, diffusers or comfyui."
 

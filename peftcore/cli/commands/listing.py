@@ -6,8 +6,9 @@ from typing import Annotated
 
 import typer
 
-from peftcore.cli.app import Json, answered, app
-from peftcore.comparing.errors import BadInput
+from peftcore.cli.app import OF_LAB, Json, answered, app
+from peftcore.errors import BadInput
+from peftcore.utils.packages import lab_is_missing
 
 
 @app.command()
@@ -57,17 +58,19 @@ def show(
 def schema(
     what: Annotated[
         str | None,
-        typer.Argument(help="train, compare or search, for their files; or a method; all methods, if left out."),
+        typer.Argument(help="A command with a file, such as train; or a method; all methods, if left out."),
     ] = None,
 ) -> None:
     """Print the JSON schema of a file that a command reads, of a method's options, or of all methods'."""
     with answered():
         from peftcore.cli import pages
-        from peftcore.cli.looking import schemas
         from peftcore.registry import catalogue
+        from peftcore.registry.plugins import imported, named_places
 
-        of_file = what is not None and what in schemas.FILES
-        print(pages.as_json(schemas.schema(str(what)) if of_file else catalogue.schema(what)))
+        files = named_places("peftcore_file_schemas", "the schema of")
+        if what in OF_LAB and what not in files:
+            raise lab_is_missing(f"the file of peftcore {what}")
+        print(pages.as_json(imported(files[what])() if what in files else catalogue.schema(what)))
 
 
 @app.command()

@@ -1,6 +1,6 @@
 """The output of the commands that look and change nothing: methods, show, plan, tree, doctor.
 
-It may import the core, `peftcore.comparing` and `peftcore.cli.pages`. In the order of reading:
+It may import the core and `peftcore.cli.pages`. In the order of reading:
 
 - `listing`: the methods as a table.
 - `show`: all that a method says about itself.

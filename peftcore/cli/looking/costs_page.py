@@ -10,9 +10,9 @@ from rich.text import Text
 
 from peftcore.cli.looking.folding import fold
 from peftcore.cli.pages import columns, frozen, share, spelled, tensors, times
-from peftcore.comparing.numbers import size, work
-from peftcore.comparing.plans.costs import Costs, Memory
-from peftcore.comparing.plans.recorded import Place, Recorded
+from peftcore.models.costs import Costs, Memory
+from peftcore.models.recorded import Place, Recorded
+from peftcore.utils.numbers import size, work
 
 FULL = "full fine-tuning"
 MEMORY = {

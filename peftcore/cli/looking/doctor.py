@@ -17,11 +17,11 @@ from rich.text import Text
 
 import peftcore
 from peftcore.cli.pages import columns
-from peftcore.comparing.numbers import size
-from peftcore.comparing.quiet import quiet
 from peftcore.errors import PeftcoreError
 from peftcore.injection.quantization import scheme_class
 from peftcore.registry.plugins import DISABLE, registry
+from peftcore.utils.numbers import size
+from peftcore.utils.quiet import quiet
 
 CORE = "peftcore"
 LIBRARIES = ("torch", "transformers", "diffusers", "timm")

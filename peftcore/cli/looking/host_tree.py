@@ -11,9 +11,9 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from peftcore.cli.pages import columns, frozen, share, tensors
-from peftcore.comparing.models.skeletons import Skeleton, skeleton
-from peftcore.comparing.plans.recorded import Place, Recorded, Wanted
 from peftcore.injection.request import host_map
+from peftcore.models.recorded import Place, Recorded, Wanted
+from peftcore.models.skeletons import Skeleton, skeleton
 from peftcore.roles import HostEntry, HostMap
 from peftcore.roles.tree import Line, tree_lines
 

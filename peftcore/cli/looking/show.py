@@ -18,9 +18,9 @@ from rich.text import Text
 
 import peftcore
 from peftcore.cli.pages import columns, spelled
-from peftcore.comparing.quiet import quiet
 from peftcore.contract.method import Method
 from peftcore.registry.catalogue import MethodInfo
+from peftcore.utils.quiet import quiet
 
 INDENT = 4
 ARXIV = re.compile(r"\d{4}\.\d{4,5}")

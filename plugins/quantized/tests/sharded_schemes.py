@@ -12,9 +12,9 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 import peftcore
-from peftcore.comparing.training.processes import check_cut
 from peftcore.errors import UnsupportedHost
 from peftcore.injection.quantization import schemes
+from peftcore_lab.training.processes import check_cut
 
 
 def host() -> nn.Sequential:

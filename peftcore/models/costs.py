@@ -1,0 +1,244 @@
+"""Costs of a method: what it would add to a model, and what a step of training would take."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from peftcore.errors import BadInput
+from peftcore.files.envelope import envelope_of
+from peftcore.files.formats.native import METADATA
+from peftcore.files.safe_io import DTYPES
+from peftcore.forward.host_state import HostState
+from peftcore.injection.applying import install
+from peftcore.injection.injection import Injection
+from peftcore.models.activations import Batch, Pretended, explained
+from peftcore.models.example_inputs import Size, Unknown
+from peftcore.models.recorded import Recorded, Wanted
+from peftcore.models.skeletons import Skeleton, skeleton
+from peftcore.surgery.sharding import STATES, Shard
+from peftcore.utils.quiet import quiet
+
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Passes:
+    """The memory and the operations of a forward and its backward; None where they are not known."""
+
+    activations: int | None = None
+    """Bytes that the forward keeps for its backward."""
+    peak: int | None = None
+    """The most bytes at once, with the model's tensors and the gradients, and without the optimizer's states."""
+    flops: int | None = None
+    """Floating-point operations of both, with what backward runs again."""
+
+
+@dataclass(frozen=True)
+class Counted:
+    """The passes of the adapted model and of the model as it is, or the reason why they are not known."""
+
+    batch: Batch | None = None
+    adapted: Passes = Passes()
+    full: Passes = Passes()
+    unknown: str | None = None
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that one step of training takes."""
+
+    weights: int
+    adapter: int
+    gradients: int
+    optimizer: int
+    activations: int | None
+    gathered: int = 0
+    """Sharded weights that are whole while the largest block runs."""
+    within: int | None = None
+    """The most in a forward and its backward, as in `Passes.peak`."""
+
+    @classmethod
+    def of(cls, weights: int, adapter: int, trained: Iterable[Tensor], passes: Passes) -> Memory:
+        gradients = held(trained)
+        return cls(weights, adapter, gradients, STATES * gradients, passes.activations, within=passes.peak)
+
+    @classmethod
+    def of_shard(cls, shard: Shard, passes: Passes) -> Memory:
+        return cls(**asdict(shard), activations=passes.activations)
+
+    @property
+    def total(self) -> int | None:
+        """Return the sum, where all of it is known; what comes and goes within a step (gradients of activations,
+        buffers of kernels) is not in it."""
+        known = self.weights + self.adapter + self.gradients + self.optimizer + self.gathered
+        return None if self.activations is None else known + self.activations
+
+    @property
+    def peak(self) -> int | None:
+        """Return the most bytes at once: within the passes, or where the optimizer uses all gradients."""
+        if self.within is None:
+            return None
+        return self.optimizer + max(self.within, self.weights + self.adapter + self.gradients)
+
+    def as_dict(self) -> dict[str, int | None]:
+        found = {**asdict(self), "total": self.total, "peak": self.peak}
+        del found["within"]
+        return found
+
+
+@dataclass(frozen=True)
+class Costs:
+    """All that ``peftcore plan`` says."""
+
+    skeleton: Skeleton
+    recorded: Recorded
+    file_size: int
+    counted: Counted
+    memory: Memory
+    full: Memory
+    """The memory of a step of full fine-tuning."""
+    sharded: tuple[Memory, ...] = ()
+    """The memory of each process; empty unless a number of processes was given."""
+    adapters: int = 1
+    """Adapters that are resident at once when they serve."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return (*self.skeleton.notes, *self.recorded.notes)
+
+    @property
+    def resident(self) -> int:
+        """Return the bytes of the adapters, beside those of the weights."""
+        return self.adapters * self.recorded.plan.resident
+
+    def as_dict(self) -> dict[str, Any]:
+        batch = self.counted.batch
+        return {
+            **self.skeleton.as_dict(),
+            **self.recorded.as_dict(),
+            "file_size": self.file_size,
+            "batch": None if batch is None else batch.shapes,
+            "with_loss": batch is not None and batch.loss,
+            "activations_unknown": self.counted.unknown,
+            "memory": {"adapted": self.memory.as_dict(), "full": self.full.as_dict()},
+            "flops": {"adapted": self.counted.adapted.flops, "full": self.counted.full.flops},
+            "shards": [each.as_dict() for each in self.sharded],
+            "resident": {"adapters": self.adapters, "bytes": self.resident},
+            "notes": list(self.notes),
+        }
+
+
+def costs(
+    source: str,
+    wanted: Wanted,
+    size: Size,
+    dtype: str | None = None,
+    *,
+    checkpointed: bool = False,
+    shards: int | None = None,
+    adapters: int = 1,
+) -> Costs:
+    """Plan a method on a model that is never loaded.
+
+    Args:
+        source: a MODEL.
+        wanted: the method.
+        size: of a batch.
+        dtype: of the weights; that of the configuration by default.
+        checkpointed: whether blocks run again in backward.
+        shards: processes over which the weights are sharded.
+        adapters: adapters that are resident at once when they serve.
+
+    Raises:
+        BadInput, UnknownMethod, ConfigError, TargetError, UnsupportedSite, UnsupportedHost: it cannot be planned.
+    """
+    wanted.resolved()  # a wrong name or option is said before anything is built
+    built = skeleton(source, dtype)
+    model = built.model
+    blocks = repeating(model, source) if checkpointed else ()
+    recorded = Recorded.of(wanted, model, shards)
+    file_size = size_of_file(recorded)
+    weights, everything = held((*model.parameters(), *model.buffers())), list(model.parameters())
+    trained = [each for operator in recorded.operators() for each in operator.parameters() if each.requires_grad]
+    adapter = recorded.plan.resident
+    counted = count(built, recorded, size, blocks)
+    return Costs(
+        skeleton=built,
+        recorded=recorded,
+        file_size=file_size,
+        counted=counted,
+        memory=Memory.of(weights, adapter, trained, counted.adapted),
+        full=Memory.of(weights, 0, everything, counted.full),
+        sharded=tuple(Memory.of_shard(each, counted.adapted) for each in recorded.plan.shards),
+        adapters=adapters,
+    )
+
+
+def repeating(model: nn.Module, source: str) -> Sequence[nn.Module]:
+    """Have the model checkpoint its gradients, and return the blocks that run again.
+
+    Raises:
+        BadInput: it does not do that.
+    """
+    blocks = checkpointable(model)
+    if not blocks:
+        raise BadInput(f"{source}: no blocks of this model run again in backward; plan without --checkpoint-gradients")
+    with quiet():
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    return blocks
+
+
+def checkpointable(model: nn.Module) -> list[nn.Module]:
+    """Return the blocks that transformers repeats where gradients are checkpointed."""
+    transformers = sys.modules.get("transformers")
+    kind = () if transformers is None else transformers.modeling_layers.GradientCheckpointingLayer
+    return [each for each in model.modules() if isinstance(each, kind)]
+
+
+def count(built: Skeleton, recorded: Recorded, size: Size, blocks: Sequence[nn.Module] = ()) -> Counted:
+    """Run the model as it is, then the adapted one, which it is afterwards, on tensors without values."""
+    pretended = Pretended()
+    batch, full, adapted = None, Passes(), Passes()
+    try:
+        batch = pretended.batch(built, size)
+        full = passes(pretended, built.model, batch, blocks)
+        with quiet(), explained():
+            install(recorded.surgeon, recorded.request)
+        adapted = passes(pretended, built.model, batch, blocks)
+    except Unknown as error:
+        return Counted(batch, adapted, full, str(error))
+    return Counted(batch, adapted, full)
+
+
+def passes(pretended: Pretended, model: nn.Module, batch: Batch, blocks: Sequence[nn.Module]) -> Passes:
+    """Count a forward and its backward."""
+    activations = pretended.kept(model, batch, blocks)
+    watch = pretended.step(model, batch)
+    return Passes(activations, watch.peak, watch.flops)
+
+
+def held(tensors: Iterable[Tensor]) -> int:
+    """Count the bytes of distinct tensors."""
+    return sum(each.numel() * each.element_size() for each in {id(each): each for each in tensors}.values())
+
+
+def size_of_file(recorded: Recorded) -> int:
+    """Return the bytes of ``adapter.safetensors``: eight for the header's length, the header, which is filled up to a
+    multiple of eight, and the tensors, the widest numbers first."""
+    planned = recorded.plan
+    envelope = envelope_of(Injection("planned", recorded.surgeon, HostState()))
+    header: dict[str, Any] = {"__metadata__": {METADATA: envelope.short}}
+    start = 0
+    for name in sorted(planned.shapes, key=lambda name: (-planned.dtypes[name].itemsize, name)):
+        shape, dtype = planned.shapes[name], planned.dtypes[name]
+        end = start + shape.numel() * dtype.itemsize
+        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        start = end
+    length = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
+    return 8 + -(-length // 8) * 8 + start

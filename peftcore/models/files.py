@@ -1,0 +1,48 @@
+"""Configurations of transformers, diffusers and timm, and the classes that they name.
+
+Which library a ``config.json`` is of, is said by a key that it has. Classes are those that the libraries export by the
+name in the file: no module is imported because a file names it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypeVar
+
+from peftcore.errors import BadInput
+
+T = TypeVar("T")
+Reader = TypeVar("Reader")
+
+CONFIG, PIPELINE = "config.json", "model_index.json"
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Read the object in a JSON file. Infinities are allowed: configurations of Mamba have some."""
+    if not path.is_file():
+        raise BadInput(f"{path.parent}: no such folder of a model; it has no {path.name}")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise BadInput(f"{path}: cannot be read ({error})") from error
+    if not isinstance(found, dict):
+        raise BadInput(f"{path}: holds no JSON object")
+    return found
+
+
+def reader_of(readers: Mapping[str, Reader], config: Mapping[str, Any], folder: Path | str) -> Reader:
+    """Return the reader of a configuration, by a key that it has; the first that is there counts."""
+    found = next((reader for key, reader in readers.items() if key in config), None)
+    if found is None:
+        kinds = "transformers, timm or diffusers"
+        raise BadInput(f"{folder}: its {CONFIG} is of no model of {kinds}: it has none of {', '.join(readers)}")
+    return found
+
+
+def exported(library: ModuleType, name: object, base: type[T]) -> type[T] | None:
+    """Return the subclass of `base` that a library exports under a name, if it does."""
+    found = getattr(library, name) if isinstance(name, str) and name in dir(library) else None
+    return found if isinstance(found, type) and issubclass(found, base) else None

@@ -1,0 +1,139 @@
+"""Loads models and tokenizers from where the user keeps them; classifiers get a head that every method trains alike."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Set
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import nn
+from transformers.backbone_utils import BackboneMixin
+
+from peftcore.errors import BadInput
+from peftcore.injection.request import host_map
+from peftcore.layers.layer import is_dense
+from peftcore.models.naming import Use, find
+
+NO_KERNELS = {"attn_implementation": None, "experts_implementation": None}
+"""A configuration may ask for kernels from the Hub, which are code; transformers chooses among its own instead."""
+UNREADABLE: tuple[type[Exception], ...] = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)
+"""Errors that transformers raises for a folder that holds no model, half a model or a model of another kind, or one
+that takes a package that is missing, as quantized ones do."""
+
+
+def load_tokenizer(model: Path | str) -> Any:
+    """Load the model's tokenizer; one without a padding token (most decoders) pads with its end-of-text token."""
+    named = find(model)
+    named.check(Use.TEXT)
+    where, options = named.origin()
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(where, **options)
+    except UNREADABLE as error:
+        raise unreadable(model, "tokenizer", error) from error
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise BadInput(f"{model}: its tokenizer has no padding and no end-of-text token to fill up batches with")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def from_pretrained(auto: Any, model: Path | str, dtype: str = "float32", **options: Any) -> Any:
+    """Load a model with its weights, by one of transformers' Auto classes.
+
+    Raises:
+        BadInput: there is no such model.
+    """
+    where, own = find(model).origin()
+    try:
+        found = auto.from_pretrained(where, dtype=getattr(torch, dtype), **NO_KERNELS, **own, **options)
+    except UNREADABLE as error:
+        words = re.findall("[A-Z][a-z]+|[A-Z]+", auto.__name__)[1:]
+        raise unreadable(model, " ".join(words).lower(), error) from error
+    if "gguf_file" in own:
+        made_dense(found[0] if isinstance(found, tuple) else found)
+    return found
+
+
+def made_dense(model: Any) -> None:
+    """Drop the mark of quantization from a model whose weights were made dense as they were read: transformers still
+    calls it quantized, and would neither train nor save it."""
+    if all(map(is_dense, model.parameters())):
+        model.hf_quantizer.remove_quantization_config(model)
+
+
+def classifier(
+    auto: Any, model: Path | str, labels: tuple[str, ...], dtype: str = "float32", **options: Any
+) -> tuple[nn.Module, tuple[str, ...]]:
+    """Load a model with a head for these classes, by one of the Auto classes; return it and the names of its head
+    modules."""
+    loaded, info = from_pretrained(
+        auto,
+        model,
+        dtype,
+        **_without_classes(model),
+        num_labels=len(labels),
+        id2label=dict(enumerate(labels)),
+        label2id={label: index for index, label in enumerate(labels)},
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+        **options,
+    )
+    mismatched = {name for name, *_ in info["mismatched_keys"]}
+    return loaded, head_modules(loaded, {*info["missing_keys"], *mismatched}, model)
+
+
+def _without_classes(model: Path | str) -> dict[str, Any]:
+    """Return the arguments that a model of timm was saved with, without the number of its classes: transformers would
+    give it twice."""
+    where, own = find(model).origin()
+    try:
+        config = transformers.AutoConfig.from_pretrained(where, **own)
+    except UNREADABLE:
+        return {}  # loading the model says why
+    if not isinstance(config, transformers.TimmWrapperConfig):
+        return {}
+    return {"model_args": {name: each for name, each in (config.model_args or {}).items() if name != "num_classes"}}
+
+
+def head_modules(model: Any, fresh: Set[str], folder: Path | str) -> tuple[str, ...]:
+    """Return the parts outside the base model (in it, where it is all there is), and parts of the base of which nothing
+    was in the folder (a pooler, say).
+
+    They start from nothing or from another task, so every method has to train them. What else is missing must not be.
+    """
+    outside = parts(model)
+    backbones = [name for name, part in outside.items() if isinstance(part, BackboneMixin)]
+    prefix = backbones[0] if len(backbones) == 1 else model.base_model_prefix
+    base = outside.pop(prefix, None)
+    if base is not None and not outside:
+        outside = {
+            entry.path: model.get_submodule(entry.path) for entry in host_map(model).entries if entry.role == "head"
+        }
+    if base is None or not outside:
+        raise BadInput(f"{folder}: {type(model).__qualname__} has no classification head beside its base model")
+    names = {
+        path: {f"{prefix}.{path}.{name}" for name, _ in part.named_parameters()} for path, part in parts(base).items()
+    }
+    new = [f"{prefix}.{path}" for path in names if fresh >= names[path]]
+    head = (*outside, *(new if len(new) < len(names) else ()))
+    covered = tuple(f"{name}." for name in head)
+    astray = [name for name, _ in model.named_parameters() if name in fresh and not name.startswith(covered)]
+    if astray:
+        raise BadInput(f"{folder}: its weights do not fit its config; missing or misshaped: {astray[0]}")
+    return head
+
+
+def parts(module: nn.Module) -> dict[str, nn.Module]:
+    """Return the children that have parameters."""
+    return {name: child for name, child in module.named_children() if any(True for _ in child.parameters())}
+
+
+def unreadable(folder: Path | str, what: str, error: Exception) -> BadInput:
+    reason = " ".join(str(error).split())
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        reason = f"{reason}: pip install {error.name.partition('.')[0]}"
+    return BadInput(f"{folder}: cannot load a {what} from it ({reason[:300]})")

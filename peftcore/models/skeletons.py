@@ -1,0 +1,239 @@
+"""Skeletons of models: built from a configuration, without weights, on the meta device, for what looks and does not
+train.
+
+Each library says how it builds one (`LIBRARIES`, chosen by a key of ``config.json``), and what its forward is given.
+No code of a repository runs, and files of weights are not opened.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from peftcore.contract.config import DTYPES
+from peftcore.errors import BadInput
+from peftcore.models import example_inputs
+from peftcore.models.example_inputs import Size
+from peftcore.models.files import exported, reader_of
+from peftcore.models.naming import Configured, check_architecture, find
+from peftcore.utils.packages import require
+from peftcore.utils.quiet import quiet
+
+UNBUILT = "no model can be built from its configuration"
+
+
+@dataclass(frozen=True)
+class Skeleton(ABC):
+    """A model on the meta device, in training mode, with its source and the inputs of its forward."""
+
+    source: str
+    model: nn.Module
+    notes: tuple[str, ...] = ()
+
+    library: ClassVar[str]
+    """Import name of the library that builds it."""
+
+    @classmethod
+    @abstractmethod
+    def build(cls, found: Configured, dtype: torch.dtype | None) -> Skeleton:
+        """Build the model of a configuration; in `dtype`, or in what the configuration says, or in float32."""
+
+    @property
+    def title(self) -> str:
+        """Return the class, the library and the source, in two lines."""
+        return f"{type(self.model).__name__} ({self.library}, {str(self.dtype).removeprefix('torch.')})\n{self.source}"
+
+    def as_dict(self) -> dict[str, str]:
+        """Return the same for scripts."""
+        return {
+            "model": self.source,
+            "class": type(self.model).__name__,
+            "library": self.library,
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return the dtype in which the model takes pictures and other numbers."""
+        return next((each.dtype for each in self.model.parameters() if each.is_floating_point()), torch.float32)
+
+    @abstractmethod
+    def inputs(self, size: Size) -> dict[str, Any]:
+        """Return the inputs of a forward for a batch: zeros, on the CPU.
+
+        Raises:
+            Unknown: the configuration does not say.
+        """
+
+    def with_labels(self, inputs: dict[str, Any], outputs: Any) -> dict[str, Any]:
+        """Return the inputs, with labels of the outputs where forward computes a loss when it is given some."""
+        return inputs
+
+
+class Transformers(Skeleton):
+    """Skeletons of transformers: the class that ``architectures`` names, else what ``AutoModel`` makes of the
+    configuration."""
+
+    library = "transformers"
+
+    @classmethod
+    def build(cls, found: Configured, dtype: torch.dtype | None) -> Skeleton:
+        import transformers
+
+        source = found.source
+        with refusing(source, "no configuration that transformers reads"):
+            config = transformers.AutoConfig.from_pretrained(found.name, trust_remote_code=False, **found.options)
+            # A file may ask for kernels from the Hub here, also in the configurations inside it.
+            config._attn_implementation = config._experts_implementation = None
+        notes = []
+        names = [str(name) for name in config.architectures or ()]
+        made = next((c for n in names if (c := exported(transformers, n, transformers.PreTrainedModel))), None)
+        # A GGUF file names no class, and what is in one is a language model.
+        auto: Any = transformers.AutoModel if found.folder is not None else transformers.AutoModelForCausalLM
+        with refusing(source, UNBUILT), meta(dtype or config.dtype):
+            model = made(config) if made else auto.from_config(config, trust_remote_code=False)
+        if names and made is None:
+            notes.append(f"transformers exports no {names[0]}; this is its {type(model).__name__}")
+        if "quantization_config" in config.to_dict():
+            notes.append("the file says that its weights are quantized; here they are dense")
+        return cls(source, emptied(model), tuple(notes))
+
+    def inputs(self, size: Size) -> dict[str, Any]:
+        model: Any = self.model
+        accepted = parameters(model)
+        # What generates takes pictures where its text has places for them; what compares needs both.
+        main = [model.main_input_name] if model.can_generate() else [*accepted]
+        return example_inputs.for_transformers(model.config, main, accepted, size, self.dtype)
+
+    def with_labels(self, inputs: dict[str, Any], outputs: Any) -> dict[str, Any]:
+        logits = outputs.get("logits")
+        if logits is None or "labels" not in parameters(self.model):
+            return inputs
+        return {**inputs, "labels": torch.zeros(logits.shape[:-1], dtype=torch.long)}
+
+
+class Timm(Skeleton):
+    """Skeletons of timm: the architecture by name, with the arguments that were saved with it."""
+
+    library = "timm"
+
+    @classmethod
+    def build(cls, found: Configured, dtype: torch.dtype | None) -> Skeleton:
+        import timm
+
+        name = str(found.config["architecture"])
+        check_architecture(found.source, name)
+        where = name if found.folder is None else f"local-dir:{found.folder}"
+        with refusing(found.source, UNBUILT), meta(dtype):
+            model = timm.create_model(where, pretrained=False)
+        return cls(found.source, emptied(model))
+
+    def inputs(self, size: Size) -> dict[str, Any]:
+        import timm
+
+        data: Any = timm.data
+        shape = data.resolve_model_data_config(self.model)["input_size"]
+        return {next(iter(parameters(self.model))): torch.zeros(size.batch, *shape, dtype=self.dtype)}
+
+
+class Diffusers(Skeleton):
+    """Skeletons of diffusers: one component of a pipeline, by the class that its configuration names."""
+
+    library = "diffusers"
+
+    @classmethod
+    def build(cls, found: Configured, dtype: torch.dtype | None) -> Skeleton:
+        import diffusers
+
+        source = found.source
+        name = str(found.config["_class_name"])
+        made: Any = exported(diffusers, name, diffusers.ModelMixin)
+        if made is None:
+            raise BadInput(f"{source}: diffusers has no model {name!r}")
+        with refusing(source, UNBUILT), meta(dtype):
+            model = made.from_config(dict(found.config))
+            model.register_to_config(_name_or_path=found.name)  # as from_pretrained does: adapters are saved with it
+        return cls(source, emptied(model))
+
+    def inputs(self, size: Size) -> dict[str, Any]:
+        model: Any = self.model
+        return example_inputs.for_diffusers(dict(model.config), parameters(model), size, self.dtype)
+
+
+LIBRARIES: Mapping[str, type[Skeleton]] = {
+    "_class_name": Diffusers,
+    "model_type": Transformers,
+    "architecture": Timm,
+}
+"""Who builds a model, by a key that its ``config.json`` has; the first that is there counts."""
+
+
+def skeleton(source: str, dtype: str | None = None) -> Skeleton:
+    """Build the model that the user means.
+
+    Raises:
+        BadInput: there is no such model, its library is not installed, or the configuration makes no sense.
+    """
+    wanted = None if dtype is None else chosen_dtype(dtype)
+    found = find(source).configured()
+    kind = reader_of(LIBRARIES, found.config, found.source)
+    require({kind.library: kind.library})
+    with quiet():
+        return kind.build(found, wanted)
+
+
+def chosen_dtype(name: str) -> torch.dtype:
+    """Return a dtype by its name."""
+    if name not in DTYPES:
+        raise BadInput(f"--dtype {name}: there are {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:
+    """Return the arguments of forward."""
+    return inspect.signature(model.forward).parameters
+
+
+def emptied(model: nn.Module) -> nn.Module:
+    """Return the model in training mode, on the meta device also where it made tensors without asking for a device."""
+    made: dict[int, torch.Tensor] = {}
+    for module in model.modules():
+        slots: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for tensors in slots:
+            for name, each in tensors.items():
+                if each is not None and not each.is_meta:
+                    new = each.detach().to("meta")
+                    new = nn.Parameter(new, each.requires_grad) if isinstance(each, nn.Parameter) else new
+                    tensors[name] = made.setdefault(id(each), new)
+    return model.train()
+
+
+@contextlib.contextmanager
+def meta(dtype: torch.dtype | None) -> Iterator[None]:
+    """Build modules in the block without memory, with parameters of this dtype where they do not say another."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype or torch.float32)
+    try:
+        with torch.device("meta"):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextlib.contextmanager
+def refusing(source: str, what: str) -> Iterator[None]:
+    """Turn whatever a library raises about a configuration into bad input, for there is no list of it."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        if "trust_remote_code" in reason:
+            reason = "it brings code of its own, which is not run here"
+        raise BadInput(f"{source}: {what} ({type(error).__name__}: {reason[:300]})") from error

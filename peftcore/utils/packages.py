@@ -1,0 +1,51 @@
+"""Finds installed Python packages and their folders; none of them is imported for that."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+
+from peftcore.errors import MissingPackage
+
+PACKAGE = "package:"
+"""The prefix of an installed package's name, where a folder may be named."""
+LAB = "peftcore-lab"
+"""The distribution that trains, compares and searches."""
+
+
+def package_folder(name: str) -> Path | None:
+    """Return the folder of an installed package, which is not imported. A name with a dot is none: to look for that,
+    Python would import what is before the dot."""
+    try:
+        spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    except ValueError:  # imported already, by no file: __main__
+        return None
+    found = None if spec is None else spec.submodule_search_locations
+    return Path(found[0]) if found else None
+
+
+def require(packages: Mapping[str, str], options: str = "") -> None:
+    """Raise `MissingPackage` unless every module is there.
+
+    Arguments:
+      packages: import name -> what pip has to install for it.
+      options: what the pip line says before that.
+    """
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        requirements = sorted({f"'{packages[name]}'" for name in missing})
+        line = " ".join(["pip install", *options.split(), *requirements])
+        raise MissingPackage(f"not installed: {', '.join(missing)}. Run: {line}")
+
+
+def has_lab() -> bool:
+    """Return whether the package of peftcore-lab can be imported."""
+    return importlib.util.find_spec("peftcore_lab") is not None
+
+
+def lab_is_missing(what: str) -> MissingPackage:
+    """Return the error for a function or command that peftcore-lab has, and that is not there."""
+    if has_lab():
+        return MissingPackage(f"{what} is part of {LAB}, whose plugin was not loaded: see peftcore doctor")
+    return MissingPackage(f"{what} is part of {LAB}, which is not installed. Run: pip install {LAB}")

@@ -1,0 +1,54 @@
+"""Options that commands of training have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import typer
+
+from peftcore.errors import BadInput
+from peftcore.models.naming import MODEL
+
+Demo = Annotated[bool, typer.Option("--demo", help="A MiniLM encoder on tweets, both from Python packages.")]
+Model = Annotated[str | None, typer.Option(help=MODEL)]
+Task = Annotated[str | None, typer.Option(help="What is learned: text-classification, causal-lm, chat ...")]
+Data = Annotated[str | None, typer.Option(help="The examples: a table, a folder, a dataset's name.")]
+Steps = Annotated[int | None, typer.Option(help="Optimizer steps of a run.")]
+On = Annotated[str | None, typer.Option("--on", help="Where runs are carried out: ray. Without it, here, one by one.")]
+Address = Annotated[str | None, typer.Option(help="Of a Ray cluster: 10.0.0.1:6379. Without it, one of this machine.")]
+BatchSize = Annotated[int | None, typer.Option(help="Examples at once.")]
+
+
+def given(flags: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Return the flags that were given, by the names that their values have in a file."""
+    return [(name, value) for name, value in flags.items() if value is not None]
+
+
+def check_source(demo: bool, config: object, model: str | None, task: str | None, data: str | None) -> None:
+    """Check that examples and a model come from the demonstration, from a file or from flags.
+
+    Raises:
+        BadInput: from none of them, or from the demonstration and another.
+    """
+    if demo and (config or model or data or task):
+        raise BadInput("--demo brings its own model, task and data; leave these out")
+    if not demo and config is None and (model is None or data is None):
+        raise BadInput("give --demo, a configuration file, or both --model and --data")
+
+
+def place_of(on: str | None, address: str | None) -> Any:
+    """Return where runs are carried out.
+
+    Raises:
+        BadInput: no such place is known.
+    """
+    if on is None:
+        if address is not None:
+            raise BadInput("--address is that of a cluster: --on ray")
+        return None
+    if on != "ray":
+        raise BadInput(f"--on {on}: there is ray alone")
+    from peftcore_lab.comparisons.on_ray import OnRay
+
+    return OnRay(address)

@@ -1,0 +1,221 @@
+"""Carries out the runs of a comparison, and keeps what each came to beside its adapter, by which it is known again.
+
+A *job* is what one process does at a time: a configuration with a seed, or several that train together on one model.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Protocol
+
+from peftcore.errors import TrainingError
+from peftcore.files.safe_io import write_text
+from peftcore_lab.comparisons.comparison import Candidate, Comparison
+from peftcore_lab.reports.trials import Trial
+from peftcore_lab.runs.folder import holds
+from peftcore_lab.runs.run import Run
+from peftcore_lab.training.memory import PeakMemory
+from peftcore_lab.training.together import Saved, key, train_together
+from peftcore_lab.training.train import Display, Outcome, train
+
+RECORD = "trial.json"
+"""The file of a finished run that says what it came to."""
+
+
+class Board(Display, Protocol):
+    """A display that also hears of whole runs."""
+
+    def begin(self, label: str) -> None:
+        """Note that the run of this configuration begins."""
+
+    def finish(self, line: str) -> None:
+        """Note that the run is done."""
+
+
+@dataclass(frozen=True)
+class Ran:
+    """The result of one run, and the values that all runs of a comparison have in common."""
+
+    trial: Trial
+    train_size: int
+    held_out_size: int
+    floor: float | None
+
+
+Result = Ran | TrainingError
+
+
+@dataclass(frozen=True)
+class Job:
+    """Configurations that train together with one seed; most often a single one."""
+
+    candidates: tuple[Candidate, ...]
+    seed: int
+
+
+Finding = tuple[Candidate, int, Result]
+"""A configuration, its seed, and what became of it."""
+
+
+class Place(Protocol):
+    """Where jobs are carried out."""
+
+    def results(
+        self, comparison: Comparison, jobs: Sequence[Job], board: Board, saved: list[Saved], resume: bool
+    ) -> Iterator[Finding]:
+        """Yield what was found, in the order in which it comes.
+
+        Args:
+            saved: gets what was saved where runs trained together.
+            resume: take finished runs as they are, and go on with those that were begun.
+        """
+
+
+class Here:
+    """This process, which carries out one job after the other."""
+
+    def results(
+        self, comparison: Comparison, jobs: Sequence[Job], board: Board, saved: list[Saved], resume: bool
+    ) -> Iterator[Finding]:
+        for job in jobs:
+            done = carry_out(comparison, job, board, saved, resume)
+            yield from ((each, job.seed, found) for each, found in zip(job.candidates, done, strict=True))
+
+
+def jobs_of(comparison: Comparison) -> list[Job]:
+    """Return all jobs of a comparison: configuration by configuration, or seed by seed where several train together."""
+    if comparison.together == 1:
+        return [Job((each,), seed) for each in comparison.methods for seed in comparison.seeds]
+    return [
+        Job(tuple(group), seed) for seed in comparison.seeds for group in together(comparison, comparison.methods, seed)
+    ]
+
+
+def forget(comparison: Comparison, jobs: Iterable[Job]) -> None:
+    """Remove what earlier comparisons left of these jobs."""
+    for job in jobs:
+        for candidate in job.candidates:
+            shutil.rmtree(comparison.run(candidate, job.seed).out, ignore_errors=True)
+
+
+def carry_out(comparison: Comparison, job: Job, board: Board, saved: list[Saved], resume: bool = False) -> list[Result]:
+    """Carry out one job; returns what each of its configurations came to."""
+    if resume:
+        known = [recorded(comparison.run(each, job.seed)) for each in job.candidates]
+        if all(each is not None for each in known):
+            return [each for each in known if each is not None]
+    if len(job.candidates) > 1:
+        return run_together(comparison, list(job.candidates), job.seed, board, saved)
+    (candidate,) = job.candidates
+    board.begin(candidate.called)
+    return [_tried(comparison, candidate, job.seed, board, resume)]
+
+
+def _tried(comparison: Comparison, candidate: Candidate, seed: int, board: Display, resume: bool = False) -> Result:
+    try:
+        return run_trial(comparison, candidate, seed, board, resume)
+    except TrainingError as error:
+        return error
+
+
+def together(comparison: Comparison, candidates: Iterable[Candidate], seed: int) -> list[list[Candidate]]:
+    """Return the candidates in groups that train together, at most so many as the comparison says; what trains alone is
+    a group of its own. Groups are in the order of their first ones."""
+    groups: list[list[Candidate]] = []
+    growing: dict[str, list[Candidate]] = {}
+    for candidate in candidates:
+        shared = key(comparison.run(candidate, seed)) if comparison.together > 1 else None
+        group = growing.get(shared) if shared is not None else None
+        if group is None or len(group) >= comparison.together:
+            groups.append(group := [])
+            if shared is not None:
+                growing[shared] = group
+        group.append(candidate)
+    return groups
+
+
+def run_together(
+    comparison: Comparison, candidates: list[Candidate], seed: int, board: Board, saved: list[Saved]
+) -> list[Result]:
+    """Train configurations at once on one model; those that turn out not to fit in train alone afterwards.
+
+    Args:
+        saved: gets what was saved.
+    """
+    runs = [comparison.run(candidate, seed) for candidate in candidates]
+    for run in runs:
+        shutil.rmtree(run.out, ignore_errors=True)  # of an earlier comparison
+    board.begin(f"{len(runs)} configurations together")
+    try:
+        with PeakMemory() as memory:
+            outcomes, found = train_together(runs, board)
+    except TrainingError as error:
+        return [error] * len(runs)
+    if found is not None:
+        saved.append(found)
+        board.say(str(found))
+    results: list[Result] = []
+    for candidate, run, outcome in zip(candidates, runs, outcomes, strict=True):
+        if outcome is None:
+            board.begin(candidate.called)
+            results.append(_tried(comparison, candidate, seed, board))
+        elif isinstance(outcome, TrainingError):
+            results.append(outcome)
+        else:
+            count = found.runs if found is not None else 1
+            results.append(_ran(comparison, candidate, run, outcome, memory.peak // count, count))
+    return results
+
+
+def run_trial(comparison: Comparison, candidate: Candidate, seed: int, board: Display, resume: bool = False) -> Ran:
+    """Train one configuration with one seed, or go on with that run where it was begun and that is asked for."""
+    run = comparison.run(candidate, seed)
+    goes_on = resume and holds(run)
+    if not goes_on:
+        shutil.rmtree(run.out, ignore_errors=True)  # of an earlier comparison
+    with PeakMemory() as memory:
+        outcome = train(run, board, goes_on)
+    return _ran(comparison, candidate, run, outcome, memory.peak, 1)
+
+
+def recorded(run: Run) -> Ran | None:
+    """Return what a run came to, if it is there and finished, with these settings."""
+    try:
+        held = json.loads((run.out / RECORD).read_text(encoding="utf-8"))
+        ran = Ran(**{**held, "trial": Trial(**held["trial"])})
+    except (OSError, ValueError, TypeError, KeyError):  # none there, or a damaged one
+        return None
+    return ran if holds(run) else None
+
+
+def _ran(comparison: Comparison, candidate: Candidate, run: Run, outcome: Outcome, peak: int, count: int) -> Ran:
+    trial = _trial(comparison, candidate, run, outcome, peak, count)
+    ran = Ran(trial, outcome.train_size, outcome.held_out_size, outcome.floor)
+    write_text(run.out / RECORD, json.dumps(asdict(ran), indent=2) + "\n")
+    return ran
+
+
+def _trial(comparison: Comparison, candidate: Candidate, run: Run, outcome: Outcome, peak: int, count: int) -> Trial:
+    return Trial(
+        label=candidate.called,
+        method=candidate.name,
+        options=candidate.arguments,
+        seed=run.training.seed,
+        learning_rate=run.training.learning_rate,
+        trainable=outcome.trainable,
+        total=outcome.total,
+        before=outcome.before,
+        after=outcome.after,
+        curve=outcome.curve,
+        losses=outcome.losses,
+        seconds_per_step=outcome.seconds_per_step,
+        peak_memory=peak,
+        file_size=sum(file.stat().st_size for file in Path(outcome.saved).iterdir()),
+        folder=Path(outcome.saved).relative_to(comparison.out).as_posix(),
+        together=count,
+        picture=Path(outcome.picture).relative_to(comparison.out).as_posix() if outcome.picture else "",
+    )

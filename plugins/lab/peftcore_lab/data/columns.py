@@ -1,0 +1,49 @@
+"""Columns of a table: which one holds what, and the order of the classes in one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from peftcore.errors import BadInput
+
+TEXT_NAMES = ("text", "sentence", "content", "tweet", "review", "body", "message")
+LABEL_NAMES = ("label", "labels", "class", "target", "sentiment", "category")
+
+
+def choose_column(columns: Sequence[str], wanted: str | None, names: Sequence[str], kind: str, path: object) -> str:
+    """Return the column the user named, or the first whose name is one of ``names`` (in any case)."""
+    if wanted is not None:
+        if wanted in columns:
+            return wanted
+        raise BadInput(f"{path}: no column {wanted!r}; its columns are {', '.join(columns)}")
+    by_name = {column.lower(): column for column in reversed(columns)}
+    for name in names:
+        if name in by_name:
+            return by_name[name]
+    raise BadInput(f"{path}: name the {kind} with data.{kind}; its columns are {', '.join(columns)}")
+
+
+def numbered(labels: Iterable[str], known: Sequence[str], source: object) -> tuple[str, ...]:
+    """Return classes in the order of their numbers: of those that a head has learned, where `known` names them;
+    otherwise integers by value, and words by alphabet.
+
+    Raises:
+        BadInput: the head has learned other classes.
+    """
+    found = tuple(sorted(set(labels), key=label_order))
+    if not known:
+        return found
+    if set(known) != set(found):
+        pairs = (("it lacks", set(found) - set(known)), ("no row is", set(known) - set(found)))
+        what = " and ".join(f"{words} {', '.join(map(repr, sorted(some)[:4]))}" for words, some in pairs if some)
+        raise BadInput(
+            f"{source}: the adapter has a head for {len(known)} classes, {', '.join(map(repr, known[:4]))}, and these "
+            f"are others: {what}. Begin with a fresh adapter, --method in place of --adapter, or call the classes as "
+            "it does"
+        )
+    return tuple(known)
+
+
+def label_order(label: str) -> tuple[bool, int, str]:
+    number = label.removeprefix("-").isdecimal()
+    return (not number, int(label) if number else 0, label)

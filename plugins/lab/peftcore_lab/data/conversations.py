@@ -1,0 +1,167 @@
+"""Conversations in the shapes in which people keep them: messages, ShareGPT, Alpaca, prompt and completion.
+
+All become lists of ``{"role": "system" | "user" | "assistant" | "tool", "content": "..."}``, which chat templates read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import Dataset
+
+from peftcore.errors import BadInput, shown
+from peftcore_lab.data.sources import Source
+
+Message = dict[str, Any]
+LISTS = ("messages", "conversations", "conversation", "chat")
+"""Names of columns with one list for each conversation."""
+PAIRS = (
+    *(("prompt", "completion"), ("prompt", "response"), ("question", "answer")),
+    *(("instruction", "output"), ("instruction", "response")),
+)
+"""Names of columns for what is asked and what is answered."""
+INPUT, SYSTEM, HISTORY = "input", "system", "history"
+"""Columns that Alpaca's files have besides: what the instruction is about, and what was said before."""
+ROLES: Mapping[str, str] = {
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "model", "bot", "chatgpt", "bing", "bard", "function_call"), "assistant"),
+    **dict.fromkeys(("tool", "function", "observation", "ipython"), "tool"),
+}
+"""Roles of chat templates, by what files call them."""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The columns that hold conversations: one with lists, or one that asks and one that answers."""
+
+    messages: str | None = None
+    prompt: str | None = None
+    completion: str | None = None
+
+
+def columns(there: Sequence[str], wanted: Columns, where: object) -> Columns:
+    """Return the columns of a file: those that are wanted, or the first whose names are known (in any case).
+
+    Raises:
+        BadInput: there are none, or half of a pair is missing.
+    """
+    given = [each for each in (wanted.messages, wanted.prompt, wanted.completion) if each is not None]
+    if missing := [each for each in given if each not in there]:
+        raise BadInput(f"{where}: no column {missing[0]!r}; its columns are {', '.join(there)}")
+    if wanted.messages is not None:
+        if len(given) > 1:
+            raise BadInput(
+                "data.messages is a column of whole conversations: leave out data.prompt and data.completion"
+            )
+        return wanted
+    known = {each.lower(): each for each in reversed(there)}
+    if not given:
+        for name in LISTS:
+            if name in known:
+                return Columns(messages=known[name])
+    for prompt, completion in PAIRS:
+        pair = Columns(None, wanted.prompt or known.get(prompt), wanted.completion or known.get(completion))
+        if pair.prompt is not None and pair.completion is not None:
+            return pair
+    raise BadInput(
+        f"{where}: name the column of conversations with data.messages, or those of what is asked and answered with "
+        f"data.prompt and data.completion; its columns are {', '.join(there)}"
+    )
+
+
+def conversations(part: Dataset, chosen: Columns, where: Source) -> list[list[Message]]:
+    """Return the conversations of a table.
+
+    Raises:
+        BadInput: naming the row that holds none.
+    """
+    found = []
+    for index, row in enumerate(part):
+        try:
+            found.append(_of_list(row, chosen.messages) if chosen.messages else _of_pair(row, chosen))
+        except ValueError as error:
+            raise BadInput(f"{where.row(index)}: {error}") from None
+    return found
+
+
+def _of_list(row: Mapping[str, Any], column: str) -> list[Message]:
+    messages = told(row[column])
+    return [*begun(row), *messages] if messages[0]["role"] != SYSTEM else messages
+
+
+def _of_pair(row: Mapping[str, Any], chosen: Columns) -> list[Message]:
+    """Return the conversation of a row of Alpaca's, or of a prompt and its completion, which may be messages too."""
+    return [*begun(row), *asked_in(row, str(chosen.prompt)), *answer_of(row[str(chosen.completion)])]
+
+
+def asked_in(row: Mapping[str, Any], column: str) -> list[Message]:
+    """Return the messages of what is asked; a text is the user's, together with what it is about.
+
+    Raises:
+        ValueError: it is neither a text nor messages.
+    """
+    prompt, about = row[column], row.get(INPUT) if column != INPUT else None
+    if isinstance(prompt, str):
+        return [{"role": "user", "content": f"{prompt}\n\n{about}" if about else prompt}]
+    return told(prompt)
+
+
+def answer_of(value: Any) -> list[Message]:
+    """Return the messages of an answer; a text is the assistant's.
+
+    Raises:
+        ValueError: it is neither a text nor messages.
+    """
+    return [{"role": "assistant", "content": value}] if isinstance(value, str) else told(value)
+
+
+def told(value: Any) -> list[Message]:
+    """Return the messages of a list, or of JSON of one, with the roles of chat templates.
+
+    Raises:
+        ValueError: it is none, or empty.
+    """
+    return _messages(_listed(value))
+
+
+def begun(row: Mapping[str, Any]) -> list[Message]:
+    """Return the system's message and earlier turns that stand in columns of their own."""
+    found = [{"role": SYSTEM, "content": row[SYSTEM]}] if row.get(SYSTEM) else []
+    for asked, answered in row.get(HISTORY) or ():
+        found += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+    return found
+
+
+def _listed(value: Any) -> list[Any]:
+    """Return a list, which a table of text holds as JSON.
+
+    Raises:
+        ValueError: it is none, or empty.
+    """
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError:
+            raise ValueError(f"{shown(value)} is no list of messages, and no JSON of one") from None
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"{shown(value)} is no list of messages")
+    return value
+
+
+def _messages(entries: Sequence[Any]) -> list[Message]:
+    """Return messages with the roles of chat templates; what else an entry holds, such as calls of tools, stays."""
+    found = []
+    for entry in entries:
+        held = {key: value for key, value in entry.items() if value is not None} if isinstance(entry, dict) else {}
+        role, content = ("from", "value") if "from" in held else ("role", "content")
+        if not isinstance(held.get(role), str):
+            raise ValueError(f"{shown(entry)} has neither role and content nor from and value")
+        if held[role].lower() not in ROLES:
+            raise ValueError(f"the role {shown(held[role])} is none of {', '.join(ROLES)}")
+        message = {"role": ROLES[held.pop(role).lower()], "content": held.pop(content, "")}
+        found.append({**message, **held})
+    return found

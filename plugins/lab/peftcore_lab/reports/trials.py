@@ -1,0 +1,194 @@
+"""Trials of a comparison as data: one for each method, configuration and seed, and what they have in common."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+from peftcore import __version__
+from peftcore.utils.packages import PACKAGE
+
+LIBRARIES = ("torch", "transformers")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run. Sizes are in bytes."""
+
+    label: str
+    """The name of the configuration: the method, or the method and what is special about it."""
+    method: str
+    options: dict[str, Any]
+    seed: int
+    learning_rate: float | None
+    """None where the training was the user's."""
+    trainable: int
+    total: int
+    before: dict[str, float]
+    after: dict[str, float]
+    """Scores by name, among them the report's metric."""
+    curve: list[tuple[int, float]]
+    """Steps, and the metric there."""
+    losses: list[tuple[int, float]]
+    """Steps, and the training loss since the ones before."""
+    seconds_per_step: float
+    peak_memory: int
+    file_size: int
+    folder: str
+    together: int = 1
+    """How many runs trained at once on one model, this one with them; seconds and memory are its share of theirs."""
+    picture: str = ""
+    """A file in the comparison's folder that shows what the model drew, where the task has pictures."""
+
+    @property
+    def share(self) -> float:
+        """Return trainable over all parameters."""
+        return self.trainable / self.total
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One configuration over its seeds."""
+
+    label: str
+    trials: tuple[Trial, ...]
+    score: float
+    """The mean of the metric after training."""
+    error: float | None
+    """The standard error of that mean; with one seed that of an accuracy on so many examples, of other metrics none."""
+
+    @property
+    def trainable(self) -> int:
+        return self.trials[0].trainable
+
+    @property
+    def seconds_per_step(self) -> float:
+        return statistics.mean(trial.seconds_per_step for trial in self.trials)
+
+    @property
+    def peak_memory(self) -> int:
+        return round(statistics.mean(trial.peak_memory for trial in self.trials))
+
+
+@dataclass(frozen=True)
+class Report:
+    """All trials of a comparison, and the circumstances that they share."""
+
+    model: str
+    task: str
+    data: str
+    metric: str
+    greater: bool
+    """Whether more of the metric is better."""
+    train_size: int
+    held_out_size: int
+    training: dict[str, Any]
+    """How long, how fast (`peftcore_lab.runs.run.Training`)."""
+    trials: tuple[Trial, ...]
+    seconds: float
+    floor: float | None = None
+    """The majority baseline, where it is known: the metric of an answer that looks at nothing, the commonest class."""
+    failed: dict[str, str] = field(default_factory=dict)
+    """Labels of configurations that could not be run, and why."""
+    tuned: str = ""
+    """How the learning rates were chosen, where they were."""
+    together: tuple[str, ...] = ()
+    """For each group of runs that trained at once on one model, the savings in words."""
+
+    @property
+    def model_name(self) -> str:
+        """Return the model's name without the way to it: that of its package, of its folder or file, or on the Hub."""
+        return short_name(self.model)
+
+    @property
+    def data_name(self) -> str:
+        """Return the name of the examples without the way to them."""
+        return short_name(self.data)
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Return the names of the tasks that have scores of their own."""
+        names = dict.fromkeys(name for trial in self.trials for name in trial.after)
+        start = f"{self.metric}/"
+        return tuple(name.removeprefix(start) for name in names if name.startswith(start))
+
+    def of_task(self, task: str) -> Report:
+        """Return the report of one task: its scores stand for those of all rows, whose numbers are not known for it."""
+        name = f"{self.metric}/{task}"
+        trials = tuple(
+            replace(
+                each,
+                after={self.metric: each.after.get(name, math.nan)},
+                before={self.metric: each.before.get(name, math.nan)},
+            )
+            for each in self.trials
+        )
+        return replace(self, trials=trials, floor=None, held_out_size=0)
+
+    def entries(self) -> list[Entry]:
+        """Return the configurations in the order in which they were given."""
+        labels = dict.fromkeys(trial.label for trial in self.trials)
+        return [self._entry(label, [t for t in self.trials if t.label == label]) for label in labels]
+
+    def _entry(self, label: str, trials: list[Trial]) -> Entry:
+        scores = [trial.after[self.metric] for trial in trials]
+        mean = statistics.mean(scores)
+        error = None
+        if not math.isfinite(mean):
+            pass
+        elif len(scores) > 1:
+            error = statistics.stdev(scores) / math.sqrt(len(scores))
+        elif self.metric == "accuracy" and self.held_out_size:
+            error = math.sqrt(mean * (1 - mean) / self.held_out_size)
+        return Entry(label, tuple(trials), mean, error)
+
+    def better(self, one: float, other: float) -> bool:
+        """Whether a score is better than another."""
+        return one > other if self.greater else one < other
+
+    def front(self) -> list[Entry]:
+        """Return the Pareto front: configurations than which no other is as small and better, by trainable
+        parameters."""
+        return front(self.entries(), self.better)
+
+    def as_json(self) -> str:
+        """Return the report as JSON, for programs."""
+        document = {"versions": versions(), **asdict(self)}
+        for entry, trial in zip(document["trials"], self.trials, strict=True):
+            entry["share"] = trial.share
+        return json.dumps(document, indent=2) + "\n"
+
+
+def short_name(source: str) -> str:
+    """Return what is left for a heading of a path, of a name on the Hub, or of ``package:NAME/FOLDER``."""
+    if source.startswith(PACKAGE):
+        return source.removeprefix(PACKAGE).partition("/")[0]
+    return Path(source).name or source
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the libraries that the numbers depend on."""
+    return {"peftcore": __version__, **{name: version(name) for name in LIBRARIES}}
+
+
+def front(
+    entries: Iterable[Entry],
+    better: Callable[[float, float], bool],
+    cost: Callable[[Entry], float] = attrgetter("trainable"),
+) -> list[Entry]:
+    """Return, from the cheapest up, each entry that is better than all cheaper ones. A score that is no number is not
+    among them."""
+    found: list[Entry] = []
+    sign = -1 if better(1, 0) else 1
+    scored = (entry for entry in entries if math.isfinite(entry.score))
+    for entry in sorted(scored, key=lambda each: (cost(each), sign * each.score)):
+        if not found or better(entry.score, found[-1].score):
+            found.append(entry)
+    return found

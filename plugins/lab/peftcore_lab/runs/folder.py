@@ -1,0 +1,215 @@
+"""The folders of runs: made, or refused; which run one holds, what the model was worth before, and where to go on from.
+
+Several processes of one run share it; the first writes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+import peftcore
+from peftcore.errors import BadInput
+from peftcore.files.continuing import differences, listed
+from peftcore.files.safe_io import write_text
+from peftcore.models.naming import find
+from peftcore_lab.digests import of_content, of_sample
+from peftcore_lab.runs.run import FULL, Run
+
+COMPLETE = "complete"
+"""The last file of a checkpoint: one without it was being written when the run ended."""
+
+
+RUN = "run.json"
+"""The file by which a run is known again."""
+
+
+def made(folder: Path) -> Path:
+    """Make a folder, with those above it; it may be there already.
+
+    Raises:
+        BadInput: it cannot be.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"{folder}: cannot be written to ({error.strerror})") from None
+    return folder
+
+
+def first_process() -> bool:
+    """Whether this is the only process, or the first of those that torchrun or accelerate started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def processes() -> int:
+    """Return how many processes share the run, as torchrun, accelerate and Ray Train say it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def holds(run: Run) -> bool:
+    """Whether the folder of a run holds it, begun or finished, with these settings."""
+    try:
+        held = json.loads((run.out / RUN).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(held, dict) and held.get("run") == _settings(run) and not changed_inputs(held, inputs_of(run))
+
+
+def _settings(run: Run) -> dict[str, Any]:
+    return run.model_dump(mode="json", exclude={"out"})
+
+
+def inputs_of(run: Run) -> dict[str, str | None]:
+    """Return digests of the files that a run reads: of its examples, its model and the adapter that it goes on from."""
+    found = digests_of(run.data)
+    places = find(run.model).local()
+    found["model"] = of_sample(str(places[0])) if places else None
+    found["adapter"] = None if run.adapter is None else of_content(run.adapter)
+    return found
+
+
+def digests_of(data: Mapping[str, Any]) -> dict[str, str | None]:
+    """Return digests of the files of examples that options of a task's data name."""
+    named = {name: data.get(name) for name in ("train", "held_out")}
+    return {f"data.{name}": None if source is None else of_content(str(source)) for name, source in named.items()}
+
+
+def changed_inputs(held: Mapping[str, Any], here: Mapping[str, str | None]) -> list[str]:
+    """Return a line for each of the inputs whose content is another one than a record of a run says."""
+    then = held.get("inputs", here)
+    return [f"the content of {name} is another one" for name in here if then.get(name) != here[name]]
+
+
+CUT = ("batch_size", "accumulate")
+"""How the examples of a step are cut, which processes share as well: a run may go on with them cut in another way."""
+
+
+def _examples(training: dict[str, Any], shared_by: int) -> int:
+    """Return how many examples a step has."""
+    return int(training["batch_size"] * training["accumulate"] * shared_by)
+
+
+class RunFolder:
+    """Holds one run and no other.
+
+    Attributes:
+        before: the scores before training, once they are known.
+        said: what the model said then.
+        longer: whether a run goes on that is longer than it was.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.path, self._run, self._inputs = run.out, _settings(run), inputs_of(run)
+        self.method = None if run.method.name == FULL else peftcore.method(run.method.name)
+        self.before: dict[str, float] | None = None
+        self.said: list[str] = []
+        self.longer = False
+
+    @property
+    def adapter(self) -> Path:
+        """Return the folder of the finished adapter."""
+        return self.path / "adapter"
+
+    def checkpoint(self, resume: bool) -> Path | None:
+        """Return the checkpoint to go on from; where a run begins, make its folder.
+
+        Raises:
+            BadInput: there is a run here where one begins, or no such run where one goes on.
+        """
+        if resume:
+            return self._newest()
+        if first_process() and (self.path / RUN).exists():
+            raise BadInput(f"{self.path} holds a run already: --resume goes on with it, --out names another folder")
+        made(self.path)
+        return None
+
+    def _newest(self) -> Path | None:
+        """Return the newest whole checkpoint of the run that is here, if there is one; what is half written goes."""
+        if not (self.path / RUN).exists():
+            raise BadInput(f"{self.path} holds no run to go on with")
+        held = json.loads((self.path / RUN).read_text(encoding="utf-8"))
+        changed = changed_inputs(held, self._inputs)
+        self._check_goes_on(held["run"], held.get("processes", processes()), changed)
+        self.before, self.said = held["before"], held["said"]
+        found = list(self.path.glob("checkpoints/checkpoint-*"))
+        whole = [each for each in found if (each / COMPLETE).exists()]
+        if first_process():
+            for each in set(found) - set(whole):
+                shutil.rmtree(each)
+        return max(whole, key=lambda each: int(each.name.rpartition("-")[2]), default=None)
+
+    def _check_goes_on(self, held: dict[str, Any], shared_by: int, changed: list[str]) -> None:
+        """Check that the run that is held, by so many processes, can go on as this one: it is the same, or longer, and
+        its steps have as many examples. `changed` says which of its inputs are others.
+
+        Raises:
+            BadInput: it is another one, or its method follows a schedule of the whole length.
+        """
+        without = {"training": None}
+        other = differences({**held, **without}, {**self._run, **without}) + changed
+        mine, before = self._run["training"], held["training"]
+        now, then = _examples(mine, processes()), _examples(before, shared_by)
+        if now != then and shared_by != processes():
+            raise BadInput(
+                f"{self.path} holds a run of {then} examples a step, in {shared_by} process(es), and in {processes()} "
+                f"a step would have {now}: set training.batch_size or training.accumulate so that it has {then}"
+            )
+        options = [name for name in mine if mine[name] != before.get(name) and (now != then or name not in CUT)]
+        self.longer = _is_longer(mine, before, options)
+        if options and not self.longer:
+            former, wanted = ({name: each.get(name) for name in options} for each in (before, mine))
+            other += differences(former, wanted, "training")
+        if other:
+            raise BadInput(
+                f"{self.path} holds another run: {listed(other)}. Only the same one can go on, or one of more steps or "
+                "epochs; begin this one in another folder, --out"
+            )
+        if self.longer and self.method is not None and self.method.tags.scheduled:
+            raise BadInput(f"{self.method.name} follows a schedule over all steps, so a run with it cannot get longer")
+
+    def note(self) -> None:
+        """Write down what is known of the run, so that it can go on from here."""
+        if first_process():
+            known = {"run": self._run, "inputs": self._inputs, "processes": processes()}
+            known |= {"before": self.before, "said": self.said}
+            write_text(self.path / RUN, json.dumps(known, indent=2) + "\n")
+
+
+def _is_longer(mine: dict[str, Any], held: dict[str, Any], changed: list[str]) -> bool:
+    """Return whether what changed of a training is that it has more steps, or more epochs, alone."""
+    if len(changed) != 1 or changed[0] not in ("steps", "epochs"):
+        return False
+    before, now = held[changed[0]], mine[changed[0]]
+    return before is not None and now is not None and bool(now >= before)
+
+
+class Keeper(transformers.TrainerCallback):
+    """Notes the first scores, and marks checkpoints that are written to their end."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self._folder = folder
+
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **kwargs: Any
+    ) -> None:
+        if self._folder.before is None:
+            self._folder.before = plain(metrics or {})
+            self._folder.note()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            write_text(Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE, "")
+
+
+def plain(metrics: dict[str, float]) -> dict[str, float]:
+    """Return the Trainer's scores, without what it says of the clock."""
+    clock = ("runtime", "per_second", "model_preparation_time")
+    scores = {name: value for name, value in metrics.items() if name.startswith("eval_") and not name.endswith(clock)}
+    return {name.removeprefix("eval_"): value for name, value in scores.items()}

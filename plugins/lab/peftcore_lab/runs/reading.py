@@ -1,0 +1,100 @@
+"""Reads options as users write them: a YAML file, values over it by dotted names, one sentence for each that is
+wrong."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from peftcore.contract.config import described
+from peftcore.errors import BadInput, shown
+from peftcore.utils.yaml_values import parse
+
+B = TypeVar("B", bound=BaseModel)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Return the names and values of a YAML file.
+
+    Raises:
+        BadInput: it cannot be read.
+    """
+    try:
+        values = parse(path.read_text(encoding="utf-8"), path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path}: cannot be read ({error})") from None
+    if not isinstance(values, dict):
+        raise BadInput(f"{path}: must hold names and values, such as 'model: FOLDER'")
+    return values
+
+
+def read(kind: type[B], values: dict[str, Any], changes: Iterable[tuple[str, Any]], where: str = "the options") -> B:
+    """Read a file's values, with some of them set by their dotted name.
+
+    Raises:
+        BadInput: a value is wrong: all of them are named.
+    """
+    return validated(kind, changed(values, changes), where)
+
+
+def changed(values: dict[str, Any], changes: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Set values by their dotted names.
+
+    Raises:
+        BadInput: a name goes through something that has no parts.
+    """
+    for name, value in changes:
+        _put(values, name, value)
+    return values
+
+
+def _put(values: dict[str, Any], name: str, value: Any) -> None:
+    *groups, last = name.split(".")
+    for group in groups:
+        inner = values.setdefault(group, {})
+        if group == "method" and isinstance(inner, str):
+            inner = values[group] = {"name": inner}
+        if not isinstance(inner, dict):
+            raise BadInput(f"{name}: {group} is {shown(inner)} and has no parts")
+        values = inner
+    held = values.get(last)
+    if last == "method" and isinstance(held, dict) and isinstance(value, str):
+        value = {**held, "name": value}
+    values[last] = value
+
+
+def validated(kind: type[B], values: Any, where: str) -> B:
+    """Return the values as options of a kind.
+
+    Raises:
+        BadInput: naming every value that is wrong, and names that are close to unknown ones.
+    """
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        wrong = [f"{where}: {_wrong(kind, each)}" for each in described(error)]
+        raise BadInput("\n".join(wrong)) from None
+
+
+def _wrong(kind: type[BaseModel], each: dict[str, Any]) -> str:
+    place = ".".join(str(part) for part in each["loc"])
+    if each["type"] == "missing":
+        return f"{place} is missing"
+    if each["type"] == "extra_forbidden":
+        known = _options(kind, each["loc"][:-1])
+        close = difflib.get_close_matches(str(each["loc"][-1])[:100], known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(known)}"
+        return f"there is no option {shown(place)}; {hint}"
+    return f"{place}={shown(each['input'])}: {each['msg']}" if place else each["msg"]
+
+
+def _options(kind: type[BaseModel], path: Iterable[Any]) -> list[str]:
+    for part in path:
+        inner = kind.model_fields[part].annotation
+        assert isinstance(inner, type) and issubclass(inner, BaseModel)
+        kind = inner
+    return list(kind.model_fields)

@@ -1,0 +1,148 @@
+"""The schema of a training run, which a file of ``peftcore train`` and its flags share."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
+
+from peftcore.files.save_load import describe
+from peftcore.models.naming import MODEL
+
+FULL = "full"
+"""The reference among the methods: every parameter of the model is trained, nothing is injected."""
+
+
+class Options(BaseModel):
+    """Typed, immutable, and nothing unknown; docstrings under fields become the descriptions of the schema."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+class MethodChoice(BaseModel):
+    """A method by name. All else belongs to it, or to `peftcore.apply`: ``target``, ``exclude``, ``overrides``."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, use_attribute_docstrings=True)
+
+    name: str
+    """Name of a method or preset; ``full`` trains every parameter of the model."""
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class Training(Options):
+    """How long, how fast, and what is written on the way. Steps are those of the optimizer."""
+
+    steps: PositiveInt | None = None
+    """Optimizer steps; instead of `epochs`."""
+    epochs: PositiveFloat | None = None
+    """Passes over the data (3)."""
+    batch_size: PositiveInt = 8
+    """Examples that a device takes at once."""
+    accumulate: PositiveInt = 1
+    """Batches that make one step."""
+    learning_rate: PositiveFloat = 1e-3
+    """The highest, after the warm-up."""
+    schedule: Literal["linear", "cosine", "constant_with_warmup"] = "linear"
+    """Schedule of the learning rate after the warm-up."""
+    warmup: float = Field(0.1, ge=0, lt=1)
+    """The share of all steps in which the learning rate rises."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Weight decay of AdamW."""
+    ema: float | None = Field(None, gt=0, lt=1)
+    """Decay of moving averages of what is trained (0.999): these are scored, chosen among and saved."""
+    clip: PositiveFloat = 1.0
+    """The largest norm of all gradients together."""
+    seed: NonNegativeInt = Field(0, lt=2**32)
+    """Seed of what is newly initialised, the order of the data, and dropout."""
+    autocast: bool = False
+    """Compute in bfloat16 where torch's autocast does."""
+    checkpoint_gradients: bool = False
+    """Keep no activations inside blocks, and run these again in backward."""
+    group_by_length: bool = False
+    """Let examples of similar length share a batch: less padding, and less chance in the order."""
+    evaluate_every: PositiveFloat = 0.1
+    """Steps between scores, and between checkpoints; below 1, a share of all steps."""
+    checkpoints: bool | Literal["last"] = True
+    """Write some, and end with the best; with ``last`` write some to go on from, and end with the last step; otherwise
+    nothing is written before the end, which is the last step."""
+    patience: PositiveInt | None = None
+    """Stop after this many scores without a better one."""
+    report_to: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
+    """Where losses and scores are logged; TensorBoard's files are in the run's folder."""
+    shard: bool = False
+    """Cut the weights over the processes that share the run (FSDP2), so that none holds all of them."""
+    workers: NonNegativeInt = 0
+    """Processes that prepare batches."""
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _several(cls, value: Any) -> Any:
+        return [each for each in re.split(r"[\s,]+", value) if each != "none"] if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError("give steps or epochs, not both")
+        if self.patience is not None and self.checkpoints is not True:
+            raise ValueError("patience goes back to the best checkpoint: leave checkpoints on")
+        return self
+
+
+class Run(Options):
+    """One training run: what a configuration file holds."""
+
+    model: str = Field(description=MODEL)
+    task: str
+    """The task: text-classification, causal-lm, chat ..."""
+    data: dict[str, Any]
+    """Where the examples are, and what the task has to know of them."""
+    method: MethodChoice
+    """``lora``, or ``{name: lora, rank: 8}``; where there is an `adapter`, that of the file."""
+    adapter: str | None = None
+    """An adapter to go on from, in place of a fresh one: a folder, a file, or a name on the Hub, with the method, the
+    options and the target modules of the file."""
+    training: Training = Field(default_factory=lambda: Training.model_validate({}))
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Dtype of the base's weights in memory."""
+    quantize: str | None = None
+    """A scheme that packs the base's weights before anything is trained: nf4, int8, bnb-nf4 ..."""
+    out: Path = Path("peftcore-run")
+    """Folder for the adapter, checkpoints, logs and metrics."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_the_file(cls, values: Any) -> Any:
+        """Take the method from the adapter.
+
+        Raises:
+            ValueError: it cannot be read, or the method is given too.
+        """
+        if not isinstance(values, dict) or values.get("adapter") is None:
+            return values
+        found = describe(str(values["adapter"]))
+        if found.problem or len(found.methods) != 1:
+            raise ValueError(f"adapter={values['adapter']}: {found.problem or 'it is not one adapter of one method'}")
+        method = {"name": found.methods[0]}
+        if values.get("method", method) not in (method, method["name"]):
+            raise ValueError(f"adapter={values['adapter']} has its own {method['name']}: leave out the method")
+        return {**values, "method": method}
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _by_name_alone(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value

@@ -1,0 +1,203 @@
+"""An optuna study that several workers may share, and go on with after one of them was killed.
+
+A worker says every few seconds that it is alive. The trial of one that no longer does is given up, by whoever sees it
+first, and its point of the space is tried again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from datetime import datetime
+from typing import Any
+
+import optuna
+from optuna.exceptions import ExperimentalWarning, OptunaError, StorageInternalError, UpdateFinishedTrialError
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import SQLAlchemyError
+
+from peftcore.errors import BadInput
+from peftcore.files.continuing import differences, listed
+
+BEAT, GRACE = 10.0, 90.0
+"""Seconds between two signs of life, and after which a worker without any is lost."""
+STARTUP = 8
+"""Points that are drawn at random before the sampler has something to go by."""
+ALIVE, LOST, REASON, RECORD = "alive", "lost", "reason", "record"
+"""Names of the attributes of a trial."""
+BUDGET = "budget"
+"""The constraint from which the sampler learns what is too large."""
+
+
+UNUSABLE = (OSError, ValueError, KeyError, ImportError, SQLAlchemyError, OptunaError)
+"""Errors that optuna raises for a storage that is not there, not to be written, or something else."""
+
+
+def storage_of(where: str) -> BaseStorage:
+    """Open a database by its URL, or a journal in a file."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    logging.getLogger("alembic").setLevel(logging.ERROR)
+    return RDBStorage(where) if "://" in where else JournalStorage(JournalFileBackend(where))
+
+
+@contextlib.contextmanager
+def _opening(where: str) -> Iterator[None]:
+    """Turn whatever is wrong with a storage into one message."""
+    try:
+        yield
+    except UNUSABLE as error:
+        reason = " ".join(str(error.__cause__ or error).split())[:200]
+        raise BadInput(
+            f"storage={where}: cannot be used ({type(error).__name__}: {reason}); name a file in a folder that can be "
+            "written to, or a database: sqlite:///study.db"
+        ) from None
+
+
+class Study:
+    """The study of one search.
+
+    Args:
+        where: storage, by file or URL.
+        name: the study in it.
+        greater: whether more of the metric is better.
+        seed: of the sampler.
+        settings: what the search is about; a study is gone on with by the same search only.
+
+    Raises:
+        BadInput: the storage cannot be written, or holds another search by that name.
+    """
+
+    def __init__(self, where: str, name: str, greater: bool, seed: int, settings: Mapping[str, Any]) -> None:
+        self._seed = seed
+        directions = [StudyDirection.MAXIMIZE if greater else StudyDirection.MINIMIZE, StudyDirection.MINIMIZE]
+        with _opening(where), _hushed():
+            self._storage = storage_of(where)
+            self._study = optuna.create_study(
+                storage=self._storage, study_name=name, directions=directions, load_if_exists=True
+            )
+        held = self._study.user_attrs.get("search")
+        if held is None:
+            self._study.set_user_attr("search", dict(settings))
+        elif held != settings:
+            other = listed(differences(held, settings))
+            raise BadInput(
+                f"storage={where} holds the study {name} of another search: {other}. Name another storage, or another "
+                "study"
+            )
+
+    def trials(self) -> list[FrozenTrial]:
+        """Return all trials, those of other workers too."""
+        trials: list[FrozenTrial] = self._study.get_trials(deepcopy=False)
+        return trials
+
+    def counted(self) -> list[FrozenTrial]:
+        """Return the trials that took time or take it now: trained, failed in training, running."""
+        return [each for each in self.trials() if _counts(each)]
+
+    def running(self) -> list[FrozenTrial]:
+        """Return the trials on which a worker is now."""
+        return [each for each in self.trials() if each.state is TrialState.RUNNING]
+
+    def start_with(self, parameters: Mapping[str, Any]) -> None:
+        """Try this point first, unless a worker said so already."""
+        self._study.enqueue_trial(dict(parameters), skip_if_exists=True)
+
+    @contextlib.contextmanager
+    def trial(self) -> Iterator[optuna.trial.Trial]:
+        """Begin the next trial. What is begun ends: with `done`, `skip` or `fail`, or it is given up and tried
+        again."""
+        with _hushed():
+            trial = self._study.ask()
+            # By the number of the trial: one worker, and one that goes on, get the same points.
+            self._study.sampler = optuna.samplers.TPESampler(
+                seed=(self._seed * 1_000_003 + trial.number) % 2**32,
+                n_startup_trials=STARTUP,
+            )
+            try:
+                with _alive(trial):
+                    yield trial
+            except BaseException:
+                self._give_up(trial.number)
+                raise
+
+    def done(self, trial: optuna.trial.Trial, score: float, trainable: int, record: Mapping[str, Any]) -> None:
+        """Record a trained trial; unless others gave it up, since this worker slept."""
+        with contextlib.suppress(UpdateFinishedTrialError):
+            trial.set_user_attr(RECORD, dict(record))
+            self._tell(trial.number, TrialState.COMPLETE, [score, trainable])
+
+    def skip(self, trial: optuna.trial.Trial, reason: str, excess: float = -1.0) -> None:
+        """Record a trial that is not trained; it does not count."""
+        trial.set_user_attr(REASON, reason)
+        trial.set_constraint(BUDGET, excess)
+        self._tell(trial.number, TrialState.PRUNED)
+
+    def fail(self, trial: optuna.trial.Trial, reason: str) -> None:
+        """Record a trial whose training failed."""
+        trial.set_user_attr(REASON, reason)
+        self._tell(trial.number, TrialState.FAIL)
+
+    def _tell(self, number: int, state: TrialState, values: list[float] | None = None) -> None:
+        self._study.tell(number, values, state, skip_if_finished=True)
+
+    def bury(self) -> None:
+        """Give up the trials of workers that are lost."""
+        for each in self.running():
+            if time.time() - last_sign(each) > GRACE:
+                self._give_up(each.number)
+
+    def _give_up(self, number: int) -> None:
+        storage = self._storage
+        study = storage.get_study_id_from_name(self._study.study_name)
+        key = storage.get_trial_id_from_study_id_trial_number(study, number)
+        with contextlib.suppress(UpdateFinishedTrialError):  # another worker was faster
+            storage.set_trial_user_attr(key, LOST, True)
+            storage.set_trial_user_attr(key, REASON, "its worker was lost")
+            if storage.set_trial_state_values(key, TrialState.FAIL):
+                self._study.enqueue_trial(storage.get_trial(key).params)
+
+
+def last_sign(trial: FrozenTrial) -> float:
+    """Return when the worker of a trial was last heard of."""
+    began = trial.datetime_start or datetime.now()
+    return max(began.timestamp(), float(trial.user_attrs.get(ALIVE, 0.0)))
+
+
+def _counts(trial: FrozenTrial) -> bool:
+    if trial.state is TrialState.FAIL:
+        return LOST not in trial.user_attrs
+    return trial.state in (TrialState.COMPLETE, TrialState.RUNNING)
+
+
+@contextlib.contextmanager
+def _alive(trial: optuna.trial.Trial) -> Iterator[None]:
+    """Say every few seconds that the worker is alive, until the block ends."""
+    ended = threading.Event()
+
+    def beat() -> None:
+        while not ended.wait(BEAT):
+            with contextlib.suppress(StorageInternalError, UpdateFinishedTrialError):  # busy; given up by others
+                trial.set_user_attr(ALIVE, time.time())
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+@contextlib.contextmanager
+def _hushed() -> Iterator[None]:
+    """Switch off optuna's notes on what is new in it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        yield

@@ -1,0 +1,17 @@
+"""Tasks: each makes of a model's name and a file a model with examples, ready for the Trainer.
+
+It may import `errors`, `packages`, `data`, `models` and `runs`; no task trains. In the order of reading:
+
+- `task`: the interface of a task.
+- `catalogue`: the tasks by name.
+- `_classes`: metrics of tasks of classes; `text_classification`, `token_classification`, `image_classification`.
+- `_language`: metrics of tasks of language; `seq2seq`.
+- `_causal`: the base of tasks of decoders; `causal_lm`, `chat`.
+- `_dpo`: TRL's Trainer for pairs of answers; `preference`.
+- `segmentation`: pictures and the classes of their pixels.
+- `_noising`: noise over latents; `_painters`: pipelines of diffusers; `text_to_image`: pictures by their names.
+"""
+
+from peftcore_lab.tasks.task import Data, OwnTrainer, Prepared, RowsOfTasks, Task, Work
+
+__all__ = ["Data", "OwnTrainer", "Prepared", "RowsOfTasks", "Task", "Work"]

@@ -1,0 +1,37 @@
+"""Classes of tasks that have some: those that a head has learned already, the predicted one, and how often it is
+right."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import numpy as np
+import transformers
+from torch import Tensor
+
+from peftcore.files.save_load import describe
+from peftcore_lab.runs.run import Run
+
+logger = logging.getLogger("peftcore")
+
+
+def learned(run: Run) -> Sequence[str]:
+    """Return the classes that the head of the adapter has learned from which a run goes on, in the order of their
+    numbers; none where it begins with a fresh one."""
+    if run.adapter is None:
+        return ()
+    found = describe(run.adapter).classes
+    if not found:
+        logger.warning("%s does not name the classes of its head: they are taken to be those of the data", run.adapter)
+    return found
+
+
+def predictions(logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tensor:
+    """Return the predicted class alone: some models return hidden states beside their logits."""
+    return (logits[0] if isinstance(logits, tuple) else logits).argmax(-1)
+
+
+def accuracy(prediction: transformers.EvalPrediction) -> dict[str, float]:
+    """Return the share of right answers."""
+    return {"accuracy": float(np.mean(np.equal(prediction.predictions, prediction.label_ids)))}

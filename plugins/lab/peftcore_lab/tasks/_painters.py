@@ -1,0 +1,164 @@
+"""Pipelines of diffusers as training sees them: which part denoises, how words reach it, and what latents are."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from peftcore_lab.tasks._noising import Diffusion, Flow, Noising
+
+Words = dict[str, Any]
+"""Arguments of a denoiser's forward that carry the encoded words of some rows."""
+
+
+class Reader(NamedTuple):
+    """One text encoder of a pipeline, with its tokenizer."""
+
+    encoder: Any
+    tokenizer: Any
+    file: str
+    """The encoder's name in files of embeddings: ``clip_l``, ``clip_g`` or ``t5``."""
+
+
+class Painter(ABC):
+    """One kind of pipeline.
+
+    Attributes:
+        denoiser: the part that says what is noise.
+        readers: those of the words, by the ending of their names in the pipeline: ``""``, ``_2``, ``_3``.
+    """
+
+    noising: ClassVar[type[Diffusion] | type[Flow]]
+    part: ClassVar[str]
+    """The denoiser's name among the components of the pipeline: ``unet`` or ``transformer``."""
+    files: ClassVar[tuple[str, ...]]
+    """Names of the text encoders in files of embeddings, in the order of the pipeline."""
+
+    def __init__(self, pipeline: Any, guidance: float) -> None:
+        self.pipeline, self.guidance = pipeline, guidance
+        self.denoiser: Any = pipeline.components[self.part]
+        self.readers: dict[str, Reader] = {}
+        for number, file in zip(("", "_2", "_3"), self.files, strict=False):
+            encoder = pipeline.components.get(f"text_encoder{number}")
+            if encoder is not None:
+                # Some tokenizers do not know how long a text may be.
+                longest = encoder.config.to_dict().get("max_position_embeddings", math.inf)
+                tokenizer = pipeline.components[f"tokenizer{number}"]
+                tokenizer.model_max_length = min(tokenizer.model_max_length, longest)
+                self.readers[number] = Reader(encoder, tokenizer, file)
+
+    @property
+    def encoders(self) -> list[Any]:
+        """Return the encoders of the words."""
+        return [each.encoder for each in self.readers.values()]
+
+    @property
+    def side(self) -> int:
+        """Return the sides of the pictures that the pipeline draws, in pixels."""
+        return int(self.denoiser.config.sample_size * self.pipeline.vae_scale_factor)
+
+    def noise(self, min_snr: float | None) -> Noising:
+        """Return the noise that its training puts over latents.
+
+        Raises:
+            BadInput: it has no signal-to-noise ratio to be weighed by.
+        """
+        return self.noising(self.pipeline.scheduler, min_snr)
+
+    def latents(self, pictures: Tensor, drawn: torch.Generator | None) -> Tensor:
+        """Return pictures [rows, 3, height, width] in -1 .. 1 as latents [rows, channels, ...]."""
+        vae = self.pipeline.vae
+        found = vae.encode(pictures.to(vae.dtype)).latent_dist.sample(drawn)
+        latents: Tensor = (found - (vae.config.get("shift_factor") or 0.0)) * vae.config.scaling_factor
+        return latents
+
+    @abstractmethod
+    def words(self, texts: Sequence[str], sizes: Tensor) -> Words:
+        """Encode the words of pictures, whose sizes are [rows, 6]: height, width, where the part that is taken begins
+        (top, left), and its height and width."""
+
+    def denoise(self, noisy: Tensor, times: Tensor, words: Words) -> Tensor:
+        """Return what the denoiser says of noisy latents."""
+        said: Tensor = self.denoiser(noisy, timestep=times, **words, return_dict=False)[0]
+        return said
+
+
+class StableDiffusion(Painter):
+    """Versions 1 and 2: a UNet, and one encoder."""
+
+    noising = Diffusion
+    part = "unet"
+    files: ClassVar[tuple[str, ...]] = ("clip_l",)
+
+    def words(self, texts: Sequence[str], sizes: Tensor) -> Words:
+        return {"encoder_hidden_states": self.pipeline.encode_prompt(list(texts), sizes.device, 1, False)[0]}
+
+
+class StableDiffusionXL(StableDiffusion):
+    """Two encoders, and a UNet that is told of a picture's size and of which part it sees."""
+
+    files = ("clip_l", "clip_g")
+
+    def words(self, texts: Sequence[str], sizes: Tensor) -> Words:
+        hidden, _, pooled, _ = self.pipeline.encode_prompt(
+            list(texts), device=sizes.device, do_classifier_free_guidance=False
+        )
+        added = {"text_embeds": pooled, "time_ids": sizes.to(pooled.dtype)}
+        return {"encoder_hidden_states": hidden, "added_cond_kwargs": added}
+
+
+class StableDiffusion3(Painter):
+    """Three encoders, and a transformer that says where the latents flow."""
+
+    noising = Flow
+    part = "transformer"
+    files: ClassVar[tuple[str, ...]] = ("clip_l", "clip_g", "t5")
+
+    def words(self, texts: Sequence[str], sizes: Tensor) -> Words:
+        hidden, _, pooled, _ = self.pipeline.encode_prompt(
+            list(texts), None, None, device=sizes.device, do_classifier_free_guidance=False
+        )
+        return {"encoder_hidden_states": hidden, "pooled_projections": pooled}
+
+
+class Flux(StableDiffusion3):
+    """Two encoders, and a transformer of squares of 2 x 2 latents, each with its place."""
+
+    files = ("clip_l", "t5")
+
+    @property
+    def side(self) -> int:
+        return int(self.pipeline.default_sample_size * self.pipeline.vae_scale_factor)
+
+    def words(self, texts: Sequence[str], sizes: Tensor) -> Words:
+        hidden, pooled, places = self.pipeline.encode_prompt(list(texts), device=sizes.device)
+        return {"encoder_hidden_states": hidden, "pooled_projections": pooled, "txt_ids": places}
+
+    def denoise(self, noisy: Tensor, times: Tensor, words: Words) -> Tensor:
+        squares = functional.pixel_unshuffle(noisy, 2)  # [rows, 4 * channels, height / 2, width / 2]
+        rows, _, height, width = squares.shape
+        at = torch.cartesian_prod(torch.arange(1), torch.arange(height), torch.arange(width)).to(noisy)
+        told = {**words, "img_ids": at}
+        if self.denoiser.config.guidance_embeds:
+            told["guidance"] = torch.full((rows,), self.guidance, device=noisy.device)
+        said = super().denoise(squares.flatten(2).mT, times / 1000, told)
+        return functional.pixel_shuffle(said.mT.reshape(rows, -1, height, width), 2)
+
+
+def kinds() -> dict[type, type[Painter]]:
+    """Return the pipelines that can be trained: their classes in diffusers, and ours."""
+    import diffusers
+
+    library: Any = diffusers
+    return {
+        library.StableDiffusionPipeline: StableDiffusion,
+        library.StableDiffusionXLPipeline: StableDiffusionXL,
+        library.StableDiffusion3Pipeline: StableDiffusion3,
+        library.FluxPipeline: Flux,
+    }

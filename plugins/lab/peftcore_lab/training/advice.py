@@ -1,0 +1,89 @@
+"""Advice where a run had too little memory: settings to change, and the memory of a step with each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from peftcore.models.naming import Use
+from peftcore.models.recorded import Wanted
+from peftcore.utils.numbers import size
+from peftcore_lab.runs.run import FULL, Run
+from peftcore_lab.tasks import catalogue
+from peftcore_lab.tasks.task import Prepared
+from peftcore_lab.training.estimates import Estimates, Step
+
+MOST = 3
+"""The largest number of changes that are listed."""
+
+
+@dataclass(frozen=True)
+class Knob:
+    """A change of a run that takes less memory."""
+
+    settings: Mapping[str, object]
+    step: Step | None
+    """The step of the run with it; None where it cannot be counted."""
+
+    def __str__(self) -> str:
+        return " ".join(f"--set {name}={value}" for name, value in self.settings.items())
+
+
+def knobs(run: Run) -> list[Knob]:
+    """Return what a run could change, the most useful first."""
+    chosen, now = run.training, step_of(run)
+    found = []
+    if chosen.batch_size > 1:
+        half = chosen.batch_size // 2
+        settings = {"training.batch_size": half, "training.accumulate": chosen.accumulate * 2}
+        found.append(Knob(settings, replace(now, batch_size=half)))
+    if not chosen.checkpoint_gradients:
+        found.append(Knob({"training.checkpoint_gradients": "true"}, replace(now, checkpointed=True)))
+    if run.dtype == "float32":
+        found.append(Knob({"dtype": "bfloat16"}, replace(now, dtype="bfloat16")))
+    if run.quantize is None:
+        found.append(Knob({"quantize": "nf4"}, None))
+    return found[:MOST]
+
+
+def advice(run: Run, prepared: Prepared | None = None) -> str:
+    """Return what takes less memory, with what a step takes now and then, where that can be counted.
+
+    Args:
+        run: the run that took too much.
+        prepared: its model and examples, where it got that far.
+    """
+    listed = knobs(run)
+    if not listed:
+        return "Less is needed with: a smaller model"
+    counted = estimates(run, prepared)
+    now = None if counted is None else counted.of(step_of(run))
+    if counted is None or now is None:
+        return f"Less is needed with: {'; '.join(map(str, listed))}"
+    sizes = [None if each.step is None else counted.of(each.step) for each in listed]
+    said = ["" if each is None else f": about {size(each)}" for each in sizes]
+    told = "; ".join(f"{knob}{each}" for knob, each in zip(listed, said, strict=True))
+    return f"Now about {size(now)} a step, as peftcore plan counts (the peak is higher); less with {told}"
+
+
+def step_of(run: Run) -> Step:
+    return Step(run.training.batch_size, run.dtype, run.training.checkpoint_gradients)
+
+
+def estimates(run: Run, prepared: Prepared | None) -> Estimates | None:
+    """Return what counts the steps of a run; None where they are of a kind that is not counted: on packed or sharded
+    weights, in autocast, of a saved adapter, or of a pipeline, of which more is in memory than what is planned."""
+    counted = catalogue.find(run.task).use in (Use.TEXT, Use.PICTURES)
+    if not counted or run.quantize or run.adapter or run.training.shard or run.training.autocast:
+        return None
+    options = run.method.arguments
+    target, exclude, train = options.pop("target", None), options.pop("exclude", None), options.pop("train", ())
+    wanted = None if run.method.name == FULL else Wanted(run.method.name, options, target, exclude, train)
+    return Estimates(run.model, wanted, run.data.get("max_length") if prepared is None else longest(prepared.train))
+
+
+def longest(examples: Any) -> int | None:
+    """Return the most tokens of an example, where they are texts."""
+    tokens = [len(each["input_ids"]) for each in examples if "input_ids" in each] if isinstance(examples, list) else []
+    return max(tokens, default=None)

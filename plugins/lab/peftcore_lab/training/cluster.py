@@ -1,0 +1,198 @@
+"""Ray clusters: tasks that begin again where their worker is lost, and one training in several processes of a cluster.
+
+Training in several processes is Ray Train's: it starts them, makes their process group, and starts all of them again
+where one is lost. The rest is done by accelerate and the Trainer, as under torchrun.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from peftcore.errors import BadInput, PeftcoreError, TrainingError
+from peftcore.utils.packages import require
+from peftcore_lab.runs.folder import RUN, holds
+from peftcore_lab.runs.run import Run
+from peftcore_lab.training.train import Outcome, train
+
+RETRIES = 3
+"""How often a job is begun again whose worker was lost."""
+
+
+class Cluster:
+    """A Ray cluster.
+
+    Args:
+        address: where it is, ``10.0.0.1:6379`` or ``auto``; None starts one of this machine, for as long as this lasts.
+        cpus: processors of a run.
+        gpus: GPUs of a run, or a share of one; all run on processors where the cluster has none.
+
+    Raises:
+        MissingPackage: Ray is not installed.
+        BadInput: there is no cluster at the address.
+    """
+
+    def __init__(self, address: str | None = None, cpus: float = 1.0, gpus: float = 1.0) -> None:
+        require({"ray": "peftcore[ray]"})
+        self.address, self.cpus, self.gpus = address, cpus, gpus
+
+    @contextmanager
+    def connected(self) -> Iterator[None]:
+        """Context manager within which tasks can be given to the cluster."""
+        import ray
+
+        began = not ray.is_initialized()
+        try:
+            if began:
+                _connect(self.address)
+            yield
+        finally:
+            if began:
+                ray.shutdown()
+
+    def task(self, function: Callable[..., Any]) -> Any:
+        """Return a function as a task of one run's size, which begins again where its worker is lost."""
+        import ray
+
+        gpus = self.gpus if _has().get("GPU") else 0
+        return ray.remote(function).options(num_cpus=self.cpus, num_gpus=gpus, max_retries=RETRIES)
+
+    @property
+    def room(self) -> int:
+        """Return how many runs there is room for at once."""
+        has = _has()
+        return max(1, int(has["GPU"] / self.gpus if has.get("GPU") else has.get("CPU", 1) / self.cpus))
+
+    def train(self, run: Run, processes: int, resume: bool = False) -> Outcome:
+        """Train a run in several processes, as ``torchrun`` would; where one is lost, all go on from the last
+        checkpoint.
+
+        Raises:
+            BadInput: what the run names cannot be used there, or its folder is not shared.
+            TrainingError: training failed, or processes were lost again and again.
+        """
+        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        from ray.train.torch import TorchTrainer
+
+        if not resume and (run.out / RUN).exists():  # now, and not in processes that would begin again
+            raise BadInput(f"{run.out} holds a run already: --resume goes on with it, --out names another folder")
+        told = {"run": run.model_dump(mode="json"), "here": str(Path.cwd()), "resume": resume}
+        folder = run.out.resolve() / "ray"
+        with self.connected():
+            gpus = bool(_has().get("GPU"))
+            scaling = ScalingConfig(num_workers=processes, use_gpu=gpus, resources_per_worker={"CPU": self.cpus})
+            failing = FailureConfig(max_failures=RETRIES)
+            settings = RunConfig(name="train", storage_path=str(folder), failure_config=failing)
+            try:
+                TorchTrainer(_process, train_loop_config=told, scaling_config=scaling, run_config=settings).fit()
+            except Exception as error:
+                raise _reason(error) from error
+        try:
+            return Outcome(**json.loads((run.out / "metrics.json").read_text(encoding="utf-8")))
+        except OSError:
+            raise BadInput(
+                f"{run.out / 'metrics.json'} is not here: it was written on another machine. --out has to name a "
+                "folder that all machines of the cluster share"
+            ) from None
+
+
+def _process(told: dict[str, Any]) -> None:
+    """Train in one of several processes; one that is started again goes on."""
+    go_to(told["here"])
+    run = Run.model_validate(told["run"])
+    train(run, Silent(), told["resume"] or holds(run))
+
+
+def _reason(error: BaseException) -> Exception:
+    """Return what was wrong in a process, out of what Ray Train makes of it."""
+    found: BaseException | None = error
+    while found is not None:
+        if isinstance(found, PeftcoreError):
+            return found
+        inside = [getattr(found, "cause", None), found.__cause__, *getattr(found, "worker_failures", {}).values()]
+        found = next((each for each in inside if isinstance(each, BaseException) and each is not found), None)
+    return TrainingError(f"training on Ray stopped: {' '.join(str(error).split())[:500]}")
+
+
+def go_to(folder: str) -> None:
+    """Change to the folder of the process that asked, in which names of files are meant.
+
+    Raises:
+        BadInput: there is none on this machine.
+    """
+    try:
+        os.chdir(folder)
+    except OSError:
+        raise BadInput(f"{folder} is not on all machines of the cluster, which have to share it") from None
+
+
+def taken(done: Any) -> Any:
+    """Return what a task gave.
+
+    Raises:
+        BadInput: what it was told to do cannot be done there.
+        TrainingError: its worker was lost, and so were those that began it again.
+    """
+    import ray
+
+    try:
+        return ray.get(done)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, PeftcoreError):
+            raise error.cause from None
+        raise
+    except ray.exceptions.RayError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise TrainingError(f"its worker was lost, {RETRIES} times more after that: {reason}") from error
+
+
+def _has() -> dict[str, float]:
+    """Returns the resources of the cluster, by Ray's names (``CPU``, ``GPU``)."""
+    import ray
+
+    found: dict[str, float] = ray.cluster_resources()
+    return found
+
+
+def _connect(address: str | None) -> None:
+    import ray
+
+    _check_listens(address)
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if address is None:
+        quiet["include_dashboard"] = False
+    try:
+        ray.init(address, **quiet)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise BadInput(f"no Ray cluster at {address or 'this machine'}: {str(error).splitlines()[0]}") from None
+
+
+def _check_listens(address: str | None) -> None:
+    """Check that somebody listens at an address: Ray would try for minutes."""
+    host, _, port = (address or "").rpartition("://")[2].rpartition(":")
+    if not host:
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except (OSError, ValueError) as error:
+        raise BadInput(f"no Ray cluster at {address}: {error}") from None
+
+
+class Silent:
+    """A display of nothing: the cluster's own pages have the steps of each task."""
+
+    def begin(self, label: str) -> None: ...
+
+    def finish(self, line: str) -> None: ...
+
+    def phase(self, name: str, total: int | None) -> None: ...
+
+    def advance(self) -> None: ...
+
+    def say(self, line: str) -> None: ...

@@ -1,0 +1,92 @@
+"""Estimates what a step of a run takes, for advice where memory was too small: by shapes alone, within seconds, and
+never with an error."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from peftcore.injection.applying import install
+from peftcore.models.activations import Batch, Pretended
+from peftcore.models.costs import Memory, Passes, checkpointable, held
+from peftcore.models.example_inputs import Size
+from peftcore.models.recorded import Recorded, Wanted
+from peftcore.models.skeletons import Skeleton, skeleton
+from peftcore.utils.quiet import quiet
+
+SECONDS = 10.0
+"""Time in seconds after which nothing more is counted."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """The settings on which the memory of a step depends."""
+
+    batch_size: int
+    dtype: str
+    checkpointed: bool = False
+    """Whether blocks run again in backward."""
+
+
+@dataclass
+class Estimates:
+    """Counts what steps of a method on a model take, as ``peftcore plan`` does.
+
+    Args:
+        model: a MODEL.
+        wanted: the method; None trains every parameter.
+        length: tokens of an example.
+        seconds: when they are over, nothing is known any more.
+    """
+
+    model: str
+    wanted: Wanted | None
+    length: int | None = None
+    seconds: float = SECONDS
+    _began: float = field(default_factory=lambda: time.monotonic())
+    _pretended: Pretended = field(default_factory=Pretended)
+    _adapted: dict[str, tuple[Skeleton, int]] = field(default_factory=dict)
+    _batches: dict[tuple[str, int], Batch] = field(default_factory=dict)
+    _building: float = 0.0
+    """Seconds of the last model that was built."""
+    _counting: float = 0.0
+    """Seconds of the last step that was counted."""
+
+    def of(self, step: Step) -> int | None:
+        """Return the bytes of a step; None where they cannot be had, or not in time."""
+        expected = self._counting + (0.0 if step.dtype in self._adapted else self._building)
+        if time.monotonic() - self._began + expected > self.seconds:
+            return None
+        try:
+            with quiet():
+                return self._counted(step)
+        except Exception:  # there is no list of what models raise, and the error that this goes with is another one
+            return None
+
+    def _counted(self, step: Step) -> int | None:
+        began = time.monotonic()
+        if step.dtype not in self._adapted:
+            self._adapted[step.dtype] = self._built(step.dtype)
+            self._building = time.monotonic() - began
+            began = time.monotonic()
+        built, weights = self._adapted[step.dtype]
+        blocks = checkpointable(built.model) if step.checkpointed else []
+        if step.checkpointed and not blocks:
+            return None
+        key = step.dtype, step.batch_size
+        if key not in self._batches:
+            self._batches[key] = self._pretended.batch(built, Size(step.batch_size, self.length))
+        trained = [each for each in built.model.parameters() if each.requires_grad]
+        everything = held((*built.model.parameters(), *built.model.buffers()))
+        kept = self._pretended.kept(built.model, self._batches[key], blocks)
+        self._counting = time.monotonic() - began
+        return Memory.of(weights, everything - weights, trained, Passes(kept)).total
+
+    def _built(self, dtype: str) -> tuple[Skeleton, int]:
+        """Return the adapted model, and the bytes of its weights before."""
+        built = skeleton(self.model, dtype)
+        weights = held((*built.model.parameters(), *built.model.buffers()))
+        if self.wanted is not None:
+            recorded = Recorded.of(self.wanted, built.model)
+            install(recorded.surgeon, recorded.request)
+        return built, weights

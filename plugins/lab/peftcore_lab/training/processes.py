@@ -1,0 +1,92 @@
+"""Runs in several processes: the arguments by which accelerate and the Trainer cut the weights over them (FSDP2)."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import transformers
+from accelerate import Accelerator, DistributedType
+from torch import nn
+
+from peftcore.author.formats import host_map, layer_of
+from peftcore.errors import BadInput
+
+ASKED = "ACCELERATE_USE_FSDP"
+"""The variable that ``accelerate launch --use_fsdp`` sets."""
+
+
+def sharding_arguments(wanted: bool) -> dict[str, Any]:
+    """Return arguments of the Trainer; one process has nothing to cut."""
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return {"fsdp": True, "fsdp_config": {"version": 2}} if wanted and several else {}
+
+
+def is_sharded_run(wanted: bool) -> bool:
+    """Whether the weights will be cut over processes, by the run's own wish or by accelerate's launcher."""
+    return bool(sharding_arguments(wanted)) or _launched()
+
+
+def _launched() -> bool:
+    return os.environ.get(ASKED, "false").lower() == "true"
+
+
+def ask_for_sharding(args: transformers.TrainingArguments) -> None:
+    """Make accelerate do what the arguments or its own launcher say, also on processes without a device.
+
+    Raises:
+        BadInput: that is FSDP1, whose flat parameters nobody here takes apart.
+    """
+    launched = _launched()
+    if launched and not args.fsdp and os.environ.get("FSDP_VERSION", "1") != "2":
+        raise BadInput("weights are cut by FSDP2 alone, and this is FSDP1: add --fsdp_version 2 to accelerate launch")
+    state = args.distributed_state
+    if (launched or args.fsdp) and state is not None and state.distributed_type is DistributedType.MULTI_CPU:
+        # It would leave them unsharded, without a word, though gloo can do it. Of this it makes FSDP; the device stays.
+        state.distributed_type = DistributedType.MULTI_GPU
+
+
+def settle_sharding(accelerator: Accelerator, model: nn.Module) -> None:
+    """Have accelerate cut the weights block by block, unless its own options say how.
+
+    Raises:
+        BadInput: the model has embeddings in common that accelerate would cut twice.
+        UnsupportedHost: it is quantized in a format that cannot be cut.
+    """
+    if accelerator.distributed_type is not DistributedType.FSDP:
+        return
+    from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy, transformer_auto_wrap_policy
+
+    _check_embeddings(model)
+    check_cut(model)
+    plugin = accelerator.state.fsdp_plugin
+    # Every process has read the weights, and accelerate's way of handing them on fails where a model has buffers.
+    plugin.cpu_ram_efficient_loading = False
+    if plugin.transformer_cls_names_to_wrap is None and plugin.auto_wrap_policy is not size_based_auto_wrap_policy:
+        # Not what a model of transformers calls its parts: among those one may hold another that accelerate cuts too.
+        blocks = [entry.path for entry in host_map(model).entries if entry.role == "block"]
+        plugin.transformer_cls_names_to_wrap = sorted({type(model.get_submodule(path)).__name__ for path in blocks})
+        plugin.auto_wrap_policy = transformer_auto_wrap_policy
+
+
+def check_cut(model: nn.Module) -> None:
+    """Check that the weights can be cut over processes, whatever a quantizer made of them.
+
+    Raises:
+        UnsupportedHost: they cannot.
+    """
+    for module in model.modules():
+        layer_of(module, "weight").check_cut(module)
+
+
+def _check_embeddings(model: nn.Module) -> None:
+    if not isinstance(model, transformers.PreTrainedModel):
+        return
+    embeddings = (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[no-untyped-call]
+    table = next(embeddings[0].parameters())
+    holders = [path for path, each in model.named_modules() if each._parameters.get("weight") is table]
+    if any(model.get_submodule(path) not in embeddings for path in holders):
+        raise BadInput(
+            f"{', '.join(holders)} have their weight in common, and accelerate would cut it twice: train without "
+            "sharding, with all of the model in every process"
+        )

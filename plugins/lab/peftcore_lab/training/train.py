@@ -1,0 +1,320 @@
+"""Carries a run out: one method on one task with transformers' ``Trainer``, from a model and a file to an adapter.
+
+Everything lands in one folder: ``adapter/`` (``model/``, where the whole model is trained), ``checkpoints/``, ``logs/``
+for TensorBoard, ``metrics.json``, and ``run.json``, by which ``--resume`` knows that it goes on with the same run.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import transformers
+from torch import nn
+from torch.utils.data import DataLoader, Subset
+
+import peftcore
+from peftcore.errors import BadInput, TrainingError
+from peftcore.files.safe_io import write_text
+from peftcore.layers.fsdp import hold_whole, is_sharded
+from peftcore.utils.packages import require
+from peftcore_lab.runs.folder import Keeper, RunFolder, first_process, plain
+from peftcore_lab.runs.reading import validated
+from peftcore_lab.runs.run import FULL, Run
+from peftcore_lab.tasks import catalogue
+from peftcore_lab.tasks.task import Prepared
+from peftcore_lab.training.advice import advice
+from peftcore_lab.training.memory import is_full
+from peftcore_lab.training.telling import check_known, options_for, without_names
+from peftcore_lab.training.trainer import AdapterTrainer, Clock, trainer_for
+
+LOOKED_AT = 16
+"""Batches for methods that look at data before training."""
+
+
+class Display(Protocol):
+    """A display of a run's progress."""
+
+    def phase(self, name: str, total: int | None) -> None:
+        """Begin a stretch of so many steps."""
+
+    def advance(self) -> None:
+        """Note that one step is done."""
+
+    def say(self, line: str) -> None:
+        """Print a line that stays on the screen."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The result of a run."""
+
+    method: str
+    trainable: int
+    total: int
+    before: dict[str, float]
+    after: dict[str, float]
+    """Scores of the best checkpoint, or after the last step where none is kept."""
+    curve: list[tuple[int, float]]
+    """Steps, and the task's metric there."""
+    losses: list[tuple[int, float]]
+    """Steps, and the mean training loss since the ones before."""
+    steps: int
+    seconds: float
+    seconds_per_step: float
+    saved: str
+    """Folder of the adapter."""
+    train_size: int
+    held_out_size: int
+    floor: float | None
+    """The majority baseline, where it is known: the metric of an answer that looks at nothing."""
+    samples: list[tuple[str, str]]
+    """Answers of the model before training and after it."""
+    picture: str = ""
+    """A file that shows them, where they are pictures."""
+
+
+class Watch(transformers.TrainerCallback):
+    """A callback that tells the display."""
+
+    def __init__(self, display: Display) -> None:
+        self._display = display
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._display.phase("training", state.max_steps)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._display.advance()
+
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **kwargs: Any
+    ) -> None:
+        self._display.say(f"step {state.global_step}: {in_words(plain(metrics or {}))}")
+
+
+class Sampling(transformers.TrainerCallback):
+    """Asks for samples at each score on the way."""
+
+    def __init__(self, prepared: Prepared) -> None:
+        self._prepared = prepared
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if 0 < state.global_step < state.max_steps:
+            told(self._prepared)
+
+
+def train(run: Run, display: Display, resume: bool = False) -> Outcome:
+    """Train a run. The adapter is in ``run.out / "adapter"`` afterwards.
+
+    Raises:
+        BadInput: what the run names cannot be used.
+        TrainingError: the loss is no number, or a disk or memory is full; the last checkpoint is whole.
+    """
+    with _advice(run) as seen:
+        return _train(run, display, resume, seen)
+
+
+def _train(run: Run, display: Display, resume: bool, seen: _Seen) -> Outcome:
+    began = time.perf_counter()
+    task = catalogue.find(run.task)
+    data = validated(task.Data, run.data, "data")
+    task.check_model(run.model)
+    require({name: name for name in run.training.report_to})
+    folder = RunFolder(run)
+    checkpoint = folder.checkpoint(resume)
+    display.phase("loading", None)
+    transformers.set_seed(run.training.seed)
+    prepared = seen.prepared = task.prepare(run, data)
+    prepared.check_method(run.method.name)
+    beforehand(prepared, display)
+    injection = None if run.method.name == FULL else adapted(run, prepared)
+    if injection is None and prepared.check is not None:
+        prepared.check(None)
+    clock = Clock()
+    sampling = [Sampling(prepared)] if prepared.during else []
+    trainer = trainer_for(run, task, prepared, injection, [Keeper(folder), Watch(display), clock, *sampling])
+    if folder.before is None:
+        # Not by trainer.evaluate(): what accelerate prepared for that alone, it does not wrap for several processes.
+        trainer.args.eval_on_start = True
+        folder.said = told(prepared)
+    folder.note()  # now that each of several processes has read what was there
+    transformers.set_seed(run.training.seed)  # what came before drew a different number of times when resuming
+    if checkpoint is None or folder.longer or not _taken_back(trainer, checkpoint):
+        _trained(trainer, checkpoint, run.training.report_to)
+    if trainer.averages is not None:
+        trainer.averages.take()
+    scores = {int(entry["step"]): plain(entry) for entry in trainer.state.log_history if f"eval_{task.metric}" in entry}
+    best = trainer.state.best_global_step if run.training.checkpoints is True else None
+    outcome = Outcome(
+        method=run.method.name,
+        trainable=sum(p.numel() for p in prepared.model.parameters() if p.requires_grad),
+        total=sum(p.numel() for p in prepared.model.parameters()),
+        before=folder.before or {},
+        after=scores[best or max(scores)],
+        curve=[(step, found[task.metric]) for step, found in scores.items()],
+        losses=[(int(entry["step"]), entry["loss"]) for entry in trainer.state.log_history if "loss" in entry],
+        steps=trainer.state.global_step,
+        seconds=time.perf_counter() - began,
+        seconds_per_step=clock.seconds_per_step,
+        saved=str(folder.path / ("model" if injection is None else "adapter")),
+        train_size=len(prepared.train),
+        held_out_size=len(prepared.held_out),
+        floor=prepared.floor,
+        samples=list(zip(folder.said, told(prepared), strict=True)),
+        picture=str(prepared.picture or ""),
+    )
+    _save(trainer, prepared, Path(outcome.saved))
+    if first_process():
+        write_text(folder.path / "metrics.json", as_json(outcome))
+    return outcome
+
+
+def beforehand(prepared: Prepared, display: Display) -> None:
+    """Do what the task does with the unadapted model before training."""
+    if prepared.first is not None:
+        if (device := torch.accelerator.current_accelerator(check_available=True)) is not None:
+            prepared.model.to(device)  # as the Trainer does, which comes later
+        display.phase(prepared.first.name, prepared.first.steps)
+        prepared.first.do(display.advance)
+
+
+def adapted(run: Run, prepared: Prepared, name: str | None = None) -> peftcore.Injection:
+    """Apply the method of a run to the model of its task, or load the adapter that it goes on from; and apply what
+    trains beside it.
+
+    Raises:
+        BadInput: that adapter lacks the head that the task trains, or the method looks at data where the task has no
+            batches for the model alone.
+    """
+    base = prepared.adapted or prepared.model
+    if run.quantize is not None:
+        peftcore.quantize(base, run.quantize)
+    injection = _fresh(run, prepared, base, name) if run.adapter is None else _loaded(run, prepared, base, name)
+    if prepared.check is not None:
+        prepared.check(injection)
+    for each in prepared.beside:
+        each.apply(run.training.seed)
+    return injection
+
+
+def _loaded(run: Run, prepared: Prepared, base: nn.Module, name: str | None) -> peftcore.Injection:
+    injection = peftcore.load(base, str(run.adapter), name=name, trainable=True)
+    check_known(injection.config, prepared)
+    held = injection.trained_along
+    for head in prepared.head:
+        if not any(path == head or path.startswith((f"{head}.", f"{head}:")) for path in held):
+            raise BadInput(f"{run.adapter} has no head {head}, which the task {run.task} trains: begin a fresh adapter")
+    return injection
+
+
+def _fresh(run: Run, prepared: Prepared, base: nn.Module, name: str | None) -> peftcore.Injection:
+    arguments = options_for(run.method, prepared.tasks)
+    if peftcore.method(run.method.name).asks_for_data(arguments):
+        if prepared.trainer is not None:
+            raise BadInput(
+                f"{run.method.name} looks at batches before training, with the loss of the model, and the task "
+                f"{run.task} has a loss that its Trainer computes: choose another method"
+            )
+        batches = DataLoader(
+            Subset(prepared.train, range(min(LOOKED_AT * run.training.batch_size, len(prepared.train)))),
+            batch_size=run.training.batch_size,
+            collate_fn=without_names(prepared),
+        )
+        arguments["data"] = batches if prepared.adapted is None else _of_the_whole(prepared.model, batches)
+    train = (*prepared.head, *arguments.pop("train", ()))
+    return peftcore.apply(base, run.method.name, name=name, train=train, seed=run.training.seed, **arguments)
+
+
+def _of_the_whole(model: nn.Module, batches: Iterable[dict[str, Any]]) -> list[Callable[[nn.Module], Any]]:
+    """Return batches for a part of a model, which is run as the part that it is."""
+
+    def run(batch: dict[str, Any], part: nn.Module) -> Any:
+        return model(**batch)
+
+    return [functools.partial(run, batch) for batch in batches]
+
+
+def _taken_back(trainer: AdapterTrainer, checkpoint: Path) -> bool:
+    """Take the model as the run left it, if the checkpoint is that of its last step: the Trainer would do another."""
+    state = transformers.TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    if state.global_step < state.max_steps:
+        return False
+    trainer.state = state
+    trainer.take(checkpoint)
+    return True
+
+
+def _trained(trainer: AdapterTrainer, checkpoint: Path | None, reported: Sequence[str]) -> None:
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except OSError as error:
+        raise TrainingError(f"training stopped: {error}; --resume goes on from the last whole checkpoint") from error
+    except Exception as error:
+        library = type(error).__module__.partition(".")[0]
+        if library not in reported:
+            raise
+        raise TrainingError(f"training.report_to: {library} cannot log the run: {error}") from error
+
+
+@dataclass
+class _Seen:
+    """The model and examples of a run, once it has them, for the advice when memory is full."""
+
+    prepared: Prepared | None = None
+
+
+@contextmanager
+def _advice(run: Run) -> Iterator[_Seen]:
+    """Context manager that says what takes less memory where there is not enough."""
+    seen = _Seen()
+    try:
+        yield seen
+    except (RuntimeError, MemoryError) as error:
+        if not is_full(error):
+            raise
+        raise TrainingError(_out_of_memory(run, seen, error)) from error
+
+
+def _out_of_memory(run: Run, seen: _Seen, error: Exception) -> str:
+    reason = " ".join(str(error).split())[:200]
+    return f"out of memory ({reason}). {advice(run, seen.prepared)}"
+
+
+def told(prepared: Prepared) -> list[str]:
+    """Return the model's answers to the task's questions, where it has some."""
+    if prepared.samples is None:
+        return []
+    hold_whole(prepared.model)  # a pipeline calls parts of it, not all of it
+    return prepared.samples()
+
+
+def _save(trainer: AdapterTrainer, prepared: Prepared, folder: Path) -> None:
+    """Save the adapter and those beside it; of full fine-tuning there is none, but a model."""
+    model: Any = prepared.adapted or prepared.model
+    with trainer.whole():
+        if trainer.injection is None and first_process():
+            model.save_pretrained(folder)
+    if trainer.injection is not None and (first_process() or is_sharded(model)):  # then all of them are needed
+        trainer.injection.save(folder)
+    for each in prepared.beside:
+        if first_process() or is_sharded(each.part):
+            each.injection.save(folder.with_name(f"{folder.name}_{each.name}"))
+            for name, format in each.files.items():
+                each.injection.save(folder.with_name(name), format=format)
+
+
+def as_json(outcome: Outcome) -> str:
+    """Return the outcome as JSON, for programs."""
+    return json.dumps(asdict(outcome), indent=2) + "\n"
+
+
+def in_words(metrics: dict[str, float]) -> str:
+    """Return numbers on one line."""
+    return ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
