@@ -55,13 +55,15 @@ test: style
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 -m "slow and not cluster"
 
-# The lower bounds in pyproject.toml. Other libraries, with whose numbers tests compare, want newer ones: what imports them
-# stays out.
+# The lower bounds in pyproject.toml. What is left out fails with them: torch 2.6 compiles no compositions and gives other gradients in checkpoints
+# (tests/forward), transformers 5.6 has no DynamicCache.is_linear, which soft prompts and prefixes read (tests/targets, tests/authoring).
 OLDEST := torch==2.6.* transformers==5.6.* pluggy==1.5.* pydantic==2.7.*
-WITH_OLDEST := tests/contract
+WITH_OLDEST := tests/contract tests/registry tests/layers tests/utils tests/training tests/surgery \
+	--deselect tests/contract/test_compositions.py::test_it_compiles
 test-oldest:
 	$(PYTHON) -m venv --clear build/oldest
-	build/oldest/bin/python -m pip install --quiet $(foreach each,$(OLDEST),"$(each)") hypothesis jsonschema pytest-timeout pytest-xdist \
+	build/oldest/bin/python -m pip install --quiet $(foreach each,$(OLDEST),"$(each)") diffusers "peft>=0.21" hypothesis jsonschema \
+		pytest-timeout pytest-xdist \
 		-e ".[cli,interop,test]" $(foreach plugin,$(wildcard plugins/*),-e $(plugin))
 	build/oldest/bin/python -m pytest -n 2 -m "not slow" $(WITH_OLDEST)
 
