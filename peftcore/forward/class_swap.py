@@ -25,6 +25,7 @@ from peftcore.forward.slot import Slot, slot_of
 from peftcore.forward.view import SLOT
 from peftcore.layers.layer import GRAFTED
 from peftcore.layers.pieces import is_cut
+from peftcore.utils.journal import Journal
 
 FORWARDS = ("forward", "_old_forward")
 """Where a forward may be set on an instance: by anybody, and by accelerate the one that its hook calls."""
@@ -130,6 +131,11 @@ def ungraft(module: nn.Module) -> None:
         slot.state.slots.pop(slot, None)
     if GRAFTED in vars(type(module)):
         change_class(module, vars(type(module))[GRAFTED])
+
+
+def become(journal: Journal, module: nn.Module, cls: type[nn.Module]) -> None:
+    """Make a module one of another class, grafted as before."""
+    journal.call(change_class, module, type(module), cls if slot_of(module) is None else grafted_class(cls))
 
 
 def change_class(module: nn.Module, cls: type[nn.Module]) -> None:

@@ -43,6 +43,7 @@ from peftcore.surgery import silent_layers
 from peftcore.surgery.installation import release, uninstall
 from peftcore.surgery.surgeon import Graft, Surgeon, Wishes
 from peftcore.targets.sites import Site
+from peftcore.utils.journal import Journal
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -312,11 +313,11 @@ class Injection(AppliedMethod):
     def _merge_as(self, wanted: merging.Wanted) -> merging.Merged:
         merged = self._merge
         if merged is None:
-            with self.state.kept(self.name):
-                merged = self._merge = merging.merge(self, wanted)
-                self.state.merged = (*self.state.merged, self.name)
-            self._rewritten()
-            self._replan()
+            with self.state.kept(self.name), Journal() as journal:
+                journal.afterwards(self._rewritten)
+                merged = merging.merge(self, journal, wanted)
+                self._note(journal, merged)
+                self._rewritten()
         elif merged.wanted != wanted:
             raise MergeError(f"{self.name!r} is merged already, by {merged.wanted}; unmerge() it first")
         return merged
@@ -336,10 +337,11 @@ class Injection(AppliedMethod):
         self._alive()
         if self._merge is None:
             return
-        merging.unmerge(self, self._merge)
-        self._not_merged()
-        self._rewritten()
-        self._replan()
+        with Journal() as journal:
+            journal.afterwards(self._rewritten)
+            merging.unmerge(self, journal, self._merge)
+            self._note(journal, None)
+            self._rewritten()
 
     def bake(self) -> None:
         """Merge for good and remove the injection: the host keeps the effect (`merge_and_unload` of peft).
@@ -352,14 +354,16 @@ class Injection(AppliedMethod):
         self.state.choices.check_free([self.name])
         merging.let_go(self._merge or self._merge_as(merging.Wanted(keep=None)))
         dense = self.made_dense
-        self._not_merged()
+        self._note(Journal(), None)
         self._leave()
         if dense:
             note_form(self.model, dense)
 
-    def _not_merged(self) -> None:
-        self._merge = None
-        self.state.merged = tuple(name for name in self.state.merged if name != self.name)
+    def _note(self, journal: Journal, merge: merging.Merged | None) -> None:
+        """Note that it is merged, or is not."""
+        others = tuple(name for name in self.state.merged if name != self.name)
+        journal.set(self, "_merge", merge)
+        journal.set(self.state, "merged", others if merge is None else (*others, self.name))
 
     def remove(self) -> None:
         """Take it out: modules, classes, hooks, requires_grad and weights are as they were before it came. What else
@@ -585,6 +589,7 @@ class Injection(AppliedMethod):
             for site in graft.holders:
                 if (slot := slot_of(site.module)) is not None:
                     slot.rewritten = object()
+        self._replan()
 
     def _replan(self) -> None:
         for slot in self.state.slots:  # those too that hold attributes alone: plans depend on what is merged

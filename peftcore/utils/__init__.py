@@ -6,4 +6,5 @@ It may import nothing of peftcore. In the order of reading:
 - `notices`: single lines for the user, each once.
 - `threads`: threads by objects of their own.
 - `autocast`: the dtype under autocast.
+- `journal`: writes that are undone together, when one fails or later.
 """
