@@ -125,12 +125,14 @@ def detach(module: nn.Module, state: HostState, name: str) -> None:
 
 
 def ungraft(module: nn.Module) -> None:
-    """Give the module its own class back."""
-    slot = module.__dict__.pop(SLOT, None)
+    """Give the module its own class back. The slot goes last: a call that was interrupted can be made again."""
+    cls = vars(type(module)).get(GRAFTED, type(module))
+    if cls in _CLASSES:
+        change_class(module, cls, _CLASSES[cls])
+    slot = slot_of(module)
     if slot is not None:
         slot.state.slots.pop(slot, None)
-    if GRAFTED in vars(type(module)):
-        change_class(module, vars(type(module))[GRAFTED])
+        module.__dict__.pop(SLOT, None)
 
 
 def become(journal: Journal, module: nn.Module, cls: type[nn.Module]) -> None:
@@ -138,9 +140,9 @@ def become(journal: Journal, module: nn.Module, cls: type[nn.Module]) -> None:
     journal.call(change_class, module, type(module), cls if slot_of(module) is None else grafted_class(cls))
 
 
-def change_class(module: nn.Module, cls: type[nn.Module]) -> None:
+def change_class(module: nn.Module, cls: type[nn.Module], old: type[nn.Module] | None = None) -> None:
     """Swap the class, and forwards on the instance that are methods of the old one."""
-    before = type(module).forward
+    before = (old or type(module)).forward
     object.__setattr__(module, "__class__", cls)  # torch's own checks whether it is a parameter or a module
     for key in FORWARDS:
         if _is_method(module.__dict__.get(key), before):

@@ -352,12 +352,7 @@ class Injection(AppliedMethod):
         """
         self._alive()
         self.state.choices.check_free([self.name])
-        merging.let_go(self._merge or self._merge_as(merging.Wanted(keep=None)))
-        dense = self.made_dense
-        self._note(Journal(), None)
-        self._leave()
-        if dense:
-            note_form(self.model, dense)
+        self._leave(self._merge or self._merge_as(merging.Wanted(keep=None)))
 
     def _note(self, journal: Journal, merge: merging.Merged | None) -> None:
         """Note that it is merged, or is not."""
@@ -643,9 +638,21 @@ class Injection(AppliedMethod):
         if self.state.injections.get(self.name) is not self:
             raise UnknownInjection(f"injection {self.name!r} is not on its host any more")
 
-    def _leave(self) -> None:
-        silent_layers.forget(self.state, self.name)
+    def _leave(self, baked: merging.Merged | None = None) -> None:
+        """Leave the host, whose weights keep what is baked. What interrupts it is raised when it is done."""
+        try:
+            self._take_out(baked)
+        except BaseException:
+            self._take_out(baked)
+            raise
+
+    def _take_out(self, baked: merging.Merged | None) -> None:
+        """Take the steps of leaving: each can be taken again."""
         state = self.state
+        if baked is not None:
+            merging.let_go(baked)
+            self._note(Journal(), None)
+        silent_layers.forget(state, self.name)
         uninstall(self._surgeon, state, self.name)
         if state.placement is not None:
             state.placement.forget(self.name)
@@ -656,3 +663,5 @@ class Injection(AppliedMethod):
             told = not state.choices.elsewhere()  # else others are told first that their choice is gone
             if told and state.residency is None:
                 drop_state(self.model)
+        if baked is not None and baked.report.dense:
+            note_form(self.model, baked.report.dense)

@@ -70,11 +70,12 @@ def _put(holder: nn.Module, key: str, name: str, operator: nn.Module) -> None:
 
 def _remove(holder: nn.Module, key: str, name: str) -> None:
     operators = holder._modules.get(ADAPTER_MODULES)
-    if operators is None or (site := operators._modules.get(key)) is None:
+    if not isinstance(operators, AdapterModules):
         return
-    site._modules.pop(name, None)
-    if not site._modules:
-        del operators._modules[key]
+    if (site := operators._modules.get(key)) is not None:
+        site._modules.pop(name, None)
+        if not site._modules:
+            del operators._modules[key]
     if not operators._modules:
         del holder._modules[ADAPTER_MODULES]
 
