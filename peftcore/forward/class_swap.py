@@ -25,6 +25,7 @@ from peftcore.forward.slot import Slot, slot_of
 from peftcore.forward.view import SLOT
 from peftcore.layers.layer import GRAFTED
 from peftcore.layers.pieces import is_cut
+from peftcore.utils.journal import Journal
 
 FORWARDS = ("forward", "_old_forward")
 """Where a forward may be set on an instance: by anybody, and by accelerate the one that its hook calls."""
@@ -124,17 +125,24 @@ def detach(module: nn.Module, state: HostState, name: str) -> None:
 
 
 def ungraft(module: nn.Module) -> None:
-    """Give the module its own class back."""
-    slot = module.__dict__.pop(SLOT, None)
+    """Give the module its own class back. The slot goes last: a call that was interrupted can be made again."""
+    cls = vars(type(module)).get(GRAFTED, type(module))
+    if cls in _CLASSES:
+        change_class(module, cls, _CLASSES[cls])
+    slot = slot_of(module)
     if slot is not None:
         slot.state.slots.pop(slot, None)
-    if GRAFTED in vars(type(module)):
-        change_class(module, vars(type(module))[GRAFTED])
+        module.__dict__.pop(SLOT, None)
 
 
-def change_class(module: nn.Module, cls: type[nn.Module]) -> None:
+def become(journal: Journal, module: nn.Module, cls: type[nn.Module]) -> None:
+    """Make a module one of another class, grafted as before."""
+    journal.call(change_class, module, type(module), cls if slot_of(module) is None else grafted_class(cls))
+
+
+def change_class(module: nn.Module, cls: type[nn.Module], old: type[nn.Module] | None = None) -> None:
     """Swap the class, and forwards on the instance that are methods of the old one."""
-    before = type(module).forward
+    before = (old or type(module)).forward
     object.__setattr__(module, "__class__", cls)  # torch's own checks whether it is a parameter or a module
     for key in FORWARDS:
         if _is_method(module.__dict__.get(key), before):

@@ -238,7 +238,10 @@ class HostState:
 
     def forget(self, name: str) -> None:
         """Drop an injection from the state, and from the stacks that this thread or task and everybody has."""
-        self.reads_tokens -= self.injections.pop(name).reads_tokens
+        gone = self.injections.get(name)
+        if gone is not None:  # else a call that was interrupted is made again
+            self.reads_tokens -= gone.reads_tokens
+            del self.injections[name]
         self.removals += 1
         if self.residency is not None:
             self.residency.remove(name)
@@ -276,7 +279,7 @@ def ensure_state(model: nn.Module, modules: Collection[nn.Module]) -> HostState:
 
 def drop_state(model: nn.Module) -> None:
     """Remove the state of a host that has no injection left."""
-    state = model.__dict__.pop(_KEY, None)
+    state = state_of(model)
     if state is not None:
         _unhook(model, state)
         for hook in state.loading:
@@ -284,6 +287,7 @@ def drop_state(model: nn.Module) -> None:
         state.outside.clear()
         state.frozen.clear()  # the state and its choices know each other: it goes when Python looks for garbage
         give_methods_back(model, state)
+        model.__dict__.pop(_KEY, None)  # last: a call that was interrupted can be made again
 
 
 def _unhook(model: nn.Module, state: HostState) -> None:

@@ -45,6 +45,7 @@ from peftcore.surgery.installation import install, release, uninstall
 from peftcore.surgery.placement import Placement
 from peftcore.surgery.surgeon import Graft, Surgeon, Wishes
 from peftcore.targets.sites import Site
+from peftcore.utils.journal import Journal
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -314,11 +315,11 @@ class Injection(AppliedMethod):
     def _merge_as(self, wanted: merging.Wanted) -> merging.Merged:
         merged = self._merge
         if merged is None:
-            with self.state.kept(self.name):
-                merged = self._merge = merging.merge(self, wanted)
-                self.state.merged = (*self.state.merged, self.name)
-            self._rewritten()
-            self._replan()
+            with self.state.kept(self.name), Journal() as journal:
+                journal.afterwards(self._rewritten)
+                merged = merging.merge(self, journal, wanted)
+                self._note(journal, merged)
+                self._rewritten()
         elif merged.wanted != wanted:
             raise MergeError(f"{self.name!r} is merged already, by {merged.wanted}; unmerge() it first")
         return merged
@@ -338,10 +339,11 @@ class Injection(AppliedMethod):
         self._alive()
         if self._merge is None:
             return
-        merging.unmerge(self, self._merge)
-        self._not_merged()
-        self._rewritten()
-        self._replan()
+        with Journal() as journal:
+            journal.afterwards(self._rewritten)
+            merging.unmerge(self, journal, self._merge)
+            self._note(journal, None)
+            self._rewritten()
 
     def bake(self) -> None:
         """Merge for good and remove the injection: the host keeps the effect (`merge_and_unload` of peft).
@@ -352,16 +354,13 @@ class Injection(AppliedMethod):
         """
         self._alive()
         self.state.choices.check_free([self.name])
-        merging.let_go(self._merge or self._merge_as(merging.Wanted(keep=None)))
-        dense = self.made_dense
-        self._not_merged()
-        self._leave()
-        if dense:
-            note_form(self.model, dense)
+        self._leave(self._merge or self._merge_as(merging.Wanted(keep=None)))
 
-    def _not_merged(self) -> None:
-        self._merge = None
-        self.state.merged = tuple(name for name in self.state.merged if name != self.name)
+    def _note(self, journal: Journal, merge: merging.Merged | None) -> None:
+        """Note that it is merged, or is not."""
+        others = tuple(name for name in self.state.merged if name != self.name)
+        journal.set(self, "_merge", merge)
+        journal.set(self.state, "merged", others if merge is None else (*others, self.name))
 
     def remove(self) -> None:
         """Take it out: modules, classes, hooks, requires_grad and weights are as they were before it came. What else
@@ -587,6 +586,7 @@ class Injection(AppliedMethod):
             for site in graft.holders:
                 if (slot := slot_of(site.module)) is not None:
                     slot.rewritten = object()
+        self._replan()
 
     def _replan(self) -> None:
         for slot in self.state.slots:  # those too that hold attributes alone: plans depend on what is merged
@@ -677,15 +677,28 @@ class Injection(AppliedMethod):
                 raise
 
     def _uninstall(self) -> None:
+        """Take its operators out of the model. Each step can be taken again."""
         state = self.state
         silent_layers.forget(state, self.name)
         uninstall(self._surgeon, state, self.name)
         if state.placement is not None:
             state.placement.forget(self.name)
 
-    def _leave(self) -> None:
-        self._uninstall()
+    def _leave(self, baked: merging.Merged | None = None) -> None:
+        """Leave the host, whose weights keep what is baked. What interrupts it is raised when it is done."""
+        try:
+            self._take_out(baked)
+        except BaseException:
+            self._take_out(baked)
+            raise
+
+    def _take_out(self, baked: merging.Merged | None) -> None:
+        """Take the steps of leaving: each can be taken again."""
         state = self.state
+        if baked is not None:
+            merging.let_go(baked)
+            self._note(Journal(), None)
+        self._uninstall()
         state.forget(self.name)
         if not state.injections:
             thaw(state.frozen)
@@ -693,3 +706,5 @@ class Injection(AppliedMethod):
             told = not state.choices.elsewhere()  # else others are told first that their choice is gone
             if told and state.residency is None:
                 drop_state(self.model)
+        if baked is not None and baked.report.dense:
+            note_form(self.model, baked.report.dense)

@@ -36,7 +36,6 @@ from peftcore.injection.written import (
     Overwritten,
     Reformed,
     Replaced,
-    Undo,
     Written,
     held,
     holders_of,
@@ -51,6 +50,7 @@ from peftcore.registry.plugins import layer_of, registry
 from peftcore.surgery.placement import Placement
 from peftcore.targets.sites import Site
 from peftcore.utils.autocast import full_precision
+from peftcore.utils.journal import Journal
 
 if TYPE_CHECKING:
     from peftcore.injection.injection import Injection
@@ -277,8 +277,8 @@ def _at_rest(injection: Injection) -> AbstractContextManager[None]:
 
 
 @torch.no_grad()
-def merge(injection: Injection, wanted: Wanted) -> Merged:
-    """Write the effective tensors, or (with `weight`) a part of the way to them, all or none.
+def merge(injection: Injection, journal: Journal, wanted: Wanted) -> Merged:
+    """Write the effective tensors, or (with `weight`) a part of the way to them.
 
     Raises:
         NotMergeable: the method has no merged form.
@@ -287,10 +287,10 @@ def merge(injection: Injection, wanted: Wanted) -> Merged:
             again or not well enough.
     """
     with _at_rest(injection):
-        return _merge(injection, wanted)
+        return _merge(injection, journal, wanted)
 
 
-def _merge(injection: Injection, wanted: Wanted) -> Merged:
+def _merge(injection: Injection, journal: Journal, wanted: Wanted) -> Merged:
     model = injection.model
     in_pieces(model)
     _check(injection)
@@ -312,16 +312,12 @@ def _merge(injection: Injection, wanted: Wanted) -> Merged:
     _check_places(injection, layers)
     holders = holders_of(model)
     _check_ties(injection, new, holders)
-    writer = _Writer(injection, wanted, holders, prints)
-    try:
-        for key, tensor in new.items():
-            writer.write(key, layers[key], tensor)
-    except BaseException:
-        _bring_back(injection, writer.written)
-        raise
+    writer = _Writer(injection, journal, wanted, holders, prints)
+    for key, tensor in new.items():
+        writer.write(key, layers[key], tensor)
     dense = [each.key[0] for each in writer.written if isinstance(each, Reformed)]
     report = MergeReport(tuple(path for path in dense if path not in writer.repacked), writer.repacked, len(new))
-    frozen = _exchange(injection, [(each.outgoing(), each.incoming()) for each in writer.written])
+    frozen = _exchange(injection, journal, [(each.outgoing(), each.incoming()) for each in writer.written])
     return Merged(wanted, report, [] if wanted.keep is None else writer.written, [Remembered(each) for each in frozen])
 
 
@@ -332,12 +328,12 @@ def let_go(merged: Merged) -> None:
 
 
 @torch.no_grad()
-def unmerge(injection: Injection, merged: Merged) -> None:
+def unmerge(injection: Injection, journal: Journal, merged: Merged) -> None:
     """Bring the originals back, bit for bit.
 
     Raises:
         MergeError: nothing was kept, an injection merged later lies on the same weights, somebody else has written to
-            the merged tensors, or a record no longer fits. Nothing was changed.
+            the merged tensors, or a record no longer fits.
     """
     name, state = injection.name, injection.state
     if merged.wanted.keep is None:
@@ -346,10 +342,10 @@ def unmerge(injection: Injection, merged: Merged) -> None:
         if places(state.injections[other]) & places(injection):
             raise MergeError(f"unmerge {other!r} first: it was merged on top of {name!r}")
     with _at_rest(injection):
-        _unmerge(injection, merged)
+        _unmerge(injection, journal, merged)
 
 
-def _unmerge(injection: Injection, merged: Merged) -> None:
+def _unmerge(injection: Injection, journal: Journal, merged: Merged) -> None:
     in_pieces(injection.model)
     there = modules_of(injection.model)
     changed = [path for each in merged.written for path in each.changed(there)]
@@ -360,24 +356,13 @@ def _unmerge(injection: Injection, merged: Merged) -> None:
             "They were loaded, trained, cast or replaced since, which an undoing would lose; nothing was changed. "
             "bake() keeps what is there now"
         )
-    _bring_back(injection, merged.written)
+    holders, predict = holders_of(injection.model), functools.partial(_prediction, injection)
+    _exchange(injection, journal, [(w.incoming(), w.undo(journal, holders, predict)) for w in reversed(merged.written)])
 
 
-def _bring_back(injection: Injection, written: list[Written]) -> None:
-    holders = holders_of(injection.model)
-    undos: list[tuple[Written, Undo]] = []
-    for each in written:
-        undo = each.undo(holders, functools.partial(_prediction, injection))
-        if undo is None:
-            raise MergeError(
-                f"{'.'.join(each.key)}: the record does not fit any more, since an operator changed after the merge; "
-                "reload the base model"
-            )
-        undos.append((each, undo))
-    _exchange(injection, [(each.incoming(), undo()) for each, undo in reversed(undos)])
-
-
-def _exchange(injection: Injection, pairs: Iterable[tuple[Iterable[Tensor], Iterable[Tensor]]]) -> list[Tensor]:
+def _exchange(
+    injection: Injection, journal: Journal, pairs: Iterable[tuple[Iterable[Tensor], Iterable[Tensor]]]
+) -> list[Tensor]:
     """Exchange tensors among those that train again when the last injection is removed: those that come in for one that
     goes out. Returns those that went out."""
     state = injection.state
@@ -389,15 +374,18 @@ def _exchange(injection: Injection, pairs: Iterable[tuple[Iterable[Tensor], Iter
             out += old
             into += new
     gone = {id(each) for each in out}
-    state.frozen = [*(each for each in state.frozen if id(each) not in gone), *into]
+    journal.set(state, "frozen", [*(each for each in state.frozen if id(each) not in gone), *into])
     return out
 
 
 class _Writer:
     """Writes new tensors into a host, and notes how each comes back."""
 
-    def __init__(self, injection: Injection, wanted: Wanted, holders: Holders, prints: dict[Key, Fingerprint]) -> None:
-        self.injection, self.wanted, self.holders, self.prints = injection, wanted, holders, prints
+    def __init__(
+        self, injection: Injection, journal: Journal, wanted: Wanted, holders: Holders, prints: dict[Key, Fingerprint]
+    ) -> None:
+        self.injection, self.journal, self.wanted = injection, journal, wanted
+        self.holders, self.prints = holders, prints
         self.written: list[Written] = []
         self.repacked: dict[str, Repacked] = {}
         self.places: set[tuple[int, str]] = set()
@@ -420,8 +408,8 @@ class _Writer:
             keep = self.wanted.keep
             values = old.detach().clone() if keep in (None, "device") else old.detach().to("cpu", copy=True)
             overwritten = Overwritten(key, old, values)
+            overwritten.put(self.journal, tensor)
             self.written.append(overwritten)
-            overwritten.put(tensor)
             return None
         holders = self.holders.get(id(old)) or [(owner_path(key), owner, name)]
         if (folded := self.folded.get(id(owner))) is not None:
@@ -440,15 +428,17 @@ class _Writer:
         return None
 
     def _replace(self, tensor: Replaced) -> None:
-        self.written.append(tensor)  # first, so that it is undone if putting it there fails half-way
-        tensor.put()
+        tensor.put(self.journal)
+        self.written.append(tensor)
 
     def _write_computed(self, key: Key, owner: nn.Module, name: str, way: Computation, tensor: Tensor) -> None:
         self.places.add((id(owner), name))
         found = None if way.hook is not None else inverted(parametrized(owner)[name], tensor)
         if found is None:
             parameter = nn.Parameter(self._owned(tensor, None), requires_grad=False)
-            self.folded[id(owner)] = Folded(key, fold_away(owner, name, parameter), way.sources)
+            part = self.journal.part()
+            tensors = fold_away(part, owner, name, parameter)
+            self.folded[id(owner)] = Folded(key, owner, tensors, way.sources, part)
             self.written.append(self.folded[id(owner)])
             return
         path = f"{owner_path(key)}.parametrizations.{name}".lstrip(".")
@@ -478,8 +468,9 @@ class _Writer:
         self._reform(key, module, again)
 
     def _reform(self, key: Key, module: nn.Module, other: nn.Module) -> None:
-        form = replace_in_place(module, other.train(module.training))
-        self.written.append(Reformed(key, module, form))
+        part = self.journal.part()
+        replace_in_place(part, module, other.train(module.training))
+        self.written.append(Reformed(key, module, part))
 
     def _owned(self, tensor: Tensor, old: Tensor | None) -> Tensor:
         """Returns the tensor in memory that nobody else has: some effective tensors are a parameter of the adapter, the

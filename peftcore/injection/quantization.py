@@ -30,6 +30,7 @@ from peftcore.layers.kinds import Linear
 from peftcore.registry.plugins import imported, layer_of, named_places
 from peftcore.targets.resolver import Resolver, Target
 from peftcore.targets.sites import Site
+from peftcore.utils.journal import Journal
 from peftcore.utils.notices import notice
 from peftcore.utils.progress import Progress
 
@@ -183,13 +184,16 @@ def quantize(model: M, name: str, *, target: Target | None = None, exclude: Targ
             progress.step()
     finally:
         progress.close()
-    for site, new in zip(sites, packed, strict=True):
-        if computation(site.module, "weight") is not None:  # packed with the value that it has now
-            fold(site.module, "weight", nn.Parameter(torch.empty(0), requires_grad=False))
-        replace_in_place(site.module, new)
-        for operator in _operators(site.module):
-            operator.base_was_packed()
-    note_form(model)
+    with Journal() as journal:
+        for site, new in zip(sites, packed, strict=True):
+            if computation(site.module, "weight") is not None:  # packed with the value that it has now
+                fold(journal, site.module, "weight", nn.Parameter(torch.empty(0), requires_grad=False))
+            replace_in_place(journal, site.module, new)
+        for site in sites:
+            for operator in _operators(site.module):
+                journal.note(operator)
+                operator.base_was_packed()
+        note_form(model)
     return model
 
 
@@ -218,9 +222,10 @@ def dequantize(model: M) -> M:
     dense = [
         dense_linear(layer.unpack(modules[path]), layer.dtype(modules[path]) or dtype) for path, layer in packed.items()
     ]
-    for module, new in zip(modules.values(), dense, strict=True):
-        replace_in_place(module, new.train(module.training))
-    note_form(model, list(packed))
+    with Journal() as journal:
+        for module, new in zip(modules.values(), dense, strict=True):
+            replace_in_place(journal, module, new.train(module.training))
+        note_form(model, list(packed))
     return model
 
 

@@ -16,12 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftcore.errors import MergeError
-from peftcore.forward.class_swap import FORWARDS, change_class, grafted_class
+from peftcore.forward.class_swap import FORWARDS, become
 from peftcore.forward.slot import Slot, slot_of
 from peftcore.forward.view import TORCHS
 from peftcore.layers.kinds import Linear
 from peftcore.layers.layer import Layer, plain_class
 from peftcore.registry.plugins import layer_of
+from peftcore.utils.journal import Journal
 
 
 class Dense(nn.Linear):
@@ -158,40 +159,40 @@ def floating_dtype(modules: Iterable[nn.Module]) -> torch.dtype:
     return min(own, key=lambda p: p.dim() < 2).dtype if own else torch.float32
 
 
-TENSORS = ("_parameters", "_buffers", "_non_persistent_buffers_set")
+BIAS = ("_parameters", "bias")
+TABLES = ("_parameters", "_buffers")
+TENSORS = (*TABLES, "_non_persistent_buffers_set")
 """The attributes in which a module holds its tensors."""
 FOREIGN = (*FORWARDS, "_hf_hook")
 """Attributes that others (accelerate) set on an instance, which stay there."""
 
 
-@dataclass(frozen=True, eq=False)
-class Form:
-    """The earlier form of a replaced module: its class, its own state, and the hooks that the replacement brought."""
-
-    cls: type[nn.Module]
-    state: dict[str, Any]
-    brought: dict[str, tuple[int, ...]]
-
-
-def replace_in_place(module: nn.Module, other: nn.Module) -> Form:
+def replace_in_place(journal: Journal, module: nn.Module, other: nn.Module) -> None:
     """Give `module` the class, parameters, buffers and attributes of `other`, but keep its hooks, grafts, bias and
-    training mode. Returns its earlier form.
+    training mode.
 
     Raises:
         MergeError: Python lets no object of the one class become one of the other; nothing was changed.
     """
     _check_becomes(module, plain_class(other))
-    kept = {key: copy.copy(value) if isinstance(value, dict | set) else value for key, value in _own(module)}
-    hooks = {
-        key: value for key, value in vars(other).items() if isinstance(value, dict) and key in TORCHS and "hooks" in key
-    }
-    form = Form(plain_class(module), kept, {key: tuple(value) for key, value in hooks.items()})
-    bias = _bias(module)
-    _take(module, plain_class(other), dict(_own(other)))
-    module._parameters["bias"] = bias
-    for key, value in hooks.items():
-        vars(module)[key].update(value)
-    return form
+    bias, new = _bias(module), dict(_own(other))
+    journal.afterwards(_stored_anew, module)
+    for table in TABLES:
+        for key in [key for key in vars(module)[table] if (table, key) != BIAS]:
+            journal.drop(module, table, key)
+        for key, tensor in reversed(new.pop(table).items()):
+            if (table, key) != BIAS:
+                journal.put(module, table, key, tensor, order=(key,))
+    for key in [key for key, _ in _own(module) if key not in (*TABLES, *new)]:
+        journal.drop(module, "", key)
+    for key, value in new.items():
+        journal.put(module, "", key, copy.copy(value) if key in TENSORS else value)
+    journal.put(module, *BIAS, bias)  # where it is there, it is not touched: it may be another one when this is undone
+    become(journal, module, plain_class(other))
+    for table, hooks in vars(other).items():
+        for key, hook in hooks.items() if isinstance(hooks, dict) and table in TORCHS and "hooks" in table else ():
+            journal.put(module, table, key, hook)
+    _stored_anew(module)
 
 
 def _check_becomes(module: nn.Module, cls: type[nn.Module]) -> None:
@@ -204,17 +205,6 @@ def _check_becomes(module: nn.Module, cls: type[nn.Module]) -> None:
             f"an object of {own.__name__} cannot become one of {cls.__name__} in place, so its weight stays as it is; "
             "load the base without quantization, and the adapter onto it, and merge there"
         ) from None
-
-
-def restore(module: nn.Module, form: Form) -> None:
-    """Give a module back the form that it had before `replace_in_place`."""
-    for key, brought in form.brought.items():
-        for each in brought:
-            vars(module)[key].pop(each, None)
-    bias = _bias(module)
-    _take(module, form.cls, form.state)
-    if "bias" in module._parameters:
-        module._parameters["bias"] = bias
 
 
 def _bias(module: nn.Module) -> nn.Parameter | None:
@@ -230,12 +220,9 @@ def _own(module: nn.Module) -> Iterator[tuple[str, Any]]:
             yield key, value
 
 
-def _take(module: nn.Module, cls: type[nn.Module], fields: dict[str, Any]) -> None:
+def _stored_anew(module: nn.Module) -> None:
+    """Read the layers of a module's operators again, after it became another one."""
     slot = slot_of(module)
-    for key in [key for key, _ in _own(module)]:
-        del vars(module)[key]
-    vars(module).update({key: copy.copy(value) if key in TENSORS else value for key, value in fields.items()})
-    change_class(module, cls if slot is None else grafted_class(cls))
     if slot is None:
         return
     for own in slot.mounts.values():

@@ -22,6 +22,7 @@ from peftcore.injection.applied import AppliedMethod
 from peftcore.layers.layer import Layer
 from peftcore.surgery.surgeon import Surgeon
 from peftcore.targets.sites import Site
+from peftcore.utils.journal import Journal
 
 LOAD = "load it under a name of its own, peftcore.load(model, path, name=..., active=False)"
 PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.Size, type, FunctionType)
@@ -261,22 +262,15 @@ def write(mine: AppliedMethod, swap: Swap) -> None:
     """Write the values, and take over options. Where that fails, the values are those from before."""
     inference = any(tensor.is_inference() for tensor, _ in swap.pairs)
     copies = [(tensor, value.to(tensor.device)) for tensor, value in swap.pairs]  # what can fail comes first
-    before: list[tuple[Tensor, Tensor]] = []
-    with torch.inference_mode(inference), torch.no_grad():
-        try:
-            for tensor, value in copies:
-                before.append((tensor, tensor.clone()))
-                tensor.copy_(value)
-        except BaseException:
-            for tensor, value in before:
-                tensor.copy_(value)
-            raise
-    if swap.options is not None:
-        _take_options(mine._surgeon, swap.options)
-        mine.config = mine._surgeon.config
+    with torch.inference_mode(inference), torch.no_grad(), Journal() as journal:
+        for tensor, value in copies:
+            journal.write(tensor, value)
+        if swap.options is not None:
+            _take_options(journal, mine._surgeon, swap.options)
+            journal.set(mine, "config", mine._surgeon.config)
 
 
-def _take_options(mine: Surgeon, other: Surgeon) -> None:
-    mine.config = other.config
+def _take_options(journal: Journal, mine: Surgeon, other: Surgeon) -> None:
+    journal.set(mine, "config", other.config)
     for name, part in mine.parts.items():
-        _take_options(part, other.parts[name])
+        _take_options(journal, part, other.parts[name])

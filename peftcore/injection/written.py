@@ -13,13 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from peftcore.errors import MergeError
 from peftcore.forward.save_pretrained import saving_base
-from peftcore.injection.folding import Unfolded, unfold
 from peftcore.injection.originals import Fingerprint, Original, brought_back, fingerprint
-from peftcore.injection.quantized_layer import Form, restore
 from peftcore.layers.computed import computation
 from peftcore.layers.pieces import is_cut
 from peftcore.registry.plugins import layer_of
+from peftcore.utils.journal import Journal
 
 Holder = tuple[str, nn.Module, str]
 """A module that holds a tensor: its path in the host, the module, and the tensor's name there."""
@@ -27,8 +27,6 @@ Holders = Mapping[int, list[Holder]]
 """The modules of a host that hold a tensor as a parameter or buffer, by id of the tensor."""
 Key = tuple[str, str]
 """(module path, tensor path below it)"""
-Undo = Callable[[], Iterable[Tensor]]
-"""Brings something back, and returns the tensors that are in the host again."""
 Predict = Callable[[Key, Tensor], Tensor]
 """Returns a tensor of the host as subtracting the change from the merged one would give it."""
 
@@ -70,22 +68,25 @@ class Written(ABC):
 
     key: Key
 
-    @abstractmethod
     def outgoing(self) -> Iterable[Tensor]:
         """Returns the tensors that left the host, as far as somebody still holds them."""
+        return ()
 
-    @abstractmethod
     def incoming(self) -> Iterable[Tensor]:
         """Returns the tensors that took their place."""
+        return ()
 
     @abstractmethod
     def changed(self, there: Collection[nn.Module]) -> Iterator[str]:
         """Yields the paths of tensors that are no more what was written; `there` are the modules of the host."""
 
     @abstractmethod
-    def undo(self, holders: Holders, predict: Predict) -> Undo | None:
-        """Returns the function that brings back what was there, None where a record does not fit. Nothing changes
-        before it is called."""
+    def undo(self, journal: Journal, holders: Holders, predict: Predict) -> Iterable[Tensor]:
+        """Bring back what was there, and return the tensors that are in the host again.
+
+        Raises:
+            MergeError: a record does not fit.
+        """
 
 
 @dataclass(eq=False)
@@ -109,10 +110,10 @@ class Replaced(Written):
             return True
         return self.added is not None and not here.is_meta and torch.equal(here, self.added.to(here))
 
-    def put(self) -> None:
+    def put(self, journal: Journal) -> None:
         """Put the new tensor in its place."""
         for _, module, name in self.holders:
-            setattr(module, name, self.tensor)  # some modules (nn.RNN) keep more in step
+            journal.set(module, name, self.tensor)  # some modules (nn.RNN) keep more in step
 
     def outgoing(self) -> Iterable[Tensor]:
         there = None if self.original is None else self.original.tensor
@@ -130,21 +131,20 @@ class Replaced(Written):
             if here is None or not seen[id(here)] or module not in there:
                 yield f"{path}.{name}".lstrip(".")
 
-    def undo(self, holders: Holders, predict: Predict) -> Undo | None:
+    def undo(self, journal: Journal, holders: Holders, predict: Predict) -> Iterable[Tensor]:
         _, module, name = self.holders[0]
         now = held(module, name)
         assert now is not None
         old = None if self.original is None else brought_back(self.original, now, lambda: predict(self.key, now))
         if old is None and self.original is not None:
-            return None
-        tied_since = holders.get(id(self.tensor), ())
-
-        def back() -> Iterable[Tensor]:
-            for _, module, name in {(id(each[1]), each[2]): each for each in (*self.holders, *tied_since)}.values():
-                setattr(module, name, old)
-            return () if old is None else (old,)
-
-        return back
+            raise MergeError(
+                f"{'.'.join(self.key)}: the record does not fit any more, since an operator changed after the merge; "
+                "reload the base model"
+            )
+        holding = (*self.holders, *holders.get(id(self.tensor), ()))  # also what was tied to it since
+        for _, module, name in {(id(each[1]), each[2]): each for each in holding}.values():
+            journal.set(module, name, old)
+        return () if old is None else (old,)
 
 
 @dataclass(eq=False)
@@ -156,27 +156,18 @@ class Overwritten(Written):
     values: Tensor
     """The original ones: a copy, where it was asked for."""
 
-    def put(self, new: Tensor) -> None:
+    def put(self, journal: Journal, new: Tensor) -> None:
         """Write the new values."""
-        self.tensor.data.copy_(new)
+        journal.write(self.tensor.data, new, before=self.values)
         self.fingerprint = fingerprint(_mine(self.tensor))
-
-    def outgoing(self) -> Iterable[Tensor]:
-        return ()
-
-    def incoming(self) -> Iterable[Tensor]:
-        return ()
 
     def changed(self, there: Collection[nn.Module]) -> Iterator[str]:
         if not _is(_mine(self.tensor), self.fingerprint):
             yield ".".join(self.key)
 
-    def undo(self, holders: Holders, predict: Predict) -> Undo | None:
-        def back() -> Iterable[Tensor]:
-            self.tensor.data.copy_(self.values)
-            return ()
-
-        return back
+    def undo(self, journal: Journal, holders: Holders, predict: Predict) -> Iterable[Tensor]:
+        journal.write(self.tensor.data, self.values)
+        return ()
 
 
 @dataclass(eq=False)
@@ -185,8 +176,8 @@ class Reformed(Written):
 
     key: Key
     module: nn.Module
-    form: Form
-    """The layer's form before the merge, codes included."""
+    journal: Journal
+    """Brings back the layer as it was, codes included."""
 
     def __post_init__(self) -> None:
         weight = self._weight()
@@ -197,24 +188,15 @@ class Reformed(Written):
         assert weight is not None
         return weight
 
-    def outgoing(self) -> Iterable[Tensor]:
-        return ()
-
-    def incoming(self) -> Iterable[Tensor]:
-        return ()
-
     def changed(self, there: Collection[nn.Module]) -> Iterator[str]:
         weight = self._weight()
         same = weight.device == self.device and _is(weight, self.fingerprint)
         if not same or self.module not in there:
             yield ".".join(self.key)
 
-    def undo(self, holders: Holders, predict: Predict) -> Undo | None:
-        def back() -> Iterable[Tensor]:
-            restore(self.module, self.form)
-            return ()
-
-        return back
+    def undo(self, journal: Journal, holders: Holders, predict: Predict) -> Iterable[Tensor]:
+        self.journal.undo(journal)
+        return ()
 
 
 @dataclass(eq=False)
@@ -222,32 +204,33 @@ class Folded(Written):
     """A tensor that was computed, and is a parameter now."""
 
     key: Key
-    before: Unfolded
+    module: nn.Module
+    tensors: Mapping[str, Tensor]
+    """What the module holds since, by name."""
     sources: tuple[nn.Parameter, ...]
     """The parameters from which it was computed."""
+    journal: Journal
+    """Brings back what computes it."""
 
     def __post_init__(self) -> None:
-        self.fingerprints = {name: fingerprint(tensor) for name, tensor in self.before.tensors.items()}
+        self.fingerprints = {name: fingerprint(tensor) for name, tensor in self.tensors.items()}
 
     def outgoing(self) -> Iterable[Tensor]:
         return self.sources
 
     def incoming(self) -> Iterable[Tensor]:
-        return self.before.tensors.values()
+        return self.tensors.values()
 
     def changed(self, there: Collection[nn.Module]) -> Iterator[str]:
-        path, module = owner_path(self.key), self.before.module
+        path, module = owner_path(self.key), self.module
         for name, expected in self.fingerprints.items():
             here = None if computation(module, name) is not None else held(module, name)
             if here is None or not _is(here, expected) or module not in there:
                 yield f"{path}.{name}".lstrip(".")
 
-    def undo(self, holders: Holders, predict: Predict) -> Undo | None:
-        def back() -> Iterable[Tensor]:
-            unfold(self.before)
-            return self.sources
-
-        return back
+    def undo(self, journal: Journal, holders: Holders, predict: Predict) -> Iterable[Tensor]:
+        self.journal.undo(journal)
+        return self.sources
 
 
 def _is(tensor: Tensor, expected: Fingerprint) -> bool:

@@ -10,4 +10,5 @@ It may import `peftcore.errors` alone. In the order of reading:
 - `numbers`: numbers as people read them.
 - `quiet`: other libraries say nothing.
 - `yaml_values`: values that users write in YAML.
+- `journal`: writes that are undone together, when one fails or later.
 """

@@ -14,8 +14,9 @@ from transformers import Wav2Vec2Config, Wav2Vec2Model
 
 import peftcore
 from peftcore.errors import MergeError
-from peftcore.injection.folding import fold, inverted, unfold
+from peftcore.injection.folding import fold, inverted
 from peftcore.testing.tools import differences, trace
+from peftcore.utils.journal import Journal
 
 X = torch.linspace(-1, 1, 12).view(3, 4)
 FIRST = "re:^first$"
@@ -293,12 +294,13 @@ def test_fold_and_unfold() -> None:
         module = computed(way).first
         before = trace(module)
         value = nn.Parameter(torch.ones(6, 4), requires_grad=False)
-        undo = fold(module, "weight", value)
-        assert type(module) is nn.Linear and module.weight is value and undo.tensors["weight"] is value
+        journal = Journal()
+        tensors = fold(journal, module, "weight", value)
+        assert type(module) is nn.Linear and module.weight is value and tensors["weight"] is value
         assert list(module.state_dict()) == ["weight", "bias"] and not module._forward_pre_hooks, way
         assert not module._state_dict_hooks
         module.load_state_dict({name: each.clone() for name, each in module.state_dict().items()})
-        unfold(undo)
+        journal.undo()
         assert not differences(before, trace(module)), way
 
 

@@ -19,8 +19,8 @@ from peftcore.injection.quantized_layer import (
     floating_dtype,
     quantized_layer_of,
     replace_in_place,
-    restore,
 )
+from peftcore.utils.journal import Journal
 
 X = torch.linspace(-1, 1, 12).view(3, 4)
 
@@ -52,11 +52,12 @@ def test_a_module_becomes_another_and_comes_back() -> None:
     seen: list[Any] = []
     module.register_forward_hook(lambda *_: seen.append(1))
     expected = model(X)
-    form = replace_in_place(module, Halves(weight))
+    journal = Journal()
+    replace_in_place(journal, module, Halves(weight))
     assert model.first is module and type(module) is Halves and module.bias is bias and module.training
     assert set(module._parameters) == {"bias"} and set(module._buffers) == {"halved"}
     assert torch.equal(model(X), expected) and len(seen) == 2
-    restore(module, form)
+    journal.undo()
     assert type(module) is nn.Linear and module.weight is weight and module.bias is bias and not module._buffers
 
 
@@ -65,7 +66,7 @@ def test_an_adapted_module_stays_adapted() -> None:
     peftcore.apply(model, "lora", target="first")
     slot = slot_of(model.first)
     expected = model(X)
-    replace_in_place(model.first, dense_linear(2 * model.first.weight, torch.float32))
+    replace_in_place(Journal(), model.first, dense_linear(2 * model.first.weight, torch.float32))
     assert slot_of(model.first) is slot and isinstance(model.first, nn.Linear)
     assert not torch.allclose(model(X), expected)
 
@@ -73,7 +74,7 @@ def test_an_adapted_module_stays_adapted() -> None:
 def test_a_packed_layer_reads_its_weight_and_what_stands_beside_it() -> None:
     model = perceptron()
     expected = model.first.weight.detach().clone()
-    replace_in_place(model.first, Halves(model.first.weight))
+    replace_in_place(Journal(), model.first, Halves(model.first.weight))
     layer = quantized_layer_of(model.first, "weight", HalvesLayer())
     assert isinstance(layer, HalvesLayer) and layer.packed and layer.called and layer.runs_dense is Dense
     assert torch.equal(layer.read(model.first, "weight"), expected)

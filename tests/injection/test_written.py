@@ -17,6 +17,7 @@ from peftcore.errors import MergeError
 from peftcore.injection.originals import Original, fingerprint
 from peftcore.injection.written import Replaced, held, holders_of, owner_path
 from peftcore.testing.tools import differences, trace
+from peftcore.utils.journal import Journal
 
 X = torch.linspace(-1, 1, 12).view(3, 4)
 KEEPS: tuple[Any, ...] = ("cpu", "device", "record")
@@ -417,8 +418,8 @@ def test_a_failure_in_the_middle_leaves_everything(monkeypatch: pytest.MonkeyPat
     before, made = trace(model), []
     plain = Replaced.put
 
-    def break_off(self: Replaced) -> None:
-        plain(self)
+    def break_off(self: Replaced, journal: Journal) -> None:
+        plain(self, journal)
         made.append(self)
         if len(made) == 3:
             raise KeyboardInterrupt
@@ -461,16 +462,15 @@ def test_one_tensor_is_replaced_and_comes_back() -> None:
     holders = [("first", model.first, "weight")]
     replaced = Replaced(("first", "weight"), holders, new, Original(old), fingerprint(new))
     assert model.first.weight is old
-    replaced.put()
+    replaced.put(Journal())
     assert model.first.weight is new and list(replaced.changed({model.first})) == []
     assert tuple(replaced.outgoing()) == (old,) and tuple(replaced.incoming()) == (new,)
 
     def never(key: Any, tensor: Tensor) -> Tensor:
         raise AssertionError
 
-    undo = replaced.undo(holders_of(model), never)
-    assert undo is not None and model.first.weight is new
-    assert tuple(undo()) == (old,) and model.first.weight is old
+    journal = Journal()
+    assert tuple(replaced.undo(journal, holders_of(model), never)) == (old,) and model.first.weight is old
     assert list(replaced.changed({model.first})) == ["first.weight"]
-    replaced.put()
+    journal.undo()
     assert list(replaced.changed(set())) == ["first.weight"]  # its module is not in the host
