@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,8 +22,8 @@ from peftcore.contract.operators import Combiner, on_first
 from peftcore.errors import CompositionError
 
 Names = tuple[str, ...]
-Run = Callable[[Names], Any]
-"""Returns a module's output with these injections acting, in this order."""
+Outputs = Mapping[Names, Any]
+"""A module's outputs, by the names of the injections that act, in this order."""
 Combiners = Mapping[str, Combiner]
 """The combiners at a module, by name of their injection."""
 
@@ -186,34 +186,36 @@ class Fuse(Composition):
 KINDS = {kind.__name__: kind for kind in (Stack, Sum, Average, Split, Fuse)}
 
 
-def composed(composition: Composition, run: Run, here: Combiners, calls: Calls) -> Any:
+def composed(composition: Composition, outputs: Outputs, here: Combiners, calls: Calls) -> Any:
     """Returns a module's output under a composition: the first entry of a tuple is combined, the rest is the base's.
 
     Args:
-        run: returns the output of a branch.
+        outputs: the output of each branch (see `branches`), one object where branches have the same operators.
         here: the combiners that stand at the module.
         calls: the module's own calls in the branches that only give it another input.
     """
-    return _branches([composition], (), run, here, calls)
+    return _branches([composition], (), outputs, here, calls)
 
 
-def _branches(nodes: Sequence[str | Composition], before: Names, run: Run, here: Combiners, calls: Calls) -> Any:
+def _branches(
+    nodes: Sequence[str | Composition], before: Names, outputs: Outputs, here: Combiners, calls: Calls
+) -> Any:
     if not nodes:
-        return run(before)
+        return outputs[before]
     first, rest = nodes[0], nodes[1:]
     if isinstance(first, str):
-        return _branches(rest, (*before, first), run, here, calls)
+        return _branches(rest, (*before, first), outputs, here, calls)
     if isinstance(first, Stack):
-        return _branches([*first.parts, *rest], before, run, here, calls)
-    base = _branches(rest, before, run, here, calls)
-    outputs = [_branches([part, *rest], before, run, here, calls) for part in first.parts]
-    if all(output is base for output in outputs):
+        return _branches([*first.parts, *rest], before, outputs, here, calls)
+    base = _branches(rest, before, outputs, here, calls)
+    found = [_branches([part, *rest], before, outputs, here, calls) for part in first.parts]
+    if all(output is base for output in found):
         return base  # none of them acts here
     mixer = first.mixer(here)
     if mixer is not None:
-        inputs = [calls.given(output) for output in outputs]
+        inputs = [calls.given(output) for output in found]
         return calls.again(base, mixer.combine_inputs(inputs, calls.given(base), _first_of(base)))
-    kept = [_first_of(output) for output in outputs]
+    kept = [_first_of(output) for output in found]
     return on_first(base, lambda plain: first.combine(kept, plain, here))
 
 

@@ -38,6 +38,6 @@ It may import `roles`, and what is below. In the order of reading:
 - `transformers_attention`: edits in attentions of transformers.
 - `multihead_attention`: edits in torch's own attention.
 - `attention_calls`: the ways in which attention modules call edits.
-- `run`: the forward of an adapted module.
+- `call`: one call of an adapted module, with what acts there.
 - `class_swap`: how a module gets another forward.
 """

@@ -5,6 +5,7 @@ N adapters of one method and one size, each with as many rows, then dispatch har
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import FunctionType
@@ -53,10 +54,11 @@ def may_draw(acting: ActivePlan, form: ActivationForm | None) -> bool:
     return any(not each.stackable or _draws(each) for each in _operators(acting, form))
 
 
-def run_alike(
+def as_one(
     acting: Sequence[ActivePlan], module: nn.Module, bare: OfSomeRows, inner: Inner, form: Form, prepare: Prepare
-) -> Tensor:
-    """Run equal operators of several adapters at a module, each on as many rows.
+) -> Callable[[], Tensor]:
+    """Returns the function that runs equal operators of several adapters at a module, each on as many rows: it returns
+    the output ``[rows, ...]``, in the order of `bare`.
 
     Args:
         acting: the plan of each adapter.
@@ -65,9 +67,6 @@ def run_alike(
         inner: the forward with effective tensors.
         form: the activation form that each takes.
         prepare: what prepares it; each adapter's by itself, since a weight is read for that.
-
-    Returns:
-        The output ``[rows, ...]``, in the order of `bare`.
     """
     (x,) = bare.args
     forms = [form(plan) for plan in acting]
@@ -87,11 +86,10 @@ def run_alike(
         stand_ins = {id(each): _with(each, values) for each in operators}
         plan = _plan_with(first, stand_ins)
 
-        def base(inputs: Tensor) -> Tensor:
-            output: Tensor = y if y is not None and inputs is x else bare.changed(inputs)
-            return output
+        def unchanged(inputs: Tensor) -> Tensor:
+            return y if y is not None and inputs is x else bare.changed(inputs)
 
-        call: Callable[..., Any] = inner(plan) if first.effects else base
+        call: Callable[..., Any] = inner(plan) if first.effects else bare.changed if y is None else unchanged
         if of_first is not None:
             stand_in = stand_ins[id(of_first.operator)]
             mount = replace(of_first.mount, operator=stand_in)
@@ -105,7 +103,7 @@ def run_alike(
     outputs = _by_adapter(bare(x), len(acting)) if shares else None
     dims = own_dims, part_dims, 0, None if outputs is None else 0
     run_all: Callable[..., Tensor] = torch.vmap(run, dims, randomness="different")
-    return run_all(own, parts, _by_adapter(x, len(acting)), outputs).flatten(0, 1)
+    return functools.partial(run_all, own, parts, _by_adapter(x, len(acting)), outputs)
 
 
 def _stack_all(tables: Iterable[Sequence[Any]]) -> tuple[list[Any], list[int | None]]:

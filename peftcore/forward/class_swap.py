@@ -2,8 +2,8 @@
 
 A grafted module keeps its identity: its class is swapped for a cached subclass of its own class with the same name, so
 parameter names, `isinstance`, signature and ties stay as they were. The subclass adds one forward, which asks the
-module's slot for the plan under the present choice and has `run` carry it out. A forward on the instance, as accelerate
-sets one, is swapped along.
+module's slot for the plan under the present choice and makes a `ModuleCall` of it. A forward on the instance, as
+accelerate sets one, is swapped along.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from typing import Any
 from torch import nn
 from torch.compiler import is_dynamo_compiling
 
+from peftcore.forward.call import Forward, ModuleCall
 from peftcore.forward.context import HERE, remember_in_checkpoint
 from peftcore.forward.host_state import HostState
-from peftcore.forward.run import Forward, run
 from peftcore.forward.slot import Slot, slot_of
 from peftcore.forward.view import SLOT
 from peftcore.layers.layer import GRAFTED
@@ -68,7 +68,8 @@ def _grafted_forward(base: type[nn.Module]) -> Callable[..., Any]:
             slot.ran[self.training] = True
             if slot.runs is not None:
                 slot.runs += 1
-        return run(plain, slot, self, planned, choice.route, args, kwargs)
+        of_module = ModuleCall(plain, slot, self, planned, choice.route, args, kwargs)
+        return of_module.observed() if planned.acting.observers else of_module.output()
 
     forward.__qualname__, forward.__doc__ = f"{base.__qualname__}.forward", base.forward.__doc__
     # Not functools.wraps: accelerate unwraps through __wrapped__ and would leave the graft out.

@@ -82,8 +82,6 @@ class ActivePlan:
     inputs: tuple[Mount, ...] = ()
     """Operators that only change the arguments, before all but the observers."""
     attributes: Mapping[str, Any] = field(default_factory=dict)
-    run_view: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any] | None = None
-    """Runs the forward of the module's view on arguments, where that is not simply the forward of its class."""
     needs_recompute: bool = False
     """Whether forward makes tensors that must not outlive their use: it is computed again in backward."""
     packed: bool = False

@@ -34,14 +34,22 @@ class OneForward:
         self._output: Any = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if _running() is not self._context:
-            return self.run(*args, **kwargs)
-        if self._asked is None:
-            self._asked, self._output = (args, kwargs), self.run(*args, **kwargs)
-            return self._output
+        return self._kept(args, kwargs, self.run(*args, **kwargs)) if self._is_due(args, kwargs) else self._output
+
+    def _is_due(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether the forward has to run for these inputs."""
+        if self._asked is None or _running() is not self._context:
+            return True
         if _same(self._asked, args, kwargs):
-            return self._output
-        return self.changed(*args, **kwargs)
+            return False
+        self._check_changed()
+        return True
+
+    def _kept(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Returns the output, which is kept if it is the first."""
+        if self._asked is None and _running() is self._context:
+            self._asked, self._output = (args, kwargs), output
+        return output
 
     def changed(self, *args: Any, **kwargs: Any) -> Any:
         """Returns the output for other inputs.
@@ -49,12 +57,20 @@ class OneForward:
         Raises:
             RouteError: the module has others inside.
         """
+        self._check_changed()
+        return self.run(*args, **kwargs)
+
+    def _check_changed(self) -> None:
+        """Check that the module may run again, for other inputs.
+
+        Raises:
+            RouteError: it has others inside.
+        """
         if self._module._modules:
             raise RouteError(
                 f"an injection changes the inputs of a whole {type(self._module).__name__}, which would have to run "
                 "once for each injection of the route or composition (and fill caches more than once); leave it out"
             )
-        return self.run(*args, **kwargs)
 
 
 def _running() -> ForwardContext | None:
@@ -155,7 +171,9 @@ class OfSomeRows:
         Raises:
             RouteError: of a module with others inside, which would run more than once.
         """
-        return self._whole.run(*args, **kwargs) if self._alone else self._whole.changed(*args, **kwargs)
+        if not self._alone:
+            self._whole._check_changed()
+        return self._whole.run(*args, **kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Returns the output for its rows.
@@ -166,8 +184,11 @@ class OfSomeRows:
         if self._alone:
             return self._whole.run(*args, **kwargs)
         if _same((self.args, self.kwargs), args, kwargs):
-            with all_rows():
-                return self._pick.of(self._whole(*self._given[0], **self._given[1]))
+            whole, (args, kwargs) = self._whole, self._given
+            with all_rows():  # as `whole(*args, **kwargs)`, without its frame in tracebacks
+                due = whole._is_due(args, kwargs)
+                output = whole._kept(args, kwargs, whole.run(*args, **kwargs)) if due else whole._output
+                return self._pick.of(output)
         return self.changed(*args, **kwargs)
 
 
@@ -235,11 +256,14 @@ def _has_rows(tensor: Tensor, first: Tensor) -> bool:
     return tensor.dim() > 3 or (tensor.dim() == first.dim() == 3 and tensor.shape[-1] == first.shape[-1])
 
 
-def by_tokens(run: Callable[..., Any], route: Route, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Run a module that acts on each token by itself under a route whose injections begin at some token of each row.
+def by_tokens(
+    route: Route, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Route, tuple[Any, ...], dict[str, Any], Callable[[Any], Any]]:
+    """Returns the call of a module that acts on each token by itself, under a route whose injections begin at some
+    token of each row: the route of its tokens, its arguments by position and by name, in which each token is a row, and
+    the function that gives its output the shape that it has without a route.
 
     Args:
-        run: what runs the module, given a route, the module's arguments by position and those by name.
         route: the route, which has `since`.
         args: the module's arguments; tensors ``[batch, tokens, ...]`` among them become ``[batch * tokens, ...]``.
         kwargs: the others.
@@ -261,14 +285,20 @@ def by_tokens(run: Callable[..., Any], route: Route, args: tuple[Any, ...], kwar
         )
     tokens = route.by_tokens(held, new, batch)
     if not tokens.tokens or len(first) == batch * new:
-        return run(tokens, args, dict(kwargs))
+        return tokens, args, kwargs, _as_it_is
 
     def flat(value: Any) -> Any:
         is_of_tokens = isinstance(value, Tensor) and value.shape[:2] == (batch, new)
         return value.flatten(0, 1) if is_of_tokens else value
 
-    output = run(tokens, tuple(map(flat, args)), {name: flat(each) for name, each in kwargs.items()})
-    return tree_map_only(Tensor, lambda each: each.unflatten(0, (batch, new)), output)
+    def restore(output: Any) -> Any:
+        return tree_map_only(Tensor, lambda each: each.unflatten(0, (batch, new)), output)
+
+    return tokens, tuple(map(flat, args)), {name: flat(each) for name, each in kwargs.items()}, restore
+
+
+def _as_it_is(output: Any) -> Any:
+    return output
 
 
 def put_together(parts: Mapping[Any, Any], route: Route) -> Any:

@@ -20,13 +20,13 @@ from peftcore.testing.tools import Counts
 def groups(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many adapters ran as one, run by run."""
     seen: list[int] = []
-    inner = alike.run_alike
+    inner = alike.as_one
 
-    def noting(acting: Any, *args: Any) -> Tensor:
+    def noting(acting: Any, *args: Any) -> Callable[[], Tensor]:
         seen.append(len(acting))
         return inner(acting, *args)
 
-    monkeypatch.setattr("peftcore.forward.run.run_alike", noting)
+    monkeypatch.setattr("peftcore.forward.call.as_one", noting)
     return seen
 
 

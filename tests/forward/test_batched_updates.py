@@ -19,7 +19,7 @@ def test_each_row_gets_the_update_of_its_adapter(names: list[str | None], monkey
     calls: list[int] = []
     batched = batched_updates.add_updates
     monkeypatch.setattr(
-        "peftcore.forward.run.add_updates", lambda *args, **kwargs: (calls.append(1), batched(*args, **kwargs))[1]
+        "peftcore.forward.call.add_updates", lambda *args, **kwargs: (calls.append(1), batched(*args, **kwargs))[1]
     )
     with torch.no_grad():
         with route(model, names):

@@ -22,7 +22,7 @@ from core_toys import (
 from torch import Tensor, nn
 
 import peftcore
-from peftcore.forward import run
+from peftcore.forward import call
 
 
 # order and composition
@@ -288,7 +288,7 @@ def test_a_linear_layer_multiplies_with_its_effective_weight_without_a_view(monk
     model, x = perceptron(), torch.randn(3, 4)
     injection = peftcore.apply(model, Shift, target="first")
     stir(injection)
-    monkeypatch.setattr(run, "view", None)
+    monkeypatch.setattr(call, "view", None)
     y = run_without_gradients(model.first, x)
     injection.merge()
     torch.testing.assert_close(y, model.first(x))

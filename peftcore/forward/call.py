@@ -1,0 +1,421 @@
+"""One call of an adapted module: the base forward with operators inside it, around it, for rows and in branches.
+
+1. Observers see the inputs that the model passes and the finished output.
+2. Input operators change the arguments.
+3. Weight operators compute effective tensors, and the base forward runs on a view with these; or they act on
+   activations instead.
+4. Other operators wrap the result, the first applied innermost.
+5. A route puts rows together, a composition its branches.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from peftcore.contract.calls import Calls
+from peftcore.contract.compositions import composed
+from peftcore.contract.operators import Factors, InputOperator
+from peftcore.forward.active_adapters import Active, Route
+from peftcore.forward.alike import as_one, may_draw, positions_alike
+from peftcore.forward.attention import AttentionOperator
+from peftcore.forward.batched_updates import add_updates
+from peftcore.forward.context import HERE, forward_context
+from peftcore.forward.draws import draws_of
+from peftcore.forward.mount import Mount
+from peftcore.forward.plan import ActivationForm, ActivePlan, ModulePlan
+from peftcore.forward.recompute import RecomputedTensors, Unwritten
+from peftcore.forward.routing import (
+    OfSomeRows,
+    OneForward,
+    OwnRows,
+    by_tokens,
+    own_rows,
+    put_together,
+    rows_seen,
+    select_rows,
+)
+from peftcore.forward.slot import Edits, Slot, slot_of
+from peftcore.forward.taps import branches
+from peftcore.forward.view import view
+from peftcore.layers.fsdp import MANAGED
+from peftcore.layers.kernels import runs_plain, saves_elsewhere, transformed
+from peftcore.layers.kinds import is_linear
+
+Forward = Callable[..., Any]
+
+
+class ModuleCall:
+    """One call of one adapted module.
+
+    Args:
+        plain: the forward of the module's own class.
+        slot: the module's slot.
+        module: the adapted module.
+        plan: the module's plan under the present choice.
+        route: the adapter of each row of the batch, where rows go to different adapters.
+        args: the module's inputs by position, those that operators act on among them.
+        kwargs: the others.
+        acting: the operators that act in this call, if it is a part of another one: a branch of a composition, or the
+            rows of one adapter. By default all operators of the plan.
+    """
+
+    __slots__ = ("acting", "args", "edits", "kwargs", "module", "plain", "plan", "route", "slot")
+
+    def __init__(
+        self,
+        plain: Forward,
+        slot: Slot,
+        module: nn.Module,
+        plan: ModulePlan,
+        route: Route | None,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        acting: ActivePlan | None = None,
+    ) -> None:
+        self.plain, self.slot, self.module, self.plan, self.route = plain, slot, module, plan, route
+        self.args, self.kwargs = args, kwargs
+        self.acting = acting = plan.acting if acting is None else acting
+        self.edits = Edits(acting.attention, slot, route) if acting.attention else None
+
+    def part(self, acting: ActivePlan, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> ModuleCall:
+        """Returns the part of this call in which the operators of `acting` act, on inputs of its own."""
+        return ModuleCall(self.plain, self.slot, self.module, self.plan, None, args, kwargs or {}, acting)
+
+    def observed(self) -> Any:
+        """Returns the module's output, which the observers see."""
+        call: Forward = self.output_for
+        for observer in self.acting.observers:
+            call = observer.around(call, self.module)
+        return call(*self.args, **self.kwargs)
+
+    def output_for(self, *args: Any, **kwargs: Any) -> Any:
+        """Returns the module's output for inputs that an observer passes on."""
+        self.args, self.kwargs = args, kwargs
+        return self.output()
+
+    def output(self) -> Any:
+        """Returns the module's output with all operators but the observers."""
+        for mount in self.acting.inputs:
+            self._change_inputs(mount)
+        if self.plan.composition is not None:
+            with self._one_module():
+                return self.branches()
+        if self.route is None:
+            return self.around(self.inner())(*self.args, **self.kwargs)
+        with self._one_module():
+            if self.route.since is None:
+                return self.rows()
+            self.route, self.args, self.kwargs, restore = by_tokens(self.route, self.args, self.kwargs)
+            return restore(self.rows())
+
+    def _change_inputs(self, mount: Mount) -> None:
+        """Let an operator change the arguments; with a route, those of its own adapter's rows."""
+        operator, route = mount.operator, self.route
+        assert isinstance(operator, InputOperator)
+
+        def mine(like: Tensor) -> Tensor | None:
+            return None if route is None else route.of(mount.name, len(like), like.device)
+
+        if route is None or not route.seeds:
+            self.args, self.kwargs = operator.change(self.args, self.kwargs, mine)
+        else:
+            place = f"{self.slot.path}:inputs"
+            with draws_of(forward_context(), route, route.names.index(mount.name), place, alone=False):
+                self.args, self.kwargs = operator.change(self.args, self.kwargs, mine)
+
+    def _one_module(self) -> AbstractContextManager[None]:
+        """Returns the context manager for a module that runs for several adapters one after the other."""
+        if torch.compiler.is_compiling() or not HERE.calls:
+            return nullcontext()
+        return HERE.calls[-1].one_module(self.module, self.args, self.kwargs)
+
+    def around(self, call: Forward, acting: ActivePlan | None = None) -> Forward:
+        """Returns a forward with the operators around it that wrap the module: those of this call, or of a part."""
+        for mount in (self.acting if acting is None else acting).onion:
+            call = mount.around(call, self.module)
+        return call
+
+    # The base forward, with what acts on the module's tensors, attributes and attention
+
+    def inner(self) -> Forward:
+        """Returns the base forward with what acts inside it: the module's own where nothing does."""
+        acting = self.acting
+        if acting.effects or acting.attention or acting.attributes or acting.needs_recompute:
+            return self.base
+        return functools.partial(self.plain, self.module)
+
+    def base(self, *args: Any, **kwargs: Any) -> Any:
+        """Returns the output of the base forward with effective tensors, or of an activation form.
+
+        In training an effective weight does not outlive its use: backward computes it again. Where the module can read
+        a lazy weight, the effective weight is computed only if it is asked for."""
+        acting, module = self.acting, self.module
+        if acting.activation_form is not None and self._is_cheaper(acting.activation_form, args):
+            form = acting.activation_form
+            return form.around(self.part(form.bare).inner(), self.prepared(form))(*args, **kwargs)
+        if not acting.needs_recompute or runs_plain():
+            return self.on_view(acting.effective(module), args, kwargs)
+        if not torch.is_grad_enabled():
+            return self.on_view(self._without_gradients(), args, kwargs)
+        self._forget()
+        if not (acting.linear_only or MANAGED in vars(module)):
+            hooked = saves_elsewhere() or acting.is_cast(module)  # ours would keep their tensors, or see no copies
+            factors = acting.factors(module)
+            if factors is not None or not (acting.low_memory or hooked):
+                remade = RecomputedTensors(self.slot.sources(module, acting), self.slot.unwritten(module, acting))
+                tensors = (
+                    remade.all(acting.makes(module))
+                    if factors is None
+                    else acting.lazy_weights(module, factors, remade)
+                )
+                if tensors is not None:
+                    with nullcontext() if hooked else remade.hooks():
+                        return self.on_view(tensors, args, kwargs)
+        inputs = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)]
+        before = self.slot.unwritten(module, acting, inputs)
+        return checkpoint(self.part(acting)._again, before, args, kwargs, use_reentrant=False)  # a part has no inputs
+
+    def _again(self, before: Unwritten, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        before.check()
+        return self.on_view(self.acting.effective(self.module), args, kwargs)
+
+    def on_view(self, tensors: Mapping[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Returns the output of the base forward on a view of the module with other tensors."""
+        acting, module, edits = self.acting, self.module, self.edits
+        if acting.product is not None and len(args) == 1 and not kwargs:  # a token: a view takes longer
+            bias: Any = tensors.get("bias", module.bias)
+            return F.linear(*args, acting.product.logical(tensors["weight"]), bias)
+        if edits is None:
+            stand_in = view(module, tensors, acting.attributes, acting.view_class)
+            return type(stand_in).forward(stand_in, *args, **kwargs)
+        first = edits.mounts[0].operator
+        assert isinstance(first, AttentionOperator)
+        attributes = {**acting.attributes, **first.calls.attributes(module, edits)}
+        stand_in = view(module, tensors, attributes, first.calls.view_class or acting.view_class)
+        return first.calls.run(stand_in, edits, args, kwargs)
+
+    def _without_gradients(self) -> Mapping[str, Tensor | None]:
+        """Returns the tensors that the module reads without gradients: effective tensors, in evaluation from the cache
+        that is open, or lazy weights."""
+        acting, module, slot = self.acting, self.module, self.slot
+        managed = MANAGED in vars(module)
+        keeps = slot.cache is not None and not (
+            module.training or acting.packed or acting.low_memory or managed
+        )  # dense copies would undo quantization and sharding
+        if acting.updates and not managed:
+            factors = acting.factors(module) if module.training else slot.factors(module, acting)
+            if factors is not None:
+                return acting.lazy_weights(module, factors, slot.keeping(module, acting) if keeps else _make_now)
+        return slot.effective(module, acting) if keeps else acting.effective(module)
+
+    def _forget(self) -> None:
+        """Drop what an open cache holds: a forward with gradients comes before a step."""
+        if (cache := self.slot.cache) is not None:
+            cache.clear()
+
+    def _is_cheaper(self, form: ActivationForm, args: tuple[Any, ...]) -> bool:
+        """Whether to run an operator's activation form. In evaluation, while a cache is open, it acts on the weight
+        instead, which is computed once, unless it may not be kept."""
+        acting = self.acting
+        if self._trains():
+            wanted = not acting.low_memory
+        else:
+            wanted = acting.low_memory or acting.packed or torch.compiler.is_compiling() or self.slot.cache is None
+        return wanted and not _is_offloaded(form.operator, *args) and form.operator.prefers_activation_form(*args)
+
+    def _trains(self) -> bool:
+        """Whether the module trains; the first forward of a checkpoint has no gradients either, and has to do what its
+        second does."""
+        return torch.is_grad_enabled() or self.module.training
+
+    def prepared(self, form: ActivationForm) -> Any:
+        """Returns the prepared values of an activation form, which no input changes. In evaluation they come from the
+        cache that is open."""
+        if torch.compiler.is_compiling() or transformed() or MANAGED in vars(self.module):
+            return form.prepare(self.module)
+        if self._trains():
+            self._forget()
+            return form.prepare(self.module)
+        return self.slot.prepared(self.module, form)
+
+    # Rows of a batch that go to different adapters
+
+    def rows(self) -> Any:
+        """Run each adapter of a route on its own rows, and put the outputs together row by row.
+
+        Adapters that only wrap share one base forward. Graphs are the same for all assignments of rows: compiled, each
+        adapter runs on all rows."""
+        route, args, kwargs, routed = self._route, self.args, self.kwargs, self.plan.routed
+        whole = OneForward(self.inner(), self.module)
+        if not any(acting.effects or acting.onion for acting in routed):
+            return whole(*args, **kwargs)
+        count = None if torch.compiler.is_compiling() else rows_seen(route, args, kwargs)
+        if (updates := self._factors(count)) is not None:
+            output = whole(*args, **kwargs)
+            return add_updates(updates, route, output, args[0], not torch.is_grad_enabled() and is_linear(whole.run))
+        if count is None or self.acting.attention:  # edits inside take what comes in for all rows of the route
+            return self._all_rows(whole)
+        acting = {position: _acting(routed[position]) if position >= 0 else None for position in route.present}
+        some = _runs_on_some_rows(self.module)
+        if not some and any(each is not None and each.effects for each in acting.values()):
+            return self._all_rows(whole)
+        alone = tuple(n for n, each in acting.items() if some and each and self._wants_rows_alone(each))
+        shared, given = route.part(tuple(n for n in acting if n not in alone)), (args, kwargs)
+        if alone and shared.positions:  # who changes nothing that goes in has one forward of the base with the others
+            given = OwnRows(route.only(alone), (-1,), count).of(given)
+        shared_count = count * len(shared.positions) // len(route.positions)
+        one = self._is_one_map()
+        groups = positions_alike(acting, route, self.module, self.form_taken) if one else [(n,) for n in acting]
+        parts = {}
+        for group in groups:
+            rows = OwnRows(route, group, count)
+            bare = (
+                OfSomeRows(whole, (args, kwargs), rows, True)
+                if group[0] in alone
+                else OfSomeRows(whole, given, OwnRows(shared, group, shared_count))
+            )
+            first = acting[group[0]]
+            draws = route.seeds and first is not None and may_draw(first, self.form_taken(first))
+            with own_rows(rows, self.slot.path if draws else None):
+                if first is None:
+                    parts[group] = bare(*bare.args, **bare.kwargs)
+                elif len(group) > 1:
+                    parts[group] = self._as_one([routed[n] for n in group], bare)().flatten(0, 1)
+                else:
+                    part = self.part(first, bare.args, bare.kwargs)
+                    parts[group] = part._of_its_rows(bare)(*bare.args, **bare.kwargs)
+        return put_together(parts, route)
+
+    @property
+    def _route(self) -> Route:
+        assert self.route is not None
+        return self.route
+
+    def _as_one(self, plans: list[ActivePlan], bare: OfSomeRows) -> Callable[[], Tensor]:
+        """Returns the function that runs equal adapters as one."""
+        return as_one(plans, self.module, bare, self._inside, self.form_taken, self.prepared)
+
+    def _inside(self, acting: ActivePlan) -> Forward:
+        return self.part(acting).inner()
+
+    def _of_its_rows(self, bare: OfSomeRows) -> Forward:
+        """Returns the forward for the rows of one adapter: in the activation form where there is one, in evaluation
+        too, where one forward of the base does for all rows."""
+        form = self.form_taken(self.acting)
+        if form is not None:
+            return self.around(form.around(bare, self.prepared(form)))
+        return self.around(self.inner() if self.acting.effects else bare)
+
+    def _all_rows(self, whole: OneForward) -> Any:
+        """Run each adapter of a route on all rows, and choose among the outputs row by row."""
+        output = whole(*self.args, **self.kwargs)
+        for position, acting in enumerate(self.plan.routed):
+            if not (acting.effects or acting.onion):
+                continue
+            call = self.around(self.part(acting).inner() if acting.effects else whole, acting)
+            with draws_of(forward_context(), self._route, position, self.slot.path, alone=False):
+                other = call(*self.args, **self.kwargs)
+            output = select_rows(output, other, self._route, position)
+        return output
+
+    def _factors(self, count: int | None) -> list[tuple[int, Mount, Factors]] | None:
+        """Returns the factors of all low-rank updates where these can be added in one product: nothing is dropped,
+        factors are parameters, whose gradients cost no product more, hardly any rank is padded, and no single tokens
+        are routed, each of which would have factors of its own; otherwise None. Compiled, in evaluation, all are."""
+        updates, compiling = self.plan.updates, torch.compiler.is_compiling()
+        if (
+            not updates
+            or self._route.tokens
+            or not (compiling or all(mount.operator.factors_are_parameters for _, mount in updates))
+        ):
+            return None
+        if any(mount.operator.training and mount.operator.input_dropout for _, mount in updates):
+            return None
+        if self._trains() if compiling else count is None:
+            return None
+        found = []
+        for position, mount in updates:
+            factors = mount.operator.factors()
+            if factors is not None:
+                found.append((position, mount, factors))
+        if compiling:
+            return found
+        rank_of = {position: len(A) for position, _, (A, _, _) in found}
+        ranks = [rank_of.get(position, 0) for position in self._route.positions]
+        A, B, _ = found[0][2]
+        padding = sum(max(ranks) - rank for rank in ranks) * (A.shape[1] + len(B))
+        return found if padding <= PADDING * len(ranks) * A.shape[1] * len(B) else None
+
+    def _is_one_map(self) -> bool:
+        """Whether the module is called with one tensor, and nothing inside it can tell rows from each other or acts
+        there."""
+        whole = not self.module._modules and MANAGED not in vars(self.module) and not transformed()
+        return whole and len(self.args) == 1 and not self.kwargs and isinstance(self.args[0], Tensor)
+
+    def form_taken(self, acting: ActivePlan) -> ActivationForm | None:
+        """Returns the activation form that an adapter of a route takes for its rows; None where it takes none. It does
+        in evaluation too, where one forward of the base does for all of them."""
+        form = acting.activation_form
+        alone = len(self.args) == 1 and not self.kwargs and not (acting.low_memory and self._trains())
+        return form if form is not None and alone and form.operator.prefers_activation_form(*self.args) else None
+
+    def _wants_rows_alone(self, acting: ActivePlan) -> bool:
+        """Whether the bare base model's output for the rows of an adapter would be made for nothing."""
+        form = self.form_taken(acting)
+        if form is not None:
+            return form.operator.changes_inputs
+        return bool(acting.effects) or any(mount.operator.changes_inputs for mount in acting.onion)
+
+    # Branches of a composition
+
+    def branches(self) -> Any:
+        """Run the branches of a composition and combine their outputs. Branches that only wrap share one base
+        forward."""
+        plan = self.plan
+        assert plan.composition is not None
+        bare = self.part(ActivePlan(attributes=self.acting.attributes))
+        shared = Calls(OneForward(bare.inner(), self.module))
+        of_plan: dict[int, Any] = {}
+        outputs: dict[Active, Any] = {}
+        with branches(forward_context()) as begin:
+            for names, acting in plan.branches.items():
+                if id(acting) not in of_plan:
+                    begin()
+                    inside = self.part(acting).inner() if acting.effects or acting.attention else shared
+                    of_plan[id(acting)] = self.around(inside, acting)(*self.args, **self.kwargs)
+                outputs[names] = of_plan[id(acting)]
+            return composed(plan.composition, outputs, plan.combiners, shared)
+
+
+PADDING = 0.02
+"""The share of the base's product that padding lower ranks may cost, where updates of all adapters are one product."""
+
+
+def _make_now(path: str, make: Callable[[], Tensor | None]) -> Tensor | None:
+    return make()
+
+
+def _is_offloaded(operator: nn.Module, x: Tensor) -> bool:
+    """Whether the operator's values are elsewhere until it is called itself (accelerate's offload)."""
+    return not x.is_meta and any(each is not None and each.is_meta for each in operator._parameters.values())
+
+
+def _acting(plan: ActivePlan) -> ActivePlan | None:
+    """Returns a plan by which something acts; rows of others are those of the bare base model."""
+    return plan if plan.effects or plan.onion else None
+
+
+def _runs_on_some_rows(module: nn.Module) -> bool:
+    """Whether a module can run on some rows of a batch by themselves: nothing acts in it, where they would be taken for
+    all, and it makes no statistics of batches."""
+    inside = [*module.modules()]
+    acts_within = any(slot_of(each) is not None for each in inside[1:])
+    return not acts_within and not (module.training and any(each._buffers for each in inside))
