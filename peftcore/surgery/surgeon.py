@@ -233,9 +233,11 @@ class Surgeon:
         operator: Callable[..., O],
         config: MethodConfig | None = None,
         holders: tuple[Site, ...] = (),
+        **own: Any,
     ) -> O:
-        """Put ``operator(site, config)`` at a site: built from (seed, path), moved to the site's device, in the wished
-        dtype. At `holders` the same operator acts too; see `Operator.at`.
+        """Put ``operator(site, config, **own)`` at a site: built from (seed, path), moved to the site's device, in the
+        wished dtype. Without `config` it is ``operator(site, **own)``. At `holders` the same operator acts too; see
+        `Operator.at`.
 
         Raises:
             UnsupportedSite: the operator wraps a forward, but the site is a tensor that is read, not called; or it
@@ -244,7 +246,8 @@ class Surgeon:
         """
         if (path := site.path) in self._paths:
             raise PluginError(f"{self.method.name} grafts {path} twice")
-        built: O = self._build(path, lambda: operator(site, config.at(path)) if config else operator(site), site)
+        options = (config.at(path),) if config else ()
+        built: O = self._build(path, lambda: operator(site, *options, **own), site)
         if isinstance(built, Operator) and site.form == "weight" and not is_mergeable(built):
             if site.layer.in_pieces:
                 raise UnsupportedSite(
@@ -264,14 +267,14 @@ class Surgeon:
         self._record(Graft(site, built, (site, *holders), self._by_method, self.part))
         return built
 
-    def attention(self, site: Site, operator: Callable[..., O], config: MethodConfig | None = None) -> O:
-        """Put ``operator(site, config)``, an `AttentionOperator`, inside an attention module: around what its queries,
-        keys and values go through.
+    def attention(self, site: Site, operator: Callable[..., O], config: MethodConfig | None = None, **own: Any) -> O:
+        """Put ``operator(site, config, **own)``, an `AttentionOperator`, inside an attention module: around what its
+        queries, keys and values go through.
 
         Raises:
             UnsupportedSite: the module's attention cannot be edited.
         """
-        return self.graft(self.attention_site(site), operator, config)
+        return self.graft(self.attention_site(site), operator, config, **own)
 
     def attention_site(self, site: Site) -> AttentionSite:
         """Returns the attention at a site, with the sizes of its heads; raises UnsupportedSite where it cannot be
@@ -286,11 +289,12 @@ class Surgeon:
         behind: bool = False,
         blocks: Sequence[int] = (),
         counted: bool = False,
+        **own: Any,
     ) -> O:
-        """Put ``operator(site, config)``, a `SequenceOperator`, at a stack: its virtual tokens go in front of the
-        tokens; with `behind`, once these are embedded, with their positions; with `blocks`, the numbers of blocks of
-        the stack, an `InnerRows` makes them at these blocks, and no token sees them below the first. Where block 0 is
-        one of them, they may be `counted`: positions of tokens go on behind them, as behind words.
+        """Put ``operator(site, config, **own)``, a `SequenceOperator`, at a stack: its virtual tokens go in front of
+        the tokens; with `behind`, once these are embedded, with their positions; with `blocks`, the numbers of blocks
+        of the stack, an `InnerRows` makes them at these blocks, and no token sees them below the first. Where block 0
+        is one of them, they may be `counted`: positions of tokens go on behind them, as behind words.
 
         Raises:
             UnsupportedSite: the site is no stack: no module that takes token ids, embeds them and runs blocks; or the
@@ -300,16 +304,18 @@ class Surgeon:
         """
         found = self.sequence_site(site)
         if blocks:
-            return self._inside(inside(found, self.resolver, blocks, counted), operator, config)
+            return self._inside(inside(found, self.resolver, blocks, counted), operator, config, own)
         found = found.behind_embeddings() if behind else found
-        return self.graft(found, operator, config, found.places)
+        return self.graft(found, operator, config, found.places, **own)
 
-    def _inside(self, site: InnerSite, operator: Callable[..., O], config: MethodConfig | None) -> O:
-        built = self.graft(site, operator, config, site.places)
+    def _inside(
+        self, site: InnerSite, operator: Callable[..., O], config: MethodConfig | None, own: Mapping[str, Any]
+    ) -> O:
+        built = self.graft(site, operator, config, site.places, **own)
         if not isinstance(built, InnerRows):
             raise PluginError(f"{type(built).__name__} is no InnerRows, so it makes no rows at blocks")
         for attention, depth in site.hiding:
-            self.graft(attention, lambda at, depth=depth: Unseen(at, depth, built.standing))
+            self.graft(attention, Unseen, depth=depth, standing=built.standing)
         return built
 
     def blocks_of(self, site: Site) -> int:

@@ -10,6 +10,7 @@ from core_toys import (
     BreakingOperator,
     Fragile,
     Shift,
+    ShiftOperator,
     TiedLanguageModel,
     perceptron,
     snapshot,
@@ -19,6 +20,7 @@ from core_toys import (
 from torch import nn
 
 import peftcore
+from peftcore.author import Site
 from peftcore.errors import (
     PluginError,
 )
@@ -184,3 +186,22 @@ def test_tied_weight_has_one_value_for_all_its_holders() -> None:
 def test_both_ends_of_a_tie_named_in_train_share_one_value() -> None:
     injection = peftcore.apply(TiedLanguageModel(), "lora", target="inner", train=["lm_head", "embed_tokens"])
     assert len([path for path in injection.operators if path != "inner"]) == 1
+
+
+def test_an_operator_is_given_the_keywords_of_its_graft() -> None:
+    class Told(ShiftOperator):
+        def __init__(self, site: Site, config: Any, *, by: float, name: str = "") -> None:
+            super().__init__(site, config)
+            self.by, self.called = by, name
+
+    class Telling(Shift):
+        name = "toy_telling"
+
+        def inject(self, model: nn.Module, config: Any, surgeon: Any) -> None:
+            for number, site in enumerate(surgeon.sites()):
+                surgeon.graft(site, Told, config, by=float(number), name=site.path)
+
+    injection = peftcore.apply(transformer(), Telling, target="re:.*up_proj")
+    assert [(each.by, each.called) for each in injection.operators.values()] == [
+        (float(number), path) for number, path in enumerate(injection.operators)
+    ]

@@ -147,7 +147,7 @@ class APT(Method):
         for site in sites:
             block, given = block_around(surgeon, site, each_run=True), Tap()
             visible = VisibleTokens(stacks.of(site))
-            surgeon.graft(block, lambda at, given=given: Reader(at, given))
+            surgeon.graft(block, Reader, given=given)
             surgeon.attention(
                 site,
                 lambda at, own, more=(block, given, visible): AdaptivePrefix(

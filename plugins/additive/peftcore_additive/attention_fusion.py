@@ -108,7 +108,7 @@ class AttentionFusion(Method):
         fusion = surgeon.own("fusion", lambda: Fusion(last.width, config))
         for site, taps in places:
             own = fusion if site is last else None
-            surgeon.graft(site, lambda at, taps=taps, own=own: FusionOperator(at, taps, own))
+            surgeon.graft(site, FusionOperator, taps=taps, fusion=own)
 
     @staticmethod
     def parameter_count(site: Site, config: AttentionFusionConfig) -> int:

@@ -144,7 +144,7 @@ class CoDA(Method):
             if makes:
                 raise UnsupportedSite(f"{makes[0]} counts the tokens of its block, which would be others")
             visible = VisibleTokens(stack)
-            surgeon.graft(site, lambda at, own, visible=visible: ConditionalOperator(at, own, visible), config)
+            surgeon.graft(site, ConditionalOperator, config, visible=visible)
 
     @staticmethod
     def parameter_count(site: BlockSite, config: CoDAConfig) -> int:

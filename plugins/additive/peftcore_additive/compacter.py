@@ -154,7 +154,7 @@ class Compacter(Method):
                 continue
             rule = surgeon.own(f"rule_{own.phm_dim}", partial(Rule, own)) if own.rules and own.shared_rule else None
             place = branch_end(surgeon, site, own.joins)
-            surgeon.graft(place, lambda s, c, rule=rule: CompacterOperator(s, c, rule), config, place.places)
+            surgeon.graft(place, CompacterOperator, config, place.places, rule=rule)
         for site in surgeon.at("norm.*") if config.train_layer_norm else ():
             surgeon.train(site.module_path)
 

@@ -122,7 +122,7 @@ class InfoPrompt(Method):
     def inject(self, model: nn.Module, config: InfoPromptConfig, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
             stack, own, told = surgeon.sequence_site(site), config.at(site.path), Tap()
-            surgeon.sequence(site, lambda at, options, told=told: InfoPromptOperator(at, options, told), config)
+            surgeon.sequence(site, InfoPromptOperator, config, told=told)
             heads = [head for head in head_sites(surgeon) if head.in_features == stack.out_features]
             if not own.head_weight or not heads:
                 continue

@@ -167,7 +167,7 @@ class KAdapter(Method):
         for number, site in enumerate(sites):
             state, ends = states.get(number), chain if number == count - 1 else None
             if state or ends:
-                surgeon.graft(site, lambda at, state=state, ends=ends: KAdapterOperator(at, state, ends))
+                surgeon.graft(site, KAdapterOperator, state=state, chain=ends)
 
     @staticmethod
     def parameter_count(site: Site, config: KAdapterConfig) -> int:

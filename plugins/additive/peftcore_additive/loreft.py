@@ -124,7 +124,7 @@ class LoReFT(Method):
         stacks = TokenStacks(surgeon)
         for site in _chosen(surgeon, stacks, config):
             generates = stacks.generates(site)
-            surgeon.graft(site, lambda at, own, generates=generates: ReftOperator(at, own, generates), config)
+            surgeon.graft(site, ReftOperator, config, generates=generates)
 
     @staticmethod
     def parameter_count(site: BlockSite, config: LoReFTConfig) -> int:

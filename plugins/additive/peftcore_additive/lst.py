@@ -137,7 +137,7 @@ class LST(Method):
         visible = VisibleTokens(TokenStacks(surgeon).of(sites[0]))
         for site, taps in places:
             ladder = Ladder(down, blocks, up, site.blocks) if site is sites[-1] else None
-            surgeon.graft(site, lambda at, taps=taps, ladder=ladder: LadderOperator(at, taps, visible, ladder))
+            surgeon.graft(site, LadderOperator, taps=taps, visible=visible, ladder=ladder)
 
     @staticmethod
     def parameter_count(site: Site, config: LSTConfig) -> int:

@@ -114,7 +114,7 @@ class PfeifferAdapter(Method):
 
     def inject(self, model: nn.Module, config: PfeifferAdapterConfig, surgeon: Surgeon) -> None:
         for site, placement, holders in placed(surgeon, surgeon.sites(), lambda site: config.at(site.path).placement):
-            surgeon.graft(site, lambda s, c, placement=placement: PfeifferOperator(s, c, placement), config, holders)
+            surgeon.graft(site, PfeifferOperator, config, holders, placement=placement)
 
     @staticmethod
     def parameter_count(site: Site, config: PfeifferAdapterConfig) -> int:

@@ -107,7 +107,7 @@ class ResTuning(Method):
             steps.append(surgeon.own(site.path.replace(".", "_"), partial(Step, *sizes)))
         for site, taps in places:
             own = steps if site is last else []
-            surgeon.graft(site, lambda at, taps=taps, own=own: BypassOperator(at, taps, own))
+            surgeon.graft(site, BypassOperator, taps=taps, steps=own)
 
     @staticmethod
     def parameter_count(site: Site, config: ResTuningConfig) -> int:

@@ -149,7 +149,7 @@ class Shadow(Method):
             raise UnsupportedSite(f"{stack.path} embeds tokens {stack.out_features} wide, blocks are {sites[0].width}")
         guest = guest_network(surgeon, stack, {**config.sizes, "num_hidden_layers": config.layers}, config.own_table)
         states = [Tap(until_backward=True) for _ in sites]  # what the shadow was at each block
-        surgeon.graft(stack, lambda at: GuestOperator(at, guest, states[0]))
+        surgeon.graft(stack, GuestOperator, guest=guest, states=states[0])
         before = None
         for number, site in enumerate(sites):
             taps = states[max(number - 1, 0)], states[number]
@@ -160,7 +160,7 @@ class Shadow(Method):
             head, own = max(heads, key=lambda each: each.out_features), None
             if head.out_features < stack.in_features:  # it classifies
                 own = surgeon.own("head", lambda: copied(head))
-            surgeon.graft(head, lambda at: GuestLoss(at, states[0], config.guest_weight, own))
+            surgeon.graft(head, GuestLoss, states=states[0], weight=config.guest_weight, head=own)
 
     @staticmethod
     def parameter_count(site: Site, config: ShadowConfig) -> int:

@@ -130,8 +130,8 @@ class SideTuning(Method):
         guest = guest_network(surgeon, stack, sizes, config.own_table, encoders=True)
         states = Tap(until_backward=True)
         merge = FIXED.get(config.merge) or surgeon.own("blend", lambda: Blend(config.alpha))
-        surgeon.graft(stack, lambda at: GuestOperator(at, guest, states))
-        surgeon.graft(last, lambda at: BlendOperator(at, merge, states))
+        surgeon.graft(stack, GuestOperator, guest=guest, states=states)
+        surgeon.graft(last, BlendOperator, merge=merge, states=states)
 
     @staticmethod
     def parameter_count(site: Site, config: SideTuningConfig) -> int:

@@ -141,7 +141,7 @@ def control(surgeon: Surgeon, config: Any, make: Callable[[Any, Tap], nn.Module]
             copies[unet] = Copy(network, inputs, lender if borrows else None)
             if inputs is not None:
                 at = dataclasses.replace(surgeon.resolver.module_site(unet), meta=site.meta)
-                surgeon.graft(at, lambda at, copy=copies[unet]: InputsOperator(at, copy))
+                surgeon.graft(at, InputsOperator, copy=copies[unet])
         parts = skips, copies[unet]
         surgeon.graft(site, lambda at, parts=parts: ControlsOperator(at, config, *parts)).first = first
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -62,7 +61,7 @@ def read_layers(surgeon: Surgeon, keys: Iterable[Site] | None = None, left_out: 
     wanted = {site.module_path for site in every} if keys is None else {around(site) for site in keys}
     reading = [(layer, site) for layer, site in enumerate(every) if site.module_path in wanted]
     for layer, site in reading:
-        surgeon.graft(site, functools.partial(LayerReader, layer=layer, layers=len(every), left_out=left_out))
+        surgeon.graft(site, LayerReader, layer=layer, layers=len(every), left_out=left_out)
     return len(every), {site.module_path for _, site in reading}
 
 

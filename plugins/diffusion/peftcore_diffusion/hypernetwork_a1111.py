@@ -105,7 +105,7 @@ class HypernetworkA1111(Method):
                     f"structure={config.structure} leaves nothing of the {width} values that {site.path} reads"
                 )
             network = surgeon.own(f"{part}{width}", lambda widths=widths: ContextNetwork(widths, **parts))
-            surgeon.graft(site, lambda at, network=network: HypernetworkOperator(at, config.scale, network))
+            surgeon.graft(site, HypernetworkOperator, scale=config.scale, network=network)
 
     @staticmethod
     def parameter_count(site: Site, config: HypernetworkA1111Config) -> int:

@@ -114,7 +114,7 @@ class IPAdapter(Method):
                 sizes = config.embed_dim, config.tokens, width
                 projection = surgeon.own(f"projection{width}", lambda sizes=sizes: Projection(*sizes))
             known = {"heads": heads, "key": key, "value": value, "query": Tap(), "projection": projection}
-            surgeon.graft(query, lambda at, tap=known["query"]: QueryOperator(at, tap))
+            surgeon.graft(query, QueryOperator, query=known["query"])
             surgeon.graft(ImageSite(**vars(out), **known), IPAdapterOperator, config)
 
     @staticmethod

@@ -31,7 +31,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Literal
 
 import torch
@@ -125,7 +124,7 @@ class LiDB(Method):
 
     def inject(self, model: nn.Module, config: LiDBConfig, surgeon: Surgeon) -> None:
         for number, site in enumerate(surgeon.sites()):
-            surgeon.graft(site, partial(LiDBOperator, number=number), config)
+            surgeon.graft(site, LiDBOperator, config, number=number)
 
     @staticmethod
     def parameter_count(site: Site, config: LiDBConfig) -> int:

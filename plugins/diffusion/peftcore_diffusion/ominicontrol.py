@@ -25,7 +25,6 @@ and ip_adapter do that. It cannot be merged, and costs a second image's time.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -156,7 +155,7 @@ class OminiControl(Method):
             owner = max((path for path in streams if _holds(path, site)), key=len, default=None)
             if owner is None or site.form != "activation":
                 raise UnsupportedSite(f"{site.path or 'the host'} is no module of a diffusion transformer")
-            surgeon.graft(site, functools.partial(ConditionOperator, turn=streams[owner].turn), config)
+            surgeon.graft(site, ConditionOperator, config, turn=streams[owner].turn)
 
     @staticmethod
     def parameter_count(site: Site, config: OminiControlConfig) -> int:

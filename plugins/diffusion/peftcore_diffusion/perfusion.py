@@ -148,7 +148,7 @@ class Perfusion(Method):
             if site.role not in ("cross.k", "cross.v") or not sees_vectors(site):
                 raise UnsupportedSite(f"{site.path} is no linear layer for the keys or values of a text: exclude it")
             texts = surgeon.own(f"texts_{site.in_features}", partial(Texts, site.in_features))
-            surgeon.graft(site, partial(PerfusionOperator, texts=texts), config)
+            surgeon.graft(site, PerfusionOperator, config, texts=texts)
         if config.tokens:
             words = textual_inversion.TextualInversionConfig(tokens=config.tokens, initializer=config.initializer)
             surgeon.include("words", textual_inversion.TextualInversion(), words, "embed")

@@ -27,7 +27,6 @@ Use it where it is not known which of the three suits the task.
 
 from __future__ import annotations
 
-import functools
 from typing import Literal
 
 import torch
@@ -112,7 +111,7 @@ class UniPELT(Method):
             _adapt_attention(site, inside, config, surgeon)
         blocks = [site for site in sites if site.role in BLOCKS]
         for site, placement, holders in placed(surgeon, blocks, lambda site: config.at(site.path).adapter_placement):
-            surgeon.graft(site, functools.partial(_gated, placement=placement), config, holders)
+            surgeon.graft(site, _gated, config, holders, placement=placement)
 
     @staticmethod
     def parameter_count(site: Site, config: UniPELTConfig) -> int:
@@ -144,9 +143,9 @@ def _adapt_attention(site: Site, inside: list[Site], config: UniPELTConfig, surg
     opening = Tap()
     queries = [each for each in inside if each.role in QUERIES]
     if queries or surgeon.wishes.exclude is None:  # where queries are excluded, the prefix goes with its gate
-        surgeon.attention(site, lambda place, own: GatedPrefix(place, own, surgeon, opening), config)
+        surgeon.attention(site, GatedPrefix, config, surgeon=surgeon, opening=opening)
         if not queries:
             raise UnsupportedSite(f"{site.path}: no matrix inside makes queries of what the attention reads")
     for each in inside:
         tap = opening if each in queries else None
-        surgeon.graft(each, functools.partial(_gated_update, prefix=tap), config)
+        surgeon.graft(each, _gated_update, config, prefix=tap)

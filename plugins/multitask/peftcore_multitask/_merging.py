@@ -7,7 +7,6 @@ biases is combined in the same way. What is no change of a weight (a dropout of 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Self
 
@@ -159,9 +158,7 @@ def merge_parts(surgeon: Surgeon, config: PartsConfig, operator: Callable[..., M
             if not is_mergeable(graft.operator):
                 raise UnsupportedSite(f"{graft.site.path}: {type(graft.operator).__name__} is no change of a weight")
         first = next(iter(members.values()))
-        surgeon.graft(
-            first.site, functools.partial(operator, members=members, number=number), config, first.holders[1:]
-        )
+        surgeon.graft(first.site, operator, config, first.holders[1:], members=members, number=number)
 
 
 def _check_apart(groups: Mapping[Key, Members]) -> None:

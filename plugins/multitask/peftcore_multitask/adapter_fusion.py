@@ -127,7 +127,7 @@ class AdapterFusion(OfMergedParts, Method):
         adapters = config.adapters or []
         for site, *others in of_host(surgeon, adapters) if adapters else ():
             mixes = mixes_inputs(site, config.at(site.path).mixes, only_inputs(model, adapters, [site, *others]))
-            surgeon.graft(site, functools.partial(FusionOperator, mixes_inputs=mixes), config, tuple(others))
+            surgeon.graft(site, FusionOperator, config, tuple(others), mixes_inputs=mixes)
         for site, holders, members in of_parts(surgeon, config.parts) if not config.adapters else ():
             can = all(operator.only_inputs for part in members for operator in part)
             make = functools.partial(

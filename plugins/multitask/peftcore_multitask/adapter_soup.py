@@ -15,7 +15,6 @@ Use it with `peftcore_multitask.gather` for adapters of related domains, trained
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal, Self
 
@@ -125,4 +124,4 @@ class AdapterSoup(OfMergedParts, Method):
             if not whole and (site.form != "activation" or first.holders[1:]):
                 raise UnsupportedSite(f"{site.path}: a soup stands at weights and around modules, not in an attention")
             operator = SoupOperator if whole else SoupAround
-            surgeon.graft(site, functools.partial(operator, members=members), config, first.holders[1:])
+            surgeon.graft(site, operator, config, first.holders[1:], members=members)

@@ -21,7 +21,6 @@ Use it with `peftcore_multitask.gather` for a library of LoRAs and inputs of whi
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import ClassVar, Literal, Self
 
@@ -128,4 +127,4 @@ class Arrow(OfMergedParts, Method):
             }
             if general and len(shapes) > 2:
                 raise UnsupportedSite(f"{site.path}: parts have several ranks, between which nothing can be taken away")
-            surgeon.graft(site, functools.partial(ArrowOperator, members=members), config)
+            surgeon.graft(site, ArrowOperator, config, members=members)

@@ -28,7 +28,6 @@ nothing (multitask_prompt_tuning), nor where a prompt need not depend on the tex
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any, ClassVar, Literal, Self
 
@@ -160,7 +159,7 @@ class Attempt(OfMergedParts, Method):
             lengths: set[Any] = {graft.operator.length for graft in members.values()}
             if lengths != {length_of(config.parts[0])}:
                 raise UnsupportedSite(f"{site.path}: sources of lengths {sorted(lengths)}; overrides change none")
-            surgeon.graft(site, functools.partial(AttemptOperator, members=members), config, first.holders[1:])
+            surgeon.graft(site, AttemptOperator, config, first.holders[1:], members=members)
 
     def parts_gathered(self, injection: AppliedMethod) -> None:
         operators: Any = injection.operators

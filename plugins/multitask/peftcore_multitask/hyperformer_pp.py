@@ -135,9 +135,7 @@ class HyperFormer(Method):
         for site in sites:
             known = known_of(surgeon, site, config) if config.shared else None
             place = branch_end(surgeon, site, config.at(site.path).joins)
-            surgeon.graft(
-                place, lambda at, own, known=known: HyperFormerOperator(at, own, table, known), config, place.places
-            )
+            surgeon.graft(place, HyperFormerOperator, config, place.places, table=table, known=known)
         for site in surgeon.at("norm.*") if config.train_layer_norm else ():
             surgeon.train(site.module_path)
 

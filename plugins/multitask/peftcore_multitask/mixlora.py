@@ -163,7 +163,7 @@ class MixLoRA(Method):
                 surgeon.graft(whole, make, config)
             matrix = MatrixSite(**vars(site), experts=1 if whole is None else config.experts)
             chosen = None if whole is None else taps[whole.path]
-            surgeon.graft(matrix, functools.partial(UpdateOperator, chosen=chosen), config)
+            surgeon.graft(matrix, UpdateOperator, config, chosen=chosen)
         if not taps:
             raise UnsupportedSite("no target is a matrix of a feed-forward, so nothing would be routed; take lora")
 

@@ -135,7 +135,7 @@ class MoAAdapters(Method):
         self.balances = Tap()
         for site in surgeon.sites():
             place = branch_end(surgeon, site, config.at(site.path).joins)
-            surgeon.graft(place, lambda at, own: MixtureOperator(at, own, self.balances), config, place.places)
+            surgeon.graft(place, MixtureOperator, config, place.places, balances=self.balances)
 
     def output_loss(self, injection: AppliedMethod, output: Any, call: ForwardContext) -> Tensor | None:
         loss, config = imbalance(self.balances), injection.config

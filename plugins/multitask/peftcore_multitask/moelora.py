@@ -20,7 +20,6 @@ Use it for tasks that are known, of which some have little data: one adapter cos
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Literal, Self
@@ -124,7 +123,7 @@ class MOELoRA(Method):
             raise ConfigError(f"moelora: overrides do not change {names}: give one value for all sites{remedy}")
         shared = surgeon.own("tasks", lambda: TaskGate(config)) if config.gate == "shared" else None
         for site in surgeon.sites():
-            surgeon.graft(site, functools.partial(MOELoRAOperator, shared=shared), config)
+            surgeon.graft(site, MOELoRAOperator, config, shared=shared)
 
     @staticmethod
     def parameter_count(site: Site, config: MOELoRAConfig) -> int:

@@ -158,7 +158,7 @@ class PHA(Method):
             retriever = surgeon.own("retriever", lambda: Retriever(width, config))
             contrast = Contrast(seen, config, retriever, prototypes)
             if end is not None:
-                surgeon.graft(end, functools.partial(ReadingOperator, stack=stack, contrast=contrast), config)
+                surgeon.graft(end, ReadingOperator, config, stack=stack, contrast=contrast)
                 last = end
         for place in places:
             around = stacks.of(place)

@@ -145,7 +145,7 @@ class Polyhistor(Method):
         for site in sites:
             place = branch_end(surgeon, site, config.at(site.path).joins)
             scaled_site = ScaledSite(**vars(place), times=site.out_features // width)
-            surgeon.graft(scaled_site, lambda at, own: PolyhistorOperator(at, own, templates), config, place.places)
+            surgeon.graft(scaled_site, PolyhistorOperator, config, place.places, templates=templates)
 
     @staticmethod
     def parameter_count(site: ScaledSite, config: PolyhistorConfig) -> int:

@@ -32,7 +32,6 @@ at once (`hydralora`), nor for LoRAs out of files, with which no attention was t
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Literal
@@ -164,9 +163,9 @@ class SAPT(Method):
     def inject(self, model: nn.Module, config: SAPTConfig, surgeon: Surgeon) -> None:
         sites, decided = surgeon.sites(), Tap(until_backward=True)
         place, stack, table = deciding_place(surgeon, sites)
-        surgeon.graft(place, functools.partial(SharedAttention, stack=stack, decided=decided), config, table)
+        surgeon.graft(place, SharedAttention, config, table, stack=stack, decided=decided)
         for site in sites:
-            surgeon.graft(site, functools.partial(SAPTOperator, decided=decided), config)
+            surgeon.graft(site, SAPTOperator, config, decided=decided)
 
     def trainable(self, model: nn.Module, config: SAPTConfig, injection: AppliedMethod) -> None:
         super().trainable(model, config, injection)

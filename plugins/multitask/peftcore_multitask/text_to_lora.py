@@ -137,7 +137,7 @@ class TextToLoRA(Method):
         alike = Counter(map(kind_name, sites))
         for site in sites:
             known = known_of(surgeon, site, config, alike[kind_name(site)])
-            surgeon.graft(site, lambda at, own, known=known: TextToLoRAOperator(at, own, known), config)
+            surgeon.graft(site, TextToLoRAOperator, config, known=known)
 
     @staticmethod
     def parameter_count(site: Site, config: TextToLoRAConfig) -> int:

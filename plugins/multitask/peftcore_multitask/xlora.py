@@ -159,7 +159,7 @@ class XLoRA(OfMergedParts, Method):
         width = stream_width(surgeon, stack)
         layers = surgeon.own("classifier", lambda: classifier(width, outputs, config))
         shares = Tap(until_backward=True)
-        surgeon.graft(stack, functools.partial(ClassifierOperator, classifier=layers, shares=shares), config)
+        surgeon.graft(stack, ClassifierOperator, config, classifier=layers, shares=shares)
         for number, (graft, members) in enumerate(groups):
             make = functools.partial(XLoRAOperator, members=members, shares=shares, number=number)
             surgeon.graft(graft.site, make, config)

@@ -54,7 +54,7 @@ def graft_between(
         shapes = (rows_of_A * own.rank, width), (rows, own.rank)
         make = functools.partial(Basis, own.projection_seed, draw, *shapes, own.store_basis)
         basis = surgeon.own(own_name(f"basis_{own.projection_seed}_{own.rank}", own.store_basis), make)
-        surgeon.graft(site, functools.partial(operator, basis=basis), config)
+        surgeon.graft(site, operator, config, basis=basis)
 
 
 def own_name(name: str, stored: bool) -> str:

@@ -24,7 +24,6 @@ Use it where the rank is to be chosen after training; not where it is known, as 
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Literal, Self
 
 import torch
@@ -133,7 +132,7 @@ class DyLoRA(Method):
     def inject(self, model: nn.Module, config: DyLoRAConfig, surgeon: Surgeon) -> None:
         drawn = Tap(until_backward=True)
         for site in surgeon.sites():
-            surgeon.graft(site, partial(DyLoRAOperator, drawn=drawn), config)
+            surgeon.graft(site, DyLoRAOperator, config, drawn=drawn)
 
     @staticmethod
     def parameter_count(site: Site, config: DyLoRAConfig) -> int:

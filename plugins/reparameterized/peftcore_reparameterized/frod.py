@@ -118,7 +118,7 @@ class FRoD(Method):
             count = entries(columns(sites[0]), config)
             basis = surgeon.own(name, partial(Joint, counted, count, config.ridge, config.projection_seed))
             for site in sites:
-                surgeon.graft(site, partial(FRoDOperator, joint=basis), config)
+                surgeon.graft(site, FRoDOperator, config, joint=basis)
 
     @staticmethod
     def parameter_count(site: Site, config: FRoDConfig) -> int:

@@ -103,7 +103,7 @@ class Lily(Method):
             names = f"A_{group}_{seen[group] // config.stride}", f"B_{group}"
             A = surgeon.own(names[0], partial(Factor, (config.rank, *inputs), False))
             B = surgeon.own(names[1], partial(Factor, (config.experts, config.rank, out), True))
-            surgeon.graft(site, partial(LilyOperator, A=(names[0], A), B=(names[1], B)), config)
+            surgeon.graft(site, LilyOperator, config, A=(names[0], A), B=(names[1], B))
 
     @staticmethod
     def parameter_count(site: Site, config: LilyConfig) -> int:

@@ -29,7 +29,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Literal
 
 import torch
@@ -153,7 +152,7 @@ class MonteCLoRA(Method):
     def inject(self, model: nn.Module, config: MonteCLoRAConfig, surgeon: Surgeon) -> None:
         sites = surgeon.sites()
         for site in sites:
-            surgeon.graft(site, partial(MonteCLoRAOperator, share=1 / len(sites)), config)
+            surgeon.graft(site, MonteCLoRAOperator, config, share=1 / len(sites))
 
     @staticmethod
     def parameter_count(site: Site, config: MonteCLoRAConfig) -> int:

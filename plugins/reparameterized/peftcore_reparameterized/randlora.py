@@ -155,7 +155,7 @@ class RandLoRA(Method):
             own = config.at(site.path)  # a site with other options has bases of its own
             name = own_name(f"{own.basis}_{own.projection_seed}_{own.rank}", own.store_basis)
             basis = surgeon.own(name, partial(Bases, own, short, long, span))
-            surgeon.graft(site, partial(RandLoRAOperator, basis=basis), config)
+            surgeon.graft(site, RandLoRAOperator, config, basis=basis)
 
     @staticmethod
     def parameter_count(site: Site, config: RandLoRAConfig) -> int:

@@ -106,7 +106,7 @@ class TinyLoRA(Method):
         for number, site in enumerate(sites):
             name = f"v_{group_of(number, len(sites), config.tying)}"
             vector = surgeon.own(name, partial(Vector, config.u))
-            surgeon.graft(site, partial(TinyLoRAOperator, number=number, vector=vector), config)
+            surgeon.graft(site, TinyLoRAOperator, config, number=number, vector=vector)
 
     @staticmethod
     def parameter_count(site: Site, config: TinyLoRAConfig) -> int:

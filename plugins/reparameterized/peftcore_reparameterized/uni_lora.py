@@ -121,7 +121,7 @@ class UniLoRA(Method):
         total, start = sum(counts), 0
         theta = surgeon.own("theta", partial(Theta, config, total))
         for site, count in zip(sites, counts, strict=True):
-            surgeon.graft(site, partial(UniLoRAOperator, theta=theta, start=start, total=total), config)
+            surgeon.graft(site, UniLoRAOperator, config, theta=theta, start=start, total=total)
             start += count
 
     @staticmethod

@@ -129,7 +129,7 @@ class VBLoRA(Method):
             raise ConfigError("vb_lora: all sites share one bank, so overrides cannot change its size or its start")
         bank = surgeon.own("bank", lambda: Bank(config))
         for site in surgeon.sites():
-            surgeon.graft(site, lambda at, own: VBLoRAOperator(at, own, bank), config)
+            surgeon.graft(site, VBLoRAOperator, config, bank=bank)
 
     def parameter_groups(self, injection: AppliedMethod, *, lr: float, **defaults: Any) -> list[dict[str, Any]]:
         logits = [p for graft in injection.grafts if graft.by_method for p in graft.operator.parameters()]

@@ -120,7 +120,7 @@ class FishMask(Method):
         start = 0
         for each in tensors:
             holders = tuple(map(_stored, tied_to(each, surgeon)))
-            surgeon.graft(_stored(each), lambda site, start=start: FishOperator(site, start, mask), None, holders)
+            surgeon.graft(_stored(each), FishOperator, None, holders, start=start, mask=mask)
             start += each.numel
 
     def calibrate(self, model: nn.Module, data: Batches, config: FishMaskConfig, injection: AppliedMethod) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -55,7 +54,7 @@ class Taps:
         tower = patches[0].path if patches else ""
         seen = () if tower in self.lies else tuple(patches)
         lie = self.lies.setdefault(tower, Tap(until_backward=True))
-        surgeon.graft(site, partial(make, taps=self, lie=lie), config, (*site.places, *seen))
+        surgeon.graft(site, make, config, (*site.places, *seen), taps=self, lie=lie)
 
 
 class Dispatcher(Bypass):

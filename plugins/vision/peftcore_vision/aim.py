@@ -23,7 +23,6 @@ positions (`st_adapter`, its kin with a convolution over frames), nor where atte
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
@@ -162,9 +161,9 @@ class AIM(Method):
             p = config.drop_path * depths[block.module_path] / max(len(host.select("block", tower)) - 1, 1)
             site, others = attention_of(surgeon, block)
             ends = any(other.form == "end" for other in others)
-            surgeon.graft(site, partial(TurnsOperator, ends=ends, p=p), config, others)
+            surgeon.graft(site, TurnsOperator, config, others, ends=ends, p=p)
             end = branch(surgeon, feed_forward_of(surgeon, block))
-            surgeon.graft(end, partial(JointOperator, p=p), config, end.places)
+            surgeon.graft(end, JointOperator, config, end.places, p=p)
 
     @staticmethod
     def parameter_count(site: Site, config: AIMConfig) -> int:

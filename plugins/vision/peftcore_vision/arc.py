@@ -101,7 +101,7 @@ class ARC(Method):
             family = next((name for name, roles in READERS.items() if first.role in roles), "others")
             name = f"{family.replace('.', '_')}_{first.in_features}"
             shared = surgeon.own(name, partial(Projection, config.bottleneck, first.in_features))
-            surgeon.graft(first, partial(ARCOperator, projection=shared), config, tuple(others))
+            surgeon.graft(first, ARCOperator, config, tuple(others), projection=shared)
 
     @staticmethod
     def parameter_count(site: Site, config: ARCConfig) -> int:

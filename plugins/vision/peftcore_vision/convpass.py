@@ -18,7 +18,6 @@ Parameters: 2 d h + h + d + 9 h^2 + h a bypass, two a block. It cannot be merged
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -143,7 +142,7 @@ class Convpass(Method):
             tower = patches[0].path if patches else ""
             seen = () if tower in lies else tuple(patches)
             lie = lies.setdefault(tower, Tap(until_backward=True))
-            surgeon.graft(place, functools.partial(ConvpassOperator, lie=lie), config, (*place.places, *seen))
+            surgeon.graft(place, ConvpassOperator, config, (*place.places, *seen), lie=lie)
 
     @staticmethod
     def parameter_count(site: BranchSite, config: ConvpassConfig) -> int:

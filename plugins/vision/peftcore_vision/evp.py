@@ -100,11 +100,11 @@ class EVP(Method):
             if d < config.reduction:
                 raise UnsupportedSite(f"{stage.site.path} has {d} features, less than reduction={config.reduction}")
             c = d // config.reduction
-            surgeon.graft(stage.site, partial(StageOperator, taps=taps), config, stage.norm)
+            surgeon.graft(stage.site, StageOperator, config, stage.norm, taps=taps)
             if stage.blocks:
                 up = surgeon.own(f"up_{number}", partial(_up, c, d, config.zero_up))
             for site in stage.blocks:
-                surgeon.graft(site, partial(EVPOperator, feature=taps[number][1], up=up), config)
+                surgeon.graft(site, EVPOperator, config, feature=taps[number][1], up=up)
 
     @staticmethod
     def parameter_count(site: Site, config: EVPConfig) -> int:

@@ -76,7 +76,7 @@ class FactTK(Method):
         U, V = shared_factors(surgeon, sites[0].side, config.rank)
         core = surgeon.own("C", lambda: Core(config.rank))
         for site in sites:
-            surgeon.graft(site, lambda at, own: FactTKOperator(at, own, U, V, core), config)
+            surgeon.graft(site, FactTKOperator, config, U=U, V=V, core=core)
 
     @staticmethod
     def parameter_count(site: FactSite, config: FactTKConfig) -> int:

@@ -61,7 +61,7 @@ class FactTT(Method):
         sites = fact_sites(surgeon, config)
         U, V = shared_factors(surgeon, sites[0].side, config.rank)
         for site in sites:
-            surgeon.graft(site, lambda at, own: FactTTOperator(at, own, U, V), config)
+            surgeon.graft(site, FactTTOperator, config, U=U, V=V)
 
     @staticmethod
     def parameter_count(site: FactSite, config: FactTTConfig) -> int:

@@ -141,7 +141,7 @@ class KAdaptation(Method):
             name = f"bias_{owner.replace('.', '_')}_{'x'.join(map(str, shape))}"
             rule = surgeon.own(f"rule_{kind.replace('.', '_')}", partial(Rule, config))
             bias = surgeon.own(name, partial(SharedBias, *shape))
-            surgeon.graft(site, partial(KAdaptationOperator, rule=rule, bias=bias), config)
+            surgeon.graft(site, KAdaptationOperator, config, rule=rule, bias=bias)
 
     @staticmethod
     def parameter_count(site: Site, config: KAdaptationConfig) -> int:

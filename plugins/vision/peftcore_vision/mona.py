@@ -23,7 +23,6 @@ pictures: it cannot be merged (`repadapter` can). `convpass` is its kin beside t
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Literal
 
 import torch
@@ -135,7 +134,7 @@ class Mona(Method):
 
     def inject(self, model: nn.Module, config: MonaConfig, surgeon: Surgeon) -> None:
         for site, stream in streams(surgeon, config):
-            surgeon.graft(site, partial(MonaOperator, stream=stream), config, stream.places)
+            surgeon.graft(site, MonaOperator, config, stream.places, stream=stream)
 
     @staticmethod
     def parameter_count(site: BlockSite, config: MonaConfig) -> int:

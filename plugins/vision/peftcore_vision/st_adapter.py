@@ -22,7 +22,6 @@ and not where frames far apart have to see each other in one block: its kernel s
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, Literal
 
 from pydantic import PositiveInt, field_validator
@@ -144,7 +143,7 @@ class STAdapter(Method):
 
     def inject(self, model: nn.Module, config: STAdapterConfig, surgeon: Surgeon) -> None:
         for site, stream in streams(surgeon, config):
-            surgeon.graft(site, partial(STAdapterOperator, stream=stream), config, stream.places)
+            surgeon.graft(site, STAdapterOperator, config, stream.places, stream=stream)
 
     @staticmethod
     def parameter_count(site: BlockSite, config: STAdapterConfig) -> int:

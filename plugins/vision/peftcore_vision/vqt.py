@@ -92,10 +92,10 @@ class VQT(Method):
             place = QuerySite(**vars(site), classes=classes)
             surgeon.graft(place, lambda at, c, taps=(asking, own): QueryOperator(at, c, c, *taps), config)
             for attention in attentions_of(surgeon, site):
-                surgeon.attention(attention, lambda at, asking=asking: UnaskedOperator(at, asking))
+                surgeon.attention(attention, UnaskedOperator, asking=asking)
             made.append(own)
         for number, head in enumerate(heads):
-            surgeon.graft(head, lambda at, number=number: ReadingOperator(at, number, config.normalize, made))
+            surgeon.graft(head, ReadingOperator, number=number, normalize=config.normalize, made=made)
         for head in heads if config.train_head else []:
             surgeon.train(head.module_path)
 
