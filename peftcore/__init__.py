@@ -14,14 +14,14 @@ from peftcore.files.adapter_pool import AdapterPool, keep_within
 from peftcore.files.bases import load_base
 from peftcore.files.compositions import load_composition, save_composition
 from peftcore.files.save_load import load
-from peftcore.forward.cached_weights import cache_weights
-from peftcore.forward.host_state import injections
-from peftcore.forward.save_pretrained import saving_base
+from peftcore.forward.state.cached_weights import cache_weights
+from peftcore.forward.state.host_state import injections
 from peftcore.injection.applying import apply, plan
 from peftcore.injection.injection import Injection
 from peftcore.injection.quantization import Scheme, dequantize, quantize, round_trip, scheme, schemes
 from peftcore.injection.replicated_layers import replicate_layers
 from peftcore.injection.switching import activate, call, route, using
+from peftcore.libraries.save_pretrained import saving_base
 from peftcore.registry.catalogue import MethodInfo, method, methods, register
 from peftcore.roles import HostEntry, HostMap
 from peftcore.surgery.planning import Plan

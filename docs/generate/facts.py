@@ -21,7 +21,7 @@ from peftcore.authoring.budgets import REFERENCES, reference
 from peftcore.cli.looking.show import Shown
 from peftcore.contract.method import CATEGORIES, Method
 from peftcore.contract.operators import Operator, Replacement, WeightOperator
-from peftcore.forward.attention import AttentionOperator
+from peftcore.forward.attention.attention import AttentionOperator
 from peftcore.models.recorded import Recorded, Wanted
 from peftcore.registry.catalogue import MethodInfo
 from peftcore.targets.sequence import SequenceOperator

@@ -21,7 +21,7 @@ from peftcore.contract.method import Method
 from peftcore.contract.operators import Factors, _Base, changes_bias, is_mergeable
 from peftcore.errors import ConfigError, MergeError, NotMergeable, UnknownInjection, UnknownMethod, UnsupportedSite
 from peftcore.files.save_load import load
-from peftcore.forward.host_state import injections, state_of
+from peftcore.forward.state.host_state import injections, state_of
 from peftcore.injection.applied import fill
 from peftcore.injection.applying import apply_request
 from peftcore.injection.injection import Injection

@@ -5,8 +5,8 @@ from peftcore.contract.hookspecs import API, hookimpl
 from peftcore.contract.method import MATRICES, OUTPUTS, LearningRate, Method, Tags
 from peftcore.contract.operators import Held, InputOperator, Operator, Shared, WeightOperator, on_first
 from peftcore.contract.presets import Preset
-from peftcore.forward.context import ForwardContext, forward_context
-from peftcore.forward.taps import Tap
+from peftcore.forward.context.context import ForwardContext, forward_context
+from peftcore.forward.context.taps import Tap
 from peftcore.injection.applied import AppliedMethod
 from peftcore.surgery.surgeon import Surgeon
 from peftcore.targets.sites import Site

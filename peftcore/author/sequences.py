@@ -4,8 +4,8 @@ from peftcore.authoring.instance_prompts import InstanceOperator
 from peftcore.authoring.pass_cache import PassCache
 from peftcore.authoring.prompts import PromptPositions, TokenStacks, VisibleTokens, cached_tokens
 from peftcore.authoring.row_logits import head_sites, row_logits
-from peftcore.forward.attention import Attend, AttentionOperator
-from peftcore.forward.tokens import Tokens
+from peftcore.forward.attention.attention import Attend, AttentionOperator
+from peftcore.forward.context.tokens import Tokens
 from peftcore.roles.stacks import TokenStack, cache_in
 from peftcore.targets.attention_sites import AttentionSite
 from peftcore.targets.sequence import Rows, SequenceOperator, SequenceSite

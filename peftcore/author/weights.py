@@ -14,9 +14,9 @@ from peftcore.contract.operators import (
     is_mergeable,
     low_rank,
 )
-from peftcore.forward.routers import Router, by_row
-from peftcore.forward.routing import OneForward
-from peftcore.forward.view import with_tensors
+from peftcore.forward.context.routers import Router, by_row
+from peftcore.forward.rows.routing import OneForward
+from peftcore.forward.tensors.view import with_tensors
 from peftcore.injection.applied import HybridPart
 from peftcore.injection.quantization import scheme_key
 from peftcore.injection.quantized_layer import QuantizedLayer, quantized_layer_of

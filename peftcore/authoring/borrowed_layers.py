@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from peftcore.errors import MissingContext, UnsupportedHost, UnsupportedSite
 from peftcore.forward.class_swap import FORWARDS
-from peftcore.forward.slot import slot_of
-from peftcore.forward.taps import Tap
-from peftcore.forward.view import with_tensors
+from peftcore.forward.context.taps import Tap
+from peftcore.forward.state.slot import slot_of
+from peftcore.forward.tensors.view import with_tensors
 from peftcore.layers.detect import dense_layer
 from peftcore.targets.sites import LayerOf
 

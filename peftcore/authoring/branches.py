@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from peftcore.contract.operators import Operator, on_first
 from peftcore.errors import RouteError, UnsupportedSite
-from peftcore.forward.taps import Tap
+from peftcore.forward.context.taps import Tap
 from peftcore.roles import HostEntry
 from peftcore.roles.branch_ends import Order
 from peftcore.roles.hostmap import under

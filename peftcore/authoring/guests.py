@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from peftcore.authoring.pass_cache import PassCache
 from peftcore.contract.operators import Operator, Shared
 from peftcore.errors import ConfigError, SequenceError, UnsupportedSite
-from peftcore.forward.taps import Tap
+from peftcore.forward.context.taps import Tap
 from peftcore.layers.layer import plain_class
 from peftcore.roles.hostmap import under
 from peftcore.roles.stacks import CACHES, EMBEDS, IDS, TokenStack, arguments, cache_in

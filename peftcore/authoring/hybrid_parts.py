@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from peftcore.contract.config import MethodConfig, validate_json
 from peftcore.errors import ConfigError
-from peftcore.forward.context import ForwardContext
+from peftcore.forward.context.context import ForwardContext
 from peftcore.injection.applied import AppliedMethod
 from peftcore.registry.catalogue import method as find_method
 from peftcore.registry.plugins import registry

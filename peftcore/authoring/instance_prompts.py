@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from peftcore.authoring.prompts import REMEDY, PromptPositions
 from peftcore.errors import MissingContext, SequenceError, UnsupportedSite
-from peftcore.forward.context import forward_context
-from peftcore.forward.taps import Tap
+from peftcore.forward.context.context import forward_context
+from peftcore.forward.context.taps import Tap
 from peftcore.roles.stacks import CACHES, EMBEDS, IDS, cache_in
 from peftcore.targets.sequence import FORM, SequenceOperator, SequenceSite, states_of
 from peftcore.targets.sequence_cache import Marked, self_attention_cache

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from peftcore.contract.operators import Operator
 from peftcore.errors import TargetError, UnsupportedSite
-from peftcore.forward.context import forward_context
-from peftcore.forward.taps import Tap
+from peftcore.forward.context.context import forward_context
+from peftcore.forward.context.taps import Tap
 from peftcore.surgery.surgeon import Surgeon
 from peftcore.targets.defaults import default_sites
 from peftcore.targets.sequence import SequenceOperator, SequenceSite

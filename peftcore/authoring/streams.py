@@ -26,10 +26,10 @@ from peftcore.authoring.blocks import block_width
 from peftcore.contract.config import MethodConfig
 from peftcore.contract.operators import Operator
 from peftcore.errors import PluginError, SequenceError, TrainingError, UnsupportedSite
-from peftcore.forward.attention import Attend, AttentionOperator
-from peftcore.forward.checkpoints import reentrant
-from peftcore.forward.context import forward_context
-from peftcore.forward.taps import REENTRANT, Tap
+from peftcore.forward.attention.attention import Attend, AttentionOperator
+from peftcore.forward.context.checkpoints import reentrant
+from peftcore.forward.context.context import forward_context
+from peftcore.forward.context.taps import REENTRANT, Tap
 from peftcore.layers.layer import Layer, plain_class
 from peftcore.roles.hostmap import under
 from peftcore.roles.stacks import arguments

@@ -17,7 +17,7 @@ from peftcore.contract.dropout import turn_off_dropout
 from peftcore.contract.method import Method
 from peftcore.contract.operators import _Base
 from peftcore.errors import CalibrationError, ConfigError, TrainingError
-from peftcore.forward.host_state import injections
+from peftcore.forward.state.host_state import injections
 from peftcore.injection.applying import apply, apply_request
 from peftcore.injection.injection import Injection
 from peftcore.injection.request import Request

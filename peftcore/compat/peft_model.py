@@ -22,7 +22,7 @@ from peftcore.compat.tuner import Tuner
 from peftcore.errors import ConfigError, MergeError, TrainingError, UnsupportedHost
 from peftcore.files.auto_classes import peft_task_of
 from peftcore.files.save_load import load
-from peftcore.forward.host_state import injections, known
+from peftcore.forward.state.host_state import injections, known
 from peftcore.injection.injection import Injection
 from peftcore.injection.switching import activate, route
 from peftcore.layers.fsdp import whole_from

@@ -14,7 +14,7 @@ from peftcore.contract.config import MethodConfig, validate
 from peftcore.errors import PluginError
 
 if TYPE_CHECKING:
-    from peftcore.forward.context import ForwardContext
+    from peftcore.forward.context.context import ForwardContext
     from peftcore.injection.applied import AppliedMethod
     from peftcore.surgery.surgeon import Surgeon
     from peftcore.targets.sites import Site

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from peftcore.errors import CheckpointError, ConfigError, MemoryLimit, UnknownInjection, shown
 from peftcore.files.safe_io import DTYPES, TensorFile, write_tensors
-from peftcore.forward.host_state import HostState, drop_state, state_of
-from peftcore.forward.residency import Residency
+from peftcore.forward.choice.residency import Residency
+from peftcore.forward.state.host_state import HostState, drop_state, state_of
 from peftcore.injection.applying import adapting
 from peftcore.injection.idle import IdleValues, InMemory, Store, Values
 from peftcore.injection.injection import Injection

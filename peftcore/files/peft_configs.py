@@ -16,8 +16,8 @@ from torch import nn
 
 from peftcore.errors import ConfigError
 from peftcore.files.save_load import load
-from peftcore.forward.save_pretrained import saving_base
 from peftcore.injection.injection import Injection
+from peftcore.libraries.save_pretrained import saving_base
 from peftcore.surgery.seeding import preserved_rng
 
 

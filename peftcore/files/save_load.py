@@ -37,8 +37,7 @@ from peftcore.files.formats.format import PICKLES, Made, Placed, Tensors, format
 from peftcore.files.formats.hub import located, upload
 from peftcore.files.formats.patterns import one_file
 from peftcore.files.safe_io import clear_partial, write_made, write_tensors, write_text
-from peftcore.forward.host_state import HostState
-from peftcore.forward.save_pretrained import saving_base
+from peftcore.forward.state.host_state import HostState
 from peftcore.injection import made_of_base
 from peftcore.injection.applied import check_filled, fill
 from peftcore.injection.applying import apply_request, record
@@ -47,6 +46,7 @@ from peftcore.injection.request import Request, check_model, check_name
 from peftcore.injection.swapping import matched, write
 from peftcore.layers.fsdp import gathered, one_writes
 from peftcore.layers.pieces import at_hand
+from peftcore.libraries.save_pretrained import saving_base
 from peftcore.surgery.surgeon import Surgeon
 
 if TYPE_CHECKING:

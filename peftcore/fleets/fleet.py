@@ -22,10 +22,10 @@ from peftcore.fleets.losses import SHIFTED, Loss, counted, kind_of, loss_of, num
 from peftcore.fleets.member import Member
 from peftcore.fleets.outputs import FEW, MORE, Outputs
 from peftcore.fleets.rows import Batch, Collate, count_of, filled_in_front, taken, together
-from peftcore.forward.counted_draws import mixed
-from peftcore.forward.draws import Streams
-from peftcore.forward.host_state import injections, state_of
-from peftcore.forward.own_losses import loss_in
+from peftcore.forward.context.counted_draws import mixed
+from peftcore.forward.context.draws import Streams
+from peftcore.forward.state.host_state import injections, state_of
+from peftcore.forward.state.own_losses import loss_in
 from peftcore.injection.injection import Injection
 from peftcore.injection.switching import activate, route
 from peftcore.layers.fsdp import in_group, is_sharded

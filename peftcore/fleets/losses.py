@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcore.errors import TrainingError
-from peftcore.forward.own_losses import IGNORED
+from peftcore.forward.state.own_losses import IGNORED
 
 Loss = Callable[[Any, Mapping[str, Any]], Tensor]
 """``(output, batch) -> loss``, a scalar: the mean over what counts in these rows."""

@@ -23,16 +23,15 @@ from torch.utils.checkpoint import checkpoint
 from peftcore.contract.calls import Calls
 from peftcore.contract.compositions import composed
 from peftcore.contract.operators import Factors, InputOperator
-from peftcore.forward.active_adapters import Active, Route
-from peftcore.forward.alike import as_one, may_draw, positions_alike
-from peftcore.forward.attention import AttentionOperator
-from peftcore.forward.batched_updates import add_updates
-from peftcore.forward.context import HERE, forward_context
-from peftcore.forward.draws import draws_of
-from peftcore.forward.mount import Mount
-from peftcore.forward.plan import ActivationForm, ActivePlan, ModulePlan
-from peftcore.forward.recompute import RecomputedTensors, Unwritten
-from peftcore.forward.routing import (
+from peftcore.forward.attention.attention import AttentionOperator
+from peftcore.forward.choice.active_adapters import Active, Route
+from peftcore.forward.context.context import HERE, forward_context
+from peftcore.forward.context.draws import draws_of
+from peftcore.forward.context.taps import branches
+from peftcore.forward.plan.plan import ActivationForm, ActivePlan, ModulePlan
+from peftcore.forward.rows.alike import as_one, may_draw, positions_alike
+from peftcore.forward.rows.batched_updates import add_updates
+from peftcore.forward.rows.routing import (
     OfSomeRows,
     OneForward,
     OwnRows,
@@ -42,9 +41,10 @@ from peftcore.forward.routing import (
     rows_seen,
     select_rows,
 )
-from peftcore.forward.slot import Edits, Slot, slot_of
-from peftcore.forward.taps import branches
-from peftcore.forward.view import view
+from peftcore.forward.state.slot import Edits, Slot, slot_of
+from peftcore.forward.tensors.mount import Mount
+from peftcore.forward.tensors.recompute import RecomputedTensors, Unwritten
+from peftcore.forward.tensors.view import view
 from peftcore.layers.fsdp import MANAGED
 from peftcore.layers.kernels import runs_plain, saves_elsewhere, transformed
 from peftcore.layers.kinds import is_linear

@@ -19,10 +19,10 @@ from torch import nn
 from torch.compiler import is_dynamo_compiling
 
 from peftcore.forward.call import Forward, ModuleCall
-from peftcore.forward.context import HERE, remember_in_checkpoint
-from peftcore.forward.host_state import HostState
-from peftcore.forward.slot import Slot, slot_of
-from peftcore.forward.view import SLOT
+from peftcore.forward.context.context import HERE, remember_in_checkpoint
+from peftcore.forward.state.host_state import HostState
+from peftcore.forward.state.slot import Slot, slot_of
+from peftcore.forward.tensors.view import SLOT
 from peftcore.layers.layer import GRAFTED
 from peftcore.layers.pieces import is_cut
 from peftcore.utils.journal import Journal

@@ -20,8 +20,8 @@ from peftcore.contract.config import MethodConfig
 from peftcore.contract.method import Method
 from peftcore.contract.peft_names import is_peft_config
 from peftcore.errors import ConfigError, UnsupportedHost
-from peftcore.forward.active_adapters import Choice
-from peftcore.forward.host_state import HostState, drop_state, ensure_state, state_of
+from peftcore.forward.choice.active_adapters import Choice
+from peftcore.forward.state.host_state import HostState, drop_state, ensure_state, state_of
 from peftcore.injection import made_of_base
 from peftcore.injection.applied import Planned, choose_trained
 from peftcore.injection.injection import Injection

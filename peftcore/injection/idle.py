@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from peftcore.errors import IdleAdapter, UnsupportedHost
-from peftcore.forward.adapter_modules import IDLE
+from peftcore.forward.state.adapter_modules import IDLE
 from peftcore.injection.injection import Injection
 
 Values = Mapping[str, Tensor]

@@ -25,13 +25,12 @@ from peftcore.errors import (
     SwapError,
     UnknownInjection,
 )
-from peftcore.forward.active_adapters import Active
+from peftcore.forward.choice.active_adapters import Active
+from peftcore.forward.choice.scopes import Chosen
 from peftcore.forward.class_swap import is_reached
-from peftcore.forward.host_state import HostState, drop_state
-from peftcore.forward.routers import Ledger
-from peftcore.forward.save_pretrained import note_form
-from peftcore.forward.scopes import Chosen
-from peftcore.forward.slot import slot_of
+from peftcore.forward.context.routers import Ledger
+from peftcore.forward.state.host_state import HostState, drop_state
+from peftcore.forward.state.slot import slot_of
 from peftcore.injection import merging, router_report, swapping
 from peftcore.injection.applied import AppliedMethod, choose_trained
 from peftcore.injection.freezing import freeze, thaw, thawed
@@ -40,6 +39,7 @@ from peftcore.injection.router_report import RouterReport
 from peftcore.injection.summary import Summary
 from peftcore.layers.layer import GRAFTED
 from peftcore.layers.pieces import ENGINE, is_partitioned
+from peftcore.libraries.save_pretrained import note_form
 from peftcore.surgery import silent_layers
 from peftcore.surgery.installation import install, release, uninstall
 from peftcore.surgery.placement import Placement

@@ -12,8 +12,8 @@ from torch import nn
 
 from peftcore.contract.operators import WeightOperator, is_made_of_base
 from peftcore.errors import MergeError
-from peftcore.forward.host_state import HostState, state_of
-from peftcore.forward.merged_choice import places
+from peftcore.forward.choice.merged_choice import places
+from peftcore.forward.state.host_state import HostState, state_of
 from peftcore.injection.injection import Injection
 from peftcore.injection.originals import fingerprint
 from peftcore.targets.sites import Site

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from peftcore.contract.operators import is_mergeable
 from peftcore.errors import ConfigError, InactiveSite, MergeError, NotMergeable, UnsupportedSite
-from peftcore.forward.merged_choice import check_merge, places
-from peftcore.forward.mount import Effect, Mount, effects_of, fold
+from peftcore.forward.choice.merged_choice import check_merge, places
+from peftcore.forward.tensors.mount import Effect, Mount, effects_of, fold
 from peftcore.injection.folding import fold as fold_away
 from peftcore.injection.folding import inverted
 from peftcore.injection.freezing import thaw

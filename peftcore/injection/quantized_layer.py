@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from peftcore.errors import MergeError
 from peftcore.forward.class_swap import FORWARDS, become
-from peftcore.forward.slot import Slot, slot_of
-from peftcore.forward.view import TORCHS
+from peftcore.forward.state.slot import Slot, slot_of
+from peftcore.forward.tensors.view import TORCHS
 from peftcore.layers.kinds import Linear
 from peftcore.layers.layer import Layer, plain_class
 from peftcore.registry.plugins import layer_of

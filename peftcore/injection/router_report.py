@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from peftcore.errors import ExportError, NoRouters
-from peftcore.forward.routers import Ledger, Router, Routes
+from peftcore.forward.context.routers import Ledger, Router, Routes
 
 COLUMNS = ("router", "routes", "choices", "padding", "balance", "entropy", "dropped", "shares")
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from peftcore.contract.operators import Checked, Shared, _Base
 from peftcore.errors import SwapError
-from peftcore.forward.host_state import HostState
-from peftcore.forward.taps import Tap
-from peftcore.forward.view import TORCHS
+from peftcore.forward.context.taps import Tap
+from peftcore.forward.state.host_state import HostState
+from peftcore.forward.tensors.view import TORCHS
 from peftcore.injection.applied import AppliedMethod
 from peftcore.layers.layer import Layer
 from peftcore.surgery.surgeon import Surgeon

@@ -17,10 +17,10 @@ from torch import nn
 
 from peftcore.contract.compositions import Composition, Stack, branches
 from peftcore.errors import BlockOrderError, ConfigError, MergeError, RouteError
-from peftcore.forward.active_adapters import Choice, Route
-from peftcore.forward.host_state import HostState, known, state_of
-from peftcore.forward.repeats import COPIES, GUIDANCE, told_repeats
-from peftcore.forward.scopes import Chosen
+from peftcore.forward.choice.active_adapters import Choice, Route
+from peftcore.forward.choice.scopes import Chosen
+from peftcore.forward.context.repeats import COPIES, GUIDANCE, told_repeats
+from peftcore.forward.state.host_state import HostState, known, state_of
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from peftcore.errors import MergeError
-from peftcore.forward.save_pretrained import saving_base
 from peftcore.injection.originals import Fingerprint, Original, brought_back, fingerprint
 from peftcore.layers.computed import computation
 from peftcore.layers.pieces import is_cut
+from peftcore.libraries.save_pretrained import saving_base
 from peftcore.registry.plugins import layer_of
 from peftcore.utils.journal import Journal
 

@@ -14,7 +14,7 @@ from peftcore.errors import BadInput
 from peftcore.files.envelope import envelope_of
 from peftcore.files.formats.native import METADATA
 from peftcore.files.safe_io import DTYPES
-from peftcore.forward.host_state import HostState
+from peftcore.forward.state.host_state import HostState
 from peftcore.injection.applying import install
 from peftcore.injection.injection import Injection
 from peftcore.models.activations import Batch, Pretended, explained

@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from peftcore.errors import UnsupportedHost
-from peftcore.forward.host_state import state_of
-from peftcore.forward.slot import slot_of
+from peftcore.forward.state.host_state import state_of
+from peftcore.forward.state.slot import slot_of
 
 if TYPE_CHECKING:
     from peftcore.surgery.surgeon import Surgeon

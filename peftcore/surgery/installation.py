@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from peftcore.errors import UnsupportedHost, UnsupportedSite
-from peftcore.forward.adapter_modules import ADAPTER_MODULES, AdapterModules
 from peftcore.forward.class_swap import attach, detach, is_reached, ungraft
-from peftcore.forward.host_state import HostState
-from peftcore.forward.mount import Mount
-from peftcore.forward.slot import slot_of
+from peftcore.forward.state.adapter_modules import ADAPTER_MODULES, AdapterModules
+from peftcore.forward.state.host_state import HostState
+from peftcore.forward.state.slot import slot_of
+from peftcore.forward.tensors.mount import Mount
 from peftcore.registry.plugins import layer_of
 from peftcore.surgery.forced_attributes import forced_attributes_of
 from peftcore.targets.sites import Site

@@ -14,12 +14,12 @@ import torch
 from torch import nn
 
 from peftcore.errors import InactiveSite
-from peftcore.forward.save_pretrained import saving_base
 from peftcore.layers.fsdp import MANAGED, in_group
 from peftcore.layers.pieces import is_cut
+from peftcore.libraries.save_pretrained import saving_base
 
 if TYPE_CHECKING:
-    from peftcore.forward.host_state import HostState
+    from peftcore.forward.state.host_state import HostState
     from peftcore.injection.injection import Injection
     from peftcore.surgery.surgeon import Graft
     from peftcore.targets.sites import Site

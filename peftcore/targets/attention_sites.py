@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from peftcore.errors import TargetError, UnsupportedSite
-from peftcore.forward.attention import Geometry, Projection
-from peftcore.forward.attention_calls import AttentionCalls, calls_of
+from peftcore.forward.attention.attention import Geometry, Projection
+from peftcore.forward.attention.attention_calls import AttentionCalls, calls_of
 from peftcore.roles.hostmap import under
 from peftcore.targets.resolver import Resolver
 from peftcore.targets.sites import Site

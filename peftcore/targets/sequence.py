@@ -24,7 +24,7 @@ from torch.func import functional_call
 
 from peftcore.contract.operators import Operator
 from peftcore.errors import PluginError, SequenceError, UnsupportedSite
-from peftcore.forward.taps import Tap
+from peftcore.forward.context.taps import Tap
 from peftcore.layers.layer import Layer
 from peftcore.layers.pieces import whole
 from peftcore.roles.stacks import CACHES, EMBEDS, IDS, MEMORY, TokenStack, arguments, is_cache

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from peftcore.errors import PluginError, SequenceError, UnsupportedSite
-from peftcore.forward.attention import Attend, AttentionOperator
-from peftcore.forward.context import forward_context
-from peftcore.forward.taps import Tap
+from peftcore.forward.attention.attention import Attend, AttentionOperator
+from peftcore.forward.context.context import forward_context
+from peftcore.forward.context.taps import Tap
 from peftcore.layers.layer import Layer, plain_class
 from peftcore.roles import vocabulary as V
 from peftcore.roles.entries import HostEntry

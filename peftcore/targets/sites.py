@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcore.errors import UnsupportedSite
-from peftcore.forward.slot import effective_weight
+from peftcore.forward.state.slot import effective_weight
 from peftcore.layers.detect import dense_layer
 from peftcore.layers.layer import Layer, Slices, plain_class, take
 from peftcore.layers.pieces import whole

@@ -12,8 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 import peftcore
 from peftcore.errors import MissingContext, RouteError
-from peftcore.forward.active_adapters import Route
-from peftcore.forward.host_state import state_of
+from peftcore.forward.choice.active_adapters import Route
+from peftcore.forward.state.host_state import state_of
 from peftcore.injection.injection import Injection
 from peftcore.testing.checks_training import backward, expect_same_gradients, gradients_of, loss
 from peftcore.testing.kit import TOLERANCES, Case, NotApplicable, check

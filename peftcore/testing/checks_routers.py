@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from peftcore.errors import NoRouters
-from peftcore.forward.routers import Router
+from peftcore.forward.context.routers import Router
 from peftcore.injection.injection import Injection
 from peftcore.injection.router_report import RouterReport
 from peftcore.testing.kit import Case, check

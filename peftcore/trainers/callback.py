@@ -22,11 +22,11 @@ from torch.utils.hooks import RemovableHandle
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from peftcore.errors import TrainingError
-from peftcore.forward.admission import Admitted, await_trainer, has_trainer
-from peftcore.forward.instance_methods import give_methods_back, replace_methods
 from peftcore.injection.applied import AppliedMethod
 from peftcore.injection.injection import Injection
 from peftcore.layers.fsdp import is_sharded
+from peftcore.libraries.admission import Admitted, await_trainer, has_trainer
+from peftcore.libraries.instance_methods import give_methods_back, replace_methods
 from peftcore.trainers.beside import of_run, read_beside, save_beside
 from peftcore.trainers.checkpoints import (
     STATE,

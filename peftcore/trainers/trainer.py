@@ -16,9 +16,9 @@ import transformers
 from torch import Tensor, nn
 from transformers.trainer import TRAINER_STATE_NAME
 
-from peftcore.forward.own_losses import share_of_step
-from peftcore.forward.save_pretrained import saving_base
+from peftcore.forward.state.own_losses import share_of_step
 from peftcore.layers.fsdp import is_sharded
+from peftcore.libraries.save_pretrained import saving_base
 from peftcore.trainers.callback import PeftcoreCallback
 from peftcore.trainers.checkpoints import STATE, check_records, save_adapters, within
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcore.errors import CalibrationError, PluginError
-from peftcore.forward.context import bound
+from peftcore.forward.context.context import bound
 from peftcore.utils.progress import through
 
 if TYPE_CHECKING:

@@ -12,9 +12,9 @@ from transformers import DynamicCache
 import peftcore
 from peftcore.author import Method, MethodConfig, PromptPositions, Tags, TokenStacks, VisibleTokens, cached_tokens
 from peftcore.errors import MissingContext, RouteError, SequenceError, UnsupportedSite
-from peftcore.forward import context as contexts
-from peftcore.forward.active_adapters import Choice
-from peftcore.forward.context import ForwardContext
+from peftcore.forward.choice.active_adapters import Choice
+from peftcore.forward.context import context as contexts
+from peftcore.forward.context.context import ForwardContext
 from peftcore.testing import HOSTS
 from peftcore.testing.kit import fill
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import IdleAdapter, UnsupportedHost
-from peftcore.forward.host_state import state_of
-from peftcore.forward.residency import Residency
+from peftcore.forward.choice.residency import Residency
+from peftcore.forward.state.host_state import state_of
 from peftcore.injection.idle import IdleValues, InMemory, StandIn
 
 IDS = token_ids()

@@ -17,7 +17,7 @@ from core_toys import perceptron, snapshot, stir
 from torch import nn
 
 import peftcore
-from peftcore.forward.host_state import state_of
+from peftcore.forward.state.host_state import state_of
 from peftcore.layers.layer import GRAFTED
 
 X = torch.linspace(-1, 1, 12).view(3, 4)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import MergeError
-from peftcore.forward.slot import slot_of
+from peftcore.forward.state.slot import slot_of
 from peftcore.injection.quantized_layer import (
     Dense,
     QuantizedBias,

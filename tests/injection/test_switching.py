@@ -11,7 +11,7 @@ from torch import Tensor
 import peftcore
 from peftcore import route
 from peftcore.errors import MergeError, RouteError, UnknownInjection
-from peftcore.forward.host_state import state_of
+from peftcore.forward.state.host_state import state_of
 
 
 def test_a_route_is_refused_where_rows_cannot_be_told_apart() -> None:

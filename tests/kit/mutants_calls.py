@@ -10,7 +10,7 @@ from mutant_base import TAGS, Entry, Small, mutant
 from torch import Tensor
 
 from peftcore.author import forward_context
-from peftcore.forward.host_state import state_of
+from peftcore.forward.state.host_state import state_of
 
 
 class DoublesUnderRoutes(Small):

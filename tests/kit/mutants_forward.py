@@ -25,7 +25,7 @@ from peftcore.author import (
     forward_context,
     low_rank,
 )
-from peftcore.forward.context import repeating
+from peftcore.forward.context.context import repeating
 from peftcore.registry.plugins import registry
 from peftcore.targets.sequence_order import Order
 from peftcore.testing import Case

@@ -13,7 +13,7 @@ from pydantic import Field, ValidationInfo, model_validator
 from torch import Tensor, nn
 
 from peftcore.author import Method, MethodConfig, Site
-from peftcore.forward.slot import slot_of
+from peftcore.forward.state.slot import slot_of
 from peftcore.injection.applied import AppliedMethod
 from peftcore.surgery.surgeon import Surgeon
 

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 import peftcore
 from peftcore import Injection
 from peftcore.author import Method, MethodConfig, Site
-from peftcore.forward.active_adapters import Choice
-from peftcore.forward.host_state import HostState
-from peftcore.forward.scopes import Choices, Chosen, Statement
-from peftcore.forward.slot import slot_of
+from peftcore.forward.choice.active_adapters import Choice
+from peftcore.forward.choice.scopes import Choices, Chosen, Statement
+from peftcore.forward.state.host_state import HostState
+from peftcore.forward.state.slot import slot_of
 from peftcore.injection import recording
 from peftcore.injection.injection import Summary
 from peftcore.layers.kinds import Linear

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from peftcore import Injection
 from peftcore.author import Method, MethodConfig, Replacement, Site
 from peftcore.errors import MergeError
-from peftcore.forward.active_adapters import Choice
-from peftcore.forward.host_state import HostState
-from peftcore.forward.merged_choice import check_merge
-from peftcore.forward.recorder import Recorder
+from peftcore.forward.choice.active_adapters import Choice
+from peftcore.forward.choice.merged_choice import check_merge
+from peftcore.forward.state.host_state import HostState
+from peftcore.forward.state.recorder import Recorder
 from peftcore.injection import merging
 from peftcore.injection.originals import Keep
 from peftcore.injection.written import Replaced

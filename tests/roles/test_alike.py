@@ -12,7 +12,7 @@ from host_zoo import EXTRA, SURVEY, build
 from torch import nn
 
 import peftcore
-from peftcore.forward import view
+from peftcore.forward.tensors import view
 from peftcore.injection.request import host_map
 from peftcore.registry.plugins import layer_of
 from peftcore.roles import alike, derive, survey

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import InactiveSite
-from peftcore.forward.host_state import state_of
+from peftcore.forward.state.host_state import state_of
 
 
 class ReadsWeight(nn.Module):

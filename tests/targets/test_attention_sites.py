@@ -205,7 +205,7 @@ def test_sizes_that_turn_out_otherwise_are_an_error() -> None:
     model = host("llama")
     injection = peftcore.apply(model, METHODS["in_front"])
     operator = next(iter(injection.operators.values()))
-    operator.geometry = peftcore.forward.attention.Geometry(4, 4, 8, 8)
+    operator.geometry = peftcore.forward.attention.attention.Geometry(4, 4, 8, 8)
     with pytest.raises(UnsupportedSite, match="turned out"):
         model(torch.ones(1, 3).long())
 

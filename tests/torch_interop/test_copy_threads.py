@@ -175,7 +175,7 @@ def test_threads_that_end_leave_nothing_behind() -> None:
     with peftcore.activate(model):
         base = model(x)
     assert not torch.equal(model(x), base)
-    from peftcore.forward.host_state import state_of
+    from peftcore.forward.state.host_state import state_of
 
     assert not state_of(model).choices.own
 

@@ -18,7 +18,7 @@ from transformers import GenerationConfig, GenerationMixin
 import peftcore
 from peftcore import Average, Stack, Sum
 from peftcore.errors import CompositionError, MergeError, PeftcoreError, RouteError
-from peftcore.forward.host_state import state_of
+from peftcore.forward.state.host_state import state_of
 from peftcore.testing import HOSTS, Case, NotApplicable
 from peftcore.testing.kit import fill
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import peftcore
-from peftcore.forward.slot import slot_of
+from peftcore.forward.state.slot import slot_of
 from peftcore.registry.plugins import layer_of
 
 bnb = pytest.importorskip("bitsandbytes")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import BadInput, PeftcoreError
-from peftcore.forward.own_losses import IGNORED
+from peftcore.forward.state.own_losses import IGNORED
 
 Row = dict[str, list[int]]
 """``input_ids``, ``labels`` and, of several examples, ``position_ids``."""

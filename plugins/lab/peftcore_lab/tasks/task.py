@@ -14,7 +14,7 @@ from torch import nn
 
 import peftcore
 from peftcore.errors import BadInput
-from peftcore.forward.own_losses import IGNORED
+from peftcore.forward.state.own_losses import IGNORED
 from peftcore.models.naming import Use, find
 from peftcore_lab.data.several import names_in, of_tasks, told
 from peftcore_lab.data.sources import Splits, splits

@@ -1,0 +1,330 @@
+"""Edits inside attention: keys and values in the same softmax, a second softmax, other queries.
+
+An edit stands around the function by which an attention module computes ``softmax(q k^T) v``. How the module comes to
+call an edit is the matter of `peftcore.forward.attention.attention_calls`.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from peftcore.contract.operators import _Base
+from peftcore.errors import UnsupportedSite
+from peftcore.forward.context.context import forward_context
+from peftcore.forward.context.draws import draws_of
+from peftcore.forward.rows.routing import OwnRows, own_rows, put_together, rows_seen, select_rows
+from peftcore.layers.layer import Layer, Slices, bias_name, take
+
+if TYPE_CHECKING:
+    from peftcore.forward.attention.attention_calls import AttentionCalls
+    from peftcore.forward.state.slot import Edits
+    from peftcore.forward.tensors.mount import Mount
+    from peftcore.targets.attention_sites import AttentionSite
+
+Compute = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""``(query, key, value) -> output``, each ``[batch, heads, length, width]``."""
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The sizes of one attention."""
+
+    heads: int
+    kv_heads: int
+    """Heads of keys and values: fewer than `heads` in grouped-query attention."""
+    head_dim: int
+    """Width of a query and of a key."""
+    value_dim: int
+    """Width of a value."""
+
+
+@dataclass(frozen=True)
+class Projection:
+    """The slices of one matrix by which an attention makes queries, keys or values."""
+
+    module: str
+    """Path of the module that holds the matrix, below the attention; "" for the attention itself."""
+    tensor: str
+    layer: Layer
+    slices: Slices | None
+    in_features: int
+    out_features: int
+
+    def apply(self, attention: nn.Module, states: Tensor, base: bool = False) -> Tensor:
+        """Returns the projection of `states` ``[..., in]``, bias included, with the injections that are active now,
+        merged or not; with `base`, that of the bare base, where rows go to different injections."""
+        module = attention.get_submodule(self.module)
+        if self.layer.called and not base:
+            return take(module(states), self.slices, -1)
+        stored = self.layer.read(module, self.tensor)
+        assert stored is not None, "a projection has a matrix"
+        weight = take(self.layer.logical(stored), self.slices, 0)
+        bias = self.layer.read(module, bias_name(self.tensor))
+        bias = None if bias is None else take(bias, self.slices, 0)
+        return F.linear(states.to(weight.dtype), weight, bias)
+
+
+class AttentionOperator(_Base):
+    """Acts inside an attention: between its projections and the softmax.
+
+    ``forward(attend, query, key, value)`` returns the output of the attention: ``[batch, heads, queries, value_dim]``.
+    `query` is ``[batch, heads, queries, head_dim]``, `key` and `value` are ``[batch, kv_heads, keys, width]`` and
+    include cached ones. `attend` is the next attention inside, at last the host's own; see `Attend`.
+    """
+
+    calls: AttentionCalls
+    """How the module calls what computes attention."""
+
+    def __init__(self, site: AttentionSite) -> None:
+        super().__init__(site)
+        self.geometry = site.geometry
+        self.projections = site.projections
+        assert site.calls is not None, "operators are put at sites that were found"
+        self.calls = site.calls
+        self.calls.prepare()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.calls.prepare()  # a pickle may be loaded in a fresh process
+
+    def forward(self, attend: Attend, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Act around `attend`; returns the output of the attention, ``[batch, heads, queries, value_dim]``."""
+        raise NotImplementedError
+
+    def cast(self, like: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Returns `tensors` in the dtype of `like`: also under autocast, which would promote elementwise products."""
+        return tuple(tensor.to(like.dtype) for tensor in tensors)
+
+
+class Attend:
+    """The next attention inside an edit, which the edit calls."""
+
+    def __init__(self, host: HostAttention, inner: Compute, operator: AttentionOperator) -> None:
+        self._host, self._inner, self._operator = host, inner, operator
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Returns the output of the attention inside, causality and padding included: ``[batch, heads, queries,
+        value_dim]``. Keys in front of those that came in are seen by every query. Shapes are those of
+        `AttentionOperator`."""
+        return self._inner(query, key, value)
+
+    def hiding(self, hidden: Tensor, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Returns what the call returns where some keys are hidden: `hidden` ``[batch or 1, 1, queries, keys]``, True
+        where a query does not see one of the host's own keys, which are the last of those that came in."""
+        return self._host.hiding(hidden, query.dtype, lambda: self._inner(query, key, value))
+
+    @property
+    def keys(self) -> int:
+        """How many keys are the host's own, cached ones included; the last of those that come in."""
+        return self._host.keys
+
+    def among(self, start: int, stop: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Returns what the call returns for the tokens from `start` to `stop` where they are all tokens there are:
+        ``[batch, heads, stop - start, value_dim]``. Keys in front of the host's own stay. For attentions of tokens to
+        themselves, without cached ones: as many queries as `keys`."""
+        front = key.shape[2] - self.keys
+        key, value = (
+            torch.cat([each[:, :, :front], each[:, :, front + start : front + stop]], dim=2) for each in (key, value)
+        )
+        return self._host.among(start, stop, lambda: self._inner(query[:, :, start:stop], key, value))
+
+    def apart(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Returns a softmax of its own over `key` ``[batch, kv_heads, any, width]``, all of which every query sees,
+        with the host's scale: ``[batch, heads, queries, value_dim]``."""
+        return self._host.apart(query, key, value)
+
+    def project(self, part: str, states: Tensor) -> Tensor:
+        """Returns `states` ``[length, in]`` through the attention's own frozen projection `part` ("q", "k", "v"), by
+        heads: ``[heads of that part, length, width]``. No positions are applied."""
+        with forward_context().aside():
+            made = self._operator.projections[part].apply(self._host.module, states, base=self._host.routed)
+        heads = self._operator.geometry.heads if part == "q" else self._operator.geometry.kv_heads
+        return made.reshape(len(states), heads, -1).transpose(0, 1)
+
+
+_PER_KEY = ("position_bias",)
+"""Arguments of attention functions that have a column for each key."""
+
+
+class HostAttention:
+    """The host's own attention function in one forward, with the arguments of its call."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        function: Callable[..., Any],
+        causal: bool,
+        key: Tensor,
+        mask: Tensor | None,
+        options: Mapping[str, Any],
+        routed: bool,
+    ) -> None:
+        self.module, self._function, self._causal, self.routed = module, function, causal, routed
+        self._keys, self._mask, self._options = key.shape[2], mask, options
+        self.weights: Tensor | None = None
+
+    @property
+    def others(self) -> tuple[Tensor | None, Mapping[str, Any]]:
+        """The arguments of the call of which nothing says whether they have rows: all but queries, keys and values, and
+        a mask ``[rows or 1, heads or 1, queries, keys]``."""
+        unsaid = None if self._mask is None or self._mask.dim() == 4 else self._mask
+        return unsaid, self._options
+
+    def of(self, rows: OwnRows) -> HostAttention:
+        """Returns the attention of some rows of the batch."""
+        own = copy.copy(self)
+        own._mask, own._options = rows.of(self._mask), rows.of(dict(self._options))
+        return own
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        front = key.shape[2] - self._keys
+        options = dict(self._options)
+        for name in _PER_KEY if front else ():
+            if options.get(name) is not None:
+                options[name] = F.pad(options[name], (front, 0))  # a new key stands at no distance from anything
+        output, weights = self._function(self.module, query, key, value, self._padded(front, query), **options)
+        self.weights = None if weights is None else weights[..., front:]
+        transposed: Tensor = output.transpose(1, 2)
+        return transposed
+
+    def apart(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        options = {name: value for name, value in self._options.items() if name not in _PER_KEY}
+        output, _ = self._function(self.module, query, key, value, None, **{**options, "is_causal": False})
+        transposed: Tensor = output.transpose(1, 2)
+        return transposed
+
+    @property
+    def keys(self) -> int:
+        """How many keys came in."""
+        return self._keys
+
+    def among(self, start: int, stop: int, run: Callable[[], Tensor]) -> Tensor:
+        """Returns what `run` returns, which comes to this attention, while it is that of some tokens alone. No weights
+        are left: there are none for all tokens."""
+        outer = self._keys, self._mask, self._options
+        cut = {name: _cut(self._options.get(name), start, stop) for name in _PER_KEY if name in self._options}
+        self._keys, self._mask = stop - start, _cut(self._mask, start, stop)
+        self._options = {**self._options, **cut}
+        try:
+            return run()
+        finally:
+            self._keys, self._mask, self._options = outer
+            self.weights = None
+
+    def hiding(self, hidden: Tensor, dtype: torch.dtype, run: Callable[[], Tensor]) -> Tensor:
+        """Returns what `run` returns, which comes to this attention, while some of its keys are hidden; `dtype` is that
+        of the queries."""
+        outer = self._mask
+        self._mask = self._without(hidden, dtype)
+        try:
+            return run()
+        finally:
+            self._mask = outer
+
+    def _without(self, hidden: Tensor, dtype: torch.dtype) -> Tensor:
+        """Returns the mask without what is hidden, made where there is none: additive, which every function knows."""
+        mask, queries = self._mask, hidden.shape[2]
+        if mask is not None and mask.dtype == torch.bool:
+            return mask & ~hidden
+        if mask is None:
+            mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
+            if queries > 1 and self._is_causal():
+                hidden = hidden | _later(queries, hidden.shape[3], hidden.device)
+        return mask.masked_fill(hidden, torch.finfo(mask.dtype).min)
+
+    def _padded(self, front: int, query: Tensor) -> Tensor | None:
+        """Returns the mask with a visible column for each key in front; made where the function would rely on causality
+        alone."""
+        mask, queries = self._mask, query.shape[2]
+        if front == 0:
+            return mask
+        if mask is not None:  # boolean: True is visible; additive: 0 is visible
+            return F.pad(mask, (front, 0), value=1.0 if mask.dtype == torch.bool else 0.0)
+        if queries == 1 or not self._is_causal():
+            return None
+        causal = query.new_zeros(queries, self._keys)
+        causal = causal.masked_fill(_later(queries, self._keys, query.device), torch.finfo(query.dtype).min)
+        return F.pad(causal, (front, 0))[None, None]
+
+    def _is_causal(self) -> bool:
+        given = self._options.get("is_causal")
+        return self._causal and bool(getattr(self.module, "is_causal", True) if given is None else given)
+
+
+def _later(queries: int, keys: int, device: torch.device) -> Tensor:
+    """Returns which keys come later than which queries, as sdpa has it, from the top left: a static cache has room for
+    keys that are not there yet."""
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).triu(1)
+
+
+def _cut(each: Tensor | None, start: int, stop: int) -> Tensor | None:
+    """Returns the rows and columns of some tokens of ``[..., queries or 1, keys]``."""
+    if each is None:
+        return None
+    return (each if each.shape[-2] == 1 else each[..., start:stop, :])[..., start:stop]
+
+
+def _chain(mounts: Iterable[Mount], host: HostAttention) -> Compute:
+    """Returns the host's attention with the edits around it, the first applied innermost."""
+    compute: Compute = host
+    for mount in mounts:
+        operator = mount.operator
+        assert isinstance(operator, AttentionOperator)
+        compute = functools.partial(operator, Attend(host, compute, operator))
+    return compute
+
+
+def run_edits(
+    edits: Edits, host: HostAttention, query: Tensor, key: Tensor, value: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Returns output ``[batch, heads, queries, value_dim]`` and weights; with a route, each row gets the edits of its
+    own injection only.
+
+    Raises:
+        UnsupportedSite: the tensors have other sizes than the site.
+    """
+    if edits.slot.state.silent_layers is not None:
+        edits.slot.ran[host.module.training] = True
+    first = edits.mounts[0].operator
+    assert isinstance(first, AttentionOperator)
+    _check_shapes(first.geometry, query, key, value)
+    route = edits.route
+    if route is None:
+        return _chain(edits.mounts, host)(query, key, value), host.weights
+    count = None if torch.compiler.is_compiling() else rows_seen(route, (query, host.others), {})
+    if count is not None:
+        edited = {mount.name for mount in edits.mounts}  # all others are one softmax, whatever acts on them elsewhere
+        route = route.only(tuple(n for n, name in enumerate(route.names) if name in edited))
+        parts = {}
+        for position in route.present:
+            rows = OwnRows(route, (position,), count)
+            mounts = [mount for mount in edits.mounts if position >= 0 and mount.name == route.names[position]]
+            own = host.of(rows)
+            with own_rows(rows, f"{edits.slot.path}:attention"):
+                output = _chain(mounts, own)(*rows.of((query, key, value)))
+            parts[position,] = output, own.weights
+        together: tuple[Tensor, Tensor | None] = put_together(parts, route)
+        return together
+    result = host(query, key, value), host.weights
+    for position, name in enumerate(route.names):
+        mounts = [mount for mount in edits.mounts if mount.name == name]
+        if mounts:
+            with draws_of(forward_context(), route, position, f"{edits.slot.path}:attention", alone=False):
+                other = _chain(mounts, host)(query, key, value), host.weights
+            result = select_rows(result, other, route, position)
+    return result
+
+
+def _check_shapes(geometry: Geometry, query: Tensor, key: Tensor, value: Tensor) -> None:
+    ranks = {each.dim() for each in (query, key, value)}
+    found = Geometry(query.shape[1], key.shape[1], key.shape[-1], value.shape[-1])
+    if ranks != {4} or found != geometry:
+        raise UnsupportedSite(f"an attention turned out to have {found}, where its modules say {geometry}")

@@ -1,0 +1,173 @@
+"""The ways in which attention modules call what computes ``softmax(q k^T) v``, in whose place edits are called.
+
+Where edits act, the module's forward runs on a view (see `peftcore.forward.tensors.view`). Nothing global changes, and
+the module stays as it is.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from types import CodeType, FunctionType
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from peftcore.errors import UnsupportedSite
+from peftcore.forward.attention.attention import HostAttention, run_edits
+from peftcore.forward.attention.multihead_attention import MultiheadCalls
+from peftcore.forward.attention.transformers_attention import TransformersCalls
+from peftcore.forward.state.slot import Edits
+from peftcore.layers.layer import plain_class
+
+
+class AttentionCalls(Protocol):
+    """One way in which attention modules call what computes ``softmax(q k^T) v``; equal where it is the same way."""
+
+    @property
+    def view_class(self) -> type[nn.Module] | None:
+        """The class of the module's view, where that is not the module's own."""
+
+    def check(self, path: str, module: nn.Module) -> None:
+        """Raise UnsupportedSite where the module's configuration leads around edits."""
+
+    def prepare(self) -> None:
+        """Make ready in this process what a forward needs; never while a compiler traces."""
+
+    def attributes(self, module: nn.Module, edits: Edits) -> Mapping[str, Any]:
+        """Returns the attributes of the module's view that replace the module's own."""
+
+    def run(self, stand_in: nn.Module, edits: Edits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Returns the output of the forward of the module's view, in which edits are called."""
+
+
+def calls_of(module: nn.Module) -> AttentionCalls | None:
+    """Returns the way in which a module calls its attention, told from its code; None where edits cannot be called."""
+    if plain_class(module).forward is nn.MultiheadAttention.forward:
+        return MultiheadCalls()
+    names = {name for code in _codes(module) for name in code.co_names}
+    if {"get_interface", *_OWN_CHOICE} <= names:
+        return TransformersCalls.of(module)
+    return TorchCalls(plain_class(module)) if names & _TORCHS and not names >= _OWN_CHOICE else None
+
+
+_OWN_CHOICE = frozenset(("_attn_implementation", "config"))
+"""Names by which a forward of transformers chooses its implementation."""
+_TORCHS = frozenset(("scaled_dot_product_attention", "dispatch_attention_fn"))
+"""Torch's function, and that of diffusers which ends in it."""
+
+
+def _codes(module: nn.Module) -> Iterator[CodeType]:
+    """Yields the code of the module's forward, and that of the processor to which diffusers' modules leave it."""
+    processor = vars(module).get("processor")
+    for function in (plain_class(module).forward, *([type(processor).__call__] if callable(processor) else [])):
+        unwrapped = inspect.unwrap(function)
+        if isinstance(unwrapped, FunctionType):
+            yield unwrapped.__code__
+
+
+@dataclass
+class TorchCalls:
+    """A module calls `F.scaled_dot_product_attention`, itself (timm) or by a processor (diffusers): its forward runs
+    under a mode that sees this call."""
+
+    plain: type[nn.Module]
+    """The module's own class."""
+    view_class: type[nn.Module] | None = field(default=None, compare=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"plain": self.plain, "view_class": None}
+
+    def check(self, path: str, module: nn.Module) -> None:
+        """Nothing is configured; what a forward does in fact is seen there."""
+
+    def prepare(self) -> None:
+        """Make the class of views: diffusers lets torch.compile take instances of its classes for operations, into
+        which no edit comes."""
+        plain: Any = self.plain
+        self.view_class = _traced(plain)
+
+    def attributes(self, module: nn.Module, edits: Edits) -> Mapping[str, Any]:
+        """Returns the switch by which timm's modules call torch's function, and nothing of their own."""
+        return {"fused_attn": True}
+
+    def run(self, stand_in: nn.Module, edits: Edits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Returns the output of the forward under the mode.
+
+        Raises:
+            UnsupportedSite: the forward did not compute exactly one attention in this way.
+        """
+        mode = _SeesAttention(stand_in, edits)
+        with mode:
+            output = type(stand_in).forward(stand_in, *args, **kwargs)
+        if mode.calls != 1:
+            times = f"{mode.calls} times" if mode.calls else "in another way"
+            raise UnsupportedSite(
+                f"{edits.slot.path or 'the host'} computed attention {times} in this forward, where edits stand around "
+                "one call of torch's scaled_dot_product_attention; take other targets"
+            )
+        return output
+
+
+@functools.cache
+def _traced(plain: type[nn.Module]) -> type[nn.Module]:
+    return type(plain.__name__, (plain,), {"forward": plain.forward, "__module__": plain.__module__})
+
+
+_SDPA = F.scaled_dot_product_attention
+"""Torch's own, whatever stands under its name later."""
+
+
+class _SeesAttention(TorchFunctionMode):
+    """Runs edits in place of torch's function."""
+
+    def __init__(self, module: nn.Module, edits: Edits) -> None:
+        super().__init__()
+        self.module, self.edits = module, edits
+        self.calls = 0
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is _SDPA:
+            self.calls += 1
+            return self._attention(*args, **(kwargs or {}))
+        if func is Tensor.unflatten:  # torch.compile can trace it as a method only
+            return args[0].unflatten(*args[1:], **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    def _attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        if is_causal:  # from the top left, as torch has it
+            attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
+        if attn_mask is not None:
+            attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
+        options = {"dropout_p": dropout_p, "scale": scale, "enable_gqa": enable_gqa}
+        host = HostAttention(self.module, _attention, False, key, attn_mask, options, self.edits.route is not None)
+        return run_edits(self.edits, host, query, key, value)[0]
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    is_causal: bool = False,
+    **more: Any,
+) -> tuple[Tensor, None]:
+    return _SDPA(query, key, value, mask, **more).transpose(1, 2), None

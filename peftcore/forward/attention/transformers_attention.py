@@ -1,0 +1,130 @@
+"""Edits in attentions of transformers, which look up their function by the name of an implementation.
+
+The view of such a module (see `peftcore.forward.tensors.view`) has another config: it answers as the real one does,
+but names a function of ours, which runs the edits around the real function. Nothing global changes: the model makes
+its masks for the implementation that the user chose, a later `set_attn_implementation` counts at once, and saved
+configs are as they were.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from peftcore.errors import UnsupportedSite
+from peftcore.forward.attention.attention import HostAttention, run_edits
+from peftcore.forward.state.slot import Edits
+from peftcore.layers.layer import plain_class
+
+SUPPORTED = ("eager", "sdpa")
+"""The implementations around which edits run: both take any mask."""
+_PER_KEY_INDICES = {"indices", "block_indices"}
+"""Arguments by which an attention picks keys by position: keys in front would shift them."""
+_DETOURS = ("reorder_and_upcast_attn",)
+"""Options of configs with which an attention bypasses its interface."""
+
+
+@dataclass(frozen=True)
+class TransformersCalls:
+    """A module asks transformers' attention interface for its function."""
+
+    view_class: ClassVar[None] = None
+    eager: Callable[..., Any]
+    """The attention function of the module's own file, which transformers uses for "eager"."""
+
+    @classmethod
+    def of(cls, module: nn.Module) -> TransformersCalls:
+        """Returns the way of a module whose forward hands the eager function of its file to the interface."""
+        forward = inspect.unwrap(plain_class(module).forward)
+        name = next(name for name in forward.__code__.co_names if name.endswith("eager_attention_forward"))
+        return cls(forward.__globals__[name])
+
+    def check(self, path: str, module: nn.Module) -> None:
+        """Raise UnsupportedSite for implementations and options that edits do not know."""
+        implementation_of(module.config)
+        constants = inspect.unwrap(plain_class(module).forward).__code__.co_consts
+        named = {name for each in constants for name in (each if isinstance(each, tuple) else (each,))}
+        if chosen := named & _PER_KEY_INDICES:
+            raise UnsupportedSite(
+                f"{path} picks its keys by position ({', '.join(chosen)}), which keys in front would shift"
+            )
+        for option in _DETOURS:
+            if getattr(module.config, option, False):
+                raise UnsupportedSite(f"{path} goes around its attention interface with {option}=True; turn it off")
+
+    def prepare(self) -> None:
+        """Register our functions with transformers, once in a process."""
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+        for implementation in SUPPORTED:
+            if _named(implementation) not in ALL_ATTENTION_FUNCTIONS:
+                function = _edited(ALL_ATTENTION_FUNCTIONS, implementation)
+                ALL_ATTENTION_FUNCTIONS.register(_named(implementation), function)
+
+    def attributes(self, module: nn.Module, edits: Edits) -> Mapping[str, Any]:
+        """Returns the config that names our function, and what this looks up."""
+        return {"config": StandIn(module.config), "_peftcore_edits": edits, "_peftcore_eager": self.eager}
+
+    def run(self, stand_in: nn.Module, edits: Edits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Returns the output of the forward of the module's view."""
+        return type(stand_in).forward(stand_in, *args, **kwargs)
+
+
+def _edited(interface: Mapping[str, Callable[..., Any]], implementation: str) -> Callable[..., Any]:
+    """Returns our attention function for one implementation of the host's."""
+
+    def attention(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        **more: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        edits: Edits = module.__dict__["_peftcore_edits"]
+        eager = implementation == "eager"
+        function = module.__dict__["_peftcore_eager"] if eager else interface[implementation]
+        host = HostAttention(module, function, not eager, key, attention_mask, more, edits.route is not None)
+        output, weights = run_edits(edits, host, query, key, value)
+        return output.transpose(1, 2).contiguous(), weights
+
+    return attention
+
+
+def _named(implementation: str) -> str:
+    return f"peftcore_{implementation}"
+
+
+class StandIn:
+    """A config that differs in the name of its attention implementation only, which is read anew each time."""
+
+    def __init__(self, config: Any) -> None:
+        self._config = config
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_config":  # while being copied or unpickled
+            raise AttributeError(name)
+        return getattr(self._config, name)
+
+    @property
+    def _attn_implementation(self) -> str:
+        return _named(implementation_of(self._config))
+
+
+def implementation_of(config: Any) -> str:
+    """Returns the implementation that a config names.
+
+    Raises:
+        UnsupportedSite: edits cannot run around it.
+    """
+    name: str = config._attn_implementation or "eager"
+    if name not in SUPPORTED:
+        raise UnsupportedSite(
+            f"attention is edited around {' and '.join(SUPPORTED)}, not around {name!r}: "
+            'model.set_attn_implementation("sdpa")'
+        )
+    return name

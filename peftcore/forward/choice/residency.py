@@ -1,0 +1,281 @@
+"""Which adapters have their values on the model, within a limit of bytes: those used least recently leave, and come
+back when a choice names them."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import weakref
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from peftcore.errors import MemoryLimit
+
+if TYPE_CHECKING:
+    from peftcore.forward.choice.active_adapters import Choice
+    from peftcore.forward.choice.scopes import Block
+    from peftcore.forward.state.host_state import HostState
+    from peftcore.injection.injection import Injection
+
+
+class Adapter(Protocol):
+    """An adapter as its residency sees it: values that can be taken from the model, and put back."""
+
+    def bytes(self) -> int:
+        """Returns the bytes that its values take, or would take, on the model."""
+
+    def trains(self) -> bool:
+        """Whether an optimizer may change it."""
+
+    def fetch(self) -> Any:
+        """Returns its values from where they are, checked; nothing on the model changes.
+
+        Raises:
+            CheckpointError: they were changed there, or are damaged.
+        """
+
+    def put_back(self, values: Any) -> None:
+        """Put values that `fetch` returned on the model."""
+
+    def take_out(self) -> None:
+        """Put its values elsewhere, and free those on the model."""
+
+    def forget(self) -> None:
+        """Drop what is kept of it elsewhere."""
+
+
+class _Record:
+    """One adapter: whether its values are on the model, and when it was used last."""
+
+    __slots__ = ("adapter", "here", "used")
+
+    def __init__(self, adapter: Adapter, used: int) -> None:
+        self.adapter, self.here, self.used = adapter, True, used
+
+
+class Residency:
+    """Keeps the values of a model's adapters within a limit.
+
+    A name that a choice in force has, in any thread or task, is pinned; so is one that a running forward follows, that
+    is merged, that trains, or that somebody holds. Threads that name adapters which are there wait for nobody: they pin
+    first and look then, and whoever takes an adapter out marks it first and looks for pins then.
+
+    Attributes:
+        limit: the bytes that values of adapters may take on the model.
+        lock: held while adapters leave and come back.
+    """
+
+    def __init__(self, state: HostState, limit: int, account: Callable[[Injection], Adapter]) -> None:
+        self._state = weakref.ref(state)
+        self.limit, self._account = limit, account
+        self.lock = threading.RLock()
+        self._records: dict[str, _Record] = {}
+        self._held: dict[int, Collection[str]] = {}
+        self._clock = itertools.count()
+
+    def names(self, here: bool) -> list[str]:
+        """Returns the names of the adapters that are on the model, or of those that are not; the least recently used
+        first."""
+        with self.lock:
+            found = [(record.used, name) for name, record in self._records.items() if record.here is here]
+        return [name for _, name in sorted(found)]
+
+    def bytes(self) -> int:
+        """Returns the bytes of the values that are on the model."""
+        with self.lock:
+            return sum(record.adapter.bytes() for record in self._records.values() if record.here)
+
+    # ------------------------------------------------------------------------------------- adapters that come and go
+
+    def add(self, injection: Injection) -> None:
+        """Keep account of an injection whose values are on the model.
+
+        Raises:
+            UnsupportedHost: they cannot be kept elsewhere.
+        """
+        with self.lock:
+            self._records[injection.name] = _Record(self._account(injection), next(self._clock))
+
+    @contextmanager
+    def joining(self, injection: Injection) -> Iterator[None]:
+        """Context manager in which a new injection comes: there is room for it, and it does not leave meanwhile.
+
+        Raises:
+            MemoryLimit: there is none beside those that cannot leave.
+            UnsupportedHost: its values cannot be kept elsewhere.
+        """
+        adapter = self._account(injection)
+        with self.lock:
+            self.make_room(adapter.bytes(), repr(injection.name))
+            key = next(self._clock)
+            self._held[key] = (injection.name,)
+            self._records[injection.name] = _Record(adapter, key)
+        try:
+            yield
+        except BaseException:
+            self.remove(injection.name)
+            raise
+        finally:
+            del self._held[key]
+
+    def remove(self, name: str) -> None:
+        """Forget an adapter that was removed from the model."""
+        with self.lock:
+            if (record := self._records.pop(name, None)) is not None:
+                record.adapter.forget()
+
+    def make_room(self, wanted: int = 0, what: str = "") -> None:
+        """Let adapters leave until as many bytes are free.
+
+        Raises:
+            MemoryLimit: those that cannot leave take too many.
+        """
+        with self.lock:
+            self._leave(self._victims(wanted, (), what))
+
+    # ----------------------------------------------------------------------------------------------- what is named
+
+    def admit(self, choice: Choice) -> None:
+        """Bring the adapters of a choice back; those that are there count as used now.
+
+        Raises:
+            MemoryLimit: they do not fit beside those that cannot leave.
+            CheckpointError: the values of one were changed or damaged where they lay.
+        """
+        records = self._records
+        for name in choice.named:
+            record = records.get(name)
+            if record is None:
+                continue  # gone: whoever chose it is told so
+            if not record.here:
+                self.bring(choice.named)
+                return
+            record.used = next(self._clock)
+
+    def bring(self, names: Collection[str], leaving: Block | None = None) -> None:
+        """Bring adapters back, as `admit` does.
+
+        Args:
+            names: the adapters; unknown names are passed over.
+            leaving: a block whose choice is about to be another one: what it names may leave.
+        """
+        if torch.compiler.is_compiling():
+            return
+        with self.lock:
+            found = {name: record for name in names if (record := self._records.get(name)) is not None}
+            away = {name: record for name, record in found.items() if not record.here}
+            for record in found.values():
+                record.used = next(self._clock)
+            if not away:
+                return
+            wanted = sum(record.adapter.bytes() for record in away.values())
+            victims = self._victims(wanted, names, ", ".join(map(repr, away)), leaving)
+            try:  # values are read and checked before anything leaves
+                values = [record.adapter.fetch() for record in away.values()]
+            except BaseException:
+                for record in victims.values():
+                    record.here = True
+                raise
+            self._leave(victims)
+            for record, each in zip(away.values(), values, strict=True):
+                record.adapter.put_back(each)
+                record.here = True
+
+    def rest(self, names: Iterable[str]) -> list[str]:
+        """Let adapters leave, but for those that cannot; returns the names of these."""
+        with self.lock:
+            chosen = {name: self._records[name] for name in names if self._records[name].here}
+            for record in chosen.values():
+                record.here = False
+            pinned = self._pinned(None)
+            stay = [name for name, record in chosen.items() if name in pinned or record.adapter.trains()]
+            for name in stay:
+                chosen.pop(name).here = True
+            self._leave(chosen)
+            return sorted(stay)
+
+    @contextmanager
+    def kept(self, names: Collection[str], leaving: Block | None = None) -> Iterator[None]:
+        """Context manager in which adapters are on the model, and do not leave."""
+        key = next(self._clock)
+        self._held[key] = names
+        try:
+            for name in names:
+                if (record := self._records.get(name)) is not None:
+                    record.used = next(self._clock)
+                    if not record.here:
+                        self.bring(names, leaving)
+                        break
+            yield
+        finally:
+            del self._held[key]
+
+    # ------------------------------------------------------------------------------------------------- who may leave
+
+    def _victims(
+        self, wanted: int, keep: Collection[str], what: str, leaving: Block | None = None
+    ) -> dict[str, _Record]:
+        """Returns the adapters that leave for as many bytes, marked as gone: the least recently used ones first.
+
+        Raises:
+            MemoryLimit: those that cannot leave take too many; nothing was marked.
+        """
+        here = sorted(
+            ((name, record) for name, record in self._records.items() if record.here), key=lambda each: each[1].used
+        )
+        over = sum(record.adapter.bytes() for _, record in here) + wanted - self.limit
+        if over <= 0:
+            return {}
+        candidates = {name: record for name, record in here if name not in keep}
+        for record in candidates.values():  # first marked, then asked for pins: see the class
+            record.here = False
+        pinned = self._pinned(leaving)
+        victims: dict[str, _Record] = {}
+        for name, record in candidates.items():
+            if over <= 0 or name in pinned or record.adapter.trains():  # asked of few: there may be thousands
+                record.here = True
+            else:
+                victims[name] = record
+                over -= record.adapter.bytes()
+        if over > 0:
+            for record in victims.values():
+                record.here = True
+            staying = [(name, record) for name, record in here if name not in victims]
+            stay, names = sum(record.adapter.bytes() for _, record in staying), [repr(name) for name, _ in staying]
+            more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+            taken = f"{stay:,} are taken by adapters that cannot leave now: {', '.join(names[:8])}{more}"
+            raise MemoryLimit(
+                f"{f'{what} wants {wanted:,} bytes: ' if what else ''}of the {self.limit:,} bytes for adapters "
+                f"{taken if names else 'all are free, and they are too few'}. An adapter stays while it is chosen, "
+                "trains or is merged: leave blocks that name it, freeze it (injection.trainable(False)), or give more "
+                "memory (pool.limit)"
+            )
+        return victims
+
+    def _leave(self, victims: dict[str, _Record]) -> None:
+        left = dict(victims)
+        try:
+            while left:
+                name = next(iter(left))
+                left[name].adapter.take_out()
+                del left[name]
+        finally:
+            for record in left.values():  # a full disk: they are still there
+                record.here = True
+
+    def _pinned(self, leaving: Block | None) -> set[str]:
+        """Returns the names of adapters that cannot leave, whether they train or not."""
+        state = self._state()
+        assert state is not None, "the state of a model has its residency"
+        pinned = {*state.merged}
+        for names in list(self._held.values()):
+            pinned.update(names)
+        for choice in state.choices.pinning(leaving):
+            pinned.update(choice.named)
+        for context in list(state.running.values()):
+            if context.open and context.choice is not None:
+                pinned.update(context.choice.named)
+        return pinned

@@ -1,0 +1,559 @@
+"""Scopes of a choice: which threads or asyncio tasks see the active adapters, and when that ends.
+
+The choices of one thread or task are kept in a context variable, as an immutable stack for each model. So a task
+inherits the choices of the code that started it, a new thread inherits none, and choices are freed with their thread or
+task.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import weakref
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from peftcore.errors import AmbiguousChoice, BlockOrderError, CompositionError, RouteError
+from peftcore.forward.choice.active_adapters import Active, Choice
+from peftcore.forward.context.context import HERE
+
+if TYPE_CHECKING:
+    from peftcore.forward.state.host_state import HostState
+
+_ADVICE = "take the choice for one call instead: peftcore.using(model, name)(function, ...)"
+_LOCK = threading.RLock()
+"""Held while choices that hold for everybody change: garbage that is collected elsewhere may leave a block."""
+
+Place = tuple[object, Any]
+"""A thread, and the task that it runs (a weak reference) or None."""
+
+
+def running_task() -> Any:
+    """Returns the asyncio task that this thread runs; None outside of any. Looked up, not imported."""
+    asyncio = sys.modules.get("asyncio")
+    try:
+        return None if asyncio is None else asyncio.current_task()
+    except RuntimeError:  # no event loop runs in this thread
+        return None
+
+
+def _place() -> Place:
+    task = running_task()
+    return HERE.token, None if task is None else weakref.ref(task)
+
+
+class Block:
+    """The span of a choice: a ``with`` block, a call, or a thread that chose for itself.
+
+    Attributes:
+        choice: what is chosen in it now.
+        place: where it began; None where nobody else can see it.
+        open: whether it has not been left yet.
+        before: the threads that ran already when it began, since those that start in it may work for it; None where
+            threads are of no concern.
+        of_owner: whether it is a block in a task of the thread that adapted the model: there, threads that ran already
+            may work for it too.
+        calls: whether it is a call (`using`), and so in use as long as it is open.
+    """
+
+    __slots__ = ("__weakref__", "before", "calls", "choice", "of_owner", "open", "place")
+
+    def __init__(
+        self,
+        choice: Choice,
+        place: Place | None = None,
+        before: frozenset[threading.Thread] | None = None,
+        of_owner: bool = False,
+    ) -> None:
+        self.choice, self.place, self.before, self.of_owner = choice, place, before, of_owner
+        self.open, self.calls = True, False
+
+    def may_employ(self, thread: threading.Thread) -> bool:
+        """Whether a thread without a choice of its own may work for this block."""
+        return self.open and (self.of_owner or (self.before is not None and thread not in self.before))
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Scope:
+    """A choice, with the block in which it was made."""
+
+    choice: Choice
+    block: Block
+    pin: Block | None = None
+    """Lets others see what a task's statement names, where it was made in a block that another task entered."""
+
+
+Scopes = tuple[Scope, ...]
+"""The choices of one thread or task, the innermost last."""
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Statement:
+    """A choice made by `activate`, `route` or `call` without a block, and what it replaced: the choice before it, and
+    those of blocks that were left elsewhere."""
+
+    made: Scope
+    before: Scope | None
+    over: Scopes
+
+
+_OWN: ContextVar[Mapping[weakref.ref[Choices], Scopes]] = ContextVar("peftcore_choices", default={})  # noqa: B039  # never written to
+_THREAD: ContextVar[object] = ContextVar("peftcore_thread", default=None)
+"""The thread in which this context began, where a model was adapted or chosen for in it: `asyncio.to_thread` takes it
+along."""
+
+
+class Choices:
+    """The choices on one model: those that hold for everybody, and those that threads and tasks made for themselves.
+
+    Attributes:
+        choice: what holds for everybody who has no choice of their own. A plain attribute: torch.compile guards on it.
+        own: the blocks of all threads and tasks that chose for themselves, as long as anybody has them.
+        owner: the thread that adapted the model.
+    """
+
+    def __init__(self, host: HostState) -> None:
+        self._begin(host, Choice())
+
+    def _begin(self, host: HostState, choice: Choice) -> None:
+        self._host = weakref.ref(host)  # it has this one: both go at once, not when Python looks for garbage
+        self.choice = choice
+        self.everybody = [Scope(choice, Block(choice))]
+        self.own: dict[int, weakref.ref[Block]] = {}
+        self.owner: object = HERE.token
+        self.ref = weakref.ref(self)
+        _THREAD.set(self.owner)
+
+    @property
+    def host(self) -> HostState:
+        """The state of the model on which these are choices."""
+        host = self._host()
+        assert host is not None, "nobody has the choices of a model alone"
+        return host
+
+    def own_scopes(self) -> Scopes:
+        """Returns the choices that this thread or task made for itself."""
+        return _OWN.get().get(self.ref, ())
+
+    def _live_scopes(self) -> Scopes:
+        """Returns the choices of this thread or task without those of its own blocks that were left elsewhere, as a
+        generator is that somebody else closes."""
+        scopes = self.own_scopes()
+        while scopes and not scopes[-1].block.open and scopes[-1].block.place == _place():
+            scopes = scopes[:-1]
+        return scopes
+
+    def _open_scopes(self) -> Scopes:
+        """Returns the choices of this thread or task whose blocks are open."""
+        scopes = self.own_scopes()
+        while scopes and not scopes[-1].block.open:
+            scopes = scopes[:-1]
+        return scopes
+
+    def here(self) -> Choice:
+        """Returns the choice of this thread or task.
+
+        Raises:
+            BlockOrderError: it is that of a block which was left meanwhile, somewhere else.
+            AmbiguousChoice: this thread chose nothing, and may work for a block that is open elsewhere.
+        """
+        if self.own:
+            if scopes := self._live_scopes():
+                if not scopes[-1].block.open:
+                    raise BlockOrderError(
+                        "the block or call in which this task (or thread) was started has been left meanwhile, so "
+                        f"nothing says which injections act in it; wait for it inside of the block, or {_ADVICE}"
+                    )
+                return scopes[-1].choice
+            if HERE.token is not self.owner and _THREAD.get() is not self.owner:
+                return self._of_a_thread()
+        return self.choice
+
+    def _of_a_thread(self) -> Choice:
+        """Returns the choice for a thread that chose nothing: that of everybody, or that of the only task of the
+        owner's thread in whose block it was started."""
+        thread = threading.current_thread()
+        blocks = [block for each in list(self.own.values()) if (block := each()) is not None]
+        employers = [block for block in blocks if block.may_employ(thread)]
+        if not employers:
+            return self.choice
+        outermost = employers[0]
+        if all(block.of_owner and block.place == outermost.place for block in employers) and (
+            outermost.before is None or thread not in outermost.before
+        ):
+            return employers[-1].choice
+        raise AmbiguousChoice(
+            f"the thread {thread.name!r} has not chosen which injections act, and a block or call that is open in "
+            "another thread or task has: nothing says whether this thread works for it. Say it here, "
+            "peftcore.using(model, name)(function, ...), or hand the choice on: asyncio.to_thread takes that of a task "
+            "along, and Thread(target=peftcore.using(model, name), args=(function, ...)) has its own"
+        )
+
+    def in_force(self) -> Iterator[tuple[str, Choice]]:
+        """Yields every choice that a forward may run under now, and whose it is, for messages."""
+        mine = {id(each.block) for each in self.own_scopes()}
+        yield "", self.around()
+        yield "", self.choice
+        for key, each in list(self.own.items()):
+            block = each()
+            if block is not None and block.open and key not in mine:
+                yield "in another thread or task ", block.choice
+
+    def pinning(self, leaving: Block | None = None) -> Iterator[Choice]:
+        """Yields every choice that is in force, or that will be again when a block is left, in all threads and tasks;
+        but for that of a block which is about to be another one."""
+        for scope in list(self.everybody):
+            if scope.block is not leaving:
+                yield scope.choice
+        for each in list(self.own.values()):
+            block = each()
+            if block is not None and block.open and block is not leaving:
+                yield block.choice
+
+    def called(self) -> Iterator[Choice]:
+        """Yields the choices of the calls (`using`) that run in all threads."""
+        for each in list(self.own.values()):
+            block = each()
+            if block is not None and block.open and block.calls:
+                yield block.choice
+
+    def traced(self) -> Choice:
+        """Returns the choice of this thread or task for code that torch.compile traces: one graph for each active set.
+        It guards on attributes, those of the thread too, and breaks the graph where a context variable is to be read.
+        """
+        call = HERE.traced
+        if call is not None and call[0] is self:
+            return call[1]
+        return self.choice if not self.own else self.here()
+
+    def around(self) -> Choice:
+        """Returns the choice upon which another one is made; it never fails."""
+        scopes = self._open_scopes()
+        return scopes[-1].choice if scopes else self.choice
+
+    # ------------------------------------------------------------------------------------------ statements and blocks
+
+    def set(self, choice: Choice) -> Statement:
+        """Choose until the end of the block or call round this: in the owner's thread for everybody, unless this thread
+        or task has a choice of its own; in any other thread for that thread."""
+        self.host.check_merged(choice)
+        residency = self.host.residency
+        if residency is None:
+            return self._set(choice)
+        with residency.kept(choice.named, self._replaced()):  # until it is in force
+            return self._set(choice)
+
+    def _replaced(self) -> Block | None:
+        """Returns the block in which a statement would take the place of what is chosen."""
+        if scopes := self._open_scopes():
+            return scopes[-1].block
+        return self.everybody[-1].block if HERE.token is self.owner else None
+
+    def _set(self, choice: Choice) -> Statement:
+        _disturb()
+        scopes = self._open_scopes()
+        over = self.own_scopes()[len(scopes) :]
+        if scopes:
+            before = scopes[-1]
+            inherited = before.block.place is not None and before.block.place != _place()
+            made = Scope(choice, before.block, self._enlisted(Block(choice)) if inherited else None)
+            self._write((*scopes[:-1], made))
+            return Statement(made, before, over)
+        if HERE.token is not self.owner:
+            made = Scope(choice, self._enlisted(Block(choice, _place())))
+            self._write((made,))
+            return Statement(made, None, over)
+        if over:
+            self._write(())
+        _THREAD.set(self.owner)
+        with _LOCK:
+            before = self.everybody[-1]
+            made = self.everybody[-1] = Scope(choice, before.block)
+        self._publish()
+        return Statement(made, before, over)
+
+    def undo(self, statement: Statement) -> None:
+        """Take a statement back, unless something else was chosen since."""
+        made, before = statement.made, statement.before
+        if before is not None:
+            before = Scope(self._present(before.choice), before.block)
+        kept = [] if before is None else [before]
+        scopes = self.own_scopes()
+        for index, each in enumerate(scopes):
+            if each is made:
+                self._write((*scopes[:index], *kept, *statement.over, *scopes[index + 1 :]))
+                return
+        with _LOCK:
+            for index, each in enumerate(self.everybody):
+                if each is made and before is not None:
+                    self.everybody[index] = before
+                    self._write((*statement.over, *scopes))
+        self._publish()
+
+    def open(self, choice: Choice) -> Block:
+        """Choose until the block is left: in the owner's thread for everybody, unless this thread or task has a choice
+        of its own or this is a task; everywhere else for this thread or task alone."""
+        self.host.check_merged(choice)
+        residency = self.host.residency
+        if residency is None:
+            return self._open(choice)
+        with residency.kept(choice.named):  # until it is in force
+            return self._open(choice)
+
+    def _open(self, choice: Choice) -> Block:
+        _disturb()
+        scopes, place = self._live_scopes(), _place()
+        owned = HERE.token is self.owner
+        if owned and place[1] is None and not scopes:
+            block = Block(choice, place)
+            with _LOCK:
+                self.everybody.append(Scope(choice, block))
+            self._publish()
+            return block
+        block = self._enlisted(Block(choice, place, frozenset(threading.enumerate()), owned and place[1] is not None))
+        self._write((*scopes, Scope(choice, block)))
+        return block
+
+    @contextmanager
+    def block(self, choice: Choice) -> Iterator[None]:
+        """Context manager in which a choice holds for whom it would in a ``with`` block of `activate`."""
+        block = self.open(choice)
+        try:
+            yield
+        finally:
+            self.leave(block)
+
+    def leave(self, block: Block) -> None:
+        """End a block: what was chosen round it holds again.
+
+        Raises:
+            BlockOrderError: one that was entered later is still open, or this thread or task never entered it. It is
+                over all the same.
+        """
+        _disturb()
+        self._end(block)
+
+    @contextmanager
+    def held(self, choice: Choice, before: frozenset[threading.Thread] | None = None) -> Iterator[None]:
+        """Context manager in which a choice holds for what this thread calls, and for nothing else."""
+        self.host.check_merged(choice)
+        block = self._enlisted(Block(choice, _place(), before))
+        block.calls = True
+        self._write((*self._live_scopes(), Scope(choice, block)))
+        if (residency := self.host.residency) is not None:  # after it is in force: what it names stays from here on
+            try:
+                residency.admit(choice)
+            except BaseException:
+                self._end(block)
+                raise
+        traced, HERE.traced, HERE.calm = HERE.traced, (self, choice), None
+        try:
+            yield
+        finally:
+            HERE.traced = traced
+            try:
+                self._end(block)
+            finally:
+                HERE.settle()
+
+    def _end(self, block: Block) -> None:
+        block.open, block.before = False, None
+        scopes = self.own_scopes()
+        later = _later(scopes, block)
+        if later is not None:
+            self._write((*scopes[: len(scopes) - len(later) - 1], *(each for each in later if each.block.open)))
+        else:
+            later = _later(tuple(self.everybody), block)
+            self._publish()
+        if later is None:
+            raise BlockOrderError(
+                "a block was left in another task or thread than the one that entered it (a generator or fixture was "
+                f"closed elsewhere): what ran in between may have had another choice; {_ADVICE}"
+            )
+        if any(each.block.open for each in later):
+            raise BlockOrderError(
+                "a block was left while one that was entered later is still open: their choices overlapped, and steps "
+                f"in between may have run the other one's; {_ADVICE}"
+            )
+
+    def _enlisted(self, block: Block) -> Block:
+        own, key = self.own, id(block)
+        own[key] = weakref.ref(block, lambda _: own.pop(key, None))
+        return block
+
+    def _write(self, scopes: Iterable[Scope]) -> None:
+        """Set the choices of this thread or task, and forget those on models that are gone."""
+        scopes = tuple(scopes)
+        others = {ref: each for ref, each in _OWN.get().items() if ref is not self.ref and ref() is not None}
+        _OWN.set({**others, self.ref: scopes} if scopes else others)
+        if scopes:
+            block, choice = scopes[-1].block, scopes[-1].choice
+            if block.choice is not choice and block.place == _place():  # not of a task that inherited the block
+                block.choice = choice
+
+    def _publish(self) -> None:
+        """Let the innermost choice for everybody hold."""
+        with _LOCK:
+            self.everybody[1:] = [each for each in self.everybody[1:] if each.block.open]
+            choice = self.everybody[-1].choice
+            if choice is self.choice:
+                return
+            self.choice = choice
+        self.host.replan()
+
+    # ----------------------------------------------------------------------------------- injections that come and go
+
+    def add(self, name: str, instead: Collection[str] = ()) -> Active:
+        """Let a new injection act: it joins the innermost stack. A route and a composition stay as they are, so it
+        joins the stack in force outside of them; where there is none it waits until it is named.
+
+        Args:
+            name: the new injection.
+            instead: injections that leave that stack.
+
+        Returns:
+            The stack, the new one included.
+        """
+        _disturb()
+        scopes, owned = list(self._open_scopes()), HERE.token is self.owner
+        if not owned and not any(_is_stack(each.choice) for each in scopes) and _is_stack(self.choice):
+            scopes.insert(0, Scope(self.choice, self._enlisted(Block(self.choice, _place()))))
+        stack = _joined(scopes, name, instead)
+        self._write(scopes)
+        if stack is None and owned:
+            with _LOCK:
+                stack = _joined(self.everybody, name, instead)
+            self._publish()
+        self.host.replan()
+        return (name,) if stack is None else stack
+
+    def check_free(self, names: Iterable[str]) -> None:
+        """Check that injections may go.
+
+        Raises:
+            RouteError, CompositionError: a route or a composition of this thread or task, or one that holds for
+                everybody, stands on one of them.
+        """
+        wanted = set(names)
+        for each in (*self._open_scopes(), *self.everybody):
+            for name in wanted.intersection(each.choice.bound):
+                kind = CompositionError if each.choice.route is None else RouteError
+                what = "composition" if each.choice.route is None else "route"
+                raise kind(f"{name!r} is in a {what} that is in force, which cannot do without it; leave that first")
+
+    def forget(self, name: str) -> None:
+        """Take an injection that is gone out of the stacks of this thread or task, and out of the one that holds for
+        everybody. Where others chose it, it stays chosen: their next forward says that it is gone."""
+        _disturb()
+        scopes = self.own_scopes()
+        if any(name in each.choice.active for each in scopes):
+            self._write([Scope(each.choice.without(name), each.block) for each in scopes])
+        with _LOCK:
+            last = len(self.everybody) if HERE.token is self.owner else 1
+            for index, each in enumerate(self.everybody[:last]):
+                if name in each.choice.active:
+                    self.everybody[index] = Scope(each.choice.without(name), each.block)
+        self._publish()
+        self.host.replan()
+
+    def saved(self) -> tuple[Scopes, Scopes]:
+        """Returns the choices that this thread or task can change, for `restore`."""
+        return self.own_scopes(), tuple(self.everybody) if HERE.token is self.owner else ()
+
+    def restore(self, saved: tuple[Scopes, Scopes]) -> None:
+        """Let the choices hold again that `saved` returned. Slots are not planned anew."""
+        _disturb()
+        self._write(saved[0])
+        if saved[1]:
+            with _LOCK:
+                self.everybody[:] = saved[1]
+                self.choice = self.everybody[-1].choice
+
+    def elsewhere(self) -> bool:
+        """Whether blocks are open of which this thread or task has nothing, and which may name what is gone."""
+        mine = {id(each.block) for each in self.own_scopes()}
+        return (HERE.token is not self.owner and len(self.everybody) > 1) or bool(self.own.keys() - mine)
+
+    def _present(self, choice: Choice) -> Choice:
+        for name in choice.active:
+            if name not in self.host.injections:
+                choice = replace(choice, active=tuple([each for each in choice.active if each != name]))
+        return choice
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Returns the state for copies and pickles. They act as this thread or task does, but are outside of a route,
+        and know no other thread."""
+        choice = self._present(self.around())
+        return {"host": self.host, "choice": Choice(choice.active, composition=choice.composition)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._begin(state["host"], state["choice"])
+
+
+def _disturb() -> None:
+    HERE.disturb()
+    HERE.traced = None
+
+
+def _is_stack(choice: Choice) -> bool:
+    return choice.route is None and choice.composition is None
+
+
+def _later(scopes: Scopes, block: Block) -> Scopes | None:
+    """Returns the scopes behind that of a block; None when it has none."""
+    return next((scopes[index + 1 :] for index, each in enumerate(scopes) if each.block is block), None)
+
+
+def _joined(scopes: list[Scope], name: str, instead: Collection[str]) -> Active | None:
+    """Let a name join the innermost stack of `scopes`, in place; returns the stack, None when there is none."""
+    for index in reversed(range(len(scopes))):
+        choice, block = scopes[index].choice, scopes[index].block
+        if choice.composition is not None:
+            continue
+        stack = (*(each for each in choice.active if each not in instead), name)
+        scopes[index] = Scope(replace(choice, active=stack), block)
+        if choice.route is None:
+            return stack
+    return None
+
+
+class Chosen(AbstractContextManager["Chosen"]):
+    """Returned by `activate`, `route` and `call`: the choice is in force already. As a context manager it holds until
+    the end of the block, and what held before it was made holds again."""
+
+    def __init__(self, state: HostState, choice: Choice) -> None:
+        self._state, self._choice = state, choice
+        self._statement: Statement | None = state.choices.set(choice)
+        self._blocks: list[Block] = []
+
+    def __enter__(self) -> Chosen:
+        self._state.check(self._choice)
+        self._blocks.append(self._state.choices.open(self._choice))
+        before = None if self._statement is None else self._statement.before
+        self._take_back()
+        residency = self._state.residency
+        if residency is not None and before is not None:
+            try:  # it made room for the statement, and holds again when the block is left
+                residency.bring(before.choice.named)
+            except BaseException:
+                self._state.choices.leave(self._blocks.pop())
+                residency.bring(before.choice.named)
+                raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._blocks:
+            self._state.choices.leave(self._blocks.pop())
+        else:
+            self._take_back()
+
+    def _take_back(self) -> None:
+        if self._statement is not None:
+            self._state.choices.undo(self._statement)
+            self._statement = None

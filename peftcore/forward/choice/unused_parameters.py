@@ -1,0 +1,40 @@
+"""DistributedDataParallel waits in backward for a gradient of each parameter that trains. Parameters of an adapter that
+does not act get none: said at the first forward, and not by a reduction that hangs or fails one step later."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.nn.parallel.distributed import DistributedDataParallel
+
+from peftcore.errors import TrainingError
+
+if TYPE_CHECKING:
+    from peftcore.forward.choice.active_adapters import Choice
+    from peftcore.forward.state.host_state import HostState
+
+
+def check_all_act(state: HostState, model: nn.Module, choice: Choice) -> None:
+    """Check that every adapter with parameters that train acts, where DistributedDataParallel waits for all of them.
+
+    Raises:
+        TrainingError: one does not.
+    """
+    # A private attribute, the only one that tells: torch.compile finds the wrapper in the same way.
+    runner = getattr(DistributedDataParallel, "_active_ddp_module", None)
+    if runner is None or not torch.is_grad_enabled() or not runner.require_backward_grad_sync:
+        return
+    if runner.find_unused_parameters or runner.static_graph or runner.parameters_to_ignore:
+        return
+    acting = set(state.unmerged(choice.acting))
+    used = {id(parameter) for name in acting for parameter in state.injections[name].parameters()}
+    for name, injection in state.injections.items():
+        unused = (each for each in injection.parameters() if each.requires_grad and id(each) not in used)
+        if name not in acting and any(True for _ in unused) and any(each is model for each in runner.modules()):
+            raise TrainingError(
+                f"{name!r} trains but does not act, and DistributedDataParallel waits for the gradients of all that "
+                f"trains: call trainable(False) on it before the model is wrapped, let it act, or wrap the model with "
+                "find_unused_parameters=True"
+            )

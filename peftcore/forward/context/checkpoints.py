@@ -1,0 +1,95 @@
+"""Which forward a checkpoint repeats: the object that torch keeps of a checkpoint from its forward to its backward also
+keeps the forward context that its modules ran in.
+
+Nothing public tells a checkpoint from another one, so torch's own objects are looked for among the running calls: of a
+non-reentrant checkpoint the frame that its saved-tensor hooks hold, of a reentrant one the context of its autograd
+function. A checkpoint of another library has neither; what it repeats is told by the outputs of the forward
+(`peftcore.forward.context.context`).
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Iterator
+from types import CodeType, FrameType, GeneratorType
+from typing import Any
+
+import torch
+from torch.utils import checkpoint
+
+from peftcore.errors import AmbiguousBackward
+
+RECORD = "_peftcore_contexts"
+HOOK = "unpack_hook"
+"""The function that repeats a non-reentrant checkpoint, with its frame as a variable."""
+_CHECKPOINT: CodeType = inspect.unwrap(checkpoint.checkpoint).__code__
+"""The function that runs one, with the generator that made its frame as a variable."""
+_FORWARD: CodeType = checkpoint.CheckpointFunction.forward.__code__
+_BACKWARD: CodeType = checkpoint.CheckpointFunction.backward.__code__
+_top = vars(torch._C._autograd).get("_top_saved_tensors_default_hooks", lambda ignored: None)
+
+
+def remember(kept: Any, state: object, choice: object, context: Any) -> None:
+    """Keep what modules of a host run under in a checkpoint: the choice, and the context of the forward."""
+    record: dict[int, Any] = vars(kept).setdefault(RECORD, {})
+    before = record.setdefault(id(state), (choice, context))
+    if before is not None and before[0] is not choice:
+        record[id(state)] = None
+
+
+def remembered(state: object | None) -> tuple[Any, Any] | None:
+    """Returns the choice and the context of the forward that is repeated now, inside backward: of a host, or of the one
+    whose modules came last. None where no checkpoint tells.
+
+    Raises:
+        AmbiguousBackward: the choice changed inside of the checkpoint.
+    """
+    for kept in _repeated():
+        record = vars(kept).get(RECORD, {})
+        key = id(state) if state is not None else next(reversed(record), None)
+        if key in record:
+            if record[key] is None:
+                raise AmbiguousBackward(
+                    "the choice of adapters changed inside of a checkpoint, which runs again in backward: choose "
+                    "before the checkpoint, and outside of it"
+                )
+            found: tuple[Any, Any] = record[key]
+            return found
+    return None
+
+
+def running() -> list[Any]:
+    """Returns what torch keeps of each checkpoint that this code is in the forward of."""
+    if torch.is_grad_enabled() and _top(False) is None:  # no hooks on saved tensors, as nearly always
+        return []
+    found = []
+    for frame in _stack():
+        if frame.f_code is _FORWARD:
+            found.append(frame.f_locals["ctx"])
+        elif frame.f_code is _CHECKPOINT and isinstance(begun := frame.f_locals.get("gen"), GeneratorType):
+            found.append(begun.gi_frame.f_locals["new_frame"])  # type: ignore[union-attr]  # it waits for the function
+    return found
+
+
+def reentrant() -> int | None:
+    """Returns the identity of the innermost reentrant checkpoint that this code is in the forward of, which gives no
+    gradient to what its function did not get as an argument; None outside of all."""
+    return next((id(frame.f_locals["ctx"]) for frame in _stack() if frame.f_code is _FORWARD), None)
+
+
+def _repeated() -> Iterator[Any]:
+    """Yields what torch keeps of the checkpoints that run again now, the innermost first."""
+    for frame in _stack():
+        if frame.f_code is _BACKWARD:
+            yield frame.f_locals["ctx"]
+        elif frame.f_code.co_name == HOOK and frame.f_code.co_filename == checkpoint.__file__:
+            yield frame.f_locals["frame"]
+
+
+def _stack() -> Iterator[FrameType]:
+    """Yields the running calls, the innermost first."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back

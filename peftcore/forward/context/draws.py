@@ -1,0 +1,119 @@
+"""Random numbers where rows of a batch go to different adapters: what an adapter drops is what it would drop alone.
+
+Operators draw by torch's functions (``F.dropout``, ``nn.Dropout``). Where a route has a seed for an adapter, what they
+draw for its rows at a module is a function of that seed, the module's path, the row's number among the adapter's own
+and the place in the row (`peftcore.forward.context.counted_draws`): neither other rows nor padding at the end of rows
+change it. What else draws takes torch's global generators, which are seeded anew there and go on afterwards where they
+were. Nothing is counted from module to module, so what backward runs again draws the same, and so does a training that
+goes on from a file. A module that runs several times in one forward draws the same each time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from peftcore.forward.context.counted_draws import CountedDraws, mixed
+
+if TYPE_CHECKING:
+    from peftcore.forward.choice.active_adapters import Positions, Route
+    from peftcore.forward.context.context import ForwardContext
+
+
+class Streams:
+    """The global generators from which operators on a device draw: that of the CPU, and the device's own."""
+
+    def __init__(self, device: torch.device) -> None:
+        kind: Any = None if device.type in ("cpu", "meta") else torch.get_device_module(device)
+        self._device, self._own = device, kind
+
+    def states(self) -> list[Tensor]:
+        """Returns where they are."""
+        return [torch.get_rng_state(), *([] if self._own is None else [self._own.get_rng_state(self._device)])]
+
+    def set(self, states: list[Tensor]) -> None:
+        """Put them back to where they were."""
+        torch.set_rng_state(states[0])
+        if self._own is not None:
+            self._own.set_rng_state(states[1], self._device)
+
+    def seed(self, seed: int) -> None:
+        """Begin them anew."""
+        torch.default_generator.manual_seed(seed)
+        if self._own is not None:  # by a generator: functions that seed take the current device, which is another one
+            self._own.set_rng_state(torch.Generator(self._device).manual_seed(seed).get_state(), self._device)
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Context manager in which the global generators begin anew; they go on afterwards where they were."""
+    streams = Streams(device)
+    before = streams.states()
+    streams.seed(seed)
+    try:
+        yield
+    finally:
+        streams.set(before)
+
+
+@contextmanager
+def draws_of(context: ForwardContext, route: Route, position: int, site: str, alone: bool) -> Iterator[None]:
+    """Context manager in which an adapter of a route draws by its own seed, where the route has one for it.
+
+    Args:
+        context: the forward's context; it keeps where the model's own generators were.
+        route: the route.
+        position: that of the adapter in the route; -1 for the bare base model, which draws as it always does.
+        site: the module, and what the adapter does there.
+        alone: whether the adapter is given its own rows alone, and not those of the batch.
+    """
+    seed = route.seeds[position] if route.seeds and position >= 0 else None
+    if seed is None or torch.compiler.is_compiling():
+        yield
+        return
+    streams, outer = Streams(route.index.device), context.drawn
+    before = streams.states()
+    own = mixed(seed, site, *([context.number] if context.number else ()))  # a pass of `again` draws anew
+    count = route.sizes[position]
+    draws = CountedDraws(own, range(count) if alone else _numbers(route.positions, position), count)
+    context.drawn = streams, before if outer is None else outer[1], draws
+    if outer is not None:
+        outer[2].rests = True
+    streams.seed(own)
+    try:
+        with draws:
+            yield
+    finally:
+        context.drawn = outer
+        if draws.count:
+            route.drew.add(route.names[position])
+        if outer is not None:
+            outer[2].rests = False
+        streams.set(before)
+
+
+def _numbers(positions: Positions, own: int) -> list[int]:
+    """Returns the number of each row among the rows of a position; those of other rows count for nothing."""
+    return [positions[:row].count(own) for row in range(len(positions))]
+
+
+@contextmanager
+def own_draws_aside(context: ForwardContext) -> Iterator[None]:
+    """Context manager in which the model itself draws, in the middle of what an adapter of a route does by its own
+    seed."""
+    assert context.drawn is not None
+    streams, before, draws = context.drawn
+    mine, context.drawn, draws.rests = streams.states(), None, True
+    streams.set(before)
+    try:
+        with draws.out():
+            yield
+    finally:
+        # In place: what the adapter's block puts back at its end is this list.
+        before[:] = streams.states()
+        context.drawn, draws.rests = (streams, before, draws), False
+        streams.set(mine)

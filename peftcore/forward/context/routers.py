@@ -1,0 +1,170 @@
+"""Routers: operators that give each token, sequence or task shares of several experts, and say so to whoever asks.
+
+The words are the same for all mixtures. An *expert* is one of several updates of a module; the *gates* of a token (of a
+sequence, of a task) are its shares of the experts; *soft* gates have all experts, *top-k* gates are zero but for k. A
+choice whose gates are all zero is *dropped*. Nothing is kept of a forward unless somebody asks
+(`Injection.reporting`), and then sums alone: two numbers an expert and four more.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from peftcore.contract.operators import Operator
+from peftcore.forward.context.context import forward_context
+
+Routes = Literal["token", "sequence", "task"]
+"""The unit that has gates of its own: a token, a sequence or a task."""
+OTHERS = ("decoder_input_ids", "decoder_inputs_embeds", "labels")
+"""Arguments whose rows are those of a decoder beside an encoder."""
+
+
+class Gates(NamedTuple):
+    """The gates of one forward of a router, row by row."""
+
+    shares: Tensor
+    """``[rows, choices, experts]``: a choice a token, or several of a token that chooses for each head or group."""
+    counts: Tensor | None
+    """``[rows, choices]`` of bool: which choices are no padding; None where nothing tells of any."""
+    known: bool
+    """Whether padding is known: not where a part of the model runs by itself, nor where tokens have lost their rows."""
+
+
+class Router(Operator):
+    """An operator that gives shares of experts. Its forward calls `noted` with its gates."""
+
+    routes: ClassVar[Routes] = "token"
+    """The unit that has gates of its own; "token" by default."""
+    ledger: Ledger | None = None
+    """Where gates are summed up, while somebody asks for them."""
+
+    def noted(self, gates: Tensor, dim: int = -1, inner: int = 0) -> None:
+        """Sum up the gates of this forward, if somebody asks; not where backward repeats it.
+
+        Args:
+            gates: of tokens as `by_row` takes them, of whole rows ``[rows, ..., experts]``.
+            dim: the dimension of the experts, such as the channels of a convolution.
+            inner: as of `by_row`.
+        """
+        if self.ledger is not None and not forward_context().repeating:
+            gates = gates.detach().movedim(dim, -1)
+            self.ledger.add(by_row(gates, inner) if self.routes == "token" else of_rows(gates))
+
+
+def of_rows(gates: Tensor) -> Gates:
+    """Returns gates of whole rows ``[rows, ..., experts]``, which have no padding."""
+    return Gates(gates.reshape(len(gates), -1, gates.shape[-1]), None, True)
+
+
+def by_row(gates: Tensor, inner: int = 0) -> Gates:
+    """Returns gates of tokens by row, with what the model's attention mask says of padding.
+
+    With a cache the mask tells of the tokens before, too: the last ones are those of this forward. Beams are rows.
+
+    Args:
+        gates: ``[rows, tokens, *inner, experts]``, of pictures ``[rows, height, width, *inner, experts]``; of a module
+            that is given ``[rows * tokens, in]`` or one vector a row ``[rows * tokens, *inner, experts]``.
+        inner: how many dimensions of one token stand before the experts: 1 where it chooses for each of its heads.
+    """
+    places, each = gates.dim() - 1 - inner, math.prod(gates.shape[gates.dim() - 1 - inner : -1])
+    if places == 0:
+        return Gates(gates.reshape(1, each, -1), None, False)
+    if places == 1:
+        mask, known = _of_vectors(len(gates))
+        rows, tokens = (len(gates), 1) if mask is None else mask.shape
+    else:
+        rows, tokens = len(gates), math.prod(gates.shape[1:places])
+        mask, known = padding_mask(rows, tokens)
+    counts = None if mask is None else mask.to(gates.device).repeat_interleave(each, 1)
+    return Gates(gates.reshape(rows, tokens * each, -1), counts, known)
+
+
+def _of_vectors(count: int) -> tuple[Tensor | None, bool]:
+    """Returns the mask of tokens that have lost their rows, and whether padding is known; no mask of one vector a
+    row."""
+    running = forward_context()
+    mask = running.inputs.get("attention_mask")
+    if running.of_two_streams or not isinstance(mask, Tensor) or mask.dim() != 2:
+        return None, bool(running.inputs) and mask is None
+    if mask.numel() == count:
+        return mask != 0, True
+    return None, len(mask) == count
+
+
+def padding_mask(rows: int, tokens: int) -> tuple[Tensor | None, bool]:
+    """Returns which tokens of this forward are no padding ``[rows, tokens]``, by the model's own arguments, and whether
+    that is known; None where nothing is told of padding."""
+    running = forward_context()
+    inputs = running.inputs
+    if not inputs:
+        return None, False
+    mask = inputs.get("attention_mask")
+    if running.of_two_streams:
+        others = [len(each[0]) for each in map(inputs.get, OTHERS) if isinstance(each, Tensor) and each.dim() > 1]
+        return _of_two(mask, inputs.get("decoder_attention_mask"), others, rows, tokens)
+    if not isinstance(mask, Tensor):
+        return None, mask is None
+    if mask.dim() != 2 or len(mask) != rows or mask.shape[1] < tokens or tokens != _new_tokens(inputs, tokens):
+        return None, False
+    return mask[:, mask.shape[1] - tokens :] != 0, True
+
+
+def _new_tokens(inputs: Mapping[str, Any], otherwise: int) -> int:
+    """Returns how many tokens a row has that the model is given; a module beside them, such as one of a tower for
+    pictures, has others."""
+    given = [inputs.get(name) for name in ("input_ids", "inputs_embeds")]
+    return next((each.shape[1] for each in given if isinstance(each, Tensor) and each.dim() > 1), otherwise)
+
+
+def _of_two(encoder: Any, decoder: Any, others: list[int], rows: int, tokens: int) -> tuple[Tensor | None, bool]:
+    """Returns the mask of whichever of an encoder and a decoder has so many tokens, if only one has; `others` are
+    widths of the decoder's arguments."""
+    if encoder is None and decoder is None:
+        return None, True
+    fits = [isinstance(each, Tensor) and each.shape == (rows, tokens) for each in (encoder, decoder)]
+    if fits[0] and not fits[1] and tokens not in others:
+        return encoder != 0, True
+    if not fits[0] and (fits[1] or decoder is None):
+        return (decoder != 0 if fits[1] else None), tokens in others
+    return None, False
+
+
+class Ledger:
+    """Sums of the gates of one router, where its gates are.
+
+    Attributes:
+        forwards: how often the router ran.
+        known: whether the padding of all forwards was.
+    """
+
+    def __init__(self) -> None:
+        self.forwards, self.known = 0, True
+        self._sums: Tensor | None = None
+
+    def add(self, gates: Gates) -> None:
+        """Add the gates of one forward."""
+        shares = gates.shares.to(torch.float32 if gates.shares.device.type == "mps" else torch.float64)
+        count = shares.shape[-1]
+        counts = shares.new_ones(shares.shape[:-1]) if gates.counts is None else gates.counts.to(shares.dtype)
+        sizes = shares.abs()
+        whole = sizes.sum(-1)
+        dropped = (whole == 0).to(shares.dtype)
+        even = sizes / (whole + dropped).unsqueeze(-1)
+        entropy = -torch.special.xlogy(even, even).sum(-1) / math.log(max(count, 2))
+        each = torch.cat([even, (sizes > 0).to(shares.dtype)], -1)  # [rows, choices, 2 * experts]
+        each = torch.cat([each, torch.stack([entropy, dropped, torch.ones_like(dropped)], -1)], -1)
+        sums = (each * counts.unsqueeze(-1)).sum((0, 1))
+        sums = torch.cat([sums, (1 - counts).sum()[None]])
+        self._sums = sums if self._sums is None else self._sums + sums
+        self.forwards, self.known = self.forwards + 1, self.known and gates.known
+
+    @property
+    def sums(self) -> list[float]:
+        """The sums of shares, one for each expert, then how many choices each has; then the sum of entropies, and how
+        many choices were dropped, made, and left out as padding. Empty before the first forward."""
+        return [] if self._sums is None else self._sums.tolist()

@@ -1,0 +1,108 @@
+"""Taps: what one operator leaves for another in the same forward."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from peftcore.errors import TrainingError
+from peftcore.forward.context.checkpoints import reentrant
+from peftcore.forward.context.context import ForwardContext, forward_context, tensors_in
+
+if TYPE_CHECKING:
+    from peftcore.forward.rows.routing import OwnRows
+
+REENTRANT = (
+    "a block reads what another part of the adapter made, which a reentrant checkpoint gives no gradient: take the "
+    "others, model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})"
+)
+
+
+class Tap:
+    """A place where one operator leaves a value for another during one forward; both hold the tap.
+
+    Args:
+        until_backward: hold the value until backward is done with this forward. For operators in different blocks:
+            gradient checkpointing runs one block again without the other.
+        learns: values learn by what is read of them. Reading one that a reentrant checkpoint has made, outside of that,
+            is a TrainingError: it has no gradient there.
+    """
+
+    _numbers = itertools.count()
+
+    def __init__(self, *, until_backward: bool = False, learns: bool = False) -> None:
+        self.key, self.until_backward, self.learns = next(self._numbers), until_backward, learns
+
+    def put(self, value: Any) -> None:
+        """Leave a value for the rest of this forward."""
+        context = forward_context()
+        lost = _loses_gradient(value) or (self.learns and not torch.is_grad_enabled())
+        inside = reentrant() if lost and not torch.compiler.is_compiling() else None
+        context.taps.append((self.key, value, self.until_backward, context.rows, inside))
+
+    def get(self) -> Any:
+        """Returns the value that was left in this forward; None when there is none.
+
+        Raises:
+            TrainingError: its gradient would be lost, for a reentrant checkpoint begun after it was left, or ended
+                before it is read.
+        """
+        context = forward_context()
+        for key, value, _, rows, inside in reversed(context.taps):
+            if key == self.key:
+                if _loses_gradient(value) and (here := reentrant()) is not None and here != inside:
+                    raise TrainingError(REENTRANT)
+                if self.learns and inside is not None and reentrant() != inside:
+                    raise TrainingError(REENTRANT)
+                return value if rows is context.rows else _for_rows(value, rows, context.rows)
+        return None
+
+    def take(self) -> Any:
+        """Returns the value and drops it: a value that one operator alone reads is freed when it was read."""
+        value, taps = self.get(), forward_context().taps
+        taps[:] = [tap for tap in taps if tap[0] != self.key]
+        return value
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, key=next(self._numbers))  # a number of another process may be taken in this one
+
+
+@contextmanager
+def branches(context: ForwardContext) -> Iterator[Callable[[], None]]:
+    """Context manager for a module that runs in several branches; gives a function to call in front of each. Each reads
+    what was left in front of the module, also what an operator of an earlier branch took."""
+    taps, before = context.taps, [*context.taps]
+    left: list[Any] = []
+    taken: list[Any] = []
+
+    def begin() -> None:
+        left.extend(_others(taps, before))
+        taken.extend(_others(before, taps))
+        taps[:] = before
+
+    try:
+        yield begin
+    finally:
+        begin()
+        taps[:] = [*_others(before, taken), *left]
+
+
+def _others(taps: Sequence[Any], than: Sequence[Any]) -> list[Any]:
+    return [tap for tap in taps if all(tap is not each for each in than)]
+
+
+def _loses_gradient(value: Any) -> bool:
+    """Whether a value has a gradient, and is met where none is recorded, as in the forward of reentrant checkpoints."""
+    return not torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors_in(value))
+
+
+def _for_rows(value: Any, rows: OwnRows | None, wanted: OwnRows | None) -> Any:
+    """Returns what was left by an operator that was given some rows for one that is given others of them."""
+    if rows is not None and wanted is not None and rows.positions == wanted.positions:
+        return value
+    whole = value if rows is None else rows.spread(value)
+    return whole if wanted is None else wanted.of(whole)

@@ -1,0 +1,6 @@
+"""What acts at one module under one choice, planned once.
+
+In the order of reading:
+
+- `plan`: active plans and module plans.
+"""

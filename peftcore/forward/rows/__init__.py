@@ -1,0 +1,8 @@
+"""Rows of a batch that go to different adapters.
+
+In the order of reading:
+
+- `routing`: the rows of each adapter, and outputs put together row by row.
+- `alike`: equal operators of several adapters, which run as one.
+- `batched_updates`: low-rank updates of many adapters in one product.
+"""

@@ -1,0 +1,347 @@
+"""Per-sample adapters: rows of a batch go to different injections, over one base forward where possible."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from peftcore.errors import RouteError
+from peftcore.forward.choice.active_adapters import Positions, Route
+from peftcore.forward.context.context import HERE, ForwardContext, forward_context, tensors_in
+from peftcore.forward.context.draws import draws_of, own_draws_aside
+
+
+class OneForward:
+    """A forward that runs once for the same inputs, however often its output is asked for.
+
+    It begins anew in an extra pass (`ForwardContext.without`), where other injections act.
+
+    Args:
+        run: the forward.
+        module: the module whose forward it is. Where that has modules inside, other inputs raise a RouteError: they
+            would fill caches more than once.
+    """
+
+    def __init__(self, run: Callable[..., Any], module: nn.Module) -> None:
+        self.run, self._module = run, module
+        self._context = _running()
+        self._asked: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        self._output: Any = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._kept(args, kwargs, self.run(*args, **kwargs)) if self._is_due(args, kwargs) else self._output
+
+    def _is_due(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether the forward has to run for these inputs."""
+        if self._asked is None or _running() is not self._context:
+            return True
+        if _same(self._asked, args, kwargs):
+            return False
+        self._check_changed()
+        return True
+
+    def _kept(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Returns the output, which is kept if it is the first."""
+        if self._asked is None and _running() is self._context:
+            self._asked, self._output = (args, kwargs), output
+        return output
+
+    def changed(self, *args: Any, **kwargs: Any) -> Any:
+        """Returns the output for other inputs.
+
+        Raises:
+            RouteError: the module has others inside.
+        """
+        self._check_changed()
+        return self.run(*args, **kwargs)
+
+    def _check_changed(self) -> None:
+        """Check that the module may run again, for other inputs.
+
+        Raises:
+            RouteError: it has others inside.
+        """
+        if self._module._modules:
+            raise RouteError(
+                f"an injection changes the inputs of a whole {type(self._module).__name__}, which would have to run "
+                "once for each injection of the route or composition (and fill caches more than once); leave it out"
+            )
+
+
+def _running() -> ForwardContext | None:
+    return HERE.calls[-1] if HERE.calls else None
+
+
+class OwnRows:
+    """The rows of one injection of a route, or of several equal ones that run as one, while an operator of theirs runs
+    in a module: what has a row for each row of the batch, or for each that the module sees, has their rows alone.
+
+    Args:
+        route: the route.
+        positions: those of the injections in the route, whose rows stand one after the other; -1 for the rows of the
+            bare base model.
+        count: how many rows the module sees: a multiple of the route's.
+    """
+
+    def __init__(self, route: Route, positions: Positions, count: int) -> None:
+        self.route, self.positions, self.count = route, positions, count
+        self._rows = {len(route.index) // route.tokens} if route.tokens > 1 else set()
+        self._batch = {len(route.index), len(route.index) * route.copies, *self._rows}
+        self._counts = {count, *self._batch}
+
+    def index(self, count: int, device: torch.device) -> Tensor | None:
+        """Returns which of `count` rows are its own; None where these are all rows as they lie."""
+        if count in self._rows:  # of a route of tokens: each token has what its row has
+            own = self.route.own(self.positions, len(self.route.index), device)
+            of_all = torch.arange(len(self.route.index), device=device) if own is None else own
+            return of_all // (len(self.route.index) // count)
+        return self.route.own(self.positions, count, device)
+
+    def of(self, value: Any) -> Any:
+        """Returns its rows of a tensor, or of the tensors in nested containers; all else as it is."""
+        if isinstance(value, Tensor):
+            if not value.dim() or len(value) not in self._counts:
+                return value
+            index = self.index(len(value), value.device)
+            return value if index is None else value.index_select(0, index)
+        if type(value) is dict:
+            return {key: self.of(each) for key, each in value.items()}
+        if isinstance(value, Mapping):
+            return type(value)(**{key: self.of(each) for key, each in value.items()})
+        if type(value) in (list, tuple):
+            return type(value)(self.of(each) for each in value)
+        return value
+
+    def of_tokens(self, value: Tensor) -> Tensor:
+        """Returns its rows of a tensor ``[batch, tokens]``; of a route of single tokens, its tokens ``[own]``."""
+        if self.route.tokens > 1:
+            value = value.flatten()
+        index = self.route.own(self.positions, len(value), value.device)
+        return value if index is None else value.index_select(0, index)
+
+    def told(self, value: Any) -> Any:
+        """Returns its entries of a value that a call gives to a method: of a tensor, or of a list with one for each
+        row."""
+        if isinstance(value, list | tuple) and len(value) in self._batch:
+            index = self.index(len(value), torch.device("cpu"))
+            return [*value] if index is None else [value[n] for n in index.tolist()]
+        return self.of(value)
+
+    def spread(self, value: Any) -> Any:
+        """Returns a value of its rows as one of all rows; zeros stand for the others."""
+        if isinstance(value, Tensor) and value.dim():
+            for count in sorted(self._counts):
+                own = self.index(count, value.device)
+                if own is None:
+                    return value
+                if len(own) == len(value):
+                    return value.new_zeros(count, *value.shape[1:]).index_copy(0, own, value)
+        if type(value) in (list, tuple):
+            return type(value)(self.spread(each) for each in value)
+        return value
+
+
+class OfSomeRows:
+    """A forward of some rows of a batch: it picks them from one forward of all rows that want the same, as long as
+    nobody changes its inputs.
+
+    Args:
+        whole: that forward, of the bare base model.
+        given: its arguments, by position and by name.
+        pick: returns the rows from arguments and outputs of it.
+        alone: whether the rows run by themselves, since others do that need not run the bare base model.
+    """
+
+    def __init__(
+        self, whole: OneForward, given: tuple[tuple[Any, ...], dict[str, Any]], pick: OwnRows, alone: bool = False
+    ) -> None:
+        self._whole, self._given, self._pick, self._alone = whole, given, pick, alone
+        args, kwargs = given
+        self.args = tuple(pick.of(each) for each in args)
+        self.kwargs = {name: pick.of(each) for name, each in kwargs.items()}
+
+    def changed(self, *args: Any, **kwargs: Any) -> Any:
+        """Returns the output for other inputs of its rows.
+
+        Raises:
+            RouteError: of a module with others inside, which would run more than once.
+        """
+        if not self._alone:
+            self._whole._check_changed()
+        return self._whole.run(*args, **kwargs)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Returns the output for its rows.
+
+        Raises:
+            RouteError: inputs were changed of a module with others inside, which would run more than once.
+        """
+        if self._alone:
+            return self._whole.run(*args, **kwargs)
+        if _same((self.args, self.kwargs), args, kwargs):
+            whole, (args, kwargs) = self._whole, self._given
+            with all_rows():  # as `whole(*args, **kwargs)`, without its frame in tracebacks
+                due = whole._is_due(args, kwargs)
+                output = whole._kept(args, kwargs, whole.run(*args, **kwargs)) if due else whole._output
+                return self._pick.of(output)
+        return self.changed(*args, **kwargs)
+
+
+def _same(before: tuple[tuple[Any, ...], dict[str, Any]], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    positional, named = before
+    alike = len(args) == len(positional) and kwargs.keys() == named.keys()
+    return (
+        alike
+        and all(a is b for a, b in zip(args, positional, strict=True))
+        and all(value is named[key] for key, value in kwargs.items())
+    )
+
+
+@contextmanager
+def own_rows(rows: OwnRows | None, site: str | None = None) -> Iterator[None]:
+    """Context manager in which operators see the rows of one injection alone: in what taps hold, in what a call told
+    and in the model's inputs; they draw by the injection's own seed, where the route has one.
+
+    Args:
+        rows: the rows; None for all of them, where the model draws as it always does.
+        site: the module, and what operators do there, by which draws differ; None where nothing draws.
+    """
+    context = forward_context()
+    outer, context.rows = context.rows, rows
+    try:
+        if rows is None and context.drawn is not None:
+            with own_draws_aside(context):
+                yield
+        elif rows is not None and site is not None and rows.route.seeds and len(rows.positions) == 1:
+            with draws_of(context, rows.route, rows.positions[0], site, alone=True):
+                yield
+        else:  # as nearly always
+            yield
+    finally:
+        context.rows = outer
+
+
+def all_rows() -> AbstractContextManager[None]:
+    """Returns the context manager in which modules see all rows again."""
+    return own_rows(None)
+
+
+def rows_seen(route: Route, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
+    """Returns how many rows a module sees, by the first tensor among its arguments; None where they cannot be told
+    apart: one stands for all, or others may have rows or not."""
+    first = next((each for each in (*args, *kwargs.values()) if isinstance(each, Tensor) and each.dim()), None)
+    if first is None or len(first) < 2 or len(first) % len(route.index):
+        return None
+    alone = len(args) == 1 and not kwargs
+    return len(first) if alone or told_apart(route, len(first), first, (args, kwargs)) else None
+
+
+def told_apart(route: Route, count: int, first: Tensor, others: Any) -> bool:
+    """Whether the tensors among a module's other arguments that are as long as the batch have its rows for sure: four
+    dimensions or more (a mask or a bias ``[rows, heads, tokens, tokens]``), or the last dimension of a sequence like
+    the first argument. Others, such as a mask ``[tokens, tokens]``, angles ``[tokens, width]`` or a number for each
+    head, have them if no dimension behind the first one of any argument is as long."""
+    every = [each for each in tensors_in(others) if each.dim() and each is not first]
+    lengths = {count, len(route.index), len(route.index) * route.copies}
+    long = {len(each) for each in every if not _has_rows(each, first)} & lengths
+    return not long or long.isdisjoint({*first.shape[1:], *(size for each in every for size in each.shape[1:])})
+
+
+def _has_rows(tensor: Tensor, first: Tensor) -> bool:
+    return tensor.dim() > 3 or (tensor.dim() == first.dim() == 3 and tensor.shape[-1] == first.shape[-1])
+
+
+def by_tokens(
+    route: Route, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Route, tuple[Any, ...], dict[str, Any], Callable[[Any], Any]]:
+    """Returns the call of a module that acts on each token by itself, under a route whose injections begin at some
+    token of each row: the route of its tokens, its arguments by position and by name, in which each token is a row, and
+    the function that gives its output the shape that it has without a route.
+
+    Args:
+        route: the route, which has `since`.
+        args: the module's arguments; tensors ``[batch, tokens, ...]`` among them become ``[batch * tokens, ...]``.
+        kwargs: the others.
+
+    Raises:
+        MissingContext: a part of the model was called by itself.
+        RouteError: nothing says which tokens the module is given.
+    """
+    counted = forward_context().tokens
+    first = next((each for each in (*args, *kwargs.values()) if isinstance(each, Tensor) and each.dim()), None)
+    if first is None or torch.compiler.is_compiling():
+        raise RouteError("a route with `since` runs uncompiled, at modules that are given tokens: route whole rows")
+    held, new = counted.held, counted.new
+    batch = len(first) if first.shape[1:2] == (new,) and route.fits(len(first)) else len(first) // new
+    if not route.fits(batch) or len(first) not in (batch, batch * new):
+        raise RouteError(
+            f"a module is given {tuple(first.shape)}, among which the {new} tokens of {len(route.index)} rows cannot "
+            "be told apart: exclude it from the adapter's target modules, or route whole rows"
+        )
+    tokens = route.by_tokens(held, new, batch)
+    if not tokens.tokens or len(first) == batch * new:
+        return tokens, args, kwargs, _as_it_is
+
+    def flat(value: Any) -> Any:
+        is_of_tokens = isinstance(value, Tensor) and value.shape[:2] == (batch, new)
+        return value.flatten(0, 1) if is_of_tokens else value
+
+    def restore(output: Any) -> Any:
+        return tree_map_only(Tensor, lambda each: each.unflatten(0, (batch, new)), output)
+
+    return tokens, tuple(map(flat, args)), {name: flat(each) for name, each in kwargs.items()}, restore
+
+
+def _as_it_is(output: Any) -> Any:
+    return output
+
+
+def put_together(parts: Mapping[Any, Any], route: Route) -> Any:
+    """Returns the outputs for the rows of some positions of a route each as one output, row by row; containers may be
+    nested. What has no rows is the first one's."""
+    first = next(iter(parts.values()))
+    if isinstance(first, Tensor):
+        if not first.dim():
+            return first
+        found = {divmod(len(part), sum(route.sizes[each] for each in own)) for own, part in parts.items()}
+        times, rest = found.pop()
+        if found or rest or not times:
+            return first
+        order = route.order(tuple(parts), len(route.positions) * times, first.device)
+        whole = torch.cat(list(parts.values())) if len(parts) > 1 else first
+        return whole if order is None else whole.index_select(0, order)
+    if isinstance(first, Mapping):
+        of_keys = {key: put_together({n: part[key] for n, part in parts.items()}, route) for key in first}
+        return type(first)(**of_keys)
+    if isinstance(first, list | tuple):
+        return type(first)(put_together(dict(zip(parts, each, strict=True)), route)
+                           for each in zip(*parts.values(), strict=True))  # fmt: skip
+    return first
+
+
+def select_rows(output: Any, other: Any, route: Route, position: int) -> Any:
+    """Returns `output` with the rows of the injection at `position` taken from `other`; both may be nested containers
+    of tensors.
+
+    Raises:
+        RouteError: the rows of a tensor cannot be told apart.
+    """
+    if isinstance(output, Tensor):
+        if output is other or not output.dim():
+            return output
+        if len(output) == 1 and len(other) == 1:  # shared by all rows: one for each from here on
+            chosen = route.index.to(output.device) == position
+        else:
+            chosen = route.rows(max(len(output), len(other)), output.device) == position
+        return torch.where(chosen.view(-1, *[1] * (output.dim() - 1)), other, output)
+    if isinstance(output, Mapping):
+        changed = {key: select_rows(value, other[key], route, position) for key, value in output.items()}
+        return type(output)(**changed)
+    if isinstance(output, list | tuple):
+        return type(output)(select_rows(a, b, route, position) for a, b in zip(output, other, strict=True))
+    return output

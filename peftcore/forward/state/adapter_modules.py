@@ -1,0 +1,65 @@
+"""Adapter modules, in which operators live: one level above the module that they act on,
+``self_attn.peft.q_proj.<injection>``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import nn
+
+from peftcore.libraries.save_pretrained import BASE_ALONE
+
+ADAPTER_MODULES = "peft"
+"""The name of the adapter modules in the module above."""
+IDLE = "_peftcore_idle"
+"""The key in an operator's ``__dict__`` of what stands for its values while they are not on the model."""
+
+
+class AdapterModules(nn.Module):
+    """Holds the operators of the modules of one parent: ``self_attn.peft.q_proj.<injection>``."""
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Load a state dict, which may be that of the bare base: operators that it does not name keep their values."""
+        if not any(key.startswith(prefix) for key in state_dict):
+            self._put_own(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _put_own(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Put the state of the operators into a state dict, but for idle ones, which have nothing to load into."""
+        for name, child in self._modules.items():
+            if isinstance(child, AdapterModules):
+                child._put_own(state_dict, f"{prefix}{name}.")
+            elif child is not None and IDLE not in vars(child) and not BASE_ALONE.get():
+                child.state_dict(destination=state_dict, prefix=f"{prefix}{name}.")
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Returns torch's state dict; nothing while the base is saved alone."""
+        return kwargs.get("destination", {}) if BASE_ALONE.get() else super().state_dict(*args, **kwargs)
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+        """Yields torch's named modules; nothing while the base is saved alone: a saving function may count the
+        parameters."""
+        return iter(()) if BASE_ALONE.get() else super().named_modules(*args, **kwargs)
+
+
+def note_lacking(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, metadata: Any, strict: bool,
+                 missing: list[str], unexpected: Any, errors: Any) -> None:  # fmt: skip
+    """Hook of an adapted model for loading a state dict: where it holds adapters, those of which it holds nothing are
+    missing. One of the bare base holds none, and operators keep their values.
+
+    It is a hook of the model, since torch hands to a module only what is below it.
+    """
+    inside = {f"{prefix}{path}.": each for path, each in model.named_modules() if isinstance(each, AdapterModules)}
+    ours = [key for key in state_dict if f".{ADAPTER_MODULES}." in f".{key}"]
+    begun = {key[: end + 1] for key in ours for end, sign in enumerate(key) if sign == "."}
+    if begun.isdisjoint(inside):
+        return
+    for path, module in inside.items():
+        for name, child in module._modules.items():
+            if f"{path}{name}." in begun and child is not None and (idle := vars(child).get(IDLE)) is not None:
+                raise idle.error("a state dict cannot be loaded into it")
+    known = set(missing)  # a model around this one may have noted them
+    for path, module in inside.items():
+        if path not in begun and not any(isinstance(child, AdapterModules) for child in module.children()):
+            missing += [path + key for key in module.state_dict() if path + key not in known]

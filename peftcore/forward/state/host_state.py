@@ -1,0 +1,320 @@
+"""The state of an adapted model: its injections, which of them are active for whom, and the open forward context.
+
+`HostState` is one plain object on the root of an adapted host. For whom a choice holds says
+`peftcore.forward.choice.scopes`. A forward that runs inside backward (gradient checkpointing) follows the choice of
+the forward that it repeats; see `peftcore.forward.context.context`.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Collection, Iterable, MutableMapping
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from peftcore.errors import CompositionError, MergeError, UnknownInjection
+from peftcore.forward.choice.active_adapters import Active, Choice
+from peftcore.forward.choice.merged_choice import check_choice
+from peftcore.forward.choice.residency import Residency
+from peftcore.forward.choice.scopes import Choices
+from peftcore.forward.choice.unused_parameters import check_all_act
+from peftcore.forward.context.context import ForwardContext, graph_task
+from peftcore.forward.state.adapter_modules import note_lacking
+from peftcore.forward.state.generate import GeneratesFromCache
+from peftcore.forward.state.recorder import Recorder, replayed
+from peftcore.libraries.admission import Admitted
+from peftcore.libraries.instance_methods import give_methods_back, replace_methods
+from peftcore.libraries.save_pretrained import SavesBase
+from peftcore.roles.token_tables import token_count
+from peftcore.utils.threads import Token
+
+if TYPE_CHECKING:
+    from peftcore.forward.state.slot import Slot
+    from peftcore.injection.injection import Injection
+    from peftcore.surgery.placement import Placement
+    from peftcore.surgery.silent_layers import SilentLayers
+
+_KEY = "_peftcore_state"
+
+
+@dataclass(eq=False)
+class HostState:
+    """The state that peftcore keeps on the root module of one adapted model."""
+
+    injections: dict[str, Injection] = field(default_factory=dict)
+    choices: Choices = field(init=False)
+    merged: Active = ()
+    """The names of the injections that are merged into the weights, in the order of merging."""
+
+    frozen: list[nn.Parameter] = field(default_factory=list)
+    """Parameters whose requires_grad was turned off, to be turned on again when the last injection goes."""
+
+    slots: dict[Slot, None] = field(default_factory=dict)
+    """Slots of the grafted modules, in the order in which they came, which is how they lie in memory: they plan what
+    acts when it changes, so no compiler ever traces the planning."""
+
+    placement: Placement | None = None
+    """Watches that adapted modules stay in the model."""
+
+    removals: int = 0
+    """The number of injections that were removed: without one, names mean what they meant, in the same order."""
+
+    silent_layers: SilentLayers | None = None
+    """Watches that adapted sites run, until the host is compiled."""
+
+    reads_tokens: int = 0
+    """How many injections have methods that ask for the tokens of a forward."""
+
+    tokens: int = 0
+    """The rows that the host's token tables had when the first adapter came; 0 of a host that names none."""
+
+    loading: list[RemovableHandle] = field(default_factory=list)
+    """Handles of the hook by which a state dict that lacks adapters is not loaded as a whole one."""
+
+    residency: Residency | None = None
+    """Keeps the values of adapters within a limit of bytes, where the user has given one."""
+
+    running: dict[int, ForwardContext] = field(default_factory=dict)
+    """The forwards of the host that run now, in all threads, by id; those of compiled models are not seen."""
+
+    swapping: frozenset[str] = frozenset()
+    """The injections whose values are being exchanged now, by whoever holds `swap_lock`."""
+
+    swap_lock: threading.RLock = field(default_factory=threading.RLock)
+
+    recorder: Recorder = field(default_factory=Recorder)
+    outside: MutableMapping[Token, ForwardContext] = field(default_factory=weakref.WeakKeyDictionary)
+    """The forward contexts of parts that run without the host, by thread. Held here, so that they end with the host."""
+
+    def __post_init__(self) -> None:
+        self.choices = Choices(self)
+
+    @property
+    def choice(self) -> Choice:
+        """The choice of everybody who did not choose for themselves."""
+        return self.choices.choice
+
+    def now(self) -> Choice:
+        """Returns the choice of this thread or task; in a forward repeated inside backward, the choice that the first
+        run saw."""
+        if torch.compiler.is_compiling():
+            return self.choices.traced()
+        if graph_task() != -1:  # repeating(), at every site and token
+            return replayed(self)
+        return self.choices.here()
+
+    def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook on the host: opens a forward context. A host without injections has it as long as somebody
+        may have chosen one that is gone, and is to be told."""
+        if not self.injections and self.residency is None and not self.current() and not self.choices.elsewhere():
+            drop_state(model)
+            return
+        choice = self.recorder.enter(self, model, args, kwargs)
+        if len(self.injections) > 1 and choice is not None:
+            check_all_act(self, model, choice)
+
+    def end(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Forward hook on the host: closes the context, also when the forward raised."""
+        return self.recorder.leave(self, model, kwargs, output)
+
+    def entered(self, training: bool) -> Choice:
+        """Returns this thread's choice for a grafted module that starts to run; `training` is the module's mode."""
+        choice = self.now()
+        if not torch.compiler.is_compiling():
+            self.recorder.visit(self, choice, training)
+        return choice
+
+    def current(self) -> Active:
+        """Returns the names that act in this thread, in the order in which they were applied."""
+        return self.now().acting
+
+    @property
+    def made_dense(self) -> list[str]:
+        """The paths of modules that are quantized but for merged injections."""
+        return [path for name in self.merged for path in self.injections[name].made_dense]
+
+    @property
+    def left_out(self) -> list[str]:
+        """The names of injections that train, and are not merged."""
+        found = [name for name in self.injections if name not in self.merged]
+        return [name for name in found if any(p.requires_grad for p in self.injections[name].parameters())]
+
+    def unmerged(self, active: Active) -> Active:
+        """Returns the names of `active` that are not merged into the weights.
+
+        Raises:
+            UnknownInjection: one of them is gone.
+        """
+        for name in active:
+            if name not in self.injections:
+                raise self._unknown(name)
+        return tuple([name for name in active if name not in self.merged]) if self.merged else active
+
+    def check_ready(self, choice: Choice) -> None:
+        """Let a forward that begins wait until values are exchanged that it needs, and bring back what is not there:
+        where a choice that had to make room for another one is in force again.
+
+        Raises:
+            MemoryLimit, CheckpointError: as `Residency.admit`.
+        """
+        if self.swapping and not self.swapping.isdisjoint(choice.named):
+            with self.swap_lock:
+                pass
+        if self.residency is not None:
+            self.residency.admit(choice)
+
+    def kept(self, *names: str) -> AbstractContextManager[None]:
+        """Returns the context manager in which the values of injections are on the model, and do not leave.
+
+        Raises:
+            MemoryLimit, CheckpointError: as `Residency.admit`.
+        """
+        return nullcontext() if self.residency is None else self.residency.kept(names)
+
+    def check_merged(self, choice: Choice) -> None:
+        """Check that forwards under a choice compute what it says while injections are merged.
+
+        Raises:
+            MergeError: a merged injection would act in spite of it.
+        """
+        check_choice(self.injections, self.merged, choice)
+
+    def check(self, choice: Choice) -> None:
+        """Check that all injections are there that a choice lets act.
+
+        Raises:
+            UnknownInjection: one was removed.
+        """
+        here = self.injections
+        for name in choice.acting:
+            if name not in here:
+                raise self._unknown(name)
+
+    def _unknown(self, name: str) -> UnknownInjection:
+        return UnknownInjection(f"no injection named {name!r}; this host has: {', '.join(self.injections) or 'none'}")
+
+    def name_of(self, operator: nn.Module) -> str:
+        """Returns the name of the injection to which an operator belongs.
+
+        Raises:
+            UnknownInjection: it belongs to none.
+        """
+        for name, injection in self.injections.items():
+            if any(graft.operator is operator for graft in injection.grafts):
+                return name
+        raise UnknownInjection(f"this {type(operator).__name__} belongs to no injection of the host")
+
+    def ordered(self, names: Iterable[str]) -> Active:
+        """Returns names of injections in the order in which they were applied."""
+        wanted = set(names)
+        return tuple(name for name in self.injections if name in wanted)
+
+    def together(self, stack: Active, name: str) -> Active:
+        """Returns the stack with which a new injection looks at data: itself alone, where it cannot act with the
+        others."""
+        try:
+            for slot in self.slots:
+                slot.check_stack(stack)
+        except CompositionError:
+            return (name,)
+        return stack
+
+    def replan(self) -> None:
+        """Let every slot plan for the choice that holds for everybody."""
+        choice = self.choice
+        if not all(name in self.injections for name in (*choice.active, *choice.bound)):
+            return  # its forward is refused
+        with suppress(
+            MergeError, CompositionError
+        ):  # likewise: a merge outlives its block, a new one overrides another
+            for slot in self.slots:
+                slot.plan(choice)
+
+    def forget(self, name: str) -> None:
+        """Drop an injection from the state, and from the stacks that this thread or task and everybody has."""
+        gone = self.injections.get(name)
+        if gone is not None:  # else a call that was interrupted is made again
+            self.reads_tokens -= gone.reads_tokens
+            del self.injections[name]
+        self.removals += 1
+        if self.residency is not None:
+            self.residency.remove(name)
+        self.choices.forget(name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Returns the state for copies and pickles, in which no forward runs."""
+        gone = ("outside", "running", "swap_lock", "residency")
+        return {key: value for key, value in self.__dict__.items() if key not in gone} | {"swapping": frozenset()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(
+            state, outside=weakref.WeakKeyDictionary(), running={}, swap_lock=threading.RLock(), residency=None
+        )
+
+
+def state_of(model: nn.Module) -> HostState | None:
+    """Returns the host's state; None when nothing was ever applied."""
+    return model.__dict__.get(_KEY)
+
+
+def ensure_state(model: nn.Module, modules: Collection[nn.Module]) -> HostState:
+    """Returns the host's state, made when missing. Then each forward of the host opens a context, the modules that have
+    ``save_pretrained`` save themselves without adapters, and ``generate`` computes effective weights once in a call."""
+    state = state_of(model)
+    if state is None:
+        state = model.__dict__[_KEY] = HostState(tokens=token_count(model))
+        model.register_forward_pre_hook(state.begin, with_kwargs=True)
+        model.register_forward_hook(state.end, with_kwargs=True, always_call=True)
+        state.loading.append(model.register_load_state_dict_pre_hook(note_lacking))  # type: ignore[no-untyped-call]
+        for kind in (SavesBase, GeneratesFromCache, Admitted):
+            replace_methods(modules, kind, state)
+    return state
+
+
+def drop_state(model: nn.Module) -> None:
+    """Remove the state of a host that has no injection left."""
+    state = state_of(model)
+    if state is not None:
+        _unhook(model, state)
+        for hook in state.loading:
+            hook.remove()
+        state.outside.clear()
+        state.frozen.clear()  # the state and its choices know each other: it goes when Python looks for garbage
+        give_methods_back(model, state)
+        model.__dict__.pop(_KEY, None)  # last: a call that was interrupted can be made again
+
+
+def _unhook(model: nn.Module, state: HostState) -> None:
+    for hooks, mine, notes in (
+        (model._forward_pre_hooks, state.begin, (model._forward_pre_hooks_with_kwargs,)),
+        (model._forward_hooks, state.end, (model._forward_hooks_with_kwargs, model._forward_hooks_always_called)),
+    ):
+        for key in [key for key, hook in hooks.items() if hook == mine]:
+            del hooks[key]
+            for note in notes:
+                note.pop(key, None)
+
+
+def injections(model: nn.Module) -> dict[str, Injection]:
+    """Returns the host's injections by name, in the order in which they were applied."""
+    state = state_of(model)
+    return dict(state.injections) if state else {}
+
+
+def known(model: nn.Module, names: Iterable[str]) -> HostState:
+    """Returns the host's state, when it has injections of all these names.
+
+    Raises:
+        UnknownInjection: it lacks one.
+    """
+    state = state_of(model) or HostState()
+    for name in names:
+        if name not in state.injections:
+            raise state._unknown(name)
+    return state

@@ -1,0 +1,299 @@
+"""The losses that methods add: to the loss of the model's output or, where it has none, they wait until they are taken.
+
+A method makes them in `aux_loss`, or in `output_loss` of what the model returned; an operator by
+`ForwardContext.add_loss`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from typing import TYPE_CHECKING, Any, Literal
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from peftcore.contract.method import Method
+from peftcore.errors import RouteError, TrainingError, UnknownInjection
+from peftcore.forward.rows.routing import OwnRows, own_rows
+from peftcore.layers.fsdp import differentiable
+from peftcore.utils.threads import Token, this_thread
+
+if TYPE_CHECKING:
+    from peftcore.forward.choice.active_adapters import Active
+    from peftcore.forward.context.context import ForwardContext
+    from peftcore.forward.state.host_state import HostState
+    from peftcore.injection.injection import Injection
+
+IGNORED = -100
+"""Labels that transformers leaves out."""
+PASSES = 16
+"""How often each target module may run, in parts of the model that run by themselves, until their losses count as left
+out: nothing tells where a forward of such parts ends."""
+
+logger = logging.getLogger("peftcore")
+told: set[str] = set()
+"""Names of the methods for which this process has given notice of losses that were left out."""
+
+Fate = Literal["wait", "waited", "lost"]
+Entry = tuple[str, Tensor]
+"""A loss, with the name of the injection whose method or operator made it."""
+
+
+class OwnLosses:
+    """The own losses of the last training forward of each thread that no output has, until somebody takes them.
+
+    The next training forward under the same injections drops what was not taken: the activations of one forward wait at
+    most.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: WeakKeyDictionary[Token, list[Entry]] = WeakKeyDictionary()
+        # Compiled code neither knows its thread nor changes a dict that was there before: it sets attributes.
+        self._compiled: list[Entry] = []
+        self._compiled_waits = False
+
+    def begin(self, state: HostState, acting: Active) -> None:
+        """Drop what waits of these injections: another training forward of theirs begins."""
+        if self._compiled_waits or this_thread() in self._waiting:
+            entries = self._gathered()
+            self._keep(entry for entry in entries if entry[0] not in acting)
+            notice(state, [entry for entry in entries if entry[0] in acting])
+
+    def end(
+        self,
+        state: HostState,
+        call: ForwardContext,
+        seen: Iterable[Entry],
+        output: Any,
+        inputs: Mapping[str, Any],
+        fate: Fate,
+    ) -> Any:
+        """Returns the output of a training forward with its own losses in the loss; where there is none, they wait.
+
+        Args:
+            state: the host's state.
+            call: the forward's context.
+            seen: the losses of `output_losses`.
+            output: what the host returned.
+            inputs: the host's arguments by keyword.
+            fate: what becomes of losses that the output cannot take: they wait, or did so when the forward that is
+                repeated inside backward ran first, or are lost.
+        """
+        acting = () if call.choice is None else call.choice.acting
+        entries = [*operator_losses(state, call), *aux_losses(state, acting), *seen]
+        if not entries:
+            return output
+        inputs = inputs if torch.compiler.is_compiling() else call.inputs  # what was given by position too
+        share = share_of_step(inputs)
+        if (loss := loss_in(output, inputs)) is not None:
+            losses = [own for _, own in entries]
+            return with_loss(output, loss + share * sum(losses[1:], losses[0]))
+        if torch.compiler.is_compiling():
+            if self._compiled_waits:  # nobody took those of the forward before, for which this one is compiled again
+                _notice_compiled(*names_of(state, entries))
+            self._compiled, self._compiled_waits = [(name, share * own) for name, own in entries], True
+        elif fate == "wait":
+            self._keep([*self._waiting.get(this_thread(), ()), *((name, share * own) for name, own in entries)])
+        elif fate == "lost":
+            notice(state, entries)
+        return output
+
+    def visit(self, state: HostState, call: ForwardContext) -> None:
+        """Record that a target module runs in training, in a part of the host that runs by itself."""
+        call.visits += 1
+        if call.visits > PASSES * len(state.slots):
+            notice(state, self._of_parts(state))
+
+    def waits(self, state: HostState, name: str) -> bool:
+        """Whether losses of an injection wait in this thread."""
+        self._keep([*self._gathered(), *self._of_parts(state)])
+        return any(name == each for each, _ in self._waiting.get(this_thread(), ()))
+
+    def take(self, state: HostState, name: str) -> list[Tensor]:
+        """Returns the losses of an injection that wait in this thread, with their graph; they wait no longer."""
+        entries = [*self._gathered(), *self._of_parts(state)]
+        self._keep(entry for entry in entries if entry[0] != name)
+        return [loss for each, loss in entries if each == name]
+
+    def _gathered(self) -> list[Entry]:
+        """Returns all that waits in this thread, and forgets it."""
+        entries = [*self._waiting.pop(this_thread(), ()), *self._compiled]
+        self._compiled, self._compiled_waits = [], False
+        return entries
+
+    def _keep(self, entries: Iterable[Entry]) -> None:
+        if kept := list(entries):
+            self._waiting[this_thread()] = kept
+
+    def _of_parts(self, state: HostState) -> list[Entry]:
+        """Returns the losses of parts that ran by themselves in training, since they were last asked for."""
+        call = state.outside.get(this_thread())
+        if call is None or call.choice is None or not call.visits:
+            return []
+        call.visits = 0
+        return [*operator_losses(state, call), *aux_losses(state, call.choice.acting)]
+
+    def __reduce__(self) -> Any:
+        """Copies and pickles begin with nothing."""
+        return OwnLosses, ()
+
+
+def operator_losses(state: HostState, call: ForwardContext) -> list[Entry]:
+    """Returns the losses that operators added in a forward, each with the injection of its operator, and forgets them.
+
+    Raises:
+        TrainingError: a loss came with a module that is no operator of an injection that acted.
+    """
+    added, call.losses = call.losses, []
+    if not added:
+        return []
+    acting = () if call.choice is None else call.choice.acting
+    owners = {
+        id(graft.operator): name for name, injection in acting_injections(state, acting) for graft in injection.grafts
+    }
+    for operator, _ in added:
+        if id(operator) not in owners:
+            raise TrainingError(
+                f"a loss was added as one of a {type(operator).__name__}, which is no operator that the surgeon put at "
+                "a site: give add_loss the operator whose forward runs, add_loss(loss, self). Where equal operators of "
+                "several adapters run as one, it is none of theirs: set stackable = False where it adds losses"
+            )
+    return [(owners[id(operator)], loss) for operator, loss in added]
+
+
+def output_losses(state: HostState, call: ForwardContext, output: Any) -> list[Entry]:
+    """Returns the losses that methods make of the output of a forward that is still open; in a route each of its own
+    rows.
+
+    Raises:
+        RouteError: the forward is compiled, and a route gives its rows to several adapters.
+    """
+    choice = call.choice
+    route = None if choice is None else choice.route
+    found = []
+    for name, injection in acting_injections(state, () if choice is None else choice.acting):
+        if type(injection.method).output_loss is Method.output_loss:
+            continue
+        if route is None:
+            loss = injection.method.output_loss(injection, output, call)
+        else:
+            if torch.compiler.is_compiling():
+                raise RouteError(
+                    f"{name!r} has a loss of what the model returns for its own rows, and compiled code does not tell "
+                    "rows apart: train it uncompiled, or in batches of its own"
+                )
+            rows = OwnRows(route, (route.names.index(name),), len(route.index) * route.copies)
+            with own_rows(rows, "output"):
+                loss = injection.method.output_loss(injection, rows.of(output), call)
+        found.append((name, loss))
+    return [(name, loss) for name, loss in found if loss is not None]
+
+
+def loss_in(output: Any, inputs: Mapping[str, Any]) -> Tensor | None:
+    """Returns the loss in what a host returned: what it calls "loss"; or, as transformers has it, the scalar in front
+    of a tuple, where the host was told not to name its outputs, or given labels. None where there is none.
+
+    Args:
+        output: of the host: a mapping, a dataclass or a tuple.
+        inputs: the host's arguments by keyword.
+    """
+    named: Any = output  # by its fields
+    if type(output) is tuple:
+        labelled = any("label" in name for name, value in inputs.items() if value is not None)
+        first = output[0] if output and (labelled or inputs.get("return_dict") is False) else None
+        return first if isinstance(first, Tensor) and not first.dim() and first.requires_grad else None
+    if isinstance(output, MutableMapping):
+        found = output.get("loss")
+    elif dataclasses.is_dataclass(output):
+        found = named.loss if any(field.name == "loss" for field in dataclasses.fields(output)) else None
+    elif isinstance(output, tuple):
+        found = named.loss if "loss" in getattr(type(output), "_fields", ()) else None
+    else:
+        return None
+    return found if isinstance(found, Tensor) else None
+
+
+def with_loss(output: Any, loss: Tensor) -> Any:
+    """Returns what a host returned, with another loss in place of that which `loss_in` found."""
+    if isinstance(output, MutableMapping):
+        output["loss"] = loss
+        return output
+    if type(output) is tuple:
+        return (loss, *output[1:])
+    named: Any = output
+    return named._replace(loss=loss) if isinstance(output, tuple) else dataclasses.replace(named, loss=loss)
+
+
+def acting_injections(state: HostState, acting: Active) -> Iterator[tuple[str, Injection]]:
+    """Yields the injections of these names.
+
+    Raises:
+        UnknownInjection: one was removed while the forward ran.
+    """
+    for name in acting:
+        injection = state.injections.get(name)
+        if injection is None:
+            raise UnknownInjection(f"{name!r} was removed while a forward ran in which it acted")
+        yield name, injection
+
+
+def aux_losses(state: HostState, acting: Active) -> Iterator[Entry]:
+    """Yields the losses that the methods of these injections make."""
+    for name, injection in acting_injections(state, acting):
+        if type(injection.method).aux_loss is not Method.aux_loss:
+            with differentiable(injection.model, injection.parameters):  # here it is outside of the blocks
+                loss = injection.method.aux_loss(injection)
+            if loss is not None:
+                yield name, loss
+
+
+def share_of_step(inputs: Mapping[str, Any], shifted: bool = True) -> Tensor | float:
+    """Returns the share of this forward in an optimizer's step. Models of transformers are told how many items all
+    forwards of the step have, in all processes, and divide their sums by that; methods' own losses are scaled likewise.
+
+    Args:
+        inputs: of the forward.
+        shifted: whether a token is predicted from those before it, so that the first one does not count.
+    """
+    items, labels = inputs.get("num_items_in_batch"), inputs.get("labels")
+    if items is None or not isinstance(labels, Tensor):
+        return 1.0
+    counted = labels[..., 1:] if shifted and labels.dim() > 1 else labels
+    share: Tensor = counted.ne(IGNORED).sum() / items
+    return share
+
+
+def names_of(state: HostState, entries: Iterable[Entry]) -> list[str]:
+    """Returns the names of the methods of the losses, each once."""
+    injections = [state.injections.get(name) for name, _ in entries]
+    return list(dict.fromkeys(each.method.name for each in injections if each is not None))
+
+
+def notice(state: HostState, entries: list[Entry]) -> None:
+    """Log one line, a warning of the logger "peftcore", for each method whose losses were left out of training; in a
+    process once a method."""
+    for method in names_of(state, entries):
+        _tell(method)
+
+
+def _tell(method: str) -> None:
+    if method not in told:
+        told.add(method)
+        logger.warning(
+            "a loss of %r's own was left out of training: what the model returns has no loss to add it to. Add "
+            "injection.losses() to yours after each forward: loss = criterion(model(x), y) + injection.losses()",
+            method,
+        )
+
+
+def _notice_compiled(*methods: str) -> None:
+    """Give notice while torch compiles, which runs this once and leaves it out of the compiled code."""
+    for method in methods:
+        _tell(method)
+
+
+# As torch.compiler.assume_constant_result does it, which imports the compiler.
+_notice_compiled._dynamo_marked_constant = True  # type: ignore[attr-defined]

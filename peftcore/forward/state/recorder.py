@@ -1,0 +1,185 @@
+"""The record of a host's forwards: two hooks on the root open and close a context for each, and a layer that runs again
+inside backward is told which of them it repeats."""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from peftcore.errors import AmbiguousBackward, RouteError
+from peftcore.forward.context.checkpoints import remembered
+from peftcore.forward.context.context import (
+    HERE,
+    ForwardContext,
+    announce,
+    batch_sizes,
+    drop_interrupted,
+    graph_task,
+    outside,
+    repeating,
+)
+from peftcore.forward.state.own_losses import Fate, OwnLosses, output_losses
+
+if TYPE_CHECKING:
+    from peftcore.forward.choice.active_adapters import Choice, Route
+    from peftcore.forward.state.host_state import HostState
+
+
+class Recorder:
+    """Opens a `ForwardContext` when the host starts and closes it when the host returns or fails."""
+
+    def __init__(self) -> None:
+        self.recent: list[Choice] = []
+        """The last two different choices of the forwards since the last backward."""
+        self.drained = False
+        self.losses = OwnLosses()
+
+    def enter(self, state: HostState, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Choice | None:
+        """Open a context, before the host runs; returns its choice, None where it is traced."""
+        if not torch.compiler.is_compiling():
+            drop_interrupted()
+        call = ForwardContext(state, None, model, args, kwargs)
+        HERE.calls.append(call)  # before anything can raise: `leave` comes in any case
+        if torch.compiler.is_compiling():
+            call.choice = state.now()
+            state.silent_layers = None  # it cannot watch compiled code, where a checkpoint must not leave marks
+            return None
+        call.frame = sys._getframe(2)  # torch's, which called the hook
+        HERE.calm = None
+        call.choice = choice = state.now()
+        call.listed = True
+        state.running[id(call)] = call
+        state.check_ready(choice)
+        state.check(choice)
+        if HERE.outside is not None:
+            HERE.outside = None
+            state.outside.pop(HERE.token, None)
+        if state.placement is not None:
+            state.placement.check(model, state, choice.acting)
+        if (silent_layers := state.silent_layers) is not None:
+            silent_layers.check(model)
+        if choice.route is not None:
+            _check_rows(call, choice.route)
+        if HERE.generating or state.reads_tokens or (choice.route is not None and choice.route.since is not None):
+            call.count_tokens()
+        if not repeating():  # also without gradients: a reentrant checkpoint round the host runs it so
+            self.note(choice)
+            HERE.calm, call.calm = call, True
+            if model.training and torch.is_grad_enabled():
+                self.losses.begin(state, choice.acting)
+        return choice
+
+    def leave(self, state: HostState, model: nn.Module, kwargs: dict[str, Any], output: Any) -> Any:
+        """Close the context, after the host ran, also when it raised."""
+        if not HERE.calls:
+            return None  # tracing failed half-way: nothing was opened here
+        call, seen = HERE.calls[-1], []
+        learns = output is not None and torch.is_grad_enabled() and model.training
+        try:
+            if learns:
+                seen = output_losses(state, call, output)
+        finally:
+            HERE.calls.pop()
+            call.close()
+        if not torch.compiler.is_compiling():
+            HERE.settle()
+            if output is not None and (silent_layers := state.silent_layers) is not None:
+                silent_layers.judge(state, model.training)
+        if output is None or not torch.is_grad_enabled():
+            return None
+        if learns:
+            output = self.losses.end(state, call, seen, output, kwargs, _fate(state))
+        if not torch.compiler.is_compiling():
+            announce(output, call)
+        return output
+
+    def note(self, choice: Choice) -> None:
+        """Record that a forward runs under this choice, which backward may repeat."""
+        if self.drained:
+            self.recent, self.drained = [], False
+        if self.recent and self.recent[-1] is choice:
+            return  # as at nearly every token
+        if not any(choice.same(other) for other in self.recent):
+            self.recent = [*self.recent[-1:], choice]
+
+    @contextmanager
+    def unrepeated(self) -> Iterator[None]:
+        """Context manager for forwards that no backward repeats: what was recorded of others stays."""
+        recent, drained = self.recent, self.drained
+        try:
+            yield
+        finally:
+            self.recent, self.drained = recent, drained
+
+    def visit(self, state: HostState, choice: Choice, training: bool) -> None:
+        """Record that a grafted module runs. Where the host itself does not (through `forward_features`, an encoder by
+        itself), this opens a context without inputs, until the next forward of the host."""
+        if HERE.calls:
+            return
+        state.check_ready(choice)
+        found = outside()
+        if found is None or found.state is not state or found.choice is not choice:
+            state.check(choice)
+            if state.placement is not None and choice.acting:
+                state.placement.check(state.injections[choice.acting[0]].model, state, choice.acting)
+            found = state.outside[HERE.token] = ForwardContext(state, choice)
+            HERE.outside = weakref.ref(found)
+        if training and not repeating():
+            self.note(choice)
+            if torch.is_grad_enabled():
+                self.losses.visit(state, found)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"recent": [], "drained": False, "losses": self.losses}
+
+
+def _fate(state: HostState) -> Fate:
+    """Returns what becomes of own losses that the output cannot take. Inside backward they waited when the forward ran
+    first, unless it ran without gradients: in a reentrant checkpoint round the host."""
+    if torch.compiler.is_compiling() or not repeating():
+        return "wait"
+    task, _ = HERE.announced.get(id(state), (-1, None))
+    return "waited" if task == graph_task() else "lost"
+
+
+def _check_rows(call: ForwardContext, route: Route) -> None:
+    tensors = {name: value for name, value in call.inputs.items() if isinstance(value, Tensor) and value.dim() > 1}
+    sizes = batch_sizes(tensors)
+    if sizes and not route.fits(sizes[0]):
+        raise RouteError(
+            f"the route has {len(route.index)} rows (times {route.copies} copies), the batch {sizes[0]}; "
+            "name one injection (or None) for each row, and say copies=num_beams where generate repeats rows"
+        )
+
+
+def replayed(state: HostState) -> Choice:
+    """Returns the choice of the forward whose modules run again now, inside backward.
+
+    Raises:
+        AmbiguousBackward: forwards under different choices came before this backward, and nothing says which one it is:
+            a nested reentrant checkpoint, or a loss that was not made from the host's outputs.
+    """
+    if HERE.calls and (extra := HERE.calls[-1]).extra and extra.state is state and extra.choice is not None:
+        return extra.choice
+    told = remembered(state)
+    if told is not None:
+        choice: Choice = told[0]
+        return choice
+    task, reference = HERE.announced.get(id(state), (-1, None))
+    call = None if reference is None else reference()
+    if task == graph_task() and call is not None and call.choice is not None:
+        return call.choice
+    recent, state.recorder.drained = state.recorder.recent, True
+    if len(recent) > 1:
+        raise AmbiguousBackward(
+            "several forwards with different active injections, routes or contexts came before this backward, and a "
+            "recomputed layer cannot tell which one it belongs to; run backward after each forward, or use "
+            "non-reentrant checkpointing on the host's own outputs"
+        )
+    return recent[0] if recent else state.choices.here()

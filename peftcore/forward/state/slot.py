@@ -1,0 +1,250 @@
+"""The slot of an adapted module: its operators, and the plans for each choice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftcore.contract.compositions import Combiners, Composition, branches, mixed
+from peftcore.contract.operators import Combiner, is_mergeable, tables
+from peftcore.errors import CompositionError
+from peftcore.forward.choice.active_adapters import Active, Choice, Key, Route
+from peftcore.forward.choice.merged_choice import check_choice
+from peftcore.forward.plan.plan import (
+    ActivationForm,
+    ActivePlan,
+    Made,
+    ModulePlan,
+    layers_of,
+    plan_acting,
+    updates_of,
+)
+from peftcore.forward.state.host_state import HostState
+from peftcore.forward.tensors.cache import WeightCache, open_cache
+from peftcore.forward.tensors.expert_updates import Pair
+from peftcore.forward.tensors.mount import Mount, overridden
+from peftcore.forward.tensors.recompute import Unwritten
+from peftcore.forward.tensors.view import SLOT
+from peftcore.layers.fsdp import MANAGED
+from peftcore.layers.layer import Layer, Slices, take
+from peftcore.layers.pieces import whole
+
+Tables = tuple[Mapping[str, Tensor | None], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Edits:
+    """The attention operators inside one attention module in one forward."""
+
+    mounts: tuple[Mount, ...]
+    slot: Slot
+    """Marked as run by the attention function that applies the edits."""
+    route: Route | None = None
+    """Where rows go to different injections: each mount acts on the rows of its own."""
+
+
+class Slot:
+    """The state of one grafted module: its mounts, whether it ran, and its plans."""
+
+    def __init__(self, state: HostState) -> None:
+        self.state = state
+        self.path = ""
+        """Path of the module in the host, when it was first adapted."""
+        self.mounts: dict[str, list[Mount]] = {}
+        self.forced_attributes: list[tuple[str | None, Mapping[str, Any]]] = []
+        self.ran = [False, False]
+        """Whether the module ran in evaluation and in training, as far as `silent_layers` watches."""
+        self.runs: int | None = None
+        """How often the module ran in this forward, where `silent_layers` counts."""
+        self.planned: ModulePlan | None = None
+        self.plans: dict[Key, ModulePlan] = {}
+        self.asked: dict[tuple[Mount, ...], Tables] = {}
+        self.edition = object()
+        """Another one since the operators, or what is merged, changed last."""
+        self.rewritten = object()
+        """Another one since a merge wrote to the module's tensors last."""
+
+    @property
+    def cache(self) -> WeightCache | None:
+        """The open cache for what is computed from weights; None where each forward computes it anew."""
+        return open_cache(self.state)
+
+    def effective(self, module: nn.Module, acting: ActivePlan) -> Mapping[str, Tensor | None]:
+        """Returns effective tensors, from the cache while one is open: decoding does not rebuild every weight."""
+        made: Mapping[str, Tensor | None] = self._cached("effective", module, acting, lambda: acting.effective(module))
+        return made
+
+    def factors(self, module: nn.Module, acting: ActivePlan) -> Mapping[str, Pair] | None:
+        """Returns low-rank updates of tensors that the module reads, likewise."""
+        made: Mapping[str, Pair] | None = self._cached("factors", module, acting, lambda: acting.factors(module))
+        return made
+
+    def keeping(self, module: nn.Module, acting: ActivePlan) -> Made:
+        """Returns a function that gives one effective tensor, likewise."""
+        return lambda path, make: self._cached(("effective", path), module, acting, make)
+
+    def _cached(self, what: Hashable, module: nn.Module, acting: ActivePlan, make: Callable[[], Any]) -> Any:
+        cache = self.cache
+        if cache is None:
+            return make()
+        under = self.edition, acting.effects, self.state.now().context
+        return cache.get((self, what), self.sources(module, acting), under, make)
+
+    def prepared(self, module: nn.Module, activation_form: ActivationForm) -> Any:
+        """Returns the output of an operator's `prepare` for its activation form, likewise."""
+        cache = self.cache
+        if cache is None:
+            return activation_form.prepare(module)
+        under = self.edition, self.state.now().context
+        sources = self.sources(module, activation_form)
+        return cache.get((self, activation_form.mount), sources, under, lambda: activation_form.prepare(module))
+
+    def sources(self, module: nn.Module, acts: ActivePlan | ActivationForm) -> list[Tensor]:
+        """Returns all tensors of the module and of the operators that act. The operators' tables are looked up once,
+        since decoding asks at every token; modules of the host may be exchanged."""
+        mounts = acts.mounts
+        asked = self.asked.get(mounts)
+        if asked is None:
+            asked = self.asked[mounts] = tuple(table for mount in mounts for table in mount.operator.tables())
+        below = (table for each in module.modules() for table in tables(each)) if module._modules else tables(module)
+        return [each for table in (*below, *asked) for each in table.values() if each is not None]
+
+    def unwritten(self, module: nn.Module, acting: ActivePlan, inputs: Sequence[Tensor] = ()) -> Unwritten:
+        """Returns the inputs, and the parameters from which effective tensors are computed, as they are now. Buffers of
+        the module may change in its forward (running statistics), and parameters that FSDP manages change by being
+        gathered."""
+        if MANAGED in vars(module):
+            return Unwritten(inputs, lambda: self.rewritten)
+        operators = (parameter for mount in acting.mounts for parameter in mount.operator.parameters())
+        return Unwritten((*inputs, *module.parameters(), *operators), lambda: self.rewritten)
+
+    def plan_for(self, choice: Choice) -> ModulePlan:
+        """Returns the plan of this module under a choice, without merged injections."""
+        planned = self.planned  # read once: another thread may plan anew
+        if planned is not None and planned.key == choice.key:
+            return planned
+        return self._plan(choice)  # a thread that chose for itself
+
+    def plan(self, choice: Choice) -> None:
+        """Plan ahead for the choice of the host's owner."""
+        self.planned = self._plan(choice)
+
+    def _plan(self, choice: Choice) -> ModulePlan:
+        plan = self.plans.get(choice.key)
+        if plan is None:
+            plan = self.plans[choice.key] = self._make_plan(choice)
+        return plan
+
+    def _make_plan(self, choice: Choice) -> ModulePlan:
+        check_choice(self.state.injections, self.state.merged, choice)  # one may be in force that nobody could ask
+        if choice.composition is not None:
+            return self._composed(choice, choice.composition)
+        if choice.route is None:
+            self.check_stack(choice.active)
+            return self._stacked(choice, self._acting(choice.active))
+        each = tuple(self._acting((name,)) for name in choice.route.names)
+        edits = tuple(mount for acting in each for mount in acting.attention)
+        stand = plan_acting({}, self.forced_attributes, choice.route.names)
+        observers = tuple(mount for acting in each for mount in acting.observers)
+        inputs = tuple(mount for acting in each for mount in acting.inputs)
+        together = replace(stand, attention=edits, observers=observers, inputs=inputs)
+        return ModulePlan(choice.key, together, routed=each, updates=updates_of(each))
+
+    def _stacked(self, choice: Choice, acting: ActivePlan) -> ModulePlan:
+        *inner, outermost = layers_of(acting) or (None,)
+        return ModulePlan(choice.key, acting, tuple(inner), outermost)
+
+    def _composed(self, choice: Choice, composition: Composition) -> ModulePlan:
+        self.check_mixed(composition, choice.active)
+        distinct: dict[Active, ActivePlan] = {}
+        ways = {}
+        for names in branches([composition]):
+            here = tuple(name for name in names if name in self.mounts and name in choice.active)
+            if here not in distinct:
+                self.check_stack(here)
+                distinct[here] = self._acting(here)
+            ways[names] = distinct[here]
+        whole, combiners = self._acting(choice.active), self._combiners(choice.active)
+        if len(distinct) == 1 and not combiners:  # nothing is put together here
+            (acting,) = distinct.values()  # what acts further in may force attributes here
+            return self._stacked(choice, replace(acting, attributes=whole.attributes))
+        return ModulePlan(choice.key, whole, composition=composition, branches=ways, combiners=combiners)
+
+    def _combiners(self, active: Active) -> Combiners:
+        mounts = (mount for name in active for mount in self.mounts.get(name, ()))
+        return {mount.name: mount.operator for mount in mounts if isinstance(mount.operator, Combiner)}
+
+    def check_mixed(self, composition: Composition, active: Active) -> None:
+        """Check that where a combiner mixes what a module is given, its parts do nothing else here.
+
+        Raises:
+            CompositionError: one does.
+        """
+        for by, inside in mixed(composition, self._combiners(active)):
+            what = f"{by!r} mixes what its parts give {self.path or 'the model'}, and "
+            rest = ". Let it mix outputs, or keep these out of it"
+            if isinstance(inside, Composition):
+                if any(name in self.mounts and name in active for name in inside.combined()):
+                    raise CompositionError(f"{what}{inside!r} inside it puts outputs together{rest}")
+                continue
+            for name in inside if not self._only_gives(inside, active) else ():
+                if not self._only_gives((name,), active):
+                    raise CompositionError(f"{what}{name!r} does more there than to give it another input{rest}")
+
+    def _only_gives(self, names: Active, active: Active) -> bool:
+        acting = self._acting(tuple(name for name in names if name in self.mounts and name in active))
+        around = all(mount.operator.only_inputs and mount.slices is None for mount in acting.onion)
+        return around and not (acting.effects or acting.attention)
+
+    def check_stack(self, active: Active) -> None:
+        """Check that of injections which act one after the other none overrides what another one does here.
+
+        Raises:
+            CompositionError: one does.
+        """
+        for lost, by in overridden(self.mounts, active) if len(active) > 1 else ():
+            path = next(g.site.path for g in self.state.injections[by.name].grafts if g.operator is by.operator)
+            raise CompositionError(
+                f"{lost.name!r} and {by.name!r} both act on {path}, and {by.name!r}, which comes later, has a value of "
+                f"its own for it: what {lost.name!r} does there would be lost. Activate one of them, or compose them: "
+                f"peftcore.activate(model, peftcore.Sum({lost.name!r}, {by.name!r}))"
+            )
+
+    def _acting(self, active: Active) -> ActivePlan:
+        unmerged = self.state.unmerged(active)
+        acting = plan_acting(self.mounts, self.forced_attributes, unmerged)
+        for name in unmerged:
+            if name in self.mounts and self.state.injections[name].low_memory:
+                acting.low_memory = True
+        return acting
+
+    def changed(self) -> None:
+        """Drop plans, and what caches hold."""
+        self.planned, self.plans, self.asked, self.edition = None, {}, {}, object()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "plans": {}, "asked": {}}
+
+
+def slot_of(module: nn.Module) -> Slot | None:
+    """Returns the module's slot; None when it is not grafted."""
+    return module.__dict__.get(SLOT)
+
+
+def effective_weight(module: nn.Module, tensor: str, layer: Layer, rows: Slices | None) -> Tensor:
+    """Returns the logical weight with the injections that are active now."""
+    stored = layer.read(module, tensor)
+    assert stored is not None
+    stored = whole(stored)
+    slot = slot_of(module)
+    if slot is not None:
+        active = slot.state.unmerged(slot.state.now().active)
+        mounts = [mount for name in active for mount in slot.mounts.get(name, ()) if mount.tensor == tensor]
+        with torch.no_grad():
+            for mount in mounts:
+                stored = mount.effective(stored, stored) if is_mergeable(mount.operator) else stored
+    return take(layer.logical(stored), rows, layer.batch_dims)

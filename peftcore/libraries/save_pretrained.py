@@ -1,0 +1,239 @@
+"""Saving an adapted model with other libraries' ``save_pretrained``: it writes the base as it came, and
+`Injection.save` writes the adapters. What could not be loaded again is refused: weights in another form than the
+model's config says.
+
+``state_dict()`` holds all there is, since checkpoints of a training need it. So ``save_pretrained(folder)``, which
+transformers, diffusers and hub mixins have, is told apart from it on the instance, as long as the host is adapted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import nn
+
+from peftcore.errors import ExportError, UnsupportedSite
+from peftcore.libraries.instance_methods import InstanceMethod, give_methods_back, replace_methods
+from peftcore.registry.plugins import layer_of
+from peftcore.utils.notices import notice
+
+CODES = (torch.int8, torch.uint8, torch.int16, torch.int32)
+"""The dtypes in which layers that nobody here knows keep codes; positions are longer."""
+BASE_ALONE: ContextVar[bool] = ContextVar("base_alone", default=False)
+"""Whether state dicts leave operators out."""
+
+
+@contextmanager
+def saving_base() -> Iterator[None]:
+    """Context manager in which state dicts that this thread takes of adapted hosts hold the base alone, under its own
+    names.
+
+        with peftcore.saving_base():
+            timm.models.save_for_hf(model, "folder")
+
+    Merged injections are in the base's weights, and saved with them.
+    """
+    token = BASE_ALONE.set(True)
+    try:
+        yield
+    finally:
+        BASE_ALONE.reset(token)
+
+
+@runtime_checkable
+class Saves(Protocol):
+    """A model with a ``save_pretrained`` method."""
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """Write the model into a folder."""
+
+
+class Owner(Protocol):
+    """One because of which a model saves itself in our way: the state of a host, or a `Reformed`."""
+
+    @property
+    def made_dense(self) -> Sequence[str]:
+        """Returns the paths of modules that were quantized when the model was loaded, and are dense now."""
+
+    @property
+    def left_out(self) -> Sequence[str]:
+        """Returns the names of injections that train, and of which the weights of the base have nothing."""
+
+
+class SavesBase(InstanceMethod):
+    """A ``save_pretrained`` that leaves adapters out. A caller that hands over a state dict (the Trainer, for its
+    checkpoints) has said what to save."""
+
+    name = "save_pretrained"
+    having = Saves
+    owners: list[Owner]  # type: ignore[assignment]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Save the model.
+
+        Raises:
+            ExportError: its weights have another form than its config says; nothing was written.
+        """
+        if "state_dict" in self.__signature__.bind(*args, **kwargs).arguments:
+            return self.plain(*args, **kwargs)
+        self.check_form()
+        check_saves(self.model)
+        if not BASE_ALONE.get():  # where it is asked for, nobody has to be told
+            _tell(dict.fromkeys(name for owner in self.owners for name in owner.left_out))
+        with saving_base():
+            return self.base(*args, **kwargs)
+
+    def base(self, *args: Any, **kwargs: Any) -> Any:
+        """Save the base. Weights that came quantized still are in the format of their folder, into which transformers
+        cannot turn them again."""
+        try:
+            return self.plain(*args, **kwargs)
+        except NotImplementedError:
+            return self.plain(*args, **kwargs, **self.own_names())
+
+    def own_names(self) -> dict[str, bool]:
+        """Returns the argument for the model's own names; a class with a ``save_pretrained`` of its own may lack it."""
+        name = "save_original_format"
+        return {name: False} if name in self.__signature__.parameters else {}
+
+    def check_form(self) -> None:
+        """Verify that the weights have the form that the model's config says.
+
+        Raises:
+            ExportError: they have not.
+        """
+        _check_form(self.model, [path for owner in self.owners for path in owner.made_dense])
+
+
+@dataclass(frozen=True, eq=False)
+class Reformed:
+    """Notes for good that modules of a model were quantized or made dense after it was loaded."""
+
+    made_dense: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+
+
+def _tell(names: Iterable[str]) -> None:
+    """Say which adapters are not in what is saved: elsewhere, a training script may end with this line."""
+    notice(
+        f"save_pretrained (and push_to_hub) of the model writes the base alone, without {name!r}, which trains: "
+        "injection.save(folder) writes that adapter, and injection.push_to_hub(...) sends it"
+        for name in names
+    )
+
+
+@runtime_checkable
+class Configured(Protocol):
+    """A model with a config, as those of transformers and diffusers."""
+
+    config: Any
+
+
+@runtime_checkable
+class Quantizer(Protocol):
+    """A quantizer of transformers. (Those of diffusers cannot take themselves out of a config.)"""
+
+    def remove_quantization_config(self, model: Any) -> None:
+        """Let the model no longer say that it is quantized."""
+
+    def is_serializable(self) -> bool:
+        """Whether its models can be written."""
+
+
+def _says_quantized(model: nn.Module) -> bool:
+    return isinstance(model, Configured) and getattr(model.config, "quantization_config", None) is not None
+
+
+def _is_packed(model: nn.Module) -> bool:
+    with saving_base():
+        return any(layer_of(module, "weight").packed for module in model.modules())
+
+
+def _check_form(model: nn.Module, made_dense: Sequence[str]) -> None:
+    if not _says_quantized(model):
+        if isinstance(model, Configured) and _is_packed(model):
+            raise ExportError(
+                "the weights were quantized after the model was loaded, and its config does not say so: what "
+                "save_pretrained wrote could not be loaded. Save the adapter alone (injection.save) and quantize the "
+                "base again, or peftcore.dequantize(model) first"
+            )
+    elif made_dense:
+        advice = (
+            "bake() what is merged and peftcore.dequantize(model) first, or merge(into='same')"
+            if isinstance(getattr(model, "hf_quantizer", None), Quantizer)
+            else "Load the base without quantization and the adapter onto it, and bake() there; or merge(into='same')"
+        )
+        raise ExportError(
+            f"{len(made_dense)} modules (first {made_dense[0]}) are dense, and the model's config says quantized: what "
+            f"save_pretrained wrote could not be loaded. {advice}"
+        )
+
+
+def check_saves(model: nn.Module) -> None:
+    """Verify that quantized weights can be written as they are.
+
+    Raises:
+        ExportError: they cannot: what is to be done instead is said.
+    """
+    quantizer = getattr(model, "hf_quantizer", None)
+    if isinstance(quantizer, Quantizer) and not quantizer.is_serializable():
+        raise ExportError(
+            "transformers cannot write weights that are quantized so. Save the adapter alone (injection.save), the "
+            "base is where it was loaded from; or write it dense: bake(), then peftcore.dequantize(model)"
+        )
+    with saving_base():
+        for module in model.modules():
+            layer_of(module, "weight").check_saves(module)
+
+
+def check_readable(model: nn.Module) -> None:
+    """Verify that a model that says that it is quantized has no weights that nobody here can make dense.
+
+    Raises:
+        UnsupportedSite: it has.
+    """
+    for path, module in model.named_modules():
+        layer_of(module, "weight").check_readable(module, "weight")
+        if _says_quantized(model) and not layer_of(module, "weight").packed:
+            persistent = (b for n, b in module._buffers.items() if n not in module._non_persistent_buffers_set)
+            codes = [each for each in persistent if each is not None and each.dtype in CODES and each.dim() > 1]
+            if codes:
+                raise UnsupportedSite(
+                    f"{path} ({type(module).__name__}) holds codes that no installed plugin can read, so it cannot be "
+                    "made dense; load the base without quantization, and the adapter onto it"
+                )
+
+
+def note_form(model: nn.Module, made_dense: Sequence[str] = ()) -> None:
+    """Note that modules of a model were quantized, or made dense, for good. Configs that can say so do; models whose
+    configs cannot refuse ``save_pretrained``."""
+    modules = list(model.modules())
+    if not _is_packed(model) and _is_readable(model):
+        for module in modules:
+            quantizer = getattr(module, "hf_quantizer", None)
+            if isinstance(quantizer, Quantizer) and _says_quantized(module):
+                quantizer.remove_quantization_config(module)
+            _forget_form(module)
+    if any(map(_says_quantized, modules)) if made_dense else _is_packed(model):
+        replace_methods(modules, SavesBase, Reformed(tuple(made_dense)))
+
+
+def _is_readable(model: nn.Module) -> bool:
+    with saving_base():
+        try:
+            check_readable(model)
+        except UnsupportedSite:
+            return False
+    return True
+
+
+def _forget_form(module: nn.Module) -> None:
+    method = vars(module).get(SavesBase.name)
+    if isinstance(method, SavesBase):
+        for owner in [each for each in method.owners if isinstance(each, Reformed)]:
+            give_methods_back(module, owner)
