@@ -13,6 +13,7 @@ from torch import Tensor
 from training_hosts import host
 
 import peftcore
+from peftcore.author import Operator
 from peftcore.errors import ConfigError, SwapError, TrainingError
 from peftcore.training.optimizer import transient
 
@@ -286,11 +287,12 @@ def test_the_dropout_of_an_adapter_is_turned_off_with_that_of_the_model(tmp_path
     assert losses("on", 0.3, disable_dropout=False) != plain
 
 
-def test_a_dropout_that_a_trainer_cannot_turn_off_is_refused(tmp_path: Path) -> None:
-    model = compat.get_peft_model(base(), "oft", block_dropout=0.3)
+def test_a_dropout_that_a_trainer_cannot_turn_off_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Operator, "drop_nothing", lambda operator: False)
+    model = compat.get_peft_model(base(), "lora", dropout=0.3)
     with pytest.raises(TrainingError, match="disable_dropout=False"):
         train("DPO", model, tmp_path)
-    train("DPO", compat.get_peft_model(base(), "oft", block_dropout=0.3), tmp_path, disable_dropout=False)
+    train("DPO", compat.get_peft_model(base(), "lora", dropout=0.3), tmp_path, disable_dropout=False)
 
 
 @pytest.mark.parametrize("kind", DATA)

@@ -21,9 +21,9 @@ from peftcore.forward.choice.active_adapters import Choice
 from peftcore.forward.choice.scopes import Choices, Chosen, Statement
 from peftcore.forward.state.host_state import HostState
 from peftcore.forward.state.slot import slot_of
-from peftcore.injection import recording
 from peftcore.injection.injection import Summary
 from peftcore.layers.kinds import Linear
+from peftcore.surgery import surgeon as surgeons
 from peftcore.surgery.placement import Placement
 from peftcore.surgery.surgeon import Surgeon
 from peftcore.testing import Case
@@ -210,7 +210,7 @@ class AdaptsTwice(Case):
     """No method can say whose modules are."""
 
     def apply(self, model: nn.Module, **changes: Any) -> Injection:
-        with mock.patch.object(recording, "check_apart", lambda surgeon: None):
+        with mock.patch.object(surgeons, "check_apart", lambda surgeon: None):
             return super().apply(model, **changes)
 
 

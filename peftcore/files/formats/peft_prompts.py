@@ -47,6 +47,7 @@ class SoftPrompt(PeftMethod):
 
     stem = PREFIXES[-1]
     root: ClassVar[tuple[str, ...]] = (ROWS,)
+    """Names of its tensors that belong to the adapter as a whole."""
     most_stacks: ClassVar[int] = 1
     """2 where peft may have rows in front of a decoder too, besides its encoder."""
 
