@@ -194,14 +194,18 @@ def test_an_operator_is_given_the_keywords_of_its_graft() -> None:
             super().__init__(site, config)
             self.by, self.called = by, name
 
-    class Telling(Shift):
-        name = "toy_telling"
+    class Telling(peftcore.author.Method):
+        name, target = "toy_telling", "attn.q"
+        Config, tags = Shift.Config, Shift.tags
 
         def inject(self, model: nn.Module, config: Any, surgeon: Any) -> None:
             for number, site in enumerate(surgeon.sites()):
                 surgeon.graft(site, Told, config, by=float(number), name=site.path)
 
-    injection = peftcore.apply(transformer(), Telling, target="re:.*up_proj")
-    assert [(each.by, each.called) for each in injection.operators.values()] == [
-        (float(number), path) for number, path in enumerate(injection.operators)
-    ]
+        @staticmethod
+        def parameter_count(site: Any, config: Any) -> int:
+            return 0
+
+    injection = peftcore.apply(transformer(), Telling)
+    found = [(each.by, each.called) for each in injection.operators.values()]
+    assert found == [(float(number), path) for number, path in enumerate(injection.operators)]
