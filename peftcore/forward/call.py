@@ -329,7 +329,7 @@ class ModuleCall:
         """Returns the factors of all low-rank updates if one product can add them all, otherwise None. The conditions:
         no input dropout; the factors are parameters, so their gradients need no further product; little padding of
         ranks; and the route is not of single tokens, each of which would need separate factors. Compiled code in
-        evaluation does not need the conditions on parameters and padding."""
+        evaluation ignores the conditions on parameters and padding; compiled code in training gets None."""
         updates, compiling = self.plan.updates, torch.compiler.is_compiling()
         if (
             not updates
@@ -355,7 +355,8 @@ class ModuleCall:
         return found if padding <= PADDING * len(ranks) * A.shape[1] * len(B) else None
 
     def _is_one_map(self) -> bool:
-        """Whether the module is called with one tensor and has no submodules, so that it treats all rows alike."""
+        """Whether the module is called with one tensor, is without submodules and is not managed by FSDP, so that equal
+        operators can run on it as one."""
         whole = not self.module._modules and MANAGED not in vars(self.module) and not transformed()
         return whole and len(self.args) == 1 and not self.kwargs and isinstance(self.args[0], Tensor)
 

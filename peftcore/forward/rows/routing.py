@@ -171,7 +171,7 @@ class OfSomeRows:
         """Returns the output for changed inputs of these rows.
 
         Raises:
-            RouteError: of a module with others inside, which would run more than once.
+            RouteError: the module has submodules, which would run more than once.
         """
         if not self._alone:
             self._whole._check_changed()
