@@ -54,7 +54,7 @@ class ModuleCall:
     """One call of one adapted module.
 
     Args:
-        plain: the forward of the module's own class.
+        plain: the forward of the module's class.
         slot: the module's slot.
         module: the adapted module.
         plan: the module's plan under the present choice.
@@ -115,7 +115,7 @@ class ModuleCall:
             return restore(self.rows())
 
     def _change_inputs(self, mount: Mount) -> None:
-        """Let an operator change the arguments; with a route, those of its own adapter's rows."""
+        """Let an operator change the arguments; with a route, the arguments of its adapter's rows."""
         operator, route = mount.operator, self.route
         assert isinstance(operator, InputOperator)
 
@@ -136,7 +136,8 @@ class ModuleCall:
         return HERE.calls[-1].one_module(self.module, self.args, self.kwargs)
 
     def around(self, call: Forward, acting: ActivePlan | None = None) -> Forward:
-        """Returns a forward with the operators around it that wrap the module: those of this call, or of a part."""
+        """Returns a forward wrapped in the operators that wrap the module: the operators of this call, or of
+        `acting`."""
         for mount in (self.acting if acting is None else acting).onion:
             call = mount.around(call, self.module)
         return call

@@ -207,7 +207,7 @@ class Resolver:
 
     @cached_property
     def _branches(self) -> dict[str, str | None]:
-        """The paths of last matrices of branches and of whole branches, with those of their blocks."""
+        """The paths of the last matrices of branches and of whole branches, each with the path of its block."""
         entries = [entry for role in VIRTUAL if role.endswith(".output") for entry, _ in self.host.select(role)]
         entries += [entry for role in ("attn", "cross", "mlp", "ssm") for entry in self.host.by_role.get(role, [])]
         return {entry.module: entry.block for entry in entries if entry.module != entry.block}

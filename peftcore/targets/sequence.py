@@ -2,8 +2,8 @@
 
 An author writes `rows`; the core inserts them where ids are embedded, in the *stack* (see `peftcore.roles.stacks`), and
 extends masks, positions, token types and caches to match. Outputs keep the shape that they have without the rows: the
-rows are dropped before pooling and scoring, so heads, labels and `generate` see only the user's tokens. An encoder
-whose output other stacks attend to keeps the rows, and the masks of these readers get columns for them.
+rows are dropped before pooling and scoring, so heads, labels and `generate` see only the user's tokens. If other stacks
+attend to the output of an encoder, the encoder keeps the rows, and the masks of the other stacks get columns for them.
 
 The results equal those of the host run on embeddings that begin with the rows. If a mask shows that a sequence begins
 with padding, the rows follow the padding, so that the sequence gives the same result as alone (the key columns of
@@ -140,7 +140,7 @@ class Rows(NamedTuple):
     """``[batch, rows, width]``."""
     behind: Tensor | None
     """``[batch]``: the number of padding columns before the rows, which is the column of the first token in the output
-    without the rows; None without padding."""
+    without the rows; None for column 0."""
 
 
 @dataclass(eq=False)
@@ -328,7 +328,7 @@ class SequenceOperator(Operator):
 
     def _shifted(self, given: Mapping[str, Any], order: Order, enter: bool) -> dict[str, Any]:
         """Returns the arguments that count or describe tokens, extended for the rows in front: the positions of the
-        rows start at that of the first token, and the positions of the tokens follow."""
+        rows start at the position of the first token, and the positions of the tokens follow."""
         count = self.length
         changed = {name: given[name] + count for name in (POSITIONS, STEPS) if given.get(name) is not None}
         if not enter:

@@ -74,8 +74,8 @@ class Order:
         return _taken(places, self.before[:, None], -1, -2)
 
     def changed(self, change: Callable[[Tensor], Tensor]) -> Order:
-        """Returns the order of another batch: `change` maps the paddings [batch] of this batch to those of the other
-        one."""
+        """Returns the order of another batch: `change` maps the padding counts [batch] of this batch to the padding
+        counts of the other batch."""
         return self if self.before is None else replace(self, before=change(self.before))
 
 

@@ -278,8 +278,8 @@ class Site(_Memory):
 
 
 class BesideSite(Site):
-    """A module as the site of an operator that only reads the module's values, in parallel with operators that adapt or
-    replace the module."""
+    """A module as the site of an operator that uses the module for an additional computation without changing it, in
+    parallel with operators that adapt or replace the module."""
 
     def _make_path(self) -> str:
         return f"{super()._make_path()}:beside"

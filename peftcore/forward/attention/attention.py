@@ -51,7 +51,7 @@ class Projection:
     """The slices of one matrix by which an attention makes queries, keys or values."""
 
     module: str
-    """Path of the module that holds the matrix, below the attention; "" for the attention itself."""
+    """Path, below the attention, of the module that holds the matrix; "" for the attention itself."""
     tensor: str
     layer: Layer
     slices: Slices | None
@@ -60,7 +60,7 @@ class Projection:
 
     def apply(self, attention: nn.Module, states: Tensor, base: bool = False) -> Tensor:
         """Returns the projection of `states` ``[..., in]``, bias included, with the injections that are active now,
-        merged or not; with `base`, that of the bare base, where rows go to different injections."""
+        merged or not; with `base`, the projection of the bare base, for rows that use different injections."""
         module = attention.get_submodule(self.module)
         if self.layer.called and not base:
             return take(module(states), self.slices, -1)
@@ -77,11 +77,11 @@ class AttentionOperator(_Base):
 
     ``forward(attend, query, key, value)`` returns the output of the attention: ``[batch, heads, queries, value_dim]``.
     `query` is ``[batch, heads, queries, head_dim]``, `key` and `value` are ``[batch, kv_heads, keys, width]`` and
-    include cached ones. `attend` is the next attention inside, at last the host's own; see `Attend`.
+    include cached ones. `attend` is the next inner attention, the innermost is the host's; see `Attend`.
     """
 
     calls: AttentionCalls
-    """How the module calls what computes attention."""
+    """The way in which the module calls its attention function."""
 
     def __init__(self, site: AttentionSite) -> None:
         super().__init__(site)

@@ -61,11 +61,11 @@ def calls_of(module: nn.Module) -> AttentionCalls | None:
 _OWN_CHOICE = frozenset(("_attn_implementation", "config"))
 """Names by which a forward of transformers chooses its implementation."""
 _TORCHS = frozenset(("scaled_dot_product_attention", "dispatch_attention_fn"))
-"""Torch's function, and that of diffusers which ends in it."""
+"""The function of torch, and the function of diffusers that calls it."""
 
 
 def _codes(module: nn.Module) -> Iterator[CodeType]:
-    """Yields the code of the module's forward, and that of the processor to which diffusers' modules leave it."""
+    """Yields the code of the module's forward, and the code of the processor to which diffusers' modules delegate."""
     processor = vars(module).get("processor")
     for function in (plain_class(module).forward, *([type(processor).__call__] if callable(processor) else [])):
         unwrapped = inspect.unwrap(function)
@@ -86,7 +86,7 @@ class TorchCalls:
         return {"plain": self.plain, "view_class": None}
 
     def check(self, path: str, module: nn.Module) -> None:
-        """Does nothing: the module has no configuration to check. The forward itself checks how attention is called."""
+        """Does nothing here: `run` checks in each forward how the module calls attention."""
 
     def prepare(self) -> None:
         """Make the class of views: diffusers lets torch.compile treat instances of its classes as single operations,

@@ -100,7 +100,7 @@ def _named(implementation: str) -> str:
 
 
 class StandIn:
-    """A config that differs in the name of its attention implementation only, which is read anew each time."""
+    """A config that differs only in the name of its attention implementation, which is read each time."""
 
     def __init__(self, config: Any) -> None:
         self._config = config

@@ -393,7 +393,7 @@ class ForwardContext:
         as before. Taps and losses of this pass are dropped at its end.
 
         Args:
-            name: the injection's name; or one of its operators, since an operator does not know the name:
+            name: the injection's name; or an operator of the injection, since an operator does not know the name:
                 ``forward_context().without(self, call, x)``.
             run: the function to run, such as the operator's ``call``.
             args: its arguments, with `kwargs`.

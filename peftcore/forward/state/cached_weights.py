@@ -26,7 +26,7 @@ def cache_weights(model: nn.Module) -> Iterator[None]:
     the block; so do changes that torch's version counter records. A forward with gradients empties the cache.
 
     Args:
-        model: the model, or a part of it. For a model without adapters the block has no effect.
+        model: the model, or a part of it. With a model without adapters the block does nothing.
     """
     slots = [slot for module in model.modules() if (slot := slot_of(module)) is not None]
     with caching({id(slot.state): slot.state for slot in slots}.values()):

@@ -139,7 +139,7 @@ class HostState:
 
     @property
     def made_dense(self) -> list[str]:
-        """The paths of modules that are quantized but for merged injections."""
+        """The paths of modules that would be quantized without the merged injections."""
         return [path for name in self.merged for path in self.injections[name].made_dense]
 
     @property

@@ -83,7 +83,7 @@ class _Parts:
 
 class LowRankUpdatedWeight(Tensor):
     """A lazy weight of the shape, dtype and device of the effective tensor, without storage: code that reads its values
-    gets those of the effective tensor, or an error."""
+    gets the values of the effective tensor, or an error."""
 
     parts: _Parts
 
