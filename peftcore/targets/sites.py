@@ -35,8 +35,8 @@ def is_not_turned(path: str) -> bool:
 
 
 class _Memory:
-    """Slots that cache computed values of a site, since methods read them many times. They are not in ``vars(site)``,
-    from which other sites are made."""
+    """Slots that cache computed values of a site, since methods read them many times. They are not among its
+    attributes, from which other sites are made (``**vars(site)``)."""
 
     __slots__ = ("__dict__", "__weakref__", "_path", "_shape")
     _path: str
@@ -116,7 +116,7 @@ class Site(_Memory):
         """Verify that the module receives rows first, for methods that join or separate rows or tokens.
 
         Raises:
-            UnsupportedSite: it receives tokens first.
+            UnsupportedSite: the module receives tokens first.
         """
         if self.tokens_first:
             raise UnsupportedSite(
