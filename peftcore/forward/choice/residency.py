@@ -129,7 +129,7 @@ class Residency:
                 record.adapter.forget()
 
     def make_room(self, wanted: int = 0, what: str = "") -> None:
-        """Offload adapters until as many bytes are free.
+        """Offload adapters until `wanted` bytes are free.
 
         Raises:
             MemoryLimit: the pinned adapters take too many bytes.
@@ -219,7 +219,7 @@ class Residency:
     def _victims(
         self, wanted: int, keep: Collection[str], what: str, leaving: Block | None = None
     ) -> dict[str, _Record]:
-        """Returns the adapters to offload so that as many bytes are free, marked as offloaded: the least recently used
+        """Returns the adapters to offload so that `wanted` bytes are free, marked as offloaded: the least recently used
         first.
 
         Raises:

@@ -143,8 +143,8 @@ def _plan_with(plan: ActivePlan, stand_ins: Mapping[int, Any]) -> ActivePlan:
 
 def _looks_of(acting: ActivePlan, module: nn.Module, form: ActivationForm | None, seeded: bool) -> Hashable | None:
     """Returns a key that is equal for plans that differ only in the values of tensors; None for a plan that must run by
-    itself. These plans must: plans with operators that are not stackable or that act on matrices (an effective matrix
-    for each adapter would take too much memory), and `seeded` plans whose operators may draw."""
+    itself: a plan with operators that are not stackable or that act on matrices (an effective matrix for each adapter
+    would take too much memory), or a `seeded` plan whose operators may draw."""
     effects = () if form is not None else acting.effects
     if acting.attributes or acting.attention or any(_dims(module, path, each) > 1 for path, each in effects):
         return None

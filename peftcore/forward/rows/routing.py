@@ -236,7 +236,7 @@ def all_rows() -> AbstractContextManager[None]:
 
 def rows_seen(route: Route, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
     """Returns how many rows a module sees, by the first tensor among its arguments. Returns None if the rows cannot be
-    separated: one row is shared by the batch, or it is unclear whether other arguments have rows."""
+    separated: all rows of the batch share one row, or it is unclear whether other arguments have rows."""
     first = next((each for each in (*args, *kwargs.values()) if isinstance(each, Tensor) and each.dim()), None)
     if first is None or len(first) < 2 or len(first) % len(route.index):
         return None
@@ -245,11 +245,11 @@ def rows_seen(route: Route, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
 
 
 def told_apart(route: Route, count: int, first: Tensor, others: Any) -> bool:
-    """Whether it is certain that those of a module's other arguments that are as long as the batch have its rows: four
-    dimensions or more (a mask or a bias ``[rows, heads, tokens, tokens]``), or three dimensions with the same last
-    dimension as the first argument. Other tensors, such as a mask ``[tokens, tokens]``, angles ``[tokens, width]`` or a
-    number for each head, count as having rows if no dimension after the first of any argument is as long as the
-    batch."""
+    """Whether it is certain that a module's other arguments with the length of the batch have its rows. It is certain
+    for tensors of four dimensions or more (a mask or a bias ``[rows, heads, tokens, tokens]``), and for tensors of
+    three dimensions with the same last dimension as a three-dimensional first argument. Other tensors might be a mask
+    ``[tokens, tokens]``, angles ``[tokens, width]`` or a number for each head, so for them it is certain only if no
+    dimension after the first of any argument has that length."""
     every = [each for each in tensors_in(others) if each.dim() and each is not first]
     lengths = {count, len(route.index), len(route.index) * route.copies}
     long = {len(each) for each in every if not _has_rows(each, first)} & lengths
