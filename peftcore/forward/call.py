@@ -1,11 +1,9 @@
-"""One call of an adapted module: the base forward with operators inside it, around it, for rows and in branches.
+"""One call of an adapted module: the base forward with the operators inside it and around it, per row and per branch.
 
-1. Observers see the inputs that the model passes and the finished output.
-2. Input operators change the arguments.
-3. Weight operators compute effective tensors, and the base forward runs on a view with these; or they act on
-   activations instead.
-4. Other operators wrap the result, the first applied innermost.
-5. A route puts rows together, a composition its branches.
+1. Observers see the inputs that the model passes and the finished output. 2. Input operators change the arguments. 3.
+Weight operators compute effective tensors, and the base forward runs on a view with these tensors; or the operators act
+on activations instead. 4. Other operators wrap the result, the first applied innermost. 5. A route joins the outputs of
+its rows, a composition those of its branches.
 """
 
 from __future__ import annotations
@@ -56,14 +54,14 @@ class ModuleCall:
     """One call of one adapted module.
 
     Args:
-        plain: the forward of the module's own class.
+        plain: the forward of the module's class.
         slot: the module's slot.
         module: the adapted module.
         plan: the module's plan under the present choice.
-        route: the adapter of each row of the batch, where rows go to different adapters.
-        args: the module's inputs by position, those that operators act on among them.
-        kwargs: the others.
-        acting: the operators that act in this call, if it is a part of another one: a branch of a composition, or the
+        route: the adapter of each row of the batch, where rows use different adapters.
+        args: the module's positional inputs, including those that operators act on.
+        kwargs: the module's keyword inputs.
+        acting: the operators that act in this call, if it is a part of another call: a branch of a composition, or the
             rows of one adapter. By default all operators of the plan.
     """
 
@@ -86,7 +84,7 @@ class ModuleCall:
         self.edits = Edits(acting.attention, slot, route) if acting.attention else None
 
     def part(self, acting: ActivePlan, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> ModuleCall:
-        """Returns the part of this call in which the operators of `acting` act, on inputs of its own."""
+        """Returns a partial call in which only the operators of `acting` act, on the given inputs."""
         return ModuleCall(self.plain, self.slot, self.module, self.plan, None, args, kwargs or {}, acting)
 
     def observed(self) -> Any:
@@ -117,7 +115,7 @@ class ModuleCall:
             return restore(self.rows())
 
     def _change_inputs(self, mount: Mount) -> None:
-        """Let an operator change the arguments; with a route, those of its own adapter's rows."""
+        """Let an operator change the arguments; with a route, the arguments of its adapter's rows."""
         operator, route = mount.operator, self.route
         assert isinstance(operator, InputOperator)
 
@@ -138,7 +136,8 @@ class ModuleCall:
         return HERE.calls[-1].one_module(self.module, self.args, self.kwargs)
 
     def around(self, call: Forward, acting: ActivePlan | None = None) -> Forward:
-        """Returns a forward with the operators around it that wrap the module: those of this call, or of a part."""
+        """Returns a forward wrapped in the operators that wrap the module: the operators of this call, or of
+        `acting`."""
         for mount in (self.acting if acting is None else acting).onion:
             call = mount.around(call, self.module)
         return call
@@ -146,7 +145,8 @@ class ModuleCall:
     # The base forward, with what acts on the module's tensors, attributes and attention
 
     def inner(self) -> Forward:
-        """Returns the base forward with what acts inside it: the module's own where nothing does."""
+        """Returns the base forward with the operators that act inside it; the plain forward of the module if no
+        operator does."""
         acting = self.acting
         if acting.effects or acting.attention or acting.attributes or acting.needs_recompute:
             return self.base
@@ -156,7 +156,7 @@ class ModuleCall:
         """Returns the output of the base forward with effective tensors, or of an activation form.
 
         In training an effective weight does not outlive its use: backward computes it again. Where the module can read
-        a lazy weight, the effective weight is computed only if it is asked for."""
+        a lazy weight, the effective weight is computed only when it is read."""
         acting, module = self.acting, self.module
         if acting.activation_form is not None and self._is_cheaper(acting.activation_form, args):
             form = acting.activation_form
@@ -217,13 +217,13 @@ class ModuleCall:
         return slot.effective(module, acting) if keeps else acting.effective(module)
 
     def _forget(self) -> None:
-        """Drop what an open cache holds: a forward with gradients comes before a step."""
+        """Clear an open cache: a forward with gradients precedes an optimizer step, which changes the weights."""
         if (cache := self.slot.cache) is not None:
             cache.clear()
 
     def _is_cheaper(self, form: ActivationForm, args: tuple[Any, ...]) -> bool:
-        """Whether to run an operator's activation form. In evaluation, while a cache is open, it acts on the weight
-        instead, which is computed once, unless it may not be kept."""
+        """Whether to run an operator's activation form. In evaluation with an open cache, the operator acts on the
+        weight instead, which is computed once, unless the effective weight may not be kept."""
         acting = self.acting
         if self._trains():
             wanted = not acting.low_memory
@@ -232,13 +232,13 @@ class ModuleCall:
         return wanted and not _is_offloaded(form.operator, *args) and form.operator.prefers_activation_form(*args)
 
     def _trains(self) -> bool:
-        """Whether the module trains; the first forward of a checkpoint has no gradients either, and has to do what its
-        second does."""
+        """Whether the module trains. The first forward of a checkpoint runs without gradients and must do the same as
+        the second, so the mode of the module counts too."""
         return torch.is_grad_enabled() or self.module.training
 
     def prepared(self, form: ActivationForm) -> Any:
-        """Returns the prepared values of an activation form, which no input changes. In evaluation they come from the
-        cache that is open."""
+        """Returns the prepared values of an activation form, which do not depend on the input. In evaluation it reads
+        them from the open cache."""
         if torch.compiler.is_compiling() or transformed() or MANAGED in vars(self.module):
             return form.prepare(self.module)
         if self._trains():
@@ -249,10 +249,10 @@ class ModuleCall:
     # Rows of a batch that go to different adapters
 
     def rows(self) -> Any:
-        """Run each adapter of a route on its own rows, and put the outputs together row by row.
+        """Run each adapter of a route on its rows, and join the outputs row by row.
 
-        Adapters that only wrap share one base forward. Graphs are the same for all assignments of rows: compiled, each
-        adapter runs on all rows."""
+        Adapters that only wrap the module share one base forward. Compiled graphs must be the same for all assignments
+        of rows, so in compiled code each adapter runs on all rows."""
         route, args, kwargs, routed = self._route, self.args, self.kwargs, self.plan.routed
         whole = OneForward(self.inner(), self.module)
         if not any(acting.effects or acting.onion for acting in routed):
@@ -307,15 +307,15 @@ class ModuleCall:
         return self.part(acting).inner()
 
     def _of_its_rows(self, bare: OfSomeRows) -> Forward:
-        """Returns the forward for the rows of one adapter: in the activation form where there is one, in evaluation
-        too, where one forward of the base does for all rows."""
+        """Returns the forward for the rows of one adapter: in the activation form where there is one, also in
+        evaluation, where one base forward serves all rows."""
         form = self.form_taken(self.acting)
         if form is not None:
             return self.around(form.around(bare, self.prepared(form)))
         return self.around(self.inner() if self.acting.effects else bare)
 
     def _all_rows(self, whole: OneForward) -> Any:
-        """Run each adapter of a route on all rows, and choose among the outputs row by row."""
+        """Run each adapter of a route on all rows, and select the output of each row."""
         output = whole(*self.args, **self.kwargs)
         for position, acting in enumerate(self.plan.routed):
             if not (acting.effects or acting.onion):
@@ -327,9 +327,10 @@ class ModuleCall:
         return output
 
     def _factors(self, count: int | None) -> list[tuple[int, Mount, Factors]] | None:
-        """Returns the factors of all low-rank updates where these can be added in one product: nothing is dropped,
-        factors are parameters, whose gradients cost no product more, hardly any rank is padded, and no single tokens
-        are routed, each of which would have factors of its own; otherwise None. Compiled, in evaluation, all are."""
+        """Returns the factors of all low-rank updates if one product can add them all, otherwise None. The conditions:
+        no input dropout; the factors are parameters, so their gradients need no further product; little padding of
+        ranks; and the route is not of single tokens, each of which would need separate factors. Compiled code in
+        evaluation ignores the conditions on parameters and padding; compiled code in training gets None."""
         updates, compiling = self.plan.updates, torch.compiler.is_compiling()
         if (
             not updates
@@ -355,20 +356,20 @@ class ModuleCall:
         return found if padding <= PADDING * len(ranks) * A.shape[1] * len(B) else None
 
     def _is_one_map(self) -> bool:
-        """Whether the module is called with one tensor, and nothing inside it can tell rows from each other or acts
-        there."""
+        """Whether the module is called with one tensor, is without submodules and is not managed by FSDP, so that equal
+        operators can run on it as one."""
         whole = not self.module._modules and MANAGED not in vars(self.module) and not transformed()
         return whole and len(self.args) == 1 and not self.kwargs and isinstance(self.args[0], Tensor)
 
     def form_taken(self, acting: ActivePlan) -> ActivationForm | None:
-        """Returns the activation form that an adapter of a route takes for its rows; None where it takes none. It does
-        in evaluation too, where one forward of the base does for all of them."""
+        """Returns the activation form that an adapter of a route takes for its rows; None where it takes none. The
+        activation form is taken in evaluation too, where one base forward serves all adapters."""
         form = acting.activation_form
         alone = len(self.args) == 1 and not self.kwargs and not (acting.low_memory and self._trains())
         return form if form is not None and alone and form.operator.prefers_activation_form(*self.args) else None
 
     def _wants_rows_alone(self, acting: ActivePlan) -> bool:
-        """Whether the bare base model's output for the rows of an adapter would be made for nothing."""
+        """Whether an adapter does not need the bare base model's output for its rows."""
         form = self.form_taken(acting)
         if form is not None:
             return form.operator.changes_inputs
@@ -377,8 +378,8 @@ class ModuleCall:
     # Branches of a composition
 
     def branches(self) -> Any:
-        """Run the branches of a composition and combine their outputs. Branches that only wrap share one base
-        forward."""
+        """Run the branches of a composition and combine their outputs. Branches whose operators only wrap the module
+        share one base forward."""
         plan = self.plan
         assert plan.composition is not None
         bare = self.part(ActivePlan(attributes=self.acting.attributes))
@@ -396,7 +397,8 @@ class ModuleCall:
 
 
 PADDING = 0.02
-"""The share of the base's product that padding lower ranks may cost, where updates of all adapters are one product."""
+"""The maximum cost of padding lower ranks, as a share of the base product, where one product adds the updates of all
+adapters."""
 
 
 def _make_now(path: str, make: Callable[[], Tensor | None]) -> Tensor | None:
@@ -404,18 +406,18 @@ def _make_now(path: str, make: Callable[[], Tensor | None]) -> Tensor | None:
 
 
 def _is_offloaded(operator: nn.Module, x: Tensor) -> bool:
-    """Whether the operator's values are elsewhere until it is called itself (accelerate's offload)."""
+    """Whether the operator's values are offloaded until the operator is called (accelerate's offload)."""
     return not x.is_meta and any(each is not None and each.is_meta for each in operator._parameters.values())
 
 
 def _acting(plan: ActivePlan) -> ActivePlan | None:
-    """Returns a plan by which something acts; rows of others are those of the bare base model."""
+    """Returns the plan if any operator acts in it, else None: then the rows are those of the bare base model."""
     return plan if plan.effects or plan.onion else None
 
 
 def _runs_on_some_rows(module: nn.Module) -> bool:
-    """Whether a module can run on some rows of a batch by themselves: nothing acts in it, where they would be taken for
-    all, and it makes no statistics of batches."""
+    """Whether a module can run on some rows of a batch by themselves: no operator acts on its submodules, which would
+    take these rows for the whole batch, and it computes no batch statistics."""
     inside = [*module.modules()]
     acts_within = any(slot_of(each) is not None for each in inside[1:])
     return not acts_within and not (module.training and any(each._buffers for each in inside))

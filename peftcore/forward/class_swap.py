@@ -1,9 +1,9 @@
 """The class swap, the one mechanism by which peftcore changes a module of the host.
 
-A grafted module keeps its identity: its class is swapped for a cached subclass of its own class with the same name, so
-parameter names, `isinstance`, signature and ties stay as they were. The subclass adds one forward, which asks the
-module's slot for the plan under the present choice and makes a `ModuleCall` of it. A forward on the instance, as
-accelerate sets one, is swapped along.
+A grafted module keeps its identity: its class is replaced by a cached subclass with the same name, so parameter names,
+`isinstance`, signature and ties stay as they were. The subclass adds one forward, which asks the module's slot for the
+plan under the current choice and runs a `ModuleCall` with it. A forward on the instance, such as the one that
+accelerate sets, is replaced too.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from peftcore.layers.pieces import is_cut
 from peftcore.utils.journal import Journal
 
 FORWARDS = ("forward", "_old_forward")
-"""Where a forward may be set on an instance: by anybody, and by accelerate the one that its hook calls."""
+"""The attributes of an instance that may hold a forward: `forward`, and accelerate's copy of the forward that its hook
+calls."""
 
 
 def _grafted_forward(base: type[nn.Module]) -> Callable[..., Any]:
@@ -102,7 +103,7 @@ def _rebuild(base: type[nn.Module]) -> nn.Module:
 
 
 def attach(module: nn.Module, state: HostState) -> Slot:
-    """Returns the module's slot; swaps its class when it has none yet."""
+    """Returns the module's slot. If the module is not grafted yet, creates the slot and replaces the module's class."""
     slot = slot_of(module)
     if slot is None:
         slot = module.__dict__[SLOT] = Slot(state)
@@ -114,7 +115,8 @@ def attach(module: nn.Module, state: HostState) -> Slot:
 
 
 def detach(module: nn.Module, state: HostState, name: str) -> None:
-    """Take out the mounts of this host's injection `name`; the module gets its class back with the last mount."""
+    """Remove the mounts of this host's injection `name`. When the last mount is removed, the module gets its original
+    class back."""
     slot = slot_of(module)
     if slot is None or slot.state is not state:
         return
@@ -126,7 +128,7 @@ def detach(module: nn.Module, state: HostState, name: str) -> None:
 
 
 def ungraft(module: nn.Module) -> None:
-    """Give the module its own class back. The slot goes last: a call that was interrupted can be made again."""
+    """Restore the module's original class. The slot is removed last, so that an interrupted call can be repeated."""
     cls = vars(type(module)).get(GRAFTED, type(module))
     if cls in _CLASSES:
         change_class(module, cls, _CLASSES[cls])
@@ -137,12 +139,12 @@ def ungraft(module: nn.Module) -> None:
 
 
 def become(journal: Journal, module: nn.Module, cls: type[nn.Module]) -> None:
-    """Make a module one of another class, grafted as before."""
+    """Change the class of a module; a grafted module stays grafted."""
     journal.call(change_class, module, type(module), cls if slot_of(module) is None else grafted_class(cls))
 
 
 def change_class(module: nn.Module, cls: type[nn.Module], old: type[nn.Module] | None = None) -> None:
-    """Swap the class, and forwards on the instance that are methods of the old one."""
+    """Replace the class of a module, and each forward on the instance that is a method of the old class."""
     before = (old or type(module)).forward
     object.__setattr__(module, "__class__", cls)  # torch's own checks whether it is a parameter or a module
     for key in FORWARDS:
@@ -158,8 +160,8 @@ def _is_method(forward: Any, function: Callable[..., Any]) -> bool:
 
 
 def _cells(module: nn.Module) -> Iterator[CellType]:
-    """Yields where the tensor parallelism of transformers keeps the module's own forward: in the closure of the one
-    that it sets on the instance. Of other such forwards nobody knows whether they call it."""
+    """Yields the closure cells in which the tensor parallelism of transformers keeps the module's original forward:
+    those of the forward that it sets on the instance. Other forwards on instances may not call the original one."""
     forward, weight = module.__dict__.get("forward"), module._parameters.get("weight")
     if isinstance(forward, FunctionType) and weight is not None and is_cut(weight):
         for cell in forward.__closure__ or ():
@@ -170,7 +172,7 @@ def _cells(module: nn.Module) -> Iterator[CellType]:
 
 def is_reached(module: nn.Module) -> bool:
     """Whether a call of the module reaches the forward of its class, also through accelerate's hooks, which set a
-    forward on the instance and keep the one that they call."""
+    forward on the instance and store the original forward that they call."""
     own = module.__dict__
     if own.keys().isdisjoint(FORWARDS):
         return True  # as nearly always

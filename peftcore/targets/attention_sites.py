@@ -1,5 +1,5 @@
-"""Attention modules that can be edited, with their sizes and projections. All is found from the module's code,
-attributes and host map, before anything is changed."""
+"""Attention modules that can be edited, with their sizes and projections. They are found from the module's code,
+attributes and host map, before the model is changed."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ class AttentionSite(Site):
     geometry: Geometry = field(kw_only=True)
     """The numbers of heads and of key and value heads, and their widths."""
     projections: Mapping[str, Projection] = field(kw_only=True)
-    """The attention's own matrices by part: "q", "k", "v", those that are there."""
+    """The attention's own matrices by part: "q", "k", "v", as far as they exist."""
     calls: AttentionCalls | None = field(kw_only=True, default=None)
-    """How the module calls what computes attention; None where a site only stands for its sizes."""
+    """The way in which the module calls its attention function; None for a site that only provides sizes."""
 
     @property
     def weight_shape(self) -> torch.Size:
-        """The sizes that plans and files have in place of a shape: ``[heads, kv_heads, head_dim, value_dim]``."""
+        """The sizes that plans and files store instead of a shape: ``[heads, kv_heads, head_dim, value_dim]``."""
         sizes = self.geometry
         return torch.Size([sizes.heads, sizes.kv_heads, sizes.head_dim, sizes.value_dim])
 
@@ -47,7 +47,8 @@ def locate(site: Site, resolver: Resolver) -> AttentionSite:
     ``attention.self``).
 
     Raises:
-        UnsupportedSite: there is none, there are several, or it does not go through the attention interface.
+        UnsupportedSite: the site contains no attention module or several, or the module does not use the attention
+            interface.
     """
     known_calls = {path: calls_of(resolver.modules[path]) for path in _paths(site, resolver)}
     inside = {path: calls for path, calls in known_calls.items() if calls is not None}
@@ -87,8 +88,7 @@ def _paths(site: Site, resolver: Resolver) -> Iterator[str]:
 
 
 def _projection(resolver: Resolver, path: str, part: str) -> Projection | None:
-    """Returns the attention's own matrix (or its slices of a fused one) for a part, None where the host map knows
-    none."""
+    """Returns the attention's own matrix (or its slices of a fused one) for a part, None if the host map lacks it."""
     for family in ("attn", "cross"):
         try:
             places = resolver.host.select(f"{family}.{part}")
@@ -104,12 +104,12 @@ def _projection(resolver: Resolver, path: str, part: str) -> Projection | None:
 
 
 def _size(module: nn.Module, names: tuple[str, ...]) -> int | None:
-    """Returns the first of the attributes that the module has as a number."""
+    """Returns the first of the named attributes that the module has as an integer."""
     return next((size for name in names if isinstance(size := getattr(module, name, None), int)), None)
 
 
 def _geometry(path: str, module: Any, projections: Mapping[str, Projection]) -> Geometry:
-    """Returns the sizes by the module's attributes, checked against its projections."""
+    """Returns the sizes from the module's attributes, checked against its projections."""
     heads = _size(module, _HEADS) or int(module.config.num_attention_heads)
     kv_heads = heads // (_size(module, _GROUPS) or 1)
     made = {part: projection.out_features for part, projection in projections.items()}

@@ -1,4 +1,4 @@
-"""Default targets of a method: the first of its alternatives that a host has, and what to tell the user about it."""
+"""Default targets of a method: the first of its alternatives that a host has, and notices for the user about it."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ class Defaults(NamedTuple):
     sites: list[Site]
     target: Target
     unknown: TargetError | None = None
-    """Why one before it could not be, where the host has it."""
+    """The error of an earlier alternative that the host has but that cannot be used."""
 
 
 def default_sites(resolver: Resolver, targets: Sequence[Target], exclude: Target | None = None) -> Defaults:
-    """Returns the sites of the first of some targets of which the host has any part, without those of `exclude`. They
-    stay in the host's main tower, unless it has none of all the targets.
+    """Returns the sites of the first target of which the host has any part, without those of `exclude`. The sites are
+    in the host's main tower, unless the main tower lacks all the targets.
 
     Raises:
-        TargetError: the host has none of them; those that it has are slices of fused weights that are not known without
-            a forward; or everything was excluded.
+        TargetError: the host lacks all the targets; its targets are slices of fused weights, which are not known
+            without a forward; or everything was excluded.
     """
     unknown: TargetError | None = None
     host = resolver.host
@@ -47,8 +47,8 @@ def default_sites(resolver: Resolver, targets: Sequence[Target], exclude: Target
 
 
 def notices(method: Method, taken: Defaults, resolver: Resolver) -> Iterator[str]:
-    """Yields the lines about the default targets of a method that has alternatives: which of them was taken, and which
-    parts of the host have no site."""
+    """Yields notices about the default targets of a method that has alternatives: the chosen target, and the parts of
+    the host without a site."""
     host, name = resolver.host, type(resolver.model).__name__
     paths, listed = [site.module_path for site in taken.sites], _listed(taken.target)
     if taken.target != method.target:
@@ -60,7 +60,8 @@ def notices(method: Method, taken: Defaults, resolver: Resolver) -> Iterator[str
 
 
 def _left_out(host: HostMap, paths: Sequence[str]) -> Iterator[str]:
-    """Yields the towers and blocks that have weights and no site, in words; nothing where no site is in a block."""
+    """Yields descriptions of the towers and blocks that have weights but no site; nothing if all sites are outside of
+    blocks."""
     block_of = {entry.module: entry.block for entry in host.entries}
     acted = {block for path in paths if (block := block_of.get(path)) is not None}
     if not acted:

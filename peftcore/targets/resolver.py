@@ -3,8 +3,8 @@
 A string is read in this order: ``re:...`` is a regular expression for the whole path; one with ``* ? [`` is a glob for
 the whole path (``*`` crosses dots); a role that the host map knows is that role; anything else is the end of a path. A
 pattern that matches no module is tried on parameters (``"*.in_proj_bias"``). Roles select slices of fused projections;
-the other forms take whole modules. ``vision:``, ``text:`` or ``audio:`` in front of any of them selects the towers that
-take such inputs, and no others: ``vision:attn.q``. What is inside of a parametrization makes a weight and is no target.
+the other forms take whole modules. ``vision:``, ``text:`` or ``audio:`` in front of any of them selects only the towers
+that take such inputs: ``vision:attn.q``. Modules inside a parametrization compute a weight and cannot be targets.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from peftcore.roles.vocabulary import ROLES
 from peftcore.targets.sites import SEVERAL, LayerOf, Site
 
 UNSEEN = (AdapterModules, ScriptModule)
-"""Modules that are never targets, nor is anything in them."""
+"""Modules that are never targets, including all modules inside them."""
 KINDS = 8
 """The number of structures that are remembered for modules of one class and shape."""
 Target = str | type[nn.Module] | Callable[[str, nn.Module], bool] | Sequence[Any]
@@ -59,7 +59,7 @@ def _matcher(pattern: Any) -> Callable[[str, nn.Module | None], bool]:
 
 
 def _is_ending(pattern: Any) -> bool:
-    """Whether a target that is no role is the end of a path."""
+    """Whether a target that is not a role is the end of a path."""
     return isinstance(pattern, str) and not pattern.startswith("re:") and not any(each in pattern for each in "*?[")
 
 
@@ -74,14 +74,14 @@ def _each(target: Target) -> Iterator[Any]:
 
 
 class Resolver:
-    """Finds sites in one host. Operators of other injections are never seen as targets."""
+    """Finds sites in one host. Operators of other injections are never targets."""
 
     def __init__(self, model: nn.Module, host: HostMap, layer_of: LayerOf) -> None:
         self.model, self.host, self.layer_of = model, host, layer_of
         self.modules: dict[str, nn.Module] = {}
-        """All modules by path: those that may be targets, and those inside of parametrizations."""
+        """All modules by path: possible targets, and modules inside parametrizations."""
         self._hidden: set[str] = set()
-        """The paths of the latter."""
+        """The paths of the modules inside parametrizations."""
         self._see(model, "", set())
         self._order = {path: index for index, path in enumerate(self.modules)}
         self._role_of = {entry.path: entry.role for entry in host.entries}
@@ -96,7 +96,7 @@ class Resolver:
         return {**self.__dict__, "_layers": {}}
 
     def _see(self, module: nn.Module, path: str, seen: set[int], hidden: bool = False) -> None:
-        """Record a module and all below it, each once."""
+        """Record a module and all its submodules, each once."""
         if id(module) in seen or isinstance(module, UNSEEN):
             return
         seen.add(id(module))
@@ -111,7 +111,8 @@ class Resolver:
                     self._see(child, prefix + name, seen, inside)
 
     def parameters(self) -> list[nn.Parameter]:
-        """Returns the host's own parameters, each as often as a module holds it."""
+        """Returns the host's parameters, without those of adapters; a shared parameter occurs once for each module that
+        holds it."""
         modules = self.modules.values()
         return [each for module in modules for each in module._parameters.values() if each is not None]
 
@@ -120,7 +121,7 @@ class Resolver:
 
         Raises:
             TargetError: a part of the target matches nothing, or everything was excluded.
-            UnsupportedSite: it is the output of experts whose matrices do not tell how wide that is.
+            UnsupportedSite: a site is the output of experts whose width cannot be read from their matrices.
         """
         found, unmatched = self.matching(target, None)
         if unmatched or not found:
@@ -147,7 +148,7 @@ class Resolver:
 
         Raises:
             TargetError: everything was excluded.
-            UnsupportedSite: it is the output of experts whose matrices do not tell how wide that is.
+            UnsupportedSite: a site is the output of experts whose width cannot be read from their matrices.
         """
         if exclude is not None:
             out = {path for pattern in _each(exclude) for path in self._excluded(pattern)}
@@ -165,7 +166,7 @@ class Resolver:
 
     @cached_property
     def _flat_experts(self) -> set[str]:
-        """The last matrices of experts that have the rows of all of them below each other (DBRX)."""
+        """The last matrices of experts that store the rows of all experts concatenated in one matrix (DBRX)."""
         return {e.path for e in self.host.entries if e.role == "experts.down" and e.tensor and len(e.shape) == 2}
 
     def idle(self, exclude: Target) -> list[Any]:
@@ -177,15 +178,15 @@ class Resolver:
         return [pattern for pattern in _each(exclude) if not self._excluded(pattern)]
 
     def _excluded(self, pattern: Any) -> set[str]:
-        """Returns paths of sites, and of whole modules where the pattern names modules: all below those is left out
-        too."""
+        """Returns paths of sites, and of whole modules where the pattern names modules: all sites below these modules
+        are excluded too."""
         out = {site.path for site in self._match(pattern, None)}
         if not self._is_role(self._split(pattern)[1]):
             out |= {path for path in self._modules_of(pattern) if path}
         return out
 
     def holders(self, tensor: nn.Parameter) -> list[tuple[str, str]]:
-        """Returns every (module path, name) that holds this very parameter."""
+        """Returns every (module path, name) that holds the given parameter object."""
         if self._holders is None:
             self._holders = {}
             for path, module in self.modules.items():
@@ -198,15 +199,15 @@ class Resolver:
         return find(self.modules, self.host.entries)
 
     def end_of(self, path: str) -> End | None:
-        """Returns where the branch joins the stream of which a module is the last matrix, or the whole; None for a
-        module that ends no branch."""
+        """Returns the place where a branch joins the stream; the module is the branch's last matrix, or the whole
+        branch. None for a module that does not end a branch."""
         if path not in self._branches:
             return None
         return find_end(self.modules, path, self._branches[path], plain_class)
 
     @cached_property
     def _branches(self) -> dict[str, str | None]:
-        """The paths of last matrices of branches and of whole branches, with those of their blocks."""
+        """The paths of the last matrices of branches and of whole branches, each with the path of its block."""
         entries = [entry for role in VIRTUAL if role.endswith(".output") for entry, _ in self.host.select(role)]
         entries += [entry for role in ("attn", "cross", "mlp", "ssm") for entry in self.host.by_role.get(role, [])]
         return {entry.module: entry.block for entry in entries if entry.module != entry.block}
@@ -215,7 +216,7 @@ class Resolver:
         """Returns the site of a whole module or of one parameter by exact path.
 
         Raises:
-            TargetError: there is neither.
+            TargetError: the host has neither.
         """
         if path in self.modules:
             return self._whole(path)
@@ -225,8 +226,8 @@ class Resolver:
         raise TargetError(self.nothing("target", path))
 
     def site(self, module_path: str, tensor: str, role: str | None = None, slices: Slices | None = None) -> Site:
-        """Returns one site by its exact path; a module that is read without being called gives a tensor of the module
-        that reads it."""
+        """Returns one site by its exact path; for a module that is read without being called, the site is a tensor of
+        the module that reads it."""
         parent, _, leaf = module_path.rpartition(".")
         attention = leaf == "out_proj" and isinstance(self.modules.get(parent), nn.MultiheadAttention)
         reader = parent if attention else self._readers.get(module_path)
@@ -255,17 +256,19 @@ class Resolver:
         return {entry.module: entry.block for entry in self.host.entries if entry.block is not None}
 
     def is_turned(self, path: str) -> bool:
-        """Whether a module is given tokens in front of rows: what its block is given, in a block."""
+        """Whether a module receives inputs with tokens as the first dimension; for a module in a block, whether its
+        block does."""
         return self._code.tokens_first(self._block_of.get(path, path))
 
     def check_runs_once(self, block: str) -> bool:
-        """Verify that one forward runs a block once: for what is kept of it, or joins behind it, once a forward.
+        """Verify that one forward runs a block once. Methods that keep a value of the block, or add to its output, once
+        per forward need this.
 
         Returns:
-            Whether the host's code says so; else the first forward has to tell (`Site.once`).
+            True if the host's code shows it; otherwise the first forward has to check it (`Site.once`).
 
         Raises:
-            UnsupportedSite: it runs several times, for several layers.
+            UnsupportedSite: the block runs several times, for several layers.
         """
         tower = next((entry.tower for entry in self.host.at(block) if entry.role == "block"), "")
         runs = self._code.of(block, tower).runs
@@ -274,7 +277,7 @@ class Resolver:
         return runs == "once"
 
     def _layer(self, module: nn.Module, tensor: str) -> Layer:
-        """Returns how a module stores a tensor; of modules that are built alike, one is examined."""
+        """Returns how a module stores a tensor; examines only one of the modules with the same structure."""
         held = module._parameters.get(tensor)
         known = self._layers.setdefault((type(module), tensor, None if held is None else held.shape), [])
         for structure, layer in known:
@@ -286,10 +289,10 @@ class Resolver:
         return layer
 
     def recorded(self, module_path: str, tensor: str, role: str | None = None, slices: Slices | None = None) -> Site:
-        """Returns a site as a file records it.
+        """Returns the site that a file records.
 
         Raises:
-            HostMismatch: the host has no such module, tensor, or slices.
+            HostMismatch: the host lacks the module, the tensor or the slices.
         """
         module = self.modules.get(module_path)
         if module is None:
@@ -311,7 +314,7 @@ class Resolver:
         return self.layer_of(owner, "weight").slots(owner)
 
     def has_parameter(self, path: str) -> bool:
-        """Whether a module has a place for a parameter of exactly that path (it may be empty)."""
+        """Whether a module has a place for a parameter at exactly the given path (it may be empty)."""
         owner, _, tensor = path.rpartition(".")
         return owner in self.modules and tensor in self._slots(self.modules[owner], tensor)
 
@@ -340,7 +343,7 @@ class Resolver:
                         yield self.site(owner, name)
 
     def _split(self, pattern: Any) -> tuple[tuple[str, ...] | None, Any]:
-        """Returns the towers that a pattern selects, None for all, and the rest of it."""
+        """Returns the towers that a pattern selects (None for all) and the rest of the pattern."""
         if isinstance(pattern, str):
             sense, colon, rest = pattern.partition(":")
             if colon and sense in self.host.named_towers:
@@ -356,7 +359,7 @@ class Resolver:
         return [path for path in paths if towers is None or self._tower_of.get(path) in towers]
 
     def _modules_of(self, pattern: Any) -> list[str]:
-        """Returns the paths of modules that match a pattern which is no role."""
+        """Returns the paths of modules that match a pattern which is not a role."""
         towers, inner = self._split(pattern)
         matches = _matcher(inner)
         paths = self._by_name.get(inner.rpartition(".")[2], ()) if _is_ending(inner) else self.modules
@@ -386,8 +389,8 @@ class Resolver:
         return self.site(entry.module, entry.tensor or self._own_tensor(entry.module), named, slices)
 
     def _last_matrix(self, entry: HostEntry) -> str:
-        """Returns the tensor below a module from which its output comes: its own weight, or its experts' second
-        matrices."""
+        """Returns the tensor below a module that computes its output: the module's weight, or the second matrices of
+        its experts."""
         if self.modules[entry.module]._parameters.get("weight") is not None:
             return "weight"
         prefix = f"{entry.module}."
@@ -426,7 +429,7 @@ class Resolver:
 
 
 def names_a_role(pattern: Any) -> bool:
-    """Whether a target is a role, of this host or of others."""
+    """Whether a target is a role, of this host or of another one."""
     if not isinstance(pattern, str):
         return False
     family = pattern.endswith(".*") and any(role.startswith(pattern[:-1]) for role in ROLES)

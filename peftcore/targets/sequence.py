@@ -1,13 +1,13 @@
 """Edits of the token sequence: trained rows in front of a host's token embeddings (soft prompts).
 
-An author writes `rows`; the core puts them where ids are consumed, in the *stack* (see `peftcore.roles.stacks`), and
-keeps everything in step: masks, positions, token types, caches. Outputs keep the shape that they have without the rows:
-the rows are dropped again before anything pools or scores, so heads, labels and `generate` see the user's tokens alone.
-An encoder whose output other stacks attend to keeps them, and the readers' masks get their columns.
+An author writes `rows`; the core inserts them where ids are embedded, in the *stack* (see `peftcore.roles.stacks`), and
+extends masks, positions, token types and caches to match. Outputs keep the shape that they have without the rows: the
+rows are dropped before pooling and scoring, so heads, labels and `generate` see only the user's tokens. If other stacks
+attend to the output of an encoder, the encoder keeps the rows, and the masks of the other stacks get columns for them.
 
-Everything equals the host run on embeddings that begin with the rows; where a mask says that a sequence begins with
-padding, with the padding and then the rows, so that it is what it would be alone (in attention weights the columns of
-its keys have this order too). Where the rows cannot be kept in step, a `SequenceError` is raised.
+The results equal those of the host run on embeddings that begin with the rows. If a mask shows that a sequence begins
+with padding, the rows follow the padding, so that the sequence gives the same result as alone (the key columns of
+attention weights have this order too). If masks, positions or caches cannot be extended, a `SequenceError` is raised.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ from peftcore.targets.sites import Site
 MASK, POSITIONS, STEPS = "attention_mask", "position_ids", "cache_position"
 MEMORY_MASK = "encoder_attention_mask"
 MARKS = {"token_type_ids": 0, "mm_token_type_ids": 0, "visual_pos_masks": 0, "global_attention_mask": 1}
-"""Arguments with an entry for each token, and that of rows in front. Where attention has windows and some tokens are
-global, rows are too: in a window they would act on the beginning of a text alone."""
+"""Arguments with an entry for each token, and the entry for the rows. In windowed attention with global tokens, the
+rows are global too: inside a window they would only act on the beginning of a text."""
 PACKING = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"})
 """Arguments of batches that pack several sequences into one."""
 KNOWN = frozenset({IDS, EMBEDS, MASK, POSITIONS, STEPS, MEMORY, MEMORY_MASK, *MARKS, *CACHES})
 MASKING = frozenset({MASK, "mask"})
-"""Arguments by which embeddings are told of padding."""
+"""Arguments that pass the padding mask to embeddings."""
 FORM = "sequence"
 ENTRY, BODY, READER = f"{FORM}.entry", f"{FORM}.body", f"{FORM}.reader"
 
@@ -58,20 +58,22 @@ class SequenceSite(Site):
     stack: TokenStack = NOWHERE
     """The stack that embeds ids and runs blocks."""
     places: tuple[Site, ...] = ()
-    """The operator's further sites: where embeddings enter, where blocks end, and modules that read the output."""
+    """The operator's other sites: the module that takes embeddings, the module after the last block, and modules that
+    read the output."""
     behind: bool = False
-    """Whether rows stand in front of what the module returns at which embeddings enter, and not of what it takes."""
+    """Whether the rows are put in front of the output of the module that takes embeddings, instead of its input."""
 
     @property
     def path(self) -> str:
         return f"{self.module_path}:{FORM}".lstrip(":")
 
     def behind_embeddings(self) -> SequenceSite:
-        """Returns the stack as a site of rows that stand behind all that makes embeddings of its tokens: their
-        positions and types, and the norm.
+        """Returns the stack as a site of rows that are inserted after all embedding operations of the tokens:
+        positions, types and the norm.
 
         Raises:
-            UnsupportedSite: no module makes them, or more than the blocks would have to know of the rows.
+            UnsupportedSite: no single module makes the embeddings, or code other than the blocks would have to handle
+                the rows.
         """
         name, below, _ = self.stack.table.partition(".")
         module = self.module.get_submodule(name)
@@ -87,7 +89,7 @@ class SequenceSite(Site):
         return replace(self, stack=replace(self.stack, entry=path), places=(*others, entry), behind=True)
 
     def embedded(self, ids: Tensor) -> Tensor:
-        """Returns the stack's embeddings of ids, scaled as it scales; shape only while planning."""
+        """Returns the stack's embeddings of ids, with the stack's scaling; only a shape while planning."""
         if self.meta:
             return torch.empty(*ids.shape, self.out_features, device="meta")
         table = self.module.get_submodule(self.stack.table)
@@ -101,7 +103,7 @@ def locate(site: Site, resolver: Resolver) -> SequenceSite:
     """Returns the stack at a site.
 
     Raises:
-        UnsupportedSite: there is no stack.
+        UnsupportedSite: the site is not a stack.
     """
     stacks = {stack.path: stack for stack in resolver.token_stacks()}
     stack = stacks.get(site.module_path)
@@ -132,35 +134,36 @@ def locate(site: Site, resolver: Resolver) -> SequenceSite:
 
 
 class Rows(NamedTuple):
-    """The output at the rows of a soft prompt, and where the rows end."""
+    """The output at the rows of a soft prompt, and the column at which the rows end."""
 
     states: Tensor
     """``[batch, rows, width]``."""
     behind: Tensor | None
-    """``[batch]``: the column of the first token behind them, that of padding counted; None where it is the first."""
+    """``[batch]``: the number of padding columns before the rows, which is the column of the first token in the output
+    without the rows; None for column 0."""
 
 
 @dataclass(eq=False)
 class Nest:
-    """The edits of one run of a stack, from the one outermost to that nearest to the blocks, for those that act inside
-    of it."""
+    """The sequence edits of one run of a stack, from the outermost to the one nearest to the blocks, for edits that act
+    inside the stack."""
 
     path: str
     given: Mapping[str, Any]
-    """The user's mask and cache, as the stack was given them."""
+    """The user's mask and cache, as the stack received them."""
     depths: set[int]
-    """The blocks whose keys are asked for."""
+    """The numbers of the blocks whose key positions are needed."""
     edits: dict[str, Order] = field(default_factory=dict)
-    """Where the rows of each stand in what the next one gets, by stamp of the operator."""
+    """The positions of each edit's rows in the input of the next edit, by stamp of the operator."""
     asking: Tensor = field(default_factory=lambda: torch.empty(0))
-    """``[queries]``: the places of this forward, of all that blocks get."""
+    """``[queries]``: the positions of this forward's queries in the full sequence that blocks receive."""
     keys: dict[int, Tensor] = field(default_factory=dict)
-    """The places of the keys of each block ``[keys]``, by number of the block."""
+    """The positions of the keys of each block ``[keys]``, by number of the block."""
     made: set[tuple[str, int]] = field(default_factory=set)
-    """The rows that were made, and at which blocks."""
+    """The rows that were already made, as (stamp, number of the block)."""
 
     def enter(self, stamp: str, order: Order, queries: Tensor, cache: Opened) -> None:
-        """Note an edit, and the places that are there with its rows; `queries` counts those of this forward."""
+        """Record an edit, and the positions that include its rows; `queries` holds the positions of this forward."""
         self.edits[stamp] = order
         self.asking = queries + cache.past
         for depth in self.depths:
@@ -170,7 +173,7 @@ class Nest:
             self.keys[depth] = torch.arange(length, device=queries.device) + offset
 
     def rows_among(self, stamp: str, places: Tensor) -> Tensor:
-        """Returns which of these places have the rows of an edit, ``[batch or 1, places]``."""
+        """Returns a mask ``[batch or 1, places]``, True at the given places that hold the rows of an edit."""
         others = torch.zeros_like(places, dtype=torch.bool)[None]
         for each, order in reversed(self.edits.items()):
             places = order.origin(places)
@@ -181,15 +184,15 @@ class Nest:
         raise KeyError(stamp)
 
     def split(self, stamp: str) -> tuple[list[Order], Order, list[Order]]:
-        """Returns the orders of the edits outside of one, from it outwards, its own, and those of the ones inside, from
-        the blocks outwards."""
+        """Returns the orders of the edits outside of one edit, from it outwards; the order of the edit; and the orders
+        of the edits inside of it, from the blocks outwards."""
         stamps, orders = list(self.edits), list(self.edits.values())
         at = stamps.index(stamp)
         return orders[:at][::-1], orders[at], orders[at + 1 :][::-1]
 
 
 NEST = Tap()
-"""The run of a stack that goes on now, where an edit acts inside of it."""
+"""The current run of a stack in which an edit acts at inner blocks."""
 
 
 class SequenceOperator(Operator):
@@ -197,7 +200,7 @@ class SequenceOperator(Operator):
 
     known_by = frozenset({"stamp"})
     states: Tap | None = None
-    """Where a forward that trains leaves the `Rows` that the stack returns, for methods that want them; see
+    """The tap in which a training forward stores the `Rows` of the stack's output, for methods that read them; see
     `row_logits`."""
 
     def __init__(self, site: SequenceSite, length: int) -> None:
@@ -213,7 +216,7 @@ class SequenceOperator(Operator):
         raise NotImplementedError
 
     def at(self, form: str, module: nn.Module) -> Callable[..., Any]:
-        """Returns the function that acts at one of the operator's places."""
+        """Returns the function that acts at one of the operator's sites."""
         acts = {FORM: self._around, ENTRY: self._embed, BODY: self._leave, READER: self._read}
         return functools.partial(acts[form], module)
 
@@ -227,7 +230,7 @@ class SequenceOperator(Operator):
             self.entering.take()
 
     def _run(self, module: nn.Module, call: Callable[..., Any], given: dict[str, Any]) -> Any:
-        """Run a stack that takes embeddings in the place of ids."""
+        """Run a stack that takes embeddings instead of ids."""
         key = next((name for name in CACHES if given.get(name) is not None), None)
         cache = opened(given.get(key) if key else None, self.stamp, self.length)
         batch, tokens = (given[IDS] if given.get(EMBEDS) is None else given[EMBEDS]).shape[:2]
@@ -256,7 +259,7 @@ class SequenceOperator(Operator):
         return _along(output, order.dropped, whole, batch)
 
     def _wrap(self, module: nn.Module, call: Callable[..., Any], given: dict[str, Any]) -> Any:
-        """Run a stack whose embeddings come in further in; here are the mask and the outputs."""
+        """Run a stack whose embeddings enter at an inner module; handles the mask and the outputs."""
         batch, tokens = (given[IDS] if given.get(EMBEDS) is None else given[EMBEDS]).shape[:2]
         order = self._order(given.get(MASK), batch, tokens)
         self.entering.put(order)
@@ -264,7 +267,7 @@ class SequenceOperator(Operator):
         return _along(call(**given), order.dropped, tokens + self.length, batch)
 
     def _embed(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Run the embeddings of such a stack."""
+        """Run the inner module of a stack at which embeddings enter."""
         given, order = self._bind(ENTRY, args, kwargs), self.entering.get() or Order(self.length)
         if self.behind:
             return order.put(self._with_rows(call(**given)))
@@ -272,7 +275,7 @@ class SequenceOperator(Operator):
         return call(**given)
 
     def _begin(self, given: dict[str, Any], order: Order, cache: Opened) -> None:
-        """Look at the arguments of a stack before they are changed."""
+        """Record the arguments of a stack before they are changed."""
         nest = NEST.get()
         if nest is not None and nest.path == self.stack.path:
             like = given[IDS] if given.get(EMBEDS) is None else given[EMBEDS]
@@ -306,8 +309,8 @@ class SequenceOperator(Operator):
         given[EMBEDS] = order.put(self._with_rows(embeds))
 
     def _check_positions(self, places: Tensor | None, tokens: int, cache: Opened) -> None:
-        """Raise where rows and tokens are more than the stack's table has positions; `places` are theirs, where they
-        are told or counted."""
+        """Raise an error if rows and tokens together exceed the positions in the stack's table; `places` are the
+        positions, if given or counted."""
         if self.stack.positions is None:
             return  # state-space stacks among them, whose caches count nothing
         past = cache.past if cache.held else self.length
@@ -324,8 +327,8 @@ class SequenceOperator(Operator):
         return torch.cat([rows.expand(len(embeds), -1, -1), embeds], dim=1)
 
     def _shifted(self, given: Mapping[str, Any], order: Order, enter: bool) -> dict[str, Any]:
-        """Returns the arguments that count or describe tokens, extended for the rows in front: their positions go on
-        from that of the first token, and the tokens' from there."""
+        """Returns the arguments that count or describe tokens, extended for the rows in front: the positions of the
+        rows start at the position of the first token, and the positions of the tokens follow."""
         count = self.length
         changed = {name: given[name] + count for name in (POSITIONS, STEPS) if given.get(name) is not None}
         if not enter:
@@ -345,7 +348,7 @@ class SequenceOperator(Operator):
         return changed
 
     def _leave(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Run the module at which the blocks end, in stacks that pool after them."""
+        """Run the module after the last block, in stacks that pool after it."""
         given = self._bind(BODY, args, kwargs)
         hidden = next(value for value in given.values() if isinstance(value, Tensor) and value.dim() == 3)
         order, output = self.entering.get(), call(*args, **kwargs)
@@ -368,18 +371,18 @@ class SequenceOperator(Operator):
         return {**dict(zip(self.names[form], args, strict=False)), **kwargs}
 
     def _order(self, mask: Any, batch: int, tokens: int) -> Order:
-        """Returns where the rows stand that enter now."""
+        """Returns the order of the rows that enter with this forward."""
         return Order(self.length, padding_before(mask, batch, tokens), tokens)
 
     def _table(self, module: nn.Module) -> nn.Module:
-        """Returns the token table, which may have been replaced since (resized); `module` is the stack or its
+        """Returns the token table, which may have been replaced (resized) since; `module` is the stack or its
         embeddings."""
         below = self.stack.entry[len(self.stack.path) :].lstrip(".")
         return module.get_submodule(self.stack.table.removeprefix(f"{below}."))
 
 
 def _refuse_unknown(given: Mapping[str, Any], tokens: int) -> None:
-    """Refuse an unknown argument that runs along the sequence: its entries for the rows in front are not known."""
+    """Refuse an unknown argument with an entry for each token: its entries for the rows are not known."""
     for name, value in given.items():
         along = isinstance(value, Tensor) and name not in KNOWN and value.dim() > 1 and value.shape[1] == tokens
         if along or (name in PACKING and value is not None):
@@ -389,7 +392,7 @@ def _refuse_unknown(given: Mapping[str, Any], tokens: int) -> None:
 
 
 def refuse_packing(places: Tensor, given: Mapping[str, Any]) -> None:
-    """Refuse packed sequences: without a mask, positions that start again mean that several sequences are packed into
+    """Refuse packed sequences: without a mask, positions that restart mean that several sequences are packed into
     one."""
     alone = given.get(MASK) is None and all(given.get(name) is None for name in CACHES)
     if alone and places.dim() == 2 and not torch.compiler.is_compiling() and bool((places.diff() != 1).any()):
@@ -397,8 +400,8 @@ def refuse_packing(places: Tensor, given: Mapping[str, Any]) -> None:
 
 
 def _check(output: Any, whole: int | None, tokens: int) -> None:
-    """Check that the output has the rows that the sequence had (or had without the rows in front, where blocks end
-    further in)."""
+    """Check that the output is as long as the sequence (without the rows of the prompt, if they were dropped at an
+    inner module)."""
     rows = _rows_of(output)
     if rows > tokens if whole is None else rows != whole:
         raise SequenceError(f"{tokens} tokens gave {rows} rows: the stack pools or regroups them, rows in front too")
@@ -419,8 +422,8 @@ def _rows_of(output: Any) -> int:
 
 
 def _along(output: Any, change: Callable[[Tensor, int], Tensor], whole: int, batch: int) -> Any:
-    """Returns the output with `change` applied along the (at least) `whole` places: of hidden states, of the queries of
-    attention weights, and of tensors for all tokens of a batch in one list (routers)."""
+    """Returns the output with `change` applied along dimensions of (at least) `whole` places: of hidden states, of the
+    queries of attention weights, and of tensors with all tokens of a batch in one dimension (routers)."""
     if isinstance(output, Tensor):
         if output.dim() == 3 and output.shape[1] >= whole:
             return change(output, 1)
@@ -433,7 +436,7 @@ def _along(output: Any, change: Callable[[Tensor, int], Tensor], whole: int, bat
 
 
 def _with_caches(output: Any, outward: Callable[[Any], Any]) -> Any:
-    """Returns the output with its caches exchanged."""
+    """Returns the output with its caches replaced."""
     return _mapped(output, lambda value: outward(value) if is_cache(value) else value)
 
 

@@ -1,11 +1,11 @@
-"""Caches of transformers that hold more than the user's tokens: also the rows that a sequence edit put in front of
+"""Caches of transformers that hold, in addition to the user's tokens, the rows that a sequence edit put in front of
 them.
 
-Inside the stack the cache counts everything, so masks, positions and windows come out as for one long sequence.
-Outside, `generate` slices ids by the length of the cache and makes masks of that length, so there it must count the
-user's tokens alone. Hence the object that the user holds becomes a *marked* cache: a subclass of its own class that
-leaves the rows out of every count, and the stack gets a plain one that shares its layers. The mark records whose rows
-the cache holds, so a cache filled without them, or by another prompt, is an error and not a wrong number.
+Inside the stack the cache counts everything, so masks, positions and windows are those of one long sequence. Outside,
+`generate` slices ids by the length of the cache and makes masks of that length, so there it must count only the user's
+tokens. Hence the class of the user's cache is changed to a *marked* subclass that leaves the rows out of every count,
+and the stack gets a plain cache that shares its layers. The mark records the prompt whose rows the cache holds, so
+using a cache that was filled without them, or with another prompt, raises an error instead of giving wrong results.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from peftcore.errors import SequenceError
 from peftcore.targets.sequence_order import Order
 
 Rows = tuple[tuple[str, Order], ...]
-"""The rows in front of a cache, the outermost last: (stamp of the operator, where they stand)."""
+"""The rows in front of a cache, the outermost last: (stamp of the operator, order of the rows)."""
 
 
 class Marked:
-    """Mixin of marked caches, before their own class: all counts leave out the rows in front."""
+    """Mixin of marked caches, placed before the cache class: all counts leave out the rows in front."""
 
     unmarked: type[Any]
-    """The class that it is a cache of."""
+    """The class of the cache without the mark."""
     layers: list[Any]
     rows: Rows
     grown = 0
@@ -63,7 +63,7 @@ class Marked:
         self._follow(lambda before: before.repeat_interleave(repeats))
 
     def _follow(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Let the rows' places go with the sequences that the cache holds now."""
+        """Update the rows' positions when the sequences of the cache are reordered, selected or repeated."""
         self.rows = tuple((stamp, order.changed(change)) for stamp, order in self.rows)
 
     def update(self, *args: Any, **kwargs: Any) -> Any:
@@ -73,7 +73,7 @@ class Marked:
         )
 
     def reset(self) -> None:
-        """Empty the cache and give it back its own class."""
+        """Empty the cache and restore its original class."""
         super().reset()  # type: ignore[misc]
         if self.grown:
             _grow(self, -self.grown)
@@ -118,7 +118,7 @@ def self_attention_cache(cache: Any) -> Any:
     attends to an encoder; else the cache itself.
 
     Raises:
-        SequenceError: it is no cache of transformers.
+        SequenceError: the object is not a cache of transformers.
     """
     from transformers.cache_utils import Cache, EncoderDecoderCache
 
@@ -138,7 +138,7 @@ def _with_own(cache: Any, own: Any) -> Any:
 
 
 def _grows(layer: Any) -> bool:
-    """Whether a layer of a cache has a fixed size that is meant for all tokens, not for a window of them."""
+    """Whether a layer of a cache has a fixed size for all tokens, not for a window of them."""
     from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
     if isinstance(layer, StaticSlidingWindowLayer):  # mixtures say what their other parent can
@@ -147,7 +147,7 @@ def _grows(layer: Any) -> bool:
 
 
 def _grow(own: Any, count: int) -> None:
-    """Raise the capacity of empty static layers; they are allocated at their first update, or again."""
+    """Raise the capacity of empty static layers; they are allocated (again) at the next update."""
     for layer in filter(_grows, own.layers):
         layer.max_cache_len += count
         layer.is_initialized = False
@@ -166,7 +166,7 @@ class Opened:
     """A cache as one sequence edit sees it in one forward."""
 
     given: Any
-    """The object of the user, or of the edit outside of this one; None when there is none yet."""
+    """The cache of the user, or of the edit outside of this one; None if it does not exist yet."""
     inner: Any
     """The cache for the stack: it counts this edit's rows too."""
     held: bool
@@ -174,18 +174,18 @@ class Opened:
 
     @property
     def order(self) -> Order:
-        """Where the rows stand that it holds."""
+        """The order of the rows in the cache."""
         return _rows(self_attention_cache(self.given))[-1][1]
 
     def counts_places(self, positions: Tensor | None) -> bool:
-        """Whether places between two tokens count even where nobody sees them: with windows and recurrences, and where
-        the stack is not told positions."""
+        """Whether hidden places between two tokens affect the result: with windows and recurrences, and if the stack is
+        not given positions."""
         own = self_attention_cache(self.inner)
         return positions is None or any(own.is_sliding) or any(own.is_linear)
 
     @property
     def past(self) -> Any:
-        """The number of tokens that it holds, these rows included: a number, or a tensor in static caches."""
+        """The number of tokens in the cache, including this edit's rows: a number, or a tensor in static caches."""
         return 0 if self.inner is None else self_attention_cache(self.inner).get_seq_length()
 
     def sizes(self, queries: int, sliding: bool) -> tuple[int, int]:
@@ -210,7 +210,7 @@ class Opened:
             _grow(self_attention_cache(self.given), -count)
 
     def outward(self, found: Any, mark: tuple[str, Order]) -> Any:
-        """Returns the user's cache for one that the stack returns: the one handed in, or the new one, marked."""
+        """Returns the user's cache for one that the stack returns: the given one, or the new one, marked."""
         if found is self.inner:
             return self.given
         own = self_attention_cache(found)
@@ -220,10 +220,10 @@ class Opened:
 
 
 def opened(cache: Any, stamp: str, count: int) -> Opened:
-    """Returns the cache as the stack is to see it, with the rows of the edit of this stamp.
+    """Returns the cache as the stack is to see it, with the rows of the edit with the given stamp.
 
     Raises:
-        SequenceError: it holds other rows than those of the edit that acts now, or none.
+        SequenceError: the cache is filled without the rows of the edit that acts now, or with other rows.
     """
     if cache is None:
         return Opened(None, None, held=False)

@@ -1,14 +1,14 @@
-"""Rows that come in inside of a stack: from a block on, or made anew at several.
+"""Rows that enter inside a stack: at one block, or made again at several blocks.
 
-The rows stand in the sequence from its beginning, as all do (see `peftcore.targets.sequence`), so masks, positions and
-all layers of a cache have the same columns. Below the first block at which they are made they are zeros that no token
-sees: the attentions there hide their columns. Tokens are there what they are without the rows, and a block from which
-rows are made gets them in their place. Positions that are added to embeddings stay those of the tokens; positions that
-only tell tokens apart (rotary angles, biases by distance) go on behind the rows. Rows from the first block on may be
-counted instead, as words are: then all positions go on behind them.
+The rows are in the sequence from the first block on, like all rows (see `peftcore.targets.sequence`), so masks,
+positions and all layers of a cache have the same columns. Below the first block at which they are made they are zeros
+that no token sees: the attentions there hide their columns. There the tokens have the same values as without the rows,
+and a block at which rows are made receives the new rows in place of the zeros. Positions that are added to embeddings
+count only the tokens; relative positions (rotary angles, biases by distance) continue after the rows. Rows that start
+at the first block may be counted instead, like words: then all positions continue after them.
 
-What the blocks below mix tokens by must be attention that can hide columns, and what makes positions must be known:
-all else is refused when it is applied.
+The blocks below may mix tokens only by attention that can hide columns, and the way in which the stack makes positions
+must be known. Other hosts are refused when the method is applied.
 """
 
 from __future__ import annotations
@@ -48,21 +48,21 @@ from peftcore.targets.sequence_order import Order
 from peftcore.targets.sites import Site
 
 WIDTHS = ("mlp.down", "experts.down", "attn.out", "attn_mlp.out", "ssm.out")
-"""Roles of what adds to the stream of a block, so that its rows are as many as the stream is wide."""
+"""Roles of the matrices that add to the stream of a block; their number of outputs is the width of the stream."""
 BLOCK = f"{FORM}.block."
-"""The form of a block at which rows are made, before its number."""
+"""The form of a block at which rows are made; the number of the block follows."""
 
 
 @dataclass(frozen=True, eq=False)
 class InnerSite(SequenceSite):
-    """A stack, of which some blocks make the rows."""
+    """A stack in which some blocks make the rows."""
 
     depths: tuple[int, ...] = ()
-    """The numbers of these blocks in the stack, in their order."""
+    """The numbers of the blocks that make rows, in order."""
     hiding: tuple[tuple[AttentionSite, int], ...] = ()
-    """The attentions below the first of them, with the numbers of their blocks."""
+    """The attentions below the first such block, with the numbers of their blocks."""
     absolute: bool = False
-    """Whether positions are added to the embeddings, from a table, and stay those of the tokens."""
+    """Whether positions are added to the embeddings from a table, and count only the tokens."""
 
 
 def count_blocks(site: SequenceSite, resolver: Resolver) -> int:
@@ -71,14 +71,14 @@ def count_blocks(site: SequenceSite, resolver: Resolver) -> int:
 
 
 def inside(site: SequenceSite, resolver: Resolver, depths: Sequence[int], counted: bool = False) -> InnerSite:
-    """Returns the stack as a site of rows that are made at the blocks of these numbers; with `counted` they are words
-    for the positions of the tokens behind them.
+    """Returns the stack as a site of rows that are made at the blocks with the given numbers; with `counted` the
+    positions of the tokens continue after the rows.
 
     Raises:
-        UnsupportedSite: there is no such block, or it is given tokens in front of rows, or a forward runs it several
-            times; or below, something mixes tokens that cannot hide rows from them; or nobody knows how the stack makes
-            positions.
-        PluginError: rows are counted that come in further in.
+        UnsupportedSite: a block does not exist, receives tokens as the first dimension, or runs several times in a
+            forward; or a module below mixes tokens and cannot hide the rows from them; or the way in which the stack
+            makes positions is not known.
+        PluginError: `counted` is set for rows that enter after the first block.
     """
     name, stack, blocks = site.module_path or "the host", site.stack, _blocks(site, resolver)
     chosen = tuple(sorted(set(depths)))
@@ -133,7 +133,7 @@ def _within(path: str, site: SequenceSite) -> bool:
 
 
 def _attentions(site: SequenceSite, resolver: Resolver, below: Mapping[str, int]) -> list[tuple[Site, int]]:
-    """Returns the attentions of these blocks, which all that mixes tokens there must be."""
+    """Returns the attentions of the given blocks; no other module there may mix tokens."""
     found = []
     for entry in resolver.host.entries:
         if entry.block in below and (entry.role.partition(".")[0] == "ssm" or resolver.host.on_grid(entry.module)):
@@ -153,7 +153,7 @@ def _attentions(site: SequenceSite, resolver: Resolver, below: Mapping[str, int]
 
 
 def _check_kinds(site: SequenceSite, first: int) -> None:
-    """Check that what tokens see in the blocks below does not depend on where the sequence begins."""
+    """Check that attention in the blocks below does not depend on where the sequence begins."""
     config = vars(site.module).get("config")
     kinds = getattr(config.get_text_config(), "layer_types", None) if config is not None and first else None
     other = [kind for kind in (kinds or ())[:first] if kind not in KINDS]
@@ -193,7 +193,7 @@ def _is_table(resolver: Resolver, entry: HostEntry) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class Standing:
-    """Where the rows of one edit stand in one forward of a stack."""
+    """The positions of one edit's rows in one forward of a stack."""
 
     nest: Nest
     stamp: str
@@ -201,15 +201,15 @@ class Standing:
     """Whether they enter with this forward; otherwise they are in the cache."""
 
     def hidden(self, depth: int) -> Tensor:
-        """Returns what the attention of a block hides, ``[batch or 1, 1, queries, keys]``: the rows, but not from each
-        other."""
+        """Returns the mask ``[batch or 1, 1, queries, keys]`` of hidden keys in the attention of a block: the rows are
+        hidden from the tokens, but not from each other."""
         keys = self.nest.rows_among(self.stamp, self.nest.keys[depth])
         others = ~self.nest.rows_among(self.stamp, self.nest.asking)
         return keys[:, None, None, :] & others[:, None, :, None]
 
     def remade(self, states: Tensor, make: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """Returns what a block gets, ``[batch, places, width]``, with other rows: `make` is given the user's tokens and
-        the rows that were there."""
+        """Returns the input of a block, ``[batch, places, width]``, with its rows replaced: `make` receives the user's
+        tokens and the current rows."""
         outside, order, inside = self.nest.split(self.stamp)
         nearer = []
         for each in inside:
@@ -225,7 +225,7 @@ class Standing:
         return states
 
     def tokens(self, states: Tensor) -> Tensor:
-        """Returns the user's tokens alone, of what a block gets."""
+        """Returns only the user's tokens from the input of a block."""
         if self.enter:
             for each in reversed(self.nest.edits.values()):
                 states = each.dropped(states)
@@ -244,23 +244,24 @@ class InnerRows(SequenceOperator):
         self.standing = Tap(until_backward=True)
 
     def rows_at(self, depth: int, states: Tensor, rows: Tensor, given: Mapping[str, Any]) -> Tensor:
-        """Returns the rows that enter the block of this number: ``[length, width]``, or one such for each sequence.
+        """Returns the rows that enter the block with number `depth`: ``[length, width]``, or one such for each
+        sequence.
 
         Args:
             depth: the number of the block.
-            states: what the tokens are before it, ``[batch, tokens, width]``.
-            rows: what the rows are before it, ``[batch, length, width]``; at the first block what the stack's
-                embeddings make of zeros, or blocks below.
+            states: the tokens before the block, ``[batch, tokens, width]``.
+            rows: the rows before the block, ``[batch, length, width]``; at the first block that makes rows, the output
+                of the embeddings or of the blocks below for rows of zeros.
             given: the user's mask and cache by name.
         """
         raise NotImplementedError
 
     def going_on(self, depth: int, states: Tensor, given: Mapping[str, Any]) -> None:
-        """Called in place of `rows_at` where a cache has the rows, with the states of the tokens that come now: for
-        operators whose rows would be others if they had seen these."""
+        """Called instead of `rows_at` when a cache already has the rows, with the states of the new tokens: for
+        operators whose rows would depend on these tokens."""
 
     def rows(self, embeds: Tensor) -> Tensor:
-        """Returns what stands for the rows below the first block."""
+        """Returns the zeros that replace the rows below the first block that makes rows."""
         return embeds.new_zeros(self.length, embeds.shape[-1])
 
     def at(self, form: str, module: nn.Module) -> Callable[..., Any]:
@@ -291,7 +292,7 @@ class InnerRows(SequenceOperator):
             self._say_positions(given, like, cache)
 
     def _say_positions(self, given: dict[str, Any], like: Tensor, cache: Opened) -> None:
-        """Say the tokens' positions where the user does not: the stack would count the rows among them."""
+        """Set the tokens' positions if the user does not: the stack would count the rows too."""
         if (told := given.get(POSITIONS)) is not None and not cache.held:
             refuse_packing(told if told.dim() > 1 else told[None], given)
         if given.get(MASK) is None and not cache.held:

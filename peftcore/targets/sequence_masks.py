@@ -1,9 +1,9 @@
 """Attention masks over a sequence that gets rows in front.
 
-A mask tells where a sequence's padding on the left ends, and so where the rows stand. A two-dimensional one marks
-padding; the stack makes its own from it, so columns of ones are enough. A four-dimensional one is final: `generate`
-makes them for static caches, multimodal models for their images. It gets the rows' columns, and the rows of those that
-enter with this forward, with the causality and the window of the layers that it is for.
+A mask shows where a sequence's padding on the left ends, and thus the position of the rows. A two-dimensional mask
+marks padding; the stack makes its attention mask from it, so columns of ones are enough. A four-dimensional mask is
+final: `generate` makes it for static caches, multimodal models for their images. It gets a key column for each row and,
+for rows that enter with this forward, a query row, with the causality and the window of its layers.
 """
 
 from __future__ import annotations
@@ -21,16 +21,17 @@ from peftcore.targets.sequence_order import Order
 
 SLIDING = "sliding_attention"
 KINDS = ("full_attention", SLIDING)
-"""The kinds of attention for which transformers keeps masks apart, as far as these do not depend on absolute places."""
+"""The kinds of attention for which transformers keeps masks apart, as far as the masks do not depend on absolute
+positions."""
 RECURRENT = ("linear_attention", "conv")
-"""The kinds whose masks, [batch, queries], are for the tokens of this forward alone."""
+"""The kinds whose masks, [batch, queries], only cover the tokens of this forward."""
 
 
 def padding_before(mask: Any, batch: int, tokens: int) -> Tensor | None:
-    """Returns how many of the first places of each sequence nobody sees, [batch], given the mask of the forward that
-    the rows enter with, and its size; None where it says nothing.
+    """Returns the number of hidden places at the beginning of each sequence, [batch], given the mask and the size of
+    the forward with which the rows enter; None if the mask does not show it.
 
-    A sequence of nothing but padding has its last place behind the rows.
+    In a sequence of only padding, the last place follows the rows.
     """
     if isinstance(mask, Mapping):
         told = (padding_before(each, batch, tokens) for each in mask.values())
@@ -41,7 +42,7 @@ def padding_before(mask: Any, batch: int, tokens: int) -> Tensor | None:
 
 
 def hidden_before(mask: Tensor) -> Tensor:
-    """Returns how many of a mask's first columns nobody sees, [batch]."""
+    """Returns the number of hidden columns at the beginning of a mask, [batch]."""
     seen = mask != 0
     if mask.dim() == 4:
         seen = (mask if mask.dtype == torch.bool else mask.float().exp() > 0).any(dim=2).any(dim=1)
@@ -54,17 +55,17 @@ class Front:
 
     module: nn.Module
     order: Order
-    """Where the rows stand."""
+    """The order of the rows."""
     enter: bool
-    """Whether they enter with this forward; otherwise they are in the cache."""
+    """Whether the rows enter with this forward; otherwise they are in the cache."""
     causal: bool
     cache: Opened
 
     def extend(self, mask: Any, queries: int) -> Any:
-        """Returns the mask with the rows' columns; `queries` tokens come with this forward.
+        """Returns the mask with the rows' columns; `queries` is the number of tokens in this forward.
 
         Raises:
-            SequenceError: a mask of a kind that cannot be extended.
+            SequenceError: the mask is of a kind that cannot be extended.
         """
         if isinstance(mask, Mapping):
             return {kind: self._of_kind(kind, each, queries) for kind, each in mask.items()}
@@ -77,11 +78,11 @@ class Front:
         return self.order.count
 
     def refuse_late_padding(self, mask: Any, queries: int) -> None:
-        """Refuse padding that comes after the rows, where its places count: a sequence of which nothing but padding
-        came with the rows (a short one in a prefill by chunks) goes on with some. The next forward shows it.
+        """Refuse padding after the rows if its places count: in a chunked prefill, the first chunk of a short sequence
+        may be only padding, and more padding then follows in the next chunk. That forward detects it.
 
         Raises:
-            SequenceError: there is such a sequence.
+            SequenceError: a sequence has padding after the rows.
         """
         for kind, each in mask.items() if isinstance(mask, Mapping) else [("", mask)]:
             if not isinstance(each, Tensor) or kind in RECURRENT:
@@ -115,8 +116,8 @@ class Front:
         return self._padding(mask) if mask.dim() == 2 else self._final(mask, kind == SLIDING)
 
     def _built(self, queries: int) -> Tensor | None:
-        """Returns a mask where none was given: that means that all before a token is in its window, which may end with
-        rows in front."""
+        """Returns a mask for a forward without one: without a mask, all earlier tokens are inside the window of each
+        token, which may no longer hold with rows in front."""
         window = self._window()
         if window is None or queries <= window or self._config()._attn_implementation != "sdpa":
             return None
@@ -155,18 +156,19 @@ class Front:
         return window
 
     def _slides_everywhere(self) -> bool:
-        """Whether one mask for all layers is for a window: the model has one and does not tell its layers apart."""
+        """Whether one mask for all layers is for a window: the model has a window and the same kind of attention in all
+        layers."""
         return self._window() is not None and getattr(self._config(), "layer_types", None) is None
 
 
 def _seen(at: Tensor, keys: Tensor, window: int | None) -> Tensor:
-    """Returns [queries, keys]: whether queries at these places see the keys, before them and in the window."""
+    """Returns [queries, keys]: whether queries at the given places see the keys: earlier ones, inside the window."""
     seen = keys <= at[:, None]
     return seen if window is None else seen & (at[:, None] - keys < window)
 
 
 def _like(seen: Tensor, mask: Tensor) -> Tensor:
-    """Returns what is seen in the form of the mask: True, or 0 and the lowest."""
+    """Returns the visibility in the format of the mask: boolean, or 0 for visible and the lowest value for hidden."""
     if mask.dtype == torch.bool:
         return seen
     return torch.where(seen, mask.new_zeros(()), mask.new_full((), torch.finfo(mask.dtype).min))

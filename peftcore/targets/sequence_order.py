@@ -1,9 +1,10 @@
-"""Where rows in front of a sequence stand in a batch: behind the padding on the left, next to each sequence's tokens.
+"""The positions of rows in front of the sequences of a batch: after the padding on the left, next to each sequence's
+tokens.
 
-Padding between rows and tokens would count as tokens do: in windows and chunks of attention, in positions, in the
-states of recurrent layers. What a sequence gives would then depend on the longest one of its batch. So whatever runs
-along a sequence is joined to what the rows have, which comes first, and then brought into the order of each sequence.
-All of this is arithmetic with indices: no value is looked at, so any padding runs in one compiled graph.
+Padding between rows and tokens would count like tokens: in windows and chunks of attention, in positions, in the states
+of recurrent layers. The output for a sequence would then depend on the longest sequence of its batch. So each tensor
+along the sequence is first joined with the entries of the rows in front, and then reordered for each sequence. This is
+index arithmetic that reads no values on the host, so one compiled graph serves any padding.
 """
 
 from __future__ import annotations
@@ -19,18 +20,18 @@ from torch import Tensor
 class Order:
     """The places of `count` rows in the sequences of a batch.
 
-    In *joined* tensors the rows are the first, in *ordered* ones they stand behind the padding.
+    In *joined* tensors the rows are first, in *ordered* tensors they follow the padding.
     """
 
     count: int
     before: Tensor | None = None
-    """The number of places of padding before them, [batch]; None where nothing is known of padding: they come first."""
+    """The number of padding places before the rows, [batch]; None if padding is not known: then the rows are first."""
     tokens: int = 0
-    """The number of tokens of the forward that they entered with, padding included."""
+    """The number of tokens in the forward with which the rows entered, padding included."""
 
     def origin(self, at: Tensor) -> Tensor:
-        """Returns the places in joined sequences of what stands at these places of ordered ones, [places] or [batch,
-        places]: [batch, places], or [1, places] where all have the same order."""
+        """Returns the places in joined sequences of the entries at the given places ([places] or [batch, places]) of
+        ordered sequences: [batch, places], or [1, places] where all have the same order."""
         at = at if at.dim() > 1 else at[None]
         if self.before is None:
             return at
@@ -66,13 +67,15 @@ class Order:
         return _taken(ordered, torch.where(at < self.before.to(at.device)[:, None], at, at + self.count), dim)
 
     def first(self, places: Tensor) -> Tensor:
-        """Returns what the first token behind the padding has in a tensor of [..., batch, places]: [..., batch, 1]."""
+        """Returns the entries of the first token after the padding in a tensor of [..., batch, places]: [..., batch,
+        1]."""
         if self.before is None:
             return places[..., :1]
         return _taken(places, self.before[:, None], -1, -2)
 
     def changed(self, change: Callable[[Tensor], Tensor]) -> Order:
-        """Returns the order of another batch: `change` makes its [batch] of what each sequence has of this one's."""
+        """Returns the order of another batch: `change` maps the padding counts [batch] of this batch to the padding
+        counts of the other batch."""
         return self if self.before is None else replace(self, before=change(self.before))
 
 

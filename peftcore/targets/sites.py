@@ -24,19 +24,19 @@ SEVERAL = (
 )
 """The text of the error for a module that runs several times in one forward and has to run once."""
 MIXES_ROWS = ("experts", "pos")
-"""Families of roles whose modules see no rows of the batch: chosen tokens, or positions."""
+"""Families of roles whose modules receive chosen tokens or positions instead of rows of the batch."""
 CHOOSE_AMONG_TOKENS = (("top_k_index", "top_k_weights"), ("router_indices", "routing_weights"))
-"""The arguments of transformers' experts behind the tokens: which experts each token has, and with which weights."""
+"""The arguments of transformers' experts after the tokens: the experts of each token, and their weights."""
 
 
 def is_not_turned(path: str) -> bool:
-    """Tell of a module that it is given rows first, as those are that stand in no host map."""
+    """Returns False: modules without a host map count as receiving rows first."""
     return False
 
 
 class _Memory:
-    """Slots for values that a site has computed, since methods ask many times. They are not among its attributes, from
-    which other sites are made (``**vars(site)``)."""
+    """Slots that cache computed values of a site, since methods read them many times. They are not among its
+    attributes, from which other sites are made (``**vars(site)``)."""
 
     __slots__ = ("__dict__", "__weakref__", "_path", "_shape")
     _path: str
@@ -48,7 +48,7 @@ class _Memory:
 
 @dataclass(frozen=True, eq=False)
 class Site(_Memory):
-    """A module of the host, one of its tensors, or some slices of one, that a method acts on.
+    """A module of the host, a tensor of a module, or some slices of a tensor, at which a method acts.
 
     Attributes:
         module: the module itself.
@@ -60,8 +60,8 @@ class Site(_Memory):
         form: "activation" where an operator may wrap the module's forward, "weight" where only the tensor can be acted
             on; "attention" for the inside of an attention module; "sequence" for a stack of tokens.
         layer_of: finds the `layer` of the module's other tensors.
-        meta: whether shapes alone count: while planning.
-        turned: tells, by path, whether a module is given tokens in front of rows.
+        meta: True while planning, when only shapes are needed.
+        turned: returns, by path, whether a module receives inputs with tokens as the first dimension.
     """
 
     module: nn.Module
@@ -75,9 +75,10 @@ class Site(_Memory):
     meta: bool = False
     turned: Callable[[str], bool] = is_not_turned
     once: bool = False
-    """Whether the first forward has to tell that it runs the module once, or is an error."""
+    """Whether the first forward must check that it runs the module once, and raise an error otherwise."""
     among_experts: bool = False
-    """Whether the module lies in one of a list of experts, which get the tokens that were chosen for them."""
+    """Whether the module is part of one expert in a list of experts, each of which receives only the tokens chosen for
+    it."""
 
     @property
     def path(self) -> str:
@@ -98,23 +99,24 @@ class Site(_Memory):
 
     @property
     def mixes_rows(self) -> bool:
-        """Whether rows of the batch cannot be told apart: among the tokens of experts, at positions, where tokens stand
-        in front of rows, and where the module is given nothing (a bias by distance, for all rows and windows)."""
+        """Whether the rows of the batch cannot be separated at the module: it receives tokens chosen for experts,
+        positions, or inputs with tokens as the first dimension, or its forward takes no arguments (a relative position
+        bias for all rows and windows)."""
         family = (self.role or "").partition(".")[0]
         for_all = self.role == "embed.pos" or not self.arguments
         return self.among_experts or family in MIXES_ROWS or for_all or self.tokens_first
 
     @property
     def tokens_first(self) -> bool:
-        """Whether the module is given tokens in front of rows, ``[tokens, rows, ...]``, by what the host's code says.
-        Torch's own attention as a whole is a place where that does not matter."""
+        """Whether the module receives inputs ``[tokens, rows, ...]``, according to the host's code. Always False for
+        attention and sequence sites, where the order does not matter."""
         return self.form not in ("attention", "sequence") and self.turned(self.module_path)
 
     def check_rows_first(self) -> None:
-        """Verify that the module is given rows first, for what joins or tells apart rows or tokens.
+        """Verify that the module receives rows first, for methods that join or separate rows or tokens.
 
         Raises:
-            UnsupportedSite: it is given tokens first.
+            UnsupportedSite: the module receives tokens first.
         """
         if self.tokens_first:
             raise UnsupportedSite(
@@ -125,15 +127,15 @@ class Site(_Memory):
 
     @property
     def separable(self) -> bool:
-        """Whether the module can run on some rows of the batch by themselves: it sees rows, or is a stack of experts
-        that gets all tokens in their order, and chooses among them itself."""
+        """Whether the module can run on some rows of the batch by themselves: it receives rows, or is a stack of
+        experts that receives all tokens in order and routes them itself."""
         chooses = self.layer.batch_dims == 1 and self.arguments[1:3] in CHOOSE_AMONG_TOKENS
         return chooses or not self.mixes_rows
 
     @property
     def of_tokens(self) -> bool:
         """Whether the module acts on each token by itself: a linear map of vectors, an embedding of tokens, a norm, or
-        experts that choose among all tokens."""
+        experts that route all tokens."""
         layer = self.layer_of(self.module, "weight") if self.tensor == "bias" else self.layer
         maps = layer.called and (layer.of_vectors or layer.one_hot)
         known = (self.role or "").partition(".")[0] in ("norm", "embed")
@@ -147,11 +149,11 @@ class Site(_Memory):
 
     @property
     def weight_shape(self) -> torch.Size:
-        """The logical shape ``[*batch, out, in, *kernel]``, also of a quantized weight; with `slices`, that of the
+        """The logical shape ``[*batch, out, in, *kernel]``, also of a quantized weight; with `slices`, the shape of the
         slices.
 
         Raises:
-            UnsupportedSite: the module has no such tensor, and it is no bias that could be added.
+            UnsupportedSite: the module lacks the tensor, and the tensor is not a bias that could be added.
         """
         try:
             return self._shape
@@ -224,11 +226,11 @@ class Site(_Memory):
 
     def weight(self) -> Tensor:
         """Returns the dense logical weight ``[*batch, out, in, *kernel]`` with the active injections, in the dtype of
-        the module (a quantized one: the dtype in which it computes); zeros for a missing bias, shape only while
-        planning.
+        the module (for a quantized module: the dtype in which it computes). A missing bias is zeros; while planning,
+        the tensor only has a shape.
 
         Raises:
-            UnsupportedSite: no plugin can read it, or there is none.
+            UnsupportedSite: no plugin can read the weight, or the module lacks it.
         """
         self.layer.check_readable(self.module, self.tensor)
         if self.meta:
@@ -241,18 +243,18 @@ class Site(_Memory):
         """Returns the weight as `weight` does, but without injections.
 
         Raises:
-            UnsupportedSite: no plugin can read it, or there is none.
+            UnsupportedSite: no plugin can read the weight, or the module lacks it.
         """
         stored = None if self.meta else self.layer.read(self.module, self.tensor)
         return self.weight() if stored is None else self.logical(whole(stored))
 
     def logical(self, stored: Tensor) -> Tensor:
-        """Returns the site's part (its slices) of a tensor ``[*batch, out, in, *kernel]`` that has the shape in which
-        the module stores the whole, such as its gradient."""
+        """Returns the site's part (its slices) of a tensor ``[*batch, out, in, *kernel]`` that is laid out like the
+        module's stored tensor, such as its gradient."""
         return take(self.layer.logical(stored), self.slices, self.layer.batch_dims)
 
     def _beside(self) -> Site:
-        """Returns the site of the weight that belongs to a bias which the host does not have."""
+        """Returns the site of the weight that belongs to a missing bias."""
         owner, _, name = self.tensor.rpartition(".")
         if name != "bias":
             hint = "; it is a whole block: target what is in it, such as the role mlp.output" * (self.role == "block")
@@ -276,7 +278,8 @@ class Site(_Memory):
 
 
 class BesideSite(Site):
-    """A module as a place for what computes more by it and leaves it as it is, beside what adapts or replaces it."""
+    """A module as the site of an operator that uses the module for an additional computation without changing it, in
+    parallel with operators that adapt or replace the module."""
 
     def _make_path(self) -> str:
         return f"{super()._make_path()}:beside"

@@ -1,7 +1,7 @@
 """Edits inside attention: keys and values in the same softmax, a second softmax, other queries.
 
-An edit stands around the function by which an attention module computes ``softmax(q k^T) v``. How the module comes to
-call an edit is the matter of `peftcore.forward.attention.attention_calls`.
+An edit wraps the function with which an attention module computes ``softmax(q k^T) v``. The module
+`peftcore.forward.attention.attention_calls` makes attention modules call the edits.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Projection:
     """The slices of one matrix by which an attention makes queries, keys or values."""
 
     module: str
-    """Path of the module that holds the matrix, below the attention; "" for the attention itself."""
+    """Path, below the attention, of the module that holds the matrix; "" for the attention itself."""
     tensor: str
     layer: Layer
     slices: Slices | None
@@ -60,7 +60,7 @@ class Projection:
 
     def apply(self, attention: nn.Module, states: Tensor, base: bool = False) -> Tensor:
         """Returns the projection of `states` ``[..., in]``, bias included, with the injections that are active now,
-        merged or not; with `base`, that of the bare base, where rows go to different injections."""
+        merged or not; with `base`, the projection of the bare base, for rows that use different injections."""
         module = attention.get_submodule(self.module)
         if self.layer.called and not base:
             return take(module(states), self.slices, -1)
@@ -77,11 +77,11 @@ class AttentionOperator(_Base):
 
     ``forward(attend, query, key, value)`` returns the output of the attention: ``[batch, heads, queries, value_dim]``.
     `query` is ``[batch, heads, queries, head_dim]``, `key` and `value` are ``[batch, kv_heads, keys, width]`` and
-    include cached ones. `attend` is the next attention inside, at last the host's own; see `Attend`.
+    include cached ones. `attend` is the next inner attention, the innermost is the host's; see `Attend`.
     """
 
     calls: AttentionCalls
-    """How the module calls what computes attention."""
+    """The way in which the module calls its attention function."""
 
     def __init__(self, site: AttentionSite) -> None:
         super().__init__(site)
@@ -112,24 +112,24 @@ class Attend:
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Returns the output of the attention inside, causality and padding included: ``[batch, heads, queries,
-        value_dim]``. Keys in front of those that came in are seen by every query. Shapes are those of
+        value_dim]``. Every query sees the keys that the edit adds in front of the given keys. Shapes are those of
         `AttentionOperator`."""
         return self._inner(query, key, value)
 
     def hiding(self, hidden: Tensor, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Returns what the call returns where some keys are hidden: `hidden` ``[batch or 1, 1, queries, keys]``, True
-        where a query does not see one of the host's own keys, which are the last of those that came in."""
+        """Returns the output of the attention with some keys hidden: `hidden` ``[batch or 1, 1, queries, keys]``, is
+        True where a query does not see one of the host's keys, which are the last of the given keys."""
         return self._host.hiding(hidden, query.dtype, lambda: self._inner(query, key, value))
 
     @property
     def keys(self) -> int:
-        """How many keys are the host's own, cached ones included; the last of those that come in."""
+        """The number of the host's keys, cached keys included. They are the last keys that the edit receives."""
         return self._host.keys
 
     def among(self, start: int, stop: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Returns what the call returns for the tokens from `start` to `stop` where they are all tokens there are:
-        ``[batch, heads, stop - start, value_dim]``. Keys in front of the host's own stay. For attentions of tokens to
-        themselves, without cached ones: as many queries as `keys`."""
+        """Returns the output of the attention computed on the tokens from `start` to `stop` alone: ``[batch, heads,
+        stop - start, value_dim]``. Keys in front of the host's keys stay. Only for self-attention without cached keys,
+        which has as many queries as `keys`."""
         front = key.shape[2] - self.keys
         key, value = (
             torch.cat([each[:, :, :front], each[:, :, front + start : front + stop]], dim=2) for each in (key, value)
@@ -137,13 +137,13 @@ class Attend:
         return self._host.among(start, stop, lambda: self._inner(query[:, :, start:stop], key, value))
 
     def apart(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Returns a softmax of its own over `key` ``[batch, kv_heads, any, width]``, all of which every query sees,
-        with the host's scale: ``[batch, heads, queries, value_dim]``."""
+        """Returns the output of a separate softmax over `key` ``[batch, kv_heads, any, width]``, all of which every
+        query sees, with the host's scale: ``[batch, heads, queries, value_dim]``."""
         return self._host.apart(query, key, value)
 
     def project(self, part: str, states: Tensor) -> Tensor:
-        """Returns `states` ``[length, in]`` through the attention's own frozen projection `part` ("q", "k", "v"), by
-        heads: ``[heads of that part, length, width]``. No positions are applied."""
+        """Returns `states` ``[length, in]`` through the attention's frozen projection `part` ("q", "k", "v"), by heads:
+        ``[heads of that part, length, width]``. No positions are applied."""
         with forward_context().aside():
             made = self._operator.projections[part].apply(self._host.module, states, base=self._host.routed)
         heads = self._operator.geometry.heads if part == "q" else self._operator.geometry.kv_heads
@@ -173,8 +173,8 @@ class HostAttention:
 
     @property
     def others(self) -> tuple[Tensor | None, Mapping[str, Any]]:
-        """The arguments of the call of which nothing says whether they have rows: all but queries, keys and values, and
-        a mask ``[rows or 1, heads or 1, queries, keys]``."""
+        """The arguments that may or may not have a row for each row of the batch: all except queries, keys and values,
+        and a mask ``[rows or 1, heads or 1, queries, keys]``."""
         unsaid = None if self._mask is None or self._mask.dim() == 4 else self._mask
         return unsaid, self._options
 
@@ -203,12 +203,12 @@ class HostAttention:
 
     @property
     def keys(self) -> int:
-        """How many keys came in."""
+        """The number of keys that the attention received."""
         return self._keys
 
     def among(self, start: int, stop: int, run: Callable[[], Tensor]) -> Tensor:
-        """Returns what `run` returns, which comes to this attention, while it is that of some tokens alone. No weights
-        are left: there are none for all tokens."""
+        """Returns the output of `run`, which calls this attention, while the attention is restricted to some tokens.
+        Sets `weights` to None, since weights for all tokens do not exist."""
         outer = self._keys, self._mask, self._options
         cut = {name: _cut(self._options.get(name), start, stop) for name in _PER_KEY if name in self._options}
         self._keys, self._mask = stop - start, _cut(self._mask, start, stop)
@@ -220,8 +220,8 @@ class HostAttention:
             self.weights = None
 
     def hiding(self, hidden: Tensor, dtype: torch.dtype, run: Callable[[], Tensor]) -> Tensor:
-        """Returns what `run` returns, which comes to this attention, while some of its keys are hidden; `dtype` is that
-        of the queries."""
+        """Returns the output of `run`, which calls this attention, while some of its keys are hidden; `dtype` is the
+        dtype of the queries."""
         outer = self._mask
         self._mask = self._without(hidden, dtype)
         try:
@@ -230,7 +230,8 @@ class HostAttention:
             self._mask = outer
 
     def _without(self, hidden: Tensor, dtype: torch.dtype) -> Tensor:
-        """Returns the mask without what is hidden, made where there is none: additive, which every function knows."""
+        """Returns the mask with the hidden keys removed. Without a mask it makes an additive one, which every function
+        accepts."""
         mask, queries = self._mask, hidden.shape[2]
         if mask is not None and mask.dtype == torch.bool:
             return mask & ~hidden
@@ -241,8 +242,8 @@ class HostAttention:
         return mask.masked_fill(hidden, torch.finfo(mask.dtype).min)
 
     def _padded(self, front: int, query: Tensor) -> Tensor | None:
-        """Returns the mask with a visible column for each key in front; made where the function would rely on causality
-        alone."""
+        """Returns the mask with a visible column for each key in front; makes a mask where the function would rely on
+        causality alone."""
         mask, queries = self._mask, query.shape[2]
         if front == 0:
             return mask
@@ -260,8 +261,8 @@ class HostAttention:
 
 
 def _later(queries: int, keys: int, device: torch.device) -> Tensor:
-    """Returns which keys come later than which queries, as sdpa has it, from the top left: a static cache has room for
-    keys that are not there yet."""
+    """Returns a boolean mask, True where a key is later than a query, aligned at the top left as in sdpa: a static
+    cache has room for keys that are not written yet."""
     return torch.ones(queries, keys, dtype=torch.bool, device=device).triu(1)
 
 
@@ -285,11 +286,11 @@ def _chain(mounts: Iterable[Mount], host: HostAttention) -> Compute:
 def run_edits(
     edits: Edits, host: HostAttention, query: Tensor, key: Tensor, value: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """Returns output ``[batch, heads, queries, value_dim]`` and weights; with a route, each row gets the edits of its
-    own injection only.
+    """Returns output ``[batch, heads, queries, value_dim]`` and weights; with a route, each row gets only the edits of
+    its injection.
 
     Raises:
-        UnsupportedSite: the tensors have other sizes than the site.
+        UnsupportedSite: the sizes of the tensors differ from those of the site.
     """
     if edits.slot.state.silent_layers is not None:
         edits.slot.ran[host.module.training] = True

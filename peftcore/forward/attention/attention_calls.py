@@ -1,4 +1,4 @@
-"""The ways in which attention modules call what computes ``softmax(q k^T) v``, in whose place edits are called.
+"""The ways in which attention modules call the function that computes ``softmax(q k^T) v``, which edits replace.
 
 Where edits act, the module's forward runs on a view (see `peftcore.forward.tensors.view`). Nothing global changes, and
 the module stays as it is.
@@ -27,17 +27,18 @@ from peftcore.layers.layer import plain_class
 
 
 class AttentionCalls(Protocol):
-    """One way in which attention modules call what computes ``softmax(q k^T) v``; equal where it is the same way."""
+    """One way in which attention modules call the function that computes ``softmax(q k^T) v``. Two objects are equal if
+    the way is the same."""
 
     @property
     def view_class(self) -> type[nn.Module] | None:
-        """The class of the module's view, where that is not the module's own."""
+        """The class of the module's view, where it differs from the module's class."""
 
     def check(self, path: str, module: nn.Module) -> None:
-        """Raise UnsupportedSite where the module's configuration leads around edits."""
+        """Raise UnsupportedSite where the module's configuration bypasses the edits."""
 
     def prepare(self) -> None:
-        """Make ready in this process what a forward needs; never while a compiler traces."""
+        """Prepare this process for a forward; never called while a compiler traces."""
 
     def attributes(self, module: nn.Module, edits: Edits) -> Mapping[str, Any]:
         """Returns the attributes of the module's view that replace the module's own."""
@@ -47,7 +48,8 @@ class AttentionCalls(Protocol):
 
 
 def calls_of(module: nn.Module) -> AttentionCalls | None:
-    """Returns the way in which a module calls its attention, told from its code; None where edits cannot be called."""
+    """Returns the way in which a module calls its attention, found from the module's code; None where edits cannot be
+    called."""
     if plain_class(module).forward is nn.MultiheadAttention.forward:
         return MultiheadCalls()
     names = {name for code in _codes(module) for name in code.co_names}
@@ -59,11 +61,11 @@ def calls_of(module: nn.Module) -> AttentionCalls | None:
 _OWN_CHOICE = frozenset(("_attn_implementation", "config"))
 """Names by which a forward of transformers chooses its implementation."""
 _TORCHS = frozenset(("scaled_dot_product_attention", "dispatch_attention_fn"))
-"""Torch's function, and that of diffusers which ends in it."""
+"""The function of torch, and the function of diffusers that calls it."""
 
 
 def _codes(module: nn.Module) -> Iterator[CodeType]:
-    """Yields the code of the module's forward, and that of the processor to which diffusers' modules leave it."""
+    """Yields the code of the module's forward, and the code of the processor to which diffusers' modules delegate."""
     processor = vars(module).get("processor")
     for function in (plain_class(module).forward, *([type(processor).__call__] if callable(processor) else [])):
         unwrapped = inspect.unwrap(function)
@@ -84,16 +86,16 @@ class TorchCalls:
         return {"plain": self.plain, "view_class": None}
 
     def check(self, path: str, module: nn.Module) -> None:
-        """Nothing is configured; what a forward does in fact is seen there."""
+        """Does nothing here: `run` checks in each forward how the module calls attention."""
 
     def prepare(self) -> None:
-        """Make the class of views: diffusers lets torch.compile take instances of its classes for operations, into
-        which no edit comes."""
+        """Make the class of views: diffusers lets torch.compile treat instances of its classes as single operations,
+        which edits cannot enter."""
         plain: Any = self.plain
         self.view_class = _traced(plain)
 
     def attributes(self, module: nn.Module, edits: Edits) -> Mapping[str, Any]:
-        """Returns the switch by which timm's modules call torch's function, and nothing of their own."""
+        """Returns the attribute that makes timm's modules call torch's function instead of their own code."""
         return {"fused_attn": True}
 
     def run(self, stand_in: nn.Module, edits: Edits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -120,7 +122,7 @@ def _traced(plain: type[nn.Module]) -> type[nn.Module]:
 
 
 _SDPA = F.scaled_dot_product_attention
-"""Torch's own, whatever stands under its name later."""
+"""The function of torch, even if another function replaces it under this name later."""
 
 
 class _SeesAttention(TorchFunctionMode):

@@ -1,6 +1,6 @@
-"""Edits in torch's own `nn.MultiheadAttention`, whose forward leaves attention to a fused function or two.
+"""Edits in torch's own `nn.MultiheadAttention`, whose forward computes attention in one or two fused functions.
 
-Its forward stands here once more: inputs, masks and outputs are those that torch documents.
+This module reimplements its forward; inputs, masks and outputs are as torch documents them.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ class MultiheadCalls:
     view_class: ClassVar[None] = None
 
     def check(self, path: str, module: Any) -> None:
-        """Raise UnsupportedSite where the module has keys of its own in the softmax."""
+        """Raise UnsupportedSite where the module adds keys to the softmax."""
         if module.bias_k is not None or module.add_zero_attn:
             raise UnsupportedSite(
                 f"{path} adds keys of its own (add_bias_kv or add_zero_attn), which edits do not know"
             )
 
     def prepare(self) -> None:
-        """Nothing is needed."""
+        """Does nothing: these edits need no preparation."""
 
     def attributes(self, module: nn.Module, edits: Edits) -> Mapping[str, Any]:
-        """Nothing is replaced."""
+        """Returns an empty mapping: the view keeps all attributes."""
         return {}
 
     def run(self, stand_in: nn.Module, edits: Edits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

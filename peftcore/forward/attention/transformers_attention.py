@@ -1,7 +1,7 @@
-"""Edits in attentions of transformers, which look up their function by the name of an implementation.
+"""Edits in attentions of transformers, which look up their attention function by the name of an implementation.
 
-The view of such a module (see `peftcore.forward.tensors.view`) has another config: it answers as the real one does,
-but names a function of ours, which runs the edits around the real function. Nothing global changes: the model makes
+The view of such a module (see `peftcore.forward.tensors.view`) has a different config: it behaves like the real one,
+but names a function of peftcore, which runs the edits around the real function. Nothing global changes: the model makes
 its masks for the implementation that the user chose, a later `set_attn_implementation` counts at once, and saved
 configs are as they were.
 """
@@ -38,13 +38,13 @@ class TransformersCalls:
 
     @classmethod
     def of(cls, module: nn.Module) -> TransformersCalls:
-        """Returns the way of a module whose forward hands the eager function of its file to the interface."""
+        """Returns the way of a module whose forward passes the eager function of its file to the interface."""
         forward = inspect.unwrap(plain_class(module).forward)
         name = next(name for name in forward.__code__.co_names if name.endswith("eager_attention_forward"))
         return cls(forward.__globals__[name])
 
     def check(self, path: str, module: nn.Module) -> None:
-        """Raise UnsupportedSite for implementations and options that edits do not know."""
+        """Raise UnsupportedSite for implementations and options that edits do not support."""
         implementation_of(module.config)
         constants = inspect.unwrap(plain_class(module).forward).__code__.co_consts
         named = {name for each in constants for name in (each if isinstance(each, tuple) else (each,))}
@@ -57,7 +57,7 @@ class TransformersCalls:
                 raise UnsupportedSite(f"{path} goes around its attention interface with {option}=True; turn it off")
 
     def prepare(self) -> None:
-        """Register our functions with transformers, once in a process."""
+        """Register peftcore's attention functions with transformers, once per process."""
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
         for implementation in SUPPORTED:
@@ -66,7 +66,7 @@ class TransformersCalls:
                 ALL_ATTENTION_FUNCTIONS.register(_named(implementation), function)
 
     def attributes(self, module: nn.Module, edits: Edits) -> Mapping[str, Any]:
-        """Returns the config that names our function, and what this looks up."""
+        """Returns the config that names peftcore's function, and the attributes that this function reads."""
         return {"config": StandIn(module.config), "_peftcore_edits": edits, "_peftcore_eager": self.eager}
 
     def run(self, stand_in: nn.Module, edits: Edits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -75,7 +75,7 @@ class TransformersCalls:
 
 
 def _edited(interface: Mapping[str, Callable[..., Any]], implementation: str) -> Callable[..., Any]:
-    """Returns our attention function for one implementation of the host's."""
+    """Returns peftcore's attention function for one implementation of the host."""
 
     def attention(
         module: nn.Module,
@@ -100,7 +100,7 @@ def _named(implementation: str) -> str:
 
 
 class StandIn:
-    """A config that differs in the name of its attention implementation only, which is read anew each time."""
+    """A config that differs only in the name of its attention implementation, which is read each time."""
 
     def __init__(self, config: Any) -> None:
         self._config = config

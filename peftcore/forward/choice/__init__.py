@@ -3,8 +3,8 @@
 In the order of reading:
 
 - `active_adapters`: active adapters, and the adapter of each row of a batch.
-- `merged_choice`: which choices are right while adapters are merged.
-- `unused_parameters`: adapters that train and do not act, where that fails.
-- `residency`: which adapters have their values on the model, within a limit.
+- `merged_choice`: which choices are correct while adapters are merged.
+- `unused_parameters`: refuses inactive adapters with trainable parameters under DistributedDataParallel.
+- `residency`: which adapters keep their values on the model, within a limit of bytes.
 - `scopes`: threads or asyncio tasks that see a choice, and when it ends.
 """

@@ -1,5 +1,5 @@
-"""A choice: which injections are active, on which rows of a batch, in what context and composition. It is a value: what
-is changed in it leaves the rest as it is."""
+"""A choice: which injections are active, on which rows of a batch, with which context and composition. A choice is
+immutable: its methods return changed copies."""
 
 from __future__ import annotations
 
@@ -26,22 +26,23 @@ class Route:
     """A different injection for each row of a batch."""
 
     names: Active
-    """The injections that occur, in the order in which they were applied."""
+    """The injections in the route, in the order in which they were applied."""
     index: Tensor
     """[rows] int64: the row's position in `names`, -1 for the bare base model."""
     copies: int = 1
-    """The number of adjacent rows of the batch that may belong to one of these (beams)."""
+    """The number of adjacent rows of the batch that may belong to one entry of `index` (beams)."""
     positions: tuple[int, ...] = ()
-    """`index` as numbers, which are known without asking the device."""
+    """`index` as Python numbers, so that reading them needs no synchronization with the device."""
     since: tuple[int, ...] | None = None
-    """The first column of tokens of each row on which its injection acts; those before run the bare base model. None:
-    all."""
+    """For each row, the first column of tokens on which its injection acts; earlier tokens run the bare base model.
+    None: it acts on all tokens."""
     tokens: int = 0
-    """The number of tokens of each row of the batch, in a route of single tokens; else 0."""
+    """The number of tokens in each row of the batch, in a route of single tokens; otherwise 0."""
     seeds: tuple[int | None, ...] = ()
-    """The seeds by which injections draw for their rows, by position in `names`; None: as the model draws."""
+    """The seeds from which injections draw random numbers for their rows, by position in `names`; None: they draw from
+    the model's generators."""
     drew: set[str] = field(default_factory=set, repr=False)
-    """The injections that drew by their seeds since it was made."""
+    """The injections that have drawn from their seeds since the route was made."""
     _known: dict[Any, Tensor | None] = field(default_factory=dict, repr=False)
     _routes: dict[Any, Route] = field(default_factory=dict, repr=False)
     _last: dict[str, tuple[Any, Route]] = field(default_factory=dict, repr=False)
@@ -51,17 +52,17 @@ class Route:
         return batch in (len(self.index), len(self.index) * self.copies)
 
     def rows(self, count: int, device: torch.device) -> Tensor:
-        """Returns the index for `count` rows, each entry repeated where a module sees several rows of each (windows,
-        flat tokens).
+        """Returns the index for `count` rows, each entry repeated where a module sees several rows for each row of the
+        batch (windows, flat tokens).
 
         Raises:
-            RouteError: `count` is no multiple of the rows.
+            RouteError: `count` is not a multiple of the rows.
         """
         times, index = self._times(count), self.index.to(device)
         return index if times == 1 else index.repeat_interleave(times)
 
     def of(self, name: str, count: int, device: torch.device) -> Tensor:
-        """Returns which of `count` rows are those of an injection: ``[count]`` of bool.
+        """Returns a mask ``[count]`` of bool: True for the rows of an injection.
 
         Raises:
             RouteError: as `rows`.
@@ -69,7 +70,7 @@ class Route:
         return self.rows(count, device) == self.names.index(name)
 
     def without(self, name: str) -> Route:
-        """Returns the route in which the rows of an injection run the bare base model; all others stay as they are."""
+        """Returns the route in which the rows of an injection run the bare base model; all others stay the same."""
         if name not in self.names:
             return self
         gone = self.names.index(name)
@@ -81,7 +82,7 @@ class Route:
         return Route(left, index, self.copies, positions, self.since, seeds=seeds, drew=self.drew)
 
     def only(self, positions: Positions) -> Route:
-        """Returns the route in which the rows of all others are the bare base model's; computed once."""
+        """Returns the route in which the rows of all other positions run the bare base model; computed once."""
         return self._with(("only", positions), tuple(each if each in positions else -1 for each in self.positions))
 
     def part(self, positions: Positions) -> Route:
@@ -100,12 +101,12 @@ class Route:
         return self._routes[key]
 
     def by_tokens(self, held: int, new: int, batch: int) -> Route:
-        """Returns the route of the single tokens of a forward, row by row; the rows' own where all tokens of each row
-        are alike.
+        """Returns the route of the single tokens of a forward, row by row; the route of whole rows where all tokens of
+        each row use the same injection.
 
         Args:
-            held: how many columns of tokens the cache holds.
-            new: how many there are in this forward.
+            held: the number of token columns in the cache.
+            new: the number of token columns in this forward.
             batch: the rows of the batch, with copies.
         """
         assert self.since is not None
@@ -147,11 +148,11 @@ class Route:
         return Counter(self.positions)
 
     def own(self, positions: Positions, count: int, device: torch.device) -> Tensor | None:
-        """Returns which of `count` rows are those of some positions, one position after the other: ``[rows]`` int64;
-        None where these are all rows as they lie.
+        """Returns the indices ``[rows]`` int64, among `count` rows, of the rows of some positions, one position after
+        the other; None if these are all rows in their order.
 
         Raises:
-            RouteError: `count` is no multiple of the rows.
+            RouteError: `count` is not a multiple of the rows.
         """
         if (positions, count, device) not in self._known:
             rows = [*chain.from_iterable(self._lines(count)[each] for each in positions)]
@@ -159,8 +160,8 @@ class Route:
         return self._known[positions, count, device]
 
     def order(self, parts: tuple[Positions, ...], count: int, device: torch.device) -> Tensor | None:
-        """Returns where each of `count` rows lies when the rows of all parts are concatenated: ``[count]`` int64; None
-        where each lies in its place."""
+        """Returns the index ``[count]`` int64 of each of `count` rows in the concatenation of the rows of all parts;
+        None if the concatenation is already in order."""
         if (parts, count, device) not in self._known:
             joined = [*chain.from_iterable(self._lines(count)[each] for part in parts for each in part)]
             order = sorted(range(count), key=joined.__getitem__)
@@ -175,7 +176,7 @@ class Route:
         return found
 
     def _know(self, key: Any, rows: list[int] | None, device: torch.device) -> None:
-        """Keep rows on a device, so that no token waits for them."""
+        """Store row indices on a device, so that decoding does not copy them for each token."""
         with torch.inference_mode(False):  # a later forward may train
             self._known[key] = None if rows is None else torch.tensor(rows, device=device)
 
@@ -184,19 +185,19 @@ class Route:
 class Choice:
     """The active injections, with a route, context and composition.
 
-    A route or composition says all that acts. With a route, `active` is what acts outside of it; with a composition,
-    the parts of a name that is not in `active` run the bare base model.
+    A route or composition determines all acting injections. With a route, `active` holds the injections that act
+    outside the route; with a composition, the parts of a name that is not in `active` run the bare base model.
     """
 
     active: Active = ()
     route: Route | None = None
     context: Mapping[str, Any] = field(default_factory=dict)
     composition: Composition | None = None
-    """How the active ones act together; None: in the order in which they were applied."""
+    """The way in which the active injections are combined; None: they act in the order in which they were applied."""
     key: Key = field(init=False)
     """The key of plans: it leaves out the assignment of rows, so that all assignments share one compiled graph."""
     named: Active = field(init=False)
-    """All names in it: what may act in any forward under it."""
+    """All names in the choice: the injections that may act in any forward under it."""
 
     def __post_init__(self) -> None:
         routed = None if self.route is None else self.route.names
@@ -213,17 +214,17 @@ class Choice:
 
     @property
     def bound(self) -> Active:
-        """The names that a route or a composition stands on: none can be taken from the model without breaking it."""
+        """The names in the route or composition: removing one of them from the model would break it."""
         if self.route is not None:
             return self.route.names
         return () if self.composition is None else tuple(self.composition.names())
 
     def without(self, name: str) -> Choice:
-        """Returns the choice in which an injection acts nowhere: its rows of a route and its parts of a composition run
-        the bare base model, and all others stay as they are."""
+        """Returns the choice without an injection: its rows of a route and its parts of a composition run the bare base
+        model, and all others stay the same."""
         active = tuple([each for each in self.active if each != name])
         return replace(self, active=active, route=None if self.route is None else self.route.without(name))
 
     def same(self, other: Choice) -> bool:
-        """Whether two forwards under these choices compute the same."""
+        """Whether two forwards under these choices compute the same result."""
         return self.key == other.key and self.route is other.route and self.context is other.context

@@ -1,5 +1,5 @@
-"""A merged injection is in the weights and acts whatever is chosen: which choices are right while injections are
-merged."""
+"""Checks which choices are correct while injections are merged: a merged injection is in the weights, so it acts under
+every choice."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ Injections = Mapping[str, "Injection"]
 
 
 def check_choice(injections: Injections, merged: Active, choice: Choice) -> None:
-    """Verify that forwards under a choice compute what it says while injections are merged.
+    """Verify that forwards under a choice compute the right result while injections are merged.
 
     Args:
-        injections: those of the host, in the order in which they were applied.
-        merged: the names of those that are merged.
-        choice: what is to be in force.
+        injections: the injections of the host, in the order in which they were applied.
+        merged: the names of the merged injections.
+        choice: the choice to check.
 
     Raises:
-        MergeError: a merged one would act all the same, or in another place in the order.
+        MergeError: a merged injection would act although it is not chosen, or at another place in the order.
     """
     for name, why, _ in _conflicts(injections, merged, choice):
         raise MergeError(
@@ -36,10 +36,11 @@ def check_choice(injections: Injections, merged: Active, choice: Choice) -> None
 
 
 def check_merge(injections: Injections, merged: Active, name: str, choice: Choice, where: str = "") -> None:
-    """Verify that an injection may be merged while a choice is in force; `where` says whose it is.
+    """Verify that an injection may be merged while a choice is in force; `where` names the owner of the choice, for the
+    message.
 
     Raises:
-        MergeError: forwards under the choice would no longer compute what it says.
+        MergeError: forwards under the choice would no longer compute the right result.
     """
     for _, why, remedy in _conflicts(injections, (*merged, name), choice):
         raise MergeError(
@@ -49,7 +50,7 @@ def check_merge(injections: Injections, merged: Active, name: str, choice: Choic
 
 
 def _conflicts(injections: Injections, merged: Active, choice: Choice) -> Iterator[tuple[str, str, str]]:
-    """Yields merged injections that a choice is wrong about, why, and what to do where they are to be merged."""
+    """Yields the merged injections that conflict with a choice, the reason, and the remedy for a merge."""
     for name in merged:
         if choice.route is not None:
             yield name, "rows of the batch go to different injections", "leave the route first"
@@ -64,7 +65,7 @@ def _conflicts(injections: Injections, merged: Active, choice: Choice) -> Iterat
 
 
 def _before(injections: Injections, name: str, others: list[str]) -> Iterator[str]:
-    """Yields those of `others` that were applied before an injection and act on a tensor on which it acts."""
+    """Yields the `others` that were applied before an injection and act on one of its tensors."""
     order = list(injections)
     mine: set[str] = set()
     for other in others:

@@ -1,5 +1,5 @@
-"""Which adapters have their values on the model, within a limit of bytes: those used least recently leave, and come
-back when a choice names them."""
+"""Keeps the adapters on the model within a limit of bytes: offloads the least recently used ones, and restores them
+when a choice names them."""
 
 from __future__ import annotations
 
@@ -22,33 +22,33 @@ if TYPE_CHECKING:
 
 
 class Adapter(Protocol):
-    """An adapter as its residency sees it: values that can be taken from the model, and put back."""
+    """An adapter as its residency sees it: values that can be offloaded from the model and restored."""
 
     def bytes(self) -> int:
-        """Returns the bytes that its values take, or would take, on the model."""
+        """Returns the bytes that the adapter's values take on the model, or would take there."""
 
     def trains(self) -> bool:
-        """Whether an optimizer may change it."""
+        """Whether an optimizer may change the adapter."""
 
     def fetch(self) -> Any:
-        """Returns its values from where they are, checked; nothing on the model changes.
+        """Returns the offloaded values, checked; the model does not change.
 
         Raises:
-            CheckpointError: they were changed there, or are damaged.
+            CheckpointError: the values were changed while offloaded, or are damaged.
         """
 
     def put_back(self, values: Any) -> None:
-        """Put values that `fetch` returned on the model."""
+        """Restore values that `fetch` returned on the model."""
 
     def take_out(self) -> None:
-        """Put its values elsewhere, and free those on the model."""
+        """Offload the adapter's values, and free the memory on the model."""
 
     def forget(self) -> None:
-        """Drop what is kept of it elsewhere."""
+        """Drop the adapter's offloaded values."""
 
 
 class _Record:
-    """One adapter: whether its values are on the model, and when it was used last."""
+    """One adapter: whether its values are on the model, and when it was last used."""
 
     __slots__ = ("adapter", "here", "used")
 
@@ -59,13 +59,13 @@ class _Record:
 class Residency:
     """Keeps the values of a model's adapters within a limit.
 
-    A name that a choice in force has, in any thread or task, is pinned; so is one that a running forward follows, that
-    is merged, that trains, or that somebody holds. Threads that name adapters which are there wait for nobody: they pin
-    first and look then, and whoever takes an adapter out marks it first and looks for pins then.
+    An adapter is pinned if a choice in force names it in any thread or task, if a running forward uses it, if it is
+    merged, if it trains, or if `kept` or `joining` holds it. Threads that name resident adapters need no lock: they pin
+    first and then check residency, while an offload first marks the adapter and then checks for pins.
 
     Attributes:
         limit: the bytes that values of adapters may take on the model.
-        lock: held while adapters leave and come back.
+        lock: held while adapters are offloaded and restored.
     """
 
     def __init__(self, state: HostState, limit: int, account: Callable[[Injection], Adapter]) -> None:
@@ -77,35 +77,36 @@ class Residency:
         self._clock = itertools.count()
 
     def names(self, here: bool) -> list[str]:
-        """Returns the names of the adapters that are on the model, or of those that are not; the least recently used
-        first."""
+        """Returns the names of the adapters on the model, or with `here` False of the offloaded ones; the least
+        recently used first."""
         with self.lock:
             found = [(record.used, name) for name, record in self._records.items() if record.here is here]
         return [name for _, name in sorted(found)]
 
     def bytes(self) -> int:
-        """Returns the bytes of the values that are on the model."""
+        """Returns the bytes of the adapter values on the model."""
         with self.lock:
             return sum(record.adapter.bytes() for record in self._records.values() if record.here)
 
     # ------------------------------------------------------------------------------------- adapters that come and go
 
     def add(self, injection: Injection) -> None:
-        """Keep account of an injection whose values are on the model.
+        """Register an injection whose values are on the model.
 
         Raises:
-            UnsupportedHost: they cannot be kept elsewhere.
+            UnsupportedHost: the values cannot be offloaded.
         """
         with self.lock:
             self._records[injection.name] = _Record(self._account(injection), next(self._clock))
 
     @contextmanager
     def joining(self, injection: Injection) -> Iterator[None]:
-        """Context manager in which a new injection comes: there is room for it, and it does not leave meanwhile.
+        """Context manager in which a new injection is installed: makes room for it, and keeps it on the model
+        meanwhile.
 
         Raises:
-            MemoryLimit: there is none beside those that cannot leave.
-            UnsupportedHost: its values cannot be kept elsewhere.
+            MemoryLimit: the pinned adapters leave too little room.
+            UnsupportedHost: its values cannot be offloaded.
         """
         adapter = self._account(injection)
         with self.lock:
@@ -128,10 +129,10 @@ class Residency:
                 record.adapter.forget()
 
     def make_room(self, wanted: int = 0, what: str = "") -> None:
-        """Let adapters leave until as many bytes are free.
+        """Offload adapters until `wanted` bytes are free.
 
         Raises:
-            MemoryLimit: those that cannot leave take too many.
+            MemoryLimit: the pinned adapters take too many bytes.
         """
         with self.lock:
             self._leave(self._victims(wanted, (), what))
@@ -139,11 +140,11 @@ class Residency:
     # ----------------------------------------------------------------------------------------------- what is named
 
     def admit(self, choice: Choice) -> None:
-        """Bring the adapters of a choice back; those that are there count as used now.
+        """Restore the adapters of a choice on the model; resident ones count as used now.
 
         Raises:
-            MemoryLimit: they do not fit beside those that cannot leave.
-            CheckpointError: the values of one were changed or damaged where they lay.
+            MemoryLimit: they do not fit next to the pinned adapters.
+            CheckpointError: the values of an adapter were changed or damaged while offloaded.
         """
         records = self._records
         for name in choice.named:
@@ -156,11 +157,11 @@ class Residency:
             record.used = next(self._clock)
 
     def bring(self, names: Collection[str], leaving: Block | None = None) -> None:
-        """Bring adapters back, as `admit` does.
+        """Restore adapters on the model, as `admit` does.
 
         Args:
-            names: the adapters; unknown names are passed over.
-            leaving: a block whose choice is about to be another one: what it names may leave.
+            names: the adapters; unknown names are ignored.
+            leaving: a block whose choice is about to be replaced: the adapters that it names may be offloaded.
         """
         if torch.compiler.is_compiling():
             return
@@ -185,7 +186,7 @@ class Residency:
                 record.here = True
 
     def rest(self, names: Iterable[str]) -> list[str]:
-        """Let adapters leave, but for those that cannot; returns the names of these."""
+        """Offload the adapters that are not pinned and do not train; returns the names of the others."""
         with self.lock:
             chosen = {name: self._records[name] for name in names if self._records[name].here}
             for record in chosen.values():
@@ -199,7 +200,7 @@ class Residency:
 
     @contextmanager
     def kept(self, names: Collection[str], leaving: Block | None = None) -> Iterator[None]:
-        """Context manager in which adapters are on the model, and do not leave."""
+        """Context manager in which adapters are on the model and are not offloaded."""
         key = next(self._clock)
         self._held[key] = names
         try:
@@ -218,10 +219,11 @@ class Residency:
     def _victims(
         self, wanted: int, keep: Collection[str], what: str, leaving: Block | None = None
     ) -> dict[str, _Record]:
-        """Returns the adapters that leave for as many bytes, marked as gone: the least recently used ones first.
+        """Returns the adapters to offload so that `wanted` bytes are free, marked as offloaded: the least recently used
+        first.
 
         Raises:
-            MemoryLimit: those that cannot leave take too many; nothing was marked.
+            MemoryLimit: the pinned adapters take too many bytes; nothing was marked.
         """
         here = sorted(
             ((name, record) for name, record in self._records.items() if record.here), key=lambda each: each[1].used
@@ -267,7 +269,7 @@ class Residency:
                 record.here = True
 
     def _pinned(self, leaving: Block | None) -> set[str]:
-        """Returns the names of adapters that cannot leave, whether they train or not."""
+        """Returns the names of pinned adapters, without those that are only pinned because they train."""
         state = self._state()
         assert state is not None, "the state of a model has its residency"
         pinned = {*state.merged}

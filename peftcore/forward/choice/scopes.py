@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 
 _ADVICE = "take the choice for one call instead: peftcore.using(model, name)(function, ...)"
 _LOCK = threading.RLock()
-"""Held while choices that hold for everybody change: garbage that is collected elsewhere may leave a block."""
+"""Held while the shared choices change: garbage collection in another thread may end a block."""
 
 Place = tuple[object, Any]
-"""A thread, and the task that it runs (a weak reference) or None."""
+"""A thread, and a weak reference to the task that it runs, or None."""
 
 
 def running_task() -> Any:
-    """Returns the asyncio task that this thread runs; None outside of any. Looked up, not imported."""
+    """Returns the asyncio task that this thread runs; None outside of tasks. Does not import asyncio."""
     asyncio = sys.modules.get("asyncio")
     try:
         return None if asyncio is None else asyncio.current_task()
@@ -47,17 +47,17 @@ def _place() -> Place:
 
 
 class Block:
-    """The span of a choice: a ``with`` block, a call, or a thread that chose for itself.
+    """The span of a choice: a ``with`` block, a call, or a thread that made a choice.
 
     Attributes:
-        choice: what is chosen in it now.
-        place: where it began; None where nobody else can see it.
-        open: whether it has not been left yet.
-        before: the threads that ran already when it began, since those that start in it may work for it; None where
-            threads are of no concern.
-        of_owner: whether it is a block in a task of the thread that adapted the model: there, threads that ran already
-            may work for it too.
-        calls: whether it is a call (`using`), and so in use as long as it is open.
+        choice: the current choice in the block.
+        place: the thread and task in which the block began; None where other threads and tasks cannot see the block.
+        open: True until the block is left.
+        before: the threads that already ran when the block began, since threads started later may work for the block;
+            None where threads do not matter.
+        of_owner: whether the block is in a task of the thread that adapted the model: then threads that already ran may
+            work for it too.
+        calls: whether the block is a call (`using`), which is in use as long as it is open.
     """
 
     __slots__ = ("__weakref__", "before", "calls", "choice", "of_owner", "open", "place")
@@ -73,7 +73,7 @@ class Block:
         self.open, self.calls = True, False
 
     def may_employ(self, thread: threading.Thread) -> bool:
-        """Whether a thread without a choice of its own may work for this block."""
+        """Whether a thread that made no choice may work for this block."""
         return self.open and (self.of_owner or (self.before is not None and thread not in self.before))
 
 
@@ -84,7 +84,8 @@ class Scope:
     choice: Choice
     block: Block
     pin: Block | None = None
-    """Lets others see what a task's statement names, where it was made in a block that another task entered."""
+    """Shows other threads the injections that a task's statement names, if the task made it in a block that another
+    task entered."""
 
 
 Scopes = tuple[Scope, ...]
@@ -93,8 +94,8 @@ Scopes = tuple[Scope, ...]
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Statement:
-    """A choice made by `activate`, `route` or `call` without a block, and what it replaced: the choice before it, and
-    those of blocks that were left elsewhere."""
+    """A choice made by `activate`, `route` or `call` without a block, and the replaced choices: the choice before it,
+    and the choices of blocks that were left elsewhere."""
 
     made: Scope
     before: Scope | None
@@ -103,16 +104,17 @@ class Statement:
 
 _OWN: ContextVar[Mapping[weakref.ref[Choices], Scopes]] = ContextVar("peftcore_choices", default={})  # noqa: B039  # never written to
 _THREAD: ContextVar[object] = ContextVar("peftcore_thread", default=None)
-"""The thread in which this context began, where a model was adapted or chosen for in it: `asyncio.to_thread` takes it
-along."""
+"""The thread in which this context began, if that thread adapted a model or chose for it: `asyncio.to_thread` copies
+this value."""
 
 
 class Choices:
-    """The choices on one model: those that hold for everybody, and those that threads and tasks made for themselves.
+    """The choices on one model: the shared choices, and the choices that single threads and tasks made.
 
     Attributes:
-        choice: what holds for everybody who has no choice of their own. A plain attribute: torch.compile guards on it.
-        own: the blocks of all threads and tasks that chose for themselves, as long as anybody has them.
+        choice: the shared choice, for all threads and tasks that made no choice. A plain attribute: torch.compile
+            guards on it.
+        own: the blocks of all threads and tasks that made a choice, as long as the blocks are referenced.
         owner: the thread that adapted the model.
     """
 
@@ -130,18 +132,18 @@ class Choices:
 
     @property
     def host(self) -> HostState:
-        """The state of the model on which these are choices."""
+        """The state of the model to which these choices belong."""
         host = self._host()
         assert host is not None, "nobody has the choices of a model alone"
         return host
 
     def own_scopes(self) -> Scopes:
-        """Returns the choices that this thread or task made for itself."""
+        """Returns the choices that this thread or task made."""
         return _OWN.get().get(self.ref, ())
 
     def _live_scopes(self) -> Scopes:
-        """Returns the choices of this thread or task without those of its own blocks that were left elsewhere, as a
-        generator is that somebody else closes."""
+        """Returns the choices of this thread or task without the choices of blocks that it entered but that were left
+        elsewhere, such as in a generator that other code closes."""
         scopes = self.own_scopes()
         while scopes and not scopes[-1].block.open and scopes[-1].block.place == _place():
             scopes = scopes[:-1]
@@ -158,8 +160,8 @@ class Choices:
         """Returns the choice of this thread or task.
 
         Raises:
-            BlockOrderError: it is that of a block which was left meanwhile, somewhere else.
-            AmbiguousChoice: this thread chose nothing, and may work for a block that is open elsewhere.
+            BlockOrderError: the choice belongs to a block that was left meanwhile in another thread or task.
+            AmbiguousChoice: this thread made no choice, and may work for a block that is open elsewhere.
         """
         if self.own:
             if scopes := self._live_scopes():
@@ -174,8 +176,8 @@ class Choices:
         return self.choice
 
     def _of_a_thread(self) -> Choice:
-        """Returns the choice for a thread that chose nothing: that of everybody, or that of the only task of the
-        owner's thread in whose block it was started."""
+        """Returns the choice for a thread that made no choice: the shared choice, or the choice of the only task of the
+        owner's thread in whose block this thread was started."""
         thread = threading.current_thread()
         blocks = [block for each in list(self.own.values()) if (block := each()) is not None]
         employers = [block for block in blocks if block.may_employ(thread)]
@@ -194,7 +196,7 @@ class Choices:
         )
 
     def in_force(self) -> Iterator[tuple[str, Choice]]:
-        """Yields every choice that a forward may run under now, and whose it is, for messages."""
+        """Yields every choice that a forward may run under now, with its owner as text for messages."""
         mine = {id(each.block) for each in self.own_scopes()}
         yield "", self.around()
         yield "", self.choice
@@ -204,8 +206,8 @@ class Choices:
                 yield "in another thread or task ", block.choice
 
     def pinning(self, leaving: Block | None = None) -> Iterator[Choice]:
-        """Yields every choice that is in force, or that will be again when a block is left, in all threads and tasks;
-        but for that of a block which is about to be another one."""
+        """Yields every choice that is in force in any thread or task, or will be in force again when a block is left.
+        Leaves out the choice of the block `leaving`, which is about to be replaced."""
         for scope in list(self.everybody):
             if scope.block is not leaving:
                 yield scope.choice
@@ -223,7 +225,8 @@ class Choices:
 
     def traced(self) -> Choice:
         """Returns the choice of this thread or task for code that torch.compile traces: one graph for each active set.
-        It guards on attributes, those of the thread too, and breaks the graph where a context variable is to be read.
+        The compiler guards on attributes, including those of the thread, and breaks the graph where code reads a
+        context variable.
         """
         call = HERE.traced
         if call is not None and call[0] is self:
@@ -231,15 +234,15 @@ class Choices:
         return self.choice if not self.own else self.here()
 
     def around(self) -> Choice:
-        """Returns the choice upon which another one is made; it never fails."""
+        """Returns the choice on which a new choice is based; it never fails."""
         scopes = self._open_scopes()
         return scopes[-1].choice if scopes else self.choice
 
     # ------------------------------------------------------------------------------------------ statements and blocks
 
     def set(self, choice: Choice) -> Statement:
-        """Choose until the end of the block or call round this: in the owner's thread for everybody, unless this thread
-        or task has a choice of its own; in any other thread for that thread."""
+        """Set a choice until the end of the enclosing block or call. In the owner's thread it is the shared choice,
+        unless this thread or task already made a choice; in any other thread it holds for that thread."""
         self.host.check_merged(choice)
         residency = self.host.residency
         if residency is None:
@@ -248,7 +251,7 @@ class Choices:
             return self._set(choice)
 
     def _replaced(self) -> Block | None:
-        """Returns the block in which a statement would take the place of what is chosen."""
+        """Returns the block whose choice a statement would replace."""
         if scopes := self._open_scopes():
             return scopes[-1].block
         return self.everybody[-1].block if HERE.token is self.owner else None
@@ -277,7 +280,7 @@ class Choices:
         return Statement(made, before, over)
 
     def undo(self, statement: Statement) -> None:
-        """Take a statement back, unless something else was chosen since."""
+        """Undo a statement, unless another choice was made since."""
         made, before = statement.made, statement.before
         if before is not None:
             before = Scope(self._present(before.choice), before.block)
@@ -295,8 +298,8 @@ class Choices:
         self._publish()
 
     def open(self, choice: Choice) -> Block:
-        """Choose until the block is left: in the owner's thread for everybody, unless this thread or task has a choice
-        of its own or this is a task; everywhere else for this thread or task alone."""
+        """Set a choice until the block is left. In the owner's thread it is the shared choice, unless this thread
+        already made a choice or runs a task; everywhere else it holds for this thread or task alone."""
         self.host.check_merged(choice)
         residency = self.host.residency
         if residency is None:
@@ -320,7 +323,8 @@ class Choices:
 
     @contextmanager
     def block(self, choice: Choice) -> Iterator[None]:
-        """Context manager in which a choice holds for whom it would in a ``with`` block of `activate`."""
+        """Context manager in which a choice holds for the same threads and tasks as in a ``with`` block of
+        `activate`."""
         block = self.open(choice)
         try:
             yield
@@ -328,18 +332,18 @@ class Choices:
             self.leave(block)
 
     def leave(self, block: Block) -> None:
-        """End a block: what was chosen round it holds again.
+        """End a block: the choice of the enclosing block holds again.
 
         Raises:
-            BlockOrderError: one that was entered later is still open, or this thread or task never entered it. It is
-                over all the same.
+            BlockOrderError: a block that was entered later is still open, or this thread or task never entered this
+                block. The block ends all the same.
         """
         _disturb()
         self._end(block)
 
     @contextmanager
     def held(self, choice: Choice, before: frozenset[threading.Thread] | None = None) -> Iterator[None]:
-        """Context manager in which a choice holds for what this thread calls, and for nothing else."""
+        """Context manager in which a choice holds only for the code that this thread calls."""
         self.host.check_merged(choice)
         block = self._enlisted(Block(choice, _place(), before))
         block.calls = True
@@ -386,7 +390,7 @@ class Choices:
         return block
 
     def _write(self, scopes: Iterable[Scope]) -> None:
-        """Set the choices of this thread or task, and forget those on models that are gone."""
+        """Set the choices of this thread or task, and drop the choices on models that no longer exist."""
         scopes = tuple(scopes)
         others = {ref: each for ref, each in _OWN.get().items() if ref is not self.ref and ref() is not None}
         _OWN.set({**others, self.ref: scopes} if scopes else others)
@@ -396,7 +400,7 @@ class Choices:
                 block.choice = choice
 
     def _publish(self) -> None:
-        """Let the innermost choice for everybody hold."""
+        """Make the innermost shared choice the current one."""
         with _LOCK:
             self.everybody[1:] = [each for each in self.everybody[1:] if each.block.open]
             choice = self.everybody[-1].choice
@@ -408,12 +412,13 @@ class Choices:
     # ----------------------------------------------------------------------------------- injections that come and go
 
     def add(self, name: str, instead: Collection[str] = ()) -> Active:
-        """Let a new injection act: it joins the innermost stack. A route and a composition stay as they are, so it
-        joins the stack in force outside of them; where there is none it waits until it is named.
+        """Activate a new injection: add it to the innermost stack. Routes and compositions do not change, so the
+        injection is added to the stack outside of them. If there is no such stack, it stays inactive until a choice
+        names it.
 
         Args:
             name: the new injection.
-            instead: injections that leave that stack.
+            instead: injections to remove from that stack.
 
         Returns:
             The stack, the new one included.
@@ -432,11 +437,11 @@ class Choices:
         return (name,) if stack is None else stack
 
     def check_free(self, names: Iterable[str]) -> None:
-        """Check that injections may go.
+        """Check that injections may be removed.
 
         Raises:
-            RouteError, CompositionError: a route or a composition of this thread or task, or one that holds for
-                everybody, stands on one of them.
+            RouteError, CompositionError: a route or a composition of this thread or task, or a shared one, names one of
+                the injections.
         """
         wanted = set(names)
         for each in (*self._open_scopes(), *self.everybody):
@@ -446,8 +451,8 @@ class Choices:
                 raise kind(f"{name!r} is in a {what} that is in force, which cannot do without it; leave that first")
 
     def forget(self, name: str) -> None:
-        """Take an injection that is gone out of the stacks of this thread or task, and out of the one that holds for
-        everybody. Where others chose it, it stays chosen: their next forward says that it is gone."""
+        """Remove a deleted injection from the stacks of this thread or task, and from the shared stack. In other
+        threads and tasks that chose it, it stays chosen: their next forward raises an error."""
         _disturb()
         scopes = self.own_scopes()
         if any(name in each.choice.active for each in scopes):
@@ -465,7 +470,7 @@ class Choices:
         return self.own_scopes(), tuple(self.everybody) if HERE.token is self.owner else ()
 
     def restore(self, saved: tuple[Scopes, Scopes]) -> None:
-        """Let the choices hold again that `saved` returned. Slots are not planned anew."""
+        """Restore the choices that `saved` returned. Does not plan the slots again."""
         _disturb()
         self._write(saved[0])
         if saved[1]:
@@ -474,7 +479,7 @@ class Choices:
                 self.choice = self.everybody[-1].choice
 
     def elsewhere(self) -> bool:
-        """Whether blocks are open of which this thread or task has nothing, and which may name what is gone."""
+        """Whether other threads or tasks have open blocks, which may name removed injections."""
         mine = {id(each.block) for each in self.own_scopes()}
         return (HERE.token is not self.owner and len(self.everybody) > 1) or bool(self.own.keys() - mine)
 
@@ -485,8 +490,8 @@ class Choices:
         return choice
 
     def __getstate__(self) -> dict[str, Any]:
-        """Returns the state for copies and pickles. They act as this thread or task does, but are outside of a route,
-        and know no other thread."""
+        """Returns the state for copies and pickles. A copy acts as this thread or task does, but without a route and
+        without the choices of other threads."""
         choice = self._present(self.around())
         return {"host": self.host, "choice": Choice(choice.active, composition=choice.composition)}
 
@@ -504,12 +509,12 @@ def _is_stack(choice: Choice) -> bool:
 
 
 def _later(scopes: Scopes, block: Block) -> Scopes | None:
-    """Returns the scopes behind that of a block; None when it has none."""
+    """Returns the scopes after the scope of a block; None if the block is not among them."""
     return next((scopes[index + 1 :] for index, each in enumerate(scopes) if each.block is block), None)
 
 
 def _joined(scopes: list[Scope], name: str, instead: Collection[str]) -> Active | None:
-    """Let a name join the innermost stack of `scopes`, in place; returns the stack, None when there is none."""
+    """Add a name to the innermost stack of `scopes`, in place; returns the stack, or None if there is none."""
     for index in reversed(range(len(scopes))):
         choice, block = scopes[index].choice, scopes[index].block
         if choice.composition is not None:
@@ -522,8 +527,8 @@ def _joined(scopes: list[Scope], name: str, instead: Collection[str]) -> Active 
 
 
 class Chosen(AbstractContextManager["Chosen"]):
-    """Returned by `activate`, `route` and `call`: the choice is in force already. As a context manager it holds until
-    the end of the block, and what held before it was made holds again."""
+    """Returned by `activate`, `route` and `call`: the choice is already in force. As a context manager, it holds until
+    the end of the block, and then the previous choice holds again."""
 
     def __init__(self, state: HostState, choice: Choice) -> None:
         self._state, self._choice = state, choice

@@ -1,5 +1,5 @@
-"""DistributedDataParallel waits in backward for a gradient of each parameter that trains. Parameters of an adapter that
-does not act get none: said at the first forward, and not by a reduction that hangs or fails one step later."""
+"""DistributedDataParallel waits in backward for a gradient of each parameter that trains. Parameters of an inactive
+adapter get none. This module raises an error at the first forward, before a reduction hangs or fails one step later."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ if TYPE_CHECKING:
 
 
 def check_all_act(state: HostState, model: nn.Module, choice: Choice) -> None:
-    """Check that every adapter with parameters that train acts, where DistributedDataParallel waits for all of them.
+    """Check that every adapter with trainable parameters is active, where DistributedDataParallel waits for all
+    gradients.
 
     Raises:
-        TrainingError: one does not.
+        TrainingError: an adapter with trainable parameters is inactive.
     """
     # A private attribute, the only one that tells: torch.compile finds the wrapper in the same way.
     runner = getattr(DistributedDataParallel, "_active_ddp_module", None)

@@ -1,9 +1,9 @@
-"""Which forward a checkpoint repeats: the object that torch keeps of a checkpoint from its forward to its backward also
-keeps the forward context that its modules ran in.
+"""Finds the forward that a checkpoint repeats: the object that torch keeps for a checkpoint from its forward to its
+backward also stores the forward context in which its modules ran.
 
-Nothing public tells a checkpoint from another one, so torch's own objects are looked for among the running calls: of a
-non-reentrant checkpoint the frame that its saved-tensor hooks hold, of a reentrant one the context of its autograd
-function. A checkpoint of another library has neither; what it repeats is told by the outputs of the forward
+Torch has no public way to identify a checkpoint, so this module searches the call stack for torch's objects: for a
+non-reentrant checkpoint the frame that its saved-tensor hooks hold, for a reentrant one the context of its autograd
+function. A checkpoint of another library has neither; its forward is found by the outputs' autograd nodes
 (`peftcore.forward.context.context`).
 """
 
@@ -31,7 +31,7 @@ _top = vars(torch._C._autograd).get("_top_saved_tensors_default_hooks", lambda i
 
 
 def remember(kept: Any, state: object, choice: object, context: Any) -> None:
-    """Keep what modules of a host run under in a checkpoint: the choice, and the context of the forward."""
+    """Store in a checkpoint the choice and the forward context under which modules of a host run."""
     record: dict[int, Any] = vars(kept).setdefault(RECORD, {})
     before = record.setdefault(id(state), (choice, context))
     if before is not None and before[0] is not choice:
@@ -39,11 +39,11 @@ def remember(kept: Any, state: object, choice: object, context: Any) -> None:
 
 
 def remembered(state: object | None) -> tuple[Any, Any] | None:
-    """Returns the choice and the context of the forward that is repeated now, inside backward: of a host, or of the one
-    whose modules came last. None where no checkpoint tells.
+    """Returns the choice and the context of the forward that is repeated now, inside backward: for the given host, or
+    for the host whose modules ran last. None if no checkpoint has stored them.
 
     Raises:
-        AmbiguousBackward: the choice changed inside of the checkpoint.
+        AmbiguousBackward: the choice changed inside the checkpoint.
     """
     for kept in _repeated():
         record = vars(kept).get(RECORD, {})
@@ -60,7 +60,7 @@ def remembered(state: object | None) -> tuple[Any, Any] | None:
 
 
 def running() -> list[Any]:
-    """Returns what torch keeps of each checkpoint that this code is in the forward of."""
+    """Returns torch's object for each checkpoint whose forward is running now."""
     if torch.is_grad_enabled() and _top(False) is None:  # no hooks on saved tensors, as nearly always
         return []
     found = []
@@ -73,13 +73,13 @@ def running() -> list[Any]:
 
 
 def reentrant() -> int | None:
-    """Returns the identity of the innermost reentrant checkpoint that this code is in the forward of, which gives no
-    gradient to what its function did not get as an argument; None outside of all."""
+    """Returns the `id` of the innermost reentrant checkpoint whose forward is running now; None outside of such
+    checkpoints. A reentrant checkpoint gives gradients only to the arguments of its function."""
     return next((id(frame.f_locals["ctx"]) for frame in _stack() if frame.f_code is _FORWARD), None)
 
 
 def _repeated() -> Iterator[Any]:
-    """Yields what torch keeps of the checkpoints that run again now, the innermost first."""
+    """Yields torch's objects for the checkpoints that backward runs again now, the innermost first."""
     for frame in _stack():
         if frame.f_code is _BACKWARD:
             yield frame.f_locals["ctx"]

@@ -1,8 +1,9 @@
-"""The forward context, one for each forward of the host: its inputs, the choice it ran under, taps, losses.
+"""The forward context, one for each forward of the host: its inputs, its choice, taps and losses.
 
-Two hooks on the root open and close it; operators get it from `forward_context`. Modules that run again inside
-backward (gradient checkpointing) find the context of the forward they repeat: its outputs' autograd nodes announce
-it before any of its modules can run again. So leaving `activate` or `route` before `backward()` changes nothing.
+Two hooks on the root open and close the context; operators get it from `forward_context`. Modules that run again inside
+backward (gradient checkpointing) find the context of the forward that they repeat: the autograd nodes of its outputs
+announce it before its modules run again. So leaving `activate` or `route` before `backward()` has no effect on the
+gradients.
 """
 
 from __future__ import annotations
@@ -46,25 +47,27 @@ class _Threads(threading.local):
         self.token = this_thread()
         self.calls: list[ForwardContext] = []
         self.calm: ForwardContext | None = None
-        """The forward of a host that runs now, where its modules need not ask what was chosen: they take its choice."""
+        """The running forward of a host whose choice its modules can take without looking it up."""
         self.traced: tuple[object, Choice] | None = None
-        """The choice for one call that runs now, with the `Choices` of its host, for code that torch.compile traces."""
+        """The choice of the running call (`using`), with the `Choices` of its host, for code that torch.compile
+        traces."""
         self.outside: weakref.ref[ForwardContext] | None = None
         """The context for a part of the host that runs by itself; the host's state holds it."""
         self.generating: list[tuple[Sequence[object], int, Prompt | None]] = []
-        """The calls of ``generate`` that run, the innermost last: the states of its hosts, how many rows it was given,
-        and its prompt."""
+        """The calls of ``generate`` that run, the innermost last: the states of its hosts, its number of rows, and its
+        prompt."""
         self.announced: dict[int, tuple[int, weakref.ref[ForwardContext]]] = {}
-        """The backward pass (its number) and the forward that it goes through now, which its graph holds, by host."""
+        """By host: the number of the backward pass, and the forward that it runs through now, which its graph holds."""
 
     def disturb(self) -> None:
-        """Let the modules of all forwards that this thread runs ask again what was chosen: something else may be."""
+        """Make the modules of all running forwards of this thread look up the choice again, because it may have
+        changed."""
         for call in self.calls:
             call.calm = False
         self.calm = None
 
     def settle(self) -> None:
-        """Let modules follow the innermost forward that runs."""
+        """Make modules use the choice of the innermost running forward."""
         self.calm = self.calls[-1] if self.calls and self.calls[-1].calm else None
 
 
@@ -74,7 +77,7 @@ HERE = _Threads()
 graph_task: Callable[[], int] = torch._C._current_graph_task_id
 """The number of the backward pass that this thread runs, -1 outside of any.
 
-A private function of torch: nothing public tells a repeated forward from a first one."""
+A private function of torch: no public function distinguishes a repeated forward from a first one."""
 
 
 def repeating() -> bool:
@@ -87,12 +90,12 @@ class ForwardContext:
 
     Attributes:
         choice: the choice when it began.
-        taps: values that operators leave for each other, by number of the `Tap`; those that are held until backward are
-            there when the host has returned. A list, since torch.compile does not trace grafts behind a change of a
-            dict that was there before.
+        taps: values that operators store for each other, by the number of the `Tap`; values held until backward stay
+            after the host has returned. A list, since torch.compile does not trace grafts after a change of a dict that
+            existed before.
         losses: scalars that operators add to the loss of the output, each with its operator; see `add_loss`.
-        visits: of a part of the host that runs by itself, how many target modules ran in training since the losses
-            were taken.
+        visits: for a part of the host that runs by itself: how many target modules ran in training since the losses
+            were last taken.
     """
 
     def __init__(
@@ -108,36 +111,36 @@ class ForwardContext:
         self.losses: list[tuple[nn.Module, Tensor]] = []
         self.visits = 0
         self.passes, self.number = 0, 0
-        """How many passes `again` made, and which of them this is; 0 is the forward itself."""
+        """The number of passes that `again` made, and the number of this pass; 0 is the forward itself."""
         self.open, self.calm, self.extra = True, False, False
         self.frame: FrameType | None = None
-        """The call of the host whose forward it is."""
+        """The Python frame of the host's call."""
         self.listed = False
-        """Whether it is among the forwards that run, for all threads to see (`HostState.running`)."""
+        """Whether the forward is listed in `HostState.running`, which all threads can read."""
         self.recorded = torch.is_grad_enabled() or (model is not None and model.training)
-        """Whether backward may repeat it; in a reentrant checkpoint its modules run without gradients."""
+        """Whether backward may repeat the forward; in a reentrant checkpoint its modules run without gradients."""
         self.within: list[Any] = []
-        """The checkpoints in which an extra pass runs, which repeat the pass and what is round it."""
+        """The checkpoints in which an extra pass runs; they repeat the pass together with the surrounding code."""
         self.rows: OwnRows | None = None
-        """The rows of the batch that the operator which runs is given, where it is not given all of them."""
+        """The rows of the batch that the running operator receives; None if it receives all rows."""
         self.drawn: tuple[Streams, list[Tensor], CountedDraws] | None = None
-        """While an adapter of a route draws by its own seed: torch's generators, where the model's draws were, and what
-        draws in their place."""
+        """While an adapter of a route draws from its seed: torch's generators, the saved states of the model's
+        generators, and the `CountedDraws` that replace them."""
         self.held: dict[int, list[int]] = {}
-        """How many tokens each layer of a cache held before, by id of the cache, while a module runs for several
-        injections one after the other."""
+        """While a module runs for several injections one after the other: the number of tokens that each layer of a
+        cache held before, by id of the cache."""
         self._tokens: Tokens | None = None
         self._sizes: list[int] | None = None
         self._model, self._args, self._kwargs = model, args, kwargs or {}
 
     def count_tokens(self) -> None:
-        """Count the tokens, while the cache holds none of the new ones yet."""
+        """Count the tokens, before the new ones are added to the cache."""
         taken = () if self._model is None else inspect.signature(self._model.forward).parameters
         _, prompt = self._generating()
         self._tokens = Tokens(self.inputs, taken, prompt)
 
     def _generating(self) -> tuple[int, Prompt | None]:
-        """Returns how many rows the ``generate`` of the host was given in which this runs, and its prompt."""
+        """Returns the number of rows of the host's running ``generate``, and its prompt."""
         for hosts, rows, prompt in reversed(HERE.generating):
             if any(host is self.state for host in hosts):
                 return rows, prompt
@@ -145,8 +148,8 @@ class ForwardContext:
 
     @property
     def prompt(self) -> Prompt | None:
-        """The prompt of the ``generate`` in which this forward runs, whose tokens it is given (or generated ones behind
-        it); None elsewhere."""
+        """The prompt of the ``generate`` in which this forward runs, if the forward receives tokens of the prompt or
+        generated tokens after it; None elsewhere."""
         return None if self._tokens is None else self._tokens.prompt
 
     @property
@@ -155,7 +158,8 @@ class ForwardContext:
         route with `since`.
 
         Raises:
-            MissingContext: a part of the host was called by itself, it has an encoder and a decoder, or it is compiled.
+            MissingContext: a part of the host was called by itself, the host has an encoder and a decoder, or is
+                compiled.
         """
         if self._tokens is None or not self._tokens.counted:
             raise MissingContext(
@@ -165,19 +169,20 @@ class ForwardContext:
         return self._tokens
 
     def tokens_behind(self, sequence: Sequence[int], like: Tensor) -> Tensor | None:
-        """Returns which tokens of a module's input stand at or behind the last occurrence of a sequence of ids in their
-        row, or behind the columns that ``peftcore.call(model, since=...)`` says.
+        """Returns a mask of the tokens of a module's input from the last occurrence of a sequence of ids in their row
+        on, or from the columns of ``peftcore.call(model, since=...)`` on.
 
         Args:
-            sequence: the ids; none where only what is told counts.
+            sequence: the ids; empty to use only the columns of `since`.
             like: the input ``[rows, tokens, ...]`` or ``[rows * tokens, ...]``.
 
         Returns:
-            ``[rows, tokens]`` or ``[rows * tokens]`` of bool; None for all: there is no sequence, and nothing is told.
+            ``[rows, tokens]`` or ``[rows * tokens]`` of bool; None for all tokens, if neither a sequence nor `since` is
+            given.
 
         Raises:
-            MissingContext: nothing says where that is; see `Tokens.since`.
-            SequenceError: the module is given other tokens than the host.
+            MissingContext: the first column is not known; see `Tokens.since`.
+            SequenceError: the module receives other tokens than the host.
         """
         told = self.told("since")
         if not sequence and told is None:
@@ -199,12 +204,12 @@ class ForwardContext:
         return own.flatten()
 
     def tokens_held(self, cache: Any, depth: int) -> int:
-        """Returns how many tokens a layer of a cache of transformers held when the module began at which the operator
-        stands. Where a route or a composition has injections act one after the other, the module may have run already
-        when an operator asks.
+        """Returns how many tokens a layer of a transformers cache held when the operator's module began to run. In a
+        route or a composition, injections act one after the other, so the module may have run already when an operator
+        calls this method.
 
         Raises:
-            AttributeError, ValueError: it counts no tokens.
+            AttributeError, ValueError: the cache counts no tokens.
         """
         lengths = self.held.get(id(cache))
         if lengths is None:
@@ -213,8 +218,8 @@ class ForwardContext:
 
     @contextmanager
     def one_module(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[None]:
-        """Context manager for the call of a module that runs for several injections, with its arguments by position
-        and by name."""
+        """Context manager for the call of a module that runs for several injections, with its positional and keyword
+        arguments."""
         outer, self.held = self.held, {}
         given = {**dict(zip(arguments(type(module)), args, strict=False)), **kwargs}
         for cache in caches_in(given).values():
@@ -227,7 +232,7 @@ class ForwardContext:
 
     @property
     def context(self) -> Mapping[str, Any]:
-        """The values given to `peftcore.call(model, ...)`; in a route those of the operator's own rows."""
+        """The values given to `peftcore.call(model, ...)`; in a route only the entries of the operator's rows."""
         told = {} if self.choice is None else self.choice.context
         return told if self.rows is None or not told else {name: self.rows.told(each) for name, each in told.items()}
 
@@ -235,13 +240,13 @@ class ForwardContext:
         """Returns one entry of the context.
 
         Raises:
-            MissingContext: `call` was not given it.
+            MissingContext: `call` was not given the entry.
         """
         self._check_told(name)
         return self.context[name]
 
     def told(self, name: str, otherwise: Any = None) -> Any:
-        """Returns one entry of what was given to `peftcore.call(model, ...)`, in a route too as it was given."""
+        """Returns one value given to `peftcore.call(model, ...)`, also in a route for all rows."""
         return otherwise if self.choice is None else self.choice.context.get(name, otherwise)
 
     def _check_told(self, name: str) -> None:
@@ -249,18 +254,20 @@ class ForwardContext:
             raise MissingContext(f"this method needs to be told {name!r}: with peftcore.call(model, {name}=...): ...")
 
     def for_rows(self, name: str, rows: int, value: Tensor | None = None) -> Tensor:
-        """Returns the entries of a value that calls tell for the rows that a module is given, in a route the operator's
-        own: one for all, or one for each row of the batch, which stands for the adjacent rows that the module has of it
-        (windows, frames, flat tokens).
+        """Returns the entries of a call's value for the rows that a module receives, in a route for the operator's
+        rows. It has one entry for all rows, or one for each row of the batch; the latter applies to all adjacent rows
+        that the module makes of that row (windows, frames, flat tokens).
 
         Args:
-            name: the name by which calls tell it.
-            rows: how many rows the module is given; a multiple of the entries.
-            value: what to look up entries in, of all rows; None for what was told, a tensor.
+            name: the name of the value in `peftcore.call`.
+            rows: the number of rows that the module receives; a multiple of the entries.
+            value: a tensor with the entries of all rows; None for the value given to `peftcore.call`, which must be a
+                tensor.
 
         Raises:
-            MissingContext: nobody told it.
-            RouteError: there are not as many rows, and nothing says how the batch repeats entries.
+            MissingContext: the call did not pass the value.
+            RouteError: the number of rows does not match the entries, and the repetition of entries in the batch is not
+                known.
         """
         if value is None:
             self._check_told(name)
@@ -280,17 +287,17 @@ class ForwardContext:
         return own
 
     def keep_rows(self, keep: Callable[..., Any], *tensors: Tensor) -> Any:
-        """Returns what `keep` returns of tensors with a row for each row that an operator is given. In a route these
-        are its own ones: `keep` is given all rows of the batch then, with zeros for the others, and of what it returns
-        the operator gets its own. For what stays from one forward to the next, and is reordered or repeated with the
-        batch: layers of the model's cache."""
+        """Returns the output of `keep` for tensors that have a row for each row of the operator's input. In a route,
+        `keep` receives tensors with all rows of the batch, with zeros in the rows of other injections, and the operator
+        gets only its rows of the output. Use it for state that persists between forwards and is reordered or repeated
+        with the batch, such as layers of the model's cache."""
         if self.rows is None:
             return keep(*tensors)
         return self.rows.of(keep(*map(self.rows.spread, tensors)))
 
     def _repeated(self, entries: int, rows: int) -> tuple[int, Repeats]:
-        """Returns how many rows the batch has, where a value has so many entries and a module is given so many rows;
-        and how it repeats entries."""
+        """Returns the number of rows of the batch, and how it repeats entries, for a value with `entries` entries at a
+        module that receives `rows` rows."""
         repeats = told_repeats({} if self.choice is None else self.choice.context)
         route = None if self.rows is None else self.rows.route
         if self._sizes is None:
@@ -315,8 +322,8 @@ class ForwardContext:
 
     @property
     def inputs(self) -> Mapping[str, Any]:
-        """The host's arguments by the names of its forward, in a route those of the operator's own rows; empty where a
-        part of the host was called by itself."""
+        """The host's arguments by the names of its forward, in a route only the operator's rows; empty if a part of the
+        host was called by itself."""
         if self._model is None:
             return {}
         inputs = bound(self._model, self._args, self._kwargs)
@@ -324,22 +331,23 @@ class ForwardContext:
 
     @property
     def of_two_streams(self) -> bool:
-        """Whether the host takes tokens of an encoder and of a decoder, which have masks of their own."""
+        """Whether the host takes tokens of an encoder and of a decoder, each with a separate mask."""
         taken = () if self._model is None else inspect.signature(self._model.forward).parameters
         return not OF_DECODER.isdisjoint(taken)
 
     def add_loss(self, loss: Tensor, operator: nn.Module) -> None:
-        """Add a scalar to the loss of the host's output, in training. Repeated forwards add nothing twice.
+        """Add a scalar to the loss of the host's output, in training. Forwards repeated in backward do not add it
+        again.
 
-        Where the output has no loss, it waits for `Injection.losses` of the injection that the operator belongs to.
+        If the output lacks a loss, the scalar waits for `Injection.losses` of the operator's injection.
 
         Args:
-            loss: of shape ``[]``; in a route of the rows that the operator is given, which are its own adapter's.
+            loss: of shape ``[]``; in a route computed from the operator's rows, which are the rows of its adapter.
             operator: the operator that adds it, ``forward_context().add_loss(loss, self)``.
 
         Raises:
             TrainingError: as `check_loss_learns`.
-            RouteError: the operator is given rows of other adapters too, so the loss would be of all of them.
+            RouteError: the operator receives rows of other adapters too, so the loss would include them.
         """
         self.check_loss_learns()
         route = None if self.choice is None else self.choice.route
@@ -354,8 +362,8 @@ class ForwardContext:
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """Context manager in which a module runs on something else than the model gives it, such as a prompt: taps and
-        losses are afterwards what they were, for they are those of the model's own tokens."""
+        """Context manager in which a module runs on other inputs than the model's, such as a prompt. Taps and losses
+        are restored afterwards, since they belong to the model's tokens."""
         taps, losses = [*self.taps], [*self.losses]
         try:
             yield
@@ -363,10 +371,10 @@ class ForwardContext:
             self.taps[:], self.losses[:] = taps, losses
 
     def check_loss_learns(self) -> None:
-        """Verify that a loss which an operator makes now has a gradient.
+        """Verify that a loss which an operator computes now has a gradient.
 
         Raises:
-            TrainingError: it is made inside a reentrant checkpoint, which keeps none.
+            TrainingError: the loss is computed inside a reentrant checkpoint, which keeps no graph.
         """
         if not torch.is_grad_enabled() and not torch.compiler.is_compiling() and reentrant() is not None:
             raise TrainingError(LOST)
@@ -381,16 +389,17 @@ class ForwardContext:
     ) -> Any:
         """Run ``run(*args, **kwargs)`` once more with one injection off, in this thread alone.
 
-        In a route its rows run the bare base model, in a composition its parts; what else acts stays as it is. Taps
-        that it leaves and losses that it adds are its own, and end with it.
+        In a route the injection's rows run the bare base model, in a composition its parts do; all other injections act
+        as before. Taps and losses of this pass are dropped at its end.
 
         Args:
-            name: the injection's name; or an operator of it, since an operator does not know the name but has itself:
+            name: the injection's name; or an operator of the injection, since an operator does not know the name:
                 ``forward_context().without(self, call, x)``.
-            run: what to run, such as the operator's ``call``.
+            run: the function to run, such as the operator's ``call``.
             args: its arguments, with `kwargs`.
-            caches: what stands for a cache among the arguments: a copy, so the pass sees what is in it and
-                leaves it as it is; or `PassCache.beside`, a cache of what such passes computed themselves.
+            caches: the function that replaces a cache among the arguments. The default copies it, so the pass reads its
+                contents without changing them; `PassCache.beside` returns a separate cache of the values that such
+                passes computed.
 
         Raises:
             UnknownInjection: the operator belongs to no injection of the host.
@@ -420,18 +429,18 @@ class ForwardContext:
     def again(self, left: Mapping[Tap, Any] | None = None) -> Any:
         """Run the host's forward once more, on the same arguments and under the same choice, for `Method.output_loss`.
 
-        What draws in training draws anew. Taps that the pass leaves and losses that it adds end with it.
+        Random draws in training, such as dropout, are repeated with new numbers. Taps and losses of the pass are
+        dropped at its end.
 
         Args:
-            left: what taps hold in that pass from its beginning on, of which operators see that it is this one.
+            left: the values of taps at the beginning of the pass, by which operators recognize the pass.
 
         Returns:
-            What the host returns, with its graph, before hooks of the host change it; in a route the adapter's own rows
-            of it.
+            The host's output, with its graph, before hooks of the host change it; in a route only the adapter's rows.
 
         Raises:
             MissingContext: a part of the host was called by itself.
-            TrainingError: the host was given a cache, which has the tokens of this forward by now.
+            TrainingError: the host was given a cache, which already contains the tokens of this forward.
         """
         model = self._model
         if model is None:
@@ -460,7 +469,7 @@ class ForwardContext:
         return output if self.rows is None else self.rows.of(output)
 
     def close(self) -> None:
-        """Close the context when the host has returned: taps hold activations and are dropped, but for those that
+        """Close the context when the host has returned: taps hold activations and are dropped, except for those that
         backward will read."""
         self.open, self.frame = False, None
         if self.listed and self.state is not None:
@@ -474,8 +483,8 @@ _COMPILED_ALONE = ForwardContext()
 
 
 def bound(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the arguments of a module's forward by name; those that ``**kwargs`` takes are merged with the named
-    ones."""
+    """Returns the arguments of a module's forward by name; the entries of ``**kwargs`` are merged with the named
+    arguments."""
     signature = inspect.signature(module.forward)
     arguments = dict(signature.bind_partial(*args, **kwargs).arguments)
     for name, parameter in signature.parameters.items():
@@ -485,19 +494,19 @@ def bound(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
 
 
 def batch_sizes(inputs: Mapping[str, Any]) -> list[int]:
-    """Returns how many rows the tensors among a host's arguments have, in order; what stands for all rows (positions
-    ``[1, tokens]``) comes last."""
+    """Returns how many rows the tensors among a host's arguments have, in order; sizes of tensors that all rows share
+    (positions ``[1, tokens]``) are last."""
     found = [value for value in inputs.values() if isinstance(value, Tensor) and value.dim()]
     found = [value for value in found if value.dim() > 1] or found
     return sorted((len(value) for value in found), key=lambda size: size == 1)
 
 
 def forward_context() -> ForwardContext:
-    """Returns the context of the forward of the host that runs in this thread; inside backward, that of the forward
-    being repeated.
+    """Returns the context of the running forward of the host in this thread; inside backward, the context of the
+    forward that is repeated.
 
-    For operators, inside their forward. Where a part of the host was called by itself (an encoder by `generate`), the
-    context has no inputs.
+    Operators call it in their forward. If a part of the host was called by itself (an encoder by `generate`), the
+    inputs of the context are empty.
     """
     if torch.compiler.is_compiling():
         return HERE.calls[-1] if HERE.calls else _COMPILED_ALONE
@@ -518,7 +527,7 @@ def forward_context() -> ForwardContext:
 
 
 def remember_in_checkpoint(state: HostState, choice: Choice) -> None:
-    """Keep the choice, and the context of this forward, for the checkpoints in which a module of the host runs."""
+    """Store the choice and the context of this forward in the checkpoints in which a module of the host runs."""
     here = next((call for call in reversed(HERE.calls) if call.state is state), None)
     if here is None or here.recorded:
         for kept in running():
@@ -527,7 +536,7 @@ def remember_in_checkpoint(state: HostState, choice: Choice) -> None:
 
 
 def drop_interrupted() -> None:
-    """Close the contexts of forwards that do not run any more: torch calls no hook when a KeyboardInterrupt or a
+    """Close the contexts of forwards that have ended: torch does not call hooks when a KeyboardInterrupt or a
     SystemExit ends a forward."""
     while HERE.calls and not _runs(HERE.calls[-1].frame):
         HERE.calls.pop().close()
@@ -535,7 +544,7 @@ def drop_interrupted() -> None:
 
 
 def _runs(wanted: FrameType | None) -> bool:
-    """Whether a call still runs in this thread; nothing says it of one that was traced."""
+    """Whether a call still runs in this thread; always True for a traced call, which has no frame."""
     if wanted is None:
         return True
     frame: FrameType | None = sys._getframe(1)
@@ -570,7 +579,8 @@ def tensors_in(output: Any) -> Iterator[Tensor]:
 
 
 def announce(output: Any, call: ForwardContext) -> None:
-    """Hook the outputs' gradients, so that backward announces this forward: their nodes run before anything inside."""
+    """Add hooks to the autograd nodes of the outputs, so that backward announces this forward before it reaches the
+    nodes inside it."""
     if call.state is None or transformed():
         return
     state = call.state

@@ -1,7 +1,7 @@
-"""Random numbers that are functions of what they are for: a seed, the draw, a row, and a place in that row.
+"""Random numbers that are functions of a seed, the draw, a row, and a place in that row.
 
-Torch's generators hand out numbers one after the other, so a place gets another one when rows are longer. Here each
-entry has its own, by a hash of its coordinates: those of a shorter tensor are the first ones of a longer tensor.
+Torch's generators produce numbers in sequence, so the number of a place changes when rows are longer. Here the number
+of each entry is a hash of its coordinates: the numbers of a shorter tensor are the first numbers of a longer tensor.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ WIDE = 53
 
 
 def mixed(seed: int, *parts: object) -> int:
-    """Returns a seed for one of the things that a seed stands for: a whole number from 0 to 2**63 - 1."""
+    """Returns a seed derived from `seed` and `parts`: an integer from 0 to 2**63 - 1."""
     text = "\0".join(map(str, (seed, *parts)))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
 class CountedDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Context manager in which what torch's functions draw is such: dropout, and uniform, normal, exponential and
-    Bernoulli numbers and whole ones. All others (permutations, multinomial and gamma numbers), and those within a
-    checkpoint that begins inside, come from torch's generators.
+    """Context manager in which torch's functions draw such numbers: dropout, and uniform, normal, exponential,
+    Bernoulli and integer numbers. Torch's generators still make all other draws (permutations, multinomial and gamma
+    numbers), and those within a checkpoint that begins inside the block.
 
     Args:
         seed: the seed.
-        rows: the number of each row that is there among the adapter's own.
-        own: how many are its own, where operators may pick them. A tensor whose length is a multiple of either number
-            has a part for each row, one behind the other.
+        rows: for each row of the batch, its number among the rows of the adapter.
+        own: the number of rows of the adapter, which operators may select. A tensor whose length is a multiple of the
+            number of rows (all, or the adapter's) has a part for each row, one after the other.
     """
 
     def __init__(self, seed: int, rows: Sequence[int], own: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.seed, self.rows, self.own, self.count, self.rests = seed, rows, own, 0, False
-        """`rests`: whether the numbers come from torch's generators for now."""
+        """`rests`: whether torch's generators make the draws for now."""
         self._within = running()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -59,7 +59,7 @@ class CountedDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @contextmanager
     def out(self) -> Iterator[None]:
-        """Context manager in which torch does not ask it, where no other mode was entered since."""
+        """Context manager that suspends this mode, unless another mode was entered since."""
         if _get_current_dispatch_mode() is not self:
             yield
             return
@@ -70,7 +70,7 @@ class CountedDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.__enter__()  # type: ignore[no-untyped-call]
 
     def bits(self, shape: Sequence[int], device: torch.device, which: int = 0) -> Tensor:
-        """Returns a whole number from -2**31 to 2**31 - 1 for each entry of a shape, of int32."""
+        """Returns an int32 tensor of a shape with an integer from -2**31 to 2**31 - 1 for each entry."""
         length = shape[0] if shape else 1
         counted = (each for each in (self.rows, range(self.own)) if each and not length % len(each))
         numbers = next(counted, range(length))
@@ -87,7 +87,7 @@ class CountedDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return _hashed(found).view(shape)
 
     def unit(self, like: Tensor) -> Tensor:
-        """Returns numbers from 0 to 1, without 1, in the shape of a tensor of floats, and in its dtype."""
+        """Returns numbers from 0 to 1, excluding 1, with the shape and dtype of a tensor of floats."""
         digits = 1 - round(math.log2(torch.finfo(like.dtype).eps))
         if digits < WIDE:
             return self._first(like, digits).to(torch.float32).mul_(2.0**-digits).to(like.dtype)
@@ -95,13 +95,13 @@ class CountedDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return self._first(like, 24).to(torch.float64).mul_(2.0**-24).add_(more)
 
     def normal(self, like: Tensor) -> Tensor:
-        """Returns numbers of the standard normal distribution, likewise."""
+        """Returns numbers of the standard normal distribution, with the shape and dtype of a tensor."""
         precise = torch.promote_types(like.dtype, torch.float32)
         middle = self.unit(torch.empty(like.shape, dtype=precise, device=like.device))
         return middle.mul_(2).sub_(1 - torch.finfo(precise).eps / 2).erfinv_().mul_(math.sqrt(2)).to(like.dtype)
 
     def happens(self, like: Tensor, chance: float | Tensor) -> Tensor:
-        """Returns which entries a chance chooses, in the shape of a tensor."""
+        """Returns a boolean tensor of the shape of `like`; each entry is True with probability `chance`."""
         if isinstance(chance, Tensor):
             return self.unit(torch.empty(like.shape, dtype=torch.float64, device=like.device)) < chance
         if chance >= 1:
@@ -109,16 +109,16 @@ class CountedDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return self.bits(like.shape, like.device) < int(chance * 2**32) - 2**31
 
     def _first(self, like: Tensor, digits: int, which: int = 0) -> Tensor:
-        """Returns whole numbers of so many binary digits."""
+        """Returns integers with the given number of binary digits."""
         return (self.bits(like.shape, like.device, which) >> (32 - digits)).bitwise_and_(2**digits - 1)
 
 
 STEPS = (-1640531535, 1013904243, -2147102765, 1664525197, -1150833019, 748931239, -328493541)
-"""Odd numbers by which places in each dimension are multiplied, so that sums of them are different for all entries."""
+"""Odd multipliers for the places in each dimension, so that the sums differ for all entries."""
 
 
 def _hashed(x: Tensor) -> Tensor:
-    """Returns int32 in which each digit depends on all digits of what came in, and overwrites that (the finalizer of
+    """Returns int32 in which each digit depends on all digits of the input, which is overwritten (the finalizer of
     MurmurHash3)."""
     x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF)).mul_(-2048144789)
     x.bitwise_xor_((x >> 13).bitwise_and_(0x7FFFF)).mul_(-1028477387)
@@ -126,7 +126,7 @@ def _hashed(x: Tensor) -> Tensor:
 
 
 def _is_plain(args: Sequence[Any]) -> bool:
-    """Whether tensors among the arguments are torch's own, of real numbers."""
+    """Whether all tensors among the arguments are plain torch tensors of real numbers."""
     tensors = [each for each in args if isinstance(each, Tensor)]
     return all(type(each) in (Tensor, torch.nn.Parameter) and not each.is_complex() for each in tensors)
 
@@ -160,7 +160,7 @@ def _whole(draw: CountedDraws, x: Tensor, low: int, high: int) -> Tensor:
 
 
 def _of_size(fill: Callable[..., Tensor], count: int = 0) -> Callable[..., Tensor]:
-    """Returns a function that makes a tensor of a size, which comes behind `count` numbers, and fills it."""
+    """Returns a function that makes a tensor of a size, which follows `count` number arguments, and fills it."""
 
     def make(draw: CountedDraws, *args: Any, **options: Any) -> Tensor:
         return fill(draw, torch.empty(args[count], **options), *args[:count])
@@ -208,4 +208,4 @@ DRAWS: dict[Any, Callable[..., Any]] = {
     aten.randint_like.default: _like(_below),
     aten.randint_like.low_dtype: _like(_whole),
 }
-"""What draws here, by torch's operation."""
+"""The functions that make the draws, by torch operation."""

@@ -1,11 +1,11 @@
-"""Random numbers where rows of a batch go to different adapters: what an adapter drops is what it would drop alone.
+"""Random numbers where rows of a batch use different adapters: each adapter draws the same dropout as it would alone.
 
-Operators draw by torch's functions (``F.dropout``, ``nn.Dropout``). Where a route has a seed for an adapter, what they
-draw for its rows at a module is a function of that seed, the module's path, the row's number among the adapter's own
-and the place in the row (`peftcore.forward.context.counted_draws`): neither other rows nor padding at the end of rows
-change it. What else draws takes torch's global generators, which are seeded anew there and go on afterwards where they
-were. Nothing is counted from module to module, so what backward runs again draws the same, and so does a training that
-goes on from a file. A module that runs several times in one forward draws the same each time.
+Operators draw with torch's functions (``F.dropout``, ``nn.Dropout``). Where a route has a seed for an adapter, the
+numbers that they draw for its rows at a module are a function of that seed, the module's path, the row's number among
+the adapter's rows and the place in the row (`peftcore.forward.context.counted_draws`): neither other rows nor padding
+at the end of rows change them. All other draws use torch's global generators, which are reseeded there and restored
+afterwards. No counter runs from module to module, so modules that backward runs again draw the same numbers, and so
+does training resumed from a file. A module that runs several times in one forward draws the same each time.
 """
 
 from __future__ import annotations
@@ -25,24 +25,25 @@ if TYPE_CHECKING:
 
 
 class Streams:
-    """The global generators from which operators on a device draw: that of the CPU, and the device's own."""
+    """The global generators from which operators on a device draw: the generator of the CPU, and the generator of the
+    device."""
 
     def __init__(self, device: torch.device) -> None:
         kind: Any = None if device.type in ("cpu", "meta") else torch.get_device_module(device)
         self._device, self._own = device, kind
 
     def states(self) -> list[Tensor]:
-        """Returns where they are."""
+        """Returns the states of the generators."""
         return [torch.get_rng_state(), *([] if self._own is None else [self._own.get_rng_state(self._device)])]
 
     def set(self, states: list[Tensor]) -> None:
-        """Put them back to where they were."""
+        """Restore the states of the generators."""
         torch.set_rng_state(states[0])
         if self._own is not None:
             self._own.set_rng_state(states[1], self._device)
 
     def seed(self, seed: int) -> None:
-        """Begin them anew."""
+        """Reseed the generators."""
         torch.default_generator.manual_seed(seed)
         if self._own is not None:  # by a generator: functions that seed take the current device, which is another one
             self._own.set_rng_state(torch.Generator(self._device).manual_seed(seed).get_state(), self._device)
@@ -50,7 +51,7 @@ class Streams:
 
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Context manager in which the global generators begin anew; they go on afterwards where they were."""
+    """Context manager in which the global generators are reseeded; their states are restored afterwards."""
     streams = Streams(device)
     before = streams.states()
     streams.seed(seed)
@@ -62,14 +63,15 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def draws_of(context: ForwardContext, route: Route, position: int, site: str, alone: bool) -> Iterator[None]:
-    """Context manager in which an adapter of a route draws by its own seed, where the route has one for it.
+    """Context manager in which an adapter of a route draws from its seed, if the route has one for it.
 
     Args:
-        context: the forward's context; it keeps where the model's own generators were.
+        context: the forward's context; it keeps the states of the model's generators.
         route: the route.
-        position: that of the adapter in the route; -1 for the bare base model, which draws as it always does.
-        site: the module, and what the adapter does there.
-        alone: whether the adapter is given its own rows alone, and not those of the batch.
+        position: the position of the adapter in the route; -1 for the bare base model, which draws from the global
+            generators.
+        site: the path of the module and the kind of operation, which enter the seed.
+        alone: whether the adapter receives only its rows, and not all rows of the batch.
     """
     seed = route.seeds[position] if route.seeds and position >= 0 else None
     if seed is None or torch.compiler.is_compiling():
@@ -97,14 +99,14 @@ def draws_of(context: ForwardContext, route: Route, position: int, site: str, al
 
 
 def _numbers(positions: Positions, own: int) -> list[int]:
-    """Returns the number of each row among the rows of a position; those of other rows count for nothing."""
+    """Returns the number of each row among the rows of a position; the numbers of other rows are not used."""
     return [positions[:row].count(own) for row in range(len(positions))]
 
 
 @contextmanager
 def own_draws_aside(context: ForwardContext) -> Iterator[None]:
-    """Context manager in which the model itself draws, in the middle of what an adapter of a route does by its own
-    seed."""
+    """Context manager in which the model draws from its own generators, inside code that draws from the seed of a
+    route's adapter."""
     assert context.drawn is not None
     streams, before, draws = context.drawn
     mine, context.drawn, draws.rests = streams.states(), None, True

@@ -1,9 +1,10 @@
-"""How a batch repeats the entries of a value that a call tells: pictures of a UNet, tasks, lengths of prompts.
+"""The repetition of entries in a batch, for a value given to `peftcore.call`: images of a UNet, tasks, lengths of
+prompts.
 
-A value has one entry for each row of the batch, or one for all. Where a batch has more rows than there are entries, it
-repeats them in one of two ways, and nothing in it says which: pipelines with classifier-free guidance put all rows
-behind themselves, without and with the text, and beams or several images of a prompt stand next to each other. So it is
-told, or known from the ``generate`` or the route in which the forward runs.
+A value has one entry for each row of the batch, or one for all. A batch with more rows than entries repeats them in one
+of two ways, which cannot be read from the batch: pipelines with classifier-free guidance concatenate all rows without
+the text and all rows with it, while beams or several images of a prompt are adjacent rows. So the call specifies the
+repetition, or it follows from the ``generate`` or the route in which the forward runs.
 """
 
 from __future__ import annotations
@@ -19,23 +20,23 @@ GUIDANCE, COPIES = "guidance", "copies"
 
 
 class Repeats(NamedTuple):
-    """The rows of a batch, in the order of the entries that they belong to: the whole `guidance` times, in which each
-    entry has `copies` adjacent rows."""
+    """The repetition of entries in a batch: each entry has `copies` adjacent rows, and this sequence occurs `guidance`
+    times."""
 
     guidance: int = 1
     copies: int = 1
 
     def of(self, value: Tensor) -> Tensor:
-        """Returns the entries of a value as the rows of the batch repeat them."""
+        """Returns the entries of a value, repeated as in the rows of the batch."""
         each = value if self.copies == 1 else value.repeat_interleave(self.copies, 0)
         return each if self.guidance == 1 else each.repeat(self.guidance, *[1] * (value.dim() - 1))
 
 
 def told_repeats(context: Mapping[str, Any]) -> Repeats | None:
-    """Returns what a call says of how the batch repeats entries; None where it says nothing.
+    """Returns the repetition that a call specifies; None if it specifies none.
 
     Raises:
-        ConfigError: it is no number of times.
+        ConfigError: a value is not a positive integer.
     """
     guidance, copies = context.get(GUIDANCE), context.get(COPIES)
     if guidance is None and copies is None:
@@ -49,16 +50,16 @@ def told_repeats(context: Mapping[str, Any]) -> Repeats | None:
 
 
 def of_batch(name: str, value: Tensor, batch: int, repeats: Repeats) -> Tensor:
-    """Returns the entries of a value for each row of a batch: as they are where there are as many.
+    """Returns the entries of a value for each row of a batch: unchanged if there is one for each row.
 
     Args:
-        name: the name by which a call tells the value.
-        value: an entry for each row, or for each of those that the batch repeats.
-        batch: how many rows it has.
-        repeats: how it repeats entries.
+        name: the name of the value in `peftcore.call`.
+        value: an entry for each row of the batch, or for each row before repetition.
+        batch: the number of rows of the batch.
+        repeats: the repetition of entries in the batch.
 
     Raises:
-        RouteError: there are not as many rows.
+        RouteError: the number of rows does not match the entries.
     """
     if len(value) == batch:
         return value

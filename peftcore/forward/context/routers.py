@@ -1,9 +1,9 @@
-"""Routers: operators that give each token, sequence or task shares of several experts, and say so to whoever asks.
+"""Routers: operators that give each token, sequence or task shares of several experts, and can report these shares.
 
-The words are the same for all mixtures. An *expert* is one of several updates of a module; the *gates* of a token (of a
-sequence, of a task) are its shares of the experts; *soft* gates have all experts, *top-k* gates are zero but for k. A
-choice whose gates are all zero is *dropped*. Nothing is kept of a forward unless somebody asks
-(`Injection.reporting`), and then sums alone: two numbers an expert and four more.
+All mixtures use the same terms. An *expert* is one of several updates of a module; the *gates* of a token (of a
+sequence, of a task) are its shares of the experts; *soft* gates use all experts, *top-k* gates are zero except for k. A
+choice whose gates are all zero is *dropped*. A forward keeps statistics only inside `Injection.reporting`, and then
+only sums: two numbers per expert and four more.
 """
 
 from __future__ import annotations
@@ -19,37 +19,38 @@ from peftcore.contract.operators import Operator
 from peftcore.forward.context.context import forward_context
 
 Routes = Literal["token", "sequence", "task"]
-"""The unit that has gates of its own: a token, a sequence or a task."""
+"""The unit that has separate gates: a token, a sequence or a task."""
 OTHERS = ("decoder_input_ids", "decoder_inputs_embeds", "labels")
-"""Arguments whose rows are those of a decoder beside an encoder."""
+"""Arguments whose rows belong to the decoder of an encoder-decoder model."""
 
 
 class Gates(NamedTuple):
     """The gates of one forward of a router, row by row."""
 
     shares: Tensor
-    """``[rows, choices, experts]``: a choice a token, or several of a token that chooses for each head or group."""
+    """``[rows, choices, experts]``: one choice per token, or several if a token chooses for each head or group."""
     counts: Tensor | None
-    """``[rows, choices]`` of bool: which choices are no padding; None where nothing tells of any."""
+    """``[rows, choices]`` of bool: False for choices of padding tokens; None where padding is absent or not known."""
     known: bool
-    """Whether padding is known: not where a part of the model runs by itself, nor where tokens have lost their rows."""
+    """Whether padding is known: it is not if a part of the model runs by itself, or if tokens cannot be assigned to
+    rows."""
 
 
 class Router(Operator):
     """An operator that gives shares of experts. Its forward calls `noted` with its gates."""
 
     routes: ClassVar[Routes] = "token"
-    """The unit that has gates of its own; "token" by default."""
+    """The unit that has separate gates; "token" by default."""
     ledger: Ledger | None = None
-    """Where gates are summed up, while somebody asks for them."""
+    """The sums of the gates, while `Injection.reporting` is active."""
 
     def noted(self, gates: Tensor, dim: int = -1, inner: int = 0) -> None:
-        """Sum up the gates of this forward, if somebody asks; not where backward repeats it.
+        """Add the gates of this forward to the ledger, if there is one; not in forwards that backward repeats.
 
         Args:
-            gates: of tokens as `by_row` takes them, of whole rows ``[rows, ..., experts]``.
+            gates: for tokens as `by_row` takes them, for whole rows ``[rows, ..., experts]``.
             dim: the dimension of the experts, such as the channels of a convolution.
-            inner: as of `by_row`.
+            inner: as in `by_row`.
         """
         if self.ledger is not None and not forward_context().repeating:
             gates = gates.detach().movedim(dim, -1)
@@ -57,19 +58,19 @@ class Router(Operator):
 
 
 def of_rows(gates: Tensor) -> Gates:
-    """Returns gates of whole rows ``[rows, ..., experts]``, which have no padding."""
+    """Returns gates of whole rows ``[rows, ..., experts]``, for which padding does not exist."""
     return Gates(gates.reshape(len(gates), -1, gates.shape[-1]), None, True)
 
 
 def by_row(gates: Tensor, inner: int = 0) -> Gates:
-    """Returns gates of tokens by row, with what the model's attention mask says of padding.
+    """Returns gates of tokens by row, with padding according to the model's attention mask.
 
-    With a cache the mask tells of the tokens before, too: the last ones are those of this forward. Beams are rows.
+    With a cache the mask also covers earlier tokens: its last columns belong to this forward. Beams count as rows.
 
     Args:
-        gates: ``[rows, tokens, *inner, experts]``, of pictures ``[rows, height, width, *inner, experts]``; of a module
-            that is given ``[rows * tokens, in]`` or one vector a row ``[rows * tokens, *inner, experts]``.
-        inner: how many dimensions of one token stand before the experts: 1 where it chooses for each of its heads.
+        gates: ``[rows, tokens, *inner, experts]``, for images ``[rows, height, width, *inner, experts]``; for a module
+            that receives ``[rows * tokens, in]`` or one vector per row ``[rows * tokens, *inner, experts]``.
+        inner: the number of dimensions of one token before the experts: 1 if it chooses for each head.
     """
     places, each = gates.dim() - 1 - inner, math.prod(gates.shape[gates.dim() - 1 - inner : -1])
     if places == 0:
@@ -85,8 +86,8 @@ def by_row(gates: Tensor, inner: int = 0) -> Gates:
 
 
 def _of_vectors(count: int) -> tuple[Tensor | None, bool]:
-    """Returns the mask of tokens that have lost their rows, and whether padding is known; no mask of one vector a
-    row."""
+    """Returns the mask of tokens that are not grouped by rows, and whether padding is known; None as the mask for one
+    vector per row."""
     running = forward_context()
     mask = running.inputs.get("attention_mask")
     if running.of_two_streams or not isinstance(mask, Tensor) or mask.dim() != 2:
@@ -97,8 +98,8 @@ def _of_vectors(count: int) -> tuple[Tensor | None, bool]:
 
 
 def padding_mask(rows: int, tokens: int) -> tuple[Tensor | None, bool]:
-    """Returns which tokens of this forward are no padding ``[rows, tokens]``, by the model's own arguments, and whether
-    that is known; None where nothing is told of padding."""
+    """Returns a mask ``[rows, tokens]`` from the model's arguments, False for padding in this forward, and whether
+    padding is known. The mask is None if the arguments specify no padding."""
     running = forward_context()
     inputs = running.inputs
     if not inputs:
@@ -115,15 +116,15 @@ def padding_mask(rows: int, tokens: int) -> tuple[Tensor | None, bool]:
 
 
 def _new_tokens(inputs: Mapping[str, Any], otherwise: int) -> int:
-    """Returns how many tokens a row has that the model is given; a module beside them, such as one of a tower for
-    pictures, has others."""
+    """Returns the number of tokens in a row of the model's input; a module of another tower, such as one for images,
+    has other tokens."""
     given = [inputs.get(name) for name in ("input_ids", "inputs_embeds")]
     return next((each.shape[1] for each in given if isinstance(each, Tensor) and each.dim() > 1), otherwise)
 
 
 def _of_two(encoder: Any, decoder: Any, others: list[int], rows: int, tokens: int) -> tuple[Tensor | None, bool]:
-    """Returns the mask of whichever of an encoder and a decoder has so many tokens, if only one has; `others` are
-    widths of the decoder's arguments."""
+    """Returns the mask of the encoder or the decoder, whichever has the given number of tokens, if only one has;
+    `others` are widths of the decoder's arguments."""
     if encoder is None and decoder is None:
         return None, True
     fits = [isinstance(each, Tensor) and each.shape == (rows, tokens) for each in (encoder, decoder)]
@@ -135,11 +136,11 @@ def _of_two(encoder: Any, decoder: Any, others: list[int], rows: int, tokens: in
 
 
 class Ledger:
-    """Sums of the gates of one router, where its gates are.
+    """Sums of the gates of one router, on the device of the gates.
 
     Attributes:
         forwards: how often the router ran.
-        known: whether the padding of all forwards was.
+        known: whether padding was known in all forwards.
     """
 
     def __init__(self) -> None:
@@ -165,6 +166,6 @@ class Ledger:
 
     @property
     def sums(self) -> list[float]:
-        """The sums of shares, one for each expert, then how many choices each has; then the sum of entropies, and how
-        many choices were dropped, made, and left out as padding. Empty before the first forward."""
+        """The sum of shares of each expert, then the number of choices of each expert; then the sum of entropies, and
+        the numbers of choices that were dropped, made, and left out as padding. Empty before the first forward."""
         return [] if self._sums is None else self._sums.tolist()

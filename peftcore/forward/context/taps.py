@@ -1,4 +1,4 @@
-"""Taps: what one operator leaves for another in the same forward."""
+"""Taps: values that one operator stores for another in the same forward."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ REENTRANT = (
 
 
 class Tap:
-    """A place where one operator leaves a value for another during one forward; both hold the tap.
+    """A place in which one operator stores a value for another during one forward; both operators hold the tap.
 
     Args:
         until_backward: hold the value until backward is done with this forward. For operators in different blocks:
-            gradient checkpointing runs one block again without the other.
-        learns: values learn by what is read of them. Reading one that a reentrant checkpoint has made, outside of that,
-            is a TrainingError: it has no gradient there.
+            gradient checkpointing repeats one block without the other.
+        learns: values get gradients from the code that reads them. Reading a value of a reentrant checkpoint outside of
+            that checkpoint is a TrainingError, since the value has lost its graph there.
     """
 
     _numbers = itertools.count()
@@ -38,18 +38,18 @@ class Tap:
         self.key, self.until_backward, self.learns = next(self._numbers), until_backward, learns
 
     def put(self, value: Any) -> None:
-        """Leave a value for the rest of this forward."""
+        """Store a value for the rest of this forward."""
         context = forward_context()
         lost = _loses_gradient(value) or (self.learns and not torch.is_grad_enabled())
         inside = reentrant() if lost and not torch.compiler.is_compiling() else None
         context.taps.append((self.key, value, self.until_backward, context.rows, inside))
 
     def get(self) -> Any:
-        """Returns the value that was left in this forward; None when there is none.
+        """Returns the value that was stored in this forward; None without one.
 
         Raises:
-            TrainingError: its gradient would be lost, for a reentrant checkpoint begun after it was left, or ended
-                before it is read.
+            TrainingError: its gradient would be lost, because a reentrant checkpoint began after it was stored, or
+                ended before it is read.
         """
         context = forward_context()
         for key, value, _, rows, inside in reversed(context.taps):
@@ -62,7 +62,7 @@ class Tap:
         return None
 
     def take(self) -> Any:
-        """Returns the value and drops it: a value that one operator alone reads is freed when it was read."""
+        """Returns the value and drops it: a value with a single reader is freed as soon as it is read."""
         value, taps = self.get(), forward_context().taps
         taps[:] = [tap for tap in taps if tap[0] != self.key]
         return value
@@ -73,8 +73,8 @@ class Tap:
 
 @contextmanager
 def branches(context: ForwardContext) -> Iterator[Callable[[], None]]:
-    """Context manager for a module that runs in several branches; gives a function to call in front of each. Each reads
-    what was left in front of the module, also what an operator of an earlier branch took."""
+    """Context manager for a module that runs in several branches; yields a function to call before each branch. Each
+    branch reads the values stored before the module ran, also those that an earlier branch took."""
     taps, before = context.taps, [*context.taps]
     left: list[Any] = []
     taken: list[Any] = []
@@ -96,12 +96,13 @@ def _others(taps: Sequence[Any], than: Sequence[Any]) -> list[Any]:
 
 
 def _loses_gradient(value: Any) -> bool:
-    """Whether a value has a gradient, and is met where none is recorded, as in the forward of reentrant checkpoints."""
+    """Whether a value requires a gradient while gradients are not recorded, as in the forward of reentrant
+    checkpoints."""
     return not torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors_in(value))
 
 
 def _for_rows(value: Any, rows: OwnRows | None, wanted: OwnRows | None) -> Any:
-    """Returns what was left by an operator that was given some rows for one that is given others of them."""
+    """Returns a value that was stored for some rows, converted to the rows of the operator that reads it."""
     if rows is not None and wanted is not None and rows.positions == wanted.positions:
         return value
     whole = value if rows is None else rows.spread(value)

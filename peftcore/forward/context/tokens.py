@@ -1,8 +1,7 @@
-"""The tokens of one forward: their ids, how many a cache holds of earlier ones, and what was decided when they were
-new.
+"""The tokens of one forward: their ids, the number of earlier tokens in the cache, and decisions about these.
 
-What is decided about the tokens of a prompt is kept with the cache that the forward fills, and goes on with copies of
-it: the next forward sees one token, and goes by what the prompt was.
+Decisions about the tokens of a prompt are stored with the cache that the forward fills, and in copies of it: the next
+forward sees one token and relies on the decisions about the prompt.
 """
 
 from __future__ import annotations
@@ -19,42 +18,42 @@ from peftcore.roles.stacks import cache_in
 
 _TOKENS = ("input_ids", "inputs_embeds")
 OF_DECODER = frozenset({"decoder_input_ids", "decoder_inputs_embeds"})
-"""Arguments of models that have an encoder and a decoder."""
+"""Decoder arguments, which identify models with an encoder and a decoder."""
 NEVER = torch.iinfo(torch.int64).max
 """The first column of a sequence that does not occur."""
 _KEPT = "_peftcore_kept"
 """The attribute of a cache in which decisions about its tokens are kept."""
 _FILLED = "_peftcore_filled"
-"""The attribute of a cache that says of which prompt its first tokens are, and whether they are."""
+"""The attribute of a cache that stores a prompt, and whether the cache's first tokens belong to it."""
 REMEDY = "say from which column of tokens on it acts, one for each row: with peftcore.call(model, since=[...]): ..."
 
 
 class _Kept(NamedTuple):
-    """The record that is kept with a cache about one sequence of ids."""
+    """The record about one sequence of ids that is stored with a cache."""
 
     since: Tensor
-    """``[batch]``: the first column of its last occurrence."""
+    """``[batch]``: the first column of the sequence's last occurrence."""
     ids: Tensor
     """``[batch, seen]``: the ids of the last columns before `end`."""
     end: int
-    """How many columns the cache held then."""
+    """The number of columns in the cache at that time."""
 
     def before(self, held: int, most: int) -> Tensor:
-        """Returns the last ids (at most so many) of a cache that holds so many columns; none where it holds some that
-        were not seen."""
+        """Returns the last ids, at most `most`, of a cache that holds `held` columns; no ids if it holds columns that
+        were not recorded."""
         stop = self.ids.shape[1] - (self.end - held)
         return self.ids[:, max(stop - most, 0) : max(stop, 0)] if self.end >= held else self.ids[:, :0]
 
 
 class Prompt(NamedTuple):
-    """The prompt of a ``generate`` that runs: it is known as a whole before the model is given pieces of it."""
+    """The prompt of a ``generate`` that runs: it is known as a whole before the model receives pieces of it."""
 
     ids: Tensor
     """``[batch, tokens]``"""
     begin: int
-    """How many columns are before it, in the cache that ``generate`` was given."""
+    """The number of columns before the prompt, in the cache that ``generate`` was given."""
     mask: Tensor | None = None
-    """``[batch, begin + tokens]``: zero where padding is; None where ``generate`` was given none."""
+    """``[batch, begin + tokens]``: zero at padding; None if ``generate`` was given no mask."""
 
     @property
     def end(self) -> int:
@@ -66,17 +65,17 @@ class Tokens:
 
     Args:
         inputs: the host's arguments by name, before any of its modules runs.
-        names: the names of all that its forward takes. What has an encoder and a decoder has tokens of two kinds, and
-            none are counted.
-        prompt: that of the ``generate`` in which the forward runs.
+        names: the names of all parameters of the host's forward. A model with an encoder and a decoder has tokens of
+            two kinds, which are not counted.
+        prompt: the prompt of the ``generate`` in which the forward runs.
 
     Attributes:
         counted: whether the columns are known.
         ids: ``[batch, new]`` int64; None where the host is given embeddings.
-        held: how many columns of tokens the cache held when the forward began, padding included.
-        new: how many columns this forward adds.
+        held: the number of token columns in the cache when the forward began, padding included.
+        new: the number of columns that this forward adds.
         batch: the rows of the batch.
-        prompt: that of the ``generate``, where the tokens are those of the prompt and of what is generated behind it.
+        prompt: the prompt of the ``generate``, if the tokens belong to the prompt or are generated after it.
     """
 
     def __init__(self, inputs: Mapping[str, Any], names: Collection[str] = (), prompt: Prompt | None = None) -> None:
@@ -97,18 +96,18 @@ class Tokens:
 
     def since(self, sequence: Sequence[int], told: Any = None) -> Tensor:
         """Returns the first column of the last occurrence of a sequence of ids in each row: ``[batch]`` int64, on the
-        device of the ids; ``held + new`` or more where there is none.
+        device of the ids; ``held + new`` or more in rows without an occurrence.
 
-        In ``generate`` the prompt decides it, whatever is generated; elsewhere the forward that sees the sequence. It
-        is kept with the cache for the forwards that go on from there.
+        In ``generate`` only the prompt is searched, not the generated tokens; elsewhere each forward is searched. The
+        result is stored with the cache for the forwards that continue from it.
 
         Args:
             sequence: the ids.
-            told: the columns, where the caller says them: one for each row.
+            told: the columns, one for each row, if the caller specifies them.
 
         Raises:
-            MissingContext: the ids of this forward, or those in the cache, were not seen.
-            SequenceError: tokens in the cache did not run as the sequence decides it now.
+            MissingContext: the ids of this forward, or of the tokens in the cache, are not known.
+            SequenceError: tokens in the cache were computed under another decision about the sequence.
         """
         key = tuple(sequence)
         if told is not None:
@@ -139,7 +138,7 @@ class Tokens:
         return since
 
     def _are_of(self, prompt: Prompt) -> bool:
-        """Whether the ids are those of the prompt, as far as it goes, and what the cache holds is of it, too."""
+        """Whether the ids match the prompt up to its end, and the tokens in the cache belong to the prompt too."""
         start = self.held - prompt.begin
         if self.ids is None or not self.counted or start < 0 or self.batch % len(prompt.ids):
             return False
@@ -154,12 +153,12 @@ class Tokens:
         return found
 
     def _history(self, before: _Kept | None, most: int) -> Tensor:
-        """Returns the last ids that the cache holds, at most so many, as far as they were seen."""
+        """Returns the last ids that the cache holds, at most `most`, as far as they were recorded."""
         assert self.ids is not None
         return self.ids[:, :0] if before is None else self._of_rows(before.before(self.held, most)).to(self.ids)
 
     def _prompted(self, key: tuple[int, ...], before: _Kept | None, earlier: Tensor, prompt: Prompt) -> Tensor:
-        """Returns where the sequence begins in the prompt, or in what the cache holds before that."""
+        """Returns the column at which the sequence begins in the prompt, or in the cached tokens before the prompt."""
         since = _first_columns(self._of_rows(prompt.ids).to(earlier), key, prompt.begin)
         if prompt.begin:
             since = torch.where(since == NEVER, earlier, since)
@@ -172,7 +171,7 @@ class Tokens:
         return since
 
     def _seen(self, key: tuple[int, ...], before: _Kept | None, earlier: Tensor) -> Tensor:
-        """Returns where the sequence begins by the ids of this forward, and the last ones before it."""
+        """Returns the column at which the sequence begins, by the ids of this forward and the last ids before it."""
         assert self.ids is not None
         tail = self._history(before, len(key) - 1)
         first = _first_columns(torch.cat([tail, self.ids], 1), key, self.held - tail.shape[1])
@@ -191,7 +190,7 @@ class Tokens:
         return since
 
     def _check_known(self, key: tuple[int, ...], before: _Kept | None, since: Tensor) -> None:
-        """Raise MissingContext where the sequence may be among tokens of the cache that nobody looked at."""
+        """Raise MissingContext if the sequence may be among tokens of the cache that were not searched."""
         known = before is not None and before.end >= self.held
         if self.held and not known and bool((since == NEVER).any()):
             raise MissingContext(
@@ -200,7 +199,7 @@ class Tokens:
             )
 
     def _of_rows(self, value: Tensor) -> Tensor:
-        """Returns a value with an entry for each row: those of a batch before it was repeated (beams) are repeated."""
+        """Returns a value with an entry for each row: entries of a batch before repetition (beams) are repeated."""
         times, rest = divmod(self.batch, max(len(value), 1)) if value.dim() else (0, 1)
         if rest or not times:
             raise MissingContext(
@@ -210,8 +209,8 @@ class Tokens:
 
 
 def _first_columns(ids: Tensor, sequence: tuple[int, ...], begin: int) -> Tensor:
-    """Returns the column where a sequence last begins in each row ``[batch, tokens]`` of ids, of which the first stands
-    at the column `begin`; `NEVER` where it does not occur."""
+    """Returns the column where a sequence last begins in each row ``[batch, tokens]`` of ids, the first of which is at
+    the column `begin`; `NEVER` where it does not occur."""
     if ids.shape[1] < len(sequence):
         return ids.new_full((len(ids),), NEVER)
     windows = ids.unfold(1, len(sequence), 1)  # [batch, places, length]

@@ -1,4 +1,4 @@
-"""What acts at one module under one choice, planned once.
+"""The operators that act at one module under one choice, planned once.
 
 In the order of reading:
 

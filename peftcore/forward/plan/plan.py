@@ -1,5 +1,5 @@
-"""Active plans and module plans: the operators that act at one module under one choice, planned once, so that running
-only looks up."""
+"""Active plans and module plans: the operators that act at one module under one choice, planned once, so that a forward
+only looks them up."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from peftcore.layers.layer import Layer
 from peftcore.utils.autocast import autocasts, full_precision
 
 Mounts = Mapping[str, list[Mount]]
-"""The mounts of a module by name of the injection; of the many that may be loaded, the active ones are looked up."""
+"""The mounts of a module by injection name, for all loaded injections; a plan looks up the active ones."""
 
 
 @dataclass(frozen=True, eq=False)
 class ActivationForm:
-    """The activation form of a weight operator: it acts around the module's own forward instead of on the weight."""
+    """The activation form of a weight operator: it wraps the module's forward instead of changing the weight."""
 
     mount: Mount
     operator: WeightOperator
@@ -33,8 +33,8 @@ class ActivationForm:
 
     @classmethod
     def of(cls, mount: Mount, attributes: Mapping[str, Any]) -> Self | None:
-        """Returns the form; None where there is none: the operator has none, or the tensor is no weight of a linear map
-        that is called."""
+        """Returns the form; None if the operator does not define one, or if the tensor is not the weight of a linear
+        map that is called."""
         operator = mount.operator
         called = mount.layer.called and mount.form == "weight" and mount.tensor == "weight"
         if not called or not isinstance(operator, WeightOperator):
@@ -46,11 +46,12 @@ class ActivationForm:
 
     @property
     def mounts(self) -> tuple[Mount, ...]:
-        """The mount alone."""
+        """The single mount of this form."""
         return (self.mount,)
 
     def prepare(self, module: nn.Module) -> Any:
-        """Returns the operator's prepared values, which no input changes, computed at the operator's own precision."""
+        """Returns the operator's prepared values, which do not depend on the input, computed in the operator's
+        precision."""
         with full_precision(self.mount.layer.like(module, self.mount.tensor)):
             return self.operator.prepare(HeldSlices(self.mount, module))
 
@@ -78,24 +79,25 @@ class ActivePlan:
     onion: tuple[Mount, ...] = ()
     attention: tuple[Mount, ...] = ()
     observers: tuple[Mount, ...] = ()
-    """Operators that only look; they stand around all others."""
+    """Operators that only observe; they wrap all other operators."""
     inputs: tuple[Mount, ...] = ()
-    """Operators that only change the arguments, before all but the observers."""
+    """Operators that only change the arguments; they run before all other operators except the observers."""
     attributes: Mapping[str, Any] = field(default_factory=dict)
     needs_recompute: bool = False
-    """Whether forward makes tensors that must not outlive their use: it is computed again in backward."""
+    """Whether the forward makes tensors that must be freed after use: then backward computes the forward again."""
     packed: bool = False
-    """Whether a tensor that it acts on is quantized: each effective tensor is a dense copy."""
+    """Whether a tensor that the operators act on is quantized, so that each effective tensor is a dense copy."""
     view_class: type[nn.Module] | None = None
-    """The class whose forward takes the effective tensors, where the module's own cannot."""
+    """The class whose forward runs on the effective tensors, where the module's class cannot."""
     activation_form: ActivationForm | None = None
-    """The only mount that acts on tensors, where it can act on activations instead."""
+    """The activation form of the only mount that acts on tensors, if it has one."""
     linear_only: bool = True
-    """Whether the module is nothing but one product with each tensor that it acts on."""
+    """Whether the module only computes one product with each tensor that the operators act on."""
     product: Layer | None = None
-    """The layer of the weight that it acts on, where the module is a linear map of vectors with a dense one."""
+    """The layer of the weight that the operators act on, if the module is a linear map of vectors with a dense
+    weight."""
     updates: bool = False
-    """Whether low-rank updates of stacked matrices are all that acts on tensors."""
+    """Whether only low-rank updates of stacked matrices act on tensors."""
     low_memory: bool = False
     """Whether to use as little memory as possible."""
 
@@ -105,7 +107,8 @@ class ActivePlan:
         return tuple([effect.mount for _, effects in self.effects for effect in effects])
 
     def is_cast(self, module: nn.Module) -> bool:
-        """Whether autocast would make copies of effective tensors, which a module would save instead of them."""
+        """Whether autocast would cast the effective tensors, so that the module would save the cast copies for
+        backward."""
         likes = (each[0].mount.layer.like(module, path) for path, each in self.effects)
         return any(
             autocasts(like.device.type) and torch.get_autocast_dtype(like.device.type) is not like.dtype
@@ -117,7 +120,7 @@ class ActivePlan:
         return {path: make() for path, make in self.makes(module).items()}
 
     def factors(self, module: nn.Module) -> Mapping[str, Pair] | None:
-        """Returns the low-rank update of each tensor, where nothing else acts on tensors; otherwise None."""
+        """Returns the low-rank update of each tensor, if no other kind of operator acts on tensors; otherwise None."""
         found = {}
         for path, effects in self.effects if self.updates else ():
             factors = factors_of(effects[0].mount.layer.read(module, path), [effect.mount for effect in effects])
@@ -127,7 +130,7 @@ class ActivePlan:
         return found or None
 
     def lazy_weights(self, module: nn.Module, factors: Mapping[str, Pair], made: Made) -> dict[str, Tensor | None]:
-        """Returns lazy weights in place of effective tensors, each of which `made` computes if it is asked for."""
+        """Returns lazy weights in place of effective tensors, each of which `made` computes when it is read."""
         found: dict[str, Tensor | None] = {}
         for path, effects in self.effects:
             layer, make = effects[0].mount.layer, functools.partial(_make, module, path, effects)
@@ -151,8 +154,8 @@ def _make(module: nn.Module, path: str, effects: tuple[Effect, ...]) -> Tensor |
 def plan_acting(
     mounts: Mounts, forced_attributes: list[tuple[str | None, Mapping[str, Any]]], active: Active
 ) -> ActivePlan:
-    """Returns the plan of an active set, in order. A mergeable onion layer that came before a weight operator acts on
-    the weight too, so that several active injections compose as merging them one after the other would."""
+    """Returns the plan of an active set, in order. A mergeable onion layer that was applied before a weight operator
+    acts on the weight too, so that active injections compose as if they were merged one after the other."""
     weight: list[Mount] = []
     onion: list[Mount] = []
     attention: list[Mount] = []
@@ -213,15 +216,15 @@ def _product(effects: Mapping[str, list[Effect]]) -> Layer | None:
 
 
 def _updates_stack(mount: Mount) -> bool:
-    """Whether an operator may be a low-rank update of matrices that a module reads one by one, and changes no bias."""
+    """Whether an operator may be a low-rank update of matrices that a module reads one by one, and leaves the bias
+    unchanged."""
     kind, layer = type(mount.operator), mount.layer
     low_rank = kind.factors is not _Base.factors and kind.merged_bias is _Base.merged_bias
     return low_rank and layer.batch_dims > 0 and not layer.called
 
 
 def layers_of(acting: ActivePlan) -> tuple[Operator, ...] | None:
-    """Returns the operators, innermost first, where nothing but layers around the module's forward acts; otherwise
-    None."""
+    """Returns the operators, innermost first, if all of them only wrap the module's forward; otherwise None."""
     others = acting.effects or acting.attention or acting.observers or acting.inputs or acting.attributes
     if others or acting.needs_recompute:
         return None
@@ -235,7 +238,7 @@ def layers_of(acting: ActivePlan) -> tuple[Operator, ...] | None:
 
 
 def updates_of(routed: Sequence[ActivePlan]) -> tuple[tuple[int, Mount], ...]:
-    """Returns the low-rank updates of a route's names by position, if nothing else acts."""
+    """Returns the low-rank updates of a route's names by position; an empty tuple if any other operator acts."""
     if not all(_is_update(mount) for acting in routed for mount in acting.onion):
         return ()
     if any(acting.effects or acting.attention or acting.attributes for acting in routed):
@@ -257,16 +260,16 @@ class ModulePlan:
 
     key: Key
     acting: ActivePlan
-    """With a route: the plan for no row in particular; attention edits pick their rows themselves."""
+    """With a route: the plan for the whole batch; attention edits select their rows themselves."""
     inner: tuple[Operator, ...] = ()
     outermost: Operator | None = None
-    """The operators, if nothing acts but them, one around the other: the short way, which decoding takes."""
+    """The operators, if all of them only wrap the forward: a fast path, which decoding uses."""
     routed: tuple[ActivePlan, ...] = ()
     """With a route: the plan for the rows of each of its names."""
     updates: tuple[tuple[int, Mount], ...] = ()
-    """With a route: the low-rank updates of its names by position, where they do nothing else here."""
+    """With a route: the low-rank updates of its names by position, if no other operator acts at this module."""
     composition: Composition | None = None
     branches: Mapping[Active, ActivePlan] = field(default_factory=dict)
     """With a composition: the plan of each branch; branches with the same operators share one object."""
     combiners: Mapping[str, Combiner] = field(default_factory=dict)
-    """With a composition: the combiners that stand here, by injection."""
+    """With a composition: the combiners at this module, by injection."""

@@ -1,8 +1,8 @@
-"""Rows of a batch that go to different adapters.
+"""Rows of a batch that use different adapters.
 
 In the order of reading:
 
-- `routing`: the rows of each adapter, and outputs put together row by row.
+- `routing`: the rows of each adapter, and outputs joined row by row.
 - `alike`: equal operators of several adapters, which run as one.
 - `batched_updates`: low-rank updates of many adapters in one product.
 """

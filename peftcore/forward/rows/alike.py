@@ -1,6 +1,7 @@
 """Equal operators of several adapters run as one, by `torch.vmap` over their stacked tensors.
 
-N adapters of one method and one size, each with as many rows, then dispatch hardly more operations than one of them.
+N adapters of one method and one size, with equal numbers of rows, then dispatch hardly more operations than a single
+adapter.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ from peftcore.layers.kinds import DENSE
 from peftcore.layers.layer import plain_class
 
 Inner = Callable[[ActivePlan], Callable[..., Any]]
-"""Returns the module's forward with what a plan has inside it."""
+"""Returns the module's forward with the operators of a plan inside it."""
 
 
 Form = Callable[[ActivePlan], ActivationForm | None]
-"""Returns the activation form that a plan takes for the rows at hand; None where it takes none."""
+"""Returns the activation form that a plan takes for the current rows; None where it takes none."""
 Prepare = Callable[[ActivationForm], Any]
 """Returns the prepared values of an activation form: a tensor, a tuple of tensors, or None."""
 
@@ -37,8 +38,8 @@ Prepare = Callable[[ActivationForm], Any]
 def positions_alike(
     acting: Mapping[int, ActivePlan | None], route: Route, module: nn.Module, form: Form
 ) -> list[Positions]:
-    """Returns the positions of a route in groups that run as one: those with equal operators and as many rows, and all
-    where nothing acts."""
+    """Returns the positions of a route in groups that run as one: positions with equal operators and equal numbers of
+    rows, and all positions without operators."""
     groups: dict[Hashable, list[int]] = {}
     for position, each in acting.items():
         seeded = position >= 0 and bool(route.seeds) and route.seeds[position] is not None
@@ -49,24 +50,25 @@ def positions_alike(
 
 
 def may_draw(acting: ActivePlan, form: ActivationForm | None) -> bool:
-    """Whether operators of one adapter at a module may draw random numbers: one that is no plain mathematics, or drops
-    something."""
+    """Whether operators of one adapter at a module may draw random numbers: an operator that is not stackable, or that
+    has dropout."""
     return any(not each.stackable or _draws(each) for each in _operators(acting, form))
 
 
 def as_one(
     acting: Sequence[ActivePlan], module: nn.Module, bare: OfSomeRows, inner: Inner, form: Form, prepare: Prepare
 ) -> Callable[[], Tensor]:
-    """Returns the function that runs equal operators of several adapters at a module, each on as many rows: it returns
-    the output ``[rows, ...]``, in the order of `bare`.
+    """Returns the function that runs equal operators of several adapters at a module, each on the same number of rows:
+    it returns the output ``[rows, ...]``, in the order of `bare`.
 
     Args:
         acting: the plan of each adapter.
         module: the module, which is called with one tensor.
-        bare: the forward of the bare base model for their rows, those of one adapter after those of another.
+        bare: the forward of the bare base model for the rows of these adapters, one adapter after the other.
         inner: the forward with effective tensors.
         form: the activation form that each takes.
-        prepare: what prepares it; each adapter's by itself, since a weight is read for that.
+        prepare: the function that prepares the activation form; called for each adapter separately, since it reads a
+            weight.
     """
     (x,) = bare.args
     forms = [form(plan) for plan in acting]
@@ -107,8 +109,8 @@ def as_one(
 
 
 def _stack_all(tables: Iterable[Sequence[Any]]) -> tuple[list[Any], list[int | None]]:
-    """Returns the values of several adapters as one list, tensors stacked, and the dimension in which each is; what is
-    the same one for all has none."""
+    """Returns the values of several adapters as one list, with tensors stacked, and the stacked dimension of each
+    value; None for a value that all adapters share."""
     columns = [*zip(*tables, strict=True)]
     one_for_all = [all(each is column[0] for each in column) for column in columns]
     values = [column[0] if one else stacked(column) for one, column in zip(one_for_all, columns, strict=True)]
@@ -126,7 +128,7 @@ def _operators(plan: ActivePlan, form: ActivationForm | None) -> list[_Base]:
 
 
 def _plan_with(plan: ActivePlan, stand_ins: Mapping[int, Any]) -> ActivePlan:
-    """Returns a plan with other operators in place of its own, by `id`."""
+    """Returns a plan with its operators replaced, by `id`."""
 
     def of(mount: Mount) -> Mount:
         return replace(mount, operator=stand_ins[id(mount.operator)])
@@ -140,9 +142,9 @@ def _plan_with(plan: ActivePlan, stand_ins: Mapping[int, Any]) -> ActivePlan:
 
 
 def _looks_of(acting: ActivePlan, module: nn.Module, form: ActivationForm | None, seeded: bool) -> Hashable | None:
-    """Returns what is the same for plans that differ in the values of tensors alone; None for one that runs by itself:
-    more acts than stackable operators around a module and on its vectors (an effective matrix for each adapter would
-    take too much memory), or what is `seeded` by itself may draw."""
+    """Returns a key that is equal for plans that differ only in the values of tensors; None for a plan that must run by
+    itself: a plan with operators that are not stackable or that act on matrices (an effective matrix for each adapter
+    would take too much memory), or a `seeded` plan whose operators may draw."""
     effects = () if form is not None else acting.effects
     if acting.attributes or acting.attention or any(_dims(module, path, each) > 1 for path, each in effects):
         return None
@@ -158,7 +160,7 @@ def _looks_of(acting: ActivePlan, module: nn.Module, form: ActivationForm | None
 
 
 def _draws(operator: _Base) -> bool:
-    """Whether a stackable operator may draw random numbers: it drops something in training."""
+    """Whether a stackable operator may draw random numbers: it has dropout and is in training mode."""
     told = any(vars(operator).get(name) for name in operator.training_only)
     return operator.training and (told or any(isinstance(each, _DropoutNd) and each.p for each in operator.modules()))
 
@@ -174,8 +176,8 @@ def _looks_of_mount(mount: Mount) -> Hashable | None:
 
 
 def _looks_of_module(module: nn.Module) -> Hashable | None:
-    """Returns what is the same for modules that differ in the values of tensors alone; None where there is more to
-    them than tensors, plain values and modules inside."""
+    """Returns a key that is equal for modules that differ only in the values of tensors; None for a module that holds
+    more than tensors, plain values and submodules."""
     own = vars(module)
     if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
         return None
@@ -211,11 +213,11 @@ def _is_plain(value: Any) -> bool:
 
 _PLAIN = (int, float, str, type(None), FunctionType)
 _OWN = TORCHS | {"layer"}
-"""Attributes that are not compared: the layer is that of the module, which is one for all."""
+"""Attributes that are not compared: the layer belongs to the module, which is the same for all."""
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
-    """Yields the tensors that an operator computes with, in the order in which `_with` puts others in their place."""
+    """Yields the tensors that an operator computes with, in the order in which `_with` replaces them."""
     yield from (tensor for table in tables(module) for tensor in table.values() if tensor is not None)
     for child in (*module._modules.values(), *_shared(module).values()):
         if child is not None:
@@ -227,7 +229,7 @@ def _shared(module: nn.Module) -> Mapping[str, nn.Module]:
 
 
 def _with(module: nn.Module, values: Iterator[Tensor]) -> Any:
-    """Returns an object that computes as the module does, with the next of other tensors in place of its own."""
+    """Returns an object that computes as the module does, with its tensors replaced by the next `values`."""
     stand_in: nn.Module = object.__new__(plain_class(module))
     fields = dict(vars(module))
     for table in ("_parameters", "_buffers"):
@@ -241,8 +243,8 @@ def _with(module: nn.Module, values: Iterator[Tensor]) -> Any:
 
 
 def stacked(tensors: Sequence[Tensor]) -> Tensor:
-    """Returns tensors of one shape as one of ``[tensors, ...]``; as `torch.stack`, but its gradient is cut into theirs
-    at once, and not by two operations each."""
+    """Returns tensors of one shape as one of ``[tensors, ...]``; as `torch.stack`, but backward splits the gradient in
+    one operation instead of two for each tensor."""
     if torch.compiler.is_compiling():  # compilers know torch's own; of ours, dynamo of torch 2.13 takes wrong rows
         return torch.stack([*tensors])
     return _Stack.apply(*tensors)  # type: ignore[no-any-return, no-untyped-call]

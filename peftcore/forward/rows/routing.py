@@ -1,4 +1,4 @@
-"""Per-sample adapters: rows of a batch go to different injections, over one base forward where possible."""
+"""Per-sample adapters: rows of a batch use different injections, over one base forward where possible."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from peftcore.forward.context.draws import draws_of, own_draws_aside
 
 
 class OneForward:
-    """A forward that runs once for the same inputs, however often its output is asked for.
+    """A forward that runs once for the same inputs, however often it is called.
 
-    It begins anew in an extra pass (`ForwardContext.without`), where other injections act.
+    It runs again in an extra pass (`ForwardContext.without`), in which other injections act.
 
     Args:
         run: the forward.
-        module: the module whose forward it is. Where that has modules inside, other inputs raise a RouteError: they
+        module: the module of this forward. If the module has submodules, different inputs raise a RouteError: they
             would fill caches more than once.
     """
 
@@ -46,7 +46,7 @@ class OneForward:
         return True
 
     def _kept(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """Returns the output, which is kept if it is the first."""
+        """Returns the output; the first output is kept."""
         if self._asked is None and _running() is self._context:
             self._asked, self._output = (args, kwargs), output
         return output
@@ -55,16 +55,16 @@ class OneForward:
         """Returns the output for other inputs.
 
         Raises:
-            RouteError: the module has others inside.
+            RouteError: the module has submodules.
         """
         self._check_changed()
         return self.run(*args, **kwargs)
 
     def _check_changed(self) -> None:
-        """Check that the module may run again, for other inputs.
+        """Check that the module may run again, for different inputs.
 
         Raises:
-            RouteError: it has others inside.
+            RouteError: the module has submodules.
         """
         if self._module._modules:
             raise RouteError(
@@ -78,14 +78,15 @@ def _running() -> ForwardContext | None:
 
 
 class OwnRows:
-    """The rows of one injection of a route, or of several equal ones that run as one, while an operator of theirs runs
-    in a module: what has a row for each row of the batch, or for each that the module sees, has their rows alone.
+    """The rows of one injection of a route (or of several equal injections that run as one), while one of their
+    operators runs. The operator sees only these rows of each value that has a row for each row of the batch or of the
+    module's input.
 
     Args:
         route: the route.
-        positions: those of the injections in the route, whose rows stand one after the other; -1 for the rows of the
-            bare base model.
-        count: how many rows the module sees: a multiple of the route's.
+        positions: the positions of the injections in the route, whose rows are concatenated in this order; -1 for the
+            rows of the bare base model.
+        count: the number of rows that the module sees: a multiple of the route's rows.
     """
 
     def __init__(self, route: Route, positions: Positions, count: int) -> None:
@@ -95,7 +96,7 @@ class OwnRows:
         self._counts = {count, *self._batch}
 
     def index(self, count: int, device: torch.device) -> Tensor | None:
-        """Returns which of `count` rows are its own; None where these are all rows as they lie."""
+        """Returns the indices of the selected rows among `count` rows; None if these are all rows in their order."""
         if count in self._rows:  # of a route of tokens: each token has what its row has
             own = self.route.own(self.positions, len(self.route.index), device)
             of_all = torch.arange(len(self.route.index), device=device) if own is None else own
@@ -103,7 +104,7 @@ class OwnRows:
         return self.route.own(self.positions, count, device)
 
     def of(self, value: Any) -> Any:
-        """Returns its rows of a tensor, or of the tensors in nested containers; all else as it is."""
+        """Returns the selected rows of a tensor, or of the tensors in nested containers; other values unchanged."""
         if isinstance(value, Tensor):
             if not value.dim() or len(value) not in self._counts:
                 return value
@@ -118,22 +119,23 @@ class OwnRows:
         return value
 
     def of_tokens(self, value: Tensor) -> Tensor:
-        """Returns its rows of a tensor ``[batch, tokens]``; of a route of single tokens, its tokens ``[own]``."""
+        """Returns the selected rows of a tensor ``[batch, tokens]``; with a route of single tokens, the selected tokens
+        ``[own]``."""
         if self.route.tokens > 1:
             value = value.flatten()
         index = self.route.own(self.positions, len(value), value.device)
         return value if index is None else value.index_select(0, index)
 
     def told(self, value: Any) -> Any:
-        """Returns its entries of a value that a call gives to a method: of a tensor, or of a list with one for each
-        row."""
+        """Returns the selected entries of a value that a call passes to a method: of a tensor, or of a list with one
+        entry for each row."""
         if isinstance(value, list | tuple) and len(value) in self._batch:
             index = self.index(len(value), torch.device("cpu"))
             return [*value] if index is None else [value[n] for n in index.tolist()]
         return self.of(value)
 
     def spread(self, value: Any) -> Any:
-        """Returns a value of its rows as one of all rows; zeros stand for the others."""
+        """Returns a value of the selected rows as a value of all rows, with zeros in the other rows."""
         if isinstance(value, Tensor) and value.dim():
             for count in sorted(self._counts):
                 own = self.index(count, value.device)
@@ -147,14 +149,14 @@ class OwnRows:
 
 
 class OfSomeRows:
-    """A forward of some rows of a batch: it picks them from one forward of all rows that want the same, as long as
-    nobody changes its inputs.
+    """A forward of some rows of a batch: it selects them from one shared forward of all rows, as long as no operator
+    changes the inputs.
 
     Args:
-        whole: that forward, of the bare base model.
+        whole: the shared forward, of the bare base model.
         given: its arguments, by position and by name.
-        pick: returns the rows from arguments and outputs of it.
-        alone: whether the rows run by themselves, since others do that need not run the bare base model.
+        pick: selects the rows in its arguments and outputs.
+        alone: whether these rows always run separately, because their adapter does not need the shared base forward.
     """
 
     def __init__(
@@ -166,20 +168,20 @@ class OfSomeRows:
         self.kwargs = {name: pick.of(each) for name, each in kwargs.items()}
 
     def changed(self, *args: Any, **kwargs: Any) -> Any:
-        """Returns the output for other inputs of its rows.
+        """Returns the output for changed inputs of these rows.
 
         Raises:
-            RouteError: of a module with others inside, which would run more than once.
+            RouteError: the module has submodules, which would run more than once.
         """
         if not self._alone:
             self._whole._check_changed()
         return self._whole.run(*args, **kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Returns the output for its rows.
+        """Returns the output for these rows.
 
         Raises:
-            RouteError: inputs were changed of a module with others inside, which would run more than once.
+            RouteError: inputs were changed of a module with submodules, which would run more than once.
         """
         if self._alone:
             return self._whole.run(*args, **kwargs)
@@ -204,12 +206,13 @@ def _same(before: tuple[tuple[Any, ...], dict[str, Any]], args: tuple[Any, ...],
 
 @contextmanager
 def own_rows(rows: OwnRows | None, site: str | None = None) -> Iterator[None]:
-    """Context manager in which operators see the rows of one injection alone: in what taps hold, in what a call told
-    and in the model's inputs; they draw by the injection's own seed, where the route has one.
+    """Context manager in which operators see only the rows of one injection: in the values of taps, in the values of
+    `peftcore.call` and in the model's inputs. They draw random numbers from the injection's seed, where the route has
+    one.
 
     Args:
-        rows: the rows; None for all of them, where the model draws as it always does.
-        site: the module, and what operators do there, by which draws differ; None where nothing draws.
+        rows: the rows; None for all rows, with the model's own random numbers.
+        site: the path of the module and the kind of operation, which enter the seed; None where operators do not draw.
     """
     context = forward_context()
     outer, context.rows = context.rows, rows
@@ -232,8 +235,8 @@ def all_rows() -> AbstractContextManager[None]:
 
 
 def rows_seen(route: Route, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
-    """Returns how many rows a module sees, by the first tensor among its arguments; None where they cannot be told
-    apart: one stands for all, or others may have rows or not."""
+    """Returns how many rows a module sees, by the first tensor among its arguments. Returns None if the rows cannot be
+    separated: all rows of the batch share one row, or it is unclear whether other arguments have rows."""
     first = next((each for each in (*args, *kwargs.values()) if isinstance(each, Tensor) and each.dim()), None)
     if first is None or len(first) < 2 or len(first) % len(route.index):
         return None
@@ -242,10 +245,11 @@ def rows_seen(route: Route, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
 
 
 def told_apart(route: Route, count: int, first: Tensor, others: Any) -> bool:
-    """Whether the tensors among a module's other arguments that are as long as the batch have its rows for sure: four
-    dimensions or more (a mask or a bias ``[rows, heads, tokens, tokens]``), or the last dimension of a sequence like
-    the first argument. Others, such as a mask ``[tokens, tokens]``, angles ``[tokens, width]`` or a number for each
-    head, have them if no dimension behind the first one of any argument is as long."""
+    """Whether it is certain that a module's other arguments with the length of the batch have its rows. It is certain
+    for tensors of four dimensions or more (a mask or a bias ``[rows, heads, tokens, tokens]``), and for tensors of
+    three dimensions with the same last dimension as a three-dimensional first argument. Other tensors might be a mask
+    ``[tokens, tokens]``, angles ``[tokens, width]`` or a number for each head, so for them it is certain only if no
+    dimension after the first of any argument has that length."""
     every = [each for each in tensors_in(others) if each.dim() and each is not first]
     lengths = {count, len(route.index), len(route.index) * route.copies}
     long = {len(each) for each in every if not _has_rows(each, first)} & lengths
@@ -260,17 +264,17 @@ def by_tokens(
     route: Route, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Route, tuple[Any, ...], dict[str, Any], Callable[[Any], Any]]:
     """Returns the call of a module that acts on each token by itself, under a route whose injections begin at some
-    token of each row: the route of its tokens, its arguments by position and by name, in which each token is a row, and
-    the function that gives its output the shape that it has without a route.
+    token of each row. The result has the route of the tokens, the positional and keyword arguments with each token as a
+    row, and the function that restores the usual shape of the output.
 
     Args:
         route: the route, which has `since`.
         args: the module's arguments; tensors ``[batch, tokens, ...]`` among them become ``[batch * tokens, ...]``.
-        kwargs: the others.
+        kwargs: the keyword arguments.
 
     Raises:
         MissingContext: a part of the model was called by itself.
-        RouteError: nothing says which tokens the module is given.
+        RouteError: the tokens of the module cannot be identified.
     """
     counted = forward_context().tokens
     first = next((each for each in (*args, *kwargs.values()) if isinstance(each, Tensor) and each.dim()), None)
@@ -302,8 +306,8 @@ def _as_it_is(output: Any) -> Any:
 
 
 def put_together(parts: Mapping[Any, Any], route: Route) -> Any:
-    """Returns the outputs for the rows of some positions of a route each as one output, row by row; containers may be
-    nested. What has no rows is the first one's."""
+    """Returns the outputs of a route's positions joined row by row into one output; containers may be nested. Values
+    without rows are taken from the first output."""
     first = next(iter(parts.values()))
     if isinstance(first, Tensor):
         if not first.dim():
@@ -329,7 +333,7 @@ def select_rows(output: Any, other: Any, route: Route, position: int) -> Any:
     of tensors.
 
     Raises:
-        RouteError: the rows of a tensor cannot be told apart.
+        RouteError: the number of rows of a tensor does not match the route.
     """
     if isinstance(output, Tensor):
         if output is other or not output.dim():

@@ -1,4 +1,4 @@
-"""Adapter modules, in which operators live: one level above the module that they act on,
+"""Adapter modules, which hold the operators: one level above the module that they act on,
 ``self_attn.peft.q_proj.<injection>``."""
 
 from __future__ import annotations
@@ -11,22 +11,22 @@ from torch import nn
 from peftcore.libraries.save_pretrained import BASE_ALONE
 
 ADAPTER_MODULES = "peft"
-"""The name of the adapter modules in the module above."""
+"""The attribute name of the adapter modules in their parent module."""
 IDLE = "_peftcore_idle"
-"""The key in an operator's ``__dict__`` of what stands for its values while they are not on the model."""
+"""The key in an operator's ``__dict__`` of the placeholder for its values while they are offloaded."""
 
 
 class AdapterModules(nn.Module):
     """Holds the operators of the modules of one parent: ``self_attn.peft.q_proj.<injection>``."""
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Load a state dict, which may be that of the bare base: operators that it does not name keep their values."""
+        """Load a state dict, possibly of the bare base: operators that it does not name keep their values."""
         if not any(key.startswith(prefix) for key in state_dict):
             self._put_own(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _put_own(self, state_dict: dict[str, Any], prefix: str) -> None:
-        """Put the state of the operators into a state dict, but for idle ones, which have nothing to load into."""
+        """Add the state of the operators to a state dict, except for idle operators, whose values are offloaded."""
         for name, child in self._modules.items():
             if isinstance(child, AdapterModules):
                 child._put_own(state_dict, f"{prefix}{name}.")
@@ -45,10 +45,10 @@ class AdapterModules(nn.Module):
 
 def note_lacking(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, metadata: Any, strict: bool,
                  missing: list[str], unexpected: Any, errors: Any) -> None:  # fmt: skip
-    """Hook of an adapted model for loading a state dict: where it holds adapters, those of which it holds nothing are
-    missing. One of the bare base holds none, and operators keep their values.
+    """Hook of an adapted model for loading a state dict: if it holds adapters, adapters without entries are reported as
+    missing. A state dict of the bare base holds no adapters, and operators keep their values.
 
-    It is a hook of the model, since torch hands to a module only what is below it.
+    It is a hook of the model, since torch passes to a module only the entries below it.
     """
     inside = {f"{prefix}{path}.": each for path, each in model.named_modules() if isinstance(each, AdapterModules)}
     ours = [key for key in state_dict if f".{ADAPTER_MODULES}." in f".{key}"]

@@ -1,5 +1,5 @@
-"""`generate` keeps what is computed from the weights from token to token: nothing writes to them within one call. And
-it tells what its prompt is, of which the model may be given pieces."""
+"""`generate` caches the values computed from the weights from token to token, since nothing writes to the weights
+within one call. It also records the prompt, which the model may receive in pieces."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Generates(Protocol):
 
 
 class GeneratesFromCache(InstanceMethod):
-    """A ``generate`` in which effective weights are computed once, and the prompt is known."""
+    """A ``generate`` that computes effective weights once and records its prompt."""
 
     name = "generate"
     having = Generates
@@ -37,7 +37,7 @@ class GeneratesFromCache(InstanceMethod):
 
 @contextmanager
 def _generating(owners: list[object], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[None]:
-    """Context manager in which forwards of these hosts know what ``generate`` was given."""
+    """Context manager in which forwards of the given hosts can read the prompt of ``generate``."""
     before = len(HERE.generating)
     rows = next((len(each) for each in (*args, *kwargs.values()) if isinstance(each, Tensor) and each.dim()), 0)
     HERE.generating.append((owners, rows, _prompt(args, kwargs)))
@@ -49,7 +49,7 @@ def _generating(owners: list[object], args: tuple[Any, ...], kwargs: Mapping[str
 
 def _prompt(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Prompt | None:
     """Returns the prompt that ``generate`` is given, as transformers reads its arguments: where the mask is longer than
-    the ids, these go on from the cache; otherwise they have all tokens. None where it is given no ids."""
+    the ids, the ids continue the cache; otherwise they hold all tokens. None without ids."""
     ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
     if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point():
         return None

@@ -1,8 +1,9 @@
-"""The state of an adapted model: its injections, which of them are active for whom, and the open forward context.
+"""The state of an adapted model: its injections, which of them are active in which threads and tasks, and the open
+forward contexts.
 
-`HostState` is one plain object on the root of an adapted host. For whom a choice holds says
-`peftcore.forward.choice.scopes`. A forward that runs inside backward (gradient checkpointing) follows the choice of
-the forward that it repeats; see `peftcore.forward.context.context`.
+`HostState` is one plain object on the root of an adapted host. `peftcore.forward.choice.scopes` decides which threads
+and tasks see a choice. A forward that runs inside backward (gradient checkpointing) follows the choice of the forward
+that it repeats; see `peftcore.forward.context.context`.
 """
 
 from __future__ import annotations
@@ -53,38 +54,40 @@ class HostState:
     """The names of the injections that are merged into the weights, in the order of merging."""
 
     frozen: list[nn.Parameter] = field(default_factory=list)
-    """Parameters whose requires_grad was turned off, to be turned on again when the last injection goes."""
+    """Parameters whose requires_grad was turned off; it is turned on again when the last injection is removed."""
 
     slots: dict[Slot, None] = field(default_factory=dict)
-    """Slots of the grafted modules, in the order in which they came, which is how they lie in memory: they plan what
-    acts when it changes, so no compiler ever traces the planning."""
+    """Slots of the grafted modules, in the order of grafting, which is their order in memory. Slots plan when the
+    choice changes, so a compiler never traces the planning."""
 
     placement: Placement | None = None
-    """Watches that adapted modules stay in the model."""
+    """Checks that adapted modules stay in the model."""
 
     removals: int = 0
-    """The number of injections that were removed: without one, names mean what they meant, in the same order."""
+    """The number of removed injections: while it does not change, names refer to the same injections in the same
+    order."""
 
     silent_layers: SilentLayers | None = None
-    """Watches that adapted sites run, until the host is compiled."""
+    """Checks that adapted sites run, until the host is compiled."""
 
     reads_tokens: int = 0
-    """How many injections have methods that ask for the tokens of a forward."""
+    """The number of injections whose methods read the tokens of a forward."""
 
     tokens: int = 0
-    """The rows that the host's token tables had when the first adapter came; 0 of a host that names none."""
+    """The number of rows in the host's token tables when the first adapter was installed; 0 for a host without known
+    token tables."""
 
     loading: list[RemovableHandle] = field(default_factory=list)
-    """Handles of the hook by which a state dict that lacks adapters is not loaded as a whole one."""
+    """Handles of the hook that reports the adapters missing from a loaded state dict."""
 
     residency: Residency | None = None
     """Keeps the values of adapters within a limit of bytes, where the user has given one."""
 
     running: dict[int, ForwardContext] = field(default_factory=dict)
-    """The forwards of the host that run now, in all threads, by id; those of compiled models are not seen."""
+    """The forwards of the host that run now, in all threads, by id; forwards of compiled models are not included."""
 
     swapping: frozenset[str] = frozenset()
-    """The injections whose values are being exchanged now, by whoever holds `swap_lock`."""
+    """The injections whose values are being exchanged now, by the thread that holds `swap_lock`."""
 
     swap_lock: threading.RLock = field(default_factory=threading.RLock)
 
@@ -97,7 +100,7 @@ class HostState:
 
     @property
     def choice(self) -> Choice:
-        """The choice of everybody who did not choose for themselves."""
+        """The shared choice, for threads and tasks that made no choice."""
         return self.choices.choice
 
     def now(self) -> Choice:
@@ -110,8 +113,8 @@ class HostState:
         return self.choices.here()
 
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook on the host: opens a forward context. A host without injections has it as long as somebody
-        may have chosen one that is gone, and is to be told."""
+        """Forward pre-hook on the host: opens a forward context. A host without injections keeps the hook while a
+        thread or task may still choose a removed injection, so that its forward raises an error."""
         if not self.injections and self.residency is None and not self.current() and not self.choices.elsewhere():
             drop_state(model)
             return
@@ -136,7 +139,7 @@ class HostState:
 
     @property
     def made_dense(self) -> list[str]:
-        """The paths of modules that are quantized but for merged injections."""
+        """The paths of modules that would be quantized without the merged injections."""
         return [path for name in self.merged for path in self.injections[name].made_dense]
 
     @property
@@ -149,7 +152,7 @@ class HostState:
         """Returns the names of `active` that are not merged into the weights.
 
         Raises:
-            UnknownInjection: one of them is gone.
+            UnknownInjection: one of them was removed.
         """
         for name in active:
             if name not in self.injections:
@@ -157,8 +160,8 @@ class HostState:
         return tuple([name for name in active if name not in self.merged]) if self.merged else active
 
     def check_ready(self, choice: Choice) -> None:
-        """Let a forward that begins wait until values are exchanged that it needs, and bring back what is not there:
-        where a choice that had to make room for another one is in force again.
+        """Make a starting forward wait while values that it needs are exchanged, and restore offloaded adapters: a
+        choice that had to make room for another one may be in force again.
 
         Raises:
             MemoryLimit, CheckpointError: as `Residency.admit`.
@@ -170,7 +173,7 @@ class HostState:
             self.residency.admit(choice)
 
     def kept(self, *names: str) -> AbstractContextManager[None]:
-        """Returns the context manager in which the values of injections are on the model, and do not leave.
+        """Returns the context manager in which the values of injections are on the model and are not offloaded.
 
         Raises:
             MemoryLimit, CheckpointError: as `Residency.admit`.
@@ -178,15 +181,15 @@ class HostState:
         return nullcontext() if self.residency is None else self.residency.kept(names)
 
     def check_merged(self, choice: Choice) -> None:
-        """Check that forwards under a choice compute what it says while injections are merged.
+        """Check that forwards under a choice compute the right result while injections are merged.
 
         Raises:
-            MergeError: a merged injection would act in spite of it.
+            MergeError: a merged injection would act although the choice excludes it.
         """
         check_choice(self.injections, self.merged, choice)
 
     def check(self, choice: Choice) -> None:
-        """Check that all injections are there that a choice lets act.
+        """Check that all injections that a choice activates are installed.
 
         Raises:
             UnknownInjection: one was removed.
@@ -203,7 +206,7 @@ class HostState:
         """Returns the name of the injection to which an operator belongs.
 
         Raises:
-            UnknownInjection: it belongs to none.
+            UnknownInjection: the operator belongs to no injection of the host.
         """
         for name, injection in self.injections.items():
             if any(graft.operator is operator for graft in injection.grafts):
@@ -216,8 +219,8 @@ class HostState:
         return tuple(name for name in self.injections if name in wanted)
 
     def together(self, stack: Active, name: str) -> Active:
-        """Returns the stack with which a new injection looks at data: itself alone, where it cannot act with the
-        others."""
+        """Returns the stack that is active while a new injection reads data: the injection alone, if it cannot act
+        together with the others."""
         try:
             for slot in self.slots:
                 slot.check_stack(stack)
@@ -226,7 +229,7 @@ class HostState:
         return stack
 
     def replan(self) -> None:
-        """Let every slot plan for the choice that holds for everybody."""
+        """Make every slot plan for the shared choice."""
         choice = self.choice
         if not all(name in self.injections for name in (*choice.active, *choice.bound)):
             return  # its forward is refused
@@ -237,7 +240,7 @@ class HostState:
                 slot.plan(choice)
 
     def forget(self, name: str) -> None:
-        """Drop an injection from the state, and from the stacks that this thread or task and everybody has."""
+        """Remove an injection from the state, from the stacks of this thread or task, and from the shared stack."""
         gone = self.injections.get(name)
         if gone is not None:  # else a call that was interrupted is made again
             self.reads_tokens -= gone.reads_tokens
@@ -264,8 +267,9 @@ def state_of(model: nn.Module) -> HostState | None:
 
 
 def ensure_state(model: nn.Module, modules: Collection[nn.Module]) -> HostState:
-    """Returns the host's state, made when missing. Then each forward of the host opens a context, the modules that have
-    ``save_pretrained`` save themselves without adapters, and ``generate`` computes effective weights once in a call."""
+    """Returns the host's state, which is created if missing. From then on each forward of the host opens a context,
+    modules with ``save_pretrained`` save themselves without adapters, and ``generate`` computes effective weights once
+    per call."""
     state = state_of(model)
     if state is None:
         state = model.__dict__[_KEY] = HostState(tokens=token_count(model))
@@ -278,7 +282,7 @@ def ensure_state(model: nn.Module, modules: Collection[nn.Module]) -> HostState:
 
 
 def drop_state(model: nn.Module) -> None:
-    """Remove the state of a host that has no injection left."""
+    """Remove the state of a host without injections."""
     state = state_of(model)
     if state is not None:
         _unhook(model, state)
@@ -308,10 +312,10 @@ def injections(model: nn.Module) -> dict[str, Injection]:
 
 
 def known(model: nn.Module, names: Iterable[str]) -> HostState:
-    """Returns the host's state, when it has injections of all these names.
+    """Returns the host's state, if it has injections of all the given names.
 
     Raises:
-        UnknownInjection: it lacks one.
+        UnknownInjection: the host lacks one of the injections.
     """
     state = state_of(model) or HostState()
     for name in names:

@@ -1,6 +1,7 @@
-"""The losses that methods add: to the loss of the model's output or, where it has none, they wait until they are taken.
+"""The losses that methods add to the loss of the model's output. If the output lacks a loss, they are kept until
+`Injection.losses` takes them.
 
-A method makes them in `aux_loss`, or in `output_loss` of what the model returned; an operator by
+A method computes them in `aux_loss`, or from the model's output in `output_loss`; an operator adds them with
 `ForwardContext.add_loss`.
 """
 
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
 IGNORED = -100
 """Labels that transformers leaves out."""
 PASSES = 16
-"""How often each target module may run, in parts of the model that run by themselves, until their losses count as left
-out: nothing tells where a forward of such parts ends."""
+"""The number of times that each target module may run, in parts of the model that run by themselves, before their
+losses count as left out: the end of a forward of such parts is not known."""
 
 logger = logging.getLogger("peftcore")
 told: set[str] = set()
@@ -43,10 +44,11 @@ Entry = tuple[str, Tensor]
 
 
 class OwnLosses:
-    """The own losses of the last training forward of each thread that no output has, until somebody takes them.
+    """The methods' losses of the last training forward of each thread that were not added to an output, until they are
+    taken.
 
-    The next training forward under the same injections drops what was not taken: the activations of one forward wait at
-    most.
+    The next training forward under the same injections drops losses that were not taken, so the activations of at most
+    one forward are kept.
     """
 
     def __init__(self) -> None:
@@ -56,7 +58,7 @@ class OwnLosses:
         self._compiled_waits = False
 
     def begin(self, state: HostState, acting: Active) -> None:
-        """Drop what waits of these injections: another training forward of theirs begins."""
+        """Drop the waiting losses of the given injections, whose next training forward begins."""
         if self._compiled_waits or this_thread() in self._waiting:
             entries = self._gathered()
             self._keep(entry for entry in entries if entry[0] not in acting)
@@ -71,16 +73,17 @@ class OwnLosses:
         inputs: Mapping[str, Any],
         fate: Fate,
     ) -> Any:
-        """Returns the output of a training forward with its own losses in the loss; where there is none, they wait.
+        """Returns the output of a training forward with the methods' losses added to its loss; if the output lacks a
+        loss, they wait.
 
         Args:
             state: the host's state.
             call: the forward's context.
             seen: the losses of `output_losses`.
-            output: what the host returned.
+            output: the host's output.
             inputs: the host's arguments by keyword.
-            fate: what becomes of losses that the output cannot take: they wait, or did so when the forward that is
-                repeated inside backward ran first, or are lost.
+            fate: the handling of losses that cannot be added to the output: they wait, they already waited in the first
+                run of a forward that backward repeats, or they are lost.
         """
         acting = () if call.choice is None else call.choice.acting
         entries = [*operator_losses(state, call), *aux_losses(state, acting), *seen]
@@ -119,7 +122,7 @@ class OwnLosses:
         return [loss for each, loss in entries if each == name]
 
     def _gathered(self) -> list[Entry]:
-        """Returns all that waits in this thread, and forgets it."""
+        """Returns all losses that wait in this thread, and clears them."""
         entries = [*self._waiting.pop(this_thread(), ()), *self._compiled]
         self._compiled, self._compiled_waits = [], False
         return entries
@@ -129,7 +132,7 @@ class OwnLosses:
             self._waiting[this_thread()] = kept
 
     def _of_parts(self, state: HostState) -> list[Entry]:
-        """Returns the losses of parts that ran by themselves in training, since they were last asked for."""
+        """Returns the losses of parts that ran by themselves in training, since the last call."""
         call = state.outside.get(this_thread())
         if call is None or call.choice is None or not call.visits:
             return []
@@ -137,15 +140,15 @@ class OwnLosses:
         return [*operator_losses(state, call), *aux_losses(state, call.choice.acting)]
 
     def __reduce__(self) -> Any:
-        """Copies and pickles begin with nothing."""
+        """Copies and pickles begin without losses."""
         return OwnLosses, ()
 
 
 def operator_losses(state: HostState, call: ForwardContext) -> list[Entry]:
-    """Returns the losses that operators added in a forward, each with the injection of its operator, and forgets them.
+    """Returns the losses that operators added in a forward, each with the injection of its operator, and clears them.
 
     Raises:
-        TrainingError: a loss came with a module that is no operator of an injection that acted.
+        TrainingError: a loss was added for a module that is not an operator of an acting injection.
     """
     added, call.losses = call.losses, []
     if not added:
@@ -165,8 +168,8 @@ def operator_losses(state: HostState, call: ForwardContext) -> list[Entry]:
 
 
 def output_losses(state: HostState, call: ForwardContext, output: Any) -> list[Entry]:
-    """Returns the losses that methods make of the output of a forward that is still open; in a route each of its own
-    rows.
+    """Returns the losses that methods compute from the output of a forward that is still open; in a route, each method
+    from the rows of its injection.
 
     Raises:
         RouteError: the forward is compiled, and a route gives its rows to several adapters.
@@ -193,11 +196,11 @@ def output_losses(state: HostState, call: ForwardContext, output: Any) -> list[E
 
 
 def loss_in(output: Any, inputs: Mapping[str, Any]) -> Tensor | None:
-    """Returns the loss in what a host returned: what it calls "loss"; or, as transformers has it, the scalar in front
-    of a tuple, where the host was told not to name its outputs, or given labels. None where there is none.
+    """Returns the loss in the output of a host: its entry "loss" or, as in transformers, the scalar at the front of a
+    tuple if the host was called with `return_dict=False` or with labels. None if the output lacks a loss.
 
     Args:
-        output: of the host: a mapping, a dataclass or a tuple.
+        output: the host's output: a mapping, a dataclass or a tuple.
         inputs: the host's arguments by keyword.
     """
     named: Any = output  # by its fields
@@ -217,7 +220,7 @@ def loss_in(output: Any, inputs: Mapping[str, Any]) -> Tensor | None:
 
 
 def with_loss(output: Any, loss: Tensor) -> Any:
-    """Returns what a host returned, with another loss in place of that which `loss_in` found."""
+    """Returns the host's output with the loss that `loss_in` found replaced by another one."""
     if isinstance(output, MutableMapping):
         output["loss"] = loss
         return output
@@ -228,7 +231,7 @@ def with_loss(output: Any, loss: Tensor) -> Any:
 
 
 def acting_injections(state: HostState, acting: Active) -> Iterator[tuple[str, Injection]]:
-    """Yields the injections of these names.
+    """Yields the injections with the given names.
 
     Raises:
         UnknownInjection: one was removed while the forward ran.
@@ -241,7 +244,7 @@ def acting_injections(state: HostState, acting: Active) -> Iterator[tuple[str, I
 
 
 def aux_losses(state: HostState, acting: Active) -> Iterator[Entry]:
-    """Yields the losses that the methods of these injections make."""
+    """Yields the losses that the methods of the given injections compute in `aux_loss`."""
     for name, injection in acting_injections(state, acting):
         if type(injection.method).aux_loss is not Method.aux_loss:
             with differentiable(injection.model, injection.parameters):  # here it is outside of the blocks
@@ -251,12 +254,13 @@ def aux_losses(state: HostState, acting: Active) -> Iterator[Entry]:
 
 
 def share_of_step(inputs: Mapping[str, Any], shifted: bool = True) -> Tensor | float:
-    """Returns the share of this forward in an optimizer's step. Models of transformers are told how many items all
-    forwards of the step have, in all processes, and divide their sums by that; methods' own losses are scaled likewise.
+    """Returns the share of this forward in an optimizer step. Models of transformers receive the number of items in all
+    forwards of the step, over all processes, and divide their summed loss by it; the losses of methods are scaled in
+    the same way.
 
     Args:
-        inputs: of the forward.
-        shifted: whether a token is predicted from those before it, so that the first one does not count.
+        inputs: the arguments of the forward.
+        shifted: whether a token is predicted from those before it, so that the first token does not count.
     """
     items, labels = inputs.get("num_items_in_batch"), inputs.get("labels")
     if items is None or not isinstance(labels, Tensor):
@@ -273,8 +277,8 @@ def names_of(state: HostState, entries: Iterable[Entry]) -> list[str]:
 
 
 def notice(state: HostState, entries: list[Entry]) -> None:
-    """Log one line, a warning of the logger "peftcore", for each method whose losses were left out of training; in a
-    process once a method."""
+    """Log one line, a warning of the logger "peftcore", for each method whose losses were left out of training; once
+    per method and process."""
     for method in names_of(state, entries):
         _tell(method)
 

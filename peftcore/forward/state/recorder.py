@@ -1,5 +1,5 @@
 """The record of a host's forwards: two hooks on the root open and close a context for each, and a layer that runs again
-inside backward is told which of them it repeats."""
+inside backward finds the forward that it repeats."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class Recorder:
         return choice
 
     def leave(self, state: HostState, model: nn.Module, kwargs: dict[str, Any], output: Any) -> Any:
-        """Close the context, after the host ran, also when it raised."""
+        """Close the context after the host ran, also if it raised."""
         if not HERE.calls:
             return None  # tracing failed half-way: nothing was opened here
         call, seen = HERE.calls[-1], []
@@ -110,7 +110,7 @@ class Recorder:
 
     @contextmanager
     def unrepeated(self) -> Iterator[None]:
-        """Context manager for forwards that no backward repeats: what was recorded of others stays."""
+        """Context manager for forwards that no backward repeats: the record of other forwards stays unchanged."""
         recent, drained = self.recent, self.drained
         try:
             yield
@@ -118,7 +118,7 @@ class Recorder:
             self.recent, self.drained = recent, drained
 
     def visit(self, state: HostState, choice: Choice, training: bool) -> None:
-        """Record that a grafted module runs. Where the host itself does not (through `forward_features`, an encoder by
+        """Record that a grafted module runs. If the host itself does not run (`forward_features`, or an encoder by
         itself), this opens a context without inputs, until the next forward of the host."""
         if HERE.calls:
             return
@@ -140,8 +140,8 @@ class Recorder:
 
 
 def _fate(state: HostState) -> Fate:
-    """Returns what becomes of own losses that the output cannot take. Inside backward they waited when the forward ran
-    first, unless it ran without gradients: in a reentrant checkpoint round the host."""
+    """Returns the handling of losses that cannot be added to the output. Inside backward, they already waited in the
+    first run of the forward, unless it ran without gradients, in a reentrant checkpoint around the host."""
     if torch.compiler.is_compiling() or not repeating():
         return "wait"
     task, _ = HERE.announced.get(id(state), (-1, None))
@@ -159,11 +159,11 @@ def _check_rows(call: ForwardContext, route: Route) -> None:
 
 
 def replayed(state: HostState) -> Choice:
-    """Returns the choice of the forward whose modules run again now, inside backward.
+    """Returns the choice of the forward whose modules are now run again inside backward.
 
     Raises:
-        AmbiguousBackward: forwards under different choices came before this backward, and nothing says which one it is:
-            a nested reentrant checkpoint, or a loss that was not made from the host's outputs.
+        AmbiguousBackward: forwards under different choices came before this backward, and it is unclear which one is
+            repeated: a nested reentrant checkpoint, or a loss that was not made from the host's outputs.
     """
     if HERE.calls and (extra := HERE.calls[-1]).extra and extra.state is state and extra.choice is not None:
         return extra.choice

@@ -42,9 +42,9 @@ class Edits:
 
     mounts: tuple[Mount, ...]
     slot: Slot
-    """Marked as run by the attention function that applies the edits."""
+    """The module's slot; the attention function that applies the edits marks it as run."""
     route: Route | None = None
-    """Where rows go to different injections: each mount acts on the rows of its own."""
+    """If rows use different injections: the route. Each mount acts on the rows of its injection."""
 
 
 class Slot:
@@ -57,34 +57,35 @@ class Slot:
         self.mounts: dict[str, list[Mount]] = {}
         self.forced_attributes: list[tuple[str | None, Mapping[str, Any]]] = []
         self.ran = [False, False]
-        """Whether the module ran in evaluation and in training, as far as `silent_layers` watches."""
+        """Whether the module ran in evaluation and in training, recorded while `silent_layers` watches."""
         self.runs: int | None = None
         """How often the module ran in this forward, where `silent_layers` counts."""
         self.planned: ModulePlan | None = None
         self.plans: dict[Key, ModulePlan] = {}
         self.asked: dict[tuple[Mount, ...], Tables] = {}
         self.edition = object()
-        """Another one since the operators, or what is merged, changed last."""
+        """Replaced by a new object when the operators or the merged injections change."""
         self.rewritten = object()
-        """Another one since a merge wrote to the module's tensors last."""
+        """Replaced by a new object when a merge writes to the module's tensors."""
 
     @property
     def cache(self) -> WeightCache | None:
-        """The open cache for what is computed from weights; None where each forward computes it anew."""
+        """The open cache for values computed from weights; None if each forward computes them again."""
         return open_cache(self.state)
 
     def effective(self, module: nn.Module, acting: ActivePlan) -> Mapping[str, Tensor | None]:
-        """Returns effective tensors, from the cache while one is open: decoding does not rebuild every weight."""
+        """Returns effective tensors, from the cache while one is open, so that decoding does not recompute every
+        weight."""
         made: Mapping[str, Tensor | None] = self._cached("effective", module, acting, lambda: acting.effective(module))
         return made
 
     def factors(self, module: nn.Module, acting: ActivePlan) -> Mapping[str, Pair] | None:
-        """Returns low-rank updates of tensors that the module reads, likewise."""
+        """Returns the low-rank updates of tensors that the module reads, from the cache while one is open."""
         made: Mapping[str, Pair] | None = self._cached("factors", module, acting, lambda: acting.factors(module))
         return made
 
     def keeping(self, module: nn.Module, acting: ActivePlan) -> Made:
-        """Returns a function that gives one effective tensor, likewise."""
+        """Returns a function that returns one effective tensor, from the cache while one is open."""
         return lambda path, make: self._cached(("effective", path), module, acting, make)
 
     def _cached(self, what: Hashable, module: nn.Module, acting: ActivePlan, make: Callable[[], Any]) -> Any:
@@ -95,7 +96,7 @@ class Slot:
         return cache.get((self, what), self.sources(module, acting), under, make)
 
     def prepared(self, module: nn.Module, activation_form: ActivationForm) -> Any:
-        """Returns the output of an operator's `prepare` for its activation form, likewise."""
+        """Returns the output of an operator's `prepare` for its activation form, from the cache while one is open."""
         cache = self.cache
         if cache is None:
             return activation_form.prepare(module)
@@ -105,7 +106,8 @@ class Slot:
 
     def sources(self, module: nn.Module, acts: ActivePlan | ActivationForm) -> list[Tensor]:
         """Returns all tensors of the module and of the operators that act. The operators' tables are looked up once,
-        since decoding asks at every token; modules of the host may be exchanged."""
+        since decoding needs them at every token; the module's tables are read each time, since submodules may be
+        replaced."""
         mounts = acts.mounts
         asked = self.asked.get(mounts)
         if asked is None:
@@ -115,8 +117,8 @@ class Slot:
 
     def unwritten(self, module: nn.Module, acting: ActivePlan, inputs: Sequence[Tensor] = ()) -> Unwritten:
         """Returns the inputs, and the parameters from which effective tensors are computed, as they are now. Buffers of
-        the module may change in its forward (running statistics), and parameters that FSDP manages change by being
-        gathered."""
+        the module may change in its forward (running statistics), and gathering changes the parameters that FSDP
+        manages."""
         if MANAGED in vars(module):
             return Unwritten(inputs, lambda: self.rewritten)
         operators = (parameter for mount in acting.mounts for parameter in mount.operator.parameters())
@@ -179,10 +181,10 @@ class Slot:
         return {mount.name: mount.operator for mount in mounts if isinstance(mount.operator, Combiner)}
 
     def check_mixed(self, composition: Composition, active: Active) -> None:
-        """Check that where a combiner mixes what a module is given, its parts do nothing else here.
+        """Check that the parts of a combiner that mixes the inputs of this module change only inputs here.
 
         Raises:
-            CompositionError: one does.
+            CompositionError: a part does more than that.
         """
         for by, inside in mixed(composition, self._combiners(active)):
             what = f"{by!r} mixes what its parts give {self.path or 'the model'}, and "
@@ -201,10 +203,11 @@ class Slot:
         return around and not (acting.effects or acting.attention)
 
     def check_stack(self, active: Active) -> None:
-        """Check that of injections which act one after the other none overrides what another one does here.
+        """Check that, among injections that act one after the other, none overrides the effect of another on this
+        module.
 
         Raises:
-            CompositionError: one does.
+            CompositionError: an injection overrides another one.
         """
         for lost, by in overridden(self.mounts, active) if len(active) > 1 else ():
             path = next(g.site.path for g in self.state.injections[by.name].grafts if g.operator is by.operator)
@@ -223,7 +226,7 @@ class Slot:
         return acting
 
     def changed(self) -> None:
-        """Drop plans, and what caches hold."""
+        """Drop all plans and cached values."""
         self.planned, self.plans, self.asked, self.edition = None, {}, {}, object()
 
     def __getstate__(self) -> dict[str, Any]:

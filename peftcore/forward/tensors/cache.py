@@ -1,9 +1,8 @@
-"""Values computed from weights, such as effective weights, kept for as long as somebody says that nothing writes to the
-weights: within one call of `generate`, and within `cache_weights`.
+"""Values computed from weights, such as effective weights, kept while the weights are known not to change: within one
+call of `generate`, and within `cache_weights`.
 
-Everywhere else each forward computes them anew. Whoever writes to a weight may do it so that nobody sees it: through
-`.data`, a numpy view, a fused optimizer, a collective. A value that is kept longer than somebody promises would then be
-wrong without a word.
+Everywhere else each forward computes them again. Some writes to a weight cannot be detected: through `.data`, a numpy
+view, a fused optimizer or a collective. Without the promise, a cached value could then be silently wrong.
 """
 
 from __future__ import annotations
@@ -18,9 +17,10 @@ from torch import Tensor
 
 
 class WeightCache:
-    """Values by key, each with the tensors from which it was computed. It ends with the block that opened it.
+    """Values by key, each with the tensors from which it was computed. It is cleared when the block that opened it
+    ends.
 
-    A change that torch counts, or another tensor in the place of one, is seen all the same.
+    Changes that torch's version counter records, and replaced tensors, are still detected.
     """
 
     def __init__(self) -> None:
@@ -36,8 +36,8 @@ class WeightCache:
         Args:
             what: the key; the cache keeps the last value of each.
             sources: the tensors from which `make` computes it.
-            under: objects on which it depends besides, compared by identity.
-            make: computes it, without gradients.
+            under: other objects that the value depends on, compared by identity.
+            make: computes the value, without gradients.
         """
         if any(map(Tensor.is_inference, sources)):  # they count no changes
             return make()
@@ -69,7 +69,7 @@ def _same(
 
 
 _OPEN: ContextVar[tuple[tuple[object, WeightCache], ...]] = ContextVar("open_caches", default=())
-"""The caches of this thread or task, each with the host state that it belongs to."""
+"""The caches of this thread or task, each with the host state to which it belongs."""
 
 
 def open_cache(state: object) -> WeightCache | None:
@@ -82,8 +82,8 @@ def open_cache(state: object) -> WeightCache | None:
 
 @contextmanager
 def caching(states: Iterable[object]) -> Iterator[None]:
-    """Keep what is computed from the weights of these hosts until the end of the block. A block inside another one goes
-    on with the cache of the outer one."""
+    """Context manager that caches the values computed from the weights of the given hosts until the end of the block. A
+    nested block uses the cache of the outer block."""
     new = [(state, WeightCache()) for state in states if open_cache(state) is None]
     token = _OPEN.set((*_OPEN.get(), *new))
     try:

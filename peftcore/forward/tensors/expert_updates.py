@@ -1,4 +1,4 @@
-"""Lazy weights: stand in for W + BA without materializing it, in modules that read `weight` themselves.
+"""Lazy weights: represent W + BA without materializing it, in modules that read `weight` themselves.
 
 Experts are stacked parameters and not layers, so no update can wrap their forward. But a module only multiplies by such
 a weight, or selects the matrix of one expert. In training it reads a lazy weight: a product with W + BA is computed as
@@ -30,8 +30,8 @@ ALIGNED = 16
 
 
 class _Whole:
-    """The effective tensor, computed when it is first asked for. From then on all use it: a module may have changed it
-    in place."""
+    """The effective tensor, computed when it is first read. From then on all reads use this tensor, because a module
+    may have changed it in place."""
 
     def __init__(self, make: Callable[[], Tensor]) -> None:
         self._make = make
@@ -82,8 +82,8 @@ class _Parts:
 
 
 class LowRankUpdatedWeight(Tensor):
-    """A lazy weight of the shape, dtype and device of the effective tensor, without memory of its own: whoever reads
-    its values gets those of the effective tensor, or an error."""
+    """A lazy weight of the shape, dtype and device of the effective tensor, without storage: code that reads its values
+    gets the values of the effective tensor, or an error."""
 
     parts: _Parts
 
@@ -102,7 +102,8 @@ class LowRankUpdatedWeight(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Handles functions called from Python: products and picks by the parts, all others by the effective tensor."""
+        """Handles functions called from Python: computes products and indexing from the parts, and all other functions
+        from the effective tensor."""
         kwargs = kwargs or {}
         if func in _LOOKS:
             with torch._C.DisableTorchFunctionSubclass():
@@ -117,13 +118,13 @@ class LowRankUpdatedWeight(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Handles operations called from elsewhere, where gradients are recorded already."""
+        """Handles operations called from elsewhere, where autograd has already recorded the gradients."""
         args, kwargs = tree_map_only(LowRankUpdatedWeight, lambda each: each.effective().detach(), (args, kwargs or {}))
         return func(*args, **kwargs)
 
 
 class _Gradient(torch.autograd.Function):
-    """Makes a lazy weight. Functions with a backward of their own may take it and return the gradient of the effective
+    """Makes a lazy weight. Functions with a custom backward may take it and return the gradient of the effective
     tensor."""
 
     @staticmethod
@@ -149,10 +150,10 @@ Pair = tuple[Tensor, Tensor]
 
 
 def factors_of(stored: Tensor | None, mounts: Sequence[Mount]) -> Pair | None:
-    """Returns the low-rank update of a tensor, in its dtype; None where one of the mounts has no factors for matrices.
+    """Returns the low-rank update of a tensor, in its dtype; None where a mount lacks factors for matrices.
 
     Args:
-        stored: the tensor as the module has it, ``[*experts, out, in]`` in logical layout.
+        stored: the tensor as the module stores it; its logical layout is ``[*experts, out, in]``.
         mounts: the mounts that act on it.
     """
     if type(stored) not in DENSE:
@@ -170,7 +171,7 @@ def factors_of(stored: Tensor | None, mounts: Sequence[Mount]) -> Pair | None:
 
 
 def _all_rows(mount: Mount, B: Tensor, stored: Tensor) -> Tensor:
-    """Returns B with zeros for the slices that are not the mount's."""
+    """Returns B with zeros for the slices outside the mount."""
     if mount.slices is None:
         return B
     shape = mount.layer.logical(stored).shape
@@ -186,7 +187,8 @@ def lazy_weight(stored: Tensor | None, layer: Layer, factors: Pair, make: Callab
 
 
 def _open(lazy_weight: Any, *others: Any) -> _Parts | None:
-    """Returns the parts of a lazy weight that was not computed yet, if the other tensors are no lazy weights."""
+    """Returns the parts of a lazy weight that is not computed yet; None if it is computed, or if one of the other
+    tensors is a lazy weight too."""
     if type(lazy_weight) is not LowRankUpdatedWeight or any(type(other) is LowRankUpdatedWeight for other in others):
         return None
     return None if lazy_weight.parts.whole.tensor is not None else lazy_weight.parts

@@ -22,14 +22,14 @@ class Mount:
     operator: _Base
     form: str
     """"activation": around the module's forward; "weight": on one tensor; "attention": inside an attention module,
-    around what its queries, keys and values go through."""
+    around the function that its queries, keys and values pass through."""
     tensor: str
     layer: Layer
     slices: Slices | None = None
 
     def effective(self, stored: Tensor | None, like: Tensor, runs: bool = False) -> Tensor:
-        """Returns the effective tensor, in storage layout and in the dtype of `stored` (of `like` where the host has
-        none): as a merge writes it, or with `runs` as a forward uses it, which may drop parts in training."""
+        """Returns the effective tensor, in storage layout and in the dtype of `stored` (of `like` where the host lacks
+        the tensor): as a merge writes it, or with `runs` as a forward uses it, with dropout in training."""
         operator = self.operator
         if runs and isinstance(operator, Operator) and operator.training and operator.input_dropout:
             raise TrainingError(
@@ -45,7 +45,8 @@ class Mount:
         return self.layer.stored(put(logical, part, self.slices, self.layer.batch_dims))
 
     def effective_bias(self, bias: Tensor | None, weight: Callable[[], Tensor]) -> Tensor | None:
-        """Returns the bias that goes with `effective`; `weight` reads the stored weight when it is called."""
+        """Returns the effective bias that belongs to `effective`; `weight` is a function that reads the stored
+        weight."""
         dim = self.layer.batch_dims
 
         def logical() -> Tensor:
@@ -91,7 +92,7 @@ class HeldSlices(Held):
 def around_slices(
     operate: Callable[..., Any], mount: Mount, call: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> Tensor:
-    """Run an onion layer on some slices of the output: those of one part of a fused projection."""
+    """Run an onion layer on some slices of the output: the slices of one part of a fused projection."""
     slices, dim = mount.slices, mount.layer.channel_dim
     whole: list[Tensor] = []
 
@@ -113,13 +114,13 @@ Cast = Callable[[Any], Any]
 
 @dataclass(frozen=True, eq=False)
 class Effect:
-    """The effect of a mount on a tensor: on the weight at which it stands, or on the bias that goes with it."""
+    """The effect of a mount on a tensor: on the mounted weight, or on the bias of that weight."""
 
     mount: Mount
     before: tuple[Mount, ...] | None = None
-    """The mounts that act earlier on the weight, where the tensor is its bias; None for a weight."""
+    """If the tensor is a bias: the mounts that act earlier on its weight. None for a weight."""
     runs: bool = True
-    """False for what a merge writes."""
+    """False for the values that a merge writes."""
 
     def __call__(self, module: nn.Module, tensor: Tensor | None, like: Tensor, cast: Cast) -> Tensor | None:
         """Returns the stored tensor after this effect."""
@@ -148,7 +149,8 @@ def effects_of(mounts: Iterable[Mount], runs: bool = True) -> dict[str, list[Eff
 
 
 def overridden(mounts: Mapping[str, Sequence[Mount]], active: Iterable[str]) -> Iterator[tuple[Mount, Mount]]:
-    """Yields each mount whose effect on a tensor another injection, which acts after it, overrides; and that one's."""
+    """Yields each mount whose effect on a tensor is overridden by a later injection, with the mount that overrides
+    it."""
     earlier: dict[str, list[Mount]] = {}
     for name in active:
         own = mounts.get(name, ())
@@ -170,7 +172,7 @@ def fold(
     module: nn.Module, effects: Iterable[Effect], tensor: Tensor | None, like: Tensor, cast: Cast = _as_it_is
 ) -> Tensor | None:
     """Returns the stored tensor after all effects; a new tensor gets the dtype of `like`. Other tensors that are read
-    of the module go through `cast`."""
+    from the module are passed through `cast`."""
     for effect in effects:
         tensor = effect(module, tensor, like, cast)
     return tensor

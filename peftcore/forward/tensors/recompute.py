@@ -1,8 +1,9 @@
-"""Recompute: effective tensors that do not outlive a forward, and that backward computes again.
+"""Recompute: effective tensors that are freed after the forward, and that backward computes again.
 
-A checkpoint around the module recomputes them too, but with them whatever the module does until the last tensor that it
-saves: of a linear layer nothing, of experts or attention nearly all. So only the computation of the tensors is
-checkpointed here; and where the module saves one of them, or a part of one, it saves how to recompute it instead.
+A checkpoint around the module would recompute them too, but also all operations of the module up to the last tensor
+that it saves: none for a linear layer, nearly all for experts or attention. So only the computation of the tensors is
+checkpointed here. Where the module saves one of these tensors, or a part of one, autograd saves a way to recompute it
+instead.
 """
 
 from __future__ import annotations
@@ -23,19 +24,19 @@ from peftcore.layers.kernels.autograd import apply
 
 
 class Unwritten:
-    """Tensors as they are in a forward, for the recomputation to find them so: autograd watches what it saves, and what
-    is computed again is not saved."""
+    """The versions of tensors in a forward, to check that they are unchanged when backward recomputes from them.
+    Autograd checks the tensors that it saves, but recomputed tensors are not saved."""
 
     def __init__(self, tensors: Iterable[Tensor], edition: Callable[[], object]) -> None:
-        """`edition` returns another object once what the tensors stand for was rewritten, by a merge."""
+        """`edition` returns another object after a merge has rewritten the weights."""
         self._seen = [(tensor, tensor._version) for tensor in tensors if not tensor.is_inference()]
         self._edition, self._before = edition, edition()
 
     def check(self) -> None:
-        """Check that nothing was written to them since, as far as torch counts it.
+        """Check that the tensors were not written to since, as far as torch's version counter records it.
 
         Raises:
-            StaleBackward: something was.
+            StaleBackward: a tensor was written to.
         """
         written = [tensor for tensor, version in self._seen if tensor._version != version]
         if written or self._edition() is not self._before:
@@ -50,14 +51,14 @@ class RecomputedTensors:
     """Computes effective tensors that backward computes again; inside `hooks` autograd does not save them."""
 
     def __init__(self, others: Iterable[Tensor], before: Unwritten) -> None:
-        """`others` are tensors that live on anyway: the base's own, and the operators'."""
+        """`others` are tensors that stay in memory anyway: those of the base and of the operators."""
         self._living = {_memory(each) for each in others}
         self._before = before
         self._sources: list[_Source] = []
         self._known: WeakValueDictionary[int, _Source] = WeakValueDictionary()
 
     def __call__(self, path: str, make: Callable[[], Tensor | None]) -> Tensor | None:
-        """Returns the result of `make`, which must return the same when backward calls it again."""
+        """Returns the result of `make`, which must return the same value when backward calls it again."""
         with torch.enable_grad():  # also where the first caller has no gradients
             tensor: Tensor | None = checkpoint(_made, self._before, make, use_reentrant=False)
         if tensor is not None and type(tensor) is Tensor and tensor.requires_grad:
@@ -66,15 +67,15 @@ class RecomputedTensors:
         return tensor
 
     def all(self, makes: Mapping[str, Callable[[], Tensor | None]]) -> dict[str, Tensor | None] | None:
-        """Returns all tensors by path; None where one cannot be recomputed alone: it has no gradient, or is of a tensor
-        subclass."""
+        """Returns all tensors by path; None where a tensor cannot be recomputed alone: it does not require a gradient,
+        or is a tensor subclass."""
         tensors = {path: self(path, make) for path, make in makes.items()}
         alone = all(each is None or (type(each) is Tensor and each.requires_grad) for each in tensors.values())
         return tensors if alone else None
 
     @contextmanager
     def hooks(self) -> Iterator[None]:
-        """Saved-tensor hooks: a saved tensor that was computed here is saved as how to recompute it."""
+        """Saved-tensor hooks: replace a saved tensor that was computed here by a way to recompute it."""
         living, known = self._living, self._known  # all saved tensors hold `pack`, which must not hold the tensors
 
         def pack(tensor: Tensor) -> Tensor | _Part:
@@ -95,7 +96,7 @@ def _made(before: Unwritten, make: Callable[[], Tensor | None]) -> Tensor | None
 
 
 class _Last(torch.autograd.Function):
-    """Saves the tensor, as the last that the checkpoint saves."""
+    """Saves the tensor as the last saved tensor of the checkpoint."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:
@@ -108,8 +109,7 @@ class _Last(torch.autograd.Function):
 
 
 class _Source:
-    """A tensor as backward has recomputed it. It is freed with the last saved part of it, which autograd frees when it
-    is through."""
+    """A tensor as recomputed by backward. It is freed with its last saved part, which autograd frees after use."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.version = tensor._version
@@ -139,6 +139,6 @@ def _unpack(saved: Tensor | _Part) -> Tensor:
 
 
 def _memory(tensor: Tensor) -> int:
-    """Returns a key that tells memory apart, also where there are shapes only."""
+    """Returns a key that identifies the storage of a tensor, also for meta and fake tensors."""
     address: int = tensor.untyped_storage()._cdata
     return address

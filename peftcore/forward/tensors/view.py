@@ -1,7 +1,7 @@
-"""A view of a module: an object of its plain class that shares its `__dict__` but for some tensors and attributes.
+"""A view of a module: an object of its plain class that shares its `__dict__` except for some tensors and attributes.
 
-The base forward runs on a view with effective tensors. No flag is set anywhere, so nothing can be left on, raced, or
-read by the wrong reader.
+The base forward runs on a view with effective tensors. It sets no flags, so a flag cannot be left on, raced, or read by
+the wrong code.
 """
 
 from __future__ import annotations
@@ -14,18 +14,17 @@ from torch import Tensor, nn
 from peftcore.layers.layer import plain_class
 
 SLOT = "_peftcore_slot"
-"""The attribute in which a grafted module keeps its slot. A view has none: it is not grafted."""
+"""The attribute in which a grafted module keeps its slot. A view lacks it: a view is not grafted."""
 TORCHS = frozenset(vars(nn.Module()))
-"""Attributes that are torch's own."""
+"""The attributes that `nn.Module` itself sets."""
 
 
 def with_tensors(module: nn.Module, tensors: Mapping[str, Tensor | None]) -> nn.Module:
-    """Returns a view of a module that computes with other tensors in place of some of its own. The module stays as it
-    is.
+    """Returns a view of a module that computes with some of its tensors replaced. The module itself does not change.
 
     Args:
-        module: the module. The view leaves out injections at the module itself; those inside it act.
-        tensors: the tensors to use in place of its parameters, by path below it; gradients go through.
+        module: the module. The view leaves out injections at the module itself; injections at its submodules act.
+        tensors: the tensors to use in place of its parameters, by path below it; gradients flow through them.
     """
     return view(module, tensors)
 
@@ -36,7 +35,7 @@ def view(
     attributes: Mapping[str, Any] | None = None,
     cls: type[nn.Module] | None = None,
 ) -> nn.Module:
-    """Returns an object of the plain class (or of `cls`) that shares the module's `__dict__` but for the effective
+    """Returns an object of the plain class (or of `cls`) that shares the module's `__dict__` except for the effective
     tensors (paths may reach into children)."""
     own = {path: tensor for path, tensor in effective.items() if "." not in path}
     parametrized = module._modules.get("parametrizations")
@@ -62,6 +61,6 @@ def view(
 
 
 def _is_cache(value: Any) -> bool:
-    """Whether a value is a dictionary of tensors, or an empty one to fill. Modules put tensors there that are derived
-    from their own (LeViT's gathered biases), so a view neither reads nor leaves anything in it."""
+    """Whether a value is a dictionary of tensors, or an empty one to fill. Modules store tensors there that they derive
+    from their parameters (LeViT's gathered biases), so a view gets an empty dictionary instead."""
     return type(value) is dict and all(isinstance(each, Tensor) for each in value.values())
