@@ -99,8 +99,8 @@ def peftcore_schemes() -> dict[str, str]:
 
 @hookimpl
 def peftcore_layer(module: nn.Module, tensor: str) -> Layer | None:
-    """Return the layer of a module that HQQ has quantized, else None. HQQ is looked up, not imported: without it no
-    module can be one of its own."""
+    """Return the layer of a module that HQQ has quantized, else None. HQQ is looked up, not imported: where it is not
+    imported, a module cannot be an HQQ layer."""
     hqq = sys.modules.get("hqq.core.quantize")
     owner = module.get_submodule(tensor.rpartition(".")[0])
     return (
