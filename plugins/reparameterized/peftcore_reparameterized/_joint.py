@@ -1,5 +1,5 @@
-"""A decomposition of many weights at once: which sites have a role in common, the basis of a role, and what a weight is
-within it."""
+"""A joint decomposition of many weights: the sites that share a role, the basis of a role, and the factors of a weight
+in that basis."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from peftcore_reparameterized._decomposed import as_matrix
 
 
 def role(path: str) -> str:
-    """Return the role of a site: the last two parts of its path, or the last where a number stands before it."""
+    """Return the role of a site: the last two parts of its path, or only the last part where a number precedes it."""
     *before, last = path.split(".")
     if not before or before[-1].isdigit():
         return last
@@ -24,7 +24,7 @@ def role(path: str) -> str:
 
 
 def number(path: str, otherwise: int) -> int:
-    """Return the number of a site's block: what stands behind ``layers``, or the first number in its path."""
+    """Return the number of a site's block: the number after ``layers``, or the first number in its path."""
     parts = path.split(".")
     behind = parts[parts.index("layers") + 1 :][:1] if "layers" in parts else []
     return next((int(part) for part in (*behind, *parts) if part.isdigit()), otherwise)

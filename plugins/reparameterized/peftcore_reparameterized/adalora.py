@@ -5,7 +5,7 @@
 The loss gains orthogonality * mean(||A A' - I||, ||B' B - I||). The importance of a triple (a column of B, an entry of
 E, a row of A) is S(E) + mean S(A) + mean S(B), S the product of the moving averages of |w dw| and its fluctuation. From
 step `warmup` to the last `final` ones a budget for all sites falls as a cubic from all triples to `target_rank` a site;
-every `interval` steps E becomes zero in the least important ones, which may come back.
+every `interval` steps E becomes zero in the least important triples, which may be activated again.
 
 Parameters: rank * (in * kernel + out + 1) a site, times the number of experts.
 

@@ -4,14 +4,15 @@
     outputs in K clusters, by K-means of the rows of U;   for the outputs c of a cluster:
     [W | b]'_c = [W | b]_c + B_c A_c V',   B_c [outputs of c, rank] zero,   A_c [rank, components]
 
-The rows of A_c start as the right singular vectors of U_c. Where the layer has no bias there is no column for one.
-`threshold` leaves a cluster fewer than `rank`: those whose squared singular value in U_c is above it, relative to the
-largest; and it has no more than it has outputs. What is beyond is held, and neither trains nor acts.
+The rows of A_c start as the right singular vectors of U_c. Layers without a bias lack the column of b. `threshold`
+gives a cluster fewer directions than `rank`: those whose squared singular value in U_c is above it, relative to the
+largest. A cluster has at most as many directions as outputs. Directions beyond that are stored, but neither train nor
+act.
 
-With `target_subspaces` clusters of all sites compete while training goes on, by the mean of |w dw| and its fluctuation,
-as moving averages: from step `warmup` to `until` (counted from 0, as peft does) the number that trains falls as a power
-from all to the target, every `interval` steps; the others stay as they are then, and train no more. As in peft only
-what is above the target-th score goes on, one fewer than the target; averages begin anew after each choice.
+With `target_subspaces` the clusters of all sites compete during training, by the mean of |w dw| and its fluctuation, as
+moving averages: from step `warmup` to `until` (counted from 0, as peft does) the number that trains falls as a power
+from all to the target, every `interval` steps; dropped clusters keep their values and stop training. As in peft only
+clusters above the target-th score continue, one fewer than the target; averages are reset after each choice.
 
 Files hold V and the cluster of each output: K-means and a decomposition found again, on another machine, could be
 others. peft's files lack the clusters, which peft finds again; so does this, and refuses a file whose V' is another.

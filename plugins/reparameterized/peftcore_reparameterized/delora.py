@@ -9,12 +9,12 @@ columns of the weight as they are when the adapter is made; files have it, as pe
 
 A is uniform in +-1/sqrt(in) and B zero, as in peft: lengths below 1e-4 count as 1e-4, so that W' = W. After the first
 step, however short it is, B has a direction and the update nearly its full size; so warm the rate up. The paper calls a
-start from zeros unstable at times: there both are random, and a frozen copy of their product is taken from the weight,
-which files of peft cannot hold. The authors train lambda at a rate of its own, three times that of the rest on MNLI.
-Their `module_dropout` drops inputs of the update.
+start from zeros unstable at times: there both are random, and a frozen copy of their product is subtracted from the
+weight, which files of peft cannot hold. The authors train lambda at a separate rate, on MNLI three times that of the
+other parameters. Their `module_dropout` drops inputs of the update.
 
-Convolutions count as [out, in * kernel]. Embeddings as [dim, num], with A zero and B ~ N(0, 1). Experts have A, B,
-lambda and n of their own. peft has linear layers alone.
+Convolutions count as [out, in * kernel]. Embeddings count as [dim, num], with A zero and B ~ N(0, 1). Each expert has
+separate A, B, lambda and n. peft supports linear layers only.
 
 Parameters: rank * (in * kernel + out) + 1 a site, times the number of experts.
 

@@ -2,9 +2,9 @@
 
     y = W x + b + alpha / n  B[:, :n] A[:n] x,   n = u, 2 u, ..., rank drawn evenly for each forward in training
 
-A and B as in LoRA. What stands below rank n is worth more than what stands above, as n is drawn: so one training gives
-an adapter of each rank, and nobody has to search for one. Of the block of u rows that is drawn, the last of the n,
-values are trained; rows below it act and stay as they are, as in the authors' script. With `frozen` off all n are
+A and B are as in LoRA. Since n is drawn in each step, lower rows learn to work without the rows above: one training
+gives an adapter of each rank, without a search for the rank. Only the last u of the n rows, the drawn block, are
+trained; the rows below the block act and keep their values, as in the authors' script. With `frozen` off all n are
 trained. Out of training all ranks act, or as many as a call says:
 
     with peftcore.call(model, lora_rank=4): ...

@@ -7,12 +7,12 @@ The B_e [out, rank] are those of all layers: modules of one name and one shape h
 R are uniform in +-1/sqrt of their columns. With `across` "shape" all modules of a shape share, whatever their names, as
 in peft where target_modules is a pattern.
 
-As in the authors' code and in peft, p is a mean over the batch too: what a row gets depends on the rows and on the
-padding beside it, and a token that is generated alone, with a cache, is mixed by itself. So rows cannot be routed, and
-nothing merges. The softmax is taken in float32 at least.
+As in the authors' code and in peft, p is a mean over the batch too: a row's output depends on the other rows and on the
+padding, and for a token that is generated with a cache p depends on that token only. So rows cannot be routed, and the
+adapter cannot be merged. The softmax is taken in float32 at least.
 
 Convolutions: A is a convolution, and each position counts as a token; embeddings: A has a column for each token. peft
-has linear layers alone.
+supports linear layers only.
 
 Parameters: experts * rank a site; rank * in * kernel each `stride` sites, and experts * rank * out a name and shape.
 

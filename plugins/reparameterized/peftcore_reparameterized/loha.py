@@ -4,11 +4,11 @@
 
 The entrywise product of two matrices of rank r has rank up to r^2, for the parameters of a LoRA of rank 2 r. With
 `tucker` the factors of convolutions leave the kernel to a third one (proposition 3 of FedPara): H[o, i, k] = sum_pq
-T[p, q, k] B[o, p] A[q, i] with T [rank, rank, kernel] ~ N(0, 0.1) for each of the two. Stacked experts have factors of
-their own. The start is that of LyCORIS, whose code defines LoHa (FedPara itself trains from scratch); peft starts A2 at
+T[p, q, k] B[o, p] A[q, i] with T [rank, rank, kernel] ~ N(0, 0.1) for each of the two. Each stacked expert has separate
+factors. The start is that of LyCORIS, whose code defines LoHa (FedPara itself trains from scratch); peft starts A2 at
 zero instead of B2, and with factored kernels gives B the gradient of the wrong matrix. LyCORIS applies s once in
-training and a second time when it merges; here it is once. The dropouts are those of both libraries: rows of the
-change, one for each output, and the change as a whole, for all of a batch; what is dropped has a gradient of zero.
+training and a second time when it merges; here it is once. Dropout is as in both libraries: it drops rows of the
+change, one row for each output, or the whole change, for all of a batch; dropped values have zero gradient.
 
 Parameters: 2 rank (in * kernel + out) a site, with `tucker` 2 rank (in + out + rank * kernel), times the number of
 experts.

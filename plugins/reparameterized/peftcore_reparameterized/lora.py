@@ -5,8 +5,8 @@
 Convolutions: A is a convolution to `rank` channels and B mixes them, delta[o, i, k] = s sum_r B[o, r] A[r, i, k]; in a
 grouped one, i counts inside the group of o. With `across_groups`, as in peft, A reads all channels there and B mixes
 inside each group, B [out, rank / groups]: no grouped weight computes that, so it does not merge. Embeddings: A [rank,
-num] zero and B ~ N(0, 1), as in loralib, since every input picks a single column of A. Stacked experts have factors of
-their own each.
+num] zero and B ~ N(0, 1), as in loralib, since every input picks a single column of A. Each stacked expert has separate
+factors.
 
 scaling="sqrt_rank" is rsLoRA (Kalajdzievski 2023, arXiv 2312.03732): s = alpha / sqrt(rank), with which outputs and
 gradients have the same size at any rank. Use it at ranks of 64 and more; alpha / rank makes those learn too slowly.

@@ -4,15 +4,16 @@
     W = U_h S_h V_h' + U_l S_l V_l'      of the k largest singular values, and of all others
     W' = W + U S V' - U_l S_l V_l',      U, S and V trained from U_l, S_l and V_l
 
-The gradient of U has no part in the span of U_h, and that of V none in the span of V_h: what the model knows best stays
-as it is. So gradients are not those of the loss; they are the same whatever optimizer takes them, as in peft, which
-projects by hooks. An optimizer that scales entries by themselves, as Adam does, leaves that subspace again by a little.
+The gradient of U is orthogonal to U_h, and that of V to V_h: the largest singular directions, the model's main
+knowledge, are unchanged. So gradients are not those of the loss; they are the same whatever optimizer takes them, as in
+peft, which projects by hooks. An optimizer that scales entries by themselves, as Adam does, leaves that subspace again
+by a little.
 
 `effective_rank` is k: a number, or a share of the smaller side, rounded down. Kernels of convolutions are decomposed as
 [out, in * kernel], embeddings as [dim, num], experts each on its own. peft has linear layers alone.
 
-Files hold U, S and V and what they started from: found a second time, on another machine, it would be another, by
-rounding at least. peft's files do without, and take it from the model again.
+Files hold U, S and V and their initial values: a second decomposition, on another machine, would differ, by rounding at
+least. peft's files omit the initial values, and peft computes them from the model again.
 
 Parameters: (min(out, in) - k) (out + in + 1) a site, times the number of experts: with half of the singular values
 nearly as many as the weight has, or more.
@@ -61,7 +62,7 @@ def frozen_rank(site: Site, config: OSFConfig) -> int:
 
 
 class OSFOperator(LowRankOperator):
-    """The smaller singular values of one site and their vectors, and what these started from."""
+    """The smaller singular values of one site and their vectors, with the initial values of both."""
 
     U0: Tensor
     S0: Tensor
@@ -81,7 +82,7 @@ class OSFOperator(LowRankOperator):
         self.register_buffer("kept_V", V[..., :k, :].contiguous())
 
     def projected(self) -> tuple[Tensor, Tensor]:
-        """Return U and V, whose gradients have no part along what is kept."""
+        """Return U and V with gradients orthogonal to the kept singular vectors."""
         U, V = self.U, self.V
         if torch.is_grad_enabled():
             free_U = U - self.kept_U @ (self.kept_U.mT @ U)

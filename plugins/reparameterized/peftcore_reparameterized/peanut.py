@@ -6,8 +6,8 @@
 The update is a small network's answer to the frozen weight, column by column: f (`activation`) makes it more than a
 low-rank factor times W. E_i and D_i start uniform in +-1/sqrt(rank). As in peft, h is not scaled and drops nothing.
 
-Kernels of convolutions count as columns, [out, in * kernel], embeddings are [dim, num], experts have networks of their
-own. peft has linear layers alone.
+Kernels of convolutions count as columns, [out, in * kernel], embeddings are [dim, num], each expert has separate
+networks. peft supports linear layers only.
 
 Parameters: 2 * rank * out + 2 * depth * rank^2 a site, times the number of experts.
 

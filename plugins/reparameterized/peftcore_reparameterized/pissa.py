@@ -4,12 +4,13 @@
     W' = (W - s B0 A0) + s B A = W + s (B A - B0 A0),   A = A0 and B = B0 at first,   s = alpha / rank
 
 LoRA that starts at the directions that matter most, with gradients in both factors from the first step. The authors'
-code and peft write W - s B0 A0 into the base; here the base stays, and A0 and B0 stand frozen beside A and B. Outputs
-and gradients are the same, and the adapter fits the base as it came. The change is that of a LoRA of twice the rank.
+code and peft write W - s B0 A0 into the base; here the base is unchanged, and A0 and B0 are frozen buffers. Outputs and
+gradients are the same, and the adapter fits the original base. The change is that of a LoRA of twice the rank.
 
-With `dropout` the output is W x + s (B A dropout(x) - B0 A0 x), as in peft: training then drops parts of what the base
-itself computes, from the first step on (the authors use none). Kernels of convolutions are decomposed as
-[out, in * kernel], experts each on its own, embeddings as [dim, num]; peft has linear layers alone, and no float64.
+With `dropout` the output is W x + s (B A dropout(x) - B0 A0 x), as in peft: training then drops parts of the base's
+output, from the first step on (the authors use no dropout). Kernels of convolutions are decomposed as
+[out, in * kernel], experts each on its own, embeddings as [dim, num]; peft supports linear layers only, without
+float64.
 
 Parameters: rank * (in * kernel + out) a site, times the number of experts; rank at most that of the weight.
 

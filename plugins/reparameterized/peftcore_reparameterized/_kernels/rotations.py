@@ -13,8 +13,8 @@ from peftcore.author import Layer, cast_operands, runs_plain
 
 
 def plain_rotate(x: Tensor, R: Tensor) -> Tensor:
-    """Multiply rows ``[..., blocks * size]`` by a block-diagonal matrix of blocks ``[blocks, size, size]``, of which
-    one may stand for all."""
+    """Multiply rows ``[..., blocks * size]`` by a block-diagonal matrix of blocks ``[blocks, size, size]``; a single
+    block is used for all."""
     parts = x.reshape(-1, x.shape[-1] // R.shape[-1], R.shape[-1])  # [n, blocks, size]
     return (parts.transpose(0, 1) @ R).transpose(0, 1).reshape(x.shape)
 
@@ -95,7 +95,7 @@ def rotated(layer: Layer, call: Callable[..., Tensor], x: Tensor, R: Tensor, exa
     Args:
         layer: that of the site, which does to each vector of x the same (`Layer.of_vectors`).
         x: its input, ``[..., in]``.
-        R: blocks ``[blocks, size, size]`` of any dtype, of which one may stand for all.
+        R: blocks ``[blocks, size, size]`` of any dtype; a single block is used for all.
         exact: whether R are rotations indeed, so that their transposes are their inverses.
     """
     own = layer.frozen_linear(call, x, x.shape[-1])

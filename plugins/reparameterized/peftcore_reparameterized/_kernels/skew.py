@@ -113,8 +113,8 @@ class _Cayley(torch.autograd.Function):
 WIDE = 16
 """Matrices of this size and wider take longer to solve than six products of them."""
 SMALL = {dtype: math.sqrt(2) * torch.finfo(dtype).eps ** (1 / 16) for dtype in (torch.float32, torch.float64)}
-"""The norm of a skew-symmetric matrix below which its 16th power is nothing beside the identity: what it makes of a
-vector is longer by no more than the norm over the root of two."""
+"""The norm of a skew-symmetric matrix below which its 16th power is negligible next to the identity: the matrix scales
+a vector's length by at most its norm over the root of two."""
 
 
 def _is_small(K: Tensor) -> bool:
