@@ -1,4 +1,5 @@
-"""Patterns of types of peft that take one as the path of a module, or as an expression for what stands behind a dot."""
+"""Patterns of those peft types that read a pattern as the path of a module, or as an expression for the part after a
+dot."""
 
 from __future__ import annotations
 

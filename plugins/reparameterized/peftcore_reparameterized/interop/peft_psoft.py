@@ -1,9 +1,9 @@
 """PSOFT in peft's files (checked against peft 0.21): below ``psoft_R``, ``weight`` is our K, ``vector_b`` and
 ``vector_a`` are b and a.
 
-The singular vectors are not in the file: it means those that peft finds in the base when it loads it, with the signs
-that come out. So both ways they are found as peft finds them, exactly or by its approximation; what is written has rows
-and columns of K with the signs that belong to them.
+The file lacks the singular vectors: peft computes them from the base when it loads the file, with arbitrary signs. So
+reading and writing compute them as peft does, exactly or by its approximation; rows and columns of K are written with
+the matching signs.
 """
 
 from __future__ import annotations

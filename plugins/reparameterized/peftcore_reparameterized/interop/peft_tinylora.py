@@ -17,7 +17,7 @@ from peftcore.author.formats import Found, Keys, PeftMethod, Place
 
 
 class PeftTinyLoRA(PeftMethod):
-    """Translates the vectors of groups, and what they stand between."""
+    """Translates the vectors of groups, and the frozen factors on both sides of them."""
 
     methods = ("tinylora",)
     below = ("tinylora_A", "tinylora_B", "tinylora_P")
