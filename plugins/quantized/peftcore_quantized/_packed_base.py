@@ -174,7 +174,7 @@ def place(site: Site) -> Site:
 
 
 def on_weight(site: Site) -> Site:
-    """Return the site as an operator acts on it that changes the weight alone, quantized or not."""
+    """Return the site for an operator that changes only the weight, quantized or not."""
     return replace(site, form="weight")
 
 

@@ -54,8 +54,8 @@ class BiAdaptFormerConfig(MethodConfig):
     scale: PositiveFloat = 1.0
     """The factor s in front of the adapter."""
     joins: Joins = "stream"
-    """Where it adds: to the stream, behind what the host does to the branch's output (dropout, layer scale, stochastic
-    depth), or to the output of the branch's last matrix, in front of that."""
+    """Position of the addition: the stream, after the host's changes to the branch's output (dropout, layer scale,
+    stochastic depth), or the output of the branch's last matrix, before these changes."""
     dropout: Share = 0.1
     """Probability with which the bottleneck's numbers are dropped in training, as in the authors' code."""
 

@@ -50,8 +50,8 @@ class LoftQConfig(PackedConfig):
 
 
 def alternate(weight: Tensor, rank: int, rounding: str, iterations: int) -> tuple[Factors, Factors | None]:
-    """Return the best of the iterates for a weight ``[*batch, out, in]``: the factors, and those whose product was
-    taken out before the rounding (None in the first iteration)."""
+    """Return the best of the iterates for a weight ``[*batch, out, in]``: the factors, and the factors whose product
+    was subtracted before the rounding (None in the first iteration)."""
     taken: Factors | None = None
     best: tuple[Factors, Factors | None] | None = None
     least = float("inf")

@@ -59,7 +59,7 @@ class LQERConfig(PackedConfig):
     factor_bits: Annotated[int, Field(ge=2, le=8)] | None = 8
     """How many bits A and B are rounded to; None leaves them as they are."""
     train_factors: bool = False
-    """Whether A and B train, from where they are then."""
+    """Whether A and B train, starting from the computed correction."""
 
 
 def in_blocks(factor: Tensor, bits: int, size: int = 16) -> Tensor:

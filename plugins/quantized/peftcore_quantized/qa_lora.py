@@ -9,8 +9,8 @@ with floating-point zeros whose groups divide `group_size`). On formats without 
 
 The authors' code and its merge take the mean, the paper's algorithm the sum: multiply alpha by group_size for that.
 peft multiplies the mean by the number of groups instead of by their size, so its update is ``in / group_size`` times
-this one; peft has no merge for its update. A starts Xavier-uniform as the authors' does (peft: Kaiming), B at zero.
-Inputs are those of the quantizer: in a convolution, of all positions of the kernel.
+this one; peft does not implement a merge of this update. A starts Xavier-uniform as the authors' does (peft: Kaiming),
+B at zero. Inputs are those of the quantizer: in a convolution, of all positions of the kernel.
 
 Parameters: rank * (in * kernel / group_size + out) a site, times the number of experts.
 

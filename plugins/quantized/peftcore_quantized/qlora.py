@@ -7,8 +7,8 @@ or after it, or by transformers' `BitsAndBytesConfig`. On a dense model every fo
 outputs equal those of the quantized model. A model that is quantized already stays as it is, and `scheme` is ignored.
 Paged optimizer states are the optimizer's affair: ``injection.optimizer(bnb.optim.PagedAdamW32bit, …)``.
 
-A merge writes Q + s B A; into="same" rounds that again, which may cost more than the adapter is worth (the report says
-what it costs): merge into floating point, or leave the adapter apart.
+A merge writes Q + s B A; into="same" rounds that again, which may lose more than the adapter gains (the report gives
+the loss): merge into floating point, or keep the adapter unmerged.
 
 Parameters: rank * (in * kernel + out) a site, times the number of experts.
 

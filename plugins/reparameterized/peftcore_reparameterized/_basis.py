@@ -18,11 +18,11 @@ Draw = Callable[[torch.Generator, Sequence[int]], Tensor]
 
 
 class Basis(nn.Module):
-    """A pair of frozen matrices A and B, of which each site reads the corner that it needs.
+    """A pair of frozen matrices A and B, of which each site reads the corner of its size.
 
-    No file holds them unless they are to be `stored`: whoever loads an adapter draws them again, on the CPU, where a
-    seed gives the same numbers on every machine. So the seed is an option of the method and not that of `apply`, which
-    files do not hold.
+    No file holds them unless they are to be `stored`: loading an adapter draws them again, on the CPU, where a seed
+    gives the same numbers on every machine. So the seed is an option of the method and not that of `apply`, which files
+    do not hold.
     """
 
     A: Tensor

@@ -78,8 +78,8 @@ class PairOperator(LowRankOperator):
     """An update ``s (B A - B0 A0)``: A and B train, A0 and B0 are their frozen start.
 
     A method that takes BA out of the base and trains it back in computes the same, but here the base stays as it is:
-    so the adapter can be removed, routed, stacked, and loaded into the original base. A0 and B0 are in its file: found
-    a second time, on another machine, they would be others, by rounding at least.
+    so the adapter can be removed, routed, stacked, and loaded into the original base. A0 and B0 are in its file: a
+    second decomposition, on another machine, would give different ones, by rounding at least.
     """
 
     padded, scaled = frozenset({"A", "B", "A0", "B0"}), frozenset({"B", "B0"})
@@ -96,7 +96,7 @@ class PairOperator(LowRankOperator):
         self.register_buffer("B0", B)
 
     def start(self, A: Tensor, B: Tensor) -> None:
-        """Set both pairs, where data says them."""
+        """Set both pairs, for methods that compute them from data."""
         for own, new in ((self.A, A), (self.B, B), (self.A0, A), (self.B0, B)):
             own.data.copy_(new)
 

@@ -31,7 +31,7 @@ class ChangeDropout:
         return self.outputs > 0 or self.whole > 0
 
     def shares(self, shape: Sequence[int], like: Tensor) -> Tensor:
-        """Draw how much of the change each output ``[*batch, out]`` gets."""
+        """Draw the share of the change that each output ``[*batch, out]`` gets."""
         shares = torch.ones(shape, device=like.device, dtype=like.dtype)
         if self.whole:
             shares = shares * _kept((1,), self.whole, like)
@@ -44,7 +44,7 @@ class ChangeDropout:
 
 
 class DropsChange(WeightOperator):
-    """An operator whose change drops out, as `drops` says."""
+    """An operator whose change has dropout, as `drops` says."""
 
     training_only = frozenset({"drops"})
     drops: ChangeDropout
@@ -55,7 +55,7 @@ class DropsChange(WeightOperator):
 
 
 def with_shares(change: Tensor, drops: ChangeDropout, batch_dims: int, training: bool) -> Tensor:
-    """Return a change of a weight ``[*batch, out, ...]`` of which each output has its share, in training."""
+    """Return a change of a weight ``[*batch, out, ...]`` scaled by the drawn share of each output, in training."""
     if not (training and drops):
         return change
     shares = drops.shares(change.shape[: batch_dims + 1], change)

@@ -31,7 +31,7 @@ def number(path: str, otherwise: int) -> int:
 
 
 def by_role(sites: Sequence[Site]) -> Iterator[tuple[str, list[Site], list[Site]]]:
-    """Yield the sites that share V, with its name, and those of them of which V is found, by number."""
+    """Yield the sites that share V, with its name, and the sites from which V is computed, by number."""
     found: dict[str, list[tuple[int, Site]]] = {}
     for index, site in enumerate(sites):
         found.setdefault(f"{role(site.path)}_{columns(site)}", []).append((number(site.path, index), site))

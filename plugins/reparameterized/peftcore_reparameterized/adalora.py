@@ -41,7 +41,7 @@ class AdaLoRAConfig(MethodConfig):
     warmup: NonNegativeInt = 0
     """Steps before the budget falls."""
     final: NonNegativeInt = 0
-    """Steps at the end in which what was chosen stays."""
+    """Number of final steps, in which the chosen triples stay fixed."""
     interval: PositiveInt = 1
     """Steps from one choice to the next."""
     beta1: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.85

@@ -14,11 +14,12 @@ moving averages: from step `warmup` to `until` (counted from 0, as peft does) th
 from all to the target, every `interval` steps; dropped clusters keep their values and stop training. As in peft only
 clusters above the target-th score continue, one fewer than the target; averages are reset after each choice.
 
-Files hold V and the cluster of each output: K-means and a decomposition found again, on another machine, could be
-others. peft's files lack the clusters, which peft finds again; so does this, and refuses a file whose V' is another.
+Files hold V and the cluster of each output: a second K-means and decomposition, on another machine, could differ.
+peft's files lack the clusters, which peft computes again; so does peftcore, which refuses a file with a different V'.
 
 Parameters: rank * (K * components + out) a site, times the number of experts; components at most those of the weight.
-Kernels count as inputs, in * kernel; embeddings as [dim, num]; experts each for itself. peft has linear layers alone.
+Kernels count as inputs, in * kernel; embeddings as [dim, num]; experts each for itself. peft supports linear layers
+only.
 
 Use it for few parameters along the directions that a weight has, or where subspaces shall be dropped in training.
 """
@@ -44,7 +45,7 @@ class AdaMSSConfig(MethodConfig):
 
     method: Literal["adamss"] = "adamss"
     components: PositiveInt = 100
-    """How many singular vectors of the weight there are to choose from."""
+    """Number of singular vectors of the weight to choose from."""
     subspaces: PositiveInt = 5
     """K, how many clusters the outputs of a site are in."""
     rank: PositiveInt = 1

@@ -8,7 +8,7 @@ continues from a cache that the base, or any other aLoRA, has filled, without co
 
 The last occurrence in the input counts, as in peft; in ``generate`` that of the prompt, of which the model may be
 given pieces (``prefill_chunk_size=``). It is kept with the cache, which may be copied for each of many adapters. Where
-forwards are given pieces of a prompt by hand, one that would change what acts on tokens of the cache is a
+pieces of a prompt are passed to forward by hand, a piece that would change the adapter of tokens in the cache raises
 `SequenceError`. Rows without the invocation run the base model.
 ``peftcore.call(model, since=[...])`` passes the columns for inputs without ids, or where the base saw the invocation;
 `peftcore.route` with ``since=`` does it for adapters of other methods. Without `invocation` the adapter acts on all
@@ -17,7 +17,7 @@ the end of the generated tokens, and ours does not.
 
 Parameters: rank * (in + out) a site.
 
-Use it where one conversation meets many adapters: checks, rewritings, judgements that share a long prompt.
+Use it where one conversation uses many adapters: checks, rewritings, judgements that share a long prompt.
 """
 
 from __future__ import annotations

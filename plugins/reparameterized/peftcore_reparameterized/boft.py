@@ -58,7 +58,7 @@ class BOFTConfig(MethodConfig):
     block_dropout: Share = 0.0
     """Share of the blocks of one factor that do not turn in a forward in training, rounded down."""
     side: Literal["inputs", "outputs"] = "inputs"
-    """Side of a weight that turns; an embedding turns what it returns either way."""
+    """Side of a weight that turns; an embedding turns its returned vectors either way."""
 
 
 WIDEST = 64

@@ -56,7 +56,7 @@ class CorDAConfig(MethodConfig):
 
     method: Literal["corda"] = "corda"
     rank: PositiveInt = 128
-    """How many directions are adapted; at most those that there are."""
+    """Number of adapted directions; at most all of the weight's."""
     alpha: PositiveFloat | None = None
     """Numerator of the scale ``alpha / rank``; with None the scale is 1."""
     dropout: Share = 0.0

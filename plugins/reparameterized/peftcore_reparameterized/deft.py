@@ -52,11 +52,11 @@ class DEFTConfig(MethodConfig):
 
     method: Literal["deft"] = "deft"
     rank: PositiveInt = 8
-    """Directions that are taken away and put in; at most the outputs that there are."""
+    """Number of directions that are removed and injected; at most the number of outputs."""
     alpha: PositiveFloat | None = None
     """Numerator of the scale ``alpha / rank`` of the injected component; with None it is not scaled."""
     projection: Literal["relu", "qr"] = "relu"
-    """The part of the weight that is taken away: on the positive part of P, or on the space that its columns span."""
+    """The removed component of the weight: on the positive part of P, or on the space that its columns span."""
     injects: bool = True
     """Put something in; otherwise only take away (PaRa)."""
     dropout: Share = 0.0
@@ -64,7 +64,7 @@ class DEFTConfig(MethodConfig):
 
 
 class DEFTOperator(WeightOperator):
-    """The part that is taken away from one weight, and the part that is put in."""
+    """The component removed from one weight, and the injected one."""
 
     def __init__(self, site: Site, config: DEFTConfig) -> None:
         super().__init__(site)

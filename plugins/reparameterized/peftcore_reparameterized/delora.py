@@ -3,9 +3,9 @@
 
     W' = W + lambda / rank sum_i b_i a_i diag(n) / (||a_i|| ||b_i||),   n_j = ||W[:, j]||,   i = 1 … rank
 
-Rows a_i of A and columns b_i of B count by their directions alone, so however far they train, the update of a weight is
-bounded: its norm is at most lambda max(n). The strength lambda is trained, a number a site. n holds the lengths of the
-columns of the weight as they are when the adapter is made; files have it, as peft's do.
+Only the directions of the rows a_i of A and columns b_i of B count, so the update of a weight is bounded however long
+training runs: its norm is at most lambda max(n). The strength lambda is trained, a number a site. n holds the lengths
+of the columns of the weight as they are when the adapter is made; files have it, as peft's do.
 
 A is uniform in +-1/sqrt(in) and B zero, as in peft: lengths below 1e-4 count as 1e-4, so that W' = W. After the first
 step, however short it is, B has a direction and the update nearly its full size; so warm the rate up. The paper calls a

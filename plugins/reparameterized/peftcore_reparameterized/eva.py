@@ -77,9 +77,9 @@ class EVAConfig(MethodConfig):
     use_label_mask: bool = True
     """Whether positions whose label is -100 are left out."""
     iterations: Annotated[PositiveInt, Field(le=1000)] | None = 4
-    """Find the directions by so many steps of a fast approximation; None is exact."""
+    """Number of steps of a fast approximation of the directions; None computes them exactly."""
     passes: PositiveInt = 10
-    """How often the data is gone through, at most; then directions are taken as they are."""
+    """Maximum number of passes over the data; after that the current directions are used."""
 
 
 def components(model: nn.Module, data: Batches, config: EVAConfig, sites: Sequence[Site]) -> dict[str, Components]:

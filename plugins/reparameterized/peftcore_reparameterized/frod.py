@@ -10,16 +10,16 @@ Sites whose paths end alike have one role, as in peft; also as in peft, of two s
 one counts, so T5's decoder sets V for its encoder too. In directions that are zero in all weights, U has the scaled
 rounding errors of V.
 
-Files hold V, U and L0, so they are larger than the weights: eigenvectors found again, on another machine, would be
-others, by signs at least. peft's files hold V without U, which peft then makes of the V that it finds, and not of the
-one in the file: on a machine where that is another, its adapters compute something else. Here U is made of the file's.
+Files hold V, U and L0, so they are larger than the weights: eigenvectors computed again, on another machine, would
+differ, by signs at least. peft's files hold V without U, and peft computes U from a newly computed V instead of the
+file's V: on a machine where V differs, its adapters give different outputs. Here U is computed from the file's V.
 
 Kernels of convolutions count as columns, in * kernel; experts are weights like any other; V of an embedding is
-[num, num], so of a small one alone. peft has linear layers.
+[num, num], so of a small one alone. peft supports linear layers only.
 
 Parameters: in * kernel + n a site, times the number of experts.
 
-Use it where the update shall have a full rank and few parameters, and memory for V and U is there.
+Use it where the update shall have a full rank and few parameters, and memory for V and U is available.
 """
 
 from __future__ import annotations

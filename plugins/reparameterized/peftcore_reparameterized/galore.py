@@ -27,7 +27,7 @@ from peftcore.author import AppliedMethod, GradientRule, LearningRate, Method, M
 from peftcore.errors import UnsupportedSite
 
 NONE = 10
-"""Singular values of up to so many times the rounding of the largest one are zero."""
+"""Singular values up to this many times the rounding of the largest one count as zero."""
 
 Side = Literal["std", "reverse_std", "right", "left", "full"]
 

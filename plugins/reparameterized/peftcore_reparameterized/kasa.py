@@ -43,7 +43,7 @@ class KaSAConfig(MethodConfig):
 
     method: Literal["kasa"] = "kasa"
     rank: PositiveInt = 8
-    """Rank of the update, and how many singular values are taken away."""
+    """Rank of the update, and number of singular values that are removed."""
     alpha: PositiveFloat = 16.0
     """Numerator of the scale ``alpha / rank``."""
     dropout: Share = 0.0
@@ -58,7 +58,7 @@ def rank_of(site: Site, config: KaSAConfig) -> int:
     """Return the rank of the update.
 
     Raises:
-        UnsupportedSite: the weight has a single direction, which would be taken away.
+        UnsupportedSite: the weight has a single direction, which would be removed.
     """
     if not (rank := min(config.rank, rank_within(site, config.rank + 1) - 1)):
         raise UnsupportedSite(f"{site.path} has a single direction, so nothing of it would be left; exclude it")
@@ -66,7 +66,7 @@ def rank_of(site: Site, config: KaSAConfig) -> int:
 
 
 class KaSAOperator(LowRankOperator):
-    """The update of one site, and the frozen part of its weight that is taken away: U_r S_r is B0, V_r' is A0."""
+    """The update of one site, and the frozen part that is removed from its weight: U_r S_r is B0, V_r' is A0."""
 
     padded, scaled = frozenset({"A", "B", "d", "A0", "B0"}), frozenset({"B"})
     A0: Tensor

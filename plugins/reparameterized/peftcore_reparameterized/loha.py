@@ -41,11 +41,11 @@ class LoHaConfig(MethodConfig):
     tucker: bool = False
     """Factor the kernels of convolutions too (peft: use_effective_conv2d); of no effect on other layers."""
     rank_dropout: Share = 0.0
-    """Probability with which an output gets nothing of the change, in training."""
+    """Probability that the change is dropped for an output, in training."""
     rank_dropout_scale: bool = False
-    """Divide what is left by the share of the outputs that are (peft: always)."""
+    """Divide the kept outputs by their share (peft: always)."""
     module_dropout: Share = 0.0
-    """Probability with which a module gets nothing of the change, in training."""
+    """Probability that the whole change of a module is dropped, in training."""
 
 
 class LoHaOperator(DropsChange):
@@ -68,7 +68,8 @@ class LoHaOperator(DropsChange):
         return B @ A if core is None else torch.einsum("pq...,op,qi->oi...", core, B, A)
 
     def prefers_activation_form(self, x: Tensor) -> bool:
-        """Whether the update runs on activations: where factors of all its ranks are far smaller than the weight."""
+        """Whether the update runs on activations, that is, where factors of all its ranks are far smaller than the
+        weight."""
         (outputs, rank), (_, inputs) = self.get_tensor("B1").shape[-2:], self.get_tensor("A1").shape[-2:]
         return self.layer.of_vectors and 3 * rank**2 * (outputs + inputs) < 2 * outputs * inputs
 

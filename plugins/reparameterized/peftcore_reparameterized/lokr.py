@@ -41,7 +41,7 @@ class LoKrConfig(MethodConfig):
     alpha: PositiveFloat = 8.0
     """Numerator of the scale ``alpha / rank``; of no effect where both factors are full."""
     factor: PositiveInt | None = None
-    """Where dimensions are cut: there, or at the largest divisor below it; None: next to the square root."""
+    """Size at which dimensions are cut, or else the largest divisor below it; None: next to the square root."""
     factor_first: bool = False
     """Make a factor that divides a dimension its first part even where it is the larger one, as peft does."""
     decompose_both: bool = False
@@ -53,11 +53,11 @@ class LoKrConfig(MethodConfig):
     layout: Literal["kronecker", "peft"] = "kronecker"
     """Order of the product's values where w2 is full and the convolution has one dimension; of no effect elsewhere."""
     rank_dropout: Share = 0.0
-    """Probability with which an output gets nothing of the change, in training."""
+    """Probability that the change is dropped for an output, in training."""
     rank_dropout_scale: bool = False
-    """Divide what is left by the share of the outputs that are."""
+    """Divide the kept outputs by their share."""
     module_dropout: Share = 0.0
-    """Probability with which a module gets nothing of the change, in training."""
+    """Probability that the whole change of a module is dropped, in training."""
 
 
 class LoKrOperator(DropsChange):

@@ -5,9 +5,9 @@
                                                        if  floor(i / G + 1/2) = floor(j / G + 1/2)  in all others
 
 G is `group_ratio` times the number of tokens N (at least 2), or `group_size`; it is so in every attention of which a
-matrix is a target. So the cost of attention falls from N^2 to N G, while
-half of the heads carry what is known across the borders of groups. In evaluation every token sees all that the model
-lets it see: nothing of it is left in a model that is merged or in service, and flash attention and caches work there.
+matrix is a target. So the cost of attention falls from N^2 to N G, while half of the heads pass information across the
+borders of groups. In evaluation every token attends to all tokens that the model allows: groups do not exist in a
+merged or deployed model, and flash attention and caches work there.
 
 The code decides how groups end (dvlab-research/LongLoRA, its version for flash attention): shifted heads begin and end
 with half a group. Its other version rolls tokens around, so that the first half group would attend to the last one,

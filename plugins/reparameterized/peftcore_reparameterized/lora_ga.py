@@ -65,9 +65,9 @@ class LoRAGAConfig(MethodConfig):
     gamma: PositiveFloat = 16.0
     """The gamma of k: the larger, the smaller the start."""
     form: Literal["authors", "peft"] = "authors"
-    """The start: that of the authors' code, or that of peft, in which B0 has the singular values of G besides."""
+    """The start: that of the authors' code, or that of peft, in which B0 also contains the singular values of G."""
     iterations: Annotated[PositiveInt, Field(le=1000)] | None = 4
-    """Find the singular vectors by so many steps of a fast approximation; None is exact."""
+    """Number of steps of a fast approximation of the singular vectors; None computes them exactly."""
 
 
 def rank_of(site: Site, config: LoRAGAConfig) -> int:

@@ -9,8 +9,8 @@ singular values are in A, as in the authors' code. That code finds them by a fas
 they are exact unless `iterations` is given. Kernels of convolutions are decomposed as [out, in * kernel], experts each
 on its own, embeddings as [dim, num].
 
-A and B are in the adapter's file: R means nothing without them, and found a second time, on another machine, they would
-be others, by rounding at least. So files are as large as LoRA's; trained parameters and the optimizer's state are
+A and B are in the adapter's file: R depends on them, and a second decomposition, on another machine, would give
+different ones, by rounding at least. So files are as large as LoRA's; trained parameters and the optimizer's state are
 smaller.
 
 start="gradient" is LoRA-SB (Ponkshe et al. 2024, arXiv 2411.19557; CERT-Lab/lora-sb). A, B and R are the nearest of
@@ -60,19 +60,19 @@ class LoRAXSConfig(MethodConfig):
 
     method: Literal["lora_xs"] = "lora_xs"
     rank: PositiveInt = 16
-    """How many singular values R mixes; at most those that there are."""
+    """Number of singular values that R mixes; at most all of the weight's."""
     alpha: PositiveFloat = 16.0
     """Numerator of the scale ``alpha / rank``."""
     std: NonNegativeFloat = 1e-5
-    """Standard deviation of R at the start; with 0 a fresh adapter changes nothing at all."""
+    """Standard deviation of R at the start; with 0 a fresh adapter leaves outputs unchanged."""
     start: Literal["weight", "gradient"] = "weight"
     """The matrix whose singular vectors A and B are: the weight, or its first step (LoRA-SB), which needs data."""
     step: NonNegativeFloat = 3e-7
-    """The learning rate of that first step; with 0 a fresh adapter changes nothing at all."""
+    """The learning rate of that first step; with 0 a fresh adapter leaves outputs unchanged."""
     dropout: Share = 0.0
     """Probability with which inputs of the update are dropped in training."""
     iterations: Annotated[PositiveInt, Field(le=1000)] | None = None
-    """Find the singular vectors by so many steps of a fast approximation; None is exact."""
+    """Number of steps of a fast approximation of the singular vectors; None computes them exactly."""
 
 
 class LoRAXSOperator(LowRankOperator):
@@ -109,7 +109,7 @@ class LoRAXSOperator(LowRankOperator):
 
 
 class LoRAXS(Method):
-    """Low-rank adaptation with a trainable core alone."""
+    """Low-rank adaptation in which only a core matrix trains."""
 
     name = "lora_xs"
     Config = LoRAXSConfig

@@ -6,9 +6,10 @@ Every `rank` columns of the weight share their update, so y = W x + b + D' z, wh
 `rank`: z[k] = x[k] + x[rank + k] + x[2 rank + k] + … A last shard may be shorter, as if x went on with zeros. It is a
 low-rank update whose first factor is fixed, so it costs half of a LoRA, and is not scaled.
 
-With `outputs` D has only so many columns and repeats them, for weights whose outputs that divides (peft: "mini"). With
-`bat` the weight takes part, in blocks [rank, rank] of whose rows i and columns j D has one for each i (peft: "bat"):
-W'[i, j] = W[i, j] + W[i, j] D[i] + D[i]. This update is not of low rank and lacks dropout; rank divides both sides.
+With `outputs` D has only that many columns and repeats them, for weights whose number of outputs it divides (peft:
+"mini"). With `bat` the weight takes part, in blocks [rank, rank] of whose rows i and columns j D has one for each i
+(peft: "bat"): W'[i, j] = W[i, j] + W[i, j] D[i] + D[i]. This update is not of low rank and lacks dropout; rank divides
+both sides.
 
 Kernels of convolutions are shared as columns of [out, in * kernel], and embeddings as [dim, num]: tokens `rank` apart
 share their update. Each expert has a separate D. peft supports linear layers only.

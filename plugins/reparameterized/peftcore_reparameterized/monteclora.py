@@ -18,7 +18,7 @@ log Gamma(prior) with a plus where the divergence has a minus, so it is not a di
 equal. Peft takes its roots in float32 always, and draws ahead of time. Weights that are read, not called, have the
 mean.
 
-Kernels of convolutions count as inputs; experts draw by themselves. peft has linear layers alone.
+Kernels of convolutions count as inputs; each expert draws separately. peft supports linear layers only.
 
 Parameters: rank * (in * kernel + out) + rank + N a site, times the number of experts.
 

@@ -16,11 +16,12 @@ leaves b^2 out). Its gradient is taken at the scaled K_j, as in the authors' cod
 parameter in each forward.
 
 With side="outputs" the outputs of a weight turn instead, W' = R W and k = out / b, and the bias does not: so do LyCORIS
-(its diag-oft, Yeh et al. 2023, arXiv 2309.14859; the preset `diag_oft`) and kohya's sd-scripts. Two options are theirs.
-With `constraint` all K of a site together count as scaled down to the norm constraint * width of the turned side, and
-gradients go through that. With `rescaled` W' = diag(s) R W, with gains s [out] that are one at first. LyCORIS trains a
-full Q with K = Q - Q^T, which moves twice as much under Adam. In training, `block_dropout` is the share of blocks that
-do not turn, drawn in each forward (peft: module_dropout, which peft 0.21 documents but does not implement).
+(its diag-oft, Yeh et al. 2023, arXiv 2309.14859; the preset `diag_oft`) and kohya's sd-scripts. Two options are from
+these libraries. With `constraint` all K of a site together count as scaled down to the norm constraint * width of the
+turned side, and gradients go through that. With `rescaled` W' = diag(s) R W, with gains s [out] that are one at first.
+LyCORIS trains a full Q with K = Q - Q^T, which moves twice as much under Adam. In training, `block_dropout` is the
+share of blocks that do not turn, drawn in each forward (peft: module_dropout, which peft 0.21 documents but does not
+implement).
 
 Parameters: k b (b - 1) / 2 a site, k = in * kernel / b, times the number of experts; those of one block with
 `block_share`; with `rescaled` out more.
@@ -71,7 +72,7 @@ class OFTConfig(MethodConfig):
     block_dropout: Share = 0.0
     """Share of the blocks that do not turn in a forward in training, rounded down; with `block_share` none."""
     side: Literal["inputs", "outputs"] = "inputs"
-    """Side of a weight that turns; an embedding turns what it returns either way."""
+    """Side of a weight that turns; an embedding turns its returned vectors either way."""
     constraint: PositiveFloat | None = None
     """Norm of all K of a site over the width of its turned side, at most (LyCORIS); None leaves it free."""
     rescaled: bool = False

@@ -36,7 +36,7 @@ class OLoRAConfig(MethodConfig):
 
     method: Literal["olora"] = "olora"
     rank: PositiveInt = 8
-    """How many columns of Q are adapted; at most those that there are."""
+    """Number of adapted columns of Q; at most all of them."""
     alpha: PositiveFloat = 8.0
     """Numerator of the scale ``alpha / rank``."""
     dropout: Share = 0.0

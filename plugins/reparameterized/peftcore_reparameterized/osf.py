@@ -10,7 +10,7 @@ peft, which projects by hooks. An optimizer that scales entries by themselves, a
 by a little.
 
 `effective_rank` is k: a number, or a share of the smaller side, rounded down. Kernels of convolutions are decomposed as
-[out, in * kernel], embeddings as [dim, num], experts each on its own. peft has linear layers alone.
+[out, in * kernel], embeddings as [dim, num], experts each on its own. peft supports linear layers only.
 
 Files hold U, S and V and their initial values: a second decomposition, on another machine, would differ, by rounding at
 least. peft's files omit the initial values, and peft computes them from the model again.
@@ -42,14 +42,14 @@ class OSFConfig(MethodConfig):
 
     method: Literal["osf"] = "osf"
     effective_rank: PositiveInt | Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
-    """How many of the largest singular values stay as they are: a number, or a share of them."""
+    """Number, or share, of the largest singular values that stay frozen."""
 
 
 def frozen_rank(site: Site, config: OSFConfig) -> int:
     """Return k.
 
     Raises:
-        UnsupportedSite: nothing of the weight stays, or all of it.
+        UnsupportedSite: none of the singular values would stay frozen, or all of them.
     """
     rank, k = min(site.out_features, columns(site)), config.effective_rank
     k = int(rank * k) if isinstance(k, float) else k
@@ -91,7 +91,7 @@ class OSFOperator(LowRankOperator):
         return U, V
 
     def factors(self) -> tuple[Tensor, Tensor, float]:
-        """Return the factors of ``U S (V - V0)' + (U S - U0 S0) V0'``: nothing at first, to the bit."""
+        """Return the factors of ``U S (V - V0)' + (U S - U0 S0) V0'``: exactly zero at first."""
         U, V = self.projected()
         left, left0 = U * self.S.unsqueeze(-2), self.U0 * self.S0.unsqueeze(-2)
         A = torch.cat([V - self.V0, self.V0], -2)  # [*batch, 2 low, in * kernel]

@@ -34,13 +34,13 @@ class PiSSAConfig(MethodConfig):
 
     method: Literal["pissa"] = "pissa"
     rank: PositiveInt = 8
-    """How many singular values are adapted; at most those that there are."""
+    """Number of adapted singular values; at most all of the weight's."""
     alpha: PositiveFloat = 8.0
     """Numerator of the scale ``alpha / rank``."""
     dropout: Share = 0.0
     """Probability with which inputs of the trained factors are dropped in training."""
     iterations: Annotated[PositiveInt, Field(le=1000)] | None = None
-    """Find the singular vectors by so many steps of a fast approximation, 4 to 16; None is exact."""
+    """Number of steps, 4 to 16, of a fast approximation of the singular vectors; None computes them exactly."""
 
 
 class PiSSAOperator(PairOperator):

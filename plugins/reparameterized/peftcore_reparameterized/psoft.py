@@ -12,8 +12,8 @@ PiSSA.
 
 The update is not scaled: peft's scale, alpha / rank, is divided out of B first.
 
-A and B are in the adapter's file: R means nothing without them, and found a second time, on another machine, they would
-be others, by signs at least. peft's files lack them. They are exact unless `iterations` is given. Kernels count as
+A and B are in the adapter's file: R depends on them, and a second decomposition, on another machine, would give
+different ones, by signs at least. peft's files lack them. They are exact unless `iterations` is given. Kernels count as
 inputs, in * kernel; embeddings as [dim, num]; experts are decomposed each on its own.
 
 Parameters: rank (rank - 1) / 2 + 2 rank a site, times the number of experts; rank at most that of the weight.
@@ -42,7 +42,7 @@ class PSOFTConfig(MethodConfig):
 
     method: Literal["psoft"] = "psoft"
     rank: PositiveInt = 32
-    """How many principal directions turn; at most those that there are."""
+    """Number of principal directions that turn; at most all of the weight's."""
     orthogonal: bool = True
     """Turn them; otherwise R is any matrix."""
     scale_outputs: bool = True
@@ -58,7 +58,7 @@ class PSOFTConfig(MethodConfig):
     dropout: Share = 0.0
     """Probability with which inputs of the update are dropped in training."""
     iterations: Annotated[PositiveInt, Field(le=1000)] | None = None
-    """Find the singular vectors by so many steps of a fast approximation; None is exact."""
+    """Number of steps of a fast approximation of the singular vectors; None computes them exactly."""
 
 
 class PSOFTOperator(LowRankOperator):

@@ -3,11 +3,11 @@
     y = W x + b + diag(b) B z,   [mu; logvar] = diag(d) A dropout(x),   d [2 rank] = d_initial,   b [out] zero
     z = mu + exp(logvar / 2) eps,   eps ~ N(0, 1), in training; z = mu otherwise
 
-As in VeRA, A [2 rank, in] and B [out, rank] are random, frozen, the same for all sites, of which each takes the corner,
-and drawn from `projection_seed` as peft draws them; files hold them with `store_basis` only. With `sample` "always" z
-is drawn in evaluation too, so that several passes show the model's uncertainty. Merging takes the mean; so does a
-weight that is read, not called, even in training, because it lacks activations to draw. Without `sample` it is VeRA by
-half of A.
+As in VeRA, A [2 rank, in] and B [out, rank] are random, frozen, the same for all sites, each of which uses the corner
+of its size, and drawn from `projection_seed` as peft draws them; files hold them with `store_basis` only. With `sample`
+"always" z is drawn in evaluation too, so that several passes show the model's uncertainty. Merging takes the mean; so
+does a weight that is read, not called, even in training, because it lacks activations to draw. Without `sample` it is
+VeRA by half of A.
 
 `kl` is the factor of a loss: the mean over all activations of tokens without padding, for each site, of the divergence
 of z from N(0, 1). The

@@ -3,8 +3,8 @@
     W' = W + s sum_j B_j diag(L[:, j]) A diag(G[j]),   j = 1 … n,   n = ceil(min(in, out) / rank),   s = alpha / rank
     A [rank, min(in, out)],   B_j [max(in, out), rank],   L [rank, n] zero,   G [n, min(in, out)] = 1 / max(its shape)
 
-and the transposed sum where out < in. A and all B_j are random, frozen, and the same for all sites, each of which takes
-the corner that it needs. They are drawn from `projection_seed`, and files hold them with `store_basis` only: uniform of
+and the transposed sum where out < in. A and all B_j are random, frozen, and the same for all sites, each of which uses
+the corner of its size. They are drawn from `projection_seed`, and files hold them with `store_basis` only: uniform of
 variance 1, or signs and zeros of variance 1, with `basis` sparse one sign in 3 entries, very sparse one in sqrt(min).
 All B_j are stored in one tensor [max, n, rank]; flattened, its columns j, n + j, 2 n + j, … are B_j. The authors and
 peft do the same, but flatten the sum's other side differently; for random columns the order is irrelevant. peft draws
@@ -51,7 +51,7 @@ class RandLoRAConfig(MethodConfig):
 
     method: Literal["randlora"] = "randlora"
     rank: PositiveInt = 32
-    """Rank of each basis; a lower one needs more of them, and so more parameters."""
+    """Rank of each basis; a lower rank needs more bases, and so more parameters."""
     alpha: PositiveFloat = 640.0
     """Numerator of the scale ``alpha / rank``."""
     scaling: Literal["rank", "bases"] = "rank"
@@ -114,8 +114,8 @@ class RandLoRAOperator(WeightOperator):
         return B.flatten(1), scaled.flatten(-3, -2)
 
     def prefers_activation_form(self, x: Tensor) -> bool:
-        """Whether the update runs on activations: where the products with the inputs are smaller than those that make
-        an update of the weight's size, and where inputs are dropped."""
+        """Whether the update runs on activations, that is, where the products with the inputs are smaller than those
+        that make an update of the weight's size, and where inputs are dropped."""
         if self.training and self.dropout:
             return True
         inputs, full = x.numel() // x.shape[-1], self.G.shape[-2] * self.L.shape[-2]

@@ -12,7 +12,7 @@ the same ones. With `store_indices` files hold the indices too, which are as lar
 indices, which are kept when its files are loaded. Embeddings and kernels of convolutions have factors as in LoRA,
 separate ones for each expert.
 
-Parameters: d in all, however many sites there are.
+Parameters: d in all, for any number of sites.
 
 Use it where an adapter must be tiny and its size chosen freely; it computes as much as LoRA.
 """
@@ -63,7 +63,7 @@ def drawn_indices(total: int, length: int, seed: int) -> Tensor:
 
 
 class Theta(nn.Module):
-    """The vector, and by how much each of its entries is scaled down."""
+    """The vector, and the factor that scales down each entry."""
 
     norm: Tensor
 

@@ -11,9 +11,9 @@ last one both. Longer filters need coefficients beyond the edges: these count as
 taken. With wavelet None the coefficients are entries of the update themselves.
 
 The positions are drawn from `entry_seed` alone, so all sites of one shape have the same ones, and files hold only c;
-they are those that peft draws from its `random_loc_seed`. Filters are computed, to 1e-11; peft has tables, and those of
-Symlets and Coiflets besides. It can spread n over the sites by their sizes, where here overrides are written, and start
-from N(0, 0.01).
+they are those that peft draws from its `random_loc_seed`. Filters are computed, to 1e-11; peft has tables, including
+those of Symlets and Coiflets. It can spread n over the sites by their sizes, where here overrides are written, and
+start from N(0, 0.01).
 
 Kernels of convolutions count as inputs, in * kernel; embeddings as [dim, num]. Each expert has a separate c.
 

@@ -1,4 +1,4 @@
-"""HQQ (half-quadratic quantization): the schemes hqq-8 and hqq-4, and whatever else is an `HQQLinear`."""
+"""HQQ (half-quadratic quantization): the schemes hqq-8 and hqq-4, and reading of any other `HQQLinear`."""
 
 from __future__ import annotations
 

@@ -17,7 +17,8 @@ PEFTCORE_API = 2
 
 @dataclass(frozen=True)
 class QuantoLayer(QuantizedLayer):
-    """Reads `QLinear` for the core. Its modules cannot become others in place, nor back: nothing merges into them."""
+    """Reads `QLinear` for the core. Its modules cannot be converted in place, in either direction, so merging into them
+    is impossible."""
 
     @property
     def saves_dense(self) -> bool:

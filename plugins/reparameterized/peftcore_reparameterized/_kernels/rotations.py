@@ -96,7 +96,7 @@ def rotated(layer: Layer, call: Callable[..., Tensor], x: Tensor, R: Tensor, exa
         layer: that of the site, which does to each vector of x the same (`Layer.of_vectors`).
         x: its input, ``[..., in]``.
         R: blocks ``[blocks, size, size]`` of any dtype; a single block is used for all.
-        exact: whether R are rotations indeed, so that their transposes are their inverses.
+        exact: whether R are exact rotations, so that their transposes are their inverses.
     """
     own = layer.frozen_linear(call, x, x.shape[-1])
     return call(rotate(x, R.to(x.dtype))) if own is None else rotated_linear(x, *own, R, exact)
@@ -112,7 +112,7 @@ def rotated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, R: Tensor, ex
     less.
 
     Args:
-        exact: whether R are rotations indeed, so that their transposes are their inverses.
+        exact: whether R are exact rotations, so that their transposes are their inverses.
     """
     x, weight, bias = cast_operands(x, weight, bias)
     R = R.to(weight.dtype)

@@ -88,7 +88,7 @@ def _quotient(identity: Tensor, K: Tensor) -> Tensor:
 
 
 def cayley(entries: Tensor, size: int) -> Tensor:
-    """Compute `plain_cayley`; backward keeps the rotation alone and solves nothing."""
+    """Compute `plain_cayley`; backward keeps only the rotation and solves no linear system."""
     return plain_cayley(entries, size) if runs_plain() else _of_stack(_Cayley, entries, size)
 
 
@@ -147,7 +147,7 @@ def plain_neumann(entries: Tensor, size: int, terms: int) -> Tensor:
 
 
 def neumann(entries: Tensor, size: int, terms: int) -> Tensor:
-    """Compute `plain_neumann`; backward keeps two matrices alone."""
+    """Compute `plain_neumann`; backward keeps only two matrices."""
     if runs_plain():
         K = plain_skew(entries, size)
         stack = K.reshape(-1, size, size)

@@ -12,7 +12,7 @@ def path_as_pattern(path: str, paths: Collection[str], option: str) -> str:
     """Return the pattern that means one module.
 
     Raises:
-        ExportError: it means others too.
+        ExportError: the pattern matches other modules too.
     """
     if also := [other for other in paths if other.endswith(f".{path}")]:
         raise ExportError(f"peft has no pattern for the {option} of {path} that leaves out {also[0]}")

@@ -26,7 +26,7 @@ from peftcore.errors import CheckpointError, ExportError
 
 BLOCKS, RESCALE = "oft_blocks", "rescale"
 CONSTRAINED = "oft_unet"
-"""The prefix of sd-scripts, in which a constraint of 0 lets nothing turn."""
+"""The prefix of sd-scripts, for which a constraint of 0 disables the rotation."""
 
 
 class KohyaOFT(KohyaMethod):

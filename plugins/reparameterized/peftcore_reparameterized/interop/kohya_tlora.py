@@ -6,7 +6,8 @@
 as the principal part of the base, even if training started elsewhere, and so does this translation. Where s is not 1,
 PiSSA scales its initial factors differently from T-LoRA: such adapters can be read but not written.
 
-In training, and with samplers that say so, T-LoRA leaves out ranks by the timestep. Otherwise all of them act, as here.
+In training, and with samplers that enable it, T-LoRA leaves out ranks by the timestep. Otherwise all ranks act, as
+here.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """AdaMSS in peft's files (checked against peft 0.21).
 
-``adamss_newB`` is our V', and ``adamss_A.0``, ``adamss_B.0``, ``.1``, … are those of each cluster without what is
-beyond its rank. peft's files lack the outputs of each cluster: peft computes them again from the model. So does this
-translation, and requires V' and the sizes of the clusters to equal those of the file; with another machine, or another
-base, the result may differ, and the file is refused. Writing is refused where the adapter's clusters differ from those
-that peft would compute.
+``adamss_newB`` is our V', and ``adamss_A.0``, ``adamss_B.0``, ``.1``, … are our A and B of each cluster, cut to its
+rank. peft's files lack the outputs of each cluster: peft computes them again from the model. So does this translation,
+and requires V' and the sizes of the clusters to equal those of the file; with another machine, or another base, the
+result may differ, and the file is refused. Writing is refused where the adapter's clusters differ from those that peft
+would compute.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from peftcore.author.formats import Found, Keys, PeftMethod, Place, not_added
 from peftcore.errors import ExportError
 
 WAYS = (None, (10, 0))
-"""How peft finds singular vectors: exactly, or with so many steps and that seed, which are its defaults."""
+"""peft's computation of singular vectors: exact, or with this number of steps and seed, peft's defaults."""
 EQUAL = 2e-5
 """How far the cosines of singular vectors may be from those of equal ones."""
 NAMES = {"K": "psoft_R.weight", "b": "psoft_R.vector_b", "a": "psoft_R.vector_a"}

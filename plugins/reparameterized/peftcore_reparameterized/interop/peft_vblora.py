@@ -32,7 +32,7 @@ class PeftVBLoRA(PeftMethod):
     bias = "vblora_only"
     kinds = (nn.Linear, Transposed)
     shortened = False
-    """Whether the file that is read has the largest logits alone."""
+    """Whether the file that is read has only the largest logits."""
 
     def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
         self.shortened = keys.take("save_only_topk_weights", bool, False)

@@ -1,4 +1,4 @@
-"""BD-LoRA in peft's files: the option `use_bdlora`, which says by parts of names which factor has blocks.
+"""BD-LoRA in peft's files: the option `use_bdlora`, which selects, by parts of names, the factor that has blocks.
 
 Blocks are stacked vertically, as ours. A module that the option names for neither factor has a plain LoRA, here with a
 single block.
@@ -20,7 +20,7 @@ BLOCKS = ("target_modules_bd_a", "target_modules_bd_b")
 
 
 class BDLoRAVariant(LoRAVariant):
-    """Low-rank factors of which one is block diagonal."""
+    """Low-rank factors, one of which is block diagonal."""
 
     reads = "bd_lora"
     writes = ("bd_lora",)

@@ -26,7 +26,7 @@ from peftcore_reparameterized.pissa import PiSSA, PiSSAOperator
 
 
 class DecomposedVariant(UpdateVariant):
-    """A variant whose base peft decomposes when it loads; written as plain LoRA, whatever the layer."""
+    """A variant whose base peft decomposes when it loads; written as plain LoRA for every kind of layer."""
 
     layers: ClassVar[tuple[type, ...]]
     """The layers where peft can."""
@@ -74,7 +74,7 @@ class OLoRAVariant(StartVariant):
 
 
 class DoRABesideStart(DoRAVariant):
-    """DoRA of a base without the part that a start took out of it, which is in the direction of ours."""
+    """DoRA of a base from which a start subtracted a part; in our DoRA that part is in the direction."""
 
     start: ClassVar[StartVariant]
     writes = ()
