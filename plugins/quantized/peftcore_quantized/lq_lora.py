@@ -3,10 +3,10 @@
     s B_t A_t = the best of the rank for W - Q_{t-1},   Q_t = round(W - s B_t A_t),   t = 1 .. iterations,   Q_0 = 0
     y = Q_t x + b + s B A x,   A and B start at A_t and B_t of the t whose Q_t + s B_t A_t comes closest to W
 
-It stops as soon as the distance no longer falls, and takes the iterate before that; the authors' code stops there too,
-but returns the one that is worse, as a remark in it says. QPiSSA starts from the low-rank step as well and takes the
-last iterate, LoftQ starts from the rounding. s = alpha / rank is taken out of both factors. The authors find singular
-vectors by a randomized algorithm, here they are exact, and the same everywhere.
+The iteration stops as soon as the distance no longer falls, and takes the iterate before that; the authors' code stops
+there too, but returns the worse iterate, as a comment in it notes. QPiSSA starts from the low-rank step as well and
+takes the last iterate, LoftQ starts from the rounding. s = alpha / rank is taken out of both factors. The authors find
+singular vectors by a randomized algorithm, here they are exact, and the same everywhere.
 
 Q is what ``peftcore.quantize(model, scheme)`` stores afterwards; until then it is computed from the dense weight in
 every forward. A0 and B0, the initial values of A and B, are frozen buffers and are in the file. On a model that is
@@ -15,7 +15,7 @@ of Q, and outputs are unchanged at first. The method omits dropout, as in the au
 of the base's output.
 
 Left out: the distance weighted by Fisher information, which needs data where the plain method needs none, and the
-integer programme that gives each matrix its own format under a budget of bits; ``overrides`` can say that by hand,
+integer programme that gives each matrix its own format under a budget of bits; ``overrides`` can set formats by hand,
 ``{"*.down_proj": {"scheme": "int8"}}``.
 
 Parameters: rank * (in * kernel + out) a site, times the number of experts.

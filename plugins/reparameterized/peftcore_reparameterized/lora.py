@@ -17,12 +17,12 @@ factors get gradients from the first step on. The rank is even.
 
 trained="B" is LoRA-FA (Zhang et al. 2023, arXiv 2308.03303): A stays as it was drawn, so nothing of x is kept for its
 gradient. The optimizer of `injection.optimizer` gets g (A A')^+ / s^2 for B's gradient g, which makes s g A the nearest
-to the gradient of W; it is computed in g's dtype, where peft's optimizer rounds a product to bfloat16. Embeddings have
-a zero A, with which nothing would train (in peft nothing does): there it is refused.
+to the gradient of W; it is computed in g's dtype, where peft's optimizer rounds a product to bfloat16. Embeddings start
+with a zero A, so B would never train (as happens in peft): there it is refused.
 
 `damping` is Riemannian preconditioned LoRA (Zhang and Pilanci 2024, arXiv 2402.02347): the optimizer of
 `injection.optimizer` gets inv(B' B + d I) g for A's gradient g and g inv(A A' + d I) for B's, both by the factors
-before the step; with d = 0 a step of SGD changes B A alike however it is split. In peft linear layers alone have it.
+before the step; with d = 0 a step of SGD changes B A alike however it is split. In peft only linear layers support it.
 
 Parameters: rank * (in * kernel + out) a site, times the number of experts; with trained="B" rank * out; with
 `across_groups` in is that of all groups, and out that of one.

@@ -3,11 +3,10 @@
     W' = W R^T,   R = diag(R_1, ..., R_k),   R_j = (I - K_j) (I + K_j)^-1,   K_j skew-symmetric [b, b], zero at first
 
 The inputs of a weight turn in blocks of b, so the lengths of its rows and the angles between them stay. In convolutions
-these are all of the kernel, channel by channel (grouped ones: the channels of a group); in embeddings the vector turns
-that is returned. As in peft, the entries above the diagonal of K are trained; the authors train a full Q with K = (Q -
-Q^T) / 2, which moves alike under Adam. Their convolution mixes outputs into rows; peft folds the patches of a turned
-image back together, so that kernels above 1 are wrong, takes four dimensions for images, and turns embeddings the other
-way.
+these are all of the kernel, channel by channel (grouped ones: the channels of a group); in embeddings the returned
+vector turns. As in peft, the entries above the diagonal of K are trained; the authors train a full Q with K = (Q - Q^T)
+/ 2, which moves alike under Adam. Their convolution mixes outputs into rows; peft folds the patches of a turned image
+back together, so that kernels above 1 are wrong, takes four dimensions for images, and turns embeddings the other way.
 
 With `series` R_j is I - 2 K + 2 K^2 - 2 K^3 ... +- K^(series - 1) instead, which saves solving and is orthogonal for
 small K only. That is peft's default, with five terms; it turns the other way, with K as -K.
