@@ -1,4 +1,4 @@
-"""Quantized methods of peftcore, and the schemes that quantize weights (in `backends`, each a plugin of its own)."""
+"""Quantized methods of peftcore, and the schemes that quantize weights (in `backends`, each a separate plugin)."""
 
 from collections.abc import Mapping
 

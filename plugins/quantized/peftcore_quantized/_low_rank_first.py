@@ -1,4 +1,4 @@
-"""Base operator and options of QPiSSA and LQ-LoRA, which take the low-rank part out of a weight before they round the
+"""Base operator and options of QPiSSA and LQ-LoRA, which subtract a low-rank part from a weight before they round the
 rest."""
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class LowRankFirstConfig(PackedConfig):
 
 
 class LowRankFirstOperator(PackedBaseOperator):
-    """The low-rank part of one weight, which trains, and its frozen start; of a weight that is quantized already, its
-    principal part, and nothing changes at first."""
+    """The trained low-rank part of one weight and its frozen initial value; for a weight that is quantized already, its
+    principal part, with outputs unchanged at first."""
 
     def __init__(self, site: Site, config: LowRankFirstConfig) -> None:
         scale = config.alpha / config.rank

@@ -2,8 +2,8 @@
 
     y = Q x + b + s B A x,   Q = round(W - s B0 A0),   W the original weight,   round: pack and unpack by the scheme
 
-`B0 A0` is what the method has taken out of the weight before it is quantized, nothing for QLoRA. The same operator
-serves a host in three states, and a saved adapter fits all of them:
+`B0 A0` is the part of the weight that the method removes before the weight is quantized; QLoRA removes none. The same
+operator serves a host in three states, and a saved adapter fits all of them:
 
 * dense: W is there, and Q is computed from it in every forward. The same numbers as below, and no memory saved.
 * dense, then quantized by `quantize`: the host holds Q, codes for codes.
@@ -117,13 +117,13 @@ class HeldOperator(Operator):
 
 
 class PackedBaseOperator(HeldOperator):
-    """The low-rank update of one site, beside its quantized weight.
+    """The low-rank update of one site, in parallel with its quantized weight.
 
     Args:
-        site: the site; see `place`.
+        site: the target tensor; see `place`.
         config: rank and scheme.
-        start: where A and B start.
-        taken: what has been taken out of the weight before it is quantized, if anything.
+        start: initial values of A and B.
+        taken: the factors removed from the weight before it is quantized, if any.
         scale: s.
     """
 
@@ -146,7 +146,7 @@ class PackedBaseOperator(HeldOperator):
         return self.scale * (B @ matrices(A, self.layer.batch_dims)).view(weight.shape)
 
     def rest(self, weight: Tensor) -> Tensor:
-        """Return the weight without what has been taken out; in float32 or better, as a merge has it: codes depend on
+        """Return the weight without the removed factors, in float32 or better as in a merge, since codes depend on
         it."""
         if self.A0 is None or self.B0 is None:
             return weight
@@ -157,7 +157,8 @@ class PackedBaseOperator(HeldOperator):
         return self.held(weight) + self.product(self.A, self.B, weight)
 
     def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
-        """Act around a quantized linear layer alone: others are acted on by `merged`."""
+        """Add the update to the output of a quantized linear layer; for all other layers `merged` changes the
+        weight."""
         y = call(x)
         A, B = self.cast(y, self.A, self.B)
         y = self.layer.add(y, self.layer.apply(x, A), B, self.scale)
@@ -173,7 +174,7 @@ def place(site: Site) -> Site:
 
 
 def on_weight(site: Site) -> Site:
-    """Return the site as an operator acts on it that changes the weight alone, quantized or not."""
+    """Return the site for an operator that changes only the weight, quantized or not."""
     return replace(site, form="weight")
 
 
@@ -181,7 +182,7 @@ def group_count(site: Site, group_size: int | None) -> int:
     """Count the groups of inputs: in a convolution, of all positions of the kernel.
 
     Raises:
-        UnsupportedSite: they do not come out even.
+        UnsupportedSite: the number of inputs is not divisible by `group_size`.
     """
     inputs = site.in_features * math.prod(site.kernel)
     if group_size is not None and inputs % group_size:

@@ -2,11 +2,11 @@
 
     out = MLP(LN(x)) + s U' dropout(relu(D' x)) + x,   w' = std(w) c((w - mean(w)) / (std(w) + 1e-5)) + mean(w)
 
-D [r, d] and U [d, r] train in floating point, and in every forward each is rounded to 2^bits codes c, times its
-deviation, plus its mean (one bit: c = +-0.6745); the gradient goes through the rounding as if it were not there, and
-through mean and deviation. x is the residual stream in front of the feed-forward's norm, and no bias is there. What the
-model does to the feed-forward's output (layer scale, stochastic depth) it does not do to the adapter's. What is
-saved are D and U; a trained adapter needs of them the codes and two numbers a matrix.
+D [r, d] and U [d, r] train in floating point, and every forward rounds each to 2^bits codes c, times its deviation,
+plus its mean (one bit: c = +-0.6745). The gradient passes through the rounding as through the identity, and through
+mean and deviation. x is the residual stream in front of the feed-forward's norm; D and U are without bias. The model's
+changes to the feed-forward's output (layer scale, stochastic depth) do not apply to the adapter's output. Files hold D
+and U; a trained adapter needs only their codes and two numbers per matrix.
 
 The model may be dense or quantized. D starts as nn.Linear does and U from a normal distribution of 0.001, cut at 0.002:
 a rounded U is never zero, so a fresh adapter changes the output a little.
@@ -54,14 +54,14 @@ class BiAdaptFormerConfig(MethodConfig):
     scale: PositiveFloat = 1.0
     """The factor s in front of the adapter."""
     joins: Joins = "stream"
-    """Where it adds: to the stream, behind what the host does to the branch's output (dropout, layer scale, stochastic
-    depth), or to the output of the branch's last matrix, in front of that."""
+    """Position of the addition: the stream, after the host's changes to the branch's output (dropout, layer scale,
+    stochastic depth), or the output of the branch's last matrix, before these changes."""
     dropout: Share = 0.1
     """Probability with which the bottleneck's numbers are dropped in training, as in the authors' code."""
 
 
 class BiAdaptFormerOperator(Bypass):
-    """The bottleneck beside one feed-forward."""
+    """The bottleneck in parallel with one feed-forward."""
 
     def __init__(self, site: BranchSite, config: BiAdaptFormerConfig) -> None:
         super().__init__(site)
@@ -80,7 +80,7 @@ class BiAdaptFormerOperator(Bypass):
 
 
 class BiAdaptFormer(Method):
-    """A bottleneck of a few bits beside each feed-forward."""
+    """A bottleneck of a few bits in parallel with each feed-forward."""
 
     name = "bi_adaptformer"
     Config = BiAdaptFormerConfig

@@ -3,11 +3,11 @@
     Q_t = round(W - B_{t-1} A_{t-1}),   B_t A_t = the best of the rank for W - Q_t,   t = 1 .. iterations,   B_0 A_0 = 0
     y = Q_t x + b + B A x,   A and B start at A_t and B_t of the t whose Q_t + B_t A_t comes closest to W
 
-The distance may grow again from one iteration to the next; the authors' code and peft take the last, this takes the
-best. Q_t is what ``peftcore.quantize(model, scheme)`` stores afterwards; until then it is computed from the dense
-weight in every forward. With one iteration that is round(W), so the adapter fits a model that was quantized by others
-as well. On a model that is quantized before the method comes, the original is gone, and nothing is left to reconstruct:
-there it starts as LoRA does.
+The distance may grow again from one iteration to the next; the authors' code and peft take the last iteration, this
+method takes the best. Q_t is what ``peftcore.quantize(model, scheme)`` stores afterwards; until then it is computed
+from the dense weight in every forward. With one iteration that is round(W), so the adapter also fits a model that
+another library quantized. On a model that is quantized before the method is installed, the original weight is lost and
+cannot be reconstructed: there A and B start as in LoRA.
 
 The scale is 1 (the authors and peft start with factors that leave alpha / rank out, which is right only where it is 1).
 
@@ -50,8 +50,8 @@ class LoftQConfig(PackedConfig):
 
 
 def alternate(weight: Tensor, rank: int, rounding: str, iterations: int) -> tuple[Factors, Factors | None]:
-    """Return the best of the iterates for a weight ``[*batch, out, in]``: the factors, and those whose product was
-    taken out before the rounding (None in the first iteration)."""
+    """Return the best of the iterates for a weight ``[*batch, out, in]``: the factors, and the factors whose product
+    was subtracted before the rounding (None in the first iteration)."""
     taken: Factors | None = None
     best: tuple[Factors, Factors | None] | None = None
     least = float("inf")

@@ -4,12 +4,12 @@
 
 Meant for a quantized model: by ``peftcore.quantize(model, "int8")`` (or "bnb-int8", "torchao-int8", …) before it or
 after it, or by transformers' `BitsAndBytesConfig`. The scheme "bnb-int8" is LLM.int8 itself: it quantizes the inputs
-too, but for columns with a value above its `threshold`, which it multiplies in floating point; the others quantize
-weights alone. The update always sees the inputs as they are. On a model that is dense still, the weights are rounded in
-every forward (and the inputs are not).
+too, except columns with a value above its `threshold`, which it multiplies in floating point; the other schemes
+quantize only weights. The update always sees the inputs as they are. On a model that is dense still, the weights are
+rounded in every forward (and the inputs are not).
 
-A merge writes Q + s B A; into="same" rounds that again: at 8 bits most of what was learned stays, and the report says
-how much. peft merges into the same format without saying so.
+A merge writes Q + s B A; into="same" rounds that again: at 8 bits most of the trained change survives, and the report
+gives the share. peft merges into the same format without a report.
 
 Parameters: rank * (in * kernel + out) a site, times the number of experts.
 

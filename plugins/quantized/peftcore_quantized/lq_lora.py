@@ -3,19 +3,19 @@
     s B_t A_t = the best of the rank for W - Q_{t-1},   Q_t = round(W - s B_t A_t),   t = 1 .. iterations,   Q_0 = 0
     y = Q_t x + b + s B A x,   A and B start at A_t and B_t of the t whose Q_t + s B_t A_t comes closest to W
 
-It stops as soon as the distance no longer falls, and takes the iterate before that; the authors' code stops there too,
-but returns the one that is worse, as a remark in it says. QPiSSA starts from the low-rank step as well and takes the
-last iterate, LoftQ starts from the rounding. s = alpha / rank is taken out of both factors. The authors find singular
-vectors by a randomized algorithm, here they are exact, and the same everywhere.
+The iteration stops as soon as the distance no longer falls, and takes the iterate before that; the authors' code stops
+there too, but returns the worse iterate, as a comment in it notes. QPiSSA starts from the low-rank step as well and
+takes the last iterate, LoftQ starts from the rounding. s = alpha / rank is taken out of both factors. The authors find
+singular vectors by a randomized algorithm, here they are exact, and the same everywhere.
 
 Q is what ``peftcore.quantize(model, scheme)`` stores afterwards; until then it is computed from the dense weight in
-every forward. A0 and B0, what A and B started at, stand frozen beside them and are in the file. On a model that is
-quantized before the method comes there is no W to come close to: it starts as QPiSSA does there, with the principal
-part of Q, and nothing changes at first. There is no dropout, as in the authors' runs: it would drop what the base
-itself computes.
+every forward. A0 and B0, the initial values of A and B, are frozen buffers and are in the file. On a model that is
+quantized before the method is installed, W is unknown: the method then starts as QPiSSA does, with the principal part
+of Q, and outputs are unchanged at first. The method omits dropout, as in the authors' runs: dropout would remove parts
+of the base's output.
 
 Left out: the distance weighted by Fisher information, which needs data where the plain method needs none, and the
-integer programme that gives each matrix its own format under a budget of bits; ``overrides`` can say that by hand,
+integer programme that gives each matrix its own format under a budget of bits; ``overrides`` can set formats by hand,
 ``{"*.down_proj": {"scheme": "int8"}}``.
 
 Parameters: rank * (in * kernel + out) a site, times the number of experts.
@@ -43,8 +43,8 @@ class LQLoRAConfig(LowRankFirstConfig):
     rank: PositiveInt = 64
     """Rank of the update."""
     iterations: Annotated[PositiveInt, Field(le=1000)] = 10
-    """How often decomposition and rounding take turns at most, on a base that is dense (the authors: 100, with a faster
-    decomposition that is not exact; what is gained falls off after the first few)."""
+    """Maximum number of alternations of decomposition and rounding, on a dense base (the authors: 100, with a faster,
+    approximate decomposition; the gain falls off after the first few)."""
 
 
 class LQLoRAOperator(LowRankFirstOperator):

@@ -5,17 +5,17 @@
 
 This is L2QER, the paper's own: errors count by the size of the inputs that they meet, which ``data=`` shows, without
 labels and without a gradient; with all x alike it would be LQER, and that is where LoftQ with one iteration starts.
-Nothing trains in the paper, nor here by default: the adapter corrects a quantized model, and can lie below one that
-trains. A and B are rounded to 8 bits, each direction in blocks of 16 values with a scale in floating point (the
-authors': a power of two, and blocks of B across directions), and stored in floating point.
+By default A and B are frozen, as in the paper: the adapter corrects a quantized model, and a trained adapter can be
+installed on top of it. A and B are rounded to 8 bits, each direction in blocks of 16 values with a scale in floating
+point (the authors': a power of two, and blocks of B across directions), and stored in floating point.
 
 Inputs are those of the dense base, as the authors have it, and seen at modules that are called; tensors which another
 module reads (experts, an attention's fused projection) and grouped convolutions get LQER. The input of an embedding is
 the share of each token, and the positions of a kernel share that of a channel.
 
-round(W) is what ``peftcore.quantize(model, scheme)`` stores afterwards, and what others quantize in that way; the file
-fits all of these. On a model that is quantized already the original is gone, and there is nothing to put back: A and B
-are zero.
+round(W) is what ``peftcore.quantize(model, scheme)`` stores afterwards, and the same as the weight that another library
+quantizes by this scheme; the file fits both. On a model that is quantized already, the original weight is lost and the
+error is unknown: A and B are zero.
 
 Parameters: none; with ``train_factors=True`` rank * (in * kernel + out) a site, times the number of experts.
 
@@ -59,7 +59,7 @@ class LQERConfig(PackedConfig):
     factor_bits: Annotated[int, Field(ge=2, le=8)] | None = 8
     """How many bits A and B are rounded to; None leaves them as they are."""
     train_factors: bool = False
-    """Whether A and B train, from where they are then."""
+    """Whether A and B train, starting from the computed correction."""
 
 
 def in_blocks(factor: Tensor, bits: int, size: int = 16) -> Tensor:
@@ -70,7 +70,7 @@ def in_blocks(factor: Tensor, bits: int, size: int = 16) -> Tensor:
 
 
 def sizes(site: Site, x: Tensor) -> Tensor:
-    """Return the mean of |x| for each input of a module, [in]; at a table, how often each token comes."""
+    """Return the mean of |x| for each input of a module, [in]; at an embedding, the frequency of each token."""
     if site.layer.one_hot:
         return torch.bincount(x.flatten(), minlength=site.in_features) / max(1, x.numel())
     if x.is_nested:  # an encoder's padded sequences

@@ -3,12 +3,12 @@
     y = W x + b,   W = (s0 + ds) (q - z) = Q (1 + ds / s0),   Q = round(W0) = s0 (q - z)
 
 ds [out, groups] trains from zero: one number for each row, or for each `group_size` inputs of a row. Codes and zeros
-stay. A model may be quantized by any scheme, and schemes have scales of different kinds; so s0 is counted alike
-everywhere, as the largest |Q| of the group over 2^(bits - 1) - 1, and the base is multiplied. With another s0 the same
-weights are reached by another ds: it sets nothing but the unit in which learning rates count.
+are unchanged. A model may be quantized by any scheme, and schemes have different kinds of scales; so s0 is defined
+alike for all of them, as the largest |Q| of the group over 2^(bits - 1) - 1, and the base is multiplied. Another s0
+reaches the same weights by another ds: s0 sets only the unit of the learning rate.
 
 A merge into="same" of formats that scale by the largest values of a block (nf4, int8, int4) keeps the codes, where each
-block lies inside a group: the scales change, and nothing is lost.
+block is inside one group: only the scales change, and the merge is exact.
 
 Parameters: out * groups a site, times the number of experts.
 

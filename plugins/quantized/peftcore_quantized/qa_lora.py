@@ -4,13 +4,13 @@
     dW[o, i] = s / `group_size` (B A)[o, group of i]
 
 The update is one number for each output and group of inputs. Where a group is stored as ``scale * (code - zero)``, it
-moves nothing but the zero, so a merge into="same" is exact up to rounding: codes and scales stay (the scheme "int4", or
-any with floating-point zeros whose groups divide `group_size`). On formats without zeros (nf4, int8) it is not.
+moves only the zero, so a merge into="same" is exact up to rounding: codes and scales stay (the scheme "int4", or any
+with floating-point zeros whose groups divide `group_size`). On formats without zeros (nf4, int8) it is not.
 
 The authors' code and its merge take the mean, the paper's algorithm the sum: multiply alpha by group_size for that.
 peft multiplies the mean by the number of groups instead of by their size, so its update is ``in / group_size`` times
-this one, and what its own merge would have to write is written nowhere. A starts Xavier-uniform as the authors' does
-(peft: Kaiming), B at zero. Inputs are those of the quantizer: in a convolution, of all positions of the kernel.
+this one; peft does not implement a merge of this update. A starts Xavier-uniform as the authors' does (peft: Kaiming),
+B at zero. Inputs are those of the quantizer: in a convolution, of all positions of the kernel.
 
 Parameters: rank * (in * kernel / group_size + out) a site, times the number of experts.
 

@@ -3,13 +3,12 @@
     y = Q x + b + s B A dropout(x),   s = alpha / rank,   Q = nf4(W): 16 levels, blocks of 64, A and B as in LoRA
 
 Meant for a quantized model: by ``peftcore.quantize(model, "nf4", double_quant=True)`` (or "bnb-nf4", …) before it
-or after it, or by transformers' `BitsAndBytesConfig`. On a model that is dense still, the weights are rounded in every
-forward, so that the numbers are those of the quantized one. Where the model is quantized already, it stays as it is,
-whatever `scheme` says. Paged optimizer states are the optimizer's affair:
-``injection.optimizer(bnb.optim.PagedAdamW32bit, …)``.
+or after it, or by transformers' `BitsAndBytesConfig`. On a dense model every forward rounds the weights, so that
+outputs equal those of the quantized model. A model that is quantized already stays as it is, and `scheme` is ignored.
+Paged optimizer states are the optimizer's affair: ``injection.optimizer(bnb.optim.PagedAdamW32bit, …)``.
 
-A merge writes Q + s B A; into="same" rounds that again, which may cost more than the adapter is worth (the report says
-what it costs): merge into floating point, or leave the adapter apart.
+A merge writes Q + s B A; into="same" rounds that again, which may lose more than the adapter gains (the report gives
+the loss): merge into floating point, or keep the adapter unmerged.
 
 Parameters: rank * (in * kernel + out) a site, times the number of experts.
 

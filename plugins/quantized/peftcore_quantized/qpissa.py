@@ -3,16 +3,16 @@
     s B1 A1 = the best of the rank for W,   s B_t A_t = the best of the rank for W - Q_{t-1},   t = 2 .. iterations
     y = Q x + b + s B A x,   Q_t = round(W - s B_t A_t),   A and B start at the last A_t and B_t,   s = alpha / rank
 
-What is left without the principal part is smaller and closer to normal, so quantizing it loses less than quantizing W.
-Both factors have half of the singular values, and s is taken out of them, so that all of the principal part trains
+The residual, W without its principal part, is smaller and closer to normal, so quantizing it loses less than quantizing
+W. Both factors have half of the singular values, and s is taken out of them, so that all of the principal part trains
 whatever alpha is (the authors have alpha = rank).
 
 Q is what ``peftcore.quantize(model, scheme)`` stores afterwards; until then it is computed from the dense weight in
-every forward, where the authors and peft write the rest into the base. A0 and B0, what A and B started at, stand frozen
-beside them and are in the file, so the adapter fits the dense base as it came. On a model that is quantized before the
-method comes, which peft refuses, it starts as PiSSA does: y = Q x + b + s (B A - B0 A0) x, B0 A0 the principal part of
-Q, and nothing changes at first. A rank beyond that of the weight is filled with zeros. There is no dropout: it would
-drop what belongs to the base.
+every forward, where the authors and peft write the residual into the base. A0 and B0, the initial values of A and B,
+are frozen buffers and are in the file, so the adapter fits the original dense base. On a model that is quantized before
+the method is installed, which peft refuses, it starts as PiSSA does: y = Q x + b + s (B A - B0 A0) x, B0 A0 the
+principal part of Q, and outputs are unchanged at first. Directions beyond the weight's rank are zeros. The method omits
+dropout, which would remove parts of the base's output.
 
 Parameters: rank * (in * kernel + out) a site, times the number of experts.
 

@@ -37,8 +37,8 @@ class AcrossGroups(Operator):
 
 
 def groups_of(site: Site) -> int:
-    """Return how many groups a convolution has; one of other layers, and of those whose channels are not in groups by
-    themselves (transposed ones, and paddings of their own)."""
+    """Return the number of groups of a convolution; 1 for other layers, transposed convolutions and padding modes other
+    than zeros."""
     plain = isinstance(site.module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and site.module.padding_mode == "zeros"
     return site.module.groups if plain else 1
 

@@ -1,5 +1,5 @@
-"""Random values that a seed of their own draws, so that files need not hold them: a pair of frozen matrices that all
-sites read, and positions in a weight."""
+"""Random values drawn from a separate seed, so that files can omit them: a pair of frozen matrices that all sites read,
+and positions in a weight."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ Draw = Callable[[torch.Generator, Sequence[int]], Tensor]
 
 
 class Basis(nn.Module):
-    """A pair of frozen matrices A and B, of which each site reads the corner that it needs.
+    """A pair of frozen matrices A and B, of which each site reads the corner of its size.
 
-    No file holds them unless they are to be `stored`: whoever loads an adapter draws them again, on the CPU, where a
-    seed gives the same numbers on every machine. So the seed is an option of the method and not that of `apply`, which
-    files do not hold.
+    No file holds them unless they are to be `stored`: loading an adapter draws them again, on the CPU, where a seed
+    gives the same numbers on every machine. So the seed is an option of the method and not that of `apply`, which files
+    do not hold.
     """
 
     A: Tensor
@@ -45,8 +45,8 @@ class Basis(nn.Module):
 def graft_between(
     surgeon: Surgeon, config: Any, operator: Callable[..., nn.Module], draw: Draw, rows_of_A: int = 1
 ) -> None:
-    """Graft ``operator(site, config, basis)`` at all sites, between one pair of matrices as large as the largest site
-    needs; a site with a rank or a seed of its own has a pair of its own. A has `rows_of_A` rows for each rank."""
+    """Graft ``operator(site, config, basis)`` at all sites, with one shared pair of matrices as large as the largest
+    site needs; sites with a different rank or seed share another pair. A has `rows_of_A` rows for each rank."""
     sites = surgeon.sites()
     rows, width = largest((site.out_features, columns(site)) for site in sites)
     for site in sites:

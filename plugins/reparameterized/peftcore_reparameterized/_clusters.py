@@ -30,7 +30,8 @@ def shape(site: Site, config: Any) -> tuple[int, int]:
 
 
 def with_bias(site: Site, base: bool = False) -> Tensor:
-    """Return [W | b], [*batch, out, in * kernel (+ 1)], or W where there is no bias; of the base alone if wished.
+    """Return [W | b], [*batch, out, in * kernel (+ 1)], or W without a bias; optionally of the base without the
+    adapter.
 
     Raises:
         UnsupportedSite: weight and bias have other outputs.

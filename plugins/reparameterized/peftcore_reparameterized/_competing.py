@@ -23,10 +23,10 @@ class Competing(Operator):
     active: Tensor
     """Whether a cluster trains, ``[*batch, K]``."""
     competing = False
-    """Whether some are to be dropped."""
+    """Whether clusters are dropped in training."""
 
     def compete(self, competing: bool) -> None:
-        """Make what that takes, once A and B are there."""
+        """Register the buffers that competing needs, once A and B exist."""
         self.competing = competing
         if competing:
             self.register_buffer("active", torch.ones_like(self.ranks, dtype=torch.bool), persistent=False)
@@ -45,7 +45,7 @@ class Competing(Operator):
         return each.unsqueeze(-1).unsqueeze(-1) if name == "A" else each.gather(-1, self.cluster).unsqueeze(-1)
 
     def trained(self, name: str) -> Tensor:
-        """Return A or B without what is beyond the rank of its cluster; of those that were dropped without gradient."""
+        """Return A or B with zeros beyond the rank of each cluster; dropped clusters are detached."""
         factor = self.get_tensor(name)
         if self.competing:
             factor = torch.where(self.of(name, self.active), factor, factor.detach())
@@ -53,7 +53,7 @@ class Competing(Operator):
         return factor * (place.unsqueeze(-1) if name == "A" else place).lt(self.of(name, self.ranks))
 
     def hold(self) -> None:
-        """Put back what was dropped: momentum and weight decay move it still."""
+        """Restore the values of dropped clusters, which momentum and weight decay still change."""
         for name, factor in self.named_parameters():
             kept = self.get_buffer(f"kept_{name}")
             factor.copy_(torch.where(self.of(name, self.active), factor, kept))
@@ -69,7 +69,7 @@ class Competing(Operator):
                 mean.mul_(beta1).add_(change, alpha=1 - beta1)
 
     def scores(self) -> Tensor:
-        """Return the importance of each cluster, [*batch, K]; averages begin anew."""
+        """Return the importance of each cluster, [*batch, K], and reset the moving averages."""
         A, B = (self.get_buffer(f"importance_{name}") * self.get_buffer(f"fluctuation_{name}") for name in "AB")
         rows = torch.zeros_like(A[..., 0, 0]).scatter_add(-1, self.cluster, B.sum(-1))
         sizes = torch.zeros_like(self.ranks).scatter_add(-1, self.cluster, torch.ones_like(self.cluster))
@@ -80,8 +80,8 @@ class Competing(Operator):
 
 
 def choose(operators: Sequence[Competing], target: int) -> None:
-    """Let those clusters of all operators train on that are above the target-th score; all where they are no more than
-    the target."""
+    """Keep training the clusters of all operators whose score is above the target-th; keep all if their number is at
+    most the target."""
     scores = [operator.scores() for operator in operators]
     every = torch.cat([score[operator.active] for operator, score in zip(operators, scores, strict=True)])
     if target < len(every):

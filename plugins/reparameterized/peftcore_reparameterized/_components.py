@@ -1,4 +1,4 @@
-"""The principal components of vectors that come batch by batch."""
+"""Principal components of vectors, computed batch by batch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from peftcore_reparameterized._decomposed import nearly_principal
 
 
 class Components:
-    """The largest principal components of vectors that come batch by batch (an incremental PCA)."""
+    """The largest principal components of vectors that are added batch by batch (an incremental PCA)."""
 
     def __init__(self, count: int, tau: float, iterations: int | None) -> None:
         """Look for `count`; settled are those whose directions in two batches have a cosine of at least `tau`."""

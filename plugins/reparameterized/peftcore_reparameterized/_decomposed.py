@@ -14,7 +14,8 @@ from peftcore_reparameterized._low_rank import LowRankOperator, input_dropout
 
 
 def rank_within(site: Site, rank: int) -> int:
-    """Return `rank`, or that of the weight where it is smaller: a decomposition has no more directions."""
+    """Return `rank`, or the smaller side of the weight where that is less: it limits the directions of a
+    decomposition."""
     return min(rank, site.out_features, site.in_features * math.prod(site.kernel))
 
 
@@ -35,9 +36,9 @@ def principal(matrix: Tensor, rank: int, iterations: int | None = None) -> tuple
     """Return U ``[*batch, out, rank]``, S ``[*batch, rank]`` and V' ``[*batch, rank, in]`` of the largest singular
     values.
 
-    With `iterations` an approximation: random directions, turned that many times towards the principal ones. They are
-    drawn on the CPU, so that they depend on the seed alone. A pair of singular vectors may change its sign, and which
-    one comes out is up to the machine: here the largest entry of each column of U is positive.
+    With `iterations` the result is an approximation: random directions, turned that many times towards the principal
+    ones. They are drawn on the CPU, so that they depend on the seed alone. The sign of a pair of singular vectors is
+    arbitrary and depends on the machine; here the largest entry of each column of U is made positive.
     """
     if iterations is None:
         U, S, V = torch.linalg.svd(matrix, full_matrices=False)
@@ -53,7 +54,7 @@ def principal(matrix: Tensor, rank: int, iterations: int | None = None) -> tuple
 
 
 def nearly_principal(matrix: Tensor, rank: int, width: int, iterations: int | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Return `principal` of what data says: approximated from `width` directions that are always the same, of which
+    """Return `principal` of a matrix computed from data: approximated from `width` directions of a fixed seed, of which
     the best `rank` are returned, each with the largest entry of its row of V' positive."""
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
@@ -77,8 +78,8 @@ class PairOperator(LowRankOperator):
     """An update ``s (B A - B0 A0)``: A and B train, A0 and B0 are their frozen start.
 
     A method that takes BA out of the base and trains it back in computes the same, but here the base stays as it is:
-    so the adapter can be left, routed, stacked, and loaded into the base as it came. A0 and B0 are in its file: found
-    a second time, on another machine, they would be others, by rounding at least.
+    so the adapter can be removed, routed, stacked, and loaded into the original base. A0 and B0 are in its file: a
+    second decomposition, on another machine, would give different ones, by rounding at least.
     """
 
     padded, scaled = frozenset({"A", "B", "A0", "B0"}), frozenset({"B", "B0"})
@@ -95,12 +96,12 @@ class PairOperator(LowRankOperator):
         self.register_buffer("B0", B)
 
     def start(self, A: Tensor, B: Tensor) -> None:
-        """Set both pairs, where data says them."""
+        """Set both pairs, for methods that compute them from data."""
         for own, new in ((self.A, A), (self.B, B), (self.A0, A), (self.B0, B)):
             own.data.copy_(new)
 
     def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
-        """Run the layer. In training, inputs are dropped for B A alone: what stands in its place is the base's own."""
+        """Run the layer. In training, dropout acts on the inputs of B A only, since B0 A0 belongs to the base."""
         if not (self.training and self.dropout):
             return super().forward(call, x)
         y = call(x)
@@ -109,7 +110,7 @@ class PairOperator(LowRankOperator):
         return y - self.layer.mix(self.scale * self.layer.apply(x, A0), B0)
 
     def factors(self) -> tuple[Tensor, Tensor, float]:
-        """Return the factors of ``B (A - A0) + (B - B0) A0``: nothing at first, to the bit, and what training changes
-        is not lost in the rounding of two large products."""
+        """Return the factors of ``B (A - A0) + (B - B0) A0``: exactly zero at first, and small trained changes are not
+        lost in the rounding of two large products."""
         A = torch.cat([self.A - self.A0, self.A0], self.layer.batch_dims)  # [*batch, 2 rank, in, *kernel]
         return A, torch.cat([self.B, self.B - self.B0], -1), self.scale  # B: [*batch, out, 2 rank]

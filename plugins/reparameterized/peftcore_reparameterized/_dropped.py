@@ -1,7 +1,8 @@
 """Dropout of changes of weights, as LyCORIS and peft have it: of single outputs, of blocks, and of a change as a whole.
 
-What is drawn does not depend on inputs, so it is no dropout of activations: one draw holds for all of a batch. It is
-drawn on the CPU, whose generator every checkpoint restores, also where it cannot tell which devices compute.
+The mask is independent of the inputs, unlike dropout of activations: one mask holds for the whole batch. The mask is
+drawn on the CPU, because every checkpoint restores the CPU's generator, even where the checkpoint cannot find out which
+devices compute.
 """
 
 from __future__ import annotations
@@ -17,20 +18,20 @@ from peftcore.author import WeightOperator
 
 @dataclass(frozen=True)
 class ChangeDropout:
-    """The dropout of what a method adds to a weight, in training."""
+    """Dropout, in training, of the change that a method adds to a weight."""
 
     outputs: float = 0.0
-    """Probability with which an output gets nothing of the change."""
+    """Probability that the change is dropped for an output."""
     whole: float = 0.0
-    """Probability with which no output gets any of it."""
+    """Probability that the change is dropped for all outputs together."""
     rescales: bool = False
-    """Whether what is left of the outputs is divided by their share, so that the mean over them stays."""
+    """Whether the kept outputs are divided by their share, so that the mean over outputs stays."""
 
     def __bool__(self) -> bool:
         return self.outputs > 0 or self.whole > 0
 
     def shares(self, shape: Sequence[int], like: Tensor) -> Tensor:
-        """Draw how much of the change each output ``[*batch, out]`` gets."""
+        """Draw the share of the change that each output ``[*batch, out]`` gets."""
         shares = torch.ones(shape, device=like.device, dtype=like.dtype)
         if self.whole:
             shares = shares * _kept((1,), self.whole, like)
@@ -43,7 +44,7 @@ class ChangeDropout:
 
 
 class DropsChange(WeightOperator):
-    """An operator whose change drops out, as `drops` says."""
+    """An operator whose change has dropout, as `drops` says."""
 
     training_only = frozenset({"drops"})
     drops: ChangeDropout
@@ -54,7 +55,7 @@ class DropsChange(WeightOperator):
 
 
 def with_shares(change: Tensor, drops: ChangeDropout, batch_dims: int, training: bool) -> Tensor:
-    """Return a change of a weight ``[*batch, out, ...]`` of which each output has its share, in training."""
+    """Return a change of a weight ``[*batch, out, ...]`` scaled by the drawn share of each output, in training."""
     if not (training and drops):
         return change
     shares = drops.shares(change.shape[: batch_dims + 1], change)

@@ -65,8 +65,9 @@ def mean_gradients(sites: Sequence[Site], data: Iterable[Batch]) -> dict[str, Te
 def gradients_of(
     grafts: Sequence[Any], model: nn.Module, data: Batches, injection: AppliedMethod
 ) -> Iterator[tuple[Any, Tensor]]:
-    """Yield the method's own grafts of these, each with the mean gradient of its site's weight, in training mode and
-    without the adapter. What has none is left out: it never ran, and says so when the model is called.
+    """Yield those grafts that the method made, each with the mean gradient of its site's weight, in training mode and
+    without the adapter. Grafts without a gradient are skipped: their sites never ran, which is reported when the model
+    is called.
 
     Raises:
         CalibrationError: a gradient is not finite.

@@ -1,5 +1,5 @@
-"""A decomposition of many weights at once: which sites have a role in common, the basis of a role, and what a weight is
-within it."""
+"""A joint decomposition of many weights: the sites that share a role, the basis of a role, and the factors of a weight
+in that basis."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from peftcore_reparameterized._decomposed import as_matrix
 
 
 def role(path: str) -> str:
-    """Return the role of a site: the last two parts of its path, or the last where a number stands before it."""
+    """Return the role of a site: the last two parts of its path, or only the last part where a number precedes it."""
     *before, last = path.split(".")
     if not before or before[-1].isdigit():
         return last
@@ -24,14 +24,14 @@ def role(path: str) -> str:
 
 
 def number(path: str, otherwise: int) -> int:
-    """Return the number of a site's block: what stands behind ``layers``, or the first number in its path."""
+    """Return the number of a site's block: the number after ``layers``, or the first number in its path."""
     parts = path.split(".")
     behind = parts[parts.index("layers") + 1 :][:1] if "layers" in parts else []
     return next((int(part) for part in (*behind, *parts) if part.isdigit()), otherwise)
 
 
 def by_role(sites: Sequence[Site]) -> Iterator[tuple[str, list[Site], list[Site]]]:
-    """Yield the sites that share V, with its name, and those of them of which V is found, by number."""
+    """Yield the sites that share V, with its name, and the sites from which V is computed, by number."""
     found: dict[str, list[tuple[int, Site]]] = {}
     for index, site in enumerate(sites):
         found.setdefault(f"{role(site.path)}_{columns(site)}", []).append((number(site.path, index), site))

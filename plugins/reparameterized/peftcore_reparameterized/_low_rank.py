@@ -46,7 +46,7 @@ def low_rank_update(A: Tensor, B: Tensor, weight: Tensor) -> Tensor:
 def add_low_rank(weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
     """Return ``weight + B A`` for a weight [*batch, out, in, *kernel], where possible without the product in memory.
 
-    A scale is in B already: inductor loses the `alpha` of these functions.
+    B includes the scale already, because inductor loses the `alpha` of `addmm` and `baddbmm`.
     """
     if weight.dim() == A.dim() == B.dim() and weight.dtype == A.dtype == B.dtype:
         return (torch.addmm if weight.dim() == 2 else torch.baddbmm)(weight, B, A)
@@ -62,7 +62,7 @@ def input_dropout(site: Site, probability: float) -> float:
     """Return the probability with which inputs of the update are dropped.
 
     Raises:
-        UnsupportedSite: the site is a tensor that is read, so the update has no input; or an embedding, whose inputs
+        UnsupportedSite: the site is a tensor that is read, so the update lacks an input; or an embedding, whose inputs
             are tokens.
     """
     if probability and site.layer.one_hot:

@@ -1,4 +1,4 @@
-"""Factors of which the first ranks are adapters of their own, and a LoRA of such a rank."""
+"""Low-rank factors whose first ranks are usable adapters by themselves, and a LoRA made from the first ranks."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class NestedOperator(LowRankOperator):
         self.A, self.B = low_rank_factors(site, rank)  # [*batch, rank, in, *kernel], [*batch, out, rank]
 
     def factors_of(self, rank: int, frozen: bool = False) -> tuple[Tensor, Tensor, float]:
-        """Return the factors of that rank and the scale; where it is frozen, what stands below its block is constant.
+        """Return the factors of that rank and the scale; with `frozen`, the rows below its block are detached.
 
         Raises:
-            ConfigError: there is no adapter of that rank.
+            ConfigError: the rank is not a multiple of the block size up to the full rank.
         """
         if rank not in range(self.block_size, self.rank + 1, self.block_size):
             raise ConfigError(f"rank {rank} is none of {self.block_size}, {2 * self.block_size}, ..., {self.rank}")
@@ -36,7 +36,7 @@ class NestedOperator(LowRankOperator):
         return A, B, self.alpha / rank
 
     def masked(self, rank: Tensor, frozen: bool) -> tuple[Tensor, Tensor, float]:
-        """Return the same of a rank that is a tensor [], with zeros in what stands above it."""
+        """Return the same for a rank given as a tensor [], with zeros in the rows above it."""
         rank = rank.to(self.B.device)
         row = torch.arange(self.rank, device=self.B.device)
         trains = row >= rank - (self.block_size if frozen else self.rank)
@@ -50,7 +50,7 @@ def make_lora(injection: AppliedMethod, rank: int, name: str = "lora") -> Inject
     """Return the LoRA of the first ranks of a dylora: frozen, and active in place of the adapter, which stays.
 
     Raises:
-        ConfigError: it is no dylora, or has none of that rank.
+        ConfigError: the injection is not a dylora, or lacks an adapter of that rank.
         PeftcoreError: as `peftcore.lora_of` does; nothing was changed.
     """
     found = [graft for graft in injection.grafts if isinstance(graft.operator, NestedOperator)]

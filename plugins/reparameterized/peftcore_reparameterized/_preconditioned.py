@@ -1,5 +1,5 @@
-"""Gradients of two low-rank factors, multiplied by the inverse of what the other factor is to itself: the rules of
-LoRA-FA and of Riemannian preconditioned LoRA."""
+"""Gradients of two low-rank factors, multiplied by the inverse of the other factor's Gram matrix: the rules of LoRA-FA
+and of Riemannian preconditioned LoRA."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Preconditioner:
 
 
 class Preconditioned(GradientRule):
-    """The gradients of those factors that have a preconditioner; others stay as they are."""
+    """The gradients of all factors that have a preconditioner; other gradients are unchanged."""
 
     def __init__(self, of: Mapping[nn.Parameter, Preconditioner]) -> None:
         super().__init__()

@@ -36,7 +36,8 @@ def block_size(site: Site, wanted: int, factors: int = 1, outputs: bool = False)
     evenly, for a butterfly of that many factors.
 
     Raises:
-        UnsupportedSite: there is none up to twice the wanted one, or the tensor is a vector.
+        UnsupportedSite: blocks of width up to twice the wanted one do not cut the side evenly, or the tensor is a
+            vector.
     """
     if len(site.weight_shape) == site.layer.batch_dims + 1:
         raise UnsupportedSite(f"{site.path} is a vector, and what turns are sides of a matrix; exclude it")
@@ -60,7 +61,8 @@ def within(entries: Tensor, limit: float, times: int) -> Tensor:
 
 
 def each_within(entries: Tensor, radius: float) -> Tensor:
-    """Return the same with the norm of each block at most the radius, and the gradient at what they are scaled to."""
+    """Return such entries with the norm of each block at most the radius; the gradient is taken at the scaled
+    entries."""
     norm = math.sqrt(2) * torch.linalg.vector_norm(entries, dim=-1, keepdim=True)
     return entries + (entries * (radius / norm.clamp(min=radius)) - entries).detach()
 
@@ -71,8 +73,8 @@ def precise(values: Tensor) -> Tensor:
 
 
 def rotate(rows: Tensor, R: Tensor) -> Tensor:
-    """Multiply rows [*batch, n, width] by the transpose of a block-diagonal matrix R [*batch, blocks, size, size]; one
-    block stands for all."""
+    """Multiply rows [*batch, n, width] by the transpose of a block-diagonal matrix R [*batch, blocks, size, size]; a
+    single block is used for all."""
     dtype = torch.promote_types(rows.dtype, R.dtype)
     parts = rows.to(dtype).unflatten(-1, (-1, R.shape[-1]))  # [*batch, n, blocks, size]
     turned = parts.transpose(-3, -2) @ R.to(dtype).mT  # [*batch, blocks, n, size]

@@ -1,5 +1,5 @@
-"""Shifted short attention: while it trains, tokens see those of their own group, and half of the heads have groups that
-begin half a group later."""
+"""Shifted short attention: in training, tokens attend within one group, and in half of the heads the groups begin half
+a group later."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class GroupConfig(Protocol):
 
 
 class ShiftedOperator(AttentionOperator):
-    """The groups of one attention; in evaluation there are none."""
+    """The groups of one attention, in training only."""
 
     trains_only = True
 

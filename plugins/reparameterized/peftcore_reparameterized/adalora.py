@@ -5,7 +5,7 @@
 The loss gains orthogonality * mean(||A A' - I||, ||B' B - I||). The importance of a triple (a column of B, an entry of
 E, a row of A) is S(E) + mean S(A) + mean S(B), S the product of the moving averages of |w dw| and its fluctuation. From
 step `warmup` to the last `final` ones a budget for all sites falls as a cubic from all triples to `target_rank` a site;
-every `interval` steps E becomes zero in the least important ones, which may come back.
+every `interval` steps E becomes zero in the least important triples, which may be activated again.
 
 Parameters: rank * (in * kernel + out + 1) a site, times the number of experts.
 
@@ -41,7 +41,7 @@ class AdaLoRAConfig(MethodConfig):
     warmup: NonNegativeInt = 0
     """Steps before the budget falls."""
     final: NonNegativeInt = 0
-    """Steps at the end in which what was chosen stays."""
+    """Number of final steps, in which the chosen triples stay fixed."""
     interval: PositiveInt = 1
     """Steps from one choice to the next."""
     beta1: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.85

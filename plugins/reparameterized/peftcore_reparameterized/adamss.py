@@ -4,20 +4,22 @@
     outputs in K clusters, by K-means of the rows of U;   for the outputs c of a cluster:
     [W | b]'_c = [W | b]_c + B_c A_c V',   B_c [outputs of c, rank] zero,   A_c [rank, components]
 
-The rows of A_c start as the right singular vectors of U_c. Where the layer has no bias there is no column for one.
-`threshold` leaves a cluster fewer than `rank`: those whose squared singular value in U_c is above it, relative to the
-largest; and it has no more than it has outputs. What is beyond is held, and neither trains nor acts.
+The rows of A_c start as the right singular vectors of U_c. Layers without a bias lack the column of b. `threshold`
+gives a cluster fewer directions than `rank`: those whose squared singular value in U_c is above it, relative to the
+largest. A cluster has at most as many directions as outputs. Directions beyond that are stored, but neither train nor
+act.
 
-With `target_subspaces` clusters of all sites compete while training goes on, by the mean of |w dw| and its fluctuation,
-as moving averages: from step `warmup` to `until` (counted from 0, as peft does) the number that trains falls as a power
-from all to the target, every `interval` steps; the others stay as they are then, and train no more. As in peft only
-what is above the target-th score goes on, one fewer than the target; averages begin anew after each choice.
+With `target_subspaces` the clusters of all sites compete during training, by the mean of |w dw| and its fluctuation, as
+moving averages: from step `warmup` to `until` (counted from 0, as peft does) the number that trains falls as a power
+from all to the target, every `interval` steps; dropped clusters keep their values and stop training. As in peft only
+clusters above the target-th score continue, one fewer than the target; averages are reset after each choice.
 
-Files hold V and the cluster of each output: K-means and a decomposition found again, on another machine, could be
-others. peft's files lack the clusters, which peft finds again; so does this, and refuses a file whose V' is another.
+Files hold V and the cluster of each output: a second K-means and decomposition, on another machine, could differ.
+peft's files lack the clusters, which peft computes again; so does peftcore, which refuses a file with a different V'.
 
 Parameters: rank * (K * components + out) a site, times the number of experts; components at most those of the weight.
-Kernels count as inputs, in * kernel; embeddings as [dim, num]; experts each for itself. peft has linear layers alone.
+Kernels count as inputs, in * kernel; embeddings as [dim, num]; experts each for itself. peft supports linear layers
+only.
 
 Use it for few parameters along the directions that a weight has, or where subspaces shall be dropped in training.
 """
@@ -43,7 +45,7 @@ class AdaMSSConfig(MethodConfig):
 
     method: Literal["adamss"] = "adamss"
     components: PositiveInt = 100
-    """How many singular vectors of the weight there are to choose from."""
+    """Number of singular vectors of the weight to choose from."""
     subspaces: PositiveInt = 5
     """K, how many clusters the outputs of a site are in."""
     rank: PositiveInt = 1

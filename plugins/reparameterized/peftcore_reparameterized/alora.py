@@ -2,22 +2,22 @@
 
     y_t = W x_t + b + [t >= t_0] s B A dropout(x_t),   s = alpha / rank,   A uniform in +-1/sqrt(in),   B zero
 
-t_0 is where the invocation begins: a fixed sequence of ids that the prompt has where the adapter's task begins, such as
-a chat template's "<|start_of_role|>certainty". Tokens before it are those of the base model, so the adapter goes on
-from a cache that the base, or any other aLoRA, has filled, without computing the prompt again.
+t_0 is the position at which the invocation begins: a fixed sequence of ids in the prompt before the adapter's task,
+such as a chat template's "<|start_of_role|>certainty". Tokens before it are computed by the base model, so the adapter
+continues from a cache that the base, or any other aLoRA, has filled, without computing the prompt again.
 
 The last occurrence in the input counts, as in peft; in ``generate`` that of the prompt, of which the model may be
 given pieces (``prefill_chunk_size=``). It is kept with the cache, which may be copied for each of many adapters. Where
-forwards are given pieces of a prompt by hand, one that would change what acts on tokens of the cache is a
+pieces of a prompt are passed to forward by hand, a piece that would change the adapter of tokens in the cache raises
 `SequenceError`. Rows without the invocation run the base model.
-``peftcore.call(model, since=[...])`` says the columns where there are no ids, or where the base saw the invocation;
+``peftcore.call(model, since=[...])`` passes the columns for inputs without ids, or where the base saw the invocation;
 `peftcore.route` with ``since=`` does it for adapters of other methods. Without `invocation` the adapter acts on all
-tokens, unless ``since`` is told. Linear layers alone, as in peft; without a cache peft's mask moves with the end of
-what is generated, and ours does not.
+tokens, unless ``since`` is passed. Only linear layers are adapted, as in peft. Without a cache, peft's mask moves with
+the end of the generated tokens, and ours does not.
 
 Parameters: rank * (in + out) a site.
 
-Use it where one conversation meets many adapters: checks, rewritings, judgements that share a long prompt.
+Use it where one conversation uses many adapters: checks, rewritings, judgements that share a long prompt.
 """
 
 from __future__ import annotations

@@ -11,8 +11,8 @@ share of A x. With n = 1 it is LoRA. B starts at zero; a whole A as LoRA's, the 
 in +-sqrt(6 n / in).
 
 n divides the rank, and inputs or outputs of each target module. Kernels of convolutions belong to their inputs; tokens
-of embeddings are not cut into blocks. Experts have factors of their own. peft has linear layers alone, and says by
-names of modules which factor is cut (`target_modules_bd_a`, `target_modules_bd_b`).
+of embeddings are not cut into blocks. Each expert has separate factors. peft supports linear layers only, and selects
+the cut factor by names of modules (`target_modules_bd_a`, `target_modules_bd_b`).
 
 Parameters: rank * (in * kernel / n + out) a site, or rank * (in * kernel + out / n), times the number of experts.
 
@@ -91,7 +91,7 @@ class BDLoRAOperator(LowRankOperator):
         self.A, self.B = A, B
 
     def factors(self) -> tuple[Tensor, Tensor, float]:
-        """Return both factors whole, with the zeros beside the blocks."""
+        """Return both factors as full matrices, with zeros outside the blocks."""
         dim = self.layer.batch_dims
         if self.blocks == 1:
             return self.A, self.B, self.scale

@@ -7,12 +7,12 @@ at the distance 2^(i - 1), as in a fast Fourier transform: after m factors each 
 few parameters. K is skew-symmetric and zero at first, s [out] is one; the bias is not scaled. One factor is OFT with
 the gains s. Convolutions and embeddings turn as in OFT.
 
-As in OFT, what is above the diagonal of K is trained, where the authors (whose code is peft's) train a full Q with K =
-(Q - Q^T) / 2. Without its CUDA kernel peft falls back to one factor, and its convolutions pass over dilation; here the
+As in OFT, the entries above the diagonal of K are trained; the authors (whose code is peft's) train a full Q with K =
+(Q - Q^T) / 2. Without its CUDA kernel peft falls back to one factor, and its convolutions ignore dilation; here the
 permutations are views. LyCORIS turns the outputs instead, as side="outputs" does here (W' = diag(s) R W), with the
 inverse transform and the coordinates of a block in turns from its two halves. The defaults are those of the paper's
-language models, m = 2 and b = 8. With `block_dropout` so many blocks of one factor, others in each forward, do not turn
-in training (peft: boft_dropout).
+language models, m = 2 and b = 8. In training, `block_dropout` is the share of the blocks of one factor that do not
+turn, drawn in each forward (peft: boft_dropout).
 
 Parameters: m k b (b - 1) / 2 + out a site, k = in * kernel / b, times the number of experts.
 
@@ -58,7 +58,7 @@ class BOFTConfig(MethodConfig):
     block_dropout: Share = 0.0
     """Share of the blocks of one factor that do not turn in a forward in training, rounded down."""
     side: Literal["inputs", "outputs"] = "inputs"
-    """Side of a weight that turns; an embedding turns what it returns either way."""
+    """Side of a weight that turns; an embedding turns its returned vectors either way."""
 
 
 WIDEST = 64

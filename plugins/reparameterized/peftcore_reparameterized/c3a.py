@@ -2,9 +2,9 @@
 
     W' = W + D / in,   D[i, j][p, q] = w[i, j, (q - p) mod b],   w [out / b, in / b, b]
 
-The weight is cut into blocks [b, b], and the update of each is circulant: every row is the one above it, moved on by
+The weight is cut into blocks [b, b], and the update of each is circulant: every row is the row above it, shifted by
 one. So a block has b parameters, and yet its rank may be b. Its product with inputs is a circular correlation, which a
-Fourier transform computes: on vectors no matrix of the weight's size is made, and what is added to an output is
+Fourier transform computes: on vectors this avoids a matrix of the weight's size, and the addition to an output is
 
     y[i] = irfft(sum_j conj(rfft(w[i, j])) rfft(x[j])) / in
 
@@ -13,12 +13,12 @@ hundred times those of other methods. w starts uniform in +-sqrt(6 / (in + out))
 little, as the authors and peft have it, unless `start` is zeros.
 
 Kernels of convolutions count as inputs, in * kernel; embeddings as [dim, num]. b divides both sides; near sqrt(in *
-out) / r there are as many parameters as in a LoRA of rank r. Experts have kernels of their own. peft has linear layers
-alone, and for b above 2 the gradients that its layers give their inputs are wrong.
+out) / r there are as many parameters as in a LoRA of rank r. Each expert has separate kernels. peft supports linear
+layers only, and for b above 2 its gradients of the inputs are wrong.
 
 Parameters: in * kernel * out / b a site, times the number of experts.
 
-Use it where the rank of a LoRA is what limits, at as many parameters or fewer.
+Use it where the rank of a LoRA is the limit, at as many parameters or fewer.
 """
 
 from __future__ import annotations

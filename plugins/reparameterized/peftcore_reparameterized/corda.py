@@ -4,15 +4,16 @@
     C' = C + d mean(diag C) I,   W C' = U S V',   B0 = U_r sqrt(S_r / s),   A0 = sqrt(S_r / s) V_r' inv(C')
     W' = W - s B0 A0 + s B A = W + s (B A - B0 A0),   A = A0 and B = B0 at first
 
-PiSSA by what comes out of a weight for the inputs of ``data=``, which needs no labels. mode="ipm" (instruction
-previewed) trains the r largest directions, and data is of the task; mode="kpm" (knowledge preserved) trains the r
-smallest, and data is of what shall be kept. d is 0.01, and is doubled until inv(C') is exact enough.
+PiSSA by the outputs of a weight for the inputs of ``data=``, which needs no labels. mode="ipm" (instruction previewed)
+trains the r largest directions, and data is from the task; mode="kpm" (knowledge preserved) trains the r smallest, and
+data is from the knowledge to keep. d is 0.01, and is doubled until inv(C') is exact enough.
 
-The authors' code and peft write W - s B0 A0 into the base; here the base stays, and A0 and B0 stand frozen beside A and
-B. Outputs and gradients are the same, and the adapter fits the base as it came. As in both of them, max(X) is the
-largest entry with its sign. s is 1 at every rank, as in the authors' code, or alpha / rank where `alpha` is given.
-Padding is left out, which neither has. Weights whose inputs are no vectors (convolutions, embeddings, what is read) are
-decomposed as they are, with C' = I. All of the C are in memory at once, a matrix [in, in] for each module.
+The authors' code and peft write W - s B0 A0 into the base; here the base is unchanged, and A0 and B0 are frozen
+buffers. Outputs and gradients are the same, and the adapter fits the original base. As in both, max(X) is the largest
+entry with its sign. s is 1 at every rank, as in the authors' code, or alpha / rank where `alpha` is given. Here padding
+is left out; the authors and peft include it. Weights whose inputs are not vectors (convolutions, embeddings, tensors
+that are read) are decomposed directly, with C' = I. All of the C are in memory at once, a matrix [in, in] for each
+module.
 
 Parameters: rank * (in * kernel + out) a site, times the number of experts; rank at most that of the weight.
 
@@ -55,9 +56,9 @@ class CorDAConfig(MethodConfig):
 
     method: Literal["corda"] = "corda"
     rank: PositiveInt = 128
-    """How many directions are adapted; at most those that there are."""
+    """Number of adapted directions; at most all of the weight's."""
     alpha: PositiveFloat | None = None
-    """Numerator of the scale ``alpha / rank``; None has no scale."""
+    """Numerator of the scale ``alpha / rank``; with None the scale is 1."""
     dropout: Share = 0.0
     """Probability with which inputs of the trained factors are dropped in training."""
     mode: Literal["ipm", "kpm"] = "ipm"

@@ -2,21 +2,21 @@
 
     W' = (I - Q T') W + c Q R,   P [out, rank] ~ N(0, 0.02),   R [rank, in],   c = alpha / rank, or 1 without alpha
 
-What the weight does along rank directions of its outputs is taken away, and something else put in its place. With
-`projection` relu Q is P and T is P with zeros for what is negative in it; with qr both are an orthonormal basis of the
-columns of P, so that Q T' projects. R starts as T' W / c: what is taken away is put back, and W' = W. So do peft's; the
-authors start R as N(0, 0.005). Without `injects` there is no R, as in PaRa (arXiv 2406.05641): the rank of the weight
-shrinks from the start.
+The weight's component along rank directions of its outputs is removed, and a trained component replaces it. With
+`projection` relu Q is P, and T is P with its negative entries set to zero; with qr both are an orthonormal basis of the
+columns of P, so that Q T' projects. R starts as T' W / c, which restores the removed component, so W' = W, as in peft;
+the authors start R as N(0, 0.005). Without `injects` R is left out, as in PaRa (arXiv 2406.05641): the rank of the
+weight shrinks from the start.
 
 With `dropout` inputs of R are dropped, as in peft; the authors drop those of the whole layer. peft computes in float32
 whatever the dtype.
 
-Kernels of convolutions count as inputs; embeddings as [dim, num]. Experts have P and R of their own.
+Kernels of convolutions count as inputs; embeddings as [dim, num]. Each expert has a separate P and R.
 
 Parameters: rank * (in * kernel + out) a site, rank * out without `injects`, times the number of experts; rank at most
 that of the outputs.
 
-Use it where something old is to give way to something new, as in a subject of its own in text to image.
+Use it where training shall replace old knowledge by new, as for a personal subject in text to image.
 """
 
 from __future__ import annotations
@@ -52,19 +52,19 @@ class DEFTConfig(MethodConfig):
 
     method: Literal["deft"] = "deft"
     rank: PositiveInt = 8
-    """Directions that are taken away and put in; at most the outputs that there are."""
+    """Number of directions that are removed and injected; at most the number of outputs."""
     alpha: PositiveFloat | None = None
-    """Numerator of the scale ``alpha / rank`` of what is put in; None leaves it as it is."""
+    """Numerator of the scale ``alpha / rank`` of the injected component; with None it is not scaled."""
     projection: Literal["relu", "qr"] = "relu"
-    """The part of the weight that is taken away: on the positive part of P, or on the space that its columns span."""
+    """The removed component of the weight: on the positive part of P, or on the space that its columns span."""
     injects: bool = True
     """Put something in; otherwise only take away (PaRa)."""
     dropout: Share = 0.0
-    """Probability with which inputs of what is put in are dropped in training."""
+    """Probability with which inputs of the injected component are dropped in training."""
 
 
 class DEFTOperator(WeightOperator):
-    """The part that is taken away from one weight, and the part that is put in."""
+    """The component removed from one weight, and the injected one."""
 
     def __init__(self, site: Site, config: DEFTConfig) -> None:
         super().__init__(site)

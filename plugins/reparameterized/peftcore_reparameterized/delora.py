@@ -3,18 +3,18 @@
 
     W' = W + lambda / rank sum_i b_i a_i diag(n) / (||a_i|| ||b_i||),   n_j = ||W[:, j]||,   i = 1 … rank
 
-Rows a_i of A and columns b_i of B count by their directions alone, so however far they train, the update of a weight is
-bounded: its norm is at most lambda max(n). The strength lambda is trained, a number a site. n holds the lengths of the
-columns of the weight as they are when the adapter is made; files have it, as peft's do.
+Only the directions of the rows a_i of A and columns b_i of B count, so the update of a weight is bounded however long
+training runs: its norm is at most lambda max(n). The strength lambda is trained, a number a site. n holds the lengths
+of the columns of the weight as they are when the adapter is made; files have it, as peft's do.
 
 A is uniform in +-1/sqrt(in) and B zero, as in peft: lengths below 1e-4 count as 1e-4, so that W' = W. After the first
 step, however short it is, B has a direction and the update nearly its full size; so warm the rate up. The paper calls a
-start from zeros unstable at times: there both are random, and a frozen copy of their product is taken from the weight,
-which files of peft cannot hold. The authors train lambda at a rate of its own, three times that of the rest on MNLI.
-Their `module_dropout` drops inputs of the update.
+start from zeros unstable at times: there both are random, and a frozen copy of their product is subtracted from the
+weight, which files of peft cannot hold. The authors train lambda at a separate rate, on MNLI three times that of the
+other parameters. Their `module_dropout` drops inputs of the update.
 
-Convolutions count as [out, in * kernel]. Embeddings as [dim, num], with A zero and B ~ N(0, 1). Experts have A, B,
-lambda and n of their own. peft has linear layers alone.
+Convolutions count as [out, in * kernel]. Embeddings count as [dim, num], with A zero and B ~ N(0, 1). Each expert has
+separate A, B, lambda and n. peft supports linear layers only.
 
 Parameters: rank * (in * kernel + out) + 1 a site, times the number of experts.
 

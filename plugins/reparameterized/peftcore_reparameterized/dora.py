@@ -4,8 +4,8 @@
 
 The norm is taken over the inputs, one for each output row (as in the authors' code and in peft; LyCORIS offers the
 other axis too), and counts as a constant in backward (section 4.3 of the paper). m [out] starts as ||W||, so that W' =
-W at first. A and B start as LoRA's. A row of zeros has no direction; it stays zero. With `dropout` what is added to the
-layer's output, (W' - W) x, is computed from inputs of which some are dropped, as in peft.
+W at first. A and B start as LoRA's. A row of zeros has no direction; it stays zero. With `dropout` the addition to the
+layer's output, (W' - W) x, is computed from inputs with dropout, as in peft.
 
 Parameters: rank * (in * kernel + out) + out a site, times the number of experts.
 

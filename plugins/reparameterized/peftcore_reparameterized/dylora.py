@@ -2,10 +2,10 @@
 
     y = W x + b + alpha / n  B[:, :n] A[:n] x,   n = u, 2 u, ..., rank drawn evenly for each forward in training
 
-A and B as in LoRA. What stands below rank n is worth more than what stands above, as n is drawn: so one training gives
-an adapter of each rank, and nobody has to search for one. Of the block of u rows that is drawn, the last of the n,
-values are trained; rows below it act and stay as they are, as in the authors' script. With `frozen` off all n are
-trained. Out of training all ranks act, or as many as a call says:
+A and B are as in LoRA. Since n is drawn in each step, lower rows learn to work without the rows above: one training
+gives an adapter of each rank, without a search for the rank. Only the last u of the n rows, the drawn block, are
+trained; the rows below the block act and keep their values, as in the authors' script. With `frozen` off all n are
+trained. In evaluation all ranks act, or as many as a call selects:
 
     with peftcore.call(model, lora_rank=4): ...
 
@@ -60,7 +60,7 @@ class DyLoRAConfig(MethodConfig):
     block_size: PositiveInt = 1
     """Rows u by which ranks differ; it divides the rank."""
     frozen: bool = True
-    """In training, let rows below the block that is drawn act and stay as they are; off, all n rows are trained."""
+    """In training, rows below the drawn block act without being trained; if off, all n rows are trained."""
     dropout: Share = 0.0
     """Probability with which inputs of the update are dropped in training."""
 
@@ -95,7 +95,7 @@ class DyLoRAOperator(NestedOperator):
         """Return the factors that act in the forward that runs; outside of any, those of the largest rank.
 
         Raises:
-            ConfigError: a call says a rank that there is not.
+            ConfigError: a call selects a rank that does not exist.
         """
         running = forward_context()
         told = running.context.get("lora_rank")

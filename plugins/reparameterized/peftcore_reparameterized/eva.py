@@ -4,19 +4,19 @@
     y = W x + b + s B A dropout(x),   A = V_r', and B = 0 at first,   s = alpha / rank
 
 LoRA whose A starts at the directions in which the inputs vary most, so that B gets the largest gradients. ``data=`` has
-batches of the training data, without need of labels. It is gone through until the directions have settled: until
-those of two batches in a row have a cosine of `tau`, where peft goes on for ever if they never do.
+batches of the training data and needs no labels. Batches are read until the directions have converged: until those of
+two batches in a row have a cosine of `tau`. peft never stops if they do not converge.
 
 Ranks are redistributed: all components of all target modules, up to rho * rank of each, are sorted by the share of
-their module's variance that they explain, and the first rank * modules of them stay. A module that none stays of gets
-no adapter. With rho=1 every module keeps its rank. The ranks stand in `overrides`, so the file has them; options that
-the user overrides for a module stay, and it takes no part. Modules with the same input share their components, of which
-the earlier ones in the model get more where the number is odd.
+their module's variance that they explain, and the first rank * modules of them stay. A module without any remaining
+component gets no adapter. With rho=1 every module keeps its rank. The ranks are stored in `overrides`, so the file has
+them; a module whose options the user overrides keeps them and is not redistributed. Modules with the same input share
+their components; where the number is odd, the earlier modules in the model get more.
 
-As in the authors' code the mean is taken off the inputs, and V is approximated (`iterations`); peft's is the same.
-Positions of padding are left out, and those without a label too, as in peft; a batch that has fewer than there are
-components waits for the next one, where peft passes over it. Embeddings, convolutions and weights that are read have no
-vectors to look at: they start as in LoRA, with their own rank.
+As in the authors' code and in peft, the mean is subtracted from the inputs, and V is approximated (`iterations`).
+Positions of padding are left out, and positions without a label too, as in peft. A batch with fewer positions than
+components is joined with the next one; peft skips it. Embeddings, convolutions and weights that are read lack input
+vectors: they start as in LoRA, with the configured rank.
 
 Parameters: rank * (in + out) a site, with the rank that it got: in sum at most those of LoRA where all are alike.
 
@@ -77,13 +77,13 @@ class EVAConfig(MethodConfig):
     use_label_mask: bool = True
     """Whether positions whose label is -100 are left out."""
     iterations: Annotated[PositiveInt, Field(le=1000)] | None = 4
-    """Find the directions by so many steps of a fast approximation; None is exact."""
+    """Number of steps of a fast approximation of the directions; None computes them exactly."""
     passes: PositiveInt = 10
-    """How often the data is gone through, at most; then directions are taken as they are."""
+    """Maximum number of passes over the data; after that the current directions are used."""
 
 
 def components(model: nn.Module, data: Batches, config: EVAConfig, sites: Sequence[Site]) -> dict[str, Components]:
-    """Return the components of the inputs of each site that was called, of which the earlier stand first.
+    """Return the components of the inputs of each site that was called, the earlier sites first.
 
     Raises:
         CalibrationError: the data has too few tokens.

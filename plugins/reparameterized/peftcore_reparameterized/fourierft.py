@@ -6,9 +6,9 @@
 
 The positions (u_j, v_j) are drawn from `entry_seed` alone, so all sites of one shape have the same ones, and files hold
 only c; they are those that peft draws from its `random_loc_seed`. In convolutions q counts all inputs of an output,
-kernel and all; stacked experts have an F of their own each. c starts as N(0, `init_std`): a fresh adapter changes
-outputs, as the authors and peft have it, unless `init_std` is 0. The authors' code takes square weights only and
-applies the transpose of this update; peft computes in float32 whatever the dtype, here float64 stays exact.
+kernel and all; each stacked expert has a separate F. c starts as N(0, `init_std`): a fresh adapter changes outputs, as
+the authors and peft have it, unless `init_std` is 0. The authors' code takes square weights only and applies the
+transpose of this update; peft computes in float32 whatever the dtype, here float64 stays exact.
 
 The fresh update is expected to have the norm ``alpha init_std sqrt(n / 2) / sqrt(out in)``: the narrower a model, the
 larger the update, and the smaller the norms of its weights. `apply` says so where it is more than `LARGE` times that of

@@ -3,22 +3,23 @@
     W_i = U_i diag(L0_i) V',     V [in, in] one for all sites of a role, columns of U_i of length one
     W_i' = W_i + U_i (S_i + diag(L_i - L0_i)) V',    L_i [in] = L0_i,    S_i zero but for n entries off the diagonal
 
-V comes of all weights of the role. With W = Q R, W all of them one above the other, R' V^-1' and Q_i those rows of Q:
-V = R' E, E the eigenvectors of the mean of (Q_i' Q_i + ridge)^-1; where W has fewer rows than columns, its right
+V is computed from all weights of the role. With W = Q R, W all of them stacked vertically, R' V^-1' and Q_i those rows
+of Q: V = R' E, E the eigenvectors of the mean of (Q_i' Q_i + ridge)^-1; where W has fewer rows than columns, its right
 singular vectors. U and L0 follow from V and the weight. n = sparsity * in^2, at positions that are drawn once a role.
-Sites whose paths end alike have one role, as in peft; also as there, of two at the same number the later one counts,
-so that T5's decoder decides for its encoder. Where no weight has a direction, U has what V's rounding leaves, scaled.
+Sites whose paths end alike have one role, as in peft; also as in peft, of two sites with the same number only the later
+one counts, so T5's decoder sets V for its encoder too. In directions that are zero in all weights, U has the scaled
+rounding errors of V.
 
-Files hold V, U and L0, so they are larger than the weights: eigenvectors found again, on another machine, would be
-others, by signs at least. peft's files hold V without U, which peft then makes of the V that it finds, and not of the
-one in the file: on a machine where that is another, its adapters compute something else. Here U is made of the file's.
+Files hold V, U and L0, so they are larger than the weights: eigenvectors computed again, on another machine, would
+differ, by signs at least. peft's files hold V without U, and peft computes U from a newly computed V instead of the
+file's V: on a machine where V differs, its adapters give different outputs. Here U is computed from the file's V.
 
 Kernels of convolutions count as columns, in * kernel; experts are weights like any other; V of an embedding is
-[num, num], so of a small one alone. peft has linear layers.
+[num, num], so of a small one alone. peft supports linear layers only.
 
 Parameters: in * kernel + n a site, times the number of experts.
 
-Use it where the update shall have a full rank and few parameters, and memory for V and U is there.
+Use it where the update shall have a full rank and few parameters, and memory for V and U is available.
 """
 
 from __future__ import annotations

@@ -4,13 +4,13 @@
     g = G P'  or  P' G,     W <- W + scale * (step(g) P)   or   W + scale * (P step(g))
 
 All of W trains; it is the state of the optimizer that becomes small: 2 rank max(in, out) numbers for Adam instead of 2
-in out. `step` is what any torch optimizer makes of g, so this acts through ``injection.optimizer(...)`` only. The
+in out. `step` is the update of any torch optimizer for g, so this acts through ``injection.optimizer(...)`` only. The
 moments stay when P changes, as in the authors' code. Where G has fewer directions than `rank` (a batch has fewer
 tokens), a singular value decomposition leaves the others to rounding; here they are drawn, the same ones each time.
-Weight decay is decoupled and comes last. The trained weights are replacements: the base stays, merging writes them into
-it.
+Weight decay is decoupled and applied last. The trained weights are replacements: the base is unchanged until a merge
+writes them into it.
 
-Parameters: in * out a site, times the number of experts, each of which has a P of its own.
+Parameters: in * out a site, times the number of experts, each with a separate P.
 
 Use it where full fine-tuning is wanted and the optimizer's state does not fit.
 """
@@ -27,7 +27,7 @@ from peftcore.author import AppliedMethod, GradientRule, LearningRate, Method, M
 from peftcore.errors import UnsupportedSite
 
 NONE = 10
-"""Singular values of up to so many times the rounding of the largest one are zero."""
+"""Singular values up to this many times the rounding of the largest one count as zero."""
 
 Side = Literal["std", "reverse_std", "right", "left", "full"]
 
@@ -66,7 +66,8 @@ def factors(gradient: Tensor, rank: int, side: Side) -> dict[str, Tensor]:
 
 
 def completed(rows: Tensor, known: Tensor) -> Tensor:
-    """Return orthonormal rows [*experts, rank, n] with others in place of those that are not known [*experts, rank]."""
+    """Return orthonormal rows [*experts, rank, n] with new random rows in place of those that `known` [*experts, rank]
+    excludes."""
     if known.all():
         return rows
     drawn = torch.randn(rows.shape[-2:], dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(rows)

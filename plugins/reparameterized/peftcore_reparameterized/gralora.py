@@ -7,12 +7,12 @@ has a low-rank update of rank / k. All blocks of a column n draw on A_n [rank, i
 j-th part; all blocks of a row j on B_j [out / k, rank], of whose columns it takes the n-th. So there are as many
 parameters as in LoRA, and the update has a rank of up to k * rank. A is uniform in +-sqrt(k / in), B zero.
 
-With `hybrid_rank` a LoRA of that rank goes beside it, and s = alpha / (rank + hybrid_rank); the authors' `r` is the sum
-of both, peft's is `rank`. Both drop inputs of the two parts one after the other; here they are dropped once for both.
-peft takes inputs of two and three dimensions alone.
+With `hybrid_rank` a LoRA of that rank is added in parallel, and s = alpha / (rank + hybrid_rank); the authors' `r` is
+the sum of both, peft's is `rank`. The authors and peft apply dropout to the inputs of the two parts one after the
+other; here it is applied once for both. peft accepts inputs of two and three dimensions only.
 
 Kernels of convolutions count as inputs, in * kernel; embeddings as [dim, num], with A zero and B ~ N(0, 1). k divides
-both sides. Experts have blocks of their own.
+both sides. Each expert has separate blocks.
 
 Parameters: (rank + hybrid_rank) * (in * kernel + out) a site, times the number of experts.
 
@@ -47,7 +47,7 @@ class GraLoRAConfig(MethodConfig):
     blocks: PositiveInt = 2
     """Parts k into which inputs and outputs are cut: 2 up to rank 32, 4 from rank 64 on."""
     hybrid_rank: NonNegativeInt = 0
-    """Rank of a LoRA of the whole weight beside the blocks."""
+    """Rank of a LoRA of the whole weight in parallel with the blocks."""
     dropout: Share = 0.0
     """Probability with which inputs of the update are dropped in training."""
 

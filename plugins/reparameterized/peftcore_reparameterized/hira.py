@@ -2,13 +2,13 @@
 
     W' = W + W (o) (B A),   (o) entry by entry,   A [rank, in] uniform in +-1/sqrt(in),   B [out, rank] zero
 
-The product of entries has up to rank * rank(W) directions, far more than LoRA's `rank`, for as many parameters. There
-is no scale. An entry that is zero stays zero, so pruned weights stay pruned. The authors' code and peft have no factor
-before the product either. With `dropout` inputs of what is added are dropped, W x + (W (o) (B A)) dropout(x), as in
-peft; the authors' forward does not.
+The product of entries has up to rank * rank(W) directions, far more than LoRA's `rank`, for as many parameters. The
+product is not scaled, as in the authors' code and peft. An entry that is zero stays zero, so pruned weights stay
+pruned. With `dropout` inputs of the addition are dropped, W x + (W (o) (B A)) dropout(x), as in peft; the authors'
+forward does not.
 
 Convolutions: A [rank, in, *kernel], in grouped ones too (peft refuses those). Embeddings: A [rank, num] zero and B ~
-N(0, 1), as in peft, since every input picks a single column of A. Stacked experts have factors of their own each.
+N(0, 1), as in peft, since every input picks a single column of A. Each stacked expert has separate factors.
 
 Parameters: rank * (in * kernel + out) a site, times the number of experts.
 
@@ -51,7 +51,7 @@ class HiRAConfig(MethodConfig):
 
     method: Literal["hira"] = "hira"
     rank: PositiveInt = 32
-    """Rank of what the weight is multiplied with."""
+    """Rank of the matrix that multiplies the weight."""
     dropout: Share = 0.0
     """Probability with which inputs of the update are dropped in training."""
 

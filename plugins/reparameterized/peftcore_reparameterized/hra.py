@@ -9,9 +9,9 @@ u_i start uniform in +-1/sqrt(r / 2); a u of zeros reflects nothing. peft also t
 reflection too many; its convolutions are right for square kernels without dilation or groups.
 
 With `orthogonality` the loss gains that weight times the sum over the sites of ||I - N N^T||, N the u_i / ||u_i||.
-With `gram_schmidt` they are made orthonormal, W' = W (I - 2 Q Q^T): r reflections across different directions, never
-the identity. There they start unpaired. The authors and peft keep the pairs, whose second half is then normalized from
-rounding errors: what they compute at first depends on the machine, and may be nan.
+With `gram_schmidt` the u_i are made orthonormal, W' = W (I - 2 Q Q^T): r reflections across different directions, never
+the identity. Then they start unpaired. The authors and peft keep the pairs, whose second half is then normalized from
+rounding errors, so their initial outputs depend on the machine, and may be nan.
 
 Parameters: rank * in * kernel a site, times the number of experts.
 

@@ -4,16 +4,18 @@
     y = W' x + b + s B diag(d) A dropout(x),   s = alpha / rank,   B = 0, A as in LoRA and d ~ N(0, 1) at first
     loss + mean over the target modules of  beta |d|^2 + gamma (|B'B - I|_F + |A A' - I|_F)
 
-What the base hardly knows is taken out as noise, and an update in the form of a singular value decomposition is trained
-in its place; the losses hold its factors near orthonormal, and its singular values small. So a fresh adapter changes
-outputs, by little. The authors' code and peft write W' into the base, for good; here the base stays, and the part that
-is taken away stands frozen beside the rest, as A0 and B0: it can be left, and fits the base as it came.
+The smallest singular directions of the base are removed as noise, and an update in the form of a singular value
+decomposition is trained in their place; the losses keep its factors near orthonormal and its singular values small. So
+a fresh adapter changes outputs a little. The authors' code and peft write W' into the base permanently; here the base
+is unchanged, and the removed part is stored in the frozen buffers A0 and B0: the adapter can be removed, and fits the
+original base.
 
 The losses are added in any training (peft: if one adds `_get_kasa_loss` to the loss). They are the paper's and peft's,
 which sums them over the modules, where the mean is the authors': beta and gamma are for that. The authors' code has
 A'A - I [in, in] and B B' - I [out, out] in place of the small products; those can never be zero. It keeps the `in` - r
-largest components, which takes nothing away from a weight with fewer outputs; here, as in the paper and in peft, it is
-r of those that there are. Experts have factors of their own, kernels are matrices [out, in * kernel].
+largest components, which removes nothing from a weight with fewer outputs; here, as in the paper and in peft, the r
+smallest of the existing components are removed. Each expert has separate factors, kernels are matrices [out, in *
+kernel].
 
 Parameters: rank * (in * kernel + out + 1) a site, times the number of experts; rank below that of the weight.
 
@@ -41,7 +43,7 @@ class KaSAConfig(MethodConfig):
 
     method: Literal["kasa"] = "kasa"
     rank: PositiveInt = 8
-    """Rank of the update, and how many singular values are taken away."""
+    """Rank of the update, and number of singular values that are removed."""
     alpha: PositiveFloat = 16.0
     """Numerator of the scale ``alpha / rank``."""
     dropout: Share = 0.0
@@ -56,7 +58,7 @@ def rank_of(site: Site, config: KaSAConfig) -> int:
     """Return the rank of the update.
 
     Raises:
-        UnsupportedSite: the weight has a single direction, which would be taken away.
+        UnsupportedSite: the weight has a single direction, which would be removed.
     """
     if not (rank := min(config.rank, rank_within(site, config.rank + 1) - 1)):
         raise UnsupportedSite(f"{site.path} has a single direction, so nothing of it would be left; exclude it")
@@ -64,7 +66,7 @@ def rank_of(site: Site, config: KaSAConfig) -> int:
 
 
 class KaSAOperator(LowRankOperator):
-    """The update of one site, and the frozen part of its weight that is taken away: U_r S_r is B0, V_r' is A0."""
+    """The update of one site, and the frozen part that is removed from its weight: U_r S_r is B0, V_r' is A0."""
 
     padded, scaled = frozenset({"A", "B", "d", "A0", "B0"}), frozenset({"B"})
     A0: Tensor

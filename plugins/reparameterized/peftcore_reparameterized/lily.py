@@ -2,17 +2,17 @@
 
     y = W x + b + s sum_e p_e B_e A x,   p = mean over all tokens of softmax(R A x),   e = 1 … experts
 
-The B_e [out, rank] are those of all layers: modules of one name and one shape have the same, zero at first, and each
-`stride` of them, one after the other, have one A [rank, in]. Only the router R [experts, rank] is a module's own. A and
-R are uniform in +-1/sqrt of their columns. With `across` "shape" all modules of a shape share, whatever their names, as
+The B_e [out, rank] are those of all layers: modules of one name and one shape share the same B_e, zero at first, and
+every `stride` consecutive modules share one A [rank, in]. Only the router R [experts, rank] is a module's own. A and R
+are uniform in +-1/sqrt of their columns. With `across` "shape" all modules of a shape share, whatever their names, as
 in peft where target_modules is a pattern.
 
-As in the authors' code and in peft, p is a mean over the batch too: what a row gets depends on the rows and on the
-padding beside it, and a token that is generated alone, with a cache, is mixed by itself. So rows cannot be routed, and
-nothing merges. The softmax is taken in float32 at least.
+As in the authors' code and in peft, p is a mean over the batch too: a row's output depends on the other rows and on the
+padding, and for a token that is generated with a cache p ignores all earlier tokens. So rows cannot be routed, and the
+adapter cannot be merged. The softmax is taken in float32 at least.
 
 Convolutions: A is a convolution, and each position counts as a token; embeddings: A has a column for each token. peft
-has linear layers alone.
+supports linear layers only.
 
 Parameters: experts * rank a site; rank * in * kernel each `stride` sites, and experts * rank * out a name and shape.
 

@@ -4,11 +4,11 @@
 
 The entrywise product of two matrices of rank r has rank up to r^2, for the parameters of a LoRA of rank 2 r. With
 `tucker` the factors of convolutions leave the kernel to a third one (proposition 3 of FedPara): H[o, i, k] = sum_pq
-T[p, q, k] B[o, p] A[q, i] with T [rank, rank, kernel] ~ N(0, 0.1) for each of the two. Stacked experts have factors of
-their own. The start is that of LyCORIS, whose code defines LoHa (FedPara itself trains from scratch); peft starts A2 at
+T[p, q, k] B[o, p] A[q, i] with T [rank, rank, kernel] ~ N(0, 0.1) for each of the two. Each stacked expert has separate
+factors. The start is that of LyCORIS, whose code defines LoHa (FedPara itself trains from scratch); peft starts A2 at
 zero instead of B2, and with factored kernels gives B the gradient of the wrong matrix. LyCORIS applies s once in
-training and a second time when it merges; here it is once. The dropouts are those of both libraries: rows of the
-change, one for each output, and the change as a whole, for all of a batch; what is dropped has a gradient of zero.
+training and a second time when it merges; here it is once. Dropout is as in both libraries: it drops rows of the
+change, one row for each output, or the whole change, for all of a batch; dropped values have zero gradient.
 
 Parameters: 2 rank (in * kernel + out) a site, with `tucker` 2 rank (in + out + rank * kernel), times the number of
 experts.
@@ -41,11 +41,11 @@ class LoHaConfig(MethodConfig):
     tucker: bool = False
     """Factor the kernels of convolutions too (peft: use_effective_conv2d); of no effect on other layers."""
     rank_dropout: Share = 0.0
-    """Probability with which an output gets nothing of the change, in training."""
+    """Probability that the change is dropped for an output, in training."""
     rank_dropout_scale: bool = False
-    """Divide what is left by the share of the outputs that are (peft: always)."""
+    """Divide the kept outputs by their share (peft: always)."""
     module_dropout: Share = 0.0
-    """Probability with which a module gets nothing of the change, in training."""
+    """Probability that the whole change of a module is dropped, in training."""
 
 
 class LoHaOperator(DropsChange):
@@ -68,7 +68,8 @@ class LoHaOperator(DropsChange):
         return B @ A if core is None else torch.einsum("pq...,op,qi->oi...", core, B, A)
 
     def prefers_activation_form(self, x: Tensor) -> bool:
-        """Whether the update runs on activations: where factors of all its ranks are far smaller than the weight."""
+        """Whether the update runs on activations, that is, where factors of all its ranks are far smaller than the
+        weight."""
         (outputs, rank), (_, inputs) = self.get_tensor("B1").shape[-2:], self.get_tensor("A1").shape[-2:]
         return self.layer.of_vectors and 3 * rank**2 * (outputs + inputs) < 2 * outputs * inputs
 

@@ -5,13 +5,13 @@
 w1 scales copies of w2: delta[i k + j, p n + q] = s w1[i, p] w2[j, q]. out and in are cut next to their square root, or
 at `factor`, the smaller part first. w2 is one full matrix where r >= max(k, n) / 2, or with `full_matrix`; w1 is one,
 or with `decompose_both` and r < max(l, m) / 2 a product w1a w1b too. With both full s is 1. With `tucker` the factors
-of a convolution's w2 leave the kernel to a third one, t2 [r, r, kernel]. Stacked experts have factors of their own. At
+of a convolution's w2 leave the kernel to a third one, t2 [r, r, kernel]. Each stacked expert has separate factors. At
 first w2, or else w2b, is zero; all else is uniform in +-1/sqrt(inputs).
 
-All this is as in LyCORIS, which defines the method, but for its merging: it has s in it twice. peft has s = alpha / r
-with both factors full, starts w1 at zero, puts `factor` first where it divides even if it is the larger part (here with
-`factor_first`), and with a full w2 in one-dimensional convolutions has the product's values in another order, that of
-delta[j, i, q, p, kernel]: `layout`. KronA (Edalati et al. 2022, arXiv 2212.10650) has no rank and no cuts.
+All this is as in LyCORIS, which defines the method, except that a merge in LyCORIS applies s twice. peft has s = alpha
+/ r with both factors full, starts w1 at zero, puts `factor` first where it divides even if it is the larger part (here
+with `factor_first`), and with a full w2 in one-dimensional convolutions has the product's values in another order, that
+of delta[j, i, q, p, kernel]: `layout`. KronA (Edalati et al. 2022, arXiv 2212.10650) uses neither a rank nor cuts.
 
 Parameters: l m + r (k + n * kernel) a site with w1 full and w2 not, l m + k n * kernel with both; for each expert.
 Use it for the smallest files of the family, in diffusion models above all: its rank is not bound by its size.
@@ -41,7 +41,7 @@ class LoKrConfig(MethodConfig):
     alpha: PositiveFloat = 8.0
     """Numerator of the scale ``alpha / rank``; of no effect where both factors are full."""
     factor: PositiveInt | None = None
-    """Where dimensions are cut: there, or at the largest divisor below it; None: next to the square root."""
+    """Size at which dimensions are cut, or else the largest divisor below it; None: next to the square root."""
     factor_first: bool = False
     """Make a factor that divides a dimension its first part even where it is the larger one, as peft does."""
     decompose_both: bool = False
@@ -53,11 +53,11 @@ class LoKrConfig(MethodConfig):
     layout: Literal["kronecker", "peft"] = "kronecker"
     """Order of the product's values where w2 is full and the convolution has one dimension; of no effect elsewhere."""
     rank_dropout: Share = 0.0
-    """Probability with which an output gets nothing of the change, in training."""
+    """Probability that the change is dropped for an output, in training."""
     rank_dropout_scale: bool = False
-    """Divide what is left by the share of the outputs that are."""
+    """Divide the kept outputs by their share."""
     module_dropout: Share = 0.0
-    """Probability with which a module gets nothing of the change, in training."""
+    """Probability that the whole change of a module is dropped, in training."""
 
 
 class LoKrOperator(DropsChange):

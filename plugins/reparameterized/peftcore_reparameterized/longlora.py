@@ -5,19 +5,19 @@
                                                        if  floor(i / G + 1/2) = floor(j / G + 1/2)  in all others
 
 G is `group_ratio` times the number of tokens N (at least 2), or `group_size`; it is so in every attention of which a
-matrix is a target. So the cost of attention falls from N^2 to N G, while
-half of the heads carry what is known across the borders of groups. In evaluation every token sees all that the model
-lets it see: nothing of it is left in a model that is merged or in service, and flash attention and caches work there.
+matrix is a target. So the cost of attention falls from N^2 to N G, while half of the heads pass information across the
+borders of groups. In evaluation every token attends to all tokens that the model allows: groups do not exist in a
+merged or deployed model, and flash attention and caches work there.
 
 The code decides how groups end (dvlab-research/LongLoRA, its version for flash attention): shifted heads begin and end
-with half a group. Its other version rolls tokens around, so that the first half group would see the last one, which
-comes later. Lengths that are no multiple of G have a shorter last group, as in its code for instruction data; for
+with half a group. Its other version rolls tokens around, so that the first half group would attend to the last one,
+which is later. Lengths that are not a multiple of G have a shorter last group, as in its code for instruction data; for
 plain text it refuses them. Padding is hidden as always, and counts as tokens of groups.
 
-A and B start as in `lora`. Positions beyond those of pretraining want what the host's config has for that (the paper
-interpolates positions: rope_scaling), which is no part of the adapter. Attentions run around "eager" or "sdpa". Both
-groupings are computed for all heads and half of each is taken, so that hosts with shared keys, sinks or biases of
-heads need nothing of their own. Torch's own nn.MultiheadAttention is refused.
+A and B start as in `lora`. Positions beyond those of pretraining need an option of the host's config (the paper
+interpolates positions: rope_scaling), which is separate from the adapter. Attentions run around "eager" or "sdpa". Both
+groupings are computed for all heads and half of each is taken, so that hosts with shared keys, sinks or biases of heads
+need no special code. Torch's own nn.MultiheadAttention is refused.
 
 Parameters: rank * (in + out) a matrix, and those of the norms and of the table of tokens.
 Use it to train on texts several times as long as those that the model was made for; where texts fit, `lora` is

@@ -8,12 +8,12 @@ I and J are disjoint halves of the 2 r largest directions, so that the first ste
 is nearest to a step of W itself. ``data=`` has batches of the training data with their loss. The model is in training
 mode then, as the authors have it.
 
-The authors' code and peft write W - s B0 A0 into the base, so that the base has to be kept, or the start beside the
-adapter; here the base stays, and A0 and B0 stand frozen beside A and B. Outputs and gradients are the same. peft has
-another start: B0 has the singular values of G besides, and k (or what `scale` says) is in B0 alone. form="peft" is
-that; then B0 A0 is as large as the gradient. `direction` "random" of both is not here. U and V are approximated
-(`iterations`) from 4 r directions, as in both. Kernels of convolutions are decomposed as [out, in * kernel], experts
-each on its own.
+The authors' code and peft write W - s B0 A0 into the base, so that the changed base, or A0 and B0, must be saved with
+the adapter; here the base is unchanged, and A0 and B0 are frozen buffers. Outputs and gradients are the same. peft
+starts differently: B0 also contains the singular values of G, and k (or the factor that `scale` selects) is in B0 only.
+form="peft" selects this start; then B0 A0 is as large as the gradient. `direction` "random" of both is not here. U and
+V are approximated (`iterations`) from 4 r directions, as in both. Kernels of convolutions are decomposed as [out, in *
+kernel], experts each on its own.
 
 Parameters: rank * (in * kernel + out) a site, times the number of experts; rank at most half that of the weight.
 
@@ -52,7 +52,7 @@ class LoRAGAConfig(MethodConfig):
 
     method: Literal["lora_ga"] = "lora_ga"
     rank: PositiveInt = 8
-    """How many directions each factor has; at most half of those that there are."""
+    """Number of directions of each factor; at most half of the gradient's directions."""
     alpha: PositiveFloat = 16.0
     """Numerator of the scale ``alpha / rank``."""
     dropout: Share = 0.0
@@ -65,9 +65,9 @@ class LoRAGAConfig(MethodConfig):
     gamma: PositiveFloat = 16.0
     """The gamma of k: the larger, the smaller the start."""
     form: Literal["authors", "peft"] = "authors"
-    """The start: that of the authors' code, or that of peft, in which B0 has the singular values of G besides."""
+    """The start: that of the authors' code, or that of peft, in which B0 also contains the singular values of G."""
     iterations: Annotated[PositiveInt, Field(le=1000)] | None = 4
-    """Find the singular vectors by so many steps of a fast approximation; None is exact."""
+    """Number of steps of a fast approximation of the singular vectors; None computes them exactly."""
 
 
 def rank_of(site: Site, config: LoRAGAConfig) -> int:

@@ -5,8 +5,8 @@ arXiv 2502.01235 (YuanheZ/LoRA-One).
     y = W x + b + s B A dropout(x),   A = A0 and B = B0 at first,   s = alpha / sqrt(rank)
 
 B0 A0 is the nearest of rank r to a step of gradient descent with the weight itself, of the learning rate 1 / (S_1
-gamma): the paper shows that LoRA's factors would align with these directions anyway. Nothing is taken out of W, so
-the adapter changes outputs from the start. ``data=`` has batches of the training data with their loss, of which 8 to 64
+gamma): the paper shows that LoRA's factors would align with these directions anyway. W itself is unchanged, so the
+adapter changes outputs from the start. ``data=`` has batches of the training data with their loss, of which 8 to 64
 samples are enough. The model is in training mode then, as the authors have it.
 
 Their page and the paper have S in place of its root, and no S_1: the code has both, and here it is the code's. It finds
@@ -73,7 +73,7 @@ class LoRAOneConfig(MethodConfig):
     damping: NonNegativeFloat | None = None
     """The damping of the preconditioner of both gradients; without, gradients stay as they are."""
     iterations: Annotated[PositiveInt, Field(le=1000)] | None = 16
-    """Find the singular vectors by so many steps of a fast approximation; None is exact."""
+    """Number of steps of a fast approximation of the singular vectors; None computes them exactly."""
 
 
 @torch.no_grad()

@@ -5,10 +5,10 @@
 B starts at zero and A does not: with one rate for both, a wide layer either learns too little by B or too much by A.
 The rates are parameter groups, so this acts through ``injection.optimizer(...)`` only.
 
-As in the authors' code, both factors of an embedding have a rate of their own, `embedding_lr`, which does not follow
-lr. Theirs (and peft's) takes every vector for a B, so that biases of a head learn `ratio` times as fast as its matrix;
-here what the user names in `train` has lr. They set the weight decay of all groups to zero unless told otherwise; here
-it is that of the optimizer.
+As in the authors' code, both factors of an embedding have a separate rate, `embedding_lr`, which does not follow lr.
+The authors' code (and peft's) treats every vector as a B, so that biases of a head learn `ratio` times as fast as its
+matrix; here what the user names in `train` has lr. They set the weight decay of all groups to zero by default; here it
+is the optimizer's weight decay.
 
 Parameters: rank * (in * kernel + out) a site, times the number of experts.
 

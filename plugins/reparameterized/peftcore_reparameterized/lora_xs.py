@@ -5,23 +5,24 @@
     y = W x + b + s B R A dropout(x),   R [r, r] ~ N(0, 1e-5),   s = alpha / rank
 
 Only R trains, between the directions of the weight that matter most, so its size does not depend on the layer's. All
-singular values stand in A, as in the authors' code. That finds them by a fast approximation in 10 iterations; here they
-are exact unless `iterations` is given. Kernels of convolutions are decomposed as [out, in * kernel], experts each on
-its own, embeddings as [dim, num].
+singular values are in A, as in the authors' code. That code finds them by a fast approximation in 10 iterations; here
+they are exact unless `iterations` is given. Kernels of convolutions are decomposed as [out, in * kernel], experts each
+on its own, embeddings as [dim, num].
 
-A and B are in the adapter's file: R means nothing without them, and found a second time, on another machine, they would
-be others, by rounding at least. So files are as large as LoRA's; what trains, and the optimizer's state, is not.
+A and B are in the adapter's file: R depends on them, and a second decomposition, on another machine, would give
+different ones, by rounding at least. So files are as large as LoRA's; trained parameters and the optimizer's state are
+smaller.
 
 start="gradient" is LoRA-SB (Ponkshe et al. 2024, arXiv 2411.19557; CERT-Lab/lora-sb). A, B and R are the nearest of
 rank r to the first step that AdamW would take with the weight itself, which is nearly -step sign(gradient):
 
     -step sign(G) = U S V',   B = U_r,   R = S_r / s,   A = V_r'      G = mean of dL/dW over the batches of ``data=``
 
-A and B are orthonormal, so a step of R by its gradient is, with s = 1, the best for W that this place has; the authors
-take alpha = rank, and no other scale is needed. W keeps its values, so the adapter changes outputs from the start.
-`step` is a learning rate: the authors' is that at the first step of their warmup. They sum gradients of losses divided
-by the batch's size, which has the same sign where batches are of one size, and round A, B and R to bfloat16. They train
-with 1e-4 on MetaMathQA. Quantized weights have a gradient, so they start in this way too.
+A and B are orthonormal, so a step of R by its gradient is, with s = 1, the best step of W within their span; the
+authors take alpha = rank, which suffices. W keeps its values, so the adapter changes outputs from the start. `step` is
+a learning rate: the authors' is that at the first step of their warmup. They sum gradients of losses divided by the
+batch's size, which has the same sign where batches are of one size, and round A, B and R to bfloat16. They train with
+1e-4 on MetaMathQA. Quantized weights have a gradient, so they start in this way too.
 
 Parameters: rank * rank a site, times the number of experts; rank at most that of the weight.
 
@@ -59,19 +60,19 @@ class LoRAXSConfig(MethodConfig):
 
     method: Literal["lora_xs"] = "lora_xs"
     rank: PositiveInt = 16
-    """How many singular values R mixes; at most those that there are."""
+    """Number of singular values that R mixes; at most all of the weight's."""
     alpha: PositiveFloat = 16.0
     """Numerator of the scale ``alpha / rank``."""
     std: NonNegativeFloat = 1e-5
-    """Standard deviation of R at the start; with 0 a fresh adapter changes nothing at all."""
+    """Standard deviation of R at the start; with 0 a fresh adapter leaves outputs unchanged."""
     start: Literal["weight", "gradient"] = "weight"
     """The matrix whose singular vectors A and B are: the weight, or its first step (LoRA-SB), which needs data."""
     step: NonNegativeFloat = 3e-7
-    """The learning rate of that first step; with 0 a fresh adapter changes nothing at all."""
+    """The learning rate of that first step; with 0 a fresh adapter leaves outputs unchanged."""
     dropout: Share = 0.0
     """Probability with which inputs of the update are dropped in training."""
     iterations: Annotated[PositiveInt, Field(le=1000)] | None = None
-    """Find the singular vectors by so many steps of a fast approximation; None is exact."""
+    """Number of steps of a fast approximation of the singular vectors; None computes them exactly."""
 
 
 class LoRAXSOperator(LowRankOperator):
@@ -108,7 +109,7 @@ class LoRAXSOperator(LowRankOperator):
 
 
 class LoRAXS(Method):
-    """Low-rank adaptation with a trainable core alone."""
+    """Low-rank adaptation in which only a core matrix trains."""
 
     name = "lora_xs"
     Config = LoRAXSConfig

@@ -3,10 +3,10 @@
     W = U S V',   B = U[:, -r:] of the r smallest singular values, frozen,   A = 0 at first
     y = W x + b + s B A dropout(x),   s = alpha / rank
 
-LoRA that trains A alone, and puts out along the directions in which the weight does least, which the base's own work
-hardly uses. B is in the adapter's file: A means nothing without it, and found a second time, on another machine, it
-would be another, by its signs at least (here the largest entry of each column is positive; in peft's it is up to the
-machine). Kernels of convolutions are decomposed as [out, in * kernel], experts each on its own, embeddings as
+LoRA that trains only A, with outputs along the weight's smallest singular directions, which the base hardly uses. B is
+in the adapter's file: A depends on it, and a second decomposition, on another machine, would give a different one, by
+its signs at least (here the largest entry of each column is positive; in peft's it is up to the machine). Kernels of
+convolutions are decomposed as [out, in * kernel], experts each on its own, embeddings as
 [dim, num]; peft has linear layers and embeddings, and refuses a rank above that of the weight, which here is lowered.
 
 Parameters: rank * in * kernel a site, times the number of experts; rank at most that of the weight.
@@ -33,7 +33,7 @@ class MiCAConfig(MethodConfig):
 
     method: Literal["mica"] = "mica"
     rank: PositiveInt = 16
-    """How many of the smallest singular values; at most those that there are."""
+    """Number of the smallest singular values; at most all of the weight's."""
     alpha: PositiveFloat = 16.0
     """Numerator of the scale ``alpha / rank``."""
     dropout: Share = 0.0

@@ -4,14 +4,15 @@
 
 Every `rank` columns of the weight share their update, so y = W x + b + D' z, where z sums the inputs in shards of
 `rank`: z[k] = x[k] + x[rank + k] + x[2 rank + k] + … A last shard may be shorter, as if x went on with zeros. It is a
-low-rank update whose first factor is known, so it is as cheap as half a LoRA, and has no scale.
+low-rank update whose first factor is fixed, so it costs half of a LoRA, and is not scaled.
 
-With `outputs` D has only so many columns and repeats them, for weights whose outputs that divides (peft: "mini"). With
-`bat` the weight takes part, in blocks [rank, rank] of whose rows i and columns j D has one for each i (peft: "bat"):
-W'[i, j] = W[i, j] + W[i, j] D[i] + D[i]. That is no low-rank update, and has no dropout; rank divides both sides.
+With `outputs` D has only that many columns and repeats them, for weights whose number of outputs it divides (peft:
+"mini"). With `bat` the weight takes part, in blocks [rank, rank] of whose rows i and columns j D has one for each i
+(peft: "bat"): W'[i, j] = W[i, j] + W[i, j] D[i] + D[i]. This update is not of low rank and lacks dropout; rank divides
+both sides.
 
 Kernels of convolutions are shared as columns of [out, in * kernel], and embeddings as [dim, num]: tokens `rank` apart
-share their update. Experts have D of their own. peft has linear layers alone.
+share their update. Each expert has a separate D. peft supports linear layers only.
 
 Parameters: rank * out a site, with `outputs` rank * outputs, times the number of experts; rank at most in * kernel.
 
@@ -39,11 +40,11 @@ class MiSSConfig(MethodConfig):
 
     method: Literal["miss"] = "miss"
     rank: PositiveInt = 64
-    """Columns of a shard, each with an update of its own; at most those that there are."""
+    """Number of columns of a shard, each with a separate update; at most the number of the weight's columns."""
     dropout: Share = 0.0
     """Probability with which inputs of the update are dropped in training."""
     outputs: PositiveInt | None = None
-    """Outputs that have updates of their own, which the others repeat; None: all of them."""
+    """Number of outputs with separate updates, which the other outputs repeat; None: all outputs."""
     bat: bool = False
     """Let the weight take part, block by block."""
 
@@ -60,10 +61,10 @@ def shard(site: Site, config: MiSSConfig) -> int:
 
 
 def own_outputs(site: Site, config: MiSSConfig) -> int:
-    """Count the outputs with updates of their own.
+    """Count the outputs with separate updates.
 
     Raises:
-        UnsupportedSite: others cannot repeat them evenly.
+        UnsupportedSite: their number does not divide the number of all outputs.
     """
     if config.outputs is None:
         return site.out_features

@@ -6,19 +6,19 @@
     w = softmax(p - mean(p) + sqrt(d + 1e-6) * eta),   eta [N] ~ N(0, 1)                      (Dirichlet, nearly)
     d = (1 - 2 / N) exp(-p) + sum_n exp(-p_n) / N^2
 
-Each row of A has a deviation exp(t) of its own that is learned, and the N samples have weights that are learned: A is
-the mean of a distribution, and training sees what lies around it. A and B start as LoRA's, t [rank] and p [N] uniform
-in 0 to 1. A loss in training, the mean over the sites, holds the distributions near their priors: `kl` times the sum of
+Each row of A has a separate, learned deviation exp(t), and the N samples have learned weights: A is the mean of a
+distribution, and training samples around A. A and B start as LoRA's, t [rank] and p [N] uniform in 0 to 1. A loss in
+training, the mean over the sites, holds the distributions near their priors: `kl` times the sum of
 
     KL of Dirichlet(exp(p)) and Dirichlet(prior, …),   rank / 2 * sum_i (u_i - log u_i - 1) with u = exp(2 t),
     N / 2 * sum_i (v_i - log v_i - 1),
 
-and with `entropy` also the sum of all w_n^2. This is what peft computes, whose first term has the sum of log Gamma(exp
-p) - log Gamma(prior) with a plus where the divergence has a minus: it is no divergence, though zero where both are
+and with `entropy` also the sum of all w_n^2. The formula is peft's: its first term has the sum of log Gamma(exp p) -
+log Gamma(prior) with a plus where the divergence has a minus, so it is not a divergence, though zero where both are
 equal. Peft takes its roots in float32 always, and draws ahead of time. Weights that are read, not called, have the
 mean.
 
-Kernels of convolutions count as inputs; experts draw by themselves. peft has linear layers alone.
+Kernels of convolutions count as inputs; each expert draws separately. peft supports linear layers only.
 
 Parameters: rank * (in * kernel + out) + rank + N a site, times the number of experts.
 
@@ -65,7 +65,7 @@ class MonteCLoRAConfig(MethodConfig):
     samples: PositiveInt = 8
     """How many samples N are drawn at a time."""
     sample_scale: NonNegativeFloat = 1e-4
-    """Factor of what is drawn."""
+    """Factor of the drawn noise."""
     prior: PositiveFloat = 0.1
     """Concentration of the weights' prior: small, and few samples count."""
     kl: NonNegativeFloat = 1e-5

@@ -3,22 +3,24 @@
     W' = W R^T,   R = diag(R_1, ..., R_k),   R_j = (I - K_j) (I + K_j)^-1,   K_j skew-symmetric [b, b], zero at first
 
 The inputs of a weight turn in blocks of b, so the lengths of its rows and the angles between them stay. In convolutions
-these are all of the kernel, channel by channel (grouped ones: the channels of a group); in embeddings the vector turns
-that is returned. As in peft, what is above the diagonal of K is trained; the authors train a full Q with K = (Q - Q^T)
+these are all of the kernel, channel by channel (grouped ones: the channels of a group); in embeddings the returned
+vector turns. As in peft, the entries above the diagonal of K are trained; the authors train a full Q with K = (Q - Q^T)
 / 2, which moves alike under Adam. Their convolution mixes outputs into rows; peft folds the patches of a turned image
 back together, so that kernels above 1 are wrong, takes four dimensions for images, and turns embeddings the other way.
 
 With `series` R_j is I - 2 K + 2 K^2 - 2 K^3 ... +- K^(series - 1) instead, which saves solving and is orthogonal for
 small K only. That is peft's default, with five terms; it turns the other way, with K as -K.
 Constrained (COFT, `eps`): each K_j counts as scaled down to the norm eps b^2 / sqrt(k), as in the authors' code (peft
-leaves b^2 out). Its gradient is that at the scaled K_j, as for both, who overwrite the parameter in each forward.
+leaves b^2 out). Its gradient is taken at the scaled K_j, as in the authors' code and peft, which overwrite the
+parameter in each forward.
 
 With side="outputs" the outputs of a weight turn instead, W' = R W and k = out / b, and the bias does not: so do LyCORIS
-(its diag-oft, Yeh et al. 2023, arXiv 2309.14859; the preset `diag_oft`) and kohya's sd-scripts. Two options are theirs.
-With `constraint` all K of a site together count as scaled down to the norm constraint * width of the turned side, and
-gradients go through that. With `rescaled` W' = diag(s) R W, with gains s [out] that are one at first. LyCORIS trains a
-full Q with K = Q - Q^T, which moves twice as much under Adam. With `block_dropout` so many of the blocks, others in
-each forward, do not turn in training (peft: module_dropout, which peft 0.21 describes so and does not do).
+(its diag-oft, Yeh et al. 2023, arXiv 2309.14859; the preset `diag_oft`) and kohya's sd-scripts. Two options are from
+these libraries. With `constraint` all K of a site together count as scaled down to the norm constraint * width of the
+turned side, and gradients go through that. With `rescaled` W' = diag(s) R W, with gains s [out] that are one at first.
+LyCORIS trains a full Q with K = Q - Q^T, which moves twice as much under Adam. In training, `block_dropout` is the
+share of blocks that do not turn, drawn in each forward (peft: module_dropout, which peft 0.21 documents but does not
+implement).
 
 Parameters: k b (b - 1) / 2 a site, k = in * kernel / b, times the number of experts; those of one block with
 `block_share`; with `rescaled` out more.
@@ -69,7 +71,7 @@ class OFTConfig(MethodConfig):
     block_dropout: Share = 0.0
     """Share of the blocks that do not turn in a forward in training, rounded down; with `block_share` none."""
     side: Literal["inputs", "outputs"] = "inputs"
-    """Side of a weight that turns; an embedding turns what it returns either way."""
+    """Side of a weight that turns; an embedding turns its returned vectors either way."""
     constraint: PositiveFloat | None = None
     """Norm of all K of a site over the width of its turned side, at most (LyCORIS); None leaves it free."""
     rescaled: bool = False
@@ -168,7 +170,7 @@ class OFT(Method):
 
 
 def _blocks(site: Site, config: OFTConfig) -> tuple[int, int]:
-    """Return how many blocks have a rotation of their own, and their width."""
+    """Return the number of blocks with a separate rotation, and their width."""
     outputs = config.side == "outputs"
     size = block_size(site, config.block_size, outputs=outputs)
     return (1 if config.block_share else width(site, outputs) // size), size

@@ -3,15 +3,15 @@
     W = Q R,   B0 = Q[:, :r],   A0 = R[:r]       the diagonal of R positive, which makes the two unique
     W' = (W - s B0 A0) + s B A = W + s (B A - B0 A0),   A = A0 and B = B0 at first,   s = alpha / rank
 
-LoRA whose B starts with orthonormal columns that span the first r columns of W. As the paper has it, no power of s is
-taken out of the factors, so s scales how much of W is replaced. peft writes W - s B0 A0 into the base; here the base
-stays, and A0 and B0 stand frozen beside A and B. Outputs and gradients are the same, and the adapter fits the base as
-it came. The change is that of a LoRA of twice the rank. peft decomposes transformers' Conv1D as it is stored,
-transposed, so that its factors do not fit the layer; ours are those of the [out, in] matrix.
+LoRA whose B starts with orthonormal columns that span the first r columns of W. As in the paper, the factors are not
+divided by a power of s, so s scales the replaced share of W. peft writes W - s B0 A0 into the base; here the base is
+unchanged, and A0 and B0 are frozen buffers. Outputs and gradients are the same, and the adapter fits the original base.
+The change is that of a LoRA of twice the rank. peft decomposes transformers' Conv1D as it is stored, transposed, so
+that its factors do not fit the layer; ours are those of the [out, in] matrix.
 
-With `dropout` the output is W x + s (B A dropout(x) - B0 A0 x), as in peft: training then drops parts of what the base
-itself computes, from the first step on. Kernels of convolutions are decomposed as [out, in * kernel], experts each on
-its own, embeddings as [dim, num].
+With `dropout` the output is W x + s (B A dropout(x) - B0 A0 x), as in peft: training then drops parts of the base's
+output, from the first step on. Kernels of convolutions are decomposed as [out, in * kernel], experts each on its own,
+embeddings as [dim, num].
 
 Parameters: rank * (in * kernel + out) a site, times the number of experts; rank at most that of the weight.
 
@@ -36,7 +36,7 @@ class OLoRAConfig(MethodConfig):
 
     method: Literal["olora"] = "olora"
     rank: PositiveInt = 8
-    """How many columns of Q are adapted; at most those that there are."""
+    """Number of adapted columns of Q; at most all of them."""
     alpha: PositiveFloat = 8.0
     """Numerator of the scale ``alpha / rank``."""
     dropout: Share = 0.0

@@ -4,15 +4,16 @@
     W = U_h S_h V_h' + U_l S_l V_l'      of the k largest singular values, and of all others
     W' = W + U S V' - U_l S_l V_l',      U, S and V trained from U_l, S_l and V_l
 
-The gradient of U has no part in the span of U_h, and that of V none in the span of V_h: what the model knows best stays
-as it is. So gradients are not those of the loss; they are the same whatever optimizer takes them, as in peft, which
-projects by hooks. An optimizer that scales entries by themselves, as Adam does, leaves that subspace again by a little.
+The gradient of U is orthogonal to U_h, and that of V to V_h: the largest singular directions, the model's main
+knowledge, are unchanged. So gradients are not those of the loss; they are the same whatever optimizer takes them, as in
+peft, which projects by hooks. An optimizer that scales entries by themselves, as Adam does, leaves that subspace again
+by a little.
 
 `effective_rank` is k: a number, or a share of the smaller side, rounded down. Kernels of convolutions are decomposed as
-[out, in * kernel], embeddings as [dim, num], experts each on its own. peft has linear layers alone.
+[out, in * kernel], embeddings as [dim, num], experts each on its own. peft supports linear layers only.
 
-Files hold U, S and V and what they started from: found a second time, on another machine, it would be another, by
-rounding at least. peft's files do without, and take it from the model again.
+Files hold U, S and V and their initial values: a second decomposition, on another machine, would differ, by rounding at
+least. peft's files omit the initial values, and peft computes them from the model again.
 
 Parameters: (min(out, in) - k) (out + in + 1) a site, times the number of experts: with half of the singular values
 nearly as many as the weight has, or more.
@@ -41,14 +42,14 @@ class OSFConfig(MethodConfig):
 
     method: Literal["osf"] = "osf"
     effective_rank: PositiveInt | Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
-    """How many of the largest singular values stay as they are: a number, or a share of them."""
+    """Number, or share, of the largest singular values that stay frozen."""
 
 
 def frozen_rank(site: Site, config: OSFConfig) -> int:
     """Return k.
 
     Raises:
-        UnsupportedSite: nothing of the weight stays, or all of it.
+        UnsupportedSite: none of the singular values would stay frozen, or all of them.
     """
     rank, k = min(site.out_features, columns(site)), config.effective_rank
     k = int(rank * k) if isinstance(k, float) else k
@@ -61,7 +62,7 @@ def frozen_rank(site: Site, config: OSFConfig) -> int:
 
 
 class OSFOperator(LowRankOperator):
-    """The smaller singular values of one site and their vectors, and what these started from."""
+    """The smaller singular values of one site and their vectors, with the initial values of both."""
 
     U0: Tensor
     S0: Tensor
@@ -81,7 +82,7 @@ class OSFOperator(LowRankOperator):
         self.register_buffer("kept_V", V[..., :k, :].contiguous())
 
     def projected(self) -> tuple[Tensor, Tensor]:
-        """Return U and V, whose gradients have no part along what is kept."""
+        """Return U and V with gradients orthogonal to the kept singular vectors."""
         U, V = self.U, self.V
         if torch.is_grad_enabled():
             free_U = U - self.kept_U @ (self.kept_U.mT @ U)
@@ -90,7 +91,7 @@ class OSFOperator(LowRankOperator):
         return U, V
 
     def factors(self) -> tuple[Tensor, Tensor, float]:
-        """Return the factors of ``U S (V - V0)' + (U S - U0 S0) V0'``: nothing at first, to the bit."""
+        """Return the factors of ``U S (V - V0)' + (U S - U0 S0) V0'``: exactly zero at first."""
         U, V = self.projected()
         left, left0 = U * self.S.unsqueeze(-2), self.U0 * self.S0.unsqueeze(-2)
         A = torch.cat([V - self.V0, self.V0], -2)  # [*batch, 2 low, in * kernel]

@@ -4,10 +4,10 @@
     h_i = f(E_i h_(i-1)),   h_(n+i) = f(D_i h_(n+i-1)) + h_(n-i),   i = 1 … n = depth,   E_i, D_i [rank, rank]
 
 The update is a small network's answer to the frozen weight, column by column: f (`activation`) makes it more than a
-low-rank factor times W. E_i and D_i start uniform in +-1/sqrt(rank). As in peft, h is not scaled and drops nothing.
+low-rank factor times W. E_i and D_i start uniform in +-1/sqrt(rank). As in peft, h has neither a scale nor dropout.
 
-Kernels of convolutions count as columns, [out, in * kernel], embeddings are [dim, num], experts have networks of their
-own. peft has linear layers alone.
+Kernels of convolutions count as columns, [out, in * kernel], embeddings are [dim, num], each expert has separate
+networks. peft supports linear layers only.
 
 Parameters: 2 * rank * out + 2 * depth * rank^2 a site, times the number of experts.
 
@@ -44,7 +44,7 @@ class PEANuTConfig(MethodConfig):
     rank: PositiveInt = 32
     """Width of the network."""
     depth: NonNegativeInt = 0
-    """How many layers it has on either side, besides A and B."""
+    """Number of layers on either side, besides A and B."""
     activation: Literal["relu", "gelu", "silu", "tanh", "sigmoid", "leaky_relu"] = "relu"
     """The function f."""
     scale: PositiveFloat = 1.0

@@ -4,12 +4,13 @@
     W' = (W - s B0 A0) + s B A = W + s (B A - B0 A0),   A = A0 and B = B0 at first,   s = alpha / rank
 
 LoRA that starts at the directions that matter most, with gradients in both factors from the first step. The authors'
-code and peft write W - s B0 A0 into the base; here the base stays, and A0 and B0 stand frozen beside A and B. Outputs
-and gradients are the same, and the adapter fits the base as it came. The change is that of a LoRA of twice the rank.
+code and peft write W - s B0 A0 into the base; here the base is unchanged, and A0 and B0 are frozen buffers. Outputs and
+gradients are the same, and the adapter fits the original base. The change is that of a LoRA of twice the rank.
 
-With `dropout` the output is W x + s (B A dropout(x) - B0 A0 x), as in peft: training then drops parts of what the base
-itself computes, from the first step on (the authors use none). Kernels of convolutions are decomposed as
-[out, in * kernel], experts each on its own, embeddings as [dim, num]; peft has linear layers alone, and no float64.
+With `dropout` the output is W x + s (B A dropout(x) - B0 A0 x), as in peft: training then drops parts of the base's
+output, from the first step on (the authors use no dropout). Kernels of convolutions are decomposed as
+[out, in * kernel], experts each on its own, embeddings as [dim, num]; peft supports linear layers only, without
+float64.
 
 Parameters: rank * (in * kernel + out) a site, times the number of experts; rank at most that of the weight.
 
@@ -33,13 +34,13 @@ class PiSSAConfig(MethodConfig):
 
     method: Literal["pissa"] = "pissa"
     rank: PositiveInt = 8
-    """How many singular values are adapted; at most those that there are."""
+    """Number of adapted singular values; at most all of the weight's."""
     alpha: PositiveFloat = 8.0
     """Numerator of the scale ``alpha / rank``."""
     dropout: Share = 0.0
     """Probability with which inputs of the trained factors are dropped in training."""
     iterations: Annotated[PositiveInt, Field(le=1000)] | None = None
-    """Find the singular vectors by so many steps of a fast approximation, 4 to 16; None is exact."""
+    """Number of steps, 4 to 16, of a fast approximation of the singular vectors; None computes them exactly."""
 
 
 class PiSSAOperator(PairOperator):

@@ -4,20 +4,21 @@
     W' = W + B (diag(b) R diag(a) - I) A,   R = (I + K) (I - K)^-1,   K skew-symmetric [r, r], zero at first; a, b one
 
 The part of the weight that matters most turns within its own directions: while a and b are one, lengths of its columns
-and angles between them stay. a and b [r] relax that; `scale_outputs` and `scale_inputs` leave them out. What is above
-the diagonal of K is trained, as in peft; the authors train what is below it, with the other sign. Without `orthogonal`
-R is any matrix. With `series` it is I + 2 K + 2 K^2 + … + K^(series - 1) (authors: 5 powers, where peft has 4), with K
-no longer than `eps` if there is one. `singular_values` both gives A and B the root of S_r each, as PiSSA.
+and angles between them stay. a and b [r] relax that; `scale_outputs` and `scale_inputs` leave them out. The entries
+above the diagonal of K are trained, as in peft; the authors train the entries below it, with the other sign. Without
+`orthogonal` R is any matrix. With `series` it is I + 2 K + 2 K^2 + … + K^(series - 1) (authors: 5 powers, where peft
+has 4), with the norm of K limited to `eps` if given. `singular_values` both gives A and B the root of S_r each, as
+PiSSA.
 
-There is no scale: that of peft, alpha / rank, is divided out of B before.
+The update is not scaled: peft's scale, alpha / rank, is divided out of B first.
 
-A and B are in the adapter's file: R means nothing without them, and found a second time, on another machine, they would
-be others, by signs at least. peft's files lack them. They are exact unless `iterations` is given. Kernels count as
+A and B are in the adapter's file: R depends on them, and a second decomposition, on another machine, would give
+different ones, by signs at least. peft's files lack them. They are exact unless `iterations` is given. Kernels count as
 inputs, in * kernel; embeddings as [dim, num]; experts are decomposed each on its own.
 
 Parameters: rank (rank - 1) / 2 + 2 rank a site, times the number of experts; rank at most that of the weight.
 
-Use it as OFT where memory is scarce: nothing larger than LoRA's factors goes through a step.
+Use it as OFT where memory is scarce: a step computes with nothing larger than LoRA's factors.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class PSOFTConfig(MethodConfig):
 
     method: Literal["psoft"] = "psoft"
     rank: PositiveInt = 32
-    """How many principal directions turn; at most those that there are."""
+    """Number of principal directions that turn; at most all of the weight's."""
     orthogonal: bool = True
     """Turn them; otherwise R is any matrix."""
     scale_outputs: bool = True
@@ -57,7 +58,7 @@ class PSOFTConfig(MethodConfig):
     dropout: Share = 0.0
     """Probability with which inputs of the update are dropped in training."""
     iterations: Annotated[PositiveInt, Field(le=1000)] | None = None
-    """Find the singular vectors by so many steps of a fast approximation; None is exact."""
+    """Number of steps of a fast approximation of the singular vectors; None computes them exactly."""
 
 
 class PSOFTOperator(LowRankOperator):

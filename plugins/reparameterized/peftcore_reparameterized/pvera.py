@@ -3,18 +3,19 @@
     y = W x + b + diag(b) B z,   [mu; logvar] = diag(d) A dropout(x),   d [2 rank] = d_initial,   b [out] zero
     z = mu + exp(logvar / 2) eps,   eps ~ N(0, 1), in training; z = mu otherwise
 
-As in VeRA, A [2 rank, in] and B [out, rank] are random, frozen, the same for all sites, of which each takes the corner,
-and drawn from `projection_seed` as peft draws them; files hold them with `store_basis` only. With `sample` "always" z
-is drawn in evaluation too, so that several passes tell how sure the model is; merging takes the mean, as does a weight
-that is read, not called, in training too: there are no activations to draw. Without `sample` it is VeRA by half of A.
+As in VeRA, A [2 rank, in] and B [out, rank] are random, frozen, the same for all sites, each of which uses the corner
+of its size, and drawn from `projection_seed` as peft draws them; files hold them with `store_basis` only. With `sample`
+"always" z is drawn in evaluation too, so that several passes show the model's uncertainty. Merging takes the mean; so
+does a weight that is read, not called, even in training, because it lacks activations to draw. Without `sample` it is
+VeRA by half of A.
 
-`kl` is the factor of a loss: the mean over all activations of tokens that are no padding, for each site, of the
-divergence of z from N(0, 1). The
+`kl` is the factor of a loss: the mean over all activations of tokens without padding, for each site, of the divergence
+of z from N(0, 1). The
 authors' code has it, with 1e-6 to 1e-16 by data set; peft does not. Their d starts at one random number for all, and
 they scale the update by 16.
 
-Kernels of convolutions count as columns, [2 rank, in * kernel]; experts have vectors of their own. peft has linear
-layers alone.
+Kernels of convolutions count as columns, [2 rank, in * kernel]; each expert has separate vectors. peft supports linear
+layers only.
 
 Parameters: 2 rank + out a site, times the number of experts.
 
@@ -104,7 +105,7 @@ class PVeRAOperator(Operator):
         return y + layer.along_channels(b, y) * layer.mix(mean, B)
 
     def divergence(self, mean: Tensor, log_variance: Tensor) -> Tensor:
-        """Return the mean divergence from N(0, 1), over all activations of tokens that are no padding."""
+        """Return the mean divergence from N(0, 1), over all activations of tokens without padding."""
         each = (mean.square() + log_variance.exp() - 1 - log_variance).movedim(self.layer.channel_dim, -1) / 2
         values, counts, _ = by_row(each.to(torch.promote_types(each.dtype, torch.float32)))
         counted = torch.ones_like(values[..., 0]) if counts is None else counts.to(values.dtype)

@@ -3,17 +3,18 @@
     W' = W + s sum_j B_j diag(L[:, j]) A diag(G[j]),   j = 1 … n,   n = ceil(min(in, out) / rank),   s = alpha / rank
     A [rank, min(in, out)],   B_j [max(in, out), rank],   L [rank, n] zero,   G [n, min(in, out)] = 1 / max(its shape)
 
-and the transposed sum where out < in. A and all B_j are random, frozen, and the same for all sites, each of which takes
-the corner that it needs. They come from `projection_seed`, and files hold them with `store_basis` only: uniform of
+and the transposed sum where out < in. A and all B_j are random, frozen, and the same for all sites, each of which uses
+the corner of its size. They are drawn from `projection_seed`, and files hold them with `store_basis` only: uniform of
 variance 1, or signs and zeros of variance 1, with `basis` sparse one sign in 3 entries, very sparse one in sqrt(min).
-All B_j lie in one [max, n, rank]; flattened, its columns j, n + j, 2 n + j, … are B_j. So do the authors and peft, who
-flatten the sum's other side differently; for random columns any order is as good. peft draws in half precision.
+All B_j are stored in one tensor [max, n, rank]; flattened, its columns j, n + j, 2 n + j, … are B_j. The authors and
+peft do the same, but flatten the sum's other side differently; for random columns the order is irrelevant. peft draws
+in half precision.
 
 scaling="bases" divides s by sqrt(n) too, as in the authors' code; their later one, in peft, does not.
-Kernels of convolutions count as columns, in * kernel; embeddings as [dim, num]. Experts have L and G of their own.
+Kernels of convolutions count as columns, in * kernel; embeddings as [dim, num]. Each expert has a separate L and G.
 
 Parameters: n * (rank + min(in * kernel, out)) a site, times the number of experts: more at a lower rank.
-Use it where low rank is what limits; each step makes the update as a whole matrix.
+Use it where low rank is the limit; each step computes the update as a full matrix.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class RandLoRAConfig(MethodConfig):
 
     method: Literal["randlora"] = "randlora"
     rank: PositiveInt = 32
-    """Rank of each basis; a lower one needs more of them, and so more parameters."""
+    """Rank of each basis; a lower rank needs more bases, and so more parameters."""
     alpha: PositiveFloat = 640.0
     """Numerator of the scale ``alpha / rank``."""
     scaling: Literal["rank", "bases"] = "rank"
@@ -113,8 +114,8 @@ class RandLoRAOperator(WeightOperator):
         return B.flatten(1), scaled.flatten(-3, -2)
 
     def prefers_activation_form(self, x: Tensor) -> bool:
-        """Whether the update runs on activations: where the products with the inputs are smaller than those that make
-        an update of the weight's size, and where inputs are dropped."""
+        """Whether the update runs on activations, that is, where the products with the inputs are smaller than those
+        that make an update of the weight's size, and where inputs are dropped."""
         if self.training and self.dropout:
             return True
         inputs, full = x.numel() // x.shape[-1], self.G.shape[-2] * self.L.shape[-2]

@@ -7,11 +7,11 @@ The outputs of a layer turn in pairs, each in its plane, and their lengths are s
 t of a pair are one, and so are the lengths a: a rotation. With 2 each output has one of both, t1 = t2 and t3 = t4; with
 4 all are free. The bias turns along, and the merged weight R W has a bias R b.
 
-Outputs lie in groups, and an output of the first half of a group is paired with that of the second half at its place:
-with a `group_size` of 2, as in the paper, neighbours are a pair; peft's default is 64.
+Outputs are in groups, and an output of the first half of a group is paired with the output at the same position of the
+second half: with a `group_size` of 2, as in the paper, neighbours are a pair; peft's default is 64.
 
-Convolutions turn their channels, embeddings what they return. Experts have angles and lengths of their own. peft has
-linear layers alone.
+Convolutions turn their channels, embeddings their returned vectors. Each expert has separate angles and lengths. peft
+supports linear layers only.
 
 Parameters: variant * out a site, times the number of experts.
 
@@ -67,7 +67,7 @@ class RoAdOperator(Operator):
         return length * angle.cos(), length * angle.sin()
 
     def turned(self, y: Tensor, dim: int) -> Tensor:
-        """Return `y` with its channels, which lie along `dim`, turned in pairs."""
+        """Return `y` with its channels, the dimension `dim`, turned in pairs."""
         pairs = y.unflatten(dim, (-1, 2, self.half))  # [..., groups, 2, half, ...]
         first, second = pairs.unbind(dim + 1)
         across = torch.stack([-second, first], dim + 1)

@@ -11,8 +11,9 @@ The authors published no code: this is peft's, which gives both factors a root o
 of them in one, U S (sum_i v_i P_i) V'. Kernels of convolutions are decomposed as [out, in * kernel], embeddings as
 [dim, num], experts each on its own, with their own P and the site's v.
 
-A and B are in the adapter's file, since found a second time, on another machine, they would be others, by rounding at
-least; P is with `store_basis` only, as it is drawn again: those numbers are peft's for the same seed and sites.
+A and B are in the adapter's file, since a second decomposition, on another machine, would give different ones, by
+rounding at least; P is with `store_basis` only, as it is drawn again: those numbers are peft's for the same seed and
+sites.
 
 Parameters: u a group; one number is enough.
 
@@ -40,11 +41,11 @@ class TinyLoRAConfig(MethodConfig):
 
     method: Literal["tinylora"] = "tinylora"
     rank: PositiveInt = 2
-    """How many singular values the core mixes; at most those that there are."""
+    """Number of singular values that the core mixes; at most all of the weight's."""
     u: PositiveInt = 64
     """Trained numbers of a group."""
     tying: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
-    """How much sites share: 0 nothing, 1 all of them one vector."""
+    """Degree of sharing between sites: 0 none, 1 one vector for all."""
     dropout: Share = 0.0
     """Probability with which inputs of the update are dropped in training."""
     projection_seed: NonNegativeInt = 42

@@ -3,17 +3,18 @@
     y = W x + b + B A dropout(x),   each entry of A [rank, in] and B [out, rank] of every site is  theta[i] / sqrt(n_i)
 
 i is drawn for each of the D entries of all sites together, and n_i is the number of entries that have drawn i: so the
-projection of theta [d] to all entries is isometric. The draw is balanced, each i comes D / d times, rounded up or down,
-as in peft (by its authors); the code of the paper draws each entry by itself. theta is uniform in +-`theta_bound`: a
-fresh adapter changes outputs, a little. There is no scale.
+projection of theta [d] to all entries is isometric. The draw is balanced, each i occurs D / d times, rounded up or
+down, as in peft (by its authors); the code of the paper draws each entry by itself. theta is uniform in
++-`theta_bound`: a fresh adapter changes outputs, a little. The update is not scaled.
 
-Files hold theta alone: what is drawn comes from `projection_seed` and from the sites in their order, so that it is the
-same for whoever loads them. With `store_indices` they hold it too, which is as much as a LoRA; what peft draws is
-another, and is kept so. Embeddings and kernels of convolutions have factors as in LoRA, experts have them each.
+Files hold theta alone: the indices depend only on `projection_seed` and on the sites in their order, so loading draws
+the same ones. With `store_indices` files hold the indices too, which are as large as a LoRA; peft draws different
+indices, which are kept when its files are loaded. Embeddings and kernels of convolutions have factors as in LoRA,
+separate ones for each expert.
 
-Parameters: d in all, however many sites there are.
+Parameters: d in all, for any number of sites.
 
-Use it where an adapter must be tiny and its size chosen freely; what it computes costs as much as LoRA.
+Use it where an adapter must be tiny and its size chosen freely; it computes as much as LoRA.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ class UniLoRAConfig(MethodConfig):
     projection_seed: NonNegativeInt = 42
     """Seed by which each entry draws its number in the vector."""
     store_indices: bool = False
-    """Keep what is drawn in files, which grow by it. What came from elsewhere is kept."""
+    """Store the drawn indices in files, which makes them larger. Indices loaded from another library's file are always
+    stored."""
 
 
 @functools.lru_cache(maxsize=1)
@@ -61,7 +63,7 @@ def drawn_indices(total: int, length: int, seed: int) -> Tensor:
 
 
 class Theta(nn.Module):
-    """The vector, and by how much each of its entries is scaled down."""
+    """The vector, and the factor that scales down each entry."""
 
     norm: Tensor
 

@@ -5,16 +5,16 @@
 
 Rows of A and columns of B are cut into sub-vectors, each of which mixes the k vectors of the bank that its own h logits
 choose; the choice changes as these train. V is uniform in +-`bank_bound`, logits are N(0, `logits_std`): a fresh
-adapter changes outputs, a little. There is no scale. Gradients reach the chosen vectors and their logits alone.
+adapter changes outputs, a little. The update is not scaled. Gradients reach the chosen vectors and their logits alone.
 
 Where b does not divide a side, the last sub-vector is cut; the paper and peft ask for lengths that divide all sides.
-Kernels of convolutions count as columns, [rank, in * kernel]; embeddings as [dim, num]; experts have logits of their
-own. The authors' code trains the bank and the logits at rates of their own, here `logits_ratio`; the rates are
-parameter groups, so this acts through ``injection.optimizer(...)`` only.
+Kernels of convolutions count as columns, [rank, in * kernel]; embeddings as [dim, num]; each expert has separate
+logits. The authors' code trains the bank and the logits at separate rates, here `logits_ratio`; the rates are parameter
+groups, so this acts through ``injection.optimizer(...)`` only.
 
 Parameters: h * b in all, and rank * h * (in / b + out / b) a site, the quotients rounded up, times the number of
-experts. Of those logits an adapter that is not trained further needs k in h alone: peft's files may have no others
-(`save_only_topk_weights`). They are read, and what is chosen then stays so in further training.
+experts. An adapter that is not trained further needs only k of each h logits: peft's files may hold only these k
+(`save_only_topk_weights`). Such files can be read; in further training the chosen vectors then stay the same.
 
 Use it where many adapters must be stored, and training may hold more than a LoRA does.
 """

@@ -5,13 +5,14 @@
 
 Training keeps a number for each group of inputs in place of the inputs, and puts x~ in their place where the gradient
 of A needs them; all other gradients, and outputs, are those of LoRA. v is the direction of the mean of all groups of
-all tokens that are no padding (padding counts in the authors' code and in peft): of the first batch
-(projection="first", the authors', kept in the file), or of each (projection="each", peft's default, which keeps
-nothing); projection="random" draws it. c is `rebuilt_scale`. With dropout the inputs are those after it.
+all tokens without padding (padding counts in the authors' code and in peft): of the first batch (projection="first",
+the authors', kept in the file), or of each (projection="each", peft's default, which keeps nothing);
+projection="random" draws it. c is `rebuilt_scale`. With dropout the inputs are those after it.
 
-Where `in` is no multiple of g, zeros fill the last group, as in peft; the authors' code needs one. It compresses the
-inputs of whole layers too, which train; here, as in peft, those of the update alone. It acts on linear layers that are
-called; computed as an effective weight (`low_memory`), A gets its exact gradient.
+Where `in` is not a multiple of g, zeros fill the last group, as in peft; the authors' code requires a multiple. That
+code also compresses the inputs of whole layers that train; here, as in peft, only the inputs of the update are
+compressed. VeLoRA acts on linear layers that are called; computed as an effective weight (`low_memory`), A gets its
+exact gradient.
 
 Parameters: rank * (in + out) a site.
 
@@ -58,7 +59,7 @@ class VeLoRAConfig(MethodConfig):
     num_groups: PositiveInt = 32
     """How many numbers of each token's input are kept; the more, the more exact the gradient of A."""
     projection: Literal["first", "each", "random"] = "first"
-    """Whether v comes of the first batch, of each batch, or is drawn."""
+    """Source of v: the first batch, each batch, or a random draw."""
     rebuilt_scale: PositiveFloat = 0.1
     """The factor c of the rebuilt inputs."""
 
@@ -70,8 +71,8 @@ def in_groups(x: Tensor, groups: int) -> Tensor:
 
 
 def direction(x: Tensor, groups: int) -> Tensor:
-    """Return v, ``[size]``: of the mean of all groups of tokens that are no padding; where that is zero, all entries
-    are alike."""
+    """Return v, ``[size]``: the direction of the mean of all groups of tokens without padding; where the mean is zero,
+    all entries are equal."""
     tokens, counts, _ = by_row(x.detach())  # [rows, tokens, in], [rows, tokens]
     kept = tokens if counts is None else tokens * counts.unsqueeze(-1)
     mean = in_groups(kept, groups).flatten(0, 1).mean(0).to(torch.promote_types(x.dtype, torch.float32))

@@ -3,12 +3,12 @@
     y = W x + b + diag(b) B diag(d) A dropout(x),   d [rank] = d_initial,   b [out] zero
 
 A [rank, in] and B [out, rank] are random, frozen, and the same for all sites: one pair as large as the largest site
-needs, of which each takes the corner. Uniform in +-sqrt(6 / columns), from `projection_seed` alone: the numbers are
-those of peft for the same seed and sites. No file holds them (peft's may, and ours with `store_basis`), since whoever
-loads an adapter draws them again; nor has each layer a copy. There is no scale.
+needs, of which each site uses the corner of its size. Uniform in +-sqrt(6 / columns), from `projection_seed` alone: the
+numbers are those of peft for the same seed and sites. No file holds them (peft's may, and ours with `store_basis`),
+since loading an adapter draws them again; layers share one copy. The update is not scaled.
 
 Kernels of convolutions count as columns, [rank, in * kernel]; embeddings as [dim, num], so one with many tokens makes A
-large. Experts have vectors of their own. peft has linear layers alone.
+large. Each expert has separate vectors. peft supports linear layers only.
 
 Parameters: rank + out a site, times the number of experts.
 

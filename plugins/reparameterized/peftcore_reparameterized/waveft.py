@@ -3,19 +3,19 @@ peft by its authors).
 
     W' = W + alpha sum_j c_j f_j g_j^T,   c zero at first,   j = 1 … n
 
-f_j [out] and g_j [in] are two short waves: one low-pass or high-pass filter of the wavelet each, at places that come
-from a position (u_j, v_j). So each coefficient changes a patch of the weight: 2 x 2 entries with db1, the wavelet of
-Haar, 2 k x 2 k with db k. The sum is the inverse wavelet transform, in one level and two dimensions, of a matrix of
-zeros with c at the positions: in its upper left quarter f and g are low, in the upper right one f is high, in the lower
-left one g, in the last one both. Longer filters want coefficients beyond the edges: none lie there, and of what is
-computed the middle counts. With wavelet None the coefficients are entries of the update themselves.
+f_j [out] and g_j [in] are two short waves: each is a low-pass or high-pass filter of the wavelet, shifted by a position
+(u_j, v_j). So each coefficient changes a patch of the weight: 2 x 2 entries with db1, the wavelet of Haar, 2 k x 2 k
+with db k. The sum is the inverse wavelet transform, in one level and two dimensions, of a matrix of zeros with c at the
+positions: in its upper left quarter f and g are low, in the upper right one f is high, in the lower left one g, in the
+last one both. Longer filters need coefficients beyond the edges: these count as absent, and the middle of the result is
+taken. With wavelet None the coefficients are entries of the update themselves.
 
 The positions are drawn from `entry_seed` alone, so all sites of one shape have the same ones, and files hold only c;
-they are those that peft draws from its `random_loc_seed`. Filters are computed, to 1e-11; peft has tables, and those of
-Symlets and Coiflets besides. It can spread n over the sites by their sizes, where here overrides are written, and start
-from N(0, 0.01).
+they are those that peft draws from its `random_loc_seed`. Filters are computed, to 1e-11; peft has tables, including
+those of Symlets and Coiflets. It can spread n over the sites by their sizes, where here overrides are written, and
+start from N(0, 0.01).
 
-Kernels of convolutions count as inputs, in * kernel; embeddings as [dim, num]. Experts have c of their own.
+Kernels of convolutions count as inputs, in * kernel; embeddings as [dim, num]. Each expert has a separate c.
 
 Parameters: n a site, times the number of experts, whatever the size of the weight.
 
@@ -72,7 +72,7 @@ def low_pass(moments: int) -> Tensor:
 
 def waves(places: Tensor, size: int, low: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return, for places along a side of that size, the entries that they change [n, taps], whether these are inside,
-    and whether the places lie in the second half."""
+    and whether the places are in the second half."""
     taps = len(low)
     padded = size + taps - 2 + size % 2  # the taps are even
     moved = places + (padded - size) // 2

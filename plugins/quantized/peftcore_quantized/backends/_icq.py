@@ -3,11 +3,12 @@
     W = nf4(W - t) + t,   one t for each block: median + f absmax(block - median)
 
 f is that number of a grid around zero with which the 16 codes are used most evenly (their entropy in the block is
-largest; the first of equal ones). t is stored in 8 bits, 256 of them with one scale. As in the authors' code what is
-subtracted is t itself, and what is added t in 8 bits. That code takes only weights with a multiple of 256 blocks.
+largest; the first of equal ones). t is stored in 8 bits, 256 of them with one scale. As in the authors' code, the exact
+t is subtracted before rounding, and the 8-bit t is added back. That code takes only weights with a multiple of 256
+blocks.
 
-A weight that is rounded in each forward (`round_trip`, on a model that is dense still) has its t looked for once, and
-again when its values are others: they are told apart by a digest of them, so nobody can write to them unseen.
+A weight that is rounded in each forward (`round_trip`, on a model that is dense still) has its t searched once, and
+again when its values change: a digest of the values detects each write.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def unevenness(codes: Tensor, counted: Tensor) -> Tensor:
 
 
 def calibration(blocks: Tensor, spread: float, steps: int) -> Tensor:
-    """Return t ``[blocks, 1]`` of each block; NaN are no values."""
+    """Return t ``[blocks, 1]`` of each block; NaN are ignored."""
     counted = ~blocks.isnan()
     middle = blocks.nanmedian(1, keepdim=True).values
     absmax = (blocks - middle).abs().nan_to_num(0).amax(1, keepdim=True)

@@ -1,9 +1,10 @@
 """bitsandbytes: the schemes bnb-nf4, bnb-fp4 and bnb-int8 (LLM.int8), and models that transformers loaded with them.
 
-On CPUs with AVX512-BF16 a pass in evaluation packs the codes of a `Linear4bit` once more, for a kernel without
-gradient: training after it would have gradients of zero and say nothing. It also rounds the scales, and fails where
-rows are no multiple of 32. What is quantized here never does; a host that others have quantized is held so while it is
-adapted, and brought back if it already has (with the rounded scales; the others are gone).
+On CPUs with AVX512-BF16 a pass in evaluation packs the codes of a `Linear4bit` again, for a kernel without gradient:
+training after it would silently have zero gradients. The repacking also rounds the scales, and fails where the number
+of rows is not a multiple of 32. Weights quantized by peftcore are never repacked. A host quantized by another library
+is kept from repacking while it is adapted; if it is repacked already, its codes are restored (with the rounded scales,
+since the exact scales are lost).
 """
 
 from __future__ import annotations

@@ -21,10 +21,10 @@ SCHEME = "quantization_scheme"
 
 @hookimpl
 def peftcore_layer(module: nn.Module, tensor: str) -> Layer | None:
-    """Return None: a module is none of its own. It is looked up, not imported.
+    """Return None if compressed-tensors did not quantize the module. The library is looked up, not imported.
 
     Raises:
-        UnsupportedSite: it is one.
+        UnsupportedSite: compressed-tensors quantized the module.
     """
     package: Any = sys.modules.get("compressed_tensors.quantization")
     owner = module.get_submodule(tensor.rpartition(".")[0])

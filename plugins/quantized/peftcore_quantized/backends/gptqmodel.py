@@ -1,8 +1,8 @@
 """GPTQ and AWQ: models that transformers loaded with GPT-QModel's kernels.
 
-Each kernel has a layout of its own, and all are linear maps, so a weight is what its module makes of the identity.
-Some kernels of CPUs arrange their codes anew in the first pass in evaluation, for products without a gradient, and stay
-so: an adapted host holds them in the way that training takes. Kernels that are for inference alone are refused.
+Each kernel has a different layout, and all are linear maps, so a weight is read as its module's output for the identity
+matrix. Some CPU kernels rearrange their codes permanently in the first evaluation pass, for products without a
+gradient: an adapted host keeps them in the training layout. Kernels for inference only are refused.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from peftcore.errors import ExportError, UnsupportedHost
 
 PEFTCORE_API = 2
 ROWS = 512
-"""Rows of the identity that a kernel gets at once: no more than it was made for."""
+"""Number of rows of the identity passed to a kernel in one call, within the sizes that kernels support."""
 IN_TRAINING = {"linear_mode": "train"}
 """The attribute of kernels with two ways of computing, and its value once they have taken the one with a gradient."""
 
@@ -33,7 +33,8 @@ def _base() -> Any:
 
 @dataclass(frozen=True)
 class KernelLayer(QuantizedLayer):
-    """Reads linear layers of GPTQ and AWQ for the core. There is no way back: their codes come from calibration."""
+    """Reads linear layers of GPTQ and AWQ for the core. Writing is impossible, since their codes are found by
+    calibration."""
 
     @property
     def saves_dense(self) -> bool:

@@ -1,4 +1,4 @@
-"""HQQ (half-quadratic quantization): the schemes hqq-8 and hqq-4, and whatever else is an `HQQLinear`."""
+"""HQQ (half-quadratic quantization): the schemes hqq-8 and hqq-4, and reading of any other `HQQLinear`."""
 
 from __future__ import annotations
 
@@ -99,8 +99,8 @@ def peftcore_schemes() -> dict[str, str]:
 
 @hookimpl
 def peftcore_layer(module: nn.Module, tensor: str) -> Layer | None:
-    """Return the layer of a module that HQQ has quantized, else None. HQQ is looked up, not imported: without it no
-    module can be one of its own."""
+    """Return the layer of a module that HQQ has quantized, else None. HQQ is looked up, not imported: where it is not
+    imported, a module cannot be an HQQ layer."""
     hqq = sys.modules.get("hqq.core.quantize")
     owner = module.get_submodule(tensor.rpartition(".")[0])
     return (

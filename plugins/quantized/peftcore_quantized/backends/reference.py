@@ -2,8 +2,8 @@
 
     nf4    QLoRA's 4-bit NormalFloat (arXiv 2305.14314): the nearest of 16 quantiles of a normal distribution to
            w / absmax, in blocks of the flattened weight; with `double_quant` the absmax are stored in 8 bits
-           themselves. Codes and numbers are those of bitsandbytes, to the bit; but for a few absmax in a thousand with
-           `double_quant`, where the nearest level is taken and bitsandbytes on a CPU takes the one beside it.
+           themselves. Codes and numbers are those of bitsandbytes, to the bit; except for a few absmax in a thousand
+           with `double_quant`, where the nearest level is taken and bitsandbytes on a CPU takes the one beside it.
     int8   round(127 w / absmax), one absmax for each row
     int4   round(w / scale + zero), one scale and one zero for each group of a row, both in floating point
 
@@ -280,6 +280,6 @@ def peftcore_schemes() -> dict[str, str]:
 
 @hookimpl
 def peftcore_layer(module: nn.Module, tensor: str) -> Layer | None:
-    """Return the layer of a module that one of these schemes has quantized, else None."""
+    """Return the layer of a module that a scheme of this backend has quantized, else None."""
     owner = module.get_submodule(tensor.rpartition(".")[0])
     return quantized_layer_of(module, tensor, NF4.layer) if isinstance(owner, PackedLinear) else None

@@ -1,7 +1,7 @@
 """torchao: the schemes torchao-int8, torchao-int4 and torchao-float8 (weights only), and other weights of its tensor
 classes.
 
-Its formats that pack the inputs too are read and made dense, but their own forward has no gradient, so they are not
+Formats that quantize the inputs too can be read and made dense, but their forward lacks a gradient, so they are not
 adapted.
 """
 
@@ -147,8 +147,8 @@ def peftcore_schemes() -> dict[str, str]:
 
 @hookimpl
 def peftcore_layer(module: nn.Module, tensor: str) -> Layer | None:
-    """Return the layer of a tensor that torchao has quantized, else None. torchao is looked up, not imported: without
-    it no tensor can be one of its own."""
+    """Return the layer of a tensor that torchao has quantized, else None. torchao is looked up, not imported: where it
+    is not imported, a tensor cannot be a torchao tensor."""
     utils, path, name = sys.modules.get("torchao.utils"), *tensor.rpartition(".")[::2]
     if utils is None:
         return None

@@ -1,6 +1,6 @@
 """Fast forms of the mathematics of orthogonal methods, methods of fixed random matrices and those that scale outputs.
-Each stands for plain mathematics (`plain_*`), which the tests hold it against, and which runs wherever
-`peftcore.author.runs_plain` says so."""
+Each replaces a plain function (`plain_*`), which the tests compare it with, and which runs wherever
+`peftcore.author.runs_plain` returns True."""
 
 from peftcore_reparameterized._kernels.projections import plain_projected, projected
 from peftcore_reparameterized._kernels.rotations import (

@@ -1,5 +1,5 @@
-"""Products with a fixed matrix that several sites share: q, k and v are given one input, which is projected once for
-all three, and its gradient comes back through the matrix once."""
+"""Products with a fixed matrix that several sites share: q, k and v have the same input, which is projected once for
+all three, and backward multiplies by the matrix once."""
 
 from __future__ import annotations
 
@@ -23,8 +23,7 @@ def projected(x: Tensor, A: Tensor, dtype: torch.dtype) -> Tensor:
     """Return `plain_projected` of a fixed matrix: the same tensor as before for an input that was projected by that
     matrix last, while backward keeps the product. Neither x nor A nor the product is kept here.
 
-    An input that nothing computed may be written to by its owner in ways that nobody sees (`x.data`); one product more
-    is made for that.
+    A leaf input may be overwritten without a version change (`x.data`), so its product is computed each time.
     """
     if runs_plain() or A.requires_grad:
         return plain_projected(x, A, dtype)

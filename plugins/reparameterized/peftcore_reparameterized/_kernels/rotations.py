@@ -13,8 +13,8 @@ from peftcore.author import Layer, cast_operands, runs_plain
 
 
 def plain_rotate(x: Tensor, R: Tensor) -> Tensor:
-    """Multiply rows ``[..., blocks * size]`` by a block-diagonal matrix of blocks ``[blocks, size, size]``, of which
-    one may stand for all."""
+    """Multiply rows ``[..., blocks * size]`` by a block-diagonal matrix of blocks ``[blocks, size, size]``; a single
+    block is used for all."""
     parts = x.reshape(-1, x.shape[-1] // R.shape[-1], R.shape[-1])  # [n, blocks, size]
     return (parts.transpose(0, 1) @ R).transpose(0, 1).reshape(x.shape)
 
@@ -95,8 +95,8 @@ def rotated(layer: Layer, call: Callable[..., Tensor], x: Tensor, R: Tensor, exa
     Args:
         layer: that of the site, which does to each vector of x the same (`Layer.of_vectors`).
         x: its input, ``[..., in]``.
-        R: blocks ``[blocks, size, size]`` of any dtype, of which one may stand for all.
-        exact: whether R are rotations indeed, so that their transposes are their inverses.
+        R: blocks ``[blocks, size, size]`` of any dtype; a single block is used for all.
+        exact: whether R are exact rotations, so that their transposes are their inverses.
     """
     own = layer.frozen_linear(call, x, x.shape[-1])
     return call(rotate(x, R.to(x.dtype))) if own is None else rotated_linear(x, *own, R, exact)
@@ -112,7 +112,7 @@ def rotated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, R: Tensor, ex
     less.
 
     Args:
-        exact: whether R are rotations indeed, so that their transposes are their inverses.
+        exact: whether R are exact rotations, so that their transposes are their inverses.
     """
     x, weight, bias = cast_operands(x, weight, bias)
     R = R.to(weight.dtype)

@@ -45,7 +45,7 @@ def plain_scaled_bases(A: Tensor, L: Tensor, G: Tensor) -> Tensor:
 
 
 def scaled_bases(A: Tensor, L: Tensor, G: Tensor) -> Tensor:
-    """Compute `plain_scaled_bases` of a fixed A; backward keeps the scales alone and makes one tensor of that size."""
+    """Compute `plain_scaled_bases` of a fixed A; backward keeps only the scales and makes one tensor of that size."""
     if runs_plain() or A.requires_grad:
         return plain_scaled_bases(A, L, G)
     return _ScaledBases.apply(A, L, G)

@@ -88,7 +88,7 @@ def _quotient(identity: Tensor, K: Tensor) -> Tensor:
 
 
 def cayley(entries: Tensor, size: int) -> Tensor:
-    """Compute `plain_cayley`; backward keeps the rotation alone and solves nothing."""
+    """Compute `plain_cayley`; backward keeps only the rotation and solves no linear system."""
     return plain_cayley(entries, size) if runs_plain() else _of_stack(_Cayley, entries, size)
 
 
@@ -113,8 +113,8 @@ class _Cayley(torch.autograd.Function):
 WIDE = 16
 """Matrices of this size and wider take longer to solve than six products of them."""
 SMALL = {dtype: math.sqrt(2) * torch.finfo(dtype).eps ** (1 / 16) for dtype in (torch.float32, torch.float64)}
-"""The norm of a skew-symmetric matrix below which its 16th power is nothing beside the identity: what it makes of a
-vector is longer by no more than the norm over the root of two."""
+"""The norm of a skew-symmetric matrix below which its 16th power is negligible next to the identity: the matrix scales
+a vector's length by at most its norm over the root of two."""
 
 
 def _is_small(K: Tensor) -> bool:
@@ -147,7 +147,7 @@ def plain_neumann(entries: Tensor, size: int, terms: int) -> Tensor:
 
 
 def neumann(entries: Tensor, size: int, terms: int) -> Tensor:
-    """Compute `plain_neumann`; backward keeps two matrices alone."""
+    """Compute `plain_neumann`; backward keeps only two matrices."""
     if runs_plain():
         K = plain_skew(entries, size)
         stack = K.reshape(-1, size, size)

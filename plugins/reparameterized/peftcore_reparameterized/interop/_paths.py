@@ -1,4 +1,5 @@
-"""Patterns of types of peft that take one as the path of a module, or as an expression for what stands behind a dot."""
+"""Patterns of those peft types that read a pattern as the path of a module, or as an expression for the part after a
+dot."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ def path_as_pattern(path: str, paths: Collection[str], option: str) -> str:
     """Return the pattern that means one module.
 
     Raises:
-        ExportError: it means others too.
+        ExportError: the pattern matches other modules too.
     """
     if also := [other for other in paths if other.endswith(f".{path}")]:
         raise ExportError(f"peft has no pattern for the {option} of {path} that leaves out {also[0]}")

@@ -1,8 +1,8 @@
 """LoHa in files of LyCORIS (checked against LyCORIS 4.1).
 
 ``hada_w1_a`` is our B1 and ``hada_w1_b`` our A1, and so for the second matrix; with factored kernels, of which
-``hada_t1`` and ``hada_t2`` are the cores, ``hada_w1_a`` lies the other way round. What is read is what LyCORIS computes
-in training, alpha / rank once.
+``hada_t1`` and ``hada_t2`` are the cores, ``hada_w1_a`` is transposed. Files are read as LyCORIS computes them in
+training, with alpha / rank applied once.
 """
 
 from __future__ import annotations

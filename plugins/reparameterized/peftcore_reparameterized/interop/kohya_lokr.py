@@ -1,9 +1,9 @@
 """LoKr in files of LyCORIS (checked against LyCORIS 4.1).
 
 ``lokr_w1`` is our w1, ``lokr_w1_a`` our w1a, and so on; a full ``lokr_w2`` of a convolution has the kernel's own
-dimensions. The file does not say by which rule dimensions were cut: the option `factor` is found from how they are.
-With both factors full the scale is 1, whatever alpha is; LyCORIS writes the rank then. What is read is what LyCORIS
-computes in training, with the scale once.
+dimensions. The file does not state the rule by which dimensions were cut: the option `factor` is derived from the
+shapes. With both factors full the scale is 1, whatever alpha is; LyCORIS writes the rank then. Files are read as
+LyCORIS computes them in training, with the scale applied once.
 """
 
 from __future__ import annotations

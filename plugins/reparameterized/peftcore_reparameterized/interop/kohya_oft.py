@@ -6,8 +6,9 @@ skew-symmetric Q = X - X^T counts: [blocks, b, b] without butterflies, [factors,
 gains of the outputs, `rescaled` of our OFT. Theirs turn the other way than ours in butterflies, and the coordinates of
 a block take turns between its two halves.
 
-``alpha`` is a constraint: it times the outputs is the norm that Q is scaled down to; none is 0 in LyCORIS. Our OFT has
-it as `constraint`. In butterflies it is read into K, so that outputs are the same; ours has none for further training.
+``alpha`` is a constraint: alpha times the number of outputs is the norm that Q is scaled down to; in LyCORIS 0 disables
+it. Our OFT has the option `constraint`. For butterflies the constraint is applied to K on reading, so that outputs are
+the same; our BOFT lacks a constraint in further training.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from peftcore.errors import CheckpointError, ExportError
 
 BLOCKS, RESCALE = "oft_blocks", "rescale"
 CONSTRAINED = "oft_unet"
-"""The prefix of sd-scripts, in which a constraint of 0 lets nothing turn."""
+"""The prefix of sd-scripts, for which a constraint of 0 disables the rotation."""
 
 
 class KohyaOFT(KohyaMethod):

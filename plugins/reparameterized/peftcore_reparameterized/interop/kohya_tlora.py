@@ -2,11 +2,12 @@
 
     W' = W + s (P diag(l) Q - P0 diag(l0) Q0),   P0 diag(l0) Q0 the principal part of W,   s = alpha / rank
 
-``q_layer`` Q is our A, ``p_layer`` P with ``lambda_layer`` l our B. The file lacks the start: LyCORIS finds it in the
-base anew, as the principal part whatever it was, and so do we. Where s is not 1, PiSSA starts from another scale of the
-factors than T-LoRA: such a one is read, and not written.
+``q_layer`` Q is our A, ``p_layer`` P with ``lambda_layer`` l our B. The file lacks the start: LyCORIS computes it again
+as the principal part of the base, even if training started elsewhere, and so does this translation. Where s is not 1,
+PiSSA scales its initial factors differently from T-LoRA: such adapters can be read but not written.
 
-In training, and with samplers that say so, T-LoRA leaves out ranks by the timestep. Otherwise all of them act, as here.
+In training, and with samplers that enable it, T-LoRA leaves out ranks by the timestep. Otherwise all ranks act, as
+here.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ NEAR = 1e-4
 
 
 class KohyaTLoRA(KohyaMethod):
-    """Translates factors that start at the principal part of the base, and what they started from."""
+    """Translates factors that start at the principal part of the base, and their initial values."""
 
     methods = ("pissa",)
     below = (Q, P, VALUES)

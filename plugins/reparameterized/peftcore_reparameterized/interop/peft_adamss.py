@@ -1,9 +1,10 @@
 """AdaMSS in peft's files (checked against peft 0.21).
 
-``adamss_newB`` is our V', and ``adamss_A.0``, ``adamss_B.0``, ``.1``, … are those of each cluster without what is
-beyond its rank. Which outputs a cluster has is in no file of peft: it finds them again in the model, and so does this,
-where V' comes out as in the file and the clusters have the sizes there; another machine, or another base, may find
-others, and the file is refused then. So is writing, where the adapter has other clusters than peft would find.
+``adamss_newB`` is our V', and ``adamss_A.0``, ``adamss_B.0``, ``.1``, … are our A and B of each cluster, cut to its
+rank. peft's files lack the outputs of each cluster: peft computes them again from the model. So does this translation,
+and requires V' and the sizes of the clusters to equal those of the file; with another machine, or another base, the
+result may differ, and the file is refused. Writing is refused where the adapter's clusters differ from those that peft
+would compute.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ MOST = 512
 CLOSE = 1e-4
 """The largest difference between the file's V' and ours, whose rows have length one."""
 ROUNDING = 2e-7
-"""Deviation of random changes of U that stand for rounding, relative to its largest entry."""
+"""Deviation of random changes of U that simulate rounding, relative to its largest entry."""
 
 
 class PeftAdaMSS(PeftMethod):

@@ -1,8 +1,8 @@
 """BOFT in peft's files (checked against peft 0.21).
 
-``boft_R`` [factors, blocks, b, b] holds a full Q whose skew-symmetric part is K, of which ours holds what is above the
+``boft_R`` [factors, blocks, b, b] holds a full Q whose skew-symmetric part is K; ours holds the entries of K above the
 diagonal; ``boft_s`` is our gain, as a column, of convolutions as a row. Widths and factors are those of the tensors:
-without its CUDA kernel peft makes one factor, whatever the options say (and such a one cannot load more).
+without its CUDA kernel peft makes one factor, regardless of the options (and such a model cannot load more factors).
 """
 
 from __future__ import annotations

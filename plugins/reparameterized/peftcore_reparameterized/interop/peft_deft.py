@@ -13,7 +13,7 @@ from peftcore.errors import ExportError
 
 
 class PeftDEFT(PeftMethod):
-    """Translates what is taken away from weights, and what is put in."""
+    """Translates the components that are removed from weights and injected into them."""
 
     methods = ("deft",)
     below = ("deft_P", "deft_R")

@@ -26,7 +26,7 @@ CLOSE = 1e-3
 
 
 class PeftFRoD(PeftMethod):
-    """Translates what trains, and the bases of roles."""
+    """Translates the trained parameters and the bases of roles."""
 
     methods = ("frod",)
     below = ("frod_lambda_l", "frod_lambda_s_values")

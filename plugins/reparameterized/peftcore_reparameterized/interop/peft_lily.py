@@ -1,8 +1,8 @@
 """Lily in peft's files (checked against peft 0.21).
 
-``lily_router`` is ours. ``lily_A`` and ``lily_B`` [experts * rank, out] stand at each module, also where they are
-another's: they must be equal where ours share one. peft sorts the modules by the entry of target_modules that they
-match: by name, as ours, or all together where it is one pattern.
+``lily_router`` is ours. ``lily_A`` and ``lily_B`` [experts * rank, out] are stored for each module, even where modules
+share them: they must be equal where ours share one tensor. peft groups the modules by the entry of target_modules that
+they match: by name, as here, or all in one group where target_modules is one pattern.
 """
 
 from __future__ import annotations

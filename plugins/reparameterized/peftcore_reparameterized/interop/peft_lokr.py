@@ -2,7 +2,7 @@
 
 Names are ours behind ``lokr_``, with ``_a`` and ``_b`` for the two factors of a product. A full ``w2`` of a convolution
 has its kernel's dimensions, and t2 of one in one dimension a last one of size one. With a full w2 in one dimension the
-product has another order there, which `layout` says. Where both factors are full peft
+product has another order in peft, which `layout` says. Where both factors are full peft
 scales by alpha / rank all the same: here w2 has it.
 """
 

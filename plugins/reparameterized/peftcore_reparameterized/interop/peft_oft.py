@@ -1,8 +1,8 @@
 """OFT in peft's files (checked against peft 0.21).
 
 ``oft_R.weight`` is our K, ``oft_embedding_R.weight`` that of an embedding, which peft turns the other way; with the
-Neumann series, its default, all of it turns the other way. Widths of blocks are those of the tensors. The radius of
-COFT has no b^2 in it there. Peft takes inputs of four dimensions for images, also those of a linear layer.
+Neumann series, its default, all of it turns the other way. Widths of blocks are those of the tensors. peft's radius of
+COFT lacks the factor b^2. Peft takes inputs of four dimensions for images, also those of a linear layer.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from peftcore.errors import CheckpointError
 from peftcore_reparameterized._rotations import width
 
 SERIES_SINCE = (0, 18)
-"""The version of peft since which the series is what it is; of a file that names none, peft warns that it is older."""
+"""The first version of peft with the present series; peft warns that a file without a version is older."""
 
 
 class PeftOFT(PeftMethod):

@@ -1,9 +1,9 @@
 """PSOFT in peft's files (checked against peft 0.21): below ``psoft_R``, ``weight`` is our K, ``vector_b`` and
 ``vector_a`` are b and a.
 
-The singular vectors are not in the file: it means those that peft finds in the base when it loads it, with the signs
-that come out. So both ways they are found as peft finds them, exactly or by its approximation; what is written has rows
-and columns of K with the signs that belong to them.
+The file lacks the singular vectors: peft computes them from the base when it loads the file, with arbitrary signs. So
+reading and writing compute them as peft does, exactly or by its approximation; rows and columns of K are written with
+the matching signs.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from peftcore.author.formats import Found, Keys, PeftMethod, Place, not_added
 from peftcore.errors import ExportError
 
 WAYS = (None, (10, 0))
-"""How peft finds singular vectors: exactly, or with so many steps and that seed, which are its defaults."""
+"""peft's computation of singular vectors: exact, or with this number of steps and seed, peft's defaults."""
 EQUAL = 2e-5
 """How far the cosines of singular vectors may be from those of equal ones."""
 NAMES = {"K": "psoft_R.weight", "b": "psoft_R.vector_b", "a": "psoft_R.vector_a"}

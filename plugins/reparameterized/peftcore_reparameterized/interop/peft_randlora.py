@@ -2,8 +2,8 @@
 
 ``randlora_lambda`` and ``randlora_gamma`` are our L and G. The bases belong to the whole adapter, ``randlora_A`` [rank,
 1, short] and ``randlora_B`` [long, bases, rank], with copies at each module; they are as large as a site with the most
-outputs and the most inputs would need. A file without them (`save_projection` false) means what peft draws of its seed:
-those numbers are drawn in the same way here, and saved.
+outputs and the most inputs would need. A file without them (`save_projection` false) means the matrices that peft draws
+from its seed: they are drawn in the same way here, and saved.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """TinyLoRA in peft's files (checked against peft 0.21).
 
 ``tinylora_A``, ``tinylora_B`` and ``tinylora_P`` are ours, and ``tinylora_v.0``, ``.1``, … of the whole adapter are the
-vectors of the groups. A file without P (`save_projection` false) means what its seed draws, which is the same here.
-peft has embeddings as [num, dim]: its A and B are our B and A there, and its P ours transposed.
+vectors of the groups. A file without P (`save_projection` false) means the P drawn from its seed, which is the same
+here. peft has embeddings as [num, dim]: its A and B are our B and A there, and its P ours transposed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from peftcore.author.formats import Found, Keys, PeftMethod, Place
 
 
 class PeftTinyLoRA(PeftMethod):
-    """Translates the vectors of groups, and what they stand between."""
+    """Translates the vectors of groups, and the frozen factors on both sides of them."""
 
     methods = ("tinylora",)
     below = ("tinylora_A", "tinylora_B", "tinylora_P")

@@ -1,8 +1,8 @@
 """Uni-LoRA in peft's files (checked against peft 0.21).
 
 ``unilora_theta_d`` of the whole adapter is our theta. With `save_indices` there are ``unilora_indices_A`` and ``_B`` at
-each module, and ``unilora_scales_A`` and ``_B`` of what they pick; without, a file means what peft draws by numpy from
-its seed, for the targets in the order of the model: drawn in the same way here, and kept.
+each module, and ``unilora_scales_A`` and ``_B`` of the picked entries; without the option, peft draws the indices by
+numpy from its seed, for the targets in the order of the model. Here they are drawn in the same way, and stored.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ class PeftUniLoRA(PeftMethod):
         }
 
     def meant(self, keys: Keys, paths: Collection[str]) -> set[str] | None:
-        """Return the paths of target modules; None where indices say which they are.
+        """Return the paths of target modules; None where the stored indices determine them.
 
         Raises:
-            CheckpointError: nothing says where the adapter stands.
+            CheckpointError: the file does not determine the target modules.
         """
         found = super().meant(keys, paths)
         if keys.take("save_indices", bool, False):

@@ -2,8 +2,8 @@
 
 ``vblora_logits_A`` and ``vblora_logits_B`` are ours, and ``vblora_vector_bank`` of the whole adapter is the bank's. A
 file with `save_only_topk_weights` says which k of the logits are the largest, and all but the last of their weights.
-They are read as the logarithms of these; the others, which are -inf in peft and are never chosen again, as -10,000,
-since no file of ours may hold infinite values.
+The k logits are read as the logarithms of the weights. The other logits, which are -inf in peft and are never chosen
+again, are read as -10,000, since our files cannot hold infinite values.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class PeftVBLoRA(PeftMethod):
     bias = "vblora_only"
     kinds = (nn.Linear, Transposed)
     shortened = False
-    """Whether the file that is read has the largest logits alone."""
+    """Whether the file that is read has only the largest logits."""
 
     def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
         self.shortened = keys.take("save_only_topk_weights", bool, False)

@@ -1,7 +1,7 @@
 """VeRA in peft's files (checked against peft 0.21).
 
 ``vera_lambda_d`` and ``vera_lambda_b`` are our d and b. A and B belong to the whole adapter, ``vera_A`` and ``vera_B``;
-a file without them (`save_projection` false) means what its seed draws, which is the same here.
+a file without them (`save_projection` false) means the matrices drawn from its seed, which are the same here.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""BD-LoRA in peft's files: the option `use_bdlora`, which says by parts of names which factor has blocks.
+"""BD-LoRA in peft's files: the option `use_bdlora`, which selects, by parts of names, the factor that has blocks.
 
-Blocks lie one below the other, as ours. Where the option names a module for neither factor, that is a plain LoRA, here
-one of a single block.
+Blocks are stacked vertically, as ours. A module that the option names for neither factor has a plain LoRA, here with a
+single block.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ BLOCKS = ("target_modules_bd_a", "target_modules_bd_b")
 
 
 class BDLoRAVariant(LoRAVariant):
-    """Low-rank factors of which one is block diagonal."""
+    """Low-rank factors, one of which is block diagonal."""
 
     reads = "bd_lora"
     writes = ("bd_lora",)
@@ -54,7 +54,7 @@ class BDLoRAVariant(LoRAVariant):
         return "" if linear else "factors in blocks, which it has in linear layers alone"
 
     def write_options_of_all(self, places: Sequence[Place]) -> dict[str, Any]:
-        """Returns the lists of names, which must have no part in common with another module's name."""
+        """Returns the lists of names, of which none may be part of another module's name."""
         blocks = {module_key(place.site): place.operator for place in places}
         counts = {each.blocks for each in blocks.values()} - {1}
         if len(counts) > 1:

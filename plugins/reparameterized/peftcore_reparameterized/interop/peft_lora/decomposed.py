@@ -1,9 +1,9 @@
-"""PiSSA and OLoRA in peft's files, alone and beside DoRA: values of `init_lora_weights` with which peft decomposes the
-base again when it loads.
+"""PiSSA and OLoRA in peft's files, alone and combined with DoRA: values of `init_lora_weights` with which peft
+decomposes the base again when it loads.
 
-Such a file means W - s B0 A0 + s B A, with the product s B0 A0 that is the same for all who decompose exactly; ours has
-A0 and B0 of the host that it is loaded into. It is written as plain LoRA of twice the rank, which is right on any base
-that is the same. DoRA beside such a start is DoRA of twice the rank: with B A and -B0 A0.
+Such a file means W - s B0 A0 + s B A, where every exact decomposition gives the same product s B0 A0; our A0 and B0 are
+computed from the host that the file is loaded into. The adapter is written as plain LoRA of twice the rank, which is
+right on any equal base. DoRA with such a start is DoRA of twice the rank: with B A and -B0 A0.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from peftcore_reparameterized.pissa import PiSSA, PiSSAOperator
 
 
 class DecomposedVariant(UpdateVariant):
-    """A variant whose base peft decomposes when it loads; written as plain LoRA, whatever the layer."""
+    """A variant whose base peft decomposes when it loads; written as plain LoRA for every kind of layer."""
 
     layers: ClassVar[tuple[type, ...]]
     """The layers where peft can."""
@@ -49,7 +49,7 @@ class StartVariant(DecomposedVariant):
         return bool(keys.take("init_lora_weights", (bool, str), True) == self.reads)
 
     def taken_out(self, site: Site, rank: int, alpha: float) -> PairOperator:
-        """Returns an operator with the factors A0 and B0 of what peft takes out of a site's weight."""
+        """Returns an operator with the factors A0 and B0 of the part that peft subtracts from a site's weight."""
         return self.operator(site, self.config(rank=rank, alpha=alpha))
 
 
@@ -74,7 +74,7 @@ class OLoRAVariant(StartVariant):
 
 
 class DoRABesideStart(DoRAVariant):
-    """DoRA of a base without the part that a start took out of it, which is in the direction of ours."""
+    """DoRA of a base from which a start subtracted a part; in our DoRA that part is in the direction."""
 
     start: ClassVar[StartVariant]
     writes = ()

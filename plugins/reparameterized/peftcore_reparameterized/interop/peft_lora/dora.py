@@ -1,4 +1,4 @@
-"""DoRA in peft's files: the option `use_dora`, and the magnitude of each output beside A and B.
+"""DoRA in peft's files: the option `use_dora`, and the magnitude of each output in addition to A and B.
 
 ``lora_magnitude_vector``, in some files with ``.weight`` behind it, is our magnitude; a convolution has it as [1, out,
 1, ...].

@@ -18,7 +18,7 @@ DIAGONAL = "lora_diag"
 
 
 class KaSAVariant(DecomposedVariant):
-    """Low-rank factors with singular values of their own, in place of the smallest of the base."""
+    """Low-rank factors with trained singular values, which replace the base's smallest ones."""
 
     reads = "kasa"
     writes = ("kasa",)

@@ -1,6 +1,7 @@
-"""Peft's option `layer_replication`: ranges of layers that a model runs, some of them again, with LoRA of its own each.
+"""Peft's option `layer_replication`: ranges of layers that a model runs, some of them repeatedly, with a separate LoRA
+for each run.
 
-Peft replicates the layers of the model when it loads; here that is a call of its own, `peftcore.replicate_layers`.
+Peft replicates the layers of the model when it loads; here that is a separate call, `peftcore.replicate_layers`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from peftcore.author.formats import Keys, replicated_layers, runs
 from peftcore.errors import CheckpointError, HostMismatch, shown
 
 MOST = 1000
-"""The most ranges of layers that a file may name, and layers in each."""
+"""Largest number of ranges of layers in a file, and of layers in a range."""
 
 
 def check_replication(keys: Keys, model: nn.Module) -> None:
@@ -21,7 +22,7 @@ def check_replication(keys: Keys, model: nn.Module) -> None:
 
     Raises:
         CheckpointError: the option holds no ranges, or more layers than there can be.
-        HostMismatch: the model runs its layers otherwise.
+        HostMismatch: the model runs its layers in another order.
     """
     ranges = keys.take("layer_replication", list, None)
     if ranges and not runs(model, _as_ranges(ranges, keys)):
@@ -32,7 +33,7 @@ def check_replication(keys: Keys, model: nn.Module) -> None:
 
 
 def written_replication(model: nn.Module) -> dict[str, Any]:
-    """Returns the option for a model of which layers come again; nothing for others."""
+    """Returns the option for a model with replicated layers; an empty dict for other models."""
     ranges = list(replicated_layers(model).values())
     return {"layer_replication": ranges[0]} if ranges else {}
 

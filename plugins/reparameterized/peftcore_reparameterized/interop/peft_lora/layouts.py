@@ -1,8 +1,9 @@
-"""How A and B lie in a file of peft's LoRA, by the layer that they adapt.
+"""Layouts of A and B in a file of peft's LoRA, by the layer that they adapt.
 
-Those of an embedding have names of their own. Stacked experts lie side by side, A [experts * rank, in] and B [out,
-rank * experts]. A convolution's B has a kernel of ones, and in a grouped one A reads all channels. Behind torch's
-attention peft adds the update twice, in its forward and when it merges, so there our B is twice that of the file.
+A and B of an embedding have different names. Stacked experts are concatenated, A [experts * rank, in] and B [out, rank
+* experts]. A convolution's B has a kernel of ones, and in a grouped one A reads all channels. For the output projection
+of torch's attention peft adds the update twice, in its forward and when it merges, so there our B is twice that of the
+file.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ PACKED, BEHIND = "in_proj_weight", "out_proj.weight"
 
 
 def read_factors(site: Site, A: Size, B: Size, found: Found) -> dict[str, Tensor]:
-    """Returns our A and B, of these shapes."""
+    """Returns our A and B, of the given shapes."""
     if site.layer.one_hot:
         tensors = {"A": found.take(TABLE_A, A), "B": found.take(TABLE_B, B)}
     elif site.batch:

@@ -1,6 +1,7 @@
 """MiCA in peft's files: the value ``"mica"`` of `init_lora_weights`, with B the weight's minor directions.
 
-Peft has it in some layers, and one rank for all; an adapter that has others is written as plain LoRA.
+Peft has it in some layers, and one rank for all; an adapter with other layers or several ranks is written as plain
+LoRA.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ LAYERS = (nn.Linear, Transposed, nn.Embedding)
 
 
 class MiCAVariant(UpdateVariant):
-    """Low-rank factors of which B is frozen."""
+    """Low-rank factors with a frozen B."""
 
     reads = "mica"
     writes = ("mica",)

@@ -1,7 +1,7 @@
-"""MonteCLoRA in peft's files: the option `monteclora_config`, and the tensors of a sampler beside A and B.
+"""MonteCLoRA in peft's files: the option `monteclora_config`, and the tensors of a sampler in addition to A and B.
 
-``std_prior`` and ``expert_weights_prior`` of peft's sampler are our t and p; what else it saves is its last draw, which
-nothing needs.
+``std_prior`` and ``expert_weights_prior`` of peft's sampler are our t and p; its other tensors are the last draw, which
+is ignored.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ OPTIONS = {
 
 
 class MonteCLoRAVariant(LoRAVariant):
-    """Low-rank factors, and the priors of those that are sampled in training."""
+    """Low-rank factors, and the priors of the factors that are sampled in training."""
 
     reads = "monteclora"
     writes = ("monteclora",)

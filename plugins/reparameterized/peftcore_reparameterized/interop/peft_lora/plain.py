@@ -1,8 +1,9 @@
 """Plain LoRA in peft's files, and the methods that are written as one.
 
-EVA and LoRA-One are LoRA once they have started, and written so, EVA with a rank and an alpha of each module.
-What CorDA and LoRA-GA add to the base is LoRA of twice the rank, which is right on any base that is the same; no file
-of peft's has their start. What LoRA-XS adds is LoRA of its rank, of which peft would train what is frozen here.
+EVA and LoRA-One are LoRA after their initialization, and are written as LoRA, EVA with a rank and an alpha for each
+module. The updates of CorDA and LoRA-GA are written as LoRA of twice the rank, which is right on any equal base; peft's
+files lack their start. The update of LoRA-XS is written as LoRA of its rank, of which peft would train the factors that
+are frozen here.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from peftcore_reparameterized.interop.peft_lora.variant import LoRAVariant
 
 
 class PlainVariant(LoRAVariant):
-    """LoRA, which every file is that nothing else marks."""
+    """LoRA, for every file that no other variant marks."""
 
     reads = "lora"
     writes = ("lora", "lora_plus", "eva", "lora_one")
@@ -32,11 +33,11 @@ class PlainVariant(LoRAVariant):
 
 
 class UpdateVariant(LoRAVariant):
-    """A variant of which the file has the factors of what it adds to the weight, at the rank that its options say."""
+    """A variant whose file holds the factors of its update, at the rank given by its options."""
 
     def factors(self, place: Place) -> tuple[Tensor, Tensor]:
-        """Returns the factors [*batch, rank, in, *kernel] and [*batch, out, rank]: with zeros where the weight has not
-        so many directions."""
+        """Returns the factors [*batch, rank, in, *kernel] and [*batch, out, rank]: with zeros where the weight has
+        fewer directions."""
         A, B, _ = place.operator.factors()
         lacking, dim = self.times * place.config.rank - B.shape[-1], len(place.site.batch)
         more = A.new_zeros(*A.shape[:dim], lacking, *A.shape[dim + 1 :])

@@ -1,8 +1,9 @@
-"""LoRA in peft's files (checked against peft 0.21): what all variants have in common, and the choice of one.
+"""LoRA in peft's files (checked against peft 0.21): the translation shared by all variants, and the choice of a
+variant.
 
-A file is read as the first variant that its options mark; options of a second one are refused as unknown. Our method's
-name chooses the variant that is written. Other plugins bring a `LoRAVariant` under ``"peft/LORA/NAME"`` in the hook
-`peftcore_translations`.
+A file is read as the first variant that its options mark; options of a second variant are refused as unknown. Our
+method's name selects the variant that is written. Other plugins register a `LoRAVariant` under ``"peft/LORA/NAME"`` in
+the hook `peftcore_translations`.
 
 A bias of B adds its share to the module's own bias.
 """
@@ -60,7 +61,7 @@ VARIANTS: tuple[type[LoRAVariant], ...] = (
     plain.DataStartVariant,
     plain.LoRAXSVariant,
 )
-"""Ours, in the order in which options are looked at; plain LoRA is what none of them is."""
+"""Our variants, in the order in which their options are checked; a file that matches none is plain LoRA."""
 
 
 class PeftLoRA(PeftMethod):
@@ -114,7 +115,7 @@ class PeftLoRA(PeftMethod):
         return variant.options(keys, shapes, common)
 
     def changes(self, keys: Keys, paths: Collection[str]) -> dict[str, dict[str, Any]]:
-        """Returns other ranks and scales of some modules, and what the variant has for each of them."""
+        """Returns the ranks and scales of modules that differ from the defaults, and the variant's options for each."""
         found = super().changes(keys, paths)
         own = self.in_file.changes(keys, paths) if self.in_file else {}
         for path, changed in own.items():

@@ -1,7 +1,8 @@
-"""`LoRAVariant`, the base class of variants of peft's LoRA: what makes one of our methods out of a file of type LORA.
+"""`LoRAVariant`, the base class of variants of peft's LoRA, each of which translates a file of type LORA to one of our
+methods.
 
-Options of peft mark a variant in a file, and the name of our method when one is written. What a variant does not
-define is as in plain LoRA.
+On reading, peft's options in a file select a variant; on writing, the name of our method does. Members that a variant
+does not define are as in plain LoRA.
 """
 
 from __future__ import annotations
@@ -18,37 +19,38 @@ class LoRAVariant:
     """One variant of peft's LoRA."""
 
     reads: ClassVar[str] = ""
-    """Our method that a marked file is read as."""
+    """The method of ours to which a marked file is translated."""
     writes: ClassVar[tuple[str, ...]] = ()
-    """Our methods that are written so."""
+    """The methods of ours that are written as this variant."""
     below: ClassVar[tuple[str, ...]] = ()
-    """Names of its tensors below a module, besides A and B."""
+    """Names of the variant's tensors below a module, besides A and B."""
     starts: ClassVar[tuple[str, ...]] = ("gaussian", "eva", "orthogonal", "lora_ga", "mini_lora")
-    """The values of peft's `init_lora_weights` that it may have; those of plain LoRA say how training began alone."""
+    """The accepted values of peft's `init_lora_weights`; those of plain LoRA describe only how training began."""
     has_scaling: ClassVar[bool] = True
-    """Whether our method has the option `scaling`; for one without, alpha is multiplied by what rsLoRA changes."""
+    """Whether our method has the option `scaling`; without it, alpha is multiplied by the factor of rsLoRA."""
     has_bias: ClassVar[bool] = False
     """Whether B can have a bias."""
     times: ClassVar[int] = 1
-    """How many times its rank it is written with."""
+    """Rank in the file, as a multiple of the adapter's rank."""
 
     def marked(self, keys: Keys) -> bool:
-        """Whether peft's options mark this variant; it takes no others than those that do.
+        """Whether peft's options mark this variant; only the options that mark it are taken.
 
         Raises:
-            CheckpointError: they have values of another type.
+            CheckpointError: an option has a value of another type.
         """
         return False
 
     def options(self, keys: Keys, shapes: Mapping[str, Size], common: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns our options of a marked file, from those that all variants have in common, and those of its own.
+        """Returns our options of a marked file, from the options that all variants share and the variant's additional
+        ones.
 
         Args:
             shapes: of the tensors at one module, by name below it.
             common: method, rank, alpha, dropout, and scaling where our method has it.
 
         Raises:
-            CheckpointError: our method cannot compute them.
+            CheckpointError: our method does not support the options.
         """
         return dict(common)
 
@@ -56,24 +58,25 @@ class LoRAVariant:
         """Returns other values of peft's options for some modules of a marked file, by path in the file.
 
         Raises:
-            CheckpointError: peft has none for a path.
+            CheckpointError: peft lacks an option for a path.
         """
         return {}
 
     def differs(self, place: Place) -> str:
-        """Returns the reason why peft computes something else at a place; empty where it does not."""
+        """Returns the reason why peft's output differs at a place, or an empty string."""
         return ""
 
     def shapes(self, place: Place) -> tuple[Size, Size]:
         """Returns the shapes of A and B that a file has for a place: [*batch, rank, in, *kernel], [*batch, out, rank].
 
         Raises:
-            CheckpointError: peft has no such layer.
+            CheckpointError: peft does not support the layer.
         """
         return place.operator.A.shape, place.operator.B.shape
 
     def read(self, place: Place, found: Found, factors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Returns one operator's tensors by our names, from ``"A"`` and ``"B"`` and those of its own."""
+        """Returns one operator's tensors by our names, from ``"A"`` and ``"B"`` and the variant's tensors in the
+        file."""
         return factors
 
     def write_options(self, config: Any) -> dict[str, Any]:
@@ -84,7 +87,7 @@ class LoRAVariant:
         """Returns options that the file has once, from all places.
 
         Raises:
-            ExportError: they differ where peft has one for all.
+            ExportError: options differ between places where peft has a single value.
         """
         return {}
 

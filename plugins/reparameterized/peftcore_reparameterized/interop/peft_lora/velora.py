@@ -1,4 +1,5 @@
-"""VeLoRA in peft's files: the option `velora_config`, and the vector on which inputs are projected beside A and B.
+"""VeLoRA in peft's files: the option `velora_config`, and, in addition to A and B, the vector on which inputs are
+projected.
 
 ``lora_velora_embed`` is our v.
 """
