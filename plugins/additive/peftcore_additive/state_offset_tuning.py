@@ -40,7 +40,7 @@ class StateOffsetTuningConfig(MethodConfig):
 
     method: Literal["state_offset_tuning"] = "state_offset_tuning"
     offset: Literal["state", "output"] = "state"
-    """The quantity that is offset: the states, or what is read of them."""
+    """The quantity that is offset: the states, or their readout."""
     rank: PositiveInt | None = None
     """Rank of the offset of the states; None trains it whole."""
 
@@ -118,7 +118,7 @@ class OffsetOperator(Operator):
 
 
 class StateOffsetTuning(Method):
-    """Constant offsets of the states of a state-space model, or of what is read of them."""
+    """Constant offsets of the states of a state-space model, or of the readout of the states."""
 
     name = "state_offset_tuning"
     Config = StateOffsetTuningConfig
