@@ -39,7 +39,7 @@ class Draws(nn.Module):
         """Return the number of one forward.
 
         Raises:
-            TrainingError: a part of the host runs by itself, so forwards cannot be told apart.
+            TrainingError: a part of the host runs by itself, so one forward cannot be distinguished from the next.
             AmbiguousBackward: backward repeats a whole forward, and several could be meant.
         """
         if call not in self.drawn:

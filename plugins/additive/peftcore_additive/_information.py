@@ -1,5 +1,5 @@
-"""InfoNCE bounds on mutual information, between soft prompts and features of the model, and between soft prompts and
-its head."""
+"""InfoNCE bounds on mutual information between soft prompts and features of the model, and between soft prompts and its
+head."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def info_nce(positive: Tensor, negatives: Tensor, ceiling: float | None) -> Tens
 
     Args:
         positive: the score of the positive, ``[batch, 1]``.
-        negatives: scores ``[batch, k]``.
+        negatives: the scores of the negatives, ``[batch, k]``.
         ceiling: the largest loss of a text; a larger loss is clamped and has no gradient.
     """
     scores = torch.cat([positive, negatives], -1)

@@ -20,8 +20,8 @@ from peftcore.errors import SequenceError
 
 
 class SideBlock(nn.Module):
-    """A block of the side network: it adds the output of block l to the side stream, and applies one narrow transformer
-    block."""
+    """A block of the side network: it mixes the output of block l into the side stream, and applies one narrow
+    transformer block."""
 
     def __init__(self, width: int, narrow: int, heads: int, temperature: float, dropout: float) -> None:
         super().__init__()
@@ -100,8 +100,9 @@ class SideLayer:
 
 
 def side_layers(given: Mapping[str, Any], stamp: str, count: int, blocks: int) -> list[SideLayer]:
-    """Return the `count` cache layers of the network with a stamp, and create them if the cache lacks them; empty if
-    `given`, the block's arguments by name, has no cache."""
+    """Return the `count` cache layers of the network with a stamp, and create them in a cache that lacks them. The list
+    is empty if `given`, the block's arguments by name, is without a cache. The host's own layers, `blocks` of them,
+    precede the side layers."""
     cache = cache_in(given)
     if cache is None:
         return []

@@ -60,7 +60,7 @@ class Room:
     stamp: str = field(default_factory=lambda: uuid.uuid4().hex, compare=False)
 
     def layers(self, given: dict[str, Any]) -> list[SideLayer]:
-        """Return the cache layers from the cache among a block's arguments; empty without a cache."""
+        """Return these layers of the cache in a block's arguments; an empty list without a cache."""
         return side_layers(given, self.stamp, self.count, self.blocks)
 
 

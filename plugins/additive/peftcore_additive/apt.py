@@ -133,8 +133,8 @@ class AdaptivePrefix(PrefixOperator):
 
 
 class APT(Method):
-    """Trained keys and values in front of those of every self-attention, with a gate for each row, computed from the
-    text, and one for each layer."""
+    """Trained keys and values in front of every self-attention's, with a gate for each row, computed from the text, and
+    a gate for each layer."""
 
     name = "apt"
     Config = APTConfig

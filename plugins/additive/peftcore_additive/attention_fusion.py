@@ -5,7 +5,7 @@
 h_0 is the input of the first block and h_l the output of block l, for one token; out replaces h_L, so that the model's
 last norm and its head read it. With several heads, q, W_k h_l and W_v h_l are cut into as many parts, and each head has
 separate weights a. Without `project`, W_k and W_v are identities. No gradient reaches the backbone: its activations are
-not kept, and other adapters inside the blocks do not train.
+not kept, and other adapters inside the blocks get no gradient.
 
 No code of the authors was found, and the paper's text was not at hand: this is the equation of its abstract, and the
 open details are our choice. q starts at zero, so that all layers have equal weights, W_k like torch's linear layers,

@@ -69,8 +69,8 @@ class HoulsbyAdapterConfig(MethodConfig):
     bias: bool = True
     """Biases behind both matrices."""
     scale: Scale = 1.0
-    """The factor on the adapter's output: a number, a "learned" scalar that starts at 1, or a learned factor for each
-    "channel"."""
+    """The factor on the adapter's output: a number, a "learned" scalar, or a learned factor for each "channel"; learned
+    factors start at 1."""
     stochastic_depth: Share = 0.0
     """Probability with which a row of the batch skips the adapter in training; the adapter's output for the remaining
     rows is scaled up."""

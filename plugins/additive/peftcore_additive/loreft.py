@@ -57,9 +57,8 @@ class LoReFTConfig(MethodConfig):
     suffix_positions: NonNegativeInt = 0
     """The last positions l of the prompt."""
     short_prompts: Literal["half", "first", "last"] = "half"
-    """The rule for prompts shorter than f + l: each end gets at most half of the prompt ("half"), or the first
-    positions have priority and the last ones get the rest ("first"), or the reverse, as in the adapters package
-    ("last")."""
+    """The rule for short prompts: each end gets at most half of the prompt ("half"), or the first positions have
+    priority and the last ones get the rest ("first"), or the reverse, as in the adapters package ("last")."""
     layers: list[NonNegativeInt] | None = None
     """The layers, by number; None takes all."""
     tied: bool = False

@@ -88,8 +88,8 @@ class LPTOperator(InnerRows):
         self.dropout = nn.Dropout(config.dropout)
 
     def rows_at(self, depth: int, states: Tensor, rows: Tensor, given: Mapping[str, Any]) -> Tensor:
-        """Return the prompt of each text; raises MissingContext if the end of the text's prompt is unknown, and
-        SequenceError if the text's prompt is split over several calls."""
+        """Return the prompt of each text; raises MissingContext if the end of the input's prompt is unknown, and
+        SequenceError if that prompt is split over several calls."""
         if self.generator is None:
             return self.prompt
         self.check_here(self.down.weight, states)

@@ -4,8 +4,8 @@
 
 The equation is prefix tuning's, carried over from generation to understanding. In the authors' code three things
 differ: P trains directly, from N(0, 1), unless `projection` asks for the network; numbers of the prefix are dropped in
-training; and a fresh linear head for the classes of the task trains along (instead of words as labels). Name that head
-in ``train=``, as in ``train=["classifier"]``. It acts on self-attention only.
+training; and a fresh linear head for the classes of the task trains along (labels are classes, not words). Name that
+head in ``train=``, as in ``train=["classifier"]``. It acts on self-attention only.
 
 The prompts' keys carry no position. The positions of tokens start behind the prompts, as the authors and peft have it,
 wherever the model takes positions; ``behind=False`` leaves them as they are.

@@ -59,8 +59,8 @@ class PfeifferAdapterConfig(MethodConfig):
     """The adapter's input: the stream behind the norm that ends a block ("post"), or as the block returns it ("pre"),
     or the target's output ("branch"); "auto" takes "post" or "pre", as the model requires."""
     scale: Scale = 1.0
-    """The factor on the adapter's output: a number, a "learned" scalar that starts at 1, or a learned factor for each
-    "channel"."""
+    """The factor on the adapter's output: a number, a "learned" scalar, or a learned factor for each "channel"; learned
+    factors start at 1."""
     stochastic_depth: Share = 0.0
     """Probability with which a row of the batch skips the adapter in training; the adapter's output for the remaining
     rows is scaled up."""

@@ -3,8 +3,8 @@
 
     [R_l ; x_l] -> block l,   R_l = (1 - a_l) P_l + a_l p_l,   a_l = sigmoid(alpha_l),   p_l [length, d]
 
-x_l are the tokens before block l, and P_l the rows in front of them as the blocks below return them; block 0 has no
-rows before it, so R_0 = a_0 p_0. This is the search, in which all blocks take part and alpha_l, one number a block,
+x_l are the tokens before block l, and P_l the rows in front of them as the blocks below return them; block 0 does not
+receive rows, so R_0 = a_0 p_0. This is the search, in which all blocks take part and alpha_l, one number a block,
 trains along. Then ``chosen(injection, 4)`` names the blocks with the largest a_l, and a new adapter with `layers` has
 prompts there alone, whole ones: R_l = p_l at these, R_l = P_l between them, and no rows below the first.
 

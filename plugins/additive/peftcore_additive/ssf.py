@@ -36,7 +36,7 @@ class SSFConfig(MethodConfig):
 
 
 def shifts(site: Site) -> bool:
-    """True if the site can have beta: it has a bias, even an empty one, or it is a table."""
+    """True if the site can have beta: its module has a bias, which may be None, or it is a table."""
     return site.layer.one_hot or bias_name(site.tensor) in site.tensors()
 
 

@@ -19,7 +19,7 @@ def logits_of(output: Any, labelled: bool) -> Tensor:
         labelled: whether the model was given labels, so that a tuple begins with its loss.
 
     Raises:
-        TrainingError: the output has no logits.
+        TrainingError: the output lacks logits of these shapes.
     """
     found = output.get("logits") if isinstance(output, Mapping) else output
     if isinstance(found, tuple) and len(found) > labelled:

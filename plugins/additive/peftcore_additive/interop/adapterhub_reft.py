@@ -1,9 +1,9 @@
 """ReFT in AdapterHub's files (checked against adapters 1.3.0).
 
 A layer has two interventions, of which one is idle if the method acts at one end only. R is stored in the form of
-torch's `orthogonal`, a product of reflections times a base; here it is read as its rows. The options lack whether the
-projection is subtracted, a step that DiReFT leaves out: that library reads its own files of DiReFT as NoReFT, and so do
-we, with a warning, unless the options contain "subtract_projection".
+torch's `orthogonal`, a product of reflections times a base; here it is read as its rows. The options do not record
+whether the projection is subtracted, a step that DiReFT leaves out: that library reads its own files of DiReFT as
+NoReFT, and so do we, with a warning, unless the options contain "subtract_projection".
 
 That library changes the first and the last positions of each input of a layer, so that with a cache each generated
 token counts as the first one; ours does not change generated tokens, as in the paper.

@@ -1,4 +1,5 @@
-"""(IA)^3 of outputs beside a bias in files of LyCORIS (checked against LyCORIS 4.1): GLoRA with a vector A alone.
+"""(IA)^3 of outputs in layers with a bias, in files of LyCORIS (checked against LyCORIS 4.1): GLoRA with a vector A
+alone.
 
 The layer's weight is multiplied by 1 + ``weight`` and its bias is unchanged, as with our A. For layers without a bias,
 the file is read as our (IA)^3.
