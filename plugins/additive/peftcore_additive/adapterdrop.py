@@ -61,8 +61,8 @@ class AdapterDropConfig(MethodConfig):
     activation: Literal["gelu", "relu", "silu", "tanh"] = "relu"
     """The non-linearity f."""
     joins: Joins = "stream"
-    """Where it reads and adds: behind what the host does to a branch's output (dropout, layer scale, stochastic depth),
-    or at the branch's last matrix, in front of that."""
+    """The place where the adapter reads and adds: after the host's operations on a branch's output (dropout, layer
+    scale, stochastic depth), or before them, at the branch's last matrix."""
     init_std: NonNegativeFloat = 1e-3
     """Standard deviation of W_down at the start."""
     up_init_std: NonNegativeFloat = 1e-3

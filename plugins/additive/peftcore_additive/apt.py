@@ -57,9 +57,9 @@ class APTConfig(MethodConfig):
     length: PositiveInt = 20
     """Keys and values in front of each attention's own."""
     projection: PositiveInt | None = None
-    """Width of the network that makes them while they train; None trains them themselves."""
+    """Width of the network that generates the keys and values in training; None trains them directly."""
     dropout: Share = 0.1
-    """Probability with which numbers of them are dropped in training."""
+    """Probability with which numbers of the keys and values are dropped in training."""
     behind: bool = True
     """Count the positions of tokens from behind the prefix, as if it were words."""
 
@@ -111,7 +111,7 @@ class AdaptivePrefix(PrefixOperator):
         return opened * key, opened * value
 
     def opened(self) -> Tensor:
-        """Return how far each row of the prefix is open, ``[batch, 1, length, 1]``.
+        """Return the gate of each row of the prefix, ``[batch, 1, length, 1]``.
 
         Raises:
             MissingContext: the attention was called by itself, and not its block.

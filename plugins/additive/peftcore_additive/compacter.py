@@ -71,8 +71,8 @@ class CompacterConfig(MethodConfig):
     activation: Literal["gelu_tanh", "gelu", "relu", "silu", "tanh"] = "gelu_tanh"
     """The non-linearity f."""
     joins: Joins = "matrix"
-    """Where it reads and adds: at a branch's last matrix, or behind what the host does to the branch's output (dropout,
-    layer scale, stochastic depth)."""
+    """The place where the adapter reads and adds: at a branch's last matrix, or after the host's operations on the
+    branch's output (dropout, layer scale, stochastic depth)."""
     train_layer_norm: bool = True
     """Train the norms of the host along, as the paper does."""
 

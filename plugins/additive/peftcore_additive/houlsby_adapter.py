@@ -59,8 +59,8 @@ class HoulsbyAdapterConfig(MethodConfig):
     train_layer_norm: bool | Literal["blocks"] = True
     """Train all norms along, or those of the blocks alone."""
     joins: Joins = "stream"
-    """Where it reads and adds: behind what the host does to a branch's output (dropout, layer scale, stochastic depth),
-    or at the branch's last matrix, in front of that."""
+    """The place where the adapter reads and adds: after the host's operations on a branch's output (dropout, layer
+    scale, stochastic depth), or before them, at the branch's last matrix."""
     side: Literal["outputs", "inputs", "stream"] = "outputs"
     """The side of the target that is adapted: its outputs, its inputs, or the side that faces the stream: the inputs of
     the first matrices of a branch, the outputs of all other targets."""

@@ -73,7 +73,8 @@ class KAdapterConfig(MethodConfig):
     """Probability with which attention weights, and the outputs of attention and feed-forward, are dropped in
     training."""
     fusion: Literal["concat", "add"] = "concat"
-    """How the last state of the model and that of the chain are put together: a linear layer reads both, or the sum."""
+    """The way in which the last states of model and chain are combined: a linear layer on their concatenation, or the
+    sum."""
     identity: bool = False
     """Start with the model's own last state, which the linear layer passes through."""
 

@@ -60,8 +60,8 @@ class ParallelAdapterConfig(MethodConfig):
     """The adapter's input: the block's input, or the stream in front of the block's norm (as in the adapters package
     for pre-norm models), or the input of the target module."""
     joins: Joins = "stream"
-    """Where it adds: to the stream, behind what the host does to the branch's output (dropout, layer scale, stochastic
-    depth), or to the output of the branch's last matrix, in front of that."""
+    """The place where the adapter adds: to the stream, after the host's operations on the branch's output (dropout,
+    layer scale, stochastic depth), or before them, to the output of the branch's last matrix."""
     dropout: Share = 0.0
     """Probability with which the bottleneck's numbers are dropped in training."""
     bias: bool = True

@@ -60,12 +60,12 @@ class SideTuningConfig(MethodConfig):
     layers: PositiveInt = 1
     """Layers of the side network."""
     sizes: dict[str, PositiveInt] = Field(default_factory=dict)
-    """Other sizes of it, by the names of the model's config: ``{"intermediate_size": 256}``."""
+    """Other sizes of the side network, by the names of the model's config: ``{"intermediate_size": 256}``."""
     own_table: bool = False
     """Give the side network a separate token table, which trains. It always has one if its width differs from the
     model's."""
     merge: Literal["alpha", "sum", "product"] = "alpha"
-    """How its states and the model's are put together."""
+    """The way in which the side network's and the model's states are combined."""
     alpha: FiniteFloat = 0.0
     """Start of a; sigmoid(a) is the model's share."""
 

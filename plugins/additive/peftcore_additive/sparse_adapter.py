@@ -67,7 +67,8 @@ class SparseAdapterConfig(MethodConfig):
     dropout: Share = 0.1
     """Probability with which the bottleneck's numbers are dropped in training."""
     joins: Joins = "stream"
-    """Where it reads and adds: behind what the host does to a branch's output, or at its last matrix."""
+    """The place where the adapter reads and adds: after the host's operations on a branch's output, or at its last
+    matrix."""
     init_std: NonNegativeFloat = 0.02
     """Standard deviation of W_down at the start."""
     up_init_std: NonNegativeFloat = 0.02

@@ -52,8 +52,8 @@ class StateOffsetTuningConfig(MethodConfig):
 
 
 class OffsetOperator(Operator):
-    """The offset of one mixer: it takes the gate and C where the mixer makes them, and adds where it is done with
-    both."""
+    """The offset of one mixer: it reads the gate and C where the mixer computes them, and adds the offset where the
+    mixer has used both."""
 
     observes = frozenset({GATE, READOUT})
     changes_inputs = True

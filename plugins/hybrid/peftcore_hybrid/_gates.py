@@ -33,14 +33,14 @@ class Gate(nn.Module):
 
 
 def linear(width: int, outputs: int) -> nn.Linear:
-    """Make a linear layer that starts as BERT's own do, with a bias of zeros."""
+    """Make a linear layer with BERT's initialization and a bias of zeros."""
     made = nn.Linear(width, outputs)
     start_as_bert(made)
     return made
 
 
 def start_as_bert(module: nn.Module) -> None:
-    """Draw a linear layer or an embedding as BERT draws its own: N(0, 0.02), with a bias of zeros."""
+    """Initialize a linear layer or an embedding like BERT: N(0, 0.02), with a bias of zeros."""
     if isinstance(module, (nn.Linear, nn.Embedding)):
         nn.init.normal_(module.weight, std=0.02)
     if isinstance(module, nn.Linear):

@@ -67,8 +67,8 @@ class AdaMixConfig(MethodConfig):
     routing: Literal["random", "mean"] = "random"
     """The maps used in training: randomly drawn copies, or the mean of all copies."""
     joins: Joins = "matrix"
-    """Where it reads and adds: at the feed-forward's last matrix, or behind what the host does to the branch's output
-    (dropout, layer scale, stochastic depth)."""
+    """The place where the adapter reads and adds: at the feed-forward's last matrix, or after the host's operations on
+    the branch's output (dropout, layer scale, stochastic depth)."""
     init_std: NonNegativeFloat = 0.02
     """Standard deviation of the down maps at the start."""
     up_init_std: NonNegativeFloat = 0.02

@@ -53,7 +53,7 @@ class ProPETLConfig(MethodConfig):
     kept: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
     """Share of the prototype's numbers that a mask keeps; the authors' code calls it sparsity."""
     masks: Literal["learned", "fixed"] = "learned"
-    """Whether scores train, or bits are given."""
+    """The kind of masks: from trained scores, or given as bits."""
     mask_ratio: PositiveFloat = 30.0
     """Learning rate of the scores over that of the prototype."""
     placement: Literal["auto", "post", "pre", "branch"] = "auto"

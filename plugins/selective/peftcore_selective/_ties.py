@@ -1,4 +1,4 @@
-"""Tied tensors: tables of tokens that are heads too."""
+"""Tied tensors: token tables that are also heads."""
 
 from __future__ import annotations
 

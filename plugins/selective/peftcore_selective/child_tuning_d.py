@@ -46,7 +46,7 @@ class ChildTuningDConfig(MethodConfig):
     max_grad_norm: PositiveFloat | None = 1.0
     """Norm to which the gradient of each tensor is clipped before it is squared; None does not clip."""
     training: bool = True
-    """Look at the data in training mode, with dropout."""
+    """Compute F in training mode, with dropout."""
     others: bool = True
     """Train all parameters outside of the blocks whole: embeddings, final norms, poolers, heads."""
 

@@ -55,7 +55,7 @@ class FishMaskConfig(MethodConfig):
     share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.005
     """Share of the weights that train."""
     samples: PositiveInt = 1024
-    """How many batches of the data are looked at, at most; each has to be one example."""
+    """The maximum number of batches for the Fisher information; each has to be one example."""
 
 
 class Mask(Checked):
@@ -141,7 +141,7 @@ class FishMask(Method):
 
 
 def _there(site: Site) -> bool:
-    """Whether the site's weight is in floating point and not quantized: others have no gradient to count."""
+    """True if the site's weight is in floating point and not quantized: only such weights have gradients."""
     dense = not site.layer.packed and not site.missing(site.tensor)
     return dense and site.module.get_parameter(site.tensor).is_floating_point()
 
