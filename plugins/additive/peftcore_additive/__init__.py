@@ -1,4 +1,4 @@
-"""Additive methods of peftcore: new modules beside frozen ones."""
+"""Additive methods of peftcore: new modules that are added to frozen models."""
 
 from collections.abc import Mapping
 

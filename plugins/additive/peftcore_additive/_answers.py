@@ -1,4 +1,4 @@
-"""The loss of labels together with that of answers that stand in a prompt."""
+"""The joint loss of labels and of answers in a prompt."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def more_than_labels(answers: Collection[tuple[int, float]], made: Rows, logits:
     the loss of a model that predicts the next token.
 
     Args:
-        answers: tokens in the prompt, each with the weight of its loss. They count as one label each in the mean.
+        answers: tokens in the prompt, each with the weight of its loss. Each counts as one label in the mean.
         made: the logits at the rows before each of them, and at the last row, which predicts the first label.
-        logits: those of the model, ``[batch, tokens, vocabulary]``.
+        logits: the model's, ``[batch, tokens, vocabulary]``.
         labels: ``[batch, tokens]`` int64.
     """
     precise = torch.promote_types(logits.dtype, torch.float32)

@@ -1,5 +1,5 @@
-"""The common part of side networks that answer in the model's place: they read what blocks return, and no gradient
-goes into the blocks."""
+"""The common part of side networks whose output replaces the model's: they read the outputs of blocks, and no gradient
+reaches the blocks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from peftcore_additive._side import Ends
 
 
 class BesideOperator(Operator):
-    """Collects what a block returns, detached; where the block `answers`, returns what `answer` makes of all of it."""
+    """Collects a block's output, detached; at the block that `answers`, returns the result of `answer` on all collected
+    states."""
 
     def __init__(self, site: BlockSite, taps: Sequence[Tap], answers: bool) -> None:
         super().__init__(site)
@@ -33,18 +34,18 @@ class BesideOperator(Operator):
         return Ends.apply(h, x) if x.requires_grad else h
 
     def told(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Return what `answer` needs of the block's arguments, before the block adds to its cache."""
+        """Return the block's arguments that `answer` needs, before the block adds to its cache."""
         return None
 
     def answer(self, states: list[Tensor], told: Any) -> Tensor:
-        """Map the states ``[..., d]`` before the first block and behind each to what replaces the last, in its shape or
-        with its places one behind the other."""
+        """Map the states ``[..., d]`` before the first block and behind each block to the replacement of the last
+        state, in its shape or with its positions flattened."""
         raise NotImplementedError
 
 
 def beside(surgeon: Surgeon) -> list[tuple[BlockSite, list[Tap]]]:
-    """Return the blocks that the model answers from, each with taps for the states before the first one and behind each
-    up to itself."""
+    """Return the blocks that the model answers from, each with taps for the states before the first block and behind
+    each block up to itself."""
     sites = TokenStacks(surgeon).answering(block_sites(surgeon), surgeon.wishes.target is not None)
     taps = [Tap(until_backward=True) for _ in (None, *sites)]
     return [(site, taps[:number]) for number, site in enumerate(sites, 2)]

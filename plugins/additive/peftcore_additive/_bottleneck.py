@@ -1,5 +1,5 @@
-"""The bottleneck that serial adapters have in common: two linear maps with a non-linearity between; around it, where it
-is asked for, a norm of its own, a scale and stochastic depth."""
+"""The bottleneck that serial adapters have in common: two linear maps with a non-linearity between, and optionally a
+layer norm, a scale and stochastic depth."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class BottleneckOperator(AtBranchEnd):
         return h + self.added(h)
 
     def added(self, h: Tensor) -> Tensor:
-        """Return what the adapter adds, in the layout of what it reads."""
+        """Return the adapter's output, in the layout of its input."""
         channels = self.layer.channel_dim
         return self.bottleneck(h.movedim(channels, -1)).movedim(-1, channels)
 
@@ -75,7 +75,7 @@ class BottleneckOperator(AtBranchEnd):
 
 
 class ScaledOperator(BottleneckOperator):
-    """A bottleneck with a scale, stochastic depth, and a norm of its own in front, where these are asked for."""
+    """A bottleneck with an optional scale, optional stochastic depth, and an optional layer norm in front."""
 
     training_only = BottleneckOperator.training_only | {"drops"}
 

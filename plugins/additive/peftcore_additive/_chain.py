@@ -1,4 +1,4 @@
-"""One adapter of a chain beside the model, and the linear layer that reads both last states."""
+"""One adapter of a chain in parallel with the model, and the linear layer that reads the last states of both."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Adapter(nn.Module):
 
 
 def joint(features: int, identity: bool) -> nn.Linear:
-    """Make the linear layer that reads both last states."""
+    """Make the linear layer that reads the last states of the model and of the chain."""
     made = nn.Linear(2 * features, features)
     if identity:
         nn.init.eye_(made.weight)

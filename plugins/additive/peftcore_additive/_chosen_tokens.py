@@ -1,5 +1,5 @@
-"""Tokens that are chosen among those of a block: a soft top-k of their scores, and the block's arguments for them
-alone."""
+"""Selection of some tokens of a block: a soft top-k of their scores, and the block's arguments for the chosen
+tokens."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from peftcore.author import cache_in
 from peftcore.errors import SequenceError
 
 PADDING = ("src_key_padding_mask", "attention_mask")
-"""Arguments that tell padding from tokens, or what sees what. In the first, of torch's layers, True is padding."""
+"""Arguments that mark padding, or which tokens attend to which. In the first, of torch's layers, True is padding."""
 PLACES = ("position_embeddings", "position_ids")
 """Arguments that have an entry for each token."""
 START, DECAY = 4.0, 0.7
-"""The temperature of the first step, and by what each next one is multiplied."""
+"""The temperature of the first step, and the factor by which each step multiplies it."""
 
 
 def soft_top_k(scores: Tensor, k: Tensor, real: Tensor, temperature: float, steps: int) -> Tensor:
@@ -26,10 +26,10 @@ def soft_top_k(scores: Tensor, k: Tensor, real: Tensor, temperature: float, step
 
     Args:
         scores: ``[batch, tokens]``.
-        k: how many tokens, ``[batch or 1, 1]``.
-        real: which tokens are no padding, ``[batch or 1, tokens]``; all others have no share.
-        temperature: that of the last steps.
-        steps: how many.
+        k: the number of tokens, ``[batch or 1, 1]``.
+        real: which tokens are not padding, ``[batch or 1, tokens]``; the share of padding is 0.
+        temperature: the lower bound, which the last steps use.
+        steps: the number of steps.
     """
     scores = scores.masked_fill(~real, 0.0)
     a, b, epsilon = torch.zeros_like(scores[:, :1]), -scores, temperature
@@ -47,14 +47,14 @@ def arguments_of(given: Mapping[str, Any], chosen: Tensor, count: int, idle: Ten
     """Return a block's arguments for the chosen tokens.
 
     Args:
-        given: its arguments by name, without the states.
-        chosen: the numbers of these tokens, ``[batch, chosen]``.
+        given: the block's arguments by name, without the states.
+        chosen: the indices of the chosen tokens, ``[batch, chosen]``.
         count: how many tokens there are.
-        idle: which of the chosen ones are there for the shape alone, and are to be seen by no token, ``[batch,
-            chosen]``; None where nothing tells of padding.
+        idle: which of the chosen tokens only fill the shape and are masked for all tokens, ``[batch, chosen]``; None
+            without padding information.
 
     Raises:
-        SequenceError: nobody knows how an argument is to be cut, or how to hide tokens.
+        SequenceError: it is unknown how to cut an argument, or how to mask tokens.
     """
     if cache_in(given) is not None or given.get("is_causal") or given.get("src_mask") is not None:
         raise SequenceError(

@@ -16,9 +16,9 @@ from peftcore.errors import AmbiguousBackward, TrainingError
 class Draws(nn.Module):
     """A whole number from 0 to `most`, drawn evenly for each forward of the model in training.
 
-    It depends on the seed and on the number of forwards alone: the global generator does not move, the processes of one
-    training draw the same, and a resumed training goes on where it was. What backward computes again gets the number
-    that the first run got.
+    It depends only on the seed and on the number of forwards: the global generator is not advanced, all processes of
+    one training draw the same number, and a resumed training continues the sequence. Recomputation in backward
+    (checkpointing) gets the number of the first run.
     """
 
     seed: Tensor
@@ -39,7 +39,7 @@ class Draws(nn.Module):
         """Return the number of one forward.
 
         Raises:
-            TrainingError: a part of the host runs by itself, where nothing tells one forward from the next.
+            TrainingError: a part of the host runs by itself, so one forward cannot be distinguished from the next.
             AmbiguousBackward: backward repeats a whole forward, and several could be meant.
         """
         if call not in self.drawn:

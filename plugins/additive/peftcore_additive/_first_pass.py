@@ -1,4 +1,5 @@
-"""The state that stands for a text: what the stack makes of it in a pass of its own, at the token that tells most."""
+"""A summary of each text: the output of the stack in a separate pass, at the first token or, in causal stacks, the last
+one."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ class Summary(NamedTuple):
     """``[batch]``: the column of the token whose state it is."""
 
     def same(self, states: Tensor) -> Tensor:
-        """Return the states ``[batch, width]`` of these tokens in another pass ``[batch, tokens, width]``."""
+        """Return the states ``[batch, width]`` of the same tokens in another pass ``[batch, tokens, width]``."""
         return of(states, self.at)
 
 

@@ -1,4 +1,5 @@
-"""InfoNCE bounds on mutual information, for soft prompts: with features that the model makes, and with its head."""
+"""InfoNCE bounds on mutual information between soft prompts and features of the model, and between soft prompts and its
+head."""
 
 from __future__ import annotations
 
@@ -18,9 +19,9 @@ def info_nce(positive: Tensor, negatives: Tensor, ceiling: float | None) -> Tens
     """Return the mean over a batch of ``-log softmax`` at the positive, of shape ``[]``.
 
     Args:
-        positive: its score, ``[batch, 1]``.
-        negatives: scores ``[batch, k]``.
-        ceiling: the most that a text can count; what is above has no gradient.
+        positive: the score of the positive, ``[batch, 1]``.
+        negatives: the scores of the negatives, ``[batch, k]``.
+        ceiling: the largest loss of a text; a larger loss is clamped and has no gradient.
     """
     scores = torch.cat([positive, negatives], -1)
     loss = -scores.to(torch.promote_types(scores.dtype, torch.float32)).log_softmax(-1)[:, 0]
@@ -40,9 +41,9 @@ class FeatureCritic(nn.Module):
         """Return the bound's loss, and how far the Gaussians are from N(0, 1); both ``[]``.
 
         Args:
-            without: the state of each text without the prompt ``[batch, width]``, which negatives are drawn from.
-            within: the same behind the prompt, which the positives are drawn from.
-            prompt: the mean of the prompt's rows ``[batch, width]``, through which no gradient goes.
+            without: the state of each text without the prompt ``[batch, width]``, from which negatives are drawn.
+            within: the same behind the prompt, from which positives are drawn.
+            prompt: the mean of the prompt's rows ``[batch, width]``, which is detached.
             ceiling: as in `info_nce`.
         """
         batch, width = within.shape
@@ -60,7 +61,8 @@ class FeatureCritic(nn.Module):
 
 
 class HeadLoss(Operator):
-    """Adds in training how badly the head tells the prompt from embedded tokens; stands around the head."""
+    """Wraps the head and adds a loss in training: how badly the head discriminates between the prompt and embedded
+    tokens."""
 
     def __init__(self, site: Site, told: Tap, weight: float, outputs: Sequence[int], ceiling: float | None) -> None:
         super().__init__(site)
@@ -81,8 +83,8 @@ class HeadLoss(Operator):
         Args:
             call: the head's forward.
             told: the mean of the prompt's rows ``[batch, width]``, embedded tokens ``[batch, tokens, width]``, and
-                which of them are of the text ``[batch, tokens]``.
-            outputs: of the head, whose mean is the score; all where there are none.
+                which tokens belong to the text ``[batch, tokens]``.
+            outputs: indices of the head's outputs whose mean is the score; all outputs if empty.
         """
         prompt, embeds, text = told
         logits = call(torch.cat([prompt[:, None], embeds], 1))

@@ -1,4 +1,4 @@
-"""The values that stay of many that are pruned: one vector, and where they were."""
+"""The values that remain after pruning: one vector, and their positions before."""
 
 from __future__ import annotations
 

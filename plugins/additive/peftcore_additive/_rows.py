@@ -12,11 +12,11 @@ from peftcore.errors import ConfigError
 
 
 def embedded_tokens(site: SequenceSite, length: int, ids: Sequence[int] = ()) -> Tensor:
-    """Return the embeddings ``[length, width]`` of given tokens, repeated or cut; without them, of drawn ones, none of
-    them twice where there are enough. They are float32, and the caller's own.
+    """Return the embeddings ``[length, width]`` of given tokens, repeated or cut; without ids, those of randomly drawn
+    tokens, all different if the vocabulary is large enough. The result is a new float32 tensor.
 
     Raises:
-        ConfigError: an id is none of the vocabulary.
+        ConfigError: an id is outside of the vocabulary.
     """
     if unknown := [each for each in ids if each >= site.in_features]:
         raise ConfigError(f"init_ids: {unknown[:4]} are no tokens of a vocabulary of {site.in_features}")

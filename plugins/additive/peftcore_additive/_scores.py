@@ -30,10 +30,10 @@ def snip(weights: list[Tensor], data: Batches) -> list[Tensor]:
 
 
 def grasp(weights: list[Tensor], data: Batches) -> list[Tensor]:
-    """Return w (H g) by weight, where g and H are those of the sum of the losses.
+    """Return w (H g) by weight, where g and H are the gradient and the Hessian of the sum of the losses.
 
     Raises:
-        CalibrationError: the model has no second derivative.
+        CalibrationError: an operation of the model lacks a second derivative.
     """
     first = slopes(weights, data)
     with sdpa_kernel(SDPBackend.MATH):  # the others have no second derivative

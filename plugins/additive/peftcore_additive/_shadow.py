@@ -1,4 +1,5 @@
-"""The loss of a guest network by itself, from what the model's head makes of it, or a copy of that head."""
+"""The loss of a guest network by itself, from the outputs of the model's head on the guest's states, or of a copy of
+that head."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ IGNORED = -100
 
 
 class GuestLoss(Operator):
-    """Adds the guest's own loss in training, where labels are given; stands around the head."""
+    """Wraps the head and adds the guest's own loss in training, where labels are given."""
 
     def __init__(self, site: Site, states: Tap, weight: float, head: Shared | None) -> None:
         super().__init__(site)

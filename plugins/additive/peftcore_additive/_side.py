@@ -1,7 +1,8 @@
-"""Side networks beside the model: their blocks, and room in the model's cache for keys and values of these.
+"""Side networks in parallel with the model: their blocks, and layers of the model's cache for the keys and values of
+the blocks.
 
-That room is more layers behind the host's own: whatever reorders, repeats, crops or empties the cache does the same to
-them.
+The side layers follow the host's layers in the cache, so all operations that reorder, repeat, crop or empty the cache
+apply to them too.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from peftcore.errors import SequenceError
 
 
 class SideBlock(nn.Module):
-    """A block of the side network: what block l returned joins the side stream, and one narrow transformer block
-    follows."""
+    """A block of the side network: it mixes the output of block l into the side stream, and applies one narrow
+    transformer block."""
 
     def __init__(self, width: int, narrow: int, heads: int, temperature: float, dropout: float) -> None:
         super().__init__()
@@ -39,8 +40,8 @@ class SideBlock(nn.Module):
 
 
 class PostNormBlock(nn.Module):
-    """A transformer block as BERT has it, w wide: attention, then a feed-forward four times as wide, each with a norm
-    behind its sum with what it reads."""
+    """A transformer block like BERT's, w wide: attention, then a feed-forward four times as wide, each with a residual
+    sum and a norm behind it."""
 
     def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()
@@ -58,8 +59,9 @@ class PostNormBlock(nn.Module):
 
 
 def attended(qkv: Tensor, heads: int, visible: Tensor, cache: Any, dropout: float = 0.0) -> Tensor:
-    """Return what tokens take from those that are `visible` to them ``[.., 1, tokens, held + tokens]``: their queries,
-    keys and values ``[batch, tokens, 3 w]`` to ``[batch, tokens, w]``. A layer of a `cache` holds earlier ones."""
+    """Return the attention of tokens to the tokens that are `visible` to them ``[.., 1, tokens, held + tokens]``: their
+    queries, keys and values ``[batch, tokens, 3 w]`` to ``[batch, tokens, w]``. A layer of a `cache` holds earlier
+    ones."""
     parts = qkv.unflatten(-1, (3, heads, -1))  # [batch, tokens, 3, heads, w / heads]
     query, key, value = parts.permute(2, 0, 3, 1, 4)
     key, value = (key, value) if cache is None else cache.update(key, value)
@@ -98,8 +100,9 @@ class SideLayer:
 
 
 def side_layers(given: Mapping[str, Any], stamp: str, count: int, blocks: int) -> list[SideLayer]:
-    """Return the `count` cache layers of the network with a stamp, made where the cache has none yet; none where a
-    block of a stack of so many `blocks` is given no cache (its arguments by name)."""
+    """Return the `count` cache layers of the network with a stamp, and create them in a cache that lacks them. The list
+    is empty if `given`, the block's arguments by name, is without a cache. The host's own layers, `blocks` of them,
+    precede the side layers."""
     cache = cache_in(given)
     if cache is None:
         return []
@@ -120,10 +123,10 @@ def side_layers(given: Mapping[str, Any], stamp: str, count: int, blocks: int) -
 
 
 def held_by(layers: list[SideLayer], held: int) -> int:
-    """Return how many tokens the cache layers hold, which have to be as many as the model's own hold (`held`).
+    """Return how many tokens the cache layers hold, which has to be the number in the model's own layers (`held`).
 
     Raises:
-        SequenceError: they are not.
+        SequenceError: the numbers differ.
     """
     mine = layers[0].get_seq_length() if layers else 0
     if mine != held and not torch.compiler.is_compiling():  # compilers are not told what static caches hold

@@ -1,4 +1,5 @@
-"""State-space mixers as sites: where their gate, what reads their states and their output are, told from shapes."""
+"""State-space mixers as sites: shapes determine which modules make their gate, the readout of their states, and their
+output."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from peftcore.errors import UnsupportedSite
 
 GATE, READOUT, OUT = "gate", "readout", "out"
 """Forms of sites: the matrix whose last outputs are the gate z, the module whose last outputs are C, which reads the
-states, and the module that is given what was read of them."""
+states, and the module whose input is the readout."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,12 +29,12 @@ class MixerSite(Site):
 
     @property
     def weight_shape(self) -> torch.Size:
-        """The numbers of channels and of states, which stand for a shape in plans and files."""
+        """The numbers of channels and of states, which plans and files store as the shape."""
         return torch.Size([self.channels, self.states])
 
     @property
     def gates_first(self) -> bool:
-        """Whether what leaves the scan is gated already."""
+        """True if the output of the scan is gated already."""
         return any(place.form == GATE for place in self.places)
 
 
@@ -64,8 +65,8 @@ def mixer_site(surgeon: Surgeon, site: Site) -> MixerSite:
 def _selective(surgeon: Surgeon, children: list[HostEntry], out: HostEntry) -> tuple[int, tuple[Site, ...]] | None:
     """Return the number of states of a mixer of Mamba, and its places; None for all others.
 
-    The first matrix returns what is convolved and the gate, x the steps, B and C, of which norms of their own may
-    follow: C is what that one returns whose name begins so.
+    The first matrix returns the input of the convolution and the gate, x returns the steps, B and C. Norms of the
+    steps, B and C may follow: then C is the output of the norm whose name begins with c.
     """
     by_role = {each.role: each for each in children}
     first, x, steps = (by_role.get(f"ssm.{name}") for name in ("in", "x", "dt"))

@@ -1,4 +1,4 @@
-"""The loss of a student whose teacher's predictions come with the call."""
+"""The loss of a student whose teacher's predictions are an argument of the call."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ def cross_entropy(teacher: Any, output: Any, inputs: Mapping[str, Any]) -> Tenso
     """Return the mean over tokens of ``-sum p_teacher log p``, in float32 or more; of shape ``[]``, with its graph.
 
     Args:
-        teacher: its logits ``[batch, tokens, vocabulary]``, or the logarithms of its largest probabilities and their
-            tokens, two tensors ``[batch, tokens, k]``. Positions where all of it is -inf do not count.
-        output: the student's, which is or has logits ``[batch, tokens, vocabulary]``.
-        inputs: the student's, whose ``attention_mask`` says what is padding.
+        teacher: the teacher's logits ``[batch, tokens, vocabulary]``, or the logarithms of its largest probabilities
+            and their tokens, two tensors ``[batch, tokens, k]``. Positions where all of it is -inf do not count.
+        output: the student's output, which is or has logits ``[batch, tokens, vocabulary]``.
+        inputs: the student's inputs, whose ``attention_mask`` marks padding.
 
     Raises:
-        ConfigError: the teacher speaks of other tokens, or the output has no logits of tokens.
+        ConfigError: the shape of the teacher's predictions differs from that of the logits, or the output lacks logits
+            of tokens.
     """
     logits = output.get("logits") if isinstance(output, Mapping) else output
     if not isinstance(logits, Tensor) or logits.dim() != 3:

@@ -1,4 +1,4 @@
-"""A very narrow attention beside the stream, the room of its keys and values in a cache, and where the stream is."""
+"""A very narrow attention in parallel with the stream, its layers in the model's cache, and the place of the stream."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ JOINED = "joined"
 
 
 class TinyAttention(nn.Module):
-    """One attention beside the stream: what it adds."""
+    """One attention in parallel with the stream; it returns the change of the stream."""
 
     def __init__(self, features: int, config: Any) -> None:
         super().__init__()
@@ -53,22 +53,23 @@ class TinyAttention(nn.Module):
 
 @dataclass(frozen=True)
 class Room:
-    """Where keys and values of earlier tokens lie: layers of the model's cache behind its own."""
+    """The cache of keys and values of earlier tokens: layers that follow the model's own in its cache."""
 
     count: int
     blocks: int
     stamp: str = field(default_factory=lambda: uuid.uuid4().hex, compare=False)
 
     def layers(self, given: dict[str, Any]) -> list[SideLayer]:
-        """Return them, by the arguments of a block; none without a cache."""
+        """Return these layers of the cache in a block's arguments; an empty list without a cache."""
         return side_layers(given, self.stamp, self.count, self.blocks)
 
 
 def placed(surgeon: Surgeon, site: Site) -> tuple[BranchSite, bool]:
-    """Return the end of an attention with the places where its stream is, and whether the stream is what ends there.
+    """Return the end of an attention with the modules at which its stream can be read, and whether the attention's
+    output there is already the stream.
 
     Raises:
-        UnsupportedSite: what the block adds to the stream is not known.
+        UnsupportedSite: it is unknown what the block adds to the stream.
     """
     end = surgeon.resolver.end_of(site.module_path)
     if end is not None and end.entered is not None:  # by a norm, of which the stream goes on

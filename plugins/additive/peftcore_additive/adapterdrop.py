@@ -2,17 +2,17 @@
 
     y = h + W_up f(W_down h + b_down) + b_up   in the layers l >= m,   y = h   in those below
 
-Bottleneck adapters behind the feed-forward and the host's dropout of it, as many as are worth their time.
-*Specialised*: the first m layers have none; they are cheaper at inference, and backward ends at layer m, since nothing
-below it trains. *Robust*: all layers have one, and each forward in training leaves the first m out, m drawn evenly from
-0 to `drop_first_layers`, by default to L - 2 of L layers, as in the authors' notebook, where it is 10 of RoBERTa's 12
-(the paper: L - 1); afterwards one adapter serves every m:
+Bottleneck adapters behind the feed-forward and its dropout, in as many layers as are worth their time. *Specialised*:
+the first m layers lack an adapter, so they are cheaper at inference, and backward ends at layer m, since all parameters
+below it are frozen. *Robust*: all layers have an adapter, and each forward in training skips the first m adapters, m
+drawn evenly from 0 to `drop_first_layers`, by default to L - 2 of L layers, as in the authors' notebook, where it is 10
+of RoBERTa's 12 (the paper: L - 1); afterwards one adapter serves every m:
 
     with peftcore.call(model, drop_first_layers=5): ...
 
-m is drawn once for a forward, so that layers, and what backward computes again, agree; it depends on the seed and on
-the number of forwards alone, so the processes of one training draw the same. The top layer always has its adapter.
-Layers are counted in each stack: those of an encoder and those of a decoder from 0 on.
+m is drawn once for each forward, so all layers, and recomputation in backward, use the same m; it depends only on the
+seed and on the number of forwards, so all processes of one training draw the same m. The top layer always has its
+adapter. Layers are counted in each stack: those of an encoder and those of a decoder from 0 on.
 
 Parameters: 2 d r + r + d an adapter, L - m of them; L when robust. ``target=("attn.output", "mlp.output")`` has two a
 layer.
@@ -55,14 +55,14 @@ class AdapterDropConfig(MethodConfig):
     """The layers m, from the bottom of each stack, that get no adapter; when robust, the most that are left out. None:
     5; when robust, all but two."""
     robust: bool = False
-    """Adapt all layers, and leave out another number of them at each forward in training."""
+    """Adapt all layers, and skip a random number of the lowest adapters at each forward in training."""
     bottleneck: PositiveInt = 64
     """Width r of the bottleneck."""
     activation: Literal["gelu", "relu", "silu", "tanh"] = "relu"
     """The non-linearity f."""
     joins: Joins = "stream"
-    """Where it reads and adds: behind what the host does to a branch's output (dropout, layer scale, stochastic depth),
-    or at the branch's last matrix, in front of that."""
+    """The place where the adapter reads and adds: after the host's operations on a branch's output (dropout, layer
+    scale, stochastic depth), or before them, at the branch's last matrix."""
     init_std: NonNegativeFloat = 1e-3
     """Standard deviation of W_down at the start."""
     up_init_std: NonNegativeFloat = 1e-3
@@ -88,7 +88,7 @@ class DroppableOperator(BottleneckOperator):
 
 
 class AdapterDrop(Method):
-    """Bottleneck adapters that the lowest layers do without.
+    """Bottleneck adapters in all but the lowest layers.
 
     Example:
         injection = peftcore.apply(model, "adapterdrop", drop_first_layers=1)  # of two

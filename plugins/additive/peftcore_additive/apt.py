@@ -2,15 +2,14 @@
 
     P_i = lambda_i alpha_i * [P_k, P_v],   alpha_i = sigmoid(W_i h_{i-1})   rows of a prefix, in front of K and V
 
-P_k, P_v are `length` keys and values of the layer, as in p_tuning_v2. W_i [length, d] gives each row a gate from what
-block i-1 made of the text, and the scalar lambda_i says how much all of them count in this layer. h is what the block
-is given, at the text's first token: [CLS] in the encoders that the paper has. No code of the authors is known: which
-token h is of is our reading, and the start is ours: W from N(0, 0.02), so that all gates begin near one half, lambda
-one, P from N(0, 1).
+P_k, P_v are `length` keys and values of the layer, as in p_tuning_v2. W_i [length, d] computes a gate for each row from
+the output of block i-1, and the scalar lambda_i weights all rows of the layer. h is the block's input at the text's
+first token: [CLS] in the paper's encoders. No code of the authors is known: the token of h is our reading, and the
+start is ours: W from N(0, 0.02), so that all gates begin near one half, lambda one, P from N(0, 1).
 
-Where attention is causal, the first token knows nothing of the others: if texts begin with one that is always the same,
-gates tell layers and prefixes apart, but no texts. It is the first that is no padding, and scores of earlier tokens
-stay in the model's cache. Positions, dropout and the network behind `projection` are p_tuning_v2's.
+Where attention is causal, the first token does not attend to later ones: if all texts begin with the same token, gates
+differ between layers and rows, but not between texts. Padding is skipped, and the gate scores of earlier tokens stay in
+the model's cache. Positions, dropout and the network behind `projection` are p_tuning_v2's.
 
 No start is an identity. Parameters: length * (2 d_k + d) + 1 a layer (d_k: the width of its keys); with projection
 (projection + 1) * 2 d_k + length d + 1 a layer, and (length d_k + (d_k + 1) projection) a stack.
@@ -58,15 +57,15 @@ class APTConfig(MethodConfig):
     length: PositiveInt = 20
     """Keys and values in front of each attention's own."""
     projection: PositiveInt | None = None
-    """Width of the network that makes them while they train; None trains them themselves."""
+    """Width of the network that generates the keys and values in training; None trains them directly."""
     dropout: Share = 0.1
-    """Probability with which numbers of them are dropped in training."""
+    """Probability with which numbers of the keys and values are dropped in training."""
     behind: bool = True
     """Count the positions of tokens from behind the prefix, as if it were words."""
 
 
 class Reader(Operator):
-    """Leaves what a block is given for the gates of its prefix."""
+    """Stores a block's input for the gates of its prefix."""
 
     observes = frozenset({"activation"})
 
@@ -103,7 +102,7 @@ class AdaptivePrefix(PrefixOperator):
         """Return keys and values by heads, ``[batch, kv_heads, length, width]``.
 
         Raises:
-            UnsupportedSite: the block attends within windows, so gates of texts belong to none.
+            UnsupportedSite: the block attends within windows, so a gate cannot be assigned to one text.
         """
         opened = self.opened()
         if len(opened) != batch:
@@ -112,7 +111,7 @@ class AdaptivePrefix(PrefixOperator):
         return opened * key, opened * value
 
     def opened(self) -> Tensor:
-        """Return how far each row of the prefix is open, ``[batch, 1, length, 1]``.
+        """Return the gate of each row of the prefix, ``[batch, 1, length, 1]``.
 
         Raises:
             MissingContext: the attention was called by itself, and not its block.
@@ -134,8 +133,8 @@ class AdaptivePrefix(PrefixOperator):
 
 
 class APT(Method):
-    """Keys and values in front of those of every self-attention, with a gate for each, which the text opens, and one
-    for each layer."""
+    """Trained keys and values in front of every self-attention's, with a gate for each row, computed from the text, and
+    a gate for each layer."""
 
     name = "apt"
     Config = APTConfig

@@ -2,15 +2,15 @@
 
     out = sum_l a_l W_v h_l,   a = softmax_l(q . W_k h_l / sqrt(d_k)),   W_k [d_k, d]  W_v [d, d]  q [d_k]
 
-h_0 is what the first block reads and h_l what block l returns, of one token; out stands in the place of h_L, so that
-the model's last norm and its head read it. With several heads, q, W_k h_l and W_v h_l are cut into as many parts, and
-each head has weights a of its own. Without `project`, W_k and W_v are identities. No gradient goes into the backbone:
-its activations are not kept, and what else is adapted inside the blocks gets none.
+h_0 is the input of the first block and h_l the output of block l, for one token; out replaces h_L, so that the model's
+last norm and its head read it. With several heads, q, W_k h_l and W_v h_l are cut into as many parts, and each head has
+separate weights a. Without `project`, W_k and W_v are identities. No gradient reaches the backbone: its activations are
+not kept, and other adapters inside the blocks get no gradient.
 
-No code of the authors was found, and the paper's text was not at hand: this is the equation of its abstract, and what
-it leaves open is chosen here. q starts at zero, so that all layers count alike, W_k as torch's layers do, and W_v as an
-identity. The model predicts from a mean of its layers at first, which no head was made for: no start is an identity,
-and the head has to train along (`train=["classifier"]`, or whatever it is called).
+No code of the authors was found, and the paper's text was not at hand: this is the equation of its abstract, and the
+open details are our choice. q starts at zero, so that all layers have equal weights, W_k like torch's linear layers,
+and W_v as an identity. The model predicts from a mean of its layers at first, for which no head was trained: no start
+is an identity, and the head has to train along (`train=["classifier"]`, or whatever it is called).
 
 Parameters: d_k + d d_k + d^2, or d without `project`.
 
@@ -38,11 +38,11 @@ class AttentionFusionConfig(MethodConfig):
 
     method: Literal["attention_fusion"] = "attention_fusion"
     key_width: PositiveInt = 64
-    """Width d_k of the query and of what it is compared with."""
+    """Width d_k of the query and of the keys."""
     heads: PositiveInt = 1
     """Heads, which divide d_k and the width of the stream."""
     project: bool = True
-    """Compare and take what W_k and W_v make of the states, and not the states themselves."""
+    """Project the states by W_k and W_v; False compares and averages the states themselves."""
 
     @model_validator(mode="after")
     def _divides(self) -> Self:
@@ -52,7 +52,7 @@ class AttentionFusionConfig(MethodConfig):
 
 
 class Fusion(nn.Module):
-    """The query, and the maps of what it asks."""
+    """The query, and the maps of keys and values."""
 
     def __init__(self, width: int, config: AttentionFusionConfig) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ class FusionOperator(BesideOperator):
 
 
 class AttentionFusion(Method):
-    """A query of the task, which takes of each token's states in all layers what it asks for."""
+    """A trained query for the task, which attends to each token's states in all layers."""
 
     name = "attention_fusion"
     Config = AttentionFusionConfig

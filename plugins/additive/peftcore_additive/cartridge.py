@@ -2,25 +2,25 @@
 
     Attention(q, [Z_k; K], [Z_v; V])   in every layer;   Z = the keys and values of the text's first `length` tokens
 
-Z is what the model's cache holds of these tokens, keys after their rotation, and trains from there but for the first
-`frozen` tokens: attention leans on the first one, and training it unsettles the model. ``data=`` has the text: the
-first row of the first batch, as the model is called with it. Keys have the positions 0 to length - 1 and tokens go on
-from there, wherever the model takes positions, so a fresh cartridge of a whole text is that text.
+Z starts as the model's cache of that part of the text, with keys after their rotation, and trains except for the first
+`frozen` tokens: the first token is an attention sink, and training it makes the model unstable. ``data=`` has the text:
+the first row of the first batch, as the model is called with it. Keys have the positions 0 to length - 1 and tokens go
+on from there, wherever the model takes positions, so a fresh cartridge of a whole text is that text.
 
     L = -sum_i q_i log p_i,   the mean over tokens;   q_i what the teacher says, p_i what the model with Z says
 
-It is trained to answer as the model does that sees the whole text (self-study: a model asks and answers about pieces of
-it). What the teacher says comes with the call, ``with peftcore.call(model, teacher=logits): model(ids)``, where the
-logits are those of the tokens behind the text, under ``cartridge.disabled()``; L is then a loss of the method's own,
-for ``cartridge.losses()``, or added to the model's where labels are given.
+It is trained to answer like the model with the whole text in its context (self-study: a model asks and answers about
+pieces of it). Pass the teacher's predictions with ``with peftcore.call(model, teacher=logits): model(ids)``, where the
+logits are those of the tokens behind the text, computed under ``cartridge.disabled()``. L is then in
+``cartridge.losses()``, or is added to the model's loss where labels are given.
 
-As in the authors' code the teacher may also be the logarithms of its largest probabilities and their tokens, two
-tensors ``[batch, tokens, k]``, not scaled to 1. Padding does not count, nor positions where all that the teacher says
-is -inf. peft has neither teacher nor loss, and starts at random until a text is shown to it.
+As in the authors' code `teacher` may also be the logarithms of its largest probabilities and their tokens, two tensors
+``[batch, tokens, k]``, not scaled to 1. Padding does not count, nor do positions where all values of the teacher are
+-inf. peft has neither teacher nor loss, and starts at random until it is given a text.
 
-Never identity. Cartridges of several texts that are active together are all seen, each further one a text's length on
-(peft composes their files). Where attention has a window, every token sees Z all the same; in peft Z leaves the window
-as words do.
+Never identity. If cartridges of several texts are active, tokens attend to all of them; each further cartridge moves
+the positions of tokens on by its length (peft composes their files). Where attention has a window, every token still
+attends to Z; in peft Z leaves the window as words do.
 Parameters: (length - frozen) * kv_heads * (key width + value width) a layer; the frozen rows are saved too.
 
 Use it where many questions are asked about one long text: it takes some percent of the text's cache.
@@ -101,7 +101,7 @@ class CartridgeOperator(FrontOperator):
 
 
 class Cartridge(Method):
-    """A trained key-value cache that starts as that of a text.
+    """A trained key-value cache that starts as the cache of a text.
 
     Example:
         injection = peftcore.apply(model, "cartridge", length=8, data=[{"input_ids": ids}])

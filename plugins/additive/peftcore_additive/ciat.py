@@ -4,17 +4,17 @@
     s' = s + Branch(x) + A(x),   x = LN(s)            beside self-attention and feed-forward, not cross-attention
     A(x) = W_up relu(W_down LN_A(x) + b_down) + b_up,   W_down [d / r, d],   W_up [d, d / r]
 
-Each A has a norm of its own, which the formulas of the paper leave out behind the host's. x is what a branch reads, so
-the stream itself in hosts with norms behind their branches. h_0 has positions in it, and lies in front of the dropout
-in the code, behind it here. Dropout acts behind relu. The authors draw both matrices as Glorot, with biases at zero, so
-a fresh adapter moves the outputs; ``init="zero"`` starts W_up at zero, an exact identity.
+Each A has a separate norm LN_A; the paper's formulas omit it where a norm of the host precedes it. x is the input of a
+branch, which is the stream itself in hosts with norms behind their branches. h_0 includes positions; the authors' code
+takes it before the dropout, this one after it. Dropout acts behind relu. The authors draw both matrices as Glorot, with
+biases at zero, so a fresh adapter moves the outputs; ``init="zero"`` starts W_up at zero, an exact identity.
 
 The paper has one set for each pair of languages, over a frozen model of all of them: an adapter each, to be switched or
 routed by row. While adapters train, its code turns the host's dropout of branches off; here the host is as it is.
 
 Parameters, with w = d / r: 2 d w + w + 3 d for each branch and each stack's embeddings.
 
-Use it where tasks or languages share a model and get into each other's way from the first layer on: it is large, half
+Use it where tasks or languages share a model and interfere with each other from the first layer on: it is large, half
 as wide as the stream. Not where parameters count, or where it has to be merged; `parallel_adapter` is its kin without
 norms and embeddings, `madx_invertible` one at the embeddings alone.
 """
@@ -58,12 +58,12 @@ class CIATConfig(MethodConfig):
     dropout: Share = 0.3
     """Probability with which numbers behind relu are dropped in training."""
     embeddings: bool = True
-    """Adapt what the first block of a stack reads, too, where a target is in it."""
+    """Adapt the input of the first block of a stack, too, where a target is in the stack."""
     init: Literal["glorot", "zero"] = "glorot"
     """The start of W_up: as the authors draw it, or zero, which makes a fresh adapter an exact identity."""
 
     def inner(self, width: int) -> int:
-        """Return how many numbers an adapter beside a stream of this width has inside."""
+        """Return the inner width of an adapter for a stream of this width."""
         return max(1, width // self.reduction)
 
 
@@ -90,7 +90,7 @@ class Bottleneck(nn.Module):
 
 
 class BranchOperator(Bypass):
-    """The adapter beside a branch."""
+    """The adapter in parallel with a branch."""
 
     def __init__(self, site: BranchSite, config: CIATConfig) -> None:
         super().__init__(site)
@@ -121,7 +121,7 @@ class EmbeddingsOperator(InputOperator):
 
 
 class CIAT(Method):
-    """Parallel adapters with norms of their own, and one behind the embeddings."""
+    """Parallel adapters with separate norms, and one behind the embeddings."""
 
     name = "ciat"
     Config = CIATConfig

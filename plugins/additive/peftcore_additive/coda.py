@@ -4,24 +4,23 @@ arXiv 2304.04947.
     y_i = x_i + W_up f(W_down n(x_i) + b_down) + b_up + lambda_i (F(x)_i - x_i),   W_down [r, d],  W_up [d, r]
     lambda = argmax_l l . s + epsilon H(l),   0 <= l_i <= 1,   sum_i l_i = k,   s = x w,   w [d]
 
-F is the frozen block, which is given the k tokens with the largest lambda and no others: the rest are neither in its
-attention nor in its feed-forward, and their lambda counts as zero. That is what makes it fast, in training as well. k
-is the number of tokens by `reduction`, rounded up; padding is never chosen, and does not count. lambda is found, up to
-some per cent, by 20 steps of coordinate descent with epsilon from 4 down to `temperature`, as in
-lucidrains/CoLT5-attention; the authors' code is not public. n takes off the mean and divides by the deviation, where
-the paper has the block's own norm.
+F is the frozen block, which gets only the k tokens with the largest lambda: the remaining tokens skip its attention and
+its feed-forward, and their lambda counts as zero. This makes the model faster, in training as well. k is the number of
+tokens by `reduction`, rounded up; padding is never chosen, and does not count. lambda is found, up to some per cent, by
+20 steps of coordinate descent with epsilon from 4 down to `temperature`, as in lucidrains/CoLT5-attention; the authors'
+code is not public. n subtracts the mean and divides by the standard deviation; the paper uses the block's own norm.
 
-W_up and b_up start at zero, W_down and w as torch's layers do. Tokens that pass a block by change the outputs from the
+W_up and b_up start at zero, W_down and w as torch's layers do. Tokens that skip a block change the outputs from the
 start; with ``reduction=1`` a fresh adapter is an exact identity. The paper trains on unlabelled text first.
 
-It acts on encoders: where tokens see only earlier ones, later ones would choose. Blocks that make positions by
-themselves (T5, whose first block counts tokens) or look through windows are refused, and attention of the chosen tokens
-to all others (the paper's k-to-all) is not here.
+It acts on encoders: in causal models later tokens would influence the choice of earlier ones. Blocks that make
+positions by themselves (T5, whose first block counts tokens) or look through windows are refused, and attention of the
+chosen tokens to all others (the paper's k-to-all) is not here.
 
 Parameters: 2 d r + r + 2 d a block.
 
-Use it where an encoder has to be faster than it was, on long inputs; not where tokens are few, or each has a label of
-its own: `parallel_adapter` goes without the choice, and `adapterdrop` leaves out adapters, no tokens.
+Use it where an encoder has to be faster than it was, on long inputs; not where tokens are few, or where each token has
+a label: `parallel_adapter` adapts all tokens without a choice, and `adapterdrop` skips adapters, not tokens.
 """
 
 from __future__ import annotations
@@ -70,7 +69,7 @@ class CoDAConfig(MethodConfig):
 
 
 class ConditionalOperator(Operator):
-    """The router of one block, and the adapter beside it."""
+    """The router of one block, and the adapter in parallel with the block."""
 
     changes_inputs = True
 
@@ -120,13 +119,13 @@ class ConditionalOperator(Operator):
             return soft_top_k(scores, k, real, self.temperature, self.steps)
 
     def beside(self, x: Tensor) -> Tensor:
-        """Return what the adapter adds to all tokens."""
+        """Return the adapter's output for all tokens."""
         low = self.activation(cast_linear(self, self.down, layer_norm(x, (self.width,))))
         return cast_linear(self, self.up, low)
 
 
 class CoDA(Method):
-    """Blocks that only some tokens go through, beside adapters that all of them do."""
+    """Blocks that process only some tokens, in parallel with adapters that process all of them."""
 
     name = "coda"
     Config = CoDAConfig

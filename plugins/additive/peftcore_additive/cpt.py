@@ -2,26 +2,27 @@
 
     X' = [E(c) + D ; E(ids)],   c the tokens of some solved examples,   |D_i| <= epsilon_i sqrt(d / 2048)
 
-A prompt that starts as examples in front of the question, to the bit, and moves little from there: after each step
-every row of D is brought back into its ball. `types` says what a token of an example is, and counts on by 4 from
-example to example: 1 text before the input, 2 input, 3 text before the answer, 4 answer; the next example has 5 to 8.
-0 is nothing. Rows of inputs have `epsilon`, those of the text around them `format_epsilon`, and answers stay.
+A prompt that starts as exactly the examples in front of the question, and changes little: after each step every row of
+D is projected back into its ball. `types` is the type of each token of an example, and increases by 4 from example to
+example: 1 text before the input, 2 input, 3 text before the answer, 4 answer; the next example has 5 to 8. 0 is unused.
+Rows of inputs have the radius `epsilon`, rows of the text around them `format_epsilon`, and answers do not change.
 
-The loss is that of the labels and of the answers in the prompt, which the model predicts from what stands before them:
+The loss covers the labels and the answers in the prompt, which the model predicts from the tokens before them:
 
     L = sum_t w_t CE_t / number of t,   t: labels (w = 1), and answers (w = decay^n, n = 1 for the last example)
 
-It takes the place of the model's own wherever labels are given and the model trains. Labels of the question and of
-padding have to be -100; peft has them in `input_type_mask`. The first label counts too: the last row predicts it. A
-batch that is padded on the left has the prompt behind the padding; in peft padding stands between, and predicts.
+It replaces the model's own loss where labels are given and the model is in training. Labels of the question and of
+padding have to be -100; peft has them in `input_type_mask`. The first label counts too: the last row predicts it. In a
+batch with left padding the prompt is inserted behind the padding; in peft the padding is between prompt and text, and
+its last token predicts.
 
-In peft a row is brought back by the next forward, which writes to the parameter; here by `injection.optimizer`. With
-other optimizers the forward computes with what is brought back, and D itself may go on. Gradients are those without
-the ball, as in peft. A file of peft has E(c) + D as one, so a ball begins there anew, in peft too.
+In peft the next forward projects a row and overwrites the parameter; here `injection.optimizer` does so. With other
+optimizers the forward uses the projected rows, and D itself may leave the ball. Gradients ignore the projection, as in
+peft. A file of peft stores the sum E(c) + D, so after loading the ball is centered there, in peft too.
 
 Never identity: it is the model that sees the examples. Parameters: length * d, those of answers included, as in peft.
 
-Use it for few examples of a task that examples in the prompt explain, where other methods learn them by heart.
+Use it for few examples of a task that examples in the prompt explain, where other methods overfit.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class CPTConfig(MethodConfig):
     ids: Annotated[list[NonNegativeInt], Field(min_length=1)]
     """The tokens of the examples."""
     types: list[NonNegativeInt] = Field(default_factory=list)
-    """The type of each token, a number as the method's page has it; without it all are text around inputs (1)."""
+    """The type of each token, a number as in the method's page; by default all tokens are text around inputs (1)."""
     epsilon: NonNegativeFloat = 0.1
     """How far a row of an input may move, in a model of width 2048."""
     format_epsilon: NonNegativeFloat = 0.1
@@ -78,7 +79,8 @@ class CPTConfig(MethodConfig):
         return self.types or [1] * len(self.ids)
 
     def answers(self) -> dict[int, float]:
-        """Return the weight in the loss of each token of an answer, by its place; the first token has none before."""
+        """Return the weight in the loss of each token of an answer, by its position; the first token of the prompt is
+        left out, since no token precedes it."""
         kinds = dict(enumerate(self.kinds()))
         places = [place for place, kind in kinds.items() if kind > 0 and kind % 4 == 0 and place > 0]
         examples = sorted({kinds[place] for place in places}, reverse=True)
@@ -117,7 +119,7 @@ class CPTOperator(SequenceOperator):
 
 
 class Within(GradientRule):
-    """Brings the rows of a prompt back into their balls."""
+    """Projects the rows of a prompt back into their balls."""
 
     def __init__(self, operators: dict[nn.Parameter, CPTOperator]) -> None:
         super().__init__()

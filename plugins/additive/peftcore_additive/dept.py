@@ -3,16 +3,16 @@
     X' = [P ; X + alpha / sqrt(r) (A B)[:n]],   P [m, d], A [s, r], B [r, d]
 
 X are the n embedded tokens of the text: the t-th one gets row t of A B, and those behind the first s get nothing. So a
-prompt that is m instead of m' rows long takes as many parameters, and less time. The text is what comes before the
+prompt that is m instead of m' rows long takes as many parameters, and less time. The text is all tokens before the
 first label, or the whole input, unless ``peftcore.call(model, prompt_length=...)`` says it; answers are left alone.
-Rows count from the first token, whatever padding is before. (The authors pad inputs to s. In their causal models, which
-are padded on the left, rows so count from the end; in training answers get some, and generated tokens do not.)
+Rows of A B are counted from the first token that is not padding. (The authors pad inputs to s. In their causal models,
+which are padded on the left, rows so count from the end; in training answers get some, and generated tokens do not.)
 
 P starts as embeddings of tokens drawn from the vocabulary, or of given ones; A as torch's linear layers do, B at zero.
-P and A, B have learning rates of their own, as the authors find needed: `optimizer` takes that of P, and A and B get
+P has one learning rate and A, B another, which the authors find necessary: `optimizer` takes that of P, and A and B get
 `update_ratio` of it. Parameters: m d + r (s + d).
 
-Use it where a prompt's length costs too much; not for texts much longer than s, whose rest it leaves as it is
+Use it where a prompt's length costs too much; not for texts much longer than s, whose further tokens it does not change
 (prompt_tuning is better there).
 """
 
@@ -47,19 +47,20 @@ class DePTConfig(MethodConfig):
     length: PositiveInt = 40
     """Rows m of the short prompt."""
     rank: PositiveInt = 45
-    """Rank r of what is added to the embeddings."""
+    """Rank r of the update of the embeddings."""
     max_length: PositiveInt = 256
-    """Tokens s of a text that get something."""
+    """Number s of tokens of a text that are updated."""
     alpha: PositiveFloat = 8.0
-    """Numerator of the scale ``alpha / sqrt(rank)`` of what is added to the embeddings."""
+    """Numerator of the scale ``alpha / sqrt(rank)`` of the update of the embeddings."""
     init_ids: list[NonNegativeInt] = Field(default_factory=list)
-    """Start the prompt from the embeddings of these tokens, repeated or cut to its length, and not from drawn ones."""
+    """Token ids whose embeddings the prompt starts from, repeated or cut to its length, instead of randomly drawn
+    tokens."""
     update_ratio: PositiveFloat = 5e-4 / 0.3
     """The learning rate of A and B, relative to that of the prompt."""
 
 
 class DePTOperator(InstanceOperator):
-    """The short prompt of one stack, and what is added to its embeddings."""
+    """The short prompt of one stack, and the update of its embeddings."""
 
     def __init__(self, site: SequenceSite, config: DePTConfig) -> None:
         super().__init__(site, config.length)

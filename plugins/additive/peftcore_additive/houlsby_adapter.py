@@ -2,17 +2,17 @@
 
     y = h + W_up f(W_down h + b_down) + b_up,   W_down [r, d],  W_up [d, r]
 
-h is what a sub-block (attention, then feed-forward) is about to add to the residual stream: the output of its last
-matrix, behind the host's dropout, as in the authors' code (google-research/adapter-bert), behind layer scale and
-stochastic depth, and before residual and norm; `joins` says so. For mixtures of experts it is the output of the whole
-mixture, in blocks of convolutions that of the last one, where the adapter acts on the channels of each position. All
-norms train too, that of the embeddings as well, as in the authors' code. Both matrices start from a normal with
-standard deviation 1e-3, cut at two deviations, biases zero: near identity, not exactly.
+h is the output of a sub-block (attention, then feed-forward) before it is added to the residual stream: the output of
+its last matrix, behind the host's dropout, as in the authors' code (google-research/adapter-bert), behind layer scale
+and stochastic depth, and before residual and norm; `joins` sets the place. For mixtures of experts it is the output of
+the whole mixture, in blocks of convolutions it is the output of the last one, and the adapter acts on the channels of
+each position. All norms train too, that of the embeddings as well, as in the authors' code. Both matrices start from a
+normal with standard deviation 1e-3, cut at two deviations, biases zero: near identity, not exactly.
 
-With ``target="block"`` h is what a whole block returns, and with `norm` the adapter reads LN(h), a layer norm of its
-own: the adapter of Bapna and Firat 2019 (`residual_adapter_nmt`). With ``side="stream"`` h is the stream's side of a
-matrix: what the first matrices of a branch read, x' = x + W_up f(W_down x), y = W x', and what the last one returns, as
-LLM-Adapters has it (`llm_adapters_series`).
+With ``target="block"`` h is the output of a whole block, and with `norm` the adapter reads LN(h), where LN is a trained
+layer norm: the adapter of Bapna and Firat 2019 (`residual_adapter_nmt`). With ``side="stream"`` h is the side of a
+matrix that faces the stream: the input of the first matrices of a branch, x' = x + W_up f(W_down x), y = W x', and the
+output of the last one, as in LLM-Adapters (`llm_adapters_series`).
 
 Parameters: 2 d r + r + d an adapter, two adapters a block; without `bias` 2 d r; with `norm` 2 d more, with a learned
 `scale` 1 or d; with `train_layer_norm`, the norms besides.
@@ -59,20 +59,21 @@ class HoulsbyAdapterConfig(MethodConfig):
     train_layer_norm: bool | Literal["blocks"] = True
     """Train all norms along, or those of the blocks alone."""
     joins: Joins = "stream"
-    """Where it reads and adds: behind what the host does to a branch's output (dropout, layer scale, stochastic depth),
-    or at the branch's last matrix, in front of that."""
+    """The place where the adapter reads and adds: after the host's operations on a branch's output (dropout, layer
+    scale, stochastic depth), or before them, at the branch's last matrix."""
     side: Literal["outputs", "inputs", "stream"] = "outputs"
-    """The side of the target on which it stands: behind it, in front of it, or where the stream is: in front of the
-    first matrices of a branch, behind all others."""
+    """The side of the target that is adapted: its outputs, its inputs, or the side that faces the stream: the inputs of
+    the first matrices of a branch, the outputs of all other targets."""
     norm: bool = False
-    """A layer norm of its own in front of W_down, which trains with it."""
+    """Put a layer norm in front of W_down, which trains with the adapter."""
     bias: bool = True
     """Biases behind both matrices."""
     scale: Scale = 1.0
-    """A factor in front of what the adapter adds: a number, one that is "learned" from 1, or a vector of those, one for
-    each "channel"."""
+    """The factor on the adapter's output: a number, a "learned" scalar, or a learned factor for each "channel"; learned
+    factors start at 1."""
     stochastic_depth: Share = 0.0
-    """Probability with which a row of the batch goes without the adapter in training; what others get is scaled up."""
+    """Probability with which a row of the batch skips the adapter in training; the adapter's output for the remaining
+    rows is scaled up."""
     init: Start = "cut"
     """The draw of both matrices: a normal that is cut at two standard deviations, or a whole one."""
     init_std: NonNegativeFloat = 1e-3
@@ -101,7 +102,7 @@ def _inputs_of(site: Site) -> int:
     """Return the number of features that a target reads.
 
     Raises:
-        UnsupportedSite: it reads tokens, or it is a part of a matrix, and all parts read the same.
+        UnsupportedSite: it reads token ids, or it is a slice of a matrix, whose slices all read the same input.
     """
     if site.layer.one_hot or site.slices is not None:
         raise UnsupportedSite(f"{site.path}: nothing stands in front of it alone; an adapter can stand behind it")

@@ -37,7 +37,7 @@ class IA3Config(MethodConfig):
 
 
 def scales_input(site: Site, config: IA3Config) -> bool:
-    """Whether the vector scales the inputs of the site's linear map, and not its outputs."""
+    """True if the vector scales the inputs of the site's linear map, and not its outputs."""
     return any(site.role == each or fnmatch.fnmatchcase(site.path, each) for each in config.scale_inputs)
 
 

@@ -3,16 +3,17 @@
     X' = [P(x) ; X],   P(x) = W2 gelu(W1 u + b1) + b2,   u what the model itself makes of the text x
 
 X are the embedded tokens. A first pass without the prompt, of which no gradients are kept, gives u [d]: the state of
-the text's first token, or of its last one in causal models; W1 [h, d] and W2 [length d, h] make the rows of it.
+the text's first token, or of its last one in causal models; W1 [h, d] and W2 [length d, h] make the rows of P from it.
 With `phm` (IDPG-PHM) both are sums of Kronecker products, W = (sum_i S_i x V_i)^T, i = 1..n, with S_i [n, n] and V_i an
 n-th of the matrix each way. In training u and the hidden layer are dropped out.
 
-The text is what comes before the first label, or the whole input, unless ``peftcore.call(model, prompt_length=...)``
+The text is all tokens before the first label, or the whole input, unless ``peftcore.call(model, prompt_length=...)``
 says it: the prompt is made once, and generated tokens do not change it.
 
 This is the single-layer IDPG of the paper; its multi-layer one adds another prompt to the same rows at each layer. The
-authors put the rows behind the first token, [CLS]; here they stand in front, as all prompts do. W1, W2 start N(0, 0.02)
-and b at zero; with `phm` all factors and b1 start N(0, 0.05), b2 uniform in +-0.5. Nothing is identity at the start.
+authors put the rows behind the first token, [CLS]; here they are in front of it, like all prompts. W1, W2 start N(0,
+0.02) and b at zero; with `phm` all factors and b1 start N(0, 0.05), b2 uniform in +-0.5. Nothing is identity at the
+start.
 
 Parameters: (d + 1) h + (h + 1) length d; with `phm` 2 n^3 + (d h + h length d) / n + h + length d.
 
@@ -112,7 +113,7 @@ class IDPGOperator(InstanceOperator):
 
 
 class IDPG(Method):
-    """A prompt for each text, made of what the model itself makes of the text."""
+    """A prompt for each text, generated from the model's own state of the text."""
 
     name = "idpg"
     Config = IDPGConfig

@@ -5,27 +5,29 @@
     L = L_model + w_h L_head + w_r L_rep + w_k KL
 
 Prompts are made as in `idpg`: u [d] is the state of the text's first token in a first pass without the prompt, or of
-its last one in causal models; no gradient goes there. The losses act in training; evaluation is the prompt alone.
-Two of them are InfoNCE bounds on mutual information, -log(exp s_0 / (exp s_0 + sum_j exp s_j)); p is the mean of P(x):
+its last one in causal models; u is detached. The losses act in training; evaluation uses only the prompt. Two of them
+are InfoNCE bounds on mutual information, -log(exp s_0 / (exp s_0 + sum_j exp s_j)); p is the mean of P(x):
 
     L_head:  s(p) = p c / sqrt(d)  against s(e_j),   e_j embedded tokens of the text, c the mean of the head's rows
     L_rep:   s(z) = (U z) (M p + m) / sqrt(d),   z = mean(v) + std(v) noise   against z of u
 
 In L_rep, v is the state of u's token behind the prompt, drawn from once; negatives are as many draws as `draws` times
 the batch from u, of the same text. v carries gradients, p does not. KL is how far both Gaussians are from N(0, 1); mean
-and log std (within -2 and 10) are linear and h wide. They, U, M and m are the critics: they train along and are in the
-file, for training that goes on, and are of no use later. The head is the model's own, and gets gradients where it
-trains; a model with none as wide as its embedded tokens has no L_head. In training it scores the text's tokens too.
+and log std (within -2 and 10) are linear and h wide. These linear layers, U, M and m are the critics: they train along
+and are saved in the file to resume training, and are not used afterwards. The head is the model's own, and gets
+gradients if it trains; without a head as wide as the embedded tokens, L_head is left out. In training the head scores
+the text's tokens too.
 
 Of the paper the sum and the two bounds are known here; all else is the code's, whose author, a J. Wu of UC San Diego,
-is plausibly the paper's first one. Otherwise than there: it scores classes from U z, a bottleneck before its head, and
-here the head reads what it always does; u and v are its [CLS] and [MASK]; its rows stand around [MASK], where as it was
-published it wants four times the rows that it makes, and takes those of the batch's first text; and each loss ends at
-2, with no gradient above, which with 7 negatives or more is everywhere while it is at chance (`ceiling`).
+is plausibly the paper's first one. Differences from that code: it predicts classes from U z, a bottleneck before its
+head, while here the head's input is unchanged; u and v are its [CLS] and [MASK]; it puts the rows around [MASK], where
+the published code needs four times the rows that it makes, and uses the rows of the batch's first text for all; and it
+clamps each loss at 2, without a gradient above, which with 7 negatives or more holds for every text as long as scores
+are at chance (`ceiling`).
 
 Parameters: (d + 1) h + (h + 1) length d, and critics of 3 d h + 2 h + d^2 + d.
 
-Use it where prompts learn slowly; not where a second pass counts (`prompt_tuning` has none).
+Use it where prompts learn slowly; not where the time of a second pass counts (`prompt_tuning` runs only one).
 """
 
 from __future__ import annotations
@@ -66,15 +68,16 @@ class InfoPromptConfig(MethodConfig):
     head_weight: NonNegativeFloat = 0.1
     """Weight w_h of the loss with the head."""
     representation_weight: NonNegativeFloat = 0.2
-    """Weight w_r of the loss with the features; without it there are no features."""
+    """Weight w_r of the loss with the features; 0 leaves the features out."""
     kl_weight: NonNegativeFloat = 0.1
     """Weight w_k of the features' divergence from N(0, 1)."""
     draws: PositiveInt = 4
     """Negatives of each text in L_rep, times the texts of the batch."""
     ceiling: PositiveFloat | None = None
-    """The most that a text adds to either bound's loss; above it there are no gradients. The authors' code has 2."""
+    """The largest loss of a text for either bound; above it the loss is clamped, without gradients. The authors' code
+    uses 2."""
     outputs: list[NonNegativeInt] = Field(default_factory=list)
-    """The head's rows of which c is the mean: the tokens that name classes, for a language model. All without."""
+    """The head's rows whose mean is c: for a language model, the tokens that name classes. All rows by default."""
 
 
 class InfoPromptOperator(InstanceOperator):
@@ -111,7 +114,8 @@ class InfoPromptOperator(InstanceOperator):
 
 
 class InfoPrompt(Method):
-    """A prompt for each text, with losses that have it tell of the head and of the model's features."""
+    """A prompt for each text, with losses that maximize its mutual information with the head and with the model's
+    features."""
 
     name = "infoprompt"
     Config = InfoPromptConfig

@@ -4,22 +4,22 @@ arXiv 2002.01808 (code: microsoft/K-Adapter).
     a_j = x_j + W_up T(W_down x_j + b_down) + b_up,   x_j = h_{l_j} + a_{j-1},   a_0 = 0
     y   = W [h ; a_J] + b   in the place of h,   or h + a_J   (`fusion`: "concat", "add")
 
-h_l is what block l reads, h what the last block returns. T are transformer blocks as BERT has them, w wide; the
-adapters of a chain share nothing. Nothing inside of the model changes, so what was learned before stays, and chains of
-several kinds of knowledge, each trained alone, do not disturb each other: two injections with "add" are what
-the authors' code adds up of two chains. Its further linear layer over two concatenations is not here.
+h_l is the input of block l, h the output of the last block. T are transformer blocks like BERT's, w wide; the adapters
+of a chain share nothing. The model inside is unchanged, so earlier knowledge is kept, and chains for several kinds of
+knowledge, each trained alone, do not interfere: two injections with "add" equal the sum of two chains in the authors'
+code. Its further linear layer over two concatenations is not here.
 
 As the scripts have it, the layers are 0, 11 and 22 of 24 (the README: or 23), and no chain skips adapters. In the code
 adapters see padding too; here they do not, and in causal models no later tokens. The join is in front of the model's
-last norm, where it has one. Keys and values of the adapters lie in the model's cache.
+last norm, where it has one. The model's cache also stores the keys and values of the adapters.
 
 W_up and W_down start from N(0, 0.0002^2), biases of both at 0, all else as torch's layers do: no identity, as the
 authors train a head behind. With `identity` W starts as [I 0].
 
 Parameters: J (2 w d + w + d + T (12 w^2 + 13 w)), and 2 d^2 + d for W and b: 49,349,376 in RoBERTa-large.
 
-Use it where knowledge comes from a task of its own and models with it go on to others; not where parameters are few,
-nor where the model is to be merged (`lora`). `lst` is its kin that reads every layer and predicts by itself.
+Use it where a separate task teaches knowledge for later tasks; not where parameters must be few, nor where the model is
+to be merged (`lora`). `lst` is its kin that reads every layer and predicts by itself.
 """
 
 from __future__ import annotations
@@ -70,11 +70,13 @@ class KAdapterConfig(MethodConfig):
     heads: PositiveInt = 12
     """Heads of their attention; their greatest common divisor with the width, where they do not divide it."""
     dropout: Share = 0.1
-    """Probability with which attention weights, and what attention and feed-forward add, are dropped in training."""
+    """Probability with which attention weights, and the outputs of attention and feed-forward, are dropped in
+    training."""
     fusion: Literal["concat", "add"] = "concat"
-    """How the last state of the model and that of the chain are put together: a linear layer reads both, or the sum."""
+    """The way in which the last states of model and chain are combined: a linear layer on their concatenation, or the
+    sum."""
     identity: bool = False
-    """Start with the model's own last state, which the linear layer hands on."""
+    """Start with the model's own last state, which the linear layer passes through."""
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -89,7 +91,7 @@ class KAdapterConfig(MethodConfig):
 
 @dataclass(frozen=True)
 class Chain:
-    """The adapters of one stack, and where each finds its state; they belong to the injection."""
+    """The adapters of one stack, and the block whose input each one reads; they belong to the injection."""
 
     adapters: list[Shared]
     states: list[Tap]
@@ -100,7 +102,7 @@ class Chain:
     stamp: str = field(default_factory=lambda: uuid.uuid4().hex, compare=False)
 
     def joined(self, h: Tensor, given: dict[str, Any], held: int) -> Tensor:
-        """Return what replaces the last state ``[batch, tokens, d]``, by the last block's arguments."""
+        """Return the replacement of the last state ``[batch, tokens, d]``, by the last block's arguments."""
         adapters: list[Any] = [adapter.module for adapter in self.adapters]
         depth, dtype = len(adapters[0].blocks), adapters[0].down.weight.dtype
         caches = side_layers(given, self.stamp, depth * len(adapters), self.below)
@@ -114,7 +116,7 @@ class Chain:
 
 
 class KAdapterOperator(Operator):
-    """Leaves what a block reads for the chain, where an adapter wants it; behind the last block, joins both."""
+    """Stores a block's input for the chain, where an adapter reads it; behind the last block, joins model and chain."""
 
     def __init__(self, site: BlockSite, state: Tap | None, chain: Chain | None) -> None:
         super().__init__(site)
@@ -133,7 +135,8 @@ class KAdapterOperator(Operator):
 
 
 class KAdapter(Method):
-    """A chain of adapters beside the model, which read states of some layers and join the last one."""
+    """A chain of adapters in parallel with the model, which read states of some layers; its output joins the last
+    state."""
 
     name = "k_adapter"
     Config = KAdapterConfig

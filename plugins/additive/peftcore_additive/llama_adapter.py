@@ -2,15 +2,15 @@
 
     y = Attention(q, K, V) + tanh(g) * softmax(q (W_k P)^T / sqrt(d_h)) (W_v P)   in the top layers
 
-y is what goes into the layer's output matrix. P [length, d] is a prompt of the layer; the layer's own frozen matrices
-(as other active injections leave them) make keys and values of it, biases included, without rotation. Its softmax is
-apart from that of the words, so the gate g, one number a head and zero at first, decides alone how much of the prompt
-comes in: a fresh injection changes nothing. The tanh is that of the authors' training code.
+y is the input of the layer's output matrix. P [length, d] is a prompt of the layer; the layer's own frozen matrices
+(with the changes of other active injections) compute keys and values from P, biases included, without rotation. P has a
+separate softmax, so the gate g, one number for each head and zero at first, alone scales the effect of the prompt: a
+fresh injection changes nothing. The tanh is that of the authors' training code.
 
 Parameters: length * d + heads in each of the top layers.
 
-Use it to teach instructions to a language model on top of what it knows, undisturbed at the start. Nothing merges, and
-the prompt's keys stay out of the cache. Where a model normalizes its keys (Qwen 3), those of the prompt are not.
+Use it to teach instructions to a pretrained language model without changing it at the start. Nothing merges, and the
+prompt's keys stay out of the cache. Where a model normalizes its keys (Qwen 3), those of the prompt are not.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class LlamaAdapterConfig(MethodConfig):
     layers: PositiveInt = 30
     """How many of the top layers of each stack are adapted (the authors' 30 of 32); all where there are fewer."""
     tanh: bool = True
-    """False takes the gate as it is, in place of its tanh: what peft does."""
+    """Apply tanh to the gate; False uses the gate itself, as peft does."""
 
 
 class LlamaAdapterOperator(AttentionOperator):
@@ -77,7 +77,7 @@ def top(sites: list[Site], layers: int) -> list[Site]:
 
 
 class LlamaAdapter(Method):
-    """Gated attention to a prompt beside that to the words."""
+    """Gated attention to a prompt in addition to the attention to the tokens."""
 
     name = "llama_adapter"
     Config = LlamaAdapterConfig

@@ -4,13 +4,13 @@
     noreft   h' = h + R^T (W h + b - R h),   R [r, d] free
     direft   h' = h + R^T (W h + b),         R free
 
-h is what a block returns, at the first f and the last l positions of the prompt, in each chosen layer; the two ends
-have an R, W, b each unless tied. R starts with random orthonormal rows, W and b as torch's linear layers do (R too,
-where it is free); ``identity=True`` starts at h' = h. R's Cholesky factor keeps its rows orthonormal. As the authors
-have it, an `activation` acts on W h + b, dropout on h' as a whole, and either end has half of a short prompt at most
-(one token has none). Generated tokens are left alone; what the prompt is, `PromptPositions` says: what comes before the
-first label, or the whole input, unless ``peftcore.call(model, prompt_length=...)`` says it. In encoder-decoder models
-it goes through the encoder; in models of images it is the block's tokens.
+h is a block's output at the first f and the last l positions of the prompt, in each chosen layer; each end has separate
+R, W, b unless they are tied. R starts with random orthonormal rows, W and b as torch's linear layers do (R too, where
+it is free); ``identity=True`` starts at h' = h. R's Cholesky factor keeps its rows orthonormal. As in the authors'
+code, an `activation` acts on W h + b, dropout acts on h' as a whole, and each end covers at most half of a short prompt
+(a prompt of one token is not changed). Generated tokens are not changed. `PromptPositions` determines the prompt: all
+tokens before the first label, or the whole input, unless ``peftcore.call(model, prompt_length=...)`` sets its length.
+In encoder-decoder models the prompt is the encoder's input; in image models it is the block's tokens.
 
 Parameters: 2 d r + r for each end (one end when tied), each layer.
 
@@ -57,8 +57,8 @@ class LoReFTConfig(MethodConfig):
     suffix_positions: NonNegativeInt = 0
     """The last positions l of the prompt."""
     short_prompts: Literal["half", "first", "last"] = "half"
-    """Either end has at most half of the prompt; or the first positions come first, and the last ones get the rest; or
-    the other way round, as the adapters package has it."""
+    """The rule for short prompts: each end gets at most half of the prompt ("half"), or the first positions have
+    priority and the last ones get the rest ("first"), or the reverse, as in the adapters package ("last")."""
     layers: list[NonNegativeInt] | None = None
     """The layers, by number; None takes all."""
     tied: bool = False
@@ -66,7 +66,7 @@ class LoReFTConfig(MethodConfig):
     dropout: Share = 0.0
     """Probability with which numbers of h' are dropped in training."""
     activation: Literal["gelu", "relu", "silu", "tanh"] | None = None
-    """A non-linearity of W h + b; the paper has none."""
+    """A non-linearity on W h + b, which the paper does not use."""
     identity: bool = False
     """Start at h' = h: W = R and b = 0 (W = 0 and b = 0 in direft)."""
 
@@ -80,7 +80,7 @@ class LoReFTConfig(MethodConfig):
 
 
 class ReftOperator(Operator):
-    """Changes what a block returns at both ends of the prompt, by low-rank interventions."""
+    """Changes a block's output at both ends of the prompt, by low-rank interventions."""
 
     def __init__(self, site: BlockSite, config: LoReFTConfig, generates: bool) -> None:
         super().__init__(site)
@@ -133,7 +133,7 @@ class LoReFT(Method):
 
 
 def _chosen(surgeon: Surgeon, stacks: TokenStacks, config: LoReFTConfig) -> list[BlockSite]:
-    """Return the blocks of the chosen layers through which the prompt goes."""
+    """Return the blocks of the chosen layers that process the prompt."""
     sites = stacks.prompted(block_sites(surgeon, each_run=True), surgeon.wishes.target is not None)
     there = {site.depth for site in sites}
     if not there.issuperset(config.layers or ()):

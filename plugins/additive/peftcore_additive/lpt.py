@@ -2,21 +2,22 @@
 
     h_m -> [P ; h_m]   before block m,   P = G(h_m) [length, d]
 
-Blocks below m run as they are, and no gradient goes through them. G makes the prompt of what they made of the input:
+Blocks below m are unchanged, and no gradient passes through them. G generates the prompt from their output h_m:
 
     naive      P = reshape(W_2 relu(W_1 h + b_1) + b_2),   h one token: W_1 [hidden, d], W_2 [length d, hidden]
     average    P_i = W_2 relu(mean of W_1 h + b_1 over the i-th of `length` windows of tokens) + b_2,   W_2 [d, hidden]
     max        the same with the largest of each window
 
-and None trains P itself. h is the first token in encoders, and the last one of the prompt in decoders, where rows see
-nothing and tokens see all rows. Windows are those of adaptive pooling, over the tokens of the prompt without padding
-(the authors' decoder leaves its last token out). The dropout of the host's own embeddings acts on P in their code;
-`dropout` is its value. Tokens keep their positions where these are added to embeddings, and P has none, as in their
-code; with rotary positions P stands in front of the first token.
+and None trains P itself. h is the first token in encoders, and the last one of the prompt in decoders, where rows
+attend to no tokens and tokens attend to all rows. Windows are those of adaptive pooling, over the tokens of the prompt
+without padding (the authors' decoder leaves its last token out). The dropout of the host's own embeddings acts on P in
+their code; `dropout` is its value. Where positions are added to embeddings, tokens keep theirs and P is without
+positions, as in their code; rotary positions of P precede those of the first token.
 
-In a decoder P is made of the prompt, and earlier tokens of the prompt see it too. Where the prompt ends say labels (it
-is what comes before the first) or ``peftcore.call(model, prompt_length=...)``; what does not say it is refused. It is
-made once and stays in the cache. In encoder-decoder models it stands in the encoder. Never identity.
+In a decoder P is made of the prompt, and earlier tokens of the prompt see it too. Labels determine the end of the
+prompt (it precedes the first label), or ``peftcore.call(model, prompt_length=...)`` does; calls without either are
+refused. P is computed once and stays in the cache. In encoder-decoder models it is inserted in the encoder. Never
+identity.
 
 Parameters: (d + 1) hidden + (hidden + 1) length d, of pooling (d + 1) hidden + (hidden + 1) d, of None length * d.
 Use it for classification where training time and memory count: backward ends at block m. Not where tokens of generated
@@ -59,10 +60,10 @@ class LPTConfig(MethodConfig):
     length: PositiveInt = 5
     """Rows of the prompt."""
     layer: NonNegativeInt | None = None
-    """The block before which it comes in, by number; None takes the middle one."""
+    """The number of the block before which the prompt is inserted; None takes the middle block."""
     generator: Literal["naive", "average", "max"] | None = "naive"
-    """The network that makes the prompt: of one token, or of windows of all tokens, averaged or of which the largest
-    counts; None trains the prompt itself, from N(0, 1)."""
+    """The network that makes the prompt: from one token, or from the means or the maxima over windows of all tokens;
+    None trains the prompt itself, from N(0, 1)."""
     hidden: PositiveInt = 128
     """Width of the generator."""
     dropout: Share = 0.1
@@ -87,8 +88,8 @@ class LPTOperator(InnerRows):
         self.dropout = nn.Dropout(config.dropout)
 
     def rows_at(self, depth: int, states: Tensor, rows: Tensor, given: Mapping[str, Any]) -> Tensor:
-        """Return the prompt of each text; raises MissingContext where nothing says where it ends, and SequenceError
-        where it does not come at once."""
+        """Return the prompt of each text; raises MissingContext if the end of the input's prompt is unknown, and
+        SequenceError if that prompt is split over several calls."""
         if self.generator is None:
             return self.prompt
         self.check_here(self.down.weight, states)
@@ -107,7 +108,7 @@ class LPTOperator(InnerRows):
             self.positions.positions(states, given, self.training)
 
     def _chosen(self, states: Tensor, given: Mapping[str, Any]) -> Tensor:
-        """Return which tokens are the prompt's, ``[batch, tokens]``."""
+        """Return which tokens belong to the prompt, ``[batch, tokens]``."""
         running, batch = forward_context(), states.shape[:2]
         told, labels = running.context.get("prompt_length"), running.inputs.get("labels")
         if isinstance(told, int) and self.causal and told > batch[1]:

@@ -6,18 +6,18 @@ alone, and the start of side blocks from rows of the model that pruning finds im
     z_0 = W_0 b_0,   z_l = S_l(mu_l z_{l-1} + (1 - mu_l) W_l b_l),   mu_l = sigmoid(alpha_l / T)
     y   = W_out LN(z_L)   in the place of b_L
 
-b_0 is what the first block reads, b_l what block l returns. No gradient goes into the backbone, so none of its
-activations are kept for backward. S_l are transformer blocks (pre-norm, attention, then a feed-forward
-four times as wide) of width d / R, causal where the backbone is; W_l [d/R, d] with bias. alpha_l starts at 0, all else
-as torch's layers do. The authors put y behind the model's last norm, which here acts on y. The model predicts from the
-side network alone, so no start is an identity.
+b_0 is the input of the first block, b_l the output of block l. No gradient reaches the backbone, so its activations are
+not kept for backward. S_l are transformer blocks (pre-norm, attention, then a feed-forward four times as wide) of width
+d / R, causal where the backbone is; W_l [d/R, d] with bias. alpha_l starts at 0, all else as torch's layers do. The
+authors put y behind the model's last norm, which here acts on y. The model predicts from the side network alone, so no
+start is an identity.
 
 Side blocks of a decoder read its encoder through b_l only. The model's cache holds the keys and values of the side
-blocks too. What else is adapted inside the blocks gets no gradient.
+blocks too. Other adapters inside the blocks get no gradient.
 
 Parameters, with w = d / R and L blocks: (L + 1)(d w + w) + L (12 w^2 + 13 w + 1) + 2 w + w d + d.
 
-Use it where memory is short: backward touches nothing but the small network. It cannot be merged.
+Use it where memory is short: backward runs only through the small network. It cannot be merged.
 """
 
 from __future__ import annotations
@@ -61,10 +61,10 @@ class LSTConfig(MethodConfig):
     temperature: PositiveFloat = 0.1
     """T: the smaller, the sooner a gate is open or shut."""
     dropout: Share = 0.0
-    """Probability with which what a side block adds is dropped in training."""
+    """Probability with which a side block's output is dropped in training."""
 
     def width(self, width: int) -> int:
-        """Return the width w of the side network beside a stream of this width."""
+        """Return the width w of the side network for a stream of this width."""
         return max(1, width // self.reduction)
 
     def block(self, width: int) -> SideBlock:
@@ -84,7 +84,8 @@ class Ladder:
     stamp: str = field(default_factory=lambda: uuid.uuid4().hex, compare=False)
 
     def climb(self, states: Sequence[Tensor], visible: Tensor, caches: Sequence[Any]) -> Tensor:
-        """Map the states ``[batch, tokens, d]`` before the first and behind each block to what replaces the last."""
+        """Map the states ``[batch, tokens, d]`` before the first and behind each block to the replacement of the last
+        state."""
         z = self.down.module(states[0])
         for block, state, cache in zip(self.blocks, states[1:], caches or [None] * len(self.blocks), strict=True):
             z = block.module(z, state, visible, cache)
@@ -115,7 +116,8 @@ class LadderOperator(BesideOperator):
 
 
 class LST(Method):
-    """A small transformer beside the model, which reads what its blocks return and answers in their place."""
+    """A small transformer in parallel with the model, which reads the outputs of its blocks; its output replaces the
+    last one."""
 
     name = "lst"
     Config = LSTConfig

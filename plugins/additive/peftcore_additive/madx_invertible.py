@@ -4,11 +4,11 @@
     x2 = y2 - G(y1),   x1 = y1 - F(x2)      in front of the head that predicts tokens: the inverse
     F(x) = W_up f(W_down x + b_down) + b_up,   W_down [h / r, h],   W_up [h, h / r],   h = d / 2
 
-One coupling (NICE) adapts what a language makes of its tokens, and its inverse, with the same weights, what the model
-predicts. It stands behind all that makes the embeddings (in BERT their norm and dropout; in models that add positions
-outside, the token table), and in front of the last matrix of the head; a model that predicts no tokens has no inverse.
-In an encoder-decoder the encoder's tokens are adapted, and the inverse reads what the decoder returns. All matrices
-start from N(0, 0.02), biases from zero.
+One coupling (NICE) adapts the embeddings to a language, and its inverse, with the same weights, adapts the input of the
+prediction head. The coupling is behind all modules that make the embeddings (in BERT their norm and dropout; in models
+that add positions outside, the token table), and the inverse is in front of the last matrix of the head; models without
+a head that predicts tokens lack the inverse. In an encoder-decoder the encoder's tokens are adapted, and the inverse
+reads the decoder's output. All matrices start from N(0, 0.02), biases from zero.
 
 The adapters in the layers, which the paper trains with it, are those of `pfeiffer_adapter`; `madx` is both.
 

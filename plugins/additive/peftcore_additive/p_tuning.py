@@ -3,10 +3,10 @@
     X' = [P ; E(ids)],   P = f(Z),   Z [length, d] trained
 
 f is a multilayer perceptron, Linear(d, h) relu Linear(h, h) relu Linear(h, d), or a two-layer bidirectional LSTM of
-width h in each direction followed by Linear(2h, 2h) relu Linear(2h, d). P stands in front of the tokens as in
-prompt_tuning, in every respect; it is made anew in each forward, at the network's own precision. Z starts from a
-standard normal, the network as torch initializes it: nothing is identity. The authors' code for LAMA (THUDM/P-tuning)
-is the LSTM with h = d / 2.
+width h in each direction followed by Linear(2h, 2h) relu Linear(2h, d). P is put in front of the tokens exactly as in
+prompt_tuning; each forward computes P again, at the network's own precision. Z starts from a standard normal, the
+network as torch initializes it: nothing is identity. The authors' code for LAMA (THUDM/P-tuning) is the LSTM with h = d
+/ 2.
 
 With ``encoder="residual"`` it is residual prompt tuning (Razdaibiedina et al. 2023, arXiv 2305.03937; code
 arazd/ResidualPrompts), f(Z) = Z + LayerNorm(Linear(relu(Linear(Z)))) through width h, and Z starts as embeddings of

@@ -4,8 +4,8 @@
 
 The equation is prefix tuning's, carried over from generation to understanding. In the authors' code three things
 differ: P trains directly, from N(0, 1), unless `projection` asks for the network; numbers of the prefix are dropped in
-training; and a fresh linear head for the classes of the task trains along (no words stand for labels). Name that head
-in ``train=``, as in ``train=["classifier"]``. It acts on self-attention only.
+training; and a fresh linear head for the classes of the task trains along (labels are classes, not words). Name that
+head in ``train=``, as in ``train=["classifier"]``. It acts on self-attention only.
 
 The prompts' keys carry no position. The positions of tokens start behind the prompts, as the authors and peft have it,
 wherever the model takes positions; ``behind=False`` leaves them as they are.
@@ -40,11 +40,12 @@ class PTuningV2Config(MethodConfig):
     dropout: Share = 0.1
     """Probability with which numbers of the prompts are dropped in training."""
     behind: bool = True
-    """Count the positions of tokens from behind the prompts, as if these were words: what the authors and peft do."""
+    """Count the positions of tokens from behind the prompts, as if these were words, as the authors and peft do."""
 
 
 class PTuningV2(Method):
-    """Trained keys and values in front of those of every self-attention, made for tasks of understanding."""
+    """Trained keys and values in front of the keys and values of every self-attention, made for tasks of
+    understanding."""
 
     name = "p_tuning_v2"
     Config = PTuningV2Config

@@ -2,18 +2,17 @@
 
     out = Block(x) + s (W_up f(W_down x + b_down) + b_up),   W_down [r, d],  W_up [d, r]
 
-x is the very tensor that the block reads (behind the norm in front of it, where there is one). The block is the
-feed-forward by default; with ``target="attn.output"`` the attention, and any other module that is targeted is a block
-of its own. W_down starts as in LoRA, from a Kaiming-uniform draw, W_up and the biases at zero: an exact identity. The
-scale s is the paper's 4, or learned from 1. Dropout acts on f's output, as in the authors' code.
+x is exactly the tensor that the block reads (behind the norm in front of it, where there is one). The block is the
+feed-forward by default; with ``target="attn.output"`` the attention, and any other target module counts as a block.
+W_down starts as in LoRA, from a Kaiming-uniform draw, W_up and the biases at zero: an exact identity. The scale s is
+the paper's 4, or learned from 1. Dropout acts on f's output, as in the authors' code.
 
-What the block reads is taken where its first matrix reads it, and added where the block's output joins the stream,
-behind the host's dropout and layer scale of it, as in the authors' code; joins="matrix" adds where the last matrix
-returns. So models whose feed-forward is no module of its own (BERT, torch's encoder) are adapted like those where it is
-one.
+The adapter takes x at the block's first matrix, and adds its output where the block's output joins the stream, behind
+the host's dropout and layer scale, as in the authors' code; joins="matrix" adds it to the output of the last matrix. So
+models without a separate feed-forward module (BERT, torch's encoder) are adapted like models with one.
 
-With reads="matrix" it is parallel to the very module that is targeted, whatever that is a part of: y = W x + A(x), as
-LLM-Adapters has it (`llm_adapters_parallel`).
+With reads="matrix" it is parallel to the target module itself: y = W x + A(x), as in LLM-Adapters
+(`llm_adapters_parallel`).
 
 Parameters: 2 d r + r + d a block, one more when s is learned; without `bias` 2 d r.
 
@@ -58,11 +57,11 @@ class ParallelAdapterConfig(MethodConfig):
     scale: PositiveFloat | Literal["learned"] = 4.0
     """The factor s in front of the adapter; "learned" trains one for each block, from 1."""
     reads: Literal["branch", "stream", "matrix"] = "branch"
-    """The adapter's input: what the block itself reads, or the stream in front of the block's norm (as the adapters
-    package has it in pre-norm models), or what the target module reads."""
+    """The adapter's input: the block's input, or the stream in front of the block's norm (as in the adapters package
+    for pre-norm models), or the input of the target module."""
     joins: Joins = "stream"
-    """Where it adds: to the stream, behind what the host does to the branch's output (dropout, layer scale, stochastic
-    depth), or to the output of the branch's last matrix, in front of that."""
+    """The place where the adapter adds: to the stream, after the host's operations on the branch's output (dropout,
+    layer scale, stochastic depth), or before them, to the output of the branch's last matrix."""
     dropout: Share = 0.0
     """Probability with which the bottleneck's numbers are dropped in training."""
     bias: bool = True
@@ -72,7 +71,7 @@ class ParallelAdapterConfig(MethodConfig):
 
 
 class ParallelOperator(Bypass):
-    """The bottleneck beside one block."""
+    """The bottleneck in parallel with one block."""
 
     padded = frozenset({"down.weight", "down.bias", "up.weight"})
 
@@ -99,7 +98,7 @@ class ParallelOperator(Bypass):
 
 
 class ParallelAdapter(Method):
-    """A bottleneck beside each feed-forward."""
+    """A bottleneck in parallel with each feed-forward."""
 
     name = "parallel_adapter"
     Config = ParallelAdapterConfig

@@ -3,17 +3,18 @@
     u = LN(x + o),   y = LN(x + o + W_up f(W_down u + b_down) + b_up)   post-norm hosts: LN is the block's last norm
     u = x + o,       y = x + o + W_up f(W_down u + b_down) + b_up       pre-norm hosts
 
-x is the stream, o what the feed-forward adds to it. The adapter reads the stream behind the feed-forward and is added
-to it again; in post-norm models the frozen norm runs twice, with the same weights. Nothing stands at the attention, and
-no norm trains: that, and what is read, is the difference to `houlsby_adapter`. Both matrices start from N(0, 0.02),
-biases at zero: near the identity. All of this as the adapters package has it (its `seq_bn`).
+x is the stream, o the feed-forward's output that is added to it. The adapter reads the stream behind the feed-forward
+and is added to it again; in post-norm models the frozen norm runs twice, with the same weights. The attention gets no
+adapter, and no norm trains: these two points, and the adapter's input, are the differences from `houlsby_adapter`. Both
+matrices start from N(0, 0.02), biases at zero: near the identity. All of this as the adapters package has it (its
+`seq_bn`).
 
-A model is post-norm when no norm stands behind its blocks; torch's own layers say what they are. An operator's
-`placement` tells the verdict; where it is wrong (wav2vec2 looks the same with `do_stable_layer_norm` and without),
-choose it. Many later papers call a bottleneck on o itself "Pfeiffer": that is "branch", and stands at any target.
-Adapter+ (Steitz and Roth 2024, arXiv 2406.06820; `adapter_plus`) is placement="pre" with a scale g = 1 at the start for
-each channel, stochastic depth, and a narrower start. Parameters: 2 d r + r + d a layer, with a learned `scale` 1 or d
-more.
+A model counts as post-norm if no norm follows its blocks; torch's own layers state their kind. An operator's
+`placement` holds the result; if it is wrong (wav2vec2 has the same modules with `do_stable_layer_norm` and without),
+set `placement`. Many later papers call a bottleneck on o itself "Pfeiffer": that is "branch", which works at any
+target. Adapter+ (Steitz and Roth 2024, arXiv 2406.06820; `adapter_plus`) is placement="pre" with a scale g = 1 at the
+start for each channel, stochastic depth, and a narrower start. Parameters: 2 d r + r + d a layer, with a learned
+`scale` 1 or d more.
 Use it where a Houlsby adapter would do, at half its size; adapters for languages and tasks are stacked so.
 """
 
@@ -55,13 +56,14 @@ class PfeifferAdapterConfig(MethodConfig):
     activation: Literal["gelu", "relu", "silu", "tanh"] = "relu"
     """The non-linearity f."""
     placement: Literal["auto", "post", "pre", "branch"] = "auto"
-    """The adapter's input: the stream behind the norm that ends a block, or as the block returns it ("auto" is one of
-    these, as the model is), or what the target itself returns."""
+    """The adapter's input: the stream behind the norm that ends a block ("post"), or as the block returns it ("pre"),
+    or the target's output ("branch"); "auto" takes "post" or "pre", as the model requires."""
     scale: Scale = 1.0
-    """A factor in front of what the adapter adds: a number, one that is "learned" from 1, or a vector of those, one for
-    each "channel"."""
+    """The factor on the adapter's output: a number, a "learned" scalar, or a learned factor for each "channel"; learned
+    factors start at 1."""
     stochastic_depth: Share = 0.0
-    """Probability with which a row of the batch goes without the adapter in training; what others get is scaled up."""
+    """Probability with which a row of the batch skips the adapter in training; the adapter's output for the remaining
+    rows is scaled up."""
     init: Start = "normal"
     """The draw of both matrices: a normal, whole or cut at two standard deviations."""
     init_std: NonNegativeFloat = 0.02
@@ -71,8 +73,8 @@ class PfeifferAdapterConfig(MethodConfig):
 
 
 class AtLayerEnd(AtBranchEnd):
-    """Adds to the residual stream of one layer, around the norm that ends the block or around the block, or to what the
-    target returns."""
+    """Adds to the residual stream of one layer, around the norm that ends the block or around the block, or to the
+    target's output."""
 
     placement: Placement = "branch"
 
@@ -90,7 +92,7 @@ class AtLayerEnd(AtBranchEnd):
         return h + self.added(h)
 
     def added(self, h: Tensor) -> Tensor:
-        """Return what is added, in the layout of what it reads."""
+        """Return the value to add, in the layout of the input."""
         raise NotImplementedError
 
 
@@ -128,8 +130,8 @@ def placed(
     """Yield the sites that get an adapter, one a block, with its placement and the holders that it needs.
 
     Raises:
-        UnsupportedSite: a site is no feed-forward of a block with one stream of tokens, or no norm ends the block, and
-            the placement is not "branch".
+        UnsupportedSite: a site is not the feed-forward of a block with one stream of tokens, or the block does not end
+            with a norm, and the placement is not "branch".
     """
     blocks: set[str] = set()
     for site in sites:

@@ -2,19 +2,19 @@
 
     [R ; X]  ->  block l of [R + P_l ; X],   P_l [length, d] for every block l
 
-Rows R stand in front of the tokens and go through the whole stack, as queries too: what a block made of them is what
-the next one adds its P_l to. (The keys and values of prefix tuning know nothing of the blocks below.) They begin as
-what the stack's embeddings make of zeros: a position, a token type and a norm where it has them.
+Rows R are put in front of the tokens and pass through the whole stack, as queries too: each block adds its P_l to the
+rows that the block below returned. (The keys and values of prefix tuning do not depend on the blocks below.) R is the
+output of the stack's embeddings for zero vectors: positions, token types and a norm where the stack has them.
 
 P trains directly, from N(0, 0.02), or is made by a network, P_l = W_l tanh(W Z + b) + b_l, with Z [length, d] and W
 [projection, d], all N(0, 0.02) and b zero. In training its numbers are dropped out, as those of hidden states are.
 
-Rows count as words: tokens have the positions behind them. So it is in the authors' Longformer and RoBERTa, whose rows
-take positions from 0 on, which no word has there; here they have those in front of the first token. (In their BigBird
-rows have none.) Where attention has windows, rows are seen from everywhere if ``global_attention_mask`` is given, which
-Longformer's classifiers do by themselves. Heads read the tokens that they read without rows, as in the authors' BigBird
-and RoBERTa; their Longformer classifies by the first row unless it is told --use_offset_pool_tok. That one trains its
-token types along, here ``train=["token_type_embeddings"]``.
+Rows count as words: tokens have the positions behind them. The authors' Longformer and RoBERTa do so too, but their
+rows take positions from 0 on, which tokens never have there; here rows have the positions in front of the first token.
+(In their BigBird rows are without positions.) Where attention has windows, all tokens attend to the rows if
+``global_attention_mask`` is given, which Longformer's classifiers pass by themselves. Heads read the same tokens as
+without rows, as in the authors' BigBird and RoBERTa; their Longformer classifies by the first row unless
+--use_offset_pool_tok is set. Their Longformer trains its token types along, here ``train=["token_type_embeddings"]``.
 
 Never identity. Parameters: length * d a block; with projection (length + projection) d + projection + (projection + 1)
 d a block.
@@ -54,9 +54,9 @@ class PrefixPropagationConfig(MethodConfig):
     length: PositiveInt = 8
     """Rows in front of the tokens; the authors take 32 for questions about several documents."""
     projection: PositiveInt | None = None
-    """Width of the network that makes what is added to them (512 in the authors' code); None trains it itself."""
+    """Width of the network that makes P (512 in the authors' code); None trains P itself."""
     dropout: Share = 0.1
-    """Probability with which numbers of it are dropped in training."""
+    """Probability with which numbers of P are dropped in training."""
 
 
 class PropagationOperator(InnerRows):
@@ -80,7 +80,7 @@ class PropagationOperator(InnerRows):
         return rows + added
 
     def added_at(self, depth: int, like: Tensor) -> Tensor:
-        """Return what is added to the rows at a block, ``[length, width]``."""
+        """Return the vectors that are added to the rows at a block, ``[length, width]``."""
         if self.projection is None:
             return self.prefix[depth]
         with full_precision(like):
@@ -90,7 +90,7 @@ class PropagationOperator(InnerRows):
 
 
 class PrefixPropagation(Method):
-    """Rows in front of the tokens that go through all blocks, to which something trained is added at each."""
+    """Rows in front of the tokens that pass through all blocks; each block first adds trained vectors to them."""
 
     name = "prefix_propagation"
     Config = PrefixPropagationConfig

@@ -5,9 +5,9 @@
 P_k, P_v are `length` keys and values a layer, in the same softmax as the attention's own. While they train they are
 made by a network: Z [length, d] and (W, b) are shared by the layers of a stack, (W_l, b_l) is the layer's slice of the
 last matrix; with ``projection=None`` P trains directly, from N(0, 1). Encoder, decoder and cross-attention have
-prefixes of their own. Prefix keys carry no rotation and no relative bias. The positions of tokens start behind the
-prefix, as the authors and peft have it, wherever the model takes positions; ``behind=False`` leaves them as they are.
-Under grouped-query attention a prefix has the heads of the keys; d is their width.
+separate prefixes. Prefix keys carry no rotation and no relative bias. The positions of tokens start behind the prefix,
+as the authors and peft have it, wherever the model takes positions; ``behind=False`` leaves them as they are. Under
+grouped-query attention a prefix has the heads of the keys; d is their width.
 
 No start is an identity: a prefix takes mass in the softmax even where its values are zero. With ``gate=True`` (ours,
 not the paper's) the attention with prefix is mixed in by a scalar a layer that starts at zero, at twice the cost.
@@ -41,14 +41,14 @@ class PrefixTuningConfig(MethodConfig):
     dropout: Share = 0.0
     """Probability with which numbers of the prefix are dropped in training."""
     behind: bool = True
-    """Count the positions of tokens from behind the prefix, as if it were words: what the authors and peft do."""
+    """Count the positions of tokens from behind the prefix, as if it were words, as the authors and peft do."""
     gate: bool = False
     """Mix the prefix in through a trained scalar that starts at zero, so that a fresh injection changes nothing; with
     ``behind=False`` also where positions count from the first token."""
 
 
 class PrefixTuning(Method):
-    """Trained keys and values in front of those of every attention."""
+    """Trained keys and values in front of the keys and values of every attention."""
 
     name = "prefix_tuning"
     Config = PrefixTuningConfig

@@ -5,18 +5,18 @@
 With `rank` it is DPT (Xiao et al. 2023, arXiv 2310.10094; code XYaoooo/DPT): P = A B, A [length, rank], B [rank, d],
 both uniform in +-0.5 at the start, so that neither holds the other at zero.
 
-P stands in front of the embedded tokens, behind any scaling of the embeddings, and sees what tokens there would see.
-Outputs have the shape they have without it: its rows are dropped before anything scores or pools, so labels need no
-change, and the loss counts what the tokens predict. (Other implementations also count how the last row of P predicts
-the first token.) Where a sequence of a batch is padded on the left, P stands behind the padding, and the sequence gives
-what it gives alone. (Others put P before it, further from the tokens.) In encoder-decoder models P stands in the
-encoder, and the decoder attends to it.
+P is put in front of the embedded tokens, after any scaling of the embeddings, with the attention mask of tokens there.
+The shape of outputs is unchanged: the rows of P are removed before heads and poolers run, so labels need no change, and
+the loss covers the predictions of the tokens only. (Other implementations also count how the last row of P predicts the
+first token.) Where a sequence of a batch is padded on the left, P is put after the padding, so the sequence has the
+same outputs as alone. (Other implementations put P before the padding, further from the tokens.) In encoder-decoder
+models P is in the encoder's input, and the decoder attends to it.
 
 Never identity at the start: anything in front moves the outputs. P starts as embeddings of tokens drawn from the
 vocabulary, none twice where there are enough (the authors draw from its first 5,000), of given tokens, or uniform in
 +-0.5. Parameters: length * d; rank * (length + d) with a rank.
 
-Use it on large models, where it comes close to full fine-tuning with a few thousand numbers; the paper trains with a
+Use it on large models, where it almost reaches full fine-tuning with a few thousand numbers; the paper trains with a
 learning rate of 0.3. A rank makes a long prompt small; in a short one it saves little.
 """
 
@@ -51,11 +51,11 @@ class PromptTuningConfig(MethodConfig):
     init: Literal["vocabulary", "uniform"] = "vocabulary"
     """Start from embeddings of tokens drawn from the vocabulary, or uniform in +-0.5."""
     init_ids: list[NonNegativeInt] = Field(default_factory=list)
-    """Start from the embeddings of these tokens instead (a text, the names of the classes), repeated or cut to the
+    """Token ids whose embeddings P starts from instead (a text, the names of the classes), repeated or cut to the
     prompt's length."""
     behind_embeddings: bool = False
-    """Put P behind all that makes embeddings of tokens, so that its rows have no positions and meet no norm, and tokens
-    keep their positions: what the adapters package does; for encoders alone."""
+    """Insert P after the whole embedding module, so that its rows are without positions and norm, and tokens keep their
+    positions, as in the adapters package; for encoders only."""
     rank: PositiveInt | None = None
     """Make P of two factors of this rank; they start uniform, so it wants ``init="uniform"``. None trains P itself."""
 

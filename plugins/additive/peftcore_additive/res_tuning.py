@@ -3,9 +3,9 @@
     z_l = R_l(b_l) + V_l(z_{l-1}),   z_0 = b_0,   R(x), V(x) = x + W_up gelu(W_down x + c) + e
     y   = z_L   in the place of b_L
 
-b_0 is what the first block reads, b_l what block l returns. R_l and V_l ("lateral" and "vertical") are adapters r wide
-with a residual inside. No gradient goes into the backbone, so none of its activations are kept for backward, and what
-else is adapted inside the blocks gets no gradient. The model's last norm and head read y.
+b_0 is the input of the first block, b_l the output of block l. R_l and V_l ("lateral" and "vertical") are adapters r
+wide with a residual inside. No gradient reaches the backbone, so its activations are not kept for backward, and other
+adapters inside the blocks get no gradient. The model's last norm and head read y.
 
 The code decides (modelscope/ms-swift): it sums where the paper weighs both terms with a learned share. Its other tuners
 (groups of channels, sampling between the sizes of a UNet) are not here. The paper's form without a bypass puts
@@ -14,8 +14,8 @@ adapters, prompts or prefixes in parallel to a module, as `parallel_adapter` and
 W start by Glorot's rule, biases from N(0, 1e-6^2); with `zero_last` the last block's W_up and e at zero. As the sum of
 two residual streams no start is an identity. Parameters: 2 (2 d r + r + d) a block.
 
-Use it where memory is short, as `lst` and at a similar size: it sees each token by itself, so nothing of it lies in
-caches, and is simpler; `lst` has attention in its side network. It cannot be merged.
+Use it where memory is short, like `lst` and at a similar size: it processes each token by itself, so it stores nothing
+in caches, and is simpler; `lst` has attention in its side network. It cannot be merged.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Tuner(nn.Module):
             nn.init.zeros_(self.up.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return states ``[..., d]`` with what the tuner adds."""
+        """Return states ``[..., d]`` plus the tuner's output."""
         y: Tensor = x + self.up(nn.functional.gelu(self.down(x)))
         return y
 
@@ -69,7 +69,7 @@ class Step(nn.Module):
         self.lateral, self.vertical = Tuner(width, bottleneck, zero), Tuner(width, bottleneck, zero)
 
     def forward(self, z: Tensor, state: Tensor) -> Tensor:
-        """Return the next state of the bypass, from its last one and what the block returned, both ``[..., d]``."""
+        """Return the next state of the bypass, from its last state and the block's output, both ``[..., d]``."""
         y: Tensor = self.lateral(state) + self.vertical(z)
         return y
 
@@ -90,7 +90,7 @@ class BypassOperator(BesideOperator):
 
 
 class ResTuning(Method):
-    """Residual tuners in a bypass, which reads what blocks return and answers in their place."""
+    """Residual tuners in a bypass, which reads the outputs of blocks; its output replaces the last one."""
 
     name = "res_tuning"
     Config = ResTuningConfig

@@ -8,14 +8,14 @@ The guest is of the model's own class and config, with `layers` layers and other
 trains; P [d, its width] is there where the widths differ. It shares the model's token table where it can, else it has
 its own. T_l and G_l are two linear layers with GELU between, u wide. W_up starts at 0: the identity.
 
-In training labels give the guest a loss of its own, which is added to the model's with `guest_weight`:
+In training with labels the guest has a separate loss, which is added to the model's with the weight `guest_weight`:
 
     L = L_model + w CE(head(s_0), labels)
 
 The head of a language model is the model's; one that classifies is copied, trains, and reads the last token. In peft
 the loss of a model in evaluation has that of the guest too.
 
-As in peft 0.21 every block has both steps; where blocks are left out, h_l is what the next target block reads. The
+As in peft 0.21 every block has both steps; where blocks are left out, h_l is the input of the next target block. The
 authors' own code leaves the first block out, puts a LayerNorm in front of T and G, and has SiLU in them, no biases, and
 dropout at other places. peft keeps the guest's earlier tokens under the name `past_key_values`, which newer versions of
 transformers do not use; here generation has them in any version. Where peft names a checkpoint as the guest, give its
@@ -71,7 +71,7 @@ class ShadowConfig(MethodConfig):
     scale: float = 0.1
     """Factor a of the correction."""
     dropout: Share = 0.2
-    """Probability with which an entry of what the correction reads is dropped in training."""
+    """Probability with which an entry of the correction's input is dropped in training."""
     update_width: PositiveInt | None = None
     """Width u inside of T and G; the rank without."""
     layers: PositiveInt = 1
@@ -79,14 +79,14 @@ class ShadowConfig(MethodConfig):
     sizes: dict[str, PositiveInt] = Field(default_factory=dict)
     """Other sizes of the guest, by the names of the model's config: ``{"intermediate_size": 256}``."""
     own_table: bool = False
-    """Give the guest a token table of its own, which trains. It has one in any case where its width is another."""
+    """Give the guest a separate token table, which trains. The guest always has one if its width differs from the
+    model's."""
     guest_weight: NonNegativeFloat = 0.05
     """Weight w of the guest's own loss."""
 
 
 class ShadowOperator(InputOperator):
-    """The correction of what one block reads, and what the shadow learns from the block's output, which the next block
-    reads."""
+    """The correction of one block's input, and the update of the shadow from the block's output, for the next block."""
 
     def __init__(self, site: BlockSite, config: ShadowConfig, before: Shared | None, shadow: Tap, left: Tap) -> None:
         super().__init__(site)
@@ -116,7 +116,7 @@ class ShadowOperator(InputOperator):
         return {**given, self._names[0]: moved if rows is None else torch.where(rows[:, None, None], moved, x)}
 
     def learned(self, h: Tensor, shadow: Tensor) -> Tensor:
-        """Return the shadow behind this block, whose output is h."""
+        """Return the updated shadow after this block, whose output is h."""
         gate = torch.sigmoid(self.gate(h))
         return (1 - gate) * shadow + gate * self.transform(h)
 
@@ -127,12 +127,13 @@ def two_layers(width: int, inner: int) -> nn.Sequential:
 
 
 def is_last(site: BlockSite) -> bool:
-    """Say whether no block follows, so that nothing reads the shadow any more."""
+    """Return True if no block follows, so that the shadow is not read any more."""
     return site.depth == site.blocks - 1
 
 
 class Shadow(Method):
-    """A small network of the model's own kind beside it, and what corrects the model by it."""
+    """A small network of the model's own class in parallel with it, and corrections of the model's blocks by that
+    network."""
 
     name = "shadow"
     Config = ShadowConfig

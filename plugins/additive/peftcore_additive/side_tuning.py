@@ -5,22 +5,23 @@ For models of tokens alone: pictures, for which the authors' side networks are c
 
     R = g B(x) + (1 - g) S(x),   g = sigmoid(a)
 
-By `merge` it is the sum or the product of B and S, too, as in the code. B are the model's features, behind its last
-norm, or behind its last block where it has none; S is a side network over the same tokens, which the model tells
-nothing. Nothing inside the model runs another way and no gradient goes into it, so no task forgets another. `target`
-names another place; of several modules the last one counts. With several injections each blends what those before left.
+By `merge` it is the sum or the product of B and S, too, as in the code. B are the model's features after its last norm,
+or after its last block if it lacks one; S is a side network over the same tokens, which does not read the model's
+states. The inside of the model is unchanged and gets no gradient, so training a task does not damage earlier tasks.
+`target` names another place; of several modules the last one counts. With several injections each one blends the result
+of the injections before it.
 
 S is a guest: of the model's own class and config, with `layers` layers and other `sizes`, and a projection where its
-width is another. It shares the model's token table where it can. It starts from scratch; the authors train it to give
-what the model gives first, and the values of such a network come in by ``injection.shared["guest"].take(network)``. a
+width is another. It shares the model's token table where it can. It starts from scratch. The authors first train it to
+reproduce the model's features; load the values of such a network with ``injection.shared["guest"].take(network)``. a
 starts at 0: half of each, no identity. A schedule of g, FiLM, MLP, and links to the side networks of earlier tasks are
 not here.
 
 Parameters: those of the guest, and 1.
 
-Use it where the model stays as it is and training is to be cheap, or where tasks come one after the other; not where a
-task needs other features early in the model (`lora`). `lst` is its kin that reads the model's blocks, `shadow` the one
-that corrects what they read.
+Use it where the model must stay unchanged and training must be cheap, or for a sequence of tasks; not where a task
+needs other features early in the model (`lora`). `lst` is its kin that reads the model's blocks, `shadow` the one that
+corrects what they read.
 """
 
 from __future__ import annotations
@@ -59,11 +60,12 @@ class SideTuningConfig(MethodConfig):
     layers: PositiveInt = 1
     """Layers of the side network."""
     sizes: dict[str, PositiveInt] = Field(default_factory=dict)
-    """Other sizes of it, by the names of the model's config: ``{"intermediate_size": 256}``."""
+    """Other sizes of the side network, by the names of the model's config: ``{"intermediate_size": 256}``."""
     own_table: bool = False
-    """Give it a token table of its own, which trains. It has one in any case where its width is another."""
+    """Give the side network a separate token table, which trains. It always has one if its width differs from the
+    model's."""
     merge: Literal["alpha", "sum", "product"] = "alpha"
-    """How its states and the model's are put together."""
+    """The way in which the side network's and the model's states are combined."""
     alpha: FiniteFloat = 0.0
     """Start of a; sigmoid(a) is the model's share."""
 
@@ -86,7 +88,7 @@ FIXED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"sum": torch.add, "produ
 
 
 class BlendOperator(Operator):
-    """Puts what a module returns together with the states of the side network."""
+    """Combines a module's output with the states of the side network."""
 
     def __init__(self, site: Site, merge: Callable[[Tensor, Tensor], Tensor] | Shared, states: Tap) -> None:
         super().__init__(site)
@@ -109,7 +111,7 @@ class BlendOperator(Operator):
 
 
 class SideTuning(Method):
-    """A small network of the model's own kind beside it, blended with its last states."""
+    """A small network of the model's own class in parallel with it, blended with its last states."""
 
     name = "side_tuning"
     Config = SideTuningConfig

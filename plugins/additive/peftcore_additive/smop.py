@@ -5,17 +5,18 @@
 X are the embedded tokens; there are E short prompts P_j [length, d], and a text gets that of the highest probability,
 times this probability, through which the router W [E, d] learns. In training W m is disturbed by relative noise, W m +
 noise (e * W m) with e standard normal, whose gradient is not followed; it also spreads texts over prompts, since no
-loss does. With `top_k` the sum of several p_j P_j stands there.
+loss does. With `top_k` the prompt is the sum of several p_j P_j.
 
-The text is what comes before the first label, or the whole input, unless ``peftcore.call(model, prompt_length=...)``
-says it: so a generated token changes no route, which is chosen once. W starts orthogonal, P_j as standard normal.
+The text is all tokens before the first label, or the whole input, unless ``peftcore.call(model, prompt_length=...)``
+sets its length: so the route is chosen once, and generated tokens do not change it. W starts orthogonal, P_j as
+standard normal.
 
 The authors' code (jyjohnchoi/SMoP) adds up the chosen prompts of all texts of a batch, by a broadcast, which its paper
 does not say, nor what it does for one text alone: here each text gets its own. It computes a factor of balance, and
 does not use it. Parameters: E (length + 1) d.
 
-Use it where one prompt would have to be long for the kinds of text that a task has; not where texts are alike
-(prompt_tuning), or where each has needs of its own (idpg makes a prompt for each).
+Use it where a task has several kinds of text, for which one prompt would have to be long; not where texts are alike
+(prompt_tuning), or where each text needs another prompt (idpg makes a prompt for each).
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ class SMoPOperator(InstanceOperator):
         self.router = nn.Parameter(nn.init.orthogonal_(torch.empty(config.prompts, self.width)))
 
     def probabilities(self, embeds: Tensor, text: Tensor) -> Tensor:
-        """Return how much a text is for each prompt, ``[batch, prompts]``."""
+        """Return the router's probability of each prompt for each text, ``[batch, prompts]``."""
         of_text = text[..., None].to(self.router.dtype)
         mean = (embeds.to(self.router.dtype) * of_text).sum(1) / of_text.sum(1).clamp(min=1)
         scores = mean @ self.router.T

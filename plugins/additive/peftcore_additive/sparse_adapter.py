@@ -4,15 +4,15 @@
 
     s(w) = |w dL/dw| (snip),   w (H g) (grasp),   |w| (magnitude),   a draw (random),   g = dL/dw, H its derivative
 
-The adapter is a serial one (`houlsby_adapter`), on what attention and feed-forward are about to add to the stream.
-The (1 - `sparsity`) share of the weights with the highest s stays, in one ranking over all adapters; biases and norms
-are not pruned. snip and grasp look once at ``data=`` in evaluation, with gradients summed over the batches; all scores
-are those of the start, so what stays begins with its own draw. Only that is stored and trained: one vector for all
-adapters and its places, so no momentum or weight decay wakes what was pruned.
-The code decides where the paper is open (Shwai-He/SparseAdapter): grasp keeps the largest w (H g), whose removal would
-lower the norm of the gradient most. There is a norm of its own in front of W_down, dropout on f's output, and both
-matrices start from N(0, 0.02). Its attention adapter stands in front of the host's dropout, that of the feed-forward
-behind it; here `joins` says it for both. Its score synflow is zero behind the norm, and left out.
+The adapter is a serial one (`houlsby_adapter`), on the outputs of attention and feed-forward before they are added to
+the stream. The (1 - `sparsity`) share of the weights with the highest s stays, in one ranking over all adapters; biases
+and norms are not pruned. snip and grasp look once at ``data=`` in evaluation, with gradients summed over the batches;
+scores are computed at the start, and the weights that stay keep their initial values. Only these weights are stored and
+trained, as one vector for all adapters and their places, so momentum and weight decay cannot revive pruned weights. The
+code decides where the paper is open (Shwai-He/SparseAdapter): grasp keeps the largest w (H g), whose removal would
+lower the norm of the gradient most. The adapter has a layer norm in front of W_down and dropout on f's output, and both
+matrices start from N(0, 0.02). Its attention adapter is in front of the host's dropout, that of the feed-forward behind
+it; here `joins` sets the place for both. Its score synflow is zero behind the norm, and left out.
 
 Parameters: (1 - sparsity) of the 2 d r of all adapters, and r + d an adapter, with `norm` 2 d more; and their places.
 Use it where a `houlsby_adapter` is too large to store, or a wider one is wanted at the same size: the paper's
@@ -63,15 +63,16 @@ class SparseAdapterConfig(MethodConfig):
     activation: Literal["gelu", "relu", "silu", "tanh"] = "relu"
     """The non-linearity f."""
     norm: bool = True
-    """A layer norm of its own in front of W_down, which trains with it."""
+    """Put a layer norm in front of W_down, which trains with the adapter."""
     dropout: Share = 0.1
     """Probability with which the bottleneck's numbers are dropped in training."""
     joins: Joins = "stream"
-    """Where it reads and adds: behind what the host does to a branch's output, or at its last matrix."""
+    """The place where the adapter reads and adds: after the host's operations on a branch's output, or at its last
+    matrix."""
     init_std: NonNegativeFloat = 0.02
     """Standard deviation of W_down at the start."""
     up_init_std: NonNegativeFloat = 0.02
-    """Standard deviation of W_up at the start; 0 makes an exact identity, and goes with a random score alone."""
+    """Standard deviation of W_up at the start; 0 makes an exact identity, and is allowed only with the random score."""
 
     @model_validator(mode="after")
     def _ranks(self) -> Self:
@@ -81,7 +82,7 @@ class SparseAdapterConfig(MethodConfig):
 
 
 class SparseOperator(AtBranchEnd):
-    """The part of what stays that lies in one adapter, and its biases and norm."""
+    """The weights of one adapter that were not pruned, and its biases and norm."""
 
     def __init__(self, site: Site, config: SparseAdapterConfig, first: int, kept: Shared) -> None:
         super().__init__(site)

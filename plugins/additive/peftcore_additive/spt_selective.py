@@ -3,15 +3,16 @@
 
     [R_l ; x_l] -> block l,   R_l = (1 - a_l) P_l + a_l p_l,   a_l = sigmoid(alpha_l),   p_l [length, d]
 
-x_l are the tokens before block l, and P_l what the blocks below made of the rows that stand in front of them; below
-block 0 there is nothing, so R_0 = a_0 p_0. That is the search, in which all blocks take part and alpha_l, one number a
-block, trains along. Then ``chosen(injection, 4)`` names the blocks with the largest a_l, and a new adapter with
-`layers` has prompts there alone, whole ones: R_l = p_l at these, R_l = P_l between them, and no rows below the first.
+x_l are the tokens before block l, and P_l the rows in front of them as the blocks below return them; block 0 does not
+receive rows, so R_0 = a_0 p_0. This is the search, in which all blocks take part and alpha_l, one number a block,
+trains along. Then ``chosen(injection, 4)`` names the blocks with the largest a_l, and a new adapter with `layers` has
+prompts there alone, whole ones: R_l = p_l at these, R_l = P_l between them, and no rows below the first.
 
 No code of the authors was found, and their text was not at hand: this is the equation of the catalogue. They search in
-two levels, alpha on held-out data and p on the rest, with a smoothed choice; here both train on what the loop gives.
-Where that is wanted, step the parameters called `alpha` by an optimizer of their own. Rows have no positions, as in
-`lpt`; in encoder-decoder models they stand in the encoder. p_l starts from N(0, 0.02), alpha_l at zero. Never identity.
+two levels, alpha on held-out data and p on the rest, with a smoothed choice; here both train on the same batches. To
+search in two levels, step the parameters called `alpha` with a separate optimizer. Rows are without positions, as in
+`lpt`; in encoder-decoder models they are inserted in the encoder. p_l starts from N(0, 0.02), alpha_l at zero. Never
+identity.
 
 Parameters: blocks * (length d + 1) in the search, then layers * length d.
 
@@ -40,7 +41,7 @@ class SPTSelectiveConfig(MethodConfig):
     length: PositiveInt = 10
     """Rows of a prompt."""
     layers: Annotated[list[NonNegativeInt], Field(min_length=1, max_length=1000)] | None = None
-    """The blocks that have one, by number; None is the search among all."""
+    """The numbers of the blocks with a prompt; None searches among all blocks."""
 
     @model_validator(mode="after")
     def _once(self) -> Self:
@@ -70,7 +71,8 @@ def chosen(injection: Injection, count: int) -> list[int]:
     """Return the numbers of the `count` blocks whose prompts have the largest shares, in their order.
 
     Raises:
-        ConfigError: the injection is no search, has several stacks, or has fewer blocks.
+        ConfigError: the injection was applied with `layers` and is not a search, has several stacks, or has fewer
+            blocks.
     """
     operators = [op for op in injection.operators.values() if isinstance(op, SelectiveOperator)]
     searches = [op.alpha for op in operators if op.alpha is not None]
@@ -85,7 +87,7 @@ def chosen(injection: Injection, count: int) -> list[int]:
 
 
 class SPTSelective(Method):
-    """Prompts in front of the tokens in some blocks, and a search for these.
+    """Prompts in front of the tokens in some blocks, and a search for these blocks.
 
     Example:
         injection = peftcore.apply(model, "spt_selective", layers=[0, 1])  # as chosen(search, 2) said

@@ -4,9 +4,9 @@
 
 As in the authors' code, gamma starts at N(1, 0.02) and beta at N(0, 0.02), so a fresh injection changes the outputs a
 little; ``init_std=0`` starts from the identity. They merge into W' = gamma * W and b' = gamma * b + beta: a layer
-without a bias gets one. What has no place for a bias (RMSNorm, a stack of experts) is scaled only. The authors' models
-have no table of tokens and no router: both are left alone, unless a target names them, as is the head, which the
-authors train whole (``train=["classifier"]``).
+without a bias gets one. Modules that cannot have a bias (RMSNorm, a stack of experts) are only scaled. The authors'
+models lack token tables and routers: both are skipped unless a target names them. The head is skipped too; the authors
+train it whole (``train=["classifier"]``).
 
 Parameters: 2 out for each operation (out where nothing is shifted), times the number of experts.
 
@@ -36,7 +36,7 @@ class SSFConfig(MethodConfig):
 
 
 def shifts(site: Site) -> bool:
-    """Whether the site has a place for beta: a bias, though it may be empty, or the rows of a table."""
+    """True if the site can have beta: its module has a bias, which may be None, or it is a table."""
     return site.layer.one_hot or bias_name(site.tensor) in site.tensors()
 
 
@@ -78,7 +78,7 @@ class SSFOperator(Operator):
 def _added(site: Site) -> float:
     """Return what an RMSNorm adds to its weight before it multiplies: 1 in Gemma's, 0 in most.
 
-    Only running it tells: where nothing is added, nothing is left of the output when the weight is zero.
+    Only a run of the module shows this: if it adds 0, the output for a weight of zero is zero.
     """
     weight = site.layer.read(site.module, site.tensor)
     if site.meta or shifts(site) or weight is None or weight.dim() != 1 or weight.is_meta:

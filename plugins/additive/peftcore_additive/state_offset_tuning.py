@@ -40,7 +40,7 @@ class StateOffsetTuningConfig(MethodConfig):
 
     method: Literal["state_offset_tuning"] = "state_offset_tuning"
     offset: Literal["state", "output"] = "state"
-    """The quantity that is offset: the states, or what is read of them."""
+    """The quantity that is offset: the states, or their readout."""
     rank: PositiveInt | None = None
     """Rank of the offset of the states; None trains it whole."""
 
@@ -52,8 +52,8 @@ class StateOffsetTuningConfig(MethodConfig):
 
 
 class OffsetOperator(Operator):
-    """The offset of one mixer: it takes the gate and C where the mixer makes them, and adds where it is done with
-    both."""
+    """The offset of one mixer: it reads the gate and C where the mixer computes them, and adds the offset where the
+    mixer has used both."""
 
     observes = frozenset({GATE, READOUT})
     changes_inputs = True
@@ -118,7 +118,7 @@ class OffsetOperator(Operator):
 
 
 class StateOffsetTuning(Method):
-    """Constant offsets of the states of a state-space model, or of what is read of them."""
+    """Constant offsets of the states of a state-space model, or of the readout of the states."""
 
     name = "state_offset_tuning"
     Config = StateOffsetTuningConfig

@@ -4,13 +4,13 @@
 
 h is the stream behind self-attention: behind the norm there in post-norm hosts, the sum in front of the next norm in
 pre-norm ones (cindermond/tiny-attn, structure m0, and its GPT-2); by default not behind cross-attention. MHA is torch's
-multi-head attention of width a, with projections of its own and dropout of its weights. A token sees what the model
-lets it see: no padding, and in causal stacks no later tokens; keys and values of earlier tokens lie behind the model's
-own in its cache.
+multi-head attention of width a, with its projections and dropout of attention weights. Its mask is the model's: tokens
+do not attend to padding, nor to later tokens in causal stacks. The model's cache stores its keys and values of earlier
+tokens in layers behind the model's own.
 
-W_2 and b_2 start as torch's layers do, times 0.01. With `modules` n of them stand one behind the other, each times 1/n,
-as the code trains n heads to average their tensors afterwards; here they stay n. Parameters: n (4 a d + 4 a^2 + 7 a +
-3 d) a layer: 5,387 with a = n = 1 in RoBERTa-base.
+W_2 and b_2 start as torch's layers do, times 0.01. With `modules` n adapters follow one another, each times 1/n, as the
+code trains n heads to average their tensors afterwards; here they stay n. Parameters: n (4 a d + 4 a^2 + 7 a + 3 d) a
+layer: 5,387 with a = n = 1 in RoBERTa-base.
 
 Use it where context has to be weighed anew and parameters are few; not where latency counts: it cannot be merged
 (`lora` can), and attends once more in every layer. `houlsby_adapter` is its kin that sees one token.
@@ -62,7 +62,7 @@ class TinyAttentionAdapterConfig(MethodConfig):
     heads: PositiveInt = 1
     """Heads, which divide the width."""
     modules: PositiveInt = 1
-    """How many stand one behind the other, each with a share of what is added."""
+    """The number n of adapters in sequence; the output of each is multiplied by 1/n."""
     dropout: Share = 0.1
     """Probability with which attention weights are dropped in training."""
     out_scale: NonNegativeFloat = 0.01

@@ -12,14 +12,14 @@ from peftcore.errors import TrainingError
 
 
 def logits_of(output: Any, labelled: bool) -> Tensor:
-    """Return the logits ``[rows, classes]`` or ``[rows, tokens, classes]`` of what a model returned.
+    """Return the logits ``[rows, classes]`` or ``[rows, tokens, classes]`` from a model's output.
 
     Args:
-        output: of the model.
-        labelled: whether it was given labels, so that a tuple begins with its loss.
+        output: the model's output.
+        labelled: whether the model was given labels, so that a tuple begins with its loss.
 
     Raises:
-        TrainingError: there are none.
+        TrainingError: the output lacks logits of these shapes.
     """
     found = output.get("logits") if isinstance(output, Mapping) else output
     if isinstance(found, tuple) and len(found) > labelled:

@@ -1,4 +1,4 @@
-"""Gates that depend on the input, for each token or for a row of tokens; an adapter and an update behind one."""
+"""Gates that depend on the input, for each token or for a row of tokens; a gated adapter and a gated update."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from peftcore_additive import pfeiffer_adapter
 from peftcore_additive.pfeiffer_adapter import PfeifferOperator, Placement
 
 Each = Literal["token", "sequence"]
-"""The unit that has a gate of its own."""
+"""The scope of a gate: one token, or the whole sequence."""
 
 
 class Gate(nn.Module):
@@ -33,14 +33,14 @@ class Gate(nn.Module):
 
 
 def linear(width: int, outputs: int) -> nn.Linear:
-    """Make a linear layer that starts as BERT's own do, with a bias of zeros."""
+    """Make a linear layer with BERT's initialization and a bias of zeros."""
     made = nn.Linear(width, outputs)
     start_as_bert(made)
     return made
 
 
 def start_as_bert(module: nn.Module) -> None:
-    """Draw a linear layer or an embedding as BERT draws its own: N(0, 0.02), with a bias of zeros."""
+    """Initialize a linear layer or an embedding like BERT: N(0, 0.02), with a bias of zeros."""
     if isinstance(module, (nn.Linear, nn.Embedding)):
         nn.init.normal_(module.weight, std=0.02)
     if isinstance(module, nn.Linear):
@@ -48,10 +48,10 @@ def start_as_bert(module: nn.Module) -> None:
 
 
 def mean_of_tokens(values: Tensor) -> Tensor:
-    """Return the mean of ``[rows, tokens, 1]`` over the tokens that are no padding, by the model's `attention_mask`.
+    """Return the mean of ``[rows, tokens, 1]`` over the tokens that are not padding, by the model's `attention_mask`.
 
     Raises:
-        MissingContext: a part of the host was called by itself, so nobody knows what is padding.
+        MissingContext: a part of the host was called by itself, so the padding is unknown.
     """
     inputs = forward_context().inputs
     if not inputs or values.dim() != 3:
@@ -91,8 +91,8 @@ class GatedLoRA(Operator):
 
 
 class GatedAdapter(PfeifferOperator):
-    """A bottleneck behind a gate: g (W_up relu(W_down u + b_down) + b_up) is added to the stream, where u is what it
-    reads there, or with the placement "branch" to what the site returns."""
+    """A bottleneck behind a gate: g (W_up relu(W_down u + b_down) + b_up) is added to the stream, where u is the
+    adapter's input; with the placement "branch" it is added to the site's output."""
 
     def __init__(self, site: Site, bottleneck: int, gate: Each, placement: Placement) -> None:
         super().__init__(site, pfeiffer_adapter.PfeifferAdapterConfig(bottleneck=bottleneck), placement)

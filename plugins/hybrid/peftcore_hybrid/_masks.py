@@ -1,4 +1,4 @@
-"""Masks of the largest scores, whose gradient goes to all scores, and their bits."""
+"""Masks of the largest scores, packed as bits; the gradient of a mask reaches all scores."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 def largest(scores: Tensor, kept: float) -> Tensor:
-    """Return a mask of the entries that are largest in size; its gradient goes to the sizes."""
+    """Return a mask of the entries with the largest magnitude; the gradient passes to the magnitudes."""
     sizes = scores.abs()
     count = scores.numel() - int((1 - kept) * scores.numel())
     places = sizes.flatten().topk(count).indices

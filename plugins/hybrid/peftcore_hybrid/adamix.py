@@ -5,18 +5,18 @@
     evaluation    y = h + U gelu(D h + b) + c,           each the mean of its copies
     loss          L(p) + w (KL(p | q) + KL(q | p)) / 2   with q of a second pass, which draws (and drops) anew
 
-h is what the feed-forward is about to add to the stream: the output of its last matrix, in front of the host's dropout,
-as in the code for RoBERTa and for GPT-2 (`joins`). Its scripts draw the down map alone, and all share one up map
-(`shared`). Matrices start from N(0, 0.02) and biases at zero, each copy by itself: the code first copies one, but the
-model then starts all its linear layers anew. A draw is of torch's generator on the device, and gradients of copies
+h is the feed-forward's output before it is added to the stream: the output of the last matrix, in front of the host's
+dropout, as in the code for RoBERTa and for GPT-2 (`joins`). Its scripts draw the down map alone, and all share one up
+map (`shared`). Matrices start from N(0, 0.02) and biases at zero, each copy by itself: the code first copies one, but
+the model then starts all its linear layers anew. A draw is of torch's generator on the device, and gradients of copies
 that were not drawn are zeros, so optimizers with momentum move them too, as the authors' do.
 
 The loss takes the logits of a model's output: a field `logits`, the tensor that it returns, ``[rows, classes]`` or
-``[rows, tokens, classes]``, or the first of a tuple behind its loss. It is a mean over rows, or over tokens that are no
-padding (theirs, for GPT-2, over those with a label, and 100 times as much); no gradient goes through the p or q on the
-left. In a route it is that of an adapter's own rows. A loss that the model does not return waits for
-`injection.losses()`. The second pass doubles the time and the memory of training. The authors' mixture of LoRAs is not
-here.
+``[rows, tokens, classes]``, or the first of a tuple behind its loss. It is a mean over rows, or over tokens that are
+not padding (the authors' loss for GPT-2 is over tokens with a label, and 100 times as large); the left arguments of
+both KL terms are detached. In a route the loss covers only the rows of its adapter. If the model does not return the
+loss, `injection.losses()` does. The second pass doubles the time and the memory of training. The authors' mixture of
+LoRAs is not here.
 
 Parameters: M (d r + r) + d r + d an adapter, in evaluation as good as 2 d r + r + d; both maps M times where nothing is
 `shared`.
@@ -61,14 +61,14 @@ class AdaMixConfig(MethodConfig):
     bottleneck: PositiveInt = 16
     """Width r of the bottleneck."""
     shared: Literal["up", "down"] | None = "up"
-    """The map of which there is one alone, for all copies of the other."""
+    """The map that all copies of the other map share."""
     consistency: NonNegativeFloat = 1.0
     """Weight w of the loss between two passes; 0 runs the model once."""
     routing: Literal["random", "mean"] = "random"
-    """The maps that act in training: copies that are drawn, or already the mean of all."""
+    """The maps used in training: randomly drawn copies, or the mean of all copies."""
     joins: Joins = "matrix"
-    """Where it reads and adds: at the feed-forward's last matrix, or behind what the host does to the branch's output
-    (dropout, layer scale, stochastic depth)."""
+    """The place where the adapter reads and adds: at the feed-forward's last matrix, or after the host's operations on
+    the branch's output (dropout, layer scale, stochastic depth)."""
     init_std: NonNegativeFloat = 0.02
     """Standard deviation of the down maps at the start."""
     up_init_std: NonNegativeFloat = 0.02

@@ -7,11 +7,11 @@ X_u from Glorot's uniform draw), a vector (for A and B: one number an output), a
 so that W' = W at first. In convolutions an input is a channel at a place of the kernel.
 
 The authors train all choices at once, a path drawn at random for each forward, and then search the best path under a
-budget. Here, as in peft, the choice is fixed; what a search found for a site is said in `overrides`. As in the authors'
-code, and unlike peft's, a layer without a bias gets one from E and W C (D scales nothing there and is left out); what
-knows no bias, an embedding or a stack of experts, is changed by A and B alone. peft starts X_u from Kaiming's draw.
-With A="product" the weight is multiplied by a matrix of its inputs, W' = W + W A + B, as the paper writes it and
-LyCORIS computes it: the same for all places of a kernel.
+budget. Here, as in peft, the choice is fixed; set the result of a search for each site in `overrides`. As in the
+authors' code, and unlike peft's, a layer without a bias gets one from E and W C (D scales nothing there and is left
+out); modules that cannot have a bias (an embedding, a stack of experts) are changed by A and B alone. peft starts X_u
+from Kaiming's draw. With A="product" the weight is multiplied by a matrix of its inputs, W' = W + W A + B, as the paper
+writes it and LyCORIS computes it: the same for all places of a kernel.
 
 Parameters: of low rank r, r (in * kernel + out) for A and for B, 2 r in for a product, r (in * kernel + 1) for C;
 vectors have out or, for C, in * kernel; constants one. Times the number of experts.
@@ -41,7 +41,7 @@ class GLoRAConfig(MethodConfig):
 
     method: Literal["glora"] = "glora"
     rank: PositiveInt = 8
-    """Rank of what is of low rank; the authors' is 4."""
+    """Rank of the low-rank terms; the authors use 4."""
     A: Matrix | Literal["product"] = "lora"
     """The term that scales the weight; a "product" is a low-rank matrix from its right, not entry by entry."""
     B: Matrix = "lora"
@@ -87,7 +87,7 @@ class GLoRAOperator(WeightOperator):
                 self.register_parameter(f"{name}_up", nn.Parameter(drawn))
 
     def has_factors(self, name: str) -> bool:
-        """Whether a term is of low rank, so that it has two factors."""
+        """True if a term is of low rank, so that it has two factors."""
         return f"{name}_up" in self._parameters
 
     def _term(self, name: str) -> Tensor | None:

@@ -5,9 +5,9 @@
 
 The mix that the paper's comparison ends with ("mix and match"): a short prefix, which is enough to change where heads
 look, and the capacity where it pays most, at the feed-forward. Both parts are the methods `prefix_tuning` and
-`parallel_adapter` with the authors' sizes (code: jxhe/unify-parameter-efficient-tuning), and all that is said there
-holds: encoder, decoder and cross-attention have prefixes of their own; the adapter starts as an exact identity, the
-prefix does not. The positions of tokens stay as they are: this code's prefixes are in no cache.
+`parallel_adapter` with the authors' sizes (code: jxhe/unify-parameter-efficient-tuning), and their pages apply here:
+encoder, decoder and cross-attention have separate prefixes; the adapter starts as an exact identity, the prefix does
+not. The positions of tokens stay as they are: this code's prefixes are in no cache.
 
 Parameters: those of both parts. With prefix_length k, prefix_mid_dim t and keys of width d: 2 d (t + 1) an attention
 and k d + (d + 1) t a stack; with ffn_bottleneck r and a stream of width e: 2 e r + r + e a feed-forward.

@@ -5,23 +5,24 @@
 
 D [r, d], U [d, r] and the biases, which no mask covers, are the prototype, which all layers of one width share; each
 layer has scores s_l [r, d] and s'_l [d, r], and a mask keeps a share `kept` of the numbers. n and h are those of
-`pfeiffer_adapter`, as `placement` says. To the gradient a mask is |s_l|: what an entry of the mask would get goes to
-its score as if nothing had been cut. Both maps start from N(0, 0.02), biases at zero, the scores of D uniform in
-+-1/sqrt(r), those of U in +-1/sqrt(d). Scores have a learning rate `mask_ratio` times as large, weight decay as the
-maps, and biases have none.
+`pfeiffer_adapter`, as `placement` says. In the backward pass a mask acts as |s_l| (a straight-through estimate): the
+gradient of a mask entry passes to its score as if no entry were masked. Both maps start from N(0, 0.02), biases at
+zero, the scores of D uniform in +-1/sqrt(r), those of U in +-1/sqrt(d). The learning rate of the scores is `mask_ratio`
+times as large, their weight decay is that of the maps, and biases are not decayed.
 
-A file has the scores as they train: more than an adapter for each layer would take. What is small is `masks="fixed"`,
-which has a bit in place of each score and takes them from a trained adapter, the prototype too:
+With learned masks a file stores the scores, which are larger than one adapter for each layer. For small files use
+`masks="fixed"`, which stores one bit in place of each score and copies the masks and the prototype from a trained
+adapter:
 
     small = peftcore.apply(model, "propetl", name="small", masks="fixed", ...)
     take_masks(small, trained)
 
-The prototype goes on to train under its masks, or is frozen. The authors also mask LoRA and prefixes, and for several
+The prototype continues to train under its masks, or is frozen. The authors also mask LoRA and prefixes, and for several
 tasks a layer's mask is the union with one of the task; these are not here.
 Parameters: 2 d r + r + d of the prototype, and 2 d r scores a layer, or as many bits.
 
 Use it where many adapters are kept and each file counts; not where training has to be small: `compacter` shares parts
-of all adapters too, and `pfeiffer_adapter` has no scores beside its matrices.
+of all adapters too, and `pfeiffer_adapter` has only its matrices, without scores.
 """
 
 from __future__ import annotations
@@ -52,12 +53,12 @@ class ProPETLConfig(MethodConfig):
     kept: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
     """Share of the prototype's numbers that a mask keeps; the authors' code calls it sparsity."""
     masks: Literal["learned", "fixed"] = "learned"
-    """Whether scores train, or bits are given."""
+    """The kind of masks: from trained scores, or given as bits."""
     mask_ratio: PositiveFloat = 30.0
     """Learning rate of the scores over that of the prototype."""
     placement: Literal["auto", "post", "pre", "branch"] = "auto"
-    """The adapter's input: the stream behind the norm that ends a block, or as the block returns it ("auto" is one of
-    these, as the model is), or what the target itself returns."""
+    """The adapter's input: the stream behind the norm that ends a block ("post"), or as the block returns it ("pre"),
+    or the target's output ("branch"); "auto" takes "post" or "pre", as the model requires."""
     init_std: NonNegativeFloat = 0.02
     """Standard deviation of D at the start."""
     up_init_std: NonNegativeFloat = 0.02
@@ -138,10 +139,10 @@ class ProPETL(Method):
 
 @torch.no_grad()
 def take_masks(fixed: AppliedMethod, trained: AppliedMethod) -> None:
-    """Give an adapter with fixed masks those of a trained one, and its prototypes.
+    """Copy the masks and prototypes of a trained adapter to an adapter with fixed masks.
 
     Raises:
-        ConfigError: they are not such adapters, of the same layers and sizes.
+        ConfigError: the first adapter does not have fixed masks, or their layers and sizes differ.
     """
     mine, theirs = _layers(fixed), _layers(trained)
     kinds = [each.config.model_dump().get("masks") for each in (fixed, trained)]

@@ -6,9 +6,9 @@
     feed-forward      y = LN(x + o + g (W_up relu(W_down u + b_down) + b_up)),   u = LN(x + o)
 
 ``gate="sequence"`` is the paper's: g is the mean over a row's tokens, here without padding (by the model's
-`attention_mask`), which the authors count in. A mean sees what comes later, and beside a cache the last token only, so
-it is refused where attention is causal. By default every token has a gate of its own. As tokens share the keys of a
-prefix, it scales the change that the prefix makes for the token, at the price of a second softmax:
+`attention_mask`), which the authors count in. In a causal model the mean would include later tokens, and with a cache
+only the last token, so it is refused where attention is causal. By default every token has a separate gate. As tokens
+share the keys of a prefix, it scales the change that the prefix makes for the token, at the price of a second softmax:
 
     attention         y = Attn(q, K, V) + g (Attn(q, [P_k; K], [P_v; V]) - Attn(q, K, V))
 
@@ -20,7 +20,7 @@ Gates start near one half: u, the adapter's W, and all of the network that makes
 zero, A and B as in LoRA. Gates depend on the input, so nothing merges.
 
 Parameters: a prefix as in `prefix_tuning`, rank (d + d_out) for queries and for values each, 2 d r + r + d a
-feed-forward, r = d / reduction; and d + 1 for the gate of each of these.
+feed-forward, r = d / reduction; and d + 1 for each gate.
 
 Use it where it is not known which of the three suits the task.
 """
@@ -58,8 +58,8 @@ class UniPELTConfig(MethodConfig):
     adapter_reduction: PositiveInt = 16
     """How many times narrower than the stream the adapter's bottleneck is."""
     adapter_placement: Literal["auto", "post", "pre", "branch"] = "auto"
-    """The adapter's input: the stream behind the norm that ends a block, or as the block returns it ("auto" is one of
-    these, as the model is), or what the feed-forward's last matrix returns."""
+    """The adapter's input: the stream behind the norm that ends a block ("post"), or as the block returns it ("pre"),
+    or the output of the feed-forward's last matrix ("branch"); "auto" takes "post" or "pre", as the model requires."""
 
     def prefix(self) -> prefix_tuning.PrefixTuningConfig:
         """Return the options of the prefix."""

@@ -1,4 +1,4 @@
-"""Heads over classes, which the authors of some methods train whole beside what the methods are named for."""
+"""Classification heads, which the authors of some methods train whole in addition to the method's own parameters."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from peftcore.author import Surgeon
 
 
 def train_classifiers(surgeon: Surgeon) -> None:
-    """Train the heads of the host whole, unless they give tokens (they have a row for each of the table's) or the host
-    is a denoiser, whose blocks are modulated by a time: that has no classes."""
+    """Train the heads of the host whole, unless they predict tokens (one row for each row of the token table) or the
+    host is a denoiser, whose blocks are modulated by a time step: a denoiser lacks classes."""
     host = surgeon.resolver.host
     tokens = {entry.shape[0] for entry in host.entries if entry.role == "embed" and entry.shape}
     given = {entry.module: entry.shape[0] for entry in host.entries if entry.role == "head" and entry.shape}

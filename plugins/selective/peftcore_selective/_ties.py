@@ -1,4 +1,4 @@
-"""Tied tensors: tables of tokens that are heads too."""
+"""Tied tensors: token tables that are also heads."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from peftcore.author import Site, Slices, Surgeon
 
 
 def one_each(sites: Iterable[Site]) -> list[Site]:
-    """Return one site for each tensor: of those that are tied, the deepest. A table that stands above its users is
-    handed down to them, and may never be called itself."""
+    """Return one site for each tensor: among tied sites, the deepest one. A table in an outer module is passed to the
+    modules that use it, and may never be called itself."""
     found: dict[tuple[int | str, Slices | None], Site] = {}
     for site in sites:
         tensor = site.layer.held(site.module, site.tensor)

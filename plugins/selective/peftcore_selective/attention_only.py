@@ -6,8 +6,8 @@ As in the authors' code (facebookresearch/deit), the head over classes and the t
 the paper does not say; where a target is named, that alone. Feed-forwards, norms and other embeddings stay.
 Cross-attention stays too, which the paper's image models do not have: target ("attn.*", "cross.*") to train it along. A
 matrix that makes queries, keys and values together trains whole; a target such as attn.q trains its slice of it. Where
-one matrix serves attention and feed-forward together, target the parts of the first (attn.q, attn.k, attn.v); what both
-leave through has no slice of its own for attention.
+one matrix serves attention and feed-forward together, target the parts of the first (attn.q, attn.k, attn.v); a common
+output matrix cannot be split, since attention and feed-forward share it.
 
 Parameters: 4 d^2 + 4 d a block, about a third of a transformer's, those of the head, and of the tables of positions.
 

@@ -28,8 +28,8 @@ class BitFitConfig(MethodConfig):
 
     method: Literal["bitfit"] = "bitfit"
     add_missing_bias: bool = False
-    """Give linear layers that have no bias a new one, starting at zero (those with the role
-    `all-linear`, or the targets asked for)."""
+    """Add a bias, starting at zero, to linear layers without one (those with the role `all-linear`, or the targets
+    asked for)."""
     head: bool = True
     """Train the head whole, unless it gives tokens."""
 

@@ -2,14 +2,14 @@
 
     F = mean over the batches of (dL/dW)^2,   mask = F >= its (1 - share) quantile,   G <- mask * G
 
-F is the diagonal of the Fisher information, looked at once before training (``data=``); the quantile is one for all
-weights of the blocks. As in the authors' code, the gradient of each tensor is clipped before it is squared, the data is
-looked at in training mode, all that lies outside of the blocks trains whole, and weight decay still reaches what the
-mask holds; the paper says nothing of these. Where a target is named, that is masked, and nothing else trains but what
-`train` names, whole. The masked gradients are the
-optimizer's business, so train with ``injection.optimizer(...)``.
+F is the diagonal of the Fisher information, computed once before training (``data=``); the quantile is one for all
+weights of the blocks. As in the authors' code, the gradient of each tensor is clipped before it is squared, the
+gradients of F are computed in training mode, all parameters outside of the blocks train whole, and weight decay still
+acts on masked weights; the paper does not mention these details. Where a target is named, the target is masked, and
+besides it only the modules in `train` train, whole. The optimizer masks the gradients, so train with
+``injection.optimizer(...)``.
 
-Parameters: all; of those of the blocks `share` moves.
+Parameters: all; in the blocks only the share `share` of them changes.
 
 Use it to fine-tune on little data without forgetting; it costs a backward pass over the data.
 """
@@ -46,9 +46,9 @@ class ChildTuningDConfig(MethodConfig):
     max_grad_norm: PositiveFloat | None = 1.0
     """Norm to which the gradient of each tensor is clipped before it is squared; None does not clip."""
     training: bool = True
-    """Look at the data in training mode, with dropout."""
+    """Compute F in training mode, with dropout."""
     others: bool = True
-    """Train whole what lies outside of the blocks: embeddings, final norms, poolers, heads."""
+    """Train all parameters outside of the blocks whole: embeddings, final norms, poolers, heads."""
 
 
 class Mask(GradientRule):

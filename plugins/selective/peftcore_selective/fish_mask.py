@@ -2,10 +2,11 @@
 
     F = mean over the examples of (dL/dtheta)^2,   I = the k largest of F,   theta' = theta + scatter(v at I),   v zero
 
-F is the diagonal of the empirical Fisher information, looked at once before training (``data=``), in evaluation; k is
-`share` of all weights, and one ranking goes through all of them: tables, matrices, norms, biases. The squares are those
-of single examples, so a batch has to be one example: the square of a mean over a batch is something else. As v is a
-difference, weight decay pulls what trains to the base and leaves the rest alone; the authors mask gradients only.
+F is the diagonal of the empirical Fisher information, computed once before training (``data=``), in evaluation mode; k
+is `share` of all weights, and one ranking covers all of them: tables, matrices, norms, biases. The squares are those of
+single examples, so a batch has to be one example: the square of a mean over a batch is something else. As v is a
+difference, weight decay pulls the trained weights to the base and leaves the rest alone; the authors mask gradients
+only.
 
 The authors train the classifier whole and take its size off k. Here the head is left out, unless a target names it;
 ``train=["classifier"]`` trains it whole, and does not count. Their code also takes absolute values for squares, or the
@@ -54,7 +55,7 @@ class FishMaskConfig(MethodConfig):
     share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.005
     """Share of the weights that train."""
     samples: PositiveInt = 1024
-    """How many batches of the data are looked at, at most; each has to be one example."""
+    """The maximum number of batches for the Fisher information; each has to be one example."""
 
 
 class Mask(Checked):
@@ -75,7 +76,7 @@ class Mask(Checked):
 
 
 class FishOperator(WeightOperator):
-    """The part of the mask that lies in one tensor."""
+    """The part of the mask in one tensor."""
 
     def __init__(self, site: Site, start: int, mask: Shared) -> None:
         super().__init__(site)
@@ -140,7 +141,7 @@ class FishMask(Method):
 
 
 def _there(site: Site) -> bool:
-    """Whether the site's weight is in floating point and not quantized: others have no gradient to count."""
+    """True if the site's weight is in floating point and not quantized: only such weights have gradients."""
     dense = not site.layer.packed and not site.missing(site.tensor)
     return dense and site.module.get_parameter(site.tensor).is_floating_point()
 

@@ -3,12 +3,12 @@ baseline.
 
     y = H' f(x) + c',   H' and c' trained, starting from the host's head
 
-The head is the module with the role `head` (or what `target` says), and whatever `train` names besides. It is trained
-as a replacement, so the model's own head stays and comes back when the probe is removed.
+The head is the module with the role `head` (or the module in `target`); modules in `train` train too. The trained head
+is a replacement, so the model's own head is kept and restored when the probe is removed.
 
 Parameters: classes * (d + 1) for a linear head.
 
-Use it first of all: the gap between the probe and full fine-tuning is what every other method has to close.
+Use it first: every other method has to close the gap between the probe and full fine-tuning.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from peftcore.author import LearningRate, Method, MethodConfig, Site, Surgeon, T
 
 
 class LinearProbeConfig(MethodConfig):
-    """The linear probe has no options of its own."""
+    """Options of the linear probe: only those that every method has."""
 
     method: Literal["linear_probe"] = "linear_probe"
 

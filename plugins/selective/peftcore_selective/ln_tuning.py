@@ -3,7 +3,7 @@
     y = g' * n(x) + c',   g' and c' trained, starting from g and c
 
 LayerNorm, RMSNorm, GroupNorm, BatchNorm, inside the blocks and around them; running statistics of BatchNorm stay as
-they are. What is trained is the tensor itself, whatever the layer makes of it (Gemma's norms use 1 + g).
+they are. The stored tensor itself trains, even if the layer transforms it (Gemma's norms use 1 + g).
 
 Parameters: 2 d a LayerNorm, d an RMSNorm.
 
@@ -20,7 +20,7 @@ from peftcore.author import Method, MethodConfig, Site, Surgeon, Tags
 
 
 class LNTuningConfig(MethodConfig):
-    """Norm tuning has no options of its own."""
+    """Options of norm tuning: only those that every method has."""
 
     method: Literal["ln_tuning"] = "ln_tuning"
 

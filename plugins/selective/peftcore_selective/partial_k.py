@@ -3,10 +3,10 @@ role as a baseline.
 
     h_l = B_l(h_{l-1}) for l <= L - k,   h_l = B'_l(h_{l-1}) for l > L - k,   y = H'(n'(h_L)),   all from the host's
 
-Backward ends at block L - k: below it nothing trains, so nothing is kept there. Blocks are counted in each stack, those
-of an encoder and those of a decoder by themselves; the stages of a pyramid are one stack. A head that is tied to a
-table of tokens stays frozen, since training it would train what lies below the blocks. `target` says which of all this
-trains: all of it, or only the linear layers of the last blocks.
+Backward ends at block L - k: no parameter below it trains, so no activations are kept there. Blocks are counted in each
+stack, those of an encoder and those of a decoder by themselves; the stages of a pyramid are one stack. A head that is
+tied to a table of tokens stays frozen, since training it would also train the token table below the blocks. `target`
+selects among these modules: all of them, or only the linear layers of the last blocks.
 
 Parameters: those of k blocks, of the final norm and of the head.
 

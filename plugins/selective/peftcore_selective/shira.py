@@ -10,8 +10,8 @@ As many numbers as LoRA of that rank has, but the update is sparse and of high r
 entries are drawn evenly (SHiRA-Rand), or are the largest of |W| (SHiRA-WM), or its smallest; experts choose one by
 one. The paper's other masks follow rows and diagonals, or gradients: fish_mask chooses by gradients.
 
-I is in the file, since it is the adapter as much as v is; peft draws it anew from a seed that its file lacks when
-there was none. peft's forward builds the whole update and adds it to the weight; here only the entries of I are read
+I is saved in the file, since the adapter consists of I and v; peft draws I again from a seed, which its file lacks if
+no seed was set. peft's forward builds the whole update and adds it to the weight; here only the entries of I are read
 and written, each rounded once to the weight's dtype.
 
 Parameters: |I| a site, and low_rank * (in * kernel + out), times the number of experts.
@@ -44,7 +44,7 @@ class SHiRAConfig(MethodConfig):
     sparsity: Share | None = None
     """The share of entries that stay as they are; where it is given, `rank` does not count."""
     low_rank: NonNegativeInt = 0
-    """Rank of a low-rank update beside the entries; 0 is none."""
+    """Rank of a low-rank update in addition to the entries; 0 leaves it out."""
     alpha: PositiveFloat = 16.0
     """Numerator of the scale ``alpha / low_rank`` of the low-rank update."""
 

@@ -2,15 +2,15 @@
 
     E'[i] = t_i for the given token indices i,   E'[i] = E[i] for all others,   t_i trained, starting from E[i]
 
-A head that is tied to the table sees the rows too, and has its bias still (peft computes such a head without it). What
-is saved are the rows themselves, in ascending order of their indices, not differences from a base: new tokens come out
-the same whatever random numbers a resized table started from. The table looks its rows up without being copied; a tied
-head, and tables that scale what they look up, are run on a copy in which the rows are put.
+A head that is tied to the table sees the rows too, and has its bias still (peft computes such a head without it). A
+file stores the rows themselves, in ascending order of their indices, not differences from a base: so new tokens have
+the same embeddings after loading, regardless of the random start of a resized table. The table looks its rows up
+without being copied; a tied head, and tables that scale what they look up, are run on a copy in which the rows are put.
 
 Parameters: as many as the indices, times the width of the table.
 
-Use it to teach a model new tokens (special ones, a domain's words) while all others stay what they are; besides another
-adapter, as it touches nothing else.
+Use it to teach a model new tokens (special ones, a domain's words) while all other tokens keep their embeddings; it
+combines with another adapter, since it changes only these rows.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class TrainableTokensConfig(MethodConfig):
 
 
 class TokensOperator(Operator):
-    """Rows that stand for some of a table's, and their indices."""
+    """Rows that replace some rows of a table, and their indices."""
 
     index: Tensor
 

@@ -1,8 +1,8 @@
 """Bottleneck adapters and (IA)^3 in AdapterHub's files (checked against adapters 1.3.0).
 
-What the library calls `seq_bn`, `double_seq_bn` and `par_bn` are our Pfeiffer, Houlsby and parallel adapters, and its
-`adapter_plus` is our Pfeiffer adapter around the whole block; which one a file holds is said by where the adapter
-stands, what it reads and how its output is added.
+The library's `seq_bn`, `double_seq_bn` and `par_bn` are our Pfeiffer, Houlsby and parallel adapters, and its
+`adapter_plus` is our Pfeiffer adapter around the whole block. The options for the adapter's place, its input and the
+sum with its output determine which one a file holds.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ KINDS = {
 }
 """Our method by at the attention, at the feed-forward, parallel, behind the norm, norm behind it."""
 BEHIND = (False, True, False, True, False)
-"""Added behind the norm to what the norm returns."""
+"""The options of an adapter that is added to the output of the norm."""
 STARTS = ("init_weights", "init_weights_seed", "reduction_factor", "leave_out", "dtype")
 OF_OTHERS = (
     "factorized_phm_W", "factorized_phm_rule", "hypercomplex_nonlinearity", "learn_phm", "phm_bias", "phm_c_init",
@@ -93,7 +93,7 @@ class HubBottleneck(HubArchitecture):
 
 
 class HubIA3(HubArchitecture):
-    """Translates a vector that scales what a module returns."""
+    """Translates a vector that scales a module's output."""
 
     holder = "loras"
 

@@ -1,15 +1,16 @@
 """Prefixes and prompts in AdapterHub's files (checked against adapters 1.3.0).
 
-A prompt stands behind the embeddings, and in an encoder without positions for it nothing depends on whether that is in
-front of the first token or behind it ("prefix_after_bos"), but for what a head takes for the first token: that library
-keeps the prompt's rows in its outputs, so a head that pools gets the prompt's first row in the one case, and in the
-other the token, as ours does.
+A prompt is inserted behind the embeddings. In an encoder that gives it no positions the result is the same in front of
+the first token or behind it ("prefix_after_bos"), except for pooling heads: that library keeps the prompt's rows in its
+outputs, so a head that pools the first position gets the prompt's first row in the first case, and the first token in
+the second, as in ours.
 
-Keys and values of all layers of an encoder, a decoder or its cross-attentions lie in one tensor: a row a position, with
-[key | value] of each layer side by side. Where a network makes them, what it makes is read, as that library's
-`eject_prefix_tuning` does, since all tokens of a prefix have one value each; training goes on with these. Positions of
-tokens are not moved. Each layer has the tensors under a name of its own too. In causal models these are the numbers of
-``attn_implementation="eager"``: with "sdpa" that version masks the prefix out.
+Keys and values of all layers of an encoder, a decoder or its cross-attentions are stored in one tensor: one row for
+each position, with [key | value] of each layer side by side. Where a network generates the prefix, the generated values
+are read, as by that library's `eject_prefix_tuning`, since its inputs are constant; training continues with these
+values. Positions of tokens are not moved. The file holds the same tensors again under a separate name for each layer.
+In causal models these are the numbers of ``attn_implementation="eager"``: with "sdpa" that version masks the prefix
+out.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from peftcore_additive._bottleneck import ACTIVATIONS as FUNCTIONS
 from peftcore_additive.interop.adapterhub import ACTIVATIONS
 
 ROLES = {"self_prefix": "attn.core", "encoder_prefix": "attn.core", "cross_prefix": "cross.core"}
-"""Our roles by their names for where a prefix stands; "encoder" is one that a decoder reads."""
+"""Our roles by their names for the place of a prefix; "encoder" is that of an encoder whose output a decoder reads."""
 OF_TOKENS = (
     "MODEL_FOR_MASKED_LM_MAPPING",
     "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING",
@@ -40,7 +41,7 @@ COPY = "copy "
 
 
 class HubPrefix(HubArchitecture):
-    """Translates keys and values in front of those of every attention."""
+    """Translates keys and values in front of the keys and values of every attention."""
 
     holder = "prefix_tunings"
 

@@ -1,12 +1,12 @@
 """ReFT in AdapterHub's files (checked against adapters 1.3.0).
 
-A layer has two interventions, of which one is idle where it acts at one end alone. R lies there as torch's `orthogonal`
-has it, a product of reflections times a base; here it is read as its rows. The options do not say whether the
-projection is subtracted, which is what DiReFT leaves out: that library reads its own files of DiReFT as NoReFT, and so
-do we, with a warning, unless someone wrote "subtract_projection" into them.
+A layer has two interventions, of which one is idle if the method acts at one end only. R is stored in the form of
+torch's `orthogonal`, a product of reflections times a base; here it is read as its rows. The options do not record
+whether the projection is subtracted, a step that DiReFT leaves out: that library reads its own files of DiReFT as
+NoReFT, and so do we, with a warning, unless the options contain "subtract_projection".
 
-That library changes the first and the last positions of whatever goes through a layer, so that beside a cache each
-generated token counts as the first one; ours leaves generated tokens alone, as the paper does.
+That library changes the first and the last positions of each input of a layer, so that with a cache each generated
+token counts as the first one; ours does not change generated tokens, as in the paper.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ STEP = ".reft_layer"
 ENDS = {"prefix": "units.0", "both": "units.0", "suffix": "units.1"}
 BASE, ORIGINAL = "projection.parametrizations.weight.0.base", "projection.parametrizations.weight.original"
 CLOSE = 1e-2
-"""How far the rows of R may be from orthonormal: as far as they come in half precision."""
+"""Tolerance for the orthonormality of the rows of R: the error in half precision."""
 
 
 class HubReft(HubArchitecture):
@@ -90,7 +90,7 @@ def _unit(unit: str, intervention: Any, found: Found) -> dict[str, Tensor]:
 
 
 def _rows(original: Tensor, base: Tensor) -> Tensor:
-    """Returns what torch's `orthogonal` makes of its tensors: the rows of R, in float32 at least."""
+    """Returns the rows of R, which torch's `orthogonal` computes from its tensors, in float32 at least."""
     rank, width = original.shape
     dtype = torch.promote_types(original.dtype, torch.float32)
     linear = nn.utils.skip_init(nn.Linear, width, rank, bias=False, dtype=dtype)

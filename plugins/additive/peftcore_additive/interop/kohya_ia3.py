@@ -1,7 +1,8 @@
 """(IA)^3 in files of LyCORIS (checked against LyCORIS 4.1).
 
-``weight`` is our gain without the one, ``on_input`` says whose. Gains of outputs scale the weight there, and here the
-bias too, so that only modules without a bias are the same; beside a bias GLoRA's vector A is what they are.
+``weight`` is our gain minus one, and ``on_input`` is True for gains of inputs. Gains of outputs scale only the weight
+there, and here the bias too, so the results are equal only for modules without a bias; with a bias they equal GLoRA's
+vector A.
 """
 
 from __future__ import annotations

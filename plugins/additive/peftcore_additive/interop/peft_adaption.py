@@ -1,8 +1,8 @@
 """LLaMA-Adapter in peft's files, there ADAPTION_PROMPT (checked against peft 0.21).
 
 ``adaption_prompt`` [1, length, width] is our prompt; ``adaption_gate`` is one number for all heads, taken without a
-tanh. Peft adds what comes of the prompt behind the output matrix: the same where that matrix stands apart and has no
-bias, and refused elsewhere (peft leaves it out in GPT-2, and adds a bias twice).
+tanh. Peft adds the attention to the prompt after the output matrix. This is the same if that matrix is a separate
+module without a bias, and is refused otherwise (peft leaves the matrix out in GPT-2, and adds a bias twice).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from peftcore.author.formats import Found, Keys, PeftMethod, Place, SavedSite, e
 from peftcore.errors import CheckpointError, ExportError
 
 OUT = "o_proj"
-"""The module that peft takes for the output matrix."""
+"""The name of the module that peft uses as output matrix."""
 
 
 class PeftAdaptionPrompt(PeftMethod):

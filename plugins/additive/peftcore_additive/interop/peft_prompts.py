@@ -1,9 +1,9 @@
 """Prompts and prefixes in peft's files (checked against peft 0.21).
 
-``prompt_embeddings`` are the rows themselves, [length, width], also of P-tuning: peft saves what the network made and
-not the network. So a file of P-tuning is read as a plain prompt. In a prefix each row has all layers side by side, [key
-| value] of each. Where peft has a prompt for both halves of an encoder-decoder, its forward uses the encoder's rows
-alone, which come first.
+``prompt_embeddings`` are the rows themselves, [length, width], also for P-tuning: peft saves the output of the network
+and not the network. So a file of P-tuning is read as a plain prompt. In a prefix each row has all layers side by side,
+[key | value] of each. Where peft has a prompt for both halves of an encoder-decoder, its forward uses only the
+encoder's rows, which are first.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class PeftPTuning(PeftPrompt):
 
 
 class PeftCPT(PeftPrompt):
-    """Translates prompts of examples, whose file has the examples and what they moved by as one."""
+    """Translates prompts of examples; a file stores the sum of the examples' embeddings and their change."""
 
     methods = ("cpt",)
 
@@ -123,7 +123,7 @@ class PeftCPT(PeftPrompt):
 
 
 class PeftPrefix(SoftPrompt):
-    """Translates keys and values in front of those of every attention."""
+    """Translates keys and values in front of the keys and values of every attention."""
 
     methods = ("prefix_tuning",)
 

@@ -1,9 +1,8 @@
 """ShadowPEFT in peft's files, there SHADOW (checked against peft 0.21).
 
 ``shadow_backbone`` is our guest's network, ``shadow_projection`` its projection, ``shadow_head`` the head that
-classifies by it. In GPT-2 and its like peft keeps a token table in the guest that nothing reads, where it shares the
-model's: it is passed over, and not written. What peft's last block would make of the shadow nobody reads either: it is
-passed over, and written as zeros.
+classifies by it. In models like GPT-2 peft keeps an unused token table in a guest that shares the model's table: it is
+ignored, and not written. The shadow update of peft's last block is unused too: it is ignored, and written as zeros.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""(IA)^3 of outputs beside a bias in files of LyCORIS (checked against LyCORIS 4.1): GLoRA with a vector A alone.
+"""(IA)^3 of outputs in layers with a bias, in files of LyCORIS (checked against LyCORIS 4.1): GLoRA with a vector A
+alone.
 
-``weight`` scales the weight by one and it, and not the bias, as A does. Where there is no bias, the file is read as our
-(IA)^3.
+The layer's weight is multiplied by 1 + ``weight`` and its bias is unchanged, as with our A. For layers without a bias,
+the file is read as our (IA)^3.
 """
 
 from __future__ import annotations

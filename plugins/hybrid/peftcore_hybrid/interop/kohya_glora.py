@@ -2,7 +2,7 @@
 
 ``a1`` [in, rank] and ``a2`` [rank, in] are the factors of our A, which multiplies the weight (``A="product"``), ``b1``
 and ``b2`` those of B; convolutions write them as such, with kernels of ones but for ``b2``. The scale alpha / rank is
-in our first factors. LyCORIS has no C, D and E.
+in our first factors. LyCORIS lacks C, D and E.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """GLoRA in peft's files (checked against peft 0.21).
 
 ``glora_A`` to ``glora_E`` are our terms by the same letters: factors ``Xd`` and ``Xu``, or ``X``; a term that is left
-out has ``zeros``. Peft has one option for A and B and one for D and E, and nothing to learn in the bias of a layer
-without one.
+out has ``zeros``. Peft has one option for A and B and one for D and E, and trains no bias terms in layers without a
+bias.
 """
 
 from __future__ import annotations

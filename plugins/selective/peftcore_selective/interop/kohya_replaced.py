@@ -1,7 +1,7 @@
 """Tensors that train whole in files of LyCORIS, there full and norm (checked against LyCORIS 4.1).
 
 ``diff`` and ``diff_b`` are added to weight and bias of a linear map or a convolution, ``w_norm`` and ``b_norm`` to
-those of a norm; our values stand for the whole tensors. What the file leaves out stays as the host has it.
+those of a norm; our values replace the whole tensors. Tensors missing in the file keep the host's values.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from peftcore.errors import ExportError
 
 
 class _Replaced(KohyaMethod):
-    """Translates values that stand for tensors of the host."""
+    """Translates values that replace tensors of the host."""
 
     tensors = ("weight", "bias")
     names: ClassVar[Mapping[str, str]]

@@ -1,7 +1,7 @@
 """BEFT in peft's files (checked against peft 0.21): `bitfit` at linear layers.
 
-``beft_bias`` [1, out] is added to the outputs; our value stands for the whole bias, which is the host's and that. Where
-the host has none, the value is the new bias.
+``beft_bias`` [1, out] is added to the outputs; our value is the whole bias: the host's bias plus ``beft_bias``. Where
+the host lacks a bias, the value is the new bias.
 """
 
 from __future__ import annotations

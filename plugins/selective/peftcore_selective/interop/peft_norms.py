@@ -1,7 +1,7 @@
 """Norm tuning in peft's files, there LN_TUNING (checked against peft 0.21).
 
-Peft saves a copy of each norm, under ``ln_tuning_layers``; its gain and bias are the values that stand for the norm's
-own. Running statistics come with the copy: here they are the host's, so those of a file have to be the same.
+Peft saves a copy of each norm, under ``ln_tuning_layers``; its gain and bias are the values that replace the norm's.
+The copy includes running statistics. Here the host's statistics are used, so the file's have to be the same.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ FACTORS = {"A": "supertuning_lora_A.weight", "B": "supertuning_lora_B.weight"}
 
 
 class PeftSupertuning(PeftMethod):
-    """Translates a share of a weight's entries, and the low-rank update beside them."""
+    """Translates a share of a weight's entries, and the low-rank update that is added to them."""
 
     methods = ("shira",)
     below = ("supertuning_values", "supertuning_indices", *FACTORS.values())

@@ -1,7 +1,7 @@
-"""Trainable tokens in peft's files, alone or beside a LoRA (checked against peft 0.21).
+"""Trainable tokens in peft's files, alone or together with LoRA (checked against peft 0.21).
 
-``trainable_tokens_delta`` holds the rows that stand for the table's, in the order in which the options list the tokens;
-ours are in ascending order.
+``trainable_tokens_delta`` holds the rows that replace rows of the table, in the order in which the options list the
+tokens; ours are in ascending order.
 """
 
 from __future__ import annotations
