@@ -48,7 +48,7 @@ def table(report: Report) -> Table:
 
 
 def title(report: Report) -> str:
-    """Return the title: what was measured."""
+    """Return the title: the metric, the number of validation examples and the length of training."""
     chosen = report.training
     length = f"{chosen['steps']} steps" if chosen["steps"] else f"{chosen['epochs'] or 3:g} epochs"
     return (
