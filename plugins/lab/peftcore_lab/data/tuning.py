@@ -32,7 +32,7 @@ def parted(
     Arguments:
       data: the data options of a task.
       tuning: examples to choose by, from elsewhere.
-      size: without them, how many of those to train on (a fifth, at most 1,000).
+      size: without `tuning`, the number of training examples to hold out (a fifth, at most 1,000).
       folder: where the parts are put.
 
     Raises:

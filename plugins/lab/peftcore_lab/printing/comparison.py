@@ -69,7 +69,7 @@ def caption(report: Report, entries: list[Entry]) -> str:
 
 
 def settings(entries: list[Entry]) -> list[str]:
-    """Return a line for each target and learning rate: what they share, configurations can be compared by."""
+    """Return a line for each target and learning rate: configurations that share them can be compared."""
     groups: dict[str, list[str]] = {}
     for entry in entries:
         first = entry.trials[0]

@@ -202,9 +202,10 @@ def trade_off(report: Report, cost: Cost, shape: Shape, heading: str = "") -> Fi
     """Draw the metric over a cost, with the Pareto front, full fine-tuning and the majority baseline marked.
 
     Args:
-        report: the results to draw. cost: what the metric is drawn over.
+        report: the results to draw.
+        cost: the quantity on the horizontal axis.
         shape: how large.
-        heading: for a picture that stands alone, which then says too what the marks mean.
+        heading: for a separate picture, which then also explains the marks.
     """
     figure = new_figure(shape)
     axes = figure.add_subplot()

@@ -24,8 +24,9 @@ def inline(figure: Figure, name: str, title: str, description: str, tips: Mappin
 
     Args:
         name: unlike that of any other figure of the page; ids are made from it.
-        title: what the chart shows, for those who do not see it.
-        description: the content of the chart. tips: the texts of an entry's marks when a pointer rests on them.
+        title: the subject of the chart, for readers who do not see it.
+        description: the content of the chart.
+        tips: the texts of an entry's marks when a pointer rests on them.
     """
     buffer = io.BytesIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):

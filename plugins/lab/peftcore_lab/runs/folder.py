@@ -102,7 +102,8 @@ class RunFolder:
 
     Attributes:
         before: the scores before training, once they are known.
-        said: the sample answers of the model then. longer: whether a run is resumed with more steps than before.
+        said: the sample answers of the model then.
+        longer: whether a run is resumed with more steps than before.
     """
 
     def __init__(self, run: Run) -> None:

@@ -126,7 +126,7 @@ class SelfReferencing(DPOTrainer):
         return dataset.add_column("ref_chosen_logps", chosen).add_column("ref_rejected_logps", rejected)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Writes none: a run's folder is no repository of the Hub."""
+        """Writes no card, since a run's folder is not a repository of the Hub."""
 
     def _send_telemetry(self) -> None:
         """Sends nothing: nobody asked TRL for it."""

@@ -144,7 +144,8 @@ class Prepared:
     beside: tuple[Beside, ...] = ()
     """Adapters of other parts, which train too; not for full fine-tuning."""
     reduce: Callable[[Any, Any], Any] | None = None
-    """Reduces a batch's logits and labels to what the metrics need: logits of all examples would not fit in memory."""
+    """Reduces a batch's logits and labels to the inputs of the metrics: logits of all examples would not fit in
+    memory."""
     metrics: Callable[[Any], dict[str, float]] | None = None
     """Computes the metrics from the (reduced) outputs of all examples; the loss is there without it."""
     floor: float | None = None

@@ -268,7 +268,7 @@ def _taught(reader: Reader, data: CaptionedData, start: Tensor | None) -> list[i
 
 
 class WithPrior:
-    """Rows, each with a picture of the class beside it. Either begins again where the other has more."""
+    """Rows, each paired with a picture of the class. Either begins again where the other has more."""
 
     def __init__(self, rows: Any, files: Sequence[Path], data: CaptionedData) -> None:
         self._rows, self._files, self._text = rows, files, data.prior_text
