@@ -19,16 +19,16 @@ ORDER = (
 )
 """Commands in the order in which people need them."""
 OF_LAB = ("train", "compare", "search", "chat")
-"""Commands that the distribution peftcore-lab brings: without it, each says how to install it."""
+"""Commands of the distribution peftcore-lab: without it, each says how to install it."""
 EXTRAS = {"transformers": "peftcore[cli]", "huggingface_hub": "peftcore[cli]", "jinja2": "peftcore[cli]"}
-"""Packages that some commands import and the core does not require, and what pip installs for each."""
+"""Packages that some commands import and the core does not require, and the requirement that pip installs for each."""
 KEPT = "\n\N{NO-BREAK SPACE}"
 """Characters that a terminal may be shown, though Python does not count them as printable."""
 
 
 class Commands(TyperGroup):
-    """The commands of the core and of plugins in that order; others come last. Plugins are loaded when a command is
-    asked for that the core does not have, or when all are listed."""
+    """The commands of the core and of plugins, in the order of `ORDER`; those that it lacks are last. Plugins are
+    loaded when a command is asked for that the core does not have, or when all are listed."""
 
     complete = False
     """Whether the commands of plugins are among them."""
@@ -39,7 +39,7 @@ class Commands(TyperGroup):
         return sorted(super().list_commands(ctx), key=lambda name: (name not in ORDER, (*ORDER, name).index(name)))
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """Return a command of the core or, if it has none of that name, of a plugin."""
+        """Return a command of the core or, if the core lacks one of that name, of a plugin."""
         if cmd_name not in self.commands:
             self.complete_with_plugins()
         return super().get_command(ctx, cmd_name)
@@ -73,10 +73,10 @@ def root() -> None:
 
 
 def settings(given: list[str] | None, flag: str = "--set", example: str = "training.patience=3") -> dict[str, Any]:
-    """Parse ``--set name=value``, its values read as YAML: ``16``, ``true``, ``[1, 2]``, or a text as it stands.
+    """Parse ``--set name=value``, its values read as YAML: ``16``, ``true``, ``[1, 2]``, or a text as written.
 
     Raises:
-        BadInput: one of them has no name, or a name is given twice.
+        BadInput: one of them lacks a name, or a name is given twice.
     """
     from peftcore.utils.yaml_values import parse
 
@@ -93,7 +93,8 @@ def settings(given: list[str] | None, flag: str = "--set", example: str = "train
 
 
 def printable(text: object) -> str:
-    """Return a text in which a file's names may be, with what a terminal would obey, such as escapes, spelled out."""
+    """Return a text that may contain names from a file, with control characters for terminals, such as escapes, spelled
+    out."""
     return "".join(each if each.isprintable() or each in KEPT else repr(each)[1:-1] for each in str(text))
 
 

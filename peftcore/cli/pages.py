@@ -13,7 +13,7 @@ from rich.table import Table
 from peftcore.surgery.planning import Plan
 
 WIDTH = 100
-"""Columns where nobody says how many there are: in a pipe, in a file."""
+"""Columns where the width is unknown: in a pipe, in a file."""
 MANY = 8
 
 
@@ -25,7 +25,7 @@ def console() -> Console:
 
 
 def columns(*headings: str, right: frozenset[str] = frozenset(), header: bool = True) -> Table:
-    """Return a table without lines; what does not fit is folded, never cut."""
+    """Return a table without lines; cells that do not fit are folded, never cut."""
     table = Table(box=None, show_header=header, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
     for heading in headings:
         table.add_column(heading, justify="right" if heading in right else "left", overflow="fold")
@@ -43,8 +43,8 @@ def times(shape: Sequence[int]) -> str:
 
 
 def tensors(shapes: Mapping[str, Sequence[int]]) -> str:
-    """Format tensors: ``A 8×768, B 768×8``; a single number has no shape, and of very many tensors only the first are
-    named."""
+    """Format tensors: ``A 8×768, B 768×8``; a single number is shown without a shape, and of very many tensors only the
+    first are named."""
     named = [f"{name} {times(shape) or '1'}" for name, shape in shapes.items()]
     return ", ".join(named if len(named) <= MANY else [*named[:2], f"... ({len(named)} tensors)"])
 
@@ -60,5 +60,5 @@ def share(part: float) -> str:
 
 
 def spelled(value: Any) -> str:
-    """Format a value as it may stand on a command line."""
+    """Format a value as it is written on a command line."""
     return value if isinstance(value, str) else to_json(value, fallback=repr).decode()

@@ -1,4 +1,4 @@
-"""The commands that plugins bring through the hook `peftcore_commands`."""
+"""The commands that plugins register through the hook `peftcore_commands`."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from peftcore.registry.plugins import registry
 
 
 def commands(taken: tuple[str, ...]) -> dict[str, Any]:
-    """Return the commands of all plugins by name. A plugin whose commands cannot be built, or one of which has a name
-    that is taken, brings none: it is recorded as a failure, and the others stay.
+    """Return the commands of all plugins by name. A plugin whose commands cannot be built, or one of whose commands has
+    a name that is taken, adds none: it is recorded as a failure, and the others stay.
 
     Args:
         taken: the names of the core's commands.

@@ -7,7 +7,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 class Line:
-    """A display with one bar; what is said stays above it."""
+    """A display with one bar; messages stay above it."""
 
     def __init__(self, console: Console) -> None:
         columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
@@ -59,7 +59,7 @@ class Bars:
         self._progress.advance(self._steps)
 
     def say(self, line: str) -> None:
-        """Print nothing: scores on the way stand in the report."""
+        """Print nothing: scores during training are in the report."""
 
     def finish(self, line: str) -> None:
         self._progress.advance(self._methods)

@@ -27,7 +27,7 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Source:
-    """The place of a model, and what is known of it."""
+    """The place of a model, and its known properties."""
 
     folder: Path
     """The folder of the model, or a GGUF file."""
@@ -38,7 +38,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter file, and what it says about itself."""
+    """An adapter file, and the description that it contains."""
 
     path: str
     about: Description
@@ -93,7 +93,7 @@ def base_of(adapter: Adapter) -> Named:
 
 
 def check_complete(opened: Opened, folder: Path, injections: Sequence[Injection], weights: Sequence[float]) -> None:
-    """Raise unless the adapters bring what the folder does not have, each parameter by one of them alone."""
+    """Raise unless the adapters have all parameters that the folder lacks, each parameter in exactly one adapter."""
     brought: dict[str, float] = {}
     for injection, weight in zip(injections, weights, strict=True):
         for path in injection.trained_along:

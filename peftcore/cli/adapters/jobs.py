@@ -113,7 +113,7 @@ def converted(source: Source, adapter: Adapter, to: str, output: Output, weights
 
 
 def load_whole(wanted: Wanted, adapter: Adapter, display: Display) -> Injection:
-    """Load an adapter on its model, with all weights, for what depends on them."""
+    """Load an adapter on its model, with all weights, for jobs that depend on them."""
     check_mergeable([adapter])
     source = find_source(wanted, adapter)
     display.phase("loading", None)
@@ -126,7 +126,7 @@ def load_whole(wanted: Wanted, adapter: Adapter, display: Display) -> Injection:
 def export_lora(
     injection: Injection, adapter: Adapter, rank: int, to: str, output: Output, max_error: float | None
 ) -> Exported:
-    """Write the LoRA that is nearest to what an adapter does to weights."""
+    """Write the LoRA that is nearest to an adapter's change of the weights."""
     lora, errors = peftcore.to_lora(injection, rank)
     worst = max(errors, key=errors.__getitem__)
     if max_error is not None and not errors[worst] <= max_error:
@@ -146,7 +146,7 @@ class Projection:
     """The user's options about the nearest LoRA."""
 
     rank: int | None = None
-    """Rank of the nearest LoRA; None refuses an adapter that is no LoRA."""
+    """Rank of the nearest LoRA; None refuses an adapter that is not a LoRA."""
     texts: Path | None = None
     """A file of examples, by whose outputs nearest is meant."""
     max_error: float | None = None
@@ -188,7 +188,7 @@ def _check_error(done: Export, most: float | None) -> None:
 
 
 def _batches(model: Path, texts: Path) -> list[dict[str, Any]]:
-    """Return the lines of a text file, one a batch, as the tokenizer beside a model makes inputs of them."""
+    """Return the lines of a text file, one a batch, tokenized by the tokenizer in the model's folder."""
     try:
         lines = [line for line in texts.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeError) as error:
@@ -203,7 +203,7 @@ def _batches(model: Path, texts: Path) -> list[dict[str, Any]]:
 
 
 def check_mergeable(adapters: Sequence[Adapter]) -> None:
-    """Refuse what changes no weights before a model is loaded; what depends on options shows later."""
+    """Refuse adapters that change no weights before a model is loaded; cases that depend on options are found later."""
     for adapter in adapters:
         for name in adapter.about.methods:
             if not peftcore.method(name).tags.mergeable:
@@ -211,7 +211,7 @@ def check_mergeable(adapters: Sequence[Adapter]) -> None:
 
 
 def save(injection: Injection, to: str, folder: Path, output: Output) -> None:
-    """Write an adapter; what is to be one file must be one that says all."""
+    """Write an adapter; an output of one file must be complete by itself."""
     save_folder(injection, folder, (to,), False, home=output.path)
     if output.single:
         [file] = folder.glob("*.safetensors")

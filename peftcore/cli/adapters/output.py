@@ -15,7 +15,7 @@ from peftcore.files.safe_io import discard
 
 SUFFIX = ".safetensors"
 SHARED = ("README.md", ".gitattributes")
-"""Files that any folder may have: they do not tell that it is the result of an earlier run."""
+"""Files that any folder may have: they do not show that the folder is the result of an earlier run."""
 
 
 class Output:
@@ -24,7 +24,7 @@ class Output:
     Args:
         path: where it will be.
         overwrite: whether it may take the place of an earlier result.
-        sources: what the command reads.
+        sources: the files and folders that the command reads.
 
     Raises:
         BadInput: it cannot be written there, or something would be lost.

@@ -1,4 +1,4 @@
-"""Results of the jobs on adapter files; light, for what prints it."""
+"""Results of the jobs on adapter files; light to import, for the code that prints them."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Exported:
     rank: int
     format: str
     errors: dict[str, float]
-    """Relative errors by site: norm of what is lost over norm of the change."""
+    """Relative errors by site: norm of the lost part over norm of the change."""
     values: int
     files: tuple[str, ...]
 

@@ -1,7 +1,7 @@
 """``peftcore new``: a plugin package to start from, written whole or not at all.
 
-What it consists of stands in `templates/`, as a tree of what comes out: `common` and the template's own folder,
-where PACKAGE and NAME in a path stand for those of the plugin. `steps.txt` is printed instead: what to do next.
+Its files are in `templates/`, as a tree like that of the result: `common` and the template's own folder,
+where PACKAGE and NAME in a path are replaced by those of the plugin. `steps.txt` is printed instead: what to do next.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Plugin:
         return f"peftcore_{self.name}"
 
     def check(self) -> None:
-        """Refuse a name that could not be installed beside what is.
+        """Refuse a name that could not be installed next to the installed distributions.
 
         Raises:
             BadInput: saying what is wrong with it.

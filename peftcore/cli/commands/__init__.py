@@ -1,6 +1,6 @@
 """The core's commands, each in the module of its kind: it reads options, calls its job and prints the result.
 
-They may import all of the command line and what lies below it, inside their functions, so that the command line starts
+They may import all of the command line and the layers below it, inside their functions, so that the command line starts
 quickly. In the order of reading: `listing`, `inspecting`, `adapters`, `exporting`, `authoring`; `_adapter_options` are
 those that commands on adapter files have in common, `_method_options` the options of methods as flags.
 """

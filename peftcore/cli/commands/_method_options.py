@@ -1,4 +1,4 @@
-"""Options of methods as flags of a command: ``--rank 8``, beside the command's own."""
+"""Options of methods as flags of a command: ``--rank 8``, in addition to the command's own."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ def for_methods(
     context: typer.Context, methods: Sequence[Mapping[str, Any]], bare: Collection[str] = ()
 ) -> list[dict[str, Any]]:
     """Return for each method those of the given flags that it has, their values read as YAML; a flag that is given
-    several times is a list. What a method does not have is said, and it keeps its defaults.
+    several times is a list. Flags that a method does not have are reported, and it keeps its defaults.
 
     Args:
         context: that of the command.
         methods: mappings with a "name", as files have them.
-        bare: names that are no methods and take no options, such as that of full fine-tuning.
+        bare: names that are not methods and take no options, such as that of full fine-tuning.
 
     Raises:
         BadInput: a flag is neither of the command nor of any of the methods.

@@ -133,7 +133,7 @@ def export_lora(
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
-    """Write the LoRA that is nearest to what an adapter of any method does to weights, and say how near it is."""
+    """Write the LoRA that is nearest to the weight change of an adapter of any method, and say how near it is."""
     with at_work() as display:
         to = _format(format)
         named = find(model)

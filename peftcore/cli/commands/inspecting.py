@@ -41,12 +41,12 @@ def plan(
     resident: Annotated[int, typer.Option(min=1, help="Adapters that are on the model at once, to serve.")] = 1,
     json: Json = False,
 ) -> None:
-    """Show what a method would train in a model, and what memory and operations a step takes. Each option of the method
-    is a flag too: --rank 8.
+    """Show the parameters that a method would train in a model, and the memory and operations of a step. Each option of
+    the method is a flag too: --rank 8.
 
     The model is built from its configuration alone. A forward and its backward run on tensors that have shapes only,
-    with the kernels of a CPU: what they keep, the most that is there at once, and the operations of products are
-    counted. Full fine-tuning is shown for comparison.
+    with the kernels of a CPU: the saved memory, the peak, and the operations of products are counted. Full fine-tuning
+    is shown for comparison.
     """
     with answered():
         [flags] = for_methods(context, [{"name": method}])
@@ -82,7 +82,7 @@ def tree(
     exclude: Exclude = None,
     json: Json = False,
 ) -> None:
-    """Show the modules of a model by role, with equal ones folded, and what methods would change in it.
+    """Show the modules of a model by role, with equal ones folded, and the changes that methods would make in it.
 
     Options, --target and --exclude apply to each of the methods.
     """

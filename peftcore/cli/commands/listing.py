@@ -19,7 +19,7 @@ def methods(
     ] = False,
     json: Json = False,
 ) -> None:
-    """List the installed methods: category, paper, and what each can do."""
+    """List the installed methods: category, paper, and the abilities of each."""
     with answered():
         from rich.console import Console
 
@@ -42,7 +42,7 @@ def show(
     method: Annotated[str, typer.Argument(help="A method; plugin/method where two plugins have one.")],
     json: Json = False,
 ) -> None:
-    """Describe a method: equation, paper, options, what it can do, and what it trains in known models."""
+    """Describe a method: equation, paper, options, abilities, and trainable parameters in known models."""
     with answered():
         from peftcore.cli import pages
         from peftcore.cli.looking.show import Shown
@@ -75,9 +75,10 @@ def schema(
 
 @app.command()
 def doctor(json: Json = False) -> None:
-    """Report what is installed: plugins, versions, extras, quantization schemes, devices; and what of it is broken.
+    """Report the installed parts: plugins, versions, extras, quantization schemes, devices; and those that are broken.
 
-    Exit code 0: all is well. 1: there are no methods, a plugin or a method is broken, or a name means several methods.
+    Exit code 0: all is well. 1: no methods are installed, a plugin or a method is broken, or a name means several
+    methods.
     """
     with answered():
         from peftcore.cli import pages

@@ -1,4 +1,5 @@
-"""The page of ``peftcore plan`` for people: where the method would act, and what that costs beside full fine-tuning."""
+"""The page of ``peftcore plan`` for people: where the method would act, and its costs compared with full
+fine-tuning."""
 
 from __future__ import annotations
 
@@ -45,7 +46,7 @@ def heading(costs: Costs) -> Text:
 
 
 def sites(recorded: Recorded) -> Table:
-    """Return a table of the places, one row for what is alike."""
+    """Return a table of the places, one row for equal places."""
     table = columns("target module", "", "weight", "adapter", "trainable", right=frozenset({"", "trainable"}))
     for name, alike in rows((*recorded.places, *recorded.shared)):
         number = f"×{len(alike)}" if len(alike) > 1 else ""

@@ -1,4 +1,5 @@
-"""The job of ``peftcore doctor``: what is installed, what of it is broken, and what to install for the rest."""
+"""The job of ``peftcore doctor``: the installed parts, those that are broken, and the requirements to install for the
+rest."""
 
 from __future__ import annotations
 
@@ -105,7 +106,7 @@ class Findings:
 
 
 def examine() -> Findings:
-    """Look at everything; what is broken is reported, not raised."""
+    """Look at everything; failures are reported, not raised."""
     with quiet():
         found = registry()
         plugins = tuple(Found(each.name, each.distribution, len(each.methods)) for each in found.plugins.values())
@@ -161,7 +162,7 @@ def packings() -> tuple[tuple[Packing, ...], list[Broken]]:
 
 
 def distributions() -> list[str]:
-    """Return peftcore and the installed distributions that bring plugins."""
+    """Return peftcore and the installed distributions that contain plugins."""
     found = registry()
     written = [each.distribution for each in found.plugins.values()] + [each.distribution for each in found.failures]
     named = {each.partition(" ")[0] for each in written}
@@ -176,14 +177,14 @@ def version_of(name: str) -> str | None:
 
 
 def versions() -> dict[str, str | None]:
-    """Return the versions of Python, of the libraries that models come from, and of all of ours; None for what is not
-    installed."""
+    """Return the versions of Python, of the libraries that define models, and of our distributions; None for those that
+    are not installed."""
     installed = {name: version_of(name) for name in (*LIBRARIES, *distributions())}
     return {"python": platform.python_version(), **installed}
 
 
 def needs() -> Iterator[Needs]:
-    """Yield every distribution of ours and each of its extras, with what is missing of what it asks for."""
+    """Yield each of our distributions and each extra, with the missing requirements."""
     for name in distributions():
         if version_of(name) is None:
             continue
@@ -196,7 +197,7 @@ def needs() -> Iterator[Needs]:
 
 
 def asked(wanted: list[Requirement], extra: str) -> Iterator[Requirement]:
-    """Yield the requirements under an extra; under none, what is always needed."""
+    """Yield the requirements under an extra; without an extra, the unconditional requirements."""
     for each in wanted:
         always = each.marker is None or each.marker.evaluate({"extra": ""})
         if always != bool(extra) and (each.marker is None or each.marker.evaluate({"extra": extra})):
@@ -226,7 +227,7 @@ def devices() -> Iterator[str]:
 
 
 def page(found: Findings) -> RenderableType:
-    """Return the report for people: what is wrong comes last, where it is read."""
+    """Return the report for people: problems are last, where they are read."""
     parts: list[RenderableType] = [
         *titled("Versions", versions_table(found)),
         *titled("Plugins", plugins_table(found)),

@@ -8,7 +8,7 @@ Numbers = tuple[frozenset[int], ...]
 
 
 def fold(paths: Iterable[str]) -> dict[str, list[str]]:
-    """Return the paths by what they fold to. Only whole components that are numbers fold, and nothing is in a fold that
+    """Return the paths by their folded form. Only whole components that are numbers fold, and nothing is in a fold that
     is not among the paths."""
     alike: dict[tuple[str, ...], dict[tuple[int, ...], str]] = {}
     for path in paths:

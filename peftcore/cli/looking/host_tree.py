@@ -23,7 +23,7 @@ COLOURS = ("green", "magenta", "yellow", "cyan", "blue", "red")
 
 @dataclass(frozen=True)
 class Shown:
-    """A model, and what was recorded of each method."""
+    """A model, and the record of each method."""
 
     skeleton: Skeleton
     host: HostMap
@@ -61,7 +61,7 @@ def shown(source: str, wanted: Sequence[Wanted]) -> Shown:
     """Look at a model that is never loaded.
 
     Raises:
-        BadInput, UnknownMethod, ConfigError, TargetError, UnsupportedSite: there is no such model, or a method cannot
+        BadInput, UnknownMethod, ConfigError, TargetError, UnsupportedSite: the model does not exist, or a method cannot
             act on it.
     """
     for each in wanted:

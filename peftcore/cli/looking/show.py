@@ -1,4 +1,5 @@
-"""The job of ``peftcore show``: all that a method says about itself, and what it trains in models that people know."""
+"""The job of ``peftcore show``: the complete description of a method, and its trainable parameters in well-known
+models."""
 
 from __future__ import annotations
 
@@ -87,7 +88,7 @@ class Shown:
         """Return the method of a name.
 
         Raises:
-            UnknownMethod, AmbiguousMethod, PluginError: there is none, or not one.
+            UnknownMethod, AmbiguousMethod, PluginError: the method does not exist, or the name is ambiguous.
         """
         found = peftcore.method(name)
         named = [info for info in peftcore.methods(presets=True) if info.name == found.name]
@@ -102,7 +103,7 @@ class Shown:
 
     @property
     def link(self) -> str:
-        """Return the address of the paper; or its reference, where it has no number at arXiv."""
+        """Return the address of the paper; or its reference, if it is not on arXiv."""
         paper = self.cls.tags.paper
         return f"https://arxiv.org/abs/{paper}" if ARXIV.fullmatch(paper) else paper
 
@@ -128,7 +129,7 @@ class Shown:
 
     @property
     def alternatives(self) -> list[list[str]]:
-        """Return the default targets for models that have none of `targets`, in order."""
+        """Return the default targets for models that lack all of `targets`, in order."""
         return [[each] if isinstance(each, str) else list(each) for each in self.cls.alternatives]
 
     def as_dict(self) -> dict[str, Any]:
@@ -188,7 +189,7 @@ class Shown:
         return table
 
     def remarks(self) -> Iterator[tuple[str, str]]:
-        """Yield the tags that are no yes or no."""
+        """Yield the tags that are not booleans."""
         tags = self.cls.tags
         if tags.identity_options:
             options = " ".join(f"{name}={spelled(value)}" for name, value in tags.identity_options.items())
@@ -197,7 +198,8 @@ class Shown:
         yield "checked against", ", ".join(self.sources()) or "no other code: equation only"
 
     def sources(self) -> Iterator[str]:
-        """Yield whose numbers tests compare with, and what of them, if that is not outputs alone."""
+        """Yield the sources of the numbers that tests compare with, and the compared parts, if those are not outputs
+        alone."""
         for source, parts in self.info.compared.items():
             yield source if parts == ("outputs",) else f"{source} ({', '.join(parts)})"
 
@@ -214,7 +216,8 @@ def paragraphs(text: str) -> Iterator[RenderableType]:
 
 
 def preset_lines(info: MethodInfo) -> list[str]:
-    """Return what a preset stands for, and what it leaves out of its paper, a line each; nothing for a method."""
+    """Return the meaning of a preset, and the parts of its paper that it leaves out, a line each; nothing for a
+    method."""
     if info.preset is None:
         return []
     return [f"a preset: {info.preset}", *([info.preset.note] if info.preset.note else [])]

@@ -1,13 +1,13 @@
 """Training runs, comparisons and searches: a library, and the commands ``peftcore train``, ``compare``, ``search`` and
 ``chat``.
 
-A plugin of peftcore: its entry point is this module, which brings commands and tasks and imports nothing else.
+A plugin of peftcore: its entry point is this module, which registers commands and tasks and imports nothing else.
 
 It may import all of the core but `peftcore.testing`; of the core, `peftcore.compare` alone imports it. Only the
 commands print: the library is handed a display of progress. Each package imports those above it alone. In the order of
 reading:
 
-- `digests`: digests of what is read from files.
+- `digests`: digests of the content of files.
 - `data`: examples from files, folders and datasets.
 - `runs`: the schema of a training run, and the folder that it fills.
 - `tasks`: tasks to learn.

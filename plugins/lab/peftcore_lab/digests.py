@@ -1,4 +1,4 @@
-"""Digests of what is read from files, by which it is known whether the content is still the same."""
+"""Digests of the content of files, which show whether it is still the same."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NOT_CONTENT = ("state.json", "cache-")
 
 
 def of_content(source: str) -> str | None:
-    """Return a digest of a file, or of all files in a folder; None where there is no such file or folder: a dataset of
+    """Return a digest of a file, or of all files in a folder; None if the file or folder does not exist: a dataset of
     the Hub has its versions there."""
     return _digest(source, _stamps(source), False) if Path(source).exists() else None
 

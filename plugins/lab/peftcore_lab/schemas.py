@@ -1,5 +1,5 @@
-"""The JSON schemas of the files that commands read, for editors that complete and check them. What stands under `data`
-depends on the task, what stands beside a method's name on the method."""
+"""The JSON schemas of the files that commands read, for editors that complete and check them. The keys under `data`
+depend on the task, the keys next to a method's name on the method."""
 
 from __future__ import annotations
 

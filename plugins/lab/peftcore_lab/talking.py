@@ -1,4 +1,4 @@
-"""A conversation with a language model and its adapter: what is said is answered as it is generated."""
+"""A conversation with a language model and its adapter: answers are printed while they are generated."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Conversation:
         """Answer, and remember both; an answer that is interrupted is remembered as far as it came.
 
         Args:
-            asked: what the user says.
+            asked: the user's message.
             say: gets the answer as it is generated.
             longest: tokens of an answer at most.
             temperature: 0 takes the likeliest token each time.
@@ -105,11 +105,11 @@ def conversation(adapter: str, model: str | None, template: str | None, system: 
         adapter: the folder of a run of ``peftcore train``, whose model and chat template are known, or an adapter.
         model: in place of the one that the run or the adapter names.
         template: a chat template, as of the task chat.
-        system: what the model is told at first.
+        system: the system's message.
         dtype: of the model's weights.
 
     Raises:
-        BadInput: no model is known, or its tokenizer has no chat template.
+        BadInput: the model is unknown, or its tokenizer lacks a chat template.
         PeftcoreError: the adapter cannot be loaded.
     """
     place, run = Path(adapter), {}

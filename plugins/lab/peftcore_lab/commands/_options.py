@@ -26,7 +26,7 @@ def given(flags: Mapping[str, Any]) -> list[tuple[str, Any]]:
 
 
 def check_source(demo: bool, config: object, model: str | None, task: str | None, data: str | None) -> None:
-    """Check that examples and a model come from the demonstration, from a file or from flags.
+    """Check that examples and a model are given by the demonstration, from a file or from flags.
 
     Raises:
         BadInput: from none of them, or from the demonstration and another.

@@ -1,4 +1,4 @@
-"""Comparisons: several methods, configurations and seeds on one task, each a run of its own.
+"""Comparisons: several methods, configurations and seeds on one task, each a separate run.
 
 It may import all that `peftcore_lab` lists before it. In the order of reading:
 
@@ -8,5 +8,5 @@ It may import all that `peftcore_lab` lists before it. In the order of reading:
 - `compare`: carrying it out.
 - `on_ray`: its runs as tasks of a Ray cluster.
 - `modules`: the same on any module, whose training and scoring are the user's.
-- `demo`: the comparison that brings its own model and data.
+- `demo`: the comparison that contains its own model and data.
 """

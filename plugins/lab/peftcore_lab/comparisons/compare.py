@@ -26,10 +26,10 @@ def compare(comparison: Comparison, board: Board, resume: bool = False, place: P
     afterwards.
 
     Args:
-        comparison: what is compared.
-        board: what hears of the progress.
-        resume: take the finished runs in ``comparison.out`` that have the same settings as they are, and go on with
-            those that were begun, from their last checkpoint, where there are some.
+        comparison: the methods, model and data.
+        board: the display of the progress.
+        resume: take the finished runs in ``comparison.out`` that have the same settings as they are, and resume
+            unfinished runs from their last checkpoint, if they have one.
         place: where runs are carried out; in this process, one after the other, unless given.
 
     Raises:

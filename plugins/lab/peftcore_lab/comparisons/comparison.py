@@ -33,7 +33,7 @@ class Comparison(Options):
     task: str = "text-classification"
     """The task: text-classification, causal-lm, chat ..."""
     data: dict[str, Any]
-    """Where the examples are, and what the task has to know of them."""
+    """Where the examples are, and the options of the task about them."""
     methods: list[Candidate] = Field(min_length=1)
     """Names, or ``{name: lora, rank: 8, learning_rate: 2e-3, label: small}``; ``full`` is full fine-tuning."""
     seeds: list[NonNegativeInt] = Field(default=[0], min_length=1)
@@ -41,16 +41,16 @@ class Comparison(Options):
     tune_lr: list[PositiveFloat] = Field(default_factory=list)
     """Learning rates that each method is tried with, scored on a tuning set; then it is trained with the best."""
     tuning: str | None = None
-    """Examples to choose rates by, from elsewhere; otherwise some of those to train on."""
+    """Other examples to choose rates by; without them, a part of the training examples is used."""
     tuning_size: PositiveInt | None = None
-    """Number of examples to choose rates by, where they are some of those to train on (a fifth, at most 1,000)."""
+    """Number of training examples that are held out to choose rates by (a fifth, at most 1,000, unless set)."""
     training: Training = Field(default_factory=lambda: Training.model_validate({"steps": 100}))
     together: PositiveInt = 1
     """How many runs train at once on one model, where they differ in method, options and learning rate alone. Then
     seconds and memory are those of all of them divided by their number."""
     checkpoints: bool = False
-    """Write some on the way, from which ``--resume`` goes on with a run that was stopped in the middle; none of runs
-    that train together."""
+    """Write checkpoints during a run, from which ``--resume`` continues an interrupted one; not for runs that train
+    together."""
     dtype: str = "float32"
     """Dtype of the base's weights in memory."""
     quantize: str | None = None

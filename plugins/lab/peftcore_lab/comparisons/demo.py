@@ -1,6 +1,6 @@
 """The demonstration: real tweets, a real encoder, and the settings that each method is trained with.
 
-Both come as Python packages, so that nothing is downloaded while it runs. The learning rates were chosen on a
+Both are Python packages, so that nothing is downloaded while it runs. The learning rates were chosen on a
 tuning split (``peftcore compare --demo --tuning``), never on the validation tweets that the table reports.
 """
 
@@ -61,7 +61,7 @@ def listed(names: str) -> list[str]:
     """Return names of methods, which commas separate.
 
     Raises:
-        BadInput: there are none, or one is there twice.
+        BadInput: the list is empty, or has a name twice.
     """
     found = [name.strip() for name in names.split(",") if name.strip()]
     if not found:
@@ -84,7 +84,7 @@ def candidates(names: Iterable[str], learning_rate: float | None, tuned: bool = 
 
 
 def comparison(out: Path, tuning: bool) -> dict[str, Any]:
-    """Return the comparison of the demonstration; its data is written to a folder beside the report."""
+    """Return the comparison of the demonstration; its data is written to a folder next to the report."""
     task = tweets(tuning)
     data = {"max_length": MAX_LENGTH, **_written(out, {"train": task.train, "held_out": task.held_out})}
     training = {"steps": 100, "batch_size": 32, "evaluate_every": 0.25, "group_by_length": True}
@@ -97,8 +97,8 @@ def comparison(out: Path, tuning: bool) -> dict[str, Any]:
 
 
 def searching(out: Path, methods: str | None) -> dict[str, Any]:
-    """Return the search of the demonstration: beside the validation tweets those to choose by, and as the points to
-    start from the settings of the demonstration."""
+    """Return the search of the demonstration: its data has the validation tweets and those to choose by, and its first
+    trials are the settings of the demonstration."""
     wanted = [name for name in RECIPES if name != FULL]
     names = wanted if methods is None else [name for name in wanted if name in methods.split(",")]
     return {
@@ -143,7 +143,7 @@ def _installed(package: str) -> Path:
 
 
 def clean(examples: Iterable[Example]) -> list[Example]:
-    """Drop what is no language (links, broken emoji) and every tweet that repeats another, retweeted or not.
+    """Drop parts that are not language (links, broken emoji) and every tweet that repeats another, retweeted or not.
 
     Of tweets that say the same under different labels, all go.
     """

@@ -71,22 +71,22 @@ def compare(
     """Fine-tune a model with several methods, each with each seed, and compare what each costs and gains.
 
     Args:
-        model: the model, of which each run gets a copy; or a function that makes one, where there is no room for two.
+        model: the model, of which each run gets a copy; or a function that makes one, if memory is too small for two.
         methods: names, or names with options: ``{"name": "lora", "rank": 4, "target": "all-linear", "label": "few"}``;
             "full" is full fine-tuning. Of two configurations of one method, one has a label.
         train: trains what ``injection.parameters()`` (of full fine-tuning ``model.parameters()``) has; called as
             ``train(model, injection)`` with torch's generator at the run's seed.
         score: returns a number for a model, called before and after.
         seeds: of the adapters' first values and of torch's generator.
-        metric: what the score is called.
+        metric: the name of the score.
         greater: whether more of it is better.
 
     Returns:
-        What was found: `lines` as data, and tables of it for a paper. A method whose training ended in a
+        The results: `lines` as data, and tables of it for a paper. A method whose training ended in a
         `TrainingError` is in ``report.failed``.
 
     Raises:
-        BadInput: there are no methods or seeds, or two configurations have one name.
+        BadInput: methods or seeds are missing, or two configurations have one name.
         TargetError, ConfigError, UnknownMethod: a method cannot act on the model. Nothing was trained.
         TrainingError: none of the trainings came to an end.
     """

@@ -1,9 +1,9 @@
 """The runs of a comparison as tasks of a Ray cluster: of this machine, or one that an address names.
 
-Each job is one task, and what trains together is one job. Ray starts it where there is room, and starts it again where
-a worker is lost; then it goes on from the last checkpoint that is there. What a task writes and what it reads are
-files, so all machines of a cluster need the same folders: of the runs, of the data, and of a model that is no name of
-the Hub. Settings alone are sent to workers, and what a run came to is sent back.
+Each job is one task, and runs that train together are one job. Ray starts it where resources are free, and again if a
+worker is lost; then it resumes from its last checkpoint, if one exists. The inputs and outputs of a task are files, so
+all machines of a cluster need the same folders: of the runs, of the data, and of a model unless it is a name on the
+Hub. Settings alone are sent to workers, and the results of runs are sent back.
 """
 
 from __future__ import annotations

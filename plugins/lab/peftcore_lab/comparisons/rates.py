@@ -13,7 +13,7 @@ from peftcore_lab.reports.trials import Report
 
 def on_tuning(comparison: Comparison) -> tuple[Comparison, Comparison]:
     """Return the comparison of each method with each rate, scored on a tuning set, and the one that is reported, whose
-    methods have no rates yet. Both train on the same examples.
+    methods still lack rates. Both train on the same examples.
 
     Raises:
         BadInput: a method has a rate already; or the examples cannot be read, or are too few.

@@ -1,6 +1,7 @@
-"""Carries out the runs of a comparison, and keeps what each came to beside its adapter, by which it is known again.
+"""Carries out the runs of a comparison, and stores the result of each next to its adapter, by which a finished run is
+recognized.
 
-A *job* is what one process does at a time: a configuration with a seed, or several that train together on one model.
+A *job* is the work of one process at a time: a configuration with a seed, or several that train together on one model.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class Job:
 
 
 Finding = tuple[Candidate, int, Result]
-"""A configuration, its seed, and what became of it."""
+"""A configuration, its seed, and its result."""
 
 
 class Place(Protocol):
@@ -67,7 +68,7 @@ class Place(Protocol):
     def results(
         self, comparison: Comparison, jobs: Sequence[Job], board: Board, saved: list[Saved], resume: bool
     ) -> Iterator[Finding]:
-        """Yield what was found, in the order in which it comes.
+        """Yield the results in the order in which they arrive.
 
         Args:
             saved: gets what was saved where runs trained together.
@@ -96,7 +97,7 @@ def jobs_of(comparison: Comparison) -> list[Job]:
 
 
 def forget(comparison: Comparison, jobs: Iterable[Job]) -> None:
-    """Remove what earlier comparisons left of these jobs."""
+    """Remove the files that earlier comparisons wrote for the given jobs."""
     for job in jobs:
         for candidate in job.candidates:
             shutil.rmtree(comparison.run(candidate, job.seed).out, ignore_errors=True)
@@ -123,8 +124,8 @@ def _tried(comparison: Comparison, candidate: Candidate, seed: int, board: Displ
 
 
 def together(comparison: Comparison, candidates: Iterable[Candidate], seed: int) -> list[list[Candidate]]:
-    """Return the candidates in groups that train together, at most so many as the comparison says; what trains alone is
-    a group of its own. Groups are in the order of their first ones."""
+    """Return the candidates in groups that train together, at most so many as the comparison says; a run that trains
+    alone is a separate group. Groups are in the order of their first ones."""
     groups: list[list[Candidate]] = []
     growing: dict[str, list[Candidate]] = {}
     for candidate in candidates:

@@ -1,6 +1,6 @@
 """Examples, from files, folders and datasets.
 
-It may import `errors`, `digests`, and what libraries read tables and pictures with; no model and no tokenizer is loaded
+It may import `errors`, `digests`, and libraries that read tables and pictures; no model and no tokenizer is loaded
 here. In the order of reading:
 
 - `tables`: the rows of a CSV or JSONL file.

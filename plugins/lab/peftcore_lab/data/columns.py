@@ -24,8 +24,8 @@ def choose_column(columns: Sequence[str], wanted: str | None, names: Sequence[st
 
 
 def numbered(labels: Iterable[str], known: Sequence[str], source: object) -> tuple[str, ...]:
-    """Return classes in the order of their numbers: of those that a head has learned, where `known` names them;
-    otherwise integers by value, and words by alphabet.
+    """Return classes in the order of their numbers: the order of a learned head if `known` has it; otherwise integers
+    by value, and words by alphabet.
 
     Raises:
         BadInput: the head has learned other classes.

@@ -22,16 +22,16 @@ PAIRS = (
     *(("prompt", "completion"), ("prompt", "response"), ("question", "answer")),
     *(("instruction", "output"), ("instruction", "response")),
 )
-"""Names of columns for what is asked and what is answered."""
+"""Names of columns for prompts and answers."""
 INPUT, SYSTEM, HISTORY = "input", "system", "history"
-"""Columns that Alpaca's files have besides: what the instruction is about, and what was said before."""
+"""Columns that Alpaca's files have besides: the input of the instruction, and the earlier turns."""
 ROLES: Mapping[str, str] = {
     **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("user", "human", "prompter"), "user"),
     **dict.fromkeys(("assistant", "gpt", "model", "bot", "chatgpt", "bing", "bard", "function_call"), "assistant"),
     **dict.fromkeys(("tool", "function", "observation", "ipython"), "tool"),
 }
-"""Roles of chat templates, by what files call them."""
+"""Roles of chat templates, by their names in files."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def columns(there: Sequence[str], wanted: Columns, where: object) -> Columns:
     """Return the columns of a file: those that are wanted, or the first whose names are known (in any case).
 
     Raises:
-        BadInput: there are none, or half of a pair is missing.
+        BadInput: such columns are missing, or half of a pair is.
     """
     given = [each for each in (wanted.messages, wanted.prompt, wanted.completion) if each is not None]
     if missing := [each for each in given if each not in there]:
@@ -99,7 +99,7 @@ def _of_pair(row: Mapping[str, Any], chosen: Columns) -> list[Message]:
 
 
 def asked_in(row: Mapping[str, Any], column: str) -> list[Message]:
-    """Return the messages of what is asked; a text is the user's, together with what it is about.
+    """Return the messages of a prompt; a text is the user's, together with its input.
 
     Raises:
         ValueError: it is neither a text nor messages.
@@ -123,13 +123,13 @@ def told(value: Any) -> list[Message]:
     """Return the messages of a list, or of JSON of one, with the roles of chat templates.
 
     Raises:
-        ValueError: it is none, or empty.
+        ValueError: the value is not a list of messages, or is empty.
     """
     return _messages(_listed(value))
 
 
 def begun(row: Mapping[str, Any]) -> list[Message]:
-    """Return the system's message and earlier turns that stand in columns of their own."""
+    """Return the system's message and earlier turns that are in separate columns."""
     found = [{"role": SYSTEM, "content": row[SYSTEM]}] if row.get(SYSTEM) else []
     for asked, answered in row.get(HISTORY) or ():
         found += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
@@ -140,7 +140,7 @@ def _listed(value: Any) -> list[Any]:
     """Return a list, which a table of text holds as JSON.
 
     Raises:
-        ValueError: it is none, or empty.
+        ValueError: the value is not a list of messages, or is empty.
     """
     if isinstance(value, str):
         try:

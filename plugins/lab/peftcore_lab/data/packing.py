@@ -1,5 +1,6 @@
-"""Several examples in one row, none of which sees another: their positions begin anew, by which models of transformers
-tell them apart, unless they fill a cache. Whether a model with its adapter does is tried before it is trained."""
+"""Several examples in one row, which do not see each other: the positions of each begin anew, by which models of
+transformers separate them, unless they fill a cache. Whether a model with its adapter does is tried before it is
+trained."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ Row = dict[str, list[int]]
 def packed(examples: Sequence[Row], length: int) -> list[Row]:
     """Return rows of at most `length` tokens: the longest example first, each into the fullest row that has room.
 
-    The first token of each example has no label, for what stands before it is another one.
+    The first token of each example is without a label, because the token before it belongs to another example.
     """
     rows: list[list[Row]] = []
     room: list[int] = []
@@ -48,7 +49,7 @@ def _laid(examples: Sequence[Row]) -> Row:
 
 
 class PackedCollator:
-    """Makes a batch of rows; what fills the shorter ones up is an example of its own, which does not count."""
+    """Makes a batch of rows; the padding of shorter rows is a separate example, which does not count."""
 
     def __init__(self, padding: int) -> None:
         self.fill = {"input_ids": padding, "labels": IGNORED, "position_ids": 0}
@@ -62,7 +63,7 @@ class PackedCollator:
 
 
 def check_apart(model: nn.Module, injection: peftcore.Injection | None, vocabulary: int) -> None:
-    """Check that the examples of a row do not see each other: what the model says of one is the same behind another,
+    """Check that the examples of a row do not see each other: the model's outputs for one are the same behind another,
     behind a third, and by itself. The adapter's parameters are moved meanwhile, since many act only once trained.
 
     Raises:

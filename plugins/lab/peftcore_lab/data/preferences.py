@@ -14,7 +14,7 @@ from peftcore_lab.data.conversations import SYSTEM, Message, answer_of, asked_in
 from peftcore_lab.data.sources import Source
 
 PROMPTS = ("prompt", "question", "instruction")
-"""Names of columns for what is asked."""
+"""Names of columns for prompts."""
 
 
 @dataclass(frozen=True)

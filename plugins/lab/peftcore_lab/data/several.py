@@ -15,11 +15,11 @@ TASK = "task"
 
 
 def of_tasks(found: Splits, column: str | None, wanted: Sequence[str]) -> Splits:
-    """Return the rows of the tasks that are wanted, or of all; without a column, what was given.
+    """Return the rows of the tasks that are wanted, or of all; without a column, the given splits.
 
     Raises:
-        BadInput: there is no such column, or a row without a task; a task that is wanted or scored has no row to train
-            on; tasks are wanted, but no column says them.
+        BadInput: the column is missing, or a row is without a task; rows to train on are missing for a task that is
+            wanted or scored; tasks are wanted, but no column says them.
     """
     if column is None:
         if wanted:

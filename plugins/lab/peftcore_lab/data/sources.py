@@ -33,11 +33,11 @@ class Source:
         return self.name
 
     def row(self, index: int) -> str:
-        """Return in words which row an example is, counted from 1 in what the user has."""
+        """Return in words which row an example is, counted from 1 in the user's data."""
         return f"{self.name}, row {index + 1}" if self.file is None else f"{self.file}, row {self.rows[index] + 1}"
 
     def selected(self, rows: Sequence[int]) -> Source:
-        """Return the source of some of the examples, by where they stand among all."""
+        """Return the source of some of the examples, by their positions among all."""
         return Source(self.name, self.file or self.name, [self.rows[row] if self.rows else row for row in rows])
 
 
@@ -59,7 +59,7 @@ def splits(train: str, held_out: str | None, size: int | None) -> Splits:
     """Read both; without `held_out`, a split of the dataset or `size` examples (a fifth, at most 1,000) are held out.
 
     Raises:
-        BadInput: what is named cannot be read, or nothing is left to train on.
+        BadInput: the data cannot be read, or no training example is left.
     """
     names = Source(train), Source(f"{train} (held out)")
     source = read(train)
@@ -109,7 +109,7 @@ def divide(examples: Dataset, size: int | None, source: str) -> Splits:
 
 
 def read(source: str) -> Dataset | DatasetDict:
-    """Read a table, a folder, or a dataset of the Hub. Numbers that stand for classes become their names.
+    """Read a table, a folder, or a dataset of the Hub. Class numbers are replaced by class names.
 
     Raises:
         BadInput: naming what can be read.

@@ -1,4 +1,4 @@
-"""Chat templates: that of the tokenizer, one of a file, or ChatML for base models that have none."""
+"""Chat templates: that of the tokenizer, one of a file, or ChatML for base models without one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def with_template(tokenizer: Any, template: str | None, where: str) -> Any:
     """Give a tokenizer a chat template: of a known name, or of a Jinja file; its own without.
 
     Raises:
-        BadInput: there is none, or no such file.
+        BadInput: the template or its file is missing.
     """
     if template is not None:
         tokenizer.chat_template = KNOWN.get(template) or _read(Path(template))

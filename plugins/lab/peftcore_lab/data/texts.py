@@ -11,7 +11,7 @@ from peftcore.errors import BadInput
 from peftcore_lab.data.columns import numbered
 
 SPLIT_SEED = 0
-"""The split does not depend on the seed of a run: what is held out stays held out."""
+"""The split does not depend on the seed of a run: held-out examples stay held out."""
 
 
 class Example(NamedTuple):

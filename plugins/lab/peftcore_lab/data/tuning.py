@@ -24,15 +24,15 @@ CUT_FROM = "cut_from.json"
 def parted(
     data: Mapping[str, Any], tuning: str | None, size: int | None, folder: Path
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the data to choose by, and the data to report: the same examples to train on, others to score.
+    """Return the data to choose by, and the data to report: the same examples to train on, different ones to score.
 
-    Where examples have to be held out of those to train on, all parts are written to the folder, once, so that every
+    If training examples have to be held out, all parts are written to the folder, once, so that every
     run and every worker has the same.
 
     Arguments:
-      data: what a task is told.
+      data: the data options of a task.
       tuning: examples to choose by, from elsewhere.
-      size: without them, how many of those to train on (a fifth, at most 1,000).
+      size: without `tuning`, the number of training examples to hold out (a fifth, at most 1,000).
       folder: where the parts are put.
 
     Raises:

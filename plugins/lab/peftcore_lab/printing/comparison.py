@@ -48,7 +48,7 @@ def table(report: Report) -> Table:
 
 
 def title(report: Report) -> str:
-    """Return the title: what was measured."""
+    """Return the title: the metric, the number of validation examples and the length of training."""
     chosen = report.training
     length = f"{chosen['steps']} steps" if chosen["steps"] else f"{chosen['epochs'] or 3:g} epochs"
     return (
@@ -69,7 +69,7 @@ def caption(report: Report, entries: list[Entry]) -> str:
 
 
 def settings(entries: list[Entry]) -> list[str]:
-    """Return a line for each target and learning rate: what they share, configurations can be compared by."""
+    """Return a line for each target and learning rate: configurations that share them can be compared."""
     groups: dict[str, list[str]] = {}
     for entry in entries:
         first = entry.trials[0]

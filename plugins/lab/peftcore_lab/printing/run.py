@@ -1,4 +1,4 @@
-"""A training run on the terminal: scores before and after, what the model said, where the adapter is."""
+"""A training run on the terminal: scores before and after, sample answers of the model, the folder of the adapter."""
 
 from __future__ import annotations
 

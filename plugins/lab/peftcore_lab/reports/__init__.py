@@ -6,8 +6,8 @@ It may import `numbers`, `packages` and `runs`; nothing is trained here. In the 
 - `tables`: as CSV, Markdown and LaTeX.
 - `summary`: in words and in the cells of tables.
 - `plots`: as charts over what it costs; `curves`: over the steps of training.
-- `labels`: names beside the points of a chart.
+- `labels`: names next to the points of a chart.
 - `svg`: a chart as part of a page.
-- `html`: the page; its `templates` lie beside it.
+- `html`: the page; its `templates` are in the same folder.
 - `files`: the files that are written in the end.
 """

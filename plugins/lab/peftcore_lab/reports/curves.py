@@ -39,7 +39,7 @@ class Curve:
     low: tuple[float, ...]
     high: tuple[float, ...]
     result: float
-    """The number that stands beside the curve."""
+    """The number that is shown next to the curve."""
 
     @property
     def group(self) -> str:
@@ -165,7 +165,7 @@ def apart(curves: list[Curve], ratios: bool, shape: Shape) -> Figure:
 
 
 def columns(count: int, shape: Shape) -> int:
-    """Return how many charts stand in a row: as many as leave the fewest gaps in the last row, in panels that are
+    """Return how many charts are in a row: as many as leave the fewest gaps in the last row, in panels that are
     neither thin nor wide."""
     return min(range(shape.width // 165, shape.width // 230, -1), key=lambda across: -count % across)
 

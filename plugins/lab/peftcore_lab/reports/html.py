@@ -20,7 +20,7 @@ from peftcore_lab.reports.svg import inline
 from peftcore_lab.reports.trials import Report
 
 WIDE, HALF, NARROW = Shape(900, 430, 30), Shape(520, 370, 22), Shape(360, 400, 16)
-"""Charts over the whole page, beside another, and on a telephone: text keeps its size."""
+"""Charts over the whole page, next to another chart, and on a telephone: text keeps its size."""
 CROWD = 8
 """Points that always have room for their names."""
 
@@ -57,7 +57,7 @@ def page(report: Report, folder: Path | None = None) -> str:
 
 
 def own(environment: Environment, name: str) -> Markup:
-    """Return a template file that is in the page as it stands."""
+    """Return a template file that is in the page unchanged."""
     assert environment.loader is not None
     return Markup(environment.loader.get_source(environment, name)[0])
 

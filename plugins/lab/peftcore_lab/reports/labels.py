@@ -1,4 +1,4 @@
-"""Places names beside the points of a chart, such that none covers a point, a line or another name."""
+"""Places names next to the points of a chart, such that none covers a point, a line or another name."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from matplotlib.axes import Axes
 from matplotlib.text import Text
 
 NEAR = ((9, 0), (-9, 0), (7, 8), (-7, 8), (7, -8), (-7, -8), (0, 10), (0, -10))
-"""Where a name may stand, best first: offset from its point in points of type."""
+"""Positions of a name, best first: offset from its point in points of type."""
 RINGS = (22, 36, 52, 70, 90, 115)
-"""And how far away, with a thin line to the point, when all of those are taken."""
+"""Further distances of a name, with a thin line to the point, when all near positions are taken."""
 DIRECTIONS = 16
 START = 7
 """How far from a point the line to its name begins."""
@@ -78,7 +78,7 @@ class Taken:
 
 
 def place(axes: Axes, wishes: Iterable[Wish], marks: Sequence[Box], lines: Sequence[Box]) -> None:
-    """Write the names, the first wishes first; a name may cross ``lines`` where there is no other room.
+    """Write the names, the first wishes first; a name may cross ``lines`` if other room is missing.
 
     Neither the axes nor the figure may change their size afterwards: a name for which nothing is free is left out.
     """
@@ -179,7 +179,7 @@ def along(axes: Axes, points: Sequence[tuple[float, float]]) -> list[Box]:
 
 
 def plain(name: str) -> str:
-    """Return a name on one line, of what can be printed."""
+    """Return a name on one line, of printable characters only."""
     return " ".join("".join(letter if letter.isprintable() else " " for letter in name).split())
 
 

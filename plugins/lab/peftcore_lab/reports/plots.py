@@ -34,7 +34,7 @@ Line = list[tuple[float, float]]
 
 @dataclass(frozen=True)
 class Palette:
-    """Colours that readers who see fewer of them can tell apart: those of Okabe and Ito, toned for their ground."""
+    """Colours that readers who see fewer of them can distinguish: those of Okabe and Ito, toned for their ground."""
 
     ground: str = "#ffffff"
     surface: str = "#fdfdfe"
@@ -159,7 +159,7 @@ class Point:
     best: bool
     """Whether nothing cheaper is better."""
     away: bool = False
-    """Whether its score lies beyond the edge at which it is drawn."""
+    """Whether its score is beyond the edge at which it is drawn."""
 
     @property
     def reference(self) -> bool:
@@ -171,7 +171,7 @@ class Point:
 
     @property
     def ends(self) -> tuple[float, float]:
-        """Return the range from the lowest to the highest of what is drawn at this point."""
+        """Return the range from the lowest to the highest value that is drawn at this point."""
         error = self.entry.error or 0.0
         heights = (self.y - error, self.y + error, *self.seeds)
         return (self.y, self.y) if self.away else (min(heights), max(heights))
@@ -187,7 +187,7 @@ def group(number: int) -> str:
 
 
 def points(report: Report, cost: Cost) -> list[Point]:
-    """Return the points that can be drawn: a score that is no number has no place."""
+    """Return the points that can be drawn: a score that is not a number cannot be placed."""
     entries = report.entries()
     best = front(entries, report.better, cost.of)
     found = []
@@ -202,10 +202,10 @@ def trade_off(report: Report, cost: Cost, shape: Shape, heading: str = "") -> Fi
     """Draw the metric over a cost, with the Pareto front, full fine-tuning and the majority baseline marked.
 
     Args:
-        report: what is drawn.
-        cost: what the metric is drawn over.
+        report: the results to draw.
+        cost: the quantity on the horizontal axis.
         shape: how large.
-        heading: for a picture that stands alone, which then says too what the marks mean.
+        heading: for a separate picture, which then also explains the marks.
     """
     figure = new_figure(shape)
     axes = figure.add_subplot()
@@ -245,7 +245,7 @@ def split(report: Report, drawn: list[Point]) -> tuple[list[Point], list[Point]]
 
 
 def name_all(axes: Axes, report: Report, shape: Shape, drawn: list[Point], lines: list[Line]) -> None:
-    """Name the points, those on the front first: they are what one looks for."""
+    """Name the points, those on the front first: readers look for them first."""
     marks = [box for point in drawn for box in covered(axes, point)]
     marks += name_floor(axes, report, [point for point in drawn if not point.away], marks)
     ordered = sorted(drawn, key=lambda point: (not point.best, not point.reference))
@@ -323,7 +323,7 @@ def draw_point(axes: Axes, point: Point) -> None:
 
 
 def draw_mark(axes: Axes, point: Point, marker: str) -> None:
-    """Draw a point, and around it, unseen, what a pointer can hit."""
+    """Draw a point, and around it an invisible area that a pointer can hit."""
     name = group(point.number)
     fill = point.colour if point.best else LIGHT.surface
     look: dict[str, Any] = {"markerfacecolor": fill, "markeredgecolor": point.colour, "markeredgewidth": 1.6}
@@ -338,8 +338,8 @@ def covered(axes: Axes, point: Point) -> list[Box]:
 
 
 def name_floor(axes: Axes, report: Report, drawn: list[Point], marks: list[Box]) -> list[Box]:
-    """Write what the majority baseline is at its line, or at the edge beyond which it lies; return where that was
-    written."""
+    """Write the majority baseline's value at its line, or at the edge beyond which the line is; return the position of
+    the text."""
     if report.floor is None:
         return []
     text = f"majority baseline {fixed(report.floor, decimals([report.floor]))}"

@@ -45,7 +45,7 @@ def length(training: dict[str, Any]) -> str:
 
 
 def error(report: Report) -> str:
-    """Return what stands behind ±, if anything does."""
+    """Return the number after ±, if there is one."""
     entries = report.entries()
     if any(len(entry.trials) > 1 for entry in entries):
         return "one standard error of the mean over seeds"
@@ -198,7 +198,7 @@ def rows(report: Report) -> list[Row]:
 
 
 def column_cells(column: Column, entries: list[Entry]) -> list[Cell]:
-    """Return the cells of a column; what reads like the best is as good."""
+    """Return the cells of a column; a cell that reads like the best is as good."""
     values = [column.of(entry) for entry in entries]
     texts = [column.shown(entry) for entry in entries]
     finite = [value for value in values if math.isfinite(value)]

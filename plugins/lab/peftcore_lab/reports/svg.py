@@ -1,4 +1,4 @@
-"""A figure as part of a page: its colours are those of the page's theme, its text is text, its points tell numbers."""
+"""A figure as part of a page: its colours are those of the page's theme, its text is text, its points show numbers."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def inline(figure: Figure, name: str, title: str, description: str, tips: Mappin
 
     Args:
         name: unlike that of any other figure of the page; ids are made from it.
-        title: what the chart shows, for those who do not see it.
-        description: what there is to see.
-        tips: what the marks of an entry say when a pointer rests on them.
+        title: the subject of the chart, for readers who do not see it.
+        description: the content of the chart.
+        tips: the texts of an entry's marks when a pointer rests on them.
     """
     buffer = io.BytesIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):

@@ -1,4 +1,4 @@
-"""Trials of a comparison as data: one for each method, configuration and seed, and what they have in common."""
+"""Trials of a comparison as data: one for each method, configuration and seed, and their common settings."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Trial:
     """One run. Sizes are in bytes."""
 
     label: str
-    """The name of the configuration: the method, or the method and what is special about it."""
+    """The name of the configuration: the method, or the method and its distinguishing options."""
     method: str
     options: dict[str, Any]
     seed: int
@@ -114,13 +114,13 @@ class Report:
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """Return the names of the tasks that have scores of their own."""
+        """Return the names of the tasks that have separate scores."""
         names = dict.fromkeys(name for trial in self.trials for name in trial.after)
         start = f"{self.metric}/"
         return tuple(name.removeprefix(start) for name in names if name.startswith(start))
 
     def of_task(self, task: str) -> Report:
-        """Return the report of one task: its scores stand for those of all rows, whose numbers are not known for it."""
+        """Return the report of one task: its scores replace those of all rows, whose numbers are not known for it."""
         name = f"{self.metric}/{task}"
         trials = tuple(
             replace(
@@ -154,8 +154,8 @@ class Report:
         return one > other if self.greater else one < other
 
     def front(self) -> list[Entry]:
-        """Return the Pareto front: configurations than which no other is as small and better, by trainable
-        parameters."""
+        """Return the Pareto front: the configurations for which a better one of at most the same size does not exist,
+        by trainable parameters."""
         return front(self.entries(), self.better)
 
     def as_json(self) -> str:
@@ -183,8 +183,8 @@ def front(
     better: Callable[[float, float], bool],
     cost: Callable[[Entry], float] = attrgetter("trainable"),
 ) -> list[Entry]:
-    """Return, from the cheapest up, each entry that is better than all cheaper ones. A score that is no number is not
-    among them."""
+    """Return, from the cheapest up, each entry that is better than all cheaper ones. Scores that are not numbers are
+    left out."""
     found: list[Entry] = []
     sign = -1 if better(1, 0) else 1
     scored = (entry for entry in entries if math.isfinite(entry.score))

@@ -1,4 +1,5 @@
-"""The folders of runs: made, or refused; which run one holds, what the model was worth before, and where to go on from.
+"""The folders of runs: made, or refused; which run one holds, the model's scores before training, and the checkpoint to
+resume from.
 
 Several processes of one run share it; the first writes.
 """
@@ -44,7 +45,7 @@ def made(folder: Path) -> Path:
 
 
 def first_process() -> bool:
-    """Whether this is the only process, or the first of those that torchrun or accelerate started."""
+    """Whether this is the only process, or the first process that torchrun or accelerate started."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -67,7 +68,7 @@ def _settings(run: Run) -> dict[str, Any]:
 
 
 def inputs_of(run: Run) -> dict[str, str | None]:
-    """Return digests of the files that a run reads: of its examples, its model and the adapter that it goes on from."""
+    """Return digests of the files that a run reads: of its examples, its model and the adapter that it continues."""
     found = digests_of(run.data)
     places = find(run.model).local()
     found["model"] = of_sample(str(places[0])) if places else None
@@ -97,12 +98,12 @@ def _examples(training: dict[str, Any], shared_by: int) -> int:
 
 
 class RunFolder:
-    """Holds one run and no other.
+    """Holds exactly one run.
 
     Attributes:
         before: the scores before training, once they are known.
-        said: what the model said then.
-        longer: whether a run goes on that is longer than it was.
+        said: the sample answers of the model then.
+        longer: whether a run is resumed with more steps than before.
     """
 
     def __init__(self, run: Run) -> None:
@@ -121,7 +122,7 @@ class RunFolder:
         """Return the checkpoint to go on from; where a run begins, make its folder.
 
         Raises:
-            BadInput: there is a run here where one begins, or no such run where one goes on.
+            BadInput: a new run finds a run here, or a resumed run does not find its own.
         """
         if resume:
             return self._newest()

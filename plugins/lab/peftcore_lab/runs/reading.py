@@ -45,7 +45,7 @@ def changed(values: dict[str, Any], changes: Iterable[tuple[str, Any]]) -> dict[
     """Set values by their dotted names.
 
     Raises:
-        BadInput: a name goes through something that has no parts.
+        BadInput: a dotted name leads through a value without parts.
     """
     for name, value in changes:
         _put(values, name, value)

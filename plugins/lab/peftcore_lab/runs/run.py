@@ -45,7 +45,7 @@ class MethodChoice(BaseModel):
 
 
 class Training(Options):
-    """How long, how fast, and what is written on the way. Steps are those of the optimizer."""
+    """Length and speed of training, and the files that are written during it. Steps are those of the optimizer."""
 
     steps: PositiveInt | None = None
     """Optimizer steps; instead of `epochs`."""
@@ -64,11 +64,11 @@ class Training(Options):
     weight_decay: NonNegativeFloat = 0.0
     """Weight decay of AdamW."""
     ema: float | None = Field(None, gt=0, lt=1)
-    """Decay of moving averages of what is trained (0.999): these are scored, chosen among and saved."""
+    """Decay of moving averages of the trained parameters (0.999): the averages are scored, chosen among and saved."""
     clip: PositiveFloat = 1.0
     """The largest norm of all gradients together."""
     seed: NonNegativeInt = Field(0, lt=2**32)
-    """Seed of what is newly initialised, the order of the data, and dropout."""
+    """Seed of newly initialised parameters, the order of the data, and dropout."""
     autocast: bool = False
     """Compute in bfloat16 where torch's autocast does."""
     checkpoint_gradients: bool = False
@@ -104,13 +104,13 @@ class Training(Options):
 
 
 class Run(Options):
-    """One training run: what a configuration file holds."""
+    """One training run: the content of a configuration file."""
 
     model: str = Field(description=MODEL)
     task: str
     """The task: text-classification, causal-lm, chat ..."""
     data: dict[str, Any]
-    """Where the examples are, and what the task has to know of them."""
+    """Where the examples are, and the options of the task about them."""
     method: MethodChoice
     """``lora``, or ``{name: lora, rank: 8}``; where there is an `adapter`, that of the file."""
     adapter: str | None = None

@@ -37,7 +37,7 @@ def values(text: str | int, total: int) -> int:
     ``0.5%``.
 
     Raises:
-        BadInput: it is none.
+        BadInput: the text is neither a number nor a share.
     """
     found = COUNT.fullmatch(str(text).strip())
     if found is None:
@@ -50,7 +50,7 @@ def memory(text: str | int) -> int:
     """Parse a number of bytes: ``2GB``, ``500 MB``, ``1.5GiB``.
 
     Raises:
-        BadInput: it is no size.
+        BadInput: the text is not a size.
     """
     found = BYTES.fullmatch(str(text).strip())
     if found is None:
@@ -70,7 +70,7 @@ class Needs:
 
 @dataclass(frozen=True)
 class Budget:
-    """The limits of a search; None where there is none."""
+    """The limits of a search; None means unlimited."""
 
     trainable: int | None
     memory: int | None
@@ -118,7 +118,7 @@ class Planner:
         return sum(each.numel() for each in self._whole.parameters())
 
     def layered(self, method: str) -> bool:
-        """Whether a method stands in more than one layer by default, so that there is a depth to choose."""
+        """Whether a method acts in more than one layer by default, so that its depth can be chosen."""
         try:
             with quiet():
                 surgeon = record(self._request(Candidate(name=method)), dry=True)

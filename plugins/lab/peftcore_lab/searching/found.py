@@ -86,7 +86,7 @@ NAMES = {
 
 
 def _value(value: Any) -> Any:
-    """Return a value of the study. Texts are the JSON that optuna was told, but for the method's name."""
+    """Return a value of the study. Texts are the JSON that optuna was given, except the method's name."""
     try:
         return json.loads(value) if isinstance(value, str) else value
     except ValueError:
@@ -94,7 +94,7 @@ def _value(value: Any) -> Any:
 
 
 def write_best(run: Run, out: Path) -> None:
-    """Write ``best.yaml``: the pick, as a run of its own."""
+    """Write ``best.yaml``: the pick, as a separate run."""
     whole = run.model_dump(mode="json", exclude_none=True)
     whole["model"], *places = absolute([whole["model"], whole["data"]["train"], whole["data"]["held_out"]])
     whole["data"].update(zip(("train", "held_out"), places, strict=True))

@@ -14,7 +14,7 @@ from peftcore_lab.training.cluster import Silent, go_to, taken
 
 
 def search_on_ray(what: Search, board: Board, cluster: OnRay) -> Found:
-    """Run a search as `search` does, with its trials on a cluster. What a lost worker was at is tried again by another.
+    """Run a search as `search` does, with its trials on a cluster. Another worker repeats the trial of a lost worker.
 
     Raises:
         BadInput: something that is named cannot be used, or nothing fits into the budget; nothing was trained.

@@ -1,8 +1,8 @@
 """The search for the method, its options and its sites that suit a task best within a budget.
 
-A trial of the study is one run of a comparison, scored on a tuning split. What is over the budget is planned only,
-never trained. The best are trained with more seeds; the best of these is the pick, and only then the validation set is
-scored, by a comparison.
+A trial of the study is one run of a comparison, scored on a tuning split. Configurations over the budget are only
+planned, never trained. The best are trained with more seeds; the best result is the pick, and only then the validation
+set is scored, by a comparison.
 """
 
 from __future__ import annotations
@@ -58,22 +58,22 @@ class Search(Options):
     task: str = "text-classification"
     """The task: text-classification, causal-lm, chat ..."""
     data: dict[str, Any]
-    """Where the examples are, and what the task has to know of them."""
+    """Where the examples are, and the options of the task about them."""
     tuning: str | None = None
-    """Examples to choose by, from elsewhere; otherwise some of those to train on."""
+    """Other examples to choose by; without them, a part of the training examples is used."""
     tuning_size: PositiveInt | None = None
-    """Number of examples to choose by, where they are some of those to train on (a fifth, at most 1,000)."""
+    """Number of training examples that are held out to choose by (a fifth, at most 1,000, unless set)."""
     methods: dict[str, dict[str, Any] | None] = Field(default_factory=lambda: dict.fromkeys(METHODS))
     """For each method what may be chosen, ``lora: {rank: [2, 4, 8], target: [attn.q, all-linear]}``; or names alone:
     then sizes, sites and depth are tried."""
     learning_rate: Any = Field(default_factory=lambda: {"low": 3e-4, "high": 1e-1, "log": True})
-    """A value, a list, or a range; of the methods that have none of their own."""
+    """A value, a list, or a range; for methods without their own."""
     budget: str | int | None = None
     """Trainable values at most, a new head included: ``50k``; or a share of the model's: ``0.5%``."""
     memory: str | int | None = None
     """Memory of a training step at most, as ``peftcore plan`` counts it: ``2GB``."""
     trials: PositiveInt = 20
-    """Runs on the tuning split; what is over the budget takes no time and does not count."""
+    """Runs on the tuning split; configurations over the budget take no time and do not count."""
     together: PositiveInt = 4
     """How many trials are drawn and trained at once, as by as many workers, on one model where their methods can be;
     one where `memory` limits a step."""
@@ -97,7 +97,7 @@ class Search(Options):
     quantize: str | None = None
     """A scheme that packs the base's weights before anything is trained: nf4, int8, bnb-nf4 ..."""
     out: Path = Path("peftcore-search")
-    """Folder for what is found, and for the runs."""
+    """Folder for the results and the runs."""
 
     @field_validator("methods", mode="before")
     @classmethod
@@ -125,7 +125,7 @@ class Search(Options):
     def comparison(
         self, data: Mapping[str, Any], candidates: list[Candidate], seeds: list[int], out: Path
     ) -> Comparison:
-        """Return a comparison of these candidates."""
+        """Return a comparison of the candidates."""
         shared = self.model_dump(include={"model", "task", "dtype", "quantize"})
         training = self.training.model_dump()
         listed = [each.model_dump() for each in candidates]

@@ -108,7 +108,7 @@ class Domain(ABC):
 
 @dataclass(frozen=True)
 class OneOf(Domain):
-    """Listed values; lists and texts too, which optuna is told as JSON."""
+    """Listed values; lists and texts too, which optuna gets as JSON."""
 
     values: tuple[Any, ...]
 
@@ -177,7 +177,7 @@ class Space:
 
     Args:
         methods: for each method its options, as a file says them.
-        learning_rate: of the methods that have none of their own.
+        learning_rate: for methods without their own.
 
     Raises:
         BadInput, UnknownMethod: naming the method and the option that is wrong.
@@ -200,7 +200,7 @@ class Space:
         return _choice(method, values)
 
     def parameters(self, start: Candidate) -> dict[str, Any]:
-        """Return a configuration as the study knows it; what it does not say is as by default.
+        """Return a configuration as the study stores it; options that are missing have their defaults.
 
         Raises:
             BadInput: it is not in the space.
@@ -233,7 +233,7 @@ def _choice(method: str, values: Mapping[str, Any]) -> Choice:
 
 
 def defaults(cls: type[Method]) -> dict[str, Any]:
-    """Return the default values of options; of those that have to be said, nothing."""
+    """Return the default values of options; required options are left out."""
     fields = cls.Config.model_fields
     own = {name: each.get_default(call_default_factory=True) for name, each in fields.items() if not each.is_required()}
     return {DEPTH: 1.0, **own}
@@ -278,11 +278,11 @@ def refused(cls: type[Method], name: str, value: Any) -> str | None:
 
 
 def by_default(name: str, layered: bool) -> dict[str, Any]:
-    """Return what is tried of a method of which nothing is said: its size, its sites where it may stand at any matrix,
-    its depth where it stands in layers.
+    """Return the search space of a method without given options: its size, its sites if it can act at any matrix, its
+    depth if it acts in layers.
 
     Raises:
-        UnknownMethod: there is none of that name.
+        UnknownMethod: the name is unknown.
     """
     cls = peftcore.method(name)
     space: dict[str, Any] = {}

@@ -68,7 +68,7 @@ class Study:
         name: the study in it.
         greater: whether more of the metric is better.
         seed: of the sampler.
-        settings: what the search is about; a study is gone on with by the same search only.
+        settings: the settings of the search; only the same search can continue a study.
 
     Raises:
         BadInput: the storage cannot be written, or holds another search by that name.
@@ -111,7 +111,7 @@ class Study:
 
     @contextlib.contextmanager
     def trial(self) -> Iterator[optuna.trial.Trial]:
-        """Begin the next trial. What is begun ends: with `done`, `skip` or `fail`, or it is given up and tried
+        """Begin the next trial. Each trial ends: with `done`, `skip` or `fail`, or it is given up and tried
         again."""
         with _hushed():
             trial = self._study.ask()

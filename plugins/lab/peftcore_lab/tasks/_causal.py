@@ -78,7 +78,7 @@ def surprise(logits: Any, labels: Tensor) -> Tensor:
 
 
 def answers(model: Any, tokenizer: Any, prompts: Sequence[str], length: int) -> Callable[[], list[str]]:
-    """Return a function that generates greedily what comes after each prompt."""
+    """Return a function that generates the continuation of each prompt greedily."""
 
     def answer(prompt: str) -> str:
         read = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(model.device)

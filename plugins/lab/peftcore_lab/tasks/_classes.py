@@ -17,8 +17,8 @@ logger = logging.getLogger("peftcore")
 
 
 def learned(run: Run) -> Sequence[str]:
-    """Return the classes that the head of the adapter has learned from which a run goes on, in the order of their
-    numbers; none where it begins with a fresh one."""
+    """Return the classes of the head of the adapter that a run continues, in the order of their numbers; none if the
+    run begins with a fresh adapter."""
     if run.adapter is None:
         return ()
     found = describe(run.adapter).classes
@@ -28,7 +28,7 @@ def learned(run: Run) -> Sequence[str]:
 
 
 def predictions(logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tensor:
-    """Return the predicted class alone: some models return hidden states beside their logits."""
+    """Return the predicted class alone: some models return hidden states in addition to their logits."""
     return (logits[0] if isinstance(logits, tuple) else logits).argmax(-1)
 
 

@@ -40,9 +40,9 @@ class Scores:
 class ByLogits:
     """Stands for a model that TRL asks for log-probabilities.
 
-    TRL would multiply hidden states by the weight of the head, past all adapters at the head and at the model, and with
-    a loss of labels of its own, into which methods would put theirs. Here the model runs as it is, without labels, and
-    knows where the prompts end.
+    TRL would multiply hidden states by the weight of the head, past all adapters at the head and at the model, and
+    would make the model compute a loss of labels, to which methods would add their own losses. Here the model runs as
+    it is, without labels, and knows where the prompts end.
     """
 
     def __init__(self, model: Callable[..., Any], host: nn.Module) -> None:
@@ -69,7 +69,7 @@ class ByLogits:
 
 class SelfReferencing(DPOTrainer):
     """`DPOTrainer` whose reference is the model before training: without the adapter, or with the one that training
-    goes on from. Examples come with their tokens."""
+    continues. Examples are tokenized already."""
 
     injection: peftcore.Injection | None
     model: Any
@@ -126,7 +126,7 @@ class SelfReferencing(DPOTrainer):
         return dataset.add_column("ref_chosen_logps", chosen).add_column("ref_rejected_logps", rejected)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Writes none: a run's folder is no repository of the Hub."""
+        """Writes no card, since a run's folder is not a repository of the Hub."""
 
     def _send_telemetry(self) -> None:
         """Sends nothing: nobody asked TRL for it."""
@@ -144,7 +144,7 @@ def preferred(found: Any) -> dict[str, float]:
 
 
 def trainer(tokenizer: Any, beta: float, continued: bool) -> OwnTrainer:
-    """Return the Trainer of a task; `continued` says whether training goes on from an adapter."""
+    """Return the Trainer of a task; `continued` says whether training continues an adapter."""
     return OwnTrainer(
         SelfReferencing,
         # TRL would switch off the dropout that was asked for in the adapter too.

@@ -1,4 +1,4 @@
-"""Noise over latents, and what a denoiser is to say of it: for schedulers of diffusion, and for those of a flow."""
+"""Noise over latents, and the target of a denoiser: for schedulers of diffusion, and for those of a flow."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Noised:
     latents: Tensor
     """[rows, channels, height, width]"""
     times: Tensor
-    """The timesteps, which tell the denoiser how much noise there is, [rows]."""
+    """The timesteps, from which the denoiser knows the amount of noise, [rows]."""
     target: Tensor
     """The output that the denoiser should give, of the shape of the latents."""
     weight: Tensor
@@ -43,9 +43,9 @@ class Noising(ABC):
 class Diffusion(Noising):
     """The noise of a Markov chain: x_t = sqrt(a_t) x + sqrt(1 - a_t) e, with t drawn uniformly.
 
-    With `min_snr` g, squared errors of the prediction of x count min(SNR_t, g), SNR_t = a_t / (1 - a_t), and no more
-    than that (Hang et al. 2023, arXiv 2303.09556): errors of e min(SNR_t, g) / SNR_t, errors of v min(SNR_t, g) /
-    (SNR_t + 1).
+    With `min_snr` g, squared errors of the prediction of x count min(SNR_t, g), SNR_t = a_t / (1 - a_t), and
+    no more than that (Hang et al. 2023, arXiv 2303.09556): errors of e min(SNR_t, g) / SNR_t, errors of v
+    min(SNR_t, g) / (SNR_t + 1).
     """
 
     def __init__(self, scheduler: Any, min_snr: float | None = None) -> None:

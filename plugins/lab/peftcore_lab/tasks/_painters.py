@@ -1,4 +1,4 @@
-"""Pipelines of diffusers as training sees them: which part denoises, how words reach it, and what latents are."""
+"""Pipelines of diffusers as training sees them: which part denoises, how words reach it, and the form of latents."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Painter(ABC):
         """Return the noise that its training puts over latents.
 
         Raises:
-            BadInput: it has no signal-to-noise ratio to be weighed by.
+            BadInput: a signal-to-noise ratio for the weights is not defined for it.
         """
         return self.noising(self.pipeline.scheduler, min_snr)
 
@@ -101,7 +101,7 @@ class StableDiffusion(Painter):
 
 
 class StableDiffusionXL(StableDiffusion):
-    """Two encoders, and a UNet that is told of a picture's size and of which part it sees."""
+    """Two encoders, and a UNet that gets a picture's size and its crop as inputs."""
 
     files = ("clip_l", "clip_g")
 

@@ -28,7 +28,7 @@ def find(name: str) -> Task[Any]:
     """Return the task of a name.
 
     Raises:
-        BadInput: there is none, or a package that it needs is missing.
+        BadInput: the task does not exist, or a package that it needs is missing.
         PluginError: a plugin's task cannot be imported.
     """
     task = kind(name)
@@ -40,7 +40,7 @@ def kind(name: str) -> type[Task[Any]]:
     """Return the class of a task, whose packages may be missing.
 
     Raises:
-        BadInput: there is none of that name.
+        BadInput: the name is unknown.
         PluginError: a plugin's task cannot be imported.
     """
     known = places()

@@ -15,16 +15,16 @@ from peftcore_lab.tasks.task import IGNORED, Prepared, Task
 
 
 class ChatData(CausalData):
-    """Options of the data: a column of conversations (messages or ShareGPT), or columns of what is asked and answered
+    """Options of the data: a column of conversations (messages or ShareGPT), or columns of prompts and answers
     (Alpaca, prompt and completion)."""
 
     messages: str | None = None
     """Column of whole conversations: lists of ``{"role": ..., "content": ...}`` or ``{"from": ..., "value": ...}``;
     guessed when left out."""
     prompt: str | None = None
-    """Column of what is asked: texts or messages; guessed when left out."""
+    """Column of prompts: texts or messages; guessed when left out."""
     completion: str | None = None
-    """Column of what is answered: texts or messages; guessed when left out."""
+    """Column of answers: texts or messages; guessed when left out."""
     chat_template: str | None = None
     """A file with a Jinja template, or ``chatml``, in place of the tokenizer's."""
 

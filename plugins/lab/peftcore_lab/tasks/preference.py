@@ -27,7 +27,7 @@ class PreferenceData(DecoderData):
     without prompts, both answers are whole conversations that begin alike."""
 
     prompt: str | None = None
-    """Column of what is asked: texts or messages; guessed when left out, and there may be none."""
+    """Column of prompts: texts or messages; guessed when left out, and optional."""
     chosen: str | None = None
     """Column of the preferred answers: texts, messages or whole conversations; ``chosen`` when left out."""
     rejected: str | None = None

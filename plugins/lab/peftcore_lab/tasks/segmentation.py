@@ -26,7 +26,8 @@ NOTHING = 255
 
 
 class SegmentedData(Data):
-    """Options of the data: a column of pictures, and one of pictures of classes (gray, 0 to 254; 255 is no class)."""
+    """Options of the data: a column of pictures, and one of pictures of classes (gray, 0 to 254; 255 means no
+    class)."""
 
     image: str | None = None
     """Column of the pictures; guessed when left out."""
@@ -37,7 +38,7 @@ class SegmentedData(Data):
 
 
 class Segmentation(Task[SegmentedData]):
-    """The task, scored by the mean over classes of what prediction and truth have in common, over what either has."""
+    """The task, scored by the mean over classes of the intersection of prediction and truth over their union."""
 
     Data = SegmentedData
     packages: ClassVar[Mapping[str, str]] = {"PIL": "pillow", "torchvision": "torchvision"}

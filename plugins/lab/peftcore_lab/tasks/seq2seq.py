@@ -1,4 +1,4 @@
-"""The task of texts and what becomes of them: translation, summaries, answers."""
+"""The task of source texts and target texts: translation, summaries, answers."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ TARGETS = ("target", "output", "summary", "highlights", "answer", "translation")
 
 
 class PairData(RowsOfTasks):
-    """Options of the data: a column of texts, and one of what becomes of them."""
+    """Options of the data: a column of texts, and one of target texts."""
 
     source: str | None = None
-    """Column of what is read; guessed when left out."""
+    """Column of source texts; guessed when left out."""
     target: str | None = None
-    """Column of what is written; guessed when left out."""
+    """Column of target texts; guessed when left out."""
     prefix: str = ""
     """Put before each text: "summarize: "."""
     max_length: PositiveInt = 256
     """Tokens read, and written, at most."""
     prompts: tuple[str, ...] = ()
-    """Texts to be read before and after training, to look at what is written."""
+    """Texts to be read before and after training, to look at the generated texts."""
 
 
 class Seq2Seq(Task[PairData]):
-    """The task, scored by the perplexity of what is to be written."""
+    """The task, scored by the perplexity of the target texts."""
 
     Data = PairData
     metric = "perplexity"

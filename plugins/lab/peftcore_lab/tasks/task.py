@@ -38,16 +38,16 @@ class RowsOfTasks(Data):
     """Options of data whose rows may belong to several tasks, which one model learns together."""
 
     task_column: str | None = None
-    """Column that says which task a row belongs to. Methods that ask for the task are told it, with each batch; scores
-    are there for each task too."""
+    """Column that says which task a row belongs to. Methods that ask for the task get it with each batch; scores are
+    reported for each task too."""
     tasks: tuple[str, ...] = ()
-    """Take the rows of these tasks alone."""
+    """Take only the rows of the named tasks."""
 
     def splits(self) -> Splits:
         """Read the examples of the tasks.
 
         Raises:
-            BadInput: they cannot be read, or a task has no row to train on.
+            BadInput: they cannot be read, or a task is without a row to train on.
         """
         found = splits(self.train, self.held_out, self.held_out_size)
         return of_tasks(found, self.task_column, self.tasks)
@@ -64,7 +64,7 @@ class RowsOfTasks(Data):
         """Refuse options that leave open of which task something is.
 
         Raises:
-            BadInput: one of them is set beside the column of tasks.
+            BadInput: one of them is set together with the column of tasks.
         """
         for name, value in others.items():
             if value and self.task_column is not None:
@@ -79,17 +79,18 @@ class OwnTrainer:
     """A Trainer that computes the loss, where the model of a task does not."""
 
     kind: type[transformers.Trainer]
-    """Its class. What `peftcore train` does to any Trainer comes before it in the order of base classes. The attribute
-    `injection`, which is None where the whole model trains, is there before its ``__init__`` runs."""
+    """Its class. The class that `peftcore train` adds to any Trainer is before it in the order of base classes. The
+    attribute `injection`, which is None where the whole model trains, is there before its ``__init__`` runs."""
     arguments: Callable[..., transformers.TrainingArguments] = transformers.TrainingArguments
-    """Makes its training arguments of those of all tasks: their class, or a partial that has more of them."""
+    """Makes its training arguments from the arguments common to all tasks: their class, or a partial with more
+    arguments."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Further arguments of the class."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """Something that takes its time and comes before training: pictures that are drawn, answers that are written."""
+    """Slow work before training: drawing pictures, generating answers."""
 
     name: str
     """Name of the work, for the display."""
@@ -100,7 +101,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Beside:
-    """An adapter of another part of the model, which trains beside that of the run."""
+    """An adapter of another part of the model, which trains together with the run's adapter."""
 
     name: str
     """Its name, and the ending of its folder's: ``adapter_NAME``."""
@@ -143,17 +144,18 @@ class Prepared:
     beside: tuple[Beside, ...] = ()
     """Adapters of other parts, which train too; not for full fine-tuning."""
     reduce: Callable[[Any, Any], Any] | None = None
-    """Reduces a batch's logits and labels to what the metrics need: logits of all examples would not fit in memory."""
+    """Reduces a batch's logits and labels to the inputs of the metrics: logits of all examples would not fit in
+    memory."""
     metrics: Callable[[Any], dict[str, float]] | None = None
     """Computes the metrics from the (reduced) outputs of all examples; the loss is there without it."""
     floor: float | None = None
     """The task's metric for an answer that looks at nothing, where that is known."""
     tasks: tuple[str, ...] = ()
-    """The tasks of the rows, where data names them: each row then has the name of its own under `several.TASK`."""
+    """The tasks of the rows, where data names them: each row then has the name of its task under `several.TASK`."""
     check: Callable[[peftcore.Injection | None], None] | None = None
     """Refuses what only the adapted model shows; called before it is trained."""
     first: Work | None = None
-    """Work with the model that comes before any adapter is put into it."""
+    """Work with the model that is done before any adapter is installed."""
     samples: Callable[[], list[str]] | None = None
     """Returns answers of the model, to be looked at before training and after it."""
     during: bool = False
@@ -164,7 +166,7 @@ class Prepared:
     """The Trainer, where it is another one than transformers'."""
 
     def check_method(self, name: str) -> None:
-        """Refuse full fine-tuning where adapters train beside that of the method.
+        """Refuse full fine-tuning where further adapters train together with the method's.
 
         Raises:
             BadInput: there are some.
@@ -186,7 +188,7 @@ class Task(ABC, Generic[D]):
     greater: ClassVar[bool] = False
     """Whether more of it is better."""
     coarse: ClassVar[bool] = False
-    """Whether many checkpoints come to the same number, so that the one of the lowest loss is the best."""
+    """Whether many checkpoints have the same score, so that the one of the lowest loss is the best."""
     use: ClassVar[Use | None] = None
     """The use for which `check_model` checks the model's name, where a task takes every kind of MODEL; else None."""
 

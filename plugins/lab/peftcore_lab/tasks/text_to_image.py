@@ -1,4 +1,4 @@
-"""The task of pictures and what they are called: a part of a pipeline like Stable Diffusion or Flux is adapted."""
+"""The task of pictures and their captions: a part of a pipeline like Stable Diffusion or Flux is adapted."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ from peftcore_lab.tasks.task import Beside, Data, Prepared, Task, Work
 SHEET, CELL = "samples.png", 160
 """The file that shows all drawings, and the sides of one in it."""
 WORDS_METHOD = "textual_inversion"
-"""The method of words that are learned beside the denoiser."""
+"""The method of words that are learned together with the denoiser."""
 CONDITIONS = ("condition", "conditioning_image", "control")
 
 
 class CaptionedData(Data):
-    """Options of the data: a column of pictures, and one of what they are called."""
+    """Options of the data: a column of pictures, and one of their captions."""
 
     image: str | None = None
     """Column of the pictures; guessed when left out."""
     text: str | None = None
     """Column of the words; guessed when left out."""
     condition: str | None = None
-    """Column of pictures that say what is to be where (edges, depth), for methods that are told one, like
+    """Column of pictures that show the layout (edges, depth), for methods that take one, like
     ``controlnet``."""
     size: PositiveInt | None = None
     """Sides of the pictures in pixels; by default what the pipeline draws."""
@@ -52,12 +52,12 @@ class CaptionedData(Data):
     words_from: str | None = None
     """A known word that the new ones are like: they begin as its vector, of several tokens as the mean."""
     words_rate: PositiveFloat | None = None
-    """Learning rate of words that are learned beside the denoiser; by default that of the run."""
+    """Learning rate of words that are learned together with the denoiser; by default that of the run."""
     words_until: float = Field(1.0, gt=0, le=1)
     """The share of all steps after which these words stay as they are, and the denoiser learns on."""
     prior: Path | None = None
-    """Folder of pictures of the class of what is learned, each beside one of `train` in every batch, so that the class
-    stays what it is (DreamBooth). The model draws those that are missing, before training."""
+    """Folder of pictures of the class of the learned subject, each paired with one of `train` in every batch, so that
+    the class stays what it is (DreamBooth). The model draws those that are missing, before training."""
     prior_text: str | None = None
     """The text of the pictures of the class: a dog, where ``sks dog`` is learned."""
     prior_images: PositiveInt = 100
@@ -73,9 +73,9 @@ class CaptionedData(Data):
     prompts_during: bool = False
     """Draw them at each score too."""
     prompt_conditions: tuple[Path, ...] = ()
-    """A picture for each prompt, where the method is told one."""
+    """A picture for each prompt, if the method takes one."""
     prompt_steps: PositiveInt = 30
-    """Steps of the sampler for each of these."""
+    """Steps of the sampler for each picture."""
 
     @model_validator(mode="after")
     def _fit(self) -> CaptionedData:
@@ -93,12 +93,12 @@ class CaptionedData(Data):
 
     @property
     def pivotal(self) -> bool:
-        """Return whether words are learned beside the denoiser."""
+        """Return whether words are learned together with the denoiser."""
         return bool(self.words) and self.part == "denoiser"
 
 
 class Denoising(nn.Module):
-    """A pipeline with its loss: how far its denoiser is from what it should say of latents under noise."""
+    """A pipeline with its loss: the distance of its denoiser's output from the target for noisy latents."""
 
     def __init__(self, painter: Painter, data: CaptionedData) -> None:
         super().__init__()
@@ -115,7 +115,7 @@ class Denoising(nn.Module):
         return self.denoiser if self._part == "denoiser" else self.encoders[0]
 
     def train(self, mode: bool = True) -> Denoising:
-        """Switch the mode of what learns alone."""
+        """Switch the mode of the trained parts only."""
         self.training = mode
         self.learner.train(mode)
         return self
@@ -135,8 +135,8 @@ class Denoising(nn.Module):
             pixel_values: pictures [rows, 3, side, side] in -1 .. 1.
             sizes: see `Painter.words`.
             weight: the share of each row in the loss [rows].
-            texts: what each is called.
-            condition: pictures [rows, 3, side, side] in 0 .. 1 that methods are told.
+            texts: the caption of each.
+            condition: pictures [rows, 3, side, side] in 0 .. 1 for methods that take one.
             return_loss: a word of the Trainer's; by it, it knows of a loss where there are no labels.
         """
         # Scores draw the same noise each time, so that they can be compared.
@@ -268,7 +268,7 @@ def _taught(reader: Reader, data: CaptionedData, start: Tensor | None) -> list[i
 
 
 class WithPrior:
-    """Rows, each with a picture of the class beside it. Either begins again where the other has more."""
+    """Rows, each paired with a picture of the class. Either begins again where the other has more."""
 
     def __init__(self, rows: Any, files: Sequence[Path], data: CaptionedData) -> None:
         self._rows, self._files, self._text = rows, files, data.prior_text

@@ -89,7 +89,7 @@ def _encoded(tokenizer: Any, words: list[str], tags: list[Any], labels: tuple[st
 
 
 def scores(predicted: Any, truth: Any, labels: tuple[str, ...]) -> dict[str, float]:
-    """Return accuracy of all words, and F1 of those that are tagged with more than "O"."""
+    """Return accuracy of all words, and F1 of the words with a tag other than "O"."""
     counted = truth != IGNORED
     predicted, truth = predicted[counted], truth[counted]
     outside = labels.index(OUTSIDE) if OUTSIDE in labels else -1

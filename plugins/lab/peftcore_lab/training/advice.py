@@ -48,7 +48,7 @@ def knobs(run: Run) -> list[Knob]:
 
 
 def advice(run: Run, prepared: Prepared | None = None) -> str:
-    """Return what takes less memory, with what a step takes now and then, where that can be counted.
+    """Return settings that take less memory, with the memory of a step before and after, where it can be counted.
 
     Args:
         run: the run that took too much.
@@ -72,8 +72,9 @@ def step_of(run: Run) -> Step:
 
 
 def estimates(run: Run, prepared: Prepared | None) -> Estimates | None:
-    """Return what counts the steps of a run; None where they are of a kind that is not counted: on packed or sharded
-    weights, in autocast, of a saved adapter, or of a pipeline, of which more is in memory than what is planned."""
+    """Return an object that counts the memory of a run's steps; None for steps that cannot be counted: on packed or
+    sharded weights, in autocast, of a saved adapter, or of a pipeline, of which more is in memory than the planned
+    part."""
     counted = catalogue.find(run.task).use in (Use.TEXT, Use.PICTURES)
     if not counted or run.quantize or run.adapter or run.training.shard or run.training.autocast:
         return None

@@ -1,4 +1,5 @@
-"""Moving averages of what is trained (EMA): these are scored and saved, and training goes on with the values."""
+"""Moving averages of the trained parameters (EMA): the averages are scored and saved, and training continues with the
+current values."""
 
 from __future__ import annotations
 
@@ -61,7 +62,7 @@ class Averages:
         """Read the averages of a checkpoint.
 
         Raises:
-            CheckpointError: it has none.
+            CheckpointError: the checkpoint lacks averages.
             TrainingError: it has those of another model.
         """
         held = TensorFile(folder / FILE).read()

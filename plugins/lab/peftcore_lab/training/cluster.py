@@ -31,11 +31,11 @@ class Cluster:
     Args:
         address: where it is, ``10.0.0.1:6379`` or ``auto``; None starts one of this machine, for as long as this lasts.
         cpus: processors of a run.
-        gpus: GPUs of a run, or a share of one; all run on processors where the cluster has none.
+        gpus: GPUs of a run, or a share of one; all run on processors if the cluster lacks GPUs.
 
     Raises:
         MissingPackage: Ray is not installed.
-        BadInput: there is no cluster at the address.
+        BadInput: the address is not that of a cluster.
     """
 
     def __init__(self, address: str | None = None, cpus: float = 1.0, gpus: float = 1.0) -> None:
@@ -74,7 +74,7 @@ class Cluster:
         checkpoint.
 
         Raises:
-            BadInput: what the run names cannot be used there, or its folder is not shared.
+            BadInput: a model, data or option of the run cannot be used there, or its folder is not shared.
             TrainingError: training failed, or processes were lost again and again.
         """
         from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -124,7 +124,7 @@ def go_to(folder: str) -> None:
     """Change to the folder of the process that asked, in which names of files are meant.
 
     Raises:
-        BadInput: there is none on this machine.
+        BadInput: the folder does not exist on this machine.
     """
     try:
         os.chdir(folder)
@@ -136,7 +136,7 @@ def taken(done: Any) -> Any:
     """Return what a task gave.
 
     Raises:
-        BadInput: what it was told to do cannot be done there.
+        BadInput: the task cannot be done there.
         TrainingError: its worker was lost, and so were those that began it again.
     """
     import ray

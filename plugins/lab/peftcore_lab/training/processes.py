@@ -35,7 +35,7 @@ def ask_for_sharding(args: transformers.TrainingArguments) -> None:
     """Make accelerate do what the arguments or its own launcher say, also on processes without a device.
 
     Raises:
-        BadInput: that is FSDP1, whose flat parameters nobody here takes apart.
+        BadInput: the sharding is FSDP1, whose flat parameters are not supported.
     """
     launched = _launched()
     if launched and not args.fsdp and os.environ.get("FSDP_VERSION", "1") != "2":

@@ -1,4 +1,4 @@
-"""Rows of several tasks: methods are told the task of each row, and scores are there for each task."""
+"""Rows of several tasks: methods get the task of each row, and scores are reported for each task."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Several runs in one: what differs in the method, its options and the learning rate alone trains as a fleet on one
-model. Each run comes to what it comes to by itself, and its folder is the same, but for logs and checkpoints."""
+"""Several runs in one: runs that differ only in the method, its options and the learning rate train as a fleet on one
+model. Each run has the same result as by itself, and its folder is the same, but for logs and checkpoints."""
 
 from __future__ import annotations
 
@@ -112,13 +112,13 @@ class _Group:
         self.seconds = 0.0
 
     def fits(self) -> bool:
-        """Whether rows of the model's output have losses of their own."""
+        """Whether rows of the model's output have separate losses."""
         prepared = self.prepared
         plain = prepared.trainer is None and prepared.adapted is None and not prepared.beside
         return plain and kind_of(self.model) is not None
 
     def adapt(self) -> None:
-        """Apply the methods, each to the bare base; what cannot be routed is left to train alone."""
+        """Apply the methods, each to the bare base; methods that cannot be routed are left to train alone."""
         for number, run in enumerate(self.runs):
             with peftcore.activate(self.model):
                 injection = adapted(run, self.prepared, name=f"run{number}")
@@ -225,11 +225,11 @@ def train_together(runs: Sequence[Run], display: Display) -> tuple[list[Outcome 
     """Train runs that have a `key` in common. Times are those of all divided by their number.
 
     Returns:
-        For each run what it came to, the error of one that failed, or None where it has to be trained alone (all of
-        them, where their memory is too small for all at once); and what was saved, where they trained together.
+        For each run its result, the error of one that failed, or None where it has to be trained alone (all of
+        them, where their memory is too small for all at once); and the savings, where they trained together.
 
     Raises:
-        BadInput: what the runs name cannot be used.
+        BadInput: a model, data or option of the runs cannot be used.
         TrainingError: a disk is full.
     """
     group = _Group(runs, display)

@@ -1,7 +1,7 @@
 """Carries a run out: one method on one task with transformers' ``Trainer``, from a model and a file to an adapter.
 
 Everything lands in one folder: ``adapter/`` (``model/``, where the whole model is trained), ``checkpoints/``, ``logs/``
-for TensorBoard, ``metrics.json``, and ``run.json``, by which ``--resume`` knows that it goes on with the same run.
+for TensorBoard, ``metrics.json``, and ``run.json``, by which ``--resume`` recognizes the same run.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class Outcome:
 
 
 class Watch(transformers.TrainerCallback):
-    """A callback that tells the display."""
+    """A callback that reports to the display."""
 
     def __init__(self, display: Display) -> None:
         self._display = display
@@ -114,8 +114,8 @@ def train(run: Run, display: Display, resume: bool = False) -> Outcome:
     """Train a run. The adapter is in ``run.out / "adapter"`` afterwards.
 
     Raises:
-        BadInput: what the run names cannot be used.
-        TrainingError: the loss is no number, or a disk or memory is full; the last checkpoint is whole.
+        BadInput: a model, data or option of the run cannot be used.
+        TrainingError: the loss is not a number, or a disk or memory is full; the last checkpoint is whole.
     """
     with _advice(run) as seen:
         return _train(run, display, resume, seen)
@@ -186,11 +186,11 @@ def beforehand(prepared: Prepared, display: Display) -> None:
 
 
 def adapted(run: Run, prepared: Prepared, name: str | None = None) -> peftcore.Injection:
-    """Apply the method of a run to the model of its task, or load the adapter that it goes on from; and apply what
-    trains beside it.
+    """Apply the method of a run to the model of its task, or load the adapter that it continues; and apply the adapters
+    that train together with it.
 
     Raises:
-        BadInput: that adapter lacks the head that the task trains, or the method looks at data where the task has no
+        BadInput: that adapter lacks the head that the task trains, or the method looks at data where the task lacks
             batches for the model alone.
     """
     base = prepared.adapted or prepared.model

@@ -36,7 +36,7 @@ KEPT = 3
 
 
 class AdapterTrainer(PeftcoreTrainer):
-    """The Trainer for adapters, with the method's optimizer, and an end to runs whose loss is no number."""
+    """The Trainer for adapters, with the method's optimizer, which ends runs whose loss is not a number."""
 
     def __init__(self, injection: peftcore.Injection | None, **kwargs: Any) -> None:
         self.injection = injection  # a task's own Trainer may compute with it as it begins
@@ -150,7 +150,7 @@ class Steps(transformers.TrainerCallback):
 
 
 class LastStep(transformers.TrainerCallback):
-    """Scores the model as it is after the last step, also where that is none of the steps between."""
+    """Scores the model as it is after the last step, also if that step is not one of the regular evaluation steps."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step >= state.max_steps:
@@ -179,7 +179,7 @@ class Clock(transformers.TrainerCallback):
 def trainer_for(
     run: Run, task: Task[Any], prepared: Prepared, injection: peftcore.Injection | None, callbacks: list[Any]
 ) -> AdapterTrainer:
-    """Make a Trainer of the model, or of what was put into it.
+    """Make a Trainer of the model, or of the adapter in it.
 
     Raises:
         BadInput: the task's own Trainer cannot do what is asked for.
