@@ -35,7 +35,7 @@ def is_sharded_class(cls: type[nn.Module]) -> bool:
 
 
 def in_group() -> bool:
-    """Whether this process is in a process group with other processes."""
+    """Whether this process is in a process group."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 

@@ -18,7 +18,7 @@ from peftcore.layers import kernels
 from peftcore.layers.layer import Layer
 
 SMALL = 2**14
-"""The size of an output up to which saving one pass over it takes longer than the pass itself."""
+"""The number of values of an output up to which saving one pass over it takes longer than the pass itself."""
 DENSE = (Tensor, nn.Parameter)
 """The classes of plain tensors."""
 

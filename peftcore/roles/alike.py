@@ -21,11 +21,11 @@ SLOT, GUEST = "_peftcore_slot", "peft"
 TORCHS = frozenset(vars(nn.Module()))
 """Attributes that are torch's own: tensors, children, and hooks."""
 WORTH = (bool, int, float, str, torch.dtype, torch.device, torch.Size, type(None))
-"""Attributes of these types are the same where they are equal."""
+"""Types of attributes that are compared by value."""
 Form = tuple[type[Tensor] | None, torch.Size, torch.dtype]
 """Type, shape and dtype of a tensor. Of one that is more than its numbers, no type: nothing is like it."""
 Run = list[tuple[str, nn.Module, list[int]]]
-"""Elements by name; with each come the ids of its modules that the first one has not."""
+"""Elements with their names; the third entry has the ids of the element's modules that the first element lacks."""
 
 
 class Structure:

@@ -1,11 +1,11 @@
-"""How blocks are called: which dimension of what a module is given has the rows of the batch, and how often one forward
-runs a block.
+"""How blocks are called: which dimension of a module's inputs is the batch dimension, and how often one forward runs a
+block.
 
-Most models have rows first and run each block once. XLNet turns what it is given, so its blocks have tokens first;
-ALBERT runs one block for all of its layers. Nothing in the structure of a model says so, its code does. So the source
-of the forwards is read from the host down to the module: values are followed from the arguments on, through what turns
-them, to the call of the next module on the way, and so are the loops around that call. Nothing runs. Rule R17 of
-`docs/roles.md`.
+Most models have rows first and run each block once. XLNet transposes its inputs, so its blocks have tokens first;
+ALBERT runs one block for all of its layers. The structure of a model does not show this, but its code does. So the
+source of the forwards is read from the host down to the module: values are followed from the arguments, through
+transpositions, to the call of the next module on the way, and so are the loops around that call. No code runs. Rule R17
+of `docs/roles.md`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from peftcore.roles.stacks import arguments
 
 Runs = Literal["once", "several", "unknown"]
 Arms = tuple[tuple[ast.stmt, bool], ...]
-"""Conditions in the code, and on which side of each a call stands."""
+"""Conditions in the code, each with the branch of it in which a call is."""
 FIRST: Dims = frozenset({0})
 LISTS = nn.ModuleList | nn.ModuleDict
 _TURNS = {"transpose", "swapaxes", "swapdims"}
@@ -38,13 +38,13 @@ class BlockCalls(NamedTuple):
 
     rows: Dims
     """The dimensions at which its first argument may have the rows of the batch, where the host is given rows first;
-    none where the code cannot be followed."""
+    empty if the code cannot be followed."""
     runs: Runs
     """How often one forward runs it."""
 
 
 class CodeReader:
-    """Reads the code of a host; what was read of a module holds for all whose paths differ from its in numbers.
+    """Reads the code of a host. The results for a module are reused for all modules whose paths differ only in numbers.
 
     Args:
         modules: the modules of the host by path.
@@ -57,15 +57,15 @@ class CodeReader:
         self._turned: dict[str, bool] = {}
 
     def of(self, path: str, top: str = "") -> BlockCalls:
-        """Returns what the code says of a module; its runs are counted from the module `top` on."""
+        """Returns the calls of a module in the code; its runs are counted per forward of the module `top`."""
         key = alike(path), top
         if key not in self._read:
             self._read[key] = _read(self._modules, path, top, self._plain)
         return self._read[key]
 
     def tokens_first(self, path: str) -> bool:
-        """Whether a module is given tokens in front of rows, in dimensions 0 and 1; also where that depends on more
-        than the code tells."""
+        """Whether a module's inputs have tokens in dimension 0 and rows in dimension 1; True also if this depends on
+        values that are not known from the code."""
         key = alike(path)
         if key not in self._turned:
             wants = (self._wants_tokens_first(each) for each in self._inside(path))
@@ -84,7 +84,7 @@ class CodeReader:
 
 
 def alike(path: str) -> str:
-    """Returns the path of a module with `*` for its numbers: the same for all that stand where it does."""
+    """Returns the path of a module with `*` for its numbers: modules at corresponding places share it."""
     return re.sub(r"\d+", "*", path)
 
 

@@ -1,10 +1,11 @@
-"""Where a branch ends: what a block does to a branch's output behind its last matrix, before it adds it to the stream.
+"""Where a branch ends: the operations of a block on a branch's output, from the last matrix to the addition to the
+stream.
 
-Dropout, layer scale, stochastic depth and norms of a branch's output are modules that are called behind the last
-matrix, and nothing in the structure of a model says which: T5 drops the hidden features by a module beside the last
-matrix, GPT-2 what the matrix returns. The code says it. So the source of the forwards is read from the last matrix up
-to the block, and the value that the matrix returns is followed through assignments, calls and methods until it meets
-another summand. Nothing runs.
+Dropout, layer scale, stochastic depth and norms of a branch's output are modules that are called after the last matrix.
+The structure of a model does not show which modules these are: the dropout next to the last matrix drops the hidden
+features in T5, and the output of the matrix in GPT-2. The code shows it. So the source of the forwards is read from the
+last matrix up to the block, and the value that the matrix returns is followed through assignments, calls and methods
+until it is added to another value. No code runs.
 """
 
 from __future__ import annotations
@@ -48,13 +49,14 @@ class End:
     """The end of a branch.
 
     Attributes:
-        path: the module behind which the branch joins the stream; None where no module follows the last matrix.
-        order: the order of dimensions that the branch's output has there, where the code permutes it on the way.
+        path: the module after which the branch joins the stream; None if no module follows the last matrix.
+        order: the order of dimensions that the branch's output has there, if the code permutes it on the way.
         drops_path: whether that module is stochastic depth, which drops the branch of whole rows.
-        rest: what the block's code does behind it without a module: "dropout", "scale" (also by a parameter), or
-            "unknown" where the code cannot be followed, or changes the shape before another module; else "".
-        entered: the module that is given the sum of stream and branch, and nothing else is (a norm behind the branch).
-        left: the module that returns the sum, when nothing has read it.
+        rest: the operations of the block's code after it that are not modules: "dropout", "scale" (also by a
+            parameter), or "unknown" where the code cannot be followed, or changes the shape before another module; else
+            "".
+        entered: the module that is the only reader of the sum of stream and branch (a norm after the branch).
+        left: the module that returns the sum, if nothing has read it.
         reader: the first module that is given the sum, alone and in whatever shape (the norm of the next branch).
     """
 

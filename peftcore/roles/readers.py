@@ -21,8 +21,8 @@ READ_BY_MIXERS = frozenset({"ssm.dt", "ssm.conv"})
 
 
 def reader_of(node: Node) -> str | None:
-    """Returns the module that reads a weight whose own module is not called (R15); for a list of parameters, which has
-    no forward, it is the nearest one above that has."""
+    """Returns the module that reads a weight whose own module is not called (R15); for a list of parameters, which
+    lacks a forward, it is the nearest module above with a forward."""
     above, tensor = node.parent, node.tensor
     if (
         tensor is None

@@ -35,7 +35,7 @@ class Place:
 
 
 class Rest:
-    """Gives a role to every weight that has none."""
+    """Assigns a role to every weight that is still without one."""
 
     def __init__(self, survey: Survey, mixers: Mixers, blocks: Blocks, mlps: FeedForwards) -> None:
         self.survey = survey
@@ -92,7 +92,7 @@ class Rest:
 
     def _table(self, place: Place) -> str:
         """R12: positions and segments by name; word embeddings by the host's own word for them and every table that
-        shares their parameter (T5 and BART hand out a table that is never called), else by name.
+        shares their parameter (T5 and BART return a table that is never called), else by name.
         """
         node = place.node
         if node.words & POSITION:

@@ -1,4 +1,4 @@
-"""The source of forwards, and what the names in it stand for, for rules that read code: nothing runs."""
+"""The source of forwards and the values of the names in it, for rules that read code. No code runs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 
 class Unknown:
-    """The class of `UNKNOWN`: a value that nobody knows before the code runs."""
+    """The class of `UNKNOWN`: a value that is unknown until the code runs."""
 
 
 UNKNOWN = Unknown()

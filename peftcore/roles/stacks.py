@@ -1,8 +1,8 @@
 """The stacks of a host: the modules that take token ids, embed them, and run the blocks.
 
 A sequence can be changed in a stack, not in the root that the user calls: `generate` runs an encoder by itself,
-`get_text_features` runs a tower, multimodal models merge images and hand embeddings on. Found by signatures and by
-the roles of modules below, never by class names.
+`get_text_features` runs a tower, multimodal models merge images and pass embeddings on. Found by signatures and by the
+roles of modules below, never by class names.
 """
 
 from __future__ import annotations
@@ -41,21 +41,22 @@ class TokenStack:
     entry: str
     """The module that takes embeddings in the place of ids: the stack itself, or its embeddings (CLIP's text tower)."""
     body: str
-    """The module below which all blocks lie: poolers come after it."""
+    """The module that contains all blocks; poolers run after it."""
     table: str
     """Path of the token table below the stack."""
     causal: bool = False
     """Whether its tokens see only earlier ones."""
     position_padding: int | None = None
-    """Where positions count the tokens that are no padding (RoBERTa): the id and the position of padding."""
+    """The id and the position of padding, if positions count only the tokens that are not padding (RoBERTa)."""
     readers: tuple[str, ...] = ()
     """The stacks that attend to this one's output."""
     reads: bool = False
     """Whether it attends to the output of another stack."""
     takes_cache: bool = False
-    """Whether it takes a cache of earlier tokens, and so goes on where they end."""
+    """Whether it takes a cache of earlier tokens and continues after them."""
     positions: int | None = field(default=None, repr=False)
-    """How many positions its table has; None where positions are no table's (rotary angles, biases by distance)."""
+    """The number of positions in its table; None if positions are not in a table (rotary angles, biases by
+    distance)."""
 
     @property
     def role(self) -> str:
@@ -63,16 +64,16 @@ class TokenStack:
         return "stack.decoder" if self.reads else "stack"
 
     def check_positions(self, front: int, text: int, places: Tensor | None, what: str = "rows") -> None:
-        """Check that the table has positions for a text of so many tokens and what is in front of it.
+        """Check that the table has positions for a text and the rows in front of it.
 
         Args:
-            front: how many are in front.
-            text: how many tokens there are, with those of a cache.
-            places: the positions of both, where they are told or counted; padding may have none.
-            what: what is in front, for the error.
+            front: the number of rows in front.
+            text: the number of tokens in the text, including a cache.
+            places: the positions of both, if they are passed or counted; padding may lack positions.
+            what: the name of the rows in front, for the error.
 
         Raises:
-            SequenceError: it has fewer.
+            SequenceError: it has fewer positions.
         """
         if self.positions is None or torch.compiler.is_compiling():
             return
@@ -104,12 +105,13 @@ def is_cache(value: Any) -> bool:
 
 
 def caches_in(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the caches among a module's arguments by name: what is one, and what has the name of one."""
+    """Returns the caches among a module's arguments by name: values that are caches, and arguments with the name of
+    one."""
     return {name: value for name, value in given.items() if value is not None and (name in CACHES or is_cache(value))}
 
 
 def cache_in(given: Mapping[str, Any]) -> Any:
-    """Returns the cache among a transformers module's arguments by name; None where there is none."""
+    """Returns the cache among a transformers module's arguments by name; None without a cache."""
     found = caches_in(given)
     return found[min(found)] if found else None
 

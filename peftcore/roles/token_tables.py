@@ -16,7 +16,7 @@ class HasTables(Protocol):
         """Return the module that embeds tokens."""
 
     def get_output_embeddings(self) -> Any:
-        """Return the head; None where there is none."""
+        """Return the head; None if the model lacks one."""
 
 
 def token_tables(model: nn.Module) -> list[nn.Module]:
@@ -37,8 +37,8 @@ def token_count(model: nn.Module) -> int:
 
 
 def tables_by_path(model: nn.Module) -> dict[str, nn.Module]:
-    """Returns the same modules by path, and all others that hold the weight of one: stacks with a table of their own,
-    tied heads."""
+    """Returns the same modules by path, and all other modules that hold one of their weights: stacks with a separate
+    table module, tied heads."""
     weights = {id(each._parameters["weight"]) for each in token_tables(model)}
     modules = model.named_modules() if weights else ()
     return {path: each for path, each in modules if id(each._parameters.get("weight")) in weights}

@@ -1,7 +1,7 @@
 """Towers: the sub-model of a host to which a node belongs, and the layer in which it is.
 
-A tower is a sub-model with blocks of its own beside another one: CLIP's text and vision models, LLaVA's vision tower
-and language model. Encoder and decoder are two halves of one model and count as one tower, and so do the stages of a
+A tower is one of several sub-models with separate blocks: CLIP's text and vision models, LLaVA's vision tower and
+language model. Encoder and decoder are two halves of one model and count as one tower, and so do the stages of a
 network.
 """
 

@@ -51,7 +51,7 @@ def decimals(values: Iterable[float]) -> int:
 
 
 def fixed(value: float, places: int) -> str:
-    """Format a number with `places` digits after the point; infinities and NaN as words."""
+    """Format a number with `places` digits after the point; infinities as signs, NaN as "not a number"."""
     return (
         f"{value:,.{places}f}" if math.isfinite(value) else {math.inf: "∞", -math.inf: "−∞"}.get(value, "not a number")
     )
