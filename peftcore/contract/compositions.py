@@ -162,7 +162,7 @@ class Split(Composition):
 
 class Fuse(Composition):
     """The parts' outputs combined by the injection `by`: for example by the learned attention of adapter_fusion. At
-    modules where `by` has no operator, the parts are averaged."""
+    modules without an operator of `by`, the parts are averaged."""
 
     def __init__(self, *parts: str | Composition, by: str) -> None:
         super().__init__(*parts, by=by)

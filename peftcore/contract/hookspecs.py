@@ -56,8 +56,9 @@ def peftcore_presets() -> Mapping[str, Preset]:  # type: ignore[empty-body]
 def peftcore_map(model: nn.Module) -> HostMap | None:
     """Map the modules of a host to their roles.
 
-    Runs at the start of `apply` and `plan`, unless the user handed in a map. Gets the host. Returns its map, or None if
-    the plugin has no map; the core derives one from structure and names. Stops at the first result that is not None.
+    Runs at the start of `apply` and `plan`, unless the user handed in a map. Gets the host. Returns the host's map, or
+    None if the plugin cannot map this host; the core derives one from structure and names. Stops at the first result
+    that is not None.
     """
 
 

@@ -158,7 +158,7 @@ class Method(ABC):
 
         Raises:
             ConfigError: the options contradict each other, or do not fit this host.
-            TargetError: the host has no target modules for the method.
+            TargetError: the method does not find any target modules in the host.
             UnsupportedSite: the method cannot act on the target.
         """
 

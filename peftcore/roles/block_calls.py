@@ -76,8 +76,8 @@ class CodeReader:
         return (each for each in self._modules if each == path or each.startswith(f"{path}."))
 
     def _wants_tokens_first(self, path: str) -> bool:
-        """Whether a module is torch's own attention for tokens first, and nothing turns what it is given: then it is
-        the user who gives tokens first."""
+        """Whether a module is torch's own attention for tokens first, and its inputs are not transposed on the way:
+        then the user passes tokens first."""
         module = self._modules[path]
         attends = isinstance(module, nn.MultiheadAttention) and not module.batch_first
         return attends and 1 not in self.of(path).rows
@@ -133,13 +133,13 @@ def _read(
 
 
 def _one_behind_the_other(first: Call, second: Call) -> bool:
-    """Whether one forward comes to both calls of the same module."""
+    """Whether one forward runs both calls of the same module."""
     apart = any(where is there and side is not other for where, side in first.arms for there, other in second.arms)
     return not (apart or first.part or second.part)
 
 
 def _bound(names: Sequence[str], calls: Sequence[Call]) -> dict[str, Dims]:
-    """Returns where the rows are in each argument of a module."""
+    """Returns the dimensions of the rows in each argument of a module."""
     given: dict[str, Dims] = {}
     for call in calls:
         for name, value in [*zip(names, call.given, strict=False), *call.named.items()]:
@@ -160,7 +160,7 @@ class _Reader:
         self.arms: list[tuple[ast.stmt, bool]] = []
 
     def calls(self, given: Mapping[str, Dims] | None) -> list[Call]:
-        """Returns the calls, for arguments that have the rows there; None: all have them first."""
+        """Returns the calls, for arguments with the rows in these dimensions; None: rows are first in all arguments."""
         function = getattr(self.plain(self.way[self.at]), "forward", None)
         tree = definition_of(function)
         if tree is not None:
@@ -220,7 +220,7 @@ class _Frame(Frame):
         reader.open.pop()
 
     def _take(self, target: ast.expr, each: ast.expr, loop: frozenset[int]) -> int | None:
-        """Let a loop's target stand for the elements of what it runs over; returns how many there are (at most)."""
+        """Assign the elements of a loop's iterable to the loop's target; returns their number (at most)."""
         targets = target.elts if isinstance(target, ast.Tuple) else []
         match each:
             case ast.Call(func=ast.Name(id="zip"), args=args) if len(targets) == len(args):
@@ -276,7 +276,7 @@ class _Frame(Frame):
         return made._replace(rows=NONE) if _looks(known) else made
 
     def _method(self, owner: Value, name: str, given: list[Value], made: Value) -> Value:
-        """Returns what a method of a tensor gives, or the function of torch of that name."""
+        """Returns the result of a method of a tensor, or of the function of torch with that name."""
         rest = given
         if inspect.ismodule(owner.known) and given:
             owner, rest = given[0], given[1:]
@@ -286,7 +286,7 @@ class _Frame(Frame):
 
 
 _LOOKING = (len, isinstance, getattr, hasattr, type, enumerate, zip, list, tuple, iter, reversed, range, int, float)
-"""Builtins that are given modules and values and run none of them."""
+"""Builtins that take modules and values without running them."""
 
 
 def _looks(known: Any) -> bool:
@@ -294,7 +294,7 @@ def _looks(known: Any) -> bool:
 
 
 def _moved(rows: Dims, name: str, numbers: Sequence[Any]) -> Dims:
-    """Returns where the rows are behind a method of a tensor that is given numbers."""
+    """Returns the dimensions of the rows after a method of a tensor that takes numbers."""
     known = all(isinstance(each, int) for each in numbers)
     if name == "t" or (name in _TURNS and known and len(numbers) == 2):
         first, second = numbers if numbers else (0, 1)

@@ -104,7 +104,7 @@ class _Trail:
 
     plain: Callable[[nn.Module], type]
     end: nn.Module | None = None
-    """The last module through which it went."""
+    """The last module that the value passed through."""
     order: Order | None = None
     order_there: Order | None = None
     reshaped: bool = False
@@ -113,11 +113,11 @@ class _Trail:
     entered: nn.Module | None = None
     reader: nn.Module | None = None
     read: bool = False
-    """Whether the sum was given to anything."""
+    """Whether anything has read the sum."""
     start: nn.Module | None = None
 
     def through(self, owner: nn.Module, start: nn.Module) -> State | None:
-        """Follow the value through the forward of a module; returns what the module returns of it."""
+        """Follow the value through the forward of a module; returns the state of the module's output."""
         self.start = start
         if isinstance(owner, nn.Sequential):
             after = list(owner)
@@ -134,8 +134,8 @@ class _Trail:
         return _Frame(self, function, tree, names, self.plain).run().state  # type: ignore[no-any-return]
 
     def passes(self, module: nn.Module, alone: bool = True) -> State | None:
-        """Go through a module that is called with the value, unless it has matrices or is given more than that, such as
-        a residual."""
+        """Pass through a module that is called with the value, unless it has matrices or takes other inputs, such as a
+        residual."""
         if not alone:
             self.rest = "unknown"
             return None
@@ -150,7 +150,7 @@ class _Trail:
         return State.BRANCH
 
     def is_whole(self) -> bool:
-        """Whether nothing has read the sum, nor does the branch lie otherwise in it."""
+        """Whether the sum is unread, and the branch is neither permuted nor reshaped in it."""
         return not self.read and self.order is None and not self.reshaped
 
     def add(self) -> State:
@@ -166,7 +166,7 @@ class _Frame(Frame):
 
     question: _Trail
     _kept: tuple[ast.expr, str] | None = None
-    """A call, and the name that gets what it returns."""
+    """A call, and the name to which its result is assigned."""
 
     def looped(self, target: ast.expr | None, each: ast.expr | None, body: Callable[[], None]) -> None:
         modules = UNKNOWN if each is None else self.of(each).known

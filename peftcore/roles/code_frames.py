@@ -47,7 +47,7 @@ class Value(NamedTuple):
     loops: frozenset[int] = frozenset()
     """The loops that choose it."""
     part: bool = False
-    """Whether it is some of a list, and other code may take the rest."""
+    """Whether it is a part of a list, of which other code may take the rest."""
     state: Any = None
     """The state that a question records for it."""
 
@@ -106,7 +106,7 @@ class Frame:
         return UNKNOWN
 
     def branched(self, statement: ast.stmt, side: bool | None) -> None:
-        """Called as one side of a condition begins that nothing decides; None as it ends."""
+        """Called at the start of each side of an undecided condition, and with None at its end."""
 
     # ---- statements
 
@@ -346,7 +346,8 @@ def parameters(tree: ast.FunctionDef) -> list[str]:
 
 
 def _told(test: ast.expr, side: bool) -> dict[str, Value]:
-    """Returns what a side of a condition tells of a name: that it is None there."""
+    """Returns the name that is None on this side of a condition, with that value; empty if the condition is another
+    one."""
     match test:
         case ast.Compare(left=ast.Name(id=name), ops=[ast.Is()], comparators=[ast.Constant(None)]) if side:
             return {name: Value(None)}
@@ -356,5 +357,5 @@ def _told(test: ast.expr, side: bool) -> dict[str, Value]:
 
 
 def _ends(statements: Sequence[ast.stmt]) -> bool:
-    """Whether nothing that stands behind these statements runs after them."""
+    """Whether no statement after these statements can run."""
     return bool(statements) and isinstance(statements[-1], ast.Return | ast.Raise | ast.Continue | ast.Break)

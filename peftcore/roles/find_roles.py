@@ -94,7 +94,7 @@ def are_told_apart(survey: Survey, entries: Entries) -> bool:
 
 
 def unfolded(node: Node, entries: Entries) -> list[HostEntry]:
-    """Returns the entries of a node and all below it, with those of the elements for which others speak."""
+    """Returns the entries of a node and all below it, with those of the elements that others represent."""
     found = entries[node.index].copy()
     for below in (*node.tensors, *node.children):
         inside = unfolded(below, entries)

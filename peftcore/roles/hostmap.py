@@ -103,7 +103,8 @@ class HostMap:
 
     @cached_property
     def _held(self) -> frozenset[str]:
-        """The roles that need no rule: of weights and modules, of parts of fused ones, and families of these."""
+        """The roles that do not need a rule: roles of weights and modules, of parts of fused weights, and their
+        families."""
         present = {role for role in self.by_role if role != OTHER}
         for fused in present & set(_PARTS_OF):
             present |= {role for entry in self.by_role[fused] for role in part_roles(entry)}
@@ -194,7 +195,7 @@ class HostMap:
         return named
 
     def override(self, roles: Mapping[str, str]) -> HostMap:
-        """Returns the map with corrections, path to role; "other" takes a path out of every role.
+        """Returns the map with corrections, path to role; "other" removes a path from every role.
 
         Raises:
             TargetError: the path is not in the host, or the role does not exist.
@@ -226,7 +227,7 @@ class HostMap:
             raise TargetError(f"{role!r} (for {path!r}) is no role; {hint}")
 
     def tree(self) -> str:
-        """Returns the map as text: repeated blocks folded, one line for each thing that has a role."""
+        """Returns the map as text: repeated blocks folded, one line for each module or parameter with a role."""
         return render(self)
 
 

@@ -29,7 +29,8 @@ CACHES = frozenset({"cache", "past_key_values", "past_key_value", "layer_past", 
 """Names of transformers' arguments for the cache of earlier tokens, of models and of blocks."""
 _TABLES = ("table", "raw", "tensor")
 NEED_IDS = frozenset({"per_layer_inputs"})
-"""Arguments of stacks that make more of the ids than their embeddings, so that embeddings alone do not say enough."""
+"""Arguments of stacks that are computed from the ids in addition to embeddings, so that embeddings alone are not
+enough."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class TokenStack:
     path: str
     """The path of the stack; "" for the host itself."""
     entry: str
-    """The module that takes embeddings in the place of ids: the stack itself, or its embeddings (CLIP's text tower)."""
+    """The module that takes embeddings in place of ids: the stack itself, or its embeddings (CLIP's text tower)."""
     body: str
     """The module that contains all blocks; poolers run after it."""
     table: str
@@ -137,8 +138,8 @@ def find(modules: Mapping[str, nn.Module], entries: Iterable[HostEntry]) -> list
 
 
 def _related(stacks: list[TokenStack], cross: list[str]) -> list[TokenStack]:
-    """Returns the stacks with their readers: where some have cross-attention and others have not, the first read the
-    others."""
+    """Returns the stacks with their readers: if some have cross-attention and others do not, the former read the
+    latter."""
     reading = {stack.path for stack in stacks if _below(cross, stack.path)}
     if len(reading) in (0, len(stacks)):
         return stacks
@@ -218,8 +219,8 @@ def _padding(modules: Mapping[str, nn.Module], path: str, positions: list[HostEn
 
 
 def _positions(stack: nn.Module, path: str, blocks: list[str], positions: list[HostEntry]) -> int | None:
-    """Returns the length of the longest table of positions in front of the blocks, or what the config says of it, which
-    leaves out rows that stand for no position."""
+    """Returns the length of the longest table of positions in front of the blocks, or the length in the config, which
+    leaves out rows without a position."""
     tops = tuple(f"{block}." for block in blocks)
     tables = [e for e in positions if _inside(e.path, path) and not e.path.startswith(tops) and e.kind in _TABLES]
     counts = [e.shape[-2] for e in tables if len(e.shape) > 1 and not V.words(e.path) & V.RELATIVE]
@@ -239,7 +240,7 @@ def _weight(module: nn.Module) -> int:
 
 
 def _from(path: str) -> Iterable[str]:
-    """Yields a path and all above it, but for the host's."""
+    """Yields a path and all paths above it, except the host's."""
     while path:
         yield path
         path = path.rpartition(".")[0]

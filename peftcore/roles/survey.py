@@ -181,7 +181,7 @@ class Survey:
         return node
 
     def _children(self, module: nn.Module) -> Iterator[tuple[str, nn.Module, list[str]]]:
-        """Yields the children that get nodes, each with the names of those for which it speaks."""
+        """Yields the children that get nodes, each with the names of the children that it represents."""
         children: Run = [
             (key, child, [])
             for key, child in module._modules.items()

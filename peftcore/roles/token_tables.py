@@ -20,8 +20,8 @@ class HasTables(Protocol):
 
 
 def token_tables(model: nn.Module) -> list[nn.Module]:
-    """Returns the modules whose weight has a row for each token, the embeddings first; none of a model that names
-    none."""
+    """Returns the modules whose weight has a row for each token, the embeddings first; empty for a model that does not
+    declare them."""
     found: list[Any] = []
     if isinstance(model, HasTables):
         for get in (model.get_input_embeddings, model.get_output_embeddings):
@@ -32,7 +32,7 @@ def token_tables(model: nn.Module) -> list[nn.Module]:
 
 
 def token_count(model: nn.Module) -> int:
-    """Returns the number of rows that the tables have; 0 of a model that names none."""
+    """Returns the number of rows that the tables have; 0 for a model that does not declare them."""
     return next((_rows(each) for each in token_tables(model)), 0)
 
 

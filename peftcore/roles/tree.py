@@ -43,7 +43,7 @@ class Line:
     shape: str
     notes: str
     marks: tuple[str, ...] = ()
-    """Further texts of the place."""
+    """Additional texts for the place."""
 
 
 def render(host: HostMap) -> str:
