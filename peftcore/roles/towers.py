@@ -39,7 +39,7 @@ class Towers:
         return found
 
     def _stands_alone(self, child: Node) -> bool:
-        """Whether a child is no block, no list of blocks or stages, and not called one half or one stage."""
+        """Whether a child is neither a block nor a list of blocks or stages, and is not called a half or a stage."""
         part = child.is_block or child in self._blocks.lists or STAGES.intersection(tokens(child.name))
         return not part and child.name not in HALVES
 

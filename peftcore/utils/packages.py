@@ -28,8 +28,9 @@ def package_folder(name: str) -> Path | None:
 def require(packages: Mapping[str, str], options: str = "") -> None:
     """Raise `MissingPackage` unless every module is there.
 
-    Arguments: packages: import name -> the requirement that pip must install for it. options: the options of the pip
-    line, in front of the requirements.
+    Arguments:
+      packages: import name -> the requirement that pip must install for it.
+      options: the options of the pip line, in front of the requirements.
     """
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
