@@ -274,8 +274,8 @@ class Combiner(Operator):
     """Combines the outputs of several injections into one, in the composition `Fuse`; it has no effect by itself.
 
     With `mixes_inputs` it combines the inputs that the injections pass to the module, and the module (a norm, for
-    example) then runs once more on the combined input. Every injection in it must only change the module's input
-    (`only_inputs`); otherwise an error is raised.
+    example) then runs once more on the combined input. Every injection in the composition must only change the module's
+    input (`only_inputs`); otherwise an error is raised.
     """
 
     mixes_inputs = False
