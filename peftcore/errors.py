@@ -1,5 +1,5 @@
-"""All errors that peftcore raises. Each says what was wrong and what to do next; after any of them the host is as it
-was."""
+"""All errors that peftcore raises. Each says what was wrong and what to do next; after an error the host is
+unchanged."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import reprlib
 from typing import Any, Self
 
 LONGEST = 4000
-"""The number of characters of a message about a file, after which it is cut."""
+"""The number of characters at which a message about a file is cut."""
 _short = reprlib.Repr()
 _short.maxlevel, _short.maxstring, _short.maxlong, _short.maxother = 3, 60, 60, 60
 
@@ -29,8 +29,8 @@ class PeftcoreError(Exception):
     """Base class of all errors of peftcore."""
 
     def about(self, where: object) -> Self:
-        """Returns the same error, its message beginning with `where` (unless that is in it), and cut where it is
-        long."""
+        """Returns the same error with `where` at the start of its message (unless the message contains it); a long
+        message is cut."""
         text = str(self)
         text = text if str(where) in text else f"{where}: {text}"
         self.args = (text if len(text) <= LONGEST else f"{text[:LONGEST]}...",)
@@ -46,7 +46,7 @@ class AmbiguousMethod(PeftcoreError, LookupError):
 
 
 class PluginError(PeftcoreError):
-    """A plugin, or a method class handed to `register`, breaks the contract."""
+    """A plugin, or a method class passed to `register`, breaks the contract."""
 
 
 class ConfigError(PeftcoreError, ValueError):
@@ -70,24 +70,25 @@ class DuplicateInjection(PeftcoreError, ValueError):
 
 
 class UnknownInjection(PeftcoreError, LookupError):
-    """The host has no injection of that name."""
+    """The host does not have an injection of that name."""
 
 
 class IdleAdapter(PeftcoreError, RuntimeError):
-    """The values of an adapter are not on its model now, and what was asked for needs them there: bring it back,
+    """An adapter's tensors are not on its model now, and the operation needs them there: restore them with
     ``pool.wake(name)``."""
 
 
 class MemoryLimit(PeftcoreError, RuntimeError):
-    """The adapters that a choice names do not fit into the limit of `keep_within`, beside those that cannot leave."""
+    """The adapters of a choice exceed the limit of `keep_within`, together with the adapters that cannot be
+    offloaded."""
 
 
 class SwapError(PeftcoreError, ValueError):
-    """The values of an adapter cannot take the place of another one's exactly; nothing was changed."""
+    """The values of one adapter cannot replace those of another adapter exactly; nothing was changed."""
 
 
 class InactiveSite(PeftcoreError, RuntimeError):
-    """The host ran, but a grafted site did not: its adapter would train nothing."""
+    """The host ran without running a grafted site, so the site's adapter would not train."""
 
 
 class RouteError(PeftcoreError, RuntimeError):
@@ -99,22 +100,22 @@ class CompositionError(PeftcoreError, ValueError):
 
 
 class MissingContext(PeftcoreError, LookupError):
-    """A method needs a value for which forward has no argument: ``with peftcore.call(model, task=...)``."""
+    """A method needs a value that is not among the arguments of forward: ``with peftcore.call(model, task=...)``."""
 
 
 class NoRouters(PeftcoreError, LookupError):
-    """An adapter is asked for a report of its routers, and has none, or nobody watched them: run the model within
-    ``injection.reporting()`` first."""
+    """A report of an adapter's routers is not possible: it lacks routers, or they were not recorded; run the model
+    within ``injection.reporting()`` first."""
 
 
 class AmbiguousChoice(PeftcoreError, RuntimeError):
-    """A thread has no choice of its own, and may work for blocks that are open elsewhere; say in it what acts:
-    ``peftcore.using(model, name)(function, ...)``."""
+    """A thread runs the model without a choice, while another thread or task is in a block; choose the adapters in this
+    thread: ``peftcore.using(model, name)(function, ...)``."""
 
 
 class BlockOrderError(PeftcoreError, RuntimeError):
-    """Blocks of `activate`, `route` or `call` overlap, or what was started in one outlives it; take the choice for one
-    call: ``peftcore.using(model, name)(function, ...)``."""
+    """Blocks of `activate`, `route` or `call` overlap, or a generator, task or thread outlives the block in which it
+    was started; make the choice for one call: ``peftcore.using(model, name)(function, ...)``."""
 
 
 class AmbiguousBackward(PeftcoreError, RuntimeError):
@@ -122,7 +123,7 @@ class AmbiguousBackward(PeftcoreError, RuntimeError):
 
 
 class StaleBackward(PeftcoreError, RuntimeError):
-    """Backward computes a layer again, and what it computes it from was written to since the forward."""
+    """Backward recomputes a layer from tensors that were changed after the forward."""
 
 
 class CalibrationError(PeftcoreError, ValueError):
@@ -130,11 +131,11 @@ class CalibrationError(PeftcoreError, ValueError):
 
 
 class TrainingError(PeftcoreError, RuntimeError):
-    """Training set up like this would not follow the method."""
+    """Training with this setup would not follow the method."""
 
 
 class SequenceError(PeftcoreError, RuntimeError):
-    """Rows cannot go in front of this sequence: an argument or a cache cannot be kept in step with them."""
+    """Rows cannot go in front of this sequence: an argument or a cache cannot be adjusted to them."""
 
 
 class QuantizationError(PeftcoreError, ValueError):
@@ -142,7 +143,7 @@ class QuantizationError(PeftcoreError, ValueError):
 
 
 class MergeError(PeftcoreError, RuntimeError):
-    """A merge or its undoing is impossible now; no weight was changed."""
+    """A merge or unmerge is not possible now; no weight was changed."""
 
 
 class NotMergeable(MergeError):
@@ -163,7 +164,7 @@ class ExportError(PeftcoreError, ValueError):
 
 
 class HubError(CheckpointError, ExportError):
-    """The model hub refuses an adapter, has nothing of the name or does not answer; nothing was loaded, or pushed."""
+    """The model hub refuses an adapter, does not know its name or does not answer; nothing was loaded or pushed."""
 
 
 class HostMismatch(CheckpointError):

@@ -1,12 +1,13 @@
-"""What authors of methods and plugins import; users import from `peftcore`.
+"""The imports for authors of methods and plugins; users import from `peftcore`.
 
-It may import all that is below, and only plugins import it. In the order in which an author meets them:
+It may import all lower packages, and only plugins import it. In the order in which an author needs them:
 
-- `essentials`: what most methods are written with: a method, its options, its target modules, the operators at them.
+- `essentials`: the imports of most methods: a method, its options, its target modules, the operators at them.
 - `weights`: weights and modules in detail: layouts, slices, quantized layers, low-rank factors, gradients, routers.
-- `blocks`: blocks of a model and their branches, networks beside a model, rows beside the tokens of a diffusion model.
-- `sequences`: token sequences and attention: soft prompts, what a cache holds, edits inside an attention.
-- `formats`: readers and writers of files of other programs; import these from `peftcore.author.formats`.
+- `blocks`: blocks of a model and their branches, networks in parallel with a model, additional rows next to the tokens
+  of a diffusion model.
+- `sequences`: token sequences and attention: soft prompts, the contents of a cache, edits inside an attention.
+- `formats`: readers and writers for files of other programs; import them from `peftcore.author.formats`.
 """
 
 from peftcore.author import blocks, essentials, sequences, weights

@@ -1,4 +1,5 @@
-"""Blocks of a model and their branches, networks beside a model, and rows beside the tokens of a diffusion model."""
+"""Blocks of a model and their branches, networks in parallel with a model, and additional rows next to the tokens of a
+diffusion model."""
 
 from peftcore.authoring.blocks import (
     MIXERS,

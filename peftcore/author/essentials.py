@@ -1,4 +1,4 @@
-"""What most methods are written with: a method, its options, its target modules, the operators at them."""
+"""The imports of most methods: a method, its options, its target modules, the operators at them."""
 
 from peftcore.contract.config import MethodConfig, Share
 from peftcore.contract.hookspecs import API, hookimpl

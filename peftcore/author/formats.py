@@ -1,7 +1,7 @@
-"""What readers and writers of other programs' files import: the contract of file formats.
+"""The contract of file formats, for readers and writers of other programs' files.
 
-- A format: `Format`, with `Files`, `Tensors` and `Content`; `Description` says what it is good for.
-- A reader finds its tensors as `Found` at `Place`s, takes options from `Keys`, and refuses the ones it does not know.
+- A format: `Format`, with `Files`, `Tensors` and `Content`; `Description` describes its uses.
+- A reader finds its tensors as `Found` at `Place`s, reads options from `Keys`, and rejects unknown options.
 - Files of peft: `PeftMethod`, one for each type of configuration; `SoftPrompt` for prompts.
 - Files of kohya's scripts, LyCORIS and diffusers: `KohyaMethod`.
 - Files of AdapterHub: `HubArchitecture` and `HubPlace`.

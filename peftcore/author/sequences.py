@@ -1,4 +1,4 @@
-"""Token sequences and attention: soft prompts, what a cache holds, edits inside an attention."""
+"""Token sequences and attention: soft prompts, the contents of a cache, edits inside an attention."""
 
 from peftcore.authoring.instance_prompts import InstanceOperator
 from peftcore.authoring.pass_cache import PassCache

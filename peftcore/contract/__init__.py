@@ -2,13 +2,13 @@
 
 It may import `peftcore.errors`. In the order of reading:
 
-- `peft_names`: what peft calls otherwise.
+- `peft_names`: names in peft that differ from names here.
 - `config`: the options of a method.
 - `method`: a method and its tags.
-- `presets`: options of a method under a name of their own.
-- `dropout`: dropout of an adapter turned off for good.
-- `operators`: the trainable modules that a method puts at target modules.
-- `calls`: what a module was given, by what it returned.
+- `presets`: named sets of a method's options.
+- `dropout`: turns off the dropout of an adapter permanently.
+- `operators`: the trainable modules that a method adds at target modules.
+- `calls`: finds the inputs of a module's call by its output.
 - `compositions`: how several injections act together.
 - `hookspecs`: every hook, and the version of the contract.
 """

@@ -1,7 +1,7 @@
-"""The calls of one module in one forward: what it was given is found by what it returned.
+"""Records the calls of one module in one forward, so that the inputs of a call can be found by its output.
 
-So operators that give a module another input can be put together in front of it: each runs as it always does, and what
-it gave the module is looked up by its output.
+A composition uses this to combine operators that change a module's input: each operator runs as usual, and the input
+that it passed to the module is looked up by the module's output.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from peftcore.errors import CompositionError
 
 
 class Calls:
-    """A module's forward that takes note of its calls.
+    """A module's forward that records its calls.
 
     Args:
-        run: the forward. What is given is its first argument, a tensor; the others of a call stay as they are.
+        run: the forward. Its first argument, a tensor, is the input; the other arguments of a call stay as they are.
     """
 
     def __init__(self, run: Callable[..., Any]) -> None:
@@ -31,20 +31,20 @@ class Calls:
         return output
 
     def given(self, output: Any) -> Tensor:
-        """Returns what the module was given where it returned this output.
+        """Returns the input of the call that returned this output.
 
         Raises:
-            CompositionError: it never did: an operator changed the output.
+            CompositionError: no call returned it: an operator changed the output.
         """
         args, kwargs = self._of(output)
         given: Tensor = args[0] if args else next(iter(kwargs.values()))
         return given
 
     def again(self, output: Any, given: Tensor) -> Any:
-        """Returns the module's output for another input, with all else as in the call that returned `output`.
+        """Returns the module's output for another input, with the other arguments of the call that returned `output`.
 
         Raises:
-            CompositionError: there was no such call.
+            CompositionError: no call returned it.
         """
         args, kwargs = self._of(output)
         if args:

@@ -1,10 +1,10 @@
-"""Compositions of several injections: values that nest, to be activated like a name.
+"""Compositions of several injections. They can be nested, and are activated like a name.
 
     activate(model, Stack("style", Average("german", "french")))
 
-Each branch of a composition runs its injections at a module, one after the other; there the outputs of the
-branches are combined, or what they give the module (`Combiner.mixes_inputs`). Later parts of a stack act in every
-branch before them.
+Each branch of a composition runs its injections at a module, one after the other; there the outputs of the branches are
+combined, or the inputs that they pass to the module (`Combiner.mixes_inputs`). In a stack, the parts after a
+composition act in each of its branches.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ from peftcore.errors import CompositionError
 
 Names = tuple[str, ...]
 Outputs = Mapping[Names, Any]
-"""A module's outputs, by the names of the injections that act, in this order."""
+"""A module's outputs, by the names of the active injections in the order in which they act."""
 Combiners = Mapping[str, Combiner]
 """The combiners at a module, by name of their injection."""
 
 
 class Composition(ABC):
-    """Base class of compositions: several injections, or compositions of them, as one. Immutable, compared by value."""
+    """Base class of compositions, which combine several injections or other compositions. Immutable, compared by
+    value."""
 
     def __init__(self, *parts: str | Composition, **options: Any) -> None:
         wrong = [part for part in parts if not isinstance(part, str | Composition)]
@@ -38,19 +39,20 @@ class Composition(ABC):
             raise CompositionError(f"{type(self).__name__} takes names of injections and compositions of them, {what}")
         self.parts = parts
         self.options = options
-        """The plain values that a file holds besides the parts."""
+        """The other values of the composition, plain ones, which a file stores with the parts."""
 
     def names(self) -> Iterator[str]:
-        """Yields every injection in it, in order."""
+        """Yields the names of all injections in the composition, in order."""
         for part in self.parts:
             yield from (part,) if isinstance(part, str) else part.names()
 
     def combined(self) -> Iterator[str]:
-        """Yields the injections whose outputs are combined with those of others."""
+        """Yields the names of the injections whose outputs are combined with other outputs."""
         yield from self.names()
 
     def mixer(self, here: Combiners) -> Combiner | None:
-        """Returns the combiner that mixes what the parts give a module, and not its outputs; None where none does."""
+        """Returns the combiner that mixes the inputs which the parts pass to a module; None if outputs are combined
+        instead."""
         return None
 
     @abstractmethod
@@ -90,8 +92,8 @@ def _weights(parts: Sequence[object], weights: Sequence[float] | None) -> list[f
 
 
 class Sum(Composition):
-    """``base + sum_i w_i (y_i - base)``: the change of each part, times its weight; 1 without `weights`, and a negative
-    weight takes away.
+    """``base + sum_i w_i (y_i - base)``: the sum of the parts' changes, each times its weight. Without `weights`, every
+    weight is 1; a negative weight subtracts a change.
 
     Raises:
         CompositionError: there are not as many weights as parts.
@@ -127,7 +129,8 @@ class Average(Composition):
 
 class Split(Composition):
     """Parts for ranges of tokens, [batch, tokens, ...]: the first for the first ``lengths[0]`` tokens, and so on; a
-    last length of None takes what is left. It needs the whole sequence at every module, so no cache in generation.
+    last length of None takes the remaining tokens. Every module must get the whole sequence, so generation cannot use a
+    cache.
 
     Raises:
         CompositionError: here, the lengths do not fit the parts; in forward, they do not fit the sequence.
@@ -158,8 +161,8 @@ class Split(Composition):
 
 
 class Fuse(Composition):
-    """The parts' outputs combined by the injection `by`: learned attention, for one, with adapter_fusion. Where it has
-    no place, the parts are averaged."""
+    """The parts' outputs combined by the injection `by`: for example by the learned attention of adapter_fusion. At
+    modules without an operator of `by`, the parts are averaged."""
 
     def __init__(self, *parts: str | Composition, by: str) -> None:
         super().__init__(*parts, by=by)
@@ -187,12 +190,13 @@ KINDS = {kind.__name__: kind for kind in (Stack, Sum, Average, Split, Fuse)}
 
 
 def composed(composition: Composition, outputs: Outputs, here: Combiners, calls: Calls) -> Any:
-    """Returns a module's output under a composition: the first entry of a tuple is combined, the rest is the base's.
+    """Returns a module's output under a composition: if the output is a tuple, only its first entry is combined, and
+    the other entries are those of the base.
 
     Args:
-        outputs: the output of each branch (see `branches`), one object where branches have the same operators.
-        here: the combiners that stand at the module.
-        calls: the module's own calls in the branches that only give it another input.
+        outputs: the output of each branch (see `branches`); branches with the same operators share one object.
+        here: the combiners at the module.
+        calls: the module's calls in the branches that only change its input.
     """
     return _branches([composition], (), outputs, here, calls)
 
@@ -225,15 +229,16 @@ def _first_of(output: Any) -> Tensor:
 
 
 def branches(nodes: Sequence[str | Composition], before: Names = ()) -> Iterator[Names]:
-    """Yields every branch that `composed` may run: names in the order in which they act."""
+    """Yields every branch that `composed` may run, as names in the order in which the injections act."""
     for names, _ in _ways(nodes, before, {}, None):
         if not isinstance(names, Composition):
             yield names
 
 
 def mixed(composition: Composition, here: Combiners) -> Iterator[tuple[Composition, Names | Composition]]:
-    """Yields what has to give a module another input and nothing else, for combiners here that mix inputs: each
-    composition whose parts one mixes, with a branch of it, or with a composition inside it that mixes outputs."""
+    """Yields the branches that may only change the module's input, because a combiner in `here` mixes their inputs.
+    Each item is a pair: the composition whose parts are mixed, and one of its branches, or a composition inside it that
+    mixes outputs."""
     for inside, by in _ways([composition], (), here, None):
         if by is not None:
             yield by, inside

@@ -32,20 +32,20 @@ RESERVED = frozenset(
         "room",
     }
 )
-"""Argument names of `apply` and `load`: no method option may be called so."""
+"""Argument names of `apply` and `load`, which a method option cannot have."""
 
 
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
-"""Type of an option that is a probability or a share: from 0 up to 1, without 1."""
+"""Type of an option that is a probability or a share: at least 0 and less than 1."""
 
 MAX_OVERRIDES = 10_000
 MAX_GLOBS = 100_000
-"""Characters in all of them that have wildcards: each is tried on many paths."""
+"""Limit on the total length, in characters, of the globs with wildcards: each glob is matched against many paths."""
 
 
 def fits(value: Any) -> bool:
-    """Whether tensors can be computed with a number. False for integers of more than 64 bits, and for others near the
-    end of float32 (infinities and NaN are for others to refuse)."""
+    """Whether tensors can be computed with a number. False for integers of more than 64 bits and for other numbers near
+    the limits of float32 (other checks reject infinities and NaN)."""
     if isinstance(value, int):
         return -(2**63) <= value < 2**63
     return not isinstance(value, float) or abs(value) <= 1e30 or not math.isfinite(value)
@@ -104,12 +104,12 @@ class MethodConfig(BaseModel):
 
     @classmethod
     def for_tasks(cls, options: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-        """Returns options with which the method knows tasks of these names: those that rows of the data belong to, and
-        that each call will tell (`peftcore.call(model, task=...)`). By default they are as they were: a method that
-        asks for no task trains all rows alike.
+        """Returns the options with the names of the tasks added. Rows of the data belong to these tasks, and each call
+        names its task (`peftcore.call(model, task=...)`). By default the options stay unchanged: a method without tasks
+        trains all rows alike.
 
         Raises:
-            ConfigError: the options know other tasks.
+            ConfigError: the options already name other tasks.
         """
         return dict(options)
 
@@ -138,15 +138,16 @@ class MethodConfig(BaseModel):
 C = TypeVar("C", bound=MethodConfig)
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ("float64", "float32", "float16", "bfloat16")}
-"""The dtypes operators may have, by the names used in files."""
+"""The dtypes that operators may have, by the names used in files."""
 
 
 MAX_ERRORS = 1000
-"""Wrong values that are named one by one: to describe a million of them takes seconds and a gigabyte."""
+"""The number of wrong values up to which each is reported: a report of a million values takes seconds and a
+gigabyte."""
 
 
 def described(error: ValidationError) -> list[dict[str, Any]]:
-    """Returns the errors of a model one by one; where there are too many, one line."""
+    """Returns the errors of a model, one line each; if there are too many, a single line."""
     if error.error_count() > MAX_ERRORS:
         return [{"type": "many", "loc": (), "msg": f"{error.error_count():,} values are wrong", "input": "..."}]
     return [dict(each) for each in error.errors(include_url=False)]
@@ -170,7 +171,7 @@ def _explain(kind: type[MethodConfig], error: ValidationError) -> str:
 
 
 def validate(kind: type[C], options: dict[str, Any]) -> C:
-    """Returns the options as a config of `kind`; a list stands for a tuple, which YAML and flags do not have.
+    """Returns the options as a config of `kind`. Lists are accepted for tuples, which YAML and flags do not have.
 
     Raises:
         ConfigError: naming method, field, value and rule, one line each.
@@ -190,7 +191,7 @@ def _as_asked(kind: type[MethodConfig], name: str, value: Any) -> Any:
 
 
 def validate_json(kind: type[C], text: str | bytes) -> C:
-    """Returns JSON text as a config of `kind` (lists stand for tuples there).
+    """Returns the options in JSON text as a config of `kind` (lists are accepted for tuples).
 
     Raises:
         ConfigError: naming method, field, value and rule, one line each.
@@ -202,7 +203,7 @@ def validate_json(kind: type[C], text: str | bytes) -> C:
 
 
 def dtype_of(name: str | torch.dtype | None) -> torch.dtype:
-    """Returns an operator dtype by name or as it is; float32 by default.
+    """Returns the operator dtype of this name, or the dtype that was given; float32 by default.
 
     Raises:
         ConfigError: not a floating-point dtype.

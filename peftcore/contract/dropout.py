@@ -1,5 +1,5 @@
-"""Dropout of an adapter turned off for good, as trainers turn off that of the whole model: those of DPO and KTO do, so
-that the policy and its reference differ by what was learned alone."""
+"""Turns off the dropout of an adapter permanently, as trainers do for the whole model: the DPO and KTO trainers turn
+dropout off, so that the policy and its reference differ only by the learned weights."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ PROBABILITIES = ("dropout", "input_dropout", "block_dropout")
 
 
 def turn_off_dropout(module: nn.Module) -> bool:
-    """Set to 0 the probabilities of torch's dropout modules, and those that a module has as an attribute of the name,
-    in the module and in all below it.
+    """Set the dropout probabilities of a module and its submodules to 0: those of torch's dropout modules, and
+    attributes with a name in `PROBABILITIES`.
 
     Returns:
-        Whether there is anything of the kind: a dropout module, whatever its probability was, or a probability.
+        Whether the module has a dropout module, whatever its probability was, or such an attribute.
     """
     found = False
     for each in module.modules():

@@ -1,9 +1,9 @@
-"""The hooks, in the order in which a life of an injection meets them.
+"""The hooks, in the order in which they run for an injection.
 
-A hook is for answers that any plugin may give; the steps of one method are functions of its class. For every hook that
-stops at the first answer, the core's own implementation comes last and calls the method's function, so a plugin can
-answer earlier or wrap it. No hook runs while the host runs forward or backward. An implementation may accept fewer
-arguments than are listed here.
+A hook asks all plugins; the steps of one method are functions of its class. For every hook that stops at the first
+answer, the core's own implementation runs last and calls the method's function, so a plugin can answer before it or
+wrap it. No hook runs while the host runs forward or backward. An implementation may accept fewer arguments than are
+listed here.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from peftcore.surgery.surgeon import Surgeon
 
 API = 2
-"""The version of these specifications; a plugin states the one it was written for as ``PEFTCORE_API``."""
+"""The version of these specifications; a plugin declares in ``PEFTCORE_API`` the version that it was written for."""
 
 hookspec = pluggy.HookspecMarker("peftcore")
 hookimpl = pluggy.HookimplMarker("peftcore")
@@ -56,9 +56,9 @@ def peftcore_presets() -> Mapping[str, Preset]:  # type: ignore[empty-body]
 def peftcore_map(model: nn.Module) -> HostMap | None:
     """Map the modules of a host to their roles.
 
-    Runs at the start of `apply` and `plan`, unless the user handed in a map.
-    Gets the host. Returns its map, or None to leave it to others; the core derives one from structure and names.
-    Stops at the first result that is not None.
+    Runs at the start of `apply` and `plan`, unless the user handed in a map. Gets the host. Returns the host's map, or
+    None if the plugin cannot map this host; the core derives one from structure and names. Stops at the first result
+    that is not None.
     """
 
 
@@ -66,9 +66,9 @@ def peftcore_map(model: nn.Module) -> HostMap | None:
 def peftcore_layer(module: nn.Module, tensor: str) -> Layer | None:
     """Say how a module stores one of its tensors: its logical layout, how to read and write it, its linear map.
 
-    Runs when sites are chosen, for one of those modules that are built alike: of one class, with equal attributes, and
-    with plain tensors of equal shapes and dtypes. The answer is plain data that later reads and writes without hooks.
-    Gets the module and the path of the tensor below it ("weight" for most). Returns a `Layer`, or None; the core
+    Runs when sites are chosen, once for all modules that are built alike: modules of one class, with equal attributes,
+    and with plain tensors of equal shapes and dtypes. The answer is plain data that later reads and writes without
+    hooks. Gets the module and the path of the tensor below it ("weight" for most). Returns a `Layer`, or None; the core
     answers for dense tensors, a quantizing plugin for quantized ones. Stops at the first result that is not None.
     """
 

@@ -40,16 +40,16 @@ MATRICES: tuple[str | tuple[str, ...], ...] = (
     "all-layers",
 )
 """Alternatives (`Method.alternatives`) of methods that act on the matrices of attention: whole matrices of an attention
-whose queries nobody can tell, the projections of a state-space model, those of a mixer, all matrices and
+whose query slices are not known, the projections of a state-space model, the matrices of a mixer, all matrices and
 convolutions."""
 OUTPUTS: tuple[str | tuple[str, ...], ...] = ("ssm.output", "conv.output", "all-layers")
-"""Alternatives of methods that act on what branches of a block put out."""
+"""Alternatives of methods that act on the outputs of a block's branches."""
 
 
 @dataclass(frozen=True)
 class Tags:
-    """The abilities of a method, declared here and tested by the conformance kit: claiming too much and claiming too
-    little both fail."""
+    """The abilities of a method, declared here and tested by the conformance kit, which fails if a method can do less
+    or more than it declares."""
 
     category: str
     """One of `CATEGORIES`."""
@@ -60,39 +60,41 @@ class Tags:
     identity_at_init: bool = True
     """A fresh injection with default options leaves the host's outputs unchanged, up to rounding."""
     identity_options: Mapping[str, Any] | None = None
-    """Where a fresh injection changes outputs, as the paper has it: the options with which it does not."""
+    """If a fresh injection changes outputs by default, as in its paper: the options with which it does not."""
     per_row: bool = True
     """Rows of a batch may go to different injections (`route`)."""
     low_rank: bool = False
-    """`factors()` of every operator gives the update as A, B and a scale; those that merging leaves out have none."""
+    """`factors()` of every operator returns the update as A, B and a scale; only operators that merging skips return
+    None."""
     needs_data: bool = False
     """`calibrate` uses the user's data before training; `apply` then needs ``data=``."""
     scheduled: bool = False
-    """`on_step` changes the adapter while it trains, so the optimizer must know how many steps there will be."""
+    """`on_step` changes the adapter while it trains, so the number of optimizer steps must be known in advance."""
     random: bool = False
     """With default options, forwards in training draw random numbers, from torch's global generator."""
     exact_gradient: bool = True
-    """Gradients are those of what forward computes. Not where a paper takes others: through a rounding as if it were
-    not there, or with a norm held constant."""
+    """Gradients are the exact gradients of forward. False if the paper uses other gradients: through a rounding as if
+    it were the identity, or with a norm held constant."""
     data_options: Mapping[str, Any] | None = None
-    """Where only some options need data, these: ``{"start": "gradient"}``, or ``{"score": ("snip", "grasp")}``, where
-    each of several values does. `needs_data` then speaks of the defaults."""
+    """The options that need data, if only some do: ``{"start": "gradient"}``, or ``{"score": ("snip", "grasp")}`` if
+    several values do. `needs_data` is then about the default options."""
     routes: Literal["token", "sequence", "task"] | None = None
-    """The unit to each of which the operators (`Router`) of a mixture give shares of experts, which `Injection.report`
-    tells; None for methods that are no mixtures."""
+    """The unit that the operators (`Router`) of a mixture distribute over experts: each unit gets its shares of the
+    experts, which `Injection.report` returns. None for methods that are not mixtures."""
     reentrant: bool = True
-    """With default options it trains under reentrant checkpoints of single blocks; else these are a TrainingError, and
-    only the others work (``use_reentrant=False``)."""
+    """With default options the method trains under reentrant checkpoints of single blocks. If False, those raise
+    TrainingError, and only checkpoints with ``use_reentrant=False`` work."""
     whole_graph: bool = True
-    """With default options torch.compile makes one graph of the model (``fullgraph=True``); else it needs breaks."""
+    """With default options torch.compile makes one graph of the model (``fullgraph=True``). If False, the graph
+    breaks."""
 
 
 @dataclass(frozen=True)
 class LearningRate:
-    """The learning rate with which those who made a method trained it, and where they say so."""
+    """The learning rate with which a method's authors trained it, and its source."""
 
     rate: float
-    """The rate that the optimizer was given, at the top of its schedule."""
+    """The rate of the optimizer at the peak of its schedule."""
     source: str
     """``"repository@commit, file"``, or the paper and the place in it."""
     on: str
@@ -107,11 +109,11 @@ class LearningRate:
 
 
 class Method(ABC):
-    """Base class of methods. Subclasses are final: a variant is an option where the paper's own code has it as one, or
-    where it changes only the start, the data or the schedule.
+    """Base class of methods. Subclasses are final: a variant is an option if the paper's own code has it as one, or if
+    it changes only the initialization, the data or the schedule.
 
-    The functions get as `injection` an `Injection`, or a `HybridPart` where the method is a part of a hybrid: an
-    `AppliedMethod`, the base class of both.
+    The argument `injection` of the functions is an `Injection`, or a `HybridPart` if the method is a part of a hybrid;
+    `AppliedMethod` is the base class of both.
     """
 
     name: ClassVar[str]
@@ -125,11 +127,11 @@ class Method(ABC):
     learning_rate: ClassVar[LearningRate | None] = None
     """The learning rate of the paper or of its authors' code; None where neither says one."""
     target: ClassVar[str | tuple[str, ...]]
-    """Default targets, by role, so that one line serves every architecture; roles that a host lacks are passed over."""
+    """Default targets, by role, so that one line serves every architecture; roles that a host lacks are skipped."""
     alternatives: ClassVar[tuple[str | tuple[str, ...], ...]] = ()
-    """Default targets for hosts that have none of `target`: the first of which a host has any part is taken, and
-    `apply` says which in one line; see `MATRICES` and `OUTPUTS`. Without them such a host is a TargetError. A method
-    that has them also says which blocks its default targets leave out."""
+    """Default targets for hosts without any of `target`: `apply` uses the first alternative that matches anything in
+    the host, and logs it in one line; see `MATRICES` and `OUTPUTS`. Without alternatives such a host is a TargetError.
+    For a method with alternatives, the blocks that its default targets leave out are logged too."""
     reads_tokens: ClassVar[bool] = False
     """Whether its operators ask `forward_context().tokens`, which are counted before the forward."""
 
@@ -141,20 +143,22 @@ class Method(ABC):
     config_version: ClassVar[int] = 1
     """Raised when options change their meaning; `migrate` then upgrades old ones."""
     former_defaults: ClassVar[tuple[Mapping[str, Any], ...]] = ()
-    """Options of files of version 1, 2, ...: defaults that are others now, and values of options that came later."""
+    """For files of version 1, 2, ...: the defaults that have changed since, and the values of options that were added
+    later."""
 
     @abstractmethod
     def inject(self, model: nn.Module, config: Any, surgeon: Surgeon) -> None:
-        """Put operators at target modules, through the surgeon's verbs. Nothing changes before it returns.
+        """Put operators at target modules, through the surgeon's verbs. The host does not change before `inject`
+        returns.
 
         Args:
-            model: the host, as it came.
+            model: the host, unchanged.
             config: the method's own `Config`.
-            surgeon: finds sites and records the operators for them.
+            surgeon: the surgeon, which finds sites and records the operators for them.
 
         Raises:
-            ConfigError: options that do not go together, or not with this host.
-            TargetError: there is nothing to act on.
+            ConfigError: the options contradict each other, or do not fit this host.
+            TargetError: the method does not find any target modules in the host.
             UnsupportedSite: the method cannot act on the target.
         """
 
@@ -165,29 +169,30 @@ class Method(ABC):
             parameter.requires_grad = True
 
     def parts_gathered(self, injection: AppliedMethod) -> None:  # noqa: B027
-        """Set what starts from the values of the method's parts. `peftcore.gather` calls it once, when it has copied
-        the values of existing adapters into the parts; by default nothing starts from them. An operator that starts
-        from its parts does so in its own `__init__` too, where parts are fresh."""
+        """Initialize the tensors whose initial values depend on the method's parts. `peftcore.gather` calls it once,
+        after it has copied the values of existing adapters into the parts; by default no tensor depends on them. An
+        operator whose tensors do also initializes them in `__init__`, from fresh parts."""
 
     def structure(
         self, model: nn.Module, data: Batches, config: Any, sites: Sequence[Site]
     ) -> Mapping[str, Mapping[str, Any] | None]:
         """Look at the user's data before operators are built, and decide options of single sites, such as ranks.
 
-        They become `MethodConfig.overrides`, so file, plan and count agree with what is built. Overrides that the user
-        gave come first. The method's object is one injection's own, so it may keep what `calibrate` goes on with.
+        The options become `MethodConfig.overrides`, so that file, plan and count agree with the operators. Overrides of
+        the user take precedence. Each injection has its own method object, which may store values for `calibrate`.
 
         Args:
-            model: the host, without the new operators; it may be run, its modes, gradients and flags are restored.
-            data: the user's batches, behind a progress bar.
+            model: the host, without the new operators; the method may run it: its modes, gradients and flags are
+                restored.
+            data: the user's batches, with a progress bar.
             config: the options.
-            sites: the sites at which operators will stand.
+            sites: the sites that will get operators.
 
         Returns:
             Options by the path of a site, ``{"layers.0.attn.q": {"rank": 4}}``; None for a site that gets no operator.
 
         Raises:
-            CalibrationError: the data is of no use.
+            CalibrationError: the method cannot use the data.
         """
         return {}
 
@@ -196,11 +201,11 @@ class Method(ABC):
         operators are installed and active; never on loading, so its results go into parameters or buffers of the
         operators.
 
-        Gradients, training mode and `requires_grad` are put back afterwards.
+        Gradients, training mode and `requires_grad` are restored afterwards.
 
         Raises:
             CalibrationError: the data lacks what the method needs.
-            PluginError: the method has a tag and no such function.
+            PluginError: the method has a tag but not this function.
         """
         raise PluginError(f"{self.name} has the tag needs_data and does not define calibrate")
 
@@ -219,10 +224,10 @@ class Method(ABC):
 
     @classmethod
     def asks_for_data(cls, arguments: Mapping[str, Any]) -> bool:
-        """Whether `peftcore.apply` with these arguments needs data: those of them that are options count.
+        """Whether `peftcore.apply` with these arguments needs data. Arguments that are not options are ignored.
 
         Raises:
-            ConfigError: an option has a value that is none for it.
+            ConfigError: an option has an invalid value.
         """
         if cls.tags.data_options is None:
             return cls.tags.needs_data
@@ -230,26 +235,26 @@ class Method(ABC):
         return cls.looks_at_data(validate(cls.Config, options))
 
     def on_step(self, injection: AppliedMethod, step: int, total: int) -> None:
-        """Change the adapter after step 1, 2, …, `total` of the optimizer, while the gradients of that step are still
-        there (tag `scheduled`). State that a resumed training needs, and that is of no use afterwards, goes into
-        non-persistent buffers of the operators: the optimizer saves them.
+        """Change the adapter after step 1, 2, …, `total` of the optimizer, before the gradients of that step are
+        cleared (tag `scheduled`). Keep state that only a resumed training needs in non-persistent buffers of the
+        operators: the optimizer saves them.
 
         Raises:
-            PluginError: the method has the tag and no such function.
+            PluginError: the method has the tag but not this function.
         """
         raise PluginError(f"{self.name} has the tag scheduled and does not define on_step")
 
     def check_steps(self, config: Any, total: int) -> None:  # noqa: B027
-        """Verify that the schedule of `on_step` fits into `total` steps; called before the first one, as soon as the
-        number is known.
+        """Verify that the schedule of `on_step` fits into `total` steps. Called before the first step, as soon as the
+        number of steps is known.
 
         Raises:
             TrainingError: it does not.
         """
 
     def follows_steps(self, config: Any) -> bool:
-        """Returns whether `on_step` changes anything with these options; by default the tag `scheduled` alone says so.
-        Where it does not, nobody has to say how many steps there will be."""
+        """Returns whether `on_step` changes anything with these options; by default, the tag `scheduled`. If False, the
+        user need not pass the number of steps."""
         return self.tags.scheduled
 
     def aux_loss(self, injection: AppliedMethod) -> Tensor | None:
@@ -257,26 +262,26 @@ class Method(ABC):
         return None
 
     def output_loss(self, injection: AppliedMethod, output: Any, call: ForwardContext) -> Tensor | None:
-        """Returns a loss of what the host returned, to add to the host's loss in training: a tensor of shape ``[]``, or
-        None. Like `aux_loss` it is a mean over what counts, and scaled as the host's own where a step has several
-        forwards.
+        """Returns a loss computed from the host's output, to add to the host's loss in training: a tensor of shape
+        ``[]``, or None. Like `aux_loss` it is a mean over the values that count; in a step with several forwards it is
+        scaled like the host's own loss.
 
         Args:
             injection: the adapter.
-            output: of the host, as it computed it; in a route the injection's own rows of it.
-            call: the forward, whose taps are still there: ``call.inputs`` has the host's arguments by name (labels),
-                ``call.context`` what `peftcore.call` was told; in a route of its own rows too.
+            output: the host's output, unchanged; in a route, only the injection's rows of it.
+            call: the forward, with its taps: ``call.inputs`` has the host's arguments by name (labels),
+                ``call.context`` the values passed to `peftcore.call`; in a route, only the injection's rows of both.
         """
         return None
 
     def parameter_groups(self, injection: AppliedMethod, *, lr: float, **defaults: Any) -> list[dict[str, Any]]:
-        """Returns the parameter groups for a torch optimizer; `defaults` are its other options. Parameters that train
-        and are in no group (modules that the user named in ``train``) come in one more, with `lr`."""
+        """Returns the parameter groups for a torch optimizer; `defaults` are its other options. Trainable parameters
+        outside of these groups (modules that the user named in ``train``) get one more group, with `lr`."""
         return [{"params": [p for p in injection.parameters() if p.requires_grad], "lr": lr, **defaults}]
 
     def gradient_rule(self, injection: AppliedMethod) -> GradientRule | None:
-        """Returns a rule that changes gradients before the optimizer sees them, and its updates before they are
-        applied; or None."""
+        """Returns a rule that changes gradients before the optimizer uses them, and the optimizer's updates before they
+        are applied; or None."""
         return None
 
     @staticmethod
@@ -286,13 +291,13 @@ class Method(ABC):
         the closed formula of the paper; the kit compares it with the actual number.
 
         Raises:
-            ConfigError: the number does not follow from the options of one site.
+            ConfigError: the number depends on more than the options of one site.
         """
 
     @classmethod
     def migrate(cls, options: dict[str, Any], version: int) -> dict[str, Any]:
-        """Returns the options of a file of `version`, as JSON has them, as options of ``version + 1``: by default with
-        the `former_defaults` of what the file does not say."""
+        """Returns the options of a file of `version` (values as in JSON) as options of ``version + 1``: by default,
+        options that the file lacks get their `former_defaults`."""
         former = cls.former_defaults[version - 1 : version]
         return {**former[0], **options} if former else options
 

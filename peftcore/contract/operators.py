@@ -1,8 +1,8 @@
-"""The trainable modules that methods put at sites: they are called, they own their parameters, they never hold the
+"""The trainable modules that methods put at sites. Operators own their parameters and never hold a reference to the
 host.
 
-* `Operator`: an onion layer around a module's forward; ``forward(call, *inputs)``, where `call` is the next inner
-layer.
+* `Operator`: a wrapper around a module's forward; ``forward(call, *inputs)``, where `call` is the next inner wrapper or
+  the module itself.
 * `WeightOperator`: a reparameterization of one tensor; ``forward(weight) -> weight`` in logical layout.
 * `Replacement`: the weight operator of selective methods: a value that replaces the tensor while it is active.
 """
@@ -77,7 +77,7 @@ class _Base(Checked):
     known_by: ClassVar[frozenset[str]] = frozenset()
     """Names of attributes that identify the operator, such as keys of caches: they differ between any two operators."""
     trains_only = False
-    """True if the operator acts in training only; merging skips it."""
+    """True if the operator acts only in training; merging skips it."""
     overrides = False
     """True if the operator ignores its input tensor, so earlier adapters on that tensor have no effect."""
 
@@ -92,10 +92,10 @@ class _Base(Checked):
         return found
 
     def register_forward_hook(self, hook: Callable[..., Any], **options: Any) -> RemovableHandle:
-        """Add a hook, as any module does it.
+        """Add a hook, like `register_forward_hook` of any module.
 
         Raises:
-            TrainingError: it is one of Opacus, which takes all inputs of a module for tensors.
+            TrainingError: the hook is one of Opacus, which expects that all inputs of a module are tensors.
         """
         if (getattr(hook, "__module__", None) or "").partition(".")[0] == "opacus":
             raise TrainingError(
@@ -108,22 +108,22 @@ class _Base(Checked):
         """Returns the effective weight for the base weight `weight` (logical layout): the same mathematics as forward.
 
         Raises:
-            NotMergeable: unless the operator overrides it.
+            NotMergeable: the operator does not override `merged`.
         """
         raise NotMergeable(f"{type(self).__name__} does not say what its merged weight is")
 
     def merged_bias(self, bias: Tensor | None, weight: Callable[[], Tensor]) -> Tensor | None:
-        """Returns the effective bias that goes with `merged`; most methods leave it alone. `weight` gives the weight
-        that `merged` gets, for the few whose bias depends on it."""
+        """Returns the effective bias that goes with `merged`; most methods leave it alone. `weight` returns the weight
+        that `merged` gets, for the few methods whose bias depends on it."""
         return bias
 
     def base_to_pack(self, weight: Tensor) -> Tensor:
         """Returns the weight that `quantize` packs in place of the base weight ``[out, in]``, for methods that are made
-        for a quantized base; most leave it alone."""
+        for a quantized base; by default the base weight."""
         return weight
 
     def base_was_packed(self) -> None:
-        """Called when the result of `base_to_pack` is packed and is the base from here on."""
+        """Called after the result of `base_to_pack` was packed and has replaced the base weight."""
 
     def tables(self) -> Iterator[Mapping[str, Tensor | None]]:
         """Yields the dictionaries of all parameters and buffers of the operator and of the shared modules that it
@@ -147,7 +147,7 @@ class _Base(Checked):
         `like`.
 
         Raises:
-            NoWeights: it is. Offloading restores tensors when their module is called, and not before.
+            NoWeights: the tensor is offloaded. Offloading restores tensors only when their module is called.
         """
         if values.is_meta and not like.is_meta:
             raise NoWeights(
@@ -166,14 +166,14 @@ class _Base(Checked):
         return turn_off_dropout(self)
 
     def factors(self) -> Factors | None:
-        """Returns the low-rank factors, where the update is low-rank, for export, routing and adapter algebra;
-        otherwise None."""
+        """Returns the low-rank factors of a low-rank update, for export, routing and adapter algebra; None for other
+        updates."""
         return None
 
 
 class Operator(_Base):
-    """An operator that wraps the forward of a module: its `forward` is given the inner call and the module's inputs,
-    and returns the output.
+    """An operator that wraps the forward of a module: its `forward` gets the inner call and the module's inputs, and
+    returns the output.
 
     At a tensor whose module cannot be called alone (a bare parameter, a fused projection of attention, a grouped
     convolution), the core uses `merged` instead. So a method that defines both works on every kind of module.
@@ -193,7 +193,7 @@ class Operator(_Base):
 
         Raises:
             MissingContext, SequenceError, ConfigError: this call lacks arguments that the operator needs, or has
-                ones on which it cannot act.
+                arguments that the operator does not support.
         """
         raise NotImplementedError
 
@@ -204,13 +204,14 @@ class Operator(_Base):
 
 
 Mine = Callable[[Tensor], Tensor | None]
-"""Returns for a tensor ``[batch, ...]`` which of its rows are an adapter's, ``[batch]`` of bool; None where all are."""
+"""Type of functions that return, for a tensor ``[batch, ...]``, a mask ``[batch]`` of bool of an adapter's rows; None
+if all rows are the adapter's."""
 
 
 class InputOperator(Operator):
-    """Changes the arguments of a module for each row, and nothing else.
+    """An operator that only changes the arguments of a module, separately for each row.
 
-    In a route the module runs once for all rows, each row with the arguments of its own adapter.
+    In a route the module runs once for all rows, each row with the arguments that its adapter has changed.
     """
 
     def __init__(self, site: Site) -> None:
@@ -218,7 +219,7 @@ class InputOperator(Operator):
         self._names = site.arguments
 
     def arguments(self, given: dict[str, Any], mine: Mine) -> dict[str, Any]:
-        """Returns the module's arguments by name: `given`, changed in the rows of the adapter alone.
+        """Returns the module's arguments by name: `given`, with changes only in the rows of the adapter.
 
         Raises:
             MissingContext, SequenceError, ConfigError: as `Operator.forward`.
@@ -228,8 +229,8 @@ class InputOperator(Operator):
     def change(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], mine: Mine
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Returns the changed arguments of a call: by position those that were given by position, as the operators that
-        wrap the module expect, and the others by name."""
+        """Returns the changed arguments of a call: arguments that were passed by position stay positional, as the
+        operators that wrap the module expect; the others are passed by name."""
         names = self._names[: len(args)]
         changed = self.arguments({**dict(zip(names, args, strict=False)), **kwargs}, mine)
         first = []
@@ -250,11 +251,11 @@ def _all(like: Tensor) -> None:
 
 
 def low_rank(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Decorate the forward of an operator that is a low-rank update and nothing else: ``call(x) + scale * B A
-    dropout(x)`` with the factors of its `factors`, and with the probability `Operator.input_dropout` in training.
+    """Decorate the forward of an operator that is only a low-rank update: ``call(x) + scale * B A dropout(x)`` with the
+    factors of its `factors`, and with the probability `Operator.input_dropout` in training.
 
-    Then the core computes it by a fused kernel on layers that have one (`Layer.fuses_updates`), and the forward itself
-    runs on all others. The conformance kit holds one equal to the other, with gradients.
+    The core then computes the update by a fused kernel on layers that have one (`Layer.fuses_updates`), and runs the
+    forward on all other layers. The conformance kit tests that both have equal outputs and gradients.
     """
 
     @functools.wraps(forward)
@@ -270,10 +271,11 @@ def low_rank(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 class Combiner(Operator):
-    """Combines the outputs of several injections into one, in the composition `Fuse`; by itself it acts on nothing.
+    """Combines the outputs of several injections into one, in the composition `Fuse`; it has no effect by itself.
 
-    With `mixes_inputs` it combines what they give the module, which then runs once more on the mix: a norm, for one.
-    That is refused over injections which do anything else to the module than to give it another input (`only_inputs`).
+    With `mixes_inputs` it combines the inputs that the injections pass to the module, and the module (a norm, for
+    example) then runs once more on the combined input. Every injection in the composition must only change the module's
+    input (`only_inputs`); otherwise an error is raised.
     """
 
     mixes_inputs = False
@@ -283,19 +285,19 @@ class Combiner(Operator):
         return call(*args, **kwargs)
 
     def combine(self, outputs: list[Tensor], base: Tensor) -> Tensor:
-        """Returns one output, from that of each part and the module's output without them, all [..., features].
+        """Returns one output, from the outputs of the parts and the module's output without them, all [..., features].
 
         Raises:
-            CompositionError: the outputs do not have the features that it was made for.
+            CompositionError: the outputs have another number of features than the combiner.
         """
         raise NotImplementedError
 
     def combine_inputs(self, inputs: list[Tensor], base: Tensor, output: Tensor) -> Tensor:
-        """Returns one input for the module, from what each part gives it, what it is given without them, and what it
-        returns for that, all [..., features]. Called where `mixes_inputs`.
+        """Returns one input for the module, from the inputs of the parts, the module's input without the parts, and its
+        output for that input, all [..., features]. Called if `mixes_inputs`.
 
         Raises:
-            CompositionError: the inputs do not have the features that it was made for.
+            CompositionError: the inputs have another number of features than the combiner.
         """
         raise NotImplementedError
 
@@ -311,7 +313,7 @@ class Held(ABC):
     @property
     @abstractmethod
     def bias(self) -> Tensor | None:
-        """``[out]``; None where the module has none."""
+        """``[out]``; None if the module lacks a bias."""
 
 
 class WeightOperator(_Base):
@@ -335,30 +337,29 @@ class WeightOperator(_Base):
         """Returns the module's output by the same mathematics on activations: `call` is ``W x + b``, `x` ``[..., in]``,
         `prepared` the result of `prepare`.
 
-        Used in training and where gradients are wanted, for rows of a batch that have adapters of their own, and on
-        quantized layers, if the module is a linear map that is called (`layer.called`) and nothing else acts on its
-        weight: no effective weight is made then, nor a gradient of its size.
+        Used in training and with gradients, for batches whose rows have different adapters, and on quantized layers, if
+        the module is a linear map that is called (`layer.called`) and no other operator acts on its weight. It needs
+        neither an effective weight nor a gradient of that size.
         """
         raise NotImplementedError
 
     def take_base(self, weight: Tensor) -> None:
-        """Called with the base weight ``[*batch, out, in, *kernel]`` after a state dict of the whole model brought one.
+        """Called with the base weight ``[*batch, out, in, *kernel]`` after a state dict of the whole model has set it.
 
-        An operator defines it that computes with values of the base which its file does not hold, such as singular
-        vectors. It is applied and loaded only while nothing is merged at its tensor.
+        Operators that compute with values of the base which their file does not store, such as singular vectors, define
+        this function. They are applied and loaded only while no adapter is merged into their tensor.
         """
 
     def merged(self, weight: Tensor) -> Tensor:
-        """Returns `forward` of the weight. An operator whose forward drops parts of its change in training defines it
-        without."""
+        """Returns `forward` of the weight. An operator with dropout in its forward overrides this, without dropout."""
         merged: Tensor = self(weight)
         return merged
 
 
 class Replacement(WeightOperator):
-    """A value that replaces a tensor while active: training in place by construction, with the base untouched.
+    """A trainable value that replaces a tensor while active; the tensor of the base does not change.
 
-    Starts from the tensor itself, or from zeros where the host has none (a missing bias).
+    Its initial value is the tensor itself, or zeros if the host lacks the tensor (a missing bias).
     """
 
     needs_recompute = False
@@ -379,8 +380,8 @@ def tables(module: nn.Module) -> tuple[Mapping[str, Tensor | None], Mapping[str,
 
 
 class Shared:
-    """State that several operators use: registered and saved once by the surgeon, so an operator holds it without
-    owning it."""
+    """State that several operators use: the surgeon registers and saves it once, so an operator holds a reference but
+    does not register it."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module: Any = module  # of a class that the method knows: its operators read attributes of it
@@ -399,12 +400,12 @@ def is_mergeable(operator: _Base) -> bool:
 
 
 def changes_bias(operator: _Base) -> bool:
-    """Whether the operator changes the bias that goes with its weight."""
+    """Whether the operator changes the bias of its module in addition to the weight."""
     return type(operator).merged_bias is not _Base.merged_bias
 
 
 def is_made_of_base(operator: nn.Module) -> bool:
-    """Whether the operator computes with values of the base that its file does not hold: it defines `take_base`."""
+    """Whether the operator computes with values of the base that its file does not store: it defines `take_base`."""
     return isinstance(operator, WeightOperator) and type(operator).take_base is not WeightOperator.take_base
 
 

@@ -1,4 +1,4 @@
-"""Names in peft that differ from ours: its options and variants, for messages to users who come from there."""
+"""Names in peft that differ from ours: options and variants, for messages to users who know peft."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import sys
 from collections.abc import Collection, Mapping
 
 Answer = tuple[str, str]
-"""The text that says what to write here, and the option that a method needs for that; "" where it needs none."""
+"""The text that says what to write in peftcore, and the option that a method must have for this advice; "" if any
+method will do."""
 
 LEFT_OUT = {
     "adapter_name": "use name=",
@@ -58,7 +59,7 @@ LEFT_OUT = {
     "prompt_tuning_init_task": "load the adapter that it is to start from, and train on",
     "prompt_tuning_init_state_dict_path": "load the adapter that it is to start from, and train on",
 }
-"""Options of peft for which no option of a method stands."""
+"""Options of peft without a counterpart among the options of methods, with the advice to users."""
 OTHER_METHODS = {
     "use_dora": "dora",
     "loftq_config": "loftq",
@@ -68,7 +69,7 @@ OTHER_METHODS = {
     **{f"{each}_config": each for each in ("eva", "corda", "lora_ga", "kasa", "velora", "monteclora")},
     "use_bdlora": "bd_lora",
 }
-"""Options of peft that are methods of their own here."""
+"""Options of peft that are separate methods in peftcore."""
 RENAMED: Mapping[str, str | tuple[str, ...]] = {
     "r": ("components", "rank", "block_size"),
     "lora_alpha": "alpha",
@@ -199,7 +200,8 @@ RENAMED: Mapping[str, str | tuple[str, ...]] = {
     "opt_projection_format_epsilon": "format_epsilon",
     "select_top": "mask",
 }
-"""Options of peft by another name, and ours; of several that which the method has."""
+"""Options that have another name in peft, with their names in peftcore; if there are several, the advice is the one
+that the method has."""
 OPTIONS: Mapping[str, tuple[Answer, ...]] = {
     **{name: ((text, ""),) for name, text in LEFT_OUT.items()},
     **{name: ((f'use the method "{method}"', ""),) for name, method in OTHER_METHODS.items()},
@@ -229,19 +231,21 @@ OPTIONS: Mapping[str, tuple[Answer, ...]] = {
     "block_size_pattern": (('use overrides={"*.q_proj": {"block_size": 4}}', "block_size"),),
     "n_frequency_pattern": (('use overrides={"*.q_proj": {"n_frequency": 400}}', "n_frequency"),),
 }
-"""Advice for options of peft's configs, and our option that it needs; the first counts whose option the method has."""
+"""Advice for options of peft's configs, with the peftcore option that it needs. The first advice whose option the
+method has is used."""
 METHODS: Mapping[str, str] = {
     "loraplus": "use lora_plus",
 }
-"""Advice for variants that are options in peft and methods here."""
+"""Advice for variants that are options in peft and methods in peftcore."""
 
 
 def is_peft_config(method: object) -> bool:
-    """Whether it is a configuration of peft, which is looked up and not imported: whoever has one has imported it."""
+    """Whether the object is a configuration of peft. Does not import peft: a process that has such an object has
+    imported it."""
     peft = sys.modules.get("peft")
     return peft is not None and isinstance(method, peft.PeftConfig)
 
 
 def instead_of(option: str, options: Collection[str]) -> str | None:
-    """Returns what to write for an option of peft's in a method with these options; None for other names."""
+    """Returns the advice for an option of peft, for a method with these options; None for other names."""
     return next((text for text, needed in OPTIONS.get(option, ()) if not needed or needed in options), None)

@@ -1,4 +1,4 @@
-"""Presets: options, targets and modules that train along, under a name of their own."""
+"""Presets: named sets of a method's options, targets and additional modules to train."""
 
 from __future__ import annotations
 
@@ -9,27 +9,28 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Preset:
-    """A name for options of a method, such as rsLoRA; `apply` takes it where it takes the method's.
+    """A named set of a method's options, such as rsLoRA; `apply` accepts its name in place of a method's.
 
-    What the user says goes before what the preset says. The adapter is one of the method, in its file too.
+    Options of the user override options of the preset. The adapter is an adapter of the method, in its file too.
     """
 
     method: str
     """The name of the method."""
     paper: str
-    """The arXiv number of the paper that gave the name, or another reference."""
+    """The arXiv number of the paper that introduced the name, or another reference."""
     options: Mapping[str, Any] = field(default_factory=dict)
-    """Options of the method that are others than its defaults."""
+    """Options of the method that differ from its defaults."""
     target: str | tuple[str, ...] | None = None
     """Default targets; None for the method's."""
     train: tuple[str, ...] = ()
-    """Modules that train along, as `apply` has them."""
+    """Additional modules to train, as in the argument of `apply`."""
     claims: Mapping[str, Any] = field(default_factory=dict)
-    """Tags that are others than those of the method with its defaults: ``{"identity_at_init": False}``."""
+    """Tags that differ from the method's tags: ``{"identity_at_init": False}``."""
     workflow: str = ""
-    """Instructions for the user, where one call of `apply` does not do it; else empty."""
+    """Instructions for the user, if more than one call of `apply` is needed; else empty."""
     note: str = ""
-    """What of the paper it is and what it leaves out, in a sentence; empty where it is what the paper has."""
+    """One sentence about the parts of the paper that the preset covers and leaves out; empty if it covers the whole
+    method."""
 
     def __str__(self) -> str:
         said = [f"{name}={value!r}" for name, value in self.options.items()]

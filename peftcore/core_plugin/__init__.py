@@ -1,7 +1,8 @@
-"""The core's own implementations of the hooks. They come last in line, and call the function of the method at hand.
+"""The core's own implementations of the hooks. They run after those of all plugins, and call the function of the
+method.
 
-The registry loads this plugin by name, as it loads any: so no lower package imports it. It may import everything
-is below the public API.
+The registry loads this plugin by name, like any other plugin, so no lower package imports it. It may import everything
+that is below the public API.
 """
 
 from __future__ import annotations

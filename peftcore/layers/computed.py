@@ -1,5 +1,5 @@
-"""Tensors that a module computes from others before it uses them: by torch's parametrizations, or by its older forward
-pre-hooks (weight_norm, spectral_norm, pruning)."""
+"""Tensors that a module computes from others before it uses them: by torch's parametrizations, or by torch's older
+forward pre-hooks (weight_norm, spectral_norm, pruning)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Computation:
     """The way in which a module's tensor is computed."""
 
     value: Callable[[], Tensor]
-    """Returns the tensor as the next forward in evaluation computes it; nothing changes."""
+    """Returns the tensor as the next forward in evaluation computes it; the module does not change."""
     sources: tuple[nn.Parameter, ...]
     """The parameters from which it is computed."""
     hook: Any = None
@@ -29,8 +29,8 @@ class Computation:
 
 
 def computation(module: nn.Module, name: str) -> Computation | None:
-    """Returns how a module computes its tensor `name`; None where it holds it, or does not compute it by means of
-    torch's own."""
+    """Returns how a module computes its tensor `name`; None if the module stores the tensor, or computes it in another
+    way than torch's."""
     if name in module._parameters:  # as nearly always
         return None
     if parametrize.is_parametrized(module, name):
@@ -40,8 +40,8 @@ def computation(module: nn.Module, name: str) -> Computation | None:
 
 
 def by_hook(module: nn.Module, name: str) -> Computation | None:
-    """Returns how one of torch's forward pre-hooks computes a tensor; None where none does. What it left at the module
-    in the last forward may be out of date."""
+    """Returns how one of torch's forward pre-hooks computes a tensor; None if no hook does. The value that the hook
+    stored on the module in the last forward may be out of date."""
     for hook in module._forward_pre_hooks.values():
         value = _value(hook, module, name)
         if value is not None:
@@ -63,15 +63,16 @@ def _value(hook: Any, module: nn.Module, name: str) -> Callable[[], Tensor] | No
 
 
 def has_place(module: nn.Module, name: str) -> bool:
-    """Whether a module keeps a tensor, or an empty place for one, or computes it by means of torch's own. A plain
-    attribute may be what an unknown hook sets before each forward."""
+    """Whether a module stores a tensor, has an empty slot for it, or computes it by torch's hooks or parametrizations.
+    A plain attribute does not count if the module has forward pre-hooks, since an unknown hook may set it before each
+    forward."""
     if name in module._parameters or name in module._buffers or computation(module, name) is not None:
         return True
     return name in vars(module) and not module._forward_pre_hooks
 
 
 def sources_of(name: str) -> tuple[str, ...]:
-    """Returns the names under which torch's hooks keep what they compute a tensor from."""
+    """Returns the names under which torch's hooks store the tensors from which they compute a tensor."""
     return tuple(f"{name}_{each}" for each in ("g", "v", "u", "orig", "mask"))
 
 
@@ -89,8 +90,8 @@ def _resting(way: nn.Module) -> Tensor:
 
 @contextmanager
 def resting(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Context manager in which these modules and those inside them are in evaluation: a spectral norm that is asked for
-    its value in training takes a step."""
+    """Context manager in which these modules and those inside them are in evaluation: in training, a spectral norm
+    makes a power iteration step whenever its value is computed."""
     training = [each for module in modules for each in module.modules() if each.training]
     for each in training:
         each.training = False

@@ -18,7 +18,7 @@ from peftcore.layers.tensor_parallel import parallel_linear
 
 
 def _runs(module: nn.Module, *kinds: type[nn.Module]) -> bool:
-    """Whether the module's forward is that of one of `kinds`: subclasses may use the tensors otherwise.
+    """Whether the module's forward is the forward of one of `kinds`: subclasses may use their tensors in another way.
 
     Scaled embeddings (Gemma) and standardized or self-padding convolutions (timm) do: act on their weight instead.
     """
@@ -57,7 +57,7 @@ def _kinds() -> dict[type, Callable[[Any], Layer]]:
 
 def dense_layer(module: nn.Module, tensor: str) -> Layer:
     """Returns the layer of a dense tensor: of a `weight` by the class of the module that holds it, of any other tensor
-    by its dimensions. A tensor of a child module is stored as there, but is never called at the module."""
+    by its dimensions. A tensor of a child module is stored as in the child, but the layer does not count as called."""
     path, _, name = tensor.rpartition(".")
     owner = module.get_submodule(path)
     held = getattr(owner, name, None)
@@ -79,9 +79,9 @@ def dense_layer(module: nn.Module, tensor: str) -> Layer:
 
 
 def stacked_transposed(module: nn.Module) -> bool:
-    """Whether a module stores its stacks as ``[experts, in, out]``: by its own attribute (transformers:
-    `is_transposed`), or by the shapes of two that are gates with their inputs, and the way back (Llama 4). Else they
-    are ``[experts, out, in]``."""
+    """Whether a module stores its stacks as ``[experts, in, out]``: decided by its attribute (transformers:
+    `is_transposed`), or by the shapes of its two stacks, gates with their inputs and the down projection (Llama 4).
+    Otherwise stacks are stored as ``[experts, out, in]``."""
     declared = getattr(module, "is_transposed", None)
     if isinstance(declared, bool):
         return declared

@@ -1,8 +1,9 @@
-"""Models whose parameters are sharded over processes (FSDP2, ZeRO-3): whole in the forward of the sharded module, and
-pieces outside of it.
+"""Models whose parameters are sharded over processes (FSDP2, ZeRO-3): parameters are whole in the forward of the
+sharded module, and in pieces outside of it.
 
-Code that reads or writes them elsewhere (files, schedules, losses of the method's own) gets them whole here. All
-processes take part in that. torch's classes for it are looked up, not imported: without them no tensor is sharded.
+Code that reads or writes parameters elsewhere (files, schedules, losses of a method) gathers them with the functions
+below, in all processes. This module looks up torch's classes without importing them: if they are not imported, no
+tensor is sharded.
 """
 
 from __future__ import annotations
@@ -20,27 +21,27 @@ from peftcore.errors import TrainingError
 from peftcore.layers.pieces import ALONE, ENGINE, at_hand, cut_like, is_cut, is_partitioned, whole
 
 MANAGED = "_is_fsdp_managed_module"
-"""The mark that torch leaves on each module whose parameters it shards."""
+"""The attribute that torch sets on each module whose parameters it shards."""
 
 
 _WHOLE: ContextVar[frozenset[int]] = ContextVar("_WHOLE", default=frozenset())
-"""Modules whose parameters are whole for now, of which one process has the values."""
+"""Modules whose parameters are temporarily whole, in the one process that has their values."""
 
 
 def is_sharded_class(cls: type[nn.Module]) -> bool:
-    """Whether torch put the class over the module's own as it sharded the module's parameters."""
+    """Whether the class is the one that torch puts over the module's own class when it shards the parameters."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return fsdp is not None and cls.__bases__[0] is fsdp.FSDPModule
 
 
 def in_group() -> bool:
-    """Whether this process works with others."""
+    """Whether this process is in a process group."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether some parameters of a model are sharded, also while they are gathered. Without a process group none can
-    be."""
+    """Whether some parameters of a model are sharded, also while they are gathered. Without a process group the answer
+    is False."""
     if not in_group() or id(model) in _WHOLE.get():
         return False
     if any(True for _ in _cut_modules(model)):
@@ -50,8 +51,8 @@ def is_sharded(model: nn.Module) -> bool:
 
 @contextmanager
 def one_writes(model: nn.Module) -> Iterator[bool]:
-    """Context manager that tells whether this process writes the files that the processes of a model share. They leave
-    the block together, when these are written or cannot be."""
+    """Context manager whose value is whether this process writes the files that the processes of a model share. All
+    processes leave the block together, after the files are written or writing has failed."""
     if not is_sharded(model):
         yield True
         return
@@ -63,8 +64,9 @@ def one_writes(model: nn.Module) -> Iterator[bool]:
 
 @contextmanager
 def whole_from(model: nn.Module, values: Mapping[str, Tensor] | None, wanted: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Context manager in which a sharded model has the values of a state dict with whole ones, in the process that has
-    that: it saves without the others. Where there is none, or it lacks some of `wanted`, the model stays as it is."""
+    """Context manager in which a sharded model has the whole values of a state dict, in the process that has this state
+    dict: the process saves without the others. If `values` is None or lacks some of `wanted`, the model stays as it
+    is."""
     named = model.named_parameters(remove_duplicate=False)
     pieces = {each: name for name, each in named if is_cut(each) or is_partitioned(each)}
     needed = [pieces[each] for each in wanted if each in pieces]
@@ -82,7 +84,7 @@ def whole_from(model: nn.Module, values: Mapping[str, Tensor] | None, wanted: It
 
 
 StandIns = Mapping[nn.Parameter, nn.Parameter]
-"""Whole parameters by the pieces that they replace; empty outside of `gathered`, and always the same objects."""
+"""Whole parameters by the pieces that they replace. Outside of `gathered` they are empty; the objects stay the same."""
 
 
 @contextmanager
@@ -97,12 +99,12 @@ def gathered(
     are sharded again afterwards.
 
     Args:
-        wanted: returns the parameters; called when all sharded ones are in pieces.
-        whole_parameters: the whole parameters to use, where the caller has to recognize them.
-        reads: whether the caller changes nothing, and asks for no gradients.
+        wanted: returns the parameters; called when all sharded parameters are in pieces.
+        whole_parameters: the whole parameters to use, if the caller must recognize them.
+        reads: whether the caller only reads the parameters, without gradients.
 
     Raises:
-        TrainingError: DeepSpeed has cut them apart (ZeRO-3), and the caller would write.
+        TrainingError: DeepSpeed has partitioned the parameters (ZeRO-3), and the caller would write them.
     """
     if not is_sharded(model):
         yield
@@ -138,7 +140,7 @@ def _whole_of(model: nn.Module, filled: StandIns) -> Iterator[None]:
 
 @contextmanager
 def loading_whole(model: nn.Module) -> Iterator[None]:
-    """Context manager in which ``load_state_dict`` takes whole values of sharded parameters."""
+    """Context manager in which ``load_state_dict`` accepts whole values of sharded parameters."""
 
     def cut(module: nn.Module, state_dict: dict[str, Tensor], *args: Any) -> None:
         for name, piece in module.named_parameters(remove_duplicate=False):
@@ -155,7 +157,8 @@ def loading_whole(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def differentiable(model: nn.Module, wanted: Callable[[], Iterable[nn.Parameter]]) -> Iterator[None]:
-    """Context manager in the middle of a forward: parameters that are in pieces are whole in it, within the graph."""
+    """Context manager for the middle of a forward, in which parameters in pieces are whole; gradients flow through the
+    gathering."""
     with standing(model, {piece: whole(piece) for piece in wanted() if is_cut(piece)}):
         yield
 
@@ -188,9 +191,9 @@ def standing(model: nn.Module, others: Mapping[nn.Parameter, Any]) -> Iterator[N
 
 
 def hold_whole(model: nn.Module) -> None:
-    """Have the outermost module hold its own parameters whole, as in its forward, for calls of modules inside it.
+    """Gather the outermost module's own parameters, as in its forward, for calls of modules inside it.
 
-    Modules that are sharded by themselves do that by themselves.
+    Inner modules that are sharded separately gather their parameters in their own forward.
     """
     outermost: Any = model
     if any(each is model for each in _cut_modules(model)):
@@ -198,13 +201,13 @@ def hold_whole(model: nn.Module) -> None:
 
 
 def in_pieces(model: nn.Module) -> None:
-    """Have no module of a sharded model hold parameters whole."""
+    """Shard the parameters of a model again in all modules that hold them whole."""
     if is_sharded(model):
         _reshard(model)
 
 
 def _reshard(model: nn.Module) -> None:
-    """Shard again the parameters of the outermost module, which keeps them whole after a forward, for backward."""
+    """Shard the outermost module's parameters again, which it keeps whole after a forward for backward."""
     for module in _cut_modules(model):
         module.reshard()
 

@@ -1,5 +1,5 @@
-"""The kinds of layer: linear, transposed, embedding, convolution, transposed convolution, and weights that cannot be
-read."""
+"""The kinds of layer: linear, transposed, embedding, convolution, transposed convolution, and layers whose weights
+cannot be read."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from peftcore.layers import kernels
 from peftcore.layers.layer import Layer
 
 SMALL = 2**14
-"""Values up to which one pass less over an output saves less than it takes to lay it out for that."""
+"""The number of values of an output up to which saving one pass over it takes longer than the pass itself."""
 DENSE = (Tensor, nn.Parameter)
 """The classes of plain tensors."""
 
@@ -70,18 +70,18 @@ class Linear(Layer):
 
 
 PRODUCTS: set[Callable[..., Any]] = {nn.Linear.forward}
-"""Forwards that are a product with the weight, plus the bias, and nothing else (`detect` adds one of transformers)."""
+"""Forwards that only multiply by the weight and add the bias (`detect` adds one of transformers)."""
 
 
 def is_linear(call: Callable[..., Any]) -> bool:
-    """Whether `call` is a linear layer's own forward, with its own weight: its output is new and held by nobody
-    else."""
+    """Whether `call` is a linear layer's own forward, with the layer's own weight: then its output is a new tensor
+    without other references."""
     return type(call) is functools.partial and call.func in PRODUCTS
 
 
 @dataclass(frozen=True)
 class Opaque(Linear):
-    """A linear layer whose weight cannot be read: its module may be called, and that is all."""
+    """A linear layer whose weight cannot be read: its module can only be called."""
 
     def check_readable(self, module: nn.Module, tensor: str) -> None:
         held = super().read(module, tensor)

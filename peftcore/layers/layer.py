@@ -1,9 +1,9 @@
 """`Layer`, the interface to a module's tensor: how it is stored, and the linear map that the module computes with it.
 
 A method sees every weight in one *logical layout*, ``[*batch, out, in, *kernel]``, whatever the storage: transformers'
-Conv1D is transposed, embeddings are tables ``[num, dim]``, experts are three-dimensional. A `Layer` converts, and
-applies the module's own linear map with another weight in place of its own. It is plain data, found once when a site is
-chosen: hook implementations may answer first (quantizers do).
+Conv1D is transposed, embeddings are tables ``[num, dim]``, experts are three-dimensional. A `Layer` converts between
+both layouts, and applies the module's linear map with another weight. It is plain data, found once when a site is
+chosen; hook implementations may return their own (quantizers do).
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class Layer:
     or vectors."""
 
     fuses_updates: ClassVar[bool] = False
-    """True when `update` is a kernel of the layer's own, faster than its plain form."""
+    """True when the layer has a kernel for `update` that is faster than its plain form."""
     of_vectors: ClassVar[bool] = False
-    """True when the module maps each vector in the last dimension of its input by itself."""
+    """True when the module maps each vector in the last dimension of its input independently."""
     batch_dims: int = 0
     """Leading dimensions that are neither output nor input: 1 for stacked experts."""
     called: bool = False
@@ -51,7 +51,8 @@ class Layer:
 
     @property
     def runs_dense(self) -> type[nn.Module] | None:
-        """The class whose forward takes an effective tensor in place of the module's own; None for the module's."""
+        """The class whose forward runs with an effective tensor in place of the module's own tensor; None for the
+        module's class."""
         return None
 
     @property
@@ -62,23 +63,23 @@ class Layer:
 
     @property
     def in_pieces(self) -> bool:
-        """Whether the module computes with a piece of the tensor (tensor parallelism), so that nothing can act on what
-        it computes, and all that acts on the tensor does so on the whole, which `read` gathers."""
+        """Whether the module computes with a piece of the tensor (tensor parallelism). Then no operator can act on the
+        module's outputs, and operators on the tensor act on the whole tensor, which `read` gathers."""
         return False
 
     @property
     def one_product(self) -> bool:
-        """Whether the module is nothing but one product with the tensor."""
+        """Whether the module is only one product with the tensor."""
         return self.called
 
     @property
     def as_stored(self) -> Layer:
-        """A layer for the tensor as it is stored, without a logical layout, for a value that replaces it."""
+        """The layer of the tensor in its stored layout, for a value that replaces the stored tensor."""
         return Layer()
 
     @property
     def channel_dim(self) -> int:
-        """The dimension of the module's output along which the slices lie."""
+        """The dimension of the module's output that the slices index."""
         return -1
 
     def logical(self, stored: Tensor) -> Tensor:
@@ -90,8 +91,8 @@ class Layer:
         return logical
 
     def read(self, module: nn.Module, tensor: str) -> Tensor | None:
-        """Returns the dense stored tensor at the path `tensor` below `module`, computed anew where a hook of torch
-        computes it; None where there is none (a missing bias)."""
+        """Returns the dense stored tensor at the path `tensor` below `module`, recomputed if a hook of torch computes
+        it; None if the module lacks the tensor (a missing bias)."""
         value: Tensor | None = module._parameters.get(tensor)  # as nearly always
         if value is None:
             path, _, name = tensor.rpartition(".")
@@ -101,35 +102,35 @@ class Layer:
         return value if isinstance(value, Tensor) else None
 
     def held(self, module: nn.Module, tensor: str) -> Tensor | None:
-        """Returns the tensor that the module holds, to be recognized where others hold it too."""
+        """Returns the tensor object that the module holds, to find other modules that hold the same object."""
         return self.read(module, tensor)
 
     def check_readable(self, module: nn.Module, tensor: str) -> None:
-        """Verify that `read` knows the format; cheap, and without values.
+        """Verify that `read` supports the format; cheap, and does not read values.
 
         Raises:
-            UnsupportedSite: it does not.
+            UnsupportedSite: it does not support the format.
         """
 
     def check_trains(self, module: nn.Module) -> None:
         """Verify that gradients go through the module.
 
         Raises:
-            UnsupportedHost: they do not, and a frozen module would take them from what comes before it.
+            UnsupportedHost: they do not, so a frozen module would block the gradients of the modules before it.
         """
 
     def check_cut(self, module: nn.Module) -> None:
         """Verify that torch can shard the module's tensors over processes (FSDP2).
 
         Raises:
-            UnsupportedHost: a quantizer's format cannot be.
+            UnsupportedHost: a quantizer's format cannot be sharded.
         """
 
     def check_saves(self, module: nn.Module) -> None:
         """Verify that the module's tensors may be saved as they are.
 
         Raises:
-            ExportError: they may not: a quantizer's format would be loaded as something else.
+            ExportError: they may not: a quantizer's format would be loaded as another one.
         """
 
     def for_forward(self, module: nn.Module, tensor: str, effective: Tensor | None) -> Tensor | None:
@@ -137,15 +138,16 @@ class Layer:
         return effective
 
     def has(self, module: nn.Module, tensor: str) -> bool:
-        """Whether the module has such a tensor; cheap, also where reading is not."""
+        """Whether the module has the tensor; cheap even if reading it is expensive."""
         return self.read(module, tensor) is not None
 
     def slots(self, module: nn.Module) -> tuple[str, ...]:
-        """Returns the names of a module's parameters that may be replaced, empty ones (no bias) too."""
+        """Returns the names of a module's parameters that may be replaced, including parameters that are None (a
+        missing bias)."""
         return tuple(module._parameters)
 
     def like(self, module: nn.Module, tensor: str) -> Tensor:
-        """Returns a tensor of the dtype and on the device of `read`, also where the module has none (a missing
+        """Returns a tensor with the dtype and device of `read`, even if the module lacks the tensor (a missing
         bias)."""
         held = self.read(module, tensor)
         return next(module.parameters()) if held is None else held
@@ -166,19 +168,19 @@ class Layer:
         """Returns the module's linear map of `x` with `weight` (logical layout, any number of outputs) and no bias.
 
         Raises:
-            UnsupportedSite: this kind of module has no linear map of its own.
+            UnsupportedSite: this kind of module does not compute a linear map.
         """
         raise UnsupportedSite("this kind of module has no linear map of its own")
 
     def apply_dropped(self, x: Tensor, weight: Tensor, probability: float) -> Tensor:
-        """Returns `apply` of ``dropout(x)``; with a probability of 0 nothing is dropped."""
+        """Returns `apply` of ``dropout(x)``; with a probability of 0, `apply` of `x`."""
         return self.apply(F.dropout(x, probability) if probability else x, weight)
 
     def mix(self, low: Tensor, matrix: Tensor) -> Tensor:
         """Returns the matrix ``[out, rank]`` applied to the channels of `low`.
 
         Raises:
-            UnsupportedSite: this kind of module has no linear map of its own.
+            UnsupportedSite: this kind of module does not compute a linear map.
         """
         raise UnsupportedSite("this kind of module has no linear map of its own")
 
@@ -186,7 +188,7 @@ class Layer:
         """Returns ``y + scale * matrix low``, with the matrix ``[out, rank]`` applied to the channels of `low`.
 
         Raises:
-            UnsupportedSite: this kind of module has no linear map of its own.
+            UnsupportedSite: this kind of module does not compute a linear map.
         """
         raise UnsupportedSite("this kind of module has no linear map of its own")
 
@@ -200,18 +202,19 @@ class Layer:
         return self.add(y, self.apply_dropped(x, A, dropout), B, scale)
 
     def frozen_linear(self, call: Callable[..., Tensor], x: Tensor, width: int) -> tuple[Tensor, Tensor | None] | None:
-        """Returns weight ``[out, in]``, in logical layout, and bias ``[out]`` of the frozen linear layer whose own
-        forward `call` is, for a fused kernel that computes the layer and an operator on its inputs or outputs: together
-        they save a pass over memory.
+        """Returns weight ``[out, in]``, in logical layout, and bias ``[out]`` of a frozen linear layer, if `call` is
+        the layer's own forward. They are for a fused kernel, which computes the layer together with an operator on its
+        inputs or outputs and so saves a pass over memory.
 
-        None wherever such a kernel must not run, or need not: `call` is anything else, such as another operator; weight
-        or bias train, or are more than plain tensors (quantized, sharded, traced); the plain mathematics runs
-        (`peftcore.author.runs_plain`); or so little goes through memory that it is not worth it. Then call, and add.
+        Returns None if such a kernel must not run or is not worth it: `call` is something else, such as another
+        operator; weight or bias train, or are not plain tensors (quantized, sharded, traced); the plain mathematics
+        runs (`peftcore.author.runs_plain`); or the tensors are small. The caller then runs `call` and adds its update.
 
         Args:
             call: the inner layer of an operator.
             x: its input, ``[..., in]``.
-            width: values a row of x of which a pass is saved: the outputs of an update, the inputs of a rotation.
+            width: the number of values per row of x that the kernel does not read and write again: the outputs of an
+                update, the inputs of a rotation.
         """
         return None
 
@@ -221,8 +224,8 @@ class Layer:
 
 
 def plain_class(module: nn.Module) -> type[nn.Module]:
-    """Returns the class below our grafts, torch's parametrizations and FSDP2: the one whose forward reads plain
-    tensors."""
+    """Returns the original class of a module, without peftcore's grafts, torch's parametrizations and FSDP2: its
+    forward reads plain tensors."""
     cls = type(module)
     while GRAFTED in vars(cls) or _is_torchs(cls, module):
         cls = vars(cls).get(GRAFTED) or cls.__bases__[-1]
@@ -235,10 +238,10 @@ def _is_torchs(cls: type[nn.Module], module: nn.Module) -> bool:
 
 
 def is_dense(tensor: Tensor) -> bool:
-    """Whether a tensor holds plain numbers: no codes, no bytes that need a scale, and no subclass that makes numbers as
-    it is used.
+    """Whether a tensor holds plain numbers, not codes, bytes that need a scale, or a subclass that computes its numbers
+    when it is used.
 
-    DTensors (FSDP2) and fake ones (while a graph is traced) are dense. They are looked up, not imported.
+    DTensors (FSDP2) and fake tensors (while a graph is traced) are dense. Their classes are looked up, not imported.
     """
     wide = tensor.element_size() > 1 and (tensor.is_floating_point() or tensor.is_complex())
     if not wide or type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__:
@@ -254,7 +257,7 @@ def bias_name(tensor: str) -> str:
 
 
 def overlap(one: Slices | None, other: Slices | None) -> bool:
-    """Whether two parts of one tensor have something in common; None is the whole tensor."""
+    """Whether two parts of one tensor overlap; None is the whole tensor."""
     if one is None or other is None:
         return True
     return any(a < d and c < b for a, b in one for c, d in other)

@@ -1,10 +1,11 @@
-"""A parameter of which this process holds a piece, and others the rest, whoever cut it.
+"""Parameters of which this process holds a piece and other processes the rest.
 
 Two kinds are known. A distributed tensor of torch (FSDP2, tensor parallelism) has the shape of the whole. A parameter
-of DeepSpeed's ZeRO-3 is empty, of shape ``[0]``, but where DeepSpeed gathers it: in the forward and backward that use
-it, and on demand. Classes and functions of theirs are looked up, not imported: without them no tensor is in pieces.
+of DeepSpeed's ZeRO-3 is empty, of shape ``[0]``, except while DeepSpeed gathers it: in the forward and backward that
+use it, and on demand. This module looks up the classes and functions of both without importing them: if they are not
+imported, no tensor is in pieces.
 
-All processes take part in whatever makes a tensor whole.
+All processes must call the functions that make a tensor whole.
 """
 
 from __future__ import annotations
@@ -21,33 +22,33 @@ from torch import Tensor, nn
 from peftcore.errors import ExportError
 
 ALONE: ContextVar[bool] = ContextVar("ALONE", default=False)
-"""Whether this process works without the others now, so that nothing can be gathered."""
+"""Whether this process now works without the others, so that it cannot gather tensors."""
 ZERO = "deepspeed.runtime.zero"
 ENGINE = (
     "DeepSpeed's ZeRO-3 has cut the parameters apart, and keeps other values of them for its optimizer, to which "
     "nothing is written here"
 )
-"""The text of the error where values of parameters under ZeRO-3 would have to change."""
+"""The text of the error if values of parameters under ZeRO-3 would have to change."""
 
 
 def is_cut(tensor: Tensor) -> bool:
-    """Whether a tensor is a distributed one: this process holds a piece of it, and others the rest."""
+    """Whether a tensor is a distributed tensor: this process holds a piece of it, and other processes the rest."""
     tensors = sys.modules.get("torch.distributed.tensor")
     return tensors is not None and isinstance(tensor, tensors.DTensor)
 
 
 def is_partitioned(tensor: Tensor) -> bool:
-    """Whether DeepSpeed (ZeRO-3) has cut a parameter apart, also while it is gathered."""
+    """Whether DeepSpeed (ZeRO-3) has partitioned a parameter; True also while it is gathered."""
     zero = sys.modules.get(f"{ZERO}.partition_parameters")
     return zero is not None and bool(zero.is_zero_param(tensor))
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Returns all of a tensor. Gradients flow back into the pieces of a distributed one; of a parameter of ZeRO-3 it is
-    a copy of the values, unless they are gathered anyway.
+    """Returns the whole tensor. For a distributed tensor, gradients flow back into the pieces; for a parameter of
+    ZeRO-3, the result is a copy of the values, unless the parameter is gathered already.
 
     Raises:
-        ExportError: this process works without the others now.
+        ExportError: this process now works without the others.
     """
     if ALONE.get() and (is_cut(tensor) or is_empty(tensor)):
         raise ExportError(
@@ -62,14 +63,15 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def outline(tensor: Tensor) -> Tensor:
-    """Returns a tensor of the whole's shape, which may have no values: for who asks for shapes."""
+    """Returns a tensor with the shape of the whole tensor, for callers that only need the shape; it may be on the meta
+    device."""
     if not is_empty(tensor):
         return tensor
     return torch.empty(_zeros(tensor).ds_shape, dtype=tensor.dtype, device="meta")
 
 
 def cut_like(value: Tensor, piece: Any) -> Tensor:
-    """Returns a whole value, which every process has, distributed as another tensor is."""
+    """Returns a whole value, which every process has, distributed like `piece`."""
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(value, piece.device_mesh, piece.placements, src_data_rank=None)
@@ -77,8 +79,8 @@ def cut_like(value: Tensor, piece: Any) -> Tensor:
 
 @contextmanager
 def at_hand(parameters: Iterable[Tensor]) -> Iterator[None]:
-    """Context manager in which parameters of ZeRO-3 have their values, to be read. What is written is lost or an
-    error, as DeepSpeed has it. Those that are gathered already, by whomever, stay so."""
+    """Context manager in which parameters of ZeRO-3 have their values, for reading. Writes are lost or raise an error,
+    as DeepSpeed decides. Parameters that are gathered already stay gathered."""
     zero = sys.modules.get(f"{ZERO}.partition_parameters")
     empty = [] if zero is None else [each for each in parameters if is_empty(each)]
     with zero.GatheredParameters(empty) if zero is not None and empty else nullcontext():
@@ -86,13 +88,13 @@ def at_hand(parameters: Iterable[Tensor]) -> Iterator[None]:
 
 
 def is_in_engine(model: nn.Module) -> bool:
-    """Whether DeepSpeed's engine (ZeRO-3) has the module: what is added to it now does not train."""
+    """Whether DeepSpeed's engine (ZeRO-3) manages the module: parameters that are added now do not train."""
     zero = sys.modules.get(f"{ZERO}.parameter_offload")
     return zero is not None and isinstance(model._parameters, zero.ZeROOrderedDict)
 
 
 def is_empty(tensor: Tensor) -> bool:
-    """Whether a parameter of ZeRO-3 has no values now: nobody has gathered it."""
+    """Whether a parameter of ZeRO-3 is without values now, because it is not gathered."""
     return tensor.shape == (0,) and is_partitioned(tensor) and _zeros(tensor).ds_shape != tensor.shape
 
 

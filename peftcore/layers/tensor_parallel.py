@@ -1,9 +1,9 @@
 """Linear layers of which each process holds some rows or columns (tensor parallelism, as transformers and torch have
 it).
 
-Operators act on the whole weight, which all processes gather, and what comes out is cut again, so each process runs its
-part of the effective weight. Operators are whole in every process, and so are their gradients. While no gradients are
-kept, transformers puts the bare piece in the place of the distributed tensor: the layer knows what it is a piece of.
+Operators act on the whole weight, which all processes gather, and the effective weight is cut again, so each process
+runs its part of it. Operators are whole in every process, and so are their gradients. Without gradients, transformers
+replaces the distributed tensor by its local piece: the layer knows the tensor to which the piece belongs.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Cut:
         return cls(tensor.device_mesh, tensor.placements, tensor.shape)
 
     def whole(self, piece: Tensor) -> Tensor:
-        """Returns the whole of which every process has a piece; no gradients flow."""
+        """Returns the whole tensor of which every process has a piece, without gradients."""
         stride = torch.empty(self.shape, device="meta").stride()
         tensors: Any = sys.modules["torch.distributed.tensor"]
         distributed = tensors.DTensor.from_local(
@@ -46,7 +46,8 @@ class Cut:
         return whole
 
     def piece(self, whole: Tensor) -> Any:
-        """Returns a whole value, which every process has, distributed; gradients flow back to all of it."""
+        """Returns a whole value, which every process has, as a distributed tensor; gradients flow back to the whole
+        value."""
         tensors: Any = sys.modules["torch.distributed.tensor"]
         copies = tensors.DTensor.from_local(whole, self.mesh, [tensors.Replicate()], run_check=False)
         return copies.redistribute(placements=self.placements)
@@ -57,7 +58,7 @@ class ParallelLinear(Layer):
     """A weight, or a bias, of a linear layer that is cut over processes."""
 
     cuts: dict[str, Cut] = field(default_factory=dict, hash=False)
-    """How each tensor of the module is cut, a bias that it lacks too."""
+    """How each tensor of the module is cut, including a missing bias."""
 
     @property
     def in_pieces(self) -> bool:
@@ -105,18 +106,19 @@ class ParallelLinear(Layer):
 
     @property
     def by_rows(self) -> bool:
-        """Whether a process has some rows of the weight, and all of what goes in (transformers: column-wise, of the
-        transposed weight); otherwise it has some columns, and what comes out is summed over processes."""
+        """Whether a process has some rows of the weight and the whole input (transformers calls this column-wise, for
+        the transposed weight). Otherwise it has some columns, and the outputs are summed over processes."""
         return bool(self.cuts["weight"].placements[0].is_shard(0))
 
     def adds_bias_late(self, module: nn.Module) -> bool:
-        """Whether the module's own bias is added to that sum, where no gradients are kept, and not by the module."""
+        """Whether, without gradients, the module's own bias is added to the sum of the outputs and not by the
+        module."""
         return not self.by_rows and self.has(module, "bias")
 
 
 def agree(module: nn.Module, layer: ParallelLinear) -> None:
-    """Give a module of an adapter the values that it has in the first of the processes which share a layer: whatever
-    seed each of them has, its gradients are everybody's."""
+    """Broadcast the values of an adapter's module from the first process that shares a layer. Gradients are the same in
+    all processes, so the values must be too, whatever the seeds of the processes are."""
     group = layer.cuts["weight"].mesh.get_group()
     first = torch.distributed.get_global_rank(group, 0)
     for each in (*module.parameters(), *module.buffers()):
@@ -124,13 +126,13 @@ def agree(module: nn.Module, layer: ParallelLinear) -> None:
 
 
 def parallel_linear(module: nn.Module, tensor: str, called: bool) -> Layer | None:
-    """Returns the layer of a linear module's own weight or bias, where it is cut over processes; None where it is not.
+    """Returns the layer of a linear module's own weight or bias, if it is cut over processes; else None.
 
     Args:
         called: whether the module's forward is that of torch's linear layer.
 
     Raises:
-        UnsupportedSite: it is cut in a way of which nobody here knows how the module uses it.
+        UnsupportedSite: it is cut in a way that peftcore does not support.
     """
     weight: Any = module._parameters.get("weight")
     if weight is None or not is_cut(weight) or tensor not in ("weight", "bias"):

@@ -1,8 +1,8 @@
-"""What transformers' and diffusers' classes expect of a model, and get from an adapted one.
+"""Adapts methods and attributes of models that transformers and diffusers use, such as ``save_pretrained``.
 
-It may import `roles`, and what is below. In the order of reading:
+It may import `roles` and lower packages. In the order of reading:
 
-- `instance_methods`: methods of a model that do something else while it is adapted.
-- `save_pretrained`: saving writes the bare base.
-- `admission`: the mark by which transformers' Trainer takes an adapted quantized model.
+- `instance_methods`: methods of a model that are replaced while it is adapted.
+- `save_pretrained`: saving writes the base without adapters.
+- `admission`: the attribute by which transformers' Trainer accepts an adapted quantized model.
 """

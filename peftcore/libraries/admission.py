@@ -1,8 +1,8 @@
-"""Quantized models that transformers' Trainer is to train: it refuses them, since it knows no adapters but peft's.
+"""Makes transformers' Trainer accept adapted quantized models, which it rejects because it only knows adapters of peft.
 
-The Trainer reads a mark on the model, and nothing else of the kind, before it looks at its callbacks. An adapted
-model says yes there as long as a callback that has been made waits for a Trainer, and no otherwise: without the
-callback, checkpoints of quantized weights could not be written or not be read.
+Before the Trainer looks at its callbacks, it reads one attribute of the model, which says whether the model has
+adapters of peft. On an adapted model it is true while a new callback waits for its Trainer, and false otherwise:
+without the callback, checkpoints of quantized weights could not be written or read.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import Any, Protocol, runtime_checkable
 from peftcore.libraries.instance_methods import InstanceMethod
 
 _WAITING: ContextVar[weakref.ref[Any] | None] = ContextVar("waiting_for_trainer", default=None)
-"""The callback that was made last in this context, and has not met its Trainer."""
+"""The last callback that was created in this context, until it is passed to a Trainer."""
 
 
 def await_trainer(callback: object) -> None:
-    """Let the next Trainer that this thread makes train quantized models that are adapted. A callback that is gone
-    waits no longer."""
+    """Let the next Trainer that this thread creates train adapted quantized models. This ends when the callback is
+    deleted."""
     _WAITING.set(weakref.ref(callback))
 
 
@@ -30,18 +30,19 @@ def has_trainer() -> None:
 
 @runtime_checkable
 class TakesAdapters(Protocol):
-    """A model that peft's adapters can be put on by its own methods, as those of transformers."""
+    """A model with methods that add adapters of peft, like models of transformers."""
 
     def add_adapter(self, *args: Any, **kwargs: Any) -> Any:
-        """Put one on."""
+        """Add an adapter of peft."""
 
     def enable_input_require_grads(self) -> Any:
         """Let gradients through frozen embeddings."""
 
 
 class Admitted(InstanceMethod):
-    """The mark of a model with adapters of peft, on a model with ours: true while a Trainer is awaited. Left true,
-    transformers would save adapters of peft in place of the model."""
+    """The attribute that declares a model with adapters of peft, on a model with adapters of peftcore: true while a
+    callback waits for its Trainer. If it stayed true, transformers would save adapters of peft in place of the
+    model."""
 
     name = "_hf_peft_config_loaded"
     having = TakesAdapters
@@ -51,7 +52,7 @@ class Admitted(InstanceMethod):
         return waiting is not None and waiting() is not None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Never called: it is a mark.
+        """Never called: the Trainer only reads the attribute.
 
         Raises:
             TypeError: always.

@@ -1,5 +1,5 @@
-"""Methods of a model that do something else as long as it is adapted: each is replaced on the instance, so the class
-and other models of it stay as they are."""
+"""Methods of a model that are replaced while it is adapted: each is replaced on the instance, so its class and other
+models of the class do not change."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 
 
 class InstanceMethod(ABC):
-    """Takes the place of the method `name` on an instance of a class that has it."""
+    """Replaces the method `name` on an instance of a class that has it."""
 
     name: ClassVar[str]
     having: ClassVar[type]
@@ -35,11 +35,12 @@ class InstanceMethod(ABC):
 
     @abstractmethod
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the method of the class, with what is to happen around it."""
+        """Run the method of the class, with the steps before and after it."""
 
 
 def replace_methods(modules: Iterable[nn.Module], kind: type[InstanceMethod], owner: object) -> None:
-    """Replace the method on those of the modules whose class has it, unless the instance has one of its own."""
+    """Replace the method on each module whose class has it, unless the instance itself has an attribute of that
+    name."""
     having: dict[type, bool] = {}
     for module in modules:
         cls = type(module)
@@ -52,7 +53,7 @@ def replace_methods(modules: Iterable[nn.Module], kind: type[InstanceMethod], ow
 
 
 def give_methods_back(model: nn.Module, owner: object) -> None:
-    """Undo `replace_methods` of this owner, for the model and what is below it."""
+    """Undo `replace_methods` of this owner, for the model and its submodules."""
     for module in model.modules():
         for name, each in list(vars(module).items()):
             if isinstance(each, InstanceMethod) and any(one is owner for one in each.owners):

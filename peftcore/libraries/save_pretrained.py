@@ -1,9 +1,9 @@
-"""Saving an adapted model with other libraries' ``save_pretrained``: it writes the base as it came, and
-`Injection.save` writes the adapters. What could not be loaded again is refused: weights in another form than the
-model's config says.
+"""Saving an adapted model with other libraries' ``save_pretrained``: it writes the original base, and `Injection.save`
+writes the adapters. It raises an error if the result could not be loaded again, because the weights have another form
+than the model's config says.
 
-``state_dict()`` holds all there is, since checkpoints of a training need it. So ``save_pretrained(folder)``, which
-transformers, diffusers and hub mixins have, is told apart from it on the instance, as long as the host is adapted.
+``state_dict()`` contains base and adapters, since checkpoints of a training need both. So ``save_pretrained(folder)``,
+which transformers, diffusers and hub mixins have, is replaced on the instance while the host is adapted.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from peftcore.registry.plugins import layer_of
 from peftcore.utils.notices import notice
 
 CODES = (torch.int8, torch.uint8, torch.int16, torch.int32)
-"""The dtypes in which layers that nobody here knows keep codes; positions are longer."""
+"""The dtypes of codes in unknown quantized layers; buffers of positions have wider dtypes."""
 BASE_ALONE: ContextVar[bool] = ContextVar("base_alone", default=False)
 """Whether state dicts leave operators out."""
 
 
 @contextmanager
 def saving_base() -> Iterator[None]:
-    """Context manager in which state dicts that this thread takes of adapted hosts hold the base alone, under its own
+    """Context manager in which the state dicts of adapted hosts, in this thread, contain only the base, under its own
     names.
 
         with peftcore.saving_base():
             timm.models.save_for_hf(model, "folder")
 
-    Merged injections are in the base's weights, and saved with them.
+    Merged injections are part of the base's weights, and are saved with them.
     """
     token = BASE_ALONE.set(True)
     try:
@@ -54,7 +54,7 @@ class Saves(Protocol):
 
 
 class Owner(Protocol):
-    """One because of which a model saves itself in our way: the state of a host, or a `Reformed`."""
+    """The reason why ``save_pretrained`` of a model is replaced: the state of a host, or a `Reformed`."""
 
     @property
     def made_dense(self) -> Sequence[str]:
@@ -62,12 +62,12 @@ class Owner(Protocol):
 
     @property
     def left_out(self) -> Sequence[str]:
-        """Returns the names of injections that train, and of which the weights of the base have nothing."""
+        """Returns the names of injections that train and are not merged into the weights of the base."""
 
 
 class SavesBase(InstanceMethod):
-    """A ``save_pretrained`` that leaves adapters out. A caller that hands over a state dict (the Trainer, for its
-    checkpoints) has said what to save."""
+    """A ``save_pretrained`` that leaves adapters out. A caller that passes a state dict (the Trainer, for its
+    checkpoints) decides what is saved."""
 
     name = "save_pretrained"
     having = Saves
@@ -89,15 +89,15 @@ class SavesBase(InstanceMethod):
             return self.base(*args, **kwargs)
 
     def base(self, *args: Any, **kwargs: Any) -> Any:
-        """Save the base. Weights that came quantized still are in the format of their folder, into which transformers
-        cannot turn them again."""
+        """Save the base. Weights that were loaded quantized are still in the format of their folder, to which
+        transformers cannot convert them again."""
         try:
             return self.plain(*args, **kwargs)
         except NotImplementedError:
             return self.plain(*args, **kwargs, **self.own_names())
 
     def own_names(self) -> dict[str, bool]:
-        """Returns the argument for the model's own names; a class with a ``save_pretrained`` of its own may lack it."""
+        """Returns the argument for the model's own names; a class with another ``save_pretrained`` may lack it."""
         name = "save_original_format"
         return {name: False} if name in self.__signature__.parameters else {}
 
@@ -105,14 +105,14 @@ class SavesBase(InstanceMethod):
         """Verify that the weights have the form that the model's config says.
 
         Raises:
-            ExportError: they have not.
+            ExportError: they have another form.
         """
         _check_form(self.model, [path for owner in self.owners for path in owner.made_dense])
 
 
 @dataclass(frozen=True, eq=False)
 class Reformed:
-    """Notes for good that modules of a model were quantized or made dense after it was loaded."""
+    """Records permanently that modules of a model were quantized or made dense after the model was loaded."""
 
     made_dense: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
@@ -129,17 +129,17 @@ def _tell(names: Iterable[str]) -> None:
 
 @runtime_checkable
 class Configured(Protocol):
-    """A model with a config, as those of transformers and diffusers."""
+    """A model with a config, like models of transformers and diffusers."""
 
     config: Any
 
 
 @runtime_checkable
 class Quantizer(Protocol):
-    """A quantizer of transformers. (Those of diffusers cannot take themselves out of a config.)"""
+    """A quantizer of transformers. (Quantizers of diffusers cannot remove their entry from a config.)"""
 
     def remove_quantization_config(self, model: Any) -> None:
-        """Let the model no longer say that it is quantized."""
+        """Remove the model's declaration that it is quantized."""
 
     def is_serializable(self) -> bool:
         """Whether its models can be written."""
@@ -178,7 +178,7 @@ def check_saves(model: nn.Module) -> None:
     """Verify that quantized weights can be written as they are.
 
     Raises:
-        ExportError: they cannot: what is to be done instead is said.
+        ExportError: they cannot be written; the message says what to do instead.
     """
     quantizer = getattr(model, "hf_quantizer", None)
     if isinstance(quantizer, Quantizer) and not quantizer.is_serializable():
@@ -192,10 +192,10 @@ def check_saves(model: nn.Module) -> None:
 
 
 def check_readable(model: nn.Module) -> None:
-    """Verify that a model that says that it is quantized has no weights that nobody here can make dense.
+    """Verify that all weights of a model that declares itself quantized can be made dense.
 
     Raises:
-        UnsupportedSite: it has.
+        UnsupportedSite: some weights cannot be made dense.
     """
     for path, module in model.named_modules():
         layer_of(module, "weight").check_readable(module, "weight")
@@ -210,8 +210,8 @@ def check_readable(model: nn.Module) -> None:
 
 
 def note_form(model: nn.Module, made_dense: Sequence[str] = ()) -> None:
-    """Note that modules of a model were quantized, or made dense, for good. Configs that can say so do; models whose
-    configs cannot refuse ``save_pretrained``."""
+    """Record permanently that modules of a model were quantized or made dense. The config records it if it can;
+    otherwise ``save_pretrained`` of the model raises an error."""
     modules = list(model.modules())
     if not _is_packed(model) and _is_readable(model):
         for module in modules:

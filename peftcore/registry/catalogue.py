@@ -1,6 +1,6 @@
 """The catalogue of methods by name, and the schema of their options.
 
-A method's module is imported when the method is first asked for.
+A method's module is imported on the first request for the method.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ M = TypeVar("M", bound=type[Method])
 _registered: dict[str, type[Method]] = {}
 _loaded: dict[str, type[Method]] = {}
 TRAINS, COMBINES, QUANTIZED = "trains", "combines", "quantized"
-"""What a method is for: `MethodInfo.kind`."""
+"""The values of `MethodInfo.kind`, the purpose of a method."""
 BUDGETS = "peftcore.authoring.budgets:budgets"
 """The function that counts parameters on reference models; named, not imported, since it is in a layer above."""
 
 
 @dataclass(frozen=True)
 class MethodInfo:
-    """One line of `methods()`; reading it imports no method module beyond the method's own."""
+    """One entry of `methods()`. Its attributes import at most the method's own module."""
 
     name: str
     """The name by which `apply` finds the method."""
     plugin: str
-    """The plugin's name: of two methods of one name, ``"plugin/name"`` says which."""
+    """The plugin's name: if two methods have the same name, ``"plugin/name"`` identifies one."""
     distribution: str
-    """Distribution and version that bring the method, or "registered at run time"."""
+    """Distribution and version that contain the method, or "registered at run time"."""
     location: str = field(repr=False)
     """The method's class, ``module:Class``."""
     aliases: tuple[str, ...] = ()
@@ -81,8 +81,8 @@ class MethodInfo:
 
     @property
     def kind(self) -> str:
-        """Which of three: it "trains" parameters of its own; it "combines" adapters that are trained already, its
-        parts; or it is for "quantized" models (imports the method's module)."""
+        """One of three kinds: the method "trains" new parameters; it "combines" trained adapters, its parts; or it is
+        for "quantized" models (imports the method's module)."""
         if self.category == "quantized":
             return QUANTIZED
         parts = "parts" in method(f"{self.plugin}/{self.name}").Config.model_fields
@@ -90,24 +90,25 @@ class MethodInfo:
 
     @property
     def checked_against(self) -> str:
-        """Whose numbers the plugin's tests compare with: libraries with their versions, and "the authors' code",
-        separated by commas; empty where its tests have the equation alone."""
+        """The sources of numbers that the plugin's tests compare with: libraries with their versions, and "the authors'
+        code", separated by commas; empty if its tests compare only with the equation."""
         return sources(self.location, self.name if self.preset is None else self.preset.method)
 
     @property
     def compared(self) -> Mapping[str, tuple[str, ...]]:
-        """What the plugin's tests compare with each source: "outputs", "start" (the values it starts from), "trains"
-        (which tensors train) and "defaults" (of its options), by the words of `checked_against`."""
+        """The parts of the method that the plugin's tests compare with each source: "outputs", "start" (the initial
+        values), "trains" (which tensors train) and "defaults" (of its options), by the words of `checked_against`."""
         return parts(self.location, self.name if self.preset is None else self.preset.method)
 
     @property
     def checked(self) -> bool:
-        """Whether its tests compare with somebody else's numbers. Else it is *equation only*."""
+        """Whether its tests compare with numbers of another source. Otherwise the method is *equation only*."""
         return bool(self.checked_against)
 
     @property
     def budgets(self) -> Mapping[str, int]:
-        """Trainable values with default options, by name of the reference hosts in which the method finds a target.
+        """The number of trainable values with default options, by name of the reference hosts in which the method finds
+        a target.
 
         Plans on the meta device, for those of transformers and diffusers that are installed; takes a second or two.
         """
@@ -158,11 +159,12 @@ def _ordered(found: Iterable[MethodInfo]) -> list[MethodInfo]:
 
 
 def methods(category: str | None = None, *, presets: bool = False) -> list[MethodInfo]:
-    """Returns the methods of all loaded plugins, by name; those of one of the survey's `category`, where it is given.
-    Without it, no method module is imported; with it, all are. With `presets` they are among them.
+    """Returns the methods of all loaded plugins, by name; with `category`, only the methods of that category of the
+    survey. A call with `category` imports the modules of all methods; other calls import none of them. With `presets`,
+    the presets are included.
 
     Raises:
-        PluginError: a method's module cannot be imported, where `category` is given.
+        PluginError: `category` is given and a method's module cannot be imported.
     """
     of_presets = map(_presets_of, registry().plugins.values()) if presets else ()
     listed = _ordered(chain(*map(_of, registry().plugins.values()), _of_run_time(), *of_presets))
@@ -170,11 +172,11 @@ def methods(category: str | None = None, *, presets: bool = False) -> list[Metho
 
 
 def method(name: str) -> type[Method]:
-    """Returns the method class called `name`; ``"plugin/name"`` where two plugins have one. Capitals and dashes do not
+    """Returns the method class called `name`; ``"plugin/name"`` if two plugins have one. Capitals and dashes do not
     matter. A preset has the class of its method, with other defaults.
 
     Raises:
-        UnknownMethod: with close names, the plugins that failed, and what to install where we know.
+        UnknownMethod: with similar names, the plugins that failed, and the packages to install if they are known.
         AmbiguousMethod: naming the distributions that clash.
         PluginError: its module cannot be imported, or its class breaks the contract.
     """
@@ -245,8 +247,8 @@ def _unknown(name: str, short: str, known: list[str]) -> str:
 
 
 def schema(name: str | None = None) -> dict[str, Any]:
-    """Returns the JSON schema of one method's options, or of all methods' as alternatives told apart by their `method`
-    field."""
+    """Returns the JSON schema of one method's options, or of all methods' options, as alternatives with the
+    discriminator `method`."""
     if name is not None:
         return method(name).Config.model_json_schema()
     kinds = [method(f"{info.plugin}/{info.name}").Config for info in methods()]

@@ -17,8 +17,8 @@ told: set[str] = set()
 
 
 def notice_equation_only(methods: Iterable[Method]) -> None:
-    """Log one line, a warning of the logger "peftcore", for each method that was not compared with anybody else's
-    numbers; in a process once a method."""
+    """Log one line, a warning of the logger "peftcore", for each method that was compared only with its equation; once
+    per method in a process."""
     for method in methods:
         if not sources(type(method).__module__, method.name) and method.name not in told:
             told.add(method.name)

@@ -1,7 +1,8 @@
-"""Evidence: with whose numbers the tests of a plugin compare its methods, and what of them, as the file
-`evidence.json` in its package says.
+"""Evidence: the sources with whose numbers a plugin's tests compare its methods, and the parts of a method that are
+compared. It is in the file `evidence.json` of the plugin's package.
 
-The file is made from tests (`peftcore.testing.against`) and read as data. A method without evidence is *equation only*.
+The file is generated from tests (`peftcore.testing.against`) and read as data. A method without evidence is *equation
+only*.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from peftcore.errors import PluginError
 FILE = "evidence.json"
 """The file's name in a plugin's package."""
 AUTHORS = "authors"
-"""The source that is no library: the code of a paper's authors."""
+"""The name of a source that is the code of a paper's authors."""
 OTHERS = "others"
-"""The source that is no library either: code of people who did not write the method's paper."""
+"""The name of a source that is code of people other than the authors of the method's paper."""
 
 Part = Literal["outputs", "start", "trains", "defaults"]
-"""What is compared: what a method computes, the values that it starts from, which tensors it trains, and the defaults
+"""The part of a method that is compared: its outputs, its initial values, the tensors that it trains, or the defaults
 of its options."""
 PARTS: tuple[Part, ...] = get_args(Part)
 
@@ -36,12 +37,12 @@ class Source:
     name: str
     """A library with its version, ``"peft 0.21"``; or ``"authors"``, or ``"others"``."""
     repository: str = ""
-    """The repository of the code, ``"owner/name"``: for authors and others, and for a library whose numbers are
-    frozen."""
+    """The repository of the code, ``"owner/name"``: for authors and others, and for a library whose numbers are stored
+    in the tests."""
     commit: str = ""
     """The commit of the repository that was run."""
     script: str = ""
-    """The file of the repository whose functions gave the numbers."""
+    """The file of the repository whose functions computed the numbers."""
 
     def __str__(self) -> str:
         return {AUTHORS: "the authors' code", OTHERS: f"code of {self.repository}"}.get(self.name, self.name)
@@ -53,7 +54,7 @@ class Row:
 
     source: Source
     part: Part = "outputs"
-    """What is compared with this source."""
+    """The part that is compared with this source."""
 
     def __str__(self) -> str:
         return str(self.source) if self.part == "outputs" else f"{self.source}: {self.part}"
@@ -64,8 +65,8 @@ Evidence = Mapping[str, tuple[Row, ...]]
 
 
 def sources(location: str, name: str) -> str:
-    """Returns whose outputs the tests of a method compare with, or whose choice of what trains, separated by commas;
-    nothing where there is no evidence. A start and defaults alone are not enough.
+    """Returns the sources with which a method's tests compare its outputs or its set of trainable tensors, separated by
+    commas; empty without evidence. A source of only initial values or defaults is left out.
 
     Args:
         location: where the method is, ``"package.module:Class"``; the package is not imported.
@@ -78,8 +79,8 @@ def sources(location: str, name: str) -> str:
 
 
 def parts(location: str, name: str) -> dict[str, tuple[Part, ...]]:
-    """Returns what the tests of a method compare with each source, libraries first, by the source's words; see
-    `sources`.
+    """Returns the parts of a method that its tests compare with each source, by the source as text, libraries first;
+    see `sources`.
 
     Raises:
         PluginError: the package's file cannot be read.
@@ -96,7 +97,7 @@ def parts(location: str, name: str) -> dict[str, tuple[Part, ...]]:
 
 
 def folder(package: str) -> Path | None:
-    """Returns the folder of a package, which is not imported; None for a single module."""
+    """Returns the folder of a package without importing it; None for a single module."""
     try:
         spec = find_spec(package)
     except (ImportError, ValueError):  # such as a notebook's __main__
@@ -107,10 +108,10 @@ def folder(package: str) -> Path | None:
 
 @functools.cache
 def read(file: Path) -> Evidence:
-    """Returns what a file says; nothing where there is none.
+    """Returns the evidence in a file; empty if the file is missing.
 
     Raises:
-        PluginError: it is no such file.
+        PluginError: the file does not contain evidence.
     """
     if not file.is_file():
         return {}
@@ -128,8 +129,8 @@ def _rows(compared: Iterable[Part] = ("outputs",), **source: str) -> list[Row]:
 
 
 def written(evidence: Mapping[str, Iterable[Row]]) -> str:
-    """Returns the text of a file with this evidence, the same for the same evidence: each source once, with what is
-    compared with it where that is more, or other, than outputs."""
+    """Returns the text of a file with this evidence; equal evidence has equal text. It lists each source once, with the
+    compared parts unless these are just the outputs."""
     return json.dumps({name: _written(set(evidence[name])) for name in sorted(evidence)}, indent=2) + "\n"
 
 

@@ -1,4 +1,4 @@
-"""Loads plugins, one entry point at a time, so that a broken one is reported and never breaks the rest."""
+"""Loads plugins, one entry point at a time, so that a broken plugin is reported and does not break the others."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 GROUP = "peftcore"
 """The entry point group of plugins."""
 RUNTIME = "registered"
-"""The plugin name under which `register` files its methods."""
+"""The plugin name of methods that `register` adds."""
 CORE = "peftcore.core_plugin"
-"""The core's own answers to the hooks: a plugin that is named here and imported on first use, as others are."""
+"""The module of the core's own hook implementations, a plugin that is imported on first use like the others."""
 RESERVED = {RUNTIME, CORE}
 DISABLE = "PEFTCORE_DISABLE"
 """Environment variable: names of plugins that are not loaded, separated by commas."""
@@ -45,12 +45,12 @@ class Plugin:
     methods: Mapping[str, str]
     """``"module:Class"`` by name."""
     presets: Mapping[str, Preset] = field(default_factory=dict)
-    """Options of methods, by the name that they have together."""
+    """Presets by name."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A plugin that could not be loaded, and why."""
+    """A plugin that could not be loaded, and the reason."""
 
     name: str
     distribution: str
@@ -78,7 +78,7 @@ class Registry:
         return self.manager.hook
 
     def load(self, name: str, distribution: str, module: Any) -> None:
-        """Register one plugin module, or record why not. Nothing of a failing plugin stays behind."""
+        """Register one plugin module, or record why it failed. A failed plugin is removed completely."""
         try:
             version = getattr(module, "PEFTCORE_API", None)
             if version != API:
@@ -165,10 +165,10 @@ def registry() -> Registry:
 
 
 def named_places(hook: str, what: str) -> dict[str, str]:
-    """Returns the names that all plugins give for one hook, mapped to ``"module:Class"``, the core's first.
+    """Returns the names that all plugins return for one hook, mapped to ``"module:Class"``, the core's first.
 
     Raises:
-        PluginError: two plugins give one name.
+        PluginError: two plugins return the same name.
     """
     found: dict[str, str] = {}
     for named in reversed(getattr(registry().hook, hook)()):

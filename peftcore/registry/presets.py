@@ -1,4 +1,5 @@
-"""The class of a preset: the method's, with the preset's defaults. An adapter is always one of the method itself."""
+"""The class of a preset: the method's class with the preset's defaults. Its adapters are always adapters of the
+method."""
 
 from __future__ import annotations
 
@@ -15,11 +16,11 @@ from peftcore.contract.presets import Preset
 from peftcore.errors import ConfigError
 
 _presets: dict[type[Method], tuple[type[Method], Preset]] = {}
-"""The method and the preset, by the class of the preset."""
+"""The method and the preset, by the preset's class."""
 
 
 def class_of(name: str, preset: Preset, cls: type[Method]) -> type[Method]:
-    """Returns a class as the method `cls` has it, whose options have the preset's defaults."""
+    """Returns a class like the method `cls`, whose options have the preset's defaults."""
     fields: dict[str, Any] = {"method": (Literal[name], name)}
     for option, value in preset.options.items():
         field = copy.copy(cls.Config.model_fields[option])  # with its limits and its description
@@ -50,12 +51,13 @@ def _members(cls: type[Method]) -> dict[str, Any]:
 
 
 def preset_of(cls: type[Method]) -> Preset | None:
-    """Returns the preset that a class is made of; None for a method's own class."""
+    """Returns the preset of a preset's class; None for a method's own class."""
     return _presets[cls][1] if cls in _presets else None
 
 
 def as_arguments(cls: type[Method]) -> tuple[type[Method], dict[str, Any]]:
-    """Returns the method's own class and what `apply` has to be told to do as a preset does; nothing for a method."""
+    """Returns the method's own class and the arguments of `apply` that have the effect of the preset; for a method, no
+    arguments."""
     if cls not in _presets:
         return cls, {}
     own, preset = _presets[cls]
@@ -68,7 +70,7 @@ def as_arguments(cls: type[Method]) -> tuple[type[Method], dict[str, Any]]:
 
 
 def method_of(cls: type[Method], options: Mapping[str, Any]) -> tuple[Method, MethodConfig]:
-    """Returns a method and its checked options, from a class that may be that of a preset.
+    """Returns a method and its checked options, from a class that may be a preset's.
 
     Raises:
         ConfigError: an option is unknown, or its value breaks a rule; or the preset is a workflow.

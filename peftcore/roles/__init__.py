@@ -1,6 +1,6 @@
 """Roles of the parts of a model: `derive` reads a model, `HostMap` answers by role, `probe` refines with one forward.
 
-It may import `layers`, and what is below. The rules by which a map is derived, R1 to R17, are in `docs/roles.md`. In
+It may import `layers` and lower packages. The rules by which a map is derived, R1 to R17, are in `docs/roles.md`. In
 the order of reading:
 
 - `vocabulary`: the roles, and the names by which rules know them.
@@ -18,11 +18,11 @@ the order of reading:
 - `layouts`: the order of slices in fused projections.
 - `token_tables`: tables that have a row for each token.
 - `readers`: modules that read a weight in place of calling its module.
-- `sources`: the source of forwards, and what its names stand for.
+- `sources`: the source of forwards, and the values of the names in it.
 - `code_frames`: follows values through the source code of functions, for the two rules below.
 - `branch_ends`: where branches join the stream.
 - `stacks`: modules that take token ids and run blocks.
-- `block_calls`: where rows are in what modules are given, and how often blocks run.
+- `block_calls`: the dimension of the batch in the arguments of modules, and how often blocks run.
 - `find_roles`: derives the map of a model, rule by rule.
 - `recording`: records one forward.
 - `tracing`: refines the map by the recording.

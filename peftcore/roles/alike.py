@@ -1,7 +1,7 @@
 """Modules of equal structure, such as the blocks of a transformer or the experts of a layer: a role found for one by
 its structure holds for the others.
 
-So a list of a hundred blocks is surveyed as if it had three, and the map is unfolded afterwards.
+So a list of a hundred blocks is surveyed like a list of three, and the map is expanded to all blocks afterwards.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from peftcore.roles import vocabulary as V
 NUMBERS = frozenset({"layer_idx", "layer_id", "layer_number", "layer_index", "block_idx", "index", "idx"})
 """Attributes in which the elements of a list store their index."""
 SLOT, GUEST = "_peftcore_slot", "peft"
-"""The attribute and the part that an adapted module has, and was not built with."""
+"""The attribute and the child that peftcore adds to an adapted module."""
 TORCHS = frozenset(vars(nn.Module()))
 """Attributes that are torch's own: tensors, children, and hooks."""
 WORTH = (bool, int, float, str, torch.dtype, torch.device, torch.Size, type(None))
-"""Attributes of these types are the same where they are equal."""
+"""Types of attributes that are compared by value."""
 Form = tuple[type[Tensor] | None, torch.Size, torch.dtype]
-"""Type, shape and dtype of a tensor. Of one that is more than its numbers, no type: nothing is like it."""
+"""Type, shape and dtype of a tensor. The type is None for tensors of special subclasses, which never count as alike."""
 Run = list[tuple[str, nn.Module, list[int]]]
-"""Elements by name; with each come the ids of its modules that the first one has not."""
+"""Elements with their names; the third entry has the ids of the element's modules that the first element lacks."""
 
 
 class Structure:
@@ -48,9 +48,9 @@ class Structure:
         the way they are built."""
 
     def fits(self, other: nn.Module, met: list[int] | None = None) -> bool:
-        """Whether another module has this structure. Its tensors are then of torch's own classes, and attributes that
-        are more than numbers and names are the same objects. `met` gets the ids of its modules, but for those that both
-        share."""
+        """Whether another module has this structure. If so, its tensors are of torch's own classes, and attributes
+        other than numbers and names are the same objects. The ids of its modules are added to `met`, except modules
+        that both share."""
         own = vars(other)
         if type(other) is not self._class or len(own) - (SLOT in own) != self._count:
             return False
@@ -102,8 +102,9 @@ def _equal(value: Any, second: Any) -> bool:
 
 
 def runs(elements: Run, taken: Callable[[int], bool]) -> Iterator[Run]:
-    """Yields runs of elements of a list that follow each other and are alike. None of their modules is `taken` or has
-    two places, but for those that the first one has as well; none has a table."""
+    """Yields runs of elements of a list that follow each other and are alike. An element begins another run if one of
+    its modules is `taken` or is in two places, except modules that the first element has too, or if it contains a
+    table."""
     run: Run = []
     structure: Structure | None = None
     met: set[int] = set()

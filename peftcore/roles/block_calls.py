@@ -1,11 +1,11 @@
-"""How blocks are called: which dimension of what a module is given has the rows of the batch, and how often one forward
-runs a block.
+"""How blocks are called: which dimension of a module's inputs is the batch dimension, and how often one forward runs a
+block.
 
-Most models have rows first and run each block once. XLNet turns what it is given, so its blocks have tokens first;
-ALBERT runs one block for all of its layers. Nothing in the structure of a model says so, its code does. So the source
-of the forwards is read from the host down to the module: values are followed from the arguments on, through what turns
-them, to the call of the next module on the way, and so are the loops around that call. Nothing runs. Rule R17 of
-`docs/roles.md`.
+Most models have rows first and run each block once. XLNet transposes its inputs, so its blocks have tokens first;
+ALBERT runs one block for all of its layers. The structure of a model does not show this, but its code does. So the
+source of the forwards is read from the host down to the module: values are followed from the arguments, through
+transpositions, to the call of the next module on the way, and so are the loops around that call. No code runs. Rule R17
+of `docs/roles.md`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from peftcore.roles.stacks import arguments
 
 Runs = Literal["once", "several", "unknown"]
 Arms = tuple[tuple[ast.stmt, bool], ...]
-"""Conditions in the code, and on which side of each a call stands."""
+"""Conditions in the code, each with the branch of it in which a call is."""
 FIRST: Dims = frozenset({0})
 LISTS = nn.ModuleList | nn.ModuleDict
 _TURNS = {"transpose", "swapaxes", "swapdims"}
@@ -38,13 +38,13 @@ class BlockCalls(NamedTuple):
 
     rows: Dims
     """The dimensions at which its first argument may have the rows of the batch, where the host is given rows first;
-    none where the code cannot be followed."""
+    empty if the code cannot be followed."""
     runs: Runs
     """How often one forward runs it."""
 
 
 class CodeReader:
-    """Reads the code of a host; what was read of a module holds for all whose paths differ from its in numbers.
+    """Reads the code of a host. The results for a module are reused for all modules whose paths differ only in numbers.
 
     Args:
         modules: the modules of the host by path.
@@ -57,15 +57,15 @@ class CodeReader:
         self._turned: dict[str, bool] = {}
 
     def of(self, path: str, top: str = "") -> BlockCalls:
-        """Returns what the code says of a module; its runs are counted from the module `top` on."""
+        """Returns the calls of a module in the code; its runs are counted per forward of the module `top`."""
         key = alike(path), top
         if key not in self._read:
             self._read[key] = _read(self._modules, path, top, self._plain)
         return self._read[key]
 
     def tokens_first(self, path: str) -> bool:
-        """Whether a module is given tokens in front of rows, in dimensions 0 and 1; also where that depends on more
-        than the code tells."""
+        """Whether a module's inputs have tokens in dimension 0 and rows in dimension 1; True also if this depends on
+        values that are not known from the code."""
         key = alike(path)
         if key not in self._turned:
             wants = (self._wants_tokens_first(each) for each in self._inside(path))
@@ -76,15 +76,15 @@ class CodeReader:
         return (each for each in self._modules if each == path or each.startswith(f"{path}."))
 
     def _wants_tokens_first(self, path: str) -> bool:
-        """Whether a module is torch's own attention for tokens first, and nothing turns what it is given: then it is
-        the user who gives tokens first."""
+        """Whether a module is torch's own attention for tokens first, and its inputs are not transposed on the way:
+        then the user passes tokens first."""
         module = self._modules[path]
         attends = isinstance(module, nn.MultiheadAttention) and not module.batch_first
         return attends and 1 not in self.of(path).rows
 
 
 def alike(path: str) -> str:
-    """Returns the path of a module with `*` for its numbers: the same for all that stand where it does."""
+    """Returns the path of a module with `*` for its numbers: modules at corresponding places share it."""
     return re.sub(r"\d+", "*", path)
 
 
@@ -133,13 +133,13 @@ def _read(
 
 
 def _one_behind_the_other(first: Call, second: Call) -> bool:
-    """Whether one forward comes to both calls of the same module."""
+    """Whether one forward runs both calls of the same module."""
     apart = any(where is there and side is not other for where, side in first.arms for there, other in second.arms)
     return not (apart or first.part or second.part)
 
 
 def _bound(names: Sequence[str], calls: Sequence[Call]) -> dict[str, Dims]:
-    """Returns where the rows are in each argument of a module."""
+    """Returns the dimensions of the rows in each argument of a module."""
     given: dict[str, Dims] = {}
     for call in calls:
         for name, value in [*zip(names, call.given, strict=False), *call.named.items()]:
@@ -160,7 +160,7 @@ class _Reader:
         self.arms: list[tuple[ast.stmt, bool]] = []
 
     def calls(self, given: Mapping[str, Dims] | None) -> list[Call]:
-        """Returns the calls, for arguments that have the rows there; None: all have them first."""
+        """Returns the calls, for arguments with the rows in these dimensions; None: rows are first in all arguments."""
         function = getattr(self.plain(self.way[self.at]), "forward", None)
         tree = definition_of(function)
         if tree is not None:
@@ -220,7 +220,7 @@ class _Frame(Frame):
         reader.open.pop()
 
     def _take(self, target: ast.expr, each: ast.expr, loop: frozenset[int]) -> int | None:
-        """Let a loop's target stand for the elements of what it runs over; returns how many there are (at most)."""
+        """Assign the elements of a loop's iterable to the loop's target; returns their number (at most)."""
         targets = target.elts if isinstance(target, ast.Tuple) else []
         match each:
             case ast.Call(func=ast.Name(id="zip"), args=args) if len(targets) == len(args):
@@ -276,7 +276,7 @@ class _Frame(Frame):
         return made._replace(rows=NONE) if _looks(known) else made
 
     def _method(self, owner: Value, name: str, given: list[Value], made: Value) -> Value:
-        """Returns what a method of a tensor gives, or the function of torch of that name."""
+        """Returns the result of a method of a tensor, or of the function of torch with that name."""
         rest = given
         if inspect.ismodule(owner.known) and given:
             owner, rest = given[0], given[1:]
@@ -286,7 +286,7 @@ class _Frame(Frame):
 
 
 _LOOKING = (len, isinstance, getattr, hasattr, type, enumerate, zip, list, tuple, iter, reversed, range, int, float)
-"""Builtins that are given modules and values and run none of them."""
+"""Builtins that take modules and values without running them."""
 
 
 def _looks(known: Any) -> bool:
@@ -294,7 +294,7 @@ def _looks(known: Any) -> bool:
 
 
 def _moved(rows: Dims, name: str, numbers: Sequence[Any]) -> Dims:
-    """Returns where the rows are behind a method of a tensor that is given numbers."""
+    """Returns the dimensions of the rows after a method of a tensor that takes numbers."""
     known = all(isinstance(each, int) for each in numbers)
     if name == "t" or (name in _TURNS and known and len(numbers) == 2):
         first, second = numbers if numbers else (0, 1)

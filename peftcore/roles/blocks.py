@@ -10,7 +10,7 @@ from peftcore.roles.survey import Kind, Node, Ordered, Survey
 
 
 class Blocks:
-    """The blocks of a host, the lists they stand in, and the elements of those lists."""
+    """The blocks of a host, the lists that contain them, and the elements of the lists."""
 
     def __init__(self, survey: Survey, mixers: Mixers) -> None:
         self.survey = survey

@@ -1,10 +1,11 @@
-"""Where a branch ends: what a block does to a branch's output behind its last matrix, before it adds it to the stream.
+"""Where a branch ends: the operations of a block on a branch's output, from the last matrix to the addition to the
+stream.
 
-Dropout, layer scale, stochastic depth and norms of a branch's output are modules that are called behind the last
-matrix, and nothing in the structure of a model says which: T5 drops the hidden features by a module beside the last
-matrix, GPT-2 what the matrix returns. The code says it. So the source of the forwards is read from the last matrix up
-to the block, and the value that the matrix returns is followed through assignments, calls and methods until it meets
-another summand. Nothing runs.
+Dropout, layer scale, stochastic depth and norms of a branch's output are modules that are called after the last matrix.
+The structure of a model does not show which modules these are: the dropout next to the last matrix drops the hidden
+features in T5, and the output of the matrix in GPT-2. The code shows it. So the source of the forwards is read from the
+last matrix up to the block, and the value that the matrix returns is followed through assignments, calls and methods
+until it is added to another value. No code runs.
 """
 
 from __future__ import annotations
@@ -48,13 +49,14 @@ class End:
     """The end of a branch.
 
     Attributes:
-        path: the module behind which the branch joins the stream; None where no module follows the last matrix.
-        order: the order of dimensions that the branch's output has there, where the code permutes it on the way.
+        path: the module after which the branch joins the stream; None if no module follows the last matrix.
+        order: the order of dimensions that the branch's output has there, if the code permutes it on the way.
         drops_path: whether that module is stochastic depth, which drops the branch of whole rows.
-        rest: what the block's code does behind it without a module: "dropout", "scale" (also by a parameter), or
-            "unknown" where the code cannot be followed, or changes the shape before another module; else "".
-        entered: the module that is given the sum of stream and branch, and nothing else is (a norm behind the branch).
-        left: the module that returns the sum, when nothing has read it.
+        rest: the operations of the block's code after it that are not modules: "dropout", "scale" (also by a
+            parameter), or "unknown" where the code cannot be followed, or changes the shape before another module; else
+            "".
+        entered: the module that is the only reader of the sum of stream and branch (a norm after the branch).
+        left: the module that returns the sum, if nothing has read it.
         reader: the first module that is given the sum, alone and in whatever shape (the norm of the next branch).
     """
 
@@ -102,7 +104,7 @@ class _Trail:
 
     plain: Callable[[nn.Module], type]
     end: nn.Module | None = None
-    """The last module through which it went."""
+    """The last module that the value passed through."""
     order: Order | None = None
     order_there: Order | None = None
     reshaped: bool = False
@@ -111,11 +113,11 @@ class _Trail:
     entered: nn.Module | None = None
     reader: nn.Module | None = None
     read: bool = False
-    """Whether the sum was given to anything."""
+    """Whether anything has read the sum."""
     start: nn.Module | None = None
 
     def through(self, owner: nn.Module, start: nn.Module) -> State | None:
-        """Follow the value through the forward of a module; returns what the module returns of it."""
+        """Follow the value through the forward of a module; returns the state of the module's output."""
         self.start = start
         if isinstance(owner, nn.Sequential):
             after = list(owner)
@@ -132,8 +134,8 @@ class _Trail:
         return _Frame(self, function, tree, names, self.plain).run().state  # type: ignore[no-any-return]
 
     def passes(self, module: nn.Module, alone: bool = True) -> State | None:
-        """Go through a module that is called with the value, unless it has matrices or is given more than that, such as
-        a residual."""
+        """Pass through a module that is called with the value, unless it has matrices or takes other inputs, such as a
+        residual."""
         if not alone:
             self.rest = "unknown"
             return None
@@ -148,7 +150,7 @@ class _Trail:
         return State.BRANCH
 
     def is_whole(self) -> bool:
-        """Whether nothing has read the sum, nor does the branch lie otherwise in it."""
+        """Whether the sum is unread, and the branch is neither permuted nor reshaped in it."""
         return not self.read and self.order is None and not self.reshaped
 
     def add(self) -> State:
@@ -164,7 +166,7 @@ class _Frame(Frame):
 
     question: _Trail
     _kept: tuple[ast.expr, str] | None = None
-    """A call, and the name that gets what it returns."""
+    """A call, and the name to which its result is assigned."""
 
     def looped(self, target: ast.expr | None, each: ast.expr | None, body: Callable[[], None]) -> None:
         modules = UNKNOWN if each is None else self.of(each).known

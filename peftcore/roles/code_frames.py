@@ -1,8 +1,8 @@
 """Follows values through the source code of a function, without running it.
 
-A `Frame` has the names of one function. It goes through the statements in order: assignments, both sides of conditions
-that attributes of modules do not decide, loops once, and methods and functions that are called. A question about the
-code is a subclass: it says what a call, an operation or a loop means to it.
+A `Frame` has the names of one function. It follows the statements in order: assignments, both sides of conditions that
+attributes of modules do not decide, loops once, and methods and functions that are called. Each question about the code
+is a subclass, which defines the results of calls, operations and loops.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ class Value(NamedTuple):
     loops: frozenset[int] = frozenset()
     """The loops that choose it."""
     part: bool = False
-    """Whether it is some of a list, and other code may take the rest."""
+    """Whether it is a part of a list, of which other code may take the rest."""
     state: Any = None
-    """What a question has noted of it."""
+    """The state that a question records for it."""
 
 
 class Frame:
@@ -86,8 +86,8 @@ class Frame:
 
         Args:
             call: the call.
-            callee: what is called.
-            owner: the value of whose attribute it is, ``x`` of ``x.view(...)``; None of a name.
+            callee: the called object.
+            owner: the value whose attribute is called, ``x`` of ``x.view(...)``; None if a name is called.
             given: the arguments by position.
             named: the arguments by name.
         """
@@ -102,11 +102,11 @@ class Frame:
         raise NotImplementedError
 
     def element(self, held: Any) -> Any:
-        """Returns the element of a list of modules that stands for one that the code chooses."""
+        """Returns the element of a list of modules that represents the element which the code chooses."""
         return UNKNOWN
 
     def branched(self, statement: ast.stmt, side: bool | None) -> None:
-        """Called as one side of a condition begins that nothing decides; None as it ends."""
+        """Called at the start of each side of an undecided condition, and with None at its end."""
 
     # ---- statements
 
@@ -199,7 +199,7 @@ class Frame:
         return self.of(value)
 
     def set(self, target: ast.expr, value: Value) -> None:
-        """Let a target stand for a value; of several targets, the first gets what a question has noted."""
+        """Assign a value to a target; of several targets, the first gets the state of the question."""
         if isinstance(target, ast.Name):
             self.names[target.id] = value
         elif isinstance(target, ast.Tuple | ast.List):
@@ -209,7 +209,7 @@ class Frame:
     # ---- expressions
 
     def of(self, value: ast.expr) -> Value:
-        """Returns what an expression stands for."""
+        """Returns the value of an expression."""
         match value:
             case ast.Constant(value=constant):
                 return Value(constant)
@@ -248,7 +248,7 @@ class Frame:
         return Value()
 
     def both(self, *values: Value) -> Value:
-        """Returns what is made of several values: it has the rows where the first has them that has any."""
+        """Returns the result of several values: its rows are in the dimensions of the first value that has rows."""
         rows = next((value.rows for value in values if value.rows), NONE)
         return Value(rows=rows, loops=frozenset[int]().union(*(value.loops for value in values)))
 
@@ -306,13 +306,14 @@ class Frame:
         return Value(rows=frozenset(dim + deeper for dim in owner.rows), loops=loops, state=owner.state)
 
     def entered(self, function: Any, given: Sequence[Value], named: Mapping[str, Value], rest: Value) -> Value | None:
-        """Returns what a function returns whose code is followed; None where it is not at hand, or too deep.
+        """Returns the value that a function returns, by following its code; None if the code is not available or too
+        deep.
 
         Args:
             function: the function, of a method without its `self`.
             given: the arguments by position, `self` among them.
             named: the arguments by name.
-            rest: what ``*args`` of the function stands for.
+            rest: the value of ``*args`` of the function.
         """
         tree = definition_of(function)
         if tree is None or self.depth >= DEPTH:
@@ -329,7 +330,7 @@ class Frame:
 
 
 def either(first: Value, second: Value) -> Value:
-    """Returns what a name stands for of which one of two values is there."""
+    """Returns the value of a name that has one of two values."""
     same = first.known is second.known or (isinstance(first.known, str | int) and first.known == second.known)
     modules = [each.known for each in (first, second) if isinstance(each.known, nn.Module)]
     known = first.known if same else modules[0] if len(modules) == 1 else UNKNOWN
@@ -345,7 +346,8 @@ def parameters(tree: ast.FunctionDef) -> list[str]:
 
 
 def _told(test: ast.expr, side: bool) -> dict[str, Value]:
-    """Returns what a side of a condition tells of a name: that it is None there."""
+    """Returns the name that is None on this side of a condition, with that value; empty if the condition is another
+    one."""
     match test:
         case ast.Compare(left=ast.Name(id=name), ops=[ast.Is()], comparators=[ast.Constant(None)]) if side:
             return {name: Value(None)}
@@ -355,5 +357,5 @@ def _told(test: ast.expr, side: bool) -> dict[str, Value]:
 
 
 def _ends(statements: Sequence[ast.stmt]) -> bool:
-    """Whether nothing that stands behind these statements runs after them."""
+    """Whether no statement after these statements can run."""
     return bool(statements) and isinstance(statements[-1], ast.Return | ast.Raise | ast.Continue | ast.Break)

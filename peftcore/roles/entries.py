@@ -33,16 +33,16 @@ class HostEntry:
         tensor: the parameter's name in that module, when the weight is not its plain `weight`: "out_proj.weight".
         role: one role of `ROLES`, or "other". A module that is both a block and an attention has two entries.
         stream: "main", or "context" for the second stream of joint attention.
-        tower: path of the nearest sub-model with blocks of its own, "" when the host has only one.
+        tower: path of the nearest sub-model that contains blocks, "" when the host has only one.
         block: path of the enclosing block.
         layer: the index of that block among the blocks of its list.
-        layout: the slices of a fused projection, None when there is nothing fused or the order is not known without a
-            probe.
+        layout: the slices of a fused projection, None when it is not fused or the order is not known without a probe.
         called: False when the weight is known to be read without its module being called.
-        reader: where the module that holds the weight is known never to be called: the nearest one above that is.
+        reader: the nearest module above that is called, if the module that holds the weight is known never to be
+            called.
         kind: "container", "linear", "conv", "norm", "table", "experts", "mha", "raw" or "tensor".
         shape: of the weight; (out, in) for a matrix whatever the storage.
-        among_experts: whether it lies in one of a list of experts, which get the tokens that were chosen for them.
+        among_experts: whether it is inside a list of experts, each of which gets only the tokens routed to it.
     """
 
     path: str

@@ -28,8 +28,8 @@ from peftcore.roles.vocabulary import FUSED_ROLES, OTHER
 def derive(model: nn.Module) -> HostMap:
     """Returns the roles of everything in the host, by structure and names.
 
-    The order of the steps matters: mixers make blocks recognizable, blocks bound the search for feed-forward
-    branches, and the rest is judged by its place relative to all of these.
+    The order of the steps matters: mixers make blocks recognizable, blocks bound the search for feed-forward branches,
+    and the other modules are classified by their place relative to mixers, blocks and branches.
     """
     with closing(Survey(model)) as survey:
         entries = judged(survey)
@@ -81,8 +81,9 @@ def with_stacks(survey: Survey, entries: Entries) -> Entries:
 
 
 def are_told_apart(survey: Survey, entries: Entries) -> bool:
-    """Whether an element that speaks for others is told from the one before it, though both are built alike: then they
-    may be told from each other, too (matrices of one shape, of which each second one is the first's counterpart)."""
+    """Whether an element that represents others got other roles than the element before it, though both are built
+    alike. Then the represented elements may differ in their roles too (matrices of one shape, each second one of which
+    is the counterpart of the first)."""
     for node in survey.nodes:
         if node.twins and node.parent is not None:
             before = node.parent.children[node.parent.children.index(node) - 1]
@@ -93,7 +94,7 @@ def are_told_apart(survey: Survey, entries: Entries) -> bool:
 
 
 def unfolded(node: Node, entries: Entries) -> list[HostEntry]:
-    """Returns the entries of a node and all below it, with those of the elements for which others speak."""
+    """Returns the entries of a node and all below it, with those of the elements that others represent."""
     found = entries[node.index].copy()
     for below in (*node.tensors, *node.children):
         inside = unfolded(below, entries)

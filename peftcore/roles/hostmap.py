@@ -21,7 +21,7 @@ from peftcore.roles.vocabulary import OTHER, ROLES
 
 
 def moved(entries: list[HostEntry], element: str, names: list[str]) -> Iterator[HostEntry]:
-    """Yields the entries of an element of a list as they are in those that follow it, of these names."""
+    """Yields the entries of an element of a list, moved to the following elements with these names."""
     inside, length, above = f"{element}.", len(element), element[: element.rfind(".") + 1]
     parts: list[tuple[dict[str, Any], list[tuple[str, str]], int | None]] = []
     for entry in entries:
@@ -103,7 +103,8 @@ class HostMap:
 
     @cached_property
     def _held(self) -> frozenset[str]:
-        """The roles that need no rule: of weights and modules, of parts of fused ones, and families of these."""
+        """The roles that do not need a rule: roles of weights and modules, of parts of fused weights, and their
+        families."""
         present = {role for role in self.by_role if role != OTHER}
         for fused in present & set(_PARTS_OF):
             present |= {role for entry in self.by_role[fused] for role in part_roles(entry)}
@@ -115,8 +116,8 @@ class HostMap:
         weight.
 
         * a role: "attn.q" finds the query matrices and the query slices of fused ones;
-        * a family: "norm.*" finds the weights of every role that starts so, and of "norm" itself (modules, where it
-          has no weights);
+        * a family: "norm.*" finds the weights of every role with this prefix, and of "norm" itself (modules, if the
+          role is one of modules);
         * virtual: "all-linear", every matrix inside blocks that a linear adapter makes sense on; "attn.output" and
           "mlp.output", the places whose output a branch adds to the residual stream; "attn.core" and "cross.core", the
           modules that compute attention.
@@ -181,7 +182,7 @@ class HostMap:
     @cached_property
     def named_towers(self) -> dict[str, tuple[str, ...]]:
         """The towers by their inputs: "vision", "audio" or "text", by the modules that make patches and take token ids.
-        A tower with several kinds of inputs is none of these."""
+        A tower with several kinds of inputs is left out."""
         senses: dict[str, set[str]] = {}
         for entry in self.entries:
             if entry.role == "patch" or entry.role.startswith("stack"):
@@ -194,10 +195,10 @@ class HostMap:
         return named
 
     def override(self, roles: Mapping[str, str]) -> HostMap:
-        """Returns the map with corrections, path to role; "other" takes a path out of every role.
+        """Returns the map with corrections, path to role; "other" removes a path from every role.
 
         Raises:
-            TargetError: the host has no such path, or there is no such role.
+            TargetError: the path is not in the host, or the role does not exist.
         """
         for path, role in roles.items():
             self._check(path, role)
@@ -226,7 +227,7 @@ class HostMap:
             raise TargetError(f"{role!r} (for {path!r}) is no role; {hint}")
 
     def tree(self) -> str:
-        """Returns the map as text: repeated blocks folded, one line for each thing that has a role."""
+        """Returns the map as text: repeated blocks folded, one line for each module or parameter with a role."""
         return render(self)
 
 

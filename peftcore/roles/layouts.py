@@ -1,10 +1,10 @@
 """The order of slices in fused projections, found without a forward.
 
 Every fused attention layout has one form: G groups, each a run of parts with their widths. ``[q|k|v]`` is one group,
-GPT-NeoX's is a group for each head, Falcon's a group for each key-value head. Most modules tell the form
-themselves: by a flag, by the widths they declare, by a name such as query_key_value. The few that do not are listed
-below by where their class is defined. Where neither the module nor the list can tell, the answer is None: a probe
-finds it, a guess would adapt the wrong slices in silence.
+GPT-NeoX's is a group for each head, Falcon's a group for each key-value head. Most modules declare the form: by a flag,
+by widths, by a name such as query_key_value. The few other modules are listed below by the package that defines their
+class. If the form is in neither place, the answer is None: a probe finds it, while a guess could silently adapt the
+wrong slices.
 """
 
 from __future__ import annotations
@@ -178,13 +178,14 @@ def gate_up(node: Node) -> Layout | None:
 
 
 def nearest_class(node: Node) -> nn.Module:
-    """Returns the module whose forward reads the matrix: the nearest one above that is no mere list."""
+    """Returns the module whose forward reads the matrix: the nearest module above that is not just a list."""
     above = (ancestor.module for ancestor in node.ancestors())
     return next((m for m in above if not isinstance(m, (nn.ModuleList, nn.ModuleDict, nn.Sequential))), node.module)
 
 
 def defined_in(module: nn.Module, prefixes: tuple[str, ...]) -> bool:
-    """Whether a module's class, or one of its bases, is defined there: subclasses keep the order of their base."""
+    """Whether a module's class, or one of its base classes, is defined in these packages: subclasses keep the order of
+    their base."""
     return any(f"{base.__module__}.{base.__qualname__}".startswith(prefixes) for base in type(module).__mro__)
 
 

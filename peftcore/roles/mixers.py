@@ -17,7 +17,7 @@ MULTIHEAD_OPERANDS = {"in_proj_weight": "qkv", "q_proj_weight": "q", "k_proj_wei
 
 @dataclass(slots=True, eq=False)
 class Attention:
-    """An attention, the operands of its input matrices (nn.MultiheadAttention has none of its own), and its outputs."""
+    """An attention, the operands of its input matrices (nn.MultiheadAttention lacks separate ones), and its outputs."""
 
     node: Node
     operands: dict[Node, str]
@@ -55,7 +55,7 @@ class Mixers:
         return [self.by_node[node] for node in self.nodes.under(top) if node in self.by_node]
 
     def attention_around(self, node: Node) -> Attention | None:
-        """Returns the nearest attention that `node` is or lies in."""
+        """Returns the nearest attention that is `node` or contains it."""
         around = next((a for a in (node, *node.ancestors()) if a in self.by_node), None)
         return self.by_node[around] if around is not None else None
 
@@ -113,10 +113,10 @@ def is_cross(attention: Attention) -> bool:
 
 
 def assign_multihead(attention: Attention, all_body: bool) -> None:
-    """nn.MultiheadAttention names its parameters itself. Outside any block it pools tokens (SigLIP's head), unless the
-    host has no blocks at all: then it is all body (a lone nn.TransformerEncoderLayer).
+    """nn.MultiheadAttention names its parameters itself. Outside any block it pools tokens (SigLIP's head), except in a
+    host without blocks, where all modules count as body (a single nn.TransformerEncoderLayer).
 
-    Beside a sibling that is called self_attn it is the cross attention (nn.TransformerDecoderLayer).
+    Next to a sibling that is called self_attn it is the cross attention (nn.TransformerDecoderLayer).
     """
     node = attention.node
     siblings = [child for child in node.parent.children if child.kind is Kind.MHA] if node.parent is not None else []
@@ -157,7 +157,7 @@ class AttentionRoles:
         module.role = self.family
 
     def operand_role(self, node: Node, operand: str) -> str:
-        """R4: beside a separate query, qkv makes k and v only; a and b mark the two factors of a low-rank pair."""
+        """R4: next to a separate query, qkv makes only k and v; a and b mark the two factors of a low-rank pair."""
         if operand == "qkv" and self.attention.separate_query:
             operand = "kv"
         if operand in ("q", "kv"):
@@ -167,7 +167,7 @@ class AttentionRoles:
     def outputs(self) -> tuple[Node, list[Node]]:
         """R7: the output matrix gives back the width that the query reads, and is called out, proj, dense, o, ...
 
-        BERT keeps it one level up (attention.self, attention.output), SqueezeBERT beside the attention.
+        BERT keeps it one level up (attention.self, attention.output), SqueezeBERT next to the attention.
         """
         scope, block, parent = self.node, self.node.block, self.node.parent
         found = self.candidates(scope)

@@ -14,7 +14,7 @@ from peftcore.roles.survey import Kind, Node, Ordered, Survey
 
 
 class FeedForwards:
-    """Assigns the roles of all feed-forward branches. Runs after the mixers, whose matrices are then taken."""
+    """Assigns the roles of all feed-forward branches. Runs after the mixers, whose matrices then have roles."""
 
     def __init__(self, survey: Survey, mixers: Mixers, blocks: Blocks) -> None:
         self.survey = survey
@@ -61,7 +61,7 @@ class FeedForwards:
         self._assign_router(node, expert_count(node))
 
     def _assign_listed_experts(self, node: Node) -> None:
-        """R11: a list of MLPs beside a matrix with one output for each of them is a mixture of experts (Switch)."""
+        """R11: a list of MLPs next to a matrix with one output for each of them is a mixture of experts (Switch)."""
         experts = [child for child in node.children if child.children]  # NLLB has a dropout among them
         branch, count = node.parent, sum(1 + len(child.twins) for child in experts)
         if branch is None or branch.is_block or count < 2 or any(child.role != "mlp" for child in experts):
@@ -73,7 +73,8 @@ class FeedForwards:
                 node.lists_experts = True
 
     def _assign_router(self, node: Node, count: int | None) -> None:
-        """R11: the router is the matrix beside the experts with one output for each; both make one MLP branch."""
+        """R11: the router is the matrix next to the experts with one output for each expert; both form one MLP
+        branch."""
         for scope in node.ancestors():
             if scope is node.block or not scope.path:
                 return
@@ -123,10 +124,11 @@ class Pairing:
         self.by_fan = {fan: Ordered(nodes) for fan, nodes in groups.items()}
 
     def _is_free(self, node: Node) -> bool:
-        """Whether a matrix has no role yet, is in no side network and no norm, and outside the mixers unless the name
-        says feed-forward.
+        """Whether a matrix is still without a role, is outside side networks and norms, and is outside the mixers
+        unless the name says feed-forward.
 
-        In convolutional blocks 1x1 convolutions are steps of the convolution, so there a name has to say it, too.
+        In convolutional blocks 1x1 convolutions are steps of the convolution, so there the name must say feed-forward,
+        too.
         """
         if node.role is not None:
             return False
@@ -200,7 +202,7 @@ class Pairing:
             scope.role = "mlp"
 
     def _assign_single_stream(self) -> None:
-        """R10: no output matrix in the attention, but one beside it that reads attention and hidden MLP (Flux)."""
+        """R10: the attention lacks an output matrix, but a matrix next to it reads attention and hidden MLP (Flux)."""
         matrices = self.owner.survey.matrices
         if all(any((m.role or "").endswith("out") for m in matrices.under(mixer)) for mixer in self.mixers):
             return

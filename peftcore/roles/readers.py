@@ -21,8 +21,8 @@ READ_BY_MIXERS = frozenset({"ssm.dt", "ssm.conv"})
 
 
 def reader_of(node: Node) -> str | None:
-    """Returns the module that reads a weight whose own module is not called (R15); for a list of parameters, which has
-    no forward, it is the nearest one above that has."""
+    """Returns the module that reads a weight whose own module is not called (R15); for a list of parameters, which
+    lacks a forward, it is the nearest module above with a forward."""
     above, tensor = node.parent, node.tensor
     if (
         tensor is None
@@ -39,7 +39,7 @@ def reader_of(node: Node) -> str | None:
 
 
 def _adds_bias_to(node: Node, parent: Node) -> bool:
-    """Whether a module has vectors for the bias that a fused projection of it lacks. It then reads the weight."""
+    """Whether a module has vectors for the bias that its fused projection lacks. If so, it reads the weight."""
     if node.role not in FUSED_ROLES or node.kind is not Kind.LINEAR or node.module._parameters.get("bias") is not None:
         return False
     beside = ((name, each) for name, each in parent.module._parameters.items() if each is not None)
@@ -47,7 +47,7 @@ def _adds_bias_to(node: Node, parent: Node) -> bool:
 
 
 def _reads_only(parent: Node, node: Node) -> bool:
-    """Whether the code of a module takes tensors of a child, as in `self.q_proj.weight`, and nothing else of it."""
+    """Whether the code of a module only uses tensors of a child, as in `self.q_proj.weight`."""
     if parent.kind is Kind.MHA:
         return False  # sites in torch's own attention are those of the attention
     name = node.path.rpartition(".")[2]
@@ -56,7 +56,7 @@ def _reads_only(parent: Node, node: Node) -> bool:
 
 
 def _holds_for(above: Node, holder: Node, tensor: str) -> bool:
-    """Whether the code of a module names a tensor of another one, whose own code does not, beyond making it."""
+    """Whether the code of a module names a tensor of another module, whose own code only creates the tensor."""
     return _names(above, tensor) and not _names(holder, tensor)
 
 
@@ -71,8 +71,8 @@ def _code_of(node: Node) -> tuple[CodeType, ...]:
 
 @functools.cache
 def _codes(cls: Any) -> tuple[CodeType, ...]:
-    """Returns the code that a forward runs: its own, and that of all functions of the class that it names in turn; of
-    bases too, down to torch's own."""
+    """Returns the code that a forward runs: its own code and the code of all functions of the class that it names in
+    turn, including base classes, down to torch's."""
     functions = defaultdict[str, list[CodeType]](list)
     for base in takewhile(lambda each: each is not nn.Module, cls.__mro__):
         for name, member in vars(base).items():
@@ -87,7 +87,8 @@ def _codes(cls: Any) -> tuple[CodeType, ...]:
 
 @functools.cache
 def _steps(code: CodeType) -> tuple[tuple[str, str], ...]:
-    """Returns each attribute that code takes, with the one that it takes of that; "" where it does something else."""
+    """Returns each attribute that the code reads, with the attribute that it reads from that one; "" if it does
+    something else with it."""
     steps = [each.argval if each.opname in ("LOAD_ATTR", "LOAD_METHOD") else "" for each in dis.get_instructions(code)]
     return tuple(pair for pair in pairwise([*steps, ""]) if pair[0])
 

@@ -190,8 +190,8 @@ def product_factors(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any])
 
 
 def first_product(products: list[tuple[Tensor, Tensor, Tensor]], scores: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Returns the query and key of a softmax: the last product of its shape, else the one it comes from (gpt_oss adds a
-    column)."""
+    """Returns the query and key of a softmax: the last product of its shape, else the product from which it was
+    computed (gpt_oss adds a column)."""
     latest = products[::-1]
     alike = ((query, key) for query, key, output in latest if output.shape[-2:] == scores.shape[-2:])
     source = ((query, key) for query, key, output in latest if comes_from(scores, output))

@@ -22,7 +22,7 @@ POSITION = V.POSITION - {"r"}
 
 @dataclass(slots=True)
 class Place:
-    """The place of a node: facts that the rules below ask for."""
+    """The place of a node: facts that the rules below use."""
 
     node: Node
     relative: frozenset[str]  # words of the path within the block, or of the whole path
@@ -35,7 +35,7 @@ class Place:
 
 
 class Rest:
-    """Gives a role to every weight that has none."""
+    """Assigns a role to every weight that is still without one."""
 
     def __init__(self, survey: Survey, mixers: Mixers, blocks: Blocks, mlps: FeedForwards) -> None:
         self.survey = survey
@@ -92,7 +92,7 @@ class Rest:
 
     def _table(self, place: Place) -> str:
         """R12: positions and segments by name; word embeddings by the host's own word for them and every table that
-        shares their parameter (T5 and BART hand out a table that is never called), else by name.
+        shares their parameter (T5 and BART return a table that is never called), else by name.
         """
         node = place.node
         if node.words & POSITION:
@@ -103,8 +103,8 @@ class Rest:
         return "embed" if node.module in self.inputs or shared or node.words & V.WORD else V.OTHER
 
     def _norm(self, place: Place) -> str:
-        """R13: inner norms act on a part of a mixer or MLP; outside the blocks the order tells embedding norms from
-        final ones.
+        """R13: inner norms act on a part of a mixer or MLP; outside the blocks the order distinguishes embedding norms
+        from final norms.
         """
         node = place.node
         if self._is_inner(node):
@@ -146,7 +146,7 @@ class Rest:
         )
 
     def _weight(self, place: Place) -> str:
-        """R14: the first description that fits, from the most telling name to the mere place."""
+        """R14: the first description that fits, from the most specific name to the place alone."""
         node = place.node
         for fits, role in (
             (self._is_resampling, "down"),
@@ -167,9 +167,9 @@ class Rest:
         return V.OTHER
 
     def _is_resampling(self, place: Place) -> bool:
-        """Whether a weight belongs to what changes the resolution: named so; or named for a merging or a reduction,
-        where that has strides, or reads the features of several patches at once between stages and makes fewer of
-        them."""
+        """Whether a weight is part of a change of resolution: its name says so; or it is named for merging or
+        reduction, and has strides, or reads the features of several patches at once between stages and reduces their
+        number."""
         if not place.relative & V.MAY_RESAMPLE:
             return bool(place.relative & V.RESAMPLE)
         if place.relative & V.RESAMPLE:
@@ -215,7 +215,7 @@ class Rest:
         return node.kind is Kind.CONV and (node.block is not None or (not len(self.blocks.blocks) and not first))
 
     def _is_stem(self, place: Place) -> bool:
-        """Whether a convolution makes the first features: before the blocks, and strided or in no stage."""
+        """Whether a convolution makes the first features: before the blocks, and strided or outside all stages."""
         node = place.node
         if node.kind is not Kind.CONV or not place.before or place.in_head or "neck" in place.relative:
             return False
@@ -248,7 +248,8 @@ class Rest:
             max(tables, key=lambda node: node.shape[0]).role = "embed"
 
     def _mark_context(self) -> None:
-        """Mark the second stream: in blocks that have one, every node named for it (ff_context, norm_added_q)."""
+        """Mark the second stream: in blocks with a second stream, every node named for it (ff_context,
+        norm_added_q)."""
         double = {node.block for node in self.survey.matrices if node.context and node.block is not None}
         for block in double:
             for node in self.survey.nodes[block.index : block.end]:

@@ -1,4 +1,4 @@
-"""The source of forwards, and what the names in it stand for, for rules that read code: nothing runs."""
+"""The source of forwards and the values of the names in it, for rules that read code. No code runs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 
 class Unknown:
-    """The class of `UNKNOWN`: a value that nobody knows before the code runs."""
+    """The class of `UNKNOWN`: a value that is unknown until the code runs."""
 
 
 UNKNOWN = Unknown()
@@ -19,7 +19,7 @@ UNKNOWN = Unknown()
 
 @functools.cache
 def definition_of(function: Any) -> ast.FunctionDef | None:
-    """Returns the code of a function as a tree; None where its source is not at hand."""
+    """Returns the code of a function as a tree; None if its source is not available."""
     if not isinstance(function, FunctionType):
         return None
     try:
@@ -31,6 +31,7 @@ def definition_of(function: Any) -> ast.FunctionDef | None:
 
 
 def called(found: Any) -> Any:
-    """Returns what runs when an attribute of a module is called: for an object with a method for it, that method."""
+    """Returns the function that runs when an attribute of a module is called: for an object with ``__call__``, that
+    method."""
     call = inspect.getattr_static(type(found), "__call__", None)
     return MethodType(call, found) if isinstance(call, FunctionType) else found

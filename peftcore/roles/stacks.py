@@ -1,8 +1,8 @@
 """The stacks of a host: the modules that take token ids, embed them, and run the blocks.
 
 A sequence can be changed in a stack, not in the root that the user calls: `generate` runs an encoder by itself,
-`get_text_features` runs a tower, multimodal models merge images and hand embeddings on. Found by signatures and by
-the roles of modules below, never by class names.
+`get_text_features` runs a tower, multimodal models merge images and pass embeddings on. Found by signatures and by the
+roles of modules below, never by class names.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ CACHES = frozenset({"cache", "past_key_values", "past_key_value", "layer_past", 
 """Names of transformers' arguments for the cache of earlier tokens, of models and of blocks."""
 _TABLES = ("table", "raw", "tensor")
 NEED_IDS = frozenset({"per_layer_inputs"})
-"""Arguments of stacks that make more of the ids than their embeddings, so that embeddings alone do not say enough."""
+"""Arguments of stacks that are computed from the ids in addition to embeddings, so that embeddings alone are not
+enough."""
 
 
 @dataclass(frozen=True)
@@ -39,23 +40,24 @@ class TokenStack:
     path: str
     """The path of the stack; "" for the host itself."""
     entry: str
-    """The module that takes embeddings in the place of ids: the stack itself, or its embeddings (CLIP's text tower)."""
+    """The module that takes embeddings in place of ids: the stack itself, or its embeddings (CLIP's text tower)."""
     body: str
-    """The module below which all blocks lie: poolers come after it."""
+    """The module that contains all blocks; poolers run after it."""
     table: str
     """Path of the token table below the stack."""
     causal: bool = False
     """Whether its tokens see only earlier ones."""
     position_padding: int | None = None
-    """Where positions count the tokens that are no padding (RoBERTa): the id and the position of padding."""
+    """The id and the position of padding, if positions count only the tokens that are not padding (RoBERTa)."""
     readers: tuple[str, ...] = ()
     """The stacks that attend to this one's output."""
     reads: bool = False
     """Whether it attends to the output of another stack."""
     takes_cache: bool = False
-    """Whether it takes a cache of earlier tokens, and so goes on where they end."""
+    """Whether it takes a cache of earlier tokens and continues after them."""
     positions: int | None = field(default=None, repr=False)
-    """How many positions its table has; None where positions are no table's (rotary angles, biases by distance)."""
+    """The number of positions in its table; None if positions are not in a table (rotary angles, biases by
+    distance)."""
 
     @property
     def role(self) -> str:
@@ -63,16 +65,16 @@ class TokenStack:
         return "stack.decoder" if self.reads else "stack"
 
     def check_positions(self, front: int, text: int, places: Tensor | None, what: str = "rows") -> None:
-        """Check that the table has positions for a text of so many tokens and what is in front of it.
+        """Check that the table has positions for a text and the rows in front of it.
 
         Args:
-            front: how many are in front.
-            text: how many tokens there are, with those of a cache.
-            places: the positions of both, where they are told or counted; padding may have none.
-            what: what is in front, for the error.
+            front: the number of rows in front.
+            text: the number of tokens in the text, including a cache.
+            places: the positions of both, if they are passed or counted; padding may lack positions.
+            what: the name of the rows in front, for the error.
 
         Raises:
-            SequenceError: it has fewer.
+            SequenceError: it has fewer positions.
         """
         if self.positions is None or torch.compiler.is_compiling():
             return
@@ -104,12 +106,13 @@ def is_cache(value: Any) -> bool:
 
 
 def caches_in(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the caches among a module's arguments by name: what is one, and what has the name of one."""
+    """Returns the caches among a module's arguments by name: values that are caches, and arguments with the name of
+    one."""
     return {name: value for name, value in given.items() if value is not None and (name in CACHES or is_cache(value))}
 
 
 def cache_in(given: Mapping[str, Any]) -> Any:
-    """Returns the cache among a transformers module's arguments by name; None where there is none."""
+    """Returns the cache among a transformers module's arguments by name; None without a cache."""
     found = caches_in(given)
     return found[min(found)] if found else None
 
@@ -135,8 +138,8 @@ def find(modules: Mapping[str, nn.Module], entries: Iterable[HostEntry]) -> list
 
 
 def _related(stacks: list[TokenStack], cross: list[str]) -> list[TokenStack]:
-    """Returns the stacks with their readers: where some have cross-attention and others have not, the first read the
-    others."""
+    """Returns the stacks with their readers: if some have cross-attention and others do not, the former read the
+    latter."""
     reading = {stack.path for stack in stacks if _below(cross, stack.path)}
     if len(reading) in (0, len(stacks)):
         return stacks
@@ -216,8 +219,8 @@ def _padding(modules: Mapping[str, nn.Module], path: str, positions: list[HostEn
 
 
 def _positions(stack: nn.Module, path: str, blocks: list[str], positions: list[HostEntry]) -> int | None:
-    """Returns the length of the longest table of positions in front of the blocks, or what the config says of it, which
-    leaves out rows that stand for no position."""
+    """Returns the length of the longest table of positions in front of the blocks, or the length in the config, which
+    leaves out rows without a position."""
     tops = tuple(f"{block}." for block in blocks)
     tables = [e for e in positions if _inside(e.path, path) and not e.path.startswith(tops) and e.kind in _TABLES]
     counts = [e.shape[-2] for e in tables if len(e.shape) > 1 and not V.words(e.path) & V.RELATIVE]
@@ -237,7 +240,7 @@ def _weight(module: nn.Module) -> int:
 
 
 def _from(path: str) -> Iterable[str]:
-    """Yields a path and all above it, but for the host's."""
+    """Yields a path and all paths above it, except the host's."""
     while path:
         yield path
         path = path.rpartition(".")[0]

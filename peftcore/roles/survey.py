@@ -1,12 +1,12 @@
 """One walk over the host: every module and every bare parameter as a node of a tree that answers subtree questions
 fast.
 
-Nodes are numbered in the order of the walk, so a subtree is an interval of numbers and "which matrices lie under this
+Nodes are numbered in the order of the walk, so a subtree is an interval of numbers and "which matrices are under this
 module" is two binary searches. All rules work on this tree; none of them walks the host again.
 
-Of elements of a list that are built alike and follow each other, three have nodes, and the third speaks for the others:
-rules ask whether there are two or three of something, and no more. Should they tell the three apart (by their
-place), all of them have to be surveyed.
+Of elements of a list that are built alike and follow each other, three have nodes, and the third represents the others:
+rules only ask whether there are two or three of something. If the rules assign different roles to the three (by their
+place), all elements must be surveyed.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Node:
     lists_experts: bool = False
 
     def inside(self, other: Node) -> bool:
-        """Whether this node is `other` or lies under it."""
+        """Whether this node is `other` or under it."""
         return other.index <= self.index < other.end
 
     def below(self, other: Node | None) -> str:
@@ -181,7 +181,7 @@ class Survey:
         return node
 
     def _children(self, module: nn.Module) -> Iterator[tuple[str, nn.Module, list[str]]]:
-        """Yields the children that get nodes, each with the names of those for which it speaks."""
+        """Yields the children that get nodes, each with the names of the children that it represents."""
         children: Run = [
             (key, child, [])
             for key, child in module._modules.items()
@@ -206,7 +206,7 @@ class Survey:
 
 
 def declared(model: nn.Module, getter: str) -> set[nn.Module]:
-    """Returns the host's answer for its embeddings or its head; many hosts have none."""
+    """Returns the embeddings or the head that the host declares; many hosts do not declare them."""
     method = getattr(model, getter, None)
     if not callable(method):
         return set()
@@ -238,16 +238,16 @@ def weight_of(module: nn.Module) -> torch.Tensor | None:
 
 
 def attribute(module: nn.Module, name: str) -> Any:
-    """Returns an attribute of a module or its class, or None; no tensor or child. Where there is none, `getattr` would
-    have torch write an error message first, which takes longer than all else here."""
+    """Returns an attribute of a module or its class, or None; tensors and children are left out. For a missing
+    attribute, `getattr` would make torch format an error message first, which takes longer than the whole lookup."""
     if name in vars(module):
         return vars(module)[name]
     return None if getattr(type(module), name, None) is None else getattr(module, name)
 
 
 def declared_fan(module: nn.Module) -> tuple[int, int] | None:
-    """Returns (in_features, out_features) of a Linear or of a module like it: the shape of quantized weights tells
-    nothing."""
+    """Returns (in_features, out_features) of a Linear or of a module like it: the shape of quantized weights does not
+    show it."""
     if not GUESTS.issuperset(module._modules):
         return None
     inputs, outputs = attribute(module, "in_features"), attribute(module, "out_features")
@@ -257,7 +257,7 @@ def declared_fan(module: nn.Module) -> tuple[int, int] | None:
 
 
 def bare_parameters(module: nn.Module) -> list[str]:
-    """Returns names of the parameters of rank 2 or more that are no plain weight or bias."""
+    """Returns names of the parameters of rank 2 or more, except plain weights and biases."""
     return [
         name
         for name, parameter in module._parameters.items()

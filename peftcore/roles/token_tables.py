@@ -16,12 +16,12 @@ class HasTables(Protocol):
         """Return the module that embeds tokens."""
 
     def get_output_embeddings(self) -> Any:
-        """Return the head; None where there is none."""
+        """Return the head; None if the model lacks one."""
 
 
 def token_tables(model: nn.Module) -> list[nn.Module]:
-    """Returns the modules whose weight has a row for each token, the embeddings first; none of a model that names
-    none."""
+    """Returns the modules whose weight has a row for each token, the embeddings first; empty for a model that does not
+    declare them."""
     found: list[Any] = []
     if isinstance(model, HasTables):
         for get in (model.get_input_embeddings, model.get_output_embeddings):
@@ -32,13 +32,13 @@ def token_tables(model: nn.Module) -> list[nn.Module]:
 
 
 def token_count(model: nn.Module) -> int:
-    """Returns the number of rows that the tables have; 0 of a model that names none."""
+    """Returns the number of rows that the tables have; 0 for a model that does not declare them."""
     return next((_rows(each) for each in token_tables(model)), 0)
 
 
 def tables_by_path(model: nn.Module) -> dict[str, nn.Module]:
-    """Returns the same modules by path, and all others that hold the weight of one: stacks with a table of their own,
-    tied heads."""
+    """Returns the same modules by path, and all other modules that hold one of their weights: stacks with a separate
+    table module, tied heads."""
     weights = {id(each._parameters["weight"]) for each in token_tables(model)}
     modules = model.named_modules() if weights else ()
     return {path: each for path, each in modules if id(each._parameters.get("weight")) in weights}

@@ -1,7 +1,7 @@
 """Towers: the sub-model of a host to which a node belongs, and the layer in which it is.
 
-A tower is a sub-model with blocks of its own beside another one: CLIP's text and vision models, LLaVA's vision tower
-and language model. Encoder and decoder are two halves of one model and count as one tower, and so do the stages of a
+A tower is one of several sub-models with separate blocks: CLIP's text and vision models, LLaVA's vision tower and
+language model. Encoder and decoder are two halves of one model and count as one tower, and so do the stages of a
 network.
 """
 
@@ -39,7 +39,7 @@ class Towers:
         return found
 
     def _stands_alone(self, child: Node) -> bool:
-        """Whether a child is no block, no list of blocks or stages, and not called one half or one stage."""
+        """Whether a child is neither a block nor a list of blocks or stages, and is not called a half or a stage."""
         part = child.is_block or child in self._blocks.lists or STAGES.intersection(tokens(child.name))
         return not part and child.name not in HALVES
 

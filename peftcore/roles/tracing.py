@@ -1,9 +1,9 @@
 """Refines a host map by one forward with autograd: operands and slices of attentions, gates, norms, heads, unused
 modules.
 
-No table is asked here. Rows belong to the query if the query's gradient reaches them; rows are the up part of a gated
-MLP if the product is linear in them; a matrix whose parameter receives a gradient although its module never ran is
-read and not called.
+The probe uses gradients, not tables of names. Rows belong to the query if the query's gradient reaches them; rows are
+the up part of a gated MLP if the product is linear in them; a matrix whose parameter receives a gradient although its
+module never ran is read and not called.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ _LINEAR_HALF = 3e-3  # float16, bfloat16
 
 
 def probe(model: nn.Module, inputs: Inputs, host: HostMap) -> HostMap:
-    """Run the model once on example inputs and correct the map by what happened.
+    """Run the model once on example inputs and correct the map by the recorded events.
 
-    Nothing on the model changes: modes, `requires_grad` and gradients are as before. Where the forward tells nothing,
-    entries stay as they are.
+    Nothing on the model changes: modes, `requires_grad` and gradients are as before. Entries for which the forward
+    gives no information stay as they are.
     """
     matrices = frozenset(entry.path for entry in host.entries if entry.kind in _MATRIX_KINDS and entry.tensor is None)
     downs = frozenset(entry.path for entry in host.entries if entry.role == "mlp.down")
@@ -149,8 +149,8 @@ class _Attention:
     def _write(self, path: str, family: str, rows: Mapping[str, tuple[int, ...]]) -> None:
         """Set the role by the operands that a matrix feeds.
 
-        Rows that feed two operands (the latents of MLA) say nothing new, and neither do rows that feed none while the
-        role says that they should: the example input was degenerate (DETR's first queries are zero).
+        The entry does not change if rows feed two operands (the latents of MLA), or if rows feed no operand although
+        their role requires one: then the example input was degenerate (DETR's first queries are zero).
         """
         entry = self.changes.at(path)
         reached = [row for part in rows.values() for row in part]
@@ -183,13 +183,13 @@ def parameter_rows(entry: HostEntry, stored: Tensor) -> Tensor:
 
 
 def contract(value: Tensor, sources: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
-    """Returns the gradients of a random projection of `value`. The graph stays for the next question."""
+    """Returns the gradients of a random projection of `value`. The graph is kept for the next call."""
     gradients = torch.autograd.grad(value, list(sources), random_like(value), retain_graph=True, allow_unused=True)
     return tuple(gradients)
 
 
 def random_like(value: Tensor) -> Tensor:
-    """Returns random numbers that leave the global generator alone."""
+    """Returns random numbers without using the global generator."""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(value.shape, generator=generator).to(value)
 
@@ -293,7 +293,8 @@ def write_gates(changes: Changes, paths: Sequence[str], order: GateOrder) -> Non
 
 
 def refine_norms(changes: Changes, recording: Recording) -> None:
-    """Tell norms before the blocks from norms after them, by the order of calls; registration order only guesses."""
+    """Distinguish norms before the blocks from norms after them, by the order of calls; registration order is only a
+    guess."""
     time = recording.first_call
     blocks = [entry.path for entry in changes.entries if entry.role == "block" and entry.path in time]
     for entry in list(changes.entries):
@@ -317,7 +318,7 @@ def nearest_times(path: str, blocks: Sequence[str], time: Mapping[str, int]) -> 
 
 
 def refine_head(changes: Changes, recording: Recording) -> None:
-    """Give the role of the head, where no entry has it, to the last matrix that ran, if it ran after the last block."""
+    """If no entry has the role of the head, assign it to the last matrix that ran, if it ran after the last block."""
     if any(entry.role == "head" for entry in changes.entries):
         return
     time = recording.first_call

@@ -29,7 +29,7 @@ class Branch:
 
     @property
     def bare(self) -> bool:
-        """Whether it has neither entries nor notes of its own."""
+        """Whether it has neither entries nor notes."""
         return not self.entries and not self.marks and not self.tower
 
 
@@ -43,7 +43,7 @@ class Line:
     shape: str
     notes: str
     marks: tuple[str, ...] = ()
-    """Further texts of the place."""
+    """Additional texts for the place."""
 
 
 def render(host: HostMap) -> str:
@@ -58,8 +58,8 @@ def render(host: HostMap) -> str:
 
 
 def tree_lines(host: HostMap, marks: Mapping[str, Sequence[str]] = MappingProxyType({})) -> list[Line]:
-    """Returns the map's lines from top to bottom. `marks` are further texts by path; modules with different ones are
-    not alike, and a path that has one gets a line even where the map has no role for it."""
+    """Returns the map's lines from top to bottom. `marks` are further texts by path; modules with different texts are
+    not alike, and a path with a text gets a line even if the map lacks a role for it."""
     root = Branch()
     for entry in host.entries:
         if entry.role != OTHER or entry.path in marks:
@@ -94,8 +94,8 @@ def below(branch: Branch, depth: int) -> list[Line]:
 
 
 def lines_of(branch: Branch, name: str, depth: int) -> list[Line]:
-    """Returns the lines of a branch. One without a role of its own and with a single line below joins its name with
-    that: `layers.[0-11]`."""
+    """Returns the lines of a branch. A branch without a role and with a single line below it joins its name with that
+    line's name: `layers.[0-11]`."""
     if branch.bare:
         lines = below(branch, depth)
         if sum(line.depth == depth for line in lines) == 1:

@@ -16,7 +16,7 @@ _LINEAR_FAMILIES = frozenset({"attn", "cross", "mlp", "attn_mlp", "ssm", "expert
 
 
 def _in_body(host: HostMap, entry: HostEntry) -> bool:
-    """Whether an entry is in a block; hosts without blocks are all body."""
+    """Whether an entry is in a block; in hosts without blocks every entry counts."""
     return entry.block is not None or not host.has_blocks
 
 
@@ -118,7 +118,7 @@ def _mlp_outputs(host: HostMap) -> list[HostEntry]:
 
 
 def _conv_outputs(host: HostMap) -> list[HostEntry]:
-    """Returns the last convolution of each block that has no other branch."""
+    """Returns the last convolution of each block without another branch."""
     branches = ("attn.output", "mlp.output", "ssm.output")
     others = {entry.block for role in branches for entry in VIRTUAL[role](host)}
     last: dict[str | None, HostEntry] = {}

@@ -1,9 +1,9 @@
 """The vocabulary: all names by which the host rules recognize modules.
 
-Structure decides first (shapes, containment, repetition); words decide only where structure is silent: which of
-three square matrices is the query, which table holds positions. Names are compared token by token, never as
-substrings, except where a pattern below says so. Where a rule has to look at the name of a *class*, the pattern stands
-below with the others of its kind, and with the reason.
+Structure decides first (shapes, containment, repetition); words decide only where structure is silent: which of three
+square matrices is the query, which table holds positions. Names are compared token by token, never as substrings,
+except where a pattern below says so. If a rule must look at the name of a *class*, the pattern is below with the other
+class patterns and a comment with the reason.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def words(text: str) -> frozenset[str]:
 
 @lru_cache(maxsize=65536)
 def is_generic(component: str) -> bool:
-    """Whether one path component says nothing: a number, or a generic word with or without one (`conv2d`, `fc1`)."""
+    """Whether one path component is generic: a number, or a generic word with or without a number (`conv2d`, `fc1`)."""
     return component.isdigit() or re.sub(r"\d+d?$", "", component) in GENERIC
 
 

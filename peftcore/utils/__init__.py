@@ -4,11 +4,11 @@ It may import `peftcore.errors` alone. In the order of reading:
 
 - `progress`: bars for long work.
 - `notices`: single lines for the user, each once.
-- `threads`: threads by objects of their own.
+- `threads`: identifies threads by objects.
 - `autocast`: the dtype under autocast.
 - `packages`: which Python packages are installed.
-- `numbers`: numbers as people read them.
-- `quiet`: other libraries say nothing.
+- `numbers`: formats numbers for people.
+- `quiet`: silences other libraries.
 - `yaml_values`: values that users write in YAML.
-- `journal`: writes that are undone together, when one fails or later.
+- `journal`: writes that are undone together, after an error or later.
 """

@@ -1,4 +1,4 @@
-"""Autocast: whether it is on, and casts of the operands of products to its dtype or in spite of it."""
+"""Autocast: whether it is on, and casts operands of products to its dtype, or keeps them in full precision."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def autocasts(device: str) -> bool:
-    """Whether autocast is on for a device type; never on "meta", for which torch has none."""
+    """Whether autocast is on for a device type; never on "meta", which torch does not support."""
     return device != "meta" and torch.is_autocast_enabled(device)
 
 

@@ -1,12 +1,12 @@
-"""The journal: notes each write to a model before it is made, so that all of them can be undone together.
+"""The journal: records each write to a model before it is made, so that all writes can be undone together.
 
     with Journal() as journal:
         journal.put(module, "_parameters", "weight", new)
         journal.drop(module, "_buffers", "codes")
 
-Where the block raises, Ctrl-C included, everything is as it was. A journal that is kept undoes its writes later; what
-others have added to the same tables meanwhile stays. It holds modules and values alone, so a copy or a pickle of the
-model can hold it.
+If the block raises, also by Ctrl-C, all writes are undone. A journal can also be kept and undone later; entries that
+other code has added to the same tables in between stay. It holds only modules and values, so it can be copied and
+pickled with the model.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 
 
 class Missing(Enum):
-    """Stands for the value of a key that is not there. An enum, so that copies and pickles have the same one."""
+    """The value of a missing key. An enum, so that copies and pickles have the same one."""
 
     MISSING = 0
 
@@ -33,19 +33,19 @@ MISSING = Missing.MISSING
 
 @dataclass(eq=False, slots=True)
 class Entry(ABC):
-    """One write: where, what was there before, and what was put there."""
+    """One write: its place, the value before and the value after."""
 
     before: Any
     after: Any
 
     @abstractmethod
     def put(self, value: Any) -> None:
-        """Write a value. Writing one that is there already changes nothing, so that undoing a write that was noted and
-        never made is harmless."""
+        """Write a value. Writing the present value changes nothing, so that undoing a recorded write that was never
+        made is harmless."""
 
     @abstractmethod
     def again(self, journal: Journal) -> None:
-        """Write what was there before, as a write of another journal."""
+        """Write the value before, as a write of another journal."""
 
 
 @dataclass(eq=False, slots=True)
@@ -56,7 +56,7 @@ class InTable(Entry):
     name: str
     key: Any
     order: tuple[Any, ...]
-    """The keys by which the table is sorted where the key comes back; others follow."""
+    """The order of keys into which the table is sorted when the key is restored; keys that are not in it follow."""
 
     def put(self, value: Any) -> None:
         table = table_of(self.holder, self.name)
@@ -80,7 +80,7 @@ class InTable(Entry):
 
 @dataclass(eq=False, slots=True)
 class Attribute(Entry):
-    """A write by ``setattr``, for classes that keep more in step with an attribute."""
+    """A write by ``setattr``, for classes that update other state when the attribute is set."""
 
     holder: Any
     name: str
@@ -121,7 +121,7 @@ class Call(Entry):
 
 
 class Journal:
-    """The writes of one change. As a context manager, it undoes them where the block raises."""
+    """The writes of one change. As a context manager, it undoes them if the block raises."""
 
     def __init__(self) -> None:
         self.entries: list[Entry | Journal] = []
@@ -129,14 +129,14 @@ class Journal:
 
     def put(self, holder: Any, table: str, key: Any, value: Any, order: tuple[Any, ...] = ()) -> None:
         """Put a value into a dictionary of the holder: its attribute `table`, or with "" its own ``__dict__``. A new
-        key comes last, or first when `order` is that key alone."""
+        key becomes the last, or the first when `order` is only that key."""
         there = table_of(holder, table)
         before = there.get(key, MISSING)
         if before is not value:
             self._do(InTable(before, value, holder, table, key, order or tuple(there if before is not MISSING else ())))
 
     def drop(self, holder: Any, table: str, key: Any) -> None:
-        """Take a key out of a dictionary of the holder, if it is there; undone, it comes back to its place."""
+        """Remove a key from a dictionary of the holder, if it is there; undoing restores it at its position."""
         self.put(holder, table, key, MISSING)
 
     def set(self, holder: Any, name: str, value: Any) -> None:
@@ -144,11 +144,11 @@ class Journal:
         self._do(Attribute(getattr(holder, name), value, holder, name))
 
     def note(self, holder: Any) -> None:
-        """Note the attributes that an object has, before code that knows no journal sets them."""
+        """Record the attributes of an object, before code without a journal sets them."""
         self.entries += [InTable(value, value, holder, "", key, ()) for key, value in vars(holder).items()]
 
     def write(self, tensor: Tensor, values: Tensor, before: Tensor | None = None) -> None:
-        """Write values into a tensor; `before` is a copy of the present ones, made here where it is not given."""
+        """Write values into a tensor; `before` is a copy of the present values, made here if it is not given."""
         self._do(Values(tensor.clone() if before is None else before, values, tensor))
 
     def call(self, function: Callable[[Any, Any], object], holder: Any, before: Any, after: Any) -> None:
@@ -156,17 +156,20 @@ class Journal:
         self._do(Call(before, after, function, holder))
 
     def afterwards(self, function: Callable[..., object], *args: Any) -> None:
-        """Call a function at the end of an undoing, as one that makes anew what is derived from what was written."""
+        """Register a function to call after undoing, such as one that recomputes values derived from the written
+        ones."""
         self._afterwards.append((function, args))
 
     def part(self) -> Journal:
-        """Returns a journal whose writes are undone with those of this one. It can be kept by itself."""
+        """Returns a journal whose writes are undone with those of this one. It can also be kept and undone
+        separately."""
         part = Journal()
         self.entries.append(part)
         return part
 
     def undo(self, journal: Journal | None = None) -> None:
-        """Undo the writes, the last one first. With another journal, which notes that, the undoing can be undone."""
+        """Undo the writes, the last one first. With another journal, which records the undoing, that can be undone
+        too."""
         if journal is not None:
             journal._afterwards += self._afterwards
         for each in reversed(self.entries):
@@ -192,6 +195,6 @@ class Journal:
 
 
 def table_of(holder: Any, name: str) -> dict[Any, Any]:
-    """Returns a dictionary that the holder has as an attribute of its own, or with an empty name its ``__dict__``."""
+    """Returns a dictionary that is an attribute of the holder, or its ``__dict__`` if the name is empty."""
     table: dict[Any, Any] = vars(holder)[name] if name else vars(holder)
     return table

@@ -43,15 +43,15 @@ def percent(share: float) -> str:
 
 
 def decimals(values: Iterable[float]) -> int:
-    """Return the places after the point for the numbers of a column: three for 0.912, two beside 12.3, none for
-    54,321."""
+    """Return the places after the point for the numbers of a column: three for 0.912, two with 12.3 among the values,
+    none for 54,321."""
     sizes = [abs(value) for value in values if math.isfinite(value)] or [0.0]
     places = max(0, 3 - math.floor(math.log10(max(1.0, min(sizes)))))
     return places if max(sizes) < 10 else min(places, 2)
 
 
 def fixed(value: float, places: int) -> str:
-    """Format a number with so many places after the point; what is no number is called so."""
+    """Format a number with `places` digits after the point; infinities as signs, NaN as "not a number"."""
     return (
         f"{value:,.{places}f}" if math.isfinite(value) else {math.inf: "∞", -math.inf: "−∞"}.get(value, "not a number")
     )

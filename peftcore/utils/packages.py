@@ -1,4 +1,4 @@
-"""Finds installed Python packages and their folders; none of them is imported for that."""
+"""Finds installed Python packages and their folders without importing them."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pathlib import Path
 from peftcore.errors import MissingPackage
 
 PACKAGE = "package:"
-"""The prefix of an installed package's name, where a folder may be named."""
+"""The prefix that marks the name of an installed package, in places that accept a folder."""
 LAB = "peftcore-lab"
 """The distribution that trains, compares and searches."""
 
 
 def package_folder(name: str) -> Path | None:
-    """Return the folder of an installed package, which is not imported. A name with a dot is none: to look for that,
-    Python would import what is before the dot."""
+    """Return the folder of an installed package without importing it. Names with a dot are not accepted: Python would
+    import the package before the dot."""
     try:
         spec = importlib.util.find_spec(name) if name.isidentifier() else None
     except ValueError:  # imported already, by no file: __main__
@@ -29,8 +29,8 @@ def require(packages: Mapping[str, str], options: str = "") -> None:
     """Raise `MissingPackage` unless every module is there.
 
     Arguments:
-      packages: import name -> what pip has to install for it.
-      options: what the pip line says before that.
+      packages: import name -> the requirement that pip must install for it.
+      options: the options of the pip line, in front of the requirements.
     """
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
@@ -45,7 +45,7 @@ def has_lab() -> bool:
 
 
 def lab_is_missing(what: str) -> MissingPackage:
-    """Return the error for a function or command that peftcore-lab has, and that is not there."""
+    """Return the error for a function or command of peftcore-lab when peftcore-lab is not installed."""
     if has_lab():
         return MissingPackage(f"{what} is part of {LAB}, whose plugin was not loaded: see peftcore doctor")
     return MissingPackage(f"{what} is part of {LAB}, which is not installed. Run: pip install {LAB}")

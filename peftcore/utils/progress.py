@@ -1,4 +1,4 @@
-"""Progress bars for long work: where tqdm is installed and the output is a terminal, and nothing otherwise."""
+"""Progress bars for long work: shown if tqdm is installed and the output is a terminal."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ DELAY = 2.0
 
 
 def through(data: Iterable[Any], title: str) -> Iterable[Any]:
-    """Returns the data, behind a progress bar."""
+    """Returns the data with a progress bar."""
     tqdm = _tqdm()
     if tqdm is None:
         return data
@@ -20,7 +20,7 @@ def through(data: Iterable[Any], title: str) -> Iterable[Any]:
 
 
 class Progress:
-    """A progress bar over steps that the holder counts; it appears when they take long."""
+    """A progress bar over steps that its owner counts; it appears when they take long."""
 
     def __init__(self, title: str) -> None:
         self._title = title
@@ -40,7 +40,7 @@ class Progress:
             self._bar.update()
 
     def close(self) -> None:
-        """Remove the bar; copies and pickles of the holder have none."""
+        """Remove the bar; copies and pickles of the owner do not contain it."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None

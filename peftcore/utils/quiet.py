@@ -1,5 +1,5 @@
-"""Silences libraries, which log and warn about each other and about configurations: no news to someone who only
-looks."""
+"""Silences libraries, which log and warn about each other and about configurations: useless to a user who only
+reads."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from contextlib import contextmanager
 from typing import Any
 
 LOUD_IMPORTS = ("bitsandbytes.backends", "diffusers.quantizers", "torch.utils._pytree", "torchao")
-"""Loggers of libraries that report, while they are imported, which of their own parts this machine does not have:
-kernels of other devices and versions, which nobody asked for."""
+"""Loggers of libraries that report missing optional parts while they are imported: kernels of other devices and
+versions, which the user did not request."""
 
 
 def hush_imports() -> None:
-    """Let the loggers of `LOUD_IMPORTS` log nothing but errors, for the rest of the process.
+    """Let the loggers of `LOUD_IMPORTS` log only errors, for the rest of the process.
 
-    The command line says it once, before any library is imported. ``peftcore doctor`` tells which schemes cannot work
-    here, and why.
+    The command line calls it once, before it imports any library. ``peftcore doctor`` reports which schemes cannot work
+    on this machine, and why.
     """
     for name in LOUD_IMPORTS:
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -27,7 +27,7 @@ def hush_imports() -> None:
 
 @contextmanager
 def unlogged() -> Iterator[None]:
-    """Log nothing but errors, until the end of the block."""
+    """Context manager in which only errors are logged."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -38,7 +38,7 @@ def unlogged() -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Log nothing but errors and show no warnings, until the end of the block."""
+    """Context manager in which only errors are logged and no warnings are shown."""
     with unlogged(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -46,7 +46,7 @@ def quiet() -> Iterator[None]:
 
 def no_bars() -> None:
     """Switch off progress bars of transformers and datasets, if these are installed, and their advice, which would
-    stand between our own lines."""
+    appear between peftcore's own lines."""
     if importlib.util.find_spec("datasets") is not None:
         import datasets
 

@@ -1,4 +1,4 @@
-"""Threads by objects of their own: the system gives the numbers of threads that ended to new ones."""
+"""Identifies threads by objects, because the system reuses the numbers of ended threads."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import threading
 
 
 class Token:
-    """Stands for a thread, as long as it runs or somebody remembers it."""
+    """Identifies a thread; unique while the thread runs or a reference to the token exists."""
 
 
 class _This(threading.local):
@@ -18,5 +18,5 @@ _THIS = _This()
 
 
 def this_thread() -> Token:
-    """Returns the token of the thread that asks."""
+    """Returns the token of the current thread."""
     return _THIS.token

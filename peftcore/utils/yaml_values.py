@@ -11,7 +11,7 @@ from peftcore.errors import BadInput
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]
-    """A YAML loader that reads ``1e-3`` as a number: YAML 1.1 takes it for text."""
+    """A YAML loader that reads ``1e-3`` as a number: YAML 1.1 reads it as text."""
 
 
 POWERS = re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")
@@ -22,7 +22,7 @@ def parse(text: str, where: object) -> Any:
     """Parse YAML, of plain values only.
 
     Raises:
-        BadInput: it is no YAML.
+        BadInput: the text is not valid YAML.
     """
     try:
         return yaml.load(text, _Loader)  # a SafeLoader

@@ -1,5 +1,5 @@
-"""Fused kernels that methods of several families use at every step. Each equals its plain mathematics (`plain_*`),
-which the tests hold it against, and which runs under torch.compile, torch.func and wherever autograd is not plain."""
+"""Fused kernels that methods of several families use at every step. Each equals its plain mathematics (`plain_*`), with
+which the tests compare it, and which runs in its place under torch.compile, torch.func and tracing."""
 
 from peftcore.layers.kernels.autograd import runs_plain, saves_elsewhere, transformed
 from peftcore.layers.kernels.dropout import dropout_mask, dropped_linear, plain_dropped_linear

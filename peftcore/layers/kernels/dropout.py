@@ -12,7 +12,7 @@ from peftcore.layers.kernels.autograd import apply, runs_plain
 from peftcore.utils.autocast import cast_operands
 
 LEVELS = 2**16
-"""Probabilities are multiples of one over this: four draws come from each 64 random bits."""
+"""Probabilities are rounded to multiples of ``1 / LEVELS``: 64 random bits are split into four draws."""
 
 
 def plain_dropped_linear(x: Tensor, weight: Tensor, probability: float) -> Tensor:
@@ -21,8 +21,9 @@ def plain_dropped_linear(x: Tensor, weight: Tensor, probability: float) -> Tenso
 
 
 def dropped_linear(x: Tensor, weight: Tensor, probability: float) -> Tensor:
-    """Returns ``weight dropout(x)`` for x ``[..., in]`` and a narrow weight ``[out, in]``: a mask of one byte a value
-    is saved, no copy of the input, and the random numbers cost a tenth. The dtype is that of autocast where that is on.
+    """Returns ``weight dropout(x)`` for x ``[..., in]`` and a narrow weight ``[out, in]``: it saves a mask of one byte
+    per value and no copy of the input, and its random numbers cost a tenth. Under autocast, the result has the dtype of
+    autocast.
     """
     if runs_plain(x) or probability == 1:
         return plain_dropped_linear(x, weight, probability)

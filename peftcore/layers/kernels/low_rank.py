@@ -1,5 +1,5 @@
-"""A linear layer fused with its low-rank update: the update is added to the output in place, and in backward its part
-of the input's gradient to that of the layer, instead of going through memory once more each time."""
+"""A linear layer fused with its low-rank update: the update is added to the output in place, and in backward the
+update's part of the input's gradient is added in place to the layer's part. Each saves a pass over memory."""
 
 from __future__ import annotations
 
