@@ -30,8 +30,8 @@ def gather(
 
     Args:
         model: the host.
-        method: a method of parts, which has them and their weights as the options `parts` and `weights`:
-            "task_arithmetic", "ties_merging", "dare", "regmean", "adapter_soup"; or a preset of one, "mix_of_show".
+        method: a method of parts, with the options `parts` and `weights`: "task_arithmetic", "ties_merging", "dare",
+            "regmean", "adapter_soup"; or a preset of one, "mix_of_show".
         sources: weights by folder or name.
         name: name of the new injection; the method's by default.
         options: the method's other options.

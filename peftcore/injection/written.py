@@ -79,7 +79,7 @@ class Written(ABC):
 
     @abstractmethod
     def changed(self, there: Collection[nn.Module]) -> Iterator[str]:
-        """Yields the paths of tensors that have changed since they were written; `there` are the modules of the host."""
+        """Yields the paths of tensors that have changed since the merge; `there` are the modules of the host."""
 
     @abstractmethod
     def undo(self, journal: Journal, holders: Holders, predict: Predict) -> Iterable[Tensor]:
