@@ -1,5 +1,5 @@
 """Gradients of single examples, as differential privacy clips them: the model runs by `torch.vmap`, each row with
-tensors of its own.
+separate tensors.
 
 An expanded parameter has a gradient for each row of the batch, and takes no memory until backward. So any loss that is
 the mean or the sum over the rows gives, in one backward, what a loop over the rows would.
@@ -27,9 +27,9 @@ class PerExample(nn.Module):
     gradients are asked for, and in evaluation, the model runs as it is.
 
     Args:
-        model: a model with a batch in the first dimension of all its inputs and outputs, adapted or not. Rows see
-            nothing of each other, and draw by themselves.
-        reduction: what the loss makes of its rows, ``"mean"`` or ``"sum"``.
+        model: a model with a batch in the first dimension of all its inputs and outputs, adapted or not. Rows do not
+            see each other, and have independent random draws.
+        reduction: how the loss combines its rows, ``"mean"`` or ``"sum"``.
     """
 
     def __init__(self, model: nn.Module, reduction: Literal["mean", "sum"] = "mean") -> None:
@@ -41,7 +41,7 @@ class PerExample(nn.Module):
         self._forwards = 0
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Returns the model's output for a batch; what has no dimension for one row has one number a row.
+        """Returns the model's output for a batch; outputs that are scalars for one row have one number per row.
 
         Raises:
             TrainingError: inputs disagree on the number of rows, the model looks at values or at other rows, so that
