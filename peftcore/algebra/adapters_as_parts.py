@@ -26,7 +26,7 @@ def gather(
     **options: Any,
 ) -> Injection:
     """Returns an injection of `method` whose parts are existing adapters, by folder or by name on this host, each with
-    its weight. It is frozen (``trainable()`` lets it train on), and active in place of those on the host.
+    its weight. It is frozen (``trainable()`` lets it train on), and active in place of the injections on the host.
 
     Args:
         model: the host.

@@ -180,7 +180,7 @@ def established(
     It is frozen, as if loaded, and active; the injections named in `instead` are deactivated.
 
     Raises:
-        RouteError, CompositionError: a route or composition that is in force stands on one of these.
+        RouteError, CompositionError: a route or composition that is in force uses one of the named injections.
     """
     if (state := state_of(model)) is not None:
         state.choices.check_free(instead)
@@ -282,7 +282,7 @@ def lora_of(
     Raises:
         UnknownMethod: LoRA is not installed.
         DuplicateInjection: the name is taken.
-        RouteError, CompositionError: a route or composition that is in force stands on one of these.
+        RouteError, CompositionError: a route or composition that is in force uses one of the named injections.
     """
     return _lora(model, made, name, instead, rank)
 

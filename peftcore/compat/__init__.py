@@ -6,7 +6,7 @@
 It needs peft, which is imported only here. It may import `trainers` and the layers below. In the order of reading:
 
 - `arguments`: arguments of peft that may only have the value that peftcore always uses.
-- `configs`: entries of ``peft_config`` for adapters, and adapters made of these again; `method_config`.
+- `configs`: entries of ``peft_config`` for adapters, and adapters made from such entries; `method_config`.
 - `folders`: the folders that the Trainer and peft look for.
 - `schedules`: an error for method schedules that are not advanced in training.
 - `training_state`: the state of a training between steps, in such a folder.

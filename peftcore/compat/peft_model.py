@@ -40,7 +40,7 @@ class PeftModel(peft.PeftModel):  # type: ignore[misc]
     acts and trains, as in peft, until `peftcore.activate` says otherwise.
 
     Args:
-        model: the model; changed in place. Without `peft_config` it is adapted already, and goes on as it is.
+        model: the model; changed in place. Without `peft_config` it has to be adapted already, and stays as it is.
         peft_config: a method, as `peftcore.apply` takes it, or a configuration of peft.
         adapter_name: the adapter's name.
         options: other arguments of `peftcore.apply`.
@@ -86,7 +86,7 @@ class PeftModel(peft.PeftModel):  # type: ignore[misc]
 
     @classmethod
     def for_task(cls, task: str | None) -> type[PeftModel]:
-        """Returns the class for a task of peft: this one, if it is for one already, or there is none."""
+        """Returns the class for a task of peft: this class if it is for a task already, or if peft lacks one."""
         return PeftModel.by_task.get(task or "", cls) if cls is PeftModel else cls
 
     @classmethod

@@ -18,8 +18,8 @@ class Tuner(nn.Module):
 
     Attributes:
         model: the adapted model.
-        switch: a dropout that drops nothing. Trainers turn dropout off by setting modules of torch to 0; adapters'
-            dropouts are none, and this one shows that they were meant too.
+        switch: a dropout that drops nothing. Trainers turn dropout off by setting modules of torch to 0; dropouts of
+            adapters are not such modules, and this switch shows that they should be turned off, too.
         prefix: a part of the names of all adapter parameters, and of these names only: trainers use it to leave them
             out.
     """

@@ -1,4 +1,4 @@
-"""The files from which one adapter's training goes on: the adapter itself, as `Injection.save` writes it, and next to
+"""The files from which one adapter's training continues: the adapter itself, as `Injection.save` writes it, and next to
 it the states of its optimizer, its schedule and its method: tensors as safetensors, the rest as JSON.
 
 A checkpoint is a folder that gets its name when it is complete, and older ones are removed after that: after a training
@@ -29,7 +29,7 @@ STATE, STATE_TENSORS = "training.json", "training.safetensors"
 _TENSOR, _TUPLE, _PAIRS, _FLOAT = "tensor", "tuple", "pairs", "float"
 STEP = "step-"
 PARTIAL, BEFORE = ".partial", ".before"
-"""Endings of the name of a checkpoint that is being written, and of one whose place a newer one of its step takes."""
+"""Endings of the names of a checkpoint that is being written, and of one that a newer one of the same step replaces."""
 OWNER = "owner.json"
 """The file that says to which training a folder belongs."""
 
@@ -51,8 +51,8 @@ def claim(folder: Path, training: str, takes_over: bool = False) -> None:
     Args:
         folder: the folder for its checkpoints.
         training: the training's identity.
-        takes_over: whether it goes on with the training whose checkpoints are there. The folder is no longer that of
-            the other one then.
+        takes_over: whether it continues the training whose checkpoints are there. The folder then stops belonging to
+            the other training.
 
     Raises:
         TrainingError: the folder is that of another training; nothing was written.

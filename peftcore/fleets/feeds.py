@@ -19,8 +19,8 @@ Data = Iterable[Mapping[str, Any]] | Callable[[int], Iterable[Mapping[str, Any]]
 class Feed:
     """The batches of one adapter.
 
-    What the data draws from torch's global generators (the order of a `DataLoader` that shuffles) depends only on the
-    seed and the epoch, and does not advance the global generators for other code.
+    The data's random draws from torch's global generators (the order of a `DataLoader` that shuffles) depend only on
+    the seed and the epoch, and do not advance the global generators for other code.
 
     Attributes:
         epoch: how many epochs are over.

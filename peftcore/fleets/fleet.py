@@ -62,8 +62,8 @@ class Fleet:
     Args:
         model: the adapted model, or a wrapper around it.
         targets: names in batches that the losses get and the model does not: it would compute a loss over all rows.
-        pad: by name of a tensor in batches, what fills it up at the end of each dimension where those of others are
-            longer: ``{"input_ids": 0, "attention_mask": 0, "labels": -100}``.
+        pad: by name of a tensor in batches, the value that pads it at the end of each dimension in which other batches
+            are longer: ``{"input_ids": 0, "attention_mask": 0, "labels": -100}``.
         collate: puts batches together instead: from a list of them to one with all rows, in order.
         autocast: compute in this dtype, where torch's autocast does.
 
@@ -113,7 +113,7 @@ class Fleet:
             injection: the adapter, or its name. It has to be trainable.
             data: batches, which are gone through again and again until `steps` are taken; or a function that returns
                 those of an epoch, given its number. A batch maps names to tensors with a row for each example, to lists
-                with an entry for each, and to what is the same for all members.
+                with an entry for each, and to values that are the same for all members.
             optimizer: over its parameters: ``injection.optimizer(torch.optim.AdamW, lr=...)``.
             loss: from the output for its rows, and these rows of the batch (labels with them), to the mean loss over
                 them. By default the loss that a model of transformers computes from logits and labels. Reading an
@@ -124,7 +124,7 @@ class Fleet:
             clip: the largest norm of its gradients together.
             accumulate: how many batches make one step. Where the model's own loss is a mean over tokens, it is one over
                 those of all of them.
-            seed: of what the adapter draws in training, and of the order of data that shuffles.
+            seed: of the adapter's random draws in training, and of the order of data that shuffles.
             stop: called with the member after each step; True ends it early. ``member.losses`` is what it goes on from
                 after a resume, too.
             folder: the folder for its checkpoints, different for each member: one when it is done, and those of
@@ -141,7 +141,7 @@ class Fleet:
             TrainingError: it is frozen, the base trains too, the optimizer is not its own or needs more than gradients,
                 its method's schedule does not fit into the steps, its loss is unknown, or the folder is another
                 training's.
-            CheckpointError: the checkpoint is damaged, or of another training: what differs is listed.
+            CheckpointError: the checkpoint is damaged, or of another training: the message lists the differences.
         """
         found = self._named(injection) if isinstance(injection, str) else injection
         self._check(found)

@@ -84,8 +84,8 @@ def route(
 
     Raises:
         UnknownInjection: the host has no injection of such a name.
-        RouteError: a named injection cannot tell rows apart in this host, or (with `since`) tokens; or (in forward) the
-            batch has another length.
+        RouteError: a named injection cannot distinguish rows in this host, or (with `since`) tokens; or (in forward)
+            the batch has another length.
         MergeError: a named injection is merged, so it would act on every row.
         BlockOrderError: at the end of a block, one that was entered later is still open.
     """
@@ -140,7 +140,7 @@ def using(
     Args:
         model: the host.
         adapters: names and compositions, as `activate` takes them; one list, as `route` takes it; None for the bare
-            base model. Without any, what is active stays, and `context` is given to it.
+            base model. Without any, the active adapters stay active and get `context`.
         copies: see `route` and `call`.
         since: see `route`.
         guidance: see `call`.

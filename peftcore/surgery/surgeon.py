@@ -144,8 +144,8 @@ class Surgeon:
 
         Raises:
             TargetError: nothing to act on.
-            UnsupportedHost: layers have no shapes; or an operator would lie in two adapted models, or meet pieces of a
-                tensor-parallel one.
+            UnsupportedHost: layers lack shapes; or an operator would be in a module of two adapted models, or would get
+                pieces of tensors in a tensor-parallel model.
         """
         method, config = self.method, self.config
         parameters = self.resolver.parameters()

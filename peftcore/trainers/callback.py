@@ -198,8 +198,9 @@ class PeftcoreCallback(transformers.TrainerCallback):
         self._disarm(self._evaluating)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Restore the model: the checkpoint is written. What it is to hold is put into it where a Trainer saves the
-        model in a way of its own (sentence-transformers), and left that out."""
+        """Restore the model: the checkpoint is written. If the Trainer saves the model in a custom way
+        (sentence-transformers) and left tensors out, they are added to the checkpoint.
+        """
         self._disarm()
         model, folder = kwargs["model"], Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
         if state.is_world_process_zero and folder.is_dir() and not any(folder.rglob("adapter.json")):

@@ -2,7 +2,7 @@
 separate tensors.
 
 An expanded parameter has a gradient for each row of the batch, and takes no memory until backward. So any loss that is
-the mean or the sum over the rows gives, in one backward, what a loop over the rows would.
+the mean or the sum over the rows gives, in one backward, the same gradients as a loop over the rows.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class PerExample(nn.Module):
     """A model whose backward leaves each trainable parameter's gradients of single examples in its `grad_sample`.
 
     `grad_sample` has the shape ``[rows, *parameter.shape]``; several batches before the optimizer's step leave a list
-    of them. That is what optimizers of Opacus read, under ``grad_sample_mode="no_op"``. `grad` is left alone. Where no
+    of them. Optimizers of Opacus read this form, under ``grad_sample_mode="no_op"``. `grad` is left alone. Where no
     gradients are asked for, and in evaluation, the model runs as it is.
 
     Args:
@@ -45,7 +45,7 @@ class PerExample(nn.Module):
 
         Raises:
             TrainingError: inputs disagree on the number of rows, the model looks at values or at other rows, so that
-                `torch.vmap` cannot run it, or a method has a loss of its own.
+                `torch.vmap` cannot run it, or a method adds a loss.
         """
         if not (self.training and torch.is_grad_enabled()):
             return self.model(*args, **kwargs)
