@@ -26,12 +26,12 @@ def gather(
     **options: Any,
 ) -> Injection:
     """Returns an injection of `method` whose parts are existing adapters, by folder or by name on this host, each with
-    its weight. It is frozen (``trainable()`` lets it train on), and active in place of those on the host.
+    its weight. It is frozen (``trainable()`` lets it train on), and active in place of the injections on the host.
 
     Args:
         model: the host.
-        method: a method of parts, which has them and their weights as the options `parts` and `weights`:
-            "task_arithmetic", "ties_merging", "dare", "regmean", "adapter_soup"; or a preset of one, "mix_of_show".
+        method: a method of parts, with the options `parts` and `weights`: "task_arithmetic", "ties_merging", "dare",
+            "regmean", "adapter_soup"; or a preset of one, "mix_of_show".
         sources: weights by folder or name.
         name: name of the new injection; the method's by default.
         options: the method's other options.

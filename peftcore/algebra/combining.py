@@ -74,7 +74,8 @@ def _acting(injection: Injection) -> None:
 @torch.no_grad()
 def changes(injection: Injection) -> dict[str, Change]:
     """Returns the effective minus the base weight of each tensor, by site path, in float32 or better. Modules that the
-    user named in ``train`` are left out, since heads belong to one task; so is what merging leaves out.
+    user named in ``train`` are left out, since heads belong to one task; tensors that merging leaves out are left out,
+    too.
 
     Raises:
         NotMergeable: an operator has no effective weight.
@@ -175,11 +176,11 @@ def established(
     instead: Sequence[str] = (),
     fill: Callable[[Injection], object],
 ) -> Injection:
-    """Returns a new injection of a method whose selections are known already, with the values that `fill` gives it. It
-    is frozen, as if loaded, and active; the injections named in `instead` are deactivated.
+    """Returns a new injection of a method whose selections are known already, with values that `fill` writes into it.
+    It is frozen, as if loaded, and active; the injections named in `instead` are deactivated.
 
     Raises:
-        RouteError, CompositionError: a route or composition that is in force stands on one of these.
+        RouteError, CompositionError: a route or composition that is in force uses one of the named injections.
     """
     if (state := state_of(model)) is not None:
         state.choices.check_free(instead)
@@ -229,9 +230,9 @@ def to_lora(
 ) -> tuple[Injection, dict[str, float]]:
     """Returns a LoRA with the weight changes of another adapter, and its error at each site relative to the change.
 
-    Exact where the change has so few columns, by its factors; else the nearest one, by `svd`. Ranks that the change
-    does not need start as those of a new LoRA do, so that they change nothing and train. The new injection is frozen
-    and active in place of the old one, which stays on the host.
+    The LoRA is exact if the change has low enough rank (its factors are used); otherwise it is the nearest one, by
+    `svd`. Ranks that the change does not need are initialized as in a new LoRA, so that they add zero and can train.
+    The new injection is frozen and active in place of the old one, which stays on the host.
 
     Args:
         data: batches of inputs. At linear layers the LoRA is then the one whose outputs for them are nearest, and the
@@ -240,9 +241,9 @@ def to_lora(
     Raises:
         CalibrationError: `data` has no batches, or the model cannot be called with one.
         NotMergeable: the method makes no change of weights.
-        UnsupportedSite: it changes vectors (biases, norms), of which no product of factors is one.
+        UnsupportedSite: it changes vectors (biases, norms), which a product of factors cannot represent.
         UnknownMethod: LoRA is not installed.
-        RouteError, CompositionError: a route or composition that is in force stands on the old one.
+        RouteError, CompositionError: a route or composition that is in force uses the old one.
     """
     made = nearest(injection, rank, data)
     factors = {path: (site, factors) for path, (site, factors, _) in made.items()}
@@ -275,13 +276,13 @@ def lora_of(
     a scale. It is frozen and active, in place of the injections named in `instead`.
 
     Args:
-        rank: of the LoRA; by default the largest of the updates. What an update has fewer starts as in a new LoRA: one
-            factor is zero and the other is not, so that it adds nothing, and trains.
+        rank: of the LoRA; by default the largest of the updates. Ranks that an update lacks are initialized as in a new
+            LoRA: one factor is zero and the other is not, so that they add zero and can train.
 
     Raises:
         UnknownMethod: LoRA is not installed.
         DuplicateInjection: the name is taken.
-        RouteError, CompositionError: a route or composition that is in force stands on one of these.
+        RouteError, CompositionError: a route or composition that is in force uses one of the named injections.
     """
     return _lora(model, made, name, instead, rank)
 
@@ -359,20 +360,22 @@ def combine(
         model: the host.
         sources: weights by name of an injection, or by folder of a saved one.
         how: "cat" is the exact sum of low-rank updates, as a LoRA of all their ranks. "linear" sums parameters of
-            adapters of one method with the same options (a soup, where weights sum to one). The others sum or merge
-            changes of weights, of any methods that have some, and give the LoRA of `rank` that is nearest: "svd" (the
-            weighted sum), "magnitude_prune", "ties", "dare_linear", "dare_ties", and "slerp" (two adapters; the weights
-            say how far it is from one to the other). Where an adapter has no change, it counts as 0.
+            adapters of one method with the same options (a soup, where weights sum to one). All other values sum or
+            merge the weight changes of adapters of any methods that change weights, and make the nearest LoRA of
+            `rank`: "svd" (the weighted sum), "magnitude_prune", "ties", "dare_linear", "dare_ties", and "slerp" (two
+            adapters; the weights say how far it is from one to the other). Where an adapter has no change, it counts as
+            0.
         name: name of the new injection.
-        rank: of the result, for all but "cat" and "linear". Where that loses one percent of a site, a warning says so.
+        rank: of the result, for all but "cat" and "linear". If that loses one percent of the change at a site, a
+            warning says so.
         density: share of the values that "ties", "dare_*" and "magnitude_prune" keep.
         sign: how TIES elects.
         seed: of the values that DARE drops.
 
     Raises:
-        ConfigError: `rank` or `density` is missing or of no use here, or the adapters do not fit together.
+        ConfigError: `rank` or `density` is missing or does not apply to `how`, or the adapters do not fit together.
         NotMergeable, UnsupportedSite, UnknownInjection, UnknownMethod, CheckpointError: nothing was changed.
-        RouteError, CompositionError: a route or composition that is in force stands on one of them.
+        RouteError, CompositionError: a route or composition that is in force uses one of them.
     """
     check_name(model, name)
     if not sources:

@@ -1,7 +1,7 @@
-"""An adapter as what another program reads: as it is, as a LoRA that computes the same, or as the nearest LoRA.
+"""Exports an adapter to another program: as it is, as a LoRA that computes the same, or as the nearest LoRA.
 
-What the program would do with a file say its rules (`peftcore.files.readers`). Each file is checked by them before it
-is written to where it is to be, so that nothing is written of which a part would be changed or dropped.
+Rules for each program (`peftcore.files.readers`) describe how it would read a file. Each file is checked by them before
+it is written to its final path, so an adapter that the program would change or drop in part is not written at all.
 """
 
 from __future__ import annotations
@@ -41,18 +41,19 @@ class Export:
 
     how: How
     report: Report
-    """The report of what the program reads of the files, by its rules."""
+    """The report of how the program reads the files, by its rules."""
     rank: int
     """Rank of the LoRA; 0 for an adapter that was written as it is."""
     errors: dict[str, float]
     """Relative errors of a LoRA by site; empty for an adapter that was written as it is."""
     filled: tuple[str, ...] = ()
-    """Modules that the adapter leaves as they are and that the LoRA adapts by an update of zero, since the program
-    reads others only beside them."""
+    """Modules that the adapter does not change and that the LoRA adapts by an update of zero, since the program reads
+    updates of other modules only together with theirs.
+    """
 
     @property
     def error(self) -> float:
-        """The largest of `errors`; 0 where there are none."""
+        """The largest of `errors`; 0 if `errors` is empty."""
         return max(self.errors.values(), default=0.0)
 
 
@@ -65,16 +66,16 @@ def export(
     data: Data | None = None,
     home: Path | None = None,
 ) -> Export:
-    """Write an adapter so that a program reads all of it as it was trained. The model is as it was afterwards.
+    """Write an adapter so that a program reads all of it as it was trained. The model is unchanged afterwards.
 
     Args:
         path: the folder, or the file where the format's adapters are one.
-        rank: where it is no low-rank update, write the nearest LoRA of this rank; None refuses that.
-        data: batches of inputs by which nearest is meant, as of `to_lora`.
+        rank: the rank of the nearest LoRA, which is written if the adapter is not a low-rank update; None refuses that.
+        data: batches of inputs on which the nearest LoRA is measured, as of `to_lora`.
         home: where the folder will be in the end, if that is another path.
 
     Raises:
-        ExportError: the program cannot read it, and why; nothing was written.
+        ExportError: the program cannot read the adapter; the message says why; nothing was written.
         NoWeights: its model is on the meta device, and writing it takes the weights.
         CalibrationError: `data` has no batches, or the model cannot be called with one.
     """

@@ -57,9 +57,10 @@ def ties(tensors: Sequence[Tensor], weights: Sequence[float], density: float, si
     value gets the sign of the sum (elect; "frequency": of the more tasks); the result is the mean of the kept values
     that have it (disjoint mean).
 
-    The authors' code trims the whole flattened model at once, here each tensor is for itself, and knows no weights.
-    Where tasks cancel exactly it takes the sign that most values of the tensor have, as here; peft takes +1. peft
-    elects before it multiplies by the weights, so that there a negated task votes for what it is to undo.
+    The authors' code trims the whole flattened model at once and does not have weights; here each tensor is trimmed
+    separately. If tasks cancel exactly, the authors' code takes the sign that most values of the tensor have, as here;
+    peft takes +1. peft elects before it multiplies by the weights, so that there a task with a negative weight votes
+    for the sign that it is meant to undo.
     """
     kept = torch.stack([magnitude_prune(t * w, density) for t, w in zip(tensors, weights, strict=True)])
     seen = kept.detach().sign()
@@ -87,7 +88,8 @@ def dare_ties(
     trim: float = 1.0,
 ) -> Tensor:
     """TIES of deltas that were dropped at random and rescaled (2311.03099). `trim` is the density for TIES itself: the
-    authors' code goes on with 0.2 there, peft trims no more."""
+    authors' code uses 0.2 there, peft does not trim again.
+    """
     return ties([random_prune(t, density, generator) for t in tensors], weights, trim, sign)
 
 
@@ -151,8 +153,9 @@ def padded(factors: Factors, rank: int) -> Factors:
 
 
 def trimmed(factors: Factors) -> Factors:
-    """Returns the same update, up to rounding, without the last columns that are rounding alone: those whose products
-    are too small beside the largest one to be told from nothing."""
+    """Returns the same update, up to rounding, without the last columns that consist of rounding errors: those whose
+    products are too small, compared with the largest one, to be distinguished from zero.
+    """
     A, B, scale = factors
     lead = B.dim() - 1
     sizes = torch.linalg.vector_norm(B, dim=-2) * torch.linalg.vector_norm(A.flatten(lead), dim=-1)  # [*batch, rank]

@@ -15,7 +15,7 @@ from peftcore.targets.sequence_inside import WIDTHS
 from peftcore.targets.sites import Site
 
 MIXERS = ("attn", "attn_mlp", "cross", "ssm")
-"""Families of roles that mix tokens: what has none of them inside has no sequence."""
+"""Families of roles that mix tokens: a module without any of them inside does not process a sequence."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,7 +23,7 @@ class BlockSite(Site):
     """A whole block as a site."""
 
     width: int = 0
-    """Features of the stream that goes through it."""
+    """Features of the stream that passes through the block."""
     depth: int = 0
     """The number of the block in its stack, from 0 on."""
     stack: str = ""
@@ -33,7 +33,7 @@ class BlockSite(Site):
 
     @property
     def weight_shape(self) -> torch.Size:
-        """The width, which stands for a shape in plans and files."""
+        """The width as a shape, for plans and files."""
         return torch.Size([self.width])
 
 
@@ -59,12 +59,12 @@ def block_sites(surgeon: Surgeon, *, each_run: bool = False) -> list[BlockSite]:
 
     Args:
         surgeon: of the method.
-        each_run: whether what the method does at a block concerns one run of it alone, so that the host may run one
-            block for several layers.
+        each_run: whether the method treats each run of a block separately, so that the host may run one block for
+            several layers.
 
     Raises:
-        UnsupportedSite: a target is no block, or one through which no sequence of features goes, rows first; or one
-            that a forward runs several times, without `each_run`.
+        UnsupportedSite: a target is not a block, or its input is not a sequence of features with the batch first; or a
+            forward runs it several times, without `each_run`.
     """
     numbers = block_depths(surgeon)
     sites = [_block_site(surgeon, site, numbers, each_run) for site in surgeon.sites()]
@@ -127,7 +127,7 @@ def block_width(surgeon: Surgeon, path: str) -> int:
     """Returns how many features the stream of a block has.
 
     Raises:
-        UnsupportedSite: nothing inside tells it.
+        UnsupportedSite: the modules inside do not determine it.
     """
     for role in WIDTHS:
         for entry in surgeon.resolver.host.entries:
@@ -140,7 +140,7 @@ def stream_width(surgeon: Surgeon, stack: Site) -> int:
     """Returns the width of the states that a stack of tokens returns.
 
     Raises:
-        UnsupportedSite: the blocks have another width than the token table, so nothing tells which of them it is.
+        UnsupportedSite: the blocks have another width than the token table, so the width of the states is ambiguous.
     """
     width, top = stack.out_features, stack.module_path
     for entry in surgeon.resolver.host.entries:

@@ -1,9 +1,10 @@
-"""A network beside the model whose layers are the model's: it holds what it changes of them, and no weight of theirs.
+"""A network in parallel with the model that uses the model's layers: it holds low-rank updates of the layers, not their
+weights.
 
-A borrowed layer calls the layer of the model with the same path as it is at that time, and adds a low-rank update. So
-the model's tensors are there once: they are moved, cast, quantized, offloaded, written to and replaced with the model,
-and are neither in the network's file nor among its parameters. Other adapters of the layer do not act in it, but for
-those that are merged into its weight.
+A borrowed layer calls the model's layer of the same path in its current state, and adds a low-rank update. So the
+model's tensors exist once: they are moved, cast, quantized, offloaded, written to and replaced with the model, and are
+neither in the network's file nor among its parameters. Other adapters of the layer do not act in the borrowed layer,
+except those that are merged into its weight.
 """
 
 from __future__ import annotations
@@ -24,14 +25,16 @@ from peftcore.targets.sites import LayerOf
 
 
 class BorrowedLayer(nn.Module):
-    """A layer of the model with an update of its own: ``W x + b + up down x + bias``.
+    """A layer of the model with a low-rank update: ``W x + b + up down x + bias``.
 
     Attributes:
         path: of the layer, below the module that `lender` holds.
-        lender: where an operator leaves the module of the model that has the layer, before the network runs.
-        down: ``[rank, in, *kernel]``; None where the layer is borrowed as it is.
+        lender: the place into which an operator puts the module of the model that has the layer, before the network
+            runs.
+        down: ``[rank, in, *kernel]``; None if the layer is borrowed without an update.
         up: ``[out, rank]``, zeros at the start.
-        bias: the change of its bias, ``[out]``, zeros at the start; None where it does not change, or has none.
+        bias: the change of its bias, ``[out]``, zeros at the start; None if the bias does not change, or the layer
+            lacks one.
     """
 
     def __init__(self, path: str, lender: Tap, like: nn.Module, rank: int, vectors: bool) -> None:
@@ -62,7 +65,7 @@ class BorrowedLayer(nn.Module):
                 self.bias = nn.Parameter(torch.zeros(out))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Call the layer, and add the update in the dtype of what it returns.
+        """Call the layer, and add the update in the dtype of its output.
 
         Raises:
             MissingContext: no forward of the model runs.
@@ -104,13 +107,13 @@ def borrow(
     Args:
         network: its layers have the paths that they have in the model.
         model: the module of the model that has them.
-        lender: where an operator leaves that module, before the network runs.
+        lender: the place into which an operator puts that module, before the network runs.
         layer_of: how the model's modules store their tensors, ``surgeon.resolver.layer_of``.
-        rank: that of the updates.
-        vectors: whether norms and biases change; else these are borrowed as they are.
+        rank: the rank of the updates.
+        vectors: whether norms and biases change; otherwise they are borrowed unchanged.
 
     Raises:
-        UnsupportedSite: a layer has a matrix that is no weight of a linear map, or tensors beside other layers.
+        UnsupportedSite: a layer has a matrix that is not the weight of a linear map, or both tensors and child layers.
     """
     lent = dict(model.named_modules())
     for path, layer in list(network.named_modules()):

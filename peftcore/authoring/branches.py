@@ -32,8 +32,10 @@ READ_STREAM = frozenset({"attn.k", "attn.v", "attn.kv"}).union(*FIRST.values())
 """Roles of the matrices of a block that read its stream."""
 
 Joins = Literal["stream", "matrix"]
-"""Where an adapter joins a branch: behind all that the host does to the branch's output before it adds it to the stream
-(dropout, layer scale, stochastic depth, a norm), or at the branch's last matrix, in front of these."""
+"""The point at which an adapter joins a branch: after all modules that the host applies to the branch's output before
+it adds it to the stream (dropout, layer scale, stochastic depth, a norm), or at the branch's last matrix, before these
+modules.
+"""
 END, ENTERED = "end", "entered"
 """The forms of the site behind which a branch joins the stream, and of one that is given the sum of both."""
 
@@ -55,9 +57,10 @@ class BranchSite(Site):
 
 
 class AtBranchEnd(Operator):
-    """Acts on the output of a branch: behind the module where the branch ends, or at its last matrix where none is
-    known. `forward` takes note of the last matrix, so that a module which ends several branches is told whose end it
-    is."""
+    """Acts on the output of a branch: after the module that ends the branch, or at its last matrix if that module is
+    unknown. `forward` notes the last matrix that ran, so that a module that ends several branches can be assigned to
+    the current one.
+    """
 
     def __init__(self, site: Site) -> None:
         super().__init__(site)
@@ -103,11 +106,11 @@ class AtBranchEnd(Operator):
 
 
 class Bypass(AtBranchEnd):
-    """Adds `beside` of a branch's input to the branch's output; features are last in both.
+    """Adds `beside`, computed from a branch's input, to the branch's output; features are last in both.
 
     Raises:
-        UnsupportedSite: there are not as many tokens behind the branch as in front of it.
-        RouteError: the first matrix of the branch is not called, so rows of a batch cannot be told apart.
+        UnsupportedSite: the branch's output has another number of tokens than its input.
+        RouteError: the first matrix of the branch is not called, so rows of a batch cannot be distinguished.
     """
 
     observes = frozenset({"first", "norm"})
@@ -157,13 +160,13 @@ class Bypass(AtBranchEnd):
         return self.kept(h, read) + (added if end is None else self.dropped(added, end))
 
     def kept(self, h: Tensor, read: Tensor) -> Tensor:
-        """Returns what is left of the branch's own output, by default all. An operator that changes it stands where
-        `branch` is told so (``adds=False``).
+        """Returns the part of the branch's output that is kept, by default all of it. An operator that changes the
+        output needs `branch` to be called with ``adds=False``.
 
         Args:
             h: the output, as it joins the stream.
-            read: what the operator reads, laid out as the branch's input; `laid_out` brings what is made of it into the
-                layout of `h`.
+            read: the operator's input, in the layout of the branch's input; `laid_out` converts tensors computed from
+                it to the layout of `h`.
         """
         return h
 
@@ -294,8 +297,9 @@ def reads_stream(surgeon: Surgeon, site: Site) -> bool:
 
 
 def is_post_norm(resolver: Resolver, block: str) -> bool:
-    """Whether norms come after the branches of a block, and not before them. Torch's layers have an attribute for it;
-    other hosts that normalize before branches have one more norm after their blocks."""
+    """Whether the norms of a block are after its branches, not before them. Torch's layers have an attribute for it;
+    other hosts that normalize before branches have one more norm after their blocks.
+    """
     module, host = resolver.modules[block], resolver.host
     if isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
         return not module.norm_first

@@ -71,7 +71,8 @@ def reference(name: str) -> nn.Module | None:
 
 def budgets(method: str) -> dict[str, int]:
     """Returns the trainable values of `method` with its default options, by name of the reference host; hosts in which
-    it finds no target are left out, and all of them where its options have no defaults."""
+    it finds no target are left out, and all hosts are left out if its options lack defaults.
+    """
     found = {}
     for name in REFERENCES:
         host = reference(name)

@@ -23,15 +23,15 @@ class FeedForwardSite(Site):
 
     @property
     def weight_shape(self) -> torch.Size:
-        """The width, which stands for a shape in plans and files."""
+        """The width as a shape, for plans and files."""
         return torch.Size([self.width])
 
 
 def feed_forward_around(surgeon: Surgeon, site: Site) -> FeedForwardSite | None:
-    """Returns the feed-forward that a matrix is one of; None for matrices of attention and others.
+    """Returns the feed-forward to which a matrix belongs; None for matrices of attention and all others.
 
     Raises:
-        UnsupportedSite: the feed-forward is no module of its own, or nothing says how wide its input is.
+        UnsupportedSite: the feed-forward is not a separate module, or the width of its input is unknown.
     """
     host = surgeon.resolver.host
     if not any(entry.role.startswith("mlp.") for entry in host.at(site.module_path)):

@@ -1,8 +1,8 @@
-"""A guest network beside the model: a smaller one of the model's own family, which runs over the same tokens.
+"""A guest network in parallel with the model: a smaller one of the model's family, which runs over the same tokens.
 
-It is of the class and the config of the model's stack, with fewer layers, and belongs to the injection: it trains with
-it, is in its file, and is built anew from options alone when the file is loaded. It may share the model's token table
-and its head. In generation what it keeps of earlier tokens lies behind the layers of the model's cache (`PassCache`).
+It has the class and the config of the model's stack, with fewer layers, and belongs to the injection: it trains with
+it, is in its file, and is rebuilt from options alone when the file is loaded. It may share the model's token table and
+its head. In generation its cache of earlier tokens is stored after the layers of the model's cache (`PassCache`).
 """
 
 from __future__ import annotations
@@ -96,15 +96,15 @@ class GuestNetwork(nn.Module):
         self._names = arguments(type(self.network))
 
     def forward(self, given: Mapping[str, Any], embeds: Tensor | None, cache: Any) -> tuple[Tensor, Any]:
-        """Run over the tokens that the stack is given.
+        """Run over the input tokens of the stack.
 
         Args:
             given: the stack's arguments by name.
-            embeds: what to take in the place of ids, ``[batch, tokens, width]``.
-            cache: what the guest keeps of earlier tokens.
+            embeds: embeddings to use instead of ids, ``[batch, tokens, width]``.
+            cache: the guest's cache of earlier tokens.
 
         Returns:
-            What it makes of them, ``[batch, tokens, width of the stack]``, and its whole output.
+            Its states of the tokens, ``[batch, tokens, width of the stack]``, and its whole output.
         """
         mine = {name: given[name] for name in self._handed_on if given.get(name) is not None}
         if cache is not None:  # which the stack fills whatever it is told
@@ -122,13 +122,13 @@ class GuestNetwork(nn.Module):
         return states, output
 
     def take(self, network: nn.Module) -> None:
-        """Start from the values of a network that somebody trained, which stays as it is.
+        """Start from the values of a trained network, which is not changed.
 
         Args:
-            network: of the guest's class and sizes. Its token table is passed over where the guest shares the model's.
+            network: of the guest's class and sizes. Its token table is ignored if the guest shares the model's.
 
         Raises:
-            ConfigError: it has other tensors.
+            ConfigError: the network has other tensors.
         """
         values = network.state_dict()
         if not self.own_table:
@@ -147,18 +147,18 @@ class GuestNetwork(nn.Module):
 def guest_network(
     surgeon: Surgeon, stack: Site, sizes: Mapping[str, int], own_table: bool = False, *, encoders: bool = False
 ) -> Shared:
-    """Returns a guest beside a stack (see `TokenStacks.around`), which the injection owns as ``"guest"``.
+    """Returns a guest in parallel with a stack (see `TokenStacks.around`), which the injection owns as ``"guest"``.
 
     Args:
         surgeon: of the method.
         stack: the stack.
         sizes: see `GuestNetwork`.
-        own_table: whether it has a token table of its own, which trains; otherwise it shares the model's.
+        own_table: whether it has a separate token table, which trains; otherwise it shares the model's.
         encoders: whether stacks whose tokens see later ones may have a guest too.
 
     Raises:
         ConfigError: as of `GuestNetwork`.
-        UnsupportedSite: the stack is no causal one of transformers; with `encoders`, none of transformers.
+        UnsupportedSite: the stack is not a causal one of transformers; with `encoders`, not one of transformers.
     """
     known = next(each for each in surgeon.resolver.token_stacks() if each.path == stack.module_path)
     config = getattr(stack.module, "config", None)

@@ -55,7 +55,7 @@ def _sum(losses: Iterable[Tensor | None]) -> Tensor | None:
 
 
 class OfParts:
-    """Mixin that calls the parts' functions for the whole; comes before `Method` among the bases."""
+    """Mixin that calls the parts' functions for the whole; list it before `Method` among the base classes."""
 
     def trainable(self, model: nn.Module, config: Any, injection: AppliedMethod) -> None:
         """Let the parameters train that the parts select."""

@@ -61,8 +61,8 @@ def watched_inputs(model: nn.Module, modules: Iterable[nn.Module], look: Look, l
 @torch.no_grad()
 def second_moments(injection: Injection, data: Data) -> dict[str, Tensor]:
     """Returns the mean of ``x x'`` ``[in, in]`` over the inputs x of each linear layer that is called, by the path of
-    its site, in float32 or better. The model runs on `data` in evaluation with the adapter alone; padding counts for
-    nothing.
+    its site, in float32 or better. The model runs on `data` in evaluation mode with the adapter alone; padding is not
+    counted.
 
     Raises:
         CalibrationError: there are no batches, or the model cannot be called with one.

@@ -1,8 +1,8 @@
-"""Soft prompts that look at the text behind them: made for each text, or changing how it is embedded.
+"""Soft prompts that depend on the text after them: they are computed for each text, or they change its embeddings.
 
-What the text is, `PromptPositions` says: what comes before the first label, or the whole input, unless
-``peftcore.call(model, prompt_length=...)`` says it. It is looked at once, by the forward that the rows enter with;
-forwards that go on from a cache find the rows there.
+`PromptPositions` finds the text: the tokens before the first label, or the whole input, unless ``peftcore.call(model,
+prompt_length=...)`` sets its length. The text is read once, by the forward that inserts the rows; forwards that
+continue from a cache find the rows there.
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ class InstanceOperator(SequenceOperator):
         raise NotImplementedError
 
     def tokens(self, embeds: Tensor, text: Tensor) -> Tensor:
-        """Returns what stands for the embedded tokens ``[batch, tokens, width]``; by default these themselves."""
+        """Returns the tensor that replaces the embedded tokens ``[batch, tokens, width]``; by default the embedded
+        tokens.
+        """
         return embeds
 
     def look(self, call: Callable[..., Any], given: Mapping[str, Any], text: Tensor) -> None:
@@ -56,16 +58,16 @@ class InstanceOperator(SequenceOperator):
         Args:
             call: the stack's forward.
             given: its arguments by name.
-            text: which tokens are of the text, ``[batch, tokens]``.
+            text: a mask of the tokens that belong to the text, ``[batch, tokens]``.
         """
 
     def learn(self, states: Tensor, text: Tensor) -> None:
-        """Look, in training, at what the stack made of the tokens behind the rows: for losses of it, by
+        """Called in training with the stack's output for the tokens after the rows: for losses on it, by
         ``forward_context().add_loss``. By default nothing is done.
 
         Args:
-            states: what the stack returns of the tokens, ``[batch, tokens, width]``.
-            text: which tokens are of the text, ``[batch, tokens]``.
+            states: the stack's output for the tokens, ``[batch, tokens, width]``.
+            text: a mask of the tokens that belong to the text, ``[batch, tokens]``.
         """
 
     def rows(self, embeds: Tensor) -> Tensor:

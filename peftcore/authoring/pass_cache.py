@@ -1,9 +1,9 @@
-"""A cache of its own for an extra pass over the model, or for a network beside it, beside the one that the model's
-forward fills.
+"""A separate cache for an extra pass over the model, or for a network in parallel with it, in addition to the cache
+that the model's forward fills.
 
-While tokens are generated, each forward sees the new ones alone. A pass with an adapter off (`ForwardContext.without`)
-needs what such passes made of the tokens before, not what the adapted forwards made of them. It is kept as more layers
-behind those of the model's cache: whatever reorders, repeats, crops or empties the cache does the same to them.
+During generation each forward sees only the new tokens. A pass with an adapter off (`ForwardContext.without`) needs the
+cached states that earlier passes of this kind computed, not those of the adapted forwards. They are kept as more layers
+after those of the model's cache, so code that reorders, repeats, crops or empties the cache also does so to them.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ class PassCache:
         """Returns the cache for the pass, for the `caches` of `ForwardContext.without`.
 
         Args:
-            cache: the model's cache, before its forward; with its own layers, it has those of passes before.
+            cache: the model's cache, before its forward; in addition to its layers it holds those of earlier passes.
             config: of transformers, of a network that is not the model's stack and has other layers.
 
         Raises:
-            SequenceError: it holds tokens over which no such pass went; or it is no cache of transformers.
+            SequenceError: it holds tokens that earlier passes did not process; or it is not a cache of transformers.
         """
         own = self_attention_cache(cache)
         mine = self._layers(own)

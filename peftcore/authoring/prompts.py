@@ -18,9 +18,9 @@ from peftcore.targets.sites import Site
 
 S = TypeVar("S", bound=Site)
 MASKS = ("attention_mask", "src_key_padding_mask", "tgt_key_padding_mask")
-"""How blocks are told of padding; in those of torch's own layers, zero (or False) is a token."""
+"""The arguments that pass padding masks to blocks; in the masks of torch's layers, zero (or False) is a token."""
 IGNORED = -100
-"""The label of what is not to be predicted."""
+"""The label of tokens that are not to be predicted."""
 REMEDY = "say where the prompt ends: with peftcore.call(model, prompt_length=...): ..."
 
 
@@ -41,11 +41,11 @@ class TokenStacks:
         return max(above, key=lambda stack: len(stack.path), default=None)
 
     def around(self, sites: Sequence[Site]) -> Site:
-        """Returns the stack through which the tokens of all these sites go, as a place for an operator around it.
+        """Returns the stack whose tokens pass through all the given sites, as a site for an operator around it.
 
         Raises:
-            UnsupportedSite: there are none, or they have no stack in common, or one that reads another, or that another
-                one reads.
+            UnsupportedSite: `sites` is empty, or the sites are not in a common stack, or their stack reads another
+                stack or is read by one.
         """
         found = self.of(sites[0]) if sites else None
         for site in sites:
@@ -90,10 +90,10 @@ class TokenStacks:
         return stack is not None and stack.causal and not stack.readers
 
     def prompted(self, sites: list[S], strict: bool) -> list[S]:
-        """Returns the blocks through which the prompt goes: not those that read the output of an encoder.
+        """Returns the blocks through which the prompt passes: not those that read the output of an encoder.
 
         Raises:
-            UnsupportedSite: `strict`, and there are such.
+            UnsupportedSite: `strict` is set, and some blocks read the output of an encoder.
         """
         reading = [site for site in sites if (stack := self.of(site)) is not None and stack.reads]
         if reading and strict:
@@ -120,10 +120,11 @@ class TokenStacks:
 class PromptPositions:
     """Finds the first and the last positions of the prompt in one forward.
 
-    The prompt is what ``peftcore.call(model, prompt_length=...)`` says (a number, or one a row; padding does not
-    count); otherwise, in ``generate``, what that is given; otherwise, in a language model that is told labels, what
-    comes before the first of them; otherwise the whole input. A step that adds one token to a cache is no prompt; where
-    the cache has fewer tokens than the first positions take, it may be, and somebody has to say.
+    The length of the prompt is set by ``peftcore.call(model, prompt_length=...)`` (a number, or one a row; padding does
+    not count). Otherwise, in ``generate``, the prompt is the input of ``generate``; otherwise, in a language model that
+    gets labels, the tokens before the first label; otherwise the whole input. A step that adds one token to a cache is
+    not a prompt, but if the cache has fewer tokens than the first positions take, it may be one, and the caller has to
+    set the length.
     """
 
     def __init__(
@@ -147,8 +148,8 @@ class PromptPositions:
         input of a block and its other arguments by name; None where no token is of the prompt.
 
         Raises:
-            MissingContext: the input may be more than the prompt, and nobody said where that ends.
-            SequenceError: nothing tells which tokens are padding; or the prompt is to be `whole`, and this is a piece.
+            MissingContext: the input may be longer than the prompt, and the prompt's length is unknown.
+            SequenceError: the padding is unknown; or the prompt is to be `whole`, and this is a piece.
         """
         rows, new = len(hidden), hidden[0, ..., 0].numel()
         running = forward_context()
@@ -212,8 +213,10 @@ class PromptPositions:
 
 
 class VisibleTokens:
-    """The attention mask for a network beside the model: in causal stacks, and where a block is told ``is_causal``, a
-    token sees those from the first on up to itself, elsewhere all; none sees padding, but each sees itself."""
+    """The attention mask for a network in parallel with the model. In causal stacks, and if a block gets ``is_causal``,
+    a token sees the tokens from the first one up to itself, elsewhere all tokens; padding is hidden, but each token
+    sees itself.
+    """
 
     def __init__(self, stack: TokenStack | None) -> None:
         self.causal = stack is not None and stack.causal
@@ -224,7 +227,7 @@ class VisibleTokens:
         True where a token is seen, ``[batch or 1, 1, new, held + new]``.
 
         Raises:
-            SequenceError: nothing tells which tokens are padding.
+            SequenceError: the padding is unknown.
         """
         count = held + new
         real = _real([given] if self.reads else [forward_context().inputs, given], count, device)
@@ -234,8 +237,9 @@ class VisibleTokens:
         return seen | torch.ones(new, count, dtype=torch.bool, device=device).triu(held).tril(held)
 
     def real(self, count: int, given: Mapping[str, Any], device: torch.device) -> Tensor:
-        """Returns which of so many tokens are no padding by what a block itself is told (its arguments by name)
-        ``[batch or 1, tokens]``; one row where that is nothing. Raises SequenceError as `mask`."""
+        """Returns a mask of the tokens that are not padding, ``[batch or 1, tokens]``, from the arguments of the block
+        (by name); one row if they do not contain a mask. Raises SequenceError as `mask`.
+        """
         return _real([given], count, device)
 
 

@@ -31,14 +31,14 @@ def row_logits(surgeon: Surgeon, site: SequenceSite, operator: SequenceOperator,
         surgeon: of the method, which has put the operator at the site.
         site: the stack.
         operator: its soft prompt.
-        rows: which of its rows; in their order.
+        rows: the numbers of its rows, in order.
 
     Returns:
-        Where a forward that trains leaves their logits for `Method.output_loss`: a `Rows` whose states are ``[batch,
-        rows, vocabulary]``. Nothing is left where the rows are in a cache already.
+        The `Tap` into which a training forward puts the logits for `Method.output_loss`: a `Rows` whose states are
+        ``[batch, rows, vocabulary]``. It stays empty if the rows are in a cache already.
 
     Raises:
-        UnsupportedSite: the stack has no head that scores its vocabulary, or one whose logits the model still changes.
+        UnsupportedSite: the stack lacks a head that scores its vocabulary, or the model changes the logits of the head.
     """
     name = type(surgeon.model).__name__
     heads = [head for head in head_sites(surgeon) if head.out_features >= site.in_features]

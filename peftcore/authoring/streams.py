@@ -1,15 +1,17 @@
-"""A stream of rows beside the tokens of a diffusion transformer (SD3, Flux, PixArt, DiT).
+"""A stream of extra rows in parallel with the tokens of a diffusion transformer (SD3, Flux, PixArt, DiT).
 
-Such a transformer lays an image out as tokens, modulates all of them by one timestep, and puts them back on a grid at
-the end. Rows among them would have to leave before that, would need places among theirs, and have their timestep. So
-rows stand beside them. Each block runs for the tokens and for the rows, with the same weights, told what is true of
-each (timestep, positions); the attention in which tokens see each other sees both:
+Such a transformer lays an image out as tokens, modulates all tokens by one timestep, and puts them back on a grid at
+the end. Rows inserted among the tokens would have to be removed before that, would need positions between those of the
+tokens, and would share their timestep. So the rows are a separate stream. Each block runs once for the tokens and once
+for the rows, with the same weights but separate arguments (timestep, positions); the attention in which tokens see each
+other sees both:
 
     k_r, v_r of L(r)   ->   x' = L(x; keys [k_r, k_x])   ->   r' = L(r; keys [k_x, k_r])
 
-Where both are told the same, that is the block on [x; r]. The transformer's own sequence has its length everywhere, so
-there is nothing to cut, and what runs along it stays as it is. Rows may stand beside the tokens of the image, or beside
-those of the text where these are a stream of their own (SD3, Flux). Several streams do not see each other.
+If both get the same arguments, that equals the block on [x; r]. The length of the transformer's sequence does not
+change, so rows need not be cut off, and tensors along the sequence stay as they are. Rows may be in parallel with the
+tokens of the image, or with those of the text if the text is a separate stream (SD3, Flux). Several streams do not see
+each other.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ PLACES = {"txt_ids": -2}
 ALONG = "attention_mask"
 """The argument that hides tokens of the image from each other."""
 TOLD = frozenset({"temb", "timestep"})
-"""The arguments by which blocks are told the timestep: those of a diffusion transformer have one of them."""
+"""The arguments that pass the timestep to blocks: blocks of a diffusion transformer have one of them."""
 FORM = "stream"
 BLOCK = f"{FORM}.block."
 """The form of a block as a place, before its path."""
@@ -56,7 +58,7 @@ S = TypeVar("S", bound="RowStream")
 
 @dataclass(frozen=True, eq=False)
 class StreamSite(Site):
-    """A diffusion transformer, beside whose tokens a stream of rows may stand."""
+    """A diffusion transformer, as a site for a stream of rows in parallel with its tokens."""
 
     width: int = 0
     """Features of its tokens inside of the blocks."""
@@ -74,7 +76,7 @@ class StreamSite(Site):
 
     @property
     def weight_shape(self) -> torch.Size:
-        """The width, which stands for a shape in plans and files."""
+        """The width as a shape, for plans and files."""
         return torch.Size([self.width])
 
     @property
@@ -91,10 +93,11 @@ class StreamSite(Site):
 
 
 def stream_sites(surgeon: Surgeon, paths: Iterable[str] = ("",)) -> list[StreamSite]:
-    """Returns the diffusion transformers of the host that hold one of these modules, or are inside of one.
+    """Returns the diffusion transformers of the host that contain one of the target modules, or are inside of one.
 
     Raises:
-        UnsupportedSite: there is none; or one has blocks whose tokens do not see each other in exactly one attention.
+        UnsupportedSite: a diffusion transformer is not found; or one has blocks whose tokens do not see each other in
+            exactly one attention.
     """
     wanted, host = list(paths), surgeon.resolver.host
     lists: dict[str, list[str]] = {}
@@ -166,10 +169,10 @@ class Running:
     """A stream in one forward of its transformer.
 
     Attributes:
-        told: what the first block was given for the rows, by name.
-        begins: the form of the first block, where the rows come in there.
-        rows: what they are behind the last block that ran; None before the first one, and where their stream has ended.
-        before: what they were before each block that ran, for blocks that run again inside backward.
+        told: the arguments of the first block for the rows, by name.
+        begins: the form of the first block, if the rows are inserted there.
+        rows: the rows after the last block that ran; None before the first block, and after their stream has ended.
+        before: the rows before each block that ran, for blocks that run again inside backward.
         makes: whether the transformer makes the rows now, of an input.
         asks: whether the block runs for the rows' keys alone.
         counts: tokens and rows in the attention of the block that runs.
@@ -242,7 +245,7 @@ class RowStream(Operator):
     """Base class of operators with a stream of rows: subclasses define `second` or `first`."""
 
     beside_text = False
-    """Whether the rows stand beside the tokens of the text, and not beside those of the image."""
+    """Whether the rows are in parallel with the tokens of the text, and not with those of the image."""
     sees_tokens = True
     """Whether the rows see the tokens; tokens always see the rows."""
 
@@ -269,10 +272,11 @@ class RowStream(Operator):
         return None
 
     def first(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Returns what the first block is given for the rows, by name; `alike` makes it of ``[batch, rows, width]``.
+        """Returns the arguments of the first block for the rows, by name; `alike` makes them from ``[batch, rows,
+        width]``.
 
         Args:
-            given: what it is given for the tokens.
+            given: the arguments of the first block for the tokens.
         """
         raise NotImplementedError
 
@@ -281,12 +285,12 @@ class RowStream(Operator):
 
         Args:
             block: its path.
-            rows: what they are.
+            rows: the rows after the former block.
         """
         return rows
 
     def alike(self, given: Mapping[str, Any], rows: Tensor) -> dict[str, Any]:
-        """Returns what a block is given for rows that have no places, and else are told what tokens are."""
+        """Returns the arguments of a block for rows without positions; all other arguments are those for the tokens."""
         mine = {**given, self.stream: rows}
         if given.get(ROTARY) is not None:  # the angle of rows is zero
             cos, sin = given[ROTARY]
@@ -295,7 +299,7 @@ class RowStream(Operator):
         return mine
 
     def at(self, form: str, module: Any) -> Callable[..., Any]:
-        """Returns what acts around the transformer, or around one of its blocks."""
+        """Returns the function that is called around the transformer, or around one of its blocks."""
         return self if form == FORM else partial(self._block, form)
 
     def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -431,8 +435,9 @@ def _last(count: int, key: Tensor, value: Tensor) -> Keys:
 
 
 def add_stream(surgeon: Surgeon, site: StreamSite, operator: Callable[..., S], config: MethodConfig | None = None) -> S:
-    """Put ``operator(site, config)``, a `RowStream`, at a diffusion transformer; returns it, whose `turn` tells
-    operators inside of the blocks when these run for the rows."""
+    """Put ``operator(site, config)``, a `RowStream`, at a diffusion transformer, and return it. Its `turn` shows
+    operators inside of the blocks when the blocks run for the rows.
+    """
     stream = surgeon.graft(site, operator, config, site.places)
     for attention in site.attentions:
         surgeon.graft(attention, lambda at: JointAttention(at, stream))

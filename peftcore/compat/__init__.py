@@ -3,12 +3,12 @@
     model = peftcore.compat.get_peft_model(model, "dora", rank=8)  # or a configuration of peft
     trl.DPOTrainer(model=model, ...)
 
-It needs peft, which nothing else imports. It may import `trainers`, and what is below. In the order of reading:
+It needs peft, which is imported only here. It may import `trainers` and the layers below. In the order of reading:
 
-- `arguments`: arguments of peft that say what is so anyway.
-- `configs`: entries of ``peft_config`` for adapters, and adapters made of these again; `method_config`.
+- `arguments`: arguments of peft that may only have the value that peftcore always uses.
+- `configs`: entries of ``peft_config`` for adapters, and adapters made from such entries; `method_config`.
 - `folders`: the folders that the Trainer and peft look for.
-- `schedules`: schedules that nobody drives.
+- `schedules`: an error for method schedules that are not advanced in training.
 - `training_state`: the state of a training between steps, in such a folder.
 - `tuner`: the module between peft's model and the adapted one.
 - `peft_model`: `PeftModel`.

@@ -25,7 +25,7 @@ def without_peft_arguments(options: dict[str, Any]) -> dict[str, Any]:
     """Returns options without the arguments of peft.
 
     Raises:
-        ConfigError: one of these has another value than what is so anyway.
+        ConfigError: an argument of peft has another value than the one that peftcore always uses.
     """
     for name in options.keys() & SO_ANYWAY.keys():
         values, instead = SO_ANYWAY[name]

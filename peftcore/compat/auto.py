@@ -37,12 +37,13 @@ class AutoPeftModel:
             is_trainable: whether it trains.
             revision: as of `peftcore.load`.
             options: arguments of `peftcore.load_base`: ``fetch=True`` fetches a base that is not here, ``dtype=``,
-                ``device_map=`` and others go to transformers; arguments of peft that say what is so here.
+                ``device_map=`` and others are passed to transformers; arguments of peft with the values that peftcore
+                always uses.
 
         Raises:
             CheckpointError, HubError, HostMismatch, NewerFormat, UnknownMethod: as `peftcore.load_base`.
             HostMismatch: the base is for another task.
-            ConfigError: an argument of peft says something else than what is so.
+            ConfigError: an argument of peft has another value.
         """
         options = without_peft_arguments(options)
         path = pretrained_model_name_or_path

@@ -70,7 +70,7 @@ def config_of(injection: Injection) -> AdapterConfig:
 
 
 def apply_beside(model: nn.Module, name: str, method: Any, options: Mapping[str, Any]) -> Injection:
-    """Apply one more adapter, which trains and does not act yet; those that act go on to.
+    """Apply one more adapter, which is trainable but not active yet; active adapters stay active.
 
     Args:
         model: the host; changed in place.
@@ -81,7 +81,8 @@ def apply_beside(model: nn.Module, name: str, method: Any, options: Mapping[str,
 
     Raises:
         PeftcoreError: as `peftcore.apply`; the host was not changed.
-        ConfigError: an `AdapterConfig` comes with options, or stands for an adapter that is made of other things.
+        ConfigError: an `AdapterConfig` is given with options, or describes an adapter that cannot be made again from a
+            method and its options.
         CalibrationError: the method of an `AdapterConfig` looks at data first.
     """
     if isinstance(method, AdapterConfig) and method.method is not None:
@@ -108,7 +109,7 @@ def check_same_state(one: Injection, other: Injection) -> None:
     """Check that two adapters of one configuration compute the same once their parameters are the same.
 
     Raises:
-        ConfigError: one has tensors that the other has not, or state that is no parameter.
+        ConfigError: one has tensors that the other lacks, or state that is not a parameter.
     """
     shapes = [{key: value.shape for key, value in each.state_dict().items()} for each in (one, other)]
     if shapes[0] != shapes[1]:

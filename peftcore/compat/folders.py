@@ -39,5 +39,5 @@ def save_folder(injection: Injection, folder: Path) -> None:
 
 
 def config_in(path: str | os.PathLike[str]) -> peft.PeftConfig | None:
-    """Returns the configuration of peft in a folder; None where there is none."""
+    """Returns the configuration of peft in a folder; None if the folder lacks one."""
     return peft.PeftConfig.from_pretrained(str(path)) if Path(path, CONFIG).is_file() else None

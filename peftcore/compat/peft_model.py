@@ -30,17 +30,17 @@ from peftcore.layers.fsdp import whole_from
 BASE = "__base__"
 """peft's name for no adapter, in `adapter_names`."""
 ALONE = "default"
-"""The adapter that peft saves into a folder itself, and not into one of its name below."""
+"""The adapter that peft saves directly into a folder, not into a subfolder with the adapter's name."""
 
 
 class PeftModel(peft.PeftModel):  # type: ignore[misc]
     """A model that peftcore adapted, as a model of peft: ``isinstance(model, peft.PeftModel)``.
 
-    All state is that of the adapted model, so what `peftcore` does with that shows here, and the other way round.
-    One adapter acts and trains, as in peft, until `peftcore.activate` says otherwise.
+    All state is in the adapted model, so changes by `peftcore` are visible here, and the other way round. One adapter
+    acts and trains, as in peft, until `peftcore.activate` says otherwise.
 
     Args:
-        model: the model; changed in place. Without `peft_config` it is adapted already, and goes on as it is.
+        model: the model; changed in place. Without `peft_config` it has to be adapted already, and stays as it is.
         peft_config: a method, as `peftcore.apply` takes it, or a configuration of peft.
         adapter_name: the adapter's name.
         options: other arguments of `peftcore.apply`.
@@ -86,7 +86,7 @@ class PeftModel(peft.PeftModel):  # type: ignore[misc]
 
     @classmethod
     def for_task(cls, task: str | None) -> type[PeftModel]:
-        """Returns the class for a task of peft: this one, if it is for one already, or there is none."""
+        """Returns the class for a task of peft: this class if it is for a task already, or if peft lacks one."""
         return PeftModel.by_task.get(task or "", cls) if cls is PeftModel else cls
 
     @classmethod
@@ -185,8 +185,8 @@ class PeftModel(peft.PeftModel):  # type: ignore[misc]
             adapter_names: the adapter of each row; ``"__base__"`` for none.
 
         Raises:
-            TrainingError: in training, an adapter drops something, and goes on to where somebody turned dropout off; or
-                an optimizer took a step, and nobody took that of a method's schedule.
+            TrainingError: in training, an adapter's dropout is active although dropout was turned off in the model; or
+                an optimizer took a step, but a method's schedule was not advanced.
         """
         if self.training and self.base_model.dropout_is_off:
             self._drop_nothing()
@@ -228,7 +228,8 @@ class PeftModel(peft.PeftModel):  # type: ignore[misc]
                     activate(self.get_base_model(), chosen)
 
     def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
-        """Let one adapter act and train, and no other; within `disable_adapter`, it acts from the end of that on.
+        """Make one adapter the only active and trainable one; within `disable_adapter`, it becomes active at the end of
+        the block.
 
         Args:
             adapter_name: its name.
@@ -290,7 +291,7 @@ class PeftModel(peft.PeftModel):  # type: ignore[misc]
         self._note_config(adapter_name, peft_config)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter; where it acts, the first of the others does then.
+        """Delete an adapter; if it is active, the first remaining adapter becomes active.
 
         Raises:
             UnknownInjection: there is none of that name.
@@ -319,8 +320,8 @@ class PeftModel(peft.PeftModel):  # type: ignore[misc]
         revision: str | None = None,
         **options: Any,
     ) -> Any:
-        """Load an adapter, which does not act until `set_adapter`; or, under the name of one that is there, its values
-        into that, as the Trainer does to resume.
+        """Load an adapter, which is inactive until `set_adapter`; or, if an adapter of that name exists, load the
+        values into it, as the Trainer does to resume.
 
         Args:
             model_id: what `peftcore.load` takes.
@@ -334,10 +335,11 @@ class PeftModel(peft.PeftModel):  # type: ignore[misc]
             CheckpointError, HostMismatch, NewerFormat, UnknownMethod, HubError: as `peftcore.load`.
             ConfigError: an argument of peft says something else.
             SwapError: an adapter of the name is there, of another method, with other options or elsewhere.
-            TrainingError: it is there, trains, and has a schedule, and the folder has values alone.
+            TrainingError: an adapter of the name is there, trains, and has a schedule, but the folder holds only
+                values.
 
         Returns:
-            What torch returns when it loads a state dict: no keys are missing, and none are unexpected.
+            The result of torch's `load_state_dict`, with empty lists of missing and unexpected keys.
         """
         check_no_more(options)
         there = self.adapters.get(adapter_name)
@@ -368,8 +370,9 @@ class PeftModel(peft.PeftModel):  # type: ignore[misc]
         safe_serialization: bool = True,
     ) -> None:
         """Write the adapters: ``default`` into the folder, others into folders of their names in it; in peft's format,
-        or, where that cannot hold one, in ours. Both are read by `from_pretrained`, and by `peftcore.load`. Of one that
-        trains, what it knows between steps lies beside it, where it has a schedule or draws anew in each step.
+        or, where that cannot hold one, in ours. Both are read by `from_pretrained`, and by `peftcore.load`. For an
+        adapter that trains, and has a schedule or new random draws in each step, its state between steps is stored next
+        to it.
 
         Args:
             save_directory: the folder.
@@ -400,7 +403,7 @@ class PeftModel(peft.PeftModel):  # type: ignore[misc]
         """Merge adapters into the weights, until `unmerge_adapter`; all or none.
 
         Args:
-            adapter_names: those that act by default; others cannot be merged.
+            adapter_names: the active adapters by default; inactive ones cannot be merged.
             safe_merge: passed over: values are checked always.
 
         Raises:
@@ -498,7 +501,7 @@ class PeftModel(peft.PeftModel):  # type: ignore[misc]
 
 
 def task_for(model: nn.Module, peft_config: Any) -> str | None:
-    """Returns peft's name of the task of a model: what its configuration of peft says, or its own class."""
+    """Returns peft's name of the task of a model, from its configuration of peft or from its class."""
     if isinstance(peft_config, peft.PeftConfig) and not isinstance(peft_config, AdapterConfig):
         return (
             None

@@ -1,5 +1,6 @@
-"""Schedules that nobody drives: an optimizer's steps are counted for adapters whose method changes with them, and their
-next forward in training is refused where the method was told of none."""
+"""Schedules that are not advanced: an optimizer's steps are counted for adapters whose method changes with the steps,
+and their next forward in training is refused if the method's schedule was not advanced.
+"""
 
 from __future__ import annotations
 
@@ -37,10 +38,11 @@ def has_schedule(injection: Injection) -> bool:
 
 
 def check_driven(injection: Injection) -> None:
-    """Check, before a forward in training, that a schedule was told of the last step; from now on steps are counted.
+    """Check, before a forward in training, that a schedule was advanced after the last step of an optimizer; from now
+    on steps are counted.
 
     Raises:
-        TrainingError: it was not.
+        TrainingError: the schedule was not advanced.
     """
     if not has_schedule(injection):
         return

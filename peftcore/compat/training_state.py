@@ -1,5 +1,6 @@
-"""The state of an adapter between steps, in a file beside those of the adapter's format: the Trainer resumes a model of
-peft from that folder, and formats of adapters have neither a schedule's statistics nor all tensors to the bit."""
+"""The state of an adapter between steps, in a file next to those of the adapter's format: the Trainer resumes a model
+of peft from that folder, and formats of adapters have neither a schedule's statistics nor all tensors to the bit.
+"""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from torch import nn
 from peftcore.forward.state.adapter_modules import ADAPTER_MODULES
 
 ON = 0.5
-"""The probability of a dropout that nobody turned off; any number but 0."""
+"""The probability of a dropout that was not turned off; any number but 0."""
 
 
 class Tuner(nn.Module):
@@ -18,9 +18,10 @@ class Tuner(nn.Module):
 
     Attributes:
         model: the adapted model.
-        switch: a dropout that drops nothing. Trainers turn dropout off by setting modules of torch to 0; adapters'
-            dropouts are none, and this one shows that they were meant too.
-        prefix: what names of adapters' parameters contain, and no others: by it trainers leave them out.
+        switch: a dropout that drops nothing. Trainers turn dropout off by setting modules of torch to 0; dropouts of
+            adapters are not such modules, and this switch shows that they should be turned off, too.
+        prefix: a part of the names of all adapter parameters, and of these names only: trainers use it to leave them
+            out.
     """
 
     prefix = f"{ADAPTER_MODULES}."
@@ -32,7 +33,7 @@ class Tuner(nn.Module):
 
     @property
     def dropout_is_off(self) -> bool:
-        """Whether somebody turned dropout off."""
+        """Whether dropout was turned off."""
         return self.switch.p != ON
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

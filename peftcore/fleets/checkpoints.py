@@ -1,9 +1,9 @@
-"""The files from which one adapter's training goes on: the adapter itself, as `Injection.save` writes it, and beside it
-what its optimizer, its schedule and its method remember: tensors as safetensors, the rest as JSON.
+"""The files from which one adapter's training continues: the adapter itself, as `Injection.save` writes it, and next to
+it the states of its optimizer, its schedule and its method: tensors as safetensors, the rest as JSON.
 
-A checkpoint is a folder that gets its name when it is whole, and an older one goes after that: a training that is
-killed finds one or the other. The folder in which checkpoints lie belongs to one training, whose identity it holds:
-whoever has another one neither writes there nor removes anything.
+A checkpoint is a folder that gets its name when it is complete, and older ones are removed after that: after a training
+is killed, one or the other exists. The folder of the checkpoints belongs to one training, whose identity it holds:
+another training neither writes nor removes anything there.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ STATE, STATE_TENSORS = "training.json", "training.safetensors"
 _TENSOR, _TUPLE, _PAIRS, _FLOAT = "tensor", "tuple", "pairs", "float"
 STEP = "step-"
 PARTIAL, BEFORE = ".partial", ".before"
-"""Endings of the name of a checkpoint that is being written, and of one whose place a newer one of its step takes."""
+"""Endings of the names of a checkpoint that is being written, and of one that a newer one of the same step replaces."""
 OWNER = "owner.json"
 """The file that says to which training a folder belongs."""
 
 
 def newest(folder: Path) -> Path | None:
-    """Returns the last checkpoint in a folder; None where there is none."""
+    """Returns the last checkpoint in a folder; None if it lacks checkpoints."""
     found: dict[tuple[int, bool], Path] = {}
     for each in folder.glob(f"{STEP}*"):
         number = each.name.removeprefix(STEP).removesuffix(BEFORE)
@@ -45,14 +45,14 @@ def newest(folder: Path) -> Path | None:
 
 
 def claim(folder: Path, training: str, takes_over: bool = False) -> None:
-    """Write into a folder that it belongs to a training. Of processes that train together all call this, and the first
-    one writes.
+    """Mark a folder as belonging to a training. If several processes train together, all of them call this, and the
+    first one writes.
 
     Args:
-        folder: where its checkpoints are to go.
+        folder: the folder for its checkpoints.
         training: the training's identity.
-        takes_over: whether it goes on with the training whose checkpoints are there. The folder is no longer that of
-            the other one then.
+        takes_over: whether it continues the training whose checkpoints are there. The folder then stops belonging to
+            the other training.
 
     Raises:
         TrainingError: the folder is that of another training; nothing was written.
@@ -91,18 +91,18 @@ def _first_does(act: Callable[[], None]) -> None:
 
 
 def write(injection: Injection, state: Mapping[str, Any], folder: Path, step: int, training: str) -> Path:
-    """Write a checkpoint, and remove those before it; returns its folder. Of processes that train together all call
-    this, and the first one writes.
+    """Write a checkpoint, remove the earlier ones, and return its folder. If several processes train together, all of
+    them call this, and the first one writes.
 
     Args:
         injection: the adapter.
-        state: what is remembered beside it.
-        folder: the folder of this training, or one that is nobody's.
+        state: the training state to store next to it.
+        folder: the folder of this training, or one that does not belong to a training yet.
         step: the step that was taken last. A checkpoint of this step that is there already is replaced.
         training: the training's identity.
 
     Raises:
-        TrainingError: the state is no plain data, or the folder is that of another training; nothing was written.
+        TrainingError: the state is not plain data, or the folder is that of another training; nothing was written.
     """
     tensors: dict[str, Tensor] = {}
     told = json.dumps(_split(state, "state", tensors))
@@ -179,7 +179,7 @@ def _joined(value: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def read(place: Path) -> dict[str, Any]:
-    """Returns the state beside an adapter.
+    """Returns the training state that is stored next to an adapter.
 
     Raises:
         CheckpointError: it is missing or damaged.

@@ -19,8 +19,8 @@ Data = Iterable[Mapping[str, Any]] | Callable[[int], Iterable[Mapping[str, Any]]
 class Feed:
     """The batches of one adapter.
 
-    What the data draws from torch's global generators (the order of a `DataLoader` that shuffles) depends on the seed
-    and the epoch, and moves nobody else's.
+    The data's random draws from torch's global generators (the order of a `DataLoader` that shuffles) depend only on
+    the seed and the epoch, and do not advance the global generators for other code.
 
     Attributes:
         epoch: how many epochs are over.
@@ -37,7 +37,7 @@ class Feed:
         self.ended = False
 
     def take(self) -> Mapping[str, Any] | None:
-        """Returns the next batch; None when there is none any more."""
+        """Returns the next batch; None after the last one."""
         while not self.ended:
             if self._iterator is None:
                 self._begin()

@@ -1,4 +1,4 @@
-"""Many adapters trained in shared steps on one base: each with data, a loss, an optimizer of its own."""
+"""Many adapters trained in shared steps on one base: each has separate data, loss and optimizer."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ TARGETS = ("labels",)
 
 
 class Fleet:
-    """Trains many adapters at once. In each step the batches of all members go through the base together, each member's
-    rows through its own adapter; every member's loss is computed of its own rows, and it takes its own step.
+    """Trains many adapters at once. In each step the batches of all members pass through the base together, each
+    member's rows through its adapter. Each member's loss is computed from its rows, and its optimizer takes a step.
 
         fleet = Fleet(model)
         for rank in (4, 8, 16):
@@ -46,23 +46,24 @@ class Fleet:
             fleet.join(injection, data, optimizer=injection.optimizer(torch.optim.AdamW, lr=1e-3), steps=200)
         fleet.run()
 
-    A member comes to what it would come to alone, up to rounding, as long as the base itself draws nothing (dropout)
-    and makes no statistics of batches. What adapters draw depends on the member's seed, its step and the target module.
-    Whether the model is in training mode is the caller's to say, ``model.train()``, as in any loop.
+    A member gets the same values as if it trained alone, up to rounding, as long as the base itself has neither dropout
+    nor batch statistics. Random draws of adapters depend on the member's seed, its step and the target module. The
+    caller sets the training mode, ``model.train()``, as in any loop.
 
-    Which dimensions of an output have the rows is learned beforehand, from a forward of the bare base with two rows and
-    one with three. Similarities of all rows with all are cut in both: own texts with own pictures.
+    The dimensions of an output that have the rows are found beforehand, from a forward of the bare base with two rows
+    and one with three. Similarities of all rows with all are cut in both: own texts with own pictures.
 
     Under DistributedDataParallel the wrapped model is given, with ``find_unused_parameters=True`` where members join a
     different number of forwards; under FSDP2 the sharded one. All processes make the same fleet, each with its own
-    part of the data, and members end in all of them at the same step. Adapters that come after the model was wrapped
-    are averaged over the processes by the fleet, so the same ones join in all of them.
+    part of the data, and members end in all of them at the same step. For adapters that were applied after the model
+    was wrapped, the fleet averages the gradients over the processes, so the same adapters have to join in all
+    processes.
 
     Args:
         model: the adapted model, or a wrapper around it.
         targets: names in batches that the losses get and the model does not: it would compute a loss over all rows.
-        pad: by name of a tensor in batches, what fills it up at the end of each dimension where those of others are
-            longer: ``{"input_ids": 0, "attention_mask": 0, "labels": -100}``.
+        pad: by name of a tensor in batches, the value that pads it at the end of each dimension in which other batches
+            are longer: ``{"input_ids": 0, "attention_mask": 0, "labels": -100}``.
         collate: puts batches together instead: from a list of them to one with all rows, in order.
         autocast: compute in this dtype, where torch's autocast does.
 
@@ -112,35 +113,35 @@ class Fleet:
             injection: the adapter, or its name. It has to be trainable.
             data: batches, which are gone through again and again until `steps` are taken; or a function that returns
                 those of an epoch, given its number. A batch maps names to tensors with a row for each example, to lists
-                with an entry for each, and to what is the same for all members.
+                with an entry for each, and to values that are the same for all members.
             optimizer: over its parameters: ``injection.optimizer(torch.optim.AdamW, lr=...)``.
             loss: from the output for its rows, and these rows of the batch (labels with them), to the mean loss over
-                them. By default what a model of transformers computes of logits and labels. Reading an output that
-                cannot be cut into rows is a TrainingError.
-            schedule: of its learning rate; it takes a step after each one of the optimizer. `ReduceLROnPlateau` is told
+                them. By default the loss that a model of transformers computes from logits and labels. Reading an
+                output that cannot be cut into rows is a TrainingError.
+            schedule: of its learning rate; it takes a step after each one of the optimizer. `ReduceLROnPlateau` gets
                 the loss of the step.
             steps: how many steps of the optimizer; None: one epoch.
             clip: the largest norm of its gradients together.
             accumulate: how many batches make one step. Where the model's own loss is a mean over tokens, it is one over
                 those of all of them.
-            seed: of what the adapter draws in training, and of the order of data that shuffles.
+            seed: of the adapter's random draws in training, and of the order of data that shuffles.
             stop: called with the member after each step; True ends it early. ``member.losses`` is what it goes on from
                 after a resume, too.
-            folder: where its checkpoints go, which no other member has: one when it is done, and those of `save_every`
-                and `Fleet.save`.
+            folder: the folder for its checkpoints, different for each member: one when it is done, and those of
+                `save_every` and `Fleet.save`.
             save_every: steps between checkpoints.
-            resume: go on from the newest checkpoint in `folder`, where there is one, also if the member had ended then:
-                with more steps, after it left, after a loss that was no number.
+            resume: continue from the newest checkpoint in `folder`, if there is one, even if the member had ended then:
+                with more steps, after it left, after a loss that was not finite.
 
         Returns:
             The member.
 
         Raises:
-            RouteError: rows of the adapter cannot be told apart; it says what to do instead.
+            RouteError: rows of the adapter cannot be distinguished; the message says what to do instead.
             TrainingError: it is frozen, the base trains too, the optimizer is not its own or needs more than gradients,
-                its method's schedule does not fit into the steps, nothing says what its loss is, or the folder is
-                another training's.
-            CheckpointError: the checkpoint is damaged, or of another training: what differs is listed.
+                its method's schedule does not fit into the steps, its loss is unknown, or the folder is another
+                training's.
+            CheckpointError: the checkpoint is damaged, or of another training: the message lists the differences.
         """
         found = self._named(injection) if isinstance(injection, str) else injection
         self._check(found)
@@ -172,7 +173,7 @@ class Fleet:
         return made
 
     def leave(self, name: str) -> Member:
-        """Let a member go, between two steps; its adapter stays on the model, with the values that it has.
+        """Remove a member from the fleet, between two steps; its adapter stays on the model, with its current values.
 
         Raises:
             UnknownInjection: the fleet has no such member.
@@ -232,7 +233,7 @@ class Fleet:
         runs the same batches again. Where a member's own optimizer, method or schedule raises, that member is as before
         the step, and the others have taken theirs; the next call runs its batches again. `stop` is called and
         checkpoints are written after these steps; where one of them raises, all steps are taken, and the next call
-        tries it again before it takes another step. All members come to their turn before the first error is raised.
+        tries it again before it takes another step. All members are handled before the first error is raised.
 
         Raises:
             TrainingError: batches cannot be put together, the model computed a loss over all rows, the base makes

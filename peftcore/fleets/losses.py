@@ -1,4 +1,4 @@
-"""The loss of one adapter, computed of its own rows."""
+"""The loss of one adapter, computed from its rows."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def loss_of(model: nn.Module) -> Loss:
     """Returns the loss that a model of transformers computes of labels, for some rows of its output.
 
     Raises:
-        TrainingError: it is no such model, or computes its loss of more than logits and labels.
+        TrainingError: it is another kind of model, or computes its loss from more than logits and labels.
     """
     if kind_of(model) is None:
         raise TrainingError(
@@ -78,8 +78,9 @@ def counted(batch: Mapping[str, Any], rows: int, shifted: bool) -> int:
 
 
 def shares(counts: list[int], of_tokens: bool) -> list[float]:
-    """Returns the share of each batch of a step in the step's loss: by what each counts where the loss is a mean over
-    tokens, otherwise equal ones."""
+    """Returns the share of each batch of a step in the step's loss: proportional to its number of counted tokens if the
+    loss is a mean over tokens, otherwise equal shares.
+    """
     total = sum(counts)
     if of_tokens and total:
         return [count / total for count in counts]

@@ -1,4 +1,4 @@
-"""One adapter that trains in a fleet: its data, its loss, its optimizer, and what it has come to."""
+"""One adapter that trains in a fleet: its data, its loss, its optimizer, and its progress."""
 
 from __future__ import annotations
 
@@ -52,12 +52,12 @@ class Member:
         steps: how many steps it is to take; None: one epoch.
         step: how many it has taken.
         losses: the loss of each of them; where processes share the training, the mean of theirs.
-        tokens: how much its losses were means over: labels that count, or rows.
+        tokens: the number of items over which its losses were means: labels that count, or rows.
         forwards: how many forwards of the base it took part in.
-        done: whether it trains no more.
-        ended: why not; empty as long as it trains. No checkpoint has it: whether a member trains on after a resume is
-            for its steps, its data and `stop` to say.
-        failed: whether that is because its loss was no number.
+        done: whether it has stopped training.
+        ended: why it has stopped; empty as long as it trains. It is not stored in checkpoints: its steps, its data and
+            `stop` decide whether a member continues after a resume.
+        failed: whether it has stopped because its loss was not finite.
     """
 
     def __init__(
@@ -275,8 +275,9 @@ class Member:
             self.schedule.step()
 
     def settle(self) -> None:
-        """Do what comes after a step, unless it was done: ask whether to stop, and write a checkpoint where it is time
-        to. What raises is tried again when it is called the next time."""
+        """Do the work after a step, unless it was done: call `stop`, and write a checkpoint if it is due. An action
+        that raises is tried again in the next call.
+        """
         try:
             if not self.done and self._asked != self.step and self.stop is not None and self.stop(self):
                 self._end("stopped early")
@@ -287,7 +288,7 @@ class Member:
                 self.save()
 
     def fail(self, loss: float) -> None:
-        """End it, since its loss is no number: it keeps the values of the step before."""
+        """End the member because its loss is not finite: it keeps the values of the step before."""
         self._window = []
         self.zero()
         self.failed = True
@@ -308,16 +309,16 @@ class Member:
     # -------------------------------------------------------------------------------------------------- checkpoints
 
     def save(self, folder: Path | None = None) -> Path:
-        """Write a checkpoint, from which it goes on exactly; those before it in the folder go.
+        """Write a checkpoint, from which the training continues exactly; earlier ones in the folder are removed.
 
         Args:
-            folder: where; that of `Fleet.join` by default.
+            folder: the folder for the checkpoint; that of `Fleet.join` by default.
 
         Returns:
             The folder of this checkpoint, which `peftcore.load` reads too.
 
         Raises:
-            TrainingError: there is no folder, or an optimizer or schedule whose state is no plain data.
+            TrainingError: a folder is missing, or the state of the optimizer or schedule is not plain data.
         """
         place = folder or self.folder
         if place is None:
@@ -351,9 +352,9 @@ class Member:
     def resume(self) -> None:
         """Go on from the newest checkpoint in the folder; where there is none, nothing changes.
 
-        What the adapter, the optimizer and the schedule remember comes from the checkpoint. What they are told (steps,
-        learning rates, the length of the schedule) is what they are told now: a schedule with other options is taken
-        through the steps that there were.
+        The states of the adapter, the optimizer and the schedule are read from the checkpoint. Their options (steps,
+        learning rates, the length of the schedule) are the current ones: a schedule with other options is advanced
+        through the steps that were taken.
 
         Raises:
             CheckpointError: it is damaged, or one of another adapter, base, optimizer or seed; nothing was changed.

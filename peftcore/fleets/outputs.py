@@ -1,8 +1,8 @@
 """The rows of one member in the output of a forward for all of them.
 
-Which dimensions have the rows is learned from two small forwards of different numbers of rows: a size that goes with
-these is one of rows, and one that stays is none, however long it is. What cannot be cut is no wrong number: whoever
-reads it gets an error that names it.
+Which dimensions have the rows is learned from two small forwards of different numbers of rows: a dimension whose size
+changes with them has the rows, and one whose size stays the same does not. Outputs that cannot be cut into rows never
+yield wrong numbers: reading one raises an error that names it.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class NotCut:
 
 
 class Outputs:
-    """What is known of the outputs of a model: by name and kind, the dimensions that have its rows."""
+    """The layout of a model's outputs: by name and kind, the dimensions that have rows."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[str, int], Dims | str] = {}
@@ -79,7 +79,8 @@ class Outputs:
 
     def part(self, output: Any, start: int, stop: int, rows: int) -> Any:
         """Returns the rows from `start` to `stop` of an output for so many rows, in all dimensions that have them: of
-        tensors and lists, and of those in nested containers. What has no rows is returned as it is."""
+        tensors and lists, also in nested containers. Values without rows are returned unchanged.
+        """
         return self._part(output, start, stop, rows, "")
 
     def _part(self, value: Any, start: int, stop: int, rows: int, name: str) -> Any:

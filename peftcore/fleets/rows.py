@@ -23,7 +23,7 @@ def count_of(batch: Any, name: str) -> int:
     """Returns how many rows a batch has: the length of its first tensor.
 
     Raises:
-        TrainingError: it is no mapping of names to tensors, or its tensors differ in length.
+        TrainingError: it is not a mapping of names to tensors, or its tensors differ in length.
     """
     if not isinstance(batch, Mapping):
         raise TrainingError(
@@ -41,7 +41,7 @@ def together(batches: Mapping[str, Batch], pad: Mapping[str, float], collate: Co
 
     Args:
         batches: by adapter.
-        pad: by name of a tensor, what fills it up at the end of each dimension where others are longer.
+        pad: by name of a tensor, the value that pads it at the end of each dimension in which other tensors are longer.
         collate: returns one batch of several, instead of all this.
 
     Raises:

@@ -1,23 +1,23 @@
 """Injections, the objects that users hold: `apply` returns one, which is activated, merged, quantized, removed.
 
-It may import `training`, and what is below; saving is left to `files`, which is above. In the order of reading:
+It may import `training` and the layers below; saving is left to `files`, a layer above. In the order of reading:
 
 - `applied`: one method with its operators, and their values; the parts of a hybrid.
 - `summary`: one injection at a glance.
-- `router_report`: what the routers of a mixture did.
+- `router_report`: statistics of the routers of a mixture.
 - `quantized_layer`: quantized layers, and how a module becomes one in place.
 - `freezing`: the base is frozen while adapters are on it.
-- `folding`: what computes a weight is folded away, and comes back.
+- `folding`: replaces a computed weight (a parametrization) by a plain parameter, and restores it.
 - `originals`: the tensors from before a merge, kept as asked.
-- `written`: what a merge wrote, and how it comes back.
+- `written`: the tensors that a merge wrote, and how they are undone.
 - `merging`: folding into the weights, and the exact way back.
-- `swapping`: the values of another adapter in the place of one's own.
+- `swapping`: replaces the values of an adapter by those of another.
 - `injection`: the injection itself.
-- `idle`: the values of an injection elsewhere, and back.
-- `made_of_base`: what is made of values of the base that its file does not hold.
+- `idle`: offloads an adapter's tensors to CPU or disk and restores them.
+- `made_of_base`: adapter tensors that are computed from the base and not stored in the file.
 - `switching`: `activate`, `route`, `call`.
-- `request`: what is asked for: a model, a method with its options, where to act, data or values.
-- `applying`: the road of a request into the model: record, look at data, install, fill; `apply` and `plan`.
+- `request`: the arguments of `apply` as one object: a model, a method with its options, targets, data or values.
+- `applying`: `apply` and `plan`, and the steps of a request: record, look at data, install, fill in values.
 - `quantization`: `quantize`, and the contract of a scheme.
 - `replicated_layers`: layers that a model runs again with the same weights.
 """

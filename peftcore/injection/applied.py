@@ -151,8 +151,9 @@ class Planned(HybridPart):
 
 
 def choose_trained(applied: AppliedMethod) -> None:
-    """Let those parameters train that the method selects, and what the user named in ``train``; freeze all others of
-    the adapter."""
+    """Make the parameters trainable that the method selects, and the modules that the user named in ``train``; freeze
+    all other parameters of the adapter.
+    """
     for parameter in applied.parameters():
         parameter.requires_grad = False
     hook = registry().hook
@@ -164,7 +165,9 @@ def choose_trained(applied: AppliedMethod) -> None:
 
 @torch.no_grad()
 def fill(applied: AppliedMethod, tensors: Mapping[str, Tensor]) -> None:
-    """Copy values into the tensors of an adapter, by the names that `state_dict` has for them; others stay."""
+    """Copy values into the tensors of an adapter, by their names in `state_dict`; tensors that are not named keep their
+    values.
+    """
     for path, module in applied.modules():
         for key, value in module.state_dict(keep_vars=True).items():
             saved = tensors.get(f"{path}.{key}")

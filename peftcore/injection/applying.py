@@ -58,8 +58,9 @@ def apply(
     """Adapt any module in place with a method; all of it, or nothing on an error.
 
     The base is frozen, the operators train, the injection is active. Other injections on the host stay as they are.
-    Inside of a route or composition their rows and parts stay, too: the new one joins the stack in force outside of it.
-    It is active for whom `activate` holds: applied in another thread than the first one, in that thread alone.
+    Inside of a route or composition their rows and parts stay, too: the new injection joins the stack that is in force
+    outside of it. It is active in the threads and tasks for which `activate` would hold: if it is applied in another
+    thread than the first one, in that thread alone.
 
     Args:
         model: the host; changed in place, its class and parameter names stay.
@@ -72,30 +73,30 @@ def apply(
         exclude: targets to leave out, in the same forms.
         train: modules of the host (heads, norms) that train along, as replacements saved with the adapter.
         data: batches for methods that look at data first (tags `needs_data`, `data_options`): mappings are called as
-            model(**batch), tuples as model(*batch), functions as batch(model); the output is, or has, the loss. Where a
-            method wants labels and the model takes none, batches are `Labelled`.
-        seed: operators are drawn from (seed, path); torch's initial seed by default. The global generator does not
-            move.
+            model(**batch), tuples as model(*batch), functions as batch(model); the output is, or has, the loss. If a
+            method needs labels and the model does not take any, batches are `Labelled`.
+        seed: operators are initialized from (seed, path); torch's initial seed by default. The state of torch's global
+            generator does not change.
         dtype: dtype of the operators, float32 by default.
         host: a host map to use instead of the derived one (`peftcore.roles.probe`, `HostMap.override`).
         config: the method's options.
 
-    Where DeepSpeed has cut the model apart as it was made (`zero.Init`), all processes call this, and each holds all of
-    it meanwhile.
+    If DeepSpeed sharded the model when it was built (`zero.Init`), all processes call this, and each holds the whole
+    model meanwhile.
 
     Raises:
-        UnknownMethod: no plugin has it; AmbiguousMethod: two have.
+        UnknownMethod: no plugin has the method; AmbiguousMethod: two plugins have it.
         ConfigError: an option is unknown, or its value breaks a rule.
         TargetError: there is nothing to act on.
         UnsupportedSite: the method cannot act on the target.
         UnsupportedHost: this host cannot be adapted as a whole.
         DuplicateInjection: the name is taken or cannot be used.
-        CalibrationError: data is missing, or of no use to the method.
+        CalibrationError: data is missing, or the method cannot use it.
         PluginError: the method breaks its contract.
 
-    Nothing was changed then. The logger "peftcore" says in one line, once in a process, that a method is equation only
-    (not `MethodInfo.checked`), which other default targets were taken where the host has none of the method's own
-    (`Method.alternatives`), and which parts of the host they leave out.
+    After an error the host is unchanged. The logger "peftcore" reports in one line, once in a process, that a method is
+    equation only (not `MethodInfo.checked`), which other default targets were taken where the host lacks the method's
+    default ones (`Method.alternatives`), and which parts of the host they leave out.
     """
     check_model(model)
     if is_peft_config(method):
@@ -181,7 +182,7 @@ def record(request: Request, dry: bool = False) -> Surgeon:
     """Returns a surgeon with the operators of the method recorded; nothing is changed.
 
     Args:
-        request: what is asked for.
+        request: the request.
         dry: whether operators are made on the meta device, without values: for plans.
 
     Raises:
@@ -211,8 +212,8 @@ def install(surgeon: Surgeon, request: Request) -> Injection:
     in values, if there are any.
 
     Args:
-        surgeon: what was recorded of the request.
-        request: what is asked for.
+        surgeon: the surgeon that recorded the request.
+        request: the request.
     """
     with adapting(surgeon.model, surgeon.resolver.modules.values()) as state:
         injection = Injection(request.name, surgeon, state)
@@ -231,8 +232,9 @@ def install(surgeon: Surgeon, request: Request) -> Injection:
 
 @contextmanager
 def adapting(model: nn.Module, modules: Collection[nn.Module]) -> Iterator[HostState]:
-    """Context manager that yields the host's state, made when missing; what was made is undone where the block
-    fails."""
+    """Context manager that yields the host's state and makes it if it is missing; a state that it made is removed again
+    if the block fails.
+    """
     fresh = state_of(model) is None
     try:
         state = ensure_state(model, modules)

@@ -49,9 +49,10 @@ def fold(journal: Journal, module: nn.Module, name: str, value: nn.Parameter) ->
 
 
 def inverted(way: nn.Module, value: Tensor) -> dict[str, Tensor] | None:
-    """Returns the tensors from which a parametrization computes `value`, up to roundings, by their names in it; None
-    where it gives another. A weight norm can give any value: what was built with one keeps it, and so the names of its
-    state dict."""
+    """Returns the tensors from which a parametrization computes `value`, up to rounding, by their names in it; None if
+    it computes another value. A weight norm can represent any value, so a module that was built with one keeps it, and
+    with it the names in its state dict.
+    """
     found: Any = value
     try:
         for step in reversed(list(copy.deepcopy(way).children())):  # an inverse may change the step

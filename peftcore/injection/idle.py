@@ -1,8 +1,9 @@
-"""Idle adapters: the values of an injection elsewhere, its operators in place with tensors that have shapes alone.
+"""Idle adapters: offloads an adapter's tensors to CPU or disk and restores them. Meanwhile the operators stay
+installed, with tensors that have shapes but no values.
 
-A parameter that goes is replaced by a stand-in, with which nothing can be computed, and comes back as the same object:
-an optimizer, or whoever else holds it, has the right one then. In between that object has no values, and whoever reads
-or writes it gets an error.
+An offloaded parameter is replaced by a stand-in, with which nothing can be computed, and is restored as the same
+object: references to it, such as an optimizer's, stay valid. While it is offloaded the object has no values, and
+reading or writing it raises an error.
 """
 
 from __future__ import annotations
@@ -25,15 +26,15 @@ Values = Mapping[str, Tensor]
 
 
 class Store(ABC):
-    """Where the values of idle adapters lie."""
+    """Storage for the values of idle adapters."""
 
     @abstractmethod
     def keep(self, key: int, values: Values) -> None:
-        """Keep the values of an adapter, under a number of its own. What the tensors are afterwards is of no concern to
-        the store.
+        """Keep the values of an adapter, under a unique number. The store does not depend on later changes of the
+        tensors.
 
         Raises:
-            OSError: they cannot be written.
+            OSError: the values cannot be written.
         """
 
     @abstractmethod
@@ -116,13 +117,13 @@ _OF_STAND_IN = _read(
     "size", "dim", "ndimension", "numel", "nelement", "element_size", "is_floating_point", "is_complex", "get_device",
     "__len__",
 )  # fmt: skip
-"""What a tensor that is away still tells, as its stand-in does."""
+"""Functions that an offloaded tensor still answers, with the result for its stand-in."""
 _OF_ITSELF = (
     _plain("requires_grad_", "__hash__", "untyped_storage", "is_inference")
     | _read("requires_grad", "grad", "is_leaf", "grad_fn", "_version", "output_nr")
     | _set("requires_grad", "grad")
 )
-"""What it has itself, values or not."""
+"""Functions that an offloaded tensor answers itself, since they need no values."""
 
 
 class _Away(Tensor):
@@ -245,11 +246,11 @@ class IdleValues:
         return any(parameter.requires_grad for parameter in self.injection.parameters())
 
     def fetch(self) -> Values:
-        """Returns the values from where they lie."""
+        """Returns the values from the store."""
         return self._store.values(self._key, [each.name for each in self._held()])
 
     def take_out(self) -> None:
-        """Keep the values elsewhere, and let the tensors have none."""
+        """Move the values to the store and leave the tensors without values."""
         injection = self.injection
         found = self._held()
         self._store.keep(self._key, {each.name: each.tensor for each in found})
@@ -284,10 +285,10 @@ class IdleValues:
         self._store.drop(self._key)
 
     def check_plain(self) -> None:
-        """Verify that the tensors can go and come back.
+        """Verify that the tensors can be offloaded and restored.
 
         Raises:
-            UnsupportedHost: they are sharded over processes.
+            UnsupportedHost: the tensors are sharded over processes.
         """
         for each in self._held():
             if type(each.tensor) not in (Tensor, nn.Parameter):

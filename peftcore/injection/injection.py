@@ -136,11 +136,11 @@ class Injection(AppliedMethod):
         self._replan()
 
     def enabled(self) -> Chosen:
-        """Activate it besides the active ones; as a context manager, until the end of the block. Upon a composition it
-        acts in all branches.
+        """Activate this injection in addition to the active ones; as a context manager, until the end of the block. If
+        a composition is in force, the injection acts in all of its branches.
 
         Raises:
-            RouteError: inside of a route, which says what acts on each row, and has no row for it.
+            RouteError: a route is in force, which assigns injections to rows, and no row is assigned to this one.
         """
         self._alive()
         choice, name = self.state.now(), self.name
@@ -187,18 +187,20 @@ class Injection(AppliedMethod):
 
     def state_dict(self) -> dict[str, Tensor]:
         """Returns its tensors by ``<site path>.<operator tensor>``, without the injection's name, as files have them;
-        the operators' own, no copies. An idle adapter is brought back, and they are its own until it goes again."""
+        the tensors of the operators, not copies. An idle adapter is restored, and the result holds its tensors until it
+        is offloaded again."""
         with self.state.kept(self.name):
             return super().state_dict()
 
     def losses(self) -> Tensor:
-        """Returns the sum of the method's own losses in the last training forward of the model in this thread, where
-        its output has no loss to which they were added: of shape ``[]``, with its graph, to add to a loss of your own.
+        """Returns the sum of the method's losses in the last training forward of the model in this thread, if the
+        model's output has no loss to which they were added. It has shape ``[]`` and its graph, so it can be added to
+        your loss.
 
             loss = criterion(model(x), y) + injection.losses()
 
-        They are taken: it is zero until the next forward, and where there are none. In a route they are losses of the
-        injection's own rows.
+        A call resets the sum: further calls return zero until the next forward. The sum is also zero if the method adds
+        no losses. In a route it covers the rows of this injection.
         """
         self._alive()
         losses = self.state.recorder.losses.take(self.state, self.name)
@@ -208,16 +210,17 @@ class Injection(AppliedMethod):
 
     @contextmanager
     def reporting(self) -> Iterator[None]:
-        """Context manager in which the routers of a mixture sum up their gates, for `report`: of all forwards in which
-        it acts, in every thread; what backward repeats does not count twice. It costs a few operations a router, and
-        two numbers an expert. A compiled model is compiled again for it, and after it.
+        """Context manager in which the routers of a mixture sum up their gates, for `report`: over all forwards in
+        which the injection acts, in every thread; forwards that backward repeats (checkpointing) do not count twice. It
+        costs a few operations per router, and two numbers per expert. A compiled model is compiled again for it, and
+        after it.
 
             with injection.reporting():
                 model(**batch)
             print(injection.report())
 
         Raises:
-            NoRouters: none of its operators routes.
+            NoRouters: none of its operators is a router.
         """
         self._alive()
         routers = router_report.routers_of(self.name, self.operators)
@@ -279,12 +282,12 @@ class Injection(AppliedMethod):
     ) -> merging.MergeReport:
         """Merge it into the host's weights. Merging again in the same way changes nothing.
 
-        It has to be active, without a route or a composition, in every thread: as long as it is merged it acts in
-        every forward, and a choice that says otherwise is refused. Tensors of the host are not written to, since other
-        models may share them: new ones take their places, at all modules of the host that hold them, and `unmerge`
-        puts the old ones back. So what was made from the old tensors goes on with these: a graph captured by hand
-        (``torch.cuda.CUDAGraph``) is captured anew after a merge and after its undoing; compiled functions follow by
-        themselves. (Tensors that FSDP2 shards stay, and their values are written.)
+        The injection has to be active, without a route or a composition, in every thread: while it is merged it acts in
+        every forward, and a choice without it is refused. Tensors of the host are not written to, since other models
+        may share them: new tensors replace them in all modules of the host that hold them, and `unmerge` puts the old
+        ones back. So objects that were made from the old tensors still use the old tensors: a graph captured by hand
+        (``torch.cuda.CUDAGraph``) has to be captured again after `merge` and after `unmerge`; compiled functions follow
+        by themselves. (Tensors that FSDP2 shards stay, and their values are written.)
 
         A weight that its module computes from others (weight norm, pruning, any parametrization of torch) keeps that
         way if it can give the merged value, as a weight norm can; otherwise it is a plain parameter while merged, and
@@ -293,7 +296,7 @@ class Injection(AppliedMethod):
         Args:
             keep: how `unmerge` gets the originals back: the tensors themselves on the "device"; on the "cpu" (a copy,
                 of tensors that are elsewhere); a compressed "record" of ulps; or None (then it cannot). Codes of
-                quantized weights, and what computed weights come from, are kept where they are.
+                quantized weights, and the parameters of computed weights, are kept where they are.
             into: how quantized weights are written: "float" makes their modules dense; "same" packs the merged weights
                 again, which costs accuracy: the report says how much at each site.
             max_error: the error (norm of the difference over norm of the weight) above which packing again is refused.
@@ -303,11 +306,11 @@ class Injection(AppliedMethod):
             A report of the written tensors; it prints as a table.
 
         Raises:
-            ConfigError: an argument has no such value.
+            ConfigError: an argument has a value that is not listed above.
             NotMergeable: the method has no merged form.
-            MergeError: it is merged in another way, or not possible now: another choice is in force, a tensor of the
-                base trains, the result would not be finite, or a weight cannot be packed again or not well enough; no
-                weight was changed.
+            MergeError: it is merged in another way, or cannot be merged now: another choice is in force, a tensor of
+                the base trains, the result would not be finite, or a weight cannot be packed again or not well enough;
+                no weight was changed.
         """
         self._alive()
         return self._merge_as(merging.Wanted(keep, into, max_error, weight)).report
@@ -363,12 +366,13 @@ class Injection(AppliedMethod):
         journal.set(self.state, "merged", others if merge is None else (*others, self.name))
 
     def remove(self) -> None:
-        """Take it out: modules, classes, hooks, requires_grad and weights are as they were before it came. What else
-        is chosen stays; where another thread or task chose it, that one's next forward raises UnknownInjection.
+        """Remove this injection: modules, classes, hooks, requires_grad and weights are as they were before it was
+        applied. The other active injections stay active; if another thread or task chose this one, the next forward
+        there raises UnknownInjection.
 
         Raises:
             MergeError: it is merged, and `unmerge` is impossible.
-            RouteError, CompositionError: a route or composition that is in force here stands on it.
+            RouteError, CompositionError: a route or composition that is in force here uses it.
         """
         self._alive()
         self.state.choices.check_free([self.name])
@@ -394,12 +398,12 @@ class Injection(AppliedMethod):
                 "diffusers", "kohya"), or several at once; also for which model of a pipeline:
                 "diffusers/text_encoder_2".
             weights: record a digest of the base's values at the sites, so that `load` refuses other ones.
-            metrics: numbers for the model card, by name, as ``{"accuracy": 0.93}``, or those of several sets of data,
-                as ``{"glue": {"accuracy": 0.93}}``.
+            metrics: numbers for the model card, by name, as ``{"accuracy": 0.93}``, or by data set and name, as
+                ``{"glue": {"accuracy": 0.93}}``.
 
         Raises:
-            ExportError: another library's format cannot hold this adapter, or not in one file; or metrics are no
-                numbers, or for one file. Nothing was written.
+            ExportError: another library's format cannot hold this adapter, or not in one file; or metrics are not
+                numbers, or were given for one file. Nothing was written.
         """
         self._alive()
         from peftcore.files.save_load import save
@@ -413,19 +417,19 @@ class Injection(AppliedMethod):
         *,
         revision: str | None = None,
     ) -> None:
-        """Put the values of another adapter of the same method in the place of its own: what acts, its name and its
-        tensors stay, so nothing is planned, traced or compiled again (`hotswap_adapter` of peft).
+        """Replace the values of this adapter by those of another adapter of the same method. The active adapters, the
+        name and the tensors stay, so nothing is planned, traced or compiled again (`hotswap_adapter` of peft).
 
             served = peftcore.load(model, "adapters/news", name="slot", room={"rank": 64})
             served.swap("adapters/law")  # of any rank up to 64, and any alpha
 
-        From then on it computes what the other one would if it were loaded. The other one stands at the same target
-        modules, with the same options; those of which larger tensors come may be smaller (`room` of `load`), and a
-        scale is written into the values. Dropouts stay its own.
+        From then on this injection computes the same as the other adapter would if it were loaded. The other adapter
+        needs the same target modules and the same options; options that determine tensor sizes may be smaller (`room`
+        of `load`), and a scale is written into the values. The dropouts of this injection stay.
 
         It is refused while a forward of the model, or a call of `using`, names this one. Compiled forwards, and those
-        of parts of the model that run by themselves, are not seen: swap between them. A generation of which each step
-        is a call goes on with its cache of keys and values.
+        of parts of the model that run by themselves, are not seen: swap between them. A generation in which each step
+        is a separate call continues with its cache of keys and values.
 
         Args:
             source: what `load` takes; or another adapter of this model, or of one of its shape; or a state dict, as
@@ -438,7 +442,7 @@ class Injection(AppliedMethod):
                 DeepSpeed has cut it apart (ZeRO-3).
             MergeError: this one is merged, or the other is made of weights into which an adapter is merged.
             CheckpointError, HubError, HostMismatch, NewerFormat, UnknownMethod: as `load`.
-            MemoryLimit: it is idle, and there is no room to bring it back.
+            MemoryLimit: it is idle, and there is not enough memory to restore it.
 
         Nothing was changed then.
         """
@@ -476,17 +480,17 @@ class Injection(AppliedMethod):
         create_pr: bool = False,
         metrics: Mapping[str, Any] | None = None,
     ) -> CommitInfo | None:
-        """Put the adapter alone into a repository on a model hub, with its model card; returns the commit, whose text
+        """Upload the adapter alone to a repository on a model hub, with its model card; returns the commit, whose text
         is its address, as huggingface_hub does.
 
-        The repository is made where there is none. A ``README.md`` in it that peftcore did not write is kept. Of a
-        model whose weights are sharded over processes all of them call this; the first one pushes, and the others get
-        None.
+        The repository is made where there is none. A ``README.md`` in it that peftcore did not write is kept. If the
+        model's weights are sharded over processes, all processes call this; the first one uploads, and the other ones
+        get None.
 
         Args:
             repo_id: "owner/name".
             format: as of `save`.
-            private: True hides a repository that is made here; as the owner has it by default.
+            private: True makes a new repository private; by default the owner's setting holds.
             revision: a branch, which is made where it is missing; the main branch by default.
             commit_message: of the commit.
             token: as huggingface_hub takes it: that of ``hf auth login`` or ``HF_TOKEN`` by default.
@@ -598,11 +602,11 @@ class Injection(AppliedMethod):
         self._surgeon.stored_anew(module)
 
     def check_routable(self, by_tokens: bool = False) -> None:
-        """Verify that rows of a batch can be told apart at every site, and with `by_tokens` the tokens of each row.
+        """Verify that rows of a batch can be distinguished at every site, and with `by_tokens` the tokens of each row.
 
         Raises:
-            RouteError: the method or a site cannot: lists of experts get the tokens that were chosen for them,
-                position tables get no rows.
+            RouteError: the method or a site cannot distinguish them: lists of experts get only the tokens that were
+                chosen for them, position tables do not get rows.
         """
         if not self.method.tags.per_row:
             raise RouteError(f"{self.method.name} acts on the whole batch, so it cannot be routed by rows")
@@ -624,10 +628,10 @@ class Injection(AppliedMethod):
                 )
 
     def check_combinable(self) -> None:
-        """Verify that the injection's outputs of modules can be combined with those of others.
+        """Verify that the module outputs of this injection can be combined with those of other injections.
 
         Raises:
-            CompositionError: it acts inside attention, on what a module gets, or on the whole sequence or batch.
+            CompositionError: it acts inside attention, on a module's input, or on the whole sequence or batch.
         """
         inside = any(graft.site.form == "attention" for graft in self.grafts)
         if inside or not self.method.tags.per_row or any(isinstance(g.operator, InputOperator) for g in self.grafts):

@@ -45,8 +45,9 @@ def note_base(injection: Injection) -> None:
 
 
 def make_anew(model: nn.Module, _: Any) -> None:
-    """Hook of an adapted model that has loaded a state dict, maybe of another base: what is made of the base is made
-    anew, but where something is merged."""
+    """Hook of an adapted model that has loaded a state dict, maybe of another base: adapter tensors that are computed
+    from the base are computed again, except where an adapter is merged.
+    """
     state = state_of(model)
     assert state is not None
     merged = _merged(state)

@@ -278,13 +278,13 @@ def _at_rest(injection: Injection) -> AbstractContextManager[None]:
 
 @torch.no_grad()
 def merge(injection: Injection, journal: Journal, wanted: Wanted) -> Merged:
-    """Write the effective tensors, or (with `weight`) a part of the way to them.
+    """Write the effective tensors, or with `weight` the base plus that fraction of the change.
 
     Raises:
         NotMergeable: the method has no merged form.
         MergeError: another choice is in force somewhere, an effective tensor is not finite, a tied tensor would change
-            elsewhere, an earlier injection must go first, a tensor cannot be replaced, or a weight cannot be packed
-            again or not well enough.
+            elsewhere, an earlier injection has to be merged first, a tensor cannot be replaced, or a weight cannot be
+            packed again or not well enough.
     """
     with _at_rest(injection):
         return _merge(injection, journal, wanted)
@@ -329,11 +329,11 @@ def let_go(merged: Merged) -> None:
 
 @torch.no_grad()
 def unmerge(injection: Injection, journal: Journal, merged: Merged) -> None:
-    """Bring the originals back, bit for bit.
+    """Restore the originals, bit for bit.
 
     Raises:
-        MergeError: nothing was kept, an injection merged later lies on the same weights, somebody else has written to
-            the merged tensors, or a record no longer fits.
+        MergeError: nothing was kept, an injection merged later changed the same weights, other code has written to the
+            merged tensors, or a record no longer fits.
     """
     name, state = injection.name, injection.state
     if merged.wanted.keep is None:

@@ -1,8 +1,8 @@
-"""The originals of merged tensors, kept as asked, and fingerprints that tell whether a tensor is still what was
-written.
+"""The originals of merged tensors, kept as asked, and fingerprints that show whether a tensor still has the values that
+were written.
 
-Originals are set aside, copied to the CPU, or kept as a record of ulps: how many representable steps the original lies
-from the result of subtracting the delta again; for additive methods nearly all zeros, so it compresses to a few
+Originals are set aside, copied to the CPU, or kept as a record of ulps: the number of representable steps between the
+original and the result of subtracting the delta again; for additive methods nearly all zeros, so it compresses to a few
 percent.
 """
 
@@ -29,9 +29,10 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def fingerprint(tensor: Tensor) -> Fingerprint:
-    """Returns dtype, shape and a sum of a tensor's bits in which places count: equal for equal bits on any device and
-    in any layout, another after any change of one value. It costs one pass over the memory; versions that torch counts
-    are no part of it, since many writers move none."""
+    """Returns dtype, shape and a position-dependent sum of a tensor's bits: equal for equal bits on any device and in
+    any layout, different after any change of one value. It costs one pass over the memory. Torch's version counters are
+    not used, since many writers do not increase them.
+    """
     flat = tensor.detach().reshape(-1)
     if flat.nbytes % 8 or flat.storage_offset() * flat.element_size() % 8:
         flat = F.pad(flat.view(torch.uint8), (0, -flat.nbytes % 8))
@@ -50,7 +51,7 @@ def _odd(device: torch.device) -> Tensor:
 
 
 class Remembered:
-    """Remembers a tensor as long as somebody else holds it. A copy or a pickle remembers nothing."""
+    """Holds a weak reference to a tensor. A copy or a pickle of it is empty."""
 
     def __init__(self, tensor: Tensor | None = None) -> None:
         self._reference = None if tensor is None else TensorWeakRef(tensor)
@@ -65,8 +66,9 @@ class Remembered:
 
 @dataclass(frozen=True, eq=False)
 class Original:
-    """One tensor of the host before the merge. If others hold it (a frozen reference over the same base), it is that
-    very tensor that comes back; also where only a copy or a record of its values is kept."""
+    """One tensor of the host before the merge. If other objects hold it (a frozen reference over the same base), that
+    same tensor object is put back, even if only a copy or a record of its values is kept.
+    """
 
     aside: Tensor | None = None
     """The tensor itself."""
@@ -94,8 +96,9 @@ def kept(old: Tensor, keep: Keep, predict: Callable[[], Tensor]) -> Original:
 
 
 def brought_back(original: Original, now: Tensor, predict: Callable[[], Tensor]) -> Tensor | None:
-    """Returns the tensor that goes back in place of `now`: the very one where it is still there and the host is where
-    it was; None where a record does not fit."""
+    """Returns the tensor that replaces `now` again: the same object if it still exists and the host is on the same
+    device as before; None if a record does not fit.
+    """
     there = original.tensor
     if there is not None and there.device == now.device:
         return there

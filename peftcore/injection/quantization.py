@@ -1,7 +1,7 @@
 """Quantizing a host's linear layers: the contract of a scheme, and `quantize`.
 
-A plugin brings a scheme with three answers: `peftcore_schemes` names it, `peftcore_layer` recognizes its modules, and
-the `QuantizedLayer` that it returns reads and packs their weights. No method knows a scheme, and no scheme a method.
+A plugin defines a scheme with three hooks: `peftcore_schemes` names it, `peftcore_layer` recognizes its modules, and
+the `QuantizedLayer` that it returns reads and packs their weights. Methods and schemes do not depend on each other.
 """
 
 from __future__ import annotations
@@ -162,15 +162,15 @@ def quantize(model: M, name: str, *, target: Target | None = None, exclude: Targ
         model: the host, its weights dense. Quantized layers are passed over.
         name: a scheme: "nf4", "int8", "bnb-nf4", … (`peftcore.schemes()` lists those of the plugins).
         target: layers to quantize, in the forms of `apply`; by default every linear layer inside the blocks (the
-            role "all-linear"), or of a host without such roles every one that there is. Stacked experts stay dense,
-            which the logger "peftcore" says once.
+            role "all-linear"), or of a host without such roles every linear layer. Stacked experts stay dense, which
+            the logger "peftcore" says once.
         exclude: targets to leave dense.
         options: the scheme's options.
 
     Raises:
         QuantizationError: an unknown scheme, a missing package, a weight that the format does not fit.
         TargetError: there is nothing to pack.
-        UnsupportedSite: the target includes a module that is no linear layer.
+        UnsupportedSite: the target includes a module that is not a linear layer.
 
     Nothing was changed then.
     """

@@ -64,7 +64,8 @@ class QuantizedLayer(Linear):
 
     def bare(self, module: nn.Module) -> nn.Module:
         """Returns a module of the plain class that shares the tensors of a quantized one, without its bias, hooks and
-        adapters: for `unpack` of formats whose weight is what the module's own forward makes of the identity."""
+        adapters: for `unpack` of formats that get the weight by running the module's forward on the identity.
+        """
         new: nn.Module = object.__new__(plain_class(module))
         vars(new).update({key: copy.copy(value) if key in TENSORS else value for key, value in _own(module)})
         for key in TORCHS:
@@ -120,7 +121,7 @@ class QuantizedLayer(Linear):
 
 @dataclass(frozen=True)
 class QuantizedBias(Layer):
-    """The bias of a quantized layer, dense; where there is none yet, it has the weight's dtype."""
+    """The bias of a quantized layer, dense; a bias that does not exist yet has the weight's dtype."""
 
     weight: QuantizedLayer = QuantizedLayer()
 

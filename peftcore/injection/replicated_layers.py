@@ -19,10 +19,10 @@ Ranges = Sequence[Sequence[int]]
 
 
 def replicate_layers(model: nn.Module, ranges: Ranges, path: str | None = None) -> None:
-    """Let a model run ranges of its layers, one behind the other: with ``[[0, 4], [2, 5]]`` the layers 0, 1, 2, 3, 2,
-    3, 4. A layer that comes again has the same weights, so it takes no memory, and adapters of its own.
+    """Let a model run ranges of its layers, one after the other: with ``[[0, 4], [2, 5]]`` the layers 0, 1, 2, 3, 2, 3,
+    4. A repeated layer shares its weights with the first one, so it takes no memory, but has separate adapters.
 
-    The model is changed in place, before adapters are on it; its configuration counts the layers anew.
+    The model is changed in place, before it is adapted; the number of layers in its configuration is updated.
 
     Args:
         model: the model.
@@ -30,7 +30,8 @@ def replicate_layers(model: nn.Module, ranges: Ranges, path: str | None = None) 
         path: the list of layers, where the model has several.
 
     Raises:
-        UnsupportedHost: the model has no list of layers, or several; a range is none of it; or adapters are on it.
+        UnsupportedHost: the model lacks a list of layers, or has several; a range is outside of the list; or the model
+            is adapted already.
     """
     if injections(model):
         raise UnsupportedHost("layers are replicated before adapters are on the model: remove() them first")
@@ -51,7 +52,7 @@ def replicate_layers(model: nn.Module, ranges: Ranges, path: str | None = None) 
 
 
 def replicated_layers(model: nn.Module) -> dict[str, list[list[int]]]:
-    """Returns the ranges of layers that a model runs, by path of the list, for each list in which one comes again."""
+    """Returns the ranges of layers that a model runs, by path of the list, for each list with a repeated layer."""
     found = {}
     for path, layers in model.named_modules():
         if isinstance(layers, nn.ModuleList) and len(order := _order(layers)) > len(set(order)):
@@ -60,7 +61,7 @@ def replicated_layers(model: nn.Module) -> dict[str, list[list[int]]]:
 
 
 def runs(model: nn.Module, ranges: Ranges) -> bool:
-    """Whether a model runs its layers in these ranges, as far as one can tell from what is shared."""
+    """Whether a model runs its layers in these ranges, judging by the tensors that its layers share."""
     numbers = [number for start, stop in ranges for number in range(start, stop)]
     wanted = [list(dict.fromkeys(numbers)).index(number) for number in numbers]
     return any(isinstance(each, nn.ModuleList) and _order(each) == wanted for each in model.modules())

@@ -42,7 +42,7 @@ class Request:
     config: MethodConfig
     """The options of the method, checked."""
     wishes: Wishes = field(default_factory=Wishes)
-    """Where to act, what trains along, seed and dtype."""
+    """Targets, modules that train along, seed and dtype."""
     host: HostMap | None = None
     """The map of the model to use; None for the one that plugins derive."""
     name: str = ""
@@ -72,8 +72,8 @@ class Request:
         dtype: torch.dtype | str | None = None,
         host: HostMap | None = None,
     ) -> Request:
-        """Returns the request for what a user names, as `apply` takes it. A preset adds its target, its modules to
-        train along and its name; torch's own seed is taken unless one is given, so that torch.manual_seed decides.
+        """Returns the request for the arguments of `apply`. A preset adds its target, its modules to train along and
+        its name. Without a seed torch's initial seed is used, which torch.manual_seed sets.
 
         Raises:
             UnknownMethod, AmbiguousMethod, ConfigError: as `apply`.

@@ -21,9 +21,10 @@ class RouterRow:
 
     Attributes:
         path: of its operator.
-        routes: what has gates of its own: a token, a sequence or a task.
+        routes: the unit that is routed: a token, a sequence or a task.
         choices: how many gates counted.
-        padding: how many were left out as those of padding; None where nothing told what is padding, so all counted.
+        padding: how many gates were left out because they belong to padding; None if padding was unknown, so that all
+            counted.
         shares: the mean share of each expert. Gates of a choice count by their sizes, with a sum of one.
         loads: the fraction of choices that have each expert at all; 1 where gates are soft.
         balance: the entropy of `shares`, from 0 (one expert has all) to 1 (all have the same).
@@ -54,7 +55,7 @@ class RouterReport:
     routers: tuple[RouterRow, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns all numbers, in what JSON has."""
+        """Returns all numbers as JSON types."""
         return {"name": self.name, "method": self.method, "routers": [asdict(row) for row in self.routers]}
 
     def json(self) -> str:
@@ -103,7 +104,7 @@ def routers_of(name: str, operators: Mapping[str, Any]) -> dict[str, Router]:
     """Returns the routers among operators, by path.
 
     Raises:
-        NoRouters: there are none.
+        NoRouters: none of the operators is a router.
     """
     found = {path: each for path, each in operators.items() if isinstance(each, Router)}
     if not found:
@@ -112,7 +113,7 @@ def routers_of(name: str, operators: Mapping[str, Any]) -> dict[str, Router]:
 
 
 def report(name: str, method: str, routers: Mapping[str, Router], ledgers: Mapping[str, Ledger]) -> RouterReport:
-    """Returns what the ledgers of these routers have; a router that did not run has no choices."""
+    """Returns the figures in the ledgers of these routers; a router that did not run has zero choices."""
     rows = tuple(_row(path, routers[path].routes, ledger) for path, ledger in ledgers.items() if path in routers)
     return RouterReport(name, method, rows)
 

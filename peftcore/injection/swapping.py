@@ -32,7 +32,7 @@ SIZES = frozenset({"in_features", "out_features"})
 
 @dataclass
 class Swap:
-    """The writes of a swap: tensors with their new values, and the options that come with them."""
+    """The writes of a swap: tensors with their new values, and the new options."""
 
     pairs: list[tuple[Tensor, Tensor]]
     """The adapter's tensors, each with its new values, which have its shape."""

@@ -25,7 +25,7 @@ from peftcore.forward.state.host_state import HostState, known, state_of
 P = ParamSpec("P")
 T = TypeVar("T")
 Change = Callable[[Choice], Choice]
-"""Returns a choice that is made upon another one: what is not asked for stays as it was."""
+"""Returns a choice that updates another one: parts that are not given stay as they were."""
 
 
 def activate(model: nn.Module, *names: str | Composition) -> Chosen:
@@ -38,15 +38,15 @@ def activate(model: nn.Module, *names: str | Composition) -> Chosen:
             model.generate(...)
 
     As a statement in the thread that adapted the host, it holds for all threads and tasks that did not choose for
-    themselves; in any other thread for that thread alone. As a block it does so, too, but in an asyncio task, where it
-    holds for the task and what the task starts. Blocks are left in the order in which they were entered: in generators
-    that take turns, and wherever this cannot be seen, take the choice for one call (`using`). Frozen and trainable
-    parameters stay as they are.
+    themselves; in any other thread for that thread alone. As a block it has the same scope, except in an asyncio task,
+    where it holds for that task and the tasks that it starts. Blocks are left in the order in which they were entered:
+    in generators that take turns, and wherever this cannot be seen, take the choice for one call (`using`). Frozen and
+    trainable parameters stay as they are.
 
     Raises:
         UnknownInjection: the host has no injection of such a name.
-        CompositionError: an injection's outputs cannot be combined with those of others, or what one does is lost:
-            another one has a value of its own for the same tensor.
+        CompositionError: an injection's outputs cannot be combined with those of other injections, or the effect of one
+            would be lost, since another one replaces the same tensor.
         MergeError: an injection in a composition is merged.
         BlockOrderError: at the end of a block, one that was entered later is still open.
     """
@@ -74,18 +74,18 @@ def route(
     Args:
         model: the host.
         names: one for each row of the batch; None for the bare base model.
-        copies: how many rows stand for one of these where `generate` repeats rows (``num_beams``).
-        since: the first column of tokens of each row on which its injection acts, padding and what a cache holds
-            counted; earlier tokens are those of the bare base model, to the bit, and so is what a cache holds of them.
-            For injections at modules that act on each token by itself.
-        seeds: by name, the seed of what an injection draws for its rows (dropout): as in a pass with these rows alone
-            and the same seed. Another one for each forward; torch's generators go on where they were. Compiled code
-            draws as the model does. Without a seed, rows draw as the model does.
+        copies: how many rows each name stands for if `generate` repeats rows (``num_beams``).
+        since: the first column of tokens of each row on which its injection acts, counting padding and cached tokens;
+            earlier tokens, and their entries in a cache, are those of the bare base model, to the bit. For injections
+            at modules that act on each token by itself.
+        seeds: by name, the seed of an injection's random draws for its rows (dropout): the draws equal those of a pass
+            with these rows alone and the same seed. Use a new seed for each forward; torch's generators are not
+            advanced. Compiled code draws as the model does. Without a seed, rows draw as the model does.
 
     Raises:
         UnknownInjection: the host has no injection of such a name.
-        RouteError: a named injection cannot tell rows apart in this host, or (with `since`) tokens; or (in forward) the
-            batch has another length.
+        RouteError: a named injection cannot distinguish rows in this host, or (with `since`) tokens; or (in forward)
+            the batch has another length.
         MergeError: a named injection is merged, so it would act on every row.
         BlockOrderError: at the end of a block, one that was entered later is still open.
     """
@@ -100,8 +100,8 @@ def call(model: nn.Module, *, guidance: bool | int | None = None, copies: int | 
         with call(model, task="rte"):
             model(**batch)
 
-    A value for rows has an entry for each row of the batch, or one for all. Where a batch repeats entries, that is to
-    be said, unless the model's own ``generate`` does it; it holds for all values that are given:
+    A value for rows has an entry for each row of the batch, or one for all. If a batch repeats entries, pass `guidance`
+    or `copies`, unless the model's ``generate`` does the repeating; both apply to all values that are given:
 
         with call(unet, condition=pictures, guidance=True):  # [without text, with text], as pipelines of diffusers do
             pipeline(prompts)
@@ -117,7 +117,7 @@ def call(model: nn.Module, *, guidance: bool | int | None = None, copies: int | 
         context: values for methods.
 
     Raises:
-        ConfigError: `guidance` or `copies` is no number of times.
+        ConfigError: `guidance` or `copies` is not a valid number of times.
     """
     state = state_of(model) or HostState()
     return Chosen(state, _telling(_with_repeats(context, guidance, copies))(state.now()))
@@ -131,8 +131,7 @@ def using(
     guidance: bool | int | None = None,
     **context: Any,
 ) -> Using:
-    """Choose for one call, and for nothing but what that call runs: the form that is safe in every thread, task and
-    generator.
+    """Choose the active adapters for one call only: the form that is safe in every thread, task and generator.
 
         answer = using(model, "summarize")(model.generate, ids)
         answer = await asyncio.to_thread(using(model, "summarize"), model.generate, ids)
@@ -141,7 +140,7 @@ def using(
     Args:
         model: the host.
         adapters: names and compositions, as `activate` takes them; one list, as `route` takes it; None for the bare
-            base model. Without any, what is active stays, and `context` is given to it.
+            base model. Without any, the active adapters stay active and get `context`.
         copies: see `route` and `call`.
         since: see `route`.
         guidance: see `call`.
@@ -152,7 +151,7 @@ def using(
         often as it is called. Of a generator it runs one step: ``using(model, "summarize")(next, generator)``.
 
     Raises:
-        ConfigError: nothing says what acts, or a list is given with something else.
+        ConfigError: neither adapters nor `context` are given, or a list is given together with another argument.
         UnknownInjection, CompositionError, MergeError, RouteError: as `activate` and `route`, here and in the call.
         BlockOrderError: when it is called, with a function that returns before it has run: a coroutine or generator.
     """

@@ -1,7 +1,8 @@
-"""The writes of a merge into a host: where, how they are undone, and whether somebody else has written there since.
+"""The writes of a merge into a host: where they are, how they are undone, and whether other code has written there
+since.
 
-A tensor of the host is never written to, since others may hold it: a frozen reference over the same base, an optimizer,
-a thread that runs. A new one takes its place at all modules of the host that hold it.
+A tensor of the host is never written to, since other objects may hold it: a frozen reference over the same base, an
+optimizer, a running thread. A new tensor replaces it in all modules of the host that hold it.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ class Written(ABC):
     key: Key
 
     def outgoing(self) -> Iterable[Tensor]:
-        """Returns the tensors that left the host, as far as somebody still holds them."""
+        """Returns the tensors that were replaced in the host, if they still exist."""
         return ()
 
     def incoming(self) -> Iterable[Tensor]:
@@ -78,7 +79,7 @@ class Written(ABC):
 
     @abstractmethod
     def changed(self, there: Collection[nn.Module]) -> Iterator[str]:
-        """Yields the paths of tensors that are no more what was written; `there` are the modules of the host."""
+        """Yields the paths of tensors that have changed since the merge; `there` are the modules of the host."""
 
     @abstractmethod
     def undo(self, journal: Journal, holders: Holders, predict: Predict) -> Iterable[Tensor]:
@@ -91,7 +92,7 @@ class Written(ABC):
 
 @dataclass(eq=False)
 class Replaced(Written):
-    """A tensor for which a new one stands at all its holders."""
+    """A tensor that a new one replaces in all modules that hold it."""
 
     key: Key
     holders: list[Holder]
@@ -149,7 +150,7 @@ class Replaced(Written):
 
 @dataclass(eq=False)
 class Overwritten(Written):
-    """A tensor that somebody manages (FSDP2 puts its own back before each forward), so its values are written."""
+    """A tensor that other code manages (FSDP2 puts its own back before each forward), so its values are overwritten."""
 
     key: Key
     tensor: Tensor
@@ -206,7 +207,7 @@ class Folded(Written):
     key: Key
     module: nn.Module
     tensors: Mapping[str, Tensor]
-    """What the module holds since, by name."""
+    """The tensors that the module holds since the merge, by name."""
     sources: tuple[nn.Parameter, ...]
     """The parameters from which it was computed."""
     journal: Journal

@@ -1,7 +1,9 @@
-"""Adapted models that share modules: one may lie inside another as long as no operator of the outer one does.
+"""Adapted models that share modules: one may be a part of another as long as the outer one has no operator inside the
+inner one.
 
-A module runs by the choice of one adapted model, and in the context of the forward of one. So a module that two of them
-would act in (an actor and a critic on one backbone, a model and a part of it) is adapted through one of them alone.
+A module follows the active adapters and the forward context of a single adapted model. So if two adapted models share a
+module (an actor and a critic on one backbone, a model and a part of it), that module is adapted through only one of
+them.
 """
 
 from __future__ import annotations
@@ -19,10 +21,10 @@ ADVICE = "adapt one model that holds all of it, with a name for each adapter, or
 
 
 def check_apart(surgeon: Surgeon) -> None:
-    """Check that the recorded operators, and those of other adapted models, do not come to lie in one module.
+    """Check that no module would have recorded operators and operators of another adapted model.
 
     Raises:
-        UnsupportedHost: they would.
+        UnsupportedHost: a module would have both.
     """
     own = state_of(surgeon.model)
     modules = surgeon.resolver.modules

@@ -1,8 +1,8 @@
 """Installs the operators that a surgeon recorded, all or none, and removes them again, bit for bit.
 
-Operators live in adapter modules next to the site that they act on, one level up:
-``self_attn.peft.q_proj.<injection>``. So the site stays a leaf, and code that handles it as one (containers that
-iterate, layerwise casting, parallel plans) goes on to do so.
+Operators are registered in adapter modules next to their site, one level up: ``self_attn.peft.q_proj.<injection>``. So
+the site stays a leaf module, and code that relies on this (containers that iterate, layerwise casting, parallel plans)
+still works.
 """
 
 from __future__ import annotations

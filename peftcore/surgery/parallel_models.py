@@ -1,8 +1,8 @@
-"""Tensor-parallel models, which compute with pieces of their weights: what may act in them, and starts alike in all
-processes.
+"""Tensor-parallel models, which compute with pieces of their weights: checks of the operators that are allowed in them,
+and equal initial values in all processes.
 
-Layers gather a weight for operators that act on weights (`layers.tensor_parallel`). What acts on the input or the
-output of a layer would meet the piece of this process, and is refused before anything changes.
+Layers gather a weight for operators that act on weights (`layers.tensor_parallel`). An operator on the input or the
+output of a layer would get only this process's piece of the tensor, so it is refused before anything changes.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ ADVICE = (
 
 
 def computes_with_pieces(model: nn.Module, parameters: Iterable[nn.Parameter]) -> bool:
-    """Whether some of a model's parameters are distributed tensors that nobody gathers before their use.
+    """Whether some of a model's parameters are distributed tensors that are not gathered before their use.
 
     Raises:
-        UnsupportedHost: FSDP2 has cut again what tensor parallelism had cut.
+        UnsupportedHost: FSDP2 has sharded tensors that tensor parallelism had already cut.
     """
     # Looked up, not imported: in a process that never imported torch.distributed.tensor no weight is distributed.
     tensors = sys.modules.get("torch.distributed.tensor")
@@ -65,7 +65,8 @@ def _cuts(tensor: Any) -> int:
 
 @contextmanager
 def explaining(method: str) -> Iterator[None]:
-    """Says what can be done where a method, as it is recorded, asks torch for what it refuses of distributed tensors.
+    """Context manager that replaces torch's error about distributed tensors, raised while a method is recorded, by one
+    that says what can be done.
 
     Raises:
         UnsupportedHost: in place of torch's error.
@@ -82,8 +83,8 @@ def check_operators(surgeon: Surgeon) -> None:
     """Check that the recorded operators act on weights alone, which are gathered for them.
 
     Raises:
-        UnsupportedHost: one acts on what a module is given or computes, or on another tensor, of which this process may
-            have a piece.
+        UnsupportedHost: an operator acts on a module's input or output, or on another tensor of which this process may
+            have only a piece.
     """
     for graft in surgeon.grafts:
         for site in graft.holders:
@@ -99,10 +100,10 @@ def check_operators(surgeon: Surgeon) -> None:
 
 
 def check_looks_at_no_data(surgeon: Surgeon) -> None:
-    """Check that no recorded operator stands where a layer is given pieces; for methods that look at data first.
+    """Check that no recorded operator is at a layer that gets pieces of tensors; for methods that look at data first.
 
     Raises:
-        UnsupportedHost: one does.
+        UnsupportedHost: an operator is at such a layer.
     """
     if any(graft.site.layer.in_pieces for graft in surgeon.grafts):
         raise UnsupportedHost(f"{ADVICE}. {surgeon.method.name} looks at what layers are given, which are pieces")

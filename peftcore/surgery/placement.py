@@ -43,11 +43,11 @@ class Placement:
         self.tables[name] = [(each, each.layer.shape(each.module, each.tensor)) for each in sites if _is_table(each)]
 
     def check(self, model: nn.Module, state: HostState, acting: Iterable[str]) -> None:
-        """Check that the modules of these injections are where they were, or elsewhere in the model.
+        """Check that the modules of the named injections are still in the model, at their old place or at another.
 
         Raises:
-            InactiveSite: some are not in the model any more, a token table of them was resized, or a tensor of them
-                was cut over processes (tensor parallelism) by who does not gather it for the forward.
+            InactiveSite: a module is not in the model any more, a token table was resized, or a tensor was cut over
+                processes (tensor parallelism) by code that does not gather it for the forward.
         """
         for name in acting:
             ways = self.ways.get(name)

@@ -38,13 +38,13 @@ class Plan:
     """The result of `plan`."""
 
     sites: tuple[Site, ...]
-    """Where operators would stand."""
+    """The sites at which operators would be installed."""
     shapes: dict[str, Size]
     """The tensors of the adapter, by their name in its file."""
     dtypes: dict[str, torch.dtype]
-    """The dtypes of these tensors, by the same names."""
+    """The dtypes of the tensors in `shapes`, by the same names."""
     trainable: int
-    """Number of values that would train; what the adapter brings and leaves frozen is not in it."""
+    """Number of values that would train; frozen values of the adapter are not counted."""
     total: int
     """Values in the host, each parameter counted once."""
     bytes: int
@@ -52,7 +52,9 @@ class Plan:
     host: HostMap
     """The host map that was used."""
     notes: tuple[str, ...] = ()
-    """Lines about the method's default targets: which alternative was taken, and what is left out."""
+    """Lines about the method's default targets: the alternative that was taken, and the parts of the host that are left
+    out.
+    """
     parameters: int = 0
     """Number of values in the adapter's parameters, those that would stay frozen included."""
     resident: int = 0
@@ -63,11 +65,11 @@ class Plan:
 
     @classmethod
     def of(cls, surgeon: Surgeon, shards: int | None = None) -> Plan:
-        """Make the plan from the operators that a surgeon recorded; those of their parameters would train that require
-        gradients now.
+        """Make the plan from the operators that a surgeon recorded. Their parameters that require gradients now count
+        as trainable.
 
         Raises:
-            ConfigError: `shards` is no number of processes.
+            ConfigError: `shards` is not a valid number of processes.
             UnsupportedHost: some parameter cannot be sharded.
         """
         modules = [(graft.key, graft.operator) for graft in surgeon.grafts]

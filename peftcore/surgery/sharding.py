@@ -30,7 +30,7 @@ class Shard:
     """The bytes that one process holds, without activations and unreduced gradients, which depend on its batch."""
 
     weights: int
-    """The process's pieces of the base's parameters, and the base's buffers, which nobody cuts."""
+    """The process's pieces of the base's parameters, and the base's buffers, which are not sharded."""
     adapter: int
     """The process's pieces of the adapter's parameters, and the adapter's buffers."""
     gradients: int
@@ -49,10 +49,10 @@ class Shard:
 
 
 def shards_of(surgeon: Surgeon, processes: int) -> tuple[Shard, ...]:
-    """Returns what each process holds of a model that is sharded after the recorded operators are applied.
+    """Returns the memory that each process needs for a model that is sharded after the recorded operators are applied.
 
     Raises:
-        ConfigError: it is no number of processes.
+        ConfigError: `processes` is not a valid number of processes.
         UnsupportedHost: FSDP2 cannot cut some parameter.
     """
     if not isinstance(processes, int) or isinstance(processes, bool) or processes < 1:
@@ -111,8 +111,9 @@ def cut(
 
 
 def piece(tensor: Tensor, process: int, processes: int) -> int:
-    """Returns the bytes of a process's piece: rows of the first dimension, as many for each as for the first ones,
-    until there are no more."""
+    """Returns the bytes of a process's piece: rows of the first dimension in chunks of equal size, of which the last
+    ones may be smaller or empty.
+    """
     rows = tensor.shape[0]
     each = -(-rows // processes)
     mine = max(0, min(each, rows - process * each))

@@ -155,12 +155,12 @@ class SilentLayers:
                         self._wait(site)
 
     def judge(self, state: HostState, training: bool) -> None:
-        """Check, after a forward of the host in this mode, what has not run in it.
+        """Check, after a forward of the host in this mode, that all active sites ran in it.
 
         Raises:
-            InactiveSite: sites that act did not run; in evaluation, only if they did not in training either: auxiliary
-                heads run there alone.
-            UnsupportedSite: one that has to run once did more often.
+            InactiveSite: active sites did not run. In evaluation this is raised only if they did not run in training
+                either, since auxiliary heads run in training alone.
+            UnsupportedSite: a site that has to run once per forward ran more often.
         """
         if not self.new and not self.waiting[training] and not self.once:
             return

@@ -56,7 +56,7 @@ class Graft:
     """One recorded operator."""
 
     site: Site
-    """The site at which the operator stands."""
+    """The site of the operator."""
     operator: _Base
     """The operator itself."""
     holders: tuple[Site, ...]
@@ -89,12 +89,13 @@ class Wishes:
     saved: Mapping[str, Sequence[Mapping[str, Any]]] | None = None
     """Selections of a saved adapter: they are taken as they were instead of being resolved again."""
     rows: Mapping[str, tuple[int, int]] = field(default_factory=dict)
-    """The first and the end of the rows that a saved adapter brings of token tables, by path of the table."""
+    """The range (first, end) of the token table rows that are stored in a saved adapter, by path of the table."""
     left_out: Collection[str] = ()
     """The paths of sites at which the method, having looked at data, puts no operator."""
     untied: tuple[str, ...] = ()
-    """The paths of modules of which each has values of its own for what trains along in it, also where others hold the
-    same tensors: those of the others stay."""
+    """The paths of modules whose trained replacements are theirs alone, even if other modules hold the same tensors:
+    the other modules keep the originals.
+    """
 
 
 @dataclass
@@ -109,12 +110,12 @@ class Surgeon:
         wishes: the user's arguments besides the method's options.
         dry: whether this is a dry run, with operators on the meta device and no installation.
         part: the prefix of the paths of a hybrid's part: ``"0/"``.
-        grafts: the operators so far, in the order in which they came.
+        grafts: the operators so far, in the order in which they were recorded.
         owned: the shared modules built by `own`, by name.
         selections: the sites of each target, by its text; "" for the user's or the default one.
         ties: the other parameters on which an operator acts because they are its site's own tensor, by key of the
             operator; only those of tensors that several modules hold.
-        notices: lines to tell the user about targets: which alternative was taken, what is left out.
+        notices: lines for the user about targets: the alternative that was taken, the parts that are left out.
     """
 
     model: nn.Module
@@ -138,13 +139,13 @@ class Surgeon:
     ties: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def record(self) -> None:
-        """Let the method record its operators, with the rows that a file brings and what trains along; nothing is
-        changed.
+        """Let the method record its operators, and record the token table rows of a file and the modules that train
+        along; the host is not changed.
 
         Raises:
             TargetError: nothing to act on.
-            UnsupportedHost: layers have no shapes; or an operator would lie in two adapted models, or meet pieces of a
-                tensor-parallel one.
+            UnsupportedHost: layers lack shapes; or an operator would be in a module of two adapted models, or would get
+                pieces of tensors in a tensor-parallel model.
         """
         method, config = self.method, self.config
         parameters = self.resolver.parameters()
@@ -291,16 +292,17 @@ class Surgeon:
         counted: bool = False,
         **own: Any,
     ) -> O:
-        """Put ``operator(site, config, **own)``, a `SequenceOperator`, at a stack: its virtual tokens go in front of
-        the tokens; with `behind`, once these are embedded, with their positions; with `blocks`, the numbers of blocks
-        of the stack, an `InnerRows` makes them at these blocks, and no token sees them below the first. Where block 0
-        is one of them, they may be `counted`: positions of tokens go on behind them, as behind words.
+        """Put ``operator(site, config, **own)``, a `SequenceOperator`, at a stack: its virtual tokens are put in front
+        of the tokens. With `behind`, they are put there after the tokens are embedded and have their positions. With
+        `blocks` (numbers of blocks of the stack), an `InnerRows` makes them at the numbered blocks, and tokens do not
+        see them before the first of the blocks. If block 0 is among the blocks, the virtual tokens may be `counted`:
+        the positions of tokens then continue after them, as after words.
 
         Raises:
-            UnsupportedSite: the site is no stack: no module that takes token ids, embeds them and runs blocks; or the
-                stack has no place behind its embeddings, or for rows that come in at a block.
-            PluginError: `blocks` are given, and the operator is no `InnerRows`; or rows are counted that come in
-                further in.
+            UnsupportedSite: the site is not a stack (a module that takes token ids, embeds them and runs blocks); or
+                rows cannot be inserted after the embeddings of the stack, or at a block.
+            PluginError: `blocks` are given, and the operator is not an `InnerRows`; or rows are `counted` that are
+                inserted only after block 0.
         """
         found = self.sequence_site(site)
         if blocks:
@@ -328,11 +330,11 @@ class Surgeon:
         return locate_stack(site, self.resolver)
 
     def include(self, part: str, method: Method, config: MethodConfig, target: Target | None = None) -> None:
-        """Let another method act as one part of this one: a hybrid. Its operators, shared modules and selections are
-        recorded under the part's name.
+        """Let another method act as one part of this one (a hybrid). The operators, shared modules and selections of
+        the part are recorded under its name.
 
         Raises:
-            CompositionError: the part would train a value of its own in the place of what an earlier part changes.
+            CompositionError: the part would replace a tensor that an earlier part changes by a value that it trains.
         """
         grafts = self.collect(part, method, config, target)
         if self.wishes.saved is None:  # a file goes on doing what it did
@@ -431,10 +433,10 @@ class Surgeon:
             part.stored_anew(module)
 
     def table_rows(self) -> None:
-        """Record the rows of token tables that a file brings; all else acts on them.
+        """Record the rows of token tables that a file holds; all other operators act on these rows.
 
         Raises:
-            HostMismatch: the host has no such table, or one of another length.
+            HostMismatch: the host lacks the table, or has one of another length.
             UnsupportedSite: a table cannot be read.
         """
         for path, (start, stop) in self.wishes.rows.items():

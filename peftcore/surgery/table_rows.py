@@ -1,4 +1,6 @@
-"""Rows of a token table that an adapter brings along though they did not train: those that were added to its base."""
+"""Rows of a token table that are saved with an adapter although they did not train: the rows that were added to its
+base.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,9 @@ from peftcore.targets.sites import Site
 
 
 class RowsSite(Site):
-    """A table as a place for its rows, beside what else acts on it. The tensor is seen as it is stored, ``[tokens,
-    width]``."""
+    """A table as a site for its rows, separate from other sites on it. The tensor is seen as it is stored, ``[tokens,
+    width]``.
+    """
 
     def _make_path(self) -> str:
         return f"{super()._make_path()}:rows"

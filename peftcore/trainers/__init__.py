@@ -1,9 +1,9 @@
-"""Trainers: integrations with other libraries', and what users find in `peftcore.training`.
+"""Trainers: integrations with the trainers of other libraries, which users import from `peftcore.training`.
 
-It may import `fleets`, and what is below. In the order of reading:
+It may import `fleets` and the layers below. In the order of reading:
 
-- `checkpoints`: what the Trainer of transformers writes of an adapted model.
-- `beside`: what a checkpoint lacks that a Trainer writes in a way of its own.
+- `checkpoints`: the files that the Trainer of transformers writes for an adapted model.
+- `beside`: tensors that are missing in the checkpoints of Trainers that save the model in a custom way.
 - `callback`: the Trainer's callback.
 - `trainer`: the Trainer itself, wherever its loss is computed.
 - `per_example`: gradients of single examples, for differential privacy.

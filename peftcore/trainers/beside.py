@@ -1,5 +1,6 @@
-"""Checkpoints of a Trainer that saves the model in a way of its own (sentence-transformers): what they lack lies in a
-file beside it, and is read from the folder of the checkpoint."""
+"""Checkpoints of a Trainer that saves the model in a custom way (sentence-transformers): the missing tensors are stored
+in an extra file, which is read from the folder of the checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ def save_beside(tensors: Mapping[str, Any], folder: Path) -> None:
 
 
 def read_beside(model: nn.Module, folder: Path) -> set[str]:
-    """Read the tensors beside a checkpoint into the model, and return their keys; none where there is no such file.
+    """Read the tensors in the extra file of a checkpoint into the model, and return their keys; an empty result if the
+    file is missing.
 
     Raises:
         CheckpointError: the file is damaged.
@@ -51,8 +53,10 @@ def read_beside(model: nn.Module, folder: Path) -> set[str]:
 
 
 def of_run(args: Any, state: TrainerState, optimizer: Any) -> Path | None:
-    """Returns the folder of the checkpoint that a Trainer has read, which tells callbacks no path: the one of this step
-    in its folder, if the state and the optimizer's are those that it has read."""
+    """Returns the folder of the checkpoint that a Trainer has read, since a Trainer does not pass its path to
+    callbacks: the one of this step in its folder, if its state and its optimizer state are those that the Trainer has
+    read.
+    """
     folder = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
     if not (folder / TRAINER_STATE_NAME).exists():
         return None

@@ -4,8 +4,8 @@
     optimizer = injection.optimizer(torch.optim.AdamW, lr=1e-3)
     trainer = Trainer(model, args, ..., optimizers=(optimizer, None), callbacks=[PeftcoreCallback()])
 
-Leave ``optimizers`` out for methods that need none of their own; the callback says so where one is needed. Models that
-transformers has quantized train as others do.
+Leave ``optimizers`` out for methods that do not need a special one; the callback raises an error if one is needed.
+Models that transformers has quantized train as all other models do.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ class PeftcoreCallback(transformers.TrainerCallback):
     """A callback for the Trainer of a model that was adapted in place.
 
     * Checkpoints hold trained tensors and those of adapters, not the frozen base; they resume exactly. Where a Trainer
-      saves models in a way of its own (sentence-transformers), these tensors lie beside what it writes.
-    * ``trainer.save_model(folder)`` writes the base without adapters, and the adapter beside it: `peftcore.load` reads
-      it from the folder. Checkpoints and folders that are pushed have it too. That is so for models of transformers; of
-      others the file that the Trainer writes holds all there is, and `Injection.save` writes the adapter.
+      saves models in a custom way (sentence-transformers), these tensors are stored next to its files.
+    * ``trainer.save_model(folder)`` writes the base without adapters, and the adapter next to it: `peftcore.load` reads
+      it from the folder. Checkpoints and folders that are pushed have it too. This holds for models of transformers;
+      for other models the file of the Trainer holds all tensors, and `Injection.save` writes the adapter.
     * Methods with a schedule take their steps.
-    * What would train otherwise than the method says, is refused before the first step.
+    * Training that deviates from the method's rules is refused before the first step.
 
-    Nothing of it stays on the model when training fails, and when it ends the way of saving alone.
+    After a failed training the callback leaves nothing on the model; after a complete one, only the way of saving.
 
     Args:
         model: the model that is trained, where a part of it is adapted and transformers has quantized the whole.
@@ -101,11 +101,12 @@ class PeftcoreCallback(transformers.TrainerCallback):
             self._await_checkpoint(kwargs["model"])
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Find the frozen parameters, and check that all that trains follows the methods' rules.
+        """Find the frozen parameters, and check that all trainable parameters follow the methods' rules.
 
         Raises:
             CheckpointError: the checkpoint was written of an adapter with other options, or of another base.
-            TrainingError: what trains does not follow them, nothing trains, or the checkpoint lacks tensors.
+            TrainingError: trainable parameters do not follow the rules, all parameters are frozen, or the checkpoint
+                lacks tensors.
         """
         model, optimizer = kwargs["model"], _inside(kwargs["optimizer"])
         self._disarm()
@@ -197,8 +198,9 @@ class PeftcoreCallback(transformers.TrainerCallback):
         self._disarm(self._evaluating)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Restore the model: the checkpoint is written. What it is to hold is put into it where a Trainer saves the
-        model in a way of its own (sentence-transformers), and left that out."""
+        """Restore the model: the checkpoint is written. If the Trainer saves the model in a custom way
+        (sentence-transformers) and left tensors out, they are added to the checkpoint.
+        """
         self._disarm()
         model, folder = kwargs["model"], Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
         if state.is_world_process_zero and folder.is_dir() and not any(folder.rglob("adapter.json")):

@@ -1,5 +1,6 @@
-"""Files that transformers' Trainer writes of an adapted model: the base without adapters, adapters in files of their
-own, and in checkpoints all that training changes, under the names that the model has for it."""
+"""Files that transformers' Trainer writes for an adapted model: the base without adapters, adapters in separate files,
+and in checkpoints all tensors that training changes, under their names in the model.
+"""
 
 from __future__ import annotations
 
@@ -60,8 +61,9 @@ def frozen_keys(model: nn.Module) -> set[str]:
 
 
 class Held(NamedTuple):
-    """A non-persistent buffer of an injection: statistics or a counter that a resumed training needs, or a draw that
-    comes out the same each time."""
+    """A non-persistent buffer of an injection: statistics or a counter that a resumed training needs, or a random draw
+    that is the same each time.
+    """
 
     key: str
     """The key in a checkpoint."""
@@ -81,8 +83,7 @@ def state_between_steps(model: nn.Module) -> list[Held]:
 
 
 def records(model: nn.Module) -> dict[str, Any]:
-    """Returns a record of each adapter that trains, by its path and name: what a training that goes on is held
-    against."""
+    """Returns a record of each adapter that trains, by its path and name: a resumed training is checked against it."""
     found = ((path, injection) for path, module in model.named_modules() for injection in injections(module).values())
     wanted = {id(injection) for injection in training(model)}
     return {_place(path, each): record_of(each) for path, each in found if id(each) in wanted}
@@ -153,13 +154,13 @@ class Run(Protocol):
 
 
 class SavesAdapters(SavesBase):
-    """A ``save_pretrained`` that tells the Trainer apart, which hands over a state dict, or None in its place: it gets
-    the base, and the adapters beside it.
+    """A ``save_pretrained`` that recognizes calls of the Trainer, which passes a state dict or None: for these it
+    writes the base, and the adapters next to it.
 
     Attributes:
-        run: the training that goes on. Its checkpoints, to be read by the Trainer, hold what changes in training, under
-            the model's own names, which transformers changes otherwise for models whose files had others. They are
-            known by their folders: what callbacks do before it, in whichever order, is no matter.
+        run: the current training. Its checkpoints, which the Trainer reads, hold the tensors that change in training,
+            under the model's names; transformers would otherwise rename them for models whose files had other names.
+            Checkpoints are recognized by their folders, so the order of callbacks does not matter.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -220,9 +221,9 @@ def save_for_trainer(model: nn.Module) -> None:
 
 
 def tell_run(model: nn.Module, run: Run | None) -> bool:
-    """Tell the model's ``save_pretrained`` of a training, or that there is none any more.
+    """Set the current training of the model's ``save_pretrained``, or None after the end of a training.
 
-    Returns whether it has one that can be told.
+    Returns whether the model's ``save_pretrained`` is a `SavesAdapters`.
     """
     own = vars(model).get("save_pretrained")
     if isinstance(own, SavesAdapters):

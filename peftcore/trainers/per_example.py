@@ -1,8 +1,8 @@
 """Gradients of single examples, as differential privacy clips them: the model runs by `torch.vmap`, each row with
-tensors of its own.
+separate tensors.
 
 An expanded parameter has a gradient for each row of the batch, and takes no memory until backward. So any loss that is
-the mean or the sum over the rows gives, in one backward, what a loop over the rows would.
+the mean or the sum over the rows gives, in one backward, the same gradients as a loop over the rows.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ class PerExample(nn.Module):
     """A model whose backward leaves each trainable parameter's gradients of single examples in its `grad_sample`.
 
     `grad_sample` has the shape ``[rows, *parameter.shape]``; several batches before the optimizer's step leave a list
-    of them. That is what optimizers of Opacus read, under ``grad_sample_mode="no_op"``. `grad` is left alone. Where no
+    of them. Optimizers of Opacus read this form, under ``grad_sample_mode="no_op"``. `grad` is left alone. Where no
     gradients are asked for, and in evaluation, the model runs as it is.
 
     Args:
-        model: a model with a batch in the first dimension of all its inputs and outputs, adapted or not. Rows see
-            nothing of each other, and draw by themselves.
-        reduction: what the loss makes of its rows, ``"mean"`` or ``"sum"``.
+        model: a model with a batch in the first dimension of all its inputs and outputs, adapted or not. Rows do not
+            see each other, and have independent random draws.
+        reduction: how the loss combines its rows, ``"mean"`` or ``"sum"``.
     """
 
     def __init__(self, model: nn.Module, reduction: Literal["mean", "sum"] = "mean") -> None:
@@ -41,11 +41,11 @@ class PerExample(nn.Module):
         self._forwards = 0
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Returns the model's output for a batch; what has no dimension for one row has one number a row.
+        """Returns the model's output for a batch; outputs that are scalars for one row have one number per row.
 
         Raises:
             TrainingError: inputs disagree on the number of rows, the model looks at values or at other rows, so that
-                `torch.vmap` cannot run it, or a method has a loss of its own.
+                `torch.vmap` cannot run it, or a method adds a loss.
         """
         if not (self.training and torch.is_grad_enabled()):
             return self.model(*args, **kwargs)

@@ -28,8 +28,8 @@ class PeftcoreTrainer(transformers.Trainer):
 
     * Losses of methods (adalora, hra, adapter_fusion) are in the Trainer's, also where the model returns none: with
       label smoothing, a ``compute_loss_func``, ``return_dict=False``, an adapted model inside of another one.
-    * A checkpoint of an adapter with other options, or of another base, is refused before anything of it is read.
-    * Models that are not of transformers are saved as those are: the base, and the adapter beside it.
+    * A checkpoint of an adapter with other options, or of another base, is refused before any of its tensors are read.
+    * Models from outside transformers are saved like those of transformers: the base, and the adapter next to it.
 
     For subclasses of the Trainer it is the first base class. Arguments are the Trainer's.
     """

@@ -1,9 +1,9 @@
 """Training: optimizers with a method's parameter groups, gradient rule and schedule, and data before training.
 
-It may import `surgery`, and what is below; the fleet, the Trainer, its callback and `PerExample`, which are above, are
-handed out on demand. In the order of reading:
+It may import `surgery` and the layers below; the fleet, the Trainer, its callback and `PerExample`, which are in layers
+above, are imported on demand. In the order of reading:
 
-- `batches`: the user's data, as a method sees it before training.
+- `batches`: the user's data for methods that look at data before training.
 - `optimizer`: a torch optimizer with a method's rules.
 """
 

@@ -25,7 +25,7 @@ C = TypeVar("C", bound="MethodConfig")
 
 @dataclass(frozen=True)
 class Labelled:
-    """A batch with labels beside it, for models that are not given any.
+    """A batch together with labels, for models that do not take labels as an input.
 
     Example:
         data = [peftcore.Labelled({"pixel_values": images}, labels=torch.tensor([0, 2]))]
@@ -53,8 +53,9 @@ class Batch:
 
     @property
     def beside(self) -> Tensor | None:
-        """The labels that the user gives beside the batch (`Labelled`), where they are; `labels` has the model's too.
-        None where there are none: for methods that are told something of some batches."""
+        """The labels of a `Labelled` batch; None for other batches. `labels` also finds those among the model's inputs.
+        For methods that need extra information for some batches only.
+        """
         return self._labels
 
     def output(self) -> Any:
@@ -93,7 +94,7 @@ class Batch:
         """Returns the output's loss, or the output itself where it is a scalar: of shape ``[]``, with its graph.
 
         Raises:
-            CalibrationError: there is none.
+            CalibrationError: the output lacks a loss.
         """
         output = self.output()
         loss = output.get("loss") if isinstance(output, Mapping) else output
@@ -124,11 +125,11 @@ class Batch:
         return self._called
 
     def labels(self) -> Tensor:
-        """Returns the labels of the batch, on the model's device: those beside it (`Labelled`), or the model's input
+        """Returns the labels of the batch, on the model's device: those of a `Labelled` batch, or the model's input
         ``labels``.
 
         Raises:
-            CalibrationError: it has none.
+            CalibrationError: the batch lacks labels.
         """
         labels = self.inputs().get("labels") if self._labels is None else self._labels
         if not isinstance(labels, Tensor):
@@ -142,7 +143,8 @@ class Batch:
 
 class Batches:
     """The batches in their order, iterable as often as the user's data. Iterating shows a progress bar, and raises
-    CalibrationError where there are none."""
+    CalibrationError if the data is empty.
+    """
 
     def __init__(self, model: nn.Module, data: Data, title: str) -> None:
         self._model, self._data, self._title = model, data, title
