@@ -78,7 +78,7 @@ def task_of(model: nn.Module) -> str:
 
 
 def peft_task_of(model: nn.Module) -> str | None:
-    """Returns peft's name of the task of a model, such as "CAUSAL_LM"; None where it has none."""
+    """Returns peft's name of the task of a model, such as "CAUSAL_LM"; None if peft has no name for it."""
     transformers = sys.modules.get("transformers")
     if transformers is None or not isinstance(model, transformers.PreTrainedModel):
         return None

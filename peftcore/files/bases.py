@@ -52,9 +52,9 @@ def load_base(
 ) -> nn.Module:
     """Build the model of transformers that a saved adapter was made on, and load the adapter onto it.
 
-    What a file names is not fetched unless `fetch` says so, and no code of a repository runs. The class is one that an
-    Auto class of transformers lists for the base's configuration; any other is refused. A head that the adapter brings
-    gets its size, and rows that were added to token tables are there.
+    The base that a file names is not fetched unless `fetch` says so, and no code of a repository runs. The class is one
+    that an Auto class of transformers lists for the base's configuration; any other is refused. A head that the adapter
+    contains gets its size, and token tables have the rows that were added.
 
     Args:
         path: a folder, a file, or "owner/name" on a model hub, as of `load`. The adapter itself is fetched, since the
@@ -77,7 +77,7 @@ def load_base(
         CheckpointError: the file names no base, or one that is not here, or no class that an Auto class lists, or is
             damaged; or the base has no safetensors or brings code; says what to pass.
         HubError: the hub has nothing of the name, refuses it, or does not answer.
-        HostMismatch: the base is not the one of the adapter, or lacks weights that the adapter does not bring.
+        HostMismatch: the base is not the one of the adapter, or lacks weights that the adapter does not contain.
         NewerFormat, UnknownMethod, DuplicateInjection, NoWeights: as of `load`.
     """
     if theirs := sorted(options.keys() & set(OWN)):

@@ -28,7 +28,7 @@ def save_composition(model: nn.Module, composition: Composition, path: str | os.
     """Write the adapters of a composition into folders of their names below `path`, and the composition itself.
 
     Raises:
-        UnknownInjection: the host has no injection of such a name.
+        UnknownInjection: the host has no injection of this name.
     """
     names = list(dict.fromkeys(composition.names()))
     known(model, names)

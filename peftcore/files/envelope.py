@@ -132,7 +132,7 @@ class Envelope(BaseModel):
             UnknownMethod: no installed plugin has its method.
             NewerFormat: its options are newer than the installed plugin.
             CheckpointError: its options are wrong, or operators cannot have the dtype.
-            HostMismatch: it stands at many more places than the model has.
+            HostMismatch: it names many more sites than the model has.
         """
         cls = method_of(self)
         request = Request(model, cls(), options_of(cls, self), self.wishes)
@@ -275,7 +275,7 @@ def parse_envelope(data: Mapping[str, Any], where: object) -> Envelope:
 
     Raises:
         NewerFormat: it was written by a newer peftcore.
-        CheckpointError: it is no envelope.
+        CheckpointError: it is not an envelope.
     """
     version = data.get("format")
     if isinstance(version, int) and version > FORMAT:

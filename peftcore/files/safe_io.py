@@ -186,7 +186,7 @@ class TensorFile:
         """Returns values, copied into memory.
 
         Raises:
-            CheckpointError: they cannot be read, or some are not finite; all of these are named.
+            CheckpointError: they cannot be read, or some are not finite; all such tensors are named.
         """
         wanted = sorted(self.dtypes if keys is None else keys)
         try:

@@ -216,7 +216,7 @@ def load(
         DuplicateInjection: the name is taken or cannot be used.
         NoWeights: the host is on the meta device, and the adapter is nothing without values of its weights.
         SwapError, ConfigError: it does not compute the same with the options of `room`, or there are no such options.
-        MemoryLimit: there is a limit (`keep_within`), and no room beside adapters that cannot leave.
+        MemoryLimit: there is a limit (`keep_within`), and no room next to adapters that cannot leave.
 
     The host was not changed then.
     """
@@ -308,7 +308,7 @@ def describe(path: str | os.PathLike[str], revision: str | None = None) -> Descr
         revision: as of `load`.
 
     Raises:
-        CheckpointError: there is none, or it is damaged.
+        CheckpointError: it does not exist, or it is damaged.
         HubError: as of `load`.
     """
     place = located(path, revision)

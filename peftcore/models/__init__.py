@@ -14,5 +14,5 @@ read. In the order of reading:
 - `watching`: the tensors that a forward keeps for its backward.
 - `activations`: the memory that a forward keeps for its backward.
 - `recorded`: a method as the user asks for it, recorded on a model and not done.
-- `costs`: what it would add, and what a step of training would take.
+- `costs`: the parameters that it would add, and the cost of a step of training.
 """

@@ -26,9 +26,9 @@ MODEL = (
 GGUF, TIMM = ".gguf", "timm:"
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 DENOISERS = ("unet", "transformer")
-"""Folders of a pipeline of diffusers in which the model that is trained lies."""
+"""Folders of a pipeline of diffusers that contain the model that is trained."""
 SETTINGS = ("*.json", "*.txt", "*.model", "*.jinja")
-"""Files of a repository that are no weights: configurations and tokenizers."""
+"""Files of a repository other than weights: configurations and tokenizers."""
 WEIGHTS = ".safetensors"
 
 
@@ -61,7 +61,7 @@ class Configured:
 
 @dataclass(frozen=True)
 class Named(ABC):
-    """A model that somebody named."""
+    """A model that the user named."""
 
     said: str
     refusals: ClassVar[Mapping[Use, str]] = {}
@@ -251,7 +251,7 @@ def find(model: Path | str) -> Named:
 
 
 def check_architecture(source: str, name: str) -> None:
-    """Refuse a name that timm has no architecture of.
+    """Refuse a name that is not an architecture of timm.
 
     Raises:
         BadInput: it has none.

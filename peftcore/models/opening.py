@@ -54,7 +54,7 @@ class MadeOn:
     task: str = ""
     """Peft's name for the class, in a file that has no better one."""
     trained: Mapping[str, Size] = field(default_factory=dict)
-    """Parameters of the host that the adapter brings, such as those of a head."""
+    """Parameters of the host that the adapter contains, such as those of a head."""
     base: str = ""
     """The file's name for the model's weights; empty where it has none."""
     meant: str | None = None
@@ -312,7 +312,7 @@ def _timm(folder: Path, config: Mapping[str, Any], weights: bool, made_on: MadeO
 
 
 READERS: Mapping[str, Reader] = {"_class_name": _diffusers, "model_type": _transformers, "architecture": _timm}
-"""Who reads a folder, by a key of its ``config.json``; the first that is there counts."""
+"""The library that reads a folder, by a key of its ``config.json``; the first that is there counts."""
 
 
 def _cannot(out: Path) -> None:

@@ -172,7 +172,7 @@ LIBRARIES: Mapping[str, type[Skeleton]] = {
     "model_type": Transformers,
     "architecture": Timm,
 }
-"""Who builds a model, by a key that its ``config.json`` has; the first that is there counts."""
+"""The library that builds a model, by a key that its ``config.json`` has; the first that is there counts."""
 
 
 def skeleton(source: str, dtype: str | None = None) -> Skeleton:
@@ -229,7 +229,7 @@ def meta(dtype: torch.dtype | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def refusing(source: str, what: str) -> Iterator[None]:
-    """Turn whatever a library raises about a configuration into bad input, for there is no list of it."""
+    """Turn any error that a library raises about a configuration into bad input: libraries do not list their errors."""
     try:
         yield
     except Exception as error:

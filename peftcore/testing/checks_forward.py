@@ -33,7 +33,7 @@ from peftcore.testing.probes import (
 from peftcore.testing.tools import differences, raises, shapes_only, trace
 
 ON_TORCH = ("mlp", "encoder", "convnet")
-"""Hosts without code of other libraries: what fails there fails because of the method."""
+"""Hosts without code of other libraries: a failure there is caused by the method."""
 
 
 def _flipped(inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Comparison of the options that a method has by default with those of somebody else's code."""
+"""Comparison of a method's default options with those of other code."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from peftcore.testing.failures import CheckFailed
 
 
 def same_defaults(config: MethodConfig, told: Mapping[str, Any], otherwise: Mapping[str, str] | None = None) -> None:
-    """Check that options are as somebody else's code has them by default.
+    """Check that options equal the defaults of other code.
 
     Args:
         config: the options of an injection, or a plan, that was told none: ``injection.config``.

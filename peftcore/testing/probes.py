@@ -85,7 +85,7 @@ class Wrapper(nn.Module):
 
 
 class Unused(nn.Module):
-    """The host beside a layer that is there but never called."""
+    """The host next to a layer that exists but is never called."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -160,7 +160,7 @@ class Lockstep(TorchFunctionMode):
 
 
 def together(*tasks: Callable[[], Tensor]) -> list[Any]:
-    """Return results (or errors) of tasks that run in threads of their own, in lockstep."""
+    """Return results (or errors) of tasks that run in separate threads, in lockstep."""
     barrier = threading.Barrier(len(tasks))
     results: list[Any] = [None] * len(tasks)
 

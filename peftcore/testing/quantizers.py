@@ -152,7 +152,7 @@ def check(promise: str, *, cause: str, remedy: str) -> Callable[[Callable[[Packi
 def check_quantizer(
     name: str, *, tolerance: float | None = None, declared: Mapping[str, str] | None = None, **options: Any
 ) -> list[Result]:
-    """Run every check on a scheme that a plugin brings.
+    """Run every check on a scheme that a plugin registers.
 
     Args:
         name: the scheme.

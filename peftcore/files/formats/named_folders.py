@@ -27,7 +27,8 @@ def named_folder(name: str, beside: Path, where: Path) -> Path:
         where: the file, for messages.
 
     Raises:
-        CheckpointError: there is no such folder, or two; or the file came from a hub, and names a folder outside of it.
+        CheckpointError: the folder does not exist, or two match; or the file came from a hub, and names a folder
+            outside of it.
     """
     path, own, from_elsewhere = Path(name), beside.resolve(), is_fetched(beside)
 
@@ -54,7 +55,7 @@ def named_folder(name: str, beside: Path, where: Path) -> Path:
 
 def of_part(tensors: Mapping[str, Tensor], part: str, whole: Surgeon) -> dict[str, Tensor]:
     """Returns the tensors of one part of a hybrid by their names in the whole, from their names in a file of the part
-    alone. Operators may stand inside of those of the whole.
+    alone. Operators may be inside the operators of the whole.
 
     Args:
         part: its name.

@@ -37,7 +37,8 @@ def matching(pattern: str, paths: Iterable[str], where: Path, *, endings: bool =
     does.
 
     Raises:
-        CheckpointError: it is no regular expression, takes too long, or the package ``regex``, which can stop in time,
+        CheckpointError: it is not a regular expression, takes too long, or the package ``regex``, which can stop in
+            time,
             is not installed.
     """
     if re.fullmatch(r"[\w.-]+", pattern):  # a name: its dots are meant as dots

@@ -45,7 +45,8 @@ def module_key(site: Site) -> str:
 
 
 def is_parameter(site: Site) -> bool:
-    """Whether peft reaches the site by `target_parameters` only: a tensor of a module that is no layer to it."""
+    """Whether peft reaches the site by `target_parameters` only: a tensor of a module that peft does not treat as a
+    layer."""
     name, module = site.tensor.rpartition(".")[2], site.module
     if site.slices is not None or site.layer.batch_dims or name not in ("weight", "bias", "in_proj_weight"):
         return site.slices is None

@@ -1,4 +1,4 @@
-"""An adapter as nothing but low-rank updates of matrices, which is what programs read that know LoRA alone."""
+"""An adapter as low-rank updates of matrices only, for programs that can read only LoRA."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def plain_lora(injection: Injection, program: str) -> dict[str, Pair]:
     """Returns the updates of an adapter by the paths of their modules.
 
     Args:
-        program: who reads nothing else, for messages.
+        program: the program that reads only LoRA, for messages.
 
     Raises:
         ExportError: it is more than that: another method, a convolution, something that trains along.

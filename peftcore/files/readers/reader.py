@@ -1,8 +1,8 @@
 """The rules by which one program treats each option and each tensor of an adapter's file, as data.
 
 ``rules/`` has a file for each program, with the version, the repository, the commit and the files in which it was read.
-What a program does with a part of a file is one of four: it reads it as it was trained, reads something else from it
-(*changed*), goes on without it and says little or nothing (*dropped*), or does not load the file (*refused*).
+A program treats a part of a file in one of four ways: it reads it as it was trained, reads something else from it
+(*changed*), continues without it and says little or nothing (*dropped*), or does not load the file (*refused*).
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from peftcore.errors import ExportError
 
 RULES = Path(__file__).parent / "rules"
 WHERE = ("dims", "first", "format")
-"""Keys of a rule of tensors beside the name: number of dimensions, size of the first one, format of the file."""
+"""Keys of a rule of tensors in addition to the name: number of dimensions, size of the first one, format of the
+file."""
 BLOCK = re.compile(r"\.(?P<index>\d+)\.(?P<rest>.+)$")
 """The first number in a path, which is that of the block."""
 
@@ -68,7 +69,7 @@ class TensorRule:
 
 @dataclass(frozen=True)
 class Beside:
-    """The rule for a module that is adapted without another one beside it."""
+    """The rule for a module that is adapted without another one next to it."""
 
     module: str
     """The last name of its path."""
@@ -144,7 +145,7 @@ class Reader:
     some_blocks: SomeBlocks | None = None
     ranks: Ranks | None = None
     notes: tuple[str, ...] = ()
-    """Remarks on what depends on the base or on how the program is started, so that no file tells it."""
+    """Remarks on what depends on the base or on how the program is started, so that no file determines it."""
 
     def tensor(self, name: str, shape: Sequence[int], format: str) -> tuple[str, Rule]:
         """Returns the module's part of the name of a tensor in a file of a format, and what becomes of the tensor."""
