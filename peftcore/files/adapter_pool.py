@@ -205,8 +205,8 @@ class AdapterPool:
 
 
 class InFolder(Store):
-    """Keeps values in safetensors files, one for each adapter, in a folder of its own; what is read back is compared
-    with what was written. Values that were not changed since are not written again."""
+    """Keeps values in safetensors files, one for each adapter, in a separate folder; values that are read back are
+    compared with the written ones. Values that were not changed since are not written again."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)

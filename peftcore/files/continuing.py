@@ -77,8 +77,9 @@ def listed(lines: list[str]) -> str:
 
 
 def base_sample(sites: Iterable[Site]) -> str | None:
-    """Returns a digest of some values of each frozen, dense tensor at these sites; None where there is none, or this
-    process holds pieces of them. It distinguishes bases that were trained differently, and reads little of them."""
+    """Returns a digest of some values of each frozen, dense tensor at these sites; None if there are no such tensors,
+    or this process holds pieces of them. It distinguishes bases that were trained differently, and reads little of
+    them."""
     digest, found = hashlib.sha256(), dict[str, Tensor]()
     for site in sites:
         value = site.layer.read(site.module, site.tensor)

@@ -47,7 +47,7 @@ class SavedSite(BaseModel):
     rows: tuple[tuple[NonNegativeInt, NonNegativeInt], ...] | None = None
     """First and last + 1 of the rows of the part, for each piece; None for the whole tensor."""
     shape: tuple[NonNegativeInt, ...] | None = None
-    """Logical shape; empty for a module without a weight of its own, None where the file does not say."""
+    """Logical shape; empty for a module without its own weight, None if the file does not contain it."""
 
     @classmethod
     def of(cls, site: Site) -> SavedSite:
@@ -181,7 +181,7 @@ class Envelope(BaseModel):
 
 
 def site_shape(site: Site) -> tuple[int, ...]:
-    """Returns the logical shape of a selected site; empty for a module without a weight of its own."""
+    """Returns the logical shape of a selected site; empty for a module without its own weight."""
     return tuple(site.weight_shape) if site.layer.has(site.module, site.tensor) else ()
 
 

@@ -199,10 +199,10 @@ def load(
             their rows and parts stay as they are: it joins the stack in force outside of it. False leaves the active
             injections as they are, until `activate`, `route` or `using` names the adapter: for hosts that serve
             meanwhile, and for many adapters at once.
-        strict: False accepts missing tensors (they keep their fresh values) and unknown ones (they are passed over).
+        strict: False accepts missing tensors (they keep their fresh values) and unknown ones (they are ignored).
         room: options of larger tensors than the file's, ``{"rank": 64}``: others of up to that rank can take its place
-            then (`Injection.swap`), also in a compiled model. What is beyond the file's own is zero.
-        words: of files with new words beside the adapter (``bundle_emb.<word>.clip_l``), for a text encoder: the ids
+            then (`Injection.swap`), also in a compiled model. The values beyond those of the file are zero.
+        words: of files with new words next to the adapter (``bundle_emb.<word>.clip_l``), for a text encoder: the ids
             that each word has in the tokenizer, one for each of its vectors, ``{"<cat>": [49408, 49409]}``. The table
             must have these rows.
 

@@ -84,7 +84,7 @@ def _prototype(build: Build) -> Copies[tuple[nn.Module, dict[str, Any]]]:
 
 
 Context = Callable[[nn.Module, Tensor], Mapping[str, Any]]
-"""Makes what ``peftcore.call(model, ...)`` is told of pictures [rows or 1, 1, 16, 16]."""
+"""Makes the arguments of ``peftcore.call(model, ...)`` from pictures [rows or 1, 1, 16, 16]."""
 
 
 class Expecting:
@@ -321,12 +321,12 @@ def check(
 
     Args:
         promise: the sentence that it proves.
-        cause: why a method usually fails it, in the author's words: what stands in the method's file.
+        cause: why a method usually fails it, in the author's words: the code in the method's file.
         remedy: what its author does about it.
         when: whether the tags call for it.
-        hosts: names of those on which it runs; all when None.
+        hosts: names of the hosts on which it runs; all when None.
         chooses: it finds hosts by itself, and runs once a method.
-        cost: what a case of it costs, see `Cost`.
+        cost: the cost of a case of it, see `Cost`.
     """
 
     def file(function: Callable[[Case], None]) -> Callable[[Case], None]:

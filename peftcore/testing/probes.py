@@ -188,7 +188,7 @@ def together(*tasks: Callable[[], Tensor]) -> list[Any]:
 def counted_calls() -> Iterator[list[int]]:
     """Count the Python functions called in the block: work without a clock.
 
-    The garbage collector waits: what it frees runs finalizers, and they belong to whoever ran before.
+    The garbage collector is off meanwhile: freed objects run finalizers, which belong to the code that ran before.
     """
     count = [0]
 

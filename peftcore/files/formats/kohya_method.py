@@ -112,7 +112,7 @@ class KohyaMethod(ABC):
 
     @abstractmethod
     def write(self, place: Place) -> tuple[float | None, dict[str, Tensor]]:
-        """Returns alpha, None where the file has none, and one operator's tensors by the file's names.
+        """Returns alpha, or None if the file has no alpha, and one operator's tensors by the file's names.
 
         Raises:
             ExportError: the file cannot hold it.
@@ -127,8 +127,8 @@ class KohyaMethod(ABC):
         return ()
 
     def writes(self, place: Place) -> bool:
-        """Whether it can hold what one of its methods does at a place. Where no translation can, `write` of the last
-        one says why."""
+        """Whether it can hold the effect of one of its methods at a place. Where no translation can, `write` of the
+        last one says why."""
         return True
 
     def reads(self, shapes: Mapping[str, Size]) -> bool:
@@ -142,7 +142,7 @@ class KohyaMethod(ABC):
         return self.reads(held.shapes)
 
     def cut(self, piece: Piece, sizes: Sequence[int]) -> list[Piece | None]:
-        """Returns what it does at each of several modules, whose outputs, `sizes` of them, are concatenated in `piece`;
+        """Returns the effect at each of several modules, whose outputs, `sizes` of them, are concatenated in `piece`;
         None where it leaves a module as it is.
 
         Factors whose ranks belong to one module each, as `joined` writes them, are cut there too: with as many ranks
@@ -173,14 +173,14 @@ class KohyaMethod(ABC):
         return Piece(alpha, {**part.tensors, **factors})
 
     def swapped(self, piece: Piece) -> Piece:
-        """Returns what it does at a module whose outputs are in two halves, with these the other way round."""
+        """Returns the effect at a module whose outputs are in two halves, with the halves swapped."""
         rows = {name: piece.tensors[name] for name in self.rows if name in piece.tensors}
         halves = {name: torch.cat(list(reversed(value.chunk(2)))) for name, value in rows.items()}
         return Piece(piece.alpha, {**piece.tensors, **halves})
 
     def joined(self, parts: Sequence[Piece | None], sizes: Sequence[int]) -> Piece:
-        """Returns what it does at several modules as one whose outputs are concatenated; None means a module, of so
-        many outputs, that it leaves as it is.
+        """Returns the effect at several modules as one module whose outputs are concatenated; None means a module, of
+        so many outputs, that it leaves as it is.
 
         Factors are block-diagonal, each module's ranks next to those of the others, if they do not share the first.
 

@@ -111,8 +111,8 @@ QWEN_IMAGE = {"transformer_blocks.0.img_mod.1", "transformer_blocks.0.attn.add_q
 
 
 def original_names(paths: Collection[str]) -> dict[str, Original]:
-    """Returns what original names mean on a host of these paths, the names that are written first; nothing where the
-    original code is not known, or has the host's own names."""
+    """Returns what original names mean on a host of these paths, the names that are written first; nothing if the
+    original code is unknown, or has the same names as the host."""
     if _is_flux(paths):
         double, single = ("double_blocks", "transformer_blocks"), ("single_blocks", "single_transformer_blocks")
         found = [

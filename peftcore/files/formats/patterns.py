@@ -38,8 +38,7 @@ def matching(pattern: str, paths: Iterable[str], where: Path, *, endings: bool =
 
     Raises:
         CheckpointError: it is not a regular expression, takes too long, or the package ``regex``, which can stop in
-            time,
-            is not installed.
+            time, is not installed.
     """
     if re.fullmatch(r"[\w.-]+", pattern):  # a name: its dots are meant as dots
         return {path for path in paths if path == pattern or (endings and path.endswith(f".{pattern}"))}

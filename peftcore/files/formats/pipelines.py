@@ -1,4 +1,4 @@
-"""Files with adapters of several models of one pipeline, told apart by the prefixes of names: finding the part for a
+"""Files with adapters of several models of one pipeline, distinguished by the prefixes of names: finding the part for a
 host, and the prefix when an adapter is saved."""
 
 from __future__ import annotations
