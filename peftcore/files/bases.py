@@ -60,7 +60,7 @@ def load_base(
         path: a folder, a file, or "owner/name" on a model hub, as of `load`. The adapter itself is fetched, since the
             caller names it.
         revision: of the adapter's repository, as of `load`.
-        base: a folder or a name on a hub to take in place of what the file names.
+        base: a folder or a name on a hub to take in place of the one that the file names.
         base_revision: of the base's repository, in place of the commit that the file names.
         fetch: True fetches the base from the hub where the cache lacks it: its configuration, and its weights as
             safetensors.
@@ -75,7 +75,7 @@ def load_base(
 
     Raises:
         CheckpointError: the file names no base, or one that is not here, or no class that an Auto class lists, or is
-            damaged; or the base has no safetensors or brings code; says what to pass.
+            damaged; or the base has no safetensors or contains code; the message says what to pass.
         HubError: the hub has nothing of the name, refuses it, or does not answer.
         HostMismatch: the base is not the one of the adapter, or lacks weights that the adapter does not contain.
         NewerFormat, UnknownMethod, DuplicateInjection, NoWeights: as of `load`.

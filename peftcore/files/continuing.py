@@ -1,8 +1,8 @@
-"""What a checkpoint says of the adapter that it was written of, held against the adapter that is to go on from it.
+"""Comparison of a checkpoint's record of its adapter with the adapter that continues training from it.
 
-Whoever writes checkpoints (fleets, the Trainer's callback) writes a record of the adapter into them, and holds it
-against the adapter that it meets. Runs, comparisons and studies hold their settings against each other by
-`differences` too.
+Code that writes checkpoints (fleets, the Trainer's callback) writes a record of the adapter into them, and compares it
+with the adapter that it finds when it continues. Runs, comparisons and studies also compare their settings by
+`differences`.
 """
 
 from __future__ import annotations

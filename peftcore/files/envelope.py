@@ -90,8 +90,8 @@ class Envelope(BaseModel):
     """Names of the classes of the host's head, in the order of their numbers, where something was trained along and the
     host's config names them."""
     untied: tuple[str, ...] = ()
-    """Paths of modules of which each has values of its own for what was trained along in it, also where others hold the
-    same tensors (`Wishes.untied`)."""
+    """Paths of modules that each have separate values for their parameters that were trained along, even if other
+    modules hold the same tensors (`Wishes.untied`)."""
     ties: dict[str, tuple[str, ...]] | None = None
     """The other parameters on which an operator acts because they were its site's own tensor, by the operator's name in
     files; None in a file that does not say."""
@@ -235,7 +235,7 @@ def base_name(model: nn.Module) -> str | None:
 
 
 def class_names(model: nn.Module) -> tuple[str, ...]:
-    """Returns the names of the classes that a model tells apart, in the order of their numbers, as the config of a
+    """Returns the names of the classes that a model distinguishes, in the order of their numbers, as the config of a
     model of transformers has them; empty where it has none, or transformers' own (``LABEL_0``)."""
     names = getattr(vars(model).get("config"), "id2label", None)
     if not isinstance(names, dict) or all(str(name) == f"LABEL_{number}" for number, name in names.items()):

@@ -32,7 +32,7 @@ def apply_peft_config(model: nn.Module, config: Any, *, name: str | None, seed: 
 
     Raises:
         ConfigError: peft itself refuses it for this model.
-        CheckpointError, HostMismatch: what its file has cannot be had here; it says what.
+        CheckpointError, HostMismatch: its file has a part that is not supported here; the message names it.
     """
     import peft
 

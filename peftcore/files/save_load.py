@@ -215,7 +215,7 @@ def load(
         UnknownMethod: no installed plugin has its method.
         DuplicateInjection: the name is taken or cannot be used.
         NoWeights: the host is on the meta device, and the adapter is nothing without values of its weights.
-        SwapError, ConfigError: it does not compute the same with the options of `room`, or there are no such options.
+        SwapError, ConfigError: it does not compute the same with the options of `room`, or these options do not exist.
         MemoryLimit: there is a limit (`keep_within`), and no room next to adapters that cannot leave.
 
     The host was not changed then.

@@ -1,6 +1,6 @@
 """The kinds of MODEL that a command, a file or Python may name, one class each: where its files are, how to load it.
 
-Nothing is loaded here. What a kind cannot be used for is refused by `Named.check` before anything happens.
+Nothing is loaded here. Uses that a kind does not support are refused by `Named.check` before anything happens.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Named(ABC):
 
     said: str
     refusals: ClassVar[Mapping[Use, str]] = {}
-    """Messages for the uses that this kind does not have: what it is, and what to name instead."""
+    """Messages for the uses that this kind does not have: the kind, and the name to use instead."""
 
     def check(self, use: Use) -> None:
         """Refuse what this kind cannot be used for.

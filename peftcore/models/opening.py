@@ -35,7 +35,7 @@ BROKEN: tuple[type[Exception], ...] = (
     StrictDataclassError,
     TypeError,
 )
-"""Errors that libraries raise for a configuration that makes no sense, or that asks for what is not installed."""
+"""Errors that libraries raise for an invalid configuration, or one that needs packages that are not installed."""
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 COMPANIONS: Mapping[str, tuple[str, ...]] = {
     "AutoTokenizer": ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json"),
@@ -56,7 +56,7 @@ class MadeOn:
     trained: Mapping[str, Size] = field(default_factory=dict)
     """Parameters of the host that the adapter contains, such as those of a head."""
     base: str = ""
-    """The file's name for the model's weights; empty where it has none."""
+    """The file's name for the model's weights; empty if the file does not contain it."""
     meant: str | None = None
     """The class of transformers that the user says it is."""
 
@@ -82,7 +82,7 @@ def open_model(folder: Path, weights: bool = True, made_on: MadeOn | None = None
     Args:
         folder: or the file.
         weights: False builds it from its configuration on the meta device.
-        made_on: what an adapter was made on: a head that it brings is put on a model that has none.
+        made_on: what an adapter was made on: a head that the adapter contains is added to a model without a head.
 
     Raises:
         BadInput: there is none, its library is missing, or the weights are damaged, of another model or pickled.

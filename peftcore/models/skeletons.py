@@ -1,5 +1,5 @@
-"""Skeletons of models: built from a configuration, without weights, on the meta device, for what looks and does not
-train.
+"""Skeletons of models: built from a configuration, without weights, on the meta device, for code that inspects a model
+and does not train it.
 
 Each library says how it builds one (`LIBRARIES`, chosen by a key of ``config.json``), and what its forward is given.
 No code of a repository runs, and files of weights are not opened.

@@ -74,7 +74,7 @@ def life(case: Case, scheme: str, build: Build | None = None) -> Life:
 
     Raises:
         CheckFailed: something is not as on a dense base.
-        NotApplicable: the host has no linear layer to pack.
+        NotApplicable: the host has no linear layers to pack.
     """
     build = build or case.fresh
     model, inputs = _packed(build, scheme)

@@ -158,8 +158,8 @@ def declarations(test: Any) -> tuple[Declaration, ...]:
 
 
 def frozen(path: Path, part: Part = "outputs") -> Any:
-    """Returns numbers that the authors' code gave, or a library's, as a file beside the script that makes them again
-    has them.
+    """Returns numbers that the authors' code or a library computed, read from the file next to the script that makes
+    them again.
 
     Args:
         path: the file.

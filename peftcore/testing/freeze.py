@@ -1,5 +1,6 @@
 """``python -m peftcore.testing.freeze SCRIPT CHECKOUT``: run the authors' code again, and compare its numbers with
-those in the file beside the script that makes them; nothing is written. With ``--write`` the file gets the new numbers.
+those in the file next to the script that makes them; nothing is written. With ``--write`` the file gets the new
+numbers.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def kept(text: str, before: str) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Returns the exit status: 1 where other numbers come out than the file has."""
+    """Returns the exit status: 1 where the numbers differ from those in the file."""
     parser = argparse.ArgumentParser("python -m peftcore.testing.freeze", description=__doc__)
     parser.add_argument("script", type=Path, help="has SOURCE, VERSIONS and functions such as numbers(checkout)")
     parser.add_argument(

@@ -308,7 +308,7 @@ class Kinds(Method):
 
 
 def overriding(injection: Injection) -> bool:
-    """Whether an operator of an injection has a value of its own for a tensor: two such do not act together."""
+    """Whether an operator of an injection has a separate value for a tensor: two such operators do not act together."""
     return any(graft.operator.overrides for graft in injection.grafts)
 
 

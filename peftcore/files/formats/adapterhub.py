@@ -1,8 +1,8 @@
 """Folders of AdapterHub's `adapters`: ``adapter_config.json`` and ``adapter.safetensors``, for reading.
 
 A name such as ``bert.encoder.layer.0.output.adapters.sst.adapter_up.weight`` has the path where that library wraps a
-model, a holder, the adapter's name, and a tensor. How one of its architectures is one of our methods is said by a
-`HubArchitecture`, which the plugin of the method brings under ``"adapterhub/ARCHITECTURE"`` in the hook
+model, a holder, the adapter's name, and a tensor. A `HubArchitecture` translates one of its architectures into one of
+our methods; the plugin of the method registers it under ``"adapterhub/ARCHITECTURE"`` in the hook
 `peftcore_translations`. The architectures of a union are distinguished by their holders, and read as our
 `config_union`.
 """

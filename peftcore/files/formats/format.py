@@ -1,6 +1,6 @@
 """`Format`, the base class of file formats: it recognizes its files, reads an adapter from them, and writes one.
 
-A plugin brings more by the hook `peftcore_formats`.
+A plugin registers more by the hook `peftcore_formats`.
 """
 
 from __future__ import annotations

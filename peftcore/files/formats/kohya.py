@@ -4,7 +4,7 @@ A tensor is called ``lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weig
 underscores for dots, the tensor. The host's own modules, or their names in the original code (`original_names`), tell
 which underscores are dots. There are no options: rank and form follow from shapes, and the scale is alpha / rank with
 an ``alpha`` for each module. Only the dropouts of its training are in the header, where the training program notes
-them. A method's tensors are translated by a `KohyaMethod`, which the plugin of our method brings under
+them. A method's tensors are translated by a `KohyaMethod`, which the plugin of our method registers under
 ``"kohya/NAME"``.
 """
 

@@ -1,4 +1,5 @@
-"""The base class by which a plugin translates one method for files of kohya and LyCORIS, and what it is given.
+"""The base class by which a plugin translates one method for files of kohya and LyCORIS, and the arguments of its
+methods.
 
 A file can have one module for several of the host's, whose outputs are concatenated: q, k and v of Flux. A
 method says by `rows` and `factors` which of its tensors are cut there, and how those of several become one.
@@ -127,8 +128,8 @@ class KohyaMethod(ABC):
         return ()
 
     def writes(self, place: Place) -> bool:
-        """Whether it can hold the effect of one of its methods at a place. Where no translation can, `write` of the
-        last one says why."""
+        """Whether it can hold the effect of one of its methods at a place. If no translation can, `write` of the last
+        one raises the reason."""
         return True
 
     def reads(self, shapes: Mapping[str, Size]) -> bool:

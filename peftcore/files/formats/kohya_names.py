@@ -21,7 +21,7 @@ PEFTS = "base_model.model"
 DOTTED = (DIFFUSION, PEFTS, *(f"text_encoders.{name}.transformer" for name in ("clip_l", "clip_g", "t5xxl")))
 """Models in names with dots. Only the first is written."""
 BARE = re.compile(r"(base_model\.model\.)?(double_blocks|single_blocks)\.\d+\.|[^.]+\..*\.lora_(down|up)\.weight$")
-"""A name that tells a file of names without any model."""
+"""A name by which a file of names without any model is recognized."""
 LEAVES = {
     "lora_A.weight": "lora_down.weight",
     "lora_B.weight": "lora_up.weight",

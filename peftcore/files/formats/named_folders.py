@@ -1,4 +1,4 @@
-"""Adapters whose file names the folders of other adapters: where those are, and what is theirs in the whole.
+"""Adapters whose file names the folders of other adapters: the paths of those folders, and their tensors in the whole.
 
 A name in a file is looked up as a folder and as nothing else. Nothing is fetched, imported or executed; what is in the
 folder is read as any adapter is.

@@ -1,7 +1,7 @@
 """`PeftMethod`, the translation between one of our methods and one type of peft.
 
-The plugin of our method brings it under ``"peft/TYPE"`` in the hook `peftcore_translations`; one that adds a variant to
-another's type brings it under ``"peft/TYPE/NAME"``.
+The plugin of our method registers it under ``"peft/TYPE"`` in the hook `peftcore_translations`; one that adds a variant
+to another's type registers it under ``"peft/TYPE/NAME"``.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class PeftMethod(ABC):
     trained_beside: ClassVar[bool] = True
     """Whether its files can have modules and token tables of the host that train along."""
     folders: ClassVar[str] = ""
-    """The option in which a file names the folders of other adapters, by name; empty where it stands alone. These
-    adapters are the parts of our method, each a part of its name."""
+    """The option in which a file names the folders of other adapters, by name; empty if it uses no other adapters.
+    These adapters are the parts of our method, each a part of its name."""
     part_kinds: ClassVar[tuple[str, ...]] = ()
     """The types of peft that they can be."""
     patterns: ClassVar[Mapping[str, str]] = {}
@@ -71,7 +71,7 @@ class PeftMethod(ABC):
 
         Raises:
             CheckpointError: a pattern is not a regular expression, or takes too long; or a value is not valid for this
-            type.
+                type.
         """
         found: dict[str, dict[str, Any]] = {}
         for key, changed in self.patterns.items():

@@ -153,7 +153,7 @@ def along(injection: Injection, method: PeftMethod) -> tuple[dict[str, Any], dic
 
 
 def tables(injection: Injection, stem: str) -> dict[str, Tensor]:
-    """Returns token tables to which rows were added, whole and by peft's names: it saves them beside any adapter."""
+    """Returns token tables to which rows were added, whole and by peft's names: peft saves them with any adapter."""
     adapted = _adapted(injection)
     found = {}
     for path, rows in added_rows(injection).items():
@@ -207,7 +207,7 @@ class Written:
         return {place.site.module_path for place in self.places}
 
     def tensors(self, *, beside: bool = False) -> dict[str, Tensor]:
-        """Returns its tensors by peft's names: as in a file of its own, or, with `beside`, as in a file of another
+        """Returns its tensors by peft's names: as in a separate file, or, with `beside`, as in a file of another
         type."""
         method, sites, found = self.method, [place.site for place in self.places], {}
         for place in self.places:
@@ -273,7 +273,7 @@ def written(injection: Injection) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def written_parts(injection: Injection) -> tuple[str, dict[str, tuple[dict[str, Any], dict[str, Tensor]]]]:
     """Returns the option in which a file names the folders of other adapters, and the contents of each folder's two
-    files, by name; nothing for an injection whose file stands alone.
+    files, by name; nothing for an injection whose file names no folders.
 
     Raises:
         ExportError: peft cannot hold a part.

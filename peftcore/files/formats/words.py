@@ -45,7 +45,7 @@ def taken_apart(name: str) -> tuple[str, str]:
 
 
 def is_known(name: str) -> bool:
-    """Whether the name of a tensor says which encoder its vectors are for."""
+    """True if the name of a tensor determines the encoder of its vectors."""
     kind = taken_apart(name)[1]
     return kind in ENCODERS or kind.removesuffix(OUTPUTS) in ENCODERS
 

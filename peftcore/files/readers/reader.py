@@ -104,7 +104,7 @@ class Ranks:
     default: int
     """The largest that it takes without the flag; 0: any up to `most`."""
     flag: str = ""
-    """The flag by which it is told of a larger rank."""
+    """The flag by which the program is given a larger rank."""
     sizes: tuple[int, ...] = ()
     """The values that the flag takes; empty: any."""
 
@@ -124,7 +124,7 @@ class Reader:
     source: str
     """Where its code was read: ``owner/repository@commit``."""
     files: tuple[str, ...]
-    """The files there; ``path@commit`` was read at a commit of its own."""
+    """The files there; ``path@commit`` was read at a separate commit."""
     formats: tuple[str, ...]
     """The formats of adapters that it reads, by our names."""
     writes: tuple[str, ...]
