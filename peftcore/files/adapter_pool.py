@@ -173,7 +173,8 @@ class AdapterPool:
         self.residency.bring(self._known(names))
 
     def rest(self, *names: str) -> list[str]:
-        """Let adapters leave now; returns the names of those that stay, since they are chosen, train or are merged.
+        """Let adapters leave now; returns the names of the adapters that stay, since they are chosen, train or are
+        merged.
 
         Raises:
             UnknownInjection: the model has no injection of this name.

@@ -1,6 +1,6 @@
 """The classes of transformers by which a base may be built, and the tasks that they are for.
 
-The list is closed: a name in a file is looked up in what these classes list, and nothing is imported because a file
+The list is closed: a name in a file is looked up in the lists of these classes, and nothing is imported because a file
 names it.
 """
 

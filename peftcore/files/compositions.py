@@ -42,8 +42,8 @@ def load_composition(model: nn.Module, path: str | os.PathLike[str]) -> Composit
     """Load the adapters that `save_composition` wrote, under their names, and activate the composition.
 
     Raises:
-        CheckpointError: there is none at `path`, or it is broken. The errors of `load` may come too, for any of its
-            adapters. Nothing was loaded.
+        CheckpointError: there is none at `path`, or it is broken. The errors of `load` may be raised too, for any of
+        its adapters. Nothing was loaded.
     """
     folder = Path(path)
     data = read_json(folder / FILE)

@@ -79,7 +79,7 @@ def save(
 
     Args:
         home: where the folder will be in the end, if that is another path.
-        moves: whether it will be anywhere: files that tell where they lie are refused.
+        moves: whether it will be anywhere: files that contain their own path are refused.
     """
     only = _only_file(path, formats)
     if only and metrics:

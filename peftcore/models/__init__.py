@@ -1,5 +1,5 @@
-"""Models of transformers, timm and diffusers by name: opened with their weights, or built without, and what a method
-would cost there.
+"""Models of transformers, timm and diffusers by name: opened with their weights, or built without, and the costs of a
+method there.
 
 It may import all of peftcore that is above it in this list of layers but `peftcore.testing`, and nothing of peftcore
 but the command line imports it, so that ``import peftcore`` stays light. No code of a repository runs, and no pickle is

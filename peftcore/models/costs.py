@@ -36,7 +36,7 @@ class Passes:
     peak: int | None = None
     """The most bytes at once, with the model's tensors and the gradients, and without the optimizer's states."""
     flops: int | None = None
-    """Floating-point operations of both, with what backward runs again."""
+    """Floating-point operations of both, including those that backward runs again."""
 
 
 @dataclass(frozen=True)

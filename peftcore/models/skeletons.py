@@ -43,7 +43,7 @@ class Skeleton(ABC):
     @classmethod
     @abstractmethod
     def build(cls, found: Configured, dtype: torch.dtype | None) -> Skeleton:
-        """Build the model of a configuration; in `dtype`, or in what the configuration says, or in float32."""
+        """Build the model of a configuration; in `dtype`, or in the dtype of the configuration, or in float32."""
 
     @property
     def title(self) -> str:

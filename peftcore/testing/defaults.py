@@ -18,7 +18,7 @@ def same_defaults(config: MethodConfig, told: Mapping[str, Any], otherwise: Mapp
         otherwise: options whose default is another one here, each with why.
 
     Raises:
-        CheckFailed: an option is unknown, was given a value, or is another one; or it is the same and stands in
+        CheckFailed: an option is unknown, was given a value, or is another one; or it is the same and is listed in
             `otherwise`.
     """
     otherwise = {} if otherwise is None else otherwise

@@ -28,7 +28,7 @@ def close(one: Any, other: Any) -> bool:
 
 
 def parts(text: str) -> dict[str, Any]:
-    """Returns what the text of a file of numbers has of what scripts make."""
+    """Returns the parts of the text of a file of numbers that scripts make."""
     return {key: value for key, value in json.loads(text).items() if key in MADE.values()}
 
 

@@ -225,7 +225,7 @@ class Case(Expecting):
 
     def batches(self, run: Callable[[nn.Module], Tensor], inputs: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Return ``data=`` for a method that looks at data: two batches, in each of which half of what `run` gives
-        counts. For the rows of `inputs` each has labels of two classes beside it."""
+        counts. For the rows of `inputs` each has labels of two classes next to it."""
         rows = next((len(each) for each in (inputs or {}).values() if isinstance(each, Tensor) and each.dim()), 0)
 
         def batch(half: int) -> Labelled:

@@ -2,7 +2,7 @@
 
 Digits are scikit-learn's scans of handwriting, turned by a quarter; the text is Python's own documentation, with small
 and capital letters exchanged; a matcher of pictures and names gets turned pictures; the denoiser meets negatives of the
-digits that it knows. Everything is drawn from seeds, and what a host learned first is learned once a machine (see
+digits that it knows. Everything is drawn from seeds, and a host's pretraining is done once a machine (see
 `trained_once`).
 """
 

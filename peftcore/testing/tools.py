@@ -278,7 +278,7 @@ class _GainOperator(Operator):
 
 
 KINDS = ("activation", "weight", "gain", "bias")
-"""Kinds of operators: in parallel with a module, on its weight, on what it returns, in place of its bias."""
+"""Kinds of operators: in parallel with a module, on its weight, on its output, in place of its bias."""
 
 
 class _KindsConfig(MethodConfig):

@@ -74,8 +74,8 @@ class HubArchitecture(ABC):
         return None
 
     def places(self, groups: Mapping[str, Mapping[str, str]], keys: Keys, resolver: Resolver) -> list[HubPlace]:
-        """Returns our sites with their tensors, from the names of tensors by the place that they stand at: one site a
-        place, unless an architecture has its tensors elsewhere.
+        """Returns our sites with their tensors, from the names of tensors by their place: one site a place, unless an
+        architecture has its tensors elsewhere.
 
         Raises:
             HostMismatch: the host lacks the modules.

@@ -33,7 +33,7 @@ class Description:
     base_revision: str = ""
     """The commit, or branch, of the repository with these weights; empty if the file does not name it."""
     tokens: int = 0
-    """The number of rows that token tables had to which rows were added; 0 where the file tells of none."""
+    """The number of rows that token tables had to which rows were added; 0 if the file does not contain it."""
     host: str = ""
     """The class of the model that it was made on; empty where the file does not name it."""
     classes: tuple[str, ...] = ()

@@ -41,7 +41,7 @@ class Tensors:
 
 @dataclass(frozen=True)
 class Placed:
-    """The content of a text file that tells where it lies, for readers that look up its names elsewhere."""
+    """The content of a text file that contains its own path, for readers that look up its names elsewhere."""
 
     text: Callable[[Path], str]
     """The text, from the folder in which the adapter will be."""
@@ -111,7 +111,7 @@ class Format(ABC):
         """
 
     def open_with_words(self, path: Path, model: nn.Module, words: Mapping[str, Sequence[int]]) -> Content:
-        """Read the content with new words that it has beside the adapter, given the ids of each in the tokenizer.
+        """Read the content with the new words that it has next to the adapter, given the ids of each in the tokenizer.
 
         Raises:
             CheckpointError: as `open`; or it has no such words.

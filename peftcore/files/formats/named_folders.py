@@ -1,7 +1,7 @@
 """Adapters whose file names the folders of other adapters: the paths of those folders, and their tensors in the whole.
 
-A name in a file is looked up as a folder and as nothing else. Nothing is fetched, imported or executed; what is in the
-folder is read as any adapter is.
+A name in a file is looked up as a folder and as nothing else. Nothing is fetched, imported or executed; the folder is
+read like any adapter.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from peftcore.surgery.surgeon import Surgeon
 
 def named_folder(name: str, beside: Path, where: Path) -> Path:
     """Returns the folder that a file means by a name: of that path; or, in a file that was moved together with the
-    folders in it, of the name's last step beside the file. A relative path starts from the file's folder or from the
+    folders in it, of the name's last step next to the file. A relative path starts from the file's folder or from the
     working directory.
 
     Args:

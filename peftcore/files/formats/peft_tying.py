@@ -76,7 +76,8 @@ def untied_modules(model: nn.Module, copied: Mapping[str, str], tied: Collection
 def tying(
     model: nn.Module, grafts: Collection[Graft], ties: Mapping[str, tuple[str, ...]], option: str
 ) -> dict[str, Any]:
-    """Returns the option with which peft keeps together what is tied and trained along; nothing where nothing is.
+    """Returns the option with which peft keeps together the tied parameters that are trained along; nothing if there
+    are none.
 
     Args:
         grafts: the values of modules that are trained along.

@@ -27,8 +27,8 @@ class Pair:
     """``[out, rank]``."""
 
     def filled(self, rank: int) -> tuple[Tensor, Tensor]:
-        """Returns A and B of a rank that is not smaller. Beside B are zeros, so that the product is the same, and
-        beside A is what a new LoRA starts with, the same each time, so that who trains the file trains all ranks."""
+        """Returns A and B of a rank that is not smaller. B is padded with zeros, so that the product is the same, and A
+        with the initial values of a new LoRA, the same each time, so that a training of the file trains all ranks."""
         bound = 1 / math.sqrt(self.A.shape[1])
         drawn = torch.rand(rank, self.A.shape[1], generator=torch.Generator().manual_seed(0))
         A, B = bound * (2 * drawn - 1).to(self.A), self.B.new_zeros(self.B.shape[0], rank)

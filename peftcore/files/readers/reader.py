@@ -51,7 +51,7 @@ class TensorRule:
     """The rule for tensors with a name, and perhaps a shape and a file format."""
 
     name: re.Pattern[str]
-    """An expression that is found in the name. What is in front of its group `below`, or of what it finds, is the
+    """An expression that is found in the name. The text before its group `below`, or of what it finds, is the
     module's path."""
     rule: Rule
     dims: int | None = None
@@ -148,7 +148,7 @@ class Reader:
     """Remarks on what depends on the base or on how the program is started, so that no file determines it."""
 
     def tensor(self, name: str, shape: Sequence[int], format: str) -> tuple[str, Rule]:
-        """Returns the module's part of the name of a tensor in a file of a format, and what becomes of the tensor."""
+        """Returns the module's part of the name of a tensor in a file of a format, and the rule for the tensor."""
         for each in self.tensors:
             found = each.name.search(name)
             if found is not None and each.fits(shape, format):
