@@ -43,7 +43,7 @@ def load_composition(model: nn.Module, path: str | os.PathLike[str]) -> Composit
 
     Raises:
         CheckpointError: there is none at `path`, or it is broken. The errors of `load` may be raised too, for any of
-        its adapters. Nothing was loaded.
+            its adapters. Nothing was loaded.
     """
     folder = Path(path)
     data = read_json(folder / FILE)
