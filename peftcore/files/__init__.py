@@ -7,9 +7,9 @@ It may import `injection`, and what is below. In the order of reading:
 - `auto_classes`: the classes of transformers by which a base may be built, and their tasks.
 - `added_rows`: rows that were added to token tables of the base.
 - `formats`: one module a file format, ours and other libraries'.
-- `readers`: what other programs read of these, by version, as data.
+- `readers`: the parts of these files that other programs read, by version, as data.
 - `save_load`: `load`, and the function behind `Injection.save`.
-- `continuing`: the record of an adapter in a checkpoint, held against the adapter that goes on.
+- `continuing`: the record of an adapter in a checkpoint, compared with the adapter that continues training.
 - `adapter_pool`: adapters within a limit of bytes, the idle ones in files.
 - `bases`: `load_base`, which builds the model that an adapter's file names.
 - `peft_configs`: configurations of peft, applied as a file of theirs is loaded.

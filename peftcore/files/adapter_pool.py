@@ -1,4 +1,5 @@
-"""`keep_within`: the adapters of a model within a limit of bytes; values of idle ones lie on the CPU or in files."""
+"""`keep_within`: the adapters of a model within a limit of bytes; values of idle ones are kept on the CPU or in
+files."""
 
 from __future__ import annotations
 
@@ -34,7 +35,7 @@ def bytes_of(limit: int | str) -> int:
     """Returns a limit as bytes.
 
     Raises:
-        ConfigError: it is no amount of memory.
+        ConfigError: it is not an amount of memory.
     """
     if isinstance(limit, int) and not isinstance(limit, bool) and limit >= 0:
         return limit
@@ -49,7 +50,7 @@ def bytes_of(limit: int | str) -> int:
 def keep_within(
     model: nn.Module, limit: int | str, idle: str | os.PathLike[str] | Literal["cpu"] = "cpu"
 ) -> AdapterPool:
-    """Keep the values of a model's adapters within a limit of bytes: those that are there, and those that come.
+    """Keep the values of a model's adapters, present and future ones, within a limit of bytes.
 
         pool = peftcore.keep_within(model, "2GB", idle="/fast/disk/idle")
         for name, folder in thousands:
@@ -57,17 +58,18 @@ def keep_within(
         peftcore.using(model, "mail")(model, ids)  # it is brought back, and others go
 
     Adapters that were used least recently leave when the limit is reached: their values go to the CPU, or into files.
-    Naming one (`activate`, `route`, `using`, a composition) brings it back, as the same parameters with the same bits.
-    An adapter stays that a choice in force names in any thread or task, that a forward follows, that is merged, or that
-    trains; where these leave no room, the choice is refused and the one before stays in force. `save`, `merge`,
-    `optimizer`, `swap` and `state_dict` of an idle adapter bring it back too. A state dict of the model has the values
+    Naming an idle adapter (`activate`, `route`, `using`, a composition) restores it, as the same parameters with the
+    same bits. An adapter stays that a choice in force names in any thread or task, that a forward follows, that is
+    merged, or that trains; where these leave no room, the choice is refused and the one before stays in force. `save`,
+    `merge`,
+    `optimizer`, `swap` and `state_dict` of an idle adapter restore it too. A state dict of the model has the values
     of all; `to` holds for idle ones when they are back; a copy or a pickle of the model is refused while there are any.
 
     Values that were changed since they were brought back are written again when they go. A file in which something was
     changed is an error when it is read.
 
-    Forwards of compiled models are not seen: in a thread that follows what another one chooses for everybody, give them
-    a choice of their own, `using`.
+    Forwards of compiled models are not seen: in a thread that follows the model-wide choice of another thread, give
+    them a separate choice, `using`.
 
     Args:
         model: the host; it may have no adapters yet.
@@ -80,7 +82,7 @@ def keep_within(
         The pool, with which the limit is changed, watched and lifted.
 
     Raises:
-        ConfigError: the limit is no amount of memory, the model has one already, a part of it has the adapters, or
+        ConfigError: the limit is not an amount of memory, the model has one already, a part of it has the adapters, or
             "cpu" is where the model is.
         MemoryLimit: the adapters that cannot leave now take more.
         UnsupportedHost: adapters are sharded over processes.
@@ -117,7 +119,7 @@ def keep_within(
 
 class AdapterPool:
     """Returned by `keep_within`: the limit within which the adapters of a model are, which of them are on the model and
-    which are idle. It lasts as long as the model, also where nobody keeps it."""
+    which are idle. It lasts as long as the model, even if the caller keeps no reference to it."""
 
     def __init__(self, model: nn.Module, state: HostState, limit: int, store: Store) -> None:
         numbers = iter(range(2**62))
@@ -157,24 +159,25 @@ class AdapterPool:
 
     @property
     def idle(self) -> list[str]:
-        """The names of those that are idle."""
+        """The names of the idle adapters."""
         return self.residency.names(False)
 
     def wake(self, *names: str) -> None:
         """Bring adapters back before they are named, so that the first request does not wait.
 
         Raises:
-            UnknownInjection: the model has none of such a name.
-            MemoryLimit: they do not fit beside those that cannot leave.
+            UnknownInjection: the model has no injection of this name.
+            MemoryLimit: they do not fit next to the adapters that cannot leave.
             CheckpointError: the values of one were changed or damaged where they lay.
         """
         self.residency.bring(self._known(names))
 
     def rest(self, *names: str) -> list[str]:
-        """Let adapters leave now; returns the names of those that stay, since they are chosen, train or are merged.
+        """Let adapters leave now; returns the names of the adapters that stay, since they are chosen, train or are
+        merged.
 
         Raises:
-            UnknownInjection: the model has none of such a name.
+            UnknownInjection: the model has no injection of this name.
         """
         return self.residency.rest(self._known(names))
 
@@ -203,8 +206,8 @@ class AdapterPool:
 
 
 class InFolder(Store):
-    """Keeps values in safetensors files, one for each adapter, in a folder of its own; what is read back is compared
-    with what was written. Values that were not changed since are not written again."""
+    """Keeps values in safetensors files, one for each adapter, in a separate folder; values that are read back are
+    compared with the written ones. Values that were not changed since are not written again."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)

@@ -29,10 +29,10 @@ class AddedRows:
     weight: Tensor
     """The whole table with these rows, ``[tokens, width]``."""
     bias: Tensor | None
-    """The whole bias of a head with these rows, ``[tokens]``; None where there is none."""
+    """The whole bias of a head with these rows, ``[tokens]``; None if it does not exist."""
 
     def copy(self) -> AddedRows:
-        """Returns them with a memory of their own."""
+        """Returns copies of them in separate memory."""
         return replace(self, weight=self.weight.clone(), bias=None if self.bias is None else self.bias.clone())
 
 

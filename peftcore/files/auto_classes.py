@@ -1,6 +1,6 @@
 """The classes of transformers by which a base may be built, and the tasks that they are for.
 
-The list is closed: a name in a file is looked up in what these classes list, and nothing is imported because a file
+The list is closed: a name in a file is looked up in the lists of these classes, and nothing is imported because a file
 names it.
 """
 
@@ -78,7 +78,7 @@ def task_of(model: nn.Module) -> str:
 
 
 def peft_task_of(model: nn.Module) -> str | None:
-    """Returns peft's name of the task of a model, such as "CAUSAL_LM"; None where it has none."""
+    """Returns peft's name of the task of a model, such as "CAUSAL_LM"; None if peft has no name for it."""
     transformers = sys.modules.get("transformers")
     if transformers is None or not isinstance(model, transformers.PreTrainedModel):
         return None

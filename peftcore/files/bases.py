@@ -52,15 +52,15 @@ def load_base(
 ) -> nn.Module:
     """Build the model of transformers that a saved adapter was made on, and load the adapter onto it.
 
-    What a file names is not fetched unless `fetch` says so, and no code of a repository runs. The class is one that an
-    Auto class of transformers lists for the base's configuration; any other is refused. A head that the adapter brings
-    gets its size, and rows that were added to token tables are there.
+    The base that a file names is not fetched unless `fetch` says so, and no code of a repository runs. The class is one
+    that an Auto class of transformers lists for the base's configuration; any other is refused. A head that the adapter
+    contains gets its size, and token tables have the rows that were added.
 
     Args:
         path: a folder, a file, or "owner/name" on a model hub, as of `load`. The adapter itself is fetched, since the
             caller names it.
         revision: of the adapter's repository, as of `load`.
-        base: a folder or a name on a hub to take in place of what the file names.
+        base: a folder or a name on a hub to take in place of the one that the file names.
         base_revision: of the base's repository, in place of the commit that the file names.
         fetch: True fetches the base from the hub where the cache lacks it: its configuration, and its weights as
             safetensors.
@@ -75,9 +75,9 @@ def load_base(
 
     Raises:
         CheckpointError: the file names no base, or one that is not here, or no class that an Auto class lists, or is
-            damaged; or the base has no safetensors or brings code; says what to pass.
+            damaged; or the base has no safetensors or contains code; the message says what to pass.
         HubError: the hub has nothing of the name, refuses it, or does not answer.
-        HostMismatch: the base is not the one of the adapter, or lacks weights that the adapter does not bring.
+        HostMismatch: the base is not the one of the adapter, or lacks weights that the adapter does not contain.
         NewerFormat, UnknownMethod, DuplicateInjection, NoWeights: as of `load`.
     """
     if theirs := sorted(options.keys() & set(OWN)):

@@ -28,7 +28,7 @@ def save_composition(model: nn.Module, composition: Composition, path: str | os.
     """Write the adapters of a composition into folders of their names below `path`, and the composition itself.
 
     Raises:
-        UnknownInjection: the host has no injection of such a name.
+        UnknownInjection: the host has no injection of this name.
     """
     names = list(dict.fromkeys(composition.names()))
     known(model, names)
@@ -42,8 +42,8 @@ def load_composition(model: nn.Module, path: str | os.PathLike[str]) -> Composit
     """Load the adapters that `save_composition` wrote, under their names, and activate the composition.
 
     Raises:
-        CheckpointError: there is none at `path`, or it is broken. The errors of `load` may come too, for any of its
-            adapters. Nothing was loaded.
+        CheckpointError: there is none at `path`, or it is broken. The errors of `load` may be raised too, for any of
+            its adapters. Nothing was loaded.
     """
     folder = Path(path)
     data = read_json(folder / FILE)

@@ -1,8 +1,8 @@
-"""What a checkpoint says of the adapter that it was written of, held against the adapter that is to go on from it.
+"""Comparison of a checkpoint's record of its adapter with the adapter that continues training from it.
 
-Whoever writes checkpoints (fleets, the Trainer's callback) writes a record of the adapter into them, and holds it
-against the adapter that it meets. Runs, comparisons and studies hold their settings against each other by
-`differences` too.
+Code that writes checkpoints (fleets, the Trainer's callback) writes a record of the adapter into them, and compares it
+with the adapter that it finds when it continues. Runs, comparisons and studies also compare their settings by
+`differences`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from peftcore.layers.pieces import is_cut
 from peftcore.targets.sites import Site
 
 COMPARED = ("method", "train", "rows", "dtype")
-"""Fields of the envelope that must be equal, beside the options and the target modules."""
+"""Fields of the envelope that must be equal, in addition to the options and the target modules."""
 SAMPLE = 64
 """How many values of each tensor of the base are looked at."""
 NAMED = 8
@@ -31,8 +31,8 @@ NAMED = 8
 
 
 def record_of(injection: Injection) -> dict[str, Any]:
-    """Returns what decides how an adapter trains on, as plain data: method, options, target modules, what trains along,
-    dtype, and a sample of the weights of its base."""
+    """Returns the facts that decide how an adapter trains on, as plain data: method, options, target modules, what
+    trains along, dtype, and a sample of the weights of its base."""
     envelope = envelope_of(injection).model_dump(mode="json", exclude_defaults=True)
     return {"adapter": envelope, "base": base_sample(_read_sites(injection))}
 
@@ -77,8 +77,9 @@ def listed(lines: list[str]) -> str:
 
 
 def base_sample(sites: Iterable[Site]) -> str | None:
-    """Returns a digest of some values of each frozen, dense tensor at these sites; None where there is none, or this
-    process holds pieces of them. It tells apart bases that were trained differently, and reads little of them."""
+    """Returns a digest of some values of each frozen, dense tensor at these sites; None if there are no such tensors,
+    or this process holds pieces of them. It distinguishes bases that were trained differently, and reads little of
+    them."""
     digest, found = hashlib.sha256(), dict[str, Tensor]()
     for site in sites:
         value = site.layer.read(site.module, site.tensor)

@@ -47,7 +47,7 @@ class SavedSite(BaseModel):
     rows: tuple[tuple[NonNegativeInt, NonNegativeInt], ...] | None = None
     """First and last + 1 of the rows of the part, for each piece; None for the whole tensor."""
     shape: tuple[NonNegativeInt, ...] | None = None
-    """Logical shape; empty for a module without a weight of its own, None where the file does not say."""
+    """Logical shape; empty for a module without its own weight, None if the file does not contain it."""
 
     @classmethod
     def of(cls, site: Site) -> SavedSite:
@@ -90,8 +90,8 @@ class Envelope(BaseModel):
     """Names of the classes of the host's head, in the order of their numbers, where something was trained along and the
     host's config names them."""
     untied: tuple[str, ...] = ()
-    """Paths of modules of which each has values of its own for what was trained along in it, also where others hold the
-    same tensors (`Wishes.untied`)."""
+    """Paths of modules that each have separate values for their parameters that were trained along, even if other
+    modules hold the same tensors (`Wishes.untied`)."""
     ties: dict[str, tuple[str, ...]] | None = None
     """The other parameters on which an operator acts because they were its site's own tensor, by the operator's name in
     files; None in a file that does not say."""
@@ -132,7 +132,7 @@ class Envelope(BaseModel):
             UnknownMethod: no installed plugin has its method.
             NewerFormat: its options are newer than the installed plugin.
             CheckpointError: its options are wrong, or operators cannot have the dtype.
-            HostMismatch: it stands at many more places than the model has.
+            HostMismatch: it names many more sites than the model has.
         """
         cls = method_of(self)
         request = Request(model, cls(), options_of(cls, self), self.wishes)
@@ -181,7 +181,7 @@ class Envelope(BaseModel):
 
 
 def site_shape(site: Site) -> tuple[int, ...]:
-    """Returns the logical shape of a selected site; empty for a module without a weight of its own."""
+    """Returns the logical shape of a selected site; empty for a module without its own weight."""
     return tuple(site.weight_shape) if site.layer.has(site.module, site.tensor) else ()
 
 
@@ -235,7 +235,7 @@ def base_name(model: nn.Module) -> str | None:
 
 
 def class_names(model: nn.Module) -> tuple[str, ...]:
-    """Returns the names of the classes that a model tells apart, in the order of their numbers, as the config of a
+    """Returns the names of the classes that a model distinguishes, in the order of their numbers, as the config of a
     model of transformers has them; empty where it has none, or transformers' own (``LABEL_0``)."""
     names = getattr(vars(model).get("config"), "id2label", None)
     if not isinstance(names, dict) or all(str(name) == f"LABEL_{number}" for number, name in names.items()):
@@ -275,7 +275,7 @@ def parse_envelope(data: Mapping[str, Any], where: object) -> Envelope:
 
     Raises:
         NewerFormat: it was written by a newer peftcore.
-        CheckpointError: it is no envelope.
+        CheckpointError: it is not an envelope.
     """
     version = data.get("format")
     if isinstance(version, int) and version > FORMAT:

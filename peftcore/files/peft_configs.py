@@ -1,7 +1,7 @@
 """Configurations of peft, applied: the adapter is the one that a file of it has, fresh as peft makes it.
 
-peft makes it on a twin of the model, whose tensors lie in the same memory, and saves it; the file is then loaded
-like any other. So a configuration means here what its file means.
+peft makes it on a twin of the model, whose tensors share its memory, and saves it; the file is then loaded
+like any other. So a configuration has the same meaning here as its file.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def apply_peft_config(model: nn.Module, config: Any, *, name: str | None, seed: 
 
     Raises:
         ConfigError: peft itself refuses it for this model.
-        CheckpointError, HostMismatch: what its file has cannot be had here; it says what.
+        CheckpointError, HostMismatch: its file has a part that is not supported here; the message names it.
     """
     import peft
 

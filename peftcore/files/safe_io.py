@@ -186,7 +186,7 @@ class TensorFile:
         """Returns values, copied into memory.
 
         Raises:
-            CheckpointError: they cannot be read, or some are not finite; all of these are named.
+            CheckpointError: they cannot be read, or some are not finite; all such tensors are named.
         """
         wanted = sorted(self.dtypes if keys is None else keys)
         try:
@@ -219,8 +219,8 @@ def _put(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def discard(folder: Path) -> None:
-    """Remove the folder of what was not put in its place, or was; once more where the first try fails or is
-    interrupted."""
+    """Remove the temporary folder, whether or not its content was put in place; once more where the first try fails or
+    is interrupted."""
     try:
         shutil.rmtree(folder, ignore_errors=True)
     finally:

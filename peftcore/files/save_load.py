@@ -79,7 +79,7 @@ def save(
 
     Args:
         home: where the folder will be in the end, if that is another path.
-        moves: whether it will be anywhere: files that tell where they lie are refused.
+        moves: whether it will be anywhere: files that contain their own path are refused.
     """
     only = _only_file(path, formats)
     if only and metrics:
@@ -199,10 +199,10 @@ def load(
             their rows and parts stay as they are: it joins the stack in force outside of it. False leaves the active
             injections as they are, until `activate`, `route` or `using` names the adapter: for hosts that serve
             meanwhile, and for many adapters at once.
-        strict: False accepts missing tensors (they keep their fresh values) and unknown ones (they are passed over).
+        strict: False accepts missing tensors (they keep their fresh values) and unknown ones (they are ignored).
         room: options of larger tensors than the file's, ``{"rank": 64}``: others of up to that rank can take its place
-            then (`Injection.swap`), also in a compiled model. What is beyond the file's own is zero.
-        words: of files with new words beside the adapter (``bundle_emb.<word>.clip_l``), for a text encoder: the ids
+            then (`Injection.swap`), also in a compiled model. The values beyond those of the file are zero.
+        words: of files with new words next to the adapter (``bundle_emb.<word>.clip_l``), for a text encoder: the ids
             that each word has in the tokenizer, one for each of its vectors, ``{"<cat>": [49408, 49409]}``. The table
             must have these rows.
 
@@ -215,8 +215,8 @@ def load(
         UnknownMethod: no installed plugin has its method.
         DuplicateInjection: the name is taken or cannot be used.
         NoWeights: the host is on the meta device, and the adapter is nothing without values of its weights.
-        SwapError, ConfigError: it does not compute the same with the options of `room`, or there are no such options.
-        MemoryLimit: there is a limit (`keep_within`), and no room beside adapters that cannot leave.
+        SwapError, ConfigError: it does not compute the same with the options of `room`, or these options do not exist.
+        MemoryLimit: there is a limit (`keep_within`), and no room next to adapters that cannot leave.
 
     The host was not changed then.
     """
@@ -308,7 +308,7 @@ def describe(path: str | os.PathLike[str], revision: str | None = None) -> Descr
         revision: as of `load`.
 
     Raises:
-        CheckpointError: there is none, or it is damaged.
+        CheckpointError: it does not exist, or it is damaged.
         HubError: as of `load`.
     """
     place = located(path, revision)

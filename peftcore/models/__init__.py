@@ -1,5 +1,5 @@
-"""Models of transformers, timm and diffusers by name: opened with their weights, or built without, and what a method
-would cost there.
+"""Models of transformers, timm and diffusers by name: opened with their weights, or built without, and the costs of a
+method there.
 
 It may import all of peftcore that is above it in this list of layers but `peftcore.testing`, and nothing of peftcore
 but the command line imports it, so that ``import peftcore`` stays light. No code of a repository runs, and no pickle is
@@ -14,5 +14,5 @@ read. In the order of reading:
 - `watching`: the tensors that a forward keeps for its backward.
 - `activations`: the memory that a forward keeps for its backward.
 - `recorded`: a method as the user asks for it, recorded on a model and not done.
-- `costs`: what it would add, and what a step of training would take.
+- `costs`: the parameters that it would add, and the cost of a step of training.
 """

@@ -1,6 +1,6 @@
 """Counts the memory that a forward keeps for its backward, without taking it.
 
-The model's tensors are replaced by ones that only claim to lie on the CPU (torch's fake tensors), and it runs. So each
+The model's tensors are replaced by ones that only claim to be on the CPU (torch's fake tensors), and it runs. So each
 operation takes the kernel that it takes on a CPU, and keeps what that keeps; tensors on the meta device would take
 others, which keep more of an attention.
 """

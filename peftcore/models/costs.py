@@ -1,4 +1,4 @@
-"""Costs of a method: what it would add to a model, and what a step of training would take."""
+"""Costs of a method: the parameters that it would add to a model, and the memory and operations of a training step."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Passes:
     peak: int | None = None
     """The most bytes at once, with the model's tensors and the gradients, and without the optimizer's states."""
     flops: int | None = None
-    """Floating-point operations of both, with what backward runs again."""
+    """Floating-point operations of both, including those that backward runs again."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,8 @@ class Memory:
 
     @property
     def total(self) -> int | None:
-        """Return the sum, where all of it is known; what comes and goes within a step (gradients of activations,
-        buffers of kernels) is not in it."""
+        """Return the sum, where all of it is known; memory that is allocated and freed within a step (gradients of
+        activations, buffers of kernels) is not in it."""
         known = self.weights + self.adapter + self.gradients + self.optimizer + self.gathered
         return None if self.activations is None else known + self.activations
 
@@ -114,7 +114,7 @@ class Costs:
 
     @property
     def resident(self) -> int:
-        """Return the bytes of the adapters, beside those of the weights."""
+        """Return the bytes of the adapters, without those of the weights."""
         return self.adapters * self.recorded.plan.resident
 
     def as_dict(self) -> dict[str, Any]:

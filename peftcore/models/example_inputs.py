@@ -53,7 +53,7 @@ class Given:
         return torch.zeros(self.size.batch, *shape, dtype=self.dtype)
 
     def first(self, *names: str) -> Any:
-        """Return the first of these values that the configuration has."""
+        """Return the first value that the configuration has."""
         return next((self.config[name] for name in names if self.config.get(name) is not None), None)
 
 
@@ -61,7 +61,7 @@ Build = Callable[[Given], Tensor | None]
 
 
 def pair(size: Any) -> tuple[int, ...]:
-    """Return height and width, where one number may stand for both."""
+    """Return height and width, where one number may mean both."""
     if isinstance(size, Mapping):
         return int(size["height"]), int(size["width"])
     return tuple(size) if isinstance(size, list | tuple) else (size, size)

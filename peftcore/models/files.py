@@ -1,7 +1,7 @@
 """Configurations of transformers, diffusers and timm, and the classes that they name.
 
-Which library a ``config.json`` is of, is said by a key that it has. Classes are those that the libraries export by the
-name in the file: no module is imported because a file names it.
+Which library a ``config.json`` is of, is determined by a key that it has. Classes are those that the libraries export
+by the name in the file: no module is imported because a file names it.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ def from_pretrained(auto: Any, model: Path | str, dtype: str = "float32", **opti
     """Load a model with its weights, by one of transformers' Auto classes.
 
     Raises:
-        BadInput: there is no such model.
+        BadInput: the model does not exist.
     """
     where, own = find(model).origin()
     try:
@@ -103,7 +103,7 @@ def head_modules(model: Any, fresh: Set[str], folder: Path | str) -> tuple[str, 
     """Return the parts outside the base model (in it, where it is all there is), and parts of the base of which nothing
     was in the folder (a pooler, say).
 
-    They start from nothing or from another task, so every method has to train them. What else is missing must not be.
+    They start from nothing or from another task, so every method has to train them. No other tensor may be missing.
     """
     outside = parts(model)
     backbones = [name for name, part in outside.items() if isinstance(part, BackboneMixin)]

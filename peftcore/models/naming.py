@@ -1,6 +1,6 @@
 """The kinds of MODEL that a command, a file or Python may name, one class each: where its files are, how to load it.
 
-Nothing is loaded here. What a kind cannot be used for is refused by `Named.check` before anything happens.
+Nothing is loaded here. Uses that a kind does not support are refused by `Named.check` before anything happens.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ MODEL = (
 GGUF, TIMM = ".gguf", "timm:"
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 DENOISERS = ("unet", "transformer")
-"""Folders of a pipeline of diffusers in which the model that is trained lies."""
+"""Folders of a pipeline of diffusers that contain the model that is trained."""
 SETTINGS = ("*.json", "*.txt", "*.model", "*.jinja")
-"""Files of a repository that are no weights: configurations and tokenizers."""
+"""Files of a repository other than weights: configurations and tokenizers."""
 WEIGHTS = ".safetensors"
 
 
@@ -61,11 +61,11 @@ class Configured:
 
 @dataclass(frozen=True)
 class Named(ABC):
-    """A model that somebody named."""
+    """A model that the user named."""
 
     said: str
     refusals: ClassVar[Mapping[Use, str]] = {}
-    """Messages for the uses that this kind does not have: what it is, and what to name instead."""
+    """Messages for the uses that this kind does not have: the kind, and the name to use instead."""
 
     def check(self, use: Use) -> None:
         """Refuse what this kind cannot be used for.
@@ -251,7 +251,7 @@ def find(model: Path | str) -> Named:
 
 
 def check_architecture(source: str, name: str) -> None:
-    """Refuse a name that timm has no architecture of.
+    """Refuse a name that is not an architecture of timm.
 
     Raises:
         BadInput: it has none.

@@ -35,7 +35,7 @@ BROKEN: tuple[type[Exception], ...] = (
     StrictDataclassError,
     TypeError,
 )
-"""Errors that libraries raise for a configuration that makes no sense, or that asks for what is not installed."""
+"""Errors that libraries raise for an invalid configuration, or one that needs packages that are not installed."""
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 COMPANIONS: Mapping[str, tuple[str, ...]] = {
     "AutoTokenizer": ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json"),
@@ -54,9 +54,9 @@ class MadeOn:
     task: str = ""
     """Peft's name for the class, in a file that has no better one."""
     trained: Mapping[str, Size] = field(default_factory=dict)
-    """Parameters of the host that the adapter brings, such as those of a head."""
+    """Parameters of the host that the adapter contains, such as those of a head."""
     base: str = ""
-    """The file's name for the model's weights; empty where it has none."""
+    """The file's name for the model's weights; empty if the file does not contain it."""
     meant: str | None = None
     """The class of transformers that the user says it is."""
 
@@ -82,7 +82,7 @@ def open_model(folder: Path, weights: bool = True, made_on: MadeOn | None = None
     Args:
         folder: or the file.
         weights: False builds it from its configuration on the meta device.
-        made_on: what an adapter was made on: a head that it brings is put on a model that has none.
+        made_on: what an adapter was made on: a head that the adapter contains is added to a model without a head.
 
     Raises:
         BadInput: there is none, its library is missing, or the weights are damaged, of another model or pickled.
@@ -312,7 +312,7 @@ def _timm(folder: Path, config: Mapping[str, Any], weights: bool, made_on: MadeO
 
 
 READERS: Mapping[str, Reader] = {"_class_name": _diffusers, "model_type": _transformers, "architecture": _timm}
-"""Who reads a folder, by a key of its ``config.json``; the first that is there counts."""
+"""The library that reads a folder, by a key of its ``config.json``; the first that is there counts."""
 
 
 def _cannot(out: Path) -> None:

@@ -33,7 +33,7 @@ class Wanted:
     train: Sequence[str] = ()
 
     def resolved(self) -> tuple[type[Method], MethodConfig]:
-        """Return the method and its options, checked; lists stand for tuples, as in files."""
+        """Return the method and its options, validated; lists are accepted for tuples, as in files."""
         cls = peftcore.method(self.method)
         return cls, validate_json(cls.Config, json.dumps(dict(self.options)))
 

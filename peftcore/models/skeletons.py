@@ -1,5 +1,5 @@
-"""Skeletons of models: built from a configuration, without weights, on the meta device, for what looks and does not
-train.
+"""Skeletons of models: built from a configuration, without weights, on the meta device, for code that inspects a model
+and does not train it.
 
 Each library says how it builds one (`LIBRARIES`, chosen by a key of ``config.json``), and what its forward is given.
 No code of a repository runs, and files of weights are not opened.
@@ -43,7 +43,7 @@ class Skeleton(ABC):
     @classmethod
     @abstractmethod
     def build(cls, found: Configured, dtype: torch.dtype | None) -> Skeleton:
-        """Build the model of a configuration; in `dtype`, or in what the configuration says, or in float32."""
+        """Build the model of a configuration; in `dtype`, or in the dtype of the configuration, or in float32."""
 
     @property
     def title(self) -> str:
@@ -172,7 +172,7 @@ LIBRARIES: Mapping[str, type[Skeleton]] = {
     "model_type": Transformers,
     "architecture": Timm,
 }
-"""Who builds a model, by a key that its ``config.json`` has; the first that is there counts."""
+"""The library that builds a model, by a key that its ``config.json`` has; the first that is there counts."""
 
 
 def skeleton(source: str, dtype: str | None = None) -> Skeleton:
@@ -229,7 +229,7 @@ def meta(dtype: torch.dtype | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def refusing(source: str, what: str) -> Iterator[None]:
-    """Turn whatever a library raises about a configuration into bad input, for there is no list of it."""
+    """Turn any error that a library raises about a configuration into bad input: libraries do not list their errors."""
     try:
         yield
     except Exception as error:

@@ -20,9 +20,9 @@ It may import all of peftcore but `comparing` and `cli`. In the order of reading
 - `plugging`: hooks tried out without packaging them.
 - `compiling`: a compiler for checks.
 - `doors`: `conformance` and `check_method`.
-- `evidence`: with whose numbers tests compare, and what they must have done for it.
-- `starts`: how values that somebody else starts from are told, and compared with ours.
-- `defaults`: our defaults compared with somebody else's.
+- `evidence`: the sources of the numbers with which tests compare, and the conditions for them.
+- `starts`: how initial values of reference code are recorded, and compared with ours.
+- `defaults`: our defaults compared with those of other code.
 - `checkouts`: the authors' code imported, for scripts that make frozen numbers.
 - `freeze`: the command that makes frozen numbers again.
 - `gathering`: a plugin of pytest that writes down what tests compare with.

@@ -1,4 +1,4 @@
-"""Checks of what a method brings to training: a look at data, steps, a loss, an optimizer."""
+"""Checks of a method's additions to training: a look at data, steps, a loss, an optimizer."""
 
 from __future__ import annotations
 

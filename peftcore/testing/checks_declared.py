@@ -1,4 +1,4 @@
-"""Checks of what a method declares: tags, sizes, options."""
+"""Checks of a method's declarations: tags, sizes, options."""
 
 from __future__ import annotations
 

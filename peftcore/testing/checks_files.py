@@ -1,4 +1,4 @@
-"""Checks of files: the same adapter comes back anywhere, equal adapters are equal bytes, and nothing wrong loads."""
+"""Checks of files: an adapter loads unchanged anywhere, equal adapters are equal bytes, and wrong files are refused."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ from peftcore.testing.probes import (
 from peftcore.testing.tools import differences, raises, shapes_only, trace
 
 ON_TORCH = ("mlp", "encoder", "convnet")
-"""Hosts without code of other libraries: what fails there fails because of the method."""
+"""Hosts without code of other libraries: a failure there is caused by the method."""
 
 
 def _flipped(inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -108,7 +108,7 @@ def _stays_behind(build: Build) -> str:
     "values decide",
 )
 def it_works_where_its_host_is(case: Case) -> None:
-    """Run on a device with shapes only: whatever asks for values, or brings a tensor of another device, raises."""
+    """Run on a device with shapes only: code that asks for values, or uses a tensor of another device, raises."""
     if reason := _stays_behind(case.host.build):
         raise NotApplicable(f"the host by itself cannot: {reason}")
     model, inputs = case.fresh()

@@ -1,4 +1,4 @@
-"""Checks of injection: what a fresh adapter does, where it stands, what it costs, and that an error leaves no trace."""
+"""Checks of injection: a fresh adapter's effect, its sites, its costs, and that an error leaves no trace."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checks of an injection's life from its name to its removal, and of what it tells of itself."""
+"""Checks of an injection's life from its name to its removal, and of its reports about itself."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ from peftcore.testing.tools import findable
 TELLING_SCHEMES = ("nf4", "bnb-nf4")
 """The schemes of a quick run: plain torch, and the one with a kernel that has no gradient."""
 SMALL_GROUPS = 8
-"""Divides the widths of the hosts, which are less than what groups usually have."""
+"""Divides the widths of the hosts, which are smaller than usual groups."""
 OPTIONS: dict[str, dict[str, Any]] = {
     name: {"group_size": SMALL_GROUPS} for name in ("int4", "torchao-int4", "hqq-8", "hqq-4")
 }
@@ -74,7 +74,7 @@ def life(case: Case, scheme: str, build: Build | None = None) -> Life:
 
     Raises:
         CheckFailed: something is not as on a dense base.
-        NotApplicable: the host has no linear layer to pack.
+        NotApplicable: the host has no linear layers to pack.
     """
     build = build or case.fresh
     model, inputs = _packed(build, scheme)

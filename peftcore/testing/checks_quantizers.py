@@ -27,7 +27,7 @@ from peftcore.testing.quantizers import LINEAR, Packing, check
 from peftcore.testing.tools import Kinds, differences, raises, trace
 
 USELESS = 0.3
-"""The error of a round trip from which on a scheme is no use: more than formats of 3 bits have."""
+"""The error of a round trip above which a scheme is useless: more than formats of 3 bits have."""
 
 
 @check(

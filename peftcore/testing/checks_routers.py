@@ -1,4 +1,4 @@
-"""Checks of mixtures: what their routers report."""
+"""Checks of the reports of routers in mixtures."""
 
 from __future__ import annotations
 

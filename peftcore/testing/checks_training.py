@@ -27,7 +27,7 @@ def loss(output: Tensor) -> Tensor:
 
 
 def gradients_of(injection: Injection) -> dict[str, Tensor]:
-    """Return the gradients by tensor name; zeros where there is none."""
+    """Return the gradients by tensor name; zeros where a tensor has no gradient."""
     named = ((f"{path}.{name}", p) for path, module in injection.modules() for name, p in module.named_parameters())
     return {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in named}
 
@@ -44,7 +44,7 @@ def backward(
 
 def expect_same_gradients(case: Case, actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], what: str) -> None:
     """Fail unless gradients agree, each relative to its own largest value; to a hundredth of the largest of them all,
-    where that is more: what is smaller is what is left of terms that cancel, and has their rounding errors."""
+    where that is more: smaller gradients are remainders of terms that cancel, and have their rounding errors."""
     largest = max(g.abs().max().item() for g in expected.values())
     for name, gradient in expected.items():
         scale = max(gradient.abs().max().item(), largest / 100)

@@ -1,4 +1,4 @@
-"""A compiler for checks: it runs a graph as it stands, and notes what a common one would get wrong."""
+"""A compiler for checks: it runs a graph unchanged, and records the errors that a common compiler would make."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Comparison of the options that a method has by default with those of somebody else's code."""
+"""Comparison of a method's default options with those of other code."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from peftcore.testing.failures import CheckFailed
 
 
 def same_defaults(config: MethodConfig, told: Mapping[str, Any], otherwise: Mapping[str, str] | None = None) -> None:
-    """Check that options are as somebody else's code has them by default.
+    """Check that options equal the defaults of other code.
 
     Args:
         config: the options of an injection, or a plan, that was told none: ``injection.config``.
@@ -18,7 +18,7 @@ def same_defaults(config: MethodConfig, told: Mapping[str, Any], otherwise: Mapp
         otherwise: options whose default is another one here, each with why.
 
     Raises:
-        CheckFailed: an option is unknown, was given a value, or is another one; or it is the same and stands in
+        CheckFailed: an option is unknown, was given a value, or is another one; or it is the same and is listed in
             `otherwise`.
     """
     otherwise = {} if otherwise is None else otherwise

@@ -118,8 +118,8 @@ def check_method(
         options: options of the method by host name, and its "target" where it is not to be the default one; those under
             "*" hold for every host.
         expected_failures: reasons by "<check>-<host>"; a check listed here that passes counts as failed.
-        context: what calls are told, for methods that need it: from the host and a picture [rows or 1, 1, 16, 16] to
-            the arguments of ``peftcore.call``.
+        context: the arguments of calls, for methods that need them: from the host and a picture [rows or 1, 1, 16, 16]
+            to the arguments of ``peftcore.call``.
 
     Raises:
         ConfigError: there is no host of a name, or a failure is expected of a check that does not run.

@@ -1,4 +1,4 @@
-"""Declarations of tests that compare a method with somebody else's numbers, and the check that they did so.
+"""Declarations of tests that compare a method with reference numbers, and the check that they did so.
 
     @against("peft 0.21", "dora")
     def test_beside_peft(): ...
@@ -11,11 +11,11 @@ A declaration is only met when, while the test ran, a function of that library r
 that were frozen from that code; and when code of the method ran as well. Otherwise the test fails. `gathering` writes
 what tests compared into the file that `registry.evidence` reads.
 
-Outputs are one part of what is compared. With ``part="start"`` (``"trains"``, ``"defaults"``) a test declares that it
+Outputs are one part of the comparison. With ``part="start"`` (``"trains"``, ``"defaults"``) a test declares that it
 compares the values that a method starts from (which tensors it trains, the defaults of its options), and reads them by
 ``frozen(path, "start")``.
 
-A library that cannot be installed beside the others is frozen like the code of authors: its declaration has a
+A library that cannot be installed together with the others is frozen like the code of authors: its declaration has a
 repository, a commit and a script too.
 """
 
@@ -106,7 +106,7 @@ def against(
     script: str = "",
     part: Part = "outputs",
 ) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """Declare that a test compares methods with somebody else's numbers.
+    """Declare that a test compares methods with reference numbers.
 
     Args:
         source: a library by the name of its package, with the version that is run, such as ``"peft 0.21"``;
@@ -158,8 +158,8 @@ def declarations(test: Any) -> tuple[Declaration, ...]:
 
 
 def frozen(path: Path, part: Part = "outputs") -> Any:
-    """Returns numbers that the authors' code gave, or a library's, as a file beside the script that makes them again
-    has them.
+    """Returns numbers that the authors' code or a library computed, read from the file next to the script that makes
+    them again.
 
     Args:
         path: the file.
@@ -167,8 +167,8 @@ def frozen(path: Path, part: Part = "outputs") -> Any:
             made.
 
     Raises:
-        CheckFailed: the file does not name its source, or has no such part, or there is no script of its name beside
-            it.
+        CheckFailed: the file does not name its source, or has no such part, or the script of its name is missing next
+            to it.
     """
     found = json.loads(path.read_text(encoding="utf-8"))
     if lacking := [key for key in (*FROZEN, MADE[part]) if key not in found]:

@@ -17,8 +17,8 @@ class CheckFailed(AssertionError):
 
 
 def explained(check: Check, case: Expecting, error: Exception) -> str:
-    """Return the message of a failure: what failed where, what was found, the usual cause, what to do, and how to look
-    closer.
+    """Return the message of a failure: the check and the case, the values found, the usual cause, the remedy, and how
+    to look closer.
 
     Args:
         check: the check that failed.

@@ -1,5 +1,6 @@
 """``python -m peftcore.testing.freeze SCRIPT CHECKOUT``: run the authors' code again, and compare its numbers with
-those in the file beside the script that makes them; nothing is written. With ``--write`` the file gets the new numbers.
+those in the file next to the script that makes them; nothing is written. With ``--write`` the file gets the new
+numbers.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def close(one: Any, other: Any) -> bool:
 
 
 def parts(text: str) -> dict[str, Any]:
-    """Returns what the text of a file of numbers has of what scripts make."""
+    """Returns the parts of the text of a file of numbers that scripts make."""
     return {key: value for key, value in json.loads(text).items() if key in MADE.values()}
 
 
@@ -39,7 +40,7 @@ def kept(text: str, before: str) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Returns the exit status: 1 where other numbers come out than the file has."""
+    """Returns the exit status: 1 where the numbers differ from those in the file."""
     parser = argparse.ArgumentParser("python -m peftcore.testing.freeze", description=__doc__)
     parser.add_argument("script", type=Path, help="has SOURCE, VERSIONS and functions such as numbers(checkout)")
     parser.add_argument(

@@ -56,7 +56,7 @@ class Encoder(nn.Module):
 
 
 class ConvNet(nn.Module):
-    """Overlapping kernels, stride, padding, groups, dilation, batch norm with statistics of its own, and a head."""
+    """Overlapping kernels, stride, padding, groups, dilation, batch norm with running statistics, and a head."""
 
     def __init__(self) -> None:
         super().__init__()

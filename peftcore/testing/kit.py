@@ -53,7 +53,7 @@ class Host:
         build: makes the seeded model in eval mode and its inputs by keyword.
         output: the tensor to compare, from what the model returns.
         fallback: the target for methods whose default roles do not exist here.
-        shallow: the same with one layer where it has several, for what takes its time for each layer: compiling.
+        shallow: the same with one layer where it has several, for checks whose time grows with the layers: compiling.
         in_double: lets the model compute in float64, where it does not by itself.
         like: another host: checks that want that one run on this one too.
     """
@@ -72,7 +72,7 @@ def _nothing(*_: Any) -> Any:
 
 
 ANYWHERE = Host("task", _nothing, _nothing)
-"""Stands for the hosts that a check finds by itself; options for these stand under its name."""
+"""A name for the hosts that a check finds by itself; options for these hosts are stored under this name."""
 
 
 @functools.lru_cache(maxsize=64)
@@ -84,7 +84,7 @@ def _prototype(build: Build) -> Copies[tuple[nn.Module, dict[str, Any]]]:
 
 
 Context = Callable[[nn.Module, Tensor], Mapping[str, Any]]
-"""Makes what ``peftcore.call(model, ...)`` is told of pictures [rows or 1, 1, 16, 16]."""
+"""Makes the arguments of ``peftcore.call(model, ...)`` from pictures [rows or 1, 1, 16, 16]."""
 
 
 class Expecting:
@@ -170,7 +170,7 @@ class Case(Expecting):
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """The method's own options, without where it acts and what trains along."""
+        """The method's own options, without its targets and the parameters that train along."""
         return {name: value for name, value in self.options.items() if name in self.method.Config.model_fields}
 
     @cached_property
@@ -199,7 +199,7 @@ class Case(Expecting):
         return model.to(dtype).eval(), cast
 
     def apply(self, model: nn.Module, **changes: Any) -> Injection:
-        """Apply the method with its default targets, or with the host's fallback where it has none of these roles."""
+        """Apply the method with its default targets, or with the host's fallback if the host lacks these roles."""
         curious = self.method.asks_for_data({**self.options, **changes})  # changes may make it one that does not
         _, inputs = self.fresh(next(model.parameters()).dtype) if curious else (None, {})
         data = self.batches(lambda host: self.run(host, inputs), inputs) if curious else {}
@@ -225,7 +225,7 @@ class Case(Expecting):
 
     def batches(self, run: Callable[[nn.Module], Tensor], inputs: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Return ``data=`` for a method that looks at data: two batches, in each of which half of what `run` gives
-        counts. For the rows of `inputs` each has labels of two classes beside it."""
+        counts. For the rows of `inputs` each has labels of two classes next to it."""
         rows = next((len(each) for each in (inputs or {}).values() if isinstance(each, Tensor) and each.dim()), 0)
 
         def batch(half: int) -> Labelled:
@@ -321,12 +321,12 @@ def check(
 
     Args:
         promise: the sentence that it proves.
-        cause: why a method usually fails it, in the author's words: what stands in the method's file.
+        cause: why a method usually fails it, in the author's words: the code in the method's file.
         remedy: what its author does about it.
         when: whether the tags call for it.
-        hosts: names of those on which it runs; all when None.
+        hosts: names of the hosts on which it runs; all when None.
         chooses: it finds hosts by itself, and runs once a method.
-        cost: what a case of it costs, see `Cost`.
+        cost: the cost of a case of it, see `Cost`.
     """
 
     def file(function: Callable[[Case], None]) -> Callable[[Case], None]:

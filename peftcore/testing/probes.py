@@ -85,7 +85,7 @@ class Wrapper(nn.Module):
 
 
 class Unused(nn.Module):
-    """The host beside a layer that is there but never called."""
+    """The host next to a layer that exists but is never called."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -160,7 +160,7 @@ class Lockstep(TorchFunctionMode):
 
 
 def together(*tasks: Callable[[], Tensor]) -> list[Any]:
-    """Return results (or errors) of tasks that run in threads of their own, in lockstep."""
+    """Return results (or errors) of tasks that run in separate threads, in lockstep."""
     barrier = threading.Barrier(len(tasks))
     results: list[Any] = [None] * len(tasks)
 
@@ -188,7 +188,7 @@ def together(*tasks: Callable[[], Tensor]) -> list[Any]:
 def counted_calls() -> Iterator[list[int]]:
     """Count the Python functions called in the block: work without a clock.
 
-    The garbage collector waits: what it frees runs finalizers, and they belong to whoever ran before.
+    The garbage collector is off meanwhile: freed objects run finalizers, which belong to the code that ran before.
     """
     count = [0]
 

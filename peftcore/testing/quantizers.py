@@ -1,4 +1,4 @@
-"""The kit for quantizers: checks of what a scheme and its `QuantizedLayer` promise to methods and to users.
+"""The kit for quantizers: checks of the promises that a scheme and its `QuantizedLayer` make to methods and to users.
 
     @quantizer_conformance("nf4", double_quant=True, declared={"pickles_compute_the_same": "why"})
     def test_conformance(check):
@@ -152,7 +152,7 @@ def check(promise: str, *, cause: str, remedy: str) -> Callable[[Callable[[Packi
 def check_quantizer(
     name: str, *, tolerance: float | None = None, declared: Mapping[str, str] | None = None, **options: Any
 ) -> list[Result]:
-    """Run every check on a scheme that a plugin brings.
+    """Run every check on a scheme that a plugin registers.
 
     Args:
         name: the scheme.

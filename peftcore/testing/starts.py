@@ -1,12 +1,11 @@
-"""What values start as: statistics of drawn ones for scripts that freeze them, and the comparison of a tensor with
-them.
+"""Initial values: statistics of drawn ones for scripts that freeze them, and the comparison of a tensor with them.
 
     # numbers/ssf.py, run with the authors' code          # the test
     def start(checkout):                                  start = frozen(NUMBERS, "start")
         return {"gain": drawn(theirs.ssf_scale)}          same_start(operator.gain, start["gain"])
 
 Of a draw no two are equal, so their distributions are compared: mean, deviation and kurtosis within what the number of
-values leaves to chance, and how many values lie outside of what was drawn there.
+values leaves to chance, and how many values are outside the range that was drawn there.
 """
 
 from __future__ import annotations
@@ -43,15 +42,15 @@ def drawn(tensor: Tensor) -> dict[str, float]:
 
 
 def same_start(tensor: Tensor, told: Any) -> None:
-    """Check that a tensor starts as somebody else's does.
+    """Check that a tensor starts as the reference tensor does.
 
     Args:
         tensor: the tensor, of a fresh injection; where it is drawn, of tens of thousands of numbers.
-        told: what `drawn` returned of the other's tensor, with which the distribution is compared; or its values, as
+        told: what `drawn` returned of the reference tensor, with which the distribution is compared; or its values, as
             ``tensor.tolist()`` gives them, which have to be the same up to the rounding of float32.
 
     Raises:
-        CheckFailed: it starts otherwise, or there are too few numbers to tell.
+        CheckFailed: it starts otherwise, or there are too few numbers to decide.
     """
     ours = tensor.detach().double().cpu()
     if not isinstance(told, Mapping):

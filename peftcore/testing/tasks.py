@@ -2,7 +2,7 @@
 
 Digits are scikit-learn's scans of handwriting, turned by a quarter; the text is Python's own documentation, with small
 and capital letters exchanged; a matcher of pictures and names gets turned pictures; the denoiser meets negatives of the
-digits that it knows. Everything is drawn from seeds, and what a host learned first is learned once a machine (see
+digits that it knows. Everything is drawn from seeds, and a host's pretraining is done once a machine (see
 `trained_once`).
 """
 
@@ -28,7 +28,7 @@ Batch = dict[str, Tensor]
 STEPS = 80
 """Steps of every adaptation."""
 PICTURE = "picture"
-"""The entry of a batch that a method may be told of; only some tasks have it."""
+"""The entry of a batch that may be passed to a method; only some tasks have it."""
 HELD_OUT = -1
 """The number of the batch that scores are taken from; batches to learn from are 0, 1, 2, …"""
 
@@ -256,7 +256,7 @@ def _denoiser() -> nn.Module:
 
 
 PLACES = 4
-"""How many words without a meaning stand before each name, where a method may put its own."""
+"""The number of words without a meaning before each name, where a method may put its own words."""
 
 
 def _named(number: int, turned: bool = True) -> Batch:

@@ -42,7 +42,7 @@ class Itself:
 
 
 def trace(model: nn.Module) -> Trace:
-    """Return everything about a host that others could notice, by what and where: class, attributes, hooks, flags,
+    """Return everything about a host that other code could observe, by kind and place: class, attributes, hooks, flags,
     values."""
     found: Trace = {}
     for path, module in model.named_modules(remove_duplicate=False):
@@ -68,7 +68,7 @@ def trace(model: nn.Module) -> Trace:
 @contextmanager
 def shapes_only() -> Iterator[None]:
     """Give tensors a shape, a dtype and a device in the block, and no values. Hosts that look at values of a mask to
-    choose a way do not, as when they are traced; and torch's own encoder goes the plain way."""
+    choose a way do not, as when they are traced; and torch's own encoder takes the plain path."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -278,7 +278,7 @@ class _GainOperator(Operator):
 
 
 KINDS = ("activation", "weight", "gain", "bias")
-"""Kinds of operators: beside a module, on its weight, on what it returns, in place of its bias."""
+"""Kinds of operators: in parallel with a module, on its weight, on its output, in place of its bias."""
 
 
 class _KindsConfig(MethodConfig):
@@ -308,7 +308,7 @@ class Kinds(Method):
 
 
 def overriding(injection: Injection) -> bool:
-    """Whether an operator of an injection has a value of its own for a tensor: two such do not act together."""
+    """Whether an operator of an injection has a separate value for a tensor: two such operators do not act together."""
     return any(graft.operator.overrides for graft in injection.grafts)
 
 

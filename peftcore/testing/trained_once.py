@@ -22,7 +22,7 @@ from peftcore.files.safe_io import TensorFile, write_tensors
 CACHE = "PEFTCORE_CACHE"
 """Environment variable: the folder, ``peftcore`` in XDG_CACHE_HOME or in ``~/.cache`` when it is not set."""
 LIBRARIES = ("torch", "numpy", "transformers", "diffusers", "scikit-learn")
-"""Libraries that hosts and data of the tasks come from."""
+"""Libraries that provide the hosts and data of the tasks."""
 
 
 def folder() -> Path:

@@ -1,9 +1,10 @@
 """Folders of AdapterHub's `adapters`: ``adapter_config.json`` and ``adapter.safetensors``, for reading.
 
 A name such as ``bert.encoder.layer.0.output.adapters.sst.adapter_up.weight`` has the path where that library wraps a
-model, a holder, the adapter's name, and a tensor. How one of its architectures is one of our methods is said by a
-`HubArchitecture`, which the plugin of the method brings under ``"adapterhub/ARCHITECTURE"`` in the hook
-`peftcore_translations`. A union of architectures is told apart by their holders, and read as our `config_union`.
+model, a holder, the adapter's name, and a tensor. A `HubArchitecture` translates one of its architectures into one of
+our methods; the plugin of the method registers it under ``"adapterhub/ARCHITECTURE"`` in the hook
+`peftcore_translations`. The architectures of a union are distinguished by their holders, and read as our
+`config_union`.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ class HubArchitecture(ABC):
         """
 
     def module(self, place: str) -> str:
-        """Returns the path of the module that a place stands at."""
+        """Returns the path of the module that a place refers to."""
         return place
 
     def role(self, place: str) -> str | None:
@@ -73,8 +74,8 @@ class HubArchitecture(ABC):
         return None
 
     def places(self, groups: Mapping[str, Mapping[str, str]], keys: Keys, resolver: Resolver) -> list[HubPlace]:
-        """Returns our sites with their tensors, from the names of tensors by the place that they stand at: one site a
-        place, unless an architecture has its tensors elsewhere.
+        """Returns our sites with their tensors, from the names of tensors by their place: one site a place, unless an
+        architecture has its tensors elsewhere.
 
         Raises:
             HostMismatch: the host lacks the modules.

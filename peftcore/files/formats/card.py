@@ -23,11 +23,11 @@ NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
 Metrics = Mapping[str, Any]
 """Numbers by name, or by a set of data and name."""
 SOME, OTHER = "unknown", "other"
-"""The names of a data set and of a task that nobody named: the form of model indexes wants one."""
+"""The names of a data set and of a task that the user did not name: the form of model indexes wants one."""
 
 
 def is_ours(path: Path) -> bool:
-    """Whether a card may be written: there is none, or it is one that the user has not taken over."""
+    """Whether a card may be written: the folder has no card, or the user has not taken it over."""
     return not path.exists() or (path.is_file() and MARK in path.read_text(encoding="utf-8", errors="replace"))
 
 
@@ -35,7 +35,7 @@ def card(injection: Injection, formats: Sequence[str], metrics: Metrics | None =
     """Returns the card as Markdown with the front matter that model hubs read.
 
     Raises:
-        ExportError: metrics are no numbers by name.
+        ExportError: metrics are not a mapping from names to numbers.
     """
     method, base, task = injection.method, base_name(injection.model), task_of(injection.model)
     paper = method.tags.paper
@@ -78,7 +78,7 @@ def metric_rows(metrics: Metrics) -> list[tuple[str, str, float]]:
     """Returns the set of data, the name and the value of each metric.
 
     Raises:
-        ExportError: metrics are no numbers by name.
+        ExportError: metrics are not a mapping from names to numbers.
     """
     rows = []
     for key, value in metrics.items():

@@ -53,8 +53,9 @@ def composed(
         dtypes: the dtypes of the tensors.
         target: paths of modules, for people to read.
         train: the host's parameters that are replaced.
-        untied: the modules of which each has values of its own for these, also where others hold the same tensors.
-        rows: the first and the end of the rows that are brought along of token tables, by path of the table.
+        untied: the modules that each have separate values for these parameters, even if other modules hold the same
+            tensors.
+        rows: the first and the end of the rows of token tables that are saved too, by path of the table.
         host: the file's name for its base, for people to read.
     """
     several = len(configs) > 1

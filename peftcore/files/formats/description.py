@@ -23,17 +23,17 @@ class Description:
     files: tuple[TensorFile, ...]
     """The files of its tensors."""
     methods: tuple[str, ...] = ()
-    """Our methods that compute the adapter; empty where there is none, or where that depends on the host."""
+    """Our methods that compute the adapter; empty if no method does, or if that depends on the host."""
     kind: str = ""
     """The other library's name for the method."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """The options of the method, as the file has them."""
     base: str = ""
-    """The file's name for the weights that it belongs to; empty where it has none."""
+    """The file's name for the weights that it belongs to; empty if the file does not name them."""
     base_revision: str = ""
-    """The commit, or branch, of the repository with these weights; empty where the file has none."""
+    """The commit, or branch, of the repository with these weights; empty if the file does not name it."""
     tokens: int = 0
-    """The number of rows that token tables had to which rows were added; 0 where the file tells of none."""
+    """The number of rows that token tables had to which rows were added; 0 if the file does not contain it."""
     host: str = ""
     """The class of the model that it was made on; empty where the file does not name it."""
     classes: tuple[str, ...] = ()
@@ -48,7 +48,7 @@ class Description:
     trained: Mapping[str, Size] = field(default_factory=dict)
     """Parameters of the host that it replaces, with their shapes."""
     words: Mapping[str, int] = field(default_factory=dict)
-    """New words beside the adapter, whose ids `load` has to be told, and the number of vectors of each."""
+    """New words next to the adapter, whose ids have to be passed to `load`, and the number of vectors of each."""
     problem: str = ""
     """Why it cannot be loaded here, where that shows without a host."""
 

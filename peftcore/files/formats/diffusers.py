@@ -71,7 +71,7 @@ class Name:
 
 
 def understood(name: str) -> Name | None:
-    """Returns the parsed name; None where it is none of a LoRA's."""
+    """Returns the parsed name; None if it is not a name of a LoRA's tensor."""
     name = name.replace(".processor.", ".")
     for leaf, ours in LEAVES.items():
         if name.endswith(f".{leaf}") and not name.removesuffix(f".{leaf}").endswith("_lora"):

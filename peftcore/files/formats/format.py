@@ -1,6 +1,6 @@
 """`Format`, the base class of file formats: it recognizes its files, reads an adapter from them, and writes one.
 
-A plugin brings more by the hook `peftcore_formats`.
+A plugin registers more by the hook `peftcore_formats`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 TRAINER = "trainer_state.json"
 """The file by which a checkpoint of transformers' Trainer is known."""
 STATE = re.compile(r"(optimizer|scheduler|scaler|sampler|training_args|rng_state|random_states)[\w-]*\.\w+")
-"""Files of a training's state beside the tensors: no adapter is in them."""
+"""Files with the state of a training, next to the tensors: they contain no adapter."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Tensors:
 
 @dataclass(frozen=True)
 class Placed:
-    """The content of a text file that tells where it lies, for readers that look up its names elsewhere."""
+    """The content of a text file that contains its own path, for readers that look up its names elsewhere."""
 
     text: Callable[[Path], str]
     """The text, from the folder in which the adapter will be."""
@@ -52,7 +52,7 @@ class Made:
     """The content of a file that another library writes."""
 
     write: Callable[[Path], None]
-    """Write the file, to a path where there is none."""
+    """Write the file to a path that does not exist yet."""
 
 
 Files = Mapping[str, str | Tensors | Placed | Made]
@@ -96,8 +96,8 @@ class Format(ABC):
     @classmethod
     @abstractmethod
     def recognizes(cls, path: Path) -> bool:
-        """Whether a folder or file is of this format. Reads names and headers, and raises nothing for files that are
-        none of its own."""
+        """Whether a folder or file is of this format. Reads names and headers, and raises nothing for files of other
+        formats."""
 
     @abstractmethod
     def open(self, path: Path, model: nn.Module) -> Content:
@@ -111,7 +111,7 @@ class Format(ABC):
         """
 
     def open_with_words(self, path: Path, model: nn.Module, words: Mapping[str, Sequence[int]]) -> Content:
-        """Read the content with new words that it has beside the adapter, given the ids of each in the tokenizer.
+        """Read the content with the new words that it has next to the adapter, given the ids of each in the tokenizer.
 
         Raises:
             CheckpointError: as `open`; or it has no such words.
@@ -160,7 +160,7 @@ def format_named(name: str) -> Format:
     """Returns the format of that name; after a slash, the model of the pipeline: ``"diffusers/text_encoder_2"``.
 
     Raises:
-        ExportError: there is no such format, or it has no name for such a model.
+        ExportError: the format does not exist, or it has no name for such a model.
     """
     known = formats()
     name, slash, part = name.partition("/")

@@ -20,15 +20,15 @@ NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "
 """Kinds of options that are numbers, by the letters that `struct` has for them."""
 TEXT, LIST = 8, 9
 DEPTH = 4
-"""How deep lists may lie in lists."""
+"""How deep lists may be nested."""
 DIMS = 4
 DTYPES = {0: "F32", 1: "F16", 28: "F64", 30: "BF16"}
-"""Dtypes of tensors by the names that safetensors has for them; others are packed."""
+"""Dtypes of tensors by the names that safetensors has for them; all other dtypes are packed."""
 
 
 @dataclass(frozen=True)
 class GGUFFile(TensorFile):
-    """A file of llama.cpp, of which nothing but the header is read."""
+    """A file of llama.cpp, of which only the header is read."""
 
     @cached_property
     def header(self) -> dict[str, Any]:

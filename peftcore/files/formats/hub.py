@@ -107,8 +107,8 @@ def upload(
     token: str | bool | None,
     create_pr: bool,
 ) -> CommitInfo:
-    """Put the files of a folder into a repository, which is made where there is none; returns the commit. A card of the
-    repository that is none of ours is kept.
+    """Put the files of a folder into a repository, which is created if it does not exist; returns the commit. A card of
+    the repository that peftcore did not write is kept.
 
     Args:
         folder: its files are added to those of the repository, or take their place.

@@ -1,10 +1,10 @@
 """Files of kohya's sd-scripts, of LyCORIS and for ComfyUI: one safetensors file for a model or for a pipeline.
 
 A tensor is called ``lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight``: the model, the module's path with
-underscores for dots, the tensor. The host's own modules, or their names in the original code (`original_names`), tell
-which underscores are dots. There are no options: rank and form follow from shapes, and the scale is alpha / rank with
-an ``alpha`` for each module. Only the dropouts of its training are in the header, where the training program notes
-them. A method's tensors are translated by a `KohyaMethod`, which the plugin of our method brings under
+underscores for dots, the tensor. The host's own modules, or their names in the original code (`original_names`),
+determine which underscores are dots. There are no options: rank and form follow from shapes, and the scale is alpha /
+rank with an ``alpha`` for each module. Only the dropouts of its training are in the header, where the training program
+notes them. A method's tensors are translated by a `KohyaMethod`, which the plugin of our method registers under
 ``"kohya/NAME"``.
 """
 

@@ -1,6 +1,7 @@
-"""The base class by which a plugin translates one method for files of kohya and LyCORIS, and what it is given.
+"""The base class by which a plugin translates one method for files of kohya and LyCORIS, and the arguments of its
+methods.
 
-A file can have one module for several of the host's, whose outputs stand one behind the other: q, k and v of Flux. A
+A file can have one module for several of the host's, whose outputs are concatenated: q, k and v of Flux. A
 method says by `rows` and `factors` which of its tensors are cut there, and how those of several become one.
 """
 
@@ -50,7 +51,7 @@ class Held:
         return shape[dim] if dim < len(shape) and shape[dim] else 1
 
     def alpha(self, rank: int) -> float:
-        """Returns alpha, which is the rank where the file has none.
+        """Returns alpha, which is the rank if the file does not contain it.
 
         Raises:
             CheckpointError: it is not above zero.
@@ -65,7 +66,7 @@ class Piece:
     """The tensors and the alpha that a file has for one module."""
 
     alpha: float | None
-    """The module's alpha; None where the file has none."""
+    """The module's alpha; None if the file does not contain it."""
     tensors: Mapping[str, Tensor]
     """The module's other tensors, by their names below it."""
 
@@ -82,11 +83,11 @@ class KohyaMethod(ABC):
     tensors: ClassVar[tuple[str, ...]] = ("weight",)
     """The host's tensors of a module that it changes."""
     beside: ClassVar[Mapping[str, str]] = {}
-    """Tensors that can stand beside its own and are added to others of the host's module: their names, and those of the
-    host's tensors, which are then trained along."""
+    """Tensors that can occur next to its own and are added to others of the host's module: their names, and those of
+    the host's tensors, which are then trained along."""
     rows: ClassVar[tuple[str, ...]] = ()
     """Names of its tensors that have the module's outputs first, where each output is computed by itself from these and
-    the other tensors. Without any it cannot stand at one module of the file that is several of the host."""
+    the other tensors. Without any it cannot be at one module of the file that is several modules of the host."""
     factors: ClassVar[tuple[str, str] | None] = None
     """The names of two tensors that act as the product of the second, which is in `rows`, with the first, times alpha /
     rank; None: no such two."""
@@ -103,7 +104,8 @@ class KohyaMethod(ABC):
 
     @abstractmethod
     def outputs(self, shapes: Mapping[str, Size]) -> int:
-        """Returns the number of outputs of a module, from the shapes of its tensors; -1 where they do not tell."""
+        """Returns the number of outputs of a module, from the shapes of its tensors; -1 where the shapes do not
+        determine it."""
 
     @abstractmethod
     def read(self, place: Place, found: Found) -> dict[str, Tensor]:
@@ -111,7 +113,7 @@ class KohyaMethod(ABC):
 
     @abstractmethod
     def write(self, place: Place) -> tuple[float | None, dict[str, Tensor]]:
-        """Returns alpha, None where the file has none, and one operator's tensors by the file's names.
+        """Returns alpha, or None if the file has no alpha, and one operator's tensors by the file's names.
 
         Raises:
             ExportError: the file cannot hold it.
@@ -126,8 +128,8 @@ class KohyaMethod(ABC):
         return ()
 
     def writes(self, place: Place) -> bool:
-        """Whether it can hold what one of its methods does at a place. Where no translation can, `write` of the last
-        one says why."""
+        """Whether it can hold the effect of one of its methods at a place. If no translation can, `write` of the last
+        one raises the reason."""
         return True
 
     def reads(self, shapes: Mapping[str, Size]) -> bool:
@@ -141,8 +143,8 @@ class KohyaMethod(ABC):
         return self.reads(held.shapes)
 
     def cut(self, piece: Piece, sizes: Sequence[int]) -> list[Piece | None]:
-        """Returns what it does at each of several modules, whose outputs, `sizes` of them, stand one behind the other
-        in `piece`; None where it leaves a module as it is.
+        """Returns the effect at each of several modules, whose outputs, `sizes` of them, are concatenated in `piece`;
+        None where it leaves a module as it is.
 
         Factors whose ranks belong to one module each, as `joined` writes them, are cut there too: with as many ranks
         for each in their order, as sd-scripts writes them, or with at least one that is not zero.
@@ -172,19 +174,19 @@ class KohyaMethod(ABC):
         return Piece(alpha, {**part.tensors, **factors})
 
     def swapped(self, piece: Piece) -> Piece:
-        """Returns what it does at a module whose outputs are in two halves, with these the other way round."""
+        """Returns the effect at a module whose outputs are in two halves, with the halves swapped."""
         rows = {name: piece.tensors[name] for name in self.rows if name in piece.tensors}
         halves = {name: torch.cat(list(reversed(value.chunk(2)))) for name, value in rows.items()}
         return Piece(piece.alpha, {**piece.tensors, **halves})
 
     def joined(self, parts: Sequence[Piece | None], sizes: Sequence[int]) -> Piece:
-        """Returns what it does at several modules as one whose outputs stand one behind the other; None stands for a
-        module, of so many outputs, that it leaves as it is.
+        """Returns the effect at several modules as one module whose outputs are concatenated; None means a module, of
+        so many outputs, that it leaves as it is.
 
-        Factors stand block-diagonally, each module's ranks beside those of the others, if they do not share the first.
+        Factors are block-diagonal, each module's ranks next to those of the others, if they do not share the first.
 
         Raises:
-            ExportError: that is no such module.
+            ExportError: that is not such a module.
         """
         held = [part for part in parts if part is not None]
         names = {name for part in held for name in part.tensors}

@@ -21,7 +21,7 @@ PEFTS = "base_model.model"
 DOTTED = (DIFFUSION, PEFTS, *(f"text_encoders.{name}.transformer" for name in ("clip_l", "clip_g", "t5xxl")))
 """Models in names with dots. Only the first is written."""
 BARE = re.compile(r"(base_model\.model\.)?(double_blocks|single_blocks)\.\d+\.|[^.]+\..*\.lora_(down|up)\.weight$")
-"""A name that tells a file of names without any model."""
+"""A name by which a file of names without any model is recognized."""
 LEAVES = {
     "lora_A.weight": "lora_down.weight",
     "lora_B.weight": "lora_up.weight",
@@ -38,7 +38,7 @@ class Name:
     """The parsed name of a tensor."""
 
     part: str
-    """The model; empty where there is none."""
+    """The model; empty if the name has no model."""
     stem: str
     """All in front of the tensor's own name, as the file has it."""
     path: str
@@ -48,7 +48,7 @@ class Name:
 
 
 def part_of(name: str) -> str | None:
-    """Returns the model in front of a tensor's name; None where there is none that is known."""
+    """Returns the model in front of a tensor's name; None if it has no known model."""
     stem = name.partition(".")[0]
     found = next((part for part in PARTS if stem.startswith(f"{part}_")), None)
     return found or next((part for part in DOTTED if name.startswith(f"{part}.")), None)
@@ -72,5 +72,5 @@ def are_known(names: Collection[str]) -> bool:
 
 
 def stem_of(part: str, path: str) -> str:
-    """Returns what stands in front of the names of a module's tensors."""
+    """Returns the prefix of the names of a module's tensors."""
     return f"{part}.{path}" if part in DOTTED else f"{part}_{path}".replace(".", "_")

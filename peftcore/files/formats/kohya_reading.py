@@ -1,7 +1,7 @@
-"""The content of a kohya file for one host: a method for each module, and where each tensor goes.
+"""The content of a kohya file for one host: a method for each module, and the destination of each tensor.
 
-What spelling of its paths the host's modules have, or their names in the original code, is found by what fits. Methods
-are told by the tensors at a module; fused modules of the original code are cut into the host's.
+The spelling of the paths, by the host's modules or by their names in the original code, is the one that fits. Methods
+are recognized by the tensors at a module; fused modules of the original code are cut into the host's.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ AROUND = {
 
 
 def ldm_names(paths: Collection[str]) -> dict[str, str]:
-    """Returns paths of a UNet's modules by their original names; nothing for hosts that are no UNets."""
+    """Returns paths of a UNet's modules by their original names; nothing for hosts that are not UNets."""
     if "up_blocks.0.resnets.0" not in paths:
         return {}
     blocks = dict(AROUND)

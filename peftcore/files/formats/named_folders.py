@@ -1,7 +1,7 @@
-"""Adapters whose file names the folders of other adapters: where those are, and what is theirs in the whole.
+"""Adapters whose file names the folders of other adapters: the paths of those folders, and their tensors in the whole.
 
-A name in a file is looked up as a folder and as nothing else. Nothing is fetched, imported or executed; what is in the
-folder is read as any adapter is.
+A name in a file is looked up as a folder and as nothing else. Nothing is fetched, imported or executed; the folder is
+read like any adapter.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from peftcore.surgery.surgeon import Surgeon
 
 def named_folder(name: str, beside: Path, where: Path) -> Path:
     """Returns the folder that a file means by a name: of that path; or, in a file that was moved together with the
-    folders in it, of the name's last step beside the file. A relative path starts from the file's folder or from the
+    folders in it, of the name's last step next to the file. A relative path starts from the file's folder or from the
     working directory.
 
     Args:
@@ -27,7 +27,8 @@ def named_folder(name: str, beside: Path, where: Path) -> Path:
         where: the file, for messages.
 
     Raises:
-        CheckpointError: there is no such folder, or two; or the file came from a hub, and names a folder outside of it.
+        CheckpointError: the folder does not exist, or two match; or the file came from a hub, and names a folder
+            outside of it.
     """
     path, own, from_elsewhere = Path(name), beside.resolve(), is_fetched(beside)
 
@@ -54,7 +55,7 @@ def named_folder(name: str, beside: Path, where: Path) -> Path:
 
 def of_part(tensors: Mapping[str, Tensor], part: str, whole: Surgeon) -> dict[str, Tensor]:
     """Returns the tensors of one part of a hybrid by their names in the whole, from their names in a file of the part
-    alone. Operators may stand inside of those of the whole.
+    alone. Operators may be inside the operators of the whole.
 
     Args:
         part: its name.

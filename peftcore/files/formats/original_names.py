@@ -1,6 +1,6 @@
 """Names of modules in the original code of Flux, Wan and Stable Diffusion, which files of LoRA use.
 
-What diffusers has as several modules can be one there, whose outputs stand one behind the other: ``to_q``, ``to_k`` and
+Several modules of diffusers can be one module there, whose outputs are concatenated: ``to_q``, ``to_k`` and
 ``to_v`` of Flux are ``img_attn.qkv``, and in single blocks, with ``proj_mlp``, ``linear1``.
 """
 
@@ -18,7 +18,7 @@ class Original:
     """A module of the original code, as the host has it."""
 
     paths: tuple[str, ...]
-    """The host's modules, whose outputs stand in this order in the original's."""
+    """The host's modules, whose outputs are concatenated in this order in the original's."""
     swapped: bool = False
     """Whether its outputs are in two halves that the host has the other way round: shift and scale."""
 
@@ -111,8 +111,8 @@ QWEN_IMAGE = {"transformer_blocks.0.img_mod.1", "transformer_blocks.0.attn.add_q
 
 
 def original_names(paths: Collection[str]) -> dict[str, Original]:
-    """Returns what original names mean on a host of these paths, the names that are written first; nothing where the
-    original code is not known, or has the host's own names."""
+    """Returns what original names mean on a host of these paths, the names that are written first; nothing if the
+    original code is unknown, or has the same names as the host."""
     if _is_flux(paths):
         double, single = ("double_blocks", "transformer_blocks"), ("single_blocks", "single_transformer_blocks")
         found = [

@@ -37,8 +37,8 @@ def matching(pattern: str, paths: Iterable[str], where: Path, *, endings: bool =
     does.
 
     Raises:
-        CheckpointError: it is no regular expression, takes too long, or the package ``regex``, which can stop in time,
-            is not installed.
+        CheckpointError: it is not a regular expression, takes too long, or the package ``regex``, which can stop in
+            time, is not installed.
     """
     if re.fullmatch(r"[\w.-]+", pattern):  # a name: its dots are meant as dots
         return {path for path in paths if path == pattern or (endings and path.endswith(f".{pattern}"))}

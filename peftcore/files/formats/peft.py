@@ -53,7 +53,7 @@ NEUTRAL = (
 """Options that change nothing that is computed: origin, start, and properties of the host's layers."""
 
 TABLES = ("embed_tokens", "lm_head")
-"""The names of token tables that peft saves beside an adapter whatever the model is."""
+"""The names of token tables that peft saves with an adapter for every model."""
 
 COUNT = "num_batches_tracked"
 """The buffer of a norm that changes nothing of what it computes."""

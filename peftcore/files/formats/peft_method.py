@@ -1,7 +1,7 @@
 """`PeftMethod`, the translation between one of our methods and one type of peft.
 
-The plugin of our method brings it under ``"peft/TYPE"`` in the hook `peftcore_translations`; one that adds a variant to
-another's type brings it under ``"peft/TYPE/NAME"``.
+The plugin of our method registers it under ``"peft/TYPE"`` in the hook `peftcore_translations`; one that adds a variant
+to another's type registers it under ``"peft/TYPE/NAME"``.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class PeftMethod(ABC):
     trained_beside: ClassVar[bool] = True
     """Whether its files can have modules and token tables of the host that train along."""
     folders: ClassVar[str] = ""
-    """The option in which a file names the folders of other adapters, by name; empty where it stands alone. These
-    adapters are the parts of our method, each a part of its name."""
+    """The option in which a file names the folders of other adapters, by name; empty if it uses no other adapters.
+    These adapters are the parts of our method, each a part of its name."""
     part_kinds: ClassVar[tuple[str, ...]] = ()
     """The types of peft that they can be."""
     patterns: ClassVar[Mapping[str, str]] = {}
@@ -70,7 +70,8 @@ class PeftMethod(ABC):
         """Returns other values of peft's options for some places, by path in the file: `options` gets them there.
 
         Raises:
-            CheckpointError: a pattern is no regular expression, or takes too long; or a value is none for this type.
+            CheckpointError: a pattern is not a regular expression, or takes too long; or a value is not valid for this
+                type.
         """
         found: dict[str, dict[str, Any]] = {}
         for key, changed in self.patterns.items():
@@ -115,7 +116,7 @@ class PeftMethod(ABC):
         """Returns the paths of the adapters that the file names in `folders`, by name.
 
         Raises:
-            CheckpointError: they are no paths, or peft would not take them for these parts.
+            CheckpointError: they are not paths, or peft would not take them for these parts.
         """
         found = keys.table(self.folders) if self.folders else {}
         if strange := [name for name, path in found.items() if not isinstance(path, str)]:
@@ -174,7 +175,7 @@ class PeftMethod(ABC):
         raise NotImplementedError
 
     def pattern(self, path: str, paths: Collection[str]) -> str:
-        """Returns a pattern that matches one of all adapted modules, and no other one of them.
+        """Returns a pattern that matches exactly one of all adapted modules.
 
         Raises:
             ExportError: none does.

@@ -69,7 +69,7 @@ class SoftPrompt(PeftMethod):
             raise CheckpointError(f"{keys.where} has {shapes[ROWS][0]} rows, but its options say {rows}")
 
     def stacks(self, keys: Keys, model: nn.Module, roles: Sequence[str] = ("stack",)) -> tuple[SavedSite, ...]:
-        """Returns the stacks in front of which the prompt goes, one for each of `roles`.
+        """Returns the stacks in front of which the prompt is inserted, one for each of `roles`.
 
         Raises:
             HostMismatch: the host has other ones, or peft computes something else with it.

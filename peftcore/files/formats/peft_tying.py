@@ -1,5 +1,5 @@
-"""Tied tables in peft's files. Peft trains a copy of each module that `modules_to_save` names, so what is named has
-values of its own from then on, also where the host ties it to others. LoRA's `ensure_weight_tying` keeps an embedding
+"""Tied tables in peft's files. Peft trains a copy of each module that `modules_to_save` names, so each named module has
+separate values from then on, even if the host ties it to other modules. LoRA's `ensure_weight_tying` keeps an embedding
 and its heads together."""
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def one_update_for_several(model: nn.Module, paths: Collection[str], option: str
 
 
 def untied_modules(model: nn.Module, copied: Mapping[str, str], tied: Collection[str]) -> tuple[str, ...]:
-    """Returns the modules that have values of their own in a file, though the host ties them to others outside of them.
+    """Returns the modules that have separate values in a file, though the host ties them to modules outside of them.
 
     Args:
         copied: the parameters that the file has, each with the module that peft copied.
@@ -76,7 +76,8 @@ def untied_modules(model: nn.Module, copied: Mapping[str, str], tied: Collection
 def tying(
     model: nn.Module, grafts: Collection[Graft], ties: Mapping[str, tuple[str, ...]], option: str
 ) -> dict[str, Any]:
-    """Returns the option with which peft keeps together what is tied and trained along; nothing where nothing is.
+    """Returns the option with which peft keeps together the tied parameters that are trained along; nothing if there
+    are none.
 
     Args:
         grafts: the values of modules that are trained along.

@@ -45,7 +45,8 @@ def module_key(site: Site) -> str:
 
 
 def is_parameter(site: Site) -> bool:
-    """Whether peft reaches the site by `target_parameters` only: a tensor of a module that is no layer to it."""
+    """Whether peft reaches the site by `target_parameters` only: a tensor of a module that peft does not treat as a
+    layer."""
     name, module = site.tensor.rpartition(".")[2], site.module
     if site.slices is not None or site.layer.batch_dims or name not in ("weight", "bias", "in_proj_weight"):
         return site.slices is None
@@ -152,7 +153,7 @@ def along(injection: Injection, method: PeftMethod) -> tuple[dict[str, Any], dic
 
 
 def tables(injection: Injection, stem: str) -> dict[str, Tensor]:
-    """Returns token tables to which rows were added, whole and by peft's names: it saves them beside any adapter."""
+    """Returns token tables to which rows were added, whole and by peft's names: peft saves them with any adapter."""
     adapted = _adapted(injection)
     found = {}
     for path, rows in added_rows(injection).items():
@@ -206,7 +207,7 @@ class Written:
         return {place.site.module_path for place in self.places}
 
     def tensors(self, *, beside: bool = False) -> dict[str, Tensor]:
-        """Returns its tensors by peft's names: as in a file of its own, or, with `beside`, as in a file of another
+        """Returns its tensors by peft's names: as in a separate file, or, with `beside`, as in a file of another
         type."""
         method, sites, found = self.method, [place.site for place in self.places], {}
         for place in self.places:
@@ -272,7 +273,7 @@ def written(injection: Injection) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def written_parts(injection: Injection) -> tuple[str, dict[str, tuple[dict[str, Any], dict[str, Tensor]]]]:
     """Returns the option in which a file names the folders of other adapters, and the contents of each folder's two
-    files, by name; nothing for an injection whose file stands alone.
+    files, by name; nothing for an injection whose file names no folders.
 
     Raises:
         ExportError: peft cannot hold a part.

@@ -1,4 +1,4 @@
-"""Files with adapters of several models of one pipeline, told apart by the prefixes of names: finding the part for a
+"""Files with adapters of several models of one pipeline, distinguished by the prefixes of names: finding the part for a
 host, and the prefix when an adapter is saved."""
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Part:
     names: Mapping[str, str]
     """Names in the file, by the names that they mean."""
     outputs: Mapping[str, int]
-    """The number of outputs of the module at a path; -1 where the tensors do not tell."""
+    """The number of outputs of the module at a path; -1 where the tensors do not determine it."""
     places: Mapping[str, str] = field(default_factory=dict)
     """Paths on the host, by the way in which the file spells them, where it is not the host's own."""
 

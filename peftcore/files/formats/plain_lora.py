@@ -1,4 +1,4 @@
-"""An adapter as nothing but low-rank updates of matrices, which is what programs read that know LoRA alone."""
+"""An adapter as low-rank updates of matrices only, for programs that can read only LoRA."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class Pair:
     """``[out, rank]``."""
 
     def filled(self, rank: int) -> tuple[Tensor, Tensor]:
-        """Returns A and B of a rank that is not smaller. Beside B are zeros, so that the product is the same, and
-        beside A is what a new LoRA starts with, the same each time, so that who trains the file trains all ranks."""
+        """Returns A and B of a rank that is not smaller. B is padded with zeros, so that the product is the same, and A
+        with the initial values of a new LoRA, the same each time, so that a training of the file trains all ranks."""
         bound = 1 / math.sqrt(self.A.shape[1])
         drawn = torch.rand(rank, self.A.shape[1], generator=torch.Generator().manual_seed(0))
         A, B = bound * (2 * drawn - 1).to(self.A), self.B.new_zeros(self.B.shape[0], rank)
@@ -41,7 +41,7 @@ def plain_lora(injection: Injection, program: str) -> dict[str, Pair]:
     """Returns the updates of an adapter by the paths of their modules.
 
     Args:
-        program: who reads nothing else, for messages.
+        program: the program that reads only LoRA, for messages.
 
     Raises:
         ExportError: it is more than that: another method, a convolution, something that trains along.

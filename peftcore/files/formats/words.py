@@ -1,8 +1,8 @@
-"""New words beside the adapters of a pipeline in one file: ``bundle_emb.<word>.clip_l`` has the word's vectors,
+"""New words next to the adapters of a pipeline in one file: ``bundle_emb.<word>.clip_l`` has the word's vectors,
 ``[vectors, width]``, for the table of tokens of one text encoder.
 
-AUTOMATIC1111's webui, LyCORIS and OneTrainer bundle words so. A file has no ids of tokens: whoever loads it says which
-ids each word has in the tokenizer.
+AUTOMATIC1111's webui, LyCORIS and OneTrainer bundle words so. A file has no ids of tokens: the caller that loads it
+says which ids each word has in the tokenizer.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def taken_apart(name: str) -> tuple[str, str]:
 
 
 def is_known(name: str) -> bool:
-    """Whether the name of a tensor says which encoder its vectors are for."""
+    """True if the name of a tensor determines the encoder of its vectors."""
     kind = taken_apart(name)[1]
     return kind in ENCODERS or kind.removesuffix(OUTPUTS) in ENCODERS
 

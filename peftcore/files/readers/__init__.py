@@ -2,6 +2,6 @@
 
 It may import `files.formats`, and what is below. In the order of reading:
 
-- `reader`: what one program does with each option and tensor, as data; one file of ``rules/`` a program.
-- `check`: what a program would read, change, drop or refuse of a file, without any model.
+- `reader`: how one program treats each option and tensor, as data; one file of ``rules/`` a program.
+- `check`: the parts of a file that a program would read, change, drop or refuse, without any model.
 """

@@ -1,4 +1,5 @@
-"""The check of an adapter's file for a program: what it would read, change, drop or refuse, from the file alone."""
+"""The check of an adapter's file for a program: which parts it would read, change, drop or refuse, from the file
+alone."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ MADE = (
     "megatron_config", "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
     "qalora_group_size", "runtime_config", "ensure_weight_tying", "velora_config", "init_weights",
 )  # fmt: skip
-"""Options of peft that say where an adapter stands, which its tensors say too, and how it was made and trained."""
+"""Options of peft that say where an adapter is installed, which its tensors say too, and how it was made and
+trained."""
 FILLS = "; peftcore export adapts {} too, by an update of zero"
 RANKS = ("lora_A.weight", "lora_embedding_A", "lora_down.weight", "lora.down.weight")
 """Endings of tensors ``[rank, ...]``."""
@@ -29,7 +31,7 @@ RANKS = ("lora_A.weight", "lora_embedding_A", "lora_down.weight", "lora.down.wei
 
 @dataclass(frozen=True)
 class Row:
-    """A part of a file, and what becomes of it."""
+    """A part of a file, and how the program treats it."""
 
     what: str
     """An option, a tensor, or the module of tensors that are read."""
@@ -86,7 +88,7 @@ def check(path: str | Path, reader: Reader) -> Report:
     """Returns what a program does with each option and tensor of an adapter, without a model.
 
     Raises:
-        CheckpointError: it is no adapter of a known format, or is damaged.
+        CheckpointError: it is not an adapter of a known format, or is damaged.
     """
     file = _opened(Path(path))
     if file.format not in reader.formats:

@@ -1,8 +1,8 @@
 """The rules by which one program treats each option and each tensor of an adapter's file, as data.
 
 ``rules/`` has a file for each program, with the version, the repository, the commit and the files in which it was read.
-What a program does with a part of a file is one of four: it reads it as it was trained, reads something else from it
-(*changed*), goes on without it and says little or nothing (*dropped*), or does not load the file (*refused*).
+A program treats a part of a file in one of four ways: it reads it as it was trained, reads something else from it
+(*changed*), continues without it and says little or nothing (*dropped*), or does not load the file (*refused*).
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from peftcore.errors import ExportError
 
 RULES = Path(__file__).parent / "rules"
 WHERE = ("dims", "first", "format")
-"""Keys of a rule of tensors beside the name: number of dimensions, size of the first one, format of the file."""
+"""Keys of a rule of tensors in addition to the name: number of dimensions, size of the first one, format of the
+file."""
 BLOCK = re.compile(r"\.(?P<index>\d+)\.(?P<rest>.+)$")
 """The first number in a path, which is that of the block."""
 
@@ -50,7 +51,7 @@ class TensorRule:
     """The rule for tensors with a name, and perhaps a shape and a file format."""
 
     name: re.Pattern[str]
-    """An expression that is found in the name. What is in front of its group `below`, or of what it finds, is the
+    """An expression that is found in the name. The text before its group `below`, or of what it finds, is the
     module's path."""
     rule: Rule
     dims: int | None = None
@@ -68,7 +69,7 @@ class TensorRule:
 
 @dataclass(frozen=True)
 class Beside:
-    """The rule for a module that is adapted without another one beside it."""
+    """The rule for a module that is adapted without another one next to it."""
 
     module: str
     """The last name of its path."""
@@ -103,7 +104,7 @@ class Ranks:
     default: int
     """The largest that it takes without the flag; 0: any up to `most`."""
     flag: str = ""
-    """The flag by which it is told of a larger rank."""
+    """The flag by which the program is given a larger rank."""
     sizes: tuple[int, ...] = ()
     """The values that the flag takes; empty: any."""
 
@@ -123,7 +124,7 @@ class Reader:
     source: str
     """Where its code was read: ``owner/repository@commit``."""
     files: tuple[str, ...]
-    """The files there; ``path@commit`` was read at a commit of its own."""
+    """The files there; ``path@commit`` was read at a separate commit."""
     formats: tuple[str, ...]
     """The formats of adapters that it reads, by our names."""
     writes: tuple[str, ...]
@@ -144,10 +145,10 @@ class Reader:
     some_blocks: SomeBlocks | None = None
     ranks: Ranks | None = None
     notes: tuple[str, ...] = ()
-    """Remarks on what depends on the base or on how the program is started, so that no file tells it."""
+    """Remarks on what depends on the base or on how the program is started, so that no file determines it."""
 
     def tensor(self, name: str, shape: Sequence[int], format: str) -> tuple[str, Rule]:
-        """Returns the module's part of the name of a tensor in a file of a format, and what becomes of the tensor."""
+        """Returns the module's part of the name of a tensor in a file of a format, and the rule for the tensor."""
         for each in self.tensors:
             found = each.name.search(name)
             if found is not None and each.fits(shape, format):
