@@ -57,7 +57,7 @@ class PromptSite(Site):
 
     @property
     def weight_shape(self) -> torch.Size:
-        """The width, which stands for a shape in plans and files."""
+        """The width, which plans and files record as the shape."""
         return torch.Size([self.width])
 
 

@@ -71,7 +71,7 @@ def _quick_gelu(u: Tensor) -> Tensor:
 
 
 class ConvpassOperator(Bypass):
-    """The bypass of one branch. At the convolution that embeds the patches (form "patch") it sees how they lie."""
+    """The bypass of one branch. At the convolution that embeds the patches (form "patch") it records their grid."""
 
     def __init__(self, site: BranchSite, config: ConvpassConfig, lie: Tap) -> None:
         super().__init__(site)

@@ -69,7 +69,7 @@ Sums = tuple[Tap | None, Tap]
 
 class SideOperator(Operator):
     """The part of the side network at one block, and what is fed back behind it. At the convolution that embeds the
-    patches (form "patch") it sees how they lie."""
+    patches (form "patch") it records their grid."""
 
     def __init__(
         self, site: BlockSite, config: DTLConfig, sums: Sums, feeds: bool, kernel: Shared | None, lie: Tap

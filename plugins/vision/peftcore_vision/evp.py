@@ -10,7 +10,7 @@ not ViT). T_i [c, c] is a block's own, U [d, c], L [c, d] and K one of each stag
 reads the F_hfc of the stage before. All is computed in float32 where the model is in half precision, whose FFT is
 less than that.
 
-Matrices start at N(0, 0.02^2), truncated, K at N(0, 2 / (k^2 c)), biases at zero; so a fresh prompt is no identity
+Matrices start at N(0, 0.02^2), truncated, K at N(0, 2 / (k^2 c)), biases at zero; so a fresh prompt is not an identity
 (`zero_up` makes it one). The authors train the decoder of masks along (``train=["decode_head"]``). The class token and
 its like, in front of the patches, get nothing, as in their code of ViTs, where `reduction` is 32.
 

@@ -8,7 +8,7 @@ of k by k, V [h, h] one of 1 by 1, all with biases and zeros around; LN is a nor
 front of W_up.
 
 γ starts at 1e-6 and δ at 1, [d] each; W_down and W_up from N(0, 0.02^2), their biases at zero; convolutions as torch's
-do. So a fresh adapter is no identity (`zero_up` makes it one).
+do. So a fresh adapter is not an identity (`zero_up` makes it one).
 
 Patches are convolved where they lie in the picture: activations of four dimensions (Swin in timm) are grids, a sequence
 is the largest grid in the proportions of the patches that the model embeds, behind as many other tokens as are left.

@@ -17,7 +17,7 @@ eval mode for that. They search learning rates from 0.05 to 50 with SGD.
 Never identity at the start. Parameters: length * d a block; with projection length * projection a block, and
 (projection + 1) * d for the map; and the head.
 
-In diffusion transformers that are given a text (SD3, Flux, PixArt) the prompts are a stream beside the image, without
+In diffusion transformers with a text input (SD3, Flux, PixArt) the prompts are a stream parallel to the image, without
 positions: at each block one of its own, modulated as the image is.
 
 Use it on vision transformers with few images a class. It needs tokens that are a set: elsewhere, relative and rotary

@@ -17,7 +17,7 @@ that. They search learning rates from 0.05 to 50 with SGD.
 Never identity at the start: anything beside the tokens moves the outputs. Parameters: length * d; with projection
 length * projection and (projection + 1) * d for the map; and the head.
 
-In diffusion transformers that are given a text (SD3, Flux, PixArt) the prompt is a stream beside the image, without
+In diffusion transformers with a text input (SD3, Flux, PixArt) the prompt is a stream parallel to the image, without
 positions: its rows go through the same blocks, modulated as the image is.
 
 Use it as the smallest of visual prompts; vpt_deep is better on nearly all tasks. It needs tokens that are a set:
