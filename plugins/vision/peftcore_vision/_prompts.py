@@ -1,8 +1,8 @@
-"""Base operator of visual prompts: the blocks that image patches go through, and rows beside the patches.
+"""Base operator of visual prompts: the blocks that image patches go through, and prompt rows among the patches.
 
-Attention without positions treats its tokens as a set, so where the rows of a prompt stand among them changes nothing
-but the order of the rows that come out. Those that stay between blocks stand behind the host's own tokens, where class
-tokens keep their places; those of one block alone stand in front. So each finds its own, whatever else is active.
+Attention without positions treats its tokens as a set, so the position of prompt rows among them changes only the order
+of the output rows. Rows that stay between blocks are put behind the host's own tokens, so that class tokens keep their
+places; rows of one block alone are put in front. So each prompt finds its rows, whatever else is active.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from peftcore.author import MethodConfig, Operator, Share, Shared, Site, Surgeon
 from peftcore.errors import SequenceError, UnsupportedSite
 
 STREAM = ("mlp.down", "experts.down", "attn.out", "attn_mlp.out")
-"""Roles of what adds to the stream of a block: its rows are as many as the stream is wide."""
+"""Roles of matrices that add to the stream of a block: its rows are as many as the stream is wide."""
 ROTARY = re.compile(r"rope|rotary", re.IGNORECASE)
 """How rotary positions are called, which are handed to blocks token by token."""
 
 
 class RowsConfig(MethodConfig):
-    """Options of rows beside the tokens of an image."""
+    """Options of prompt rows among the tokens of an image."""
 
     length: PositiveInt = 5
     """Rows of a prompt; the authors search from 1 to 200 by task."""
@@ -41,7 +41,8 @@ class PromptConfig(RowsConfig):
     """Options of visual prompts that tokens see."""
 
     projection: PositiveInt | None = None
-    """Width of prompts that one linear map brings to the width of the stream; None trains them in that width."""
+    """Width of prompts that one linear map projects to the width of the stream; None trains them in the stream's
+    width."""
     train_head: bool = True
     """Train the head of the images along, as the paper does."""
 
