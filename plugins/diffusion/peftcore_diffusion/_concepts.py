@@ -35,7 +35,7 @@ class Texts(Checked):
         """Take the inverse of ``C + damping * mean(diag C) I``, C in float64.
 
         Raises:
-            CalibrationError: the matrix is singular.
+            CalibrationError: the matrix is singular or not finite.
         """
         root, failed = torch.linalg.cholesky_ex(C + damping * C.diagonal().mean() * torch.eye(len(C), dtype=C.dtype))
         if failed or not root.isfinite().all():
@@ -107,7 +107,7 @@ def check_alone(texts: Shared, width: int, first: bool) -> None:
         first: whether this concept is the first to edit the text.
 
     Raises:
-        TrainingError: one does.
+        TrainingError: several concepts would train.
     """
     learning = LEARNING.get() or {}
     if not first or (forward_context().rows is None and learning.get(width, texts) is not texts):

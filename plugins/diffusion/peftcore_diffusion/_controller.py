@@ -30,8 +30,8 @@ class Exchange:
 
 
 class Controller(nn.Module):
-    """The thin encoder of ControlNet-XS. Its tensors have the names of those in diffusers' ControlNetXSAdapter, which
-    knows the sizes of Stable Diffusion alone.
+    """The thin encoder of ControlNet-XS. Its tensors are named as in diffusers' ControlNetXSAdapter, which supports the
+    sizes of Stable Diffusion alone.
 
     Args:
         unet: a UNet2DConditionModel.

@@ -36,7 +36,7 @@ def grams(injection: Injection, data: Iterable[Any], also: Sequence[str] = ()) -
 
     Raises:
         ConfigError: there is nothing to look at, or the adapter is merged.
-        CalibrationError: there is no data, a layer was not called, or inputs are not finite.
+        CalibrationError: data is missing, a layer was not called, or inputs are not finite.
     """
     model = injection.model
     if injection.merged:

@@ -20,7 +20,7 @@ Members = list[list[nn.Module]]
 
 def of_host(surgeon: Surgeon, names: Sequence[str]) -> list[list[Site]]:
     """Return the modules at which injections of the model act, as far as the user's target and exclude go: each with
-    others at which the same operators act too. Reparametrised tensors of the model are skipped.
+    others at which the same operators act too. Operators that replace tensors are skipped.
 
     Raises:
         UnknownInjection: the host lacks one.

@@ -8,8 +8,8 @@ skill, Z_t, uniform in +-0.001 at first: z = sigmoid(Z_t), and in training a dra
 the relaxed Bernoulli distribution with these logits, z = sigmoid(Z_t + log u - log(1 - u)), u uniform. A and B are
 averaged apart.
 
-With `own_skills` it is C-Poly (Wang et al. 2023, arXiv 2312.03248): each task has so many skills more, which no other
-task chooses, with logits next to those of the common ones. k runs over both. No code of its authors was found; where
+With `own_skills` it is C-Poly (Wang et al. 2023, arXiv 2312.03248): each task has that many more skills, which only
+this task uses, with logits next to those of the common ones. k runs over both. No code of its authors was found; where
 its equation adds outputs of skills, A and B are averaged apart here, own ones among them, as Polytropon's code does.
 
 With `splits` it is multi-head routing: the inputs of A and the outputs of B are cut into groups, and each group has

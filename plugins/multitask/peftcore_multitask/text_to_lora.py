@@ -1,8 +1,9 @@
 """Text-to-LoRA: LoRAs that a network makes of the description of a task.   Charakorn et al. 2025, arXiv 2506.06105
 (code: SakanaAI/text-to-lora).
 
-One of the paper's three networks, the largest, and one of its two ways to train, by the loss of the model itself. Those
-whose heads make A and B, or their rows, one after the other are not here, nor is training on LoRAs that exist (recon).
+This is the largest of the paper's three networks, with one of the paper's two ways to train, by the loss of the model
+itself. The networks whose heads make A and B, or their rows, one after the other are not here, nor is training on LoRAs
+that exist (recon).
 
     y = W x + b + s B A dropout(x),   s = alpha / sqrt(rank),   (A, B) = H z + h
     z = M([LN(E v + e) ; LN(layer) ; LN(kind)])

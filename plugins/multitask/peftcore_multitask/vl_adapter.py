@@ -11,7 +11,7 @@ visual features to tokens, where you name it: ``train=["multi_modal_projector"]`
 biases at zero: near the identity.
 
 The call passes the task, ``with peftcore.call(model, task=...)``: one for all rows, or one for each; the authors'
-batches have one task. With ``shared="all"`` calls need not pass the task, and names of tasks have no effect.
+batches have one task. With ``shared="all"`` calls need not pass the task, and names of tasks are ignored.
 
 The paper's other adapters are methods here: its Hyperformer is near `hyperformer` (its code has the generators of a
 block's places apart), its Compacter `compacter`, which it trains for all tasks as one.

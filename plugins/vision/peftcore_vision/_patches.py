@@ -64,11 +64,11 @@ def layout(
         lie: images, rows and columns that the convolution in front embedded, where it ran.
         batch: sequences.
         tokens: tokens of each.
-        grid: the proportion of rows to columns, where the user says it.
+        grid: the proportion of rows to columns, where the user gives it.
         prefix_tokens: how many tokens in front are not patches; None: those that the largest grid leaves over.
 
     Raises:
-        UnsupportedSite: the tokens behind those in front are no grid.
+        UnsupportedSite: the tokens behind those in front do not form a grid.
     """
     images, high, wide = lie or (batch, 1, 1)
     if grid is not None:
@@ -101,13 +101,13 @@ def over_patches(
     Args:
         u: pictures ``[batch, ..., rows, columns, features]``, sequences ``[batch, tokens, features]``, or one token of
             each, ``[batch, features]``.
-        act: the function, which keeps rows and columns.
+        act: the function; its output has the same rows and columns.
         lie: as in `layout`, like all that follows.
         grid: the same.
         prefix_tokens: the same.
 
     Raises:
-        UnsupportedSite: the tokens behind those in front are no grid.
+        UnsupportedSite: the tokens behind those in front do not form a grid.
     """
     if u.dim() >= 4:  # and those of a video one by one
         return act(u.flatten(0, -4).movedim(-1, 1)).movedim(1, -1).reshape(*u.shape[:-1], -1)

@@ -13,7 +13,7 @@ is read without a bias, as by `repadapter`. With ``target=["attn.q", "attn.k", "
 Parameters: h + d an adapter, and d h once for each D: 96,432 in a ViT-B/16.
 
 Use it where inference must cost nothing and files must be small; not where each layer needs other directions
-(`repadapter` has no shared factor, `fact_tk` shares factors of the update of a weight).
+(`repadapter` shares no factor, `fact_tk` shares factors of the update of a weight).
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ class DTLConfig(MethodConfig):
 
 
 Sums = tuple[Tap | None, Tap]
-"""Places of the sum of the blocks before, which a block reads, and of its own sum, which it writes."""
+"""Taps of the previous blocks' sum, which a block reads, and of the sum that it writes."""
 
 
 class SideOperator(Operator):

@@ -6,10 +6,10 @@ Zhao et al. 2024, arXiv 2403.11808 (code: NUS-HPC-AI-Lab/Dynamic-Tuning).
     loss = L(p) + rate_weight (mean m - rate)^2 + complete (L(q) + KL(q | p))
 
 g and g' are draws of Gumbel's distribution, and gradients those of the sigmoid. x is the stream in front of the
-feed-forward's norm. The mean of m is that over all blocks, pictures and tokens but the class token, which always goes
-through: tokens in front of a picture's patches (`prefix_tokens`); padding does not count. q is the model's prediction
-in a second pass with m = 1 everywhere, dropout drawn anew; no gradient goes through it in KL. W_down starts from a
-Kaiming-uniform draw, w from N(0, 0.02), all else at zero: about half of the tokens go through.
+feed-forward's norm. The mean of m is over all blocks, pictures and tokens but the class token, which the feed-forward
+always computes, like all tokens in front of a picture's patches (`prefix_tokens`); padding does not count. q is the
+model's prediction in a second pass with m = 1 everywhere, dropout drawn anew; KL passes no gradient to it. W_down
+starts from a Kaiming-uniform draw, w from N(0, 0.02), all else at zero: about half of the tokens go through.
 
 L is the cross-entropy of classes. It needs the logits that the model returns (a field `logits`, or the tensor itself,
 classes in dimension 1) and the labels: those that the model is given, or ``peftcore.call(model, labels=...)``; without
@@ -77,7 +77,7 @@ class DyTConfig(MethodConfig):
     temperature: PositiveFloat = 5.0
     """Divisor of logits and draws in training."""
     threshold: Portion = 0.5
-    """Probability above which a token goes through."""
+    """Probability above which a token passes through."""
     skip: bool = False
     """In evaluation without gradients compute the chosen tokens alone, of each row as many as the row with the most
     has. For feed-forwards that treat each token by itself, and for one adapter at each; in routes and under

@@ -9,7 +9,7 @@ W_up [d, h]. Other tokens, such as a class token, stay as they are. The adapter 
 non-linear.
 
 k, c and all biases start at zero, so that a fresh adapter is the identity; W_down and W_up start as torch's layers do,
-and have no gradient in the first step. The code turns cuDNN off for k; nothing is turned off here. A mean over the T
+and get no gradient in the first step. The code turns cuDNN off for k; nothing is turned off here. A mean over the T
 outputs of a clip, or another head over them, is the user's.
 
 The number of frames of a clip is `frames`, or that in ``peftcore.call(model, frames=16)``: k does not depend on it.
