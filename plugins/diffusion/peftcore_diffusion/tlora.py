@@ -12,9 +12,9 @@ A [rank, in] and B [out, rank] start with orthonormal rows and columns and l [ra
 ranks differ, and the product of frozen copies of all three is subtracted, so that nothing changes at first.
 start="random" has singular values of a matrix N(0, 1 / rank) of the weight's shape, the last (`part`) by default, with
 random A and B; the authors take both from its decomposition, and rows where columns are meant, which is the same in
-distribution. start="weight" has the weight's own, as LyCORIS does by default. start="zero" is what the authors call
-vanilla T-LoRA: a LoRA with A ~ N(0, 1 / rank) and B zero, without l, which is masked. The authors' code leaves the
-scale out: s is 1 at every rank, or alpha / rank where `alpha` is given, as in files of LyCORIS.
+distribution. start="weight" has the weight's own, as LyCORIS does by default. start="zero" is the authors' vanilla
+T-LoRA: a LoRA with A ~ N(0, 1 / rank) and B zero, without l, which is masked. The authors' code leaves the scale out: s
+is 1 at every rank, or alpha / rank where `alpha` is given, as in files of LyCORIS.
 
 Convolutions have A [rank, in, *kernel] here; LyCORIS has kernels of one point in all. Where a weight has fewer ranks,
 it is the first so many of the mask that count. Files of LyCORIS are read with all ranks acting, as there, as PiSSA.

@@ -87,7 +87,8 @@ def shared_factors(surgeon: Surgeon, side: int, rank: int) -> tuple[Shared, Shar
 
 
 class FactOperator(Operator):
-    """The update of one site, as two factors: the middle one goes with U, and V is repeated for each row of slices."""
+    """The update of one site, as two factors: the middle factor is multiplied with U, and V is repeated for each row of
+    slices."""
 
     stackable = True
 

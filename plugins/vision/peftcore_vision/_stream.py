@@ -1,7 +1,7 @@
 """Adapters at the stream of a block: in front of it, between its attention and its feed-forward, and behind it.
 
 Between the two no module returns the stream. In pre-norm blocks the residual connection adds x past the norm that reads
-it, ``y = x + MLP(LN(x))``; so the norm is given x + a, and a is added to what the block returns: ``(x + a) + MLP(LN(x +
+it, ``y = x + MLP(LN(x))``; so the norm is given x + a, and a is added to the block's output: ``(x + a) + MLP(LN(x +
 a))``. In post-norm blocks the norm behind the sum returns the stream.
 """
 
