@@ -35,7 +35,7 @@ class Texts(Checked):
         """Take the inverse of ``C + damping * mean(diag C) I``, C in float64.
 
         Raises:
-            CalibrationError: it has none.
+            CalibrationError: the matrix is singular or not finite.
         """
         root, failed = torch.linalg.cholesky_ex(C + damping * C.diagonal().mean() * torch.eye(len(C), dtype=C.dtype))
         if failed or not root.isfinite().all():
@@ -51,7 +51,7 @@ class Concept(Checked):
     Args:
         width: of encodings.
         decay: how much of the averages a step of training keeps.
-        follows: whether s goes on with what calls tell of the class; else it is that of the data.
+        follows: whether s is updated with the class encodings that calls pass; else s keeps the data's encoding.
     """
 
     i: Tensor
@@ -72,9 +72,9 @@ class Concept(Checked):
         in them, of which i has the gradient.
 
         Raises:
-            MissingContext: training is not told where the concept is.
-            RouteError: it is told it of another number of rows.
-            SequenceError: the text has no such tokens.
+            MissingContext: a call in training does not pass the concept's positions.
+            RouteError: the positions are for another number of rows.
+            SequenceError: a position is outside the text.
         """
         if not self.training:
             return self.i, self.s
@@ -99,15 +99,15 @@ class Concept(Checked):
 
 
 def check_alone(texts: Shared, width: int, first: bool) -> None:
-    """Check that no other concept learns of what a call is told, where rows are not told apart.
+    """Check that a call trains a single concept, where rows are not assigned to adapters.
 
     Args:
         texts: those of the adapter.
         width: of their encodings.
-        first: whether no other concept has edited the text before.
+        first: whether this concept is the first to edit the text.
 
     Raises:
-        TrainingError: one does.
+        TrainingError: several concepts would train.
     """
     learning = LEARNING.get() or {}
     if not first or (forward_context().rows is None and learning.get(width, texts) is not texts):
@@ -135,12 +135,12 @@ def picked(states: Tensor, where: Tensor) -> Tensor:
 def seen_texts(
     model: nn.Module, modules: Iterable[nn.Module], data: Batches
 ) -> tuple[dict[int, Tensor], dict[nn.Module, Tensor]]:
-    """Return what modules are given: by the width of encodings the sum of e e' over all texts, which is C but for a
-    factor that r does not see; and by module the mean encoding of the class, where the labels beside batches say it is.
-    Padding that the model's `attention_mask` says is left out.
+    """Return statistics of the modules' inputs: by width of encodings the sum of e e' over all texts, which is C up to
+    a factor that cancels in r; and by module the mean encoding of the class, at the positions that the batches' labels
+    contain. Padding that the model's `attention_mask` says is left out.
 
     Raises:
-        CalibrationError: no batch has labels beside it, or some are no place in their text.
+        CalibrationError: all batches lack labels, or a label is not a position in its text.
     """
     sums: dict[int, Tensor] = {}
     last: dict[int, Any] = {}

@@ -1,4 +1,4 @@
-"""The network of a hypernetwork: a change of what keys or values are made of."""
+"""The network of a hypernetwork: a change of the inputs of keys or values."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ STARTS: dict[str, Callable[[Tensor], Any]] = {
 
 
 class Stage(nn.Module):
-    """One linear layer, and what stands behind it."""
+    """One linear layer, and the activation, norm and dropout after it."""
 
     def __init__(self, width: int, out: int, activation: str, norm: bool, start: str) -> None:
         super().__init__()
@@ -44,8 +44,8 @@ class Stage(nn.Module):
 
 
 class ContextNetwork(nn.Module):
-    """Stages of these widths. Names of tensors do not depend on the dropout, as they do in the webui's files; their
-    order is the same."""
+    """A network with stages of the given widths. Names of tensors do not depend on the dropout, as they do in the
+    webui's files; their order is the same."""
 
     def __init__(
         self, widths: list[int], activation: str, activate_output: bool, norm: bool, dropout: float, start: str

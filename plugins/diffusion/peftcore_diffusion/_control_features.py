@@ -20,7 +20,7 @@ def waves(timesteps: Tensor) -> Tensor:
 
 
 class TimedResidual(nn.Module):
-    """A residual block that is told the timestep, and a convolution that halves its resolution."""
+    """A residual block that reads the timestep, and a convolution that halves its resolution."""
 
     def __init__(self, width: int, out: int, time: int, groups: int) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ class ControlFeatures(nn.Module):
 
 def cross_normalized(feature: Tensor, stream: Tensor) -> Tensor:
     """Return a feature with the mean and the deviation that the stream has, over all values of a row; in the dtype of
-    the feature, for a half has no 1e-12."""
+    the feature, since float16 cannot represent 1e-12."""
     stream = stream.to(feature.dtype)
     over = tuple(range(1, feature.dim()))
     mean, std = (each(feature, dim=over, keepdim=True) for each in (torch.mean, torch.std))

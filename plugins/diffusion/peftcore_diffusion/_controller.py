@@ -17,12 +17,12 @@ from peftcore_diffusion._told import cast
 
 @dataclasses.dataclass(frozen=True)
 class Exchange:
-    """A layer of the UNet's encoder and what runs beside it, by their paths."""
+    """A layer of the UNet's encoder and the modules that run in parallel with it, by their paths."""
 
     at: str
     """The layer of the UNet."""
     layer: str
-    """The module of the network that runs beside it; the next two are in the network too."""
+    """The module of the network that runs in parallel with it; the next two paths are in the network too."""
     reads: str | None
     """The 1x1 convolution from the input of the UNet's layer to `layer`; None where it reads none."""
     adds: str | None
@@ -30,8 +30,8 @@ class Exchange:
 
 
 class Controller(nn.Module):
-    """The thin encoder of ControlNet-XS. Its tensors have the names of those in diffusers' ControlNetXSAdapter, which
-    knows the sizes of Stable Diffusion alone.
+    """The thin encoder of ControlNet-XS. Its tensors are named as in diffusers' ControlNetXSAdapter, which supports the
+    sizes of Stable Diffusion alone.
 
     Args:
         unet: a UNet2DConditionModel.
@@ -111,7 +111,7 @@ class XSOperator(Operator):
         return part(*(cast(each, like) for each in args), **cast(kwargs, like))
 
     def added(self, path: str, features: Tensor, to: Tensor) -> Tensor:
-        """Return `to` and what a convolution of the network adds there."""
+        """Return the sum of `to` and the output of a convolution of the network."""
         scale = forward_context().context.get(f"{self.name}_scale", self.scale)
         change: Tensor = scale * self.part(path, features)
         return to + change.to(to.dtype)
@@ -121,7 +121,7 @@ def controlled(surgeon: Surgeon, middle: Site) -> tuple[str, Any]:
     """Return the UNet of a middle block, and the prefix of its paths.
 
     Raises:
-        UnsupportedSite: it is none, or has other layers than Stable Diffusion.
+        UnsupportedSite: the site is not a UNet's middle block, or its layers differ from Stable Diffusion's.
     """
     root, _, name = middle.module_path.rpartition(".")
     unet, diffusers = surgeon.resolver.modules.get(root), sys.modules.get("diffusers")
@@ -142,7 +142,8 @@ def controlled(surgeon: Surgeon, middle: Site) -> tuple[str, Any]:
 
 
 def _down(block: Any, left: list[int], width: int, heads: int | None, most: int) -> nn.ModuleDict:
-    """Make what runs beside one block of the encoder; `left` is the width of all that is left for the decoder."""
+    """Make the modules that run in parallel with one block of the encoder; `left` is the width of all that is left for
+    the decoder."""
     from diffusers.models.resnet import Downsample2D, ResnetBlock2D
 
     names = ("resnets", "base_to_ctrl", "ctrl_to_base")
@@ -169,7 +170,7 @@ def _down(block: Any, left: list[int], width: int, heads: int | None, most: int)
 
 
 class Middle(nn.Module):
-    """The module beside the middle block: a resnet, and attentions with a resnet behind each."""
+    """The module parallel to the middle block: a resnet, and attentions with a resnet behind each."""
 
     def __init__(self, block: Any, width: int, heads: int | None) -> None:
         super().__init__()

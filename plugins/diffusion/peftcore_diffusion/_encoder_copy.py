@@ -126,7 +126,7 @@ def control(surgeon: Surgeon, config: Any, make: Callable[[Any, Tap], nn.Module]
 
     Raises:
         ConfigError: there are options for single blocks.
-        UnsupportedSite: a target module is no block of a UNet behind its encoder.
+        UnsupportedSite: a target module is not a UNet block behind the encoder.
     """
     if any(config.overrides.values()):
         raise ConfigError(f"{surgeon.method.name} has one network for all blocks: it takes no overrides")
@@ -184,7 +184,7 @@ def encoder_copy(surgeon: Surgeon, model: Any, widths: tuple[int, ...], channels
 def borrowed_encoder(
     surgeon: Surgeon, model: Any, lender: Tap, widths: tuple[int, ...], channels: int, rank: int, vectors: bool
 ) -> nn.Module:
-    """Make a ControlNet whose encoder is that of a UNet, with updates of its own."""
+    """Make a ControlNet that runs a UNet's encoder with separate low-rank updates."""
     with torch.device("meta"):
         network = _controlnet(model, widths, channels)
     borrow(network, model, lender, surgeon.resolver.layer_of, rank, vectors)

@@ -12,7 +12,7 @@ from peftcore_diffusion._skips import Skip
 
 
 class Hints(nn.Module):
-    """Maps an image to hints, first to last. The image is 2^(len(widths) - 1) times as large as what the UNet gets."""
+    """Maps an image to hints, first to last. The image is 2^(len(widths) - 1) times as large as the UNet's input."""
 
     def __init__(self, skips: Iterable[Skip], channels: int, widths: list[int], kernel: int) -> None:
         super().__init__()

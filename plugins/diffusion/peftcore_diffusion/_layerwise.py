@@ -1,4 +1,4 @@
-"""A text of its own for each cross-attention of a UNet: which these are, and how each takes its own."""
+"""A separate text for each cross-attention of a UNet: finds the attentions and selects the states of each."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from peftcore.author import InputOperator, Mine, Site, Surgeon
 from peftcore.errors import ConfigError
 
 PARTS = ("down_blocks", "mid_block", "up_blocks")
-"""The parts of a UNet of diffusers, in the order in which they run; as modules, the middle comes last."""
+"""The parts of a UNet of diffusers, in the order in which they run; in the order of registration, the middle is
+last."""
 STATES = "encoder_hidden_states"
 
 
@@ -55,8 +56,8 @@ def cross_attentions(surgeon: Surgeon) -> list[Site]:
 
 
 def read_layers(surgeon: Surgeon, keys: Iterable[Site] | None = None, left_out: bool = False) -> tuple[int, set[str]]:
-    """Let cross-attentions read their own states: those whose matrices for keys are given, or all. Return how many
-    there are in the host, and the paths of those that read."""
+    """Let cross-attentions read their own states: those whose matrices for keys are given, or all. Return the number of
+    cross-attentions in the host, and the paths of the selected ones."""
     every = cross_attentions(surgeon)
     wanted = {site.module_path for site in every} if keys is None else {around(site) for site in keys}
     reading = [(layer, site) for layer, site in enumerate(every) if site.module_path in wanted]

@@ -32,7 +32,7 @@ class Residual(nn.Module):
 
 
 class Pyramid(nn.Module):
-    """Maps an image, `downscale` times as large as what has level 0, to one feature for each place."""
+    """Maps an image, `downscale` times as large as the activation at level 0, to one feature for each place."""
 
     def __init__(self, places: list[Place], channels: int, downscale: int, blocks: int) -> None:
         super().__init__()

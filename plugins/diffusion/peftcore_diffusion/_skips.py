@@ -1,4 +1,4 @@
-"""The skip connections of a UNet: what its encoder leaves for the resnets of its decoder."""
+"""The skip connections of a UNet: encoder outputs that the resnets of its decoder read."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def skip_sites(surgeon: Surgeon) -> dict[str, list[SkipSite]]:
     """Return the sites of a method as resnets of decoders, by the prefix of their UNet's paths, first to last.
 
     Raises:
-        UnsupportedSite: a site is no resnet of a decoder, or the decoder does not read the skips one by one.
+        UnsupportedSite: a site is not a resnet of a decoder, or the decoder does not read the skips one by one.
     """
     stacks: dict[str, list[Site]] = {}
     for site in surgeon.sites():

@@ -17,7 +17,7 @@ def told(name: str, rows: int) -> Tensor:
     where a module sees several rows of one (frames), where one image is for all, or as calls say that the batch does.
 
     Raises:
-        MissingContext: nobody said it.
+        MissingContext: the call does not pass the tensor.
         RouteError: there are not as many rows.
     """
     return _each(forward_context().for_rows(name, rows), rows)
@@ -32,7 +32,7 @@ def timesteps(rows: int, device: torch.device) -> Tensor:
     says, a number or one for each row, and otherwise the argument of that name with which the host was called.
 
     Raises:
-        MissingContext: nobody said it, and the host has no such argument.
+        MissingContext: neither the call nor the host's arguments contain the timestep.
         RouteError: there are not as many rows.
     """
     running = forward_context()

@@ -4,7 +4,7 @@
 
 E' starts as the encoder and the middle block of the base, Z_i are 1x1 convolutions that start at zero, H is eight
 convolutions of which the last starts at zero: a fresh injection changes nothing, and its first step moves the Z_i
-alone. The base stays frozen, decoder included (sd_locked of lllyasviel/ControlNet). The image comes with the call,
+alone. The base stays frozen, decoder included (sd_locked of lllyasviel/ControlNet). The call passes the image,
 ``with peftcore.call(model, condition=image): ...``, [batch or 1, channels, height, width], 8 times as large as the
 latents with four `widths`; the option `input` gives it another name, where several act, and ``condition_scale=`` in a
 call takes the place of `scale`. `guess_mode` lets the controls count less the shallower they are, from 0.1 on.

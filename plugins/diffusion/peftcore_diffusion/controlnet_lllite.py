@@ -4,12 +4,12 @@
 
 at the matrices that read the image in attention of a UNet's encoder and its middle: queries, keys and values of
 self-attention, queries of cross-attention. x is [tokens, in], e [tokens, condition_dim], D [hidden, in],
-M [hidden, condition_dim + hidden], U [in, hidden]. Each matrix has a network and convolutions of its own: one of 4x4
-with stride 4 to condition_dim / 2 channels, and then one or two whose strides bring the image to the matrix's tokens:
-2 where the latents are whole, 4 where they were halved once, 4 and 2 where twice. Deeper ones are not made (the middle
-of Stable Diffusion 1.5: exclude it).
+M [hidden, condition_dim + hidden], U [in, hidden]. Each matrix has a separate network and separate convolutions: one of
+4x4 with stride 4 to condition_dim / 2 channels, and then one or two whose strides reduce the image to the grid of the
+matrix's tokens: 2 where the latents are whole, 4 where they were halved once, 4 and 2 where twice. Deeper ones are not
+made (the middle of Stable Diffusion 1.5: exclude it).
 
-The image comes with the call, ``with peftcore.call(model, condition=image): ...``, [batch or 1, channels, height,
+The call passes the image, ``with peftcore.call(model, condition=image): ...``, [batch or 1, channels, height,
 width], 8 times as large as the latents, scaled to [-1, 1]; the option `input` gives it another name, and
 ``condition_scale=`` in a call takes the place of `scale`. Theirs is computed once an image, ours in each forward.
 

@@ -4,13 +4,13 @@
     W' = W + up down   for each matrix and convolution W of E' and the middle block
 
 As in `controlnet`, Z_i are 1x1 convolutions that start at zero and H is eight convolutions of which the last starts at
-zero, so a fresh injection changes nothing. W is the UNet's own tensor, read when the encoder runs: there is no second
-copy of it, in memory or in the file. Other adapters of the UNet do not act in E'; one that is merged is in W. up starts
-at zero; the rank of a layer is at most its number of inputs or outputs. Biases and norms of E' train whole, which is
-what files of Stability hold of them; without `vectors` they are the UNet's, as in HighCWu/control-lora-v2. ``load``
-reads Stability's files, ``save(format="control_lora")`` writes them.
+zero, so a fresh injection changes nothing. W is the UNet's own tensor, read when the encoder runs: neither memory nor
+the file holds a second copy. Other adapters of the UNet do not act in E'; one that is merged is in W. up starts at
+zero; the rank of a layer is at most its number of inputs or outputs. Biases and norms of E' train whole, as Stability's
+files store them; without `vectors` they are the UNet's, as in HighCWu/control-lora-v2. ``load`` reads Stability's
+files, ``save(format="control_lora")`` writes them.
 
-The image comes with the call, ``with peftcore.call(model, condition=image): ...``, [batch or 1, channels, height,
+The call passes the image, ``with peftcore.call(model, condition=image): ...``, [batch or 1, channels, height,
 width], 8 times as large as the latents with four `widths`; the option `input` gives it another name, where several act,
 and ``condition_scale=`` in a call takes the place of `scale`. `guess_mode` lets the controls count less the shallower
 they are, from 0.1 on. The UNet is a UNet2DConditionModel. Rows of a batch cannot go to different injections.

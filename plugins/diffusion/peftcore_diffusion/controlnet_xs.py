@@ -3,10 +3,10 @@
     g_0 = conv(x) + H(image),   g_i = G_i([g_(i-1); P_i h_(i-1)]),   h_i <- h_i + scale * Q_i g_i     in the encoder
     h <- h + scale * R_i g_i,   where the decoder reads skip i: added to what comes from below, not to the skip
 
-h_i is what layer i of the UNet's encoder or its middle block returns, G_i a layer of the same kind that is `ratio`
+h_i is the output of layer i of the UNet's encoder or of its middle block, G_i a layer of the same kind that is `ratio`
 times as wide and starts at random; P_i, Q_i and R_i are 1x1 convolutions that start at zero, H is eight convolutions of
 which the last starts at zero. So a fresh injection changes nothing, and its first step moves Q and R alone. The base
-stays frozen. The image comes with the call, ``with peftcore.call(model, condition=image): ...``, [batch or 1, channels,
+stays frozen. The call passes the image, ``with peftcore.call(model, condition=image): ...``, [batch or 1, channels,
 height, width], 8 times as large as the latents with four `widths`; the option `input` gives it another name, where
 several act, and ``condition_scale=`` in a call takes the place of `scale`.
 
@@ -16,7 +16,7 @@ embedding of the time is the UNet's own, as by default in theirs; one that learn
 R_i g_i is added behind it.
 
 Parameters: those of the thin encoder, whose layers read g and h together, of H, and b^2 + b + c b + b for each layer
-with b channels beside c of its own, c b + b for each skip.
+that reads b channels of h and c channels of g, c b + b for each skip.
 
 Use it for control to the pixel with a fraction of controlnet's parameters, its nearest kin; not where a published
 ControlNet is there already. It cannot be merged.
@@ -57,7 +57,7 @@ class ControlNetXSConfig(MethodConfig):
 
 
 class StartOperator(XSOperator):
-    """Begins beside the first convolution, with the image."""
+    """Runs the first convolution of the thin encoder, and adds the image's features."""
 
     def __init__(self, site: Site, config: ControlNetXSConfig, network: Shared, after: Tap) -> None:
         super().__init__(site, network, config.input, config.scale)
@@ -77,7 +77,7 @@ class StartOperator(XSOperator):
 
 
 class ExchangeOperator(XSOperator):
-    """Runs the layer beside one of the encoder, or beside the middle block."""
+    """Runs the thin encoder's layer in parallel with a layer of the UNet's encoder or with the middle block."""
 
     def __init__(
         self, site: Site, config: ControlNetXSConfig, network: Shared, what: Exchange, before: Tap, after: Tap
@@ -97,7 +97,7 @@ class ExchangeOperator(XSOperator):
 
 
 class SkipOperator(XSOperator):
-    """Adds, in front of a resnet of the decoder, to what comes from below."""
+    """Adds the control to a decoder resnet's input from the layer before it, not to the skip."""
 
     changes_inputs, only_inputs = True, True
 

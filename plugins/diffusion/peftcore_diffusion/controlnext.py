@@ -2,17 +2,17 @@
 
     h <- h + scale * CN(c, h),   CN(c, h) = (c - mean(c)) * std(h) / (std(c) + 1e-12) + mean(h),   c = pool(F(image, t))
 
-h [batch, width, rows, columns] is what the first block of the encoder hands on to the next; what it leaves for the
-decoder's skips stays as it is. Means and deviations are those of a row over all of its channels and places (cross
+h [batch, width, rows, columns] is the first encoder block's output that the next block reads; its outputs for the
+decoder's skips are unchanged. Means and deviations are those of a row over all of its channels and places (cross
 normalization), so the feature counts from the first step on: no start is an identity, but for a scale of 0. F halves
-the image three times: three convolutions, two residual blocks that are told the timestep, one more residual of two
+the image three times: three convolutions, two residual blocks that read the timestep, one more residual of two
 convolutions, and a 1x1 convolution to the width of h; pool averages (or repeats) to the size of h. With ``before`` h is
-what the block is given, as in the authors' code for SDXL.
+the block's input, as in the authors' code for SDXL.
 
 Some of the base trains along, from its values and `control_rate` times slower than F: the output matrices and biases
 of attention, which ``base="cross"`` makes those of cross-attention alone, as for SDXL; "none" leaves all as it is. The
-image comes with the call, ``with peftcore.call(model, condition=image): ...``, [batch or 1, channels, height, width],
-8 times as large as the latents; the option `input` gives it another name, and ``condition_scale=`` in a call takes the
+call passes the image, ``with peftcore.call(model, condition=image): ...``, [batch or 1, channels, height, width], 8
+times as large as the latents; the option `input` gives it another name, and ``condition_scale=`` in a call takes the
 place of `scale` (0.35 for edges in their scripts).
 
 Parameters: in * out + out of a matrix; of F, with widths w, v, u, with c channels of the image and d of h:
@@ -59,7 +59,7 @@ class ControlNeXtConfig(MethodConfig):
     scale: NonNegativeFloat = 1.0
     """By how much the feature counts, where the call says nothing else."""
     before: bool = False
-    """Add the feature to what the block is given, in place of what it hands on."""
+    """Add the feature to the block's input instead of its output."""
     base: Literal["attention", "cross", "none"] = "attention"
     """The output matrices that train along: those of all attention, those of cross-attention, or none."""
     channels: PositiveInt = 3
@@ -157,7 +157,7 @@ class ControlNeXt(Method):
 
 
 def _width(surgeon: Surgeon, site: Site, before: bool) -> int:
-    """Return how many channels a block is given, or hands on; 0 where it has no convolutions that tell."""
+    """Return the number of channels of a block's input or output; 0 where no convolution in it shows the number."""
     inside, entries = f"{site.module_path}.resnets.", surgeon.resolver.host.entries
     shapes = [entry.shape for entry in entries if entry.role == "conv" and entry.module.startswith(inside)]
     return (shapes[0][1] if before else shapes[-1][0]) if shapes else 0

@@ -3,10 +3,10 @@
     k = (W_k + delta_k) c,   v = (W_v + delta_v) c,   c the text,   delta = 0 at first
 
 W + delta is a full matrix that starts from W. The authors' code (adobe-research/custom-diffusion) trains it in place;
-here the change is a parameter of its own, so the base stays, a fresh injection changes nothing to the bit, and weight
+here the change is a separate parameter, so the base stays, a fresh injection changes nothing to the bit, and weight
 decay pulls to the base instead of to zero. As in their code, the first token of the text, its start, gives delta no
 gradient. With `modifier_tokens`, the words that name the concept train along (`textual_inversion`) in a model that
-holds its text encoder too; a text encoder that is a model of its own takes `textual_inversion` by itself.
+holds its text encoder too; a text encoder that is a separate model takes `textual_inversion` by itself.
 
 Images that keep the class as it is (prior preservation) are the training loop's business: they are more data. The
 closed-form merge of several concepts and the compression of delta are not here.

@@ -3,19 +3,19 @@
     z = x + gamma_1 * Attention(x),   y = z + gamma_2 * FeedForward(z)   in each block;   gamma [d], one at first
 
 Trained from their values: all biases, the gains of norms, and the table of classes. Cross-attention has a gamma too. A
-gamma stands where its branch ends, before what scales the branch (the gates of a DiT) or drops from it, with which it
-commutes. ``scales="matrices"`` has one behind queries, keys and values too, as mkshing/DiffFit-pytorch has it, whose
-second gamma behind an attention is one with the first. All merges: gamma into the matrix and bias that it scales.
+gamma scales the output of its branch, before gates (of a DiT) and dropout, with which it commutes.
+``scales="matrices"`` has one behind queries, keys and values too, as mkshing/DiffFit-pytorch has it, whose second gamma
+behind an attention is one with the first. All merges: gamma into the matrix and bias that it scales.
 
-The code there chooses what trains by words in names (bias, norm, gamma, y_embed); here it is what a tensor is. So the
-matrices that make a DiT's modulation, which diffusers keeps in modules called norm1, stay as they are, as they do in
-the DiT of the paper. A table is of classes where ids are looked up and the host takes no tokens: diffusers' DiT has one
-in each block. Feed-forwards of stacked experts have no gamma.
+The authors' code selects the trained tensors by words in their names (bias, norm, gamma, y_embed); here the selection
+is by the kind of tensor. So the matrices that make a DiT's modulation, which diffusers keeps in modules called norm1,
+stay as they are, as they do in the DiT of the paper. A table is of classes where ids are looked up and the host takes
+no tokens: diffusers' DiT has one in each block. Feed-forwards of stacked experts lack a gamma.
 
 Parameters: the length of each bias and gain, rows times width of the table, and 2 d a block (3 d with cross-attention,
 5 d or 9 d with "matrices").
 
-Use it to bring a diffusion transformer to another domain with a thousandth of its parameters. For one subject or style
+Use it to adapt a diffusion transformer to another domain with a thousandth of its parameters. For one subject or style
 `lora` says more; where no norms and classes are to move, `bitfit` is its nearest kin.
 """
 
@@ -39,7 +39,7 @@ class DiffFitConfig(MethodConfig):
 
     method: Literal["difffit"] = "difffit"
     scales: Literal["branches", "matrices"] = "branches"
-    """Where gamma stands: where attention and feed-forward end, or behind queries, keys and values as well."""
+    """Places of gamma: behind attention and feed-forward, or behind queries, keys and values as well."""
     blocks: PositiveInt | None = None
     """How many blocks of each stack have a gamma, from the first on (the paper tries the first half too); None for
     all."""

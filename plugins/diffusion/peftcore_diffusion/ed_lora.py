@@ -4,13 +4,13 @@
     cross-attention l of L:   K = W_k c_l,  V = W_v c_l,   c_l = T(prompt with V_rand_l V_class_l)
     V_rand = random_std N(0, 1),   V_class = E[initializer],   each the same vector for all l at first
 
-The prompt names the subject by two words, one that means nothing yet and one of its class, each of L tokens, one for
-each cross-attention: what looks like the subject goes into the words, and the LoRA is left with less, so that several
-subjects can be fused (`mix_of_show`). The scale is alpha itself, whatever the rank. A ~ U(-1, 1) / sqrt(in), B = 0.
+The prompt names the subject by two words, an unused word and the word of its class. Each word has L tokens, one for
+each cross-attention. The words learn most of the subject's looks and the LoRA learns less, so that several subjects can
+be fused (`mix_of_show`). The scale is alpha itself, whatever the rank. A ~ U(-1, 1) / sqrt(in), B = 0.
 
 Apply it to the text encoder with `random_tokens` and `class_tokens`, once the tokenizer knows the placeholders, and to
-the UNet without. A model that holds both takes the words too, and LoRA in both where `target` names the roles. A text
-goes to the UNet as in `xti`: states [batch, L, tokens, dim], or [batch, tokens, dim] for all cross-attentions alike. A
+the UNet without. A model that holds both takes the words too, and LoRA in both where `target` names the roles. The UNet
+reads a text as in `xti`: states [batch, L, tokens, dim], or [batch, tokens, dim] for all cross-attentions alike. A
 merged UNet takes these alone, until ``peftcore.apply(unet, "xti", target="cross.k")`` reads layers again.
 
 The authors train the text encoder with 1e-5, the UNet with 1e-4, and stop the words once their mean norm is 0.55: the

@@ -2,11 +2,12 @@
 
     K = W_k (c + scale * f_k(c)),   V = W_v (c + scale * f_v(c)),   f(c) = W_2 a(W_1 c + b_1) + b_2
 
-c [tokens, width] is what keys and values are made of: the text in cross-attention, the latents in self-attention. There
+c [tokens, width] is the input of keys and values: the text in cross-attention, the latents in self-attention. There
 is one f_k and one f_v for each width, which all attentions with a context of that width share: 768 and 320, 640, 1280
 in Stable Diffusion 1.5, the webui's default. `structure` has the widths inside f, relative to that of c: [1, 2, 1] is
-W_1 [2 width, width] and W_2 [width, 2 width]; a is the activation, with the default "linear" none. Behind each layer
-stand, as in the webui: the activation (behind the last with `activate_output`), a layer norm with `norm`, a dropout.
+W_1 [2 width, width] and W_2 [width, 2 width]; a is the activation, with the default "linear" none. Each layer is
+followed, as in the webui, by the activation (behind the last with `activate_output`), a layer norm with `norm`, a
+dropout.
 
 Matrices start as N(0, 0.01) and biases at zero (gains of norms as N(0, 0.01) too), so no start is an identity, but for
 a scale of 0. The webui has its strength while it samples alone; here `scale` counts in training too.
@@ -19,7 +20,7 @@ Parameters: two f for each width, each the sum of in * out + out over its layers
 2 out more for each layer norm.
 
 Use it for a style, where weights are to stay as they are; `lora` says more with less and merges, `textual_inversion` is
-smaller. It acts in any attention with matrices of its own for keys and values. It is not merged.
+smaller. It acts in any attention that has separate matrices for keys and values. It is not merged.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class HypernetworkA1111Config(MethodConfig):
     structure: list[PositiveFloat] = Field(default_factory=lambda: [1.0, 2.0, 1.0], min_length=2, max_length=32)
     """Widths of a network, relative to that of its context, which is the first and the last: 1."""
     activation: Literal["linear", "relu", "leakyrelu", "elu", "swish", "tanh", "sigmoid"] = "linear"
-    """The activation behind each layer but the last; "linear" is none, "swish" is Hardswish."""
+    """The activation behind each layer but the last; "linear" is the identity, "swish" is Hardswish."""
     activate_output: bool = False
     """Have the activation behind the last layer too."""
     norm: bool = False

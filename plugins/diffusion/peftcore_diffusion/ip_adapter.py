@@ -2,7 +2,7 @@
 
     y = W_o (Attention(q, W_k c, W_v c) + scale * Attention(q, K e, V e)),   K = W_k, V = W_v at first
 
-c is the text, e [tokens, dim] the image, which comes with the call: ``with peftcore.call(model, image_tokens=e): ...``,
+c is the text, e [tokens, dim] the image, which the call passes: ``with peftcore.call(model, image_tokens=e): ...``,
 one for each row or one for all. With `embed_dim` the call gives ``image_embeds`` [batch, embed_dim] instead (of CLIP),
 and a projection that trains along makes e of them: LN(W x + b) in `tokens` parts. Rows without an image (half of a
 batch under classifier-free guidance) have an embedding of zeros. ``image_scale=`` in a call takes the place of `scale`.
@@ -60,7 +60,7 @@ class QueryOperator(Operator):
 
 
 class IPAdapterOperator(Operator):
-    """Attention to the image, added to what goes into the output matrix."""
+    """Attention to the image, added to the output matrix's input."""
 
     def __init__(self, site: ImageSite, config: IPAdapterConfig) -> None:
         super().__init__(site)

@@ -4,12 +4,12 @@
     A [rank, a] ~ N(0, 2 / (a + rank)),   B [b, rank] zero,   A_aux [a, in] and B_aux [out, b] frozen
 
 LoRA whose factors are written in a random basis that is not whole: the rows of A_aux and the columns of B_aux are
-orthonormal, a of the `in` directions and b of the `out`. What trains does not grow with the layer. Each site has bases
-of its own, by `basis_seed` and its number. Files hold them with `store_basis` only: whoever loads an adapter draws them
-again, in float64 on the CPU, with the signs that leave one solution. A layer that is narrower than a or b has a whole
-basis there, and a rank at most as large as its bases. Kernels of convolutions count as columns, [a, in, *kernel];
-experts have bases of their own each. In memory they are a * in + b * out numbers a site: 60 MB in the UNet of Stable
-Diffusion 1.5.
+orthonormal, a of the `in` directions and b of the `out`. The number of trained values does not grow with the layer.
+Each site has separate bases, drawn by `basis_seed` and its number. Files hold them with `store_basis` only: loading an
+adapter draws them again, in float64 on the CPU, with the signs that leave one solution. A layer that is narrower than a
+or b has a whole basis there, and a rank at most as large as its bases. Kernels of convolutions count as columns, [a,
+in, *kernel]; each expert has separate bases. In memory they are a * in + b * out numbers a site: 60 MB in the UNet of
+Stable Diffusion 1.5.
 
 The authors published no code. The equation is the paper's, with s = 1, or alpha / rank where `alpha` is given; the
 start and the order of the factors are those of an unofficial code, MFaceTech/HyperDreamBooth, which takes a = 160 and
@@ -17,7 +17,7 @@ b = 80. In another one, KohakuBlueleaf/HyperKohaku, the bases are normal instead
 
 The network that predicts A and B of all sites from a picture of a face is not here: it is trained with thousands of
 adapters. Nor is the relaxed rank an option. The paper adds the update to the weights and trains a LoRA of a higher rank
-for 40 steps, which is ``injection.bake()`` and `lora` with rank 4; or `lora` beside this adapter, once
+for 40 steps, which is ``injection.bake()`` and `lora` with rank 4; or `lora` in addition to this adapter, once
 ``injection.trainable(False)`` has frozen it.
 
 Parameters: rank * (a + b) a site, times the number of experts: 19,200 in the UNet of Stable Diffusion 1.5, and 7,200 in
@@ -47,7 +47,7 @@ class LiDBConfig(MethodConfig):
     rank: PositiveInt = 1
     """Rank of the update; at most the size of the smaller basis."""
     alpha: PositiveFloat | None = None
-    """Numerator of the scale ``alpha / rank``; None has no scale."""
+    """Numerator of the scale ``alpha / rank``; None leaves the update unscaled."""
     a: PositiveInt = 100
     """Directions of the inputs that an update can read; at most all of them."""
     b: PositiveInt = 50

@@ -9,9 +9,9 @@ map and has `rank` and `alpha` (LyCORIS looks at the first size of a kernel only
 layer's own; the convolutions that LyCORIS has for its `bypass_mode` forget the dilation. Embeddings, which LyCORIS
 passes over, start with D at zero and U ~ N(0, 1), as in LoRA.
 
-By default every linear map and convolution of the blocks, with what stands around them in a UNet (the preset "full"):
-projections, resamplers, the first and the last convolution, the embedding of the timestep. scaling="sqrt_rank" is
-`rs_lora`. There is no dropout: that of LyCORIS acts in `bypass_mode` alone.
+By default every linear map and convolution of the blocks, and the layers around the blocks of a UNet (the preset
+"full"): projections, resamplers, the first and the last convolution, the embedding of the timestep. scaling="sqrt_rank"
+is `rs_lora`. Dropout is left out: that of LyCORIS acts in `bypass_mode` alone.
 
 Parameters: rank * (in * kernel + out) a site; with use_tucker, conv_rank * (in + out) + conv_rank^2 * kernel a
 convolution of more than one point.

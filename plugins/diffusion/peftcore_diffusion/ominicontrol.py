@@ -4,20 +4,20 @@
     y = W c + B A c                  for the tokens c of the condition alone; y = W x for all others
 
 c is a stream of the condition's tokens, made by the transformer's own embedding, whose queries see the text and the
-image, as they see c; what it is behind the last block is dropped. The condition comes with the call,
+image, as they see c; its output behind the last block is dropped. The call passes the condition,
 ``with peftcore.call(model, condition=c): ...``, in the form of the model's own image ([batch or 1, tokens, channels] of
 Flux: latents of the autoencoder, packed; [batch or 1, channels, height, width] elsewhere). In Flux it has the places of
 the image itself, or those in ``condition_ids=`` [tokens, 3], times `position_scale` and moved by `position_delta`: none
-where both show the same scene (edges, depth), (0, -width) for a subject that stands elsewhere. The authors' training
-scales first and moves then, which is what happens here; their pipeline has it the other way round.
+where both show the same scene (edges, depth), (0, -width) for a subject at another place. The authors' training
+scales first and moves then, as here; their pipeline does both in the other order.
 
 A ~ N(0, 1 / rank^2), B = 0, scale 1: their code runs with 1 whatever lora_alpha says. With `independent` c sees itself
 alone (feature reuse of OminiControl2, arXiv 2503.08280). Guidance of a distilled model is 1 for c. Their code is for
-Flux; here SD3, PixArt and DiT have the same blocks, with the places of their own grid. The paper's bias by which a
+Flux; here SD3, PixArt and DiT have the same blocks, with each model's grid of places. The paper's bias by which a
 condition counts less in attention is in their code no more, and not here.
 
 No start is an identity: c is seen at once. Parameters: rank * (in * kernel + out) a site, by default those that
-embed, modulate and project the image, and the last ones of a branch; matrices of the text are no sites.
+embed, modulate and project the image, and the last ones of a branch; matrices of the text are left out.
 
 Use it on a diffusion transformer, for edges and for subjects alike, with 0.1 % of its parameters; on a UNet controlnet
 and ip_adapter do that. It cannot be merged, and costs a second image's time.
@@ -60,7 +60,7 @@ class OminiControlConfig(MethodConfig):
     position_delta: tuple[int, int] = (0, 0)
     """By how many rows and columns of tokens the condition's places are moved; in Flux alone."""
     position_scale: PositiveFloat = 1.0
-    """Factor of the condition's places, where its image is smaller than what it stands for; in Flux alone."""
+    """Factor of the condition's places, for an image that shows a larger one at lower resolution; in Flux alone."""
     independent: bool = False
     """Let the condition see itself alone, and neither image nor text."""
     input: str = "condition"

@@ -4,13 +4,13 @@
     y = W e + b - r W i + sigmoid((r - beta) / tau) o     i the concept's encoding,   o what W makes of it instead
     keys:  o = W s,   locked,   s the super-class;      values:  o = W s + v,   v [out] = 0 at first, which trains
 
-A token that is the concept has r = 1: what W made of the word makes way for o. Keys say where a concept goes, so it
-goes where its class does ("a cat"); values say how it looks. i is a moving average of the concept's encodings, of which
-the newest, a mean over the batch, has the gradient; s is the class's encoding in data, of keys an average too.
+A token that is the concept has r = 1: o replaces W's output for the word. Keys decide where a concept appears, so it
+appears where its class does ("a cat"); values decide how it looks. i is a moving average of the concept's encodings, of
+which the newest, a mean over the batch, has the gradient; s is the class's encoding in data, of keys an average too.
 
-``data=`` has the texts of which C comes, 100,000 captions in the paper, and some with the word of the class, where
-labels beside the batch say at which place it is; i and s start from these. In training calls are told where the concept
-is in each text; what the encoder makes of the class in its place may be told too, for the keys:
+``data=`` contains the texts for C, 100,000 captions in the paper, and texts with the word of the class, whose position
+is in the labels of the batch; i and s start from the latter. In training calls pass the concept's position in each
+text; they may also pass the encoding of the text with the class in its place, for the keys:
 
     texts = [{"sample": noisy, "timestep": 0, "encoder_hidden_states": states}, ...]
     peftcore.apply(unet, "perfusion", data=[*texts, peftcore.Labelled(texts_of_class, positions)])
@@ -72,13 +72,14 @@ class PerfusionConfig(MethodConfig):
     tau: PositiveFloat = 0.1
     """How softly the gate opens, in training."""
     beta_eval: float = 0.7
-    """The `beta` of evaluation: less brings more of the concept's looks, more obeys the rest of the prompt."""
+    """The `beta` of evaluation: lower values show more of the concept's looks, higher ones follow the rest of the
+    prompt more closely."""
     tau_eval: PositiveFloat = 0.15
     """The `tau` of evaluation."""
     ema: Share = 0.99
     """How much of the moving averages a step keeps."""
     text_gradient: Annotated[float, Field(gt=0.0, le=1.0)] = 0.1
-    """Share of the gradient that goes on to the text, so that the word learns more slowly."""
+    """Share of the gradient that is passed on to the text, so that the word learns more slowly."""
     damping: NonNegativeFloat = 1e-3
     """The number that is added to the diagonal of C, relative to its mean."""
     tokens: list[int] = Field(default_factory=list)

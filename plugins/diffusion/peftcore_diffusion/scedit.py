@@ -9,14 +9,14 @@ other as the encoder leaves its skips, each with stride 2 where that halved the 
 three of them with stride 2. U, u and Z start at zero, so no start changes anything; with an image only the biases of
 Z_2, Z_3, ... move in the first step.
 
-The image comes with the call, ``with peftcore.call(model, condition=image): ...``, [batch or 1, channels, height,
+The call passes the image, ``with peftcore.call(model, condition=image): ...``, [batch or 1, channels, height,
 width], 8 times as large as the latents with four `widths`; the option `input` gives it another name, where several
 act, and ``condition_scale=`` in a call takes the place of `scale`. Images of several injections add up. Their code has
 3x3 convolutions as Z; the paper's number of parameters is that of ``kernel=1``.
 
 Parameters: 2 width r + r + width for each skip; with an image those of H, and kernel^2 width_(i-1) width_i + width_i.
 
-Use it for a style or a subject where memory is short: backward goes through the decoder alone. Not where the text is
+Use it for a style or a subject where memory is short: backward runs through the decoder alone. Not where the text is
 to be understood in another way, for which LoRA in cross-attention is better. With an image it is smaller than
 controlnet, its nearest kin, and sees no features of the encoder but the skips. It cannot be merged.
 """
@@ -48,7 +48,7 @@ from peftcore_diffusion._skips import SkipSite, skip_sites
 from peftcore_diffusion._told import told
 
 OF_ALL = {"channels", "widths", "kernel", "input"}
-"""Options of what all tuners share."""
+"""Options of the network that all tuners share."""
 
 
 class SCEditConfig(MethodConfig):
@@ -60,7 +60,7 @@ class SCEditConfig(MethodConfig):
     scale: NonNegativeFloat = 1.0
     """By how much tuners count, where the call says nothing else."""
     channels: PositiveInt | None = None
-    """Channels of a condition image; none: there is no image."""
+    """Channels of a condition image; without the option, the method reads none."""
     widths: list[PositiveInt] = Field(default_factory=lambda: [16, 32, 96, 256], min_length=1)
     """Channels inside H; all but the first halve the resolution."""
     kernel: Literal[1, 3] = 3

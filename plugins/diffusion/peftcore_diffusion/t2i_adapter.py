@@ -2,14 +2,14 @@
 
     F_0 = conv(unshuffle(image)),   F_i = R_i(pool(F_{i-1})),   h_i <- h_i + scale * F_i   at the end of encoder block i
 
-R_i: a 1x1 convolution where the width changes, then `blocks` times x + conv_1x1(relu(conv_3x3(x))). The image comes
-with the call, ``with peftcore.call(model, condition=image): ...``, [batch or 1, channels, height, width], `downscale`
-times as large as the latents; the option `input` gives it another name, where several adapters act, and
-``condition_scale=`` in a call takes the place of `scale`. F does not depend on the timestep.
+R_i: a 1x1 convolution where the width changes, then `blocks` times x + conv_1x1(relu(conv_3x3(x))). The call passes the
+image, ``with peftcore.call(model, condition=image): ...``, [batch or 1, channels, height, width], `downscale` times as
+large as the latents; the option `input` gives it another name, where several adapters act, and ``condition_scale=`` in
+a call takes the place of `scale`. F does not depend on the timestep.
 
-In blocks with attention F is added behind the last of it, before the resolution is halved; to what comes out of the
-others, as in diffusers. So the four stages of Stable Diffusion 1.5 are those of the authors (TencentARC/T2I-Adapter),
-and the three of SDXL the first three of its adapter, whose fourth goes to the middle block. Sizes follow from the
+In blocks with attention F is added behind the last attention, before the resolution is halved; in other blocks to their
+output, as in diffusers. So the four stages of Stable Diffusion 1.5 are those of the authors (TencentARC/T2I-Adapter),
+and the three of SDXL the first three of its adapter, whose fourth is added at the middle block. Sizes follow from the
 model. All starts as torch's layers do: no start is an identity, but for a scale of 0. The light variant is not here.
 
 Parameters, with widths c_i: 9 channels f^2 c_0 + c_0, f = downscale (twice that for SDXL); a stage, c_{i-1} c_i + c_i
@@ -53,7 +53,7 @@ class T2IAdapterConfig(MethodConfig):
     channels: PositiveInt = 3
     """Channels of the condition image; 1 for sketches and edges."""
     downscale: PositiveInt = 8
-    """How many times larger the image is than what the host gets: the factor of its autoencoder."""
+    """How many times larger the image is than the host's input: the factor of its autoencoder."""
     blocks: PositiveInt = 2
     """Residual blocks in each stage."""
     input: str = "condition"

@@ -4,7 +4,7 @@
 
 Only v trains, with the loss of the frozen diffusion model. Apply it to the text encoder (of SDXL to both) once the
 tokenizer knows the placeholders: `add_tokens`, then ``text_encoder.resize_token_embeddings(len(tokenizer))``; the
-prompt has to name them all. v is a parameter of its own, so weight decay, moments of the optimizer and the file are of
+prompt has to name them all. v is a separate parameter, so weight decay, moments of the optimizer and the file are of
 n rows; the script of diffusers trains the whole table and writes the other rows back after each step. Train in float32
 (the default here, whatever the encoder's dtype): the rows of a half-precision encoder hardly move.
 

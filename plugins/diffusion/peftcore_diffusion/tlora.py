@@ -3,17 +3,18 @@
     y = W x + b + s (B M diag(l) A x - B0 M diag(l0) A0 x),   M = diag(1, ..., 1, 0, ..., 0)
     M has r(t) ones,   r(t) = floor(((T - t) / T)^p (rank - min_rank)) + min_rank
 
-At a timestep t near T, where an image is noise, few ranks act, and all of them at t = 0: what is seen of one or of a
-few pictures there would be learned by heart. t is the host's argument ``timestep``, of each row of the batch its own,
-in training and afterwards; a call can say it for hosts that have none: ``with peftcore.call(model, timestep=t): ...``.
+At a timestep t near T, where an image is noise, few ranks act, and all of them at t = 0: at high noise, an update of
+full rank would memorise the one or few training pictures. t is the host's argument ``timestep``, one for each row of
+the batch, in training and afterwards; a call can pass it for hosts without that argument: ``with peftcore.call(model,
+timestep=t): ...``.
 
-A [rank, in] and B [out, rank] start with orthonormal rows and columns and l [rank] at singular values, so that no rank
-does what another does, and frozen copies of all three are taken off, so that nothing changes at first. start="random"
-has singular values of a matrix N(0, 1 / rank) of the weight's shape, the last (`part`) by default, with random A and B;
-the authors take both from its decomposition, and rows where columns are meant, which is the same in distribution.
-start="weight" has the weight's own, as LyCORIS does by default. start="zero" is what the authors call vanilla T-LoRA: a
-LoRA with A ~ N(0, 1 / rank) and B zero, without l, which is masked. The authors' code has no scale: s is 1 at every
-rank, or alpha / rank where `alpha` is given, as in files of LyCORIS.
+A [rank, in] and B [out, rank] start with orthonormal rows and columns and l [rank] at singular values, so that all
+ranks differ, and the product of frozen copies of all three is subtracted, so that nothing changes at first.
+start="random" has singular values of a matrix N(0, 1 / rank) of the weight's shape, the last (`part`) by default, with
+random A and B; the authors take both from its decomposition, and rows where columns are meant, which is the same in
+distribution. start="weight" has the weight's own, as LyCORIS does by default. start="zero" is the authors' vanilla
+T-LoRA: a LoRA with A ~ N(0, 1 / rank) and B zero, without l, which is masked. The authors' code leaves the scale out: s
+is 1 at every rank, or alpha / rank where `alpha` is given, as in files of LyCORIS.
 
 Convolutions have A [rank, in, *kernel] here; LyCORIS has kernels of one point in all. Where a weight has fewer ranks,
 it is the first so many of the mask that count. Files of LyCORIS are read with all ranks acting, as there, as PiSSA.
@@ -47,7 +48,7 @@ class TLoRAConfig(MethodConfig):
     min_rank: PositiveInt = 32
     """Rank at the last timestep."""
     alpha: PositiveFloat | None = None
-    """Numerator of the scale ``alpha / rank``; None has no scale."""
+    """Numerator of the scale ``alpha / rank``; None leaves the update unscaled."""
     power: PositiveFloat = 1.0
     """Exponent p: above 1 fewer ranks act in between."""
     timesteps: PositiveFloat = 1000.0

@@ -10,8 +10,8 @@ encoded L times, with p_l in place of the word, and the UNet is given all states
     ids = tokenizer([prompt.replace("<toy>", f"<toy-{l}>") for prompt in prompts for l in range(L)], ...).input_ids
     unet(latents, t, encoder(ids)[0].unflatten(0, (-1, L)))          # states [batch, L, tokens, dim]
 
-so it goes to both. To the text encoder, where it is `textual_inversion` of L tokens; and with target="cross.k" to the
-UNet, where nothing trains: each cross-attention takes its own states, and states [batch, tokens, dim] are for all
+so it is applied to both. To the text encoder, where it is `textual_inversion` of L tokens; and with target="cross.k" to
+the UNet, where nothing trains: each cross-attention takes its own states, and states [batch, tokens, dim] are for all
 alike. A model that holds both gets both in one adapter, without a target. L counts the cross-attentions from the input
 to the output: 16 in Stable Diffusion 1.5, 70 in SDXL. The authors published no code; order and form of the states are
 those of Mix-of-Show, whose words are the same.

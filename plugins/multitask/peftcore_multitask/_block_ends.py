@@ -15,7 +15,7 @@ def ending_norms(surgeon: Surgeon, block: BlockSite) -> tuple[Site, ...]:
     """Return the norm that is given the sum at the end of a block, or none where none is.
 
     Raises:
-        UnsupportedSite: the block's code cannot be followed, so nobody knows.
+        UnsupportedSite: the block's code cannot be traced.
     """
     resolver = surgeon.resolver
     inside = [entry for entry in resolver.host.entries if entry.block == block.module_path]

@@ -1,4 +1,4 @@
-"""LoRAs of one module that act on each token with shares of its own."""
+"""LoRAs of one module, mixed by different shares for each token."""
 
 from __future__ import annotations
 

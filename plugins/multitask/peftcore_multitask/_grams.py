@@ -1,4 +1,5 @@
-"""Matrices of the inputs of linear layers, and what regression on them makes of each part of a merge."""
+"""Gram matrices of the inputs of linear layers, and the factors by which a regression on them weighs each part of a
+merge."""
 
 from __future__ import annotations
 
@@ -35,7 +36,7 @@ def grams(injection: Injection, data: Iterable[Any], also: Sequence[str] = ()) -
 
     Raises:
         ConfigError: there is nothing to look at, or the adapter is merged.
-        CalibrationError: there is no data, a layer was not called, or inputs are not finite.
+        CalibrationError: data is missing, a layer was not called, or inputs are not finite.
     """
     model = injection.model
     if injection.merged:
@@ -74,7 +75,7 @@ def matrices_of(path: str, every: Sequence[Mapping[str, Tensor]], like: Tensor) 
     """Return the matrices of one layer for all parts, in float64 and in the shape of `like` ``[parts, in, in]``.
 
     Raises:
-        ConfigError: a part has none, or one that does not fit.
+        ConfigError: a part lacks a matrix, or its matrix has another shape.
     """
     for index, given in enumerate(every):
         G = given.get(path)
@@ -91,7 +92,7 @@ def shares_of(path: str, G: Tensor, weights: Sequence[float], off_diagonal: floa
     inputs have.
 
     Raises:
-        CalibrationError: their sum has no inverse.
+        CalibrationError: their sum is singular.
     """
     diagonal = G.diagonal(dim1=-2, dim2=-1)
     if base:  # not scaled as below: what is orthogonal to the inputs is to stay so

@@ -1,5 +1,5 @@
-"""Methods whose adapters grow: what was trained on some tasks goes on as a part of an adapter for more,
-and what was said of texts of these tasks is held."""
+"""Methods whose adapters grow with tasks: copies a trained adapter's values into one for more tasks, and computes the
+loss that keeps the shares of texts of earlier tasks."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def take_tasks(injection: AppliedMethod, trained: AppliedMethod) -> None:
 
 
 def divergence(told: Any, logs: Tensor) -> Tensor:
-    """Return how far shares are from those that are told, as a mean over the rows that have some.
+    """Return the divergence of shares from target shares, as a mean over the rows that have targets.
 
     Args:
-        told: ``[rows, tasks]``; a row of zeros has none.
+        told: ``[rows, tasks]``; a row of zeros is skipped.
         logs: the logarithms of the shares ``[rows, tasks]``.
 
     Raises:
-        ConfigError: they are told for other rows, or for other tasks.
+        ConfigError: the target shares have another number of rows or tasks.
     """
     told = torch.as_tensor(told).to(logs)
     if told.shape != logs.shape:

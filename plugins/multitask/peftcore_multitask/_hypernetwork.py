@@ -38,7 +38,7 @@ class Reader(nn.Module):
 
 
 class TaskTable(nn.Module):
-    """The embeddings of tasks, and what reads them where nothing else is read with them."""
+    """The embeddings of tasks, and the network that reads them where it reads nothing else."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -99,8 +99,8 @@ class Known:
 
 def known_of(surgeon: Surgeon, site: Site, config: Any) -> Known:
     """Return what a site shares, each named by where it is, so that it does not depend on other sites. A stack is all
-    blocks whose paths are alike but for numbers; these numbers are the layer, and what is alike in paths of sites is
-    the place."""
+    blocks whose paths are alike but for numbers; these numbers are the layer, and the common part of the sites' paths
+    is the place."""
     path, width = site.module_path, site.out_features
     block = next((each.block for each in surgeon.resolver.host.at(path) if each.block is not None), None)
     stack = "" if block is None else stack_path(block)
@@ -113,5 +113,5 @@ def known_of(surgeon: Surgeon, site: Site, config: Any) -> Known:
 
 
 def part_name(*parts: str) -> str:
-    """Return a name of what sites share, made of what it is and where."""
+    """Return the name of a shared part, made of its kind and its location."""
     return "/".join(filter(None, parts)).replace(".", "/").replace("*", "n")

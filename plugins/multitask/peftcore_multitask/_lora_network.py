@@ -1,5 +1,6 @@
-"""The network that makes LoRAs of vectors, and what sites share of it. `config` has the options of Text-to-LoRA: the
-widths of what it reads (`vector_width`), inside (`latent`) and in front of the heads (`head_width`), and its dropout.
+"""The network that makes LoRAs of vectors, and the parts of it that sites share. `config` has the options of
+Text-to-LoRA: the widths of its input (`vector_width`), inside (`latent`) and in front of the heads (`head_width`), and
+its dropout.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from peftcore.errors import ConfigError, RouteError
 
 
 class Block(nn.Module):
-    """A feed-forward behind a norm, beside which its input goes on."""
+    """A norm and a feed-forward with a residual connection."""
 
     def __init__(self, width: int, dropout: float) -> None:
         super().__init__()
@@ -32,7 +33,7 @@ class Block(nn.Module):
 
 
 class LoRANetwork(nn.Module):
-    """The network that all sites share: it reads a vector and where the LoRA is to stand."""
+    """The network that all sites share: it reads a vector and embeddings of the LoRA's layer and kind of matrix."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -86,7 +87,7 @@ class Kind(nn.Module):
 
 
 class Told:
-    """Looks up the vectors that a call tells."""
+    """Looks up the vectors that a call passes."""
 
     def __init__(self, site: Site, width: int) -> None:
         self.path, self.width, self.apart = site.path, width, not site.mixes_rows
@@ -96,8 +97,8 @@ class Told:
         other (beams, windows).
 
         Raises:
-            MissingContext: nobody told one.
-            ConfigError: it is no table of vectors of that width.
+            MissingContext: the call does not pass a vector.
+            ConfigError: it is not a table of vectors of that width.
             RouteError: there are not as many rows.
         """
         running = forward_context()

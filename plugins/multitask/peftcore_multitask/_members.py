@@ -1,4 +1,4 @@
-"""Modules at which several adapters meet: those of the model, or the parts that a method brings along."""
+"""Modules at which several adapters act: injections of the model, or the parts that a method contains."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Members = list[list[nn.Module]]
 
 def of_host(surgeon: Surgeon, names: Sequence[str]) -> list[list[Site]]:
     """Return the modules at which injections of the model act, as far as the user's target and exclude go: each with
-    others at which the same operators act too. Values that stand for tensors of the model are passed over.
+    others at which the same operators act too. Operators that replace tensors are skipped.
 
     Raises:
         UnknownInjection: the host lacks one.
@@ -63,7 +63,7 @@ def _as_called(surgeon: Surgeon, site: Site) -> Site:
 
 
 def of_parts(surgeon: Surgeon, parts: Sequence[dict[str, Any]]) -> list[tuple[Site, tuple[Site, ...], Members]]:
-    """Return the sites at which any of these parts acts, the other sites that its operators hold, and the operators of
+    """Return the sites at which any of the parts acts, the other sites that its operators hold, and the operators of
     each part.
 
     Raises:
@@ -132,7 +132,8 @@ def fused(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Return what a module returns where a fusion of its own parts acts: of their outputs, or of what they give it."""
+    """Return a module's output under a fusion that owns its parts: it mixes their outputs, or the inputs that they pass
+    to the module."""
     calls = Calls(OneForward(call, module))
     base, outputs = outputs_of(parts, calls, *args, **kwargs)
     if not outputs:

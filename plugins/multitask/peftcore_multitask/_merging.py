@@ -1,8 +1,8 @@
 """Base classes of methods that merge the deltas of several adapters, their *parts*, into one change of a weight.
 
 The parts do not act one after the other: at each site their deltas tau_t = W_t - W are combined, and W' = W + combined.
-Everything stays differentiable, so parts may train together. A part is any method that can be merged; what it does to
-biases is combined in the same way. What is no change of a weight (a dropout of inputs) does not act.
+Everything stays differentiable, so parts may train together. A part is any method that can be merged; its changes of
+biases are combined in the same way. Effects other than changes of weights (a dropout of inputs) are left out.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def precise(tensor: Tensor) -> Tensor:
 
 
 class MergingOperator(WeightOperator):
-    """The combined change of one tensor, and of the bias that goes with it."""
+    """The combined change of one tensor, and of its bias."""
 
     def __init__(self, site: Site, config: PartsConfig, members: Members, number: int = 0) -> None:
         super().__init__(site)
@@ -130,7 +130,7 @@ def collected(surgeon: Surgeon, config: PartsConfig) -> dict[Key, Members]:
     """Return the operators of the parts at each tensor, without grafting them.
 
     Raises:
-        UnsupportedSite: parts meet in one tensor in different ways, so that there is no one delta of each.
+        UnsupportedSite: parts meet in one tensor in different ways, so that their deltas cannot be separated.
     """
     groups: dict[Key, Members] = {}
     for index, part in enumerate(config.parts):
@@ -151,7 +151,7 @@ def merge_parts(surgeon: Surgeon, config: PartsConfig, operator: Callable[..., M
     """Graft one operator for each tensor that any part changes.
 
     Raises:
-        UnsupportedSite: a part is no change of a weight there, or parts meet in different ways.
+        UnsupportedSite: a part does something else there than change a weight, or parts meet in different ways.
     """
     for number, members in enumerate(collected(surgeon, config).values()):
         for graft in members.values():

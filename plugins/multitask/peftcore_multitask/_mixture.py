@@ -1,9 +1,9 @@
-"""Low-rank experts of one module, the gates by which tokens or tasks share them, and what balances them.
+"""Low-rank experts of one module, the gates by which tokens or tasks share them, and the loss that balances them.
 
     y = W x + b + s sum_e g_e B_e A_e dropout(x)
 
-Each expert has factors A_e [rank, in] and B_e [out, rank] of its own and drops inputs for itself; s is a number. In
-evaluation, or without dropout, all A are one product, whose ranks are weighed by the gates, and all B another one.
+Each expert has separate factors A_e [rank, in] and B_e [out, rank] and draws its own dropout of inputs; s is a number.
+In evaluation, or without dropout, all A are one product, whose ranks are weighed by the gates, and all B another one.
 """
 
 from __future__ import annotations
@@ -57,11 +57,11 @@ def softmax_of(operator: Router, logits: Tensor) -> Tensor:
 
 
 def leave_counts(tap: Tap, group: str, picks: Tensor, probabilities: Tensor) -> None:
-    """Leave what a balancing loss is made of, for whoever takes it behind the forward: `imbalance` reads it.
+    """Store the statistics for a balancing loss, which is computed behind the forward: `imbalance` reads it.
 
     Args:
-        tap: where it is left, with what other routers left: a group, and sums of picks and of probabilities over tokens
-            that are no padding, one behind the other, and the number of these tokens.
+        tap: stores the statistics of all routers: for each a group, and in one tensor the sums of picks and of
+            probabilities over tokens without padding, and the number of tokens.
         group: routers that are balanced together.
         picks: 1 for each expert that a token has, else 0 ``[rows, tokens, experts]``.
         probabilities: the softmax that they were picked by, in the same shape.

@@ -108,8 +108,8 @@ class ReadingOperator(Operator):
 
 
 def contrast(vectors: Tensor, tasks: Tensor, prototypes: Tensor, temperature: float) -> Tensor:
-    """Return how badly the vectors of rows ``[rows, t]`` are told apart by their tasks ``[rows]``: from each other, and
-    from the prototypes ``[tasks, t]`` of other tasks."""
+    """Return the contrastive loss of the vectors of rows ``[rows, t]`` with tasks ``[rows]``: against each other, and
+    against the prototypes ``[tasks, t]`` of other tasks."""
     vectors, prototypes = (nn.functional.normalize(each, dim=-1) for each in (vectors, prototypes))
     least = torch.finfo(vectors.dtype).min
     alone = torch.eye(len(vectors), dtype=torch.bool, device=vectors.device)

@@ -1,8 +1,8 @@
-"""A decision about each text, made of its embedded tokens before the blocks run, and kept while the text goes on.
+"""A decision about each text, made of its embedded tokens before the blocks run, and kept while the text is continued.
 
-What the text is, `PromptPositions` says: what comes before the first label, or the whole input, unless
-``peftcore.call(model, prompt_length=...)`` says it. Forwards that go on from a cache find the decision with the cache:
-copies of it have it too, and rows that are repeated (beams) repeat it.
+`PromptPositions` defines the text: the part before the first label, or the whole input, unless ``peftcore.call(model,
+prompt_length=...)`` gives its length. Forwards that go on from a cache find the decision with the cache: copies of it
+have it too, and rows that are repeated (beams) repeat it.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def deciding_place(surgeon: Surgeon, sites: list[Site]) -> tuple[Site, TokenStac
     """Return the place around the one stack of some modules, the stack, and the place of its token table.
 
     Raises:
-        UnsupportedSite: they have none, or it reads another one or is read.
+        UnsupportedSite: the modules lack one stack, or it is an encoder or decoder connected to another stack.
     """
     place, stack = TokenStacks(surgeon).around(sites), TokenStacks(surgeon).of(sites[0])
     assert stack is not None, "there is a place around it"

@@ -11,7 +11,7 @@ from peftcore.author import Site
 
 
 def factors(site: Site, A: tuple[int, ...], B: tuple[int, ...], inputs: int) -> tuple[nn.Parameter, nn.Parameter]:
-    """Make two factors of these shapes (A without the kernel), of which exactly one is zero.
+    """Make two factors of the given shapes (A without the kernel), of which exactly one is zero.
 
     A is uniform in +-1/sqrt(inputs * kernel) and B zero; for embeddings A is zero and B ~ N(0, 1), since an input picks
     a single column of A.
@@ -26,7 +26,7 @@ def factors(site: Site, A: tuple[int, ...], B: tuple[int, ...], inputs: int) -> 
 
 
 def blocks(parts: Tensor) -> Tensor:
-    """Return ``[n * a, n * b, ...]`` with the parts ``[n, a, b, ...]`` on its diagonal, and zeros beside them."""
+    """Return ``[n * a, n * b, ...]`` with the parts ``[n, a, b, ...]`` on its diagonal, and zeros elsewhere."""
     n = len(parts)
     eye = torch.eye(n, dtype=parts.dtype, device=parts.device).view(n, 1, n, 1, *[1] * (parts.dim() - 3))
     return (eye * parts.unsqueeze(2)).flatten(2, 3).flatten(0, 1)

@@ -53,7 +53,7 @@ def position(task: Any, tasks: int | list[str]) -> int:
     """Return the number of one task.
 
     Raises:
-        ConfigError: there is no such task.
+        ConfigError: the task is unknown.
     """
     if isinstance(task, str):
         if isinstance(tasks, list) and task in tasks:
@@ -69,8 +69,8 @@ def position(task: Any, tasks: int | list[str]) -> int:
 class Tasks:
     """Looks up what belongs to the task of each row.
 
-    What a call says is one task, a number or a name, for all rows; or a list or an integer tensor with one for each
-    row, or with a single one for all. Rows come first in what a module sees.
+    A call passes one task, a number or a name, for all rows; or a list or an integer tensor with one for each row, or
+    with a single one for all. Rows are the first dimension of a module's inputs.
     """
 
     def __init__(self, site: Site, config: TaskConfig) -> None:
@@ -84,7 +84,7 @@ class Tasks:
         ``[rows, ...]``, each repeated where a module sees several rows of one (beams, windows, flat tokens).
 
         Raises:
-            MissingContext: nobody said the task.
+            MissingContext: the call does not pass the task.
             RouteError: there are not as many rows.
         """
         running = forward_context()

@@ -2,26 +2,28 @@
 
     y = h + V sum_t a_t z_t,   a = softmax_t((Q h + q) . K z_t),   z_t = y_t - h
 
-h is what a module returns by itself and y_t what it returns with adapter t alone: each token weighs what adapters add.
-Where a norm ends a block, adapters that read behind it and are added in front of it are mixed there, as the package
-does it (`mixes`): s is what the norm gets by itself, s_t what adapter t gives it, and z_t = s_t - s,
+h is a module's output without adapters and y_t its output with adapter t alone: each token weighs the adapters'
+changes. Where a norm ends a block, adapters that read behind it and are added in front of it are mixed there, as the
+package does it (`mixes`): s is the norm's input without adapters, s_t its input with adapter t, and z_t = s_t - s,
 
     y = LN(s + V sum_t a_t z_t),   h = LN(s) in the scores
 
-Q and K start from N(0, 0.02), q at zero, V as the identity with 1e-6 beside its diagonal: at first about the adapters'
-mean, as long as they add little. The loss gets regularizer * |V - I|^2 from each module. Over adapters of the model:
+Q and K start from N(0, 0.02), q at zero, V as the identity with 1e-6 off its diagonal: at first this is about the
+adapters' mean, as long as they add little. The loss gets regularizer * |V - I|^2 from each module. Over adapters of the
+model:
 
     peftcore.apply(model, "adapter_fusion", name="fusion", adapters=["a", "b"])
     peftcore.activate(model, Fuse("a", "b", by="fusion"))
 
-It stands where these act around modules (norms that they train are averaged), whatever their order, and does nothing
-alone. It freezes nobody; the paper's adapters are frozen: ``injections(model)["a"].trainable(False)``. Without
-`adapters` it brings `parts` of its own and is one adapter with all of them; without `train_parts` they are frozen.
+The fusion acts at the modules around which its adapters act (norms that they train are averaged), whatever their order,
+and does nothing alone. It does not freeze the adapters, as the paper does; to freeze one:
+``injections(model)["a"].trainable(False)``. Without `adapters` the fusion creates and owns `parts`, and is one adapter
+with all of them; without `train_parts` they are frozen.
 
 The package's K has a bias, which adds the same to all scores of a token and cancels: left out. So is its temperature,
 which changes in evaluation. It drops scores as often as the model drops attention; here that is `dropout`, 0.
 
-Parameters: 3 d^2 + d a module (2 d^2 + d without V), and those of its own parts.
+Parameters: 3 d^2 + d a module (2 d^2 + d without V), and those of the parts that it owns.
 Use it to let a task draw on adapters that were trained apart for other tasks, and stay as they are.
 """
 
@@ -52,12 +54,13 @@ class AdapterFusionConfig(MethodConfig):
     parts: list[dict[str, Any]] = Field(
         default_factory=lambda: [{**ADAPTER}, {**ADAPTER}], min_length=1, max_length=MOST
     )
-    """Adapters of its own: each as its options, with its name under "method" and its "target" if it has its own."""
+    """Adapters that the fusion owns: each as its options, with its name under "method" and its "target" if it has its
+    own."""
     train_parts: bool = True
     """Train the parts along; in the paper they were trained before, each for itself, and are frozen."""
     mixes: Literal["auto", "inputs", "outputs"] = "auto"
-    """The mixed values: what adapters give a module, which then runs on the mix, or what the module returns with each.
-    "auto": inputs where all of them do nothing but give the module another input, such as a norm at a block's end."""
+    """The mixed values: the module's inputs with each adapter, on whose mix the module then runs, or its outputs with
+    each. "auto": inputs where all adapters only change the module's input, such as a norm at a block's end."""
     value: bool = True
     """Have the matrix V; the package calls a fusion without it static."""
     regularizer: NonNegativeFloat = 0.01

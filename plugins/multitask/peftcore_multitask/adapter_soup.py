@@ -3,14 +3,16 @@
     theta = sum_t w_t theta_t,   w_t = 1/N by default;   then the method once, with theta
 
 Which adapters go into a soup is the user's choice; the authors choose by similarity of domains. All parts are of one
-method, with the same options and sites, and none has a choice (an integer) among its numbers: those have no mean. It is
-the mean of what makes the change, not of the changes: of LoRAs the mean of A times the mean of B, which is not the mean
-of the products (`task_arithmetic` with a scale of 1/N is that). Bottlenecks, the paper's own adapters, make a soup too,
-which cannot be merged, as they cannot. Weights are used as they are; the Adapters library divides them by their sum.
+method, with the same options and sites, and their tensors are floating-point: choices (integers) cannot be averaged.
+The mean is over parameters, not over changes of weights: of LoRAs the mean of A times the mean of B, which is not the
+mean of the products (`task_arithmetic` with a scale of 1/N is that). Bottlenecks, the paper's own adapters, make a soup
+too, which cannot be merged, as they cannot. Weights are used as they are; the Adapters library divides them by their
+sum.
 
 Parameters: those of the parts, N times those of one.
 
-Use it with `peftcore_multitask.gather` for adapters of related domains, trained from one start: those lie in one basin.
+Use it with `peftcore_multitask.gather` for adapters of related domains, trained from one start: such adapters are in
+one basin of the loss.
 """
 
 from __future__ import annotations
@@ -88,7 +90,7 @@ class SoupOperator(WeightOperator):
 
 
 class SoupAround(Operator):
-    """The mean adapter, where it acts on what a module computes."""
+    """The mean adapter, where it acts on a module's inputs or outputs."""
 
     def __init__(self, site: Site, config: AdapterSoupConfig, members: Members) -> None:
         super().__init__(site)

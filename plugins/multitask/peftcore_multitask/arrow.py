@@ -12,11 +12,11 @@ B_e - mean(B), as in peft, which is not the difference of the products.
 
 Peft finds v_e once, by 15 steps of power iteration from a random start, all ranks alike; here it is found at each
 forward, by products of rank times rank numbers that end at the vector itself, so it is right while parts train on and
-ranks may differ. No gradient passes through it. What parts do in training alone, such as dropout, does not act.
+ranks may differ. No gradient passes through it. Parts act as in evaluation: their dropout, for example, is off.
 
 Parameters: those of the parts; nothing more.
 
-Use it with `peftcore_multitask.gather` for a library of LoRAs and inputs of which nobody says which one they need.
+Use it with `peftcore_multitask.gather` for a library of LoRAs and inputs without a label of the LoRA that they need.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class ArrowOperator(Router):
 
 
 class Arrow(OfMergedParts, Method):
-    """Routing among LoRAs by what they change."""
+    """Routing among LoRAs by the inputs that they change most."""
 
     name = "arrow"
     Config = ArrowConfig

@@ -3,19 +3,19 @@
     X' = [P ; X],   P = P_t + sum_j a_j P_j,   a = softmax_j(max(P_j) . h / T),   h = LN(W_up silu(W_down max(X)))
 
 X are the embedded tokens. P_1, P_2, ... [length, d] are the *sources*, prompts that were trained for other tasks and
-stay as they are; P_t is the task's own, and also the last of those that are mixed. max takes the largest of each
+stay as they are; P_t is the task's prompt, and also the last of the mixed prompts. max takes the largest of each
 feature over the rows of a prompt, or over the text; W_down [hidden, d], W_up [d, hidden] and the norm LN are shared by
 all tasks. T is e times the width d, 2087 in the authors' T5-base, unless `temperature` says it; `weights` multiply
-sources. The task comes with the call, ``with peftcore.call(model, task=...)``: one for all rows, or one for each.
+sources. The call passes the task, ``with peftcore.call(model, task=...)``: one for all rows, or one for each.
 
     peftcore.gather(model, "attempt", {"prompts/mnli": 1.0, "prompts/squad": 1.0}).trainable()
 
 makes it of prompts in files. Without, the sources start as `prompt_tuning` starts them. They are frozen, unless
 `train_parts` says otherwise.
 
-The text is what comes before the first label, or the whole input, unless ``peftcore.call(model, prompt_length=...)``
-says it: the mixture is made once, and generated tokens do not change it. The authors' max sees padding, this does not;
-their option of a trained temperature does not train, and is left out, as are their other kinds of attention.
+The text is the part before the first label, or the whole input, unless ``peftcore.call(model, prompt_length=...)``
+gives its length: the mixture is made once, and generated tokens do not change it. The authors' max sees padding, this
+does not; their option of a trained temperature does not train, and is left out, as are their other kinds of attention.
 
 P_t starts as the first source, for every task; W_down and W_up uniform in +-1/sqrt(inputs). Never identity at the
 start. LN has neither gain nor bias: the authors' code leaves its own frozen at one and zero, while the 232,000 that the

@@ -3,7 +3,7 @@
     tau~_t = m_t * tau_t / (1 - p),   m_t = 1 with probability 1 - p, value by value
     W' = W + s sum_t w_t tau~_t        or, with `merge="ties"`, s times TIES of the w_t tau~_t
 
-What is left of each part is so sparse that parts hardly meet, and has the old mean. Masks are drawn once for each
+The rest of each part is so sparse that parts hardly overlap, and keeps the mean. Masks are drawn once for each
 part and site, from (mask_seed, part, number of the site) on the CPU, so that they are the same everywhere; files have
 `mask_seed` instead of them. The authors' code (yule-BUAA/MergeLM) draws anew at each merge and trims for TIES to 0.2
 afterwards; peft trims no more, like the default here, and calls 1 - p the density.

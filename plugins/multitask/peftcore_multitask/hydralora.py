@@ -2,8 +2,8 @@
 
     y = W x + b + s sum_e g_e B_e A dropout(x),   s = alpha / rank,   g = softmax(W_g x)
 
-A [rank, in] holds what all of the data has in common, the heads B_e [out, rank] what only parts of it have; W_g [heads,
-in] has no bias. A and W_g start uniform in +-1/sqrt(in), B_e at zero. The softmax is taken in float32 at least.
+A [rank, in] learns the common features of the data, the heads B_e [out, rank] the features of parts of it; W_g [heads,
+in] is without bias. A and W_g start uniform in +-1/sqrt(in), B_e at zero. The softmax is taken in float32 at least.
 Convolutions: A and W_g are convolutions, so every position has a gate; embeddings: A starts at zero and B_e ~ N(0, 1),
 as in LoRA, and W_g has a column for each token.
 
@@ -13,7 +13,7 @@ option. The gate depends on the token, so nothing merges, and a tensor that is r
 
 Parameters: rank * in * kernel + heads * rank * out + heads * in * kernel a site.
 
-Use it for data of several kinds that nobody has told apart: it needs no task, and costs less than as many LoRAs.
+Use it for data of several kinds without labels of the kind: it needs no task, and costs less than as many LoRAs.
 """
 
 from __future__ import annotations

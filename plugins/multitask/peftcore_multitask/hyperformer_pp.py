@@ -6,15 +6,16 @@
     z = LN(P2 relu(P1 [e_task ; e_layer ; e_place]))      HyperFormer++: one network for all adapters of a stack
     z = P2 relu(P1 e_task)                                 HyperFormer (shared=False): D to S are each adapter's own
 
-h is what the last matrix of self-attention or of the feed-forward returns; cross-attention gets no adapter, unless it
+h is the output of the last matrix of self-attention or of the feed-forward; cross-attention gets no adapter, unless it
 is named as a target. Encoder and decoder have a network each and the tasks' embeddings in common. Where adapters of a
-stack have several widths, each width has a network. e_place says which of the adapters of a block it is. All norms of
-the host train along. Embeddings start from N(0, 1), the rest from N(0, 0.01) with biases at zero: near the identity.
+stack have several widths, each width has a network. e_place is the embedding of the adapter's place in its block. All
+norms of the host train along. Embeddings start from N(0, 1), the rest from N(0, 0.01) with biases at zero: near the
+identity.
 
-The task comes with the call, ``with peftcore.call(model, task=...)``: one for all rows, or one for each; the authors'
+The call passes the task, ``with peftcore.call(model, task=...)``: one for all rows, or one for each; the authors'
 batches have one task. Weights are made for the tasks of the batch, or for all tasks if these are fewer than its rows.
 The file configs/hyperformer.json of that code is neither of the two: a network a stack, with generators for attention
-and feed-forward apart; shared=False is what the paper calls HyperFormer, and the code its meta-adapter.
+and feed-forward apart; shared=False is the paper's HyperFormer, which the code calls meta-adapter.
 
 Parameters of HyperFormer++: tasks * t once; for each stack (layers + places) * t, (3t + 1) h + (h + 1) p + 2p and
 (p + 1) (2 d r + r + 3 d). Of HyperFormer: tasks * t + (t + 1) h + (h + 1) p once, (p + 1) (2 d r + r + 3 d) an adapter.
@@ -70,13 +71,13 @@ class HyperFormerConfig(TaskConfig):
     init_std: NonNegativeFloat = 0.01
     """Standard deviation of all matrices at the start."""
     gain_std: NonNegativeFloat = 0.01
-    """Standard deviation of those that make gain and shift; 0 makes a fresh adapter an exact identity."""
+    """Standard deviation of the matrices that make gain and shift; 0 makes a fresh adapter an exact identity."""
     train_layer_norm: bool = True
     """Train the norms of the host along, as the authors do."""
 
 
 class HyperFormerOperator(AtBranchEnd):
-    """The adapter of one site, which has no tensors of its own where a network is shared."""
+    """The adapter of one site, without tensors where a network is shared."""
 
     def __init__(self, site: Site, config: HyperFormerConfig, table: Shared, known: Known | None) -> None:
         super().__init__(site)

@@ -5,17 +5,18 @@
     loss = balance * var(z) / mean(z)^2,   z_ne = I_ne sum_t g_nte
 
 A_e [rank, in] and W_g [experts, in], without bias, start uniform in +-1/sqrt(in), B_e at zero; the softmax is taken in
-float32 at least, of x without dropout. The loss is that of each module, added up. z_ne is what expert e gets from row n
-in all its tokens, padding left out (the authors count it), and the variance is that of all rows and experts, unbiased.
-With tasks the experts are cut into as many groups, one behind the other, and I is 1 + delta for the group of the row's
-task, which training is told, and 1 - delta for all others. The authors have two tasks, of which the first half of the
-experts is for their type 1; their script has balance and delta at zero, and so have the defaults here.
+float32 at least, of x without dropout. The loss is that of each module, added up. z_ne is the sum of the gates of
+expert e over all tokens of row n, padding left out (the authors count it), and the variance is that of all rows and
+experts, unbiased. With tasks the experts are cut into as many groups, one behind the other, and I is 1 + delta for the
+group of the row's task, which calls pass in training, and 1 - delta for all others. The authors have two tasks, of
+which the first half of the experts is for their type 1; their script has balance and delta at zero, and so have the
+defaults here.
 
 The gate depends on the token, so nothing merges, and a tensor that is read instead of called is refused.
 
 Parameters: experts * rank * (in * kernel + out) + experts * in * kernel a site.
 
-Use it where new data must not cost what the model knew: delta gives kinds of data experts of their own; not where one
+Use it where new data must not degrade the model's knowledge: delta assigns experts to kinds of data; not where one
 kind is learned (`lora` costs an eighth), and where there is little memory `hydralora` shares one A.
 """
 
@@ -49,7 +50,7 @@ class LoRAMoEConfig(TaskConfig):
     balance: NonNegativeFloat = 0.0
     """Factor of the balancing loss."""
     delta: Share = 0.0
-    """How much more the experts of a row's task are to do than the others; training is then told the task."""
+    """How much more the experts of a row's task are to do than the others; calls in training then pass the task."""
 
     @model_validator(mode="after")
     def _groups(self) -> Self:
@@ -80,7 +81,7 @@ class LoRAMoEOperator(ExpertsOperator):
         return self.update(call, x, gates)
 
     def imbalance(self, gates: Tensor) -> Tensor:
-        """Return the squared coefficient of variation of what experts get, for gates ``[rows, tokens, experts]``."""
+        """Return the squared coefficient of variation of the experts' shares, for gates ``[rows, tokens, experts]``."""
         shares, counts, _ = by_row(gates)
         got = (shares if counts is None else shares * counts.unsqueeze(-1)).sum(1)  # [rows, experts]
         if self.tasks is not None:

@@ -12,7 +12,7 @@ nothing (up to rounding). The router computes in float32 at least. Noise on its 
 
 The authors gather the tokens of each expert. Here the feed-forward runs once on `top_k` copies of its input, and in a
 matrix all A are one product, of which a copy keeps the ranks of its expert: nothing is dropped. Near a tie a rounding
-chooses another expert. It acts where the feed-forward is a module of its own, and not on rows of a batch apart.
+chooses another expert. It acts where the feed-forward is a separate module, and not on rows of a batch apart.
 Parameters: experts * d a feed-forward, experts * rank * (in + out) a matrix of it, rank * (in + out) any other matrix.
 Use it for several tasks at once with room for a second forward of the feed-forward; `loramoe` costs a fraction of it.
 """
@@ -144,7 +144,7 @@ class UpdateOperator(Operator):
 
 
 class MixLoRA(Method):
-    """Sparse mixtures of feed-forwards that differ by low-rank updates, and LoRA beside them."""
+    """Sparse mixtures of feed-forwards that differ by low-rank updates, and LoRA at other matrices."""
 
     name = "mixlora"
     Config = MixLoRAConfig

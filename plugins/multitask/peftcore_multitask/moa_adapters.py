@@ -3,10 +3,11 @@
     y = h + sum_e g_e (W_up_e f(W_down_e h + b_down_e) + b_up_e),   g = softmax(W_g h)
     loss = balance * experts * sum_e F_e P_e
 
-W_down_e is [r, d], W_up_e [d, r] and W_g [experts, d], without bias; h is what attention or feed-forward is about to
-add to the residual stream. With `top_k` a token has the k experts with the largest gates, which are divided by their
-sum, and F_e is how many tokens pick e and P_e the mean of its gate, over the tokens of one sub-block that are no
-padding (Fedus et al. 2022, arXiv 2101.03961). Without it all experts act on all tokens, and nothing is to be balanced.
+W_down_e is [r, d], W_up_e [d, r] and W_g [experts, d], without bias; h is the output of attention or feed-forward
+before it is added to the residual stream. With `top_k` a token has the k experts with the largest gates, which are
+divided by their sum, and F_e is how many tokens pick e and P_e the mean of its gate, over the tokens of one sub-block
+without padding (Fedus et al. 2022, arXiv 2101.03961). Without it all experts act on all tokens, and nothing is to be
+balanced.
 
 No single paper has it: it is the form that routed adapters have in common, as a baseline for them. Gates and losses are
 in float32 at least. W_up and all biases start at zero, so that a fresh adapter is an exact identity, W_down and W_g as
@@ -14,8 +15,9 @@ torch's layers do. Gates of whole sequences, from the mean of their tokens, are 
 
 Parameters: experts * (2 d r + r + d) + experts * d an adapter, two adapters a block.
 
-Use it where one set of data holds several kinds, and the kind shows in each token; not where the task is known and can
-be told (`hyperformer_pp`, `mtl_lora`), nor where it has to be small: `loramoe` and `molora_moe` are its linear kin.
+Use it where one set of data holds several kinds, and the kind shows in each token; not where the task is known and
+calls can pass it (`hyperformer_pp`, `mtl_lora`), nor where it has to be small: `loramoe` and `molora_moe` are its
+linear kin.
 """
 
 from __future__ import annotations

@@ -3,18 +3,19 @@
     y = W x + b + s sum_e g_e B_e A_e dropout(x),   g = softmax(W_g v_t),   s = alpha / rank
 
 `rank` is that of all experts together: each has rank / experts of it, and the scale counts the whole. v_t [task_width]
-stands for task t, N(0, 1) at first; W_g [experts, task_width], without bias, starts uniform in +-1/sqrt(task_width),
-A_e [rank / experts, in] as N(0, 0.01), B_e at zero. All sites share one v and one W_g, as in the paper and in the
-authors' script (whose table of tasks has one row more, which no task reads); with ``gate="each"``, each site has its
-own, as in their layer MMOELoraLinear, which that script does not run. That script has rank 16 and 8 experts, alpha is
-the default of their arguments. The softmax is taken in float32 at least.
+is the vector of task t, N(0, 1) at first; W_g [experts, task_width], without bias, starts uniform in
++-1/sqrt(task_width), A_e [rank / experts, in] as N(0, 0.01), B_e at zero. All sites share one v and one W_g, as in the
+paper and in the authors' script (whose table of tasks has one row more, which no task reads); with ``gate="each"``,
+each site has its own, as in their layer MMOELoraLinear, which that script does not run. That script has rank 16 and 8
+experts, alpha is the default of their arguments. The softmax is taken in float32 at least.
 
-The task comes with the call, ``with peftcore.call(model, task=...)``: one for all rows, or one for each. So one weight
-cannot stand for the update, and it does not merge; a tensor that is read instead of called has no rows, and is refused.
+The call passes the task, ``with peftcore.call(model, task=...)``: one for all rows, or one for each. So no single
+weight equals the update, and it does not merge; a tensor that is read instead of called is refused, because it cannot
+be adapted row by row.
 
 Parameters: rank * (in * kernel + out) a site, and (tasks + experts) * task_width once; with ``gate="each"`` a site.
 
-Use it for tasks that are known, of which some have little data: one adapter costs no more than a LoRA of its rank;
+Use it for tasks that are known, of which some have little data: one adapter costs as much as a LoRA of its rank;
 `polytropon` lets tasks share skills without a vector for each.
 """
 
@@ -50,7 +51,7 @@ class MOELoRAConfig(TaskConfig):
     dropout: Share = 0.1
     """Probability with which inputs of an expert are dropped in training."""
     task_width: PositiveInt = 64
-    """Length of the vector that stands for a task."""
+    """Length of a task's vector."""
     gate: Literal["shared", "each"] = "shared"
     """Whether all sites share the vectors of tasks and the gate, or each has its own."""
 
@@ -72,7 +73,7 @@ class TaskGate(nn.Module):
 
 
 class MOELoRAOperator(ExpertsOperator):
-    """The experts of one site, and what tasks choose of them: by the gate that is shared, or else by its own."""
+    """The experts of one site, mixed for each task by the shared gate, or by the site's gate."""
 
     routes = "task"
     stackable = False  # rows have tasks
@@ -100,7 +101,7 @@ class MOELoRAOperator(ExpertsOperator):
 
 
 class MOELoRA(Method):
-    """Low-rank experts, of which each task has shares of its own.
+    """Low-rank experts, which each task mixes by different shares.
 
     Example:
         injection = peftcore.apply(model, "moelora", tasks=["entities", "summaries"])

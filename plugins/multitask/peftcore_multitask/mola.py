@@ -80,7 +80,7 @@ class MoLAConfig(MethodConfig):
 
 @dataclass(frozen=True, eq=False)
 class LayerSite(Site):
-    """A site with what its layer has."""
+    """A site, with the number of experts of its layer and the layer's path."""
 
     experts: int = 1
     block: str = ""

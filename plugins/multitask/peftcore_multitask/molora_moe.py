@@ -4,8 +4,8 @@
 
 All experts take part in each token, so there is nothing to balance and nothing is dropped. A_e [rank, in] and the
 router W_g [experts, in], without bias, start as N(0, 0.02), B_e at zero; the softmax is taken in float32 at least.
-Every matrix of attention and of the feed-forward has experts and a router of its own, as in the authors' configuration.
-Convolutions: A and W_g are convolutions; embeddings: A starts at zero and B_e ~ N(0, 1).
+Every matrix of attention and of the feed-forward has separate experts and a separate router, as in the authors'
+configuration. Convolutions: A and W_g are convolutions; embeddings: A starts at zero and B_e ~ N(0, 1).
 
 The gate depends on the token, so nothing merges, and a tensor that is read instead of called is refused.
 
@@ -62,7 +62,7 @@ class MoLoRAOperator(ExpertsOperator):
 
 
 class MoLoRA(Method):
-    """Low-rank experts, all of which act on each token with shares of its own."""
+    """Low-rank experts, all of which act on each token, mixed by the token's shares."""
 
     name = "molora_moe"
     Config = MoLoRAConfig

@@ -7,7 +7,7 @@ they enter the second matrix. The router reads a itself, a token at a time; of k
 [experts, head] one for all heads, l [heads, experts, head]. All experts take part, the softmax is in float32 at least.
 All l start at one, so a fresh injection changes nothing (up to rounding); W_g ~ N(0, 0.02), without bias.
 
-How wide heads are, attentions of transformers tell; elsewhere the option `head` says it. What scales depends on the
+The width of heads is read from attentions of transformers; elsewhere from the option `head`. The scale depends on the
 token, so nothing merges; a tensor that is read instead of called (stacked experts, torch's own attention) is refused.
 
 Parameters: experts * (in + in) for the second matrix, experts * (out + head) for keys and for values.

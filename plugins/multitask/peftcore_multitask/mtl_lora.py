@@ -10,13 +10,14 @@ embeddings have factors as in LoRA.
 As in the authors' code (pUmpKin-Co/MTL-LoRA), whose script has whole matrices L_t. The adapters package has another
 default, diagonals and one B, multiplies by L_t transposed, and starts the logits equal.
 
-The task comes with the call, ``with peftcore.call(model, task=...)``: one for all rows, or one for each. So one weight
-cannot stand for the update, and it does not merge; a tensor that is read instead of called has no rows, and is refused.
+The call passes the task, ``with peftcore.call(model, task=...)``: one for all rows, or one for each. So no single
+weight equals the update, and it does not merge; a tensor that is read instead of called is refused, because it cannot
+be adapted row by row.
 
 Parameters: rank * in * kernel + ups * rank * out + tasks * (rank^2 + ups) a site; rank for rank^2 of diagonals.
 
 Use it for tasks that get into each other's way in one LoRA; not where they have little in common (`polytropon` can keep
-whole skills for one of them) and not where nobody knows the task (`hydralora`).
+whole skills for one of them) and not where the task is unknown (`hydralora`).
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class MTLLoRAConfig(TaskConfig):
     rank: PositiveInt = 8
     """Rank of the update."""
     ups: PositiveInt = 3
-    """How many B there are, of which each task has a mixture of its own."""
+    """How many B there are, which each task mixes by different weights."""
     alpha: PositiveFloat = 16.0
     """Numerator of the scale ``alpha / rank``."""
     temperature: PositiveFloat = 0.1
@@ -54,7 +55,7 @@ class MTLLoRAConfig(TaskConfig):
 
 
 class MTLLoRAOperator(Operator):
-    """The shared factors of one site, and what its tasks have of their own."""
+    """The shared factors of one site, and the matrix and logits of each task."""
 
     def __init__(self, site: Site, config: MTLLoRAConfig) -> None:
         super().__init__(site)

@@ -3,12 +3,12 @@
     X' = [P_t ; E(ids)],   P_t = P * (u_t v_t)      (* entry by entry)
 
 P [length, d] is shared by all tasks; u_t [length, rank] and v_t [rank, d] are the task's own, of rank 1 in the paper.
-P_t stands in front of the embedded tokens as in prompt_tuning, in every respect, and is made at its own precision. The
-task comes with the call, ``with peftcore.call(model, task=...)``: one for all rows, or one for each.
+P_t is put in front of the embedded tokens exactly as in prompt_tuning, and is made at its own precision. The
+call passes the task, ``with peftcore.call(model, task=...)``: one for all rows, or one for each.
 
 P starts as in prompt_tuning. u_t v_t starts as all ones, so that each task begins at P: the first column of u and the
-first row of v are ones, further rows of v zeros, further columns of u N(0, 0.02). ``task_init="normal"`` is what peft
-does, N(0, 0.02) for both: then P_t starts some thousand times smaller than P, and learns slowly.
+first row of v are ones, further rows of v zeros, further columns of u N(0, 0.02). ``task_init="normal"`` is peft's
+start, N(0, 0.02) for both: then P_t starts some thousand times smaller than P, and learns slowly.
 
 The paper trains many source tasks with losses that distil a teacher's prompt for each; here, as in peft, the model's
 loss trains it. For a target task it starts from P and the mean (or one) of the source tasks' u and v: copy the tensors.
@@ -37,11 +37,11 @@ class MultitaskPromptTuningConfig(TaskConfig):
     length: PositiveInt = 20
     """Rows of the prompt; 100 in the paper."""
     rank: PositiveInt = 1
-    """Rank of what tells the tasks apart."""
+    """Rank of the factors of each task."""
     init: Literal["vocabulary", "uniform"] = "vocabulary"
     """Start the shared prompt from embeddings of tokens drawn from the vocabulary, or uniform in +-0.5."""
     init_ids: list[NonNegativeInt] = Field(default_factory=list)
-    """Start it from the embeddings of these tokens instead, repeated or cut to its length."""
+    """Ids of tokens whose embeddings start the shared prompt instead, repeated or cut to its length."""
     task_init: Literal["ones", "normal"] = "ones"
     """Start every task at the shared prompt, or as peft does, close to zero."""
 

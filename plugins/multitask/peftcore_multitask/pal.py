@@ -8,10 +8,10 @@ biases, are shared by all blocks of a stack; MHA, of width a, is each block's ow
 dropout of attention's weights, and no matrix behind it. The gelu is in the code alone, as are 6 heads for the paper's
 12. All matrices start from N(0, 0.02), biases at zero: near the identity, and with ``up_std=0`` exactly there.
 
-A token sees what the model lets it see: no padding, and in causal stacks no later tokens; keys and values of earlier
-tokens lie behind the model's own in its cache. The task comes with the call, ``with peftcore.call(model, task=...)``:
-one for all rows, or one for each; the authors' batches have one task. They train the whole model along, or its norms
-alone, for all tasks in common; here it is frozen, unless `train` names it.
+A token attends under the model's mask: not to padding, and in causal stacks not to later tokens; keys and values of
+earlier tokens are stored behind the model's own in its cache. The call passes the task, ``with peftcore.call(model,
+task=...)``: one for all rows, or one for each; the authors' batches have one task. They train the whole model along, or
+its norms alone, for all tasks in common; here it is frozen, unless `train` names it.
 
 Parameters of a task: 2 a d + a + d a stack, 3 a^2 + 3 a a block; 1.8 million in BERT-base.
 
@@ -54,7 +54,7 @@ from peftcore_multitask._hypernetwork import part_name
 from peftcore_multitask._tasks import TaskConfig, Tasks, task_count
 
 OF_ONE_SITE = {"heads", "dropout"}
-"""Options that may differ between blocks: all else belongs to what they share."""
+"""Options that may differ between blocks: all other options belong to the shared U and V."""
 
 
 class PALConfig(TaskConfig):
@@ -144,7 +144,7 @@ class PALOperator(Operator):
 
 
 class PAL(Method):
-    """A narrow attention of each task beside every block.
+    """A narrow attention of each task in parallel with every block.
 
     Example:
         injection = peftcore.apply(model, "pal", tasks=["sums", "letters"])

@@ -6,25 +6,25 @@
     loss = contrast * mean_i(L_i + M_i),    M_i = log sum_{k of other tasks} exp s(v_i, k) - s(v_i, k_task)
     L_i = mean_j log sum_{l != i} exp s(v_i, v_l) - s(v_i, v_j),    rows j != i of the same task; L over rows with such
 
-x is what the feed-forward reads, behind the norm in front of it, and the adapter joins the stream behind the host's
+x is the feed-forward's input, behind the norm in front of it, and the adapter joins the stream behind the host's
 dropout, as in the authors' code. k [tasks, t] are the prototypes, v is the vector that the *retriever* makes of a text,
-from its states H at the end of the stack: without padding, and of a causal stack what comes before the first label
+from its states H at the end of the stack: without padding, and in a causal stack only those before the first label
 (``peftcore.call(model, prompt_length=...)`` says it too). The losses, which training alone has, draw texts of a task
-to each other and to its prototype. The own task is missing in the sum of M, as in the code. The task comes with the
-call, ``with peftcore.call(model, task=...)``: one for all rows, or one for each. Batches should mix tasks.
+to each other and to its prototype. The own task is missing in the sum of M, as in the code. The call passes the task,
+``with peftcore.call(model, task=...)``: one for all rows, or one for each. Batches should mix tasks.
 
-Where a decoder reads an encoder, H is the encoder's, and the encoder's adapters are made of nothing: each has matrices
-of its own, the same for all tasks (Xavier-uniform times 1e-4). In a model without tokens (pictures), H is what its norm
-behind the blocks gives, or what the last adapter reads where there is none. Adapters of one width share P1 to U; what
-makes weights starts uniform in +-init_scale sqrt(3 / (p fan)).
+Where a decoder reads an encoder, H is the encoder's, and the encoder's adapters are made of nothing: each has separate
+matrices, the same for all tasks (Xavier-uniform times 1e-4). In a model without tokens (pictures), H is the output of
+its norm behind the blocks, or the last adapter's input where the model lacks that norm. Adapters of one width share P1
+to U; the maps that make weights start uniform in +-init_scale sqrt(3 / (p fan)).
 
 The paper looks for the nearest prototype of a new task to start from; the code does not, and nor does this.
 
 Parameters: tasks t for prototypes, (d + t + 1) h + t for the retriever, (2t + 1) h + (h + 1) p + 2p and
 (p + 1) (2 d r + r + d) for each width d, t for a made adapter and 2 d r + r + d for an encoder's.
 
-Use it for several tasks with few examples each, told apart by their texts; not for tasks that share inputs, where
-`hyperformer_pp`, its nearest kin, has no losses to fight, nor for one task (`parallel_adapter`).
+Use it for several tasks with few examples each, which their texts identify; not for tasks that share inputs, where
+`hyperformer_pp`, its nearest kin, is without these losses, nor for one task (`parallel_adapter`).
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class PHAConfig(TaskConfig):
     code: PositiveInt = 64
     """Width p of c, which the adapters are made from."""
     contrast: NonNegativeFloat = 0.1
-    """Factor of both losses; with 0, or a single task, there is no retriever."""
+    """Factor of both losses; with 0, or a single task, the retriever is left out."""
     temperature: PositiveFloat = 0.1
     """Divides cosines in the losses."""
     init_scale: NonNegativeFloat = 1e-3

@@ -6,21 +6,21 @@
 
 The paper's are: the embedding v_t of a task, hypernetworks in two factors that make a template of it (Polyhistor), and
 for each layer a kernel K that scales templates of the narrowest stage of a hierarchical model up to the layer's widths,
-the same for all tasks (the Lite, which is both together). There is no code of the authors, and their abstract, figures
-and introduction alone were at hand. So the rest is chosen here, by what they build on (`hyperformer_pp`): h is what the
-last matrix of attention or feed-forward returns, f is GELU; there are no norms, and neither hypernetworks nor adapters
-have biases; down and up projections have templates and kernels of their own, and all layers share these templates,
+the same for all tasks (the Lite, which is both together). The authors published no code, and only their abstract,
+figures and introduction were available. So the rest is chosen here, after `hyperformer_pp`, on which they build: h is
+the output of the last matrix of attention or feed-forward, f is GELU; norms are left out, and neither hypernetworks nor
+adapters have biases; down and up projections have separate templates and kernels, and all layers share these templates,
 attention and feed-forward alike. A layer of d = m d0 features has n = m n0 inner ones, n0 = d0 / reduction rounded
 down, but at least 1. So kernels are [m, m]: in a plain ViT, one number. Products are not built: h is read in m pieces.
 
-Embeddings start from N(0, 1), A to B' so that templates keep the variance of what they are given, K as the identity (of
-equal entries all m pieces would stay alike) and K' at zero: a fresh adapter is an exact identity. The task comes with
-the call, ``with peftcore.call(model, task=...)``: one for all rows, or one for each.
+Embeddings start from N(0, 1), A to B' so that templates keep the variance of their inputs, K as the identity (of
+equal entries all m pieces would stay alike) and K' at zero: a fresh adapter is an exact identity. The call passes the
+task, ``with peftcore.call(model, task=...)``: one for all rows, or one for each.
 
 Parameters: k (tasks + 2 r (n0 + d0)) once, and 2 m^2 an adapter.
 
 Use it for several dense tasks on one hierarchical backbone, a Swin or a SegFormer, where a further task should cost k
-numbers; not where widths have no common measure (`hyperformer_pp`, its nearest kin, has a network for each), nor where
+numbers; not where widths lack a common divisor (`hyperformer_pp`, its nearest kin, has a network for each), nor where
 it has to be merged. `compacter` is its kin for one task.
 """
 

@@ -8,23 +8,24 @@ skill, Z_t, uniform in +-0.001 at first: z = sigmoid(Z_t), and in training a dra
 the relaxed Bernoulli distribution with these logits, z = sigmoid(Z_t + log u - log(1 - u)), u uniform. A and B are
 averaged apart.
 
-With `own_skills` it is C-Poly (Wang et al. 2023, arXiv 2312.03248): each task has so many skills more, which no other
-task chooses, with logits beside those of the common ones. k runs over both. No code of its authors was found; where
+With `own_skills` it is C-Poly (Wang et al. 2023, arXiv 2312.03248): each task has that many more skills, which only
+this task uses, with logits next to those of the common ones. k runs over both. No code of its authors was found; where
 its equation adds outputs of skills, A and B are averaged apart here, own ones among them, as Polytropon's code does.
 
 With `splits` it is multi-head routing: the inputs of A and the outputs of B are cut into groups, and each group has
-logits, and skills, of its own. In convolutions, the 3 in of A's start counts the kernel too; in embeddings A starts at
-zero and B ~ N(0, 1).
+separate logits and skills. In convolutions, the 3 in of A's start counts the kernel too; in embeddings A starts at zero
+and B ~ N(0, 1).
 
-The task comes with the call, ``with peftcore.call(model, task=...)``: one for all rows, or one for each. So one weight
-cannot stand for the update, and it does not merge; a tensor that is read instead of called has no rows, and is refused.
+The call passes the task, ``with peftcore.call(model, task=...)``: one for all rows, or one for each. So no single
+weight equals the update, and it does not merge; a tensor that is read instead of called is refused, because it cannot
+be adapted row by row.
 
 The authors (microsoft/mttl) train Z a hundred times faster than the skills, without weight decay; peft leaves that to
 the user. Parameters: (skills + tasks * own_skills) * rank * (in * kernel + out) + tasks * splits * (skills +
 own_skills) a site. A forward computes with the own skills of all tasks, and weighs those of others with zero.
 
-Use it for many related tasks: what they share is learned once, and a new task needs few examples. Own skills are for
-tasks that get in each other's way; they grow with the number of tasks (mtl_lora has a small matrix for each).
+Use it for many related tasks: their common skills are learned once, and a new task needs few examples. Own skills are
+for tasks that get in each other's way; they grow with the number of tasks (mtl_lora has a small matrix for each).
 """
 
 from __future__ import annotations

@@ -4,17 +4,17 @@
     G_t = a X_t' X_t / n + (1 - a) diag(X_t' X_t / n),   a = `off_diagonal`
 
 X_t [n, in] are the inputs that a linear layer gets in the model of part t, on data of task t, padding left out. With
-a = 1, W' is what minimizes sum_t w_t |X_t W'' - X_t W_t''|^2 / n_t: a linear regression, whose solution needs no data
+a = 1, W' minimizes sum_t w_t |X_t W'' - X_t W_t''|^2 / n_t: a linear regression, whose solution needs no data
 but the matrices G_t. Whoever has an adapter and its data makes them, whoever merges takes them:
 
     first = grams(peftcore.load(model, "first"), batches)      # numbers by path, to be handed on beside the adapter
     merged = gather(model, "regmean", {"first": 1.0, "second": 1.0})
     take_grams(merged, [first, second])
 
-Until then all P_t are w_t / sum w: a plain mean, which all that is no linear layer of vectors keeps (biases, norms,
-convolutions, embeddings, experts), as in the authors' code (bloomberg/dataless-model-merging). An input that is zero in
-all tasks keeps it too; the authors' inverse does not exist there, and they count padding. a is 0.9 in their notebook,
-where RoBERTa does without, and 0.1 in most of their scripts; a = 0 is their diagonal variant.
+Until then all P_t are w_t / sum w: a plain mean, which all tensors but those of linear layers of vectors keep (biases,
+norms, convolutions, embeddings, experts), as in the authors' code (bloomberg/dataless-model-merging). An input that is
+zero in all tasks keeps it too; the authors' inverse does not exist there, and they count padding. a is 0.9 in their
+notebook, where RoBERTa does without, and 0.1 in most of their scripts; a = 0 is their diagonal variant.
 
 With `unseen` = "base" the inverse is a pseudo-inverse: in directions that no task's inputs have, W' is the base, so a
 few prompts are enough, and rows of a table, which no two parts train, are added up. With a = 1 and a weight for each
@@ -120,8 +120,8 @@ def take_grams(merged: AppliedMethod, every: Sequence[Mapping[str, Tensor]]) -> 
     """Merge by the matrices of the parts, in their order, as `grams` gave them.
 
     Raises:
-        ConfigError: it is no regmean, it is merged into the model, or matrices are missing or do not fit.
-        CalibrationError: the inputs were too few to tell all directions from each other.
+        ConfigError: the injection is not a regmean, it is merged into the model, or matrices are missing or do not fit.
+        CalibrationError: the inputs were too few to determine all directions.
     """
     found = [graft for graft in merged.grafts if isinstance(graft.operator, RegMeanOperator)]
     if not found or len(every) != len(merged.config.parts):

@@ -6,28 +6,28 @@
 
 E are the embedded tokens of the text, of which max takes the largest of each feature; a is the same at all target
 modules. Each task has a key k_j [d] and A_j [rank, in], B_j [out, rank] at each module. The last task is learned: its
-key and LoRA train, and W_down [hidden, d], W_up [d, hidden] and the norm go on training; those of tasks before are
-frozen, and as in the code, no gradient goes through them to x. Nobody has to tell the task of a text. The next task:
+key and LoRA train, and W_down [hidden, d], W_up [d, hidden] and the norm go on training; those of earlier tasks are
+frozen, and as in the code, no gradient passes through them to x. Calls need not pass the task of a text. The next task:
 
     second = peftcore.apply(model, "sapt", tasks=2, name="second")
     peftcore_multitask.sapt.take_tasks(second, first)  # the values of an adapter of one task, which may go then
 
-The loss keeps what the network said of texts of tasks before (the paper's pseudo-samples). Rows of them stand in the
-batch, without labels, and their shares t [rows, tasks] come with the call, the oldest task first, with zeros for tasks
-since: ``with peftcore.call(model, attention=t)``. A row of zeros is none of them. The code holds the mean share over
+The loss keeps the network's shares for texts of earlier tasks (the paper's pseudo-samples). Such texts are rows of the
+batch, without labels, and the call passes their shares t [rows, tasks], the oldest task first, with zeros for later
+tasks: ``with peftcore.call(model, attention=t)``. A row of zeros is not such a text. The code holds the mean share over
 the texts of a task for t, which `injection.report()` has.
 
-The text is what comes before the first label, or the whole input, unless ``peftcore.call(model, prompt_length=...)``
-says it: generated tokens change nothing. The authors' max sees padding, this does not. Keys start uniform in +-1, A in
-+-1/sqrt(inputs), the network from N(0, 0.02^2) as transformers starts it in their Llama (in their T5, uniform in
-+-1/sqrt(inputs)), B at zero: an exact identity for the first task. Dropout, which the authors' scripts
-have at zero, is left out, and models in which a decoder reads an encoder are refused: there the text is not at hand
-when the decoder runs.
+The text is the part before the first label, or the whole input, unless ``peftcore.call(model, prompt_length=...)``
+gives its length: generated tokens change nothing. The authors' max sees padding, this does not. Keys start uniform in
++-1, A in +-1/sqrt(inputs), the network from N(0, 0.02^2) as transformers starts it in their Llama (in their T5, uniform
+in +-1/sqrt(inputs)), B at zero: an exact identity for the first task. Dropout, which the authors' scripts have at zero,
+is left out, and models in which a decoder reads an encoder are refused: there the text is not at hand when the decoder
+runs.
 
 Parameters: tasks * rank * (in + out) a module, tasks * d + 2 hidden d + 2 d once.
 
-Use it for tasks that come one after the other, where old ones are to stay and to help; not for tasks that are all there
-at once (`hydralora`), nor for LoRAs out of files, with which no attention was trained (`mole`).
+Use it for tasks that are learned one after the other, where old ones are to stay and to help; not for tasks that are
+all there at once (`hydralora`), nor for LoRAs out of files, with which no attention was trained (`mole`).
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class SAPTConfig(MethodConfig):
     hidden: PositiveInt = 100
     """Width of the network that reads texts."""
     replay: NonNegativeFloat = 1.0
-    """Factor of the loss of rows whose shares are told."""
+    """Factor of the loss of rows whose shares the call passes."""
 
 
 class SharedAttention(DecidingOperator):
@@ -144,7 +144,7 @@ class SAPTOperator(Operator):
 
 
 class SAPT(Method):
-    """LoRAs of tasks that come one after the other, mixed by attention to each text."""
+    """LoRAs of tasks that are learned one after the other, mixed by attention to each text."""
 
     name = "sapt"
     Config = SAPTConfig

@@ -2,8 +2,8 @@
 
     W' = W + s sum_t w_t tau_t,   tau_t = W_t - W,   s = 0.4
 
-tau_t is what part t does to the weight: of a LoRA B A, of weights trained in place their difference. w_t = -1 forgets a
-task, w = (1, 1, -1) is an analogy. The authors sum over the whole of models that were trained in full
+tau_t is the change of the weight by part t: of a LoRA B A, of weights trained in place their difference. w_t = -1
+forgets a task, w = (1, 1, -1) is an analogy. The authors sum over the whole of models that were trained in full
 (mlfoundations/task_vectors); here every site that a part has counts, and parts may differ in method and sites. peft's
 "linear" sums factors of LoRAs instead of their products, which is another thing; its "cat" is this one.
 

@@ -1,13 +1,14 @@
 """Text-to-LoRA: LoRAs that a network makes of the description of a task.   Charakorn et al. 2025, arXiv 2506.06105
 (code: SakanaAI/text-to-lora).
 
-One of the paper's three networks, the largest, and one of its two ways to train, by the loss of the model itself. Those
-whose heads make A and B, or their rows, one after the other are not here, nor is training on LoRAs that exist (recon).
+This is the largest of the paper's three networks, with one of the paper's two ways to train, by the loss of the model
+itself. The networks whose heads make A and B, or their rows, one after the other are not here, nor is training on LoRAs
+that exist (recon).
 
     y = W x + b + s B A dropout(x),   s = alpha / sqrt(rank),   (A, B) = H z + h
     z = M([LN(E v + e) ; LN(layer) ; LN(kind)])
 
-v is a vector that the call tells: an embedding of what the task is, in words, by any model that embeds texts. `layer`
+v is a vector that the call passes: an embedding of the task's description by any model that embeds texts. `layer`
 is an embedding of the layer, `kind` one of which matrix it is there, and each kind has a head H, h. M are silu
 feed-forwards, two of them with residuals, and 0.05 is dropped between. H starts at zero and h as a LoRA's start, so at
 first all vectors give the same LoRA, which does nothing. The loss gets decay * (mean A^2 + mean B^2) from each kind.
@@ -15,8 +16,8 @@ first all vectors give the same LoRA, which does nothing. The loss gets decay * 
     with peftcore.call(model, task_vector=embedded): ...      # [1, vector_width] for all rows, or [rows, vector_width]
     make_lora(injection, embedded[0])                         # a plain LoRA: it merges, and is saved by itself
 
-This network is the one that the authors' scripts train. Where models have several stacks, each has layers and kinds of
-its own.
+This network is the one that the authors' scripts train. Where models have several stacks, each has separate layers and
+kinds.
 
 Parameters, l = latent and w = head_width: (vector_width + 1) l / 2 + 28 l^2 + 27 l + (4 l + 1) w in the network, l / 4
 for each layer and each kind, and (w + 1) rank (in + out) for each kind.
@@ -62,7 +63,7 @@ class TextToLoRAConfig(MethodConfig):
 
     method: Literal["text_to_lora"] = "text_to_lora"
     vector_width: PositiveInt = 1024
-    """Width of the vectors that calls tell."""
+    """Width of the vectors that calls pass."""
     rank: PositiveInt = 8
     """Rank of the LoRAs."""
     alpha: PositiveFloat = 16.0
@@ -76,11 +77,11 @@ class TextToLoRAConfig(MethodConfig):
     network_dropout: Share = 0.05
     """Probability with which numbers in the network are dropped in training."""
     decay: NonNegativeFloat = 1e-3
-    """Factor of the loss of what the network makes."""
+    """Factor of the penalty on the LoRAs' values."""
 
 
 class TextToLoRAOperator(Operator):
-    """The LoRA of one site, which has no tensors of its own."""
+    """The LoRA of one site, made by the shared network from the call's vector."""
 
     training_only = Operator.training_only | {"decay"}
 
@@ -109,7 +110,7 @@ class TextToLoRAOperator(Operator):
 
 
 class TextToLoRA(Method):
-    """LoRAs made of vectors that calls tell.
+    """LoRAs made of vectors that calls pass.
 
     Example:
         injection = peftcore.apply(model, "text_to_lora", vector_width=384)
@@ -149,7 +150,7 @@ def make_lora(injection: AppliedMethod, vector: Tensor, name: str = "lora") -> I
     """Return the LoRA of one vector ``[vector_width]``: frozen, and active in place of the network, which stays.
 
     Raises:
-        ConfigError: it is no text_to_lora, or the vector has another width.
+        ConfigError: the injection is not a text_to_lora, or the vector has another width.
         PeftcoreError: as `peftcore.lora_of` does; nothing was changed.
     """
     found = [graft for graft in injection.grafts if isinstance(graft.operator, TextToLoRAOperator)]

@@ -2,11 +2,11 @@
 
     y = W x + b + g sum_e c_e s_e B_e A_e x,   c = softmax(classifier(h) / temperature) over the parts e
 
-h [tokens, d] is what the stack of blocks returns with X-LoRA off, so each forward runs the stack twice, the first time
+h [tokens, d] is the output of the stack of blocks with X-LoRA off, so each forward runs the stack twice, the first time
 without gradients; generation keeps a second cache for the first pass (peft refuses caches). The classifier is one
 linear layer, or `depth` of them with ReLU and dropout between. c is the same at all target modules, or with `layerwise`
-each has its own; `top_k` keeps the largest alone. g is `scale`. What parts do in training alone, such as dropout, does
-not act. Parts are LoRAs of linear layers, and the model has one stack of tokens.
+each has its own; `top_k` keeps the largest alone. g is `scale`. Parts act as in evaluation: their dropout, for example,
+is off. Parts are LoRAs of linear layers, and the model has one stack of tokens.
 
 Parameters: those of the parts, and (d + 1) N of the classifier, times the number of target modules with `layerwise`; at
 more depth (d + 1) w + (depth - 2) (w + 1) w + (w + 1) N for N parts and width w.
@@ -54,7 +54,7 @@ class XLoRAConfig(PartsConfig):
     train_parts: bool = True
     """Train the parts along; in the paper they were trained before, each for itself, and are frozen."""
     layerwise: bool = False
-    """Give each target module shares of its own."""
+    """Make separate shares for each target module."""
     softmax: bool = True
     """Make the shares of a token positive, with a sum of one."""
     temperature: PositiveFloat = 1.0

@@ -27,11 +27,11 @@ class PlaceSite(Site):
     width: int = 0
     """Number of features of the tokens."""
     embeds: bool = False
-    """Whether it stands behind the embeddings, in front of all blocks."""
+    """Whether the module is behind the embeddings, in front of all blocks."""
 
     @property
     def weight_shape(self) -> torch.Size:
-        """The width, which stands for a shape in plans and files."""
+        """The width, which plans and files record as the shape."""
         return torch.Size([self.width])
 
 
@@ -42,7 +42,7 @@ class AcrossOperator(Operator):
     Args:
         site: the attention.
         frames: of a clip.
-        ends: whether it joins the stream behind a module of its own, outside of the attention.
+        ends: whether it joins the stream behind another module, outside of the attention.
     """
 
     observes = frozenset({NORM})
@@ -57,7 +57,7 @@ class AcrossOperator(Operator):
 
         Args:
             attend: the attention, of any sequences ``[batch, length, d]``.
-            y: the normed stream by places, ``[clips * tokens, frames, d]``, which is what is added too.
+            y: the normed stream by places, ``[clips * tokens, frames, d]``, to which the result is also added.
         """
         raise NotImplementedError
 
@@ -114,7 +114,7 @@ def attention_of(surgeon: Surgeon, block: PromptSite) -> tuple[PlaceSite, tuple[
     """Return the attention of a block as a site, and the further sites of its operator.
 
     Raises:
-        UnsupportedSite: the block has none or several, or norms behind its branches.
+        UnsupportedSite: the block lacks an attention or has several, or has norms behind its branches.
     """
     resolver, path = surgeon.resolver, block.module_path
     inside = [entry for entry in resolver.host.entries if entry.block == path]
@@ -132,7 +132,7 @@ def feed_forward_of(surgeon: Surgeon, block: PromptSite) -> Site:
     """Return the last matrix of a block's feed-forward.
 
     Raises:
-        UnsupportedSite: the block has none or several.
+        UnsupportedSite: the block lacks a feed-forward or has several.
     """
     inside = [entry for entry in surgeon.resolver.host.entries if entry.block == block.module_path]
     last = [entry for entry in inside if entry.role == "mlp.down"]
@@ -174,7 +174,8 @@ def entrance(surgeon: Surgeon, block: PromptSite) -> tuple[PlaceSite, tuple[Site
     and the convolution that embeds patches of pictures.
 
     Raises:
-        UnsupportedSite: there is no such convolution; those of videos embed several frames at once.
+        UnsupportedSite: the tower lacks a convolution that embeds single pictures; those of videos embed several frames
+            at once.
     """
     host, patches = surgeon.resolver.host, patch_sites(surgeon, block)
     if not patches:

@@ -41,10 +41,10 @@ class Taps:
     """The taps that the gates of an adapter share."""
 
     everyone: Tap = field(default_factory=Tap)
-    """Whether all tokens go through, in a pass of its own."""
+    """Whether all tokens go through, in a separate pass."""
     counts: Tap = field(default_factory=Tap)
-    """For each block that ran in training the sum of its gates and how many they are, numbers without dimensions: those
-    are no rows of a route."""
+    """For each block that ran in training the sum of its gates and how many they are, numbers without dimensions, so
+    that routes do not split them by rows."""
     lies: dict[str, Tap] = field(default_factory=dict)
     """One channel of a tower's patches, ``[images, rows, columns]``, by path of the convolution that embeds them."""
 
@@ -58,7 +58,7 @@ class Taps:
 
 
 class Dispatcher(Bypass):
-    """Gates the output of a branch, token by token, beside what `beside` adds.
+    """Gates the output of a branch, token by token; `beside` is added in parallel.
 
         m = 1 where sigmoid(w . x + b) > threshold,   in training: where sigmoid((w . x + b + g - g') / temperature) is
 
@@ -108,8 +108,8 @@ class Dispatcher(Bypass):
         return gates
 
     def prefix(self, x: Tensor) -> int:
-        """Return how many tokens in front always go through: those that are no patches, where a picture was embedded
-        and its patches are all there."""
+        """Return how many tokens in front always go through: those in front of the patches, where a picture was
+        embedded and its patches are complete."""
         if x.dim() != 3:
             return 0
         tokens, lie = x.shape[1], self.lie.get()
@@ -149,7 +149,7 @@ def loss_of_everyone(taps: Taps, output: Any, call: ForwardContext) -> Tensor:
     """Return ``L(q) + KL(q | p)``, of a second pass q in which all tokens go through.
 
     Raises:
-        TrainingError: the model returns no logits, or there are no labels of their shape.
+        TrainingError: the model returns no logits, or labels of their shape are missing.
     """
     given = call.inputs.get("labels")
     labels: Any = call.context.get("labels") if given is None else given

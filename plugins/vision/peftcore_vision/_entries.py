@@ -12,7 +12,8 @@ from peftcore.errors import UnsupportedSite
 
 
 class EntriesOperator(WeightOperator):
-    """Adds values to `count` entries of a tensor, or to all, and holds which these are: first ones, until it is told.
+    """Adds values to `count` entries of a tensor, or to all, and stores their indices: the first entries, until others
+    are set.
 
     Raises:
         UnsupportedSite: the tensor has fewer entries, or none is to train.

@@ -14,7 +14,7 @@ from peftcore_vision._stages import NORM, StageSite
 
 
 class ExplicitConfig(MethodConfig):
-    """Options of what prompts are made of."""
+    """Options of the sources of prompts."""
 
     reduction: PositiveInt = 4
     """How many times narrower than the stream prompts are inside."""
@@ -34,7 +34,7 @@ def starting(linear: nn.Linear, zero: bool = False) -> nn.Linear:
 
 
 def frequencies(x: Tensor, share: float, low: bool) -> Tensor:
-    """Return the size of pictures [..., high, wide] without their low frequencies, or of these alone."""
+    """Return the size of pictures [..., high, wide] without their low frequencies, or of the low frequencies alone."""
     high, wide = x.shape[-2:]
     line = int((high * wide * share) ** 0.5 // 2)
     mask = torch.zeros(high, wide, dtype=torch.bool, device=x.device)

@@ -58,7 +58,7 @@ def fact_sites(surgeon: Surgeon, config: FactConfig) -> list[FactSite]:
     transformers.
 
     Raises:
-        UnsupportedSite: what the widths have in common is smaller than the rank.
+        UnsupportedSite: the widths' greatest common divisor is smaller than the rank.
     """
     if any("rank" in changes for changes in config.overrides.values()):
         raise ConfigError(f"{config.method}: all sites share their factors, so overrides cannot change the rank")
@@ -87,7 +87,8 @@ def shared_factors(surgeon: Surgeon, side: int, rank: int) -> tuple[Shared, Shar
 
 
 class FactOperator(Operator):
-    """The update of one site, as two factors: the middle one goes with U, and V stands once for each row of slices."""
+    """The update of one site, as two factors: the middle factor is multiplied with U, and V is repeated for each row of
+    slices."""
 
     stackable = True
 

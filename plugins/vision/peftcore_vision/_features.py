@@ -19,7 +19,7 @@ class FeatureConfig(MethodConfig):
     """The option of methods that act on features of images."""
 
     features: Literal["output", "input"] = "output"
-    """Whether the features are what the site returns (a projection) or what it is given (a classifier)."""
+    """Whether the features are the site's output (a projection) or its input (a classifier)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +31,7 @@ class FeatureSite(Site):
 
     @property
     def weight_shape(self) -> torch.Size:
-        """The width, which stands for a shape in plans and files."""
+        """The width, which plans and files record as the shape."""
         return torch.Size([self.width])
 
 
@@ -39,8 +39,8 @@ def feature_sites(surgeon: Surgeon, config: FeatureConfig) -> list[FeatureSite]:
     """Return the user's targets; without these, the projection of images, or the classifiers.
 
     Raises:
-        TargetError: the model has no projection of images.
-        UnsupportedSite: nothing tells how many features a target has.
+        TargetError: the model lacks a projection of images.
+        UnsupportedSite: the number of features of a target cannot be found.
     """
     sites = surgeon.sites()
     if surgeon.wishes.target is None and config.features == "output":
@@ -57,7 +57,7 @@ def image_projection(surgeon: Surgeon) -> FeatureSite:
     """Return the projection of images, whatever the user's targets are.
 
     Raises:
-        UnsupportedSite: there is none, or there are several.
+        UnsupportedSite: the model lacks a projection of images, or has several.
     """
     heads = [entry for entry, _ in surgeon.resolver.host.select("head") if _words(entry.path) & IMAGES]
     if len(heads) != 1:

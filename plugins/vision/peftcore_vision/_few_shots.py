@@ -38,7 +38,7 @@ class Shots:
 
 def few_shots(model: nn.Module, data: Batches, passes: int, sites: Mapping[Site, str]) -> Shots:
     """Return the images of the data, with the mean of their features over passes. Where two passes are the same to the
-    bit, nothing is augmented, and there is no third.
+    bit, nothing is augmented, and passes end.
 
     Args:
         model: runs in eval mode.
@@ -47,9 +47,9 @@ def few_shots(model: nn.Module, data: Batches, passes: int, sites: Mapping[Site,
         sites: modules, and whether features are their "output" or their "input".
 
     Raises:
-        CalibrationError: labels are missing, are no whole numbers, one for each image, or come in another order in
-            another pass.
-        UnsupportedSite: features of a module are no vectors, one for each label.
+        CalibrationError: labels are missing, are not integers, one for each image, or are in another order in another
+            pass.
+        UnsupportedSite: features of a module are not vectors, one for each label.
     """
     model.eval()
     sums: dict[Site, Tensor] = {}

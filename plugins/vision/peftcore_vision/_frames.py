@@ -11,12 +11,12 @@ def clips(x: Tensor, frames: int, pictures: int | None) -> int:
     """Return how many clips the rows of a batch are.
 
     Args:
-        x: what a block is given, ``[rows, ...]``.
+        x: the input of a block, ``[rows, ...]``.
         frames: of a clip.
         pictures: how many the model embedded; None where nothing says it.
 
     Raises:
-        UnsupportedSite: a row is no picture, or the rows are no whole clips.
+        UnsupportedSite: a row is not a picture, or the rows do not divide into whole clips.
     """
     if pictures is not None and pictures != len(x):
         raise UnsupportedSite(

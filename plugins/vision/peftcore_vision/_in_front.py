@@ -1,5 +1,5 @@
 """Linear adapters in front of the matrices that a branch reads with: which matrices read the same and so share one, and
-how an adapter is merged into what it stands in front of."""
+how an adapter is merged into the matrix behind it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ READERS = {
     "cross.kv": ("cross.k", "cross.v", "cross.kv"),
     "mlp": ("mlp.gate", "mlp.up", "mlp.gate_up"),
 }
-"""Roles of matrices that read the same, where they stand in one module."""
+"""Roles of matrices that read the same, where one module contains them."""
 
 
 class InFrontOperator(Operator):

@@ -30,7 +30,7 @@ def with_logits(output: Any, change: Callable[[Tensor], Tensor], classes: int = 
     """Return the output of a model with its logits ``[images, texts]`` changed, and those of texts with them.
 
     Raises:
-        SequenceError: it has none, or a loss of pairs, or fewer texts than classes.
+        SequenceError: the output lacks logits, or has a loss of pairs, or fewer texts than classes.
     """
     logits = _logits(output)
     if logits.shape[1] < classes:
@@ -44,7 +44,7 @@ def of_own_texts(output: Any) -> Any:
     second: logits ``[images, texts]`` of each image and its own, and their features ``[images, texts, d]``.
 
     Raises:
-        SequenceError: it has no logits, or a loss of pairs.
+        SequenceError: the output lacks logits, or has a loss of pairs.
     """
     logits = _logits(output)
     own = logits.unflatten(1, (len(logits), -1)).diagonal().T  # [images, images, texts] -> [images, texts]

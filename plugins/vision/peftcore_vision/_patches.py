@@ -1,4 +1,4 @@
-"""The convolutions of a model that embed patches of pictures, and how the patches lie in a sequence of tokens."""
+"""The convolutions of a model that embed patches of pictures, and the layout of patches in a sequence of tokens."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def picture_sites(surgeon: Surgeon) -> list[Site]:
     """Return the convolutions that read pictures: the user's targets, or the first one of each tower.
 
     Raises:
-        UnsupportedSite: there is none, or a target is none.
+        UnsupportedSite: the model lacks such a convolution, or a target is another kind of module.
     """
     firsts: dict[str, str] = {}
     for entry in surgeon.resolver.host.entries:
@@ -42,8 +42,8 @@ def picture_sites(surgeon: Surgeon) -> list[Site]:
 
 
 def side_of(surgeon: Surgeon, site: Site) -> int | None:
-    """Return the side of the square pictures for which a convolution's tower has a table of positions; None where it
-    has none. A class token and its like are what the largest square leaves over."""
+    """Return the side of the square pictures for which a convolution's tower has a table of positions; None where the
+    tower lacks one. Positions beyond the largest square belong to a class token and the like."""
     host = surgeon.resolver.host
     tower = next((entry.tower for entry in host.at(site.module_path)), "")
     tables = [e for e in host.entries if e.role == "embed.pos" and e.tower == tower and e.block is None]
@@ -61,14 +61,14 @@ def layout(
     """Return rows and columns of the patches in a sequence.
 
     Args:
-        lie: images, rows and columns of what the convolution in front embedded, where it ran.
+        lie: images, rows and columns that the convolution in front embedded, where it ran.
         batch: sequences.
         tokens: tokens of each.
-        grid: the proportion of rows to columns, where the user says it.
-        prefix_tokens: how many tokens are no patches; None: those that the largest grid leaves over.
+        grid: the proportion of rows to columns, where the user gives it.
+        prefix_tokens: how many tokens in front are not patches; None: those that the largest grid leaves over.
 
     Raises:
-        UnsupportedSite: the tokens behind those in front are no grid.
+        UnsupportedSite: the tokens behind those in front do not form a grid.
     """
     images, high, wide = lie or (batch, 1, 1)
     if grid is not None:
@@ -95,19 +95,19 @@ def over_patches(
     grid: tuple[int, int] | None,
     prefix_tokens: int | None,
 ) -> Tensor:
-    """Return what a function of pictures ``[n, features, rows, columns]`` makes of tokens: of the patches, where they
-    lie in their picture, and of each token in front of them as a picture of one pixel.
+    """Return what a function of pictures ``[n, features, rows, columns]`` makes of tokens: of the patches, at their
+    places in the picture, and of each token in front of them as a picture of one pixel.
 
     Args:
         u: pictures ``[batch, ..., rows, columns, features]``, sequences ``[batch, tokens, features]``, or one token of
             each, ``[batch, features]``.
-        act: the function, which keeps rows and columns.
+        act: the function; its output has the same rows and columns.
         lie: as in `layout`, like all that follows.
         grid: the same.
         prefix_tokens: the same.
 
     Raises:
-        UnsupportedSite: the tokens behind those in front are no grid.
+        UnsupportedSite: the tokens behind those in front do not form a grid.
     """
     if u.dim() >= 4:  # and those of a video one by one
         return act(u.flatten(0, -4).movedim(-1, 1)).movedim(1, -1).reshape(*u.shape[:-1], -1)

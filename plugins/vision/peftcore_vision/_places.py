@@ -1,6 +1,6 @@
 """Base operator of trained words among those of a text: which places they take.
 
-The texts hold the places: words of one token each, behind the first token or wherever a placeholder stands.
+The texts hold the places: words of one token each, behind the first token or wherever a placeholder is.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class PlacesConfig(MethodConfig):
     length: PositiveInt = 16
     """Number M of context vectors."""
     init_ids: list[NonNegativeInt] = Field(default_factory=list)
-    """Start from the embeddings of these tokens; there are as many context vectors then."""
+    """Ids of tokens from whose embeddings the context vectors start, one vector for each."""
     placeholder: NonNegativeInt | None = None
     """The token whose places the vectors take, in their order; None takes the places behind the first token."""
 
@@ -88,7 +88,7 @@ def words(site: Site, config: PlacesConfig, contexts: int = 1) -> Tensor:
     """Return the start of contexts [contexts, M, d] by a table: N(0, 0.02), or the embeddings of tokens.
 
     Raises:
-        ConfigError: a token is none of the table's.
+        ConfigError: a token is not in the table.
     """
     start = torch.randn(contexts, config.count, site.out_features) * 0.02
     if not config.init_ids:
@@ -102,7 +102,7 @@ def text_sites(surgeon: Surgeon) -> Iterator[tuple[Site, Site]]:
     """Yield the tables of the user's targets that embed texts, each with its tower.
 
     Raises:
-        UnsupportedSite: there is none, or a target is another one.
+        UnsupportedSite: the model lacks such a table, or a target is another module.
     """
     stacks = {f"{each.path}.{each.table}".lstrip("."): each for each in surgeon.resolver.token_stacks()}
     sites, refused = [], []

@@ -1,5 +1,5 @@
-"""Visual prompts in diffusion transformers that are given a text (SD3, Flux, PixArt): streams of rows without places
-beside the tokens of the image, which these transformers modulate, turn and lay out on a grid."""
+"""Visual prompts in diffusion transformers with a text input (SD3, Flux, PixArt): streams of rows without positions,
+parallel to the tokens of the image, which these transformers modulate, rotate and arrange on a grid."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from peftcore_vision._prompts import PromptConfig, PromptSite, shared_projection
 
 
 def add_prompt_stream(surgeon: Surgeon, sites: list[PromptSite], config: PromptConfig, deep: bool) -> bool:
-    """Put a prompt, or with `deep` one for each block, into a stream beside the image, where the blocks stand in a
-    diffusion transformer that is given a text; return whether they do. Heads stay as they are: they score nothing."""
+    """Put a prompt, or with `deep` one for each block, into a stream parallel to the image, where the blocks belong to
+    a diffusion transformer with a text input; return whether they do. Heads stay as they are: they score nothing."""
     blocks = [site.module_path for site in sites]
     try:
         (stream,) = stream_sites(surgeon, blocks)
@@ -37,7 +37,7 @@ def add_prompt_stream(surgeon: Surgeon, sites: list[PromptSite], config: PromptC
 
 
 class PromptStream(RowStream):
-    """A prompt that goes through the blocks, or with `deep` one for each of them."""
+    """A prompt that passes through the blocks, or with `deep` one for each of them."""
 
     def __init__(
         self, site: StreamSite, config: PromptConfig, patch: int, projection: Shared | None, deep: bool

@@ -1,8 +1,8 @@
-"""Base operator of visual prompts: the blocks that image patches go through, and rows beside the patches.
+"""Base operator of visual prompts: the blocks that image patches go through, and prompt rows among the patches.
 
-Attention without positions treats its tokens as a set, so where the rows of a prompt stand among them changes nothing
-but the order of the rows that come out. Those that stay between blocks stand behind the host's own tokens, where class
-tokens keep their places; those of one block alone stand in front. So each finds its own, whatever else is active.
+Attention without positions treats its tokens as a set, so the position of prompt rows among them changes only the order
+of the output rows. Rows that stay between blocks are put behind the host's own tokens, so that class tokens keep their
+places; rows of one block alone are put in front. So each prompt finds its rows, whatever else is active.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from peftcore.author import MethodConfig, Operator, Share, Shared, Site, Surgeon
 from peftcore.errors import SequenceError, UnsupportedSite
 
 STREAM = ("mlp.down", "experts.down", "attn.out", "attn_mlp.out")
-"""Roles of what adds to the stream of a block: its rows are as many as the stream is wide."""
+"""Roles of matrices that add to the stream of a block: its rows are as many as the stream is wide."""
 ROTARY = re.compile(r"rope|rotary", re.IGNORECASE)
 """How rotary positions are called, which are handed to blocks token by token."""
 
 
 class RowsConfig(MethodConfig):
-    """Options of rows beside the tokens of an image."""
+    """Options of prompt rows among the tokens of an image."""
 
     length: PositiveInt = 5
     """Rows of a prompt; the authors search from 1 to 200 by task."""
@@ -41,7 +41,8 @@ class PromptConfig(RowsConfig):
     """Options of visual prompts that tokens see."""
 
     projection: PositiveInt | None = None
-    """Width of prompts that one linear map brings to the width of the stream; None trains them in that width."""
+    """Width of prompts that one linear map projects to the width of the stream; None trains them in the stream's
+    width."""
     train_head: bool = True
     """Train the head of the images along, as the paper does."""
 
@@ -57,7 +58,7 @@ class PromptSite(Site):
 
     @property
     def weight_shape(self) -> torch.Size:
-        """The width, which stands for a shape in plans and files."""
+        """The width, which plans and files record as the shape."""
         return torch.Size([self.width])
 
 
@@ -65,7 +66,7 @@ def prompt_sites(surgeon: Surgeon) -> list[PromptSite]:
     """Return the blocks among the user's targets; without these, all blocks of the tower that has an image in patches.
 
     Raises:
-        UnsupportedSite: a target is no such block, or one to which tokens cannot be added.
+        UnsupportedSite: a target is not a block of that tower, or tokens cannot be added to it.
     """
     host = surgeon.resolver.host
     patches = _patches(surgeon)
@@ -80,7 +81,7 @@ def image_blocks(surgeon: Surgeon) -> list[PromptSite]:
     """Return all blocks of the tower that has an image in patches, whatever the user's targets are.
 
     Raises:
-        UnsupportedSite: there is none, or one to which tokens cannot be added.
+        UnsupportedSite: the model lacks such a tower, or tokens cannot be added to a block.
     """
     patches = _patches(surgeon)
     blocks = [entry for patch in patches[:1] for entry, _ in surgeon.resolver.host.select("block", patch.tower)]
@@ -180,7 +181,7 @@ class PromptOperator(Operator):
         arguments.
 
         Raises:
-            SequenceError: these say something of each token, or the tokens lie on a grid.
+            SequenceError: these say something of each token, or the tokens are arranged on a grid.
         """
         check_tokens(x, others)
         rows = self.prompt if self.projection is None else self.projection.module(self.prompt)
@@ -193,7 +194,7 @@ def check_tokens(x: Tensor, others: tuple[Any, ...]) -> None:
     """Check what a block is given: tokens [batch, tokens, width], and its other arguments.
 
     Raises:
-        SequenceError: these say something of each token, or the tokens lie on a grid.
+        SequenceError: these say something of each token, or the tokens are arranged on a grid.
     """
     if x.dim() != 3 or any(isinstance(each, Tensor) and each.dim() > 1 for each in _flat(others)):
         raise SequenceError(
@@ -208,7 +209,7 @@ def _flat(values: Any) -> Iterator[Any]:
 
 
 class DeepOperator(PromptOperator):
-    """The prompt of one block alone: what the block makes of its rows is dropped."""
+    """The prompt of one block alone: the block's outputs for its rows are removed."""
 
     def forward(self, call: Callable[..., Any], x: Any, *args: Any, **kwargs: Any) -> Any:
         rows = self.rows(x, (*args, *kwargs.values()))
@@ -224,8 +225,8 @@ def attentions_of(surgeon: Surgeon, site: PromptSite) -> list[Site]:
 
 
 def train_heads(surgeon: Surgeon, sites: list[PromptSite]) -> None:
-    """Train the heads that stand in one tower with the blocks: none at which images and texts meet, and none where
-    blocks are modulated by a condition, since diffusion has no classes."""
+    """Train the heads in the same tower as the blocks. Heads that compare images and texts stay frozen, and so do all
+    heads where a condition modulates the blocks, since diffusion models do not score classes."""
     host, blocks = surgeon.resolver.host, {site.module_path for site in sites}
     if any(entry.role == "mod" and entry.block in blocks for entry in host.entries):
         return
@@ -237,7 +238,7 @@ def train_heads(surgeon: Surgeon, sites: list[PromptSite]) -> None:
 
 
 def prompt_count(site: Site, config: PromptConfig) -> int:
-    """Count the values of a prompt, or of a part of the head; attentions of a stream have none."""
+    """Count the values of a prompt, or of a part of the head; the count is 0 for attentions of a stream."""
     if site.form == "attention":
         return 0
     return site.numel if site.form == "weight" else config.length * (config.projection or site.out_features)

@@ -1,4 +1,4 @@
-"""Prompts of which tokens and segments are switched off, and what they are chosen by."""
+"""Prompts of which tokens and segments are switched off, and the scores that select these."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ def importance(injection: Injection, data: Iterable[Any], absolute: bool = False
         absolute: take the size of each batch's derivative.
 
     Raises:
-        CalibrationError: there is no data or no loss, or it is not finite.
-        ConfigError: the adapter has no such prompts.
+        CalibrationError: data or a loss is missing, or the loss is not finite.
+        ConfigError: the adapter lacks prompts in segments.
     """
     prompts, model = _prompts(injection), injection.model
     held, modes = [each.kept for each in prompts], {module: module.training for module in model.modules()}

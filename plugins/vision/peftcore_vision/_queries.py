@@ -23,7 +23,7 @@ class QuerySite(PromptSite):
 
 
 class Summing(Protocol):
-    """Options of what heads read of queries."""
+    """Options of the values that heads read of queries."""
 
     @property
     def summary(self) -> str: ...
@@ -32,7 +32,7 @@ class Summing(Protocol):
 
 
 class QueryOperator(PromptOperator):
-    """The queries of one block, and what each head makes of them."""
+    """The queries of one block, and their scores for each head."""
 
     def __init__(self, site: QuerySite, config: RowsConfig, summing: Summing, asking: Tap, made: Tap) -> None:
         super().__init__(site, config)
@@ -73,7 +73,8 @@ def unit(v: Tensor, wanted: bool) -> Tensor:
 
 
 class UnaskedOperator(AttentionOperator):
-    """Hides the queries of its block from all rows: they lie behind what was put in front of them further in."""
+    """Hides the queries of its block from all rows: their keys are behind those that operators further in have put in
+    front."""
 
     def __init__(self, site: AttentionSite, asking: Tap) -> None:
         super().__init__(site)
@@ -90,7 +91,7 @@ class UnaskedOperator(AttentionOperator):
 
 
 class ReadingOperator(Operator):
-    """Adds to a head's output what blocks made for it of their queries."""
+    """Adds the scores of the blocks' queries to a head's output."""
 
     def __init__(self, site: Site, number: int, normalize: bool, made: Sequence[Tap]) -> None:
         super().__init__(site)

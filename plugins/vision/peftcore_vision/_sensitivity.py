@@ -1,4 +1,4 @@
-"""Which weights matter: sums of squared gradients over batches, and what a budget of them allots to each tensor."""
+"""Which weights matter: sums of squared gradients over batches, and the numbers that a budget allots to each tensor."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def sensitivities(sites: Sequence[Site], batches: Iterable[Batch]) -> dict[str, 
     """Return for each site, by its path, the sum over the batches of (dL/dw)^2, flat, in its logical layout.
 
     Raises:
-        CalibrationError: there is no batch, or all gradients are zero.
+        CalibrationError: data is missing, or all gradients are zero.
         InactiveSite: the loss is computed from none of the weights.
     """
     weights = [site.module.get_parameter(site.tensor).requires_grad_(True) for site in sites]
@@ -86,7 +86,7 @@ def nearest(
 ) -> dict[str, int | None]:
     """Return the allotment that trains the number of parameters nearest to `budget`.
 
-    τ goes from a twentieth of the budget to nearly four times as much; of those that are equally near the last one.
+    τ runs from a twentieth of the budget to nearly four times as much; among equally near allotments the last is taken.
     """
     taus = [max(1, round(step * budget / 20)) for step in range(1, 80)]
     plans = [allotted(each, sites, rank, ease, vector_ease) for each in counts(scores, taus)]

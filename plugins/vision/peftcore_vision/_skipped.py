@@ -90,7 +90,8 @@ def skipping_site(surgeon: Surgeon, site: BranchSite) -> BranchSite:
     """Return a site with its feed-forward as one more place.
 
     Raises:
-        UnsupportedSite: it is of none, or of one that is no module, or may look at several tokens or is scaled by code.
+        UnsupportedSite: the site lacks a feed-forward, or the feed-forward is not a module, may mix tokens, or is
+            scaled by code.
     """
     whole, end = feed_forward_around(surgeon, site), surgeon.resolver.end_of(site.module_path)
     if whole is None:

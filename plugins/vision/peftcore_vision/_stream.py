@@ -1,8 +1,8 @@
 """Adapters at the stream of a block: in front of it, between its attention and its feed-forward, and behind it.
 
-Between the two no module returns the stream. In pre-norm blocks x goes on past the norm that reads it, ``y = x +
-MLP(LN(x))``; so the norm is given x + a, and a is added to what the block returns: ``(x + a) + MLP(LN(x + a))``. In
-post-norm blocks the norm behind the sum returns the stream.
+Between the two no module returns the stream. In pre-norm blocks the residual connection adds x past the norm that reads
+it, ``y = x + MLP(LN(x))``; so the norm is given x + a, and a is added to the block's output: ``(x + a) + MLP(LN(x +
+a))``. In post-norm blocks the norm behind the sum returns the stream.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Stream:
     carries: bool
     """Whether what is added amid the block is added again behind it."""
     lie: Tap
-    """Says how patches lie, behind the convolution that embeds them."""
+    """Stores the grid of patches, behind the convolution that embeds them."""
 
 
 class StreamConfig(MethodConfig):
@@ -42,11 +42,11 @@ class StreamConfig(MethodConfig):
     """Rows and columns of the patches; only their proportion counts. By default that of the patches that the model
     embeds, or of a square where a part of it runs by itself and embeds none."""
     prefix_tokens: NonNegativeInt | None = None
-    """How many tokens stand in front of the patches. By default as many as the largest grid leaves over."""
+    """How many tokens are in front of the patches. By default as many as the largest grid leaves over."""
 
     @property
     def amid(self) -> bool:
-        """Whether an adapter stands between attention and feed-forward."""
+        """Whether an adapter is between attention and feed-forward."""
         raise NotImplementedError
 
 
@@ -115,8 +115,8 @@ def streams(surgeon: Surgeon, config: StreamConfig) -> list[tuple[BlockSite, Str
     """Return the blocks among the targets, each with its stream.
 
     Raises:
-        UnsupportedSite: nothing says how patches lie; or an adapter is wanted amid a block that has other parts than
-            one attention and one feed-forward behind it, or code that does not say where the stream is.
+        UnsupportedSite: the grid of patches is unknown; or an adapter is wanted amid a block that has other parts than
+            one attention and one feed-forward behind it, or code in which the stream cannot be found.
     """
     lies: dict[str, Tap] = {}
     found: list[tuple[BlockSite, Stream]] = []

@@ -41,7 +41,7 @@ class CoupledSite(Site):
 
     @property
     def weight_shape(self) -> torch.Size:
-        """The widths, which stand for a shape in plans and files."""
+        """The widths, which plans and files record as the shape."""
         return torch.Size([self.image_width, self.width])
 
 
@@ -63,7 +63,7 @@ def two_towers(surgeon: Surgeon) -> Towers:
     """Return both towers.
 
     Raises:
-        UnsupportedSite: there are no two, or one of them takes no prompts.
+        UnsupportedSite: the model lacks one of the towers, or a tower does not accept prompts.
     """
     (table, tower), *others = text_sites(surgeon)
     if others:

@@ -2,14 +2,14 @@
 
     out = MLP(LN(x)) + s (W_up relu(W_down x + b_down) + b_up) + x,   W_down [r, d],  W_up [d, r]
 
-x is the residual stream in front of the feed-forward's norm. The paper's equation normalizes what the adapter reads, by
-an LN of its own; the authors' code does so with layer_norm="in" and not by default, and "out" normalizes what comes out
-of it instead. W_down starts from a Kaiming-uniform draw, W_up and the biases at zero: an exact identity.
+x is the residual stream in front of the feed-forward's norm. The paper's equation normalizes the adapter's input, by a
+separate LN; the authors' code does so with layer_norm="in" and not by default, and "out" normalizes the adapter's
+output instead. W_down starts from a Kaiming-uniform draw, W_up and the biases at zero: an exact identity.
 
-The norm in front is the one whose output the feed-forward reads; where there is none (Swin V2), x is what the
-feed-forward reads. That it is in post-norm blocks (BERT, torch's encoder) too, and there reads="branch" says so. What
-the model does to the feed-forward's output on its way to the stream (dropout, layer scale, stochastic depth) it does
-not do to the adapter's, as in the authors' code; with joins="matrix" it does.
+The norm in front is the one whose output the feed-forward reads; without such a norm (Swin V2), x is the feed-forward's
+input. That it is in post-norm blocks (BERT, torch's encoder) too, and there reads="branch" says so. The model's
+dropout, layer scale and stochastic depth of the feed-forward's output do not act on the adapter's output, as in the
+authors' code; with joins="matrix" they do.
 
 Parameters: 2 d r + r + d a block, 2 d more with a norm, one more when s is learned.
 
@@ -50,7 +50,7 @@ class AdaptFormerConfig(MethodConfig):
     scale: PositiveFloat | Literal["learned"] = 0.1
     """The factor s in front of the adapter; "learned" trains one for each block, from 1."""
     layer_norm: Literal["none", "in", "out"] = "none"
-    """A norm of the adapter's own: of what it reads, or of what it adds."""
+    """A norm that belongs to the adapter: of its input, or of its output."""
     reads: Literal["stream", "branch"] = "stream"
     """The adapter's input: the stream in front of the feed-forward's norm, or what the feed-forward itself reads."""
     joins: Joins = "stream"
@@ -61,7 +61,7 @@ class AdaptFormerConfig(MethodConfig):
 
 
 class AdaptFormerOperator(Bypass):
-    """The bottleneck beside one feed-forward."""
+    """The bottleneck in parallel with one feed-forward."""
 
     padded = frozenset({"down.weight", "down.bias", "up.weight"})
 
@@ -92,7 +92,7 @@ class AdaptFormerOperator(Bypass):
 
 
 class AdaptFormer(Method):
-    """A bottleneck beside each feed-forward of an image transformer."""
+    """A bottleneck in parallel with each feed-forward of an image transformer."""
 
     name = "adaptformer"
     Config = AdaptFormerConfig

@@ -8,11 +8,12 @@
 The model is one of images, which is given the frames of clips as rows of the batch, those of a clip one behind the
 other: [clips * T, 3, rows, columns]. MHA_t is its frozen attention on the T tokens of each place. In front of all
 blocks, a trained e [T, d] is added to the tokens of each frame; it starts at zero, as W_up and all biases do, W_down at
-a normal draw of 0.02: a fresh adapter is the identity. With `temporal_adapters` 2, u + A_i(u) stands in front of MHA_t.
+a normal draw of 0.02: a fresh adapter is the identity. With `temporal_adapters` 2, MHA_t reads u + A_i(u) in place of
+u.
 
 In training the code drops what the first and the third line add, at single places of all frames of a batch alike, with
 a probability that rises from 0 in the first block to `drop_path`. It trains the norm behind the last block along, and
-the user's head over the frames' outputs. What the host does to the branches' outputs acts on MHA, A_s and MLP alone.
+the user's head over the frames' outputs. The host's changes of the branches' outputs act on MHA, A_s and MLP alone.
 
 Parameters: 3 (2 d h + h + d) a block, T d, and 2 d of the norm: 10.7M in a ViT-B. It cannot be merged.
 
@@ -64,7 +65,7 @@ class AIMConfig(MethodConfig):
     ratio: Annotated[float, Field(gt=0.0, le=4.0)] = 0.25
     """Width h of the bottlenecks as a share of d."""
     scale: PositiveFloat = 0.5
-    """The factor s of what stands beside the feed-forward; the code has 1 for Something-Something v2."""
+    """The factor s of the adapter in parallel with the feed-forward; the code has 1 for Something-Something v2."""
     temporal_adapters: Annotated[int, Field(ge=1, le=2)] = 1
     """With 2, an adapter is in front of the temporal attention too, as in the code for Something-Something v2."""
     drop_path: Share = 0.2
@@ -85,7 +86,7 @@ class Adapter(nn.Module):
             nn.init.zeros_(zero)
 
     def forward(self, u: Tensor) -> Tensor:
-        """Map ``[..., d]`` to what joins it."""
+        """Map ``[..., d]`` to the bottleneck's output."""
         down, down_bias, up, up_bias = (each.to(u.dtype) for each in self.parameters())
         return F.linear(F.gelu(F.linear(u, down, down_bias)), up, up_bias)
 
@@ -120,7 +121,7 @@ class TurnsOperator(AcrossOperator):
 
 
 class JointOperator(Bypass):
-    """The adapter beside one feed-forward."""
+    """The adapter in parallel with one feed-forward."""
 
     def __init__(self, site: BranchSite, config: AIMConfig, p: float) -> None:
         super().__init__(site)
@@ -132,7 +133,7 @@ class JointOperator(Bypass):
 
 
 class AIM(Method):
-    """Adapters behind attention, within frames and across them, and beside the feed-forward.
+    """Adapters behind attention, within frames and across them, and in parallel with the feed-forward.
 
     Example:
         injection = peftcore.apply(model, "aim", frames=1)  # rows are frames, clip by clip; 8, 16 or 32 in the paper

@@ -7,13 +7,13 @@ in front of the matrices that attention and feed-forward read with, behind their
 one adapter. There is one D for attention and one for feed-forwards; of models with several widths (Swin) for each
 width, as in the authors' code, which has its adapter for feed-forwards in front of the norm there. D starts from a
 Xavier-uniform draw, b at zero; r of attention at zero, r of feed-forwards from a Xavier-uniform draw too, so a fresh
-ARC is no identity (`feed_forward_start="zero"` makes it one). A convolution that pads is refused, and a weight that is
-read without a bias, as by `repadapter`. With ``target=["attn.q", "attn.k", "attn.v"]`` it is the authors' ARC_att.
+ARC is not an identity (`feed_forward_start="zero"` makes it one). A convolution that pads is refused, and a weight that
+is read without a bias, as by `repadapter`. With ``target=["attn.q", "attn.k", "attn.v"]`` it is the authors' ARC_att.
 
 Parameters: h + d an adapter, and d h once for each D: 96,432 in a ViT-B/16.
 
-Use it where inference must cost nothing and files must be small; not where layers need directions of their own
-(`repadapter` has no shared factor, `fact_tk` shares factors of the update of a weight).
+Use it where inference must cost nothing and files must be small; not where each layer needs other directions
+(`repadapter` shares no factor, `fact_tk` shares factors of the update of a weight).
 """
 
 from __future__ import annotations

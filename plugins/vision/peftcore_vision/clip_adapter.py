@@ -2,9 +2,9 @@
 
     f' = ratio * relu(W2 relu(W1 f)) + (1 - ratio) * f,   W1 [d / reduction, d],   W2 [d, d / reduction], no biases
 
-f are the features of an image before they are normalized and compared with those of texts: what CLIP's projection of
-images returns, the default, as in the authors' code. For other models name what returns them, as in
-``target="vision_model.head"`` for SigLIP. The paper also tries an adapter of the texts, with a ratio of its own:
+f are the features of an image before they are normalized and compared with those of texts: the output of CLIP's
+projection of images, the default, as in the authors' code. For other models name what returns them, as in
+``target="vision_model.head"`` for SigLIP. The paper also tries an adapter of the texts, with another ratio:
 
     peftcore.apply(model, "clip_adapter", target=["visual_projection", "text_projection"],
                    overrides={"text_projection": {"ratio": 0.1}})
@@ -38,7 +38,7 @@ class CLIPAdapterConfig(FeatureConfig):
     reduction: PositiveInt = 4
     """How many times narrower the bottleneck is than the features."""
     ratio: Annotated[float, Field(ge=0.0, le=1.0)] = 0.2
-    """Share of what the adapter makes; the rest is the features as they were."""
+    """Share of the adapter's output in the mix; the rest is the original features."""
 
 
 class FeatureOperator(Operator):

@@ -9,7 +9,7 @@ f(x), of length one and p of them. The texts hold the places, as in coop, and th
     peftcore.apply(clip, "cocoop", init_ids=[320, 1125, 539, 320])   # "a photo of a"
     clip(input_ids=texts_of_all_classes, pixel_values=images).logits_per_image
 
-Each image has texts of its own, so B images and K classes are B K texts; the authors run them image by image, here they
+Each image has separate texts, so B images and K classes are B K texts; the authors run them image by image, here they
 are one batch of the tower, of as much memory. They train one image at a time. ``text_embeds`` are [B, K, p] then, and
 features of texts alone are refused, since no image says what they are.
 

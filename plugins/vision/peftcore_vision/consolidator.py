@@ -4,17 +4,17 @@
     W' = W + G P,   bias' = bias + c
 
 P is the identity, or with `reorder` deals the inputs of each group to all groups: input j of group i becomes input
-number j g + i. Several `groups` are branches that add up, each with a c and a draw of its own. The drop is stochastic
-depth: it leaves whole rows of what the matrix reads without the branch. G and c are uniform in +-1e-3 at the start:
-near the identity, not exactly. All matrices of blocks have one, and all norms train, as in the authors' code; there the
-biases of the matrices train beside c, to which they add up: `train` takes their names where that is wanted.
+number j g + i. Several `groups` are branches that add up, each with a separate c and a separate draw. The drop is
+stochastic depth: whole rows of the matrix's input skip the branch. G and c are uniform in +-1e-3 at the start: near the
+identity, not exactly. All matrices of blocks have one, and all norms train, as in the authors' code; there the biases
+of the matrices train along with c, to which they add up: `train` takes their names where that is wanted.
 
-Kernels of convolutions are in the blocks, [out/g, in/g, kernel]. Experts have blocks of their own, and no c where they
-have no biases.
+Kernels of convolutions are in the blocks, [out/g, in/g, kernel]. Each expert has separate blocks, and c only where it
+has a bias.
 
 Parameters: in out / g + out a branch, and the norms.
 
-Use it where inference must cost nothing and updates of high rank are wanted for few parameters; not where sides have no
+Use it where inference must cost nothing and updates of high rank are wanted for few parameters; not where sides lack a
 common divisor (`lora` takes any). `gralora` has blocks of low rank.
 """
 
@@ -45,7 +45,7 @@ class ConsolidatorConfig(MethodConfig):
     init_range: NonNegativeFloat = 1e-3
     """Bound of the uniform draw; 0 makes a fresh one an exact identity."""
     stochastic_depth: Share = 0.0
-    """Probability with which a row goes without a branch in training; what others get is scaled up."""
+    """Probability with which a row skips a branch in training; the branch's output for other rows is scaled up."""
     train_norms: bool = True
     """Train all norms along."""
 
@@ -68,12 +68,12 @@ def groups_of(site: Site, config: ConsolidatorConfig) -> tuple[int, ...]:
 
 
 def _biased(site: Site) -> bool:
-    """Whether there is a place for c: weights that are read, such as those of experts, may have no bias beside them."""
+    """Whether there is a place for c: weights that are read, such as those of experts, may lack a bias."""
     return site.form != "weight" or not site.missing(bias_name(site.tensor))
 
 
 class ConsolidatorOperator(Operator):
-    """The branches beside one matrix."""
+    """The branches in parallel with one matrix."""
 
     training_only = Operator.training_only | {"drops"}
 
@@ -96,7 +96,7 @@ class ConsolidatorOperator(Operator):
         return written_out(self.G[number], self.groups[number], self.batch, self.reorder)
 
     def branch(self, x: Tensor, number: int) -> Tensor:
-        """Return what a branch computes of what the matrix reads, without c."""
+        """Return the output of a branch for the matrix's input, without c."""
         if not self.layer.of_vectors:
             return self.layer.apply(x, *self.cast(x, self.dense(number)))
         groups = self.groups[number]
@@ -127,7 +127,7 @@ class ConsolidatorOperator(Operator):
 
 
 class Consolidator(Method):
-    """Grouped branches beside matrices, which merge."""
+    """Grouped branches in parallel with matrices, which merge."""
 
     name = "consolidator"
     Config = ConsolidatorConfig

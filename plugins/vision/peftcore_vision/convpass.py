@@ -2,15 +2,15 @@
 
     out = Branch(x) + s (W_up q(conv_3x3(q(W_down x + b_down))) + b_up),   q(u) = u sigmoid(1.702 u)
 
-beside attention and feed-forward. x is what the branch reads (behind the norm), W_down [h, d], W_up [d, h]; the
-convolution has h channels and a bias, and sees the patches where they lie in the picture, with zeros around. Tokens in
+in parallel with attention and feed-forward. x is the branch's input (behind the norm), W_down [h, d], W_up [d, h]; the
+convolution has h channels and a bias, and sees the patches at their places in the picture, with zeros around. Tokens in
 front of the patches (class, distillation, registers) are pictures of one pixel to the same convolution: only its centre
 acts on them. W_down starts from a Xavier-uniform draw, the convolution from the identity (or Xavier), W_up at zero.
 
 Activations of four dimensions (Swin, ConvNeXt) are grids already. A sequence is the largest grid in the proportions of
 the patches that the model embeds, behind as many other tokens as are left. Each window of a model that has windows is a
 picture: the authors' variant for Swin looks over borders. The bypass joins the stream behind layer scale and dropout of
-the branch. Stochastic depth drops it by a draw of its own, as in the authors' code (the paper draws none);
+the branch. Stochastic depth drops it by a separate draw, as in the authors' code (the paper draws none);
 joins="matrix" leaves all three to the branch's.
 
 Parameters: 2 d h + h + d + 9 h^2 + h a bypass, two a block. It cannot be merged. Use it with few labels.
@@ -58,7 +58,7 @@ class ConvpassConfig(MethodConfig):
     """Rows and columns of the patches; only their proportion counts. By default that of the patches that the host
     embeds, or of a square where a part of the host runs by itself and embeds none."""
     prefix_tokens: NonNegativeInt | None = None
-    """How many tokens stand in front of the patches. By default as many as the largest grid leaves over."""
+    """How many tokens are in front of the patches. By default as many as the largest grid leaves over."""
     joins: Joins = "stream"
     """Where it adds: to the stream, behind what the host does to the branch's output (dropout, layer scale, stochastic
     depth), or to the output of the branch's last matrix, in front of that."""
@@ -71,7 +71,7 @@ def _quick_gelu(u: Tensor) -> Tensor:
 
 
 class ConvpassOperator(Bypass):
-    """The bypass of one branch. At the convolution that embeds the patches (form "patch") it sees how they lie."""
+    """The bypass of one branch. At the convolution that embeds the patches (form "patch") it records their grid."""
 
     def __init__(self, site: BranchSite, config: ConvpassConfig, lie: Tap) -> None:
         super().__init__(site)
@@ -103,7 +103,7 @@ class ConvpassOperator(Bypass):
         return self.scale * F.linear(inner, up, up_bias)
 
     def dropped(self, added: Tensor, end: Callable[..., Any]) -> Tensor:
-        """Stochastic depth drops the bypass by a draw of its own."""
+        """Drop the bypass by stochastic depth, with a separate draw."""
         return end(added) if self.drops_path else added
 
     def _convolve(self, u: Tensor) -> Tensor:
@@ -117,7 +117,7 @@ class ConvpassOperator(Bypass):
 
 
 class Convpass(Method):
-    """A convolution beside each attention and each feed-forward."""
+    """A convolution in parallel with each attention and each feed-forward."""
 
     name = "convpass"
     Config = ConvpassConfig

@@ -2,7 +2,7 @@
 
     t_k = g([SOS; v_1 ... v_M; name_k; EOS]),   p(k | x) = softmax_k(scale * cos(f(x), t_k)),   v [M, d]
 
-Context vectors stand in the place of the words "a photo of a" in front of the names of classes, before positions are
+Context vectors replace the words "a photo of a" in front of the names of classes, before positions are
 added. As in the authors' code the texts hold the places: tokenize ``"X X X X " + name + "."`` with M words of one token
 each; whatever they are, the M places behind the first token (behind padding on the left, by the mask) get v. Lengths,
 masks, positions and the place of EOS are then the model's own affair. For the authors' other orders (the name first, or
@@ -11,8 +11,8 @@ in the middle) say which token holds a place: ``placeholder=343`` is "x" in CLIP
     peftcore.apply(clip, "coop", length=4)
     clip(input_ids=texts_of_all_classes, pixel_values=images).logits_per_image
 
-With `classes` each class has a context of its own (CSC): row k of the batch gets the k-th, or
-``peftcore.call(model, classes=[2, 0])`` says whose each row is.
+With `classes` each class has a separate context (CSC): row k of the batch gets the k-th, or
+``peftcore.call(model, classes=[2, 0])`` gives the class of each row.
 
 v starts as N(0, 0.02), or as the embeddings of `init_ids`. Parameters: M d, or classes M d. Nothing merges, but once
 trained the features of all classes can be kept.
@@ -40,7 +40,7 @@ class CoOpConfig(PlacesConfig):
 
     method: Literal["coop"] = "coop"
     classes: PositiveInt | None = None
-    """How many classes have contexts of their own; None shares one."""
+    """How many classes have separate contexts; None shares one."""
 
 
 class ContextOperator(PlacesOperator):

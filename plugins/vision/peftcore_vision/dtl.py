@@ -4,11 +4,11 @@
     x_{l+1} = L_l(x_l)                    for l < M
     x_{l+1} = L_l(x_l) + F(t(h_l))        for l >= M,   t(h) = h sigmoid(beta h)
 
-x_l is what block l reads, from l = 0 on. The side network gathers what each block is given, and its sum is fed back
-behind the later blocks alone: nothing trainable lies in front of the first M blocks, so backward stops there. F is the
-identity, or with `kernel` (DTL+) one convolution of that size for all blocks, for each channel by itself and without a
-bias, over the patches as they lie in the picture; tokens in front of them go by. M is `start` times the number of
-blocks, rounded down: 6 of 12 in the authors' scripts (heekhero/DTL).
+x_l is the input of block l, from l = 0 on. The side network reads each block's input, and its sum is fed back
+behind the later blocks alone: nothing trainable acts before the end of the first M blocks, so backward stops there. F
+is the identity, or with `kernel` (DTL+) one convolution of that size for all blocks, for each channel by itself and
+without a bias, over the patches at their places in the picture; tokens in front of the patches skip it. M is `start`
+times the number of blocks, rounded down: 6 of 12 in the authors' scripts (heekhero/DTL).
 
 A start as torch's linear layers do, C at zero, so a fresh adapter is an exact identity. The authors train a new head
 along (``train=["head"]`` trains the model's).
@@ -54,22 +54,22 @@ class DTLConfig(MethodConfig):
 
     method: Literal["dtl"] = "dtl"
     rank: PositiveInt = 2
-    """Rank of what a block adds to the side network."""
+    """Rank of a block's part of the side network."""
     start: Share = 0.5
     """The share of the blocks behind which nothing is fed back: the first ones."""
     beta: PositiveFloat = 100.0
     """How near t is to a ReLU."""
     kernel: PositiveInt | None = None
-    """Rows and columns of the convolution over what is fed back (DTL+); None has none."""
+    """Rows and columns of the convolution over the values that are fed back (DTL+); None leaves it out."""
 
 
 Sums = tuple[Tap | None, Tap]
-"""Where the sum of the blocks before lies, and where this one leaves its own."""
+"""Taps of the previous blocks' sum, which a block reads, and of the sum that it writes."""
 
 
 class SideOperator(Operator):
-    """The part of the side network at one block, and what is fed back behind it. At the convolution that embeds the
-    patches (form "patch") it sees how they lie."""
+    """The part of the side network at one block, and the feedback behind the block. At the convolution that embeds the
+    patches (form "patch") it records their grid."""
 
     def __init__(
         self, site: BlockSite, config: DTLConfig, sums: Sums, feeds: bool, kernel: Shared | None, lie: Tap

@@ -6,18 +6,18 @@ Zhao et al. 2024, arXiv 2403.11808 (code: NUS-HPC-AI-Lab/Dynamic-Tuning).
     loss = L(p) + rate_weight (mean m - rate)^2 + complete (L(q) + KL(q | p))
 
 g and g' are draws of Gumbel's distribution, and gradients those of the sigmoid. x is the stream in front of the
-feed-forward's norm. The mean of m is that over all blocks, pictures and tokens but the class token, which always goes
-through: tokens in front of a picture's patches (`prefix_tokens`); padding does not count. q is what the model says in a
-second pass with m = 1 everywhere, dropout drawn anew; no gradient goes through it in KL. W_down starts from a
-Kaiming-uniform draw, w from N(0, 0.02), all else at zero: about half of the tokens go through.
+feed-forward's norm. The mean of m is over all blocks, pictures and tokens but the class token, which the feed-forward
+always computes, like all tokens in front of a picture's patches (`prefix_tokens`); padding does not count. q is the
+model's prediction in a second pass with m = 1 everywhere, dropout drawn anew; KL passes no gradient to it. W_down
+starts from a Kaiming-uniform draw, w from N(0, 0.02), all else at zero: about half of the tokens go through.
 
 L is the cross-entropy of classes. It needs the logits that the model returns (a field `logits`, or the tensor itself,
 classes in dimension 1) and the labels: those that the model is given, or ``peftcore.call(model, labels=...)``; without
-them `complete` is to be 0. The second pass doubles the time of training. What the model does not return as a loss waits
-for `injection.losses()`.
+them `complete` is to be 0. The second pass doubles the time of training. Losses that the model does not return are
+available from `injection.losses()`.
 
 In training all tokens are computed, and those that go by are multiplied by zero. With `skip` they are not computed in
-evaluation, which is what makes it fast. The mixture of adapters of the paper is not in the code, and not here.
+evaluation, which makes it fast. The mixture of adapters of the paper is not in the code, and not here.
 
 Parameters: 2 d r + r + d of the adapter and d + 1 of the dispatcher, a block.
 
@@ -77,13 +77,13 @@ class DyTConfig(MethodConfig):
     temperature: PositiveFloat = 5.0
     """Divisor of logits and draws in training."""
     threshold: Portion = 0.5
-    """Probability above which a token goes through."""
+    """Probability above which a token passes through."""
     skip: bool = False
     """In evaluation without gradients compute the chosen tokens alone, of each row as many as the row with the most
     has. For feed-forwards that treat each token by itself, and for one adapter at each; in routes and under
     torch.compile all are computed."""
     prefix_tokens: NonNegativeInt | None = None
-    """How many tokens in front always go through; None: those that stand in front of a picture's patches."""
+    """How many tokens in front always go through; None: those in front of a picture's patches."""
     init_std: NonNegativeFloat = 0.02
     """Standard deviation of w at the start."""
     init_bias: FiniteFloat = 0.0
@@ -91,7 +91,7 @@ class DyTConfig(MethodConfig):
 
 
 class DyTOperator(Skipping):
-    """The dispatcher of one feed-forward, and the bottleneck beside it."""
+    """The dispatcher of one feed-forward, and the bottleneck in parallel with it."""
 
     padded = frozenset({"down.weight", "down.bias", "up.weight"})
 
@@ -111,7 +111,7 @@ class DyTOperator(Skipping):
 
 
 class DyT(Method):
-    """Feed-forwards that only chosen tokens go through, beside adapters that all do."""
+    """Feed-forwards of chosen tokens only, in parallel with adapters of all tokens."""
 
     name = "dyt"
     Config = DyTConfig

@@ -10,13 +10,13 @@ all blocks. The paper prunes what was trained, and trains what is left again fro
     scores = importance(trained, batches)          # dL/dM, [length, segments]
     prune(fresh, scores, tokens=2, segments=4)     # of a second adapter, with the options of the first
 
-Where the paper is open, the code decides (ChengHan111/E2VPT): channel c is in segment c mod `segments`; tokens have the
-sum of their segments' scores; what has the lowest is switched off, signs and all (``absolute=True`` is the size of the
-derivative); pruned tokens stay as rows of zeros. Its masks train with the prompts before pruning; here they are 1. It
-tries each pair of shares from 10 to 90 percent on validation data.
+For details that the paper leaves open, this follows the code (ChengHan111/E2VPT): channel c is in segment c mod
+`segments`; tokens have the sum of their segments' scores; the lowest scores, with their signs, are switched off
+(``absolute=True`` is the size of the derivative); pruned tokens stay as rows of zeros. Its masks train with the prompts
+before pruning; here they are 1. It tries each pair of shares from 10 to 90 percent on validation data.
 
-K and V start kaiming-uniform. Never identity at the start. Parameters: (length + kv_length) * d a block, with keys and
-values of their own (length + 2 kv_length) * d; with `projection` as in `vpt_deep`; and the head.
+K and V start kaiming-uniform. Never identity at the start. Parameters: (length + kv_length) * d a block, with separate
+keys and values (length + 2 kv_length) * d; with `projection` as in `vpt_deep`; and the head.
 
 Use it where `vpt_deep` is used, with fewer prompts or better ones; not where its pruning is too much to run, for which
 `vpt_deep` alone is simpler. Rotary positions, windows and convolutions between tokens are refused.

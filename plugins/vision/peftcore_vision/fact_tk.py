@@ -3,10 +3,10 @@
     dW_t = s V Sigma_t U,   Sigma_t^T = sum_k C[:, :, k] P[k, t]
 
 U [r, d], V [d, r] and the core C [r, r, r] are shared by all sites; a slice t of a site has only its column P[:, t].
-What the slices are, FacT-TT says. Where a matrix has several, the authors' code differs from the equation, and so does
+`fact_tt` defines the slices. Where a matrix has several, the authors' code differs from the equation, and so does
 this: their reshape of the n matrices C P [r, r, n] to [r, n r] deals the columns of all out to the slices in turn, so
 that output p of slice c is column (c r + p) // n of matrix (c r + p) % n. In matrices with more slices along inputs,
-inputs are what is dealt out. U starts as a linear layer, C and P from Xavier-uniform draws, V at zero: an identity.
+inputs are dealt out. U starts as a linear layer, C and P from Xavier-uniform draws, V at zero: an identity.
 
 Parameters: r a slice, and 2 d r + r^3 once: 2 d r + r^3 + 12 L r for a ViT of L blocks.
 

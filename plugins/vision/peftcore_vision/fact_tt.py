@@ -33,7 +33,7 @@ class FactTTConfig(FactConfig):
 
 
 class FactTTOperator(FactOperator):
-    """The slices of one site, each with a core of its own."""
+    """The slices of one site, each with a separate core."""
 
     def __init__(self, site: FactSite, config: FactTTConfig, U: Shared, V: Shared) -> None:
         super().__init__(site, config, U, V)

@@ -14,7 +14,7 @@ in another order than it reads them. Here the update is the paper's, of the weig
 
 Parameters: r (in + out) a site, out an attention, and 2 n^2 a role: 50,176 in the tower of a CLIP ViT-B/32.
 
-Use it where a LoRA of rank 1 is the budget and a higher rank is wanted; not where widths are no multiples of n (`lokr`
+Use it where a LoRA of rank 1 is the budget and a higher rank is wanted; not where n does not divide the widths (`lokr`
 chooses its cuts). `compacter` has the same products in adapters.
 """
 

@@ -2,10 +2,11 @@
 
     y = h + W_up gelu(W_down h + b_down) + b_up,   W_down = sum_i P_i K_i Q_i,   W_up = sum_i P_i K_i Q_i
 
-h is what attention or feed-forward is about to add to the stream. W_down [d/2, d] and W_up [d, d/2] are wide, but each
-is made of β branches of thin factors: P_i [out, α], K_i [α, α], Q_i [α, in], other ones in each. The paper has K_i in
-common for both matrices, the authors' code (in the repository of a later method of theirs) has not, nor has this. All
-start from Kaiming-uniform draws, biases as torch's layers: a fresh adapter is no identity (`zero_up` makes it one).
+h is the output of attention or feed-forward before it is added to the stream. W_down [d/2, d] and W_up [d, d/2] are
+wide, but each is made of β branches of thin factors: P_i [out, α], K_i [α, α], Q_i [α, in], other ones in each. The
+paper has K_i in common for both matrices, the authors' code (in the repository of a later method of theirs) has not,
+nor has this. All start from Kaiming-uniform draws, biases as torch's layers: a fresh adapter is not an identity
+(`zero_up` makes it one).
 
 Parameters: 2 β (α (d + d/2) + α^2) + d + d/2 an adapter, two a block.
 

@@ -5,7 +5,7 @@
 
 Prompts of the texts, and maps that make prompts of the images of them, so both towers learn together (code:
 muzairkhattak/multimodal-prompt-learning). Each of the first `depth` blocks has its own: it overwrites what the block
-before made of its prompt. The last one goes on through all blocks that follow. P_0 stands in the place of words, before
+before made of its prompt. The last one passes through all blocks that follow. P_0 replaces words, before
 positions are added, as in coop: tokenize ``"X X " + name + "."`` with as many words of one token, or any words of which
 the first `length` are overwritten. The authors write "a photo of a", of which length=2 takes the first two:
 ``init_ids`` are these two. The batch of texts is the classes:
@@ -13,7 +13,7 @@ the first `length` are overwritten. The authors write "a photo of a", of which l
     peftcore.apply(clip, "maple", init_ids=[320, 1125])
     clip(input_ids=texts_of_all_classes, pixel_values=images).logits_per_image
 
-The first prompt of the images goes through the norm before the blocks, where the model has one (CLIP). Text prompts
+The first prompt of the images passes through the norm before the blocks, where the model has one (CLIP). Text prompts
 start as N(0, 0.02), or P_0 as those words; maps as torch's linear layers. The authors let the deeper maps start alike;
 here each is drawn by itself. Where several are active together, the last one has the places of words, and the image
 tower sees the prompts of all.
@@ -51,7 +51,7 @@ class MaPLeConfig(PlacesConfig):
     length: PositiveInt = 2
     """Rows of each prompt."""
     depth: PositiveInt = 9
-    """Number of blocks, from the first on, that have prompts of their own."""
+    """Number of blocks, from the first on, that have separate prompts."""
 
 
 class MaPLeOperator(PlacesOperator):

@@ -8,17 +8,18 @@ of k by k, V [h, h] one of 1 by 1, all with biases and zeros around; LN is a nor
 front of W_up.
 
 γ starts at 1e-6 and δ at 1, [d] each; W_down and W_up from N(0, 0.02^2), their biases at zero; convolutions as torch's
-do. So a fresh adapter is no identity (`zero_up` makes it one).
+do. So a fresh adapter is not an identity (`zero_up` makes it one).
 
-Patches are convolved where they lie in the picture: activations of four dimensions (Swin in timm) are grids, a sequence
-is the largest grid in the proportions of the patches that the model embeds, behind as many other tokens as are left.
-Those (a class token, which the code has not) are pictures of one pixel. The next branch reads the stream with
+Patches are convolved at their places in the picture: activations of four dimensions (Swin in timm) are grids, a
+sequence is the largest grid in the proportions of the patches that the model embeds, behind as many other tokens as are
+left. Those (a class token, which the code has not) are pictures of one pixel. The next branch reads the stream with
 the adapter in it; dropout, layer scale and stochastic depth of the host do not act on it.
 
 Parameters: 133 d + 9,728 an adapter with h = 64, two a block: 2 d h + h^2 + 5 d + 88 h.
 
-Use it for detection and segmentation, where it is better than tuning all; not where latency counts or the model has no
-pictures: it cannot be merged (`repadapter` can). `convpass` is its kin beside the branches, with one full convolution.
+Use it for detection and segmentation, where it is better than tuning all; not where latency counts or the inputs are
+not pictures: it cannot be merged (`repadapter` can). `convpass` is its kin in parallel with the branches, with one full
+convolution.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class MonaConfig(StreamConfig):
     dropout: Share = 0.1
     """Probability with which what W_up reads is dropped in training."""
     behind: Literal["both", "attention", "feed-forward"] = "both"
-    """Behind which branches of a block adapters stand."""
+    """Branches of a block that have an adapter behind them."""
     zero_up: bool = False
     """Start W_up at zero, as its bias does: an exact identity."""
 
@@ -56,7 +57,7 @@ class MonaConfig(StreamConfig):
 
 
 class Cognition(nn.Module):
-    """One adapter: what it adds to a stream."""
+    """One adapter, which returns the summand for a stream."""
 
     def __init__(self, width: int, config: MonaConfig) -> None:
         super().__init__()
@@ -86,7 +87,7 @@ class Cognition(nn.Module):
         return u
 
     def add(self, c: Tensor) -> Tensor:
-        """Return the summand, of what the convolutions made ``[..., h]``."""
+        """Return the summand for the stream, from the convolutions' output ``[..., h]``."""
         added: Tensor = self.up(self.dropout(F.gelu(c)))
         return added
 

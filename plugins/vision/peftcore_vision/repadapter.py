@@ -4,7 +4,7 @@
     W' = W (I + s G A),   bias' = bias + W s (G a + b)        since nothing in it is non-linear
 
 in front of the matrices that a branch reads with: queries, keys and values, which share one adapter, as the gate of a
-feed-forward shares its with the matrix beside it. A starts from a Xavier-uniform draw, all else at zero: an exact
+feed-forward shares its with the matrix parallel to it. A starts from a Xavier-uniform draw, all else at zero: an exact
 identity. The authors' own merging fails with g = 1. A convolution has its adapter on channels, as their RepAdapter2D;
 one that pads is refused, since the shift b would not reach its padding, and a weight that is read without a bias.
 

@@ -5,11 +5,11 @@
     W' = W + scatter(v at I)  else, I the chosen entries of W,   v zero
     b' = b + v                of a vector (norm, bias) with at least 1 / vector_ease of its entries chosen, else as W
 
-One look at data (``data=``, with a loss) before training decides where a budget goes, and to which kind of change: few
-entries where few matter, a low-rank update where many do. Gradients are those of whole batches, as in the code, not of
-single examples. Of tau = budget / 20 to 79 / 20 of it, in steps, that is taken whose number of parameters is nearest to
-the budget, which is `share` of the weights of all sites; the authors' steps are those of their budget of 400,000. What
-was chosen stands in `overrides`, so the file has it; where the user overrides a site, that stays.
+One look at data (``data=``, with a loss) before training decides which sites a budget is spent on, and on which kind of
+change: few entries where few matter, a low-rank update where many do. Gradients are those of whole batches, as in the
+code, not of single examples. Of tau = budget / 20 to 79 / 20 of it, in steps, that is taken whose number of parameters
+is nearest to the budget, which is `share` of the weights of all sites; the authors' steps are those of their budget of
+400,000. The choice is stored in `overrides`, and so in the file; where the user overrides a site, that stays.
 
 A is uniform in +-1/sqrt(in), B zero: a fresh adapter is an exact identity. Theirs are made so too, but the reset of
 their whole model then draws A and B anew, from N(0, 0.02^2) both: `init_std` is for that. Their code drops inputs of
@@ -22,7 +22,7 @@ as in a plan, each matrix has an update and each vector trains as a whole; ``sha
 Parameters: about share * (those of all sites).
 
 Use it where the budget is small and the task far from pretraining; not where one adapter is to fit several bases: the
-places are one model's. `fish_mask` trains entries alone, `eva` shares ranks out by what goes in.
+places are one model's. `fish_mask` trains entries alone, `eva` distributes ranks by the inputs.
 """
 
 from __future__ import annotations

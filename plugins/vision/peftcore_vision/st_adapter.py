@@ -5,14 +5,16 @@
 at the patches of the stream, in front of attention and in front of the feed-forward. The model is one of images, which
 is given the frames of clips as rows of the batch, those of a clip one behind the other: [clips * T, 3, rows, columns].
 k [h, t, y, z] is a depthwise convolution over T frames and the patches of each, with zeros around; W_down [h, d],
-W_up [d, h]. Other tokens, such as a class token, stay as they are. Nothing in it is non-linear: what follows is.
+W_up [d, h]. Other tokens, such as a class token, stay as they are. The adapter is linear: only the layers behind it are
+non-linear.
 
 k, c and all biases start at zero, so that a fresh adapter is the identity; W_down and W_up start as torch's layers do,
-and have no gradient in the first step. The code turns cuDNN off for k; nothing is turned off here. A mean over the T
+and get no gradient in the first step. The code turns cuDNN off for k; nothing is turned off here. A mean over the T
 outputs of a clip, or another head over them, is the user's.
 
-How many frames a clip has is `frames`, or what ``peftcore.call(model, frames=16)`` says: k does not depend on it. Rows
-that are no whole clips are an error. Rows see each other, so they cannot be routed to several adapters.
+The number of frames of a clip is `frames`, or that in ``peftcore.call(model, frames=16)``: k does not depend on it.
+Rows that do not divide into whole clips are an error. Rows see each other, so they cannot be routed to several
+adapters.
 
 Parameters: 2 d h + 2 h + d + h t y z an adapter: 592,512 in a ViT-B with the defaults, two a block.
 
@@ -46,8 +48,8 @@ class STAdapterConfig(StreamConfig):
     kernel: tuple[PositiveInt, PositiveInt, PositiveInt] = (3, 1, 1)
     """Frames, rows and columns that the convolution sees; odd numbers."""
     before: Literal["both", "attention", "feed-forward"] = "both"
-    """In front of which branches of a block adapters stand; the code has one in front of the feed-forward for data in
-    which motion matters less."""
+    """Branches of a block that have an adapter in front of them; the code has one in front of the feed-forward for data
+    in which motion matters less."""
 
     @field_validator("kernel")
     @classmethod
@@ -62,7 +64,7 @@ class STAdapterConfig(StreamConfig):
 
 
 class Convolution(nn.Module):
-    """One adapter: what it adds to patches."""
+    """One adapter, which returns the summand for patches."""
 
     def __init__(self, width: int, config: STAdapterConfig) -> None:
         super().__init__()
@@ -84,13 +86,13 @@ class STAdapterOperator(StreamOperator):
         self.feed_forward = Convolution(site.width, config) if config.amid else None
 
     def ahead(self, x: Tensor) -> Tensor | None:
-        """Return what joins in front of attention; raises UnsupportedSite where there are no patches, and ConfigError
-        where no number of frames is told."""
+        """Return the summand in front of attention; raises UnsupportedSite where patches are missing, and ConfigError
+        where the number of frames is not given."""
         return None if self.attention is None else self._added(self.attention, x)
 
     def amid(self, x: Tensor) -> Tensor:
-        """Return what joins in front of the feed-forward; raises UnsupportedSite where there are no patches, and
-        ConfigError where no number of frames is told."""
+        """Return the summand in front of the feed-forward; raises UnsupportedSite where patches are missing, and
+        ConfigError where the number of frames is not given."""
         assert self.feed_forward is not None, "it stands there for that"
         return self._added(self.feed_forward, x)
 

@@ -16,12 +16,12 @@ gone through twice. Keep its order (shuffle=False). The authors search alpha and
 attributes of the operator.
 
 Where a classifier has the place of the texts (the authors' own form: text features as its rows), ``features="input"``
-takes what it is given, and adds to what it returns. ``target=`` names what returns features in models other than CLIP.
+reads the classifier's input, and adds to its output. ``target=`` names what returns features in models other than CLIP.
 
 alpha = 0 is the model itself. Parameters: images * d, or none. A plan without `images` counts one.
 
 Use it with 1 to 16 images a class: it is good at once, and trains in minutes. With more, K grows, and clip_adapter, of
-one size whatever there is, is better; so is coop where the words are what is wrong.
+one size whatever there is, is better; so is coop where the words are the problem.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class TipAdapterConfig(FeatureConfig):
 
     method: Literal["tip_adapter"] = "tip_adapter"
     alpha: NonNegativeFloat = 1.17
-    """Weight of what the cache says."""
+    """Weight of the cache's logits."""
     beta: NonNegativeFloat = 1.0
     """How much nearer images count more."""
     train_keys: bool = True
@@ -59,7 +59,7 @@ class TipAdapterConfig(FeatureConfig):
 
 
 class CacheOperator(Operator):
-    """The features and labels of few images, and what they say of others."""
+    """The features and labels of few images, and the logits that they give other images."""
 
     labels: Tensor
 
@@ -105,7 +105,7 @@ class CacheOperator(Operator):
 
 
 class TipAdapter(Method):
-    """A cache of few images with labels beside the logits.
+    """A cache of few images with labels, whose logits are added to the model's.
 
     Example:
         injection = peftcore.apply(model, "tip_adapter", features="input", data=[batch])

@@ -2,23 +2,23 @@
 
     [x_l; ...] = L_l([x_{l-1}; P_l])   at each block l,   y = head(x_L),   P_l [length, d]
 
-Each block has a prompt of its own. What it makes of its prompt is dropped, as the authors overwrite it before the next
-block, so between blocks the model's hidden states have the shape that they always had, and behind the last one norms,
-poolers and heads see the model's own tokens alone: for models that read the class token this is the authors' model.
-Where they average over tokens (their MAE models), the authors count the last prompt's rows in unless VIT_POOL_TYPE is
-"img_pool", which is what happens here. Blocks that `target` leaves out run without a prompt (FORWARD_DEEP_NOEXPAND in
-the authors' ablations).
+Each block has a separate prompt. The block's output for its prompt is dropped, as the authors overwrite it before the
+next block, so between blocks the model's hidden states have the shape that they always had, and behind the last one
+norms, poolers and heads see the model's own tokens alone: for models that read the class token this is the authors'
+model. Where they average over tokens (their MAE models), the authors count the last prompt's rows in unless
+VIT_POOL_TYPE is "img_pool"; here they are never counted. Blocks that `target` leaves out run without a prompt
+(FORWARD_DEEP_NOEXPAND in the authors' ablations).
 
 Prompts start uniform in +-sqrt(6 / (3 p^2 + d)), p the side of a patch. With `projection` they have that width, and one
-linear map brings all of them to d. The head trains along, as in the paper, from where the model's is; not where images
-meet texts, nor in diffusion. The authors keep dropout of the frozen blocks off while prompts train: put the model in
-eval mode for that. They search learning rates from 0.05 to 50 with SGD.
+linear map projects all of them to d. The head trains along, as in the paper, from where the model's is; not where
+images meet texts, nor in diffusion. The authors keep dropout of the frozen blocks off while prompts train: put the
+model in eval mode for that. They search learning rates from 0.05 to 50 with SGD.
 
 Never identity at the start. Parameters: length * d a block; with projection length * projection a block, and
 (projection + 1) * d for the map; and the head.
 
-In diffusion transformers that are given a text (SD3, Flux, PixArt) the prompts are a stream beside the image, without
-positions: at each block one of its own, modulated as the image is.
+In diffusion transformers with a text input (SD3, Flux, PixArt) the prompts are a stream parallel to the image, without
+positions: a separate one at each block, modulated as the image is.
 
 Use it on vision transformers with few images a class. It needs tokens that are a set: elsewhere, relative and rotary
 positions, windows and convolutions between tokens are refused.

@@ -2,22 +2,22 @@
 
     [x_1; Z_1] = L_1([x_0; P]),   [x_l; Z_l] = L_l([x_{l-1}; Z_{l-1}]),   y = head(x_L),   P [length, d]
 
-P joins the tokens of an image (class token x and patches alike) once they are embedded and have their positions; it has
-none. It goes through all blocks (from the first one that `target` has), and its rows are dropped behind the last one,
-so that norms, poolers and heads see the model's own tokens alone: for models that read the class token this is the
-authors' model. Where they average over tokens (their MAE models), the authors count the prompt's rows in unless
-VIT_POOL_TYPE is "img_pool", which is what happens here. Between the blocks, hidden states carry the prompt behind the
-model's tokens.
+P joins the tokens of an image (class token x and patches alike) once they are embedded and have their positions; P is
+without positions. It passes through all blocks (from the first one that `target` has), and its rows are dropped behind
+the last one, so that norms, poolers and heads see the model's own tokens alone: for models that read the class token
+this is the authors' model. Where they average over tokens (their MAE models), the authors count the prompt's rows in
+unless VIT_POOL_TYPE is "img_pool"; here they are never counted. Between the blocks, hidden states carry the prompt
+behind the model's tokens.
 
 P starts uniform in +-sqrt(6 / (3 p^2 + d)), p the side of a patch. With `projection` it has that width, and one linear
-map brings it to d. The head trains along, as in the paper, from where the model's is; not where images meet texts, nor
-in diffusion. The authors keep dropout of the frozen blocks off while prompts train: put the model in eval mode for
+map projects it to d. The head trains along, as in the paper, from where the model's is; not where images meet texts,
+nor in diffusion. The authors keep dropout of the frozen blocks off while prompts train: put the model in eval mode for
 that. They search learning rates from 0.05 to 50 with SGD.
 
-Never identity at the start: anything beside the tokens moves the outputs. Parameters: length * d; with projection
+Never identity at the start: any added row changes the outputs. Parameters: length * d; with projection
 length * projection and (projection + 1) * d for the map; and the head.
 
-In diffusion transformers that are given a text (SD3, Flux, PixArt) the prompt is a stream beside the image, without
+In diffusion transformers with a text input (SD3, Flux, PixArt) the prompt is a stream parallel to the image, without
 positions: its rows go through the same blocks, modulated as the image is.
 
 Use it as the smallest of visual prompts; vpt_deep is better on nearly all tasks. It needs tokens that are a set:
@@ -71,7 +71,7 @@ class ShallowOperator(PromptOperator):
 
 
 class VPTShallow(Method):
-    """A trained prompt that goes through a vision transformer with the patches."""
+    """A trained prompt that passes through a vision transformer with the patches."""
 
     name = "vpt_shallow"
     Config = VPTShallowConfig

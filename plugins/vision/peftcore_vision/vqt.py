@@ -4,9 +4,10 @@
     logits = W n(x_head) + b + sum_l U_l n(s(z_l)),   n(v) = v / |v|,   P_l [length, d]
 
 P_l are queries that summarise what the tokens of block l hold: they go through its norms, projections and feed-forward
-as tokens do, but no row sees them, so that the model's own tokens stay what they are. What block l makes of them is
-dropped behind it, and goes to the head alone: s puts the rows of z_l behind each other ("concat"), or takes their mean,
-or a trained sum (U_l then reads d numbers). x_head is what the head reads, W and b its own, which train along.
+as tokens do, but no row sees them, so that the model's own tokens stay what they are. The outputs of block l for them
+are removed behind it, and only the head reads them: s puts the rows of z_l behind each other ("concat"), or takes their
+mean, or a trained sum (U_l then reads d numbers). x_head is the head's input, W and b are the head's weights, which
+train along.
 
 P_l start uniform in +-sqrt(6 / (3 p^2 + d)), p the side of a patch, and U_l at zero; the authors (andytu28/VQT) begin
 with a new head. With `normalize` False a fresh adapter is an exact identity. Their selection of features by a group
@@ -16,7 +17,7 @@ blocks off while prompts train: put the model in eval mode for that.
 Parameters: length * d a block, for each head with c classes c * length * d a block ("concat") or c * d, and the head;
 9,216 without heads for ViT-B with length 1. With "weighted" length more a block.
 
-Use it where the layers' own features are what is missing (the backbone must not change, tasks share one forward); not
+Use it where the head needs features of all layers (the backbone must not change, tasks share one forward); not
 where features have to change with the task: `vpt_deep`, whose kin it is.
 """
 
@@ -44,7 +45,7 @@ class VQTConfig(RowsConfig):
     summary: Literal["concat", "mean", "weighted"] = "concat"
     """The values that the head reads of a block's queries: all of them, their mean, or a sum with trained weights."""
     normalize: bool = True
-    """Bring what the head reads of each block, and of the tokens, to length 1."""
+    """Normalize the head's inputs from each block, and from the tokens, to length 1."""
     train_head: bool = True
     """Train the matrix and bias of the head along."""
 

@@ -143,7 +143,7 @@ def named(
     is written last.
 
     Raises:
-        CheckpointError, ExportError: `error`; files have no name for some layer of the network.
+        CheckpointError, ExportError: `error`; the format lacks a name for a layer of the network.
     """
     original = {ours: theirs for theirs, ours in ldm_names([path for path, _ in model.named_modules()]).items()}
     original |= _around(network)

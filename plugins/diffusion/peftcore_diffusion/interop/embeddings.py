@@ -1,7 +1,7 @@
 """Files of embeddings alone: ``clip_l``, ``clip_g`` and ``t5`` have the new rows of the tables of tokens, ``[vectors,
 width]``, one tensor for each text encoder of a pipeline.
 
-Pivotal tuning in diffusers (train_dreambooth_lora_sdxl_advanced.py, and that of Flux) writes them beside its LoRA, and
+Pivotal tuning in diffusers (train_dreambooth_lora_sdxl_advanced.py, and that of Flux) writes them next to its LoRA, and
 sd-scripts (sdxl_train_textual_inversion.py) by themselves. A file has neither words nor ids of tokens: whoever loads it
 says them, in the order of the rows.
 """

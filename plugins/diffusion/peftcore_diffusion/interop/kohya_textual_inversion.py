@@ -1,4 +1,4 @@
-"""Words of textual inversion in files of kohya: ``bundle_emb.<word>.clip_l``, beside the adapters of a pipeline."""
+"""Words of textual inversion in files of kohya: ``bundle_emb.<word>.clip_l``, next to the adapters of a pipeline."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from peftcore.errors import ExportError
 
 
 class KohyaTextualInversion(KohyaMethod):
-    """Words: their vectors stand in the rows of a table."""
+    """Words, whose vectors are rows of a table."""
 
     methods = ("textual_inversion",)
     below = telling = (VECTORS,)

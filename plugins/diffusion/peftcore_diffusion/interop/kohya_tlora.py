@@ -1,9 +1,9 @@
 """T-LoRA written into files of kohya's sd-scripts and of LyCORIS (checked against LyCORIS 4.1).
 
-No file has a rank for each timestep: what reads it lets all ranks act, as ours do at timestep 0, or masks them by what
-its sampler says. An update that starts from the principal part of the base is written as LyCORIS's T-LoRA, which finds
-that start in the base again; any other as a LoRA, of twice the rank where a start is taken off. Files of T-LoRA are
-read as PiSSA, by the plugin of that method.
+No file stores a rank for each timestep: a program that reads the file applies all ranks, as ours at timestep 0, or
+masks them by its sampler's timestep. An update that starts from the principal part of the base is written as LyCORIS's
+T-LoRA, which finds that start in the base again; any other as a LoRA, of twice the rank where a start is taken off.
+Files of T-LoRA are read as PiSSA, by the plugin of that method.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ HOLDER = "adapter_fusion_layer"
 NEVER = 1e-300
 """A probability that drops nothing, and not the 0 for which that library takes that of the host's attention."""
 Place = tuple[str, bool]
-"""A block, and whether the adapters stand at its attention."""
+"""A block, and whether the adapters act at its attention."""
 
 
 class AdapterHubFusion(Format):

@@ -28,7 +28,7 @@ DROPOUT = "the dropout of the LoRAs acts in training in peft, and not in ours: a
 
 
 class PeftXLoRA(PeftMethod):
-    """Translates the classifier of LoRAs, which lie in folders of their own."""
+    """Translates the classifier of LoRAs; the LoRAs are in separate folders."""
 
     methods = ("xlora",)
     root = (STEM,)
