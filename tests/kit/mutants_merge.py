@@ -21,6 +21,7 @@ from peftcore.forward.state.recorder import Recorder
 from peftcore.injection import merging
 from peftcore.injection.originals import Keep
 from peftcore.injection.written import Replaced
+from peftcore.utils.journal import Journal
 
 
 class ActsAgain(Recorder):
@@ -79,7 +80,7 @@ def keeps_anyway(injection: Injection, keep: Keep = "cpu", **how: Any) -> None:
 
 
 def merges_again(injection: Injection, keep: Keep = "cpu", **how: Any) -> None:
-    injection._not_merged()
+    injection._note(Journal(), None)
     Injection.merge(injection, keep, **how)
 
 
@@ -145,7 +146,7 @@ def merges_tied(injection: Injection, keep: Keep = "cpu", **how: Any) -> None:
 
 def forgets_to_unmerge(injection: Injection) -> None:
     if injection._merge is not None and injection._merge.wanted.keep is not None:
-        injection._not_merged()
+        injection._note(Journal(), None)
     Injection.remove(injection)
 
 
