@@ -14,7 +14,7 @@ import peftcore
         ("lst", "a ladder in the encoder"),
         ("lst", "rows of the model that pruning finds important"),
         ("side_tuning", "pictures, for which the authors' side networks are convolutions, are not here"),
-        ("text_to_lora", "One of the paper's three networks"),
+        ("text_to_lora", "the largest of the paper's three networks"),
     ],
 )
 def test_what_is_left_out_stands_in_front_of_the_equation(name: str, words: str) -> None:
