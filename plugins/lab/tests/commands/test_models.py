@@ -260,9 +260,11 @@ def test_nothing_of_that_name(command: str, adapters: Any, data: Any, names: Any
 @pytest.mark.slow
 def test_all_say_the_same_of_it() -> None:
     group: Any = typer.main.get_command(app)
+    context = typer.Context(group)
+    commands = {name: group.get_command(context, name) for name in group.list_commands(context)}
     helps = {
         name: next(each.help for each in command.params if each.name == "model")
-        for name, command in group.commands.items()
+        for name, command in commands.items()
         if any(each.name == "model" for each in command.params)
     }
     assert helps.keys() == COMMANDS.keys() and all(each.startswith(MODEL) for each in helps.values())
