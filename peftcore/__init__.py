@@ -106,6 +106,7 @@ def __getattr__(name: str) -> object:
         if name == "author":
             return author
         if name in author.__all__:
-            warnings.warn(f"import {name} from peftcore.author", FutureWarning, stacklevel=2)
+            text = f"peftcore.{name} has moved: import {name} from peftcore.author"
+            warnings.warn(text, FutureWarning, stacklevel=2)
             return getattr(author, name)
     raise AttributeError(f"module 'peftcore' has no attribute {name!r}")

@@ -6,7 +6,7 @@ from __future__ import annotations
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
-PROBABILITIES = ("dropout", "input_dropout", "block_dropout")
+PROBABILITIES = ("dropout", "input_dropout")
 """Attributes that hold the probability with which something is dropped."""
 
 

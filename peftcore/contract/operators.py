@@ -157,8 +157,8 @@ class _Base(Checked):
 
     def drop_nothing(self) -> bool:
         """Turn the operator's dropout off, for trainers that turn off the dropout of the whole model. Override it if
-        the operator's probabilities are neither dropout modules of torch nor attributes called ``dropout``,
-        ``input_dropout`` or ``block_dropout``.
+        the operator's probabilities are neither dropout modules of torch nor attributes called ``dropout`` or
+        ``input_dropout``.
 
         Returns:
             Whether the operator had dropout.

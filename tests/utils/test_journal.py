@@ -3,6 +3,7 @@
 import copy
 import pickle
 from collections import OrderedDict
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from peftcore.utils.journal import MISSING, Journal, table_of
+from peftcore.utils.journal import MISSING, Entry, Journal, table_of
 
 
 class Named(nn.Linear):
@@ -106,6 +107,34 @@ def test_a_block_that_is_interrupted_at_any_write_changes_nothing(after: bool) -
             stops += 1
             assert trace(made) == before, n
     assert stops == 12 and trace(made) != before
+
+
+def test_a_write_is_recorded_before_it_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interrupted inside a write, after it took effect, a block is undone all the same."""
+    made = module()
+    before, left, stops = trace(made), [0], 0
+
+    def stopping(put: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
+        def written(entry: Any, value: Any) -> None:
+            put(entry, value)
+            left[0] -= 1
+            if not left[0]:
+                raise KeyboardInterrupt
+
+        return written
+
+    for kind in Entry.__subclasses__():
+        monkeypatch.setattr(kind, "put", stopping(kind.put))
+    for n in range(1, 50):
+        left[0] = n
+        try:
+            with Journal() as journal:
+                write_all(journal, made)
+            break
+        except KeyboardInterrupt:
+            stops += 1
+            assert trace(made) == before, n
+    assert stops == 12
 
 
 @pytest.mark.parametrize("after", [False, True])

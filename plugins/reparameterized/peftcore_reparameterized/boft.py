@@ -69,13 +69,12 @@ class BOFTOperator(WeightOperator):
     """The rotation of one site and the gains of its outputs."""
 
     stackable = True
-    training_only = WeightOperator.training_only | {"block_dropout"}
 
     def __init__(self, site: Site, config: BOFTConfig) -> None:
         super().__init__(site)
         self.outputs = config.side == "outputs"
         self.changes_inputs = not self.outputs
-        self.block_dropout = config.block_dropout
+        self.dropout = config.block_dropout
         self.size = block_size(site, config.block_size, config.factors, self.outputs)
         self.span = self.size * 2 ** (config.factors - 1)
         blocks, entries = width(site, self.outputs) // self.size, self.size * (self.size - 1) // 2
@@ -89,11 +88,11 @@ class BOFTOperator(WeightOperator):
     def dropped(self) -> Tensor:
         """Return them; in training, some blocks of one factor are the identity."""
         R = self.rotations()
-        if not (self.training and self.block_dropout):
+        if not (self.training and self.dropout):
             return R
         factors, blocks = R.shape[-4:-2]
         chosen = (torch.arange(factors) == torch.randint(factors, (1,), device="cpu")).to(R.device)
-        replaced = chosen[:, None] & replaced_blocks(self.block_dropout, blocks, R.device)
+        replaced = chosen[:, None] & replaced_blocks(self.dropout, blocks, R.device)
         return torch.where(replaced[..., None, None], torch.eye(self.size, device=R.device, dtype=R.dtype), R)
 
     def turned(self, rows: Tensor, rotations: Tensor) -> Tensor:

@@ -88,14 +88,13 @@ class OFTOperator(WeightOperator):
     """The rotation of one site."""
 
     stackable = True
-    training_only = WeightOperator.training_only | {"block_dropout"}
 
     def __init__(self, site: Site, config: OFTConfig) -> None:
         super().__init__(site)
         self.outputs = config.side == "outputs"
         self.changes_inputs = not self.outputs
         blocks, self.size = _blocks(site, config)
-        self.series, self.block_dropout = config.series, config.block_dropout
+        self.series, self.dropout = config.series, config.block_dropout
         self.radius = None if config.eps is None else config.eps * self.size**2 / math.sqrt(blocks)
         self.times = width(site, self.outputs) // (blocks * self.size)  # how often each block turns
         self.limit = None if config.constraint is None else config.constraint * width(site, self.outputs)
@@ -121,9 +120,9 @@ class OFTOperator(WeightOperator):
     def dropped(self) -> Tensor:
         """Return R; in training, some blocks of it are the identity."""
         R = self.rotation()
-        if not (self.training and self.block_dropout) or R.shape[-3] == 1:
+        if not (self.training and self.dropout) or R.shape[-3] == 1:
             return R
-        replaced = replaced_blocks(self.block_dropout, R.shape[-3], R.device)
+        replaced = replaced_blocks(self.dropout, R.shape[-3], R.device)
         return torch.where(replaced[:, None, None], torch.eye(self.size, device=R.device, dtype=R.dtype), R)
 
     def prepare(self, held: Held) -> tuple[Tensor, Tensor | None]:
