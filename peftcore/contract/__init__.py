@@ -1,6 +1,6 @@
 """The contract of plugins: methods, options, operators, compositions, hooks.
 
-It may import `peftcore.errors`. In the order of reading:
+It may import `targets` and the packages below it. In the order of reading:
 
 - `peft_names`: names in peft that differ from names here.
 - `config`: the options of a method.

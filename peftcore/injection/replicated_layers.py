@@ -11,8 +11,8 @@ from typing import Any
 from torch import nn
 
 from peftcore.errors import UnsupportedHost
-from peftcore.forward.state.adapter_modules import ADAPTER_MODULES
 from peftcore.forward.state.host_state import injections
+from peftcore.layers.adapter_modules import ADAPTER_MODULES
 
 Ranges = Sequence[Sequence[int]]
 """Numbers of layers, each range as its first and the one behind its last: ``[[0, 4], [2, 5]]``."""
