@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from peftcore.contract.batches import Data
 from peftcore.contract.config import MethodConfig
 from peftcore.contract.method import Method
 from peftcore.contract.peft_names import is_peft_config
@@ -34,7 +35,7 @@ from peftcore.surgery.installation import release
 from peftcore.surgery.planning import Plan
 from peftcore.surgery.surgeon import Surgeon
 from peftcore.targets.resolver import Resolver, Target
-from peftcore.training.batches import Data, calibrate, find_structure
+from peftcore.training.calibration import calibrate, find_structure
 from peftcore.utils.notices import notice
 
 OF_PEFT = "peftcore.files.peft_configs:apply_peft_config"
