@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from peftcore.contract.applied import AppliedMethod
 from peftcore.contract.config import MethodConfig, validate_json
 from peftcore.errors import ConfigError
 from peftcore.forward.context.context import ForwardContext
-from peftcore.injection.applied import AppliedMethod
 from peftcore.registry.catalogue import method as find_method
 from peftcore.registry.plugins import registry
 from peftcore.registry.presets import method_of, preset_of

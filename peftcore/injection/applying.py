@@ -25,7 +25,7 @@ from peftcore.forward.choice.active_adapters import Choice
 from peftcore.forward.state.host_state import HostState, drop_state, ensure_state, state_of
 from peftcore.injection import made_of_base
 from peftcore.injection.applied import Planned, choose_trained
-from peftcore.injection.injection import Injection
+from peftcore.injection.injection import Injection, installed
 from peftcore.injection.request import Part, Request, check_model, check_name
 from peftcore.layers.pieces import at_hand, is_in_engine
 from peftcore.registry.equation_only import notice_equation_only
@@ -33,7 +33,7 @@ from peftcore.registry.plugins import imported, layer_of
 from peftcore.roles import HostMap
 from peftcore.surgery.installation import release
 from peftcore.surgery.planning import Plan
-from peftcore.surgery.surgeon import Surgeon
+from peftcore.surgery.surgeon import RecordingSurgeon
 from peftcore.targets.resolver import Resolver, Target
 from peftcore.training.calibration import calibrate, find_structure
 from peftcore.utils.notices import notice
@@ -179,7 +179,7 @@ def _decided_by_data(request: Request) -> Request:
     return replace(request, config=config, wishes=replace(request.wishes, left_out=left_out))
 
 
-def record(request: Request, dry: bool = False) -> Surgeon:
+def record(request: Request, dry: bool = False) -> RecordingSurgeon:
     """Returns a surgeon with the operators of the method recorded; nothing is changed.
 
     Args:
@@ -194,7 +194,8 @@ def record(request: Request, dry: bool = False) -> Surgeon:
     _check_adaptable(model)
     for changes in config.overrides.values():
         config.replace(**{**changes, "overrides": {}})  # wrong options are errors, also where no site matches
-    surgeon = Surgeon(model, request.method, config, Resolver(model, request.map, layer_of), request.wishes, dry)
+    resolver = Resolver(model, request.map, layer_of)
+    surgeon = RecordingSurgeon(model, request.method, config, resolver, request.wishes, dry)
     surgeon.record()
     if idle := surgeon.idle_overrides():
         text = f"these overrides match no site and are passed over: {idle}"
@@ -202,13 +203,13 @@ def record(request: Request, dry: bool = False) -> Surgeon:
     return surgeon
 
 
-def plan_of(surgeon: Surgeon, shards: int | None = None) -> Plan:
+def plan_of(surgeon: RecordingSurgeon, shards: int | None = None) -> Plan:
     """Returns the plan of a dry run, for which the method chooses what would train."""
     choose_trained(Planned(surgeon))
     return Plan.of(surgeon, shards)
 
 
-def install(surgeon: Surgeon, request: Request) -> Injection:
+def install(surgeon: RecordingSurgeon, request: Request) -> Injection:
     """Install the recorded operators, register the injection with the host, let the method look at the data, and fill
     in values, if there are any.
 
@@ -224,7 +225,8 @@ def install(surgeon: Surgeon, request: Request) -> Injection:
             if request.data is not None:  # the model that it looks at has it, in a route and a composition too
                 choices = state.choices
                 with choices.held(Choice(state.together(stack, injection.name), context=choices.around().context)):
-                    calibrate(injection, request.data)
+                    acting = [state.injections[each] for each in state.current()]
+                    calibrate(injection, request.data, injection.base_modules(), acting)
             if request.fill is not None:
                 request.fill(injection)
             notice_equation_only(each.method for each in surgeon.with_parts())
@@ -244,7 +246,7 @@ def adapting(model: nn.Module, modules: Collection[nn.Module]) -> Iterator[HostS
         yield state
     except BaseException:
         if fresh and (begun := state_of(model)) is not None:
-            for injection in [*begun.injections.values()]:
+            for injection in [*installed(begun).values()]:
                 injection._leave()
             release(model, begun)
             drop_state(model)

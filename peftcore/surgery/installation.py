@@ -23,7 +23,7 @@ from peftcore.surgery.forced_attributes import forced_attributes_of
 from peftcore.targets.sites import Site
 
 if TYPE_CHECKING:
-    from peftcore.surgery.surgeon import Surgeon
+    from peftcore.contract.surgeon import Surgeon
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 """Modules whose children are iterated by others: operators do not live in them."""

@@ -19,9 +19,9 @@ from peftcore.layers.pieces import is_cut
 from peftcore.libraries.save_pretrained import saving_base
 
 if TYPE_CHECKING:
+    from peftcore.contract.applied import AppliedMethod
+    from peftcore.contract.surgeon import Graft
     from peftcore.forward.state.host_state import HostState
-    from peftcore.injection.injection import Injection
-    from peftcore.surgery.surgeon import Graft
     from peftcore.targets.sites import Site
 
 Step = tuple[dict[str, nn.Module | None], str, nn.Module]
@@ -71,7 +71,21 @@ class Placement:
         return {**self.__dict__, "ways": {}}
 
 
-def _check_whole(name: str, injection: Injection) -> None:
+def watch(state: HostState, name: str, grafts: Iterable[Graft]) -> None:
+    """Expect the modules of a new injection to stay in the model."""
+    placement = state.placement
+    if not isinstance(placement, Placement):
+        placement = state.placement = Placement()
+    placement.expect(name, grafts)
+
+
+def forget(state: HostState, name: str) -> None:
+    """Stop expecting the modules of a removed injection to stay."""
+    if isinstance(state.placement, Placement):
+        state.placement.forget(name)
+
+
+def _check_whole(name: str, injection: AppliedMethod) -> None:
     """Check that an injection computes with whole tensors where it was made for whole ones."""
     for graft in injection.grafts:
         for site in graft.holders:
@@ -92,7 +106,7 @@ def _changed(ways: list[Step]) -> bool:
     return any(children.get(key) is not child for children, key, child in ways)
 
 
-def _steps(model: nn.Module, injection: Injection) -> Iterator[Step]:
+def _steps(model: nn.Module, injection: AppliedMethod) -> Iterator[Step]:
     """Yields the steps to the injection's modules, each once.
 
     Raises:

@@ -26,7 +26,7 @@ from peftcore.layers.adapter_modules import ADAPTER_MODULES
 from peftcore.targets.sites import SEVERAL
 
 if TYPE_CHECKING:
-    from peftcore.surgery.surgeon import Surgeon
+    from peftcore.contract.surgeon import Surgeon
 
 
 class Expected(NamedTuple):
@@ -218,7 +218,9 @@ def _expected(surgeon: Surgeon, name: str) -> Iterator[tuple[nn.Module, Expected
 
 def watch(surgeon: Surgeon, state: HostState, name: str) -> None:
     """Expect the sites of an injection to run, from the host's next forward on."""
-    silent_layers = state.silent_layers = state.silent_layers or SilentLayers()
+    silent_layers = state.silent_layers
+    if not isinstance(silent_layers, SilentLayers):
+        silent_layers = state.silent_layers = SilentLayers()
     silent_layers.new[name] = surgeon
     sites = [graft.site for graft in surgeon.grafts if graft.site.once]
     if slots := [(site.path, slot) for site in sites if (slot := slot_of(site.module)) is not None]:
@@ -227,5 +229,5 @@ def watch(surgeon: Surgeon, state: HostState, name: str) -> None:
 
 def forget(state: HostState, name: str) -> None:
     """Stop expecting the sites of a removed injection to run."""
-    if state.silent_layers is not None:
+    if isinstance(state.silent_layers, SilentLayers):
         state.silent_layers.forget(name)

@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from peftcore.contract.applied import AppliedMethod
 from peftcore.errors import MemoryLimit
 
 if TYPE_CHECKING:
     from peftcore.forward.choice.active_adapters import Choice
     from peftcore.forward.choice.scopes import Block
-    from peftcore.forward.state.host_state import HostState
-    from peftcore.injection.injection import Injection
 
 
 class Adapter(Protocol):
@@ -47,6 +46,14 @@ class Adapter(Protocol):
         """Drop the adapter's offloaded values."""
 
 
+class PinningHost(Protocol):
+    """The state of a model, as the residency of its adapters needs it."""
+
+    def pinned(self, leaving: Block | None) -> set[str]:
+        """Returns the names of the adapters that are merged, used by a running forward, or named by a choice in force;
+        the choice of the block `leaving` does not count."""
+
+
 class _Record:
     """One adapter: whether its values are on the model, and when it was last used."""
 
@@ -68,7 +75,7 @@ class Residency:
         lock: held while adapters are offloaded and restored.
     """
 
-    def __init__(self, state: HostState, limit: int, account: Callable[[Injection], Adapter]) -> None:
+    def __init__(self, state: PinningHost, limit: int, account: Callable[[Any], Adapter]) -> None:
         self._state = weakref.ref(state)
         self.limit, self._account = limit, account
         self.lock = threading.RLock()
@@ -90,7 +97,7 @@ class Residency:
 
     # ------------------------------------------------------------------------------------- adapters that come and go
 
-    def add(self, injection: Injection) -> None:
+    def add(self, injection: AppliedMethod) -> None:
         """Register an injection whose values are on the model.
 
         Raises:
@@ -100,7 +107,7 @@ class Residency:
             self._records[injection.name] = _Record(self._account(injection), next(self._clock))
 
     @contextmanager
-    def joining(self, injection: Injection) -> Iterator[None]:
+    def joining(self, injection: AppliedMethod) -> Iterator[None]:
         """Context manager in which a new injection is installed: makes room for it, and keeps it on the model
         meanwhile.
 
@@ -272,12 +279,7 @@ class Residency:
         """Returns the names of pinned adapters, without those that are only pinned because they train."""
         state = self._state()
         assert state is not None, "the state of a model has its residency"
-        pinned = {*state.merged}
+        pinned = state.pinned(leaving)
         for names in list(self._held.values()):
             pinned.update(names)
-        for choice in state.choices.pinning(leaving):
-            pinned.update(choice.named)
-        for context in list(state.running.values()):
-            if context.open and context.choice is not None:
-                pinned.update(context.choice.named)
         return pinned

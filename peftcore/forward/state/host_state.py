@@ -13,17 +13,18 @@ import weakref
 from collections.abc import Collection, Iterable, MutableMapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from peftcore.contract.applied import Installed
 from peftcore.errors import CompositionError, MergeError, UnknownInjection
 from peftcore.forward.choice.active_adapters import Active, Choice
 from peftcore.forward.choice.merged_choice import check_choice
 from peftcore.forward.choice.residency import Residency
-from peftcore.forward.choice.scopes import Choices
+from peftcore.forward.choice.scopes import Block, Choices
 from peftcore.forward.choice.unused_parameters import check_all_act
 from peftcore.forward.context.context import ForwardContext, graph_task
 from peftcore.forward.state.generate import GeneratesFromCache
@@ -37,18 +38,32 @@ from peftcore.utils.threads import Token
 
 if TYPE_CHECKING:
     from peftcore.forward.state.slot import Slot
-    from peftcore.injection.injection import Injection
-    from peftcore.surgery.placement import Placement
-    from peftcore.surgery.silent_layers import SilentLayers
 
 _KEY = "_peftcore_state"
+
+
+class PlacementWatcher(Protocol):
+    """Checks before each forward that adapted modules stay in the model."""
+
+    def check(self, model: nn.Module, state: HostState, acting: Iterable[str]) -> None:
+        """Raise InactiveSite where a module of the named injections is not in the model any more."""
+
+
+class RunWatcher(Protocol):
+    """Checks around each forward that adapted sites run."""
+
+    def check(self, model: nn.Module) -> None:
+        """Look at the model before a forward."""
+
+    def judge(self, state: HostState, training: bool) -> None:
+        """Raise InactiveSite where active sites did not run in the forward that ends."""
 
 
 @dataclass(eq=False)
 class HostState:
     """The state that peftcore keeps on the root module of one adapted model."""
 
-    injections: dict[str, Injection] = field(default_factory=dict)
+    injections: dict[str, Installed] = field(default_factory=dict)
     choices: Choices = field(init=False)
     merged: Active = ()
     """The names of the injections that are merged into the weights, in the order of merging."""
@@ -60,14 +75,14 @@ class HostState:
     """Slots of the grafted modules, in the order of grafting, which is their order in memory. Slots plan when the
     choice changes, so a compiler never traces the planning."""
 
-    placement: Placement | None = None
+    placement: PlacementWatcher | None = None
     """Checks that adapted modules stay in the model."""
 
     removals: int = 0
     """The number of removed injections: while it does not change, names refer to the same injections in the same
     order."""
 
-    silent_layers: SilentLayers | None = None
+    silent_layers: RunWatcher | None = None
     """Checks that adapted sites run, until the host is compiled."""
 
     reads_tokens: int = 0
@@ -120,7 +135,7 @@ class HostState:
             return
         choice = self.recorder.enter(self, model, args, kwargs)
         if len(self.injections) > 1 and choice is not None:
-            check_all_act(self, model, choice)
+            check_all_act(model, self.injections, self.unmerged(choice.acting))
 
     def end(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Forward hook on the host: closes the context, also when the forward raised."""
@@ -171,6 +186,25 @@ class HostState:
                 pass
         if self.residency is not None:
             self.residency.admit(choice)
+
+    def pinned(self, leaving: Block | None) -> set[str]:
+        """Returns the names of the adapters that are merged, used by a running forward, or named by a choice in force;
+        the choice of the block `leaving` does not count."""
+        pinned = {*self.merged}
+        for choice in self.choices.pinning(leaving):
+            pinned.update(choice.named)
+        for context in list(self.running.values()):
+            if context.open and context.choice is not None:
+                pinned.update(context.choice.named)
+        return pinned
+
+    def held(self, choice: Choice) -> AbstractContextManager[None]:
+        """Returns the context manager in which a choice holds only for the code that this thread calls."""
+        return self.choices.held(choice)
+
+    def note_backward(self) -> None:
+        """Note that backward runs through the recorded forwards: the next forward begins a new record."""
+        self.recorder.drained = True
 
     def kept(self, *names: str) -> AbstractContextManager[None]:
         """Returns the context manager in which the values of injections are on the model and are not offloaded.
@@ -303,12 +337,6 @@ def _unhook(model: nn.Module, state: HostState) -> None:
             del hooks[key]
             for note in notes:
                 note.pop(key, None)
-
-
-def injections(model: nn.Module) -> dict[str, Injection]:
-    """Returns the host's injections by name, in the order in which they were applied."""
-    state = state_of(model)
-    return dict(state.injections) if state else {}
 
 
 def known(model: nn.Module, names: Iterable[str]) -> HostState:
