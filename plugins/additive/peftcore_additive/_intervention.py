@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftcore.author import Checked, full_precision
-from peftcore_additive._bottleneck import ACTIVATIONS
+from peftcore.author import ACTIVATIONS, Checked, full_precision
 
 
 class Intervention(Checked):

@@ -36,6 +36,8 @@ from peftcore_additive._beside import BesideOperator, beside
 class AttentionFusionConfig(MethodConfig):
     """Options of attention fusion."""
 
+    overridable = ()
+
     method: Literal["attention_fusion"] = "attention_fusion"
     key_width: PositiveInt = 64
     """Width d_k of the query and of the keys."""
@@ -97,8 +99,6 @@ class AttentionFusion(Method):
     target = ("block",)
 
     def inject(self, model: nn.Module, config: AttentionFusionConfig, surgeon: Surgeon) -> None:
-        if any(config.overrides.values()):
-            raise ConfigError("attention_fusion has one query for all sites: it takes no overrides")
         places = beside(surgeon)
         last = places[-1][0]
         if last.width % config.heads:

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 
 from peftcore.author import (
+    ACTIVATIONS,
     BlockSite,
     Method,
     MethodConfig,
@@ -48,7 +49,7 @@ from peftcore.author import (
     on_first,
 )
 from peftcore.errors import SequenceError, UnsupportedSite
-from peftcore_additive._bottleneck import ACTIVATIONS, cast_linear
+from peftcore_additive._bottleneck import cast_linear
 from peftcore_additive._chosen_tokens import arguments_of, soft_top_k
 
 

@@ -31,6 +31,7 @@ from pydantic import NonNegativeFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from peftcore.author import (
+    ACTIVATIONS,
     OUTPUTS,
     AtBranchEnd,
     Joins,
@@ -44,7 +45,6 @@ from peftcore.author import (
     branch_end,
 )
 from peftcore.errors import UnsupportedSite
-from peftcore_additive._bottleneck import ACTIVATIONS
 
 
 class CompacterConfig(MethodConfig):
@@ -132,8 +132,7 @@ class CompacterOperator(AtBranchEnd):
         self.up = KroneckerLinear(config.bottleneck, site.out_features, config, rule)
 
     def adapt(self, h: Tensor) -> Tensor:
-        channels = self.layer.channel_dim
-        return h + self.up(self.activation(self.down(h.movedim(channels, -1)))).movedim(-1, channels)
+        return h + self.layer.channels_back(self.up(self.activation(self.down(self.layer.channels_last(h)))))
 
 
 class Compacter(Method):

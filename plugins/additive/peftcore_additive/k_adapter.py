@@ -51,13 +51,15 @@ from peftcore.author import (
     cached_tokens,
     on_first,
 )
-from peftcore.errors import ConfigError, TargetError
+from peftcore.errors import TargetError
 from peftcore_additive._chain import Adapter, joint
 from peftcore_additive._side import held_by, side_layers
 
 
 class KAdapterConfig(MethodConfig):
     """Options of K-Adapter."""
+
+    overridable = ()
 
     method: Literal["k_adapter"] = "k_adapter"
     layers: Annotated[list[NonNegativeInt], Field(min_length=1)] | None = None
@@ -154,8 +156,6 @@ class KAdapter(Method):
     target = ("block",)
 
     def inject(self, model: nn.Module, config: KAdapterConfig, surgeon: Surgeon) -> None:
-        if any(config.overrides.values()):
-            raise ConfigError("k_adapter has one chain for all sites: it takes no overrides")
         stacks = TokenStacks(surgeon)
         sites = stacks.answering(block_sites(surgeon), surgeon.wishes.target is not None)
         count, width = len(sites), sites[0].width

@@ -45,13 +45,14 @@ from peftcore.author import (
     VisibleTokens,
     cached_tokens,
 )
-from peftcore.errors import ConfigError
 from peftcore_additive._beside import BesideOperator, beside
 from peftcore_additive._side import SideBlock, held_by, side_layers
 
 
 class LSTConfig(MethodConfig):
     """Options of ladder side-tuning."""
+
+    overridable = ()
 
     method: Literal["lst"] = "lst"
     reduction: PositiveInt = 8
@@ -128,8 +129,6 @@ class LST(Method):
     target = ("block",)
 
     def inject(self, model: nn.Module, config: LSTConfig, surgeon: Surgeon) -> None:
-        if any(config.overrides.values()):
-            raise ConfigError("lst has one side network for all sites: it takes no overrides")
         places = beside(surgeon)
         sites = [site for site, _ in places]
         width, narrow = sites[0].width, config.width(sites[0].width)

@@ -29,9 +29,9 @@ import torch
 from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore.author import LearningRate, Method, MethodConfig, Operator, Site, Surgeon, Tags, TokenStacks
+from peftcore.author import ACTIVATIONS, LearningRate, Method, MethodConfig, Operator, Site, Surgeon, Tags, TokenStacks
 from peftcore.errors import UnsupportedSite
-from peftcore_additive._bottleneck import ACTIVATIONS, cast_linear
+from peftcore_additive._bottleneck import cast_linear
 
 AROUND, HEAD = "around", "head"
 """The forms of the module around a table that makes embeddings, and of a head that predicts tokens."""

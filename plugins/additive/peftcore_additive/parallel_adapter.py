@@ -30,6 +30,7 @@ from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from peftcore.author import (
+    ACTIVATIONS,
     OUTPUTS,
     BranchSite,
     Bypass,
@@ -43,7 +44,7 @@ from peftcore.author import (
     branch,
     branch_end,
 )
-from peftcore_additive._bottleneck import ACTIVATIONS, cast_linear
+from peftcore_additive._bottleneck import cast_linear
 
 
 class ParallelAdapterConfig(MethodConfig):

@@ -28,12 +28,13 @@ from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from peftcore.author import BlockSite, Method, MethodConfig, Shared, Site, Surgeon, Tags, Tap
-from peftcore.errors import ConfigError
 from peftcore_additive._beside import BesideOperator, beside
 
 
 class ResTuningConfig(MethodConfig):
     """Options of Res-Tuning's bypass."""
+
+    overridable = ()
 
     method: Literal["res_tuning"] = "res_tuning"
     bottleneck: PositiveInt = 32
@@ -98,8 +99,6 @@ class ResTuning(Method):
     target = ("block",)
 
     def inject(self, model: nn.Module, config: ResTuningConfig, surgeon: Surgeon) -> None:
-        if any(config.overrides.values()):
-            raise ConfigError("res_tuning has one bypass for all sites: it takes no overrides")
         places = beside(surgeon)
         last, steps = places[-1][0], []
         for site, _ in places:

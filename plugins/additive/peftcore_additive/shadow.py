@@ -56,7 +56,7 @@ from peftcore.author import (
     guest_network,
     head_sites,
 )
-from peftcore.errors import ConfigError, MissingContext, SequenceError, UnsupportedSite
+from peftcore.errors import MissingContext, SequenceError, UnsupportedSite
 from peftcore_additive._shadow import GuestLoss, copied
 
 OF_THE_GUEST = ("layers", "sizes", "own_table", "guest_weight")
@@ -64,6 +64,8 @@ OF_THE_GUEST = ("layers", "sizes", "own_table", "guest_weight")
 
 class ShadowConfig(MethodConfig):
     """Options of ShadowPEFT."""
+
+    overridable = ("rank", "scale", "dropout", "update_width")
 
     method: Literal["shadow"] = "shadow"
     rank: PositiveInt = 8
@@ -142,8 +144,6 @@ class Shadow(Method):
     target = ("block",)
 
     def inject(self, model: nn.Module, config: ShadowConfig, surgeon: Surgeon) -> None:
-        if once := [name for each in config.overrides.values() for name in each if name in OF_THE_GUEST]:
-            raise ConfigError(f"there is one guest network for all blocks, so {once[0]} takes no overrides")
         sites = sorted(block_sites(surgeon), key=lambda site: site.depth)
         stack = TokenStacks(surgeon).around(sites)
         if sites[0].width != stack.out_features:

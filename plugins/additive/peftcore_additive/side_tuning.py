@@ -50,11 +50,13 @@ from peftcore.author import (
     on_first,
     with_blocks,
 )
-from peftcore.errors import ConfigError, MissingContext, SequenceError
+from peftcore.errors import MissingContext, SequenceError
 
 
 class SideTuningConfig(MethodConfig):
     """Options of side-tuning."""
+
+    overridable = ()
 
     method: Literal["side_tuning"] = "side_tuning"
     layers: PositiveInt = 1
@@ -122,8 +124,6 @@ class SideTuning(Method):
     target = ("block", "norm.final")
 
     def inject(self, model: nn.Module, config: SideTuningConfig, surgeon: Surgeon) -> None:
-        if any(config.overrides.values()):
-            raise ConfigError("side_tuning has one side network: it takes no overrides")
         sites = with_blocks(surgeon)
         stack, last = TokenStacks(surgeon).around(sites), sites[-1]
         if (last.role or "").startswith("norm"):  # which is called as other modules are

@@ -29,6 +29,7 @@ from pydantic import NonNegativeFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from peftcore.author import (
+    ACTIVATIONS,
     OUTPUTS,
     AppliedMethod,
     AtBranchEnd,
@@ -45,13 +46,15 @@ from peftcore.author import (
     branch_end,
 )
 from peftcore.errors import CalibrationError, ConfigError
-from peftcore_additive._bottleneck import ACTIVATIONS, width_of
+from peftcore_additive._bottleneck import width_of
 from peftcore_additive._kept import Kept, drawn
 from peftcore_additive._scores import SCORES
 
 
 class SparseAdapterConfig(MethodConfig):
     """Options of SparseAdapter."""
+
+    overridable = ("bottleneck", "activation", "norm", "dropout", "joins", "init_std", "up_init_std")
 
     method: Literal["sparse_adapter"] = "sparse_adapter"
     bottleneck: PositiveInt = 64
@@ -94,8 +97,7 @@ class SparseOperator(AtBranchEnd):
         self.whole: Tensor | None = None  # both matrices before they are pruned, while they are ranked
 
     def adapt(self, h: Tensor) -> Tensor:
-        channels = self.layer.channel_dim
-        return h + self._mapped(h.movedim(channels, -1)).movedim(-1, channels)
+        return h + self.layer.channels_back(self._mapped(self.layer.channels_last(h)))
 
     def _mapped(self, h: Tensor) -> Tensor:
         size = 2 * self.width * len(self.down_bias)
@@ -135,8 +137,6 @@ class SparseAdapter(Method):
     def inject(self, model: nn.Module, config: SparseAdapterConfig, surgeon: Surgeon) -> None:
         sites = surgeon.sites()
         owns = [config.at(site.path) for site in sites]
-        if any((own.sparsity, own.score) != (config.sparsity, config.score) for own in owns):
-            raise ConfigError("one ranking goes through all sites, so overrides can change neither sparsity nor score")
         places = [branch_end(surgeon, site, own.joins) for site, own in zip(sites, owns, strict=True)]
         sizes = [2 * width_of(place) * own.bottleneck for place, own in zip(places, owns, strict=True)]
         total = sum(sizes)

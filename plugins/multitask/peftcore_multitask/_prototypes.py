@@ -97,7 +97,7 @@ class ReadingOperator(Operator):
     def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         output = call(*args, **kwargs)
         if self.training and self.positions is None:
-            self.contrast.add(self, *by_row(output.movedim(self.layer.channel_dim, -1))[:2])
+            self.contrast.add(self, *by_row(self.layer.channels_last(output))[:2])
         elif self.training and self.positions is not None:
             states = output if isinstance(output, Tensor) else output[0]  # [rows, tokens, d]
             given = {**dict(zip(self.names, args, strict=False)), **kwargs}

@@ -95,19 +95,18 @@ class FusionOperator(Combiner):
         return self.combine_inputs(outputs, base, base)
 
     def combine_inputs(self, inputs: list[Tensor], base: Tensor, output: Tensor) -> Tensor:
-        channels = self.layer.channel_dim
-        h, u = base.movedim(channels, -1), output.movedim(channels, -1)
+        h, u = self.layer.channels_last(base), self.layer.channels_last(output)
         if h.shape[-1] != self.width:
             raise CompositionError(f"a fusion of {self.width} features met an output of {list(base.shape)}")
         query, bias, key = self.cast(h, self.query, self.bias, self.key)
         looked = nn.functional.linear(nn.functional.linear(u, query, bias), key.T)  # K' (Q u + q), for all adapters
-        z = torch.stack([each.movedim(channels, -1) - h for each in inputs], -2)  # [..., adapters, d]
+        z = torch.stack([self.layer.channels_last(each) - h for each in inputs], -2)  # [..., adapters, d]
         scores = self.dropout((z @ looked.unsqueeze(-1)).squeeze(-1))
         (shares,) = self.cast(z, scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)))
         mixed = (shares.unsqueeze(-2) @ z).squeeze(-2)
         if self.value is not None:
             mixed = nn.functional.linear(mixed, *self.cast(h, self.value))
-        return (h + mixed.to(h.dtype)).movedim(-1, channels)
+        return self.layer.channels_back(h + mixed.to(h.dtype))
 
 
 class AdapterFusion(OfMergedParts, Method):

@@ -26,31 +26,33 @@ where an adapter each (`pfeiffer_adapter`) is better, nor where it has to be mer
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Literal
 
 import torch
 from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore.author import OUTPUTS, AtBranchEnd, Joins, LearningRate, Method, Shared, Site, Surgeon, Tags, branch_end
-from peftcore.errors import ConfigError
+from peftcore.author import (
+    ACTIVATIONS,
+    OUTPUTS,
+    AtBranchEnd,
+    Joins,
+    LearningRate,
+    Method,
+    Shared,
+    Site,
+    Surgeon,
+    Tags,
+    branch_end,
+)
 from peftcore_multitask._hypernetwork import Generators, Known, TaskTable, known_of
 from peftcore_multitask._tasks import TaskConfig, Tasks
-
-ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
-    "gelu_tanh": lambda: nn.GELU("tanh"),
-    "gelu": nn.GELU,
-    "relu": nn.ReLU,
-    "silu": nn.SiLU,
-    "tanh": nn.Tanh,
-}
-OF_ONE_SITE = {"activation", "joins"}
-"""Options that may differ between sites: all else belongs to networks that sites share."""
 
 
 class HyperFormerConfig(TaskConfig):
     """Options of HyperFormer."""
+
+    overridable = ("activation", "joins")
 
     method: Literal["hyperformer_pp"] = "hyperformer_pp"
     shared: bool = True
@@ -100,13 +102,12 @@ class HyperFormerOperator(AtBranchEnd):
         return tuple(each[chosen] for each in made) if fewer else made
 
     def adapt(self, h: Tensor) -> Tensor:
-        channels = self.layer.channel_dim
-        x = h.movedim(channels, -1)  # [rows, ..., d]
-        rows = len(x) if h.dim() > -channels else 1
+        x = self.layer.channels_last(h)  # [rows, ..., d]
+        rows = self.layer.rows(h)
         down, down_bias, up, up_bias, gain, shift = self.cast(h, *self.weights(rows))
         inner = self.activation(x.reshape(rows, -1, x.shape[-1]) @ down.mT + down_bias)  # [rows, positions, r]
         made = nn.functional.layer_norm(inner @ up.mT + up_bias, x.shape[-1:])
-        return h + (made * gain + shift).view(x.shape).movedim(-1, channels)
+        return h + self.layer.channels_back((made * gain + shift).view(x.shape))
 
 
 class HyperFormer(Method):
@@ -127,10 +128,6 @@ class HyperFormer(Method):
     alternatives = OUTPUTS
 
     def inject(self, model: nn.Module, config: HyperFormerConfig, surgeon: Surgeon) -> None:
-        if any({*changes} - OF_ONE_SITE for changes in config.overrides.values()):
-            raise ConfigError(
-                f"hyperformer_pp: sites share networks, so overrides change {' and '.join(sorted(OF_ONE_SITE))} alone"
-            )
         sites = [site for site in surgeon.sites() if not _by_role_in_cross(surgeon, site)]
         table = surgeon.own("tasks", lambda: TaskTable(config))
         for site in sites:

@@ -77,7 +77,7 @@ class LoRAMoEOperator(ExpertsOperator):
         gates = softmax_of(self, self.layer.apply(x, weight))
         self.noted(gates, channels)
         if self.training and self.balance:
-            forward_context().add_loss(self.balance * self.imbalance(gates.movedim(channels, -1)), self)
+            forward_context().add_loss(self.balance * self.imbalance(self.layer.channels_last(gates)), self)
         return self.update(call, x, gates)
 
     def imbalance(self, gates: Tensor) -> Tensor:

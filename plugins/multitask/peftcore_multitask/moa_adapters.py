@@ -23,7 +23,6 @@ linear kin.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, Literal, Self
 
 import torch
@@ -31,6 +30,7 @@ from pydantic import NonNegativeFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from peftcore.author import (
+    ACTIVATIONS,
     OUTPUTS,
     AppliedMethod,
     AtBranchEnd,
@@ -47,8 +47,6 @@ from peftcore.author import (
     full_precision,
 )
 from peftcore_multitask._mixture import imbalance, leave_counts
-
-ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU, "tanh": nn.Tanh}
 
 
 class MoAAdaptersConfig(MethodConfig):
@@ -95,14 +93,13 @@ class MixtureOperator(AtBranchEnd, Router):
         self.stackable = not self.balance  # the loss is of the rows of one adapter
 
     def adapt(self, h: Tensor) -> Tensor:
-        channels = self.layer.channel_dim
-        x = h.movedim(channels, -1)  # [..., d]
+        x = self.layer.channels_last(h)  # [..., d]
         gates = self.gates(x)
         down, down_bias, up, up_bias, shares = self.cast(h, self.down, self.down_bias, self.up, self.up_bias, gates)
         low = self.activation(x @ down.flatten(0, 1).mT + down_bias.flatten())  # [..., experts * r]
         low = low.unflatten(-1, down_bias.shape) * shares.unsqueeze(-1)
         added = low.flatten(-2) @ up.mT.flatten(0, 1) + shares @ up_bias
-        return h + added.movedim(-1, channels)
+        return h + self.layer.channels_back(added)
 
     def gates(self, x: Tensor) -> Tensor:
         """Return the gates ``[..., experts]`` of tokens ``[..., d]``, in float32 at least."""

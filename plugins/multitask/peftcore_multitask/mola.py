@@ -109,7 +109,7 @@ class MoLAOperator(ExpertsOperator):
         self.noted(gates, channels)
         if self.training and self.balance:
             picks = (gates > 0).to(gates.dtype)
-            leave_counts(self.balances, self.block, picks.movedim(channels, -1), probabilities.movedim(channels, -1))
+            leave_counts(self.balances, self.block, *map(self.layer.channels_last, (picks, probabilities)))
         return self.update(call, x, gates)
 
 

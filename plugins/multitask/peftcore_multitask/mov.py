@@ -77,14 +77,13 @@ class MoVOperator(Router):
 
     def mixed(self, a: Tensor) -> Tensor:
         """Scale the activation, its channels where the layer has them, by its mixture of vectors."""
-        dim = self.layer.channel_dim
         with full_precision(a):
             precise = torch.promote_types(self.gain.dtype, torch.float32)
-            heads = a.movedim(dim, -1).unflatten(-1, (len(self.gain), -1)).to(precise)  # [..., heads, head]
+            heads = self.layer.channels_last(a).unflatten(-1, (len(self.gain), -1)).to(precise)  # [..., heads, head]
             shares = (heads @ self.router.to(precise).T).softmax(-1)  # [..., heads, experts]
             self.noted(shares, inner=1)
             gain = torch.einsum("...he,hew->...hw", shares, self.gain.to(precise)).flatten(-2)
-        return a * gain.movedim(-1, dim).to(a.dtype)
+        return a * self.layer.channels_back(gain).to(a.dtype)
 
 
 def _routed(surgeon: Surgeon, site: Site, config: MoVConfig) -> RoutedSite:

@@ -71,11 +71,10 @@ class MTLLoRAOperator(Operator):
         self.logits = nn.Parameter(torch.empty(count, config.ups).uniform_(-bound, bound))
 
     def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
-        y, channels = call(x), self.layer.channel_dim
+        y = call(x)
         A, B = self.cast(y, self.A, self.B)
-        low = self.layer.apply(self.dropout(x), A).movedim(channels, -1)  # [..., rank]
-        batched = low.dim() > -channels
-        rows = len(low) if batched else 1
+        low = self.layer.channels_last(self.layer.apply(self.dropout(x), A))  # [..., rank]
+        rows = self.layer.rows(low)
         logits = self.tasks.of_rows(self.logits, rows) / self.temperature
         shares = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
         shares, middle = self.cast(y, shares, self.tasks.of_rows(self.middle, rows))  # [rows or 1, ups], [.., rank(^2)]
@@ -83,7 +82,7 @@ class MTLLoRAOperator(Operator):
             middle = torch.diag_embed(middle)
         flat = low.reshape(rows, -1, low.shape[-1]) @ middle.mT  # [rows, positions, rank]
         mixed = shares[:, None, :, None] * flat.unsqueeze(-2)  # [rows, positions, ups, rank]
-        mixed = mixed.reshape(*low.shape[:-1], -1).movedim(-1, channels)
+        mixed = self.layer.channels_back(mixed.reshape(*low.shape[:-1], -1))
         return self.layer.add(y, mixed, B.transpose(0, 1).flatten(1), self.scale)
 
 

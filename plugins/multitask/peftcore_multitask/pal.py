@@ -46,19 +46,18 @@ from peftcore.author import (
     cached_tokens,
     on_first,
 )
-from peftcore.errors import ConfigError, MissingContext
+from peftcore.errors import MissingContext
 from peftcore_additive._side import held_by
 from peftcore_additive._tiny_attention import Room
 from peftcore_multitask._block_ends import ENDING, ending_norms
 from peftcore_multitask._hypernetwork import part_name
 from peftcore_multitask._tasks import TaskConfig, Tasks, task_count
 
-OF_ONE_SITE = {"heads", "dropout"}
-"""Options that may differ between blocks: all other options belong to the shared U and V."""
-
 
 class PALConfig(TaskConfig):
     """Options of projected attention layers."""
+
+    overridable = ("heads", "dropout")
 
     method: Literal["pal"] = "pal"
     width: PositiveInt = 204
@@ -162,10 +161,6 @@ class PAL(Method):
     target = ("block",)
 
     def inject(self, model: nn.Module, config: PALConfig, surgeon: Surgeon) -> None:
-        if any({*changes} - OF_ONE_SITE for changes in config.overrides.values()):
-            raise ConfigError(
-                f"pal: blocks share matrices, so overrides change {' and '.join(sorted(OF_ONE_SITE))} alone"
-            )
         stacks = TokenStacks(surgeon)
         for site in block_sites(surgeon, each_run=True):
             name, width = part_name("projections", site.stack, str(site.width)), site.width

@@ -51,7 +51,6 @@ from peftcore.author import (
     branch,
     by_row,
 )
-from peftcore.errors import ConfigError
 from peftcore_additive._bottleneck import cast_linear
 from peftcore_multitask._prototypes import Contrast, Hypernetwork, Prototypes, ReadingOperator, Retriever
 from peftcore_multitask._tasks import TaskConfig, Tasks, task_count
@@ -59,6 +58,8 @@ from peftcore_multitask._tasks import TaskConfig, Tasks, task_count
 
 class PHAConfig(TaskConfig):
     """Options of PHA."""
+
+    overridable = ()
 
     method: Literal["pha"] = "pha"
     bottleneck: PositiveInt = 64
@@ -144,8 +145,6 @@ class PHA(Method):
     alternatives = OUTPUTS
 
     def inject(self, model: nn.Module, config: PHAConfig, surgeon: Surgeon) -> None:
-        if any(config.overrides.values()):
-            raise ConfigError("pha: sites share networks, so overrides change nothing; leave them out")
         sites, stacks = surgeon.sites(), TokenStacks(surgeon)
         prototypes = surgeon.own("prototypes", lambda: Prototypes(config))
         places = [branch(surgeon, site) for site in sites]

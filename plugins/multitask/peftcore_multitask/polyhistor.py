@@ -34,14 +34,26 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from peftcore.author import OUTPUTS, AtBranchEnd, BranchSite, Joins, Method, Shared, Surgeon, Tags, branch_end
-from peftcore.errors import ConfigError, UnsupportedSite
+from peftcore.author import (
+    ACTIVATIONS,
+    OUTPUTS,
+    AtBranchEnd,
+    BranchSite,
+    Joins,
+    Method,
+    Shared,
+    Surgeon,
+    Tags,
+    branch_end,
+)
+from peftcore.errors import UnsupportedSite
 from peftcore_multitask._tasks import TaskConfig, Tasks, task_count
-from peftcore_multitask.hyperformer_pp import ACTIVATIONS, OF_ONE_SITE
 
 
 class PolyhistorConfig(TaskConfig):
     """Options of Polyhistor."""
+
+    overridable = ("activation", "joins")
 
     method: Literal["polyhistor"] = "polyhistor"
     rank: PositiveInt = 1
@@ -97,14 +109,13 @@ class PolyhistorOperator(AtBranchEnd):
         self.activation = ACTIVATIONS[config.activation]()
 
     def adapt(self, h: Tensor) -> Tensor:
-        channels = self.layer.channel_dim
-        x = h.movedim(channels, -1)  # [rows, ..., d]
-        rows = len(x) if h.dim() > -channels else 1
+        x = self.layer.channels_last(h)  # [rows, ..., d]
+        rows = self.layer.rows(h)
         factors = (self.tasks.of_rows(each, rows) for each in self.templates.module.factors())
         down, up, U, V, up_U, up_V = self.cast(h, self.down, self.up, *factors)
         pieces = x.reshape(rows, -1, x.shape[-1] // self.times)  # [rows, positions * m, d0]
         made = scaled(self.activation(scaled(pieces, down, U, V)), up, up_U, up_V)
-        return h + made.reshape(x.shape).movedim(-1, channels)
+        return h + self.layer.channels_back(made.reshape(x.shape))
 
 
 def scaled(pieces: Tensor, kernel: Tensor, U: Tensor, V: Tensor) -> Tensor:
@@ -128,10 +139,6 @@ class Polyhistor(Method):
     alternatives = OUTPUTS
 
     def inject(self, model: nn.Module, config: PolyhistorConfig, surgeon: Surgeon) -> None:
-        if any({*changes} - OF_ONE_SITE for changes in config.overrides.values()):
-            raise ConfigError(
-                f"polyhistor: sites share templates, so overrides change {' and '.join(sorted(OF_ONE_SITE))} alone"
-            )
         sites = surgeon.sites()
         widths = [site.out_features for site in sites]
         width = config.width or min(widths)

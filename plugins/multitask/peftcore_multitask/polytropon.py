@@ -109,17 +109,17 @@ class PolytroponOperator(Router):
         return torch.cat([common, own], -1)
 
     def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
-        y, channels = call(x), self.layer.channel_dim
+        y = call(x)
         A, B = self.cast(y, joined(self.A, self.own_A), joined(self.B, self.own_B))
-        low = self.layer.apply(x, blocks(A.flatten(1, 2))).movedim(channels, -1)  # [..., splits * skills * rank]
-        batched = low.dim() > -channels
+        low = self.layer.channels_last(self.layer.apply(x, blocks(A.flatten(1, 2))))  # [..., splits * skills * rank]
+        batched = low.dim() > -self.layer.channel_dim
         rows = len(low) if batched else 1
         weights = self.weights(rows)
         self.noted(weights.expand(rows, *weights.shape[1:]))
         (w,) = self.cast(y, self.spread(weights, rows))
         w = w.view(*w.shape[: int(batched)], *[1] * (low.dim() - 1 - int(batched)), *w.shape[-2:], 1)
         low = (low.unflatten(-1, A.shape[:3]) * w).sum((-3, -2))  # [..., rank]
-        low = (low[..., None, None, :] * w).flatten(-3).movedim(-1, channels)
+        low = self.layer.channels_back((low[..., None, None, :] * w).flatten(-3))
         return self.layer.add(y, low, blocks(B.transpose(1, 2).flatten(2)), self.scale)
 
 

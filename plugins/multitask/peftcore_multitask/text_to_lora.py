@@ -54,12 +54,11 @@ from peftcore.author import (
 from peftcore.errors import ConfigError, UnsupportedSite
 from peftcore_multitask._lora_network import Known, Told, evaluating, kind_name, known_of
 
-OF_ONE_SITE = {"alpha", "dropout", "decay"}
-"""Options that may differ between sites: all else belongs to the network."""
-
 
 class TextToLoRAConfig(MethodConfig):
     """Options of Text-to-LoRA."""
+
+    overridable = ("alpha", "dropout", "decay")
 
     method: Literal["text_to_lora"] = "text_to_lora"
     vector_width: PositiveInt = 1024
@@ -127,10 +126,6 @@ class TextToLoRA(Method):
     alternatives = MATRICES
 
     def inject(self, model: nn.Module, config: TextToLoRAConfig, surgeon: Surgeon) -> None:
-        if any({*changes} - OF_ONE_SITE for changes in config.overrides.values()):
-            raise ConfigError(
-                f"text_to_lora: sites share a network, so overrides change {', '.join(sorted(OF_ONE_SITE))} alone"
-            )
         sites = surgeon.sites()
         for site in sites:
             if not sees_vectors(site):

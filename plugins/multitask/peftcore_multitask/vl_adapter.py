@@ -25,22 +25,25 @@ other's way (`polytropon`, `mtl_lora`), nor where a new task should cost next to
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Literal
 
 import torch
 from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore.author import OUTPUTS, AtBranchEnd, Joins, LearningRate, Method, Site, Surgeon, Tags, branch_end
+from peftcore.author import (
+    ACTIVATIONS,
+    OUTPUTS,
+    AtBranchEnd,
+    Joins,
+    LearningRate,
+    Method,
+    Site,
+    Surgeon,
+    Tags,
+    branch_end,
+)
 from peftcore_multitask._tasks import TaskConfig, Tasks, task_count
-
-ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
-    "gelu_tanh": lambda: nn.GELU("tanh"),
-    "gelu": nn.GELU,
-    "relu": nn.ReLU,
-    "silu": nn.SiLU,
-}
 
 
 class VLAdapterConfig(TaskConfig):
@@ -82,14 +85,13 @@ class VLAdapterOperator(AtBranchEnd):
         self.activation, self.tasks = ACTIVATIONS[config.activation](), Tasks(site, config)
 
     def adapt(self, h: Tensor) -> Tensor:
-        channels = self.layer.channel_dim
-        x = h.movedim(channels, -1)  # [rows, ..., d]
-        rows = len(x) if h.dim() > -channels else 1
+        x = self.layer.channels_last(h)  # [rows, ..., d]
+        rows = self.layer.rows(h)
         tables = (self.down, self.down_bias, self.up, self.up_bias)
         chosen = (each if len(each) == 1 else self.tasks.of_rows(each, rows) for each in tables)
         down, down_bias, up, up_bias = self.cast(h, *chosen)  # each [rows or 1, ...]
         inner = self.activation(x.reshape(rows, -1, x.shape[-1]) @ down.mT + down_bias)  # [rows, positions, r]
-        return h + (inner @ up.mT + up_bias).view(x.shape).movedim(-1, channels)
+        return h + self.layer.channels_back((inner @ up.mT + up_bias).view(x.shape))
 
 
 class VLAdapter(Method):

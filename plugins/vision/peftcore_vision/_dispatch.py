@@ -88,7 +88,7 @@ class Dispatcher(Bypass):
     def kept(self, h: Tensor, read: Tensor) -> Tensor:
         if self.taps.everyone.get():
             return h
-        return h * self.laid_out(self.gates(read.movedim(self.layer.channel_dim, -1)).to(h.dtype))
+        return h * self.laid_out(self.gates(self.layer.channels_last(read)).to(h.dtype))
 
     def gates(self, x: Tensor) -> Tensor:
         """Return 1 for tokens that go through the branch and 0 for others, ``[batch, ..., 1]``, of ``[batch, ...,

@@ -27,7 +27,6 @@ from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from peftcore.author import LearningRate, Method, MethodConfig, Share, Shared, Site, Surgeon, Tags
-from peftcore.errors import ConfigError
 from peftcore_vision._in_front import READERS, InFrontOperator, read_alike, refuse
 
 FED = READERS["mlp"]
@@ -36,6 +35,8 @@ FED = READERS["mlp"]
 
 class ARCConfig(MethodConfig):
     """Options of ARC."""
+
+    overridable = ("feed_forward_start", "dropout")
 
     method: Literal["arc"] = "arc"
     bottleneck: PositiveInt = 50
@@ -93,8 +94,6 @@ class ARC(Method):
     target = ("attn.q", "attn.k", "attn.v", "mlp.gate", "mlp.up")
 
     def inject(self, model: nn.Module, config: ARCConfig, surgeon: Surgeon) -> None:
-        if any("bottleneck" in changes for changes in config.overrides.values()):
-            raise ConfigError("arc: layers share their projections, so overrides cannot change the bottleneck")
         for first, *others in read_alike(surgeon):
             for site in (first, *others):
                 refuse(site, config.at(first.path).dropout)

@@ -45,12 +45,14 @@ from peftcore.author import (
     block_sites,
     on_first,
 )
-from peftcore.errors import ConfigError, UnsupportedSite
+from peftcore.errors import UnsupportedSite
 from peftcore_vision._patches import layout, patch_sites
 
 
 class DTLConfig(MethodConfig):
     """Options of DTL."""
+
+    overridable = ()
 
     method: Literal["dtl"] = "dtl"
     rank: PositiveInt = 2
@@ -131,8 +133,6 @@ class DTL(Method):
     target = ("block",)
 
     def inject(self, model: nn.Module, config: DTLConfig, surgeon: Surgeon) -> None:
-        if any(config.overrides.values()):
-            raise ConfigError("dtl has one side network for all sites: it takes no overrides")
         sites = TokenStacks(surgeon).answering(block_sites(surgeon), surgeon.wishes.target is not None)
         patches: tuple[Site, ...] = ()
         kernel: Shared | None = None

@@ -49,17 +49,26 @@ from peftcore.author import (
     Tap,
     branch,
 )
-from peftcore.errors import ConfigError
 from peftcore_vision._dispatch import Taps, loss_of_everyone, loss_of_share
 from peftcore_vision._skipped import Skipping, skipping_site
 
-OF_ALL = {"rate", "rate_weight", "complete"}
-"""Options that sites cannot have for themselves."""
 Portion = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 class DyTConfig(MethodConfig):
     """Options of Dynamic Tuning."""
+
+    overridable = (
+        "bottleneck",
+        "scale",
+        "dropout",
+        "temperature",
+        "threshold",
+        "skip",
+        "prefix_tokens",
+        "init_std",
+        "init_bias",
+    )
 
     method: Literal["dyt"] = "dyt"
     bottleneck: PositiveInt = 64
@@ -131,8 +140,6 @@ class DyT(Method):
     alternatives = OUTPUTS
 
     def inject(self, model: nn.Module, config: DyTConfig, surgeon: Surgeon) -> None:
-        if any({*changes} & OF_ALL for changes in config.overrides.values()):
-            raise ConfigError(f"dyt has one loss for all sites: no overrides of {', '.join(sorted(OF_ALL))}")
         self.taps = Taps()
         for site in surgeon.sites():
             place = branch(surgeon, site, before_norm=True, adds=False)

@@ -41,6 +41,8 @@ from peftcore_vision._stages import StageSite, stages_of
 class EVPConfig(ExplicitConfig):
     """Options of EVP."""
 
+    overridable = ()
+
     method: Literal["evp"] = "evp"
     zero_up: bool = False
     """Start U at zero: an exact identity."""
@@ -92,8 +94,8 @@ class EVP(Method):
     target = ("block",)
 
     def inject(self, model: nn.Module, config: EVPConfig, surgeon: Surgeon) -> None:
-        if any(config.overrides.values()) or (config.frequencies == "none" and not config.patches):
-            raise ConfigError("prompts are made alike in all blocks, of frequencies or patches: evp takes no overrides")
+        if config.frequencies == "none" and not config.patches:
+            raise ConfigError("prompts are made of frequencies or patches: take frequencies= or patches=True")
         stages = stages_of(surgeon, block_sites(surgeon))
         taps = [(Tap(until_backward=True, learns=True), Tap(until_backward=True, learns=True)) for _ in stages]
         for number, stage in enumerate(stages):

@@ -31,11 +31,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from peftcore.author import MATRICES, Method, MethodConfig, Operator, Share, Shared, Site, Surgeon, Tags, bias_name
-from peftcore.errors import ConfigError, UnsupportedSite
+from peftcore.errors import UnsupportedSite
 
 
 class KAdaptationConfig(MethodConfig):
     """Options of KAdaptation."""
+
+    overridable = ("rank", "scale", "dropout")
 
     method: Literal["kadaptation"] = "kadaptation"
     products: PositiveInt = 32
@@ -132,8 +134,6 @@ class KAdaptation(Method):
     alternatives = MATRICES
 
     def inject(self, model: nn.Module, config: KAdaptationConfig, surgeon: Surgeon) -> None:
-        if any(changes.keys() & {"products", "rule_range"} for changes in config.overrides.values()):
-            raise ConfigError("kadaptation: sites share matrices, so overrides cannot change products or rule_range")
         for site in surgeon.sites():
             owner = site.module_path.rpartition(".")[0] if site.tensor == "weight" else site.module_path
             shape = (*site.batch, site.out_features)

@@ -83,9 +83,8 @@ class LoRandOperator(AtBranchEnd):
         self.up = Branches(inner, width, config, config.zero_up)
 
     def adapt(self, h: Tensor) -> Tensor:
-        channels = self.layer.channel_dim
-        added = self.up(F.gelu(self.down(h.movedim(channels, -1))))
-        return h + added.movedim(-1, channels).to(h.dtype)
+        added = self.up(F.gelu(self.down(self.layer.channels_last(h))))
+        return h + self.layer.channels_back(added).to(h.dtype)
 
 
 class LoRand(Method):

@@ -47,6 +47,8 @@ NORM, BLOCK, LAST = "prompt.norm", "prompt.block", "prompt.last"
 class MaPLeConfig(PlacesConfig):
     """Options of MaPLe."""
 
+    overridable = ("init_ids",)
+
     method: Literal["maple"] = "maple"
     length: PositiveInt = 2
     """Rows of each prompt."""
@@ -103,11 +105,6 @@ class MaPLeOperator(PlacesOperator):
         return on_first(call(*args, **kwargs), lambda y: y[:, : -self.count].contiguous())
 
 
-def _alike(config: MaPLeConfig) -> tuple[int, int, int | None]:
-    """Return the options that all prompts have in common."""
-    return config.count, config.depth, config.placeholder
-
-
 class MaPLe(Method):
     """Prompts of texts in several blocks, and maps that make those of images of them.
 
@@ -135,8 +132,6 @@ class MaPLe(Method):
         rest = Rest(towers.tower.arguments, len(images) - 1, bool(towers.norms), Tap(until_backward=True))
         for depth in range(config.depth):
             site = table if depth == 0 else replace(towers.texts[depth - 1], form="activation")
-            if _alike(config.at(site.path)) != _alike(config):
-                raise ConfigError(f"{site.path}: prompts of all blocks have the same options, no overrides")
             coupled = CoupledSite(**vars(site), width=table.out_features, image_width=towers.image_width)
             holders = [replace(images[depth], form=BLOCK)]
             if depth == 0:

@@ -29,13 +29,15 @@ from pydantic import PositiveInt
 from torch import nn
 
 from peftcore.author import LearningRate, Method, Share, Site, Surgeon, Tags, Tap, head_sites
-from peftcore.errors import ConfigError, UnsupportedSite
+from peftcore.errors import UnsupportedSite
 from peftcore_vision._prompts import RowsConfig, attentions_of, prompt_sites
 from peftcore_vision._queries import QueryOperator, QuerySite, ReadingOperator, UnaskedOperator
 
 
 class VQTConfig(RowsConfig):
     """Options of VQT."""
+
+    overridable = ()
 
     method: Literal["vqt"] = "vqt"
     length: PositiveInt = 1
@@ -73,8 +75,6 @@ class VQT(Method):
     target = ("block",)
 
     def inject(self, model: nn.Module, config: VQTConfig, surgeon: Surgeon) -> None:
-        if any(config.overrides.values()):
-            raise ConfigError("the head reads the queries of all blocks alike: vqt takes no overrides")
         sites = prompt_sites(surgeon)
         host = surgeon.resolver.host
         tower = host.at(sites[0].module_path)[0].tower
