@@ -1,12 +1,12 @@
 """AdapterDrop.   Rücklé et al. 2021, arXiv 2010.11918 (code: adapter-hub/adapters).
 
+Equation:
     y = h + W_up f(W_down h + b_down) + b_up   in the layers l >= m,   y = h   in those below
 
 Bottleneck adapters behind the feed-forward and its dropout, in as many layers as are worth their time. *Specialised*:
 the first m layers lack an adapter, so they are cheaper at inference, and backward ends at layer m, since all parameters
 below it are frozen. *Robust*: all layers have an adapter, and each forward in training skips the first m adapters, m
-drawn evenly from 0 to `drop_first_layers`, by default to L - 2 of L layers, as in the authors' notebook, where it is 10
-of RoBERTa's 12 (the paper: L - 1); afterwards one adapter serves every m:
+drawn evenly from 0 to `drop_first_layers`, by default to L - 2 of L layers; afterwards one adapter serves every m:
 
     with peftcore.call(model, drop_first_layers=5): ...
 
@@ -17,7 +17,14 @@ adapter. Layers are counted in each stack: those of an encoder and those of a de
 Parameters: 2 d r + r + d an adapter, L - m of them; L when robust. ``target=("attn.output", "mlp.output")`` has two a
 layer.
 
-Use it where adapters have to be fast. Under torch.compile, training the robust kind breaks the graph at each adapter.
+Start: Both matrices from a normal with standard deviation 1e-3, biases at zero: near the identity; ``up_init_std=0``
+makes it exact.
+
+Differs from the authors' code: the robust kind draws m up to L - 2 of L layers, as in the authors' notebook, where it
+is 10 of RoBERTa's 12; the paper has L - 1.
+
+Use it: `peftcore.apply(model, "adapterdrop", drop_first_layers=1)`, where adapters have to be fast. Under
+torch.compile, training the robust kind breaks the graph at each adapter.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """Cartridge: a trained key-value cache in the place of a long text.   Eyuboglu et al. 2025, arXiv 2506.06266.
 
+Equation:
     Attention(q, [Z_k; K], [Z_v; V])   in every layer;   Z = the keys and values of the text's first `length` tokens
 
-Z starts as the model's cache of that part of the text, with keys after their rotation, and trains except for the first
-`frozen` tokens: the first token is an attention sink, and training it makes the model unstable. ``data=`` has the text:
-the first row of the first batch, as the model is called with it. Keys have the positions 0 to length - 1 and tokens go
-on from there, wherever the model takes positions, so a fresh cartridge of a whole text is that text.
+``data=`` has the text: the first row of the first batch, as the model is called with it. Keys have the positions 0 to
+length - 1 and tokens go on from there, wherever the model takes positions, so a fresh cartridge of a whole text is that
+text.
 
     L = -sum_i q_i log p_i,   the mean over tokens;   q_i what the teacher says, p_i what the model with Z says
 
@@ -16,14 +16,22 @@ logits are those of the tokens behind the text, computed under ``cartridge.disab
 
 As in the authors' code `teacher` may also be the logarithms of its largest probabilities and their tokens, two tensors
 ``[batch, tokens, k]``, not scaled to 1. Padding does not count, nor do positions where all values of the teacher are
--inf. peft has neither teacher nor loss, and starts at random until it is given a text.
+-inf.
 
-Never identity. If cartridges of several texts are active, tokens attend to all of them; each further cartridge moves
-the positions of tokens on by its length (peft composes their files). Where attention has a window, every token still
-attends to Z; in peft Z leaves the window as words do.
-Parameters: (length - frozen) * kv_heads * (key width + value width) a layer; the frozen rows are saved too.
+If cartridges of several texts are active, tokens attend to all of them; each further cartridge moves the positions of
+tokens on by its length (peft composes their files). Parameters: (length - frozen) * kv_heads * (key width + value
+width) a layer; the frozen rows are saved too.
 
-Use it where many questions are asked about one long text: it takes some percent of the text's cache.
+Start: Z starts as the model's cache of that part of the text, with keys after their rotation, and trains except for the
+first `frozen` tokens: the first token is an attention sink, and training it makes the model unstable. A fresh cartridge
+is an identity only if it has the whole text.
+
+Differs from the authors' code: no difference from the authors' code is known. peft has neither teacher nor loss, and
+starts at random until it is given a text. Where attention has a window, every token still attends to Z; in peft Z
+leaves the window as words do.
+
+Use it: `peftcore.apply(model, "cartridge", length=8, data=[{"input_ids": ids}])`, where many questions are asked about
+one long text: it takes some percent of the text's cache.
 """
 
 from __future__ import annotations

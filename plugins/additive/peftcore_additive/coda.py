@@ -1,26 +1,31 @@
 """CoDA, conditional adapters: some tokens go through a block, and all through an adapter beside it.   Lei et al. 2023,
 arXiv 2304.04947.
 
+Equation:
     y_i = x_i + W_up f(W_down n(x_i) + b_down) + b_up + lambda_i (F(x)_i - x_i),   W_down [r, d],  W_up [d, r]
     lambda = argmax_l l . s + epsilon H(l),   0 <= l_i <= 1,   sum_i l_i = k,   s = x w,   w [d]
 
 F is the frozen block, which gets only the k tokens with the largest lambda: the remaining tokens skip its attention and
 its feed-forward, and their lambda counts as zero. This makes the model faster, in training as well. k is the number of
 tokens by `reduction`, rounded up; padding is never chosen, and does not count. lambda is found, up to some per cent, by
-20 steps of coordinate descent with epsilon from 4 down to `temperature`, as in lucidrains/CoLT5-attention; the authors'
-code is not public. n subtracts the mean and divides by the standard deviation; the paper uses the block's own norm.
-
-W_up and b_up start at zero, W_down and w as torch's layers do. Tokens that skip a block change the outputs from the
-start; with ``reduction=1`` a fresh adapter is an exact identity. The paper trains on unlabelled text first.
+20 steps of coordinate descent with epsilon from 4 down to `temperature`. n subtracts the mean and divides by the
+standard deviation.
 
 It acts on encoders: in causal models later tokens would influence the choice of earlier ones. Blocks that make
-positions by themselves (T5, whose first block counts tokens) or look through windows are refused, and attention of the
-chosen tokens to all others (the paper's k-to-all) is not here.
+positions by themselves (T5, whose first block counts tokens) or look through windows are refused.
 
 Parameters: 2 d r + r + 2 d a block.
 
-Use it where an encoder has to be faster than it was, on long inputs; not where tokens are few, or where each token has
-a label: `parallel_adapter` adapts all tokens without a choice, and `adapterdrop` skips adapters, not tokens.
+Start: W_up and b_up start at zero, W_down and w as torch's layers do. Tokens that skip a block change the outputs from
+the start; with ``reduction=1`` a fresh adapter is an exact identity.
+
+Differs from the authors' code: the authors' code is not public; the selection is that of lucidrains/CoLT5-attention. n
+has no gain and shift: the paper uses the block's own norm. Attention of the chosen tokens to all others (the paper's
+k-to-all) is not here. The paper trains on unlabelled text first.
+
+Use it: `peftcore.apply(model, "coda")`, where an encoder has to be faster than it was, on long inputs; not where tokens
+are few, or where each token has a label: `parallel_adapter` adapts all tokens without a choice, and `adapterdrop` skips
+adapters, not tokens.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 """CPT: context-aware prompt tuning.   Blau et al. 2024, arXiv 2410.17222 (in peft, by its authors).
 
+Equation:
     X' = [E(c) + D ; E(ids)],   c the tokens of some solved examples,   |D_i| <= epsilon_i sqrt(d / 2048)
 
 A prompt that starts as exactly the examples in front of the question, and changes little: after each step every row of
@@ -12,17 +13,24 @@ The loss covers the labels and the answers in the prompt, which the model predic
     L = sum_t w_t CE_t / number of t,   t: labels (w = 1), and answers (w = decay^n, n = 1 for the last example)
 
 It replaces the model's own loss where labels are given and the model is in training. Labels of the question and of
-padding have to be -100; peft has them in `input_type_mask`. The first label counts too: the last row predicts it. In a
-batch with left padding the prompt is inserted behind the padding; in peft the padding is between prompt and text, and
-its last token predicts.
+padding have to be -100. The first label counts too: the last row predicts it. In a batch with left padding the prompt
+is inserted behind the padding.
 
-In peft the next forward projects a row and overwrites the parameter; here `injection.optimizer` does so. With other
-optimizers the forward uses the projected rows, and D itself may leave the ball. Gradients ignore the projection, as in
-peft. A file of peft stores the sum E(c) + D, so after loading the ball is centered there, in peft too.
+Gradients ignore the projection, as in peft. A file of peft stores the sum E(c) + D, so after loading the ball is
+centered there, in peft too.
 
-Never identity: it is the model that sees the examples. Parameters: length * d, those of answers included, as in peft.
+Parameters: length * d, those of answers included, as in peft.
 
-Use it for few examples of a task that examples in the prompt explain, where other methods overfit.
+Start: D is zero: the model sees the examples, so no start is an identity.
+
+Differs from the authors' code: the method is in peft, by its authors, and differs from it in three points. In peft the
+next forward projects a row and overwrites the parameter; here `injection.optimizer` does so. With other optimizers the
+forward uses the projected rows, and D itself may leave the ball. In peft a batch with left padding has the padding
+between prompt and text, and its last token predicts; here the prompt is behind the padding. peft marks labels of the
+question in `input_type_mask`; here they are -100.
+
+Use it: `peftcore.apply(model, "cpt", ids=[5, 6, 7, 8], types=[1, 2, 3, 4])`, for few examples of a task that examples
+in the prompt explain, where other methods overfit.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """InfoPrompt: a prompt that is to tell of the head, and of what the model makes of it.   Wu et al. 2023, arXiv
 2306.04933 (code: JoshuaWu1997/infoprompt).
 
+Equation:
     X' = [P(x) ; X],   P(x) = W2 gelu(W1 u + b1) + b2,   u what the model itself makes of the text x
     L = L_model + w_h L_head + w_r L_rep + w_k KL
 
@@ -18,16 +19,19 @@ and are saved in the file to resume training, and are not used afterwards. The h
 gradients if it trains; without a head as wide as the embedded tokens, L_head is left out. In training the head scores
 the text's tokens too.
 
-Of the paper the sum and the two bounds are known here; all else is the code's, whose author, a J. Wu of UC San Diego,
-is plausibly the paper's first one. Differences from that code: it predicts classes from U z, a bottleneck before its
-head, while here the head's input is unchanged; u and v are its [CLS] and [MASK]; it puts the rows around [MASK], where
-the published code needs four times the rows that it makes, and uses the rows of the batch's first text for all; and it
-clamps each loss at 2, without a gradient above, which with 7 negatives or more holds for every text as long as scores
-are at chance (`ceiling`).
-
 Parameters: (d + 1) h + (h + 1) length d, and critics of 3 d h + 2 h + d^2 + d.
 
-Use it where prompts learn slowly; not where the time of a second pass counts (`prompt_tuning` runs only one).
+Start: Networks and critics as torch's linear layers; no start is an identity.
+
+Differs from the authors' code: Of the paper the sum and the two bounds are known here; all else is the code's, whose
+author, a J. Wu of UC San Diego, is plausibly the paper's first one. It predicts classes from U z, a bottleneck before
+its head, while here the head's input is unchanged; u and v are its [CLS] and [MASK]; it puts the rows around [MASK],
+where the published code needs four times the rows that it makes, and uses the rows of the batch's first text for all;
+and it clamps each loss at 2, without a gradient above, which with 7 negatives or more holds for every text as long as
+scores are at chance (`ceiling`).
+
+Use it: `peftcore.apply(model, "infoprompt")`, where prompts learn slowly; not where the time of a second pass counts
+(`prompt_tuning` runs only one).
 """
 
 from __future__ import annotations

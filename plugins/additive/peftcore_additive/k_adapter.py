@@ -1,25 +1,30 @@
 """K-Adapter: a chain of adapters beside the model, which read states of some of its layers.   Wang et al. 2020,
 arXiv 2002.01808 (code: microsoft/K-Adapter).
 
+Equation:
     a_j = x_j + W_up T(W_down x_j + b_down) + b_up,   x_j = h_{l_j} + a_{j-1},   a_0 = 0
     y   = W [h ; a_J] + b   in the place of h,   or h + a_J   (`fusion`: "concat", "add")
 
 h_l is the input of block l, h the output of the last block. T are transformer blocks like BERT's, w wide; the adapters
 of a chain share nothing. The model inside is unchanged, so earlier knowledge is kept, and chains for several kinds of
 knowledge, each trained alone, do not interfere: two injections with "add" equal the sum of two chains in the authors'
-code. Its further linear layer over two concatenations is not here.
+code.
 
-As the scripts have it, the layers are 0, 11 and 22 of 24 (the README: or 23), and no chain skips adapters. In the code
-adapters see padding too; here they do not, and in causal models no later tokens. The join is in front of the model's
-last norm, where it has one. The model's cache also stores the keys and values of the adapters.
-
-W_up and W_down start from N(0, 0.0002^2), biases of both at 0, all else as torch's layers do: no identity, as the
-authors train a head behind. With `identity` W starts as [I 0].
+The join is in front of the model's last norm, where it has one. The model's cache also stores the keys and values of
+the adapters.
 
 Parameters: J (2 w d + w + d + T (12 w^2 + 13 w)), and 2 d^2 + d for W and b: 49,349,376 in RoBERTa-large.
 
-Use it where a separate task teaches knowledge for later tasks; not where parameters must be few, nor where the model is
-to be merged (`lora`). `lst` is its kin that reads every layer and predicts by itself.
+Start: W_up and W_down start from N(0, 0.0002^2), biases of both at 0, all else as torch's layers do: no identity, as
+the authors train a head behind. With `identity` W starts as [I 0].
+
+Differs from the authors' code: padding is not seen by adapters, as it is in the code, nor are later tokens in causal
+models. A further linear layer over two concatenations and adapters that skip others are not here. The layers are those
+of the scripts, 0, 11 and 22 of 24; the README has 23.
+
+Use it: `peftcore.apply(model, "k_adapter")`, where a separate task teaches knowledge for later tasks; not where
+parameters must be few, nor where the model is to be merged (`lora`). `lst` is its kin that reads every layer and
+predicts by itself.
 """
 
 from __future__ import annotations

@@ -1,20 +1,26 @@
 """LoReFT, representation finetuning.   Wu et al. 2024, arXiv 2404.03592 (code: stanfordnlp/pyreft).
 
+Equation:
     loreft   h' = h + R^T (W h + b - R h),   R [r, d] with orthonormal rows
     noreft   h' = h + R^T (W h + b - R h),   R [r, d] free
     direft   h' = h + R^T (W h + b),         R free
 
 h is a block's output at the first f and the last l positions of the prompt, in each chosen layer; each end has separate
-R, W, b unless they are tied. R starts with random orthonormal rows, W and b as torch's linear layers do (R too, where
-it is free); ``identity=True`` starts at h' = h. R's Cholesky factor keeps its rows orthonormal. As in the authors'
-code, an `activation` acts on W h + b, dropout acts on h' as a whole, and each end covers at most half of a short prompt
-(a prompt of one token is not changed). Generated tokens are not changed. `PromptPositions` determines the prompt: all
-tokens before the first label, or the whole input, unless ``peftcore.call(model, prompt_length=...)`` sets its length.
-In encoder-decoder models the prompt is the encoder's input; in image models it is the block's tokens.
+R, W, b unless they are tied. R's Cholesky factor keeps its rows orthonormal. As in the authors' code, an `activation`
+acts on W h + b, dropout acts on h' as a whole, and each end covers at most half of a short prompt (a prompt of one
+token is not changed). Generated tokens are not changed. `PromptPositions` determines the prompt: all tokens before the
+first label, or the whole input, unless ``peftcore.call(model, prompt_length=...)`` sets its length. In encoder-decoder
+models the prompt is the encoder's input; in image models it is the block's tokens.
 
 Parameters: 2 d r + r for each end (one end when tied), each layer.
 
-Use it where few numbers should do much: ten to fifty times fewer than LoRA's. It cannot be merged.
+Start: R starts with random orthonormal rows, W and b as torch's linear layers do (R too, where it is free);
+``identity=True`` starts at h' = h. Without it a fresh intervention changes outputs.
+
+Differs from the authors' code: no difference is known.
+
+Use it: `peftcore.apply(model, "loreft")`, where few numbers should do much: ten to fifty times fewer than LoRA's. It
+cannot be merged.
 """
 
 from __future__ import annotations

@@ -1,30 +1,36 @@
 """ShadowPEFT: a small network beside the model corrects what its blocks read.   arXiv 2604.19254 (in peft).
 
+Equation:
     s_0 = P guest(tokens)
     x_l = h_{l-1} + a W_up W_down dropout(h_{l-1} - s_{l-1}),   h_l = block_l(x_l)
     s_l = (1 - g_l) s_{l-1} + g_l T_l(h_l),   g_l = sigmoid(G_l(h_l))
 
-The guest is of the model's own class and config, with `layers` layers and other `sizes`, starts from scratch, and
-trains; P [d, its width] is there where the widths differ. It shares the model's token table where it can, else it has
-its own. T_l and G_l are two linear layers with GELU between, u wide. W_up starts at 0: the identity.
+The guest is of the model's own class and config, with `layers` layers and other `sizes`, and trains; P [d, its width]
+is there where the widths differ. It shares the model's token table where it can, else it has its own. T_l and G_l are
+two linear layers with GELU between, u wide.
 
 In training with labels the guest has a separate loss, which is added to the model's with the weight `guest_weight`:
 
     L = L_model + w CE(head(s_0), labels)
 
-The head of a language model is the model's; one that classifies is copied, trains, and reads the last token. In peft
-the loss of a model in evaluation has that of the guest too.
+The head of a language model is the model's; one that classifies is copied, trains, and reads the last token.
 
-As in peft 0.21 every block has both steps; where blocks are left out, h_l is the input of the next target block. The
-authors' own code leaves the first block out, puts a LayerNorm in front of T and G, and has SiLU in them, no biases, and
-dropout at other places. peft keeps the guest's earlier tokens under the name `past_key_values`, which newer versions of
-transformers do not use; here generation has them in any version. Where peft names a checkpoint as the guest, give its
-sizes, and its values by ``injection.shared["guest"].take(network)``. Reentrant checkpoints are refused.
+Reentrant checkpoints are refused.
 
 Parameters: those of the guest, 2 d r a block, and 2 (2 d u + u + d) a block but the last one of the model, behind which
 nothing reads the shadow; peft has them there too.
 
-Use it where the small network is to be of use by itself as well, or to learn apart from the model.
+Start: W_up at zero: the identity. The guest starts from scratch.
+
+Differs from the authors' code: as in peft 0.21 every block has both steps; where blocks are left out, h_l is the input
+of the next target block. The authors' own code leaves the first block out, puts a LayerNorm in front of T and G, and
+has SiLU in them, no biases, and dropout at other places. peft keeps the guest's earlier tokens under the name
+`past_key_values`, which newer versions of transformers do not use; here generation has them in any version. Where peft
+names a checkpoint as the guest, give its sizes, and its values by ``injection.shared["guest"].take(network)``. In peft
+the loss of a model in evaluation has that of the guest too.
+
+Use it: `peftcore.apply(model, "shadow")`, where the small network is to be of use by itself as well, or to learn apart
+from the model.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 """SparseAdapter: bottleneck adapters that are pruned before they train.   He et al. 2022, arXiv 2210.04284.
 
+Equation:
     y = h + (m_up * W_up) drop f((m_down * W_down) LN(h) + b_down) + b_up,   m in {0, 1}, fixed before training
 
     s(w) = |w dL/dw| (snip),   w (H g) (grasp),   |w| (magnitude),   a draw (random),   g = dL/dw, H its derivative
@@ -7,16 +8,24 @@
 The adapter is a serial one (`houlsby_adapter`), on the outputs of attention and feed-forward before they are added to
 the stream. The (1 - `sparsity`) share of the weights with the highest s stays, in one ranking over all adapters; biases
 and norms are not pruned. snip and grasp look once at ``data=`` in evaluation, with gradients summed over the batches;
-scores are computed at the start, and the weights that stay keep their initial values. Only these weights are stored and
-trained, as one vector for all adapters and their places, so momentum and weight decay cannot revive pruned weights. The
-code decides where the paper is open (Shwai-He/SparseAdapter): grasp keeps the largest w (H g), whose removal would
-lower the norm of the gradient most. The adapter has a layer norm in front of W_down and dropout on f's output, and both
-matrices start from N(0, 0.02). Its attention adapter is in front of the host's dropout, that of the feed-forward behind
-it; here `joins` sets the place for both. Its score synflow is zero behind the norm, and left out.
+scores are computed at the start. Only these weights are stored and trained, as one vector for all adapters and their
+places, so momentum and weight decay cannot revive pruned weights. The adapter has a layer norm in front of W_down and
+dropout on f's output.
 
 Parameters: (1 - sparsity) of the 2 d r of all adapters, and r + d an adapter, with `norm` 2 d more; and their places.
-Use it where a `houlsby_adapter` is too large to store, or a wider one is wanted at the same size: the paper's
-Large-Sparse doubles `bottleneck` and prunes half. It is not faster: matrices are made whole for each forward."""
+
+Start: Both matrices from N(0, 0.02), biases at zero; the weights that stay keep these values. Near the identity;
+``up_init_std=0`` with ``score="random"`` makes it exact.
+
+Differs from the authors' code: the code decides where the paper is open (Shwai-He/SparseAdapter): grasp keeps the
+largest w (H g), whose removal would lower the norm of the gradient most. Its attention adapter is in front of the
+host's dropout, that of the feed-forward behind it; here `joins` sets the place for both. Its score synflow is zero
+behind the norm, and left out.
+
+Use it: `peftcore.apply(model, "sparse_adapter", data=batches)`, where a `houlsby_adapter` is too large to store, or a
+wider one is wanted at the same size: the paper's Large-Sparse doubles `bottleneck` and prunes half. It is not faster:
+matrices are made whole for each forward.
+"""
 
 from __future__ import annotations
 

@@ -1,22 +1,28 @@
 """State-offset tuning: a constant added to the state of a state-space model at each step.   Kang et al. 2025, arXiv
 2503.03499 (furiosa-ai/ssm-state-tuning).
 
+Equation:
     y_t = silu(z_t) (C_t (h_t + h') + D x_t),   h' [d, N]        offset="state"
     y_t = silu(z_t) (C_t h_t + y' + D x_t),     y' [d]           offset="output"
 
-h_t is the state of a Mamba mixer, d channels with N states each, and h' or y' is all that trains; it starts at zero. A
-prefix or a trained first state fades with the decay of the states; the offset is there anew at each step and is not
-carried on, so caches hold what they held before. With `rank` h' is B A, B [d, rank] from zero and A [rank, N].
+h_t is the state of a Mamba mixer, d channels with N states each, and h' or y' is all that trains. A prefix or a trained
+first state fades with the decay of the states; the offset is there anew at each step and is not carried on, so caches
+hold what they held before. With `rank` h' is B A, B [d, rank] and A [rank, N].
 
 It acts in Mamba, FalconMamba and Jamba, where h' reads C as the model does, behind its norm in the latter two. Mamba-2
-and its kin (Bamba, Zamba2, NemotronH) make C within the mixer, so only y' is there, in front of the gated norm; the
-authors' code has nothing for them. On GPUs the scan may be a kernel. The one that takes the place of the whole mixer in
-training passes over its last matrix, and is refused when it has run.
+and its kin (Bamba, Zamba2, NemotronH) make C within the mixer, so only y' is there, in front of the gated norm. On GPUs
+the scan may be a kernel. The one that takes the place of the whole mixer in training passes over its last matrix, and
+is refused when it has run.
 
 Parameters: d N a mixer, d with ``offset="output"``, rank (d + N) with `rank`: 589,824 and 36,864 in Mamba 130M.
 
-Use it in state-space models, where prompts and prefixes do little; not in hybrids in which attention has most of the
-layers. `lora` on ``ssm.in`` and ``ssm.out`` is larger, and merges; `ssf` scales and shifts what matrices return.
+Start: h' or y' at zero, or B at zero: the identity.
+
+Differs from the authors' code: the authors' code has nothing for Mamba-2 and its kin.
+
+Use it: `peftcore.apply(model, "state_offset_tuning")`, in state-space models, where prompts and prefixes do little; not
+in hybrids in which attention has most of the layers. `lora` on ``ssm.in`` and ``ssm.out`` is larger, and merges; `ssf`
+scales and shifts what matrices return.
 """
 
 from __future__ import annotations
