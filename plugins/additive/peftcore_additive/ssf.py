@@ -3,9 +3,9 @@
 Equation:
     y = gamma * f(x) + beta   after every operation f: linear layers, norms, convolutions; one number a channel
 
-gamma and beta merge into W' = gamma * W and b' = gamma * b + beta: a layer without a bias gets one. Modules that cannot have a
-bias (RMSNorm, a stack of experts) are only scaled. The authors' models lack token tables and routers: both are skipped
-unless a target names them.
+gamma and beta merge into W' = gamma * W and b' = gamma * b + beta: a layer without a bias gets one. Modules that cannot
+have a bias (RMSNorm, a stack of experts) are only scaled. The authors' models lack token tables and routers: both are
+skipped unless a target names them.
 
 Parameters: 2 out for each operation (out where nothing is shifted), times the number of experts.
 

@@ -1,5 +1,6 @@
 """AdapterFusion: attention over adapters.   Pfeiffer et al. 2021, arXiv 2005.00247 (code: adapter-hub/adapters).
 
+Equation:
     y = h + V sum_t a_t z_t,   a = softmax_t((Q h + q) . K z_t),   z_t = y_t - h
 
 h is a module's output without adapters and y_t its output with adapter t alone: each token weighs the adapters'
@@ -8,23 +9,28 @@ package does it (`mixes`): s is the norm's input without adapters, s_t its input
 
     y = LN(s + V sum_t a_t z_t),   h = LN(s) in the scores
 
-Q and K start from N(0, 0.02), q at zero, V as the identity with 1e-6 off its diagonal: at first this is about the
-adapters' mean, as long as they add little. The loss gets regularizer * |V - I|^2 from each module. Over adapters of the
-model:
+The loss gets regularizer * |V - I|^2 from each module. Over adapters of the model:
 
     peftcore.apply(model, "adapter_fusion", name="fusion", adapters=["a", "b"])
     peftcore.activate(model, Fuse("a", "b", by="fusion"))
 
 The fusion acts at the modules around which its adapters act (norms that they train are averaged), whatever their order,
-and does nothing alone. It does not freeze the adapters, as the paper does; to freeze one:
-``injections(model)["a"].trainable(False)``. Without `adapters` the fusion creates and owns `parts`, and is one adapter
-with all of them; without `train_parts` they are frozen.
-
-The package's K has a bias, which adds the same to all scores of a token and cancels: left out. So is its temperature,
-which changes in evaluation. It drops scores as often as the model drops attention; here that is `dropout`, 0.
+and does nothing alone. It does not freeze the adapters; to freeze one: ``injections(model)["a"].trainable(False)``.
+Without `adapters` the fusion creates and owns `parts`, and is one adapter with all of them; without `train_parts` they
+are frozen.
 
 Parameters: 3 d^2 + d a module (2 d^2 + d without V), and those of the parts that it owns.
-Use it to let a task draw on adapters that were trained apart for other tasks, and stay as they are.
+
+Start: Q and K start from N(0, 0.02), q at zero, V as the identity with 1e-6 off its diagonal: at first this is about
+the adapters' mean, as long as they add little. With adapters that add nothing yet it is the identity.
+
+Differs from the authors' code: the package's K has a bias, which adds the same to all scores of a token and cancels:
+left out. So is its temperature, which changes in evaluation. It drops scores as often as the model drops attention;
+here that is `dropout`, 0. The paper freezes the adapters that it mixes; here they stay as they are, unless they are
+parts.
+
+Use it: `peftcore.apply(model, "adapter_fusion")`, to let a task draw on adapters that were trained apart for other
+tasks, and stay as they are.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """HyperFormer and HyperFormer++: adapters that a network makes for each task.   Karimi Mahabadi et al. 2021, arXiv
 2106.04489 (code: rabeehk/hyperformer).
 
+Equation:
     y = h + gain * norm(W_up f(W_down h + b_down) + b_up) + shift,   norm: to mean 0 and variance 1
     W_down = D z,  b_down = d z,  W_up = U z,  b_up = u z,  gain = G z,  shift = S z,      each with a bias
     z = LN(P2 relu(P1 [e_task ; e_layer ; e_place]))      HyperFormer++: one network for all adapters of a stack
@@ -9,19 +10,24 @@
 h is the output of the last matrix of self-attention or of the feed-forward; cross-attention gets no adapter, unless it
 is named as a target. Encoder and decoder have a network each and the tasks' embeddings in common. Where adapters of a
 stack have several widths, each width has a network. e_place is the embedding of the adapter's place in its block. All
-norms of the host train along. Embeddings start from N(0, 1), the rest from N(0, 0.01) with biases at zero: near the
-identity.
+norms of the host train along.
 
-The call passes the task, ``with peftcore.call(model, task=...)``: one for all rows, or one for each; the authors'
-batches have one task. Weights are made for the tasks of the batch, or for all tasks if these are fewer than its rows.
-The file configs/hyperformer.json of that code is neither of the two: a network a stack, with generators for attention
-and feed-forward apart; shared=False is the paper's HyperFormer, which the code calls meta-adapter.
+The call passes the task, ``with peftcore.call(model, task=...)``: one for all rows, or one for each. Weights are made
+for the tasks of the batch, or for all tasks if these are fewer than its rows.
 
-Parameters of HyperFormer++: tasks * t once; for each stack (layers + places) * t, (3t + 1) h + (h + 1) p + 2p and
-(p + 1) (2 d r + r + 3 d). Of HyperFormer: tasks * t + (t + 1) h + (h + 1) p once, (p + 1) (2 d r + r + 3 d) an adapter.
+Parameters of HyperFormer++: tasks * t once; for each stack (layers + places) * t, (3t + 1) h + (h + 1) p + 2p and (p +
+1) (2 d r + r + 3 d). Of HyperFormer: tasks * t + (t + 1) h + (h + 1) p once, (p + 1) (2 d r + r + 3 d) an adapter.
 
-Use it for many tasks of which some have few examples: a new task costs t numbers. Not for tasks with little in common,
-where an adapter each (`pfeiffer_adapter`) is better, nor where it has to be merged.
+Start: Embeddings from N(0, 1), the rest from N(0, 0.01) with biases at zero: near the identity; ``gain_std=0`` makes it
+exact.
+
+Differs from the authors' code: the authors' batches have one task; here each row may have its own. The file
+configs/hyperformer.json of that code is neither of the two: a network a stack, with generators for attention and
+feed-forward apart; shared=False is the paper's HyperFormer, which the code calls meta-adapter.
+
+Use it: `peftcore.apply(model, "hyperformer_pp", tasks=["sums", "letters"])`, for many tasks of which some have few
+examples: a new task costs t numbers. Not for tasks with little in common, where an adapter each (`pfeiffer_adapter`) is
+better, nor where it has to be merged.
 """
 
 from __future__ import annotations

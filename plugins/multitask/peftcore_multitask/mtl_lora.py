@@ -1,14 +1,11 @@
 """MTL-LoRA: a LoRA whose middle and whose mixture of B belong to the task.   Yang et al. 2024, arXiv 2410.09437.
 
+Equation:
     y = W x + b + s sum_i w_ti B_i (L_t A dropout(x)),   w_t = softmax(v_t / temperature),   s = alpha / rank
 
 A [rank, in] and the B_i [out, rank] are shared by all tasks. Task t has a matrix L_t [rank, rank], or only its
-diagonal, which moves what A finds apart from other tasks, and a logit v_ti for each B_i. A starts as in LoRA, B_i at
-zero, L_t as the identity and v_t uniform in +-1/sqrt(ups). The softmax is taken in float32 at least. Convolutions and
-embeddings have factors as in LoRA.
-
-As in the authors' code (pUmpKin-Co/MTL-LoRA), whose script has whole matrices L_t. The adapters package has another
-default, diagonals and one B, multiplies by L_t transposed, and starts the logits equal.
+diagonal, which moves what A finds apart from other tasks, and a logit v_ti for each B_i. The softmax is taken in
+float32 at least. Convolutions and embeddings have factors as in LoRA.
 
 The call passes the task, ``with peftcore.call(model, task=...)``: one for all rows, or one for each. So no single
 weight equals the update, and it does not merge; a tensor that is read instead of called is refused, because it cannot
@@ -16,8 +13,14 @@ be adapted row by row.
 
 Parameters: rank * in * kernel + ups * rank * out + tasks * (rank^2 + ups) a site; rank for rank^2 of diagonals.
 
-Use it for tasks that get into each other's way in one LoRA; not where they have little in common (`polytropon` can keep
-whole skills for one of them) and not where the task is unknown (`hydralora`).
+Start: A as in LoRA, B_i at zero, L_t as the identity, v_t uniform in +-1/sqrt(ups): the identity.
+
+Differs from the authors' code: no difference is known (pUmpKin-Co/MTL-LoRA, whose script has whole matrices L_t). The
+adapters package has another default, diagonals and one B, multiplies by L_t transposed, and starts the logits equal.
+
+Use it: `peftcore.apply(model, "mtl_lora", tasks=["sums", "letters"])`, for tasks that get into each other's way in one
+LoRA; not where they have little in common (`polytropon` can keep whole skills for one of them) and not where the task
+is unknown (`hydralora`).
 """
 
 from __future__ import annotations

@@ -1,22 +1,28 @@
 """PALs, projected attention layers.   Stickland and Murray 2019, arXiv 1902.02671 (AsaCooperStickland/Bert-n-Pals).
 
+Equation:
     h' = LN(s + TS_t(h)),   where no norm ends the block s + TS_t(h)
     TS_t(h) = gelu(V_t MHA_t(U_t h + u_t) + v_t),   U_t [a, d],  V_t [d, a]
 
 h is the stream that a block is given, s the sum of stream and branches at its end, and t the task. U and V, with their
 biases, are shared by all blocks of a stack; MHA, of width a, is each block's own: queries, keys and values with biases,
-dropout of attention's weights, and no matrix behind it. The gelu is in the code alone, as are 6 heads for the paper's
-12. All matrices start from N(0, 0.02), biases at zero: near the identity, and with ``up_std=0`` exactly there.
+dropout of attention's weights, and no matrix behind it.
 
 A token attends under the model's mask: not to padding, and in causal stacks not to later tokens; keys and values of
 earlier tokens are stored behind the model's own in its cache. The call passes the task, ``with peftcore.call(model,
-task=...)``: one for all rows, or one for each; the authors' batches have one task. They train the whole model along, or
-its norms alone, for all tasks in common; here it is frozen, unless `train` names it.
+task=...)``: one for all rows, or one for each.
 
 Parameters of a task: 2 a d + a + d a stack, 3 a^2 + 3 a a block; 1.8 million in BERT-base.
 
-Use it for many tasks on one encoder where each weighs context anew; not where tasks have few examples and much in
-common (`hyperformer_pp`), nor where it has to be merged. `parallel_adapter` is its kin without attention.
+Start: All matrices from N(0, 0.02), biases at zero: near the identity, and with ``up_std=0`` exactly there.
+
+Differs from the authors' code: the gelu is in the code alone, as are 6 heads for the paper's 12. The authors train the
+whole model along, or its norms alone, for all tasks in common; here it is frozen, unless `train` names it. Their
+batches have one task.
+
+Use it: `peftcore.apply(model, "pal", tasks=["sums", "letters"])`, for many tasks on one encoder where each weighs
+context anew; not where tasks have few examples and much in common (`hyperformer_pp`), nor where it has to be merged.
+`parallel_adapter` is its kin without attention.
 """
 
 from __future__ import annotations

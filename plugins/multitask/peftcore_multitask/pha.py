@@ -1,5 +1,6 @@
 """PHA: adapters that a network makes of prototypes of tasks.   Zhao et al. 2023, arXiv 2310.11670 (Bumble666/PHA).
 
+Equation:
     y = FFN(x) + W_up relu(W_down x + b_down) + b_up
     W_down = D c,  b_down = d c,  W_up = U c,  b_up = u c, each with a bias;   c = LN(P2 relu(P1 [k_task ; e_layer]))
     v = R2 relu(R1 mean(H)),    s(a, b) = cos(a, b) / temperature
@@ -9,22 +10,26 @@
 x is the feed-forward's input, behind the norm in front of it, and the adapter joins the stream behind the host's
 dropout, as in the authors' code. k [tasks, t] are the prototypes, v is the vector that the *retriever* makes of a text,
 from its states H at the end of the stack: without padding, and in a causal stack only those before the first label
-(``peftcore.call(model, prompt_length=...)`` says it too). The losses, which training alone has, draw texts of a task
-to each other and to its prototype. The own task is missing in the sum of M, as in the code. The call passes the task,
+(``peftcore.call(model, prompt_length=...)`` says it too). The losses, which training alone has, draw texts of a task to
+each other and to its prototype. The own task is missing in the sum of M, as in the code. The call passes the task,
 ``with peftcore.call(model, task=...)``: one for all rows, or one for each. Batches should mix tasks.
 
 Where a decoder reads an encoder, H is the encoder's, and the encoder's adapters are made of nothing: each has separate
-matrices, the same for all tasks (Xavier-uniform times 1e-4). In a model without tokens (pictures), H is the output of
-its norm behind the blocks, or the last adapter's input where the model lacks that norm. Adapters of one width share P1
-to U; the maps that make weights start uniform in +-init_scale sqrt(3 / (p fan)).
+matrices, the same for all tasks. In a model without tokens (pictures), H is the output of its norm behind the blocks,
+or the last adapter's input where the model lacks that norm. Adapters of one width share P1 to U.
 
-The paper looks for the nearest prototype of a new task to start from; the code does not, and nor does this.
+Parameters: tasks t for prototypes, (d + t + 1) h + t for the retriever, (2t + 1) h + (h + 1) p + 2p and (p + 1) (2 d r
++ r + d) for each width d, t for a made adapter and 2 d r + r + d for an encoder's.
 
-Parameters: tasks t for prototypes, (d + t + 1) h + t for the retriever, (2t + 1) h + (h + 1) p + 2p and
-(p + 1) (2 d r + r + d) for each width d, t for a made adapter and 2 d r + r + d for an encoder's.
+Start: The maps that make weights uniform in +-init_scale sqrt(3 / (p fan)), matrices of an encoder's adapters by
+Xavier's rule times 1e-4: near the identity.
 
-Use it for several tasks with few examples each, which their texts identify; not for tasks that share inputs, where
-`hyperformer_pp`, its nearest kin, is without these losses, nor for one task (`parallel_adapter`).
+Differs from the authors' code: the paper looks for the nearest prototype of a new task to start from; the code does
+not, and nor does this.
+
+Use it: `peftcore.apply(model, "pha", tasks=["sums", "letters"])`, for several tasks with few examples each, which their
+texts identify; not for tasks that share inputs, where `hyperformer_pp`, its nearest kin, is without these losses, nor
+for one task (`parallel_adapter`).
 """
 
 from __future__ import annotations

@@ -1,20 +1,20 @@
 """RegMean: weights merged so that each task's outputs stay nearest.   Jin et al. 2022, arXiv 2212.09849.
 
+Equation:
     W' = W + sum_t (W_t - W) P_t,   P_t = w_t G_t (sum_u w_u G_u)^-1
     G_t = a X_t' X_t / n + (1 - a) diag(X_t' X_t / n),   a = `off_diagonal`
 
-X_t [n, in] are the inputs that a linear layer gets in the model of part t, on data of task t, padding left out. With
-a = 1, W' minimizes sum_t w_t |X_t W'' - X_t W_t''|^2 / n_t: a linear regression, whose solution needs no data
-but the matrices G_t. Whoever has an adapter and its data makes them, whoever merges takes them:
+X_t [n, in] are the inputs that a linear layer gets in the model of part t, on data of task t, padding left out. With a
+= 1, W' minimizes sum_t w_t |X_t W'' - X_t W_t''|^2 / n_t: a linear regression, whose solution needs no data but the
+matrices G_t. Whoever has an adapter and its data makes them, whoever merges takes them:
 
     first = grams(peftcore.load(model, "first"), batches)      # numbers by path, to be handed on beside the adapter
     merged = gather(model, "regmean", {"first": 1.0, "second": 1.0})
     take_grams(merged, [first, second])
 
-Until then all P_t are w_t / sum w: a plain mean, which all tensors but those of linear layers of vectors keep (biases,
-norms, convolutions, embeddings, experts), as in the authors' code (bloomberg/dataless-model-merging). An input that is
-zero in all tasks keeps it too; the authors' inverse does not exist there, and they count padding. a is 0.9 in their
-notebook, where RoBERTa does without, and 0.1 in most of their scripts; a = 0 is their diagonal variant.
+Without grams all P_t are w_t / sum w: a plain mean, which all tensors but those of linear layers of vectors keep
+(biases, norms, convolutions, embeddings, experts), as in the authors' code (bloomberg/dataless-model-merging). a is 0.9
+in their notebook, where RoBERTa does without, and 0.1 in most of their scripts; a = 0 is their diagonal variant.
 
 With `unseen` = "base" the inverse is a pseudo-inverse: in directions that no task's inputs have, W' is the base, so a
 few prompts are enough, and rows of a table, which no two parts train, are added up. With a = 1 and a weight for each
@@ -26,8 +26,13 @@ without the P_t, which take a number for each pair of inputs, part and site.
 
 Parameters: those of the parts.
 
-Use it where a few batches of each task are at hand when its adapter is done; not without (`ties_merging`,
-`task_arithmetic`), nor where one adapter should choose by the input (`arrow`).
+Start: All P_t are w_t / sum w: a plain mean, which changes nothing while the parts are fresh.
+
+Differs from the authors' code: an input that is zero in all tasks keeps the plain mean; the authors' inverse does not
+exist there, and they count padding.
+
+Use it: `peftcore.apply(model, "regmean")`, where a few batches of each task are at hand when its adapter is done; not
+without (`ties_merging`, `task_arithmetic`), nor where one adapter should choose by the input (`arrow`).
 """
 
 from __future__ import annotations

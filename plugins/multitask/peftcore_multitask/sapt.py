@@ -1,6 +1,7 @@
 """SAPT: LoRAs of tasks that come one after the other, mixed by attention to each text.   Zhao et al. 2024, arXiv
 2401.08295 (circle-hit/SAPT).
 
+Equation:
     y = W x + b + s sum_j a_j B_j A_j x,    a = softmax_j(k_j . q / sqrt(d)),    s = alpha / rank
     q = LN(silu(W_up W_down max(E)));       loss = replay * mean_rows sum_j t_j (log t_j - log a_j)
 
@@ -18,16 +19,20 @@ tasks: ``with peftcore.call(model, attention=t)``. A row of zeros is not such a 
 the texts of a task for t, which `injection.report()` has.
 
 The text is the part before the first label, or the whole input, unless ``peftcore.call(model, prompt_length=...)``
-gives its length: generated tokens change nothing. The authors' max sees padding, this does not. Keys start uniform in
-+-1, A in +-1/sqrt(inputs), the network from N(0, 0.02^2) as transformers starts it in their Llama (in their T5, uniform
-in +-1/sqrt(inputs)), B at zero: an exact identity for the first task. Dropout, which the authors' scripts have at zero,
-is left out, and models in which a decoder reads an encoder are refused: there the text is not at hand when the decoder
-runs.
+gives its length: generated tokens change nothing.
 
 Parameters: tasks * rank * (in + out) a module, tasks * d + 2 hidden d + 2 d once.
 
-Use it for tasks that are learned one after the other, where old ones are to stay and to help; not for tasks that are
-all there at once (`hydralora`), nor for LoRAs out of files, with which no attention was trained (`mole`).
+Start: Keys uniform in +-1, A in +-1/sqrt(inputs), the network from N(0, 0.02^2) as transformers starts it in the
+authors' Llama (in their T5, uniform in +-1/sqrt(inputs)), B at zero: the identity for the first task.
+
+Differs from the authors' code: the authors' max sees padding, this does not. Dropout, which the authors' scripts have
+at zero, is left out, and models in which a decoder reads an encoder are refused: there the text is not at hand when the
+decoder runs.
+
+Use it: `peftcore.apply(model, "sapt")`, for tasks that are learned one after the other, where old ones are to stay and
+to help; not for tasks that are all there at once (`hydralora`), nor for LoRAs out of files, with which no attention was
+trained (`mole`).
 """
 
 from __future__ import annotations

@@ -5,13 +5,13 @@ This is the largest of the paper's three networks, with one of the paper's two w
 itself. The networks whose heads make A and B, or their rows, one after the other are not here, nor is training on LoRAs
 that exist (recon).
 
+Equation:
     y = W x + b + s B A dropout(x),   s = alpha / sqrt(rank),   (A, B) = H z + h
     z = M([LN(E v + e) ; LN(layer) ; LN(kind)])
 
-v is a vector that the call passes: an embedding of the task's description by any model that embeds texts. `layer`
-is an embedding of the layer, `kind` one of which matrix it is there, and each kind has a head H, h. M are silu
-feed-forwards, two of them with residuals, and 0.05 is dropped between. H starts at zero and h as a LoRA's start, so at
-first all vectors give the same LoRA, which does nothing. The loss gets decay * (mean A^2 + mean B^2) from each kind.
+v is a vector that the call passes: an embedding of the task's description by any model that embeds texts. `layer` is an
+embedding of the layer, `kind` one of which matrix it is there, and each kind has a head H, h. M are silu feed-forwards,
+two of them with residuals, and 0.05 is dropped between. The loss gets decay * (mean A^2 + mean B^2) from each kind.
 
     with peftcore.call(model, task_vector=embedded): ...      # [1, vector_width] for all rows, or [rows, vector_width]
     make_lora(injection, embedded[0])                         # a plain LoRA: it merges, and is saved by itself
@@ -22,8 +22,13 @@ kinds.
 Parameters, l = latent and w = head_width: (vector_width + 1) l / 2 + 28 l^2 + 27 l + (4 l + 1) w in the network, l / 4
 for each layer and each kind, and (w + 1) rank (in + out) for each kind.
 
-Use it for hundreds of tasks with descriptions, where a new one shall need no training; not for a few tasks, nor where
-no text says what a task is (`hyperformer_pp` has an embedding of each that it learns).
+Start: H at zero and h as a LoRA's start, so all vectors give the same LoRA, which does nothing: the identity.
+
+Differs from the authors' code: besides the networks and the way to train that are not here: no difference is known.
+
+Use it: `peftcore.apply(model, "text_to_lora", vector_width=384)`, for hundreds of tasks with descriptions, where a new
+one shall need no training; not for a few tasks, nor where no text says what a task is (`hyperformer_pp` has an
+embedding of each that it learns).
 """
 
 from __future__ import annotations

@@ -1,26 +1,30 @@
 """VL-Adapter: bottleneck adapters of several tasks, which share what they have in common.   Sung, Cho and Bansal 2021,
 arXiv 2112.06825 (code: ylsung/VL_adapter).
 
+Equation:
     y = h + U_t f(D_t h + b_t) + c_t,   D_t [r, d],  U_t [d, r],   t the task
 
 h is the output of the last matrix of an attention (self and cross) or of the feed-forward, in front of the host's
 dropout. `shared` says what all tasks have in common: everything (the paper's single adapter, its best), D with b or U
 with c (half-shared), or nothing (an adapter each). Paper and code adapt the language model alone, BART or T5, which
 reads pictures as tokens: so do default targets in a model of two towers. All norms train along; so does the map from
-visual features to tokens, where you name it: ``train=["multi_modal_projector"]``. Matrices start from N(0, 0.02),
-biases at zero: near the identity.
+visual features to tokens, where you name it: ``train=["multi_modal_projector"]``.
 
-The call passes the task, ``with peftcore.call(model, task=...)``: one for all rows, or one for each; the authors'
-batches have one task. With ``shared="all"`` calls need not pass the task, and names of tasks are ignored.
+The call passes the task, ``with peftcore.call(model, task=...)``: one for all rows, or one for each. With
+``shared="all"`` calls need not pass the task, and names of tasks are ignored.
 
-The paper's other adapters are methods here: its Hyperformer is near `hyperformer` (its code has the generators of a
-block's places apart), its Compacter `compacter`, which it trains for all tasks as one.
+Parameters: n_D (d r + r) + n_U (d r + d) an adapter, where n is 1 for a shared side and else the number of tasks; with
+`train_layer_norm`, the norms besides.
 
-Parameters: n_D (d r + r) + n_U (d r + d) an adapter, where n is 1 for a shared side and else the number of tasks;
-with `train_layer_norm`, the norms besides.
+Start: Matrices from N(0, 0.02), biases at zero: near the identity; ``up_init_std=0`` makes it exact.
 
-Use it for tasks of one kind on one model, as questions and captions for pictures are; not where tasks get in each
-other's way (`polytropon`, `mtl_lora`), nor where a new task should cost next to nothing (`hyperformer_pp`).
+Differs from the authors' code: the authors' batches have one task; here each row may have its own. The paper's other
+adapters are methods here: its Hyperformer is near `hyperformer` (its code has the generators of a block's places
+apart), its Compacter `compacter`, which it trains for all tasks as one.
+
+Use it: `peftcore.apply(model, "vl_adapter", shared="down", tasks=["questions", "captions"])`, for tasks of one kind on
+one model, as questions and captions for pictures are; not where tasks get in each other's way (`polytropon`,
+`mtl_lora`), nor where a new task should cost next to nothing (`hyperformer_pp`).
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 """AIM, image models adapted for videos.   Yang et al. 2023, arXiv 2302.03024 (code: taoyang1122/adapt-image-models).
 
+Equation:
     x1 = x0 + A_t(MHA_t(LN1(x0)))                  temporal: the model's own attention, across the frames of a clip
     x2 = x1 + S,   S = a + A_s(a),  a = MHA(LN1(x1))    spatial: within a frame, as the model has it
     x3 = x2 + MLP(LN2(x2)) + s A_j(LN2(x2))        joint
@@ -7,9 +8,8 @@
 
 The model is one of images, which is given the frames of clips as rows of the batch, those of a clip one behind the
 other: [clips * T, 3, rows, columns]. MHA_t is its frozen attention on the T tokens of each place. In front of all
-blocks, a trained e [T, d] is added to the tokens of each frame; it starts at zero, as W_up and all biases do, W_down at
-a normal draw of 0.02: a fresh adapter is the identity. With `temporal_adapters` 2, MHA_t reads u + A_i(u) in place of
-u.
+blocks, a trained e [T, d] is added to the tokens of each frame. With `temporal_adapters` 2, MHA_t reads u + A_i(u) in
+place of u.
 
 In training the code drops what the first and the third line add, at single places of all frames of a batch alike, with
 a probability that rises from 0 in the first block to `drop_path`. It trains the norm behind the last block along, and
@@ -17,8 +17,13 @@ the user's head over the frames' outputs. The host's changes of the branches' ou
 
 Parameters: 3 (2 d h + h + d) a block, T d, and 2 d of the norm: 10.7M in a ViT-B. It cannot be merged.
 
-Use it for videos on a frozen ViT or CLIP where all frames see each other; not in models with windows or relative
-positions (`st_adapter`, its kin with a convolution over frames), nor where attention must not run twice.
+Start: e, W_up and all biases at zero, W_down from N(0, 0.02^2): the identity.
+
+Differs from the authors' code: no difference is known.
+
+Use it: `peftcore.apply(model, "aim", frames=1)`, for videos on a frozen ViT or CLIP where all frames see each other;
+not in models with windows or relative positions (`st_adapter`, its kin with a convolution over frames), nor where
+attention must not run twice.
 """
 
 from __future__ import annotations

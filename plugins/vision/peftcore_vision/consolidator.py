@@ -1,21 +1,26 @@
 """Consolidator.   Hao et al. 2023, arXiv 2305.00603 (code: THU-MIG/Consolidator).
 
+Equation:
     y = W x + bias + drop(G P x + c),   G [out, in] of g diagonal blocks [out/g, in/g],   c [out]
     W' = W + G P,   bias' = bias + c
 
 P is the identity, or with `reorder` deals the inputs of each group to all groups: input j of group i becomes input
 number j g + i. Several `groups` are branches that add up, each with a separate c and a separate draw. The drop is
-stochastic depth: whole rows of the matrix's input skip the branch. G and c are uniform in +-1e-3 at the start: near the
-identity, not exactly. All matrices of blocks have one, and all norms train, as in the authors' code; there the biases
-of the matrices train along with c, to which they add up: `train` takes their names where that is wanted.
+stochastic depth: whole rows of the matrix's input skip the branch. All matrices of blocks have one, and all norms
+train, as in the authors' code.
 
 Kernels of convolutions are in the blocks, [out/g, in/g, kernel]. Each expert has separate blocks, and c only where it
 has a bias.
 
 Parameters: in out / g + out a branch, and the norms.
 
-Use it where inference must cost nothing and updates of high rank are wanted for few parameters; not where sides lack a
-common divisor (`lora` takes any). `gralora` has blocks of low rank.
+Start: G and c uniform in +-1e-3: near the identity; ``init_range=0`` makes it exact.
+
+Differs from the authors' code: in the code the biases of the matrices train along with c, to which they add up: `train`
+takes their names where that is wanted.
+
+Use it: `peftcore.apply(model, "consolidator")`, where inference must cost nothing and updates of high rank are wanted
+for few parameters; not where sides lack a common divisor (`lora` takes any). `gralora` has blocks of low rank.
 """
 
 from __future__ import annotations

@@ -1,21 +1,25 @@
 """DTL, disentangled transfer learning: a compact side network of low rank.   Fu et al. 2024, arXiv 2312.07856.
 
+Equation:
     h_l = h_{l-1} + C_l A_l x_l,   h_{-1} = 0,   A_l [rank, d],   C_l [d, rank]
     x_{l+1} = L_l(x_l)                    for l < M
     x_{l+1} = L_l(x_l) + F(t(h_l))        for l >= M,   t(h) = h sigmoid(beta h)
 
-x_l is the input of block l, from l = 0 on. The side network reads each block's input, and its sum is fed back
-behind the later blocks alone: nothing trainable acts before the end of the first M blocks, so backward stops there. F
-is the identity, or with `kernel` (DTL+) one convolution of that size for all blocks, for each channel by itself and
-without a bias, over the patches at their places in the picture; tokens in front of the patches skip it. M is `start`
-times the number of blocks, rounded down: 6 of 12 in the authors' scripts (heekhero/DTL).
-
-A start as torch's linear layers do, C at zero, so a fresh adapter is an exact identity. The authors train a new head
-along (``train=["head"]`` trains the model's).
+x_l is the input of block l, from l = 0 on. The side network reads each block's input, and its sum is fed back behind
+the later blocks alone: nothing trainable acts before the end of the first M blocks, so backward stops there. F is the
+identity, or with `kernel` (DTL+) one convolution of that size for all blocks, for each channel by itself and without a
+bias, over the patches at their places in the picture; tokens in front of the patches skip it. M is `start` times the
+number of blocks, rounded down: 6 of 12 in the authors' scripts (heekhero/DTL).
 
 Parameters: 2 rank d a block, and d kernel^2 with DTL+: 36,864 in ViT-B with rank 2.
-Use it where memory and parameters are both short on pictures; not where the model may be changed from its first block
-on (`adaptformer`, `convpass`), nor where it must not change at all (`lst`, `res_tuning`). It cannot be merged.
+
+Start: A start as torch's linear layers do, C at zero, so a fresh adapter is an exact identity.
+
+Differs from the authors' code: the authors train a new head along (``train=["head"]`` trains the model's).
+
+Use it: `peftcore.apply(model, "dtl")`, where memory and parameters are both short on pictures; not where the model may
+be changed from its first block on (`adaptformer`, `convpass`), nor where it must not change at all (`lst`,
+`res_tuning`). It cannot be merged.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """DyT, Dynamic Tuning: a dispatcher chooses the tokens that go through a feed-forward, beside an adapter for all.
 Zhao et al. 2024, arXiv 2403.11808 (code: NUS-HPC-AI-Lab/Dynamic-Tuning).
 
+Equation:
     y_i = x_i + m_i MLP(LN(x_i)) + s (W_up relu(W_down x_i + b_down) + b_up),   W_down [r, d],  W_up [d, r]
     m_i = 1 if sigmoid(w . x_i + b) > 1/2 else 0,   w [d];   in training sigmoid((w . x_i + b + g - g') / temperature)
     loss = L(p) + rate_weight (mean m - rate)^2 + complete (L(q) + KL(q | p))
@@ -8,8 +9,7 @@ Zhao et al. 2024, arXiv 2403.11808 (code: NUS-HPC-AI-Lab/Dynamic-Tuning).
 g and g' are draws of Gumbel's distribution, and gradients those of the sigmoid. x is the stream in front of the
 feed-forward's norm. The mean of m is over all blocks, pictures and tokens but the class token, which the feed-forward
 always computes, like all tokens in front of a picture's patches (`prefix_tokens`); padding does not count. q is the
-model's prediction in a second pass with m = 1 everywhere, dropout drawn anew; KL passes no gradient to it. W_down
-starts from a Kaiming-uniform draw, w from N(0, 0.02), all else at zero: about half of the tokens go through.
+model's prediction in a second pass with m = 1 everywhere, dropout drawn anew; KL passes no gradient to it.
 
 L is the cross-entropy of classes. It needs the logits that the model returns (a field `logits`, or the tensor itself,
 classes in dimension 1) and the labels: those that the model is given, or ``peftcore.call(model, labels=...)``; without
@@ -17,12 +17,18 @@ them `complete` is to be 0. The second pass doubles the time of training. Losses
 available from `injection.losses()`.
 
 In training all tokens are computed, and those that go by are multiplied by zero. With `skip` they are not computed in
-evaluation, which makes it fast. The mixture of adapters of the paper is not in the code, and not here.
+evaluation, which makes it fast.
 
 Parameters: 2 d r + r + d of the adapter and d + 1 of the dispatcher, a block.
 
-Use it where a ViT has to be faster than it was, and keep all its tokens; not where all may go through (`adaptformer`
-has the same adapter), nor where tokens are to be left out of attention too (`coda`). It cannot be merged.
+Start: W_down starts from a Kaiming-uniform draw, w from N(0, 0.02), all else at zero: about half of the tokens go
+through. ``init_std=0, init_bias=10`` lets all tokens through: the identity.
+
+Differs from the authors' code: the mixture of adapters of the paper is not in the code, and not here.
+
+Use it: `peftcore.apply(model, "dyt")`, where a ViT has to be faster than it was, and keep all its tokens; not where all
+may go through (`adaptformer` has the same adapter), nor where tokens are to be left out of attention too (`coda`). It
+cannot be merged.
 """
 
 from __future__ import annotations

@@ -1,25 +1,31 @@
 """E2VPT: visual prompts, keys and values in attention, and pruning.   Han et al. 2023, arXiv 2307.13770.
 
+Equation:
     [x_l; ...] = L_l([x_{l-1}; M * P_l]),   head h of L_l:  softmax(q_h [K_lh; k_h]^T / sqrt(d_h)) [V_lh; v_h]
 
-P_l [length, d] is the prompt of block l, as in `vpt_deep`, whose words on heads, pooling and dropout hold here too.
-K_l = V_l [heads, kv_length, d_h] are behind the projections and in no query, so that they add no tokens; with
-`share_kv` False there are two. M is 1 until the prompts are pruned: a number for each token and segment, the same for
-all blocks. The paper prunes what was trained, and trains what is left again from the start:
+P_l [length, d] is the prompt of block l, as in `vpt_deep`, whose words on heads, pooling and dropout hold here too. K_l
+= V_l [heads, kv_length, d_h] are behind the projections and in no query, so that they add no tokens; with `share_kv`
+False there are two. M is 1 until the prompts are pruned: a number for each token and segment, the same for all blocks.
+The paper prunes what was trained, and trains what is left again from the start:
 
     scores = importance(trained, batches)          # dL/dM, [length, segments]
     prune(fresh, scores, tokens=2, segments=4)     # of a second adapter, with the options of the first
 
 For details that the paper leaves open, this follows the code (ChengHan111/E2VPT): channel c is in segment c mod
 `segments`; tokens have the sum of their segments' scores; the lowest scores, with their signs, are switched off
-(``absolute=True`` is the size of the derivative); pruned tokens stay as rows of zeros. Its masks train with the prompts
-before pruning; here they are 1. It tries each pair of shares from 10 to 90 percent on validation data.
+(``absolute=True`` is the size of the derivative); pruned tokens stay as rows of zeros.
 
-K and V start kaiming-uniform. Never identity at the start. Parameters: (length + kv_length) * d a block, with separate
-keys and values (length + 2 kv_length) * d; with `projection` as in `vpt_deep`; and the head.
+Parameters: (length + kv_length) * d a block, with separate keys and values (length + 2 kv_length) * d; with
+`projection` as in `vpt_deep`; and the head.
 
-Use it where `vpt_deep` is used, with fewer prompts or better ones; not where its pruning is too much to run, for which
-`vpt_deep` alone is simpler. Rotary positions, windows and convolutions between tokens are refused.
+Start: P as in `vpt_deep`, K and V from Kaiming-uniform draws. No start is an identity.
+
+Differs from the authors' code: the code's masks train with the prompts before pruning; here they are 1. It tries each
+pair of shares from 10 to 90 percent on validation data, which is left to the user.
+
+Use it: `peftcore.apply(model, "e2vpt")`, where `vpt_deep` is used, with fewer prompts or better ones; not where its
+pruning is too much to run, for which `vpt_deep` alone is simpler. Rotary positions, windows and convolutions between
+tokens are refused.
 """
 
 from __future__ import annotations

@@ -1,25 +1,28 @@
 """EVP: explicit visual prompting.   Liu et al. 2023, arXiv 2303.10883 (code: NiFangBaAGe/Explicit-Visual-Prompt).
 
+Equation:
     x_i' = x_i + U gelu(T_i (F_hfc + F_pe) + t_i) + u        in front of block i, at the patches
     F_pe = L e,   F_hfc = N(K * h),   h = |IFFT(mask FFT(picture))|
 
 e [patches, d] is the frozen model's embedding of patches, without positions. h is the picture without its low
-frequencies: those in a rectangle around 0 with the share τ of all are dropped. K is a convolution like the
-model's own over patches, with c = d / reduction channels, N a norm where the model has one behind its own (SegFormer,
-not ViT). T_i [c, c] is a block's own, U [d, c], L [c, d] and K one of each stage: in the later stages of a pyramid K
-reads the F_hfc of the stage before. All is computed in float32 where the model is in half precision, whose FFT is
-less than that.
+frequencies: those in a rectangle around 0 with the share τ of all are dropped. K is a convolution like the model's own
+over patches, with c = d / reduction channels, N a norm where the model has one behind its own (SegFormer, not ViT). T_i
+[c, c] is a block's own, U [d, c], L [c, d] and K one of each stage: in the later stages of a pyramid K reads the F_hfc
+of the stage before. All is computed in float32 where the model is in half precision, whose FFT is less than that.
 
-Matrices start at N(0, 0.02^2), truncated, K at N(0, 2 / (k^2 c)), biases at zero; so a fresh prompt is not an identity
-(`zero_up` makes it one). The authors train the decoder of masks along (``train=["decode_head"]``). The class token and
-its like, in front of the patches, get nothing, as in their code of ViTs, where `reduction` is 32.
+The class token and its like, in front of the patches, get nothing, as in their code of ViTs, where `reduction` is 32.
 
 Parameters of a stage with l blocks, n channels before it and kernels of k by k: c (n k^2 + 1) + c (d + 1) + d (c + 1) +
 l c (c + 1), and 2 c with a norm.
 
-Use it for tasks that depend on low-level structure (forgery, shadows, blur, camouflage); not where it does not matter,
-nor in models of text. It depends on the input and cannot be merged. `vpt_deep` is its kin with prompts that know no
-picture.
+Start: Matrices from N(0, 0.02^2), truncated, K from N(0, 2 / (k^2 c)), biases at zero. A fresh prompt is not an
+identity (`zero_up` makes it one).
+
+Differs from the authors' code: the authors train the decoder of masks along (``train=["decode_head"]``).
+
+Use it: `peftcore.apply(model, "evp")`, for tasks that depend on low-level structure (forgery, shadows, blur,
+camouflage); not where it does not matter, nor in models of text. It depends on the input and cannot be merged.
+`vpt_deep` is its kin with prompts that know no picture.
 """
 
 from __future__ import annotations

@@ -1,27 +1,31 @@
 """MaPLe, multi-modal prompt learning.   Khattak et al. 2022, arXiv 2210.03117.
 
+Equation:
     text, block j:    [SOS; P_j; name; EOS],   P_j [length, d]
     image, block j:   [class token; patches; P_j F_j + b_j],   F_j [d, d_image],   j = 0 ... depth - 1
 
 Prompts of the texts, and maps that make prompts of the images of them, so both towers learn together (code:
 muzairkhattak/multimodal-prompt-learning). Each of the first `depth` blocks has its own: it overwrites what the block
-before made of its prompt. The last one passes through all blocks that follow. P_0 replaces words, before
-positions are added, as in coop: tokenize ``"X X " + name + "."`` with as many words of one token, or any words of which
-the first `length` are overwritten. The authors write "a photo of a", of which length=2 takes the first two:
-``init_ids`` are these two. The batch of texts is the classes:
+before made of its prompt. The last one passes through all blocks that follow. P_0 replaces words, before positions are
+added, as in coop: tokenize ``"X X " + name + "."`` with as many words of one token, or any words of which the first
+`length` are overwritten. The authors write "a photo of a", of which length=2 takes the first two: ``init_ids`` are
+these two. The batch of texts is the classes:
 
     peftcore.apply(clip, "maple", init_ids=[320, 1125])
     clip(input_ids=texts_of_all_classes, pixel_values=images).logits_per_image
 
-The first prompt of the images passes through the norm before the blocks, where the model has one (CLIP). Text prompts
-start as N(0, 0.02), or P_0 as those words; maps as torch's linear layers. The authors let the deeper maps start alike;
-here each is drawn by itself. Where several are active together, the last one has the places of words, and the image
-tower sees the prompts of all.
+The first prompt of the images passes through the norm before the blocks, where the model has one (CLIP). Where several
+are active together, the last one has the places of words, and the image tower sees the prompts of all.
 
-Never identity. Parameters: depth (length d + (d + 1) d_image).
+Parameters: depth (length d + (d + 1) d_image).
 
-Use it for CLIP with few images a class, where names of other classes shall still work; coop has a hundredth of the
-parameters, and is as good for the classes that were seen.
+Start: Text prompts from N(0, 0.02), or P_0 as the words `init_ids`; maps as torch's linear layers. No start is an
+identity.
+
+Differs from the authors' code: the authors let the deeper maps start alike; here each is drawn by itself.
+
+Use it: `peftcore.apply(model, "maple", depth=2)`, for CLIP with few images a class, where names of other classes shall
+still work; coop has a hundredth of the parameters, and is as good for the classes that were seen.
 """
 
 from __future__ import annotations

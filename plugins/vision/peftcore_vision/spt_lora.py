@@ -1,5 +1,6 @@
 """SPT-LoRA: sensitivity-aware tuning.   He et al. 2023, arXiv 2303.08566 (code: ziplab/SPT).
 
+Equation:
     s(w) = sum over batches of (dL/dw)^2,   the tau weights with the largest s of all sites are chosen
     W' = W + B A              where at least rank (in + out) / ease entries of a matrix were chosen
     W' = W + scatter(v at I)  else, I the chosen entries of W,   v zero
@@ -8,21 +9,26 @@
 One look at data (``data=``, with a loss) before training decides which sites a budget is spent on, and on which kind of
 change: few entries where few matter, a low-rank update where many do. Gradients are those of whole batches, as in the
 code, not of single examples. Of tau = budget / 20 to 79 / 20 of it, in steps, that is taken whose number of parameters
-is nearest to the budget, which is `share` of the weights of all sites; the authors' steps are those of their budget of
-400,000. The choice is stored in `overrides`, and so in the file; where the user overrides a site, that stays.
+is nearest to the budget, which is `share` of the weights of all sites. The choice is stored in `overrides`, and so in
+the file; where the user overrides a site, that stays.
 
-A is uniform in +-1/sqrt(in), B zero: a fresh adapter is an exact identity. Theirs are made so too, but the reset of
-their whole model then draws A and B anew, from N(0, 0.02^2) both: `init_std` is for that. Their code drops inputs of
-updates, and whole updates of samples, with 0.1 in training, and leaves entries of norms frozen that were chosen and
-count. Queries, keys and values of one fused matrix count apart. The authors train the head and the class token along
-(``train=["head"]``), count 768 numbers of the token in the budget, which is not done here, and leave embeddings alone.
-SPT-Adapter, with bottlenecks in place of low rank, is not here. Weights that are quantized are left out. Without data,
-as in a plan, each matrix has an update and each vector trains as a whole; ``share=1`` allots the same.
+Weights that are quantized are left out. Without data, as in a plan, each matrix has an update and each vector trains as
+a whole; ``share=1`` allots the same.
 
 Parameters: about share * (those of all sites).
 
-Use it where the budget is small and the task far from pretraining; not where one adapter is to fit several bases: the
-places are one model's. `fish_mask` trains entries alone, `eva` distributes ranks by the inputs.
+Start: A uniform in +-1/sqrt(in), B and entries at zero: the identity.
+
+Differs from the authors' code: the authors' steps of tau are those of their budget of 400,000. Their A and B are made
+so too, but the reset of their whole model then draws both anew, from N(0, 0.02^2): `init_std` is for that. Their code
+drops inputs of updates, and whole updates of samples, with 0.1 in training, and leaves entries of norms frozen that
+were chosen and count. Queries, keys and values of one fused matrix count apart. The authors train the head and the
+class token along (``train=["head"]``), count 768 numbers of the token in the budget, which is not done here, and leave
+embeddings alone. SPT-Adapter, with bottlenecks in place of low rank, is not here.
+
+Use it: `peftcore.apply(model, "spt_lora", data=[batch], share=0.05)`, where the budget is small and the task far from
+pretraining; not where one adapter is to fit several bases: the places are one model's. `fish_mask` trains entries
+alone, `eva` distributes ranks by the inputs.
 """
 
 from __future__ import annotations

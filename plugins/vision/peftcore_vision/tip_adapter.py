@@ -1,9 +1,10 @@
 """Tip-Adapter.   Zhang et al. 2021, arXiv 2111.03930 (code: gaopengcuhk/Tip-Adapter).
 
+Equation:
     logits' = logits + alpha exp(-beta (1 - f K^T)) L,   K [images, d],   L [images, classes]
 
-A cache of few images with labels: K are their features and L their labels, one-hot; f are the features of an image
-that is classified. Features have length one, and logits are the model's own, of images and the texts of all classes:
+A cache of few images with labels: K are their features and L their labels, one-hot; f are the features of an image that
+is classified. Features have length one, and logits are the model's own, of images and the texts of all classes:
 
     few = [{"input_ids": texts, "pixel_values": images, "labels": classes}, ...]   # class k is the text of row k
     peftcore.apply(clip, "tip_adapter", data=few)
@@ -12,16 +13,21 @@ that is classified. Features have length one, and logits are the model's own, of
 Fresh it is Tip-Adapter, which trains nothing. Trained it is Tip-Adapter-F: K moves from there, without being normalized
 anew, and L stays. ``train_keys=False`` keeps K as it is. As in the authors' code a key is the mean of an image's
 features, normalized afterwards, over as many `passes` through ``data=`` as they draw augmentations; data without any is
-gone through twice. Keep its order (shuffle=False). The authors search alpha and beta on validation images: both are
-attributes of the operator.
+gone through twice. Keep its order (shuffle=False).
 
 Where a classifier has the place of the texts (the authors' own form: text features as its rows), ``features="input"``
 reads the classifier's input, and adds to its output. ``target=`` names what returns features in models other than CLIP.
 
-alpha = 0 is the model itself. Parameters: images * d, or none. A plan without `images` counts one.
+Parameters: images * d, or none. A plan without `images` counts one.
 
-Use it with 1 to 16 images a class: it is good at once, and trains in minutes. With more, K grows, and clip_adapter, of
-one size whatever there is, is better; so is coop where the words are the problem.
+Start: K are the features of the images in ``data=``: not an identity; ``alpha=0`` is the model itself.
+
+Differs from the authors' code: the authors search alpha and beta on validation images: both are attributes of the
+operator.
+
+Use it: `peftcore.apply(model, "tip_adapter", features="input", data=[batch])`, with 1 to 16 images a class: it is good
+at once, and trains in minutes. With more, K grows, and clip_adapter, of one size whatever there is, is better; so is
+coop where the words are the problem.
 """
 
 from __future__ import annotations

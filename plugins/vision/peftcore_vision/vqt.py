@@ -1,5 +1,6 @@
 """VQT, visual query tuning: rows that ask and are not asked.   Tu, Mai and Chao 2022, arXiv 2212.03220.
 
+Equation:
     [z_l; x_l] = L_l([P_l; x_{l-1}]),   in whose attention all rows see the tokens x alone
     logits = W n(x_head) + b + sum_l U_l n(s(z_l)),   n(v) = v / |v|,   P_l [length, d]
 
@@ -9,16 +10,18 @@ are removed behind it, and only the head reads them: s puts the rows of z_l behi
 mean, or a trained sum (U_l then reads d numbers). x_head is the head's input, W and b are the head's weights, which
 train along.
 
-P_l start uniform in +-sqrt(6 / (3 p^2 + d)), p the side of a patch, and U_l at zero; the authors (andytu28/VQT) begin
-with a new head. With `normalize` False a fresh adapter is an exact identity. Their selection of features by a group
-lasso (KEEP_FRAC) trains once, keeps the best columns and begins anew; it is not here. They keep dropout of the frozen
-blocks off while prompts train: put the model in eval mode for that.
-
 Parameters: length * d a block, for each head with c classes c * length * d a block ("concat") or c * d, and the head;
 9,216 without heads for ViT-B with length 1. With "weighted" length more a block.
 
-Use it where the head needs features of all layers (the backbone must not change, tasks share one forward); not
-where features have to change with the task: `vpt_deep`, whose kin it is.
+Start: P_l uniform in +-sqrt(6 / (3 p^2 + d)), p the side of a patch, and U_l at zero. Not an identity, since the head's
+inputs are normalized; ``normalize=False`` makes it one.
+
+Differs from the authors' code: the authors (andytu28/VQT) begin with a new head. Their selection of features by a group
+lasso (KEEP_FRAC) trains once, keeps the best columns and begins anew; it is not here. They keep dropout of the frozen
+blocks off while prompts train: put the model in eval mode for that.
+
+Use it: `peftcore.apply(model, "vqt")`, where the head needs features of all layers (the backbone must not change, tasks
+share one forward); not where features have to change with the task: `vpt_deep`, whose kin it is.
 """
 
 from __future__ import annotations
