@@ -35,10 +35,11 @@ in the prompt explain, where other methods overfit.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Annotated, Any, Literal
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, model_validator
 from torch import Tensor, nn
 
@@ -49,6 +50,7 @@ from peftcore.author import (
     LearningRate,
     Method,
     MethodConfig,
+    Rows,
     SequenceOperator,
     SequenceSite,
     Site,
@@ -58,7 +60,6 @@ from peftcore.author import (
     row_logits,
 )
 from peftcore.errors import ConfigError
-from peftcore_additive._answers import more_than_labels
 
 
 class CPTConfig(MethodConfig):
@@ -93,6 +94,37 @@ class CPTConfig(MethodConfig):
         places = [place for place, kind in kinds.items() if kind > 0 and kind % 4 == 0 and place > 0]
         examples = sorted({kinds[place] for place in places}, reverse=True)
         return {place: self.decay ** (1 + examples.index(kinds[place])) for place in places}
+
+
+IGNORED = -100
+"""Labels that do not count."""
+
+
+def more_than_labels(answers: Collection[tuple[int, float]], made: Rows, logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the mean cross-entropy of labels and answers, in float32 or more, less that of the labels alone, which is
+    the loss of a model that predicts the next token.
+
+    Args:
+        answers: tokens in the prompt, each with the weight of its loss. Each counts as one label in the mean.
+        made: the logits at the rows before each of them, and at the last row, which predicts the first label.
+        logits: the model's, ``[batch, tokens, vocabulary]``.
+        labels: ``[batch, tokens]`` int64.
+    """
+    precise = torch.promote_types(logits.dtype, torch.float32)
+    logits, scored, labels = logits.to(precise), made.states.to(precise), labels.to(logits.device)
+    first = labels.new_zeros(len(labels)) if made.behind is None else made.behind.to(labels)
+    first = first[:, None].clamp(max=labels.shape[1] - 1)
+    before = logits[:, :-1].flatten(0, 1)  # of what stands before each label but the first
+    own = F.cross_entropy(before, labels[:, 1:].flatten(), ignore_index=IGNORED)
+    rest = labels.scatter(1, first, IGNORED)[:, 1:].flatten()
+    told = labels.new_tensor([token for token, _ in answers]).expand(len(labels), -1)
+    told = torch.cat([told, labels.gather(1, first)], 1)
+    weights = scored.new_tensor([*(weight for _, weight in answers), 1.0])
+    losses = F.cross_entropy(scored.flatten(0, 1), told.flatten(), ignore_index=IGNORED, reduction="none")
+    total = F.cross_entropy(before, rest, ignore_index=IGNORED, reduction="sum")
+    total = total + (losses.view(told.shape) * weights).sum()
+    mean: Tensor = total / (rest.ne(IGNORED).sum() + told.ne(IGNORED).sum()) - own
+    return mean
 
 
 class CPTOperator(SequenceOperator):

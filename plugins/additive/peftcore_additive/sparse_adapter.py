@@ -30,12 +30,14 @@ matrices are made whole for each forward.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
 from itertools import accumulate
 from typing import Any, Literal, Self
 
 import torch
 from pydantic import NonNegativeFloat, PositiveInt, model_validator
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from peftcore.author import (
     ACTIVATIONS,
@@ -43,6 +45,7 @@ from peftcore.author import (
     AppliedMethod,
     AtBranchEnd,
     Batches,
+    Checked,
     Joins,
     LearningRate,
     Method,
@@ -56,8 +59,6 @@ from peftcore.author import (
 )
 from peftcore.errors import CalibrationError, ConfigError
 from peftcore_additive._bottleneck import width_of
-from peftcore_additive._kept import Kept, drawn
-from peftcore_additive._scores import SCORES
 
 
 class SparseAdapterConfig(MethodConfig):
@@ -91,6 +92,87 @@ class SparseAdapterConfig(MethodConfig):
         if self.score != "random" and not (self.init_std and self.up_init_std):
             raise ValueError(f"score={self.score!r} ranks nothing where a matrix starts at zero; take score='random'")
         return self
+
+
+class Kept(Checked):
+    """The weights that stay, and their places in all adapters one after the other, ascending."""
+
+    index: Tensor
+
+    def __init__(self, total: int, count: int) -> None:
+        super().__init__()
+        self.total = total
+        self.values = nn.Parameter(torch.zeros(count))
+        self.register_buffer("index", torch.randperm(total)[:count].sort().values.to(torch.int32))
+
+    @torch.no_grad()
+    def take(self, start: Tensor, score: Tensor | None = None) -> None:
+        """Take the starts of the weights that stay: those with the highest scores, or those that were drawn."""
+        start = start.to(self.values)
+        if score is not None:
+            self.index.copy_(score.topk(len(self.index)).indices.sort().values)
+        self.values.copy_(start[self.index.long()])
+
+    def wrong_values(self, values: Mapping[str, Tensor]) -> Iterator[str]:
+        index = values.get("index")
+        if index is not None and not (index.diff().gt(0).all() and int(index[0]) >= 0 and int(index[-1]) < self.total):
+            yield f"index does not hold ascending places in {self.total} weights"
+
+    def between(self, first: int, size: int, device: torch.device) -> Tensor:
+        """Return `size` of all weights, from the first on, with zeros where they were pruned."""
+        values, index = (each.to(device) for each in (self.values, self.index))
+        # How many places lie here is only known on the device, but not more than this; the rest go behind the end.
+        order = torch.searchsorted(index, first) + torch.arange(min(len(index), size), device=device)
+        found = order.clamp(max=len(index) - 1)
+        place = index[found].long() - first
+        place = torch.where((order < len(index)) & (place < size), place, size)
+        return values.new_zeros(size + 1).scatter(0, place, values[found])[:size]
+
+
+def drawn(width: int, config: Any) -> Tensor:
+    """Draw both matrices of an adapter, flat, W_down first."""
+    stds = (config.init_std, config.up_init_std)
+    return torch.cat([torch.randn(width * config.bottleneck) * std for std in stds])
+
+
+def gradients(loss: Tensor, weights: list[Tensor], again: bool = False) -> list[Tensor]:
+    """Return the gradients of a loss; with `again` they have gradients themselves."""
+    return list(torch.autograd.grad(loss, weights, create_graph=again, allow_unused=True, materialize_grads=True))
+
+
+def slopes(weights: list[Tensor], data: Batches) -> list[Tensor]:
+    """Return the gradients of the sum of the losses of all batches."""
+    sums = [torch.zeros_like(w) for w in weights]
+    for batch in data:
+        for total, gradient in zip(sums, gradients(batch.loss(), weights), strict=True):
+            total += gradient
+    return sums
+
+
+def snip(weights: list[Tensor], data: Batches) -> list[Tensor]:
+    """Return |w dL/dw| by weight."""
+    return [(w.detach() * g).abs() for w, g in zip(weights, slopes(weights, data), strict=True)]
+
+
+def grasp(weights: list[Tensor], data: Batches) -> list[Tensor]:
+    """Return w (H g) by weight, where g and H are the gradient and the Hessian of the sum of the losses.
+
+    Raises:
+        CalibrationError: an operation of the model lacks a second derivative.
+    """
+    first = slopes(weights, data)
+    with sdpa_kernel(SDPBackend.MATH):  # the others have no second derivative
+        for batch in data:
+            again = gradients(batch.loss(), weights, again=True)
+            product = torch.stack([(a * b).sum() for a, b in zip(first, again, strict=True)]).sum()
+            try:
+                product.backward()  # the whole graph: without it, what has no second derivative would count as zero
+            except RuntimeError as error:
+                raise CalibrationError(f"the model has no second derivative ({error}); take score='snip'") from error
+    return [torch.zeros_like(w) if w.grad is None else w.detach() * w.grad for w in weights]
+
+
+SCORES = {"snip": snip, "grasp": grasp}
 
 
 class SparseOperator(AtBranchEnd):

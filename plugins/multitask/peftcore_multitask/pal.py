@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal, Self
 
 import torch
@@ -52,10 +53,9 @@ from peftcore.author import (
     cached_tokens,
     on_first,
 )
-from peftcore.errors import MissingContext
+from peftcore.errors import MissingContext, UnsupportedSite
 from peftcore_additive._side import held_by
 from peftcore_additive._tiny_attention import Room
-from peftcore_multitask._block_ends import ENDING, ending_norms
 from peftcore_multitask._hypernetwork import part_name
 from peftcore_multitask._tasks import TaskConfig, Tasks, task_count
 
@@ -82,6 +82,26 @@ class PALConfig(TaskConfig):
         if self.width % self.heads:
             raise ValueError(f"width={self.width} is no multiple of heads={self.heads}")
         return self
+
+
+ENDING = "ending"
+"""The form of the site of a norm that ends a block."""
+
+
+def ending_norms(surgeon: Surgeon, block: BlockSite) -> tuple[Site, ...]:
+    """Return the norm that is given the sum at the end of a block, or none where none is.
+
+    Raises:
+        UnsupportedSite: the block's code cannot be traced.
+    """
+    resolver = surgeon.resolver
+    inside = [entry for entry in resolver.host.entries if entry.block == block.module_path]
+    inside.sort(key=lambda entry: entry.role.startswith("mlp"))  # the feed-forward comes last
+    ends = [end for entry in inside if (end := resolver.end_of(entry.module)) is not None]
+    if not ends or ends[-1].rest == "unknown":
+        raise UnsupportedSite(f"{block.path}: its code does not say whether a norm ends it; exclude= this block")
+    norm = ends[-1].entered
+    return () if norm is None else (replace(resolver.site(norm, "weight", "norm"), form=ENDING),)
 
 
 class Projections(nn.Module):

@@ -38,8 +38,12 @@ trained (`mole`).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Literal
+import sys
+import uuid
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
@@ -52,18 +56,22 @@ from peftcore.author import (
     Method,
     MethodConfig,
     Operator,
+    PromptPositions,
+    Router,
     Site,
     Surgeon,
     Tags,
     Tap,
     TokenStack,
+    TokenStacks,
+    cache_in,
+    cached_tokens,
     forward_context,
     full_precision,
 )
-from peftcore.errors import MissingContext, SequenceError, UnsupportedSite
+from peftcore.author import forward_context as running
+from peftcore.errors import ConfigError, MissingContext, SequenceError, UnsupportedSite
 from peftcore_multitask._chosen import add_shares
-from peftcore_multitask._growing import divergence, take_tasks
-from peftcore_multitask._query import DecidingOperator, deciding_place
 from peftcore_multitask._skills import factors
 
 __all__ = ["SAPT", "SAPTConfig", "take_tasks"]
@@ -86,6 +94,139 @@ class SAPTConfig(MethodConfig):
     """Width of the network that reads texts."""
     replay: NonNegativeFloat = 1.0
     """Factor of the loss of rows whose shares the call passes."""
+
+
+def take_tasks(injection: AppliedMethod, trained: AppliedMethod) -> None:
+    """Give an adapter the values of one of the same method that was trained on fewer tasks: each tensor that both have.
+
+    Raises:
+        ConfigError: they are not such adapters, at the same modules and with the same sizes; nothing has changed.
+    """
+    mine, theirs = (
+        {f"{path}:{name}": value for path, op in each.operators.items() for name, value in op.named_parameters()}
+        for each in (injection, trained)
+    )
+    kinds = {(type(each.config), frozenset(each.operators)) for each in (injection, trained)}
+    if len(kinds) > 1 or any(name not in mine or mine[name].shape != value.shape for name, value in theirs.items()):
+        raise ConfigError(
+            "take_tasks(more, fewer) is for two adapters of one method, at the same modules and with the same sizes, "
+            "of which the first knows the tasks of the other, and more"
+        )
+    with torch.no_grad():
+        for name, value in theirs.items():
+            mine[name].copy_(value)
+
+
+def divergence(told: Any, logs: Tensor) -> Tensor:
+    """Return the divergence of shares from target shares, as a mean over the rows that have targets.
+
+    Args:
+        told: ``[rows, tasks]``; a row of zeros is skipped.
+        logs: the logarithms of the shares ``[rows, tasks]``.
+
+    Raises:
+        ConfigError: the target shares have another number of rows or tasks.
+    """
+    told = torch.as_tensor(told).to(logs)
+    if told.shape != logs.shape:
+        raise ConfigError(f"attention={tuple(told.shape)}: shares of rows and tasks are {tuple(logs.shape)} here")
+    return (torch.special.xlogy(told, told) - told * logs).sum() / told.any(1).sum().clamp(min=1)
+
+
+EMBEDS = "inputs_embeds"
+KEPT = "_peftcore_decided"
+"""The attribute of a cache in which decisions are kept."""
+
+
+class Decisions:
+    """The decisions of one operator, kept with the model's caches; copies of the model share them."""
+
+    def __init__(self) -> None:
+        self.stamp = uuid.uuid4().hex
+
+    def of(self, cache: Any) -> Tensor | None:
+        """Return what was decided when the text in a cache was new."""
+        kept: Tensor | None = getattr(cache, KEPT, {}).get(self.stamp)
+        return kept
+
+    def keep(self, cache: Any, decided: Tensor) -> None:
+        """Keep a decision with a cache; one that takes no attributes keeps nothing."""
+        with suppress(AttributeError):
+            setattr(cache, KEPT, {**getattr(cache, KEPT, {}), self.stamp: decided.detach()})
+
+
+class DecidingOperator(Router):
+    """Acts around a stack and behind its token table, and leaves what `decide` says of each text, ``[rows, ...]``."""
+
+    routes = "sequence"
+    observes = frozenset({"table"})
+
+    def __init__(self, site: Site, stack: TokenStack, decided: Tap) -> None:
+        super().__init__(site)
+        self.decided, self.given, self.kept, self.names = decided, Tap(), Decisions(), site.arguments
+        self.positions = PromptPositions(0, stack.causal, 0, sys.maxsize, halves=False, whole=True)
+
+    def decide(self, embeds: Tensor, text: Tensor) -> Tensor:
+        """Return the decision for embedded tokens ``[rows, tokens, d]``, of which `text` ``[rows, tokens]`` counts."""
+        raise NotImplementedError
+
+    def at(self, form: str, module: Any) -> Callable[..., Any]:
+        return self._at_table if form == "table" else self
+
+    def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        self.given.put(given)
+        if given.get(EMBEDS) is not None:
+            self._leave(given[EMBEDS])
+        output = call(*args, **kwargs)
+        cache = cache_in(output) if isinstance(output, Mapping) else None
+        cache = cache_in(given) if cache is None else cache
+        if cache is not None:
+            self.kept.keep(cache, self.decided.get())
+        return output
+
+    def _at_table(self, call: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        embeds = call(*args, **kwargs)
+        self._leave(embeds)
+        return embeds
+
+    def _leave(self, embeds: Tensor) -> None:
+        given = self.given.take()
+        if given is None:  # the table is used elsewhere
+            return
+        if cached_tokens(given, 0, embeds.shape[1]):
+            self.decided.put(self._again(self.kept.of(cache_in(given)), embeds))
+            return
+        found = self.positions.positions(embeds, given, self.training)
+        assert found is not None, "nothing is in a cache"
+        self.decided.put(self.decide(embeds, found[1].expand(embeds.shape[:2])))
+
+    def _again(self, kept: Tensor | None, embeds: Tensor) -> Tensor:
+        """Return what was decided when the text was new; raises where it was not, or where the input may be more of
+        it."""
+        if kept is None or len(embeds) % len(kept):
+            raise SequenceError(
+                "this cache was filled without this adapter, or for other rows: start with an empty cache, and leave "
+                "the adapter active while it fills"
+            )
+        if embeds.shape[1] > 1 and running().context.get("prompt_length") is None:
+            raise MissingContext(
+                "this input goes on from a cache, and may be more of the text or not: say where the text ends, with "
+                "peftcore.call(model, prompt_length=...): ..."
+            )
+        return kept.repeat_interleave(len(embeds) // len(kept), 0)
+
+
+def deciding_place(surgeon: Surgeon, sites: list[Site]) -> tuple[Site, TokenStack, tuple[Site, ...]]:
+    """Return the place around the one stack of some modules, the stack, and the place of its token table.
+
+    Raises:
+        UnsupportedSite: the modules lack one stack, or it is an encoder or decoder connected to another stack.
+    """
+    place, stack = TokenStacks(surgeon).around(sites), TokenStacks(surgeon).of(sites[0])
+    assert stack is not None, "there is a place around it"
+    table = surgeon.resolver.site(f"{stack.path}.{stack.table}".lstrip("."), "weight")
+    return place, stack, (replace(table, form="table"),)
 
 
 class SharedAttention(DecidingOperator):

@@ -19,7 +19,7 @@ import peftcore
 from peftcore.errors import ConfigError, MissingContext, UnsupportedSite
 from peftcore.testing import HOSTS, against, conformance, frozen, same_defaults, same_start
 from peftcore.testing.kit import fill
-from peftcore_multitask._prototypes import contrast
+from peftcore_multitask.pha import contrast
 
 NUMBERS = Path(__file__).parent / "numbers" / "pha.json"
 CODE: Any = {"repository": "Bumble666/PHA", "commit": "bbb4169", "script": "modeling/adapter_t5.py"}

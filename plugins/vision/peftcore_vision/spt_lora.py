@@ -34,7 +34,7 @@ alone, `eva` distributes ranks by the inputs.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Annotated, Any, Literal
 
@@ -42,6 +42,7 @@ import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
+from peftcore import Batch
 from peftcore.author import (
     AppliedMethod,
     Batches,
@@ -53,11 +54,10 @@ from peftcore.author import (
     Site,
     Surgeon,
     Tags,
+    WeightOperator,
     low_rank,
 )
-from peftcore.errors import UnsupportedSite
-from peftcore_vision._entries import EntriesOperator
-from peftcore_vision._sensitivity import is_vector, nearest, sensitivities, update_size
+from peftcore.errors import CalibrationError, InactiveSite, UnsupportedSite
 
 
 class SPTLoRAConfig(MethodConfig):
@@ -81,6 +81,115 @@ class SPTLoRAConfig(MethodConfig):
     identity."""
     entries: NonNegativeInt | None = None
     """Number of entries that train, of a single site; None: a low-rank update, or all of a vector. Data decides it."""
+
+
+class EntriesOperator(WeightOperator):
+    """Adds values to `count` entries of a tensor, or to all, and stores their indices: the first entries, until others
+    are set.
+
+    Raises:
+        UnsupportedSite: the tensor has fewer entries, or none is to train.
+    """
+
+    index: Tensor
+
+    def __init__(self, site: Site, count: int | None) -> None:
+        super().__init__(site)
+        self.size, count = site.numel, site.numel if count is None else count
+        if not 0 < count <= self.size:
+            raise UnsupportedSite(f"{site.path} has {self.size} entries, of which {count} cannot train")
+        self.register_buffer("index", torch.arange(count))
+        self.values = nn.Parameter(torch.zeros(count))
+
+    def wrong_values(self, values: Mapping[str, Tensor]) -> Iterator[str]:
+        index = values.get("index")
+        if index is not None and not (index.diff().gt(0).all() and int(index[0]) >= 0 and int(index[-1]) < self.size):
+            yield f"index does not hold ascending places in {self.size} entries"
+
+    def forward(self, weight: Tensor) -> Tensor:
+        flat = weight.flatten()
+        new = (flat.gather(0, self.index) + self.values).to(flat.dtype)
+        return flat.scatter(0, self.index, new).view(weight.shape)
+
+
+def sensitivities(sites: Sequence[Site], batches: Iterable[Batch]) -> dict[str, Tensor]:
+    """Return for each site, by its path, the sum over the batches of (dL/dw)^2, flat, in its logical layout.
+
+    Raises:
+        CalibrationError: data is missing, or all gradients are zero.
+        InactiveSite: the loss is computed from none of the weights.
+    """
+    weights = [site.module.get_parameter(site.tensor).requires_grad_(True) for site in sites]
+    sums = {each: torch.zeros_like(each, dtype=torch.promote_types(each.dtype, torch.float32)) for each in weights}
+    used = False
+    for batch in batches:
+        gradients = torch.autograd.grad(batch.loss(), list(sums), allow_unused=True)
+        for total, gradient in zip(sums.values(), gradients, strict=True):
+            if gradient is not None:  # this batch uses it
+                used = True
+                total.add_(gradient.to(total.dtype).square())
+    if not used:
+        raise InactiveSite(
+            f"the loss of the data is computed without {sites[0].path} and all other targets: name modules in "
+            "target= that the model calls for such data"
+        )
+    if not any(total.any() for total in sums.values()):
+        raise CalibrationError("the loss of the data says nothing of the weights of any target: give other batches")
+    return {site.path: site.logical(sums[each]).flatten() for site, each in zip(sites, weights, strict=True)}
+
+
+def update_size(site: Site, rank: int) -> int:
+    """Return how many numbers a low-rank update of a matrix has."""
+    return math.prod(site.batch) * rank * (site.in_features * math.prod(site.kernel) + site.out_features)
+
+
+def is_vector(site: Site) -> bool:
+    """Whether a site is a bias or the scale of a norm."""
+    return len(site.weight_shape) == 1
+
+
+def counts(scores: Mapping[str, Tensor], taus: Sequence[int]) -> Iterator[dict[str, int]]:
+    """Yield for each τ how many of the τ largest scores of all sites each site has."""
+    flat = torch.cat(list(scores.values()))
+    largest = flat.topk(min(max(taus), len(flat))).indices  # of all τ, since one ranking takes long
+    ends = torch.tensor([len(each) for each in scores.values()], device=flat.device).cumsum(0)
+    holders = torch.bucketize(largest, ends, right=True)
+    for tau in taus:
+        yield dict(zip(scores, holders[:tau].bincount(minlength=len(scores)).tolist(), strict=True))
+
+
+def allotted(
+    counted: Mapping[str, int], sites: Mapping[str, Site], rank: int, ease: float, vector_ease: float
+) -> dict[str, int | None]:
+    """Return for each site how many of its entries train, of as many as were chosen there.
+
+    It is None where all of a vector do, or where a low-rank update takes their place: one that has at most `ease`
+    (`vector_ease`) times as many numbers as entries were chosen there.
+    """
+    found: dict[str, int | None] = {}
+    for path, count in counted.items():
+        site = sites[path]
+        whole, times = (site.numel, vector_ease) if is_vector(site) else (update_size(site, rank), ease)
+        found[path] = None if count >= whole / times else count
+    return found
+
+
+def total(allotment: Mapping[str, int | None], sites: Mapping[str, Site], rank: int) -> int:
+    """Return how many numbers an allotment trains."""
+    whole = {path: site.numel if is_vector(site) else update_size(site, rank) for path, site in sites.items()}
+    return sum(whole[path] if count is None else count for path, count in allotment.items())
+
+
+def nearest(
+    scores: Mapping[str, Tensor], sites: Mapping[str, Site], budget: float, rank: int, ease: float, vector_ease: float
+) -> dict[str, int | None]:
+    """Return the allotment that trains the number of parameters nearest to `budget`.
+
+    τ runs from a twentieth of the budget to nearly four times as much; among equally near allotments the last is taken.
+    """
+    taus = [max(1, round(step * budget / 20)) for step in range(1, 80)]
+    plans = [allotted(each, sites, rank, ease, vector_ease) for each in counts(scores, taus)]
+    return min(reversed(plans), key=lambda plan: abs(total(plan, sites, rank) - budget))
 
 
 class UpdateOperator(Operator):

@@ -48,7 +48,9 @@ from peftcore.author import (
     block_depths,
     branch,
 )
-from peftcore_vision._across import (
+from peftcore_vision._frames import dropped
+from peftcore_vision._prompts import prompt_sites
+from peftcore_vision.aim.across import (
     AcrossOperator,
     PlaceSite,
     TimesOperator,
@@ -57,8 +59,6 @@ from peftcore_vision._across import (
     feed_forward_of,
     norms_behind,
 )
-from peftcore_vision._frames import dropped
-from peftcore_vision._prompts import prompt_sites
 
 
 class AIMConfig(MethodConfig):

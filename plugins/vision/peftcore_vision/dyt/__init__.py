@@ -55,8 +55,8 @@ from peftcore.author import (
     Tap,
     branch,
 )
-from peftcore_vision._dispatch import Taps, loss_of_everyone, loss_of_share
-from peftcore_vision._skipped import Skipping, skipping_site
+from peftcore_vision.dyt.dispatch import Taps, loss_of_everyone, loss_of_share
+from peftcore_vision.dyt.skipped import Skipping, skipping_site
 
 Portion = Annotated[float, Field(ge=0.0, le=1.0)]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from peftcore.author import BranchSite, Site, Surgeon, Tap, feed_forward_around, forward_context
 from peftcore.errors import SequenceError, UnsupportedSite
-from peftcore_vision._dispatch import Dispatcher, Gated, Taps
+from peftcore_vision.dyt.dispatch import Dispatcher, Gated, Taps
 
 WHOLE, JOINED = "whole", "joined"
 """The forms of the site of a whole feed-forward: where the branch joins the stream behind it, and where it does so as
