@@ -29,7 +29,6 @@ torch.compile, training the robust kind breaks the graph at each adapter.
 
 from __future__ import annotations
 
-import functools
 import random
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
@@ -190,8 +189,7 @@ class AdapterDrop(Method):
         for site, depth in found:
             if config.robust or depth >= dropped:
                 place = branch_end(surgeon, site, config.at(site.path).joins)
-                made = functools.partial(DroppableOperator, depth=depth, draws=draws)
-                surgeon.graft(place, made, config, place.places)
+                surgeon.graft(place, DroppableOperator, config, place.places, depth=depth, draws=draws)
 
     @staticmethod
     def _depth(site: Site, surgeon: Surgeon, numbers: dict[str | None, int]) -> int:

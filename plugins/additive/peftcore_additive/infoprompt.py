@@ -220,8 +220,8 @@ class InfoPrompt(Method):
             head = max(heads, key=lambda each: each.out_features)
             if unknown := [each for each in own.outputs if each >= head.out_features]:
                 raise ConfigError(f"outputs: {unknown[:4]} are none of the {head.out_features} of {head.path}")
-            options = told, own.head_weight, own.outputs, own.ceiling
-            surgeon.graft(head, lambda at, options=options: HeadLoss(at, *options))
+            options: dict[str, Any] = {"weight": own.head_weight, "outputs": own.outputs, "ceiling": own.ceiling}
+            surgeon.graft(head, HeadLoss, told=told, **options)
 
     @staticmethod
     def parameter_count(site: Site, config: InfoPromptConfig) -> int:

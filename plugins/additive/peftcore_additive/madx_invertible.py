@@ -24,7 +24,6 @@ not where a task is trained (there `pfeiffer_adapter` is better, on top of it).
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, Literal
@@ -115,8 +114,7 @@ class MadxInvertible(Method):
 
     def inject(self, model: nn.Module, config: MadxInvertibleConfig, surgeon: Surgeon) -> None:
         for table, around, heads in _embeddings(surgeon):
-            made = functools.partial(InvertibleOperator, around=bool(around))
-            surgeon.graft(table, made, config, (*around, *heads))
+            surgeon.graft(table, InvertibleOperator, config, (*around, *heads), around=bool(around))
 
     @staticmethod
     def parameter_count(site: Site, config: MadxInvertibleConfig) -> int:

@@ -35,7 +35,6 @@ from the model.
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, Literal
@@ -227,9 +226,8 @@ class Shadow(Method):
         surgeon.graft(stack, GuestOperator, guest=guest, states=states[0])
         before = None
         for number, site in enumerate(sites):
-            taps = states[max(number - 1, 0)], states[number]
-            make = functools.partial(ShadowOperator, before=before, shadow=taps[0], left=taps[1])
-            before = Shared(surgeon.graft(site, make, config))
+            seen, left = states[max(number - 1, 0)], states[number]
+            before = Shared(surgeon.graft(site, ShadowOperator, config, before=before, shadow=seen, left=left))
         labels = "labels" in inspect.signature(model.forward).parameters
         if config.guest_weight and labels and (heads := head_sites(surgeon)):
             head, own = max(heads, key=lambda each: each.out_features), None

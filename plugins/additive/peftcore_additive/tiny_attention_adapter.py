@@ -25,7 +25,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from itertools import repeat
 from typing import Any, Literal, Self
 
@@ -177,10 +176,8 @@ class TinyAttentionAdapter(Method):
             blocks = sum(stack_path(other or "") == stack_path(path) for other in depths)
             visible = VisibleTokens(stacks.of(site))
             place, sums = placed(surgeon, site)
-            make = partial(
-                TinyAttentionOperator, block=block, depth=depths[path], blocks=blocks, visible=visible, sums=sums
-            )
-            surgeon.graft(place, make, config, (*place.places, block))
+            around = {"block": block, "depth": depths[path], "blocks": blocks, "visible": visible, "sums": sums}
+            surgeon.graft(place, TinyAttentionOperator, config, (*place.places, block), **around)
 
     @staticmethod
     def parameter_count(site: Site, config: TinyAttentionAdapterConfig) -> int:

@@ -300,10 +300,8 @@ class AdapterFusion(OfMergedParts, Method):
             surgeon.graft(site, FusionOperator, config, tuple(others), mixes_inputs=mixes)
         for site, holders, members in of_parts(surgeon, config.parts) if not config.adapters else ():
             can = all(operator.only_inputs for part in members for operator in part)
-            make = functools.partial(
-                FusionOperator, mixes_inputs=mixes_inputs(site, config.at(site.path).mixes, can), parts=members
-            )
-            surgeon.graft(site, make, config, holders)
+            mixes = mixes_inputs(site, config.at(site.path).mixes, can)
+            surgeon.graft(site, FusionOperator, config, holders, mixes_inputs=mixes, parts=members)
 
     def trainable(self, model: nn.Module, config: AdapterFusionConfig, injection: AppliedMethod) -> None:
         if config.train_parts:

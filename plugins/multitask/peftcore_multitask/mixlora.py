@@ -25,7 +25,6 @@ feed-forward; `loramoe` costs a fraction of it.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, Self
@@ -165,8 +164,7 @@ class MixLoRA(Method):
             whole = feed_forward_around(surgeon, site)
             if whole is not None and whole.path not in taps:
                 taps[whole.path] = Tap()
-                make = functools.partial(RouterOperator, chosen=taps[whole.path], balances=self.balances)
-                surgeon.graft(whole, make, config)
+                surgeon.graft(whole, RouterOperator, config, chosen=taps[whole.path], balances=self.balances)
             matrix = MatrixSite(**vars(site), experts=1 if whole is None else config.experts)
             chosen = None if whole is None else taps[whole.path]
             surgeon.graft(matrix, UpdateOperator, config, chosen=chosen)

@@ -27,7 +27,6 @@ Use it: `peftcore.apply(model, "mola", experts=[8, 6, 4, 2])`, where one size fo
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -133,9 +132,9 @@ class MoLA(Method):
 
     def inject(self, model: nn.Module, config: MoLAConfig, surgeon: Surgeon) -> None:
         self.balances = Tap()
-        make = functools.partial(MoLAOperator, balances=self.balances)
         for site in surgeon.sites():
-            surgeon.graft(_in_layer(surgeon, site, config.at(site.path).experts), make, config)
+            routed = _in_layer(surgeon, site, config.at(site.path).experts)
+            surgeon.graft(routed, MoLAOperator, config, balances=self.balances)
 
     def output_loss(self, injection: AppliedMethod, output: Any, call: ForwardContext) -> Tensor | None:
         loss, config = imbalance(self.balances), injection.config

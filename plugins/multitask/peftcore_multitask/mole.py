@@ -32,7 +32,6 @@ combination; not without data (arrow), nor where one choice for the whole model 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
@@ -141,8 +140,8 @@ class MoLE(OfMergedParts, Method):
     def inject(self, model: nn.Module, config: MoLEConfig, surgeon: Surgeon) -> None:
         self.balances = Tap()
         for members in collected(surgeon, config).values():
-            make = functools.partial(MoLEOperator, members=members, balances=self.balances)
-            surgeon.graft(first_of(members, "MoLE").site, make, config)
+            site = first_of(members, "MoLE").site
+            surgeon.graft(site, MoLEOperator, config, members=members, balances=self.balances)
 
     def trainable(self, model: nn.Module, config: MoLEConfig, injection: AppliedMethod) -> None:
         if config.train_parts:

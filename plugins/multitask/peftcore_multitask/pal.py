@@ -192,8 +192,7 @@ class PAL(Method):
             name, width = part_name("projections", site.stack, str(site.width)), site.width
             shared = surgeon.own(name, functools.partial(Projections, width, config))
             norms, visible = ending_norms(surgeon, site), VisibleTokens(stacks.of(site))
-            more = (shared, visible, bool(norms))
-            surgeon.graft(site, lambda at, own, more=more: PALOperator(at, own, *more), config, norms)
+            surgeon.graft(site, PALOperator, config, norms, shared=shared, visible=visible, norm=bool(norms))
 
     @staticmethod
     def parameter_count(site: Site, config: PALConfig) -> int:

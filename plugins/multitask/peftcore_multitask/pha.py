@@ -284,8 +284,8 @@ class PHA(Method):
             build = functools.partial(Hypernetwork, *widths, config)
             network = None if own else surgeon.own("network/{}/{}".format(*widths), build)
             reads = contrast if place is last else None
-            make = functools.partial(AdapterOperator, prototypes=prototypes, network=network, contrast=reads)
-            surgeon.graft(AdapterSite(**vars(place), own=own), make, config, place.places)
+            made = {"prototypes": prototypes, "network": network, "contrast": reads}
+            surgeon.graft(AdapterSite(**vars(place), own=own), AdapterOperator, config, place.places, **made)
 
     @staticmethod
     def parameter_count(site: Site, config: PHAConfig) -> int:

@@ -69,7 +69,6 @@ from peftcore.author import (
     forward_context,
     full_precision,
 )
-from peftcore.author import forward_context as running
 from peftcore.errors import ConfigError, MissingContext, SequenceError, UnsupportedSite
 from peftcore_multitask._chosen import add_shares
 from peftcore_multitask._skills import factors
@@ -155,20 +154,46 @@ class Decisions:
             setattr(cache, KEPT, {**getattr(cache, KEPT, {}), self.stamp: decided.detach()})
 
 
-class DecidingOperator(Router):
-    """Acts around a stack and behind its token table, and leaves what `decide` says of each text, ``[rows, ...]``."""
+class SharedAttention(Router):
+    """The keys of the tasks, and the network that reads texts: leaves the shares of each text.
+
+    Acts around a stack and behind its token table. Forwards that go on from a cache find the shares with the cache:
+    copies of it have them too, and rows that are repeated (beams) repeat them.
+    """
 
     routes = "sequence"
     observes = frozenset({"table"})
 
-    def __init__(self, site: Site, stack: TokenStack, decided: Tap) -> None:
+    def __init__(self, site: Site, config: SAPTConfig, stack: TokenStack, decided: Tap) -> None:
         super().__init__(site)
         self.decided, self.given, self.kept, self.names = decided, Tap(), Decisions(), site.arguments
         self.positions = PromptPositions(0, stack.causal, 0, sys.maxsize, halves=False, whole=True)
+        width, self.replay = site.out_features, config.replay
+        self.keys = nn.ParameterList(torch.empty(width).uniform_(-1, 1) for _ in range(config.tasks))
+        self.down, self.up = nn.Linear(width, config.hidden, bias=False), nn.Linear(config.hidden, width, bias=False)
+        for linear in (self.down, self.up):
+            nn.init.normal_(linear.weight, std=STD)
+        self.norm = nn.LayerNorm(width)
 
     def decide(self, embeds: Tensor, text: Tensor) -> Tensor:
-        """Return the decision for embedded tokens ``[rows, tokens, d]``, of which `text` ``[rows, tokens]`` counts."""
-        raise NotImplementedError
+        """Return the shares of texts ``[rows, tasks]``, for embedded tokens ``[rows, tokens, d]``, of which `text`
+        ``[rows, tokens]`` counts."""
+        with full_precision(embeds):
+            logs = self.scores(embeds, text).log_softmax(-1)
+            told = forward_context().context.get("attention") if self.training else None
+            if told is not None:
+                forward_context().add_loss(self.replay * divergence(told, logs), self)
+            shares = logs.exp()
+        self.noted(shares)
+        return shares
+
+    def scores(self, embeds: Tensor, text: Tensor) -> Tensor:
+        """Return ``[rows, tasks]``, of which the softmax is taken."""
+        keys = torch.stack([*self.keys])
+        largest = embeds.to(keys.dtype).masked_fill(~text[..., None], -torch.inf).amax(1)
+        largest = largest.masked_fill(~text.any(1, keepdim=True), 0.0)  # nothing was said
+        sought = self.norm(nn.functional.silu(self.up(self.down(largest))))
+        return sought @ keys.mT / math.sqrt(keys.shape[1])
 
     def at(self, form: str, module: Any) -> Callable[..., Any]:
         return self._at_table if form == "table" else self
@@ -209,7 +234,7 @@ class DecidingOperator(Router):
                 "this cache was filled without this adapter, or for other rows: start with an empty cache, and leave "
                 "the adapter active while it fills"
             )
-        if embeds.shape[1] > 1 and running().context.get("prompt_length") is None:
+        if embeds.shape[1] > 1 and forward_context().context.get("prompt_length") is None:
             raise MissingContext(
                 "this input goes on from a cache, and may be more of the text or not: say where the text ends, with "
                 "peftcore.call(model, prompt_length=...): ..."
@@ -227,37 +252,6 @@ def deciding_place(surgeon: Surgeon, sites: list[Site]) -> tuple[Site, TokenStac
     assert stack is not None, "there is a place around it"
     table = surgeon.resolver.site(f"{stack.path}.{stack.table}".lstrip("."), "weight")
     return place, stack, (replace(table, form="table"),)
-
-
-class SharedAttention(DecidingOperator):
-    """The keys of the tasks, and the network that reads texts."""
-
-    def __init__(self, site: Site, config: SAPTConfig, stack: TokenStack, decided: Tap) -> None:
-        super().__init__(site, stack, decided)
-        width, self.replay = site.out_features, config.replay
-        self.keys = nn.ParameterList(torch.empty(width).uniform_(-1, 1) for _ in range(config.tasks))
-        self.down, self.up = nn.Linear(width, config.hidden, bias=False), nn.Linear(config.hidden, width, bias=False)
-        for linear in (self.down, self.up):
-            nn.init.normal_(linear.weight, std=STD)
-        self.norm = nn.LayerNorm(width)
-
-    def decide(self, embeds: Tensor, text: Tensor) -> Tensor:
-        with full_precision(embeds):
-            logs = self.scores(embeds, text).log_softmax(-1)
-            told = forward_context().context.get("attention") if self.training else None
-            if told is not None:
-                forward_context().add_loss(self.replay * divergence(told, logs), self)
-            shares = logs.exp()
-        self.noted(shares)
-        return shares
-
-    def scores(self, embeds: Tensor, text: Tensor) -> Tensor:
-        """Return ``[rows, tasks]``, of which the softmax is taken."""
-        keys = torch.stack([*self.keys])
-        largest = embeds.to(keys.dtype).masked_fill(~text[..., None], -torch.inf).amax(1)
-        largest = largest.masked_fill(~text.any(1, keepdim=True), 0.0)  # nothing was said
-        sought = self.norm(nn.functional.silu(self.up(self.down(largest))))
-        return sought @ keys.mT / math.sqrt(keys.shape[1])
 
 
 class SAPTOperator(Operator):

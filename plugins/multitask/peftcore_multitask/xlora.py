@@ -22,7 +22,6 @@ train_parts=False trains the classifier alone, as in the paper.
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
@@ -166,8 +165,7 @@ class XLoRA(OfMergedParts, Method):
         shares = Tap(until_backward=True)
         surgeon.graft(stack, ClassifierOperator, config, classifier=layers, shares=shares)
         for number, (graft, members) in enumerate(groups):
-            make = functools.partial(XLoRAOperator, members=members, shares=shares, number=number)
-            surgeon.graft(graft.site, make, config)
+            surgeon.graft(graft.site, XLoRAOperator, config, members=members, shares=shares, number=number)
 
     def trainable(self, model: nn.Module, config: XLoRAConfig, injection: AppliedMethod) -> None:
         if config.train_parts:

@@ -131,13 +131,10 @@ class CoCoOp(Method):
     def inject(self, model: nn.Module, config: CoCoOpConfig, surgeon: Surgeon) -> None:
         projection = image_projection(surgeon)
         for site, tower in text_sites(surgeon):
-
-            def operator(site: ConditionedSite, own: CoCoOpConfig, names: tuple[str, ...] = tower.arguments) -> Any:
-                return ConditionedOperator(site, own, names)
-
             root = replace(projection, module=model, module_path="", form=MATCH)
             holders = (tower, replace(projection, form=FEATURES), root)
-            surgeon.graft(ConditionedSite(**vars(site), features=projection.width), operator, config, holders)
+            table = ConditionedSite(**vars(site), features=projection.width)
+            surgeon.graft(table, ConditionedOperator, config, holders, names=tower.arguments)
 
     @staticmethod
     def parameter_count(site: ConditionedSite, config: CoCoOpConfig) -> int:

@@ -27,7 +27,6 @@ any names. Models that generate are refused: prompt_tuning is for them.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -88,8 +87,7 @@ class CoOp(Method):
 
     def inject(self, model: nn.Module, config: CoOpConfig, surgeon: Surgeon) -> None:
         for site, tower in text_sites(surgeon):
-            operator = functools.partial(ContextOperator, names=tower.arguments)
-            surgeon.graft(site, operator, config, (tower,))
+            surgeon.graft(site, ContextOperator, config, (tower,), names=tower.arguments)
 
     @staticmethod
     def parameter_count(site: Site, config: CoOpConfig) -> int:

@@ -69,19 +69,22 @@ class DTLConfig(MethodConfig):
     """Rows and columns of the convolution over the values that are fed back (DTL+); None leaves it out."""
 
 
-Sums = tuple[Tap | None, Tap]
-"""Taps of the previous blocks' sum, which a block reads, and of the sum that it writes."""
-
-
 class SideOperator(Operator):
     """The part of the side network at one block, and the feedback behind the block. At the convolution that embeds the
     patches (form "patch") it records their grid."""
 
     def __init__(
-        self, site: BlockSite, config: DTLConfig, sums: Sums, feeds: bool, kernel: Shared | None, lie: Tap
+        self,
+        site: BlockSite,
+        config: DTLConfig,
+        before: Tap | None,
+        behind: Tap,
+        feeds: bool,
+        kernel: Shared | None,
+        lie: Tap,
     ) -> None:
         super().__init__(site)
-        (self.before, self.behind), self.feeds, self.kernel, self.lie = sums, feeds, kernel, lie
+        self.before, self.behind, self.feeds, self.kernel, self.lie = before, behind, feeds, kernel, lie
         self.beta = config.beta
         self.A = nn.Parameter(torch.empty(config.rank, site.width))
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
@@ -148,10 +151,10 @@ class DTL(Method):
             kernel = surgeon.own("fusion", lambda: nn.Conv2d(d, d, k, groups=d, bias=False))
         before, first, lie = None, int(len(sites) * config.start), Tap(until_backward=True)
         for number, site in enumerate(sites):
-            sums, seen = (before, Tap(until_backward=True, learns=True)), () if number else patches
-            more = (sums, number >= first, kernel, lie)
-            surgeon.graft(site, lambda at, own, more=more: SideOperator(at, own, *more), config, seen)
-            before = sums[1]
+            behind, seen = Tap(until_backward=True, learns=True), () if number else patches
+            sums = {"before": before, "behind": behind, "feeds": number >= first}
+            surgeon.graft(site, SideOperator, config, seen, **sums, kernel=kernel, lie=lie)
+            before = behind
 
     @staticmethod
     def parameter_count(site: Site, config: DTLConfig) -> int:

@@ -46,6 +46,7 @@ from peftcore.author import (
     LearningRate,
     Method,
     Share,
+    Shared,
     Site,
     Surgeon,
     Tags,
@@ -84,8 +85,9 @@ class PrunedOperator(DeepOperator):
 
     kept: Tensor
 
-    def __init__(self, site: PromptSite, config: PromptConfig, segments: int, projection: Any) -> None:
+    def __init__(self, site: PromptSite, config: E2VPTConfig, projection: Shared | None) -> None:
         super().__init__(site, config, projection)
+        segments = config.segments
         if site.width % segments:
             raise UnsupportedSite(f"{site.path} is {site.width} wide, which is no multiple of segments={segments}")
         self.register_buffer("kept", torch.ones(config.length, segments))  # [length, segments]: 0 where pruned
@@ -216,12 +218,10 @@ class E2VPT(Method):
     target = ("block",)
 
     def inject(self, model: nn.Module, config: E2VPTConfig, surgeon: Surgeon) -> None:
-        def prompt(site: PromptSite, own: E2VPTConfig) -> PrunedOperator:
-            return PrunedOperator(site, own, own.segments, shared_projection(surgeon, site, own))
-
         sites = prompt_sites(surgeon)
         for site in sites:
-            surgeon.graft(site, prompt, config)
+            projection = shared_projection(surgeon, site, config.at(site.path))
+            surgeon.graft(site, PrunedOperator, config, projection=projection)
             for attention in attentions_of(surgeon, site):
                 surgeon.attention(attention, KeyValueOperator, config)
         if config.train_head:

@@ -131,13 +131,14 @@ def two_towers(surgeon: Surgeon) -> Towers:
 class MaPLeOperator(PlacesOperator):
     """The prompts of one block in both towers: in that of texts behind the block before it, or behind the table."""
 
-    def __init__(self, site: CoupledSite, config: MaPLeConfig, start: Tensor, depth: int, rest: Rest) -> None:
+    def __init__(self, site: CoupledSite, config: MaPLeConfig, table: Site, depth: int, rest: Rest) -> None:
         super().__init__(site, config, rest.names)
+        drawn = config.replace(init_ids=[], length=config.count) if depth else config
         self.depth, self.places = depth, rest.places
         self.stays = depth == config.depth - 1 < rest.last
         self.has_norm = depth == 0 and rest.has_norm
         self.normed = Tap(until_backward=True)  # from the norm before the blocks to the first of them
-        self.rows = nn.Parameter(start)  # [length, d]
+        self.rows = nn.Parameter(words(table, drawn)[0])  # [length, d]
         self.map = nn.Linear(site.width, site.image_width)
 
     def at(self, form: str, module: nn.Module) -> Callable[..., Any]:
@@ -210,12 +211,7 @@ class MaPLe(Method):
                 holders += [towers.tower, *(replace(norm, form=NORM) for norm in towers.norms)]
             if depth == config.depth - 1 < rest.last:
                 holders.append(replace(images[-1], form=LAST))
-
-            def operator(site: CoupledSite, own: MaPLeConfig, depth: int = depth) -> MaPLeOperator:
-                drawn = own if depth == 0 else own.replace(init_ids=[], length=own.count)
-                return MaPLeOperator(site, own, words(table, drawn)[0], depth, rest)
-
-            surgeon.graft(coupled, operator, config, tuple(holders))
+            surgeon.graft(coupled, MaPLeOperator, config, tuple(holders), table=table, depth=depth, rest=rest)
 
     @staticmethod
     def parameter_count(site: CoupledSite, config: MaPLeConfig) -> int:

@@ -84,7 +84,7 @@ class SPTLoRAConfig(MethodConfig):
 
 
 class EntriesOperator(WeightOperator):
-    """Adds values to `count` entries of a tensor, or to all, and stores their indices: the first entries, until others
+    """Adds values to some entries of a tensor, or to all, and stores their indices: the first entries, until others
     are set.
 
     Raises:
@@ -93,9 +93,9 @@ class EntriesOperator(WeightOperator):
 
     index: Tensor
 
-    def __init__(self, site: Site, count: int | None) -> None:
+    def __init__(self, site: Site, config: SPTLoRAConfig) -> None:
         super().__init__(site)
-        self.size, count = site.numel, site.numel if count is None else count
+        self.size, count = site.numel, site.numel if config.entries is None else config.entries
         if not 0 < count <= self.size:
             raise UnsupportedSite(f"{site.path} has {self.size} entries, of which {count} cannot train")
         self.register_buffer("index", torch.arange(count))
@@ -251,7 +251,7 @@ class SPTLoRA(Method):
             entries = config.at(site.path).entries
             if entries != 0:
                 if is_vector(site) or entries is not None:
-                    surgeon.graft(site, lambda at, own: EntriesOperator(at, own.entries), config)
+                    surgeon.graft(site, EntriesOperator, config)
                 else:
                     surgeon.graft(site, UpdateOperator, config)
 

@@ -38,7 +38,6 @@ from peftcore_vision._prompt_streams import add_prompt_stream
 from peftcore_vision._prompts import (
     DeepOperator,
     PromptConfig,
-    PromptSite,
     prompt_count,
     prompt_sites,
     shared_projection,
@@ -64,14 +63,12 @@ class VPTDeep(Method):
     target = ("block",)
 
     def inject(self, model: nn.Module, config: VPTDeepConfig, surgeon: Surgeon) -> None:
-        def prompt(site: PromptSite, own: VPTDeepConfig) -> DeepOperator:
-            return DeepOperator(site, own, shared_projection(surgeon, site, own))
-
         sites = prompt_sites(surgeon)
         if add_prompt_stream(surgeon, sites, config, deep=True):
             return
         for site in sites:
-            surgeon.graft(site, prompt, config)
+            projection = shared_projection(surgeon, site, config.at(site.path))
+            surgeon.graft(site, DeepOperator, config, projection=projection)
         if config.train_head:
             train_heads(surgeon, sites)
 

@@ -30,7 +30,6 @@ are refused.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
@@ -95,8 +94,8 @@ class VPTShallow(Method):
             return
         first, last = stack_ends(surgeon, sites)
         own = config.at(first.path)
-        operator = functools.partial(ShallowOperator, projection=shared_projection(surgeon, first, own))
-        surgeon.graft(first, operator, config, holders=(replace(last, form=LEAVE),))
+        projection = shared_projection(surgeon, first, own)
+        surgeon.graft(first, ShallowOperator, config, (replace(last, form=LEAVE),), projection=projection)
         if own.train_head:
             train_heads(surgeon, sites)
 

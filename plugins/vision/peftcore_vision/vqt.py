@@ -28,7 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from pydantic import PositiveInt
@@ -79,25 +79,16 @@ class QuerySite(PromptSite):
     """The outputs of each head."""
 
 
-class Summing(Protocol):
-    """Options of the values that heads read of queries."""
-
-    @property
-    def summary(self) -> str: ...
-    @property
-    def normalize(self) -> bool: ...
-
-
 class QueryOperator(PromptOperator):
     """The queries of one block, and their scores for each head."""
 
-    def __init__(self, site: QuerySite, config: RowsConfig, summing: Summing, asking: Tap, made: Tap) -> None:
+    def __init__(self, site: QuerySite, config: VQTConfig, asking: Tap, made: Tap) -> None:
         super().__init__(site, config)
         self.asking, self.made = asking, made
-        self.summary, self.normalize = summing.summary, summing.normalize
-        read = site.width * (config.length if summing.summary == "concat" else 1)
+        self.summary, self.normalize = config.summary, config.normalize
+        read = site.width * (config.length if config.summary == "concat" else 1)
         self.reads = nn.ParameterList(torch.zeros(classes, read) for classes in site.classes)
-        self.sums = nn.Parameter(torch.ones(config.length)) if summing.summary == "weighted" else None
+        self.sums = nn.Parameter(torch.ones(config.length)) if config.summary == "weighted" else None
 
     def forward(self, call: Callable[..., Any], x: Any, *args: Any, **kwargs: Any) -> Any:
         rows = self.rows(x, (*args, *kwargs.values()))
@@ -203,7 +194,7 @@ class VQT(Method):
         for site in sites:
             asking, own = Tap(), Tap(until_backward=True, learns=True)
             place = QuerySite(**vars(site), classes=classes)
-            surgeon.graft(place, lambda at, c, taps=(asking, own): QueryOperator(at, c, c, *taps), config)
+            surgeon.graft(place, QueryOperator, config, asking=asking, made=own)
             for attention in attentions_of(surgeon, site):
                 surgeon.attention(attention, UnaskedOperator, asking=asking)
             made.append(own)
