@@ -90,7 +90,7 @@ class LoReFTConfig(MethodConfig):
 class Intervention(Checked):
     """LoReFT's intervention: ``h'`` of ``h``."""
 
-    def __init__(self, width: int, config: Any) -> None:
+    def __init__(self, width: int, config: LoReFTConfig) -> None:
         super().__init__()
         self.orthonormal, self.subtracts = config.kind == "loreft", config.kind != "direft"
         self.R = nn.Parameter(torch.empty(config.rank, width))
@@ -121,6 +121,7 @@ class Intervention(Checked):
             return torch.linalg.solve_triangular(factor, R, upper=False)
 
     def forward(self, h: Tensor) -> Tensor:
+        """Return h' for states ``[..., d]``."""
         R, weight, bias = (each.to(h.dtype) for each in (self.rotation(), self.learned.weight, self.learned.bias))
         if self.activation is None:
             moved = nn.functional.linear(h, weight - R if self.subtracts else weight, bias)  # [..., r]

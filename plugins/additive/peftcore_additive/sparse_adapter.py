@@ -129,7 +129,7 @@ class Kept(Checked):
         return values.new_zeros(size + 1).scatter(0, place, values[found])[:size]
 
 
-def drawn(width: int, config: Any) -> Tensor:
+def drawn(width: int, config: SparseAdapterConfig) -> Tensor:
     """Draw both matrices of an adapter, flat, W_down first."""
     stds = (config.init_std, config.up_init_std)
     return torch.cat([torch.randn(width * config.bottleneck) * std for std in stds])

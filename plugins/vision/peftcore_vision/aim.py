@@ -161,6 +161,11 @@ class TurnsOperator(Operator):
         return y
 
     def forward(self, call: Callable[..., Any], y: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Return the output of the attention with both adapters.
+
+        Raises:
+            UnsupportedSite: it reads another tensor than its norm returned, or is given masks or positions.
+        """
         normed = self.norm.take()
         if normed is None or normed[2] is not y or y.dim() != 3:
             raise UnsupportedSite(f"{self.path}: attention reads something else than its norm makes of whole frames")
