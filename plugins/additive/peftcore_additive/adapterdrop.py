@@ -20,7 +20,7 @@ layer.
 Start: Both matrices from a normal with standard deviation 1e-3, biases at zero: near the identity; ``up_init_std=0``
 makes it exact.
 
-Differs from the authors' code: the robust kind draws m up to L - 2 of L layers, as in the authors' notebook, where it
+Differs from the authors' code: The robust kind draws m up to L - 2 of L layers, as in the authors' notebook, where it
 is 10 of RoBERTa's 12; the paper has L - 1.
 
 Use it: `peftcore.apply(model, "adapterdrop", drop_first_layers=1)`, where adapters have to be fast. Under

@@ -16,7 +16,7 @@ length d + 1 a layer, and (length d_k + (d_k + 1) projection) a stack.
 
 Start: W from N(0, 0.02), so that all gates begin near one half, lambda one, P from N(0, 1). No start is an identity.
 
-Differs from the authors' code: no code of the authors is known: the token of h and the start are our reading.
+Differs from the authors' code: No code of the authors is known: the token of h and the start are our reading.
 
 Use it: `peftcore.apply(model, "apt")`, for classification and tagging with a frozen encoder, where it is not known in
 which layers prefixes help. Not in decoders, where prefix_tuning does the same for less; p_tuning_v2 is its nearest kin,

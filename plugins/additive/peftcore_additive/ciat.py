@@ -16,7 +16,7 @@ Parameters, with w = d / r: 2 d w + w + 3 d for each branch and each stack's emb
 Start: Both matrices by Glorot's rule, as the authors draw them, biases at zero: a fresh adapter moves the outputs.
 ``init="zero"`` starts W_up at zero, an exact identity.
 
-Differs from the authors' code: the paper's formulas omit the norm where a norm of the host precedes the adapter; here
+Differs from the authors' code: The paper's formulas omit the norm where a norm of the host precedes the adapter; here
 and in the code each adapter has one. h_0 is taken after the dropout of the embeddings, where the authors' code takes it
 before. While adapters train, its code turns the host's dropout of branches off; here the host is as it is.
 

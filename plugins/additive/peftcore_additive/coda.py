@@ -19,7 +19,7 @@ Parameters: 2 d r + r + 2 d a block.
 Start: W_up and b_up start at zero, W_down and w as torch's layers do. Tokens that skip a block change the outputs from
 the start; with ``reduction=1`` a fresh adapter is an exact identity.
 
-Differs from the authors' code: the authors' code is not public; the selection is that of lucidrains/CoLT5-attention. n
+Differs from the authors' code: The authors' code is not public; the selection is that of lucidrains/CoLT5-attention. n
 has no gain and shift: the paper uses the block's own norm. Attention of the chosen tokens to all others (the paper's
 k-to-all) is not here. The paper trains on unlabelled text first.
 

@@ -19,7 +19,7 @@ are left out. The norms are added to the count.
 Start: Rules from N(0, 1e-4), S and T from Glorot's uniform draw with gain sqrt(2), as in the authors' code: nearly the
 identity. ``rule_std=0`` makes it exact.
 
-Differs from the authors' code: no difference is known (rabeehk/compacter). The adapters package adapts the output after
+Differs from the authors' code: No difference is known (rabeehk/compacter). The adapters package adapts the output after
 dropout (here joins="stream") and draws S and T from a normal.
 
 Use it: `peftcore.apply(model, "compacter")`, where adapters must be small: a tenth of a percent of T5.

@@ -23,7 +23,7 @@ Parameters: length * d, those of answers included, as in peft.
 
 Start: D is zero: the model sees the examples, so no start is an identity.
 
-Differs from the authors' code: the method is in peft, by its authors, and differs from it in three points. In peft the
+Differs from the authors' code: The method is in peft, by its authors, and differs from it in three points. In peft the
 next forward projects a row and overwrites the parameter; here `injection.optimizer` does so. With other optimizers the
 forward uses the projected rows, and D itself may leave the ball. In peft a batch with left padding has the padding
 between prompt and text, and its last token predicts; here the prompt is behind the padding. peft marks labels of the

@@ -14,7 +14,7 @@ P has one learning rate and A, B another, which the authors find necessary: `opt
 Start: P starts as embeddings of tokens drawn from the vocabulary, or of given ones; A as torch's linear layers do, B at
 zero. No start is an identity.
 
-Differs from the authors' code: rows of A B are counted from the first token that is not padding, and answers get none.
+Differs from the authors' code: Rows of A B are counted from the first token that is not padding, and answers get none.
 The authors pad inputs to s; in their causal models, which are padded on the left, rows so count from the end, answers
 get some in training, and generated tokens do not.
 

@@ -20,7 +20,7 @@ Parameters: 2 d r + r + d an adapter, two adapters a block; without `bias` 2 d r
 Start: Both matrices start from a normal with standard deviation 1e-3, cut at two deviations, biases zero: near
 identity, not exactly. ``up_init_std=0`` makes it exact.
 
-Differs from the authors' code: no difference is known (google-research/adapter-bert).
+Differs from the authors' code: No difference is known (google-research/adapter-bert).
 
 Use it: `peftcore.apply(model, "houlsby_adapter")`, where a small non-linear module is worth a little latency: it cannot
 be merged.

@@ -11,7 +11,7 @@ has its own).
 
 Start: All l are one: the identity.
 
-Differs from the authors' code: that code was not compared.
+Differs from the authors' code: That code was not compared.
 
 Use it: `peftcore.apply(model, "ia3")`, with few examples: a few thousand numbers, a high learning rate (3e-3 in the
 paper), no weight decay (it pulls to 0, not to 1).

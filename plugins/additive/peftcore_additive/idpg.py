@@ -16,7 +16,7 @@ Parameters: (d + 1) h + (h + 1) length d; with `phm` 2 n^3 + (d h + h length d) 
 Start: W1, W2 start N(0, 0.02) and b at zero; with `phm` all factors and b1 start N(0, 0.05), b2 uniform in +-0.5. No
 start is an identity.
 
-Differs from the authors' code: only the single-layer IDPG of the paper is here; its multi-layer one adds another prompt
+Differs from the authors' code: Only the single-layer IDPG of the paper is here; its multi-layer one adds another prompt
 to the same rows at each layer. The authors put the rows behind the first token, [CLS]; here they are in front of it,
 like all prompts.
 

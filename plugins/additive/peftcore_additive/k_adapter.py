@@ -18,7 +18,7 @@ Parameters: J (2 w d + w + d + T (12 w^2 + 13 w)), and 2 d^2 + d for W and b: 49
 Start: W_up and W_down start from N(0, 0.0002^2), biases of both at 0, all else as torch's layers do: no identity, as
 the authors train a head behind. With `identity` W starts as [I 0].
 
-Differs from the authors' code: padding is not seen by adapters, as it is in the code, nor are later tokens in causal
+Differs from the authors' code: Padding is not seen by adapters, as it is in the code, nor are later tokens in causal
 models. A further linear layer over two concatenations and adapters that skip others are not here. The layers are those
 of the scripts, 0, 11 and 22 of 24; the README has 23.
 

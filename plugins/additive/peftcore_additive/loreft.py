@@ -17,7 +17,7 @@ Parameters: 2 d r + r for each end (one end when tied), each layer.
 Start: R starts with random orthonormal rows, W and b as torch's linear layers do (R too, where it is free);
 ``identity=True`` starts at h' = h. Without it a fresh intervention changes outputs.
 
-Differs from the authors' code: no difference is known.
+Differs from the authors' code: No difference is known.
 
 Use it: `peftcore.apply(model, "loreft")`, where few numbers should do much: ten to fifty times fewer than LoRA's. It
 cannot be merged.

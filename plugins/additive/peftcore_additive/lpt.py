@@ -22,7 +22,7 @@ Parameters: (d + 1) hidden + (hidden + 1) length d, of pooling (d + 1) hidden + 
 
 Start: The generator as torch's linear layers, P itself from N(0, 1). No start is an identity.
 
-Differs from the authors' code: the authors' decoder leaves the last token of the prompt out of its windows. The dropout
+Differs from the authors' code: The authors' decoder leaves the last token of the prompt out of its windows. The dropout
 of the host's own embeddings acts on P in their code; `dropout` is its value.
 
 Use it: `peftcore.apply(model, "lpt")`, for classification where training time and memory count: backward ends at block

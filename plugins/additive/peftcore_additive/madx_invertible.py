@@ -15,7 +15,7 @@ Parameters: 2 (d^2 / 4) 2 / r + 2 (d / 2) / r + d, once.
 
 Start: All matrices start from N(0, 0.02), biases from zero. Near the identity; ``init_std=0`` makes it exact.
 
-Differs from the authors' code: no difference is known. The adapters in the layers, which the paper trains with it, are
+Differs from the authors' code: No difference is known. The adapters in the layers, which the paper trains with it, are
 those of `pfeiffer_adapter`; `madx` is both.
 
 Use it: `peftcore.apply(model, "madx_invertible")`, where a model learns a language that it lacks, by predicting tokens;

@@ -18,7 +18,7 @@ residual network.
 Start: Z starts from a standard normal, the network as torch initializes it: nothing is identity. With
 ``encoder="residual"`` Z starts as embeddings of tokens drawn from the vocabulary.
 
-Differs from the authors' code: the authors' code for LAMA (THUDM/P-tuning) is the LSTM with h = d / 2; no other
+Differs from the authors' code: The authors' code for LAMA (THUDM/P-tuning) is the LSTM with h = d / 2; no other
 difference is known.
 
 Use it: `peftcore.apply(model, "p_tuning")`, where prompt_tuning trains unsteadily: the network ties the rows together.

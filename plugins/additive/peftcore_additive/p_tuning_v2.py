@@ -16,7 +16,7 @@ d + (d + 1) projection) a stack.
 
 Start: P from N(0, 1); the network of `projection` as in `prefix_tuning`. No start is an identity.
 
-Differs from the authors' code: no difference is known, where the head is trained. Name it in ``train=``, as in
+Differs from the authors' code: No difference is known, where the head is trained. Name it in ``train=``, as in
 ``train=["classifier"]``.
 
 Use it: `peftcore.apply(model, "p_tuning_v2")`, for classification and tagging with a frozen encoder or decoder: easy

@@ -18,7 +18,7 @@ Parameters: 2 d r + r + d a block, one more when s is learned; without `bias` 2 
 
 Start: W_down starts as in LoRA, from a Kaiming-uniform draw, W_up and the biases at zero: an exact identity.
 
-Differs from the authors' code: no difference is known.
+Differs from the authors' code: No difference is known.
 
 Use it: `peftcore.apply(model, "parallel_adapter")`, where a serial adapter would do; in the paper's comparison it is
 the stronger of the two. It cannot be merged.

@@ -17,7 +17,7 @@ start for each channel, stochastic depth, and a narrower start. Parameters: 2 d 
 
 Start: Both matrices start from N(0, 0.02), biases at zero: near the identity. ``up_init_std=0`` makes it exact.
 
-Differs from the authors' code: no difference from the adapters package is known (its `seq_bn`).
+Differs from the authors' code: No difference from the adapters package is known (its `seq_bn`).
 
 Use it: `peftcore.apply(model, "pfeiffer_adapter")`, where a Houlsby adapter would do, at half its size; adapters for
 languages and tasks are stacked so.

@@ -17,7 +17,7 @@ Parameters: length * d a block; with projection (length + projection) d + projec
 
 Start: P from N(0, 0.02), or Z and W from N(0, 0.02) and b at zero. No start is an identity.
 
-Differs from the authors' code: rows of the authors' Longformer and RoBERTa take positions from 0 on, which tokens never
+Differs from the authors' code: Rows of the authors' Longformer and RoBERTa take positions from 0 on, which tokens never
 have there; here rows have the positions in front of the first token. In their BigBird rows are without positions. Heads
 read the same tokens as without rows, as in the authors' BigBird and RoBERTa; their Longformer classifies by the first
 row unless --use_offset_pool_tok is set. Their Longformer trains its token types along, here

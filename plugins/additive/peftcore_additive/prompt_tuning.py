@@ -17,7 +17,7 @@ Start: P starts as embeddings of tokens drawn from the vocabulary, none twice wh
 or uniform in +-0.5; A and B uniform in +-0.5, so that neither holds the other at zero. Never identity at the start:
 anything in front moves the outputs.
 
-Differs from the authors' code: the authors draw tokens from the first 5,000 of the vocabulary. Other implementations
+Differs from the authors' code: The authors draw tokens from the first 5,000 of the vocabulary. Other implementations
 also count how the last row of P predicts the first token, and put P before the padding, further from the tokens.
 
 Use it: `peftcore.apply(model, "prompt_tuning")`, on large models, where it almost reaches full fine-tuning with a few

@@ -13,7 +13,7 @@ Parameters: 2 (2 d r + r + d) a block.
 Start: W start by Glorot's rule, biases from N(0, 1e-6^2); with `zero_last` the last block's W_up and e at zero. As the
 sum of two residual streams no start is an identity.
 
-Differs from the authors' code: the code decides (modelscope/ms-swift): it sums where the paper weighs both terms with a
+Differs from the authors' code: The code decides (modelscope/ms-swift): it sums where the paper weighs both terms with a
 learned share. Its other tuners (groups of channels, sampling between the sizes of a UNet) are not here. The paper's
 form without a bypass puts adapters, prompts or prefixes in parallel to a module, as `parallel_adapter` and
 `prefix_tuning` do.

@@ -22,7 +22,7 @@ nothing reads the shadow; peft has them there too.
 
 Start: W_up at zero: the identity. The guest starts from scratch.
 
-Differs from the authors' code: as in peft 0.21 every block has both steps; where blocks are left out, h_l is the input
+Differs from the authors' code: As in peft 0.21 every block has both steps; where blocks are left out, h_l is the input
 of the next target block. The authors' own code leaves the first block out, puts a LayerNorm in front of T and G, and
 has SiLU in them, no biases, and dropout at other places. peft keeps the guest's earlier tokens under the name
 `past_key_values`, which newer versions of transformers do not use; here generation has them in any version. Where peft

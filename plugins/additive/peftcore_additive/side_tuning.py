@@ -20,7 +20,7 @@ Parameters: those of the guest, and 1.
 Start: a starts at 0: half of each, no identity. The side network starts from scratch, or from a trained network:
 ``injection.shared["guest"].take(network)``.
 
-Differs from the authors' code: the authors first train the side network to reproduce the model's features. A schedule
+Differs from the authors' code: The authors first train the side network to reproduce the model's features. A schedule
 of g, FiLM, MLP, and links to the side networks of earlier tasks are not here.
 
 Use it: `peftcore.apply(model, "side_tuning")`, where the model must stay unchanged and training must be cheap, or for a

@@ -15,7 +15,7 @@ Parameters: E (length + 1) d.
 
 Start: W starts orthogonal, P_j as standard normal. No start is an identity.
 
-Differs from the authors' code: the authors' code (jyjohnchoi/SMoP) adds up the chosen prompts of all texts of a batch,
+Differs from the authors' code: The authors' code (jyjohnchoi/SMoP) adds up the chosen prompts of all texts of a batch,
 by a broadcast, which its paper does not say, nor what it does for one text alone: here each text gets its own. It
 computes a factor of balance, and does not use it.
 

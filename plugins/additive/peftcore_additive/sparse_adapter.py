@@ -17,7 +17,7 @@ Parameters: (1 - sparsity) of the 2 d r of all adapters, and r + d an adapter, w
 Start: Both matrices from N(0, 0.02), biases at zero; the weights that stay keep these values. Near the identity;
 ``up_init_std=0`` with ``score="random"`` makes it exact.
 
-Differs from the authors' code: the code decides where the paper is open (Shwai-He/SparseAdapter): grasp keeps the
+Differs from the authors' code: The code decides where the paper is open (Shwai-He/SparseAdapter): grasp keeps the
 largest w (H g), whose removal would lower the norm of the gradient most. Its attention adapter is in front of the
 host's dropout, that of the feed-forward behind it; here `joins` sets the place for both. Its score synflow is zero
 behind the norm, and left out.

@@ -12,7 +12,7 @@ Parameters: 2 out for each operation (out where nothing is shifted), times the n
 Start: gamma from N(1, 0.02) and beta from N(0, 0.02), as in the authors' code: a fresh injection changes the outputs a
 little; ``init_std=0`` starts from the identity.
 
-Differs from the authors' code: the head is skipped; the authors train it whole (``train=["classifier"]``).
+Differs from the authors' code: The head is skipped; the authors train it whole (``train=["classifier"]``).
 
 Use it: `peftcore.apply(model, "ssf")`, to adapt a vision model to a task with few examples, for nothing at inference.
 Without weight decay: it pulls gamma to 0, not to 1.

@@ -18,7 +18,7 @@ Parameters: d N a mixer, d with ``offset="output"``, rank (d + N) with `rank`: 5
 
 Start: h' or y' at zero, or B at zero: the identity.
 
-Differs from the authors' code: the authors' code has nothing for Mamba-2 and its kin.
+Differs from the authors' code: The authors' code has nothing for Mamba-2 and its kin.
 
 Use it: `peftcore.apply(model, "state_offset_tuning")`, in state-space models, where prompts and prefixes do little; not
 in hybrids in which attention has most of the layers. `lora` on ``ssm.in`` and ``ssm.out`` is larger, and merges; `ssf`

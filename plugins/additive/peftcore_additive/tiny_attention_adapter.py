@@ -14,7 +14,7 @@ with a = n = 1 in RoBERTa-base.
 
 Start: W_2 and b_2 start as torch's layers do, times 0.01. Near the identity; ``out_scale=0`` makes it exact.
 
-Differs from the authors' code: the code trains n heads to average their tensors afterwards; here the n adapters stay.
+Differs from the authors' code: The code trains n heads to average their tensors afterwards; here the n adapters stay.
 
 Use it: `peftcore.apply(model, "tiny_attention_adapter")`, where context has to be weighed anew and parameters are few;
 not where latency counts: it cannot be merged (`lora` can), and attends once more in every layer. `houlsby_adapter` is

@@ -24,7 +24,7 @@ Parameters: 3 d^2 + d a module (2 d^2 + d without V), and those of the parts tha
 Start: Q and K start from N(0, 0.02), q at zero, V as the identity with 1e-6 off its diagonal: at first this is about
 the adapters' mean, as long as they add little. With adapters that add nothing yet it is the identity.
 
-Differs from the authors' code: the package's K has a bias, which adds the same to all scores of a token and cancels:
+Differs from the authors' code: The package's K has a bias, which adds the same to all scores of a token and cancels:
 left out. So is its temperature, which changes in evaluation. It drops scores as often as the model drops attention;
 here that is `dropout`, 0. The paper freezes the adapters that it mixes; here they stay as they are, unless they are
 parts.

@@ -12,7 +12,7 @@ Parameters: those of the parts, N times those of one.
 
 Start: The mean of the parts' values: the identity if fresh parts are.
 
-Differs from the authors' code: the authors choose the adapters of a soup by similarity of domains, which is left to the
+Differs from the authors' code: The authors choose the adapters of a soup by similarity of domains, which is left to the
 user. Weights are used as they are; the Adapters library divides them by their sum.
 
 Use it: `peftcore.apply(model, "adapter_soup")`, with `peftcore_multitask.gather` for adapters of related domains,

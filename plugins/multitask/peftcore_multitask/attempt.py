@@ -21,7 +21,7 @@ Parameters: length * d for each source and each task, and 2 hidden d, with `trai
 
 Start: P_t is the first source, for every task; W_down and W_up uniform in +-1/sqrt(inputs). No start is an identity.
 
-Differs from the authors' code: the authors' max sees padding, this does not; their option of a trained temperature does
+Differs from the authors' code: The authors' max sees padding, this does not; their option of a trained temperature does
 not train, and is left out, as are their other kinds of attention. LN has neither gain nor bias: the authors' code
 leaves its own frozen at one and zero, while the 232,000 that the paper prints for T5-base count them (`train_norm`).
 

@@ -12,7 +12,7 @@ Parameters: those of the parts. A mask takes one byte for each value of a weight
 
 Start: Masks are drawn; of fresh parts nothing changes.
 
-Differs from the authors' code: the authors' code (yule-BUAA/MergeLM) draws anew at each merge and trims for TIES to 0.2
+Differs from the authors' code: The authors' code (yule-BUAA/MergeLM) draws anew at each merge and trims for TIES to 0.2
 afterwards; peft trims no more, like the default here, and calls 1 - p the density.
 
 Use it: `peftcore.apply(model, "dare")`, with `peftcore_multitask.gather`, at p = 0.9 for changes that are small, as

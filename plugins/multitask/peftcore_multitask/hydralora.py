@@ -14,7 +14,7 @@ Parameters: rank * in * kernel + heads * rank * out + heads * in * kernel a site
 
 Start: A and W_g uniform in +-1/sqrt(in), B_e at zero; of embeddings A at zero and B_e ~ N(0, 1): the identity.
 
-Differs from the authors' code: no difference is known; defaults are those of its fine-tuning.sh. The paper finds the
+Differs from the authors' code: No difference is known; defaults are those of its fine-tuning.sh. The paper finds the
 number of heads by clustering the data; here it is an option.
 
 Use it: `peftcore.apply(model, "hydralora")`, for data of several kinds without labels of the kind: it needs no task,

@@ -21,7 +21,7 @@ Parameters of HyperFormer++: tasks * t once; for each stack (layers + places) * 
 Start: Embeddings from N(0, 1), the rest from N(0, 0.01) with biases at zero: near the identity; ``gain_std=0`` makes it
 exact.
 
-Differs from the authors' code: the authors' batches have one task; here each row may have its own. The file
+Differs from the authors' code: The authors' batches have one task; here each row may have its own. The file
 configs/hyperformer.json of that code is neither of the two: a network a stack, with generators for attention and
 feed-forward apart; shared=False is the paper's HyperFormer, which the code calls meta-adapter.
 

@@ -17,7 +17,7 @@ Parameters: experts * rank * (in * kernel + out) + experts * in * kernel a site.
 
 Start: A_e and W_g uniform in +-1/sqrt(in), B_e at zero: the identity.
 
-Differs from the authors' code: the authors count padding in z. The authors have two tasks, of which the first half of
+Differs from the authors' code: The authors count padding in z. The authors have two tasks, of which the first half of
 the experts is for their type 1; their script has balance and delta at zero, and so have the defaults here.
 
 Use it: `peftcore.apply(model, "loramoe", tasks=["skill", "knowledge"], balance=0.01, delta=0.1)`, where new data must

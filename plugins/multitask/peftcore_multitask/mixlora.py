@@ -15,7 +15,7 @@ feed-forward, experts * rank * (in + out) a matrix of it, rank * (in + out) any 
 
 Start: W_r from N(0, 0.02), A uniform in +-1/sqrt(in), B at zero: the identity, up to rounding.
 
-Differs from the authors' code: the authors gather the tokens of each expert. Here the feed-forward runs once on `top_k`
+Differs from the authors' code: The authors gather the tokens of each expert. Here the feed-forward runs once on `top_k`
 copies of its input, and in a matrix all A are one product, of which a copy keeps the ranks of its expert: nothing is
 dropped. Near a tie a rounding chooses another expert. Noise on the router's inputs, 0 by default there, is left out.
 

@@ -16,7 +16,7 @@ Parameters: experts * (2 d r + r + d) + experts * d an adapter, two adapters a b
 
 Start: W_up and all biases at zero, W_down and W_g as torch's layers: the identity.
 
-Differs from the authors' code: no single paper has it: it is the form that routed adapters have in common, as a
+Differs from the authors' code: No single paper has it: it is the form that routed adapters have in common, as a
 baseline for them. Gates of whole sequences, from the mean of their tokens, are not here.
 
 Use it: `peftcore.apply(model, "moa_adapters", experts=8, top_k=2, balance=0.01)`, where one set of data holds several

@@ -15,7 +15,7 @@ Parameters: rank * (in * kernel + out) a site, and (tasks + experts) * task_widt
 
 Start: v from N(0, 1), W_g uniform in +-1/sqrt(task_width), A_e from N(0, 0.01), B_e at zero: the identity.
 
-Differs from the authors' code: the authors' table of tasks has one row more, which no task reads; their script does not
+Differs from the authors' code: The authors' table of tasks has one row more, which no task reads; their script does not
 run the layer with a gate of its own, MMOELoraLinear, which ``gate="each"`` is. Their script has rank 16 and 8 experts,
 alpha is the default of their arguments.
 

@@ -16,7 +16,7 @@ Parameters: experts * (rank * (in * kernel + out) + in * kernel) a site, with th
 
 Start: A_e and W_r uniform in +-1/sqrt(in), B_e at zero: the identity.
 
-Differs from the authors' code: the authors gather the tokens of each expert; here all A are one product, of which a
+Differs from the authors' code: The authors gather the tokens of each expert; here all A are one product, of which a
 token keeps the ranks of its experts, so shapes depend on no value and nothing is dropped. Near a tie a rounding chooses
 another expert. They count padding in F and P. Their script leaves the loss out, and so does `balance` by default; where
 they take it, it is 0.001.

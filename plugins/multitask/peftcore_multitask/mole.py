@@ -20,7 +20,7 @@ The gates depend on the token, so nothing merges. Parameters: N^2 out + 1 a modu
 Start: The rows of V in normal directions with length 0.01, so that all experts act alike; tau at 1. LoRAs of one's own
 start without effect: then it is the identity.
 
-Differs from the authors' code: the paper flattens the tokens of a sequence too, into one choice: then all inputs have
+Differs from the authors' code: The paper flattens the tokens of a sequence too, into one choice: then all inputs have
 one length; here each token chooses. The authors' code (yushuiwx/Mixture-of-LoRA-Experts) reads something else: one gate
 for all LoRAs of a block of Stable Diffusion, of the block's flattened input, without tau; and its loss lacks a
 gradient, so `balance` is 0 by default.

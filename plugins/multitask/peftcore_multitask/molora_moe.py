@@ -14,7 +14,7 @@ Parameters: experts * rank * (in * kernel + out) + experts * in * kernel a site.
 
 Start: A_e and W_g from N(0, 0.02), B_e at zero; of embeddings A at zero and B_e ~ N(0, 1): the identity.
 
-Differs from the authors' code: no difference is known.
+Differs from the authors' code: No difference is known.
 
 Use it: `peftcore.apply(model, "molora_moe")`, for instructions of many kinds, where `mov` is too small; `hydralora`
 shares one A among experts, and `loramoe` balances them.

@@ -15,7 +15,7 @@ Parameters: experts * (in + in) for the second matrix, experts * (out + head) fo
 
 Start: All l at one, W_g from N(0, 0.02): the identity, up to rounding.
 
-Differs from the authors' code: no difference is known.
+Differs from the authors' code: No difference is known.
 
 Use it: `peftcore.apply(model, "mov")`, for instructions and tasks of many kinds at the price of a few (IA)^3: soft
 routing needs no task, nor a balance.

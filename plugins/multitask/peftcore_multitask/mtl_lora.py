@@ -15,7 +15,7 @@ Parameters: rank * in * kernel + ups * rank * out + tasks * (rank^2 + ups) a sit
 
 Start: A as in LoRA, B_i at zero, L_t as the identity, v_t uniform in +-1/sqrt(ups): the identity.
 
-Differs from the authors' code: no difference is known (pUmpKin-Co/MTL-LoRA, whose script has whole matrices L_t). The
+Differs from the authors' code: No difference is known (pUmpKin-Co/MTL-LoRA, whose script has whole matrices L_t). The
 adapters package has another default, diagonals and one B, multiplies by L_t transposed, and starts the logits equal.
 
 Use it: `peftcore.apply(model, "mtl_lora", tasks=["sums", "letters"])`, for tasks that get into each other's way in one

@@ -14,7 +14,7 @@ first row of v are ones, further rows of v zeros, further columns of u N(0, 0.02
 start, N(0, 0.02) for both: then P_t starts some thousand times smaller than P, and learns slowly. No start is an
 identity.
 
-Differs from the authors' code: the paper trains many source tasks with losses that distil a teacher's prompt for each;
+Differs from the authors' code: The paper trains many source tasks with losses that distil a teacher's prompt for each;
 here, as in peft, the model's loss trains it. For a target task it starts from P and the mean (or one) of the source
 tasks' u and v: copy the tensors.
 

@@ -16,7 +16,7 @@ Parameters of a task: 2 a d + a + d a stack, 3 a^2 + 3 a a block; 1.8 million in
 
 Start: All matrices from N(0, 0.02), biases at zero: near the identity, and with ``up_std=0`` exactly there.
 
-Differs from the authors' code: the gelu is in the code alone, as are 6 heads for the paper's 12. The authors train the
+Differs from the authors' code: The gelu is in the code alone, as are 6 heads for the paper's 12. The authors train the
 whole model along, or its norms alone, for all tasks in common; here it is frozen, unless `train` names it. Their
 batches have one task.
 

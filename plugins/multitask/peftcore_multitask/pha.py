@@ -24,7 +24,7 @@ Parameters: tasks t for prototypes, (d + t + 1) h + t for the retriever, (2t + 1
 Start: The maps that make weights uniform in +-init_scale sqrt(3 / (p fan)), matrices of an encoder's adapters by
 Xavier's rule times 1e-4: near the identity.
 
-Differs from the authors' code: the paper looks for the nearest prototype of a new task to start from; the code does
+Differs from the authors' code: The paper looks for the nearest prototype of a new task to start from; the code does
 not, and nor does this.
 
 Use it: `peftcore.apply(model, "pha", tasks=["sums", "letters"])`, for several tasks with few examples each, which their

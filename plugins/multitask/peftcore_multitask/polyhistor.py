@@ -18,7 +18,7 @@ Parameters: k (tasks + 2 r (n0 + d0)) once, and 2 m^2 an adapter.
 Start: Embeddings from N(0, 1), A to B' so that templates keep the variance of their inputs, K as the identity (of equal
 entries all m pieces would stay alike) and K' at zero: the identity.
 
-Differs from the authors' code: the authors published no code, and only their abstract, figures and introduction were
+Differs from the authors' code: The authors published no code, and only their abstract, figures and introduction were
 available. So all that the equation does not fix is chosen here, after `hyperformer_pp`, on which they build: h is the
 output of the last matrix of attention or feed-forward, f is GELU; norms are left out, and neither hypernetworks nor
 adapters have biases; down and up projections have separate templates and kernels, and all layers share these templates,

@@ -24,7 +24,7 @@ own_skills) a site. A forward computes with the own skills of all tasks, and wei
 Start: A_k uniform in +-1/sqrt(3 in), narrower than a LoRA, B_k at zero, Z uniform in +-0.001: the identity. In
 convolutions, the 3 in of A's start counts the kernel too; in embeddings A starts at zero and B ~ N(0, 1).
 
-Differs from the authors' code: no difference is known for Polytropon (microsoft/mttl); peft starts A as wide as a LoRA,
+Differs from the authors' code: No difference is known for Polytropon (microsoft/mttl); peft starts A as wide as a LoRA,
 +-1/sqrt(in). No code of C-Poly's authors was found; where its equation adds outputs of skills, A and B are averaged
 apart here, own ones among them, as Polytropon's code does.
 

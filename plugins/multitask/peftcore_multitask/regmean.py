@@ -28,7 +28,7 @@ Parameters: those of the parts.
 
 Start: All P_t are w_t / sum w: a plain mean, which changes nothing while the parts are fresh.
 
-Differs from the authors' code: an input that is zero in all tasks keeps the plain mean; the authors' inverse does not
+Differs from the authors' code: An input that is zero in all tasks keeps the plain mean; the authors' inverse does not
 exist there, and they count padding.
 
 Use it: `peftcore.apply(model, "regmean")`, where a few batches of each task are at hand when its adapter is done; not

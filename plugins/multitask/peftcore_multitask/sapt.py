@@ -26,7 +26,7 @@ Parameters: tasks * rank * (in + out) a module, tasks * d + 2 hidden d + 2 d onc
 Start: Keys uniform in +-1, A in +-1/sqrt(inputs), the network from N(0, 0.02^2) as transformers starts it in the
 authors' Llama (in their T5, uniform in +-1/sqrt(inputs)), B at zero: the identity for the first task.
 
-Differs from the authors' code: the authors' max sees padding, this does not. Dropout, which the authors' scripts have
+Differs from the authors' code: The authors' max sees padding, this does not. Dropout, which the authors' scripts have
 at zero, is left out, and models in which a decoder reads an encoder are refused: there the text is not at hand when the
 decoder runs.
 

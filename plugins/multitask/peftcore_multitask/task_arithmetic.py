@@ -12,7 +12,7 @@ Parameters: those of the parts.
 
 Start: Nothing is drawn; of fresh parts nothing changes.
 
-Differs from the authors' code: the authors sum over the whole of models that were trained in full
+Differs from the authors' code: The authors sum over the whole of models that were trained in full
 (mlfoundations/task_vectors); here every site that a part has counts, and parts may differ in method and sites. peft's
 "linear" sums factors of LoRAs instead of their products, which is another thing; its "cat" is this one.
 

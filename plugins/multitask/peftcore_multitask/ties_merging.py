@@ -13,7 +13,7 @@ Parameters: those of the parts.
 
 Start: Nothing is drawn; of fresh parts nothing changes.
 
-Differs from the authors' code: the authors' code (prateeky2806/ties-merging) trims the flattened model as a whole;
+Differs from the authors' code: The authors' code (prateeky2806/ties-merging) trims the flattened model as a whole;
 here, as in peft, each weight for itself. Where the sum is exactly 0 the sign is that of most values, as the authors
 have it, not +1 as in peft, which also elects before it weighs. Of LoRAs the products B A are merged (peft's "ties_svd"
 without the svd), not A and B apart (its "ties").

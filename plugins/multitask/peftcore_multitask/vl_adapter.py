@@ -18,7 +18,7 @@ Parameters: n_D (d r + r) + n_U (d r + d) an adapter, where n is 1 for a shared 
 
 Start: Matrices from N(0, 0.02), biases at zero: near the identity; ``up_init_std=0`` makes it exact.
 
-Differs from the authors' code: the authors' batches have one task; here each row may have its own. The paper's other
+Differs from the authors' code: The authors' batches have one task; here each row may have its own. The paper's other
 adapters are methods here: its Hyperformer is near `hyperformer` (its code has the generators of a block's places
 apart), its Compacter `compacter`, which it trains for all tasks as one.
 

@@ -14,7 +14,7 @@ Parameters: 4 d^2 + 4 d a block, about a third of a transformer's, those of the 
 
 Start: The values of the model: the identity.
 
-Differs from the authors' code: no difference is known (facebookresearch/deit).
+Differs from the authors' code: No difference is known (facebookresearch/deit).
 
 Use it: `peftcore.apply(model, "attention_only")`, in place of full fine-tuning on images: a third of the memory for
 gradients, at nearly the same accuracy.

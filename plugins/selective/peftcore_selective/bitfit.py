@@ -11,7 +11,7 @@ Parameters: the length of each bias, and the weight of the head.
 
 Start: The values of the model: the identity. New biases of `add_missing_bias` start at zero.
 
-Differs from the authors' code: no difference is known (benzakenelad/BitFit).
+Differs from the authors' code: No difference is known (benzakenelad/BitFit).
 
 Use it: `peftcore.apply(model, "bitfit")`, as the smallest baseline that reaches every layer; it merges by writing the
 biases back.

@@ -14,7 +14,7 @@ Parameters: all; in the blocks only the share `share` of them changes.
 
 Start: The values of the model: the identity.
 
-Differs from the authors' code: no difference is known.
+Differs from the authors' code: No difference is known.
 
 Use it: `peftcore.apply(model, "child_tuning_d", data=batches)`, to fine-tune on little data without forgetting; it
 costs a backward pass over the data.

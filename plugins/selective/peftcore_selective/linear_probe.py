@@ -11,7 +11,7 @@ Parameters: classes * (d + 1) for a linear head.
 
 Start: The values of the model: the identity.
 
-Differs from the authors' code: no difference is known.
+Differs from the authors' code: No difference is known.
 
 Use it: `peftcore.apply(model, "linear_probe")`. First: every other method has to close the gap between the probe and
 full fine-tuning.

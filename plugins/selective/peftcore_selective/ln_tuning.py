@@ -10,7 +10,7 @@ Parameters: 2 d a LayerNorm, d an RMSNorm.
 
 Start: The values of the model: the identity.
 
-Differs from the authors' code: that code was not compared.
+Differs from the authors' code: That code was not compared.
 
 Use it: `peftcore.apply(model, "ln_tuning")`, for domain shift and multimodal alignment, where it is close to LoRA with
 a hundredth of its parameters.

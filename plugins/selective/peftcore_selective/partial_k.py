@@ -13,7 +13,7 @@ Parameters: those of k blocks, of the final norm and of the head.
 
 Start: The values of the model: the identity.
 
-Differs from the authors' code: no difference is known.
+Differs from the authors' code: No difference is known.
 
 Use it: `peftcore.apply(model, "partial_k")`, as the strong baseline on fixed low-level features; k = 0 would be a
 linear probe, k = L nearly full fine-tuning.

@@ -10,7 +10,7 @@ Parameters: as many as the indices, times the width of the table.
 
 Start: The rows of the table: the identity.
 
-Differs from the authors' code: there is no paper; in peft a tied head is computed without its bias. A file stores the
+Differs from the authors' code: There is no paper; in peft a tied head is computed without its bias. A file stores the
 rows themselves, in ascending order of their indices, not differences from a base: so new tokens have the same
 embeddings after loading, regardless of the random start of a resized table.
 

@@ -15,7 +15,7 @@ Parameters: 2 d r + r + d a block, 2 d more with a norm, one more when s is lear
 
 Start: W_down starts from a Kaiming-uniform draw, W_up and the biases at zero: an exact identity.
 
-Differs from the authors' code: no difference is known; the code normalizes the adapter's input, as the paper's equation
+Differs from the authors' code: No difference is known; the code normalizes the adapter's input, as the paper's equation
 does, only with layer_norm="in".
 
 Use it: `peftcore.apply(model, "adaptformer")`, to adapt image and video transformers to other kinds of pictures. It

@@ -19,7 +19,7 @@ Parameters: 3 (2 d h + h + d) a block, T d, and 2 d of the norm: 10.7M in a ViT-
 
 Start: e, W_up and all biases at zero, W_down from N(0, 0.02^2): the identity.
 
-Differs from the authors' code: no difference is known.
+Differs from the authors' code: No difference is known.
 
 Use it: `peftcore.apply(model, "aim", frames=1)`, for videos on a frozen ViT or CLIP where all frames see each other;
 not in models with windows or relative positions (`st_adapter`, its kin with a convolution over frames), nor where

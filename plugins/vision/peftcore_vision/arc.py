@@ -15,7 +15,7 @@ Parameters: h + d an adapter, and d h once for each D: 96,432 in a ViT-B/16.
 Start: D from a Xavier-uniform draw, b at zero; r of attention at zero, r of feed-forwards from a Xavier-uniform draw
 too. So a fresh ARC is not an identity (``feed_forward_start="zero"`` makes it one).
 
-Differs from the authors' code: no difference is known.
+Differs from the authors' code: No difference is known.
 
 Use it: `peftcore.apply(model, "arc")`, where inference must cost nothing and files must be small; not where each layer
 needs other directions (`repadapter` shares no factor, `fact_tk` shares factors of the update of a weight).

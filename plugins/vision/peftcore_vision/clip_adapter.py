@@ -18,7 +18,7 @@ Parameters: 2 d (d // reduction).
 Start: Both matrices start as torch's linear layers do, so a fresh adapter already mixes in noise; ``ratio=0`` is the
 model itself.
 
-Differs from the authors' code: the authors train with 1 to 16 images a class and search the ratio by task; no other
+Differs from the authors' code: The authors train with 1 to 16 images a class and search the ratio by task; no other
 difference is known.
 
 Use it: `peftcore.apply(model, "clip_adapter")`, with few images a class: only features are touched, so the model's own

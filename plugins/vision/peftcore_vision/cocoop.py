@@ -18,7 +18,7 @@ Parameters: M d + (p + 1) (p // reduction) + (p // reduction + 1) d. Nothing mer
 Start: v starts as N(0, 0.02), or as the embeddings of `init_ids`; the network as torch's linear layers do. No start is
 an identity.
 
-Differs from the authors' code: the authors run images one by one, and train one image at a time; here their texts are
+Differs from the authors' code: The authors run images one by one, and train one image at a time; here their texts are
 one batch of the tower, of as much memory.
 
 Use it: `peftcore.apply(model, "cocoop")`, where an adapter of few classes shall hold for names that were not seen; for

@@ -16,7 +16,7 @@ Parameters: in out / g + out a branch, and the norms.
 
 Start: G and c uniform in +-1e-3: near the identity; ``init_range=0`` makes it exact.
 
-Differs from the authors' code: in the code the biases of the matrices train along with c, to which they add up: `train`
+Differs from the authors' code: In the code the biases of the matrices train along with c, to which they add up: `train`
 takes their names where that is wanted.
 
 Use it: `peftcore.apply(model, "consolidator")`, where inference must cost nothing and updates of high rank are wanted

@@ -17,7 +17,7 @@ Parameters: 2 d h + h + d + 9 h^2 + h a bypass, two a block. It cannot be merged
 
 Start: W_down from a Xavier-uniform draw, the convolution from the identity (or Xavier), W_up at zero: the identity.
 
-Differs from the authors' code: the code's separate draw of stochastic depth is here too (the paper draws none). Each
+Differs from the authors' code: The code's separate draw of stochastic depth is here too (the paper draws none). Each
 window of a model that has windows is a picture here: the authors' variant for Swin looks over borders.
 
 Use it: `peftcore.apply(model, "convpass")`, with few labels.

@@ -19,7 +19,7 @@ Parameters: M d, or classes M d. Nothing merges, but once trained the features o
 
 Start: v starts as N(0, 0.02), or as the embeddings of `init_ids`. No start is an identity.
 
-Differs from the authors' code: the authors' other orders of words need `placeholder`; no other difference is known.
+Differs from the authors' code: The authors' other orders of words need `placeholder`; no other difference is known.
 
 Use it: `peftcore.apply(model, "coop")`, to adapt CLIP with 16 or fewer images a class; without CSC an adapter holds for
 any names. Models that generate are refused: prompt_tuning is for them.

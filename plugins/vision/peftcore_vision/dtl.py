@@ -15,7 +15,7 @@ Parameters: 2 rank d a block, and d kernel^2 with DTL+: 36,864 in ViT-B with ran
 
 Start: A start as torch's linear layers do, C at zero, so a fresh adapter is an exact identity.
 
-Differs from the authors' code: the authors train a new head along (``train=["head"]`` trains the model's).
+Differs from the authors' code: The authors train a new head along (``train=["head"]`` trains the model's).
 
 Use it: `peftcore.apply(model, "dtl")`, where memory and parameters are both short on pictures; not where the model may
 be changed from its first block on (`adaptformer`, `convpass`), nor where it must not change at all (`lst`,

@@ -20,7 +20,7 @@ Parameters: (length + kv_length) * d a block, with separate keys and values (len
 
 Start: P as in `vpt_deep`, K and V from Kaiming-uniform draws. No start is an identity.
 
-Differs from the authors' code: the code's masks train with the prompts before pruning; here they are 1. It tries each
+Differs from the authors' code: The code's masks train with the prompts before pruning; here they are 1. It tries each
 pair of shares from 10 to 90 percent on validation data, which is left to the user.
 
 Use it: `peftcore.apply(model, "e2vpt")`, where `vpt_deep` is used, with fewer prompts or better ones; not where its

@@ -18,7 +18,7 @@ l c (c + 1), and 2 c with a norm.
 Start: Matrices from N(0, 0.02^2), truncated, K from N(0, 2 / (k^2 c)), biases at zero. A fresh prompt is not an
 identity (`zero_up` makes it one).
 
-Differs from the authors' code: the authors train the decoder of masks along (``train=["decode_head"]``).
+Differs from the authors' code: The authors train the decoder of masks along (``train=["decode_head"]``).
 
 Use it: `peftcore.apply(model, "evp")`, for tasks that depend on low-level structure (forgery, shadows, blur,
 camouflage); not where it does not matter, nor in models of text. It depends on the input and cannot be merged.

@@ -12,7 +12,7 @@ Parameters: r a slice, and 2 d r + r^3 once: 2 d r + r^3 + 12 L r for a ViT of L
 
 Start: U as a linear layer, C and P from Xavier-uniform draws, V at zero: the identity.
 
-Differs from the authors' code: no difference is known; the code differs from the equation where a matrix has several
+Differs from the authors' code: No difference is known; the code differs from the equation where a matrix has several
 slices, and so does this.
 
 Use it: `peftcore.apply(model, "fact_tk")`, where FacT-TT would do and every number counts; it merges.

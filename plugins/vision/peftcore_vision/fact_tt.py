@@ -13,7 +13,7 @@ Parameters: r^2 a slice, and 2 d r once: 2 d r + 12 L r^2 for a ViT of L blocks.
 
 Start: U and Sigma as linear layers, V at zero: the identity.
 
-Differs from the authors' code: the authors' code has d = 768 and the four slices of a feed-forward's matrix written
+Differs from the authors' code: The authors' code has d = 768 and the four slices of a feed-forward's matrix written
 into it.
 
 Use it: `peftcore.apply(model, "fact_tt")`, where the adapter itself must be tiny, as when there is one for each of many

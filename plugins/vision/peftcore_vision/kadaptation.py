@@ -12,7 +12,7 @@ Parameters: r (in + out) a site, out an attention, and 2 n^2 a role: 50,176 in t
 
 Start: l and r uniform in +-0.01, u from a Glorot-uniform draw, v and b at zero: the identity.
 
-Differs from the authors' code: the code starts u and v at zero both, where neither has a gradient, so that b alone
+Differs from the authors' code: The code starts u and v at zero both, where neither has a gradient, so that b alone
 would learn. It also takes the u and v of queries for values, adds the update of queries behind their division by the
 root of a head's width, and writes the tokens of a batch in another order than it reads them. Here the update is the
 paper's, of the weight, and merges.

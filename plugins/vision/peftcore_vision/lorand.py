@@ -10,7 +10,7 @@ Parameters: 2 β (α (d + d/2) + α^2) + d + d/2 an adapter, two a block.
 
 Start: Kaiming-uniform draws, biases as torch's layers: a fresh adapter is not an identity (`zero_up` makes it one).
 
-Differs from the authors' code: the paper has K_i in common for both matrices; the authors' code (in the repository of a
+Differs from the authors' code: The paper has K_i in common for both matrices; the authors' code (in the repository of a
 later method of theirs) has not, nor has this.
 
 Use it: `peftcore.apply(model, "lorand")`, for dense predictions with a Swin, at a share of a bottleneck adapter's

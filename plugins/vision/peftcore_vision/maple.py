@@ -22,7 +22,7 @@ Parameters: depth (length d + (d + 1) d_image).
 Start: Text prompts from N(0, 0.02), or P_0 as the words `init_ids`; maps as torch's linear layers. No start is an
 identity.
 
-Differs from the authors' code: the authors let the deeper maps start alike; here each is drawn by itself.
+Differs from the authors' code: The authors let the deeper maps start alike; here each is drawn by itself.
 
 Use it: `peftcore.apply(model, "maple", depth=2)`, for CLIP with few images a class, where names of other classes shall
 still work; coop has a hundredth of the parameters, and is as good for the classes that were seen.

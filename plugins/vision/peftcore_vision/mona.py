@@ -18,7 +18,7 @@ Parameters: 133 d + 9,728 an adapter with h = 64, two a block: 2 d h + h^2 + 5 d
 Start: γ starts at 1e-6 and δ at 1, [d] each; W_down and W_up from N(0, 0.02^2), their biases at zero; convolutions as
 torch's do. So a fresh adapter is not an identity (`zero_up` makes it one).
 
-Differs from the authors' code: tokens that are not patches, such as a class token, are not in the code; here they are
+Differs from the authors' code: Tokens that are not patches, such as a class token, are not in the code; here they are
 pictures of one pixel.
 
 Use it: `peftcore.apply(model, "mona")`, for detection and segmentation, where it is better than tuning all; not where

@@ -17,7 +17,7 @@ Parameters: 2 c size (height + width - 2 size), 69,840 for 30 of 224 pixels; a s
 
 Start: N(0, 1), as in the code: not an identity (``std=0`` makes it one).
 
-Differs from the authors' code: the authors draw the place of a random square in evaluation too, and never at the last
+Differs from the authors' code: The authors draw the place of a random square in evaluation too, and never at the last
 row and column.
 
 Use it: `peftcore.apply(model, "pixel_vp")`, where the inside of a model is out of reach, or one prompt is to go to

@@ -13,7 +13,7 @@ Parameters: d h + h + d h / g + d an adapter.
 
 Start: A from a Xavier-uniform draw, all else at zero: the identity.
 
-Differs from the authors' code: the authors' own merging fails with g = 1; no other difference is known.
+Differs from the authors' code: The authors' own merging fails with g = 1; no other difference is known.
 
 Use it: `peftcore.apply(model, "repadapter")`, where inference must cost nothing.
 """

@@ -19,7 +19,7 @@ Parameters: about share * (those of all sites).
 
 Start: A uniform in +-1/sqrt(in), B and entries at zero: the identity.
 
-Differs from the authors' code: the authors' steps of tau are those of their budget of 400,000. Their A and B are made
+Differs from the authors' code: The authors' steps of tau are those of their budget of 400,000. Their A and B are made
 so too, but the reset of their whole model then draws both anew, from N(0, 0.02^2): `init_std` is for that. Their code
 drops inputs of updates, and whole updates of samples, with 0.1 in training, and leaves entries of norms frozen that
 were chosen and count. Queries, keys and values of one fused matrix count apart. The authors train the head and the

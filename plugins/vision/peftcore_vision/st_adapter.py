@@ -20,7 +20,7 @@ Parameters: 2 d h + 2 h + d + h t y z an adapter: 592,512 in a ViT-B with the de
 Start: k, c and all biases at zero: the identity; W_down and W_up as torch's layers, without a gradient in the first
 step.
 
-Differs from the authors' code: the code turns cuDNN off for k; nothing is turned off here.
+Differs from the authors' code: The code turns cuDNN off for k; nothing is turned off here.
 
 Use it: `peftcore.apply(model, "st_adapter", frames=1)`, to make a video model of a frozen one of images (CLIP, ViT,
 Swin); not on single pictures (`convpass`, `mona`), and not where frames far apart have to see each other in one block:

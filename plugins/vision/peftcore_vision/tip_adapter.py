@@ -22,7 +22,7 @@ Parameters: images * d, or none. A plan without `images` counts one.
 
 Start: K are the features of the images in ``data=``: not an identity; ``alpha=0`` is the model itself.
 
-Differs from the authors' code: the authors search alpha and beta on validation images: both are attributes of the
+Differs from the authors' code: The authors search alpha and beta on validation images: both are attributes of the
 operator.
 
 Use it: `peftcore.apply(model, "tip_adapter", features="input", data=[batch])`, with 1 to 16 images a class: it is good

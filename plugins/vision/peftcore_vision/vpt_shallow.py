@@ -19,7 +19,7 @@ positions: its rows go through the same blocks, modulated as the image is.
 Start: P uniform in +-sqrt(6 / (3 p^2 + d)), p the side of a patch. No start is an identity: any added row changes the
 outputs.
 
-Differs from the authors' code: where the authors average over tokens (their MAE models), they count the prompt's rows
+Differs from the authors' code: Where the authors average over tokens (their MAE models), they count the prompt's rows
 in unless VIT_POOL_TYPE is "img_pool"; here they are never counted. They keep dropout of the frozen blocks off while
 prompts train: put the model in eval mode for that. They search learning rates from 0.05 to 50 with SGD.
 

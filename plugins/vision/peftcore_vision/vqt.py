@@ -16,7 +16,7 @@ Parameters: length * d a block, for each head with c classes c * length * d a bl
 Start: P_l uniform in +-sqrt(6 / (3 p^2 + d)), p the side of a patch, and U_l at zero. Not an identity, since the head's
 inputs are normalized; ``normalize=False`` makes it one.
 
-Differs from the authors' code: the authors (andytu28/VQT) begin with a new head. Their selection of features by a group
+Differs from the authors' code: The authors (andytu28/VQT) begin with a new head. Their selection of features by a group
 lasso (KEEP_FRAC) trains once, keeps the best columns and begins anew; it is not here. They keep dropout of the frozen
 blocks off while prompts train: put the model in eval mode for that.
 

@@ -24,7 +24,7 @@ Parameters: 2 d r + r + d of the adapter and d + 1 of the dispatcher, a block.
 Start: W_down starts from a Kaiming-uniform draw, w from N(0, 0.02), all else at zero: about half of the tokens go
 through. ``init_std=0, init_bias=10`` lets all tokens through: the identity.
 
-Differs from the authors' code: the mixture of adapters of the paper is not in the code, and not here.
+Differs from the authors' code: The mixture of adapters of the paper is not in the code, and not here.
 
 Use it: `peftcore.apply(model, "dyt")`, where a ViT has to be faster than it was, and keep all its tokens; not where all
 may go through (`adaptformer` has the same adapter), nor where tokens are to be left out of attention too (`coda`). It
