@@ -19,7 +19,7 @@ Parameters, with w = d / R and L blocks: (L + 1)(d w + w) + L (12 w^2 + 13 w + 1
 Start: alpha_l starts at 0, all else as torch's layers do. The model predicts from the side network alone, so no start
 is an identity.
 
-Differs from the authors' code: Besides the two things above: the authors put y behind the model's last norm, which here
+Differs from the authors' code: The two things above; and the authors put y behind the model's last norm, which here
 acts on y.
 
 Use it: `peftcore.apply(model, "lst")`, where memory is short: backward runs only through the small network. It cannot

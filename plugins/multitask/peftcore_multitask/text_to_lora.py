@@ -24,7 +24,8 @@ for each layer and each kind, and (w + 1) rank (in + out) for each kind.
 
 Start: H at zero and h as a LoRA's start, so all vectors give the same LoRA, which does nothing: the identity.
 
-Differs from the authors' code: Besides the networks and the way to train that are not here: no difference is known.
+Differs from the authors' code: The networks and the way to train that are named above are not here; no other difference
+is known.
 
 Use it: `peftcore.apply(model, "text_to_lora", vector_width=384)`, for hundreds of tasks with descriptions, where a new
 one shall need no training; not for a few tasks, nor where no text says what a task is (`hyperformer_pp` has an
