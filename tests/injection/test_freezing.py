@@ -3,7 +3,8 @@
 from torch import nn
 
 import peftcore
-from peftcore.injection.freezing import freeze, thaw, thawed
+from peftcore.injection.freezing import freeze, thaw
+from peftcore.utils.journal import Journal
 
 
 def model() -> nn.Sequential:
@@ -14,12 +15,11 @@ def model() -> nn.Sequential:
 
 
 def test_each_parameter_that_trains_is_named_once() -> None:
-    host = model()
-    found = thawed([parameter for module in host for parameter in module.parameters()])
+    host, journal = model(), Journal()
+    found = freeze(journal, [parameter for module in host for parameter in module.parameters()])
     assert [id(each) for each in found] == [id(p) for p in (*host[0].parameters(), host[1].bias, host[2].weight)]
-    freeze(found)
     assert not any(parameter.requires_grad for parameter in host.parameters())
-    thaw(found)
+    thaw(journal, found)
     assert not host[2].bias.requires_grad and all(each.requires_grad for each in found)
 
 
