@@ -50,7 +50,9 @@ class Interrupted:
         return False
 
     def _enter(self, frame: FrameType, event: str, arg: Any) -> Any:
-        return self._line if frame.f_code.co_filename in self.files else None
+        """Follow functions of these files, except the end of a block: Python guards no `__exit__` from an interrupt."""
+        followed = frame.f_code.co_filename in self.files and frame.f_code.co_name != "__exit__"
+        return self._line if followed else None
 
     def _line(self, frame: FrameType, event: str, arg: Any) -> Any:
         place = frame.f_code.co_filename, frame.f_lineno
