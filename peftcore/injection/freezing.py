@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
 from torch import nn
 
 from peftcore.utils.journal import Journal
@@ -15,11 +16,17 @@ def freeze(journal: Journal, parameters: Iterable[nn.Parameter]) -> list[nn.Para
     for parameter in parameters:
         if parameter.requires_grad:
             trained.append(parameter)
-        journal.set(parameter, "requires_grad", False)
+        journal.call(_let_train, parameter, parameter.requires_grad, False)
     return trained
 
 
 def thaw(journal: Journal, parameters: Iterable[nn.Parameter]) -> None:
-    """Turn on requires_grad."""
+    """Turn on requires_grad, except for parameters that other code has quantized in place: integers do not train."""
     for parameter in parameters:
-        journal.set(parameter, "requires_grad", True)
+        if parameter.is_floating_point() or parameter.is_complex():
+            journal.call(_let_train, parameter, parameter.requires_grad, True)
+
+
+def _let_train(parameter: nn.Parameter, trains: bool) -> None:
+    with torch.inference_mode(parameter.is_inference()):  # parameters that were made in it are changed in it alone
+        parameter.requires_grad_(trains)

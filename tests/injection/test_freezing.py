@@ -1,5 +1,7 @@
 """The base trains no longer while an adapter is on it, and does again afterwards: what trained, and only that."""
 
+import pytest
+import torch
 from torch import nn
 
 import peftcore
@@ -34,3 +36,39 @@ def test_the_last_adapter_gives_back_what_trained() -> None:
     assert not any(dict(host.named_parameters())[name].requires_grad for name in names)
     two.remove()
     assert [parameter.requires_grad for parameter in host.parameters()] == before
+
+
+def trained(host: nn.Module) -> list[bool]:
+    return [parameter.requires_grad for parameter in host.parameters()]
+
+
+def test_a_model_made_in_inference_mode_is_as_before_when_the_last_adapter_is_removed() -> None:
+    with torch.inference_mode():
+        host = model()
+    before = trained(host)
+    injection = peftcore.apply(host, "lora", target="0")
+    assert trained(host) != before
+    injection.remove()
+    assert trained(host) == before and not peftcore.injections(host)
+
+
+def test_an_apply_that_fails_lets_a_model_made_in_inference_mode_train_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    with torch.inference_mode():
+        host = model()
+    before = trained(host)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(peftcore.Injection, "trainable", interrupted)
+        peftcore.apply(host, "lora", target="0")
+    assert trained(host) == before and not peftcore.injections(host)
+
+
+def interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_parameter_that_holds_integers_since_does_not_stand_in_the_way() -> None:
+    host = model()
+    injection = peftcore.apply(host, "lora", target="0")
+    host[2].weight.data = host[2].weight.data.to(torch.int8)  # as code does that quantizes in place
+    injection.remove()
+    assert not peftcore.injections(host) and not host[2].weight.requires_grad and host[0].weight.requires_grad
