@@ -3,6 +3,7 @@ before or after the write: the model is as it was, and the next try succeeds."""
 
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -187,3 +188,37 @@ def test_a_write_that_fails_leaves_nothing(
     assert stops > 0
     after = look(model)
     assert any(after[key] != before[key] for key in before if key != "output")
+
+
+def test_an_idle_adapter_whose_removal_fails_can_be_restored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = host("a", "b")
+    peftcore.activate(model, "a")
+    output = run_without_gradients(model, token_ids())
+    peftcore.activate(model, "b")
+    a(model).trainable(False)
+    pool = peftcore.keep_within(model, "1GB", idle=tmp_path)
+    assert pool.rest("a") == []
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="stop"):
+        patch.setattr(HostState, "forget", stopping)
+        a(model).remove()
+    assert pool.idle == ["a"]
+    peftcore.activate(model, "a")
+    assert torch.equal(run_without_gradients(model, token_ids()), output)
+    peftcore.activate(model, "b")
+    pool.rest("a")
+    a(model).remove()
+    assert pool.idle == [] and pool.resident == ["b"]
+
+
+def test_an_adapter_whose_removal_in_another_thread_fails_acts_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = host("a")
+    before = look(model)
+    with monkeypatch.context() as patch, ThreadPoolExecutor(1) as thread, pytest.raises(RuntimeError, match="stop"):
+        patch.setattr("peftcore.injection.injection.drop_state", stopping)
+        thread.submit(a(model).remove).result()
+    now = look(model)
+    assert [key for key in before if now[key] != before[key]] == []
+
+
+def stopping(*_: object) -> None:
+    raise RuntimeError("stop")
