@@ -16,6 +16,7 @@ from torch import nn
 
 from peftcore.algebra.combining import Change, changes, lora_of, nearest
 from peftcore.algebra.merge_math import svd
+from peftcore.contract.batches import Data
 from peftcore.contract.operators import Factors
 from peftcore.errors import ExportError, MergeError, NotMergeable, NoWeights, UnsupportedSite
 from peftcore.files.added_rows import check_no_rows
@@ -28,7 +29,6 @@ from peftcore.injection.switching import activate
 from peftcore.registry.plugins import layer_of
 from peftcore.targets.resolver import Resolver
 from peftcore.targets.sites import Site
-from peftcore.training.batches import Data
 
 How = Literal["as it is", "as a LoRA", "projected"]
 NOTHING = 1e-6

@@ -22,8 +22,7 @@ from peftcore.forward.call import Forward, ModuleCall
 from peftcore.forward.context.context import HERE, remember_in_checkpoint
 from peftcore.forward.state.host_state import HostState
 from peftcore.forward.state.slot import Slot, slot_of
-from peftcore.forward.tensors.view import SLOT
-from peftcore.layers.layer import GRAFTED
+from peftcore.layers.layer import GRAFTED, SLOT
 from peftcore.layers.pieces import is_cut
 from peftcore.utils.journal import Journal
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from peftcore.contract.batches import Data
 from peftcore.contract.config import MethodConfig
 from peftcore.contract.method import Method
 from peftcore.contract.peft_names import is_peft_config
@@ -36,7 +37,7 @@ from peftcore.surgery.placement import Placement
 from peftcore.surgery.planning import Plan
 from peftcore.surgery.surgeon import Surgeon
 from peftcore.targets.resolver import Resolver, Target
-from peftcore.training.batches import Data, calibrate, find_structure
+from peftcore.training.calibration import calibrate, find_structure
 from peftcore.utils.journal import Journal
 from peftcore.utils.notices import notice
 
