@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from peftcore.algebra import merge_math
-from peftcore.algebra.merge_math import Sign, cat, linear, product, svd, trimmed, weighted_svd
+from peftcore.algebra.merge_math import Sign, cat, linear, product
 from peftcore.authoring.inputs import second_moments
 from peftcore.contract.config import MethodConfig, validate
 from peftcore.contract.method import Method
@@ -50,6 +50,14 @@ class Change:
     """The change in logical layout."""
     factors: Factors | None
     """The factors of the change, where it is low-rank."""
+
+    def nearest(self, rank: int, moment: Tensor | None = None) -> tuple[Factors, float]:
+        """Returns the change itself if it has factors of at most a rank, otherwise the nearest update of that rank; and
+        its relative error. A `moment` of the inputs is used for matrices ``[out, in]``."""
+        if self.factors is not None and self.factors[1].shape[-1] <= rank:
+            return self.factors, 0.0
+        moment = moment.to(self.delta) if moment is not None and self.delta.dim() == 2 else None
+        return merge_math.nearest(self.delta, rank, self.site.layer.batch_dims, moment)
 
 
 def _precise(tensor: Tensor) -> Tensor:
@@ -230,8 +238,8 @@ def to_lora(
 ) -> tuple[Injection, dict[str, float]]:
     """Returns a LoRA with the weight changes of another adapter, and its error at each site relative to the change.
 
-    The LoRA is exact if the change has low enough rank (its factors are used); otherwise it is the nearest one, by
-    `svd`. Ranks that the change does not need are initialized as in a new LoRA, so that they add zero and can train.
+    The LoRA is exact if the change has low enough rank (its factors are used); otherwise it is the nearest one.
+    Ranks that the change does not need are initialized as in a new LoRA, so that they add zero and can train.
     The new injection is frozen and active in place of the old one, which stays on the host.
 
     Args:
@@ -262,7 +270,7 @@ def nearest(injection: Injection, rank: int, data: Data | None = None) -> dict[s
     found = _matrices(changes(injection))
     moments = {} if data is None else second_moments(injection, data)
     steps = through(found.items(), "factors of changes")
-    return {path: _nearest(change, rank, moments.get(path)) for path, change in steps}
+    return {path: (change.site, *change.nearest(rank, moments.get(path))) for path, change in steps}
 
 
 def lora_of(
@@ -297,16 +305,6 @@ def _matrices(found: dict[str, Change]) -> dict[str, Change]:
     if vectors:
         raise UnsupportedSite(f"vectors have no low-rank form, and these change: {', '.join(vectors[:8])}")
     return found
-
-
-def _nearest(change: Change, rank: int, moment: Tensor | None = None) -> Made:
-    if change.factors is not None and change.factors[1].shape[-1] <= rank:
-        return change.site, change.factors, 0.0
-    if moment is not None and change.delta.dim() == 2:
-        factors, error = weighted_svd(change.delta, rank, moment.to(change.delta))
-    else:
-        factors, error = svd(change.delta, rank, change.site.layer.batch_dims)
-    return change.site, trimmed(factors), error
 
 
 @torch.no_grad()
@@ -446,7 +444,7 @@ def _merger(how: How, weights: list[float], density: float, sign: Sign, seed: in
         if rank is None:
             return site, cat([_factors(path, change) for change, _ in here], [weight for _, weight in here]), 0.0
         taus = [task[path].delta if path in task else torch.zeros_like(like) for task in tasks]
-        return _nearest(Change(site, merges[how](taus), None), rank)
+        return site, *Change(site, merges[how](taus), None).nearest(rank)
 
     return merge
 
