@@ -40,10 +40,9 @@ from peftcore.injection.summary import Summary
 from peftcore.layers.layer import GRAFTED
 from peftcore.layers.pieces import ENGINE, is_partitioned
 from peftcore.libraries.save_pretrained import note_form
-from peftcore.surgery import silent_layers
 from peftcore.surgery.installation import install, release, uninstall
-from peftcore.surgery.placement import Placement
 from peftcore.surgery.surgeon import Graft, Surgeon, Wishes
+from peftcore.surgery.watched_sites import WatchedSites
 from peftcore.targets.sites import Site
 from peftcore.utils.journal import Journal
 
@@ -660,15 +659,17 @@ class Injection(AppliedMethod):
             try:
                 state.injections[name] = self
                 state.reads_tokens += reads_tokens
-                state.placement = state.placement or Placement()
-                state.placement.expect(name, self.grafts)
+                state.watched = state.watched or WatchedSites()
                 install(surgeon, state, name)
                 freeze(frozen)
                 stack = choices.add(name, instead) if active else (name,)
                 if not active:
                     state.replan()
                 self.trainable(True)
-                silent_layers.watch(surgeon, state, name)
+                if not state.watches_runs:
+                    state.watched.forget_runs()
+                    state.watches_runs = True
+                state.watched.expect(surgeon, name)
                 yield stack
                 state.frozen += frozen
             except BaseException:
@@ -683,10 +684,9 @@ class Injection(AppliedMethod):
     def _uninstall(self) -> None:
         """Take its operators out of the model. Each step can be taken again."""
         state = self.state
-        silent_layers.forget(state, self.name)
+        if state.watched is not None:
+            state.watched.forget(self.name)
         uninstall(self._surgeon, state, self.name)
-        if state.placement is not None:
-            state.placement.forget(self.name)
 
     def _leave(self, baked: merging.Merged | None = None) -> None:
         """Leave the host, whose weights keep what is baked. What interrupts it is raised when it is done."""

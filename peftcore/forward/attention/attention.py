@@ -292,7 +292,7 @@ def run_edits(
     Raises:
         UnsupportedSite: the sizes of the tensors differ from those of the site.
     """
-    if edits.slot.state.silent_layers is not None:
+    if edits.slot.state.watches_runs:
         edits.slot.ran[host.module.training] = True
     first = edits.mounts[0].operator
     assert isinstance(first, AttentionOperator)
