@@ -273,6 +273,7 @@ def nearest(injection: Injection, rank: int, data: Data | None = None) -> dict[s
     return {path: (change.site, *change.nearest(rank, moments.get(path))) for path, change in steps}
 
 
+@torch.no_grad()
 def lora_of(
     model: torch.nn.Module,
     made: Mapping[str, tuple[Site, Factors]],
@@ -292,29 +293,6 @@ def lora_of(
         DuplicateInjection: the name is taken.
         RouteError, CompositionError: a route or composition that is in force uses one of the named injections.
     """
-    return _lora(model, made, name, instead, rank)
-
-
-Made = tuple[Site, Factors, float]
-"""An update of a site, and its relative error."""
-Merge = Callable[[str, list[dict[str, Change]], int | None], Made]
-
-
-def _matrices(found: dict[str, Change]) -> dict[str, Change]:
-    vectors = [path for path, each in found.items() if each.delta.dim() < each.site.layer.batch_dims + 2]
-    if vectors:
-        raise UnsupportedSite(f"vectors have no low-rank form, and these change: {', '.join(vectors[:8])}")
-    return found
-
-
-@torch.no_grad()
-def _lora(
-    model: torch.nn.Module,
-    made: Mapping[str, tuple[Site, Factors]],
-    name: str,
-    instead: Sequence[str],
-    rank: int | None = None,
-) -> Injection:
     try:
         method = find_method("lora")
     except UnknownMethod as error:
@@ -332,6 +310,18 @@ def _lora(
             own[1].narrow(-1, 0, B.shape[-1]).copy_(scale * B)
 
     return established(model, method, config, name, {"": sites}, dtype=dtype, instead=instead, fill=give)
+
+
+Made = tuple[Site, Factors, float]
+"""An update of a site, and its relative error."""
+Merge = Callable[[str, list[dict[str, Change]], int | None], Made]
+
+
+def _matrices(found: dict[str, Change]) -> dict[str, Change]:
+    vectors = [path for path, each in found.items() if each.delta.dim() < each.site.layer.batch_dims + 2]
+    if vectors:
+        raise UnsupportedSite(f"vectors have no low-rank form, and these change: {', '.join(vectors[:8])}")
+    return found
 
 
 def _as_weight(site: Site) -> Site:
@@ -398,7 +388,7 @@ def combine(
         if (error := made[worst][2]) >= LOSSY:
             text = f"rank {rank} loses {error:.0%} of the change at {worst}; a higher rank loses less"
             warnings.warn(text, UserWarning, stacklevel=2)
-        return _lora(model, {path: (site, factors) for path, (site, factors, _) in made.items()}, name, instead, rank)
+        return lora_of(model, {path: (site, factors) for path, (site, factors, _) in made.items()}, name, instead, rank)
     first = adapters[0]
     wishes, method = first.wishes, type(first.method)
     return established(

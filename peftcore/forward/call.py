@@ -288,7 +288,10 @@ class ModuleCall:
                 if first is None:
                     parts[group] = bare(*bare.args, **bare.kwargs)
                 elif len(group) > 1:
-                    parts[group] = self._as_one([routed[n] for n in group], bare)().flatten(0, 1)
+                    run = as_one(
+                        [routed[n] for n in group], self.module, bare, self._inside, self.form_taken, self.prepared
+                    )
+                    parts[group] = run().flatten(0, 1)
                 else:
                     part = self.part(first, bare.args, bare.kwargs)
                     parts[group] = part._of_its_rows(bare)(*bare.args, **bare.kwargs)
@@ -298,10 +301,6 @@ class ModuleCall:
     def _route(self) -> Route:
         assert self.route is not None
         return self.route
-
-    def _as_one(self, plans: list[ActivePlan], bare: OfSomeRows) -> Callable[[], Tensor]:
-        """Returns the function that runs equal adapters as one."""
-        return as_one(plans, self.module, bare, self._inside, self.form_taken, self.prepared)
 
     def _inside(self, acting: ActivePlan) -> Forward:
         return self.part(acting).inner()

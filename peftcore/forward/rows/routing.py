@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -173,7 +173,7 @@ class OfSomeRows:
             return self._whole.run(*args, **kwargs)
         if _same((self.args, self.kwargs), args, kwargs):
             whole, (args, kwargs) = self._whole, self._given
-            with all_rows():  # as `whole(*args, **kwargs)`, without its frame in tracebacks
+            with own_rows(None):  # as `whole(*args, **kwargs)`, without its frame in tracebacks
                 due = whole._is_due(args, kwargs)
                 output = whole._kept(args, kwargs, whole.run(*args, **kwargs)) if due else whole._output
                 return self._pick.of(output)
@@ -213,11 +213,6 @@ def own_rows(rows: OwnRows | None, site: str | None = None) -> Iterator[None]:
             yield
     finally:
         context.rows = outer
-
-
-def all_rows() -> AbstractContextManager[None]:
-    """Returns the context manager in which modules see all rows again."""
-    return own_rows(None)
 
 
 def rows_seen(route: Route, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
