@@ -31,6 +31,7 @@ from peftcore.layers.fsdp import MANAGED, in_group
 from peftcore.layers.pieces import is_cut
 from peftcore.libraries.save_pretrained import saving_base
 from peftcore.targets.sites import SEVERAL
+from peftcore.utils.journal import Journal
 
 if TYPE_CHECKING:
     from peftcore.injection.injection import Injection
@@ -39,8 +40,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("peftcore")
 NUMBER = re.compile(r"\d+")
-Children = dict[str, nn.Module | None]
-"""The children of a module by name."""
 
 
 @dataclass(slots=True, eq=False)
@@ -77,9 +76,9 @@ class WatchedSites:
     """
 
     def __init__(self) -> None:
-        self.ways: dict[str, list[tuple[Children, Children]]] = {}
-        """For each injection that has acted: the children of all modules on the ways to its modules, and these children
-        as they were last."""
+        self.ways: dict[str, list[tuple[nn.Module, dict[str, nn.Module | None]]]] = {}
+        """For each injection that has acted: all modules on the ways to its modules, with the children that they had
+        last."""
         self.tables: dict[str, list[tuple[Site, torch.Size]]] = {}
         """The token tables of each injection, with the shapes that they had when it came: resizing changes these in
         place."""
@@ -91,19 +90,36 @@ class WatchedSites:
         self.once: dict[str, list[tuple[str, Slot]]] = {}
         """Sites that have to run once, by injection, until a forward has run them."""
 
-    def expect(self, surgeon: Surgeon, name: str) -> None:
+    def expect(self, journal: Journal, surgeon: Surgeon, state: HostState, name: str) -> None:
         """Expect the sites of a new injection to be in the model and to run, from the host's next forward on."""
         sites = (site for graft in surgeon.grafts for site in graft.holders if site.form in ("activation", "weight"))
-        self.tables[name] = [(each, each.layer.shape(each.module, each.tensor)) for each in sites if _is_table(each)]
+        tables = [(each, each.layer.shape(each.module, each.tensor)) for each in sites if _is_table(each)]
+        journal.put(self, "tables", name, tables)
+        if not state.watches_runs:  # it was compiled
+            self.forget_runs()
+            state.watches_runs = True
+        journal.call(WatchedSites._expect_runs, self, (name, None), (name, surgeon))
+
+    def forget(self, journal: Journal, surgeon: Surgeon, name: str) -> None:
+        """Stop watching the sites of an injection."""
+        self.ways.pop(name, None)  # found again where it is missing
+        journal.drop(self, "tables", name)
+        journal.call(WatchedSites._expect_runs, self, (name, surgeon), (name, None))
+
+    def _expect_runs(self, injection: tuple[str, Surgeon | None]) -> None:
+        """Expect the sites of an injection to run; without its surgeon, stop it."""
+        name, surgeon = injection
+        if surgeon is None:
+            self._forget_runs(name)
+            return
         self.new[name] = surgeon
         lone = [graft.site for graft in surgeon.grafts if graft.site.once]
         if slots := [(site.path, slot) for site in lone if (slot := slot_of(site.module)) is not None]:
             self.once[name] = slots
 
-    def forget(self, name: str) -> None:
-        """Stop watching the sites of an injection."""
-        for known in (self.ways, self.tables, self.new, self.sites):
-            known.pop(name, None)
+    def _forget_runs(self, name: str) -> None:
+        self.new.pop(name, None)
+        self.sites.pop(name, None)
         self._count_no_more(name)
         for waiting in self.waiting.values():
             for group, members in [*waiting.items()]:
@@ -139,7 +155,7 @@ class WatchedSites:
         """
         for name in acting:
             ways = self.ways.get(name)
-            if ways is None or any(children != before for children, before in ways):
+            if ways is None or any(each._modules != children for each, children in ways):
                 self.ways[name] = list(_ways(model, state.injections[name]))
                 for site in self.sites.get(name, ()):
                     self._look_again(site)
@@ -250,8 +266,8 @@ def _is_table(site: Site) -> bool:
     return site.layer.one_hot or (site.form == "weight" and site.layer_of(site.module, site.tensor).one_hot)
 
 
-def _ways(model: nn.Module, injection: Injection) -> Iterator[tuple[Children, Children]]:
-    """Yields the children of each module on the ways to the injection's modules, and a copy of them.
+def _ways(model: nn.Module, injection: Injection) -> Iterator[tuple[nn.Module, dict[str, nn.Module | None]]]:
+    """Yields the modules on the ways to the injection's modules, with their children.
 
     Raises:
         InactiveSite: some are not in the model.
@@ -271,5 +287,5 @@ def _ways(model: nn.Module, injection: Injection) -> Iterator[tuple[Children, Ch
         for key in path.split(".") if path else ():
             if at not in seen:
                 seen.add(at)
-                yield at._modules, dict(at._modules)
+                yield at, dict(at._modules)
             at = at._modules[key]
