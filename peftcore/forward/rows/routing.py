@@ -142,26 +142,11 @@ class OfSomeRows:
         whole: the shared forward, of the bare base model.
         given: its arguments, by position and by name.
         pick: selects the rows in its arguments and outputs.
-        alone: whether these rows always run separately, because their adapter does not need the shared base forward.
     """
 
-    def __init__(
-        self, whole: OneForward, given: tuple[tuple[Any, ...], dict[str, Any]], pick: OwnRows, alone: bool = False
-    ) -> None:
-        self._whole, self._given, self._pick, self._alone = whole, given, pick, alone
-        args, kwargs = given
-        self.args = tuple(pick.of(each) for each in args)
-        self.kwargs = {name: pick.of(each) for name, each in kwargs.items()}
-
-    def changed(self, *args: Any, **kwargs: Any) -> Any:
-        """Returns the output for changed inputs of these rows.
-
-        Raises:
-            RouteError: the module has submodules, which would run more than once.
-        """
-        if not self._alone:
-            self._whole._check_changed()
-        return self._whole.run(*args, **kwargs)
+    def __init__(self, whole: OneForward, given: tuple[tuple[Any, ...], dict[str, Any]], pick: OwnRows) -> None:
+        self._whole, self._given, self._pick = whole, given, pick
+        self.given: tuple[tuple[Any, ...], dict[str, Any]] = pick.of(given)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Returns the output for these rows.
@@ -169,15 +154,15 @@ class OfSomeRows:
         Raises:
             RouteError: inputs were changed of a module with submodules, which would run more than once.
         """
-        if self._alone:
-            return self._whole.run(*args, **kwargs)
-        if _same((self.args, self.kwargs), args, kwargs):
-            whole, (args, kwargs) = self._whole, self._given
-            with own_rows(None):  # as `whole(*args, **kwargs)`, without its frame in tracebacks
-                due = whole._is_due(args, kwargs)
-                output = whole._kept(args, kwargs, whole.run(*args, **kwargs)) if due else whole._output
-                return self._pick.of(output)
-        return self.changed(*args, **kwargs)
+        whole = self._whole
+        if not _same(self.given, args, kwargs):
+            whole._check_changed()
+            return whole.run(*args, **kwargs)
+        args, kwargs = self._given
+        with own_rows(None):  # as `whole(*args, **kwargs)`, without its frame in tracebacks
+            due = whole._is_due(args, kwargs)
+            output = whole._kept(args, kwargs, whole.run(*args, **kwargs)) if due else whole._output
+            return self._pick.of(output)
 
 
 def _same(before: tuple[tuple[Any, ...], dict[str, Any]], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

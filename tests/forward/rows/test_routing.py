@@ -153,7 +153,7 @@ def test_one_forward_of_all_rows_does_for_all_who_do_not_change_what_goes_in() -
     x, whole, parts = torch.arange(5.0).view(5, 1), OneForward(run, nn.Identity()), {}
     for position in split.present:
         bare = OfSomeRows(whole, ((x,), {}), OwnRows(split, (position,), 5))
-        parts[position,] = (bare if position < 0 else act(position, bare))(*bare.args)
+        parts[position,] = (bare if position < 0 else act(position, bare))(*bare.given[0])
     output = put_together(parts, split)
     assert output.flatten().tolist() == [1, 10, 20, 31, 47]
     assert seen == [[0, 1, 2, 3, 4], [4.5]]
