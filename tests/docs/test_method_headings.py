@@ -12,10 +12,10 @@ from peftcore.registry.method_text import HEADINGS, sections
 
 AT_MOST = {
     "additive": 0,
-    "diffusion": 20,
-    "hybrid": 6,
+    "diffusion": 0,
+    "hybrid": 0,
     "multitask": 0,
-    "quantized": 10,
+    "quantized": 0,
     "reparameterized": 46,
     "selective": 0,
     "vision": 0,

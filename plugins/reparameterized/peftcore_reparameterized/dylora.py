@@ -30,8 +30,10 @@ import torch
 from pydantic import PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
+from peftcore import Injection, lora_of
 from peftcore.author import (
     MATRICES,
+    AppliedMethod,
     ForwardContext,
     LearningRate,
     Method,
@@ -43,10 +45,8 @@ from peftcore.author import (
     Tap,
     forward_context,
 )
-from peftcore_reparameterized._low_rank import low_rank_count
-from peftcore_reparameterized._nested import NestedOperator, make_lora
-
-__all__ = ["DyLoRA", "DyLoRAConfig", "DyLoRAOperator", "make_lora"]
+from peftcore.errors import ConfigError
+from peftcore_reparameterized._low_rank import LowRankOperator, low_rank_count, low_rank_factors
 
 
 class DyLoRAConfig(MethodConfig):
@@ -71,11 +71,16 @@ class DyLoRAConfig(MethodConfig):
         return self
 
 
-class DyLoRAOperator(NestedOperator):
-    """The factors of one site, of which the first ranks act."""
+class DyLoRAOperator(LowRankOperator):
+    """The factors of one site: at each rank that blocks of rows make up, the update is ``alpha / n B[:, :n] A[:n]``."""
+
+    stackable = False
 
     def __init__(self, site: Site, config: DyLoRAConfig, drawn: Tap) -> None:
-        super().__init__(site, config.rank, config.alpha, config.block_size, config.dropout)
+        super().__init__(site, config.dropout)
+        self.rank, self.alpha, self.block_size = config.rank, config.alpha, config.block_size
+        self.scale = config.alpha / config.rank
+        self.A, self.B = low_rank_factors(site, config.rank)  # [*batch, rank, in, *kernel], [*batch, out, rank]
         self.frozen, self.drawn = config.frozen, drawn
         self.noise = 1.0  # set to 0 where nothing is to be drawn
 
@@ -103,6 +108,29 @@ class DyLoRAOperator(NestedOperator):
             return self.factors_of(told, frozen=self.training and self.frozen)
         draws = self.training and self.noise and running.state is not None
         return self.masked(self.draw(running), self.frozen) if draws else (self.A, self.B, self.scale)
+
+    def factors_of(self, rank: int, frozen: bool = False) -> tuple[Tensor, Tensor, float]:
+        """Return the factors of that rank and the scale; with `frozen`, the rows below its block are detached.
+
+        Raises:
+            ConfigError: the rank is not a multiple of the block size up to the full rank.
+        """
+        if rank not in range(self.block_size, self.rank + 1, self.block_size):
+            raise ConfigError(f"rank {rank} is none of {self.block_size}, {2 * self.block_size}, ..., {self.rank}")
+        dim, below = self.layer.batch_dims, rank - self.block_size if frozen else 0
+        A, B = self.A.narrow(dim, 0, rank), self.B.narrow(-1, 0, rank)
+        parts = [each.split([below, rank - below], at) for each, at in ((A, dim), (B, -1))]
+        A, B = (torch.cat([low.detach(), high], at) for (low, high), at in zip(parts, (dim, -1), strict=True))
+        return A, B, self.alpha / rank
+
+    def masked(self, rank: Tensor, frozen: bool) -> tuple[Tensor, Tensor, float]:
+        """Return the same for a rank given as a tensor [], with zeros in the rows above it."""
+        rank = rank.to(self.B.device)
+        row = torch.arange(self.rank, device=self.B.device)
+        trains = row >= rank - (self.block_size if frozen else self.rank)
+        rows = trains.view(-1, *[1] * (self.A.dim() - self.layer.batch_dims - 1))
+        A, B = torch.where(rows, self.A, self.A.detach()), torch.where(trains, self.B, self.B.detach())
+        return A, B * ((row < rank) * (self.rank / rank)).to(B.dtype), self.scale
 
 
 class DyLoRA(Method):
@@ -137,3 +165,18 @@ class DyLoRA(Method):
     @staticmethod
     def parameter_count(site: Site, config: DyLoRAConfig) -> int:
         return low_rank_count(site, config.rank)
+
+
+@torch.no_grad()
+def make_lora(injection: AppliedMethod, rank: int, name: str = "lora") -> Injection:
+    """Return the LoRA of the first ranks of a dylora: frozen, and active in place of the adapter, which stays.
+
+    Raises:
+        ConfigError: the injection is not a dylora, or lacks an adapter of that rank.
+        PeftcoreError: as `peftcore.lora_of` does; nothing was changed.
+    """
+    found = [graft for graft in injection.grafts if isinstance(graft.operator, DyLoRAOperator)]
+    if not found:
+        raise ConfigError("make_lora(injection, rank) is for a dylora")
+    made = {graft.site.path: (graft.site, graft.operator.factors_of(rank)) for graft in found}
+    return lora_of(injection.model, made, name, [injection.whole.name])

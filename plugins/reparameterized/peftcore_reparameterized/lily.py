@@ -31,11 +31,12 @@ from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from peftcore.author import MATRICES, LearningRate, Method, MethodConfig, Operator, Shared, Site, Surgeon, Tags
-from peftcore.errors import ConfigError
 
 
 class LilyConfig(MethodConfig):
     """Options of Lily."""
+
+    overridable = ("scale",)
 
     method: Literal["lily"] = "lily"
     rank: PositiveInt = 32
@@ -70,10 +71,10 @@ class LilyOperator(Operator):
         self.router = nn.Parameter(torch.empty(config.experts, config.rank).uniform_(-bound, bound))
 
     def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
-        y, channels = call(x), self.layer.channel_dim
+        y = call(x)
         A, B, router = self.cast(y, self.A.module.weight, self.B.module.weight, self.router)
         low = self.layer.apply(x, A)  # channels: rank
-        logits = self.layer.mix(low, router).movedim(channels, -1).flatten(0, -2)  # [tokens, experts]
+        logits = self.layer.channels_last(self.layer.mix(low, router)).flatten(0, -2)  # [tokens, experts]
         shares = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32)).mean(0)
         mixed = torch.tensordot(shares.to(y.dtype), B, 1)  # [rank, out]
         return self.layer.add(y, low, mixed.mT, self.scale)
@@ -92,8 +93,6 @@ class Lily(Method):
     alternatives = MATRICES
 
     def inject(self, model: nn.Module, config: LilyConfig, surgeon: Surgeon) -> None:
-        if any(changes.keys() - {"scale"} for changes in config.overrides.values()):
-            raise ConfigError("lily: sites share their factors, so overrides can change the scale alone")
         seen: dict[str, int] = {}
         for site in surgeon.sites():
             inputs, out = (site.in_features, *site.kernel), site.out_features

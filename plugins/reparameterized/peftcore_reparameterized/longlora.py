@@ -26,16 +26,28 @@ simpler, and its attention is the one that is used afterwards.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Annotated, Literal
 
+import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
-from torch import nn
+from torch import Tensor, nn
 
-from peftcore.author import AttentionSite, LearningRate, Method, MethodConfig, Share, Site, Surgeon, Tags
-from peftcore.errors import UnsupportedSite
+from peftcore.author import (
+    Attend,
+    AttentionOperator,
+    AttentionSite,
+    LearningRate,
+    Method,
+    MethodConfig,
+    Share,
+    Site,
+    Surgeon,
+    Tags,
+)
+from peftcore.errors import SequenceError, UnsupportedSite
 from peftcore_reparameterized import lora
 from peftcore_reparameterized._low_rank import low_rank_count
-from peftcore_reparameterized._shifted import ShiftedOperator
 
 
 class LongLoRAConfig(MethodConfig):
@@ -58,6 +70,40 @@ class LongLoRAConfig(MethodConfig):
     """Train the table of tokens."""
 
 
+class ShiftedOperator(AttentionOperator):
+    """The groups of one attention, in training only: in half of the heads they begin half a group later.
+
+    Raises:
+        SequenceError: tokens that train see others than themselves, such as cached ones.
+    """
+
+    trains_only = True
+
+    def __init__(self, site: AttentionSite, config: LongLoRAConfig) -> None:
+        super().__init__(site)
+        self.ratio, self.size = config.group_ratio, config.group_size
+
+    def forward(self, attend: Attend, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        if not self.training:
+            return attend(query, key, value)
+        tokens = query.shape[2]
+        if attend.keys != tokens:
+            raise SequenceError(
+                f"{tokens} tokens that train see {attend.keys}, cached or of another sequence: groups are of tokens "
+                "that see each other; give whole texts, or call eval() for generation"
+            )
+        size = max(2, int(tokens * self.ratio)) if self.size is None else self.size
+        starts = (range(0, tokens, size), (0, *range(size // 2, tokens, size)))
+        plain, shifted = (
+            torch.cat(
+                [attend.among(start, stop, query, key, value) for start, stop in pairwise((*groups, tokens))], dim=2
+            )
+            for groups in starts
+        )
+        first = query.shape[1] // 2
+        return torch.cat([plain[:, :first], shifted[:, first:]], dim=1)
+
+
 class LongLoRA(Method):
     """LoRA, norms and embeddings, with attention in shifted groups while they train."""
 
@@ -72,7 +118,7 @@ class LongLoRA(Method):
     def inject(self, model: nn.Module, config: LongLoRAConfig, surgeon: Surgeon) -> None:
         sites = surgeon.sites()
         for site in sites:
-            surgeon.graft(site, lambda at, own: lora.LoRAOperator(at, _lora(own)), config)
+            surgeon.graft(site, lora.LoRAOperator, _lora(config.at(site.path)))
         resolver, found = surgeon.resolver, False
         for core, _ in resolver.host.select("attn.core"):
             inside = [site for site in sites if f"{site.module_path}.".startswith(f"{core.module}.")]

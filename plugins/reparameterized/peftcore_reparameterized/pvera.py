@@ -106,7 +106,7 @@ class PVeRAOperator(Operator):
 
     def divergence(self, mean: Tensor, log_variance: Tensor) -> Tensor:
         """Return the mean divergence from N(0, 1), over all activations of tokens without padding."""
-        each = (mean.square() + log_variance.exp() - 1 - log_variance).movedim(self.layer.channel_dim, -1) / 2
+        each = self.layer.channels_last(mean.square() + log_variance.exp() - 1 - log_variance) / 2
         values, counts, _ = by_row(each.to(torch.promote_types(each.dtype, torch.float32)))
         counted = torch.ones_like(values[..., 0]) if counts is None else counts.to(values.dtype)
         mean_divergence: Tensor = (values.mean(-1) * counted).sum() / counted.sum().clamp(min=1)

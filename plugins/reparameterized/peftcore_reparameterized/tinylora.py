@@ -31,13 +31,14 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
 from peftcore.author import MATRICES, Method, MethodConfig, Share, Shared, Site, Surgeon, Tags
-from peftcore.errors import ConfigError
 from peftcore_reparameterized._decomposed import as_matrix, as_rows, principal, rank_within
 from peftcore_reparameterized._low_rank import LowRankOperator
 
 
 class TinyLoRAConfig(MethodConfig):
     """Options of TinyLoRA."""
+
+    overridable = ("rank", "dropout")
 
     method: Literal["tinylora"] = "tinylora"
     rank: PositiveInt = 2
@@ -101,8 +102,6 @@ class TinyLoRA(Method):
     alternatives = MATRICES
 
     def inject(self, model: nn.Module, config: TinyLoRAConfig, surgeon: Surgeon) -> None:
-        if any(changes.keys() - {"rank", "dropout"} for changes in config.overrides.values()):
-            raise ConfigError("tinylora: sites share vectors, so overrides can change rank and dropout alone")
         sites = surgeon.sites()
         for number, site in enumerate(sites):
             name = f"v_{group_of(number, len(sites), config.tying)}"

@@ -30,12 +30,13 @@ from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from peftcore.author import MATRICES, LearningRate, Method, MethodConfig, Share, Shared, Site, Surgeon, Tags
-from peftcore.errors import ConfigError
 from peftcore_reparameterized._low_rank import LowRankOperator, low_rank_count
 
 
 class UniLoRAConfig(MethodConfig):
     """Options of Uni-LoRA."""
+
+    overridable = ("rank", "dropout")
 
     method: Literal["uni_lora"] = "uni_lora"
     rank: PositiveInt = 4
@@ -116,8 +117,6 @@ class UniLoRA(Method):
     alternatives = MATRICES
 
     def inject(self, model: nn.Module, config: UniLoRAConfig, surgeon: Surgeon) -> None:
-        if any(changes.keys() - {"rank", "dropout"} for changes in config.overrides.values()):
-            raise ConfigError("uni_lora: all sites share one vector, so overrides can change rank and dropout alone")
         sites = surgeon.sites()
         counts = [low_rank_count(site, config.at(site.path).rank) for site in sites]
         total, start = sum(counts), 0

@@ -40,13 +40,14 @@ from peftcore.author import (
     Surgeon,
     Tags,
 )
-from peftcore.errors import ConfigError
 from peftcore_reparameterized._basis import columns
 from peftcore_reparameterized._low_rank import LowRankOperator
 
 
 class VBLoRAConfig(MethodConfig):
     """Options of VB-LoRA."""
+
+    overridable = ("rank", "topk", "dropout", "logits_std", "logits_ratio")
 
     method: Literal["vb_lora"] = "vb_lora"
     rank: PositiveInt = 4
@@ -125,8 +126,6 @@ class VBLoRA(Method):
     alternatives = MATRICES
 
     def inject(self, model: nn.Module, config: VBLoRAConfig, surgeon: Surgeon) -> None:
-        if any({"num_vectors", "vector_length", "bank_bound"} & {*changes} for changes in config.overrides.values()):
-            raise ConfigError("vb_lora: all sites share one bank, so overrides cannot change its size or its start")
         bank = surgeon.own("bank", lambda: Bank(config))
         for site in surgeon.sites():
             surgeon.graft(site, VBLoRAOperator, config, bank=bank)

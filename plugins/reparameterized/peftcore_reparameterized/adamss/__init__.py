@@ -36,8 +36,8 @@ from torch import Tensor, nn
 
 from peftcore.author import MATRICES, AppliedMethod, LearningRate, Method, MethodConfig, Share, Site, Surgeon, Tags
 from peftcore.errors import ConfigError, TrainingError
-from peftcore_reparameterized._clusters import shape, subspaces
-from peftcore_reparameterized._competing import Competing, choose
+from peftcore_reparameterized.adamss.clusters import shape, subspaces
+from peftcore_reparameterized.adamss.competing import Competing, choose
 
 
 class AdaMSSConfig(MethodConfig):
