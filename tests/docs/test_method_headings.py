@@ -16,7 +16,7 @@ AT_MOST = {
     "hybrid": 0,
     "multitask": 0,
     "quantized": 0,
-    "reparameterized": 46,
+    "reparameterized": 0,
     "selective": 0,
     "vision": 0,
 }

@@ -1,5 +1,6 @@
 """DyLoRA: low-rank adaptation at every rank up to the largest.   Valipour et al. 2022, arXiv 2210.07558.
 
+Equation:
     y = W x + b + alpha / n  B[:, :n] A[:n] x,   n = u, 2 u, ..., rank drawn evenly for each forward in training
 
 A and B are as in LoRA. Since n is drawn in each step, lower rows learn to work without the rows above: one training
@@ -9,17 +10,22 @@ trained. In evaluation all ranks act, or as many as a call selects:
 
     with peftcore.call(model, lora_rank=4): ...
 
-and ``peftcore_reparameterized.dylora.make_lora(injection, 4)`` cuts a LoRA of that rank off. A merge and files of
-other programs have all ranks. The scale is alpha / n in training and afterwards, so a LoRA of rank n and that alpha.
-The authors multiply A and B by sqrt(rank / n) each, which is the same; they have u = 1. n is drawn once for a forward
-of the model, by torch's generator, and holds in all layers, as theirs does for a step; where a part of the model runs
-by itself each layer draws, as in LyCORIS and kohya's sd-scripts. LyCORIS divides alpha by the number of blocks in
-training and by the rank afterwards, so that with u above 1 what was trained is scaled down; sd-scripts has all ranks
-act whatever is drawn, with the scale alpha / sqrt(rank n). Convolutions, embeddings and experts as in LoRA.
+and ``peftcore_reparameterized.dylora.make_lora(injection, 4)`` cuts a LoRA of that rank off. A merge and files of other
+programs have all ranks. The scale is alpha / n in training and afterwards, so a LoRA of rank n and that alpha. n is
+drawn once for a forward of the model, by torch's generator, and holds in all layers, as theirs does for a step; where a
+part of the model runs by itself each layer draws, as in LyCORIS and kohya's sd-scripts. Convolutions, embeddings and
+experts as in LoRA.
 
 Parameters: rank * (in * kernel + out) a site, times the number of experts.
 
-Use it where the rank is to be chosen after training; not where it is known, as LoRA of that rank learns faster.
+Start: As in LoRA: A uniform in +-1/sqrt(in), B at zero: the identity.
+
+Differs from the authors' code: The authors multiply A and B by sqrt(rank / n) each, which is the same; they have u = 1.
+LyCORIS divides alpha by the number of blocks in training and by the rank afterwards, so that with u above 1 what was
+trained is scaled down; sd-scripts has all ranks act whatever is drawn, with the scale alpha / sqrt(rank n).
+
+Use it: `peftcore.apply(model, "dylora")`, where the rank is to be chosen after training; not where it is known, as LoRA
+of that rank learns faster.
 """
 
 from __future__ import annotations

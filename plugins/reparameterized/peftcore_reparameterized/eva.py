@@ -1,11 +1,12 @@
 """EVA: explained-variance adaptation.   Paischer et al. 2024, arXiv 2410.07170 (ml-jku/EVA).
 
+Equation:
     X - mean(X) = U S V'   of all inputs X [tokens, in] of a target module, batch by batch
     y = W x + b + s B A dropout(x),   A = V_r', and B = 0 at first,   s = alpha / rank
 
 LoRA whose A starts at the directions in which the inputs vary most, so that B gets the largest gradients. ``data=`` has
 batches of the training data and needs no labels. Batches are read until the directions have converged: until those of
-two batches in a row have a cosine of `tau`. peft never stops if they do not converge.
+two batches in a row have a cosine of `tau`.
 
 Ranks are redistributed: all components of all target modules, up to rho * rank of each, are sorted by the share of
 their module's variance that they explain, and the first rank * modules of them stay. A module without any remaining
@@ -15,12 +16,18 @@ their components; where the number is odd, the earlier modules in the model get 
 
 As in the authors' code and in peft, the mean is subtracted from the inputs, and V is approximated (`iterations`).
 Positions of padding are left out, and positions without a label too, as in peft. A batch with fewer positions than
-components is joined with the next one; peft skips it. Embeddings, convolutions and weights that are read lack input
-vectors: they start as in LoRA, with the configured rank.
+components is joined with the next one.
 
 Parameters: rank * (in + out) a site, with the rank that it got: in sum at most those of LoRA where all are alike.
 
-Use it in place of LoRA where you have the data at hand: it starts faster, and the base stays as it is.
+Start: A = V_r', B at zero: the identity. Embeddings, convolutions and weights that are read lack input vectors: they
+start as in LoRA, with the configured rank.
+
+Differs from the authors' code: No difference is known; that code was not compared, peft's was. peft never stops if
+directions do not converge, and skips a batch with fewer positions than components.
+
+Use it: `peftcore.apply(model, "eva", data=batches)`, in place of LoRA where you have the data at hand: it starts
+faster, and the base stays as it is.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 """FRoD: full-rank fine-tuning with rotational degrees.   AAAI 2026, doi 10.1609/aaai.v40i31.39813 (in peft).
 
+Equation:
     W_i = U_i diag(L0_i) V',     V [in, in] one for all sites of a role, columns of U_i of length one
     W_i' = W_i + U_i (S_i + diag(L_i - L0_i)) V',    L_i [in] = L0_i,    S_i zero but for n entries off the diagonal
 
@@ -11,15 +12,21 @@ one counts, so T5's decoder sets V for its encoder too. In directions that are z
 rounding errors of V.
 
 Files hold V, U and L0, so they are larger than the weights: eigenvectors computed again, on another machine, would
-differ, by signs at least. peft's files hold V without U, and peft computes U from a newly computed V instead of the
-file's V: on a machine where V differs, its adapters give different outputs. Here U is computed from the file's V.
+differ, by signs at least.
 
-Kernels of convolutions count as columns, in * kernel; experts are weights like any other; V of an embedding is
-[num, num], so of a small one alone. peft supports linear layers only.
+Kernels of convolutions count as columns, in * kernel; experts are weights like any other; V of an embedding is [num,
+num], so of a small one alone.
 
 Parameters: in * kernel + n a site, times the number of experts.
 
-Use it where the update shall have a full rank and few parameters, and memory for V and U is available.
+Start: L_i = L0_i, S_i at zero: the identity.
+
+Differs from the authors' code: The method is in peft, which was compared. peft supports linear layers only. Its files
+hold V without U, and peft computes U from a newly computed V instead of the file's V: on a machine where V differs, its
+adapters give different outputs. Here U is computed from the file's V.
+
+Use it: `peftcore.apply(model, "frod")`, where the update shall have a full rank and few parameters, and memory for V
+and U is available.
 """
 
 from __future__ import annotations

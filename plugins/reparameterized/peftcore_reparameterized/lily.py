@@ -1,22 +1,27 @@
 """Lily: low-rank interconnected adaptation across layers.   Zhong et al. 2024, arXiv 2407.09946 (yibozhong/lily).
 
+Equation:
     y = W x + b + s sum_e p_e B_e A x,   p = mean over all tokens of softmax(R A x),   e = 1 … experts
 
-The B_e [out, rank] are those of all layers: modules of one name and one shape share the same B_e, zero at first, and
-every `stride` consecutive modules share one A [rank, in]. Only the router R [experts, rank] is a module's own. A and R
-are uniform in +-1/sqrt of their columns. With `across` "shape" all modules of a shape share, whatever their names, as
-in peft where target_modules is a pattern.
+The B_e [out, rank] are those of all layers: modules of one name and one shape share the same B_e, and every `stride`
+consecutive modules share one A [rank, in]. Only the router R [experts, rank] is a module's own. With `across` "shape"
+all modules of a shape share, whatever their names, as in peft where target_modules is a pattern.
 
 As in the authors' code and in peft, p is a mean over the batch too: a row's output depends on the other rows and on the
 padding, and for a token that is generated with a cache p ignores all earlier tokens. So rows cannot be routed, and the
 adapter cannot be merged. The softmax is taken in float32 at least.
 
-Convolutions: A is a convolution, and each position counts as a token; embeddings: A has a column for each token. peft
-supports linear layers only.
+Convolutions: A is a convolution, and each position counts as a token; embeddings: A has a column for each token.
 
 Parameters: experts * rank a site; rank * in * kernel each `stride` sites, and experts * rank * out a name and shape.
 
-Use it with a larger rank than LoRA's, where layers do similar things; not where rows of a batch must not meet.
+Start: A and R uniform in +-1/sqrt of their columns, B_e at zero: the identity.
+
+Differs from the authors' code: No difference is known; that code was not compared, peft's was, which supports linear
+layers only.
+
+Use it: `peftcore.apply(model, "lily")`, with a larger rank than LoRA's, where layers do similar things; not where rows
+of a batch must not meet.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 """LongLoRA: LoRA for longer contexts, trained with shifted short attention.   Chen et al. 2023, arXiv 2309.12307.
 
+Equation:
     y = W x + b + s B A dropout(x),   s = alpha / rank        at the matrices of attention; norms and embeddings train
     attention in training:  token i sees token j <= i  if  floor(i / G) = floor(j / G)              in heads 1 to H/2
                                                        if  floor(i / G + 1/2) = floor(j / G + 1/2)  in all others
@@ -9,19 +10,26 @@ matrix is a target. So the cost of attention falls from N^2 to N G, while half o
 borders of groups. In evaluation every token attends to all tokens that the model allows: groups do not exist in a
 merged or deployed model, and flash attention and caches work there.
 
-The code decides how groups end (dvlab-research/LongLoRA, its version for flash attention): shifted heads begin and end
-with half a group. Its other version rolls tokens around, so that the first half group would attend to the last one,
-which is later. Lengths that are not a multiple of G have a shorter last group, as in its code for instruction data; for
-plain text it refuses them. Padding is hidden as always, and counts as tokens of groups.
+Shifted heads begin and end with half a group, as in the authors' version for flash attention (dvlab-research/LongLoRA).
+Lengths that are not a multiple of G have a shorter last group. Padding is hidden as always, and counts as tokens of
+groups.
 
-A and B start as in `lora`. Positions beyond those of pretraining need an option of the host's config (the paper
-interpolates positions: rope_scaling), which is separate from the adapter. Attentions run around "eager" or "sdpa". Both
-groupings are computed for all heads and half of each is taken, so that hosts with shared keys, sinks or biases of heads
-need no special code. Torch's own nn.MultiheadAttention is refused.
+Positions beyond those of pretraining need an option of the host's config (the paper interpolates positions:
+rope_scaling), which is separate from the adapter. Attentions run around "eager" or "sdpa". Both groupings are computed
+for all heads and half of each is taken, so that hosts with shared keys, sinks or biases of heads need no special code.
+Torch's own nn.MultiheadAttention is refused.
 
 Parameters: rank * (in + out) a matrix, and those of the norms and of the table of tokens.
-Use it to train on texts several times as long as those that the model was made for; where texts fit, `lora` is
-simpler, and its attention is the one that is used afterwards.
+
+Start: A and B as in `lora`, norms and embeddings at their values: an identity in evaluation; in training the groups
+act.
+
+Differs from the authors' code: Their version without flash attention rolls tokens around, so that the first half group
+attends to the last one, which is later. Their code for plain text refuses lengths that are not a multiple of G; that for
+instruction data has a shorter last group, as here.
+
+Use it: `peftcore.apply(model, "longlora")`, to train on texts several times as long as those that the model was made
+for; where texts fit, `lora` is simpler, and its attention is the one that is used afterwards.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """LoRA: low-rank adaptation.   Hu et al. 2021, arXiv 2106.09685.
 
-    y = W x + b + s B A dropout(x),   s = alpha / rank,   A [rank, in] uniform in +-1/sqrt(in),   B [out, rank] zero
+Equation:
+    y = W x + b + s B A dropout(x),   s = alpha / rank,   A [rank, in],   B [out, rank]
 
 Convolutions: A is a convolution to `rank` channels and B mixes them, delta[o, i, k] = s sum_r B[o, r] A[r, i, k]; in a
 grouped one, i counts inside the group of o. With `across_groups`, as in peft, A reads all channels there and B mixes
-inside each group, B [out, rank / groups]: no grouped weight computes that, so it does not merge. Embeddings: A [rank,
-num] zero and B ~ N(0, 1), as in loralib, since every input picks a single column of A. Each stacked expert has separate
-factors.
+inside each group, B [out, rank / groups]: no grouped weight computes that, so it does not merge. Embeddings: A is
+[rank, num]. Each stacked expert has separate factors.
 
 scaling="sqrt_rank" is rsLoRA (Kalajdzievski 2023, arXiv 2312.03732): s = alpha / sqrt(rank), with which outputs and
 gradients have the same size at any rank. Use it at ranks of 64 and more; alpha / rank makes those learn too slowly.
@@ -17,17 +17,25 @@ factors get gradients from the first step on. The rank is even.
 
 trained="B" is LoRA-FA (Zhang et al. 2023, arXiv 2308.03303): A stays as it was drawn, so nothing of x is kept for its
 gradient. The optimizer of `injection.optimizer` gets g (A A')^+ / s^2 for B's gradient g, which makes s g A the nearest
-to the gradient of W; it is computed in g's dtype, where peft's optimizer rounds a product to bfloat16. Embeddings start
-with a zero A, so B would never train (as happens in peft): there it is refused.
+to the gradient of W; it is computed in g's dtype. Embeddings start with a zero A, so B would never train: there it is
+refused.
 
 `damping` is Riemannian preconditioned LoRA (Zhang and Pilanci 2024, arXiv 2402.02347): the optimizer of
 `injection.optimizer` gets inv(B' B + d I) g for A's gradient g and g inv(A A' + d I) for B's, both by the factors
-before the step; with d = 0 a step of SGD changes B A alike however it is split. In peft only linear layers support it.
+before the step; with d = 0 a step of SGD changes B A alike however it is split.
 
 Parameters: rank * (in * kernel + out) a site, times the number of experts; with trained="B" rank * out; with
 `across_groups` in is that of all groups, and out that of one.
 
-Use it first: it merges, adds no latency then, and suits nearly every task. More sites help more than more rank.
+Start: A uniform in +-1/sqrt(in), B at zero: the identity. In embeddings A is zero and B ~ N(0, 1), as in loralib, since
+every input picks a single column of A. start="orthogonal" is an identity up to rounding.
+
+Differs from the authors' code: No difference is known; that code was not compared, peft's was. There the optimizer of
+LoRA-FA rounds a product to bfloat16, LoRA-FA never trains embeddings, and only linear layers support the
+preconditioner.
+
+Use it: `peftcore.apply(model, "lora")`, first: it merges, adds no latency then, and suits nearly every task. More sites
+help more than more rank.
 """
 
 from __future__ import annotations
