@@ -152,13 +152,9 @@ class APT(Method):
             block, given = block_around(surgeon, site, each_run=True), Tap()
             visible = VisibleTokens(stacks.of(site))
             surgeon.graft(block, Reader, given=given)
-            surgeon.attention(
-                site,
-                lambda at, own, more=(block, given, visible): AdaptivePrefix(
-                    at, own, shared_encoder(surgeon, at, own), *more
-                ),
-                config,
-            )
+            encoder = shared_encoder(surgeon, surgeon.attention_site(site), config.at(site.path))
+            more = {"encoder": encoder, "block": block, "given": given, "visible": visible}
+            surgeon.attention(site, AdaptivePrefix, config, **more)
         if config.behind:
             behind(surgeon, sites, config)
 

@@ -26,9 +26,9 @@ Start: Z starts as the model's cache of that part of the text, with keys after t
 first `frozen` tokens: the first token is an attention sink, and training it makes the model unstable. Not an identity:
 a fresh cartridge acts as the text in the context does.
 
-Differs from the authors' code: No difference from the authors' code is known. peft has neither teacher nor loss, and
-starts at random until it is given a text. Where attention has a window, every token still attends to Z; in peft Z
-leaves the window as words do.
+Differs from the authors' code: No difference is known; numbers are compared with those of peft, which has neither
+teacher nor loss, and starts at random until it is given a text. Where attention has a window, every token still attends
+to Z; in peft Z leaves the window as words do.
 
 Use it: `peftcore.apply(model, "cartridge", length=8, data=[{"input_ids": ids}])`, where many questions are asked about
 one long text: it takes some percent of the text's cache.

@@ -102,7 +102,7 @@ STD = 0.0002
 class Adapter(nn.Module):
     """One adapter of a chain."""
 
-    def __init__(self, features: int, config: Any) -> None:
+    def __init__(self, features: int, config: KAdapterConfig) -> None:
         super().__init__()
         width = config.width or max(1, 3 * features // 4)
         self.down, self.up = nn.Linear(features, width), nn.Linear(width, features)

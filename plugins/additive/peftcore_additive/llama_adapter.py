@@ -11,7 +11,8 @@ Parameters: length * d + heads in each of the top layers.
 
 Start: P from N(0, 1), g at zero: the identity.
 
-Differs from the authors' code: The tanh is in the authors' training code; no other difference is known.
+Differs from the authors' code: The tanh is in the authors' training code; no other difference is known; numbers are
+compared with those of peft.
 
 Use it: `peftcore.apply(model, "llama_adapter")`, to teach instructions to a pretrained language model without changing
 it at the start. Nothing merges, and the prompt's keys stay out of the cache. Where a model normalizes its keys (Qwen

@@ -16,8 +16,8 @@ d + (d + 1) projection) a stack.
 
 Start: P from N(0, 1); the network of `projection` as in `prefix_tuning`. No start is an identity.
 
-Differs from the authors' code: No difference is known, where the head is trained. Name it in ``train=``, as in
-``train=["classifier"]``.
+Differs from the authors' code: No difference is known where the head is trained; numbers are compared with those of
+peft. Name the head in ``train=``, as in ``train=["classifier"]``.
 
 Use it: `peftcore.apply(model, "p_tuning_v2")`, for classification and tagging with a frozen encoder or decoder: easy
 tasks want a length below 20, hard ones about 100. Nothing merges; rows of a batch may have different prompts.

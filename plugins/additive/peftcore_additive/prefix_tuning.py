@@ -17,7 +17,8 @@ Start: P from N(0, 1) where it trains directly, else the network as torch's laye
 takes mass in the softmax even where its values are zero. With ``gate=True`` the attention with prefix is mixed in by a
 scalar a layer that starts at zero, at twice the cost: an identity, if ``behind=False`` too.
 
-Differs from the authors' code: `gate` is ours; no difference is known (XiangLi1999/PrefixTuning).
+Differs from the authors' code: `gate` is ours; no difference is known (XiangLi1999/PrefixTuning); numbers are compared
+with those of peft.
 
 Use it: `peftcore.apply(model, "prefix_tuning")`, for generation with frozen weights, one prefix a task or a user:
 nothing merges, and rows of a batch may have different ones.

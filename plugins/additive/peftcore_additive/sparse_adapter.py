@@ -178,9 +178,10 @@ SCORES = {"snip": snip, "grasp": grasp}
 class SparseOperator(AtBranchEnd):
     """The weights of one adapter that were not pruned, and its biases and norm."""
 
-    def __init__(self, site: Site, config: SparseAdapterConfig, first: int, kept: Shared) -> None:
+    def __init__(self, site: Site, config: SparseAdapterConfig, first: int, kept: Shared, starts: list[Tensor]) -> None:
         super().__init__(site)
         self.width, self.first, self.kept = width_of(site), first, kept
+        starts.append(drawn(self.width, config))  # here the generator is seeded for the site
         self.activation, self.dropout = ACTIVATIONS[config.activation](), nn.Dropout(config.dropout)
         self.down_bias = nn.Parameter(torch.zeros(config.bottleneck))
         self.up_bias = nn.Parameter(torch.zeros(self.width))
@@ -236,13 +237,8 @@ class SparseAdapter(Method):
             raise ConfigError(f"sparsity={config.sparsity} leaves none of {total} weights; lower it")
         kept = surgeon.own("kept", lambda: Kept(total, count))
         self.starts = []
-
-        def build(site: Site, own: SparseAdapterConfig, first: int) -> SparseOperator:
-            self.starts.append(drawn(width_of(site), own))  # here the generator is seeded for the site
-            return SparseOperator(site, own, first, kept)
-
         for place, first in zip(places, accumulate(sizes, initial=0), strict=False):
-            surgeon.graft(place, lambda s, c, first=first: build(s, c, first), config, place.places)
+            surgeon.graft(place, SparseOperator, config, place.places, first=first, kept=kept, starts=self.starts)
         start = torch.cat(self.starts)
         kept.module.take(start, start.abs() if config.score == "magnitude" else None)
 

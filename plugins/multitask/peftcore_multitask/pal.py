@@ -56,7 +56,7 @@ from peftcore.author import (
 from peftcore.errors import MissingContext, UnsupportedSite
 from peftcore_additive._side import held_by
 from peftcore_additive._tiny_attention import Room
-from peftcore_multitask._hypernetwork import part_name
+from peftcore_multitask._part_names import part_name
 from peftcore_multitask._tasks import TaskConfig, Tasks, task_count
 
 

@@ -63,6 +63,7 @@ from peftcore.author import (
     stack_path,
 )
 from peftcore.errors import ConfigError, RouteError, UnsupportedSite
+from peftcore_multitask._part_names import part_name
 
 
 class TextToLoRAConfig(MethodConfig):
@@ -208,7 +209,7 @@ class Known:
 
 def kind_name(site: Site) -> str:
     """Return the name of a site's kind: its path without the numbers of layers, and its size."""
-    return _name("kind", f"{stack_path(site.path)}", f"{site.in_features}x{site.out_features}")
+    return part_name("kind", stack_path(site.path), f"{site.in_features}x{site.out_features}")
 
 
 def known_of(surgeon: Surgeon, site: Site, config: TextToLoRAConfig, alike: int) -> Known:
@@ -219,14 +220,10 @@ def known_of(surgeon: Surgeon, site: Site, config: TextToLoRAConfig, alike: int)
     inputs, outputs = site.in_features, site.out_features
     return Known(
         surgeon.own("network", lambda: LoRANetwork(config)),
-        surgeon.own(_name("layer", stack, layer), lambda: LayerEmbedding(config)),
+        surgeon.own(part_name("layer", stack, layer), lambda: LayerEmbedding(config)),
         surgeon.own(kind_name(site), lambda: Kind(inputs, outputs, config)),
         alike,
     )
-
-
-def _name(*parts: str) -> str:
-    return "/".join(filter(None, parts)).replace(".", "/").replace("*", "n").replace(":", "/")
 
 
 class TextToLoRAOperator(Operator):

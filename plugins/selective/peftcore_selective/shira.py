@@ -17,7 +17,7 @@ Start: v at zero, and B of `low_rank` at zero: the identity.
 Differs from the authors' code: The masks of the paper that follow rows, diagonals or gradients are not here (fish_mask
 chooses by gradients). I is saved in the file, since the adapter consists of I and v; peft draws I again from a seed,
 which its file lacks if no seed was set. peft's forward builds the whole update and adds it to the weight; here only the
-entries of I are read and written, each rounded once to the weight's dtype. It can also drop inputs of the low-rank
+entries of I are read and written, each rounded once to the weight's dtype. peft can also drop inputs of the low-rank
 part; here the weight itself is made, so nothing is dropped.
 
 Use it: `peftcore.apply(model, "shira")`, to switch fast between adapters on one base, or to add several: a switch

@@ -52,6 +52,25 @@ from peftcore.author import (
 )
 from peftcore.errors import ConfigError, UnsupportedSite
 
+
+class EVPConfig(MethodConfig):
+    """Options of EVP."""
+
+    overridable = ()
+
+    method: Literal["evp"] = "evp"
+    reduction: PositiveInt = 4
+    """How many times narrower than the stream prompts are inside."""
+    share: Annotated[float, Field(ge=0.0, le=1.0)] = 0.25
+    """The share of all frequencies that count as low."""
+    frequencies: Literal["high", "low", "none"] = "high"
+    """The frequencies of the picture that prompts are made of."""
+    patches: bool = True
+    """Make them of the frozen embeddings of patches too."""
+    zero_up: bool = False
+    """Start U at zero: an exact identity."""
+
+
 NORM = "norm"
 """The form of the norm behind the convolution."""
 
@@ -123,19 +142,6 @@ def stages_of(surgeon: Surgeon, targets: list[BlockSite]) -> list[Stage]:
     return stages
 
 
-class ExplicitConfig(MethodConfig):
-    """Options of the sources of prompts."""
-
-    reduction: PositiveInt = 4
-    """How many times narrower than the stream prompts are inside."""
-    share: Annotated[float, Field(ge=0.0, le=1.0)] = 0.25
-    """The share of all frequencies that count as low."""
-    frequencies: Literal["high", "low", "none"] = "high"
-    """The frequencies of the picture that prompts are made of."""
-    patches: bool = True
-    """Make them of the frozen embeddings of patches too."""
-
-
 def starting(linear: nn.Linear, zero: bool = False) -> nn.Linear:
     """Return a linear map with the start of the authors' code."""
     nn.init.zeros_(linear.weight) if zero else nn.init.trunc_normal_(linear.weight, std=0.02)
@@ -154,7 +160,7 @@ def frequencies(x: Tensor, share: float, low: bool) -> Tensor:
     return torch.fft.ifft2(torch.fft.fft2(exact) * mask).real.abs()
 
 
-def channels(site: StageSite, config: ExplicitConfig) -> int:
+def channels(site: StageSite, config: EVPConfig) -> int:
     """Return how many channels the convolution of a stage reads."""
     return site.before // config.reduction or site.in_features
 
@@ -162,7 +168,7 @@ def channels(site: StageSite, config: ExplicitConfig) -> int:
 class StageOperator(Operator):
     """The maps from one stage's patches and from the picture to features for the prompts of its blocks."""
 
-    def __init__(self, site: StageSite, config: ExplicitConfig, taps: list[tuple[Tap, Tap]]) -> None:
+    def __init__(self, site: StageSite, config: EVPConfig, taps: list[tuple[Tap, Tap]]) -> None:
         super().__init__(site)
         conv, number = site.module, site.number
         assert isinstance(conv, nn.Conv2d), "stages begin with one"
@@ -207,16 +213,6 @@ class StageOperator(Operator):
         if self.embedding is not None:
             feature = feature + self.embedding(patches.to(self.embedding.weight.dtype))
         self.feature.put(feature)
-
-
-class EVPConfig(ExplicitConfig):
-    """Options of EVP."""
-
-    overridable = ()
-
-    method: Literal["evp"] = "evp"
-    zero_up: bool = False
-    """Start U at zero: an exact identity."""
 
 
 class EVPOperator(Operator):

@@ -33,7 +33,7 @@ cannot be merged.
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import torch
@@ -52,11 +52,10 @@ from peftcore.author import (
     Share,
     Surgeon,
     Tags,
-    Tap,
     branch,
 )
-from peftcore_vision.dyt.dispatch import Taps, loss_of_everyone, loss_of_share
-from peftcore_vision.dyt.skipped import Skipping, skipping_site
+from peftcore.errors import TrainingError
+from peftcore_vision.dyt.dispatcher import Taps, skipping_site
 
 Portion = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -105,24 +104,44 @@ class DyTConfig(MethodConfig):
     """b at the start; where w starts at zero and b above it, all tokens go through: an exact identity."""
 
 
-class DyTOperator(Skipping):
-    """The dispatcher of one feed-forward, and the bottleneck in parallel with it."""
+def loss_of_share(taps: Taps, share: float) -> Tensor | None:
+    """Take what gates noted and return ``(mean gate - share)^2``; None where nothing was noted."""
+    counts = taps.counts.take()
+    if not counts:
+        return None
+    through, tokens = (torch.stack(each).sum() for each in zip(*counts, strict=True))
+    return (through / tokens - share).square()
 
-    padded = frozenset({"down.weight", "down.bias", "up.weight"})
 
-    def __init__(self, site: BranchSite, config: DyTConfig, taps: Taps, lie: Tap) -> None:
-        super().__init__(site, config, taps, lie)
-        self.down = nn.Linear(site.width, config.bottleneck)
-        self.dropout = nn.Dropout(config.dropout)
-        self.up = nn.Linear(config.bottleneck, site.out_features)
-        self.scale = config.scale
-        nn.init.kaiming_uniform_(self.down.weight, a=math.sqrt(5))
-        for zero in (self.down.bias, self.up.weight, self.up.bias):
-            nn.init.zeros_(zero)
+def loss_of_everyone(taps: Taps, output: Any, call: ForwardContext) -> Tensor:
+    """Return ``L(q) + KL(q | p)``, of a second pass q in which all tokens go through.
 
-    def beside(self, x: Tensor) -> Tensor:
-        down, down_bias, up, up_bias = self.cast(x, self.down.weight, self.down.bias, self.up.weight, self.up.bias)
-        return self.scale * F.linear(self.dropout(torch.relu(F.linear(x, down, down_bias))), up, up_bias)
+    Raises:
+        TrainingError: the model returns no logits, or labels of their shape are missing.
+    """
+    given = call.inputs.get("labels")
+    labels: Any = call.context.get("labels") if given is None else given
+    p, q = _logits_of(output, labels), _logits_of(call.again({taps.everyone: True}), labels)
+    target = q.detach().log_softmax(1)
+    apart = (target.exp() * (target - p.log_softmax(1))).sum(1).mean()
+    return F.cross_entropy(q, labels) + apart
+
+
+def _logits_of(output: Any, labels: Any) -> Tensor:
+    """Return the logits of classes in what a model returned ``[rows, classes]`` or ``[rows, classes, high, wide]``, in
+    float32 at least."""
+    logits = output.get("logits") if isinstance(output, Mapping) else output
+    if (
+        isinstance(logits, Tensor)
+        and isinstance(labels, Tensor)
+        and logits.dim() in (2, 4)
+        and labels.shape == (logits if labels.is_floating_point() else logits[:, 0]).shape
+    ):
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+    raise TrainingError(
+        "dyt trains the model with all tokens too, which takes its logits [rows, classes] (or of each pixel) and their "
+        "labels: give these to the model, or tell them by peftcore.call(model, labels=...); or take complete=0"
+    )
 
 
 class DyT(Method):
@@ -150,7 +169,7 @@ class DyT(Method):
         for site in surgeon.sites():
             place = branch(surgeon, site, before_norm=True, adds=False)
             skips = config.at(site.path).skip
-            self.taps.graft(surgeon, skipping_site(surgeon, place) if skips else place, DyTOperator, config)
+            self.taps.graft(surgeon, skipping_site(surgeon, place) if skips else place, config)
 
     def output_loss(self, injection: AppliedMethod, output: Any, call: ForwardContext) -> Tensor | None:
         config = injection.config
