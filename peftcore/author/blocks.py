@@ -1,7 +1,7 @@
 """Blocks of a model and their branches, networks in parallel with a model, and additional rows next to the tokens of a
 diffusion model."""
 
-from peftcore.authoring.blocks import (
+from peftcore.authoring.block_sites import (
     MIXERS,
     BlockSite,
     block_around,

@@ -22,7 +22,7 @@ from peftcore.files.safe_io import DTYPES, TensorFile, write_tensors
 from peftcore.forward.choice.residency import Residency
 from peftcore.forward.state.host_state import HostState, drop_state, state_of
 from peftcore.injection.applying import adapting
-from peftcore.injection.idle import IdleValues, InMemory, Store, Values
+from peftcore.injection.idle_adapters import IdleValues, InMemory, Store, Values
 from peftcore.injection.injection import Injection
 from peftcore.injection.request import check_model
 

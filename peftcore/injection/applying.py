@@ -22,7 +22,7 @@ from peftcore.contract.peft_names import is_peft_config
 from peftcore.errors import ConfigError, UnsupportedHost
 from peftcore.forward.choice.active_adapters import Choice
 from peftcore.forward.state.host_state import HostState, drop_state, ensure_state, state_of
-from peftcore.injection import made_of_base
+from peftcore.injection import base_dependence
 from peftcore.injection.applied import Planned, choose_trained
 from peftcore.injection.injection import Injection
 from peftcore.injection.request import Part, Request, check_model, check_name
@@ -217,9 +217,9 @@ def install(surgeon: Surgeon, request: Request) -> Injection:
     """
     with adapting(surgeon.model, surgeon.resolver.modules.values()) as state:
         injection = Injection(request.name, surgeon, state)
-        made_of_base.check_nothing_merged(injection, state)
+        base_dependence.check_nothing_merged(injection, state)
         with injection._installing(request.active, request.instead) as stack:
-            made_of_base.note_base(injection)
+            base_dependence.note_base(injection)
             if request.data is not None:  # the model that it looks at has it, in a route and a composition too
                 choices = state.choices
                 with choices.held(Choice(state.together(stack, injection.name), context=choices.around().context)):
@@ -239,7 +239,7 @@ def adapting(model: nn.Module, modules: Collection[nn.Module]) -> Iterator[HostS
     try:
         state = ensure_state(model, modules)
         if fresh:
-            state.loading.append(model.register_load_state_dict_post_hook(made_of_base.make_anew))  # type: ignore[no-untyped-call]
+            state.loading.append(model.register_load_state_dict_post_hook(base_dependence.make_anew))  # type: ignore[no-untyped-call]
         yield state
     except BaseException:
         if fresh and (begun := state_of(model)) is not None:

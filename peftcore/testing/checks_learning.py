@@ -14,7 +14,7 @@ from peftcore.contract.method import LearningRate
 from peftcore.errors import TargetError, UnsupportedSite
 from peftcore.injection.injection import Injection
 from peftcore.testing.kit import Case, NotApplicable, check
-from peftcore.testing.tasks import PICTURE, STEPS, TASKS, Batch, Task, full_fine_tuning
+from peftcore.testing.learning_tasks import PICTURE, STEPS, TASKS, Batch, Task, full_fine_tuning
 from peftcore.training.batches import Labelled
 
 SHARE = 1 / 3
