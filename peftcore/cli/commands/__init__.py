@@ -2,7 +2,8 @@
 
 They may import all of the command line and the layers below it, inside their functions, so that the command line starts
 quickly. In the order of reading: `listing`, `inspecting`, `adapters`, `program_exports`, `authoring`;
-`_adapter_options` holds the options that commands on adapter files share, `_method_options` the options of methods as flags.
+`_adapter_options` holds the options that commands on adapter files share, `_method_options` the options of methods as
+flags.
 """
 
 from peftcore.cli.app import app
