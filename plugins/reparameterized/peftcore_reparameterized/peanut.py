@@ -27,20 +27,24 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore.author import MATRICES, Held, LearningRate, Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
+from peftcore.author import (
+    ACTIVATIONS,
+    MATRICES,
+    Held,
+    LearningRate,
+    Method,
+    MethodConfig,
+    Site,
+    Surgeon,
+    Tags,
+    WeightOperator,
+)
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "silu": F.silu,
-    "tanh": torch.tanh,
-    "sigmoid": torch.sigmoid,
-    "leaky_relu": F.leaky_relu,
-}
+Activation = Literal["relu", "gelu", "silu", "tanh", "sigmoid", "leaky_relu"]
+"""Names of f."""
 
 
 class PEANuTConfig(MethodConfig):
@@ -51,7 +55,7 @@ class PEANuTConfig(MethodConfig):
     """Width of the network."""
     depth: NonNegativeInt = 0
     """Number of layers on either side, besides A and B."""
-    activation: Literal["relu", "gelu", "silu", "tanh", "sigmoid", "leaky_relu"] = "relu"
+    activation: Activation = "relu"
     """The function f."""
     scale: PositiveFloat = 1.0
     """Factor s of the update."""
@@ -62,7 +66,7 @@ class PEANuTOperator(WeightOperator):
 
     def __init__(self, site: Site, config: PEANuTConfig) -> None:
         super().__init__(site)
-        self.scale, self.depth, self.act = config.scale, config.depth, ACTIVATIONS[config.activation]
+        self.scale, self.depth, self.act = config.scale, config.depth, ACTIVATIONS[config.activation]()
         self.inputs = (site.in_features, *site.kernel)
         out, rank = site.out_features, config.rank
 
