@@ -213,9 +213,19 @@ def opened(model: torch.nn.Module, sources: Iterable[Source]) -> Iterator[list[I
                 raise UnknownInjection(f"{source!r} is no folder and no injection; this host has: {known}")
             if injection is None:
                 injection = load(model, source, name=f"opened-{len(injections(model))}", active=False)
-                stack.callback(injection.remove)
+                stack.callback(_close, injection)
             found.append(injection)
         yield found
+
+
+def _close(injection: Injection) -> None:
+    """Remove an opened adapter; an interrupt is raised when that is done."""
+    try:
+        injection.remove()
+    except BaseException:
+        if injection.state.injections.get(injection.name) is injection:
+            injection.remove()
+        raise
 
 
 def warn_of_heads(sources: Iterable[Injection]) -> None:

@@ -2,11 +2,11 @@
 
 It may import `training` and the layers below; saving is left to `files`, a layer above. In the order of reading:
 
+- `freezing`: freezes the base while adapters are on it.
 - `applied`: one method with its operators, and their values; the parts of a hybrid.
 - `summary`: one injection at a glance.
 - `router_report`: statistics of the routers of a mixture.
 - `quantized_layer`: quantized layers, and how a module becomes one in place.
-- `freezing`: the base is frozen while adapters are on it.
 - `folding`: replaces a computed weight (a parametrization) by a plain parameter, and restores it.
 - `originals`: the tensors from before a merge, kept as asked.
 - `written`: the tensors that a merge wrote, and how they are undone.

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from peftcore.contract.method import Method
 from peftcore.contract.operators import _Base
 from peftcore.errors import ExportError, NoWeights, PluginError
+from peftcore.injection.freezing import freeze
 from peftcore.layers.pieces import is_empty
 from peftcore.registry.plugins import registry
 from peftcore.surgery.surgeon import Graft, Surgeon
 from peftcore.targets.sites import Site
+from peftcore.utils.journal import Journal
 
 if TYPE_CHECKING:
     from peftcore.injection.injection import Injection
@@ -150,12 +152,11 @@ class Planned(HybridPart):
         return f"Planned({self.method.name}, {len(self.grafts)} sites)"
 
 
-def choose_trained(applied: AppliedMethod) -> None:
+def choose_trained(journal: Journal, applied: AppliedMethod) -> None:
     """Make the parameters trainable that the method selects, and the modules that the user named in ``train``; freeze
     all other parameters of the adapter.
     """
-    for parameter in applied.parameters():
-        parameter.requires_grad = False
+    freeze(journal, applied.parameters())
     hook = registry().hook
     hook.peftcore_select(model=applied.model, method=applied.method, config=applied.config, injection=applied)
     for graft in applied.grafts:

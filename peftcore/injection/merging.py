@@ -321,10 +321,10 @@ def _merge(injection: Injection, journal: Journal, wanted: Wanted) -> Merged:
     return Merged(wanted, report, [] if wanted.keep is None else writer.written, [Remembered(each) for each in frozen])
 
 
-def let_go(merged: Merged) -> None:
+def let_go(journal: Journal, merged: Merged) -> None:
     """Let parameters train again that the merge took out of the host, where others hold them: nothing of the host is
     left in them to be frozen for."""
-    thaw(each for remembered in merged.frozen if isinstance(each := remembered(), nn.Parameter))
+    thaw(journal, (each for remembered in merged.frozen if isinstance(each := remembered(), nn.Parameter)))
 
 
 @torch.no_grad()

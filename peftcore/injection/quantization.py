@@ -193,7 +193,7 @@ def quantize(model: M, name: str, *, target: Target | None = None, exclude: Targ
             for operator in _operators(site.module):
                 journal.note(operator)
                 operator.base_was_packed()
-        note_form(model)
+        note_form(journal, model)
     return model
 
 
@@ -225,7 +225,7 @@ def dequantize(model: M) -> M:
     with Journal() as journal:
         for module, new in zip(modules.values(), dense, strict=True):
             replace_in_place(journal, module, new.train(module.training))
-        note_form(model, list(packed))
+        note_form(journal, model, list(packed))
     return model
 
 

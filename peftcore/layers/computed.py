@@ -15,6 +15,8 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from peftcore.utils.journal import Journal
+
 
 @dataclass(frozen=True, eq=False)
 class Computation:
@@ -92,11 +94,7 @@ def _resting(way: nn.Module) -> Tensor:
 def resting(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Context manager in which these modules and those inside them are in evaluation: in training, a spectral norm
     makes a power iteration step whenever its value is computed."""
-    training = [each for module in modules for each in module.modules() if each.training]
-    for each in training:
-        each.training = False
-    try:
+    with Journal(temporary=True) as journal:
+        for each in [each for module in modules for each in module.modules() if each.training]:
+            journal.set(each, "training", False)
         yield
-    finally:
-        for each in training:
-            each.training = True

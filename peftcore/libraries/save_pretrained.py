@@ -20,6 +20,7 @@ from torch import nn
 from peftcore.errors import ExportError, UnsupportedSite
 from peftcore.libraries.instance_methods import InstanceMethod, give_methods_back, replace_methods
 from peftcore.registry.plugins import layer_of
+from peftcore.utils.journal import Journal
 from peftcore.utils.notices import notice
 
 CODES = (torch.int8, torch.uint8, torch.int16, torch.int32)
@@ -209,7 +210,7 @@ def check_readable(model: nn.Module) -> None:
                 )
 
 
-def note_form(model: nn.Module, made_dense: Sequence[str] = ()) -> None:
+def note_form(journal: Journal, model: nn.Module, made_dense: Sequence[str] = ()) -> None:
     """Record permanently that modules of a model were quantized or made dense. The config records it if it can;
     otherwise ``save_pretrained`` of the model raises an error."""
     modules = list(model.modules())
@@ -217,10 +218,12 @@ def note_form(model: nn.Module, made_dense: Sequence[str] = ()) -> None:
         for module in modules:
             quantizer = getattr(module, "hf_quantizer", None)
             if isinstance(quantizer, Quantizer) and _says_quantized(module):
+                for written in (module, module.config):
+                    journal.note(written)
                 quantizer.remove_quantization_config(module)
-            _forget_form(module)
+            _forget_form(journal, module)
     if any(map(_says_quantized, modules)) if made_dense else _is_packed(model):
-        replace_methods(modules, SavesBase, Reformed(tuple(made_dense)))
+        replace_methods(journal, modules, SavesBase, Reformed(tuple(made_dense)))
 
 
 def _is_readable(model: nn.Module) -> bool:
@@ -232,8 +235,8 @@ def _is_readable(model: nn.Module) -> bool:
     return True
 
 
-def _forget_form(module: nn.Module) -> None:
+def _forget_form(journal: Journal, module: nn.Module) -> None:
     method = vars(module).get(SavesBase.name)
     if isinstance(method, SavesBase):
         for owner in [each for each in method.owners if isinstance(each, Reformed)]:
-            give_methods_back(module, owner)
+            give_methods_back(journal, module, owner)

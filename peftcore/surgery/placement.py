@@ -17,6 +17,7 @@ from peftcore.errors import InactiveSite
 from peftcore.layers.fsdp import MANAGED, in_group
 from peftcore.layers.pieces import is_cut
 from peftcore.libraries.save_pretrained import saving_base
+from peftcore.utils.journal import Journal
 
 if TYPE_CHECKING:
     from peftcore.forward.state.host_state import HostState
@@ -37,10 +38,11 @@ class Placement:
         """The token tables of each injection, with the shapes that they had when it came: resizing changes these in
         place."""
 
-    def expect(self, name: str, grafts: Iterable[Graft]) -> None:
+    def expect(self, journal: Journal, name: str, grafts: Iterable[Graft]) -> None:
         """Remember the token tables at which a new injection acts."""
         sites = (site for graft in grafts for site in graft.holders if site.form in ("activation", "weight"))
-        self.tables[name] = [(each, each.layer.shape(each.module, each.tensor)) for each in sites if _is_table(each)]
+        tables = [(each, each.layer.shape(each.module, each.tensor)) for each in sites if _is_table(each)]
+        journal.put(self, "tables", name, tables)
 
     def check(self, model: nn.Module, state: HostState, acting: Iterable[str]) -> None:
         """Check that the modules of the named injections are still in the model, at their old place or at another.
@@ -62,10 +64,10 @@ class Placement:
                         "does not fit any more. Save and remove() it before the model is resized; then load it again"
                     )
 
-    def forget(self, name: str) -> None:
+    def forget(self, journal: Journal, name: str) -> None:
         """Forget the modules of a removed injection."""
-        self.ways.pop(name, None)
-        self.tables.pop(name, None)
+        self.ways.pop(name, None)  # found again where it is missing
+        journal.drop(self, "tables", name)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "ways": {}}

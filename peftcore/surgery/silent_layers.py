@@ -24,6 +24,7 @@ from peftcore.forward.state.adapter_modules import ADAPTER_MODULES
 from peftcore.forward.state.host_state import HostState
 from peftcore.forward.state.slot import Slot, slot_of
 from peftcore.targets.sites import SEVERAL
+from peftcore.utils.journal import Journal
 
 if TYPE_CHECKING:
     from peftcore.surgery.surgeon import Surgeon
@@ -102,8 +103,18 @@ class SilentLayers:
     def _place(self, holder: nn.Module) -> None:
         self.places.setdefault(type(holder).__name__, []).append(holder)
 
-    def forget(self, name: str) -> None:
-        """Stop expecting the sites of an injection to run."""
+    def expect(self, injection: tuple[str, Surgeon | None]) -> None:
+        """Expect the sites of an injection to run, from the host's next forward on; without its surgeon, stop it."""
+        name, surgeon = injection
+        if surgeon is None:
+            return self._forget(name)
+        self.new[name] = surgeon
+        sites = [graft.site for graft in surgeon.grafts if graft.site.once]
+        if slots := [(site.path, slot) for site in sites if (slot := slot_of(site.module)) is not None]:
+            self.once[name] = slots
+        return None
+
+    def _forget(self, name: str) -> None:
         for known in self.siblings.values():
             for each in known:
                 each.sites.pop(name, None)
@@ -216,16 +227,13 @@ def _expected(surgeon: Surgeon, name: str) -> Iterator[tuple[nn.Module, Expected
             yield modules.get(path[: max(path.rfind("."), 0)], graft.site.module), Expected(path, slots, tower, name)
 
 
-def watch(surgeon: Surgeon, state: HostState, name: str) -> None:
+def watch(journal: Journal, surgeon: Surgeon, state: HostState, name: str) -> None:
     """Expect the sites of an injection to run, from the host's next forward on."""
     silent_layers = state.silent_layers = state.silent_layers or SilentLayers()
-    silent_layers.new[name] = surgeon
-    sites = [graft.site for graft in surgeon.grafts if graft.site.once]
-    if slots := [(site.path, slot) for site in sites if (slot := slot_of(site.module)) is not None]:
-        silent_layers.once[name] = slots
+    journal.call(SilentLayers.expect, silent_layers, (name, None), (name, surgeon))
 
 
-def forget(state: HostState, name: str) -> None:
+def forget(journal: Journal, surgeon: Surgeon, state: HostState, name: str) -> None:
     """Stop expecting the sites of a removed injection to run."""
     if state.silent_layers is not None:
-        state.silent_layers.forget(name)
+        journal.call(SilentLayers.expect, state.silent_layers, (name, surgeon), (name, None))

@@ -24,6 +24,7 @@ from peftcore.layers.fsdp import is_sharded, whole_from
 from peftcore.libraries.save_pretrained import SavesBase, check_saves, saving_base
 from peftcore.registry.plugins import layer_of
 from peftcore.training.optimizer import transient
+from peftcore.utils.journal import Journal
 from peftcore.utils.notices import notice
 
 STATE = "peftcore"
@@ -131,16 +132,10 @@ def save_adapters(
 @contextmanager
 def _without_quantizer(model: nn.Module) -> Iterator[None]:
     """Let the model save plain tensors: a quantizer would refuse, or look for codes in its place."""
-    name = "hf_quantizer"
-    had = name in vars(model)
-    quantizer = vars(model).get(name)
-    if had:
-        vars(model)[name] = None
-    try:
+    with Journal(temporary=True) as journal:
+        if "hf_quantizer" in vars(model):
+            journal.put(model, "", "hf_quantizer", None)
         yield
-    finally:
-        if had:
-            vars(model)[name] = quantizer
 
 
 class Run(Protocol):

@@ -465,9 +465,10 @@ class Choices:
         self._publish()
         self.host.replan()
 
-    def saved(self) -> tuple[Scopes, Scopes]:
-        """Returns the choices that this thread or task can change, for `restore`."""
-        return self.own_scopes(), tuple(self.everybody) if HERE.token is self.owner else ()
+    def saved(self, shared: int = 0) -> tuple[Scopes, Scopes]:
+        """Returns the choices that this thread or task can change, for `restore`; outside of the owner's thread, with
+        the first `shared` ones of all threads, from which `forget` removes an injection."""
+        return self.own_scopes(), tuple(self.everybody if HERE.token is self.owner else self.everybody[:shared])
 
     def restore(self, saved: tuple[Scopes, Scopes]) -> None:
         """Restore the choices that `saved` returned. Does not plan the slots again."""
@@ -475,7 +476,7 @@ class Choices:
         self._write(saved[0])
         if saved[1]:
             with _LOCK:
-                self.everybody[:] = saved[1]
+                self.everybody[: len(saved[1])] = saved[1]
                 self.choice = self.everybody[-1].choice
 
     def elsewhere(self) -> bool:

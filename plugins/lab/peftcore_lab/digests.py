@@ -15,8 +15,7 @@ NOT_CONTENT = ("state.json", "cache-")
 
 
 def of_content(source: str) -> str | None:
-    """Return a digest of a file, or of all files in a folder; None if the file or folder does not exist: a dataset of
-    the Hub has its versions there."""
+    """Return a digest of a file, or of all files in a folder; None if the file or folder does not exist."""
     return _digest(source, _stamps(source), False) if Path(source).exists() else None
 
 

@@ -13,6 +13,7 @@ from datasets import ClassLabel, Dataset, DatasetDict
 from peftcore.errors import BadInput
 from peftcore_lab.data.tables import read_rows
 from peftcore_lab.data.texts import SPLIT_SEED
+from peftcore_lab.digests import of_content
 
 HELD_OUT = ("validation", "test", "valid", "dev", "eval")
 """Splits of a dataset that are scored, the first that is there."""
@@ -125,6 +126,18 @@ def read(source: str) -> Dataset | DatasetDict:
     else:
         found = _loaded(source, lambda: datasets.load_dataset(source))
     return named(found)
+
+
+def digest(source: str) -> str | None:
+    """Return a digest of the file or folder of a dataset; of a dataset on the Hub the commit that `read` would load now
+    (without a network, the newest commit in the cache of `datasets`). Returns None if there is neither."""
+    path = Path(source)
+    if path.exists() or path.suffix.lower() in READERS:
+        return of_content(source)
+    try:
+        return str(datasets.load_dataset_builder(source).hash)
+    except Exception:  # of any type, as in `_loaded`; `read` says what is wrong
+        return None
 
 
 def _loaded(source: object, load: Callable[[], Any]) -> Any:

@@ -20,6 +20,7 @@ from peftcore.errors import BadInput
 from peftcore.files.continuing import differences, listed
 from peftcore.files.safe_io import write_text
 from peftcore.models.naming import find
+from peftcore_lab.data.sources import digest
 from peftcore_lab.digests import of_content, of_sample
 from peftcore_lab.runs.run import FULL, Run
 
@@ -77,9 +78,9 @@ def inputs_of(run: Run) -> dict[str, str | None]:
 
 
 def digests_of(data: Mapping[str, Any]) -> dict[str, str | None]:
-    """Return digests of the files of examples that options of a task's data name."""
+    """Return digests of the examples that options of a task's data name: of their files, or the commit on the Hub."""
     named = {name: data.get(name) for name in ("train", "held_out")}
-    return {f"data.{name}": None if source is None else of_content(str(source)) for name, source in named.items()}
+    return {f"data.{name}": None if source is None else digest(str(source)) for name, source in named.items()}
 
 
 def changed_inputs(held: Mapping[str, Any], here: Mapping[str, str | None]) -> list[str]:

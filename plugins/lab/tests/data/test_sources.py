@@ -1,14 +1,18 @@
 """Where examples come from: what says the same in each, and what is refused."""
 
+import os
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from datasets import ClassLabel, Dataset, DatasetDict, DatasetInfo, Features, SplitDict, SplitInfo, Value
+from datasets.arrow_writer import ArrowWriter
 
 from peftcore.errors import BadInput
-from peftcore_lab.data.sources import scored, splits
+from peftcore_lab.data.sources import digest, read, scored, splits
 from peftcore_lab.data.texts import SPLIT_SEED
+from peftcore_lab.digests import of_content
 
 
 def test_parquet_and_saved_datasets_say_the_same_as_a_table(csv_file: Path, rows: list[Any], tmp_path: Path) -> None:
@@ -80,3 +84,31 @@ def test_what_is_no_data_is_refused(tmp_path: Path) -> None:
     for name in ("bad.parquet", "empty", "table.xlsx", "nothing/there"):
         with pytest.raises(BadInput, match=name):
             splits(str(tmp_path / name), None, None)
+
+
+def cached(cache: Path, commit: str, texts: list[str], time: int) -> None:
+    """Write a commit of the dataset someone/texts into the cache of `datasets`, as a download leaves it."""
+    folder = cache / "someone___texts" / "default" / "0.0.0" / commit
+    folder.mkdir(parents=True)
+    with ArrowWriter(path=str(folder / "texts-train.arrow")) as writer:
+        for text in texts:
+            writer.write({"text": text})
+        rows, size = writer.finalize()
+    info = DatasetInfo(Features({"text": Value("string")}), version="0.0.0", dataset_name="texts")
+    info.splits = SplitDict(dataset_name="texts")
+    info.splits.add(SplitInfo("train", num_bytes=size, num_examples=rows, dataset_name="texts"))
+    info.builder_name, info.config_name = "parquet", "default"
+    info.write_to_directory(str(folder))
+    os.utime(folder, (time, time))
+
+
+def test_the_digest_of_a_dataset_on_the_hub_is_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    assert digest("someone/texts") is None and digest(str(tmp_path / "none.csv")) is None
+    for number, commit in enumerate(("a" * 40, "b" * 40)):
+        cached(tmp_path / "cache", commit, ["same", commit], 1_000_000 + number)
+        assert digest("someone/texts") == commit and read("someone/texts")["train"]["text"][1] == commit
+
+
+def test_the_digest_of_a_file_is_that_of_its_content(csv_file: Path) -> None:
+    assert digest(str(csv_file)) == of_content(str(csv_file))

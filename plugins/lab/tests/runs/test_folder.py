@@ -1,13 +1,17 @@
 """Which run a folder holds: its options, and what its files contain."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
 from peftcore.errors import BadInput
 from peftcore_lab.runs.folder import RunFolder, holds
 from peftcore_lab.runs.run import Run
+
+
+class Builder(NamedTuple):
+    hash: str
 
 
 @pytest.fixture
@@ -69,4 +73,17 @@ def test_a_run_whose_files_changed_is_another_one(whole: dict[str, Any], tmp_pat
     (tmp_path / file).write_text("x", encoding="utf-8")
     assert not holds(run)
     with pytest.raises(BadInput, match=f"the content of {words} is another one"):
+        RunFolder(run).checkpoint(True)
+
+
+def test_a_run_whose_dataset_on_the_hub_changed_is_another_one(
+    whole: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run.model_validate({**whole, "data": {"train": "someone/texts"}})
+    monkeypatch.setattr("peftcore_lab.data.sources.datasets.load_dataset_builder", lambda name: Builder("one"))
+    begun(run)
+    assert holds(run)
+    monkeypatch.setattr("peftcore_lab.data.sources.datasets.load_dataset_builder", lambda name: Builder("two"))
+    assert not holds(run)
+    with pytest.raises(BadInput, match=r"the content of data\.train is another one"):
         RunFolder(run).checkpoint(True)
