@@ -11,14 +11,17 @@ and where nothing was done, the operation has to succeed at the next try.
 Points are of three kinds. "tensor": an operation of torch, which fails, finds no memory (then nor do later ones that
 need memory), or is interrupted. "files": a call of the system for files below the scene's folder or the folder of
 temporary files, which finds no space, no permission or no folder, writes a part only, or is interrupted. "line": a line
-of Python in the package, before which Ctrl-C is pressed. A point that is passed several times counts as several: its
-first passes and its last.
+of Python in the package, before which Ctrl-C is pressed; the ends of ``with`` blocks are left out, since Python guards
+no ``__exit__`` from an interrupt. A point that is passed several times counts as several: its first passes and its
+last.
 """
 
 from __future__ import annotations
 
+import ast
 import builtins
 import errno
+import functools
 import gc
 import io
 import os
@@ -45,7 +48,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import peftcore
 from peftcore.errors import PeftcoreError
-from peftcore.testing.snapshots import FILE, Scene, Snapshot, process, snapshot
+from peftcore.testing.snapshots import FILE, Scene, Snapshot, process, put_back, snapshot
 
 Kind = Literal["tensor", "files", "line"]
 KINDS: tuple[Kind, ...] = ("tensor", "files", "line")
@@ -353,13 +356,40 @@ class _Lines(_Faults):
             sys.settrace(before)
 
     def _enter(self, frame: FrameType, event: str, argument: Any) -> Any:
-        return self._line if self._inside(frame.f_code.co_filename) else None
+        if self.hit or not self._inside(frame.f_code.co_filename) or _ends_a_block(frame):
+            return None
+        ends = _ends(frame.f_code.co_filename)
+        last = 0
 
-    def _line(self, frame: FrameType, event: str, argument: Any) -> Any:
-        if event == "line" and not self.hit and self.is_at(self.told(frame)):
-            sys.settrace(None)
-            raise self.errors[self.error]()
-        return self._line
+        def line(frame: FrameType, event: str, argument: Any) -> Any:
+            nonlocal last
+            if event == "line" and not self.hit:
+                before, last = last, frame.f_lineno
+                if before not in ends.get(last, ()) and self.is_at(self.told(frame)):
+                    sys.settrace(None)
+                    raise self.errors[self.error]()
+            return line
+
+        return line
+
+
+def _ends_a_block(frame: FrameType) -> bool:
+    """Whether a frame runs inside of an ``__exit__``, which Python does not guard from an interrupt."""
+    above: FrameType | None = frame
+    while above is not None:
+        if above.f_code.co_name == "__exit__":
+            return True
+        above = above.f_back
+    return False
+
+
+@functools.cache
+def _ends(file: str) -> dict[int, range]:
+    """Return the lines of ``with`` statements of a file, each with the lines of its block: Python comes to such a line
+    again before it calls ``__exit__``."""
+    nodes = ast.walk(ast.parse(Path(file).read_text(encoding="utf-8")))
+    blocks = [node for node in nodes if isinstance(node, ast.With | ast.AsyncWith)]
+    return {node.lineno: range(node.body[0].lineno, (node.end_lineno or 0) + 1) for node in blocks}
 
 
 def inject_faults(
@@ -475,6 +505,7 @@ class _Trial:
             if not faults.hit:
                 return None
             wrong = [*_misreported(faults, raised), *_changed(around)]
+            put_back(around)
             now = snapshot(scene)
             loose = (*self.leave, FILE) if raised is not None else self.leave
             undone = raised is not None and not before.differences(now, same_scene=True, leave=loose)

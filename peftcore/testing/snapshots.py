@@ -209,7 +209,7 @@ def _tensor(tensor: Tensor) -> Any:
     if is_traceable_wrapper_subclass(tensor):
         names = tensor.__tensor_flatten__()[0]
         return told, [(name, described(getattr(tensor, name))) for name in names]
-    grad = None if tensor.grad is None else _bytes(tensor.grad)
+    grad = _bytes(tensor.grad) if tensor.is_leaf and tensor.grad is not None else None
     return told, _bytes(tensor.detach()), grad
 
 
@@ -238,7 +238,6 @@ def _state(state: HostState) -> dict[str, Any]:
         "frozen": len(state.frozen),
         "reads tokens": state.reads_tokens,
         "tokens": state.tokens,
-        "handles of loading": len(state.loading),
         "swapping": sorted(state.swapping),
         "running": sum(each.open for each in state.running.values()),
         "slots": [_slot(each) for each in state.slots],
@@ -286,7 +285,7 @@ def process() -> dict[str, Any]:
     """Return the state of the process that an operation must leave as it was: random numbers, modes of torch, threads,
     open files and temporary files."""
     return {
-        "torch's random numbers": torch.random.get_rng_state().numpy().tobytes(),
+        "torch's random numbers": torch.random.get_rng_state().tolist(),
         "Python's random numbers": random.getstate(),
         "numpy's random numbers": repr(sys.modules["numpy"].random.get_state()) if "numpy" in sys.modules else "",
         "gradients": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
@@ -302,12 +301,20 @@ def process() -> dict[str, Any]:
         "the working folder": os.getcwd(),
         "temporary files": sorted(os.listdir(tempfile.gettempdir())),
         "variables of the context": {
-            variable.name: value if isinstance(value, PLAIN | frozenset) else len(value)
+            variable.name: value if isinstance(value, (*PLAIN, frozenset)) else len(value)
             for variable, value in contextvars.copy_context().items()
             if isinstance(value, (*PLAIN, frozenset, tuple, list))
         },
         "forwards that run": (len(HERE.calls), HERE.calm is None, len(HERE.generating)),
     }
+
+
+def put_back(before: Mapping[str, Any]) -> None:
+    """Give torch and Python the modes and random numbers that `process` returned, for the next try."""
+    torch.random.set_rng_state(torch.tensor(before["torch's random numbers"], dtype=torch.uint8))
+    random.setstate(before["Python's random numbers"])
+    torch.set_grad_enabled(before["gradients"][0])
+    torch.set_default_dtype(before["default dtype"])
 
 
 def _open_files() -> Counter[str]:

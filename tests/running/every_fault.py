@@ -43,10 +43,15 @@ def main() -> int:
         if left is not None and left <= 0:
             break
         case, begin = CASES[name], time.monotonic()
-        report = inject_faults(
-            case.operation, case.make, name=name, kinds=given.kind or KINDS, every=given.every, often=given.often,
-            seed=given.seed, leave=case.leave, seconds=left,
-        )  # fmt: skip
+        try:
+            report = inject_faults(
+                case.operation, case.make, name=name, kinds=given.kind or KINDS, every=given.every, often=given.often,
+                seed=given.seed, leave=case.leave, seconds=left,
+            )  # fmt: skip
+        except Exception as error:  # the others still count
+            print(f"{name}: cannot be tried: {type(error).__name__}: {error}", flush=True)
+            found += 1
+            continue
         print(f"{report}\n  points: {report.points}, {time.monotonic() - begin:.0f} s", flush=True)
         found, tried = found + len(report.found), tried + sum(report.tried.values())
     print(f"{tried} faults in {len(chosen)} operations, {found} with a wrong end")
