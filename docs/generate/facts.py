@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -83,8 +84,8 @@ class Facts:
 
     @property
     def package(self) -> Path:
-        """The folder of its file: all that it may share with others of its plugin."""
-        return Path(inspect.getfile(self.cls)).parent
+        """The folder of its package: all that it may share with others of its plugin."""
+        return Path(inspect.getfile(sys.modules[self.cls.__module__.partition(".")[0]])).parent
 
     @cached_property
     def drawing(self) -> str:

@@ -1,6 +1,7 @@
 """Blocks of a model and their branches, networks in parallel with a model, and additional rows next to the tokens of a
 diffusion model."""
 
+from peftcore.authoring.activations import ACTIVATIONS
 from peftcore.authoring.blocks import (
     MIXERS,
     BlockSite,
@@ -27,6 +28,7 @@ from peftcore.authoring.guests import GuestNetwork, GuestOperator, guest_network
 from peftcore.authoring.streams import RowStream, StreamSite, Turn, add_stream, stream_sites
 
 __all__ = [
+    "ACTIVATIONS",
     "MIXERS",
     "AtBranchEnd",
     "BlockSite",

@@ -434,11 +434,13 @@ def _last(count: int, key: Tensor, value: Tensor) -> Keys:
     return key[:, :, -count:], value[:, :, -count:]
 
 
-def add_stream(surgeon: Surgeon, site: StreamSite, operator: Callable[..., S], config: MethodConfig | None = None) -> S:
-    """Put ``operator(site, config)``, a `RowStream`, at a diffusion transformer, and return it. Its `turn` shows
+def add_stream(
+    surgeon: Surgeon, site: StreamSite, operator: Callable[..., S], config: MethodConfig | None = None, **own: Any
+) -> S:
+    """Put ``operator(site, config, **own)``, a `RowStream`, at a diffusion transformer, and return it. Its `turn` shows
     operators inside of the blocks when the blocks run for the rows.
     """
-    stream = surgeon.graft(site, operator, config, site.places)
+    stream = surgeon.graft(site, operator, config, site.places, **own)
     for attention in site.attentions:
         surgeon.graft(attention, lambda at: JointAttention(at, stream))
     return stream

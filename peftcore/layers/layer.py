@@ -218,6 +218,20 @@ class Layer:
         """
         return None
 
+    def channels_last(self, activation: Tensor) -> Tensor:
+        """Returns an input or output of the module with its channels in the last dimension, ``[..., channels]``; a
+        view."""
+        return activation.movedim(self.channel_dim, -1)
+
+    def channels_back(self, vectors: Tensor) -> Tensor:
+        """Returns vectors ``[..., channels]`` in the layout of the module's output: the inverse of `channels_last`."""
+        return vectors.movedim(-1, self.channel_dim)
+
+    def rows(self, activation: Tensor) -> int:
+        """Returns the number of rows of the batch in an input or output of the module; 1 if it has no batch
+        dimension."""
+        return len(activation) if activation.dim() > -self.channel_dim else 1
+
     def along_channels(self, vector: Tensor, like: Tensor) -> Tensor:
         """Returns `vector` shaped so that it broadcasts over the channels of the activation `like`."""
         return vector

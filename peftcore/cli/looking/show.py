@@ -3,10 +3,9 @@ models."""
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
 from typing import Any
@@ -21,6 +20,7 @@ import peftcore
 from peftcore.cli.pages import columns, spelled
 from peftcore.contract.method import Method
 from peftcore.registry.catalogue import MethodInfo
+from peftcore.registry.method_text import sections, text_of
 from peftcore.utils.quiet import quiet
 
 INDENT = 4
@@ -97,9 +97,13 @@ class Shown:
 
     @property
     def text(self) -> str:
-        """Return equation, differences to the paper, formula, advice: the docstring of the method's module."""
-        module = inspect.getmodule(self.cls)
-        return inspect.cleandoc((module and module.__doc__) or self.cls.__doc__ or "")
+        """Return the docstring of the method's module."""
+        return text_of(self.cls)
+
+    @property
+    def sections(self) -> dict[str, str]:
+        """Return the text under each heading of the docstring, and the part in front of them under ``""``."""
+        return sections(self.text)
 
     @property
     def link(self) -> str:
@@ -112,7 +116,14 @@ class Shown:
         schemas = self.cls.Config.model_json_schema()["properties"]
         fields = self.cls.Config.model_fields
         names = sorted((name for name in fields if name != "method"), key=lambda name: name == "overrides")
-        return [Option.of(name, fields[name], schemas[name]) for name in names]
+        *options, overrides = [Option.of(name, fields[name], schemas[name]) for name in names]
+        return [*options, replace(overrides, rule=self._overridable)]
+
+    @property
+    def _overridable(self) -> str:
+        """Return the rule of `overrides`: the options that may change, if these are not all."""
+        names = self.cls.Config.overridable
+        return "" if names is None else f"of {', '.join(names)} alone" if names else "takes none"
 
     @cached_property
     def budgets(self) -> Mapping[str, int]:
@@ -143,6 +154,7 @@ class Shown:
             "paper": tags.paper,
             "link": self.link,
             "text": self.text,
+            "sections": self.sections,
             "options": [vars(option) for option in self.options],
             "tags": {name: vars(tags)[name] for name in TAGS},
             "identity_options": None if tags.identity_options is None else dict(tags.identity_options),
@@ -165,7 +177,7 @@ class Shown:
             Text(self.link, f"link {self.link}" if self.link.startswith("https:") else ""),
             *(Text(line) for line in preset_lines(self.info)),
             "",
-            *paragraphs(self.text),
+            *(line for heading, text in self.sections.items() for line in section(heading, text)),
             options_table(self.options),
             "",
             self.facts(),
@@ -202,6 +214,13 @@ class Shown:
         alone."""
         for source, parts in self.info.compared.items():
             yield source if parts == ("outputs",) else f"{source} ({', '.join(parts)})"
+
+
+def section(heading: str, text: str) -> Iterator[RenderableType]:
+    """Yield a section of the description: its title, then its paragraphs."""
+    if heading:
+        yield Text(heading, "bold")
+    yield from paragraphs(text)
 
 
 def paragraphs(text: str) -> Iterator[RenderableType]:

@@ -1,5 +1,6 @@
 """Child-Tuning_D: the weights that matter most to the task train.   Xu et al. 2021, arXiv 2109.05687.
 
+Equation:
     F = mean over the batches of (dL/dW)^2,   mask = F >= its (1 - share) quantile,   G <- mask * G
 
 F is the diagonal of the Fisher information, computed once before training (``data=``); the quantile is one for all
@@ -11,7 +12,12 @@ besides it only the modules in `train` train, whole. The optimizer masks the gra
 
 Parameters: all; in the blocks only the share `share` of them changes.
 
-Use it to fine-tune on little data without forgetting; it costs a backward pass over the data.
+Start: The values of the model: the identity.
+
+Differs from the authors' code: No difference is known.
+
+Use it: `peftcore.apply(model, "child_tuning_d", data=batches)`, to fine-tune on little data without forgetting; it
+costs a backward pass over the data.
 """
 
 from __future__ import annotations

@@ -135,7 +135,7 @@ def digest(source: str) -> str | None:
     if path.exists() or path.suffix.lower() in READERS:
         return of_content(source)
     try:
-        return datasets.load_dataset_builder(source).hash
+        return str(datasets.load_dataset_builder(source).hash)
     except Exception:  # of any type, as in `_loaded`; `read` says what is wrong
         return None
 

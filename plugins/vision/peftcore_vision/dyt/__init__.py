@@ -1,6 +1,7 @@
 """DyT, Dynamic Tuning: a dispatcher chooses the tokens that go through a feed-forward, beside an adapter for all.
 Zhao et al. 2024, arXiv 2403.11808 (code: NUS-HPC-AI-Lab/Dynamic-Tuning).
 
+Equation:
     y_i = x_i + m_i MLP(LN(x_i)) + s (W_up relu(W_down x_i + b_down) + b_up),   W_down [r, d],  W_up [d, r]
     m_i = 1 if sigmoid(w . x_i + b) > 1/2 else 0,   w [d];   in training sigmoid((w . x_i + b + g - g') / temperature)
     loss = L(p) + rate_weight (mean m - rate)^2 + complete (L(q) + KL(q | p))
@@ -8,8 +9,7 @@ Zhao et al. 2024, arXiv 2403.11808 (code: NUS-HPC-AI-Lab/Dynamic-Tuning).
 g and g' are draws of Gumbel's distribution, and gradients those of the sigmoid. x is the stream in front of the
 feed-forward's norm. The mean of m is over all blocks, pictures and tokens but the class token, which the feed-forward
 always computes, like all tokens in front of a picture's patches (`prefix_tokens`); padding does not count. q is the
-model's prediction in a second pass with m = 1 everywhere, dropout drawn anew; KL passes no gradient to it. W_down
-starts from a Kaiming-uniform draw, w from N(0, 0.02), all else at zero: about half of the tokens go through.
+model's prediction in a second pass with m = 1 everywhere, dropout drawn anew; KL passes no gradient to it.
 
 L is the cross-entropy of classes. It needs the logits that the model returns (a field `logits`, or the tensor itself,
 classes in dimension 1) and the labels: those that the model is given, or ``peftcore.call(model, labels=...)``; without
@@ -17,17 +17,23 @@ them `complete` is to be 0. The second pass doubles the time of training. Losses
 available from `injection.losses()`.
 
 In training all tokens are computed, and those that go by are multiplied by zero. With `skip` they are not computed in
-evaluation, which makes it fast. The mixture of adapters of the paper is not in the code, and not here.
+evaluation, which makes it fast.
 
 Parameters: 2 d r + r + d of the adapter and d + 1 of the dispatcher, a block.
 
-Use it where a ViT has to be faster than it was, and keep all its tokens; not where all may go through (`adaptformer`
-has the same adapter), nor where tokens are to be left out of attention too (`coda`). It cannot be merged.
+Start: W_down starts from a Kaiming-uniform draw, w from N(0, 0.02), all else at zero: about half of the tokens go
+through. ``init_std=0, init_bias=10`` lets all tokens through: the identity.
+
+Differs from the authors' code: The mixture of adapters of the paper is not in the code, and not here.
+
+Use it: `peftcore.apply(model, "dyt")`, where a ViT has to be faster than it was, and keep all its tokens; not where all
+may go through (`adaptformer` has the same adapter), nor where tokens are to be left out of attention too (`coda`). It
+cannot be merged.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import torch
@@ -46,20 +52,28 @@ from peftcore.author import (
     Share,
     Surgeon,
     Tags,
-    Tap,
     branch,
 )
-from peftcore.errors import ConfigError
-from peftcore_vision._dispatch import Taps, loss_of_everyone, loss_of_share
-from peftcore_vision._skipped import Skipping, skipping_site
+from peftcore.errors import TrainingError
+from peftcore_vision.dyt.dispatcher import Taps, skipping_site
 
-OF_ALL = {"rate", "rate_weight", "complete"}
-"""Options that sites cannot have for themselves."""
 Portion = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 class DyTConfig(MethodConfig):
     """Options of Dynamic Tuning."""
+
+    overridable = (
+        "bottleneck",
+        "scale",
+        "dropout",
+        "temperature",
+        "threshold",
+        "skip",
+        "prefix_tokens",
+        "init_std",
+        "init_bias",
+    )
 
     method: Literal["dyt"] = "dyt"
     bottleneck: PositiveInt = 64
@@ -90,24 +104,44 @@ class DyTConfig(MethodConfig):
     """b at the start; where w starts at zero and b above it, all tokens go through: an exact identity."""
 
 
-class DyTOperator(Skipping):
-    """The dispatcher of one feed-forward, and the bottleneck in parallel with it."""
+def loss_of_share(taps: Taps, share: float) -> Tensor | None:
+    """Take what gates noted and return ``(mean gate - share)^2``; None where nothing was noted."""
+    counts = taps.counts.take()
+    if not counts:
+        return None
+    through, tokens = (torch.stack(each).sum() for each in zip(*counts, strict=True))
+    return (through / tokens - share).square()
 
-    padded = frozenset({"down.weight", "down.bias", "up.weight"})
 
-    def __init__(self, site: BranchSite, config: DyTConfig, taps: Taps, lie: Tap) -> None:
-        super().__init__(site, config, taps, lie)
-        self.down = nn.Linear(site.width, config.bottleneck)
-        self.dropout = nn.Dropout(config.dropout)
-        self.up = nn.Linear(config.bottleneck, site.out_features)
-        self.scale = config.scale
-        nn.init.kaiming_uniform_(self.down.weight, a=math.sqrt(5))
-        for zero in (self.down.bias, self.up.weight, self.up.bias):
-            nn.init.zeros_(zero)
+def loss_of_everyone(taps: Taps, output: Any, call: ForwardContext) -> Tensor:
+    """Return ``L(q) + KL(q | p)``, of a second pass q in which all tokens go through.
 
-    def beside(self, x: Tensor) -> Tensor:
-        down, down_bias, up, up_bias = self.cast(x, self.down.weight, self.down.bias, self.up.weight, self.up.bias)
-        return self.scale * F.linear(self.dropout(torch.relu(F.linear(x, down, down_bias))), up, up_bias)
+    Raises:
+        TrainingError: the model returns no logits, or labels of their shape are missing.
+    """
+    given = call.inputs.get("labels")
+    labels: Any = call.context.get("labels") if given is None else given
+    p, q = _logits_of(output, labels), _logits_of(call.again({taps.everyone: True}), labels)
+    target = q.detach().log_softmax(1)
+    apart = (target.exp() * (target - p.log_softmax(1))).sum(1).mean()
+    return F.cross_entropy(q, labels) + apart
+
+
+def _logits_of(output: Any, labels: Any) -> Tensor:
+    """Return the logits of classes in what a model returned ``[rows, classes]`` or ``[rows, classes, high, wide]``, in
+    float32 at least."""
+    logits = output.get("logits") if isinstance(output, Mapping) else output
+    if (
+        isinstance(logits, Tensor)
+        and isinstance(labels, Tensor)
+        and logits.dim() in (2, 4)
+        and labels.shape == (logits if labels.is_floating_point() else logits[:, 0]).shape
+    ):
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+    raise TrainingError(
+        "dyt trains the model with all tokens too, which takes its logits [rows, classes] (or of each pixel) and their "
+        "labels: give these to the model, or tell them by peftcore.call(model, labels=...); or take complete=0"
+    )
 
 
 class DyT(Method):
@@ -131,13 +165,11 @@ class DyT(Method):
     alternatives = OUTPUTS
 
     def inject(self, model: nn.Module, config: DyTConfig, surgeon: Surgeon) -> None:
-        if any({*changes} & OF_ALL for changes in config.overrides.values()):
-            raise ConfigError(f"dyt has one loss for all sites: no overrides of {', '.join(sorted(OF_ALL))}")
         self.taps = Taps()
         for site in surgeon.sites():
             place = branch(surgeon, site, before_norm=True, adds=False)
             skips = config.at(site.path).skip
-            self.taps.graft(surgeon, skipping_site(surgeon, place) if skips else place, DyTOperator, config)
+            self.taps.graft(surgeon, skipping_site(surgeon, place) if skips else place, config)
 
     def output_loss(self, injection: AppliedMethod, output: Any, call: ForwardContext) -> Tensor | None:
         config = injection.config
