@@ -31,9 +31,10 @@ from peftcore.layers.pieces import at_hand, is_in_engine
 from peftcore.registry.equation_only import notice_equation_only
 from peftcore.registry.plugins import imported, layer_of
 from peftcore.roles import HostMap
-from peftcore.surgery import installation, silent_layers
+from peftcore.surgery import installation
 from peftcore.surgery.placement import Placement
 from peftcore.surgery.planning import Plan
+from peftcore.surgery.silent_layers import SilentLayers
 from peftcore.surgery.surgeon import Surgeon
 from peftcore.targets.resolver import Resolver, Target
 from peftcore.training.batches import Data, calibrate, find_structure
@@ -251,7 +252,8 @@ def _put_in(journal: Journal, injection: Injection, state: HostState, request: R
     if not request.active:
         state.replan()
     injection.trainable(True)
-    silent_layers.watch(journal, surgeon, state, name)
+    state.silent_layers = state.silent_layers or SilentLayers()
+    journal.call(SilentLayers.expect, state.silent_layers, (name, None), (name, surgeon))
     return stack
 
 

@@ -21,12 +21,11 @@ from torch import nn
 
 from peftcore.errors import InactiveSite, UnsupportedSite
 from peftcore.forward.state.adapter_modules import ADAPTER_MODULES
-from peftcore.forward.state.host_state import HostState
 from peftcore.forward.state.slot import Slot, slot_of
 from peftcore.targets.sites import SEVERAL
-from peftcore.utils.journal import Journal
 
 if TYPE_CHECKING:
+    from peftcore.forward.state.host_state import HostState
     from peftcore.surgery.surgeon import Surgeon
 
 
@@ -104,7 +103,7 @@ class SilentLayers:
         self.places.setdefault(type(holder).__name__, []).append(holder)
 
     def expect(self, injection: tuple[str, Surgeon | None]) -> None:
-        """Expect the sites of an injection to run, from the host's next forward on; without its surgeon, stop it."""
+        """Expect the sites of an injection to run, from the host's next forward on; with None as surgeon, stop it."""
         name, surgeon = injection
         if surgeon is None:
             return self._forget(name)
@@ -225,15 +224,3 @@ def _expected(surgeon: Surgeon, name: str) -> Iterator[tuple[nn.Module, Expected
         tower = next((each for each in towers if f"{path}.".startswith(f"{each}.")), "")
         if slots and graft.by_method:
             yield modules.get(path[: max(path.rfind("."), 0)], graft.site.module), Expected(path, slots, tower, name)
-
-
-def watch(journal: Journal, surgeon: Surgeon, state: HostState, name: str) -> None:
-    """Expect the sites of an injection to run, from the host's next forward on."""
-    silent_layers = state.silent_layers = state.silent_layers or SilentLayers()
-    journal.call(SilentLayers.expect, silent_layers, (name, None), (name, surgeon))
-
-
-def forget(journal: Journal, surgeon: Surgeon, state: HostState, name: str) -> None:
-    """Stop expecting the sites of a removed injection to run."""
-    if state.silent_layers is not None:
-        journal.call(SilentLayers.expect, state.silent_layers, (name, surgeon), (name, None))
