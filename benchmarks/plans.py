@@ -23,8 +23,8 @@ import peftcore
 from benchmarks.memory import peak
 from benchmarks.page import write
 from peftcore.models.costs import Costs, Memory, costs
+from peftcore.models.dry_run import Wanted
 from peftcore.models.example_inputs import Size
-from peftcore.models.recorded import Wanted
 from peftcore.utils.numbers import size, work
 
 METHODS = ("lora", "dora", "ia3", "houlsby_adapter", "ln_tuning")

@@ -23,8 +23,8 @@ from peftcore.contract.presets import Preset
 from peftcore.errors import PeftcoreError
 from peftcore.files.formats.peft_method import peft_methods
 from peftcore.models.costs import costs
+from peftcore.models.dry_run import Wanted
 from peftcore.models.example_inputs import Size
-from peftcore.models.recorded import Wanted
 from peftcore.registry.catalogue import COMBINES, QUANTIZED, TRAINS
 from peftcore.registry.plugins import imported
 from peftcore.utils.numbers import size

@@ -19,12 +19,12 @@ import snippets
 from diagram import svg
 from kept import ROOT, kept
 from peftcore.authoring.budgets import REFERENCES, reference
-from peftcore.cli.looking.show import Shown
+from peftcore.cli.inspection.show import Shown
 from peftcore.contract.method import CATEGORIES, Method
 from peftcore.contract.operators import Operator, Replacement, WeightOperator
 from peftcore.forward.attention.attention import AttentionOperator
 from peftcore.forward.sequence.sequence import SequenceOperator
-from peftcore.models.recorded import Recorded, Wanted
+from peftcore.models.dry_run import Recorded, Wanted
 from peftcore.registry.catalogue import MethodInfo
 from peftcore.utils.quiet import unlogged
 

@@ -21,9 +21,9 @@ from peftcore.errors import CheckpointError, ConfigError, MemoryLimit, UnknownIn
 from peftcore.files.safe_io import DTYPES, TensorFile, write_tensors
 from peftcore.forward.choice.residency import Residency
 from peftcore.forward.state.host_state import HostState, drop_state, ensure_state, state_of
-from peftcore.injection.idle import IdleValues, InMemory, Store, Values
+from peftcore.injection.base_dependence import make_anew
+from peftcore.injection.idle_adapters import IdleValues, InMemory, Store, Values
 from peftcore.injection.injection import Injection
-from peftcore.injection.made_of_base import make_anew
 from peftcore.injection.request import check_model
 from peftcore.utils.journal import Journal
 

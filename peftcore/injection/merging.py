@@ -1,7 +1,8 @@
 """Merging an injection into the host's tensors, and the exact way back.
 
 Deltas are computed in float32 (float64 for float64 hosts) and cast once. All tensors are written or none, and none that
-existed before is written to: new ones take their places (`written`), and the originals are kept as asked (`originals`).
+existed before is written to: new ones take their places (`merge_writes`), and the originals are kept as asked
+(`originals`).
 
 A quantized weight is made dense by a merge, or packed again with the measured error in the report; its codes are kept
 to restore it. A weight that its module computes from others keeps that way where it can give the merged value, as a
@@ -24,12 +25,10 @@ from peftcore.contract.operators import is_mergeable
 from peftcore.errors import ConfigError, InactiveSite, MergeError, NotMergeable, UnsupportedSite
 from peftcore.forward.choice.merged_choice import check_merge, places
 from peftcore.forward.tensors.mount import Effect, Mount, effects_of, fold
-from peftcore.injection.folding import fold as fold_away
-from peftcore.injection.folding import inverted
+from peftcore.injection.fold_parametrizations import fold as fold_away
+from peftcore.injection.fold_parametrizations import inverted
 from peftcore.injection.freezing import thaw
-from peftcore.injection.originals import Fingerprint, Keep, Original, Remembered, fingerprint, kept, stand_in
-from peftcore.injection.quantized_layer import QuantizedLayer, dense_linear, floating_dtype, replace_in_place
-from peftcore.injection.written import (
+from peftcore.injection.merge_writes import (
     Folded,
     Holders,
     Key,
@@ -42,7 +41,9 @@ from peftcore.injection.written import (
     modules_of,
     owner_path,
 )
-from peftcore.layers.computed import Computation, computation, has_place, parametrized, resting
+from peftcore.injection.originals import Fingerprint, Keep, Original, Remembered, fingerprint, kept, stand_in
+from peftcore.injection.quantized_layer import QuantizedLayer, dense_linear, floating_dtype, replace_in_place
+from peftcore.layers.computed_tensors import Computation, computation, has_place, parametrized, resting
 from peftcore.layers.fsdp import MANAGED, in_pieces
 from peftcore.layers.layer import Layer
 from peftcore.layers.pieces import ENGINE, is_cut, is_partitioned

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftcore.errors import UnsupportedSite
-from peftcore.layers.computed import by_hook
+from peftcore.layers.computed_tensors import by_hook
 from peftcore.layers.fsdp import is_sharded_class
 from peftcore.layers.pieces import outline
 

@@ -17,9 +17,9 @@ from peftcore.files.safe_io import DTYPES
 from peftcore.forward.state.host_state import HostState
 from peftcore.injection.applying import install
 from peftcore.injection.injection import Injection
-from peftcore.models.activations import Batch, Pretended, explained
+from peftcore.models.activation_memory import Batch, Pretended, explained
+from peftcore.models.dry_run import Recorded, Wanted
 from peftcore.models.example_inputs import Size, Unknown
-from peftcore.models.recorded import Recorded, Wanted
 from peftcore.models.skeletons import Skeleton, skeleton
 from peftcore.surgery.sharding import STATES, Shard
 from peftcore.utils.quiet import quiet

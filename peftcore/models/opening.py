@@ -20,9 +20,9 @@ import peftcore
 from peftcore.errors import BadInput, NoWeights
 from peftcore.files.formats.peft_prompts import TASKS
 from peftcore.files.safe_io import TensorFile
-from peftcore.models.files import CONFIG, PIPELINE, exported, read_config, reader_of
+from peftcore.models.configurations import CONFIG, PIPELINE, exported, read_config, reader_of
 from peftcore.models.loading import UNREADABLE, made_dense, unreadable
-from peftcore.models.naming import GGUF
+from peftcore.models.model_names import GGUF
 from peftcore.utils.packages import require
 
 BROKEN: tuple[type[Exception], ...] = (

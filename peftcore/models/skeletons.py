@@ -20,9 +20,9 @@ from torch import nn
 from peftcore.contract.config import DTYPES
 from peftcore.errors import BadInput
 from peftcore.models import example_inputs
+from peftcore.models.configurations import exported, reader_of
 from peftcore.models.example_inputs import Size
-from peftcore.models.files import exported, reader_of
-from peftcore.models.naming import Configured, check_architecture, find
+from peftcore.models.model_names import Configured, check_architecture, find
 from peftcore.utils.packages import require
 from peftcore.utils.quiet import quiet
 

@@ -21,7 +21,7 @@ from typing import Any, Literal, NamedTuple
 from torch import nn
 
 from peftcore.roles.code_frames import HELD, NONE, Dims, Frame, Value, parameters
-from peftcore.roles.sources import UNKNOWN, definition_of
+from peftcore.roles.source_code import UNKNOWN, definition_of
 from peftcore.roles.stacks import arguments
 
 Runs = Literal["once", "several", "unknown"]

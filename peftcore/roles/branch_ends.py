@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from peftcore.roles.code_frames import Frame, Value, parameters
-from peftcore.roles.sources import UNKNOWN, definition_of
+from peftcore.roles.source_code import UNKNOWN, definition_of
 from peftcore.roles.vocabulary import DROP_PATH_CLASS
 
 Rest = Literal["", "dropout", "scale", "unknown"]

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Self
 
 from torch import Tensor, nn
 
-from peftcore.roles.sources import UNKNOWN, called, definition_of
+from peftcore.roles.source_code import UNKNOWN, called, definition_of
 
 Dims = frozenset[int]
 NONE: Dims = frozenset()

@@ -15,7 +15,7 @@ from peftcore.contract.method import LearningRate
 from peftcore.errors import TargetError, UnsupportedSite
 from peftcore.injection.injection import Injection
 from peftcore.testing.kit import Case, NotApplicable, check
-from peftcore.testing.tasks import PICTURE, STEPS, TASKS, Batch, Task, full_fine_tuning
+from peftcore.testing.learning_tasks import PICTURE, STEPS, TASKS, Batch, Task, full_fine_tuning
 
 SHARE = 1 / 3
 """The share of the gain of full fine-tuning in the same steps."""

@@ -12,7 +12,7 @@ import pytest
 
 from peftcore.registry.catalogue import method as find_method
 from peftcore.registry.evidence import FILE, Row, Source, folder, read, written
-from peftcore.testing.evidence import declarations
+from peftcore.testing.declared_evidence import declarations
 
 KEY = "evidence"
 

@@ -27,8 +27,8 @@ from peftcore.injection.injection import Injection
 from peftcore.layers.fsdp import is_sharded
 from peftcore.libraries.admission import Admitted, await_trainer, has_trainer
 from peftcore.libraries.instance_methods import give_methods_back, replace_methods
-from peftcore.trainers.beside import of_run, read_beside, save_beside
-from peftcore.trainers.checkpoints import (
+from peftcore.trainers.custom_checkpoints import of_run, read_beside, save_beside
+from peftcore.trainers.trainer_checkpoints import (
     STATE,
     Held,
     check_records,

@@ -12,9 +12,9 @@ from typer.testing import CliRunner
 
 import peftcore
 from peftcore.cli.commands import app
-from peftcore.models.activations import Batch, kept, named_tensors
+from peftcore.models.activation_memory import Batch, kept, named_tensors
+from peftcore.models.dry_run import Wanted
 from peftcore.models.example_inputs import Size
-from peftcore.models.recorded import Wanted
 from peftcore.models.skeletons import skeleton
 
 Folders = Callable[[str], Path]

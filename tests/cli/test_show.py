@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 import peftcore
 from peftcore.authoring.budgets import budgets
 from peftcore.cli.commands import app
-from peftcore.cli.looking.show import Option, Shown, options_table, paragraphs, section
+from peftcore.cli.inspection.show import Option, Shown, options_table, paragraphs, section
 from peftcore.cli.pages import console
 from peftcore.registry.method_text import HEADINGS
 

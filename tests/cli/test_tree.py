@@ -10,9 +10,9 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from peftcore.cli.commands import app
-from peftcore.cli.looking.host_tree import shown
+from peftcore.cli.inspection.host_tree import shown
 from peftcore.injection.request import host_map
-from peftcore.models.recorded import Wanted
+from peftcore.models.dry_run import Wanted
 from peftcore.models.skeletons import skeleton
 
 

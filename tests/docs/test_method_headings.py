@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 import peftcore
-from peftcore.cli.looking.show import Shown
+from peftcore.cli.inspection.show import Shown
 from peftcore.registry.method_text import HEADINGS, sections
 
 AT_MOST = {

@@ -19,7 +19,7 @@ import peftcore
 from peftcore.errors import CheckpointError, ConfigError, IdleAdapter, MemoryLimit
 from peftcore.files.adapter_pool import InFolder, bytes_of, digest
 from peftcore.files.safe_io import write_tensors
-from peftcore.injection.idle import StandIn
+from peftcore.injection.idle_adapters import StandIn
 from peftcore.testing.hosts import HOSTS
 
 IDS = token_ids()

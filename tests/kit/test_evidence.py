@@ -13,7 +13,7 @@ import peftcore
 from peftcore.registry.evidence import Row, Source
 from peftcore.testing import HOSTS, CheckFailed, against, frozen, gathering
 from peftcore.testing.checkouts import flags, load
-from peftcore.testing.evidence import MADE, declarations, freeze
+from peftcore.testing.declared_evidence import MADE, declarations, freeze
 
 AUTHORS: dict[str, Any] = {"repository": "owner/code", "commit": "abc123", "script": "model.py"}
 

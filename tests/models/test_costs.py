@@ -17,11 +17,11 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import peftcore
-from peftcore.cli.looking.costs_page import page
+from peftcore.cli.inspection.costs_page import page
 from peftcore.errors import BadInput
 from peftcore.models.costs import Costs, costs
+from peftcore.models.dry_run import Wanted
 from peftcore.models.example_inputs import Size
-from peftcore.models.recorded import Wanted
 
 ROWS, LENGTH, VOCABULARY, LAYERS = 3, 40, 500, 2
 METHODS: Mapping[str, dict[str, Any]] = {

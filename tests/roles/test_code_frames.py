@@ -8,7 +8,7 @@ import pytest
 from torch import Tensor, nn
 
 from peftcore.roles.code_frames import Frame, Value, either, parameters
-from peftcore.roles.sources import UNKNOWN, definition_of
+from peftcore.roles.source_code import UNKNOWN, definition_of
 
 
 class Follow(Frame):

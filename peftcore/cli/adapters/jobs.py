@@ -12,7 +12,7 @@ import transformers
 import peftcore
 from peftcore.algebra.exporting import Export, as_it_is
 from peftcore.algebra.exporting import export as algebra_export
-from peftcore.cli.adapters.hosts import Adapter, Source, Wanted, check_complete, find_source, write
+from peftcore.cli.adapters.adapter_hosts import Adapter, Source, Wanted, check_complete, find_source, write
 from peftcore.cli.adapters.output import Output
 from peftcore.cli.adapters.results import Converted, Exported, ForReader, Merged, shown_format
 from peftcore.errors import BadInput, CheckpointError, ExportError, NotMergeable, NoWeights

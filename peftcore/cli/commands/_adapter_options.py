@@ -29,7 +29,7 @@ def at_work() -> Iterator[Any]:
     def display() -> Any:
         from rich.console import Console
 
-        from peftcore.cli.progress import Line
+        from peftcore.cli.progress_display import Line
         from peftcore.utils.quiet import no_bars
 
         no_bars()

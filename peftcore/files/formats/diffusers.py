@@ -19,11 +19,11 @@ from torch import nn
 from peftcore.errors import CheckpointError, ExportError
 from peftcore.files.added_rows import check_no_rows
 from peftcore.files.formats.description import Description, unique
+from peftcore.files.formats.file_options import Keys
 from peftcore.files.formats.format import Content, Files, Format, Tensors
-from peftcore.files.formats.keys import Keys
 from peftcore.files.formats.peft import NEUTRAL, PeftContent, described
 from peftcore.files.formats.peft_method import peft_method
-from peftcore.files.formats.peft_names import PREFIXES, once
+from peftcore.files.formats.peft_module_names import PREFIXES, once
 from peftcore.files.formats.peft_writing import written
 from peftcore.files.formats.pipelines import Part, fitting, is_text_encoder, is_unet, names_in, only_file, split
 from peftcore.files.safe_io import TensorFile, parse_json

@@ -21,6 +21,11 @@ from torch import Size, Tensor, nn
 
 from peftcore.errors import ExportError
 from peftcore.files.added_rows import check_no_rows
+from peftcore.files.formats.bundled_embeddings import (
+    bundled,
+    counts,
+    is_word,
+)
 from peftcore.files.formats.description import Description, unique
 from peftcore.files.formats.format import Content, Files, Format, Tensors
 from peftcore.files.formats.kohya_method import (
@@ -42,12 +47,7 @@ from peftcore.files.formats.pipelines import (
     names_in,
     only_file,
 )
-from peftcore.files.formats.places import Place
-from peftcore.files.formats.words import (
-    bundled,
-    counts,
-    is_word,
-)
+from peftcore.files.formats.translated_operators import Place
 from peftcore.files.safe_io import TensorFile
 from peftcore.injection.injection import Injection
 from peftcore.registry.plugins import layer_of

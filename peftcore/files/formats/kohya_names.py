@@ -11,7 +11,7 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from peftcore.files.formats.words import is_word
+from peftcore.files.formats.bundled_embeddings import is_word
 
 PARTS = ("lora_unet", "lora_te", "lora_te1", "lora_te2", "lora_te3", "lora_transformer", "lycoris", "oft_unet")
 """Models in names with underscores."""

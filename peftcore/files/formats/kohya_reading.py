@@ -16,9 +16,19 @@ from torch import Size, Tensor, nn
 
 from peftcore.errors import CheckpointError, HostMismatch
 from peftcore.files.envelope import SavedSite
+from peftcore.files.formats.bundled_embeddings import (
+    FRONT,
+    OUTPUTS,
+    PICTURES,
+    counts,
+    is_known,
+    is_word,
+    read_words,
+    taken_apart,
+)
 from peftcore.files.formats.composing import composed, with_overrides
+from peftcore.files.formats.file_tensors import Found
 from peftcore.files.formats.format import Content
-from peftcore.files.formats.found import Found
 from peftcore.files.formats.kohya_method import (
     ALPHA,
     VECTORS,
@@ -37,17 +47,7 @@ from peftcore.files.formats.pipelines import (
     fitting,
     split,
 )
-from peftcore.files.formats.places import Place
-from peftcore.files.formats.words import (
-    FRONT,
-    OUTPUTS,
-    PICTURES,
-    counts,
-    is_known,
-    is_word,
-    read_words,
-    taken_apart,
-)
+from peftcore.files.formats.translated_operators import Place
 from peftcore.files.safe_io import TensorFile, parse_json
 from peftcore.registry.plugins import layer_of
 from peftcore.roles.token_tables import tables_by_path

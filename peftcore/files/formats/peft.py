@@ -20,12 +20,12 @@ from peftcore.files.added_rows import AddedRows
 from peftcore.files.envelope import Envelope
 from peftcore.files.formats.composing import composed, literally
 from peftcore.files.formats.description import Description, trouble, unique
+from peftcore.files.formats.file_options import OFF, Keys
+from peftcore.files.formats.file_tensors import Found
 from peftcore.files.formats.format import Content, Files, Format, Placed, Tensors, held_by
-from peftcore.files.formats.found import Found
-from peftcore.files.formats.keys import OFF, Keys
 from peftcore.files.formats.named_folders import named_folder, of_part
 from peftcore.files.formats.peft_method import PeftMethod, peft_method
-from peftcore.files.formats.peft_names import (
+from peftcore.files.formats.peft_module_names import (
     Group,
     bare_names,
     check_targets,
@@ -37,7 +37,7 @@ from peftcore.files.formats.peft_names import (
 )
 from peftcore.files.formats.peft_tying import kept_tied, one_update_for_several, untied_modules
 from peftcore.files.formats.peft_writing import text_of, with_class, written, written_parts
-from peftcore.files.formats.places import Place, places_of
+from peftcore.files.formats.translated_operators import Place, places_of
 from peftcore.files.safe_io import TensorFile, read_json
 from peftcore.injection.injection import Injection
 from peftcore.registry.plugins import layer_of

@@ -16,9 +16,9 @@ from peftcore.errors import ExportError
 from peftcore.files.added_rows import added_rows
 from peftcore.files.envelope import base_name, base_revision
 from peftcore.files.formats.peft_method import PeftMethod, peft_methods
-from peftcore.files.formats.peft_names import WRAPPER
+from peftcore.files.formats.peft_module_names import WRAPPER
 from peftcore.files.formats.peft_tying import tying
-from peftcore.files.formats.places import Place, places_of
+from peftcore.files.formats.translated_operators import Place, places_of
 from peftcore.injection.applied import AppliedMethod
 from peftcore.injection.injection import Injection
 from peftcore.layers.layer import plain_class

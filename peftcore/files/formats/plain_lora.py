@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from peftcore.errors import ExportError
-from peftcore.files.formats.peft_names import PREFIXES
+from peftcore.files.formats.peft_module_names import PREFIXES
 from peftcore.files.formats.peft_writing import module_key, written
-from peftcore.files.formats.places import places_of
+from peftcore.files.formats.translated_operators import places_of
 from peftcore.injection.injection import Injection
 
 FACTORS = (".lora_A.weight", ".lora_B.weight")

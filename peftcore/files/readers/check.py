@@ -11,8 +11,8 @@ from typing import Any
 from torch import Size
 
 from peftcore.errors import CheckpointError
+from peftcore.files.formats.file_options import OFF
 from peftcore.files.formats.format import recognize
-from peftcore.files.formats.keys import OFF
 from peftcore.files.readers.reader import BLOCK, Reader, Verdict
 
 TYPE = "peft_type"

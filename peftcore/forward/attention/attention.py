@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from peftcore.contract.operators import _Base
 from peftcore.errors import UnsupportedSite
 from peftcore.forward.context.context import forward_context
-from peftcore.forward.context.draws import draws_of
+from peftcore.forward.context.row_random_numbers import draws_of
 from peftcore.forward.rows.routing import OwnRows, own_rows, put_together, rows_seen, select_rows
 from peftcore.targets.attention_sites import AttentionSite, Geometry
 

@@ -25,8 +25,8 @@ Start: A and B as in `lora`, norms and embeddings at their values: an identity i
 act.
 
 Differs from the authors' code: Their version without flash attention rolls tokens around, so that the first half group
-attends to the last one, which is later. Their code for plain text refuses lengths that are not a multiple of G; that for
-instruction data has a shorter last group, as here.
+attends to the last one, which is later. Their code for plain text refuses lengths that are not a multiple of G;
+that for instruction data has a shorter last group, as here.
 
 Use it: `peftcore.apply(model, "longlora")`, to train on texts several times as long as those that the model was made
 for; where texts fit, `lora` is simpler, and its attention is the one that is used afterwards.

@@ -16,7 +16,7 @@ import peftcore
 import peftcore.files.adapter_pool
 from peftcore.errors import CheckpointError, MemoryLimit, UnknownInjection
 from peftcore.forward.state.host_state import state_of
-from peftcore.injection.idle import StandIn
+from peftcore.injection.idle_adapters import StandIn
 
 IDS = token_ids()
 NAMES = ("a", "b", "c", "d")

@@ -71,9 +71,9 @@ def train(
         # Not before the input has been read: what follows imports torch and transformers.
         from rich.console import Console
 
-        from peftcore.cli.progress import Line
+        from peftcore.cli.progress_display import Line
         from peftcore.utils.quiet import no_bars
-        from peftcore_lab.printing.run import show
+        from peftcore_lab.printing.run_output import show
         from peftcore_lab.runs.folder import first_process
         from peftcore_lab.training import train as job
 

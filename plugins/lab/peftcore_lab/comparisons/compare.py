@@ -11,14 +11,14 @@ from peftcore.utils.quiet import no_bars
 from peftcore_lab.comparisons import rates
 from peftcore_lab.comparisons.comparison import Comparison
 from peftcore_lab.comparisons.running import Board, Here, Place, Ran, jobs_of
-from peftcore_lab.reports.files import write
+from peftcore_lab.reports.report_files import write
 from peftcore_lab.reports.trials import Report, Trial
 from peftcore_lab.runs.folder import made
 from peftcore_lab.runs.reading import validated
 from peftcore_lab.runs.run import FULL
-from peftcore_lab.tasks import catalogue
-from peftcore_lab.training.telling import options_for
-from peftcore_lab.training.together import Saved
+from peftcore_lab.tasks import task_catalogue
+from peftcore_lab.training.fleet_runs import Saved
+from peftcore_lab.training.task_rows import options_for
 
 
 def compare(comparison: Comparison, board: Board, resume: bool = False, place: Place | None = None) -> Report:
@@ -48,7 +48,7 @@ def compare(comparison: Comparison, board: Board, resume: bool = False, place: P
 
 def _compared(comparison: Comparison, board: Board, resume: bool, place: Place, tuned: str = "") -> Report:
     began = time.perf_counter()
-    task = catalogue.find(comparison.task)
+    task = task_catalogue.find(comparison.task)
     _check(comparison)
     found: dict[tuple[str, int], Trial] = {}
     failed: dict[str, str] = {}
@@ -96,10 +96,10 @@ def _check(comparison: Comparison) -> None:
         if candidate.name != FULL:
             peftcore.method(candidate.name)
     _check_folders(comparison)
-    catalogue.find(comparison.task).check_model(comparison.model)
+    task_catalogue.find(comparison.task).check_model(comparison.model)
     made(comparison.out)
     run = comparison.run(comparison.methods[0], comparison.seeds[0])
-    task = catalogue.find(comparison.task)
+    task = task_catalogue.find(comparison.task)
     prepared = task.prepare(run, validated(task.Data, run.data, "data"))
     for candidate in comparison.methods:
         prepared.check_method(candidate.name)

@@ -7,7 +7,7 @@ from typing import Any
 
 from peftcore.errors import BadInput, TrainingError
 from peftcore_lab.comparisons.comparison import Candidate, Comparison
-from peftcore_lab.data.tuning import parted
+from peftcore_lab.data.splits import parted
 from peftcore_lab.reports.trials import Report
 
 

@@ -19,8 +19,8 @@ from peftcore_lab.comparisons.comparison import Candidate, Comparison
 from peftcore_lab.reports.trials import Trial
 from peftcore_lab.runs.folder import holds
 from peftcore_lab.runs.run import Run
+from peftcore_lab.training.fleet_runs import Saved, key, train_together
 from peftcore_lab.training.memory import PeakMemory
-from peftcore_lab.training.together import Saved, key, train_together
 from peftcore_lab.training.train import Display, Outcome, train
 
 RECORD = "trial.json"

@@ -13,7 +13,7 @@ from typing import Any
 from datasets import Dataset
 
 from peftcore.errors import BadInput, shown
-from peftcore_lab.data.sources import Source
+from peftcore_lab.data.example_sources import Source
 
 Message = dict[str, Any]
 LISTS = ("messages", "conversations", "conversation", "chat")

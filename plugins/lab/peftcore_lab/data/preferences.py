@@ -11,7 +11,7 @@ from datasets import Dataset
 
 from peftcore.errors import BadInput
 from peftcore_lab.data.conversations import SYSTEM, Message, answer_of, asked_in, begun, told
-from peftcore_lab.data.sources import Source
+from peftcore_lab.data.example_sources import Source
 
 PROMPTS = ("prompt", "question", "instruction")
 """Names of columns for prompts."""

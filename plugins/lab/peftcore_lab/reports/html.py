@@ -13,7 +13,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from peftcore.utils.numbers import counted, listed
-from peftcore_lab.reports import curves, plots, summary
+from peftcore_lab.reports import curves, plots, report_text
 from peftcore_lab.reports.labels import plain
 from peftcore_lab.reports.plots import DARK, LIGHT, Cost, Shape
 from peftcore_lab.reports.svg import inline
@@ -35,15 +35,15 @@ def page(report: Report, folder: Path | None = None) -> str:
     text = environment.get_template("compare.html").render(
         title=heading(report),
         report=report,
-        findings=summary.findings(report),
-        facts=summary.facts(report),
-        settings=summary.settings(report),
-        columns=summary.columns(report),
-        rows=summary.rows(report),
-        runs=summary.runs(report),
+        findings=report_text.findings(report),
+        facts=report_text.facts(report),
+        settings=report_text.settings(report),
+        columns=report_text.columns(report),
+        rows=report_text.rows(report),
+        runs=report_text.runs(report),
         charts=charts(report),
         pictures=pictures(report, folder) if folder is not None else [],
-        error=summary.error(report),
+        error=report_text.error(report),
         beyond=plots.split(report, plots.points(report, plots.PARAMETERS))[1],
         reference=any(map(plots.is_reference, report.entries())),
         several=any(len(entry.trials) > 1 for entry in report.entries()),
@@ -81,7 +81,7 @@ class Chart:
 
 def charts(report: Report) -> list[Chart]:
     """Return all charts of a report."""
-    tips = {number: summary.tip(report, entry) for number, entry in enumerate(report.entries(), 1)}
+    tips = {number: report_text.tip(report, entry) for number, entry in enumerate(report.entries(), 1)}
     if not plots.points(report, plots.PARAMETERS):
         return []
     with plots.style():

@@ -14,7 +14,7 @@ from peftcore.author.formats import host_map
 from peftcore.errors import BadInput, PeftcoreError
 from peftcore.injection.applying import install, plan_of, record
 from peftcore.injection.request import Request
-from peftcore.models.activations import Batch, Pretended
+from peftcore.models.activation_memory import Batch, Pretended
 from peftcore.models.costs import Memory, Passes, held
 from peftcore.models.example_inputs import Unknown
 from peftcore.models.skeletons import emptied
@@ -22,7 +22,7 @@ from peftcore.utils.numbers import size
 from peftcore.utils.quiet import quiet
 from peftcore_lab.comparisons.comparison import Candidate
 from peftcore_lab.tasks.task import Prepared
-from peftcore_lab.training.telling import options_for, without_names
+from peftcore_lab.training.task_rows import options_for, without_names
 
 COUNT = re.compile(r"([0-9][0-9_,]*(?:\.[0-9]+)?)\s*([kKmMbB%]?)")
 COUNTS = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9}

@@ -22,24 +22,24 @@ from pydantic import Field, NonNegativeInt, PositiveInt, field_validator
 
 from peftcore.errors import BadInput, PeftcoreError, TrainingError
 from peftcore.files.safe_io import write_text
-from peftcore.models.naming import MODEL
+from peftcore.models.model_names import MODEL
 from peftcore.utils.quiet import no_bars
 from peftcore_lab.comparisons.compare import compare
 from peftcore_lab.comparisons.comparison import Candidate, Comparison
 from peftcore_lab.comparisons.running import Board, Place, Result, run_together, run_trial, together
-from peftcore_lab.data.tuning import parted
+from peftcore_lab.data.splits import parted
 from peftcore_lab.digests import of_content
-from peftcore_lab.reports.files import write
+from peftcore_lab.reports.report_files import write
 from peftcore_lab.reports.trials import Entry, Report, Trial
 from peftcore_lab.runs.folder import digests_of, made
 from peftcore_lab.runs.reading import validated
 from peftcore_lab.runs.run import Options, Training
 from peftcore_lab.searching.budget import Budget, Needs, Planner, memory, values
-from peftcore_lab.searching.found import Found, write_best
+from peftcore_lab.searching.search_outcome import Found, write_best
 from peftcore_lab.searching.space import METHODS, Choice, Space, by_default
 from peftcore_lab.searching.studies import REASON, RECORD, Study
-from peftcore_lab.tasks import catalogue
-from peftcore_lab.training.together import Saved
+from peftcore_lab.tasks import task_catalogue
+from peftcore_lab.training.fleet_runs import Saved
 
 POLL = 1.0
 """Seconds between two looks at the trials of other workers."""
@@ -144,7 +144,7 @@ class SearchRun:
     def __init__(self, search: Search, board: Board) -> None:
         no_bars()
         self.search, self.board = search, board
-        self.task = catalogue.find(search.task)
+        self.task = task_catalogue.find(search.task)
         self._check()
         made(search.out)
         self.tuning, self.held_out = parted(search.data, search.tuning, search.tuning_size, search.out / "data")

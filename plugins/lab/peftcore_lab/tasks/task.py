@@ -15,9 +15,9 @@ from torch import nn
 import peftcore
 from peftcore.errors import BadInput
 from peftcore.forward.state.own_losses import IGNORED
-from peftcore.models.naming import Use, find
-from peftcore_lab.data.several import names_in, of_tasks, told
-from peftcore_lab.data.sources import Splits, splits
+from peftcore.models.model_names import Use, find
+from peftcore_lab.data.example_sources import Splits, splits
+from peftcore_lab.data.task_mixtures import names_in, of_tasks, told
 from peftcore_lab.runs.run import FULL, Options, Run
 
 __all__ = ["IGNORED", "Beside", "Data", "OwnTrainer", "Prepared", "RowsOfTasks", "Task", "Work"]

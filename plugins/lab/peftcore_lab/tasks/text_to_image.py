@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import BadInput
-from peftcore.models.files import PIPELINE
+from peftcore.models.configurations import PIPELINE
 from peftcore.models.loading import UNREADABLE, unreadable
-from peftcore.models.naming import Use, find
+from peftcore.models.model_names import Use, find
 from peftcore_lab.data.columns import TEXT_NAMES, choose_column
-from peftcore_lab.data.sources import splits
+from peftcore_lab.data.example_sources import splits
 from peftcore_lab.runs.folder import first_process
 from peftcore_lab.runs.run import Run
 from peftcore_lab.tasks._painters import Painter, Reader, kinds

@@ -7,10 +7,10 @@ import time
 from dataclasses import dataclass, field
 
 from peftcore.injection.applying import install
-from peftcore.models.activations import Batch, Pretended
+from peftcore.models.activation_memory import Batch, Pretended
 from peftcore.models.costs import Memory, Passes, checkpointable, held
+from peftcore.models.dry_run import Recorded, Wanted
 from peftcore.models.example_inputs import Size
-from peftcore.models.recorded import Recorded, Wanted
 from peftcore.models.skeletons import Skeleton, skeleton
 from peftcore.utils.quiet import quiet
 

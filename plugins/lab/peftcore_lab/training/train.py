@@ -28,12 +28,12 @@ from peftcore.utils.packages import require
 from peftcore_lab.runs.folder import Keeper, RunFolder, first_process, plain
 from peftcore_lab.runs.reading import validated
 from peftcore_lab.runs.run import FULL, Run
-from peftcore_lab.tasks import catalogue
+from peftcore_lab.tasks import task_catalogue
 from peftcore_lab.tasks.task import Prepared
 from peftcore_lab.training.advice import advice
 from peftcore_lab.training.memory import is_full
-from peftcore_lab.training.telling import check_known, options_for, without_names
-from peftcore_lab.training.trainer import AdapterTrainer, Clock, trainer_for
+from peftcore_lab.training.run_trainer import AdapterTrainer, Clock, trainer_for
+from peftcore_lab.training.task_rows import check_known, options_for, without_names
 
 LOOKED_AT = 16
 """Batches for methods that look at data before training."""
@@ -123,7 +123,7 @@ def train(run: Run, display: Display, resume: bool = False) -> Outcome:
 
 def _train(run: Run, display: Display, resume: bool, seen: _Seen) -> Outcome:
     began = time.perf_counter()
-    task = catalogue.find(run.task)
+    task = task_catalogue.find(run.task)
     data = validated(task.Data, run.data, "data")
     task.check_model(run.model)
     require({name: name for name in run.training.report_to})

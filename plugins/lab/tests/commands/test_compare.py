@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 import peftcore
 from peftcore.cli.commands import app
 from peftcore.errors import TrainingError
-from peftcore_lab.data.sources import splits
+from peftcore_lab.data.example_sources import splits
 from peftcore_lab.reports.trials import Report, Trial
 from peftcore_lab.training.train import train
 
@@ -96,8 +96,8 @@ def test_saved_adapters_load_into_a_fresh_model_and_score_the_same(finished, enc
 @pytest.fixture
 def undrawn(monkeypatch):
     """For what says nothing of the picture and the page: to draw them takes longer than to train."""
-    monkeypatch.setattr("peftcore_lab.reports.files.page", lambda report, folder: "")
-    monkeypatch.setattr("peftcore_lab.reports.files.draw_picture", lambda report, path: None)
+    monkeypatch.setattr("peftcore_lab.reports.report_files.page", lambda report, folder: "")
+    monkeypatch.setattr("peftcore_lab.reports.report_files.draw_picture", lambda report, path: None)
 
 
 def timeless(report: dict) -> dict:

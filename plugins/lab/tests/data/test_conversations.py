@@ -10,7 +10,7 @@ from datasets import Dataset
 
 from peftcore.errors import BadInput
 from peftcore_lab.data.conversations import Columns, columns, conversations
-from peftcore_lab.data.sources import Source, read
+from peftcore_lab.data.example_sources import Source, read
 
 EXPECTED = [
     [{"role": "user", "content": "Add 1 and 2"}, {"role": "assistant", "content": "3"}],

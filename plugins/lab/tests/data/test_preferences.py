@@ -8,8 +8,8 @@ import pytest
 from datasets import Dataset
 
 from peftcore.errors import BadInput
+from peftcore_lab.data.example_sources import Source, read
 from peftcore_lab.data.preferences import Pair, PairColumns, in_common, pair_columns, pairs
-from peftcore_lab.data.sources import Source, read
 
 ASKED = [{"role": "user", "content": "Name a colour"}]
 GOOD, BAD = ({"role": "assistant", "content": text} for text in ("red", "Great question! Red."))

@@ -16,7 +16,7 @@ from PIL import Image
 from peftcore.utils.numbers import SPACE
 from peftcore_lab.reports import html, plots
 from peftcore_lab.reports.labels import plain, shorten
-from peftcore_lab.reports.summary import findings
+from peftcore_lab.reports.report_text import findings
 from peftcore_lab.reports.trials import Report
 
 NASTY = '<script>alert(1)</script> & "quotes" $x^\x07'

@@ -7,8 +7,8 @@ from looking import folder_of, real
 
 import peftcore
 from peftcore.models.costs import checkpointable, costs
+from peftcore.models.dry_run import Wanted
 from peftcore.models.example_inputs import Size
-from peftcore.models.recorded import Wanted
 from peftcore_lab.training.estimates import Estimates, Step
 
 LORA = Wanted("lora", {"rank": 2})
