@@ -124,8 +124,8 @@ def detach(journal: Journal, module: nn.Module, state: HostState, name: str) -> 
 def ungraft(journal: Journal, module: nn.Module) -> None:
     """Restore the module's original class, and remove its slot. The caller removes that from the host's slots."""
     plain = vars(type(module)).get(GRAFTED, type(module))
-    if plain in _CLASSES:
-        for cls in (_CLASSES[plain], plain):  # the first one, since other code may have set the plain class alone
+    for cls in (_CLASSES[plain], plain) if plain in _CLASSES else ():
+        if type(module) is not cls:  # it is the first one, unless other code has set the plain class alone
             journal.call(change_class, module, type(module), cls)
     journal.drop(module, "", SLOT)
 
