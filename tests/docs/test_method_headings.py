@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 import peftcore
-from peftcore.cli.inspection.show import Shown
+from peftcore.cli.inspection.show import MethodDescription
 from peftcore.registry.method_text import HEADINGS, sections
 
 AT_MOST = {
@@ -21,7 +21,7 @@ AT_MOST = {
     "vision": 0,
 }
 """Methods of each plugin whose docstring lacks a heading. Whoever adds some lowers it; the goal is none."""
-METHODS = [Shown.of(f"{info.plugin}/{info.name}") for info in peftcore.methods() if info.plugin in AT_MOST]
+METHODS = [MethodDescription.of(f"{info.plugin}/{info.name}") for info in peftcore.methods() if info.plugin in AT_MOST]
 CALL = re.compile(r"`(peftcore\.apply\(.*?\))`", re.DOTALL)
 
 
