@@ -23,9 +23,9 @@ from peftcore.cli.inspection.show import MethodDescription
 from peftcore.contract.method import CATEGORIES, Method
 from peftcore.contract.operators import Operator, Replacement, WeightOperator
 from peftcore.forward.attention.attention import AttentionOperator
+from peftcore.forward.sequence.sequence import SequenceOperator
 from peftcore.models.dry_run import Recorded, RequestedMethod
 from peftcore.registry.catalogue import MethodInfo
-from peftcore.targets.sequence import SequenceOperator
 from peftcore.utils.quiet import unlogged
 
 MADE_OF_OTHERS = "made of other methods"

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from peftcore.contract.batches import Data
 from peftcore.contract.config import MethodConfig
 from peftcore.contract.method import Method
 from peftcore.contract.peft_names import is_peft_config
@@ -31,12 +32,12 @@ from peftcore.layers.pieces import at_hand, is_in_engine
 from peftcore.registry.equation_only import notice_equation_only
 from peftcore.registry.plugins import imported, layer_of
 from peftcore.roles import HostMap
-from peftcore.surgery import installation, silent_layers
-from peftcore.surgery.placement import Placement
+from peftcore.surgery import installation
 from peftcore.surgery.planning import Plan
 from peftcore.surgery.surgeon import Surgeon
+from peftcore.surgery.watched_sites import WatchedSites
 from peftcore.targets.resolver import Resolver, Target
-from peftcore.training.batches import Data, calibrate, find_structure
+from peftcore.training.calibration import calibrate, find_structure
 from peftcore.utils.journal import Journal
 from peftcore.utils.notices import notice
 
@@ -243,15 +244,14 @@ def _put_in(journal: Journal, injection: Injection, state: HostState, request: R
     journal.afterwards(injection._replan)
     journal.put(state, "injections", name, injection)
     journal.set(state, "reads_tokens", state.reads_tokens + injection.reads_tokens)
-    state.placement = state.placement or Placement()
-    state.placement.expect(journal, name, injection.grafts)
     installation.install(journal, surgeon, state, name)
     journal.set(state, "frozen", state.frozen + freeze(journal, surgeon.resolver.parameters()))
     stack = state.choices.add(name, request.instead) if request.active else (name,)
     if not request.active:
         state.replan()
     injection.trainable(True)
-    silent_layers.watch(journal, surgeon, state, name)
+    state.watched = state.watched or WatchedSites()
+    state.watched.expect(journal, surgeon, state, name)
     return stack
 
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from peftcore.errors import IdleAdapter, UnsupportedHost
-from peftcore.forward.state.adapter_modules import IDLE
 from peftcore.injection.injection import Injection
+from peftcore.layers.adapter_modules import IDLE
 
 Values = Mapping[str, Tensor]
 """All tensors of an adapter by ``<site path>.<operator tensor>``, those that no file has too; each once."""

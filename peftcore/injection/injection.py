@@ -39,7 +39,6 @@ from peftcore.injection.summary import Summary
 from peftcore.layers.layer import GRAFTED
 from peftcore.layers.pieces import ENGINE, is_partitioned
 from peftcore.libraries.save_pretrained import note_form
-from peftcore.surgery import silent_layers
 from peftcore.surgery.installation import release, uninstall
 from peftcore.surgery.surgeon import Graft, Surgeon, Wishes
 from peftcore.targets.sites import Site
@@ -661,10 +660,9 @@ class Injection(AppliedMethod):
         state, name = self.state, self.name
         journal.afterwards(state.choices.restore, state.choices.saved(shared=1))
         journal.afterwards(self._replan)
-        silent_layers.forget(journal, self._surgeon, state, name)
+        if state.watched is not None:
+            state.watched.forget(journal, self._surgeon, name)
         uninstall(journal, self._surgeon, state, name)
-        if state.placement is not None:
-            state.placement.forget(journal, name)
         state.forget(journal, name)
         if not state.injections:
             thaw(journal, state.frozen)

@@ -48,7 +48,7 @@ from peftcore.layers.fsdp import MANAGED, in_pieces
 from peftcore.layers.layer import Layer
 from peftcore.layers.pieces import ENGINE, is_cut, is_partitioned
 from peftcore.registry.plugins import layer_of, registry
-from peftcore.surgery.placement import Placement
+from peftcore.surgery.watched_sites import WatchedSites
 from peftcore.targets.sites import Site
 from peftcore.utils.autocast import full_precision
 from peftcore.utils.journal import Journal
@@ -174,7 +174,7 @@ def _check(injection: Injection) -> None:
     for where, choice in state.choices.in_force():
         check_merge(state.injections, state.merged, name, choice, where)
     try:
-        (state.placement or Placement()).check(injection.model, state, [name])
+        (state.watched or WatchedSites()).check(injection.model, state, [name])
     except InactiveSite as error:
         raise MergeError(str(error)) from None
     for graft in _folding(injection):

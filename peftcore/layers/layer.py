@@ -24,6 +24,8 @@ from peftcore.layers.pieces import outline
 
 Slices = tuple[tuple[int, int], ...]
 """Half-open ranges of the logical output dimension: the slices of one part of a fused projection."""
+SLOT = "_peftcore_slot"
+"""The attribute in which an adapted module keeps its slot: its operators and their plans."""
 GRAFTED = "_peftcore_base"
 """The attribute of a grafted class that holds its base class."""
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -18,6 +17,7 @@ import torch
 from torch import nn
 
 from peftcore.errors import ExportError, UnsupportedSite
+from peftcore.layers.adapter_modules import BASE_ALONE
 from peftcore.libraries.instance_methods import InstanceMethod, give_methods_back, replace_methods
 from peftcore.registry.plugins import layer_of
 from peftcore.utils.journal import Journal
@@ -25,8 +25,6 @@ from peftcore.utils.notices import notice
 
 CODES = (torch.int8, torch.uint8, torch.int16, torch.int32)
 """The dtypes of codes in unknown quantized layers; buffers of positions have wider dtypes."""
-BASE_ALONE: ContextVar[bool] = ContextVar("base_alone", default=False)
-"""Whether state dicts leave operators out."""
 
 
 @contextmanager

@@ -169,11 +169,6 @@ class _Reader:
             _Frame(self, function, tree, {**known, owner: Value(self.way[self.at])}, self.plain).run()
         return self.found
 
-    def element(self, held: Any) -> Any:
-        """Returns the element of a list on the way that is on the way too."""
-        number = self.place.get(id(held), len(self.way)) + 1
-        return self.way[number] if number < len(self.way) else UNKNOWN
-
     def further(self, module: Any) -> int | None:
         """Returns the number of a module that is called on the way."""
         number = self.place.get(id(module))
@@ -201,7 +196,10 @@ class _Frame(CodeFrame):
     question: _Reader
 
     def element(self, held: Any) -> Any:
-        return self.question.element(held)
+        """Returns the element of a list on the way that is on the way too."""
+        way = self.question.way
+        number = self.question.place.get(id(held), len(way)) + 1
+        return way[number] if number < len(way) else UNKNOWN
 
     def branched(self, statement: ast.stmt, side: bool | None) -> None:
         if side is None:

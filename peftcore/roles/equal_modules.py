@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftcore.layers.adapter_modules import ADAPTER_MODULES
+from peftcore.layers.layer import SLOT
 from peftcore.roles import vocabulary as V
 
 NUMBERS = frozenset({"layer_idx", "layer_id", "layer_number", "layer_index", "block_idx", "index", "idx"})
 """Attributes in which the elements of a list store their index."""
-SLOT, GUEST = "_peftcore_slot", "peft"
-"""The attribute and the child that peftcore adds to an adapted module."""
 TORCHS = frozenset(vars(nn.Module()))
 """Attributes that are torch's own: tensors, children, and hooks."""
 WORTH = (bool, int, float, str, torch.dtype, torch.device, torch.Size, type(None))
@@ -38,7 +38,7 @@ class Structure:
         self._class, self._count = type(module), len(names)
         self._attributes = [(name, own[name]) for name in names - TORCHS - NUMBERS]
         self._tensors = [(table, _forms(own[table])) for table in ("_parameters", "_buffers")]
-        parts = {name: part for name, part in module._modules.items() if name != GUEST}
+        parts = {name: part for name, part in module._modules.items() if name != ADAPTER_MODULES}
         self._parts = [(name, part, None if part is None else Structure(part)) for name, part in parts.items()]
         inside = [structure for _, _, structure in self._parts if structure is not None]
         self.modules: set[int] = {id(module)}.union(*(structure.modules for structure in inside))
@@ -72,7 +72,7 @@ class Structure:
         if met is not None:
             met.append(id(other))
         parts = own["_modules"]
-        if len(parts) - (GUEST in parts) != len(self._parts):
+        if len(parts) - (ADAPTER_MODULES in parts) != len(self._parts):
             return False
         for name, part, structure in self._parts:
             second = parts.get(name, self)

@@ -22,7 +22,7 @@ from torch.jit import ScriptModule
 from torch.nn.utils.parametrize import is_parametrized
 
 from peftcore.errors import HostMismatch, TargetError, UnsupportedSite, shown
-from peftcore.forward.state.adapter_modules import AdapterModules
+from peftcore.layers.adapter_modules import AdapterModules
 from peftcore.layers.layer import Layer, Slices, plain_class
 from peftcore.roles import HostEntry, HostMap
 from peftcore.roles.block_calls import CodeReader

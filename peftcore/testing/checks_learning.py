@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 import peftcore
+from peftcore.contract.batches import Labelled
 from peftcore.contract.method import LearningRate
 from peftcore.errors import TargetError, UnsupportedSite
 from peftcore.injection.injection import Injection
 from peftcore.testing.kit import Case, NotApplicable, check
 from peftcore.testing.learning_tasks import PICTURE, STEPS, TASKS, Batch, LearningTask, full_fine_tuning
-from peftcore.training.batches import Labelled
 
 SHARE = 1 / 3
 """The share of the gain of full fine-tuning in the same steps."""

@@ -28,7 +28,7 @@ from peftcore.forward.context.repeats import Repeats, of_batch, told_repeats
 from peftcore.forward.context.row_random_numbers import own_draws_aside
 from peftcore.forward.context.tokens import OF_DECODER, Prompt, Tokens
 from peftcore.layers.kernels import transformed
-from peftcore.roles.stacks import arguments, caches_in, is_cache
+from peftcore.roles.stacks import arguments, bound, caches_in, is_cache
 from peftcore.utils.threads import this_thread
 
 if TYPE_CHECKING:
@@ -480,17 +480,6 @@ class ForwardContext:
 
 _COMPILED_ALONE = ForwardContext()
 """The context for parts of a host that are compiled and run by themselves."""
-
-
-def bound(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the arguments of a module's forward by name; the entries of ``**kwargs`` are merged with the named
-    arguments."""
-    signature = inspect.signature(module.forward)
-    arguments = dict(signature.bind_partial(*args, **kwargs).arguments)
-    for name, parameter in signature.parameters.items():
-        if parameter.kind is parameter.VAR_KEYWORD:
-            arguments.update(arguments.pop(name, {}))
-    return arguments
 
 
 def batch_sizes(inputs: Mapping[str, Any]) -> list[int]:

@@ -19,7 +19,6 @@ from torch.nn.modules.dropout import _DropoutNd
 from peftcore.contract.operators import Shared, _Base, tables
 from peftcore.forward.choice.active_adapters import Positions, Route
 from peftcore.forward.plan.plan import ActivationForm, ActivePlan
-from peftcore.forward.rows.routing import OfSomeRows
 from peftcore.forward.tensors.mount import Effect, Mount
 from peftcore.forward.tensors.view import TORCHS
 from peftcore.layers.kinds import DENSE
@@ -56,21 +55,27 @@ def may_draw(acting: ActivePlan, form: ActivationForm | None) -> bool:
 
 
 def as_one(
-    acting: Sequence[ActivePlan], module: nn.Module, bare: OfSomeRows, inner: Inner, form: Form, prepare: Prepare
+    acting: Sequence[ActivePlan],
+    module: nn.Module,
+    x: Tensor,
+    bare: Callable[..., Any],
+    inner: Inner,
+    form: Form,
+    prepare: Prepare,
 ) -> Callable[[], Tensor]:
     """Returns the function that runs equal operators of several adapters at a module, each on the same number of rows:
-    it returns the output ``[rows, ...]``, in the order of `bare`.
+    it returns the output ``[rows, ...]``.
 
     Args:
         acting: the plan of each adapter.
         module: the module, which is called with one tensor.
-        bare: the forward of the bare base model for the rows of these adapters, one adapter after the other.
+        x: the input ``[rows, ...]``: the rows of these adapters, one adapter after the other.
+        bare: the forward of the bare base model for these rows.
         inner: the forward with effective tensors.
         form: the activation form that each takes.
         prepare: the function that prepares the activation form; called for each adapter separately, since it reads a
             weight.
     """
-    (x,) = bare.args
     forms = [form(plan) for plan in acting]
     plans = [plan if each is None else replace(plan, effects=()) for plan, each in zip(acting, forms, strict=True)]
     first, of_first = plans[0], forms[0]
@@ -89,9 +94,9 @@ def as_one(
         plan = _plan_with(first, stand_ins)
 
         def unchanged(inputs: Tensor) -> Tensor:
-            return y if y is not None and inputs is x else bare.changed(inputs)
+            return y if y is not None and inputs is x else bare(inputs)
 
-        call: Callable[..., Any] = inner(plan) if first.effects else bare.changed if y is None else unchanged
+        call: Callable[..., Any] = inner(plan) if first.effects else unchanged
         if of_first is not None:
             stand_in = stand_ins[id(of_first.operator)]
             mount = replace(of_first.mount, operator=stand_in)

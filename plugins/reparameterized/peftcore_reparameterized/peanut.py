@@ -1,17 +1,23 @@
 """PEANuT: weight-aware neural tweakers.   Zhong et al. 2024, arXiv 2410.01870 (yibozhong/peanut, formerly NEAT).
 
-    W' = W + s B h_2n,   h_0 = f(A W),   A [rank, out] uniform in +-1/sqrt(out),   B [out, rank] zero
+Equation:
+    W' = W + s B h_2n,   h_0 = f(A W),   A [rank, out],   B [out, rank]
     h_i = f(E_i h_(i-1)),   h_(n+i) = f(D_i h_(n+i-1)) + h_(n-i),   i = 1 … n = depth,   E_i, D_i [rank, rank]
 
 The update is a small network's answer to the frozen weight, column by column: f (`activation`) makes it more than a
-low-rank factor times W. E_i and D_i start uniform in +-1/sqrt(rank). As in peft, h has neither a scale nor dropout.
+low-rank factor times W. As in peft, h has neither a scale nor dropout.
 
 Kernels of convolutions count as columns, [out, in * kernel], embeddings are [dim, num], each expert has separate
-networks. peft supports linear layers only.
+networks.
 
 Parameters: 2 * rank * out + 2 * depth * rank^2 a site, times the number of experts.
 
-Use it where LoRA's rank limits; each forward reads the weight, until it is merged.
+Start: A uniform in +-1/sqrt(out), E_i and D_i in +-1/sqrt(rank), B at zero: the identity.
+
+Differs from the authors' code: No difference is known; that code was not compared, peft's was, which supports linear
+layers only.
+
+Use it: `peftcore.apply(model, "peanut")`, where LoRA's rank limits; each forward reads the weight, until it is merged.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
 """AdaMSS: adaptive multi-subspace fine-tuning.   NeurIPS 2025, OpenReview 8ZdWmpYxT0 (in peft).
 
+Equation:
     [W | b] = U S V',   V' [components, in + 1] of the largest singular values, frozen
     outputs in K clusters, by K-means of the rows of U;   for the outputs c of a cluster:
-    [W | b]'_c = [W | b]_c + B_c A_c V',   B_c [outputs of c, rank] zero,   A_c [rank, components]
+    [W | b]'_c = [W | b]_c + B_c A_c V',   B_c [outputs of c, rank],   A_c [rank, components]
 
-The rows of A_c start as the right singular vectors of U_c. Layers without a bias lack the column of b. `threshold`
-gives a cluster fewer directions than `rank`: those whose squared singular value in U_c is above it, relative to the
-largest. A cluster has at most as many directions as outputs. Directions beyond that are stored, but neither train nor
-act.
+Layers without a bias lack the column of b. `threshold` gives a cluster fewer directions than `rank`: those whose
+squared singular value in U_c is above it, relative to the largest. A cluster has at most as many directions as outputs.
+Directions beyond that are stored, but neither train nor act.
 
 With `target_subspaces` the clusters of all sites compete during training, by the mean of |w dw| and its fluctuation, as
 moving averages: from step `warmup` to `until` (counted from 0, as peft does) the number that trains falls as a power
@@ -18,10 +18,14 @@ Files hold V and the cluster of each output: a second K-means and decomposition,
 peft's files lack the clusters, which peft computes again; so does peftcore, which refuses a file with a different V'.
 
 Parameters: rank * (K * components + out) a site, times the number of experts; components at most those of the weight.
-Kernels count as inputs, in * kernel; embeddings as [dim, num]; experts each for itself. peft supports linear layers
-only.
+Kernels count as inputs, in * kernel; embeddings as [dim, num]; experts each for itself.
 
-Use it for few parameters along the directions that a weight has, or where subspaces shall be dropped in training.
+Start: The rows of A_c at the right singular vectors of U_c, B_c at zero: the identity.
+
+Differs from the authors' code: The method is in peft, which was compared; peft supports linear layers only.
+
+Use it: `peftcore.apply(model, "adamss")`, for few parameters along the directions that a weight has, or where subspaces
+shall be dropped in training.
 """
 
 from __future__ import annotations
@@ -36,8 +40,8 @@ from torch import Tensor, nn
 
 from peftcore.author import MATRICES, AppliedMethod, LearningRate, Method, MethodConfig, Share, Site, Surgeon, Tags
 from peftcore.errors import ConfigError, TrainingError
-from peftcore_reparameterized._clusters import shape, subspaces
-from peftcore_reparameterized._competing import Competing, choose
+from peftcore_reparameterized.adamss.clusters import shape, subspaces
+from peftcore_reparameterized.adamss.competing import Competing, choose
 
 
 class AdaMSSConfig(MethodConfig):

@@ -13,7 +13,7 @@ import peftcore
 from peftcore.errors import TargetError
 from peftcore.layers.detect import dense_layer
 from peftcore.roles import derive
-from peftcore.targets.defaults import default_sites
+from peftcore.surgery.defaults import default_sites
 from peftcore.targets.resolver import Resolver
 from peftcore.utils import notices
 

@@ -1,11 +1,11 @@
 """Rows that enter inside a stack: at one block, or made again at several blocks.
 
-The rows are in the sequence from the first block on, like all rows (see `peftcore.targets.sequence`), so masks,
-positions and all layers of a cache have the same columns. Below the first block at which they are made they are zeros
-that no token sees: the attentions there hide their columns. There the tokens have the same values as without the rows,
-and a block at which rows are made receives the new rows in place of the zeros. Positions that are added to embeddings
-count only the tokens; relative positions (rotary angles, biases by distance) continue after the rows. Rows that start
-at the first block may be counted instead, like words: then all positions continue after them.
+The rows are in the sequence from the first block on, like all rows (see `peftcore.forward.sequence.sequence`), so
+masks, positions and all layers of a cache have the same columns. Below the first block at which they are made they are
+zeros that no token sees: the attentions there hide their columns. There the tokens have the same values as without the
+rows, and a block at which rows are made receives the new rows in place of the zeros. Positions that are added to
+embeddings count only the tokens; relative positions (rotary angles, biases by distance) continue after the rows. Rows
+that start at the first block may be counted instead, like words: then all positions continue after them.
 
 The blocks below may mix tokens only by attention that can hide columns, and the way in which the stack makes positions
 must be known. Other hosts are refused when the method is applied.
@@ -23,28 +23,27 @@ from torch import Tensor, nn
 
 from peftcore.errors import PluginError, SequenceError, UnsupportedSite
 from peftcore.forward.attention.attention import Attend, AttentionOperator
+from peftcore.forward.attention.attention_calls import locate_attention
 from peftcore.forward.context.context import forward_context
 from peftcore.forward.context.taps import Tap
-from peftcore.layers.layer import Layer, plain_class
-from peftcore.roles import vocabulary as V
-from peftcore.roles.entries import HostEntry
-from peftcore.roles.stacks import CACHES, EMBEDS, IDS, arguments
-from peftcore.targets.attention_sites import AttentionSite
-from peftcore.targets.attention_sites import locate as locate_attention
-from peftcore.targets.resolver import Resolver
-from peftcore.targets.sequence import (
-    FORM,
+from peftcore.forward.sequence.sequence import (
     MASK,
     NEST,
     POSITIONS,
     Nest,
     SequenceOperator,
-    SequenceSite,
     refuse_packing,
 )
-from peftcore.targets.sequence_cache import SequenceCacheView
-from peftcore.targets.sequence_masks import KINDS
-from peftcore.targets.sequence_order import Order
+from peftcore.forward.sequence.sequence_cache import SequenceCacheView
+from peftcore.forward.sequence.sequence_masks import KINDS
+from peftcore.forward.sequence.sequence_order import Order
+from peftcore.layers.layer import Layer, plain_class
+from peftcore.roles import vocabulary as V
+from peftcore.roles.entries import HostEntry
+from peftcore.roles.stacks import CACHES, EMBEDS, IDS, arguments
+from peftcore.targets.attention_sites import AttentionSite
+from peftcore.targets.resolver import Resolver
+from peftcore.targets.sequence_sites import FORM, SequenceSite
 from peftcore.targets.sites import Site
 
 WIDTHS = ("mlp.down", "experts.down", "attn.out", "attn_mlp.out", "ssm.out")

@@ -15,24 +15,20 @@ from __future__ import annotations
 import functools
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from peftcore.contract.operators import Operator
-from peftcore.errors import PluginError, SequenceError, UnsupportedSite
+from peftcore.errors import PluginError, SequenceError
 from peftcore.forward.context.taps import Tap
-from peftcore.layers.layer import Layer
-from peftcore.layers.pieces import whole
-from peftcore.roles.stacks import CACHES, EMBEDS, IDS, MEMORY, TokenStack, arguments, is_cache
-from peftcore.targets.resolver import Resolver
-from peftcore.targets.sequence_cache import SequenceCacheView, opened, self_attention_cache
-from peftcore.targets.sequence_masks import Front, padding_before
-from peftcore.targets.sequence_order import Order
-from peftcore.targets.sites import Site
+from peftcore.forward.sequence.sequence_cache import SequenceCacheView, opened, self_attention_cache
+from peftcore.forward.sequence.sequence_masks import Front, padding_before
+from peftcore.forward.sequence.sequence_order import Order
+from peftcore.roles.stacks import CACHES, EMBEDS, IDS, MEMORY, arguments, is_cache
+from peftcore.targets.sequence_sites import BODY, ENTRY, FORM, READER, SequenceSite
 
 MASK, POSITIONS, STEPS = "attention_mask", "position_ids", "cache_position"
 MEMORY_MASK = "encoder_attention_mask"
@@ -42,95 +38,7 @@ rows are global too: inside a window they would only act on the beginning of a t
 PACKING = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"})
 """Arguments of batches that pack several sequences into one."""
 KNOWN = frozenset({IDS, EMBEDS, MASK, POSITIONS, STEPS, MEMORY, MEMORY_MASK, *MARKS, *CACHES})
-MASKING = frozenset({MASK, "mask"})
-"""Arguments that pass the padding mask to embeddings."""
-FORM = "sequence"
-ENTRY, BODY, READER = f"{FORM}.entry", f"{FORM}.body", f"{FORM}.reader"
-
-NOWHERE = TokenStack("", "", "", "")
 EMPTY = SequenceCacheView(None, None, held=False)
-
-
-@dataclass(frozen=True, eq=False)
-class SequenceSite(Site):
-    """A stack; its tensor is the token table, so `out_features` is the width of a row."""
-
-    stack: TokenStack = NOWHERE
-    """The stack that embeds ids and runs blocks."""
-    places: tuple[Site, ...] = ()
-    """The operator's other sites: the module that takes embeddings, the module after the last block, and modules that
-    read the output."""
-    behind: bool = False
-    """Whether the rows are put in front of the output of the module that takes embeddings, instead of its input."""
-
-    @property
-    def path(self) -> str:
-        return f"{self.module_path}:{FORM}".lstrip(":")
-
-    def behind_embeddings(self) -> SequenceSite:
-        """Returns the stack as a site of rows that are inserted after all embedding operations of the tokens:
-        positions, types and the norm.
-
-        Raises:
-            UnsupportedSite: no single module makes the embeddings, or code other than the blocks would have to handle
-                the rows.
-        """
-        name, below, _ = self.stack.table.partition(".")
-        module = self.module.get_submodule(name)
-        alone = not (self.stack.causal or self.stack.reads or self.stack.readers)
-        if not below or not alone or MASKING & set(arguments(type(module))):
-            raise UnsupportedSite(
-                f"{self.module_path or 'the host'} has no place behind its embeddings for rows without positions: that "
-                "takes an encoder that stands alone, in which one module makes embeddings of ids and of nothing else"
-            )
-        path = f"{self.module_path}.{name}".lstrip(".")
-        entry = Site(module, path, "", Layer(), form=ENTRY, meta=self.meta)
-        others = tuple(place for place in self.places if place.form != ENTRY)
-        return replace(self, stack=replace(self.stack, entry=path), places=(*others, entry), behind=True)
-
-    def embedded(self, ids: Tensor) -> Tensor:
-        """Returns the stack's embeddings of ids, with the stack's scaling; only a shape while planning."""
-        if self.meta:
-            return torch.empty(*ids.shape, self.out_features, device="meta")
-        table = self.module.get_submodule(self.stack.table)
-        weight = whole(next(table.parameters()))  # of all processes, where they share it
-        with torch.no_grad():
-            embedded: Tensor = functional_call(table, {"weight": weight}, (ids.to(weight.device),))
-        return embedded.detach()
-
-
-def locate(site: Site, resolver: Resolver) -> SequenceSite:
-    """Returns the stack at a site.
-
-    Raises:
-        UnsupportedSite: the site is not a stack.
-    """
-    stacks = {stack.path: stack for stack in resolver.token_stacks()}
-    stack = stacks.get(site.module_path)
-    if stack is None:
-        known = ", ".join(map(repr, stacks)) or "none: it embeds no token ids, or makes more of them than embeddings"
-        raise UnsupportedSite(f"{site.module_path or 'the host'} is no stack of tokens; those of this host are {known}")
-
-    def place(path: str, form: str) -> Site:
-        return Site(resolver.modules[path], path, "", Layer(), form=form, meta=site.meta)
-
-    places = [place(path, READER) for path in stack.readers]
-    if stack.entry != stack.path:
-        places.append(place(stack.entry, ENTRY))
-    if stack.body != stack.path and not stack.readers:
-        places.append(place(stack.body, BODY))
-    return SequenceSite(
-        site.module,
-        stack.path,
-        f"{stack.table}.weight",
-        site.layer_of(site.module.get_submodule(stack.table), "weight"),
-        site.role,
-        form=FORM,
-        layer_of=site.layer_of,
-        meta=site.meta,
-        stack=stack,
-        places=tuple(places),
-    )
 
 
 class Rows(NamedTuple):

@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from peftcore.errors import SequenceError
-from peftcore.targets.sequence_order import Order
+from peftcore.forward.sequence.sequence_order import Order
 
 Rows = tuple[tuple[str, Order], ...]
 """The rows in front of a cache, the outermost last: (stamp of the operator, order of the rows)."""

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from peftcore.errors import SequenceError
-from peftcore.targets.sequence_cache import SequenceCacheView
-from peftcore.targets.sequence_order import Order
+from peftcore.forward.sequence.sequence_cache import SequenceCacheView
+from peftcore.forward.sequence.sequence_order import Order
 
 SLIDING = "sliding_attention"
 KINDS = ("full_attention", SLIDING)

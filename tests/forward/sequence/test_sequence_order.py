@@ -13,7 +13,7 @@ from transformers import DynamicCache, StaticCache
 
 import peftcore
 from peftcore.errors import SequenceError
-from peftcore.targets.sequence_order import Order
+from peftcore.forward.sequence.sequence_order import Order
 
 LEFT, COUNT = 4, 10
 WINDOWS = ("short_mistral", "hybrid", "qwen2_window", "chunked", "gpt_oss")

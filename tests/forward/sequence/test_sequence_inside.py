@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import PluginError, RouteError, SequenceError, UnsupportedSite
-from peftcore.targets.sequence_inside import Unseen
+from peftcore.forward.sequence.sequence_inside import Unseen
 
 BLOCKS = {
     "llama": "model.layers",

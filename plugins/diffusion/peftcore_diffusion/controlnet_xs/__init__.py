@@ -1,25 +1,30 @@
 """ControlNet-XS: a thin encoder that talks with a UNet's, layer by layer.   Zavadski et al. 2023, arXiv 2312.06573.
 
+Equation:
     g_0 = conv(x) + H(image),   g_i = G_i([g_(i-1); P_i h_(i-1)]),   h_i <- h_i + scale * Q_i g_i     in the encoder
     h <- h + scale * R_i g_i,   where the decoder reads skip i: added to what comes from below, not to the skip
 
 h_i is the output of layer i of the UNet's encoder or of its middle block, G_i a layer of the same kind that is `ratio`
-times as wide and starts at random; P_i, Q_i and R_i are 1x1 convolutions that start at zero, H is eight convolutions of
-which the last starts at zero. So a fresh injection changes nothing, and its first step moves Q and R alone. The base
-stays frozen. The call passes the image, ``with peftcore.call(model, condition=image): ...``, [batch or 1, channels,
-height, width], 8 times as large as the latents with four `widths`; the option `input` gives it another name, where
-several act, and ``condition_scale=`` in a call takes the place of `scale`.
+times as wide; P_i, Q_i and R_i are 1x1 convolutions, H is eight convolutions. The base stays frozen. The call passes
+the image, ``with peftcore.call(model, condition=image): ...``, [batch or 1, channels, height, width], 8 times as large
+as the latents with four `widths`; the option `input` gives it another name, where several act, and ``condition_scale=``
+in a call takes the place of `scale`.
 
 Tensors are named as in diffusers' ControlNetXSAdapter, so a published one of the same sizes can be loaded into the
 network; the UNet is a UNet2DConditionModel whose attentions and middle block are those of Stable Diffusion. Its
-embedding of the time is the UNet's own, as by default in theirs; one that learns is not here. Where FreeU is on,
-R_i g_i is added behind it.
+embedding of the time is the UNet's own. It cannot be merged. Where FreeU is on, R_i g_i is added behind it.
 
 Parameters: those of the thin encoder, whose layers read g and h together, of H, and b^2 + b + c b + b for each layer
 that reads b channels of h and c channels of g, c b + b for each skip.
 
-Use it for control to the pixel with a fraction of controlnet's parameters, its nearest kin; not where a published
-ControlNet is there already. It cannot be merged.
+Start: G at random, P_i, Q_i, R_i and the last convolution of H at zero: the identity. The first step moves Q and R
+alone.
+
+Differs from the authors' code: That code was not compared; outputs are compared with diffusers, whose embedding of the
+time that learns is not here.
+
+Use it: `peftcore.apply(model, "controlnet_xs")`, for control to the pixel with a fraction of controlnet's parameters,
+its nearest kin; not where a published ControlNet is there already.
 """
 
 from __future__ import annotations
@@ -34,12 +39,14 @@ from torch import Tensor, nn
 
 from peftcore.author import LearningRate, Method, MethodConfig, Shared, Site, Surgeon, Tags, Tap, on_first
 from peftcore.errors import ConfigError
-from peftcore_diffusion._controller import Controller, Exchange, XSOperator, controlled
 from peftcore_diffusion._told import told
+from peftcore_diffusion.controlnet_xs.controller import Controller, Exchange, XSOperator, controlled
 
 
 class ControlNetXSConfig(MethodConfig):
     """Options of ControlNet-XS."""
+
+    overridable = ()
 
     method: Literal["controlnet_xs"] = "controlnet_xs"
     scale: NonNegativeFloat = 1.0
@@ -130,8 +137,6 @@ class ControlNetXS(Method):
     target = (r"re:(.*\.)?mid_block",)
 
     def inject(self, model: nn.Module, config: ControlNetXSConfig, surgeon: Surgeon) -> None:
-        if any(config.overrides.values()):
-            raise ConfigError("controlnet_xs has one network for a whole UNet: it takes no overrides")
         for site in surgeon.sites():
             root, unet = controlled(surgeon, site)
             sizes = config.ratio, config.heads, config.channels, config.widths
@@ -140,23 +145,23 @@ class ControlNetXS(Method):
 
     @staticmethod
     def _talk(surgeon: Surgeon, middle: Site, config: ControlNetXSConfig, root: str, network: Shared) -> None:
-        def graft(path: str, operator: type[XSOperator], *parts: Any) -> None:
-            site = dataclasses.replace(surgeon.resolver.module_site(f"{root}{path}"), meta=middle.meta)
-            surgeon.graft(site, lambda at: operator(at, config, network, *parts))
+        def graft(layer: str, operator: Callable[..., XSOperator], **own: Any) -> None:
+            site = dataclasses.replace(surgeon.resolver.module_site(f"{root}{layer}"), meta=middle.meta)
+            surgeon.graft(site, operator, config, network=network, **own)
 
         features = Tap(until_backward=True, learns=True)
         left = [features]  # for the decoder
-        graft("conv_in", StartOperator, features)
+        graft("conv_in", StartOperator, after=features)
         for what in network.module.exchanges():
             after = Tap(until_backward=True, learns=True)
-            graft(what.at, ExchangeOperator, what, features, after)
+            graft(what.at, ExchangeOperator, what=what, before=features, after=after)
             left += [] if what.adds is None else [after]
             features = after
         left.pop()  # of the middle block
         for number, block in enumerate(network.module.up_connections):
             for each in range(len(block["ctrl_to_base"])):
                 path = f"up_connections.{number}.ctrl_to_base.{each}"
-                graft(f"up_blocks.{number}.resnets.{each}", SkipOperator, path, left.pop())
+                graft(f"up_blocks.{number}.resnets.{each}", SkipOperator, path=path, skip=left.pop())
 
     @staticmethod
     def parameter_count(site: Site, config: ControlNetXSConfig) -> int:

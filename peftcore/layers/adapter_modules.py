@@ -4,16 +4,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from typing import Any
 
 from torch import nn
-
-from peftcore.libraries.save_pretrained import BASE_ALONE
 
 ADAPTER_MODULES = "peft"
 """The attribute name of the adapter modules in their parent module."""
 IDLE = "_peftcore_idle"
 """The key in an operator's ``__dict__`` of the placeholder for its values while they are offloaded."""
+BASE_ALONE: ContextVar[bool] = ContextVar("base_alone", default=False)
+"""Whether state dicts leave operators out."""
 
 
 class AdapterModules(nn.Module):

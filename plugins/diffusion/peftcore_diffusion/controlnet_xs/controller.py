@@ -187,6 +187,7 @@ class Middle(nn.Module):
         )
 
     def forward(self, x: Tensor, time: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the output for an activation and the embedding of the timestep; the rest is for attentions."""
         x = self.resnets[0](x, time)
         for attention, resnet in zip(self.attentions, self.resnets[1:], strict=True):
             x = x if attention is None else attention(x, *args, **kwargs, return_dict=False)[0]
