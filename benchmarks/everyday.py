@@ -88,11 +88,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("only", nargs="?", choices=["real"], help="only the rows of a real model")
     only = parser.parse_args().only
+    load = os.getloadavg()[0]  # of others: it is read before anything is measured
     for name, measure in SECTIONS.items():
         if only is None or name.strip() == only:
             circumstances = {
                 "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, no GPU",
-                "load of the machine before": f"{os.getloadavg()[0]:.1f}",
+                "load of the machine before": f"{load:.1f}",
                 **{name: version(name) for name in ("torch", "transformers", "peft", "peftcore")},
             }
             rows = list(measure())

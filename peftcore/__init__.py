@@ -13,7 +13,7 @@ from peftcore.contract.batches import Batch, Labelled
 from peftcore.contract.compositions import Average, Fuse, Split, Stack, Sum
 from peftcore.files.adapter_pool import AdapterPool, keep_within
 from peftcore.files.bases import load_base
-from peftcore.files.compositions import load_composition, save_composition
+from peftcore.files.composition_folders import load_composition, save_composition
 from peftcore.files.save_load import load
 from peftcore.forward.state.cached_weights import cache_weights
 from peftcore.injection.applying import apply, plan

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 import facts
 from facts import Facts
-from peftcore.cli.looking.show import TAGS
+from peftcore.cli.inspection.show import TAGS
 from prose import as_html, inline
 
 MARKS = {
@@ -41,10 +41,14 @@ def _front(method: Facts) -> str:
 
 
 def _body(method: Facts) -> Iterable[str]:
-    lead, _, rest = method.shown.text.partition("\n\n")
+    sections = method.shown.sections
+    lead, _, rest = sections.pop("").partition("\n\n")
     yield f"# {html.escape(method.title, quote=False)}"
     yield _identity(method)
     yield f'<div class="method-text">\n<p class="lead">{inline(_joined(lead))}</p>\n{as_html(rest, page_of)}\n</div>'
+    for heading, text in sections.items():
+        yield f"## {heading}"
+        yield f'<div class="method-text">\n{as_html(text, page_of)}\n</div>'
     yield "## Try it"
     yield f"On {method.host}, with options that suit its size. Any model with the same roles works."
     yield f"```python\n{method.snippet}```"

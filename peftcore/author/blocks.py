@@ -1,7 +1,8 @@
 """Blocks of a model and their branches, networks in parallel with a model, and additional rows next to the tokens of a
 diffusion model."""
 
-from peftcore.authoring.blocks import (
+from peftcore.authoring.activations import ACTIVATIONS
+from peftcore.authoring.block_sites import (
     MIXERS,
     BlockSite,
     block_around,
@@ -27,6 +28,7 @@ from peftcore.authoring.guests import GuestNetwork, GuestOperator, guest_network
 from peftcore.authoring.streams import RowStream, StreamSite, Turn, add_stream, stream_sites
 
 __all__ = [
+    "ACTIVATIONS",
     "MIXERS",
     "AtBranchEnd",
     "BlockSite",

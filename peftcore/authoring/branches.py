@@ -172,7 +172,7 @@ class Bypass(AtBranchEnd):
 
     def laid_out(self, made: Tensor) -> Tensor:
         """Returns what was made of the input, ``[batch, ..., features]``, in the layout of the branch's output."""
-        made = made.movedim(-1, self.layer.channel_dim)
+        made = self.layer.channels_back(made)
         return made if self.order is None else made.permute(self.order)
 
     def dropped(self, added: Tensor, end: Callable[..., Any]) -> Tensor:
@@ -181,7 +181,7 @@ class Bypass(AtBranchEnd):
         return added
 
     def _beside(self, read: Tensor, y: Tensor) -> Tensor:
-        added = self.laid_out(self.beside(read.movedim(self.layer.channel_dim, -1)))
+        added = self.laid_out(self.beside(self.layer.channels_last(read)))
         if added.shape != y.shape:
             raise UnsupportedSite(
                 f"{type(self).__name__}: the branch reads {tuple(read.shape)} and returns {tuple(y.shape)}, so nothing "

@@ -14,6 +14,7 @@ from peftcore.contract.batches import Batches, Data
 from peftcore.injection.injection import Injection
 from peftcore.injection.switching import activate
 from peftcore.targets.sites import Site
+from peftcore.utils.journal import Journal
 
 IGNORED = -100
 """The label of a position that no loss counts."""
@@ -78,14 +79,12 @@ def second_moments(injection: Injection, data: Data) -> dict[str, Tensor]:
         sums[module] = sums[module] + product if module in sums else product
         counts[module] = counts.get(module, 0) + len(vectors)
 
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        modules = {site.module for site in seen.values()}
+    modules = {site.module for site in seen.values()}
+    with Journal(temporary=True) as journal:
+        for module in model.modules():
+            journal.set(module, "training", module.training)
+        model.eval()
         with activate(model, injection.name), watched_inputs(model, modules, look):
             for batch in Batches(model, data, f"inputs with {injection.name}"):
                 batch.output()
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
     return {path: sums[site.module] / counts[site.module] for path, site in seen.items() if counts.get(site.module)}

@@ -24,13 +24,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from peftcore.authoring.blocks import block_width
+from peftcore.authoring.block_sites import block_width
 from peftcore.contract.config import MethodConfig
 from peftcore.contract.operators import Operator
 from peftcore.contract.surgeon import Surgeon
 from peftcore.errors import PluginError, SequenceError, TrainingError, UnsupportedSite
 from peftcore.forward.attention.attention import Attend, AttentionOperator
-from peftcore.forward.context.checkpoints import reentrant
+from peftcore.forward.context.activation_checkpoints import reentrant
 from peftcore.forward.context.context import forward_context
 from peftcore.forward.context.taps import REENTRANT, Tap
 from peftcore.layers.layer import Layer, plain_class
@@ -434,11 +434,13 @@ def _last(count: int, key: Tensor, value: Tensor) -> Keys:
     return key[:, :, -count:], value[:, :, -count:]
 
 
-def add_stream(surgeon: Surgeon, site: StreamSite, operator: Callable[..., S], config: MethodConfig | None = None) -> S:
-    """Put ``operator(site, config)``, a `RowStream`, at a diffusion transformer, and return it. Its `turn` shows
+def add_stream(
+    surgeon: Surgeon, site: StreamSite, operator: Callable[..., S], config: MethodConfig | None = None, **own: Any
+) -> S:
+    """Put ``operator(site, config, **own)``, a `RowStream`, at a diffusion transformer, and return it. Its `turn` shows
     operators inside of the blocks when the blocks run for the rows.
     """
-    stream = surgeon.graft(site, operator, config, site.places)
+    stream = surgeon.graft(site, operator, config, site.places, **own)
     for attention in site.attentions:
         surgeon.graft(attention, lambda at: JointAttention(at, stream))
     return stream

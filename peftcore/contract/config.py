@@ -6,7 +6,7 @@ import difflib
 import fnmatch
 import math
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Self, TypeVar, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Self, TypeVar, get_args, get_origin
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -68,6 +68,10 @@ class MethodConfig(BaseModel):
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
 
+    overridable: ClassVar[tuple[str, ...] | None] = None
+    """The options that `overrides` may change; None: all. A method whose sites share parameters names those that do not
+    affect the shared ones; with ``()`` it takes no overrides."""
+
     method: str
     """Name of the method these options belong to."""
     overrides: dict[str, dict[str, Any]] = Field(default_factory=dict, max_length=MAX_OVERRIDES)
@@ -100,6 +104,17 @@ class MethodConfig(BaseModel):
     def _globs(cls, overrides: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         if sum(len(each) for each in overrides if _is_glob(each)) > MAX_GLOBS:
             raise ValueError(f"their globs have more than {MAX_GLOBS:,} characters")
+        if cls.overridable is None:
+            return overrides
+        names = dict.fromkeys(name for changes in overrides.values() for name in changes if name in cls.model_fields)
+        if fixed := [name for name in names if name not in cls.overridable]:
+            rest = (
+                f"it can change {' and '.join(cls.overridable)}" if cls.overridable else "the method takes no overrides"
+            )
+            raise ValueError(
+                f"{' and '.join(fixed)} cannot change at single sites, which share parameters: give one value for all; "
+                f"{rest}"
+            )
         return overrides
 
     @classmethod

@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from peftcore.errors import CheckpointError, ConfigError, MemoryLimit, UnknownInjection, shown
 from peftcore.files.safe_io import DTYPES, TensorFile, write_tensors
 from peftcore.forward.choice.residency import Residency
-from peftcore.forward.state.host_state import HostState, drop_state, state_of
-from peftcore.injection.applying import adapting
-from peftcore.injection.idle import IdleValues, InMemory, Store, Values
+from peftcore.forward.state.host_state import HostState, drop_state, ensure_state, state_of
+from peftcore.injection.base_dependence import make_anew
+from peftcore.injection.idle_adapters import IdleValues, MemoryStore, Store, Values
 from peftcore.injection.injection import Injection
 from peftcore.injection.request import check_model
+from peftcore.utils.journal import Journal
 
 Shapes = dict[str, tuple[torch.dtype, torch.Size]]
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -103,17 +104,14 @@ def keep_within(
         raise ConfigError(
             "the model is on the CPU, so idle adapters would free nothing there: name a folder, idle=path"
         )
-    store: Store = InMemory() if idle == "cpu" else InFolder(Path(idle))
-    with adapting(model, list(model.modules())) as state:
+    store: Store = MemoryStore() if idle == "cpu" else FolderStore(Path(idle))
+    with Journal() as journal:
+        state = ensure_state(journal, model, list(model.modules()), make_anew)
         pool = AdapterPool(model, state, room, store)
-        try:
-            for injection in state.injections.values():
-                pool.residency.add(injection)
-            state.residency = pool.residency
-            pool.residency.make_room()
-        except BaseException:
-            state.residency = None
-            raise
+        for injection in state.injections.values():
+            pool.residency.add(injection)
+        journal.set(state, "residency", pool.residency)
+        pool.residency.make_room()
     return pool
 
 
@@ -191,7 +189,7 @@ class AdapterPool:
             self.residency.bring(self.idle)
             state.residency = None
         if model is not None and not state.injections and not state.choices.elsewhere():
-            drop_state(model)
+            drop_state(Journal(), model)
 
     def _known(self, names: tuple[str, ...]) -> tuple[str, ...]:
         state = self._state()
@@ -205,7 +203,7 @@ class AdapterPool:
         return f"AdapterPool({resident} on the model, {idle} idle, {self.bytes:,} of {self.limit:,} bytes)"
 
 
-class InFolder(Store):
+class FolderStore(Store):
     """Keeps values in safetensors files, one for each adapter, in a separate folder; values that are read back are
     compared with the written ones. Values that were not changed since are not written again."""
 

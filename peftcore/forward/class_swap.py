@@ -53,21 +53,15 @@ def _grafted_forward(base: type[nn.Module]) -> Callable[..., Any]:
             remember_in_checkpoint(state, choice)
         if not args and first in kwargs:
             args = (kwargs.pop(first),)  # operators get their input by position, however the module was called
+        if state.watches_runs and not planned.acting.attention:  # edits mark it themselves: hosts bypass some
+            slot.ran[self.training] = True
+            if slot.runs is not None:
+                slot.runs += 1
         if planned.outermost is not None:
-            if state.silent_layers is not None:
-                slot.ran[self.training] = True
-                if slot.runs is not None:
-                    slot.runs += 1
             call: Forward = functools.partial(plain, self)
             for operator in planned.inner:
                 call = functools.partial(operator, call)
             return planned.outermost(call, *args, **kwargs)
-        if (
-            state.silent_layers is not None and not planned.acting.attention
-        ):  # edits mark it themselves: hosts bypass some
-            slot.ran[self.training] = True
-            if slot.runs is not None:
-                slot.runs += 1
         of_module = ModuleCall(plain, slot, self, planned, choice.route, args, kwargs)
         return of_module.observed() if planned.acting.observers else of_module.output()
 
@@ -101,40 +95,39 @@ def _rebuild(base: type[nn.Module]) -> nn.Module:
     return cls.__new__(cls)
 
 
-def attach(module: nn.Module, state: HostState) -> Slot:
+def attach(journal: Journal, module: nn.Module, state: HostState) -> Slot:
     """Returns the module's slot. If the module is not grafted yet, creates the slot and replaces the module's class."""
     slot = slot_of(module)
     if slot is None:
-        slot = module.__dict__[SLOT] = Slot(state)
-        state.slots[slot] = None
-        change_class(module, grafted_class(type(module)))
+        slot = Slot(state)
+        journal.put(module, "", SLOT, slot)
+        journal.put(state, "slots", slot, None)
+        become(journal, module, type(module))
     else:
         slot.changed()
     return slot
 
 
-def detach(module: nn.Module, state: HostState, name: str) -> None:
+def detach(journal: Journal, module: nn.Module, state: HostState, name: str) -> None:
     """Remove the mounts of this host's injection `name`. When the last mount is removed, the module gets its original
     class back."""
     slot = slot_of(module)
     if slot is None or slot.state is not state:
         return
-    slot.mounts.pop(name, None)
-    slot.forced_attributes = [forced for forced in slot.forced_attributes if forced[0] != name]
+    journal.drop(slot, "mounts", name)
+    journal.set(slot, "forced_attributes", [forced for forced in slot.forced_attributes if forced[0] != name])
     slot.changed()
     if not slot.mounts and not slot.forced_attributes:
-        ungraft(module)
+        ungraft(journal, module)
 
 
-def ungraft(module: nn.Module) -> None:
-    """Restore the module's original class. The slot is removed last, so that an interrupted call can be repeated."""
-    cls = vars(type(module)).get(GRAFTED, type(module))
-    if cls in _CLASSES:
-        change_class(module, cls, _CLASSES[cls])
-    slot = slot_of(module)
-    if slot is not None:
-        slot.state.slots.pop(slot, None)
-        module.__dict__.pop(SLOT, None)
+def ungraft(journal: Journal, module: nn.Module) -> None:
+    """Restore the module's original class, and remove its slot. The caller removes that from the host's slots."""
+    plain = vars(type(module)).get(GRAFTED, type(module))
+    for cls in (_CLASSES[plain], plain) if plain in _CLASSES else ():
+        if type(module) is not cls:  # it is the first one, unless other code has set the plain class alone
+            journal.call(change_class, module, type(module), cls)
+    journal.drop(module, "", SLOT)
 
 
 def become(journal: Journal, module: nn.Module, cls: type[nn.Module]) -> None:
@@ -142,9 +135,9 @@ def become(journal: Journal, module: nn.Module, cls: type[nn.Module]) -> None:
     journal.call(change_class, module, type(module), cls if slot_of(module) is None else grafted_class(cls))
 
 
-def change_class(module: nn.Module, cls: type[nn.Module], old: type[nn.Module] | None = None) -> None:
+def change_class(module: nn.Module, cls: type[nn.Module]) -> None:
     """Replace the class of a module, and each forward on the instance that is a method of the old class."""
-    before = (old or type(module)).forward
+    before = type(module).forward
     object.__setattr__(module, "__class__", cls)  # torch's own checks whether it is a parameter or a module
     for key in FORWARDS:
         if _is_method(module.__dict__.get(key), before):

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from peftcore.contract.applied import AppliedMethod
 from peftcore.contract.surgeon import Surgeon
 from peftcore.errors import NoWeights, PluginError
+from peftcore.injection.freezing import freeze
 from peftcore.registry.plugins import registry
+from peftcore.utils.journal import Journal
 
 if TYPE_CHECKING:
     from peftcore.injection.injection import Injection
@@ -64,12 +66,11 @@ class Planned(HybridPart):
         return f"Planned({self.method.name}, {len(self.grafts)} sites)"
 
 
-def choose_trained(applied: AppliedMethod) -> None:
+def choose_trained(journal: Journal, applied: AppliedMethod) -> None:
     """Make the parameters trainable that the method selects, and the modules that the user named in ``train``; freeze
     all other parameters of the adapter.
     """
-    for parameter in applied.parameters():
-        parameter.requires_grad = False
+    freeze(journal, applied.parameters())
     hook = registry().hook
     hook.peftcore_select(model=applied.model, method=applied.method, config=applied.config, injection=applied)
     for graft in applied.grafts:

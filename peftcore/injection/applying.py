@@ -8,8 +8,8 @@ records and changes nothing.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -21,21 +21,24 @@ from peftcore.contract.config import MethodConfig
 from peftcore.contract.method import Method
 from peftcore.contract.peft_names import is_peft_config
 from peftcore.errors import ConfigError, UnsupportedHost
-from peftcore.forward.choice.active_adapters import Choice
-from peftcore.forward.state.host_state import HostState, drop_state, ensure_state, state_of
-from peftcore.injection import made_of_base
+from peftcore.forward.choice.active_adapters import Active, Choice
+from peftcore.forward.state.host_state import HostState, ensure_state
+from peftcore.injection import base_dependence
 from peftcore.injection.applied import Planned, choose_trained
-from peftcore.injection.injection import Injection, installed
+from peftcore.injection.freezing import freeze
+from peftcore.injection.injection import Injection
 from peftcore.injection.request import Part, Request, check_model, check_name
 from peftcore.layers.pieces import at_hand, is_in_engine
 from peftcore.registry.equation_only import notice_equation_only
 from peftcore.registry.plugins import imported, layer_of
 from peftcore.roles import HostMap
-from peftcore.surgery.installation import release
+from peftcore.surgery import installation
 from peftcore.surgery.planning import Plan
 from peftcore.surgery.surgeon import RecordingSurgeon
+from peftcore.surgery.watched_sites import watched_sites
 from peftcore.targets.resolver import Resolver, Target
 from peftcore.training.calibration import calibrate, find_structure
+from peftcore.utils.journal import Journal
 from peftcore.utils.notices import notice
 
 OF_PEFT = "peftcore.files.peft_configs:apply_peft_config"
@@ -205,7 +208,7 @@ def record(request: Request, dry: bool = False) -> RecordingSurgeon:
 
 def plan_of(surgeon: RecordingSurgeon, shards: int | None = None) -> Plan:
     """Returns the plan of a dry run, for which the method chooses what would train."""
-    choose_trained(Planned(surgeon))
+    choose_trained(Journal(), Planned(surgeon))
     return Plan.of(surgeon, shards)
 
 
@@ -217,11 +220,14 @@ def install(surgeon: RecordingSurgeon, request: Request) -> Injection:
         surgeon: the surgeon that recorded the request.
         request: the request.
     """
-    with adapting(surgeon.model, surgeon.resolver.modules.values()) as state:
+    with Journal() as journal:
+        modules = surgeon.resolver.modules.values()
+        state = ensure_state(journal, surgeon.model, modules, base_dependence.make_anew)
         injection = Injection(request.name, surgeon, state)
-        made_of_base.check_nothing_merged(injection, state)
-        with injection._installing(request.active, request.instead) as stack:
-            made_of_base.note_base(injection)
+        base_dependence.check_nothing_merged(injection, state)
+        with nullcontext() if state.residency is None else state.residency.joining(injection):
+            stack = _put_in(journal, injection, state, request)
+            base_dependence.note_base(injection)
             if request.data is not None:  # the model that it looks at has it, in a route and a composition too
                 choices = state.choices
                 with choices.held(Choice(state.together(stack, injection.name), context=choices.around().context)):
@@ -233,24 +239,21 @@ def install(surgeon: RecordingSurgeon, request: Request) -> Injection:
     return injection
 
 
-@contextmanager
-def adapting(model: nn.Module, modules: Collection[nn.Module]) -> Iterator[HostState]:
-    """Context manager that yields the host's state and makes it if it is missing; a state that it made is removed again
-    if the block fails.
-    """
-    fresh = state_of(model) is None
-    try:
-        state = ensure_state(model, modules)
-        if fresh:
-            state.loading.append(model.register_load_state_dict_post_hook(made_of_base.make_anew))  # type: ignore[no-untyped-call]
-        yield state
-    except BaseException:
-        if fresh and (begun := state_of(model)) is not None:
-            for injection in [*installed(begun).values()]:
-                injection._leave()
-            release(model, begun)
-            drop_state(model)
-        raise
+def _put_in(journal: Journal, injection: Injection, state: HostState, request: Request) -> Active:
+    """Install the operators and register the injection with the host; returns the stack in which it acts."""
+    name, surgeon = injection.name, injection._surgeon
+    journal.afterwards(state.choices.restore, state.choices.saved())
+    journal.afterwards(injection._replan)
+    journal.put(state, "injections", name, injection)
+    journal.set(state, "reads_tokens", state.reads_tokens + injection.reads_tokens)
+    installation.install(journal, surgeon, state, name)
+    journal.set(state, "frozen", state.frozen + freeze(journal, surgeon.resolver.parameters()))
+    stack = state.choices.add(name, request.instead) if request.active else (name,)
+    if not request.active:
+        state.replan()
+    injection.trainable(True)
+    watched_sites(state).expect(journal, surgeon, state, name)
+    return stack
 
 
 def _check_alone(method: object, *others: Any) -> None:

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
+import torch
 from torch import nn
 
-
-def thawed(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-    """Returns parameters of the base that train, each once: tied ones are held by several modules."""
-    return list({id(each): each for each in parameters if each.requires_grad}.values())
+from peftcore.utils.journal import Journal
 
 
-def freeze(parameters: Iterable[nn.Parameter]) -> None:
-    """Turn off requires_grad for parameters of the base."""
-    for parameter in parameters:
-        parameter.requires_grad_(False)
+def freeze(journal: Journal, parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    """Turn off requires_grad; returns the parameters that trained, each once: tied ones are held by several modules."""
+    every = list({id(each): each for each in parameters}.values())
+    before = [each.requires_grad for each in every]
+    journal.call(_set, every, before, [False] * len(every))
+    return [each for each, trained in zip(every, before, strict=True) if trained]
 
 
-def thaw(parameters: Iterable[nn.Parameter]) -> None:
-    """Turn on requires_grad for parameters of the base."""
-    for parameter in parameters:
-        parameter.requires_grad_(True)
+def thaw(journal: Journal, parameters: Iterable[nn.Parameter]) -> None:
+    """Turn on requires_grad, except for parameters that other code has quantized in place: integers do not train."""
+    every = [each for each in parameters if each.is_floating_point() or each.is_complex()]
+    journal.call(_set, every, [each.requires_grad for each in every], [True] * len(every))
+
+
+def _set(parameters: Sequence[nn.Parameter], train: Sequence[bool]) -> None:
+    for parameter, trains in zip(parameters, train, strict=True):
+        if parameter.requires_grad is not trains:
+            with torch.inference_mode(parameter.is_inference()):  # one that was made in it is changed in it alone
+                parameter.requires_grad_(trains)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +27,6 @@ from peftcore.errors import (
     SwapError,
     UnknownInjection,
 )
-from peftcore.forward.choice.active_adapters import Active
 from peftcore.forward.choice.scopes import Chosen
 from peftcore.forward.class_swap import is_reached
 from peftcore.forward.context.routers import Ledger
@@ -35,16 +34,16 @@ from peftcore.forward.state.host_state import HostState, drop_state, state_of
 from peftcore.forward.state.slot import slot_of
 from peftcore.injection import merging, router_report, swapping
 from peftcore.injection.applied import HybridPart, choose_trained, parts_of
-from peftcore.injection.freezing import freeze, thaw, thawed
+from peftcore.injection.freezing import freeze, thaw
 from peftcore.injection.originals import Fingerprint, Keep
 from peftcore.injection.router_report import RouterReport
 from peftcore.injection.summary import Summary
 from peftcore.layers.layer import GRAFTED
 from peftcore.layers.pieces import ENGINE, is_partitioned
 from peftcore.libraries.save_pretrained import note_form
-from peftcore.surgery import placement, silent_layers
-from peftcore.surgery.installation import install, release, uninstall
+from peftcore.surgery.installation import release, uninstall
 from peftcore.surgery.surgeon import RecordingSurgeon
+from peftcore.surgery.watched_sites import watched_sites
 from peftcore.targets.sites import Site
 from peftcore.utils.journal import Journal
 
@@ -88,7 +87,7 @@ class Injection(Installed):
         self.state = state
         self.made_of: dict[str, Fingerprint] = {}
         """Fingerprints of the base's weights that operators are made of, by key of the operator."""
-        self._merge: merging.Merged | None = None
+        self._merge: merging.MergeInForce | None = None
         self._low_memory = False
         self._chosen: list[bool] = []  # which tensors its method lets train, since somebody last asked it
         self._ledgers: dict[str, Ledger] = {}
@@ -190,8 +189,8 @@ class Injection(Installed):
         if self.name in choice.bound and any(isinstance(graft.operator, Combiner) for graft in self.grafts):
             raise CompositionError(f"{self.name!r} combines the outputs of others, and nothing can in its place")
         merged = self._merge
-        self.unmerge()
         try:
+            self.unmerge()
             with self.state.choices.block(self.state.now().without(self.name)):
                 yield
         finally:
@@ -201,13 +200,12 @@ class Injection(Installed):
     def trainable(self, mode: bool = True) -> None:
         """Let its parameters train, or freeze them. Nothing else on the host changes."""
         self._alive()
-        with self.state.kept(*([self.name] if mode else [])):  # then it trains, and does not leave
+        with self.state.kept(*([self.name] if mode else [])), Journal() as journal:  # then it trains, and stays
             if mode:
-                choose_trained(self)
-                self._chosen = [parameter.requires_grad for parameter in self.parameters()]
+                choose_trained(journal, self)
+                journal.set(self, "_chosen", [parameter.requires_grad for parameter in self.parameters()])
             else:
-                for parameter in self.parameters():
-                    parameter.requires_grad = False
+                freeze(journal, self.parameters())
 
     def state_dict(self) -> dict[str, Tensor]:
         """Returns its tensors by ``<site path>.<operator tensor>``, without the injection's name, as files have them;
@@ -248,19 +246,16 @@ class Injection(Installed):
         """
         self._alive()
         routers = router_report.routers_of(self.name, self.operators)
-        outer, self._ledgers = self._ledgers, {path: Ledger() for path in routers}
-        before = {path: vars(router).get("ledger") for path, router in routers.items()}
-        for path, router in routers.items():
-            router.ledger = self._ledgers[path]
-        self._replan()  # while they are watched, those of several adapters do not run as one
-        try:
-            yield
-        finally:
+        within = any("ledger" in vars(router) for router in routers.values())
+        with Journal(temporary=True) as journal:
+            journal.afterwards(self._replan)
+            if within:  # else the sums stay, for `report`
+                journal.set(self, "_ledgers", self._ledgers)
+            self._ledgers = {path: Ledger() for path in routers}
             for path, router in routers.items():
-                vars(router).pop("ledger")
-                if (ledger := before[path]) is not None:
-                    router.ledger, self._ledgers = ledger, outer
-            self._replan()
+                journal.put(router, "", "ledger", self._ledgers[path])
+            self._replan()  # while they are watched, those of several adapters do not run as one
+            yield
 
     def report(self) -> RouterReport:
         """Returns what the routers of a mixture did in the last block of `reporting`, or have done so far within it:
@@ -337,12 +332,12 @@ class Injection(Installed):
                 no weight was changed.
         """
         self._alive()
-        return self._merge_as(merging.Wanted(keep, into, max_error, weight)).report
+        return self._merge_as(merging.MergeOptions(keep, into, max_error, weight)).report
 
-    def _merge_as(self, wanted: merging.Wanted) -> merging.Merged:
+    def _merge_as(self, wanted: merging.MergeOptions, whole: Journal | None = None) -> merging.MergeInForce:
         merged = self._merge
         if merged is None:
-            with self.state.kept(self.name), Journal() as journal:
+            with self.state.kept(self.name), (whole or Journal()).part() as journal:
                 journal.afterwards(self._rewritten)
                 merged = merging.merge(self, journal, wanted)
                 self._note(journal, merged)
@@ -364,9 +359,11 @@ class Injection(Installed):
                 were loaded, trained, cast or replaced since; nothing was changed.
         """
         self._alive()
-        if self._merge is None:
-            return
         with Journal() as journal:
+            self._unmerge(journal)
+
+    def _unmerge(self, journal: Journal) -> None:
+        if self._merge is not None:
             journal.afterwards(self._rewritten)
             merging.unmerge(self, journal, self._merge)
             self._note(journal, None)
@@ -379,11 +376,15 @@ class Injection(Installed):
             NotMergeable, MergeError: as `merge`; the injection is still there.
             RouteError, CompositionError: as `remove`.
         """
-        self._alive()
-        self.state.choices.check_free([self.name])
-        self._leave(self._merge or self._merge_as(merging.Wanted(keep=None)))
+        with self._leaving() as journal:
+            merged = self._merge or self._merge_as(merging.MergeOptions(keep=None), journal)
+            merging.let_go(journal, merged)
+            self._note(journal, None)
+            self._take_out(journal)
+            if merged.report.dense:
+                note_form(journal, self.model, merged.report.dense)
 
-    def _note(self, journal: Journal, merge: merging.Merged | None) -> None:
+    def _note(self, journal: Journal, merge: merging.MergeInForce | None) -> None:
         """Note that it is merged, or is not."""
         others = tuple(name for name in self.state.merged if name != self.name)
         journal.set(self, "_merge", merge)
@@ -398,10 +399,9 @@ class Injection(Installed):
             MergeError: it is merged, and `unmerge` is impossible.
             RouteError, CompositionError: a route or composition that is in force here uses it.
         """
-        self._alive()
-        self.state.choices.check_free([self.name])
-        self.unmerge()
-        self._leave()
+        with self._leaving() as journal:
+            self._unmerge(journal)
+            self._take_out(journal)
 
     def save(
         self,
@@ -664,71 +664,32 @@ class Injection(Installed):
             raise UnknownInjection(f"injection {self.name!r} is not on its host any more")
 
     @contextmanager
-    def _installing(self, active: bool, instead: Collection[str]) -> Iterator[Active]:
-        """Context manager that installs its operators and registers it with the host; yields the stack in which it
-        acts. Where the block fails, nothing of it stays.
-
-        Args:
-            active: whether it acts.
-            instead: the injections that stop to act.
-        """
-        state, name, surgeon = self.state, self.name, self._surgeon
-        choices, before = state.choices, state.choices.saved()
-        frozen, reads_tokens = thawed(surgeon.resolver.parameters()), self.reads_tokens
-        with nullcontext() if state.residency is None else state.residency.joining(self):
-            try:
-                state.injections[name] = self
-                state.reads_tokens += reads_tokens
-                placement.watch(state, name, self.grafts)
-                install(surgeon, state, name)
-                freeze(frozen)
-                stack = choices.add(name, instead) if active else (name,)
-                if not active:
-                    state.replan()
-                self.trainable(True)
-                silent_layers.watch(surgeon, state, name)
-                yield stack
-                state.frozen += frozen
-            except BaseException:
-                if state.injections.pop(name, None) is not None:
-                    state.reads_tokens -= reads_tokens
-                choices.restore(before)
-                self._uninstall()
-                state.replan()
-                thaw(frozen)
-                raise
-
-    def _uninstall(self) -> None:
-        """Take its operators out of the model. Each step can be taken again."""
+    def _leaving(self) -> Iterator[Journal]:
+        """Context manager with the journal of its removal from the host; its offloaded values are dropped last."""
+        self._alive()
         state = self.state
-        silent_layers.forget(state, self.name)
-        uninstall(self._surgeon, state, self.name)
-        placement.forget(state, self.name)
-
-    def _leave(self, baked: merging.Merged | None = None) -> None:
-        """Leave the host, whose weights keep what is baked. What interrupts it is raised when it is done."""
+        state.choices.check_free([self.name])
         try:
-            self._take_out(baked)
-        except BaseException:
-            self._take_out(baked)
-            raise
+            with Journal() as journal:
+                yield journal
+        finally:
+            if state.residency is not None and self.name not in state.injections:
+                state.residency.remove(self.name)
 
-    def _take_out(self, baked: merging.Merged | None) -> None:
-        """Take the steps of leaving: each can be taken again."""
-        state = self.state
-        if baked is not None:
-            merging.let_go(baked)
-            self._note(Journal(), None)
-        self._uninstall()
-        state.forget(self.name)
+    def _take_out(self, journal: Journal) -> None:
+        """Take its operators out of the model; the last one lets the base train again."""
+        state, name = self.state, self.name
+        journal.afterwards(state.choices.restore, state.choices.saved(shared=1))
+        journal.afterwards(self._replan)
+        watched_sites(state).forget(journal, self._surgeon, name)
+        uninstall(journal, self._surgeon, state, name)
+        state.forget(journal, name)
         if not state.injections:
-            thaw(state.frozen)
-            release(self.model, state)
+            thaw(journal, state.frozen)
+            release(journal, self.model, state)
             told = not state.choices.elsewhere()  # else others are told first that their choice is gone
             if told and state.residency is None:
-                drop_state(self.model)
-        if baked is not None and baked.report.dense:
-            note_form(self.model, baked.report.dense)
+                drop_state(journal, self.model)
 
 
 def installed(state: HostState) -> dict[str, Injection]:

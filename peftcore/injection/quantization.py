@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from peftcore.contract.operators import _Base
 from peftcore.errors import QuantizationError, TargetError, UnsupportedSite
 from peftcore.forward.state.slot import slot_of
-from peftcore.injection.folding import fold
+from peftcore.injection.fold_parametrizations import fold
 from peftcore.injection.quantized_layer import QuantizedLayer, dense_linear, floating_dtype, replace_in_place
 from peftcore.injection.request import host_map
 from peftcore.layers.adapter_modules import IDLE, AdapterModules
-from peftcore.layers.computed import computation, has_place, parametrized, resting
+from peftcore.layers.computed_tensors import computation, has_place, parametrized, resting
 from peftcore.layers.kinds import Linear
 from peftcore.libraries.save_pretrained import check_readable, note_form
 from peftcore.registry.plugins import imported, layer_of, named_places
@@ -193,7 +193,7 @@ def quantize(model: M, name: str, *, target: Target | None = None, exclude: Targ
             for operator in _operators(site.module):
                 journal.note(operator)
                 operator.base_was_packed()
-        note_form(model)
+        note_form(journal, model)
     return model
 
 
@@ -225,7 +225,7 @@ def dequantize(model: M) -> M:
     with Journal() as journal:
         for module, new in zip(modules.values(), dense, strict=True):
             replace_in_place(journal, module, new.train(module.training))
-        note_form(model, list(packed))
+        note_form(journal, model, list(packed))
     return model
 
 

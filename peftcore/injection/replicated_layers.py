@@ -13,6 +13,7 @@ from torch import nn
 from peftcore.errors import UnsupportedHost
 from peftcore.injection.injection import injections
 from peftcore.layers.adapter_modules import ADAPTER_MODULES
+from peftcore.utils.journal import Journal
 
 Ranges = Sequence[Sequence[int]]
 """Numbers of layers, each range as its first and the one behind its last: ``[[0, 4], [2, 5]]``."""
@@ -43,12 +44,13 @@ def replicate_layers(model: nn.Module, ranges: Ranges, path: str | None = None) 
     parent, _, name = path.rpartition(".")
     made = nn.ModuleList(_again(layers[number], index) for index, number in enumerate(numbers))
     made.replicated = [list(each) for each in ranges]  # type: ignore[assignment]
-    setattr(model.get_submodule(parent), name, made)
     config: Any = getattr(model, "config", None)
-    if getattr(config, "num_hidden_layers", None) is not None:
-        config.num_hidden_layers = len(numbers)
-    if isinstance(kinds := getattr(config, "layer_types", None), list):
-        config.layer_types = [kinds[number] for number in numbers]
+    with Journal() as journal:
+        journal.set(model.get_submodule(parent), name, made)
+        if getattr(config, "num_hidden_layers", None) is not None:
+            journal.set(config, "num_hidden_layers", len(numbers))
+        if isinstance(kinds := getattr(config, "layer_types", None), list):
+            journal.set(config, "layer_types", [kinds[number] for number in numbers])
 
 
 def replicated_layers(model: nn.Module) -> dict[str, list[list[int]]]:

@@ -20,7 +20,7 @@ from peftcore.injection.injection import Injection
 from peftcore.layers.pieces import at_hand
 from peftcore.registry.catalogue import method as find_method
 from peftcore.registry.plugins import registry
-from peftcore.registry.presets import method_of, preset_of
+from peftcore.registry.preset_methods import method_of, preset_of
 from peftcore.roles import HostMap
 from peftcore.surgery.parallel_models import check_looks_at_no_data
 from peftcore.surgery.surgeon import RecordingSurgeon

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from peftcore.errors import TrainingError
 from peftcore.layers.pieces import ALONE, ENGINE, at_hand, cut_like, is_cut, is_partitioned, whole
+from peftcore.utils.journal import Journal
 
 MANAGED = "_is_fsdp_managed_module"
 """The attribute that torch sets on each module whose parameters it shards."""
@@ -175,19 +176,12 @@ def stand_ins_for(parameters: Iterable[nn.Parameter]) -> dict[nn.Parameter, nn.P
 @contextmanager
 def standing(model: nn.Module, others: Mapping[nn.Parameter, Any]) -> Iterator[None]:
     """Context manager in which other tensors replace parameters."""
-    places = [
-        (module._parameters, name, held)
-        for module in (model.modules() if others else ())
-        for name, held in module._parameters.items()
-        if held is not None and held in others
-    ]
-    for parameters, name, held in places:
-        parameters[name] = others[held]
-    try:
+    with Journal(temporary=True) as journal:
+        for module in model.modules() if others else ():
+            for name, held in module._parameters.items():
+                if held is not None and held in others:
+                    journal.put(module, "_parameters", name, others[held])
         yield
-    finally:
-        for parameters, name, held in places:
-            parameters[name] = held
 
 
 def hold_whole(model: nn.Module) -> None:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftcore.errors import UnsupportedSite
-from peftcore.layers.computed import by_hook
+from peftcore.layers.computed_tensors import by_hook
 from peftcore.layers.fsdp import is_sharded_class
 from peftcore.layers.pieces import outline
 
@@ -219,6 +219,20 @@ class Layer:
                 update, the inputs of a rotation.
         """
         return None
+
+    def channels_last(self, activation: Tensor) -> Tensor:
+        """Returns an input or output of the module with its channels in the last dimension, ``[..., channels]``; a
+        view."""
+        return activation.movedim(self.channel_dim, -1)
+
+    def channels_back(self, vectors: Tensor) -> Tensor:
+        """Returns vectors ``[..., channels]`` in the layout of the module's output: the inverse of `channels_last`."""
+        return vectors.movedim(-1, self.channel_dim)
+
+    def rows(self, activation: Tensor) -> int:
+        """Returns the number of rows of the batch in an input or output of the module; 1 if it has no batch
+        dimension."""
+        return len(activation) if activation.dim() > -self.channel_dim else 1
 
     def along_channels(self, vector: Tensor, like: Tensor) -> Tensor:
         """Returns `vector` shaped so that it broadcasts over the channels of the activation `like`."""

@@ -10,6 +10,8 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from peftcore.utils.journal import Journal
+
 
 class InstanceMethod(ABC):
     """Replaces the method `name` on an instance of a class that has it."""
@@ -38,7 +40,7 @@ class InstanceMethod(ABC):
         """Run the method of the class, with the steps before and after it."""
 
 
-def replace_methods(modules: Iterable[nn.Module], kind: type[InstanceMethod], owner: object) -> None:
+def replace_methods(journal: Journal, modules: Iterable[nn.Module], kind: type[InstanceMethod], owner: object) -> None:
     """Replace the method on each module whose class has it, unless the instance itself has an attribute of that
     name."""
     having: dict[type, bool] = {}
@@ -47,16 +49,17 @@ def replace_methods(modules: Iterable[nn.Module], kind: type[InstanceMethod], ow
         if cls not in having:
             having[cls] = issubclass(cls, kind.having)
         if having[cls]:
-            there = vars(module).setdefault(kind.name, kind(module))
-            if isinstance(there, kind):
-                there.owners.append(owner)
+            if kind.name not in vars(module):
+                journal.put(module, "", kind.name, kind(module))
+            if isinstance(there := vars(module)[kind.name], kind):
+                journal.set(there, "owners", [*there.owners, owner])
 
 
-def give_methods_back(model: nn.Module, owner: object) -> None:
+def give_methods_back(journal: Journal, model: nn.Module, owner: object) -> None:
     """Undo `replace_methods` of this owner, for the model and its submodules."""
     for module in model.modules():
         for name, each in list(vars(module).items()):
             if isinstance(each, InstanceMethod) and any(one is owner for one in each.owners):
-                each.owners = [one for one in each.owners if one is not owner]
+                journal.set(each, "owners", [one for one in each.owners if one is not owner])
                 if not each.owners:
-                    del vars(module)[name]
+                    journal.drop(module, "", name)

@@ -9,7 +9,7 @@ from peftcore.contract.method import Method
 from peftcore.errors import TargetError
 from peftcore.roles import HostMap
 from peftcore.roles.hostmap import under
-from peftcore.roles.virtual import ALL_LAYERS
+from peftcore.roles.virtual_roles import ALL_LAYERS
 from peftcore.targets.resolver import Resolver, Target, names_a_role
 from peftcore.targets.sites import Site
 

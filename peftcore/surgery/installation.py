@@ -21,6 +21,7 @@ from peftcore.layers.adapter_modules import ADAPTER_MODULES, AdapterModules
 from peftcore.registry.plugins import layer_of
 from peftcore.surgery.forced_attributes import forced_attributes_of
 from peftcore.targets.sites import Site
+from peftcore.utils.journal import Journal
 
 if TYPE_CHECKING:
     from peftcore.contract.surgeon import Surgeon
@@ -52,32 +53,33 @@ def _has(cls: type, name: str) -> bool:
     return any(name in vars(each) for each in cls.__mro__)
 
 
-def _put(holder: nn.Module, key: str, name: str, operator: nn.Module) -> None:
+def _put(journal: Journal, holder: nn.Module, key: str, name: str, operator: nn.Module) -> None:
     for child in (ADAPTER_MODULES, key):
         if child not in holder._modules:
             if child in holder.__dict__ or child in holder._parameters or _has(type(holder), child):
                 raise UnsupportedHost(f"{type(holder).__name__} has an attribute {child!r} of its own")
-            made = holder._modules[child] = AdapterModules()
+            made = AdapterModules()
             made.training = holder.training
+            journal.put(holder, "_modules", child, made)
         inner = holder._modules[child]
         if not isinstance(inner, AdapterModules):
             raise UnsupportedHost(f"{type(holder).__name__} has a module {child!r} of its own")
         holder = inner
     if name in holder._modules:
         raise UnsupportedHost(f"two sites would keep their operators under {key!r}; rename one of the modules")
-    holder._modules[name] = operator
+    journal.put(holder, "_modules", name, operator)
 
 
-def _remove(holder: nn.Module, key: str, name: str) -> None:
+def _remove(journal: Journal, holder: nn.Module, key: str, name: str) -> None:
     operators = holder._modules.get(ADAPTER_MODULES)
     if not isinstance(operators, AdapterModules):
         return
     if (site := operators._modules.get(key)) is not None:
-        site._modules.pop(name, None)
+        journal.drop(site, "_modules", name)
         if not site._modules:
-            del operators._modules[key]
+            journal.drop(operators, "_modules", key)
     if not operators._modules:
-        del holder._modules[ADAPTER_MODULES]
+        journal.drop(holder, "_modules", ADAPTER_MODULES)
 
 
 def shelves(surgeon: Surgeon) -> Iterator[tuple[nn.Module, str, nn.Module]]:
@@ -100,23 +102,19 @@ def shelves(surgeon: Surgeon) -> Iterator[tuple[nn.Module, str, nn.Module]]:
             yield root, f"shared__{key.replace('/', '__')}", shared.module
 
 
-def install(surgeon: Surgeon, state: HostState, name: str) -> None:
-    """Install all recorded operators in the host; on any error the host is left as it was."""
+def install(journal: Journal, surgeon: Surgeon, state: HostState, name: str) -> None:
+    """Install all recorded operators in the host."""
     _check_trains(surgeon)
-    try:
-        for holder, key, operator in shelves(surgeon):
-            _put(holder, key, name, operator)
-        for graft in surgeon.grafts:
-            for site in graft.holders:
-                _check_reachable(site)
-                mount = Mount(name, graft.operator, site.form, site.tensor, site.layer, site.slices)
-                slot = attach(site.module, state)
-                slot.path = slot.path or site.module_path
-                slot.mounts.setdefault(name, []).append(mount)
-        _force_attributes(surgeon, state, name)
-    except BaseException:
-        uninstall(surgeon, state, name)
-        raise
+    for holder, key, operator in shelves(surgeon):
+        _put(journal, holder, key, name, operator)
+    for graft in surgeon.grafts:
+        for site in graft.holders:
+            _check_reachable(site)
+            mount = Mount(name, graft.operator, site.form, site.tensor, site.layer, site.slices)
+            slot = attach(journal, site.module, state)
+            slot.path = slot.path or site.module_path
+            journal.put(slot, "mounts", name, [*slot.mounts.get(name, ()), mount])
+    _force_attributes(journal, surgeon, state, name)
 
 
 def _check_trains(surgeon: Surgeon) -> None:
@@ -139,7 +137,7 @@ def _check_reachable(site: Site) -> None:
         )
 
 
-def _force_attributes(surgeon: Surgeon, state: HostState, name: str) -> None:
+def _force_attributes(journal: Journal, surgeon: Surgeon, state: HostState, name: str) -> None:
     found = list(forced_attributes_of(surgeon.resolver.modules.values()))
     acting = {id(site.module) for graft in surgeon.grafts for site in graft.holders} if found else ()
     for module, forced in found:
@@ -147,22 +145,24 @@ def _force_attributes(surgeon: Surgeon, state: HostState, name: str) -> None:
             continue
         forced.ready(module)
         owner = None if forced.always else name
-        slot = attach(module, state)
+        slot = attach(journal, module, state)
         if all(held[0] != owner for held in slot.forced_attributes):
-            slot.forced_attributes.append((owner, forced.attributes))
+            journal.set(slot, "forced_attributes", [*slot.forced_attributes, (owner, forced.attributes)])
 
 
-def uninstall(surgeon: Surgeon, state: HostState, name: str) -> None:
+def uninstall(journal: Journal, surgeon: Surgeon, state: HostState, name: str) -> None:
     """Remove the operators that `install` put in under `name`."""
     for holder, key, _ in shelves(surgeon):
-        _remove(holder, key, name)
+        _remove(journal, holder, key, name)
     for module in surgeon.resolver.modules.values():
-        detach(module, state, name)
+        detach(journal, module, state, name)
+    journal.set(state, "slots", {slot: None for slot in state.slots if slot.mounts or slot.forced_attributes})
 
 
-def release(model: nn.Module, state: HostState) -> None:
+def release(journal: Journal, model: nn.Module, state: HostState) -> None:
     """Give every module of this host its own class back, after the last injection was removed; an adapted model inside
     it keeps its own."""
     for module in model.modules():
         if (slot := slot_of(module)) is not None and slot.state is state:
-            ungraft(module)
+            ungraft(journal, module)
+    journal.set(state, "slots", {})

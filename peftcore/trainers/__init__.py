@@ -2,14 +2,21 @@
 
 It may import `fleets` and the layers below. In the order of reading:
 
-- `checkpoints`: the files that the Trainer of transformers writes for an adapted model.
-- `beside`: tensors that are missing in the checkpoints of Trainers that save the model in a custom way.
+- `trainer_checkpoints`: the files that the Trainer of transformers writes for an adapted model.
+- `custom_checkpoints`: tensors that are missing in the checkpoints of Trainers that save the model in a custom way.
 - `callback`: the Trainer's callback.
 - `trainer`: the Trainer itself, wherever its loss is computed.
 - `per_example`: gradients of single examples, for differential privacy.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from peftcore.fleets.fleet import Fleet as Fleet
+    from peftcore.fleets.member import Member as Member
+    from peftcore.trainers.callback import PeftcoreCallback as PeftcoreCallback
+    from peftcore.trainers.per_example import PerExample as PerExample
+    from peftcore.trainers.trainer import PeftcoreTrainer as PeftcoreTrainer
 
 
 def __getattr__(name: str) -> Any:

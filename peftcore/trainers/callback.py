@@ -27,10 +27,10 @@ from peftcore.injection.injection import Injection
 from peftcore.layers.fsdp import is_sharded
 from peftcore.libraries.admission import Admitted, await_trainer, has_trainer
 from peftcore.libraries.instance_methods import give_methods_back, replace_methods
-from peftcore.trainers.beside import of_run, read_beside, save_beside
-from peftcore.trainers.checkpoints import (
+from peftcore.trainers.custom_checkpoints import of_run, read_beside, save_beside
+from peftcore.trainers.trainer_checkpoints import (
     STATE,
-    Held,
+    TransientBuffer,
     check_records,
     digest,
     frozen_keys,
@@ -44,6 +44,7 @@ from peftcore.trainers.checkpoints import (
     within,
 )
 from peftcore.training.optimizer import MethodOptimizer, check_steps, gradient_rules, scheduled, take_steps
+from peftcore.utils.journal import Journal
 
 
 class PeftcoreCallback(transformers.TrainerCallback):
@@ -66,7 +67,7 @@ class PeftcoreCallback(transformers.TrainerCallback):
     def __init__(self, model: nn.Module | None = None) -> None:
         await_trainer(self)
         if model is not None and within(model):
-            replace_methods([model], Admitted, self)
+            replace_methods(Journal(), [model], Admitted, self)
         self._frozen: set[str] = set()
         self._state: Any = None
         """The Trainer's state, of the training that goes on."""
@@ -74,7 +75,7 @@ class PeftcoreCallback(transformers.TrainerCallback):
         """Whether the Trainer asks for what a checkpoint holds."""
         self._told = False
         """Whether the model's ``save_pretrained`` asks for that."""
-        self._undo: Callable[[], Any] | None = None
+        self._armed = Journal()
         self._hooks: list[RemovableHandle] = []
         self._evaluating = False
         self._training: list[Injection] = []
@@ -90,7 +91,7 @@ class PeftcoreCallback(transformers.TrainerCallback):
         """Expect a checkpoint to resume from: the Trainer loads it before the event that training begins."""
         model = kwargs["model"]
         has_trainer()
-        give_methods_back(model, self)
+        give_methods_back(Journal(), model, self)
         save_for_trainer(model)
         self._note_state(model)
         self._await_checkpoint(model)
@@ -247,15 +248,14 @@ class PeftcoreCallback(transformers.TrainerCallback):
             self.keep(model, whole, prefix)
             return whole
 
-        model.__dict__["state_dict"] = state_dict
-        self._undo = lambda: model.__dict__.pop("state_dict", None)
+        self._armed.put(model, "", "state_dict", state_dict)
 
     def _note_state(self, model: nn.Module) -> None:
         """Note what state between steps is like that was not there before."""
         for held in state_between_steps(model):
             self._before.setdefault(held.key, digest(held.buffer))
 
-    def _wanted(self, held: Held) -> bool:
+    def _wanted(self, held: TransientBuffer) -> bool:
         """Whether a checkpoint has to have state between steps: no optimizer saves it, and it is not what comes out the
         same each time."""
         if held.injection is self._own:
@@ -313,9 +313,8 @@ class PeftcoreCallback(transformers.TrainerCallback):
 
     def _disarm(self, evaluating: bool = False) -> None:
         self._evaluating = evaluating
-        undo, self._undo = self._undo, None
-        if undo is not None:
-            undo()
+        armed, self._armed = self._armed, Journal()
+        armed.undo()
 
 
 def _inside(optimizer: Any) -> Any:

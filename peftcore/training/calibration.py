@@ -11,6 +11,7 @@ from torch import nn
 
 from peftcore.contract.batches import Batches, Data
 from peftcore.errors import PluginError
+from peftcore.utils.journal import Journal
 
 if TYPE_CHECKING:
     from peftcore.contract.applied import AppliedMethod
@@ -77,28 +78,16 @@ def find_structure(
 @contextmanager
 def _as_it_was(modules: Iterable[nn.Module], others: Iterable[nn.Parameter]) -> Iterator[None]:
     """Leaves the modes of modules, gradients and flags of their parameters, and the random generator as they were."""
-    modes = {module: module.training for module in modules}
-    flags = {parameter: parameter.requires_grad for module in modes for parameter in module.parameters(recurse=False)}
-    with _gradients_aside([*flags, *others]), torch.random.fork_rng(_generators(flags)):
-        try:
-            yield
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
-            for parameter, flag in flags.items():
-                parameter.requires_grad_(flag)
-
-
-@contextmanager
-def _gradients_aside(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    kept = {parameter: parameter.grad for parameter in parameters}
-    for parameter in kept:
-        parameter.grad = None
-    try:
+    held = list(dict.fromkeys(modules))
+    parameters = dict.fromkeys(parameter for module in held for parameter in module.parameters(recurse=False))
+    with Journal(temporary=True) as journal, torch.random.fork_rng(_generators(parameters)):
+        for module in held:
+            journal.set(module, "training", module.training)
+        for parameter in parameters:
+            journal.set(parameter, "requires_grad", parameter.requires_grad)
+        for parameter in dict.fromkeys([*parameters, *others]):
+            journal.set(parameter, "grad", None)
         yield
-    finally:
-        for parameter, gradient in kept.items():
-            parameter.grad = gradient
 
 
 def _generators(parameters: Iterable[nn.Parameter]) -> list[int]:

@@ -4,9 +4,9 @@
         journal.put(module, "_parameters", "weight", new)
         journal.drop(module, "_buffers", "codes")
 
-If the block raises, also by Ctrl-C, all writes are undone. A journal can also be kept and undone later; entries that
-other code has added to the same tables in between stay. It holds only modules and values, so it can be copied and
-pickled with the model.
+If the block raises, also by Ctrl-C, all writes are undone; with `temporary`, in any case. A journal can also be kept
+and undone later; entries that other code has added to the same tables in between stay. It holds only modules and
+values, so it can be copied and pickled with the model.
 """
 
 from __future__ import annotations
@@ -121,9 +121,10 @@ class Call(Entry):
 
 
 class Journal:
-    """The writes of one change. As a context manager, it undoes them if the block raises."""
+    """The writes of one change. As a context manager, it undoes them if the block raises; with `temporary`, always."""
 
-    def __init__(self) -> None:
+    def __init__(self, temporary: bool = False) -> None:
+        self.temporary = temporary
         self.entries: list[Entry | Journal] = []
         self._afterwards: list[tuple[Callable[..., object], tuple[Any, ...]]] = []
 
@@ -190,8 +191,12 @@ class Journal:
         return self
 
     def __exit__(self, error: object, *_: object) -> None:
-        if error is not None:
-            self.undo()
+        if error is not None or self.temporary:
+            try:
+                self.undo()
+            except BaseException:  # interrupted, maybe in the middle
+                self.undo()
+                raise
 
 
 def table_of(holder: Any, name: str) -> dict[Any, Any]:

@@ -1,5 +1,6 @@
 """Options: strict, immutable, described; an error names method, field, value and rule."""
 
+import json
 from typing import Any
 
 import pytest
@@ -174,3 +175,60 @@ def test_dtype_of_operators(dtype: Any, expected: torch.dtype) -> None:
 def test_dtype_that_cannot_train_is_refused(dtype: Any) -> None:
     with pytest.raises(ConfigError, match="dtype"):
         peftcore.apply(perceptron(), "lora", target="first", dtype=dtype)
+
+
+class SharedConfig(MethodConfig):
+    """Options of a method whose sites share a matrix."""
+
+    overridable = ("scale", "dropout")
+
+    method: str = "sharing"
+    rank: int = 4
+    scale: float = 1.0
+    dropout: float = 0.0
+
+
+class OneConfig(SharedConfig):
+    """Options of a method that has one network for all sites."""
+
+    overridable = ()
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "words"),
+    [
+        (
+            SharedConfig,
+            {"rank": 2},
+            ["sharing", "rank cannot change at single sites", "it can change scale and dropout"],
+        ),
+        (SharedConfig, {"scale": 2.0, "rank": 2}, ["rank cannot change"]),
+        (SharedConfig, {"overrides": {}}, ["overrides cannot change"]),
+        (OneConfig, {"scale": 2.0}, ["scale cannot change at single sites", "the method takes no overrides"]),
+    ],
+)
+def test_an_override_of_an_option_that_sites_share_is_refused(
+    kind: type[MethodConfig], changes: dict[str, Any], words: list[str]
+) -> None:
+    for made in (lambda options: validate(kind, options), lambda options: validate_json(kind, json.dumps(options))):
+        with pytest.raises(ConfigError) as caught:
+            made({"overrides": {"*": changes}})
+        assert all(word in str(caught.value) for word in words)
+
+
+def test_other_overrides_are_taken() -> None:
+    config = validate(SharedConfig, {"overrides": {"a": {"scale": 2.0}, "*": {}}})
+    assert (config.at("a").scale, config.at("b").scale) == (2.0, 1.0)
+    assert validate(OneConfig, {"overrides": {"*": {}}}).at("a").rank == 4
+    with pytest.raises(ConfigError, match="did you mean 'scale'"):
+        validate(OneConfig, {"overrides": {"*": {"scael": 2.0}}}).at("a")
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [("pal", {"width": 2}), ("vqt", {"length": 2}), ("arc", {"bottleneck": 2}), ("k_adapter", {"width": 2})],
+)
+def test_methods_whose_sites_share_parameters_declare_it(name: str, changes: dict[str, Any]) -> None:
+    """Refused before anything of the model is looked at, and in the options of a preset too."""
+    with pytest.raises(ConfigError, match="cannot change at single sites"):
+        validate(peftcore.method(name).Config, {"overrides": {"*": changes}})

@@ -124,7 +124,7 @@ def tracing(function: Any) -> Iterator[None]:
         sys.settrace(before)
 
 
-SINCE = [pytest.param("adapting", id="installing"), pytest.param("", id="all", marks=pytest.mark.slow)]
+SINCE = [pytest.param("ensure_state", id="installing"), pytest.param("", id="all", marks=pytest.mark.slow)]
 
 
 @pytest.mark.filterwarnings("ignore")  # of generators that are interrupted as they are closed

@@ -143,3 +143,22 @@ def test_second_injection_leaves_the_first_as_it_was() -> None:
     assert not any(parameter.requires_grad for parameter in first.parameters())
     first.trainable(True)
     assert all(parameter.requires_grad for parameter in first.parameters())
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("trains", [False, True])
+def test_a_method_that_fails_to_choose_what_trains_changes_nothing(
+    trains: bool, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(method: object, model: nn.Module, config: object, injection: peftcore.Injection) -> None:
+        next(iter(injection.parameters())).requires_grad_(not trains)
+        raise error
+
+    injection = peftcore.apply(perceptron(), "lora", target="first")
+    injection.trainable(trains)
+    before = [parameter.requires_grad for parameter in injection.parameters()]
+    with monkeypatch.context() as patch, pytest.raises(error):
+        patch.setattr(type(injection.method), "trainable", failing)
+        injection.trainable()
+    assert [parameter.requires_grad for parameter in injection.parameters()] == before
+    assert not injection.summary().irregular

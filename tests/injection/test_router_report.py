@@ -151,6 +151,21 @@ def test_nothing_is_left_behind() -> None:
     assert {path: sorted(vars(each)) for path, each in injection.operators.items()} == before
 
 
+def test_a_block_that_cannot_be_entered_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(injection: peftcore.Injection) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            raise KeyboardInterrupt
+
+    _, injection = adapted()
+    before, calls = {path: sorted(vars(each)) for path, each in injection.operators.items()}, 0
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(peftcore.Injection, "_replan", interrupted)
+        injection.reporting().__enter__()
+    assert {path: sorted(vars(each)) for path, each in injection.operators.items()} == before
+
+
 def test_only_what_routes_reports() -> None:
     model, injection = adapted()
     with pytest.raises(NoRouters, match="run the model within"):

@@ -90,3 +90,22 @@ def test_take_is_the_rows_in_order(case: Any) -> None:
 def test_no_ranges_are_the_whole() -> None:
     tensor, part = torch.randn(3, 4), torch.randn(3, 4)
     assert take(tensor, None, 0) is tensor and put(tensor, part, None, 0) is part
+
+
+@pytest.mark.parametrize(
+    ("module", "x", "rows"),
+    [
+        (nn.Linear(4, 6), torch.randn(2, 5, 4), 2),
+        (nn.Conv1d(4, 6, 1), torch.randn(2, 4, 5), 2),
+        (nn.Conv2d(4, 6, 1), torch.randn(2, 4, 3, 5), 2),
+        (nn.Conv3d(4, 6, 1), torch.randn(4, 2, 3, 5), 1),
+    ],
+    ids=["linear", "conv1d", "conv2d", "conv3d without a batch"],
+)
+def test_channels_go_last_and_back(module: nn.Module, x: Tensor, rows: int) -> None:
+    """The vectors of a pointwise layer are those of a linear one with its weight."""
+    layer, y = layer_of(module, "weight"), module(x)
+    vectors = layer.channels_last(x) @ module.weight.reshape(6, 4).T + module.bias
+    torch.testing.assert_close(layer.channels_back(vectors), y)
+    assert torch.equal(layer.channels_back(layer.channels_last(y)), y)
+    assert layer.rows(x) == layer.rows(y) == rows

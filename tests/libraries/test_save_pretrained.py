@@ -424,3 +424,27 @@ def test_what_cannot_say_that_it_is_dense_is_not_saved(tmp_path: Path) -> None:
     peftcore.apply(model, "lora", target="first").bake()
     with pytest.raises(ExportError, match="Load the base without quantization"):
         model.save_pretrained(tmp_path)
+
+
+class HalfWay:
+    """A quantizer that fails as it takes itself out of a model."""
+
+    def is_serializable(self) -> bool:
+        """Tell that weights can be written."""
+        return True
+
+    def remove_quantization_config(self, model: Any) -> None:
+        """Remove one of two notes."""
+        del model.config.quantization_config
+        raise RuntimeError("half-way")
+
+
+def test_a_model_whose_quantizer_fails_stays_quantized() -> None:
+    model = peftcore.quantize(OfDiffusers(), "int8", target="first")
+    model.hf_quantizer = HalfWay()
+    before, config, weights = {**vars(model)}, {**vars(model.config)}, model.state_dict()
+    with pytest.raises(RuntimeError, match="half-way"):
+        peftcore.dequantize(model)
+    assert vars(model) == before and vars(model.config) == config
+    now = model.state_dict()
+    assert [*now] == [*weights] and all(torch.equal(now[key], weights[key]) for key in now)

@@ -14,7 +14,15 @@ LAB = ROOT / "plugins/lab"
 """The plugin that brings commands and no methods."""
 OF_METHODS = [plugin for plugin in PLUGINS if plugin != LAB]
 PYPROJECTS = [ROOT / "pyproject.toml", *(plugin / "pyproject.toml" for plugin in PLUGINS)]
+NO_METHODS = {"interop", "backends"}
+"""Folders of a plugin that are no method: formats of files, and quantizers."""
+FOLDERS = {
+    plugin: [path.parent for path in plugin.glob("peftcore_*/[!_]*/__init__.py") if path.parent.name not in NO_METHODS]
+    for plugin in OF_METHODS
+}
+"""Methods of each plugin that are a folder."""
 METHOD_FILES = sorted(file for plugin in OF_METHODS for file in plugin.glob("peftcore_*/[!_]*.py"))
+METHOD_FILES += sorted(file for folders in FOLDERS.values() for folder in folders for file in folder.glob("*.py"))
 
 
 def relative(path: Path) -> str:
@@ -42,12 +50,31 @@ def test_a_method_file_is_one_idea(path: Path) -> None:
     assert lines(path) <= 350, f"{relative(path)} has {lines(path)} lines"
 
 
+@pytest.mark.parametrize("folder", [each for folders in FOLDERS.values() for each in folders], ids=relative)
+def test_a_method_is_a_folder_only_where_a_file_is_too_long(folder: Path) -> None:
+    assert sum(map(lines, folder.glob("*.py"))) > 350, f"{relative(folder)} fits into one file"
+
+
+@pytest.mark.parametrize("plugin", OF_METHODS, ids=relative)
+def test_private_modules_serve_several_methods(plugin: Path) -> None:
+    """A helper that one module imports belongs into the file of its method."""
+    package = plugin / f"peftcore_{plugin.name}"
+    texts = {path: path.read_text(encoding="utf-8") for path in package.glob("**/*.py")}
+    lonely = [
+        path.stem
+        for path in package.glob("_[!_]*.py")
+        if path.stem != "_presets"
+        and sum(re.search(rf"\b{package.name}\.{path.stem}\b", text) is not None for text in texts.values()) < 2
+    ]
+    assert not lonely, f"put them back into the files of their methods: {lonely}"
+
+
 @pytest.mark.parametrize("plugin", OF_METHODS, ids=relative)
 def test_each_method_has_a_file_a_name_and_a_test(plugin: Path) -> None:
     """And nothing else: there is no other place to touch."""
     package = f"peftcore_{plugin.name}"
     named = importlib.import_module(package).peftcore_methods()
-    files = {path.stem for path in (plugin / package).glob("[!_]*.py")}
+    files = {path.stem for path in (plugin / package).glob("[!_]*.py")} | {path.name for path in FOLDERS[plugin]}
     tests = {path.stem.removeprefix("test_") for path in (plugin / "tests").glob("test_*.py")}
     assert {place.partition(":")[0] for place in named.values()} == {f"{package}.{name}" for name in named}
     assert set(named) == files

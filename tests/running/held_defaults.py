@@ -44,8 +44,9 @@ def tests_of(info: peftcore.MethodInfo) -> tuple[Path, Path]:
 def files_of(info: peftcore.MethodInfo) -> list[Path]:
     """Returns the files on which a method's own tests depend: its own, what its plugin shares, and its test files."""
     package = ROOT / f"plugins/{info.plugin}/peftcore_{info.plugin}"
-    own = ROOT / f"plugins/{info.plugin}/{info.location.partition(':')[0].replace('.', '/')}.py"
-    return [own, *sorted(package.glob("_*.py")), *tests_of(info), ROOT / "tests/toys/named_defaults.py"]
+    own = ROOT / f"plugins/{info.plugin}/{info.location.partition(':')[0].replace('.', '/')}"
+    files = sorted(own.glob("*.py")) if own.is_dir() else [own.with_suffix(".py")]
+    return [*files, *sorted(package.glob("_*.py")), *tests_of(info), ROOT / "tests/toys/named_defaults.py"]
 
 
 def free(info: peftcore.MethodInfo) -> set[str]:

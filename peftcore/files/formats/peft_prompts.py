@@ -11,10 +11,10 @@ from torch import Size, nn
 
 from peftcore.errors import CheckpointError, ExportError, HostMismatch, TargetError, UnsupportedSite
 from peftcore.files.envelope import SavedSite
-from peftcore.files.formats.keys import Keys
+from peftcore.files.formats.file_options import Keys
 from peftcore.files.formats.peft_method import PeftMethod
-from peftcore.files.formats.peft_names import PREFIXES
-from peftcore.files.formats.places import Place
+from peftcore.files.formats.peft_module_names import PREFIXES
+from peftcore.files.formats.translated_operators import Place
 from peftcore.forward.attention.attention_calls import locate_attention
 from peftcore.injection.request import host_map
 from peftcore.layers.layer import plain_class

@@ -17,10 +17,10 @@ from peftcore.errors import MemoryLimit
 
 if TYPE_CHECKING:
     from peftcore.forward.choice.active_adapters import Choice
-    from peftcore.forward.choice.scopes import Block
+    from peftcore.forward.choice.scopes import ChoiceScope
 
 
-class Adapter(Protocol):
+class ResidentAdapter(Protocol):
     """An adapter as its residency sees it: values that can be offloaded from the model and restored."""
 
     def bytes(self) -> int:
@@ -49,7 +49,7 @@ class Adapter(Protocol):
 class PinningHost(Protocol):
     """The state of a model, as the residency of its adapters needs it."""
 
-    def pinned(self, leaving: Block | None) -> set[str]:
+    def pinned(self, leaving: ChoiceScope | None) -> set[str]:
         """Returns the names of the adapters that are merged, used by a running forward, or named by a choice in force;
         the choice of the block `leaving` does not count."""
 
@@ -59,7 +59,7 @@ class _Record:
 
     __slots__ = ("adapter", "here", "used")
 
-    def __init__(self, adapter: Adapter, used: int) -> None:
+    def __init__(self, adapter: ResidentAdapter, used: int) -> None:
         self.adapter, self.here, self.used = adapter, True, used
 
 
@@ -75,7 +75,7 @@ class Residency:
         lock: held while adapters are offloaded and restored.
     """
 
-    def __init__(self, state: PinningHost, limit: int, account: Callable[[Any], Adapter]) -> None:
+    def __init__(self, state: PinningHost, limit: int, account: Callable[[Any], ResidentAdapter]) -> None:
         self._state = weakref.ref(state)
         self.limit, self._account = limit, account
         self.lock = threading.RLock()
@@ -163,7 +163,7 @@ class Residency:
                 return
             record.used = next(self._clock)
 
-    def bring(self, names: Collection[str], leaving: Block | None = None) -> None:
+    def bring(self, names: Collection[str], leaving: ChoiceScope | None = None) -> None:
         """Restore adapters on the model, as `admit` does.
 
         Args:
@@ -206,7 +206,7 @@ class Residency:
             return sorted(stay)
 
     @contextmanager
-    def kept(self, names: Collection[str], leaving: Block | None = None) -> Iterator[None]:
+    def kept(self, names: Collection[str], leaving: ChoiceScope | None = None) -> Iterator[None]:
         """Context manager in which adapters are on the model and are not offloaded."""
         key = next(self._clock)
         self._held[key] = names
@@ -224,7 +224,7 @@ class Residency:
     # ------------------------------------------------------------------------------------------------- who may leave
 
     def _victims(
-        self, wanted: int, keep: Collection[str], what: str, leaving: Block | None = None
+        self, wanted: int, keep: Collection[str], what: str, leaving: ChoiceScope | None = None
     ) -> dict[str, _Record]:
         """Returns the adapters to offload so that `wanted` bytes are free, marked as offloaded: the least recently used
         first.
@@ -275,7 +275,7 @@ class Residency:
             for record in left.values():  # a full disk: they are still there
                 record.here = True
 
-    def _pinned(self, leaving: Block | None) -> set[str]:
+    def _pinned(self, leaving: ChoiceScope | None) -> set[str]:
         """Returns the names of pinned adapters, without those that are only pinned because they train."""
         state = self._state()
         assert state is not None, "the state of a model has its residency"

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from peftcore.errors import MissingContext, RouteError, SequenceError, TrainingError
-from peftcore.forward.context.checkpoints import reentrant, remember, remembered, running
-from peftcore.forward.context.draws import own_draws_aside
+from peftcore.forward.context.activation_checkpoints import reentrant, remember, remembered, running
 from peftcore.forward.context.repeats import Repeats, of_batch, told_repeats
+from peftcore.forward.context.row_random_numbers import own_draws_aside
 from peftcore.forward.context.tokens import OF_DECODER, Prompt, Tokens
 from peftcore.layers.kernels import transformed
 from peftcore.roles.stacks import arguments, bound, caches_in, is_cache
@@ -33,8 +33,8 @@ from peftcore.utils.threads import this_thread
 
 if TYPE_CHECKING:
     from peftcore.forward.choice.active_adapters import Choice
-    from peftcore.forward.context.counted_draws import CountedDraws
-    from peftcore.forward.context.draws import Streams
+    from peftcore.forward.context.counter_based_random import CountedDraws
+    from peftcore.forward.context.row_random_numbers import Streams
     from peftcore.forward.context.taps import Tap
     from peftcore.forward.rows.routing import OwnRows
 

@@ -10,21 +10,20 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Collection, Iterable, MutableMapping
+from collections.abc import Callable, Collection, Iterable, MutableMapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from peftcore.contract.applied import Installed
 from peftcore.errors import CompositionError, MergeError, UnknownInjection
 from peftcore.forward.choice.active_adapters import Active, Choice
 from peftcore.forward.choice.merged_choice import check_choice
 from peftcore.forward.choice.residency import Residency
-from peftcore.forward.choice.scopes import Block, Choices
+from peftcore.forward.choice.scopes import Choices, ChoiceScope
 from peftcore.forward.choice.unused_parameters import check_all_act
 from peftcore.forward.context.context import ForwardContext, graph_task
 from peftcore.forward.state.generate import GeneratesFromCache
@@ -34,29 +33,42 @@ from peftcore.libraries.admission import Admitted
 from peftcore.libraries.instance_methods import give_methods_back, replace_methods
 from peftcore.libraries.save_pretrained import SavesBase
 from peftcore.roles.token_tables import token_count
+from peftcore.utils.journal import Journal
 from peftcore.utils.threads import Token
 
 if TYPE_CHECKING:
     from peftcore.forward.state.slot import Slot
 
 _KEY = "_peftcore_state"
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
+"""The tables of a module in which the hooks of a state are."""
+OPTIONS = ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
+"""The tables in which torch keeps how hooks are called."""
 
 
-class PlacementWatcher(Protocol):
-    """Checks before each forward that adapted modules stay in the model."""
+class SiteWatcher(Protocol):
+    """Checks the adapted sites of a host around each forward."""
+
+    def begin(self, model: nn.Module, state: HostState, acting: Iterable[str]) -> None:
+        """Check the modules of the named injections before a forward of the host.
+
+        Raises:
+            InactiveSite: as `check`.
+        """
 
     def check(self, model: nn.Module, state: HostState, acting: Iterable[str]) -> None:
-        """Raise InactiveSite where a module of the named injections is not in the model any more."""
+        """Check that the modules of the named injections are still in the model.
 
-
-class RunWatcher(Protocol):
-    """Checks around each forward that adapted sites run."""
-
-    def check(self, model: nn.Module) -> None:
-        """Look at the model before a forward."""
+        Raises:
+            InactiveSite: one is not.
+        """
 
     def judge(self, state: HostState, training: bool) -> None:
-        """Raise InactiveSite where active sites did not run in the forward that ends."""
+        """Check, after a forward of the host in this mode, that all active sites ran in it.
+
+        Raises:
+            InactiveSite: active sites did not run.
+        """
 
 
 @dataclass(eq=False)
@@ -75,15 +87,15 @@ class HostState:
     """Slots of the grafted modules, in the order of grafting, which is their order in memory. Slots plan when the
     choice changes, so a compiler never traces the planning."""
 
-    placement: PlacementWatcher | None = None
-    """Checks that adapted modules stay in the model."""
+    watched: SiteWatcher | None = None
+    """Checks that adapted modules stay in the model and run."""
+
+    watches_runs: bool = True
+    """Whether it checks that they run; not from the time on when the host is compiled."""
 
     removals: int = 0
     """The number of removed injections: while it does not change, names refer to the same injections in the same
     order."""
-
-    silent_layers: RunWatcher | None = None
-    """Checks that adapted sites run, until the host is compiled."""
 
     reads_tokens: int = 0
     """The number of injections whose methods read the tokens of a forward."""
@@ -92,8 +104,8 @@ class HostState:
     """The number of rows in the host's token tables when the first adapter was installed; 0 for a host without known
     token tables."""
 
-    loading: list[RemovableHandle] = field(default_factory=list)
-    """Handles of the hook that reports the adapters missing from a loaded state dict."""
+    loaded: Callable[..., None] | None = None
+    """The hook of the host that runs after a state dict was loaded."""
 
     residency: Residency | None = None
     """Keeps the values of adapters within a limit of bytes, where the user has given one."""
@@ -131,7 +143,7 @@ class HostState:
         """Forward pre-hook on the host: opens a forward context. A host without injections keeps the hook while a
         thread or task may still choose a removed injection, so that its forward raises an error."""
         if not self.injections and self.residency is None and not self.current() and not self.choices.elsewhere():
-            drop_state(model)
+            drop_state(Journal(), model)
             return
         choice = self.recorder.enter(self, model, args, kwargs)
         if len(self.injections) > 1 and choice is not None:
@@ -187,7 +199,7 @@ class HostState:
         if self.residency is not None:
             self.residency.admit(choice)
 
-    def pinned(self, leaving: Block | None) -> set[str]:
+    def pinned(self, leaving: ChoiceScope | None) -> set[str]:
         """Returns the names of the adapters that are merged, used by a running forward, or named by a choice in force;
         the choice of the block `leaving` does not count."""
         pinned = {*self.merged}
@@ -273,15 +285,11 @@ class HostState:
             for slot in self.slots:
                 slot.plan(choice)
 
-    def forget(self, name: str) -> None:
+    def forget(self, journal: Journal, name: str) -> None:
         """Remove an injection from the state, from the stacks of this thread or task, and from the shared stack."""
-        gone = self.injections.get(name)
-        if gone is not None:  # else a call that was interrupted is made again
-            self.reads_tokens -= gone.reads_tokens
-            del self.injections[name]
+        journal.set(self, "reads_tokens", self.reads_tokens - self.injections[name].reads_tokens)
+        journal.drop(self, "injections", name)
         self.removals += 1
-        if self.residency is not None:
-            self.residency.remove(name)
         self.choices.forget(name)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -300,43 +308,48 @@ def state_of(model: nn.Module) -> HostState | None:
     return model.__dict__.get(_KEY)
 
 
-def ensure_state(model: nn.Module, modules: Collection[nn.Module]) -> HostState:
+def ensure_state(
+    journal: Journal, model: nn.Module, modules: Collection[nn.Module], loaded: Callable[..., None]
+) -> HostState:
     """Returns the host's state, which is created if missing. From then on each forward of the host opens a context,
-    modules with ``save_pretrained`` save themselves without adapters, and ``generate`` computes effective weights once
-    per call."""
+    `loaded` runs after a state dict was loaded, modules with ``save_pretrained`` save themselves without adapters, and
+    ``generate`` computes effective weights once per call."""
     state = state_of(model)
     if state is None:
-        state = model.__dict__[_KEY] = HostState(tokens=token_count(model))
-        model.register_forward_pre_hook(state.begin, with_kwargs=True)
-        model.register_forward_hook(state.end, with_kwargs=True, always_call=True)
-        state.loading.append(model.register_load_state_dict_pre_hook(note_lacking))  # type: ignore[no-untyped-call]
+        state = HostState(tokens=token_count(model), loaded=loaded)
+        journal.call(_adapt, model, None, state)
         for kind in (SavesBase, GeneratesFromCache, Admitted):
-            replace_methods(modules, kind, state)
+            replace_methods(journal, modules, kind, state)
     return state
 
 
-def drop_state(model: nn.Module) -> None:
+def _adapt(model: nn.Module, state: HostState | None) -> None:
+    """Give a new state and its hooks to a model; with None, remove them."""
+    if state is None:
+        return drop_state(Journal(), model)
+    model.__dict__[_KEY] = state
+    model.register_forward_pre_hook(state.begin, with_kwargs=True)
+    model.register_forward_hook(state.end, with_kwargs=True, always_call=True)
+    model.register_load_state_dict_pre_hook(note_lacking)  # type: ignore[no-untyped-call]
+    model.register_load_state_dict_post_hook(state.loaded)  # type: ignore[no-untyped-call]
+    return None
+
+
+def drop_state(journal: Journal, model: nn.Module) -> None:
     """Remove the state of a host without injections."""
     state = state_of(model)
     if state is not None:
-        _unhook(model, state)
-        for hook in state.loading:
-            hook.remove()
+        mine = (state.begin, state.end, note_lacking, state.loaded)
+        for table in HOOKS:
+            for key in [key for key, hook in vars(model)[table].items() if getattr(hook, "hook", hook) in mine]:
+                for each in (table, *OPTIONS):
+                    journal.drop(model, each, key)
+        give_methods_back(journal, model, state)
+        journal.drop(model, "", _KEY)
         state.outside.clear()
-        state.frozen.clear()  # the state and its choices know each other: it goes when Python looks for garbage
-        give_methods_back(model, state)
-        model.__dict__.pop(_KEY, None)  # last: a call that was interrupted can be made again
-
-
-def _unhook(model: nn.Module, state: HostState) -> None:
-    for hooks, mine, notes in (
-        (model._forward_pre_hooks, state.begin, (model._forward_pre_hooks_with_kwargs,)),
-        (model._forward_hooks, state.end, (model._forward_hooks_with_kwargs, model._forward_hooks_always_called)),
-    ):
-        for key in [key for key, hook in hooks.items() if hook == mine]:
-            del hooks[key]
-            for note in notes:
-                note.pop(key, None)
+        journal.set(
+            state, "frozen", []
+        )  # the state and its choices know each other: it goes when Python collects garbage
 
 
 def known(model: nn.Module, names: Iterable[str]) -> HostState:

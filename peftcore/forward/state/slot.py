@@ -55,9 +55,9 @@ class Slot:
         self.mounts: dict[str, list[Mount]] = {}
         self.forced_attributes: list[tuple[str | None, Mapping[str, Any]]] = []
         self.ran = [False, False]
-        """Whether the module ran in evaluation and in training, recorded while `silent_layers` watches."""
+        """Whether the module ran in evaluation and in training, recorded while the host watches runs."""
         self.runs: int | None = None
-        """How often the module ran in this forward, where `silent_layers` counts."""
+        """How often the module ran in this forward, where `WatchedSites` counts."""
         self.planned: ModulePlan | None = None
         self.plans: dict[Key, ModulePlan] = {}
         self.asked: dict[tuple[Mount, ...], Tables] = {}

@@ -3,17 +3,14 @@ layer norm, a scale and stochastic depth."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from pydantic import PositiveFloat
 from torch import Tensor, nn
 
-from peftcore.author import AtBranchEnd, BlockSite, BranchSite, Operator, Site
+from peftcore.author import ACTIVATIONS, AtBranchEnd, BlockSite, BranchSite, Operator, Site
 
-ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU, "tanh": nn.Tanh}
-ACTIVATIONS |= {"gelu_tanh": lambda: nn.GELU("tanh")}
 Start = Literal["cut", "normal"]
 Scale = PositiveFloat | Literal["learned", "channel"]
 
@@ -66,8 +63,7 @@ class BottleneckOperator(AtBranchEnd):
 
     def added(self, h: Tensor) -> Tensor:
         """Return the adapter's output, in the layout of its input."""
-        channels = self.layer.channel_dim
-        return self.bottleneck(h.movedim(channels, -1)).movedim(-1, channels)
+        return self.layer.channels_back(self.bottleneck(self.layer.channels_last(h)))
 
     def bottleneck(self, h: Tensor) -> Tensor:
         """Map [..., d] to [..., d] through r numbers."""

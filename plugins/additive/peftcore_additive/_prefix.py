@@ -130,9 +130,9 @@ def shared_encoder(
 class Behind(InputOperator):
     """Starts the positions of a stack's tokens behind a prefix of so many keys."""
 
-    def __init__(self, site: SequenceSite, length: int) -> None:
+    def __init__(self, site: SequenceSite, config: Any) -> None:
         super().__init__(site)
-        self.length, self.stack = length, site.stack
+        self.length, self.stack = config.length, site.stack
 
     def arguments(self, given: dict[str, Any], mine: Mine) -> dict[str, Any]:
         places, ids, padding = given.get("position_ids"), given.get("input_ids"), self.stack.position_padding
@@ -158,7 +158,7 @@ def behind(surgeon: Surgeon, sites: Iterable[Site], config: MethodConfig) -> Non
     for stack in surgeon.sites("stack", optional=True):
         if any(path.startswith(f"{stack.module_path}.".lstrip(".")) for path in paths):
             if "position_ids" in stack.arguments:
-                surgeon.graft(surgeon.sequence_site(stack), lambda site, own: Behind(site, own.length), config)
+                surgeon.graft(surgeon.sequence_site(stack), Behind, config)
             else:
                 name = type(stack.module).__name__
                 surgeon.notices.append(f"{name} takes no position_ids, so its tokens stay where they are")

@@ -1,12 +1,12 @@
 """AdapterDrop.   Rücklé et al. 2021, arXiv 2010.11918 (code: adapter-hub/adapters).
 
+Equation:
     y = h + W_up f(W_down h + b_down) + b_up   in the layers l >= m,   y = h   in those below
 
 Bottleneck adapters behind the feed-forward and its dropout, in as many layers as are worth their time. *Specialised*:
 the first m layers lack an adapter, so they are cheaper at inference, and backward ends at layer m, since all parameters
 below it are frozen. *Robust*: all layers have an adapter, and each forward in training skips the first m adapters, m
-drawn evenly from 0 to `drop_first_layers`, by default to L - 2 of L layers, as in the authors' notebook, where it is 10
-of RoBERTa's 12 (the paper: L - 1); afterwards one adapter serves every m:
+drawn evenly from 0 to `drop_first_layers`, by default to L - 2 of L layers; afterwards one adapter serves every m:
 
     with peftcore.call(model, drop_first_layers=5): ...
 
@@ -17,19 +17,29 @@ adapter. Layers are counted in each stack: those of an encoder and those of a de
 Parameters: 2 d r + r + d an adapter, L - m of them; L when robust. ``target=("attn.output", "mlp.output")`` has two a
 layer.
 
-Use it where adapters have to be fast. Under torch.compile, training the robust kind breaks the graph at each adapter.
+Start: Both matrices from a normal with standard deviation 1e-3, biases at zero: near the identity; ``up_init_std=0``
+makes it exact.
+
+Differs from the authors' code: The robust kind draws m up to L - 2 of L layers, as in the authors' notebook, where it
+is 10 of RoBERTa's 12; the paper has L - 1.
+
+Use it: `peftcore.apply(model, "adapterdrop", drop_first_layers=1)`, where adapters have to be fast. Under
+torch.compile, training the robust kind breaks the graph at each adapter.
 """
 
 from __future__ import annotations
 
-import functools
-from typing import Literal
+import random
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
+import torch
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
 from peftcore.author import (
     OUTPUTS,
+    ForwardContext,
     Joins,
     LearningRate,
     Method,
@@ -42,9 +52,8 @@ from peftcore.author import (
     branch_end,
     forward_context,
 )
-from peftcore.errors import TargetError, UnsupportedSite
+from peftcore.errors import AmbiguousBackward, TargetError, TrainingError, UnsupportedSite
 from peftcore_additive._bottleneck import BottleneckOperator
-from peftcore_additive._draws import Draws
 
 
 class AdapterDropConfig(MethodConfig):
@@ -67,6 +76,63 @@ class AdapterDropConfig(MethodConfig):
     """Standard deviation of W_down at the start."""
     up_init_std: NonNegativeFloat = 1e-3
     """Standard deviation of W_up at the start; 0 makes a fresh adapter an exact identity."""
+
+
+class Draws(nn.Module):
+    """A whole number from 0 to `most`, drawn evenly for each forward of the model in training.
+
+    It depends only on the seed and on the number of forwards: the global generator is not advanced, all processes of
+    one training draw the same number, and a resumed training continues the sequence. Recomputation in backward
+    (checkpointing) gets the number of the first run.
+    """
+
+    seed: Tensor
+    count: Tensor
+
+    def __init__(self, most: int) -> None:
+        """Draw the seed of the numbers from torch's generator, which the surgeon seeds."""
+        super().__init__()
+        self.most = most
+        self.register_buffer("seed", torch.randint(2**62, ()), persistent=False)
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64), persistent=False)
+        self.drawn: WeakKeyDictionary[ForwardContext, int] = WeakKeyDictionary()
+        self.blind: set[int] = set()  # what forwards without gradients drew: a reentrant checkpoint round the host
+        self.repeated = False  # runs them again inside backward, in another forward context
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch annotates it without its parameters
+    def forward(self, call: ForwardContext) -> int:
+        """Return the number of one forward.
+
+        Raises:
+            TrainingError: a part of the host runs by itself, so one forward cannot be distinguished from the next.
+            AmbiguousBackward: backward repeats a whole forward, and several could be meant.
+        """
+        if call not in self.drawn:
+            self.drawn[call] = self._again() if call.repeating else self._anew(call)
+        return self.drawn[call]
+
+    def _anew(self, call: ForwardContext) -> int:
+        if not call.inputs:
+            raise TrainingError(
+                "this method draws once for each forward of the host: train the host itself, not a part"
+            )
+        self.count += 1
+        number = random.Random(f"{self.seed} {self.count}").randint(0, self.most)
+        if not torch.is_grad_enabled():
+            self.blind, self.repeated = {number, *(() if self.repeated else self.blind)}, False
+        return number
+
+    def _again(self) -> int:
+        if len(self.blind) != 1:
+            raise AmbiguousBackward("several forwards drew before this backward: run backward after each of them")
+        self.repeated = True
+        return min(self.blind)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "drawn"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({**state, "drawn": WeakKeyDictionary()})
 
 
 class DroppableOperator(BottleneckOperator):
@@ -123,8 +189,7 @@ class AdapterDrop(Method):
         for site, depth in found:
             if config.robust or depth >= dropped:
                 place = branch_end(surgeon, site, config.at(site.path).joins)
-                made = functools.partial(DroppableOperator, depth=depth, draws=draws)
-                surgeon.graft(place, made, config, place.places)
+                surgeon.graft(place, DroppableOperator, config, place.places, depth=depth, draws=draws)
 
     @staticmethod
     def _depth(site: Site, surgeon: Surgeon, numbers: dict[str | None, int]) -> int:

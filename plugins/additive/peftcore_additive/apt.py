@@ -1,21 +1,26 @@
 """APT: adaptive prefix tuning.   Zhang et al. 2023, arXiv 2305.15212.
 
+Equation:
     P_i = lambda_i alpha_i * [P_k, P_v],   alpha_i = sigmoid(W_i h_{i-1})   rows of a prefix, in front of K and V
 
 P_k, P_v are `length` keys and values of the layer, as in p_tuning_v2. W_i [length, d] computes a gate for each row from
 the output of block i-1, and the scalar lambda_i weights all rows of the layer. h is the block's input at the text's
-first token: [CLS] in the paper's encoders. No code of the authors is known: the token of h is our reading, and the
-start is ours: W from N(0, 0.02), so that all gates begin near one half, lambda one, P from N(0, 1).
+first token: [CLS] in the paper's encoders.
 
 Where attention is causal, the first token does not attend to later ones: if all texts begin with the same token, gates
 differ between layers and rows, but not between texts. Padding is skipped, and the gate scores of earlier tokens stay in
 the model's cache. Positions, dropout and the network behind `projection` are p_tuning_v2's.
 
-No start is an identity. Parameters: length * (2 d_k + d) + 1 a layer (d_k: the width of its keys); with projection
-(projection + 1) * 2 d_k + length d + 1 a layer, and (length d_k + (d_k + 1) projection) a stack.
+Parameters: length * (2 d_k + d) + 1 a layer (d_k: the width of its keys); with projection (projection + 1) * 2 d_k +
+length d + 1 a layer, and (length d_k + (d_k + 1) projection) a stack.
 
-Use it for classification and tagging with a frozen encoder, where it is not known in which layers prefixes help. Not in
-decoders, where prefix_tuning does the same for less; p_tuning_v2 is its nearest kin, without gates.
+Start: W from N(0, 0.02), so that all gates begin near one half, lambda one, P from N(0, 1). No start is an identity.
+
+Differs from the authors' code: No code of the authors is known: the token of h and the start are our reading.
+
+Use it: `peftcore.apply(model, "apt")`, for classification and tagging with a frozen encoder, where it is not known in
+which layers prefixes help. Not in decoders, where prefix_tuning does the same for less; p_tuning_v2 is its nearest kin,
+without gates.
 """
 
 from __future__ import annotations
@@ -147,13 +152,9 @@ class APT(Method):
             block, given = block_around(surgeon, site, each_run=True), Tap()
             visible = VisibleTokens(stacks.of(site))
             surgeon.graft(block, Reader, given=given)
-            surgeon.attention(
-                site,
-                lambda at, own, more=(block, given, visible): AdaptivePrefix(
-                    at, own, shared_encoder(surgeon, at, own), *more
-                ),
-                config,
-            )
+            encoder = shared_encoder(surgeon, surgeon.attention_site(site), config.at(site.path))
+            more = {"encoder": encoder, "block": block, "given": given, "visible": visible}
+            surgeon.attention(site, AdaptivePrefix, config, **more)
         if config.behind:
             behind(surgeon, sites, config)
 

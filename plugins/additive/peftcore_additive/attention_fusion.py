@@ -1,5 +1,6 @@
 """AttentionFusion: each token takes, of all layers, what its task asks for.   Cao et al. 2022, Findings of NAACL.
 
+Equation:
     out = sum_l a_l W_v h_l,   a = softmax_l(q . W_k h_l / sqrt(d_k)),   W_k [d_k, d]  W_v [d, d]  q [d_k]
 
 h_0 is the input of the first block and h_l the output of block l, for one token; out replaces h_L, so that the model's
@@ -7,15 +8,18 @@ last norm and its head read it. With several heads, q, W_k h_l and W_v h_l are c
 separate weights a. Without `project`, W_k and W_v are identities. No gradient reaches the backbone: its activations are
 not kept, and other adapters inside the blocks get no gradient.
 
-No code of the authors was found, and the paper's text was not at hand: this is the equation of its abstract, and the
-open details are our choice. q starts at zero, so that all layers have equal weights, W_k like torch's linear layers,
-and W_v as an identity. The model predicts from a mean of its layers at first, for which no head was trained: no start
-is an identity, and the head has to train along (`train=["classifier"]`, or whatever it is called).
-
 Parameters: d_k + d d_k + d^2, or d without `project`.
 
-Use it where one forward of the backbone serves many tasks (states of layers can be kept), on encoders that classify;
-not where features have to change (`lora`), nor where tokens have to meet others anew, as in `lst`, its kin.
+Start: q starts at zero, so that all layers have equal weights, W_k like torch's linear layers, and W_v as an identity.
+The model predicts from a mean of its layers at first, for which no head was trained: no start is an identity, and the
+head has to train along (`train=["classifier"]`, or whatever it is called).
+
+Differs from the authors' code: No code of the authors was found, and the paper's text was not at hand: this is the
+equation of its abstract, and the open details are our choice.
+
+Use it: `peftcore.apply(model, "attention_fusion")`, where one forward of the backbone serves many tasks (states of
+layers can be kept), on encoders that classify; not where features have to change (`lora`), nor where tokens have to
+meet others anew, as in `lst`, its kin.
 """
 
 from __future__ import annotations
@@ -30,11 +34,13 @@ from torch import Tensor, nn
 
 from peftcore.author import BlockSite, Method, MethodConfig, Shared, Site, Surgeon, Tags, Tap, full_precision
 from peftcore.errors import ConfigError
-from peftcore_additive._beside import BesideOperator, beside
+from peftcore_additive._side_networks import BesideOperator, beside
 
 
 class AttentionFusionConfig(MethodConfig):
     """Options of attention fusion."""
+
+    overridable = ()
 
     method: Literal["attention_fusion"] = "attention_fusion"
     key_width: PositiveInt = 64
@@ -97,8 +103,6 @@ class AttentionFusion(Method):
     target = ("block",)
 
     def inject(self, model: nn.Module, config: AttentionFusionConfig, surgeon: Surgeon) -> None:
-        if any(config.overrides.values()):
-            raise ConfigError("attention_fusion has one query for all sites: it takes no overrides")
         places = beside(surgeon)
         last = places[-1][0]
         if last.width % config.heads:

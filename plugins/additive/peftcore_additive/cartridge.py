@@ -1,11 +1,11 @@
 """Cartridge: a trained key-value cache in the place of a long text.   Eyuboglu et al. 2025, arXiv 2506.06266.
 
+Equation:
     Attention(q, [Z_k; K], [Z_v; V])   in every layer;   Z = the keys and values of the text's first `length` tokens
 
-Z starts as the model's cache of that part of the text, with keys after their rotation, and trains except for the first
-`frozen` tokens: the first token is an attention sink, and training it makes the model unstable. ``data=`` has the text:
-the first row of the first batch, as the model is called with it. Keys have the positions 0 to length - 1 and tokens go
-on from there, wherever the model takes positions, so a fresh cartridge of a whole text is that text.
+``data=`` has the text: the first row of the first batch, as the model is called with it. Keys have the positions 0 to
+length - 1 and tokens go on from there, wherever the model takes positions, so a fresh cartridge of a whole text is that
+text.
 
     L = -sum_i q_i log p_i,   the mean over tokens;   q_i what the teacher says, p_i what the model with Z says
 
@@ -16,18 +16,27 @@ logits are those of the tokens behind the text, computed under ``cartridge.disab
 
 As in the authors' code `teacher` may also be the logarithms of its largest probabilities and their tokens, two tensors
 ``[batch, tokens, k]``, not scaled to 1. Padding does not count, nor do positions where all values of the teacher are
--inf. peft has neither teacher nor loss, and starts at random until it is given a text.
+-inf.
 
-Never identity. If cartridges of several texts are active, tokens attend to all of them; each further cartridge moves
-the positions of tokens on by its length (peft composes their files). Where attention has a window, every token still
-attends to Z; in peft Z leaves the window as words do.
-Parameters: (length - frozen) * kv_heads * (key width + value width) a layer; the frozen rows are saved too.
+If cartridges of several texts are active, tokens attend to all of them; each further cartridge moves the positions of
+tokens on by its length (peft composes their files). Parameters: (length - frozen) * kv_heads * (key width + value
+width) a layer; the frozen rows are saved too.
 
-Use it where many questions are asked about one long text: it takes some percent of the text's cache.
+Start: Z starts as the model's cache of that part of the text, with keys after their rotation, and trains except for the
+first `frozen` tokens: the first token is an attention sink, and training it makes the model unstable. Not an identity:
+a fresh cartridge acts as the text in the context does.
+
+Differs from the authors' code: No difference is known; numbers are compared with those of peft, which has neither
+teacher nor loss, and starts at random until it is given a text. Where attention has a window, every token still attends
+to Z; in peft Z leaves the window as words do.
+
+Use it: `peftcore.apply(model, "cartridge", length=8, data=[{"input_ids": ids}])`, where many questions are asked about
+one long text: it takes some percent of the text's cache.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -48,9 +57,8 @@ from peftcore.author import (
     Tags,
     forward_context,
 )
-from peftcore.errors import CalibrationError
+from peftcore.errors import CalibrationError, ConfigError
 from peftcore_additive._prefix import Behind, FrontOperator, behind, prefix_width
-from peftcore_additive._teacher import cross_entropy
 
 
 class CartridgeConfig(MethodConfig):
@@ -67,6 +75,39 @@ class CartridgeConfig(MethodConfig):
         if self.frozen >= self.length:
             raise ValueError(f"frozen={self.frozen} leaves nothing to train of length={self.length}")
         return self
+
+
+def cross_entropy(teacher: Any, output: Any, inputs: Mapping[str, Any]) -> Tensor:
+    """Return the mean over tokens of ``-sum p_teacher log p``, in float32 or more; of shape ``[]``, with its graph.
+
+    Args:
+        teacher: the teacher's logits ``[batch, tokens, vocabulary]``, or the logarithms of its largest probabilities
+            and their tokens, two tensors ``[batch, tokens, k]``. Positions where all of it is -inf do not count.
+        output: the student's output, which is or has logits ``[batch, tokens, vocabulary]``.
+        inputs: the student's inputs, whose ``attention_mask`` marks padding.
+
+    Raises:
+        ConfigError: the shape of the teacher's predictions differs from that of the logits, or the output lacks logits
+            of tokens.
+    """
+    logits = output.get("logits") if isinstance(output, Mapping) else output
+    if not isinstance(logits, Tensor) or logits.dim() != 3:
+        raise ConfigError(f"teacher= is for logits [batch, tokens, vocabulary]; a {type(output).__name__} has none")
+    largest = not isinstance(teacher, Tensor)
+    said, places = teacher if largest else (teacher, None)
+    if said.shape[:2] != logits.shape[:2] or (places is None and said.shape != logits.shape):
+        raise ConfigError(f"teacher= is {tuple(said.shape)}, and the logits are {tuple(logits.shape)}: of other tokens")
+    logs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    said = said.to(logs)
+    counts = said.isfinite().any(-1)
+    mask = inputs.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.shape == counts.shape:
+        counts = counts & mask.bool()
+    said = said.masked_fill(~counts[..., None], 0.0)
+    chances = said.softmax(-1) if places is None else said.exp()
+    losses = -(chances * (logs if places is None else logs.gather(-1, places.to(logs.device)))).sum(-1)
+    mean: Tensor = losses.masked_fill(~counts, 0.0).sum() / counts.sum().clamp(min=1)
+    return mean
 
 
 class CartridgeOperator(FrontOperator):

@@ -1,22 +1,28 @@
 """CIAT, the counter-interference adapter.   Zhu et al. 2021, arXiv 2104.08154 (code: Yaoming95/CIAT).
 
+Equation:
     h_0' = h_0 + A(h_0)                               the embeddings, which the first block of a stack reads
     s' = s + Branch(x) + A(x),   x = LN(s)            beside self-attention and feed-forward, not cross-attention
     A(x) = W_up relu(W_down LN_A(x) + b_down) + b_up,   W_down [d / r, d],   W_up [d, d / r]
 
-Each A has a separate norm LN_A; the paper's formulas omit it where a norm of the host precedes it. x is the input of a
-branch, which is the stream itself in hosts with norms behind their branches. h_0 includes positions; the authors' code
-takes it before the dropout, this one after it. Dropout acts behind relu. The authors draw both matrices as Glorot, with
-biases at zero, so a fresh adapter moves the outputs; ``init="zero"`` starts W_up at zero, an exact identity.
+Each A has a separate norm LN_A. x is the input of a branch, which is the stream itself in hosts with norms behind their
+branches. h_0 includes positions. Dropout acts behind relu.
 
 The paper has one set for each pair of languages, over a frozen model of all of them: an adapter each, to be switched or
-routed by row. While adapters train, its code turns the host's dropout of branches off; here the host is as it is.
+routed by row.
 
 Parameters, with w = d / r: 2 d w + w + 3 d for each branch and each stack's embeddings.
 
-Use it where tasks or languages share a model and interfere with each other from the first layer on: it is large, half
-as wide as the stream. Not where parameters count, or where it has to be merged; `parallel_adapter` is its kin without
-norms and embeddings, `madx_invertible` one at the embeddings alone.
+Start: Both matrices by Glorot's rule, as the authors draw them, biases at zero: a fresh adapter moves the outputs.
+``init="zero"`` starts W_up at zero, an exact identity.
+
+Differs from the authors' code: The paper's formulas omit the norm where a norm of the host precedes the adapter; here
+and in the code each adapter has one. h_0 is taken after the dropout of the embeddings, where the authors' code takes it
+before. While adapters train, its code turns the host's dropout of branches off; here the host is as it is.
+
+Use it: `peftcore.apply(model, "ciat")`, where tasks or languages share a model and interfere with each other from the
+first layer on: it is large, half as wide as the stream. Not where parameters count, or where it has to be merged;
+`parallel_adapter` is its kin without norms and embeddings, `madx_invertible` one at the embeddings alone.
 """
 
 from __future__ import annotations

@@ -1,23 +1,28 @@
 """Compacter: adapters of sums of Kronecker products.   Karimi Mahabadi et al. 2021, arXiv 2106.04647.
 
+Equation:
     y = h + (f(h H_down + b_down) H_up + b_up),   H = sum_i R_i (x) (S_i T_i),   i = 1..n   ((x): Kronecker product)
 
 R_i [n, n] are the rules, one set for all adapters and both of their matrices; S_i [in / n, q] and T_i [q, out / n]
 belong to one matrix, with rank q = 1. h is the output of the last matrix of a sub-block, so the host's dropout acts on
-the adapter's output too, as in the authors' code (the adapters package adapts the output after dropout:
-joins="stream"). Only self-attention and feed-forward are adapted: the authors leave cross-attention out (name its
-matrix as a target to adapt it). Compacter++ leaves self-attention out too. All norms train along, as in their code
-(rabeehk/compacter).
+the adapter's output too, as in the authors' code. Only self-attention and feed-forward are adapted: the authors leave
+cross-attention out (name its matrix as a target to adapt it). Compacter++ leaves self-attention out too. All norms
+train along, as in their code.
 
-The rules start as N(0, 1e-4), S and T from Glorot's uniform draw with gain sqrt(2), as in that code: nearly the
-identity. The adapters package draws S and T from a normal.
 A PHM adapter, in the paper the step before Compacter, is ``shared_rule=False, factorized=False, rule_std=0.01``: each
 matrix has separate rules, and full blocks [in / n, out / n] in place of S_i T_i. A low-rank adapter, the paper's
 baseline, is ``rules=False, phm_dim=1``: H = S T (`low_rank_adapter`).
 
 Parameters: 2 q (d + r) + r + d an adapter, n^3 once; of a PHM adapter 2 d r / n + 2 n^3 + r + d; without rules the n^3
 are left out. The norms are added to the count.
-Use it where adapters must be small: a tenth of a percent of T5.
+
+Start: Rules from N(0, 1e-4), S and T from Glorot's uniform draw with gain sqrt(2), as in the authors' code: nearly the
+identity. ``rule_std=0`` makes it exact.
+
+Differs from the authors' code: No difference is known (rabeehk/compacter). The adapters package adapts the output after
+dropout (here joins="stream") and draws S and T from a normal.
+
+Use it: `peftcore.apply(model, "compacter")`, where adapters must be small: a tenth of a percent of T5.
 """
 
 from __future__ import annotations
@@ -31,6 +36,7 @@ from pydantic import NonNegativeFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from peftcore.author import (
+    ACTIVATIONS,
     OUTPUTS,
     AtBranchEnd,
     Joins,
@@ -44,7 +50,6 @@ from peftcore.author import (
     branch_end,
 )
 from peftcore.errors import UnsupportedSite
-from peftcore_additive._bottleneck import ACTIVATIONS
 
 
 class CompacterConfig(MethodConfig):
@@ -132,8 +137,7 @@ class CompacterOperator(AtBranchEnd):
         self.up = KroneckerLinear(config.bottleneck, site.out_features, config, rule)
 
     def adapt(self, h: Tensor) -> Tensor:
-        channels = self.layer.channel_dim
-        return h + self.up(self.activation(self.down(h.movedim(channels, -1)))).movedim(-1, channels)
+        return h + self.layer.channels_back(self.up(self.activation(self.down(self.layer.channels_last(h)))))
 
 
 class Compacter(Method):

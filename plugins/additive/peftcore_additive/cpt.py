@@ -1,5 +1,6 @@
 """CPT: context-aware prompt tuning.   Blau et al. 2024, arXiv 2410.17222 (in peft, by its authors).
 
+Equation:
     X' = [E(c) + D ; E(ids)],   c the tokens of some solved examples,   |D_i| <= epsilon_i sqrt(d / 2048)
 
 A prompt that starts as exactly the examples in front of the question, and changes little: after each step every row of
@@ -12,25 +13,33 @@ The loss covers the labels and the answers in the prompt, which the model predic
     L = sum_t w_t CE_t / number of t,   t: labels (w = 1), and answers (w = decay^n, n = 1 for the last example)
 
 It replaces the model's own loss where labels are given and the model is in training. Labels of the question and of
-padding have to be -100; peft has them in `input_type_mask`. The first label counts too: the last row predicts it. In a
-batch with left padding the prompt is inserted behind the padding; in peft the padding is between prompt and text, and
-its last token predicts.
+padding have to be -100. The first label counts too: the last row predicts it. In a batch with left padding the prompt
+is inserted behind the padding.
 
-In peft the next forward projects a row and overwrites the parameter; here `injection.optimizer` does so. With other
-optimizers the forward uses the projected rows, and D itself may leave the ball. Gradients ignore the projection, as in
-peft. A file of peft stores the sum E(c) + D, so after loading the ball is centered there, in peft too.
+Gradients ignore the projection, as in peft. A file of peft stores the sum E(c) + D, so after loading the ball is
+centered there, in peft too.
 
-Never identity: it is the model that sees the examples. Parameters: length * d, those of answers included, as in peft.
+Parameters: length * d, those of answers included, as in peft.
 
-Use it for few examples of a task that examples in the prompt explain, where other methods overfit.
+Start: D is zero: the model sees the examples, so no start is an identity.
+
+Differs from the authors' code: The method is in peft, by its authors, and differs from it in three points. In peft the
+next forward projects a row and overwrites the parameter; here `injection.optimizer` does so. With other optimizers the
+forward uses the projected rows, and D itself may leave the ball. In peft a batch with left padding has the padding
+between prompt and text, and its last token predicts; here the prompt is behind the padding. peft marks labels of the
+question in `input_type_mask`; here they are -100.
+
+Use it: `peftcore.apply(model, "cpt", ids=[5, 6, 7, 8], types=[1, 2, 3, 4])`, for few examples of a task that examples
+in the prompt explain, where other methods overfit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Annotated, Any, Literal
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, model_validator
 from torch import Tensor, nn
 
@@ -41,6 +50,7 @@ from peftcore.author import (
     LearningRate,
     Method,
     MethodConfig,
+    Rows,
     SequenceOperator,
     SequenceSite,
     Site,
@@ -50,7 +60,6 @@ from peftcore.author import (
     row_logits,
 )
 from peftcore.errors import ConfigError
-from peftcore_additive._answers import more_than_labels
 
 
 class CPTConfig(MethodConfig):
@@ -85,6 +94,37 @@ class CPTConfig(MethodConfig):
         places = [place for place, kind in kinds.items() if kind > 0 and kind % 4 == 0 and place > 0]
         examples = sorted({kinds[place] for place in places}, reverse=True)
         return {place: self.decay ** (1 + examples.index(kinds[place])) for place in places}
+
+
+IGNORED = -100
+"""Labels that do not count."""
+
+
+def more_than_labels(answers: Collection[tuple[int, float]], made: Rows, logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the mean cross-entropy of labels and answers, in float32 or more, less that of the labels alone, which is
+    the loss of a model that predicts the next token.
+
+    Args:
+        answers: tokens in the prompt, each with the weight of its loss. Each counts as one label in the mean.
+        made: the logits at the rows before each of them, and at the last row, which predicts the first label.
+        logits: the model's, ``[batch, tokens, vocabulary]``.
+        labels: ``[batch, tokens]`` int64.
+    """
+    precise = torch.promote_types(logits.dtype, torch.float32)
+    logits, scored, labels = logits.to(precise), made.states.to(precise), labels.to(logits.device)
+    first = labels.new_zeros(len(labels)) if made.behind is None else made.behind.to(labels)
+    first = first[:, None].clamp(max=labels.shape[1] - 1)
+    before = logits[:, :-1].flatten(0, 1)  # of what stands before each label but the first
+    own = F.cross_entropy(before, labels[:, 1:].flatten(), ignore_index=IGNORED)
+    rest = labels.scatter(1, first, IGNORED)[:, 1:].flatten()
+    told = labels.new_tensor([token for token, _ in answers]).expand(len(labels), -1)
+    told = torch.cat([told, labels.gather(1, first)], 1)
+    weights = scored.new_tensor([*(weight for _, weight in answers), 1.0])
+    losses = F.cross_entropy(scored.flatten(0, 1), told.flatten(), ignore_index=IGNORED, reduction="none")
+    total = F.cross_entropy(before, rest, ignore_index=IGNORED, reduction="sum")
+    total = total + (losses.view(told.shape) * weights).sum()
+    mean: Tensor = total / (rest.ne(IGNORED).sum() + told.ne(IGNORED).sum()) - own
+    return mean
 
 
 class CPTOperator(SequenceOperator):

@@ -1,19 +1,25 @@
 """DePT: decomposed prompt tuning.   Shi and Lipani 2023, arXiv 2309.05173.
 
+Equation:
     X' = [P ; X + alpha / sqrt(r) (A B)[:n]],   P [m, d], A [s, r], B [r, d]
 
 X are the n embedded tokens of the text: the t-th one gets row t of A B, and those behind the first s get nothing. So a
 prompt that is m instead of m' rows long takes as many parameters, and less time. The text is all tokens before the
 first label, or the whole input, unless ``peftcore.call(model, prompt_length=...)`` says it; answers are left alone.
-Rows of A B are counted from the first token that is not padding. (The authors pad inputs to s. In their causal models,
-which are padded on the left, rows so count from the end; in training answers get some, and generated tokens do not.)
+Rows of A B are counted from the first token that is not padding.
 
-P starts as embeddings of tokens drawn from the vocabulary, or of given ones; A as torch's linear layers do, B at zero.
 P has one learning rate and A, B another, which the authors find necessary: `optimizer` takes that of P, and A and B get
 `update_ratio` of it. Parameters: m d + r (s + d).
 
-Use it where a prompt's length costs too much; not for texts much longer than s, whose further tokens it does not change
-(prompt_tuning is better there).
+Start: P starts as embeddings of tokens drawn from the vocabulary, or of given ones; A as torch's linear layers do, B at
+zero. No start is an identity.
+
+Differs from the authors' code: Rows of A B are counted from the first token that is not padding, and answers get none.
+The authors pad inputs to s; in their causal models, which are padded on the left, rows so count from the end, answers
+get some in training, and generated tokens do not.
+
+Use it: `peftcore.apply(model, "dept")`, where a prompt's length costs too much; not for texts much longer than s, whose
+further tokens it does not change (prompt_tuning is better there).
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
 """Serial bottleneck adapter.   Houlsby et al. 2019, arXiv 1902.00751.
 
+Equation:
     y = h + W_up f(W_down h + b_down) + b_up,   W_down [r, d],  W_up [d, r]
 
 h is the output of a sub-block (attention, then feed-forward) before it is added to the residual stream: the output of
-its last matrix, behind the host's dropout, as in the authors' code (google-research/adapter-bert), behind layer scale
-and stochastic depth, and before residual and norm; `joins` sets the place. For mixtures of experts it is the output of
-the whole mixture, in blocks of convolutions it is the output of the last one, and the adapter acts on the channels of
-each position. All norms train too, that of the embeddings as well, as in the authors' code. Both matrices start from a
-normal with standard deviation 1e-3, cut at two deviations, biases zero: near identity, not exactly.
+its last matrix, behind the host's dropout, layer scale and stochastic depth, and before residual and norm; `joins` sets
+the place. For mixtures of experts it is the output of the whole mixture, in blocks of convolutions it is the output of
+the last one, and the adapter acts on the channels of each position. All norms train too, that of the embeddings as
+well.
 
 With ``target="block"`` h is the output of a whole block, and with `norm` the adapter reads LN(h), where LN is a trained
 layer norm: the adapter of Bapna and Firat 2019 (`residual_adapter_nmt`). With ``side="stream"`` h is the side of a
@@ -17,7 +17,13 @@ output of the last one, as in LLM-Adapters (`llm_adapters_series`).
 Parameters: 2 d r + r + d an adapter, two adapters a block; without `bias` 2 d r; with `norm` 2 d more, with a learned
 `scale` 1 or d; with `train_layer_norm`, the norms besides.
 
-Use it where a small non-linear module is worth a little latency: it cannot be merged.
+Start: Both matrices start from a normal with standard deviation 1e-3, cut at two deviations, biases zero: near
+identity, not exactly. ``up_init_std=0`` makes it exact.
+
+Differs from the authors' code: No difference is known (google-research/adapter-bert).
+
+Use it: `peftcore.apply(model, "houlsby_adapter")`, where a small non-linear module is worth a little latency: it cannot
+be merged.
 """
 
 from __future__ import annotations

@@ -1,15 +1,20 @@
 """(IA)^3: infused adapter by inhibiting and amplifying inner activations.   Liu et al. 2022, arXiv 2205.05638.
 
+Equation:
     k' = l_k * (W_k x),   v' = l_v * (W_v x),   y = W_2 (l_ff * f(W_1 x))
 
 Keys and values are scaled where they leave their projection (bias included), the feed-forward's inner activations where
-they enter the second matrix. All l start at one, so a fresh injection changes nothing.
+they enter the second matrix.
 
 Parameters: the width of each scaled activation: out of a key or value projection, in of the second matrix (each expert
 has its own).
 
-Use it with few examples: a few thousand numbers, a high learning rate (3e-3 in the paper), no weight decay (it pulls to
-0, not to 1).
+Start: All l are one: the identity.
+
+Differs from the authors' code: That code was not compared.
+
+Use it: `peftcore.apply(model, "ia3")`, with few examples: a few thousand numbers, a high learning rate (3e-3 in the
+paper), no weight decay (it pulls to 0, not to 1).
 """
 
 from __future__ import annotations

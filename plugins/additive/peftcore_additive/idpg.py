@@ -1,5 +1,6 @@
 """IDPG: a prompt that is made for each text.   Wu et al. 2022, arXiv 2204.04497 (code: CSerxy/IDPG).
 
+Equation:
     X' = [P(x) ; X],   P(x) = W2 gelu(W1 u + b1) + b2,   u what the model itself makes of the text x
 
 X are the embedded tokens. A first pass without the prompt, of which no gradients are kept, gives u [d]: the state of
@@ -10,15 +11,17 @@ n-th of the matrix each way. In training u and the hidden layer are dropped out.
 The text is all tokens before the first label, or the whole input, unless ``peftcore.call(model, prompt_length=...)``
 says it: the prompt is made once, and generated tokens do not change it.
 
-This is the single-layer IDPG of the paper; its multi-layer one adds another prompt to the same rows at each layer. The
-authors put the rows behind the first token, [CLS]; here they are in front of it, like all prompts. W1, W2 start N(0,
-0.02) and b at zero; with `phm` all factors and b1 start N(0, 0.05), b2 uniform in +-0.5. Nothing is identity at the
-start.
-
 Parameters: (d + 1) h + (h + 1) length d; with `phm` 2 n^3 + (d h + h length d) / n + h + length d.
 
-Use it where texts of a task need different prompts; not where the time of a second pass counts (smop chooses a prompt
-by the embeddings alone).
+Start: W1, W2 start N(0, 0.02) and b at zero; with `phm` all factors and b1 start N(0, 0.05), b2 uniform in +-0.5. No
+start is an identity.
+
+Differs from the authors' code: Only the single-layer IDPG of the paper is here; its multi-layer one adds another prompt
+to the same rows at each layer. The authors put the rows behind the first token, [CLS]; here they are in front of it,
+like all prompts.
+
+Use it: `peftcore.apply(model, "idpg")`, where texts of a task need different prompts; not where the time of a second
+pass counts (smop chooses a prompt by the embeddings alone).
 """
 
 from __future__ import annotations

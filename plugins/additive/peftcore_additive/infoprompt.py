@@ -1,6 +1,7 @@
 """InfoPrompt: a prompt that is to tell of the head, and of what the model makes of it.   Wu et al. 2023, arXiv
 2306.04933 (code: JoshuaWu1997/infoprompt).
 
+Equation:
     X' = [P(x) ; X],   P(x) = W2 gelu(W1 u + b1) + b2,   u what the model itself makes of the text x
     L = L_model + w_h L_head + w_r L_rep + w_k KL
 
@@ -18,23 +19,27 @@ and are saved in the file to resume training, and are not used afterwards. The h
 gradients if it trains; without a head as wide as the embedded tokens, L_head is left out. In training the head scores
 the text's tokens too.
 
-Of the paper the sum and the two bounds are known here; all else is the code's, whose author, a J. Wu of UC San Diego,
-is plausibly the paper's first one. Differences from that code: it predicts classes from U z, a bottleneck before its
-head, while here the head's input is unchanged; u and v are its [CLS] and [MASK]; it puts the rows around [MASK], where
-the published code needs four times the rows that it makes, and uses the rows of the batch's first text for all; and it
-clamps each loss at 2, without a gradient above, which with 7 negatives or more holds for every text as long as scores
-are at chance (`ceiling`).
-
 Parameters: (d + 1) h + (h + 1) length d, and critics of 3 d h + 2 h + d^2 + d.
 
-Use it where prompts learn slowly; not where the time of a second pass counts (`prompt_tuning` runs only one).
+Start: Networks and critics as torch's linear layers; no start is an identity.
+
+Differs from the authors' code: Of the paper the sum and the two bounds are known here; all else is the code's, whose
+author, a J. Wu of UC San Diego, is plausibly the paper's first one. It predicts classes from U z, a bottleneck before
+its head, while here the head's input is unchanged; u and v are its [CLS] and [MASK]; it puts the rows around [MASK],
+where the published code needs four times the rows that it makes, and uses the rows of the batch's first text for all;
+and it clamps each loss at 2, without a gradient above, which with 7 negatives or more holds for every text as long as
+scores are at chance (`ceiling`).
+
+Use it: `peftcore.apply(model, "infoprompt")`, where prompts learn slowly; not where the time of a second pass counts
+(`prompt_tuning` runs only one).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
+import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
@@ -43,6 +48,7 @@ from peftcore.author import (
     LearningRate,
     Method,
     MethodConfig,
+    Operator,
     SequenceSite,
     Site,
     Surgeon,
@@ -54,7 +60,6 @@ from peftcore.author import (
 )
 from peftcore.errors import ConfigError
 from peftcore_additive._first_pass import first_pass
-from peftcore_additive._information import FeatureCritic, HeadLoss
 
 
 class InfoPromptConfig(MethodConfig):
@@ -78,6 +83,88 @@ class InfoPromptConfig(MethodConfig):
     uses 2."""
     outputs: list[NonNegativeInt] = Field(default_factory=list)
     """The head's rows whose mean is c: for a language model, the tokens that name classes. All rows by default."""
+
+
+HIDDEN = -100.0
+"""The number that is added to the scores of padding."""
+
+
+def info_nce(positive: Tensor, negatives: Tensor, ceiling: float | None) -> Tensor:
+    """Return the mean over a batch of ``-log softmax`` at the positive, of shape ``[]``.
+
+    Args:
+        positive: the score of the positive, ``[batch, 1]``.
+        negatives: the scores of the negatives, ``[batch, k]``.
+        ceiling: the largest loss of a text; a larger loss is clamped and has no gradient.
+    """
+    scores = torch.cat([positive, negatives], -1)
+    loss = -scores.to(torch.promote_types(scores.dtype, torch.float32)).log_softmax(-1)[:, 0]
+    return (loss if ceiling is None else loss.clamp(max=ceiling)).mean()
+
+
+class FeatureCritic(nn.Module):
+    """Scores features of a text, drawn from Gaussians, against its prompt."""
+
+    def __init__(self, width: int, hidden: int, draws: int) -> None:
+        super().__init__()
+        self.mean, self.log_std = nn.Linear(width, hidden), nn.Linear(width, hidden)
+        self.up, self.of_prompt = nn.Linear(hidden, width, bias=False), nn.Linear(width, width)
+        self.draws = draws
+
+    def forward(self, without: Tensor, within: Tensor, prompt: Tensor, ceiling: float | None) -> tuple[Tensor, Tensor]:
+        """Return the bound's loss, and how far the Gaussians are from N(0, 1); both ``[]``.
+
+        Args:
+            without: the state of each text without the prompt ``[batch, width]``, from which negatives are drawn.
+            within: the same behind the prompt, from which positives are drawn.
+            prompt: the mean of the prompt's rows ``[batch, width]``, which is detached.
+            ceiling: as in `info_nce`.
+        """
+        batch, width = within.shape
+        asked = self.of_prompt(prompt.detach()) @ self.up.weight / width**0.5  # [batch, hidden]
+        scores: list[Tensor] = []
+        divergence = within.new_zeros(())
+        for state, count in ((within, 1), (without, self.draws * batch)):
+            mean, log_std = self.mean(state), self.log_std(state).clamp(-2.0, 10.0)
+            noise = torch.randn(batch, count, mean.shape[-1], dtype=mean.dtype, device=mean.device)
+            features = mean[:, None] + noise * log_std.exp()[:, None]  # [batch, count, hidden]
+            scores.append((features @ asked[..., None]).squeeze(-1))
+            divergence = divergence + (mean.square() + (2 * log_std).exp() - 1).mean() / 2 - log_std.mean()
+        positive, negatives = scores
+        return info_nce(positive, negatives, ceiling), divergence
+
+
+class HeadLoss(Operator):
+    """Wraps the head and adds a loss in training: how badly the head discriminates between the prompt and embedded
+    tokens."""
+
+    def __init__(self, site: Site, told: Tap, weight: float, outputs: Sequence[int], ceiling: float | None) -> None:
+        super().__init__(site)
+        self.told, self.weight, self.outputs, self.ceiling = told, weight, list(outputs), ceiling
+
+    def forward(self, call: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        told = self.told.take()
+        if told is not None:
+            with forward_context().aside():
+                scores = self.scores(call, [told[0].to(x), told[1].to(x), told[2]], self.outputs)
+            forward_context().add_loss(self.weight * info_nce(*scores, self.ceiling), self)
+        return call(x, *args, **kwargs)
+
+    @staticmethod
+    def scores(call: Callable[..., Tensor], told: Sequence[Tensor], outputs: list[int]) -> tuple[Tensor, Tensor]:
+        """Return the scores of the prompt ``[batch, 1]`` and of the tokens ``[batch, tokens]``.
+
+        Args:
+            call: the head's forward.
+            told: the mean of the prompt's rows ``[batch, width]``, embedded tokens ``[batch, tokens, width]``, and
+                which tokens belong to the text ``[batch, tokens]``.
+            outputs: indices of the head's outputs whose mean is the score; all outputs if empty.
+        """
+        prompt, embeds, text = told
+        logits = call(torch.cat([prompt[:, None], embeds], 1))
+        logits = logits[..., outputs] if outputs else logits
+        scores = logits.mean(-1) / prompt.shape[-1] ** 0.5  # biases move all of them alike
+        return scores[:, :1], scores[:, 1:] + HIDDEN * ~text.to(scores.device)
 
 
 class InfoPromptOperator(InstanceOperator):
@@ -133,8 +220,8 @@ class InfoPrompt(Method):
             head = max(heads, key=lambda each: each.out_features)
             if unknown := [each for each in own.outputs if each >= head.out_features]:
                 raise ConfigError(f"outputs: {unknown[:4]} are none of the {head.out_features} of {head.path}")
-            options = told, own.head_weight, own.outputs, own.ceiling
-            surgeon.graft(head, lambda at, options=options: HeadLoss(at, *options))
+            options: dict[str, Any] = {"weight": own.head_weight, "outputs": own.outputs, "ceiling": own.ceiling}
+            surgeon.graft(head, HeadLoss, told=told, **options)
 
     @staticmethod
     def parameter_count(site: Site, config: InfoPromptConfig) -> int:

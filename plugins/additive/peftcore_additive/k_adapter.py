@@ -1,31 +1,36 @@
 """K-Adapter: a chain of adapters beside the model, which read states of some of its layers.   Wang et al. 2020,
 arXiv 2002.01808 (code: microsoft/K-Adapter).
 
+Equation:
     a_j = x_j + W_up T(W_down x_j + b_down) + b_up,   x_j = h_{l_j} + a_{j-1},   a_0 = 0
     y   = W [h ; a_J] + b   in the place of h,   or h + a_J   (`fusion`: "concat", "add")
 
 h_l is the input of block l, h the output of the last block. T are transformer blocks like BERT's, w wide; the adapters
 of a chain share nothing. The model inside is unchanged, so earlier knowledge is kept, and chains for several kinds of
 knowledge, each trained alone, do not interfere: two injections with "add" equal the sum of two chains in the authors'
-code. Its further linear layer over two concatenations is not here.
+code.
 
-As the scripts have it, the layers are 0, 11 and 22 of 24 (the README: or 23), and no chain skips adapters. In the code
-adapters see padding too; here they do not, and in causal models no later tokens. The join is in front of the model's
-last norm, where it has one. The model's cache also stores the keys and values of the adapters.
-
-W_up and W_down start from N(0, 0.0002^2), biases of both at 0, all else as torch's layers do: no identity, as the
-authors train a head behind. With `identity` W starts as [I 0].
+The join is in front of the model's last norm, where it has one. The model's cache also stores the keys and values of
+the adapters.
 
 Parameters: J (2 w d + w + d + T (12 w^2 + 13 w)), and 2 d^2 + d for W and b: 49,349,376 in RoBERTa-large.
 
-Use it where a separate task teaches knowledge for later tasks; not where parameters must be few, nor where the model is
-to be merged (`lora`). `lst` is its kin that reads every layer and predicts by itself.
+Start: W_up and W_down start from N(0, 0.0002^2), biases of both at 0, all else as torch's layers do: no identity, as
+the authors train a head behind. With `identity` W starts as [I 0].
+
+Differs from the authors' code: Padding is not seen by adapters, as it is in the code, nor are later tokens in causal
+models. A further linear layer over two concatenations and adapters that skip others are not here. The layers are those
+of the scripts, 0, 11 and 22 of 24; the README has 23.
+
+Use it: `peftcore.apply(model, "k_adapter")`, where a separate task teaches knowledge for later tasks; not where
+parameters must be few, nor where the model is to be merged (`lora`). `lst` is its kin that reads every layer and
+predicts by itself.
 """
 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Self
 
@@ -51,13 +56,14 @@ from peftcore.author import (
     cached_tokens,
     on_first,
 )
-from peftcore.errors import ConfigError, TargetError
-from peftcore_additive._chain import Adapter, joint
-from peftcore_additive._side import held_by, side_layers
+from peftcore.errors import TargetError
+from peftcore_additive._side import PostNormBlock, held_by, side_layers
 
 
 class KAdapterConfig(MethodConfig):
     """Options of K-Adapter."""
+
+    overridable = ()
 
     method: Literal["k_adapter"] = "k_adapter"
     layers: Annotated[list[NonNegativeInt], Field(min_length=1)] | None = None
@@ -87,6 +93,39 @@ class KAdapterConfig(MethodConfig):
                 "a sum with the chain's state is never the model's own: identity=True wants fusion='concat'"
             )
         return self
+
+
+STD = 0.0002
+"""Deviation of the start of both projections."""
+
+
+class Adapter(nn.Module):
+    """One adapter of a chain."""
+
+    def __init__(self, features: int, config: KAdapterConfig) -> None:
+        super().__init__()
+        width = config.width or max(1, 3 * features // 4)
+        self.down, self.up = nn.Linear(features, width), nn.Linear(width, features)
+        self.blocks = nn.ModuleList(PostNormBlock(width, config.heads, config.dropout) for _ in range(config.depth))
+        for projection in (self.down, self.up):
+            nn.init.normal_(projection.weight, std=STD)
+            nn.init.zeros_(projection.bias)
+
+    def forward(self, x: Tensor, visible: Tensor, caches: Sequence[Any]) -> Tensor:
+        """Map ``[batch, tokens, d]`` to the same shape; each block has a layer of a cache, where there is one."""
+        z = self.down(x)
+        for block, cache in zip(self.blocks, caches or [None] * len(self.blocks), strict=True):
+            z = block(z, visible, cache)
+        return x + self.up(z)
+
+
+def joint(features: int, identity: bool) -> nn.Linear:
+    """Make the linear layer that reads the last states of the model and of the chain."""
+    made = nn.Linear(2 * features, features)
+    if identity:
+        nn.init.eye_(made.weight)
+        nn.init.zeros_(made.bias)
+    return made
 
 
 @dataclass(frozen=True)
@@ -154,8 +193,6 @@ class KAdapter(Method):
     target = ("block",)
 
     def inject(self, model: nn.Module, config: KAdapterConfig, surgeon: Surgeon) -> None:
-        if any(config.overrides.values()):
-            raise ConfigError("k_adapter has one chain for all sites: it takes no overrides")
         stacks = TokenStacks(surgeon)
         sites = stacks.answering(block_sites(surgeon), surgeon.wishes.target is not None)
         count, width = len(sites), sites[0].width

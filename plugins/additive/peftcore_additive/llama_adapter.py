@@ -1,16 +1,22 @@
 """LLaMA-Adapter: zero-init gated attention.   Zhang et al. 2023, arXiv 2303.16199 (code: OpenGVLab/LLaMA-Adapter).
 
+Equation:
     y = Attention(q, K, V) + tanh(g) * softmax(q (W_k P)^T / sqrt(d_h)) (W_v P)   in the top layers
 
 y is the input of the layer's output matrix. P [length, d] is a prompt of the layer; the layer's own frozen matrices
 (with the changes of other active injections) compute keys and values from P, biases included, without rotation. P has a
-separate softmax, so the gate g, one number for each head and zero at first, alone scales the effect of the prompt: a
-fresh injection changes nothing. The tanh is that of the authors' training code.
+separate softmax, so the gate g, one number for each head, alone scales the effect of the prompt.
 
 Parameters: length * d + heads in each of the top layers.
 
-Use it to teach instructions to a pretrained language model without changing it at the start. Nothing merges, and the
-prompt's keys stay out of the cache. Where a model normalizes its keys (Qwen 3), those of the prompt are not.
+Start: P from N(0, 1), g at zero: the identity.
+
+Differs from the authors' code: The tanh is in the authors' training code; no other difference is known; numbers are
+compared with those of peft.
+
+Use it: `peftcore.apply(model, "llama_adapter")`, to teach instructions to a pretrained language model without changing
+it at the start. Nothing merges, and the prompt's keys stay out of the cache. Where a model normalizes its keys (Qwen
+3), those of the prompt are not.
 """
 
 from __future__ import annotations

@@ -1,25 +1,31 @@
 """LoReFT, representation finetuning.   Wu et al. 2024, arXiv 2404.03592 (code: stanfordnlp/pyreft).
 
+Equation:
     loreft   h' = h + R^T (W h + b - R h),   R [r, d] with orthonormal rows
     noreft   h' = h + R^T (W h + b - R h),   R [r, d] free
     direft   h' = h + R^T (W h + b),         R free
 
 h is a block's output at the first f and the last l positions of the prompt, in each chosen layer; each end has separate
-R, W, b unless they are tied. R starts with random orthonormal rows, W and b as torch's linear layers do (R too, where
-it is free); ``identity=True`` starts at h' = h. R's Cholesky factor keeps its rows orthonormal. As in the authors'
-code, an `activation` acts on W h + b, dropout acts on h' as a whole, and each end covers at most half of a short prompt
-(a prompt of one token is not changed). Generated tokens are not changed. `PromptPositions` determines the prompt: all
-tokens before the first label, or the whole input, unless ``peftcore.call(model, prompt_length=...)`` sets its length.
-In encoder-decoder models the prompt is the encoder's input; in image models it is the block's tokens.
+R, W, b unless they are tied. R's Cholesky factor keeps its rows orthonormal. As in the authors' code, an `activation`
+acts on W h + b, dropout acts on h' as a whole, and each end covers at most half of a short prompt (a prompt of one
+token is not changed). Generated tokens are not changed. `PromptPositions` determines the prompt: all tokens before the
+first label, or the whole input, unless ``peftcore.call(model, prompt_length=...)`` sets its length. In encoder-decoder
+models the prompt is the encoder's input; in image models it is the block's tokens.
 
 Parameters: 2 d r + r for each end (one end when tied), each layer.
 
-Use it where few numbers should do much: ten to fifty times fewer than LoRA's. It cannot be merged.
+Start: R starts with random orthonormal rows, W and b as torch's linear layers do (R too, where it is free);
+``identity=True`` starts at h' = h. Without it a fresh intervention changes outputs.
+
+Differs from the authors' code: No difference is known.
+
+Use it: `peftcore.apply(model, "loreft")`, where few numbers should do much: ten to fifty times fewer than LoRA's. It
+cannot be merged.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, Self
 
 import torch
@@ -27,7 +33,9 @@ from pydantic import NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from peftcore.author import (
+    ACTIVATIONS,
     BlockSite,
+    Checked,
     LearningRate,
     Method,
     MethodConfig,
@@ -38,10 +46,10 @@ from peftcore.author import (
     Tags,
     TokenStacks,
     block_sites,
+    full_precision,
     on_first,
 )
 from peftcore.errors import TargetError, UnsupportedSite
-from peftcore_additive._intervention import Intervention
 
 
 class LoReFTConfig(MethodConfig):
@@ -77,6 +85,49 @@ class LoReFTConfig(MethodConfig):
         if self.identity and self.activation and self.kind != "direft":
             raise ValueError("identity=True starts at W = R, which does nothing only without an activation")
         return self
+
+
+class Intervention(Checked):
+    """LoReFT's intervention: ``h'`` of ``h``."""
+
+    def __init__(self, width: int, config: LoReFTConfig) -> None:
+        super().__init__()
+        self.orthonormal, self.subtracts = config.kind == "loreft", config.kind != "direft"
+        self.R = nn.Parameter(torch.empty(config.rank, width))
+        self.learned = nn.Linear(width, config.rank)
+        nn.init.orthogonal_(self.R) if self.orthonormal else nn.init.kaiming_uniform_(self.R, a=5**0.5)
+        if config.identity:
+            with torch.no_grad():
+                self.learned.weight.copy_(self.R if self.subtracts else torch.zeros_like(self.R))
+                self.learned.bias.zero_()
+        self.activation = ACTIVATIONS[config.activation]() if config.activation else None
+        self.dropout = nn.Dropout(config.dropout)
+
+    def wrong_values(self, values: Mapping[str, Tensor]) -> Iterator[str]:
+        R = values.get("R")
+        if self.orthonormal and R is not None:
+            R = R.to(torch.promote_types(R.dtype, torch.float32))
+            if torch.linalg.cholesky_ex(R @ R.mT).info:
+                yield "R holds rows that span no subspace of their number"
+
+    def rotation(self) -> Tensor:
+        """Return R, with orthonormal rows where they have to be (in float32 at least: torch factors no half
+        precision)."""
+        if not self.orthonormal:
+            return self.R
+        with full_precision(self.R):
+            R = self.R.to(torch.promote_types(self.R.dtype, torch.float32))
+            factor: Tensor = torch.linalg.cholesky(R @ R.mT)  # [r, r], the identity where the rows are orthonormal
+            return torch.linalg.solve_triangular(factor, R, upper=False)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Return h' for states ``[..., d]``."""
+        R, weight, bias = (each.to(h.dtype) for each in (self.rotation(), self.learned.weight, self.learned.bias))
+        if self.activation is None:
+            moved = nn.functional.linear(h, weight - R if self.subtracts else weight, bias)  # [..., r]
+        else:
+            moved = self.activation(nn.functional.linear(h, weight, bias)) - (h @ R.T if self.subtracts else 0)
+        return self.dropout(h + moved @ R)
 
 
 class ReftOperator(Operator):

@@ -1,5 +1,6 @@
 """LPT: late prompt tuning.   Liu et al. 2022, arXiv 2210.11292 (code: xyltt/LPT).
 
+Equation:
     h_m -> [P ; h_m]   before block m,   P = G(h_m) [length, d]
 
 Blocks below m are unchanged, and no gradient passes through them. G generates the prompt from their output h_m:
@@ -10,18 +11,23 @@ Blocks below m are unchanged, and no gradient passes through them. G generates t
 
 and None trains P itself. h is the first token in encoders, and the last one of the prompt in decoders, where rows
 attend to no tokens and tokens attend to all rows. Windows are those of adaptive pooling, over the tokens of the prompt
-without padding (the authors' decoder leaves its last token out). The dropout of the host's own embeddings acts on P in
-their code; `dropout` is its value. Where positions are added to embeddings, tokens keep theirs and P is without
-positions, as in their code; rotary positions of P precede those of the first token.
+without padding. Where positions are added to embeddings, tokens keep theirs and P is without positions, as in the
+authors' code; rotary positions of P precede those of the first token.
 
 In a decoder P is made of the prompt, and earlier tokens of the prompt see it too. Labels determine the end of the
 prompt (it precedes the first label), or ``peftcore.call(model, prompt_length=...)`` does; calls without either are
-refused. P is computed once and stays in the cache. In encoder-decoder models it is inserted in the encoder. Never
-identity.
+refused. P is computed once and stays in the cache. In encoder-decoder models it is inserted in the encoder.
 
 Parameters: (d + 1) hidden + (hidden + 1) length d, of pooling (d + 1) hidden + (hidden + 1) d, of None length * d.
-Use it for classification where training time and memory count: backward ends at block m. Not where tokens of generated
-text need it everywhere (prefix_tuning acts in every layer), nor for adapters of rows in one batch.
+
+Start: The generator as torch's linear layers, P itself from N(0, 1). No start is an identity.
+
+Differs from the authors' code: The authors' decoder leaves the last token of the prompt out of its windows. The dropout
+of the host's own embeddings acts on P in their code; `dropout` is its value.
+
+Use it: `peftcore.apply(model, "lpt")`, for classification where training time and memory count: backward ends at block
+m. Not where tokens of generated text need it everywhere (prefix_tuning acts in every layer), nor for adapters of rows
+in one batch.
 """
 
 from __future__ import annotations

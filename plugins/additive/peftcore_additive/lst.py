@@ -3,21 +3,27 @@
 Two things of the paper are not here: a ladder in the encoder of an encoder-decoder model, which has one in the decoder
 alone, and the start of side blocks from rows of the model that pruning finds important.
 
+Equation:
     z_0 = W_0 b_0,   z_l = S_l(mu_l z_{l-1} + (1 - mu_l) W_l b_l),   mu_l = sigmoid(alpha_l / T)
     y   = W_out LN(z_L)   in the place of b_L
 
 b_0 is the input of the first block, b_l the output of block l. No gradient reaches the backbone, so its activations are
 not kept for backward. S_l are transformer blocks (pre-norm, attention, then a feed-forward four times as wide) of width
-d / R, causal where the backbone is; W_l [d/R, d] with bias. alpha_l starts at 0, all else as torch's layers do. The
-authors put y behind the model's last norm, which here acts on y. The model predicts from the side network alone, so no
-start is an identity.
+d / R, causal where the backbone is; W_l [d/R, d] with bias.
 
 Side blocks of a decoder read its encoder through b_l only. The model's cache holds the keys and values of the side
 blocks too. Other adapters inside the blocks get no gradient.
 
 Parameters, with w = d / R and L blocks: (L + 1)(d w + w) + L (12 w^2 + 13 w + 1) + 2 w + w d + d.
 
-Use it where memory is short: backward runs only through the small network. It cannot be merged.
+Start: alpha_l starts at 0, all else as torch's layers do. The model predicts from the side network alone, so no start
+is an identity.
+
+Differs from the authors' code: The two things above; and the authors put y behind the model's last norm, which here
+acts on y.
+
+Use it: `peftcore.apply(model, "lst")`, where memory is short: backward runs only through the small network. It cannot
+be merged.
 """
 
 from __future__ import annotations
@@ -45,13 +51,14 @@ from peftcore.author import (
     VisibleTokens,
     cached_tokens,
 )
-from peftcore.errors import ConfigError
-from peftcore_additive._beside import BesideOperator, beside
 from peftcore_additive._side import SideBlock, held_by, side_layers
+from peftcore_additive._side_networks import BesideOperator, beside
 
 
 class LSTConfig(MethodConfig):
     """Options of ladder side-tuning."""
+
+    overridable = ()
 
     method: Literal["lst"] = "lst"
     reduction: PositiveInt = 8
@@ -128,8 +135,6 @@ class LST(Method):
     target = ("block",)
 
     def inject(self, model: nn.Module, config: LSTConfig, surgeon: Surgeon) -> None:
-        if any(config.overrides.values()):
-            raise ConfigError("lst has one side network for all sites: it takes no overrides")
         places = beside(surgeon)
         sites = [site for site, _ in places]
         width, narrow = sites[0].width, config.width(sites[0].width)

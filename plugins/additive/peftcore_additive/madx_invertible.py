@@ -1,5 +1,6 @@
 """Invertible adapters of MAD-X.   Pfeiffer et al. 2020, arXiv 2005.00052 (code: adapter-hub/adapters).
 
+Equation:
     y1 = x1 + F(x2),   y2 = x2 + G(y1)      behind the embeddings, whose halves are x1 and x2
     x2 = y2 - G(y1),   x1 = y1 - F(x2)      in front of the head that predicts tokens: the inverse
     F(x) = W_up f(W_down x + b_down) + b_up,   W_down [h / r, h],   W_up [h, h / r],   h = d / 2
@@ -8,19 +9,21 @@ One coupling (NICE) adapts the embeddings to a language, and its inverse, with t
 prediction head. The coupling is behind all modules that make the embeddings (in BERT their norm and dropout; in models
 that add positions outside, the token table), and the inverse is in front of the last matrix of the head; models without
 a head that predicts tokens lack the inverse. In an encoder-decoder the encoder's tokens are adapted, and the inverse
-reads the decoder's output. All matrices start from N(0, 0.02), biases from zero.
-
-The adapters in the layers, which the paper trains with it, are those of `pfeiffer_adapter`; `madx` is both.
+reads the decoder's output.
 
 Parameters: 2 (d^2 / 4) 2 / r + 2 (d / 2) / r + d, once.
 
-Use it where a model learns a language that it lacks, by predicting tokens; not where a task is trained (there
-`pfeiffer_adapter` is better, on top of it).
+Start: All matrices start from N(0, 0.02), biases from zero. Near the identity; ``init_std=0`` makes it exact.
+
+Differs from the authors' code: No difference is known. The adapters in the layers, which the paper trains with it, are
+those of `pfeiffer_adapter`; `madx` is both.
+
+Use it: `peftcore.apply(model, "madx_invertible")`, where a model learns a language that it lacks, by predicting tokens;
+not where a task is trained (there `pfeiffer_adapter` is better, on top of it).
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, Literal
@@ -29,9 +32,9 @@ import torch
 from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore.author import LearningRate, Method, MethodConfig, Operator, Site, Surgeon, Tags, TokenStacks
+from peftcore.author import ACTIVATIONS, LearningRate, Method, MethodConfig, Operator, Site, Surgeon, Tags, TokenStacks
 from peftcore.errors import UnsupportedSite
-from peftcore_additive._bottleneck import ACTIVATIONS, cast_linear
+from peftcore_additive._bottleneck import cast_linear
 
 AROUND, HEAD = "around", "head"
 """The forms of the module around a table that makes embeddings, and of a head that predicts tokens."""
@@ -111,8 +114,7 @@ class MadxInvertible(Method):
 
     def inject(self, model: nn.Module, config: MadxInvertibleConfig, surgeon: Surgeon) -> None:
         for table, around, heads in _embeddings(surgeon):
-            made = functools.partial(InvertibleOperator, around=bool(around))
-            surgeon.graft(table, made, config, (*around, *heads))
+            surgeon.graft(table, InvertibleOperator, config, (*around, *heads), around=bool(around))
 
     @staticmethod
     def parameter_count(site: Site, config: MadxInvertibleConfig) -> int:

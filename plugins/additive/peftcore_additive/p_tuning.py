@@ -1,23 +1,28 @@
 """P-tuning: a prompt made by a small network.   Liu et al. 2021, arXiv 2103.10385.
 
+Equation:
     X' = [P ; E(ids)],   P = f(Z),   Z [length, d] trained
 
 f is a multilayer perceptron, Linear(d, h) relu Linear(h, h) relu Linear(h, d), or a two-layer bidirectional LSTM of
 width h in each direction followed by Linear(2h, 2h) relu Linear(2h, d). P is put in front of the tokens exactly as in
-prompt_tuning; each forward computes P again, at the network's own precision. Z starts from a standard normal, the
-network as torch initializes it: nothing is identity. The authors' code for LAMA (THUDM/P-tuning) is the LSTM with h = d
-/ 2.
+prompt_tuning; each forward computes P again, at the network's own precision.
 
 With ``encoder="residual"`` it is residual prompt tuning (Razdaibiedina et al. 2023, arXiv 2305.03937; code
-arazd/ResidualPrompts), f(Z) = Z + LayerNorm(Linear(relu(Linear(Z)))) through width h, and Z starts as embeddings of
-tokens drawn from the vocabulary. Its authors train Z and f with one learning rate, 0.3.
+arazd/ResidualPrompts), f(Z) = Z + LayerNorm(Linear(relu(Linear(Z)))) through width h. Its authors train Z and f with
+one learning rate, 0.3.
 
-Parameters, besides length * d: (d + 1) h + (h + 1) h + (h + 1) d for the perceptron; 2 (4 h (d + h) + 8 h) and
-2 (4 h (2h + h) + 8 h) for the layers of the LSTM, (2h + 1) 2h + (2h + 1) d for its head; (d + 1) h + (h + 1) d + 2 d
-for the residual network.
+Parameters, besides length * d: (d + 1) h + (h + 1) h + (h + 1) d for the perceptron; 2 (4 h (d + h) + 8 h) and 2 (4 h
+(2h + h) + 8 h) for the layers of the LSTM, (2h + 1) 2h + (2h + 1) d for its head; (d + 1) h + (h + 1) d + 2 d for the
+residual network.
 
-Use it where prompt_tuning trains unsteadily: the network ties the rows together. Where P should stay near words, as in
-prompt_tuning, the residual network is better.
+Start: Z starts from a standard normal, the network as torch initializes it: nothing is identity. With
+``encoder="residual"`` Z starts as embeddings of tokens drawn from the vocabulary.
+
+Differs from the authors' code: The authors' code for LAMA (THUDM/P-tuning) is the LSTM with h = d / 2; no other
+difference is known.
+
+Use it: `peftcore.apply(model, "p_tuning")`, where prompt_tuning trains unsteadily: the network ties the rows together.
+Where P should stay near words, as in prompt_tuning, the residual network is better.
 """
 
 from __future__ import annotations

@@ -1,20 +1,26 @@
 """P-tuning v2, deep prompts for understanding.   Liu et al. 2021, arXiv 2110.07602 (code: THUDM/P-tuning-v2).
 
+Equation:
     Attention(q, [P_k; K], [P_v; V])   in every layer;   P trained itself, or P = W_l tanh(W Z + b) + b_l
 
-The equation is prefix tuning's, carried over from generation to understanding. In the authors' code three things
-differ: P trains directly, from N(0, 1), unless `projection` asks for the network; numbers of the prefix are dropped in
-training; and a fresh linear head for the classes of the task trains along (labels are classes, not words). Name that
-head in ``train=``, as in ``train=["classifier"]``. It acts on self-attention only.
+The equation is prefix tuning's, carried over from generation to understanding. In the authors' code three things differ
+from it: P trains directly, unless `projection` asks for the network; numbers of the prefix are dropped in training; and
+a fresh linear head for the classes of the task trains along (labels are classes, not words). It acts on self-attention
+only.
 
 The prompts' keys carry no position. The positions of tokens start behind the prompts, as the authors and peft have it,
 wherever the model takes positions; ``behind=False`` leaves them as they are.
 
-Parameters: length * 2 d a layer (d: the width of its keys); with projection (projection + 1) * 2 d a layer and
-(length d + (d + 1) projection) a stack.
+Parameters: length * 2 d a layer (d: the width of its keys); with projection (projection + 1) * 2 d a layer and (length
+d + (d + 1) projection) a stack.
 
-Use it for classification and tagging with a frozen encoder or decoder: easy tasks want a length below 20, hard ones
-about 100. Nothing merges; rows of a batch may have different prompts.
+Start: P from N(0, 1); the network of `projection` as in `prefix_tuning`. No start is an identity.
+
+Differs from the authors' code: No difference is known where the head is trained; numbers are compared with those of
+peft. Name the head in ``train=``, as in ``train=["classifier"]``.
+
+Use it: `peftcore.apply(model, "p_tuning_v2")`, for classification and tagging with a frozen encoder or decoder: easy
+tasks want a length below 20, hard ones about 100. Nothing merges; rows of a batch may have different prompts.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """Parallel adapter.   He et al. 2021, arXiv 2110.04366 (code: jxhe/unify-parameter-efficient-tuning).
 
+Equation:
     out = Block(x) + s (W_up f(W_down x + b_down) + b_up),   W_down [r, d],  W_up [d, r]
 
 x is exactly the tensor that the block reads (behind the norm in front of it, where there is one). The block is the
-feed-forward by default; with ``target="attn.output"`` the attention, and any other target module counts as a block.
-W_down starts as in LoRA, from a Kaiming-uniform draw, W_up and the biases at zero: an exact identity. The scale s is
-the paper's 4, or learned from 1. Dropout acts on f's output, as in the authors' code.
+feed-forward by default; with ``target="attn.output"`` the attention, and any other target module counts as a block. The
+scale s is the paper's 4, or learned from 1. Dropout acts on f's output, as in the authors' code.
 
 The adapter takes x at the block's first matrix, and adds its output where the block's output joins the stream, behind
 the host's dropout and layer scale, as in the authors' code; joins="matrix" adds it to the output of the last matrix. So
@@ -16,7 +16,12 @@ With reads="matrix" it is parallel to the target module itself: y = W x + A(x), 
 
 Parameters: 2 d r + r + d a block, one more when s is learned; without `bias` 2 d r.
 
-Use it where a serial adapter would do; in the paper's comparison it is the stronger of the two. It cannot be merged.
+Start: W_down starts as in LoRA, from a Kaiming-uniform draw, W_up and the biases at zero: an exact identity.
+
+Differs from the authors' code: No difference is known.
+
+Use it: `peftcore.apply(model, "parallel_adapter")`, where a serial adapter would do; in the paper's comparison it is
+the stronger of the two. It cannot be merged.
 """
 
 from __future__ import annotations
@@ -30,6 +35,7 @@ from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from peftcore.author import (
+    ACTIVATIONS,
     OUTPUTS,
     BranchSite,
     Bypass,
@@ -43,7 +49,7 @@ from peftcore.author import (
     branch,
     branch_end,
 )
-from peftcore_additive._bottleneck import ACTIVATIONS, cast_linear
+from peftcore_additive._bottleneck import cast_linear
 
 
 class ParallelAdapterConfig(MethodConfig):

@@ -1,13 +1,12 @@
 """Pfeiffer adapter: one bottleneck a layer, at the stream.   Pfeiffer et al. 2020, arXiv 2005.00247, 2005.00052.
 
+Equation:
     u = LN(x + o),   y = LN(x + o + W_up f(W_down u + b_down) + b_up)   post-norm hosts: LN is the block's last norm
     u = x + o,       y = x + o + W_up f(W_down u + b_down) + b_up       pre-norm hosts
 
 x is the stream, o the feed-forward's output that is added to it. The adapter reads the stream behind the feed-forward
 and is added to it again; in post-norm models the frozen norm runs twice, with the same weights. The attention gets no
-adapter, and no norm trains: these two points, and the adapter's input, are the differences from `houlsby_adapter`. Both
-matrices start from N(0, 0.02), biases at zero: near the identity. All of this as the adapters package has it (its
-`seq_bn`).
+adapter, and no norm trains: these two points, and the adapter's input, are the differences from `houlsby_adapter`.
 
 A model counts as post-norm if no norm follows its blocks; torch's own layers state their kind. An operator's
 `placement` holds the result; if it is wrong (wav2vec2 has the same modules with `do_stable_layer_norm` and without),
@@ -15,7 +14,13 @@ set `placement`. Many later papers call a bottleneck on o itself "Pfeiffer": tha
 target. Adapter+ (Steitz and Roth 2024, arXiv 2406.06820; `adapter_plus`) is placement="pre" with a scale g = 1 at the
 start for each channel, stochastic depth, and a narrower start. Parameters: 2 d r + r + d a layer, with a learned
 `scale` 1 or d more.
-Use it where a Houlsby adapter would do, at half its size; adapters for languages and tasks are stacked so.
+
+Start: Both matrices start from N(0, 0.02), biases at zero: near the identity. ``up_init_std=0`` makes it exact.
+
+Differs from the authors' code: No difference from the adapters package is known (its `seq_bn`).
+
+Use it: `peftcore.apply(model, "pfeiffer_adapter")`, where a Houlsby adapter would do, at half its size; adapters for
+languages and tasks are stacked so.
 """
 
 from __future__ import annotations

@@ -1,26 +1,30 @@
 """Prefix-propagation.   Li et al. 2023, arXiv 2305.12086 (code: MonliH/prefix-propagation).
 
+Equation:
     [R ; X]  ->  block l of [R + P_l ; X],   P_l [length, d] for every block l
 
 Rows R are put in front of the tokens and pass through the whole stack, as queries too: each block adds its P_l to the
 rows that the block below returned. (The keys and values of prefix tuning do not depend on the blocks below.) R is the
 output of the stack's embeddings for zero vectors: positions, token types and a norm where the stack has them.
 
-P trains directly, from N(0, 0.02), or is made by a network, P_l = W_l tanh(W Z + b) + b_l, with Z [length, d] and W
-[projection, d], all N(0, 0.02) and b zero. In training its numbers are dropped out, as those of hidden states are.
+P trains directly, or is made by a network, P_l = W_l tanh(W Z + b) + b_l, with Z [length, d] and W [projection, d]. In
+training its numbers are dropped out, as those of hidden states are.
 
-Rows count as words: tokens have the positions behind them. The authors' Longformer and RoBERTa do so too, but their
-rows take positions from 0 on, which tokens never have there; here rows have the positions in front of the first token.
-(In their BigBird rows are without positions.) Where attention has windows, all tokens attend to the rows if
-``global_attention_mask`` is given, which Longformer's classifiers pass by themselves. Heads read the same tokens as
-without rows, as in the authors' BigBird and RoBERTa; their Longformer classifies by the first row unless
---use_offset_pool_tok is set. Their Longformer trains its token types along, here ``train=["token_type_embeddings"]``.
+Rows count as words: tokens have the positions behind them. Where attention has windows, all tokens attend to the rows
+if ``global_attention_mask`` is given, which Longformer's classifiers pass by themselves.
 
-Never identity. Parameters: length * d a block; with projection (length + projection) d + projection + (projection + 1)
-d a block.
+Parameters: length * d a block; with projection (length + projection) d + projection + (projection + 1) d a block.
 
-Use it where texts are long, for half of prefix_tuning's parameters; not for many users' rows in one batch, which
-prefix_tuning can have.
+Start: P from N(0, 0.02), or Z and W from N(0, 0.02) and b at zero. No start is an identity.
+
+Differs from the authors' code: Rows of the authors' Longformer and RoBERTa take positions from 0 on, which tokens never
+have there; here rows have the positions in front of the first token. In their BigBird rows are without positions. Heads
+read the same tokens as without rows, as in the authors' BigBird and RoBERTa; their Longformer classifies by the first
+row unless --use_offset_pool_tok is set. Their Longformer trains its token types along, here
+``train=["token_type_embeddings"]``.
+
+Use it: `peftcore.apply(model, "prefix_propagation")`, where texts are long, for half of prefix_tuning's parameters; not
+for many users' rows in one batch, which prefix_tuning can have.
 """
 
 from __future__ import annotations

@@ -1,22 +1,27 @@
 """Prefix tuning.   Li and Liang 2021, arXiv 2101.00190 (code: XiangLi1999/PrefixTuning).
 
+Equation:
     Attention(q, [P_k; K], [P_v; V])   in every layer;   P = W_l tanh(W Z + b) + b_l,   or P itself
 
 P_k, P_v are `length` keys and values a layer, in the same softmax as the attention's own. While they train they are
 made by a network: Z [length, d] and (W, b) are shared by the layers of a stack, (W_l, b_l) is the layer's slice of the
-last matrix; with ``projection=None`` P trains directly, from N(0, 1). Encoder, decoder and cross-attention have
-separate prefixes. Prefix keys carry no rotation and no relative bias. The positions of tokens start behind the prefix,
-as the authors and peft have it, wherever the model takes positions; ``behind=False`` leaves them as they are. Under
-grouped-query attention a prefix has the heads of the keys; d is their width.
-
-No start is an identity: a prefix takes mass in the softmax even where its values are zero. With ``gate=True`` (ours,
-not the paper's) the attention with prefix is mixed in by a scalar a layer that starts at zero, at twice the cost.
+last matrix; with ``projection=None`` P trains directly. Encoder, decoder and cross-attention have separate prefixes.
+Prefix keys carry no rotation and no relative bias. The positions of tokens start behind the prefix, as the authors and
+peft have it, wherever the model takes positions; ``behind=False`` leaves them as they are. Under grouped-query
+attention a prefix has the heads of the keys; d is their width.
 
 Parameters: length * 2 d a layer; with projection (projection + 1) * 2 d a layer and (length d + (d + 1) projection) a
 stack; with a gate one more a layer.
 
-Use it for generation with frozen weights, one prefix a task or a user: nothing merges, and rows of a batch may have
-different ones.
+Start: P from N(0, 1) where it trains directly, else the network as torch's layers. No start is an identity: a prefix
+takes mass in the softmax even where its values are zero. With ``gate=True`` the attention with prefix is mixed in by a
+scalar a layer that starts at zero, at twice the cost: an identity, if ``behind=False`` too.
+
+Differs from the authors' code: `gate` is ours; no difference is known (XiangLi1999/PrefixTuning); numbers are compared
+with those of peft.
+
+Use it: `peftcore.apply(model, "prefix_tuning")`, for generation with frozen weights, one prefix a task or a user:
+nothing merges, and rows of a batch may have different ones.
 """
 
 from __future__ import annotations

@@ -1,23 +1,28 @@
 """Prompt tuning.   Lester et al. 2021, arXiv 2104.08691.
 
+Equation:
     X' = [P ; E(ids)],   P [length, d]
 
-With `rank` it is DPT (Xiao et al. 2023, arXiv 2310.10094; code XYaoooo/DPT): P = A B, A [length, rank], B [rank, d],
-both uniform in +-0.5 at the start, so that neither holds the other at zero.
+With `rank` it is DPT (Xiao et al. 2023, arXiv 2310.10094; code XYaoooo/DPT): P = A B, A [length, rank], B [rank, d].
 
 P is put in front of the embedded tokens, after any scaling of the embeddings, with the attention mask of tokens there.
 The shape of outputs is unchanged: the rows of P are removed before heads and poolers run, so labels need no change, and
-the loss covers the predictions of the tokens only. (Other implementations also count how the last row of P predicts the
-first token.) Where a sequence of a batch is padded on the left, P is put after the padding, so the sequence has the
-same outputs as alone. (Other implementations put P before the padding, further from the tokens.) In encoder-decoder
-models P is in the encoder's input, and the decoder attends to it.
+the loss covers the predictions of the tokens only. Where a sequence of a batch is padded on the left, P is put after
+the padding, so the sequence has the same outputs as alone. In encoder-decoder models P is in the encoder's input, and
+the decoder attends to it.
 
-Never identity at the start: anything in front moves the outputs. P starts as embeddings of tokens drawn from the
-vocabulary, none twice where there are enough (the authors draw from its first 5,000), of given tokens, or uniform in
-+-0.5. Parameters: length * d; rank * (length + d) with a rank.
+Parameters: length * d; rank * (length + d) with a rank.
 
-Use it on large models, where it almost reaches full fine-tuning with a few thousand numbers; the paper trains with a
-learning rate of 0.3. A rank makes a long prompt small; in a short one it saves little.
+Start: P starts as embeddings of tokens drawn from the vocabulary, none twice where there are enough, of given tokens,
+or uniform in +-0.5; A and B uniform in +-0.5, so that neither holds the other at zero. Never identity at the start:
+anything in front moves the outputs.
+
+Differs from the authors' code: The authors draw tokens from the first 5,000 of the vocabulary. Other implementations
+also count how the last row of P predicts the first token, and put P before the padding, further from the tokens.
+
+Use it: `peftcore.apply(model, "prompt_tuning")`, on large models, where it almost reaches full fine-tuning with a few
+thousand numbers; the paper trains with a learning rate of 0.3. A rank makes a long prompt small; in a short one it
+saves little.
 """
 
 from __future__ import annotations

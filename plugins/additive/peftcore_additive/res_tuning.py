@@ -1,5 +1,6 @@
 """Res-Tuning's bypass: residual tuners beside the model.   Jiang et al. 2023, arXiv 2310.19859 (code: ms-swift).
 
+Equation:
     z_l = R_l(b_l) + V_l(z_{l-1}),   z_0 = b_0,   R(x), V(x) = x + W_up gelu(W_down x + c) + e
     y   = z_L   in the place of b_L
 
@@ -7,15 +8,19 @@ b_0 is the input of the first block, b_l the output of block l. R_l and V_l ("la
 wide with a residual inside. No gradient reaches the backbone, so its activations are not kept for backward, and other
 adapters inside the blocks get no gradient. The model's last norm and head read y.
 
-The code decides (modelscope/ms-swift): it sums where the paper weighs both terms with a learned share. Its other tuners
-(groups of channels, sampling between the sizes of a UNet) are not here. The paper's form without a bypass puts
-adapters, prompts or prefixes in parallel to a module, as `parallel_adapter` and `prefix_tuning` do.
+Parameters: 2 (2 d r + r + d) a block.
 
-W start by Glorot's rule, biases from N(0, 1e-6^2); with `zero_last` the last block's W_up and e at zero. As the sum of
-two residual streams no start is an identity. Parameters: 2 (2 d r + r + d) a block.
+Start: W start by Glorot's rule, biases from N(0, 1e-6^2); with `zero_last` the last block's W_up and e at zero. As the
+sum of two residual streams no start is an identity.
 
-Use it where memory is short, like `lst` and at a similar size: it processes each token by itself, so it stores nothing
-in caches, and is simpler; `lst` has attention in its side network. It cannot be merged.
+Differs from the authors' code: The code decides (modelscope/ms-swift): it sums where the paper weighs both terms with a
+learned share. Its other tuners (groups of channels, sampling between the sizes of a UNet) are not here. The paper's
+form without a bypass puts adapters, prompts or prefixes in parallel to a module, as `parallel_adapter` and
+`prefix_tuning` do.
+
+Use it: `peftcore.apply(model, "res_tuning")`, where memory is short, like `lst` and at a similar size: it processes
+each token by itself, so it stores nothing in caches, and is simpler; `lst` has attention in its side network. It cannot
+be merged.
 """
 
 from __future__ import annotations
@@ -28,12 +33,13 @@ from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from peftcore.author import BlockSite, Method, MethodConfig, Shared, Site, Surgeon, Tags, Tap
-from peftcore.errors import ConfigError
-from peftcore_additive._beside import BesideOperator, beside
+from peftcore_additive._side_networks import BesideOperator, beside
 
 
 class ResTuningConfig(MethodConfig):
     """Options of Res-Tuning's bypass."""
+
+    overridable = ()
 
     method: Literal["res_tuning"] = "res_tuning"
     bottleneck: PositiveInt = 32
@@ -98,8 +104,6 @@ class ResTuning(Method):
     target = ("block",)
 
     def inject(self, model: nn.Module, config: ResTuningConfig, surgeon: Surgeon) -> None:
-        if any(config.overrides.values()):
-            raise ConfigError("res_tuning has one bypass for all sites: it takes no overrides")
         places = beside(surgeon)
         last, steps = places[-1][0], []
         for site, _ in places:

@@ -1,39 +1,46 @@
 """ShadowPEFT: a small network beside the model corrects what its blocks read.   arXiv 2604.19254 (in peft).
 
+Equation:
     s_0 = P guest(tokens)
     x_l = h_{l-1} + a W_up W_down dropout(h_{l-1} - s_{l-1}),   h_l = block_l(x_l)
     s_l = (1 - g_l) s_{l-1} + g_l T_l(h_l),   g_l = sigmoid(G_l(h_l))
 
-The guest is of the model's own class and config, with `layers` layers and other `sizes`, starts from scratch, and
-trains; P [d, its width] is there where the widths differ. It shares the model's token table where it can, else it has
-its own. T_l and G_l are two linear layers with GELU between, u wide. W_up starts at 0: the identity.
+The guest is of the model's own class and config, with `layers` layers and other `sizes`, and trains; P [d, its width]
+is there where the widths differ. It shares the model's token table where it can, else it has its own. T_l and G_l are
+two linear layers with GELU between, u wide.
 
 In training with labels the guest has a separate loss, which is added to the model's with the weight `guest_weight`:
 
     L = L_model + w CE(head(s_0), labels)
 
-The head of a language model is the model's; one that classifies is copied, trains, and reads the last token. In peft
-the loss of a model in evaluation has that of the guest too.
+The head of a language model is the model's; one that classifies is copied, trains, and reads the last token.
 
-As in peft 0.21 every block has both steps; where blocks are left out, h_l is the input of the next target block. The
-authors' own code leaves the first block out, puts a LayerNorm in front of T and G, and has SiLU in them, no biases, and
-dropout at other places. peft keeps the guest's earlier tokens under the name `past_key_values`, which newer versions of
-transformers do not use; here generation has them in any version. Where peft names a checkpoint as the guest, give its
-sizes, and its values by ``injection.shared["guest"].take(network)``. Reentrant checkpoints are refused.
+Reentrant checkpoints are refused.
 
 Parameters: those of the guest, 2 d r a block, and 2 (2 d u + u + d) a block but the last one of the model, behind which
 nothing reads the shadow; peft has them there too.
 
-Use it where the small network is to be of use by itself as well, or to learn apart from the model.
+Start: W_up at zero: the identity. The guest starts from scratch.
+
+Differs from the authors' code: As in peft 0.21 every block has both steps; where blocks are left out, h_l is the input
+of the next target block. The authors' own code leaves the first block out, puts a LayerNorm in front of T and G, and
+has SiLU in them, no biases, and dropout at other places. peft keeps the guest's earlier tokens under the name
+`past_key_values`, which newer versions of transformers do not use; here generation has them in any version. Where peft
+names a checkpoint as the guest, give its sizes, and its values by ``injection.shared["guest"].take(network)``. In peft
+the loss of a model in evaluation has that of the guest too.
+
+Use it: `peftcore.apply(model, "shadow")`, where the small network is to be of use by itself as well, or to learn apart
+from the model.
 """
 
 from __future__ import annotations
 
-import functools
 import inspect
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 
@@ -45,6 +52,7 @@ from peftcore.author import (
     Method,
     MethodConfig,
     Mine,
+    Operator,
     Share,
     Shared,
     Site,
@@ -53,17 +61,19 @@ from peftcore.author import (
     Tap,
     TokenStacks,
     block_sites,
+    forward_context,
     guest_network,
     head_sites,
 )
-from peftcore.errors import ConfigError, MissingContext, SequenceError, UnsupportedSite
-from peftcore_additive._shadow import GuestLoss, copied
+from peftcore.errors import MissingContext, SequenceError, UnsupportedSite
 
 OF_THE_GUEST = ("layers", "sizes", "own_table", "guest_weight")
 
 
 class ShadowConfig(MethodConfig):
     """Options of ShadowPEFT."""
+
+    overridable = ("rank", "scale", "dropout", "update_width")
 
     method: Literal["shadow"] = "shadow"
     rank: PositiveInt = 8
@@ -83,6 +93,71 @@ class ShadowConfig(MethodConfig):
     model's."""
     guest_weight: NonNegativeFloat = 0.05
     """Weight w of the guest's own loss."""
+
+
+IGNORED = -100
+"""Labels that do not count."""
+
+
+class GuestLoss(Operator):
+    """Wraps the head and adds the guest's own loss in training, where labels are given."""
+
+    def __init__(self, site: Site, states: Tap, weight: float, head: Shared | None) -> None:
+        super().__init__(site)
+        self.states, self.weight, self.head = states, weight, head
+
+    def forward(self, call: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        context = forward_context()
+        states, labels = self.states.get(), context.inputs.get("labels")
+        if self.training and self.weight and states is not None and isinstance(labels, Tensor):
+            if self.head is None:
+                with context.aside():
+                    logits = call(states.to(x.dtype))
+                loss = next_token_loss(logits, labels)
+            else:
+                if labels.dim() != 2 or labels.is_floating_point():  # else there is one for each token
+                    states = last_token(states, context.inputs.get("attention_mask"))
+                loss = class_loss(self.head.module(states.to(next(self.head.module.parameters()).dtype)), labels)
+            context.add_loss(self.weight * loss, self)
+        return call(x, *args, **kwargs)
+
+
+def copied(site: Site) -> nn.Linear:
+    """Return a head like that at a site, with its values, which trains."""
+    biased = site.tensor == "weight" and not site.missing("bias")
+    own = nn.Linear(site.in_features, site.out_features, bias=biased)
+    if not site.meta and not (weight := site.weight()).is_meta:
+        own.weight.data.copy_(weight.detach())
+        if biased:
+            own.bias.data.copy_(site.at("bias").weight().detach())
+    return own
+
+
+def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return how badly logits ``[batch, tokens, vocabulary]`` predict the next labels ``[batch, tokens]``."""
+    precise = torch.promote_types(logits.dtype, torch.float32)
+    said = labels[:, 1:].flatten().to(logits.device)
+    total = F.cross_entropy(logits[:, :-1].flatten(0, 1).to(precise), said, ignore_index=IGNORED, reduction="sum")
+    return total / said.ne(IGNORED).sum().clamp(min=1)
+
+
+def last_token(states: Tensor, mask: Any) -> Tensor:
+    """Return the states ``[batch, width]`` of the last tokens that a mask ``[batch, tokens]`` does not hide."""
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        return states[:, -1]
+    places = torch.arange(mask.shape[1], device=mask.device)
+    last = (mask.ne(0) * places).argmax(-1).to(states.device)
+    return states[torch.arange(len(states), device=states.device), last]
+
+
+def class_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the loss of logits ``[..., classes]``: of a number, of one class, or of several."""
+    precise, labels = torch.promote_types(logits.dtype, torch.float32), labels.to(logits.device)
+    if logits.shape[-1] == 1:
+        return F.mse_loss(logits.squeeze(-1).to(precise), labels.to(precise).view(-1))
+    if not labels.is_floating_point():
+        return F.cross_entropy(logits.flatten(0, -2).to(precise), labels.flatten(), ignore_index=IGNORED)
+    return F.binary_cross_entropy_with_logits(logits.to(precise), labels.to(precise))
 
 
 class ShadowOperator(InputOperator):
@@ -142,8 +217,6 @@ class Shadow(Method):
     target = ("block",)
 
     def inject(self, model: nn.Module, config: ShadowConfig, surgeon: Surgeon) -> None:
-        if once := [name for each in config.overrides.values() for name in each if name in OF_THE_GUEST]:
-            raise ConfigError(f"there is one guest network for all blocks, so {once[0]} takes no overrides")
         sites = sorted(block_sites(surgeon), key=lambda site: site.depth)
         stack = TokenStacks(surgeon).around(sites)
         if sites[0].width != stack.out_features:
@@ -153,9 +226,8 @@ class Shadow(Method):
         surgeon.graft(stack, GuestOperator, guest=guest, states=states[0])
         before = None
         for number, site in enumerate(sites):
-            taps = states[max(number - 1, 0)], states[number]
-            make = functools.partial(ShadowOperator, before=before, shadow=taps[0], left=taps[1])
-            before = Shared(surgeon.graft(site, make, config))
+            seen, left = states[max(number - 1, 0)], states[number]
+            before = Shared(surgeon.graft(site, ShadowOperator, config, before=before, shadow=seen, left=left))
         labels = "labels" in inspect.signature(model.forward).parameters
         if config.guest_weight and labels and (heads := head_sites(surgeon)):
             head, own = max(heads, key=lambda each: each.out_features), None

@@ -3,6 +3,7 @@ arXiv 1912.13503 (code: jozhang97/side-tuning).
 
 For models of tokens alone: pictures, for which the authors' side networks are convolutions, are not here.
 
+Equation:
     R = g B(x) + (1 - g) S(x),   g = sigmoid(a)
 
 By `merge` it is the sum or the product of B and S, too, as in the code. B are the model's features after its last norm,
@@ -12,16 +13,19 @@ states. The inside of the model is unchanged and gets no gradient, so training a
 of the injections before it.
 
 S is a guest: of the model's own class and config, with `layers` layers and other `sizes`, and a projection where its
-width is another. It shares the model's token table where it can. It starts from scratch. The authors first train it to
-reproduce the model's features; load the values of such a network with ``injection.shared["guest"].take(network)``. a
-starts at 0: half of each, no identity. A schedule of g, FiLM, MLP, and links to the side networks of earlier tasks are
-not here.
+width is another. It shares the model's token table where it can.
 
 Parameters: those of the guest, and 1.
 
-Use it where the model must stay unchanged and training must be cheap, or for a sequence of tasks; not where a task
-needs other features early in the model (`lora`). `lst` is its kin that reads the model's blocks, `shadow` the one that
-corrects what they read.
+Start: a starts at 0: half of each, no identity. The side network starts from scratch, or from a trained network:
+``injection.shared["guest"].take(network)``.
+
+Differs from the authors' code: The authors first train the side network to reproduce the model's features. A schedule
+of g, FiLM, MLP, and links to the side networks of earlier tasks are not here.
+
+Use it: `peftcore.apply(model, "side_tuning")`, where the model must stay unchanged and training must be cheap, or for a
+sequence of tasks; not where a task needs other features early in the model (`lora`). `lst` is its kin that reads the
+model's blocks, `shadow` the one that corrects what they read.
 """
 
 from __future__ import annotations
@@ -50,11 +54,13 @@ from peftcore.author import (
     on_first,
     with_blocks,
 )
-from peftcore.errors import ConfigError, MissingContext, SequenceError
+from peftcore.errors import MissingContext, SequenceError
 
 
 class SideTuningConfig(MethodConfig):
     """Options of side-tuning."""
+
+    overridable = ()
 
     method: Literal["side_tuning"] = "side_tuning"
     layers: PositiveInt = 1
@@ -122,8 +128,6 @@ class SideTuning(Method):
     target = ("block", "norm.final")
 
     def inject(self, model: nn.Module, config: SideTuningConfig, surgeon: Surgeon) -> None:
-        if any(config.overrides.values()):
-            raise ConfigError("side_tuning has one side network: it takes no overrides")
         sites = with_blocks(surgeon)
         stack, last = TokenStacks(surgeon).around(sites), sites[-1]
         if (last.role or "").startswith("norm"):  # which is called as other modules are

@@ -1,5 +1,6 @@
 """SMoP: a sparse mixture of short prompts.   Choi et al. 2023, EMNLP, aclanthology.org/2023.emnlp-main.884.
 
+Equation:
     X' = [p_j P_j ; X],   p = softmax(W m),   m = mean of the text's rows of X,   j = argmax p
 
 X are the embedded tokens; there are E short prompts P_j [length, d], and a text gets that of the highest probability,
@@ -8,15 +9,18 @@ noise (e * W m) with e standard normal, whose gradient is not followed; it also 
 loss does. With `top_k` the prompt is the sum of several p_j P_j.
 
 The text is all tokens before the first label, or the whole input, unless ``peftcore.call(model, prompt_length=...)``
-sets its length: so the route is chosen once, and generated tokens do not change it. W starts orthogonal, P_j as
-standard normal.
+sets its length: so the route is chosen once, and generated tokens do not change it.
 
-The authors' code (jyjohnchoi/SMoP) adds up the chosen prompts of all texts of a batch, by a broadcast, which its paper
-does not say, nor what it does for one text alone: here each text gets its own. It computes a factor of balance, and
-does not use it. Parameters: E (length + 1) d.
+Parameters: E (length + 1) d.
 
-Use it where a task has several kinds of text, for which one prompt would have to be long; not where texts are alike
-(prompt_tuning), or where each text needs another prompt (idpg makes a prompt for each).
+Start: W starts orthogonal, P_j as standard normal. No start is an identity.
+
+Differs from the authors' code: The authors' code (jyjohnchoi/SMoP) adds up the chosen prompts of all texts of a batch,
+by a broadcast, which its paper does not say, nor what it does for one text alone: here each text gets its own. It
+computes a factor of balance, and does not use it.
+
+Use it: `peftcore.apply(model, "smop")`, where a task has several kinds of text, for which one prompt would have to be
+long; not where texts are alike (prompt_tuning), or where each text needs another prompt (idpg makes a prompt for each).
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 """SparseAdapter: bottleneck adapters that are pruned before they train.   He et al. 2022, arXiv 2210.04284.
 
+Equation:
     y = h + (m_up * W_up) drop f((m_down * W_down) LN(h) + b_down) + b_up,   m in {0, 1}, fixed before training
 
     s(w) = |w dL/dw| (snip),   w (H g) (grasp),   |w| (magnitude),   a draw (random),   g = dL/dw, H its derivative
@@ -7,32 +8,44 @@
 The adapter is a serial one (`houlsby_adapter`), on the outputs of attention and feed-forward before they are added to
 the stream. The (1 - `sparsity`) share of the weights with the highest s stays, in one ranking over all adapters; biases
 and norms are not pruned. snip and grasp look once at ``data=`` in evaluation, with gradients summed over the batches;
-scores are computed at the start, and the weights that stay keep their initial values. Only these weights are stored and
-trained, as one vector for all adapters and their places, so momentum and weight decay cannot revive pruned weights. The
-code decides where the paper is open (Shwai-He/SparseAdapter): grasp keeps the largest w (H g), whose removal would
-lower the norm of the gradient most. The adapter has a layer norm in front of W_down and dropout on f's output, and both
-matrices start from N(0, 0.02). Its attention adapter is in front of the host's dropout, that of the feed-forward behind
-it; here `joins` sets the place for both. Its score synflow is zero behind the norm, and left out.
+scores are computed at the start. Only these weights are stored and trained, as one vector for all adapters and their
+places, so momentum and weight decay cannot revive pruned weights. The adapter has a layer norm in front of W_down and
+dropout on f's output.
 
 Parameters: (1 - sparsity) of the 2 d r of all adapters, and r + d an adapter, with `norm` 2 d more; and their places.
-Use it where a `houlsby_adapter` is too large to store, or a wider one is wanted at the same size: the paper's
-Large-Sparse doubles `bottleneck` and prunes half. It is not faster: matrices are made whole for each forward."""
+
+Start: Both matrices from N(0, 0.02), biases at zero; the weights that stay keep these values. Near the identity;
+``up_init_std=0`` with ``score="random"`` makes it exact.
+
+Differs from the authors' code: The code decides where the paper is open (Shwai-He/SparseAdapter): grasp keeps the
+largest w (H g), whose removal would lower the norm of the gradient most. Its attention adapter is in front of the
+host's dropout, that of the feed-forward behind it; here `joins` sets the place for both. Its score synflow is zero
+behind the norm, and left out.
+
+Use it: `peftcore.apply(model, "sparse_adapter", data=batches)`, where a `houlsby_adapter` is too large to store, or a
+wider one is wanted at the same size: the paper's Large-Sparse doubles `bottleneck` and prunes half. It is not faster:
+matrices are made whole for each forward.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
 from itertools import accumulate
 from typing import Any, Literal, Self
 
 import torch
 from pydantic import NonNegativeFloat, PositiveInt, model_validator
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from peftcore.author import (
+    ACTIVATIONS,
     OUTPUTS,
     AppliedMethod,
     AtBranchEnd,
     Batches,
+    Checked,
     Joins,
     LearningRate,
     Method,
@@ -45,13 +58,13 @@ from peftcore.author import (
     branch_end,
 )
 from peftcore.errors import CalibrationError, ConfigError
-from peftcore_additive._bottleneck import ACTIVATIONS, width_of
-from peftcore_additive._kept import Kept, drawn
-from peftcore_additive._scores import SCORES
+from peftcore_additive._bottleneck import width_of
 
 
 class SparseAdapterConfig(MethodConfig):
     """Options of SparseAdapter."""
+
+    overridable = ("bottleneck", "activation", "norm", "dropout", "joins", "init_std", "up_init_std")
 
     method: Literal["sparse_adapter"] = "sparse_adapter"
     bottleneck: PositiveInt = 64
@@ -81,12 +94,94 @@ class SparseAdapterConfig(MethodConfig):
         return self
 
 
+class Kept(Checked):
+    """The weights that stay, and their places in all adapters one after the other, ascending."""
+
+    index: Tensor
+
+    def __init__(self, total: int, count: int) -> None:
+        super().__init__()
+        self.total = total
+        self.values = nn.Parameter(torch.zeros(count))
+        self.register_buffer("index", torch.randperm(total)[:count].sort().values.to(torch.int32))
+
+    @torch.no_grad()
+    def take(self, start: Tensor, score: Tensor | None = None) -> None:
+        """Take the starts of the weights that stay: those with the highest scores, or those that were drawn."""
+        start = start.to(self.values)
+        if score is not None:
+            self.index.copy_(score.topk(len(self.index)).indices.sort().values)
+        self.values.copy_(start[self.index.long()])
+
+    def wrong_values(self, values: Mapping[str, Tensor]) -> Iterator[str]:
+        index = values.get("index")
+        if index is not None and not (index.diff().gt(0).all() and int(index[0]) >= 0 and int(index[-1]) < self.total):
+            yield f"index does not hold ascending places in {self.total} weights"
+
+    def between(self, first: int, size: int, device: torch.device) -> Tensor:
+        """Return `size` of all weights, from the first on, with zeros where they were pruned."""
+        values, index = (each.to(device) for each in (self.values, self.index))
+        # How many places lie here is only known on the device, but not more than this; the rest go behind the end.
+        order = torch.searchsorted(index, first) + torch.arange(min(len(index), size), device=device)
+        found = order.clamp(max=len(index) - 1)
+        place = index[found].long() - first
+        place = torch.where((order < len(index)) & (place < size), place, size)
+        return values.new_zeros(size + 1).scatter(0, place, values[found])[:size]
+
+
+def drawn(width: int, config: SparseAdapterConfig) -> Tensor:
+    """Draw both matrices of an adapter, flat, W_down first."""
+    stds = (config.init_std, config.up_init_std)
+    return torch.cat([torch.randn(width * config.bottleneck) * std for std in stds])
+
+
+def gradients(loss: Tensor, weights: list[Tensor], again: bool = False) -> list[Tensor]:
+    """Return the gradients of a loss; with `again` they have gradients themselves."""
+    return list(torch.autograd.grad(loss, weights, create_graph=again, allow_unused=True, materialize_grads=True))
+
+
+def slopes(weights: list[Tensor], data: Batches) -> list[Tensor]:
+    """Return the gradients of the sum of the losses of all batches."""
+    sums = [torch.zeros_like(w) for w in weights]
+    for batch in data:
+        for total, gradient in zip(sums, gradients(batch.loss(), weights), strict=True):
+            total += gradient
+    return sums
+
+
+def snip(weights: list[Tensor], data: Batches) -> list[Tensor]:
+    """Return |w dL/dw| by weight."""
+    return [(w.detach() * g).abs() for w, g in zip(weights, slopes(weights, data), strict=True)]
+
+
+def grasp(weights: list[Tensor], data: Batches) -> list[Tensor]:
+    """Return w (H g) by weight, where g and H are the gradient and the Hessian of the sum of the losses.
+
+    Raises:
+        CalibrationError: an operation of the model lacks a second derivative.
+    """
+    first = slopes(weights, data)
+    with sdpa_kernel(SDPBackend.MATH):  # the others have no second derivative
+        for batch in data:
+            again = gradients(batch.loss(), weights, again=True)
+            product = torch.stack([(a * b).sum() for a, b in zip(first, again, strict=True)]).sum()
+            try:
+                product.backward()  # the whole graph: without it, what has no second derivative would count as zero
+            except RuntimeError as error:
+                raise CalibrationError(f"the model has no second derivative ({error}); take score='snip'") from error
+    return [torch.zeros_like(w) if w.grad is None else w.detach() * w.grad for w in weights]
+
+
+SCORES = {"snip": snip, "grasp": grasp}
+
+
 class SparseOperator(AtBranchEnd):
     """The weights of one adapter that were not pruned, and its biases and norm."""
 
-    def __init__(self, site: Site, config: SparseAdapterConfig, first: int, kept: Shared) -> None:
+    def __init__(self, site: Site, config: SparseAdapterConfig, first: int, kept: Shared, starts: list[Tensor]) -> None:
         super().__init__(site)
         self.width, self.first, self.kept = width_of(site), first, kept
+        starts.append(drawn(self.width, config))  # here the generator is seeded for the site
         self.activation, self.dropout = ACTIVATIONS[config.activation](), nn.Dropout(config.dropout)
         self.down_bias = nn.Parameter(torch.zeros(config.bottleneck))
         self.up_bias = nn.Parameter(torch.zeros(self.width))
@@ -94,8 +189,7 @@ class SparseOperator(AtBranchEnd):
         self.whole: Tensor | None = None  # both matrices before they are pruned, while they are ranked
 
     def adapt(self, h: Tensor) -> Tensor:
-        channels = self.layer.channel_dim
-        return h + self._mapped(h.movedim(channels, -1)).movedim(-1, channels)
+        return h + self.layer.channels_back(self._mapped(self.layer.channels_last(h)))
 
     def _mapped(self, h: Tensor) -> Tensor:
         size = 2 * self.width * len(self.down_bias)
@@ -135,8 +229,6 @@ class SparseAdapter(Method):
     def inject(self, model: nn.Module, config: SparseAdapterConfig, surgeon: Surgeon) -> None:
         sites = surgeon.sites()
         owns = [config.at(site.path) for site in sites]
-        if any((own.sparsity, own.score) != (config.sparsity, config.score) for own in owns):
-            raise ConfigError("one ranking goes through all sites, so overrides can change neither sparsity nor score")
         places = [branch_end(surgeon, site, own.joins) for site, own in zip(sites, owns, strict=True)]
         sizes = [2 * width_of(place) * own.bottleneck for place, own in zip(places, owns, strict=True)]
         total = sum(sizes)
@@ -145,13 +237,8 @@ class SparseAdapter(Method):
             raise ConfigError(f"sparsity={config.sparsity} leaves none of {total} weights; lower it")
         kept = surgeon.own("kept", lambda: Kept(total, count))
         self.starts = []
-
-        def build(site: Site, own: SparseAdapterConfig, first: int) -> SparseOperator:
-            self.starts.append(drawn(width_of(site), own))  # here the generator is seeded for the site
-            return SparseOperator(site, own, first, kept)
-
         for place, first in zip(places, accumulate(sizes, initial=0), strict=False):
-            surgeon.graft(place, lambda s, c, first=first: build(s, c, first), config, place.places)
+            surgeon.graft(place, SparseOperator, config, place.places, first=first, kept=kept, starts=self.starts)
         start = torch.cat(self.starts)
         kept.module.take(start, start.abs() if config.score == "magnitude" else None)
 

@@ -1,6 +1,7 @@
 """SPT, selective prompt tuning: which blocks take prompts of their own is learned.   Zhu and Tan 2023, arXiv
 2310.20127.
 
+Equation:
     [R_l ; x_l] -> block l,   R_l = (1 - a_l) P_l + a_l p_l,   a_l = sigmoid(alpha_l),   p_l [length, d]
 
 x_l are the tokens before block l, and P_l the rows in front of them as the blocks below return them; block 0 does not
@@ -8,16 +9,18 @@ receive rows, so R_0 = a_0 p_0. This is the search, in which all blocks take par
 trains along. Then ``chosen(injection, 4)`` names the blocks with the largest a_l, and a new adapter with `layers` has
 prompts there alone, whole ones: R_l = p_l at these, R_l = P_l between them, and no rows below the first.
 
-No code of the authors was found, and their text was not at hand: this is the equation of the catalogue. They search in
-two levels, alpha on held-out data and p on the rest, with a smoothed choice; here both train on the same batches. To
-search in two levels, step the parameters called `alpha` with a separate optimizer. Rows are without positions, as in
-`lpt`; in encoder-decoder models they are inserted in the encoder. p_l starts from N(0, 0.02), alpha_l at zero. Never
-identity.
+Rows are without positions, as in `lpt`; in encoder-decoder models they are inserted in the encoder.
 
 Parameters: blocks * (length d + 1) in the search, then layers * length d.
 
-Use it where `prompt_tuning` is too weak and a prompt in each block (`prefix_tuning`) too much, and there is time for
-two trainings; `lpt` has one late prompt and no search.
+Start: p_l starts from N(0, 0.02), alpha_l at zero. Never identity.
+
+Differs from the authors' code: No code of the authors was found, and their text was not at hand: this is the equation
+of the catalogue. They search in two levels, alpha on held-out data and p on the rest, with a smoothed choice; here both
+train on the same batches. To search in two levels, step the parameters called `alpha` with a separate optimizer.
+
+Use it: `peftcore.apply(model, "spt_selective", layers=[0, 1])`, where `prompt_tuning` is too weak and a prompt in each
+block (`prefix_tuning`) too much, and there is time for two trainings; `lpt` has one late prompt and no search.
 """
 
 from __future__ import annotations

@@ -1,17 +1,21 @@
 """SSF: scaling and shifting features.   Lian et al. 2022, arXiv 2210.08823 (code: dongzelian/SSF).
 
+Equation:
     y = gamma * f(x) + beta   after every operation f: linear layers, norms, convolutions; one number a channel
 
-As in the authors' code, gamma starts at N(1, 0.02) and beta at N(0, 0.02), so a fresh injection changes the outputs a
-little; ``init_std=0`` starts from the identity. They merge into W' = gamma * W and b' = gamma * b + beta: a layer
-without a bias gets one. Modules that cannot have a bias (RMSNorm, a stack of experts) are only scaled. The authors'
-models lack token tables and routers: both are skipped unless a target names them. The head is skipped too; the authors
-train it whole (``train=["classifier"]``).
+gamma and beta merge into W' = gamma * W and b' = gamma * b + beta: a layer without a bias gets one. Modules that cannot
+have a bias (RMSNorm, a stack of experts) are only scaled. The authors' models lack token tables and routers: both are
+skipped unless a target names them.
 
 Parameters: 2 out for each operation (out where nothing is shifted), times the number of experts.
 
-Use it to adapt a vision model to a task with few examples, for nothing at inference. Without weight decay: it pulls
-gamma to 0, not to 1.
+Start: gamma from N(1, 0.02) and beta from N(0, 0.02), as in the authors' code: a fresh injection changes the outputs a
+little; ``init_std=0`` starts from the identity.
+
+Differs from the authors' code: The head is skipped; the authors train it whole (``train=["classifier"]``).
+
+Use it: `peftcore.apply(model, "ssf")`, to adapt a vision model to a task with few examples, for nothing at inference.
+Without weight decay: it pulls gamma to 0, not to 1.
 """
 
 from __future__ import annotations

@@ -1,28 +1,35 @@
 """State-offset tuning: a constant added to the state of a state-space model at each step.   Kang et al. 2025, arXiv
 2503.03499 (furiosa-ai/ssm-state-tuning).
 
+Equation:
     y_t = silu(z_t) (C_t (h_t + h') + D x_t),   h' [d, N]        offset="state"
     y_t = silu(z_t) (C_t h_t + y' + D x_t),     y' [d]           offset="output"
 
-h_t is the state of a Mamba mixer, d channels with N states each, and h' or y' is all that trains; it starts at zero. A
-prefix or a trained first state fades with the decay of the states; the offset is there anew at each step and is not
-carried on, so caches hold what they held before. With `rank` h' is B A, B [d, rank] from zero and A [rank, N].
+h_t is the state of a Mamba mixer, d channels with N states each, and h' or y' is all that trains. A prefix or a trained
+first state fades with the decay of the states; the offset is there anew at each step and is not carried on, so caches
+hold what they held before. With `rank` h' is B A, B [d, rank] and A [rank, N].
 
 It acts in Mamba, FalconMamba and Jamba, where h' reads C as the model does, behind its norm in the latter two. Mamba-2
-and its kin (Bamba, Zamba2, NemotronH) make C within the mixer, so only y' is there, in front of the gated norm; the
-authors' code has nothing for them. On GPUs the scan may be a kernel. The one that takes the place of the whole mixer in
-training passes over its last matrix, and is refused when it has run.
+and its kin (Bamba, Zamba2, NemotronH) make C within the mixer, so only y' is there, in front of the gated norm. On GPUs
+the scan may be a kernel. The one that takes the place of the whole mixer in training passes over its last matrix, and
+is refused when it has run.
 
 Parameters: d N a mixer, d with ``offset="output"``, rank (d + N) with `rank`: 589,824 and 36,864 in Mamba 130M.
 
-Use it in state-space models, where prompts and prefixes do little; not in hybrids in which attention has most of the
-layers. `lora` on ``ssm.in`` and ``ssm.out`` is larger, and merges; `ssf` scales and shifts what matrices return.
+Start: h' or y' at zero, or B at zero: the identity.
+
+Differs from the authors' code: The authors' code has nothing for Mamba-2 and its kin.
+
+Use it: `peftcore.apply(model, "state_offset_tuning")`, in state-space models, where prompts and prefixes do little; not
+in hybrids in which attention has most of the layers. `lora` on ``ssm.in`` and ``ssm.out`` is larger, and merges; `ssf`
+scales and shifts what matrices return.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
 
 import torch
@@ -30,9 +37,9 @@ from pydantic import PositiveInt, model_validator
 from torch import Tensor, nn
 from torch.nn.functional import linear, silu
 
-from peftcore.author import LearningRate, Method, MethodConfig, Operator, Surgeon, Tags, Tap
+from peftcore import HostEntry
+from peftcore.author import LearningRate, Method, MethodConfig, Operator, Site, Surgeon, Tags, Tap
 from peftcore.errors import TrainingError, UnsupportedSite
-from peftcore_additive._state_space import GATE, OUT, READOUT, MixerSite, mixer_site
 
 
 class StateOffsetTuningConfig(MethodConfig):
@@ -49,6 +56,93 @@ class StateOffsetTuningConfig(MethodConfig):
         if self.rank is not None and self.offset == "output":
             raise ValueError("rank= is of an offset of states; one of outputs is a vector")
         return self
+
+
+GATE, READOUT, OUT = "gate", "readout", "out"
+"""Forms of sites: the matrix whose last outputs are the gate z, the module whose last outputs are C, which reads the
+states, and the module whose input is the readout."""
+
+
+@dataclass(frozen=True, eq=False)
+class MixerSite(Site):
+    """A whole state-space mixer as a site."""
+
+    channels: int = 0
+    """Channels d of its scan."""
+    states: int = 0
+    """States N of each channel; 0 where C is made inside the mixer, and nothing outside gets to see it."""
+    places: tuple[Site, ...] = ()
+    """The places inside it."""
+
+    @property
+    def weight_shape(self) -> torch.Size:
+        """The numbers of channels and of states, which plans and files store as the shape."""
+        return torch.Size([self.channels, self.states])
+
+    @property
+    def gates_first(self) -> bool:
+        """True if the output of the scan is gated already."""
+        return any(place.form == GATE for place in self.places)
+
+
+def mixer_site(surgeon: Surgeon, site: Site) -> MixerSite:
+    """Return a mixer with its places: of Mamba (S6) or of Mamba-2, in which a norm is given the scan and the gate.
+
+    Raises:
+        UnsupportedSite: it is neither.
+    """
+    path = site.module_path
+    children = [each for each in surgeon.resolver.host.entries if path and each.path.rpartition(".")[0] == path]
+    outs = [each for each in children if each.role == "ssm.out"]
+    if len(outs) != 1:
+        raise UnsupportedSite(f"{path or 'the host'} is no state-space mixer; target the role ssm")
+    known = {**vars(site), "form": "activation", "channels": outs[0].shape[-1]}
+    places = _selective(surgeon, children, outs[0])
+    if places is not None:
+        return MixerSite(**known, states=places[0], places=places[1])
+    norms = [each for each in children if _is_gated_norm(surgeon, each, outs[0].shape[-1])]
+    if len(norms) != 1:
+        raise UnsupportedSite(
+            f"{path}: nothing tells where this mixer gates what it reads of its states; Mamba, FalconMamba, Jamba and "
+            "Mamba-2 tell, exclude= others"
+        )
+    return MixerSite(**known, places=(_place(surgeon, norms[0], OUT),))
+
+
+def _selective(surgeon: Surgeon, children: list[HostEntry], out: HostEntry) -> tuple[int, tuple[Site, ...]] | None:
+    """Return the number of states of a mixer of Mamba, and its places; None for all others.
+
+    The first matrix returns the input of the convolution and the gate, x returns the steps, B and C. Norms of the
+    steps, B and C may follow: then C is the output of the norm whose name begins with c.
+    """
+    by_role = {each.role: each for each in children}
+    first, x, steps = (by_role.get(f"ssm.{name}") for name in ("in", "x", "dt"))
+    if first is None or x is None or steps is None or first.rows != 2 * out.shape[-1]:
+        return None
+    states, rest = divmod(x.rows - steps.shape[-1], 2)
+    mixer = surgeon.resolver.modules[x.path.rpartition(".")[0]]
+    decays = [each.shape for each in mixer._parameters.values() if each is not None]
+    if rest or (out.shape[-1], states) not in decays:
+        return None
+    norms = [each for each in children if each.kind == "norm"]
+    readouts = [each for each in norms if each.path.rpartition(".")[2].startswith("c")] if norms else [x]
+    if len(readouts) != 1:
+        return None
+    return states, tuple(
+        _place(surgeon, each, form) for each, form in ((first, GATE), (readouts[0], READOUT), (out, OUT))
+    )
+
+
+def _is_gated_norm(surgeon: Surgeon, entry: HostEntry, channels: int) -> bool:
+    return entry.kind == "norm" and entry.shape == (channels,) and "gate" in _site(surgeon, entry).arguments
+
+
+def _site(surgeon: Surgeon, entry: HostEntry) -> Site:
+    return surgeon.resolver.site(entry.module, "weight", entry.role)
+
+
+def _place(surgeon: Surgeon, entry: HostEntry, form: str) -> Site:
+    return replace(_site(surgeon, entry), form=form)
 
 
 class OffsetOperator(Operator):

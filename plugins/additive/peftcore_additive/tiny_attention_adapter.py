@@ -1,5 +1,6 @@
 """Tiny-attention adapter: an adapter that sees the other tokens.   Zhao et al. 2022, arXiv 2211.01979.
 
+Equation:
     y = h + W_2 MHA(q, k, v) + b_2,   [q, k, v] = W_1 LN(h) + b_1,   q, k, v [tokens, a],   a = 1
 
 h is the stream behind self-attention: behind the norm there in post-norm hosts, the sum in front of the next norm in
@@ -8,19 +9,22 @@ multi-head attention of width a, with its projections and dropout of attention w
 do not attend to padding, nor to later tokens in causal stacks. The model's cache stores its keys and values of earlier
 tokens in layers behind the model's own.
 
-W_2 and b_2 start as torch's layers do, times 0.01. With `modules` n adapters follow one another, each times 1/n, as the
-code trains n heads to average their tensors afterwards; here they stay n. Parameters: n (4 a d + 4 a^2 + 7 a + 3 d) a
-layer: 5,387 with a = n = 1 in RoBERTa-base.
+With `modules` n adapters follow one another, each times 1/n. Parameters: n (4 a d + 4 a^2 + 7 a + 3 d) a layer: 5,387
+with a = n = 1 in RoBERTa-base.
 
-Use it where context has to be weighed anew and parameters are few; not where latency counts: it cannot be merged
-(`lora` can), and attends once more in every layer. `houlsby_adapter` is its kin that sees one token.
+Start: W_2 and b_2 start as torch's layers do, times 0.01. Near the identity; ``out_scale=0`` makes it exact.
+
+Differs from the authors' code: The code trains n heads to average their tensors afterwards; here the n adapters stay.
+
+Use it: `peftcore.apply(model, "tiny_attention_adapter")`, where context has to be weighed anew and parameters are few;
+not where latency counts: it cannot be merged (`lora` can), and attends once more in every layer. `houlsby_adapter` is
+its kin that sees one token.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from itertools import repeat
 from typing import Any, Literal, Self
 
@@ -172,10 +176,8 @@ class TinyAttentionAdapter(Method):
             blocks = sum(stack_path(other or "") == stack_path(path) for other in depths)
             visible = VisibleTokens(stacks.of(site))
             place, sums = placed(surgeon, site)
-            make = partial(
-                TinyAttentionOperator, block=block, depth=depths[path], blocks=blocks, visible=visible, sums=sums
-            )
-            surgeon.graft(place, make, config, (*place.places, block))
+            around = {"block": block, "depth": depths[path], "blocks": blocks, "visible": visible, "sums": sums}
+            surgeon.graft(place, TinyAttentionOperator, config, (*place.places, block), **around)
 
     @staticmethod
     def parameter_count(site: Site, config: TinyAttentionAdapterConfig) -> int:

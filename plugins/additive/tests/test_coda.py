@@ -16,7 +16,7 @@ from peftcore.errors import SequenceError, UnsupportedSite
 from peftcore.testing import HOSTS, conformance
 from peftcore.testing.kit import fill
 from peftcore.testing.tools import without_fast_paths
-from peftcore_additive._chosen_tokens import soft_top_k
+from peftcore_additive.coda import soft_top_k
 
 SOFT: dict[str, Any] = {"reduction": 2.0, "bottleneck": 4, "temperature": 0.5, "steps": 400}
 

@@ -17,7 +17,7 @@ import peftcore
 from peftcore.errors import ConfigError
 from peftcore.testing import against, conformance, frozen, same_defaults, same_start
 from peftcore.testing.kit import fill
-from peftcore_additive._information import HeadLoss, info_nce
+from peftcore_additive.infoprompt import HeadLoss, info_nce
 
 NUMBERS = Path(__file__).parent / "numbers" / "infoprompt.json"
 CODE: Any = {"repository": "JoshuaWu1997/infoprompt", "commit": "cc56fba", "script": "model/RoBertaPrompt.py"}

@@ -440,7 +440,7 @@ def test_what_is_refused() -> None:
     ):
         with pytest.raises(ConfigError, match=said):
             peftcore.apply(deepcopy(model), "shadow", sizes=sizes)
-    with pytest.raises(ConfigError, match="so layers takes no overrides"):
+    with pytest.raises(ConfigError, match="layers cannot change at single sites"):
         peftcore.apply(deepcopy(model), "shadow", overrides={"model.layers.1": {"layers": 2}})
     with pytest.raises(ConfigError, match="num_hidden_layers 4, not 5"):
         peftcore.apply(deepcopy(model), "shadow", layers=5)

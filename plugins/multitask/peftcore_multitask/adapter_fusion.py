@@ -1,5 +1,6 @@
 """AdapterFusion: attention over adapters.   Pfeiffer et al. 2021, arXiv 2005.00247 (code: adapter-hub/adapters).
 
+Equation:
     y = h + V sum_t a_t z_t,   a = softmax_t((Q h + q) . K z_t),   z_t = y_t - h
 
 h is a module's output without adapters and y_t its output with adapter t alone: each token weighs the adapters'
@@ -8,38 +9,61 @@ package does it (`mixes`): s is the norm's input without adapters, s_t its input
 
     y = LN(s + V sum_t a_t z_t),   h = LN(s) in the scores
 
-Q and K start from N(0, 0.02), q at zero, V as the identity with 1e-6 off its diagonal: at first this is about the
-adapters' mean, as long as they add little. The loss gets regularizer * |V - I|^2 from each module. Over adapters of the
-model:
+The loss gets regularizer * |V - I|^2 from each module. Over adapters of the model:
 
     peftcore.apply(model, "adapter_fusion", name="fusion", adapters=["a", "b"])
     peftcore.activate(model, Fuse("a", "b", by="fusion"))
 
 The fusion acts at the modules around which its adapters act (norms that they train are averaged), whatever their order,
-and does nothing alone. It does not freeze the adapters, as the paper does; to freeze one:
-``injections(model)["a"].trainable(False)``. Without `adapters` the fusion creates and owns `parts`, and is one adapter
-with all of them; without `train_parts` they are frozen.
-
-The package's K has a bias, which adds the same to all scores of a token and cancels: left out. So is its temperature,
-which changes in evaluation. It drops scores as often as the model drops attention; here that is `dropout`, 0.
+and does nothing alone. It does not freeze the adapters; to freeze one: ``injections(model)["a"].trainable(False)``.
+Without `adapters` the fusion creates and owns `parts`, and is one adapter with all of them; without `train_parts` they
+are frozen.
 
 Parameters: 3 d^2 + d a module (2 d^2 + d without V), and those of the parts that it owns.
-Use it to let a task draw on adapters that were trained apart for other tasks, and stay as they are.
+
+Start: Q and K start from N(0, 0.02), q at zero, V as the identity with 1e-6 off its diagonal: at first this is about
+the adapters' mean, as long as they add little. With adapters that add nothing yet it is the identity.
+
+Differs from the authors' code: The package's K has a bias, which adds the same to all scores of a token and cancels:
+left out. So is its temperature, which changes in evaluation. It drops scores as often as the model drops attention;
+here that is `dropout`, 0. The paper freezes the adapters that it mixes; here they stay as they are, unless they are
+parts.
+
+Use it: `peftcore.apply(model, "adapter_fusion")`, to let a task draw on adapters that were trained apart for other
+tasks, and stay as they are.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, NonNegativeFloat
 from torch import Tensor, nn
 
-from peftcore.author import AppliedMethod, Combiner, LearningRate, Method, MethodConfig, Share, Site, Surgeon, Tags
-from peftcore.errors import CompositionError
-from peftcore_multitask._members import Members, fused, mixes_inputs, of_host, of_parts, only_inputs
+import peftcore
+from peftcore import injections
+from peftcore.author import (
+    AppliedMethod,
+    Calls,
+    Combiner,
+    Graft,
+    LearningRate,
+    Method,
+    MethodConfig,
+    OneForward,
+    Replacement,
+    Share,
+    Site,
+    Surgeon,
+    Tags,
+    on_first,
+    options_of,
+)
+from peftcore.errors import CompositionError, ConfigError, UnknownInjection, UnsupportedSite
 from peftcore_multitask._merging import MOST, OfMergedParts
 
 ADAPTER = {"method": "pfeiffer_adapter", "placement": "branch"}
@@ -69,6 +93,150 @@ class AdapterFusionConfig(MethodConfig):
     """Probability with which scores are dropped (set to zero) in training."""
 
 
+Members = list[list[nn.Module]]
+"""The operators of each adapter at one place; several where an adapter is a hybrid."""
+
+
+def of_host(surgeon: Surgeon, names: Sequence[str]) -> list[list[Site]]:
+    """Return the modules at which injections of the model act, as far as the user's target and exclude go: each with
+    others at which the same operators act too. Operators that replace tensors are skipped.
+
+    Raises:
+        UnknownInjection: the host lacks one.
+        CompositionError: one does not act on outputs of modules alone.
+    """
+    there = injections(surgeon.model)
+    if unknown := [name for name in names if name not in there]:
+        raise UnknownInjection(f"no injection named {unknown[0]!r}; this host has: {', '.join(there) or 'none'}")
+    places: dict[str, list[Site]] = {}
+    taken: dict[str, list[Site]] = {}
+    for injection in [there[name] for name in names]:
+        injection.check_combinable()
+        for graft in injection.grafts:
+            if isinstance(graft.operator, Replacement):
+                continue
+            paths = [site.module_path for site in graft.holders]
+            place = next((taken[path] for path in paths if path in taken), None)
+            place = places.setdefault(paths[0], []) if place is None else place
+            for site in graft.holders:
+                if site.module_path not in taken:
+                    taken[site.module_path] = place
+                    place.append(_as_called(surgeon, site))
+    here = {site.module_path for site in surgeon.chosen([place[0] for place in places.values()])}
+    return [place for path, place in places.items() if path in here]
+
+
+def only_inputs(model: nn.Module, names: Sequence[str], place: Sequence[Site]) -> bool:
+    """Return whether all that injections of the model do at some modules is to give them other inputs."""
+    there, paths = injections(model), {site.module_path for site in place}
+    grafts = [graft for name in names for graft in there[name].grafts]
+    here = [graft for graft in grafts if any(site.module_path in paths for site in graft.holders)]
+    return all(graft.operator.only_inputs for graft in here)
+
+
+def _as_called(surgeon: Surgeon, site: Site) -> Site:
+    """Return the whole module of a site, as one that is called; where it cannot be called, the surgeon raises."""
+    if site.form == "weight":
+        site = surgeon.resolver.site(site.module_path, site.tensor)
+    return replace(site, slices=None, meta=surgeon.dry)
+
+
+def of_parts(surgeon: Surgeon, parts: Sequence[dict[str, Any]]) -> list[tuple[Site, tuple[Site, ...], Members]]:
+    """Return the sites at which any of the parts acts, the other sites that its operators hold, and the operators of
+    each part.
+
+    Raises:
+        ConfigError: a part does not act on outputs of modules alone, looks at data, or changes with the steps.
+        UnsupportedSite: a part acts on a tensor, or parts meet in different ways.
+    """
+    found: dict[str, dict[int, list[Graft]]] = {}
+    for index, part in enumerate(parts):
+        options = options_of(part)
+        method = peftcore.method(part["method"])()
+        tags = method.tags
+        if method.looks_at_data(options) or tags.scheduled or not tags.per_row:
+            raise ConfigError(
+                f"{method.name} cannot be a part: parts act on outputs of modules alone, without a schedule and "
+                "without a look at data"
+            )
+        for graft in surgeon.collect(str(index), method, options, part.get("target")):
+            path = graft.site.path
+            if graft.site.form != "activation":
+                raise UnsupportedSite(
+                    f"{path}: {method.name} acts on a tensor or inside an attention there, so it has no output of its "
+                    "own; fuse injections of it (adapters=), or exclude it"
+                )
+            found.setdefault(path, {}).setdefault(index, []).append(graft)
+    places = []
+    for path, members in found.items():
+        grafts = [graft for part in members.values() for graft in part]
+        ways = {tuple(site.module_path for site in graft.holders) for graft in grafts}
+        if len(ways) > 1:
+            raise UnsupportedSite(f"{path}: the parts that are named for it stand at different modules")
+        operators: list[list[nn.Module]] = [[graft.operator for graft in part] for part in members.values()]
+        places.append((grafts[0].site, grafts[0].holders[1:], operators))
+    return places
+
+
+def outputs_of(
+    parts: Sequence[Sequence[Callable[..., Any]]],
+    calls: Calls,
+    *args: Any,
+    **kwargs: Any,
+) -> tuple[Any, list[Any]]:
+    """Return the module's output by itself and its outputs with each part; no parts where all pass on."""
+    base = calls(*args, **kwargs)
+    outputs = []
+    for part in parts:
+        inner: Callable[..., Any] = calls
+        for around in part:
+            inner = functools.partial(around, inner)
+        outputs.append(inner(*args, **kwargs))
+    if all(output is base for output in outputs):
+        return base, []
+    return base, outputs
+
+
+def first_of(output: Any) -> Tensor:
+    """Return a module's output, or its first entry where it is a tuple."""
+    first: Tensor = output[0] if isinstance(output, tuple) else output
+    return first
+
+
+def fused(
+    fusion: Any,
+    parts: list[list[Callable[..., Any]]],
+    module: nn.Module,
+    call: Callable[..., Any],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Return a module's output under a fusion that owns its parts: it mixes their outputs, or the inputs that they pass
+    to the module."""
+    calls = Calls(OneForward(call, module))
+    base, outputs = outputs_of(parts, calls, *args, **kwargs)
+    if not outputs:
+        return base
+    if fusion.mixes_inputs:
+        inputs = [calls.given(output) for output in outputs]
+        return calls.again(base, fusion.combine_inputs(inputs, calls.given(base), first_of(base)))
+    return on_first(base, lambda h: fusion.combine([first_of(output) for output in outputs], h))
+
+
+def mixes_inputs(site: Site, mixes: str, can: bool) -> bool:
+    """Return whether the fusion at a site mixes inputs.
+
+    Raises:
+        UnsupportedSite: it is to, and adapters do there more than to give a module another input.
+    """
+    if mixes == "inputs" and not can:
+        raise UnsupportedSite(
+            f"{site.path}: adapters do more here than to give a module another input, as they do in front of a norm "
+            'that ends a block; mixes="outputs" fuses what modules return'
+        )
+    return can and mixes != "outputs"
+
+
 class FusionOperator(Combiner):
     """The attention of one module over adapters, and those that are its own."""
 
@@ -95,19 +263,18 @@ class FusionOperator(Combiner):
         return self.combine_inputs(outputs, base, base)
 
     def combine_inputs(self, inputs: list[Tensor], base: Tensor, output: Tensor) -> Tensor:
-        channels = self.layer.channel_dim
-        h, u = base.movedim(channels, -1), output.movedim(channels, -1)
+        h, u = self.layer.channels_last(base), self.layer.channels_last(output)
         if h.shape[-1] != self.width:
             raise CompositionError(f"a fusion of {self.width} features met an output of {list(base.shape)}")
         query, bias, key = self.cast(h, self.query, self.bias, self.key)
         looked = nn.functional.linear(nn.functional.linear(u, query, bias), key.T)  # K' (Q u + q), for all adapters
-        z = torch.stack([each.movedim(channels, -1) - h for each in inputs], -2)  # [..., adapters, d]
+        z = torch.stack([self.layer.channels_last(each) - h for each in inputs], -2)  # [..., adapters, d]
         scores = self.dropout((z @ looked.unsqueeze(-1)).squeeze(-1))
         (shares,) = self.cast(z, scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)))
         mixed = (shares.unsqueeze(-2) @ z).squeeze(-2)
         if self.value is not None:
             mixed = nn.functional.linear(mixed, *self.cast(h, self.value))
-        return (h + mixed.to(h.dtype)).movedim(-1, channels)
+        return self.layer.channels_back(h + mixed.to(h.dtype))
 
 
 class AdapterFusion(OfMergedParts, Method):
@@ -133,10 +300,8 @@ class AdapterFusion(OfMergedParts, Method):
             surgeon.graft(site, FusionOperator, config, tuple(others), mixes_inputs=mixes)
         for site, holders, members in of_parts(surgeon, config.parts) if not config.adapters else ():
             can = all(operator.only_inputs for part in members for operator in part)
-            make = functools.partial(
-                FusionOperator, mixes_inputs=mixes_inputs(site, config.at(site.path).mixes, can), parts=members
-            )
-            surgeon.graft(site, make, config, holders)
+            mixes = mixes_inputs(site, config.at(site.path).mixes, can)
+            surgeon.graft(site, FusionOperator, config, holders, mixes_inputs=mixes, parts=members)
 
     def trainable(self, model: nn.Module, config: AdapterFusionConfig, injection: AppliedMethod) -> None:
         if config.train_parts:

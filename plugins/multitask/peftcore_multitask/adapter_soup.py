@@ -1,18 +1,22 @@
 """AdapterSoup: the mean of adapters' parameters.   Chronopoulou et al. 2023, arXiv 2302.07027.
 
+Equation:
     theta = sum_t w_t theta_t,   w_t = 1/N by default;   then the method once, with theta
 
-Which adapters go into a soup is the user's choice; the authors choose by similarity of domains. All parts are of one
-method, with the same options and sites, and their tensors are floating-point: choices (integers) cannot be averaged.
-The mean is over parameters, not over changes of weights: of LoRAs the mean of A times the mean of B, which is not the
-mean of the products (`task_arithmetic` with a scale of 1/N is that). Bottlenecks, the paper's own adapters, make a soup
-too, which cannot be merged, as they cannot. Weights are used as they are; the Adapters library divides them by their
-sum.
+Which adapters go into a soup is the user's choice. All parts are of one method, with the same options and sites, and
+their tensors are floating-point: choices (integers) cannot be averaged. The mean is over parameters, not over changes
+of weights: of LoRAs the mean of A times the mean of B, which is not the mean of the products (`task_arithmetic` with a
+scale of 1/N is that). Bottlenecks, the paper's own adapters, make a soup too, which cannot be merged, as they cannot.
 
 Parameters: those of the parts, N times those of one.
 
-Use it with `peftcore_multitask.gather` for adapters of related domains, trained from one start: such adapters are in
-one basin of the loss.
+Start: The mean of the parts' values: the identity if fresh parts are.
+
+Differs from the authors' code: The authors choose the adapters of a soup by similarity of domains, which is left to the
+user. Weights are used as they are; the Adapters library divides them by their sum.
+
+Use it: `peftcore.apply(model, "adapter_soup")`, with `peftcore_multitask.gather` for adapters of related domains,
+trained from one start: such adapters are in one basin of the loss.
 """
 
 from __future__ import annotations

@@ -1,22 +1,28 @@
 """Arrow: each token goes through the LoRAs that it resembles.   Ostapenko et al. 2024, arXiv 2405.11157 (in peft).
 
+Equation:
     y = W x + b + sum_e c_e w_e s_e B_e A_e x,   c = softmax over the `top_k` largest of |v_e' x| / temperature, else 0
 
 v_e [in] is the prototype of part e: the first right singular vector of B_e A_e, the direction of inputs that it changes
 most, of length one. So nothing is trained to choose, and none of the parts' data is needed; a token chooses anew at
 each target module. Its sign means nothing, hence |v' x|. The factors w_e are `weights`, 1 by default.
 
-`general` is GenKnowSub (ACL 2025, short paper 54): the last so many parts are adapters of general
-knowledge, which do not take part, and the mean of their factors is taken away from those of all others: A_e - mean(A),
-B_e - mean(B), as in peft, which is not the difference of the products.
+`general` is GenKnowSub (ACL 2025, short paper 54): the last so many parts are adapters of general knowledge, which do
+not take part, and the mean of their factors is taken away from those of all others: A_e - mean(A), B_e - mean(B), as in
+peft, which is not the difference of the products.
 
-Peft finds v_e once, by 15 steps of power iteration from a random start, all ranks alike; here it is found at each
-forward, by products of rank times rank numbers that end at the vector itself, so it is right while parts train on and
-ranks may differ. No gradient passes through it. Parts act as in evaluation: their dropout, for example, is off.
+No gradient passes through v_e. Parts act as in evaluation: their dropout, for example, is off.
 
 Parameters: those of the parts; nothing more.
 
-Use it with `peftcore_multitask.gather` for a library of LoRAs and inputs without a label of the LoRA that they need.
+Start: Nothing is drawn: prototypes are computed from the parts, and fresh parts change nothing.
+
+Differs from the authors' code: peft finds v_e once, by 15 steps of power iteration from a random start, all ranks
+alike; here it is found at each forward, by products of rank times rank numbers that end at the vector itself, so it is
+right while parts train on and ranks may differ.
+
+Use it: `peftcore.apply(model, "arrow")`, with `peftcore_multitask.gather` for a library of LoRAs and inputs without a
+label of the LoRA that they need.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 """ATTEMPT: prompts of other tasks, mixed for each text.   Asai et al. 2022, arXiv 2205.11961 (code: AkariAsai/ATTEMPT).
 
+Equation:
     X' = [P ; X],   P = P_t + sum_j a_j P_j,   a = softmax_j(max(P_j) . h / T),   h = LN(W_up silu(W_down max(X)))
 
 X are the embedded tokens. P_1, P_2, ... [length, d] are the *sources*, prompts that were trained for other tasks and
@@ -14,16 +15,19 @@ makes it of prompts in files. Without, the sources start as `prompt_tuning` star
 `train_parts` says otherwise.
 
 The text is the part before the first label, or the whole input, unless ``peftcore.call(model, prompt_length=...)``
-gives its length: the mixture is made once, and generated tokens do not change it. The authors' max sees padding, this
-does not; their option of a trained temperature does not train, and is left out, as are their other kinds of attention.
+gives its length: the mixture is made once, and generated tokens do not change it.
 
-P_t starts as the first source, for every task; W_down and W_up uniform in +-1/sqrt(inputs). Never identity at the
-start. LN has neither gain nor bias: the authors' code leaves its own frozen at one and zero, while the 232,000 that the
-paper prints for T5-base count them (`train_norm`). Parameters: length * d for each source and each task, and
-2 hidden d, with `train_norm` + 2 d.
+Parameters: length * d for each source and each task, and 2 hidden d, with `train_norm` + 2 d.
 
-Use it where prompts of large tasks are there and a new one has few examples; not to train many tasks at once from
-nothing (multitask_prompt_tuning), nor where a prompt need not depend on the text (spot starts from one source).
+Start: P_t is the first source, for every task; W_down and W_up uniform in +-1/sqrt(inputs). No start is an identity.
+
+Differs from the authors' code: The authors' max sees padding, this does not; their option of a trained temperature does
+not train, and is left out, as are their other kinds of attention. LN has neither gain nor bias: the authors' code
+leaves its own frozen at one and zero, while the 232,000 that the paper prints for T5-base count them (`train_norm`).
+
+Use it: `peftcore.apply(model, "attempt", tasks=["sums", "letters"])`, where prompts of large tasks are there and a new
+one has few examples; not to train many tasks at once from nothing (multitask_prompt_tuning), nor where a prompt need
+not depend on the text (spot starts from one source).
 """
 
 from __future__ import annotations

@@ -1,17 +1,22 @@
 """DARE: drop most of a change, rescale the rest, then merge.   Yu et al. 2023, arXiv 2311.03099.
 
+Equation:
     tau~_t = m_t * tau_t / (1 - p),   m_t = 1 with probability 1 - p, value by value
     W' = W + s sum_t w_t tau~_t        or, with `merge="ties"`, s times TIES of the w_t tau~_t
 
-The rest of each part is so sparse that parts hardly overlap, and keeps the mean. Masks are drawn once for each
-part and site, from (mask_seed, part, number of the site) on the CPU, so that they are the same everywhere; files have
-`mask_seed` instead of them. The authors' code (yule-BUAA/MergeLM) draws anew at each merge and trims for TIES to 0.2
-afterwards; peft trims no more, like the default here, and calls 1 - p the density.
+The rest of each part is so sparse that parts hardly overlap, and keeps the mean. Masks are drawn once for each part and
+site, from (mask_seed, part, number of the site) on the CPU, so that they are the same everywhere; files have
+`mask_seed` instead of them.
 
 Parameters: those of the parts. A mask takes one byte for each value of a weight.
 
-Use it with `peftcore_multitask.gather`, at p = 0.9 for changes that are small, as fine-tuning makes them; large ones
-bear less.
+Start: Masks are drawn; of fresh parts nothing changes.
+
+Differs from the authors' code: The authors' code (yule-BUAA/MergeLM) draws anew at each merge and trims for TIES to 0.2
+afterwards; peft trims no more, like the default here, and calls 1 - p the density.
+
+Use it: `peftcore.apply(model, "dare")`, with `peftcore_multitask.gather`, at p = 0.9 for changes that are small, as
+fine-tuning makes them; large ones bear less.
 """
 
 from __future__ import annotations

@@ -1,19 +1,24 @@
 """HydraLoRA: one A, several B, a gate for each token.   Tian et al. 2024, arXiv 2404.19245 (Clin0212/HydraLoRA).
 
+Equation:
     y = W x + b + s sum_e g_e B_e A dropout(x),   s = alpha / rank,   g = softmax(W_g x)
 
 A [rank, in] learns the common features of the data, the heads B_e [out, rank] the features of parts of it; W_g [heads,
-in] is without bias. A and W_g start uniform in +-1/sqrt(in), B_e at zero. The softmax is taken in float32 at least.
-Convolutions: A and W_g are convolutions, so every position has a gate; embeddings: A starts at zero and B_e ~ N(0, 1),
-as in LoRA, and W_g has a column for each token.
+in] is without bias. The softmax is taken in float32 at least. Convolutions: A and W_g are convolutions, so every
+position has a gate; embeddings: W_g has a column for each token.
 
-As in the authors' code, the gate reads x without dropout and each head drops for itself; the paper does not say.
-Defaults are those of its fine-tuning.sh. The paper finds the number of heads by clustering the data; here it is an
-option. The gate depends on the token, so nothing merges, and a tensor that is read instead of called is refused.
+As in the authors' code, the gate reads x without dropout and each head drops for itself; the paper does not say. The
+gate depends on the token, so nothing merges, and a tensor that is read instead of called is refused.
 
 Parameters: rank * in * kernel + heads * rank * out + heads * in * kernel a site.
 
-Use it for data of several kinds without labels of the kind: it needs no task, and costs less than as many LoRAs.
+Start: A and W_g uniform in +-1/sqrt(in), B_e at zero; of embeddings A at zero and B_e ~ N(0, 1): the identity.
+
+Differs from the authors' code: No difference is known; defaults are those of its fine-tuning.sh. The paper finds the
+number of heads by clustering the data; here it is an option.
+
+Use it: `peftcore.apply(model, "hydralora")`, for data of several kinds without labels of the kind: it needs no task,
+and costs less than as many LoRAs.
 """
 
 from __future__ import annotations

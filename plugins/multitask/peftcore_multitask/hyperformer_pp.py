@@ -1,6 +1,7 @@
 """HyperFormer and HyperFormer++: adapters that a network makes for each task.   Karimi Mahabadi et al. 2021, arXiv
 2106.04489 (code: rabeehk/hyperformer).
 
+Equation:
     y = h + gain * norm(W_up f(W_down h + b_down) + b_up) + shift,   norm: to mean 0 and variance 1
     W_down = D z,  b_down = d z,  W_up = U z,  b_up = u z,  gain = G z,  shift = S z,      each with a bias
     z = LN(P2 relu(P1 [e_task ; e_layer ; e_place]))      HyperFormer++: one network for all adapters of a stack
@@ -9,48 +10,58 @@
 h is the output of the last matrix of self-attention or of the feed-forward; cross-attention gets no adapter, unless it
 is named as a target. Encoder and decoder have a network each and the tasks' embeddings in common. Where adapters of a
 stack have several widths, each width has a network. e_place is the embedding of the adapter's place in its block. All
-norms of the host train along. Embeddings start from N(0, 1), the rest from N(0, 0.01) with biases at zero: near the
-identity.
+norms of the host train along.
 
-The call passes the task, ``with peftcore.call(model, task=...)``: one for all rows, or one for each; the authors'
-batches have one task. Weights are made for the tasks of the batch, or for all tasks if these are fewer than its rows.
-The file configs/hyperformer.json of that code is neither of the two: a network a stack, with generators for attention
-and feed-forward apart; shared=False is the paper's HyperFormer, which the code calls meta-adapter.
+The call passes the task, ``with peftcore.call(model, task=...)``: one for all rows, or one for each. Weights are made
+for the tasks of the batch, or for all tasks if these are fewer than its rows.
 
-Parameters of HyperFormer++: tasks * t once; for each stack (layers + places) * t, (3t + 1) h + (h + 1) p + 2p and
-(p + 1) (2 d r + r + 3 d). Of HyperFormer: tasks * t + (t + 1) h + (h + 1) p once, (p + 1) (2 d r + r + 3 d) an adapter.
+Parameters of HyperFormer++: tasks * t once; for each stack (layers + places) * t, (3t + 1) h + (h + 1) p + 2p and (p +
+1) (2 d r + r + 3 d). Of HyperFormer: tasks * t + (t + 1) h + (h + 1) p once, (p + 1) (2 d r + r + 3 d) an adapter.
 
-Use it for many tasks of which some have few examples: a new task costs t numbers. Not for tasks with little in common,
-where an adapter each (`pfeiffer_adapter`) is better, nor where it has to be merged.
+Start: Embeddings from N(0, 1), the rest from N(0, 0.01) with biases at zero: near the identity; ``gain_std=0`` makes it
+exact.
+
+Differs from the authors' code: The authors' batches have one task; here each row may have its own. The file
+configs/hyperformer.json of that code is neither of the two: a network a stack, with generators for attention and
+feed-forward apart; shared=False is the paper's HyperFormer, which the code calls meta-adapter.
+
+Use it: `peftcore.apply(model, "hyperformer_pp", tasks=["sums", "letters"])`, for many tasks of which some have few
+examples: a new task costs t numbers. Not for tasks with little in common, where an adapter each (`pfeiffer_adapter`) is
+better, nor where it has to be merged.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore.author import OUTPUTS, AtBranchEnd, Joins, LearningRate, Method, Shared, Site, Surgeon, Tags, branch_end
-from peftcore.errors import ConfigError
-from peftcore_multitask._hypernetwork import Generators, Known, TaskTable, known_of
-from peftcore_multitask._tasks import TaskConfig, Tasks
-
-ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
-    "gelu_tanh": lambda: nn.GELU("tanh"),
-    "gelu": nn.GELU,
-    "relu": nn.ReLU,
-    "silu": nn.SiLU,
-    "tanh": nn.Tanh,
-}
-OF_ONE_SITE = {"activation", "joins"}
-"""Options that may differ between sites: all else belongs to networks that sites share."""
+from peftcore.author import (
+    ACTIVATIONS,
+    OUTPUTS,
+    AtBranchEnd,
+    Joins,
+    LearningRate,
+    Method,
+    Shared,
+    Site,
+    Surgeon,
+    Tags,
+    branch_end,
+    stack_path,
+)
+from peftcore_multitask._part_names import part_name
+from peftcore_multitask._tasks import TaskConfig, Tasks, task_count
 
 
 class HyperFormerConfig(TaskConfig):
     """Options of HyperFormer."""
+
+    overridable = ("activation", "joins")
 
     method: Literal["hyperformer_pp"] = "hyperformer_pp"
     shared: bool = True
@@ -76,10 +87,106 @@ class HyperFormerConfig(TaskConfig):
     """Train the norms of the host along, as the authors do."""
 
 
+def _linear(inputs: int, outputs: int, std: float) -> nn.Linear:
+    linear = nn.Linear(inputs, outputs)
+    nn.init.normal_(linear.weight, std=std)
+    nn.init.zeros_(linear.bias)
+    return linear
+
+
+class Reader(nn.Module):
+    """The network from embeddings to z."""
+
+    def __init__(self, embeddings: int, config: HyperFormerConfig) -> None:
+        super().__init__()
+        self.first = _linear(embeddings * config.task_width, config.hidden, config.init_std)
+        self.second = _linear(config.hidden, config.code, config.init_std)
+
+    def forward(self, embedding: Tensor) -> Tensor:
+        """Return z ``[..., p]`` of embeddings one behind the other."""
+        z: Tensor = self.second(self.first(embedding).relu())
+        return z
+
+
+class TaskTable(nn.Module):
+    """The embeddings of tasks, and the network that reads them where it reads nothing else."""
+
+    def __init__(self, config: HyperFormerConfig) -> None:
+        super().__init__()
+        self.embedding = nn.Parameter(torch.randn(task_count(config), config.task_width))
+        self.reader = None if config.shared else Reader(1, config)
+
+
+class Generators(nn.Module):
+    """The linear maps that make an adapter of z."""
+
+    def __init__(self, width: int, config: HyperFormerConfig) -> None:
+        super().__init__()
+        code, r, std = config.code, config.bottleneck, config.init_std
+        self.width, self.bottleneck = width, r
+        self.down, self.down_bias = _linear(code, r * width, std), _linear(code, r, std)
+        self.up, self.up_bias = _linear(code, width * r, std), _linear(code, width, std)
+        self.gain, self.shift = (_linear(code, width, config.gain_std) for _ in range(2))
+
+    def forward(self, z: Tensor) -> tuple[Tensor, ...]:
+        """Return W_down [n, r, d], b_down [n, 1, r], W_up [n, d, r], and b_up, gain and shift [n, 1, d]."""
+        down, up = self.down(z).unflatten(-1, (-1, self.width)), self.up(z).unflatten(-1, (self.width, -1))
+        rows = (each(z).unsqueeze(-2) for each in (self.down_bias, self.up_bias, self.gain, self.shift))
+        down_bias, *others = rows
+        return down, down_bias, up, *others
+
+
+class Embedding(nn.Module):
+    """The embedding of a layer, or of a place in a block."""
+
+    def __init__(self, config: HyperFormerConfig) -> None:
+        super().__init__()
+        self.value = nn.Parameter(torch.randn(config.task_width))
+
+
+class Network(Generators):
+    """The network of a stack: it makes adapters of their tasks, layers and places."""
+
+    def __init__(self, width: int, config: HyperFormerConfig) -> None:
+        super().__init__(width, config)
+        self.reader = Reader(3, config)
+        self.norm = nn.LayerNorm(config.code, eps=1e-6)
+
+    def code(self, tasks: Tensor, layer: Tensor, place: Tensor) -> Tensor:
+        """Return z ``[tasks, p]``."""
+        here = torch.cat([layer, place]).expand(len(tasks), -1)
+        z: Tensor = self.norm(self.reader(torch.cat([tasks, here], -1)))
+        return z
+
+
+@dataclass(frozen=True)
+class HyperFormerParts:
+    """Parts that a site shares with others: the network of its stack, and the embeddings of its layer and its place."""
+
+    network: Shared
+    layer: Shared
+    place: Shared
+
+
+def known_of(surgeon: Surgeon, site: Site, config: HyperFormerConfig) -> HyperFormerParts:
+    """Return what a site shares, each named by where it is, so that it does not depend on other sites. A stack is all
+    blocks whose paths are alike but for numbers; these numbers are the layer, and the common part of the sites' paths
+    is the place."""
+    path, width = site.module_path, site.out_features
+    block = next((each.block for each in surgeon.resolver.host.at(path) if each.block is not None), None)
+    stack = "" if block is None else stack_path(block)
+    layer = ".".join(re.findall(r"\d+", path if block is None else block))
+    return HyperFormerParts(
+        surgeon.own(part_name("network", stack, str(width)), lambda: Network(width, config)),
+        surgeon.own(part_name("layer", stack, layer), lambda: Embedding(config)),
+        surgeon.own(part_name("place", stack_path(path)), lambda: Embedding(config)),
+    )
+
+
 class HyperFormerOperator(AtBranchEnd):
     """The adapter of one site, without tensors where a network is shared."""
 
-    def __init__(self, site: Site, config: HyperFormerConfig, table: Shared, known: Known | None) -> None:
+    def __init__(self, site: Site, config: HyperFormerConfig, table: Shared, known: HyperFormerParts | None) -> None:
         super().__init__(site)
         self.table, self.known = table, known
         self.own = Generators(site.out_features, config) if known is None else None
@@ -100,13 +207,12 @@ class HyperFormerOperator(AtBranchEnd):
         return tuple(each[chosen] for each in made) if fewer else made
 
     def adapt(self, h: Tensor) -> Tensor:
-        channels = self.layer.channel_dim
-        x = h.movedim(channels, -1)  # [rows, ..., d]
-        rows = len(x) if h.dim() > -channels else 1
+        x = self.layer.channels_last(h)  # [rows, ..., d]
+        rows = self.layer.rows(h)
         down, down_bias, up, up_bias, gain, shift = self.cast(h, *self.weights(rows))
         inner = self.activation(x.reshape(rows, -1, x.shape[-1]) @ down.mT + down_bias)  # [rows, positions, r]
         made = nn.functional.layer_norm(inner @ up.mT + up_bias, x.shape[-1:])
-        return h + (made * gain + shift).view(x.shape).movedim(-1, channels)
+        return h + self.layer.channels_back((made * gain + shift).view(x.shape))
 
 
 class HyperFormer(Method):
@@ -127,10 +233,6 @@ class HyperFormer(Method):
     alternatives = OUTPUTS
 
     def inject(self, model: nn.Module, config: HyperFormerConfig, surgeon: Surgeon) -> None:
-        if any({*changes} - OF_ONE_SITE for changes in config.overrides.values()):
-            raise ConfigError(
-                f"hyperformer_pp: sites share networks, so overrides change {' and '.join(sorted(OF_ONE_SITE))} alone"
-            )
         sites = [site for site in surgeon.sites() if not _by_role_in_cross(surgeon, site)]
         table = surgeon.own("tasks", lambda: TaskTable(config))
         for site in sites:

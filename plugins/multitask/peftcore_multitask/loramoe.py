@@ -1,23 +1,28 @@
 """LoRAMoE: low-rank experts that tokens share, and a loss that balances them.   Dou et al. 2023, arXiv 2312.09979
 (Ablustrund/LoRAMoE).
 
+Equation:
     y = W x + b + s sum_e g_e B_e A_e dropout(x),   g = softmax(W_g x),   s = alpha / rank
     loss = balance * var(z) / mean(z)^2,   z_ne = I_ne sum_t g_nte
 
-A_e [rank, in] and W_g [experts, in], without bias, start uniform in +-1/sqrt(in), B_e at zero; the softmax is taken in
-float32 at least, of x without dropout. The loss is that of each module, added up. z_ne is the sum of the gates of
-expert e over all tokens of row n, padding left out (the authors count it), and the variance is that of all rows and
-experts, unbiased. With tasks the experts are cut into as many groups, one behind the other, and I is 1 + delta for the
-group of the row's task, which calls pass in training, and 1 - delta for all others. The authors have two tasks, of
-which the first half of the experts is for their type 1; their script has balance and delta at zero, and so have the
-defaults here.
+A_e [rank, in] and W_g [experts, in] are without bias; the softmax is taken in float32 at least, of x without dropout.
+The loss is that of each module, added up. z_ne is the sum of the gates of expert e over all tokens of row n, padding
+left out, and the variance is that of all rows and experts, unbiased. With tasks the experts are cut into as many
+groups, one behind the other, and I is 1 + delta for the group of the row's task, which calls pass in training, and 1 -
+delta for all others.
 
 The gate depends on the token, so nothing merges, and a tensor that is read instead of called is refused.
 
 Parameters: experts * rank * (in * kernel + out) + experts * in * kernel a site.
 
-Use it where new data must not degrade the model's knowledge: delta assigns experts to kinds of data; not where one
-kind is learned (`lora` costs an eighth), and where there is little memory `hydralora` shares one A.
+Start: A_e and W_g uniform in +-1/sqrt(in), B_e at zero: the identity.
+
+Differs from the authors' code: The authors count padding in z. The authors have two tasks, of which the first half of
+the experts is for their type 1; their script has balance and delta at zero, and so have the defaults here.
+
+Use it: `peftcore.apply(model, "loramoe", tasks=["skill", "knowledge"], balance=0.01, delta=0.1)`, where new data must
+not degrade the model's knowledge: delta assigns experts to kinds of data; not where one kind is learned (`lora` costs
+an eighth), and where there is little memory `hydralora` shares one A.
 """
 
 from __future__ import annotations
@@ -77,7 +82,7 @@ class LoRAMoEOperator(ExpertsOperator):
         gates = softmax_of(self, self.layer.apply(x, weight))
         self.noted(gates, channels)
         if self.training and self.balance:
-            forward_context().add_loss(self.balance * self.imbalance(gates.movedim(channels, -1)), self)
+            forward_context().add_loss(self.balance * self.imbalance(self.layer.channels_last(gates)), self)
         return self.update(call, x, gates)
 
     def imbalance(self, gates: Tensor) -> Tensor:

@@ -1,25 +1,30 @@
 """MixLoRA: a feed-forward becomes a sparse mixture of itself with low-rank updates.   Li et al. 2024, arXiv 2404.15159
 (TUDB-Labs/MixLoRA).
 
+Equation:
     y = sum_{e in top} g_e FFN_e(x),   g = p / sum_{top} p,   p = softmax(W_r x),   top: the `top_k` largest p
     loss = balance * experts * sum_e F_e P_e
 
 FFN_e is the feed-forward of the model with an update of each of its matrices, W + s B_e A_e dropout, s = alpha / rank.
 F_e is how many choices of e there are a token and P_e the mean of p_e, over the tokens of all layers, padding left out,
 as their trainer has it (TUDB-Labs/MoE-PEFT). Other target modules, of attention, get one update each, without a router.
-W_r [experts, d], without bias, starts as N(0, 0.02), A uniform in +-1/sqrt(in), B at zero, so a fresh injection changes
-nothing (up to rounding). The router computes in float32 at least. Noise on its inputs, 0 by default there, is left out.
+W_r [experts, d] is without bias. The router computes in float32 at least.
 
-The authors gather the tokens of each expert. Here the feed-forward runs once on `top_k` copies of its input, and in a
-matrix all A are one product, of which a copy keeps the ranks of its expert: nothing is dropped. Near a tie a rounding
-chooses another expert. It acts where the feed-forward is a separate module, and not on rows of a batch apart.
-Parameters: experts * d a feed-forward, experts * rank * (in + out) a matrix of it, rank * (in + out) any other matrix.
-Use it for several tasks at once with room for a second forward of the feed-forward; `loramoe` costs a fraction of it.
+It acts where the feed-forward is a separate module, and not on rows of a batch apart. Parameters: experts * d a
+feed-forward, experts * rank * (in + out) a matrix of it, rank * (in + out) any other matrix.
+
+Start: W_r from N(0, 0.02), A uniform in +-1/sqrt(in), B at zero: the identity, up to rounding.
+
+Differs from the authors' code: The authors gather the tokens of each expert. Here the feed-forward runs once on `top_k`
+copies of its input, and in a matrix all A are one product, of which a copy keeps the ranks of its expert: nothing is
+dropped. Near a tie a rounding chooses another expert. Noise on the router's inputs, 0 by default there, is left out.
+
+Use it: `peftcore.apply(model, "mixlora")`, for several tasks at once with room for a second forward of the
+feed-forward; `loramoe` costs a fraction of it.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, Self
@@ -159,8 +164,7 @@ class MixLoRA(Method):
             whole = feed_forward_around(surgeon, site)
             if whole is not None and whole.path not in taps:
                 taps[whole.path] = Tap()
-                make = functools.partial(RouterOperator, chosen=taps[whole.path], balances=self.balances)
-                surgeon.graft(whole, make, config)
+                surgeon.graft(whole, RouterOperator, config, chosen=taps[whole.path], balances=self.balances)
             matrix = MatrixSite(**vars(site), experts=1 if whole is None else config.experts)
             chosen = None if whole is None else taps[whole.path]
             surgeon.graft(matrix, UpdateOperator, config, chosen=chosen)

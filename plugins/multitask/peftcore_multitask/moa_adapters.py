@@ -1,5 +1,6 @@
 """Mixture of adapters: bottlenecks behind a sub-block, which each token shares by a gate of its own.
 
+Equation:
     y = h + sum_e g_e (W_up_e f(W_down_e h + b_down_e) + b_up_e),   g = softmax(W_g h)
     loss = balance * experts * sum_e F_e P_e
 
@@ -9,21 +10,23 @@ divided by their sum, and F_e is how many tokens pick e and P_e the mean of its 
 without padding (Fedus et al. 2022, arXiv 2101.03961). Without it all experts act on all tokens, and nothing is to be
 balanced.
 
-No single paper has it: it is the form that routed adapters have in common, as a baseline for them. Gates and losses are
-in float32 at least. W_up and all biases start at zero, so that a fresh adapter is an exact identity, W_down and W_g as
-torch's layers do. Gates of whole sequences, from the mean of their tokens, are not here.
+Gates and losses are in float32 at least.
 
 Parameters: experts * (2 d r + r + d) + experts * d an adapter, two adapters a block.
 
-Use it where one set of data holds several kinds, and the kind shows in each token; not where the task is known and
-calls can pass it (`hyperformer_pp`, `mtl_lora`), nor where it has to be small: `loramoe` and `molora_moe` are its
-linear kin.
+Start: W_up and all biases at zero, W_down and W_g as torch's layers: the identity.
+
+Differs from the authors' code: No single paper has it: it is the form that routed adapters have in common, as a
+baseline for them. Gates of whole sequences, from the mean of their tokens, are not here.
+
+Use it: `peftcore.apply(model, "moa_adapters", experts=8, top_k=2, balance=0.01)`, where one set of data holds several
+kinds, and the kind shows in each token; not where the task is known and calls can pass it (`hyperformer_pp`,
+`mtl_lora`), nor where it has to be small: `loramoe` and `molora_moe` are its linear kin.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, Literal, Self
 
 import torch
@@ -31,6 +34,7 @@ from pydantic import NonNegativeFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from peftcore.author import (
+    ACTIVATIONS,
     OUTPUTS,
     AppliedMethod,
     AtBranchEnd,
@@ -47,8 +51,6 @@ from peftcore.author import (
     full_precision,
 )
 from peftcore_multitask._mixture import imbalance, leave_counts
-
-ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU, "tanh": nn.Tanh}
 
 
 class MoAAdaptersConfig(MethodConfig):
@@ -95,14 +97,13 @@ class MixtureOperator(AtBranchEnd, Router):
         self.stackable = not self.balance  # the loss is of the rows of one adapter
 
     def adapt(self, h: Tensor) -> Tensor:
-        channels = self.layer.channel_dim
-        x = h.movedim(channels, -1)  # [..., d]
+        x = self.layer.channels_last(h)  # [..., d]
         gates = self.gates(x)
         down, down_bias, up, up_bias, shares = self.cast(h, self.down, self.down_bias, self.up, self.up_bias, gates)
         low = self.activation(x @ down.flatten(0, 1).mT + down_bias.flatten())  # [..., experts * r]
         low = low.unflatten(-1, down_bias.shape) * shares.unsqueeze(-1)
         added = low.flatten(-2) @ up.mT.flatten(0, 1) + shares @ up_bias
-        return h + added.movedim(-1, channels)
+        return h + self.layer.channels_back(added)
 
     def gates(self, x: Tensor) -> Tensor:
         """Return the gates ``[..., experts]`` of tokens ``[..., d]``, in float32 at least."""

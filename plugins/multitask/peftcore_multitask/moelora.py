@@ -1,13 +1,11 @@
 """MOELoRA: low-rank experts that tasks share.   Liu et al. 2023, arXiv 2310.18339 (liuqidong07/MOELoRA-peft).
 
+Equation:
     y = W x + b + s sum_e g_e B_e A_e dropout(x),   g = softmax(W_g v_t),   s = alpha / rank
 
 `rank` is that of all experts together: each has rank / experts of it, and the scale counts the whole. v_t [task_width]
-is the vector of task t, N(0, 1) at first; W_g [experts, task_width], without bias, starts uniform in
-+-1/sqrt(task_width), A_e [rank / experts, in] as N(0, 0.01), B_e at zero. All sites share one v and one W_g, as in the
-paper and in the authors' script (whose table of tasks has one row more, which no task reads); with ``gate="each"``,
-each site has its own, as in their layer MMOELoraLinear, which that script does not run. That script has rank 16 and 8
-experts, alpha is the default of their arguments. The softmax is taken in float32 at least.
+is the vector of task t; W_g [experts, task_width] is without bias. All sites share one v and one W_g, as in the paper
+and in the authors' script; with ``gate="each"``, each site has its own. The softmax is taken in float32 at least.
 
 The call passes the task, ``with peftcore.call(model, task=...)``: one for all rows, or one for each. So no single
 weight equals the update, and it does not merge; a tensor that is read instead of called is refused, because it cannot
@@ -15,8 +13,15 @@ be adapted row by row.
 
 Parameters: rank * (in * kernel + out) a site, and (tasks + experts) * task_width once; with ``gate="each"`` a site.
 
-Use it for tasks that are known, of which some have little data: one adapter costs as much as a LoRA of its rank;
-`polytropon` lets tasks share skills without a vector for each.
+Start: v from N(0, 1), W_g uniform in +-1/sqrt(task_width), A_e from N(0, 0.01), B_e at zero: the identity.
+
+Differs from the authors' code: The authors' table of tasks has one row more, which no task reads; their script does not
+run the layer with a gate of its own, MMOELoraLinear, which ``gate="each"`` is. Their script has rank 16 and 8 experts,
+alpha is the default of their arguments.
+
+Use it: `peftcore.apply(model, "moelora", tasks=["entities", "summaries"])`, for tasks that are known, of which some
+have little data: one adapter costs as much as a LoRA of its rank; `polytropon` lets tasks share skills without a vector
+for each.
 """
 
 from __future__ import annotations

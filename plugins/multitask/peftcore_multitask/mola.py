@@ -1,29 +1,32 @@
 """MoLA: low-rank experts, of which higher layers have more.   Gao et al. 2024, arXiv 2402.08562 (GCYZSL/MoLA).
 
+Equation:
     y = W x + b + s sum_{e in top} g_e B_e A_e dropout(x),   g = p / sum_{top} p,   p = softmax(W_r x)
     loss = balance * sum_layers experts * sum_e F_e P_e
 
 s = alpha / rank, and top has the `top_k` largest p. A layer has as many experts as `experts` says: a list is spread
 evenly over the depth, so [2, 4, 6, 8] gives the first quarter of the layers two and the last one eight. A_e [rank, in]
-and W_r [experts, in], without bias, start uniform in +-1/sqrt(in), B_e at zero. The softmax is taken in float32 at
-least, of x without dropout; each expert drops for itself. F_e is the share of expert e in all choices of a layer, and
-P_e the mean of p_e, over tokens and the modules of the layer; padding is left out, which the authors count. Their
-script leaves the loss out, and so does `balance` by default; where they take it, it is 0.001.
-
-The authors gather the tokens of each expert. Here all A are one product, of which a token keeps the ranks of its
-experts, so shapes depend on no value and nothing is dropped. Near a tie a rounding chooses another expert.
+and W_r [experts, in] are without bias. The softmax is taken in float32 at least, of x without dropout; each expert
+drops for itself. F_e is the share of expert e in all choices of a layer, and P_e the mean of p_e, over tokens without
+padding and the modules of the layer.
 
 The gate depends on the token, so nothing merges, and a tensor that is read instead of called is refused.
 
 Parameters: experts * (rank * (in * kernel + out) + in * kernel) a site, with the experts of its layer.
 
-Use it where one size for all layers wastes experts; `molora_moe` weighs all experts instead of choosing some, and
-`mixlora` chooses once for a whole feed-forward.
+Start: A_e and W_r uniform in +-1/sqrt(in), B_e at zero: the identity.
+
+Differs from the authors' code: The authors gather the tokens of each expert; here all A are one product, of which a
+token keeps the ranks of its experts, so shapes depend on no value and nothing is dropped. Near a tie a rounding chooses
+another expert. They count padding in F and P. Their script leaves the loss out, and so does `balance` by default; where
+they take it, it is 0.001.
+
+Use it: `peftcore.apply(model, "mola", experts=[8, 6, 4, 2])`, where one size for all layers wastes experts;
+`molora_moe` weighs all experts instead of choosing some, and `mixlora` chooses once for a whole feed-forward.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -109,7 +112,7 @@ class MoLAOperator(ExpertsOperator):
         self.noted(gates, channels)
         if self.training and self.balance:
             picks = (gates > 0).to(gates.dtype)
-            leave_counts(self.balances, self.block, picks.movedim(channels, -1), probabilities.movedim(channels, -1))
+            leave_counts(self.balances, self.block, *map(self.layer.channels_last, (picks, probabilities)))
         return self.update(call, x, gates)
 
 
@@ -129,9 +132,9 @@ class MoLA(Method):
 
     def inject(self, model: nn.Module, config: MoLAConfig, surgeon: Surgeon) -> None:
         self.balances = Tap()
-        make = functools.partial(MoLAOperator, balances=self.balances)
         for site in surgeon.sites():
-            surgeon.graft(_in_layer(surgeon, site, config.at(site.path).experts), make, config)
+            routed = _in_layer(surgeon, site, config.at(site.path).experts)
+            surgeon.graft(routed, MoLAOperator, config, balances=self.balances)
 
     def output_loss(self, injection: AppliedMethod, output: Any, call: ForwardContext) -> Tensor | None:
         loss, config = imbalance(self.balances), injection.config

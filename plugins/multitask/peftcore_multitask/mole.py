@@ -1,34 +1,37 @@
 """MoLE: gates over LoRAs that were trained apart.   Wu, Huang and Wei 2024, arXiv 2404.13628.
 
+Equation:
     y = W x + b + sum_e g_e E_e,   E_e = w_e s_e B_e A_e x,   g = softmax(V normalized([E_1 ; ... ; E_N]) / tau)
     loss = -balance * sum_e log(mean of g_e)
 
 Each target module has separate gates. They read the outputs that its LoRAs would add to a token, concatenated and
-scaled to length one; V [N, N out] is without bias. tau is trained, from 1. The rows of V start with a normal direction
-and length 0.01, so that all experts act alike at first. w_e are `weights`, 1 by default. The mean in the loss is over
-the tokens, without padding, and then over the modules; the loss is least where all experts get the same.
+scaled to length one; V [N, N out] is without bias. tau is trained. w_e are `weights`, 1 by default. The mean in the
+loss is over the tokens, without padding, and then over the modules; the loss is least where all experts get the same.
 
-LoRAs of one's own start without effect, and train along. Those of the paper were trained before, each for itself, and
-are frozen. To take them out of files, and to train the gates alone:
+LoRAs of one's own train along. Those of the paper were trained before, each for itself, and are frozen. To take them
+out of files, and to train the gates alone:
 
     peftcore.gather(model, "mole", {"dog": 1.0, "cat": 1.0}, train_parts=False).trainable()
 
 LoRAs act as in evaluation: their dropout, for example, is off.
 
-The paper flattens the tokens of a sequence too, into one choice: then all inputs have one length; here each token
-chooses. The authors' code (yushuiwx/Mixture-of-LoRA-Experts) reads something else: one gate for all LoRAs of a block of
-Stable Diffusion, of the block's flattened input, without tau; and its loss lacks a gradient, so `balance` is 0 by
-default.
-
 The gates depend on the token, so nothing merges. Parameters: N^2 out + 1 a module with N LoRAs, and those of the parts.
 
-Use it where there are LoRAs for several subjects or tasks, and data for their combination; not without data
-(arrow), nor where one choice for the whole model is enough, made from its hidden states (xlora).
+Start: The rows of V in normal directions with length 0.01, so that all experts act alike; tau at 1. LoRAs of one's own
+start without effect: then it is the identity.
+
+Differs from the authors' code: The paper flattens the tokens of a sequence too, into one choice: then all inputs have
+one length; here each token chooses. The authors' code (yushuiwx/Mixture-of-LoRA-Experts) reads something else: one gate
+for all LoRAs of a block of Stable Diffusion, of the block's flattened input, without tau; and its loss lacks a
+gradient, so `balance` is 0 by default.
+
+Use it: `peftcore.apply(model, "mole")`, where there are LoRAs for several subjects or tasks, and data for their
+combination; not without data (arrow), nor where one choice for the whole model is enough, made from its hidden states
+(xlora).
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
@@ -137,8 +140,8 @@ class MoLE(OfMergedParts, Method):
     def inject(self, model: nn.Module, config: MoLEConfig, surgeon: Surgeon) -> None:
         self.balances = Tap()
         for members in collected(surgeon, config).values():
-            make = functools.partial(MoLEOperator, members=members, balances=self.balances)
-            surgeon.graft(first_of(members, "MoLE").site, make, config)
+            site = first_of(members, "MoLE").site
+            surgeon.graft(site, MoLEOperator, config, members=members, balances=self.balances)
 
     def trainable(self, model: nn.Module, config: MoLEConfig, injection: AppliedMethod) -> None:
         if config.train_parts:

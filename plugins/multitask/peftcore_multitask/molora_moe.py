@@ -1,18 +1,23 @@
 """MoLoRA: a soft mixture of LoRAs.   Zadouri et al. 2023, arXiv 2309.05444 (for-ai/parameter-efficient-moe).
 
+Equation:
     y = W x + b + s sum_e g_e B_e A_e x,   g = softmax(W_g x),   s = alpha / rank
 
 All experts take part in each token, so there is nothing to balance and nothing is dropped. A_e [rank, in] and the
-router W_g [experts, in], without bias, start as N(0, 0.02), B_e at zero; the softmax is taken in float32 at least.
-Every matrix of attention and of the feed-forward has separate experts and a separate router, as in the authors'
-configuration. Convolutions: A and W_g are convolutions; embeddings: A starts at zero and B_e ~ N(0, 1).
+router W_g [experts, in] are without bias; the softmax is taken in float32 at least. Every matrix of attention and of
+the feed-forward has separate experts and a separate router, as in the authors' configuration. Convolutions: A and W_g
+are convolutions.
 
 The gate depends on the token, so nothing merges, and a tensor that is read instead of called is refused.
 
 Parameters: experts * rank * (in * kernel + out) + experts * in * kernel a site.
 
-Use it for instructions of many kinds, where `mov` is too small; `hydralora` shares one A among experts, and `loramoe`
-balances them.
+Start: A_e and W_g from N(0, 0.02), B_e at zero; of embeddings A at zero and B_e ~ N(0, 1): the identity.
+
+Differs from the authors' code: No difference is known.
+
+Use it: `peftcore.apply(model, "molora_moe")`, for instructions of many kinds, where `mov` is too small; `hydralora`
+shares one A among experts, and `loramoe` balances them.
 """
 
 from __future__ import annotations

@@ -1,18 +1,24 @@
 """MoV: a mixture of (IA)^3 vectors.   Zadouri et al. 2023, arXiv 2309.05444 (for-ai/parameter-efficient-moe).
 
+Equation:
     a' = a * sum_e p_e l_e,   p = softmax(W_g a)      (* entry by entry)
 
 a is what (IA)^3 scales: keys and values where they leave their projection, the feed-forward's inner activations where
 they enter the second matrix. The router reads a itself, a token at a time; of keys and values a head at a time, W_g
 [experts, head] one for all heads, l [heads, experts, head]. All experts take part, the softmax is in float32 at least.
-All l start at one, so a fresh injection changes nothing (up to rounding); W_g ~ N(0, 0.02), without bias.
+W_g is without bias.
 
 The width of heads is read from attentions of transformers; elsewhere from the option `head`. The scale depends on the
 token, so nothing merges; a tensor that is read instead of called (stacked experts, torch's own attention) is refused.
 
 Parameters: experts * (in + in) for the second matrix, experts * (out + head) for keys and for values.
 
-Use it for instructions and tasks of many kinds at the price of a few (IA)^3: soft routing needs no task, nor a balance.
+Start: All l at one, W_g from N(0, 0.02): the identity, up to rounding.
+
+Differs from the authors' code: No difference is known.
+
+Use it: `peftcore.apply(model, "mov")`, for instructions and tasks of many kinds at the price of a few (IA)^3: soft
+routing needs no task, nor a balance.
 """
 
 from __future__ import annotations
@@ -77,14 +83,13 @@ class MoVOperator(Router):
 
     def mixed(self, a: Tensor) -> Tensor:
         """Scale the activation, its channels where the layer has them, by its mixture of vectors."""
-        dim = self.layer.channel_dim
         with full_precision(a):
             precise = torch.promote_types(self.gain.dtype, torch.float32)
-            heads = a.movedim(dim, -1).unflatten(-1, (len(self.gain), -1)).to(precise)  # [..., heads, head]
+            heads = self.layer.channels_last(a).unflatten(-1, (len(self.gain), -1)).to(precise)  # [..., heads, head]
             shares = (heads @ self.router.to(precise).T).softmax(-1)  # [..., heads, experts]
             self.noted(shares, inner=1)
             gain = torch.einsum("...he,hew->...hw", shares, self.gain.to(precise)).flatten(-2)
-        return a * gain.movedim(-1, dim).to(a.dtype)
+        return a * self.layer.channels_back(gain).to(a.dtype)
 
 
 def _routed(surgeon: Surgeon, site: Site, config: MoVConfig) -> RoutedSite:

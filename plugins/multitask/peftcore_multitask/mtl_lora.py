@@ -1,14 +1,11 @@
 """MTL-LoRA: a LoRA whose middle and whose mixture of B belong to the task.   Yang et al. 2024, arXiv 2410.09437.
 
+Equation:
     y = W x + b + s sum_i w_ti B_i (L_t A dropout(x)),   w_t = softmax(v_t / temperature),   s = alpha / rank
 
 A [rank, in] and the B_i [out, rank] are shared by all tasks. Task t has a matrix L_t [rank, rank], or only its
-diagonal, which moves what A finds apart from other tasks, and a logit v_ti for each B_i. A starts as in LoRA, B_i at
-zero, L_t as the identity and v_t uniform in +-1/sqrt(ups). The softmax is taken in float32 at least. Convolutions and
-embeddings have factors as in LoRA.
-
-As in the authors' code (pUmpKin-Co/MTL-LoRA), whose script has whole matrices L_t. The adapters package has another
-default, diagonals and one B, multiplies by L_t transposed, and starts the logits equal.
+diagonal, which moves what A finds apart from other tasks, and a logit v_ti for each B_i. The softmax is taken in
+float32 at least. Convolutions and embeddings have factors as in LoRA.
 
 The call passes the task, ``with peftcore.call(model, task=...)``: one for all rows, or one for each. So no single
 weight equals the update, and it does not merge; a tensor that is read instead of called is refused, because it cannot
@@ -16,8 +13,14 @@ be adapted row by row.
 
 Parameters: rank * in * kernel + ups * rank * out + tasks * (rank^2 + ups) a site; rank for rank^2 of diagonals.
 
-Use it for tasks that get into each other's way in one LoRA; not where they have little in common (`polytropon` can keep
-whole skills for one of them) and not where the task is unknown (`hydralora`).
+Start: A as in LoRA, B_i at zero, L_t as the identity, v_t uniform in +-1/sqrt(ups): the identity.
+
+Differs from the authors' code: No difference is known (pUmpKin-Co/MTL-LoRA, whose script has whole matrices L_t). The
+adapters package has another default, diagonals and one B, multiplies by L_t transposed, and starts the logits equal.
+
+Use it: `peftcore.apply(model, "mtl_lora", tasks=["sums", "letters"])`, for tasks that get into each other's way in one
+LoRA; not where they have little in common (`polytropon` can keep whole skills for one of them) and not where the task
+is unknown (`hydralora`).
 """
 
 from __future__ import annotations
@@ -71,11 +74,10 @@ class MTLLoRAOperator(Operator):
         self.logits = nn.Parameter(torch.empty(count, config.ups).uniform_(-bound, bound))
 
     def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
-        y, channels = call(x), self.layer.channel_dim
+        y = call(x)
         A, B = self.cast(y, self.A, self.B)
-        low = self.layer.apply(self.dropout(x), A).movedim(channels, -1)  # [..., rank]
-        batched = low.dim() > -channels
-        rows = len(low) if batched else 1
+        low = self.layer.channels_last(self.layer.apply(self.dropout(x), A))  # [..., rank]
+        rows = self.layer.rows(low)
         logits = self.tasks.of_rows(self.logits, rows) / self.temperature
         shares = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
         shares, middle = self.cast(y, shares, self.tasks.of_rows(self.middle, rows))  # [rows or 1, ups], [.., rank(^2)]
@@ -83,7 +85,7 @@ class MTLLoRAOperator(Operator):
             middle = torch.diag_embed(middle)
         flat = low.reshape(rows, -1, low.shape[-1]) @ middle.mT  # [rows, positions, rank]
         mixed = shares[:, None, :, None] * flat.unsqueeze(-2)  # [rows, positions, ups, rank]
-        mixed = mixed.reshape(*low.shape[:-1], -1).movedim(-1, channels)
+        mixed = self.layer.channels_back(mixed.reshape(*low.shape[:-1], -1))
         return self.layer.add(y, mixed, B.transpose(0, 1).flatten(1), self.scale)
 
 

@@ -1,20 +1,25 @@
 """MPT: multitask prompt tuning.   Wang et al. 2023, arXiv 2303.02861.
 
+Equation:
     X' = [P_t ; E(ids)],   P_t = P * (u_t v_t)      (* entry by entry)
 
 P [length, d] is shared by all tasks; u_t [length, rank] and v_t [rank, d] are the task's own, of rank 1 in the paper.
-P_t is put in front of the embedded tokens exactly as in prompt_tuning, and is made at its own precision. The
-call passes the task, ``with peftcore.call(model, task=...)``: one for all rows, or one for each.
+P_t is put in front of the embedded tokens exactly as in prompt_tuning, and is made at its own precision. The call
+passes the task, ``with peftcore.call(model, task=...)``: one for all rows, or one for each.
 
-P starts as in prompt_tuning. u_t v_t starts as all ones, so that each task begins at P: the first column of u and the
+Parameters: length * d + tasks * rank * (length + d).
+
+Start: P as in prompt_tuning. u_t v_t starts as all ones, so that each task begins at P: the first column of u and the
 first row of v are ones, further rows of v zeros, further columns of u N(0, 0.02). ``task_init="normal"`` is peft's
-start, N(0, 0.02) for both: then P_t starts some thousand times smaller than P, and learns slowly.
+start, N(0, 0.02) for both: then P_t starts some thousand times smaller than P, and learns slowly. No start is an
+identity.
 
-The paper trains many source tasks with losses that distil a teacher's prompt for each; here, as in peft, the model's
-loss trains it. For a target task it starts from P and the mean (or one) of the source tasks' u and v: copy the tensors.
-Never identity at the start: anything in front moves the outputs. Parameters: length * d + tasks * rank * (length + d).
+Differs from the authors' code: The paper trains many source tasks with losses that distil a teacher's prompt for each;
+here, as in peft, the model's loss trains it. For a target task it starts from P and the mean (or one) of the source
+tasks' u and v: copy the tensors.
 
-Use it where many tasks share one large model and a new one has few examples: it costs length + d numbers more.
+Use it: `peftcore.apply(model, "multitask_prompt_tuning", tasks=["sums", "letters"])`, where many tasks share one large
+model and a new one has few examples: it costs length + d numbers more.
 """
 
 from __future__ import annotations

@@ -1,28 +1,35 @@
 """PALs, projected attention layers.   Stickland and Murray 2019, arXiv 1902.02671 (AsaCooperStickland/Bert-n-Pals).
 
+Equation:
     h' = LN(s + TS_t(h)),   where no norm ends the block s + TS_t(h)
     TS_t(h) = gelu(V_t MHA_t(U_t h + u_t) + v_t),   U_t [a, d],  V_t [d, a]
 
 h is the stream that a block is given, s the sum of stream and branches at its end, and t the task. U and V, with their
 biases, are shared by all blocks of a stack; MHA, of width a, is each block's own: queries, keys and values with biases,
-dropout of attention's weights, and no matrix behind it. The gelu is in the code alone, as are 6 heads for the paper's
-12. All matrices start from N(0, 0.02), biases at zero: near the identity, and with ``up_std=0`` exactly there.
+dropout of attention's weights, and no matrix behind it.
 
 A token attends under the model's mask: not to padding, and in causal stacks not to later tokens; keys and values of
 earlier tokens are stored behind the model's own in its cache. The call passes the task, ``with peftcore.call(model,
-task=...)``: one for all rows, or one for each; the authors' batches have one task. They train the whole model along, or
-its norms alone, for all tasks in common; here it is frozen, unless `train` names it.
+task=...)``: one for all rows, or one for each.
 
 Parameters of a task: 2 a d + a + d a stack, 3 a^2 + 3 a a block; 1.8 million in BERT-base.
 
-Use it for many tasks on one encoder where each weighs context anew; not where tasks have few examples and much in
-common (`hyperformer_pp`), nor where it has to be merged. `parallel_adapter` is its kin without attention.
+Start: All matrices from N(0, 0.02), biases at zero: near the identity, and with ``up_std=0`` exactly there.
+
+Differs from the authors' code: The gelu is in the code alone, as are 6 heads for the paper's 12. The authors train the
+whole model along, or its norms alone, for all tasks in common; here it is frozen, unless `train` names it. Their
+batches have one task.
+
+Use it: `peftcore.apply(model, "pal", tasks=["sums", "letters"])`, for many tasks on one encoder where each weighs
+context anew; not where tasks have few examples and much in common (`hyperformer_pp`), nor where it has to be merged.
+`parallel_adapter` is its kin without attention.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal, Self
 
 import torch
@@ -46,19 +53,17 @@ from peftcore.author import (
     cached_tokens,
     on_first,
 )
-from peftcore.errors import ConfigError, MissingContext
+from peftcore.errors import MissingContext, UnsupportedSite
 from peftcore_additive._side import held_by
 from peftcore_additive._tiny_attention import Room
-from peftcore_multitask._block_ends import ENDING, ending_norms
-from peftcore_multitask._hypernetwork import part_name
+from peftcore_multitask._part_names import part_name
 from peftcore_multitask._tasks import TaskConfig, Tasks, task_count
-
-OF_ONE_SITE = {"heads", "dropout"}
-"""Options that may differ between blocks: all other options belong to the shared U and V."""
 
 
 class PALConfig(TaskConfig):
     """Options of projected attention layers."""
+
+    overridable = ("heads", "dropout")
 
     method: Literal["pal"] = "pal"
     width: PositiveInt = 204
@@ -77,6 +82,26 @@ class PALConfig(TaskConfig):
         if self.width % self.heads:
             raise ValueError(f"width={self.width} is no multiple of heads={self.heads}")
         return self
+
+
+ENDING = "ending"
+"""The form of the site of a norm that ends a block."""
+
+
+def ending_norms(surgeon: Surgeon, block: BlockSite) -> tuple[Site, ...]:
+    """Return the norm that is given the sum at the end of a block, or none where none is.
+
+    Raises:
+        UnsupportedSite: the block's code cannot be traced.
+    """
+    resolver = surgeon.resolver
+    inside = [entry for entry in resolver.host.entries if entry.block == block.module_path]
+    inside.sort(key=lambda entry: entry.role.startswith("mlp"))  # the feed-forward comes last
+    ends = [end for entry in inside if (end := resolver.end_of(entry.module)) is not None]
+    if not ends or ends[-1].rest == "unknown":
+        raise UnsupportedSite(f"{block.path}: its code does not say whether a norm ends it; exclude= this block")
+    norm = ends[-1].entered
+    return () if norm is None else (replace(resolver.site(norm, "weight", "norm"), form=ENDING),)
 
 
 class Projections(nn.Module):
@@ -162,17 +187,12 @@ class PAL(Method):
     target = ("block",)
 
     def inject(self, model: nn.Module, config: PALConfig, surgeon: Surgeon) -> None:
-        if any({*changes} - OF_ONE_SITE for changes in config.overrides.values()):
-            raise ConfigError(
-                f"pal: blocks share matrices, so overrides change {' and '.join(sorted(OF_ONE_SITE))} alone"
-            )
         stacks = TokenStacks(surgeon)
         for site in block_sites(surgeon, each_run=True):
             name, width = part_name("projections", site.stack, str(site.width)), site.width
             shared = surgeon.own(name, functools.partial(Projections, width, config))
             norms, visible = ending_norms(surgeon, site), VisibleTokens(stacks.of(site))
-            more = (shared, visible, bool(norms))
-            surgeon.graft(site, lambda at, own, more=more: PALOperator(at, own, *more), config, norms)
+            surgeon.graft(site, PALOperator, config, norms, shared=shared, visible=visible, norm=bool(norms))
 
     @staticmethod
     def parameter_count(site: Site, config: PALConfig) -> int:

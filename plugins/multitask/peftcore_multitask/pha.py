@@ -1,5 +1,6 @@
 """PHA: adapters that a network makes of prototypes of tasks.   Zhao et al. 2023, arXiv 2310.11670 (Bumble666/PHA).
 
+Equation:
     y = FFN(x) + W_up relu(W_down x + b_down) + b_up
     W_down = D c,  b_down = d c,  W_up = U c,  b_up = u c, each with a bias;   c = LN(P2 relu(P1 [k_task ; e_layer]))
     v = R2 relu(R1 mean(H)),    s(a, b) = cos(a, b) / temperature
@@ -9,29 +10,36 @@
 x is the feed-forward's input, behind the norm in front of it, and the adapter joins the stream behind the host's
 dropout, as in the authors' code. k [tasks, t] are the prototypes, v is the vector that the *retriever* makes of a text,
 from its states H at the end of the stack: without padding, and in a causal stack only those before the first label
-(``peftcore.call(model, prompt_length=...)`` says it too). The losses, which training alone has, draw texts of a task
-to each other and to its prototype. The own task is missing in the sum of M, as in the code. The call passes the task,
+(``peftcore.call(model, prompt_length=...)`` says it too). The losses, which training alone has, draw texts of a task to
+each other and to its prototype. The own task is missing in the sum of M, as in the code. The call passes the task,
 ``with peftcore.call(model, task=...)``: one for all rows, or one for each. Batches should mix tasks.
 
 Where a decoder reads an encoder, H is the encoder's, and the encoder's adapters are made of nothing: each has separate
-matrices, the same for all tasks (Xavier-uniform times 1e-4). In a model without tokens (pictures), H is the output of
-its norm behind the blocks, or the last adapter's input where the model lacks that norm. Adapters of one width share P1
-to U; the maps that make weights start uniform in +-init_scale sqrt(3 / (p fan)).
+matrices, the same for all tasks. In a model without tokens (pictures), H is the output of its norm behind the blocks,
+or the last adapter's input where the model lacks that norm. Adapters of one width share P1 to U.
 
-The paper looks for the nearest prototype of a new task to start from; the code does not, and nor does this.
+Parameters: tasks t for prototypes, (d + t + 1) h + t for the retriever, (2t + 1) h + (h + 1) p + 2p and (p + 1) (2 d r
++ r + d) for each width d, t for a made adapter and 2 d r + r + d for an encoder's.
 
-Parameters: tasks t for prototypes, (d + t + 1) h + t for the retriever, (2t + 1) h + (h + 1) p + 2p and
-(p + 1) (2 d r + r + d) for each width d, t for a made adapter and 2 d r + r + d for an encoder's.
+Start: The maps that make weights uniform in +-init_scale sqrt(3 / (p fan)), matrices of an encoder's adapters by
+Xavier's rule times 1e-4: near the identity.
 
-Use it for several tasks with few examples each, which their texts identify; not for tasks that share inputs, where
-`hyperformer_pp`, its nearest kin, is without these losses, nor for one task (`parallel_adapter`).
+Differs from the authors' code: The paper looks for the nearest prototype of a new task to start from; the code does
+not, and nor does this.
+
+Use it: `peftcore.apply(model, "pha", tasks=["sums", "letters"])`, for several tasks with few examples each, which their
+texts identify; not for tasks that share inputs, where `hyperformer_pp`, its nearest kin, is without these losses, nor
+for one task (`parallel_adapter`).
 """
 
 from __future__ import annotations
 
 import functools
+import math
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
@@ -43,22 +51,133 @@ from peftcore.author import (
     Bypass,
     LearningRate,
     Method,
+    Operator,
+    PromptPositions,
     Shared,
     Site,
     Surgeon,
     Tags,
+    TokenStack,
     TokenStacks,
     branch,
     by_row,
+    forward_context,
+    full_precision,
 )
-from peftcore.errors import ConfigError
 from peftcore_additive._bottleneck import cast_linear
-from peftcore_multitask._prototypes import Contrast, Hypernetwork, Prototypes, ReadingOperator, Retriever
 from peftcore_multitask._tasks import TaskConfig, Tasks, task_count
+
+
+class Prototypes(nn.Module):
+    """A vector of each task, ``[tasks, t]``."""
+
+    def __init__(self, config: PHAConfig) -> None:
+        super().__init__()
+        self.value = nn.Parameter(torch.randn(task_count(config), config.task_width))
+
+
+class Hypernetwork(nn.Module):
+    """Makes adapters between two widths."""
+
+    def __init__(self, inputs: int, outputs: int, config: PHAConfig) -> None:
+        super().__init__()
+        code, r = config.code, config.bottleneck
+        self.inputs, self.outputs = inputs, outputs
+        self.first, self.second = nn.Linear(2 * config.task_width, config.hidden), nn.Linear(config.hidden, code)
+        self.norm = nn.LayerNorm(code, eps=1e-6)
+        self.down, self.down_bias = nn.Linear(code, r * inputs), nn.Linear(code, r)
+        self.up, self.up_bias = nn.Linear(code, outputs * r), nn.Linear(code, outputs)
+        for head, fan in ((self.down, inputs), (self.up, r), (self.down_bias, 1), (self.up_bias, 1)):
+            bound = config.init_scale * math.sqrt(3 / (code * fan))
+            nn.init.uniform_(head.weight, -bound, bound)
+            nn.init.zeros_(head.bias)
+
+    def forward(self, prototypes: Tensor, place: Tensor) -> tuple[Tensor, ...]:
+        """Return W_down [n, r, in], b_down [n, 1, r], W_up [n, out, r] and b_up [n, 1, out] of prototypes [n, t]."""
+        with full_precision(prototypes):
+            both = torch.cat([prototypes, place.expand_as(prototypes)], -1)
+            z = self.norm(self.second(self.first(both).relu()))
+            down, up = self.down(z).unflatten(-1, (-1, self.inputs)), self.up(z).unflatten(-1, (self.outputs, -1))
+            return down, self.down_bias(z).unsqueeze(-2), up, self.up_bias(z).unsqueeze(-2)
+
+
+class Retriever(nn.Module):
+    """Makes the vector of a text, of its mean state."""
+
+    def __init__(self, width: int, config: PHAConfig) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(width, config.hidden), nn.Linear(config.hidden, config.task_width)
+
+    def forward(self, mean: Tensor) -> Tensor:
+        """Return ``[rows, t]`` of means ``[rows, width]``."""
+        vector: Tensor = self.second(self.first(mean).relu())
+        return vector
+
+
+class Contrast:
+    """Adds the losses of the rows of a batch, for the operator that sees their states."""
+
+    def __init__(self, site: Site, config: PHAConfig, retriever: Shared, prototypes: Shared) -> None:
+        self.retriever, self.prototypes, self.tasks = retriever, prototypes, Tasks(site, config)
+        self.factor, self.temperature = config.contrast, config.temperature
+
+    def add(self, operator: Operator, states: Tensor, counts: Tensor | None) -> None:
+        """Add the loss of an operator for ``[rows, tokens, width]``, of which those count that `counts` ``[rows,
+        tokens]`` has."""
+        prototypes = self.prototypes.module.value
+        with full_precision(states):
+            states = states.to(prototypes.dtype)
+            kept = states.new_ones(states.shape[:2]) if counts is None else counts.to(states.dtype)
+            mean = (states * kept.unsqueeze(-1)).sum(1) / kept.sum(1, keepdim=True).clamp(min=1)
+            every = torch.arange(len(prototypes), device=states.device)
+            tasks = self.tasks.of_rows(every, len(mean)).expand(len(mean))
+            loss = contrast(self.retriever.module(mean), tasks, prototypes, self.temperature)
+        forward_context().add_loss(self.factor * loss, operator)
+
+
+class ReadingOperator(Operator):
+    """Gives the retriever what a stack of tokens returns, or the norm behind the last block, in training."""
+
+    def __init__(self, site: Site, config: PHAConfig, stack: TokenStack | None, contrast: Contrast) -> None:
+        super().__init__(site)
+        self.contrast, self.names, self.positions = contrast, site.arguments, None
+        if stack is not None:
+            self.positions = PromptPositions(0, stack.causal and not stack.readers, 0, sys.maxsize, halves=False)
+
+    def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        output = call(*args, **kwargs)
+        if self.training and self.positions is None:
+            self.contrast.add(self, *by_row(self.layer.channels_last(output))[:2])
+        elif self.training and self.positions is not None:
+            states = output if isinstance(output, Tensor) else output[0]  # [rows, tokens, d]
+            given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+            found = self.positions.positions(states, given, training=True)
+            if found is not None:
+                self.contrast.add(self, states, found[1].expand(states.shape[:2]))
+        return output
+
+
+def contrast(vectors: Tensor, tasks: Tensor, prototypes: Tensor, temperature: float) -> Tensor:
+    """Return the contrastive loss of the vectors of rows ``[rows, t]`` with tasks ``[rows]``: against each other, and
+    against the prototypes ``[tasks, t]`` of other tasks."""
+    vectors, prototypes = (nn.functional.normalize(each, dim=-1) for each in (vectors, prototypes))
+    least = torch.finfo(vectors.dtype).min
+    alone = torch.eye(len(vectors), dtype=torch.bool, device=vectors.device)
+    scores = (vectors @ vectors.mT / temperature).masked_fill(alone, least)
+    like = (tasks.unsqueeze(1) == tasks) & ~alone  # [rows, rows]
+    logs = (scores - scores.logsumexp(1, keepdim=True)).where(like, 0.0).sum(1) / like.sum(1).clamp(min=1)
+    met = like.any(1)
+    instances = -logs.sum() / met.sum().clamp(min=1)  # rows without another one of their task have zero there
+    scores = vectors @ prototypes.mT / temperature
+    own = nn.functional.one_hot(tasks, len(prototypes)).bool()
+    logs = scores.where(own, 0.0).sum(1) - scores.masked_fill(own, least).logsumexp(1)
+    return instances - logs.mean()
 
 
 class PHAConfig(TaskConfig):
     """Options of PHA."""
+
+    overridable = ()
 
     method: Literal["pha"] = "pha"
     bottleneck: PositiveInt = 64
@@ -144,8 +263,6 @@ class PHA(Method):
     alternatives = OUTPUTS
 
     def inject(self, model: nn.Module, config: PHAConfig, surgeon: Surgeon) -> None:
-        if any(config.overrides.values()):
-            raise ConfigError("pha: sites share networks, so overrides change nothing; leave them out")
         sites, stacks = surgeon.sites(), TokenStacks(surgeon)
         prototypes = surgeon.own("prototypes", lambda: Prototypes(config))
         places = [branch(surgeon, site) for site in sites]
@@ -167,8 +284,8 @@ class PHA(Method):
             build = functools.partial(Hypernetwork, *widths, config)
             network = None if own else surgeon.own("network/{}/{}".format(*widths), build)
             reads = contrast if place is last else None
-            make = functools.partial(AdapterOperator, prototypes=prototypes, network=network, contrast=reads)
-            surgeon.graft(AdapterSite(**vars(place), own=own), make, config, place.places)
+            made = {"prototypes": prototypes, "network": network, "contrast": reads}
+            surgeon.graft(AdapterSite(**vars(place), own=own), AdapterOperator, config, place.places, **made)
 
     @staticmethod
     def parameter_count(site: Site, config: PHAConfig) -> int:

@@ -1,27 +1,33 @@
 """Polyhistor-Lite: adapters of tasks from templates that kernels scale up to each layer.   Liu et al. 2022, arXiv
 2210.03265.
 
+Equation:
     y = h + W_up f(W_down h),   W_down = K kron (U_t V_t) [n, d],   W_up = K' kron (U'_t V'_t) [d, n]
     U_t = A v_t [n0, r],  V_t = B v_t [r, d0],  U'_t = A' v_t [d0, r],  V'_t = B' v_t [r, n0],   t the task
 
 The paper's are: the embedding v_t of a task, hypernetworks in two factors that make a template of it (Polyhistor), and
 for each layer a kernel K that scales templates of the narrowest stage of a hierarchical model up to the layer's widths,
-the same for all tasks (the Lite, which is both together). The authors published no code, and only their abstract,
-figures and introduction were available. So the rest is chosen here, after `hyperformer_pp`, on which they build: h is
-the output of the last matrix of attention or feed-forward, f is GELU; norms are left out, and neither hypernetworks nor
-adapters have biases; down and up projections have separate templates and kernels, and all layers share these templates,
-attention and feed-forward alike. A layer of d = m d0 features has n = m n0 inner ones, n0 = d0 / reduction rounded
-down, but at least 1. So kernels are [m, m]: in a plain ViT, one number. Products are not built: h is read in m pieces.
+the same for all tasks (the Lite, which is both together). A layer of d = m d0 features has n = m n0 inner ones, n0 = d0
+/ reduction rounded down, but at least 1. So kernels are [m, m]: in a plain ViT, one number. Products are not built: h
+is read in m pieces.
 
-Embeddings start from N(0, 1), A to B' so that templates keep the variance of their inputs, K as the identity (of
-equal entries all m pieces would stay alike) and K' at zero: a fresh adapter is an exact identity. The call passes the
-task, ``with peftcore.call(model, task=...)``: one for all rows, or one for each.
+The call passes the task, ``with peftcore.call(model, task=...)``: one for all rows, or one for each.
 
 Parameters: k (tasks + 2 r (n0 + d0)) once, and 2 m^2 an adapter.
 
-Use it for several dense tasks on one hierarchical backbone, a Swin or a SegFormer, where a further task should cost k
-numbers; not where widths lack a common divisor (`hyperformer_pp`, its nearest kin, has a network for each), nor where
-it has to be merged. `compacter` is its kin for one task.
+Start: Embeddings from N(0, 1), A to B' so that templates keep the variance of their inputs, K as the identity (of equal
+entries all m pieces would stay alike) and K' at zero: the identity.
+
+Differs from the authors' code: The authors published no code, and only their abstract, figures and introduction were
+available. So all that the equation does not fix is chosen here, after `hyperformer_pp`, on which they build: h is the
+output of the last matrix of attention or feed-forward, f is GELU; norms are left out, and neither hypernetworks nor
+adapters have biases; down and up projections have separate templates and kernels, and all layers share these templates,
+attention and feed-forward alike.
+
+Use it: `peftcore.apply(model, "polyhistor", tasks=["segmentation", "depth", "normals"])`, for several dense tasks on
+one hierarchical backbone, a Swin or a SegFormer, where a further task should cost k numbers; not where widths lack a
+common divisor (`hyperformer_pp`, its nearest kin, has a network for each), nor where it has to be merged. `compacter`
+is its kin for one task.
 """
 
 from __future__ import annotations
@@ -34,14 +40,26 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from peftcore.author import OUTPUTS, AtBranchEnd, BranchSite, Joins, Method, Shared, Surgeon, Tags, branch_end
-from peftcore.errors import ConfigError, UnsupportedSite
+from peftcore.author import (
+    ACTIVATIONS,
+    OUTPUTS,
+    AtBranchEnd,
+    BranchSite,
+    Joins,
+    Method,
+    Shared,
+    Surgeon,
+    Tags,
+    branch_end,
+)
+from peftcore.errors import UnsupportedSite
 from peftcore_multitask._tasks import TaskConfig, Tasks, task_count
-from peftcore_multitask.hyperformer_pp import ACTIVATIONS, OF_ONE_SITE
 
 
 class PolyhistorConfig(TaskConfig):
     """Options of Polyhistor."""
+
+    overridable = ("activation", "joins")
 
     method: Literal["polyhistor"] = "polyhistor"
     rank: PositiveInt = 1
@@ -97,14 +115,13 @@ class PolyhistorOperator(AtBranchEnd):
         self.activation = ACTIVATIONS[config.activation]()
 
     def adapt(self, h: Tensor) -> Tensor:
-        channels = self.layer.channel_dim
-        x = h.movedim(channels, -1)  # [rows, ..., d]
-        rows = len(x) if h.dim() > -channels else 1
+        x = self.layer.channels_last(h)  # [rows, ..., d]
+        rows = self.layer.rows(h)
         factors = (self.tasks.of_rows(each, rows) for each in self.templates.module.factors())
         down, up, U, V, up_U, up_V = self.cast(h, self.down, self.up, *factors)
         pieces = x.reshape(rows, -1, x.shape[-1] // self.times)  # [rows, positions * m, d0]
         made = scaled(self.activation(scaled(pieces, down, U, V)), up, up_U, up_V)
-        return h + made.reshape(x.shape).movedim(-1, channels)
+        return h + self.layer.channels_back(made.reshape(x.shape))
 
 
 def scaled(pieces: Tensor, kernel: Tensor, U: Tensor, V: Tensor) -> Tensor:
@@ -128,10 +145,6 @@ class Polyhistor(Method):
     alternatives = OUTPUTS
 
     def inject(self, model: nn.Module, config: PolyhistorConfig, surgeon: Surgeon) -> None:
-        if any({*changes} - OF_ONE_SITE for changes in config.overrides.values()):
-            raise ConfigError(
-                f"polyhistor: sites share templates, so overrides change {' and '.join(sorted(OF_ONE_SITE))} alone"
-            )
         sites = surgeon.sites()
         widths = [site.out_features for site in sites]
         width = config.width or min(widths)

@@ -1,20 +1,17 @@
 """Polytropon, and its multi-head routing.   Ponti et al. 2022, arXiv 2202.13914; Caccia et al. 2022, arXiv 2211.03831.
 
+Equation:
     y = W x + b + s (sum_k w_k B_k) (sum_k w_k A_k) x,   s = 1 / rank,   w = z / sum_k z
 
-Skill k of a site is a low-rank update A_k [rank, in], B_k [out, rank]. As in the authors' code, A_k starts uniform in
-+-1/sqrt(3 in), narrower than a LoRA (peft has it as wide, +-1/sqrt(in)), and B_k at zero. Task t has a logit for each
-skill, Z_t, uniform in +-0.001 at first: z = sigmoid(Z_t), and in training a draw for each row that the module sees from
-the relaxed Bernoulli distribution with these logits, z = sigmoid(Z_t + log u - log(1 - u)), u uniform. A and B are
-averaged apart.
+Skill k of a site is a low-rank update A_k [rank, in], B_k [out, rank]. Task t has a logit for each skill, Z_t: z =
+sigmoid(Z_t), and in training a draw for each row that the module sees from the relaxed Bernoulli distribution with
+these logits, z = sigmoid(Z_t + log u - log(1 - u)), u uniform. A and B are averaged apart.
 
 With `own_skills` it is C-Poly (Wang et al. 2023, arXiv 2312.03248): each task has that many more skills, which only
-this task uses, with logits next to those of the common ones. k runs over both. No code of its authors was found; where
-its equation adds outputs of skills, A and B are averaged apart here, own ones among them, as Polytropon's code does.
+this task uses, with logits next to those of the common ones. k runs over both.
 
 With `splits` it is multi-head routing: the inputs of A and the outputs of B are cut into groups, and each group has
-separate logits and skills. In convolutions, the 3 in of A's start counts the kernel too; in embeddings A starts at zero
-and B ~ N(0, 1).
+separate logits and skills.
 
 The call passes the task, ``with peftcore.call(model, task=...)``: one for all rows, or one for each. So no single
 weight equals the update, and it does not merge; a tensor that is read instead of called is refused, because it cannot
@@ -24,8 +21,16 @@ The authors (microsoft/mttl) train Z a hundred times faster than the skills, wit
 the user. Parameters: (skills + tasks * own_skills) * rank * (in * kernel + out) + tasks * splits * (skills +
 own_skills) a site. A forward computes with the own skills of all tasks, and weighs those of others with zero.
 
-Use it for many related tasks: their common skills are learned once, and a new task needs few examples. Own skills are
-for tasks that get in each other's way; they grow with the number of tasks (mtl_lora has a small matrix for each).
+Start: A_k uniform in +-1/sqrt(3 in), narrower than a LoRA, B_k at zero, Z uniform in +-0.001: the identity. In
+convolutions, the 3 in of A's start counts the kernel too; in embeddings A starts at zero and B ~ N(0, 1).
+
+Differs from the authors' code: No difference is known for Polytropon (microsoft/mttl); peft starts A as wide as a LoRA,
++-1/sqrt(in). No code of C-Poly's authors was found; where its equation adds outputs of skills, A and B are averaged
+apart here, own ones among them, as Polytropon's code does.
+
+Use it: `peftcore.apply(model, "polytropon", tasks=["sums", "letters"])`, for many related tasks: their common skills
+are learned once, and a new task needs few examples. Own skills are for tasks that get in each other's way; they grow
+with the number of tasks (mtl_lora has a small matrix for each).
 """
 
 from __future__ import annotations
@@ -109,17 +114,17 @@ class PolytroponOperator(Router):
         return torch.cat([common, own], -1)
 
     def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
-        y, channels = call(x), self.layer.channel_dim
+        y = call(x)
         A, B = self.cast(y, joined(self.A, self.own_A), joined(self.B, self.own_B))
-        low = self.layer.apply(x, blocks(A.flatten(1, 2))).movedim(channels, -1)  # [..., splits * skills * rank]
-        batched = low.dim() > -channels
+        low = self.layer.channels_last(self.layer.apply(x, blocks(A.flatten(1, 2))))  # [..., splits * skills * rank]
+        batched = low.dim() > -self.layer.channel_dim
         rows = len(low) if batched else 1
         weights = self.weights(rows)
         self.noted(weights.expand(rows, *weights.shape[1:]))
         (w,) = self.cast(y, self.spread(weights, rows))
         w = w.view(*w.shape[: int(batched)], *[1] * (low.dim() - 1 - int(batched)), *w.shape[-2:], 1)
         low = (low.unflatten(-1, A.shape[:3]) * w).sum((-3, -2))  # [..., rank]
-        low = (low[..., None, None, :] * w).flatten(-3).movedim(-1, channels)
+        low = self.layer.channels_back((low[..., None, None, :] * w).flatten(-3))
         return self.layer.add(y, low, blocks(B.transpose(1, 2).flatten(2)), self.scale)
 
 

@@ -1,6 +1,7 @@
 """SAPT: LoRAs of tasks that come one after the other, mixed by attention to each text.   Zhao et al. 2024, arXiv
 2401.08295 (circle-hit/SAPT).
 
+Equation:
     y = W x + b + s sum_j a_j B_j A_j x,    a = softmax_j(k_j . q / sqrt(d)),    s = alpha / rank
     q = LN(silu(W_up W_down max(E)));       loss = replay * mean_rows sum_j t_j (log t_j - log a_j)
 
@@ -18,23 +19,31 @@ tasks: ``with peftcore.call(model, attention=t)``. A row of zeros is not such a 
 the texts of a task for t, which `injection.report()` has.
 
 The text is the part before the first label, or the whole input, unless ``peftcore.call(model, prompt_length=...)``
-gives its length: generated tokens change nothing. The authors' max sees padding, this does not. Keys start uniform in
-+-1, A in +-1/sqrt(inputs), the network from N(0, 0.02^2) as transformers starts it in their Llama (in their T5, uniform
-in +-1/sqrt(inputs)), B at zero: an exact identity for the first task. Dropout, which the authors' scripts have at zero,
-is left out, and models in which a decoder reads an encoder are refused: there the text is not at hand when the decoder
-runs.
+gives its length: generated tokens change nothing.
 
 Parameters: tasks * rank * (in + out) a module, tasks * d + 2 hidden d + 2 d once.
 
-Use it for tasks that are learned one after the other, where old ones are to stay and to help; not for tasks that are
-all there at once (`hydralora`), nor for LoRAs out of files, with which no attention was trained (`mole`).
+Start: Keys uniform in +-1, A in +-1/sqrt(inputs), the network from N(0, 0.02^2) as transformers starts it in the
+authors' Llama (in their T5, uniform in +-1/sqrt(inputs)), B at zero: the identity for the first task.
+
+Differs from the authors' code: The authors' max sees padding, this does not. Dropout, which the authors' scripts have
+at zero, is left out, and models in which a decoder reads an encoder are refused: there the text is not at hand when the
+decoder runs.
+
+Use it: `peftcore.apply(model, "sapt")`, for tasks that are learned one after the other, where old ones are to stay and
+to help; not for tasks that are all there at once (`hydralora`), nor for LoRAs out of files, with which no attention was
+trained (`mole`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Literal
+import sys
+import uuid
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
@@ -47,18 +56,21 @@ from peftcore.author import (
     Method,
     MethodConfig,
     Operator,
+    PromptPositions,
+    Router,
     Site,
     Surgeon,
     Tags,
     Tap,
     TokenStack,
+    TokenStacks,
+    cache_in,
+    cached_tokens,
     forward_context,
     full_precision,
 )
-from peftcore.errors import MissingContext, SequenceError, UnsupportedSite
+from peftcore.errors import ConfigError, MissingContext, SequenceError, UnsupportedSite
 from peftcore_multitask._chosen import add_shares
-from peftcore_multitask._growing import divergence, take_tasks
-from peftcore_multitask._query import DecidingOperator, deciding_place
 from peftcore_multitask._skills import factors
 
 __all__ = ["SAPT", "SAPTConfig", "take_tasks"]
@@ -83,11 +95,79 @@ class SAPTConfig(MethodConfig):
     """Factor of the loss of rows whose shares the call passes."""
 
 
-class SharedAttention(DecidingOperator):
-    """The keys of the tasks, and the network that reads texts."""
+def take_tasks(injection: AppliedMethod, trained: AppliedMethod) -> None:
+    """Give an adapter the values of one of the same method that was trained on fewer tasks: each tensor that both have.
+
+    Raises:
+        ConfigError: they are not such adapters, at the same modules and with the same sizes; nothing has changed.
+    """
+    mine, theirs = (
+        {f"{path}:{name}": value for path, op in each.operators.items() for name, value in op.named_parameters()}
+        for each in (injection, trained)
+    )
+    kinds = {(type(each.config), frozenset(each.operators)) for each in (injection, trained)}
+    if len(kinds) > 1 or any(name not in mine or mine[name].shape != value.shape for name, value in theirs.items()):
+        raise ConfigError(
+            "take_tasks(more, fewer) is for two adapters of one method, at the same modules and with the same sizes, "
+            "of which the first knows the tasks of the other, and more"
+        )
+    with torch.no_grad():
+        for name, value in theirs.items():
+            mine[name].copy_(value)
+
+
+def divergence(told: Any, logs: Tensor) -> Tensor:
+    """Return the divergence of shares from target shares, as a mean over the rows that have targets.
+
+    Args:
+        told: ``[rows, tasks]``; a row of zeros is skipped.
+        logs: the logarithms of the shares ``[rows, tasks]``.
+
+    Raises:
+        ConfigError: the target shares have another number of rows or tasks.
+    """
+    told = torch.as_tensor(told).to(logs)
+    if told.shape != logs.shape:
+        raise ConfigError(f"attention={tuple(told.shape)}: shares of rows and tasks are {tuple(logs.shape)} here")
+    return (torch.special.xlogy(told, told) - told * logs).sum() / told.any(1).sum().clamp(min=1)
+
+
+EMBEDS = "inputs_embeds"
+KEPT = "_peftcore_decided"
+"""The attribute of a cache in which decisions are kept."""
+
+
+class Decisions:
+    """The decisions of one operator, kept with the model's caches; copies of the model share them."""
+
+    def __init__(self) -> None:
+        self.stamp = uuid.uuid4().hex
+
+    def of(self, cache: Any) -> Tensor | None:
+        """Return what was decided when the text in a cache was new."""
+        kept: Tensor | None = getattr(cache, KEPT, {}).get(self.stamp)
+        return kept
+
+    def keep(self, cache: Any, decided: Tensor) -> None:
+        """Keep a decision with a cache; one that takes no attributes keeps nothing."""
+        with suppress(AttributeError):
+            setattr(cache, KEPT, {**getattr(cache, KEPT, {}), self.stamp: decided.detach()})
+
+
+class SharedAttention(Router):
+    """The keys of the tasks, and the network that reads texts: leaves the shares of each text.
+
+    Acts around a stack and behind its token table. Forwards that go on from a cache find the shares with the cache:
+    copies of it have them too, and rows that are repeated (beams) repeat them.
+    """
+
+    routes = "sequence"
+    observes = frozenset({"table"})
 
     def __init__(self, site: Site, config: SAPTConfig, stack: TokenStack, decided: Tap) -> None:
-        super().__init__(site, stack, decided)
+        super().__init__(site)
+        self.decided, self.given, self.kept, self.names = decided, Tap(), Decisions(), site.arguments
+        self.positions = PromptPositions(0, stack.causal, 0, sys.maxsize, halves=False, whole=True)
         width, self.replay = site.out_features, config.replay
         self.keys = nn.ParameterList(torch.empty(width).uniform_(-1, 1) for _ in range(config.tasks))
         self.down, self.up = nn.Linear(width, config.hidden, bias=False), nn.Linear(config.hidden, width, bias=False)
@@ -96,6 +176,8 @@ class SharedAttention(DecidingOperator):
         self.norm = nn.LayerNorm(width)
 
     def decide(self, embeds: Tensor, text: Tensor) -> Tensor:
+        """Return the shares of texts ``[rows, tasks]``, for embedded tokens ``[rows, tokens, d]``, of which `text`
+        ``[rows, tokens]`` counts."""
         with full_precision(embeds):
             logs = self.scores(embeds, text).log_softmax(-1)
             told = forward_context().context.get("attention") if self.training else None
@@ -112,6 +194,64 @@ class SharedAttention(DecidingOperator):
         largest = largest.masked_fill(~text.any(1, keepdim=True), 0.0)  # nothing was said
         sought = self.norm(nn.functional.silu(self.up(self.down(largest))))
         return sought @ keys.mT / math.sqrt(keys.shape[1])
+
+    def at(self, form: str, module: Any) -> Callable[..., Any]:
+        return self._at_table if form == "table" else self
+
+    def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        self.given.put(given)
+        if given.get(EMBEDS) is not None:
+            self._leave(given[EMBEDS])
+        output = call(*args, **kwargs)
+        cache = cache_in(output) if isinstance(output, Mapping) else None
+        cache = cache_in(given) if cache is None else cache
+        if cache is not None:
+            self.kept.keep(cache, self.decided.get())
+        return output
+
+    def _at_table(self, call: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        embeds = call(*args, **kwargs)
+        self._leave(embeds)
+        return embeds
+
+    def _leave(self, embeds: Tensor) -> None:
+        given = self.given.take()
+        if given is None:  # the table is used elsewhere
+            return
+        if cached_tokens(given, 0, embeds.shape[1]):
+            self.decided.put(self._again(self.kept.of(cache_in(given)), embeds))
+            return
+        found = self.positions.positions(embeds, given, self.training)
+        assert found is not None, "nothing is in a cache"
+        self.decided.put(self.decide(embeds, found[1].expand(embeds.shape[:2])))
+
+    def _again(self, kept: Tensor | None, embeds: Tensor) -> Tensor:
+        """Return what was decided when the text was new; raises where it was not, or where the input may be more of
+        it."""
+        if kept is None or len(embeds) % len(kept):
+            raise SequenceError(
+                "this cache was filled without this adapter, or for other rows: start with an empty cache, and leave "
+                "the adapter active while it fills"
+            )
+        if embeds.shape[1] > 1 and forward_context().context.get("prompt_length") is None:
+            raise MissingContext(
+                "this input goes on from a cache, and may be more of the text or not: say where the text ends, with "
+                "peftcore.call(model, prompt_length=...): ..."
+            )
+        return kept.repeat_interleave(len(embeds) // len(kept), 0)
+
+
+def deciding_place(surgeon: Surgeon, sites: list[Site]) -> tuple[Site, TokenStack, tuple[Site, ...]]:
+    """Return the place around the one stack of some modules, the stack, and the place of its token table.
+
+    Raises:
+        UnsupportedSite: the modules lack one stack, or it is an encoder or decoder connected to another stack.
+    """
+    place, stack = TokenStacks(surgeon).around(sites), TokenStacks(surgeon).of(sites[0])
+    assert stack is not None, "there is a place around it"
+    table = surgeon.resolver.site(f"{stack.path}.{stack.table}".lstrip("."), "weight")
+    return place, stack, (replace(table, form="table"),)
 
 
 class SAPTOperator(Operator):

@@ -1,18 +1,23 @@
 """Task arithmetic: adding and negating what tasks did to weights.   Ilharco et al. 2022, arXiv 2212.04089.
 
+Equation:
     W' = W + s sum_t w_t tau_t,   tau_t = W_t - W,   s = 0.4
 
 tau_t is the change of the weight by part t: of a LoRA B A, of weights trained in place their difference. w_t = -1
-forgets a task, w = (1, 1, -1) is an analogy. The authors sum over the whole of models that were trained in full
-(mlfoundations/task_vectors); here every site that a part has counts, and parts may differ in method and sites. peft's
-"linear" sums factors of LoRAs instead of their products, which is another thing; its "cat" is this one.
+forgets a task, w = (1, 1, -1) is an analogy.
 
 Where all parts are low-rank, so is the sum: `factors` gives it, with the ranks added.
 
 Parameters: those of the parts.
 
-Use it with `peftcore_multitask.gather` to put trained adapters together; choose s on validation data, the more tasks
-the smaller.
+Start: Nothing is drawn; of fresh parts nothing changes.
+
+Differs from the authors' code: The authors sum over the whole of models that were trained in full
+(mlfoundations/task_vectors); here every site that a part has counts, and parts may differ in method and sites. peft's
+"linear" sums factors of LoRAs instead of their products, which is another thing; its "cat" is this one.
+
+Use it: `peftcore.apply(model, "task_arithmetic")`, with `peftcore_multitask.gather` to put trained adapters together;
+choose s on validation data, the more tasks the smaller.
 """
 
 from __future__ import annotations

@@ -5,13 +5,13 @@ This is the largest of the paper's three networks, with one of the paper's two w
 itself. The networks whose heads make A and B, or their rows, one after the other are not here, nor is training on LoRAs
 that exist (recon).
 
+Equation:
     y = W x + b + s B A dropout(x),   s = alpha / sqrt(rank),   (A, B) = H z + h
     z = M([LN(E v + e) ; LN(layer) ; LN(kind)])
 
-v is a vector that the call passes: an embedding of the task's description by any model that embeds texts. `layer`
-is an embedding of the layer, `kind` one of which matrix it is there, and each kind has a head H, h. M are silu
-feed-forwards, two of them with residuals, and 0.05 is dropped between. H starts at zero and h as a LoRA's start, so at
-first all vectors give the same LoRA, which does nothing. The loss gets decay * (mean A^2 + mean B^2) from each kind.
+v is a vector that the call passes: an embedding of the task's description by any model that embeds texts. `layer` is an
+embedding of the layer, `kind` one of which matrix it is there, and each kind has a head H, h. M are silu feed-forwards,
+two of them with residuals, and 0.05 is dropped between. The loss gets decay * (mean A^2 + mean B^2) from each kind.
 
     with peftcore.call(model, task_vector=embedded): ...      # [1, vector_width] for all rows, or [rows, vector_width]
     make_lora(injection, embedded[0])                         # a plain LoRA: it merges, and is saved by itself
@@ -22,14 +22,23 @@ kinds.
 Parameters, l = latent and w = head_width: (vector_width + 1) l / 2 + 28 l^2 + 27 l + (4 l + 1) w in the network, l / 4
 for each layer and each kind, and (w + 1) rank (in + out) for each kind.
 
-Use it for hundreds of tasks with descriptions, where a new one shall need no training; not for a few tasks, nor where
-no text says what a task is (`hyperformer_pp` has an embedding of each that it learns).
+Start: H at zero and h as a LoRA's start, so all vectors give the same LoRA, which does nothing: the identity.
+
+Differs from the authors' code: The networks and the way to train that are named above are not here; no other difference
+is known.
+
+Use it: `peftcore.apply(model, "text_to_lora", vector_width=384)`, for hundreds of tasks with descriptions, where a new
+one shall need no training; not for a few tasks, nor where no text says what a task is (`hyperformer_pp` has an
+embedding of each that it learns).
 """
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import torch
@@ -45,21 +54,22 @@ from peftcore.author import (
     MethodConfig,
     Operator,
     Share,
+    Shared,
     Site,
     Surgeon,
     Tags,
     forward_context,
     sees_vectors,
+    stack_path,
 )
-from peftcore.errors import ConfigError, UnsupportedSite
-from peftcore_multitask._lora_network import Known, Told, evaluating, kind_name, known_of
-
-OF_ONE_SITE = {"alpha", "dropout", "decay"}
-"""Options that may differ between sites: all else belongs to the network."""
+from peftcore.errors import ConfigError, RouteError, UnsupportedSite
+from peftcore_multitask._part_names import part_name
 
 
 class TextToLoRAConfig(MethodConfig):
     """Options of Text-to-LoRA."""
+
+    overridable = ("alpha", "dropout", "decay")
 
     method: Literal["text_to_lora"] = "text_to_lora"
     vector_width: PositiveInt = 1024
@@ -80,12 +90,148 @@ class TextToLoRAConfig(MethodConfig):
     """Factor of the penalty on the LoRAs' values."""
 
 
+class Block(nn.Module):
+    """A norm and a feed-forward with a residual connection."""
+
+    def __init__(self, width: int, dropout: float) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``[..., width]``."""
+        inner = self.dropout(nn.functional.silu(self.up(self.norm(x))))
+        return x + self.dropout(nn.functional.silu(self.down(inner)))
+
+
+class LoRANetwork(nn.Module):
+    """The network that all sites share: it reads a vector and embeddings of the LoRA's layer and kind of matrix."""
+
+    def __init__(self, config: TextToLoRAConfig) -> None:
+        super().__init__()
+        width, part = config.latent, config.latent // 4
+        self.reader, self.reader_norm = nn.Linear(config.vector_width, 2 * part), nn.LayerNorm(2 * part)
+        self.layer_norm, self.kind_norm = nn.LayerNorm(part), nn.LayerNorm(part)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.blocks = nn.ModuleList(Block(width, config.network_dropout) for _ in range(2))
+        self.last_norm, self.last_up = nn.LayerNorm(width), nn.Linear(width, 4 * width)
+        self.last_down = nn.Linear(4 * width, config.head_width)
+        self.dropout = nn.Dropout(config.network_dropout)
+
+    def forward(self, vectors: Tensor, layer: Tensor, kind: Tensor) -> Tensor:
+        """Return z ``[n, head_width]`` for vectors ``[n, vector_width]``, a layer and a kind ``[latent / 4]``."""
+        where = torch.cat([self.layer_norm(layer), self.kind_norm(kind)]).expand(len(vectors), -1)
+        x = self.dropout(torch.cat([self.reader_norm(self.reader(vectors)), where], -1))
+        x = self.dropout(nn.functional.silu(self.up(x)))
+        x = self.dropout(nn.functional.silu(self.down(x)))
+        for block in self.blocks:
+            x = block(x)
+        x = self.dropout(nn.functional.silu(self.last_up(self.last_norm(x))))
+        return nn.functional.silu(self.last_down(x))
+
+
+class LayerEmbedding(nn.Module):
+    """The embedding of one layer of a stack."""
+
+    def __init__(self, config: TextToLoRAConfig) -> None:
+        super().__init__()
+        self.value = nn.Parameter(torch.randn(config.latent // 4))
+
+
+class Kind(nn.Module):
+    """The shared parts of the LoRAs of one kind of matrix: its embedding, and the head that makes them of z. The head
+    starts as a LoRA, the same for all vectors: A uniform in +-1/sqrt(in), B zero."""
+
+    def __init__(self, inputs: int, outputs: int, config: TextToLoRAConfig) -> None:
+        super().__init__()
+        self.inputs, self.rank = inputs, config.rank
+        self.value = nn.Parameter(torch.randn(config.latent // 4))
+        self.head = nn.Linear(config.head_width, config.rank * (inputs + outputs))
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+        nn.init.uniform_(self.head.bias[: config.rank * inputs], -(inputs**-0.5), inputs**-0.5)
+
+    def factors(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Return A ``[n, rank, in]`` and B ``[n, out, rank]``."""
+        made = self.head(z)
+        A, B = made[..., : self.rank * self.inputs], made[..., self.rank * self.inputs :]
+        return A.unflatten(-1, (self.rank, -1)), B.unflatten(-1, (self.rank, -1)).mT
+
+
+class Told:
+    """Looks up the vectors that a call passes."""
+
+    def __init__(self, site: Site, width: int) -> None:
+        self.path, self.width, self.apart = site.path, width, not site.mixes_rows
+
+    def of_rows(self, rows: int) -> Tensor:
+        """Return a vector for all of so many rows ``[1, width]``, or one for each, or for each few that follow each
+        other (beams, windows).
+
+        Raises:
+            MissingContext: the call does not pass a vector.
+            ConfigError: it is not a table of vectors of that width.
+            RouteError: there are not as many rows.
+        """
+        running = forward_context()
+        running.need("task_vector")
+        told = running.told("task_vector")
+        if not isinstance(told, Tensor) or told.dim() != 2 or told.shape[1] != self.width:
+            raise ConfigError(f"task_vector is a tensor [1 or rows, {self.width}]: embeddings of descriptions of tasks")
+        if len(told) != 1 and not self.apart:
+            raise RouteError(f"{self.path} got {rows} rows, which cannot be told apart by {len(told)} vectors of tasks")
+        return running.for_rows("task_vector", rows, told)
+
+
+@contextmanager
+def evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Hold modules in evaluation mode, without dropout."""
+    was = {each: each.training for module in modules for each in module.modules()}
+    try:
+        for each in was:
+            each.training = False
+        yield
+    finally:
+        for each, mode in was.items():
+            each.training = mode
+
+
+@dataclass(frozen=True)
+class HypernetworkParts:
+    """The parts that a site shares with others: the network, the embedding of its layer, and its kind; and how many
+    sites are of that kind."""
+
+    network: Shared
+    layer: Shared
+    kind: Shared
+    alike: int = 1
+
+
+def kind_name(site: Site) -> str:
+    """Return the name of a site's kind: its path without the numbers of layers, and its size."""
+    return part_name("kind", stack_path(site.path), f"{site.in_features}x{site.out_features}")
+
+
+def known_of(surgeon: Surgeon, site: Site, config: TextToLoRAConfig, alike: int) -> HypernetworkParts:
+    """Return what a site shares, each named by where it is, so that it does not depend on other sites."""
+    block = next((each.block for each in surgeon.resolver.host.at(site.module_path) if each.block is not None), None)
+    stack = "" if block is None else stack_path(block)
+    layer = ".".join(re.findall(r"\d+", site.module_path if block is None else block))
+    inputs, outputs = site.in_features, site.out_features
+    return HypernetworkParts(
+        surgeon.own("network", lambda: LoRANetwork(config)),
+        surgeon.own(part_name("layer", stack, layer), lambda: LayerEmbedding(config)),
+        surgeon.own(kind_name(site), lambda: Kind(inputs, outputs, config)),
+        alike,
+    )
+
+
 class TextToLoRAOperator(Operator):
     """The LoRA of one site, made by the shared network from the call's vector."""
 
     training_only = Operator.training_only | {"decay"}
 
-    def __init__(self, site: Site, config: TextToLoRAConfig, known: Known) -> None:
+    def __init__(self, site: Site, config: TextToLoRAConfig, known: HypernetworkParts) -> None:
         super().__init__(site)
         self.known, self.told = known, Told(site, config.vector_width)
         self.scale = config.alpha / config.rank**0.5
@@ -127,10 +273,6 @@ class TextToLoRA(Method):
     alternatives = MATRICES
 
     def inject(self, model: nn.Module, config: TextToLoRAConfig, surgeon: Surgeon) -> None:
-        if any({*changes} - OF_ONE_SITE for changes in config.overrides.values()):
-            raise ConfigError(
-                f"text_to_lora: sites share a network, so overrides change {', '.join(sorted(OF_ONE_SITE))} alone"
-            )
         sites = surgeon.sites()
         for site in sites:
             if not sees_vectors(site):

@@ -1,19 +1,25 @@
 """TIES merging: trim, elect signs, merge what agrees.   Yadav et al. 2023, arXiv 2306.01708.
 
+Equation:
     tau^_t = the share `density` of w_t tau_t that is largest by magnitude, else 0
     gamma  = sign(sum_t tau^_t),                      value by value
     W'     = W + s mean {tau^_t : sign tau^_t = gamma},   0 where there is none
 
-Tasks that disagree would wash each other out in a mean; here the minority does not count. The authors' code
-(prateeky2806/ties-merging) trims the flattened model as a whole; here, as in peft, each weight for itself. Where the
-sum is exactly 0 the sign is that of most values, as the authors have it, not +1 as in peft, which also elects before it
-weighs. Of LoRAs the products B A are merged (peft's "ties_svd" without the svd), not A and B apart (its "ties").
+Tasks that disagree would wash each other out in a mean; here the minority does not count.
 
 Gradients reach what is left and agrees; where no part has anything they reach all parts, so that fresh ones learn.
 
 Parameters: those of the parts.
 
-Use it with `peftcore_multitask.gather` for three and more trained adapters, where plain sums lose.
+Start: Nothing is drawn; of fresh parts nothing changes.
+
+Differs from the authors' code: The authors' code (prateeky2806/ties-merging) trims the flattened model as a whole;
+here, as in peft, each weight for itself. Where the sum is exactly 0 the sign is that of most values, as the authors
+have it, not +1 as in peft, which also elects before it weighs. Of LoRAs the products B A are merged (peft's "ties_svd"
+without the svd), not A and B apart (its "ties").
+
+Use it: `peftcore.apply(model, "ties_merging")`, with `peftcore_multitask.gather` for three and more trained adapters,
+where plain sums lose.
 """
 
 from __future__ import annotations

@@ -1,46 +1,53 @@
 """VL-Adapter: bottleneck adapters of several tasks, which share what they have in common.   Sung, Cho and Bansal 2021,
 arXiv 2112.06825 (code: ylsung/VL_adapter).
 
+Equation:
     y = h + U_t f(D_t h + b_t) + c_t,   D_t [r, d],  U_t [d, r],   t the task
 
 h is the output of the last matrix of an attention (self and cross) or of the feed-forward, in front of the host's
 dropout. `shared` says what all tasks have in common: everything (the paper's single adapter, its best), D with b or U
 with c (half-shared), or nothing (an adapter each). Paper and code adapt the language model alone, BART or T5, which
 reads pictures as tokens: so do default targets in a model of two towers. All norms train along; so does the map from
-visual features to tokens, where you name it: ``train=["multi_modal_projector"]``. Matrices start from N(0, 0.02),
-biases at zero: near the identity.
+visual features to tokens, where you name it: ``train=["multi_modal_projector"]``.
 
-The call passes the task, ``with peftcore.call(model, task=...)``: one for all rows, or one for each; the authors'
-batches have one task. With ``shared="all"`` calls need not pass the task, and names of tasks are ignored.
+The call passes the task, ``with peftcore.call(model, task=...)``: one for all rows, or one for each. With
+``shared="all"`` calls need not pass the task, and names of tasks are ignored.
 
-The paper's other adapters are methods here: its Hyperformer is near `hyperformer` (its code has the generators of a
-block's places apart), its Compacter `compacter`, which it trains for all tasks as one.
+Parameters: n_D (d r + r) + n_U (d r + d) an adapter, where n is 1 for a shared side and else the number of tasks; with
+`train_layer_norm`, the norms besides.
 
-Parameters: n_D (d r + r) + n_U (d r + d) an adapter, where n is 1 for a shared side and else the number of tasks;
-with `train_layer_norm`, the norms besides.
+Start: Matrices from N(0, 0.02), biases at zero: near the identity; ``up_init_std=0`` makes it exact.
 
-Use it for tasks of one kind on one model, as questions and captions for pictures are; not where tasks get in each
-other's way (`polytropon`, `mtl_lora`), nor where a new task should cost next to nothing (`hyperformer_pp`).
+Differs from the authors' code: The authors' batches have one task; here each row may have its own. The paper's other
+adapters are methods here: its Hyperformer is near `hyperformer` (its code has the generators of a block's places
+apart), its Compacter `compacter`, which it trains for all tasks as one.
+
+Use it: `peftcore.apply(model, "vl_adapter", shared="down", tasks=["questions", "captions"])`, for tasks of one kind on
+one model, as questions and captions for pictures are; not where tasks get in each other's way (`polytropon`,
+`mtl_lora`), nor where a new task should cost next to nothing (`hyperformer_pp`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Literal
 
 import torch
 from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore.author import OUTPUTS, AtBranchEnd, Joins, LearningRate, Method, Site, Surgeon, Tags, branch_end
+from peftcore.author import (
+    ACTIVATIONS,
+    OUTPUTS,
+    AtBranchEnd,
+    Joins,
+    LearningRate,
+    Method,
+    Site,
+    Surgeon,
+    Tags,
+    branch_end,
+)
 from peftcore_multitask._tasks import TaskConfig, Tasks, task_count
-
-ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
-    "gelu_tanh": lambda: nn.GELU("tanh"),
-    "gelu": nn.GELU,
-    "relu": nn.ReLU,
-    "silu": nn.SiLU,
-}
 
 
 class VLAdapterConfig(TaskConfig):
@@ -82,14 +89,13 @@ class VLAdapterOperator(AtBranchEnd):
         self.activation, self.tasks = ACTIVATIONS[config.activation](), Tasks(site, config)
 
     def adapt(self, h: Tensor) -> Tensor:
-        channels = self.layer.channel_dim
-        x = h.movedim(channels, -1)  # [rows, ..., d]
-        rows = len(x) if h.dim() > -channels else 1
+        x = self.layer.channels_last(h)  # [rows, ..., d]
+        rows = self.layer.rows(h)
         tables = (self.down, self.down_bias, self.up, self.up_bias)
         chosen = (each if len(each) == 1 else self.tasks.of_rows(each, rows) for each in tables)
         down, down_bias, up, up_bias = self.cast(h, *chosen)  # each [rows or 1, ...]
         inner = self.activation(x.reshape(rows, -1, x.shape[-1]) @ down.mT + down_bias)  # [rows, positions, r]
-        return h + (inner @ up.mT + up_bias).view(x.shape).movedim(-1, channels)
+        return h + self.layer.channels_back((inner @ up.mT + up_bias).view(x.shape))
 
 
 class VLAdapter(Method):

@@ -1,23 +1,27 @@
 """X-LoRA: a classifier of hidden states scales LoRAs, token by token.   Buehler and Buehler 2024, arXiv 2402.07148.
 
+Equation:
     y = W x + b + g sum_e c_e s_e B_e A_e x,   c = softmax(classifier(h) / temperature) over the parts e
 
 h [tokens, d] is the output of the stack of blocks with X-LoRA off, so each forward runs the stack twice, the first time
-without gradients; generation keeps a second cache for the first pass (peft refuses caches). The classifier is one
-linear layer, or `depth` of them with ReLU and dropout between. c is the same at all target modules, or with `layerwise`
-each has its own; `top_k` keeps the largest alone. g is `scale`. Parts act as in evaluation: their dropout, for example,
-is off. Parts are LoRAs of linear layers, and the model has one stack of tokens.
+without gradients; generation keeps a second cache for the first pass. The classifier is one linear layer, or `depth` of
+them with ReLU and dropout between. c is the same at all target modules, or with `layerwise` each has its own; `top_k`
+keeps the largest alone. g is `scale`. Parts act as in evaluation: their dropout, for example, is off. Parts are LoRAs
+of linear layers, and the model has one stack of tokens.
 
 Parameters: those of the parts, and (d + 1) N of the classifier, times the number of target modules with `layerwise`; at
 more depth (d + 1) w + (depth - 2) (w + 1) w + (w + 1) N for N parts and width w.
 
-Use it with `peftcore_multitask.gather` to blend LoRAs that were trained apart: train_parts=False trains the classifier
-alone, as in the paper.
+Start: The classifier as torch's linear layers; fresh LoRAs change nothing.
+
+Differs from the authors' code: peft refuses caches; here generation keeps a second one for the first pass.
+
+Use it: `peftcore.apply(model, "xlora")`, with `peftcore_multitask.gather` to blend LoRAs that were trained apart:
+train_parts=False trains the classifier alone, as in the paper.
 """
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
@@ -161,8 +165,7 @@ class XLoRA(OfMergedParts, Method):
         shares = Tap(until_backward=True)
         surgeon.graft(stack, ClassifierOperator, config, classifier=layers, shares=shares)
         for number, (graft, members) in enumerate(groups):
-            make = functools.partial(XLoRAOperator, members=members, shares=shares, number=number)
-            surgeon.graft(graft.site, make, config)
+            surgeon.graft(graft.site, XLoRAOperator, config, members=members, shares=shares, number=number)
 
     def trainable(self, model: nn.Module, config: XLoRAConfig, injection: AppliedMethod) -> None:
         if config.train_parts:

@@ -203,6 +203,6 @@ def test_how_it_starts_and_what_is_refused() -> None:
     exact = peftcore.apply(model, "hyperformer_pp", target="0", gain_std=0)
     assert torch.equal(model(x), before)
     exact.remove()
-    with pytest.raises(ConfigError, match="share networks"):
+    with pytest.raises(ConfigError, match="bottleneck cannot change at single sites"):
         peftcore.apply(model, "hyperformer_pp", target="0", overrides={"0": {"bottleneck": 3}})
     peftcore.apply(model, "hyperformer_pp", target="0", overrides={"0": {"activation": "relu"}})

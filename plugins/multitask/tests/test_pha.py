@@ -19,7 +19,7 @@ import peftcore
 from peftcore.errors import ConfigError, MissingContext, UnsupportedSite
 from peftcore.testing import HOSTS, against, conformance, frozen, same_defaults, same_start
 from peftcore.testing.kit import fill
-from peftcore_multitask._prototypes import contrast
+from peftcore_multitask.pha import contrast
 
 NUMBERS = Path(__file__).parent / "numbers" / "pha.json"
 CODE: Any = {"repository": "Bumble666/PHA", "commit": "bbb4169", "script": "modeling/adapter_t5.py"}
@@ -296,7 +296,7 @@ def test_how_it_starts() -> None:
 
 def test_what_it_refuses() -> None:
     model, inputs = HOSTS["llama"].build()
-    with pytest.raises(ConfigError, match="sites share networks"):
+    with pytest.raises(ConfigError, match="takes no overrides"):
         peftcore.apply(model, "pha", overrides={"*": {"bottleneck": 3}})
     config = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
     tower = transformers.BertModel(transformers.BertConfig(vocab_size=9, **config), add_pooling_layer=False)

@@ -19,8 +19,7 @@ import peftcore
 from peftcore.errors import ConfigError, MissingContext, NotMergeable, SequenceError, UnsupportedSite
 from peftcore.testing import HOSTS, against, conformance, frozen, same_defaults, same_start
 from peftcore.testing.kit import fill
-from peftcore_multitask._growing import divergence
-from peftcore_multitask.sapt import take_tasks
+from peftcore_multitask.sapt import divergence, take_tasks
 
 NUMBERS = Path(__file__).parent / "numbers" / "sapt.json"
 CODE: Any = {"repository": "circle-hit/SAPT", "commit": "52a52b9", "script": "src/llama_prompt.py"}

@@ -1,15 +1,20 @@
 """BitFit: only biases train.   Ben Zaken et al. 2021, arXiv 2106.10199.
 
+Equation:
     y = W x + b',   b' trained, starting from b
 
-All biases of the model, those of norms included. As in the authors' code (benzakenelad/BitFit), the head over classes
-trains whole, which the paper does not say; where a target is named, its biases alone. Models without any (Llama, T5)
-have nothing to train: `add_missing_bias` gives the linear layers of the blocks new biases, which start at zero so that
-nothing changes at first.
+All biases of the model, those of norms included. As in the authors' code, the head over classes trains whole, which the
+paper does not say; where a target is named, its biases alone. Models without any (Llama, T5) have nothing to train:
+`add_missing_bias` gives the linear layers of the blocks new biases.
 
 Parameters: the length of each bias, and the weight of the head.
 
-Use it as the smallest baseline that reaches every layer; it merges by writing the biases back.
+Start: The values of the model: the identity. New biases of `add_missing_bias` start at zero.
+
+Differs from the authors' code: No difference is known (benzakenelad/BitFit).
+
+Use it: `peftcore.apply(model, "bitfit")`, as the smallest baseline that reaches every layer; it merges by writing the
+biases back.
 """
 
 from __future__ import annotations

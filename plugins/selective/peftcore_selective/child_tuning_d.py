@@ -1,5 +1,6 @@
 """Child-Tuning_D: the weights that matter most to the task train.   Xu et al. 2021, arXiv 2109.05687.
 
+Equation:
     F = mean over the batches of (dL/dW)^2,   mask = F >= its (1 - share) quantile,   G <- mask * G
 
 F is the diagonal of the Fisher information, computed once before training (``data=``); the quantile is one for all
@@ -11,7 +12,12 @@ besides it only the modules in `train` train, whole. The optimizer masks the gra
 
 Parameters: all; in the blocks only the share `share` of them changes.
 
-Use it to fine-tune on little data without forgetting; it costs a backward pass over the data.
+Start: The values of the model: the identity.
+
+Differs from the authors' code: No difference is known.
+
+Use it: `peftcore.apply(model, "child_tuning_d", data=batches)`, to fine-tune on little data without forgetting; it
+costs a backward pass over the data.
 """
 
 from __future__ import annotations
@@ -51,7 +57,7 @@ class ChildTuningDConfig(MethodConfig):
     """Train all parameters outside of the blocks whole: embeddings, final norms, poolers, heads."""
 
 
-class Mask(GradientRule):
+class ChildMask(GradientRule):
     """Zeroes the gradients outside of the child network."""
 
     def __init__(self, masks: dict[Tensor, Tensor]) -> None:
@@ -98,7 +104,7 @@ class ChildTuningD(Method):
             mask.copy_(information >= threshold)
 
     def gradient_rule(self, injection: AppliedMethod) -> GradientRule:
-        return Mask(dict(_masked(injection)))
+        return ChildMask(dict(_masked(injection)))
 
     @staticmethod
     def parameter_count(site: Site, config: ChildTuningDConfig) -> int:

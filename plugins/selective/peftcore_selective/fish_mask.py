@@ -1,23 +1,27 @@
 """FISH Mask: the weights that matter most to the task train.   Sung et al. 2021, arXiv 2111.09839.
 
+Equation:
     F = mean over the examples of (dL/dtheta)^2,   I = the k largest of F,   theta' = theta + scatter(v at I),   v zero
 
 F is the diagonal of the empirical Fisher information, computed once before training (``data=``), in evaluation mode; k
 is `share` of all weights, and one ranking covers all of them: tables, matrices, norms, biases. The squares are those of
-single examples, so a batch has to be one example: the square of a mean over a batch is something else. As v is a
-difference, weight decay pulls the trained weights to the base and leaves the rest alone; the authors mask gradients
-only.
-
-The authors train the classifier whole and take its size off k. Here the head is left out, unless a target names it;
-``train=["classifier"]`` trains it whole, and does not count. Their code also takes absolute values for squares, or the
-expectation over labels, which is another forward for each class.
+single examples, so a batch has to be one example: the square of a mean over a batch is something else.
 
 In a quantized model the quantized weights are left out: its gradient would be as large as the dense weights of the
 whole model.
 
 Parameters: share * (those of all sites), in one vector; the file has their places besides, 8 bytes each.
 
-Use it where a change has to be small to send or to store: half a percent of the weights is usual.
+Start: v at zero: the identity.
+
+Differs from the authors' code: v is a difference, so weight decay pulls the trained weights to the base and leaves the
+rest alone; the authors train the weights themselves and mask gradients. The authors train the classifier whole and take
+its size off k. Here the head is left out, unless a target names it; ``train=["classifier"]`` trains it whole, and does
+not count. Their code also takes absolute values for squares, or the expectation over labels, which is another forward
+for each class.
+
+Use it: `peftcore.apply(model, "fish_mask", data=batches)`, where a change has to be small to send or to store: half a
+percent of the weights is usual.
 """
 
 from __future__ import annotations
@@ -58,7 +62,7 @@ class FishMaskConfig(MethodConfig):
     """The maximum number of batches for the Fisher information; each has to be one example."""
 
 
-class Mask(Checked):
+class FishMaskUpdate(Checked):
     """The trained differences, and their places in all sites one after the other, ascending."""
 
     index: Tensor
@@ -117,7 +121,7 @@ class FishMask(Method):
         tensors = one_each(each for site in sites for each in map(site.at, site.tensors()) if _there(each))
         total = sum(each.numel for each in tensors)
         count = max(1, int(config.share * total))
-        mask = surgeon.own("mask", lambda: Mask(count, total))
+        mask = surgeon.own("mask", lambda: FishMaskUpdate(count, total))
         start = 0
         for each in tensors:
             holders = tuple(map(_stored, tied_to(each, surgeon)))

@@ -1,6 +1,7 @@
 """Linear probe: only the head trains, on frozen features.   Classic; see VPT, arXiv 2203.12119, for its role as a
 baseline.
 
+Equation:
     y = H' f(x) + c',   H' and c' trained, starting from the host's head
 
 The head is the module with the role `head` (or the module in `target`); modules in `train` train too. The trained head
@@ -8,7 +9,12 @@ is a replacement, so the model's own head is kept and restored when the probe is
 
 Parameters: classes * (d + 1) for a linear head.
 
-Use it first: every other method has to close the gap between the probe and full fine-tuning.
+Start: The values of the model: the identity.
+
+Differs from the authors' code: No difference is known.
+
+Use it: `peftcore.apply(model, "linear_probe")`. First: every other method has to close the gap between the probe and
+full fine-tuning.
 """
 
 from __future__ import annotations

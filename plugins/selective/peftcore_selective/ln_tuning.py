@@ -1,5 +1,6 @@
 """Norm tuning: only gains and biases of normalization layers train.   arXiv 2312.11420 (LayerNorm tuning), 2211.08682.
 
+Equation:
     y = g' * n(x) + c',   g' and c' trained, starting from g and c
 
 LayerNorm, RMSNorm, GroupNorm, BatchNorm, inside the blocks and around them; running statistics of BatchNorm stay as
@@ -7,7 +8,12 @@ they are. The stored tensor itself trains, even if the layer transforms it (Gemm
 
 Parameters: 2 d a LayerNorm, d an RMSNorm.
 
-Use it for domain shift and multimodal alignment, where it is close to LoRA with a hundredth of its parameters.
+Start: The values of the model: the identity.
+
+Differs from the authors' code: That code was not compared.
+
+Use it: `peftcore.apply(model, "ln_tuning")`, for domain shift and multimodal alignment, where it is close to LoRA with
+a hundredth of its parameters.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Partial-k: the last k blocks train, with the final norm and the head.   Classic; see VPT, arXiv 2203.12119, for its
 role as a baseline.
 
+Equation:
     h_l = B_l(h_{l-1}) for l <= L - k,   h_l = B'_l(h_{l-1}) for l > L - k,   y = H'(n'(h_L)),   all from the host's
 
 Backward ends at block L - k: no parameter below it trains, so no activations are kept there. Blocks are counted in each
@@ -10,7 +11,12 @@ selects among these modules: all of them, or only the linear layers of the last 
 
 Parameters: those of k blocks, of the final norm and of the head.
 
-Use it as the strong baseline on fixed low-level features; k = 0 would be a linear probe, k = L nearly full fine-tuning.
+Start: The values of the model: the identity.
+
+Differs from the authors' code: No difference is known.
+
+Use it: `peftcore.apply(model, "partial_k")`, as the strong baseline on fixed low-level features; k = 0 would be a
+linear probe, k = L nearly full fine-tuning.
 """
 
 from __future__ import annotations

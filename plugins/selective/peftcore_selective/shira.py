@@ -1,22 +1,27 @@
 """SHiRA: sparse high-rank adapters.   Bhardwaj et al. 2024, arXiv 2406.13175.
 
+Equation:
     W' = W + scatter(v at I),   |I| = rank * (in * kernel + out) entries of W,   v zero at the start
 
 sparsity=0.99 with mask="magnitude" is Super-Tuning (arXiv 2607.09287): I has floor((1 - sparsity) * in * kernel * out)
-entries. `low_rank` adds s B A of that rank, s = alpha / low_rank, A uniform in +-1/sqrt(in * kernel) and B zero, which
-is its Supra. Peft can drop inputs of this second part; here the weight itself is made, so nothing is dropped.
+entries. `low_rank` adds s B A of that rank, s = alpha / low_rank, A uniform in +-1/sqrt(in * kernel), which is its
+Supra.
 
 As many numbers as LoRA of that rank has, but the update is sparse and of high rank, and two of them hardly meet. The
-entries are drawn evenly (SHiRA-Rand), or are the largest of |W| (SHiRA-WM), or its smallest; experts choose one by
-one. The paper's other masks follow rows and diagonals, or gradients: fish_mask chooses by gradients.
-
-I is saved in the file, since the adapter consists of I and v; peft draws I again from a seed, which its file lacks if
-no seed was set. peft's forward builds the whole update and adds it to the weight; here only the entries of I are read
-and written, each rounded once to the weight's dtype.
+entries are drawn evenly (SHiRA-Rand), or are the largest of |W| (SHiRA-WM), or its smallest; experts choose one by one.
 
 Parameters: |I| a site, and low_rank * (in * kernel + out), times the number of experts.
 
-Use it to switch fast between adapters on one base, or to add several: a switch touches one to two percent of a weight.
+Start: v at zero, and B of `low_rank` at zero: the identity.
+
+Differs from the authors' code: The masks of the paper that follow rows, diagonals or gradients are not here (fish_mask
+chooses by gradients). I is saved in the file, since the adapter consists of I and v; peft draws I again from a seed,
+which its file lacks if no seed was set. peft's forward builds the whole update and adds it to the weight; here only the
+entries of I are read and written, each rounded once to the weight's dtype. peft can also drop inputs of the low-rank
+part; here the weight itself is made, so nothing is dropped.
+
+Use it: `peftcore.apply(model, "shira")`, to switch fast between adapters on one base, or to add several: a switch
+touches one to two percent of a weight.
 """
 
 from __future__ import annotations

@@ -1,16 +1,22 @@
 """Trainable tokens: some rows of the table of tokens train.   From peft; there is no paper.
 
+Equation:
     E'[i] = t_i for the given token indices i,   E'[i] = E[i] for all others,   t_i trained, starting from E[i]
 
-A head that is tied to the table sees the rows too, and has its bias still (peft computes such a head without it). A
-file stores the rows themselves, in ascending order of their indices, not differences from a base: so new tokens have
-the same embeddings after loading, regardless of the random start of a resized table. The table looks its rows up
-without being copied; a tied head, and tables that scale what they look up, are run on a copy in which the rows are put.
+A head that is tied to the table sees the rows too, and has its bias still. The table looks its rows up without being
+copied; a tied head, and tables that scale what they look up, are run on a copy in which the rows are put.
 
 Parameters: as many as the indices, times the width of the table.
 
-Use it to teach a model new tokens (special ones, a domain's words) while all other tokens keep their embeddings; it
-combines with another adapter, since it changes only these rows.
+Start: The rows of the table: the identity.
+
+Differs from the authors' code: There is no paper; in peft a tied head is computed without its bias. A file stores the
+rows themselves, in ascending order of their indices, not differences from a base: so new tokens have the same
+embeddings after loading, regardless of the random start of a resized table.
+
+Use it: `peftcore.apply(model, "trainable_tokens", token_indices=[5, 7])`, to teach a model new tokens (special ones, a
+domain's words) while all other tokens keep their embeddings; it combines with another adapter, since it changes only
+these rows.
 """
 
 from __future__ import annotations

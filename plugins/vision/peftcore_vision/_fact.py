@@ -12,12 +12,14 @@ from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from peftcore.author import MethodConfig, Operator, Share, Shared, Site, Surgeon
-from peftcore.errors import ConfigError, UnsupportedSite
+from peftcore.errors import UnsupportedSite
 from peftcore_vision._dropped import own_dropout
 
 
 class FactConfig(MethodConfig):
     """Options of factor tuning."""
+
+    overridable = ("scale", "dropout")
 
     rank: PositiveInt = 16
     """Rank r of the decomposition."""
@@ -60,8 +62,6 @@ def fact_sites(surgeon: Surgeon, config: FactConfig) -> list[FactSite]:
     Raises:
         UnsupportedSite: the widths' greatest common divisor is smaller than the rank.
     """
-    if any("rank" in changes for changes in config.overrides.values()):
-        raise ConfigError(f"{config.method}: all sites share their factors, so overrides cannot change the rank")
     sites = [site for site in surgeon.sites() if site.role != "router"]  # some have the path of a gate
     side = _common(sites)
     if side < config.rank:

@@ -49,9 +49,9 @@ class InFrontOperator(Operator):
 
     def forward(self, call: Callable[..., Any], x: Tensor) -> Any:
         A, a = self.down()
-        (A, b), dim = self.cast(x, A, self.shift()), self.layer.channel_dim
-        low = self.dropout(F.linear(x.movedim(dim, -1), A, None if a is None else a.to(x.dtype)))
-        return call(x + self.scale * (self.up(low) + b).movedim(-1, dim).to(x.dtype))
+        A, b = self.cast(x, A, self.shift())
+        low = self.dropout(F.linear(self.layer.channels_last(x), A, None if a is None else a.to(x.dtype)))
+        return call(x + self.scale * self.layer.channels_back(self.up(low) + b).to(x.dtype))
 
     def _through(self, weight: Tensor, columns: Tensor) -> Tensor:
         """Compute ``s W columns``, of columns ``[*batch, n, d]``: [*batch, out, n, kernel]."""

@@ -26,13 +26,8 @@ def add_prompt_stream(surgeon: Surgeon, sites: list[PromptSite], config: PromptC
     if not stream.text:
         return False
     projection = shared_projection(surgeon, sites[0], config.at(stream.path))
-    patch = sites[0].patch
-    add_stream(
-        surgeon,
-        stream.only(blocks),
-        lambda site, own: PromptStream(site, own, patch, projection, deep),
-        config,
-    )
+    own = {"patch": sites[0].patch, "projection": projection, "deep": deep}
+    add_stream(surgeon, stream.only(blocks), PromptStream, config, **own)
     return True
 
 

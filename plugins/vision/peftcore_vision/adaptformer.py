@@ -1,10 +1,10 @@
 """AdaptFormer.   Chen et al. 2022, arXiv 2205.13535 (code: ShoufaChen/AdaptFormer).
 
+Equation:
     out = MLP(LN(x)) + s (W_up relu(W_down x + b_down) + b_up) + x,   W_down [r, d],  W_up [d, r]
 
-x is the residual stream in front of the feed-forward's norm. The paper's equation normalizes the adapter's input, by a
-separate LN; the authors' code does so with layer_norm="in" and not by default, and "out" normalizes the adapter's
-output instead. W_down starts from a Kaiming-uniform draw, W_up and the biases at zero: an exact identity.
+x is the residual stream in front of the feed-forward's norm. With layer_norm="in" a separate LN normalizes the
+adapter's input, with "out" its output.
 
 The norm in front is the one whose output the feed-forward reads; without such a norm (Swin V2), x is the feed-forward's
 input. That it is in post-norm blocks (BERT, torch's encoder) too, and there reads="branch" says so. The model's
@@ -13,7 +13,13 @@ authors' code; with joins="matrix" they do.
 
 Parameters: 2 d r + r + d a block, 2 d more with a norm, one more when s is learned.
 
-Use it to adapt image and video transformers to other kinds of pictures. It cannot be merged.
+Start: W_down starts from a Kaiming-uniform draw, W_up and the biases at zero: an exact identity.
+
+Differs from the authors' code: No difference is known; the code normalizes the adapter's input, as the paper's equation
+does, only with layer_norm="in".
+
+Use it: `peftcore.apply(model, "adaptformer")`, to adapt image and video transformers to other kinds of pictures. It
+cannot be merged.
 """
 
 from __future__ import annotations

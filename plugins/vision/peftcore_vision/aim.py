@@ -1,5 +1,6 @@
 """AIM, image models adapted for videos.   Yang et al. 2023, arXiv 2302.03024 (code: taoyang1122/adapt-image-models).
 
+Equation:
     x1 = x0 + A_t(MHA_t(LN1(x0)))                  temporal: the model's own attention, across the frames of a clip
     x2 = x1 + S,   S = a + A_s(a),  a = MHA(LN1(x1))    spatial: within a frame, as the model has it
     x3 = x2 + MLP(LN2(x2)) + s A_j(LN2(x2))        joint
@@ -7,9 +8,8 @@
 
 The model is one of images, which is given the frames of clips as rows of the batch, those of a clip one behind the
 other: [clips * T, 3, rows, columns]. MHA_t is its frozen attention on the T tokens of each place. In front of all
-blocks, a trained e [T, d] is added to the tokens of each frame; it starts at zero, as W_up and all biases do, W_down at
-a normal draw of 0.02: a fresh adapter is the identity. With `temporal_adapters` 2, MHA_t reads u + A_i(u) in place of
-u.
+blocks, a trained e [T, d] is added to the tokens of each frame. With `temporal_adapters` 2, MHA_t reads u + A_i(u) in
+place of u.
 
 In training the code drops what the first and the third line add, at single places of all frames of a batch alike, with
 a probability that rises from 0 in the first block to `drop_path`. It trains the norm behind the last block along, and
@@ -17,15 +17,22 @@ the user's head over the frames' outputs. The host's changes of the branches' ou
 
 Parameters: 3 (2 d h + h + d) a block, T d, and 2 d of the norm: 10.7M in a ViT-B. It cannot be merged.
 
-Use it for videos on a frozen ViT or CLIP where all frames see each other; not in models with windows or relative
-positions (`st_adapter`, its kin with a convolution over frames), nor where attention must not run twice.
+Start: e, W_up and all biases at zero, W_down from N(0, 0.02^2): the identity.
+
+Differs from the authors' code: No difference is known.
+
+Use it: `peftcore.apply(model, "aim", frames=1)`, for videos on a frozen ViT or CLIP where all frames see each other;
+not in models with windows or relative positions (`st_adapter`, its kin with a convolution over frames), nor where
+attention must not run twice.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Literal
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -36,24 +43,22 @@ from peftcore.author import (
     LearningRate,
     Method,
     MethodConfig,
+    Operator,
     Share,
     Site,
     Surgeon,
     Tags,
+    Tap,
     block_depths,
     branch,
+    branch_end,
+    is_post_norm,
+    on_first,
 )
-from peftcore_vision._across import (
-    AcrossOperator,
-    PlaceSite,
-    TimesOperator,
-    attention_of,
-    entrance,
-    feed_forward_of,
-    norms_behind,
-)
-from peftcore_vision._frames import dropped
-from peftcore_vision._prompts import prompt_sites
+from peftcore.errors import UnsupportedSite
+from peftcore_vision._frames import clips, dropped
+from peftcore_vision._patches import patch_sites
+from peftcore_vision._prompts import PromptSite, prompt_sites
 
 
 class AIMConfig(MethodConfig):
@@ -72,6 +77,26 @@ class AIMConfig(MethodConfig):
     """Probability with which what is added is dropped in training in the last block."""
     train_norm: bool = True
     """Train the norm behind the last block along."""
+
+
+NORM, END, PATCH = "norm", "end", "patch"
+"""The forms of the norms of a block, of the module behind which attention joins the stream, and of the convolution that
+embeds patches."""
+
+
+@dataclass(frozen=True, eq=False)
+class PlaceSite(Site):
+    """A module through which tokens go."""
+
+    width: int = 0
+    """Number of features of the tokens."""
+    embeds: bool = False
+    """Whether the module is behind the embeddings, in front of all blocks."""
+
+    @property
+    def weight_shape(self) -> torch.Size:
+        """The width, which plans and files record as the shape."""
+        return torch.Size([self.width])
 
 
 class Adapter(nn.Module):
@@ -101,23 +126,158 @@ def count(width: int, config: AIMConfig) -> int:
     return (2 * width + 1) * inner(width, config) + width
 
 
-class TurnsOperator(AcrossOperator):
-    """The temporal and the spatial adapter of one attention."""
+class TurnsOperator(Operator):
+    """The temporal and the spatial adapter of one attention, which reads what a norm makes of the stream: runs it
+    across the frames too, and adds that to the stream in front of the norm.
+
+    Args:
+        site: the attention.
+        config: the options.
+        ends: whether it joins the stream behind another module, outside of the attention.
+        p: the probability with which what is added is dropped in training.
+    """
+
+    observes = frozenset({NORM})
 
     def __init__(self, site: PlaceSite, config: AIMConfig, ends: bool, p: float) -> None:
-        super().__init__(site, config.frames, ends)
-        self.p = p
+        super().__init__(site)
+        self.frames, self.path, self.p = config.frames, site.path, p
+        self.norm, self.behind, self.joins = Tap(), Tap(), Tap() if ends else None
         self.before = Adapter(site.width, config) if config.temporal_adapters == 2 else None
         self.temporal, self.spatial = Adapter(site.width, config), Adapter(site.width, config)
 
-    def across(self, attend: Callable[[Tensor], Tensor], y: Tensor) -> Tensor:
-        return self.temporal(attend(y if self.before is None else y + self.before(y)))
-
     def within(self, y: Tensor) -> Tensor:
+        """Return the attention's output ``[rows, tokens, d]`` with the spatial adapter."""
         return y + self.spatial(y)
 
-    def drop(self, added: Tensor) -> Tensor:
-        return dropped(added, self.p, self.training)
+    def at(self, form: str, module: nn.Module) -> Callable[..., Any]:
+        return {NORM: self._at_norm, END: self._at_end}.get(form, self)
+
+    def _at_norm(self, call: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        y = call(x, *args, **kwargs)
+        if self.behind.take() is None:  # what stands behind the attention is none of its norms
+            self.norm.take()
+            self.norm.put((call, x, y))
+        return y
+
+    def forward(self, call: Callable[..., Any], y: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Return the output of the attention with both adapters.
+
+        Raises:
+            UnsupportedSite: it reads another tensor than its norm returned, or is given masks or positions.
+        """
+        normed = self.norm.take()
+        if normed is None or normed[2] is not y or y.dim() != 3:
+            raise UnsupportedSite(f"{self.path}: attention reads something else than its norm makes of whole frames")
+        if any(isinstance(each, Tensor | tuple | list) for each in (*args, *kwargs.values())):
+            raise UnsupportedSite(f"{self.path}: attention is given masks or positions, which places have none of")
+        count = clips(y, self.frames, None)
+
+        def attend(sequences: Tensor) -> Tensor:
+            output = call(sequences, *args, **kwargs)
+            attended: Tensor = output[0] if isinstance(output, tuple) else output
+            return attended
+
+        by_place = y.unflatten(0, (count, self.frames)).transpose(1, 2)  # [clips, tokens, frames, d]
+        places = by_place.flatten(0, 1)
+        added = self.temporal(attend(places if self.before is None else places + self.before(places)))
+        added = dropped(added.view_as(by_place).transpose(1, 2).flatten(0, 1), self.p, self.training)
+        norm, x, _ = normed
+        output = call(norm(x + added), *args, **kwargs)
+        self.behind.put((True,))
+        if self.joins is None:
+            return on_first(output, lambda h: self.within(h) + added)
+        self.joins.take()
+        self.joins.put((added,))
+        return on_first(output, self.within)
+
+    def _at_end(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        assert self.joins is not None, "it stands there for that"
+        output, joining = call(*args, **kwargs), self.joins.take()
+        return output if joining is None else on_first(output, lambda h: h + joining[0])
+
+
+def attention_of(surgeon: Surgeon, block: PromptSite) -> tuple[PlaceSite, tuple[Site, ...]]:
+    """Return the attention of a block as a site, and the further sites of its operator.
+
+    Raises:
+        UnsupportedSite: the block lacks an attention or has several, or has norms behind its branches.
+    """
+    resolver, path = surgeon.resolver, block.module_path
+    inside = [entry for entry in resolver.host.entries if entry.block == path]
+    found = [entry.path for entry in inside if entry.role == "attn"]
+    if len(found) != 1 or any(entry.role.startswith("cross") for entry in inside) or is_post_norm(resolver, path):
+        raise UnsupportedSite(f"{path} is no norm with one attention behind it; exclude= this block")
+    whole = resolver.module_site(found[0])
+    site = PlaceSite(**{**vars(whole), "form": "activation"}, width=block.width)
+    norms = [e.path for e in inside if e.role == "norm" and e.kind == "norm" and not e.path.startswith(f"{found[0]}.")]
+    ends = [e for e in branch_end(surgeon, whole).places if not e.module_path.startswith(f"{found[0]}.")]
+    return site, (*(replace(resolver.site(each, "weight"), form=NORM) for each in norms), *ends)
+
+
+def feed_forward_of(surgeon: Surgeon, block: PromptSite) -> Site:
+    """Return the last matrix of a block's feed-forward.
+
+    Raises:
+        UnsupportedSite: the block lacks a feed-forward or has several.
+    """
+    inside = [entry for entry in surgeon.resolver.host.entries if entry.block == block.module_path]
+    last = [entry for entry in inside if entry.role == "mlp.down"]
+    if len(last) != 1:
+        raise UnsupportedSite(f"{block.path} has no feed-forward, or several; exclude= this block")
+    return surgeon.resolver.site(last[0].module, "weight", "mlp.down")
+
+
+class TimesOperator(Operator):
+    """Adds trained positions of frames to the tokens in front of all blocks; at the convolution that embeds the patches
+    (form "patch") it sees how many pictures there are."""
+
+    changes_inputs = True
+
+    def __init__(self, site: PlaceSite, config: AIMConfig) -> None:
+        super().__init__(site)
+        self.frames, self.pictures = config.frames, Tap(until_backward=True)
+        self.times = nn.Parameter(torch.zeros(config.frames, site.width))
+
+    def at(self, form: str, module: nn.Module) -> Callable[..., Any]:
+        return self._at_patches if form == PATCH else self
+
+    def _at_patches(self, call: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        patches = call(*args, **kwargs)
+        self.pictures.put((len(patches),))
+        return patches
+
+    def forward(self, call: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        (pictures,) = self.pictures.get() or (None,)
+        count = clips(x, self.frames, pictures)
+        (times,) = self.cast(x, self.times)
+        timed = x.unflatten(0, (count, self.frames)) + times[:, None]  # [clips, frames, tokens, d]
+        return call(timed.flatten(0, 1), *args, **kwargs)
+
+
+def entrance(surgeon: Surgeon, block: PromptSite) -> tuple[PlaceSite, tuple[Site, ...]]:
+    """Return where the embedded tokens of a block's tower go first, the norm behind the embeddings or the first block;
+    and the convolution that embeds patches of pictures.
+
+    Raises:
+        UnsupportedSite: the tower lacks a convolution that embeds single pictures; those of videos embed several frames
+            at once.
+    """
+    host, patches = surgeon.resolver.host, patch_sites(surgeon, block)
+    if not patches:
+        raise UnsupportedSite(f"{block.path}: no convolution in this tower embeds patches of single pictures")
+    tower = host.at(block.module_path)[0].tower
+    norms = [e.path for e in host.entries if e.role == "norm.embed" and e.tower == tower and e.kind == "norm"]
+    first = host.select("block", tower)[0][0].path
+    site = surgeon.resolver.module_site(norms[-1] if norms else first)
+    return PlaceSite(**{**vars(site), "form": "activation"}, width=block.width, embeds=True), tuple(patches)
+
+
+def norms_behind(surgeon: Surgeon, block: PromptSite) -> list[str]:
+    """Return the paths of the norms behind the last block of a block's tower."""
+    host = surgeon.resolver.host
+    tower = host.at(block.module_path)[0].tower
+    return [entry.path for entry in host.entries if entry.role == "norm.final" and entry.tower == tower]
 
 
 class JointOperator(Bypass):
@@ -156,7 +316,7 @@ class AIM(Method):
             if tower not in towers:
                 towers.add(tower)
                 place, patches = entrance(surgeon, block)
-                surgeon.graft(place, lambda at, own: TimesOperator(at, own.frames), config, patches)
+                surgeon.graft(place, TimesOperator, config, patches)
                 for norm in norms_behind(surgeon, block) if config.train_norm else []:
                     surgeon.train(norm)
             p = config.drop_path * depths[block.module_path] / max(len(host.select("block", tower)) - 1, 1)

@@ -1,19 +1,24 @@
 """ARC, adapter re-composing.   Dong et al. 2023, arXiv 2310.06234 (code: DavidYanAnDe/ARC).
 
+Equation:
     y = W x' + bias,   x' = x + D (r * D^T x) + b,   D [d, h] shared by all layers,   r [h],   b [d]
     W' = W (I + D diag(r) D^T),   bias' = bias + W b        since nothing in it is non-linear
 
 in front of the matrices that attention and feed-forward read with, behind their norms: queries, keys and values share
 one adapter. There is one D for attention and one for feed-forwards; of models with several widths (Swin) for each
-width, as in the authors' code, which has its adapter for feed-forwards in front of the norm there. D starts from a
-Xavier-uniform draw, b at zero; r of attention at zero, r of feed-forwards from a Xavier-uniform draw too, so a fresh
-ARC is not an identity (`feed_forward_start="zero"` makes it one). A convolution that pads is refused, and a weight that
-is read without a bias, as by `repadapter`. With ``target=["attn.q", "attn.k", "attn.v"]`` it is the authors' ARC_att.
+width, as in the authors' code, which has its adapter for feed-forwards in front of the norm there. A convolution that
+pads is refused, and a weight that is read without a bias, as by `repadapter`. With ``target=["attn.q", "attn.k",
+"attn.v"]`` it is the authors' ARC_att.
 
 Parameters: h + d an adapter, and d h once for each D: 96,432 in a ViT-B/16.
 
-Use it where inference must cost nothing and files must be small; not where each layer needs other directions
-(`repadapter` shares no factor, `fact_tk` shares factors of the update of a weight).
+Start: D from a Xavier-uniform draw, b at zero; r of attention at zero, r of feed-forwards from a Xavier-uniform draw
+too. So a fresh ARC is not an identity (``feed_forward_start="zero"`` makes it one).
+
+Differs from the authors' code: No difference is known.
+
+Use it: `peftcore.apply(model, "arc")`, where inference must cost nothing and files must be small; not where each layer
+needs other directions (`repadapter` shares no factor, `fact_tk` shares factors of the update of a weight).
 """
 
 from __future__ import annotations
@@ -27,7 +32,6 @@ from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from peftcore.author import LearningRate, Method, MethodConfig, Share, Shared, Site, Surgeon, Tags
-from peftcore.errors import ConfigError
 from peftcore_vision._in_front import READERS, InFrontOperator, read_alike, refuse
 
 FED = READERS["mlp"]
@@ -36,6 +40,8 @@ FED = READERS["mlp"]
 
 class ARCConfig(MethodConfig):
     """Options of ARC."""
+
+    overridable = ("feed_forward_start", "dropout")
 
     method: Literal["arc"] = "arc"
     bottleneck: PositiveInt = 50
@@ -93,8 +99,6 @@ class ARC(Method):
     target = ("attn.q", "attn.k", "attn.v", "mlp.gate", "mlp.up")
 
     def inject(self, model: nn.Module, config: ARCConfig, surgeon: Surgeon) -> None:
-        if any("bottleneck" in changes for changes in config.overrides.values()):
-            raise ConfigError("arc: layers share their projections, so overrides cannot change the bottleneck")
         for first, *others in read_alike(surgeon):
             for site in (first, *others):
                 refuse(site, config.at(first.path).dropout)

@@ -1,5 +1,6 @@
 """CLIP-Adapter.   Gao et al. 2021, arXiv 2110.04544 (code: gaopengcuhk/CLIP-Adapter).
 
+Equation:
     f' = ratio * relu(W2 relu(W1 f)) + (1 - ratio) * f,   W1 [d / reduction, d],   W2 [d, d / reduction], no biases
 
 f are the features of an image before they are normalized and compared with those of texts: the output of CLIP's
@@ -12,10 +13,16 @@ projection of images, the default, as in the authors' code. For other models nam
 Where a classifier takes the place of the texts (the paper's W are text features as weights of one),
 ``features="input"`` adapts what the head is given.
 
-Both matrices start as torch's linear layers do, so a fresh adapter already mixes in noise; ``ratio=0`` is the model
-itself. Parameters: 2 d (d // reduction). The authors train with 1 to 16 images a class and search the ratio by task.
+Parameters: 2 d (d // reduction).
 
-Use it with few images a class: only features are touched, so the model's own forward needs no gradient.
+Start: Both matrices start as torch's linear layers do, so a fresh adapter already mixes in noise; ``ratio=0`` is the
+model itself.
+
+Differs from the authors' code: The authors train with 1 to 16 images a class and search the ratio by task; no other
+difference is known.
+
+Use it: `peftcore.apply(model, "clip_adapter")`, with few images a class: only features are touched, so the model's own
+forward needs no gradient.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 """CoCoOp, conditional context optimization.   Zhou et al. 2022, arXiv 2203.05557 (code: KaiyangZhou/CoOp).
 
+Equation:
     v_m(x) = v_m + W2 relu(W1 f(x) + b1) + b2,   v [M, d],   W1 [p // reduction, p],   W2 [d, p // reduction]
     t_k(x) = g([SOS; v_1(x) ... v_M(x); name_k; EOS]),   p(k | x) = softmax_k(scale * cos(f(x), t_k(x)))
 
@@ -9,15 +10,19 @@ f(x), of length one and p of them. The texts hold the places, as in coop, and th
     peftcore.apply(clip, "cocoop", init_ids=[320, 1125, 539, 320])   # "a photo of a"
     clip(input_ids=texts_of_all_classes, pixel_values=images).logits_per_image
 
-Each image has separate texts, so B images and K classes are B K texts; the authors run them image by image, here they
-are one batch of the tower, of as much memory. They train one image at a time. ``text_embeds`` are [B, K, p] then, and
-features of texts alone are refused, since no image says what they are.
+Each image has separate texts, so B images and K classes are B K texts. ``text_embeds`` are [B, K, p] then, and features
+of texts alone are refused, since no image says what they are.
 
-v starts as N(0, 0.02), or as the embeddings of `init_ids`; the network as torch's linear layers do. Never identity.
 Parameters: M d + (p + 1) (p // reduction) + (p // reduction + 1) d. Nothing merges, and no text can be kept.
 
-Use it where an adapter of few classes shall hold for names that were not seen; for those that were seen coop is better,
-and as many times faster as there are images.
+Start: v starts as N(0, 0.02), or as the embeddings of `init_ids`; the network as torch's linear layers do. No start is
+an identity.
+
+Differs from the authors' code: The authors run images one by one, and train one image at a time; here their texts are
+one batch of the tower, of as much memory.
+
+Use it: `peftcore.apply(model, "cocoop")`, where an adapter of few classes shall hold for names that were not seen; for
+those that were seen coop is better, and as many times faster as there are images.
 """
 
 from __future__ import annotations
@@ -33,7 +38,7 @@ from peftcore.author import LearningRate, Method, Site, Surgeon, Tags, Tap
 from peftcore.errors import MissingContext, SequenceError, UnsupportedSite
 from peftcore_vision._features import image_projection
 from peftcore_vision._matching import MATCH, of_own_texts
-from peftcore_vision._places import TOWER, PlacesConfig, PlacesOperator, put_at, text_sites, words
+from peftcore_vision._prompt_words import TOWER, PlacesConfig, PlacesOperator, put_at, text_sites, words
 
 FEATURES = "features"
 """The form of the projection that returns features of images."""
@@ -126,13 +131,10 @@ class CoCoOp(Method):
     def inject(self, model: nn.Module, config: CoCoOpConfig, surgeon: Surgeon) -> None:
         projection = image_projection(surgeon)
         for site, tower in text_sites(surgeon):
-
-            def operator(site: ConditionedSite, own: CoCoOpConfig, names: tuple[str, ...] = tower.arguments) -> Any:
-                return ConditionedOperator(site, own, names)
-
             root = replace(projection, module=model, module_path="", form=MATCH)
             holders = (tower, replace(projection, form=FEATURES), root)
-            surgeon.graft(ConditionedSite(**vars(site), features=projection.width), operator, config, holders)
+            table = ConditionedSite(**vars(site), features=projection.width)
+            surgeon.graft(table, ConditionedOperator, config, holders, names=tower.arguments)
 
     @staticmethod
     def parameter_count(site: ConditionedSite, config: CoCoOpConfig) -> int:

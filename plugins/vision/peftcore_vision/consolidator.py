@@ -1,21 +1,26 @@
 """Consolidator.   Hao et al. 2023, arXiv 2305.00603 (code: THU-MIG/Consolidator).
 
+Equation:
     y = W x + bias + drop(G P x + c),   G [out, in] of g diagonal blocks [out/g, in/g],   c [out]
     W' = W + G P,   bias' = bias + c
 
 P is the identity, or with `reorder` deals the inputs of each group to all groups: input j of group i becomes input
 number j g + i. Several `groups` are branches that add up, each with a separate c and a separate draw. The drop is
-stochastic depth: whole rows of the matrix's input skip the branch. G and c are uniform in +-1e-3 at the start: near the
-identity, not exactly. All matrices of blocks have one, and all norms train, as in the authors' code; there the biases
-of the matrices train along with c, to which they add up: `train` takes their names where that is wanted.
+stochastic depth: whole rows of the matrix's input skip the branch. All matrices of blocks have one, and all norms
+train, as in the authors' code.
 
 Kernels of convolutions are in the blocks, [out/g, in/g, kernel]. Each expert has separate blocks, and c only where it
 has a bias.
 
 Parameters: in out / g + out a branch, and the norms.
 
-Use it where inference must cost nothing and updates of high rank are wanted for few parameters; not where sides lack a
-common divisor (`lora` takes any). `gralora` has blocks of low rank.
+Start: G and c uniform in +-1e-3: near the identity; ``init_range=0`` makes it exact.
+
+Differs from the authors' code: In the code the biases of the matrices train along with c, to which they add up: `train`
+takes their names where that is wanted.
+
+Use it: `peftcore.apply(model, "consolidator")`, where inference must cost nothing and updates of high rank are wanted
+for few parameters; not where sides lack a common divisor (`lora` takes any). `gralora` has blocks of low rank.
 """
 
 from __future__ import annotations
@@ -30,7 +35,6 @@ from torch import Tensor, nn
 
 from peftcore.author import LearningRate, Method, MethodConfig, Operator, Share, Site, Surgeon, Tags, bias_name
 from peftcore.errors import UnsupportedSite
-from peftcore_vision._grouped import written_out
 
 
 class ConsolidatorConfig(MethodConfig):
@@ -48,6 +52,18 @@ class ConsolidatorConfig(MethodConfig):
     """Probability with which a row skips a branch in training; the branch's output for other rows is scaled up."""
     train_norms: bool = True
     """Train all norms along."""
+
+
+def written_out(G: Tensor, groups: int, batch: int, reorder: bool) -> Tensor:
+    """Return the matrices ``[*batch, out, in, *kernel]`` of blocks ``[*batch, out, in/g, *kernel]``, with `batch`
+    leading dimensions; with `reorder` of inputs that are dealt to the groups one after the other."""
+    own = G.unflatten(batch, (groups, -1)).unsqueeze(batch + 2)  # [*batch, g, out/g, 1, in/g, *kernel]
+    same = torch.eye(groups, dtype=G.dtype, device=G.device)
+    whole = own * same.view(groups, 1, groups, *[1] * (own.dim() - batch - 3))
+    whole = whole.flatten(batch, batch + 1).flatten(batch + 1, batch + 2)
+    if not reorder:
+        return whole
+    return whole.unflatten(batch + 1, (-1, groups)).transpose(batch + 1, batch + 2).flatten(batch + 1, batch + 2)
 
 
 def groups_of(site: Site, config: ConsolidatorConfig) -> tuple[int, ...]:

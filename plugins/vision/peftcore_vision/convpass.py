@@ -1,19 +1,26 @@
 """Convpass, convolutional bypasses.   Jie and Deng 2022, arXiv 2207.07039 (code: JieShibo/PETL-ViT).
 
+Equation:
     out = Branch(x) + s (W_up q(conv_3x3(q(W_down x + b_down))) + b_up),   q(u) = u sigmoid(1.702 u)
 
 in parallel with attention and feed-forward. x is the branch's input (behind the norm), W_down [h, d], W_up [d, h]; the
 convolution has h channels and a bias, and sees the patches at their places in the picture, with zeros around. Tokens in
 front of the patches (class, distillation, registers) are pictures of one pixel to the same convolution: only its centre
-acts on them. W_down starts from a Xavier-uniform draw, the convolution from the identity (or Xavier), W_up at zero.
+acts on them.
 
 Activations of four dimensions (Swin, ConvNeXt) are grids already. A sequence is the largest grid in the proportions of
-the patches that the model embeds, behind as many other tokens as are left. Each window of a model that has windows is a
-picture: the authors' variant for Swin looks over borders. The bypass joins the stream behind layer scale and dropout of
-the branch. Stochastic depth drops it by a separate draw, as in the authors' code (the paper draws none);
-joins="matrix" leaves all three to the branch's.
+the patches that the model embeds, behind as many other tokens as are left. The bypass joins the stream behind layer
+scale and dropout of the branch. Stochastic depth drops it by a separate draw; joins="matrix" leaves all three to the
+branch's.
 
-Parameters: 2 d h + h + d + 9 h^2 + h a bypass, two a block. It cannot be merged. Use it with few labels.
+Parameters: 2 d h + h + d + 9 h^2 + h a bypass, two a block. It cannot be merged.
+
+Start: W_down from a Xavier-uniform draw, the convolution from the identity (or Xavier), W_up at zero: the identity.
+
+Differs from the authors' code: The code's separate draw of stochastic depth is here too (the paper draws none). Each
+window of a model that has windows is a picture here: the authors' variant for Swin looks over borders.
+
+Use it: `peftcore.apply(model, "convpass")`, with few labels.
 """
 
 from __future__ import annotations

@@ -1,28 +1,32 @@
 """CoOp, context optimization.   Zhou et al. 2021, arXiv 2109.01134 (code: KaiyangZhou/CoOp).
 
+Equation:
     t_k = g([SOS; v_1 ... v_M; name_k; EOS]),   p(k | x) = softmax_k(scale * cos(f(x), t_k)),   v [M, d]
 
-Context vectors replace the words "a photo of a" in front of the names of classes, before positions are
-added. As in the authors' code the texts hold the places: tokenize ``"X X X X " + name + "."`` with M words of one token
-each; whatever they are, the M places behind the first token (behind padding on the left, by the mask) get v. Lengths,
-masks, positions and the place of EOS are then the model's own affair. For the authors' other orders (the name first, or
-in the middle) say which token holds a place: ``placeholder=343`` is "x" in CLIP. The batch of texts is the classes:
+Context vectors replace the words "a photo of a" in front of the names of classes, before positions are added. As in the
+authors' code the texts hold the places: tokenize ``"X X X X " + name + "."`` with M words of one token each; whatever
+they are, the M places behind the first token (behind padding on the left, by the mask) get v. Lengths, masks, positions
+and the place of EOS are then the model's own affair. For the authors' other orders (the name first, or in the middle)
+say which token holds a place: ``placeholder=343`` is "x" in CLIP. The batch of texts is the classes:
 
     peftcore.apply(clip, "coop", length=4)
     clip(input_ids=texts_of_all_classes, pixel_values=images).logits_per_image
 
-With `classes` each class has a separate context (CSC): row k of the batch gets the k-th, or
-``peftcore.call(model, classes=[2, 0])`` gives the class of each row.
+With `classes` each class has a separate context (CSC): row k of the batch gets the k-th, or ``peftcore.call(model,
+classes=[2, 0])`` gives the class of each row.
 
-v starts as N(0, 0.02), or as the embeddings of `init_ids`. Parameters: M d, or classes M d. Nothing merges, but once
-trained the features of all classes can be kept.
-Use it to adapt CLIP with 16 or fewer images a class; without CSC an adapter holds for any names. Models that generate
-are refused: prompt_tuning is for them.
+Parameters: M d, or classes M d. Nothing merges, but once trained the features of all classes can be kept.
+
+Start: v starts as N(0, 0.02), or as the embeddings of `init_ids`. No start is an identity.
+
+Differs from the authors' code: The authors' other orders of words need `placeholder`; no other difference is known.
+
+Use it: `peftcore.apply(model, "coop")`, to adapt CLIP with 16 or fewer images a class; without CSC an adapter holds for
+any names. Models that generate are refused: prompt_tuning is for them.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -32,7 +36,7 @@ from torch import Tensor, nn
 
 from peftcore.author import LearningRate, Method, Site, Surgeon, Tags, forward_context
 from peftcore.errors import MissingContext
-from peftcore_vision._places import PlacesConfig, PlacesOperator, put_at, text_sites, words
+from peftcore_vision._prompt_words import PlacesConfig, PlacesOperator, put_at, text_sites, words
 
 
 class CoOpConfig(PlacesConfig):
@@ -83,8 +87,7 @@ class CoOp(Method):
 
     def inject(self, model: nn.Module, config: CoOpConfig, surgeon: Surgeon) -> None:
         for site, tower in text_sites(surgeon):
-            operator = functools.partial(ContextOperator, names=tower.arguments)
-            surgeon.graft(site, operator, config, (tower,))
+            surgeon.graft(site, ContextOperator, config, (tower,), names=tower.arguments)
 
     @staticmethod
     def parameter_count(site: Site, config: CoOpConfig) -> int:

@@ -1,21 +1,25 @@
 """DTL, disentangled transfer learning: a compact side network of low rank.   Fu et al. 2024, arXiv 2312.07856.
 
+Equation:
     h_l = h_{l-1} + C_l A_l x_l,   h_{-1} = 0,   A_l [rank, d],   C_l [d, rank]
     x_{l+1} = L_l(x_l)                    for l < M
     x_{l+1} = L_l(x_l) + F(t(h_l))        for l >= M,   t(h) = h sigmoid(beta h)
 
-x_l is the input of block l, from l = 0 on. The side network reads each block's input, and its sum is fed back
-behind the later blocks alone: nothing trainable acts before the end of the first M blocks, so backward stops there. F
-is the identity, or with `kernel` (DTL+) one convolution of that size for all blocks, for each channel by itself and
-without a bias, over the patches at their places in the picture; tokens in front of the patches skip it. M is `start`
-times the number of blocks, rounded down: 6 of 12 in the authors' scripts (heekhero/DTL).
-
-A start as torch's linear layers do, C at zero, so a fresh adapter is an exact identity. The authors train a new head
-along (``train=["head"]`` trains the model's).
+x_l is the input of block l, from l = 0 on. The side network reads each block's input, and its sum is fed back behind
+the later blocks alone: nothing trainable acts before the end of the first M blocks, so backward stops there. F is the
+identity, or with `kernel` (DTL+) one convolution of that size for all blocks, for each channel by itself and without a
+bias, over the patches at their places in the picture; tokens in front of the patches skip it. M is `start` times the
+number of blocks, rounded down: 6 of 12 in the authors' scripts (heekhero/DTL).
 
 Parameters: 2 rank d a block, and d kernel^2 with DTL+: 36,864 in ViT-B with rank 2.
-Use it where memory and parameters are both short on pictures; not where the model may be changed from its first block
-on (`adaptformer`, `convpass`), nor where it must not change at all (`lst`, `res_tuning`). It cannot be merged.
+
+Start: A start as torch's linear layers do, C at zero, so a fresh adapter is an exact identity.
+
+Differs from the authors' code: The authors train a new head along (``train=["head"]`` trains the model's).
+
+Use it: `peftcore.apply(model, "dtl")`, where memory and parameters are both short on pictures; not where the model may
+be changed from its first block on (`adaptformer`, `convpass`), nor where it must not change at all (`lst`,
+`res_tuning`). It cannot be merged.
 """
 
 from __future__ import annotations
@@ -45,12 +49,14 @@ from peftcore.author import (
     block_sites,
     on_first,
 )
-from peftcore.errors import ConfigError, UnsupportedSite
+from peftcore.errors import UnsupportedSite
 from peftcore_vision._patches import layout, patch_sites
 
 
 class DTLConfig(MethodConfig):
     """Options of DTL."""
+
+    overridable = ()
 
     method: Literal["dtl"] = "dtl"
     rank: PositiveInt = 2
@@ -63,19 +69,22 @@ class DTLConfig(MethodConfig):
     """Rows and columns of the convolution over the values that are fed back (DTL+); None leaves it out."""
 
 
-Sums = tuple[Tap | None, Tap]
-"""Taps of the previous blocks' sum, which a block reads, and of the sum that it writes."""
-
-
 class SideOperator(Operator):
     """The part of the side network at one block, and the feedback behind the block. At the convolution that embeds the
     patches (form "patch") it records their grid."""
 
     def __init__(
-        self, site: BlockSite, config: DTLConfig, sums: Sums, feeds: bool, kernel: Shared | None, lie: Tap
+        self,
+        site: BlockSite,
+        config: DTLConfig,
+        before: Tap | None,
+        behind: Tap,
+        feeds: bool,
+        kernel: Shared | None,
+        lie: Tap,
     ) -> None:
         super().__init__(site)
-        (self.before, self.behind), self.feeds, self.kernel, self.lie = sums, feeds, kernel, lie
+        self.before, self.behind, self.feeds, self.kernel, self.lie = before, behind, feeds, kernel, lie
         self.beta = config.beta
         self.A = nn.Parameter(torch.empty(config.rank, site.width))
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
@@ -131,8 +140,6 @@ class DTL(Method):
     target = ("block",)
 
     def inject(self, model: nn.Module, config: DTLConfig, surgeon: Surgeon) -> None:
-        if any(config.overrides.values()):
-            raise ConfigError("dtl has one side network for all sites: it takes no overrides")
         sites = TokenStacks(surgeon).answering(block_sites(surgeon), surgeon.wishes.target is not None)
         patches: tuple[Site, ...] = ()
         kernel: Shared | None = None
@@ -144,10 +151,10 @@ class DTL(Method):
             kernel = surgeon.own("fusion", lambda: nn.Conv2d(d, d, k, groups=d, bias=False))
         before, first, lie = None, int(len(sites) * config.start), Tap(until_backward=True)
         for number, site in enumerate(sites):
-            sums, seen = (before, Tap(until_backward=True, learns=True)), () if number else patches
-            more = (sums, number >= first, kernel, lie)
-            surgeon.graft(site, lambda at, own, more=more: SideOperator(at, own, *more), config, seen)
-            before = sums[1]
+            behind, seen = Tap(until_backward=True, learns=True), () if number else patches
+            sums = {"before": before, "behind": behind, "feeds": number >= first}
+            surgeon.graft(site, SideOperator, config, seen, **sums, kernel=kernel, lie=lie)
+            before = behind
 
     @staticmethod
     def parameter_count(site: Site, config: DTLConfig) -> int:

@@ -1,38 +1,59 @@
 """E2VPT: visual prompts, keys and values in attention, and pruning.   Han et al. 2023, arXiv 2307.13770.
 
+Equation:
     [x_l; ...] = L_l([x_{l-1}; M * P_l]),   head h of L_l:  softmax(q_h [K_lh; k_h]^T / sqrt(d_h)) [V_lh; v_h]
 
-P_l [length, d] is the prompt of block l, as in `vpt_deep`, whose words on heads, pooling and dropout hold here too.
-K_l = V_l [heads, kv_length, d_h] are behind the projections and in no query, so that they add no tokens; with
-`share_kv` False there are two. M is 1 until the prompts are pruned: a number for each token and segment, the same for
-all blocks. The paper prunes what was trained, and trains what is left again from the start:
+P_l [length, d] is the prompt of block l, as in `vpt_deep`, whose words on heads, pooling and dropout hold here too. K_l
+= V_l [heads, kv_length, d_h] are behind the projections and in no query, so that they add no tokens; with `share_kv`
+False there are two. M is 1 until the prompts are pruned: a number for each token and segment, the same for all blocks.
+The paper prunes what was trained, and trains what is left again from the start:
 
     scores = importance(trained, batches)          # dL/dM, [length, segments]
     prune(fresh, scores, tokens=2, segments=4)     # of a second adapter, with the options of the first
 
 For details that the paper leaves open, this follows the code (ChengHan111/E2VPT): channel c is in segment c mod
 `segments`; tokens have the sum of their segments' scores; the lowest scores, with their signs, are switched off
-(``absolute=True`` is the size of the derivative); pruned tokens stay as rows of zeros. Its masks train with the prompts
-before pruning; here they are 1. It tries each pair of shares from 10 to 90 percent on validation data.
+(``absolute=True`` is the size of the derivative); pruned tokens stay as rows of zeros.
 
-K and V start kaiming-uniform. Never identity at the start. Parameters: (length + kv_length) * d a block, with separate
-keys and values (length + 2 kv_length) * d; with `projection` as in `vpt_deep`; and the head.
+Parameters: (length + kv_length) * d a block, with separate keys and values (length + 2 kv_length) * d; with
+`projection` as in `vpt_deep`; and the head.
 
-Use it where `vpt_deep` is used, with fewer prompts or better ones; not where its pruning is too much to run, for which
-`vpt_deep` alone is simpler. Rotary positions, windows and convolutions between tokens are refused.
+Start: P as in `vpt_deep`, K and V from Kaiming-uniform draws. No start is an identity.
+
+Differs from the authors' code: The code's masks train with the prompts before pruning; here they are 1. It tries each
+pair of shares from 10 to 90 percent on validation data, which is left to the user.
+
+Use it: `peftcore.apply(model, "e2vpt")`, where `vpt_deep` is used, with fewer prompts or better ones; not where its
+pruning is too much to run, for which `vpt_deep` alone is simpler. Rotary positions, windows and convolutions between
+tokens are refused.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Literal
 
 import torch
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from peftcore.author import Attend, AttentionOperator, AttentionSite, LearningRate, Method, Share, Site, Surgeon, Tags
-from peftcore.errors import UnsupportedSite
+from peftcore import Injection, activate
+from peftcore.author import (
+    Attend,
+    AttentionOperator,
+    AttentionSite,
+    Batches,
+    LearningRate,
+    Method,
+    Share,
+    Shared,
+    Site,
+    Surgeon,
+    Tags,
+)
+from peftcore.errors import CalibrationError, ConfigError, UnsupportedSite
 from peftcore_vision._prompts import (
+    DeepOperator,
     PromptConfig,
     PromptSite,
     attentions_of,
@@ -41,7 +62,6 @@ from peftcore_vision._prompts import (
     shared_projection,
     train_heads,
 )
-from peftcore_vision._pruned import PrunedOperator, importance, prune
 
 __all__ = ["E2VPT", "importance", "prune"]
 
@@ -58,6 +78,106 @@ class E2VPTConfig(PromptConfig):
     """Probability with which their numbers are dropped in training, those of keys and of values apart."""
     segments: PositiveInt = 16
     """Segments in which a token of a prompt can be pruned."""
+
+
+class PrunedOperator(DeepOperator):
+    """The prompt of one block, whose tokens are cut into segments: channel c is in segment c mod `segments`."""
+
+    kept: Tensor
+
+    def __init__(self, site: PromptSite, config: E2VPTConfig, projection: Shared | None) -> None:
+        super().__init__(site, config, projection)
+        segments = config.segments
+        if site.width % segments:
+            raise UnsupportedSite(f"{site.path} is {site.width} wide, which is no multiple of segments={segments}")
+        self.register_buffer("kept", torch.ones(config.length, segments))  # [length, segments]: 0 where pruned
+
+    def wrong_values(self, values: Mapping[str, Tensor]) -> Iterator[str]:
+        kept = values.get("kept")
+        if kept is not None and not ((kept == 0) | (kept == 1)).all():
+            yield "kept holds others than 0 and 1"
+
+    def rows(self, x: Tensor, others: tuple[Any, ...]) -> Tensor:
+        rows = super().rows(x, others)  # [batch, length, width]
+        return rows * self.kept.to(rows.dtype).repeat(1, rows.shape[-1] // self.kept.shape[1])
+
+
+def _prompts(injection: Injection) -> list[PrunedOperator]:
+    """Return the operators with prompts in segments.
+
+    Raises:
+        ConfigError: there are none, or they differ in size.
+    """
+    found = [each for each in injection.operators.values() if isinstance(each, PrunedOperator)]
+    if len({each.kept.shape for each in found}) != 1:
+        raise ConfigError(
+            f"{injection.name!r} has no prompts of one length and number of segments that could be pruned together"
+        )
+    return found
+
+
+def importance(injection: Injection, data: Iterable[Any], absolute: bool = False) -> Tensor:
+    """Return how the loss follows what is kept of the prompts of an adapter that was trained, ``[length, segments]``:
+    the derivative by the mask that all blocks share, as a mean over batches. The model is in evaluation for that.
+
+    Args:
+        injection: the adapter.
+        data: batches with a loss, as for `peftcore.apply`.
+        absolute: take the size of each batch's derivative.
+
+    Raises:
+        CalibrationError: data or a loss is missing, or the loss is not finite.
+        ConfigError: the adapter lacks prompts in segments.
+    """
+    prompts, model = _prompts(injection), injection.model
+    held, modes = [each.kept for each in prompts], {module: module.training for module in model.modules()}
+    found: list[Tensor] = []
+    try:
+        mask = held[0].clone().requires_grad_()
+        for each in prompts:
+            each.kept = mask
+        model.eval()
+        with activate(model, injection.name), torch.enable_grad():
+            for batch in Batches(model, data, f"{injection.method.name} looks at the data"):
+                (slope,) = torch.autograd.grad(batch.loss(), [mask])
+                found.append(slope.abs() if absolute else slope)
+    finally:
+        for each, kept in zip(prompts, held, strict=True):
+            each.kept = kept
+        for module, mode in modes.items():
+            module.training = mode
+    mean = torch.stack(found).mean(0)
+    if not mean.isfinite().all():
+        raise CalibrationError("the loss has no finite derivative by the prompts; give other data")
+    return mean
+
+
+@torch.no_grad()
+def prune(injection: Injection, scores: Tensor, tokens: int = 0, segments: int = 0) -> None:
+    """Switch off the `tokens` tokens with the lowest scores in all prompts of an adapter, and of each token the
+    `segments` segments with the lowest.
+
+    Args:
+        injection: an adapter whose prompts have the sizes of the one that was scored: a fresh one, to train again.
+        scores: those of `importance`, ``[length, segments]``.
+        tokens: how many tokens, fewer than there are.
+        segments: how many segments of each, fewer than there are.
+
+    Raises:
+        ConfigError: the numbers or sizes do not fit.
+    """
+    prompts = _prompts(injection)
+    kept = torch.ones_like(prompts[0].kept)
+    if scores.shape != kept.shape or not (0 <= tokens < len(kept) and 0 <= segments < kept.shape[1]):
+        raise ConfigError(
+            f"prompts of [length, segments] = {list(kept.shape)} cannot be pruned of {tokens} tokens and {segments} "
+            f"segments by scores of {list(scores.shape)}: leave one of each"
+        )
+    scores = scores.to(kept)
+    kept.scatter_(1, scores.argsort(dim=1, stable=True)[:, :segments], 0.0)
+    kept[scores.sum(1).argsort(stable=True)[:tokens]] = 0
+    for each in prompts:
+        each.kept.copy_(kept)
 
 
 class KeyValueOperator(AttentionOperator):
@@ -98,12 +218,10 @@ class E2VPT(Method):
     target = ("block",)
 
     def inject(self, model: nn.Module, config: E2VPTConfig, surgeon: Surgeon) -> None:
-        def prompt(site: PromptSite, own: E2VPTConfig) -> PrunedOperator:
-            return PrunedOperator(site, own, own.segments, shared_projection(surgeon, site, own))
-
         sites = prompt_sites(surgeon)
         for site in sites:
-            surgeon.graft(site, prompt, config)
+            projection = shared_projection(surgeon, site, config.at(site.path))
+            surgeon.graft(site, PrunedOperator, config, projection=projection)
             for attention in attentions_of(surgeon, site):
                 surgeon.attention(attention, KeyValueOperator, config)
         if config.train_head:

@@ -1,49 +1,218 @@
 """EVP: explicit visual prompting.   Liu et al. 2023, arXiv 2303.10883 (code: NiFangBaAGe/Explicit-Visual-Prompt).
 
+Equation:
     x_i' = x_i + U gelu(T_i (F_hfc + F_pe) + t_i) + u        in front of block i, at the patches
     F_pe = L e,   F_hfc = N(K * h),   h = |IFFT(mask FFT(picture))|
 
 e [patches, d] is the frozen model's embedding of patches, without positions. h is the picture without its low
-frequencies: those in a rectangle around 0 with the share τ of all are dropped. K is a convolution like the
-model's own over patches, with c = d / reduction channels, N a norm where the model has one behind its own (SegFormer,
-not ViT). T_i [c, c] is a block's own, U [d, c], L [c, d] and K one of each stage: in the later stages of a pyramid K
-reads the F_hfc of the stage before. All is computed in float32 where the model is in half precision, whose FFT is
-less than that.
+frequencies: those in a rectangle around 0 with the share τ of all are dropped. K is a convolution like the model's own
+over patches, with c = d / reduction channels, N a norm where the model has one behind its own (SegFormer, not ViT). T_i
+[c, c] is a block's own, U [d, c], L [c, d] and K one of each stage: in the later stages of a pyramid K reads the F_hfc
+of the stage before. All is computed in float32 where the model is in half precision, whose FFT is less than that.
 
-Matrices start at N(0, 0.02^2), truncated, K at N(0, 2 / (k^2 c)), biases at zero; so a fresh prompt is not an identity
-(`zero_up` makes it one). The authors train the decoder of masks along (``train=["decode_head"]``). The class token and
-its like, in front of the patches, get nothing, as in their code of ViTs, where `reduction` is 32.
+The class token and its like, in front of the patches, get nothing, as in their code of ViTs, where `reduction` is 32.
 
 Parameters of a stage with l blocks, n channels before it and kernels of k by k: c (n k^2 + 1) + c (d + 1) + d (c + 1) +
 l c (c + 1), and 2 c with a norm.
 
-Use it for tasks that depend on low-level structure (forgery, shadows, blur, camouflage); not where it does not matter,
-nor in models of text. It depends on the input and cannot be merged. `vpt_deep` is its kin with prompts that know no
-picture.
+Start: Matrices from N(0, 0.02^2), truncated, K from N(0, 2 / (k^2 c)), biases at zero. A fresh prompt is not an
+identity (`zero_up` makes it one).
+
+Differs from the authors' code: The authors train the decoder of masks along (``train=["decode_head"]``).
+
+Use it: `peftcore.apply(model, "evp")`, for tasks that depend on low-level structure (forgery, shadows, blur,
+camouflage); not where it does not matter, nor in models of text. It depends on the input and cannot be merged.
+`vpt_deep` is its kin with prompts that know no picture.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from peftcore.author import BlockSite, LearningRate, Method, Operator, Shared, Site, Surgeon, Tags, Tap, block_sites
+from peftcore.author import (
+    BlockSite,
+    LearningRate,
+    Method,
+    MethodConfig,
+    Operator,
+    Shared,
+    Site,
+    Surgeon,
+    Tags,
+    Tap,
+    block_sites,
+)
 from peftcore.errors import ConfigError, UnsupportedSite
-from peftcore_vision._explicit import ExplicitConfig, StageOperator, channels, starting
-from peftcore_vision._stages import StageSite, stages_of
 
 
-class EVPConfig(ExplicitConfig):
+class EVPConfig(MethodConfig):
     """Options of EVP."""
 
+    overridable = ()
+
     method: Literal["evp"] = "evp"
+    reduction: PositiveInt = 4
+    """How many times narrower than the stream prompts are inside."""
+    share: Annotated[float, Field(ge=0.0, le=1.0)] = 0.25
+    """The share of all frequencies that count as low."""
+    frequencies: Literal["high", "low", "none"] = "high"
+    """The frequencies of the picture that prompts are made of."""
+    patches: bool = True
+    """Make them of the frozen embeddings of patches too."""
     zero_up: bool = False
     """Start U at zero: an exact identity."""
+
+
+NORM = "norm"
+"""The form of the norm behind the convolution."""
+
+
+@dataclass(frozen=True, eq=False)
+class StageSite(Site):
+    """The convolution in front of a stage."""
+
+    number: int = 0
+    """The number of the stage, from 0 on."""
+    before: int = 0
+    """Features of the stage before, of which the convolution makes those of this one; 0 in front of the first."""
+    normed: bool = False
+    """Whether a norm is behind it."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage with its blocks among the targets, which may be none."""
+
+    site: StageSite
+    norm: tuple[Site, ...]
+    blocks: tuple[BlockSite, ...]
+
+
+def stages_of(surgeon: Surgeon, targets: list[BlockSite]) -> list[Stage]:
+    """Return the stages of the tower in which blocks are, up to the last one that has any of them.
+
+    Raises:
+        UnsupportedSite: the blocks are in several towers; or not all of them read what a convolution before them made
+            of a picture, or of the stage before.
+    """
+    host, wanted = surgeon.resolver.host, {site.module_path: site for site in targets}
+    [tower, *others] = dict.fromkeys(host.at(path)[0].tower for path in wanted)
+    if others:
+        raise UnsupportedSite(f"{tower} and {others[0]} are two towers; target the blocks of one")
+    entries = [entry for entry in host.entries if entry.tower == tower]
+    stages: list[Stage] = []
+    found = 0
+    for place, entry in enumerate(entries):
+        if entry.role == "patch" and entry.block is None and entry.called and len(entry.shape) == 4:
+            if stages and not found:
+                break  # several convolutions embed one picture
+            parent = entry.path.rpartition(".")[0]
+            behind = entries[place + 1 : place + 2]
+            norms = [e for e in behind if e.role.startswith("norm") and e.path.rpartition(".")[0] == parent]
+            norm = tuple(replace(surgeon.resolver.site(each.path, "weight"), form=NORM) for each in norms)
+            site = surgeon.resolver.site(entry.path, "weight")
+            if not isinstance(site.module, nn.Conv2d) or site.module.groups != 1:
+                raise UnsupportedSite(f"{site.path} is no plain convolution, of which a second one could be made")
+            before = stages[-1].site.out_features if stages else 0
+            whole = StageSite(**vars(site), number=len(stages), before=before, normed=bool(norm))
+            stages.append(Stage(whole, norm, ()))
+            found = 0
+        elif entry.role == "block":
+            found += 1
+            block = wanted.pop(entry.path, None)
+            if block is not None and (not stages or stages[-1].site.out_features != block.width):
+                raise UnsupportedSite(
+                    f"{entry.path} is {block.width} wide, and no convolution in front of its stage makes as many "
+                    "features of patches of a picture"
+                )
+            if block is not None:
+                stages[-1] = replace(stages[-1], blocks=(*stages[-1].blocks, block))
+    if wanted:
+        raise UnsupportedSite(f"several convolutions embed the picture in front of {next(iter(wanted))}")
+    while not stages[-1].blocks:
+        stages.pop()
+    return stages
+
+
+def starting(linear: nn.Linear, zero: bool = False) -> nn.Linear:
+    """Return a linear map with the start of the authors' code."""
+    nn.init.zeros_(linear.weight) if zero else nn.init.trunc_normal_(linear.weight, std=0.02)
+    nn.init.zeros_(linear.bias)
+    return linear
+
+
+def frequencies(x: Tensor, share: float, low: bool) -> Tensor:
+    """Return the size of pictures [..., high, wide] without their low frequencies, or of the low frequencies alone."""
+    high, wide = x.shape[-2:]
+    line = int((high * wide * share) ** 0.5 // 2)
+    mask = torch.zeros(high, wide, dtype=torch.bool, device=x.device)
+    mask[high // 2 - line : high // 2 + line, wide // 2 - line : wide // 2 + line] = True
+    mask = torch.fft.ifftshift(mask if low else ~mask)
+    exact = x.to(torch.promote_types(x.dtype, torch.float32))
+    return torch.fft.ifft2(torch.fft.fft2(exact) * mask).real.abs()
+
+
+def channels(site: StageSite, config: EVPConfig) -> int:
+    """Return how many channels the convolution of a stage reads."""
+    return site.before // config.reduction or site.in_features
+
+
+class StageOperator(Operator):
+    """The maps from one stage's patches and from the picture to features for the prompts of its blocks."""
+
+    def __init__(self, site: StageSite, config: EVPConfig, taps: list[tuple[Tap, Tap]]) -> None:
+        super().__init__(site)
+        conv, number = site.module, site.number
+        assert isinstance(conv, nn.Conv2d), "stages begin with one"
+        d, c = site.out_features, site.out_features // config.reduction
+        self.read = taps[number - 1][0] if number else None
+        self.left, self.feature = taps[number]
+        self.share, self.low = config.share, config.frequencies == "low"
+        self.embedding = starting(nn.Linear(d, c)) if config.patches else None
+        self.filter: nn.Conv2d | None = None
+        self.norm: nn.LayerNorm | None = None
+        if config.frequencies != "none":
+            inputs = channels(site, config)
+            shape: Any = {"kernel_size": conv.kernel_size, "stride": conv.stride, "padding": conv.padding}
+            self.filter = nn.Conv2d(inputs, c, **shape)
+            nn.init.normal_(self.filter.weight, std=(2.0 / (site.kernel[0] * site.kernel[1] * c)) ** 0.5)
+            nn.init.zeros_(self.filter.get_parameter("bias"))
+            self.norm = nn.LayerNorm(c) if site.normed else None
+        self.normed = site.normed
+
+    def at(self, form: str, module: nn.Module) -> Callable[..., Any]:
+        return self._behind_norm if form == NORM else self
+
+    def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
+        if self.filter is not None:
+            h = frequencies(x, self.share, self.low) if self.read is None else self.read.get()
+            h = self.filter(h.to(self.filter.weight.dtype)).movedim(1, -1)  # [batch, rows, columns, c]
+            h = h if self.norm is None else self.norm(h)
+            self.left.put(h.movedim(-1, 1))
+        y = call(x)
+        if not self.normed:
+            self._put(y.flatten(2).transpose(1, 2))
+        return y
+
+    def _behind_norm(self, call: Callable[..., Tensor], y: Tensor) -> Tensor:
+        y = call(y)
+        self._put(y.flatten(1, -2))
+        return y
+
+    def _put(self, patches: Tensor) -> None:
+        """Leave the features of patches [batch, patches, d] for the blocks, [batch, patches, c]."""
+        feature: Tensor | float = 0.0 if self.filter is None else self.left.get().flatten(2).transpose(1, 2)
+        if self.embedding is not None:
+            feature = feature + self.embedding(patches.to(self.embedding.weight.dtype))
+        self.feature.put(feature)
 
 
 class EVPOperator(Operator):
@@ -92,8 +261,8 @@ class EVP(Method):
     target = ("block",)
 
     def inject(self, model: nn.Module, config: EVPConfig, surgeon: Surgeon) -> None:
-        if any(config.overrides.values()) or (config.frequencies == "none" and not config.patches):
-            raise ConfigError("prompts are made alike in all blocks, of frequencies or patches: evp takes no overrides")
+        if config.frequencies == "none" and not config.patches:
+            raise ConfigError("prompts are made of frequencies or patches: take frequencies= or patches=True")
         stages = stages_of(surgeon, block_sites(surgeon))
         taps = [(Tap(until_backward=True, learns=True), Tap(until_backward=True, learns=True)) for _ in stages]
         for number, stage in enumerate(stages):

@@ -1,16 +1,21 @@
 """FacT-TK: factor tuning by a Tucker decomposition.   Jie and Deng 2022, arXiv 2212.03145 (code: JieShibo/PETL-ViT).
 
+Equation:
     dW_t = s V Sigma_t U,   Sigma_t^T = sum_k C[:, :, k] P[k, t]
 
 U [r, d], V [d, r] and the core C [r, r, r] are shared by all sites; a slice t of a site has only its column P[:, t].
-`fact_tt` defines the slices. Where a matrix has several, the authors' code differs from the equation, and so does
-this: their reshape of the n matrices C P [r, r, n] to [r, n r] deals the columns of all out to the slices in turn, so
-that output p of slice c is column (c r + p) // n of matrix (c r + p) % n. In matrices with more slices along inputs,
-inputs are dealt out. U starts as a linear layer, C and P from Xavier-uniform draws, V at zero: an identity.
+`fact_tt` defines the slices. Where a matrix has several, the reshape of the n matrices C P [r, r, n] to [r, n r] in the
+authors' code deals the columns of all out to the slices in turn, so that output p of slice c is column (c r + p) // n
+of matrix (c r + p) % n. In matrices with more slices along inputs, inputs are dealt out.
 
 Parameters: r a slice, and 2 d r + r^3 once: 2 d r + r^3 + 12 L r for a ViT of L blocks.
 
-Use it where FacT-TT would do and every number counts; it merges.
+Start: U as a linear layer, C and P from Xavier-uniform draws, V at zero: the identity.
+
+Differs from the authors' code: No difference is known; the code differs from the equation where a matrix has several
+slices, and so does this.
+
+Use it: `peftcore.apply(model, "fact_tk")`, where FacT-TT would do and every number counts; it merges.
 """
 
 from __future__ import annotations

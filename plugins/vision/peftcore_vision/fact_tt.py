@@ -1,17 +1,23 @@
 """FacT-TT: factor tuning by a tensor train.   Jie and Deng 2022, arXiv 2212.03145 (code: JieShibo/PETL-ViT).
 
+Equation:
     dW_t = s V Sigma_t U,   U [r, d] and V [d, r] shared by all sites,   Sigma_t [r, r] for each slice t
 
 The weights of a model are one stack of slices [d, d], where d is the width of its stream: queries, keys, values and the
 attention's output are one each, either matrix of a feed-forward is four, so that a block of a ViT has 12. Matrices are
 cut into slices in both directions: d is the largest number that divides all widths, so that other feed-forwards and
-stacks of several widths (Swin) fit too. The authors' code has d = 768 and the four written into it. U and Sigma start
-as linear layers do, V at zero: an exact identity. A convolution has slices for each place of its kernel, stacked
-experts have them for each expert.
+stacks of several widths (Swin) fit too. A convolution has slices for each place of its kernel, stacked experts have
+them for each expert.
 
 Parameters: r^2 a slice, and 2 d r once: 2 d r + 12 L r^2 for a ViT of L blocks.
 
-Use it where the adapter itself must be tiny, as when there is one for each of many tasks; it merges.
+Start: U and Sigma as linear layers, V at zero: the identity.
+
+Differs from the authors' code: The authors' code has d = 768 and the four slices of a feed-forward's matrix written
+into it.
+
+Use it: `peftcore.apply(model, "fact_tt")`, where the adapter itself must be tiny, as when there is one for each of many
+tasks; it merges.
 """
 
 from __future__ import annotations

@@ -1,21 +1,24 @@
 """KAdaptation, Kronecker adaptation.   He et al. 2022, arXiv 2203.16329 (code: eric-ai-lab/PEViT).
 
+Equation:
     y = W x + bias + s H^T x + b,   H = sum_i (l_i r_i) (x) (u_i v_i),   i = 1 .. n
 
 Of the Kronecker products the small matrices l_i r_i [n, n] are of rank one, and shared by all layers: one set for
 queries, one for values, as for each other role; u_i [in/n, r] and v_i [r, out/n] are a site's own. It is a low-rank
-update of rank n r. b is shared by the matrices of one attention, s = 160 (128 / 4 · 5 in the code).
-In training entries of H drop with a probability of 0.5; not at weights that are read, where none can.
-
-l and r are uniform in +-0.01 at the start, u a Glorot-uniform draw, v and b zero: an exact identity. The code starts u
-and v at zero both, where neither has a gradient, so that b alone would learn. It also takes the u and v of queries for
-values, adds the update of queries behind their division by the root of a head's width, and writes the tokens of a batch
-in another order than it reads them. Here the update is the paper's, of the weight, and merges.
+update of rank n r. b is shared by the matrices of one attention, s = 160 (128 / 4 · 5 in the code). In training entries
+of H drop with a probability of 0.5; not at weights that are read, where none can.
 
 Parameters: r (in + out) a site, out an attention, and 2 n^2 a role: 50,176 in the tower of a CLIP ViT-B/32.
 
-Use it where a LoRA of rank 1 is the budget and a higher rank is wanted; not where n does not divide the widths (`lokr`
-chooses its cuts). `compacter` has the same products in adapters.
+Start: l and r uniform in +-0.01, u from a Glorot-uniform draw, v and b at zero: the identity.
+
+Differs from the authors' code: The code starts u and v at zero both, where neither has a gradient, so that b alone
+would learn. It also takes the u and v of queries for values, adds the update of queries behind their division by the
+root of a head's width, and writes the tokens of a batch in another order than it reads them. Here the update is the
+paper's, of the weight, and merges.
+
+Use it: `peftcore.apply(model, "kadaptation")`, where a LoRA of rank 1 is the budget and a higher rank is wanted; not
+where n does not divide the widths (`lokr` chooses its cuts). `compacter` has the same products in adapters.
 """
 
 from __future__ import annotations
@@ -31,11 +34,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from peftcore.author import MATRICES, Method, MethodConfig, Operator, Share, Shared, Site, Surgeon, Tags, bias_name
-from peftcore.errors import ConfigError, UnsupportedSite
+from peftcore.errors import UnsupportedSite
 
 
 class KAdaptationConfig(MethodConfig):
     """Options of KAdaptation."""
+
+    overridable = ("rank", "scale", "dropout")
 
     method: Literal["kadaptation"] = "kadaptation"
     products: PositiveInt = 32
@@ -132,8 +137,6 @@ class KAdaptation(Method):
     alternatives = MATRICES
 
     def inject(self, model: nn.Module, config: KAdaptationConfig, surgeon: Surgeon) -> None:
-        if any(changes.keys() & {"products", "rule_range"} for changes in config.overrides.values()):
-            raise ConfigError("kadaptation: sites share matrices, so overrides cannot change products or rule_range")
         for site in surgeon.sites():
             owner = site.module_path.rpartition(".")[0] if site.tensor == "weight" else site.module_path
             shape = (*site.batch, site.out_features)

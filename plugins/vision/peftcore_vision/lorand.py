@@ -1,17 +1,21 @@
 """LoRand, low-rank adapters of several branches.   Yin et al. 2023, CVPR, "1% vs 100%" (code: DongshuoYin/CoLin).
 
+Equation:
     y = h + W_up gelu(W_down h + b_down) + b_up,   W_down = sum_i P_i K_i Q_i,   W_up = sum_i P_i K_i Q_i
 
 h is the output of attention or feed-forward before it is added to the stream. W_down [d/2, d] and W_up [d, d/2] are
-wide, but each is made of β branches of thin factors: P_i [out, α], K_i [α, α], Q_i [α, in], other ones in each. The
-paper has K_i in common for both matrices, the authors' code (in the repository of a later method of theirs) has not,
-nor has this. All start from Kaiming-uniform draws, biases as torch's layers: a fresh adapter is not an identity
-(`zero_up` makes it one).
+wide, but each is made of β branches of thin factors: P_i [out, α], K_i [α, α], Q_i [α, in], other ones in each.
 
 Parameters: 2 β (α (d + d/2) + α^2) + d + d/2 an adapter, two a block.
 
-Use it for dense predictions with a Swin, at a share of a bottleneck adapter's parameters; not where inference must cost
-nothing: it cannot be merged. `compacter` is its kin with Kronecker products, `mona` its authors' next one.
+Start: Kaiming-uniform draws, biases as torch's layers: a fresh adapter is not an identity (`zero_up` makes it one).
+
+Differs from the authors' code: The paper has K_i in common for both matrices; the authors' code (in the repository of a
+later method of theirs) has not, nor has this.
+
+Use it: `peftcore.apply(model, "lorand")`, for dense predictions with a Swin, at a share of a bottleneck adapter's
+parameters; not where inference must cost nothing: it cannot be merged. `compacter` is its kin with Kronecker products,
+`mona` its authors' next one.
 """
 
 from __future__ import annotations
@@ -83,9 +87,8 @@ class LoRandOperator(AtBranchEnd):
         self.up = Branches(inner, width, config, config.zero_up)
 
     def adapt(self, h: Tensor) -> Tensor:
-        channels = self.layer.channel_dim
-        added = self.up(F.gelu(self.down(h.movedim(channels, -1))))
-        return h + added.movedim(-1, channels).to(h.dtype)
+        added = self.up(F.gelu(self.down(self.layer.channels_last(h))))
+        return h + self.layer.channels_back(added).to(h.dtype)
 
 
 class LoRand(Method):

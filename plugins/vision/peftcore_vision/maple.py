@@ -1,44 +1,47 @@
 """MaPLe, multi-modal prompt learning.   Khattak et al. 2022, arXiv 2210.03117.
 
+Equation:
     text, block j:    [SOS; P_j; name; EOS],   P_j [length, d]
     image, block j:   [class token; patches; P_j F_j + b_j],   F_j [d, d_image],   j = 0 ... depth - 1
 
 Prompts of the texts, and maps that make prompts of the images of them, so both towers learn together (code:
 muzairkhattak/multimodal-prompt-learning). Each of the first `depth` blocks has its own: it overwrites what the block
-before made of its prompt. The last one passes through all blocks that follow. P_0 replaces words, before
-positions are added, as in coop: tokenize ``"X X " + name + "."`` with as many words of one token, or any words of which
-the first `length` are overwritten. The authors write "a photo of a", of which length=2 takes the first two:
-``init_ids`` are these two. The batch of texts is the classes:
+before made of its prompt. The last one passes through all blocks that follow. P_0 replaces words, before positions are
+added, as in coop: tokenize ``"X X " + name + "."`` with as many words of one token, or any words of which the first
+`length` are overwritten. The authors write "a photo of a", of which length=2 takes the first two: ``init_ids`` are
+these two. The batch of texts is the classes:
 
     peftcore.apply(clip, "maple", init_ids=[320, 1125])
     clip(input_ids=texts_of_all_classes, pixel_values=images).logits_per_image
 
-The first prompt of the images passes through the norm before the blocks, where the model has one (CLIP). Text prompts
-start as N(0, 0.02), or P_0 as those words; maps as torch's linear layers. The authors let the deeper maps start alike;
-here each is drawn by itself. Where several are active together, the last one has the places of words, and the image
-tower sees the prompts of all.
+The first prompt of the images passes through the norm before the blocks, where the model has one (CLIP). Where several
+are active together, the last one has the places of words, and the image tower sees the prompts of all.
 
-Never identity. Parameters: depth (length d + (d + 1) d_image).
+Parameters: depth (length d + (d + 1) d_image).
 
-Use it for CLIP with few images a class, where names of other classes shall still work; coop has a hundredth of the
-parameters, and is as good for the classes that were seen.
+Start: Text prompts from N(0, 0.02), or P_0 as the words `init_ids`; maps as torch's linear layers. No start is an
+identity.
+
+Differs from the authors' code: The authors let the deeper maps start alike; here each is drawn by itself.
+
+Use it: `peftcore.apply(model, "maple", depth=2)`, for CLIP with few images a class, where names of other classes shall
+still work; coop has a hundredth of the parameters, and is as good for the classes that were seen.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from peftcore.author import LearningRate, Method, Surgeon, Tags, Tap, on_first
-from peftcore.errors import ConfigError, SequenceError
-from peftcore_vision._places import PlacesConfig, PlacesOperator, put_at, words
-from peftcore_vision._prompts import check_tokens
-from peftcore_vision._two_towers import CoupledSite, Rest, two_towers
+from peftcore.author import LearningRate, Method, Site, Surgeon, Tags, Tap, on_first
+from peftcore.errors import ConfigError, SequenceError, UnsupportedSite
+from peftcore_vision._prompt_words import PlacesConfig, PlacesOperator, put_at, text_sites, words
+from peftcore_vision._prompts import check_tokens, image_blocks
 
 NORM, BLOCK, LAST = "prompt.norm", "prompt.block", "prompt.last"
 """The forms of places in the image tower: the norm before the blocks, the prompt's own block, and the last one."""
@@ -47,6 +50,8 @@ NORM, BLOCK, LAST = "prompt.norm", "prompt.block", "prompt.last"
 class MaPLeConfig(PlacesConfig):
     """Options of MaPLe."""
 
+    overridable = ("init_ids",)
+
     method: Literal["maple"] = "maple"
     length: PositiveInt = 2
     """Rows of each prompt."""
@@ -54,16 +59,86 @@ class MaPLeConfig(PlacesConfig):
     """Number of blocks, from the first on, that have separate prompts."""
 
 
+@dataclass(frozen=True)
+class Towers:
+    """The sites of the tower of texts and of that of images."""
+
+    table: Site
+    """The module that embeds texts."""
+    tower: Site
+    """The tower of texts, of which the mask is seen."""
+    texts: list[Site]
+    """The blocks of the tower of texts."""
+    images: list[Site]
+    """The blocks that patches of an image go through."""
+    image_width: int
+    """Features of the images' stream."""
+    norms: list[Site]
+    """The norm through which patches go before the first block, if there is one."""
+
+
+@dataclass(frozen=True, eq=False)
+class CoupledSite(Site):
+    """A place in the tower of texts, with the width of that of images."""
+
+    width: int = 0
+    """Features of a text's stream."""
+    image_width: int = 0
+    """Features of an image's stream."""
+
+    @property
+    def weight_shape(self) -> torch.Size:
+        """The widths, which plans and files record as the shape."""
+        return torch.Size([self.image_width, self.width])
+
+
+@dataclass(frozen=True)
+class Rest:
+    """The arguments that operators of all blocks have in common."""
+
+    names: tuple[str, ...]
+    """The arguments of the tower of texts."""
+    last: int
+    """The number of the last block of images."""
+    has_norm: bool
+    """Whether there is a norm before the blocks of images."""
+    places: Tap
+    """The tap from the table of texts to their blocks."""
+
+
+def two_towers(surgeon: Surgeon) -> Towers:
+    """Return both towers.
+
+    Raises:
+        UnsupportedSite: the model lacks one of the towers, or a tower does not accept prompts.
+    """
+    (table, tower), *others = text_sites(surgeon)
+    if others:
+        raise UnsupportedSite(f"{others[0][0].path} is a second table of texts; target one of them")
+    host, images = surgeon.resolver.host, image_blocks(surgeon)
+    top = f"{tower.module_path}.".lstrip(".")
+    of_texts = [each.path for each in host.entries if each.role == "block" and each.path.startswith(top)]
+    if any(image.module_path in of_texts for image in images):
+        raise UnsupportedSite(
+            f"{tower.module_path or 'the host'} takes texts and images alike: there are no two towers"
+        )
+    in_front = host.at(images[0].module_path)[0].tower
+    norms = [each.path for each in host.entries if each.role == "norm.embed" and each.tower == in_front]
+    at = surgeon.resolver.module_site
+    return Towers(table, tower, [*map(at, of_texts)], [*images], images[0].width, [*map(at, norms)])
+
+
 class MaPLeOperator(PlacesOperator):
     """The prompts of one block in both towers: in that of texts behind the block before it, or behind the table."""
 
-    def __init__(self, site: CoupledSite, config: MaPLeConfig, start: Tensor, depth: int, rest: Rest) -> None:
+    def __init__(self, site: CoupledSite, config: MaPLeConfig, table: Site, depth: int, rest: Rest) -> None:
         super().__init__(site, config, rest.names)
+        drawn = config.replace(init_ids=[], length=config.count) if depth else config
         self.depth, self.places = depth, rest.places
         self.stays = depth == config.depth - 1 < rest.last
         self.has_norm = depth == 0 and rest.has_norm
         self.normed = Tap(until_backward=True)  # from the norm before the blocks to the first of them
-        self.rows = nn.Parameter(start)  # [length, d]
+        self.rows = nn.Parameter(words(table, drawn)[0])  # [length, d]
         self.map = nn.Linear(site.width, site.image_width)
 
     def at(self, form: str, module: nn.Module) -> Callable[..., Any]:
@@ -103,11 +178,6 @@ class MaPLeOperator(PlacesOperator):
         return on_first(call(*args, **kwargs), lambda y: y[:, : -self.count].contiguous())
 
 
-def _alike(config: MaPLeConfig) -> tuple[int, int, int | None]:
-    """Return the options that all prompts have in common."""
-    return config.count, config.depth, config.placeholder
-
-
 class MaPLe(Method):
     """Prompts of texts in several blocks, and maps that make those of images of them.
 
@@ -135,20 +205,13 @@ class MaPLe(Method):
         rest = Rest(towers.tower.arguments, len(images) - 1, bool(towers.norms), Tap(until_backward=True))
         for depth in range(config.depth):
             site = table if depth == 0 else replace(towers.texts[depth - 1], form="activation")
-            if _alike(config.at(site.path)) != _alike(config):
-                raise ConfigError(f"{site.path}: prompts of all blocks have the same options, no overrides")
             coupled = CoupledSite(**vars(site), width=table.out_features, image_width=towers.image_width)
             holders = [replace(images[depth], form=BLOCK)]
             if depth == 0:
                 holders += [towers.tower, *(replace(norm, form=NORM) for norm in towers.norms)]
             if depth == config.depth - 1 < rest.last:
                 holders.append(replace(images[-1], form=LAST))
-
-            def operator(site: CoupledSite, own: MaPLeConfig, depth: int = depth) -> MaPLeOperator:
-                drawn = own if depth == 0 else own.replace(init_ids=[], length=own.count)
-                return MaPLeOperator(site, own, words(table, drawn)[0], depth, rest)
-
-            surgeon.graft(coupled, operator, config, tuple(holders))
+            surgeon.graft(coupled, MaPLeOperator, config, tuple(holders), table=table, depth=depth, rest=rest)
 
     @staticmethod
     def parameter_count(site: CoupledSite, config: MaPLeConfig) -> int:

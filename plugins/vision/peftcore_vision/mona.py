@@ -1,5 +1,6 @@
 """Mona, the multi-cognitive visual adapter.   Yin et al. 2023, arXiv 2311.15010 and 2408.08345 (code: Leiyi-Hu/mona).
 
+Equation:
     x' = x + W_up gelu(c + V c) + b_up,   c = u + (D_3 u + D_5 u + D_7 u) / 3
     u = W_down (gamma LN(x) + delta x) + b_down
 
@@ -7,19 +8,22 @@ at the stream x behind attention and behind the feed-forward. W_down [h, d], W_u
 of k by k, V [h, h] one of 1 by 1, all with biases and zeros around; LN is a norm of the adapter's own. Dropout acts in
 front of W_up.
 
-γ starts at 1e-6 and δ at 1, [d] each; W_down and W_up from N(0, 0.02^2), their biases at zero; convolutions as torch's
-do. So a fresh adapter is not an identity (`zero_up` makes it one).
-
 Patches are convolved at their places in the picture: activations of four dimensions (Swin in timm) are grids, a
 sequence is the largest grid in the proportions of the patches that the model embeds, behind as many other tokens as are
-left. Those (a class token, which the code has not) are pictures of one pixel. The next branch reads the stream with
-the adapter in it; dropout, layer scale and stochastic depth of the host do not act on it.
+left. Those are pictures of one pixel. The next branch reads the stream with the adapter in it; dropout, layer scale and
+stochastic depth of the host do not act on it.
 
 Parameters: 133 d + 9,728 an adapter with h = 64, two a block: 2 d h + h^2 + 5 d + 88 h.
 
-Use it for detection and segmentation, where it is better than tuning all; not where latency counts or the inputs are
-not pictures: it cannot be merged (`repadapter` can). `convpass` is its kin in parallel with the branches, with one full
-convolution.
+Start: γ starts at 1e-6 and δ at 1, [d] each; W_down and W_up from N(0, 0.02^2), their biases at zero; convolutions as
+torch's do. So a fresh adapter is not an identity (`zero_up` makes it one).
+
+Differs from the authors' code: Tokens that are not patches, such as a class token, are not in the code; here they are
+pictures of one pixel.
+
+Use it: `peftcore.apply(model, "mona")`, for detection and segmentation, where it is better than tuning all; not where
+latency counts or the inputs are not pictures: it cannot be merged (`repadapter` can). `convpass` is its kin in parallel
+with the branches, with one full convolution.
 """
 
 from __future__ import annotations

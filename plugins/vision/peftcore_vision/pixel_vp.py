@@ -1,22 +1,28 @@
 """Visual prompting in pixels.   Bahng et al. 2022, arXiv 2203.17274 (code: hjbahng/visual_prompting).
 
+Equation:
     x' = x + v,   v [c, height, width]: trained in a frame, or in a square, and zero elsewhere
 
 on pictures x [batch, c, height, width], as the model is given them: behind the normalisation of pixels. The frame is
 `size` pixels wide: rows above and below [c, size, width], and columns left and right [c, height - 2 size, size]. The
 square [c, size, size] is in the first rows and columns, or ("random") in each forward at another place, the same for
-all pictures of a batch; the authors draw it in evaluation too, and never at the last row and column.
+all pictures of a batch.
 
-All start at N(0, 1), as in the code, so that a fresh prompt is not an identity (`std` 0 makes it one). It acts in front
-of the convolution that reads the pixels, and in a UNet or DiT in front of the layer that reads the latents. Pictures
-have one size: that of the model's table of positions where there is one, else 224, or `picture`; pictures of other
-sizes are refused. The authors train with SGD, whose rate is as large as pixels are, and take CLIP's texts as classes,
-or any units of a frozen head.
+It acts in front of the convolution that reads the pixels, and in a UNet or DiT in front of the layer that reads the
+latents. Pictures have one size: that of the model's table of positions where there is one, else 224, or `picture`;
+pictures of other sizes are refused. The authors train with SGD, whose rate is as large as pixels are, and take CLIP's
+texts as classes, or any units of a frozen head.
 
 Parameters: 2 c size (height + width - 2 size), 69,840 for 30 of 224 pixels; a square c size^2.
 
-Use it where the inside of a model is out of reach, or one prompt is to go to several models, CLIP above all; not where
-tokens can be added: `vpt_shallow` and `vpt_deep` reach more with as few numbers.
+Start: N(0, 1), as in the code: not an identity (``std=0`` makes it one).
+
+Differs from the authors' code: The authors draw the place of a random square in evaluation too, and never at the last
+row and column.
+
+Use it: `peftcore.apply(model, "pixel_vp")`, where the inside of a model is out of reach, or one prompt is to go to
+several models, CLIP above all; not where tokens can be added: `vpt_shallow` and `vpt_deep` reach more with as few
+numbers.
 """
 
 from __future__ import annotations

@@ -1,14 +1,21 @@
 """RepAdapter.   Luo et al. 2023, arXiv 2302.08106 (code: luogen1996/RepAdapter).
 
+Equation:
     y = W x' + bias,   x' = x + s (G(A x + a) + b),   A [h, d],   G [d, h] of g diagonal blocks [d/g, h/g]
     W' = W (I + s G A),   bias' = bias + W s (G a + b)        since nothing in it is non-linear
 
 in front of the matrices that a branch reads with: queries, keys and values, which share one adapter, as the gate of a
-feed-forward shares its with the matrix parallel to it. A starts from a Xavier-uniform draw, all else at zero: an exact
-identity. The authors' own merging fails with g = 1. A convolution has its adapter on channels, as their RepAdapter2D;
-one that pads is refused, since the shift b would not reach its padding, and a weight that is read without a bias.
+feed-forward shares its with the matrix parallel to it. A convolution has its adapter on channels, as their
+RepAdapter2D; one that pads is refused, since the shift b would not reach its padding, and a weight that is read without
+a bias.
 
-Parameters: d h + h + d h / g + d an adapter. Use it where inference must cost nothing.
+Parameters: d h + h + d h / g + d an adapter.
+
+Start: A from a Xavier-uniform draw, all else at zero: the identity.
+
+Differs from the authors' code: The authors' own merging fails with g = 1; no other difference is known.
+
+Use it: `peftcore.apply(model, "repadapter")`, where inference must cost nothing.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 """SPT-LoRA: sensitivity-aware tuning.   He et al. 2023, arXiv 2303.08566 (code: ziplab/SPT).
 
+Equation:
     s(w) = sum over batches of (dL/dw)^2,   the tau weights with the largest s of all sites are chosen
     W' = W + B A              where at least rank (in + out) / ease entries of a matrix were chosen
     W' = W + scatter(v at I)  else, I the chosen entries of W,   v zero
@@ -8,27 +9,32 @@
 One look at data (``data=``, with a loss) before training decides which sites a budget is spent on, and on which kind of
 change: few entries where few matter, a low-rank update where many do. Gradients are those of whole batches, as in the
 code, not of single examples. Of tau = budget / 20 to 79 / 20 of it, in steps, that is taken whose number of parameters
-is nearest to the budget, which is `share` of the weights of all sites; the authors' steps are those of their budget of
-400,000. The choice is stored in `overrides`, and so in the file; where the user overrides a site, that stays.
+is nearest to the budget, which is `share` of the weights of all sites. The choice is stored in `overrides`, and so in
+the file; where the user overrides a site, that stays.
 
-A is uniform in +-1/sqrt(in), B zero: a fresh adapter is an exact identity. Theirs are made so too, but the reset of
-their whole model then draws A and B anew, from N(0, 0.02^2) both: `init_std` is for that. Their code drops inputs of
-updates, and whole updates of samples, with 0.1 in training, and leaves entries of norms frozen that were chosen and
-count. Queries, keys and values of one fused matrix count apart. The authors train the head and the class token along
-(``train=["head"]``), count 768 numbers of the token in the budget, which is not done here, and leave embeddings alone.
-SPT-Adapter, with bottlenecks in place of low rank, is not here. Weights that are quantized are left out. Without data,
-as in a plan, each matrix has an update and each vector trains as a whole; ``share=1`` allots the same.
+Weights that are quantized are left out. Without data, as in a plan, each matrix has an update and each vector trains as
+a whole; ``share=1`` allots the same.
 
 Parameters: about share * (those of all sites).
 
-Use it where the budget is small and the task far from pretraining; not where one adapter is to fit several bases: the
-places are one model's. `fish_mask` trains entries alone, `eva` distributes ranks by the inputs.
+Start: A uniform in +-1/sqrt(in), B and entries at zero: the identity.
+
+Differs from the authors' code: The authors' steps of tau are those of their budget of 400,000. Their A and B are made
+so too, but the reset of their whole model then draws both anew, from N(0, 0.02^2): `init_std` is for that. Their code
+drops inputs of updates, and whole updates of samples, with 0.1 in training, and leaves entries of norms frozen that
+were chosen and count. Queries, keys and values of one fused matrix count apart. The authors train the head and the
+class token along (``train=["head"]``), count 768 numbers of the token in the budget, which is not done here, and leave
+embeddings alone. SPT-Adapter, with bottlenecks in place of low rank, is not here.
+
+Use it: `peftcore.apply(model, "spt_lora", data=[batch], share=0.05)`, where the budget is small and the task far from
+pretraining; not where one adapter is to fit several bases: the places are one model's. `fish_mask` trains entries
+alone, `eva` distributes ranks by the inputs.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Annotated, Any, Literal
 
@@ -36,6 +42,7 @@ import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
+from peftcore import Batch
 from peftcore.author import (
     AppliedMethod,
     Batches,
@@ -47,11 +54,10 @@ from peftcore.author import (
     Site,
     Surgeon,
     Tags,
+    WeightOperator,
     low_rank,
 )
-from peftcore.errors import UnsupportedSite
-from peftcore_vision._entries import EntriesOperator
-from peftcore_vision._sensitivity import is_vector, nearest, sensitivities, update_size
+from peftcore.errors import CalibrationError, InactiveSite, UnsupportedSite
 
 
 class SPTLoRAConfig(MethodConfig):
@@ -75,6 +81,115 @@ class SPTLoRAConfig(MethodConfig):
     identity."""
     entries: NonNegativeInt | None = None
     """Number of entries that train, of a single site; None: a low-rank update, or all of a vector. Data decides it."""
+
+
+class EntriesOperator(WeightOperator):
+    """Adds values to some entries of a tensor, or to all, and stores their indices: the first entries, until others
+    are set.
+
+    Raises:
+        UnsupportedSite: the tensor has fewer entries, or none is to train.
+    """
+
+    index: Tensor
+
+    def __init__(self, site: Site, config: SPTLoRAConfig) -> None:
+        super().__init__(site)
+        self.size, count = site.numel, site.numel if config.entries is None else config.entries
+        if not 0 < count <= self.size:
+            raise UnsupportedSite(f"{site.path} has {self.size} entries, of which {count} cannot train")
+        self.register_buffer("index", torch.arange(count))
+        self.values = nn.Parameter(torch.zeros(count))
+
+    def wrong_values(self, values: Mapping[str, Tensor]) -> Iterator[str]:
+        index = values.get("index")
+        if index is not None and not (index.diff().gt(0).all() and int(index[0]) >= 0 and int(index[-1]) < self.size):
+            yield f"index does not hold ascending places in {self.size} entries"
+
+    def forward(self, weight: Tensor) -> Tensor:
+        flat = weight.flatten()
+        new = (flat.gather(0, self.index) + self.values).to(flat.dtype)
+        return flat.scatter(0, self.index, new).view(weight.shape)
+
+
+def sensitivities(sites: Sequence[Site], batches: Iterable[Batch]) -> dict[str, Tensor]:
+    """Return for each site, by its path, the sum over the batches of (dL/dw)^2, flat, in its logical layout.
+
+    Raises:
+        CalibrationError: data is missing, or all gradients are zero.
+        InactiveSite: the loss is computed from none of the weights.
+    """
+    weights = [site.module.get_parameter(site.tensor).requires_grad_(True) for site in sites]
+    sums = {each: torch.zeros_like(each, dtype=torch.promote_types(each.dtype, torch.float32)) for each in weights}
+    used = False
+    for batch in batches:
+        gradients = torch.autograd.grad(batch.loss(), list(sums), allow_unused=True)
+        for total, gradient in zip(sums.values(), gradients, strict=True):
+            if gradient is not None:  # this batch uses it
+                used = True
+                total.add_(gradient.to(total.dtype).square())
+    if not used:
+        raise InactiveSite(
+            f"the loss of the data is computed without {sites[0].path} and all other targets: name modules in "
+            "target= that the model calls for such data"
+        )
+    if not any(total.any() for total in sums.values()):
+        raise CalibrationError("the loss of the data says nothing of the weights of any target: give other batches")
+    return {site.path: site.logical(sums[each]).flatten() for site, each in zip(sites, weights, strict=True)}
+
+
+def update_size(site: Site, rank: int) -> int:
+    """Return how many numbers a low-rank update of a matrix has."""
+    return math.prod(site.batch) * rank * (site.in_features * math.prod(site.kernel) + site.out_features)
+
+
+def is_vector(site: Site) -> bool:
+    """Whether a site is a bias or the scale of a norm."""
+    return len(site.weight_shape) == 1
+
+
+def counts(scores: Mapping[str, Tensor], taus: Sequence[int]) -> Iterator[dict[str, int]]:
+    """Yield for each τ how many of the τ largest scores of all sites each site has."""
+    flat = torch.cat(list(scores.values()))
+    largest = flat.topk(min(max(taus), len(flat))).indices  # of all τ, since one ranking takes long
+    ends = torch.tensor([len(each) for each in scores.values()], device=flat.device).cumsum(0)
+    holders = torch.bucketize(largest, ends, right=True)
+    for tau in taus:
+        yield dict(zip(scores, holders[:tau].bincount(minlength=len(scores)).tolist(), strict=True))
+
+
+def allotted(
+    counted: Mapping[str, int], sites: Mapping[str, Site], rank: int, ease: float, vector_ease: float
+) -> dict[str, int | None]:
+    """Return for each site how many of its entries train, of as many as were chosen there.
+
+    It is None where all of a vector do, or where a low-rank update takes their place: one that has at most `ease`
+    (`vector_ease`) times as many numbers as entries were chosen there.
+    """
+    found: dict[str, int | None] = {}
+    for path, count in counted.items():
+        site = sites[path]
+        whole, times = (site.numel, vector_ease) if is_vector(site) else (update_size(site, rank), ease)
+        found[path] = None if count >= whole / times else count
+    return found
+
+
+def total(allotment: Mapping[str, int | None], sites: Mapping[str, Site], rank: int) -> int:
+    """Return how many numbers an allotment trains."""
+    whole = {path: site.numel if is_vector(site) else update_size(site, rank) for path, site in sites.items()}
+    return sum(whole[path] if count is None else count for path, count in allotment.items())
+
+
+def nearest(
+    scores: Mapping[str, Tensor], sites: Mapping[str, Site], budget: float, rank: int, ease: float, vector_ease: float
+) -> dict[str, int | None]:
+    """Return the allotment that trains the number of parameters nearest to `budget`.
+
+    τ runs from a twentieth of the budget to nearly four times as much; among equally near allotments the last is taken.
+    """
+    taus = [max(1, round(step * budget / 20)) for step in range(1, 80)]
+    plans = [allotted(each, sites, rank, ease, vector_ease) for each in counts(scores, taus)]
+    return min(reversed(plans), key=lambda plan: abs(total(plan, sites, rank) - budget))
 
 
 class UpdateOperator(Operator):
@@ -136,7 +251,7 @@ class SPTLoRA(Method):
             entries = config.at(site.path).entries
             if entries != 0:
                 if is_vector(site) or entries is not None:
-                    surgeon.graft(site, lambda at, own: EntriesOperator(at, own.entries), config)
+                    surgeon.graft(site, EntriesOperator, config)
                 else:
                     surgeon.graft(site, UpdateOperator, config)
 

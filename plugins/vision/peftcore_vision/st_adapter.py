@@ -1,16 +1,15 @@
 """ST-Adapter, the spatio-temporal adapter.   Pan et al. 2022, arXiv 2206.13559 (code: linziyi96/st-adapter).
 
+Equation:
     x' = x + W_up (k * (W_down x + b_down) + c) + b_up
 
 at the patches of the stream, in front of attention and in front of the feed-forward. The model is one of images, which
 is given the frames of clips as rows of the batch, those of a clip one behind the other: [clips * T, 3, rows, columns].
-k [h, t, y, z] is a depthwise convolution over T frames and the patches of each, with zeros around; W_down [h, d],
-W_up [d, h]. Other tokens, such as a class token, stay as they are. The adapter is linear: only the layers behind it are
+k [h, t, y, z] is a depthwise convolution over T frames and the patches of each, with zeros around; W_down [h, d], W_up
+[d, h]. Other tokens, such as a class token, stay as they are. The adapter is linear: only the layers behind it are
 non-linear.
 
-k, c and all biases start at zero, so that a fresh adapter is the identity; W_down and W_up start as torch's layers do,
-and get no gradient in the first step. The code turns cuDNN off for k; nothing is turned off here. A mean over the T
-outputs of a clip, or another head over them, is the user's.
+A mean over the T outputs of a clip, or another head over them, is the user's.
 
 The number of frames of a clip is `frames`, or that in ``peftcore.call(model, frames=16)``: k does not depend on it.
 Rows that do not divide into whole clips are an error. Rows see each other, so they cannot be routed to several
@@ -18,8 +17,14 @@ adapters.
 
 Parameters: 2 d h + 2 h + d + h t y z an adapter: 592,512 in a ViT-B with the defaults, two a block.
 
-Use it to make a video model of a frozen one of images (CLIP, ViT, Swin); not on single pictures (`convpass`, `mona`),
-and not where frames far apart have to see each other in one block: its kernel sees neighbours (`aim` attends to all).
+Start: k, c and all biases at zero: the identity; W_down and W_up as torch's layers, without a gradient in the first
+step.
+
+Differs from the authors' code: The code turns cuDNN off for k; nothing is turned off here.
+
+Use it: `peftcore.apply(model, "st_adapter", frames=1)`, to make a video model of a frozen one of images (CLIP, ViT,
+Swin); not on single pictures (`convpass`, `mona`), and not where frames far apart have to see each other in one block:
+its kernel sees neighbours (`aim` attends to all).
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """Tip-Adapter.   Zhang et al. 2021, arXiv 2111.03930 (code: gaopengcuhk/Tip-Adapter).
 
+Equation:
     logits' = logits + alpha exp(-beta (1 - f K^T)) L,   K [images, d],   L [images, classes]
 
-A cache of few images with labels: K are their features and L their labels, one-hot; f are the features of an image
-that is classified. Features have length one, and logits are the model's own, of images and the texts of all classes:
+A cache of few images with labels: K are their features and L their labels, one-hot; f are the features of an image that
+is classified. Features have length one, and logits are the model's own, of images and the texts of all classes:
 
     few = [{"input_ids": texts, "pixel_values": images, "labels": classes}, ...]   # class k is the text of row k
     peftcore.apply(clip, "tip_adapter", data=few)
@@ -12,22 +13,28 @@ that is classified. Features have length one, and logits are the model's own, of
 Fresh it is Tip-Adapter, which trains nothing. Trained it is Tip-Adapter-F: K moves from there, without being normalized
 anew, and L stays. ``train_keys=False`` keeps K as it is. As in the authors' code a key is the mean of an image's
 features, normalized afterwards, over as many `passes` through ``data=`` as they draw augmentations; data without any is
-gone through twice. Keep its order (shuffle=False). The authors search alpha and beta on validation images: both are
-attributes of the operator.
+gone through twice. Keep its order (shuffle=False).
 
 Where a classifier has the place of the texts (the authors' own form: text features as its rows), ``features="input"``
 reads the classifier's input, and adds to its output. ``target=`` names what returns features in models other than CLIP.
 
-alpha = 0 is the model itself. Parameters: images * d, or none. A plan without `images` counts one.
+Parameters: images * d, or none. A plan without `images` counts one.
 
-Use it with 1 to 16 images a class: it is good at once, and trains in minutes. With more, K grows, and clip_adapter, of
-one size whatever there is, is better; so is coop where the words are the problem.
+Start: K are the features of the images in ``data=``: not an identity; ``alpha=0`` is the model itself.
+
+Differs from the authors' code: The authors search alpha and beta on validation images: both are attributes of the
+operator.
+
+Use it: `peftcore.apply(model, "tip_adapter", features="input", data=[batch])`, with 1 to 16 images a class: it is good
+at once, and trains in minutes. With more, K grows, and clip_adapter, of one size whatever there is, is better; so is
+coop where the words are the problem.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -35,8 +42,8 @@ from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 
 from peftcore.author import AppliedMethod, Batches, LearningRate, Method, Operator, Site, Surgeon, Tags, Tap
+from peftcore.errors import CalibrationError, UnsupportedSite
 from peftcore_vision._features import FeatureConfig, FeatureSite, feature_sites
-from peftcore_vision._few_shots import Shots, few_shots
 from peftcore_vision._matching import MATCH, MatcherSite, with_logits
 
 
@@ -56,6 +63,89 @@ class TipAdapterConfig(FeatureConfig):
     """Images in the cache; None: as many as the data has."""
     classes: PositiveInt | None = None
     """Classes of their labels, from 0 on; None: up to the largest label of the data."""
+
+
+@dataclass(frozen=True)
+class Shots:
+    """Few images, by their features and labels."""
+
+    keys: Mapping[str, Tensor]
+    """Normalized features of the images, by path of the site: ``[images, d]``."""
+    labels: Tensor
+    """Labels of the images, ``[images]``."""
+
+    def check(self, path: str, images: int, classes: int) -> None:
+        """Check that a cache has room for them.
+
+        Raises:
+            CalibrationError: there are other numbers of images or classes.
+        """
+        if len(self.labels) != images or int(self.labels.max()) >= classes:
+            raise CalibrationError(
+                f"the data has {len(self.labels)} images with labels up to {int(self.labels.max())}, and the cache of "
+                f"{path} is of images={images}, classes={classes}: say these of the data"
+            )
+
+
+def few_shots(model: nn.Module, data: Batches, passes: int, sites: Mapping[Site, str]) -> Shots:
+    """Return the images of the data, with the mean of their features over passes. Where two passes are the same to the
+    bit, nothing is augmented, and passes end.
+
+    Args:
+        model: runs in eval mode.
+        data: its batches, with labels.
+        passes: how often it is gone through, at most.
+        sites: modules, and whether features are their "output" or their "input".
+
+    Raises:
+        CalibrationError: labels are missing, are not integers, one for each image, or are in another order in another
+            pass.
+        UnsupportedSite: features of a module are not vectors, one for each label.
+    """
+    model.eval()
+    sums: dict[Site, Tensor] = {}
+    last: dict[Site, Tensor] = {}
+    labels, count = torch.empty(0), 0
+    with torch.no_grad():
+        for count in range(1, passes + 1):
+            found, own = _one_pass(model, data, sites)
+            if count > 1 and not torch.equal(own, labels):
+                raise CalibrationError("data comes in another order at each pass: shuffle=False, or passes=1")
+            sums = {site: sums[site] + each if sums else each for site, each in found.items()}
+            same = bool(last) and all(torch.equal(each, last[site]) for site, each in found.items())
+            labels, last = own, found
+            if same:
+                break
+        means = {site.path: each / count for site, each in sums.items()}
+        return Shots({path: each / each.norm(dim=-1, keepdim=True) for path, each in means.items()}, labels)
+
+
+def _one_pass(model: nn.Module, data: Batches, sites: Mapping[Site, str]) -> tuple[dict[Site, Tensor], Tensor]:
+    """Return the features of all images at each site, in float32 at least, and their labels."""
+    rows: dict[Site, list[Tensor]] = {site: [] for site in sites}
+    labels: list[Tensor] = []
+    with ExitStack() as hooks:
+        for site, which in sites.items():
+
+            def look(
+                module: nn.Module, args: Any, kwargs: Any, output: Any, site: Site = site, of: str = which
+            ) -> None:
+                f: Tensor = output if of == "output" else next(iter((*args, *kwargs.values())))
+                rows[site].append(f.detach().to(torch.promote_types(f.dtype, torch.float32)))
+
+            hooks.callback(site.module.register_forward_hook(look, with_kwargs=True).remove)
+        for batch in data:
+            batch.output()
+            own = batch.labels()
+            if own.dim() != 1 or own.is_floating_point() or not len(own) or int(own.min()) < 0:
+                raise CalibrationError("labels are numbers of classes, from 0 on: one for each image")
+            labels.append(own.long())
+            for site, each in rows.items():
+                count = sum(len(seen) for seen in labels)
+                if not each or each[-1].dim() != 2 or sum(len(seen) for seen in each) != count:
+                    shape = tuple(each[-1].shape) if each else "nothing"
+                    raise UnsupportedSite(f"{len(own)} images gave {shape} at {site.path}, not a vector for each")
+    return {site: torch.cat(each) for site, each in rows.items()}, torch.cat(labels)
 
 
 class CacheOperator(Operator):

@@ -1,27 +1,30 @@
 """VPT-deep, visual prompt tuning.   Jia et al. 2022, arXiv 2203.12119 (code: KMnP/vpt).
 
+Equation:
     [x_l; ...] = L_l([x_{l-1}; P_l])   at each block l,   y = head(x_L),   P_l [length, d]
 
 Each block has a separate prompt. The block's output for its prompt is dropped, as the authors overwrite it before the
 next block, so between blocks the model's hidden states have the shape that they always had, and behind the last one
 norms, poolers and heads see the model's own tokens alone: for models that read the class token this is the authors'
-model. Where they average over tokens (their MAE models), the authors count the last prompt's rows in unless
-VIT_POOL_TYPE is "img_pool"; here they are never counted. Blocks that `target` leaves out run without a prompt
-(FORWARD_DEEP_NOEXPAND in the authors' ablations).
+model. Blocks that `target` leaves out run without a prompt (FORWARD_DEEP_NOEXPAND in the authors' ablations).
 
-Prompts start uniform in +-sqrt(6 / (3 p^2 + d)), p the side of a patch. With `projection` they have that width, and one
-linear map projects all of them to d. The head trains along, as in the paper, from where the model's is; not where
-images meet texts, nor in diffusion. The authors keep dropout of the frozen blocks off while prompts train: put the
-model in eval mode for that. They search learning rates from 0.05 to 50 with SGD.
+With `projection` prompts have that width, and one linear map projects all of them to d. The head trains along, as in
+the paper, from where the model's is; not where images meet texts, nor in diffusion.
 
-Never identity at the start. Parameters: length * d a block; with projection length * projection a block, and
-(projection + 1) * d for the map; and the head.
+Parameters: length * d a block; with projection length * projection a block, and (projection + 1) * d for the map; and
+the head.
 
 In diffusion transformers with a text input (SD3, Flux, PixArt) the prompts are a stream parallel to the image, without
 positions: a separate one at each block, modulated as the image is.
 
-Use it on vision transformers with few images a class. It needs tokens that are a set: elsewhere, relative and rotary
-positions, windows and convolutions between tokens are refused.
+Start: P uniform in +-sqrt(6 / (3 p^2 + d)), p the side of a patch. No start is an identity.
+
+Differs from the authors' code: Where the authors average over tokens (their MAE models), they count the last prompt's
+rows in unless VIT_POOL_TYPE is "img_pool"; here they are never counted. They keep dropout of the frozen blocks off
+while prompts train: put the model in eval mode for that. They search learning rates from 0.05 to 50 with SGD.
+
+Use it: `peftcore.apply(model, "vpt_deep")`, on vision transformers with few images a class. It needs tokens that are a
+set: elsewhere, relative and rotary positions, windows and convolutions between tokens are refused.
 """
 
 from __future__ import annotations
@@ -35,7 +38,6 @@ from peftcore_vision._prompt_streams import add_prompt_stream
 from peftcore_vision._prompts import (
     DeepOperator,
     PromptConfig,
-    PromptSite,
     prompt_count,
     prompt_sites,
     shared_projection,
@@ -61,14 +63,12 @@ class VPTDeep(Method):
     target = ("block",)
 
     def inject(self, model: nn.Module, config: VPTDeepConfig, surgeon: Surgeon) -> None:
-        def prompt(site: PromptSite, own: VPTDeepConfig) -> DeepOperator:
-            return DeepOperator(site, own, shared_projection(surgeon, site, own))
-
         sites = prompt_sites(surgeon)
         if add_prompt_stream(surgeon, sites, config, deep=True):
             return
         for site in sites:
-            surgeon.graft(site, prompt, config)
+            projection = shared_projection(surgeon, site, config.at(site.path))
+            surgeon.graft(site, DeepOperator, config, projection=projection)
         if config.train_head:
             train_heads(surgeon, sites)
 

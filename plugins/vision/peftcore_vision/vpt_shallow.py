@@ -1,32 +1,35 @@
 """VPT-shallow, visual prompt tuning.   Jia et al. 2022, arXiv 2203.12119 (code: KMnP/vpt).
 
+Equation:
     [x_1; Z_1] = L_1([x_0; P]),   [x_l; Z_l] = L_l([x_{l-1}; Z_{l-1}]),   y = head(x_L),   P [length, d]
 
 P joins the tokens of an image (class token x and patches alike) once they are embedded and have their positions; P is
 without positions. It passes through all blocks (from the first one that `target` has), and its rows are dropped behind
 the last one, so that norms, poolers and heads see the model's own tokens alone: for models that read the class token
-this is the authors' model. Where they average over tokens (their MAE models), the authors count the prompt's rows in
-unless VIT_POOL_TYPE is "img_pool"; here they are never counted. Between the blocks, hidden states carry the prompt
-behind the model's tokens.
+this is the authors' model. Between the blocks, hidden states carry the prompt behind the model's tokens.
 
-P starts uniform in +-sqrt(6 / (3 p^2 + d)), p the side of a patch. With `projection` it has that width, and one linear
-map projects it to d. The head trains along, as in the paper, from where the model's is; not where images meet texts,
-nor in diffusion. The authors keep dropout of the frozen blocks off while prompts train: put the model in eval mode for
-that. They search learning rates from 0.05 to 50 with SGD.
+With `projection` P has that width, and one linear map projects it to d. The head trains along, as in the paper, from
+where the model's is; not where images meet texts, nor in diffusion.
 
-Never identity at the start: any added row changes the outputs. Parameters: length * d; with projection
-length * projection and (projection + 1) * d for the map; and the head.
+Parameters: length * d; with projection length * projection and (projection + 1) * d for the map; and the head.
 
 In diffusion transformers with a text input (SD3, Flux, PixArt) the prompt is a stream parallel to the image, without
 positions: its rows go through the same blocks, modulated as the image is.
 
-Use it as the smallest of visual prompts; vpt_deep is better on nearly all tasks. It needs tokens that are a set:
-elsewhere, relative and rotary positions, windows and convolutions between tokens are refused.
+Start: P uniform in +-sqrt(6 / (3 p^2 + d)), p the side of a patch. No start is an identity: any added row changes the
+outputs.
+
+Differs from the authors' code: Where the authors average over tokens (their MAE models), they count the prompt's rows
+in unless VIT_POOL_TYPE is "img_pool"; here they are never counted. They keep dropout of the frozen blocks off while
+prompts train: put the model in eval mode for that. They search learning rates from 0.05 to 50 with SGD.
+
+Use it: `peftcore.apply(model, "vpt_shallow")`, as the smallest of visual prompts; vpt_deep is better on nearly all
+tasks. It needs tokens that are a set: elsewhere, relative and rotary positions, windows and convolutions between tokens
+are refused.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
@@ -91,8 +94,8 @@ class VPTShallow(Method):
             return
         first, last = stack_ends(surgeon, sites)
         own = config.at(first.path)
-        operator = functools.partial(ShallowOperator, projection=shared_projection(surgeon, first, own))
-        surgeon.graft(first, operator, config, holders=(replace(last, form=LEAVE),))
+        projection = shared_projection(surgeon, first, own)
+        surgeon.graft(first, ShallowOperator, config, (replace(last, form=LEAVE),), projection=projection)
         if own.train_head:
             train_heads(surgeon, sites)
 

@@ -1,5 +1,6 @@
 """VQT, visual query tuning: rows that ask and are not asked.   Tu, Mai and Chao 2022, arXiv 2212.03220.
 
+Equation:
     [z_l; x_l] = L_l([P_l; x_{l-1}]),   in whose attention all rows see the tokens x alone
     logits = W n(x_head) + b + sum_l U_l n(s(z_l)),   n(v) = v / |v|,   P_l [length, d]
 
@@ -9,33 +10,53 @@ are removed behind it, and only the head reads them: s puts the rows of z_l behi
 mean, or a trained sum (U_l then reads d numbers). x_head is the head's input, W and b are the head's weights, which
 train along.
 
-P_l start uniform in +-sqrt(6 / (3 p^2 + d)), p the side of a patch, and U_l at zero; the authors (andytu28/VQT) begin
-with a new head. With `normalize` False a fresh adapter is an exact identity. Their selection of features by a group
-lasso (KEEP_FRAC) trains once, keeps the best columns and begins anew; it is not here. They keep dropout of the frozen
-blocks off while prompts train: put the model in eval mode for that.
-
 Parameters: length * d a block, for each head with c classes c * length * d a block ("concat") or c * d, and the head;
 9,216 without heads for ViT-B with length 1. With "weighted" length more a block.
 
-Use it where the head needs features of all layers (the backbone must not change, tasks share one forward); not
-where features have to change with the task: `vpt_deep`, whose kin it is.
+Start: P_l uniform in +-sqrt(6 / (3 p^2 + d)), p the side of a patch, and U_l at zero. Not an identity, since the head's
+inputs are normalized; ``normalize=False`` makes it one.
+
+Differs from the authors' code: The authors (andytu28/VQT) begin with a new head. Their selection of features by a group
+lasso (KEEP_FRAC) trains once, keeps the best columns and begins anew; it is not here. They keep dropout of the frozen
+blocks off while prompts train: put the model in eval mode for that.
+
+Use it: `peftcore.apply(model, "vqt")`, where the head needs features of all layers (the backbone must not change, tasks
+share one forward); not where features have to change with the task: `vpt_deep`, whose kin it is.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
+import torch
 from pydantic import PositiveInt
-from torch import nn
+from torch import Tensor, nn
 
-from peftcore.author import LearningRate, Method, Share, Site, Surgeon, Tags, Tap, head_sites
-from peftcore.errors import ConfigError, UnsupportedSite
-from peftcore_vision._prompts import RowsConfig, attentions_of, prompt_sites
-from peftcore_vision._queries import QueryOperator, QuerySite, ReadingOperator, UnaskedOperator
+from peftcore.author import (
+    Attend,
+    AttentionOperator,
+    AttentionSite,
+    LearningRate,
+    Method,
+    Operator,
+    Share,
+    Site,
+    Surgeon,
+    Tags,
+    Tap,
+    head_sites,
+    on_first,
+)
+from peftcore.errors import SequenceError, UnsupportedSite
+from peftcore_vision._prompts import PromptOperator, PromptSite, RowsConfig, attentions_of, prompt_sites
 
 
 class VQTConfig(RowsConfig):
     """Options of VQT."""
+
+    overridable = ()
 
     method: Literal["vqt"] = "vqt"
     length: PositiveInt = 1
@@ -48,6 +69,90 @@ class VQTConfig(RowsConfig):
     """Normalize the head's inputs from each block, and from the tokens, to length 1."""
     train_head: bool = True
     """Train the matrix and bias of the head along."""
+
+
+@dataclass(frozen=True, eq=False)
+class QuerySite(PromptSite):
+    """A block whose queries heads read."""
+
+    classes: tuple[int, ...] = ()
+    """The outputs of each head."""
+
+
+class QueryOperator(PromptOperator):
+    """The queries of one block, and their scores for each head."""
+
+    def __init__(self, site: QuerySite, config: VQTConfig, asking: Tap, made: Tap) -> None:
+        super().__init__(site, config)
+        self.asking, self.made = asking, made
+        self.summary, self.normalize = config.summary, config.normalize
+        read = site.width * (config.length if config.summary == "concat" else 1)
+        self.reads = nn.ParameterList(torch.zeros(classes, read) for classes in site.classes)
+        self.sums = nn.Parameter(torch.ones(config.length)) if config.summary == "weighted" else None
+
+    def forward(self, call: Callable[..., Any], x: Any, *args: Any, **kwargs: Any) -> Any:
+        rows = self.rows(x, (*args, *kwargs.values()))
+        count = self.length + x.shape[1]
+        self.asking.put((self.length, count))
+        output = call(torch.cat([rows, x], dim=1), *args, **kwargs)
+        self.asking.take()
+        return on_first(output, lambda y: self._parted(y, count))
+
+    def _parted(self, y: Tensor, count: int) -> Tensor:
+        if y.shape[1] > count:
+            raise SequenceError("another adapter adds tokens in this block that stay; apply vqt before it")
+        read = unit(self._summed(y[:, : self.length]), self.normalize)
+        self.made.put([nn.functional.linear(read, each) for each in self.cast(read, *self.reads)])
+        return y[:, self.length :].contiguous()  # heads may want to view it
+
+    def _summed(self, z: Tensor) -> Tensor:
+        """Return [batch, features] of queries [batch, length, d]."""
+        if self.summary == "concat":
+            return z.flatten(1)
+        if self.sums is None:
+            return z.mean(1)
+        (sums,) = self.cast(z, self.sums)
+        return (sums[:, None] * z).sum(1)
+
+
+def unit(v: Tensor, wanted: bool) -> Tensor:
+    """Return vectors with length 1, where that is wanted."""
+    return nn.functional.normalize(v, dim=-1) if wanted else v
+
+
+class UnaskedOperator(AttentionOperator):
+    """Hides the queries of its block from all rows: their keys are behind those that operators further in have put in
+    front."""
+
+    def __init__(self, site: AttentionSite, asking: Tap) -> None:
+        super().__init__(site)
+        self.asking = asking
+
+    def forward(self, attend: Attend, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        asking = self.asking.get()
+        if asking is None:
+            return attend(query, key, value)
+        (length, count), rows = asking, query.shape[2]
+        hidden = torch.zeros(1, 1, rows, rows, dtype=torch.bool, device=query.device)
+        hidden[..., rows - count : rows - count + length] = True
+        return attend.hiding(hidden, query, key, value)
+
+
+class ReadingOperator(Operator):
+    """Adds the scores of the blocks' queries to a head's output."""
+
+    def __init__(self, site: Site, number: int, normalize: bool, made: Sequence[Tap]) -> None:
+        super().__init__(site)
+        self.number, self.normalize, self.made = number, normalize, list(made)
+
+    def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
+        made = [tap.get() for tap in self.made]
+        if x.dim() != 2 or any(each is None for each in made):
+            raise SequenceError("vqt wants a head that reads one vector [batch, d] an image behind all of its blocks")
+        y = call(unit(x, self.normalize))
+        for each in made:
+            y = y + each[self.number].to(y.dtype)
+        return y
 
 
 class VQT(Method):
@@ -73,8 +178,6 @@ class VQT(Method):
     target = ("block",)
 
     def inject(self, model: nn.Module, config: VQTConfig, surgeon: Surgeon) -> None:
-        if any(config.overrides.values()):
-            raise ConfigError("the head reads the queries of all blocks alike: vqt takes no overrides")
         sites = prompt_sites(surgeon)
         host = surgeon.resolver.host
         tower = host.at(sites[0].module_path)[0].tower
@@ -91,7 +194,7 @@ class VQT(Method):
         for site in sites:
             asking, own = Tap(), Tap(until_backward=True, learns=True)
             place = QuerySite(**vars(site), classes=classes)
-            surgeon.graft(place, lambda at, c, taps=(asking, own): QueryOperator(at, c, c, *taps), config)
+            surgeon.graft(place, QueryOperator, config, asking=asking, made=own)
             for attention in attentions_of(surgeon, site):
                 surgeon.attention(attention, UnaskedOperator, asking=asking)
             made.append(own)

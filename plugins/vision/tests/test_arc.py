@@ -176,7 +176,7 @@ def test_the_start_is_no_identity_unless_told() -> None:
 def test_what_cannot_be_adapted_is_refused() -> None:
     with pytest.raises(UnsupportedSite, match="pads"):
         peftcore.plan(nn.Sequential(nn.Conv2d(4, 4, 3, padding=1)), "arc", target="0")
-    with pytest.raises(ConfigError, match="share their projections"):
+    with pytest.raises(ConfigError, match="bottleneck cannot change at single sites"):
         peftcore.plan(vit(), "arc", overrides={"blocks.0.mlp.fc1": {"bottleneck": 4}})
 
 

@@ -333,5 +333,5 @@ def test_refused() -> None:
     with pytest.raises(TrainingError, match="complete=0"), peftcore.call(model, labels=torch.zeros(4, 3).long()):
         model(pictures())
     injection.remove()
-    with pytest.raises(ConfigError, match="one loss for all sites"):
+    with pytest.raises(ConfigError, match="rate cannot change at single sites"):
         peftcore.apply(model, "dyt", overrides={"blocks.1.mlp.fc2": {"rate": 0.1}})

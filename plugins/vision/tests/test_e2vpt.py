@@ -25,8 +25,7 @@ from vpt_equations import (
 import peftcore
 from peftcore.errors import CalibrationError, ConfigError, UnsupportedSite
 from peftcore.testing import against, conformance, frozen, same_defaults, same_start
-from peftcore_vision._pruned import PrunedOperator
-from peftcore_vision.e2vpt import KeyValueOperator, importance, prune
+from peftcore_vision.e2vpt import KeyValueOperator, PrunedOperator, importance, prune
 
 NUMBERS = Path(__file__).parent / "numbers" / "e2vpt.json"
 CODE: Any = {"repository": "ChengHan111/E2VPT", "commit": "7a66e75", "script": "src/models/vit_prompt/vit_prompt_VK.py"}

@@ -16,8 +16,7 @@ from peftcore.errors import ConfigError, UnsupportedSite
 from peftcore.testing import against, conformance, frozen, same_defaults, same_start
 from peftcore.testing.hosts import HOSTS as SMALL
 from peftcore.testing.kit import fill
-from peftcore_vision._explicit import StageOperator
-from peftcore_vision.evp import EVPOperator
+from peftcore_vision.evp import EVPOperator, StageOperator
 
 NUMBERS = Path(__file__).parent / "numbers" / "evp.json"
 CODE: Any = {"repository": "NiFangBaAGe/Explicit-Visual-Prompt", "commit": "601ae99"}

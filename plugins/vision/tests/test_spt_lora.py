@@ -18,9 +18,7 @@ import peftcore
 from peftcore.errors import CalibrationError, InactiveSite
 from peftcore.testing import HOSTS, against, conformance, frozen, same_defaults, same_start
 from peftcore.testing.kit import fill
-from peftcore_vision._entries import EntriesOperator
-from peftcore_vision._sensitivity import allotted, counts, sensitivities
-from peftcore_vision.spt_lora import UpdateOperator
+from peftcore_vision.spt_lora import EntriesOperator, UpdateOperator, allotted, counts, sensitivities
 
 CODE: Any = {"repository": "ziplab/SPT", "commit": "e385f67", "script": "engine.py"}
 NUMBERS = Path(__file__).parent / "numbers" / "spt_lora.json"

@@ -12,7 +12,7 @@ from vpt_equations import ATTENTIONS, HOSTS, edit_attention, host, of_waves, pix
 import peftcore
 from peftcore.errors import ConfigError, SequenceError, UnsupportedSite
 from peftcore.testing import against, conformance, frozen, same_defaults, same_start
-from peftcore_vision._queries import QueryOperator
+from peftcore_vision.vqt import QueryOperator
 
 CODE: Any = {"repository": "andytu28/VQT", "commit": "9bca87e", "script": "src/models/vit_backbones/h2t_vit.py"}
 NUMBERS = Path(__file__).parent / "numbers" / "vqt.json"

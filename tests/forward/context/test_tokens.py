@@ -198,7 +198,7 @@ def test_nobody_counts_for_an_adapter_that_did_not_come_or_is_gone(monkeypatch: 
     kept = peftcore.apply(model, "alora", name="kept")
     assert state.reads_tokens == 1
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("peftcore.injection.injection.install", _interrupted)
+        patch.setattr("peftcore.surgery.installation.install", _interrupted)
         peftcore.apply(model, "alora", name="failed")
     assert state.reads_tokens == 1
     kept.remove()

@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftcore.author import ACTIVATIONS as FUNCTIONS
 from peftcore.author import Resolver, Site, TokenStack
 from peftcore.author.formats import Found, HubArchitecture, HubPlace, Keys, is_listed, plain_class
 from peftcore.errors import CheckpointError, HostMismatch
-from peftcore_additive._bottleneck import ACTIVATIONS as FUNCTIONS
 from peftcore_additive.interop.adapterhub import ACTIVATIONS
 
 ROLES = {"self_prefix": "attn.core", "encoder_prefix": "attn.core", "cross_prefix": "cross.core"}

@@ -14,8 +14,7 @@ from torch import Size, Tensor, nn
 
 from peftcore.author.formats import Found, Keys, PeftMethod, Place, SavedSite, task_of
 from peftcore.errors import CheckpointError, ExportError
-from peftcore_additive._shadow import GuestLoss
-from peftcore_additive.shadow import ShadowOperator
+from peftcore_additive.shadow import GuestLoss, ShadowOperator
 
 BACKBONE, PROJECTION, HEAD = "shadow_backbone.default.", "shadow_projection.default.", "shadow_head.default."
 NAMES = {f"{ours}.weight": f"shadow_{ours}.default.weight" for ours in ("down", "up")} | {

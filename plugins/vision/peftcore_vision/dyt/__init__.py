@@ -1,0 +1,185 @@
+"""DyT, Dynamic Tuning: a dispatcher chooses the tokens that go through a feed-forward, beside an adapter for all.
+Zhao et al. 2024, arXiv 2403.11808 (code: NUS-HPC-AI-Lab/Dynamic-Tuning).
+
+Equation:
+    y_i = x_i + m_i MLP(LN(x_i)) + s (W_up relu(W_down x_i + b_down) + b_up),   W_down [r, d],  W_up [d, r]
+    m_i = 1 if sigmoid(w . x_i + b) > 1/2 else 0,   w [d];   in training sigmoid((w . x_i + b + g - g') / temperature)
+    loss = L(p) + rate_weight (mean m - rate)^2 + complete (L(q) + KL(q | p))
+
+g and g' are draws of Gumbel's distribution, and gradients those of the sigmoid. x is the stream in front of the
+feed-forward's norm. The mean of m is over all blocks, pictures and tokens but the class token, which the feed-forward
+always computes, like all tokens in front of a picture's patches (`prefix_tokens`); padding does not count. q is the
+model's prediction in a second pass with m = 1 everywhere, dropout drawn anew; KL passes no gradient to it.
+
+L is the cross-entropy of classes. It needs the logits that the model returns (a field `logits`, or the tensor itself,
+classes in dimension 1) and the labels: those that the model is given, or ``peftcore.call(model, labels=...)``; without
+them `complete` is to be 0. The second pass doubles the time of training. Losses that the model does not return are
+available from `injection.losses()`.
+
+In training all tokens are computed, and those that go by are multiplied by zero. With `skip` they are not computed in
+evaluation, which makes it fast.
+
+Parameters: 2 d r + r + d of the adapter and d + 1 of the dispatcher, a block.
+
+Start: W_down starts from a Kaiming-uniform draw, w from N(0, 0.02), all else at zero: about half of the tokens go
+through. ``init_std=0, init_bias=10`` lets all tokens through: the identity.
+
+Differs from the authors' code: The mixture of adapters of the paper is not in the code, and not here.
+
+Use it: `peftcore.apply(model, "dyt")`, where a ViT has to be faster than it was, and keep all its tokens; not where all
+may go through (`adaptformer` has the same adapter), nor where tokens are to be left out of attention too (`coda`). It
+cannot be merged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, FiniteFloat, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+
+from peftcore.author import (
+    OUTPUTS,
+    AppliedMethod,
+    BranchSite,
+    ForwardContext,
+    LearningRate,
+    Method,
+    MethodConfig,
+    Share,
+    Surgeon,
+    Tags,
+    branch,
+)
+from peftcore.errors import TrainingError
+from peftcore_vision.dyt.dispatcher import Taps, skipping_site
+
+Portion = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class DyTConfig(MethodConfig):
+    """Options of Dynamic Tuning."""
+
+    overridable = (
+        "bottleneck",
+        "scale",
+        "dropout",
+        "temperature",
+        "threshold",
+        "skip",
+        "prefix_tokens",
+        "init_std",
+        "init_bias",
+    )
+
+    method: Literal["dyt"] = "dyt"
+    bottleneck: PositiveInt = 64
+    """Width r of the adapter."""
+    scale: PositiveFloat = 0.1
+    """The factor s in front of the adapter."""
+    dropout: Share = 0.1
+    """Probability with which the bottleneck's numbers are dropped in training."""
+    rate: Portion = 0.5
+    """The share of tokens that is to go through the feed-forwards."""
+    rate_weight: NonNegativeFloat = 2.0
+    """Weight of the loss that holds this share."""
+    complete: NonNegativeFloat = 1.0
+    """Weight of the two losses of the pass in which all tokens go through; 0 runs the model once."""
+    temperature: PositiveFloat = 5.0
+    """Divisor of logits and draws in training."""
+    threshold: Portion = 0.5
+    """Probability above which a token passes through."""
+    skip: bool = False
+    """In evaluation without gradients compute the chosen tokens alone, of each row as many as the row with the most
+    has. For feed-forwards that treat each token by itself, and for one adapter at each; in routes and under
+    torch.compile all are computed."""
+    prefix_tokens: NonNegativeInt | None = None
+    """How many tokens in front always go through; None: those in front of a picture's patches."""
+    init_std: NonNegativeFloat = 0.02
+    """Standard deviation of w at the start."""
+    init_bias: FiniteFloat = 0.0
+    """b at the start; where w starts at zero and b above it, all tokens go through: an exact identity."""
+
+
+def loss_of_share(taps: Taps, share: float) -> Tensor | None:
+    """Take what gates noted and return ``(mean gate - share)^2``; None where nothing was noted."""
+    counts = taps.counts.take()
+    if not counts:
+        return None
+    through, tokens = (torch.stack(each).sum() for each in zip(*counts, strict=True))
+    return (through / tokens - share).square()
+
+
+def loss_of_everyone(taps: Taps, output: Any, call: ForwardContext) -> Tensor:
+    """Return ``L(q) + KL(q | p)``, of a second pass q in which all tokens go through.
+
+    Raises:
+        TrainingError: the model returns no logits, or labels of their shape are missing.
+    """
+    given = call.inputs.get("labels")
+    labels: Any = call.context.get("labels") if given is None else given
+    p, q = _logits_of(output, labels), _logits_of(call.again({taps.everyone: True}), labels)
+    target = q.detach().log_softmax(1)
+    apart = (target.exp() * (target - p.log_softmax(1))).sum(1).mean()
+    return F.cross_entropy(q, labels) + apart
+
+
+def _logits_of(output: Any, labels: Any) -> Tensor:
+    """Return the logits of classes in what a model returned ``[rows, classes]`` or ``[rows, classes, high, wide]``, in
+    float32 at least."""
+    logits = output.get("logits") if isinstance(output, Mapping) else output
+    if (
+        isinstance(logits, Tensor)
+        and isinstance(labels, Tensor)
+        and logits.dim() in (2, 4)
+        and labels.shape == (logits if labels.is_floating_point() else logits[:, 0]).shape
+    ):
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+    raise TrainingError(
+        "dyt trains the model with all tokens too, which takes its logits [rows, classes] (or of each pixel) and their "
+        "labels: give these to the model, or tell them by peftcore.call(model, labels=...); or take complete=0"
+    )
+
+
+class DyT(Method):
+    """Feed-forwards of chosen tokens only, in parallel with adapters of all tokens."""
+
+    name = "dyt"
+    Config = DyTConfig
+    tags = Tags(
+        category="vision",
+        paper="2403.11808",
+        identity_at_init=False,
+        identity_options={"init_std": 0.0, "init_bias": 10.0},
+        random=True,
+        exact_gradient=False,
+        reentrant=False,
+    )
+    learning_rate = LearningRate(
+        4e-3, "NUS-HPC-AI-Lab/Dynamic-Tuning@d1744f0, train_IN21K.sh", on="ViT-B/16, CIFAR-100, batches of 1,024"
+    )
+    target = ("mlp.output",)
+    alternatives = OUTPUTS
+
+    def inject(self, model: nn.Module, config: DyTConfig, surgeon: Surgeon) -> None:
+        self.taps = Taps()
+        for site in surgeon.sites():
+            place = branch(surgeon, site, before_norm=True, adds=False)
+            skips = config.at(site.path).skip
+            self.taps.graft(surgeon, skipping_site(surgeon, place) if skips else place, config)
+
+    def output_loss(self, injection: AppliedMethod, output: Any, call: ForwardContext) -> Tensor | None:
+        config = injection.config
+        weighed = [(config.rate_weight, loss_of_share(self.taps, config.rate))]
+        if config.complete:
+            weighed.append((config.complete, loss_of_everyone(self.taps, output, call)))
+        losses = [weight * loss for weight, loss in weighed if loss is not None]
+        return torch.stack(losses).sum() if losses else None
+
+    @staticmethod
+    def parameter_count(site: BranchSite, config: DyTConfig) -> int:
+        bottleneck = (site.width + site.out_features) * config.bottleneck + config.bottleneck + site.out_features
+        return bottleneck + site.width + 1

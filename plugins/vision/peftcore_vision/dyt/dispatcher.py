@@ -1,0 +1,220 @@
+"""The operator of DyT: a gate for each token, which is open or closed and learns as if it were not, and a bottleneck
+for all tokens; in evaluation the feed-forward can compute only the chosen tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from peftcore.author import (
+    BranchSite,
+    Bypass,
+    Site,
+    Surgeon,
+    Tap,
+    by_row,
+    feed_forward_around,
+    forward_context,
+    full_precision,
+)
+from peftcore.errors import SequenceError, UnsupportedSite
+from peftcore_vision._patches import patch_sites
+
+if TYPE_CHECKING:
+    from peftcore_vision.dyt import DyTConfig
+
+WHOLE, JOINED = "whole", "joined"
+"""The forms of the site of a whole feed-forward: where the branch joins the stream behind it, and where it does so as
+it leaves."""
+GATHERED = Tap()
+"""Whether what runs is given chosen tokens alone."""
+
+
+@dataclass(frozen=True)
+class Taps:
+    """The taps that the gates of an adapter share."""
+
+    everyone: Tap = field(default_factory=Tap)
+    """Whether all tokens go through, in a separate pass."""
+    counts: Tap = field(default_factory=Tap)
+    """For each block that ran in training the sum of its gates and how many they are, numbers without dimensions, so
+    that routes do not split them by rows."""
+    lies: dict[str, Tap] = field(default_factory=dict)
+    """One channel of a tower's patches, ``[images, rows, columns]``, by path of the convolution that embeds them."""
+
+    def graft(self, surgeon: Surgeon, site: BranchSite, config: DyTConfig) -> None:
+        """Graft the operator of a site."""
+        patches = patch_sites(surgeon, site)
+        tower = patches[0].path if patches else ""
+        seen = () if tower in self.lies else tuple(patches)
+        lie = self.lies.setdefault(tower, Tap(until_backward=True))
+        surgeon.graft(site, DyTOperator, config, (*site.places, *seen), taps=self, lie=lie)
+
+
+class DyTOperator(Bypass):
+    """The dispatcher of one feed-forward, which gates its output token by token, and the parallel bottleneck.
+
+    With `skip` it gathers the chosen tokens in front of the feed-forward, and puts what it returns back among zeros.
+
+    Raises:
+        SequenceError: another adapter has gathered tokens before.
+    """
+
+    observes = Bypass.observes | {"patch"}
+    training_only = Bypass.training_only | {"noise", "temperature"}
+    padded = frozenset({"down.weight", "down.bias", "up.weight"})
+
+    def __init__(self, site: BranchSite, config: DyTConfig, taps: Taps, lie: Tap) -> None:
+        super().__init__(site)
+        if config.prefix_tokens:
+            site.check_rows_first()
+        self.taps, self.lie, self.prefix_tokens, self.inside = taps, lie, config.prefix_tokens, Tap()
+        self.temperature, self.threshold, self.noise = config.temperature, config.threshold, 1.0
+        self.gate = nn.Parameter(torch.randn(site.width) * config.init_std)
+        self.gate_bias = nn.Parameter(torch.full((1,), config.init_bias))
+        self.down = nn.Linear(site.width, config.bottleneck)
+        self.dropout = nn.Dropout(config.dropout)
+        self.up = nn.Linear(config.bottleneck, site.out_features)
+        self.scale = config.scale
+        nn.init.kaiming_uniform_(self.down.weight, a=math.sqrt(5))
+        for zero in (self.down.bias, self.up.weight, self.up.bias):
+            nn.init.zeros_(zero)
+
+    def at(self, form: str, module: Any) -> Callable[..., Any]:
+        forms = {"patch": self._at_patches, WHOLE: self._at_whole, JOINED: self._at_joined}
+        return forms.get(form) or super().at(form, module)
+
+    def beside(self, x: Tensor) -> Tensor:
+        down, down_bias, up, up_bias = self.cast(x, self.down.weight, self.down.bias, self.up.weight, self.up.bias)
+        return self.scale * F.linear(self.dropout(torch.relu(F.linear(x, down, down_bias))), up, up_bias)
+
+    def _at_patches(self, call: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        patches = call(*args, **kwargs)  # [batch, features, rows, columns]
+        self.lie.put(patches.detach()[:, 0])  # a route picks rows of tensors alone
+        return patches
+
+    def kept(self, h: Tensor, read: Tensor) -> Tensor:
+        if self.taps.everyone.get():
+            return h
+        return h * self.laid_out(self.gates(self.layer.channels_last(read)).to(h.dtype))
+
+    def gates(self, x: Tensor) -> Tensor:
+        """Return 1 for tokens that go through the branch and 0 for others, ``[batch, ..., 1]``, of ``[batch, ...,
+        features]``; in training take note of how many do."""
+        precise = torch.promote_types(self.gate.dtype, torch.float32)
+        with full_precision(x):
+            logits = (x.to(precise) @ self.gate.to(precise) + self.gate_bias.to(precise)).unsqueeze(-1)
+        prefix = self.prefix(x)
+        logits = logits[:, prefix:] if prefix else logits
+        if self.training and self.noise:
+            logits = (logits + self.noise * drawn(logits)) / self.temperature
+        soft = torch.sigmoid(logits)
+        hard = (soft > self.threshold).to(precise) + (soft - soft.detach())
+        gates = torch.cat([hard.new_ones(len(x), prefix, 1), hard], 1) if prefix else hard
+        if self.training:
+            self._note(gates, prefix)
+        return gates
+
+    def prefix(self, x: Tensor) -> int:
+        """Return how many tokens in front always go through: those in front of the patches, where a picture was
+        embedded and its patches are complete."""
+        if x.dim() != 3:
+            return 0
+        tokens, lie = x.shape[1], self.lie.get()
+        if self.prefix_tokens is not None or lie is None:
+            return min(self.prefix_tokens or 0, tokens)
+        images, rows, columns = lie.shape
+        return max(tokens - rows * columns, 0) if images == len(x) else 0
+
+    def _note(self, gates: Tensor, prefix: int) -> None:
+        counted = torch.ones_like(gates)
+        if prefix:
+            counted[:, :prefix] = 0
+        shares, real, _ = by_row(torch.cat([gates * counted, counted], -1))
+        through, tokens = (shares if real is None else shares * real.unsqueeze(-1)).sum((0, 1)).unbind()
+        running = forward_context()
+        running.check_loss_learns()
+        if not running.repeating:
+            self.taps.counts.put([*(self.taps.counts.take() or ()), (through, tokens)])
+
+    def join(self, h: Tensor, read: Tensor | None, end: Callable[..., Any] | None) -> Tensor:
+        return h if self.inside.get() else super().join(h, read, end)
+
+    def _at_whole(self, call: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        if not self._skips(*args, **kwargs):
+            return call(*args, **kwargs)
+        y, read = self._skipped(call, *args)
+        assert self.passed is not None, "it joins behind"
+        self.passed.put((read,))
+        return y
+
+    def _at_joined(self, call: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        if not self._skips(*args, **kwargs):
+            return call(*args, **kwargs)
+        return self.join(*self._skipped(call, *args), None)
+
+    def _skips(self, *args: Any, **kwargs: Any) -> bool:
+        """Whether only chosen tokens are computed: a gradient wants to know of the others, torch.compile how many there
+        are, and in a route a feed-forward runs once for the rows of all."""
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or self.training:
+            return False
+        choice = forward_context().choice
+        routed = choice is not None and choice.route is not None
+        return not routed and len(args) == 1 and not kwargs and args[0].dim() > 2
+
+    def _skipped(self, call: Callable[..., Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what the feed-forward makes of the chosen tokens, with zeros for the others, and the stream."""
+        if GATHERED.get():
+            raise SequenceError("two adapters would let tokens skip the same feed-forward: take skip=False for one")
+        read = self._stream(x)
+        chosen = self.gates(read).flatten(1) > 0  # [batch, tokens]
+        count = max(int(chosen.sum(1).max()), 1)
+        index = chosen.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :count]
+        real = chosen.gather(1, index).unsqueeze(-1)  # not those that fill up rows with fewer
+        self.inside.put(True)
+        GATHERED.put(True)
+        y = call(x.flatten(1, -2).gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1])))
+        self.inside.take()
+        GATHERED.take()
+        if self.passed is not None:
+            self.passed.take()  # the last matrix has seen the chosen tokens
+        whole = y.new_zeros(*chosen.shape, y.shape[-1])
+        whole = whole.scatter(1, index.unsqueeze(-1).expand_as(y), torch.where(real, y, 0))
+        return whole.view(*x.shape[:-1], -1), read
+
+    def _stream(self, x: Tensor) -> Tensor:
+        """Return what the norm in front read; x itself where none made it."""
+        before, after = self.norm.get() or (x, x)
+        return before if after is x else x
+
+
+def drawn(like: Tensor) -> Tensor:
+    """Return differences of two draws of Gumbel's distribution."""
+    first, second = (-torch.empty_like(like).exponential_().log() for _ in range(2))
+    return first - second
+
+
+def skipping_site(surgeon: Surgeon, site: BranchSite) -> BranchSite:
+    """Return a site with its feed-forward as one more place.
+
+    Raises:
+        UnsupportedSite: the site lacks a feed-forward, or the feed-forward is not a module, may mix tokens, or is
+            scaled by code.
+    """
+    whole, end = feed_forward_around(surgeon, site), surgeon.resolver.end_of(site.module_path)
+    if whole is None:
+        raise UnsupportedSite(f"{site.path} is of no feed-forward that tokens could skip: take skip=False")
+    mixes = [name for name, parameter in whole.module.named_parameters() if parameter.dim() > 2]
+    if mixes:
+        raise UnsupportedSite(f"{whole.path}: {mixes[0]} may mix tokens, so none of them can skip it: take skip=False")
+    if end is None or end.rest:
+        raise UnsupportedSite(f"{whole.path} does not end in a module, so no token can skip it: take skip=False")
+    behind = end.path is not None and not f"{end.path}.".startswith(f"{whole.module_path}.")
+    place: Site = replace(surgeon.resolver.site(whole.module_path, "weight"), form=WHOLE if behind else JOINED)
+    return replace(site, places=(*site.places, place))
