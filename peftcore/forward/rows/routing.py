@@ -69,7 +69,7 @@ class OneForward:
         if self._module._modules:
             raise RouteError(
                 f"an injection changes the inputs of a whole {type(self._module).__name__}, which would have to run "
-                "once for each injection of the route or composition (and fill caches more than once); leave it out"
+                "once for each injection of the route or composition (and fill caches more than once); remove it"
             )
 
 
