@@ -15,6 +15,7 @@
 # make held-defaults    say which defaults of methods no test holds
 # make histories SEED= MINUTES=    random histories of models, fleets, calls of peft, routes, tied tables and guidance, many more than `make test` draws
 # make fuzz    load many more damaged files than `make test` does
+# make faults SECONDS= SEED=    operations of the core with a fault at every point; EVERY=10 tries a tenth of them, NAMES="merge load" some operations
 # Both create .venv when it is missing and install into it again when the requirements have changed.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -26,7 +27,7 @@ REQUIREMENTS := requirements-dev.txt requirements-demo.txt pyproject.toml $(wild
 # Models and data come from packages; nothing is fetched while the project runs.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-slow test-oldest test-cluster test-all style lint docs docs-check evidence held-defaults quantization-matrix bench histories fuzz version changelog release-check clean
+.PHONY: demo test test-slow test-oldest test-cluster test-all style lint docs docs-check evidence held-defaults quantization-matrix bench histories fuzz faults version changelog release-check clean
 .DEFAULT_GOAL := test
 
 demo: $(INSTALLED)
@@ -35,7 +36,8 @@ demo: $(INSTALLED)
 # Methods whose files differ from origin/main (from the last commit, where there is none) run on all hosts, and with the checks that take seconds;
 # of many, `make test-all` is for.
 CHANGED = $(shell git diff --name-only `git rev-parse -q --verify origin/main || echo HEAD` -- plugins 2>/dev/null \
-	| sed -n 's,^plugins/.*/peftcore_[a-z]*/\([a-z0-9][a-z0-9_]*\)\.py$$,\1,p')
+	| sed -n -e '/\/interop\//d' -e '/\/backends\//d' -e 's,^plugins/[^/]*/peftcore_[a-z]*/\([a-z0-9][a-z0-9_]*\)\.py$$,\1,p' \
+		-e 's,^plugins/[^/]*/peftcore_[a-z]*/\([a-z0-9][a-z0-9_]*\)/.*\.py$$,\1,p' | sort -u)
 
 # Tests write some ten thousand small files, each of which waits for milliseconds on a disk: where there are two gigabytes
 # of memory for files, from which libraries can be loaded too, they go there. They are removed at the end, wherever they are.
@@ -106,6 +108,12 @@ fuzz: export PEFTCORE_FUZZ_SEED ?= 0
 fuzz: export OMP_NUM_THREADS := 1
 fuzz: $(INSTALLED)
 	$(BIN)/python -m pytest --timeout=0 --capture=sys tests/fuzz/test_hostile.py -k whatever
+
+# Each operation, broken at each tensor operation, call for files and line of Python: make faults SECONDS=600 SEED=3
+faults: export OMP_NUM_THREADS := 1
+faults: $(INSTALLED)
+	$(IN_MEMORY) $(BIN)/python tests/running/every_fault.py $(NAMES) --seed $(or $(SEED),0) --every $(or $(EVERY),1) \
+		$(if $(SECONDS),--seconds $(SECONDS))
 
 version: $(INSTALLED)
 	$(BIN)/python release/version.py $(VERSION)

@@ -16,6 +16,7 @@ from torch import Tensor
 from peftcore.algebra import merge_math
 from peftcore.algebra.merge_math import Sign, cat, linear, product
 from peftcore.authoring.inputs import second_moments
+from peftcore.contract.batches import Data
 from peftcore.contract.config import MethodConfig, validate
 from peftcore.contract.method import Method
 from peftcore.contract.operators import Factors, _Base, changes_bias, is_mergeable
@@ -31,7 +32,6 @@ from peftcore.layers.pieces import whole
 from peftcore.registry.catalogue import method as find_method
 from peftcore.surgery.surgeon import Wishes
 from peftcore.targets.sites import Site
-from peftcore.training.batches import Data
 from peftcore.utils.progress import through
 
 How = Literal["cat", "linear", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune", "slerp"]

@@ -206,15 +206,18 @@ def _put(path: Path, write: Callable[[Path], Any]) -> None:
     cut leaves no half-written file in place of a whole one. Where there was none, there is nothing to lose."""
     scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
-        scratch.mkdir()
-        partial = scratch / path.name
-        write(partial)
-        if path.exists():
-            with partial.open("rb+") as file:
-                os.fsync(file.fileno())
-        partial.chmod(scratch.stat().st_mode & 0o666)  # as the user's umask has it; libraries may make files private
-        os.replace(partial, path)
-    finally:
+        try:
+            scratch.mkdir()
+            partial = scratch / path.name
+            write(partial)
+            if path.exists():
+                with partial.open("rb+") as file:
+                    os.fsync(file.fileno())
+            partial.chmod(scratch.stat().st_mode & 0o666)  # as the umask has it; libraries may make files private
+            os.replace(partial, path)
+        finally:
+            discard(scratch)
+    finally:  # also where the first removal is interrupted before it begins
         discard(scratch)
 
 

@@ -24,10 +24,9 @@ from peftcore.contract.operators import Factors, InputOperator
 from peftcore.forward.attention.attention import AttentionOperator
 from peftcore.forward.choice.active_adapters import Active, Route
 from peftcore.forward.context.context import HERE, forward_context
-from peftcore.forward.context.draws import draws_of
+from peftcore.forward.context.row_random_numbers import draws_of
 from peftcore.forward.context.taps import branches
 from peftcore.forward.plan.plan import ActivationForm, ActivePlan, ModulePlan
-from peftcore.forward.rows.alike import as_one, may_draw, positions_alike
 from peftcore.forward.rows.batched_updates import add_updates
 from peftcore.forward.rows.routing import (
     OfSomeRows,
@@ -39,6 +38,7 @@ from peftcore.forward.rows.routing import (
     rows_seen,
     select_rows,
 )
+from peftcore.forward.rows.stacked_operators import as_one, may_draw, positions_alike
 from peftcore.forward.state.slot import Edits, Slot, slot_of
 from peftcore.forward.tensors.mount import Mount
 from peftcore.forward.tensors.recompute import RecomputedTensors, Unwritten

@@ -1,7 +1,8 @@
 """Surgery: installs operators in a model and removes them, all or nothing.
 
-It may import `targets` and the layers below. In the order of reading:
+It may import `forward` and the layers below. In the order of reading:
 
+- `defaults`: default targets of a method, and notices for the user about them.
 - `seeding`: random numbers by seed and path.
 - `table_rows`: rows of token tables that are saved with an adapter.
 - `adapted_models`: models that share modules; a shared module may have the operators of one of them.

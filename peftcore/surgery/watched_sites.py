@@ -24,9 +24,9 @@ import torch
 from torch import nn
 
 from peftcore.errors import InactiveSite, UnsupportedSite
-from peftcore.forward.state.adapter_modules import ADAPTER_MODULES
 from peftcore.forward.state.host_state import HostState
 from peftcore.forward.state.slot import Slot, slot_of
+from peftcore.layers.adapter_modules import ADAPTER_MODULES
 from peftcore.layers.fsdp import MANAGED, in_group
 from peftcore.layers.pieces import is_cut
 from peftcore.libraries.save_pretrained import saving_base

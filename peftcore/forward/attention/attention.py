@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,57 +18,17 @@ from torch import Tensor, nn
 from peftcore.contract.operators import _Base
 from peftcore.errors import UnsupportedSite
 from peftcore.forward.context.context import forward_context
-from peftcore.forward.context.draws import draws_of
+from peftcore.forward.context.row_random_numbers import draws_of
 from peftcore.forward.rows.routing import OwnRows, own_rows, put_together, rows_seen, select_rows
-from peftcore.layers.layer import Layer, Slices, bias_name, take
+from peftcore.targets.attention_sites import AttentionSite, Geometry
 
 if TYPE_CHECKING:
     from peftcore.forward.attention.attention_calls import AttentionCalls
     from peftcore.forward.state.slot import Edits
     from peftcore.forward.tensors.mount import Mount
-    from peftcore.targets.attention_sites import AttentionSite
 
 Compute = Callable[[Tensor, Tensor, Tensor], Tensor]
 """``(query, key, value) -> output``, each ``[batch, heads, length, width]``."""
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """The sizes of one attention."""
-
-    heads: int
-    kv_heads: int
-    """Heads of keys and values: fewer than `heads` in grouped-query attention."""
-    head_dim: int
-    """Width of a query and of a key."""
-    value_dim: int
-    """Width of a value."""
-
-
-@dataclass(frozen=True)
-class Projection:
-    """The slices of one matrix by which an attention makes queries, keys or values."""
-
-    module: str
-    """Path, below the attention, of the module that holds the matrix; "" for the attention itself."""
-    tensor: str
-    layer: Layer
-    slices: Slices | None
-    in_features: int
-    out_features: int
-
-    def apply(self, attention: nn.Module, states: Tensor, base: bool = False) -> Tensor:
-        """Returns the projection of `states` ``[..., in]``, bias included, with the injections that are active now,
-        merged or not; with `base`, the projection of the bare base, for rows that use different injections."""
-        module = attention.get_submodule(self.module)
-        if self.layer.called and not base:
-            return take(module(states), self.slices, -1)
-        stored = self.layer.read(module, self.tensor)
-        assert stored is not None, "a projection has a matrix"
-        weight = take(self.layer.logical(stored), self.slices, 0)
-        bias = self.layer.read(module, bias_name(self.tensor))
-        bias = None if bias is None else take(bias, self.slices, 0)
-        return F.linear(states.to(weight.dtype), weight, bias)
 
 
 class AttentionOperator(_Base):

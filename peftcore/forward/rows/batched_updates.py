@@ -10,7 +10,7 @@ from torch import Tensor
 
 from peftcore.contract.operators import Factors
 from peftcore.forward.choice.active_adapters import Route
-from peftcore.forward.rows.alike import stacked
+from peftcore.forward.rows.stacked_operators import stacked
 from peftcore.forward.tensors.mount import Mount
 from peftcore.layers.layer import put, take
 

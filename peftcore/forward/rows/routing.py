@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map_only
 from peftcore.errors import RouteError
 from peftcore.forward.choice.active_adapters import Positions, Route
 from peftcore.forward.context.context import HERE, ForwardContext, forward_context, tensors_in
-from peftcore.forward.context.draws import draws_of, own_draws_aside
+from peftcore.forward.context.row_random_numbers import draws_of, own_draws_aside
 
 
 class OneForward:

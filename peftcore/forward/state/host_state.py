@@ -25,9 +25,9 @@ from peftcore.forward.choice.residency import Residency
 from peftcore.forward.choice.scopes import Choices
 from peftcore.forward.choice.unused_parameters import check_all_act
 from peftcore.forward.context.context import ForwardContext, graph_task
-from peftcore.forward.state.adapter_modules import note_lacking
 from peftcore.forward.state.generate import GeneratesFromCache
 from peftcore.forward.state.recorder import Recorder, replayed
+from peftcore.layers.adapter_modules import note_lacking
 from peftcore.libraries.admission import Admitted
 from peftcore.libraries.instance_methods import give_methods_back, replace_methods
 from peftcore.libraries.save_pretrained import SavesBase

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcore.errors import AmbiguousBackward, RouteError
-from peftcore.forward.context.checkpoints import remembered
+from peftcore.forward.context.activation_checkpoints import remembered
 from peftcore.forward.context.context import (
     HERE,
     ForwardContext,
