@@ -1,4 +1,9 @@
-"""Per-sample adapters: rows of a batch use different injections, over one base forward where possible."""
+"""Per-sample adapters: rows of a batch use different injections, over one base forward where possible.
+
+There are two strategies. Each injection runs on its own rows (`OwnRows`), and the outputs are put together
+(`put_together`); or each runs on all rows, and its rows are selected (`select_rows`), where rows cannot be told apart
+and in compiled code, whose graph must not depend on the assignment of rows.
+"""
 
 from __future__ import annotations
 
