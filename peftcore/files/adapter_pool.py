@@ -111,7 +111,12 @@ def keep_within(
         for injection in state.injections.values():
             pool.residency.add(injection)
         journal.set(state, "residency", pool.residency)
-        pool.residency.make_room()
+        try:
+            pool.residency.make_room()
+        except BaseException:
+            pool.residency.limit = 2**63
+            pool.residency.bring(pool.idle)  # the stored values would be removed with the pool
+            raise
     return pool
 
 
@@ -141,7 +146,7 @@ class AdapterPool:
         before, self.residency.limit = self.residency.limit, bytes_of(limit)
         try:
             self.residency.make_room()
-        except MemoryLimit:
+        except BaseException:
             self.residency.limit = before
             raise
 
