@@ -36,7 +36,8 @@ demo: $(INSTALLED)
 # Methods whose files differ from origin/main (from the last commit, where there is none) run on all hosts, and with the checks that take seconds;
 # of many, `make test-all` is for.
 CHANGED = $(shell git diff --name-only `git rev-parse -q --verify origin/main || echo HEAD` -- plugins 2>/dev/null \
-	| sed -n 's,^plugins/.*/peftcore_[a-z]*/\([a-z0-9][a-z0-9_]*\)\.py$$,\1,p')
+	| sed -n -e '/\/interop\//d' -e '/\/backends\//d' -e 's,^plugins/[^/]*/peftcore_[a-z]*/\([a-z0-9][a-z0-9_]*\)\.py$$,\1,p' \
+		-e 's,^plugins/[^/]*/peftcore_[a-z]*/\([a-z0-9][a-z0-9_]*\)/.*\.py$$,\1,p' | sort -u)
 
 # Tests write some ten thousand small files, each of which waits for milliseconds on a disk: where there are two gigabytes
 # of memory for files, from which libraries can be loaded too, they go there. They are removed at the end, wherever they are.

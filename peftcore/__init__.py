@@ -9,10 +9,11 @@ from importlib.util import find_spec
 
 from peftcore.algebra.adapters_as_parts import gather
 from peftcore.algebra.combining import combine, deltas, lora_of, to_lora
+from peftcore.contract.batches import Batch, Labelled
 from peftcore.contract.compositions import Average, Fuse, Split, Stack, Sum
 from peftcore.files.adapter_pool import AdapterPool, keep_within
 from peftcore.files.bases import load_base
-from peftcore.files.compositions import load_composition, save_composition
+from peftcore.files.composition_folders import load_composition, save_composition
 from peftcore.files.save_load import load
 from peftcore.forward.state.cached_weights import cache_weights
 from peftcore.forward.state.host_state import injections
@@ -25,7 +26,6 @@ from peftcore.libraries.save_pretrained import saving_base
 from peftcore.registry.catalogue import MethodInfo, method, methods, register
 from peftcore.roles import HostEntry, HostMap
 from peftcore.surgery.planning import Plan
-from peftcore.training.batches import Batch, Labelled
 
 __version__ = "0.1.0"
 

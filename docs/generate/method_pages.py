@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 import facts
 from facts import Facts
-from peftcore.cli.looking.show import TAGS
+from peftcore.cli.inspection.show import TAGS
 from prose import as_html, inline
 
 MARKS = {

@@ -14,7 +14,7 @@ from itertools import groupby
 import facts
 from facts import Facts
 from method_pages import MARKS, badge
-from peftcore.cli.looking.show import TAGS
+from peftcore.cli.inspection.show import TAGS
 from peftcore.contract.method import CATEGORIES
 
 TITLES = {

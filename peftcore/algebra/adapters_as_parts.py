@@ -13,7 +13,7 @@ from peftcore.algebra.combining import Source, established, opened, warn_of_head
 from peftcore.injection.applied import AppliedMethod
 from peftcore.injection.injection import Injection
 from peftcore.registry.catalogue import method as find_method
-from peftcore.registry.presets import method_of
+from peftcore.registry.preset_methods import method_of
 
 
 @torch.no_grad()

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from peftcore.algebra import merge_math
-from peftcore.algebra.merge_math import Sign, cat, linear, product, svd, trimmed, weighted_svd
+from peftcore.algebra.merge_math import Sign, cat, linear, product
 from peftcore.authoring.inputs import second_moments
+from peftcore.contract.batches import Data
 from peftcore.contract.config import MethodConfig, validate
 from peftcore.contract.method import Method
 from peftcore.contract.operators import Factors, _Base, changes_bias, is_mergeable
@@ -31,7 +32,6 @@ from peftcore.layers.pieces import whole
 from peftcore.registry.catalogue import method as find_method
 from peftcore.surgery.surgeon import Wishes
 from peftcore.targets.sites import Site
-from peftcore.training.batches import Data
 from peftcore.utils.progress import through
 
 How = Literal["cat", "linear", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune", "slerp"]
@@ -50,6 +50,14 @@ class Change:
     """The change in logical layout."""
     factors: Factors | None
     """The factors of the change, where it is low-rank."""
+
+    def nearest(self, rank: int, moment: Tensor | None = None) -> tuple[Factors, float]:
+        """Returns the change itself if it has factors of at most a rank, otherwise the nearest update of that rank; and
+        its relative error. A `moment` of the inputs is used for matrices ``[out, in]``."""
+        if self.factors is not None and self.factors[1].shape[-1] <= rank:
+            return self.factors, 0.0
+        moment = moment.to(self.delta) if moment is not None and self.delta.dim() == 2 else None
+        return merge_math.nearest(self.delta, rank, self.site.layer.batch_dims, moment)
 
 
 def _precise(tensor: Tensor) -> Tensor:
@@ -240,8 +248,8 @@ def to_lora(
 ) -> tuple[Injection, dict[str, float]]:
     """Returns a LoRA with the weight changes of another adapter, and its error at each site relative to the change.
 
-    The LoRA is exact if the change has low enough rank (its factors are used); otherwise it is the nearest one, by
-    `svd`. Ranks that the change does not need are initialized as in a new LoRA, so that they add zero and can train.
+    The LoRA is exact if the change has low enough rank (its factors are used); otherwise it is the nearest one.
+    Ranks that the change does not need are initialized as in a new LoRA, so that they add zero and can train.
     The new injection is frozen and active in place of the old one, which stays on the host.
 
     Args:
@@ -272,9 +280,10 @@ def nearest(injection: Injection, rank: int, data: Data | None = None) -> dict[s
     found = _matrices(changes(injection))
     moments = {} if data is None else second_moments(injection, data)
     steps = through(found.items(), "factors of changes")
-    return {path: _nearest(change, rank, moments.get(path)) for path, change in steps}
+    return {path: (change.site, *change.nearest(rank, moments.get(path))) for path, change in steps}
 
 
+@torch.no_grad()
 def lora_of(
     model: torch.nn.Module,
     made: Mapping[str, tuple[Site, Factors]],
@@ -294,39 +303,6 @@ def lora_of(
         DuplicateInjection: the name is taken.
         RouteError, CompositionError: a route or composition that is in force uses one of the named injections.
     """
-    return _lora(model, made, name, instead, rank)
-
-
-Made = tuple[Site, Factors, float]
-"""An update of a site, and its relative error."""
-Merge = Callable[[str, list[dict[str, Change]], int | None], Made]
-
-
-def _matrices(found: dict[str, Change]) -> dict[str, Change]:
-    vectors = [path for path, each in found.items() if each.delta.dim() < each.site.layer.batch_dims + 2]
-    if vectors:
-        raise UnsupportedSite(f"vectors have no low-rank form, and these change: {', '.join(vectors[:8])}")
-    return found
-
-
-def _nearest(change: Change, rank: int, moment: Tensor | None = None) -> Made:
-    if change.factors is not None and change.factors[1].shape[-1] <= rank:
-        return change.site, change.factors, 0.0
-    if moment is not None and change.delta.dim() == 2:
-        factors, error = weighted_svd(change.delta, rank, moment.to(change.delta))
-    else:
-        factors, error = svd(change.delta, rank, change.site.layer.batch_dims)
-    return change.site, trimmed(factors), error
-
-
-@torch.no_grad()
-def _lora(
-    model: torch.nn.Module,
-    made: Mapping[str, tuple[Site, Factors]],
-    name: str,
-    instead: Sequence[str],
-    rank: int | None = None,
-) -> Injection:
     try:
         method = find_method("lora")
     except UnknownMethod as error:
@@ -344,6 +320,18 @@ def _lora(
             own[1].narrow(-1, 0, B.shape[-1]).copy_(scale * B)
 
     return established(model, method, config, name, {"": sites}, dtype=dtype, instead=instead, fill=give)
+
+
+Made = tuple[Site, Factors, float]
+"""An update of a site, and its relative error."""
+Merge = Callable[[str, list[dict[str, Change]], int | None], Made]
+
+
+def _matrices(found: dict[str, Change]) -> dict[str, Change]:
+    vectors = [path for path, each in found.items() if each.delta.dim() < each.site.layer.batch_dims + 2]
+    if vectors:
+        raise UnsupportedSite(f"vectors have no low-rank form, and these change: {', '.join(vectors[:8])}")
+    return found
 
 
 def _as_weight(site: Site) -> Site:
@@ -410,7 +398,7 @@ def combine(
         if (error := made[worst][2]) >= LOSSY:
             text = f"rank {rank} loses {error:.0%} of the change at {worst}; a higher rank loses less"
             warnings.warn(text, UserWarning, stacklevel=2)
-        return _lora(model, {path: (site, factors) for path, (site, factors, _) in made.items()}, name, instead, rank)
+        return lora_of(model, {path: (site, factors) for path, (site, factors, _) in made.items()}, name, instead, rank)
     first = adapters[0]
     wishes, method = first.wishes, type(first.method)
     return established(
@@ -456,7 +444,7 @@ def _merger(how: How, weights: list[float], density: float, sign: Sign, seed: in
         if rank is None:
             return site, cat([_factors(path, change) for change, _ in here], [weight for _, weight in here]), 0.0
         taus = [task[path].delta if path in task else torch.zeros_like(like) for task in tasks]
-        return _nearest(Change(site, merges[how](taus), None), rank)
+        return site, *Change(site, merges[how](taus), None).nearest(rank)
 
     return merge
 

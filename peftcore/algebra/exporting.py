@@ -15,11 +15,11 @@ import torch
 from torch import nn
 
 from peftcore.algebra.combining import Change, changes, lora_of, nearest
-from peftcore.algebra.merge_math import svd
+from peftcore.contract.batches import Data
 from peftcore.contract.operators import Factors
 from peftcore.errors import ExportError, MergeError, NotMergeable, NoWeights, UnsupportedSite
 from peftcore.files.added_rows import check_no_rows
-from peftcore.files.readers.check import Report, check
+from peftcore.files.readers.check import ReaderReport, check
 from peftcore.files.readers.reader import Reader
 from peftcore.files.save_load import save
 from peftcore.injection.injection import Injection
@@ -28,7 +28,6 @@ from peftcore.injection.switching import activate
 from peftcore.registry.plugins import layer_of
 from peftcore.targets.resolver import Resolver
 from peftcore.targets.sites import Site
-from peftcore.training.batches import Data
 
 How = Literal["as it is", "as a LoRA", "projected"]
 NOTHING = 1e-6
@@ -40,7 +39,7 @@ class Export:
     """The result of an export for a program."""
 
     how: How
-    report: Report
+    report: ReaderReport
     """The report of how the program reads the files, by its rules."""
     rank: int
     """Rank of the LoRA; 0 for an adapter that was written as it is."""
@@ -102,7 +101,7 @@ def export(
     return Export(how, report, kept, errors, tuple(filled))
 
 
-def as_it_is(injection: Injection, path: Path, reader: Reader, *, home: Path | None = None) -> Report:
+def as_it_is(injection: Injection, path: Path, reader: Reader, *, home: Path | None = None) -> ReaderReport:
     """Write an adapter in a program's format, if the program would read all of it as it was trained.
 
     Raises:
@@ -153,7 +152,7 @@ def _as_lora(
     else:
         if not exact:
             raise ExportError("it changes no weight")
-        kept = max(factors[1].shape[-1] for _, factors in exact.values())
+        kept = max(1, *(factors[1].shape[-1] for _, factors in exact.values()))
         return exact, kept, "as a LoRA", dict.fromkeys(exact, 0.0)
     if rank is None:
         raise ExportError(
@@ -183,12 +182,12 @@ def _filled(model: nn.Module, reader: Reader, made: Updates) -> Updates:
 def _lossless(change: Change) -> Factors | None:
     """Returns factors of an update: its own, as few as its matrix can have, or those of one that has at most half as
     many columns as its smaller side; None where it has more."""
-    dims = change.site.layer.batch_dims
-    matrix = change.delta.flatten(dims + 1)  # [*batch, out, in * kernel]
-    most = min(matrix.shape[-2:])
-    if change.factors is not None:
-        return change.factors if change.factors[1].shape[-1] <= most else svd(change.delta, most, dims)[0]
-    values = torch.linalg.svdvals(matrix)
-    lost = values.square().flip(-1).cumsum(-1).flip(-1).sqrt()  # [*batch, k]: what is left out with k columns
-    kept = int((lost > NOTHING * lost[..., :1]).sum(-1).max())
-    return svd(change.delta, max(kept, 1), dims)[0] if kept <= most // 2 else None
+    matrix = change.delta.flatten(change.site.layer.batch_dims + 1)  # [*batch, out, in * kernel]
+    kept = min(matrix.shape[-2:])
+    if change.factors is None:
+        values = torch.linalg.svdvals(matrix)
+        lost = values.square().flip(-1).cumsum(-1).flip(-1).sqrt()  # [*batch, k]: what is left out with k columns
+        most, kept = kept, int((lost > NOTHING * lost[..., :1]).sum(-1).max())
+        if kept > most // 2:
+            return None
+    return change.nearest(max(kept, 1))[0]

@@ -120,36 +120,26 @@ def product(factors: Factors) -> Tensor:
     return scale * (B @ A.flatten(lead)).view(*B.shape[:-1], *A.shape[lead:])
 
 
-def svd(delta: Tensor, rank: int, batch_dims: int = 0) -> tuple[Factors, float]:
-    """Returns the nearest update of that rank to a delta ``[*batch, out, in, *kernel]`` (Eckart and Young 1936), and
-    its error relative to the delta, both by the Frobenius norm. Ranks above the matrix's own are padded with zeros."""
-    U, S, V = torch.linalg.svd(delta.flatten(batch_dims + 1), full_matrices=False)
-    root = S[..., :rank].sqrt()
-    A = (root.unsqueeze(-1) * V[..., :rank, :]).unflatten(-1, delta.shape[batch_dims + 1 :])
-    dropped, whole_norm = (float(torch.linalg.vector_norm(each)) for each in (S[..., rank:], S))
-    return padded((A, U[..., :rank] * root.unsqueeze(-2), 1.0), rank), dropped / whole_norm if whole_norm else 0.0
+def nearest(delta: Tensor, rank: int, batch_dims: int = 0, moment: Tensor | None = None) -> tuple[Factors, float]:
+    """Returns the nearest update of at most a rank to a delta ``[*batch, out, in, *kernel]``, trimmed, and its error
+    relative to the delta.
 
-
-def weighted_svd(delta: Tensor, rank: int, moment: Tensor) -> tuple[Factors, float]:
-    """Returns the update of that rank whose outputs are nearest to those of a delta ``[out, in]`` for inputs with a
-    second moment ``[in, in]``, and its error relative to the delta's outputs, as root mean squares over these inputs.
-
-    With ``moment = R R'`` that is B A R nearest to delta R: B are the first left singular vectors of delta R, and
-    A = B' delta, so that nothing is inverted. With the identity as moment it is `svd`.
+    Both are by the Frobenius norm (Eckart and Young 1936), or for a delta ``[out, in]`` by its outputs for inputs with
+    a second moment ``[in, in]``, as root mean squares over these inputs. With ``moment = R R'`` that is B A R nearest
+    to delta R: B are the first left singular vectors of delta R, and A = B' delta, so that nothing is inverted.
     """
-    values, vectors = torch.linalg.eigh(moment)
-    U, S, _ = torch.linalg.svd(delta @ (vectors * values.clamp_min(0).sqrt()), full_matrices=False)
-    B = U[:, :rank]
-    dropped, whole_norm = (float(torch.linalg.vector_norm(each)) for each in (S[rank:], S))
-    return padded((B.T @ delta, B, 1.0), rank), dropped / whole_norm if whole_norm else 0.0
-
-
-def padded(factors: Factors, rank: int) -> Factors:
-    """Returns the same update with more columns, all zero; the scale in B."""
-    A, B, scale = factors
-    dim, missing = B.dim() - 2, rank - B.shape[-1]
-    rows = A.new_zeros(*A.shape[:dim], missing, *A.shape[dim + 1 :])
-    return torch.cat([A, rows], dim), torch.cat([B * scale, B.new_zeros(*B.shape[:-1], missing)], -1), 1.0
+    matrix = delta.flatten(batch_dims + 1)
+    if moment is None:
+        U, S, V = torch.linalg.svd(matrix, full_matrices=False)
+        root = S[..., :rank].sqrt()
+        A, B = root.unsqueeze(-1) * V[..., :rank, :], U[..., :rank] * root.unsqueeze(-2)
+    else:
+        values, vectors = torch.linalg.eigh(moment)
+        U, S, _ = torch.linalg.svd(matrix @ (vectors * values.clamp_min(0).sqrt()), full_matrices=False)
+        A, B = U[:, :rank].mT @ matrix, U[:, :rank]
+    dropped, whole_norm = (float(torch.linalg.vector_norm(each)) for each in (S[..., rank:], S))
+    factors = trimmed((A.unflatten(-1, delta.shape[batch_dims + 1 :]), B, 1.0))
+    return factors, dropped / whole_norm if whole_norm else 0.0
 
 
 def trimmed(factors: Factors) -> Factors:

@@ -2,7 +2,7 @@
 diffusion model."""
 
 from peftcore.authoring.activations import ACTIVATIONS
-from peftcore.authoring.blocks import (
+from peftcore.authoring.block_sites import (
     MIXERS,
     BlockSite,
     block_around,

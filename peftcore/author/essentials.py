@@ -1,5 +1,6 @@
 """The imports of most methods: a method, its options, its target modules, the operators at them."""
 
+from peftcore.contract.batches import Batches
 from peftcore.contract.config import MethodConfig, Share
 from peftcore.contract.hookspecs import API, hookimpl
 from peftcore.contract.method import MATRICES, OUTPUTS, LearningRate, Method, Tags
@@ -10,7 +11,6 @@ from peftcore.forward.context.taps import Tap
 from peftcore.injection.applied import AppliedMethod
 from peftcore.surgery.surgeon import Surgeon
 from peftcore.targets.sites import Site
-from peftcore.training.batches import Batches
 from peftcore.utils.autocast import full_precision
 
 __all__ = [

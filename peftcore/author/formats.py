@@ -12,23 +12,23 @@ See docs/write-a-format.md.
 from peftcore.files.added_rows import check_no_rows
 from peftcore.files.envelope import FORMAT, Envelope, SavedSite
 from peftcore.files.formats.adapterhub import HubArchitecture, HubPlace
+from peftcore.files.formats.bundled_embeddings import only_table
 from peftcore.files.formats.composing import composed
 from peftcore.files.formats.description import Description, unique
+from peftcore.files.formats.file_options import OFF, Keys
+from peftcore.files.formats.file_tensors import Found
 from peftcore.files.formats.format import Content, Files, Format, Tensors
-from peftcore.files.formats.found import Found
-from peftcore.files.formats.keys import OFF, Keys
 from peftcore.files.formats.kohya_method import ALPHA, VECTORS, Held, KohyaMethod, spelled
 from peftcore.files.formats.ldm_names import ldm_names
 from peftcore.files.formats.patterns import ending, matching
 from peftcore.files.formats.peft_layers import is_one_of, not_added, uneven
 from peftcore.files.formats.peft_method import PeftMethod, peft_variants
-from peftcore.files.formats.peft_names import Group
+from peftcore.files.formats.peft_module_names import Group
 from peftcore.files.formats.peft_prompts import BOTH, ROWS, SoftPrompt, halves, is_listed, task_of
 from peftcore.files.formats.peft_writing import is_parameter, module_key
 from peftcore.files.formats.pipelines import names_in, only_file
-from peftcore.files.formats.places import Place
 from peftcore.files.formats.rebasing import find_move
-from peftcore.files.formats.words import only_table
+from peftcore.files.formats.translated_operators import Place
 from peftcore.files.safe_io import TensorFile, read_json
 from peftcore.injection.replicated_layers import replicated_layers, runs
 from peftcore.injection.request import host_map

@@ -6,11 +6,12 @@ from peftcore.authoring.prompts import PromptPositions, TokenStacks, VisibleToke
 from peftcore.authoring.row_logits import head_sites, row_logits
 from peftcore.forward.attention.attention import Attend, AttentionOperator
 from peftcore.forward.context.tokens import Tokens
+from peftcore.forward.sequence.sequence import Rows, SequenceOperator
+from peftcore.forward.sequence.sequence_cache import self_attention_cache
+from peftcore.forward.sequence.sequence_inside import InnerRows, InnerSite
 from peftcore.roles.stacks import TokenStack, cache_in
 from peftcore.targets.attention_sites import AttentionSite
-from peftcore.targets.sequence import Rows, SequenceOperator, SequenceSite
-from peftcore.targets.sequence_cache import self_attention_cache
-from peftcore.targets.sequence_inside import InnerRows, InnerSite
+from peftcore.targets.sequence_sites import SequenceSite
 
 __all__ = [
     "Attend",

@@ -4,6 +4,8 @@ from peftcore.algebra import merge_math
 from peftcore.authoring.hybrid_parts import OfParts, options_of, without_preset
 from peftcore.authoring.inputs import sees_vectors, watched_inputs
 from peftcore.contract.calls import Calls
+from peftcore.contract.hookspecs import ForcedAttributes
+from peftcore.contract.method import GradientRule
 from peftcore.contract.operators import (
     Checked,
     Combiner,
@@ -23,10 +25,8 @@ from peftcore.injection.quantized_layer import QuantizedLayer, quantized_layer_o
 from peftcore.layers.kernels import dropped_linear, matmul_transposed, runs_plain
 from peftcore.layers.kinds import Transposed
 from peftcore.layers.layer import Layer, Slices, bias_name
-from peftcore.surgery.forced_attributes import ForcedAttributes
 from peftcore.surgery.surgeon import Graft
 from peftcore.targets.resolver import Resolver
-from peftcore.training.optimizer import GradientRule
 from peftcore.utils.autocast import cast_operands
 
 __all__ = [

@@ -3,7 +3,7 @@
 It may import `files` and the layers below. In the order of reading:
 
 - `branches`: adapters parallel to a branch of a block.
-- `blocks`: the blocks of a model as target modules.
+- `block_sites`: the blocks of a model as target modules.
 - `feed_forwards`: whole feed-forwards as target modules.
 - `prompts`: the tokens that pass through a block: the first and last positions of the prompt, and attention masks.
 - `activations`: activation functions by name.

@@ -14,7 +14,7 @@ from peftcore.forward.context.context import ForwardContext
 from peftcore.injection.applied import AppliedMethod
 from peftcore.registry.catalogue import method as find_method
 from peftcore.registry.plugins import registry
-from peftcore.registry.presets import method_of, preset_of
+from peftcore.registry.preset_methods import method_of, preset_of
 
 
 def options_of(part: Mapping[str, Any]) -> MethodConfig:

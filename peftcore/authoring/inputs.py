@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftcore.contract.batches import Batches, Data
 from peftcore.injection.injection import Injection
 from peftcore.injection.switching import activate
 from peftcore.targets.sites import Site
-from peftcore.training.batches import Batches, Data
 from peftcore.utils.journal import Journal
 
 IGNORED = -100

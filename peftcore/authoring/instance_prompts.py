@@ -19,9 +19,10 @@ from peftcore.authoring.prompts import REMEDY, PromptPositions
 from peftcore.errors import MissingContext, SequenceError, UnsupportedSite
 from peftcore.forward.context.context import forward_context
 from peftcore.forward.context.taps import Tap
+from peftcore.forward.sequence.sequence import SequenceOperator, states_of
+from peftcore.forward.sequence.sequence_cache import Marked, self_attention_cache
 from peftcore.roles.stacks import CACHES, EMBEDS, IDS, cache_in
-from peftcore.targets.sequence import FORM, SequenceOperator, SequenceSite, states_of
-from peftcore.targets.sequence_cache import Marked, self_attention_cache
+from peftcore.targets.sequence_sites import FORM, SequenceSite
 
 
 class InstanceOperator(SequenceOperator):

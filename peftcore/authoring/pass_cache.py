@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from peftcore.errors import SequenceError
+from peftcore.forward.sequence.sequence_cache import is_filled, self_attention_cache
 from peftcore.roles.stacks import cache_in
-from peftcore.targets.sequence_cache import is_filled, self_attention_cache
 
 
 class PassCache:

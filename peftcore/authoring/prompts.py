@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from peftcore.authoring.blocks import BlockSite
+from peftcore.authoring.block_sites import BlockSite
 from peftcore.errors import MissingContext, SequenceError, UnsupportedSite
 from peftcore.forward.context.context import forward_context
 from peftcore.roles.stacks import TokenStack, cache_in

@@ -15,9 +15,10 @@ from peftcore.contract.operators import Operator
 from peftcore.errors import TargetError, UnsupportedSite
 from peftcore.forward.context.context import forward_context
 from peftcore.forward.context.taps import Tap
+from peftcore.forward.sequence.sequence import SequenceOperator
+from peftcore.surgery.defaults import default_sites
 from peftcore.surgery.surgeon import Surgeon
-from peftcore.targets.defaults import default_sites
-from peftcore.targets.sequence import SequenceOperator, SequenceSite
+from peftcore.targets.sequence_sites import SequenceSite
 from peftcore.targets.sites import BesideSite, Site
 
 AFTER = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")

@@ -24,12 +24,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from peftcore.authoring.blocks import block_width
+from peftcore.authoring.block_sites import block_width
 from peftcore.contract.config import MethodConfig
 from peftcore.contract.operators import Operator
 from peftcore.errors import PluginError, SequenceError, TrainingError, UnsupportedSite
 from peftcore.forward.attention.attention import Attend, AttentionOperator
-from peftcore.forward.context.checkpoints import reentrant
+from peftcore.forward.context.activation_checkpoints import reentrant
 from peftcore.forward.context.context import forward_context
 from peftcore.forward.context.taps import REENTRANT, Tap
 from peftcore.layers.layer import Layer, plain_class

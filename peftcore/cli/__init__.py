@@ -9,8 +9,8 @@ It may import all of peftcore, and nothing of the core imports it but ``peftcore
 - `plugin_commands`: the commands of plugins.
 - `app`: the typer application, and the shared parts of its commands.
 - `pages`: consoles, tables and JSON, of which all that is printed is made.
-- `progress`: bars on standard error.
-- `looking`: the output of the commands that inspect and change nothing.
+- `progress_display`: bars on standard error.
+- `inspection`: the output of the commands that inspect and change nothing.
 - `adapters`: the commands on adapter files, in the words of their options.
 - `authoring`: ``peftcore new``, and its templates.
 - `commands`: one module a kind of command; each imports what does its work when it runs.

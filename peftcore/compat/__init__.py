@@ -12,7 +12,7 @@ It needs peft, which is imported only here. It may import `trainers` and the lay
 - `training_state`: the state of a training between steps, in such a folder.
 - `tuner`: the module between peft's model and the adapted one.
 - `peft_model`: `PeftModel`.
-- `tasks`: peft's classes for tasks, and `get_peft_model`.
+- `task_classes`: peft's classes for tasks, and `get_peft_model`.
 - `auto`: the base and its adapter in one call, as peft's ``AutoPeftModel``.
 """
 
@@ -27,7 +27,7 @@ from peftcore.compat.auto import (
 )
 from peftcore.compat.configs import method_config
 from peftcore.compat.peft_model import PeftModel
-from peftcore.compat.tasks import (
+from peftcore.compat.task_classes import (
     PeftModelForCausalLM,
     PeftModelForFeatureExtraction,
     PeftModelForQuestionAnswering,

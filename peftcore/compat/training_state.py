@@ -13,7 +13,7 @@ from peftcore.compat.schedules import has_schedule
 from peftcore.errors import SwapError
 from peftcore.files.safe_io import TensorFile, write_tensors
 from peftcore.injection.injection import Injection
-from peftcore.trainers.checkpoints import digest
+from peftcore.trainers.trainer_checkpoints import digest
 from peftcore.training.optimizer import transient
 
 FILE = "peftcore_training.safetensors"

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from peftcore.forward.state.adapter_modules import ADAPTER_MODULES
+from peftcore.layers.adapter_modules import ADAPTER_MODULES
 
 ON = 0.5
 """The probability of a dropout that was not turned off; any number but 0."""

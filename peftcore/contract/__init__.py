@@ -1,9 +1,10 @@
 """The contract of plugins: methods, options, operators, compositions, hooks.
 
-It may import `peftcore.errors`. In the order of reading:
+It may import `targets` and the packages below it. In the order of reading:
 
 - `peft_names`: names in peft that differ from names here.
 - `config`: the options of a method.
+- `batches`: the user's data, for methods that look at it before training.
 - `method`: a method and its tags.
 - `presets`: named sets of a method's options.
 - `dropout`: turns off the dropout of an adapter permanently.

@@ -8,8 +8,9 @@ listed here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import pluggy
 
@@ -25,11 +26,25 @@ if TYPE_CHECKING:
     from peftcore.injection.injection import Injection
     from peftcore.layers.layer import Layer
     from peftcore.roles import HostMap
-    from peftcore.surgery.forced_attributes import ForcedAttributes
     from peftcore.surgery.surgeon import Surgeon
 
 API = 2
 """The version of these specifications; a plugin declares in ``PEFTCORE_API`` the version that it was written for."""
+
+
+@dataclass(frozen=True)
+class ForcedAttributes:
+    """The forced attributes of modules of one class."""
+
+    attributes: Mapping[str, Any]
+    """Attributes of the view that replace the module's own."""
+    always: bool = True
+    """Forced while any injection is on the host; otherwise only while one acts inside the module."""
+    wanted: Callable[[nn.Module], bool] = lambda module: True
+    """Whether this very module needs it."""
+    ready: Callable[[nn.Module], None] = lambda module: None
+    """Brings a module into the state that the forced attributes assume; its weights stay what they are."""
+
 
 hookspec = pluggy.HookspecMarker("peftcore")
 hookimpl = pluggy.HookimplMarker("peftcore")

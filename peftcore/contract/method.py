@@ -4,12 +4,14 @@ and `inject`."""
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
+from peftcore.contract.batches import Batches
 from peftcore.contract.config import MethodConfig, validate
 from peftcore.errors import PluginError
 
@@ -18,8 +20,6 @@ if TYPE_CHECKING:
     from peftcore.injection.applied import AppliedMethod
     from peftcore.surgery.surgeon import Surgeon
     from peftcore.targets.sites import Site
-    from peftcore.training.batches import Batches
-    from peftcore.training.optimizer import GradientRule
 
 CATEGORIES = (
     "additive",
@@ -106,6 +106,30 @@ class LearningRate:
 
     def __str__(self) -> str:
         return f"{self.rate:g} ({self.optimizer}; {self.on}): {self.source}"
+
+
+class GradientRule(ABC):
+    """A method's rule that changes each gradient before the optimizer sees it, and the optimizer's update.
+
+    Attributes:
+        state: the rule's state of each parameter: tensors and numbers, saved with the optimizer's own state.
+    """
+
+    def __init__(self) -> None:
+        self.state: defaultdict[Tensor, dict[str, Any]] = defaultdict(dict)
+
+    @abstractmethod
+    def project(self, grad: Tensor, param: nn.Parameter) -> Tensor:
+        """Returns the gradient for the optimizer; `grad` itself leaves the parameter to the optimizer as it is."""
+
+    def restore(self, update: Tensor, param: nn.Parameter) -> Tensor:
+        """Returns the change to add to the parameter, for an `update` in the shape that `project` gave.
+
+        Where a rule defines this, the optimizer works on zeros in the projected shape, so its state has that shape too.
+        Weight decay is then applied to the parameter afterwards, decoupled from the gradient; optimizers that scale
+        updates by the size of the parameter (Adafactor, LARS) see zeros.
+        """
+        return update
 
 
 class Method(ABC):

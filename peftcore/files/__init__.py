@@ -13,5 +13,5 @@ It may import `injection`, and what is below. In the order of reading:
 - `adapter_pool`: adapters within a limit of bytes, the idle ones in files.
 - `bases`: `load_base`, which builds the model that an adapter's file names.
 - `peft_configs`: configurations of peft, applied as a file of theirs is loaded.
-- `compositions`: compositions with the adapters in them.
+- `composition_folders`: compositions with the adapters in them.
 """

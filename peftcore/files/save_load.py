@@ -38,7 +38,7 @@ from peftcore.files.formats.hub import located, upload
 from peftcore.files.formats.patterns import one_file
 from peftcore.files.safe_io import clear_partial, write_made, write_tensors, write_text
 from peftcore.forward.state.host_state import HostState
-from peftcore.injection import made_of_base
+from peftcore.injection import base_dependence
 from peftcore.injection.applied import check_filled, fill
 from peftcore.injection.applying import apply_request, record
 from peftcore.injection.injection import Injection
@@ -90,7 +90,7 @@ def save(
         injection.check()
     except InactiveSite as error:  # what was trained before is worth keeping
         logger.warning("saved as it was while it acted everywhere: %s", error)
-    made_of_base.warn_of_another_base(injection)
+    base_dependence.warn_of_another_base(injection)
     with _values_wanted(model), gathered(model, injection.parameters, reads=True):
         contents = {
             name: content for each in formats for name, content in format_named(each).files(injection, weights).items()
@@ -251,7 +251,7 @@ def values_of(injection: Injection, path: str | os.PathLike[str], revision: str 
     found = _read(injection.model, path, revision, True)
     with _about(found.where), _values_wanted(injection.model):
         source = found.filled()
-        made_of_base.check_nothing_merged(source, injection.state)
+        base_dependence.check_nothing_merged(source, injection.state)
     return source
 
 

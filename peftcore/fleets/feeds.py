@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from peftcore.errors import TrainingError
-from peftcore.forward.context.counted_draws import mixed
-from peftcore.forward.context.draws import Streams
+from peftcore.forward.context.counter_based_random import mixed
+from peftcore.forward.context.row_random_numbers import Streams
 
 Data = Iterable[Mapping[str, Any]] | Callable[[int], Iterable[Mapping[str, Any]]]
 """Batches; or a function that returns those of an epoch, given its number."""

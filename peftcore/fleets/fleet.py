@@ -16,14 +16,14 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from peftcore.errors import TrainingError, UnknownInjection
-from peftcore.fleets import checkpoints
+from peftcore.fleets import adapter_checkpoints
 from peftcore.fleets.feeds import Data
 from peftcore.fleets.losses import SHIFTED, Loss, counted, kind_of, loss_of, numbers, shares
 from peftcore.fleets.member import Member
 from peftcore.fleets.outputs import FEW, MORE, Outputs
 from peftcore.fleets.rows import Batch, Collate, count_of, filled_in_front, taken, together
-from peftcore.forward.context.counted_draws import mixed
-from peftcore.forward.context.draws import Streams
+from peftcore.forward.context.counter_based_random import mixed
+from peftcore.forward.context.row_random_numbers import Streams
 from peftcore.forward.state.host_state import injections, state_of
 from peftcore.forward.state.own_losses import loss_in
 from peftcore.injection.injection import Injection
@@ -166,7 +166,7 @@ class Fleet:
             self._check_folder(made.name, made.folder)
             if resume:
                 made.resume()
-            checkpoints.claim(made.folder, made.training, takes_over=resume)
+            adapter_checkpoints.claim(made.folder, made.training, takes_over=resume)
         self._host = found.model
         self._norms = {path: each for path, each in found.model.named_modules() if isinstance(each, _BatchNorm)}
         self.members[made.name] = made

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map_only
 
 from peftcore.errors import CheckpointError, RouteError, TrainingError
 from peftcore.files.continuing import check_record, differences, listed, record_of
-from peftcore.fleets import checkpoints
+from peftcore.fleets import adapter_checkpoints
 from peftcore.fleets.feeds import Data, Feed
 from peftcore.fleets.losses import Loss
 from peftcore.injection.injection import Injection
@@ -338,7 +338,7 @@ class Member:
                 "schedule": None if self.schedule is None else self.schedule.state_dict(),
                 "buffers": dict(transient(self.injection)),
             }
-            written = checkpoints.write(self.injection, state, place, self.step, self.training)
+            written = adapter_checkpoints.write(self.injection, state, place, self.step, self.training)
         if place == self.folder:
             self._saved = self.step
         return written
@@ -359,10 +359,10 @@ class Member:
         Raises:
             CheckpointError: it is damaged, or one of another adapter, base, optimizer or seed; nothing was changed.
         """
-        place = None if self.folder is None else checkpoints.newest(self.folder)
+        place = None if self.folder is None else adapter_checkpoints.newest(self.folder)
         if place is None:
             return
-        state = checkpoints.read(place)
+        state = adapter_checkpoints.read(place)
         if state.get("version") != VERSION:
             raise CheckpointError(
                 f"{place} is not of this version of fleets: begin a new training from its values, "
@@ -374,7 +374,7 @@ class Member:
                 f"{place} is of another training: {listed(other)}; join as then, or begin a new training from its "
                 f"values, peftcore.load(model, {str(place)!r}, trainable=True)"
             )
-        values, buffers = checkpoints.values_of(self.injection, place), dict(transient(self.injection))
+        values, buffers = adapter_checkpoints.values_of(self.injection, place), dict(transient(self.injection))
         if buffers.keys() != state["buffers"].keys():
             raise CheckpointError(f"{place} lacks the state of the method between steps; apply it as it was then")
         self.feed.go_to(*state["fed"])
@@ -391,7 +391,7 @@ class Member:
                 group.update(told)
         elif self.schedule is not None:
             self.schedule.load_state_dict(state["schedule"])
-        checkpoints.put(self.injection, values)
+        adapter_checkpoints.put(self.injection, values)
         for name, buffer in buffers.items():
             buffer.copy_(state["buffers"][name])
         self.step, self.tokens, self.forwards = state["step"], state["tokens"], state["forwards"]

@@ -1,6 +1,7 @@
-"""The forward of an adapted model: which adapters are active, plans, effective weights, rows, attention.
+"""The forward of an adapted model: which adapters are active, plans, effective weights, rows, attention, virtual
+tokens.
 
-It may import `libraries` and `roles`, and the packages below them. In the order of reading:
+It may import `libraries` and the packages below it. In the order of reading:
 
 - `context`: the context of one forward: its inputs, tokens and random numbers, and the values that operators store in
   it.
@@ -10,6 +11,7 @@ It may import `libraries` and `roles`, and the packages below them. In the order
 - `rows`: rows of a batch that use different adapters.
 - `state`: the state of an adapted model and of each adapted module.
 - `attention`: operators inside attention, and the ways in which attention modules call them.
+- `sequence`: virtual tokens in the sequence of a model.
 - `call`: one call of an adapted module, with the operators that act on it.
 - `class_swap`: the mechanism that replaces the forward of a module.
 """

@@ -24,10 +24,9 @@ from peftcore.contract.operators import Factors, InputOperator
 from peftcore.forward.attention.attention import AttentionOperator
 from peftcore.forward.choice.active_adapters import Active, Route
 from peftcore.forward.context.context import HERE, forward_context
-from peftcore.forward.context.draws import draws_of
+from peftcore.forward.context.row_random_numbers import draws_of
 from peftcore.forward.context.taps import branches
 from peftcore.forward.plan.plan import ActivationForm, ActivePlan, ModulePlan
-from peftcore.forward.rows.alike import as_one, may_draw, positions_alike
 from peftcore.forward.rows.batched_updates import add_updates
 from peftcore.forward.rows.routing import (
     OfSomeRows,
@@ -39,6 +38,7 @@ from peftcore.forward.rows.routing import (
     rows_seen,
     select_rows,
 )
+from peftcore.forward.rows.stacked_operators import as_one, may_draw, positions_alike
 from peftcore.forward.state.slot import Edits, Slot, slot_of
 from peftcore.forward.tensors.mount import Mount
 from peftcore.forward.tensors.recompute import RecomputedTensors, Unwritten
@@ -277,21 +277,24 @@ class ModuleCall:
         parts = {}
         for group in groups:
             rows = OwnRows(route, group, count)
-            bare = (
-                OfSomeRows(whole, (args, kwargs), rows, True)
-                if group[0] in alone
-                else OfSomeRows(whole, given, OwnRows(shared, group, shared_count))
-            )
+            bare: Forward = whole.run
+            if group[0] in alone:
+                own_args, own_kwargs = rows.of((args, kwargs))
+            else:
+                bare = some_rows = OfSomeRows(whole, given, OwnRows(shared, group, shared_count))
+                own_args, own_kwargs = some_rows.given
             first = acting[group[0]]
             draws = route.seeds and first is not None and may_draw(first, self.form_taken(first))
             with own_rows(rows, self.slot.path if draws else None):
                 if first is None:
-                    parts[group] = bare(*bare.args, **bare.kwargs)
+                    parts[group] = bare(*own_args, **own_kwargs)
                 elif len(group) > 1:
-                    parts[group] = self._as_one([routed[n] for n in group], bare)().flatten(0, 1)
+                    plans = [routed[n] for n in group]
+                    run = as_one(plans, self.module, *own_args, bare, self._inside, self.form_taken, self.prepared)
+                    parts[group] = run().flatten(0, 1)
                 else:
-                    part = self.part(first, bare.args, bare.kwargs)
-                    parts[group] = part._of_its_rows(bare)(*bare.args, **bare.kwargs)
+                    part = self.part(first, own_args, own_kwargs)
+                    parts[group] = part._of_its_rows(bare)(*own_args, **own_kwargs)
         return put_together(parts, route)
 
     @property
@@ -299,14 +302,10 @@ class ModuleCall:
         assert self.route is not None
         return self.route
 
-    def _as_one(self, plans: list[ActivePlan], bare: OfSomeRows) -> Callable[[], Tensor]:
-        """Returns the function that runs equal adapters as one."""
-        return as_one(plans, self.module, bare, self._inside, self.form_taken, self.prepared)
-
     def _inside(self, acting: ActivePlan) -> Forward:
         return self.part(acting).inner()
 
-    def _of_its_rows(self, bare: OfSomeRows) -> Forward:
+    def _of_its_rows(self, bare: Forward) -> Forward:
         """Returns the forward for the rows of one adapter: in the activation form where there is one, also in
         evaluation, where one base forward serves all rows."""
         form = self.form_taken(self.acting)

@@ -22,8 +22,7 @@ from peftcore.forward.call import Forward, ModuleCall
 from peftcore.forward.context.context import HERE, remember_in_checkpoint
 from peftcore.forward.state.host_state import HostState
 from peftcore.forward.state.slot import Slot, slot_of
-from peftcore.forward.tensors.view import SLOT
-from peftcore.layers.layer import GRAFTED
+from peftcore.layers.layer import GRAFTED, SLOT
 from peftcore.layers.pieces import is_cut
 from peftcore.utils.journal import Journal
 
@@ -54,21 +53,15 @@ def _grafted_forward(base: type[nn.Module]) -> Callable[..., Any]:
             remember_in_checkpoint(state, choice)
         if not args and first in kwargs:
             args = (kwargs.pop(first),)  # operators get their input by position, however the module was called
+        if state.watches_runs and not planned.acting.attention:  # edits mark it themselves: hosts bypass some
+            slot.ran[self.training] = True
+            if slot.runs is not None:
+                slot.runs += 1
         if planned.outermost is not None:
-            if state.silent_layers is not None:
-                slot.ran[self.training] = True
-                if slot.runs is not None:
-                    slot.runs += 1
             call: Forward = functools.partial(plain, self)
             for operator in planned.inner:
                 call = functools.partial(operator, call)
             return planned.outermost(call, *args, **kwargs)
-        if (
-            state.silent_layers is not None and not planned.acting.attention
-        ):  # edits mark it themselves: hosts bypass some
-            slot.ran[self.training] = True
-            if slot.runs is not None:
-                slot.runs += 1
         of_module = ModuleCall(plain, slot, self, planned, choice.route, args, kwargs)
         return of_module.observed() if planned.acting.observers else of_module.output()
 
@@ -131,8 +124,8 @@ def detach(journal: Journal, module: nn.Module, state: HostState, name: str) -> 
 def ungraft(journal: Journal, module: nn.Module) -> None:
     """Restore the module's original class, and remove its slot. The caller removes that from the host's slots."""
     plain = vars(type(module)).get(GRAFTED, type(module))
-    if plain in _CLASSES:
-        for cls in (_CLASSES[plain], plain):  # the first one, since other code may have set the plain class alone
+    for cls in (_CLASSES[plain], plain) if plain in _CLASSES else ():
+        if type(module) is not cls:  # it is the first one, unless other code has set the plain class alone
             journal.call(change_class, module, type(module), cls)
     journal.drop(module, "", SLOT)
 

@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from peftcore.contract.batches import Data
 from peftcore.contract.config import MethodConfig
 from peftcore.contract.method import Method
 from peftcore.contract.peft_names import is_peft_config
 from peftcore.errors import ConfigError, UnsupportedHost
 from peftcore.forward.choice.active_adapters import Active, Choice
 from peftcore.forward.state.host_state import HostState, ensure_state
-from peftcore.injection import made_of_base
+from peftcore.injection import base_dependence
 from peftcore.injection.applied import Planned, choose_trained
 from peftcore.injection.freezing import freeze
 from peftcore.injection.injection import Injection
@@ -31,12 +32,12 @@ from peftcore.layers.pieces import at_hand, is_in_engine
 from peftcore.registry.equation_only import notice_equation_only
 from peftcore.registry.plugins import imported, layer_of
 from peftcore.roles import HostMap
-from peftcore.surgery import installation, silent_layers
-from peftcore.surgery.placement import Placement
+from peftcore.surgery import installation
 from peftcore.surgery.planning import Plan
 from peftcore.surgery.surgeon import Surgeon
+from peftcore.surgery.watched_sites import WatchedSites
 from peftcore.targets.resolver import Resolver, Target
-from peftcore.training.batches import Data, calibrate, find_structure
+from peftcore.training.calibration import calibrate, find_structure
 from peftcore.utils.journal import Journal
 from peftcore.utils.notices import notice
 
@@ -220,12 +221,12 @@ def install(surgeon: Surgeon, request: Request) -> Injection:
     """
     with Journal() as journal:
         modules = surgeon.resolver.modules.values()
-        state = ensure_state(journal, surgeon.model, modules, made_of_base.make_anew)
+        state = ensure_state(journal, surgeon.model, modules, base_dependence.make_anew)
         injection = Injection(request.name, surgeon, state)
-        made_of_base.check_nothing_merged(injection, state)
+        base_dependence.check_nothing_merged(injection, state)
         with nullcontext() if state.residency is None else state.residency.joining(injection):
             stack = _put_in(journal, injection, state, request)
-            made_of_base.note_base(injection)
+            base_dependence.note_base(injection)
             if request.data is not None:  # the model that it looks at has it, in a route and a composition too
                 choices = state.choices
                 with choices.held(Choice(state.together(stack, injection.name), context=choices.around().context)):
@@ -243,15 +244,14 @@ def _put_in(journal: Journal, injection: Injection, state: HostState, request: R
     journal.afterwards(injection._replan)
     journal.put(state, "injections", name, injection)
     journal.set(state, "reads_tokens", state.reads_tokens + injection.reads_tokens)
-    state.placement = state.placement or Placement()
-    state.placement.expect(journal, name, injection.grafts)
     installation.install(journal, surgeon, state, name)
     journal.set(state, "frozen", state.frozen + freeze(journal, surgeon.resolver.parameters()))
     stack = state.choices.add(name, request.instead) if request.active else (name,)
     if not request.active:
         state.replan()
     injection.trainable(True)
-    silent_layers.watch(journal, surgeon, state, name)
+    state.watched = state.watched or WatchedSites()
+    state.watched.expect(journal, surgeon, state, name)
     return stack
 
 

@@ -39,7 +39,6 @@ from peftcore.injection.summary import Summary
 from peftcore.layers.layer import GRAFTED
 from peftcore.layers.pieces import ENGINE, is_partitioned
 from peftcore.libraries.save_pretrained import note_form
-from peftcore.surgery import silent_layers
 from peftcore.surgery.installation import release, uninstall
 from peftcore.surgery.surgeon import Graft, Surgeon, Wishes
 from peftcore.targets.sites import Site
@@ -66,7 +65,7 @@ class Injection(AppliedMethod):
         self.state = state
         self.made_of: dict[str, Fingerprint] = {}
         """Fingerprints of the base's weights that operators are made of, by key of the operator."""
-        self._merge: merging.Merged | None = None
+        self._merge: merging.MergeInForce | None = None
         self._low_memory = False
         self._chosen: list[bool] = []  # which tensors its method lets train, since somebody last asked it
         self._ledgers: dict[str, Ledger] = {}
@@ -307,9 +306,9 @@ class Injection(AppliedMethod):
                 no weight was changed.
         """
         self._alive()
-        return self._merge_as(merging.Wanted(keep, into, max_error, weight)).report
+        return self._merge_as(merging.MergeOptions(keep, into, max_error, weight)).report
 
-    def _merge_as(self, wanted: merging.Wanted, whole: Journal | None = None) -> merging.Merged:
+    def _merge_as(self, wanted: merging.MergeOptions, whole: Journal | None = None) -> merging.MergeInForce:
         merged = self._merge
         if merged is None:
             with self.state.kept(self.name), (whole or Journal()).part() as journal:
@@ -352,14 +351,14 @@ class Injection(AppliedMethod):
             RouteError, CompositionError: as `remove`.
         """
         with self._leaving() as journal:
-            merged = self._merge or self._merge_as(merging.Wanted(keep=None), journal)
+            merged = self._merge or self._merge_as(merging.MergeOptions(keep=None), journal)
             merging.let_go(journal, merged)
             self._note(journal, None)
             self._take_out(journal)
             if merged.report.dense:
                 note_form(journal, self.model, merged.report.dense)
 
-    def _note(self, journal: Journal, merge: merging.Merged | None) -> None:
+    def _note(self, journal: Journal, merge: merging.MergeInForce | None) -> None:
         """Note that it is merged, or is not."""
         others = tuple(name for name in self.state.merged if name != self.name)
         journal.set(self, "_merge", merge)
@@ -661,10 +660,9 @@ class Injection(AppliedMethod):
         state, name = self.state, self.name
         journal.afterwards(state.choices.restore, state.choices.saved(shared=1))
         journal.afterwards(self._replan)
-        silent_layers.forget(journal, self._surgeon, state, name)
+        if state.watched is not None:
+            state.watched.forget(journal, self._surgeon, name)
         uninstall(journal, self._surgeon, state, name)
-        if state.placement is not None:
-            state.placement.forget(journal, name)
         state.forget(journal, name)
         if not state.injections:
             thaw(journal, state.frozen)

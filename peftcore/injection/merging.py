@@ -1,7 +1,8 @@
 """Merging an injection into the host's tensors, and the exact way back.
 
 Deltas are computed in float32 (float64 for float64 hosts) and cast once. All tensors are written or none, and none that
-existed before is written to: new ones take their places (`written`), and the originals are kept as asked (`originals`).
+existed before is written to: new ones take their places (`merge_writes`), and the originals are kept as asked
+(`originals`).
 
 A quantized weight is made dense by a merge, or packed again with the measured error in the report; its codes are kept
 to restore it. A weight that its module computes from others keeps that way where it can give the merged value, as a
@@ -24,30 +25,30 @@ from peftcore.contract.operators import is_mergeable
 from peftcore.errors import ConfigError, InactiveSite, MergeError, NotMergeable, UnsupportedSite
 from peftcore.forward.choice.merged_choice import check_merge, places
 from peftcore.forward.tensors.mount import Effect, Mount, effects_of, fold
-from peftcore.injection.folding import fold as fold_away
-from peftcore.injection.folding import inverted
+from peftcore.injection.fold_parametrizations import fold as fold_away
+from peftcore.injection.fold_parametrizations import inverted
 from peftcore.injection.freezing import thaw
-from peftcore.injection.originals import Fingerprint, Keep, Original, Remembered, fingerprint, kept, stand_in
-from peftcore.injection.quantized_layer import QuantizedLayer, dense_linear, floating_dtype, replace_in_place
-from peftcore.injection.written import (
+from peftcore.injection.merge_writes import (
     Folded,
     Holders,
     Key,
+    MergeWrite,
     Overwritten,
-    Reformed,
+    QuantizedLayerWrite,
     Replaced,
-    Written,
     held,
     holders_of,
     modules_of,
     owner_path,
 )
-from peftcore.layers.computed import Computation, computation, has_place, parametrized, resting
+from peftcore.injection.originals import Fingerprint, Keep, OriginalTensor, Remembered, fingerprint, kept, stand_in
+from peftcore.injection.quantized_layer import QuantizedLayer, dense_linear, floating_dtype, replace_in_place
+from peftcore.layers.computed_tensors import Computation, computation, has_place, parametrized, resting
 from peftcore.layers.fsdp import MANAGED, in_pieces
 from peftcore.layers.layer import Layer
 from peftcore.layers.pieces import ENGINE, is_cut, is_partitioned
 from peftcore.registry.plugins import layer_of, registry
-from peftcore.surgery.placement import Placement
+from peftcore.surgery.watched_sites import WatchedSites
 from peftcore.targets.sites import Site
 from peftcore.utils.autocast import full_precision
 from peftcore.utils.journal import Journal
@@ -62,7 +63,7 @@ BOUND = 0.25
 
 
 @dataclass(frozen=True)
-class Wanted:
+class MergeOptions:
     """The arguments of a merge."""
 
     keep: Keep = "cpu"
@@ -150,12 +151,12 @@ def merged_tensors(injection: Injection) -> Mapping[Key, Tensor]:
 
 
 @dataclass(frozen=True, eq=False)
-class Merged:
+class MergeInForce:
     """A merge that is in force: how to undo it."""
 
-    wanted: Wanted
+    wanted: MergeOptions
     report: MergeReport
-    written: list[Written]
+    written: list[MergeWrite]
     """The changes that were made, in their order; empty with ``keep=None``."""
     frozen: list[Remembered]
     """Parameters that left the host and were frozen for it."""
@@ -173,7 +174,7 @@ def _check(injection: Injection) -> None:
     for where, choice in state.choices.in_force():
         check_merge(state.injections, state.merged, name, choice, where)
     try:
-        (state.placement or Placement()).check(injection.model, state, [name])
+        (state.watched or WatchedSites()).check(injection.model, state, [name])
     except InactiveSite as error:
         raise MergeError(str(error)) from None
     for graft in _folding(injection):
@@ -277,7 +278,7 @@ def _at_rest(injection: Injection) -> AbstractContextManager[None]:
 
 
 @torch.no_grad()
-def merge(injection: Injection, journal: Journal, wanted: Wanted) -> Merged:
+def merge(injection: Injection, journal: Journal, wanted: MergeOptions) -> MergeInForce:
     """Write the effective tensors, or with `weight` the base plus that fraction of the change.
 
     Raises:
@@ -290,7 +291,7 @@ def merge(injection: Injection, journal: Journal, wanted: Wanted) -> Merged:
         return _merge(injection, journal, wanted)
 
 
-def _merge(injection: Injection, journal: Journal, wanted: Wanted) -> Merged:
+def _merge(injection: Injection, journal: Journal, wanted: MergeOptions) -> MergeInForce:
     model = injection.model
     in_pieces(model)
     _check(injection)
@@ -315,20 +316,22 @@ def _merge(injection: Injection, journal: Journal, wanted: Wanted) -> Merged:
     writer = _Writer(injection, journal, wanted, holders, prints)
     for key, tensor in new.items():
         writer.write(key, layers[key], tensor)
-    dense = [each.key[0] for each in writer.written if isinstance(each, Reformed)]
+    dense = [each.key[0] for each in writer.written if isinstance(each, QuantizedLayerWrite)]
     report = MergeReport(tuple(path for path in dense if path not in writer.repacked), writer.repacked, len(new))
     frozen = _exchange(injection, journal, [(each.outgoing(), each.incoming()) for each in writer.written])
-    return Merged(wanted, report, [] if wanted.keep is None else writer.written, [Remembered(each) for each in frozen])
+    return MergeInForce(
+        wanted, report, [] if wanted.keep is None else writer.written, [Remembered(each) for each in frozen]
+    )
 
 
-def let_go(journal: Journal, merged: Merged) -> None:
+def let_go(journal: Journal, merged: MergeInForce) -> None:
     """Let parameters train again that the merge took out of the host, where others hold them: nothing of the host is
     left in them to be frozen for."""
     thaw(journal, (each for remembered in merged.frozen if isinstance(each := remembered(), nn.Parameter)))
 
 
 @torch.no_grad()
-def unmerge(injection: Injection, journal: Journal, merged: Merged) -> None:
+def unmerge(injection: Injection, journal: Journal, merged: MergeInForce) -> None:
     """Restore the originals, bit for bit.
 
     Raises:
@@ -345,7 +348,7 @@ def unmerge(injection: Injection, journal: Journal, merged: Merged) -> None:
         _unmerge(injection, journal, merged)
 
 
-def _unmerge(injection: Injection, journal: Journal, merged: Merged) -> None:
+def _unmerge(injection: Injection, journal: Journal, merged: MergeInForce) -> None:
     in_pieces(injection.model)
     there = modules_of(injection.model)
     changed = [path for each in merged.written for path in each.changed(there)]
@@ -382,11 +385,16 @@ class _Writer:
     """Writes new tensors into a host, and notes how each comes back."""
 
     def __init__(
-        self, injection: Injection, journal: Journal, wanted: Wanted, holders: Holders, prints: dict[Key, Fingerprint]
+        self,
+        injection: Injection,
+        journal: Journal,
+        wanted: MergeOptions,
+        holders: Holders,
+        prints: dict[Key, Fingerprint],
     ) -> None:
         self.injection, self.journal, self.wanted = injection, journal, wanted
         self.holders, self.prints = holders, prints
-        self.written: list[Written] = []
+        self.written: list[MergeWrite] = []
         self.repacked: dict[str, Repacked] = {}
         self.places: set[tuple[int, str]] = set()
         self.folded: dict[int, Folded] = {}
@@ -447,7 +455,7 @@ class _Writer:
             old = held(*holder[1:])
             assert old is not None
             new = stand_in(old, self._owned(value, old))
-            self._replace(Replaced(key, [holder], new, Original(old), fingerprint(new)))
+            self._replace(Replaced(key, [holder], new, OriginalTensor(old), fingerprint(new)))
 
     def _pack(self, key: Key, module: nn.Module, layer: QuantizedLayer, weight: Tensor) -> None:
         """Write a weight into a quantized layer: as a dense linear layer, or packed in the same way."""
@@ -470,7 +478,7 @@ class _Writer:
     def _reform(self, key: Key, module: nn.Module, other: nn.Module) -> None:
         part = self.journal.part()
         replace_in_place(part, module, other.train(module.training))
-        self.written.append(Reformed(key, module, part))
+        self.written.append(QuantizedLayerWrite(key, module, part))
 
     def _owned(self, tensor: Tensor, old: Tensor | None) -> Tensor:
         """Returns the tensor in memory that nobody else has: some effective tensors are a parameter of the adapter, the

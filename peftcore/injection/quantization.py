@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 from peftcore.contract.operators import _Base
 from peftcore.errors import QuantizationError, TargetError, UnsupportedSite
-from peftcore.forward.state.adapter_modules import IDLE, AdapterModules
 from peftcore.forward.state.slot import slot_of
-from peftcore.injection.folding import fold
+from peftcore.injection.fold_parametrizations import fold
 from peftcore.injection.quantized_layer import QuantizedLayer, dense_linear, floating_dtype, replace_in_place
 from peftcore.injection.request import host_map
-from peftcore.layers.computed import computation, has_place, parametrized, resting
+from peftcore.layers.adapter_modules import IDLE, AdapterModules
+from peftcore.layers.computed_tensors import computation, has_place, parametrized, resting
 from peftcore.layers.kinds import Linear
 from peftcore.libraries.save_pretrained import check_readable, note_form
 from peftcore.registry.plugins import imported, layer_of, named_places

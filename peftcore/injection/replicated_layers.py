@@ -11,8 +11,8 @@ from typing import Any
 from torch import nn
 
 from peftcore.errors import UnsupportedHost
-from peftcore.forward.state.adapter_modules import ADAPTER_MODULES
 from peftcore.forward.state.host_state import injections
+from peftcore.layers.adapter_modules import ADAPTER_MODULES
 from peftcore.utils.journal import Journal
 
 Ranges = Sequence[Sequence[int]]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from peftcore.contract.batches import Data
 from peftcore.contract.config import MethodConfig, dtype_of
 from peftcore.contract.method import Method
 from peftcore.contract.peft_names import is_peft_config
@@ -18,12 +19,12 @@ from peftcore.injection.injection import Injection
 from peftcore.layers.pieces import at_hand
 from peftcore.registry.catalogue import method as find_method
 from peftcore.registry.plugins import registry
-from peftcore.registry.presets import method_of, preset_of
+from peftcore.registry.preset_methods import method_of, preset_of
 from peftcore.roles import HostMap
 from peftcore.surgery.parallel_models import check_looks_at_no_data
 from peftcore.surgery.surgeon import Surgeon, Wishes
 from peftcore.targets.resolver import Target, names_a_role
-from peftcore.training.batches import Data, find_structure
+from peftcore.training.calibration import find_structure
 
 Part = str | MethodConfig | Mapping[str, Any]
 """One method of a hybrid: a name, a config object, or the options as a mapping with the name under "method" (and, where

@@ -18,12 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftcore.errors import UnsupportedSite
-from peftcore.layers.computed import by_hook
+from peftcore.layers.computed_tensors import by_hook
 from peftcore.layers.fsdp import is_sharded_class
 from peftcore.layers.pieces import outline
 
 Slices = tuple[tuple[int, int], ...]
 """Half-open ranges of the logical output dimension: the slices of one part of a fused projection."""
+SLOT = "_peftcore_slot"
+"""The attribute in which an adapted module keeps its slot: its operators and their plans."""
 GRAFTED = "_peftcore_base"
 """The attribute of a grafted class that holds its base class."""
 

@@ -1,6 +1,6 @@
 """Adapts methods and attributes of models that transformers and diffusers use, such as ``save_pretrained``.
 
-It may import `roles` and lower packages. In the order of reading:
+It may import `registry` and lower packages. In the order of reading:
 
 - `instance_methods`: methods of a model that are replaced while it is adapted.
 - `save_pretrained`: saving writes the base without adapters.

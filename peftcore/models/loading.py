@@ -16,7 +16,7 @@ from transformers.backbone_utils import BackboneMixin
 from peftcore.errors import BadInput
 from peftcore.injection.request import host_map
 from peftcore.layers.layer import is_dense
-from peftcore.models.naming import Use, find
+from peftcore.models.model_names import Use, find
 
 NO_KERNELS = {"attn_implementation": None, "experts_implementation": None}
 """A configuration may ask for kernels from the Hub, which are code; transformers chooses among its own instead."""

@@ -18,7 +18,7 @@ from peftcore.contract.presets import Preset
 from peftcore.errors import AmbiguousMethod, PluginError, UnknownMethod
 from peftcore.registry.evidence import parts, sources
 from peftcore.registry.plugins import RUNTIME, Plugin, imported, registry
-from peftcore.registry.presets import class_of
+from peftcore.registry.preset_methods import class_of
 
 M = TypeVar("M", bound=type[Method])
 _registered: dict[str, type[Method]] = {}

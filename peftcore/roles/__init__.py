@@ -6,19 +6,19 @@ the order of reading:
 - `vocabulary`: the roles, and the names by which rules know them.
 - `entries`: the entry of one module or bare parameter.
 - `tree`: the map as text.
-- `virtual`: roles that no single weight has, such as "all-linear".
+- `virtual_roles`: roles that no single weight has, such as "all-linear".
 - `hostmap`: the map, which answers by role.
-- `alike`: modules that are built alike.
+- `equal_modules`: modules that are built alike.
 - `survey`: one walk over the model.
 - `mixers`: attention and state space.
-- `blocks`: the blocks that repeat along the depth.
+- `repeated_blocks`: the blocks that repeat along the depth.
 - `mlps`: feed-forward branches, experts, routers.
-- `rest`: embeddings, norms, convolutions, heads.
+- `embeddings_norms_heads`: embeddings, norms, convolutions, heads.
 - `towers`: sub-models.
 - `layouts`: the order of slices in fused projections.
 - `token_tables`: tables that have a row for each token.
-- `readers`: modules that read a weight in place of calling its module.
-- `sources`: the source of forwards, and the values of the names in it.
+- `weight_readers`: modules that read a weight in place of calling its module.
+- `source_code`: the source of forwards, and the values of the names in it.
 - `code_frames`: follows values through the source code of functions, for the two rules below.
 - `branch_ends`: where branches join the stream.
 - `stacks`: modules that take token ids and run blocks.

@@ -11,18 +11,18 @@ from itertools import chain
 
 from torch import nn
 
-from peftcore.roles.blocks import Blocks
+from peftcore.roles.embeddings_norms_heads import Rest
 from peftcore.roles.entries import HostEntry, Layout
 from peftcore.roles.hostmap import HostMap, moved
 from peftcore.roles.layouts import logical_shape, static_layout
 from peftcore.roles.mixers import Mixers
 from peftcore.roles.mlps import FeedForwards
-from peftcore.roles.readers import reader_of
-from peftcore.roles.rest import Rest
+from peftcore.roles.repeated_blocks import Blocks
 from peftcore.roles.stacks import find
 from peftcore.roles.survey import Kind, Node, Survey
 from peftcore.roles.towers import Towers, layers
 from peftcore.roles.vocabulary import FUSED_ROLES, OTHER
+from peftcore.roles.weight_readers import reader_of
 
 
 def derive(model: nn.Module) -> HostMap:

@@ -16,7 +16,7 @@ from typing import Any
 from peftcore.errors import TargetError
 from peftcore.roles.entries import HostEntry, Slices
 from peftcore.roles.tree import render
-from peftcore.roles.virtual import VIRTUAL, enclosing, prefixes
+from peftcore.roles.virtual_roles import VIRTUAL, enclosing, prefixes
 from peftcore.roles.vocabulary import OTHER, ROLES
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 from torch import nn
 
 from peftcore.roles import vocabulary as V
-from peftcore.roles.blocks import Blocks
 from peftcore.roles.mixers import Mixers
+from peftcore.roles.repeated_blocks import Blocks
 from peftcore.roles.survey import Kind, Node, Ordered, Survey
 
 

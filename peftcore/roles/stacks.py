@@ -99,6 +99,17 @@ def _arguments(forward: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(inspect.signature(forward).parameters)[1:]
 
 
+def bound(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the arguments of a module's forward by name; the entries of ``**kwargs`` are merged with the named
+    arguments."""
+    signature = inspect.signature(module.forward)
+    arguments = dict(signature.bind_partial(*args, **kwargs).arguments)
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            arguments.update(arguments.pop(name, {}))
+    return arguments
+
+
 def is_cache(value: Any) -> bool:
     """Whether a value is a cache of transformers. Looked up, not imported: without transformers nothing is one."""
     utils = sys.modules.get("transformers.cache_utils")

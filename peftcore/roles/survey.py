@@ -25,7 +25,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import is_lazy
 
 from peftcore.roles import vocabulary as V
-from peftcore.roles.alike import Run, runs
+from peftcore.roles.equal_modules import Run, runs
 
 #: Children that are guests of the host and not a part of its architecture: reparametrizations and operators.
 GUESTS = frozenset({"parametrizations", "peft"})

@@ -7,7 +7,7 @@ network.
 
 from __future__ import annotations
 
-from peftcore.roles.blocks import Blocks
+from peftcore.roles.repeated_blocks import Blocks
 from peftcore.roles.survey import Node, Survey
 from peftcore.roles.vocabulary import tokens
 

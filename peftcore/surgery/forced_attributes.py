@@ -7,30 +7,15 @@ here; plugins add theirs with the hook `peftcore_forced_attributes`.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from peftcore.contract.hookspecs import ForcedAttributes
 from peftcore.layers.layer import plain_class
 from peftcore.registry.plugins import registry
-
-
-@dataclass(frozen=True)
-class ForcedAttributes:
-    """The forced attributes of modules of one class."""
-
-    attributes: Mapping[str, Any]
-    """Attributes of the view that replace the module's own."""
-    always: bool = True
-    """Forced while any injection is on the host; otherwise only while one acts inside the module."""
-    wanted: Callable[[nn.Module], bool] = lambda module: True
-    """Whether this very module needs it."""
-    ready: Callable[[nn.Module], None] = lambda module: None
-    """Brings a module into the state that the forced attributes assume; its weights stay what they are."""
-
 
 FORCED_ATTRIBUTES: Mapping[type[nn.Module], ForcedAttributes] = {
     # Running statistics of a frozen base stay.

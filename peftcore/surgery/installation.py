@@ -14,10 +14,10 @@ from torch import nn
 
 from peftcore.errors import UnsupportedHost, UnsupportedSite
 from peftcore.forward.class_swap import attach, detach, is_reached, ungraft
-from peftcore.forward.state.adapter_modules import ADAPTER_MODULES, AdapterModules
 from peftcore.forward.state.host_state import HostState
 from peftcore.forward.state.slot import slot_of
 from peftcore.forward.tensors.mount import Mount
+from peftcore.layers.adapter_modules import ADAPTER_MODULES, AdapterModules
 from peftcore.registry.plugins import layer_of
 from peftcore.surgery.forced_attributes import forced_attributes_of
 from peftcore.targets.sites import Site

@@ -16,7 +16,7 @@ from torch import nn
 
 from peftcore.contract.operators import changes_bias
 from peftcore.errors import UnsupportedHost
-from peftcore.forward.state.adapter_modules import AdapterModules
+from peftcore.layers.adapter_modules import AdapterModules
 from peftcore.layers.tensor_parallel import ParallelLinear, agree
 
 if TYPE_CHECKING:

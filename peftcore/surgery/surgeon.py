@@ -28,19 +28,18 @@ from peftcore.errors import (
     UnsupportedHost,
     UnsupportedSite,
 )
+from peftcore.forward.attention.attention_calls import locate_attention
+from peftcore.forward.sequence.sequence_inside import InnerRows, InnerSite, Unseen, count_blocks, inside
 from peftcore.layers.layer import Slices, overlap
 from peftcore.registry.plugins import registry
 from peftcore.surgery import parallel_models
 from peftcore.surgery.adapted_models import check_apart
+from peftcore.surgery.defaults import default_sites, notices
 from peftcore.surgery.seeding import one_dtype, preserved_rng, seed_by_path
 from peftcore.surgery.table_rows import RowsSite, TableRows
 from peftcore.targets.attention_sites import AttentionSite
-from peftcore.targets.attention_sites import locate as locate_attention
-from peftcore.targets.defaults import default_sites, notices
 from peftcore.targets.resolver import Resolver, Target
-from peftcore.targets.sequence import SequenceSite
-from peftcore.targets.sequence import locate as locate_stack
-from peftcore.targets.sequence_inside import InnerRows, InnerSite, Unseen, count_blocks, inside
+from peftcore.targets.sequence_sites import SequenceSite, locate_stack
 from peftcore.targets.sites import Site
 from peftcore.utils.progress import Progress
 

@@ -22,14 +22,14 @@ from torch.jit import ScriptModule
 from torch.nn.utils.parametrize import is_parametrized
 
 from peftcore.errors import HostMismatch, TargetError, UnsupportedSite, shown
-from peftcore.forward.state.adapter_modules import AdapterModules
+from peftcore.layers.adapter_modules import AdapterModules
 from peftcore.layers.layer import Layer, Slices, plain_class
 from peftcore.roles import HostEntry, HostMap
-from peftcore.roles.alike import Structure
 from peftcore.roles.block_calls import CodeReader
 from peftcore.roles.branch_ends import End, find_end
+from peftcore.roles.equal_modules import Structure
 from peftcore.roles.stacks import TokenStack, find
-from peftcore.roles.virtual import ALL_LAYERS, VIRTUAL
+from peftcore.roles.virtual_roles import ALL_LAYERS, VIRTUAL
 from peftcore.roles.vocabulary import ROLES
 from peftcore.targets.sites import SEVERAL, LayerOf, Site
 

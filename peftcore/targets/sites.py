@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from peftcore.errors import UnsupportedSite
-from peftcore.forward.state.slot import effective_weight
 from peftcore.layers.detect import dense_layer
-from peftcore.layers.layer import Layer, Slices, plain_class, take
+from peftcore.layers.layer import SLOT, Layer, Slices, plain_class, take
 from peftcore.layers.pieces import whole
 from peftcore.roles.stacks import arguments
 
@@ -237,7 +236,10 @@ class Site(_Memory):
             return torch.empty(self.weight_shape, device="meta")
         if not self.layer.has(self.module, self.tensor):
             return self._beside().weight().new_zeros(self.weight_shape)
-        return effective_weight(self.module, self.tensor, self.layer, self.slices)
+        stored = self.layer.read(self.module, self.tensor)
+        assert stored is not None, "a tensor that is there can be read"
+        stored, slot = whole(stored), self.module.__dict__.get(SLOT)
+        return self.logical(stored if slot is None else slot.with_active(self.tensor, stored))
 
     def base_weight(self) -> Tensor:
         """Returns the weight as `weight` does, but without injections.

@@ -16,15 +16,15 @@ It may import all of peftcore but `comparing` and `cli`. In the order of reading
 - `tools`: helpers of several checks.
 - `probes`: tiny methods and models for one question.
 - `trained_once`: tensors that are trained beforehand, cached on disk.
-- `tasks`: small tasks that a method has to learn.
+- `learning_tasks`: small tasks that a method has to learn.
 - `plugging`: hooks tried out without packaging them.
 - `compiling`: a compiler for checks.
 - `snapshots`: models, files and the process at one moment, to be compared.
 - `faults`: an operation, broken at each of its points.
 - `doors`: `conformance` and `check_method`.
-- `evidence`: the sources of the numbers with which tests compare, and the conditions for them.
+- `declared_evidence`: the sources of the numbers with which tests compare, and the conditions for them.
 - `starts`: how initial values of reference code are recorded, and compared with ours.
-- `defaults`: our defaults compared with those of other code.
+- `default_options`: our defaults compared with those of other code.
 - `checkouts`: the authors' code imported, for scripts that make frozen numbers.
 - `freeze`: the command that makes frozen numbers again.
 - `gathering`: a plugin of pytest that writes down what tests compare with.
@@ -37,9 +37,9 @@ It may import all of peftcore but `comparing` and `cli`. In the order of reading
 
 import importlib
 
-from peftcore.testing.defaults import same_defaults
+from peftcore.testing.declared_evidence import against, frozen
+from peftcore.testing.default_options import same_defaults
 from peftcore.testing.doors import Result, check_method, conformance
-from peftcore.testing.evidence import against, frozen
 from peftcore.testing.failures import CheckFailed
 from peftcore.testing.faults import Fault, FaultReport, inject_faults
 from peftcore.testing.hosts import APART, HOSTS

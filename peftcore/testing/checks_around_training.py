@@ -176,7 +176,7 @@ def the_optimizer_holds_what_trains(case: Case) -> None:
         wanted = {id(parameter) for parameter in injection.parameters() if parameter.requires_grad}
         if not wanted:
             return
-        groups = injection.optimizer(torch.optim.SGD, lr=0.1, total_steps=1).param_groups
+        groups = injection.optimizer(torch.optim.SGD, lr=0.1, total_steps=4).param_groups
         held = [id(parameter) for group in groups for parameter in group["params"]]
         case.expect(sorted(held) == sorted(wanted), f"{len(held)} parameters in groups, {len(wanted)} train")
 

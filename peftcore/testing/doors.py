@@ -12,7 +12,7 @@ from typing import Any, Literal
 from peftcore.contract.method import Method, Tags
 from peftcore.errors import ConfigError
 from peftcore.registry.catalogue import method as find_method
-from peftcore.registry.presets import as_arguments
+from peftcore.registry.preset_methods import as_arguments
 from peftcore.testing.failures import CheckFailed
 from peftcore.testing.hosts import ALL_HOSTS, HOSTS
 from peftcore.testing.kit import ALL, ANYWHERE, Case, Check, Context, NotApplicable, cases

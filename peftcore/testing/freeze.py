@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from peftcore.testing.evidence import MADE, freeze
+from peftcore.testing.declared_evidence import MADE, freeze
 
 
 def close(one: Any, other: Any) -> bool:

@@ -19,13 +19,13 @@ import torch
 from torch import Tensor, nn
 
 import peftcore
+from peftcore.contract.batches import Labelled
 from peftcore.contract.method import Method, Tags
 from peftcore.errors import TargetError, UnsupportedSite
 from peftcore.injection.injection import Injection
 from peftcore.surgery.seeding import preserved_rng
 from peftcore.testing.copies import Copies
 from peftcore.testing.failures import CheckFailed, explained
-from peftcore.training.batches import Labelled
 
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 6e-2, torch.float16: 1e-2}
 """Largest accepted difference relative to the largest output, by dtype."""

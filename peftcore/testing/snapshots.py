@@ -27,11 +27,11 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, is_tr
 
 from peftcore.forward.choice.active_adapters import Choice
 from peftcore.forward.context.context import HERE, drop_interrupted
-from peftcore.forward.state.adapter_modules import IDLE
 from peftcore.forward.state.host_state import HostState, injections
 from peftcore.forward.state.slot import Slot
 from peftcore.forward.tensors.view import TORCHS
 from peftcore.injection.injection import Injection
+from peftcore.layers.adapter_modules import IDLE
 from peftcore.layers.layer import GRAFTED
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, Path)
@@ -245,7 +245,7 @@ def _state(state: HostState) -> dict[str, Any]:
         "swapping": sorted(state.swapping),
         "running": sum(each.open for each in state.running.values()),
         "slots": [_slot(each) for each in state.slots],
-        "placement": sorted(state.placement.tables) if state.placement is not None else [],
+        "tables": sorted(state.watched.tables) if state.watched is not None else [],
         "choice": _choice(state.choice),
         "choice here": here,
         "idle": None if state.residency is None else state.residency.names(False),

@@ -20,7 +20,7 @@ from peftcore.forward.state.own_losses import share_of_step
 from peftcore.layers.fsdp import is_sharded
 from peftcore.libraries.save_pretrained import saving_base
 from peftcore.trainers.callback import PeftcoreCallback
-from peftcore.trainers.checkpoints import STATE, check_records, save_adapters, within
+from peftcore.trainers.trainer_checkpoints import STATE, check_records, save_adapters, within
 
 
 class PeftcoreTrainer(transformers.Trainer):

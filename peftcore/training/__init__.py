@@ -3,14 +3,15 @@
 It may import `surgery` and the layers below; the fleet, the Trainer, its callback and `PerExample`, which are in layers
 above, are imported on demand. In the order of reading:
 
-- `batches`: the user's data for methods that look at data before training.
+- `calibration`: lets a method look at the user's data before training.
 - `optimizer`: a torch optimizer with a method's rules.
 """
 
 from typing import TYPE_CHECKING, Any
 
-from peftcore.training.batches import Batch, Batches, Labelled
-from peftcore.training.optimizer import GradientRule, MethodOptimizer
+from peftcore.contract.batches import Batch, Batches, Labelled
+from peftcore.contract.method import GradientRule
+from peftcore.training.optimizer import MethodOptimizer
 
 if TYPE_CHECKING:
     from peftcore.fleets.fleet import Fleet

@@ -6,8 +6,6 @@ It is the plain torch optimizer where that is enough; otherwise a `MethodOptimiz
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils._pytree import tree_map
 
+from peftcore.contract.method import GradientRule
 from peftcore.errors import TrainingError
 from peftcore.layers.fsdp import gathered, stand_ins_for, standing
 from peftcore.layers.pieces import cut_like, is_cut, whole
@@ -29,30 +28,6 @@ if TYPE_CHECKING:
 
 KEY = "peftcore"
 """The key in an optimizer's state dict under which a `MethodOptimizer` saves its own state."""
-
-
-class GradientRule(ABC):
-    """A method's rule that changes each gradient before the optimizer sees it, and the optimizer's update.
-
-    Attributes:
-        state: the rule's state of each parameter: tensors and numbers, saved with the optimizer's own state.
-    """
-
-    def __init__(self) -> None:
-        self.state: defaultdict[Tensor, dict[str, Any]] = defaultdict(dict)
-
-    @abstractmethod
-    def project(self, grad: Tensor, param: nn.Parameter) -> Tensor:
-        """Returns the gradient for the optimizer; `grad` itself leaves the parameter to the optimizer as it is."""
-
-    def restore(self, update: Tensor, param: nn.Parameter) -> Tensor:
-        """Returns the change to add to the parameter, for an `update` in the shape that `project` gave.
-
-        Where a rule defines this, the optimizer works on zeros in the projected shape, so its state has that shape too.
-        Weight decay is then applied to the parameter afterwards, decoupled from the gradient; optimizers that scale
-        updates by the size of the parameter (Adafactor, LARS) see zeros.
-        """
-        return update
 
 
 class MethodOptimizer(Optimizer):

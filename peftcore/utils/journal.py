@@ -4,9 +4,9 @@
         journal.put(module, "_parameters", "weight", new)
         journal.drop(module, "_buffers", "codes")
 
-If the block raises, also by Ctrl-C, all writes are undone; with `temporary`, at each end of the block. A journal can
-also be kept and undone later; entries that other code has added to the same tables in between stay. It holds only
-modules and values, so it can be copied and pickled with the model.
+If the block raises, also by Ctrl-C, all writes are undone; with `temporary`, in any case. A journal can also be kept
+and undone later; entries that other code has added to the same tables in between stay. It holds only modules and
+values, so it can be copied and pickled with the model.
 """
 
 from __future__ import annotations
@@ -121,11 +121,7 @@ class Call(Entry):
 
 
 class Journal:
-    """The writes of one change. As a context manager, it undoes them if the block raises.
-
-    Args:
-        temporary: whether it undoes them at each end of the block.
-    """
+    """The writes of one change. As a context manager, it undoes them if the block raises; with `temporary`, always."""
 
     def __init__(self, temporary: bool = False) -> None:
         self.temporary = temporary

@@ -131,6 +131,12 @@ def test_an_update_of_few_columns_without_factors_is_exact(tmp_path: Path) -> No
     assert done.how == "as a LoRA" and done.rank == 2
 
 
+def test_an_adapter_that_changes_nothing_yet_is_a_lora_of_rank_one(tmp_path: Path) -> None:
+    model = llama()
+    done = export(peftcore.apply(model, "ia3"), tmp_path / "a", reader_named("vllm"))
+    assert done.how == "as a LoRA" and done.rank == 1 and close(as_peft(tmp_path / "a"), logits(model))
+
+
 def test_added_rows_are_refused(tmp_path: Path) -> None:
     model = llama()
     model.config._name_or_path = ""

@@ -109,8 +109,9 @@ def test_factors_side_by_side_are_the_sum_and_svd_knows_its_error(
     assert joined[0].shape == (*lead, 6, 6, *kernel) and close(algebra.product(joined), total)
     assert float(algebra.product(algebra.cat([every[0], every[0]], [0.7, -0.7])).abs().max()) < 1e-12
     for rank in (1, 3, 5, 8):
-        near, error = algebra.svd(total, rank, len(lead))
-        assert near[0].shape == (*lead, rank, 6, *kernel) and near[1].shape == (*lead, 5, rank)
+        near, error = algebra.nearest(total, rank, len(lead))
+        kept = min(rank, 5)
+        assert near[0].shape == (*lead, kept, 6, *kernel) and near[1].shape == (*lead, 5, kept)
         assert abs(float((algebra.product(near) - total).norm() / total.norm()) - error) < 1e-9
         assert (error < 1e-12) == (rank >= 5)
 
@@ -119,14 +120,13 @@ def test_factors_side_by_side_are_the_sum_and_svd_knows_its_error(
 @pytest.mark.parametrize("side", [6, 300])
 def test_columns_that_are_rounding_alone_are_cut_and_no_others(dtype: torch.dtype, side: int) -> None:
     delta = torch.stack([(drawn(side, rank) @ drawn(rank, side, seed=3)).to(dtype) for rank in (2, 3)])
-    factors, _ = algebra.svd(delta, 6, 1)
-    cut = algebra.trimmed(factors)
-    assert factors[1].shape[-1] == 6 and cut[0].shape == (2, 3, side) and cut[1].shape == (2, side, 3)
+    cut, _ = algebra.nearest(delta, 6, 1)
+    assert cut[0].shape == (2, 3, side) and cut[1].shape == (2, side, 3)
     lost = torch.linalg.vector_norm(algebra.product(cut) - delta) / torch.linalg.vector_norm(delta)
     assert float(lost) < 20 * torch.finfo(dtype).eps
     small = torch.diag(torch.tensor([1.0, 100 * torch.finfo(dtype).eps], dtype=dtype))
-    assert algebra.trimmed(algebra.svd(small, 2)[0])[1].shape[-1] == 2
-    nothing = algebra.trimmed(algebra.svd(torch.zeros_like(delta), 2, 1)[0])
+    assert algebra.nearest(small, 2)[0][1].shape[-1] == 2
+    nothing = algebra.nearest(torch.zeros_like(delta), 2, 1)[0]
     assert nothing[0].shape == (2, 0, side) and nothing[1].shape == (2, side, 0)
 
 
@@ -135,13 +135,13 @@ def test_the_nearest_in_outputs_is_the_nearest_of_the_whitened_matrix() -> None:
     root = torch.linalg.cholesky(x.T @ x / len(x))  # another root of the moment than the one of its eigenvectors
     U, S, V = torch.linalg.svd(delta @ root, full_matrices=False)
     expected = U[:, :3] * S[:3] @ V[:3] @ torch.linalg.inv(root)
-    factors, error = algebra.weighted_svd(delta, 3, x.T @ x / len(x))
+    factors, error = algebra.nearest(delta, 3, moment=x.T @ x / len(x))
     near = algebra.product(factors)
     assert close(near, expected)
     assert error == pytest.approx(float((x @ (delta - near).T).norm() / (x @ delta.T).norm()))
-    plain, plain_error = algebra.svd(delta, 3)
-    same, same_error = algebra.weighted_svd(delta, 3, torch.eye(7, dtype=F64))
+    plain, plain_error = algebra.nearest(delta, 3)
+    same, same_error = algebra.nearest(delta, 3, moment=torch.eye(7, dtype=F64))
     assert close(algebra.product(same), algebra.product(plain)) and same_error == pytest.approx(plain_error)
     dead = torch.zeros(7, 7, dtype=F64)
     dead[0, 0] = 1.0  # inputs along one direction alone: one column is enough, and nothing is inverted
-    assert algebra.weighted_svd(delta, 1, dead)[1] < 1e-12
+    assert algebra.nearest(delta, 1, moment=dead)[1] < 1e-12

@@ -4,7 +4,7 @@ import itertools
 import random
 import re
 
-from peftcore.cli.looking.folding import fold, spans
+from peftcore.cli.inspection.folded_paths import fold, spans
 
 
 def test_layers_fold() -> None:

@@ -18,13 +18,13 @@ import peftcore
 from peftcore.author import hookimpl
 from peftcore.cli.commands import app as command_line
 from peftcore.contract import hookspecs
+from peftcore.contract.hookspecs import ForcedAttributes
 from peftcore.files.formats.format import formats
 from peftcore.files.formats.peft_method import peft_methods, peft_variants
 from peftcore.injection.quantization import schemes
 from peftcore.registry.plugins import registry
-from peftcore.surgery.forced_attributes import ForcedAttributes
-from peftcore_lab.tasks.catalogue import find as find_task
-from peftcore_lab.tasks.catalogue import places as tasks
+from peftcore_lab.tasks.task_catalogue import find as find_task
+from peftcore_lab.tasks.task_catalogue import places as tasks
 
 HOOKS = [name for name in vars(hookspecs) if name.startswith("peftcore_")]
 FIRSTRESULT = [

@@ -9,7 +9,7 @@ from benchmarks import page
 from benchmarks.page import plain
 from benchmarks.rows import Row
 from benchmarks.timing import Estimate
-from peftcore.cli.looking import listing
+from peftcore.cli.inspection import methods_table
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -68,7 +68,7 @@ def test_figures_of_a_busy_machine_are_called_so() -> None:
 
 def test_methods_are_counted_by_what_they_do() -> None:
     """As `peftcore methods` counts them, and the table of what other programs read."""
-    told = re.findall(r"\d+", listing.tally(listing.records(peftcore.methods(), False)))
+    told = re.findall(r"\d+", methods_table.tally(methods_table.records(peftcore.methods(), False)))
     assert len(peftcore.methods()) == int(told[0])
     methods, trains, combines, quantized, merges, rows, _, checked = told
     assert SCREEN.startswith(f"# peftcore\n\n{methods} methods of parameter-efficient fine-tuning")

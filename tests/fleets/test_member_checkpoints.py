@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR, Re
 
 import peftcore
 from peftcore.errors import CheckpointError, TrainingError
-from peftcore.fleets import checkpoints
+from peftcore.fleets import adapter_checkpoints
 from peftcore.training import Fleet, Member
 
 
@@ -58,8 +58,8 @@ def test_two_members_have_two_folders(tmp_path: Path, other: str) -> None:
     assert [*fleet.members] == ["a"]
     begun(place / "b", "b", fleet)
     fleet.run()
-    assert checkpoints.newest(place) == place / "step-00000004" == fleet.members["a"].folder / "step-00000004"  # type: ignore[operator]
-    assert checkpoints.newest(place / "b") is not None
+    assert adapter_checkpoints.newest(place) == place / "step-00000004" == fleet.members["a"].folder / "step-00000004"  # type: ignore[operator]
+    assert adapter_checkpoints.newest(place / "b") is not None
 
 
 def test_two_fleets_have_two_folders(tmp_path: Path) -> None:
@@ -71,15 +71,15 @@ def test_two_fleets_have_two_folders(tmp_path: Path) -> None:
     one.step()
     with pytest.raises(TrainingError, match="another one that goes on"):
         one.step()
-    assert one.members["a"].step == 2 and checkpoints.newest(tmp_path) is None  # nothing of it is lost
+    assert one.members["a"].step == 2 and adapter_checkpoints.newest(tmp_path) is None  # nothing of it is lost
     assert one.members["a"].save(tmp_path / "elsewhere").exists()
     two.run()
-    held = checkpoints.newest(tmp_path)
+    held = adapter_checkpoints.newest(tmp_path)
     with pytest.raises(TrainingError, match="name another folder"):
         one.members["a"].save()
     with pytest.raises(TrainingError, match="name another folder"):
         begun(tmp_path / "free").members["a"].save(tmp_path)
-    assert checkpoints.newest(tmp_path) == held
+    assert adapter_checkpoints.newest(tmp_path) == held
 
 
 def test_saving_again_at_one_step_writes_what_there_is_now(tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_a_member_that_had_ended_goes_on_for_more_steps(tmp_path: Path, schedule
     again.run()
     injection, losses = loop(7, schedule=schedule)
     expect_same(again.members["a"], injection, losses, SGD)
-    assert checkpoints.newest(tmp_path) == tmp_path / "step-00000007"
+    assert adapter_checkpoints.newest(tmp_path) == tmp_path / "step-00000007"
     fewer = begun(tmp_path, steps=5, schedule=schedule, resume=True)
     assert fewer.members["a"].ended == "all steps are taken" and fewer.step() == []
 
@@ -122,7 +122,7 @@ def test_a_member_whose_loss_was_no_number_goes_on_with_the_batch_that_failed(tm
 
     fleet = begun(tmp_path, loss=loss)
     fleet.run()
-    assert fleet.members["a"].failed and checkpoints.newest(tmp_path) == tmp_path / "step-00000002"
+    assert fleet.members["a"].failed and adapter_checkpoints.newest(tmp_path) == tmp_path / "step-00000002"
     again = begun(tmp_path, resume=True)
     assert not again.members["a"].failed
     again.run()
@@ -131,7 +131,7 @@ def test_a_member_whose_loss_was_no_number_goes_on_with_the_batch_that_failed(tm
 
 def test_a_member_of_one_epoch_is_saved_at_its_end_and_goes_on(tmp_path: Path) -> None:
     begun(tmp_path, steps=None).run()
-    assert checkpoints.newest(tmp_path) == tmp_path / "step-00000003"
+    assert adapter_checkpoints.newest(tmp_path) == tmp_path / "step-00000003"
     same = begun(tmp_path, steps=None, resume=True)
     same.run()
     assert (same.members["a"].step, same.members["a"].ended) == (3, "its epoch is over")
@@ -198,11 +198,11 @@ def changed_base() -> nn.Module:
 )
 def test_another_training_is_refused_and_what_differs_is_named(tmp_path: Path, how: dict[str, Any], words: str) -> None:
     begun(tmp_path).run()
-    owner = (tmp_path / checkpoints.OWNER).read_bytes()
+    owner = (tmp_path / adapter_checkpoints.OWNER).read_bytes()
     fleet = Fleet(changed_base() if how.pop("base", False) else llama())
     with pytest.raises(CheckpointError, match=rf"{words}.*trainable=True"):
         begun(tmp_path, "a", fleet, steps=8, resume=True, **how)
-    assert not fleet.members and (tmp_path / checkpoints.OWNER).read_bytes() == owner
+    assert not fleet.members and (tmp_path / adapter_checkpoints.OWNER).read_bytes() == owner
     begun(tmp_path, steps=8, resume=True).run()  # it is still there
 
 
@@ -215,7 +215,7 @@ def test_a_method_with_a_schedule_over_all_steps_does_not_get_longer(tmp_path: P
 def test_a_checkpoint_of_an_older_version_is_refused_with_a_way_on(tmp_path: Path) -> None:
     begun(tmp_path).run()
     (place,) = tmp_path.glob("step-*")
-    text = (place / checkpoints.STATE).read_text(encoding="utf-8")
-    (place / checkpoints.STATE).write_text(text.replace('["version", 2]', '["version", 1]'), encoding="utf-8")
+    text = (place / adapter_checkpoints.STATE).read_text(encoding="utf-8")
+    (place / adapter_checkpoints.STATE).write_text(text.replace('["version", 2]', '["version", 1]'), encoding="utf-8")
     with pytest.raises(CheckpointError, match=r"peftcore\.load\(model, .*step-00000004"):
         begun(tmp_path, resume=True)

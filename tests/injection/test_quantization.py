@@ -12,7 +12,7 @@ from torch import nn
 import peftcore
 from peftcore.errors import QuantizationError, TargetError, UnsupportedSite
 from peftcore.injection.quantization import dequantize, quantize, round_trip, scheme, scheme_key, schemes
-from peftcore.layers.computed import computation
+from peftcore.layers.computed_tensors import computation
 
 X = torch.linspace(-1, 1, 12).view(3, 4)
 

@@ -26,8 +26,8 @@ from peftcore.author import (
     low_rank,
 )
 from peftcore.forward.context.context import repeating
+from peftcore.forward.sequence.sequence_order import Order
 from peftcore.registry.plugins import registry
-from peftcore.targets.sequence_order import Order
 from peftcore.testing import Case
 from peftcore.testing.probes import ByKeyword
 

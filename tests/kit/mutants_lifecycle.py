@@ -24,8 +24,8 @@ from peftcore.forward.state.slot import slot_of
 from peftcore.injection.injection import Summary
 from peftcore.layers.kinds import Linear
 from peftcore.surgery import surgeon as surgeons
-from peftcore.surgery.placement import Placement
 from peftcore.surgery.surgeon import Surgeon
+from peftcore.surgery.watched_sites import WatchedSites
 from peftcore.testing import Case
 
 
@@ -202,7 +202,7 @@ class MissesNothing(Case):
     """Operators do not look for their modules, so the model is broken instead."""
 
     def quiet(self, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
-        with mock.patch.object(Placement, "check", lambda *_: None):
+        with mock.patch.object(WatchedSites, "check", lambda *_: None):
             return super().quiet(model, inputs)
 
 

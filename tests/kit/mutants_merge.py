@@ -19,8 +19,8 @@ from peftcore.forward.choice.merged_choice import check_merge
 from peftcore.forward.state.host_state import HostState
 from peftcore.forward.state.recorder import Recorder
 from peftcore.injection import merging
+from peftcore.injection.merge_writes import Replaced
 from peftcore.injection.originals import Keep
-from peftcore.injection.written import Replaced
 from peftcore.utils.journal import Journal
 
 

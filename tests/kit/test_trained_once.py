@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from peftcore.testing import tasks
+from peftcore.testing import learning_tasks
 from peftcore.testing.trained_once import CACHE, folder, trained_once
 
 LIKE = {"weight": torch.zeros(2, 3), "count": torch.zeros((), dtype=torch.int64)}
@@ -145,7 +145,7 @@ def test_a_host_of_a_task_from_the_cache_is_the_one_that_was_trained(cache: Path
     def make() -> nn.Module:
         return nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 1))
 
-    first, second = (tasks._learned("small", make, loss, 1e-2) for _ in range(2))
+    first, second = (learning_tasks._learned("small", make, loss, 1e-2) for _ in range(2))
     assert steps == list(range(400)), "the second was trained too"
     assert first.state_dict().keys() == second.state_dict().keys()
     for name, value in first.state_dict().items():
@@ -163,13 +163,15 @@ def test_scores_of_full_fine_tuning_are_kept(cache: Path) -> None:
         trained.append(nn.Linear(3, 1))
         return trained[-1]
 
-    def loss(model: nn.Module, batch: tasks.Batch) -> Tensor:
+    def loss(model: nn.Module, batch: learning_tasks.Batch) -> Tensor:
         value: Tensor = model(batch["x"]).square().mean()
         return value
 
-    task = tasks.Task("small", pretrained, lambda i: {"x": torch.ones(2, 3)}, loss, lambda m, b: -loss(m, b).item())
-    first = tasks.full_fine_tuning.__wrapped__(task)
+    task = learning_tasks.LearningTask(
+        "small", pretrained, lambda i: {"x": torch.ones(2, 3)}, loss, lambda m, b: -loss(m, b).item()
+    )
+    first = learning_tasks.full_fine_tuning.__wrapped__(task)
     assert len(trained) == 3 and first > task.scored(pretrained())
     before = len(trained)
-    assert tasks.full_fine_tuning.__wrapped__(task) == first
+    assert learning_tasks.full_fine_tuning.__wrapped__(task) == first
     assert len(trained) == before

@@ -11,10 +11,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from peftcore.author import hookimpl
+from peftcore.contract.hookspecs import ForcedAttributes
 from peftcore.injection.quantization import Scheme
 from peftcore.injection.quantized_layer import QuantizedLayer, quantized_layer_of
 from peftcore.layers.layer import Layer
-from peftcore.surgery.forced_attributes import ForcedAttributes
 
 PEFTCORE_API = 2
 

@@ -10,7 +10,7 @@ import pytest
 from packaging.version import Version
 
 import peftcore
-from peftcore.cli.looking import listing
+from peftcore.cli.inspection import methods_table
 
 ROOT = Path(__file__).parents[2]
 SCREEN = 45
@@ -61,7 +61,7 @@ def test_the_first_release_fits_on_a_screen() -> None:
 
 @pytest.mark.skipif("0.1.0 - unreleased" not in SECTIONS, reason="the counts of a release are those of its day")
 def test_methods_are_counted_as_the_command_line_counts_them() -> None:
-    told = re.findall(r"\d+", listing.tally(listing.records(peftcore.methods(), False)))
+    told = re.findall(r"\d+", methods_table.tally(methods_table.records(peftcore.methods(), False)))
     section = SECTIONS["0.1.0 - unreleased"]
     methods, trains, combines, quantized, *_, checked = told
     assert f"{methods} in {len({info.plugin for info in peftcore.methods()} & plugins())} plugins:" in section

@@ -25,10 +25,6 @@ METHOD_FILES = sorted(file for plugin in OF_METHODS for file in plugin.glob("pef
 METHOD_FILES += sorted(file for folders in FOLDERS.values() for folder in folders for file in folder.glob("*.py"))
 
 
-ALONE = {"diffusion": 7, "hybrid": 3, "quantized": 1, "reparameterized": 6}
-"""Private modules of a plugin with one user. The numbers only fall."""
-
-
 def relative(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
@@ -70,7 +66,7 @@ def test_private_modules_serve_several_methods(plugin: Path) -> None:
         if path.stem != "_presets"
         and sum(re.search(rf"\b{package.name}\.{path.stem}\b", text) is not None for text in texts.values()) < 2
     ]
-    assert len(lonely) == ALONE.get(plugin.name, 0), f"put them back into the files of their methods: {lonely}"
+    assert not lonely, f"put them back into the files of their methods: {lonely}"
 
 
 @pytest.mark.parametrize("plugin", OF_METHODS, ids=relative)

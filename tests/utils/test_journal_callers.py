@@ -128,7 +128,7 @@ def look(model: nn.Module) -> dict[str, Any]:
     methods = {
         path: [value for value in vars(module).values() if callable(value)] for path, module in model.named_modules()
     }
-    silent = state.silent_layers
+    watched = state.watched
     return snapshot(model) | {
         "parameters": [(name, id(value), value.requires_grad) for name, value in model.named_parameters()],
         "tables": tables,
@@ -141,9 +141,9 @@ def look(model: nn.Module) -> dict[str, Any]:
         "frozen": [id(each) for each in state.frozen],
         "reads_tokens": state.reads_tokens,
         "choice": (state.choice.active, state.choice.route, state.choice.composition),
-        "tables of tokens": state.placement and list(state.placement.tables),
-        "watched": silent
-        and sorted({*silent.new, *(name for sites in silent.waiting[False].values() for name in sites)}),
+        "tables of tokens": watched and list(watched.tables),
+        "watched": watched
+        and sorted({*watched.new, *(name for sites in watched.waiting[False].values() for name in sites)}),
         "slots": [(path, slot, list(slot.mounts), slot.forced_attributes) for path, slot in slots.items()],
         "order": sorted(map(id, state.slots)) == sorted(map(id, slots.values())) and list(state.slots),
         "output": output,

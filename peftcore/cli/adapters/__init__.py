@@ -3,8 +3,8 @@
 It may import the core, `peftcore.models` and `peftcore.cli.app`. In the order of reading:
 
 - `jobs`: the work of the commands.
-- `hosts`: the model that an adapter is for.
+- `adapter_hosts`: the model that an adapter is for.
 - `output`: the files that a command writes, whole or not at all.
 - `results`: the results of the jobs.
-- `tables`: the results as tables and JSON.
+- `adapter_tables`: the results as tables and JSON.
 """

@@ -12,7 +12,7 @@ import typer
 from peftcore.cli.app import Json, app
 from peftcore.cli.commands._adapter_options import Adapter, Component, ModelClass, Overwrite, at_work, output_of
 from peftcore.errors import BadInput
-from peftcore.models.naming import MODEL, Use, find
+from peftcore.models.model_names import MODEL, Use, find
 
 
 class Into(StrEnum):
@@ -32,14 +32,14 @@ def inspect(adapter: Adapter, json: Json = False) -> None:
     with at_work():
         from rich.console import Console
 
-        from peftcore.cli.adapters import tables
+        from peftcore.cli.adapters import adapter_tables
         from peftcore.files.save_load import describe
 
         about = describe(adapter)
         if json:
-            print(tables.as_json(tables.description_data(about)))
+            print(adapter_tables.as_json(adapter_tables.description_data(about)))
         else:
-            tables.show_description(about, Console())
+            adapter_tables.show_description(about, Console())
 
 
 @app.command()
@@ -69,17 +69,17 @@ def merge(
         output = output_of(out, overwrite, [*named.local(), *map(Path, adapters)])
         from rich.console import Console
 
-        from peftcore.cli.adapters import jobs, tables
-        from peftcore.cli.adapters.hosts import Wanted
+        from peftcore.cli.adapters import adapter_tables, jobs
+        from peftcore.cli.adapters.adapter_hosts import ModelOptions
 
-        wanted = Wanted(named, component, model_class)
+        wanted = ModelOptions(named, component, model_class)
         read = [jobs.read(each) for each in adapters]
         with display() as line:
             merged = jobs.merge(wanted, read, output, shares, into.value, max_error, line)
         if json:
-            print(tables.as_json(tables.merged_data(model, out, merged)))
+            print(adapter_tables.as_json(adapter_tables.merged_data(model, out, merged)))
         else:
-            tables.show_merged(out, merged, Console())
+            adapter_tables.show_merged(out, merged, Console())
 
 
 @app.command()
@@ -102,19 +102,19 @@ def convert(
     with at_work() as display:
         from rich.console import Console
 
-        from peftcore.cli.adapters import jobs, tables
-        from peftcore.cli.adapters.hosts import Wanted, base_of
+        from peftcore.cli.adapters import adapter_tables, jobs
+        from peftcore.cli.adapters.adapter_hosts import ModelOptions, base_of
 
         format = _format(to)
         read = jobs.read(adapter)
-        wanted = Wanted(base_of(read) if model is None else find(model), component, model_class)
+        wanted = ModelOptions(base_of(read) if model is None else find(model), component, model_class)
         output = output_of(out, overwrite, [*wanted.model.local(), Path(adapter)])
         with display() as line:
             done = jobs.convert(wanted, read, format, output, line)
         if json:
-            print(tables.as_json(tables.converted_data(done)))
+            print(adapter_tables.as_json(adapter_tables.converted_data(done)))
         else:
-            tables.show_converted(done, Console())
+            adapter_tables.show_converted(done, Console())
 
 
 @app.command()
@@ -140,17 +140,17 @@ def export_lora(
         output = output_of(out, overwrite, [*named.local(), Path(adapter)])
         from rich.console import Console
 
-        from peftcore.cli.adapters import jobs, tables
-        from peftcore.cli.adapters.hosts import Wanted
+        from peftcore.cli.adapters import adapter_tables, jobs
+        from peftcore.cli.adapters.adapter_hosts import ModelOptions
 
         read = jobs.read(adapter)
         with display() as line:
-            injection = jobs.load_whole(Wanted(named, component, model_class), read, line)
+            injection = jobs.load_whole(ModelOptions(named, component, model_class), read, line)
         done = jobs.export_lora(injection, read, rank, to, output, max_error)  # which has a bar of its own
         if json:
-            print(tables.as_json(tables.exported_data(done)))
+            print(adapter_tables.as_json(adapter_tables.exported_data(done)))
         else:
-            tables.show_exported(done, Console())
+            adapter_tables.show_exported(done, Console())
 
 
 def _format(name: str) -> str:

@@ -8,7 +8,7 @@ import typer
 
 from peftcore.cli.app import Json, answered, app, settings
 from peftcore.cli.commands._method_options import WithMethodOptions, for_methods
-from peftcore.models.naming import MODEL
+from peftcore.models.model_names import MODEL
 
 Model = Annotated[str, typer.Argument(help=MODEL)]
 Options = Annotated[list[str] | None, typer.Option("--option", metavar="NAME=VALUE", help="An option of the method.")]
@@ -52,12 +52,12 @@ def plan(
         [flags] = for_methods(context, [{"name": method}])
         options = {**settings(option, "--option", "rank=16"), **flags}
         from peftcore.cli import pages
-        from peftcore.cli.looking import costs_page
+        from peftcore.cli.inspection import costs_page
         from peftcore.models.costs import costs
+        from peftcore.models.dry_run import RequestedMethod
         from peftcore.models.example_inputs import Size
-        from peftcore.models.recorded import Wanted
 
-        wanted = Wanted(method, options, target, exclude, train or ())
+        wanted = RequestedMethod(method, options, target, exclude, train or ())
         found = costs(
             model,
             wanted,
@@ -89,10 +89,10 @@ def tree(
     with answered():
         options = settings(option, "--option", "rank=16")
         from peftcore.cli import pages
-        from peftcore.cli.looking import host_tree
-        from peftcore.models.recorded import Wanted
+        from peftcore.cli.inspection import host_tree
+        from peftcore.models.dry_run import RequestedMethod
 
-        found = host_tree.shown(model, [Wanted(method, options, target, exclude) for method in methods or ()])
+        found = host_tree.shown(model, [RequestedMethod(method, options, target, exclude) for method in methods or ()])
         if json:
             print(pages.as_json(found.as_dict()))
         else:

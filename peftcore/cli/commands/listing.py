@@ -24,17 +24,17 @@ def methods(
         from rich.console import Console
 
         import peftcore
-        from peftcore.cli.looking import listing
+        from peftcore.cli.inspection import methods_table
         from peftcore.contract.method import CATEGORIES
 
         if category is not None and category not in CATEGORIES:
             raise BadInput(f"no category {category!r}; there are: {', '.join(CATEGORIES)}")
-        found = listing.records(peftcore.methods(category, presets=True), sizes)
+        found = methods_table.records(peftcore.methods(category, presets=True), sizes)
         if json:
-            print(listing.as_json(found))
+            print(methods_table.as_json(found))
         else:
-            Console().print(listing.as_table(found, sizes))
-            Console().print(listing.tally(found))
+            Console().print(methods_table.as_table(found, sizes))
+            Console().print(methods_table.tally(found))
 
 
 @app.command()
@@ -45,9 +45,9 @@ def show(
     """Describe a method: equation, paper, options, abilities, and trainable parameters in known models."""
     with answered():
         from peftcore.cli import pages
-        from peftcore.cli.looking.show import Shown
+        from peftcore.cli.inspection.show import MethodDescription
 
-        found = Shown.of(method)
+        found = MethodDescription.of(method)
         if json:
             print(pages.as_json(found.as_dict()))
         else:
@@ -82,7 +82,7 @@ def doctor(json: Json = False) -> None:
     """
     with answered():
         from peftcore.cli import pages
-        from peftcore.cli.looking.doctor import examine, page
+        from peftcore.cli.inspection.doctor import examine, page
 
         found = examine()
         if json:

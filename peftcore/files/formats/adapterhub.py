@@ -21,9 +21,9 @@ from peftcore.errors import CheckpointError, HostMismatch, shown
 from peftcore.files.envelope import SavedSite
 from peftcore.files.formats.composing import composed, with_overrides
 from peftcore.files.formats.description import Description, trouble, unique
+from peftcore.files.formats.file_options import Keys
+from peftcore.files.formats.file_tensors import Found
 from peftcore.files.formats.format import Content, Format
-from peftcore.files.formats.found import Found
-from peftcore.files.formats.keys import Keys
 from peftcore.files.formats.rebasing import find_move
 from peftcore.files.safe_io import TensorFile, read_json
 from peftcore.injection.request import host_map

@@ -17,8 +17,8 @@ import torch
 from torch import Size, Tensor
 
 from peftcore.errors import CheckpointError, ExportError
-from peftcore.files.formats.found import Found
-from peftcore.files.formats.places import Place
+from peftcore.files.formats.file_tensors import Found
+from peftcore.files.formats.translated_operators import Place
 from peftcore.registry.plugins import imported, named_places
 
 ALPHA = "alpha"

@@ -20,12 +20,12 @@ from peftcore.files.added_rows import AddedRows
 from peftcore.files.envelope import Envelope
 from peftcore.files.formats.composing import composed, literally
 from peftcore.files.formats.description import Description, trouble, unique
+from peftcore.files.formats.file_options import OFF, Keys
+from peftcore.files.formats.file_tensors import Found
 from peftcore.files.formats.format import Content, Files, Format, Placed, Tensors, held_by
-from peftcore.files.formats.found import Found
-from peftcore.files.formats.keys import OFF, Keys
 from peftcore.files.formats.named_folders import named_folder, of_part
 from peftcore.files.formats.peft_method import PeftMethod, peft_method
-from peftcore.files.formats.peft_names import (
+from peftcore.files.formats.peft_module_names import (
     Group,
     bare_names,
     check_targets,
@@ -37,7 +37,7 @@ from peftcore.files.formats.peft_names import (
 )
 from peftcore.files.formats.peft_tying import kept_tied, one_update_for_several, untied_modules
 from peftcore.files.formats.peft_writing import text_of, with_class, written, written_parts
-from peftcore.files.formats.places import Place, places_of
+from peftcore.files.formats.translated_operators import Place, places_of
 from peftcore.files.safe_io import TensorFile, read_json
 from peftcore.injection.injection import Injection
 from peftcore.registry.plugins import layer_of
@@ -181,7 +181,7 @@ def _class_of(keys: Keys) -> str:
 
 
 @dataclass
-class Part:
+class PeftPart:
     """The part of a file that one of our methods reads; nearly always all of it."""
 
     method: PeftMethod
@@ -227,7 +227,7 @@ class PeftContent(Content):
             groups = kind.own(groups, model, lambda name: file.read([name])[name])
             self.repeated |= every - {full for group in groups for full in group.names.values()}
             check_targets(meant, parameters_meant(of, self.sorted, model), self.sorted, groups)
-            self.parts.append(Part(kind, of, groups))
+            self.parts.append(PeftPart(kind, of, groups))
         self.named = {name: Peft().open(each, model) for name, each in _named(method, keys).items()}
         for index, part in enumerate(self.parts):
             part.prefix = f"{index}/" if len(self.parts) > 1 else ""
@@ -269,7 +269,7 @@ class PeftContent(Content):
             raise CheckpointError(f"{content.where}: as a part ({name}) it cannot have what trains along: {beside[0]}")
         return held
 
-    def _options(self, part: Part) -> dict[str, Any]:
+    def _options(self, part: PeftPart) -> dict[str, Any]:
         """Returns options for most places, and overrides where a pattern has other ones."""
         method, keys, groups = part.method, part.keys, part.groups
         names = self.sorted.root or (groups[0].names if groups else {})

@@ -16,12 +16,12 @@ from torch import Size, Tensor, nn
 
 from peftcore.errors import CheckpointError, ExportError, shown
 from peftcore.files.envelope import SavedSite
-from peftcore.files.formats.found import Found
-from peftcore.files.formats.keys import Keys
+from peftcore.files.formats.file_options import Keys
+from peftcore.files.formats.file_tensors import Found
 from peftcore.files.formats.patterns import matching
 from peftcore.files.formats.peft_layers import is_one_of, not_added
-from peftcore.files.formats.peft_names import PREFIXES, Group, modules_meant
-from peftcore.files.formats.places import Place
+from peftcore.files.formats.peft_module_names import PREFIXES, Group, modules_meant
+from peftcore.files.formats.translated_operators import Place
 from peftcore.registry.plugins import imported, named_places
 
 

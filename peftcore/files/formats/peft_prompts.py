@@ -11,18 +11,17 @@ from torch import Size, nn
 
 from peftcore.errors import CheckpointError, ExportError, HostMismatch, TargetError, UnsupportedSite
 from peftcore.files.envelope import SavedSite
-from peftcore.files.formats.keys import Keys
+from peftcore.files.formats.file_options import Keys
 from peftcore.files.formats.peft_method import PeftMethod
-from peftcore.files.formats.peft_names import PREFIXES
-from peftcore.files.formats.places import Place
+from peftcore.files.formats.peft_module_names import PREFIXES
+from peftcore.files.formats.translated_operators import Place
+from peftcore.forward.attention.attention_calls import locate_attention
 from peftcore.injection.request import host_map
 from peftcore.layers.layer import plain_class
 from peftcore.registry.plugins import layer_of
-from peftcore.targets.attention_sites import locate as locate_attention
-from peftcore.targets.defaults import default_sites
+from peftcore.surgery.defaults import default_sites
 from peftcore.targets.resolver import Resolver
-from peftcore.targets.sequence import SequenceSite
-from peftcore.targets.sequence import locate as locate_stack
+from peftcore.targets.sequence_sites import SequenceSite, locate_stack
 from peftcore.targets.sites import Site
 
 ROWS = "prompt_embeddings"

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,57 +18,17 @@ from torch import Tensor, nn
 from peftcore.contract.operators import _Base
 from peftcore.errors import UnsupportedSite
 from peftcore.forward.context.context import forward_context
-from peftcore.forward.context.draws import draws_of
+from peftcore.forward.context.row_random_numbers import draws_of
 from peftcore.forward.rows.routing import OwnRows, own_rows, put_together, rows_seen, select_rows
-from peftcore.layers.layer import Layer, Slices, bias_name, take
+from peftcore.targets.attention_sites import AttentionSite, Geometry
 
 if TYPE_CHECKING:
     from peftcore.forward.attention.attention_calls import AttentionCalls
     from peftcore.forward.state.slot import Edits
     from peftcore.forward.tensors.mount import Mount
-    from peftcore.targets.attention_sites import AttentionSite
 
 Compute = Callable[[Tensor, Tensor, Tensor], Tensor]
 """``(query, key, value) -> output``, each ``[batch, heads, length, width]``."""
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """The sizes of one attention."""
-
-    heads: int
-    kv_heads: int
-    """Heads of keys and values: fewer than `heads` in grouped-query attention."""
-    head_dim: int
-    """Width of a query and of a key."""
-    value_dim: int
-    """Width of a value."""
-
-
-@dataclass(frozen=True)
-class Projection:
-    """The slices of one matrix by which an attention makes queries, keys or values."""
-
-    module: str
-    """Path, below the attention, of the module that holds the matrix; "" for the attention itself."""
-    tensor: str
-    layer: Layer
-    slices: Slices | None
-    in_features: int
-    out_features: int
-
-    def apply(self, attention: nn.Module, states: Tensor, base: bool = False) -> Tensor:
-        """Returns the projection of `states` ``[..., in]``, bias included, with the injections that are active now,
-        merged or not; with `base`, the projection of the bare base, for rows that use different injections."""
-        module = attention.get_submodule(self.module)
-        if self.layer.called and not base:
-            return take(module(states), self.slices, -1)
-        stored = self.layer.read(module, self.tensor)
-        assert stored is not None, "a projection has a matrix"
-        weight = take(self.layer.logical(stored), self.slices, 0)
-        bias = self.layer.read(module, bias_name(self.tensor))
-        bias = None if bias is None else take(bias, self.slices, 0)
-        return F.linear(states.to(weight.dtype), weight, bias)
 
 
 class AttentionOperator(_Base):
@@ -168,7 +127,7 @@ class HostAttention:
         routed: bool,
     ) -> None:
         self.module, self._function, self._causal, self.routed = module, function, causal, routed
-        self._keys, self._mask, self._options = key.shape[2], mask, options
+        self.keys, self._mask, self._options = key.shape[2], mask, options
         self.weights: Tensor | None = None
 
     @property
@@ -185,7 +144,7 @@ class HostAttention:
         return own
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        front = key.shape[2] - self._keys
+        front = key.shape[2] - self.keys
         options = dict(self._options)
         for name in _PER_KEY if front else ():
             if options.get(name) is not None:
@@ -201,22 +160,17 @@ class HostAttention:
         transposed: Tensor = output.transpose(1, 2)
         return transposed
 
-    @property
-    def keys(self) -> int:
-        """The number of keys that the attention received."""
-        return self._keys
-
     def among(self, start: int, stop: int, run: Callable[[], Tensor]) -> Tensor:
         """Returns the output of `run`, which calls this attention, while the attention is restricted to some tokens.
         Sets `weights` to None, since weights for all tokens do not exist."""
-        outer = self._keys, self._mask, self._options
+        outer = self.keys, self._mask, self._options
         cut = {name: _cut(self._options.get(name), start, stop) for name in _PER_KEY if name in self._options}
-        self._keys, self._mask = stop - start, _cut(self._mask, start, stop)
+        self.keys, self._mask = stop - start, _cut(self._mask, start, stop)
         self._options = {**self._options, **cut}
         try:
             return run()
         finally:
-            self._keys, self._mask, self._options = outer
+            self.keys, self._mask, self._options = outer
             self.weights = None
 
     def hiding(self, hidden: Tensor, dtype: torch.dtype, run: Callable[[], Tensor]) -> Tensor:
@@ -251,8 +205,8 @@ class HostAttention:
             return F.pad(mask, (front, 0), value=1.0 if mask.dtype == torch.bool else 0.0)
         if queries == 1 or not self._is_causal():
             return None
-        causal = query.new_zeros(queries, self._keys)
-        causal = causal.masked_fill(_later(queries, self._keys, query.device), torch.finfo(query.dtype).min)
+        causal = query.new_zeros(queries, self.keys)
+        causal = causal.masked_fill(_later(queries, self.keys, query.device), torch.finfo(query.dtype).min)
         return F.pad(causal, (front, 0))[None, None]
 
     def _is_causal(self) -> bool:
@@ -292,7 +246,7 @@ def run_edits(
     Raises:
         UnsupportedSite: the sizes of the tensors differ from those of the site.
     """
-    if edits.slot.state.silent_layers is not None:
+    if edits.slot.state.watches_runs:
         edits.slot.ran[host.module.training] = True
     first = edits.mounts[0].operator
     assert isinstance(first, AttentionOperator)

@@ -149,13 +149,16 @@ class Route:
 
     def own(self, positions: Positions, count: int, device: torch.device) -> Tensor | None:
         """Returns the indices ``[rows]`` int64, among `count` rows, of the rows of some positions, one position after
-        the other; None if these are all rows in their order.
+        the other; None if these are all rows in their order. In a route of single tokens, `count` may also be the rows
+        of the batch: then each token has the index of its row.
 
         Raises:
             RouteError: `count` is not a multiple of the rows.
         """
         if (positions, count, device) not in self._known:
-            rows = [*chain.from_iterable(self._lines(count)[each] for each in positions)]
+            tokens = self.tokens if self.tokens and count * self.tokens == len(self.index) else 1
+            lines = chain.from_iterable(self._lines(count * tokens)[each] for each in positions)
+            rows = [line // tokens for line in lines]
             self._know((positions, count, device), None if rows == [*range(count)] else rows, device)
         return self._known[positions, count, device]
 

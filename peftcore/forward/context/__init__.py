@@ -2,9 +2,9 @@
 
 In the order of reading:
 
-- `checkpoints`: which forward a checkpoint repeats inside backward.
-- `counted_draws`: random numbers that are functions of their seed, draw, row and place.
-- `draws`: random numbers of the adapters of a route.
+- `activation_checkpoints`: which forward a checkpoint repeats inside backward.
+- `counter_based_random`: random numbers that are functions of their seed, draw, row and place.
+- `row_random_numbers`: random numbers of the adapters of a route.
 - `repeats`: how a batch repeats the entries of a value that a call passes.
 - `tokens`: the tokens of one forward, and decisions kept about earlier tokens.
 - `context`: the context of one forward of the model, which backward may repeat.

@@ -23,18 +23,18 @@ import torch
 from torch import Tensor, nn
 
 from peftcore.errors import MissingContext, RouteError, SequenceError, TrainingError
-from peftcore.forward.context.checkpoints import reentrant, remember, remembered, running
-from peftcore.forward.context.draws import own_draws_aside
+from peftcore.forward.context.activation_checkpoints import reentrant, remember, remembered, running
 from peftcore.forward.context.repeats import Repeats, of_batch, told_repeats
+from peftcore.forward.context.row_random_numbers import own_draws_aside
 from peftcore.forward.context.tokens import OF_DECODER, Prompt, Tokens
 from peftcore.layers.kernels import transformed
-from peftcore.roles.stacks import arguments, caches_in, is_cache
+from peftcore.roles.stacks import arguments, bound, caches_in, is_cache
 from peftcore.utils.threads import this_thread
 
 if TYPE_CHECKING:
     from peftcore.forward.choice.active_adapters import Choice
-    from peftcore.forward.context.counted_draws import CountedDraws
-    from peftcore.forward.context.draws import Streams
+    from peftcore.forward.context.counter_based_random import CountedDraws
+    from peftcore.forward.context.row_random_numbers import Streams
     from peftcore.forward.context.taps import Tap
     from peftcore.forward.rows.routing import OwnRows
     from peftcore.forward.state.host_state import HostState
@@ -480,17 +480,6 @@ class ForwardContext:
 
 _COMPILED_ALONE = ForwardContext()
 """The context for parts of a host that are compiled and run by themselves."""
-
-
-def bound(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the arguments of a module's forward by name; the entries of ``**kwargs`` are merged with the named
-    arguments."""
-    signature = inspect.signature(module.forward)
-    arguments = dict(signature.bind_partial(*args, **kwargs).arguments)
-    for name, parameter in signature.parameters.items():
-        if parameter.kind is parameter.VAR_KEYWORD:
-            arguments.update(arguments.pop(name, {}))
-    return arguments
 
 
 def batch_sizes(inputs: Mapping[str, Any]) -> list[int]:

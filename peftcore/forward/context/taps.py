@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from peftcore.errors import TrainingError
-from peftcore.forward.context.checkpoints import reentrant
+from peftcore.forward.context.activation_checkpoints import reentrant
 from peftcore.forward.context.context import ForwardContext, forward_context, tensors_in
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from peftcore.contract.operators import Factors
 from peftcore.forward.choice.active_adapters import Route
-from peftcore.forward.rows.alike import stacked
+from peftcore.forward.rows.stacked_operators import stacked
 from peftcore.forward.tensors.mount import Mount
 from peftcore.layers.layer import put, take
 
@@ -49,14 +49,16 @@ def _of_rows(factors: Mapping[int, Factors], route: Route, count: int, like: Ten
     rank = max(len(A) for A, _, _ in factors.values())
     nothing = first.new_zeros(rank, first.shape[1]), second.new_zeros(len(second), rank), 0.0
     each = [_filled(factors[n], rank) if n in factors else nothing for n in range(len(route.names))] + [nothing]
-    index = route.rows(count, like.device)
     laid = not torch.compiler.is_compiling() and bool(route.positions)  # no graph may depend on the assignment of rows
     if laid:  # side by side at once, not one of each first and then by row
         times = count // len(route.positions)
         each = [each[n] for n in route.positions for _ in range(times)]
     As, Bs, scales = (list(part) for part in zip(*each, strict=True))
     A, B, scale = stacked(As).to(like.dtype), stacked(Bs).to(like.dtype), like.new_tensor(scales)
-    return (A, B, scale) if laid else (A[index], B[index], scale[index])
+    if laid:
+        return A, B, scale
+    index = route.rows(count, like.device)
+    return A[index], B[index], scale[index]
 
 
 def _filled(factors: Factors, rank: int) -> Factors:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map_only
 from peftcore.errors import RouteError
 from peftcore.forward.choice.active_adapters import Positions, Route
 from peftcore.forward.context.context import HERE, ForwardContext, forward_context, tensors_in
-from peftcore.forward.context.draws import draws_of, own_draws_aside
+from peftcore.forward.context.row_random_numbers import draws_of, own_draws_aside
 
 
 class OneForward:
@@ -91,32 +91,18 @@ class OwnRows:
 
     def __init__(self, route: Route, positions: Positions, count: int) -> None:
         self.route, self.positions, self.count = route, positions, count
-        self._rows = {len(route.index) // route.tokens} if route.tokens > 1 else set()
-        self._batch = {len(route.index), len(route.index) * route.copies, *self._rows}
+        self._batch = {len(route.index), len(route.index) * route.copies, len(route.index) // max(route.tokens, 1)}
         self._counts = {count, *self._batch}
-
-    def index(self, count: int, device: torch.device) -> Tensor | None:
-        """Returns the indices of the selected rows among `count` rows; None if these are all rows in their order."""
-        if count in self._rows:  # of a route of tokens: each token has what its row has
-            own = self.route.own(self.positions, len(self.route.index), device)
-            of_all = torch.arange(len(self.route.index), device=device) if own is None else own
-            return of_all // (len(self.route.index) // count)
-        return self.route.own(self.positions, count, device)
 
     def of(self, value: Any) -> Any:
         """Returns the selected rows of a tensor, or of the tensors in nested containers; other values unchanged."""
-        if isinstance(value, Tensor):
-            if not value.dim() or len(value) not in self._counts:
-                return value
-            index = self.index(len(value), value.device)
-            return value if index is None else value.index_select(0, index)
-        if type(value) is dict:
-            return {key: self.of(each) for key, each in value.items()}
-        if isinstance(value, Mapping):
-            return type(value)(**{key: self.of(each) for key, each in value.items()})
-        if type(value) in (list, tuple):
-            return type(value)(self.of(each) for each in value)
-        return value
+        return of_tensors(self._of, value)
+
+    def _of(self, tensor: Tensor) -> Tensor:
+        if not tensor.dim() or len(tensor) not in self._counts:
+            return tensor
+        index = self.route.own(self.positions, len(tensor), tensor.device)
+        return tensor if index is None else tensor.index_select(0, index)
 
     def of_tokens(self, value: Tensor) -> Tensor:
         """Returns the selected rows of a tensor ``[batch, tokens]``; with a route of single tokens, the selected tokens
@@ -130,22 +116,22 @@ class OwnRows:
         """Returns the selected entries of a value that a call passes to a method: of a tensor, or of a list with one
         entry for each row."""
         if isinstance(value, list | tuple) and len(value) in self._batch:
-            index = self.index(len(value), torch.device("cpu"))
+            index = self.route.own(self.positions, len(value), torch.device("cpu"))
             return [*value] if index is None else [value[n] for n in index.tolist()]
         return self.of(value)
 
     def spread(self, value: Any) -> Any:
         """Returns a value of the selected rows as a value of all rows, with zeros in the other rows."""
-        if isinstance(value, Tensor) and value.dim():
-            for count in sorted(self._counts):
-                own = self.index(count, value.device)
-                if own is None:
-                    return value
-                if len(own) == len(value):
-                    return value.new_zeros(count, *value.shape[1:]).index_copy(0, own, value)
-        if type(value) in (list, tuple):
-            return type(value)(self.spread(each) for each in value)
-        return value
+        return of_tensors(self._spread, value)
+
+    def _spread(self, tensor: Tensor) -> Tensor:
+        for count in sorted(self._counts) if tensor.dim() else ():
+            own = self.route.own(self.positions, count, tensor.device)
+            if own is None:
+                return tensor
+            if len(own) == len(tensor):
+                return tensor.new_zeros(count, *tensor.shape[1:]).index_copy(0, own, tensor)
+        return tensor
 
 
 class OfSomeRows:
@@ -156,26 +142,11 @@ class OfSomeRows:
         whole: the shared forward, of the bare base model.
         given: its arguments, by position and by name.
         pick: selects the rows in its arguments and outputs.
-        alone: whether these rows always run separately, because their adapter does not need the shared base forward.
     """
 
-    def __init__(
-        self, whole: OneForward, given: tuple[tuple[Any, ...], dict[str, Any]], pick: OwnRows, alone: bool = False
-    ) -> None:
-        self._whole, self._given, self._pick, self._alone = whole, given, pick, alone
-        args, kwargs = given
-        self.args = tuple(pick.of(each) for each in args)
-        self.kwargs = {name: pick.of(each) for name, each in kwargs.items()}
-
-    def changed(self, *args: Any, **kwargs: Any) -> Any:
-        """Returns the output for changed inputs of these rows.
-
-        Raises:
-            RouteError: the module has submodules, which would run more than once.
-        """
-        if not self._alone:
-            self._whole._check_changed()
-        return self._whole.run(*args, **kwargs)
+    def __init__(self, whole: OneForward, given: tuple[tuple[Any, ...], dict[str, Any]], pick: OwnRows) -> None:
+        self._whole, self._given, self._pick = whole, given, pick
+        self.given: tuple[tuple[Any, ...], dict[str, Any]] = pick.of(given)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Returns the output for these rows.
@@ -183,15 +154,15 @@ class OfSomeRows:
         Raises:
             RouteError: inputs were changed of a module with submodules, which would run more than once.
         """
-        if self._alone:
-            return self._whole.run(*args, **kwargs)
-        if _same((self.args, self.kwargs), args, kwargs):
-            whole, (args, kwargs) = self._whole, self._given
-            with all_rows():  # as `whole(*args, **kwargs)`, without its frame in tracebacks
-                due = whole._is_due(args, kwargs)
-                output = whole._kept(args, kwargs, whole.run(*args, **kwargs)) if due else whole._output
-                return self._pick.of(output)
-        return self.changed(*args, **kwargs)
+        whole = self._whole
+        if not _same(self.given, args, kwargs):
+            whole._check_changed()
+            return whole.run(*args, **kwargs)
+        args, kwargs = self._given
+        with own_rows(None):  # as `whole(*args, **kwargs)`, without its frame in tracebacks
+            due = whole._is_due(args, kwargs)
+            output = whole._kept(args, kwargs, whole.run(*args, **kwargs)) if due else whole._output
+            return self._pick.of(output)
 
 
 def _same(before: tuple[tuple[Any, ...], dict[str, Any]], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -228,11 +199,6 @@ def own_rows(rows: OwnRows | None, site: str | None = None) -> Iterator[None]:
             yield
     finally:
         context.rows = outer
-
-
-def all_rows() -> AbstractContextManager[None]:
-    """Returns the context manager in which modules see all rows again."""
-    return own_rows(None)
 
 
 def rows_seen(route: Route, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
@@ -309,24 +275,21 @@ def _as_it_is(output: Any) -> Any:
 def put_together(parts: Mapping[Any, Any], route: Route) -> Any:
     """Returns the outputs of a route's positions joined row by row into one output; containers may be nested. Values
     without rows are taken from the first output."""
-    first = next(iter(parts.values()))
-    if isinstance(first, Tensor):
+    sizes = [sum(route.sizes[each] for each in own) for own in parts]
+
+    def join(*tensors: Tensor) -> Tensor:
+        first = tensors[0]
         if not first.dim():
             return first
-        found = {divmod(len(part), sum(route.sizes[each] for each in own)) for own, part in parts.items()}
+        found = {divmod(len(part), size) for part, size in zip(tensors, sizes, strict=True)}
         times, rest = found.pop()
         if found or rest or not times:
             return first
         order = route.order(tuple(parts), len(route.positions) * times, first.device)
-        whole = torch.cat(list(parts.values())) if len(parts) > 1 else first
+        whole = torch.cat(tensors) if len(tensors) > 1 else first
         return whole if order is None else whole.index_select(0, order)
-    if isinstance(first, Mapping):
-        of_keys = {key: put_together({n: part[key] for n, part in parts.items()}, route) for key in first}
-        return type(first)(**of_keys)
-    if isinstance(first, list | tuple):
-        return type(first)(put_together(dict(zip(parts, each, strict=True)), route)
-                           for each in zip(*parts.values(), strict=True))  # fmt: skip
-    return first
+
+    return of_tensors(join, *parts.values())
 
 
 def select_rows(output: Any, other: Any, route: Route, position: int) -> Any:
@@ -336,7 +299,8 @@ def select_rows(output: Any, other: Any, route: Route, position: int) -> Any:
     Raises:
         RouteError: the number of rows of a tensor does not match the route.
     """
-    if isinstance(output, Tensor):
+
+    def select(output: Tensor, other: Tensor) -> Tensor:
         if output is other or not output.dim():
             return output
         if len(output) == 1 and len(other) == 1:  # shared by all rows: one for each from here on
@@ -344,9 +308,20 @@ def select_rows(output: Any, other: Any, route: Route, position: int) -> Any:
         else:
             chosen = route.rows(max(len(output), len(other)), output.device) == position
         return torch.where(chosen.view(-1, *[1] * (output.dim() - 1)), other, output)
-    if isinstance(output, Mapping):
-        changed = {key: select_rows(value, other[key], route, position) for key, value in output.items()}
-        return type(output)(**changed)
-    if isinstance(output, list | tuple):
-        return type(output)(select_rows(a, b, route, position) for a, b in zip(output, other, strict=True))
-    return output
+
+    return of_tensors(select, output, other)
+
+
+def of_tensors(function: Callable[..., Tensor], *values: Any) -> Any:
+    """Returns the output of a function of tensors; of containers with the same contents, such a container with the
+    output for the tensors at each place. Anything else is taken from the first value."""
+    first = values[0]
+    if isinstance(first, Tensor):
+        return function(*values)
+    if isinstance(first, Mapping):
+        of_keys = {key: of_tensors(function, *(each[key] for each in values)) for key in first}
+        return of_keys if type(first) is dict else type(first)(**of_keys)
+    if isinstance(first, list | tuple):
+        each = [of_tensors(function, *parts) for parts in zip(*values, strict=True)]
+        return type(first)(*each) if getattr(type(first), "_fields", None) else type(first)(each)
+    return first

@@ -25,9 +25,9 @@ from peftcore.forward.choice.residency import Residency
 from peftcore.forward.choice.scopes import Choices
 from peftcore.forward.choice.unused_parameters import check_all_act
 from peftcore.forward.context.context import ForwardContext, graph_task
-from peftcore.forward.state.adapter_modules import note_lacking
 from peftcore.forward.state.generate import GeneratesFromCache
 from peftcore.forward.state.recorder import Recorder, replayed
+from peftcore.layers.adapter_modules import note_lacking
 from peftcore.libraries.admission import Admitted
 from peftcore.libraries.instance_methods import give_methods_back, replace_methods
 from peftcore.libraries.save_pretrained import SavesBase
@@ -38,8 +38,7 @@ from peftcore.utils.threads import Token
 if TYPE_CHECKING:
     from peftcore.forward.state.slot import Slot
     from peftcore.injection.injection import Injection
-    from peftcore.surgery.placement import Placement
-    from peftcore.surgery.silent_layers import SilentLayers
+    from peftcore.surgery.watched_sites import WatchedSites
 
 _KEY = "_peftcore_state"
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
@@ -64,15 +63,15 @@ class HostState:
     """Slots of the grafted modules, in the order of grafting, which is their order in memory. Slots plan when the
     choice changes, so a compiler never traces the planning."""
 
-    placement: Placement | None = None
-    """Checks that adapted modules stay in the model."""
+    watched: WatchedSites | None = None
+    """Checks that adapted modules stay in the model and run."""
+
+    watches_runs: bool = True
+    """Whether it checks that they run; not from the time on when the host is compiled."""
 
     removals: int = 0
     """The number of removed injections: while it does not change, names refer to the same injections in the same
     order."""
-
-    silent_layers: SilentLayers | None = None
-    """Checks that adapted sites run, until the host is compiled."""
 
     reads_tokens: int = 0
     """The number of injections whose methods read the tokens of a forward."""

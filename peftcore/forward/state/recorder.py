@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcore.errors import AmbiguousBackward, RouteError
-from peftcore.forward.context.checkpoints import remembered
+from peftcore.forward.context.activation_checkpoints import remembered
 from peftcore.forward.context.context import (
     HERE,
     ForwardContext,
@@ -49,7 +49,7 @@ class Recorder:
         HERE.calls.append(call)  # before anything can raise: `leave` comes in any case
         if torch.compiler.is_compiling():
             call.choice = state.now()
-            state.silent_layers = None  # it cannot watch compiled code, where a checkpoint must not leave marks
+            state.watches_runs = False  # nothing cannot watch compiled code, where a checkpoint must not leave marks
             return None
         HERE.calm = None
         call.choice = choice = state.now()
@@ -60,10 +60,8 @@ class Recorder:
         if HERE.outside is not None:
             HERE.outside = None
             state.outside.pop(HERE.token, None)
-        if state.placement is not None:
-            state.placement.check(model, state, choice.acting)
-        if (silent_layers := state.silent_layers) is not None:
-            silent_layers.check(model)
+        if state.watched is not None:
+            state.watched.begin(model, state, choice.acting)
         if choice.route is not None:
             _check_rows(call, choice.route)
         if HERE.generating or state.reads_tokens or (choice.route is not None and choice.route.since is not None):
@@ -89,8 +87,8 @@ class Recorder:
             HERE.calls.pop()
         if not torch.compiler.is_compiling():
             HERE.settle()
-            if output is not None and (silent_layers := state.silent_layers) is not None:
-                silent_layers.judge(state, model.training)
+            if output is not None and state.watches_runs and state.watched is not None:
+                state.watched.judge(state, model.training)
         if output is None or not torch.is_grad_enabled():
             return None
         if learns:
@@ -126,8 +124,8 @@ class Recorder:
         found = outside()
         if found is None or found.state is not state or found.choice is not choice:
             state.check(choice)
-            if state.placement is not None and choice.acting:
-                state.placement.check(state.injections[choice.acting[0]].model, state, choice.acting)
+            if state.watched is not None and choice.acting:
+                state.watched.check(state.injections[choice.acting[0]].model, state, choice.acting)
             found = state.outside[HERE.token] = ForwardContext(state, choice)
             HERE.outside = weakref.ref(found)
         if training and not repeating():

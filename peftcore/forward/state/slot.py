@@ -28,10 +28,8 @@ from peftcore.forward.tensors.cache import WeightCache, open_cache
 from peftcore.forward.tensors.expert_updates import Pair
 from peftcore.forward.tensors.mount import Mount, overridden
 from peftcore.forward.tensors.recompute import Unwritten
-from peftcore.forward.tensors.view import SLOT
 from peftcore.layers.fsdp import MANAGED
-from peftcore.layers.layer import Layer, Slices, take
-from peftcore.layers.pieces import whole
+from peftcore.layers.layer import SLOT
 
 Tables = tuple[Mapping[str, Tensor | None], ...]
 
@@ -57,9 +55,9 @@ class Slot:
         self.mounts: dict[str, list[Mount]] = {}
         self.forced_attributes: list[tuple[str | None, Mapping[str, Any]]] = []
         self.ran = [False, False]
-        """Whether the module ran in evaluation and in training, recorded while `silent_layers` watches."""
+        """Whether the module ran in evaluation and in training, recorded while the host watches runs."""
         self.runs: int | None = None
-        """How often the module ran in this forward, where `silent_layers` counts."""
+        """How often the module ran in this forward, where `WatchedSites` counts."""
         self.planned: ModulePlan | None = None
         self.plans: dict[Key, ModulePlan] = {}
         self.asked: dict[tuple[Mount, ...], Tables] = {}
@@ -225,6 +223,15 @@ class Slot:
                 acting.low_memory = True
         return acting
 
+    def with_active(self, tensor: str, stored: Tensor) -> Tensor:
+        """Returns a tensor of the module, given as it is stored, with the injections that are active now."""
+        active = self.state.unmerged(self.state.now().active)
+        with torch.no_grad():
+            for mount in (each for name in active for each in self.mounts.get(name, ())):
+                if mount.tensor == tensor and is_mergeable(mount.operator):
+                    stored = mount.effective(stored, stored)
+        return stored
+
     def changed(self) -> None:
         """Drop all plans and cached values."""
         self.planned, self.plans, self.asked, self.edition = None, {}, {}, object()
@@ -236,18 +243,3 @@ class Slot:
 def slot_of(module: nn.Module) -> Slot | None:
     """Returns the module's slot; None when it is not grafted."""
     return module.__dict__.get(SLOT)
-
-
-def effective_weight(module: nn.Module, tensor: str, layer: Layer, rows: Slices | None) -> Tensor:
-    """Returns the logical weight with the injections that are active now."""
-    stored = layer.read(module, tensor)
-    assert stored is not None
-    stored = whole(stored)
-    slot = slot_of(module)
-    if slot is not None:
-        active = slot.state.unmerged(slot.state.now().active)
-        mounts = [mount for name in active for mount in slot.mounts.get(name, ()) if mount.tensor == tensor]
-        with torch.no_grad():
-            for mount in mounts:
-                stored = mount.effective(stored, stored) if is_mergeable(mount.operator) else stored
-    return take(layer.logical(stored), rows, layer.batch_dims)

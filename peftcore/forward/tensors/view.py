@@ -11,10 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from peftcore.layers.layer import plain_class
+from peftcore.layers.layer import SLOT, plain_class
 
-SLOT = "_peftcore_slot"
-"""The attribute in which a grafted module keeps its slot. A view lacks it: a view is not grafted."""
 TORCHS = frozenset(vars(nn.Module()))
 """The attributes that `nn.Module` itself sets."""
 

@@ -2,7 +2,7 @@
 which the tests compare it, and which runs in its place under torch.compile, torch.func and tracing."""
 
 from peftcore.layers.kernels.autograd import runs_plain, saves_elsewhere, transformed
-from peftcore.layers.kernels.dropout import dropout_mask, dropped_linear, plain_dropped_linear
+from peftcore.layers.kernels.fused_dropout import dropout_mask, dropped_linear, plain_dropped_linear
 from peftcore.layers.kernels.low_rank import low_rank_linear, matmul_transposed, plain_low_rank_linear
 
 __all__ = [

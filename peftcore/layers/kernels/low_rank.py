@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peftcore.layers.kernels.autograd import apply, runs_plain
-from peftcore.layers.kernels.dropout import dropout_mask, masked
+from peftcore.layers.kernels.fused_dropout import dropout_mask, masked
 from peftcore.utils.autocast import cast_operands
 
 FEW = 64

@@ -2,7 +2,7 @@
 starts.
 
 (The other implementation is compared in a plain forward: its `generate` gives wrong text with the transformers versions
-that this project is for. What it is compared with there stands in tests/targets/test_sequence.py.)"""
+that this project is for. What it is compared with there stands in tests/forward/sequence/test_sequence.py.)"""
 
 from __future__ import annotations
 

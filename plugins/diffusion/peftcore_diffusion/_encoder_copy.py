@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcore.author import Operator, Shared, Site, Surgeon, Tap, borrow, forward_context, with_tensors
-from peftcore.errors import ConfigError, NoWeights, UnsupportedSite
+from peftcore.errors import NoWeights, UnsupportedSite
 from peftcore_diffusion._told import cast, told
 
 GIVEN = ("sample", "timestep", "encoder_hidden_states", "class_labels", "timestep_cond", "added_cond_kwargs")
@@ -125,11 +125,8 @@ def control(surgeon: Surgeon, config: Any, make: Callable[[Any, Tap], nn.Module]
         borrows: whether it does.
 
     Raises:
-        ConfigError: there are options for single blocks.
         UnsupportedSite: a target module is not a UNet block behind the encoder.
     """
-    if any(config.overrides.values()):
-        raise ConfigError(f"{surgeon.method.name} has one network for all blocks: it takes no overrides")
     copies: dict[str, Copy] = {}
     places = [(_unet(surgeon, site), _skips(surgeon, site), site) for site in surgeon.sites()]
     for unet, skips, site in sorted(places, key=lambda place: place[1] is not None):  # as they run
@@ -142,8 +139,7 @@ def control(surgeon: Surgeon, config: Any, make: Callable[[Any, Tap], nn.Module]
             if inputs is not None:
                 at = dataclasses.replace(surgeon.resolver.module_site(unet), meta=site.meta)
                 surgeon.graft(at, InputsOperator, copy=copies[unet])
-        parts = skips, copies[unet]
-        surgeon.graft(site, lambda at, parts=parts: ControlsOperator(at, config, *parts)).first = first
+        surgeon.graft(site, ControlsOperator, config, skips=skips, copy=copies[unet]).first = first
 
 
 def _unet(surgeon: Surgeon, site: Site) -> str:

@@ -1,21 +1,26 @@
 """ControlNet: a trainable copy of a UNet's encoder.   Zhang et al. 2023, arXiv 2302.05543.
 
+Equation:
     c_i = Z_i(E'_i(conv_in'(x) + H(image), t, text)),   skip_i <- skip_i + scale * c_i,   mid <- mid + scale * c_mid
 
-E' starts as the encoder and the middle block of the base, Z_i are 1x1 convolutions that start at zero, H is eight
-convolutions of which the last starts at zero: a fresh injection changes nothing, and its first step moves the Z_i
-alone. The base stays frozen, decoder included (sd_locked of lllyasviel/ControlNet). The call passes the image,
-``with peftcore.call(model, condition=image): ...``, [batch or 1, channels, height, width], 8 times as large as the
-latents with four `widths`; the option `input` gives it another name, where several act, and ``condition_scale=`` in a
-call takes the place of `scale`. `guess_mode` lets the controls count less the shallower they are, from 0.1 on.
+E' is a trained copy of the encoder and the middle block of the base, Z_i are 1x1 convolutions, H is eight convolutions.
+The base stays frozen, decoder included (sd_locked of lllyasviel/ControlNet). The call passes the image, ``with
+peftcore.call(model, condition=image): ...``, [batch or 1, channels, height, width], 8 times as large as the latents
+with four `widths`; the option `input` gives it another name, where several act, and ``condition_scale=`` in a call
+takes the place of `scale`. `guess_mode` lets the controls count less the shallower they are, from 0.1 on.
 
-The copy is diffusers' ControlNetModel with the weights of this UNet, so a published one of the same sizes can be
-loaded into it; the UNet is a UNet2DConditionModel. Rows of a batch cannot go to different injections: the controls
-enter whole blocks of the decoder.
+The copy is diffusers' ControlNetModel with the weights of this UNet, so a published one of the same sizes can be loaded
+into it; the UNet is a UNet2DConditionModel. It cannot be merged. Rows of a batch cannot go to different injections: the
+controls enter whole blocks of the decoder.
 
 Parameters: those of the encoder and the middle block, H, and c_i^2 + c_i for each skip of c_i channels.
 
-Use it for control to the pixel, with tens of thousands of images. It cannot be merged.
+Start: E' at the weights of the base, Z_i and the last convolution of H at zero: the identity. The first step moves the
+Z_i alone.
+
+Differs from the authors' code: That code was not compared; no difference from diffusers is known.
+
+Use it: `peftcore.apply(model, "controlnet")`, for control to the pixel, with tens of thousands of images.
 """
 
 from __future__ import annotations
@@ -31,6 +36,8 @@ from peftcore_diffusion._encoder_copy import control, encoder_copy
 
 class ControlNetConfig(MethodConfig):
     """Options of ControlNet."""
+
+    overridable = ()
 
     method: Literal["controlnet"] = "controlnet"
     scale: NonNegativeFloat = 1.0

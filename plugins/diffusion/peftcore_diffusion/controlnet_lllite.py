@@ -1,24 +1,28 @@
 """ControlNet-LLLite: small networks that bend what attention reads to an image.   Kohya S. 2023, kohya-ss/sd-scripts.
 
+Equation:
     y = W (x + scale * (U relu(M [e; relu(D x + d)] + m) + u)) + b,   e = relu-convolutions of the image, at x's places
 
 at the matrices that read the image in attention of a UNet's encoder and its middle: queries, keys and values of
-self-attention, queries of cross-attention. x is [tokens, in], e [tokens, condition_dim], D [hidden, in],
-M [hidden, condition_dim + hidden], U [in, hidden]. Each matrix has a separate network and separate convolutions: one of
-4x4 with stride 4 to condition_dim / 2 channels, and then one or two whose strides reduce the image to the grid of the
-matrix's tokens: 2 where the latents are whole, 4 where they were halved once, 4 and 2 where twice. Deeper ones are not
-made (the middle of Stable Diffusion 1.5: exclude it).
+self-attention, queries of cross-attention. x is [tokens, in], e [tokens, condition_dim], D [hidden, in], M [hidden,
+condition_dim + hidden], U [in, hidden]. Each matrix has a separate network and separate convolutions: one of 4x4 with
+stride 4 to condition_dim / 2 channels, and then one or two whose strides reduce the image to the grid of the matrix's
+tokens: 2 where the latents are whole, 4 where they were halved once, 4 and 2 where twice. Deeper ones are not made (the
+middle of Stable Diffusion 1.5: exclude it).
 
-The call passes the image, ``with peftcore.call(model, condition=image): ...``, [batch or 1, channels, height,
-width], 8 times as large as the latents, scaled to [-1, 1]; the option `input` gives it another name, and
-``condition_scale=`` in a call takes the place of `scale`. Theirs is computed once an image, ours in each forward.
+The call passes the image, ``with peftcore.call(model, condition=image): ...``, [batch or 1, channels, height, width], 8
+times as large as the latents, scaled to [-1, 1]; the option `input` gives it another name, and ``condition_scale=`` in
+a call takes the place of `scale`.
 
-U starts at zero and u as torch's layers do, so no start is an identity, but for a scale of 0. Parameters, with
-h = hidden, c = condition_dim, k = c / 2: h (2 in + h + c + 2) + in, and of convolutions 16 channels k + k, with
-4 k c + c, 16 k c + c, or 16 k^2 + k + 4 k c + c.
+It cannot be merged. Parameters, with h = hidden, c = condition_dim, k = c / 2: h (2 in + h + c + 2) + in, and of
+convolutions 16 channels k + k, with 4 k c + c, 16 k c + c, or 16 k^2 + k + 4 k c + c.
 
-Use it for control on SDXL where a ControlNet is too large; not to learn a style, for which it is too small. Its nearest
-kin, t2i_adapter, adds features to whole blocks. It cannot be merged.
+Start: U at zero and u as torch's layers do, so no start is an identity, but for a scale of 0.
+
+Differs from the authors' code: Theirs computes e once an image, here each forward does.
+
+Use it: `peftcore.apply(model, "controlnet_lllite")`, for control on SDXL where a ControlNet is too large; not to learn
+a style, for which it is too small. Its nearest kin, t2i_adapter, adds features to whole blocks.
 """
 
 from __future__ import annotations

@@ -1,25 +1,30 @@
 """Control-LoRA: a ControlNet whose encoder is the UNet's own with low-rank updates.   stabilityai/control-lora, 2023.
 
+Equation:
     c_i = Z_i(E'_i(conv_in'(x) + H(image), t, text)),   skip_i <- skip_i + scale * c_i,   mid <- mid + scale * c_mid
     W' = W + up down   for each matrix and convolution W of E' and the middle block
 
-As in `controlnet`, Z_i are 1x1 convolutions that start at zero and H is eight convolutions of which the last starts at
-zero, so a fresh injection changes nothing. W is the UNet's own tensor, read when the encoder runs: neither memory nor
-the file holds a second copy. Other adapters of the UNet do not act in E'; one that is merged is in W. up starts at
-zero; the rank of a layer is at most its number of inputs or outputs. Biases and norms of E' train whole, as Stability's
-files store them; without `vectors` they are the UNet's, as in HighCWu/control-lora-v2. ``load`` reads Stability's
-files, ``save(format="control_lora")`` writes them.
+As in `controlnet`, Z_i are 1x1 convolutions and H is eight convolutions. W is the UNet's own tensor, read when the
+encoder runs: neither memory nor the file holds a second copy. Other adapters of the UNet do not act in E'; one that is
+merged is in W. The rank of a layer is at most its number of inputs or outputs. Biases and norms of E' train whole, as
+Stability's files store them; without `vectors` they are the UNet's, as in HighCWu/control-lora-v2. ``load`` reads
+Stability's files, ``save(format="control_lora")`` writes them.
 
-The call passes the image, ``with peftcore.call(model, condition=image): ...``, [batch or 1, channels, height,
-width], 8 times as large as the latents with four `widths`; the option `input` gives it another name, where several act,
-and ``condition_scale=`` in a call takes the place of `scale`. `guess_mode` lets the controls count less the shallower
-they are, from 0.1 on. The UNet is a UNet2DConditionModel. Rows of a batch cannot go to different injections.
+The call passes the image, ``with peftcore.call(model, condition=image): ...``, [batch or 1, channels, height, width], 8
+times as large as the latents with four `widths`; the option `input` gives it another name, where several act, and
+``condition_scale=`` in a call takes the place of `scale`. `guess_mode` lets the controls count less the shallower they
+are, from 0.1 on. The UNet is a UNet2DConditionModel. Rows of a batch cannot go to different injections. It cannot be
+merged.
 
 Parameters: for a kernel k x k, rank (in k^2 + out) + out of each matrix, 2 c of each norm of c channels; H; and
 c_i^2 + c_i for each skip of c_i channels.
 
-Use it for control to the pixel where a whole `controlnet` does not fit, in memory or in files; not where few images are
-there (`controlnet_xs` is the other small one, from scratch). It cannot be merged.
+Start: up, Z_i and the last convolution of H at zero: the identity.
+
+Differs from the authors' code: That code was not compared; no difference from diffusers is known.
+
+Use it: `peftcore.apply(model, "controlnet_lora")`, for control to the pixel where a whole `controlnet` does not fit, in
+memory or in files; not where few images are there (`controlnet_xs` is the other small one, from scratch).
 """
 
 from __future__ import annotations
@@ -35,6 +40,8 @@ from peftcore_diffusion._encoder_copy import borrowed_encoder, control
 
 class ControlNetLoRAConfig(MethodConfig):
     """Options of Control-LoRA."""
+
+    overridable = ()
 
     method: Literal["controlnet_lora"] = "controlnet_lora"
     rank: PositiveInt = 128

@@ -1,13 +1,13 @@
 """ControlNeXt: one light network whose feature joins the stream of a UNet.   Peng et al. 2024, arXiv 2408.06070.
 
+Equation:
     h <- h + scale * CN(c, h),   CN(c, h) = (c - mean(c)) * std(h) / (std(c) + 1e-12) + mean(h),   c = pool(F(image, t))
 
 h [batch, width, rows, columns] is the first encoder block's output that the next block reads; its outputs for the
 decoder's skips are unchanged. Means and deviations are those of a row over all of its channels and places (cross
-normalization), so the feature counts from the first step on: no start is an identity, but for a scale of 0. F halves
-the image three times: three convolutions, two residual blocks that read the timestep, one more residual of two
-convolutions, and a 1x1 convolution to the width of h; pool averages (or repeats) to the size of h. With ``before`` h is
-the block's input, as in the authors' code for SDXL.
+normalization). F halves the image three times: three convolutions, two residual blocks that read the timestep, one more
+residual of two convolutions, and a 1x1 convolution to the width of h; pool averages (or repeats) to the size of h. With
+``before`` h is the block's input, for SDXL.
 
 Some of the base trains along, from its values and `control_rate` times slower than F: the output matrices and biases
 of attention, which ``base="cross"`` makes those of cross-attention alone, as for SDXL; "none" leaves all as it is. The
@@ -15,20 +15,28 @@ call passes the image, ``with peftcore.call(model, condition=image): ...``, [bat
 times as large as the latents; the option `input` gives it another name, and ``condition_scale=`` in a call takes the
 place of `scale` (0.35 for edges in their scripts).
 
-Parameters: in * out + out of a matrix; of F, with widths w, v, u, with c channels of the image and d of h:
-9w (c + w + v) + 27 v^2 + 11 v u + 38 u^2 + (128 + d) u + 6w + 13v + 15u + d.
+It cannot be merged. Parameters: in * out + out of a matrix; of F, with widths w, v, u, with c channels of the image and
+d of h: 9w (c + w + v) + 27 v^2 + 11 v u + 38 u^2 + (128 + d) u + 6w + 13v + 15u + d.
 
-Use it where a ControlNet is too large or too slow to train; not for a picture's style (`ip_adapter`), nor where the
-base must not train. Its nearest kin `t2i_adapter` adds to all blocks, without the timestep. It cannot be merged.
+Start: F as torch's layers do, some of the base at its values. The feature counts from the first step on: no start is an
+identity, but for a scale of 0.
+
+Differs from the authors' code: No difference is known.
+
+Use it: `peftcore.apply(model, "controlnext")`, where a ControlNet is too large or too slow to train; not for a
+picture's style (`ip_adapter`), nor where the base must not train. Its nearest kin `t2i_adapter` adds to all blocks,
+without the timestep.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
@@ -45,7 +53,6 @@ from peftcore.author import (
     on_first,
 )
 from peftcore.errors import UnsupportedSite
-from peftcore_diffusion._control_features import ControlFeatures, cross_normalized
 from peftcore_diffusion._told import timesteps, told
 
 BLOCK = re.compile(r"((?:.*\.)?)down_blocks\.\d+")
@@ -161,3 +168,84 @@ def _width(surgeon: Surgeon, site: Site, before: bool) -> int:
     inside, entries = f"{site.module_path}.resnets.", surgeon.resolver.host.entries
     shapes = [entry.shape for entry in entries if entry.role == "conv" and entry.module.startswith(inside)]
     return (shapes[0][1] if before else shapes[-1][0]) if shapes else 0
+
+
+TIME, GROUPS = 128, (2, 4, 8)
+"""Sines and cosines of a timestep, and the groups of the norms, stage by stage."""
+
+
+def waves(timesteps: Tensor) -> Tensor:
+    """Return cosines and sines of timesteps [batch], [batch, TIME]."""
+    half = TIME // 2
+    exponents = -math.log(10000) * torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
+    angles = timesteps.to(torch.float32)[:, None] * exponents.exp()
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class TimedResidual(nn.Module):
+    """A residual block that reads the timestep, and a convolution that halves its resolution."""
+
+    def __init__(self, width: int, out: int, time: int, groups: int) -> None:
+        super().__init__()
+        self.norm, self.wide = nn.GroupNorm(groups, width, eps=1e-6), nn.Conv2d(width, out, 3, padding=1)
+        self.time = nn.Linear(time, out)
+        self.last_norm, self.last = nn.GroupNorm(groups, out, eps=1e-6), nn.Conv2d(out, out, 3, padding=1)
+        self.skip = nn.Conv2d(width, out, 1) if width != out else nn.Identity()
+        self.halve = nn.Conv2d(out, out, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        """Return the block's output for an activation and the embedding of the timestep."""
+        y = self.wide(nn.functional.silu(self.norm(x)))
+        y = y + self.time(nn.functional.silu(time))[:, :, None, None]
+        y = self.last(nn.functional.silu(self.last_norm(y)))
+        halved: Tensor = self.halve(self.skip(x) + y)
+        return halved
+
+
+class ControlFeatures(nn.Module):
+    """Maps an image [batch, channels, height, width] to a feature [batch, out, height / 8, width / 8]."""
+
+    def __init__(self, channels: int, widths: list[int], out: int) -> None:
+        super().__init__()
+        first, middle, last = widths
+        self.time = nn.Sequential(nn.Linear(TIME, last), nn.SiLU(), nn.Linear(last, last))
+        ends, stem = (channels, first, first, middle), []
+        for number in range(3):
+            stem += [
+                nn.Conv2d(*ends[number : number + 2], 3, stride=1 if number else 2, padding=1),
+                nn.GroupNorm(GROUPS[0], ends[number + 1]),
+                nn.ReLU(),
+            ]
+        self.stem = nn.Sequential(*stem)
+        sizes = ((middle, middle), (middle, last))
+        self.stages = nn.ModuleList(
+            TimedResidual(*size, last, groups) for size, groups in zip(sizes, GROUPS[1:], strict=True)
+        )
+        self.mix = nn.Sequential(
+            nn.Conv2d(last, last, 3, padding=1),
+            nn.ReLU(),
+            nn.GroupNorm(GROUPS[2], last),
+            nn.Conv2d(last, last, 3, padding=1),
+            nn.GroupNorm(GROUPS[2], last),
+        )
+        self.out = nn.Conv2d(last, out, 1)
+
+    def forward(self, image: Tensor, timesteps: Tensor) -> Tensor:
+        """Return the feature of an image at its timesteps."""
+        dtype = self.out.weight.dtype
+        time = self.time(waves(timesteps).to(dtype))
+        x = self.stem(image.to(dtype))
+        for stage in self.stages:
+            x = stage(x, time)
+        feature: Tensor = self.out(self.mix(x) + x)
+        return feature
+
+
+def cross_normalized(feature: Tensor, stream: Tensor) -> Tensor:
+    """Return a feature with the mean and the deviation that the stream has, over all values of a row; in the dtype of
+    the feature, since float16 cannot represent 1e-12."""
+    stream = stream.to(feature.dtype)
+    over = tuple(range(1, feature.dim()))
+    mean, std = (each(feature, dim=over, keepdim=True) for each in (torch.mean, torch.std))
+    wanted_mean, wanted_std = (each(stream, dim=over, keepdim=True) for each in (torch.mean, torch.std))
+    return (feature - mean) * (wanted_std / (std + 1e-12)) + wanted_mean

@@ -1,19 +1,25 @@
 """Custom diffusion: keys and values of cross-attention train.   Kumari et al. 2022, arXiv 2212.04488.
 
+Equation:
     k = (W_k + delta_k) c,   v = (W_v + delta_v) c,   c the text,   delta = 0 at first
 
-W + delta is a full matrix that starts from W. The authors' code (adobe-research/custom-diffusion) trains it in place;
-here the change is a separate parameter, so the base stays, a fresh injection changes nothing to the bit, and weight
-decay pulls to the base instead of to zero. As in their code, the first token of the text, its start, gives delta no
-gradient. With `modifier_tokens`, the words that name the concept train along (`textual_inversion`) in a model that
-holds its text encoder too; a text encoder that is a separate model takes `textual_inversion` by itself.
+W + delta is a full matrix. As in the authors' code, the first token of the text, its start, gives delta no gradient.
+With `modifier_tokens`, the words that name the concept train along (`textual_inversion`) in a model that holds its text
+encoder too; a text encoder that is a separate model takes `textual_inversion` by itself.
 
-Images that keep the class as it is (prior preservation) are the training loop's business: they are more data. The
-closed-form merge of several concepts and the compression of delta are not here.
+It merges. Images that keep the class as it is (prior preservation) are the training loop's business: they are more
+data.
 
 Parameters: in * out a matrix; n * dim for the words.
 
-Use it to teach a few subjects at once, with lr 1e-5 and few steps. It merges.
+Start: delta at zero: the identity, to the bit.
+
+Differs from the authors' code: The authors' code (adobe-research/custom-diffusion) trains W + delta in place; here the
+change is a separate parameter, so the base stays, and weight decay pulls to the base instead of to zero. The
+closed-form merge of several concepts and the compression of delta are not here. That code was not run: outputs are
+compared with diffusers.
+
+Use it: `peftcore.apply(model, "custom_diffusion")`, to teach a few subjects at once, with lr 1e-5 and few steps.
 """
 
 from __future__ import annotations

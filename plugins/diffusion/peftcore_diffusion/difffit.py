@@ -1,22 +1,29 @@
 """DiffFit: biases, norms, classes and scale factors.   Xie et al. 2023, arXiv 2304.06648.
 
+Equation:
     z = x + gamma_1 * Attention(x),   y = z + gamma_2 * FeedForward(z)   in each block;   gamma [d], one at first
 
-Trained from their values: all biases, the gains of norms, and the table of classes. Cross-attention has a gamma too. A
-gamma scales the output of its branch, before gates (of a DiT) and dropout, with which it commutes.
-``scales="matrices"`` has one behind queries, keys and values too, as mkshing/DiffFit-pytorch has it, whose second gamma
-behind an attention is one with the first. All merges: gamma into the matrix and bias that it scales.
+Trained are all biases, the gains of norms, and the table of classes. Cross-attention has a gamma too. A gamma scales
+the output of its branch, before gates (of a DiT) and dropout, with which it commutes. ``scales="matrices"`` has one
+behind queries, keys and values too, as mkshing/DiffFit-pytorch has it, whose second gamma behind an attention is one
+with the first. All merges: gamma into the matrix and bias that it scales.
 
-The authors' code selects the trained tensors by words in their names (bias, norm, gamma, y_embed); here the selection
-is by the kind of tensor. So the matrices that make a DiT's modulation, which diffusers keeps in modules called norm1,
-stay as they are, as they do in the DiT of the paper. A table is of classes where ids are looked up and the host takes
-no tokens: diffusers' DiT has one in each block. Feed-forwards of stacked experts lack a gamma.
+A table is of classes where ids are looked up and the host takes no tokens: diffusers' DiT has one in each block.
+Feed-forwards of stacked experts lack a gamma.
 
 Parameters: the length of each bias and gain, rows times width of the table, and 2 d a block (3 d with cross-attention,
 5 d or 9 d with "matrices").
 
-Use it to adapt a diffusion transformer to another domain with a thousandth of its parameters. For one subject or style
-`lora` says more; where no norms and classes are to move, `bitfit` is its nearest kin.
+Start: Tensors of the model at their values, gamma at one: the identity.
+
+Differs from the authors' code: The authors' code selects the trained tensors by words in their names (bias, norm,
+gamma, y_embed); here the selection is by the kind of tensor. So the matrices that make a DiT's modulation, which
+diffusers keeps in modules called norm1, stay as they are, as they do in the DiT of the paper. That code was not
+compared.
+
+Use it: `peftcore.apply(model, "difffit")`, to adapt a diffusion transformer to another domain with a thousandth of its
+parameters. For one subject or style `lora` says more; where no norms and classes are to move, `bitfit` is its nearest
+kin.
 """
 
 from __future__ import annotations

@@ -1,25 +1,30 @@
 """ED-LoRA: a subject as two layer-wise words and LoRA.   Gu et al. 2023 (Mix-of-Show), arXiv 2305.18292.
 
+Equation:
     y = W x + b + alpha B A x,   A [rank, in], B [out, rank],   in the attentions of text encoder and UNet
     cross-attention l of L:   K = W_k c_l,  V = W_v c_l,   c_l = T(prompt with V_rand_l V_class_l)
     V_rand = random_std N(0, 1),   V_class = E[initializer],   each the same vector for all l at first
 
 The prompt names the subject by two words, an unused word and the word of its class. Each word has L tokens, one for
 each cross-attention. The words learn most of the subject's looks and the LoRA learns less, so that several subjects can
-be fused (`mix_of_show`). The scale is alpha itself, whatever the rank. A ~ U(-1, 1) / sqrt(in), B = 0.
+be fused (`mix_of_show`). The scale is alpha itself, whatever the rank.
 
 Apply it to the text encoder with `random_tokens` and `class_tokens`, once the tokenizer knows the placeholders, and to
 the UNet without. A model that holds both takes the words too, and LoRA in both where `target` names the roles. The UNet
 reads a text as in `xti`: states [batch, L, tokens, dim], or [batch, tokens, dim] for all cross-attentions alike. A
 merged UNet takes these alone, until ``peftcore.apply(unet, "xti", target="cross.k")`` reads layers again.
 
-The authors train the text encoder with 1e-5, the UNet with 1e-4, and stop the words once their mean norm is 0.55: the
-loop does that, ``vectors.requires_grad_(False)``. So are masks of the subject in the loss and on maps of attention.
-
 Parameters: rank * (in + out) a matrix; n * dim for the words, n ids.
 
-Use it for subjects that are to be in one picture together later; not for a single one (`lora` and `textual_inversion`
-do with one text for all layers), nor where the model must stay as it is (`xti`). It merges.
+Start: A ~ U(-1, 1) / sqrt(in), B at zero, the words as above: the identity for other words.
+
+Differs from the authors' code: The authors train the text encoder with 1e-5, the UNet with 1e-4, and stop the words
+once their mean norm is 0.55: the loop does that, ``vectors.requires_grad_(False)``. The loop also has to bring masks of
+the subject in the loss and on maps of attention.
+
+Use it: `peftcore.apply(model, "ed_lora")`, for subjects that are to be in one picture together later; not for a single
+one (`lora` and `textual_inversion` do with one text for all layers), nor where the model must stay as it is (`xti`). It
+merges.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 """Hypernetworks of AUTOMATIC1111's webui: networks for what attention makes keys and values of.   2022, no paper.
 
+Equation:
     K = W_k (c + scale * f_k(c)),   V = W_v (c + scale * f_v(c)),   f(c) = W_2 a(W_1 c + b_1) + b_2
 
 c [tokens, width] is the input of keys and values: the text in cross-attention, the latents in self-attention. There
@@ -9,9 +10,6 @@ W_1 [2 width, width] and W_2 [width, 2 width]; a is the activation, with the def
 followed, as in the webui, by the activation (behind the last with `activate_output`), a layer norm with `norm`, a
 dropout.
 
-Matrices start as N(0, 0.01) and biases at zero (gains of norms as N(0, 0.01) too), so no start is an identity, but for
-a scale of 0. The webui has its strength while it samples alone; here `scale` counts in training too.
-
 The webui's own files (.pt) are pickles, and no format here reads them. ``torch.load(file, weights_only=True)[768]`` has
 two state dicts, of f_k and f_v, whose tensors are in the order of ``injection.shared["k768"].parameters()`` and
 ``["v768"]``; files without the key activate_output mean True.
@@ -19,8 +17,14 @@ two state dicts, of f_k and f_v, whose tensors are in the order of ``injection.s
 Parameters: two f for each width, each the sum of in * out + out over its layers, 8 width^2 + 6 width with the default;
 2 out more for each layer norm.
 
-Use it for a style, where weights are to stay as they are; `lora` says more with less and merges, `textual_inversion` is
-smaller. It acts in any attention that has separate matrices for keys and values. It is not merged.
+Start: Matrices as N(0, 0.01) and biases at zero (gains of norms as N(0, 0.01) too), so no start is an identity, but for
+a scale of 0.
+
+Differs from the authors' code: The webui has its strength while it samples alone; here `scale` counts in training too.
+
+Use it: `peftcore.apply(model, "hypernetwork_a1111")`, for a style, where weights are to stay as they are; `lora` says
+more with less and merges, `textual_inversion` is smaller. It acts in any attention that has separate matrices for keys
+and values. It is not merged.
 """
 
 from __future__ import annotations
@@ -31,13 +35,25 @@ from typing import Any, Literal
 from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 from torch import Tensor, nn
 
-from peftcore.author import LearningRate, Method, MethodConfig, Operator, Share, Shared, Site, Surgeon, Tags
+from peftcore.author import (
+    ACTIVATIONS,
+    LearningRate,
+    Method,
+    MethodConfig,
+    Operator,
+    Share,
+    Shared,
+    Site,
+    Surgeon,
+    Tags,
+)
 from peftcore.errors import ConfigError, UnsupportedSite
-from peftcore_diffusion._context_network import ContextNetwork
 
 
 class HypernetworkA1111Config(MethodConfig):
     """Options of hypernetworks."""
+
+    overridable = ()
 
     method: Literal["hypernetwork_a1111"] = "hypernetwork_a1111"
     scale: NonNegativeFloat = 1.0
@@ -93,8 +109,6 @@ class HypernetworkA1111(Method):
     target = ("attn.k", "attn.v", "cross.k", "cross.v")
 
     def inject(self, model: nn.Module, config: HypernetworkA1111Config, surgeon: Surgeon) -> None:
-        if any(config.overrides.values()):
-            raise ConfigError("hypernetwork_a1111 has networks for all sites of a width: it takes no overrides")
         parts = config.model_dump(include={"activation", "activate_output", "norm", "dropout", "start"})
         for site in surgeon.sites():
             part, width = (site.role or "").rpartition(".")[2], site.in_features
@@ -111,3 +125,60 @@ class HypernetworkA1111(Method):
     @staticmethod
     def parameter_count(site: Site, config: HypernetworkA1111Config) -> int:
         return 0  # the networks belong to no site
+
+
+OF_WEBUI: dict[str, Callable[[], nn.Module]] = {
+    **{name: ACTIVATIONS[name] for name in ("relu", "tanh", "sigmoid")},
+    "linear": nn.Identity,
+    "leakyrelu": nn.LeakyReLU,
+    "elu": nn.ELU,
+    "swish": nn.Hardswish,
+}
+"""Functions that make a module of an activation, by the webui's names."""
+STARTS: dict[str, Callable[[Tensor], Any]] = {
+    "normal": lambda weight: nn.init.normal_(weight, std=0.01),
+    "xavier_uniform": nn.init.xavier_uniform_,
+    "xavier_normal": nn.init.xavier_normal_,
+    "kaiming_uniform": lambda weight: nn.init.kaiming_uniform_(weight, nonlinearity="relu"),
+    "kaiming_normal": lambda weight: nn.init.kaiming_normal_(weight, nonlinearity="relu"),
+}
+
+
+class Stage(nn.Module):
+    """One linear layer, and the activation, norm and dropout after it."""
+
+    def __init__(self, width: int, out: int, activation: str, norm: bool, start: str) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, out)
+        STARTS[start](self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+        self.activation = OF_WEBUI[activation]()
+        self.norm = nn.LayerNorm(out) if norm else nn.Identity()
+        for gain in [*self.norm.parameters()][:1]:
+            nn.init.normal_(gain, std=0.01)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the stage's output."""
+        y: Tensor = self.norm(self.activation(self.linear(x)))
+        return y
+
+
+class ContextNetwork(nn.Module):
+    """A network with stages of the given widths. Names of tensors do not depend on the dropout, as they do in the
+    webui's files; their order is the same."""
+
+    def __init__(
+        self, widths: list[int], activation: str, activate_output: bool, norm: bool, dropout: float, start: str
+    ) -> None:
+        super().__init__()
+        ends = [activation] * (len(widths) - 2) + [activation if activate_output else "linear"]
+        sizes = zip(widths, widths[1:], ends, strict=False)
+        self.dropout, self.stages = dropout, nn.ModuleList(Stage(*size, norm, start) for size in sizes)
+
+    def forward(self, context: Tensor) -> Tensor:
+        """Return f of a context ``[..., width]``."""
+        for number, stage in enumerate(self.stages):
+            if number and self.training and self.dropout:
+                context = nn.functional.dropout(context, self.dropout)
+            context = stage(context)
+        return context

@@ -1,23 +1,29 @@
 """IP-Adapter: an image as a prompt, by cross-attention of its own.   Ye et al. 2023, arXiv 2308.06721.
 
-    y = W_o (Attention(q, W_k c, W_v c) + scale * Attention(q, K e, V e)),   K = W_k, V = W_v at first
+Equation:
+    y = W_o (Attention(q, W_k c, W_v c) + scale * Attention(q, K e, V e))
 
-c is the text, e [tokens, dim] the image, which the call passes: ``with peftcore.call(model, image_tokens=e): ...``,
-one for each row or one for all. With `embed_dim` the call gives ``image_embeds`` [batch, embed_dim] instead (of CLIP),
-and a projection that trains along makes e of them: LN(W x + b) in `tokens` parts. Rows without an image (half of a
-batch under classifier-free guidance) have an embedding of zeros. ``image_scale=`` in a call takes the place of `scale`.
+c is the text, e [tokens, dim] the image, which the call passes: ``with peftcore.call(model, image_tokens=e): ...``, one
+for each row or one for all. With `embed_dim` the call gives ``image_embeds`` [batch, embed_dim] instead (of CLIP), and
+a projection that trains along makes e of them: LN(W x + b) in `tokens` parts. Rows without an image (half of a batch
+under classifier-free guidance) have an embedding of zeros. ``image_scale=`` in a call takes the place of `scale`.
 
-Image tokens of another width than the text's (`image_dim`) cannot start from W_k and W_v: K and V start as torch's
-linear layers do. No start is an identity, but for a scale of 0. The resampler of the variant "Plus" is not here: give
-its output as image_tokens.
+Give the output of a resampler as image_tokens. It cannot be merged.
 
 Parameters: 2 * inner * dim an attention; with embed_dim, dim * (tokens * (embed_dim + 1) + 2) besides.
 
-Use it to steer by a picture: attention to the text stays as it is. It cannot be merged.
+Start: K = W_k and V = W_v. Image tokens of another width than the text's (`image_dim`) cannot start from W_k and W_v: K
+and V start as torch's linear layers do. No start is an identity, but for a scale of 0.
+
+Differs from the authors' code: The resampler of the variant "Plus" is not here. That code was not compared; no
+difference from diffusers is known.
+
+Use it: `peftcore.apply(model, "ip_adapter")`, to steer by a picture: attention to the text stays as it is.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any, Literal
@@ -26,9 +32,19 @@ import torch
 from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore.author import LearningRate, Method, MethodConfig, Operator, Site, Surgeon, Tags, Tap, forward_context
+from peftcore.author import (
+    LearningRate,
+    Method,
+    MethodConfig,
+    Operator,
+    Shared,
+    Site,
+    Surgeon,
+    Tags,
+    Tap,
+    forward_context,
+)
 from peftcore.errors import UnsupportedSite
-from peftcore_diffusion._image import ImageSite, Projection, matrices
 from peftcore_diffusion._told import told
 
 
@@ -44,6 +60,50 @@ class IPAdapterConfig(MethodConfig):
     """Width of the image embedding that calls give in place of tokens; None where they give tokens."""
     tokens: PositiveInt = 4
     """How many tokens are made of one embedding."""
+
+
+class Projection(nn.Module):
+    """Maps an image embedding to tokens."""
+
+    def __init__(self, inputs: int, tokens: int, width: int) -> None:
+        super().__init__()
+        self.tokens, self.linear, self.norm = tokens, nn.Linear(inputs, tokens * width), nn.LayerNorm(width)
+
+    def forward(self, embeds: Tensor) -> Tensor:
+        """Return the tokens ``[batch, tokens, width]`` of an embedding ``[batch, inputs]``."""
+        parts: Tensor = self.norm(self.linear(embeds.to(self.linear.weight.dtype)).unflatten(-1, (self.tokens, -1)))
+        return parts
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ImageSite(Site):
+    """The output matrix of a cross-attention as a site, with the matrices that belong to it."""
+
+    heads: int = dataclasses.field(kw_only=True)
+    key: Site = dataclasses.field(kw_only=True)
+    value: Site = dataclasses.field(kw_only=True)
+    query: Tap = dataclasses.field(kw_only=True)
+    projection: Shared | None = dataclasses.field(kw_only=True)
+
+
+def matrices(surgeon: Surgeon, out: Site) -> tuple[nn.Module, Site, Site, Site]:
+    """Return the attention that an output matrix belongs to, and its matrices for queries, keys and values.
+
+    Raises:
+        UnsupportedSite: the matrix is not in a cross-attention whose four matrices are modules that are called.
+    """
+    resolver, path = surgeon.resolver, out.module_path
+    parts: list[Site] = []
+    while not parts and (path := path.rpartition(".")[0]):
+        parts = [
+            dataclasses.replace(resolver.site(entry.module, entry.tensor or "weight", entry.role), meta=out.meta)
+            for part in ("q", "k", "v")
+            for entry in resolver.host.entries
+            if entry.role == f"cross.{part}" and entry.module.startswith(f"{path}.")
+        ]
+    if out.role != "cross.out" or len(parts) != 3 or {each.form for each in (out, *parts)} != {"activation"}:
+        raise UnsupportedSite(f"{out.path} is in no cross-attention whose four matrices are modules that are called")
+    return resolver.modules[path], parts[0], parts[1], parts[2]
 
 
 class QueryOperator(Operator):

@@ -1,7 +1,8 @@
 """LiDB: Lightweight DreamBooth, the adapter of HyperDreamBooth.   Ruiz et al. 2023, arXiv 2307.06949.
 
+Equation:
     y = W x + b + s (B_aux B) (A A_aux) x
-    A [rank, a] ~ N(0, 2 / (a + rank)),   B [b, rank] zero,   A_aux [a, in] and B_aux [out, b] frozen
+    A [rank, a],   B [b, rank] trained,   A_aux [a, in] and B_aux [out, b] frozen
 
 LoRA whose factors are written in a random basis that is not whole: the rows of A_aux and the columns of B_aux are
 orthonormal, a of the `in` directions and b of the `out`. The number of trained values does not grow with the layer.
@@ -11,20 +12,23 @@ or b has a whole basis there, and a rank at most as large as its bases. Kernels 
 in, *kernel]; each expert has separate bases. In memory they are a * in + b * out numbers a site: 60 MB in the UNet of
 Stable Diffusion 1.5.
 
-The authors published no code. The equation is the paper's, with s = 1, or alpha / rank where `alpha` is given; the
-start and the order of the factors are those of an unofficial code, MFaceTech/HyperDreamBooth, which takes a = 160 and
-b = 80. In another one, KohakuBlueleaf/HyperKohaku, the bases are normal instead of orthonormal.
-
-The network that predicts A and B of all sites from a picture of a face is not here: it is trained with thousands of
-adapters. Nor is the relaxed rank an option. The paper adds the update to the weights and trains a LoRA of a higher rank
-for 40 steps, which is ``injection.bake()`` and `lora` with rank 4; or `lora` in addition to this adapter, once
-``injection.trainable(False)`` has frozen it.
+The scale s is 1, or alpha / rank where `alpha` is given.
 
 Parameters: rank * (a + b) a site, times the number of experts: 19,200 in the UNet of Stable Diffusion 1.5, and 7,200 in
 its text encoder, together 106 kB.
 
-Use it where an adapter must be tiny, as one for each of many faces, or what a network must predict; not where a style
-is learned (`locon` is better), nor for an adapter as small as this in a language model (`vera`, `lora_xs`).
+Start: A ~ N(0, 2 / (a + rank)), B at zero: the identity.
+
+Differs from the authors' code: The authors published no code. The equation is the paper's; the start and the order of
+the factors are those of an unofficial code, MFaceTech/HyperDreamBooth, which takes a = 160 and b = 80. In another one,
+KohakuBlueleaf/HyperKohaku, the bases are normal instead of orthonormal. The network that predicts A and B of all sites
+from a picture of a face is not here: it is trained with thousands of adapters. Nor is the relaxed rank an option. The
+paper adds the update to the weights and trains a LoRA of a higher rank for 40 steps, which is ``injection.bake()`` and
+`lora` with rank 4; or `lora` in addition to this adapter, once ``injection.trainable(False)`` has frozen it.
+
+Use it: `peftcore.apply(model, "lidb")`, where an adapter must be tiny, as one for each of many faces, or what a network
+must predict; not where a style is learned (`locon` is better), nor for an adapter as small as this in a language model
+(`vera`, `lora_xs`).
 """
 
 from __future__ import annotations

@@ -1,22 +1,28 @@
 """LoCon: LoRA for all of a diffusion model, convolutions with a rank of their own.   Yeh et al. 2023, arXiv 2309.14859.
 
+Equation:
     y = W x + b + s U D x,   s = alpha / rank,   delta[o, i, k] = s sum_r U[o, r] D[r, i, k]
     with `use_tucker`   delta[o, i, k] = s sum_pq U[o, p] M[p, q, k] D[q, i]
 
-D (and M) start uniform in +-1/sqrt(inputs of one of their outputs), U at zero. In a grouped convolution i counts inside
-the group of o. `conv_rank` and `conv_alpha` are for kernels of more than one point; a kernel of one point is a linear
-map and has `rank` and `alpha` (LyCORIS looks at the first size of a kernel only). Stride, padding and dilation are the
-layer's own; the convolutions that LyCORIS has for its `bypass_mode` forget the dilation. Embeddings, which LyCORIS
-passes over, start with D at zero and U ~ N(0, 1), as in LoRA.
+In a grouped convolution i counts inside the group of o. `conv_rank` and `conv_alpha` are for kernels of more than one
+point; a kernel of one point is a linear map and has `rank` and `alpha`. Stride, padding and dilation are the layer's
+own.
 
 By default every linear map and convolution of the blocks, and the layers around the blocks of a UNet (the preset
 "full"): projections, resamplers, the first and the last convolution, the embedding of the timestep. scaling="sqrt_rank"
-is `rs_lora`. Dropout is left out: that of LyCORIS acts in `bypass_mode` alone.
+is `rs_lora`.
 
-Parameters: rank * (in * kernel + out) a site; with use_tucker, conv_rank * (in + out) + conv_rank^2 * kernel a
-convolution of more than one point.
+It merges. Parameters: rank * (in * kernel + out) a site; with use_tucker, conv_rank * (in + out) + conv_rank^2 * kernel
+a convolution of more than one point.
 
-Use it where LoRA on attention alone does not learn a style: textures are made by convolutions. It merges.
+Start: D (and M) uniform in +-1/sqrt(inputs of one of their outputs), U at zero; of embeddings D at zero and U ~ N(0,
+1), as in LoRA: the identity.
+
+Differs from the authors' code: LyCORIS passes over embeddings, looks at the first size of a kernel only, and its
+convolutions for `bypass_mode` forget the dilation. Its dropout, which acts in `bypass_mode` alone, is left out.
+
+Use it: `peftcore.apply(model, "locon")`, where LoRA on attention alone does not learn a style: textures are made by
+convolutions.
 """
 
 from __future__ import annotations

@@ -1,26 +1,31 @@
 """OminiControl: the tokens of a condition image beside those of the image.   Tan et al. 2024, arXiv 2411.15098.
 
+Equation:
     [text; x; c] = L([text; x; c])   in each block L of a diffusion transformer; text and x modulated by t, c by t = 0
     y = W c + B A c                  for the tokens c of the condition alone; y = W x for all others
 
 c is a stream of the condition's tokens, made by the transformer's own embedding, whose queries see the text and the
-image, as they see c; its output behind the last block is dropped. The call passes the condition,
-``with peftcore.call(model, condition=c): ...``, in the form of the model's own image ([batch or 1, tokens, channels] of
-Flux: latents of the autoencoder, packed; [batch or 1, channels, height, width] elsewhere). In Flux it has the places of
-the image itself, or those in ``condition_ids=`` [tokens, 3], times `position_scale` and moved by `position_delta`: none
-where both show the same scene (edges, depth), (0, -width) for a subject at another place. The authors' training
-scales first and moves then, as here; their pipeline does both in the other order.
+image, as they see c; its output behind the last block is dropped. The call passes the condition, ``with
+peftcore.call(model, condition=c): ...``, in the form of the model's own image ([batch or 1, tokens, channels] of Flux:
+latents of the autoencoder, packed; [batch or 1, channels, height, width] elsewhere). In Flux it has the places of the
+image itself, or those in ``condition_ids=`` [tokens, 3], times `position_scale` and moved by `position_delta`: none
+where both show the same scene (edges, depth), (0, -width) for a subject at another place.
 
-A ~ N(0, 1 / rank^2), B = 0, scale 1: their code runs with 1 whatever lora_alpha says. With `independent` c sees itself
-alone (feature reuse of OminiControl2, arXiv 2503.08280). Guidance of a distilled model is 1 for c. Their code is for
-Flux; here SD3, PixArt and DiT have the same blocks, with each model's grid of places. The paper's bias by which a
-condition counts less in attention is in their code no more, and not here.
+With `independent` c sees itself alone (feature reuse of OminiControl2, arXiv 2503.08280). Guidance of a distilled model
+is 1 for c. SD3, PixArt and DiT have the same blocks as Flux, with each model's grid of places. It cannot be merged, and
+costs a second image's time.
 
-No start is an identity: c is seen at once. Parameters: rank * (in * kernel + out) a site, by default those that
-embed, modulate and project the image, and the last ones of a branch; matrices of the text are left out.
+Parameters: rank * (in * kernel + out) a site, by default those that embed, modulate and project the image, and the last
+ones of a branch; matrices of the text are left out.
 
-Use it on a diffusion transformer, for edges and for subjects alike, with 0.1 % of its parameters; on a UNet controlnet
-and ip_adapter do that. It cannot be merged, and costs a second image's time.
+Start: A ~ N(0, 1 / rank^2), B at zero, scale 1. No start is an identity: c is seen at once.
+
+Differs from the authors' code: The authors' training scales positions first and moves then, as here; their pipeline
+does both in the other order. Their code runs with the scale 1 whatever lora_alpha says, and is for Flux alone. The
+paper's bias by which a condition counts less in attention is in their code no more, and not here.
+
+Use it: `peftcore.apply(model, "ominicontrol")`, on a diffusion transformer, for edges and for subjects alike, with 0.1
+% of its parameters; on a UNet controlnet and ip_adapter do that.
 """
 
 from __future__ import annotations

@@ -1,38 +1,43 @@
 """Perfusion: key-locked rank-one editing.   Tewel et al. 2023, arXiv 2305.01644.
 
+Equation:
     r = e' inv(C) i / (i' inv(C) i),   C = E[e e'] of the encodings e of texts
     y = W e + b - r W i + sigmoid((r - beta) / tau) o     i the concept's encoding,   o what W makes of it instead
-    keys:  o = W s,   locked,   s the super-class;      values:  o = W s + v,   v [out] = 0 at first, which trains
+    keys:  o = W s,   locked,   s the super-class;      values:  o = W s + v,   v [out] trains
 
 A token that is the concept has r = 1: o replaces W's output for the word. Keys decide where a concept appears, so it
 appears where its class does ("a cat"); values decide how it looks. i is a moving average of the concept's encodings, of
 which the newest, a mean over the batch, has the gradient; s is the class's encoding in data, of keys an average too.
 
 ``data=`` contains the texts for C, 100,000 captions in the paper, and texts with the word of the class, whose position
-is in the labels of the batch; i and s start from the latter. In training calls pass the concept's position in each
-text; they may also pass the encoding of the text with the class in its place, for the keys:
+is in the labels of the batch. In training calls pass the concept's position in each text; they may also pass the
+encoding of the text with the class in its place, for the keys:
 
     texts = [{"sample": noisy, "timestep": 0, "encoder_hidden_states": states}, ...]
     peftcore.apply(unet, "perfusion", data=[*texts, peftcore.Labelled(texts_of_class, positions)])
     with peftcore.call(unet, concept=positions, superclass=encoder(ids_of_class)[0]):   # [batch], [batch, tokens, dim]
         loss = mse(unet(noisy, t, encoder(ids)[0]).sample, noise)
 
-The word starts as the class's and is taught by `textual_inversion` in the text encoder; in a model that holds both, by
-`tokens`. One concept trains at a time; several that are active at once edit the same text, and their edits add up; the
-exact way by Cholesky roots is not here, nor is the mask of the subject in the loss, which is the loop's business.
-
-This follows lucidrains/perfusion-pytorch, which the authors reviewed. There the first step sets i and o, which here the
-data does; o itself trains, so that weight decay pulls to 0, and here to the class; C is not damped; and `parameters`,
-which its optimizer takes, leaves out those of values, which cannot be meant.
+The word is taught by `textual_inversion` in the text encoder; in a model that holds both, by `tokens`. One concept
+trains at a time; several that are active at once edit the same text, and their edits add up. A mask of the subject in
+the loss is the loop's business.
 
 Parameters: out a matrix of values; n * dim for words, n ids. The file has inv(C) besides, [dim, dim].
 
-Use it to teach a subject that prompts shall go on changing; not for likeness at any price (`custom_diffusion`).
+Start: i and s at the encoding of the class in the data, v at zero, the word at its class. No start is an identity.
+
+Differs from the authors' code: This follows lucidrains/perfusion-pytorch, which the authors reviewed. There the first
+step sets i and o, which here the data does; o itself trains, so that weight decay pulls to 0, and here to the class; C
+is not damped; and `parameters`, which its optimizer takes, leaves out those of values, which cannot be meant. Several
+concepts are added up: the exact way by Cholesky roots is not here.
+
+Use it: `peftcore.apply(model, "perfusion", data=data)`, to teach a subject that prompts shall go on changing; not for
+likeness at any price (`custom_diffusion`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -43,6 +48,7 @@ from torch import Tensor, nn
 from peftcore.author import (
     AppliedMethod,
     Batches,
+    Checked,
     Method,
     MethodConfig,
     Operator,
@@ -52,12 +58,14 @@ from peftcore.author import (
     Surgeon,
     Tags,
     Tap,
+    forward_context,
     full_precision,
     sees_vectors,
+    watched_inputs,
 )
-from peftcore.errors import CalibrationError, UnsupportedSite
+from peftcore.errors import CalibrationError, SequenceError, TrainingError, UnsupportedSite
 from peftcore_diffusion import textual_inversion
-from peftcore_diffusion._concepts import Concept, Texts, check_alone, seen_texts
+from peftcore_diffusion._told import told
 
 RAW = Tap()
 """The text as a module is given it, while concepts edit it one after the other."""
@@ -92,6 +100,165 @@ class PerfusionConfig(MethodConfig):
         if self.tokens and self.initializer is None:
             raise ValueError("tokens start as their class, as i does: give its id as initializer")
         return self
+
+
+LEARNING = Tap()
+"""The texts of the adapter whose concept learns in this forward, by width of encodings."""
+
+
+class Texts(Checked):
+    """The inverse of C = E[e e'] of the encodings of texts, [dim, dim]; that of I before it has seen any."""
+
+    inverse: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.register_buffer("inverse", torch.eye(width))
+
+    def wrong_values(self, values: Mapping[str, Tensor]) -> Iterator[str]:
+        inverse = values.get("inverse")
+        if inverse is not None and not (inverse.isfinite().all() and inverse.diagonal().gt(0).all()):
+            yield "inverse holds numbers that no inverse of E[e e'] has"
+
+    @torch.no_grad()
+    def learn(self, C: Tensor, damping: float) -> None:
+        """Take the inverse of ``C + damping * mean(diag C) I``, C in float64.
+
+        Raises:
+            CalibrationError: the matrix is singular or not finite.
+        """
+        root, failed = torch.linalg.cholesky_ex(C + damping * C.diagonal().mean() * torch.eye(len(C), dtype=C.dtype))
+        if failed or not root.isfinite().all():
+            raise CalibrationError(
+                "E[e e'] of these texts has no inverse: give more of them, all finite, or a larger damping"
+            )
+        self.inverse.copy_(torch.cholesky_inverse(root))
+
+
+class Concept(Checked):
+    """The mean encodings of a concept, i [dim], and of its class in its place, s [dim].
+
+    Args:
+        width: of encodings.
+        decay: how much of the averages a step of training keeps.
+        follows: whether s is updated with the class encodings that calls pass; else s keeps the data's encoding.
+    """
+
+    i: Tensor
+    s: Tensor
+
+    def __init__(self, width: int, decay: float, follows: bool) -> None:
+        super().__init__()
+        self.decay, self.follows, self.used = decay, follows, Tap(until_backward=True)
+        self.register_buffer("i", torch.zeros(width))
+        self.register_buffer("s", torch.zeros(width))
+
+    def wrong_values(self, values: Mapping[str, Tensor]) -> Iterator[str]:
+        if "i" in values and not values["i"].any():
+            yield "i holds zeros, of which no text has a share"
+
+    def forward(self, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Return i and s for a text [batch, tokens, dim]: as they are, in evaluation; in training with the text's part
+        in them, of which i has the gradient.
+
+        Raises:
+            MissingContext: a call in training does not pass the concept's positions.
+            RouteError: the positions are for another number of rows.
+            SequenceError: a position is outside the text.
+        """
+        if not self.training:
+            return self.i, self.s
+        where = told("concept", len(text))
+        new = picked(text, where).to(self.i.dtype)
+        # What a checkpoint repeats in backward is computed with the averages of then.
+        held = self.used.get() if forward_context().repeating else None
+        if held is None:
+            held = self._moved(new.detach(), where)
+            self.used.put(held)
+        i, s = held
+        return i + (new - new.detach()), s
+
+    @torch.no_grad()
+    def _moved(self, new: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:
+        i, s = torch.lerp(new, self.i, self.decay), self.s.clone()
+        if self.follows and "superclass" in forward_context().context:
+            s = torch.lerp(picked(told("superclass", len(where)), where).to(s), s, self.decay)
+        self.i.copy_(i)
+        self.s.copy_(s)
+        return i, s
+
+
+def check_alone(texts: Shared, width: int, first: bool) -> None:
+    """Check that a call trains a single concept, where rows are not assigned to adapters.
+
+    Args:
+        texts: those of the adapter.
+        width: of their encodings.
+        first: whether this concept is the first to edit the text.
+
+    Raises:
+        TrainingError: several concepts would train.
+    """
+    learning = LEARNING.get() or {}
+    if not first or (forward_context().rows is None and learning.get(width, texts) is not texts):
+        raise TrainingError(
+            "two concepts are active, and calls in training say where one is: activate one to train it, and several in "
+            "evaluation"
+        )
+    LEARNING.put({**learning, width: texts})
+
+
+def picked(states: Tensor, where: Tensor) -> Tensor:
+    """Return the mean encoding of the tokens at `where` [batch] in states [batch, tokens, dim].
+
+    Raises:
+        SequenceError: the states have another form, or no such tokens; where `where` is on an accelerator, whose
+            values are not waited for, torch says that.
+    """
+    known = where.device.type == "cpu"
+    if states.dim() != 3 or (known and not 0 <= int(where.min()) <= int(where.max()) < states.shape[1]):
+        raise SequenceError(f"a concept is at {where.tolist()} of [batch, tokens, dim], not of {tuple(states.shape)}")
+    places = where.to(states.device).view(-1, 1, 1).expand(-1, 1, states.shape[-1])
+    return states.gather(1, places).mean((0, 1))
+
+
+def seen_texts(
+    model: nn.Module, modules: Iterable[nn.Module], data: Batches
+) -> tuple[dict[int, Tensor], dict[nn.Module, Tensor]]:
+    """Return statistics of the modules' inputs: by width of encodings the sum of e e' over all texts, which is C up to
+    a factor that cancels in r; and by module the mean encoding of the class, at the positions that the batches' labels
+    contain. Padding that the model's `attention_mask` says is left out.
+
+    Raises:
+        CalibrationError: all batches lack labels, or a label is not a position in its text.
+    """
+    sums: dict[int, Tensor] = {}
+    last: dict[int, Any] = {}
+    found: dict[nn.Module, list[Tensor]] = {}
+    where: Tensor | None = None
+
+    def look(module: nn.Module, given: Tensor, x: Tensor) -> None:
+        width = x.shape[-1]
+        if given is not last.get(width):  # most layers are given one and the same tensor
+            with full_precision(x):
+                sums[width] = sums.get(width, 0) + (x.mT @ x).cpu().double()
+            last[width] = given
+        if where is not None:
+            if given.dim() != 3 or where.shape != given.shape[:1] or not all(0 <= n < given.shape[1] for n in where):
+                raise CalibrationError(
+                    f"the class is at {where.tolist()}, a place for each text, in texts of {tuple(given.shape)}"
+                )
+            found.setdefault(module, []).extend(given.to(x.dtype)[torch.arange(len(where)), where])
+
+    with torch.no_grad(), watched_inputs(model, modules, look):
+        for batch in data:
+            where = batch.beside
+            batch.output()
+    if sums and not found:
+        raise CalibrationError(
+            "data has to say where the class of the concept is, in some texts: peftcore.Labelled(batch, positions)"
+        )
+    return sums, {module: torch.stack(encodings).mean(0) for module, encodings in found.items()}
 
 
 class PerfusionOperator(Operator):

@@ -1,29 +1,36 @@
 """SCEdit: tuners of a UNet's skip connections.   Jiang et al. 2023, arXiv 2312.11392.
 
+Equation:
     skip_i <- skip_i + scale * T_i(skip_i),                            T_i(x) = U_i gelu(D_i x + d_i) + u_i
     skip_i <- skip_i + scale * (c_i + T_i(skip_i + c_i)),              c_i = Z_i silu(c_(i-1)),   c_0 = H(image)
 
 at each place x [width] of a picture: SC-Tuner, and with `channels` the controllable CSC-Tuner, which is steered by an
-image. D_i is [r, width], U_i [width, r], r = ratio * width. Z_i are convolutions that start at zero, one behind the
-other as the encoder leaves its skips, each with stride 2 where that halved the resolution; H is seven convolutions,
-three of them with stride 2. U, u and Z start at zero, so no start changes anything; with an image only the biases of
-Z_2, Z_3, ... move in the first step.
+image. D_i is [r, width], U_i [width, r], r = ratio * width. Z_i are convolutions, one behind the other as the encoder
+leaves its skips, each with stride 2 where that halved the resolution; H is seven convolutions, three of them with
+stride 2.
 
-The call passes the image, ``with peftcore.call(model, condition=image): ...``, [batch or 1, channels, height,
-width], 8 times as large as the latents with four `widths`; the option `input` gives it another name, where several
-act, and ``condition_scale=`` in a call takes the place of `scale`. Images of several injections add up. Their code has
-3x3 convolutions as Z; the paper's number of parameters is that of ``kernel=1``.
+The call passes the image, ``with peftcore.call(model, condition=image): ...``, [batch or 1, channels, height, width], 8
+times as large as the latents with four `widths`; the option `input` gives it another name, where several act, and
+``condition_scale=`` in a call takes the place of `scale`. Images of several injections add up. It cannot be merged.
 
 Parameters: 2 width r + r + width for each skip; with an image those of H, and kernel^2 width_(i-1) width_i + width_i.
 
-Use it for a style or a subject where memory is short: backward runs through the decoder alone. Not where the text is
-to be understood in another way, for which LoRA in cross-attention is better. With an image it is smaller than
-controlnet, its nearest kin, and sees no features of the encoder but the skips. It cannot be merged.
+Start: U, u and Z at zero: the identity. With an image only the biases of Z_2, Z_3, ... move in the first step.
+
+Differs from the authors' code: No difference is known: their code has 3x3 convolutions as Z, while the paper's number
+of parameters is that of ``kernel=1``.
+
+Use it: `peftcore.apply(model, "scedit")`, for a style or a subject where memory is short: backward runs through the
+decoder alone. Not where the text is to be understood in another way, for which LoRA in cross-attention is better. With
+an image it is smaller than controlnet, its nearest kin, and sees no features of the encoder but the skips.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+import itertools
+import re
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import torch
@@ -42,17 +49,14 @@ from peftcore.author import (
     Tap,
     forward_context,
 )
-from peftcore.errors import ConfigError
-from peftcore_diffusion._hints import Hints
-from peftcore_diffusion._skips import SkipSite, skip_sites
+from peftcore.errors import ConfigError, UnsupportedSite
 from peftcore_diffusion._told import told
-
-OF_ALL = {"channels", "widths", "kernel", "input"}
-"""Options of the network that all tuners share."""
 
 
 class SCEditConfig(MethodConfig):
     """Options of SCEdit."""
+
+    overridable = ("ratio", "scale")
 
     method: Literal["scedit"] = "scedit"
     ratio: PositiveFloat = 1.0
@@ -67,6 +71,94 @@ class SCEditConfig(MethodConfig):
     """Size of the convolutions Z."""
     input: str = "condition"
     """The name under which calls give the image."""
+
+
+RESNET = re.compile(r"((?:.*\.)?)up_blocks\.(\d+)\.resnets\.(\d+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Skip:
+    """One skip connection."""
+
+    width: int
+    halved: bool
+    """Whether the resolution was halved just before it leaves the encoder."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SkipSite(Site):
+    """A resnet of the decoder, which is given the channels of the layer before it and behind them those of a skip."""
+
+    number: int = dataclasses.field(kw_only=True)
+    """The number of the skip that the resnet is given, counted in the encoder."""
+    skips: tuple[Skip, ...] = dataclasses.field(kw_only=True)
+    """All skips, as the encoder leaves them."""
+
+    @property
+    def width(self) -> int:
+        """The number of channels of its skip."""
+        return self.skips[self.number].width
+
+
+def skip_sites(surgeon: Surgeon) -> dict[str, list[SkipSite]]:
+    """Return the sites of a method as resnets of decoders, by the prefix of their UNet's paths, first to last.
+
+    Raises:
+        UnsupportedSite: a site is not a resnet of a decoder, or the decoder does not read the skips one by one.
+    """
+    stacks: dict[str, list[Site]] = {}
+    for site in surgeon.sites():
+        matched = RESNET.fullmatch(site.module_path)
+        if matched is None:
+            raise UnsupportedSite(f"{site.path or 'the host'} is no resnet in the decoder of a UNet")
+        stacks.setdefault(matched[1], []).append(site)
+    found = {}
+    for root, sites in stacks.items():
+        skips, resnets = tuple(_skips(surgeon, root)), _decoder(surgeon, root)
+        _check(surgeon, root, skips, resnets)
+        behind = {path: len(skips) - 1 - place for place, path in enumerate(resnets)}  # the last skip is read first
+        read = [SkipSite(**vars(site), number=behind[site.module_path], skips=skips) for site in sites]
+        found[root] = sorted(read, key=lambda site: -site.number)
+    return found
+
+
+def _skips(surgeon: Surgeon, root: str) -> list[Skip]:
+    """Return what the encoder leaves: the first convolution's output, and that of each resnet and each downsampler."""
+    modules, widths = surgeon.resolver.modules, _widths(surgeon)
+    skips = [Skip(widths.get(f"{root}conv_in", (0, 0))[0], False)]
+    for block in _numbered(surgeon, f"{root}down_blocks"):
+        for resnet in _numbered(surgeon, f"{block}.resnets"):
+            skips.append(Skip(widths.get(f"{resnet}.conv2", (0, 0))[0], False))
+        skips += [Skip(skips[-1].width, True)] if f"{block}.downsamplers" in modules else []
+    return skips
+
+
+def _decoder(surgeon: Surgeon, root: str) -> list[str]:
+    """Return the paths of the decoder's resnets, in the order in which they run."""
+    blocks = _numbered(surgeon, f"{root}up_blocks")
+    return [resnet for block in blocks for resnet in _numbered(surgeon, f"{block}.resnets")]
+
+
+def _check(surgeon: Surgeon, root: str, skips: tuple[Skip, ...], resnets: list[str]) -> None:
+    widths = _widths(surgeon)
+    middle = _numbered(surgeon, f"{root}mid_block.resnets")
+    before = [widths.get(f"{path}.conv2", (0, 0))[0] for path in [*middle[-1:], *resnets[:-1]]]
+    before = before if middle else [skips[-1].width, *before]
+    wanted = [width + skip.width for width, skip in zip(before, reversed(skips), strict=False)]
+    if len(skips) != len(resnets) or wanted != [widths.get(f"{path}.conv1", (0, 0))[1] for path in resnets]:
+        raise UnsupportedSite(f"{root}up_blocks does not read {len(skips)} skip connections, one in each resnet")
+
+
+def _widths(surgeon: Surgeon) -> dict[str, tuple[int, int]]:
+    """Return outputs and inputs of each convolution of the host, by path."""
+    entries = surgeon.resolver.host.entries
+    return {entry.module: (entry.shape[0], entry.shape[1]) for entry in entries if len(entry.shape) == 4}
+
+
+def _numbered(surgeon: Surgeon, stack: str) -> list[str]:
+    """Return the paths of what stands in a list of modules, as it is numbered."""
+    numbers = (re.fullmatch(rf"{re.escape(stack)}\.(\d+)", path) for path in surgeon.resolver.modules)
+    return [f"{stack}.{number}" for number in sorted(int(each[1]) for each in numbers if each)]
 
 
 class SCTuner(Operator):
@@ -127,8 +219,6 @@ class SCEdit(Method):
     target = (r"re:(.*\.)?up_blocks\.\d+\.resnets\.\d+",)
 
     def inject(self, model: nn.Module, config: SCEditConfig, surgeon: Surgeon) -> None:
-        if any(OF_ALL & own.keys() for own in config.overrides.values()):
-            raise ConfigError(f"scedit has one network for all hints: {sorted(OF_ALL)} take no overrides")
         for root, sites in skip_sites(surgeon).items():
             hints, shared = Tap(until_backward=True), None
             if config.channels is not None:
@@ -136,8 +226,7 @@ class SCEdit(Method):
                 sizes = config.channels, config.widths, config.kernel
                 shared = surgeon.own(f"hints_{root}", lambda seen=seen, sizes=sizes: Hints(seen, *sizes))
             for site in sites:
-                parts = shared, hints
-                operator = surgeon.graft(site, lambda at, own, parts=parts: SCTuner(at, own, *parts), config)
+                operator = surgeon.graft(site, SCTuner, config, shared=shared, hints=hints)
                 operator.first = site is sites[0]
 
     @staticmethod
@@ -150,3 +239,30 @@ class SCEdit(Method):
 def _inside(site: SkipSite, config: SCEditConfig) -> int:
     """Return the width inside a tuner."""
     return max(1, int(config.ratio * site.width))
+
+
+class Hints(nn.Module):
+    """Maps an image to hints, first to last. The image is 2^(len(widths) - 1) times as large as the UNet's input."""
+
+    def __init__(self, skips: Iterable[Skip], channels: int, widths: list[int], kernel: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [nn.Conv2d(channels, widths[0], 3, padding=1)]
+        for narrow, wide in itertools.pairwise(widths):
+            layers += [nn.SiLU(), nn.Conv2d(narrow, narrow, 3, padding=1)]
+            layers += [nn.SiLU(), nn.Conv2d(narrow, wide, 3, stride=2, padding=1)]
+        self.first, self.cascade = nn.Sequential(*layers), nn.ModuleList()
+        width = widths[-1]
+        for skip in skips:
+            layer = nn.Conv2d(width, skip.width, kernel, stride=2 if skip.halved else 1, padding=kernel // 2)
+            nn.init.zeros_(layer.weight)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+            self.cascade.append(layer)
+            width = skip.width
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        """Return the hints of an image, in the order of the skips."""
+        hints: list[Tensor] = [self.first(image.to(self.first[0].weight.dtype))]
+        for layer in self.cascade:
+            hints.append(layer(torch.nn.functional.silu(hints[-1])))
+        return hints[1:]

@@ -1,23 +1,28 @@
 """SVDiff: the singular values of every weight are shifted.   Han et al. 2023, arXiv 2303.11305.
 
-    W = U S V',   W' = U diag(relu(S + scale * delta)) V' = W + U diag(max(scale * delta, -S)) V',   delta = 0 at first
+Equation:
+    W = U S V',   W' = U diag(relu(S + scale * delta)) V' = W + U diag(max(scale * delta, -S)) V'
     w' = w + scale * delta   for a vector, the gain of a norm
 
-Kernels of convolutions are decomposed as [out, in * kernel], tables as they are, experts each on its own. The
-right-hand form is that of this code: a fresh injection is the base to the bit, where the authors' product of U, S and
-V' is it up to rounding. U, S and V' are those of the base, whatever else acts on it, as its weights were when the
-method was applied: write to them before, and unmerge. They are computed again when an adapter is loaded, so that its
-file holds the shifts alone.
+Kernels of convolutions are decomposed as [out, in * kernel], tables as they are, experts each on its own. U, S and V'
+are those of the base, whatever else acts on it, as its weights were when the method was applied: write to them before,
+and unmerge. They are computed again when an adapter is loaded, so that its file holds the shifts alone.
 
-All weights of the model are adapted but for biases. The authors' code (phymhan/SVDiff) has a shift for each entry of a
-vector; where ``vectors="one"``, it is a matrix of one row, which has one singular value, as in mkshing/svdiff-pytorch,
-an unofficial code. The authors published no training; `scale`, and the rate of vectors `vector_lr`, which holds in
-``injection.optimizer(...)``, are that one's.
+All weights of the model are adapted but for biases. With ``vectors="one"`` a vector is a matrix of one row, which has
+one singular value; otherwise each of its entries has a shift. The rate of vectors is `vector_lr`, in
+``injection.optimizer(...)``.
 
 Parameters: min(out, in * kernel) a matrix, times the number of experts; n a vector of n entries, or 1.
 
-Use it for subjects and styles from few images: a file is hundreds of times smaller than the model. Shifts of several
-subjects may be added: apply one after the other.
+Start: delta at zero: the identity, to the bit.
+
+Differs from the authors' code: The right-hand form is that of this code: a fresh injection is the base to the bit,
+where the authors' product of U, S and V' is it up to rounding. Their code (phymhan/SVDiff) has a shift for each entry
+of a vector; ``vectors="one"`` is that of mkshing/svdiff-pytorch, an unofficial code. The authors published no training;
+`scale` and `vector_lr` are that one's.
+
+Use it: `peftcore.apply(model, "svdiff")`, for subjects and styles from few images: a file is hundreds of times smaller
+than the model. Shifts of several subjects may be added: apply one after the other.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 """T2I-Adapter: features of a condition image for the encoder of a UNet.   Mou et al. 2023, arXiv 2302.08453.
 
+Equation:
     F_0 = conv(unshuffle(image)),   F_i = R_i(pool(F_{i-1})),   h_i <- h_i + scale * F_i   at the end of encoder block i
 
 R_i: a 1x1 convolution where the width changes, then `blocks` times x + conv_1x1(relu(conv_3x3(x))). The call passes the
@@ -10,12 +11,17 @@ a call takes the place of `scale`. F does not depend on the timestep.
 In blocks with attention F is added behind the last attention, before the resolution is halved; in other blocks to their
 output, as in diffusers. So the four stages of Stable Diffusion 1.5 are those of the authors (TencentARC/T2I-Adapter),
 and the three of SDXL the first three of its adapter, whose fourth is added at the middle block. Sizes follow from the
-model. All starts as torch's layers do: no start is an identity, but for a scale of 0. The light variant is not here.
+model. It cannot be merged.
 
 Parameters, with widths c_i: 9 channels f^2 c_0 + c_0, f = downscale (twice that for SDXL); a stage, c_{i-1} c_i + c_i
 where those differ, and blocks * (10 c_i^2 + 2 c_i).
 
-Use it for sketches, depth, poses: smaller and faster than ControlNet. It cannot be merged.
+Start: All as torch's layers do: no start is an identity, but for a scale of 0.
+
+Differs from the authors' code: The light variant is not here. That code (TencentARC/T2I-Adapter) was not run; outputs
+are compared with diffusers.
+
+Use it: `peftcore.apply(model, "t2i_adapter")`, for sketches, depth, poses: smaller and faster than ControlNet.
 """
 
 from __future__ import annotations
@@ -24,6 +30,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal
 
+import torch
 from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 
@@ -40,12 +47,13 @@ from peftcore.author import (
     forward_context,
 )
 from peftcore.errors import ConfigError, UnsupportedSite
-from peftcore_diffusion._pyramid import Place, Pyramid
 from peftcore_diffusion._told import told
 
 
 class T2IAdapterConfig(MethodConfig):
     """Options of T2I-Adapter."""
+
+    overridable = ()
 
     method: Literal["t2i_adapter"] = "t2i_adapter"
     scale: NonNegativeFloat = 1.0
@@ -110,8 +118,6 @@ class T2IAdapter(Method):
     target = (r"re:(.*\.)?down_blocks\.\d+",)
 
     def inject(self, model: nn.Module, config: T2IAdapterConfig, surgeon: Surgeon) -> None:
-        if any(config.overrides.values()):
-            raise ConfigError("t2i_adapter has one network for all blocks: it takes no overrides")
         sizes = config.channels, config.downscale, config.blocks
         stacks: dict[str, list[Site]] = {}
         for site in surgeon.sites():
@@ -123,8 +129,8 @@ class T2IAdapter(Method):
             features = Tap(until_backward=True)
             for number in sorted(numbers):
                 site = dataclasses.replace(surgeon.resolver.site(places[number].path, "weight"), meta=sites[0].meta)
-                parts = places[number], number, pyramid, features
-                operator = surgeon.graft(site, lambda at, parts=parts: T2IAdapterOperator(at, config, *parts))
+                parts = {"place": places[number], "number": number, "shared": pyramid, "features": features}
+                operator = surgeon.graft(site, T2IAdapterOperator, config, **parts)
                 operator.first = number == min(numbers)
 
     @staticmethod
@@ -149,3 +155,50 @@ def _place(surgeon: Surgeon, stack: str, number: int) -> Place:
     halving = range(number if attentions else number + 1)
     level = sum(f"{stack}.{each}.downsamplers" in modules for each in halving)
     return Place([path, *attentions][-1], widths[-1], level)
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """A block of the encoder to which a feature is added."""
+
+    path: str
+    """The path of the module to whose output the feature is added."""
+    width: int
+    level: int
+    """How often that output was halved."""
+
+
+class Residual(nn.Module):
+    """One residual block."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.wide, self.point = nn.Conv2d(width, width, 3, padding=1), nn.Conv2d(width, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``x + conv_1x1(relu(conv_3x3(x)))``."""
+        y: Tensor = self.point(torch.relu(self.wide(x)))
+        return x + y
+
+
+class Pyramid(nn.Module):
+    """Maps an image, `downscale` times as large as the activation at level 0, to one feature for each place."""
+
+    def __init__(self, places: list[Place], channels: int, downscale: int, blocks: int) -> None:
+        super().__init__()
+        width, level, stages = places[0].width, places[0].level, []
+        factor = downscale * 2**level
+        self.first = nn.Sequential(nn.PixelUnshuffle(factor), nn.Conv2d(channels * factor**2, width, 3, padding=1))
+        for place in places:
+            halve = [nn.AvgPool2d(2, ceil_mode=True) for _ in range(place.level - level)]
+            change = [nn.Conv2d(width, place.width, 1)] if width != place.width else []
+            stages.append(nn.Sequential(*halve, *change, *(Residual(place.width) for _ in range(blocks))))
+            width, level = place.width, place.level
+        self.stages = nn.ModuleList(stages)
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        """Return the features of an image, first to last."""
+        features = [self.first(image.to(self.first[1].weight.dtype))]
+        for stage in self.stages:
+            features.append(stage(features[-1]))
+        return features[1:]

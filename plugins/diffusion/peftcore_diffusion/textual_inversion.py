@@ -1,18 +1,25 @@
 """Textual inversion: new words for a text encoder.   Gal et al. 2022, arXiv 2208.01618.
 
-    E'[tokens] = v,   E' = E in all other rows,   v [n, dim] = E[tokens], or E[initializer], at first
+Equation:
+    E'[tokens] = v,   E' = E in all other rows,   v [n, dim] = E[tokens], or E[initializer], at the start
 
 Only v trains, with the loss of the frozen diffusion model. Apply it to the text encoder (of SDXL to both) once the
 tokenizer knows the placeholders: `add_tokens`, then ``text_encoder.resize_token_embeddings(len(tokenizer))``; the
-prompt has to name them all. v is a separate parameter, so weight decay, moments of the optimizer and the file are of
-n rows; the script of diffusers trains the whole table and writes the other rows back after each step. Train in float32
-(the default here, whatever the encoder's dtype): the rows of a half-precision encoder hardly move.
+prompt has to name them all. v is a separate parameter, so weight decay, moments of the optimizer and the file are of n
+rows. Train in float32 (the default here, whatever the encoder's dtype): the rows of a half-precision encoder hardly
+move.
 
-Where the table is also the head of the model, both see v.
+It merges. Where the table is also the head of the model, both see v.
 
 Parameters: n * dim.
 
-Use it to teach a subject or a style as a word: the file is a few kilobytes, the model stays as it is. It merges.
+Start: v at the embeddings of its tokens, or of `initializer`; without that, the identity.
+
+Differs from the authors' code: That code was not compared. The script of diffusers trains the whole table and writes
+the other rows back after each step; here v is a separate parameter.
+
+Use it: `peftcore.apply(model, "textual_inversion", tokens=[5], initializer=7)`, to teach a subject or a style as a
+word: the file is a few kilobytes, the model stays as it is.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 """T-LoRA: a rank that falls with the noise.   Soboleva et al. 2025, arXiv 2507.05964 (ControlGenAI/T-LoRA).
 
+Equation:
     y = W x + b + s (B M diag(l) A x - B0 M diag(l0) A0 x),   M = diag(1, ..., 1, 0, ..., 0)
     M has r(t) ones,   r(t) = floor(((T - t) / T)^p (rank - min_rank)) + min_rank
 
@@ -8,20 +9,25 @@ full rank would memorise the one or few training pictures. t is the host's argum
 the batch, in training and afterwards; a call can pass it for hosts without that argument: ``with peftcore.call(model,
 timestep=t): ...``.
 
-A [rank, in] and B [out, rank] start with orthonormal rows and columns and l [rank] at singular values, so that all
-ranks differ, and the product of frozen copies of all three is subtracted, so that nothing changes at first.
-start="random" has singular values of a matrix N(0, 1 / rank) of the weight's shape, the last (`part`) by default, with
-random A and B; the authors take both from its decomposition, and rows where columns are meant, which is the same in
-distribution. start="weight" has the weight's own, as LyCORIS does by default. start="zero" is the authors' vanilla
-T-LoRA: a LoRA with A ~ N(0, 1 / rank) and B zero, without l, which is masked. The authors' code leaves the scale out: s
-is 1 at every rank, or alpha / rank where `alpha` is given, as in files of LyCORIS.
+A is [rank, in], B [out, rank], l [rank]; A0, B0 and l0 are frozen copies. start="random" has singular values of a
+matrix N(0, 1 / rank) of the weight's shape, the last (`part`) by default, with random A and B. start="weight" has the
+weight's own, as LyCORIS does by default. start="zero" is the authors' vanilla T-LoRA: a LoRA with A ~ N(0, 1 / rank)
+and B zero, without l, which is masked. s is 1 at every rank, or alpha / rank where `alpha` is given, as in files of
+LyCORIS.
 
-Convolutions have A [rank, in, *kernel] here; LyCORIS has kernels of one point in all. Where a weight has fewer ranks,
-it is the first so many of the mask that count. Files of LyCORIS are read with all ranks acting, as there, as PiSSA.
+Convolutions have A [rank, in, *kernel]. Where a weight has fewer ranks, it is the first so many of the mask that count.
+Files of LyCORIS are read with all ranks acting, as there, as PiSSA. It cannot be merged.
 
 Parameters: rank * (in * kernel + out + 1) a site; with start="zero" without the 1.
 
-Use it for a subject in one picture; not for styles of many, where LoRA learns more. It cannot be merged.
+Start: A and B with orthonormal rows and columns and l at singular values, so that all ranks differ, and the product of
+the frozen copies is subtracted: the identity.
+
+Differs from the authors' code: The authors take A and B from the decomposition of the random matrix, and rows where
+columns are meant, which is the same in distribution. Their code leaves the scale out. LyCORIS has kernels of one point
+in all factors.
+
+Use it: `peftcore.apply(model, "tlora")`, for a subject in one picture; not for styles of many, where LoRA learns more.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Extended textual inversion: a word of its own for each cross-attention.   Voynov et al. 2023, arXiv 2303.09522.
 
+Equation:
     cross-attention l of L:   K = W_k c_l,  V = W_v c_l,   c_l = T(prompt with the tokens p_l)
-    E'[tokens] = v,   v [n, dim] = E[tokens], or E[initializer], at first;   n = L for each word
+    E'[tokens] = v,   v [n, dim] = E[tokens], or E[initializer], at the start;   n = L for each word
 
 T is the frozen text encoder, E its table, and only v trains, with the loss of the frozen UNet: P+ is the space of such
 texts, one for each cross-attention. A word is L tokens, p_1 to p_L, one after the other in `tokens`: the prompt is
@@ -13,14 +14,18 @@ encoded L times, with p_l in place of the word, and the UNet is given all states
 so it is applied to both. To the text encoder, where it is `textual_inversion` of L tokens; and with target="cross.k" to
 the UNet, where nothing trains: each cross-attention takes its own states, and states [batch, tokens, dim] are for all
 alike. A model that holds both gets both in one adapter, without a target. L counts the cross-attentions from the input
-to the output: 16 in Stable Diffusion 1.5, 70 in SDXL. The authors published no code; order and form of the states are
-those of Mix-of-Show, whose words are the same.
+to the output: 16 in Stable Diffusion 1.5, 70 in SDXL.
 
 Parameters: n * dim, in the text encoder.
 
-Use it where `textual_inversion` has too few numbers for a subject, or coarse layers are to show another thing than fine
-ones; not where the UNet may change too (`ed_lora` and `custom_diffusion` are better at subjects). The words merge; a
-UNet whose cross-attentions read one text each does not.
+Start: v at the embeddings of its tokens, or of `initializer`: the identity for other words.
+
+Differs from the authors' code: The authors published no code; order and form of the states are those of Mix-of-Show,
+whose words are the same.
+
+Use it: `peftcore.apply(model, "xti")`, where `textual_inversion` has too few numbers for a subject, or coarse layers
+are to show another thing than fine ones; not where the UNet may change too (`ed_lora` and `custom_diffusion` are better
+at subjects). The words merge; a UNet whose cross-attentions read one text each does not.
 """
 
 from __future__ import annotations

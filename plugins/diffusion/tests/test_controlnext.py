@@ -14,7 +14,7 @@ import peftcore
 from peftcore.errors import ConfigError, MissingContext, UnsupportedSite
 from peftcore.testing import against, conformance, frozen, same_defaults, same_start
 from peftcore.testing.hosts import HOSTS
-from peftcore_diffusion._control_features import ControlFeatures
+from peftcore_diffusion.controlnext import ControlFeatures
 
 NUMBERS = Path(__file__).parent / "numbers" / "controlnext.json"
 MADE = SimpleNamespace(**run_path(str(NUMBERS.with_suffix(".py"))))

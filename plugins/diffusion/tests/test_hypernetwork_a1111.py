@@ -13,7 +13,7 @@ import peftcore
 from peftcore.errors import ConfigError, UnsupportedSite
 from peftcore.testing import against, conformance, frozen, same_defaults, same_start
 from peftcore.testing.hosts import HOSTS
-from peftcore_diffusion._context_network import ACTIVATIONS
+from peftcore_diffusion.hypernetwork_a1111 import OF_WEBUI
 
 NUMBERS = Path(__file__).parent / "numbers" / "hypernetwork_a1111.json"
 MADE = SimpleNamespace(**run_path(str(NUMBERS.with_suffix(".py"))))
@@ -123,9 +123,9 @@ def test_what_it_needs() -> None:
 def test_all_activations_are_there() -> None:
     model, inputs = HOSTS["llama"].build()
     found = set()
-    for activation in ACTIVATIONS:
+    for activation in OF_WEBUI:
         injection = peftcore.apply(model, "hypernetwork_a1111", activation=activation, start="xavier_normal")
         with torch.no_grad():
             found.add(model(**inputs).logits.sum().item())
         injection.remove()
-    assert len(found) == len(ACTIVATIONS)
+    assert len(found) == len(OF_WEBUI)

@@ -1,32 +1,39 @@
 """AdaMix: copies of an adapter's two maps, of which each forward draws some in training.   Wang et al. 2022, arXiv
 2205.12410 (microsoft/AdaMix).
 
+Equation:
     training      y = h + U_j gelu(D_i h + b_i) + c_j,   i and j drawn evenly, for each adapter and forward anew
     evaluation    y = h + U gelu(D h + b) + c,           each the mean of its copies
     loss          L(p) + w (KL(p | q) + KL(q | p)) / 2   with q of a second pass, which draws (and drops) anew
 
 h is the feed-forward's output before it is added to the stream: the output of the last matrix, in front of the host's
 dropout, as in the code for RoBERTa and for GPT-2 (`joins`). Its scripts draw the down map alone, and all share one up
-map (`shared`). Matrices start from N(0, 0.02) and biases at zero, each copy by itself: the code first copies one, but
-the model then starts all its linear layers anew. A draw is of torch's generator on the device, and gradients of copies
-that were not drawn are zeros, so optimizers with momentum move them too, as the authors' do.
+map (`shared`). A draw is of torch's generator on the device, and gradients of copies that were not drawn are zeros, so
+optimizers with momentum move them too, as the authors' do.
 
 The loss takes the logits of a model's output: a field `logits`, the tensor that it returns, ``[rows, classes]`` or
 ``[rows, tokens, classes]``, or the first of a tuple behind its loss. It is a mean over rows, or over tokens that are
-not padding (the authors' loss for GPT-2 is over tokens with a label, and 100 times as large); the left arguments of
-both KL terms are detached. In a route the loss covers only the rows of its adapter. If the model does not return the
-loss, `injection.losses()` does. The second pass doubles the time and the memory of training. The authors' mixture of
-LoRAs is not here.
+not padding; the left arguments of both KL terms are detached. In a route the loss covers only the rows of its adapter.
+If the model does not return the loss, `injection.losses()` does. The second pass doubles the time and the memory of
+training.
 
 Parameters: M (d r + r) + d r + d an adapter, in evaluation as good as 2 d r + r + d; both maps M times where nothing is
 `shared`.
 
-Use it where a bottleneck of this size learns too little and evaluation may cost no more; not where training time
-counts: `houlsby_adapter` takes half of it, and `adapter_soup` averages adapters that were trained apart.
+Start: Matrices from N(0, 0.02) and biases at zero, each copy by itself: the code first copies one, but the model then
+starts all its linear layers anew. Near the identity; ``up_init_std=0`` makes it exact.
+
+Differs from the authors' code: Their loss for GPT-2 is over tokens with a label, and 100 times as large; here it is a
+mean over tokens that are not padding. Their mixture of LoRAs is not here.
+
+Use it: `peftcore.apply(model, "adamix")`, where a bottleneck of this size learns too little and evaluation may cost no
+more; not where training time counts: `houlsby_adapter` takes half of it, and `adapter_soup` averages adapters that were
+trained apart.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -49,7 +56,7 @@ from peftcore.author import (
     branch_end,
     by_row,
 )
-from peftcore_hybrid._consistency import logits_of, symmetric_kl
+from peftcore.errors import TrainingError
 
 
 class AdaMixConfig(MethodConfig):
@@ -94,9 +101,8 @@ class AdaMixOperator(AtBranchEnd):
         self.noise = 1.0 if config.routing == "random" else 0.0
 
     def adapt(self, h: Tensor) -> Tensor:
-        channels = self.layer.channel_dim
-        low = F.gelu(F.linear(h.movedim(channels, -1), *self.cast(h, *self.chosen(self.down, self.down_bias))))
-        return h + F.linear(low, *self.cast(h, *self.chosen(self.up, self.up_bias))).movedim(-1, channels)
+        low = F.gelu(F.linear(self.layer.channels_last(h), *self.cast(h, *self.chosen(self.down, self.down_bias))))
+        return h + self.layer.channels_back(F.linear(low, *self.cast(h, *self.chosen(self.up, self.up_bias))))
 
     def chosen(self, weights: Tensor, biases: Tensor) -> tuple[Tensor, Tensor]:
         """Return the matrix and the bias of one copy, or the means of all."""
@@ -144,3 +150,35 @@ class AdaMix(Method):
     def parameter_count(site: Site, config: AdaMixConfig) -> int:
         (downs, ups), d, r = copies(config), site.out_features, config.bottleneck
         return downs * (d * r + r) + ups * (d * r + d)
+
+
+def logits_of(output: Any, labelled: bool) -> Tensor:
+    """Return the logits ``[rows, classes]`` or ``[rows, tokens, classes]`` from a model's output.
+
+    Args:
+        output: the model's output.
+        labelled: whether the model was given labels, so that a tuple begins with its loss.
+
+    Raises:
+        TrainingError: the output lacks logits of these shapes.
+    """
+    found = output.get("logits") if isinstance(output, Mapping) else output
+    if isinstance(found, tuple) and len(found) > labelled:
+        found = found[labelled]
+    if not isinstance(found, Tensor) or found.dim() not in (2, 3):
+        raise TrainingError(
+            f"adamix compares the logits of two passes, and what this model returns ({type(output).__name__}) has none "
+            "[rows, classes] or [rows, tokens, classes]: train the model that has the head, or take consistency=0"
+        )
+    return found
+
+
+def symmetric_kl(one: Tensor, other: Tensor) -> Tensor:
+    """Return the mean of both divergences between logits ``[..., classes]``, in float32 at least: ``[...]``."""
+    precise = torch.promote_types(one.dtype, torch.float32)
+    p, q = one.to(precise).log_softmax(-1), other.to(precise).log_softmax(-1)
+    return 0.5 * (_kl(p.detach(), q) + _kl(q.detach(), p)).sum(-1)
+
+
+def _kl(target: Tensor, log_probabilities: Tensor) -> Tensor:
+    return target.exp() * (target - log_probabilities)

@@ -1,14 +1,19 @@
 """Union of methods: any list of them as one adapter.   ConfigUnion of the Adapters library, arXiv 2311.11077.
 
+Equation:
     union(m_1, ..., m_n): every m_i acts at its own sites, as if applied by itself
 
-Where several parts act on the same module they compose in the order of the list, as several injections would. The
-union is one injection: it is switched, routed, merged, saved and loaded as a whole. It merges if all its parts do, and
-starts as an identity if all its parts do.
+Where several parts act on the same module they compose in the order of the list, as several injections would. The union
+is one injection: it is switched, routed, merged, saved and loaded as a whole. It merges if all its parts do.
 
 Parameters: the sum over its parts.
 
-Use it to try combinations (LoRA with a prefix, adapters with trained norms) without writing a method.
+Start: As its parts start: an identity if all of them are.
+
+Differs from the authors' code: That library was not compared; unions are compared with adapters of peft.
+
+Use it: `peftcore.apply(model, "config_union", parts=[{"method": "lora"}, {"method": "ia3"}])`, to try combinations
+(LoRA with a prefix, adapters with trained norms) without writing a method.
 """
 
 from __future__ import annotations

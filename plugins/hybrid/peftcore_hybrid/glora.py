@@ -1,22 +1,26 @@
 """GLoRA: generalized LoRA.   Chavan et al. 2023, arXiv 2306.07967 (code: Arnav0400/ViT-Slim, GLoRA/layer.py).
 
+Equation:
     W' = W + W * A + B,   b' = b + b * D + E + W C      (*: entry by entry)
 
-A and B are as large as W, C as its rows, D and E as b. Each is chosen to be of low rank (X_d X_u: X_d starts at zero,
-X_u from Glorot's uniform draw), a vector (for A and B: one number an output), a constant, or none; all start at zero,
-so that W' = W at first. In convolutions an input is a channel at a place of the kernel.
+A and B are as large as W, C as its rows, D and E as b. Each is chosen to be of low rank (X_d X_u), a vector (for A and
+B: one number an output), a constant, or none. In convolutions an input is a channel at a place of the kernel.
 
-The authors train all choices at once, a path drawn at random for each forward, and then search the best path under a
-budget. Here, as in peft, the choice is fixed; set the result of a search for each site in `overrides`. As in the
-authors' code, and unlike peft's, a layer without a bias gets one from E and W C (D scales nothing there and is left
-out); modules that cannot have a bias (an embedding, a stack of experts) are changed by A and B alone. peft starts X_u
-from Kaiming's draw. With A="product" the weight is multiplied by a matrix of its inputs, W' = W + W A + B, as the paper
-writes it and LyCORIS computes it: the same for all places of a kernel.
+A layer without a bias gets one from E and W C (D scales nothing there and is left out); modules that cannot have a bias
+(an embedding, a stack of experts) are changed by A and B alone. With A="product" the weight is multiplied by a matrix
+of its inputs, W' = W + W A + B, as the paper writes it and LyCORIS computes it: the same for all places of a kernel.
 
 Parameters: of low rank r, r (in * kernel + out) for A and for B, 2 r in for a product, r (in * kernel + 1) for C;
 vectors have out or, for C, in * kernel; constants one. Times the number of experts.
 
-Use it where LoRA's update is too plain: it also scales the weight and shifts the output, and merges all the same.
+Start: X_d at zero, X_u from Glorot's uniform draw, all else at zero, so that W' = W: the identity.
+
+Differs from the authors' code: The authors train all choices at once, a path drawn at random for each forward, and then
+search the best path under a budget. Here, as in peft, the choice is fixed; set the result of a search for each site in
+`overrides`. peft starts X_u from Kaiming's draw, and gives no bias to a layer without one.
+
+Use it: `peftcore.apply(model, "glora")`, where LoRA's update is too plain: it also scales the weight and shifts the
+output, and merges all the same.
 """
 
 from __future__ import annotations

@@ -1,18 +1,24 @@
 """MAM adapter: a prefix in attention, a parallel adapter at the feed-forward.   He et al. 2021, arXiv 2110.04366.
 
+Equation:
     Attention(q, [P_k; K], [P_v; V])   in every attention,   P made by a tanh network while it trains
     out = FFN(x) + s W_up relu(W_down x + b_down) + s b_up     at every feed-forward
 
 The mix that the paper's comparison ends with ("mix and match"): a short prefix, which is enough to change where heads
 look, and the capacity where it pays most, at the feed-forward. Both parts are the methods `prefix_tuning` and
 `parallel_adapter` with the authors' sizes (code: jxhe/unify-parameter-efficient-tuning), and their pages apply here:
-encoder, decoder and cross-attention have separate prefixes; the adapter starts as an exact identity, the prefix does
-not. The positions of tokens stay as they are: this code's prefixes are in no cache.
+encoder, decoder and cross-attention have separate prefixes. The positions of tokens stay as they are: this code's
+prefixes are in no cache.
 
 Parameters: those of both parts. With prefix_length k, prefix_mid_dim t and keys of width d: 2 d (t + 1) an attention
 and k d + (d + 1) t a stack; with ffn_bottleneck r and a stream of width e: 2 e r + r + e a feed-forward.
 
-Use it where a few percent of parameters are affordable and merging is not needed.
+Start: As the two methods: the adapter is an exact identity, the prefix is not.
+
+Differs from the authors' code: No difference is known.
+
+Use it: `peftcore.apply(model, "mam_adapter")`, where a few percent of parameters are affordable and merging is not
+needed.
 """
 
 from __future__ import annotations

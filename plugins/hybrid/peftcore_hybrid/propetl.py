@@ -1,13 +1,13 @@
 """ProPETL: one adapter for all layers, of which each layer has a mask of its own.   Zeng et al. 2023, arXiv 2305.17682
 (ChaosCodes/ProPETL).
 
+Equation:
     y_l = h + (m'_l * U) relu((m_l * D) n + b) + c,     m_l = 1 where |s_l| is among the largest, else 0
 
 D [r, d], U [d, r] and the biases, which no mask covers, are the prototype, which all layers of one width share; each
 layer has scores s_l [r, d] and s'_l [d, r], and a mask keeps a share `kept` of the numbers. n and h are those of
 `pfeiffer_adapter`, as `placement` says. In the backward pass a mask acts as |s_l| (a straight-through estimate): the
-gradient of a mask entry passes to its score as if no entry were masked. Both maps start from N(0, 0.02), biases at
-zero, the scores of D uniform in +-1/sqrt(r), those of U in +-1/sqrt(d). The learning rate of the scores is `mask_ratio`
+gradient of a mask entry passes to its score as if no entry were masked. The learning rate of the scores is `mask_ratio`
 times as large, their weight decay is that of the maps, and biases are not decayed.
 
 With learned masks a file stores the scores, which are larger than one adapter for each layer. For small files use
@@ -17,12 +17,18 @@ adapter:
     small = peftcore.apply(model, "propetl", name="small", masks="fixed", ...)
     take_masks(small, trained)
 
-The prototype continues to train under its masks, or is frozen. The authors also mask LoRA and prefixes, and for several
-tasks a layer's mask is the union with one of the task; these are not here.
+The prototype continues to train under its masks, or is frozen.
+
 Parameters: 2 d r + r + d of the prototype, and 2 d r scores a layer, or as many bits.
 
-Use it where many adapters are kept and each file counts; not where training has to be small: `compacter` shares parts
-of all adapters too, and `pfeiffer_adapter` has only its matrices, without scores.
+Start: Both maps from N(0, 0.02), biases at zero, the scores of D uniform in +-1/sqrt(r), those of U in +-1/sqrt(d).
+Near the identity; ``up_init_std=0`` makes it exact.
+
+Differs from the authors' code: The authors also mask LoRA and prefixes, and for several tasks a layer's mask is the
+union with one of the task; these are not here.
+
+Use it: `peftcore.apply(model, "propetl")`, where many adapters are kept and each file counts; not where training has to
+be small: `compacter` shares parts of all adapters too, and `pfeiffer_adapter` has only its matrices, without scores.
 """
 
 from __future__ import annotations
@@ -39,7 +45,6 @@ from torch import Tensor, nn
 from peftcore.author import AppliedMethod, LearningRate, Method, MethodConfig, Shared, Site, Surgeon, Tags
 from peftcore.errors import ConfigError
 from peftcore_additive.pfeiffer_adapter import AtLayerEnd, Placement, placed
-from peftcore_hybrid._masks import Prototype, from_bits, largest, to_bits
 
 MAPS = ("down", "up")
 
@@ -63,6 +68,38 @@ class ProPETLConfig(MethodConfig):
     """Standard deviation of D at the start."""
     up_init_std: NonNegativeFloat = 0.02
     """Standard deviation of U at the start; 0 makes a fresh adapter an exact identity."""
+
+
+def largest(scores: Tensor, kept: float) -> Tensor:
+    """Return a mask of the entries with the largest magnitude; the gradient passes to the magnitudes."""
+    sizes = scores.abs()
+    count = scores.numel() - int((1 - kept) * scores.numel())
+    places = sizes.flatten().topk(count).indices
+    mask = torch.zeros_like(sizes).flatten().scatter(0, places, 1.0).view_as(sizes)
+    return mask + (sizes - sizes.detach())
+
+
+def to_bits(mask: Tensor) -> Tensor:
+    """Return a mask as bytes of eight entries each, the first one lowest."""
+    flat = F.pad(mask.flatten() > 0.5, (0, -mask.numel() % 8)).view(-1, 8)
+    return (flat.to(torch.uint8) << torch.arange(8, dtype=torch.uint8, device=mask.device)).sum(-1, dtype=torch.uint8)
+
+
+def from_bits(stored: Tensor, shape: torch.Size) -> Tensor:
+    """Return the mask, of bool."""
+    shifts = torch.arange(8, dtype=torch.uint8, device=stored.device)
+    return ((stored.unsqueeze(-1) >> shifts) & 1).flatten()[: shape.numel()].view(shape).bool()
+
+
+class Prototype(nn.Module):
+    """The two maps that layers share."""
+
+    def __init__(self, width: int, config: ProPETLConfig) -> None:
+        super().__init__()
+        self.down, self.up = nn.Linear(width, config.bottleneck), nn.Linear(config.bottleneck, width)
+        for linear, std in ((self.down, config.init_std), (self.up, config.up_init_std)):
+            nn.init.normal_(linear.weight, std=std)
+            nn.init.zeros_(linear.bias)
 
 
 class ProPETLOperator(AtLayerEnd):
@@ -89,8 +126,8 @@ class ProPETLOperator(AtLayerEnd):
         return from_bits(self.get_tensor(f"{name}_bits"), weight.shape).to(weight.dtype)
 
     def added(self, h: Tensor) -> Tensor:
-        channels = self.layer.channel_dim
-        return self._mapped("up", F.relu(self._mapped("down", h.movedim(channels, -1)))).movedim(-1, channels)
+        low = F.relu(self._mapped("down", self.layer.channels_last(h)))
+        return self.layer.channels_back(self._mapped("up", low))
 
     def _mapped(self, name: str, x: Tensor) -> Tensor:
         linear: Any = self.prototype.module.get_submodule(name)
@@ -118,8 +155,7 @@ class ProPETL(Method):
         for site, placement, holders in placed(surgeon, surgeon.sites(), lambda site: config.at(site.path).placement):
             own, width = config.at(site.path), site.out_features
             prototype = surgeon.own(f"prototype_{width}x{own.bottleneck}", partial(Prototype, width, own))
-            make = partial(ProPETLOperator, placement=placement, prototype=prototype)
-            surgeon.graft(site, make, config, holders)
+            surgeon.graft(site, ProPETLOperator, config, holders, placement=placement, prototype=prototype)
 
     def parameter_groups(self, injection: AppliedMethod, *, lr: float, **defaults: Any) -> list[dict[str, Any]]:
         operators = [each for each in injection.operators.values() if isinstance(each, ProPETLOperator)]

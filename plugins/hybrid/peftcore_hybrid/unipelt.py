@@ -1,44 +1,61 @@
 """UniPELT: LoRA, prefix and adapter, each behind a gate.   Mao et al. 2022, arXiv 2110.07577 (morningmoni/UniPELT).
 
+Equation:
     g = sigmoid(u . x + c)                    x: what the part itself reads; each operator has a gate of its own
     queries, values   y = W x + g B A x       g stands in the place of alpha / rank
     attention         softmax over [g P_k; K], with values [g P_v; V]
     feed-forward      y = LN(x + o + g (W_up relu(W_down u + b_down) + b_up)),   u = LN(x + o)
 
 ``gate="sequence"`` is the paper's: g is the mean over a row's tokens, here without padding (by the model's
-`attention_mask`), which the authors count in. In a causal model the mean would include later tokens, and with a cache
-only the last token, so it is refused where attention is causal. By default every token has a separate gate. As tokens
-share the keys of a prefix, it scales the change that the prefix makes for the token, at the price of a second softmax:
+`attention_mask`). In a causal model the mean would include later tokens, and with a cache only the last token, so it is
+refused where attention is causal. By default every token has a separate gate. As tokens share the keys of a prefix, it
+scales the change that the prefix makes for the token, at the price of a second softmax:
 
     attention         y = Attn(q, K, V) + g (Attn(q, [P_k; K], [P_v; V]) - Attn(q, K, V))
 
 The adapter is a `pfeiffer_adapter` behind a gate: x is the stream, o what the feed-forward adds to it, behind the
-host's dropout, LN the norm that ends the block; where none does, it reads and adds without LN. By the paper's text it
-reads o (adapter_placement="branch").
+host's dropout, LN the norm that ends the block; where none does, it reads and adds without LN. With
+adapter_placement="branch" it reads o.
 
-Gates start near one half: u, the adapter's W, and all of the network that makes the prefix from N(0, 0.02), biases at
-zero, A and B as in LoRA. Gates depend on the input, so nothing merges.
+Gates depend on the input, so nothing merges.
 
 Parameters: a prefix as in `prefix_tuning`, rank (d + d_out) for queries and for values each, 2 d r + r + d a
 feed-forward, r = d / reduction; and d + 1 for each gate.
 
-Use it where it is not known which of the three suits the task.
+Start: Gates near one half: u, the adapter's W, and all of the network that makes the prefix from N(0, 0.02), biases at
+zero, A and B as in LoRA. Not an identity.
+
+Differs from the authors' code: Each token has a separate gate by default; the paper's is ``gate="sequence"``, whose
+mean here leaves out padding, which the authors count in. By the paper's text the adapter reads o.
+
+Use it: `peftcore.apply(model, "unipelt")`, where it is not known which of the three suits the task.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from peftcore.author import Attend, AttentionSite, Method, MethodConfig, Site, Surgeon, Tags, Tap
-from peftcore.errors import TargetError, UnsupportedSite
-from peftcore_additive import prefix_tuning
+from peftcore.author import (
+    Attend,
+    AttentionSite,
+    Method,
+    MethodConfig,
+    Operator,
+    Site,
+    Surgeon,
+    Tags,
+    Tap,
+    forward_context,
+)
+from peftcore.errors import MissingContext, TargetError, UnsupportedSite
+from peftcore_additive import pfeiffer_adapter, prefix_tuning
 from peftcore_additive._prefix import Encoder, PrefixOperator, prefix_count, shared_encoder
-from peftcore_additive.pfeiffer_adapter import Placement, placed
-from peftcore_hybrid._gates import GatedAdapter, GatedLoRA, start_as_bert
+from peftcore_additive.pfeiffer_adapter import PfeifferOperator, Placement, placed
 
 QUERIES, VALUES, BLOCKS = ("attn.q", "cross.q"), ("attn.v", "cross.v"), ("mlp.output", "mlp.down")
 
@@ -68,6 +85,101 @@ class UniPELTConfig(MethodConfig):
     def bottleneck(self, site: Site) -> int:
         """Return the width of an adapter's bottleneck."""
         return max(site.out_features // self.adapter_reduction, 1)
+
+
+Each = Literal["token", "sequence"]
+"""The scope of a gate: one token, or the whole sequence."""
+
+
+class Gate(nn.Module):
+    """A gate sigmoid(u . x + c): ``[rows, tokens, 1]``, or its mean over the tokens, ``[rows, 1, 1]``, where it is one
+    for the sequence."""
+
+    def __init__(self, width: int, each: Each) -> None:
+        super().__init__()
+        self.linear = linear(width, 1)
+        self.sequence = each == "sequence"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the gate of an input ``[rows, tokens, width]``."""
+        weight, bias = self.linear.weight.to(x.dtype), self.linear.bias.to(x.dtype)
+        gate = torch.sigmoid(nn.functional.linear(x, weight, bias))
+        return mean_of_tokens(gate) if self.sequence else gate
+
+
+def linear(width: int, outputs: int) -> nn.Linear:
+    """Make a linear layer with BERT's initialization and a bias of zeros."""
+    made = nn.Linear(width, outputs)
+    start_as_bert(made)
+    return made
+
+
+def start_as_bert(module: nn.Module) -> None:
+    """Initialize a linear layer or an embedding like BERT: N(0, 0.02), with a bias of zeros."""
+    if isinstance(module, (nn.Linear, nn.Embedding)):
+        nn.init.normal_(module.weight, std=0.02)
+    if isinstance(module, nn.Linear):
+        nn.init.zeros_(module.bias)
+
+
+def mean_of_tokens(values: Tensor) -> Tensor:
+    """Return the mean of ``[rows, tokens, 1]`` over the tokens that are not padding, by the model's `attention_mask`.
+
+    Raises:
+        MissingContext: a part of the host was called by itself, so the padding is unknown.
+    """
+    inputs = forward_context().inputs
+    if not inputs or values.dim() != 3:
+        raise MissingContext(
+            "a gate for the sequence needs rows of tokens, and to know which are padding: call the host itself, or "
+            'choose gate="token"'
+        )
+    mask = inputs.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.shape != values.shape[:2]:
+        return values.mean(1, keepdim=True)
+    real = mask.to(values.dtype).unsqueeze(-1)
+    return (values * real).sum(1, keepdim=True) / real.sum(1, keepdim=True).clamp_min(1)
+
+
+class GatedLoRA(Operator):
+    """The gated update of queries or values; at queries also the gate of the prefix, which reads the same input."""
+
+    padded = frozenset({"A", "B"})
+
+    def __init__(self, site: Site, config: UniPELTConfig, prefix: Tap | None) -> None:
+        super().__init__(site)
+        if config.gate == "sequence":
+            site.check_rows_first()
+        bound, rank = site.in_features**-0.5, config.rank
+        self.A = nn.Parameter(torch.empty(rank, site.in_features).uniform_(-bound, bound))
+        self.B = nn.Parameter(torch.zeros(site.out_features, rank))
+        self.gate = Gate(site.in_features, config.gate)
+        self.prefix = prefix
+        self.prefix_gate = None if prefix is None else Gate(site.in_features, config.gate)
+
+    def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
+        if self.prefix is not None and self.prefix_gate is not None:
+            self.prefix.put(self.prefix_gate(x))
+        y = call(x)
+        A, B, gate = self.cast(y, self.A, self.B, self.gate(x))
+        return self.layer.add(y, self.layer.apply(x, A) * gate, B, 1.0)
+
+
+class GatedAdapter(PfeifferOperator):
+    """A bottleneck behind a gate: g (W_up relu(W_down u + b_down) + b_up) is added to the stream, where u is the
+    adapter's input; with the placement "branch" it is added to the site's output."""
+
+    def __init__(self, site: Site, config: UniPELTConfig, placement: Placement) -> None:
+        plain = pfeiffer_adapter.PfeifferAdapterConfig(bottleneck=config.bottleneck(site))
+        super().__init__(site, plain, placement)
+        if self.layer.channel_dim != -1:
+            raise UnsupportedSite(f"{site.path}: a bottleneck adapter needs features in the last dimension")
+        if config.gate == "sequence":
+            site.check_rows_first()
+        self.gate = Gate(site.out_features, config.gate)
+
+    def added(self, u: Tensor) -> Tensor:
+        return self.gate(u).to(u.dtype) * super().added(u)
 
 
 class GatedPrefix(PrefixOperator):
@@ -111,7 +223,7 @@ class UniPELT(Method):
             _adapt_attention(site, inside, config, surgeon)
         blocks = [site for site in sites if site.role in BLOCKS]
         for site, placement, holders in placed(surgeon, blocks, lambda site: config.at(site.path).adapter_placement):
-            surgeon.graft(site, _gated, config, holders, placement=placement)
+            surgeon.graft(site, GatedAdapter, config, holders, placement=placement)
 
     @staticmethod
     def parameter_count(site: Site, config: UniPELTConfig) -> int:
@@ -123,19 +235,11 @@ class UniPELT(Method):
         return (2 * site.out_features + 1) * (config.bottleneck(site) + 1)
 
 
-def _gated(site: Site, config: UniPELTConfig, placement: Placement) -> GatedAdapter:
-    return GatedAdapter(site, config.bottleneck(site), config.gate, placement)
-
-
 def _encoder(length: int, width: int, hidden: int) -> Encoder:
     """Make the half of the prefix network that layers share, started as BERT's own layers."""
     made = Encoder(length, width, hidden)
     made.apply(start_as_bert)
     return made
-
-
-def _gated_update(site: Site, config: UniPELTConfig, prefix: Tap | None) -> GatedLoRA:
-    return GatedLoRA(site, config.rank, config.gate, prefix)
 
 
 def _adapt_attention(site: Site, inside: list[Site], config: UniPELTConfig, surgeon: Surgeon) -> None:
@@ -148,4 +252,4 @@ def _adapt_attention(site: Site, inside: list[Site], config: UniPELTConfig, surg
             raise UnsupportedSite(f"{site.path}: no matrix inside makes queries of what the attention reads")
     for each in inside:
         tap = opening if each in queries else None
-        surgeon.graft(each, _gated_update, config, prefix=tap)
+        surgeon.graft(each, GatedLoRA, config, prefix=tap)

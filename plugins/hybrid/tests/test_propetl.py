@@ -14,8 +14,7 @@ import peftcore
 from peftcore.errors import ConfigError
 from peftcore.testing import HOSTS, against, conformance, frozen, same_defaults, same_start
 from peftcore.testing.kit import fill
-from peftcore_hybrid._masks import from_bits, to_bits
-from peftcore_hybrid.propetl import MAPS, take_masks
+from peftcore_hybrid.propetl import MAPS, from_bits, take_masks, to_bits
 
 KEPT = 0.3
 NUMBERS = Path(__file__).parent / "numbers" / "propetl.json"

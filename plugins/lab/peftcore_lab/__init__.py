@@ -15,7 +15,7 @@ reading:
 - `reports`: results of a comparison, for people and programs.
 - `comparisons`: several methods, configurations and seeds on one task.
 - `searching`: the best within a budget.
-- `talking`: conversations with a language model and its adapter.
+- `chat_session`: conversations with a language model and its adapter.
 - `schemas`: the JSON schemas of the files that the commands read.
 - `printing`: the tables that the commands print.
 - `commands`: ``peftcore train``, ``compare``, ``search`` and ``chat``.

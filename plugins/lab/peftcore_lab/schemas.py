@@ -11,7 +11,7 @@ import peftcore
 from peftcore_lab.comparisons.comparison import Candidate, Comparison
 from peftcore_lab.runs.run import FULL, MethodChoice, Options, Run
 from peftcore_lab.searching.search import Search
-from peftcore_lab.tasks import catalogue
+from peftcore_lab.tasks import task_catalogue
 
 FILES: Mapping[str, type[Options]] = {"train": Run, "compare": Comparison, "search": Search}
 """The kind of file that a command reads."""
@@ -30,9 +30,9 @@ def schema(command: str) -> JSON:
     """Return the schema of the files of a command: "train", "compare" or "search"."""
     found = FILES[command].model_json_schema()
     defs: JSON = found.setdefault("$defs", {})
-    names = [*catalogue.places()]
+    names = [*task_catalogue.places()]
     found["properties"]["task"]["enum"] = names
-    kinds = {name: _hoisted(catalogue.kind(name).Data.model_json_schema(), f"data.{name}", defs) for name in names}
+    kinds = {name: _hoisted(task_catalogue.kind(name).Data.model_json_schema(), f"data.{name}", defs) for name in names}
     found["allOf"] = [_when("task", name, {"data": kind}) for name, kind in kinds.items()]
     if default := found["properties"]["task"].get("default"):
         found["allOf"].append({"if": {"not": {"required": ["task"]}}, "then": {"properties": {"data": kinds[default]}}})

@@ -1,12 +1,12 @@
 """IR-QLoRA: information retention.   Qin et al. 2024, arXiv 2402.05445 (htqin/IR-QLoRA).
 
+Equation:
     y = Q x + b + s (B h + b2 repeat(h)),   h = A dropout(x) + b1 mean(x),   s = alpha / rank
     Q = nf4(W - t) + t,   t the shift of each block with which the 16 codes carry the most information
 
-mean(x) [rank] are the means of `rank` groups of neighbouring inputs, and repeat(h) [out] repeats each number of h
-out / rank times: elastic connections past A and B, with gates b1 and b2 [1] that start at zero. B starts at zero too.
-The map is linear: (B + b2 R)(A + b1 P), P and R constant, so it merges. The rank has to divide inputs and outputs; the
-paper has a greatest common divisor there, the authors' code does not.
+mean(x) [rank] are the means of `rank` groups of neighbouring inputs, and repeat(h) [out] repeats each number of h out /
+rank times: elastic connections past A and B, with gates b1 and b2 [1]. The map is linear: (B + b2 R)(A + b1 P), P and R
+constant, so it merges. The rank has to divide inputs and outputs.
 
 The quantizer is the scheme "nf4-icq", and the connections act on any other as well. It looks for t when it quantizes;
 on a model that is dense still in the first forward, and again in the first one after a weight was written to. Groups of
@@ -14,7 +14,12 @@ a convolution's inputs are channels with all of the kernel; experts share the ga
 
 Parameters: rank * (in * kernel + out) a site, times the number of experts, + 2.
 
-Use it in place of QLoRA where 4 bits cost too much.
+Start: B, b1 and b2 at zero, A as in LoRA: an identity on a model that is quantized already; a dense model is rounded.
+
+Differs from the authors' code: No difference is known; the paper has a greatest common divisor in place of the rank
+that divides inputs and outputs, the authors' code does not.
+
+Use it: `peftcore.apply(model, "ir_qlora")`, in place of QLoRA where 4 bits cost too much.
 """
 
 from __future__ import annotations

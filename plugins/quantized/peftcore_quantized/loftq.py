@@ -1,19 +1,23 @@
 """LoftQ: quantization and low-rank adapters that start together.   Li et al. 2023, arXiv 2310.08659 (yxli2123/LoftQ).
 
+Equation:
     Q_t = round(W - B_{t-1} A_{t-1}),   B_t A_t = the best of the rank for W - Q_t,   t = 1 .. iterations,   B_0 A_0 = 0
     y = Q_t x + b + B A x,   A and B start at A_t and B_t of the t whose Q_t + B_t A_t comes closest to W
 
-The distance may grow again from one iteration to the next; the authors' code and peft take the last iteration, this
-method takes the best. Q_t is what ``peftcore.quantize(model, scheme)`` stores afterwards; until then it is computed
-from the dense weight in every forward. With one iteration that is round(W), so the adapter also fits a model that
-another library quantized. On a model that is quantized before the method is installed, the original weight is lost and
-cannot be reconstructed: there A and B start as in LoRA.
-
-The scale is 1 (the authors and peft start with factors that leave alpha / rank out, which is right only where it is 1).
+Q_t is what ``peftcore.quantize(model, scheme)`` stores afterwards; until then it is computed from the dense weight in
+every forward. With one iteration that is round(W), so the adapter also fits a model that another library quantized.
 
 Parameters: rank * (in * kernel + out) a site, times the number of experts.
 
-Use it in place of QLoRA at 4 bits and below, where the dense model can be loaded once.
+Start: A and B at A_t and B_t: outputs are close to those of W, not equal. On a model that is quantized before the
+method is installed, the original weight is lost and cannot be reconstructed: there A and B start as in LoRA.
+
+Differs from the authors' code: The distance may grow again from one iteration to the next; the authors' code and peft
+take the last iteration, this method takes the best. The scale is 1: the authors and peft start with factors that leave
+alpha / rank out, which is right only where it is 1.
+
+Use it: `peftcore.apply(model, "loftq")`, in place of QLoRA at 4 bits and below, where the dense model can be loaded
+once.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 """LoRA on an 8-bit base.   Dettmers et al. 2022, arXiv 2208.07339 (LLM.int8); Hu et al. 2021, arXiv 2106.09685 (LoRA).
 
+Equation:
     y = Q x + b + s B A dropout(x),   s = alpha / rank,   Q = absmax / 127 * codes, one absmax a row, A and B as in LoRA
 
 Meant for a quantized model: by ``peftcore.quantize(model, "int8")`` (or "bnb-int8", "torchao-int8", …) before it or
@@ -9,11 +10,17 @@ quantize only weights. The update always sees the inputs as they are. On a model
 rounded in every forward (and the inputs are not).
 
 A merge writes Q + s B A; into="same" rounds that again: at 8 bits most of the trained change survives, and the report
-gives the share. peft merges into the same format without a report.
+gives the share.
 
 Parameters: rank * (in * kernel + out) a site, times the number of experts.
 
-Use it where the model in 16 bits leaves no room for training, and in 8 bits does.
+Start: A and B as in LoRA: an identity on a model that is quantized already; a dense model is rounded.
+
+Differs from the authors' code: The authors' library is bitsandbytes, whose rounding is the scheme "bnb-int8"; no
+difference is known. peft merges into the same format without a report.
+
+Use it: `peftcore.apply(model, "lora_int8")`, where the model in 16 bits leaves no room for training, and in 8 bits
+does.
 """
 
 from __future__ import annotations

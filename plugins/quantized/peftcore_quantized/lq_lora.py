@@ -1,26 +1,31 @@
 """LQ-LoRA: a weight as low-rank plus quantized.   Guo et al. 2023, arXiv 2311.12023 (HanGuo97/lq-lora).
 
+Equation:
     s B_t A_t = the best of the rank for W - Q_{t-1},   Q_t = round(W - s B_t A_t),   t = 1 .. iterations,   Q_0 = 0
     y = Q_t x + b + s B A x,   A and B start at A_t and B_t of the t whose Q_t + s B_t A_t comes closest to W
 
-The iteration stops as soon as the distance no longer falls, and takes the iterate before that; the authors' code stops
-there too, but returns the worse iterate, as a comment in it notes. QPiSSA starts from the low-rank step as well and
-takes the last iterate, LoftQ starts from the rounding. s = alpha / rank is taken out of both factors. The authors find
-singular vectors by a randomized algorithm, here they are exact, and the same everywhere.
+The iteration stops as soon as the distance no longer falls, and takes the iterate before that. QPiSSA starts from the
+low-rank step as well and takes the last iterate, LoftQ starts from the rounding. s = alpha / rank is taken out of both
+factors. Singular vectors are exact, and the same everywhere.
 
 Q is what ``peftcore.quantize(model, scheme)`` stores afterwards; until then it is computed from the dense weight in
-every forward. A0 and B0, the initial values of A and B, are frozen buffers and are in the file. On a model that is
-quantized before the method is installed, W is unknown: the method then starts as QPiSSA does, with the principal part
-of Q, and outputs are unchanged at first. The method omits dropout, as in the authors' runs: dropout would remove parts
-of the base's output.
-
-Left out: the distance weighted by Fisher information, which needs data where the plain method needs none, and the
-integer programme that gives each matrix its own format under a budget of bits; ``overrides`` can set formats by hand,
-``{"*.down_proj": {"scheme": "int8"}}``.
+every forward. A0 and B0, the initial values of A and B, are frozen buffers and are in the file. The method omits
+dropout, as in the authors' runs: dropout would remove parts of the base's output. ``overrides`` can set formats by
+hand, ``{"*.down_proj": {"scheme": "int8"}}``.
 
 Parameters: rank * (in * kernel + out) a site, times the number of experts.
 
-Use it in place of QLoRA at 4 bits and below, where the dense model can be loaded once.
+Start: A and B at A_t and B_t: outputs are close to those of W, not equal. On a model that is quantized before the
+method is installed, W is unknown: the method then starts as QPiSSA does, with the principal part of Q, and outputs are
+unchanged.
+
+Differs from the authors' code: Their code stops at the same iteration, but returns the worse iterate, as a comment in
+it notes. The authors find singular vectors by a randomized algorithm. Left out: the distance weighted by Fisher
+information, which needs data where the plain method needs none, and the integer programme that gives each matrix its
+own format under a budget of bits.
+
+Use it: `peftcore.apply(model, "lq_lora")`, in place of QLoRA at 4 bits and below, where the dense model can be loaded
+once.
 """
 
 from __future__ import annotations

@@ -1,25 +1,31 @@
 """LQER: what rounding lost, put back with a low rank.   Zhang et al. 2024, arXiv 2402.02446 (ChengZhang-98/lqer).
 
+Equation:
     E = W - round(W),   E diag(x) = U S V',   B A = U_r S_r V_r' diag(1 / x),   y = round(W) x + b + B A x
     x_i = the largest mean of |input i| of all batches, at least 0.0001
 
 This is L2QER, the paper's own: errors count by the size of the inputs that they meet, which ``data=`` shows, without
-labels and without a gradient; with all x alike it would be LQER, and that is where LoftQ with one iteration starts.
-By default A and B are frozen, as in the paper: the adapter corrects a quantized model, and a trained adapter can be
+labels and without a gradient; with all x alike it would be LQER, and that is where LoftQ with one iteration starts. By
+default A and B are frozen, as in the paper: the adapter corrects a quantized model, and a trained adapter can be
 installed on top of it. A and B are rounded to 8 bits, each direction in blocks of 16 values with a scale in floating
-point (the authors': a power of two, and blocks of B across directions), and stored in floating point.
+point, and stored in floating point.
 
-Inputs are those of the dense base, as the authors have it, and seen at modules that are called; tensors which another
-module reads (experts, an attention's fused projection) and grouped convolutions get LQER. The input of an embedding is
-the share of each token, and the positions of a kernel share that of a channel.
+Inputs are those of the dense base, and seen at modules that are called; tensors which another module reads (experts, an
+attention's fused projection) and grouped convolutions get LQER. The input of an embedding is the share of each token,
+and the positions of a kernel share that of a channel.
 
 round(W) is what ``peftcore.quantize(model, scheme)`` stores afterwards, and the same as the weight that another library
-quantizes by this scheme; the file fits both. On a model that is quantized already, the original weight is lost and the
-error is unknown: A and B are zero.
+quantizes by this scheme; the file fits both.
 
 Parameters: none; with ``train_factors=True`` rank * (in * kernel + out) a site, times the number of experts.
 
-Use it for a quantized model that has to be good without training.
+Start: A and B at the correction: outputs are close to those of W, not equal. On a model that is quantized already, the
+original weight is lost and the error is unknown: A and B are zero.
+
+Differs from the authors' code: The scale of a block is in floating point, where theirs is a power of two, and their
+blocks of B are across directions. Nothing trains in their code; here ``train_factors=True`` trains A and B.
+
+Use it: `peftcore.apply(model, "lqer", data=batches)`, for a quantized model that has to be good without training.
 """
 
 from __future__ import annotations
@@ -75,7 +81,7 @@ def sizes(site: Site, x: Tensor) -> Tensor:
         return torch.bincount(x.flatten(), minlength=site.in_features) / max(1, x.numel())
     if x.is_nested:  # an encoder's padded sequences
         x = torch.cat(x.unbind())
-    return x.movedim(site.layer.channel_dim, -1).flatten(0, -2).abs().float().mean(0)
+    return site.layer.channels_last(x).flatten(0, -2).abs().float().mean(0)
 
 
 class LQEROperator(PackedBaseOperator):

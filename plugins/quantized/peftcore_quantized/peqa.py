@@ -1,19 +1,25 @@
 """PEQA: only the scales of quantized weights train.   Kim et al. 2023, arXiv 2305.14152 (no code of the authors).
 
+Equation:
     y = W x + b,   W = (s0 + ds) (q - z) = Q (1 + ds / s0),   Q = round(W0) = s0 (q - z)
 
-ds [out, groups] trains from zero: one number for each row, or for each `group_size` inputs of a row. Codes and zeros
-are unchanged. A model may be quantized by any scheme, and schemes have different kinds of scales; so s0 is defined
-alike for all of them, as the largest |Q| of the group over 2^(bits - 1) - 1, and the base is multiplied. Another s0
-reaches the same weights by another ds: s0 sets only the unit of the learning rate.
+ds [out, groups] is one number for each row, or for each `group_size` inputs of a row. Codes and zeros are unchanged. A
+model may be quantized by any scheme, and schemes have different kinds of scales; so s0 is defined alike for all of
+them, as the largest |Q| of the group over 2^(bits - 1) - 1, and the base is multiplied. Another s0 reaches the same
+weights by another ds: s0 sets only the unit of the learning rate.
 
 A merge into="same" of formats that scale by the largest values of a block (nf4, int8, int4) keeps the codes, where each
 block is inside one group: only the scales change, and the merge is exact.
 
 Parameters: out * groups a site, times the number of experts.
 
-Use it where a task should cost as little as a vector a layer, on one quantized model that all tasks share; the paper's
-learning rates are 1e-5 to 6e-5. Weight decay is off.
+Start: ds at zero: an identity on a model that is quantized already; a dense model is rounded.
+
+Differs from the authors' code: The authors published no code. s0 is defined for all schemes alike, so it sets only the
+unit of the learning rate.
+
+Use it: `peftcore.apply(model, "peqa")`, where a task should cost as little as a vector a layer, on one quantized model
+that all tasks share; the paper's learning rates are 1e-5 to 6e-5. Weight decay is off.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 """QA-LoRA: low-rank adapters that zeros of codes take up.   Xu et al. 2023, arXiv 2309.14717 (yuhuixu1993/qa-lora).
 
+Equation:
     y = Q x + b + s B A dropout(mean(x)),   mean(x)[g] the mean over group g of inputs,   s = alpha / rank
     dW[o, i] = s / `group_size` (B A)[o, group of i]
 
@@ -7,14 +8,20 @@ The update is one number for each output and group of inputs. Where a group is s
 moves only the zero, so a merge into="same" is exact up to rounding: codes and scales stay (the scheme "int4", or any
 with floating-point zeros whose groups divide `group_size`). On formats without zeros (nf4, int8) it is not.
 
-The authors' code and its merge take the mean, the paper's algorithm the sum: multiply alpha by group_size for that.
-peft multiplies the mean by the number of groups instead of by their size, so its update is ``in / group_size`` times
-this one; peft does not implement a merge of this update. A starts Xavier-uniform as the authors' does (peft: Kaiming),
-B at zero. Inputs are those of the quantizer: in a convolution, of all positions of the kernel.
+The update takes the mean of a group; the paper's algorithm has the sum: multiply alpha by group_size for that. Inputs
+are those of the quantizer: in a convolution, of all positions of the kernel.
 
 Parameters: rank * (in * kernel / group_size + out) a site, times the number of experts.
 
-Use it where the merged model has to stay in 4 bits. It has fewer parameters than QLoRA of the same rank.
+Start: A Xavier-uniform as the authors' does, B at zero: an identity on a model that is quantized already; a dense model
+is rounded.
+
+Differs from the authors' code: No difference is known: the authors' code and its merge take the mean too. peft
+multiplies the mean by the number of groups instead of by their size, so its update is ``in / group_size`` times this
+one; peft does not implement a merge of this update, and starts A as Kaiming.
+
+Use it: `peftcore.apply(model, "qa_lora")`, where the merged model has to stay in 4 bits. It has fewer parameters than
+QLoRA of the same rank.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 """QLoRA: low-rank adapters on a 4-bit base.   Dettmers et al. 2023, arXiv 2305.14314 (artidoro/qlora).
 
+Equation:
     y = Q x + b + s B A dropout(x),   s = alpha / rank,   Q = nf4(W): 16 levels, blocks of 64, A and B as in LoRA
 
 Meant for a quantized model: by ``peftcore.quantize(model, "nf4", double_quant=True)`` (or "bnb-nf4", …) before it
@@ -12,7 +13,12 @@ the loss): merge into floating point, or keep the adapter unmerged.
 
 Parameters: rank * (in * kernel + out) a site, times the number of experts.
 
-Use it where the model in 16 bits leaves no room for training.
+Start: A and B as in LoRA: an identity on a model that is quantized already; a dense model is rounded.
+
+Differs from the authors' code: That code was not compared; outputs and the rounding are compared with peft and
+bitsandbytes. No difference is known.
+
+Use it: `peftcore.apply(model, "qlora")`, where the model in 16 bits leaves no room for training.
 """
 
 from __future__ import annotations

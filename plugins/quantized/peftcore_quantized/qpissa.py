@@ -1,22 +1,29 @@
 """QPiSSA: the principal part trains, the rest is quantized.   Meng et al. 2024, arXiv 2404.02948 (GraphPKU/PiSSA).
 
+Equation:
     s B1 A1 = the best of the rank for W,   s B_t A_t = the best of the rank for W - Q_{t-1},   t = 2 .. iterations
     y = Q x + b + s B A x,   Q_t = round(W - s B_t A_t),   A and B start at the last A_t and B_t,   s = alpha / rank
 
 The residual, W without its principal part, is smaller and closer to normal, so quantizing it loses less than quantizing
 W. Both factors have half of the singular values, and s is taken out of them, so that all of the principal part trains
-whatever alpha is (the authors have alpha = rank).
+whatever alpha is.
 
 Q is what ``peftcore.quantize(model, scheme)`` stores afterwards; until then it is computed from the dense weight in
-every forward, where the authors and peft write the residual into the base. A0 and B0, the initial values of A and B,
-are frozen buffers and are in the file, so the adapter fits the original dense base. On a model that is quantized before
-the method is installed, which peft refuses, it starts as PiSSA does: y = Q x + b + s (B A - B0 A0) x, B0 A0 the
-principal part of Q, and outputs are unchanged at first. Directions beyond the weight's rank are zeros. The method omits
-dropout, which would remove parts of the base's output.
+every forward. A0 and B0, the initial values of A and B, are frozen buffers and are in the file, so the adapter fits the
+original dense base. Directions beyond the weight's rank are zeros. The method omits dropout, which would remove parts
+of the base's output.
 
 Parameters: rank * (in * kernel + out) a site, times the number of experts.
 
-Use it in place of QLoRA where the dense model can be loaded once, and training is short.
+Start: A and B at the last A_t and B_t: outputs are close to those of W, not equal. On a model that is quantized before
+the method is installed, it starts as PiSSA does: y = Q x + b + s (B A - B0 A0) x, B0 A0 the principal part of Q, and
+outputs are unchanged.
+
+Differs from the authors' code: The authors and peft write the residual into the base; here it is computed in every
+forward until the model is quantized. The authors have alpha = rank. peft refuses a model that is quantized before.
+
+Use it: `peftcore.apply(model, "qpissa")`, in place of QLoRA where the dense model can be loaded once, and training is
+short.
 """
 
 from __future__ import annotations

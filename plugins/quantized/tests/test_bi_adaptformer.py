@@ -18,7 +18,7 @@ from peftcore.errors import ConfigError, NotMergeable, UnsupportedSite
 from peftcore.testing import against, conformance, frozen, same_defaults, same_start
 from peftcore.testing.hosts import HOSTS
 from peftcore.testing.tools import without_fast_paths
-from peftcore_quantized._binary import normal_codes
+from peftcore_quantized.bi_adaptformer import normal_codes
 
 NUMBERS = Path(__file__).parent / "numbers" / "bi_adaptformer.json"
 CODE: Any = {"repository": "JieShibo/PETL-ViT", "commit": "026e4f1", "script": "binary_adapter/adaptformer.py"}

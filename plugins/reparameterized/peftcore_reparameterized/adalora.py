@@ -1,6 +1,7 @@
 """AdaLoRA: a low-rank update whose ranks are allotted while it trains.   Zhang et al. 2023, arXiv 2303.10512.
 
-    y = W x + b + s B diag(E) A dropout(x),   s = alpha / (rank + 1e-5),   A, B ~ N(0, 0.02),   E zero
+Equation:
+    y = W x + b + s B diag(E) A dropout(x),   s = alpha / (rank + 1e-5)
 
 The loss gains orthogonality * mean(||A A' - I||, ||B' B - I||). The importance of a triple (a column of B, an entry of
 E, a row of A) is S(E) + mean S(A) + mean S(B), S the product of the moving averages of |w dw| and its fluctuation. From
@@ -9,7 +10,12 @@ every `interval` steps E becomes zero in the least important triples, which may 
 
 Parameters: rank * (in * kernel + out + 1) a site, times the number of experts.
 
-Use it to spread a small budget over many sites when it is unknown which of them matter.
+Start: A and B from N(0, 0.02), E at zero: the identity.
+
+Differs from the authors' code: That code was not compared; no difference from peft is known.
+
+Use it: `peftcore.apply(model, "adalora")`, to spread a small budget over many sites when it is unknown which of them
+matter.
 """
 
 from __future__ import annotations

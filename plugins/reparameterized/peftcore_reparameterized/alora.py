@@ -1,23 +1,29 @@
 """aLoRA: activated LoRA.   Greenewald et al. 2025, arXiv 2504.12397 (in peft by its authors).
 
-    y_t = W x_t + b + [t >= t_0] s B A dropout(x_t),   s = alpha / rank,   A uniform in +-1/sqrt(in),   B zero
+Equation:
+    y_t = W x_t + b + [t >= t_0] s B A dropout(x_t),   s = alpha / rank
 
 t_0 is the position at which the invocation begins: a fixed sequence of ids in the prompt before the adapter's task,
 such as a chat template's "<|start_of_role|>certainty". Tokens before it are computed by the base model, so the adapter
 continues from a cache that the base, or any other aLoRA, has filled, without computing the prompt again.
 
-The last occurrence in the input counts, as in peft; in ``generate`` that of the prompt, of which the model may be
-given pieces (``prefill_chunk_size=``). It is kept with the cache, which may be copied for each of many adapters. Where
-pieces of a prompt are passed to forward by hand, a piece that would change the adapter of tokens in the cache raises
-`SequenceError`. Rows without the invocation run the base model.
-``peftcore.call(model, since=[...])`` passes the columns for inputs without ids, or where the base saw the invocation;
-`peftcore.route` with ``since=`` does it for adapters of other methods. Without `invocation` the adapter acts on all
-tokens, unless ``since`` is passed. Only linear layers are adapted, as in peft. Without a cache, peft's mask moves with
-the end of the generated tokens, and ours does not.
+The last occurrence in the input counts, as in peft; in ``generate`` that of the prompt, of which the model may be given
+pieces (``prefill_chunk_size=``). It is kept with the cache, which may be copied for each of many adapters. Where pieces
+of a prompt are passed to forward by hand, a piece that would change the adapter of tokens in the cache raises
+`SequenceError`. Rows without the invocation run the base model. ``peftcore.call(model, since=[...])`` passes the
+columns for inputs without ids, or where the base saw the invocation; `peftcore.route` with ``since=`` does it for
+adapters of other methods. Without `invocation` the adapter acts on all tokens, unless ``since`` is passed. Only linear
+layers are adapted, as in peft.
 
 Parameters: rank * (in + out) a site.
 
-Use it where one conversation uses many adapters: checks, rewritings, judgements that share a long prompt.
+Start: A uniform in +-1/sqrt(in), B at zero: the identity.
+
+Differs from the authors' code: In peft, by its authors, the mask moves with the end of the generated tokens where there
+is no cache; here it does not.
+
+Use it: `peftcore.apply(model, "alora", invocation=[5, 6])`, where one conversation uses many adapters: checks,
+rewritings, judgements that share a long prompt.
 """
 
 from __future__ import annotations

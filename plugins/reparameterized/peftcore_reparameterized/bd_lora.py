@@ -1,5 +1,6 @@
 """BD-LoRA: low-rank adaptation with block-diagonal factors.   Wang et al. 2025, arXiv 2510.23346.
 
+Equation:
     y = W x + b + s B A dropout(x),   s = alpha / rank,   of which A or B is block diagonal, with n blocks
 
     A = diag(A_1 … A_n),  A_i [rank / n, in / n]     in `cut_inputs`: what tensor parallelism shards by inputs
@@ -7,16 +8,20 @@
 
 A server that shards a weight over n devices, queries, keys, values, gates and up-projections by outputs, the matrices
 after them by inputs, can shard the factors alike: each device has whole blocks, and no device waits for another one's
-share of A x. With n = 1 it is LoRA. B starts at zero; a whole A as LoRA's, the blocks of A as peft starts them, uniform
-in +-sqrt(6 n / in).
+share of A x. With n = 1 it is LoRA.
 
 n divides the rank, and inputs or outputs of each target module. Kernels of convolutions belong to their inputs; tokens
-of embeddings are not cut into blocks. Each expert has separate factors. peft supports linear layers only, and selects
-the cut factor by names of modules (`target_modules_bd_a`, `target_modules_bd_b`).
+of embeddings are not cut into blocks. Each expert has separate factors.
 
 Parameters: rank * (in * kernel / n + out) a site, or rank * (in * kernel + out / n), times the number of experts.
 
-Use it in place of LoRA where many adapters are served on several devices; n is the number of devices.
+Start: B at zero; a whole A as LoRA's, the blocks of A as peft starts them, uniform in +-sqrt(6 n / in): the identity.
+
+Differs from the authors' code: That code was not compared, peft's was, which supports linear layers only, and selects
+the cut factor by names of modules (`target_modules_bd_a`, `target_modules_bd_b`).
+
+Use it: `peftcore.apply(model, "bd_lora")`, in place of LoRA where many adapters are served on several devices; n is the
+number of devices.
 """
 
 from __future__ import annotations

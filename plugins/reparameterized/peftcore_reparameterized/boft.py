@@ -1,22 +1,26 @@
 """BOFT: orthogonal fine-tuning by butterfly factors.   Liu et al. 2023, arXiv 2311.06243.
 
+Equation:
     W' = diag(s) W R^T,   R = B_m ... B_1,   B_i = P_i diag(R_1, ..., R_k) P_i^T,   R_j = (I - K_j) (I + K_j)^-1
 
 The turned side is cut into halves of blocks, b / 2 coordinates each. A block of B_1 joins neighbours, one of B_i halves
 at the distance 2^(i - 1), as in a fast Fourier transform: after m factors each input has met b 2^(m - 1) others, with
-few parameters. K is skew-symmetric and zero at first, s [out] is one; the bias is not scaled. One factor is OFT with
-the gains s. Convolutions and embeddings turn as in OFT.
+few parameters. K is skew-symmetric; the bias is not scaled. One factor is OFT with the gains s. Convolutions and
+embeddings turn as in OFT.
 
-As in OFT, the entries above the diagonal of K are trained; the authors (whose code is peft's) train a full Q with K =
-(Q - Q^T) / 2. Without its CUDA kernel peft falls back to one factor, and its convolutions ignore dilation; here the
-permutations are views. LyCORIS turns the outputs instead, as side="outputs" does here (W' = diag(s) R W), with the
-inverse transform and the coordinates of a block in turns from its two halves. The defaults are those of the paper's
-language models, m = 2 and b = 8. In training, `block_dropout` is the share of the blocks of one factor that do not
-turn, drawn in each forward (peft: boft_dropout).
+As in OFT, the entries above the diagonal of K are trained; the permutations are views. side="outputs" turns the
+outputs, as LyCORIS does (W' = diag(s) R W), with the inverse transform and the coordinates of a block in turns from its
+two halves. The defaults are those of the paper's language models, m = 2 and b = 8. In training, `block_dropout` is the
+share of the blocks of one factor that do not turn, drawn in each forward (peft: boft_dropout).
 
 Parameters: m k b (b - 1) / 2 + out a site, k = in * kernel / b, times the number of experts.
 
-Use it where OFT's blocks are too narrow to mix what belongs together.
+Start: K at zero, s [out] at one: the identity.
+
+Differs from the authors' code: The authors (whose code is peft's) train a full Q with K = (Q - Q^T) / 2. Without its
+CUDA kernel peft falls back to one factor, and its convolutions ignore dilation.
+
+Use it: `peftcore.apply(model, "boft")`, where OFT's blocks are too narrow to mix what belongs together.
 """
 
 from __future__ import annotations

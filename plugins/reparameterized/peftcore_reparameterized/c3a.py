@@ -1,5 +1,6 @@
 """C3A: circular convolution adaptation.   Chen et al. 2024, arXiv 2407.19342 (in peft by its authors).
 
+Equation:
     W' = W + D / in,   D[i, j][p, q] = w[i, j, (q - p) mod b],   w [out / b, in / b, b]
 
 The weight is cut into blocks [b, b], and the update of each is circulant: every row is the row above it, shifted by
@@ -9,16 +10,20 @@ Fourier transform computes: on vectors this avoids a matrix of the weight's size
     y[i] = irfft(sum_j conj(rfft(w[i, j])) rfft(x[j])) / in
 
 in float32 at least. The division by the number of inputs is a part of the method, as in peft; so learning rates are a
-hundred times those of other methods. w starts uniform in +-sqrt(6 / (in + out)): a fresh adapter changes outputs a
-little, as the authors and peft have it, unless `start` is zeros.
+hundred times those of other methods.
 
 Kernels of convolutions count as inputs, in * kernel; embeddings as [dim, num]. b divides both sides; near sqrt(in *
-out) / r there are as many parameters as in a LoRA of rank r. Each expert has separate kernels. peft supports linear
-layers only, and for b above 2 its gradients of the inputs are wrong.
+out) / r there are as many parameters as in a LoRA of rank r. Each expert has separate kernels.
 
 Parameters: in * kernel * out / b a site, times the number of experts.
 
-Use it where the rank of a LoRA is the limit, at as many parameters or fewer.
+Start: w uniform in +-sqrt(6 / (in + out)), as the authors and peft have it: a fresh adapter changes outputs a little;
+``start="zeros"`` makes it an identity.
+
+Differs from the authors' code: peft, by its authors, supports linear layers only, and for b above 2 its gradients of
+the inputs are wrong.
+
+Use it: `peftcore.apply(model, "c3a")`, where the rank of a LoRA is the limit, at as many parameters or fewer.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 """CorDA: context-oriented decomposition.   Yang et al. 2024, arXiv 2406.05223 (iboing/CorDA).
 
+Equation:
     C = mean of X' X / max(X)^2 over the batches,   X [tokens, in] the inputs of a target module
     C' = C + d mean(diag C) I,   W C' = U S V',   B0 = U_r sqrt(S_r / s),   A0 = sqrt(S_r / s) V_r' inv(C')
     W' = W - s B0 A0 + s B A = W + s (B A - B0 A0),   A = A0 and B = B0 at first
@@ -8,16 +9,21 @@ PiSSA by the outputs of a weight for the inputs of ``data=``, which needs no lab
 trains the r largest directions, and data is from the task; mode="kpm" (knowledge preserved) trains the r smallest, and
 data is from the knowledge to keep. d is 0.01, and is doubled until inv(C') is exact enough.
 
-The authors' code and peft write W - s B0 A0 into the base; here the base is unchanged, and A0 and B0 are frozen
-buffers. Outputs and gradients are the same, and the adapter fits the original base. As in both, max(X) is the largest
-entry with its sign. s is 1 at every rank, as in the authors' code, or alpha / rank where `alpha` is given. Here padding
-is left out; the authors and peft include it. Weights whose inputs are not vectors (convolutions, embeddings, tensors
+The base is unchanged, and A0 and B0 are frozen buffers, so the adapter fits the original base. max(X) is the largest
+entry with its sign, as in the authors' code and in peft. s is 1 at every rank, as in the authors' code, or alpha / rank
+where `alpha` is given. Padding is left out. Weights whose inputs are not vectors (convolutions, embeddings, tensors
 that are read) are decomposed directly, with C' = I. All of the C are in memory at once, a matrix [in, in] for each
 module.
 
 Parameters: rank * (in * kernel + out) a site, times the number of experts; rank at most that of the weight.
 
-Use it in place of LoRA where the base's knowledge must be kept (kpm), or training is short (ipm).
+Start: A = A0 and B = B0: the identity.
+
+Differs from the authors' code: The authors' code and peft write W - s B0 A0 into the base; outputs and gradients are
+the same. They include padding in C.
+
+Use it: `peftcore.apply(model, "corda", data=batches)`, in place of LoRA where the base's knowledge must be kept (kpm),
+or training is short (ipm).
 """
 
 from __future__ import annotations

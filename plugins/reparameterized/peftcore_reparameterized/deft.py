@@ -1,22 +1,27 @@
 """DEFT: decompositional efficient fine-tuning.   Kumar et al. 2025, arXiv 2509.22793 (MAXNORM8650/DEFT).
 
-    W' = (I - Q T') W + c Q R,   P [out, rank] ~ N(0, 0.02),   R [rank, in],   c = alpha / rank, or 1 without alpha
+Equation:
+    W' = (I - Q T') W + c Q R,   P [out, rank],   R [rank, in],   c = alpha / rank, or 1 without alpha
 
 The weight's component along rank directions of its outputs is removed, and a trained component replaces it. With
 `projection` relu Q is P, and T is P with its negative entries set to zero; with qr both are an orthonormal basis of the
-columns of P, so that Q T' projects. R starts as T' W / c, which restores the removed component, so W' = W, as in peft;
-the authors start R as N(0, 0.005). Without `injects` R is left out, as in PaRa (arXiv 2406.05641): the rank of the
+columns of P, so that Q T' projects. Without `injects` R is left out, as in PaRa (arXiv 2406.05641): the rank of the
 weight shrinks from the start.
 
-With `dropout` inputs of R are dropped, as in peft; the authors drop those of the whole layer. peft computes in float32
-whatever the dtype.
-
-Kernels of convolutions count as inputs; embeddings as [dim, num]. Each expert has a separate P and R.
+With `dropout` inputs of R are dropped. Kernels of convolutions count as inputs; embeddings as [dim, num]. Each expert
+has a separate P and R.
 
 Parameters: rank * (in * kernel + out) a site, rank * out without `injects`, times the number of experts; rank at most
 that of the outputs.
 
-Use it where training shall replace old knowledge by new, as for a personal subject in text to image.
+Start: P ~ N(0, 0.02), R = T' W / c, which restores the removed component, as in peft: the identity. Without `injects`
+the weight changes from the start.
+
+Differs from the authors' code: The authors start R as N(0, 0.005), and drop inputs of the whole layer, where peft drops
+those of R, as here. peft computes in float32 whatever the dtype.
+
+Use it: `peftcore.apply(model, "deft")`, where training shall replace old knowledge by new, as for a personal subject in
+text to image.
 """
 
 from __future__ import annotations

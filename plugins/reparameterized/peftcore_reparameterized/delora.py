@@ -1,24 +1,29 @@
 """DeLoRA: low-rank adaptation whose angle and strength are decoupled.   Bini et al. 2025, arXiv 2503.18225
 (ExplainableML/DeLoRA, in peft by its first author).
 
+Equation:
     W' = W + lambda / rank sum_i b_i a_i diag(n) / (||a_i|| ||b_i||),   n_j = ||W[:, j]||,   i = 1 … rank
 
 Only the directions of the rows a_i of A and columns b_i of B count, so the update of a weight is bounded however long
 training runs: its norm is at most lambda max(n). The strength lambda is trained, a number a site. n holds the lengths
 of the columns of the weight as they are when the adapter is made; files have it, as peft's do.
 
-A is uniform in +-1/sqrt(in) and B zero, as in peft: lengths below 1e-4 count as 1e-4, so that W' = W. After the first
-step, however short it is, B has a direction and the update nearly its full size; so warm the rate up. The paper calls a
-start from zeros unstable at times: there both are random, and a frozen copy of their product is subtracted from the
-weight, which files of peft cannot hold. The authors train lambda at a separate rate, on MNLI three times that of the
-other parameters. Their `module_dropout` drops inputs of the update.
+After the first step, however short it is, B has a direction and the update nearly its full size; so warm the rate up.
+`dropout`, their `module_dropout`, drops inputs of the update.
 
-Convolutions count as [out, in * kernel]. Embeddings count as [dim, num], with A zero and B ~ N(0, 1). Each expert has
-separate A, B, lambda and n. peft supports linear layers only.
+Convolutions count as [out, in * kernel]. Embeddings count as [dim, num]. Each expert has separate A, B, lambda and n.
 
 Parameters: rank * (in * kernel + out) + 1 a site, times the number of experts.
 
-Use it where training is long or its rate uncertain: it does not drift far from the base model.
+Start: A uniform in +-1/sqrt(in) and B at zero, as in peft: lengths below 1e-4 count as 1e-4, so that W' = W, the
+identity. In embeddings A is zero and B ~ N(0, 1).
+
+Differs from the authors' code: The paper calls a start from zeros unstable at times: there both are random, and a
+frozen copy of their product is subtracted from the weight, which files of peft cannot hold. The authors train lambda at
+a separate rate, on MNLI three times that of the other parameters. peft supports linear layers only.
+
+Use it: `peftcore.apply(model, "delora")`, where training is long or its rate uncertain: it does not drift far from the
+base model.
 """
 
 from __future__ import annotations

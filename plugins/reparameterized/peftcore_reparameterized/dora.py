@@ -1,15 +1,21 @@
 """DoRA: weight-decomposed low-rank adaptation.   Liu et al. 2024, arXiv 2402.09353.
 
+Equation:
     V = W + s B A,   W' = m V / ||V||,   s = alpha / rank
 
-The norm is taken over the inputs, one for each output row (as in the authors' code and in peft; LyCORIS offers the
-other axis too), and counts as a constant in backward (section 4.3 of the paper). m [out] starts as ||W||, so that W' =
-W at first. A and B start as LoRA's. A row of zeros has no direction; it stays zero. With `dropout` the addition to the
-layer's output, (W' - W) x, is computed from inputs with dropout, as in peft.
+The norm is taken over the inputs, one for each output row (as in the authors' code and in peft), and counts as a
+constant in backward (section 4.3 of the paper). m is [out]. A row of zeros has no direction; it stays zero. With
+`dropout` the addition to the layer's output, (W' - W) x, is computed from inputs with dropout, as in peft.
 
 Parameters: rank * (in * kernel + out) + out a site, times the number of experts.
 
-Use it where LoRA at low rank falls short of full fine-tuning; it costs one pass over the weight in each training step.
+Start: m = ||W||, A and B as LoRA's, so that W' = W: the identity.
+
+Differs from the authors' code: No difference is known; that code was not compared, peft's was. LyCORIS offers the norm
+over the other axis too.
+
+Use it: `peftcore.apply(model, "dora")`, where LoRA at low rank falls short of full fine-tuning; it costs one pass over
+the weight in each training step.
 """
 
 from __future__ import annotations

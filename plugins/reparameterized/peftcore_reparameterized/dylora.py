@@ -1,5 +1,6 @@
 """DyLoRA: low-rank adaptation at every rank up to the largest.   Valipour et al. 2022, arXiv 2210.07558.
 
+Equation:
     y = W x + b + alpha / n  B[:, :n] A[:n] x,   n = u, 2 u, ..., rank drawn evenly for each forward in training
 
 A and B are as in LoRA. Since n is drawn in each step, lower rows learn to work without the rows above: one training
@@ -9,17 +10,22 @@ trained. In evaluation all ranks act, or as many as a call selects:
 
     with peftcore.call(model, lora_rank=4): ...
 
-and ``peftcore_reparameterized.dylora.make_lora(injection, 4)`` cuts a LoRA of that rank off. A merge and files of
-other programs have all ranks. The scale is alpha / n in training and afterwards, so a LoRA of rank n and that alpha.
-The authors multiply A and B by sqrt(rank / n) each, which is the same; they have u = 1. n is drawn once for a forward
-of the model, by torch's generator, and holds in all layers, as theirs does for a step; where a part of the model runs
-by itself each layer draws, as in LyCORIS and kohya's sd-scripts. LyCORIS divides alpha by the number of blocks in
-training and by the rank afterwards, so that with u above 1 what was trained is scaled down; sd-scripts has all ranks
-act whatever is drawn, with the scale alpha / sqrt(rank n). Convolutions, embeddings and experts as in LoRA.
+and ``peftcore_reparameterized.dylora.make_lora(injection, 4)`` cuts a LoRA of that rank off. A merge and files of other
+programs have all ranks. The scale is alpha / n in training and afterwards, so a LoRA of rank n and that alpha. n is
+drawn once for a forward of the model, by torch's generator, and holds in all layers, as theirs does for a step; where a
+part of the model runs by itself each layer draws, as in LyCORIS and kohya's sd-scripts. Convolutions, embeddings and
+experts as in LoRA.
 
 Parameters: rank * (in * kernel + out) a site, times the number of experts.
 
-Use it where the rank is to be chosen after training; not where it is known, as LoRA of that rank learns faster.
+Start: As in LoRA: A uniform in +-1/sqrt(in), B at zero: the identity.
+
+Differs from the authors' code: The authors multiply A and B by sqrt(rank / n) each, which is the same; they have u = 1.
+LyCORIS divides alpha by the number of blocks in training and by the rank afterwards, so that with u above 1 what was
+trained is scaled down; sd-scripts has all ranks act whatever is drawn, with the scale alpha / sqrt(rank n).
+
+Use it: `peftcore.apply(model, "dylora")`, where the rank is to be chosen after training; not where it is known, as LoRA
+of that rank learns faster.
 """
 
 from __future__ import annotations
@@ -30,8 +36,10 @@ import torch
 from pydantic import PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
+from peftcore import Injection, lora_of
 from peftcore.author import (
     MATRICES,
+    AppliedMethod,
     ForwardContext,
     LearningRate,
     Method,
@@ -43,10 +51,8 @@ from peftcore.author import (
     Tap,
     forward_context,
 )
-from peftcore_reparameterized._low_rank import low_rank_count
-from peftcore_reparameterized._nested import NestedOperator, make_lora
-
-__all__ = ["DyLoRA", "DyLoRAConfig", "DyLoRAOperator", "make_lora"]
+from peftcore.errors import ConfigError
+from peftcore_reparameterized._low_rank import LowRankOperator, low_rank_count, low_rank_factors
 
 
 class DyLoRAConfig(MethodConfig):
@@ -71,11 +77,16 @@ class DyLoRAConfig(MethodConfig):
         return self
 
 
-class DyLoRAOperator(NestedOperator):
-    """The factors of one site, of which the first ranks act."""
+class DyLoRAOperator(LowRankOperator):
+    """The factors of one site: at each rank that blocks of rows make up, the update is ``alpha / n B[:, :n] A[:n]``."""
+
+    stackable = False
 
     def __init__(self, site: Site, config: DyLoRAConfig, drawn: Tap) -> None:
-        super().__init__(site, config.rank, config.alpha, config.block_size, config.dropout)
+        super().__init__(site, config.dropout)
+        self.rank, self.alpha, self.block_size = config.rank, config.alpha, config.block_size
+        self.scale = config.alpha / config.rank
+        self.A, self.B = low_rank_factors(site, config.rank)  # [*batch, rank, in, *kernel], [*batch, out, rank]
         self.frozen, self.drawn = config.frozen, drawn
         self.noise = 1.0  # set to 0 where nothing is to be drawn
 
@@ -103,6 +114,29 @@ class DyLoRAOperator(NestedOperator):
             return self.factors_of(told, frozen=self.training and self.frozen)
         draws = self.training and self.noise and running.state is not None
         return self.masked(self.draw(running), self.frozen) if draws else (self.A, self.B, self.scale)
+
+    def factors_of(self, rank: int, frozen: bool = False) -> tuple[Tensor, Tensor, float]:
+        """Return the factors of that rank and the scale; with `frozen`, the rows below its block are detached.
+
+        Raises:
+            ConfigError: the rank is not a multiple of the block size up to the full rank.
+        """
+        if rank not in range(self.block_size, self.rank + 1, self.block_size):
+            raise ConfigError(f"rank {rank} is none of {self.block_size}, {2 * self.block_size}, ..., {self.rank}")
+        dim, below = self.layer.batch_dims, rank - self.block_size if frozen else 0
+        A, B = self.A.narrow(dim, 0, rank), self.B.narrow(-1, 0, rank)
+        parts = [each.split([below, rank - below], at) for each, at in ((A, dim), (B, -1))]
+        A, B = (torch.cat([low.detach(), high], at) for (low, high), at in zip(parts, (dim, -1), strict=True))
+        return A, B, self.alpha / rank
+
+    def masked(self, rank: Tensor, frozen: bool) -> tuple[Tensor, Tensor, float]:
+        """Return the same for a rank given as a tensor [], with zeros in the rows above it."""
+        rank = rank.to(self.B.device)
+        row = torch.arange(self.rank, device=self.B.device)
+        trains = row >= rank - (self.block_size if frozen else self.rank)
+        rows = trains.view(-1, *[1] * (self.A.dim() - self.layer.batch_dims - 1))
+        A, B = torch.where(rows, self.A, self.A.detach()), torch.where(trains, self.B, self.B.detach())
+        return A, B * ((row < rank) * (self.rank / rank)).to(B.dtype), self.scale
 
 
 class DyLoRA(Method):
@@ -137,3 +171,18 @@ class DyLoRA(Method):
     @staticmethod
     def parameter_count(site: Site, config: DyLoRAConfig) -> int:
         return low_rank_count(site, config.rank)
+
+
+@torch.no_grad()
+def make_lora(injection: AppliedMethod, rank: int, name: str = "lora") -> Injection:
+    """Return the LoRA of the first ranks of a dylora: frozen, and active in place of the adapter, which stays.
+
+    Raises:
+        ConfigError: the injection is not a dylora, or lacks an adapter of that rank.
+        PeftcoreError: as `peftcore.lora_of` does; nothing was changed.
+    """
+    found = [graft for graft in injection.grafts if isinstance(graft.operator, DyLoRAOperator)]
+    if not found:
+        raise ConfigError("make_lora(injection, rank) is for a dylora")
+    made = {graft.site.path: (graft.site, graft.operator.factors_of(rank)) for graft in found}
+    return lora_of(injection.model, made, name, [injection.whole.name])

@@ -1,11 +1,12 @@
 """EVA: explained-variance adaptation.   Paischer et al. 2024, arXiv 2410.07170 (ml-jku/EVA).
 
+Equation:
     X - mean(X) = U S V'   of all inputs X [tokens, in] of a target module, batch by batch
     y = W x + b + s B A dropout(x),   A = V_r', and B = 0 at first,   s = alpha / rank
 
 LoRA whose A starts at the directions in which the inputs vary most, so that B gets the largest gradients. ``data=`` has
 batches of the training data and needs no labels. Batches are read until the directions have converged: until those of
-two batches in a row have a cosine of `tau`. peft never stops if they do not converge.
+two batches in a row have a cosine of `tau`.
 
 Ranks are redistributed: all components of all target modules, up to rho * rank of each, are sorted by the share of
 their module's variance that they explain, and the first rank * modules of them stay. A module without any remaining
@@ -15,12 +16,18 @@ their components; where the number is odd, the earlier modules in the model get 
 
 As in the authors' code and in peft, the mean is subtracted from the inputs, and V is approximated (`iterations`).
 Positions of padding are left out, and positions without a label too, as in peft. A batch with fewer positions than
-components is joined with the next one; peft skips it. Embeddings, convolutions and weights that are read lack input
-vectors: they start as in LoRA, with the configured rank.
+components is joined with the next one.
 
 Parameters: rank * (in + out) a site, with the rank that it got: in sum at most those of LoRA where all are alike.
 
-Use it in place of LoRA where you have the data at hand: it starts faster, and the base stays as it is.
+Start: A = V_r', B at zero: the identity. Embeddings, convolutions and weights that are read lack input vectors: they
+start as in LoRA, with the configured rank.
+
+Differs from the authors' code: No difference is known; that code was not compared, peft's was. peft never stops if
+directions do not converge, and skips a batch with fewer positions than components.
+
+Use it: `peftcore.apply(model, "eva", data=batches)`, in place of LoRA where you have the data at hand: it starts
+faster, and the base stays as it is.
 """
 
 from __future__ import annotations
@@ -29,6 +36,7 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -48,7 +56,7 @@ from peftcore.author import (
     watched_inputs,
 )
 from peftcore.errors import CalibrationError
-from peftcore_reparameterized._components import Components, redistributed
+from peftcore_reparameterized._decomposed import nearly_principal
 from peftcore_reparameterized._inputs import check_seen
 from peftcore_reparameterized._low_rank import low_rank_count
 from peftcore_reparameterized.lora import LoRAOperator
@@ -173,3 +181,50 @@ class EVA(Method):
     @staticmethod
     def parameter_count(site: Site, config: EVAConfig) -> int:
         return low_rank_count(site, config.rank)
+
+
+class Components:
+    """The largest principal components of vectors that are added batch by batch (an incremental PCA)."""
+
+    def __init__(self, count: int, tau: float, iterations: int | None) -> None:
+        """Look for `count`; settled are those whose directions in two batches have a cosine of at least `tau`."""
+        self.count, self.tau, self.iterations, self.seen, self.variation = count, tau, iterations, 0, torch.zeros(())
+        self.settled = torch.zeros(count, dtype=torch.bool)
+        self.waiting: Tensor | None = None
+
+    @torch.no_grad()
+    def add(self, x: Tensor) -> None:  # x [tokens, in]
+        """Go on with a batch; fewer vectors than components wait for the next one."""
+        x = torch.cat([self.waiting, x]) if self.waiting is not None else x
+        self.waiting = x if len(x) < self.count else None
+        if self.waiting is not None:
+            return
+        mean, seen = x.mean(0), self.seen + len(x)
+        rows = x - mean
+        variation = rows.square().sum()
+        if self.seen:
+            gap = (self.seen * len(x) / seen) ** 0.5 * (self.mean - mean)  # [in]
+            rows = torch.cat([self.S.unsqueeze(-1) * self.V, rows, gap.unsqueeze(0)])
+            variation = variation + self.variation + gap.square().sum()
+            mean = self.mean + (mean - self.mean) * len(x) / seen
+        _, S, V = nearly_principal(rows, self.count, 2 * self.count, self.iterations)
+        if self.seen:
+            self.settled = F.cosine_similarity(V, self.V) >= self.tau
+        self.mean, self.seen, self.variation, self.S, self.V = mean, seen, variation, S, V
+
+    def shares(self) -> list[float]:
+        """Return the share of the variance that each component explains."""
+        shares: list[float] = (self.S.square() / self.variation).tolist()
+        return shares
+
+    def start(self, rank: int, whiten: bool) -> Tensor:
+        """Return the first directions ``[rank, in]``, divided by the roots of their singular values if wished."""
+        S, V = self.S[:rank], self.V[:rank]
+        return V / S.sqrt().unsqueeze(-1) if whiten else V
+
+
+def redistributed(found: Mapping[str, Components], rank: int) -> dict[str, int]:
+    """Return how many of each module's components are among the ``rank * modules`` that explain most."""
+    ranked = sorted(((share, path) for path, each in found.items() for share in each.shares()), key=lambda one: -one[0])
+    best = [path for _, path in ranked[: rank * len(found)]]
+    return {path: best.count(path) for path in found}

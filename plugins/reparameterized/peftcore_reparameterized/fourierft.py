@@ -1,23 +1,27 @@
 """FourierFT: an update with a sparse Fourier spectrum.   Gao et al. 2024, arXiv 2405.03003.
 
+Equation:
     W' = W + alpha Re(ifft2(F)),   F [out, in] zero except for n trained entries c
 
     delta[p, q] = alpha / (out in) sum_j c_j cos(2 pi (u_j p / out + v_j q / in))
 
 The positions (u_j, v_j) are drawn from `entry_seed` alone, so all sites of one shape have the same ones, and files hold
 only c; they are those that peft draws from its `random_loc_seed`. In convolutions q counts all inputs of an output,
-kernel and all; each stacked expert has a separate F. c starts as N(0, `init_std`): a fresh adapter changes outputs, as
-the authors and peft have it, unless `init_std` is 0. The authors' code takes square weights only and applies the
-transpose of this update; peft computes in float32 whatever the dtype, here float64 stays exact.
-
-The fresh update is expected to have the norm ``alpha init_std sqrt(n / 2) / sqrt(out in)``: the narrower a model, the
-larger the update, and the smaller the norms of its weights. `apply` says so where it is more than `LARGE` times that of
-the weight. Defaults are peft's; in the authors' scripts (Chaos96/fourierft) `alpha` is 29 to 151 for RoBERTa and 300
-for Llama and ViT, all of 768 inputs or more.
+kernel and all; each stacked expert has a separate F.
 
 Parameters: n a site, times the number of experts, whatever the size of the weight.
 
-Use it where adapters must be tiny; each forward costs a Fourier transform of the weight's size, until it is merged.
+Start: c from N(0, `init_std`): a fresh adapter changes outputs, as the authors and peft have it; ``init_std=0`` makes
+it an identity. The fresh update is expected to have the norm ``alpha init_std sqrt(n / 2) / sqrt(out in)``: the
+narrower a model, the larger the update, and the smaller the norms of its weights. `apply` says so where it is more than
+`LARGE` times that of the weight.
+
+Differs from the authors' code: The authors' code takes square weights only and applies the transpose of this update.
+Defaults are peft's; in the authors' scripts (Chaos96/fourierft) `alpha` is 29 to 151 for RoBERTa and 300 for Llama and
+ViT, all of 768 inputs or more. peft computes in float32 whatever the dtype, here float64 stays exact.
+
+Use it: `peftcore.apply(model, "fourierft")`, where adapters must be tiny; each forward costs a Fourier transform of the
+weight's size, until it is merged.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 """FRoD: full-rank fine-tuning with rotational degrees.   AAAI 2026, doi 10.1609/aaai.v40i31.39813 (in peft).
 
+Equation:
     W_i = U_i diag(L0_i) V',     V [in, in] one for all sites of a role, columns of U_i of length one
     W_i' = W_i + U_i (S_i + diag(L_i - L0_i)) V',    L_i [in] = L0_i,    S_i zero but for n entries off the diagonal
 
@@ -11,21 +12,27 @@ one counts, so T5's decoder sets V for its encoder too. In directions that are z
 rounding errors of V.
 
 Files hold V, U and L0, so they are larger than the weights: eigenvectors computed again, on another machine, would
-differ, by signs at least. peft's files hold V without U, and peft computes U from a newly computed V instead of the
-file's V: on a machine where V differs, its adapters give different outputs. Here U is computed from the file's V.
+differ, by signs at least.
 
-Kernels of convolutions count as columns, in * kernel; experts are weights like any other; V of an embedding is
-[num, num], so of a small one alone. peft supports linear layers only.
+Kernels of convolutions count as columns, in * kernel; experts are weights like any other; V of an embedding is [num,
+num], so of a small one alone.
 
 Parameters: in * kernel + n a site, times the number of experts.
 
-Use it where the update shall have a full rank and few parameters, and memory for V and U is available.
+Start: L_i = L0_i, S_i at zero: the identity.
+
+Differs from the authors' code: The method is in peft, which was compared. peft supports linear layers only. Its files
+hold V without U, and peft computes U from a newly computed V instead of the file's V: on a machine where V differs, its
+adapters give different outputs. Here U is computed from the file's V.
+
+Use it: `peftcore.apply(model, "frod")`, where the update shall have a full rank and few parameters, and memory for V
+and U is available.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Annotated, Literal
 
@@ -34,16 +41,28 @@ from pydantic import Field, NonNegativeInt, PositiveFloat
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from peftcore.author import MATRICES, LearningRate, Method, MethodConfig, Operator, Share, Shared, Site, Surgeon, Tags
-from peftcore.errors import ConfigError
-from peftcore_reparameterized._basis import columns
+from peftcore.author import (
+    MATRICES,
+    Checked,
+    LearningRate,
+    Method,
+    MethodConfig,
+    Operator,
+    Share,
+    Shared,
+    Site,
+    Surgeon,
+    Tags,
+)
+from peftcore_reparameterized._basis import columns, drawn_entries
 from peftcore_reparameterized._decomposed import as_matrix
-from peftcore_reparameterized._joint import Joint, by_role, within
 from peftcore_reparameterized._low_rank import input_dropout
 
 
 class FRoDConfig(MethodConfig):
     """Options of FRoD."""
+
+    overridable = ("dropout",)
 
     method: Literal["frod"] = "frod"
     sparsity: Annotated[float, Field(ge=0.0, le=1.0)] = 0.01
@@ -54,6 +73,83 @@ class FRoDConfig(MethodConfig):
     """Probability with which inputs of the update are dropped in training."""
     projection_seed: NonNegativeInt = 0
     """Seed of the positions in S."""
+
+
+def role(path: str) -> str:
+    """Return the role of a site: the last two parts of its path, or only the last part where a number precedes it."""
+    *before, last = path.split(".")
+    if not before or before[-1].isdigit():
+        return last
+    name = f"{before[-1]}_{last}"
+    return "attention_output" if name == "output_dense" and before[-2:-1] == ["attention"] else name
+
+
+def number(path: str, otherwise: int) -> int:
+    """Return the number of a site's block: the number after ``layers``, or the first number in its path."""
+    parts = path.split(".")
+    behind = parts[parts.index("layers") + 1 :][:1] if "layers" in parts else []
+    return next((int(part) for part in (*behind, *parts) if part.isdigit()), otherwise)
+
+
+def by_role(sites: Sequence[Site]) -> Iterator[tuple[str, list[Site], list[Site]]]:
+    """Yield the sites that share V, with its name, and the sites from which V is computed, by number."""
+    found: dict[str, list[tuple[int, Site]]] = {}
+    for index, site in enumerate(sites):
+        found.setdefault(f"{role(site.path)}_{columns(site)}", []).append((number(site.path, index), site))
+    for name, each in found.items():
+        yield name, [site for _, site in each], [site for _, site in sorted(dict(each).items())]
+
+
+def joint(matrices: Sequence[Tensor], ridge: float) -> Tensor:
+    """Return V, [in, in], of matrices [out, in]: found on the CPU, in float32 at least."""
+    stacked = torch.cat([each.cpu() for each in matrices])
+    if len(stacked) < stacked.shape[1]:
+        return torch.linalg.svd(stacked, full_matrices=True).Vh.mT
+    Q, R = torch.linalg.qr(stacked)
+    eye = ridge * torch.eye(len(R), dtype=R.dtype)
+    inverses = [torch.linalg.inv(each.mT @ each + eye) for each in Q.split([len(each) for each in matrices])]
+    mean = torch.stack(inverses).mean(0)
+    return R.mT @ torch.linalg.eigh(mean).eigenvectors
+
+
+def within(V: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Return U ``[*batch, out, in]`` and L0 ``[*batch, in]`` of a weight ``[*batch, out, in]``, in float64."""
+    if matrix.is_meta:
+        return torch.empty_like(matrix), matrix.new_empty(*matrix.shape[:-2], len(V))
+    V, W = V.double().cpu(), matrix.double().cpu()
+    solved, singular = torch.linalg.solve_ex(V, W.mT)
+    B = W @ torch.linalg.pinv(V, rtol=1e-6).mT if singular.any() else solved.mT
+    length = torch.linalg.vector_norm(B, dim=-2)
+    there = length > 1e-12
+    return B * torch.where(there, length, math.inf).reciprocal().unsqueeze(-2), length
+
+
+class Joint(Checked):
+    """The V that the sites of a role share, and the entries of S that train, as places in S flattened by rows."""
+
+    V: Tensor
+    index: Tensor
+
+    def __init__(self, sites: Sequence[Site], count: int, ridge: float, seed: int) -> None:
+        """Find V of these sites, and draw `count` places off the diagonal."""
+        super().__init__()
+        batches = [as_matrix(site) for site in sites]
+        matrices = [matrix for each in batches for matrix in (each.flatten(0, -3) if each.dim() > 2 else [each])]
+        self.size, first = matrices[0].shape[-1], matrices[0]
+        place = first.new_empty(count, dtype=torch.long)
+        if not first.is_meta and count:
+            place = drawn_entries(self.size * (self.size - 1), count, seed)
+        V = first.new_empty(self.size, self.size) if first.is_meta else joint(matrices, ridge)
+        self.register_buffer("V", V.contiguous())
+        self.register_buffer("index", place + place // self.size + 1)  # behind as many entries of the diagonal
+
+    def wrong_values(self, values: Mapping[str, Tensor]) -> Iterator[str]:
+        if "index" in values:
+            places, _ = values["index"].sort()
+            if places.numel() and not 0 <= int(places.min()) <= int(places.max()) < self.size**2:
+                yield f"index holds places outside of the {self.size**2} entries of a matrix"
+            elif places.diff().eq(0).any():
+                yield "index holds a place twice"
 
 
 def entries(inputs: int, config: FRoDConfig) -> int:
@@ -113,8 +209,6 @@ class FRoD(Method):
     alternatives = MATRICES
 
     def inject(self, model: nn.Module, config: FRoDConfig, surgeon: Surgeon) -> None:
-        if any(changes.keys() - {"dropout"} for changes in config.overrides.values()):
-            raise ConfigError("frod: sites of a role share V, so overrides can change dropout alone")
         for name, sites, counted in by_role(surgeon.sites()):
             count = entries(columns(sites[0]), config)
             basis = surgeon.own(name, partial(Joint, counted, count, config.ridge, config.projection_seed))

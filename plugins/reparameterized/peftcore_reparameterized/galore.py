@@ -1,18 +1,23 @@
 """GaLore: gradients projected to low rank before the optimizer.   Zhao et al. 2024, arXiv 2403.03507.
 
+Equation:
     G = U S V',   every `gap` steps   P = V[:, :rank]'  (out >= in)   or   P = U[:, :rank]  (out < in)
     g = G P'  or  P' G,     W <- W + scale * (step(g) P)   or   W + scale * (P step(g))
 
 All of W trains; it is the state of the optimizer that becomes small: 2 rank max(in, out) numbers for Adam instead of 2
 in out. `step` is the update of any torch optimizer for g, so this acts through ``injection.optimizer(...)`` only. The
-moments stay when P changes, as in the authors' code. Where G has fewer directions than `rank` (a batch has fewer
-tokens), a singular value decomposition leaves the others to rounding; here they are drawn, the same ones each time.
-Weight decay is decoupled and applied last. The trained weights are replacements: the base is unchanged until a merge
-writes them into it.
+moments stay when P changes, as in the authors' code. Directions that G lacks (a batch has fewer tokens than `rank`) are
+drawn, the same ones each time. Weight decay is decoupled and applied last. The trained weights are replacements: the
+base is unchanged until a merge writes them into it.
 
 Parameters: in * out a site, times the number of experts, each with a separate P.
 
-Use it where full fine-tuning is wanted and the optimizer's state does not fit.
+Start: W at the values of the model: the identity.
+
+Differs from the authors' code: Where G has fewer directions than `rank`, a singular value decomposition leaves the
+others to rounding; here they are drawn.
+
+Use it: `peftcore.apply(model, "galore")`, where full fine-tuning is wanted and the optimizer's state does not fit.
 """
 
 from __future__ import annotations

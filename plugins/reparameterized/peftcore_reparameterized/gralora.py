@@ -1,22 +1,28 @@
 """GraLoRA: granular low-rank adaptation.   Jung et al. 2025, arXiv 2505.20355 (SqueezeBits/GraLoRA).
 
+Equation:
     W'[j, n] = W[j, n] + s B_j[:, n] A_n[j, :],   s = alpha / rank,   j, n = 1 … k
 
 The weight is cut into k * k blocks, W[j, n] from the n-th part of the inputs to the j-th part of the outputs, and each
 has a low-rank update of rank / k. All blocks of a column n draw on A_n [rank, in / k], of whose rows W[j, n] takes the
 j-th part; all blocks of a row j on B_j [out / k, rank], of whose columns it takes the n-th. So there are as many
-parameters as in LoRA, and the update has a rank of up to k * rank. A is uniform in +-sqrt(k / in), B zero.
+parameters as in LoRA, and the update has a rank of up to k * rank.
 
 With `hybrid_rank` a LoRA of that rank is added in parallel, and s = alpha / (rank + hybrid_rank); the authors' `r` is
-the sum of both, peft's is `rank`. The authors and peft apply dropout to the inputs of the two parts one after the
-other; here it is applied once for both. peft accepts inputs of two and three dimensions only.
+the sum of both, peft's is `rank`.
 
-Kernels of convolutions count as inputs, in * kernel; embeddings as [dim, num], with A zero and B ~ N(0, 1). k divides
-both sides. Each expert has separate blocks.
+Kernels of convolutions count as inputs, in * kernel; embeddings as [dim, num]. k divides both sides. Each expert has
+separate blocks.
 
 Parameters: (rank + hybrid_rank) * (in * kernel + out) a site, times the number of experts.
 
-Use it in place of LoRA at high ranks, where inputs of few channels are so large that they decide all of A's gradient.
+Start: A uniform in +-sqrt(k / in), B at zero; of embeddings A at zero and B ~ N(0, 1): the identity.
+
+Differs from the authors' code: The authors and peft apply dropout to the inputs of the two parts one after the other;
+here it is applied once for both. peft accepts inputs of two and three dimensions only.
+
+Use it: `peftcore.apply(model, "gralora")`, in place of LoRA at high ranks, where inputs of few channels are so large
+that they decide all of A's gradient.
 """
 
 from __future__ import annotations

@@ -1,18 +1,24 @@
 """HiRA: Hadamard high-rank adaptation.   Huang et al. 2025, ICLR 2025, OpenReview TwJrTz9cRS (hqsiswiliam/hira).
 
-    W' = W + W (o) (B A),   (o) entry by entry,   A [rank, in] uniform in +-1/sqrt(in),   B [out, rank] zero
+Equation:
+    W' = W + W (o) (B A),   (o) entry by entry,   A [rank, in],   B [out, rank]
 
 The product of entries has up to rank * rank(W) directions, far more than LoRA's `rank`, for as many parameters. The
 product is not scaled, as in the authors' code and peft. An entry that is zero stays zero, so pruned weights stay
-pruned. With `dropout` inputs of the addition are dropped, W x + (W (o) (B A)) dropout(x), as in peft; the authors'
-forward does not.
+pruned. With `dropout` inputs of the addition are dropped, W x + (W (o) (B A)) dropout(x), as in peft.
 
-Convolutions: A [rank, in, *kernel], in grouped ones too (peft refuses those). Embeddings: A [rank, num] zero and B ~
-N(0, 1), as in peft, since every input picks a single column of A. Each stacked expert has separate factors.
+Convolutions: A [rank, in, *kernel], in grouped ones too. Embeddings: A [rank, num]. Each stacked expert has separate
+factors.
 
 Parameters: rank * (in * kernel + out) a site, times the number of experts.
 
-Use it where LoRA's rank is the limit, as in reasoning and long answers, and a step may cost a pass over the weight.
+Start: A uniform in +-1/sqrt(in), B at zero; of embeddings A at zero and B ~ N(0, 1), as in peft, since every input
+picks a single column of A: the identity.
+
+Differs from the authors' code: The authors' forward drops no inputs. peft refuses grouped convolutions.
+
+Use it: `peftcore.apply(model, "hira")`, where LoRA's rank is the limit, as in reasoning and long answers, and a step
+may cost a pass over the weight.
 """
 
 from __future__ import annotations

@@ -1,21 +1,27 @@
 """HRA: Householder reflection adaptation.   Yuan et al. 2024, arXiv 2405.17484.
 
-    W' = W H_1 H_2 ... H_r,   H_i = I - 2 u_i u_i^T / ||u_i||^2,   u_1 = u_2, u_3 = u_4, ... at first, so that W' = W
+Equation:
+    W' = W H_1 H_2 ... H_r,   H_i = I - 2 u_i u_i^T / ||u_i||^2
 
-The reflections act on the inputs of a weight, as in peft and the authors' code for diffusion and DeBERTa (their code
-for Llama reflects the outputs); in convolutions on the whole kernel of an output, in embeddings on the vector that is
-returned. Their product is computed at once, as I - N^T T N with T [r, r] triangular: no matrix [in, in] is made. The
-u_i start uniform in +-1/sqrt(r / 2); a u of zeros reflects nothing. peft also takes an odd rank, which starts with one
-reflection too many; its convolutions are right for square kernels without dilation or groups.
+The reflections act on the inputs of a weight, as in peft and the authors' code for diffusion and DeBERTa; in
+convolutions on the whole kernel of an output, in embeddings on the vector that is returned. Their product is computed
+at once, as I - N^T T N with T [r, r] triangular: no matrix [in, in] is made. A u of zeros reflects nothing.
 
-With `orthogonality` the loss gains that weight times the sum over the sites of ||I - N N^T||, N the u_i / ||u_i||.
-With `gram_schmidt` the u_i are made orthonormal, W' = W (I - 2 Q Q^T): r reflections across different directions, never
-the identity. Then they start unpaired. The authors and peft keep the pairs, whose second half is then normalized from
-rounding errors, so their initial outputs depend on the machine, and may be nan.
+With `orthogonality` the loss gains that weight times the sum over the sites of ||I - N N^T||, N the u_i / ||u_i||. With
+`gram_schmidt` the u_i are made orthonormal, W' = W (I - 2 Q Q^T): r reflections across different directions, never the
+identity.
 
 Parameters: rank * in * kernel a site, times the number of experts.
 
-Use it as OFT, at a cost that grows with the rank instead of the block.
+Start: Pairs u_1 = u_2, u_3 = u_4 and so on, uniform in +-1/sqrt(r / 2), so that W' = W: the identity. With
+`gram_schmidt` they start unpaired.
+
+Differs from the authors' code: With `gram_schmidt` the authors and peft keep the pairs, whose second half is then
+normalized from rounding errors, so their initial outputs depend on the machine, and may be nan. The authors' code for
+Llama reflects the outputs. peft also takes an odd rank, which starts with one reflection too many; its convolutions are
+right for square kernels without dilation or groups.
+
+Use it: `peftcore.apply(model, "hra")`, as OFT, at a cost that grows with the rank instead of the block.
 """
 
 from __future__ import annotations

@@ -1,25 +1,29 @@
 """KaSA: knowledge-aware singular-value adaptation.   Wang et al. 2024, arXiv 2412.06071 (juyongjiang/KaSA).
 
+Equation:
     W = U S V',   W' = W - U_r S_r V_r' of the r smallest singular values
-    y = W' x + b + s B diag(d) A dropout(x),   s = alpha / rank,   B = 0, A as in LoRA and d ~ N(0, 1) at first
+    y = W' x + b + s B diag(d) A dropout(x),   s = alpha / rank
     loss + mean over the target modules of  beta |d|^2 + gamma (|B'B - I|_F + |A A' - I|_F)
 
 The smallest singular directions of the base are removed as noise, and an update in the form of a singular value
-decomposition is trained in their place; the losses keep its factors near orthonormal and its singular values small. So
-a fresh adapter changes outputs a little. The authors' code and peft write W' into the base permanently; here the base
-is unchanged, and the removed part is stored in the frozen buffers A0 and B0: the adapter can be removed, and fits the
-original base.
+decomposition is trained in their place; the losses keep its factors near orthonormal and its singular values small. The
+base is unchanged, and the removed part is stored in the frozen buffers A0 and B0: the adapter can be removed, and fits
+the original base.
 
-The losses are added in any training (peft: if one adds `_get_kasa_loss` to the loss). They are the paper's and peft's,
-which sums them over the modules, where the mean is the authors': beta and gamma are for that. The authors' code has
-A'A - I [in, in] and B B' - I [out, out] in place of the small products; those can never be zero. It keeps the `in` - r
-largest components, which removes nothing from a weight with fewer outputs; here, as in the paper and in peft, the r
-smallest of the existing components are removed. Each expert has separate factors, kernels are matrices [out, in *
-kernel].
+The losses are added in any training. Each expert has separate factors, kernels are matrices [out, in * kernel].
 
 Parameters: rank * (in * kernel + out + 1) a site, times the number of experts; rank below that of the weight.
 
-Use it where LoRA forgets or overfits; look at `beta` and `gamma` first, which the authors choose for each task.
+Start: B at zero, A as in LoRA, d ~ N(0, 1). The removed part changes outputs a little: not an identity.
+
+Differs from the authors' code: The authors' code and peft write W' into the base permanently. The losses are the
+paper's and peft's, which sums them over the modules, if one adds `_get_kasa_loss` to the loss; the mean is the
+authors': beta and gamma are for that. The authors' code has A'A - I [in, in] and B B' - I [out, out] in place of the
+small products; those can never be zero. It keeps the `in` - r largest components, which removes nothing from a weight
+with fewer outputs; here, as in the paper and in peft, the r smallest of the existing components are removed.
+
+Use it: `peftcore.apply(model, "kasa")`, where LoRA forgets or overfits; look at `beta` and `gamma` first, which the
+authors choose for each task.
 """
 
 from __future__ import annotations

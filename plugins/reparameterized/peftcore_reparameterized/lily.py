@@ -1,22 +1,27 @@
 """Lily: low-rank interconnected adaptation across layers.   Zhong et al. 2024, arXiv 2407.09946 (yibozhong/lily).
 
+Equation:
     y = W x + b + s sum_e p_e B_e A x,   p = mean over all tokens of softmax(R A x),   e = 1 … experts
 
-The B_e [out, rank] are those of all layers: modules of one name and one shape share the same B_e, zero at first, and
-every `stride` consecutive modules share one A [rank, in]. Only the router R [experts, rank] is a module's own. A and R
-are uniform in +-1/sqrt of their columns. With `across` "shape" all modules of a shape share, whatever their names, as
-in peft where target_modules is a pattern.
+The B_e [out, rank] are those of all layers: modules of one name and one shape share the same B_e, and every `stride`
+consecutive modules share one A [rank, in]. Only the router R [experts, rank] is a module's own. With `across` "shape"
+all modules of a shape share, whatever their names, as in peft where target_modules is a pattern.
 
 As in the authors' code and in peft, p is a mean over the batch too: a row's output depends on the other rows and on the
 padding, and for a token that is generated with a cache p ignores all earlier tokens. So rows cannot be routed, and the
 adapter cannot be merged. The softmax is taken in float32 at least.
 
-Convolutions: A is a convolution, and each position counts as a token; embeddings: A has a column for each token. peft
-supports linear layers only.
+Convolutions: A is a convolution, and each position counts as a token; embeddings: A has a column for each token.
 
 Parameters: experts * rank a site; rank * in * kernel each `stride` sites, and experts * rank * out a name and shape.
 
-Use it with a larger rank than LoRA's, where layers do similar things; not where rows of a batch must not meet.
+Start: A and R uniform in +-1/sqrt of their columns, B_e at zero: the identity.
+
+Differs from the authors' code: No difference is known; that code was not compared, peft's was, which supports linear
+layers only.
+
+Use it: `peftcore.apply(model, "lily")`, with a larger rank than LoRA's, where layers do similar things; not where rows
+of a batch must not meet.
 """
 
 from __future__ import annotations
@@ -31,11 +36,12 @@ from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from peftcore.author import MATRICES, LearningRate, Method, MethodConfig, Operator, Shared, Site, Surgeon, Tags
-from peftcore.errors import ConfigError
 
 
 class LilyConfig(MethodConfig):
     """Options of Lily."""
+
+    overridable = ("scale",)
 
     method: Literal["lily"] = "lily"
     rank: PositiveInt = 32
@@ -70,10 +76,10 @@ class LilyOperator(Operator):
         self.router = nn.Parameter(torch.empty(config.experts, config.rank).uniform_(-bound, bound))
 
     def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
-        y, channels = call(x), self.layer.channel_dim
+        y = call(x)
         A, B, router = self.cast(y, self.A.module.weight, self.B.module.weight, self.router)
         low = self.layer.apply(x, A)  # channels: rank
-        logits = self.layer.mix(low, router).movedim(channels, -1).flatten(0, -2)  # [tokens, experts]
+        logits = self.layer.channels_last(self.layer.mix(low, router)).flatten(0, -2)  # [tokens, experts]
         shares = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32)).mean(0)
         mixed = torch.tensordot(shares.to(y.dtype), B, 1)  # [rank, out]
         return self.layer.add(y, low, mixed.mT, self.scale)
@@ -92,8 +98,6 @@ class Lily(Method):
     alternatives = MATRICES
 
     def inject(self, model: nn.Module, config: LilyConfig, surgeon: Surgeon) -> None:
-        if any(changes.keys() - {"scale"} for changes in config.overrides.values()):
-            raise ConfigError("lily: sites share their factors, so overrides can change the scale alone")
         seen: dict[str, int] = {}
         for site in surgeon.sites():
             inputs, out = (site.in_features, *site.kernel), site.out_features

@@ -1,19 +1,25 @@
 """LoHa: low-rank Hadamard product.   Hyeon-Woo et al. 2021, arXiv 2108.06098 (FedPara); Yeh et al. 2023, 2309.14859.
 
-    W' = W + s (B1 A1) (o) (B2 A2),   s = alpha / rank,   A [rank, in * kernel] ~ N(0, 1),   B1 ~ N(0, 0.1),   B2 zero
+Equation:
+    W' = W + s (B1 A1) (o) (B2 A2),   s = alpha / rank,   A [rank, in * kernel],   B [out, rank]
 
 The entrywise product of two matrices of rank r has rank up to r^2, for the parameters of a LoRA of rank 2 r. With
 `tucker` the factors of convolutions leave the kernel to a third one (proposition 3 of FedPara): H[o, i, k] = sum_pq
-T[p, q, k] B[o, p] A[q, i] with T [rank, rank, kernel] ~ N(0, 0.1) for each of the two. Each stacked expert has separate
-factors. The start is that of LyCORIS, whose code defines LoHa (FedPara itself trains from scratch); peft starts A2 at
-zero instead of B2, and with factored kernels gives B the gradient of the wrong matrix. LyCORIS applies s once in
-training and a second time when it merges; here it is once. Dropout is as in both libraries: it drops rows of the
-change, one row for each output, or the whole change, for all of a batch; dropped values have zero gradient.
+T[p, q, k] B[o, p] A[q, i] with T [rank, rank, kernel] for each of the two. Each stacked expert has separate factors.
+Dropout is as in LyCORIS and peft: it drops rows of the change, one row for each output, or the whole change, for all of
+a batch; dropped values have zero gradient.
 
 Parameters: 2 rank (in * kernel + out) a site, with `tucker` 2 rank (in + out + rank * kernel), times the number of
 experts.
 
-Use it for styles and concepts in diffusion models: more rank for the same file than LoRA, at low rank (2 to 8).
+Start: A ~ N(0, 1), B1 and T ~ N(0, 0.1), B2 at zero, as in LyCORIS, whose code defines LoHa: the identity.
+
+Differs from the authors' code: FedPara itself trains from scratch. LyCORIS applies s once in training and a second time
+when it merges; here it is once. peft starts A2 at zero instead of B2, and with factored kernels gives B the gradient of
+the wrong matrix.
+
+Use it: `peftcore.apply(model, "loha")`, for styles and concepts in diffusion models: more rank for the same file than
+LoRA, at low rank (2 to 8).
 """
 
 from __future__ import annotations

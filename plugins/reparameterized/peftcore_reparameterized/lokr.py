@@ -1,20 +1,25 @@
 """LoKr: low-rank Kronecker product.   Yeh et al. 2023, arXiv 2309.14859 (LyCORIS).
 
+Equation:
     W' = W + s (w1 (x) w2),   w1 [l, m],   w2 [k, n * kernel] = w2a w2b,   l k = out,   m n = in,   s = alpha / r
 
 w1 scales copies of w2: delta[i k + j, p n + q] = s w1[i, p] w2[j, q]. out and in are cut next to their square root, or
 at `factor`, the smaller part first. w2 is one full matrix where r >= max(k, n) / 2, or with `full_matrix`; w1 is one,
 or with `decompose_both` and r < max(l, m) / 2 a product w1a w1b too. With both full s is 1. With `tucker` the factors
-of a convolution's w2 leave the kernel to a third one, t2 [r, r, kernel]. Each stacked expert has separate factors. At
-first w2, or else w2b, is zero; all else is uniform in +-1/sqrt(inputs).
-
-All this is as in LyCORIS, which defines the method, except that a merge in LyCORIS applies s twice. peft has s = alpha
-/ r with both factors full, starts w1 at zero, puts `factor` first where it divides even if it is the larger part (here
-with `factor_first`), and with a full w2 in one-dimensional convolutions has the product's values in another order, that
-of delta[j, i, q, p, kernel]: `layout`. KronA (Edalati et al. 2022, arXiv 2212.10650) uses neither a rank nor cuts.
+of a convolution's w2 leave the kernel to a third one, t2 [r, r, kernel]. Each stacked expert has separate factors.
 
 Parameters: l m + r (k + n * kernel) a site with w1 full and w2 not, l m + k n * kernel with both; for each expert.
-Use it for the smallest files of the family, in diffusion models above all: its rank is not bound by its size.
+
+Start: w2, or else w2b, at zero; all else uniform in +-1/sqrt(inputs): the identity.
+
+Differs from the authors' code: All is as in LyCORIS, which defines the method, except that a merge in LyCORIS applies s
+twice. peft has s = alpha / r with both factors full, starts w1 at zero, puts `factor` first where it divides even if it
+is the larger part (here with `factor_first`), and with a full w2 in one-dimensional convolutions has the product's
+values in another order, that of delta[j, i, q, p, kernel]: `layout`. KronA (Edalati et al. 2022, arXiv 2212.10650) uses
+neither a rank nor cuts.
+
+Use it: `peftcore.apply(model, "lokr")`, for the smallest files of the family, in diffusion models above all: its rank
+is not bound by its size.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 """LongLoRA: LoRA for longer contexts, trained with shifted short attention.   Chen et al. 2023, arXiv 2309.12307.
 
+Equation:
     y = W x + b + s B A dropout(x),   s = alpha / rank        at the matrices of attention; norms and embeddings train
     attention in training:  token i sees token j <= i  if  floor(i / G) = floor(j / G)              in heads 1 to H/2
                                                        if  floor(i / G + 1/2) = floor(j / G + 1/2)  in all others
@@ -9,33 +10,52 @@ matrix is a target. So the cost of attention falls from N^2 to N G, while half o
 borders of groups. In evaluation every token attends to all tokens that the model allows: groups do not exist in a
 merged or deployed model, and flash attention and caches work there.
 
-The code decides how groups end (dvlab-research/LongLoRA, its version for flash attention): shifted heads begin and end
-with half a group. Its other version rolls tokens around, so that the first half group would attend to the last one,
-which is later. Lengths that are not a multiple of G have a shorter last group, as in its code for instruction data; for
-plain text it refuses them. Padding is hidden as always, and counts as tokens of groups.
+Shifted heads begin and end with half a group, as in the authors' version for flash attention (dvlab-research/LongLoRA).
+Lengths that are not a multiple of G have a shorter last group. Padding is hidden as always, and counts as tokens of
+groups.
 
-A and B start as in `lora`. Positions beyond those of pretraining need an option of the host's config (the paper
-interpolates positions: rope_scaling), which is separate from the adapter. Attentions run around "eager" or "sdpa". Both
-groupings are computed for all heads and half of each is taken, so that hosts with shared keys, sinks or biases of heads
-need no special code. Torch's own nn.MultiheadAttention is refused.
+Positions beyond those of pretraining need an option of the host's config (the paper interpolates positions:
+rope_scaling), which is separate from the adapter. Attentions run around "eager" or "sdpa". Both groupings are computed
+for all heads and half of each is taken, so that hosts with shared keys, sinks or biases of heads need no special code.
+Torch's own nn.MultiheadAttention is refused.
 
 Parameters: rank * (in + out) a matrix, and those of the norms and of the table of tokens.
-Use it to train on texts several times as long as those that the model was made for; where texts fit, `lora` is
-simpler, and its attention is the one that is used afterwards.
+
+Start: A and B as in `lora`, norms and embeddings at their values: an identity in evaluation; in training the groups
+act.
+
+Differs from the authors' code: Their version without flash attention rolls tokens around, so that the first half group
+attends to the last one, which is later. Their code for plain text refuses lengths that are not a multiple of G; their
+code for instruction data has a shorter last group, as here.
+
+Use it: `peftcore.apply(model, "longlora")`, to train on texts several times as long as those that the model was made
+for; where texts fit, `lora` is simpler, and its attention is the one that is used afterwards.
 """
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Annotated, Literal
 
+import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
-from torch import nn
+from torch import Tensor, nn
 
-from peftcore.author import AttentionSite, LearningRate, Method, MethodConfig, Share, Site, Surgeon, Tags
-from peftcore.errors import UnsupportedSite
+from peftcore.author import (
+    Attend,
+    AttentionOperator,
+    AttentionSite,
+    LearningRate,
+    Method,
+    MethodConfig,
+    Share,
+    Site,
+    Surgeon,
+    Tags,
+)
+from peftcore.errors import SequenceError, UnsupportedSite
 from peftcore_reparameterized import lora
 from peftcore_reparameterized._low_rank import low_rank_count
-from peftcore_reparameterized._shifted import ShiftedOperator
 
 
 class LongLoRAConfig(MethodConfig):
@@ -58,6 +78,40 @@ class LongLoRAConfig(MethodConfig):
     """Train the table of tokens."""
 
 
+class ShiftedOperator(AttentionOperator):
+    """The groups of one attention, in training only: in half of the heads they begin half a group later.
+
+    Raises:
+        SequenceError: tokens that train see others than themselves, such as cached ones.
+    """
+
+    trains_only = True
+
+    def __init__(self, site: AttentionSite, config: LongLoRAConfig) -> None:
+        super().__init__(site)
+        self.ratio, self.size = config.group_ratio, config.group_size
+
+    def forward(self, attend: Attend, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        if not self.training:
+            return attend(query, key, value)
+        tokens = query.shape[2]
+        if attend.keys != tokens:
+            raise SequenceError(
+                f"{tokens} tokens that train see {attend.keys}, cached or of another sequence: groups are of tokens "
+                "that see each other; give whole texts, or call eval() for generation"
+            )
+        size = max(2, int(tokens * self.ratio)) if self.size is None else self.size
+        starts = (range(0, tokens, size), (0, *range(size // 2, tokens, size)))
+        plain, shifted = (
+            torch.cat(
+                [attend.among(start, stop, query, key, value) for start, stop in pairwise((*groups, tokens))], dim=2
+            )
+            for groups in starts
+        )
+        first = query.shape[1] // 2
+        return torch.cat([plain[:, :first], shifted[:, first:]], dim=1)
+
+
 class LongLoRA(Method):
     """LoRA, norms and embeddings, with attention in shifted groups while they train."""
 
@@ -72,7 +126,7 @@ class LongLoRA(Method):
     def inject(self, model: nn.Module, config: LongLoRAConfig, surgeon: Surgeon) -> None:
         sites = surgeon.sites()
         for site in sites:
-            surgeon.graft(site, lambda at, own: lora.LoRAOperator(at, _lora(own)), config)
+            surgeon.graft(site, lora.LoRAOperator, _lora(config.at(site.path)))
         resolver, found = surgeon.resolver, False
         for core, _ in resolver.host.select("attn.core"):
             inside = [site for site in sites if f"{site.module_path}.".startswith(f"{core.module}.")]

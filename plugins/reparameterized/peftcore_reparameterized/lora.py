@@ -1,12 +1,12 @@
 """LoRA: low-rank adaptation.   Hu et al. 2021, arXiv 2106.09685.
 
-    y = W x + b + s B A dropout(x),   s = alpha / rank,   A [rank, in] uniform in +-1/sqrt(in),   B [out, rank] zero
+Equation:
+    y = W x + b + s B A dropout(x),   s = alpha / rank,   A [rank, in],   B [out, rank]
 
 Convolutions: A is a convolution to `rank` channels and B mixes them, delta[o, i, k] = s sum_r B[o, r] A[r, i, k]; in a
 grouped one, i counts inside the group of o. With `across_groups`, as in peft, A reads all channels there and B mixes
-inside each group, B [out, rank / groups]: no grouped weight computes that, so it does not merge. Embeddings: A [rank,
-num] zero and B ~ N(0, 1), as in loralib, since every input picks a single column of A. Each stacked expert has separate
-factors.
+inside each group, B [out, rank / groups]: no grouped weight computes that, so it does not merge. Embeddings: A is
+[rank, num]. Each stacked expert has separate factors.
 
 scaling="sqrt_rank" is rsLoRA (Kalajdzievski 2023, arXiv 2312.03732): s = alpha / sqrt(rank), with which outputs and
 gradients have the same size at any rank. Use it at ranks of 64 and more; alpha / rank makes those learn too slowly.
@@ -17,25 +17,35 @@ factors get gradients from the first step on. The rank is even.
 
 trained="B" is LoRA-FA (Zhang et al. 2023, arXiv 2308.03303): A stays as it was drawn, so nothing of x is kept for its
 gradient. The optimizer of `injection.optimizer` gets g (A A')^+ / s^2 for B's gradient g, which makes s g A the nearest
-to the gradient of W; it is computed in g's dtype, where peft's optimizer rounds a product to bfloat16. Embeddings start
-with a zero A, so B would never train (as happens in peft): there it is refused.
+to the gradient of W; it is computed in g's dtype. Embeddings start with a zero A, so B would never train: there it is
+refused.
 
 `damping` is Riemannian preconditioned LoRA (Zhang and Pilanci 2024, arXiv 2402.02347): the optimizer of
 `injection.optimizer` gets inv(B' B + d I) g for A's gradient g and g inv(A A' + d I) for B's, both by the factors
-before the step; with d = 0 a step of SGD changes B A alike however it is split. In peft only linear layers support it.
+before the step; with d = 0 a step of SGD changes B A alike however it is split.
 
 Parameters: rank * (in * kernel + out) a site, times the number of experts; with trained="B" rank * out; with
 `across_groups` in is that of all groups, and out that of one.
 
-Use it first: it merges, adds no latency then, and suits nearly every task. More sites help more than more rank.
+Start: A uniform in +-1/sqrt(in), B at zero: the identity. In embeddings A is zero and B ~ N(0, 1), as in loralib, since
+every input picks a single column of A. start="orthogonal" is an identity up to rounding.
+
+Differs from the authors' code: No difference is known; that code was not compared, peft's was. There the optimizer of
+LoRA-FA rounds a product to bfloat16, LoRA-FA never trains embeddings, and only linear layers support the
+preconditioner.
+
+Use it: `peftcore.apply(model, "lora")`, first: it merges, adds no latency then, and suits nearly every task. More sites
+help more than more rank.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Literal, Self, cast
 
+import torch
 import torch.nn.functional as F
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
@@ -54,8 +64,7 @@ from peftcore.author import (
     Tags,
     low_rank,
 )
-from peftcore_reparameterized._across_groups import AcrossGroups, across_count, around, groups_of
-from peftcore_reparameterized._fixed_projection import fix_projection
+from peftcore.errors import UnsupportedSite
 from peftcore_reparameterized._low_rank import (
     add_low_rank,
     input_dropout,
@@ -148,12 +157,11 @@ class LoRA(Method):
 
     def inject(self, model: nn.Module, config: LoRAConfig, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
-            if config.at(site.path).across_groups and groups_of(site) > 1:
-                surgeon.graft(
-                    around(site), lambda at, own: AcrossGroups(at, own.rank, scale_of(own), own.dropout), config
-                )
+            own = config.at(site.path)
+            if own.across_groups and groups_of(site) > 1:
+                surgeon.graft(around(site), AcrossGroups, config)
             else:
-                surgeon.graft(site, lambda at, own: LoRAOperator(at, own, own.start, own.trained), config)
+                surgeon.graft(site, LoRAOperator, config, start=own.start, trained=own.trained)
 
     def gradient_rule(self, injection: AppliedMethod) -> GradientRule | None:
         of: dict[nn.Parameter, Preconditioner] = {}
@@ -172,3 +180,56 @@ class LoRA(Method):
         if config.trained == "B":
             return math.prod(site.batch) * config.rank * site.out_features
         return low_rank_count(site, config.rank)
+
+
+class AcrossGroups(Operator):
+    """The update of a grouped convolution from the channels of all groups: A ``[rank, in * groups, *kernel]``, and B
+    ``[out, rank / groups]``, which mixes inside each group. No grouped weight computes that, so it does not merge."""
+
+    def __init__(self, site: Site, config: LoRAConfig) -> None:
+        super().__init__(site)
+        self.groups, self.dropout, self.scale, rank = groups_of(site), config.dropout, scale_of(config), config.rank
+        if rank % self.groups:
+            raise UnsupportedSite(f"{site.path} has {self.groups} groups, which a rank of {rank} does not fill")
+        inputs = (site.in_features * self.groups, *site.kernel)
+        bound = 1 / math.sqrt(math.prod(inputs))
+        self.A = nn.Parameter(torch.empty(rank, *inputs).uniform_(-bound, bound))
+        self.B = nn.Parameter(torch.zeros(site.out_features, rank // self.groups))
+
+    def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:  # x [..., in, *size]
+        y = call(x)
+        A, B = self.cast(y, self.A, self.B)
+        dropped = F.dropout(x, self.dropout) if self.training and self.dropout else x
+        inside = torch.block_diag(*B.unflatten(0, (self.groups, -1)))  # [out, rank]
+        return y + self.layer.mix(self.scale * self.layer.apply(dropped, A), inside)
+
+
+def groups_of(site: Site) -> int:
+    """Return the number of groups of a convolution; 1 for other layers, transposed convolutions and padding modes other
+    than zeros."""
+    plain = isinstance(site.module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and site.module.padding_mode == "zeros"
+    return site.module.groups if plain else 1
+
+
+def around(site: Site) -> Site:
+    """Return the layer of a site as a place for an operator around it."""
+    return replace(site, form="activation")
+
+
+def across_count(site: Site, rank: int) -> int:
+    """Return the number of parameters of a grouped convolution."""
+    groups = groups_of(site)
+    return rank * groups * site.in_features * math.prod(site.kernel) + rank // groups * site.out_features
+
+
+def fix_projection(operator: Operator, site: Site) -> None:
+    """Make the factor A of an operator a buffer, which no optimizer sees.
+
+    Raises:
+        UnsupportedSite: it is zero there, so that B alone would never train.
+    """
+    if site.layer.one_hot:
+        raise UnsupportedSite(f"{site.path} is an embedding, whose A is zero: B alone would never train it")
+    A = operator.get_tensor("A").detach()
+    del operator.A
+    operator.register_buffer("A", A)

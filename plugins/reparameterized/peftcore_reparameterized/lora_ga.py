@@ -1,6 +1,7 @@
 """LoRA-GA: low-rank adaptation that starts along the gradient.   Wang et al. 2024, arXiv 2407.05000
 (Outsider565/LoRA-GA).
 
+Equation:
     G = mean of dL/dW over the batches = U S V',   A0 = k V_I',   B0 = k U_J,   k = out^(1/4) / sqrt(gamma)
     W' = W - s B0 A0 + s B A = W + s (B A - B0 A0),   A = A0 and B = B0 at first,   s = alpha / rank
 
@@ -8,16 +9,20 @@ I and J are disjoint halves of the 2 r largest directions, so that the first ste
 is nearest to a step of W itself. ``data=`` has batches of the training data with their loss. The model is in training
 mode then, as the authors have it.
 
-The authors' code and peft write W - s B0 A0 into the base, so that the changed base, or A0 and B0, must be saved with
-the adapter; here the base is unchanged, and A0 and B0 are frozen buffers. Outputs and gradients are the same. peft
-starts differently: B0 also contains the singular values of G, and k (or the factor that `scale` selects) is in B0 only.
-form="peft" selects this start; then B0 A0 is as large as the gradient. `direction` "random" of both is not here. U and
-V are approximated (`iterations`) from 4 r directions, as in both. Kernels of convolutions are decomposed as [out, in *
-kernel], experts each on its own.
+The base is unchanged, and A0 and B0 are frozen buffers. form="peft" selects the start of peft, whose B0 also contains
+the singular values of G, and which has k (or the factor that `scale` selects) in B0 only; then B0 A0 is as large as the
+gradient. U and V are approximated (`iterations`) from 4 r directions. Kernels of convolutions are decomposed as [out,
+in * kernel], experts each on its own.
 
 Parameters: rank * (in * kernel + out) a site, times the number of experts; rank at most half that of the weight.
 
-Use it in place of LoRA where training is short; at the start it takes the memory of a gradient of all target weights.
+Start: A = A0 and B = B0: the identity.
+
+Differs from the authors' code: The authors' code and peft write W - s B0 A0 into the base, so that the changed base, or
+A0 and B0, must be saved with the adapter; outputs and gradients are the same. `direction` "random" of both is not here.
+
+Use it: `peftcore.apply(model, "lora_ga", data=batches)`, in place of LoRA where training is short; at the start it
+takes the memory of a gradient of all target weights.
 """
 
 from __future__ import annotations

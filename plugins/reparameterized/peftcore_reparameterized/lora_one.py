@@ -1,6 +1,7 @@
 """LoRA-One: low-rank adaptation that starts with one step along the full gradient.   Zhang et al. 2025,
 arXiv 2502.01235 (YuanheZ/LoRA-One).
 
+Equation:
     -G = U S V',   G = mean of dL/dW over the batches;   D = sqrt(S_r / (S_1 gamma)),   A0 = D V_r',   B0 = U_r D
     y = W x + b + s B A dropout(x),   A = A0 and B = B0 at first,   s = alpha / sqrt(rank)
 
@@ -9,18 +10,23 @@ gamma): the paper shows that LoRA's factors would align with these directions an
 adapter changes outputs from the start. ``data=`` has batches of the training data with their loss, of which 8 to 64
 samples are enough. The model is in training mode then, as the authors have it.
 
-Their page and the paper have S in place of its root, and no S_1: the code has both, and here it is the code's. It finds
-the singular vectors by a fast approximation from 512 directions (`iterations`), as this does. Other starts of that
-script (`scale`) are not here. The preconditioners of the paper's algorithm were not released with it: `damping` has
-those that they were made of (Riemannian preconditioned LoRA, in LoRA's page); they act in `injection.optimizer`.
+Singular vectors are found by a fast approximation from 512 directions (`iterations`), as in the authors' code.
+`damping` has the preconditioners that those of the paper's algorithm were made of (Riemannian preconditioned LoRA, in
+LoRA's page); they act in `injection.optimizer`.
 
 Kernels of convolutions are decomposed as [out, in * kernel], experts each on its own. Where a weight has fewer
 directions than the rank, or an expert had no gradient, factors are as in LoRA.
 
 Parameters: rank * (in * kernel + out) a site, times the number of experts.
 
-Use it in place of LoRA where you have the data at hand; at the start it takes the memory of a gradient of all target
-weights.
+Start: A = A0 and B = B0: the adapter changes outputs from the start.
+
+Differs from the authors' code: Their page and the paper have S in place of its root, and no S_1: the code has both, and
+here it is the code's. Other starts of that script (`scale`) are not here. The preconditioners of the paper's algorithm
+were not released with it.
+
+Use it: `peftcore.apply(model, "lora_one", data=batches)`, in place of LoRA where you have the data at hand; at the
+start it takes the memory of a gradient of all target weights.
 """
 
 from __future__ import annotations

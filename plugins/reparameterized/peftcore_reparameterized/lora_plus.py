@@ -1,18 +1,24 @@
 """LoRA+: low-rank adaptation whose B learns faster than A.   Hayou et al. 2024, arXiv 2402.12354.
 
+Equation:
     y = W x + b + s B A dropout(x)   as in LoRA,     lr(A) = lr,     lr(B) = ratio * lr
 
 B starts at zero and A does not: with one rate for both, a wide layer either learns too little by B or too much by A.
 The rates are parameter groups, so this acts through ``injection.optimizer(...)`` only.
 
 As in the authors' code, both factors of an embedding have a separate rate, `embedding_lr`, which does not follow lr.
-The authors' code (and peft's) treats every vector as a B, so that biases of a head learn `ratio` times as fast as its
-matrix; here what the user names in `train` has lr. They set the weight decay of all groups to zero by default; here it
-is the optimizer's weight decay.
+What the user names in `train` has lr.
 
 Parameters: rank * (in * kernel + out) a site, times the number of experts.
 
-Use it in place of LoRA when training is slow to start, with lr about half of LoRA's.
+Start: As in LoRA: A uniform in +-1/sqrt(in), B at zero: the identity.
+
+Differs from the authors' code: The authors' code (and peft's) treats every vector as a B, so that biases of a head
+learn `ratio` times as fast as its matrix; here what the user names in `train` has lr. They set the weight decay of all
+groups to zero by default; here it is the optimizer's weight decay.
+
+Use it: `peftcore.apply(model, "lora_plus")`, in place of LoRA when training is slow to start, with lr about half of
+LoRA's.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
 """LoRA-XS: low-rank adaptation with an extremely small number of parameters.   Bałazy et al. 2024, arXiv 2405.17604
 (MohammadrezaBanaei/LoRA-XS).
 
+Equation:
     W = U S V',   B = U_r,   A = S_r V_r'       of the r largest singular values, frozen
-    y = W x + b + s B R A dropout(x),   R [r, r] ~ N(0, 1e-5),   s = alpha / rank
+    y = W x + b + s B R A dropout(x),   R [r, r],   s = alpha / rank
 
 Only R trains, between the directions of the weight that matter most, so its size does not depend on the layer's. All
-singular values are in A, as in the authors' code. That code finds them by a fast approximation in 10 iterations; here
-they are exact unless `iterations` is given. Kernels of convolutions are decomposed as [out, in * kernel], experts each
-on its own, embeddings as [dim, num].
+singular values are in A, as in the authors' code. The vectors are exact unless `iterations` is given. Kernels of
+convolutions are decomposed as [out, in * kernel], experts each on its own, embeddings as [dim, num].
 
 A and B are in the adapter's file: R depends on them, and a second decomposition, on another machine, would give
 different ones, by rounding at least. So files are as large as LoRA's; trained parameters and the optimizer's state are
@@ -19,14 +19,20 @@ rank r to the first step that AdamW would take with the weight itself, which is 
     -step sign(G) = U S V',   B = U_r,   R = S_r / s,   A = V_r'      G = mean of dL/dW over the batches of ``data=``
 
 A and B are orthonormal, so a step of R by its gradient is, with s = 1, the best step of W within their span; the
-authors take alpha = rank, which suffices. W keeps its values, so the adapter changes outputs from the start. `step` is
-a learning rate: the authors' is that at the first step of their warmup. They sum gradients of losses divided by the
-batch's size, which has the same sign where batches are of one size, and round A, B and R to bfloat16. They train with
-1e-4 on MetaMathQA. Quantized weights have a gradient, so they start in this way too.
+authors take alpha = rank, which suffices. `step` is a learning rate: the authors' is that at the first step of their
+warmup. They train with 1e-4 on MetaMathQA. Quantized weights have a gradient, so they start in this way too.
 
 Parameters: rank * rank a site, times the number of experts; rank at most that of the weight.
 
-Use it where thousands of adapters, or their optimizers, must be held at once; with a larger learning rate than LoRA's.
+Start: R ~ N(0, 1e-5): a fresh adapter changes outputs a little; ``std=0`` makes it an identity. With start="gradient" W
+keeps its values, so the adapter changes outputs from the start.
+
+Differs from the authors' code: The code of LoRA-XS finds singular vectors by a fast approximation in 10 iterations.
+That of LoRA-SB sums gradients of losses divided by the batch's size, which has the same sign where batches are of one
+size, and rounds A, B and R to bfloat16.
+
+Use it: `peftcore.apply(model, "lora_xs")`, where thousands of adapters, or their optimizers, must be held at once; with
+a larger learning rate than LoRA's.
 """
 
 from __future__ import annotations

@@ -1,17 +1,23 @@
 """MiCA: minor component adaptation.   Rüdiger and Raschka 2026, arXiv 2604.01694.
 
-    W = U S V',   B = U[:, -r:] of the r smallest singular values, frozen,   A = 0 at first
+Equation:
+    W = U S V',   B = U[:, -r:] of the r smallest singular values, frozen
     y = W x + b + s B A dropout(x),   s = alpha / rank
 
 LoRA that trains only A, with outputs along the weight's smallest singular directions, which the base hardly uses. B is
 in the adapter's file: A depends on it, and a second decomposition, on another machine, would give a different one, by
-its signs at least (here the largest entry of each column is positive; in peft's it is up to the machine). Kernels of
-convolutions are decomposed as [out, in * kernel], experts each on its own, embeddings as
-[dim, num]; peft has linear layers and embeddings, and refuses a rank above that of the weight, which here is lowered.
+its signs at least (here the largest entry of each column is positive). Kernels of convolutions are decomposed as [out,
+in * kernel], experts each on its own, embeddings as [dim, num]. A rank above that of the weight is lowered.
 
 Parameters: rank * in * kernel a site, times the number of experts; rank at most that of the weight.
 
-Use it in place of LoRA where new knowledge must not overwrite what the base knows, or at half of its parameters.
+Start: A at zero: the identity.
+
+Differs from the authors' code: No difference is known; that code was not compared, peft's was. peft has linear layers
+and embeddings, refuses a rank above that of the weight, and leaves the signs of B to the machine.
+
+Use it: `peftcore.apply(model, "mica")`, in place of LoRA where new knowledge must not overwrite what the base knows, or
+at half of its parameters.
 """
 
 from __future__ import annotations

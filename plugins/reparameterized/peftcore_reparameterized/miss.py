@@ -1,6 +1,7 @@
 """MiSS: matrix shard sharing.   Kang and Yin 2024, arXiv 2409.15371 (in peft by its authors; once called Bone).
 
-    W'[:, j] = W[:, j] + D[j mod rank],   D [rank, out] zero
+Equation:
+    W'[:, j] = W[:, j] + D[j mod rank],   D [rank, out]
 
 Every `rank` columns of the weight share their update, so y = W x + b + D' z, where z sums the inputs in shards of
 `rank`: z[k] = x[k] + x[rank + k] + x[2 rank + k] + … A last shard may be shorter, as if x went on with zeros. It is a
@@ -12,11 +13,16 @@ With `outputs` D has only that many columns and repeats them, for weights whose 
 both sides.
 
 Kernels of convolutions are shared as columns of [out, in * kernel], and embeddings as [dim, num]: tokens `rank` apart
-share their update. Each expert has a separate D. peft supports linear layers only.
+share their update. Each expert has a separate D.
 
 Parameters: rank * out a site, with `outputs` rank * outputs, times the number of experts; rank at most in * kernel.
 
-Use it in place of LoRA for half the parameters at the same rank, and with one factor less to start and to tune.
+Start: D at zero: the identity.
+
+Differs from the authors' code: peft, by its authors, supports linear layers only.
+
+Use it: `peftcore.apply(model, "miss")`, in place of LoRA for half the parameters at the same rank, and with one factor
+less to start and to tune.
 """
 
 from __future__ import annotations

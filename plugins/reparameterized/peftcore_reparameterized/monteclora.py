@@ -1,5 +1,6 @@
 """MonteCLoRA: low-rank adaptation by Monte Carlo.   Sengupta et al. 2024, arXiv 2411.04358.
 
+Equation:
     y = W x + b + s B A' dropout(x),   s = alpha / rank,   A' = A in evaluation, and in training
     A' = A + sample_scale sqrt(v) * sum_n w_n eps_n,   eps_n [rank, in] ~ N(0, 1),   n = 1 … N
     v = max(exp(2 t) * chi, 1e-3),   chi [rank] ~ chi^2 with `rank` degrees of freedom       (Wishart's diagonal)
@@ -7,22 +8,27 @@
     d = (1 - 2 / N) exp(-p) + sum_n exp(-p_n) / N^2
 
 Each row of A has a separate, learned deviation exp(t), and the N samples have learned weights: A is the mean of a
-distribution, and training samples around A. A and B start as LoRA's, t [rank] and p [N] uniform in 0 to 1. A loss in
-training, the mean over the sites, holds the distributions near their priors: `kl` times the sum of
+distribution, and training samples around A. t is [rank], p is [N]. A loss in training, the mean over the sites, holds
+the distributions near their priors: `kl` times the sum of
 
     KL of Dirichlet(exp(p)) and Dirichlet(prior, …),   rank / 2 * sum_i (u_i - log u_i - 1) with u = exp(2 t),
     N / 2 * sum_i (v_i - log v_i - 1),
 
 and with `entropy` also the sum of all w_n^2. The formula is peft's: its first term has the sum of log Gamma(exp p) -
 log Gamma(prior) with a plus where the divergence has a minus, so it is not a divergence, though zero where both are
-equal. Peft takes its roots in float32 always, and draws ahead of time. Weights that are read, not called, have the
-mean.
+equal. Weights that are read, not called, have the mean.
 
-Kernels of convolutions count as inputs; each expert draws separately. peft supports linear layers only.
+Kernels of convolutions count as inputs; each expert draws separately.
 
 Parameters: rank * (in * kernel + out) + rank + N a site, times the number of experts.
 
-Use it where LoRA's result depends on the learning rate and the seed; t and p are of no use after training.
+Start: A and B as LoRA's, t and p uniform in 0 to 1: the identity.
+
+Differs from the authors' code: That code was not compared, peft's was, which takes its roots in float32 always, draws
+ahead of time, and supports linear layers only.
+
+Use it: `peftcore.apply(model, "monteclora")`, where LoRA's result depends on the learning rate and the seed; t and p
+are of no use after training.
 """
 
 from __future__ import annotations

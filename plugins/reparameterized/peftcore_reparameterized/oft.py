@@ -1,12 +1,11 @@
 """OFT: orthogonal fine-tuning.   Qiu et al. 2023, arXiv 2306.07280.
 
-    W' = W R^T,   R = diag(R_1, ..., R_k),   R_j = (I - K_j) (I + K_j)^-1,   K_j skew-symmetric [b, b], zero at first
+Equation:
+    W' = W R^T,   R = diag(R_1, ..., R_k),   R_j = (I - K_j) (I + K_j)^-1,   K_j skew-symmetric [b, b]
 
 The inputs of a weight turn in blocks of b, so the lengths of its rows and the angles between them stay. In convolutions
 these are all of the kernel, channel by channel (grouped ones: the channels of a group); in embeddings the returned
-vector turns. As in peft, the entries above the diagonal of K are trained; the authors train a full Q with K = (Q - Q^T)
-/ 2, which moves alike under Adam. Their convolution mixes outputs into rows; peft folds the patches of a turned image
-back together, so that kernels above 1 are wrong, takes four dimensions for images, and turns embeddings the other way.
+vector turns. As in peft, the entries above the diagonal of K are trained.
 
 With `series` R_j is I - 2 K + 2 K^2 - 2 K^3 ... +- K^(series - 1) instead, which saves solving and is orthogonal for
 small K only. That is peft's default, with five terms; it turns the other way, with K as -K.
@@ -17,15 +16,21 @@ parameter in each forward.
 With side="outputs" the outputs of a weight turn instead, W' = R W and k = out / b, and the bias does not: so do LyCORIS
 (its diag-oft, Yeh et al. 2023, arXiv 2309.14859; the preset `diag_oft`) and kohya's sd-scripts. Two options are from
 these libraries. With `constraint` all K of a site together count as scaled down to the norm constraint * width of the
-turned side, and gradients go through that. With `rescaled` W' = diag(s) R W, with gains s [out] that are one at first.
-LyCORIS trains a full Q with K = Q - Q^T, which moves twice as much under Adam. In training, `block_dropout` is the
-share of blocks that do not turn, drawn in each forward (peft: module_dropout, which peft 0.21 documents but does not
-implement).
+turned side, and gradients go through that. With `rescaled` W' = diag(s) R W, with gains s [out]. In training,
+`block_dropout` is the share of blocks that do not turn, drawn in each forward.
 
 Parameters: k b (b - 1) / 2 a site, k = in * kernel / b, times the number of experts; those of one block with
 `block_share`; with `rescaled` out more.
 
-Use it where fine-tuning must keep what the base knows: subject-driven diffusion, little data.
+Start: K at zero, s at one: the identity.
+
+Differs from the authors' code: The authors train a full Q with K = (Q - Q^T) / 2, which moves alike under Adam; their
+convolution mixes outputs into rows. peft folds the patches of a turned image back together, so that kernels above 1 are
+wrong, takes four dimensions for images, turns embeddings the other way, and does not implement its module_dropout.
+LyCORIS trains a full Q with K = Q - Q^T, which moves twice as much under Adam.
+
+Use it: `peftcore.apply(model, "oft")`, where fine-tuning must keep what the base knows: subject-driven diffusion,
+little data.
 """
 
 from __future__ import annotations

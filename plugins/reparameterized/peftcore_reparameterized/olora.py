@@ -1,13 +1,12 @@
 """OLoRA: orthonormal low-rank adaptation.   Büyükakyüz 2024, arXiv 2406.01775 (in peft by its author).
 
+Equation:
     W = Q R,   B0 = Q[:, :r],   A0 = R[:r]       the diagonal of R positive, which makes the two unique
     W' = (W - s B0 A0) + s B A = W + s (B A - B0 A0),   A = A0 and B = B0 at first,   s = alpha / rank
 
 LoRA whose B starts with orthonormal columns that span the first r columns of W. As in the paper, the factors are not
-divided by a power of s, so s scales the replaced share of W. peft writes W - s B0 A0 into the base; here the base is
-unchanged, and A0 and B0 are frozen buffers. Outputs and gradients are the same, and the adapter fits the original base.
-The change is that of a LoRA of twice the rank. peft decomposes transformers' Conv1D as it is stored, transposed, so
-that its factors do not fit the layer; ours are those of the [out, in] matrix.
+divided by a power of s, so s scales the replaced share of W. The base is unchanged, and A0 and B0 are frozen buffers,
+so the adapter fits the original base. The change is that of a LoRA of twice the rank.
 
 With `dropout` the output is W x + s (B A dropout(x) - B0 A0 x), as in peft: training then drops parts of the base's
 output, from the first step on. Kernels of convolutions are decomposed as [out, in * kernel], experts each on its own,
@@ -15,7 +14,13 @@ embeddings as [dim, num].
 
 Parameters: rank * (in * kernel + out) a site, times the number of experts; rank at most that of the weight.
 
-Use it in place of LoRA where training is short, and `pissa` is too slow to start.
+Start: A = A0 and B = B0: the identity.
+
+Differs from the authors' code: peft, by its author, writes W - s B0 A0 into the base; outputs and gradients are the
+same. It decomposes transformers' Conv1D as it is stored, transposed, so that its factors do not fit the layer; ours are
+those of the [out, in] matrix.
+
+Use it: `peftcore.apply(model, "olora")`, in place of LoRA where training is short, and `pissa` is too slow to start.
 """
 
 from __future__ import annotations

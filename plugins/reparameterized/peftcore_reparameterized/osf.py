@@ -1,6 +1,7 @@
 """OSF: orthogonal subspace fine-tuning.   Nayak et al. 2025, arXiv 2504.07097
 (Red-Hat-AI-Innovation-Team/orthogonal-subspace-learning).
 
+Equation:
     W = U_h S_h V_h' + U_l S_l V_l'      of the k largest singular values, and of all others
     W' = W + U S V' - U_l S_l V_l',      U, S and V trained from U_l, S_l and V_l
 
@@ -10,15 +11,20 @@ peft, which projects by hooks. An optimizer that scales entries by themselves, a
 by a little.
 
 `effective_rank` is k: a number, or a share of the smaller side, rounded down. Kernels of convolutions are decomposed as
-[out, in * kernel], embeddings as [dim, num], experts each on its own. peft supports linear layers only.
+[out, in * kernel], embeddings as [dim, num], experts each on its own.
 
 Files hold U, S and V and their initial values: a second decomposition, on another machine, would differ, by rounding at
-least. peft's files omit the initial values, and peft computes them from the model again.
+least.
 
 Parameters: (min(out, in) - k) (out + in + 1) a site, times the number of experts: with half of the singular values
 nearly as many as the weight has, or more.
 
-Use it to train one task after the other without losing what was learned before.
+Start: U, S and V at U_l, S_l and V_l: the identity.
+
+Differs from the authors' code: That code was not compared, peft's was. peft supports linear layers only; its files omit
+the initial values, and peft computes them from the model again.
+
+Use it: `peftcore.apply(model, "osf")`, to train one task after the other without losing what was learned before.
 """
 
 from __future__ import annotations

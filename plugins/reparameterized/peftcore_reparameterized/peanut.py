@@ -1,17 +1,23 @@
 """PEANuT: weight-aware neural tweakers.   Zhong et al. 2024, arXiv 2410.01870 (yibozhong/peanut, formerly NEAT).
 
-    W' = W + s B h_2n,   h_0 = f(A W),   A [rank, out] uniform in +-1/sqrt(out),   B [out, rank] zero
+Equation:
+    W' = W + s B h_2n,   h_0 = f(A W),   A [rank, out],   B [out, rank]
     h_i = f(E_i h_(i-1)),   h_(n+i) = f(D_i h_(n+i-1)) + h_(n-i),   i = 1 … n = depth,   E_i, D_i [rank, rank]
 
 The update is a small network's answer to the frozen weight, column by column: f (`activation`) makes it more than a
-low-rank factor times W. E_i and D_i start uniform in +-1/sqrt(rank). As in peft, h has neither a scale nor dropout.
+low-rank factor times W. As in peft, h has neither a scale nor dropout.
 
 Kernels of convolutions count as columns, [out, in * kernel], embeddings are [dim, num], each expert has separate
-networks. peft supports linear layers only.
+networks.
 
 Parameters: 2 * rank * out + 2 * depth * rank^2 a site, times the number of experts.
 
-Use it where LoRA's rank limits; each forward reads the weight, until it is merged.
+Start: A uniform in +-1/sqrt(out), E_i and D_i in +-1/sqrt(rank), B at zero: the identity.
+
+Differs from the authors' code: No difference is known; that code was not compared, peft's was, which supports linear
+layers only.
+
+Use it: `peftcore.apply(model, "peanut")`, where LoRA's rank limits; each forward reads the weight, until it is merged.
 """
 
 from __future__ import annotations
@@ -21,20 +27,24 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore.author import MATRICES, Held, LearningRate, Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
+from peftcore.author import (
+    ACTIVATIONS,
+    MATRICES,
+    Held,
+    LearningRate,
+    Method,
+    MethodConfig,
+    Site,
+    Surgeon,
+    Tags,
+    WeightOperator,
+)
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "silu": F.silu,
-    "tanh": torch.tanh,
-    "sigmoid": torch.sigmoid,
-    "leaky_relu": F.leaky_relu,
-}
+Activation = Literal["relu", "gelu", "silu", "tanh", "sigmoid", "leaky_relu"]
+"""Names of f."""
 
 
 class PEANuTConfig(MethodConfig):
@@ -45,7 +55,7 @@ class PEANuTConfig(MethodConfig):
     """Width of the network."""
     depth: NonNegativeInt = 0
     """Number of layers on either side, besides A and B."""
-    activation: Literal["relu", "gelu", "silu", "tanh", "sigmoid", "leaky_relu"] = "relu"
+    activation: Activation = "relu"
     """The function f."""
     scale: PositiveFloat = 1.0
     """Factor s of the update."""
@@ -56,7 +66,7 @@ class PEANuTOperator(WeightOperator):
 
     def __init__(self, site: Site, config: PEANuTConfig) -> None:
         super().__init__(site)
-        self.scale, self.depth, self.act = config.scale, config.depth, ACTIVATIONS[config.activation]
+        self.scale, self.depth, self.act = config.scale, config.depth, ACTIVATIONS[config.activation]()
         self.inputs = (site.in_features, *site.kernel)
         out, rank = site.out_features, config.rank
 

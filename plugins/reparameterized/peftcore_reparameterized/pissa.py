@@ -1,20 +1,26 @@
 """PiSSA: principal singular values and vectors adaptation.   Meng et al. 2024, arXiv 2404.02948 (GraphPKU/PiSSA).
 
+Equation:
     W = U S V',   B0 = U_r sqrt(S_r / s),   A0 = sqrt(S_r / s) V_r'       of the r largest singular values
     W' = (W - s B0 A0) + s B A = W + s (B A - B0 A0),   A = A0 and B = B0 at first,   s = alpha / rank
 
-LoRA that starts at the directions that matter most, with gradients in both factors from the first step. The authors'
-code and peft write W - s B0 A0 into the base; here the base is unchanged, and A0 and B0 are frozen buffers. Outputs and
-gradients are the same, and the adapter fits the original base. The change is that of a LoRA of twice the rank.
+LoRA that starts at the directions that matter most, with gradients in both factors from the first step. The base is
+unchanged, and A0 and B0 are frozen buffers, so the adapter fits the original base. The change is that of a LoRA of
+twice the rank.
 
 With `dropout` the output is W x + s (B A dropout(x) - B0 A0 x), as in peft: training then drops parts of the base's
-output, from the first step on (the authors use no dropout). Kernels of convolutions are decomposed as
-[out, in * kernel], experts each on its own, embeddings as [dim, num]; peft supports linear layers only, without
-float64.
+output, from the first step on. Kernels of convolutions are decomposed as [out, in * kernel], experts each on its own,
+embeddings as [dim, num].
 
 Parameters: rank * (in * kernel + out) a site, times the number of experts; rank at most that of the weight.
 
-Use it in place of LoRA where training is short, with the same learning rate and alpha = rank.
+Start: A = A0 and B = B0: the identity.
+
+Differs from the authors' code: The authors' code and peft write W - s B0 A0 into the base; outputs and gradients are
+the same. The authors use no dropout. peft supports linear layers only, without float64.
+
+Use it: `peftcore.apply(model, "pissa")`, in place of LoRA where training is short, with the same learning rate and
+alpha = rank.
 """
 
 from __future__ import annotations

@@ -1,24 +1,28 @@
 """PSOFT: orthogonal fine-tuning of the principal subspace.   Wu et al. 2025, arXiv 2505.11235 (fei407/PSOFT).
 
+Equation:
     W = U S V',   B = U_r S_r,   A = V_r'       of the r largest singular values, frozen
-    W' = W + B (diag(b) R diag(a) - I) A,   R = (I + K) (I - K)^-1,   K skew-symmetric [r, r], zero at first; a, b one
+    W' = W + B (diag(b) R diag(a) - I) A,   R = (I + K) (I - K)^-1,   K skew-symmetric [r, r]
 
 The part of the weight that matters most turns within its own directions: while a and b are one, lengths of its columns
 and angles between them stay. a and b [r] relax that; `scale_outputs` and `scale_inputs` leave them out. The entries
-above the diagonal of K are trained, as in peft; the authors train the entries below it, with the other sign. Without
-`orthogonal` R is any matrix. With `series` it is I + 2 K + 2 K^2 + … + K^(series - 1) (authors: 5 powers, where peft
-has 4), with the norm of K limited to `eps` if given. `singular_values` both gives A and B the root of S_r each, as
-PiSSA.
+above the diagonal of K are trained. Without `orthogonal` R is any matrix. With `series` it is I + 2 K + 2 K^2 + … +
+K^(series - 1), with the norm of K limited to `eps` if given. `singular_values` both gives A and B the root of S_r each,
+as PiSSA.
 
-The update is not scaled: peft's scale, alpha / rank, is divided out of B first.
-
-A and B are in the adapter's file: R depends on them, and a second decomposition, on another machine, would give
-different ones, by signs at least. peft's files lack them. They are exact unless `iterations` is given. Kernels count as
+The update is not scaled. A and B are in the adapter's file: R depends on them, and a second decomposition, on another
+machine, would give different ones, by signs at least. They are exact unless `iterations` is given. Kernels count as
 inputs, in * kernel; embeddings as [dim, num]; experts are decomposed each on its own.
 
 Parameters: rank (rank - 1) / 2 + 2 rank a site, times the number of experts; rank at most that of the weight.
 
-Use it as OFT where memory is scarce: a step computes with nothing larger than LoRA's factors.
+Start: K at zero, a and b at one: the identity.
+
+Differs from the authors' code: The authors train the entries below the diagonal of K, with the other sign. Their series
+has 5 powers, where peft has 4. peft divides its scale, alpha / rank, out of B first; its files lack A and B.
+
+Use it: `peftcore.apply(model, "psoft")`, as OFT where memory is scarce: a step computes with nothing larger than LoRA's
+factors.
 """
 
 from __future__ import annotations

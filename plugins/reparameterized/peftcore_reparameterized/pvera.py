@@ -1,6 +1,7 @@
 """PVeRA: probabilistic VeRA.   Fillioux et al. 2025, arXiv 2512.07703 (leofillioux/pvera; in peft by its authors).
 
-    y = W x + b + diag(b) B z,   [mu; logvar] = diag(d) A dropout(x),   d [2 rank] = d_initial,   b [out] zero
+Equation:
+    y = W x + b + diag(b) B z,   [mu; logvar] = diag(d) A dropout(x),   d [2 rank],   b [out]
     z = mu + exp(logvar / 2) eps,   eps ~ N(0, 1), in training; z = mu otherwise
 
 As in VeRA, A [2 rank, in] and B [out, rank] are random, frozen, the same for all sites, each of which uses the corner
@@ -10,16 +11,19 @@ does a weight that is read, not called, even in training, because it lacks activ
 VeRA by half of A.
 
 `kl` is the factor of a loss: the mean over all activations of tokens without padding, for each site, of the divergence
-of z from N(0, 1). The
-authors' code has it, with 1e-6 to 1e-16 by data set; peft does not. Their d starts at one random number for all, and
-they scale the update by 16.
+of z from N(0, 1).
 
-Kernels of convolutions count as columns, [2 rank, in * kernel]; each expert has separate vectors. peft supports linear
-layers only.
+Kernels of convolutions count as columns, [2 rank, in * kernel]; each expert has separate vectors.
 
 Parameters: 2 rank + out a site, times the number of experts.
 
-Use it where VeRA fits and data is scarce, or where one wants to know how sure the model is.
+Start: d at `d_initial`, b at zero: the identity.
+
+Differs from the authors' code: Their d starts at one random number for all, and they scale the update by 16; their `kl`
+is 1e-6 to 1e-16 by data set. peft, by its authors, lacks `kl` and supports linear layers only.
+
+Use it: `peftcore.apply(model, "pvera")`, where VeRA fits and data is scarce, or where one wants to know how sure the
+model is.
 """
 
 from __future__ import annotations
@@ -106,7 +110,7 @@ class PVeRAOperator(Operator):
 
     def divergence(self, mean: Tensor, log_variance: Tensor) -> Tensor:
         """Return the mean divergence from N(0, 1), over all activations of tokens without padding."""
-        each = (mean.square() + log_variance.exp() - 1 - log_variance).movedim(self.layer.channel_dim, -1) / 2
+        each = self.layer.channels_last(mean.square() + log_variance.exp() - 1 - log_variance) / 2
         values, counts, _ = by_row(each.to(torch.promote_types(each.dtype, torch.float32)))
         counted = torch.ones_like(values[..., 0]) if counts is None else counts.to(values.dtype)
         mean_divergence: Tensor = (values.mean(-1) * counted).sum() / counted.sum().clamp(min=1)

@@ -1,20 +1,26 @@
 """RandLoRA: full-rank adaptation by random bases.   Albert et al. 2025, arXiv 2502.00987 (PaulAlbert31/RandLoRA).
 
+Equation:
     W' = W + s sum_j B_j diag(L[:, j]) A diag(G[j]),   j = 1 … n,   n = ceil(min(in, out) / rank),   s = alpha / rank
-    A [rank, min(in, out)],   B_j [max(in, out), rank],   L [rank, n] zero,   G [n, min(in, out)] = 1 / max(its shape)
+    A [rank, min(in, out)],   B_j [max(in, out), rank],   L [rank, n],   G [n, min(in, out)]
 
 and the transposed sum where out < in. A and all B_j are random, frozen, and the same for all sites, each of which uses
 the corner of its size. They are drawn from `projection_seed`, and files hold them with `store_basis` only: uniform of
 variance 1, or signs and zeros of variance 1, with `basis` sparse one sign in 3 entries, very sparse one in sqrt(min).
-All B_j are stored in one tensor [max, n, rank]; flattened, its columns j, n + j, 2 n + j, … are B_j. The authors and
-peft do the same, but flatten the sum's other side differently; for random columns the order is irrelevant. peft draws
-in half precision.
+All B_j are stored in one tensor [max, n, rank]; flattened, its columns j, n + j, 2 n + j, … are B_j.
 
 scaling="bases" divides s by sqrt(n) too, as in the authors' code; their later one, in peft, does not.
 Kernels of convolutions count as columns, in * kernel; embeddings as [dim, num]. Each expert has a separate L and G.
 
 Parameters: n * (rank + min(in * kernel, out)) a site, times the number of experts: more at a lower rank.
-Use it where low rank is the limit; each step computes the update as a full matrix.
+
+Start: L at zero, G at 1 / max(its shape): the identity.
+
+Differs from the authors' code: The authors and peft flatten the sum's other side differently; for random columns the
+order is irrelevant. peft draws in half precision.
+
+Use it: `peftcore.apply(model, "randlora")`, where low rank is the limit; each step computes the update as a full
+matrix.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """RoAd: 2D rotary adaptation.   Liao and Monz 2024, arXiv 2409.00119.
 
+Equation:
     y = W x + b
-    (y1, y2)  ->  (a1 cos(t1) y1 - a2 sin(t2) y2,   a3 sin(t3) y1 + a4 cos(t4) y2),   all t zero and a one at first
+    (y1, y2)  ->  (a1 cos(t1) y1 - a2 sin(t2) y2,   a3 sin(t3) y1 + a4 cos(t4) y2)
 
 The outputs of a layer turn in pairs, each in its plane, and their lengths are scaled. With `variant` 1 all four angles
 t of a pair are one, and so are the lengths a: a rotation. With 2 each output has one of both, t1 = t2 and t3 = t4; with
@@ -10,12 +11,16 @@ t of a pair are one, and so are the lengths a: a rotation. With 2 each output ha
 Outputs are in groups, and an output of the first half of a group is paired with the output at the same position of the
 second half: with a `group_size` of 2, as in the paper, neighbours are a pair; peft's default is 64.
 
-Convolutions turn their channels, embeddings their returned vectors. Each expert has separate angles and lengths. peft
-supports linear layers only.
+Convolutions turn their channels, embeddings their returned vectors. Each expert has separate angles and lengths.
 
 Parameters: variant * out a site, times the number of experts.
 
-Use it where many adapters serve one batch: the change is by elements, and costs no product with a matrix.
+Start: All t at zero and all a at one: the identity.
+
+Differs from the authors' code: That code was not compared, peft's was, which supports linear layers only.
+
+Use it: `peftcore.apply(model, "road")`, where many adapters serve one batch: the change is by elements, and costs no
+product with a matrix.
 """
 
 from __future__ import annotations

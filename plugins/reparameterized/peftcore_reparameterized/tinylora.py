@@ -1,15 +1,15 @@
 """TinyLoRA: low-rank adapters of a few numbers.   Morris et al. 2026, arXiv 2602.04118.
 
+Equation:
     W = U S V',   B = U_r sqrt(S_r),   A = sqrt(S_r) V_r'      of the r largest singular values, frozen
-    y = W x + b + B (sum_i v_i P_i) A dropout(x),   v [u] zero,   P_i [r, r] ~ N(0, 1/r), frozen
+    y = W x + b + B (sum_i v_i P_i) A dropout(x),   v [u],   P_i [r, r] ~ N(0, 1/r), frozen
 
 Sites are put into groups, one after the other, and those of a group have one v: each its own with `tying` 0, all the
 same one with 1, and in between ``round(sites * (1 - tying))`` groups. P_i are a site's own, drawn from
 `projection_seed` and its number among the sites.
 
-The authors published no code: this is peft's, which gives both factors a root of the singular values; the paper has all
-of them in one, U S (sum_i v_i P_i) V'. Kernels of convolutions are decomposed as [out, in * kernel], embeddings as
-[dim, num], experts each on its own, with their own P and the site's v.
+Kernels of convolutions are decomposed as [out, in * kernel], embeddings as [dim, num], experts each on its own, with
+their own P and the site's v.
 
 A and B are in the adapter's file, since a second decomposition, on another machine, would give different ones, by
 rounding at least; P is with `store_basis` only, as it is drawn again: those numbers are peft's for the same seed and
@@ -17,7 +17,13 @@ sites.
 
 Parameters: u a group; one number is enough.
 
-Use it where even LoRA-XS is too large, for reinforcement learning above all; with a large learning rate.
+Start: v at zero: the identity.
+
+Differs from the authors' code: The authors published no code: this is peft's, which gives both factors a root of the
+singular values; the paper has all of them in one, U S (sum_i v_i P_i) V'.
+
+Use it: `peftcore.apply(model, "tinylora")`, where even LoRA-XS is too large, for reinforcement learning above all; with
+a large learning rate.
 """
 
 from __future__ import annotations
@@ -31,13 +37,14 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
 from peftcore.author import MATRICES, Method, MethodConfig, Share, Shared, Site, Surgeon, Tags
-from peftcore.errors import ConfigError
 from peftcore_reparameterized._decomposed import as_matrix, as_rows, principal, rank_within
 from peftcore_reparameterized._low_rank import LowRankOperator
 
 
 class TinyLoRAConfig(MethodConfig):
     """Options of TinyLoRA."""
+
+    overridable = ("rank", "dropout")
 
     method: Literal["tinylora"] = "tinylora"
     rank: PositiveInt = 2
@@ -101,8 +108,6 @@ class TinyLoRA(Method):
     alternatives = MATRICES
 
     def inject(self, model: nn.Module, config: TinyLoRAConfig, surgeon: Surgeon) -> None:
-        if any(changes.keys() - {"rank", "dropout"} for changes in config.overrides.values()):
-            raise ConfigError("tinylora: sites share vectors, so overrides can change rank and dropout alone")
         sites = surgeon.sites()
         for number, site in enumerate(sites):
             name = f"v_{group_of(number, len(sites), config.tying)}"

@@ -1,20 +1,25 @@
 """Uni-LoRA: one trained vector for all factors.   Li et al. 2025, arXiv 2506.00799 (KaiyangLi1992/Uni-LoRA).
 
+Equation:
     y = W x + b + B A dropout(x),   each entry of A [rank, in] and B [out, rank] of every site is  theta[i] / sqrt(n_i)
 
 i is drawn for each of the D entries of all sites together, and n_i is the number of entries that have drawn i: so the
 projection of theta [d] to all entries is isometric. The draw is balanced, each i occurs D / d times, rounded up or
-down, as in peft (by its authors); the code of the paper draws each entry by itself. theta is uniform in
-+-`theta_bound`: a fresh adapter changes outputs, a little. The update is not scaled.
+down, as in peft (by its authors). The update is not scaled.
 
 Files hold theta alone: the indices depend only on `projection_seed` and on the sites in their order, so loading draws
-the same ones. With `store_indices` files hold the indices too, which are as large as a LoRA; peft draws different
-indices, which are kept when its files are loaded. Embeddings and kernels of convolutions have factors as in LoRA,
-separate ones for each expert.
+the same ones. With `store_indices` files hold the indices too, which are as large as a LoRA. Embeddings and kernels of
+convolutions have factors as in LoRA, separate ones for each expert.
 
 Parameters: d in all, for any number of sites.
 
-Use it where an adapter must be tiny and its size chosen freely; it computes as much as LoRA.
+Start: theta uniform in +-`theta_bound`: a fresh adapter changes outputs, a little.
+
+Differs from the authors' code: The code of the paper draws each entry by itself. peft, by its authors, draws different
+indices, which are kept when its files are loaded.
+
+Use it: `peftcore.apply(model, "uni_lora")`, where an adapter must be tiny and its size chosen freely; it computes as
+much as LoRA.
 """
 
 from __future__ import annotations
@@ -30,12 +35,13 @@ from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from peftcore.author import MATRICES, LearningRate, Method, MethodConfig, Share, Shared, Site, Surgeon, Tags
-from peftcore.errors import ConfigError
 from peftcore_reparameterized._low_rank import LowRankOperator, low_rank_count
 
 
 class UniLoRAConfig(MethodConfig):
     """Options of Uni-LoRA."""
+
+    overridable = ("rank", "dropout")
 
     method: Literal["uni_lora"] = "uni_lora"
     rank: PositiveInt = 4
@@ -116,8 +122,6 @@ class UniLoRA(Method):
     alternatives = MATRICES
 
     def inject(self, model: nn.Module, config: UniLoRAConfig, surgeon: Surgeon) -> None:
-        if any(changes.keys() - {"rank", "dropout"} for changes in config.overrides.values()):
-            raise ConfigError("uni_lora: all sites share one vector, so overrides can change rank and dropout alone")
         sites = surgeon.sites()
         counts = [low_rank_count(site, config.at(site.path).rank) for site in sites]
         total, start = sum(counts), 0

@@ -1,22 +1,28 @@
 """VB-LoRA: vector bank.   Li et al. 2024, arXiv 2405.15179 (leo-yangli/VB-LoRA).
 
+Equation:
     y = W x + b + B A dropout(x),   A [rank, in] and B [out, rank] in sub-vectors of length b
     sub-vector = sum over i in top k of logits:  softmax(top k logits)_i  V[i],   V [h, b] the bank of all sites
 
 Rows of A and columns of B are cut into sub-vectors, each of which mixes the k vectors of the bank that its own h logits
-choose; the choice changes as these train. V is uniform in +-`bank_bound`, logits are N(0, `logits_std`): a fresh
-adapter changes outputs, a little. The update is not scaled. Gradients reach the chosen vectors and their logits alone.
+choose; the choice changes as these train. The update is not scaled. Gradients reach the chosen vectors and their logits
+alone.
 
-Where b does not divide a side, the last sub-vector is cut; the paper and peft ask for lengths that divide all sides.
-Kernels of convolutions count as columns, [rank, in * kernel]; embeddings as [dim, num]; each expert has separate
-logits. The authors' code trains the bank and the logits at separate rates, here `logits_ratio`; the rates are parameter
-groups, so this acts through ``injection.optimizer(...)`` only.
+Where b does not divide a side, the last sub-vector is cut. Kernels of convolutions count as columns, [rank, in *
+kernel]; embeddings as [dim, num]; each expert has separate logits. The logits learn `logits_ratio` times as fast as the
+bank, as in the authors' code; the rates are parameter groups, so this acts through ``injection.optimizer(...)`` only.
 
 Parameters: h * b in all, and rank * h * (in / b + out / b) a site, the quotients rounded up, times the number of
 experts. An adapter that is not trained further needs only k of each h logits: peft's files may hold only these k
 (`save_only_topk_weights`). Such files can be read; in further training the chosen vectors then stay the same.
 
-Use it where many adapters must be stored, and training may hold more than a LoRA does.
+Start: V uniform in +-`bank_bound`, logits from N(0, `logits_std`): a fresh adapter changes outputs, a little.
+
+Differs from the authors' code: The paper and peft ask for lengths that divide all sides. That code was not compared,
+peft's was.
+
+Use it: `peftcore.apply(model, "vb_lora")`, where many adapters must be stored, and training may hold more than a LoRA
+does.
 """
 
 from __future__ import annotations
@@ -40,13 +46,14 @@ from peftcore.author import (
     Surgeon,
     Tags,
 )
-from peftcore.errors import ConfigError
 from peftcore_reparameterized._basis import columns
 from peftcore_reparameterized._low_rank import LowRankOperator
 
 
 class VBLoRAConfig(MethodConfig):
     """Options of VB-LoRA."""
+
+    overridable = ("rank", "topk", "dropout", "logits_std", "logits_ratio")
 
     method: Literal["vb_lora"] = "vb_lora"
     rank: PositiveInt = 4
@@ -125,8 +132,6 @@ class VBLoRA(Method):
     alternatives = MATRICES
 
     def inject(self, model: nn.Module, config: VBLoRAConfig, surgeon: Surgeon) -> None:
-        if any({"num_vectors", "vector_length", "bank_bound"} & {*changes} for changes in config.overrides.values()):
-            raise ConfigError("vb_lora: all sites share one bank, so overrides cannot change its size or its start")
         bank = surgeon.own("bank", lambda: Bank(config))
         for site in surgeon.sites():
             surgeon.graft(site, VBLoRAOperator, config, bank=bank)

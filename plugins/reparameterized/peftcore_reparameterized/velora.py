@@ -1,22 +1,28 @@
 """VeLoRA: low-rank adaptation with compressed inputs.   Miles et al. 2024, arXiv 2405.17991 (roymiles/VeLoRA).
 
+Equation:
     y = W x + b + s B A dropout(x)   as in LoRA,   s = alpha / rank
     dL/dA = (dL/dz)' x~,   z = A x,   x~ = c [v v' x_1, ..., v v' x_g]   with x in g groups,   |v| = 1
 
 Training keeps a number for each group of inputs in place of the inputs, and puts x~ in their place where the gradient
 of A needs them; all other gradients, and outputs, are those of LoRA. v is the direction of the mean of all groups of
-all tokens without padding (padding counts in the authors' code and in peft): of the first batch (projection="first",
-the authors', kept in the file), or of each (projection="each", peft's default, which keeps nothing);
-projection="random" draws it. c is `rebuilt_scale`. With dropout the inputs are those after it.
+all tokens without padding: of the first batch (projection="first", the authors', kept in the file), or of each
+(projection="each", peft's default, which keeps nothing); projection="random" draws it. c is `rebuilt_scale`. With
+dropout the inputs are those after it.
 
-Where `in` is not a multiple of g, zeros fill the last group, as in peft; the authors' code requires a multiple. That
-code also compresses the inputs of whole layers that train; here, as in peft, only the inputs of the update are
-compressed. VeLoRA acts on linear layers that are called; computed as an effective weight (`low_memory`), A gets its
-exact gradient.
+Where `in` is not a multiple of g, zeros fill the last group. VeLoRA acts on linear layers that are called; computed as
+an effective weight (`low_memory`), A gets its exact gradient.
 
 Parameters: rank * (in + out) a site.
 
-Use it in place of LoRA where the inputs of its layers fill the memory, and nothing else keeps them.
+Start: As in LoRA: A uniform in +-1/sqrt(in), B at zero: the identity.
+
+Differs from the authors' code: Padding counts for v in the authors' code and in peft. The authors' code requires `in`
+to be a multiple of g, and also compresses the inputs of whole layers that train; here, as in peft, only the inputs of
+the update are compressed.
+
+Use it: `peftcore.apply(model, "velora")`, in place of LoRA where the inputs of its layers fill the memory, and nothing
+else keeps them.
 """
 
 from __future__ import annotations

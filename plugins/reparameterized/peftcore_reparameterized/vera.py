@@ -1,6 +1,7 @@
 """VeRA: vector-based random matrix adaptation.   Kopiczko et al. 2023, arXiv 2310.11454 (in peft by its authors).
 
-    y = W x + b + diag(b) B diag(d) A dropout(x),   d [rank] = d_initial,   b [out] zero
+Equation:
+    y = W x + b + diag(b) B diag(d) A dropout(x),   d [rank],   b [out]
 
 A [rank, in] and B [out, rank] are random, frozen, and the same for all sites: one pair as large as the largest site
 needs, of which each site uses the corner of its size. Uniform in +-sqrt(6 / columns), from `projection_seed` alone: the
@@ -8,11 +9,16 @@ numbers are those of peft for the same seed and sites. No file holds them (peft'
 since loading an adapter draws them again; layers share one copy. The update is not scaled.
 
 Kernels of convolutions count as columns, [rank, in * kernel]; embeddings as [dim, num], so one with many tokens makes A
-large. Each expert has separate vectors. peft supports linear layers only.
+large. Each expert has separate vectors.
 
 Parameters: rank + out a site, times the number of experts.
 
-Use it where an adapter must be tiny, as one for each of many users; its rank and learning rate are large.
+Start: d at `d_initial`, b at zero: the identity.
+
+Differs from the authors' code: peft, by its authors, supports linear layers only.
+
+Use it: `peftcore.apply(model, "vera")`, where an adapter must be tiny, as one for each of many users; its rank and
+learning rate are large.
 """
 
 from __future__ import annotations

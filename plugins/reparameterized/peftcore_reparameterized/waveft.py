@@ -1,7 +1,8 @@
 """WaveFT: an update with sparse wavelet coefficients.   Bilican et al. 2025, arXiv 2505.12532 (Bilican/Sparse_PEFT, in
 peft by its authors).
 
-    W' = W + alpha sum_j c_j f_j g_j^T,   c zero at first,   j = 1 … n
+Equation:
+    W' = W + alpha sum_j c_j f_j g_j^T,   j = 1 … n
 
 f_j [out] and g_j [in] are two short waves: each is a low-pass or high-pass filter of the wavelet, shifted by a position
 (u_j, v_j). So each coefficient changes a patch of the weight: 2 x 2 entries with db1, the wavelet of Haar, 2 k x 2 k
@@ -11,15 +12,19 @@ last one both. Longer filters need coefficients beyond the edges: these count as
 taken. With wavelet None the coefficients are entries of the update themselves.
 
 The positions are drawn from `entry_seed` alone, so all sites of one shape have the same ones, and files hold only c;
-they are those that peft draws from its `random_loc_seed`. Filters are computed, to 1e-11; peft has tables, including
-those of Symlets and Coiflets. It can spread n over the sites by their sizes, where here overrides are written, and
-start from N(0, 0.01).
+they are those that peft draws from its `random_loc_seed`. Filters are computed, to 1e-11.
 
 Kernels of convolutions count as inputs, in * kernel; embeddings as [dim, num]. Each expert has a separate c.
 
 Parameters: n a site, times the number of experts, whatever the size of the weight.
 
-Use it as FourierFT, where adapters must be tiny: its waves are local, and a step costs no transform.
+Start: c at zero: the identity.
+
+Differs from the authors' code: peft, by its authors, has tables of filters, including those of Symlets and Coiflets; it
+can spread n over the sites by their sizes, where here overrides are written, and start from N(0, 0.01).
+
+Use it: `peftcore.apply(model, "waveft")`, as FourierFT, where adapters must be tiny: its waves are local, and a step
+costs no transform.
 """
 
 from __future__ import annotations

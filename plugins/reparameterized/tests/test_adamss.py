@@ -16,7 +16,7 @@ from two_layers import Two
 import peftcore
 from peftcore.errors import ConfigError, TrainingError
 from peftcore.testing import against, conformance
-from peftcore_reparameterized._clusters import approximate, clustered
+from peftcore_reparameterized.adamss.clusters import approximate, clustered
 
 pytestmark = pytest.mark.filterwarnings("ignore:::peft")
 SIZES = {"components": 5, "subspaces": 3, "rank": 2}

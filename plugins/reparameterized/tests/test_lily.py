@@ -129,5 +129,5 @@ def test_rows_meet_and_are_not_routed() -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(ConfigError, match="change the scale alone"):
+    with pytest.raises(ConfigError, match="rank cannot change at single sites"):
         peftcore.apply(blocks(), "lily", target=TARGET, **OPTIONS, overrides={"0.up": {"rank": 2}})

@@ -135,7 +135,7 @@ def test_files_hold_the_vector_and_the_seed(tmp_path: Path) -> None:
 
 
 def test_refusals(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="rank and dropout alone"):
+    with pytest.raises(ConfigError, match="theta_length cannot change at single sites"):
         peftcore.apply(two(), "uni_lora", target=TARGET, **OPTIONS, overrides={"first": {"theta_length": 2}})
     host = One(nn.Linear(4, 4))
     injection = peftcore.apply(host, "uni_lora", target="layer", **OPTIONS, store_indices=True)

@@ -16,7 +16,7 @@ from peftcore.testing import against, conformance, frozen, same_defaults, same_s
 from peftcore.testing.checks_learning import SHARE
 from peftcore.testing.hosts import HOSTS as SMALL
 from peftcore.testing.kit import fill
-from peftcore.testing.tasks import STEPS, TASKS, full_fine_tuning
+from peftcore.testing.learning_tasks import STEPS, TASKS, full_fine_tuning
 
 NUMBERS = Path(__file__).parent / "numbers" / "pixel_vp.json"
 CODE: Any = {"repository": "hjbahng/visual_prompting", "commit": "679e71f", "script": "models/prompters.py"}

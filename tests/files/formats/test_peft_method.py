@@ -8,9 +8,9 @@ from torch import nn
 
 import peftcore
 from peftcore.errors import CheckpointError, ExportError
-from peftcore.files.formats.keys import Keys
+from peftcore.files.formats.file_options import Keys
 from peftcore.files.formats.peft_method import PeftMethod, peft_method, peft_methods
-from peftcore.files.formats.places import Place, places_of
+from peftcore.files.formats.translated_operators import Place, places_of
 
 WHERE = Path("adapter_config.json")
 

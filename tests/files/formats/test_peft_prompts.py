@@ -8,7 +8,7 @@ from core_toys import perceptron
 
 import peftcore
 from peftcore.errors import CheckpointError
-from peftcore.files.formats.keys import Keys
+from peftcore.files.formats.file_options import Keys
 from peftcore.files.formats.peft_prompts import halves, task_of
 from peftcore.testing import HOSTS
 

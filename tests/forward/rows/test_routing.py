@@ -1,7 +1,7 @@
 """Rows of a batch that go to different injections: equal to separate passes, and one base forward for all of them."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ import peftcore
 from peftcore import activate, call, route
 from peftcore.errors import RouteError
 from peftcore.forward.choice.active_adapters import Route
-from peftcore.forward.rows.routing import OfSomeRows, OneForward, OwnRows, put_together
+from peftcore.forward.rows.routing import OfSomeRows, OneForward, OwnRows, of_tensors, put_together, select_rows
 from peftcore.testing.tools import Counts
 
 
@@ -100,6 +100,34 @@ def test_rows_are_cut_out_of_containers_and_nothing_else() -> None:
     assert rows.spread(torch.tensor([7, 8])).tolist() == [7, 0, 8]
 
 
+class Pair(NamedTuple):
+    first: Tensor
+    second: Any
+
+
+def test_containers_of_all_kinds_are_cut_and_joined_alike() -> None:
+    places, x = (1, 0, 1), torch.arange(3.0)
+    split = Route(("a", "b"), torch.tensor(places), positions=places)
+    whole = {0: Pair(x, [x + 10, None]), "x": (x + 20, {"y": x + 30}), "z": "abc"}
+    parts = {(n,): OwnRows(split, (n,), 3).of(whole) for n in (0, 1)}
+    assert parts[1,][0] == Pair(parts[1,][0].first, parts[1,][0].second) and parts[1,][0].second[0].tolist() == [10, 12]
+    joined, other = put_together(parts, split), of_tensors(lambda each: each + 100, whole)
+    mixed = select_rows(whole, other, split, 1)
+    for name, made, expected in (("joined", joined, x), ("selected", mixed, x + torch.tensor([100, 0, 100]))):
+        assert type(made[0]) is Pair and made[0].second[1] is None and made["z"] == "abc", name
+        tensors = made[0].first, made[0].second[0] - 10, made["x"][0] - 20, made["x"][1]["y"] - 30
+        assert all(torch.equal(each, expected) for each in tensors), name
+    spread = OwnRows(split, (0,), 3).spread(parts[0,])
+    assert spread["x"][1]["y"].tolist() == [0, 31, 0] and spread[0].first.tolist() == [0, 1, 0]
+
+
+def test_tokens_of_their_own_have_the_entries_of_their_rows() -> None:
+    split = Route(("a",), torch.tensor([0, 0]), positions=(0, 0), since=(1, 0)).by_tokens(0, 2, 2)
+    assert split.tokens == 2 and split.positions == (-1, 0, 0, 0)
+    rows = OwnRows(split, (0,), 4)
+    assert rows.of(torch.tensor([5, 6])).tolist() == [5, 6, 6] and rows.told(["p", "q"]) == ["p", "q", "q"]
+
+
 def test_a_route_that_was_tried_in_inference_mode_trains() -> None:
     model, (one, two) = adapted("dora", "oft")
     with route(model, [one.name, two.name]):
@@ -125,7 +153,7 @@ def test_one_forward_of_all_rows_does_for_all_who_do_not_change_what_goes_in() -
     x, whole, parts = torch.arange(5.0).view(5, 1), OneForward(run, nn.Identity()), {}
     for position in split.present:
         bare = OfSomeRows(whole, ((x,), {}), OwnRows(split, (position,), 5))
-        parts[position,] = (bare if position < 0 else act(position, bare))(*bare.args)
+        parts[position,] = (bare if position < 0 else act(position, bare))(*bare.given[0])
     output = put_together(parts, split)
     assert output.flatten().tolist() == [1, 10, 20, 31, 47]
     assert seen == [[0, 1, 2, 3, 4], [4.5]]

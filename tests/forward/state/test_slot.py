@@ -8,8 +8,7 @@ from core_toys import Doubling, Shift, perceptron, stir
 from torch import nn
 
 import peftcore
-from peftcore.forward.state.slot import effective_weight, slot_of
-from peftcore.registry.plugins import layer_of
+from peftcore.forward.state.slot import slot_of
 
 
 def test_only_a_grafted_module_has_one() -> None:
@@ -49,15 +48,16 @@ def test_the_effective_weight_is_that_of_the_injections_that_act_now() -> None:
     model = perceptron()
     base = model.first.weight.detach().clone()
     injection = peftcore.apply(model, Shift, target="first")
-    layer = layer_of(model.first, "weight")
-    assert torch.equal(effective_weight(model.first, "weight", layer, None), base + 1)
-    assert torch.equal(effective_weight(model.first, "weight", layer, ((1, 3),)), base[1:3] + 1)
+    slot = slot_of(model.first)
+    assert slot is not None
+    assert torch.equal(slot.with_active("weight", base), base + 1)
+    assert torch.equal(slot.with_active("bias", base[0]), base[0])
     with injection.disabled():
-        assert torch.equal(effective_weight(model.first, "weight", layer, None), base)
+        assert torch.equal(slot.with_active("weight", base), base)
 
 
 def test_what_acts_on_a_forward_alone_leaves_the_weight() -> None:
     model = nn.Sequential(nn.Linear(4, 4))
     peftcore.apply(model, Doubling, target="0")
-    weight = effective_weight(model[0], "weight", layer_of(model[0], "weight"), None)
-    assert torch.equal(weight, model[0].weight)
+    slot, weight = slot_of(model[0]), model[0].weight
+    assert slot is not None and torch.equal(slot.with_active("weight", weight), weight)

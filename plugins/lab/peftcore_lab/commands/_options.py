@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from peftcore.errors import BadInput
-from peftcore.models.naming import MODEL
+from peftcore.models.model_names import MODEL
 
 Demo = Annotated[bool, typer.Option("--demo", help="A MiniLM encoder on tweets, both from Python packages.")]
 Model = Annotated[str | None, typer.Option(help=MODEL)]
@@ -49,6 +49,6 @@ def place_of(on: str | None, address: str | None) -> Any:
         return None
     if on != "ray":
         raise BadInput(f"--on {on}: there is ray alone")
-    from peftcore_lab.comparisons.on_ray import OnRay
+    from peftcore_lab.comparisons.comparison_on_ray import OnRay
 
     return OnRay(address)

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from peftcore.cli.app import answered, printable
-from peftcore.models.naming import MODEL
+from peftcore.models.model_names import MODEL
 
 Adapter = Annotated[str, typer.Argument(help="Folder of a run of peftcore train, or an adapter.")]
 Model = Annotated[str | None, typer.Option(help=f"{MODEL} By default that which the run or the adapter names.")]
@@ -34,7 +34,7 @@ def chat(
     with answered():
         from peftcore.errors import BadInput
         from peftcore.utils.quiet import no_bars
-        from peftcore_lab.talking import conversation
+        from peftcore_lab.chat_session import conversation
 
         no_bars()
         if dtype not in ("float32", "bfloat16", "float16"):

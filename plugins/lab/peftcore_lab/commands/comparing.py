@@ -103,10 +103,10 @@ def compare(
         # Not before the input has been read: what follows imports torch and transformers.
         from rich.console import Console
 
-        from peftcore.cli.progress import Bars
+        from peftcore.cli.progress_display import Bars
         from peftcore_lab.comparisons.compare import compare as work
         from peftcore_lab.comparisons.comparison import Comparison
-        from peftcore_lab.printing.comparison import table
+        from peftcore_lab.printing.comparison_table import table
 
         where = str(config or "the options")
         values = reading.changed(values, [*given(flags), *settings(set_).items()])

@@ -96,9 +96,9 @@ def search(
         from rich.console import Console
 
         from peftcore.cli import pages
-        from peftcore.cli.progress import Bars
-        from peftcore_lab.printing import comparison
-        from peftcore_lab.printing import search as searched
+        from peftcore.cli.progress_display import Bars
+        from peftcore_lab.printing import comparison_table
+        from peftcore_lab.printing import search_table as searched
         from peftcore_lab.searching import search as job
 
         where = str(config or "the options")
@@ -107,7 +107,7 @@ def search(
             if worker:
                 count = job.work(what, bars)
             elif place is not None:
-                from peftcore_lab.searching.on_ray import search_on_ray
+                from peftcore_lab.searching.search_on_ray import search_on_ray
 
                 found = search_on_ray(what, bars, place)
             else:
@@ -121,5 +121,5 @@ def search(
         else:
             console = Console()
             console.print(searched.table(found))
-            console.print(comparison.table(found.report))
+            console.print(comparison_table.table(found.report))
             print(f"{what.out}: best.yaml, search.json, report.html, results.json, results.png, runs/, search/")

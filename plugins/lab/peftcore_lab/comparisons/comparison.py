@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 
-from peftcore.models.naming import MODEL
+from peftcore.models.model_names import MODEL
 from peftcore_lab.runs.reading import validated
 from peftcore_lab.runs.run import MethodChoice, Options, Run, Training
 

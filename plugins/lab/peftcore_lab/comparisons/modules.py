@@ -16,8 +16,8 @@ from torch import nn
 import peftcore
 from peftcore.errors import BadInput, TrainingError
 from peftcore_lab.comparisons.comparison import Candidate
-from peftcore_lab.reports import tables
-from peftcore_lab.reports.trials import Report, Trial
+from peftcore_lab.reports import paper_tables
+from peftcore_lab.reports.trials import ComparisonReport, Trial
 from peftcore_lab.runs.folder import made
 from peftcore_lab.runs.reading import validated
 from peftcore_lab.runs.run import FULL
@@ -32,28 +32,28 @@ Score = Callable[[nn.Module], float]
 class Compared:
     """The result of a comparison. In a notebook it is shown as a table."""
 
-    report: Report
+    report: ComparisonReport
 
     @property
-    def lines(self) -> list[tables.Line]:
+    def lines(self) -> list[paper_tables.ConfigurationLine]:
         """The configurations, with the mean of the score over seeds, its standard deviation, and the seeds."""
-        return tables.lines(self.report)
+        return paper_tables.lines(self.report)
 
     def as_csv(self) -> str:
         """Return the table as CSV."""
-        return tables.as_csv(self.report)
+        return paper_tables.as_csv(self.report)
 
     def as_markdown(self) -> str:
         """Return the table in Markdown."""
-        return tables.as_markdown(self.report)
+        return paper_tables.as_markdown(self.report)
 
     def as_latex(self) -> str:
         """Return the table in LaTeX, for booktabs."""
-        return tables.as_latex(self.report)
+        return paper_tables.as_latex(self.report)
 
     def write(self, folder: Path | str) -> None:
         """Write ``results.json``, and the table as ``results.csv``, ``.md`` and ``.tex``."""
-        tables.write(self.report, made(Path(folder)))
+        paper_tables.write(self.report, made(Path(folder)))
 
     _repr_markdown_ = __str__ = as_markdown
 
@@ -107,7 +107,7 @@ def compare(
         raise TrainingError("; ".join(f"{label}: {reason}" for label, reason in failed.items()))
     kind = model if isinstance(model, nn.Module) else _made(model)
     return Compared(
-        Report(
+        ComparisonReport(
             model=type(kind).__name__,
             task="",
             data="",

@@ -3,10 +3,10 @@
 It may import `errors`, `digests`, and libraries that read tables and pictures; no model and no tokenizer is loaded
 here. In the order of reading:
 
-- `tables`: the rows of a CSV or JSONL file.
+- `table_readers`: the rows of a CSV or JSONL file.
 - `columns`: which column of a table holds what.
 - `texts`: labelled texts as a task of classes.
-- `sources`: anything that holds examples, as a ``datasets.Dataset``.
-- `several`: examples of several tasks in one table.
-- `tuning`: a third part of the examples, to choose settings by.
+- `example_sources`: anything that holds examples, as a ``datasets.Dataset``.
+- `task_mixtures`: examples of several tasks in one table.
+- `splits`: a third part of the examples, to choose settings by.
 """

@@ -2,7 +2,7 @@
 
 It may import `peftcore_lab` and rich. In the order of reading:
 
-- `run`: a training run.
-- `comparison`: a comparison.
-- `search`: a search.
+- `run_output`: a training run.
+- `comparison_table`: a comparison.
+- `search_table`: a search.
 """

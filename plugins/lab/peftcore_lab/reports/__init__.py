@@ -3,11 +3,11 @@
 It may import `numbers`, `packages` and `runs`; nothing is trained here. In the order of reading:
 
 - `trials`: the results as data.
-- `tables`: as CSV, Markdown and LaTeX.
-- `summary`: in words and in the cells of tables.
+- `paper_tables`: as CSV, Markdown and LaTeX.
+- `report_text`: in words and in the cells of tables.
 - `plots`: as charts over what it costs; `curves`: over the steps of training.
 - `labels`: names next to the points of a chart.
 - `svg`: a chart as part of a page.
 - `html`: the page; its `templates` are in the same folder.
-- `files`: the files that are written in the end.
+- `report_files`: the files that are written in the end.
 """

@@ -13,11 +13,11 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from peftcore.utils.numbers import counted, listed
-from peftcore_lab.reports import curves, plots, summary
+from peftcore_lab.reports import curves, plots, report_text
 from peftcore_lab.reports.labels import plain
 from peftcore_lab.reports.plots import DARK, LIGHT, Cost, Shape
 from peftcore_lab.reports.svg import inline
-from peftcore_lab.reports.trials import Report
+from peftcore_lab.reports.trials import ComparisonReport
 
 WIDE, HALF, NARROW = Shape(900, 430, 30), Shape(520, 370, 22), Shape(360, 400, 16)
 """Charts over the whole page, next to another chart, and on a telephone: text keeps its size."""
@@ -27,7 +27,7 @@ CROWD = 8
 Drawing = Callable[[Shape], Figure]
 
 
-def page(report: Report, folder: Path | None = None) -> str:
+def page(report: ComparisonReport, folder: Path | None = None) -> str:
     """Return the whole document; `folder` is where the files of the comparison are."""
     environment = Environment(loader=PackageLoader("peftcore_lab.reports"), autoescape=True, undefined=StrictUndefined)
     environment.trim_blocks = environment.lstrip_blocks = True
@@ -35,15 +35,15 @@ def page(report: Report, folder: Path | None = None) -> str:
     text = environment.get_template("compare.html").render(
         title=heading(report),
         report=report,
-        findings=summary.findings(report),
-        facts=summary.facts(report),
-        settings=summary.settings(report),
-        columns=summary.columns(report),
-        rows=summary.rows(report),
-        runs=summary.runs(report),
+        findings=report_text.findings(report),
+        facts=report_text.facts(report),
+        settings=report_text.settings(report),
+        columns=report_text.columns(report),
+        rows=report_text.rows(report),
+        runs=report_text.runs(report),
         charts=charts(report),
         pictures=pictures(report, folder) if folder is not None else [],
-        error=summary.error(report),
+        error=report_text.error(report),
         beyond=plots.split(report, plots.points(report, plots.PARAMETERS))[1],
         reference=any(map(plots.is_reference, report.entries())),
         several=any(len(entry.trials) > 1 for entry in report.entries()),
@@ -62,7 +62,7 @@ def own(environment: Environment, name: str) -> Markup:
     return Markup(environment.loader.get_source(environment, name)[0])
 
 
-def heading(report: Report) -> str:
+def heading(report: ComparisonReport) -> str:
     count = len(report.entries()) + len(report.failed)
     return f"{counted(count, 'way')} to fine-tune {report.model_name}"
 
@@ -79,9 +79,9 @@ class Chart:
     narrow: Markup
 
 
-def charts(report: Report) -> list[Chart]:
+def charts(report: ComparisonReport) -> list[Chart]:
     """Return all charts of a report."""
-    tips = {number: summary.tip(report, entry) for number, entry in enumerate(report.entries(), 1)}
+    tips = {number: report_text.tip(report, entry) for number, entry in enumerate(report.entries(), 1)}
     if not plots.points(report, plots.PARAMETERS):
         return []
     with plots.style():
@@ -103,7 +103,7 @@ class Picture:
     """The picture itself, as a data URL."""
 
 
-def pictures(report: Report, folder: Path) -> list[Picture]:
+def pictures(report: ComparisonReport, folder: Path) -> list[Picture]:
     """Return what models drew, those of a configuration's first seed."""
     found = []
     for entry in report.entries():
@@ -113,7 +113,7 @@ def pictures(report: Report, folder: Path) -> list[Picture]:
     return found
 
 
-def trade_off(report: Report, cost: Cost, shape: Shape, tips: dict[int, str]) -> Chart:
+def trade_off(report: ComparisonReport, cost: Cost, shape: Shape, tips: dict[int, str]) -> Chart:
     """Draw the metric over a cost."""
     drawn = plots.points(report, cost)
     best = listed(plain(point.entry.label) for point in drawn if point.best)
@@ -128,7 +128,9 @@ def trade_off(report: Report, cost: Cost, shape: Shape, tips: dict[int, str]) ->
     )
 
 
-def over_steps(report: Report, name: str, lines: list[curves.Curve], ratios: bool, tips: dict[int, str]) -> list[Chart]:
+def over_steps(
+    report: ComparisonReport, name: str, lines: list[curves.Curve], ratios: bool, tips: dict[int, str]
+) -> list[Chart]:
     """Draw curves over the steps, if there are some."""
     if not lines:
         return []

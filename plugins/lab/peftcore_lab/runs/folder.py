@@ -19,8 +19,8 @@ import peftcore
 from peftcore.errors import BadInput
 from peftcore.files.continuing import differences, listed
 from peftcore.files.safe_io import write_text
-from peftcore.models.naming import find
-from peftcore_lab.data.sources import digest
+from peftcore.models.model_names import find
+from peftcore_lab.data.example_sources import digest
 from peftcore_lab.digests import of_content, of_sample
 from peftcore_lab.runs.run import FULL, Run
 

@@ -19,7 +19,7 @@ from pydantic import (
 )
 
 from peftcore.files.save_load import describe
-from peftcore.models.naming import MODEL
+from peftcore.models.model_names import MODEL
 
 FULL = "full"
 """The reference among the methods: every parameter of the model is trained, nothing is injected."""

@@ -6,6 +6,6 @@ It may import all that `peftcore_lab` lists before it, and optuna. In the order 
 - `space`: the space that it chooses from.
 - `budget`: the costs that a candidate may have, known before it is trained.
 - `studies`: the study that several workers may share.
-- `found`: the outcome.
-- `on_ray`: its trials on a Ray cluster.
+- `search_outcome`: the outcome.
+- `search_on_ray`: its trials on a Ray cluster.
 """

@@ -3,7 +3,7 @@
 It may import `errors`, `packages`, `data`, `models` and `runs`; no task trains. In the order of reading:
 
 - `task`: the interface of a task.
-- `catalogue`: the tasks by name.
+- `task_catalogue`: the tasks by name.
 - `_classes`: metrics of tasks of classes; `text_classification`, `token_classification`, `image_classification`.
 - `_language`: metrics of tasks of language; `seq2seq`.
 - `_causal`: the base of tasks of decoders; `causal_lm`, `chat`.

@@ -6,7 +6,7 @@ from typing import Any
 
 from peftcore.errors import BadInput
 from peftcore.models.loading import load_tokenizer
-from peftcore.models.naming import Use
+from peftcore.models.model_names import Use
 from peftcore_lab.data.columns import TEXT_NAMES, choose_column
 from peftcore_lab.runs.run import Run
 from peftcore_lab.tasks._causal import CausalData, prepared

@@ -6,7 +6,7 @@ from typing import Any
 
 from peftcore.errors import BadInput
 from peftcore.models.loading import load_tokenizer
-from peftcore.models.naming import Use
+from peftcore.models.model_names import Use
 from peftcore_lab.data.conversations import Columns, Message, columns, conversations
 from peftcore_lab.data.templates import rendered, with_template
 from peftcore_lab.runs.run import Run

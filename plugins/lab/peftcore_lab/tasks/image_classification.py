@@ -10,9 +10,9 @@ import transformers
 
 from peftcore.errors import BadInput
 from peftcore.models.loading import UNREADABLE, classifier, unreadable
-from peftcore.models.naming import Use, find
+from peftcore.models.model_names import Use, find
 from peftcore_lab.data.columns import LABEL_NAMES, choose_column, numbered
-from peftcore_lab.data.several import TASK
+from peftcore_lab.data.task_mixtures import TASK
 from peftcore_lab.runs.run import Run
 from peftcore_lab.tasks._classes import accuracy, learned, predictions
 from peftcore_lab.tasks.task import Prepared, RowsOfTasks, Task

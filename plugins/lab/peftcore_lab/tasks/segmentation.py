@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from peftcore.errors import BadInput
 from peftcore.models.loading import UNREADABLE, classifier, unreadable
-from peftcore.models.naming import Use, find
+from peftcore.models.model_names import Use, find
 from peftcore_lab.data.columns import choose_column
-from peftcore_lab.data.sources import splits
+from peftcore_lab.data.example_sources import splits
 from peftcore_lab.runs.run import Run
 from peftcore_lab.tasks._classes import learned
 from peftcore_lab.tasks.image_classification import IMAGES

@@ -10,7 +10,7 @@ import transformers
 from pydantic import PositiveInt
 
 from peftcore.models.loading import from_pretrained, load_tokenizer
-from peftcore.models.naming import Use
+from peftcore.models.model_names import Use
 from peftcore_lab.data.columns import TEXT_NAMES, choose_column
 from peftcore_lab.runs.run import Run
 from peftcore_lab.tasks._language import costs, perplexity

@@ -8,7 +8,7 @@ import transformers
 from pydantic import PositiveInt
 
 from peftcore.models.loading import classifier, load_tokenizer
-from peftcore.models.naming import Use
+from peftcore.models.model_names import Use
 from peftcore_lab.data.columns import LABEL_NAMES, TEXT_NAMES, choose_column
 from peftcore_lab.data.texts import Example, encode, make_task
 from peftcore_lab.runs.run import Run

@@ -10,7 +10,7 @@ from pydantic import PositiveInt
 
 from peftcore.errors import BadInput
 from peftcore.models.loading import classifier, load_tokenizer
-from peftcore.models.naming import Use
+from peftcore.models.model_names import Use
 from peftcore_lab.data.columns import choose_column, numbered
 from peftcore_lab.runs.run import Run
 from peftcore_lab.tasks._classes import learned, predictions

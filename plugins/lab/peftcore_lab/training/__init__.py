@@ -3,10 +3,10 @@
 It may import the core, `errors`, `plans`, `runs` and `tasks`. In the order of reading:
 
 - `train`: the whole of a run, and its result.
-- `together`: several runs in one, on one model.
-- `telling`: rows of several tasks.
+- `fleet_runs`: several runs in one, on one model.
+- `task_rows`: rows of several tasks.
 - `averages`: moving averages of the trained parameters.
-- `trainer`: the ``Trainer`` as it is used here.
+- `run_trainer`: the ``Trainer`` as it is used here.
 - `processes`: one run in several processes.
 - `cluster`: one run, or many tasks, on a Ray cluster.
 - `advice`: what to change where there was too little memory.

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from peftcore.models.naming import Use
-from peftcore.models.recorded import Wanted
+from peftcore.models.dry_run import RequestedMethod
+from peftcore.models.model_names import Use
 from peftcore.utils.numbers import size
 from peftcore_lab.runs.run import FULL, Run
-from peftcore_lab.tasks import catalogue
+from peftcore_lab.tasks import task_catalogue
 from peftcore_lab.tasks.task import Prepared
 from peftcore_lab.training.estimates import Estimates, Step
 
@@ -75,12 +75,12 @@ def estimates(run: Run, prepared: Prepared | None) -> Estimates | None:
     """Return an object that counts the memory of a run's steps; None for steps that cannot be counted: on packed or
     sharded weights, in autocast, of a saved adapter, or of a pipeline, of which more is in memory than the planned
     part."""
-    counted = catalogue.find(run.task).use in (Use.TEXT, Use.PICTURES)
+    counted = task_catalogue.find(run.task).use in (Use.TEXT, Use.PICTURES)
     if not counted or run.quantize or run.adapter or run.training.shard or run.training.autocast:
         return None
     options = run.method.arguments
     target, exclude, train = options.pop("target", None), options.pop("exclude", None), options.pop("train", ())
-    wanted = None if run.method.name == FULL else Wanted(run.method.name, options, target, exclude, train)
+    wanted = None if run.method.name == FULL else RequestedMethod(run.method.name, options, target, exclude, train)
     return Estimates(run.model, wanted, run.data.get("max_length") if prepared is None else longest(prepared.train))
 
 

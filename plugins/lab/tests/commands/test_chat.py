@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 import peftcore
 from peftcore.cli.commands import app
-from peftcore_lab.talking import conversation
+from peftcore_lab.chat_session import conversation
 
 
 def told(*arguments: object, said: str = "", code: int = 0) -> tuple[list[str], str]:

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 import peftcore
 from peftcore.cli.commands import app
-from peftcore.models.naming import MODEL
+from peftcore.models.model_names import MODEL
 
 __all__ = ["made_names", "names"]
 

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 import peftcore
 from peftcore.cli.commands import app
-from peftcore_lab.tasks.catalogue import places
+from peftcore_lab.tasks.task_catalogue import places
 
 RUN = {
     "model": "m",

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import peftcore
 from peftcore.cli.commands import app
-from peftcore_lab.data.sources import splits
+from peftcore_lab.data.example_sources import splits
 
 TASKS = ("mood", "turned")
 COLUMN = "data.task_column=kind"

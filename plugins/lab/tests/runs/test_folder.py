@@ -80,10 +80,10 @@ def test_a_run_whose_dataset_on_the_hub_changed_is_another_one(
     whole: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = Run.model_validate({**whole, "data": {"train": "someone/texts"}})
-    monkeypatch.setattr("peftcore_lab.data.sources.datasets.load_dataset_builder", lambda name: Builder("one"))
+    monkeypatch.setattr("peftcore_lab.data.example_sources.datasets.load_dataset_builder", lambda name: Builder("one"))
     begun(run)
     assert holds(run)
-    monkeypatch.setattr("peftcore_lab.data.sources.datasets.load_dataset_builder", lambda name: Builder("two"))
+    monkeypatch.setattr("peftcore_lab.data.example_sources.datasets.load_dataset_builder", lambda name: Builder("two"))
     assert not holds(run)
     with pytest.raises(BadInput, match=r"the content of data\.train is another one"):
         RunFolder(run).checkpoint(True)

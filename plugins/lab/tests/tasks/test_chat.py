@@ -11,8 +11,8 @@ import transformers
 from peftcore.errors import BadInput
 from peftcore_lab.runs.reading import read
 from peftcore_lab.runs.run import Run
-from peftcore_lab.tasks.catalogue import find
 from peftcore_lab.tasks.chat import ChatData
+from peftcore_lab.tasks.task_catalogue import find
 
 
 def test_only_answers_are_learned(talker: Path, chats: Path) -> None:

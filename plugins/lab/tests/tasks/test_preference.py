@@ -19,12 +19,12 @@ from peftcore.errors import BadInput
 from peftcore_lab.comparisons.compare import compare
 from peftcore_lab.comparisons.comparison import Comparison
 from peftcore_lab.runs.run import Run
-from peftcore_lab.tasks.catalogue import find
 from peftcore_lab.tasks.preference import PreferenceData
 from peftcore_lab.tasks.task import Prepared
-from peftcore_lab.training import together
+from peftcore_lab.tasks.task_catalogue import find
+from peftcore_lab.training import fleet_runs
 from peftcore_lab.training import train as job
-from peftcore_lab.training.trainer import AdapterTrainer, trainer_for
+from peftcore_lab.training.run_trainer import AdapterTrainer, trainer_for
 
 pytest.importorskip("trl", reason="TRL is not installed")
 preferred = importlib.import_module("peftcore_lab.tasks._dpo").preferred
@@ -182,7 +182,7 @@ def test_stopped_and_resumed_it_ends_the_same(
     class Stopped(Exception):
         pass
 
-    end = job.Watch.on_step_end
+    end = job.DisplayCallback.on_step_end
 
     def stop(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         end(self, args, state, control, **kwargs)
@@ -195,7 +195,7 @@ def test_stopped_and_resumed_it_ends_the_same(
         whole = job.train(run(talker, data, tmp_path / f"whole {name}", **options), Silent())
         cut = run(talker, data, tmp_path / f"cut {name}", **options)
         with monkeypatch.context() as patch, pytest.raises(Stopped):
-            patch.setattr(job.Watch, "on_step_end", stop)
+            patch.setattr(job.DisplayCallback, "on_step_end", stop)
             job.train(cut, Silent())
         resumed = job.train(cut, Silent(), resume=True)
         assert (resumed.before, resumed.after, resumed.curve) == (whole.before, whole.after, whole.curve)
@@ -224,9 +224,9 @@ def test_compared_and_not_trained_together(
 ) -> None:
     """A fleet computes the model's own loss, and here there is another one."""
     runs = [run(talker, data, tmp_path / str(rank), {"name": "lora", "rank": rank}) for rank in (1, 2)]
-    monkeypatch.setattr(together, "kind_of", lambda model: "ForCausalLM")
-    monkeypatch.setattr(together._Group, "train", lambda group: pytest.fail("they train together"))
-    assert together.train_together(runs, Silent()) == ([None, None], None)
+    monkeypatch.setattr(fleet_runs, "kind_of", lambda model: "ForCausalLM")
+    monkeypatch.setattr(fleet_runs._Group, "train", lambda group: pytest.fail("they train together"))
+    assert fleet_runs.train_together(runs, Silent()) == ([None, None], None)
     asked = Comparison.model_validate({
         **{"model": str(talker), "task": "preference", "data": data, "out": tmp_path / "comparison", "together": 4},
         **{"methods": ["lora", "full"], "training": {"steps": 6, "batch_size": 4, "learning_rate": 1e-2}},

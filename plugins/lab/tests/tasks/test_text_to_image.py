@@ -28,8 +28,8 @@ from peftcore_lab.runs.run import Run
 from peftcore_lab.searching.budget import Planner
 from peftcore_lab.tasks._noising import Diffusion, Flow
 from peftcore_lab.tasks._painters import Painter, kinds
-from peftcore_lab.tasks.catalogue import find
 from peftcore_lab.tasks.task import Prepared
+from peftcore_lab.tasks.task_catalogue import find
 from peftcore_lab.tasks.text_to_image import CaptionedData
 from peftcore_lab.training.train import adapted
 

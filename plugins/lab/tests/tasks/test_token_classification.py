@@ -8,7 +8,7 @@ import pytest
 
 from peftcore_lab.runs.reading import read
 from peftcore_lab.runs.run import Run
-from peftcore_lab.tasks.catalogue import find
+from peftcore_lab.tasks.task_catalogue import find
 from peftcore_lab.tasks.token_classification import scores
 
 

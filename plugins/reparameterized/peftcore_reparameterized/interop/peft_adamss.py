@@ -18,7 +18,7 @@ from torch import Size, Tensor, nn
 
 from peftcore.author.formats import Found, Keys, PeftMethod, Place, not_added
 from peftcore.errors import CheckpointError, ExportError
-from peftcore_reparameterized._clusters import approximate, clustered, with_bias
+from peftcore_reparameterized.adamss.clusters import approximate, clustered, with_bias
 
 MOST = 512
 """Clusters that a module of a file may have."""

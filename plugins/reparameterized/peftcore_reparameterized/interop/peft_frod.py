@@ -19,7 +19,7 @@ from peftcore.author import Transposed
 from peftcore.author.formats import Found, Keys, PeftMethod, Place, not_added
 from peftcore.errors import CheckpointError, ExportError
 from peftcore_reparameterized._decomposed import as_matrix
-from peftcore_reparameterized._joint import Joint, by_role, joint, role, within
+from peftcore_reparameterized.frod import Joint, by_role, joint, role, within
 
 CLOSE = 1e-3
 """The largest difference of V, or of the weight that it gives, relative to the largest entry."""

@@ -6,14 +6,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Size, Tensor, nn
 
 from peftcore.author.formats import Found, Keys, PeftMethod, Place
 from peftcore.errors import CheckpointError, ExportError
-from peftcore_reparameterized.peanut import ACTIVATIONS
+from peftcore_reparameterized.peanut import Activation
 
 DEPTH = 32
 """The most layers on a side that are read and written."""
@@ -36,8 +36,8 @@ class PeftPEANuT(PeftMethod):
     def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
         act = keys.take("act_fn", str, "relu")
         act = SYNONYMS.get(act, act)
-        if act not in ACTIVATIONS:
-            raise CheckpointError(f"{keys.where}: PEANuT has act_fn = {act!r}; known are {', '.join(ACTIVATIONS)}")
+        if act not in (known := get_args(Activation)):
+            raise CheckpointError(f"{keys.where}: PEANuT has act_fn = {act!r}; known are {', '.join(known)}")
         return {
             "method": "peanut",
             "rank": keys.take("r", int, 32),

@@ -15,10 +15,10 @@ from torch import Size, Tensor, nn
 import peftcore
 from peftcore.author import Method, MethodConfig, Operator, Site, Tags
 from peftcore.errors import CheckpointError
-from peftcore.files.formats.found import Found
-from peftcore.files.formats.keys import Keys
+from peftcore.files.formats.file_options import Keys
+from peftcore.files.formats.file_tensors import Found
 from peftcore.files.formats.peft_method import peft_method
-from peftcore.files.formats.places import Place
+from peftcore.files.formats.translated_operators import Place
 from peftcore.testing import plugged
 from peftcore_reparameterized.interop.peft_lora.variant import LoRAVariant
 

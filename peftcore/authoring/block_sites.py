@@ -1,0 +1,154 @@
+"""The blocks of a model as sites: where they are, their number in their stack, the width of their stream."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+
+from peftcore.errors import UnsupportedSite
+from peftcore.forward.sequence.sequence_inside import WIDTHS
+from peftcore.roles.block_calls import alike
+from peftcore.roles.hostmap import under
+from peftcore.surgery.surgeon import Surgeon
+from peftcore.targets.sites import Site
+
+MIXERS = ("attn", "attn_mlp", "cross", "ssm")
+"""Families of roles that mix tokens: a module without any of them inside does not process a sequence."""
+
+
+@dataclass(frozen=True, eq=False)
+class BlockSite(Site):
+    """A whole block as a site."""
+
+    width: int = 0
+    """Features of the stream that passes through the block."""
+    depth: int = 0
+    """The number of the block in its stack, from 0 on."""
+    stack: str = ""
+    """The path of the block without numbers, which all blocks of its stack have in common."""
+    blocks: int = 0
+    """How many blocks that stack has."""
+
+    @property
+    def weight_shape(self) -> torch.Size:
+        """The width as a shape, for plans and files."""
+        return torch.Size([self.width])
+
+
+def stack_path(path: str) -> str:
+    """Returns the path of a module with `*` for its numbers: the same for all blocks of a stack."""
+    return alike(path)
+
+
+def block_depths(surgeon: Surgeon) -> dict[str | None, int]:
+    """Maps the paths of blocks to their numbers in their stacks; the stages of a pyramid count as one stack."""
+    counts: Counter[str] = Counter()
+    numbers: dict[str | None, int] = {}
+    for entry in surgeon.resolver.host.entries:
+        if entry.block is not None and entry.block not in numbers:
+            stack = stack_path(entry.block)
+            numbers[entry.block] = counts[stack]
+            counts[stack] += 1
+    return numbers
+
+
+def block_sites(surgeon: Surgeon, *, each_run: bool = False) -> list[BlockSite]:
+    """Returns the blocks among the user's targets, or all that the method's target means.
+
+    Args:
+        surgeon: of the method.
+        each_run: whether the method treats each run of a block separately, so that the host may run one block for
+            several layers.
+
+    Raises:
+        UnsupportedSite: a target is not a block, or its input is not a sequence of features with the batch first; or a
+            forward runs it several times, without `each_run`.
+    """
+    numbers = block_depths(surgeon)
+    sites = [_block_site(surgeon, site, numbers, each_run) for site in surgeon.sites()]
+    for site in sites:
+        for other in sites:
+            if site.width != other.width and site.path.rpartition(".")[0] == other.path.rpartition(".")[0]:
+                raise UnsupportedSite(
+                    f"{site.path} is {site.width} wide, but {other.path} {other.width}: one stream has one width"
+                )
+    return sites
+
+
+def with_blocks(surgeon: Surgeon, *, each_run: bool = False) -> list[Site]:
+    """Returns the user's targets, or all that the method's target means, with whole blocks among them as `BlockSite`:
+    for methods that act behind a matrix, and behind a block as well.
+
+    Raises:
+        UnsupportedSite: a target is a block, and `block_sites` would refuse it.
+    """
+    numbers, sites = block_depths(surgeon), surgeon.sites()
+    whole = [site.module_path in numbers and site.missing(site.tensor) for site in sites]
+    pairs = zip(sites, whole, strict=True)
+    return [_block_site(surgeon, site, numbers, each_run) if is_one else site for site, is_one in pairs]
+
+
+def block_around(surgeon: Surgeon, site: Site, *, each_run: bool = False) -> BlockSite:
+    """Returns the block that a site is in; `each_run` as in `block_sites`.
+
+    Raises:
+        UnsupportedSite: it is in none, or in one that `block_sites` would refuse.
+    """
+    numbers, path = block_depths(surgeon), site.module_path
+    around = [block for block in numbers if block is not None and under(path, block)]
+    if not around:
+        raise UnsupportedSite(f"{path or 'the host'} is in no block of this host")
+    block = surgeon.resolver.site(max(around, key=len), "weight", "block")
+    return _block_site(surgeon, block, numbers, each_run)
+
+
+def _block_site(surgeon: Surgeon, site: Site, numbers: dict[str | None, int], each_run: bool) -> BlockSite:
+    path = site.module_path
+    if path not in numbers:
+        raise UnsupportedSite(f"{site.path or 'the host'} is no block of this host; target the role block")
+    inside = [entry for entry in surgeon.resolver.host.entries if entry.block == path]
+    if not any(entry.role.partition(".")[0] in MIXERS for entry in inside):
+        raise UnsupportedSite(f"{path} has no sequence: nothing inside mixes tokens")
+    if surgeon.resolver.host.on_grid(path):
+        raise UnsupportedSite(f"{path} has no sequence, but a grid that it convolves")
+    if any(entry.stream == "context" for entry in inside):
+        raise UnsupportedSite(f"{path} returns two streams; nothing says which of them is meant")
+    site.check_rows_first()
+    once = not each_run and not surgeon.resolver.check_runs_once(path)
+    stack = stack_path(path)
+    blocks = sum(stack_path(other or "") == stack for other in numbers)
+    known = {**vars(site), "form": "activation", "once": once}
+    return BlockSite(**known, width=block_width(surgeon, path), depth=numbers[path], stack=stack, blocks=blocks)
+
+
+def block_width(surgeon: Surgeon, path: str) -> int:
+    """Returns how many features the stream of a block has.
+
+    Raises:
+        UnsupportedSite: the modules inside do not determine it.
+    """
+    for role in WIDTHS:
+        for entry in surgeon.resolver.host.entries:
+            if entry.block == path and entry.role == role and entry.stream == "main":
+                return surgeon.resolver.site(entry.module, entry.tensor or "weight", role).out_features
+    raise UnsupportedSite(f"{path}: nothing inside tells how wide its stream is")
+
+
+def stream_width(surgeon: Surgeon, stack: Site) -> int:
+    """Returns the width of the states that a stack of tokens returns.
+
+    Raises:
+        UnsupportedSite: the blocks have another width than the token table, so the width of the states is ambiguous.
+    """
+    width, top = stack.out_features, stack.module_path
+    for entry in surgeon.resolver.host.entries:
+        if entry.role in WIDTHS and entry.stream == "main" and entry.block is not None and under(entry.block, top):
+            inside = surgeon.resolver.site(entry.module, entry.tensor or "weight", entry.role).out_features
+            if inside != width:
+                raise UnsupportedSite(
+                    f"{top or 'the host'} embeds tokens in {width} numbers, and its blocks have {inside}: nothing "
+                    "tells how wide the states are that it returns"
+                )
+    return width

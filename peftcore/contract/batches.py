@@ -1,0 +1,161 @@
+"""The user's data, as a method sees it before training: batches with an output and a loss, behind a progress bar."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftcore.errors import CalibrationError
+from peftcore.roles.stacks import bound
+from peftcore.utils.progress import through
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """A batch together with labels, for models that do not take labels as an input.
+
+    Example:
+        data = [peftcore.Labelled({"pixel_values": images}, labels=torch.tensor([0, 2]))]
+    """
+
+    batch: Mapping[str, Any] | tuple[Any, ...] | list[Any] | Callable[[nn.Module], Any]
+    """The batch, as data has it without labels."""
+    labels: Tensor
+    """The labels of the batch."""
+
+
+Data = Iterable[Mapping[str, Any] | tuple[Any, ...] | list[Any] | Callable[[nn.Module], Any] | Labelled]
+"""Batches: mappings are called as ``model(**batch)``, tuples and lists as ``model(*batch)``; a function of the model
+runs it itself, and returns the loss where the model does not. Each of them may be `Labelled`."""
+
+
+class Batch:
+    """One batch of the user's data; tensors in it go to the model's device."""
+
+    def __init__(self, model: nn.Module, content: Any) -> None:
+        labelled = isinstance(content, Labelled)
+        self._model, self._content = model, content.batch if labelled else content
+        self._labels: Tensor | None = content.labels if labelled else None
+        self._called: Mapping[str, Any] | None = None  # with what a function called the model
+
+    @property
+    def beside(self) -> Tensor | None:
+        """The labels of a `Labelled` batch; None for other batches. `labels` also finds those among the model's inputs.
+        For methods that need extra information for some batches only.
+        """
+        return self._labels
+
+    def output(self) -> Any:
+        """Returns the model's output for the batch.
+
+        Raises:
+            CalibrationError: a model cannot be called with the batch.
+        """
+        if isinstance(self._content, Mapping):
+            return self._model(**_to(_device(self._model), dict(self._content)))
+        if isinstance(self._content, tuple | list):
+            return self._model(*_to(_device(self._model), list(self._content)))
+        if callable(self._content):
+            return self._run(self._content)
+        raise CalibrationError(
+            f"a batch is a {type(self._content).__name__}; batches are mappings (model(**batch)), tuples "
+            "(model(*batch)) or functions of the model"
+        )
+
+    def _run(self, function: Callable[[nn.Module], Any]) -> Any:
+        """Run a function of the model, and note the arguments of its first call."""
+        seen: list[Mapping[str, Any]] = []
+
+        def note(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            seen.append(bound(model, args, kwargs))
+
+        hook = self._model.register_forward_pre_hook(note, with_kwargs=True)
+        try:
+            output = function(self._model)
+        finally:
+            hook.remove()
+        self._called = seen[0] if seen else None
+        return output
+
+    def loss(self) -> Tensor:
+        """Returns the output's loss, or the output itself where it is a scalar: of shape ``[]``, with its graph.
+
+        Raises:
+            CalibrationError: the output lacks a loss.
+        """
+        output = self.output()
+        loss = output.get("loss") if isinstance(output, Mapping) else output
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            raise CalibrationError(
+                f"the model's {type(output).__name__} has no loss: give batches with labels, or functions of the model "
+                "that return the loss"
+            )
+        return loss.view(())
+
+    def inputs(self) -> Mapping[str, Any]:
+        """Returns what the model is given: its arguments by the names of its forward, on its device. Where the batch is
+        a function, those of its first call of the model; it runs once for that, unless it did.
+
+        Raises:
+            CalibrationError: the function does not call the model, or a model cannot be called with the batch.
+        """
+        if isinstance(self._content, Mapping):
+            inputs: Mapping[str, Any] = _to(_device(self._model), dict(self._content))
+            return inputs
+        if isinstance(self._content, tuple | list):
+            return bound(self._model, tuple(_to(_device(self._model), list(self._content))), {})
+        if self._called is None:
+            with torch.no_grad():
+                self.output()
+        if self._called is None:
+            raise CalibrationError("a batch is a function that does not call the model, so nobody knows its inputs")
+        return self._called
+
+    def labels(self) -> Tensor:
+        """Returns the labels of the batch, on the model's device: those of a `Labelled` batch, or the model's input
+        ``labels``.
+
+        Raises:
+            CalibrationError: the batch lacks labels.
+        """
+        labels = self.inputs().get("labels") if self._labels is None else self._labels
+        if not isinstance(labels, Tensor):
+            raise CalibrationError(
+                'a batch has no labels: give mappings with "labels", or peftcore.Labelled(batch, labels) where the '
+                "model takes none"
+            )
+        moved: Tensor = _to(_device(self._model), labels)
+        return moved
+
+
+class Batches:
+    """The batches in their order, iterable as often as the user's data. Iterating shows a progress bar, and raises
+    CalibrationError if the data is empty.
+    """
+
+    def __init__(self, model: nn.Module, data: Data, title: str) -> None:
+        self._model, self._data, self._title = model, data, title
+
+    def __iter__(self) -> Iterator[Batch]:
+        count = 0
+        for content in through(self._data, self._title):
+            count += 1
+            yield Batch(self._model, content)
+        if not count:
+            raise CalibrationError(f"{self._title}: the data has no batches (or was an iterator that is used up)")
+
+
+def _device(model: nn.Module) -> torch.device | None:
+    return next((parameter.device for parameter in model.parameters()), None)
+
+
+def _to(device: torch.device | None, value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value if device is None or device.type == "meta" else value.to(device)
+    if isinstance(value, dict):
+        return {key: _to(device, each) for key, each in value.items()}
+    return [_to(device, each) for each in value] if isinstance(value, list) else value

@@ -1,0 +1,10 @@
+"""Virtual tokens: trained rows in the token sequence of a model (soft prompts).
+
+In the order of reading:
+
+- `sequence_order`: positions of virtual tokens in the sequences of a batch.
+- `sequence_cache`: transformers' caches that hold virtual tokens.
+- `sequence_masks`: attention masks over virtual tokens.
+- `sequence`: virtual tokens in front of the user's tokens.
+- `sequence_inside`: virtual tokens that are made at inner blocks.
+"""

@@ -1,0 +1,66 @@
+"""Adapter modules, which hold the operators: one level above the module that they act on,
+``self_attn.peft.q_proj.<injection>``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
+from typing import Any
+
+from torch import nn
+
+ADAPTER_MODULES = "peft"
+"""The attribute name of the adapter modules in their parent module."""
+IDLE = "_peftcore_idle"
+"""The key in an operator's ``__dict__`` of the placeholder for its values while they are offloaded."""
+BASE_ALONE: ContextVar[bool] = ContextVar("base_alone", default=False)
+"""Whether state dicts leave operators out."""
+
+
+class AdapterModules(nn.Module):
+    """Holds the operators of the modules of one parent: ``self_attn.peft.q_proj.<injection>``."""
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Load a state dict, possibly of the bare base: operators that it does not name keep their values."""
+        if not any(key.startswith(prefix) for key in state_dict):
+            self._put_own(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _put_own(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Add the state of the operators to a state dict, except for idle operators, whose values are offloaded."""
+        for name, child in self._modules.items():
+            if isinstance(child, AdapterModules):
+                child._put_own(state_dict, f"{prefix}{name}.")
+            elif child is not None and IDLE not in vars(child) and not BASE_ALONE.get():
+                child.state_dict(destination=state_dict, prefix=f"{prefix}{name}.")
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Returns torch's state dict; nothing while the base is saved alone."""
+        return kwargs.get("destination", {}) if BASE_ALONE.get() else super().state_dict(*args, **kwargs)
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+        """Yields torch's named modules; nothing while the base is saved alone: a saving function may count the
+        parameters."""
+        return iter(()) if BASE_ALONE.get() else super().named_modules(*args, **kwargs)
+
+
+def note_lacking(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, metadata: Any, strict: bool,
+                 missing: list[str], unexpected: Any, errors: Any) -> None:  # fmt: skip
+    """Hook of an adapted model for loading a state dict: if it holds adapters, adapters without entries are reported as
+    missing. A state dict of the bare base holds no adapters, and operators keep their values.
+
+    It is a hook of the model, since torch passes to a module only the entries below it.
+    """
+    inside = {f"{prefix}{path}.": each for path, each in model.named_modules() if isinstance(each, AdapterModules)}
+    ours = [key for key in state_dict if f".{ADAPTER_MODULES}." in f".{key}"]
+    begun = {key[: end + 1] for key in ours for end, sign in enumerate(key) if sign == "."}
+    if begun.isdisjoint(inside):
+        return
+    for path, module in inside.items():
+        for name, child in module._modules.items():
+            if f"{path}{name}." in begun and child is not None and (idle := vars(child).get(IDLE)) is not None:
+                raise idle.error("a state dict cannot be loaded into it")
+    known = set(missing)  # a model around this one may have noted them
+    for path, module in inside.items():
+        if path not in begun and not any(isinstance(child, AdapterModules) for child in module.children()):
+            missing += [path + key for key in module.state_dict() if path + key not in known]

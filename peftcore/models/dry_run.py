@@ -1,0 +1,141 @@
+"""A method as the user asks for it, and its changes to a model, recorded and not carried out."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+import peftcore
+from peftcore.contract.config import MethodConfig, validate_json
+from peftcore.contract.method import Method
+from peftcore.contract.operators import trainable_numbers
+from peftcore.injection.applying import plan_of, record
+from peftcore.injection.request import Request
+from peftcore.surgery.planning import Plan
+from peftcore.surgery.surgeon import Graft, Surgeon, Wishes
+from peftcore.targets.resolver import Target
+from peftcore.utils.quiet import unlogged
+
+
+@dataclass(frozen=True)
+class RequestedMethod:
+    """A method as the user asks for it."""
+
+    method: str
+    options: Mapping[str, Any]
+    target: Target | None = None
+    exclude: Target | None = None
+    train: Sequence[str] = ()
+
+    def resolved(self) -> tuple[type[Method], MethodConfig]:
+        """Return the method and its options, validated; lists are accepted for tuples, as in files."""
+        cls = peftcore.method(self.method)
+        return cls, validate_json(cls.Config, json.dumps(dict(self.options)))
+
+    def on(self, model: nn.Module) -> Request:
+        """Return the request to apply the method to a model."""
+        cls, config = self.resolved()
+        return Request(model, cls(), config, Wishes(self.target, self.exclude, tuple(self.train)), name="planned")
+
+
+@dataclass(frozen=True)
+class PlannedSite:
+    """One place at which the method acts."""
+
+    name: str
+    """The site's path, in a hybrid after the part's number; or the name of a module that several places share."""
+    path: str
+    """The path of the module or bare parameter."""
+    shape: tuple[int, ...]
+    role: str | None
+    tensors: Mapping[str, tuple[int, ...]]
+    """The shapes of its tensors that are saved."""
+    trainable: int
+    rows: bool = False
+    """Whether this is one slice of a fused weight only: that of the role."""
+
+    @classmethod
+    def of(cls, name: str, operator: nn.Module) -> PlannedSite:
+        """Return the place of a module that several places share."""
+        tensors = {key: tuple(each.shape) for key, each in operator.state_dict().items()}
+        return cls(name, "", (), None, tensors, trainable_numbers([operator]))
+
+    @classmethod
+    def of_graft(cls, graft: Graft) -> PlannedSite:
+        site = graft.site
+        shape = tuple(site.weight_shape) if site.layer.has(site.module, site.tensor) else ()
+        path = site.path.partition(":")[0]
+        held = cls.of(graft.key, graft.operator)
+        return replace(held, path=path, shape=shape, role=site.role, rows=site.slices is not None)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "path": self.name,
+            "role": self.role,
+            "weight": list(self.shape),
+            "tensors": {name: list(shape) for name, shape in self.tensors.items()},
+            "trainable": self.trainable,
+        }
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """The recorded changes of a method to a model."""
+
+    request: Request
+    surgeon: Surgeon
+    plan: Plan
+    places: tuple[PlannedSite, ...]
+    shared: tuple[PlannedSite, ...]
+    notes: tuple[str, ...]
+    """Notices and warnings of peftcore."""
+
+    @classmethod
+    def of(cls, wanted: RequestedMethod, model: nn.Module, shards: int | None = None) -> Recorded:
+        """Plan a method on a model, which may be sharded over processes.
+
+        Raises: UnknownMethod, ConfigError, TargetError, UnsupportedSite, UnsupportedHost: it cannot be.
+        """
+        with unlogged(), warnings.catch_warnings(record=True) as heard:
+            warnings.simplefilter("always")
+            request = wanted.on(model)
+            surgeon = record(request, dry=True)
+        shared = [(f"shared:{name}", each.module) for name, each in surgeon.owned.items()]
+        return cls(
+            request=request,
+            surgeon=surgeon,
+            plan=plan_of(surgeon, shards),
+            places=tuple(map(PlannedSite.of_graft, surgeon.grafts)),
+            shared=tuple(PlannedSite.of(name, module) for name, module in shared),
+            notes=(*surgeon.notices, *(str(each.message) for each in heard if each.category is UserWarning)),
+        )
+
+    @property
+    def name(self) -> str:
+        return self.surgeon.method.name
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Return the options that are not as by default."""
+        return self.surgeon.config.model_dump(mode="json", exclude={"method"}, exclude_defaults=True)
+
+    def operators(self) -> list[nn.Module]:
+        """Return all modules that have tensors of the method."""
+        return [graft.operator for graft in self.surgeon.grafts] + [each.module for each in self.surgeon.owned.values()]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "method": self.name,
+            "options": self.options,
+            "sites": [place.as_dict() for place in self.places],
+            "shared": [place.as_dict() for place in self.shared],
+            "trainable": self.plan.trainable,
+            "frozen": self.plan.frozen,
+            "total": self.plan.total,
+            "share": self.plan.share,
+        }

@@ -1,0 +1,294 @@
+"""The kinds of MODEL that a command, a file or Python may name, one class each: where its files are, how to load it.
+
+Nothing is loaded here. Uses that a kind does not support are refused by `Named.check` before anything happens.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any, ClassVar
+
+from peftcore.errors import BadInput
+from peftcore.models.configurations import CONFIG, PIPELINE, read_config
+from peftcore.utils.packages import PACKAGE, package_folder, require
+
+MODEL = (
+    "A folder of a model, a GGUF file, package:NAME or package:NAME/FOLDER for what an installed Python package holds, "
+    "timm:NAME, or a name on the Hub."
+)
+"""The help of a MODEL in all commands and in the schemas of their files: all that may be written there."""
+GGUF, TIMM = ".gguf", "timm:"
+HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+DENOISERS = ("unet", "transformer")
+"""Folders of a pipeline of diffusers that contain the model that is trained."""
+SETTINGS = ("*.json", "*.txt", "*.model", "*.jinja")
+"""Files of a repository other than weights: configurations and tokenizers."""
+WEIGHTS = ".safetensors"
+
+
+class Use(Enum):
+    """The use for which a model is named."""
+
+    TEXT = "text"
+    """A model that reads tokens, so it has a tokenizer."""
+    PICTURES = "pictures"
+    PIPELINE = "pipeline"
+    """A pipeline of diffusers."""
+    MERGE = "merge"
+    """A model whose weights are written again, in its own format."""
+
+
+@dataclass(frozen=True)
+class ModelConfiguration:
+    """A model's configuration, and where it is from."""
+
+    config: Mapping[str, Any]
+    source: str
+    """The name that is shown: as the user gave it, or the folder inside a pipeline."""
+    name: str
+    """The name by which its library's loaders know it; files of adapters name it so."""
+    folder: Path | None = None
+    """Where its files are, if it has some."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Further arguments of transformers' loaders."""
+
+
+@dataclass(frozen=True)
+class Named(ABC):
+    """A model that the user named."""
+
+    said: str
+    refusals: ClassVar[Mapping[Use, str]] = {}
+    """Messages for the uses that this kind does not have: the kind, and the name to use instead."""
+
+    def check(self, use: Use) -> None:
+        """Refuse what this kind cannot be used for.
+
+        Raises:
+            BadInput: it cannot.
+        """
+        if use in self.refusals:
+            raise BadInput(f"{self.said} {self.refusals[use]}")
+
+    @abstractmethod
+    def origin(self) -> tuple[str, dict[str, Any]]:
+        """Return the name by which transformers' loaders know it, and their arguments.
+
+        Raises:
+            BadInput: they cannot load it.
+        """
+
+    @abstractmethod
+    def place(self) -> Path:
+        """Return the folder with its files, or the GGUF file. Weights are fetched from the Hub where they have to be.
+
+        Raises:
+            BadInput: it cannot be had.
+        """
+
+    @abstractmethod
+    def configured(self) -> ModelConfiguration:
+        """Return its configuration; no weights are fetched.
+
+        Raises:
+            BadInput: it cannot be had.
+        """
+
+    def local(self) -> tuple[Path, ...]:
+        """Return what of the user's is read, so that nothing is written over it."""
+        return ()
+
+
+@dataclass(frozen=True)
+class InFolder(Named):
+    """A folder of a model of transformers, timm or diffusers, or of a whole pipeline."""
+
+    path: Path
+
+    def origin(self) -> tuple[str, dict[str, Any]]:
+        return str(self.path), {"local_files_only": True}
+
+    def place(self) -> Path:
+        return self.path
+
+    def configured(self) -> ModelConfiguration:
+        where, config = _denoiser_or_model(self.path)
+        return ModelConfiguration(config, str(where), str(where), where, {"local_files_only": True})
+
+    def local(self) -> tuple[Path, ...]:
+        return (self.path,)
+
+
+@dataclass(frozen=True)
+class InGguf(Named):
+    """A GGUF file, which transformers reads as a dense language model."""
+
+    path: Path
+    refusals: ClassVar[Mapping[Use, str]] = {
+        Use.PICTURES: "is a GGUF file, which holds a language model: name a folder, timm:NAME, or a name on the Hub, "
+        "of a model of pictures",
+        Use.PIPELINE: "is a GGUF file, which holds a language model: name the folder of a pipeline of diffusers, or "
+        "one on the Hub",
+        Use.MERGE: "is a GGUF file, and those are read here but not written: merge into the folder, or the name on the "
+        "Hub, of the model that it was made from",
+    }
+
+    def origin(self) -> tuple[str, dict[str, Any]]:
+        return str(self.path.parent), {"gguf_file": self.path.name, "local_files_only": True}
+
+    def place(self) -> Path:
+        return self.path
+
+    def configured(self) -> ModelConfiguration:
+        name, options = self.origin()
+        return ModelConfiguration({"model_type": GGUF}, self.said, name, None, options)  # transformers reads the rest
+
+    def local(self) -> tuple[Path, ...]:
+        return (self.path,)
+
+
+@dataclass(frozen=True)
+class OnHub(Named):
+    """A repository of the Hub, or what the local cache has of it; offline, that alone."""
+
+    name: str
+
+    def origin(self) -> tuple[str, dict[str, Any]]:
+        return self.name, {}
+
+    def place(self) -> Path:
+        settings = self._fetched(SETTINGS)
+        parts = (settings / PIPELINE).is_file()  # then what lies beside the parts is the same once more
+        return self._fetched((*SETTINGS, f"*/*{WEIGHTS}") if parts else (*SETTINGS, f"*{WEIGHTS}"), not parts)
+
+    def configured(self) -> ModelConfiguration:
+        folder = self._fetched(SETTINGS)
+        where, config = _denoiser_or_model(folder)
+        name = self.name if where == folder else str(where)
+        return ModelConfiguration(config, self.said, name, where)
+
+    def _fetched(self, files: tuple[str, ...], top: bool = False) -> Path:
+        """Return the folder of the repository in the cache, with these files, of weights those at its `top` alone."""
+        import huggingface_hub
+        from huggingface_hub.errors import HfHubHTTPError
+
+        beside = [f"*/*{WEIGHTS}"] if top else None
+        try:
+            return Path(
+                huggingface_hub.snapshot_download(self.name, allow_patterns=list(files), ignore_patterns=beside)
+            )
+        except (HfHubHTTPError, OSError, ValueError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise BadInput(f"{self.said}: no such folder, and no model of the Hub that can be had ({reason})") from None
+
+
+@dataclass(frozen=True)
+class OfTimm(Named):
+    """An architecture of timm; its weights are those that timm has for it on the Hub."""
+
+    refusals: ClassVar[Mapping[Use, str]] = {
+        Use.TEXT: "is a model of pictures: name a folder, a GGUF file or a name on the Hub, of a model that reads text",
+        Use.PIPELINE: "is a model of pictures: name the folder of a pipeline of diffusers, or one on the Hub",
+    }
+
+    @property
+    def architecture(self) -> str:
+        return self.said.removeprefix(TIMM)
+
+    def origin(self) -> tuple[str, dict[str, Any]]:
+        return self._weights().origin()
+
+    def place(self) -> Path:
+        return self._weights().place()
+
+    def configured(self) -> ModelConfiguration:
+        return ModelConfiguration({"architecture": self.architecture}, self.said, self.architecture)
+
+    def _weights(self) -> OnHub:
+        require({"timm": "timm"})
+        import timm
+
+        check_architecture(self.said, self.architecture)
+        try:
+            found = timm.get_pretrained_cfg(self.architecture)
+        except RuntimeError as error:  # no such tag
+            raise BadInput(f"{self.said}: {error}") from None
+        name = found and found.hf_hub_id
+        if not name:
+            raise BadInput(f"{self.said}: timm has no weights of it on the Hub; save a model, and name its folder")
+        return OnHub(self.said, name)
+
+
+def find(model: Path | str) -> Named:
+    """Return what a MODEL names.
+
+    Raises:
+        BadInput: it looks like a path, and nothing is there; or like a package, and none is installed.
+    """
+    said = str(model)
+    if isinstance(model, str) and said.startswith(TIMM):
+        return OfTimm(said)
+    path = _in_package(said) if said.startswith(PACKAGE) else Path(model)
+    if path.suffix == GGUF and path.is_file():
+        return InGguf(said, path)
+    if path.is_dir():
+        files = _models(path)
+        if len(files) > 1:
+            raise BadInput(f"{path}: name one of its files: {', '.join(each.name for each in files)}")
+        if not files:
+            reason = f"holds no model{_inside(said, path)}"
+            raise BadInput(f"{said}: {reason}; a model is a folder with {CONFIG} or a GGUF file")
+        return InFolder(said, path) if files == [path] else InGguf(said, files[0])
+    if not isinstance(model, str) or path.suffix == GGUF or not HUB_NAME.fullmatch(said):
+        raise BadInput(f"{said}: no such folder; a model is a folder with config.json, weights and tokenizer")
+    return OnHub(said, said)
+
+
+def check_architecture(source: str, name: str) -> None:
+    """Refuse a name that is not an architecture of timm.
+
+    Raises:
+        BadInput: it has none.
+    """
+    import timm
+
+    if not timm.is_model(name.partition(".")[0]):
+        close = difflib.get_close_matches(name, timm.list_models(), n=3)
+        hint = f"; did you mean {' or '.join(close)}?" if close else ""
+        raise BadInput(f"{source}: timm has no model {name!r}{hint}")
+
+
+def _models(folder: Path) -> list[Path]:
+    """Return the models of a folder: itself, or its GGUF files."""
+    described = any((folder / name).exists() for name in (CONFIG, PIPELINE))
+    return [folder] if described else sorted(folder.glob(f"*{GGUF}"))
+
+
+def _inside(said: str, folder: Path) -> str:
+    """Return in words which of its folders hold models."""
+    found = [f"{said}/{each.name}" for each in sorted(folder.iterdir()) if each.is_dir() and _models(each)][:5]
+    return f", but {' and '.join(found)} {'does' if len(found) == 1 else 'do'}" if found else ""
+
+
+def _in_package(model: str) -> Path:
+    """Return a folder inside a package, which is found but not imported."""
+    name, _, inside = model.removeprefix(PACKAGE).partition("/")
+    if (folder := package_folder(name)) is None:
+        raise BadInput(f"{model}: no package {name!r} is installed")
+    return folder / inside
+
+
+def _denoiser_or_model(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """Return the folder of a model, or of the denoiser of a pipeline, and its configuration."""
+    if (folder / CONFIG).is_file():
+        return folder, read_config(folder / CONFIG)
+    inside = [folder / name for name in DENOISERS if (folder / name / CONFIG).is_file()]
+    if (folder / PIPELINE).is_file() and inside:
+        return inside[0], read_config(inside[0] / CONFIG)
+    raise BadInput(f"{folder}: holds no {CONFIG}, and no pipeline with a {' or a '.join(DENOISERS)}")

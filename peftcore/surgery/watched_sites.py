@@ -1,0 +1,291 @@
+"""Watches adapted sites: one that was taken out of the model or resized, or that does not run, is an error in a forward
+of the host.
+
+`resize_token_embeddings`, a new head, a layer that is exchanged: the new module runs without the adapter. Modules that
+were wrapped (compiled, checkpointed) or moved to another place are there still, and act.
+
+Modules whose weights are read by others but whose forward is never called (attention output projections, some vision
+models' qkv, dead layers) would otherwise carry adapters that train nothing. Training and evaluation are looked at each
+for itself: a head may be called in one and read in the other, by a fused loss. A site that has to run once
+(`Site.once`), of which the host's code does not say that it does, is an error where the first forward runs it more
+often.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from peftcore.errors import InactiveSite, UnsupportedSite
+from peftcore.forward.state.host_state import HostState
+from peftcore.forward.state.slot import Slot, slot_of
+from peftcore.layers.adapter_modules import ADAPTER_MODULES
+from peftcore.layers.fsdp import MANAGED, in_group
+from peftcore.layers.pieces import is_cut
+from peftcore.libraries.save_pretrained import saving_base
+from peftcore.targets.sites import SEVERAL
+from peftcore.utils.journal import Journal
+
+if TYPE_CHECKING:
+    from peftcore.injection.injection import Injection
+    from peftcore.surgery.surgeon import Surgeon
+    from peftcore.targets.sites import Site
+
+logger = logging.getLogger("peftcore")
+NUMBER = re.compile(r"\d+")
+
+
+@dataclass(slots=True, eq=False)
+class Expected:
+    """One site that should run."""
+
+    path: str
+    modules: tuple[tuple[Slot, nn.Module], ...]
+    """The modules at which its operator acts, with their slots: one that runs is enough."""
+    tower: str
+    name: str
+    holder: nn.Module
+    """The module whose child it is."""
+    siblings: frozenset[str]
+    """The names of the children of `holder` since which it is expected to run."""
+
+    def runs(self) -> bool:
+        """Whether it ran in the mode in which the model is now; a module that is kept in the other one runs in that."""
+        return any(slot.ran[module.training] for slot, module in self.modules)
+
+    def ran(self, training: bool) -> bool:
+        """Whether it ran in a mode."""
+        return any(slot.ran[training] for slot, _ in self.modules)
+
+
+class WatchedSites:
+    """Checks the sites of a host: before each forward that they are in the model, and after it that they ran, until all
+    have run, in training and in evaluation. A site is expected to run again when a module was added next to it: a
+    projection fused from several, for one, that reads their weights and replaces them.
+
+    Sites are checked in groups that differ only in numbers (layers, experts): one that ran speaks for all, since layers
+    may be dropped and experts may get no tokens. A tower of a multimodal host from which nothing ran has not been used
+    yet, so it waits; so does an injection that was not active.
+    """
+
+    def __init__(self) -> None:
+        self.ways: dict[str, list[tuple[nn.Module, dict[str, nn.Module | None]]]] = {}
+        """For each injection that has acted: all modules on the ways to its modules, with the children that they had
+        last."""
+        self.tables: dict[str, list[tuple[Site, torch.Size]]] = {}
+        """The token tables of each injection, with the shapes that they had when it came: resizing changes these in
+        place."""
+        self.new: dict[str, Surgeon] = {}
+        """Injections whose sites are not listed yet: applying many does not wait for it."""
+        self.sites: dict[str, list[Expected]] = {}
+        self.waiting: dict[bool, dict[str, dict[str, list[Expected]]]] = {False: {}, True: {}}
+        """Sites that have not run yet in evaluation, and in training, by group and injection."""
+        self.once: dict[str, list[tuple[str, Slot]]] = {}
+        """Sites that have to run once, by injection, until a forward has run them."""
+
+    def expect(self, journal: Journal, surgeon: Surgeon, state: HostState, name: str) -> None:
+        """Expect the sites of a new injection to be in the model and to run, from the host's next forward on."""
+        sites = (site for graft in surgeon.grafts for site in graft.holders if site.form in ("activation", "weight"))
+        tables = [(each, each.layer.shape(each.module, each.tensor)) for each in sites if _is_table(each)]
+        journal.put(self, "tables", name, tables)
+        if not state.watches_runs:  # it was compiled
+            self.forget_runs()
+            state.watches_runs = True
+        journal.call(WatchedSites._expect_runs, self, (name, None), (name, surgeon))
+
+    def forget(self, journal: Journal, surgeon: Surgeon, name: str) -> None:
+        """Stop watching the sites of an injection."""
+        self.ways.pop(name, None)  # found again where it is missing
+        journal.drop(self, "tables", name)
+        journal.call(WatchedSites._expect_runs, self, (name, surgeon), (name, None))
+
+    def _expect_runs(self, injection: tuple[str, Surgeon | None]) -> None:
+        """Expect the sites of an injection to run; without its surgeon, stop it."""
+        name, surgeon = injection
+        if surgeon is None:
+            self._forget_runs(name)
+            return
+        self.new[name] = surgeon
+        lone = [graft.site for graft in surgeon.grafts if graft.site.once]
+        if slots := [(site.path, slot) for site in lone if (slot := slot_of(site.module)) is not None]:
+            self.once[name] = slots
+
+    def _forget_runs(self, name: str) -> None:
+        self.new.pop(name, None)
+        self.sites.pop(name, None)
+        self._count_no_more(name)
+        for waiting in self.waiting.values():
+            for group, members in [*waiting.items()]:
+                if members.pop(name, None) is not None and not members:
+                    del waiting[group]
+
+    def forget_runs(self) -> None:
+        """Stop expecting sites to run."""
+        for name in [*self.once]:
+            self._count_no_more(name)
+        self.new, self.sites, self.waiting = {}, {}, {False: {}, True: {}}
+
+    def _count_no_more(self, name: str) -> None:
+        for _, slot in self.once.pop(name, []):
+            slot.runs = None
+
+    def begin(self, model: nn.Module, state: HostState, acting: Iterable[str]) -> None:
+        """Check the modules of the named injections before a forward of the host.
+
+        Raises:
+            InactiveSite: as `check`.
+        """
+        for _, slot in chain.from_iterable(self.once.values()):
+            slot.runs = 0  # parts may have run by themselves
+        self.check(model, state, acting)
+
+    def check(self, model: nn.Module, state: HostState, acting: Iterable[str]) -> None:
+        """Check that the modules of the named injections are still in the model, at their old place or at another.
+
+        Raises:
+            InactiveSite: a module is not in the model any more, a token table was resized, or a tensor was cut over
+                processes (tensor parallelism) by code that does not gather it for the forward.
+        """
+        for name in acting:
+            ways = self.ways.get(name)
+            if ways is None or any(each._modules != children for each, children in ways):
+                self.ways[name] = list(_ways(model, state.injections[name]))
+                for site in self.sites.get(name, ()):
+                    self._look_again(site)
+            if in_group():
+                _check_whole(name, state.injections[name])
+            for table, shape in self.tables.get(name, ()):
+                if (now := table.layer.shape(table.module, table.tensor)) != shape:
+                    raise InactiveSite(
+                        f"{table.path}: resized from {list(shape)} to {list(now)} since {name!r} was applied, which "
+                        "does not fit any more. Save and remove() it before the model is resized; then load it again"
+                    )
+
+    def _look_again(self, site: Expected) -> None:
+        """Expect a site to run again if a module was added next to it."""
+        before, site.siblings = site.siblings, frozenset(site.holder._modules)
+        if not site.siblings <= before | {ADAPTER_MODULES}:
+            for slot, _ in site.modules:
+                slot.ran = [False, False]
+            self._wait(site)
+
+    def _wait(self, site: Expected) -> None:
+        group = NUMBER.sub("*", site.path)
+        for waiting in self.waiting.values():
+            waiting.setdefault(group, {}).setdefault(site.name, []).append(site)
+
+    def judge(self, state: HostState, training: bool) -> None:
+        """Check, after a forward of the host in this mode, that all active sites ran in it.
+
+        Raises:
+            InactiveSite: active sites did not run. In evaluation this is raised only if they did not run in training
+                either, since auxiliary heads run in training alone.
+            UnsupportedSite: a site that has to run once per forward ran more often.
+        """
+        if not self.new and not self.waiting[training] and not self.once:
+            return
+        acting = state.unmerged(state.current())
+        for name in self.once.keys() & {*acting}:
+            for path, slot in self.once[name]:
+                if slot.runs is not None and slot.runs > 1:
+                    raise UnsupportedSite(f"{path} {SEVERAL}")
+            if all(slot.runs for _, slot in self.once[name]):
+                self._count_no_more(name)
+        silent: list[Expected] = []
+        new, self.new = self.new, {}  # forwards of other threads check, too
+        for name, surgeon in new.items():
+            self.sites[name] = list(_expected(surgeon, name))
+            for site in self.sites[name]:
+                self._wait(site)
+        waiting = self.waiting[training]
+        for group, sites in list(waiting.items()):
+            members = list(chain.from_iterable(sites.values()))
+            if any(member.runs() for member in members):
+                waiting.pop(group, None)
+            elif not members[0].tower:  # not in a tower of its own, so it has had its chance
+                silent += [member for member in members if member.name in acting]
+        if not silent:
+            return
+        paths = [member.path for member in silent]
+        shown = ", ".join(paths[:4]) + (" …" if len(paths) > 4 else "")
+        if not training and all(member.ran(True) for member in silent):
+            for group in {NUMBER.sub("*", path) for path in paths}:
+                waiting.pop(group, None)
+            logger.warning(f"{len(paths)} adapted sites ran in training and do not in evaluation: {shown}")
+            return
+        once = "; they did in evaluation: a loss that reads their weights?" if silent[0].ran(False) else ""
+        ran = "the host ran in training" if once else "the host ran"
+        raise InactiveSite(
+            f"{ran}, but {len(paths)} adapted sites did not: {shown}{once}. Usually their weights are read by the "
+            "module around them instead of being called: hand apply the map that peftcore.roles.probe makes from "
+            "example inputs, or target the module around them. If they ran before, their weights were fused into new "
+            "modules (fuse_qkv_projections): undo that, or merge before it"
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "ways": {}}
+
+
+def _expected(surgeon: Surgeon, name: str) -> Iterator[Expected]:
+    """Yields the sites of an injection that should run, each with the tower of a multimodal host in which it is."""
+    modules = surgeon.resolver.modules
+    towers = sorted({entry.tower for entry in surgeon.resolver.host.entries} - {""}, key=len, reverse=True)
+    siblings: dict[nn.Module, frozenset[str]] = {}  # one set for all children of a module
+    for graft in surgeon.grafts:
+        path = graft.site.module_path
+        acts = [each for each in graft.holders if each.form not in graft.operator.observes] or graft.holders
+        slots = tuple([(slot, each.module) for each in acts if (slot := slot_of(each.module)) is not None])
+        tower = next((each for each in towers if f"{path}.".startswith(f"{each}.")), "")
+        if slots and graft.by_method:
+            holder = modules.get(path[: max(path.rfind("."), 0)], graft.site.module)
+            names = siblings.setdefault(holder, frozenset(holder._modules))
+            yield Expected(path, slots, tower, name, holder, names)
+
+
+def _check_whole(name: str, injection: Injection) -> None:
+    """Check that an injection computes with whole tensors where it was made for whole ones."""
+    for graft in injection.grafts:
+        for site in graft.holders:
+            held = site.module._parameters.get(site.tensor)
+            if held is not None and is_cut(held) and not site.layer.in_pieces and MANAGED not in vars(site.module):
+                raise InactiveSite(
+                    f"{site.path}: cut over processes since {name!r} was applied. Save and remove() it before the "
+                    "model is made tensor-parallel; then load it again, or apply it to that model"
+                )
+
+
+def _is_table(site: Site) -> bool:
+    """Whether a site's tensor is a table by tokens. The layer of a tensor that is replaced does not say so."""
+    return site.layer.one_hot or (site.form == "weight" and site.layer_of(site.module, site.tensor).one_hot)
+
+
+def _ways(model: nn.Module, injection: Injection) -> Iterator[tuple[nn.Module, dict[str, nn.Module | None]]]:
+    """Yields the modules on the ways to the injection's modules, with their children.
+
+    Raises:
+        InactiveSite: some are not in the model.
+    """
+    modules = {site.module: site.path for graft in injection.grafts for site in graft.holders}
+    with saving_base():  # operators are no target modules, and there may be many
+        paths = {module: path for path, module in model.named_modules() if module in modules}
+    if gone := [path for module, path in modules.items() if module not in paths]:
+        shown = ", ".join(gone[:4]) + (" …" if len(gone) > 4 else "")
+        raise InactiveSite(
+            f"{shown}: replaced or taken out of the model since {injection.name!r} was applied, so the adapter does "
+            "not act there. Save or merge it, and remove() it, before the model is changed; then apply or load it again"
+        )
+    seen: set[nn.Module] = set()
+    for path in paths.values():
+        at: Any = model
+        for key in path.split(".") if path else ():
+            if at not in seen:
+                seen.add(at)
+                yield at, dict(at._modules)
+            at = at._modules[key]

@@ -1,0 +1,226 @@
+"""Files that transformers' Trainer writes for an adapted model: the base without adapters, adapters in separate files,
+and in checkpoints all tensors that training changes, under their names in the model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from peftcore.errors import ExportError
+from peftcore.files.continuing import check_record, record_of
+from peftcore.forward.state.host_state import injections
+from peftcore.injection.injection import Injection
+from peftcore.layers.fsdp import is_sharded, whole_from
+from peftcore.libraries.save_pretrained import SavesBase, check_saves, saving_base
+from peftcore.registry.plugins import layer_of
+from peftcore.training.optimizer import transient
+from peftcore.utils.journal import Journal
+from peftcore.utils.notices import notice
+
+STATE = "peftcore"
+"""The prefix of keys for state between steps, which the model's own state dict does not have."""
+
+
+def within(model: nn.Module) -> list[Injection]:
+    """Returns the injections of the model, or of its parts, where it wraps an adapted one."""
+    return [injection for module in model.modules() for injection in injections(module).values()]
+
+
+def training(model: nn.Module) -> list[Injection]:
+    """Returns the injections of which something trains."""
+    return [each for each in within(model) if any(parameter.requires_grad for parameter in each.parameters())]
+
+
+def keys_of(model: nn.Module, found: Iterable[Injection]) -> set[str]:
+    """Returns the keys of the model's state dict that belong to these injections."""
+    ours = {id(module) for injection in found for _, module in injection.modules()}
+    prefixes = tuple(f"{path}." for path, module in model.named_modules(remove_duplicate=False) if id(module) in ours)
+    return {key for key in model.state_dict() if key.startswith(prefixes)}
+
+
+def frozen_keys(model: nn.Module) -> set[str]:
+    """Returns the keys of the model's state dict that cannot change in training: frozen parameters of the base, and all
+    tensors of a quantized weight.
+
+    Buffers of the base stay: the host may write into them.
+    """
+    frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    packed = [path for path, module in model.named_modules() if layer_of(module, "weight").packed]
+    below = tuple(f"{path}." for path in packed if path)
+    frozen |= {key for key in model.state_dict() if below and key.startswith(below)}
+    return frozen - keys_of(model, within(model))
+
+
+class TransientBuffer(NamedTuple):
+    """A non-persistent buffer of an injection: statistics or a counter that a resumed training needs, or a random draw
+    that is the same each time.
+    """
+
+    key: str
+    """The key in a checkpoint."""
+    injection: Injection
+    buffer: Tensor
+
+
+def state_between_steps(model: nn.Module) -> list[TransientBuffer]:
+    """Returns the non-persistent buffers of all injections."""
+    found = ((path, injection) for path, module in model.named_modules() for injection in injections(module).values())
+    return [
+        TransientBuffer(".".join(filter(None, (STATE, path, injection.name, name))), injection, buffer)
+        for path, injection in found
+        for name, buffer in transient(injection)
+        if not buffer.is_meta
+    ]
+
+
+def records(model: nn.Module) -> dict[str, Any]:
+    """Returns a record of each adapter that trains, by its path and name: a resumed training is checked against it."""
+    found = ((path, injection) for path, module in model.named_modules() for injection in injections(module).values())
+    wanted = {id(injection) for injection in training(model)}
+    return {_place(path, each): record_of(each) for path, each in found if id(each) in wanted}
+
+
+def check_records(model: nn.Module, held: Mapping[str, Any], where: object) -> None:
+    """Check that the adapters of a model are those of which a checkpoint has the records.
+
+    Raises:
+        CheckpointError: one is another one, listing what differs.
+    """
+    for path, module in model.named_modules():
+        for injection in injections(module).values():
+            if (record := held.get(_place(path, injection))) is not None:
+                check_record(record, injection, where)
+
+
+def _place(path: str, injection: Injection) -> str:
+    return ".".join(filter(None, (path, injection.name)))
+
+
+def digest(tensor: Tensor) -> bytes:
+    """Returns a digest of a tensor's values."""
+    return hashlib.blake2b(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data).digest()
+
+
+def save_adapters(
+    model: nn.Module, folder: str | os.PathLike[str], everything: Mapping[str, Tensor] | None = None
+) -> None:
+    """Write the adapters that train into a folder, from which `peftcore.load` reads them: one into the folder itself,
+    several into folders of their names.
+
+    Args:
+        everything: a state dict with whole values, where the model is sharded over processes. Without it the adapters
+            are left out: to gather them takes all processes, and the Trainer asks one.
+    """
+    found = [injection for injection in training(model) if not injection.merged]
+    with whole_from(model, everything, [each for injection in found for each in injection.parameters()]):
+        if is_sharded(model):
+            return
+        for injection in found:
+            injection.save(Path(folder) if len(found) == 1 else Path(folder, injection.name))
+
+
+@contextmanager
+def _without_quantizer(model: nn.Module) -> Iterator[None]:
+    """Let the model save plain tensors: a quantizer would refuse, or look for codes in its place."""
+    with Journal(temporary=True) as journal:
+        if "hf_quantizer" in vars(model):
+            journal.put(model, "", "hf_quantizer", None)
+        yield
+
+
+class CheckpointWriter(Protocol):
+    """A training that writes checkpoints."""
+
+    def has_checkpoint(self, folder: str | os.PathLike[str]) -> bool:
+        """Returns whether a folder is that of the checkpoint of the present step."""
+
+    def keep(self, model: nn.Module, whole: dict[str, Any]) -> None:
+        """Leave in a state dict of the model what a checkpoint holds, and add what it lacks."""
+
+
+class SavesAdapters(SavesBase):
+    """A ``save_pretrained`` that recognizes calls of the Trainer, which passes a state dict or None: for these it
+    writes the base, and the adapters next to it.
+
+    Attributes:
+        run: the current training. Its checkpoints, which the Trainer reads, hold the tensors that change in training,
+            under the model's names; transformers would otherwise rename them for models whose files had other names.
+            Checkpoints are recognized by their folders, so the order of callbacks does not matter.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.run: CheckpointWriter | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the training out of copies of the model, which are nothing to it."""
+        return {**vars(self), "run": None}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        call = self.__signature__.bind(*args, **kwargs)
+        given = call.arguments
+        if "state_dict" not in given:
+            return super().__call__(*args, **kwargs)
+        everything = given["state_dict"] and {**given["state_dict"]}  # the base is taken out of it as it is written
+        if self.run is not None and self.run.has_checkpoint(given["save_directory"]):
+            if given["state_dict"] is None or not is_sharded(self.model):
+                whole = self.model.state_dict() if given["state_dict"] is None else dict(given["state_dict"])
+                self.run.keep(self.model, whole)
+                given["state_dict"] = whole
+            with _without_quantizer(self.model):  # it has no codes
+                found = self.plain(*call.args, **call.kwargs, **self.own_names())
+        else:
+            found = self._base_or_none(call)
+        if given.get("is_main_process", True):
+            save_adapters(self.model, given["save_directory"], everything)
+        return found
+
+    def _base_or_none(self, call: inspect.BoundArguments) -> Any:
+        """Save the base, or say why it is not beside the adapter: training is done, and must not be lost for it.
+
+        Raises:
+            ExportError: it is not, and no adapter either: it is merged.
+        """
+        try:
+            self.check_form()
+            check_saves(self.model)
+        except ExportError as error:
+            if all(injection.merged for injection in within(self.model)):
+                raise
+            notice([f"the Trainer saves the adapter alone, without its base: {error}"])
+            return None
+        given = call.arguments
+        if given["state_dict"] is not None:
+            ours = keys_of(self.model, within(self.model))
+            given["state_dict"] = {key: value for key, value in given["state_dict"].items() if key not in ours}
+        with saving_base():
+            return self.base(*call.args, **call.kwargs)
+
+
+def save_for_trainer(model: nn.Module) -> None:
+    """Replace ``save_pretrained`` of a model of transformers, until its last injection is removed."""
+    own = vars(model).get("save_pretrained")
+    if isinstance(model, transformers.PreTrainedModel) and not isinstance(own, SavesAdapters):
+        vars(model)["save_pretrained"] = new = SavesAdapters(model)
+        new.owners = own.owners if isinstance(own, SavesBase) else []
+
+
+def tell_run(model: nn.Module, run: CheckpointWriter | None) -> bool:
+    """Set the current training of the model's ``save_pretrained``, or None after the end of a training.
+
+    Returns whether the model's ``save_pretrained`` is a `SavesAdapters`.
+    """
+    own = vars(model).get("save_pretrained")
+    if isinstance(own, SavesAdapters):
+        own.run = run
+    return isinstance(own, SavesAdapters)

@@ -1,0 +1,90 @@
+"""Lets a method look at the user's data before training, for its structure and for its values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from torch import nn
+
+from peftcore.contract.batches import Batches, Data
+from peftcore.errors import PluginError
+from peftcore.utils.journal import Journal
+
+if TYPE_CHECKING:
+    from peftcore.contract.config import MethodConfig
+    from peftcore.contract.method import Method
+    from peftcore.injection.injection import Injection
+    from peftcore.targets.sites import Site
+
+C = TypeVar("C", bound="MethodConfig")
+
+
+def calibrate(injection: Injection, data: Data) -> None:
+    """Let the method (of a hybrid: those of its methods that ask for it) look at the data; afterwards gradients,
+    modes, flags and the random generator are as before.
+
+    Raises:
+        CalibrationError: the data is of no use to a method.
+        PluginError: a method changed shapes: a file of it would load nowhere, since what is loaded looks at no data.
+    """
+    model = injection.model
+    planned = {key: tensor.shape for key, tensor in injection.state_dict().items()}
+    modules = [*injection.base_modules(), *(inner for _, module in injection.modules() for inner in module.modules())]
+    acting = [injection.state.injections[name] for name in injection.state.current()]
+    others = [parameter for each in acting for parameter in each.parameters()]  # a loss reaches these too
+    with _as_it_was(modules, others):
+        for each in injection.family():
+            if each.method.looks_at_data(each.config):
+                batches = Batches(model, data, f"{each.method.name} looks at the data")
+                each.method.calibrate(model, batches, each.config, each)
+    if other := [key for key, tensor in injection.state_dict().items() if planned.get(key) != tensor.shape]:
+        raise PluginError(
+            f"{injection.method.name}: calibrate changed the shape of {other[0]}, so a file of it would load nowhere: "
+            "change values alone, and say sizes in the options"
+        )
+
+
+def find_structure(
+    method: Method, model: nn.Module, data: Data, config: C, sites: Sequence[Site]
+) -> tuple[C, frozenset[str]]:
+    """Let the method look at the data before any operator is built; afterwards gradients, modes, flags and the random
+    generator are as before.
+
+    Returns:
+        The options, with those that it found for single sites, and the paths of the sites that it leaves out.
+
+    Raises:
+        CalibrationError: the data is of no use to the method.
+        ConfigError: an option that it found breaks a rule.
+        PluginError: it found something for another place than a site.
+    """
+    with _as_it_was([*model.modules()], []):
+        found = method.structure(model, Batches(model, data, f"{method.name} looks at the data"), config, sites)
+    if unknown := found.keys() - {site.path for site in sites}:
+        raise PluginError(f"{method.name}: structure found options for {sorted(unknown)[0]!r}, no site of the method")
+    own = {path: dict(options) for path, options in found.items() if options and path not in config.overrides}
+    left_out = frozenset(path for path, options in found.items() if options is None)
+    return config.replace(overrides={**config.overrides, **own}), left_out
+
+
+@contextmanager
+def _as_it_was(modules: Iterable[nn.Module], others: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Leaves the modes of modules, gradients and flags of their parameters, and the random generator as they were."""
+    held = list(dict.fromkeys(modules))
+    parameters = dict.fromkeys(parameter for module in held for parameter in module.parameters(recurse=False))
+    with Journal(temporary=True) as journal, torch.random.fork_rng(_generators(parameters)):
+        for module in held:
+            journal.set(module, "training", module.training)
+        for parameter in parameters:
+            journal.set(parameter, "requires_grad", parameter.requires_grad)
+        for parameter in dict.fromkeys([*parameters, *others]):
+            journal.set(parameter, "grad", None)
+        yield
+
+
+def _generators(parameters: Iterable[nn.Parameter]) -> list[int]:
+    """Returns the CUDA devices whose generators dropout may advance (the CPU's is always restored)."""
+    return sorted({p.device.index or 0 for p in parameters if p.device.type == "cuda"})

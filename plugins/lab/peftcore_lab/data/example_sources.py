@@ -1,0 +1,205 @@
+"""Sources of examples: tables, folders of pictures, saved datasets, all of them as a ``datasets.Dataset``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+from datasets import ClassLabel, Dataset, DatasetDict
+
+from peftcore.errors import BadInput
+from peftcore_lab.data.table_readers import read_rows
+from peftcore_lab.data.texts import SPLIT_SEED
+from peftcore_lab.digests import of_content
+
+HELD_OUT = ("validation", "test", "valid", "dev", "eval")
+"""Splits of a dataset that are scored, the first that is there."""
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+@dataclass(frozen=True)
+class ExampleSource:
+    """The origin of a part of the examples, as errors name it."""
+
+    name: str
+    file: str | None = None
+    """The data that the part was cut from; None where it is whole."""
+    rows: Sequence[int] = ()
+    """Positions of its examples in that data, counted from 0."""
+
+    def __str__(self) -> str:
+        return self.name
+
+    def row(self, index: int) -> str:
+        """Return in words which row an example is, counted from 1 in the user's data."""
+        return f"{self.name}, row {index + 1}" if self.file is None else f"{self.file}, row {self.rows[index] + 1}"
+
+    def selected(self, rows: Sequence[int]) -> ExampleSource:
+        """Return the source of some of the examples, by their positions among all."""
+        return ExampleSource(self.name, self.file or self.name, [self.rows[row] if self.rows else row for row in rows])
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Examples to train on, and a validation set."""
+
+    train: Dataset
+    held_out: Dataset
+    names: tuple[ExampleSource, ExampleSource]
+
+    @property
+    def named(self) -> list[tuple[ExampleSource, Dataset]]:
+        """Returns both parts with their sources."""
+        return [*zip(self.names, (self.train, self.held_out), strict=True)]
+
+
+def splits(train: str, held_out: str | None, size: int | None) -> Splits:
+    """Read both; without `held_out`, a split of the dataset or `size` examples (a fifth, at most 1,000) are held out.
+
+    Raises:
+        BadInput: the data cannot be read, or no training example is left.
+    """
+    names = ExampleSource(train), ExampleSource(f"{train} (held out)")
+    source = read(train)
+    pieces = source if isinstance(source, DatasetDict) else DatasetDict(train=source)
+    if "train" not in pieces:
+        raise BadInput(f"{train}: no split is called train; there are: {', '.join(pieces)}")
+    if held_out is not None:
+        return Splits(pieces["train"], scored(held_out), (ExampleSource(train), ExampleSource(held_out)))
+    for name in HELD_OUT:
+        if name in pieces:
+            return Splits(pieces["train"], pieces[name], names)
+    return divide(pieces["train"], size, train)
+
+
+def scored(source: str) -> Dataset:
+    """Read examples to score: all that there are or, of several splits, the first one that is for it.
+
+    Raises:
+        BadInput: they cannot be read, or none of the splits is for it.
+    """
+    found = read(source)
+    if isinstance(found, Dataset):
+        return found
+    names = [*found] if len(found) == 1 else [name for name in HELD_OUT if name in found]
+    if not names:
+        raise BadInput(
+            f"{source}: examples to score are a split called {', '.join(HELD_OUT)}, and it has {', '.join(found)}; "
+            f"name the folder of the one that is meant, {Path(source) / [*found][-1]}, or save that split by itself "
+            "with datasets' save_to_disk"
+        )
+    return found[names[0]]
+
+
+def divide(examples: Dataset, size: int | None, source: str) -> Splits:
+    """Hold some examples out for validation, by chance but always the same.
+
+    Raises:
+        BadInput: nothing would be left to train on.
+    """
+    wanted = min(1000, max(1, len(examples) // 5)) if size is None else size
+    if wanted >= len(examples):
+        raise BadInput(f"{source}: cannot hold out {wanted} of {len(examples)} rows: some must remain to train on")
+    cut = Dataset.from_dict({"row": range(len(examples))}).train_test_split(test_size=wanted, seed=SPLIT_SEED)
+    (train, held_out) = (cut[name]["row"][:] for name in ("train", "test"))
+    names = ExampleSource(source, source, train), ExampleSource(f"{source} (held out)", source, held_out)
+    return Splits(examples.select(train), examples.select(held_out), names)
+
+
+def read(source: str) -> Dataset | DatasetDict:
+    """Read a table, a folder, or a dataset of the Hub. Class numbers are replaced by class names.
+
+    Raises:
+        BadInput: naming what can be read.
+    """
+    path = Path(source)
+    if path.is_dir():
+        found = _folder(path)
+    elif path.exists() or path.suffix.lower() in READERS:
+        reader = READERS.get(path.suffix.lower())
+        if reader is None:
+            raise BadInput(f"{path}: data is a folder or a file that ends in {', '.join(READERS)}")
+        found = reader(path)
+    else:
+        found = _loaded(source, lambda: datasets.load_dataset(source))
+    return named(found)
+
+
+def digest(source: str) -> str | None:
+    """Return a digest of the file or folder of a dataset; of a dataset on the Hub the commit that `read` would load now
+    (without a network, the newest commit in the cache of `datasets`). Returns None if there is neither."""
+    path = Path(source)
+    if path.exists() or path.suffix.lower() in READERS:
+        return of_content(source)
+    try:
+        return str(datasets.load_dataset_builder(source).hash)
+    except Exception:  # of any type, as in `_loaded`; `read` says what is wrong
+        return None
+
+
+def _loaded(source: object, load: Callable[[], Any]) -> Any:
+    try:
+        return load()
+    except Exception as error:  # datasets raises whatever the reader below it raised
+        reason = " ".join(str(error.__cause__ or error).split())[:300]
+        raise BadInput(f"{source}: cannot be read as a dataset ({type(error).__name__}: {reason})") from None
+
+
+def _table(path: Path) -> Dataset:
+    rows = read_rows(path)
+    return _loaded(path, lambda: Dataset.from_list(rows))
+
+
+def _lines(path: Path) -> Dataset:
+    lines = _loaded(path, lambda: path.read_text(encoding="utf-8-sig").splitlines())
+    return Dataset.from_list([{"text": line} for line in lines if line.strip()])
+
+
+def _parquet(path: Path) -> Dataset:
+    import pyarrow.parquet
+
+    return _loaded(path, lambda: Dataset(pyarrow.parquet.read_table(path)))
+
+
+READERS: Mapping[str, Callable[[Path], Dataset]] = {
+    ".csv": _table,
+    ".json": _table,
+    ".jsonl": _table,
+    ".ndjson": _table,
+    ".parquet": _parquet,
+    ".txt": _lines,
+}
+
+
+def _folder(path: Path) -> Dataset | DatasetDict:
+    """Read what `Dataset.save_to_disk` wrote, or pictures: in folders called as their classes, or beside a
+    ``metadata.csv`` or ``metadata.jsonl`` that names them in the column ``file_name``."""
+    if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
+        return _loaded(path, lambda: datasets.load_from_disk(str(path)))
+    if not any(file.suffix.lower() in PICTURES for file in path.rglob("*")):
+        raise BadInput(f"{path}: neither a saved dataset nor a folder of pictures ({', '.join(PICTURES)})")
+    return _loaded(path, lambda: _pictures(path))
+
+
+def _pictures(path: Path) -> Dataset | DatasetDict:
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as scratch:  # the index would stay in the user's home otherwise
+        found = datasets.load_dataset("imagefolder", data_dir=str(path), cache_dir=scratch, keep_in_memory=True)
+    return found if len(found) > 1 else next(iter(found.values()))
+
+
+def named(found: Dataset | DatasetDict) -> Dataset | DatasetDict:
+    """Replace the numbers of classes by their names."""
+    if isinstance(found, DatasetDict):
+        return DatasetDict({name: named(piece) for name, piece in found.items()})
+    if not len(found):
+        raise BadInput("a dataset has no rows")
+    for column, feature in found.features.items():
+        if isinstance(feature, ClassLabel):
+            names = [None if number is None else feature.int2str(number) for number in found[column]]
+            found = found.remove_columns(column).add_column(column, names)
+    return found
