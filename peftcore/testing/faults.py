@@ -239,7 +239,7 @@ class _Files(_Faults):
             opened = self._opening(io.open)
             stack.enter_context(patch.object(io, "open", opened))
             stack.enter_context(patch.object(builtins, "open", opened))
-            write = self._serializing(safetensors.torch.serialize_file)
+            write = self._serializing(safetensors.torch.serialize_file)  # type: ignore[attr-defined]
             stack.enter_context(patch.object(safetensors.torch, "serialize_file", write))
             for module in list(sys.modules.values()):  # those that import it by name
                 if getattr(module, "__name__", "").split(".")[0] in self.names() and "safe_open" in vars(module):
@@ -360,7 +360,7 @@ class _Lines(_Faults):
             frame.f_trace = None  # a generator that goes on has its own
             return None
         ends = _ends(frame.f_code.co_filename)
-        unguarded = 2 if frame.f_code.co_name == "__enter__" else 0  # up to its ``try``
+        unguarded = 3 if frame.f_code.co_name == "__enter__" else 0  # up to its ``try``
         last = 0
 
         def line(frame: FrameType, event: str, argument: Any) -> Any:

@@ -553,7 +553,8 @@ class Chosen(AbstractContextManager["Chosen"]):
         self._statement: Statement | None = state.choices.set(choice)  # last: nothing is interrupted after it
 
     def __enter__(self) -> Chosen:
-        entered, state, before = len(self._blocks), self._state, self._statement and self._statement.before
+        entered, state = len(self._blocks), self._state
+        before = None if self._statement is None else self._statement.before
         try:
             state.check(self._choice)
             self._blocks.append(state.choices.open(self._choice))
