@@ -163,9 +163,9 @@ def _nothing_active(model: nn.Module) -> Iterator[None]:
     that do; these act after it, and none else."""
     found = injections(model)
     active = [name for name, injection in found.items() if injection.active]
-    if found:
-        activate(model)
     try:
+        if found:
+            activate(model)
         yield
     finally:
         if found:

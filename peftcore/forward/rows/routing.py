@@ -191,8 +191,9 @@ def own_rows(rows: OwnRows | None, site: str | None = None) -> Iterator[None]:
         site: the path of the module and the kind of operation, which enter the seed; None where operators do not draw.
     """
     context = forward_context()
-    outer, context.rows = context.rows, rows
+    outer = context.rows
     try:
+        context.rows = rows
         if rows is None and context.drawn is not None:
             with own_draws_aside(context):
                 yield
