@@ -23,7 +23,7 @@ import peftcore
 from benchmarks.memory import peak
 from benchmarks.page import write
 from peftcore.models.costs import Costs, Memory, costs
-from peftcore.models.dry_run import Wanted
+from peftcore.models.dry_run import RequestedMethod
 from peftcore.models.example_inputs import Size
 from peftcore.utils.numbers import size, work
 
@@ -82,7 +82,7 @@ def planned(shape: Mapping[str, Any], method: str, batch: Size, dtype: str, **mo
     with tempfile.TemporaryDirectory() as folder:
         config = {**transformers.LlamaConfig(**shape).to_dict(), "architectures": ["LlamaForCausalLM"]}
         Path(folder, "config.json").write_text(json.dumps(config), encoding="utf-8")
-        return costs(folder, Wanted(method, {}), batch, dtype, **more)
+        return costs(folder, RequestedMethod(method, {}), batch, dtype, **more)
 
 
 def measured(shape: Mapping[str, Any], method: str, batch: Size, checkpointed: bool) -> tuple[int, int]:

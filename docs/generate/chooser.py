@@ -23,7 +23,7 @@ from peftcore.contract.presets import Preset
 from peftcore.errors import PeftcoreError
 from peftcore.files.formats.peft_method import peft_methods
 from peftcore.models.costs import costs
-from peftcore.models.dry_run import Wanted
+from peftcore.models.dry_run import RequestedMethod
 from peftcore.models.example_inputs import Size
 from peftcore.registry.catalogue import COMBINES, QUANTIZED, TRAINS
 from peftcore.registry.plugins import imported
@@ -313,7 +313,7 @@ def memory() -> str:
     with tempfile.TemporaryDirectory() as folder:
         transformers.LlamaConfig(architectures=["LlamaForCausalLM"]).save_pretrained(folder)
         for name in ("lora", "dora", "ia3", "houlsby_adapter"):
-            found = costs(folder, Wanted(name, {}), Size(1, 512), "bfloat16")
+            found = costs(folder, RequestedMethod(name, {}), Size(1, 512), "bfloat16")
             rows.append((f"`{name}`", found.memory))
     parts = [(name, m.weights, m.adapter, m.gradients + m.optimizer, m.activations, m.total) for name, m in rows]
     full = found.full

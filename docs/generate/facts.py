@@ -19,12 +19,12 @@ import snippets
 from diagram import svg
 from kept import ROOT, kept
 from peftcore.authoring.budgets import REFERENCES, reference
-from peftcore.cli.inspection.show import Shown
+from peftcore.cli.inspection.show import MethodDescription
 from peftcore.contract.method import CATEGORIES, Method
 from peftcore.contract.operators import Operator, Replacement, WeightOperator
 from peftcore.forward.attention.attention import AttentionOperator
 from peftcore.forward.sequence.sequence import SequenceOperator
-from peftcore.models.dry_run import Recorded, Wanted
+from peftcore.models.dry_run import Recorded, RequestedMethod
 from peftcore.registry.catalogue import MethodInfo
 from peftcore.utils.quiet import unlogged
 
@@ -47,7 +47,7 @@ HERE = Path(__file__).parent
 class Facts:
     """One method."""
 
-    shown: Shown
+    shown: MethodDescription
 
     @property
     def info(self) -> MethodInfo:
@@ -129,7 +129,7 @@ class Facts:
     def _find(self) -> dict[str, Any]:
         host = snippets.host(self.cls)
         with unlogged():
-            wanted = Wanted(f"{self.info.plugin}/{self.name}", snippets.options(self.cls))
+            wanted = RequestedMethod(f"{self.info.plugin}/{self.name}", snippets.options(self.cls))
             recorded = Recorded.of(wanted, snippets.built(host))
         return {
             "snippet": snippets.snippet(self.cls),
@@ -158,7 +158,7 @@ def way_of(method: type[Method], recorded: Recorded) -> str:
 @functools.cache
 def every() -> list[Facts]:
     """All methods that are installed, by category and name."""
-    shown = [Shown(info, peftcore.method(f"{info.plugin}/{info.name}")) for info in peftcore.methods()]
+    shown = [MethodDescription(info, peftcore.method(f"{info.plugin}/{info.name}")) for info in peftcore.methods()]
     order = {category: index for index, category in enumerate(CATEGORIES)}
     return [Facts(each) for each in sorted(shown, key=lambda each: (order[each.info.category], each.info.name))]
 

@@ -19,7 +19,7 @@ from peftcore.contract.batches import Data
 from peftcore.contract.operators import Factors
 from peftcore.errors import ExportError, MergeError, NotMergeable, NoWeights, UnsupportedSite
 from peftcore.files.added_rows import check_no_rows
-from peftcore.files.readers.check import Report, check
+from peftcore.files.readers.check import ReaderReport, check
 from peftcore.files.readers.reader import Reader
 from peftcore.files.save_load import save
 from peftcore.injection.injection import Injection
@@ -39,7 +39,7 @@ class Export:
     """The result of an export for a program."""
 
     how: How
-    report: Report
+    report: ReaderReport
     """The report of how the program reads the files, by its rules."""
     rank: int
     """Rank of the LoRA; 0 for an adapter that was written as it is."""
@@ -101,7 +101,7 @@ def export(
     return Export(how, report, kept, errors, tuple(filled))
 
 
-def as_it_is(injection: Injection, path: Path, reader: Reader, *, home: Path | None = None) -> Report:
+def as_it_is(injection: Injection, path: Path, reader: Reader, *, home: Path | None = None) -> ReaderReport:
     """Write an adapter in a program's format, if the program would read all of it as it was trained.
 
     Raises:

@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 
-class Line:
+class BarDisplay:
     """A display with one bar; messages stay above it."""
 
     def __init__(self, console: Console) -> None:
@@ -14,7 +14,7 @@ class Line:
         self._progress = Progress(TextColumn("{task.description:<10}"), *columns, console=console, transient=True)
         self._steps = self._progress.add_task("", total=None)
 
-    def __enter__(self) -> Line:
+    def __enter__(self) -> BarDisplay:
         self._progress.start()
         return self
 

@@ -22,7 +22,7 @@ from peftcore.files.safe_io import DTYPES, TensorFile, write_tensors
 from peftcore.forward.choice.residency import Residency
 from peftcore.forward.state.host_state import HostState, drop_state, ensure_state, state_of
 from peftcore.injection.base_dependence import make_anew
-from peftcore.injection.idle_adapters import IdleValues, InMemory, Store, Values
+from peftcore.injection.idle_adapters import IdleValues, MemoryStore, Store, Values
 from peftcore.injection.injection import Injection
 from peftcore.injection.request import check_model
 from peftcore.utils.journal import Journal
@@ -104,7 +104,7 @@ def keep_within(
         raise ConfigError(
             "the model is on the CPU, so idle adapters would free nothing there: name a folder, idle=path"
         )
-    store: Store = InMemory() if idle == "cpu" else InFolder(Path(idle))
+    store: Store = MemoryStore() if idle == "cpu" else FolderStore(Path(idle))
     with Journal() as journal:
         state = ensure_state(journal, model, list(model.modules()), make_anew)
         pool = AdapterPool(model, state, room, store)
@@ -203,7 +203,7 @@ class AdapterPool:
         return f"AdapterPool({resident} on the model, {idle} idle, {self.bytes:,} of {self.limit:,} bytes)"
 
 
-class InFolder(Store):
+class FolderStore(Store):
     """Keeps values in safetensors files, one for each adapter, in a separate folder; values that are read back are
     compared with the written ones. Values that were not changed since are not written again."""
 

@@ -54,7 +54,7 @@ class Store(ABC):
         """Called when the values are on the model again."""
 
 
-class InMemory(Store):
+class MemoryStore(Store):
     """Keeps values in the memory of the CPU."""
 
     def __init__(self) -> None:
@@ -73,14 +73,14 @@ class InMemory(Store):
         self.drop(key)
 
 
-class StandIn(Tensor):
+class IdleTensor(Tensor):
     """A tensor with a shape, dtype and device, and no values: whatever is computed with it is an error."""
 
     adapter: str
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
-    def __new__(cls, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> StandIn:
-        made: StandIn = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device, storage_size=0)
+    def __new__(cls, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> IdleTensor:
+        made: IdleTensor = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device, storage_size=0)
         return made
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
@@ -90,9 +90,9 @@ class StandIn(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[Any, Any] | None = None
     ) -> Tensor:
-        mine = next((each for each in tree_leaves((args, kwargs)) if isinstance(each, StandIn)), None)
+        mine = next((each for each in tree_leaves((args, kwargs)) if isinstance(each, IdleTensor)), None)
         if function is torch.ops.aten.detach.default and mine is not None:
-            made = StandIn(mine.shape, mine.dtype, mine.device)
+            made = IdleTensor(mine.shape, mine.dtype, mine.device)
             made.adapter = mine.adapter
             return made
         name = getattr(mine, "adapter", "")
@@ -177,7 +177,7 @@ class _Held:
 
     def stand(self, adapter: str, dtype: torch.dtype, device: torch.device) -> None:
         """Register a stand-in of its shape."""
-        bare = StandIn(self.tensor.shape if self.stand_in is None else self.stand_in.shape, dtype, device)
+        bare = IdleTensor(self.tensor.shape if self.stand_in is None else self.stand_in.shape, dtype, device)
         bare.adapter = adapter
         parameter = isinstance(self.tensor, nn.Parameter)
         self.stand_in = nn.Parameter(bare, requires_grad=False) if parameter else bare

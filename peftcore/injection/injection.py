@@ -65,7 +65,7 @@ class Injection(AppliedMethod):
         self.state = state
         self.made_of: dict[str, Fingerprint] = {}
         """Fingerprints of the base's weights that operators are made of, by key of the operator."""
-        self._merge: merging.Merged | None = None
+        self._merge: merging.MergeInForce | None = None
         self._low_memory = False
         self._chosen: list[bool] = []  # which tensors its method lets train, since somebody last asked it
         self._ledgers: dict[str, Ledger] = {}
@@ -306,9 +306,9 @@ class Injection(AppliedMethod):
                 no weight was changed.
         """
         self._alive()
-        return self._merge_as(merging.Wanted(keep, into, max_error, weight)).report
+        return self._merge_as(merging.MergeOptions(keep, into, max_error, weight)).report
 
-    def _merge_as(self, wanted: merging.Wanted, whole: Journal | None = None) -> merging.Merged:
+    def _merge_as(self, wanted: merging.MergeOptions, whole: Journal | None = None) -> merging.MergeInForce:
         merged = self._merge
         if merged is None:
             with self.state.kept(self.name), (whole or Journal()).part() as journal:
@@ -351,14 +351,14 @@ class Injection(AppliedMethod):
             RouteError, CompositionError: as `remove`.
         """
         with self._leaving() as journal:
-            merged = self._merge or self._merge_as(merging.Wanted(keep=None), journal)
+            merged = self._merge or self._merge_as(merging.MergeOptions(keep=None), journal)
             merging.let_go(journal, merged)
             self._note(journal, None)
             self._take_out(journal)
             if merged.report.dense:
                 note_form(journal, self.model, merged.report.dense)
 
-    def _note(self, journal: Journal, merge: merging.Merged | None) -> None:
+    def _note(self, journal: Journal, merge: merging.MergeInForce | None) -> None:
         """Note that it is merged, or is not."""
         others = tuple(name for name in self.state.merged if name != self.name)
         journal.set(self, "_merge", merge)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcore.errors import MergeError
-from peftcore.injection.originals import Fingerprint, Original, brought_back, fingerprint
+from peftcore.injection.originals import Fingerprint, OriginalTensor, brought_back, fingerprint
 from peftcore.layers.computed_tensors import computation
 from peftcore.layers.pieces import is_cut
 from peftcore.libraries.save_pretrained import saving_base
@@ -64,7 +64,7 @@ def owner_path(key: Key) -> str:
     return f"{key[0]}.{key[1].rpartition('.')[0]}".strip(".")
 
 
-class Written(ABC):
+class MergeWrite(ABC):
     """One change that a merge made."""
 
     key: Key
@@ -91,13 +91,13 @@ class Written(ABC):
 
 
 @dataclass(eq=False)
-class Replaced(Written):
+class Replaced(MergeWrite):
     """A tensor that a new one replaces in all modules that hold it."""
 
     key: Key
     holders: list[Holder]
     tensor: Tensor
-    original: Original | None
+    original: OriginalTensor | None
     """None where the host had no tensor."""
     fingerprint: Fingerprint
 
@@ -149,7 +149,7 @@ class Replaced(Written):
 
 
 @dataclass(eq=False)
-class Overwritten(Written):
+class Overwritten(MergeWrite):
     """A tensor that other code manages (FSDP2 puts its own back before each forward), so its values are overwritten."""
 
     key: Key
@@ -172,7 +172,7 @@ class Overwritten(Written):
 
 
 @dataclass(eq=False)
-class Reformed(Written):
+class QuantizedLayerWrite(MergeWrite):
     """A quantized layer that was made dense, or packed again."""
 
     key: Key
@@ -201,7 +201,7 @@ class Reformed(Written):
 
 
 @dataclass(eq=False)
-class Folded(Written):
+class Folded(MergeWrite):
     """A tensor that was computed, and is a parameter now."""
 
     key: Key

@@ -32,16 +32,16 @@ from peftcore.injection.merge_writes import (
     Folded,
     Holders,
     Key,
+    MergeWrite,
     Overwritten,
-    Reformed,
+    QuantizedLayerWrite,
     Replaced,
-    Written,
     held,
     holders_of,
     modules_of,
     owner_path,
 )
-from peftcore.injection.originals import Fingerprint, Keep, Original, Remembered, fingerprint, kept, stand_in
+from peftcore.injection.originals import Fingerprint, Keep, OriginalTensor, Remembered, fingerprint, kept, stand_in
 from peftcore.injection.quantized_layer import QuantizedLayer, dense_linear, floating_dtype, replace_in_place
 from peftcore.layers.computed_tensors import Computation, computation, has_place, parametrized, resting
 from peftcore.layers.fsdp import MANAGED, in_pieces
@@ -63,7 +63,7 @@ BOUND = 0.25
 
 
 @dataclass(frozen=True)
-class Wanted:
+class MergeOptions:
     """The arguments of a merge."""
 
     keep: Keep = "cpu"
@@ -151,12 +151,12 @@ def merged_tensors(injection: Injection) -> Mapping[Key, Tensor]:
 
 
 @dataclass(frozen=True, eq=False)
-class Merged:
+class MergeInForce:
     """A merge that is in force: how to undo it."""
 
-    wanted: Wanted
+    wanted: MergeOptions
     report: MergeReport
-    written: list[Written]
+    written: list[MergeWrite]
     """The changes that were made, in their order; empty with ``keep=None``."""
     frozen: list[Remembered]
     """Parameters that left the host and were frozen for it."""
@@ -278,7 +278,7 @@ def _at_rest(injection: Injection) -> AbstractContextManager[None]:
 
 
 @torch.no_grad()
-def merge(injection: Injection, journal: Journal, wanted: Wanted) -> Merged:
+def merge(injection: Injection, journal: Journal, wanted: MergeOptions) -> MergeInForce:
     """Write the effective tensors, or with `weight` the base plus that fraction of the change.
 
     Raises:
@@ -291,7 +291,7 @@ def merge(injection: Injection, journal: Journal, wanted: Wanted) -> Merged:
         return _merge(injection, journal, wanted)
 
 
-def _merge(injection: Injection, journal: Journal, wanted: Wanted) -> Merged:
+def _merge(injection: Injection, journal: Journal, wanted: MergeOptions) -> MergeInForce:
     model = injection.model
     in_pieces(model)
     _check(injection)
@@ -316,20 +316,22 @@ def _merge(injection: Injection, journal: Journal, wanted: Wanted) -> Merged:
     writer = _Writer(injection, journal, wanted, holders, prints)
     for key, tensor in new.items():
         writer.write(key, layers[key], tensor)
-    dense = [each.key[0] for each in writer.written if isinstance(each, Reformed)]
+    dense = [each.key[0] for each in writer.written if isinstance(each, QuantizedLayerWrite)]
     report = MergeReport(tuple(path for path in dense if path not in writer.repacked), writer.repacked, len(new))
     frozen = _exchange(injection, journal, [(each.outgoing(), each.incoming()) for each in writer.written])
-    return Merged(wanted, report, [] if wanted.keep is None else writer.written, [Remembered(each) for each in frozen])
+    return MergeInForce(
+        wanted, report, [] if wanted.keep is None else writer.written, [Remembered(each) for each in frozen]
+    )
 
 
-def let_go(journal: Journal, merged: Merged) -> None:
+def let_go(journal: Journal, merged: MergeInForce) -> None:
     """Let parameters train again that the merge took out of the host, where others hold them: nothing of the host is
     left in them to be frozen for."""
     thaw(journal, (each for remembered in merged.frozen if isinstance(each := remembered(), nn.Parameter)))
 
 
 @torch.no_grad()
-def unmerge(injection: Injection, journal: Journal, merged: Merged) -> None:
+def unmerge(injection: Injection, journal: Journal, merged: MergeInForce) -> None:
     """Restore the originals, bit for bit.
 
     Raises:
@@ -346,7 +348,7 @@ def unmerge(injection: Injection, journal: Journal, merged: Merged) -> None:
         _unmerge(injection, journal, merged)
 
 
-def _unmerge(injection: Injection, journal: Journal, merged: Merged) -> None:
+def _unmerge(injection: Injection, journal: Journal, merged: MergeInForce) -> None:
     in_pieces(injection.model)
     there = modules_of(injection.model)
     changed = [path for each in merged.written for path in each.changed(there)]
@@ -383,11 +385,16 @@ class _Writer:
     """Writes new tensors into a host, and notes how each comes back."""
 
     def __init__(
-        self, injection: Injection, journal: Journal, wanted: Wanted, holders: Holders, prints: dict[Key, Fingerprint]
+        self,
+        injection: Injection,
+        journal: Journal,
+        wanted: MergeOptions,
+        holders: Holders,
+        prints: dict[Key, Fingerprint],
     ) -> None:
         self.injection, self.journal, self.wanted = injection, journal, wanted
         self.holders, self.prints = holders, prints
-        self.written: list[Written] = []
+        self.written: list[MergeWrite] = []
         self.repacked: dict[str, Repacked] = {}
         self.places: set[tuple[int, str]] = set()
         self.folded: dict[int, Folded] = {}
@@ -448,7 +455,7 @@ class _Writer:
             old = held(*holder[1:])
             assert old is not None
             new = stand_in(old, self._owned(value, old))
-            self._replace(Replaced(key, [holder], new, Original(old), fingerprint(new)))
+            self._replace(Replaced(key, [holder], new, OriginalTensor(old), fingerprint(new)))
 
     def _pack(self, key: Key, module: nn.Module, layer: QuantizedLayer, weight: Tensor) -> None:
         """Write a weight into a quantized layer: as a dense linear layer, or packed in the same way."""
@@ -471,7 +478,7 @@ class _Writer:
     def _reform(self, key: Key, module: nn.Module, other: nn.Module) -> None:
         part = self.journal.part()
         replace_in_place(part, module, other.train(module.training))
-        self.written.append(Reformed(key, module, part))
+        self.written.append(QuantizedLayerWrite(key, module, part))
 
     def _owned(self, tensor: Tensor, old: Tensor | None) -> Tensor:
         """Returns the tensor in memory that nobody else has: some effective tensors are a parameter of the adapter, the

@@ -65,7 +65,7 @@ class Remembered:
 
 
 @dataclass(frozen=True, eq=False)
-class Original:
+class OriginalTensor:
     """One tensor of the host before the merge. If other objects hold it (a frozen reference over the same base), that
     same tensor object is put back, even if only a copy or a record of its values is kept.
     """
@@ -84,18 +84,18 @@ class Original:
         return self.remembered() if self.aside is None else self.aside
 
 
-def kept(old: Tensor, keep: Keep, predict: Callable[[], Tensor]) -> Original:
+def kept(old: Tensor, keep: Keep, predict: Callable[[], Tensor]) -> OriginalTensor:
     """Returns a tensor of the host kept as asked; `predict` gives it as subtracting the delta would."""
     if keep in (None, "device") or (keep == "cpu" and old.device.type == "cpu"):
-        return Original(old)  # with None it goes with the merge that succeeded
+        return OriginalTensor(old)  # with None it goes with the merge that succeeded
     if keep == "cpu":
-        return Original(values=old.detach().to("cpu", copy=True), remembered=Remembered(old))
+        return OriginalTensor(values=old.detach().to("cpu", copy=True), remembered=Remembered(old))
     steps = _bits(old) - _bits(predict())
     record = zlib.compress(steps.numpy().tobytes(), 6)
-    return Original(record=record, digest=_digest(old), remembered=Remembered(old))
+    return OriginalTensor(record=record, digest=_digest(old), remembered=Remembered(old))
 
 
-def brought_back(original: Original, now: Tensor, predict: Callable[[], Tensor]) -> Tensor | None:
+def brought_back(original: OriginalTensor, now: Tensor, predict: Callable[[], Tensor]) -> Tensor | None:
     """Returns the tensor that replaces `now` again: the same object if it still exists and the host is on the same
     device as before; None if a record does not fit.
     """

@@ -53,7 +53,7 @@ class Saves(Protocol):
 
 
 class Owner(Protocol):
-    """The reason why ``save_pretrained`` of a model is replaced: the state of a host, or a `Reformed`."""
+    """The reason why ``save_pretrained`` of a model is replaced: the state of a host, or a `QuantizationChanges`."""
 
     @property
     def made_dense(self) -> Sequence[str]:
@@ -110,7 +110,7 @@ class SavesBase(InstanceMethod):
 
 
 @dataclass(frozen=True, eq=False)
-class Reformed:
+class QuantizationChanges:
     """Records permanently that modules of a model were quantized or made dense after the model was loaded."""
 
     made_dense: tuple[str, ...] = ()
@@ -127,7 +127,7 @@ def _tell(names: Iterable[str]) -> None:
 
 
 @runtime_checkable
-class Configured(Protocol):
+class ModelWithConfig(Protocol):
     """A model with a config, like models of transformers and diffusers."""
 
     config: Any
@@ -145,7 +145,7 @@ class Quantizer(Protocol):
 
 
 def _says_quantized(model: nn.Module) -> bool:
-    return isinstance(model, Configured) and getattr(model.config, "quantization_config", None) is not None
+    return isinstance(model, ModelWithConfig) and getattr(model.config, "quantization_config", None) is not None
 
 
 def _is_packed(model: nn.Module) -> bool:
@@ -155,7 +155,7 @@ def _is_packed(model: nn.Module) -> bool:
 
 def _check_form(model: nn.Module, made_dense: Sequence[str]) -> None:
     if not _says_quantized(model):
-        if isinstance(model, Configured) and _is_packed(model):
+        if isinstance(model, ModelWithConfig) and _is_packed(model):
             raise ExportError(
                 "the weights were quantized after the model was loaded, and its config does not say so: what "
                 "save_pretrained wrote could not be loaded. Save the adapter alone (injection.save) and quantize the "
@@ -221,7 +221,7 @@ def note_form(journal: Journal, model: nn.Module, made_dense: Sequence[str] = ()
                 quantizer.remove_quantization_config(module)
             _forget_form(journal, module)
     if any(map(_says_quantized, modules)) if made_dense else _is_packed(model):
-        replace_methods(journal, modules, SavesBase, Reformed(tuple(made_dense)))
+        replace_methods(journal, modules, SavesBase, QuantizationChanges(tuple(made_dense)))
 
 
 def _is_readable(model: nn.Module) -> bool:
@@ -236,5 +236,5 @@ def _is_readable(model: nn.Module) -> bool:
 def _forget_form(journal: Journal, module: nn.Module) -> None:
     method = vars(module).get(SavesBase.name)
     if isinstance(method, SavesBase):
-        for owner in [each for each in method.owners if isinstance(each, Reformed)]:
+        for owner in [each for each in method.owners if isinstance(each, QuantizationChanges)]:
             give_methods_back(journal, module, owner)

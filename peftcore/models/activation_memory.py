@@ -21,8 +21,8 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 
 from peftcore.errors import BadInput, PeftcoreError
-from peftcore.models.example_inputs import Size, Unknown
-from peftcore.models.resource_counters import Watch
+from peftcore.models.example_inputs import Size, UnknownInputs
+from peftcore.models.resource_counters import StorageCounter
 from peftcore.models.skeletons import Skeleton
 
 Inputs = dict[str, Any]
@@ -30,14 +30,14 @@ Run = Callable[[Inputs], Any]
 
 
 @dataclass(frozen=True)
-class Batch:
+class ExampleBatch:
     """The inputs of a forward, with labels where the model then computes a loss."""
 
     inputs: Inputs
     loss: bool
 
     @classmethod
-    def of(cls, skeleton: Skeleton, size: Size, run: Run) -> Batch:
+    def of(cls, skeleton: Skeleton, size: Size, run: Run) -> ExampleBatch:
         """Make the batch of a size; `run` gives the model's outputs."""
         inputs = skeleton.inputs(size)
         with torch.no_grad():
@@ -118,7 +118,7 @@ class Pretended:
 
     mode: FakeTensorMode = field(default_factory=lambda: FakeTensorMode(allow_non_fake_inputs=True))
 
-    def batch(self, skeleton: Skeleton, size: Size) -> Batch:
+    def batch(self, skeleton: Skeleton, size: Size) -> ExampleBatch:
         """Make a batch for the model.
 
         Raises:
@@ -126,9 +126,11 @@ class Pretended:
         """
         with explained(), self.mode:
             tensors = self._tensors(skeleton.model)
-            return Batch.of(skeleton, size, lambda inputs: functional_call(skeleton.model, tensors, kwargs=inputs))
+            return ExampleBatch.of(
+                skeleton, size, lambda inputs: functional_call(skeleton.model, tensors, kwargs=inputs)
+            )
 
-    def kept(self, model: nn.Module, batch: Batch, repeated: Collection[nn.Module] = ()) -> int:
+    def kept(self, model: nn.Module, batch: ExampleBatch, repeated: Collection[nn.Module] = ()) -> int:
         """Count the bytes that a forward saves for backward, where these blocks run again in it.
 
         Raises:
@@ -138,7 +140,7 @@ class Pretended:
             tensors = self._tensors(model)
             return kept(tensors, lambda inputs: functional_call(model, tensors, kwargs=inputs), batch.inputs, repeated)
 
-    def step(self, model: nn.Module, batch: Batch) -> Watch:
+    def step(self, model: nn.Module, batch: ExampleBatch) -> StorageCounter:
         """Run a forward and its backward; the watch has the peak, the model's tensors and the gradients of its
         parameters in it, and the operations.
 
@@ -148,7 +150,7 @@ class Pretended:
         with explained(), self.mode:
             tensors = self._tensors(model)
             inputs = [each for each in batch.inputs.values() if isinstance(each, Tensor)]
-            watch = Watch([*tensors.values(), *inputs])
+            watch = StorageCounter([*tensors.values(), *inputs])
             with watch:
                 named = {f"model.{name}": each for name, each in tensors.items()}
                 functional_call(_Step(model, batch.loss), named, (batch.inputs,))
@@ -192,13 +194,15 @@ def explained() -> Iterator[None]:
     log.setLevel(logging.CRITICAL)
     try:
         yield
-    except (BadInput, Unknown):
+    except (BadInput, UnknownInputs):
         raise
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
-        raise Unknown("its forward depends on values, not only on shapes") from error
+        raise UnknownInputs("its forward depends on values, not only on shapes") from error
     except PeftcoreError as error:
-        raise Unknown(str(error)) from error
+        raise UnknownInputs(str(error)) from error
     except Exception as error:
-        raise Unknown(f"its forward fails on tensors without data: {' '.join(str(error).split())[:200]}") from error
+        raise UnknownInputs(
+            f"its forward fails on tensors without data: {' '.join(str(error).split())[:200]}"
+        ) from error
     finally:
         log.setLevel(level)

@@ -17,9 +17,9 @@ from peftcore.files.safe_io import DTYPES
 from peftcore.forward.state.host_state import HostState
 from peftcore.injection.applying import install
 from peftcore.injection.injection import Injection
-from peftcore.models.activation_memory import Batch, Pretended, explained
-from peftcore.models.dry_run import Recorded, Wanted
-from peftcore.models.example_inputs import Size, Unknown
+from peftcore.models.activation_memory import ExampleBatch, Pretended, explained
+from peftcore.models.dry_run import Recorded, RequestedMethod
+from peftcore.models.example_inputs import Size, UnknownInputs
 from peftcore.models.skeletons import Skeleton, skeleton
 from peftcore.surgery.sharding import STATES, Shard
 from peftcore.utils.quiet import quiet
@@ -43,7 +43,7 @@ class Passes:
 class Counted:
     """The passes of the adapted model and of the model as it is, or the reason why they are not known."""
 
-    batch: Batch | None = None
+    batch: ExampleBatch | None = None
     adapted: Passes = Passes()
     full: Passes = Passes()
     unknown: str | None = None
@@ -136,7 +136,7 @@ class Costs:
 
 def costs(
     source: str,
-    wanted: Wanted,
+    wanted: RequestedMethod,
     size: Size,
     dtype: str | None = None,
     *,
@@ -211,12 +211,12 @@ def count(built: Skeleton, recorded: Recorded, size: Size, blocks: Sequence[nn.M
         with quiet(), explained():
             install(recorded.surgeon, recorded.request)
         adapted = passes(pretended, built.model, batch, blocks)
-    except Unknown as error:
+    except UnknownInputs as error:
         return Counted(batch, adapted, full, str(error))
     return Counted(batch, adapted, full)
 
 
-def passes(pretended: Pretended, model: nn.Module, batch: Batch, blocks: Sequence[nn.Module]) -> Passes:
+def passes(pretended: Pretended, model: nn.Module, batch: ExampleBatch, blocks: Sequence[nn.Module]) -> Passes:
     """Count a forward and its backward."""
     activations = pretended.kept(model, batch, blocks)
     watch = pretended.step(model, batch)

@@ -23,7 +23,7 @@ from peftcore.utils.quiet import unlogged
 
 
 @dataclass(frozen=True)
-class Wanted:
+class RequestedMethod:
     """A method as the user asks for it."""
 
     method: str
@@ -44,7 +44,7 @@ class Wanted:
 
 
 @dataclass(frozen=True)
-class Place:
+class PlannedSite:
     """One place at which the method acts."""
 
     name: str
@@ -60,13 +60,13 @@ class Place:
     """Whether this is one slice of a fused weight only: that of the role."""
 
     @classmethod
-    def of(cls, name: str, operator: nn.Module) -> Place:
+    def of(cls, name: str, operator: nn.Module) -> PlannedSite:
         """Return the place of a module that several places share."""
         tensors = {key: tuple(each.shape) for key, each in operator.state_dict().items()}
         return cls(name, "", (), None, tensors, trainable_numbers([operator]))
 
     @classmethod
-    def of_graft(cls, graft: Graft) -> Place:
+    def of_graft(cls, graft: Graft) -> PlannedSite:
         site = graft.site
         shape = tuple(site.weight_shape) if site.layer.has(site.module, site.tensor) else ()
         path = site.path.partition(":")[0]
@@ -90,13 +90,13 @@ class Recorded:
     request: Request
     surgeon: Surgeon
     plan: Plan
-    places: tuple[Place, ...]
-    shared: tuple[Place, ...]
+    places: tuple[PlannedSite, ...]
+    shared: tuple[PlannedSite, ...]
     notes: tuple[str, ...]
     """Notices and warnings of peftcore."""
 
     @classmethod
-    def of(cls, wanted: Wanted, model: nn.Module, shards: int | None = None) -> Recorded:
+    def of(cls, wanted: RequestedMethod, model: nn.Module, shards: int | None = None) -> Recorded:
         """Plan a method on a model, which may be sharded over processes.
 
         Raises: UnknownMethod, ConfigError, TargetError, UnsupportedSite, UnsupportedHost: it cannot be.
@@ -110,8 +110,8 @@ class Recorded:
             request=request,
             surgeon=surgeon,
             plan=plan_of(surgeon, shards),
-            places=tuple(map(Place.of_graft, surgeon.grafts)),
-            shared=tuple(Place.of(name, module) for name, module in shared),
+            places=tuple(map(PlannedSite.of_graft, surgeon.grafts)),
+            shared=tuple(PlannedSite.of(name, module) for name, module in shared),
             notes=(*surgeon.notices, *(str(each.message) for each in heard if each.category is UserWarning)),
         )
 

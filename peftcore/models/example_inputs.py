@@ -34,7 +34,7 @@ class Size:
     """Tokens of each row, where the user said."""
 
 
-class Unknown(Exception):
+class UnknownInputs(Exception):
     """Raised where nothing is known here about the inputs of this model's forward; the message says what is missing."""
 
 
@@ -118,7 +118,7 @@ def for_transformers(
     found = {name: build(given) for name, build in TRANSFORMERS.items() if name in wanted}
     inputs = {name: value for name, value in found.items() if value is not None}
     if not inputs.keys() & {*main}:
-        raise Unknown(
+        raise UnknownInputs(
             f"its configuration does not say of what shape {' or '.join(sorted({*main} & {*TRANSFORMERS}))} is"
         )
     return inputs
@@ -194,7 +194,7 @@ def for_diffusers(config: Config, accepted: Mapping[str, Any], size: Size, dtype
         inputs["added_cond_kwargs"] = _size_and_text(given)
     missing = [name for name, each in accepted.items() if each.default is each.empty and name not in inputs]
     if missing:
-        raise Unknown(f"forward wants {', '.join(missing)}, of a shape that its configuration does not say")
+        raise UnknownInputs(f"forward wants {', '.join(missing)}, of a shape that its configuration does not say")
     return inputs
 
 

@@ -45,7 +45,7 @@ class Use(Enum):
 
 
 @dataclass(frozen=True)
-class Configured:
+class ModelConfiguration:
     """A model's configuration, and where it is from."""
 
     config: Mapping[str, Any]
@@ -93,7 +93,7 @@ class Named(ABC):
         """
 
     @abstractmethod
-    def configured(self) -> Configured:
+    def configured(self) -> ModelConfiguration:
         """Return its configuration; no weights are fetched.
 
         Raises:
@@ -117,9 +117,9 @@ class InFolder(Named):
     def place(self) -> Path:
         return self.path
 
-    def configured(self) -> Configured:
+    def configured(self) -> ModelConfiguration:
         where, config = _denoiser_or_model(self.path)
-        return Configured(config, str(where), str(where), where, {"local_files_only": True})
+        return ModelConfiguration(config, str(where), str(where), where, {"local_files_only": True})
 
     def local(self) -> tuple[Path, ...]:
         return (self.path,)
@@ -145,9 +145,9 @@ class InGguf(Named):
     def place(self) -> Path:
         return self.path
 
-    def configured(self) -> Configured:
+    def configured(self) -> ModelConfiguration:
         name, options = self.origin()
-        return Configured({"model_type": GGUF}, self.said, name, None, options)  # transformers reads the rest
+        return ModelConfiguration({"model_type": GGUF}, self.said, name, None, options)  # transformers reads the rest
 
     def local(self) -> tuple[Path, ...]:
         return (self.path,)
@@ -167,11 +167,11 @@ class OnHub(Named):
         parts = (settings / PIPELINE).is_file()  # then what lies beside the parts is the same once more
         return self._fetched((*SETTINGS, f"*/*{WEIGHTS}") if parts else (*SETTINGS, f"*{WEIGHTS}"), not parts)
 
-    def configured(self) -> Configured:
+    def configured(self) -> ModelConfiguration:
         folder = self._fetched(SETTINGS)
         where, config = _denoiser_or_model(folder)
         name = self.name if where == folder else str(where)
-        return Configured(config, self.said, name, where)
+        return ModelConfiguration(config, self.said, name, where)
 
     def _fetched(self, files: tuple[str, ...], top: bool = False) -> Path:
         """Return the folder of the repository in the cache, with these files, of weights those at its `top` alone."""
@@ -207,8 +207,8 @@ class OfTimm(Named):
     def place(self) -> Path:
         return self._weights().place()
 
-    def configured(self) -> Configured:
-        return Configured({"architecture": self.architecture}, self.said, self.architecture)
+    def configured(self) -> ModelConfiguration:
+        return ModelConfiguration({"architecture": self.architecture}, self.said, self.architecture)
 
     def _weights(self) -> OnHub:
         require({"timm": "timm"})

@@ -62,7 +62,7 @@ class MadeOn:
 
 
 @dataclass(frozen=True)
-class Opened:
+class OpenedModel:
     """A model, and a way to write it into a folder together with all that belongs to it."""
 
     model: Any
@@ -73,10 +73,10 @@ class Opened:
     """Make it a model of which no weight is quantized, to be written as one that never was."""
 
 
-Reader = Callable[[Path, Mapping[str, Any], bool, MadeOn], Opened]
+Reader = Callable[[Path, Mapping[str, Any], bool, MadeOn], OpenedModel]
 
 
-def open_model(folder: Path, weights: bool = True, made_on: MadeOn | None = None) -> Opened:
+def open_model(folder: Path, weights: bool = True, made_on: MadeOn | None = None) -> OpenedModel:
     """Open the model in a folder, or in a GGUF file.
 
     Args:
@@ -144,13 +144,13 @@ def _on_meta(build: Callable[[], nn.Module]) -> nn.Module:
 # transformers
 
 
-def _transformers(folder: Path, config: Mapping[str, Any], weights: bool, made_on: MadeOn) -> Opened:
+def _transformers(folder: Path, config: Mapping[str, Any], weights: bool, made_on: MadeOn) -> OpenedModel:
     cls: Any = _class(folder, config, made_on)
     settings = _settings(cls, folder, made_on.base)
     if made_on.trained and (labels := _labels(_on_meta(lambda: cls(settings)), made_on)) is not None:
         settings.num_labels = labels
     if not weights:
-        return Opened(_on_meta(lambda: cls(settings)), _cannot)
+        return OpenedModel(_on_meta(lambda: cls(settings)), _cannot)
     beside = _companions(folder)
     where, own = _located(folder)
     with _loading(folder):
@@ -178,7 +178,11 @@ def _transformers(folder: Path, config: Mapping[str, Any], weights: bool, made_o
         peftcore.dequantize(model)
 
     fresh = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
-    return Opened(model, write, fresh, unpack) if "quantization_config" in config else Opened(model, write, fresh)
+    return (
+        OpenedModel(model, write, fresh, unpack)
+        if "quantization_config" in config
+        else OpenedModel(model, write, fresh)
+    )
 
 
 def _settings(cls: Any, folder: Path, base: str = "") -> Any:
@@ -250,7 +254,7 @@ def _companions(folder: Path) -> list[Any]:
 # diffusers
 
 
-def _diffusers(folder: Path, config: Mapping[str, Any], weights: bool, made_on: MadeOn) -> Opened:
+def _diffusers(folder: Path, config: Mapping[str, Any], weights: bool, made_on: MadeOn) -> OpenedModel:
     require({"diffusers": "diffusers"})
     import diffusers
 
@@ -260,7 +264,7 @@ def _diffusers(folder: Path, config: Mapping[str, Any], weights: bool, made_on: 
     if not weights:
         skeleton: Any = _on_meta(lambda: cls.from_config(dict(config)))
         skeleton.register_to_config(_name_or_path=made_on.base or str(folder))
-        return Opened(skeleton, _cannot)
+        return OpenedModel(skeleton, _cannot)
     with _loading(folder):
         variant = _variant(folder, "diffusion_pytorch_model")
         model, info = cls.from_pretrained(
@@ -271,7 +275,7 @@ def _diffusers(folder: Path, config: Mapping[str, Any], weights: bool, made_on: 
             local_files_only=True,
             output_loading_info=True,
         )
-    return Opened(model, lambda out: model.save_pretrained(out, variant=variant), info["missing_keys"])
+    return OpenedModel(model, lambda out: model.save_pretrained(out, variant=variant), info["missing_keys"])
 
 
 def _stored_dtype(folder: Path) -> torch.dtype:
@@ -294,7 +298,7 @@ def _variant(folder: Path, stem: str) -> str | None:
 # timm
 
 
-def _timm(folder: Path, config: Mapping[str, Any], weights: bool, made_on: MadeOn) -> Opened:
+def _timm(folder: Path, config: Mapping[str, Any], weights: bool, made_on: MadeOn) -> OpenedModel:
     require({"timm": "timm"})
     import timm
     from timm.models import save_for_hf
@@ -304,11 +308,11 @@ def _timm(folder: Path, config: Mapping[str, Any], weights: bool, made_on: MadeO
     if weights and not (folder / "model.safetensors").is_file():
         raise BadInput(f"{folder}: it has no model.safetensors; pickles are not read")
     if not weights:
-        return Opened(_on_meta(lambda: timm.create_model(f"local-dir:{folder}")), _cannot)
+        return OpenedModel(_on_meta(lambda: timm.create_model(f"local-dir:{folder}")), _cannot)
     with _loading(folder):
         model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     rest = {key: value for key, value in config.items() if key not in ("architecture", "pretrained_cfg")}
-    return Opened(model, lambda out: save_for_hf(model, str(out), model_config=rest, safe_serialization=True))
+    return OpenedModel(model, lambda out: save_for_hf(model, str(out), model_config=rest, safe_serialization=True))
 
 
 READERS: Mapping[str, Reader] = {"_class_name": _diffusers, "model_type": _transformers, "architecture": _timm}

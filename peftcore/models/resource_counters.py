@@ -27,7 +27,7 @@ FLOPS: Mapping[Any, Callable[..., int]] = {
 """Functions that count the operations of each operator, by `torch.utils.flop_counter`."""
 
 
-class Watch(TorchDispatchMode):
+class StorageCounter(TorchDispatchMode):
     """Context manager that follows the storages that are made in it.
 
     Args:

@@ -22,7 +22,7 @@ from peftcore.errors import BadInput
 from peftcore.models import example_inputs
 from peftcore.models.configurations import exported, reader_of
 from peftcore.models.example_inputs import Size
-from peftcore.models.model_names import Configured, check_architecture, find
+from peftcore.models.model_names import ModelConfiguration, check_architecture, find
 from peftcore.utils.packages import require
 from peftcore.utils.quiet import quiet
 
@@ -42,7 +42,7 @@ class Skeleton(ABC):
 
     @classmethod
     @abstractmethod
-    def build(cls, found: Configured, dtype: torch.dtype | None) -> Skeleton:
+    def build(cls, found: ModelConfiguration, dtype: torch.dtype | None) -> Skeleton:
         """Build the model of a configuration; in `dtype`, or in the dtype of the configuration, or in float32."""
 
     @property
@@ -77,14 +77,14 @@ class Skeleton(ABC):
         return inputs
 
 
-class Transformers(Skeleton):
+class TransformersSkeleton(Skeleton):
     """Skeletons of transformers: the class that ``architectures`` names, else what ``AutoModel`` makes of the
     configuration."""
 
     library = "transformers"
 
     @classmethod
-    def build(cls, found: Configured, dtype: torch.dtype | None) -> Skeleton:
+    def build(cls, found: ModelConfiguration, dtype: torch.dtype | None) -> Skeleton:
         import transformers
 
         source = found.source
@@ -119,13 +119,13 @@ class Transformers(Skeleton):
         return {**inputs, "labels": torch.zeros(logits.shape[:-1], dtype=torch.long)}
 
 
-class Timm(Skeleton):
+class TimmSkeleton(Skeleton):
     """Skeletons of timm: the architecture by name, with the arguments that were saved with it."""
 
     library = "timm"
 
     @classmethod
-    def build(cls, found: Configured, dtype: torch.dtype | None) -> Skeleton:
+    def build(cls, found: ModelConfiguration, dtype: torch.dtype | None) -> Skeleton:
         import timm
 
         name = str(found.config["architecture"])
@@ -143,13 +143,13 @@ class Timm(Skeleton):
         return {next(iter(parameters(self.model))): torch.zeros(size.batch, *shape, dtype=self.dtype)}
 
 
-class Diffusers(Skeleton):
+class DiffusersSkeleton(Skeleton):
     """Skeletons of diffusers: one component of a pipeline, by the class that its configuration names."""
 
     library = "diffusers"
 
     @classmethod
-    def build(cls, found: Configured, dtype: torch.dtype | None) -> Skeleton:
+    def build(cls, found: ModelConfiguration, dtype: torch.dtype | None) -> Skeleton:
         import diffusers
 
         source = found.source
@@ -168,9 +168,9 @@ class Diffusers(Skeleton):
 
 
 LIBRARIES: Mapping[str, type[Skeleton]] = {
-    "_class_name": Diffusers,
-    "model_type": Transformers,
-    "architecture": Timm,
+    "_class_name": DiffusersSkeleton,
+    "model_type": TransformersSkeleton,
+    "architecture": TimmSkeleton,
 }
 """The library that builds a model, by a key that its ``config.json`` has; the first that is there counts."""
 

@@ -49,7 +49,7 @@ class Source:
 
 
 @dataclass(frozen=True, order=True)
-class Row:
+class EvidenceRow:
     """A row of the evidence of a method."""
 
     source: Source
@@ -60,7 +60,7 @@ class Row:
         return str(self.source) if self.part == "outputs" else f"{self.source}: {self.part}"
 
 
-Evidence = Mapping[str, tuple[Row, ...]]
+Evidence = Mapping[str, tuple[EvidenceRow, ...]]
 """Rows by the name of a method."""
 
 
@@ -122,22 +122,22 @@ def read(file: Path) -> Evidence:
         raise PluginError(f"{file} is no evidence: {error}; `make evidence` writes it anew") from error
 
 
-def _rows(compared: Iterable[Part] = ("outputs",), **source: str) -> list[Row]:
+def _rows(compared: Iterable[Part] = ("outputs",), **source: str) -> list[EvidenceRow]:
     if unknown := set(compared) - set(PARTS):
         raise ValueError(f"{', '.join(sorted(unknown))} is none of {', '.join(PARTS)}")
-    return [Row(Source(**source), part) for part in compared]
+    return [EvidenceRow(Source(**source), part) for part in compared]
 
 
-def written(evidence: Mapping[str, Iterable[Row]]) -> str:
+def written(evidence: Mapping[str, Iterable[EvidenceRow]]) -> str:
     """Returns the text of a file with this evidence; equal evidence has equal text. It lists each source once, with the
     compared parts unless these are just the outputs."""
     return json.dumps({name: _written(set(evidence[name])) for name in sorted(evidence)}, indent=2) + "\n"
 
 
-def _written(rows: set[Row]) -> list[dict[str, Any]]:
+def _written(rows: set[EvidenceRow]) -> list[dict[str, Any]]:
     told: list[dict[str, Any]] = []
     for source in sorted({row.source for row in rows}):
-        compared = [part for part in PARTS if Row(source, part) in rows]
+        compared = [part for part in PARTS if EvidenceRow(source, part) in rows]
         told.append({key: value for key, value in asdict(source).items() if value})
         if compared != ["outputs"]:
             told[-1]["compared"] = compared

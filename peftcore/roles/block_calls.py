@@ -20,7 +20,7 @@ from typing import Any, Literal, NamedTuple
 
 from torch import nn
 
-from peftcore.roles.code_frames import HELD, NONE, Dims, Frame, Value, parameters
+from peftcore.roles.code_frames import HELD, NONE, CodeFrame, Dims, Value, parameters
 from peftcore.roles.source_code import UNKNOWN, definition_of
 from peftcore.roles.stacks import arguments
 
@@ -88,7 +88,7 @@ def alike(path: str) -> str:
     return re.sub(r"\d+", "*", path)
 
 
-class Call(NamedTuple):
+class FollowedCall(NamedTuple):
     """A call of a module on the way."""
 
     at: int
@@ -132,13 +132,13 @@ def _read(
     return BlockCalls(rows, "several" if "several" in runs else "unknown" if "unknown" in runs else "once")
 
 
-def _one_behind_the_other(first: Call, second: Call) -> bool:
+def _one_behind_the_other(first: FollowedCall, second: FollowedCall) -> bool:
     """Whether one forward runs both calls of the same module."""
     apart = any(where is there and side is not other for where, side in first.arms for there, other in second.arms)
     return not (apart or first.part or second.part)
 
 
-def _bound(names: Sequence[str], calls: Sequence[Call]) -> dict[str, Dims]:
+def _bound(names: Sequence[str], calls: Sequence[FollowedCall]) -> dict[str, Dims]:
     """Returns the dimensions of the rows in each argument of a module."""
     given: dict[str, Dims] = {}
     for call in calls:
@@ -153,13 +153,13 @@ class _Reader:
     def __init__(self, way: Sequence[nn.Module], at: int, plain: Callable[[nn.Module], type[nn.Module]]) -> None:
         self.way, self.at, self.plain = way, at, plain
         self.place = {id(module): number for number, module in enumerate(way)}
-        self.found: list[Call] = []
+        self.found: list[FollowedCall] = []
         self.counts: dict[int, int | None] = {}
         """How often each loop runs."""
         self.open: list[int] = []
         self.arms: list[tuple[ast.stmt, bool]] = []
 
-    def calls(self, given: Mapping[str, Dims] | None) -> list[Call]:
+    def calls(self, given: Mapping[str, Dims] | None) -> list[FollowedCall]:
         """Returns the calls, for arguments with the rows in these dimensions; None: rows are first in all arguments."""
         function = getattr(self.plain(self.way[self.at]), "forward", None)
         tree = definition_of(function)
@@ -187,10 +187,10 @@ class _Reader:
             elif count != 1:
                 runs |= {"unknown" if count is None else "several"} if count != 0 else set()
         often: Runs = "several" if "several" in runs else "unknown" if runs else "once"
-        self.found.append(Call(at, given, named, often, tuple(self.arms), callee.part))
+        self.found.append(FollowedCall(at, given, named, often, tuple(self.arms), callee.part))
 
 
-class _Frame(Frame):
+class _Frame(CodeFrame):
     """The names of one function, with the calls of modules on the way and the rows of the batch in its values."""
 
     question: _Reader

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from peftcore.roles.code_frames import Frame, Value, parameters
+from peftcore.roles.code_frames import CodeFrame, Value, parameters
 from peftcore.roles.source_code import UNKNOWN, definition_of
 from peftcore.roles.vocabulary import DROP_PATH_CLASS
 
@@ -161,7 +161,7 @@ class _Trail:
         self.order = order if self.order is None else tuple(self.order[dim] for dim in order)
 
 
-class _Frame(Frame):
+class _Frame(CodeFrame):
     """The names of one function, with the state of each value."""
 
     question: _Trail

@@ -1,8 +1,8 @@
 """Follows values through the source code of a function, without running it.
 
-A `Frame` has the names of one function. It follows the statements in order: assignments, both sides of conditions that
-attributes of modules do not decide, loops once, and methods and functions that are called. Each question about the code
-is a subclass, which defines the results of calls, operations and loops.
+A `CodeFrame` has the names of one function. It follows the statements in order: assignments, both sides of conditions
+that attributes of modules do not decide, loops once, and methods and functions that are called. Each question about the
+code is a subclass, which defines the results of calls, operations and loops.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Value(NamedTuple):
     """The state that a question records for it."""
 
 
-class Frame:
+class CodeFrame:
     """The names of one function while its code is followed.
 
     Args:

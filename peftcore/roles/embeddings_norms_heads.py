@@ -21,7 +21,7 @@ POSITION = V.POSITION - {"r"}
 
 
 @dataclass(slots=True)
-class Place:
+class NodeFacts:
     """The place of a node: facts that the rules below use."""
 
     node: Node
@@ -57,7 +57,7 @@ class Rest:
 
     # Places: facts inherited from above are carried down in the order of the walk.
 
-    def _places(self) -> Iterator[Place]:
+    def _places(self) -> Iterator[NodeFacts]:
         """Yields the nodes that still need a role, with the facts that they inherit from above."""
         inherited: list[tuple[bool, bool, bool, bool]] = []
         for node in self.survey.nodes:
@@ -74,7 +74,7 @@ class Rest:
                 first, last = self._span(node)
                 before, after = node.index < first, node.index > last
                 relative = V.words(node.below(node.block))
-                yield Place(node, relative, before, after, in_element, in_stage, in_head, under_norm)
+                yield NodeFacts(node, relative, before, after, in_element, in_stage, in_head, under_norm)
 
     def _span(self, node: Node) -> tuple[int, int]:
         """Returns the numbers of the first and last block under the nearest ancestor that holds any."""
@@ -86,11 +86,11 @@ class Rest:
             self._spans[parent] = (first.index, last.index) if first and last else self._span(parent)
         return self._spans[parent]
 
-    def _tensor(self, place: Place) -> str | None:
+    def _tensor(self, place: NodeFacts) -> str | None:
         """R12: bare parameters named for positions."""
         return "embed.pos" if V.words(place.node.name) & POSITION else None
 
-    def _table(self, place: Place) -> str:
+    def _table(self, place: NodeFacts) -> str:
         """R12: positions and segments by name; word embeddings by the host's own word for them and every table that
         shares their parameter (T5 and BART return a table that is never called), else by name.
         """
@@ -102,7 +102,7 @@ class Rest:
         shared = id(getattr(node.module, "weight", None)) in self.input_weights
         return "embed" if node.module in self.inputs or shared or node.words & V.WORD else V.OTHER
 
-    def _norm(self, place: Place) -> str:
+    def _norm(self, place: NodeFacts) -> str:
         """R13: inner norms act on a part of a mixer or MLP; outside the blocks the order distinguishes embedding norms
         from final norms.
         """
@@ -145,7 +145,7 @@ class Rest:
             for matrix in self.survey.matrices.under(pair)
         )
 
-    def _weight(self, place: Place) -> str:
+    def _weight(self, place: NodeFacts) -> str:
         """R14: the first description that fits, from the most specific name to the place alone."""
         node = place.node
         for fits, role in (
@@ -166,7 +166,7 @@ class Rest:
                 return role
         return V.OTHER
 
-    def _is_resampling(self, place: Place) -> bool:
+    def _is_resampling(self, place: NodeFacts) -> bool:
         """Whether a weight is part of a change of resolution: its name says so; or it is named for merging or
         reduction, and has strides, or reads the features of several patches at once between stages and reduces their
         number."""
@@ -181,7 +181,7 @@ class Rest:
         merges = node.block is None and between and any(each.fan_in > each.fan_out for each in within)
         return merges or any(max(getattr(each.module, "stride", (1,))) > 1 for each in within)
 
-    def _is_patch(self, place: Place) -> bool:
+    def _is_patch(self, place: NodeFacts) -> bool:
         """Whether a weight is a convolution whose kernel is its stride, or the projection of a patch embedding, before
         the blocks."""
         node = place.node
@@ -190,16 +190,16 @@ class Rest:
         named = node.parent is not None and V.PATCH_CLASS.search(node.parent.class_name) and node.name == "proj"
         return node.block is None and place.before and bool(tiles or named)
 
-    def _is_position(self, place: Place) -> bool:
+    def _is_position(self, place: NodeFacts) -> bool:
         return bool(place.relative & POSITION)
 
-    def _is_excitation(self, place: Place) -> bool:
+    def _is_excitation(self, place: NodeFacts) -> bool:
         return place.node.block is not None and "se" in place.relative
 
-    def _is_router(self, place: Place) -> bool:
+    def _is_router(self, place: NodeFacts) -> bool:
         return "router" in place.relative
 
-    def _is_modulation(self, place: Place) -> bool:
+    def _is_modulation(self, place: NodeFacts) -> bool:
         """Whether a matrix turns time or condition into scales and shifts: named so, or held by a norm (adaLN)."""
         node = place.node
         if node.kind is not Kind.LINEAR:
@@ -209,28 +209,28 @@ class Rest:
         timed = node.block is not None and "time" in node.words
         return bool(named or timed or place.under_norm)
 
-    def _is_convolution(self, place: Place) -> bool:
+    def _is_convolution(self, place: NodeFacts) -> bool:
         node = place.node
         first = node is self.survey.convs.nodes[0] if len(self.survey.convs) else False
         return node.kind is Kind.CONV and (node.block is not None or (not len(self.blocks.blocks) and not first))
 
-    def _is_stem(self, place: Place) -> bool:
+    def _is_stem(self, place: NodeFacts) -> bool:
         """Whether a convolution makes the first features: before the blocks, and strided or outside all stages."""
         node = place.node
         if node.kind is not Kind.CONV or not place.before or place.in_head or "neck" in place.relative:
             return False
         return max(getattr(node.module, "stride", (1,))) > 1 or not place.in_stage
 
-    def _is_inner_other(self, place: Place) -> bool:
+    def _is_inner_other(self, place: NodeFacts) -> bool:
         return place.node.block is not None or place.in_stage
 
-    def _is_declared_head(self, place: Place) -> bool:
+    def _is_declared_head(self, place: NodeFacts) -> bool:
         return place.in_head
 
-    def _is_token_embedder(self, place: Place) -> bool:
+    def _is_token_embedder(self, place: NodeFacts) -> bool:
         return place.node.kind is Kind.LINEAR and V.words(place.node.name) >= {"embedder", "x"}
 
-    def _is_head(self, place: Place) -> bool:
+    def _is_head(self, place: NodeFacts) -> bool:
         """Whether a matrix is head-named, near the root and after the last block, or the very last matrix of the
         root."""
         node = place.node
@@ -256,7 +256,7 @@ class Rest:
                 node.context = node.context or bool(V.words(node.below(block)) & V.CONTEXT_BRANCH)
 
 
-_RULES: dict[Kind, Callable[[Rest, Place], str | None]] = {
+_RULES: dict[Kind, Callable[[Rest, NodeFacts], str | None]] = {
     Kind.TENSOR: Rest._tensor,
     Kind.TABLE: Rest._table,
     Kind.NORM: Rest._norm,

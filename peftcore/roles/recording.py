@@ -28,7 +28,7 @@ _SHALLOW = 40  # autograd nodes between a softmax and its product: masking, drop
 
 
 @dataclass(frozen=True, slots=True)
-class Output:
+class MatrixOutput:
     """The output of a matrix, with its time."""
 
     value: Tensor
@@ -36,7 +36,7 @@ class Output:
 
 
 @dataclass(frozen=True, slots=True)
-class Frame:
+class RunningModule:
     """A module that is running."""
 
     path: str
@@ -47,9 +47,9 @@ class Frame:
 class AttentionEvent:
     """The operands of one attention, the modules running around it, and the outputs of matrices until then."""
 
-    frames: tuple[Frame, ...]
+    frames: tuple[RunningModule, ...]
     operands: dict[str, Tensor]
-    outputs: dict[str, Output]
+    outputs: dict[str, MatrixOutput]
 
 
 @dataclass(slots=True)
@@ -58,7 +58,7 @@ class DownEvent:
 
     path: str
     value: Tensor
-    outputs: dict[str, Output]
+    outputs: dict[str, MatrixOutput]
 
 
 @dataclass(slots=True)
@@ -109,8 +109,8 @@ class _Recorder(TorchFunctionMode):
         self._matrices = matrices
         self._downs = downs
         self._time = 0
-        self._frames: list[Frame] = []
-        self._outputs: dict[str, Output] = {}
+        self._frames: list[RunningModule] = []
+        self._outputs: dict[str, MatrixOutput] = {}
         self._products: list[tuple[Tensor, Tensor, Tensor]] = []
         self._softmax: tuple[Tensor, Tensor, int] | None = None  # input, output, number of products before
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
@@ -128,7 +128,7 @@ class _Recorder(TorchFunctionMode):
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self._time += 1
             self.recording.first_call.setdefault(path, self._time)
-            self._frames.append(Frame(path, self._time))
+            self._frames.append(RunningModule(path, self._time))
             given = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
             if path in self._downs and given is not None:
                 self.recording.downs.append(DownEvent(path, given, dict(self._outputs)))
@@ -141,7 +141,7 @@ class _Recorder(TorchFunctionMode):
             while self._frames and self._frames.pop().path != path:
                 pass
             if path in self._matrices and isinstance(output, Tensor):
-                self._outputs[path] = Output(output, self._time)
+                self._outputs[path] = MatrixOutput(output, self._time)
 
         return hook
 

@@ -10,11 +10,11 @@ from types import FunctionType, MethodType
 from typing import Any
 
 
-class Unknown:
+class UnknownValue:
     """The class of `UNKNOWN`: a value that is unknown until the code runs."""
 
 
-UNKNOWN = Unknown()
+UNKNOWN = UnknownValue()
 
 
 @functools.cache

@@ -34,7 +34,7 @@ class Branch:
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class TreeLine:
     """One line of the tree, for a module or for several that are alike."""
 
     depth: int
@@ -57,7 +57,7 @@ def render(host: HostMap) -> str:
     )
 
 
-def tree_lines(host: HostMap, marks: Mapping[str, Sequence[str]] = MappingProxyType({})) -> list[Line]:
+def tree_lines(host: HostMap, marks: Mapping[str, Sequence[str]] = MappingProxyType({})) -> list[TreeLine]:
     """Returns the map's lines from top to bottom. `marks` are further texts by path; modules with different texts are
     not alike, and a path with a text gets a line even if the map lacks a role for it."""
     root = Branch()
@@ -79,9 +79,9 @@ def descend(root: Branch, path: str) -> Branch:
     return branch
 
 
-def below(branch: Branch, depth: int) -> list[Line]:
+def below(branch: Branch, depth: int) -> list[TreeLine]:
     """Returns the lines of all children. Numbered ones that look alike share their lines: `[0-11]`, `[0,2,4-6]`."""
-    alike: dict[tuple[str, tuple[Line, ...]], list[str]] = {}
+    alike: dict[tuple[str, tuple[TreeLine, ...]], list[str]] = {}
     for name, child in branch.children.items():
         prefix, number = split(name)
         lines = tuple(lines_of(child, "", depth))
@@ -93,7 +93,7 @@ def below(branch: Branch, depth: int) -> list[Line]:
     ]
 
 
-def lines_of(branch: Branch, name: str, depth: int) -> list[Line]:
+def lines_of(branch: Branch, name: str, depth: int) -> list[TreeLine]:
     """Returns the lines of a branch. A branch without a role and with a single line below it joins its name with that
     line's name: `layers.[0-11]`."""
     if branch.bare:
@@ -103,13 +103,13 @@ def lines_of(branch: Branch, name: str, depth: int) -> list[Line]:
     return [*own_lines(branch, name, depth), *below(branch, depth + 1)]
 
 
-def own_lines(branch: Branch, name: str, depth: int) -> Iterator[Line]:
+def own_lines(branch: Branch, name: str, depth: int) -> Iterator[TreeLine]:
     roles = " + ".join(entry.role for entry in branch.entries if entry.role != OTHER)
     if branch.tower:
         roles = f"{branch.tower} + {roles}" if roles else branch.tower
     shape = next((" x ".join(map(str, entry.shape)) for entry in branch.entries if entry.shape), "")
     notes = "; ".join(note for entry in branch.entries for note in notes_of(entry))
-    yield Line(depth, name, roles, shape, notes, tuple(branch.marks))
+    yield TreeLine(depth, name, roles, shape, notes, tuple(branch.marks))
 
 
 def notes_of(entry: HostEntry) -> Iterator[str]:

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from peftcore.errors import MergeError
 from peftcore.registry.plugins import layer_of
-from peftcore.testing.quantizers import LINEAR, Packing, check
+from peftcore.testing.quantizers import LINEAR, QuantizerCase, check
 from peftcore.testing.tools import KINDS
 
 ATTRIBUTES = "attributes of"
@@ -22,7 +22,7 @@ ATTRIBUTES = "attributes of"
     cause="evaluation packs the weight again, for a kernel without backward",
     remedy="leave what is packed as it is, and choose the kernel in each forward anew",
 )
-def evaluation_does_not_disturb_training(case: Packing) -> None:
+def evaluation_does_not_disturb_training(case: QuantizerCase) -> None:
     for kind in ("activation", "weight"):
         model = case.packed()
         expected = case.train(model, case.adapt(model, kind))
@@ -44,7 +44,7 @@ def evaluation_does_not_disturb_training(case: Packing) -> None:
     cause="`runs_dense`, the bias, or the backward is not that of the weight that is read",
     remedy="add the bias that stands at the module, once, and let autograd see it",
 )
-def every_kind_of_operator_trains(case: Packing) -> None:
+def every_kind_of_operator_trains(case: QuantizerCase) -> None:
     for kind in KINDS:
         model = case.packed()
         twin = case.twin(model)
@@ -61,7 +61,7 @@ def every_kind_of_operator_trains(case: Packing) -> None:
     cause="`dtype` is not what was packed from",
     remedy="remember the weight's dtype in the module",
 )
-def merging_into_float_keeps_the_output_and_the_codes(case: Packing) -> None:
+def merging_into_float_keeps_the_output_and_the_codes(case: QuantizerCase) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         for kind in KINDS:
             model = case.packed(dtype)
@@ -83,7 +83,7 @@ def merging_into_float_keeps_the_output_and_the_codes(case: Packing) -> None:
     cause="`pack` does not take over the module's options",
     remedy="make the new module with all options of the one that comes in",
 )
-def merging_into_the_same_format_tells_its_error(case: Packing) -> None:
+def merging_into_the_same_format_tells_its_error(case: QuantizerCase) -> None:
     for kind in KINDS:
         model, other = case.packed(), case.packed()
         injection = case.adapt(model, kind)
@@ -112,7 +112,7 @@ def merging_into_the_same_format_tells_its_error(case: Packing) -> None:
     cause="`pack` changes the module that it is to be packed like",
     remedy="only read from it, and return a new one",
 )
-def a_bound_refuses_and_changes_nothing(case: Packing) -> None:
+def a_bound_refuses_and_changes_nothing(case: QuantizerCase) -> None:
     model = case.packed()
     injection = case.adapt(model, "activation")
     adapted, before = case.run(model), case.state(model)
@@ -153,7 +153,7 @@ class _Made(TorchDispatchMode):  # type: ignore[no-untyped-call]
     cause="a weight that was unpacked is kept at the module, or by autograd",
     remedy="unpack again in backward: keep in `ctx` what is packed",
 )
-def no_dense_copy_is_kept(case: Packing) -> None:
+def no_dense_copy_is_kept(case: QuantizerCase) -> None:
     for kind in ("activation", "weight"):
         model = case.packed()
         case.adapt(model, kind)
@@ -171,7 +171,7 @@ def no_dense_copy_is_kept(case: Packing) -> None:
     cause="reading sets attributes",
     remedy="let `unpack`, `features`, `dtype` and `device` only read",
 )
-def removing_leaves_no_trace(case: Packing) -> None:
+def removing_leaves_no_trace(case: QuantizerCase) -> None:
     for kind in KINDS:
         model = case.packed()
         with torch.no_grad():  # some set attributes in their first forward

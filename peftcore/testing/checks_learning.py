@@ -15,7 +15,7 @@ from peftcore.contract.method import LearningRate
 from peftcore.errors import TargetError, UnsupportedSite
 from peftcore.injection.injection import Injection
 from peftcore.testing.kit import Case, NotApplicable, check
-from peftcore.testing.learning_tasks import PICTURE, STEPS, TASKS, Batch, Task, full_fine_tuning
+from peftcore.testing.learning_tasks import PICTURE, STEPS, TASKS, Batch, LearningTask, full_fine_tuning
 
 SHARE = 1 / 3
 """The share of the gain of full fine-tuning in the same steps."""
@@ -26,7 +26,7 @@ UNKNOWN = LearningRate(1e-3, source="", on="")
 """The learning rate that is taken where no source says one."""
 
 
-def _told(case: Case, task: Task) -> Task:
+def _told(case: Case, task: LearningTask) -> LearningTask:
     """Return the task with calls that give the method the context that it needs."""
     context = case.context
     if context is None:
@@ -42,14 +42,14 @@ def _told(case: Case, task: Task) -> Task:
     return replace(task, loss=telling(task.loss), score=telling(task.score))
 
 
-def _adapted(case: Case, task: Task) -> Injection:
+def _adapted(case: Case, task: LearningTask) -> Injection:
     """Apply the method with its default target to a fresh host of the task."""
     return peftcore.apply(
         task.pretrained(), case.method, data=_shown(task) if case.looks_at_data else None, **case.options
     )
 
 
-def _shown(task: Task) -> list[Any]:
+def _shown(task: LearningTask) -> list[Any]:
     """Return a batch of the task to look at before training, with its labels beside it where there are some."""
     batch = task.batch(STEPS)
 
@@ -59,7 +59,7 @@ def _shown(task: Task) -> list[Any]:
     return [Labelled(loss, batch["labels"])] if "labels" in batch else [loss]
 
 
-def _gains(case: Case, task: Task) -> Iterator[tuple[float, float]]:
+def _gains(case: Case, task: LearningTask) -> Iterator[tuple[float, float]]:
     """Yield shares of the gain of full fine-tuning, before training and after it, by multiple of the learning rate."""
     base = task.scored(task.pretrained())
     whole = full_fine_tuning(task) - base

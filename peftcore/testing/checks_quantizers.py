@@ -23,7 +23,7 @@ from peftcore.registry.plugins import layer_of
 from peftcore.testing.failures import CheckFailed
 from peftcore.testing.hosts import gpt2
 from peftcore.testing.kit import NotApplicable, fill
-from peftcore.testing.quantizers import LINEAR, Packing, check
+from peftcore.testing.quantizers import LINEAR, QuantizerCase, check
 from peftcore.testing.tools import Kinds, differences, raises, trace
 
 USELESS = 0.3
@@ -35,7 +35,7 @@ USELESS = 0.3
     cause="`module` and `unpack` do not fit together, or packing draws random numbers",
     remedy="compare `layer.unpack(scheme.module(w))` with w, row by row",
 )
-def what_is_packed_is_read_back(case: Packing) -> str:
+def what_is_packed_is_read_back(case: QuantizerCase) -> str:
     chosen, weight = case.scheme, case.values(128, 64)
     weight[5] = 0
     once, again = chosen.module(weight), chosen.module(weight.clone())
@@ -57,7 +57,7 @@ def what_is_packed_is_read_back(case: Packing) -> str:
     cause="scales or the bias are used in another way in forward, or one dtype takes a path of its own",
     remedy="compare it with `linear(x, unpack(module), bias)`, in float32 and in bfloat16",
 )
-def forward_uses_the_weight_that_is_read(case: Packing) -> None:
+def forward_uses_the_weight_that_is_read(case: QuantizerCase) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         model = case.packed(dtype)
         for path, width in zip(LINEAR, (64, 128), strict=True):
@@ -74,7 +74,7 @@ def forward_uses_the_weight_that_is_read(case: Packing) -> None:
     cause="the kernel has no backward, or another weight in it",
     remedy="wrap it into a `torch.autograd.Function` whose backward is the gradient times the weight that is read",
 )
-def gradients_pass_to_the_input(case: Packing) -> None:
+def gradients_pass_to_the_input(case: QuantizerCase) -> None:
     for shape in ((7, 64), (3, 5, 64)):
         module, x, weights = case.packed().first, case.values(*shape).requires_grad_(), case.values(*shape[:-1], 128)
         module.train()(x).backward(weights)
@@ -84,7 +84,7 @@ def gradients_pass_to_the_input(case: Packing) -> None:
 
 
 @contextmanager
-def never_unpacking(case: Packing) -> Iterator[None]:
+def never_unpacking(case: QuantizerCase) -> Iterator[None]:
     """Fail the check if a weight is made dense within the block."""
     kind = type(case.scheme.layer)
     with mock.patch.object(kind, "unpack", autospec=True, side_effect=kind.unpack) as unpack:
@@ -97,7 +97,7 @@ def never_unpacking(case: Packing) -> Iterator[None]:
     cause="`features` or `dtype` read the weight",
     remedy="keep both as attributes of the module",
 )
-def shapes_are_told_without_unpacking(case: Packing) -> None:
+def shapes_are_told_without_unpacking(case: QuantizerCase) -> None:
     dense, packed = case.dense(), case.packed()
     with never_unpacking(case):
         facts = []
@@ -115,7 +115,7 @@ def shapes_are_told_without_unpacking(case: Packing) -> None:
     cause="the module goes round torch's `__call__`, or brings a bias or hooks of its own",
     remedy="define `forward` alone, and register a bias of None: the layer's own is put there",
 )
-def quantize_keeps_what_stands_there(case: Packing) -> None:
+def quantize_keeps_what_stands_there(case: QuantizerCase) -> None:
     model, seen = case.dense(), list[Any]()
     first, bias, before = model.first, model.first.bias, trace(model.norm)
     model.second.train()
@@ -136,7 +136,7 @@ def quantize_keeps_what_stands_there(case: Packing) -> None:
     cause="the order of rows depends on the shape, or the weight's strides are not looked at",
     remedy="treat row i as row i, whatever the shape",
 )
-def fused_and_transposed_layers_are_packed(case: Packing) -> None:
+def fused_and_transposed_layers_are_packed(case: QuantizerCase) -> None:
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(0)
         model, inputs = gpt2(64)()
@@ -164,7 +164,7 @@ def fused_and_transposed_layers_are_packed(case: Packing) -> None:
     cause="something in the module cannot be copied",
     remedy="hold tensors in buffers, and define no `__deepcopy__`",
 )
-def copies_compute_the_same(case: Packing) -> None:
+def copies_compute_the_same(case: QuantizerCase) -> None:
     model = case.packed()
     case.adapt(model, "activation")
     other, expected = copy.deepcopy(model), case.run(model)
@@ -180,7 +180,7 @@ def copies_compute_the_same(case: Packing) -> None:
     cause="something in the module is known to this process alone: a function, a handle",
     remedy="make it in forward, or leave it out in `__getstate__`",
 )
-def pickles_compute_the_same(case: Packing) -> None:
+def pickles_compute_the_same(case: QuantizerCase) -> None:
     model, file = case.packed(), io.BytesIO()
     expected = case.run(model)
     torch.save(model, file)
@@ -193,7 +193,7 @@ def pickles_compute_the_same(case: Packing) -> None:
     cause="a tensor is no buffer, or is not persistent",
     remedy="register all that `unpack` reads by `register_buffer`",
 )
-def state_is_saved_and_loaded(case: Packing) -> None:
+def state_is_saved_and_loaded(case: QuantizerCase) -> None:
     from safetensors.torch import load_file, save_file
 
     model, other = case.packed(), case.dense()
@@ -213,7 +213,7 @@ def state_is_saved_and_loaded(case: Packing) -> None:
     cause="the scheme's fields are not strict, or unknown ones are passed over",
     remedy="leave `model_config` alone, and give each option its type",
 )
-def wrong_options_are_refused(case: Packing) -> None:
+def wrong_options_are_refused(case: QuantizerCase) -> None:
     fields = scheme_class(case.name).model_fields
     for wrong in ("no_such_option", *fields):
         model = case.dense()
@@ -228,7 +228,7 @@ def wrong_options_are_refused(case: Packing) -> None:
     cause="`extra` does not say it",
     remedy="set it to what pip is to install: name[extra]",
 )
-def missing_packages_are_told(case: Packing) -> None:
+def missing_packages_are_told(case: QuantizerCase) -> None:
     kind = scheme_class(case.name)
     if not kind.requires:
         raise NotApplicable(f"{case.name} needs no package")
@@ -248,7 +248,7 @@ def missing_packages_are_told(case: Packing) -> None:
     cause="a shape is not looked at in `module`, or is refused with another error",
     remedy="raise QuantizationError in `module` for what the format cannot hold",
 )
-def what_does_not_fit_is_refused(case: Packing) -> None:
+def what_does_not_fit_is_refused(case: QuantizerCase) -> None:
     chosen = case.scheme
     for shape in ((7, 5), (3, 1), (1, 64), (33, 17), (64, 33), (33, 64)):
         model: Any = nn.Sequential(nn.Linear(128, 64), nn.Linear(shape[1], shape[0])).eval()

@@ -41,7 +41,7 @@ import torch
 from torch import Tensor
 
 from peftcore.registry.catalogue import method as find_method
-from peftcore.registry.evidence import AUTHORS, OTHERS, PARTS, Part, Row, Source
+from peftcore.registry.evidence import AUTHORS, OTHERS, PARTS, EvidenceRow, Part, Source
 from peftcore.testing.failures import CheckFailed
 
 P = ParamSpec("P")
@@ -56,7 +56,7 @@ MADE: Mapping[Part, str] = {"outputs": "numbers", "start": "start", "trains": "t
 class Declaration:
     """The comparison that a test declares."""
 
-    row: Row
+    row: EvidenceRow
     methods: tuple[str, ...]
     """Names of methods; none where an argument of the test says it."""
     of: str | None = None
@@ -76,7 +76,7 @@ class _Watch:
     files: set[str] = field(default_factory=set)
     """Files of methods of which no code ran so far."""
     returned: bool = False
-    read: list[Row] = field(default_factory=list)
+    read: list[EvidenceRow] = field(default_factory=list)
 
     def see(self, frame: FrameType, event: str, result: Any) -> bool:
         """Takes note of a call or of what it returned. Returns whether there is nothing more to see."""
@@ -121,7 +121,7 @@ def against(
     Raises:
         ValueError: the declaration is not whole.
     """
-    known, of_no_library = Row(Source(source, repository, commit, script), part), source in (AUTHORS, OTHERS)
+    known, of_no_library = EvidenceRow(Source(source, repository, commit, script), part), source in (AUTHORS, OTHERS)
     places = repository, commit, script
     if not all(places) and (of_no_library or any(places) or part != "outputs"):
         raise ValueError(
@@ -177,7 +177,7 @@ def frozen(path: Path, part: Part = "outputs") -> Any:
         raise CheckFailed(f"beside {path.name} there is no {path.stem}.py, which would make its numbers again")
     for watch in _watches:
         source = found.get("source", AUTHORS), found["repository"], found["commit"], found["script"]
-        watch.read.append(Row(Source(*source), part))
+        watch.read.append(EvidenceRow(Source(*source), part))
     return found[MADE[part]]
 
 
@@ -236,7 +236,7 @@ def _watching(source: Source, methods: tuple[str, ...]) -> Iterator[_Watch]:
         _watches.remove(watch)
 
 
-def _judge(watch: _Watch, row: Row, methods: tuple[str, ...]) -> None:
+def _judge(watch: _Watch, row: EvidenceRow, methods: tuple[str, ...]) -> None:
     """Check that what was declared has happened.
 
     Raises:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from peftcore.registry.catalogue import method as find_method
-from peftcore.registry.evidence import FILE, Row, Source, folder, read, written
+from peftcore.registry.evidence import FILE, EvidenceRow, Source, folder, read, written
 from peftcore.testing.declared_evidence import declarations
 
 KEY = "evidence"
@@ -40,9 +40,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         raise pytest.UsageError("\n".join([*wrong, "`make evidence` writes what tests compare"]))
 
 
-def declared(items: list[pytest.Item]) -> dict[Path, dict[str, set[Row]]]:
+def declared(items: list[pytest.Item]) -> dict[Path, dict[str, set[EvidenceRow]]]:
     """Returns the rows that tests declare, by package and method."""
-    found: defaultdict[Path, defaultdict[str, set[Row]]] = defaultdict(lambda: defaultdict(set))
+    found: defaultdict[Path, defaultdict[str, set[EvidenceRow]]] = defaultdict(lambda: defaultdict(set))
     for item in items:
         for name, row in _of(item):
             place = folder(find_method(name).__module__.partition(".")[0])
@@ -51,7 +51,7 @@ def declared(items: list[pytest.Item]) -> dict[Path, dict[str, set[Row]]]:
     return {file: dict(methods) for file, methods in found.items()}
 
 
-def _of(item: pytest.Item) -> list[tuple[str, Row]]:
+def _of(item: pytest.Item) -> list[tuple[str, EvidenceRow]]:
     function, arguments = getattr(item, "function", None), getattr(getattr(item, "callspec", None), "params", {})
     return [(name, each.row) for each in declarations(function) for name in each.named(arguments)]
 
@@ -72,7 +72,7 @@ class Gathering:
     """Gathers what tests that passed compared, and writes it."""
 
     def __init__(self) -> None:
-        self.proved: defaultdict[Path, defaultdict[str, set[Row]]] = defaultdict(lambda: defaultdict(set))
+        self.proved: defaultdict[Path, defaultdict[str, set[EvidenceRow]]] = defaultdict(lambda: defaultdict(set))
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
@@ -90,7 +90,7 @@ class Gathering:
         for key, told in report.user_properties:
             if key == KEY and isinstance(told, list):
                 for file, name, part, *source in told:
-                    self.proved[Path(file)][name].add(Row(Source(*source), part))
+                    self.proved[Path(file)][name].add(EvidenceRow(Source(*source), part))
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         if not hasattr(session.config, "workerinput"):

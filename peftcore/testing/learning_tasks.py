@@ -34,7 +34,7 @@ HELD_OUT = -1
 
 
 @dataclass(frozen=True)
-class Task:
+class LearningTask:
     """One task to learn.
 
     Attributes:
@@ -302,17 +302,21 @@ def _copies(of: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
     return lambda: copy.deepcopy(of())
 
 
-TASKS: Iterable[Task] = (
-    Task("digits", _copies(_classifier), _turned, _classified, _accuracy),
-    Task("text", _copies(_writer), _exchanged, _continued, lambda model, batch: -_continued(model, batch).item()),
-    Task("names", _copies(_matcher), _named, _matched, _right),
-    Task("denoiser", _copies(_denoiser), _noised, _denoised, lambda model, batch: -_denoised(model, batch).item()),
+TASKS: Iterable[LearningTask] = (
+    LearningTask("digits", _copies(_classifier), _turned, _classified, _accuracy),
+    LearningTask(
+        "text", _copies(_writer), _exchanged, _continued, lambda model, batch: -_continued(model, batch).item()
+    ),
+    LearningTask("names", _copies(_matcher), _named, _matched, _right),
+    LearningTask(
+        "denoiser", _copies(_denoiser), _noised, _denoised, lambda model, batch: -_denoised(model, batch).item()
+    ),
 )
 """The tasks, in the order in which a method tries them."""
 
 
 @functools.cache
-def full_fine_tuning(task: Task) -> float:
+def full_fine_tuning(task: LearningTask) -> float:
     """Return the score of the whole host trained in the same steps, at the best of three learning rates."""
 
     def train() -> dict[str, Tensor]:

@@ -29,7 +29,7 @@ from peftcore.testing.tools import Kinds, Trace, differences, trace
 LINEAR = ("first", "second")
 
 
-class Block(nn.Module):
+class TwoLinears(nn.Module):
     """Two linear layers, one with a bias, of sizes that groups of 64 divide."""
 
     def __init__(self) -> None:
@@ -43,7 +43,7 @@ class Block(nn.Module):
 
 
 @dataclass(frozen=True)
-class Packing(Expecting):
+class QuantizerCase(Expecting):
     """A scheme with options, on small hosts that are always the same."""
 
     name: str
@@ -71,7 +71,7 @@ class Packing(Expecting):
         """Build a dense host."""
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(0)
-            return Block().to(dtype).eval()
+            return TwoLinears().to(dtype).eval()
 
     def packed(self, dtype: torch.dtype = torch.float32) -> Any:
         """Build the same host, quantized."""
@@ -139,10 +139,12 @@ QUANTIZER_CHECKS: list[Check] = []
 """Every check of a quantizer."""
 
 
-def check(promise: str, *, cause: str, remedy: str) -> Callable[[Callable[[Packing], Any]], Callable[[Packing], Any]]:
+def check(
+    promise: str, *, cause: str, remedy: str
+) -> Callable[[Callable[[QuantizerCase], Any]], Callable[[QuantizerCase], Any]]:
     """File a function as a check."""
 
-    def file(function: Callable[[Packing], Any]) -> Callable[[Packing], Any]:
+    def file(function: Callable[[QuantizerCase], Any]) -> Callable[[QuantizerCase], Any]:
         QUANTIZER_CHECKS.append(Check(function, promise, cause, remedy))
         return function
 
@@ -166,7 +168,7 @@ def check_quantizer(
         ConfigError: a failure is declared of a check that there is not.
     """
     expected, runs = declared or {}, _runs(name, tolerance, declared or {}, options)
-    case = Packing(name, options, tolerance)
+    case = QuantizerCase(name, options, tolerance)
     return [judged(each, case.label, runs[each.name], expected.get(each.name)) for each in QUANTIZER_CHECKS]
 
 
@@ -187,14 +189,14 @@ def quantizer_conformance(
 def _runs(
     name: str, tolerance: float | None, declared: Mapping[str, str], options: Mapping[str, Any]
 ) -> dict[str, Callable[[], str | None]]:
-    case = Packing(name, options, tolerance)
+    case = QuantizerCase(name, options, tolerance)
     stray = [each for each in declared if each not in {check.name for check in QUANTIZER_CHECKS}]
     if stray:
         raise ConfigError(f"{name}: there is no check {', '.join(stray)}")
     return {each.name: functools.partial(_run, each, case) for each in QUANTIZER_CHECKS}
 
 
-def _run(check: Check, case: Packing) -> str | None:
+def _run(check: Check, case: QuantizerCase) -> str | None:
     missing = scheme_class(case.name).missing()
     if missing:
         raise NotApplicable(f"{case.name} needs {', '.join(missing)}")

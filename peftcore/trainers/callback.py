@@ -30,7 +30,7 @@ from peftcore.libraries.instance_methods import give_methods_back, replace_metho
 from peftcore.trainers.custom_checkpoints import of_run, read_beside, save_beside
 from peftcore.trainers.trainer_checkpoints import (
     STATE,
-    Held,
+    TransientBuffer,
     check_records,
     digest,
     frozen_keys,
@@ -255,7 +255,7 @@ class PeftcoreCallback(transformers.TrainerCallback):
         for held in state_between_steps(model):
             self._before.setdefault(held.key, digest(held.buffer))
 
-    def _wanted(self, held: Held) -> bool:
+    def _wanted(self, held: TransientBuffer) -> bool:
         """Whether a checkpoint has to have state between steps: no optimizer saves it, and it is not what comes out the
         same each time."""
         if held.injection is self._own:

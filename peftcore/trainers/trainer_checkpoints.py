@@ -61,7 +61,7 @@ def frozen_keys(model: nn.Module) -> set[str]:
     return frozen - keys_of(model, within(model))
 
 
-class Held(NamedTuple):
+class TransientBuffer(NamedTuple):
     """A non-persistent buffer of an injection: statistics or a counter that a resumed training needs, or a random draw
     that is the same each time.
     """
@@ -72,11 +72,11 @@ class Held(NamedTuple):
     buffer: Tensor
 
 
-def state_between_steps(model: nn.Module) -> list[Held]:
+def state_between_steps(model: nn.Module) -> list[TransientBuffer]:
     """Returns the non-persistent buffers of all injections."""
     found = ((path, injection) for path, module in model.named_modules() for injection in injections(module).values())
     return [
-        Held(".".join(filter(None, (STATE, path, injection.name, name))), injection, buffer)
+        TransientBuffer(".".join(filter(None, (STATE, path, injection.name, name))), injection, buffer)
         for path, injection in found
         for name, buffer in transient(injection)
         if not buffer.is_meta
@@ -138,7 +138,7 @@ def _without_quantizer(model: nn.Module) -> Iterator[None]:
         yield
 
 
-class Run(Protocol):
+class CheckpointWriter(Protocol):
     """A training that writes checkpoints."""
 
     def has_checkpoint(self, folder: str | os.PathLike[str]) -> bool:
@@ -160,7 +160,7 @@ class SavesAdapters(SavesBase):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
-        self.run: Run | None = None
+        self.run: CheckpointWriter | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the training out of copies of the model, which are nothing to it."""
@@ -215,7 +215,7 @@ def save_for_trainer(model: nn.Module) -> None:
         new.owners = own.owners if isinstance(own, SavesBase) else []
 
 
-def tell_run(model: nn.Module, run: Run | None) -> bool:
+def tell_run(model: nn.Module, run: CheckpointWriter | None) -> bool:
     """Set the current training of the model's ``save_pretrained``, or None after the end of a training.
 
     Returns whether the model's ``save_pretrained`` is a `SavesAdapters`.

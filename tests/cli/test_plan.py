@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 import peftcore
 from peftcore.cli.commands import app
-from peftcore.models.activation_memory import Batch, kept, named_tensors
-from peftcore.models.dry_run import Wanted
+from peftcore.models.activation_memory import ExampleBatch, kept, named_tensors
+from peftcore.models.dry_run import RequestedMethod
 from peftcore.models.example_inputs import Size
 from peftcore.models.skeletons import skeleton
 
@@ -70,7 +70,7 @@ def test_numbers_are_those_of_the_real_thing(host: str, method: str, folders: Fo
     def run(inputs: dict[str, Any]) -> Any:
         return model(**inputs)
 
-    batch = Batch.of(type(built)(built.source, model), Size(3), run)
+    batch = ExampleBatch.of(type(built)(built.source, model), Size(3), run)
     assert (found["batch"], found["with_loss"]) == (batch.shapes, batch.loss)
     assert found["memory"]["full"]["activations"] == kept(named_tensors(model), run, batch.inputs)
 
@@ -166,7 +166,7 @@ def test_options_are_read_as_yaml_or_as_they_stand() -> None:
         "s": "a=b",
         "q": "4",
     }
-    assert Wanted("convpass", {"grid": [4, 8]}).resolved()[1].model_dump()["grid"] == (4, 8)
+    assert RequestedMethod("convpass", {"grid": [4, 8]}).resolved()[1].model_dump()["grid"] == (4, 8)
 
 
 def test_bad_options(folders: Folders) -> None:

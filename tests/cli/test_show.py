@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 import peftcore
 from peftcore.authoring.budgets import budgets
 from peftcore.cli.commands import app
-from peftcore.cli.inspection.show import Option, Shown, options_table, paragraphs, section
+from peftcore.cli.inspection.show import MethodDescription, Option, options_table, paragraphs, section
 from peftcore.cli.pages import console
 from peftcore.registry.method_text import HEADINGS
 
@@ -72,7 +72,7 @@ def test_what_is_compared_stands_beside_its_source() -> None:
 
 def test_every_option_of_every_method_has_a_type_and_a_description() -> None:
     for info in peftcore.methods():
-        for option in Shown.of(f"{info.plugin}/{info.name}").options:
+        for option in MethodDescription.of(f"{info.plugin}/{info.name}").options:
             assert option.description, (info.name, option.name)
             assert "any" not in option.type.split(), (info.name, option.name)
 
@@ -162,17 +162,17 @@ class Divided(peftcore.author.Method):
 
 
 def test_a_description_has_its_sections_as_titles(capsys: pytest.CaptureFixture[str]) -> None:
-    shown = Shown(next(iter(peftcore.methods())), Divided)
+    shown = MethodDescription(next(iter(peftcore.methods())), Divided)
     assert list(shown.sections) == ["", *HEADINGS]
     console().print(*(line for each in shown.sections.items() for line in section(*each)), sep="\n")
     lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
     assert lines[lines.index("Equation") + 1] == "    y = x"
     assert lines[lines.index("Differs from the authors' code") + 1] == "nothing is known."
-    assert json.loads(printed("show", "lora", "--json"))["sections"] == Shown.of("lora").sections
+    assert json.loads(printed("show", "lora", "--json"))["sections"] == MethodDescription.of("lora").sections
 
 
 def test_overrides_say_which_options_they_change() -> None:
     def rule(name: str) -> str:
-        return next(each.rule for each in Shown.of(name).options if each.name == "overrides")
+        return next(each.rule for each in MethodDescription.of(name).options if each.name == "overrides")
 
     assert (rule("lora"), rule("vqt"), rule("pal")) == ("", "takes none", "of heads, dropout alone")

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from peftcore.cli.commands import app
 from peftcore.cli.inspection.host_tree import shown
 from peftcore.injection.request import host_map
-from peftcore.models.dry_run import Wanted
+from peftcore.models.dry_run import RequestedMethod
 from peftcore.models.skeletons import skeleton
 
 
@@ -60,7 +60,7 @@ def test_layers_that_change_differently_are_not_one_line(gpt2: Path) -> None:
 def test_changes_are_in_colour(gpt2: Path) -> None:
     console = Console(force_terminal=True, width=100, color_system="standard", markup=False)
     with console.capture() as captured:
-        console.print(shown(str(gpt2), [Wanted("lora", {}), Wanted("ia3", {})]).page())
+        console.print(shown(str(gpt2), [RequestedMethod("lora", {}), RequestedMethod("ia3", {})]).page())
     found = captured.get().splitlines()
     green, magenta = "\x1b[32m", "\x1b[35m"
     assert any(green in line and "lora [attn.q]" in line for line in found)

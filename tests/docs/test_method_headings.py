@@ -6,11 +6,11 @@ import re
 import pytest
 
 import peftcore
-from peftcore.cli.inspection.show import Shown
+from peftcore.cli.inspection.show import MethodDescription
 from peftcore.registry.method_text import HEADINGS, sections
 
 PLUGINS = {"additive", "diffusion", "hybrid", "multitask", "quantized", "reparameterized", "selective", "vision"}
-METHODS = [Shown.of(f"{info.plugin}/{info.name}") for info in peftcore.methods() if info.plugin in PLUGINS]
+METHODS = [MethodDescription.of(f"{info.plugin}/{info.name}") for info in peftcore.methods() if info.plugin in PLUGINS]
 CALL = re.compile(r"`(peftcore\.apply\(.*?\))`", re.DOTALL)
 
 

@@ -3,8 +3,8 @@
 import pytest
 from plain_words import counts, docstrings, matching, sentences
 
-AT_MOST = {"docstrings": 20.1, "pages": 23.7}
-"""Percent of sentences that have one of the patterns: whoever rewrites some lowers it. 5 is the goal."""
+AT_MOST = {"docstrings": 2.0, "pages": 4.0}
+"""Percent of sentences that have one of the patterns. Lower a number after rewriting sentences; never raise it."""
 
 
 @pytest.mark.parametrize("kind", AT_MOST)

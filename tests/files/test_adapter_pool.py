@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import CheckpointError, ConfigError, IdleAdapter, MemoryLimit
-from peftcore.files.adapter_pool import InFolder, bytes_of, digest
+from peftcore.files.adapter_pool import FolderStore, bytes_of, digest
 from peftcore.files.safe_io import write_tensors
-from peftcore.injection.idle_adapters import StandIn
+from peftcore.injection.idle_adapters import IdleTensor
 from peftcore.testing.hosts import HOSTS
 
 IDS = token_ids()
@@ -310,7 +310,7 @@ def test_a_limit_is_set_once_and_lifted(tmp_path: Path) -> None:
     assert "2 idle" in repr(pool)
     pool.end()
     pool.end()
-    assert not any(isinstance(each, StandIn) for each in model.parameters())
+    assert not any(isinstance(each, IdleTensor) for each in model.parameters())
     for name, output in expected.items():
         assert torch.equal(peftcore.using(model, name)(outputs, model), output)
     peftcore.keep_within(model, "1GB", idle=tmp_path)
@@ -358,7 +358,7 @@ def test_an_adapter_that_is_removed_leaves_no_file(tmp_path: Path) -> None:
 
 
 def test_files_hold_tensors_of_any_dtype(tmp_path: Path) -> None:
-    store = InFolder(tmp_path)
+    store = FolderStore(tmp_path)
     values = {
         "complex": torch.randn(3, dtype=torch.complex64),
         "bits": torch.tensor([1, 200], dtype=torch.uint16),

@@ -13,14 +13,14 @@ import peftcore
 from peftcore.errors import IdleAdapter, UnsupportedHost
 from peftcore.forward.choice.residency import Residency
 from peftcore.forward.state.host_state import state_of
-from peftcore.injection.idle_adapters import IdleValues, InMemory, StandIn
+from peftcore.injection.idle_adapters import IdleTensor, IdleValues, MemoryStore
 
 IDS = token_ids()
 
 
-def idle(injection: peftcore.Injection) -> tuple[IdleValues, InMemory]:
+def idle(injection: peftcore.Injection) -> tuple[IdleValues, MemoryStore]:
     """The values of an injection, taken from the model into memory."""
-    store = InMemory()
+    store = MemoryStore()
     values = IdleValues(injection, store, 0)
     values.take_out()
     return values, store
@@ -43,7 +43,7 @@ def test_storages_are_freed_and_values_come_back(method: str) -> None:
     assert values.bytes() == bytes_before
     assert all(each.untyped_storage().nbytes() == 0 for each in tensors)
     now = [each for _, module in injection.modules() for each in (*module.parameters(), *module.buffers())]
-    assert all(isinstance(each, StandIn) for each in now)
+    assert all(isinstance(each, IdleTensor) for each in now)
     assert [each.shape for each in now] == [store.values(0, [name])[name].shape for name in store._kept[0]]
     gc.collect()
     assert not any(each() is not None and each().nbytes() for each in storages)  # type: ignore[union-attr]
@@ -139,12 +139,12 @@ def test_tensors_of_other_classes_are_refused() -> None:
     operator = next(iter(injection.operators.values()))
     operator.A = Strange(operator.A.data)
     with pytest.raises(UnsupportedHost, match="Strange"):
-        IdleValues(injection, InMemory(), 0).check_plain()
+        IdleValues(injection, MemoryStore(), 0).check_plain()
 
 
 def test_in_memory_a_limit_holds_as_well() -> None:
     """As `keep_within(model, limit)` does for a model on an accelerator."""
-    model, store = transformer(), InMemory()
+    model, store = transformer(), MemoryStore()
     for name in "abc":
         peftcore.apply(model, "lora", name=name).trainable(False)
     peftcore.activate(model)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import IdleAdapter
-from peftcore.injection.idle_adapters import IdleValues, InMemory
+from peftcore.injection.idle_adapters import IdleValues, MemoryStore
 
 ONES = torch.ones(8, 8)
 
@@ -27,7 +27,7 @@ def held(method: Any = "lora") -> tuple[nn.Module, IdleValues, list[Tensor]]:
     injection = peftcore.apply(model, method, name="one", **options)
     injection.trainable(False)
     tensors = [each for _, module in injection.modules() for each in (*module.parameters(), *module.buffers())]
-    return model, IdleValues(injection, InMemory(), 0), tensors
+    return model, IdleValues(injection, MemoryStore(), 0), tensors
 
 
 def set_data(each: Any) -> None:

@@ -15,7 +15,7 @@ from torch.nn.utils import prune
 import peftcore
 from peftcore.errors import MergeError
 from peftcore.injection.merge_writes import Replaced, held, holders_of, owner_path
-from peftcore.injection.originals import Original, fingerprint
+from peftcore.injection.originals import OriginalTensor, fingerprint
 from peftcore.testing.tools import differences, trace
 from peftcore.utils.journal import Journal
 
@@ -460,7 +460,7 @@ def test_one_tensor_is_replaced_and_comes_back() -> None:
     model = perceptron()
     old, new = model.first.weight, nn.Parameter(torch.ones(6, 4))
     holders = [("first", model.first, "weight")]
-    replaced = Replaced(("first", "weight"), holders, new, Original(old), fingerprint(new))
+    replaced = Replaced(("first", "weight"), holders, new, OriginalTensor(old), fingerprint(new))
     assert model.first.weight is old
     replaced.put(Journal())
     assert model.first.weight is new and list(replaced.changed({model.first})) == []

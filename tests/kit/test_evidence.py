@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import peftcore
-from peftcore.registry.evidence import Row, Source
+from peftcore.registry.evidence import EvidenceRow, Source
 from peftcore.testing import HOSTS, CheckFailed, against, frozen, gathering
 from peftcore.testing.checkouts import flags, load
 from peftcore.testing.declared_evidence import MADE, declarations, freeze
@@ -250,7 +250,7 @@ def test_files_and_tests_say_the_same(tmp_path: Path) -> None:
 
     items: Any = [Item(compares)]
     ((file, told),) = gathering.declared(items).items()
-    assert file.name == "evidence.json" and told == {"lora": {Row(Source("peft 0.21"))}}
+    assert file.name == "evidence.json" and told == {"lora": {EvidenceRow(Source("peft 0.21"))}}
     (tmp_path / "evidence.json").write_text('{"lst": [{"name": "peft 0.21"}]}')
     wrong = gathering.differences([], [tmp_path])
     assert wrong == [f"{tmp_path / 'evidence.json'}: lst: peft 0.21 is compared with in no test"]

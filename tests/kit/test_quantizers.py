@@ -14,7 +14,7 @@ import toy_quantizer
 import peftcore.registry.plugins
 from peftcore.errors import ConfigError
 from peftcore.testing import QUANTIZER_CHECKS, Check, CheckFailed, NotApplicable, check_quantizer, quantizer_conformance
-from peftcore.testing.quantizers import Packing
+from peftcore.testing.quantizers import QuantizerCase
 
 
 def _point(module: ModuleType) -> Any:
@@ -32,7 +32,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     peftcore.registry.plugins.registry.cache_clear()
 
 
-def _holds(check: Check, case: Packing) -> bool:
+def _holds(check: Check, case: QuantizerCase) -> bool:
     try:
         check(case)
     except CheckFailed:
@@ -54,7 +54,7 @@ def test_there_is_a_mutant_for_each_check() -> None:
 @pytest.mark.share(3)
 @pytest.mark.parametrize("check", QUANTIZER_CHECKS, ids=lambda check: check.name)
 def test_the_mutant_fails_its_check_and_no_other(check: Check) -> None:
-    case = Packing(check.name, {})
+    case = QuantizerCase(check.name, {})
     with pytest.raises(CheckFailed) as failure:
         check(case)
     for told in (case.name, check.promise, check.cause, check.remedy):

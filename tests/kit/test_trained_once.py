@@ -167,7 +167,7 @@ def test_scores_of_full_fine_tuning_are_kept(cache: Path) -> None:
         value: Tensor = model(batch["x"]).square().mean()
         return value
 
-    task = learning_tasks.Task(
+    task = learning_tasks.LearningTask(
         "small", pretrained, lambda i: {"x": torch.ones(2, 3)}, loss, lambda m, b: -loss(m, b).item()
     )
     first = learning_tasks.full_fine_tuning.__wrapped__(task)

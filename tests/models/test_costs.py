@@ -20,7 +20,7 @@ import peftcore
 from peftcore.cli.inspection.costs_page import page
 from peftcore.errors import BadInput
 from peftcore.models.costs import Costs, costs
-from peftcore.models.dry_run import Wanted
+from peftcore.models.dry_run import RequestedMethod
 from peftcore.models.example_inputs import Size
 
 ROWS, LENGTH, VOCABULARY, LAYERS = 3, 40, 500, 2
@@ -59,7 +59,7 @@ def shape(width: int) -> dict[str, Any]:
 def planned(folder: Path, given: Mapping[str, Any], method: str, size: Size, dtype: str, **more: Any) -> Costs:
     config = {**transformers.LlamaConfig(**given).to_dict(), "architectures": ["LlamaForCausalLM"]}
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    return costs(str(folder), Wanted(method, METHODS.get(method, {})), size, dtype, **more)
+    return costs(str(folder), RequestedMethod(method, METHODS.get(method, {})), size, dtype, **more)
 
 
 # ---------------------------------------------------------------- measured
@@ -201,7 +201,7 @@ def test_a_model_of_seventy_billion_parameters(tmp_path: Path) -> None:
 def test_blocks_that_do_not_run_again_are_said(tmp_path: Path) -> None:
     vit = str(folder_of("vit", tmp_path))
     with pytest.raises(BadInput, match="no blocks of this model run again"):
-        costs(vit, Wanted("lora", {}), Size(2), checkpointed=True)
+        costs(vit, RequestedMethod("lora", {}), Size(2), checkpointed=True)
 
 
 def test_peak_of_a_process_is_not_told(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import transformers
 from looking import CONFIGS, folder_of
 
 from peftcore.errors import BadInput
-from peftcore.models.example_inputs import Size, Unknown
+from peftcore.models.example_inputs import Size, UnknownInputs
 from peftcore.models.skeletons import skeleton
 
 
@@ -136,5 +136,5 @@ def test_a_library_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_inputs_that_no_configuration_speaks_of(tmp_path: Path) -> None:
     prior = {"_class_name": "PriorTransformer", "num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 4}
-    with pytest.raises(Unknown, match="forward wants hidden_states, proj_embedding"):
+    with pytest.raises(UnknownInputs, match="forward wants hidden_states, proj_embedding"):
         skeleton(written(tmp_path, {**prior, "embedding_dim": 8})).inputs(Size(1))

@@ -7,10 +7,10 @@ import pytest
 import peftcore
 from peftcore.errors import PluginError
 from peftcore.registry import evidence
-from peftcore.registry.evidence import Row, Source, parts, read, sources, written
+from peftcore.registry.evidence import EvidenceRow, Source, parts, read, sources, written
 
 CODE = Source("authors", "owner/code", "abc123", "model.py")
-AUTHORS, START, PEFT = Row(CODE), Row(CODE, "start"), Row(Source("peft 0.21"))
+AUTHORS, START, PEFT = EvidenceRow(CODE), EvidenceRow(CODE, "start"), EvidenceRow(Source("peft 0.21"))
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
@@ -27,7 +27,7 @@ def test_what_is_compared_stands_with_its_source(tmp_path: Path, monkeypatch: py
     package = tmp_path / "compared_elsewhere"
     package.mkdir()
     (package / "__init__.py").write_text("")
-    trains = Row(CODE, "trains")
+    trains = EvidenceRow(CODE, "trains")
     file = package / "evidence.json"
     file.write_text(written({"both": [START, AUTHORS, PEFT], "start": [START], "chosen": [trains]}))
     assert read(file) == {"both": (AUTHORS, START, PEFT), "start": (START,), "chosen": (trains,)}

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 from torch import Tensor, nn
 
-from peftcore.roles.code_frames import Frame, Value, either, parameters
+from peftcore.roles.code_frames import CodeFrame, Value, either, parameters
 from peftcore.roles.source_code import UNKNOWN, definition_of
 
 
-class Follow(Frame):
+class Follow(CodeFrame):
     """Notes what modules are called, and says "seen" of what they return."""
 
     def called(

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from peftcore.files.formats.original_names import Original, original_names
+from peftcore.files.formats.original_names import OriginalModule, original_names
 
 diffusers = pytest.importorskip("diffusers")
 KOHYA = "lora_unet_{}.lora_down.weight", "lora_unet_{}.lora_up.weight", "lora_unet_{}.alpha"
@@ -107,17 +107,23 @@ def pipeline(name: str, model: nn.Module) -> Any:
     return getattr(diffusers, kind.pipeline)(transformer=model, **dict.fromkeys(kind.others))
 
 
-def names_of(model: nn.Module) -> dict[str, Original]:
+def names_of(model: nn.Module) -> dict[str, OriginalModule]:
     """All linear maps of a model by their original names, which are its own where no others are known."""
     layers = {path for path, module in model.named_modules() if isinstance(module, nn.Linear)}
     found = original_names([path for path, _ in model.named_modules()])
-    found = found or {path: Original((path,)) for path in layers}
+    found = found or {path: OriginalModule((path,)) for path in layers}
     return {name: original for name, original in found.items() if layers.issuperset(original.paths)}
 
 
 @torch.no_grad()
 def write(
-    model: nn.Module, path: Path, form: str, names: Mapping[str, Original], *, std: float = 0.1, alpha: float = 3.0
+    model: nn.Module,
+    path: Path,
+    form: str,
+    names: Mapping[str, OriginalModule],
+    *,
+    std: float = 0.1,
+    alpha: float = 3.0,
 ) -> dict[str, Tensor]:
     """Save a LoRA of rank 4, with noise in all factors, at these modules of the original code."""
     torch.manual_seed(7)

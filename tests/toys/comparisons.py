@@ -10,7 +10,7 @@ import pytest
 
 if TYPE_CHECKING:
     from peftcore_lab.comparisons.comparison import Comparison
-    from peftcore_lab.reports.trials import Report
+    from peftcore_lab.reports.trials import ComparisonReport
 
 MEASURED = {"seconds_per_step", "peak_memory"}
 
@@ -31,7 +31,7 @@ def comparison(encoder: Path, csv_file: Path, tmp_path: Path) -> Comparison:
     return Comparison.model_validate(whole)
 
 
-def found(report: Report) -> list[dict[str, Any]]:
+def found(report: ComparisonReport) -> list[dict[str, Any]]:
     """Return what trials came to, without what the clock says."""
     trials = json.loads(report.as_json())["trials"]
     return [{name: value for name, value in each.items() if name not in MEASURED} for each in trials]

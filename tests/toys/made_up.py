@@ -1,6 +1,6 @@
 """Reports of comparisons that were never made."""
 
-from peftcore_lab.reports.trials import Report, Trial
+from peftcore_lab.reports.trials import ComparisonReport, Trial
 
 TOTAL = 1_000_000
 
@@ -27,7 +27,7 @@ def trial(label: str, score: float, trainable: int, seed: int = 0, metric: str =
     return Trial(**{**values, **changed})
 
 
-def report(*trials: Trial, metric: str = "accuracy", greater: bool = True, **changed) -> Report:
+def report(*trials: Trial, metric: str = "accuracy", greater: bool = True, **changed) -> ComparisonReport:
     values = {
         "model": "models/tiny-encoder",
         "task": "text-classification",
@@ -37,7 +37,7 @@ def report(*trials: Trial, metric: str = "accuracy", greater: bool = True, **cha
         "training": {"steps": 20, "epochs": None, "batch_size": 16, "accumulate": 2, "learning_rate": 1e-3},
         "seconds": 4210.0,
     }
-    return Report(metric=metric, greater=greater, trials=trials, **{**values, **changed})
+    return ComparisonReport(metric=metric, greater=greater, trials=trials, **{**values, **changed})
 
 
 def seeds(label: str, score: float, trainable: int) -> list[Trial]:

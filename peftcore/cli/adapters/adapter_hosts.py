@@ -13,11 +13,11 @@ from peftcore.files.formats.description import Description
 from peftcore.injection.injection import Injection
 from peftcore.models.configurations import PIPELINE, read_config
 from peftcore.models.model_names import Named, find
-from peftcore.models.opening import MadeOn, Opened, components, open_model
+from peftcore.models.opening import MadeOn, OpenedModel, components, open_model
 
 
 @dataclass(frozen=True)
-class Wanted:
+class ModelOptions:
     """The user's options about the model."""
 
     model: Named
@@ -26,7 +26,7 @@ class Wanted:
 
 
 @dataclass(frozen=True)
-class Source:
+class ModelSource:
     """The place of a model, and its known properties."""
 
     folder: Path
@@ -37,18 +37,18 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Adapter:
+class AdapterFile:
     """An adapter file, and the description that it contains."""
 
     path: str
     about: Description
 
-    def made_on(self, wanted: Wanted) -> MadeOn:
+    def made_on(self, wanted: ModelOptions) -> MadeOn:
         about = self.about
         return MadeOn(about.host, about.task, about.trained, about.base, wanted.model_class)
 
 
-def find_source(wanted: Wanted, adapter: Adapter) -> Source:
+def find_source(wanted: ModelOptions, adapter: AdapterFile) -> ModelSource:
     """Return the folder of the model that an adapter is for: of a pipeline, the one part on which it fits.
 
     Raises:
@@ -58,7 +58,7 @@ def find_source(wanted: Wanted, adapter: Adapter) -> Source:
     if not (model / PIPELINE).is_file():
         if component is not None:
             raise BadInput(f"{wanted.model.said} is no pipeline (it has no {PIPELINE}); leave out --component")
-        return Source(model, replace(made_on, base=made_on.base or wanted.model.origin()[0]))
+        return ModelSource(model, replace(made_on, base=made_on.base or wanted.model.origin()[0]))
     parts = components(model)
     if component is not None and component not in parts:
         raise BadInput(f"{model} has no component {component!r}; its models are {', '.join(parts) or 'none'}")
@@ -69,10 +69,10 @@ def find_source(wanted: Wanted, adapter: Adapter) -> Source:
         raise BadInput(f"{adapter.path} fits on none of the models in {model}:{said}")
     if len(fitting) > 1:
         raise BadInput(f"{adapter.path} fits on {' and on '.join(fitting)}; say which is meant, with --component")
-    return Source(parts[fitting[0]], made_on, model)
+    return ModelSource(parts[fitting[0]], made_on, model)
 
 
-def misfit(folder: Path, made_on: MadeOn, adapter: Adapter) -> str:
+def misfit(folder: Path, made_on: MadeOn, adapter: AdapterFile) -> str:
     """Return why an adapter is not for a model; nothing where it is."""
     try:
         peftcore.load(open_model(folder, False, made_on).model, adapter.path, name="adapter")
@@ -83,7 +83,7 @@ def misfit(folder: Path, made_on: MadeOn, adapter: Adapter) -> str:
     return ""
 
 
-def base_of(adapter: Adapter) -> Named:
+def base_of(adapter: AdapterFile) -> Named:
     """Return the model that an adapter's own file names; nothing is fetched because a file names it."""
     base = adapter.about.base
     if base and Path(base).is_dir():
@@ -92,7 +92,9 @@ def base_of(adapter: Adapter) -> Named:
     raise BadInput(f"give --model, the model that {adapter.path} is for: {named}")
 
 
-def check_complete(opened: Opened, folder: Path, injections: Sequence[Injection], weights: Sequence[float]) -> None:
+def check_complete(
+    opened: OpenedModel, folder: Path, injections: Sequence[Injection], weights: Sequence[float]
+) -> None:
     """Raise unless the adapters have all parameters that the folder lacks, each parameter in exactly one adapter."""
     brought: dict[str, float] = {}
     for injection, weight in zip(injections, weights, strict=True):
@@ -107,7 +109,7 @@ def check_complete(opened: Opened, folder: Path, injections: Sequence[Injection]
         raise BadInput(f"the model has no {partly[0]}, so all of it comes from the adapter: its weight has to be 1")
 
 
-def write(opened: Opened, source: Source, folder: Path) -> None:
+def write(opened: OpenedModel, source: ModelSource, folder: Path) -> None:
     """Write a model, or the pipeline that it is a part of with all others as they are."""
     if source.pipeline is None:
         opened.write(folder)

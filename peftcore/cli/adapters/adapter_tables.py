@@ -14,12 +14,12 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
-from peftcore.cli.adapters.results import Converted, Exported, ForReader, Merged, shown_format
+from peftcore.cli.adapters.results import Converted, Exported, ForReader, MergedAdapter, shown_format
 from peftcore.cli.app import printable
 from peftcore.errors import shown
 from peftcore.files.formats.description import Description
 from peftcore.files.formats.file_options import OFF
-from peftcore.files.readers.check import Report
+from peftcore.files.readers.check import ReaderReport
 from peftcore.files.readers.reader import Verdict
 
 MOST = 20
@@ -80,7 +80,7 @@ def show_description(about: Description, console: Console) -> None:
     _show_rows(console, ("tensor", "shape", "dtype"), rows)
 
 
-def merged_data(model: str, out: Path, merged: Sequence[Merged]) -> dict[str, Any]:
+def merged_data(model: str, out: Path, merged: Sequence[MergedAdapter]) -> dict[str, Any]:
     """Return what a merge did."""
     adapters = [
         {
@@ -97,7 +97,7 @@ def merged_data(model: str, out: Path, merged: Sequence[Merged]) -> dict[str, An
     return {"model": model, "out": str(out), "adapters": adapters}
 
 
-def show_merged(out: Path, merged: Sequence[Merged], console: Console) -> None:
+def show_merged(out: Path, merged: Sequence[MergedAdapter], console: Console) -> None:
     rows = [
         (each.adapter, each.method, f"{each.weight:g}", f"{each.sites:,}", f"{each.report.tensors:,}",
          f"{len(each.report.dense):,}")
@@ -165,7 +165,7 @@ def show_exported(done: Exported, console: Console) -> None:
     console.print(_facts(facts))
 
 
-def report_data(report: Report) -> dict[str, Any]:
+def report_data(report: ReaderReport) -> dict[str, Any]:
     """Return what a program reads of a file."""
     reader = report.reader
     return {
@@ -184,7 +184,7 @@ def report_data(report: Report) -> dict[str, Any]:
     }
 
 
-def show_report(report: Report, console: Console) -> None:
+def show_report(report: ReaderReport, console: Console) -> None:
     order = list(Verdict)
     rows = sorted(report.rows, key=lambda row: -order.index(row.verdict))
     _show_rows(console, ("part", "verdict", "why"), [(row.what, row.verdict.value, row.why) for row in rows])

@@ -12,9 +12,16 @@ import transformers
 import peftcore
 from peftcore.algebra.exporting import Export, as_it_is
 from peftcore.algebra.exporting import export as algebra_export
-from peftcore.cli.adapters.adapter_hosts import Adapter, Source, Wanted, check_complete, find_source, write
-from peftcore.cli.adapters.output import Output
-from peftcore.cli.adapters.results import Converted, Exported, ForReader, Merged, shown_format
+from peftcore.cli.adapters.adapter_hosts import (
+    AdapterFile,
+    ModelOptions,
+    ModelSource,
+    check_complete,
+    find_source,
+    write,
+)
+from peftcore.cli.adapters.output import AdapterOutput
+from peftcore.cli.adapters.results import Converted, Exported, ForReader, MergedAdapter, shown_format
 from peftcore.errors import BadInput, CheckpointError, ExportError, NotMergeable, NoWeights
 from peftcore.files.formats.format import recognize
 from peftcore.files.readers.reader import Reader
@@ -25,30 +32,30 @@ from peftcore.injection.merging import Into
 from peftcore.models.opening import open_model
 
 
-class Display(Protocol):
+class JobDisplay(Protocol):
     """A display of a job's progress."""
 
     def phase(self, name: str, total: int | None) -> None:
         """Begin a stretch of work."""
 
 
-def read(path: str) -> Adapter:
+def read(path: str) -> AdapterFile:
     """Read an adapter file; one that cannot be loaded is refused before a model is."""
     about = describe(path)
     if about.problem:
         raise CheckpointError(about.problem).about(about.files[0].path)
-    return Adapter(path, about)
+    return AdapterFile(path, about)
 
 
 def merge(
-    wanted: Wanted,
-    adapters: Sequence[Adapter],
-    output: Output,
+    wanted: ModelOptions,
+    adapters: Sequence[AdapterFile],
+    output: AdapterOutput,
     weights: Sequence[float],
     into: Into,
     max_error: float,
-    display: Display,
-) -> list[Merged]:
+    display: JobDisplay,
+) -> list[MergedAdapter]:
     """Fold adapters into a model, in this order, and write it."""
     check_mergeable(adapters)
     source = find_source(wanted, adapters[0])
@@ -67,7 +74,7 @@ def merge(
     merged = []
     for adapter, injection, weight in zip(adapters, injections, weights, strict=True):
         report = injection.merge(None, into=into, max_error=max_error, weight=weight)
-        merged.append(Merged(adapter.path, injection.method.name, weight, len(injection.grafts), report))
+        merged.append(MergedAdapter(adapter.path, injection.method.name, weight, len(injection.grafts), report))
     for injection in injections:
         injection.bake()
     if into == "float":
@@ -78,7 +85,9 @@ def merge(
     return merged
 
 
-def convert(wanted: Wanted, adapter: Adapter, to: str, output: Output, display: Display) -> Converted:
+def convert(
+    wanted: ModelOptions, adapter: AdapterFile, to: str, output: AdapterOutput, display: JobDisplay
+) -> Converted:
     """Write an adapter in another format."""
     display.phase("reading", None)
     source = find_source(wanted, adapter)
@@ -100,7 +109,7 @@ def convert(wanted: Wanted, adapter: Adapter, to: str, output: Output, display: 
     )
 
 
-def converted(source: Source, adapter: Adapter, to: str, output: Output, weights: bool) -> Injection:
+def converted(source: ModelSource, adapter: AdapterFile, to: str, output: AdapterOutput, weights: bool) -> Injection:
     """Load an adapter on a model with or without its weights, and write it.
 
     Raises:
@@ -112,7 +121,7 @@ def converted(source: Source, adapter: Adapter, to: str, output: Output, weights
     return injection
 
 
-def load_whole(wanted: Wanted, adapter: Adapter, display: Display) -> Injection:
+def load_whole(wanted: ModelOptions, adapter: AdapterFile, display: JobDisplay) -> Injection:
     """Load an adapter on its model, with all weights, for jobs that depend on them."""
     check_mergeable([adapter])
     source = find_source(wanted, adapter)
@@ -124,7 +133,7 @@ def load_whole(wanted: Wanted, adapter: Adapter, display: Display) -> Injection:
 
 
 def export_lora(
-    injection: Injection, adapter: Adapter, rank: int, to: str, output: Output, max_error: float | None
+    injection: Injection, adapter: AdapterFile, rank: int, to: str, output: AdapterOutput, max_error: float | None
 ) -> Exported:
     """Write the LoRA that is nearest to an adapter's change of the weights."""
     lora, errors = peftcore.to_lora(injection, rank)
@@ -142,7 +151,7 @@ def export_lora(
 
 
 @dataclass(frozen=True)
-class Projection:
+class NearestLoraOptions:
     """The user's options about the nearest LoRA."""
 
     rank: int | None = None
@@ -154,7 +163,12 @@ class Projection:
 
 
 def export(
-    wanted: Wanted, adapter: Adapter, reader: Reader, output: Output, projection: Projection, display: Display
+    wanted: ModelOptions,
+    adapter: AdapterFile,
+    reader: Reader,
+    output: AdapterOutput,
+    projection: NearestLoraOptions,
+    display: JobDisplay,
 ) -> ForReader:
     """Write what another program reads, from the model's configuration alone where that is enough."""
     if projection.texts is not None and projection.rank is None:
@@ -202,7 +216,7 @@ def _batches(model: Path, texts: Path) -> list[dict[str, Any]]:
     return [dict(tokenizer(line, return_tensors="pt", truncation=True)) for line in lines]
 
 
-def check_mergeable(adapters: Sequence[Adapter]) -> None:
+def check_mergeable(adapters: Sequence[AdapterFile]) -> None:
     """Refuse adapters that change no weights before a model is loaded; cases that depend on options are found later."""
     for adapter in adapters:
         for name in adapter.about.methods:
@@ -210,7 +224,7 @@ def check_mergeable(adapters: Sequence[Adapter]) -> None:
                 raise NotMergeable(f"{adapter.path}: {name} makes no change of weights that could be merged")
 
 
-def save(injection: Injection, to: str, folder: Path, output: Output) -> None:
+def save(injection: Injection, to: str, folder: Path, output: AdapterOutput) -> None:
     """Write an adapter; an output of one file must be complete by itself."""
     save_folder(injection, folder, (to,), False, home=output.path)
     if output.single:
@@ -227,7 +241,7 @@ def numbers(injection: Injection) -> int:
     return sum(each.numel() for each in injection.state_dict().values())
 
 
-def files_of(output: Output) -> tuple[str, ...]:
+def files_of(output: AdapterOutput) -> tuple[str, ...]:
     """Return the files that were written."""
     if output.path.is_file():
         return (str(output.shown),)

@@ -18,7 +18,7 @@ SHARED = ("README.md", ".gitattributes")
 """Files that any folder may have: they do not show that the folder is the result of an earlier run."""
 
 
-class Output:
+class AdapterOutput:
     """A folder to be written, or one ``.safetensors`` file.
 
     Args:

@@ -19,7 +19,7 @@ def shown_format(name: str) -> str:
 
 
 @dataclass(frozen=True)
-class Merged:
+class MergedAdapter:
     """One adapter that is merged into the weights now."""
 
     adapter: str

@@ -40,7 +40,7 @@ LONGEST = 28
 
 
 @dataclass(frozen=True)
-class Plugin:
+class NewPlugin:
     """A plugin to write.
 
     Attributes:
@@ -149,7 +149,7 @@ def _author() -> str:
     return "".join(each for each in done.stdout.strip() if each.isprintable())
 
 
-def write(plugin: Plugin, folder: Path) -> RenderableType:
+def write(plugin: NewPlugin, folder: Path) -> RenderableType:
     """Write the package into a folder that is not there yet, or empty. Returns what to do next, for a console.
 
     Raises:
@@ -176,7 +176,7 @@ def write(plugin: Plugin, folder: Path) -> RenderableType:
     return _next(plugin, folder, steps)
 
 
-def _next(plugin: Plugin, folder: Path, steps: str) -> RenderableType:
+def _next(plugin: NewPlugin, folder: Path, steps: str) -> RenderableType:
     table = pages.columns("", "", "", header=False)
     for number, step in enumerate([f"cd {folder} | ", *steps.splitlines()], 1):
         where, _, what = step.partition(" | ")

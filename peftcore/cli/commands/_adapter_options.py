@@ -29,11 +29,11 @@ def at_work() -> Iterator[Any]:
     def display() -> Any:
         from rich.console import Console
 
-        from peftcore.cli.progress_display import Line
+        from peftcore.cli.progress_display import BarDisplay
         from peftcore.utils.quiet import no_bars
 
         no_bars()
-        return Line(Console(stderr=True))
+        return BarDisplay(Console(stderr=True))
 
     with answered(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -43,6 +43,6 @@ def at_work() -> Iterator[Any]:
 
 
 def output_of(out: Path, overwrite: bool, sources: Sequence[Path]) -> Any:
-    from peftcore.cli.adapters.output import Output
+    from peftcore.cli.adapters.output import AdapterOutput
 
-    return Output(out, overwrite, sources)
+    return AdapterOutput(out, overwrite, sources)

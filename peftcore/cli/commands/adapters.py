@@ -70,9 +70,9 @@ def merge(
         from rich.console import Console
 
         from peftcore.cli.adapters import adapter_tables, jobs
-        from peftcore.cli.adapters.adapter_hosts import Wanted
+        from peftcore.cli.adapters.adapter_hosts import ModelOptions
 
-        wanted = Wanted(named, component, model_class)
+        wanted = ModelOptions(named, component, model_class)
         read = [jobs.read(each) for each in adapters]
         with display() as line:
             merged = jobs.merge(wanted, read, output, shares, into.value, max_error, line)
@@ -103,11 +103,11 @@ def convert(
         from rich.console import Console
 
         from peftcore.cli.adapters import adapter_tables, jobs
-        from peftcore.cli.adapters.adapter_hosts import Wanted, base_of
+        from peftcore.cli.adapters.adapter_hosts import ModelOptions, base_of
 
         format = _format(to)
         read = jobs.read(adapter)
-        wanted = Wanted(base_of(read) if model is None else find(model), component, model_class)
+        wanted = ModelOptions(base_of(read) if model is None else find(model), component, model_class)
         output = output_of(out, overwrite, [*wanted.model.local(), Path(adapter)])
         with display() as line:
             done = jobs.convert(wanted, read, format, output, line)
@@ -141,11 +141,11 @@ def export_lora(
         from rich.console import Console
 
         from peftcore.cli.adapters import adapter_tables, jobs
-        from peftcore.cli.adapters.adapter_hosts import Wanted
+        from peftcore.cli.adapters.adapter_hosts import ModelOptions
 
         read = jobs.read(adapter)
         with display() as line:
-            injection = jobs.load_whole(Wanted(named, component, model_class), read, line)
+            injection = jobs.load_whole(ModelOptions(named, component, model_class), read, line)
         done = jobs.export_lora(injection, read, rank, to, output, max_error)  # which has a bar of its own
         if json:
             print(adapter_tables.as_json(adapter_tables.exported_data(done)))

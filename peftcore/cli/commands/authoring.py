@@ -43,5 +43,5 @@ def new(
         if category is not None and category not in CATEGORIES:
             raise BadInput(f"no category {category!r}; there are: {', '.join(CATEGORIES)}")
         usual = "additive" if activations else "reparameterized"
-        plugin = job.Plugin(name, template.value, bool(activations), category or usual)
+        plugin = job.NewPlugin(name, template.value, bool(activations), category or usual)
         pages.console().print(job.write(plugin, folder or Path(plugin.distribution)))

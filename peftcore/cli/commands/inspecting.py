@@ -54,10 +54,10 @@ def plan(
         from peftcore.cli import pages
         from peftcore.cli.inspection import costs_page
         from peftcore.models.costs import costs
-        from peftcore.models.dry_run import Wanted
+        from peftcore.models.dry_run import RequestedMethod
         from peftcore.models.example_inputs import Size
 
-        wanted = Wanted(method, options, target, exclude, train or ())
+        wanted = RequestedMethod(method, options, target, exclude, train or ())
         found = costs(
             model,
             wanted,
@@ -90,9 +90,9 @@ def tree(
         options = settings(option, "--option", "rank=16")
         from peftcore.cli import pages
         from peftcore.cli.inspection import host_tree
-        from peftcore.models.dry_run import Wanted
+        from peftcore.models.dry_run import RequestedMethod
 
-        found = host_tree.shown(model, [Wanted(method, options, target, exclude) for method in methods or ()])
+        found = host_tree.shown(model, [RequestedMethod(method, options, target, exclude) for method in methods or ()])
         if json:
             print(pages.as_json(found.as_dict()))
         else:

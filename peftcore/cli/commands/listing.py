@@ -45,9 +45,9 @@ def show(
     """Describe a method: equation, paper, options, abilities, and trainable parameters in known models."""
     with answered():
         from peftcore.cli import pages
-        from peftcore.cli.inspection.show import Shown
+        from peftcore.cli.inspection.show import MethodDescription
 
-        found = Shown.of(method)
+        found = MethodDescription.of(method)
         if json:
             print(pages.as_json(found.as_dict()))
         else:

@@ -69,14 +69,14 @@ def export(
         from rich.console import Console
 
         from peftcore.cli.adapters import adapter_tables, jobs
-        from peftcore.cli.adapters.adapter_hosts import Wanted, base_of
+        from peftcore.cli.adapters.adapter_hosts import ModelOptions, base_of
         from peftcore.files.readers.reader import reader_named
 
         found, read = reader_named(reader), jobs.read(adapter)
-        wanted = Wanted(base_of(read) if model is None else find(model), component, model_class)
+        wanted = ModelOptions(base_of(read) if model is None else find(model), component, model_class)
         output = output_of(out, overwrite, [*wanted.model.local(), Path(adapter)])
         with display() as line:
-            done = jobs.export(wanted, read, found, output, jobs.Projection(project, data, max_error), line)
+            done = jobs.export(wanted, read, found, output, jobs.NearestLoraOptions(project, data, max_error), line)
         if json:
             print(adapter_tables.as_json(adapter_tables.export_data(done)))
         else:

@@ -12,7 +12,7 @@ from rich.text import Text
 from peftcore.cli.inspection.folded_paths import fold
 from peftcore.cli.pages import columns, frozen, share, spelled, tensors, times
 from peftcore.models.costs import Costs, Memory
-from peftcore.models.dry_run import Place, Recorded
+from peftcore.models.dry_run import PlannedSite, Recorded
 from peftcore.utils.numbers import size, work
 
 FULL = "full fine-tuning"
@@ -55,9 +55,9 @@ def sites(recorded: Recorded) -> Table:
     return table
 
 
-def rows(places: Sequence[Place]) -> Iterator[tuple[str, list[Place]]]:
+def rows(places: Sequence[PlannedSite]) -> Iterator[tuple[str, list[PlannedSite]]]:
     """Yield places that differ in the numbers of their paths only, in the order of the first of each."""
-    alike: dict[tuple[object, ...], dict[str, Place]] = {}
+    alike: dict[tuple[object, ...], dict[str, PlannedSite]] = {}
     for place in places:
         kind = (place.shape, tuple(place.tensors.items()), place.trainable)
         alike.setdefault(kind, {})[place.name] = place

@@ -29,7 +29,7 @@ LIBRARIES = ("torch", "transformers", "diffusers", "timm")
 
 
 @dataclass(frozen=True)
-class Found:
+class PluginStatus:
     """A plugin that was loaded."""
 
     name: str
@@ -56,7 +56,7 @@ class Ambiguous:
 
 
 @dataclass(frozen=True)
-class Needs:
+class MissingRequirements:
     """The missing requirements of a distribution, or of an extra of one."""
 
     distribution: str
@@ -69,7 +69,7 @@ class Needs:
 
 
 @dataclass(frozen=True)
-class Packing:
+class SchemeStatus:
     """A quantization scheme."""
 
     name: str
@@ -81,13 +81,13 @@ class Packing:
 class Findings:
     """The report of ``peftcore doctor``."""
 
-    plugins: tuple[Found, ...]
+    plugins: tuple[PluginStatus, ...]
     broken: tuple[Broken, ...]
     ambiguous: tuple[Ambiguous, ...]
     disabled: tuple[str, ...]
     versions: dict[str, str | None]
-    needs: tuple[Needs, ...]
-    schemes: tuple[Packing, ...]
+    needs: tuple[MissingRequirements, ...]
+    schemes: tuple[SchemeStatus, ...]
     devices: tuple[str, ...]
 
     @property
@@ -109,7 +109,9 @@ def examine() -> Findings:
     """Look at everything; failures are reported, not raised."""
     with quiet():
         found = registry()
-        plugins = tuple(Found(each.name, each.distribution, len(each.methods)) for each in found.plugins.values())
+        plugins = tuple(
+            PluginStatus(each.name, each.distribution, len(each.methods)) for each in found.plugins.values()
+        )
         broken = [Broken(each.name, each.distribution, each.reason) for each in found.failures]
         broken += unimportable()
         schemes, failed = packings()
@@ -143,7 +145,7 @@ def ambiguous() -> Iterator[Ambiguous]:
     yield from (Ambiguous(name, tuple(written)) for name, written in owners.items() if len(written) > 1)
 
 
-def packings() -> tuple[tuple[Packing, ...], list[Broken]]:
+def packings() -> tuple[tuple[SchemeStatus, ...], list[Broken]]:
     """Return the quantization schemes; and those that cannot be imported, or are called alike."""
     found, broken = [], []
     try:
@@ -157,7 +159,7 @@ def packings() -> tuple[tuple[Packing, ...], list[Broken]]:
             broken.append(Broken(name, "", f"{type(error).__name__}: {error}"))
             continue
         missing = tuple(cls.missing())
-        found.append(Packing(name, missing, f"pip install '{cls.extra}'" if missing else ""))
+        found.append(SchemeStatus(name, missing, f"pip install '{cls.extra}'" if missing else ""))
     return tuple(found), broken
 
 
@@ -183,7 +185,7 @@ def versions() -> dict[str, str | None]:
     return {"python": platform.python_version(), **installed}
 
 
-def needs() -> Iterator[Needs]:
+def needs() -> Iterator[MissingRequirements]:
     """Yield each of our distributions and each extra, with the missing requirements."""
     for name in distributions():
         if version_of(name) is None:
@@ -193,7 +195,7 @@ def needs() -> Iterator[Needs]:
         for extra in ("", *extras):
             missing = tuple(str(each) for each in map(bare, asked(wanted, extra)) if not satisfied(each))
             if extra or missing:
-                yield Needs(name, extra, missing)
+                yield MissingRequirements(name, extra, missing)
 
 
 def asked(wanted: list[Requirement], extra: str) -> Iterator[Requirement]:

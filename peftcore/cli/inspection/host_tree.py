@@ -12,17 +12,17 @@ from rich.text import Text
 
 from peftcore.cli.pages import columns, frozen, share, tensors
 from peftcore.injection.request import host_map
-from peftcore.models.dry_run import Place, Recorded, Wanted
+from peftcore.models.dry_run import PlannedSite, Recorded, RequestedMethod
 from peftcore.models.skeletons import Skeleton, skeleton
 from peftcore.roles import HostEntry, HostMap
-from peftcore.roles.tree import Line, tree_lines
+from peftcore.roles.tree import TreeLine, tree_lines
 
 COLOURS = ("green", "magenta", "yellow", "cyan", "blue", "red")
 """Colours of the methods, in turn."""
 
 
 @dataclass(frozen=True)
-class Shown:
+class ModelTree:
     """A model, and the record of each method."""
 
     skeleton: Skeleton
@@ -57,7 +57,7 @@ class Shown:
         return marks
 
 
-def shown(source: str, wanted: Sequence[Wanted]) -> Shown:
+def shown(source: str, wanted: Sequence[RequestedMethod]) -> ModelTree:
     """Look at a model that is never loaded.
 
     Raises:
@@ -67,7 +67,7 @@ def shown(source: str, wanted: Sequence[Wanted]) -> Shown:
     for each in wanted:
         each.resolved()  # a wrong name or option is said before anything is built
     built = skeleton(source)
-    return Shown(built, host_map(built.model), tuple(Recorded.of(each, built.model) for each in wanted))
+    return ModelTree(built, host_map(built.model), tuple(Recorded.of(each, built.model) for each in wanted))
 
 
 def entry_as_dict(entry: HostEntry) -> dict[str, Any]:
@@ -75,13 +75,13 @@ def entry_as_dict(entry: HostEntry) -> dict[str, Any]:
     return {**asdict(entry), "layout": layout}
 
 
-def mark(method: str, place: Place) -> str:
+def mark(method: str, place: PlannedSite) -> str:
     """Return what a method puts at a place: ``lora A 8×64, B 64×8``, of slices of a fused weight with their role."""
     part = f" [{place.role}]" if place.rows else ""
     return f"{method}{part} {tensors(place.tensors)}"
 
 
-def cells(line: Line, colours: dict[str, str]) -> tuple[Text, ...]:
+def cells(line: TreeLine, colours: dict[str, str]) -> tuple[Text, ...]:
     """Return one row of the table."""
     first = colours[line.marks[0].partition(" ")[0]] if line.marks else ""
     changes = [Text(text, colours[text.partition(" ")[0]]) for text in line.marks]

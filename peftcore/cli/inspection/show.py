@@ -77,14 +77,14 @@ class Option:
 
 
 @dataclass(frozen=True)
-class Shown:
+class MethodDescription:
     """A method, described from its class."""
 
     info: MethodInfo
     cls: type[Method]
 
     @classmethod
-    def of(cls, name: str) -> Shown:
+    def of(cls, name: str) -> MethodDescription:
         """Return the method of a name.
 
         Raises:

@@ -25,7 +25,7 @@ from peftcore.files.formats.peft import NEUTRAL, PeftContent, described
 from peftcore.files.formats.peft_method import peft_method
 from peftcore.files.formats.peft_module_names import PREFIXES, once
 from peftcore.files.formats.peft_writing import written
-from peftcore.files.formats.pipelines import Part, fitting, is_text_encoder, is_unet, names_in, only_file, split
+from peftcore.files.formats.pipelines import PipelinePart, fitting, is_text_encoder, is_unet, names_in, only_file, split
 from peftcore.files.safe_io import TensorFile, parse_json
 from peftcore.injection.injection import Injection
 
@@ -56,7 +56,7 @@ LAYERS: tuple[dict[str, str], ...] = (
 
 
 @dataclass(frozen=True)
-class Name:
+class DiffusersTensorName:
     """The parsed name of a tensor."""
 
     path: str
@@ -70,16 +70,16 @@ class Name:
         return f"{self.path}.{last}".strip("."), self.leaf
 
 
-def understood(name: str) -> Name | None:
+def understood(name: str) -> DiffusersTensorName | None:
     """Returns the parsed name; None if it is not a name of a LoRA's tensor."""
     name = name.replace(".processor.", ".")
     for leaf, ours in LEAVES.items():
         if name.endswith(f".{leaf}") and not name.removesuffix(f".{leaf}").endswith("_lora"):
-            return Name(name.removesuffix(f".{leaf}"), "", ours)
+            return DiffusersTensorName(name.removesuffix(f".{leaf}"), "", ours)
     for leaf, ours in OF_PROCESSORS.items():
         if name.endswith(f"_lora.{leaf}"):
             path, _, layer = name.removesuffix(f"_lora.{leaf}").rpartition(".")
-            return Name(path, layer, ours)
+            return DiffusersTensorName(path, layer, ours)
     return None
 
 
@@ -163,7 +163,7 @@ def _model_of(name: str) -> str | None:
     return first if dot and first in Diffusers.parts else None
 
 
-def _said(file: TensorFile, part: Part) -> tuple[dict[str, Any], dict[str, str], dict[str, dict[str, Any]]]:
+def _said(file: TensorFile, part: PipelinePart) -> tuple[dict[str, Any], dict[str, str], dict[str, dict[str, Any]]]:
     """Returns peft's options for a part, its tensors by peft's names, and other options at some modules."""
     said = parse_json(file.metadata[METADATA], file.path) if METADATA in file.metadata else {}
     prefix = f"{part.name}." if part.name else ""
@@ -174,7 +174,7 @@ def _said(file: TensorFile, part: Part) -> tuple[dict[str, Any], dict[str, str],
     return options, names, exact
 
 
-def parts_of(file: TensorFile, modules: Mapping[str, nn.Module]) -> tuple[list[Part], list[str]]:
+def parts_of(file: TensorFile, modules: Mapping[str, nn.Module]) -> tuple[list[PipelinePart], list[str]]:
     """Returns the models that a file has adapters of, in all ways of reading old names; and the names that are of
     none."""
 
@@ -188,7 +188,7 @@ def parts_of(file: TensorFile, modules: Mapping[str, nn.Module]) -> tuple[list[P
     return [_part(name, held, file, layers) for name, held in groups.items() for layers in LAYERS], strange
 
 
-def _part(name: str, held: Sequence[str], file: TensorFile, layers: Mapping[str, str]) -> Part:
+def _part(name: str, held: Sequence[str], file: TensorFile, layers: Mapping[str, str]) -> PipelinePart:
     prefix = f"{name}." if name else ""
     outputs: dict[str, int] = {}
 
@@ -204,7 +204,7 @@ def _part(name: str, held: Sequence[str], file: TensorFile, layers: Mapping[str,
                 outputs[path] = file.shapes[full][0]
             yield f"{path}.{leaf}", full
 
-    return Part(name, once(pairs(), file.path), outputs)
+    return PipelinePart(name, once(pairs(), file.path), outputs)
 
 
 def _inferred(file: TensorFile, names: dict[str, str]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:

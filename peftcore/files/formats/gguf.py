@@ -18,7 +18,7 @@ from peftcore.errors import CheckpointError, ExportError, shown
 from peftcore.files.formats.description import Description, unique
 from peftcore.files.formats.format import Content, Files, Format, Made
 from peftcore.files.formats.gguf_header import MAGIC, GGUFFile
-from peftcore.files.formats.plain_lora import Pair, plain_lora
+from peftcore.files.formats.plain_lora import LowRankPair, plain_lora
 from peftcore.injection.injection import Injection
 
 FILE = "adapter.gguf"
@@ -108,7 +108,7 @@ def _known(model: nn.Module) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
     return known[kind], said
 
 
-def _names(architecture: str, blocks: int, paths: Mapping[str, Pair]) -> dict[str, str]:
+def _names(architecture: str, blocks: int, paths: Mapping[str, LowRankPair]) -> dict[str, str]:
     """Returns the names in GGUF of modules.
 
     Raises:

@@ -39,7 +39,7 @@ from peftcore.files.formats.kohya_method import (
 from peftcore.files.formats.kohya_names import DIFFUSION, PARTS, are_known, part_of, stem_of, understood
 from peftcore.files.formats.kohya_reading import ARGUMENTS, KohyaContent
 from peftcore.files.formats.kohya_spelling import Spelling
-from peftcore.files.formats.original_names import Original, is_transformer, original_names, written_names
+from peftcore.files.formats.original_names import OriginalModule, is_transformer, original_names, written_names
 from peftcore.files.formats.pipelines import (
     clip_prefix,
     is_text_encoder,
@@ -186,7 +186,9 @@ def _add(held: dict[str, tuple[KohyaMethod, Piece]], graft: Graft) -> None:
 
 
 def _named(
-    held: Mapping[str, tuple[KohyaMethod, Piece]], modules: Mapping[str, nn.Module], originals: Mapping[str, Original]
+    held: Mapping[str, tuple[KohyaMethod, Piece]],
+    modules: Mapping[str, nn.Module],
+    originals: Mapping[str, OriginalModule],
 ) -> dict[str, Piece]:
     """Returns what is to be written by original names, those of several modules as one.
 
@@ -195,7 +197,7 @@ def _named(
     """
     theirs, found = written_names(originals), dict[str, Piece]()
     for name in dict.fromkeys(theirs.get(path, path) for path in held):
-        original = originals.get(name, Original((name,)))
+        original = originals.get(name, OriginalModule((name,)))
         pieces = [held.get(path) for path in original.paths]
         method, piece = next(each for each in pieces if each is not None)
         if not original.whole:
@@ -211,7 +213,7 @@ def _named(
     return found
 
 
-def _not_one(name: str, original: Original, why: str) -> str:
+def _not_one(name: str, original: OriginalModule, why: str) -> str:
     return (
         f"{', '.join(original.paths)} cannot be written as {name}: {why}; the part {OURS!r}, as in "
         f'format="kohya/{OURS}", keeps the modules of the host'

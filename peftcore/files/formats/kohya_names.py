@@ -34,7 +34,7 @@ LEAVES = {
 
 
 @dataclass(frozen=True)
-class Name:
+class KohyaTensorName:
     """The parsed name of a tensor."""
 
     part: str
@@ -54,16 +54,16 @@ def part_of(name: str) -> str | None:
     return found or next((part for part in DOTTED if name.startswith(f"{part}.")), None)
 
 
-def understood(name: str, part: str) -> Name:
+def understood(name: str, part: str) -> KohyaTensorName:
     """Returns the parsed name of a tensor of a model."""
     if part in PARTS:
         stem, _, leaf = name.partition(".")
-        return Name(part, stem, stem.removeprefix(f"{part}_").replace("_", "."), LEAVES.get(leaf, leaf))
+        return KohyaTensorName(part, stem, stem.removeprefix(f"{part}_").replace("_", "."), LEAVES.get(leaf, leaf))
     steps = name.split(".")
     count = 1 if steps[-1] not in ("weight", "bias") else 3 if "default" in steps[-2:-1] else 2
     stem, leaf = ".".join(steps[:-count]), ".".join(steps[-count:])
     path = stem.removeprefix(part).removeprefix(".") if part else stem
-    return Name(part, stem, path.replace("_", "."), LEAVES.get(leaf, leaf))
+    return KohyaTensorName(part, stem, path.replace("_", "."), LEAVES.get(leaf, leaf))
 
 
 def are_known(names: Collection[str]) -> bool:

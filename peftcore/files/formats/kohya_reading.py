@@ -41,9 +41,9 @@ from peftcore.files.formats.kohya_method import (
 )
 from peftcore.files.formats.kohya_names import part_of, understood
 from peftcore.files.formats.kohya_spelling import Spelling
-from peftcore.files.formats.original_names import Original, original_names
+from peftcore.files.formats.original_names import OriginalModule, original_names
 from peftcore.files.formats.pipelines import (
-    Part,
+    PipelinePart,
     fitting,
     split,
 )
@@ -60,7 +60,7 @@ ARGUMENTS = "ss_network_args"
 
 
 @dataclass(frozen=True)
-class Group:
+class ModuleTensors:
     """The tensors at one module."""
 
     path: str
@@ -74,7 +74,7 @@ class MethodGroups:
     """The modules that one method reads."""
 
     method: KohyaMethod
-    groups: list[Group]
+    groups: list[ModuleTensors]
 
 
 class KohyaContent(Content):
@@ -95,13 +95,13 @@ class KohyaContent(Content):
             for name, held in stems.items()
         ]
         if stems.keys() <= PICTURES and words:  # nothing else is for a text encoder
-            readings = [(Part("", {}, {}), Spelling(modules))]
+            readings = [(PipelinePart("", {}, {}), Spelling(modules))]
         elif not stems:
             raise CheckpointError(f"{file.path} has words alone: {_how_to_load(counts(file.shapes))}")
         part, move = fitting([each for each, _ in readings], model, file.path)
         spelling = next(spelling for each, spelling in readings if each is part)
         names: dict[str, dict[str, str]] = {}
-        meant: dict[str, Original] = {}
+        meant: dict[str, OriginalModule] = {}
         for full in part.names:
             name = understood(full, part.name)
             below = names.setdefault(name.stem, {})
@@ -124,7 +124,9 @@ class KohyaContent(Content):
             below = self._own(path, below, modules[path])
             shapes = {leaf: file.shapes[full] for leaf, full in below.items() if leaf != ALPHA}
             told = numbers[stem]
-            groups.append(Group(path, below, self._held(stem, told.pop(ALPHA, None), shapes, modules[path], told)))
+            groups.append(
+                ModuleTensors(path, below, self._held(stem, told.pop(ALPHA, None), shapes, modules[path], told))
+            )
         groups += self._words(model, words, part.name)
         if len({group.path for group in groups}) < len(groups):
             raise CheckpointError(f"{file.path} has two names for the same module")
@@ -145,7 +147,7 @@ class KohyaContent(Content):
         )
         super().__init__(envelope, file.path)
 
-    def _words(self, model: nn.Module, ids: Mapping[str, Sequence[int]], part: str) -> list[Group]:
+    def _words(self, model: nn.Module, ids: Mapping[str, Sequence[int]], part: str) -> list[ModuleTensors]:
         """Returns what the words of the file are at the host's table; what is not read of them is strange, where it
         may be for this host."""
         held = [full for full in self.file.shapes if is_word(full)]
@@ -165,7 +167,7 @@ class KohyaContent(Content):
         weight = Size(layer_of(module, "weight").shape(module, "weight"))
         where = f"{self.file.path}: {name}"
         return [
-            Group(
+            ModuleTensors(
                 read.path,
                 {VECTORS: name},
                 Held({VECTORS: read.vectors.shape}, None, weight, where, {}, False, read.tokens),
@@ -200,9 +202,9 @@ class KohyaContent(Content):
         stem: str,
         below: Mapping[str, str],
         alpha: float | None,
-        original: Original,
+        original: OriginalModule,
         modules: Mapping[str, nn.Module],
-    ) -> list[Group]:
+    ) -> list[ModuleTensors]:
         """Returns what the tensors at one module of the original code are at the host's.
 
         Raises:
@@ -228,10 +230,10 @@ class KohyaContent(Content):
             self.cuts |= {names[leaf]: value for leaf, value in tensors.items()}
             names = self._own(path, names, modules[path])
             shapes = {leaf: tensors[leaf].shape for leaf in names}
-            groups.append(Group(path, names, self._held(stem, piece.alpha, shapes, modules[path], {})))
+            groups.append(ModuleTensors(path, names, self._held(stem, piece.alpha, shapes, modules[path], {})))
         return groups
 
-    def _part(self, name: str, held: Sequence[str], spelling: Spelling) -> Part:
+    def _part(self, name: str, held: Sequence[str], spelling: Spelling) -> PipelinePart:
         below: dict[str, dict[str, Size]] = {}
         for full in held:
             said = understood(full, name)
@@ -241,7 +243,7 @@ class KohyaContent(Content):
             method = method_of(self.methods, shapes)
             several = any(not each.whole for each in spelling.meant.get(path, ()))
             outputs[path] = -1 if method is None or several else method.outputs(shapes)
-        return Part(name, {full: full for full in held}, outputs, spelling.places)
+        return PipelinePart(name, {full: full for full in held}, outputs, spelling.places)
 
     def _dropouts(self, method: KohyaMethod) -> dict[str, Any]:
         """Returns the dropouts with which the file says that it was trained, as our options. Where ours has none of the
@@ -268,7 +270,7 @@ class KohyaContent(Content):
         values = self.file.read([full for below in single.values() for full in below.values()])
         return {stem: {leaf: float(values[full]) for leaf, full in below.items()} for stem, below in single.items()}
 
-    def _shares(self, groups: Sequence[Group]) -> list[MethodGroups]:
+    def _shares(self, groups: Sequence[ModuleTensors]) -> list[MethodGroups]:
         """Returns as few methods as can read all modules, the one that reads most first.
 
         Raises:

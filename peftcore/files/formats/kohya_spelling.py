@@ -7,18 +7,18 @@ from collections.abc import Mapping
 from torch import nn
 
 from peftcore.errors import HostMismatch
-from peftcore.files.formats.original_names import Original
+from peftcore.files.formats.original_names import OriginalModule
 from peftcore.registry.plugins import layer_of
 
 
 class Spelling:
     """A host's modules by their paths, or by names of the original code, with dots and underscores taken as one."""
 
-    def __init__(self, modules: Mapping[str, nn.Module], originals: Mapping[str, Original] = {}) -> None:
+    def __init__(self, modules: Mapping[str, nn.Module], originals: Mapping[str, OriginalModule] = {}) -> None:
         self.modules = modules
-        self.meant: dict[str, list[Original]] = {}
+        self.meant: dict[str, list[OriginalModule]] = {}
         for path in modules:
-            self.meant.setdefault(path.replace("_", "."), []).append(Original((path,)))
+            self.meant.setdefault(path.replace("_", "."), []).append(OriginalModule((path,)))
         self.meant |= {name.replace("_", "."): [original] for name, original in originals.items()}
 
     @property
@@ -26,7 +26,7 @@ class Spelling:
         """One path for each spelling; see `only`."""
         return {spelling: meant[0].paths[0] for spelling, meant in self.meant.items()}
 
-    def only(self, path: str) -> Original:
+    def only(self, path: str) -> OriginalModule:
         """Returns the module with a weight for the spelling of `path`.
 
         Raises:

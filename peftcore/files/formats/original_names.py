@@ -14,7 +14,7 @@ from peftcore.files.formats.ldm_names import ldm_names
 
 
 @dataclass(frozen=True)
-class Original:
+class OriginalModule:
     """A module of the original code, as the host has it."""
 
     paths: tuple[str, ...]
@@ -110,7 +110,7 @@ QWEN_IMAGE = {"transformer_blocks.0.img_mod.1", "transformer_blocks.0.attn.add_q
 """Paths by which a host is known."""
 
 
-def original_names(paths: Collection[str]) -> dict[str, Original]:
+def original_names(paths: Collection[str]) -> dict[str, OriginalModule]:
     """Returns what original names mean on a host of these paths, the names that are written first; nothing if the
     original code is unknown, or has the same names as the host."""
     if _is_flux(paths):
@@ -125,7 +125,7 @@ def original_names(paths: Collection[str]) -> dict[str, Original]:
     elif set(paths) >= WAN:
         found = [*_in_blocks(("blocks", "blocks"), WAN_BLOCK, paths), *_within("", "", WAN_AROUND, paths)]
     else:
-        found = [(name, Original((path,))) for name, path in ldm_names(paths).items()]
+        found = [(name, OriginalModule((path,))) for name, path in ldm_names(paths).items()]
     return dict(found)
 
 
@@ -140,7 +140,7 @@ def _is_flux(paths: Collection[str]) -> bool:
     return set(paths) >= FLUX and any(block in paths for block in FLUX_BLOCKS) and not inside
 
 
-def written_names(names: Mapping[str, Original]) -> dict[str, str]:
+def written_names(names: Mapping[str, OriginalModule]) -> dict[str, str]:
     """Returns the original name of each path, the first where there are several."""
     found: dict[str, str] = {}
     for name, original in names.items():
@@ -149,7 +149,7 @@ def written_names(names: Mapping[str, Original]) -> dict[str, str]:
     return found
 
 
-def _in_blocks(lists: tuple[str, str], names: Names, paths: Collection[str]) -> Iterator[tuple[str, Original]]:
+def _in_blocks(lists: tuple[str, str], names: Names, paths: Collection[str]) -> Iterator[tuple[str, OriginalModule]]:
     """Yields the names in each block of a list, which is called otherwise on the host."""
     theirs, here = lists
     for index in count():
@@ -158,9 +158,9 @@ def _in_blocks(lists: tuple[str, str], names: Names, paths: Collection[str]) -> 
         yield from _within(f"{theirs}.{index}.", f"{here}.{index}.", names, paths)
 
 
-def _within(theirs: str, here: str, names: Names, paths: Collection[str]) -> Iterator[tuple[str, Original]]:
+def _within(theirs: str, here: str, names: Names, paths: Collection[str]) -> Iterator[tuple[str, OriginalModule]]:
     """Yields the names of what the host has."""
     for name, modules in names.items():
         found = tuple(here + path.lstrip("~") for path in modules.split())
         if all(path in paths for path in found):
-            yield theirs + name, Original(found, modules.startswith("~"))
+            yield theirs + name, OriginalModule(found, modules.startswith("~"))

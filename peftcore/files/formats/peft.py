@@ -181,7 +181,7 @@ def _class_of(keys: Keys) -> str:
 
 
 @dataclass
-class Part:
+class PeftPart:
     """The part of a file that one of our methods reads; nearly always all of it."""
 
     method: PeftMethod
@@ -227,7 +227,7 @@ class PeftContent(Content):
             groups = kind.own(groups, model, lambda name: file.read([name])[name])
             self.repeated |= every - {full for group in groups for full in group.names.values()}
             check_targets(meant, parameters_meant(of, self.sorted, model), self.sorted, groups)
-            self.parts.append(Part(kind, of, groups))
+            self.parts.append(PeftPart(kind, of, groups))
         self.named = {name: Peft().open(each, model) for name, each in _named(method, keys).items()}
         for index, part in enumerate(self.parts):
             part.prefix = f"{index}/" if len(self.parts) > 1 else ""
@@ -269,7 +269,7 @@ class PeftContent(Content):
             raise CheckpointError(f"{content.where}: as a part ({name}) it cannot have what trains along: {beside[0]}")
         return held
 
-    def _options(self, part: Part) -> dict[str, Any]:
+    def _options(self, part: PeftPart) -> dict[str, Any]:
         """Returns options for most places, and overrides where a pattern has other ones."""
         method, keys, groups = part.method, part.keys, part.groups
         names = self.sorted.root or (groups[0].names if groups else {})

@@ -192,7 +192,7 @@ def text_of(options: Mapping[str, Any]) -> str:
 
 
 @dataclass
-class Written:
+class WrittenPeftType:
     """One type of peft as written for an injection, or for a part of one."""
 
     kind: str
@@ -219,7 +219,7 @@ class Written:
         return found
 
 
-def _written(applied: AppliedMethod) -> Written:
+def _written(applied: AppliedMethod) -> WrittenPeftType:
     """Returns one method as peft would have it.
 
     Raises:
@@ -237,7 +237,7 @@ def _written(applied: AppliedMethod) -> Written:
     if method.below:
         options |= targets(applied, [place.graft for place in places])
     options |= method.write_options_of_all(places, applied.model)
-    return Written(kind, method, places, options, applied.shared)
+    return WrittenPeftType(kind, method, places, options, applied.shared)
 
 
 def _writer_of(applied: AppliedMethod) -> tuple[str, PeftMethod]:
@@ -297,7 +297,7 @@ def _apart(injection: Injection) -> bool:
     return bool(injection.parts) and all(graft.part for graft in injection.grafts if graft.by_method)
 
 
-def _joined(each: list[Written]) -> tuple[Written, dict[str, Any]]:
+def _joined(each: list[WrittenPeftType]) -> tuple[WrittenPeftType, dict[str, Any]]:
     """Returns the type whose file holds all the others, and its options."""
     if len(each) == 1:
         return each[0], each[0].options

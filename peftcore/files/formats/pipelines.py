@@ -16,7 +16,7 @@ from peftcore.registry.plugins import layer_of, registry
 
 
 @dataclass(frozen=True)
-class Part:
+class PipelinePart:
     """The tensors of one model in a file, in one way of reading their names."""
 
     name: str
@@ -29,7 +29,7 @@ class Part:
     """Paths on the host, by the way in which the file spells them, where it is not the host's own."""
 
 
-def fitting(parts: Sequence[Part], model: nn.Module, file: Path) -> tuple[Part, Move]:
+def fitting(parts: Sequence[PipelinePart], model: nn.Module, file: Path) -> tuple[PipelinePart, Move]:
     """Returns the part of a file that is for `model`, and the move of its paths to the host's.
 
     By the names of the modules; where these fit several parts, as those of two text encoders do, by their sizes.
@@ -57,7 +57,7 @@ def fitting(parts: Sequence[Part], model: nn.Module, file: Path) -> tuple[Part, 
     return found[0]
 
 
-def _sized(part: Part, move: Move, modules: Mapping[str, nn.Module]) -> bool:
+def _sized(part: PipelinePart, move: Move, modules: Mapping[str, nn.Module]) -> bool:
     for path, outputs in part.outputs.items():
         place = move(path)
         module = modules[part.places.get(place, place)]

@@ -18,7 +18,7 @@ FACTORS = (".lora_A.weight", ".lora_B.weight")
 
 
 @dataclass(frozen=True)
-class Pair:
+class LowRankPair:
     """The update of one module: B A, with its scale in B."""
 
     A: Tensor
@@ -37,7 +37,7 @@ class Pair:
 
 
 @torch.no_grad()
-def plain_lora(injection: Injection, program: str) -> dict[str, Pair]:
+def plain_lora(injection: Injection, program: str) -> dict[str, LowRankPair]:
     """Returns the updates of an adapter by the paths of their modules.
 
     Args:
@@ -59,5 +59,5 @@ def plain_lora(injection: Injection, program: str) -> dict[str, Pair]:
         if factors is None or factors[0].dim() != 2 or f"{PREFIXES[0]}{path}{FACTORS[0]}" not in tensors:
             raise ExportError(f"{program} reads low-rank factors of matrices alone, and {path} has other ones")
         A, B, scale = factors
-        pairs[path] = Pair(A.detach().float(), scale * B.detach().float())
+        pairs[path] = LowRankPair(A.detach().float(), scale * B.detach().float())
     return pairs

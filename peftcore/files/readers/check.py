@@ -30,7 +30,7 @@ RANKS = ("lora_A.weight", "lora_embedding_A", "lora_down.weight", "lora.down.wei
 
 
 @dataclass(frozen=True)
-class Row:
+class ReaderReportRow:
     """A part of a file, and how the program treats it."""
 
     what: str
@@ -42,12 +42,12 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Report:
+class ReaderReport:
     """The result of `check`: the verdict of a program on each part of one file."""
 
     reader: Reader
     format: str
-    rows: tuple[Row, ...]
+    rows: tuple[ReaderReportRow, ...]
     needs: str = ""
     """The flag with which the program has to be started; empty where it needs none."""
 
@@ -84,7 +84,7 @@ class _File:
     """Whether it is written and not read here, so that it was made of another."""
 
 
-def check(path: str | Path, reader: Reader) -> Report:
+def check(path: str | Path, reader: Reader) -> ReaderReport:
     """Returns what a program does with each option and tensor of an adapter, without a model.
 
     Raises:
@@ -95,20 +95,24 @@ def check(path: str | Path, reader: Reader) -> Report:
         known = " and ".join(reader.formats)
         of = " of the adapter that it was made of" * file.made
         why = f"{reader.name} is given files of {known}: peftcore export writes one{of}"
-        return Report(reader, file.format, (Row(f"format {file.format}", Verdict.REFUSED, why, tuple(file.tensors)),))
+        return ReaderReport(
+            reader, file.format, (ReaderReportRow(f"format {file.format}", Verdict.REFUSED, why, tuple(file.tensors)),)
+        )
     kind = file.options.get(TYPE)
     if kind is not None and kind not in reader.types:
         rule = reader.more_types.get(kind, reader.other_types)
-        return Report(reader, file.format, (Row(f"{TYPE} {kind}", rule.verdict, rule.why, tuple(file.tensors)),))
+        return ReaderReport(
+            reader, file.format, (ReaderReportRow(f"{TYPE} {kind}", rule.verdict, rule.why, tuple(file.tensors)),)
+        )
     rows = [*_options(file.options, reader), *_tensors(file, reader)]
     modules = {row.what: row.tensors for row in rows if row.tensors and row.verdict is Verdict.READ}
     rows += [*_alone(modules, reader), *_in_some_blocks(modules, reader)]
     rank = _rank(file)
     if reader.ranks is not None and rank > reader.ranks.most:
         why = f"{reader.name} takes {reader.ranks.most} at most: peftcore export --project writes fewer"
-        rows.append(Row(f"rank {rank}", Verdict.REFUSED, why))
-        return Report(reader, file.format, tuple(rows))
-    return Report(reader, file.format, tuple(rows), reader.ranks.needed(rank) if reader.ranks else "")
+        rows.append(ReaderReportRow(f"rank {rank}", Verdict.REFUSED, why))
+        return ReaderReport(reader, file.format, tuple(rows))
+    return ReaderReport(reader, file.format, tuple(rows), reader.ranks.needed(rank) if reader.ranks else "")
 
 
 def _opened(path: Path) -> _File:
@@ -120,36 +124,36 @@ def _opened(path: Path) -> _File:
     return _File(format.name, format.options(path), tensors, bool(about.problem))
 
 
-def _options(options: Mapping[str, Any], reader: Reader) -> Iterator[Row]:
+def _options(options: Mapping[str, Any], reader: Reader) -> Iterator[ReaderReportRow]:
     for name, value in options.items():
         if name == TYPE or name in MADE or value in OFF:
             continue
         rule = reader.options.get(name, reader.other_options)
         read = any(value is each or (value == each and type(value) is type(each)) for each in rule.but)
-        yield Row(f"option {name}", Verdict.READ if read else rule.verdict, "" if read else rule.why)
+        yield ReaderReportRow(f"option {name}", Verdict.READ if read else rule.verdict, "" if read else rule.why)
 
 
-def _tensors(file: _File, reader: Reader) -> Iterator[Row]:
+def _tensors(file: _File, reader: Reader) -> Iterator[ReaderReportRow]:
     found: dict[tuple[str, Verdict, str], list[str]] = {}
     for name, shape in file.tensors.items():
         module, rule = reader.tensor(name, shape, file.format)
         what = module if rule.verdict is Verdict.READ else name
         found.setdefault((what, rule.verdict, rule.why), []).append(name)
     for (what, verdict, why), names in found.items():
-        yield Row(what, verdict, why, tuple(names))
+        yield ReaderReportRow(what, verdict, why, tuple(names))
 
 
-def _alone(modules: Mapping[str, tuple[str, ...]], reader: Reader) -> Iterator[Row]:
+def _alone(modules: Mapping[str, tuple[str, ...]], reader: Reader) -> Iterator[ReaderReportRow]:
     """Yields modules that the program reads only beside others, which are not adapted."""
     for rule in reader.beside:
         for path, names in modules.items():
             other = rule.other(path)
             if other is not None and other not in modules:
                 why = rule.rule.why + FILLS.format(rule.wants) * rule.filled
-                yield Row(f"{path} without {rule.wants}", rule.rule.verdict, why, names)
+                yield ReaderReportRow(f"{path} without {rule.wants}", rule.rule.verdict, why, names)
 
 
-def _in_some_blocks(modules: Mapping[str, tuple[str, ...]], reader: Reader) -> Iterator[Row]:
+def _in_some_blocks(modules: Mapping[str, tuple[str, ...]], reader: Reader) -> Iterator[ReaderReportRow]:
     """Yields modules that are adapted in some blocks alone, where the program wants all of them."""
     if reader.some_blocks is None:
         return
@@ -162,7 +166,9 @@ def _in_some_blocks(modules: Mapping[str, tuple[str, ...]], reader: Reader) -> I
     for held in kinds.values():
         if len(held) <= last:
             for path in held.values():
-                yield Row(path, rule.verdict, rule.why + FILLS.format("it in the others") * filled, modules[path])
+                yield ReaderReportRow(
+                    path, rule.verdict, rule.why + FILLS.format("it in the others") * filled, modules[path]
+                )
 
 
 def _rank(file: _File) -> int:

@@ -68,7 +68,7 @@ class TensorRule:
 
 
 @dataclass(frozen=True)
-class Beside:
+class CompanionRule:
     """The rule for a module that is adapted without another one next to it."""
 
     module: str
@@ -141,7 +141,7 @@ class Reader:
     """The first that fits counts; the last one fits all."""
     more_types: Mapping[str, Rule] = field(default_factory=dict)
     """The rules for files of some types that it does not know and reads all the same, by type."""
-    beside: tuple[Beside, ...] = ()
+    beside: tuple[CompanionRule, ...] = ()
     some_blocks: SomeBlocks | None = None
     ranks: Ranks | None = None
     notes: tuple[str, ...] = ()
@@ -238,10 +238,10 @@ def _parsed(path: Path) -> Reader:
     )
 
 
-def _beside(data: dict[str, Any]) -> Beside:
+def _beside(data: dict[str, Any]) -> CompanionRule:
     within = re.compile(data.pop("within", ""))
     own = {key: data.pop(key) for key in ("module", "wants", "filled") if key in data}
-    return Beside(**own, within=within, rule=_rule(data))
+    return CompanionRule(**own, within=within, rule=_rule(data))
 
 
 def _rule(data: Mapping[str, Any]) -> Rule:

@@ -67,7 +67,7 @@ class TransformersCalls:
 
     def attributes(self, module: nn.Module, edits: Edits) -> Mapping[str, Any]:
         """Returns the config that names peftcore's function, and the attributes that this function reads."""
-        return {"config": StandIn(module.config), "_peftcore_edits": edits, "_peftcore_eager": self.eager}
+        return {"config": ConfigStandIn(module.config), "_peftcore_edits": edits, "_peftcore_eager": self.eager}
 
     def run(self, stand_in: nn.Module, edits: Edits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Returns the output of the forward of the module's view."""
@@ -99,7 +99,7 @@ def _named(implementation: str) -> str:
     return f"peftcore_{implementation}"
 
 
-class StandIn:
+class ConfigStandIn:
     """A config that differs only in the name of its attention implementation, which is read each time."""
 
     def __init__(self, config: Any) -> None:

@@ -16,12 +16,12 @@ from peftcore.errors import MemoryLimit
 
 if TYPE_CHECKING:
     from peftcore.forward.choice.active_adapters import Choice
-    from peftcore.forward.choice.scopes import Block
+    from peftcore.forward.choice.scopes import ChoiceScope
     from peftcore.forward.state.host_state import HostState
     from peftcore.injection.injection import Injection
 
 
-class Adapter(Protocol):
+class ResidentAdapter(Protocol):
     """An adapter as its residency sees it: values that can be offloaded from the model and restored."""
 
     def bytes(self) -> int:
@@ -52,7 +52,7 @@ class _Record:
 
     __slots__ = ("adapter", "here", "used")
 
-    def __init__(self, adapter: Adapter, used: int) -> None:
+    def __init__(self, adapter: ResidentAdapter, used: int) -> None:
         self.adapter, self.here, self.used = adapter, True, used
 
 
@@ -68,7 +68,7 @@ class Residency:
         lock: held while adapters are offloaded and restored.
     """
 
-    def __init__(self, state: HostState, limit: int, account: Callable[[Injection], Adapter]) -> None:
+    def __init__(self, state: HostState, limit: int, account: Callable[[Injection], ResidentAdapter]) -> None:
         self._state = weakref.ref(state)
         self.limit, self._account = limit, account
         self.lock = threading.RLock()
@@ -156,7 +156,7 @@ class Residency:
                 return
             record.used = next(self._clock)
 
-    def bring(self, names: Collection[str], leaving: Block | None = None) -> None:
+    def bring(self, names: Collection[str], leaving: ChoiceScope | None = None) -> None:
         """Restore adapters on the model, as `admit` does.
 
         Args:
@@ -199,7 +199,7 @@ class Residency:
             return sorted(stay)
 
     @contextmanager
-    def kept(self, names: Collection[str], leaving: Block | None = None) -> Iterator[None]:
+    def kept(self, names: Collection[str], leaving: ChoiceScope | None = None) -> Iterator[None]:
         """Context manager in which adapters are on the model and are not offloaded."""
         key = next(self._clock)
         self._held[key] = names
@@ -217,7 +217,7 @@ class Residency:
     # ------------------------------------------------------------------------------------------------- who may leave
 
     def _victims(
-        self, wanted: int, keep: Collection[str], what: str, leaving: Block | None = None
+        self, wanted: int, keep: Collection[str], what: str, leaving: ChoiceScope | None = None
     ) -> dict[str, _Record]:
         """Returns the adapters to offload so that `wanted` bytes are free, marked as offloaded: the least recently used
         first.
@@ -268,7 +268,7 @@ class Residency:
             for record in left.values():  # a full disk: they are still there
                 record.here = True
 
-    def _pinned(self, leaving: Block | None) -> set[str]:
+    def _pinned(self, leaving: ChoiceScope | None) -> set[str]:
         """Returns the names of pinned adapters, without those that are only pinned because they train."""
         state = self._state()
         assert state is not None, "the state of a model has its residency"

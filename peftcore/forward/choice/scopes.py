@@ -46,7 +46,7 @@ def _place() -> Place:
     return HERE.token, None if task is None else weakref.ref(task)
 
 
-class Block:
+class ChoiceScope:
     """The span of a choice: a ``with`` block, a call, or a thread that made a choice.
 
     Attributes:
@@ -82,8 +82,8 @@ class Scope:
     """A choice, with the block in which it was made."""
 
     choice: Choice
-    block: Block
-    pin: Block | None = None
+    block: ChoiceScope
+    pin: ChoiceScope | None = None
     """Shows other threads the injections that a task's statement names, if the task made it in a block that another
     task entered."""
 
@@ -124,8 +124,8 @@ class Choices:
     def _begin(self, host: HostState, choice: Choice) -> None:
         self._host = weakref.ref(host)  # it has this one: both go at once, not when Python looks for garbage
         self.choice = choice
-        self.everybody = [Scope(choice, Block(choice))]
-        self.own: dict[int, weakref.ref[Block]] = {}
+        self.everybody = [Scope(choice, ChoiceScope(choice))]
+        self.own: dict[int, weakref.ref[ChoiceScope]] = {}
         self.owner: object = HERE.token
         self.ref = weakref.ref(self)
         _THREAD.set(self.owner)
@@ -205,7 +205,7 @@ class Choices:
             if block is not None and block.open and key not in mine:
                 yield "in another thread or task ", block.choice
 
-    def pinning(self, leaving: Block | None = None) -> Iterator[Choice]:
+    def pinning(self, leaving: ChoiceScope | None = None) -> Iterator[Choice]:
         """Yields every choice that is in force in any thread or task, or will be in force again when a block is left.
         Leaves out the choice of the block `leaving`, which is about to be replaced."""
         for scope in list(self.everybody):
@@ -250,7 +250,7 @@ class Choices:
         with residency.kept(choice.named, self._replaced()):  # until it is in force
             return self._set(choice)
 
-    def _replaced(self) -> Block | None:
+    def _replaced(self) -> ChoiceScope | None:
         """Returns the block whose choice a statement would replace."""
         if scopes := self._open_scopes():
             return scopes[-1].block
@@ -263,11 +263,11 @@ class Choices:
         if scopes:
             before = scopes[-1]
             inherited = before.block.place is not None and before.block.place != _place()
-            made = Scope(choice, before.block, self._enlisted(Block(choice)) if inherited else None)
+            made = Scope(choice, before.block, self._enlisted(ChoiceScope(choice)) if inherited else None)
             self._write((*scopes[:-1], made))
             return Statement(made, before, over)
         if HERE.token is not self.owner:
-            made = Scope(choice, self._enlisted(Block(choice, _place())))
+            made = Scope(choice, self._enlisted(ChoiceScope(choice, _place())))
             self._write((made,))
             return Statement(made, None, over)
         if over:
@@ -297,7 +297,7 @@ class Choices:
                     self._write((*statement.over, *scopes))
         self._publish()
 
-    def open(self, choice: Choice) -> Block:
+    def open(self, choice: Choice) -> ChoiceScope:
         """Set a choice until the block is left. In the owner's thread it is the shared choice, unless this thread
         already made a choice or runs a task; everywhere else it holds for this thread or task alone."""
         self.host.check_merged(choice)
@@ -307,17 +307,19 @@ class Choices:
         with residency.kept(choice.named):  # until it is in force
             return self._open(choice)
 
-    def _open(self, choice: Choice) -> Block:
+    def _open(self, choice: Choice) -> ChoiceScope:
         _disturb()
         scopes, place = self._live_scopes(), _place()
         owned = HERE.token is self.owner
         if owned and place[1] is None and not scopes:
-            block = Block(choice, place)
+            block = ChoiceScope(choice, place)
             with _LOCK:
                 self.everybody.append(Scope(choice, block))
             self._publish()
             return block
-        block = self._enlisted(Block(choice, place, frozenset(threading.enumerate()), owned and place[1] is not None))
+        block = self._enlisted(
+            ChoiceScope(choice, place, frozenset(threading.enumerate()), owned and place[1] is not None)
+        )
         self._write((*scopes, Scope(choice, block)))
         return block
 
@@ -331,7 +333,7 @@ class Choices:
         finally:
             self.leave(block)
 
-    def leave(self, block: Block) -> None:
+    def leave(self, block: ChoiceScope) -> None:
         """End a block: the choice of the enclosing block holds again.
 
         Raises:
@@ -345,7 +347,7 @@ class Choices:
     def held(self, choice: Choice, before: frozenset[threading.Thread] | None = None) -> Iterator[None]:
         """Context manager in which a choice holds only for the code that this thread calls."""
         self.host.check_merged(choice)
-        block = self._enlisted(Block(choice, _place(), before))
+        block = self._enlisted(ChoiceScope(choice, _place(), before))
         block.calls = True
         self._write((*self._live_scopes(), Scope(choice, block)))
         if (residency := self.host.residency) is not None:  # after it is in force: what it names stays from here on
@@ -364,7 +366,7 @@ class Choices:
             finally:
                 HERE.settle()
 
-    def _end(self, block: Block) -> None:
+    def _end(self, block: ChoiceScope) -> None:
         block.open, block.before = False, None
         scopes = self.own_scopes()
         later = _later(scopes, block)
@@ -384,7 +386,7 @@ class Choices:
                 f"in between may have run the other one's; {_ADVICE}"
             )
 
-    def _enlisted(self, block: Block) -> Block:
+    def _enlisted(self, block: ChoiceScope) -> ChoiceScope:
         own, key = self.own, id(block)
         own[key] = weakref.ref(block, lambda _: own.pop(key, None))
         return block
@@ -426,7 +428,7 @@ class Choices:
         _disturb()
         scopes, owned = list(self._open_scopes()), HERE.token is self.owner
         if not owned and not any(_is_stack(each.choice) for each in scopes) and _is_stack(self.choice):
-            scopes.insert(0, Scope(self.choice, self._enlisted(Block(self.choice, _place()))))
+            scopes.insert(0, Scope(self.choice, self._enlisted(ChoiceScope(self.choice, _place()))))
         stack = _joined(scopes, name, instead)
         self._write(scopes)
         if stack is None and owned:
@@ -509,7 +511,7 @@ def _is_stack(choice: Choice) -> bool:
     return choice.route is None and choice.composition is None
 
 
-def _later(scopes: Scopes, block: Block) -> Scopes | None:
+def _later(scopes: Scopes, block: ChoiceScope) -> Scopes | None:
     """Returns the scopes after the scope of a block; None if the block is not among them."""
     return next((scopes[index + 1 :] for index, each in enumerate(scopes) if each.block is block), None)
 
@@ -534,7 +536,7 @@ class Chosen(AbstractContextManager["Chosen"]):
     def __init__(self, state: HostState, choice: Choice) -> None:
         self._state, self._choice = state, choice
         self._statement: Statement | None = state.choices.set(choice)
-        self._blocks: list[Block] = []
+        self._blocks: list[ChoiceScope] = []
 
     def __enter__(self) -> Chosen:
         self._state.check(self._choice)

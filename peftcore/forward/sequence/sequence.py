@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from peftcore.contract.operators import Operator
 from peftcore.errors import PluginError, SequenceError
 from peftcore.forward.context.taps import Tap
-from peftcore.forward.sequence.sequence_cache import Opened, opened, self_attention_cache
+from peftcore.forward.sequence.sequence_cache import SequenceCacheView, opened, self_attention_cache
 from peftcore.forward.sequence.sequence_masks import Front, padding_before
 from peftcore.forward.sequence.sequence_order import Order
 from peftcore.roles.stacks import CACHES, EMBEDS, IDS, MEMORY, arguments, is_cache
@@ -38,7 +38,7 @@ rows are global too: inside a window they would only act on the beginning of a t
 PACKING = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"})
 """Arguments of batches that pack several sequences into one."""
 KNOWN = frozenset({IDS, EMBEDS, MASK, POSITIONS, STEPS, MEMORY, MEMORY_MASK, *MARKS, *CACHES})
-EMPTY = Opened(None, None, held=False)
+EMPTY = SequenceCacheView(None, None, held=False)
 
 
 class Rows(NamedTuple):
@@ -70,7 +70,7 @@ class Nest:
     made: set[tuple[str, int]] = field(default_factory=set)
     """The rows that were already made, as (stamp, number of the block)."""
 
-    def enter(self, stamp: str, order: Order, queries: Tensor, cache: Opened) -> None:
+    def enter(self, stamp: str, order: Order, queries: Tensor, cache: SequenceCacheView) -> None:
         """Record an edit, and the positions that include its rows; `queries` holds the positions of this forward."""
         self.edits[stamp] = order
         self.asking = queries + cache.past
@@ -182,7 +182,7 @@ class SequenceOperator(Operator):
         self._enter(module, given, order, EMPTY)
         return call(**given)
 
-    def _begin(self, given: dict[str, Any], order: Order, cache: Opened) -> None:
+    def _begin(self, given: dict[str, Any], order: Order, cache: SequenceCacheView) -> None:
         """Record the arguments of a stack before they are changed."""
         nest = NEST.get()
         if nest is not None and nest.path == self.stack.path:
@@ -190,7 +190,7 @@ class SequenceOperator(Operator):
             queries = torch.arange(like.shape[1] + (0 if cache.held else self.length), device=like.device)
             nest.enter(self.stamp, order, queries, cache)
 
-    def _enter(self, module: nn.Module, given: dict[str, Any], order: Order, cache: Opened) -> None:
+    def _enter(self, module: nn.Module, given: dict[str, Any], order: Order, cache: SequenceCacheView) -> None:
         """Change the arguments of the module at which embeddings replace ids."""
         tokens = (given[IDS] if given.get(EMBEDS) is None else given[EMBEDS]).shape[1]
         if not cache.held:
@@ -216,7 +216,7 @@ class SequenceOperator(Operator):
         given[IDS] = None
         given[EMBEDS] = order.put(self._with_rows(embeds))
 
-    def _check_positions(self, places: Tensor | None, tokens: int, cache: Opened) -> None:
+    def _check_positions(self, places: Tensor | None, tokens: int, cache: SequenceCacheView) -> None:
         """Raise an error if rows and tokens together exceed the positions in the stack's table; `places` are the
         positions, if given or counted."""
         if self.stack.positions is None:

@@ -162,7 +162,7 @@ def is_filled(cache: Any) -> bool:
 
 
 @dataclass(frozen=True, eq=False)
-class Opened:
+class SequenceCacheView:
     """A cache as one sequence edit sees it in one forward."""
 
     given: Any
@@ -219,14 +219,14 @@ class Opened:
         return _with_own(found, self_attention_cache(self.given)) if own is self_attention_cache(self.inner) else found
 
 
-def opened(cache: Any, stamp: str, count: int) -> Opened:
+def opened(cache: Any, stamp: str, count: int) -> SequenceCacheView:
     """Returns the cache as the stack is to see it, with the rows of the edit with the given stamp.
 
     Raises:
         SequenceError: the cache is filled without the rows of the edit that acts now, or with other rows.
     """
     if cache is None:
-        return Opened(None, None, held=False)
+        return SequenceCacheView(None, None, held=False)
     own = self_attention_cache(cache)
     if isinstance(own, Marked):
         filler, order = own.rows[-1]
@@ -235,7 +235,7 @@ def opened(cache: Any, stamp: str, count: int) -> Opened:
                 f"this cache was filled behind {order.count} rows of another soft prompt than the one that acts "
                 "now; activate the one it was filled with, or start with an empty cache"
             )
-        return Opened(cache, _with_own(cache, _view(own, own.rows[:-1])), held=True)
+        return SequenceCacheView(cache, _with_own(cache, _view(own, own.rows[:-1])), held=True)
     if is_filled(cache):
         raise SequenceError(
             "this cache was filled without the soft prompt that acts now, which cannot get in front any more; start "
@@ -245,4 +245,4 @@ def opened(cache: Any, stamp: str, count: int) -> Opened:
     if any(map(_grows, own.layers)):
         _grow(own, count)
         inner.grown = own.__dict__.get("grown", 0) + count  # an outer edit may have added some, too
-    return Opened(cache, _with_own(cache, inner), held=False)
+    return SequenceCacheView(cache, _with_own(cache, inner), held=False)

@@ -34,7 +34,7 @@ from peftcore.forward.sequence.sequence import (
     SequenceOperator,
     refuse_packing,
 )
-from peftcore.forward.sequence.sequence_cache import Opened
+from peftcore.forward.sequence.sequence_cache import SequenceCacheView
 from peftcore.forward.sequence.sequence_masks import KINDS
 from peftcore.forward.sequence.sequence_order import Order
 from peftcore.layers.layer import Layer, plain_class
@@ -281,7 +281,7 @@ class InnerRows(SequenceOperator):
             if outer is not None:
                 NEST.put(outer)
 
-    def _begin(self, given: dict[str, Any], order: Order, cache: Opened) -> None:
+    def _begin(self, given: dict[str, Any], order: Order, cache: SequenceCacheView) -> None:
         nest: Nest = NEST.get()
         nest.depths.update(self.hides)
         super()._begin(given, order, cache)
@@ -290,7 +290,7 @@ class InnerRows(SequenceOperator):
         if self.absolute:
             self._say_positions(given, like, cache)
 
-    def _say_positions(self, given: dict[str, Any], like: Tensor, cache: Opened) -> None:
+    def _say_positions(self, given: dict[str, Any], like: Tensor, cache: SequenceCacheView) -> None:
         """Set the tokens' positions if the user does not: the stack would count the rows too."""
         if (told := given.get(POSITIONS)) is not None and not cache.held:
             refuse_packing(told if told.dim() > 1 else told[None], given)

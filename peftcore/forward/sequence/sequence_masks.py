@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcore.errors import SequenceError
-from peftcore.forward.sequence.sequence_cache import Opened
+from peftcore.forward.sequence.sequence_cache import SequenceCacheView
 from peftcore.forward.sequence.sequence_order import Order
 
 SLIDING = "sliding_attention"
@@ -59,7 +59,7 @@ class Front:
     enter: bool
     """Whether the rows enter with this forward; otherwise they are in the cache."""
     causal: bool
-    cache: Opened
+    cache: SequenceCacheView
 
     def extend(self, mask: Any, queries: int) -> Any:
         """Returns the mask with the rows' columns; `queries` is the number of tokens in this forward.

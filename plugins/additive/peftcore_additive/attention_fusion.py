@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from peftcore.author import BlockSite, Method, MethodConfig, Shared, Site, Surgeon, Tags, Tap, full_precision
 from peftcore.errors import ConfigError
-from peftcore_additive._beside import BesideOperator, beside
+from peftcore_additive._side_networks import BesideOperator, beside
 
 
 class AttentionFusionConfig(MethodConfig):

@@ -51,8 +51,8 @@ from peftcore.author import (
     VisibleTokens,
     cached_tokens,
 )
-from peftcore_additive._beside import BesideOperator, beside
 from peftcore_additive._side import SideBlock, held_by, side_layers
+from peftcore_additive._side_networks import BesideOperator, beside
 
 
 class LSTConfig(MethodConfig):

@@ -33,7 +33,7 @@ from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from peftcore.author import BlockSite, Method, MethodConfig, Shared, Site, Surgeon, Tags, Tap
-from peftcore_additive._beside import BesideOperator, beside
+from peftcore_additive._side_networks import BesideOperator, beside
 
 
 class ResTuningConfig(MethodConfig):

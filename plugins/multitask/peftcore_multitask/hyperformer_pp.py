@@ -160,7 +160,7 @@ class Network(Generators):
 
 
 @dataclass(frozen=True)
-class Known:
+class HyperFormerParts:
     """Parts that a site shares with others: the network of its stack, and the embeddings of its layer and its place."""
 
     network: Shared
@@ -168,7 +168,7 @@ class Known:
     place: Shared
 
 
-def known_of(surgeon: Surgeon, site: Site, config: HyperFormerConfig) -> Known:
+def known_of(surgeon: Surgeon, site: Site, config: HyperFormerConfig) -> HyperFormerParts:
     """Return what a site shares, each named by where it is, so that it does not depend on other sites. A stack is all
     blocks whose paths are alike but for numbers; these numbers are the layer, and the common part of the sites' paths
     is the place."""
@@ -176,7 +176,7 @@ def known_of(surgeon: Surgeon, site: Site, config: HyperFormerConfig) -> Known:
     block = next((each.block for each in surgeon.resolver.host.at(path) if each.block is not None), None)
     stack = "" if block is None else stack_path(block)
     layer = ".".join(re.findall(r"\d+", path if block is None else block))
-    return Known(
+    return HyperFormerParts(
         surgeon.own(part_name("network", stack, str(width)), lambda: Network(width, config)),
         surgeon.own(part_name("layer", stack, layer), lambda: Embedding(config)),
         surgeon.own(part_name("place", stack_path(path)), lambda: Embedding(config)),
@@ -186,7 +186,7 @@ def known_of(surgeon: Surgeon, site: Site, config: HyperFormerConfig) -> Known:
 class HyperFormerOperator(AtBranchEnd):
     """The adapter of one site, without tensors where a network is shared."""
 
-    def __init__(self, site: Site, config: HyperFormerConfig, table: Shared, known: Known | None) -> None:
+    def __init__(self, site: Site, config: HyperFormerConfig, table: Shared, known: HyperFormerParts | None) -> None:
         super().__init__(site)
         self.table, self.known = table, known
         self.own = Generators(site.out_features, config) if known is None else None

@@ -197,7 +197,7 @@ def evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Known:
+class HypernetworkParts:
     """The parts that a site shares with others: the network, the embedding of its layer, and its kind; and how many
     sites are of that kind."""
 
@@ -212,13 +212,13 @@ def kind_name(site: Site) -> str:
     return part_name("kind", stack_path(site.path), f"{site.in_features}x{site.out_features}")
 
 
-def known_of(surgeon: Surgeon, site: Site, config: TextToLoRAConfig, alike: int) -> Known:
+def known_of(surgeon: Surgeon, site: Site, config: TextToLoRAConfig, alike: int) -> HypernetworkParts:
     """Return what a site shares, each named by where it is, so that it does not depend on other sites."""
     block = next((each.block for each in surgeon.resolver.host.at(site.module_path) if each.block is not None), None)
     stack = "" if block is None else stack_path(block)
     layer = ".".join(re.findall(r"\d+", site.module_path if block is None else block))
     inputs, outputs = site.in_features, site.out_features
-    return Known(
+    return HypernetworkParts(
         surgeon.own("network", lambda: LoRANetwork(config)),
         surgeon.own(part_name("layer", stack, layer), lambda: LayerEmbedding(config)),
         surgeon.own(kind_name(site), lambda: Kind(inputs, outputs, config)),
@@ -231,7 +231,7 @@ class TextToLoRAOperator(Operator):
 
     training_only = Operator.training_only | {"decay"}
 
-    def __init__(self, site: Site, config: TextToLoRAConfig, known: Known) -> None:
+    def __init__(self, site: Site, config: TextToLoRAConfig, known: HypernetworkParts) -> None:
         super().__init__(site)
         self.known, self.told = known, Told(site, config.vector_width)
         self.scale = config.alpha / config.rank**0.5

@@ -13,7 +13,7 @@ from peftcore.injection.quantization import scheme
 from peftcore.registry.plugins import layer_of
 from peftcore.testing import quantizer_conformance
 from peftcore.testing.kit import fill
-from peftcore.testing.quantizers import LINEAR, Packing
+from peftcore.testing.quantizers import LINEAR, QuantizerCase
 
 BNB = {"state_is_saved_and_loaded": "bitsandbytes cannot load the keys that its Linear4bit writes"}
 AO = {"state_is_saved_and_loaded": "safetensors stores no subclasses of tensors"}
@@ -110,7 +110,7 @@ PACKED = {"nf4": None, "int8": None, "bnb-nf4": None, "bnb-int8": INPUTS_TOO, "t
 @pytest.mark.parametrize("method", METHODS)
 def test_methods_train_and_merge_as_on_the_dense_weights_that_are_read(method: str, name: str) -> None:
     pytest.importorskip({"bnb": "bitsandbytes", "tor": "torchao", "hqq": "hqq"}.get(name[:3], "torch"))
-    case = Packing(name, {}, PACKED[name])
+    case = QuantizerCase(name, {}, PACKED[name])
     model = case.packed()
     base, twin = case.run(model), case.twin(model)
     both = []

@@ -57,7 +57,7 @@ class ChildTuningDConfig(MethodConfig):
     """Train all parameters outside of the blocks whole: embeddings, final norms, poolers, heads."""
 
 
-class Mask(GradientRule):
+class ChildMask(GradientRule):
     """Zeroes the gradients outside of the child network."""
 
     def __init__(self, masks: dict[Tensor, Tensor]) -> None:
@@ -104,7 +104,7 @@ class ChildTuningD(Method):
             mask.copy_(information >= threshold)
 
     def gradient_rule(self, injection: AppliedMethod) -> GradientRule:
-        return Mask(dict(_masked(injection)))
+        return ChildMask(dict(_masked(injection)))
 
     @staticmethod
     def parameter_count(site: Site, config: ChildTuningDConfig) -> int:

@@ -62,7 +62,7 @@ class FishMaskConfig(MethodConfig):
     """The maximum number of batches for the Fisher information; each has to be one example."""
 
 
-class Mask(Checked):
+class FishMaskUpdate(Checked):
     """The trained differences, and their places in all sites one after the other, ascending."""
 
     index: Tensor
@@ -121,7 +121,7 @@ class FishMask(Method):
         tensors = one_each(each for site in sites for each in map(site.at, site.tensors()) if _there(each))
         total = sum(each.numel for each in tensors)
         count = max(1, int(config.share * total))
-        mask = surgeon.own("mask", lambda: Mask(count, total))
+        mask = surgeon.own("mask", lambda: FishMaskUpdate(count, total))
         start = 0
         for each in tensors:
             holders = tuple(map(_stored, tied_to(each, surgeon)))

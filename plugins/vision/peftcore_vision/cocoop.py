@@ -38,7 +38,7 @@ from peftcore.author import LearningRate, Method, Site, Surgeon, Tags, Tap
 from peftcore.errors import MissingContext, SequenceError, UnsupportedSite
 from peftcore_vision._features import image_projection
 from peftcore_vision._matching import MATCH, of_own_texts
-from peftcore_vision._places import TOWER, PlacesConfig, PlacesOperator, put_at, text_sites, words
+from peftcore_vision._prompt_words import TOWER, PlacesConfig, PlacesOperator, put_at, text_sites, words
 
 FEATURES = "features"
 """The form of the projection that returns features of images."""

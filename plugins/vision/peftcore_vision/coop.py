@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from peftcore.author import LearningRate, Method, Site, Surgeon, Tags, forward_context
 from peftcore.errors import MissingContext
-from peftcore_vision._places import PlacesConfig, PlacesOperator, put_at, text_sites, words
+from peftcore_vision._prompt_words import PlacesConfig, PlacesOperator, put_at, text_sites, words
 
 
 class CoOpConfig(PlacesConfig):

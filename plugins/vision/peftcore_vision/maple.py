@@ -40,7 +40,7 @@ from torch import Tensor, nn
 
 from peftcore.author import LearningRate, Method, Site, Surgeon, Tags, Tap, on_first
 from peftcore.errors import ConfigError, SequenceError, UnsupportedSite
-from peftcore_vision._places import PlacesConfig, PlacesOperator, put_at, text_sites, words
+from peftcore_vision._prompt_words import PlacesConfig, PlacesOperator, put_at, text_sites, words
 from peftcore_vision._prompts import check_tokens, image_blocks
 
 NORM, BLOCK, LAST = "prompt.norm", "prompt.block", "prompt.last"

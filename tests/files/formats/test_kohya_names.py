@@ -2,7 +2,7 @@
 
 import pytest
 
-from peftcore.files.formats.kohya_names import PARTS, Name, are_known, part_of, stem_of, understood
+from peftcore.files.formats.kohya_names import PARTS, KohyaTensorName, are_known, part_of, stem_of, understood
 
 DOWN, UP = "lora_down.weight", "lora_up.weight"
 
@@ -10,20 +10,26 @@ DOWN, UP = "lora_down.weight", "lora_up.weight"
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        (f"lora_unet_a_b.{DOWN}", Name("lora_unet", "lora_unet_a_b", "a.b", DOWN)),
-        ("lora_te1_a.alpha", Name("lora_te1", "lora_te1_a", "a", "alpha")),
-        (f"diffusion_model.a_b.0.qkv.{UP}", Name("diffusion_model", "diffusion_model.a_b.0.qkv", "a.b.0.qkv", UP)),
-        ("diffusion_model.a.lora_A.weight", Name("diffusion_model", "diffusion_model.a", "a", DOWN)),
-        ("diffusion_model.a.lora_B.default.weight", Name("diffusion_model", "diffusion_model.a", "a", UP)),
-        ("diffusion_model.a.diff_b", Name("diffusion_model", "diffusion_model.a", "a", "diff_b")),
-        ("diffusion_model.a.lora_B.bias", Name("diffusion_model", "diffusion_model.a", "a", "lora_B.bias")),
-        ("base_model.model.a.lora_B.weight", Name("base_model.model", "base_model.model.a", "a", UP)),
-        ("a.processor.qkv_lora1.down.weight", Name("", "a.processor.qkv_lora1", "a.processor.qkv.lora1", DOWN)),
-        (f"a.0.to_q.{DOWN}", Name("", "a.0.to_q", "a.0.to.q", DOWN)),
-        ("weight", Name("", "", "", "weight")),
+        (f"lora_unet_a_b.{DOWN}", KohyaTensorName("lora_unet", "lora_unet_a_b", "a.b", DOWN)),
+        ("lora_te1_a.alpha", KohyaTensorName("lora_te1", "lora_te1_a", "a", "alpha")),
+        (
+            f"diffusion_model.a_b.0.qkv.{UP}",
+            KohyaTensorName("diffusion_model", "diffusion_model.a_b.0.qkv", "a.b.0.qkv", UP),
+        ),
+        ("diffusion_model.a.lora_A.weight", KohyaTensorName("diffusion_model", "diffusion_model.a", "a", DOWN)),
+        ("diffusion_model.a.lora_B.default.weight", KohyaTensorName("diffusion_model", "diffusion_model.a", "a", UP)),
+        ("diffusion_model.a.diff_b", KohyaTensorName("diffusion_model", "diffusion_model.a", "a", "diff_b")),
+        ("diffusion_model.a.lora_B.bias", KohyaTensorName("diffusion_model", "diffusion_model.a", "a", "lora_B.bias")),
+        ("base_model.model.a.lora_B.weight", KohyaTensorName("base_model.model", "base_model.model.a", "a", UP)),
+        (
+            "a.processor.qkv_lora1.down.weight",
+            KohyaTensorName("", "a.processor.qkv_lora1", "a.processor.qkv.lora1", DOWN),
+        ),
+        (f"a.0.to_q.{DOWN}", KohyaTensorName("", "a.0.to_q", "a.0.to.q", DOWN)),
+        ("weight", KohyaTensorName("", "", "", "weight")),
     ],
 )
-def test_names_taken_apart(name: str, expected: Name) -> None:
+def test_names_taken_apart(name: str, expected: KohyaTensorName) -> None:
     assert understood(name, part_of(name) or "") == expected
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from original_files import MODELS
 
-from peftcore.files.formats.original_names import Original, is_transformer, original_names, written_names
+from peftcore.files.formats.original_names import OriginalModule, is_transformer, original_names, written_names
 
 
 def paths(name: str) -> list[str]:
@@ -33,7 +33,7 @@ def paths(name: str) -> list[str]:
     ],
 )
 def test_names(model: str, name: str, expected: list[str]) -> None:
-    assert original_names(paths(model))[name] == Original(tuple(expected))
+    assert original_names(paths(model))[name] == OriginalModule(tuple(expected))
 
 
 def test_what_is_not_there_has_no_name() -> None:

@@ -10,7 +10,7 @@ from exported_hosts import as_a_server, llama, logits, noisy
 from safetensors.torch import load_file, save_file
 
 from peftcore.errors import CheckpointError
-from peftcore.files.readers.check import Report, check
+from peftcore.files.readers.check import ReaderReport, check
 from peftcore.files.readers.reader import Verdict, reader_named, readers
 
 LANGUAGE = ("vllm", "sglang", "tgi", "llama.cpp")
@@ -21,7 +21,7 @@ def folder_of(path: Path, method: str = "lora", **options: Any) -> Path:
     return path
 
 
-def said(report: Report) -> dict[str, str]:
+def said(report: ReaderReport) -> dict[str, str]:
     return {row.what.rpartition("self_attn.")[2]: row.verdict.value for row in report.rows if row.verdict != "read"}
 
 

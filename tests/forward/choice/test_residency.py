@@ -16,7 +16,7 @@ import peftcore
 import peftcore.files.adapter_pool
 from peftcore.errors import CheckpointError, MemoryLimit, UnknownInjection
 from peftcore.forward.state.host_state import state_of
-from peftcore.injection.idle_adapters import StandIn
+from peftcore.injection.idle_adapters import IdleTensor
 
 IDS = token_ids()
 NAMES = ("a", "b", "c", "d")
@@ -107,7 +107,7 @@ def test_the_parameters_are_the_same_objects(served: tuple[nn.Module, peftcore.A
     first = peftcore.injections(model)["d"]
     before, values = list(first.parameters()), [each.clone() for each in first.parameters()]
     pool.rest("d")
-    assert all(isinstance(each, StandIn) for each in first.parameters())
+    assert all(isinstance(each, IdleTensor) for each in first.parameters())
     assert all(
         each.untyped_storage().nbytes() == 0 and each.shape == value.shape
         for each, value in zip(before, values, strict=True)
@@ -401,14 +401,14 @@ def test_nobody_waits_for_a_disk_who_names_what_is_there(
 ) -> None:
     model, pool = served
     reading, go_on = threading.Event(), threading.Event()
-    read = peftcore.files.adapter_pool.InFolder.values
+    read = peftcore.files.adapter_pool.FolderStore.values
 
     def slowly(*args: Any) -> Any:
         reading.set()
         assert go_on.wait(10)
         return read(*args)
 
-    monkeypatch.setattr(peftcore.files.adapter_pool.InFolder, "values", slowly)
+    monkeypatch.setattr(peftcore.files.adapter_pool.FolderStore, "values", slowly)
     worker = threading.Thread(target=peftcore.using(model, "a"), args=(outputs, model))
     worker.start()
     reading.wait()

@@ -71,7 +71,7 @@ def train(
         # Not before the input has been read: what follows imports torch and transformers.
         from rich.console import Console
 
-        from peftcore.cli.progress_display import Line
+        from peftcore.cli.progress_display import BarDisplay
         from peftcore.utils.quiet import no_bars
         from peftcore_lab.printing.run_output import show
         from peftcore_lab.runs.folder import first_process
@@ -82,7 +82,7 @@ def train(
         if processes != 1 and place is None:
             raise BadInput("--processes are those of a cluster: --on ray; on one machine, torchrun starts several")
         others = not first_process()  # of several processes, one speaks
-        with Line(Console(stderr=True, quiet=others)) as line:
+        with BarDisplay(Console(stderr=True, quiet=others)) as line:
             if place is None:
                 outcome = job.train(run, line, resume)
             else:

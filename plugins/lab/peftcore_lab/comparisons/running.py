@@ -21,13 +21,13 @@ from peftcore_lab.runs.folder import holds
 from peftcore_lab.runs.run import Run
 from peftcore_lab.training.fleet_runs import Saved, key, train_together
 from peftcore_lab.training.memory import PeakMemory
-from peftcore_lab.training.train import Display, Outcome, train
+from peftcore_lab.training.train import Outcome, RunDisplay, train
 
 RECORD = "trial.json"
 """The file of a finished run that says what it came to."""
 
 
-class Board(Display, Protocol):
+class Board(RunDisplay, Protocol):
     """A display that also hears of whole runs."""
 
     def begin(self, label: str) -> None:
@@ -62,7 +62,7 @@ Finding = tuple[Candidate, int, Result]
 """A configuration, its seed, and its result."""
 
 
-class Place(Protocol):
+class JobRunner(Protocol):
     """Where jobs are carried out."""
 
     def results(
@@ -116,7 +116,7 @@ def carry_out(comparison: Comparison, job: Job, board: Board, saved: list[Saved]
     return [_tried(comparison, candidate, job.seed, board, resume)]
 
 
-def _tried(comparison: Comparison, candidate: Candidate, seed: int, board: Display, resume: bool = False) -> Result:
+def _tried(comparison: Comparison, candidate: Candidate, seed: int, board: RunDisplay, resume: bool = False) -> Result:
     try:
         return run_trial(comparison, candidate, seed, board, resume)
     except TrainingError as error:
@@ -172,7 +172,7 @@ def run_together(
     return results
 
 
-def run_trial(comparison: Comparison, candidate: Candidate, seed: int, board: Display, resume: bool = False) -> Ran:
+def run_trial(comparison: Comparison, candidate: Candidate, seed: int, board: RunDisplay, resume: bool = False) -> Ran:
     """Train one configuration with one seed, or go on with that run where it was begun and that is asked for."""
     run = comparison.run(candidate, seed)
     goes_on = resume and holds(run)

@@ -13,7 +13,7 @@ from typing import Any
 from datasets import Dataset
 
 from peftcore.errors import BadInput, shown
-from peftcore_lab.data.example_sources import Source
+from peftcore_lab.data.example_sources import ExampleSource
 
 Message = dict[str, Any]
 LISTS = ("messages", "conversations", "conversation", "chat")
@@ -73,7 +73,7 @@ def columns(there: Sequence[str], wanted: Columns, where: object) -> Columns:
     )
 
 
-def conversations(part: Dataset, chosen: Columns, where: Source) -> list[list[Message]]:
+def conversations(part: Dataset, chosen: Columns, where: ExampleSource) -> list[list[Message]]:
     """Return the conversations of a table.
 
     Raises:

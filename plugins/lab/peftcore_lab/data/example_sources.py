@@ -21,7 +21,7 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 @dataclass(frozen=True)
-class Source:
+class ExampleSource:
     """The origin of a part of the examples, as errors name it."""
 
     name: str
@@ -37,9 +37,9 @@ class Source:
         """Return in words which row an example is, counted from 1 in the user's data."""
         return f"{self.name}, row {index + 1}" if self.file is None else f"{self.file}, row {self.rows[index] + 1}"
 
-    def selected(self, rows: Sequence[int]) -> Source:
+    def selected(self, rows: Sequence[int]) -> ExampleSource:
         """Return the source of some of the examples, by their positions among all."""
-        return Source(self.name, self.file or self.name, [self.rows[row] if self.rows else row for row in rows])
+        return ExampleSource(self.name, self.file or self.name, [self.rows[row] if self.rows else row for row in rows])
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,10 @@ class Splits:
 
     train: Dataset
     held_out: Dataset
-    names: tuple[Source, Source]
+    names: tuple[ExampleSource, ExampleSource]
 
     @property
-    def named(self) -> list[tuple[Source, Dataset]]:
+    def named(self) -> list[tuple[ExampleSource, Dataset]]:
         """Returns both parts with their sources."""
         return [*zip(self.names, (self.train, self.held_out), strict=True)]
 
@@ -62,13 +62,13 @@ def splits(train: str, held_out: str | None, size: int | None) -> Splits:
     Raises:
         BadInput: the data cannot be read, or no training example is left.
     """
-    names = Source(train), Source(f"{train} (held out)")
+    names = ExampleSource(train), ExampleSource(f"{train} (held out)")
     source = read(train)
     pieces = source if isinstance(source, DatasetDict) else DatasetDict(train=source)
     if "train" not in pieces:
         raise BadInput(f"{train}: no split is called train; there are: {', '.join(pieces)}")
     if held_out is not None:
-        return Splits(pieces["train"], scored(held_out), (Source(train), Source(held_out)))
+        return Splits(pieces["train"], scored(held_out), (ExampleSource(train), ExampleSource(held_out)))
     for name in HELD_OUT:
         if name in pieces:
             return Splits(pieces["train"], pieces[name], names)
@@ -105,7 +105,7 @@ def divide(examples: Dataset, size: int | None, source: str) -> Splits:
         raise BadInput(f"{source}: cannot hold out {wanted} of {len(examples)} rows: some must remain to train on")
     cut = Dataset.from_dict({"row": range(len(examples))}).train_test_split(test_size=wanted, seed=SPLIT_SEED)
     (train, held_out) = (cut[name]["row"][:] for name in ("train", "test"))
-    names = Source(source, source, train), Source(f"{source} (held out)", source, held_out)
+    names = ExampleSource(source, source, train), ExampleSource(f"{source} (held out)", source, held_out)
     return Splits(examples.select(train), examples.select(held_out), names)
 
 

@@ -11,7 +11,7 @@ from datasets import Dataset
 
 from peftcore.errors import BadInput
 from peftcore_lab.data.conversations import SYSTEM, Message, answer_of, asked_in, begun, told
-from peftcore_lab.data.example_sources import Source
+from peftcore_lab.data.example_sources import ExampleSource
 
 PROMPTS = ("prompt", "question", "instruction")
 """Names of columns for prompts."""
@@ -27,7 +27,7 @@ class PairColumns:
 
 
 @dataclass(frozen=True)
-class Pair:
+class PreferencePair:
     """A prompt and two answers to it: lists of messages, those of the answers all of the assistant."""
 
     prompt: list[Message]
@@ -55,7 +55,7 @@ def pair_columns(there: Sequence[str], wanted: PairColumns, where: object) -> Pa
     return PairColumns(prompt, chosen, rejected)
 
 
-def pairs(part: Dataset, chosen: PairColumns, where: Source) -> list[Pair]:
+def pairs(part: Dataset, chosen: PairColumns, where: ExampleSource) -> list[PreferencePair]:
     """Return the pairs of a table.
 
     Raises:
@@ -70,7 +70,7 @@ def pairs(part: Dataset, chosen: PairColumns, where: Source) -> list[Pair]:
     return found
 
 
-def _pair(row: Mapping[str, Any], columns: PairColumns) -> Pair:
+def _pair(row: Mapping[str, Any], columns: PairColumns) -> PreferencePair:
     values = [row[str(name)] for name in (columns.chosen, columns.rejected)]
     if columns.prompt is None:
         one, other = map(told, values)
@@ -88,7 +88,7 @@ def _pair(row: Mapping[str, Any], columns: PairColumns) -> Pair:
             raise ValueError(f"the {name} answer is empty")
         if any(message["role"] != "assistant" for message in answer):
             raise ValueError(f"the {name} answer has messages that are not the assistant's; cut it before them")
-    return Pair([*([] if asked[0]["role"] == SYSTEM else begun(row)), *asked], *answers)
+    return PreferencePair([*([] if asked[0]["role"] == SYSTEM else begun(row)), *asked], *answers)
 
 
 def in_common(*rows: Sequence[Any]) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 from datasets import Dataset
 
 from peftcore.errors import BadInput
-from peftcore_lab.data.example_sources import Source, Splits
+from peftcore_lab.data.example_sources import ExampleSource, Splits
 
 TASK = "task"
 """The key of an encoded row that has the name of its task, and of a batch that has those of its rows."""
@@ -51,7 +51,7 @@ def told(rows: Sequence[dict[str, Any]], part: Dataset, column: str | None) -> l
     return [{**row, TASK: str(name)} for row, name in zip(rows, part[column], strict=True)]
 
 
-def _check(part: Dataset, column: str, source: Source) -> None:
+def _check(part: Dataset, column: str, source: ExampleSource) -> None:
     if column not in part.column_names:
         raise BadInput(f"{source}: no column {column!r}; its columns are {', '.join(part.column_names)}")
     for index, name in enumerate(part[column]):

@@ -24,7 +24,7 @@ Encoded = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Task:
+class LabelledTexts:
     """A classification task: texts to train on, texts held out for validation, the classes in the order of their
     numbers."""
 
@@ -42,7 +42,7 @@ class Task:
         return sum(example.label == commonest for example in self.held_out) / len(self.held_out)
 
 
-def make_task(source: str, train: list[Example], held_out: list[Example], known: Sequence[str] = ()) -> Task:
+def make_task(source: str, train: list[Example], held_out: list[Example], known: Sequence[str] = ()) -> LabelledTexts:
     """Number the classes, those of a head as it has them, and refuse what cannot be learned or scored."""
     labels = {example.label for example in (*train, *held_out)}
     if len(labels) < 2:
@@ -52,7 +52,7 @@ def make_task(source: str, train: list[Example], held_out: list[Example], known:
     unseen = labels - {example.label for example in train}
     if unseen:
         raise BadInput(f"{source}: no training row has the label {min(unseen)!r}; give more rows, hold out fewer")
-    return Task(source, train, held_out, numbered(labels, known, source))
+    return LabelledTexts(source, train, held_out, numbered(labels, known, source))
 
 
 def split(examples: Iterable[Example], sizes: Sequence[int]) -> list[list[Example]]:

@@ -8,10 +8,10 @@ from rich.table import Table
 
 from peftcore.utils.numbers import size
 from peftcore_lab.reports import paper_tables
-from peftcore_lab.reports.trials import Entry, Report
+from peftcore_lab.reports.trials import ComparisonReport, ConfigurationTrials
 
 
-def table(report: Report) -> Table:
+def table(report: ComparisonReport) -> Table:
     """Return a table of one row a configuration; the best score is set in bold."""
     entries = report.entries()
     best = max(entries, key=lambda each: each.score if report.greater else -each.score)
@@ -47,7 +47,7 @@ def table(report: Report) -> Table:
     return found
 
 
-def title(report: Report) -> str:
+def title(report: ComparisonReport) -> str:
     """Return the title: the metric, the number of validation examples and the length of training."""
     chosen = report.training
     length = f"{chosen['steps']} steps" if chosen["steps"] else f"{chosen['epochs'] or 3:g} epochs"
@@ -57,7 +57,7 @@ def title(report: Report) -> str:
     )
 
 
-def caption(report: Report, entries: list[Entry]) -> str:
+def caption(report: ComparisonReport, entries: list[ConfigurationTrials]) -> str:
     """Return the caption: what to hold the scores against."""
     errors = [entry.error for entry in entries if entry.error is not None]
     floor = [] if report.floor is None else [f"Majority baseline: {report.floor:.3f}."]
@@ -68,7 +68,7 @@ def caption(report: Report, entries: list[Entry]) -> str:
     return "\n".join([" ".join([*floor, *error, runs, *failed]), *report.together, *tuned, *settings(entries)])
 
 
-def settings(entries: list[Entry]) -> list[str]:
+def settings(entries: list[ConfigurationTrials]) -> list[str]:
     """Return a line for each target and learning rate: configurations that share them can be compared."""
     groups: dict[str, list[str]] = {}
     for entry in entries:

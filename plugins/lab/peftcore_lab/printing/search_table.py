@@ -8,10 +8,10 @@ from rich import box
 from rich.table import Table
 
 from peftcore_lab.printing.comparison_table import number
-from peftcore_lab.searching.search_outcome import Found, told
+from peftcore_lab.searching.search_outcome import SearchOutcome, told
 
 
-def table(search: Found) -> Table:
+def table(search: SearchOutcome) -> Table:
     """Return a table of the Pareto front of the study, the pick in bold."""
     means = {entry.label: entry for entry in search.confirmed.entries()}
     found = Table(box=box.SIMPLE_HEAD, title=title(search), caption=caption(search), title_justify="left")
@@ -37,12 +37,12 @@ def table(search: Found) -> Table:
     return found
 
 
-def title(search: Found) -> str:
+def title(search: SearchOutcome) -> str:
     limit = "" if search.budget.trainable is None else f", at most {search.budget.trainable:,} trainable parameters"
     return f"{search.tried.metric.capitalize()} on {search.tried.held_out_size:,} tuning examples{limit}"
 
 
-def caption(search: Found) -> str:
+def caption(search: SearchOutcome) -> str:
     states = [told(each)["state"] for each in search.trials]
     skipped, failed = states.count("skipped"), states.count("failed")
     words = [f"{len(search.tried.trials)} trials trained, {skipped} planned and not trained, {failed} failed."]

@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from peftcore.utils.numbers import decimals, fixed
 from peftcore_lab.reports.labels import extent, fitted, shorten, spread
 from peftcore_lab.reports.plots import LIGHT, Shape, group, is_reference, new_figure, scale, settle, title
-from peftcore_lab.reports.trials import Entry, Report, Trial
+from peftcore_lab.reports.trials import ComparisonReport, ConfigurationTrials, Trial
 
 COLOURS = (LIGHT.blue, LIGHT.amber, LIGHT.green, LIGHT.purple, LIGHT.sky, LIGHT.ink)
 """Colours of as many lines as eyes follow in one chart; full fine-tuning is red as in all charts."""
@@ -33,7 +33,7 @@ class Curve:
     """One entry over the steps that all its seeds have."""
 
     number: int
-    entry: Entry
+    entry: ConfigurationTrials
     steps: tuple[int, ...]
     mean: tuple[float, ...]
     low: tuple[float, ...]
@@ -46,7 +46,7 @@ class Curve:
         return group(self.number)
 
 
-def scores(report: Report) -> list[Curve]:
+def scores(report: ComparisonReport) -> list[Curve]:
     """Return the metric over steps, from before the first."""
 
     def points(trial: Trial) -> Points:
@@ -55,12 +55,12 @@ def scores(report: Report) -> list[Curve]:
     return [replace(curve, result=curve.entry.score) for curve in _curves(report, points)]
 
 
-def losses(report: Report) -> list[Curve]:
+def losses(report: ComparisonReport) -> list[Curve]:
     """Return the training loss over steps."""
     return _curves(report, lambda trial: trial.losses)
 
 
-def _curves(report: Report, points: Callable[[Trial], Points]) -> list[Curve]:
+def _curves(report: ComparisonReport, points: Callable[[Trial], Points]) -> list[Curve]:
     """Return the curves of all entries. Where a seed stopped before the others, the mean stops too: it would be one of
     other seeds from there on."""
     found = []

@@ -17,7 +17,7 @@ from peftcore_lab.reports import curves, plots, report_text
 from peftcore_lab.reports.labels import plain
 from peftcore_lab.reports.plots import DARK, LIGHT, Cost, Shape
 from peftcore_lab.reports.svg import inline
-from peftcore_lab.reports.trials import Report
+from peftcore_lab.reports.trials import ComparisonReport
 
 WIDE, HALF, NARROW = Shape(900, 430, 30), Shape(520, 370, 22), Shape(360, 400, 16)
 """Charts over the whole page, next to another chart, and on a telephone: text keeps its size."""
@@ -27,7 +27,7 @@ CROWD = 8
 Drawing = Callable[[Shape], Figure]
 
 
-def page(report: Report, folder: Path | None = None) -> str:
+def page(report: ComparisonReport, folder: Path | None = None) -> str:
     """Return the whole document; `folder` is where the files of the comparison are."""
     environment = Environment(loader=PackageLoader("peftcore_lab.reports"), autoescape=True, undefined=StrictUndefined)
     environment.trim_blocks = environment.lstrip_blocks = True
@@ -62,7 +62,7 @@ def own(environment: Environment, name: str) -> Markup:
     return Markup(environment.loader.get_source(environment, name)[0])
 
 
-def heading(report: Report) -> str:
+def heading(report: ComparisonReport) -> str:
     count = len(report.entries()) + len(report.failed)
     return f"{counted(count, 'way')} to fine-tune {report.model_name}"
 
@@ -79,7 +79,7 @@ class Chart:
     narrow: Markup
 
 
-def charts(report: Report) -> list[Chart]:
+def charts(report: ComparisonReport) -> list[Chart]:
     """Return all charts of a report."""
     tips = {number: report_text.tip(report, entry) for number, entry in enumerate(report.entries(), 1)}
     if not plots.points(report, plots.PARAMETERS):
@@ -103,7 +103,7 @@ class Picture:
     """The picture itself, as a data URL."""
 
 
-def pictures(report: Report, folder: Path) -> list[Picture]:
+def pictures(report: ComparisonReport, folder: Path) -> list[Picture]:
     """Return what models drew, those of a configuration's first seed."""
     found = []
     for entry in report.entries():
@@ -113,7 +113,7 @@ def pictures(report: Report, folder: Path) -> list[Picture]:
     return found
 
 
-def trade_off(report: Report, cost: Cost, shape: Shape, tips: dict[int, str]) -> Chart:
+def trade_off(report: ComparisonReport, cost: Cost, shape: Shape, tips: dict[int, str]) -> Chart:
     """Draw the metric over a cost."""
     drawn = plots.points(report, cost)
     best = listed(plain(point.entry.label) for point in drawn if point.best)
@@ -128,7 +128,9 @@ def trade_off(report: Report, cost: Cost, shape: Shape, tips: dict[int, str]) ->
     )
 
 
-def over_steps(report: Report, name: str, lines: list[curves.Curve], ratios: bool, tips: dict[int, str]) -> list[Chart]:
+def over_steps(
+    report: ComparisonReport, name: str, lines: list[curves.Curve], ratios: bool, tips: dict[int, str]
+) -> list[Chart]:
     """Draw curves over the steps, if there are some."""
     if not lines:
         return []

@@ -39,7 +39,7 @@ class Wish:
 
 
 @dataclass(frozen=True)
-class Place:
+class LabelOffset:
     """An offset, and the alignment of a text there."""
 
     x: float
@@ -94,7 +94,7 @@ def place(axes: Axes, wishes: Iterable[Wish], marks: Sequence[Box], lines: Seque
         all_of_it.add(boxes)
 
 
-def _first_free(axes: Axes, wish: Wish, layers: Sequence[Taken]) -> tuple[str, Place, list[Box]] | None:
+def _first_free(axes: Axes, wish: Wish, layers: Sequence[Taken]) -> tuple[str, LabelOffset, list[Box]] | None:
     x, y = axes.transData.transform((wish.x, wish.y))
     for name in wish.names:
         width, height = extent(axes, name)
@@ -107,16 +107,16 @@ def _first_free(axes: Axes, wish: Wish, layers: Sequence[Taken]) -> tuple[str, P
     return None
 
 
-def _places() -> Iterator[Place]:
+def _places() -> Iterator[LabelOffset]:
     for x, y in NEAR:
-        yield Place(x, y, far=False)
+        yield LabelOffset(x, y, far=False)
     for radius in RINGS:
         for turn in range(DIRECTIONS):
             angle = 2 * math.pi * turn / DIRECTIONS
-            yield Place(radius * math.cos(angle), radius * math.sin(angle), far=True)
+            yield LabelOffset(radius * math.cos(angle), radius * math.sin(angle), far=True)
 
 
-def _leader(x: float, y: float, spot: Place) -> list[Box]:
+def _leader(x: float, y: float, spot: LabelOffset) -> list[Box]:
     """Return the line from the point to its name, without what lies under the point itself."""
     length = math.hypot(spot.x, spot.y)
     return [
@@ -133,7 +133,7 @@ def _inside(axes: Axes, box: Box) -> bool:
     return box[0] >= within.x0 and box[1] >= within.y0 and box[2] <= right and box[3] <= within.y1 + 2
 
 
-def _write(axes: Axes, wish: Wish, text: str, spot: Place) -> None:
+def _write(axes: Axes, wish: Wish, text: str, spot: LabelOffset) -> None:
     note = axes.annotate(
         text,
         (wish.x, wish.y),

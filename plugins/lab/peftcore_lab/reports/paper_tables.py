@@ -14,12 +14,12 @@ from pathlib import Path
 import peftcore
 from peftcore.files.safe_io import write_text
 from peftcore.utils.numbers import decimals, fixed
-from peftcore_lab.reports.trials import Entry, Report, Trial
+from peftcore_lab.reports.trials import ComparisonReport, ConfigurationTrials, Trial
 from peftcore_lab.runs.run import FULL
 
 
 @dataclass(frozen=True)
-class Line:
+class ConfigurationLine:
     """The values of one configuration in a table."""
 
     label: str
@@ -34,7 +34,7 @@ class Line:
     best: bool
 
 
-def lines(report: Report) -> list[Line]:
+def lines(report: ComparisonReport) -> list[ConfigurationLine]:
     """Return the configurations in the order in which they were given."""
     entries = report.entries()
     finite = [each.score for each in entries if math.isfinite(each.score)]
@@ -42,11 +42,11 @@ def lines(report: Report) -> list[Line]:
     return [_line(report, entry, entry.score == best) for entry in entries]
 
 
-def _line(report: Report, entry: Entry, best: bool) -> Line:
+def _line(report: ComparisonReport, entry: ConfigurationTrials, best: bool) -> ConfigurationLine:
     first = entry.trials[0]
     scores = [trial.after[report.metric] for trial in entry.trials]
     deviation = statistics.stdev(scores) if len(scores) > 1 and all(map(math.isfinite, scores)) else None
-    return Line(
+    return ConfigurationLine(
         label=entry.label,
         target=target_of(first),
         learning_rate=first.learning_rate,
@@ -68,7 +68,7 @@ def target_of(trial: Trial) -> str:
     return " ".join(names) or "modules of its own"
 
 
-def as_csv(report: Report) -> str:
+def as_csv(report: ComparisonReport) -> str:
     """Return the table as CSV, with numbers as they are."""
     out = io.StringIO()
     table = csv.writer(out, lineterminator="\n")
@@ -84,12 +84,12 @@ def as_csv(report: Report) -> str:
     return out.getvalue()
 
 
-def _all_lines(report: Report) -> list[list[Line]]:
+def _all_lines(report: ComparisonReport) -> list[list[ConfigurationLine]]:
     """Return the lines of all rows, and then those of each task."""
     return [lines(report), *(lines(report.of_task(task)) for task in report.tasks)]
 
 
-def as_markdown(report: Report) -> str:
+def as_markdown(report: ComparisonReport) -> str:
     """Return the table in Markdown; the best score is bold."""
     found = [f"| {' | '.join(map(_escaped, _names(report)))} |", "|---|---|" + "---:|" * (4 + len(report.tasks))]
     for line, *scores in zip(lines(report), *_columns(report, " ± "), strict=True):
@@ -99,7 +99,7 @@ def as_markdown(report: Report) -> str:
     return "\n".join([*found, "", _note(report)]) + "\n"
 
 
-def as_latex(report: Report) -> str:
+def as_latex(report: ComparisonReport) -> str:
     r"""Return the table in LaTeX, for ``\usepackage{booktabs}``; the best score is bold."""
     head = " & ".join(map(_tex, _names(report)))
     columns = "llrrrr" + "r" * len(report.tasks)
@@ -111,35 +111,35 @@ def as_latex(report: Report) -> str:
     return "\n".join([*found, r"\bottomrule", r"\end{tabular}", f"% {_note(report)}"]) + "\n"
 
 
-def write(report: Report, folder: Path) -> None:
+def write(report: ComparisonReport, folder: Path) -> None:
     """Write ``results.json``, and the table as ``results.csv``, ``.md`` and ``.tex``."""
     write_text(folder / "results.json", report.as_json())
     for ending, text in {"csv": as_csv(report), "md": as_markdown(report), "tex": as_latex(report)}.items():
         write_text(folder / f"results.{ending}", text)
 
 
-def _names(report: Report) -> tuple[str, ...]:
+def _names(report: ComparisonReport) -> tuple[str, ...]:
     return "method", "target modules", "learning rate", "parameters", "share", report.metric, *report.tasks
 
 
-def _numbers(line: Line) -> list[str]:
+def _numbers(line: ConfigurationLine) -> list[str]:
     rate = "" if line.learning_rate is None else f"{line.learning_rate:g}"
     return [rate, f"{line.trainable:,}", f"{100 * line.share:.3g}%"]
 
 
-def _columns(report: Report, between: str) -> list[list[tuple[str, bool]]]:
+def _columns(report: ComparisonReport, between: str) -> list[list[tuple[str, bool]]]:
     """Return the scores of all rows and of each task, and whether one is the best of its column."""
     reports = [report, *map(report.of_task, report.tasks)]
     return [[(_score(each, line, between), line.best) for line in lines(each)] for each in reports]
 
 
-def _score(report: Report, line: Line, between: str) -> str:
+def _score(report: ComparisonReport, line: ConfigurationLine, between: str) -> str:
     places = decimals(entry.score for entry in report.entries())
     mean = fixed(line.mean, places)
     return mean if line.deviation is None else f"{mean}{between}{fixed(line.deviation, places)}"
 
 
-def _note(report: Report) -> str:
+def _note(report: ComparisonReport) -> str:
     seeds = sorted({trial.seed for trial in report.trials})
     over = (
         f"mean ± standard deviation over seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else f"seed {seeds[0]}"

@@ -19,8 +19,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from peftcore.utils.numbers import decimals, fixed, short, size
-from peftcore_lab.reports.labels import Box, Place, Taken, Wish, along, around, extent, fitted, place, shorten
-from peftcore_lab.reports.trials import Entry, Report, front
+from peftcore_lab.reports.labels import Box, LabelOffset, Taken, Wish, along, around, extent, fitted, place, shorten
+from peftcore_lab.reports.trials import ComparisonReport, ConfigurationTrials, front
 from peftcore_lab.runs.run import FULL
 
 PIXELS = 72
@@ -84,7 +84,7 @@ class Cost:
     name: str
     less: str
     """Less of it, in words."""
-    of: Callable[[Entry], float]
+    of: Callable[[ConfigurationTrials], float]
     shown: Callable[[float], str]
     log: bool = False
 
@@ -138,7 +138,7 @@ def settle(figure: Figure, right: float = 0, between: float = 0.02) -> None:
     figure.set_layout_engine("none")
 
 
-def draw_picture(report: Report, path: Path) -> None:
+def draw_picture(report: ComparisonReport, path: Path) -> None:
     """Write a PNG of the metric over trainable parameters."""
     with style():
         heading = f"{report.task} · {report.data_name} · {report.model_name}"
@@ -152,7 +152,7 @@ class Point:
 
     number: int
     """Among all entries of the report."""
-    entry: Entry
+    entry: ConfigurationTrials
     x: float
     y: float
     seeds: tuple[float, ...]
@@ -177,7 +177,7 @@ class Point:
         return (self.y, self.y) if self.away else (min(heights), max(heights))
 
 
-def is_reference(entry: Entry) -> bool:
+def is_reference(entry: ConfigurationTrials) -> bool:
     return entry.trials[0].method == FULL
 
 
@@ -186,7 +186,7 @@ def group(number: int) -> str:
     return f"entry-{number}"
 
 
-def points(report: Report, cost: Cost) -> list[Point]:
+def points(report: ComparisonReport, cost: Cost) -> list[Point]:
     """Return the points that can be drawn: a score that is not a number cannot be placed."""
     entries = report.entries()
     best = front(entries, report.better, cost.of)
@@ -198,7 +198,7 @@ def points(report: Report, cost: Cost) -> list[Point]:
     return found
 
 
-def trade_off(report: Report, cost: Cost, shape: Shape, heading: str = "") -> Figure:
+def trade_off(report: ComparisonReport, cost: Cost, shape: Shape, heading: str = "") -> Figure:
     """Draw the metric over a cost, with the Pareto front, full fine-tuning and the majority baseline marked.
 
     Args:
@@ -234,7 +234,7 @@ def trade_off(report: Report, cost: Cost, shape: Shape, heading: str = "") -> Fi
     return figure
 
 
-def split(report: Report, drawn: list[Point]) -> tuple[list[Point], list[Point]]:
+def split(report: ComparisonReport, drawn: list[Point]) -> tuple[list[Point], list[Point]]:
     """Split off a few points at the end that are so much worse that they would squeeze all others into a line."""
     ranked = sorted(drawn, key=lambda point: point.y, reverse=report.greater)
     for kept in range(len(ranked) - 1, max(2, math.ceil(0.7 * len(ranked)) - 1), -1):
@@ -244,7 +244,7 @@ def split(report: Report, drawn: list[Point]) -> tuple[list[Point], list[Point]]
     return ranked, []
 
 
-def name_all(axes: Axes, report: Report, shape: Shape, drawn: list[Point], lines: list[Line]) -> None:
+def name_all(axes: Axes, report: ComparisonReport, shape: Shape, drawn: list[Point], lines: list[Line]) -> None:
     """Name the points, those on the front first: readers look for them first."""
     marks = [box for point in drawn for box in covered(axes, point)]
     marks += name_floor(axes, report, [point for point in drawn if not point.away], marks)
@@ -253,7 +253,7 @@ def name_all(axes: Axes, report: Report, shape: Shape, drawn: list[Point], lines
     place(axes, wishes, marks, [box for line in lines for box in along(axes, line)])
 
 
-def frame(axes: Axes, report: Report, cost: Cost, costs: list[float]) -> None:
+def frame(axes: Axes, report: ComparisonReport, cost: Cost, costs: list[float]) -> None:
     axes.margins(x=0.08, y=0.1)
     axes.set_xlabel(f"{cost.name} (log scale)" if cost.log else cost.name, loc="right")
     title(axes, metric_name(report), colour=LIGHT.quiet)
@@ -269,7 +269,7 @@ def frame(axes: Axes, report: Report, cost: Cost, costs: list[float]) -> None:
     axes.xaxis.set_major_formatter(formatter(cost.shown))
 
 
-def metric_name(report: Report) -> str:
+def metric_name(report: ComparisonReport) -> str:
     return f"{report.metric} ({'more' if report.greater else 'less'} is better)"
 
 
@@ -291,7 +291,7 @@ def formatter(shown: Callable[[float], str]) -> FuncFormatter:
     return FuncFormatter(lambda value, _: shown(value))
 
 
-def references(report: Report, drawn: list[Point]) -> list[tuple[float, dict[str, Any]]]:
+def references(report: ComparisonReport, drawn: list[Point]) -> list[tuple[float, dict[str, Any]]]:
     """Return the scores that all others are seen against, full fine-tuning and the majority baseline, with the looks of
     their lines."""
     found = []
@@ -337,7 +337,7 @@ def covered(axes: Axes, point: Point) -> list[Box]:
     return [around(x, y, 6), (x - 4, low, x + 4, high)]
 
 
-def name_floor(axes: Axes, report: Report, drawn: list[Point], marks: list[Box]) -> list[Box]:
+def name_floor(axes: Axes, report: ComparisonReport, drawn: list[Point], marks: list[Box]) -> list[Box]:
     """Write the majority baseline's value at its line, or at the edge beyond which the line is; return the position of
     the text."""
     if report.floor is None:
@@ -349,7 +349,7 @@ def name_floor(axes: Axes, report: Report, drawn: list[Point], marks: list[Box])
         text += " ↓" if below else " ↑"
     y = float(np.clip(axes.transData.transform((1, report.floor))[1], inside.y0, inside.y1))
     width, height = extent(axes, text)
-    spots = [Place(x, y, far=False) for x in (-4, 4) for y in (9, -9)]
+    spots = [LabelOffset(x, y, far=False) for x in (-4, 4) for y in (9, -9)]
     boxes = [(spot, spot.box(inside.x1 if spot.x < 0 else inside.x0, y, width, height)) for spot in spots]
     fitting = [each for each in boxes if inside.y0 <= each[1][1] and each[1][3] <= inside.y1]
     spot, box = next((each for each in fitting if Taken(marks).free(each[1])), fitting[0])

@@ -12,10 +12,10 @@ from typing import Any
 from peftcore.utils.numbers import SPACE, counted, decimals, digits, duration, fixed, listed, percent, size
 from peftcore_lab.reports.labels import plain
 from peftcore_lab.reports.plots import is_reference, metric_name
-from peftcore_lab.reports.trials import Entry, Report, Trial, front, versions
+from peftcore_lab.reports.trials import ComparisonReport, ConfigurationTrials, Trial, front, versions
 
 
-def facts(report: Report) -> list[tuple[str, str]]:
+def facts(report: ComparisonReport) -> list[tuple[str, str]]:
     """Return the circumstances, in words."""
     seeds = sorted({trial.seed for trial in report.trials})
     found = [
@@ -44,7 +44,7 @@ def length(training: dict[str, Any]) -> str:
     return f"{passes} passes over the data in steps of {batch} examples"
 
 
-def error(report: Report) -> str:
+def error(report: ComparisonReport) -> str:
     """Return the number after ±, if there is one."""
     entries = report.entries()
     if any(len(entry.trials) > 1 for entry in entries):
@@ -54,7 +54,7 @@ def error(report: Report) -> str:
     return ""
 
 
-def settings(report: Report) -> list[tuple[str, str]]:
+def settings(report: ComparisonReport) -> list[tuple[str, str]]:
     """Return the rest of the training options that are set."""
     told = ("steps", "epochs", "batch_size", "accumulate", "seed")
     return [(name, str(value)) for name, value in report.training.items() if name not in told and value is not None]
@@ -70,7 +70,7 @@ class Finding:
     detail: str
 
 
-def findings(report: Report) -> list[Finding]:
+def findings(report: ComparisonReport) -> list[Finding]:
     """Return the best, the smallest that is about as good, full fine-tuning, and the majority baseline."""
     entries = [entry for entry in report.entries() if math.isfinite(entry.score)]
     if not entries:
@@ -91,16 +91,16 @@ def findings(report: Report) -> list[Finding]:
     return found
 
 
-def best_of(report: Report, entries: list[Entry]) -> Entry:
+def best_of(report: ComparisonReport, entries: list[ConfigurationTrials]) -> ConfigurationTrials:
     return front(entries, report.better, cost=lambda entry: 0)[0]
 
 
-def finding(report: Report, name: str, entry: Entry) -> Finding:
+def finding(report: ComparisonReport, name: str, entry: ConfigurationTrials) -> Finding:
     detail = f"{entry.trainable:,} parameters ({percent(entry.trials[0].share)})"
     return Finding(name, score_text(report, entry), entry.label, detail)
 
 
-def score_text(report: Report, entry: Entry) -> str:
+def score_text(report: ComparisonReport, entry: ConfigurationTrials) -> str:
     """Return the score and its error, with the digits of its column."""
     places = decimals(each.score for each in report.entries())
     text = fixed(entry.score, places)
@@ -112,8 +112,8 @@ class Column:
     """A value that every configuration has, and of which the best is set in bold."""
 
     name: str
-    of: Callable[[Entry], float]
-    shown: Callable[[Entry], str]
+    of: Callable[[ConfigurationTrials], float]
+    shown: Callable[[ConfigurationTrials], str]
     best: Callable[[list[float]], float] | None
 
     @property
@@ -132,7 +132,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Row:
+class ReportRow:
     """One configuration."""
 
     number: int
@@ -143,7 +143,7 @@ class Row:
     cells: list[Cell]
 
 
-def columns(report: Report) -> list[Column]:
+def columns(report: ComparisonReport) -> list[Column]:
     """Return the columns in the order in which people ask."""
     entries = report.entries()
     first = decimals(before(report, entry) for entry in entries)
@@ -160,7 +160,7 @@ def columns(report: Report) -> list[Column]:
     ]
 
 
-def _of_task(report: Report, task: str) -> Column:
+def _of_task(report: ComparisonReport, task: str) -> Column:
     """Return the column of one task's scores."""
     scored = {entry.label: entry for entry in report.entries()}
     greatest = max if report.greater else min
@@ -172,19 +172,19 @@ def _of_task(report: Report, task: str) -> Column:
     )
 
 
-def share(entry: Entry) -> float:
+def share(entry: ConfigurationTrials) -> float:
     return entry.trials[0].share
 
 
-def before(report: Report, entry: Entry) -> float:
+def before(report: ComparisonReport, entry: ConfigurationTrials) -> float:
     return statistics.mean(trial.before[report.metric] for trial in entry.trials)
 
 
-def file_size(entry: Entry) -> float:
+def file_size(entry: ConfigurationTrials) -> float:
     return statistics.mean(trial.file_size for trial in entry.trials)
 
 
-def rows(report: Report) -> list[Row]:
+def rows(report: ComparisonReport) -> list[ReportRow]:
     """Return the rows in the order given; the page sorts."""
     entries = report.entries()
     best = report.front()
@@ -192,12 +192,12 @@ def rows(report: Report) -> list[Row]:
         return []
     cells = list(zip(*(column_cells(column, entries) for column in columns(report)), strict=True))
     return [
-        Row(number, entry.label, options(entry), entry in best, list(each))
+        ReportRow(number, entry.label, options(entry), entry in best, list(each))
         for number, (entry, each) in enumerate(zip(entries, cells, strict=True), 1)
     ]
 
 
-def column_cells(column: Column, entries: list[Entry]) -> list[Cell]:
+def column_cells(column: Column, entries: list[ConfigurationTrials]) -> list[Cell]:
     """Return the cells of a column; a cell that reads like the best is as good."""
     values = [column.of(entry) for entry in entries]
     texts = [column.shown(entry) for entry in entries]
@@ -212,7 +212,7 @@ def column_cells(column: Column, entries: list[Entry]) -> list[Cell]:
     ]
 
 
-def options(entry: Entry) -> str:
+def options(entry: ConfigurationTrials) -> str:
     """Return what is special about a configuration."""
     trial = entry.trials[0]
     rate = {} if trial.learning_rate is None else {"lr": trial.learning_rate}
@@ -227,7 +227,7 @@ class Runs:
     rows: list[tuple[Trial, list[str]]]
 
 
-def runs(report: Report) -> Runs:
+def runs(report: ComparisonReport) -> Runs:
     names = list(dict.fromkeys(name for trial in report.trials for name in trial.after))
     places = {name: decimals(trial.after.get(name, math.nan) for trial in report.trials) for name in names}
     texts = [
@@ -237,7 +237,7 @@ def runs(report: Report) -> Runs:
     return Runs(names, list(zip(report.trials, texts, strict=True)))
 
 
-def tip(report: Report, entry: Entry) -> str:
+def tip(report: ComparisonReport, entry: ConfigurationTrials) -> str:
     """Return what a mark in a chart says of its configuration."""
     return "\n".join(
         (

@@ -54,7 +54,7 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Entry:
+class ConfigurationTrials:
     """One configuration over its seeds."""
 
     label: str
@@ -78,7 +78,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Report:
+class ComparisonReport:
     """All trials of a comparison, and the circumstances that they share."""
 
     model: str
@@ -119,7 +119,7 @@ class Report:
         start = f"{self.metric}/"
         return tuple(name.removeprefix(start) for name in names if name.startswith(start))
 
-    def of_task(self, task: str) -> Report:
+    def of_task(self, task: str) -> ComparisonReport:
         """Return the report of one task: its scores replace those of all rows, whose numbers are not known for it."""
         name = f"{self.metric}/{task}"
         trials = tuple(
@@ -132,12 +132,12 @@ class Report:
         )
         return replace(self, trials=trials, floor=None, held_out_size=0)
 
-    def entries(self) -> list[Entry]:
+    def entries(self) -> list[ConfigurationTrials]:
         """Return the configurations in the order in which they were given."""
         labels = dict.fromkeys(trial.label for trial in self.trials)
         return [self._entry(label, [t for t in self.trials if t.label == label]) for label in labels]
 
-    def _entry(self, label: str, trials: list[Trial]) -> Entry:
+    def _entry(self, label: str, trials: list[Trial]) -> ConfigurationTrials:
         scores = [trial.after[self.metric] for trial in trials]
         mean = statistics.mean(scores)
         error = None
@@ -147,13 +147,13 @@ class Report:
             error = statistics.stdev(scores) / math.sqrt(len(scores))
         elif self.metric == "accuracy" and self.held_out_size:
             error = math.sqrt(mean * (1 - mean) / self.held_out_size)
-        return Entry(label, tuple(trials), mean, error)
+        return ConfigurationTrials(label, tuple(trials), mean, error)
 
     def better(self, one: float, other: float) -> bool:
         """Whether a score is better than another."""
         return one > other if self.greater else one < other
 
-    def front(self) -> list[Entry]:
+    def front(self) -> list[ConfigurationTrials]:
         """Return the Pareto front: the configurations for which a better one of at most the same size does not exist,
         by trainable parameters."""
         return front(self.entries(), self.better)
@@ -179,13 +179,13 @@ def versions() -> dict[str, str]:
 
 
 def front(
-    entries: Iterable[Entry],
+    entries: Iterable[ConfigurationTrials],
     better: Callable[[float, float], bool],
-    cost: Callable[[Entry], float] = attrgetter("trainable"),
-) -> list[Entry]:
+    cost: Callable[[ConfigurationTrials], float] = attrgetter("trainable"),
+) -> list[ConfigurationTrials]:
     """Return, from the cheapest up, each entry that is better than all cheaper ones. Scores that are not numbers are
     left out."""
-    found: list[Entry] = []
+    found: list[ConfigurationTrials] = []
     sign = -1 if better(1, 0) else 1
     scored = (entry for entry in entries if math.isfinite(entry.score))
     for entry in sorted(scored, key=lambda each: (cost(each), sign * each.score)):

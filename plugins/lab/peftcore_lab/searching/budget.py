@@ -14,9 +14,9 @@ from peftcore.author.formats import host_map
 from peftcore.errors import BadInput, PeftcoreError
 from peftcore.injection.applying import install, plan_of, record
 from peftcore.injection.request import Request
-from peftcore.models.activation_memory import Batch, Pretended
+from peftcore.models.activation_memory import ExampleBatch, Pretended
 from peftcore.models.costs import Memory, Passes, held
-from peftcore.models.example_inputs import Unknown
+from peftcore.models.example_inputs import UnknownInputs
 from peftcore.models.skeletons import emptied
 from peftcore.utils.numbers import size
 from peftcore.utils.quiet import quiet
@@ -59,7 +59,7 @@ def memory(text: str | int) -> int:
 
 
 @dataclass(frozen=True)
-class Needs:
+class CandidateCosts:
     """The parameters and memory that training a candidate takes."""
 
     trainable: int
@@ -75,7 +75,7 @@ class Budget:
     trainable: int | None
     memory: int | None
 
-    def over(self, needs: Needs) -> str | None:
+    def over(self, needs: CandidateCosts) -> str | None:
         """Return why a candidate is too much; None where it fits."""
         if self.trainable is not None and needs.trainable > self.trainable:
             return f"{needs.trainable:,} trainable parameters, the budget is {self.trainable:,}"
@@ -83,7 +83,7 @@ class Budget:
             return f"{size(needs.memory)} of memory, the budget is {size(self.memory)}"
         return None
 
-    def excess(self, needs: Needs) -> float:
+    def excess(self, needs: CandidateCosts) -> float:
         """Return how far a candidate is over: above 0 it does not fit; of two that do not, the smaller is nearer."""
         limits = ((needs.trainable, self.trainable), (needs.memory, self.memory))
         return max((need / limit - 1 for need, limit in limits if need is not None and limit is not None), default=-1.0)
@@ -109,7 +109,7 @@ class Planner:
         self.train_size, self.held_out_size = len(prepared.train), len(prepared.held_out)
         self._weights = held((*self._whole.parameters(), *self._whole.buffers()))
         self._batch = largest(list(islice(rows, LOOKED_AT))) if with_memory else None
-        self._known: dict[str, Needs] = {}
+        self._known: dict[str, CandidateCosts] = {}
         self.host = host_map(self.model)
 
     @property
@@ -128,7 +128,7 @@ class Planner:
         paths = [f"{graft.site.path}." for graft in surgeon.grafts]
         return sum(any(path.startswith(f"{block}.") for path in paths) for block in blocks) > 1
 
-    def needs(self, candidate: Candidate) -> Needs:
+    def needs(self, candidate: Candidate) -> CandidateCosts:
         """Return the needs of one candidate.
 
         Raises:
@@ -146,27 +146,27 @@ class Planner:
         where = {"target": arguments.pop("target", None), "exclude": arguments.pop("exclude", None), "train": train}
         return Request.of(self.model, candidate.name, arguments, name="planned", seed=0, **where)
 
-    def _planned(self, candidate: Candidate) -> Needs:
+    def _planned(self, candidate: Candidate) -> CandidateCosts:
         request = self._request(candidate)
         surgeon = record(request, dry=True)
         trainable = plan_of(surgeon).trainable + self._beside
         if self._batch is None:
-            return Needs(trainable)
+            return CandidateCosts(trainable)
         injection = install(surgeon, request)
         try:
             trained = [each for each in self.model.parameters() if each.requires_grad]
             told: dict[str, Any] = {"task": self.tasks[0]} if self.tasks else {}
             with peftcore.call(self.model, **told):
                 kept = Pretended().kept(self._whole, self._batch)
-        except Unknown as error:
+        except UnknownInputs as error:
             raise BadInput(f"the memory that {candidate.name} takes is not known: {error}") from None
         finally:
             injection.remove()
         needed = Memory.of(self._weights, held(trained), trained, Passes(kept)).total
-        return Needs(trainable, needed)
+        return CandidateCosts(trainable, needed)
 
 
-def largest(batches: list[dict[str, Any]]) -> Batch:
+def largest(batches: list[dict[str, Any]]) -> ExampleBatch:
     """Return the batch with most values."""
     sizes = [sum(each.numel() for each in batch.values()) for batch in batches]
-    return Batch(dict(batches[sizes.index(max(sizes))]), True)
+    return ExampleBatch(dict(batches[sizes.index(max(sizes))]), True)

@@ -26,17 +26,17 @@ from peftcore.models.model_names import MODEL
 from peftcore.utils.quiet import no_bars
 from peftcore_lab.comparisons.compare import compare
 from peftcore_lab.comparisons.comparison import Candidate, Comparison
-from peftcore_lab.comparisons.running import Board, Place, Result, run_together, run_trial, together
+from peftcore_lab.comparisons.running import Board, JobRunner, Result, run_together, run_trial, together
 from peftcore_lab.data.splits import parted
 from peftcore_lab.digests import of_content
 from peftcore_lab.reports.report_files import write
-from peftcore_lab.reports.trials import Entry, Report, Trial
+from peftcore_lab.reports.trials import ComparisonReport, ConfigurationTrials, Trial
 from peftcore_lab.runs.folder import digests_of, made
 from peftcore_lab.runs.reading import validated
 from peftcore_lab.runs.run import Options, Training
-from peftcore_lab.searching.budget import Budget, Needs, Planner, memory, values
-from peftcore_lab.searching.search_outcome import Found, write_best
-from peftcore_lab.searching.space import METHODS, Choice, Space, by_default
+from peftcore_lab.searching.budget import Budget, CandidateCosts, Planner, memory, values
+from peftcore_lab.searching.search_outcome import SearchOutcome, write_best
+from peftcore_lab.searching.space import METHODS, SearchPoint, Space, by_default
 from peftcore_lab.searching.studies import REASON, RECORD, Study
 from peftcore_lab.tasks import task_catalogue
 from peftcore_lab.training.fleet_runs import Saved
@@ -198,21 +198,21 @@ class SearchRun:
         self.space.without(set(reasons))
         return reasons
 
-    def _refused(self, choice: Choice) -> str | None:
+    def _refused(self, choice: SearchPoint) -> str | None:
         """Return why a choice cannot be trained."""
         try:
             return self.budget.over(self._needs(choice))
         except PeftcoreError as error:
             return str(error)
 
-    def _cost(self, choice: Choice) -> float:
+    def _cost(self, choice: SearchPoint) -> float:
         try:
             needs = self._needs(choice)
         except PeftcoreError:
             return math.inf
         return self.budget.excess(needs) if self.budget.trainable is None else needs.trainable
 
-    def _needs(self, choice: Choice) -> Needs:
+    def _needs(self, choice: SearchPoint) -> CandidateCosts:
         return self.planner.needs(choice.candidate(self.planner.host))
 
     def work(self) -> None:
@@ -303,7 +303,7 @@ class SearchRun:
         out = self.search.out / "search"
         return self.search.comparison(self.tuning, candidates, seeds or [self.search.seed], out)
 
-    def finish(self, place: Place | None = None) -> Found:
+    def finish(self, place: JobRunner | None = None) -> SearchOutcome:
         """Wait for other workers, pick, and score the pick on the validation set, by runs that a place carries out."""
         began = time.perf_counter()
         self.work()
@@ -322,18 +322,18 @@ class SearchRun:
         pick = ranked(confirmed)[0]
         final = self._final(tried, pick)
         report = compare(final, self.board, place=place)
-        found = Found(trials, tried, confirmed, pick, report, self.budget, self.left_out)
+        found = SearchOutcome(trials, tried, confirmed, pick, report, self.budget, self.left_out)
         write_text(self.search.out / "search.json", found.as_json())
         write_best(final.run(final.methods[0], self.search.seeds[0]), self.search.out)
         return found
 
-    def _final(self, tried: Report, pick: Entry) -> Comparison:
+    def _final(self, tried: ComparisonReport, pick: ConfigurationTrials) -> Comparison:
         """Return the comparison of the pick and of what is smaller on the front."""
         smaller = [entry for entry in reversed(tried.front()) if entry.trainable < pick.trainable]
         chosen = [candidate_of(entry) for entry in (pick, *smaller[: self.search.finals - 1])]
         return self.search.comparison(self.held_out, chosen, self.search.seeds, self.search.out)
 
-    def _confirmed(self, tried: Report) -> Report:
+    def _confirmed(self, tried: ComparisonReport) -> ComparisonReport:
         """Run the best, each with all seeds: one run alone may have been lucky.
 
         Raises:
@@ -359,9 +359,11 @@ class SearchRun:
             raise TrainingError("; ".join(f"{label}: {reason}" for label, reason in failed.items()))
         return self._report(tuple(trials), began, failed)
 
-    def _report(self, trials: tuple[Trial, ...], began: float, failed: dict[str, str] | None = None) -> Report:
+    def _report(
+        self, trials: tuple[Trial, ...], began: float, failed: dict[str, str] | None = None
+    ) -> ComparisonReport:
         """Return a report of runs on the tuning split."""
-        return Report(
+        return ComparisonReport(
             model=self.search.model,
             task=self.search.task,
             data=f"{self.search.data['train']} (scored: the tuning split)",
@@ -378,7 +380,7 @@ class SearchRun:
         )
 
 
-def search(what: Search, board: Board) -> Found:
+def search(what: Search, board: Board) -> SearchOutcome:
     """Run a search; ``search.json``, ``best.yaml``, the report of the pick and the runs are in ``what.out`` afterwards.
 
     Raises:
@@ -394,13 +396,13 @@ def work(what: Search, board: Board) -> int:
     return len(running.study.counted())
 
 
-def ranked(report: Report) -> list[Entry]:
+def ranked(report: ComparisonReport) -> list[ConfigurationTrials]:
     """Return the entries with the best first; of two that are as good, the smaller."""
     sign = -1 if report.greater else 1
     return sorted(report.entries(), key=lambda each: (sign * each.score, each.trainable))
 
 
-def candidate_of(entry: Entry) -> Candidate:
+def candidate_of(entry: ConfigurationTrials) -> Candidate:
     """Return the candidate that an entry was trained as."""
     first = entry.trials[0]
     return Candidate(name=first.method, label=entry.label, learning_rate=first.learning_rate, **first.options)

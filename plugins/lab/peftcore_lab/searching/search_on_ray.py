@@ -9,11 +9,11 @@ from typing import Any
 from peftcore_lab.comparisons.comparison_on_ray import OnRay
 from peftcore_lab.comparisons.running import Board
 from peftcore_lab.searching.search import Search, SearchRun, work
-from peftcore_lab.searching.search_outcome import Found
+from peftcore_lab.searching.search_outcome import SearchOutcome
 from peftcore_lab.training.cluster import Silent, go_to, taken
 
 
-def search_on_ray(what: Search, board: Board, cluster: OnRay) -> Found:
+def search_on_ray(what: Search, board: Board, cluster: OnRay) -> SearchOutcome:
     """Run a search as `search` does, with its trials on a cluster. Another worker repeats the trial of a lost worker.
 
     Raises:

@@ -12,24 +12,24 @@ import yaml
 from optuna.trial import FrozenTrial, TrialState
 
 from peftcore.files.safe_io import write_text
-from peftcore_lab.reports.trials import Entry, Report
+from peftcore_lab.reports.trials import ComparisonReport, ConfigurationTrials
 from peftcore_lab.runs.run import Run
 from peftcore_lab.searching.budget import Budget
 from peftcore_lab.searching.studies import LOST, REASON
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchOutcome:
     """The study of a search, and its outcome."""
 
     trials: list[FrozenTrial]
-    tried: Report
+    tried: ComparisonReport
     """The runs of the study, on the tuning split."""
-    confirmed: Report
+    confirmed: ComparisonReport
     """The best of them with all seeds, on the tuning split."""
-    pick: Entry
+    pick: ConfigurationTrials
     """The best of the confirmed runs."""
-    report: Report
+    report: ComparisonReport
     """The pick on the held-out examples."""
     budget: Budget
     left_out: dict[str, str]
@@ -56,7 +56,7 @@ class Found:
         return json.dumps(self.as_dict(), indent=2) + "\n"
 
 
-def _scored(entry: Entry) -> dict[str, Any]:
+def _scored(entry: ConfigurationTrials) -> dict[str, Any]:
     scores = {"score": entry.score, "error": entry.error, "seeds": [each.seed for each in entry.trials]}
     return {"label": entry.label, "trainable": entry.trainable, **scores}
 

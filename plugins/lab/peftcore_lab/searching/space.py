@@ -47,7 +47,7 @@ METHODS = ("bitfit", "ln_tuning", "ia3", "lora", "dora", "houlsby_adapter")
 
 
 @dataclass(frozen=True)
-class Choice:
+class SearchPoint:
     """One point of the space."""
 
     method: str
@@ -192,7 +192,7 @@ class Space:
         """Leave some methods out."""
         self.methods = {name: options for name, options in self.methods.items() if name not in names}
 
-    def suggest(self, trial: optuna.trial.Trial) -> Choice:
+    def suggest(self, trial: optuna.trial.Trial) -> SearchPoint:
         """Return a point, by the study's sampler."""
         method = trial.suggest_categorical("method", list(self.methods))
         options = self.methods[method]
@@ -216,7 +216,7 @@ class Space:
             raise BadInput(f"start: {start.name} with {stray[0]}={shown(told.get(stray[0]))} is not in the space")
         return {"method": start.name, **{f"{start.name}.{name}": value for name, value in found.items()}}
 
-    def smallest(self, method: str, cost: Callable[[Choice], float]) -> Choice:
+    def smallest(self, method: str, cost: Callable[[SearchPoint], float]) -> SearchPoint:
         """Return the point of a method that costs least, one option after the other."""
         options = self.methods[method]
         values = {name: each.ends()[0] for name, each in options.items()}
@@ -227,9 +227,9 @@ class Space:
         return _choice(method, values)
 
 
-def _choice(method: str, values: Mapping[str, Any]) -> Choice:
+def _choice(method: str, values: Mapping[str, Any]) -> SearchPoint:
     given = {name: value for name, value in values.items() if value is not None and name != RATE}
-    return Choice(method, given, values[RATE])
+    return SearchPoint(method, given, values[RATE])
 
 
 def defaults(cls: type[Method]) -> dict[str, Any]:

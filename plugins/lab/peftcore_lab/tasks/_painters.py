@@ -17,7 +17,7 @@ Words = dict[str, Any]
 """Arguments of a denoiser's forward that carry the encoded words of some rows."""
 
 
-class Reader(NamedTuple):
+class TextEncoder(NamedTuple):
     """One text encoder of a pipeline, with its tokenizer."""
 
     encoder: Any
@@ -43,7 +43,7 @@ class Painter(ABC):
     def __init__(self, pipeline: Any, guidance: float) -> None:
         self.pipeline, self.guidance = pipeline, guidance
         self.denoiser: Any = pipeline.components[self.part]
-        self.readers: dict[str, Reader] = {}
+        self.readers: dict[str, TextEncoder] = {}
         for number, file in zip(("", "_2", "_3"), self.files, strict=False):
             encoder = pipeline.components.get(f"text_encoder{number}")
             if encoder is not None:
@@ -51,7 +51,7 @@ class Painter(ABC):
                 longest = encoder.config.to_dict().get("max_position_embeddings", math.inf)
                 tokenizer = pipeline.components[f"tokenizer{number}"]
                 tokenizer.model_max_length = min(tokenizer.model_max_length, longest)
-                self.readers[number] = Reader(encoder, tokenizer, file)
+                self.readers[number] = TextEncoder(encoder, tokenizer, file)
 
     @property
     def encoders(self) -> list[Any]:

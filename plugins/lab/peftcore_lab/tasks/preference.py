@@ -15,7 +15,7 @@ from peftcore.errors import BadInput
 from peftcore.models.loading import from_pretrained, load_tokenizer
 from peftcore.models.model_names import Use
 from peftcore_lab.data.example_sources import splits
-from peftcore_lab.data.preferences import Pair, PairColumns, in_common, pair_columns, pairs
+from peftcore_lab.data.preferences import PairColumns, PreferencePair, in_common, pair_columns, pairs
 from peftcore_lab.data.templates import rendered, with_template
 from peftcore_lab.runs.run import Run
 from peftcore_lab.tasks._causal import DecoderData, answers
@@ -77,7 +77,7 @@ class Preference(Task[PreferenceData]):
         )
 
 
-def _encoded(pair: Pair, tokenizer: Any) -> dict[str, list[int]]:
+def _encoded(pair: PreferencePair, tokenizer: Any) -> dict[str, list[int]]:
     """Return the tokens that both conversations begin with, up to the answers at most, and those that each goes on
     with."""
     asked = rendered(tokenizer, pair.prompt, True)

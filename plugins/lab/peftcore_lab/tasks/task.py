@@ -20,7 +20,7 @@ from peftcore_lab.data.example_sources import Splits, splits
 from peftcore_lab.data.task_mixtures import names_in, of_tasks, told
 from peftcore_lab.runs.run import FULL, Options, Run
 
-__all__ = ["IGNORED", "Beside", "Data", "OwnTrainer", "Prepared", "RowsOfTasks", "Task", "Work"]
+__all__ = ["IGNORED", "CompanionAdapter", "Data", "OwnTrainer", "Prepared", "RowsOfTasks", "Task", "Work"]
 
 
 class Data(Options):
@@ -100,7 +100,7 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Beside:
+class CompanionAdapter:
     """An adapter of another part of the model, which trains together with the run's adapter."""
 
     name: str
@@ -141,7 +141,7 @@ class Prepared:
     """The part that gets the adapter; the model itself, unless set."""
     head: tuple[str, ...] = ()
     """Modules that are new, and train whole."""
-    beside: tuple[Beside, ...] = ()
+    beside: tuple[CompanionAdapter, ...] = ()
     """Adapters of other parts, which train too; not for full fine-tuning."""
     reduce: Callable[[Any, Any], Any] | None = None
     """Reduces a batch's logits and labels to the inputs of the metrics: logits of all examples would not fit in

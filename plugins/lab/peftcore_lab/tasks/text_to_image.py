@@ -20,9 +20,9 @@ from peftcore_lab.data.columns import TEXT_NAMES, choose_column
 from peftcore_lab.data.example_sources import splits
 from peftcore_lab.runs.folder import first_process
 from peftcore_lab.runs.run import Run
-from peftcore_lab.tasks._painters import Painter, Reader, kinds
+from peftcore_lab.tasks._painters import Painter, TextEncoder, kinds
 from peftcore_lab.tasks.image_classification import IMAGES
-from peftcore_lab.tasks.task import Beside, Data, Prepared, Task, Work
+from peftcore_lab.tasks.task import CompanionAdapter, Data, Prepared, Task, Work
 
 SHEET, CELL = "samples.png", 160
 """The file that shows all drawings, and the sides of one in it."""
@@ -211,7 +211,7 @@ def _painter(run: Run, data: CaptionedData) -> Painter:
     return known[type(pipeline)](pipeline, data.guidance)
 
 
-def _learn_words(painter: Painter, data: CaptionedData, out: Path) -> tuple[Beside, ...]:
+def _learn_words(painter: Painter, data: CaptionedData, out: Path) -> tuple[CompanionAdapter, ...]:
     """Give tokenizers new words, and their encoders a vector for each: all of them, or the encoder that is adapted.
     Return the adapters that train the words beside the denoiser's.
 
@@ -227,7 +227,7 @@ def _learn_words(painter: Painter, data: CaptionedData, out: Path) -> tuple[Besi
         tokens = _taught(reader, data, starts[number])
         if first_process():
             reader.tokenizer.save_pretrained(out / f"tokenizer{number}")
-        own = Beside(
+        own = CompanionAdapter(
             name=f"text_encoder{number}",
             part=reader.encoder,
             method=WORDS_METHOD,
@@ -240,7 +240,7 @@ def _learn_words(painter: Painter, data: CaptionedData, out: Path) -> tuple[Besi
     return tuple(beside) if data.pivotal else ()
 
 
-def _start(reader: Reader, data: CaptionedData) -> Tensor | None:
+def _start(reader: TextEncoder, data: CaptionedData) -> Tensor | None:
     """Return the vector [width] from which new words start; None leaves it to the encoder."""
     tokenizer = reader.tokenizer
     if held := tokenizer.get_vocab().keys() & {*data.words}:
@@ -254,7 +254,7 @@ def _start(reader: Reader, data: CaptionedData) -> Tensor | None:
     return table[ids].mean(0)
 
 
-def _taught(reader: Reader, data: CaptionedData, start: Tensor | None) -> list[int]:
+def _taught(reader: TextEncoder, data: CaptionedData, start: Tensor | None) -> list[int]:
     """Return the tokens of new words."""
     encoder, tokenizer, words = reader.encoder, reader.tokenizer, list(data.words)
     tokenizer.add_tokens(words)

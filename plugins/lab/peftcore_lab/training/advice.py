@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from peftcore.models.dry_run import Wanted
+from peftcore.models.dry_run import RequestedMethod
 from peftcore.models.model_names import Use
 from peftcore.utils.numbers import size
 from peftcore_lab.runs.run import FULL, Run
@@ -80,7 +80,7 @@ def estimates(run: Run, prepared: Prepared | None) -> Estimates | None:
         return None
     options = run.method.arguments
     target, exclude, train = options.pop("target", None), options.pop("exclude", None), options.pop("train", ())
-    wanted = None if run.method.name == FULL else Wanted(run.method.name, options, target, exclude, train)
+    wanted = None if run.method.name == FULL else RequestedMethod(run.method.name, options, target, exclude, train)
     return Estimates(run.model, wanted, run.data.get("max_length") if prepared is None else longest(prepared.train))
 
 

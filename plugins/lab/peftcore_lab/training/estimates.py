@@ -7,9 +7,9 @@ import time
 from dataclasses import dataclass, field
 
 from peftcore.injection.applying import install
-from peftcore.models.activation_memory import Batch, Pretended
+from peftcore.models.activation_memory import ExampleBatch, Pretended
 from peftcore.models.costs import Memory, Passes, checkpointable, held
-from peftcore.models.dry_run import Recorded, Wanted
+from peftcore.models.dry_run import Recorded, RequestedMethod
 from peftcore.models.example_inputs import Size
 from peftcore.models.skeletons import Skeleton, skeleton
 from peftcore.utils.quiet import quiet
@@ -40,13 +40,13 @@ class Estimates:
     """
 
     model: str
-    wanted: Wanted | None
+    wanted: RequestedMethod | None
     length: int | None = None
     seconds: float = SECONDS
     _began: float = field(default_factory=lambda: time.monotonic())
     _pretended: Pretended = field(default_factory=Pretended)
     _adapted: dict[str, tuple[Skeleton, int]] = field(default_factory=dict)
-    _batches: dict[tuple[str, int], Batch] = field(default_factory=dict)
+    _batches: dict[tuple[str, int], ExampleBatch] = field(default_factory=dict)
     _building: float = 0.0
     """Seconds of the last model that was built."""
     _counting: float = 0.0

@@ -30,7 +30,7 @@ from peftcore_lab.tasks import task_catalogue
 from peftcore_lab.tasks.task import Prepared
 from peftcore_lab.training.memory import is_full
 from peftcore_lab.training.run_trainer import AdapterTrainer, trainer_for
-from peftcore_lab.training.train import Display, Outcome, adapted, as_json, beforehand, in_words, told
+from peftcore_lab.training.train import Outcome, RunDisplay, adapted, as_json, beforehand, in_words, told
 
 CHOSEN = {"method": True, "out": True, "training": {"learning_rate"}}
 """Fields of `Run` in which runs that train together may differ, as pydantic's ``exclude``."""
@@ -93,7 +93,7 @@ class _Shared:
 class _Group:
     """Runs on their way: one model, and an adapter of each run on it."""
 
-    def __init__(self, runs: Sequence[Run], display: Display) -> None:
+    def __init__(self, runs: Sequence[Run], display: RunDisplay) -> None:
         first = runs[0]
         self.runs, self.display, self.task = [*runs], display, task_catalogue.find(first.task)
         self.began = time.perf_counter()
@@ -221,7 +221,9 @@ class _Group:
         return outcome
 
 
-def train_together(runs: Sequence[Run], display: Display) -> tuple[list[Outcome | TrainingError | None], Saved | None]:
+def train_together(
+    runs: Sequence[Run], display: RunDisplay
+) -> tuple[list[Outcome | TrainingError | None], Saved | None]:
     """Train runs that have a `key` in common. Times are those of all divided by their number.
 
     Returns:

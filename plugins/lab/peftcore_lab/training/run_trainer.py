@@ -20,7 +20,7 @@ from peftcore.layers.fsdp import gathered, loading_whole
 from peftcore.training import PeftcoreTrainer
 from peftcore.training.optimizer import cut_state, whole_state
 from peftcore_lab.runs.run import Run
-from peftcore_lab.tasks.task import Beside, Prepared, Task
+from peftcore_lab.tasks.task import CompanionAdapter, Prepared, Task
 from peftcore_lab.training.averages import Averages
 from peftcore_lab.training.processes import (
     ask_for_sharding,
@@ -40,7 +40,7 @@ class AdapterTrainer(PeftcoreTrainer):
 
     def __init__(self, injection: peftcore.Injection | None, **kwargs: Any) -> None:
         self.injection = injection  # a task's own Trainer may compute with it as it begins
-        self._beside: tuple[Beside, ...] = kwargs.pop("beside", ())
+        self._beside: tuple[CompanionAdapter, ...] = kwargs.pop("beside", ())
         decay = kwargs.pop("ema", None)
         super().__init__(**kwargs)
         settle_sharding(self.accelerator, self._host)

@@ -39,7 +39,7 @@ LOOKED_AT = 16
 """Batches for methods that look at data before training."""
 
 
-class Display(Protocol):
+class RunDisplay(Protocol):
     """A display of a run's progress."""
 
     def phase(self, name: str, total: int | None) -> None:
@@ -81,10 +81,10 @@ class Outcome:
     """A file that shows them, where they are pictures."""
 
 
-class Watch(transformers.TrainerCallback):
+class DisplayCallback(transformers.TrainerCallback):
     """A callback that reports to the display."""
 
-    def __init__(self, display: Display) -> None:
+    def __init__(self, display: RunDisplay) -> None:
         self._display = display
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -110,7 +110,7 @@ class Sampling(transformers.TrainerCallback):
             told(self._prepared)
 
 
-def train(run: Run, display: Display, resume: bool = False) -> Outcome:
+def train(run: Run, display: RunDisplay, resume: bool = False) -> Outcome:
     """Train a run. The adapter is in ``run.out / "adapter"`` afterwards.
 
     Raises:
@@ -121,7 +121,7 @@ def train(run: Run, display: Display, resume: bool = False) -> Outcome:
         return _train(run, display, resume, seen)
 
 
-def _train(run: Run, display: Display, resume: bool, seen: _Seen) -> Outcome:
+def _train(run: Run, display: RunDisplay, resume: bool, seen: _Seen) -> Outcome:
     began = time.perf_counter()
     task = task_catalogue.find(run.task)
     data = validated(task.Data, run.data, "data")
@@ -139,7 +139,7 @@ def _train(run: Run, display: Display, resume: bool, seen: _Seen) -> Outcome:
         prepared.check(None)
     clock = Clock()
     sampling = [Sampling(prepared)] if prepared.during else []
-    trainer = trainer_for(run, task, prepared, injection, [Keeper(folder), Watch(display), clock, *sampling])
+    trainer = trainer_for(run, task, prepared, injection, [Keeper(folder), DisplayCallback(display), clock, *sampling])
     if folder.before is None:
         # Not by trainer.evaluate(): what accelerate prepared for that alone, it does not wrap for several processes.
         trainer.args.eval_on_start = True
@@ -176,7 +176,7 @@ def _train(run: Run, display: Display, resume: bool, seen: _Seen) -> Outcome:
     return outcome
 
 
-def beforehand(prepared: Prepared, display: Display) -> None:
+def beforehand(prepared: Prepared, display: RunDisplay) -> None:
     """Do what the task does with the unadapted model before training."""
     if prepared.first is not None:
         if (device := torch.accelerator.current_accelerator(check_available=True)) is not None:

@@ -13,7 +13,7 @@ import peftcore
 from peftcore.cli.commands import app
 from peftcore.errors import TrainingError
 from peftcore_lab.data.example_sources import splits
-from peftcore_lab.reports.trials import Report, Trial
+from peftcore_lab.reports.trials import ComparisonReport, Trial
 from peftcore_lab.training.train import train
 
 METHODS = "linear_probe,bitfit,ln_tuning,ia3,lora,dora,houlsby_adapter,full"
@@ -168,9 +168,9 @@ def test_seeds_and_configurations_of_one_method(encoder, csv_file, tmp_path):
         (n, s) for n in ("lora", "large") for s in range(3)
     ]
     assert trials[3]["options"] == {"rank": 16} and trials[3]["learning_rate"] == 1e-2
-    report = Report(**{key: value for key, value in json.loads(result.stdout).items() if key != "versions"} | {
-        "trials": tuple(Trial(**{k: v for k, v in trial.items() if k != "share"}) for trial in trials)
-    })  # fmt: skip
+    facts = {key: value for key, value in json.loads(result.stdout).items() if key != "versions"}
+    facts["trials"] = tuple(Trial(**{k: v for k, v in trial.items() if k != "share"}) for trial in trials)
+    report = ComparisonReport(**facts)
     small, large = report.entries()
     scores = [trial["after"]["accuracy"] for trial in trials[:3]]
     assert small.score == pytest.approx(np.mean(scores))

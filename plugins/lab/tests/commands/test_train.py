@@ -148,7 +148,7 @@ def test_killed_and_resumed_it_ends_the_same_to_the_bit(
 def test_averages_are_what_is_scored_and_saved(tweets: Any, monkeypatch: Any, checkpoints: bool) -> None:
     """The best of them, where there are checkpoints: they are those of the values that the optimizer left."""
     seen: list[dict[str, torch.Tensor]] = []
-    begin, end = job.Watch.on_train_begin, job.Watch.on_step_end
+    begin, end = job.DisplayCallback.on_train_begin, job.DisplayCallback.on_step_end
 
     def values(model: Any) -> dict[str, torch.Tensor]:
         return {name: each.detach().clone() for name, each in model.named_parameters() if each.requires_grad}
@@ -161,8 +161,8 @@ def test_averages_are_what_is_scored_and_saved(tweets: Any, monkeypatch: Any, ch
         seen.append(values(model))
         end(self, args, state, control, **kwargs)
 
-    monkeypatch.setattr(job.Watch, "on_train_begin", begun)
-    monkeypatch.setattr(job.Watch, "on_step_end", stepped)
+    monkeypatch.setattr(job.DisplayCallback, "on_train_begin", begun)
+    monkeypatch.setattr(job.DisplayCallback, "on_step_end", stepped)
     settings = ("--set", "training.ema=0.8", "--set", f"training.checkpoints={str(checkpoints).lower()}")
     outcome = json.loads(trained(*tweets, *settings, "--set", "training.evaluate_every=5", "--out", "run", "--json"))
     last = outcome["steps"]

@@ -10,7 +10,7 @@ from datasets import Dataset
 
 from peftcore.errors import BadInput
 from peftcore_lab.data.conversations import Columns, columns, conversations
-from peftcore_lab.data.example_sources import Source, read
+from peftcore_lab.data.example_sources import ExampleSource, read
 
 EXPECTED = [
     [{"role": "user", "content": "Add 1 and 2"}, {"role": "assistant", "content": "3"}],
@@ -35,7 +35,7 @@ SHAPES: dict[str, list[dict[str, Any]]] = {
 def found(source: Path | str, **wanted: Any) -> list[list[dict[str, Any]]]:
     part = read(str(source))
     assert isinstance(part, Dataset)
-    return conversations(part, columns(part.column_names, Columns(**wanted), source), Source(str(source)))
+    return conversations(part, columns(part.column_names, Columns(**wanted), source), ExampleSource(str(source)))
 
 
 @pytest.mark.parametrize("shape", SHAPES)

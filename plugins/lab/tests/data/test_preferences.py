@@ -8,8 +8,8 @@ import pytest
 from datasets import Dataset
 
 from peftcore.errors import BadInput
-from peftcore_lab.data.example_sources import Source, read
-from peftcore_lab.data.preferences import Pair, PairColumns, in_common, pair_columns, pairs
+from peftcore_lab.data.example_sources import ExampleSource, read
+from peftcore_lab.data.preferences import PairColumns, PreferencePair, in_common, pair_columns, pairs
 
 ASKED = [{"role": "user", "content": "Name a colour"}]
 GOOD, BAD = ({"role": "assistant", "content": text} for text in ("red", "Great question! Red."))
@@ -33,14 +33,16 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-def found(rows: list[dict[str, Any]], **wanted: Any) -> list[Pair]:
+def found(rows: list[dict[str, Any]], **wanted: Any) -> list[PreferencePair]:
     part = Dataset.from_list(rows)
-    return pairs(part, pair_columns(part.column_names, PairColumns(**wanted), "pairs.jsonl"), Source("pairs.jsonl"))
+    return pairs(
+        part, pair_columns(part.column_names, PairColumns(**wanted), "pairs.jsonl"), ExampleSource("pairs.jsonl")
+    )
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_all_shapes(shape: str) -> None:
-    assert found([SHAPES[shape]]) == [Pair(ASKED, [GOOD], [BAD])]
+    assert found([SHAPES[shape]]) == [PreferencePair(ASKED, [GOOD], [BAD])]
 
 
 def test_from_a_file_with_named_columns(tmp_path: Path) -> None:
@@ -49,7 +51,7 @@ def test_from_a_file_with_named_columns(tmp_path: Path) -> None:
     part = read(str(path))
     assert isinstance(part, Dataset)
     columns = pair_columns(part.column_names, PairColumns("q", "yes", "no"), path)
-    assert pairs(part, columns, Source("pairs.csv")) == [Pair(ASKED, [GOOD], [BAD])]
+    assert pairs(part, columns, ExampleSource("pairs.csv")) == [PreferencePair(ASKED, [GOOD], [BAD])]
 
 
 def test_what_was_said_before() -> None:

@@ -4,13 +4,13 @@ import pytest
 from datasets import Dataset
 
 from peftcore.errors import BadInput
-from peftcore_lab.data.example_sources import Source, Splits
+from peftcore_lab.data.example_sources import ExampleSource, Splits
 from peftcore_lab.data.task_mixtures import TASK, names_in, of_tasks, told
 
 
 def found(train: list[object], held_out: list[object]) -> Splits:
     parts = (Dataset.from_dict({"kind": each, "text": [*map(str, range(len(each)))]}) for each in (train, held_out))
-    return Splits(*parts, names=(Source("texts.csv"), Source("others.csv")))
+    return Splits(*parts, names=(ExampleSource("texts.csv"), ExampleSource("others.csv")))
 
 
 def test_rows_are_those_of_the_tasks_and_know_them() -> None:

@@ -17,7 +17,7 @@ from peftcore.utils.numbers import SPACE
 from peftcore_lab.reports import html, plots
 from peftcore_lab.reports.labels import plain, shorten
 from peftcore_lab.reports.report_text import findings
-from peftcore_lab.reports.trials import Report
+from peftcore_lab.reports.trials import ComparisonReport
 
 NASTY = '<script>alert(1)</script> & "quotes" $x^\x07'
 LONG = "lora on every projection of every block with a rank of sixteen, and a scale that is learned"
@@ -59,7 +59,7 @@ class Page(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def compared() -> Report:
+def compared() -> ComparisonReport:
     trials = [
         *seeds("bitfit", 0.70, 1_000),
         *seeds(NASTY, 0.80, 20_000),

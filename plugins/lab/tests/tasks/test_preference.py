@@ -182,7 +182,7 @@ def test_stopped_and_resumed_it_ends_the_same(
     class Stopped(Exception):
         pass
 
-    end = job.Watch.on_step_end
+    end = job.DisplayCallback.on_step_end
 
     def stop(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         end(self, args, state, control, **kwargs)
@@ -195,7 +195,7 @@ def test_stopped_and_resumed_it_ends_the_same(
         whole = job.train(run(talker, data, tmp_path / f"whole {name}", **options), Silent())
         cut = run(talker, data, tmp_path / f"cut {name}", **options)
         with monkeypatch.context() as patch, pytest.raises(Stopped):
-            patch.setattr(job.Watch, "on_step_end", stop)
+            patch.setattr(job.DisplayCallback, "on_step_end", stop)
             job.train(cut, Silent())
         resumed = job.train(cut, Silent(), resume=True)
         assert (resumed.before, resumed.after, resumed.curve) == (whole.before, whole.after, whole.curve)

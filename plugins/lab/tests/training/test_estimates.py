@@ -7,11 +7,11 @@ from looking import folder_of, real
 
 import peftcore
 from peftcore.models.costs import checkpointable, costs
-from peftcore.models.dry_run import Wanted
+from peftcore.models.dry_run import RequestedMethod
 from peftcore.models.example_inputs import Size
 from peftcore_lab.training.estimates import Estimates, Step
 
-LORA = Wanted("lora", {"rank": 2})
+LORA = RequestedMethod("lora", {"rank": 2})
 NOW = Step(4, "float32")
 
 
@@ -43,7 +43,7 @@ def test_blocks_that_run_again_take_less(tmp_path: Path) -> None:
 def test_what_cannot_be_counted_is_none(tmp_path: Path) -> None:
     folder = str(folder_of("llama", tmp_path))
     assert Estimates("no/such/folder", LORA).of(NOW) is None
-    assert Estimates(folder, Wanted("lora", {"rank": -1})).of(NOW) is None
+    assert Estimates(folder, RequestedMethod("lora", {"rank": -1})).of(NOW) is None
     assert Estimates(str(folder_of("wav2vec2", tmp_path)), LORA).of(NOW) is None  # its forward depends on values
 
 

@@ -130,7 +130,7 @@ class BnbScheme(Scheme):
     extra: ClassVar[str] = "peftcore-quantized[bitsandbytes]"
 
 
-class NF4(BnbScheme):
+class BnbNF4(BnbScheme):
     """The scheme of bitsandbytes' 4-bit NormalFloat."""
 
     layer: ClassVar[QuantizedLayer] = FourBit()
@@ -144,13 +144,13 @@ class NF4(BnbScheme):
         return _four_bit(weight, self.kind, self.block_size, self.double_quant)
 
 
-class FP4(NF4):
+class BnbFP4(BnbNF4):
     """The scheme of bitsandbytes' 4-bit floating point."""
 
     kind: ClassVar[str] = "fp4"
 
 
-class Int8(BnbScheme):
+class BnbInt8(BnbScheme):
     """The scheme LLM.int8: 8-bit integers, one scale a row; inputs are quantized too, but for columns with outliers."""
 
     layer: ClassVar[QuantizedLayer] = EightBit()
@@ -164,7 +164,8 @@ class Int8(BnbScheme):
 @hookimpl
 def peftcore_schemes() -> dict[str, str]:
     """Map the names of the schemes to their import paths."""
-    return {name: f"{__name__}:{c.__name__}" for name, c in (("bnb-nf4", NF4), ("bnb-fp4", FP4), ("bnb-int8", Int8))}
+    ours = (("bnb-nf4", BnbNF4), ("bnb-fp4", BnbFP4), ("bnb-int8", BnbInt8))
+    return {name: f"{__name__}:{cls.__name__}" for name, cls in ours}
 
 
 @hookimpl
@@ -174,9 +175,9 @@ def peftcore_layer(module: nn.Module, tensor: str) -> Layer | None:
     if classes is None:
         return None
     if isinstance(owner, classes.Linear4bit):
-        return quantized_layer_of(module, tensor, NF4.layer) if _is_packed(owner) else None
+        return quantized_layer_of(module, tensor, BnbNF4.layer) if _is_packed(owner) else None
     eight = isinstance(owner, classes.Linear8bitLt) and not owner.state.has_fp16_weights
-    return quantized_layer_of(module, tensor, Int8.layer) if eight else None
+    return quantized_layer_of(module, tensor, BnbInt8.layer) if eight else None
 
 
 def _is_packed(module: Any) -> bool:

@@ -247,7 +247,7 @@ class Reference(Scheme):
         return self.kind(weight, self.model_dump())
 
 
-class NF4(Reference):
+class ReferenceNF4(Reference):
     """The scheme of 4-bit NormalFloat."""
 
     kind = NF4Linear
@@ -257,13 +257,13 @@ class NF4(Reference):
     """Keep the scales in 8 bits."""
 
 
-class Int8(Reference):
+class ReferenceInt8(Reference):
     """The scheme of 8-bit integers."""
 
     kind = Int8Linear
 
 
-class Int4(Reference):
+class ReferenceInt4(Reference):
     """The scheme of 4-bit integers with zeros."""
 
     kind = Int4Linear
@@ -274,7 +274,8 @@ class Int4(Reference):
 @hookimpl
 def peftcore_schemes() -> dict[str, str]:
     """Map the names of the schemes to their import paths."""
-    here = {name: f"{__name__}:{cls.__name__}" for name, cls in (("nf4", NF4), ("int8", Int8), ("int4", Int4))}
+    ours = (("nf4", ReferenceNF4), ("int8", ReferenceInt8), ("int4", ReferenceInt4))
+    here = {name: f"{__name__}:{cls.__name__}" for name, cls in ours}
     return {**here, "nf4-icq": f"{__package__}._icq:ICQ"}
 
 
@@ -282,4 +283,4 @@ def peftcore_schemes() -> dict[str, str]:
 def peftcore_layer(module: nn.Module, tensor: str) -> Layer | None:
     """Return the layer of a module that a scheme of this backend has quantized, else None."""
     owner = module.get_submodule(tensor.rpartition(".")[0])
-    return quantized_layer_of(module, tensor, NF4.layer) if isinstance(owner, PackedLinear) else None
+    return quantized_layer_of(module, tensor, ReferenceNF4.layer) if isinstance(owner, PackedLinear) else None

@@ -106,7 +106,7 @@ class TorchAOLayer(QuantizedLayer):
         return _packed(weight.to(held.dtype), config(held))
 
 
-class Int8(Scheme):
+class TorchaoInt8(Scheme):
     """The scheme of torchao's 8-bit integers, one scale a row."""
 
     layer: ClassVar[QuantizedLayer] = TorchAOLayer()
@@ -117,14 +117,14 @@ class Int8(Scheme):
         return _packed(weight, _int8(weight))
 
 
-class Float8(Int8):
+class TorchaoFloat8(TorchaoInt8):
     """The scheme of torchao's 8-bit floating point, one scale a row."""
 
     def module(self, weight: Tensor) -> nn.Module:
         return _packed(weight, _float8(weight))
 
 
-class Int4(Int8):
+class TorchaoInt4(TorchaoInt8):
     """The scheme of torchao's 4-bit integers, a scale for each group. On a CPU they are stored in a byte each."""
 
     group_size: PositiveInt = 32
@@ -141,7 +141,7 @@ class Int4(Int8):
 @hookimpl
 def peftcore_schemes() -> dict[str, str]:
     """Map the names of the schemes to their import paths."""
-    known = (("torchao-int8", Int8), ("torchao-int4", Int4), ("torchao-float8", Float8))
+    known = (("torchao-int8", TorchaoInt8), ("torchao-int4", TorchaoInt4), ("torchao-float8", TorchaoFloat8))
     return {name: f"{__name__}:{cls.__name__}" for name, cls in known}
 
 
@@ -154,4 +154,4 @@ def peftcore_layer(module: nn.Module, tensor: str) -> Layer | None:
         return None
     weight = module.get_submodule(path)._parameters.get("weight" if name == "bias" else name)
     ours = isinstance(weight, utils.TorchAOBaseTensor) and weight.dim() == 2
-    return quantized_layer_of(module, tensor, Int8.layer) if ours else None
+    return quantized_layer_of(module, tensor, TorchaoInt8.layer) if ours else None
