@@ -419,7 +419,7 @@ def _check_use(option: str, value: object, used: bool, how: str) -> None:
     if used and value is None:
         raise ConfigError(f"how={how!r} needs {option}=")
     if not used and value is not None:
-        raise ConfigError(f"how={how!r} has no use for {option}=; leave it out")
+        raise ConfigError(f"how={how!r} has no use for {option}=; remove it")
 
 
 def _merger(how: How, weights: list[float], density: float, sign: Sign, seed: int) -> Merge:

@@ -185,7 +185,7 @@ class Bypass(AtBranchEnd):
         if added.shape != y.shape:
             raise UnsupportedSite(
                 f"{type(self).__name__}: the branch reads {tuple(read.shape)} and returns {tuple(y.shape)}, so nothing "
-                "can go past it; exclude= this block"
+                "can go past it; exclude this block"
             )
         return added
 

@@ -30,7 +30,7 @@ def without_peft_arguments(options: dict[str, Any]) -> dict[str, Any]:
     for name in options.keys() & SO_ANYWAY.keys():
         values, instead = SO_ANYWAY[name]
         if not any(options[name] is value for value in values):
-            raise ConfigError(f"{name}={options[name]!r} is not to be had; leave it out: {instead}")
+            raise ConfigError(f"{name}={options[name]!r} is not supported; remove it: {instead}")
     return {name: value for name, value in options.items() if name not in SO_ANYWAY}
 
 
@@ -41,4 +41,4 @@ def check_no_more(options: dict[str, Any]) -> None:
         ConfigError: one is not.
     """
     if rest := sorted(without_peft_arguments(options)):
-        raise ConfigError(f"{rest[0]}= is none of the arguments here; leave it out")
+        raise ConfigError(f"{rest[0]}= is none of the arguments here; remove it")

@@ -13,9 +13,8 @@ from peft import PeftConfig
 from torch import nn
 
 from peftcore.contract.config import MethodConfig
-from peftcore.contract.dropout import turn_off_dropout
 from peftcore.contract.method import Method
-from peftcore.contract.operators import _Base
+from peftcore.contract.operators import _Base, turn_off_dropout
 from peftcore.contract.surgeon import Wishes
 from peftcore.errors import CalibrationError, ConfigError, TrainingError
 from peftcore.injection.applying import apply, apply_request
@@ -162,9 +161,9 @@ def _nothing_active(model: nn.Module) -> Iterator[None]:
     that do; these act after it, and none else."""
     found = injections(model)
     active = [name for name, injection in found.items() if injection.active]
-    if found:
-        activate(model)
     try:
+        if found:
+            activate(model)
         yield
     finally:
         if found:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import typer
     from torch import nn
 
-    from peftcore.contract.applied import AppliedMethod
+    from peftcore.contract.applied import AppliedMethod, Installed
     from peftcore.contract.config import MethodConfig
     from peftcore.contract.method import Method
     from peftcore.contract.presets import Preset
@@ -177,7 +177,7 @@ def peftcore_select(model: nn.Module, method: Method, config: MethodConfig, inje
 
 @hookspec(firstresult=True)
 def peftcore_merge(
-    model: nn.Module, method: Method, config: MethodConfig, injection: AppliedMethod
+    model: nn.Module, method: Method, config: MethodConfig, injection: Installed
 ) -> Mapping[tuple[str, str], torch.Tensor] | None:
     """Compute the tensors that a merge writes.
 

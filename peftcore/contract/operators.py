@@ -15,12 +15,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.hooks import RemovableHandle
 
-from peftcore.contract.dropout import turn_off_dropout
 from peftcore.errors import NotMergeable, NoWeights, TrainingError
 from peftcore.targets.sites import Site
 
+PROBABILITIES = ("dropout", "input_dropout")
+"""Attributes that hold the probability with which something is dropped."""
 Factors = tuple[Tensor, Tensor, float]
 """``(A, B, scale)`` of a low-rank update ``scale * B A``; A is ``[*batch, rank, in, *kernel]`` and B is ``[*batch, out,
 rank]``."""
@@ -405,6 +407,25 @@ def changes_bias(operator: _Base) -> bool:
 def is_made_of_base(operator: nn.Module) -> bool:
     """Whether the operator computes with values of the base that its file does not store: it defines `take_base`."""
     return isinstance(operator, WeightOperator) and type(operator).take_base is not WeightOperator.take_base
+
+
+def turn_off_dropout(module: nn.Module) -> bool:
+    """Set the dropout probabilities of a module and its submodules to 0: those of torch's dropout modules, and
+    attributes with a name in `PROBABILITIES`. For trainers that turn off the dropout of the whole model (DPO, KTO), so
+    that the policy and its reference differ only by the learned weights.
+
+    Returns:
+        Whether the module has a dropout module, whatever its probability was, or such an attribute.
+    """
+    found = False
+    for each in module.modules():
+        if isinstance(each, _DropoutNd):
+            each.p, found = 0.0, True
+        for name in PROBABILITIES:
+            if isinstance(value := vars(each).get(name), float) and value:
+                setattr(each, name, 0.0)
+                found = True
+    return found
 
 
 def trainable_numbers(operators: Iterable[nn.Module]) -> int:

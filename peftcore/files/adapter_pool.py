@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from peftcore.errors import CheckpointError, ConfigError, MemoryLimit, UnknownInjection, shown
+from peftcore.errors import CheckpointError, ConfigError, UnknownInjection, shown
 from peftcore.files.safe_io import DTYPES, TensorFile, write_tensors
 from peftcore.forward.choice.residency import Residency
 from peftcore.forward.state.host_state import HostState, drop_state, ensure_state, state_of
@@ -111,7 +111,12 @@ def keep_within(
         for injection in state.injections.values():
             pool.residency.add(injection)
         journal.set(state, "residency", pool.residency)
-        pool.residency.make_room()
+        try:
+            pool.residency.make_room()
+        except BaseException:
+            pool.residency.limit = 2**63
+            pool.residency.bring(pool.idle)  # the stored values would be removed with the pool
+            raise
     return pool
 
 
@@ -141,7 +146,7 @@ class AdapterPool:
         before, self.residency.limit = self.residency.limit, bytes_of(limit)
         try:
             self.residency.make_room()
-        except MemoryLimit:
+        except BaseException:
             self.residency.limit = before
             raise
 

@@ -290,7 +290,7 @@ class ModuleCall:
                     parts[group] = bare(*own_args, **own_kwargs)
                 elif len(group) > 1:
                     plans = [routed[n] for n in group]
-                    run = as_one(plans, self.module, *own_args, bare, self._inside, self.form_taken, self.prepared)
+                    run = as_one(plans, self.module, own_args[0], bare, self._inside, self.form_taken, self.prepared)
                     parts[group] = run().flatten(0, 1)
                 else:
                     part = self.part(first, own_args, own_kwargs)

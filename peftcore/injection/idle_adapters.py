@@ -254,15 +254,20 @@ class IdleValues:
         injection = self.injection
         found = self._held()
         self._store.keep(self._key, {each.name: each.tensor for each in found})
-        with torch.no_grad():
-            for each in found:
-                tensor = each.tensor
-                each.stand(injection.name, tensor.dtype, tensor.device)
-                each.written()
-                each.leave()
-        self._away = found
-        for path, module in injection.modules():
-            _mark(module, _Marked(self, path))
+        values = [each.tensor.detach() for each in found]
+        try:
+            with torch.no_grad():
+                for each in found:
+                    tensor = each.tensor
+                    each.stand(injection.name, tensor.dtype, tensor.device)
+                    each.written()
+                    each.leave()
+            self._away = found
+            for path, module in injection.modules():
+                _mark(module, _Marked(self, path))
+        except BaseException:
+            self._return(found, values)
+            raise
 
     def put_back(self, values: Values) -> None:
         """Give the tensors their values again, with the dtypes and on the devices that `to` gave them meanwhile."""
@@ -270,15 +275,29 @@ class IdleValues:
         with torch.no_grad():
             now = [_now(each) for each in self._away]
             ready = [values[each.name].to(to.device, to.dtype) for each, to in zip(self._away, now, strict=True)]
-            for each, value in zip(self._away, ready, strict=True):
-                each.come(value)
-                each.written()
-                each.stand_in = None
-                each.replace(each.tensor)
-        self._away = None
+        held = self._away
+        try:
+            self._return(held, ready)
+        except BaseException:  # interrupted: the values are here, so they come all the same
+            self._return(held, ready)
+            raise
+        self._store.returned(self._key)
+
+    @torch.no_grad()
+    def _return(self, held: list[_Held], values: list[Tensor]) -> None:
+        """Give tensors their values again; each step can be taken again."""
+        for each, value in zip(held, values, strict=True):
+            each.come(value)
+            each.written()
+            each.stand_in = None
+            each.replace(each.tensor)
         for _, module in self.injection.modules():
             _unmark(module)
-        self._store.returned(self._key)
+        self._away = None
+
+    def is_away(self) -> bool:
+        """Whether the tensors have no values."""
+        return self._away is not None
 
     def forget(self) -> None:
         """Drop what is kept elsewhere."""

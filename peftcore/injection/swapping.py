@@ -17,6 +17,7 @@ from peftcore.contract.applied import AppliedMethod
 from peftcore.contract.operators import Checked, Shared, _Base
 from peftcore.contract.surgeon import Surgeon
 from peftcore.errors import SwapError
+from peftcore.forward.context.context import drop_interrupted
 from peftcore.forward.context.taps import Tap
 from peftcore.forward.state.host_state import HostState
 from peftcore.forward.tensors.view import TORCHS
@@ -243,9 +244,10 @@ def exchanging(state: HostState, name: str) -> Iterator[None]:
     Raises:
         SwapError: one runs, or a call (`using`) names it that is not over.
     """
+    drop_interrupted()
     with state.swap_lock:
-        state.swapping = frozenset({name})
         try:
+            state.swapping = frozenset({name})
             forwards = [each.choice for each in list(state.running.values()) if each.open]
             if any(choice is not None and name in choice.named for choice in (*forwards, *state.choices.called())):
                 raise SwapError(

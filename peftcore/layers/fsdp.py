@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from peftcore.errors import TrainingError
 from peftcore.layers.pieces import ALONE, ENGINE, at_hand, cut_like, is_cut, is_partitioned, whole
 from peftcore.utils.journal import Journal
+from peftcore.utils.variables import holding
 
 MANAGED = "_is_fsdp_managed_module"
 """The attribute that torch sets on each module whose parameters it shards."""
@@ -75,13 +76,9 @@ def whole_from(model: nn.Module, values: Mapping[str, Tensor] | None, wanted: It
         yield
         return
     others = {each: nn.Parameter(values[name], each.requires_grad) for each, name in pieces.items() if name in values}
-    tokens = _WHOLE.set(_WHOLE.get() | {id(module) for module in model.modules()}), ALONE.set(True)
-    try:
-        with standing(model, others):
-            yield
-    finally:
-        _WHOLE.reset(tokens[0])
-        ALONE.reset(tokens[1])
+    there = _WHOLE.get() | {id(module) for module in model.modules()}
+    with holding(_WHOLE, there), holding(ALONE, True), standing(model, others):
+        yield
 
 
 StandIns = Mapping[nn.Parameter, nn.Parameter]

@@ -22,6 +22,7 @@ from peftcore.libraries.instance_methods import InstanceMethod, give_methods_bac
 from peftcore.registry.plugins import layer_of
 from peftcore.utils.journal import Journal
 from peftcore.utils.notices import notice
+from peftcore.utils.variables import holding
 
 CODES = (torch.int8, torch.uint8, torch.int16, torch.int32)
 """The dtypes of codes in unknown quantized layers; buffers of positions have wider dtypes."""
@@ -37,11 +38,8 @@ def saving_base() -> Iterator[None]:
 
     Merged injections are part of the base's weights, and are saved with them.
     """
-    token = BASE_ALONE.set(True)
-    try:
+    with holding(BASE_ALONE, True):
         yield
-    finally:
-        BASE_ALONE.reset(token)
 
 
 @runtime_checkable

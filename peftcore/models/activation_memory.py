@@ -191,8 +191,8 @@ def explained() -> Iterator[None]:
     """Turn whatever a forward raises into a reason why nothing is known; torch's own report of it is left out."""
     log = logging.getLogger(FakeTensorMode.__module__)
     level = log.level
-    log.setLevel(logging.CRITICAL)
     try:
+        log.setLevel(logging.CRITICAL)
         yield
     except (BadInput, UnknownInputs):
         raise

@@ -219,8 +219,8 @@ def emptied(model: nn.Module) -> nn.Module:
 def meta(dtype: torch.dtype | None) -> Iterator[None]:
     """Build modules in the block without memory, with parameters of this dtype where they do not say another."""
     before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype or torch.float32)
     try:
+        torch.set_default_dtype(dtype or torch.float32)
         with torch.device("meta"):
             yield
     finally:

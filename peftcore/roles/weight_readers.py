@@ -1,4 +1,7 @@
-"""Which module reads a weight whose own module is not called: rule R15 of `docs/roles.md`."""
+"""Which module reads a weight whose own module is not called: rule R15 of `docs/roles.md`.
+
+The names in compiled code answer this, without following values and without source, so `code_frames` is not used.
+"""
 
 from __future__ import annotations
 

@@ -340,7 +340,7 @@ class RecordingSurgeon(Surgeon):
     def _record(self, graft: Graft) -> None:
         if (path := graft.site.path) in self._paths:
             raise UnsupportedSite(
-                f"{path} would be adapted and replaced at once; exclude= it from the target, or leave it out of train="
+                f"{path} would be adapted and replaced at once; exclude it from the target, or leave it out of train="
             )
         self.progress.step()
         self.grafts.append(graft)

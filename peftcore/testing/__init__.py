@@ -19,6 +19,8 @@ It may import all of peftcore but `comparing` and `cli`. In the order of reading
 - `learning_tasks`: small tasks that a method has to learn.
 - `plugging`: hooks tried out without packaging them.
 - `compiling`: a compiler for checks.
+- `snapshots`: models, files and the process at one moment, to be compared.
+- `faults`: an operation, broken at each of its points.
 - `doors`: `conformance` and `check_method`.
 - `declared_evidence`: the sources of the numbers with which tests compare, and the conditions for them.
 - `starts`: how initial values of reference code are recorded, and compared with ours.
@@ -39,10 +41,12 @@ from peftcore.testing.declared_evidence import against, frozen
 from peftcore.testing.default_options import same_defaults
 from peftcore.testing.doors import Result, check_method, conformance
 from peftcore.testing.failures import CheckFailed
+from peftcore.testing.faults import Fault, FaultReport, inject_faults
 from peftcore.testing.hosts import APART, HOSTS
 from peftcore.testing.kit import CHECKS, Case, Check, Host, NotApplicable
 from peftcore.testing.plugging import plugged
 from peftcore.testing.quantizers import QUANTIZER_CHECKS, check_quantizer, quantizer_conformance
+from peftcore.testing.snapshots import Scene
 from peftcore.testing.starts import drawn, same_start
 
 for _name in (
@@ -73,15 +77,19 @@ __all__ = [
     "Case",
     "Check",
     "CheckFailed",
+    "Fault",
+    "FaultReport",
     "Host",
     "NotApplicable",
     "Result",
+    "Scene",
     "against",
     "check_method",
     "check_quantizer",
     "conformance",
     "drawn",
     "frozen",
+    "inject_faults",
     "plugged",
     "quantizer_conformance",
     "same_defaults",

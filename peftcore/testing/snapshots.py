@@ -13,6 +13,7 @@ import threading
 import types
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,11 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.overrides import _len_torch_function_stack
+from torch.overrides import _len_torch_function_stack  # type: ignore[attr-defined]
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, is_traceable_wrapper_subclass
 
 from peftcore.forward.choice.active_adapters import Choice
-from peftcore.forward.context.context import HERE
+from peftcore.forward.context.context import HERE, drop_interrupted
 from peftcore.forward.state.host_state import HostState
 from peftcore.forward.state.slot import Slot
 from peftcore.forward.tensors.view import TORCHS
@@ -89,7 +90,7 @@ class Snapshot:
             found += [
                 f"object at {place}"
                 for place in dict.fromkeys((*self.objects, *other.objects))
-                if self.objects.get(place) is not other.objects.get(place)
+                if not place.startswith(tuple(leave)) and self.objects.get(place) is not other.objects.get(place)
             ]
         return found
 
@@ -139,6 +140,8 @@ def _of_model(found: Snapshot, prefix: str, model: nn.Module) -> None:
                 for key, tensor in value.items():
                     values[f"{place}.{key}"] = name, described(tensor)
                     objects[f"{place}.{key}"] = tensor
+            elif isinstance(value, HostState):
+                values |= {f"state, {key}": each for key, each in _state(value).items()}
             elif name == IDLE:
                 values[f"{place}.{name}"] = type(value).__name__
             else:
@@ -228,6 +231,7 @@ def _choice(choice: Choice) -> Any:
 
 def _state(state: HostState) -> dict[str, Any]:
     """Return what is said of a model's adapters; nothing that is computed when it is first needed."""
+    _running()
     here: Any
     try:
         here = _choice(state.now())
@@ -306,8 +310,14 @@ def process() -> dict[str, Any]:
             for variable, value in contextvars.copy_context().items()
             if isinstance(value, (*PLAIN, frozenset, tuple, list))
         },
-        "forwards that run": (len(HERE.calls), HERE.calm is None, len(HERE.generating)),
+        "forwards that run": (_running(), HERE.calm is None, len(HERE.generating)),
     }
+
+
+def _running() -> int:
+    """Return how many forwards run; those that an interrupt ended are closed, as the next forward does."""
+    drop_interrupted()
+    return len(HERE.calls)
 
 
 def put_back(before: Mapping[str, Any]) -> None:
@@ -316,6 +326,10 @@ def put_back(before: Mapping[str, Any]) -> None:
     random.setstate(before["Python's random numbers"])
     torch.set_grad_enabled(before["gradients"][0])
     torch.set_default_dtype(before["default dtype"])
+    for variable, value in contextvars.copy_context().items():
+        if isinstance(value, (*PLAIN, frozenset)) and value != before["variables of the context"].get(variable.name):
+            with suppress(LookupError):  # it has no default
+                variable.set(contextvars.Context().run(variable.get))
 
 
 def _open_files() -> Counter[str]:

@@ -346,9 +346,9 @@ def _kept(value: Any) -> Any:
 def whole_state(optimizer: Optimizer) -> Iterator[None]:
     """Context manager in which what an optimizer remembers of sharded parameters is whole; all processes take part."""
     pieces = [(held, key, each) for held, key, each in _state_tensors(optimizer) if is_cut(each)]
-    for held, key, each in pieces:
-        held[key] = whole(each)
     try:
+        for held, key, each in pieces:
+            held[key] = whole(each)
         yield
     finally:
         for held, key, each in pieces:

@@ -11,4 +11,5 @@ It may import `peftcore.errors` alone. In the order of reading:
 - `quiet`: silences other libraries.
 - `yaml_values`: values that users write in YAML.
 - `journal`: writes that are undone together, after an error or later.
+- `variables`: context variables that have a value until the end of a block.
 """

@@ -29,8 +29,8 @@ def hush_imports() -> None:
 def unlogged() -> Iterator[None]:
     """Context manager in which only errors are logged."""
     before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
     try:
+        logging.disable(logging.WARNING)
         yield
     finally:
         logging.disable(before)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -97,6 +98,8 @@ def _stepped(model: nn.Module, name: str) -> torch.optim.Optimizer:
     return optimizer
 
 
+BY_PARAMETRIZATION = {name for name in WAYS if not name.startswith(("old", "pruned"))}
+"""Ways to compute a weight that keep no value in the module; hooks keep that of the last forward."""
 FOLDER = tempfile.TemporaryDirectory(prefix="fault-scenes-")
 _SAVED: dict[str, Path] = {}
 
@@ -183,7 +186,8 @@ def _merging() -> dict[str, Case]:
             then = partial(merged, **how)
             found[f"unmerge, keep={keep!r}"] = Case(scene("a", "b", then=then), on_a(lambda i: i.unmerge()))
     for way in WAYS:
-        found[f"merge where {way} computes the weight"] = Case(scene("a", way=way), on_a(lambda i: i.merge()))
+        left = () if way in BY_PARAMETRIZATION else ("layers.0.self_attn.q_proj.weight",)  # of the last forward
+        found[f"merge where {way} computes the weight"] = Case(scene("a", way=way), on_a(lambda i: i.merge()), left)
     for scheme in ("int8", "nf4"):
         for into in ("float", "same"):
             how = {"into": into, "max_error": 10.0}
@@ -339,14 +343,19 @@ def limited(*, restless: bool) -> Make:
         pool = peftcore.keep_within(model, "1MB", idle=folder / "idle")
         if restless:
             pool.rest("a")
-        return Scene(model, None, folder, needs=pool)
+        return Scene(model, tensors, folder, needs=pool)
 
     return make
 
 
+def tensors(model: nn.Module) -> dict[str, Tensor]:
+    """All tensors of a model, those of idle adapters too, which stay idle."""
+    return dict(model.state_dict())
+
+
 def _idle() -> dict[str, Case]:
     def quiet(folder: Path) -> Scene:
-        made = scene("a", "b")(folder)
+        made = replace(scene("a", "b")(folder), outputs=tensors)
         for name in ("a", "b"):
             a(made.model, name).trainable(False)
         peftcore.activate(made.model)
@@ -362,7 +371,10 @@ def _idle() -> dict[str, Case]:
         "save an idle one": (limited(restless=True), lambda s: a(s.model).save(s.folder / "new")),
         "swap into an idle one": (limited(restless=True), on_a(lambda i: i.swap(a(i.model, "b")))),
     }
-    return {name: Case(*each, ("file idle",)) for name, each in operations.items()}  # names of folders are drawn
+    # Names of folders are drawn. An adapter may be back when that fails for which it came back, or away.
+    of_adapters = [f"{kind}layers.0.self_attn.peft" for kind in ("", "class of ", "training of ")]
+    leave = ("file idle", "state, idle", "optimizer", *of_adapters)
+    return {name: Case(*each, leave) for name, each in operations.items()}
 
 
 CASES: dict[str, Case] = {

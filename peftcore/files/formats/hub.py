@@ -45,7 +45,7 @@ def located(path: str | os.PathLike[str], revision: str | None = None) -> Path:
     if place.exists() or not isinstance(path, str) or not IDENTIFIER.fullmatch(name):
         if revision is not None:
             raise CheckpointError(
-                f"revision={revision!r} belongs to a repository on the hub, and {name} is a path: leave it out"
+                f"revision={revision!r} belongs to a repository on the hub, and {name} is a path: remove it"
             )
         return place
     repository, _, after = name.partition("@")

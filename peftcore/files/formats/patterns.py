@@ -11,6 +11,7 @@ from contextvars import ContextVar
 from pathlib import Path
 
 from peftcore.errors import CheckpointError, shown
+from peftcore.utils.variables import holding
 
 SECONDS = 1.0
 """The time limit, in seconds, of one expression on all paths of a host, and of all expressions of one file."""
@@ -19,17 +20,14 @@ LONGEST = 100_000
 GROUPS = 500
 """The largest number of parentheses in an expression: the time to parse nested groups grows with the square of how deep
 they are, and no limit ends it."""
-_left: ContextVar[list[float]] = ContextVar("left")
+_left: ContextVar[list[float] | None] = ContextVar("left", default=None)
 
 
 @contextmanager
 def one_file() -> Iterator[None]:
     """Context manager in which all expressions share their time: a file may have many."""
-    token = _left.set([SECONDS])
-    try:
+    with holding(_left, [SECONDS]):
         yield
-    finally:
-        _left.reset(token)
 
 
 def matching(pattern: str, paths: Iterable[str], where: Path, *, endings: bool = False) -> set[str]:
@@ -53,7 +51,7 @@ def matching(pattern: str, paths: Iterable[str], where: Path, *, endings: bool =
         raise CheckpointError(f"{where}: {shown(pattern)} cannot be matched: it has {len(pattern):,} characters")
     if pattern.count("(") > GROUPS:
         raise CheckpointError(f"{where}: {shown(pattern)} cannot be matched: it has {pattern.count('('):,} groups")
-    left = _left.get([SECONDS])
+    left = _left.get() or [SECONDS]
     found, start = set(), time.monotonic()
     try:
         if left[0] <= 0:  # each by itself may be quick; reading so many is not

@@ -42,6 +42,9 @@ class ResidentAdapter(Protocol):
     def take_out(self) -> None:
         """Offload the adapter's values, and free the memory on the model."""
 
+    def is_away(self) -> bool:
+        """Whether the adapter's values are offloaded."""
+
     def forget(self) -> None:
         """Drop the adapter's offloaded values."""
 
@@ -116,18 +119,18 @@ class Residency:
             UnsupportedHost: its values cannot be offloaded.
         """
         adapter = self._account(injection)
-        with self.lock:
-            self.make_room(adapter.bytes(), repr(injection.name))
-            key = next(self._clock)
-            self._held[key] = (injection.name,)
-            self._records[injection.name] = _Record(adapter, key)
+        key = next(self._clock)
         try:
+            with self.lock:
+                self.make_room(adapter.bytes(), repr(injection.name))
+                self._held[key] = (injection.name,)
+                self._records[injection.name] = _Record(adapter, key)
             yield
         except BaseException:
             self.remove(injection.name)
             raise
         finally:
-            del self._held[key]
+            self._held.pop(key, None)
 
     def remove(self, name: str) -> None:
         """Forget an adapter that was removed from the model."""
@@ -135,13 +138,25 @@ class Residency:
             if (record := self._records.pop(name, None)) is not None:
                 record.adapter.forget()
 
+    @contextmanager
+    def _moving(self) -> Iterator[None]:
+        """Context manager that holds the lock while adapters leave and come back. Where the block fails, each adapter
+        counts as where its values are: a move fails as a whole."""
+        with self.lock:
+            try:
+                yield
+            except BaseException:
+                for record in self._records.values():
+                    record.here = not record.adapter.is_away()
+                raise
+
     def make_room(self, wanted: int = 0, what: str = "") -> None:
         """Offload adapters until `wanted` bytes are free.
 
         Raises:
             MemoryLimit: the pinned adapters take too many bytes.
         """
-        with self.lock:
+        with self._moving():
             self._leave(self._victims(wanted, (), what))
 
     # ----------------------------------------------------------------------------------------------- what is named
@@ -172,7 +187,7 @@ class Residency:
         """
         if torch.compiler.is_compiling():
             return
-        with self.lock:
+        with self._moving():
             found = {name: record for name in names if (record := self._records.get(name)) is not None}
             away = {name: record for name, record in found.items() if not record.here}
             for record in found.values():
@@ -181,12 +196,7 @@ class Residency:
                 return
             wanted = sum(record.adapter.bytes() for record in away.values())
             victims = self._victims(wanted, names, ", ".join(map(repr, away)), leaving)
-            try:  # values are read and checked before anything leaves
-                values = [record.adapter.fetch() for record in away.values()]
-            except BaseException:
-                for record in victims.values():
-                    record.here = True
-                raise
+            values = [record.adapter.fetch() for record in away.values()]  # checked before anything leaves
             self._leave(victims)
             for record, each in zip(away.values(), values, strict=True):
                 record.adapter.put_back(each)
@@ -194,7 +204,7 @@ class Residency:
 
     def rest(self, names: Iterable[str]) -> list[str]:
         """Offload the adapters that are not pinned and do not train; returns the names of the others."""
-        with self.lock:
+        with self._moving():
             chosen = {name: self._records[name] for name in names if self._records[name].here}
             for record in chosen.values():
                 record.here = False
@@ -209,8 +219,8 @@ class Residency:
     def kept(self, names: Collection[str], leaving: ChoiceScope | None = None) -> Iterator[None]:
         """Context manager in which adapters are on the model and are not offloaded."""
         key = next(self._clock)
-        self._held[key] = names
         try:
+            self._held[key] = names
             for name in names:
                 if (record := self._records.get(name)) is not None:
                     record.used = next(self._clock)
@@ -219,7 +229,7 @@ class Residency:
                         break
             yield
         finally:
-            del self._held[key]
+            self._held.pop(key, None)
 
     # ------------------------------------------------------------------------------------------------- who may leave
 
@@ -230,7 +240,7 @@ class Residency:
         first.
 
         Raises:
-            MemoryLimit: the pinned adapters take too many bytes; nothing was marked.
+            MemoryLimit: the pinned adapters take too many bytes.
         """
         here = sorted(
             ((name, record) for name, record in self._records.items() if record.here), key=lambda each: each[1].used
@@ -250,8 +260,6 @@ class Residency:
                 victims[name] = record
                 over -= record.adapter.bytes()
         if over > 0:
-            for record in victims.values():
-                record.here = True
             staying = [(name, record) for name, record in here if name not in victims]
             stay, names = sum(record.adapter.bytes() for _, record in staying), [repr(name) for name, _ in staying]
             more = f" and {len(names) - 8} more" if len(names) > 8 else ""
@@ -265,15 +273,8 @@ class Residency:
         return victims
 
     def _leave(self, victims: dict[str, _Record]) -> None:
-        left = dict(victims)
-        try:
-            while left:
-                name = next(iter(left))
-                left[name].adapter.take_out()
-                del left[name]
-        finally:
-            for record in left.values():  # a full disk: they are still there
-                record.here = True
+        for record in victims.values():
+            record.adapter.take_out()
 
     def _pinned(self, leaving: ChoiceScope | None) -> set[str]:
         """Returns the names of pinned adapters, without those that are only pinned because they train."""

@@ -270,10 +270,22 @@ class Choices:
         unless this thread or task already made a choice; in any other thread it holds for that thread."""
         self.host.check_merged(choice)
         residency = self.host.residency
-        if residency is None:
-            return self._set(choice)
-        with residency.kept(choice.named, self._replaced()):  # until it is in force
-            return self._set(choice)
+        with self._whole():
+            if residency is None:
+                return self._set(choice)
+            with residency.kept(choice.named, self._replaced()):  # until it is in force
+                return self._set(choice)
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """Context manager that restores the choices and plans if its block fails, also by Ctrl-C."""
+        saved = self.saved()
+        try:
+            yield
+        except BaseException:
+            self.restore(saved)
+            self.host.replan()
+            raise
 
     def _replaced(self) -> ChoiceScope | None:
         """Returns the block whose choice a statement would replace."""
@@ -327,10 +339,11 @@ class Choices:
         already made a choice or runs a task; everywhere else it holds for this thread or task alone."""
         self.host.check_merged(choice)
         residency = self.host.residency
-        if residency is None:
-            return self._open(choice)
-        with residency.kept(choice.named):  # until it is in force
-            return self._open(choice)
+        with self._whole():
+            if residency is None:
+                return self._open(choice)
+            with residency.kept(choice.named):  # until it is in force
+                return self._open(choice)
 
     def _open(self, choice: Choice) -> ChoiceScope:
         _disturb()
@@ -352,11 +365,13 @@ class Choices:
     def block(self, choice: Choice) -> Iterator[None]:
         """Context manager in which a choice holds for the same threads and tasks as in a ``with`` block of
         `activate`."""
-        block = self.open(choice)
+        block = None
         try:
+            block = self.open(choice)
             yield
         finally:
-            self.leave(block)
+            if block is not None:
+                self.leave(block)
 
     def leave(self, block: ChoiceScope) -> None:
         """End a block: the choice of the enclosing block holds again.
@@ -374,20 +389,18 @@ class Choices:
         self.host.check_merged(choice)
         block = self._enlisted(ChoiceScope(choice, _place(), before))
         block.calls = True
-        self._write((*self._live_scopes(), Scope(choice, block)))
-        if (residency := self.host.residency) is not None:  # after it is in force: what it names stays from here on
-            try:
-                residency.admit(choice)
-            except BaseException:
-                self._end(block)
-                raise
-        traced, HERE.traced, HERE.calm = HERE.traced, (self, choice), None
+        scopes, traced = self._live_scopes(), HERE.traced
         try:
+            self._write((*scopes, Scope(choice, block)))
+            if (residency := self.host.residency) is not None:  # after it is in force: what it names stays from here on
+                residency.admit(choice)
+            HERE.traced, HERE.calm = (self, choice), None
             yield
         finally:
             HERE.traced = traced
             try:
-                self._end(block)
+                if any(each.block is block for each in self.own_scopes()):  # else it was interrupted before
+                    self._end(block)
             finally:
                 HERE.settle()
 
@@ -503,7 +516,8 @@ class Choices:
         self._write(saved[0])
         if saved[1]:
             with _LOCK:
-                self.everybody[: len(saved[1])] = saved[1]
+                end = len(self.everybody if HERE.token is self.owner else saved[1])  # others' are not in what was saved
+                self.everybody[:end] = saved[1]
                 self.choice = self.everybody[-1].choice
 
     def elsewhere(self) -> bool:
@@ -560,23 +574,30 @@ class Chosen(AbstractContextManager["Chosen"]):
 
     def __init__(self, state: ChoosingHost, choice: Choice) -> None:
         self._state, self._choice = state, choice
-        self._statement: Statement | None = state.choices.set(choice)
         self._blocks: list[ChoiceScope] = []
+        self._statement: Statement | None = state.choices.set(choice)  # last: nothing is interrupted after it
 
     def __enter__(self) -> Chosen:
-        self._state.check(self._choice)
-        self._blocks.append(self._state.choices.open(self._choice))
+        entered, state = len(self._blocks), self._state
         before = None if self._statement is None else self._statement.before
-        self._take_back()
-        residency = self._state.residency
-        if residency is not None and before is not None:
-            try:  # it made room for the statement, and holds again when the block is left
-                residency.bring(before.choice.named)
-            except BaseException:
-                self._state.choices.leave(self._blocks.pop())
-                residency.bring(before.choice.named)
-                raise
-        return self
+        try:
+            state.check(self._choice)
+            self._blocks.append(state.choices.open(self._choice))
+            self._take_back()
+            self._bring(before)
+            return self
+        except BaseException:
+            if len(self._blocks) > entered:
+                state.choices.leave(self._blocks.pop())
+            self._take_back()
+            self._bring(before)
+            raise
+
+    def _bring(self, before: Scope | None) -> None:
+        """Restore the adapters of the replaced choice: it made room for the statement, and holds again after the
+        block."""
+        if self._state.residency is not None and before is not None:
+            self._state.residency.bring(before.choice.named)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -1,5 +1,6 @@
 """DistributedDataParallel waits in backward for a gradient of each parameter that trains. Parameters of an inactive
-adapter get none. This module raises an error at the first forward, before a reduction hangs or fails one step later."""
+adapter get none. This module raises an error at the first forward, before a reduction hangs or fails one step later. It
+needs no record of earlier forwards, so it is a function apart from `peftcore.surgery.watched_sites`."""
 
 from __future__ import annotations
 

@@ -547,8 +547,9 @@ def remember_in_checkpoint(state: AdaptedHost, choice: Choice) -> None:
 def drop_interrupted() -> None:
     """Close the contexts of forwards that have ended: torch does not call hooks when a KeyboardInterrupt or a
     SystemExit ends a forward."""
-    while HERE.calls and not _runs(HERE.calls[-1].frame):
-        HERE.calls.pop().close()
+    while HERE.calls and not (HERE.calls[-1].open and _runs(HERE.calls[-1].frame)):
+        HERE.calls[-1].close()
+        HERE.calls.pop()
         HERE.settle()
 
 

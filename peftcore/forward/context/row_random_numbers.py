@@ -54,8 +54,8 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Context manager in which the global generators are reseeded; their states are restored afterwards."""
     streams = Streams(device)
     before = streams.states()
-    streams.seed(seed)
     try:
+        streams.seed(seed)
         yield
     finally:
         streams.set(before)
@@ -82,11 +82,11 @@ def draws_of(context: ForwardContext, route: Route, position: int, site: str, al
     own = mixed(seed, site, *([context.number] if context.number else ()))  # a pass of `again` draws anew
     count = route.sizes[position]
     draws = CountedDraws(own, range(count) if alone else _numbers(route.positions, position), count)
-    context.drawn = streams, before if outer is None else outer[1], draws
-    if outer is not None:
-        outer[2].rests = True
-    streams.seed(own)
     try:
+        context.drawn = streams, before if outer is None else outer[1], draws
+        if outer is not None:
+            outer[2].rests = True
+        streams.seed(own)
         with draws:
             yield
     finally:

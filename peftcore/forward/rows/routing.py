@@ -1,4 +1,9 @@
-"""Per-sample adapters: rows of a batch use different injections, over one base forward where possible."""
+"""Per-sample adapters: rows of a batch use different injections, over one base forward where possible.
+
+There are two strategies. Each injection runs on its own rows (`OwnRows`), and the outputs are put together
+(`put_together`); or each runs on all rows, and its rows are selected (`select_rows`), where rows cannot be told apart
+and in compiled code, whose graph must not depend on the assignment of rows.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +74,7 @@ class OneForward:
         if self._module._modules:
             raise RouteError(
                 f"an injection changes the inputs of a whole {type(self._module).__name__}, which would have to run "
-                "once for each injection of the route or composition (and fill caches more than once); leave it out"
+                "once for each injection of the route or composition (and fill caches more than once); remove it"
             )
 
 
@@ -186,8 +191,9 @@ def own_rows(rows: OwnRows | None, site: str | None = None) -> Iterator[None]:
         site: the path of the module and the kind of operation, which enter the seed; None where operators do not draw.
     """
     context = forward_context()
-    outer, context.rows = context.rows, rows
+    outer = context.rows
     try:
+        context.rows = rows
         if rows is None and context.drawn is not None:
             with own_draws_aside(context):
                 yield

@@ -40,8 +40,9 @@ def _generating(owners: list[object], args: tuple[Any, ...], kwargs: Mapping[str
     """Context manager in which forwards of the given hosts can read the prompt of ``generate``."""
     before = len(HERE.generating)
     rows = next((len(each) for each in (*args, *kwargs.values()) if isinstance(each, Tensor) and each.dim()), 0)
-    HERE.generating.append((owners, rows, _prompt(args, kwargs)))
+    prompt = _prompt(args, kwargs)
     try:
+        HERE.generating.append((owners, rows, prompt))
         yield
     finally:
         del HERE.generating[before:]

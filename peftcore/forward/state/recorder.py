@@ -42,15 +42,15 @@ class Recorder:
 
     def enter(self, state: HostState, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Choice | None:
         """Open a context, before the host runs; returns its choice, None where it is traced."""
+        call = ForwardContext(state, None, model, args, kwargs)
         if not torch.compiler.is_compiling():
             drop_interrupted()
-        call = ForwardContext(state, None, model, args, kwargs)
+            call.frame = sys._getframe(2)  # torch's, which called the hook
         HERE.calls.append(call)  # before anything can raise: `leave` comes in any case
         if torch.compiler.is_compiling():
             call.choice = state.now()
             state.watches_runs = False  # nothing cannot watch compiled code, where a checkpoint must not leave marks
             return None
-        call.frame = sys._getframe(2)  # torch's, which called the hook
         HERE.calm = None
         call.choice = choice = state.now()
         call.listed = True
@@ -83,8 +83,8 @@ class Recorder:
             if learns:
                 seen = output_losses(state, call, output)
         finally:
-            HERE.calls.pop()
             call.close()
+            HERE.calls.pop()
         if not torch.compiler.is_compiling():
             HERE.settle()
             if output is not None and state.watches_runs and state.watched is not None:

@@ -85,12 +85,14 @@ def caching(states: Iterable[object]) -> Iterator[None]:
     """Context manager that caches the values computed from the weights of the given hosts until the end of the block. A
     nested block uses the cache of the outer block."""
     new = [(state, WeightCache()) for state in states if open_cache(state) is None]
-    token = _OPEN.set((*_OPEN.get(), *new))
+    token = None
     try:
+        token = _OPEN.set((*_OPEN.get(), *new))
         yield
     finally:
         for _, cache in new:
             cache.clear()
             cache.open = False  # a task that was started in the block has the block's context, and may outlive it
         with suppress(ValueError):  # left in another context than entered, where nothing is to be restored
-            _OPEN.reset(token)
+            if token is not None:
+                _OPEN.reset(token)

@@ -78,6 +78,6 @@ def placed(surgeon: Surgeon, site: Site) -> tuple[BranchSite, bool]:
     if end is None or (end.rest and end.left is None):
         raise UnsupportedSite(
             f"{site.path}: the block drops or scales what attention returns by code of its own, so the stream behind "
-            "it is not known; exclude= this block"
+            "it is not known; exclude this block"
         )
     return branch(surgeon, site, before_norm=True), bool(end.rest)

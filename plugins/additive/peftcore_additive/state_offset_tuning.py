@@ -104,7 +104,7 @@ def mixer_site(surgeon: Surgeon, site: Site) -> MixerSite:
     if len(norms) != 1:
         raise UnsupportedSite(
             f"{path}: nothing tells where this mixer gates what it reads of its states; Mamba, FalconMamba, Jamba and "
-            "Mamba-2 tell, exclude= others"
+            "Mamba-2 tell, exclude others"
         )
     return MixerSite(**known, places=(_place(surgeon, norms[0], OUT),))
 

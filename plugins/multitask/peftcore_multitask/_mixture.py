@@ -27,7 +27,9 @@ class ExpertsOperator(Router):
     def __init__(self, site: Site, experts: int, rank: int, scale: float, dropout: float = 0.0) -> None:
         super().__init__(site)
         if dropout and self.layer.one_hot:
-            raise UnsupportedSite(f"{site.path} gets ids, of which nothing can be dropped; use dropout=0 or exclude it")
+            raise UnsupportedSite(
+                f"{site.path} reads token ids, which dropout cannot act on; use dropout=0 or exclude it"
+            )
         self.scale, self.dropout = scale, nn.Dropout(dropout)
         self.A, self.B = factors(site, (experts, rank, site.in_features), (experts, site.out_features, rank),
                                  site.in_features)  # fmt: skip

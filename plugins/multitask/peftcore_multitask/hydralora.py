@@ -58,7 +58,9 @@ class HydraLoRAOperator(Router):
     def __init__(self, site: Site, config: HydraLoRAConfig) -> None:
         super().__init__(site)
         if config.dropout and self.layer.one_hot:
-            raise UnsupportedSite(f"{site.path} gets ids, of which nothing can be dropped; use dropout=0 or exclude it")
+            raise UnsupportedSite(
+                f"{site.path} reads token ids, which dropout cannot act on; use dropout=0 or exclude it"
+            )
         self.scale, self.heads = config.alpha / config.rank, config.heads
         self.dropout = nn.Dropout(config.dropout)
         inputs, outputs = site.in_features, site.out_features

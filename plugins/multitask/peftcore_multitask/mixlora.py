@@ -169,7 +169,7 @@ class MixLoRA(Method):
             chosen = None if whole is None else taps[whole.path]
             surgeon.graft(matrix, UpdateOperator, config, chosen=chosen)
         if not taps:
-            raise UnsupportedSite("no target is a matrix of a feed-forward, so nothing would be routed; take lora")
+            raise UnsupportedSite("no target is a matrix of a feed-forward, so nothing would be routed; use lora")
 
     def output_loss(self, injection: AppliedMethod, output: Any, call: ForwardContext) -> Tensor | None:
         loss = imbalance(self.balances)

@@ -63,7 +63,9 @@ class MTLLoRAOperator(Operator):
     def __init__(self, site: Site, config: MTLLoRAConfig) -> None:
         super().__init__(site)
         if config.dropout and self.layer.one_hot:
-            raise UnsupportedSite(f"{site.path} gets ids, of which nothing can be dropped; use dropout=0 or exclude it")
+            raise UnsupportedSite(
+                f"{site.path} reads token ids, which dropout cannot act on; use dropout=0 or exclude it"
+            )
         self.scale, self.temperature, self.tasks = config.alpha / config.rank, config.temperature, Tasks(site, config)
         self.dropout = nn.Dropout(config.dropout)
         rank, inputs, count = config.rank, site.in_features, task_count(config)

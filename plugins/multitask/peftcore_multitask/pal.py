@@ -99,7 +99,7 @@ def ending_norms(surgeon: Surgeon, block: BlockSite) -> tuple[Site, ...]:
     inside.sort(key=lambda entry: entry.role.startswith("mlp"))  # the feed-forward comes last
     ends = [end for entry in inside if (end := resolver.end_of(entry.module)) is not None]
     if not ends or ends[-1].rest == "unknown":
-        raise UnsupportedSite(f"{block.path}: its code does not say whether a norm ends it; exclude= this block")
+        raise UnsupportedSite(f"{block.path}: its code does not say whether a norm ends it; exclude this block")
     norm = ends[-1].entered
     return () if norm is None else (replace(resolver.site(norm, "weight", "norm"), form=ENDING),)
 

@@ -176,7 +176,7 @@ def test_other_matrices_have_one_update() -> None:
 def test_what_is_refused() -> None:
     with pytest.raises(ConfigError, match="top_k=3 of 2"):
         peftcore.apply(host(), "mixlora", experts=2, top_k=3)
-    with pytest.raises(UnsupportedSite, match="take lora"):
+    with pytest.raises(UnsupportedSite, match="use lora"):
         peftcore.apply(host(), "mixlora", target="attn.q")
     bert, _ = HOSTS["bert"].build()
     with pytest.raises(UnsupportedSite, match="no module of its own"):

@@ -66,7 +66,7 @@ def input_dropout(site: Site, probability: float) -> float:
             are tokens.
     """
     if probability and site.layer.one_hot:
-        raise UnsupportedSite(f"{site.path} is given tokens, which cannot be dropped in parts; use dropout=0 there")
+        raise UnsupportedSite(f"{site.path} reads token ids, which dropout cannot act on; use dropout=0 there")
     if probability and site.form == "weight":
         raise UnsupportedSite(
             f"{site.path} is read, not called, so dropout cannot reach its input; use dropout=0 or exclude it"

@@ -47,7 +47,7 @@ def block_size(site: Site, wanted: int, factors: int = 1, outputs: bool = False)
     fitting = [n for n in range(2, min(2 * wanted, turned) + 1) if n % even == 0 and turned % (n * halves) == 0]
     if not fitting:
         raise UnsupportedSite(
-            f"{site.path} turns {turned} coordinates, which no blocks of width 2 to {2 * wanted} cut evenly; "
+            f"{site.path} turns {turned} coordinates, which no block width from 2 to {2 * wanted} divides; "
             "exclude it, or set other options for it in overrides"
         )
     return min(fitting, key=lambda n: (abs(n - wanted), n))

@@ -82,7 +82,7 @@ class BDLoRAOperator(LowRankOperator):
             raise UnsupportedSite(f"{site.path} is an embedding, whose tokens are not cut; leave it out of cut_inputs")
         if width % n:
             raise UnsupportedSite(
-                f"{site.path} has {width} {what}, which blocks={n} do not cut evenly; set another number there with "
+                f"{site.path} has {width} {what}, which blocks={n} does not divide; set another number there with "
                 "overrides, or exclude the site"
             )
         self.blocks = n

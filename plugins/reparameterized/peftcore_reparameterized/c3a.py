@@ -71,8 +71,8 @@ class C3AOperator(WeightOperator):
         b, out, self.inputs = config.block_size, site.out_features, columns(site)
         if out % b or self.inputs % b:
             raise UnsupportedSite(
-                f"{site.path} is {out} x {self.inputs}, which blocks of block_size={b} do not cut evenly; its largest "
-                f"is {math.gcd(out, self.inputs)}: set that, there alone with overrides, or exclude the site"
+                f"{site.path} is {out} x {self.inputs}, which blocks of block_size={b} do not divide; its largest "
+                f"is {math.gcd(out, self.inputs)}: set that for this site with overrides=, or exclude the site"
             )
         self.w = nn.Parameter(started(site, config.start, (*site.batch, out // b, self.inputs // b, b)))
 

@@ -69,7 +69,7 @@ class FourierFTOperator(WeightOperator):
         if config.n_frequency > size:
             raise UnsupportedSite(
                 f"{site.path} has {size} entries in its spectrum, fewer than n_frequency={config.n_frequency}; "
-                "lower it, there alone with overrides, or exclude the site"
+                "lower it for this site with overrides=, or exclude the site"
             )
         self.c = nn.Parameter(torch.randn(*site.batch, config.n_frequency) * config.init_std)
         entries = drawn_entries(size, config.n_frequency, config.entry_seed).clone()

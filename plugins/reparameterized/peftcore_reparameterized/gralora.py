@@ -72,7 +72,7 @@ class GraLoRAOperator(LowRankOperator):
         k, inputs, out = config.blocks, columns(site), site.out_features
         if inputs % k or out % k:
             raise UnsupportedSite(
-                f"{site.path} is {out} x {inputs}, which blocks={k} do not cut evenly; set another number there with "
+                f"{site.path} is {out} x {inputs}, which blocks={k} does not divide; set another number there with "
                 "overrides, or exclude the site"
             )
         self.inputs = (site.in_features, *site.kernel)

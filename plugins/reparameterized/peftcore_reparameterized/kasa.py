@@ -65,7 +65,7 @@ def rank_of(site: Site, config: KaSAConfig) -> int:
         UnsupportedSite: the weight has a single direction, which would be removed.
     """
     if not (rank := min(config.rank, rank_within(site, config.rank + 1) - 1)):
-        raise UnsupportedSite(f"{site.path} has a single direction, so nothing of it would be left; exclude it")
+        raise UnsupportedSite(f"{site.path} has a single singular direction, so no part of it would remain; exclude it")
     return rank
 
 

@@ -139,7 +139,7 @@ class LongLoRA(Method):
                 found = True
                 surgeon.attention(resolver.site(core.module, "weight", core.role), ShiftedOperator, config)
         if not found:
-            raise UnsupportedSite(f"{sites[0].path} and other targets are in no attention that has groups; take lora")
+            raise UnsupportedSite(f"{sites[0].path} and other targets are in no attention that has groups; use lora")
         trained = ["norm.*"] * config.train_norms + ["embed"] * config.train_embeddings
         for path in {site.module_path: None for role in trained for site in surgeon.at(role)}:
             surgeon.train(path)

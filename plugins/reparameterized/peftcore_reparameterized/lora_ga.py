@@ -82,7 +82,7 @@ def rank_of(site: Site, config: LoRAGAConfig) -> int:
         UnsupportedSite: the weight has a single direction.
     """
     if not (rank := min(config.rank, rank_within(site, 2 * config.rank) // 2)):
-        raise UnsupportedSite(f"{site.path} has a single direction, of which there are no halves; exclude it")
+        raise UnsupportedSite(f"{site.path} has a single singular direction, which cannot be split in half; exclude it")
     return rank
 
 
@@ -91,7 +91,7 @@ class LoRAGAOperator(PairOperator):
 
     def __init__(self, site: Site, config: LoRAGAConfig) -> None:
         if site.layer.packed and not sees_vectors(site):
-            raise UnsupportedSite(f"{site.path} is quantized, and has no gradient; exclude it, or take pissa")
+            raise UnsupportedSite(f"{site.path} is quantized, and has no gradient; exclude it, or use pissa")
         rank = rank_of(site, config)
         A = torch.zeros(*site.batch, rank, site.in_features, *site.kernel)
         super().__init__(

@@ -121,7 +121,7 @@ class BatOperator(WeightOperator):
         rank, columns = config.rank, site.in_features * math.prod(site.kernel)
         if site.out_features % rank or columns % rank:
             raise UnsupportedSite(
-                f"{site.path} is {site.out_features} x {columns}, which blocks of rank={rank} do not cut evenly; set "
+                f"{site.path} is {site.out_features} x {columns}, which blocks of rank={rank} do not divide; set "
                 "another rank there with overrides, or exclude the site"
             )
         self.D = nn.Parameter(torch.zeros(*site.batch, site.out_features // rank, rank, rank))

@@ -155,9 +155,7 @@ class VeLoRA(Method):
     def inject(self, model: nn.Module, config: VeLoRAConfig, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
             if not sees_vectors(site):
-                raise UnsupportedSite(
-                    f"{site.path} is no linear layer that is called, so no inputs are kept; take lora"
-                )
+                raise UnsupportedSite(f"{site.path} is no linear layer that is called, so no inputs are kept; use lora")
             surgeon.graft(site, VeLoRAOperator, config)
 
     @staticmethod

@@ -52,7 +52,7 @@ def test_equation(kind: str, blocks: int, cut_inputs: bool) -> None:
     shape = WIDTHS[kind]
     width = shape[-1 if kind == "experts" else 1] if cut_inputs else shape[-2 if kind == "experts" else 0]
     if width % blocks or (kind == "embedding" and cut_inputs and blocks > 1):
-        with pytest.raises(UnsupportedSite, match=r"do not cut evenly|tokens are not cut"):
+        with pytest.raises(UnsupportedSite, match=r"does not divide|tokens are not cut"):
             adapted(kind, "bd_lora", **OPTIONS, blocks=blocks, cut_inputs=["*"] * cut_inputs)
     else:
         wanted = equation(blocks, cut_inputs)

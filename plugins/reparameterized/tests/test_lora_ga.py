@@ -177,7 +177,7 @@ def test_beside_peft(direction: str, scale: str) -> None:
 def test_rank_is_at_most_half_of_the_directions() -> None:
     injection = apply(host(), rank=9)
     assert [tuple(each.A.shape) for each in injection.operators.values()] == [(3, 12), (3, 7)]
-    with pytest.raises(UnsupportedSite, match="a single direction"):
+    with pytest.raises(UnsupportedSite, match="a single singular direction"):
         peftcore.plan(nn.Sequential(nn.Linear(4, 1)), "lora_ga", target="0")
 
 

@@ -78,7 +78,7 @@ def refuse(site: Site, dropout: float | None) -> None:
     if layer.one_hot or getattr(site.module, "groups", 1) > 1 or (spread and padding is None):
         raise UnsupportedSite(f"{site.path}: no adapter on channels goes in front of it")
     if spread and padding != "valid" and any(each != 0 for each in padding):
-        raise UnsupportedSite(f"{site.path} pads with numbers that the adapter would not reach; exclude= it")
+        raise UnsupportedSite(f"{site.path} pads with numbers that the adapter would not reach; exclude it")
     if site.form == "weight" and dropout:
         raise UnsupportedSite(f"{site.path} is read, so dropout cannot reach its input; use dropout=0 or exclude it")
     if site.form == "weight" and site.missing(bias_name(site.tensor)):

@@ -143,7 +143,7 @@ def _amid(surgeon: Surgeon, block: BlockSite) -> Site:
     }
     ending = branches["attn.out"] or branches["attn"]
     if branches["cross"] or len(branches["attn"]) > 1 or len(ending) != 1 or len(branches["mlp.down"]) != 1:
-        raise UnsupportedSite(f"{path} is not an attention with a feed-forward behind it; exclude= this block")
+        raise UnsupportedSite(f"{path} is not an attention with a feed-forward behind it; exclude this block")
     end = resolver.end_of(ending[0].module)
     if end is None or end.reader is None:
         raise UnsupportedSite(f"{path}: its code does not say what reads the stream behind the attention")

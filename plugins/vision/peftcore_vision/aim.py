@@ -207,7 +207,7 @@ def attention_of(surgeon: Surgeon, block: PromptSite) -> tuple[PlaceSite, tuple[
     inside = [entry for entry in resolver.host.entries if entry.block == path]
     found = [entry.path for entry in inside if entry.role == "attn"]
     if len(found) != 1 or any(entry.role.startswith("cross") for entry in inside) or is_post_norm(resolver, path):
-        raise UnsupportedSite(f"{path} is no norm with one attention behind it; exclude= this block")
+        raise UnsupportedSite(f"{path} is no norm with one attention behind it; exclude this block")
     whole = resolver.module_site(found[0])
     site = PlaceSite(**{**vars(whole), "form": "activation"}, width=block.width)
     norms = [e.path for e in inside if e.role == "norm" and e.kind == "norm" and not e.path.startswith(f"{found[0]}.")]
@@ -224,7 +224,7 @@ def feed_forward_of(surgeon: Surgeon, block: PromptSite) -> Site:
     inside = [entry for entry in surgeon.resolver.host.entries if entry.block == block.module_path]
     last = [entry for entry in inside if entry.role == "mlp.down"]
     if len(last) != 1:
-        raise UnsupportedSite(f"{block.path} has no feed-forward, or several; exclude= this block")
+        raise UnsupportedSite(f"{block.path} has no feed-forward, or several; exclude this block")
     return surgeon.resolver.site(last[0].module, "weight", "mlp.down")
 
 

@@ -78,7 +78,7 @@ def groups_of(site: Site, config: ConsolidatorConfig) -> tuple[int, ...]:
         if common % each:
             raise UnsupportedSite(
                 f"{site.path} is {site.out_features} x {site.in_features}, and groups={each} is no common divisor; set "
-                "others with overrides=, or exclude= it"
+                "others with overrides=, or exclude it"
             )
     return chosen
 
@@ -96,7 +96,7 @@ class ConsolidatorOperator(Operator):
     def __init__(self, site: Site, config: ConsolidatorConfig) -> None:
         super().__init__(site)
         if site.layer.one_hot:
-            raise UnsupportedSite(f"{site.path} looks its outputs up and has no place for a bias; exclude= it")
+            raise UnsupportedSite(f"{site.path} looks its outputs up and has no place for a bias; exclude it")
         if config.stochastic_depth and site.form == "weight":
             raise UnsupportedSite(f"{site.path} is read, so nothing drops its update; use stochastic_depth=0")
         self.groups, self.reorder, self.drops = groups_of(site, config), config.reorder, config.stochastic_depth

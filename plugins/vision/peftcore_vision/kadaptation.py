@@ -82,12 +82,12 @@ class KAdaptationOperator(Operator):
         if site.in_features % n or site.out_features % n:
             raise UnsupportedSite(
                 f"{site.path} is {site.out_features} x {site.in_features}, which products={n} does not divide; choose "
-                "another number, or exclude= it"
+                "another number, or exclude it"
             )
         if site.layer.one_hot:
-            raise UnsupportedSite(f"{site.path} looks its outputs up and has no place for a bias; exclude= it")
+            raise UnsupportedSite(f"{site.path} looks its outputs up and has no place for a bias; exclude it")
         if site.form == "weight" and site.missing(bias_name(site.tensor)):
-            raise UnsupportedSite(f"{site.path} is read and has no bias beside it that could take b; exclude= it")
+            raise UnsupportedSite(f"{site.path} is read and has no bias beside it that could take b; exclude it")
         if config.dropout and site.form == "weight":
             raise UnsupportedSite(f"{site.path} is read, so nothing drops its update; use dropout=0 or exclude it")
         self.rule, self.bias, self.scale = rule, bias, config.scale

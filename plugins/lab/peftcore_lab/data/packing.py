@@ -86,9 +86,7 @@ def check_apart(model: nn.Module, injection: peftcore.Injection | None, vocabula
             alone, *behind = (of(before) for before in (text[:0], one, two))
     except (TypeError, PeftcoreError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise BadInput(
-            f"data.pack: this model cannot read several examples in a row ({reason}); leave it out"
-        ) from None
+        raise BadInput(f"data.pack: this model cannot read several examples in a row ({reason}); remove it") from None
     finally:
         model.train(training)
     tolerance = torch.finfo(alone.dtype).eps ** 0.5 * alone.abs().max()

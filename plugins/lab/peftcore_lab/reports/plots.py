@@ -147,7 +147,7 @@ def draw_picture(report: ComparisonReport, path: Path) -> None:
 
 
 @dataclass(frozen=True)
-class Point:
+class ChartPoint:
     """An entry in a chart."""
 
     number: int
@@ -186,7 +186,7 @@ def group(number: int) -> str:
     return f"entry-{number}"
 
 
-def points(report: ComparisonReport, cost: Cost) -> list[Point]:
+def points(report: ComparisonReport, cost: Cost) -> list[ChartPoint]:
     """Return the points that can be drawn: a score that is not a number cannot be placed."""
     entries = report.entries()
     best = front(entries, report.better, cost.of)
@@ -194,7 +194,7 @@ def points(report: ComparisonReport, cost: Cost) -> list[Point]:
     for number, entry in enumerate(entries, 1):
         if math.isfinite(entry.score):
             seeds = tuple(trial.after[report.metric] for trial in entry.trials)
-            found.append(Point(number, entry, cost.of(entry), entry.score, seeds, entry in best))
+            found.append(ChartPoint(number, entry, cost.of(entry), entry.score, seeds, entry in best))
     return found
 
 
@@ -234,7 +234,7 @@ def trade_off(report: ComparisonReport, cost: Cost, shape: Shape, heading: str =
     return figure
 
 
-def split(report: ComparisonReport, drawn: list[Point]) -> tuple[list[Point], list[Point]]:
+def split(report: ComparisonReport, drawn: list[ChartPoint]) -> tuple[list[ChartPoint], list[ChartPoint]]:
     """Split off a few points at the end that are so much worse that they would squeeze all others into a line."""
     ranked = sorted(drawn, key=lambda point: point.y, reverse=report.greater)
     for kept in range(len(ranked) - 1, max(2, math.ceil(0.7 * len(ranked)) - 1), -1):
@@ -244,7 +244,7 @@ def split(report: ComparisonReport, drawn: list[Point]) -> tuple[list[Point], li
     return ranked, []
 
 
-def name_all(axes: Axes, report: ComparisonReport, shape: Shape, drawn: list[Point], lines: list[Line]) -> None:
+def name_all(axes: Axes, report: ComparisonReport, shape: Shape, drawn: list[ChartPoint], lines: list[Line]) -> None:
     """Name the points, those on the front first: readers look for them first."""
     marks = [box for point in drawn for box in covered(axes, point)]
     marks += name_floor(axes, report, [point for point in drawn if not point.away], marks)
@@ -291,7 +291,7 @@ def formatter(shown: Callable[[float], str]) -> FuncFormatter:
     return FuncFormatter(lambda value, _: shown(value))
 
 
-def references(report: ComparisonReport, drawn: list[Point]) -> list[tuple[float, dict[str, Any]]]:
+def references(report: ComparisonReport, drawn: list[ChartPoint]) -> list[tuple[float, dict[str, Any]]]:
     """Return the scores that all others are seen against, full fine-tuning and the majority baseline, with the looks of
     their lines."""
     found = []
@@ -304,14 +304,14 @@ def references(report: ComparisonReport, drawn: list[Point]) -> list[tuple[float
     return found
 
 
-def has_room(floor: float, drawn: list[Point]) -> bool:
+def has_room(floor: float, drawn: list[ChartPoint]) -> bool:
     """Whether the majority baseline can be drawn without squeezing the scores into a corner."""
     scores = [point.y for point in drawn] or [floor]
     reach = 0.5 * (max(scores) - min(scores))
     return not reach or min(scores) - reach <= floor <= max(scores) + reach
 
 
-def draw_point(axes: Axes, point: Point) -> None:
+def draw_point(axes: Axes, point: ChartPoint) -> None:
     name = group(point.number)
     if point.entry.error:
         ends = [point.y - point.entry.error, point.y + point.entry.error]
@@ -322,7 +322,7 @@ def draw_point(axes: Axes, point: Point) -> None:
     draw_mark(axes, point, "s" if point.reference else "o")
 
 
-def draw_mark(axes: Axes, point: Point, marker: str) -> None:
+def draw_mark(axes: Axes, point: ChartPoint, marker: str) -> None:
     """Draw a point, and around it an invisible area that a pointer can hit."""
     name = group(point.number)
     fill = point.colour if point.best else LIGHT.surface
@@ -331,13 +331,13 @@ def draw_mark(axes: Axes, point: Point, marker: str) -> None:
     axes.plot(point.x, point.y, "o", markersize=20, color=LIGHT.ground, alpha=0, zorder=6, gid=f"{name}-hover")
 
 
-def covered(axes: Axes, point: Point) -> list[Box]:
+def covered(axes: Axes, point: ChartPoint) -> list[Box]:
     """Return the boxes that a point, and its error bar with the seeds cover, in pixels."""
     (x, low), (_, high), (_, y) = axes.transData.transform([(point.x, each) for each in (*point.ends, point.y)])
     return [around(x, y, 6), (x - 4, low, x + 4, high)]
 
 
-def name_floor(axes: Axes, report: ComparisonReport, drawn: list[Point], marks: list[Box]) -> list[Box]:
+def name_floor(axes: Axes, report: ComparisonReport, drawn: list[ChartPoint], marks: list[Box]) -> list[Box]:
     """Write the majority baseline's value at its line, or at the edge beyond which the line is; return the position of
     the text."""
     if report.floor is None:
@@ -367,7 +367,7 @@ def name_floor(axes: Axes, report: ComparisonReport, drawn: list[Point], marks: 
     return [box]
 
 
-def wish(point: Point, shape: Shape) -> Wish:
+def wish(point: ChartPoint, shape: Shape) -> Wish:
     beside = f" ({fixed(point.entry.score, decimals([point.entry.score]))})" if point.away else ""
     name = point.entry.label
     names = (shorten(name, shape.name), shorten(name, shape.name // 2), str(point.number))

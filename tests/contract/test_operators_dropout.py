@@ -5,7 +5,7 @@ from torch import nn
 
 import peftcore
 from peftcore.compat.configs import drop_nothing
-from peftcore.contract.dropout import turn_off_dropout
+from peftcore.contract.operators import turn_off_dropout
 from peftcore.testing import HOSTS
 from peftcore.testing.kit import fill
 
