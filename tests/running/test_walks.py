@@ -10,8 +10,8 @@ AT_MOST = {
     ("peftcore.files.save_load", "load"): (22, 11),
 }
 """Modules that `model` is in, and climbs, as they are: who makes them fewer writes the fewer. Installing is counted
-since it is a function of `applying`; it was a method of another object, which a walk does not follow. `Batches`, which get
-the model, are a module of the contract, and were one with the code that makes them."""
+since it is a function of `applying`; it was a method of another object, which a walk does not follow. `Batches`, which
+get the model, are a module of the contract, and were one with the code that makes them."""
 TREE = Tree()
 
 
