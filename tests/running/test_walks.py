@@ -9,8 +9,8 @@ AT_MOST = {
     ("peftcore.injection.applying", "apply"): (18, 10),
     ("peftcore.files.save_load", "load"): (21, 10),
 }
-"""Modules that `model` is in, and climbs, as they are: who makes them fewer writes the fewer. Installing is counted since
-it is a function of `applying`; it was a method of another object, which a walk does not follow."""
+"""Modules that `model` is in, and climbs, as they are: who makes them fewer writes the fewer. Installing is counted
+since it is a function of `applying`; it was a method of another object, which a walk does not follow."""
 TREE = Tree()
 
 
