@@ -16,9 +16,8 @@ from peftcore.files.bases import load_base
 from peftcore.files.composition_folders import load_composition, save_composition
 from peftcore.files.save_load import load
 from peftcore.forward.state.cached_weights import cache_weights
-from peftcore.forward.state.host_state import injections
 from peftcore.injection.applying import apply, plan
-from peftcore.injection.injection import Injection
+from peftcore.injection.injection import Injection, injections
 from peftcore.injection.quantization import Scheme, dequantize, quantize, round_trip, scheme, schemes
 from peftcore.injection.replicated_layers import replicate_layers
 from peftcore.injection.switching import activate, call, route, using

@@ -17,10 +17,6 @@ PAGE = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
 
 DEFERRED = {
     (
-        "peftcore.injection.injection",
-        "peftcore.files.save_load",
-    ): "`Injection.save` writes itself: users expect it there",
-    (
         "peftcore.training",
         "peftcore.trainers",
     ): "`Fleet`, `PeftcoreTrainer` and its callback are imported from `peftcore.training`",
@@ -29,7 +25,15 @@ DEFERRED = {
         "peftcore_lab.comparisons.modules",
     ): "`peftcore.compare` stands where `peftcore.apply` does, and is imported from peftcore-lab when it is asked for",
 }
-"""Imports that go up on purpose, inside a function, each with its reason. No more than three."""
+"""Imports that go up on purpose, inside a function or for types, each with its reason. No more than two."""
+NAMED = {
+    ("peftcore.registry.plugins", "peftcore.core_plugin"): "the core's own answers are loaded as any plugin's",
+    ("peftcore.registry.catalogue", "peftcore.authoring.budgets"): "`MethodInfo` counts parameters when it is asked to",
+    ("peftcore.injection.applying", "peftcore.files.peft_configs"): "`apply` takes a configuration object of peft",
+}
+"""Modules above that a text names, to be imported when they are needed, each with its reason. It may shrink."""
+LARGEST = 4
+"""The number of files in the largest circle of imports, those for types too. It may fall."""
 
 TREE = re.search(r"^```\npeftcore/\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
 LAYERS = [
@@ -49,13 +53,13 @@ def module_of(file: Path) -> str:
 FILES = {module_of(file): file for file in sorted([*CORE.rglob("*.py"), *LAB.rglob("*.py")])}
 
 
-def imports(file: Path) -> Iterator[str]:
-    """Every module of the core or the lab that a file imports when it runs, anywhere in it: not what only type checkers
-    read."""
+def imports(file: Path, types: bool = False) -> Iterator[str]:
+    """Every module of the core or the lab that a file imports when it runs, anywhere in it; with `types`, also the
+    imports that only type checkers read."""
 
     def below(node: ast.AST) -> Iterator[str]:
         for child in ast.iter_child_nodes(node):
-            if isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
+            if not types and isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
                 continue
             if isinstance(child, ast.Import):
                 yield from (alias.name for alias in child.names if alias.name in FILES)
@@ -69,10 +73,35 @@ def imports(file: Path) -> Iterator[str]:
 
 
 @cache
-def arrows() -> frozenset[tuple[str, str]]:
-    """(importing, imported) module, but for what is deferred on purpose."""
-    found = {(name, other) for name, file in FILES.items() for other in imports(file) if other != name}
-    return frozenset(found - set(DEFERRED))
+def arrows(types: bool = False) -> frozenset[tuple[str, str]]:
+    """(importing, imported) module, but for what is deferred on purpose; with `types`, imports for types too."""
+    found = {(name, other) for name, file in FILES.items() for other in imports(file, types) if other != name}
+    return frozenset((name, other) for name, other in found if not any(_covers(each, name, other) for each in DEFERRED))
+
+
+def _covers(deferred: tuple[str, str], name: str, other: str) -> bool:
+    """Whether an import is one of a deferred package, or of a module in it."""
+    return name == deferred[0] and (other == deferred[1] or other.startswith(f"{deferred[1]}."))
+
+
+def circles() -> list[frozenset[str]]:
+    """Groups of modules that import each other, those for types too: from each one all others can be reached."""
+    below: dict[str, set[str]] = {name: set() for name in FILES}
+    for name, other in arrows(types=True):
+        if not other.startswith(f"{name}."):  # a package hands out what its own modules bring
+            below[name].add(other)
+
+    def reached(start: str) -> set[str]:
+        found, ahead = {start}, [start]
+        while ahead:
+            new = below[ahead.pop()] - found
+            found |= new
+            ahead += new
+        return found
+
+    from_each = {name: reached(name) for name in FILES}
+    groups = {frozenset(each for each in found if name in from_each[each]) for name, found in from_each.items()}
+    return sorted(groups, key=lambda circle: (-len(circle), sorted(circle)))
 
 
 def package(module: str) -> str:
@@ -90,10 +119,15 @@ def test_imports_go_down_between_packages() -> None:
     level = {name: place for place, name in enumerate([*LAYERS, LAB.name])}
     wrong = [
         f"{name} imports {other}"
-        for name, other in sorted(arrows())
+        for name, other in sorted(arrows(types=True))
         if package(name) != package(other) and level[package(other)] > level[package(name)]
     ]
     assert not wrong
+
+
+def test_few_modules_know_each_other_as_types() -> None:
+    largest = circles()[0]
+    assert len(largest) <= LARGEST, f"{len(largest)} modules import each other: {', '.join(sorted(largest))}"
 
 
 def test_no_modules_import_each_other_in_a_circle() -> None:
@@ -107,8 +141,21 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
         pytest.fail(" -> ".join(error.args[1]))
 
 
+def test_texts_name_few_modules_above() -> None:
+    level = {name: place for place, name in enumerate([*LAYERS, LAB.name])}
+    named = {
+        (name, other)
+        for name, file in FILES.items()
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        for other in [node.value.partition(":")[0]]
+        if "." in other and other in FILES and level[package(other)] > level[package(name)]
+    }
+    assert named == set(NAMED)
+
+
 def test_what_is_deferred_is_there_and_rare() -> None:
-    assert len(DEFERRED) <= 3
+    assert len(DEFERRED) <= 2
     for name, other in DEFERRED:
         assert other in set(imports(FILES[name]))
 
@@ -136,3 +183,9 @@ def test_the_test_sees_imports_inside_functions(tmp_path: Path) -> None:
     file = tmp_path / "inner.py"
     file.write_text("def late():\n    from peftcore.files import save_load\n    import peftcore.errors\n")
     assert list(imports(file)) == ["peftcore.files.save_load", "peftcore.errors"]
+
+
+def test_the_test_sees_imports_for_types(tmp_path: Path) -> None:
+    file = tmp_path / "typed.py"
+    file.write_text("if TYPE_CHECKING:\n    from peftcore.files.save_load import save\n")
+    assert list(imports(file)) == [] and list(imports(file, types=True)) == ["peftcore.files.save_load"]

@@ -17,13 +17,13 @@ import snippets
 from peftcore.authoring.branches import Bypass, is_post_norm
 from peftcore.authoring.budgets import reference
 from peftcore.contract.operators import Combiner, Operator, Replacement, WeightOperator
+from peftcore.contract.surgeon_protocol import Graft, Surgeon
 from peftcore.errors import ConfigError, PeftcoreError
 from peftcore.injection.applying import record
 from peftcore.injection.request import Request, host_map, resolve_method
 from peftcore.roles import HostEntry, HostMap
 from peftcore.roles.hostmap import part_roles
 from peftcore.roles.vocabulary import FUSED_ROLES, OTHER
-from peftcore.surgery.surgeon import Graft, Surgeon
 from peftcore.targets.sites import Site
 from peftcore.utils.quiet import unlogged
 

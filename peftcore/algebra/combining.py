@@ -20,17 +20,17 @@ from peftcore.contract.batches import Data
 from peftcore.contract.config import MethodConfig, validate
 from peftcore.contract.method import Method
 from peftcore.contract.operators import Factors, _Base, changes_bias, is_mergeable
+from peftcore.contract.surgeon_protocol import Wishes
 from peftcore.errors import ConfigError, MergeError, NotMergeable, UnknownInjection, UnknownMethod, UnsupportedSite
 from peftcore.files.save_load import load
-from peftcore.forward.state.host_state import injections, state_of
+from peftcore.forward.state.host_state import state_of
 from peftcore.injection.applied import fill
 from peftcore.injection.applying import apply_request
-from peftcore.injection.injection import Injection
+from peftcore.injection.injection import Injection, injections
 from peftcore.injection.request import Request, check_name
 from peftcore.layers.layer import bias_name, put, take
 from peftcore.layers.pieces import whole
 from peftcore.registry.catalogue import method as find_method
-from peftcore.surgery.surgeon import Wishes
 from peftcore.targets.sites import Site
 from peftcore.utils.progress import through
 

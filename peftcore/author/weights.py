@@ -16,6 +16,7 @@ from peftcore.contract.operators import (
     is_mergeable,
     low_rank,
 )
+from peftcore.contract.surgeon_protocol import Graft
 from peftcore.forward.context.routers import Router, by_row
 from peftcore.forward.rows.routing import OneForward
 from peftcore.forward.tensors.view import with_tensors
@@ -25,7 +26,6 @@ from peftcore.injection.quantized_layer import QuantizedLayer, quantized_layer_o
 from peftcore.layers.kernels import dropped_linear, matmul_transposed, runs_plain
 from peftcore.layers.kinds import Transposed
 from peftcore.layers.layer import Layer, Slices, bias_name
-from peftcore.surgery.surgeon import Graft
 from peftcore.targets.resolver import Resolver
 from peftcore.utils.autocast import cast_operands
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
+from peftcore.contract.surgeon_protocol import Surgeon
 from peftcore.errors import UnsupportedSite
 from peftcore.forward.sequence.sequence_inside import WIDTHS
 from peftcore.roles.block_calls import alike
 from peftcore.roles.hostmap import under
-from peftcore.surgery.surgeon import Surgeon
 from peftcore.targets.sites import Site
 
 MIXERS = ("attn", "attn_mlp", "cross", "ssm")

@@ -12,12 +12,12 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from peftcore.contract.operators import Operator, on_first
+from peftcore.contract.surgeon_protocol import Surgeon
 from peftcore.errors import RouteError, UnsupportedSite
 from peftcore.forward.context.taps import Tap
 from peftcore.roles import HostEntry
 from peftcore.roles.branch_ends import Order
 from peftcore.roles.hostmap import under
-from peftcore.surgery.surgeon import Surgeon
 from peftcore.targets.resolver import Resolver
 from peftcore.targets.sites import Site
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from peftcore.contract.surgeon_protocol import Surgeon
 from peftcore.errors import UnsupportedSite
-from peftcore.surgery.surgeon import Surgeon
 from peftcore.targets.sites import Site
 
 FIRST = ("mlp.gate", "mlp.up", "mlp.gate_up")

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from peftcore.authoring.pass_cache import PassCache
 from peftcore.contract.operators import Operator, Shared
+from peftcore.contract.surgeon_protocol import Surgeon
 from peftcore.errors import ConfigError, SequenceError, UnsupportedSite
 from peftcore.forward.context.taps import Tap
 from peftcore.forward.sequence.sequence import POSITIONS
 from peftcore.layers.layer import plain_class
 from peftcore.roles.hostmap import under
 from peftcore.roles.stacks import CACHES, EMBEDS, IDS, TokenStack, arguments, cache_in
-from peftcore.surgery.surgeon import Surgeon
 from peftcore.targets.sites import Site
 
 LAYERS, WIDTH = "num_hidden_layers", "hidden_size"

@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from peftcore.contract.config import MethodConfig, validate_json
+from peftcore.contract.installed_methods import AppliedMethod
 from peftcore.errors import ConfigError
 from peftcore.forward.context.context import ForwardContext
-from peftcore.injection.applied import AppliedMethod
 from peftcore.registry.catalogue import method as find_method
 from peftcore.registry.plugins import registry
 from peftcore.registry.preset_methods import method_of, preset_of

@@ -12,12 +12,12 @@ from typing import Any
 from torch import Tensor
 
 from peftcore.contract.operators import Operator
+from peftcore.contract.surgeon_protocol import Surgeon
 from peftcore.errors import TargetError, UnsupportedSite
 from peftcore.forward.context.context import forward_context
 from peftcore.forward.context.taps import Tap
 from peftcore.forward.sequence.sequence import SequenceOperator
 from peftcore.surgery.defaults import default_sites
-from peftcore.surgery.surgeon import Surgeon
 from peftcore.targets.sequence_sites import SequenceSite
 from peftcore.targets.sites import BesideSite, Site
 

@@ -27,6 +27,7 @@ from torch import Tensor
 from peftcore.authoring.block_sites import block_width
 from peftcore.contract.config import MethodConfig
 from peftcore.contract.operators import Operator
+from peftcore.contract.surgeon_protocol import Surgeon
 from peftcore.errors import PluginError, SequenceError, TrainingError, UnsupportedSite
 from peftcore.forward.attention.attention import Attend, AttentionOperator
 from peftcore.forward.context.activation_checkpoints import reentrant
@@ -35,7 +36,6 @@ from peftcore.forward.context.taps import REENTRANT, Tap
 from peftcore.layers.layer import Layer, plain_class
 from peftcore.roles.hostmap import under
 from peftcore.roles.stacks import arguments
-from peftcore.surgery.surgeon import Surgeon
 from peftcore.targets.attention_sites import AttentionSite
 from peftcore.targets.sites import Site
 

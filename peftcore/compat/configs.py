@@ -16,13 +16,12 @@ from peftcore.contract.config import MethodConfig
 from peftcore.contract.dropout import turn_off_dropout
 from peftcore.contract.method import Method
 from peftcore.contract.operators import _Base
+from peftcore.contract.surgeon_protocol import Wishes
 from peftcore.errors import CalibrationError, ConfigError, TrainingError
-from peftcore.forward.state.host_state import injections
 from peftcore.injection.applying import apply, apply_request
-from peftcore.injection.injection import Injection
+from peftcore.injection.injection import Injection, injections
 from peftcore.injection.request import Request
 from peftcore.injection.switching import activate
-from peftcore.surgery.surgeon import Wishes
 
 TASK = "PEFTCORE"
 """A task for peft's table of classes by tasks, which leads to ours."""

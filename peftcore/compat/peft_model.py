@@ -22,8 +22,8 @@ from peftcore.compat.tuner import Tuner
 from peftcore.errors import ConfigError, MergeError, TrainingError, UnsupportedHost
 from peftcore.files.auto_classes import peft_task_of
 from peftcore.files.save_load import load
-from peftcore.forward.state.host_state import injections, known
-from peftcore.injection.injection import Injection
+from peftcore.forward.state.host_state import known
+from peftcore.injection.injection import Injection, injections, installed
 from peftcore.injection.switching import activate, route
 from peftcore.layers.fsdp import whole_from
 
@@ -262,7 +262,7 @@ class PeftModel(peft.PeftModel):  # type: ignore[misc]
         names = [adapter_names] if isinstance(adapter_names, str) else [*adapter_names]
         state = known(self.get_base_model(), names)
         for name in names:
-            state.injections[name].trainable(requires_grad)
+            installed(state)[name].trainable(requires_grad)
 
     def add_adapter(self, adapter_name: str, peft_config: Any, **options: Any) -> None:
         """Add a fresh adapter, frozen and not acting until `set_adapter`.
@@ -298,7 +298,7 @@ class PeftModel(peft.PeftModel):  # type: ignore[misc]
             ConfigError: it is the last one.
             MergeError: it is merged, and `unmerge_adapter` is impossible.
         """
-        injection = known(self.get_base_model(), [adapter_name]).injections[adapter_name]
+        injection = installed(known(self.get_base_model(), [adapter_name]))[adapter_name]
         others = [name for name in self.adapters if name != adapter_name]
         if not others:
             raise ConfigError(f"{adapter_name!r} is the last adapter: model.unload() returns the model without any")
@@ -396,8 +396,8 @@ class PeftModel(peft.PeftModel):  # type: ignore[misc]
             for name in names if is_main_process else ():
                 folder = Path(save_directory)
                 folder = folder if name == ALONE else folder / name
-                save_folder(state.injections[name], folder)
-                save_training_state(state.injections[name], folder, self._before.get(name, {}))
+                save_folder(installed(state)[name], folder)
+                save_training_state(installed(state)[name], folder, self._before.get(name, {}))
 
     def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = True) -> None:
         """Merge adapters into the weights, until `unmerge_adapter`; all or none.
@@ -472,7 +472,7 @@ class PeftModel(peft.PeftModel):  # type: ignore[misc]
 
     def _named(self, names: Sequence[str] | None) -> list[Injection]:
         state = known(self.get_base_model(), names or [])
-        return [state.injections[name] for name in (self.active_adapters if names is None else names)]
+        return [installed(state)[name] for name in (self.active_adapters if names is None else names)]
 
     def _unmerge_all_but(self, kept: Sequence[Injection]) -> None:
         for injection in reversed(self.adapters.values()):  # what was merged on top goes first

@@ -5,10 +5,12 @@ It may import `targets` and the packages below it. In the order of reading:
 - `peft_names`: names in peft that differ from names here.
 - `config`: the options of a method.
 - `batches`: the user's data, for methods that look at it before training.
-- `method`: a method and its tags.
-- `presets`: named sets of a method's options.
 - `dropout`: turns off the dropout of an adapter permanently.
 - `operators`: the trainable modules that a method adds at target modules.
+- `surgeon_protocol`: the verbs with which a method puts operators at sites.
+- `installed_methods`: a method with its operators in a model.
+- `method`: a method and its tags.
+- `presets`: named sets of a method's options.
 - `calls`: finds the inputs of a module's call by its output.
 - `compositions`: how several injections act together.
 - `hookspecs`: every hook, and the version of the contract.

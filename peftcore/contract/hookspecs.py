@@ -20,13 +20,12 @@ if TYPE_CHECKING:
     from torch import nn
 
     from peftcore.contract.config import MethodConfig
+    from peftcore.contract.installed_methods import AppliedMethod
     from peftcore.contract.method import Method
     from peftcore.contract.presets import Preset
-    from peftcore.injection.applied import AppliedMethod
-    from peftcore.injection.injection import Injection
+    from peftcore.contract.surgeon_protocol import Surgeon
     from peftcore.layers.layer import Layer
     from peftcore.roles import HostMap
-    from peftcore.surgery.surgeon import Surgeon
 
 API = 2
 """The version of these specifications; a plugin declares in ``PEFTCORE_API`` the version that it was written for."""
@@ -178,7 +177,7 @@ def peftcore_select(model: nn.Module, method: Method, config: MethodConfig, inje
 
 @hookspec(firstresult=True)
 def peftcore_merge(
-    model: nn.Module, method: Method, config: MethodConfig, injection: Injection
+    model: nn.Module, method: Method, config: MethodConfig, injection: AppliedMethod
 ) -> Mapping[tuple[str, str], torch.Tensor] | None:
     """Compute the tensors that a merge writes.
 

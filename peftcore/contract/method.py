@@ -7,19 +7,16 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
 from peftcore.contract.batches import Batches
 from peftcore.contract.config import MethodConfig, validate
+from peftcore.contract.installed_methods import AppliedMethod
+from peftcore.contract.surgeon_protocol import Surgeon
 from peftcore.errors import PluginError
-
-if TYPE_CHECKING:
-    from peftcore.forward.context.context import ForwardContext
-    from peftcore.injection.applied import AppliedMethod
-    from peftcore.surgery.surgeon import Surgeon
-    from peftcore.targets.sites import Site
+from peftcore.targets.sites import Site
 
 CATEGORIES = (
     "additive",
@@ -285,7 +282,7 @@ class Method(ABC):
         """Returns a loss to add to the host's loss in training, once a step: a tensor of shape ``[]``, or None."""
         return None
 
-    def output_loss(self, injection: AppliedMethod, output: Any, call: ForwardContext) -> Tensor | None:
+    def output_loss(self, injection: AppliedMethod, output: Any, call: Any) -> Tensor | None:
         """Returns a loss computed from the host's output, to add to the host's loss in training: a tensor of shape
         ``[]``, or None. Like `aux_loss` it is a mean over the values that count; in a step with several forwards it is
         scaled like the host's own loss.
@@ -293,8 +290,9 @@ class Method(ABC):
         Args:
             injection: the adapter.
             output: the host's output, unchanged; in a route, only the injection's rows of it.
-            call: the forward, with its taps: ``call.inputs`` has the host's arguments by name (labels),
-                ``call.context`` the values passed to `peftcore.call`; in a route, only the injection's rows of both.
+            call: the `ForwardContext` of the forward, with its taps: ``call.inputs`` has the host's arguments by name
+                (labels), ``call.context`` the values passed to `peftcore.call`; in a route, only the injection's rows
+                of both.
         """
         return None
 

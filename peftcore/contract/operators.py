@@ -12,16 +12,14 @@ from __future__ import annotations
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from peftcore.contract.dropout import turn_off_dropout
 from peftcore.errors import NotMergeable, NoWeights, TrainingError
-
-if TYPE_CHECKING:
-    from peftcore.targets.sites import Site
+from peftcore.targets.sites import Site
 
 Factors = tuple[Tensor, Tensor, float]
 """``(A, B, scale)`` of a low-rank update ``scale * B A``; A is ``[*batch, rank, in, *kernel]`` and B is ``[*batch, out,

@@ -16,7 +16,8 @@ from peftcore.contract.compositions import KINDS, Composition, branches
 from peftcore.errors import CheckpointError, CompositionError
 from peftcore.files.safe_io import read_json, write_text
 from peftcore.files.save_load import load
-from peftcore.forward.state.host_state import injections, known
+from peftcore.forward.state.host_state import known
+from peftcore.injection.injection import injections
 from peftcore.injection.switching import activate
 
 FILE = "composition.json"

@@ -15,16 +15,17 @@ from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 from torch import nn
 
 from peftcore.contract.config import DTYPES, MethodConfig, described, validate_json
+from peftcore.contract.installed_methods import AppliedMethod
 from peftcore.contract.method import Method
+from peftcore.contract.surgeon_protocol import Wishes
 from peftcore.errors import CheckpointError, ConfigError, HostMismatch, NewerFormat, UnknownMethod, shown
-from peftcore.injection.applied import AppliedMethod
 from peftcore.injection.injection import Injection
 from peftcore.injection.request import Request
 from peftcore.layers.layer import plain_class
 from peftcore.layers.pieces import whole
 from peftcore.registry.catalogue import method as find_method
 from peftcore.registry.catalogue import methods
-from peftcore.surgery.surgeon import Surgeon, Wishes
+from peftcore.surgery.surgeon import RecordingSurgeon
 from peftcore.targets.sites import Site
 
 logger = logging.getLogger("peftcore")
@@ -143,7 +144,7 @@ class Envelope(BaseModel):
             )
         return request
 
-    def check(self, surgeon: Surgeon) -> None:
+    def check(self, surgeon: RecordingSurgeon) -> None:
         """Check that a model is one as the adapter was made on, by the operators that were recorded for it. Other names
         of classes are logged.
 
@@ -355,7 +356,7 @@ def options_of(cls: type[Method], envelope: Envelope) -> MethodConfig:
         raise CheckpointError(f"the adapter's options are wrong: {error}") from None
 
 
-def otherwise_tied(envelope: Envelope, surgeon: Surgeon) -> list[str]:
+def otherwise_tied(envelope: Envelope, surgeon: RecordingSurgeon) -> list[str]:
     """Returns the parameters on which an operator acted where the adapter was made, and does not here, or the other way
     round, because they are one tensor with its site's in one of the two models alone. Modules that this host lacks
     count for nothing."""

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from peftcore.contract.operators import Checked
+from peftcore.contract.surgeon_protocol import Surgeon
 from peftcore.errors import (
     CheckpointError,
     ExportError,
@@ -47,7 +48,6 @@ from peftcore.injection.swapping import matched, write
 from peftcore.layers.fsdp import gathered, one_writes
 from peftcore.layers.pieces import at_hand
 from peftcore.libraries.save_pretrained import saving_base
-from peftcore.surgery.surgeon import Surgeon
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -385,3 +385,12 @@ def _check_memory(surgeon: Surgeon, tensors: Mapping[str, Tensor]) -> None:
         raise CheckpointError(
             f"it holds {known:,} bytes of an adapter that needs {needed:,}: more than the host itself has, {host:,}"
         )
+
+
+class _Files:
+    """What the verbs of an injection call, which is in a layer below."""
+
+    save, push, values_of = staticmethod(save), staticmethod(push), staticmethod(values_of)
+
+
+Injection._files = _Files()

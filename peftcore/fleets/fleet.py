@@ -24,9 +24,9 @@ from peftcore.fleets.outputs import FEW, MORE, Outputs
 from peftcore.fleets.rows import Batch, Collate, count_of, filled_in_front, taken, together
 from peftcore.forward.context.counter_based_random import mixed
 from peftcore.forward.context.row_random_numbers import Streams
-from peftcore.forward.state.host_state import injections, state_of
+from peftcore.forward.state.host_state import state_of
 from peftcore.forward.state.own_losses import loss_in
-from peftcore.injection.injection import Injection
+from peftcore.injection.injection import Injection, injections
 from peftcore.injection.switching import activate, route
 from peftcore.layers.fsdp import in_group, is_sharded
 from peftcore.layers.pieces import ENGINE, is_cut, is_partitioned

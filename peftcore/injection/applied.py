@@ -1,117 +1,22 @@
-"""One method with its operators in a model, for that method's own functions to read: an injection, or a part of a
-hybrid."""
+"""The parts of a hybrid, and the values of an adapter: which of its tensors train, and what is copied into them."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from peftcore.contract.method import Method
-from peftcore.contract.operators import _Base
-from peftcore.errors import ExportError, NoWeights, PluginError
+from peftcore.contract.installed_methods import AppliedMethod
+from peftcore.contract.surgeon_protocol import Surgeon
+from peftcore.errors import NoWeights, PluginError
 from peftcore.injection.freezing import freeze
-from peftcore.layers.pieces import is_empty
 from peftcore.registry.plugins import registry
-from peftcore.surgery.surgeon import Graft, Surgeon
-from peftcore.targets.sites import Site
 from peftcore.utils.journal import Journal
 
 if TYPE_CHECKING:
     from peftcore.injection.injection import Injection
-
-
-class AppliedMethod(ABC):
-    """One method in a model, with its operators. The functions of `Method` get one: an `Injection`, or a `HybridPart`
-    where the method is a part of a hybrid. Both read the same: a part names things as if it were applied by itself.
-    `trainable` gets a `Planned` too, for a plan.
-
-    Attributes:
-        name: of an injection, its name on this model; of a part, its name in the hybrid.
-        model: the model.
-        method: the method.
-        config: its options.
-        grafts: the operators, each with its sites.
-        steps_taken: which step the method's schedule saw last, if it has one.
-    """
-
-    def __init__(self, name: str, surgeon: Surgeon) -> None:
-        self.name = name
-        self.model = surgeon.model
-        self.method: Method = surgeon.method
-        self.config: Any = surgeon.config  # of the method's own `Config`
-        self.grafts: list[Graft] = surgeon.grafts
-        self.steps_taken = 0
-        self._surgeon = surgeon
-
-    @property
-    @abstractmethod
-    def whole(self) -> Injection:
-        """The injection itself, or of a part the injection that it belongs to, which is switched, merged, saved,
-        removed."""
-
-    @property
-    def operators(self) -> dict[str, _Base]:
-        """The operators by site path (of a hybrid, with the part before it: ``0/model.layers.0.mlp``)."""
-        return {graft.key.removeprefix(self._surgeon.part): graft.operator for graft in self.grafts}
-
-    @property
-    def sites(self) -> list[Site]:
-        """The sites of the operators, in the order in which the method recorded them."""
-        return [graft.site for graft in self.grafts]
-
-    @property
-    def shared(self) -> dict[str, Any]:
-        """State that several operators use, by name."""
-        return {name: shared.module for name, shared in self._surgeon.owned.items()}
-
-    @property
-    def parts(self) -> dict[str, HybridPart]:
-        """The methods of a hybrid, by name of the part."""
-        return {name: HybridPart(name, surgeon, self.whole) for name, surgeon in self._surgeon.parts.items()}
-
-    @property
-    def reads_tokens(self) -> bool:
-        """Whether an operator asks for the tokens of the model's forward."""
-        return any(each.method.reads_tokens for each in self.family())
-
-    def family(self) -> Iterator[AppliedMethod]:
-        """Yields it itself and, of a hybrid, all its parts."""
-        yield self
-        for part in self.parts.values():
-            yield from part.family()
-
-    def modules(self) -> Iterator[tuple[str, nn.Module]]:
-        """Yields operators and shared modules under the names that files use."""
-        yield from self.operators.items()
-        for name, module in self.shared.items():
-            yield f"shared:{name}", module
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """Yields every parameter of the adapter, each once; all of them, trainable or not."""
-        tensors: list[nn.Parameter | None] = []
-        for module in (*(g.operator for g in self.grafts), *(shared.module for shared in self._surgeon.owned.values())):
-            for inner in module.modules() if module._modules else (module,):
-                tensors += inner._parameters.values()
-        yield from {id(each): each for each in tensors if each is not None}.values()
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Returns its tensors by ``<site path>.<operator tensor>``, without the injection's name, as files have them;
-        the operators' own, no copies. They may be pieces (FSDP2).
-
-        Raises:
-            ExportError: DeepSpeed has cut them apart (ZeRO-3), and they are empty.
-        """
-        if any(map(is_empty, self.parameters())):
-            raise ExportError(
-                "DeepSpeed's ZeRO-3 has cut the adapter apart, and its tensors are empty: call save(folder) in all "
-                "processes, which gathers, or gather them yourself, with deepspeed.zero.GatheredParameters("
-                "list(injection.parameters()))"
-            )
-        return {f"{path}.{key}": value for path, module in self.modules() for key, value in module.state_dict().items()}
 
 
 class HybridPart(AppliedMethod):
@@ -126,8 +31,17 @@ class HybridPart(AppliedMethod):
     def whole(self) -> Injection:
         return self._whole
 
+    @property
+    def parts(self) -> dict[str, HybridPart]:
+        return parts_of(self._surgeon, self._whole)
+
     def __repr__(self) -> str:
         return f"HybridPart({self.name!r} of {self.whole.name!r}: {self.method.name}, {len(self.grafts)} sites)"
+
+
+def parts_of(surgeon: Surgeon, whole: Injection) -> dict[str, HybridPart]:
+    """Returns the methods of a hybrid that a surgeon has recorded, by name of the part."""
+    return {name: HybridPart(name, each, whole) for name, each in surgeon.parts.items()}
 
 
 class Planned(HybridPart):

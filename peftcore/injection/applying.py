@@ -34,8 +34,8 @@ from peftcore.registry.plugins import imported, layer_of
 from peftcore.roles import HostMap
 from peftcore.surgery import installation
 from peftcore.surgery.planning import Plan
-from peftcore.surgery.surgeon import Surgeon
-from peftcore.surgery.watched_sites import WatchedSites
+from peftcore.surgery.surgeon import RecordingSurgeon
+from peftcore.surgery.watched_sites import watched_sites
 from peftcore.targets.resolver import Resolver, Target
 from peftcore.training.calibration import calibrate, find_structure
 from peftcore.utils.journal import Journal
@@ -182,7 +182,7 @@ def _decided_by_data(request: Request) -> Request:
     return replace(request, config=config, wishes=replace(request.wishes, left_out=left_out))
 
 
-def record(request: Request, dry: bool = False) -> Surgeon:
+def record(request: Request, dry: bool = False) -> RecordingSurgeon:
     """Returns a surgeon with the operators of the method recorded; nothing is changed.
 
     Args:
@@ -197,7 +197,8 @@ def record(request: Request, dry: bool = False) -> Surgeon:
     _check_adaptable(model)
     for changes in config.overrides.values():
         config.replace(**{**changes, "overrides": {}})  # wrong options are errors, also where no site matches
-    surgeon = Surgeon(model, request.method, config, Resolver(model, request.map, layer_of), request.wishes, dry)
+    resolver = Resolver(model, request.map, layer_of)
+    surgeon = RecordingSurgeon(model, request.method, config, resolver, request.wishes, dry)
     surgeon.record()
     if idle := surgeon.idle_overrides():
         text = f"these overrides match no site and are passed over: {idle}"
@@ -205,13 +206,13 @@ def record(request: Request, dry: bool = False) -> Surgeon:
     return surgeon
 
 
-def plan_of(surgeon: Surgeon, shards: int | None = None) -> Plan:
+def plan_of(surgeon: RecordingSurgeon, shards: int | None = None) -> Plan:
     """Returns the plan of a dry run, for which the method chooses what would train."""
     choose_trained(Journal(), Planned(surgeon))
     return Plan.of(surgeon, shards)
 
 
-def install(surgeon: Surgeon, request: Request) -> Injection:
+def install(surgeon: RecordingSurgeon, request: Request) -> Injection:
     """Install the recorded operators, register the injection with the host, let the method look at the data, and fill
     in values, if there are any.
 
@@ -230,7 +231,8 @@ def install(surgeon: Surgeon, request: Request) -> Injection:
             if request.data is not None:  # the model that it looks at has it, in a route and a composition too
                 choices = state.choices
                 with choices.held(Choice(state.together(stack, injection.name), context=choices.around().context)):
-                    calibrate(injection, request.data)
+                    acting = [state.injections[each] for each in state.current()]
+                    calibrate(injection, request.data, injection.base_modules(), acting)
             if request.fill is not None:
                 request.fill(injection)
             notice_equation_only(each.method for each in surgeon.with_parts())
@@ -250,8 +252,7 @@ def _put_in(journal: Journal, injection: Injection, state: HostState, request: R
     if not request.active:
         state.replan()
     injection.trainable(True)
-    state.watched = state.watched or WatchedSites()
-    state.watched.expect(journal, surgeon, state, name)
+    watched_sites(state).expect(journal, surgeon, state, name)
     return stack
 
 

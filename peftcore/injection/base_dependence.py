@@ -14,7 +14,7 @@ from peftcore.contract.operators import WeightOperator, is_made_of_base
 from peftcore.errors import MergeError
 from peftcore.forward.choice.merged_choice import places
 from peftcore.forward.state.host_state import HostState, state_of
-from peftcore.injection.injection import Injection
+from peftcore.injection.injection import Injection, installed
 from peftcore.injection.originals import fingerprint
 from peftcore.targets.sites import Site
 
@@ -51,7 +51,7 @@ def make_anew(model: nn.Module, _: Any) -> None:
     state = state_of(model)
     assert state is not None
     merged = _merged(state)
-    for injection in state.injections.values():
+    for injection in installed(state).values():
         for _key, site, operator in _made(injection):
             if _place(site) not in merged:
                 operator.take_base(site.base_weight())

@@ -8,14 +8,16 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from peftcore.contract.compositions import Stack
+from peftcore.contract.installed_methods import AppliedMethod, Installed
 from peftcore.contract.operators import Combiner, InputOperator, trainable_numbers
+from peftcore.contract.surgeon_protocol import Graft, Wishes
 from peftcore.errors import (
     CompositionError,
     InactiveSite,
@@ -28,10 +30,10 @@ from peftcore.errors import (
 from peftcore.forward.choice.scopes import Chosen
 from peftcore.forward.class_swap import is_reached
 from peftcore.forward.context.routers import Ledger
-from peftcore.forward.state.host_state import HostState, drop_state
+from peftcore.forward.state.host_state import HostState, drop_state, state_of
 from peftcore.forward.state.slot import slot_of
 from peftcore.injection import merging, router_report, swapping
-from peftcore.injection.applied import AppliedMethod, choose_trained
+from peftcore.injection.applied import HybridPart, choose_trained, parts_of
 from peftcore.injection.freezing import freeze, thaw
 from peftcore.injection.originals import Fingerprint, Keep
 from peftcore.injection.router_report import RouterReport
@@ -40,7 +42,8 @@ from peftcore.layers.layer import GRAFTED
 from peftcore.layers.pieces import ENGINE, is_partitioned
 from peftcore.libraries.save_pretrained import note_form
 from peftcore.surgery.installation import release, uninstall
-from peftcore.surgery.surgeon import Graft, Surgeon, Wishes
+from peftcore.surgery.surgeon import RecordingSurgeon
+from peftcore.surgery.watched_sites import watched_sites
 from peftcore.targets.sites import Site
 from peftcore.utils.journal import Journal
 
@@ -48,7 +51,22 @@ if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
 
 
-class Injection(AppliedMethod):
+class AdapterFiles(Protocol):
+    """The functions of `peftcore.files.save_load`, a layer above, that the verbs of an injection call."""
+
+    def save(self, injection: Injection, path: Path, formats: Sequence[str], weights: bool, metrics: Any, /) -> None:
+        """Write an adapter into a folder or a file."""
+
+    def push(
+        self, injection: Injection, repository: str, formats: Sequence[str], metrics: Any, **options: Any
+    ) -> CommitInfo | None:
+        """Upload an adapter to a model hub."""
+
+    def values_of(self, injection: Injection, path: str | os.PathLike[str], revision: str | None, /) -> Injection:
+        """Returns a saved adapter for the model of an injection, not installed."""
+
+
+class Injection(Installed):
     """One applied method under a name. `apply` and `load` return one, `injections(model)` finds it again. Once it is
     removed, functions that would act on the host raise UnknownInjection.
 
@@ -59,8 +77,12 @@ class Injection(AppliedMethod):
         config: its options.
     """
 
-    def __init__(self, name: str, surgeon: Surgeon, state: HostState) -> None:
+    _files: ClassVar[AdapterFiles]
+    """Set by `peftcore.files.save_load`."""
+
+    def __init__(self, name: str, surgeon: RecordingSurgeon, state: HostState) -> None:
         super().__init__(name, surgeon)
+        self._surgeon: RecordingSurgeon = surgeon
         self.wishes: Wishes = surgeon.wishes
         self.state = state
         self.made_of: dict[str, Fingerprint] = {}
@@ -73,6 +95,10 @@ class Injection(AppliedMethod):
     @property
     def whole(self) -> Injection:
         return self
+
+    @property
+    def parts(self) -> dict[str, HybridPart]:
+        return parts_of(self._surgeon, self)
 
     def owner(self, graft: Graft) -> AppliedMethod:
         """Returns the injection itself, or of a hybrid the part that a graft belongs to."""
@@ -404,10 +430,9 @@ class Injection(AppliedMethod):
                 numbers, or were given for one file. Nothing was written.
         """
         self._alive()
-        from peftcore.files.save_load import save
-
         with self.state.kept(self.name):
-            save(self, Path(path), (format,) if isinstance(format, str) else tuple(format), weights, metrics)
+            formats = (format,) if isinstance(format, str) else tuple(format)
+            self._files.save(self, Path(path), formats, weights, metrics)
 
     def swap(
         self,
@@ -458,9 +483,7 @@ class Injection(AppliedMethod):
             elif isinstance(source, Mapping):
                 self._swap(swapping.matched_state(self, source))
             else:
-                from peftcore.files.save_load import values_of
-
-                self._swap(swapping.matched(self, values_of(self, source, revision)))
+                self._swap(swapping.matched(self, self._files.values_of(self, source, revision)))
 
     def _swap(self, found: swapping.Swap) -> None:
         with swapping.exchanging(self.state, self.name):
@@ -500,10 +523,8 @@ class Injection(AppliedMethod):
             HubError: huggingface_hub or the token is missing, or the hub refuses or does not answer; says what to do.
         """
         self._alive()
-        from peftcore.files.save_load import push
-
         with self.state.kept(self.name):
-            return push(
+            return self._files.push(
                 self,
                 repo_id,
                 (format,) if isinstance(format, str) else tuple(format),
@@ -660,8 +681,7 @@ class Injection(AppliedMethod):
         state, name = self.state, self.name
         journal.afterwards(state.choices.restore, state.choices.saved(shared=1))
         journal.afterwards(self._replan)
-        if state.watched is not None:
-            state.watched.forget(journal, self._surgeon, name)
+        watched_sites(state).forget(journal, self._surgeon, name)
         uninstall(journal, self._surgeon, state, name)
         state.forget(journal, name)
         if not state.injections:
@@ -670,3 +690,14 @@ class Injection(AppliedMethod):
             told = not state.choices.elsewhere()  # else others are told first that their choice is gone
             if told and state.residency is None:
                 drop_state(journal, self.model)
+
+
+def installed(state: HostState) -> dict[str, Injection]:
+    """Returns the injections of a host's state by name, in the order in which they were applied."""
+    return cast("dict[str, Injection]", state.injections)
+
+
+def injections(model: nn.Module) -> dict[str, Injection]:
+    """Returns the host's injections by name, in the order in which they were applied."""
+    state = state_of(model)
+    return dict(installed(state)) if state else {}

@@ -54,8 +54,8 @@ from peftcore.utils.autocast import full_precision
 from peftcore.utils.journal import Journal
 
 if TYPE_CHECKING:
+    from peftcore.contract.surgeon_protocol import Graft
     from peftcore.injection.injection import Injection
-    from peftcore.surgery.surgeon import Graft
 
 Into = Literal["float", "same"]
 BOUND = 0.25

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from peftcore.errors import UnsupportedHost
-from peftcore.forward.state.host_state import injections
+from peftcore.injection.injection import injections
 from peftcore.layers.adapter_modules import ADAPTER_MODULES
 from peftcore.utils.journal import Journal
 

@@ -13,6 +13,7 @@ from peftcore.contract.batches import Data
 from peftcore.contract.config import MethodConfig, dtype_of
 from peftcore.contract.method import Method
 from peftcore.contract.peft_names import is_peft_config
+from peftcore.contract.surgeon_protocol import Wishes
 from peftcore.errors import CalibrationError, ConfigError, DuplicateInjection, UnsupportedHost
 from peftcore.forward.state.host_state import state_of
 from peftcore.injection.injection import Injection
@@ -22,7 +23,7 @@ from peftcore.registry.plugins import registry
 from peftcore.registry.preset_methods import method_of, preset_of
 from peftcore.roles import HostMap
 from peftcore.surgery.parallel_models import check_looks_at_no_data
-from peftcore.surgery.surgeon import Surgeon, Wishes
+from peftcore.surgery.surgeon import RecordingSurgeon
 from peftcore.targets.resolver import Target, names_a_role
 from peftcore.training.calibration import find_structure
 
@@ -99,7 +100,7 @@ class Request:
         """The map of the model: the given one, or the one that plugins derive."""
         return self.host or host_map(self.model)
 
-    def check_data(self, surgeon: Surgeon) -> None:
+    def check_data(self, surgeon: RecordingSurgeon) -> None:
         """Check that data is given exactly when the recorded method, or a part of a hybrid, needs it.
 
         Raises:
@@ -185,7 +186,7 @@ def _spelled(part: Part) -> dict[str, Any]:
     return {"method": part} if isinstance(part, str) else dict(part)
 
 
-def _check_parts(surgeon: Surgeon, data: Data) -> None:
+def _check_parts(surgeon: RecordingSurgeon, data: Data) -> None:
     """Check that the data decides no options of a part of a hybrid, which are those that its file has.
 
     Raises:

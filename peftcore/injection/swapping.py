@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftcore.contract.installed_methods import AppliedMethod
 from peftcore.contract.operators import Checked, Shared, _Base
+from peftcore.contract.surgeon_protocol import Surgeon
 from peftcore.errors import SwapError
 from peftcore.forward.context.context import drop_interrupted
 from peftcore.forward.context.taps import Tap
 from peftcore.forward.state.host_state import HostState
 from peftcore.forward.tensors.view import TORCHS
-from peftcore.injection.applied import AppliedMethod
 from peftcore.layers.layer import Layer
-from peftcore.surgery.surgeon import Surgeon
 from peftcore.targets.sites import Site
 from peftcore.utils.journal import Journal
 

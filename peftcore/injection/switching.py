@@ -21,6 +21,7 @@ from peftcore.forward.choice.active_adapters import Choice, Route
 from peftcore.forward.choice.scopes import Chosen
 from peftcore.forward.context.repeats import COPIES, GUIDANCE, told_repeats
 from peftcore.forward.state.host_state import HostState, known, state_of
+from peftcore.injection.injection import installed
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -241,7 +242,7 @@ def _activating(model: nn.Module, names: Sequence[str | Composition]) -> tuple[H
         state = known(model, composition.names())
         active = state.ordered(composition.names())
         for name in composition.combined():
-            state.injections[name].check_combinable()
+            installed(state)[name].check_combinable()
     choice = Choice(active, None, {}, composition)
     _check(state, choice)
     for stack in [active] if composition is None else branches([composition]):
@@ -277,7 +278,7 @@ def _routing(
     routed = Route(used, torch.tensor(positions, device=device), copies, tuple(positions), starts, seeds=drawn)
     _check(state, Choice((), routed))
     for name in used:
-        state.injections[name].check_routable(by_tokens=starts is not None)
+        installed(state)[name].check_routable(by_tokens=starts is not None)
     return state, lambda before: replace(before, route=routed, composition=None)
 
 

@@ -14,10 +14,11 @@ import peftcore
 from peftcore.contract.config import MethodConfig, validate_json
 from peftcore.contract.method import Method
 from peftcore.contract.operators import trainable_numbers
+from peftcore.contract.surgeon_protocol import Graft, Wishes
 from peftcore.injection.applying import plan_of, record
 from peftcore.injection.request import Request
 from peftcore.surgery.planning import Plan
-from peftcore.surgery.surgeon import Graft, Surgeon, Wishes
+from peftcore.surgery.surgeon import RecordingSurgeon
 from peftcore.targets.resolver import Target
 from peftcore.utils.quiet import unlogged
 
@@ -88,7 +89,7 @@ class Recorded:
     """The recorded changes of a method to a model."""
 
     request: Request
-    surgeon: Surgeon
+    surgeon: RecordingSurgeon
     plan: Plan
     places: tuple[PlannedSite, ...]
     shared: tuple[PlannedSite, ...]

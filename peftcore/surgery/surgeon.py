@@ -11,14 +11,16 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from peftcore.contract.config import matches
-from peftcore.contract.operators import Operator, Replacement, Shared, WeightOperator, _Base, is_mergeable, tables
+from peftcore.contract.config import MethodConfig, matches
+from peftcore.contract.method import Method
+from peftcore.contract.operators import Operator, Replacement, Shared, WeightOperator, is_mergeable, tables
+from peftcore.contract.surgeon_protocol import Graft, O, Surgeon, Wishes
 from peftcore.errors import (
     CheckpointError,
     CompositionError,
@@ -43,78 +45,14 @@ from peftcore.targets.sequence_sites import SequenceSite, locate_stack
 from peftcore.targets.sites import Site
 from peftcore.utils.progress import Progress
 
-if TYPE_CHECKING:
-    from peftcore.contract.config import MethodConfig
-    from peftcore.contract.method import Method
-
-O = TypeVar("O", bound=_Base)  # noqa: E741
-
-
-@dataclass(eq=False, slots=True)
-class Graft:
-    """One recorded operator."""
-
-    site: Site
-    """The site of the operator."""
-    operator: _Base
-    """The operator itself."""
-    holders: tuple[Site, ...]
-    """Every (module, tensor) that it acts on: several when a tensor is tied."""
-    by_method: bool
-    """False for modules that the user named in ``train``, and for rows that were added to the base."""
-    part: str = ""
-    """The part of a hybrid that the operator belongs to, ``"0/"``; empty for other methods."""
-
-    @property
-    def trained_along(self) -> bool:
-        """Whether the user named it in ``train``."""
-        return not self.by_method and not isinstance(self.operator, TableRows)
-
-    @property
-    def key(self) -> str:
-        """The operator's name in files and in `Injection.operators`: the site's path."""
-        return self.part + self.site.path
-
-
-@dataclass(frozen=True)
-class Wishes:
-    """The user's arguments of `apply` besides the method's options."""
-
-    target: Target | None = None
-    exclude: Target | None = None
-    train: tuple[str, ...] = ()
-    seed: int = 0
-    dtype: torch.dtype = torch.float32
-    saved: Mapping[str, Sequence[Mapping[str, Any]]] | None = None
-    """Selections of a saved adapter: they are taken as they were instead of being resolved again."""
-    rows: Mapping[str, tuple[int, int]] = field(default_factory=dict)
-    """The range (first, end) of the token table rows that are stored in a saved adapter, by path of the table."""
-    left_out: Collection[str] = ()
-    """The paths of sites at which the method, having looked at data, puts no operator."""
-    untied: tuple[str, ...] = ()
-    """The paths of modules whose trained replacements are theirs alone, even if other modules hold the same tensors:
-    the other modules keep the originals.
-    """
-
 
 @dataclass
-class Surgeon:
+class RecordingSurgeon(Surgeon):
     """Records the operators that a method puts into a host. Nothing is changed until `inject` has returned.
 
     Attributes:
-        model: the host.
-        method: the method that acts.
-        config: its options.
-        resolver: finds modules and tensors of the host, and has its map.
-        wishes: the user's arguments besides the method's options.
-        dry: whether this is a dry run, with operators on the meta device and no installation.
-        part: the prefix of the paths of a hybrid's part: ``"0/"``.
-        grafts: the operators so far, in the order in which they were recorded.
-        owned: the shared modules built by `own`, by name.
-        selections: the sites of each target, by its text; "" for the user's or the default one.
         ties: the other parameters on which an operator acts because they are its site's own tensor, by key of the
             operator; only those of tensors that several modules hold.
-        notices: lines for the user about targets: the alternative that was taken, the parts that are left out.
     """
 
     model: nn.Module
@@ -124,8 +62,7 @@ class Surgeon:
     wishes: Wishes
     dry: bool = False
     part: str = ""
-    parts: dict[str, Surgeon] = field(default_factory=dict)
-    """Other methods that this one includes, by name of the part."""
+    parts: dict[str, RecordingSurgeon] = field(default_factory=dict)
     grafts: list[Graft] = field(default_factory=list)
     owned: dict[str, Shared] = field(default_factory=dict)
     selections: dict[str, list[Site]] = field(default_factory=dict)
@@ -178,14 +115,6 @@ class Surgeon:
         return [each for each in self.config.overrides if not any(matches(path, each) for path in paths)]
 
     def sites(self, target: Target | None = None, *, optional: bool = False) -> list[Site]:
-        """Returns the sites of `target`; without one, those of the user's target, or of the method's default targets.
-
-        Default targets stay in one tower of a multimodal host, and pass over roles that the host lacks.
-
-        Raises:
-            TargetError: nothing matches, and it is not `optional`.
-            CheckpointError: a file names a site of the method twice, or no sites at all.
-        """
         key = "" if target is None else str(target)
         saved = self.wishes.saved
         try:
@@ -211,8 +140,6 @@ class Surgeon:
         return [replace(site, meta=True) for site in found] if self.dry else found
 
     def chosen(self, sites: Sequence[Site]) -> list[Site]:
-        """Returns the sites whose modules match the user's target and exclude; all, where the user named no target. For
-        methods that find their sites by themselves; like `sites`, recorded for files."""
         wishes, saved = self.wishes, self.wishes.saved
         if saved is not None:
             wanted = {record["module_path"] for record in saved.get("", ())}
@@ -223,10 +150,6 @@ class Surgeon:
         self.selections[""] = found
         return found
 
-    def at(self, role: str) -> list[Site]:
-        """Returns the sites of one role in the main tower; none when the host lacks the role."""
-        return self.sites(role, optional=True)
-
     def graft(
         self,
         site: Site,
@@ -235,15 +158,6 @@ class Surgeon:
         holders: tuple[Site, ...] = (),
         **own: Any,
     ) -> O:
-        """Put ``operator(site, config, **own)`` at a site: built from (seed, path), moved to the site's device, in the
-        wished dtype. Without `config` it is ``operator(site, **own)``. At `holders` the same operator acts too; see
-        `Operator.at`.
-
-        Raises:
-            UnsupportedSite: the operator wraps a forward, but the site is a tensor that is read, not called; or it
-                acts on a weight that no layer can read; or the site is trained along, as the user asked with ``train``.
-            PluginError: the method has grafted this site before.
-        """
         if (path := site.path) in self._paths:
             raise PluginError(f"{self.method.name} grafts {path} twice")
         options = (config.at(path),) if config else ()
@@ -267,18 +181,7 @@ class Surgeon:
         self._record(Graft(site, built, (site, *holders), self._by_method, self.part))
         return built
 
-    def attention(self, site: Site, operator: Callable[..., O], config: MethodConfig | None = None, **own: Any) -> O:
-        """Put ``operator(site, config, **own)``, an `AttentionOperator`, inside an attention module: around what its
-        queries, keys and values go through.
-
-        Raises:
-            UnsupportedSite: the module's attention cannot be edited.
-        """
-        return self.graft(self.attention_site(site), operator, config, **own)
-
     def attention_site(self, site: Site) -> AttentionSite:
-        """Returns the attention at a site, with the sizes of its heads; raises UnsupportedSite where it cannot be
-        edited."""
         return locate_attention(site, self.resolver)
 
     def sequence(
@@ -291,18 +194,6 @@ class Surgeon:
         counted: bool = False,
         **own: Any,
     ) -> O:
-        """Put ``operator(site, config, **own)``, a `SequenceOperator`, at a stack: its virtual tokens are put in front
-        of the tokens. With `behind`, they are put there after the tokens are embedded and have their positions. With
-        `blocks` (numbers of blocks of the stack), an `InnerRows` makes them at the numbered blocks, and tokens do not
-        see them before the first of the blocks. If block 0 is among the blocks, the virtual tokens may be `counted`:
-        the positions of tokens then continue after them, as after words.
-
-        Raises:
-            UnsupportedSite: the site is not a stack (a module that takes token ids, embeds them and runs blocks); or
-                rows cannot be inserted after the embeddings of the stack, or at a block.
-            PluginError: `blocks` are given, and the operator is not an `InnerRows`; or rows are `counted` that are
-                inserted only after block 0.
-        """
         found = self.sequence_site(site)
         if blocks:
             return self._inside(inside(found, self.resolver, blocks, counted), operator, config, own)
@@ -320,21 +211,12 @@ class Surgeon:
         return built
 
     def blocks_of(self, site: Site) -> int:
-        """Returns how many blocks the stack at a site has; raises UnsupportedSite where there is none."""
         return count_blocks(self.sequence_site(site), self.resolver)
 
     def sequence_site(self, site: Site) -> SequenceSite:
-        """Returns the stack at a site, for an operator that acts around the stack itself; raises UnsupportedSite where
-        there is none."""
         return locate_stack(site, self.resolver)
 
     def include(self, part: str, method: Method, config: MethodConfig, target: Target | None = None) -> None:
-        """Let another method act as one part of this one (a hybrid). The operators, shared modules and selections of
-        the part are recorded under its name.
-
-        Raises:
-            CompositionError: the part would replace a tensor that an earlier part changes by a value that it trains.
-        """
         grafts = self.collect(part, method, config, target)
         if self.wishes.saved is None:  # a file goes on doing what it did
             self._refuse_overridden(grafts)
@@ -342,14 +224,12 @@ class Surgeon:
         self._paths |= self.parts[part]._paths
 
     def collect(self, part: str, method: Method, config: MethodConfig, target: Target | None = None) -> list[Graft]:
-        """Returns the operators of another method as a part of this one. They are not installed: this method puts them
-        into its own, as children. The part's shared modules and selections are recorded as by `include`."""
         prefix, wishes = f"{part}/", self.wishes
         saved = wishes.saved
         if saved is not None:
             saved = {key.removeprefix(prefix): sites for key, sites in saved.items() if key.startswith(prefix)}
         wishes = replace(wishes, target=wishes.target if target is None else target, train=(), rows={}, saved=saved)
-        child = Surgeon(
+        child = RecordingSurgeon(
             self.model, method, config, self.resolver, wishes, self.dry, self.part + prefix, progress=self.progress
         )
         registry().hook.peftcore_inject(model=self.model, method=method, config=config, surgeon=child)
@@ -360,7 +240,6 @@ class Surgeon:
         return child.grafts
 
     def own(self, name: str, module: Callable[[], nn.Module]) -> Shared:
-        """Returns state that sites share, registered and saved once: built on the first call with that name."""
         if name not in self.owned:
             anywhere = next(self.model.parameters(), torch.empty(0)).device
             with preserved_rng():  # an operator that is being built may ask for it
@@ -368,12 +247,6 @@ class Surgeon:
         return self.owned[name]
 
     def replace(self, site: Site) -> Replacement:
-        """Let a trainable value replace the site's tensor: one for each tensor, so all modules tied to it see the same,
-        but for those that a file unties. It is stored as the host stores the tensor, and has its shape.
-
-        Raises:
-            UnsupportedSite: there is an operator already.
-        """
         tensor = None if site.layer.packed else site.layer.held(site.module, site.tensor)
         key = (site.path if tensor is None else id(tensor), site.slices, self._untied(site))
         if key not in self._replaced:
@@ -384,12 +257,6 @@ class Surgeon:
         return self._replaced[key]
 
     def train(self, path: str) -> list[Replacement]:
-        """Replace every parameter of the module at `path` and below (or the one parameter of that name).
-
-        Raises:
-            TargetError: there is neither a module nor a parameter at `path`.
-            UnsupportedSite: an operator is at one of them.
-        """
         resolver = self.resolver
         if path not in resolver.modules:
             return [self.replace(resolver.module_site(path))]
@@ -412,7 +279,7 @@ class Surgeon:
                 if others := (held & acts) - {f"{graft.site.module_path}.{graft.site.tensor}".lstrip(".")}:
                     self.ties[graft.key] = tuple(sorted(others))
 
-    def with_parts(self) -> Iterator[Surgeon]:
+    def with_parts(self) -> Iterator[RecordingSurgeon]:
         """Yields this surgeon, and those of the parts of a hybrid, in their order."""
         yield self
         for part in self.parts.values():
@@ -451,7 +318,7 @@ class Surgeon:
             site = replace(self.resolver.site(path, "weight"), meta=self.dry)
             rows = RowsSite.of(site)
             built = self._build(rows.path, lambda: TableRows(rows, site.layer, start), rows)  # noqa: B023
-            self._record(Graft(rows, built, (rows,), False, self.part))
+            self._record(Graft(rows, built, (rows,), False, self.part, adds_rows=True))
 
     def train_wishes(self) -> None:
         """Record the modules and parameters that the user named in ``train``: paths, or ends of paths.

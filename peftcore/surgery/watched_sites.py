@@ -34,8 +34,8 @@ from peftcore.targets.sites import SEVERAL
 from peftcore.utils.journal import Journal
 
 if TYPE_CHECKING:
-    from peftcore.injection.injection import Injection
-    from peftcore.surgery.surgeon import Surgeon
+    from peftcore.contract.installed_methods import AppliedMethod
+    from peftcore.contract.surgeon_protocol import Surgeon
     from peftcore.targets.sites import Site
 
 logger = logging.getLogger("peftcore")
@@ -233,6 +233,13 @@ class WatchedSites:
         return {**self.__dict__, "ways": {}}
 
 
+def watched_sites(state: HostState) -> WatchedSites:
+    """Returns the watched sites of a host, which are made where it has none."""
+    if not isinstance(state.watched, WatchedSites):
+        state.watched = WatchedSites()
+    return state.watched
+
+
 def _expected(surgeon: Surgeon, name: str) -> Iterator[Expected]:
     """Yields the sites of an injection that should run, each with the tower of a multimodal host in which it is."""
     modules = surgeon.resolver.modules
@@ -249,7 +256,7 @@ def _expected(surgeon: Surgeon, name: str) -> Iterator[Expected]:
             yield Expected(path, slots, tower, name, holder, names)
 
 
-def _check_whole(name: str, injection: Injection) -> None:
+def _check_whole(name: str, injection: AppliedMethod) -> None:
     """Check that an injection computes with whole tensors where it was made for whole ones."""
     for graft in injection.grafts:
         for site in graft.holders:
@@ -266,7 +273,7 @@ def _is_table(site: Site) -> bool:
     return site.layer.one_hot or (site.form == "weight" and site.layer_of(site.module, site.tensor).one_hot)
 
 
-def _ways(model: nn.Module, injection: Injection) -> Iterator[tuple[nn.Module, dict[str, nn.Module | None]]]:
+def _ways(model: nn.Module, injection: AppliedMethod) -> Iterator[tuple[nn.Module, dict[str, nn.Module | None]]]:
     """Yields the modules on the ways to the injection's modules, with their children.
 
     Raises:

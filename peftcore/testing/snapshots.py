@@ -27,12 +27,13 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, is_tr
 
 from peftcore.forward.choice.active_adapters import Choice
 from peftcore.forward.context.context import HERE, drop_interrupted
-from peftcore.forward.state.host_state import HostState, injections
+from peftcore.forward.state.host_state import HostState
 from peftcore.forward.state.slot import Slot
 from peftcore.forward.tensors.view import TORCHS
-from peftcore.injection.injection import Injection
+from peftcore.injection.injection import Injection, injections, installed
 from peftcore.layers.adapter_modules import IDLE
 from peftcore.layers.layer import GRAFTED
+from peftcore.surgery.watched_sites import WatchedSites
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, Path)
 DEPTH = 3
@@ -237,7 +238,7 @@ def _state(state: HostState) -> dict[str, Any]:
     except Exception as error:
         here = type(error).__name__
     return {
-        "injections": {name: _injection(each) for name, each in state.injections.items()},
+        "injections": {name: _injection(each) for name, each in installed(state).items()},
         "merged": state.merged,
         "frozen": len(state.frozen),
         "reads tokens": state.reads_tokens,
@@ -245,7 +246,7 @@ def _state(state: HostState) -> dict[str, Any]:
         "swapping": sorted(state.swapping),
         "running": sum(each.open for each in state.running.values()),
         "slots": [_slot(each) for each in state.slots],
-        "tables": sorted(state.watched.tables) if state.watched is not None else [],
+        "tables": sorted(state.watched.tables) if isinstance(state.watched, WatchedSites) else [],
         "choice": _choice(state.choice),
         "choice here": here,
         "idle": None if state.residency is None else state.residency.names(False),

@@ -17,11 +17,11 @@ import peftcore
 from peftcore.contract.config import MethodConfig
 from peftcore.contract.method import Method, Tags
 from peftcore.contract.operators import Operator, WeightOperator
+from peftcore.contract.surgeon_protocol import Surgeon
 from peftcore.errors import AmbiguousMethod, UnknownMethod
 from peftcore.injection.injection import Injection
 from peftcore.registry import catalogue
 from peftcore.registry.plugins import layer_of
-from peftcore.surgery.surgeon import Surgeon
 from peftcore.targets.sites import Site
 from peftcore.testing.kit import Case, Expecting, fill
 

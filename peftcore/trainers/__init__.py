@@ -9,7 +9,14 @@ It may import `fleets` and the layers below. In the order of reading:
 - `per_example`: gradients of single examples, for differential privacy.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from peftcore.fleets.fleet import Fleet as Fleet
+    from peftcore.fleets.member import Member as Member
+    from peftcore.trainers.callback import PeftcoreCallback as PeftcoreCallback
+    from peftcore.trainers.per_example import PerExample as PerExample
+    from peftcore.trainers.trainer import PeftcoreTrainer as PeftcoreTrainer
 
 
 def __getattr__(name: str) -> Any:

@@ -21,8 +21,8 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from peftcore.contract.installed_methods import AppliedMethod
 from peftcore.errors import TrainingError
-from peftcore.injection.applied import AppliedMethod
 from peftcore.injection.injection import Injection
 from peftcore.layers.fsdp import is_sharded
 from peftcore.libraries.admission import Admitted, await_trainer, has_trainer
@@ -82,7 +82,7 @@ class PeftcoreCallback(transformers.TrainerCallback):
         self._stepped: list[AppliedMethod] = []
         self._before: dict[str, bytes] = {}
         """Digests of state between steps, as it was before training."""
-        self._own: Injection | None = None
+        self._own: AppliedMethod | None = None
         """The injection whose optimizer saves its state between steps."""
         self._read: set[str] | None = None
         """Keys of the checkpoint that was read since one was expected."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from peftcore.errors import PeftcoreError, TrainingError
-from peftcore.forward.state.host_state import injections
+from peftcore.injection.injection import injections
 
 
 class PerExample(nn.Module):

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from peftcore.errors import ExportError
 from peftcore.files.continuing import check_record, record_of
-from peftcore.forward.state.host_state import injections
-from peftcore.injection.injection import Injection
+from peftcore.injection.injection import Injection, injections
 from peftcore.layers.fsdp import is_sharded, whole_from
 from peftcore.libraries.save_pretrained import SavesBase, check_saves, saving_base
 from peftcore.registry.plugins import layer_of

@@ -14,11 +14,7 @@ from peftcore.contract.method import GradientRule
 from peftcore.training.optimizer import MethodOptimizer
 
 if TYPE_CHECKING:
-    from peftcore.fleets.fleet import Fleet
-    from peftcore.fleets.member import Member
-    from peftcore.trainers.callback import PeftcoreCallback
-    from peftcore.trainers.per_example import PerExample
-    from peftcore.trainers.trainer import PeftcoreTrainer
+    from peftcore.trainers import Fleet, Member, PeftcoreCallback, PeftcoreTrainer, PerExample
 
 __all__ = [
     "Batch",

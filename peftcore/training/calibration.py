@@ -15,16 +15,22 @@ from peftcore.utils.journal import Journal
 
 if TYPE_CHECKING:
     from peftcore.contract.config import MethodConfig
+    from peftcore.contract.installed_methods import AppliedMethod
     from peftcore.contract.method import Method
-    from peftcore.injection.injection import Injection
     from peftcore.targets.sites import Site
 
 C = TypeVar("C", bound="MethodConfig")
 
 
-def calibrate(injection: Injection, data: Data) -> None:
+def calibrate(injection: AppliedMethod, data: Data, base: Iterable[nn.Module], acting: Iterable[AppliedMethod]) -> None:
     """Let the method (of a hybrid: those of its methods that ask for it) look at the data; afterwards gradients,
     modes, flags and the random generator are as before.
+
+    Args:
+        injection: the adapter.
+        data: the user's data.
+        base: the host's own modules.
+        acting: the adapters that act while the data is looked at; a loss reaches their parameters too.
 
     Raises:
         CalibrationError: the data is of no use to a method.
@@ -32,9 +38,8 @@ def calibrate(injection: Injection, data: Data) -> None:
     """
     model = injection.model
     planned = {key: tensor.shape for key, tensor in injection.state_dict().items()}
-    modules = [*injection.base_modules(), *(inner for _, module in injection.modules() for inner in module.modules())]
-    acting = [injection.state.injections[name] for name in injection.state.current()]
-    others = [parameter for each in acting for parameter in each.parameters()]  # a loss reaches these too
+    modules = [*base, *(inner for _, module in injection.modules() for inner in module.modules())]
+    others = [parameter for each in acting for parameter in each.parameters()]
     with _as_it_was(modules, others):
         for each in injection.family():
             if each.method.looks_at_data(each.config):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,14 +17,11 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils._pytree import tree_map
 
+from peftcore.contract.installed_methods import AppliedMethod
 from peftcore.contract.method import GradientRule
 from peftcore.errors import TrainingError
 from peftcore.layers.fsdp import gathered, stand_ins_for, standing
 from peftcore.layers.pieces import cut_like, is_cut, whole
-
-if TYPE_CHECKING:
-    from peftcore.injection.applied import AppliedMethod
-    from peftcore.injection.injection import Injection
 
 KEY = "peftcore"
 """The key in an optimizer's state dict under which a `MethodOptimizer` saves its own state."""
@@ -42,7 +39,7 @@ class MethodOptimizer(Optimizer):
     """
 
     def __init__(
-        self, injection: Injection, inner: Optimizer, rules: list[GradientRule], total_steps: int | None
+        self, injection: AppliedMethod, inner: Optimizer, rules: list[GradientRule], total_steps: int | None
     ) -> None:
         super().__init__(inner.param_groups, inner.defaults)
         self.injection, self.inner, self.rules = injection, inner, rules
@@ -237,7 +234,7 @@ def _copied(value: Any, device: torch.device) -> Any:
     return value.to(device, copy=True) if isinstance(value, Tensor) else value
 
 
-def transient(injection: Injection) -> Iterator[tuple[str, Tensor]]:
+def transient(injection: AppliedMethod) -> Iterator[tuple[str, Tensor]]:
     """Yields the non-persistent buffers of the operators: a method's state between steps, which no file needs."""
     for path, module in injection.modules():
         for prefix, inner in module.named_modules():
@@ -246,7 +243,7 @@ def transient(injection: Injection) -> Iterator[tuple[str, Tensor]]:
 
 
 def method_optimizer(
-    injection: Injection, cls: Callable[..., Optimizer], lr: float, total_steps: int | None, options: dict[str, Any]
+    injection: AppliedMethod, cls: Callable[..., Optimizer], lr: float, total_steps: int | None, options: dict[str, Any]
 ) -> Optimizer:
     """Returns the optimizer of `Injection.optimizer`."""
     if total_steps is not None:
@@ -265,7 +262,7 @@ def method_optimizer(
     return MethodOptimizer(injection, inner, rules, total_steps)
 
 
-def gradient_rules(injection: Injection) -> list[GradientRule]:
+def gradient_rules(injection: AppliedMethod) -> list[GradientRule]:
     """Returns the rule of the method or, of a hybrid, those of its parts."""
     rules = [each.method.gradient_rule(each) for each in injection.family()]
     return [rule for rule in rules if rule is not None]
@@ -280,12 +277,12 @@ def take_steps(family: Iterable[AppliedMethod], step: int, total: int) -> None:
         each.steps_taken = step
 
 
-def scheduled(injection: Injection) -> Iterator[AppliedMethod]:
+def scheduled(injection: AppliedMethod) -> Iterator[AppliedMethod]:
     """Returns the methods with a schedule: the injection or, of a hybrid, parts of it."""
     return (each for each in injection.family() if each.method.follows_steps(each.config))
 
 
-def check_steps(injection: Injection, total: int) -> None:
+def check_steps(injection: AppliedMethod, total: int) -> None:
     """Verify that what changes with the steps fits into so many.
 
     Raises:
@@ -296,7 +293,7 @@ def check_steps(injection: Injection, total: int) -> None:
 
 
 @contextmanager
-def whole_step(injection: Injection, optimizer: Optimizer, schedule: LRScheduler | None) -> Iterator[None]:
+def whole_step(injection: AppliedMethod, optimizer: Optimizer, schedule: LRScheduler | None) -> Iterator[None]:
     """Context manager for one step of an adapter's optimizer, method and schedule, which is taken whole or not at all:
     where it raises, the adapter's values and all that is remembered between steps are as they were before it."""
     rules = optimizer.rules if isinstance(optimizer, MethodOptimizer) else []
@@ -330,7 +327,7 @@ def whole_step(injection: Injection, optimizer: Optimizer, schedule: LRScheduler
         raise
 
 
-def _changing(injection: Injection, optimizer: Optimizer) -> list[Tensor]:
+def _changing(injection: AppliedMethod, optimizer: Optimizer) -> list[Tensor]:
     """Returns the tensors of an adapter that a step may write to, each once."""
     found: list[Tensor] = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     found += [*injection.parameters(), *(each for _, module in injection.modules() for each in module.buffers())]

@@ -1,6 +1,5 @@
 """What a method put in: the same to read of an injection and of a part of a hybrid, which has no verbs of its own."""
 
-import inspect
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -9,7 +8,7 @@ from core_toys import perceptron
 
 import peftcore
 from peftcore import Injection
-from peftcore.author import AppliedMethod, HybridPart, Method
+from peftcore.author import HybridPart
 
 READ = {"name", "model", "method", "config", "grafts", "operators", "sites", "shared", "parts", "whole", "family",
         "modules", "parameters", "reads_tokens", "state_dict", "steps_taken"}  # fmt: skip
@@ -25,20 +24,13 @@ def test_a_part_is_read_and_has_no_verbs(tmp_path: Path) -> None:
     part = injection.parts["0"]
     assert type(part) is HybridPart and not isinstance(part, Injection)
     assert {name for name in dir(part) if not name.startswith("_")} == READ
-    assert get_type_hints(AppliedMethod.parts.fget)["return"] == dict[str, HybridPart]
+    assert get_type_hints(HybridPart.parts.fget)["return"] == dict[str, HybridPart]
     with pytest.raises(AttributeError, match="'HybridPart' object has no attribute 'merge'"):
         part.merge()  # type: ignore[attr-defined]
     part.whole.save(tmp_path)
     part.whole.merge()
     assert injection.merged
     assert repr(part) == "HybridPart('0' of 'config_union': lora, 2 sites)"
-
-
-def test_functions_of_methods_get_what_both_have() -> None:
-    takes = [each for _, each in inspect.getmembers(Method, inspect.isfunction) if "injection" in each.__annotations__]
-    assert len(takes) == 8
-    assert {each.__annotations__["injection"] for each in takes} == {"AppliedMethod"}
-    assert issubclass(Injection, AppliedMethod)
 
 
 @pytest.mark.parametrize("options", [LORA, VERA], ids=lambda options: options["method"])

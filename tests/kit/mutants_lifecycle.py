@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import peftcore
 from peftcore import Injection
 from peftcore.author import Method, MethodConfig, Site
+from peftcore.contract.surgeon_protocol import Surgeon
 from peftcore.forward.choice.active_adapters import Choice
 from peftcore.forward.choice.scopes import Choices, Chosen, Statement
 from peftcore.forward.state.host_state import HostState
@@ -24,7 +25,6 @@ from peftcore.forward.state.slot import slot_of
 from peftcore.injection.injection import Summary
 from peftcore.layers.kinds import Linear
 from peftcore.surgery import surgeon as surgeons
-from peftcore.surgery.surgeon import Surgeon
 from peftcore.surgery.watched_sites import WatchedSites
 from peftcore.testing import Case
 

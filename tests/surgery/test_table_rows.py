@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 import peftcore
+from peftcore.contract.surgeon_protocol import Wishes
 from peftcore.errors import HostMismatch
 from peftcore.injection.applying import apply_request
 from peftcore.injection.request import Request, resolve_method
-from peftcore.surgery.surgeon import Wishes
 from peftcore.surgery.table_rows import TableRows
 
 

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from peftcore.contract.surgeon_protocol import Surgeon
 from peftcore.errors import CheckpointError, HostMismatch, shown
 from peftcore.files.envelope import SavedSite
 from peftcore.files.formats.composing import composed, with_overrides
@@ -28,7 +29,6 @@ from peftcore.files.formats.rebasing import find_move
 from peftcore.files.safe_io import TensorFile, read_json
 from peftcore.injection.request import host_map
 from peftcore.registry.plugins import imported, layer_of, named_places
-from peftcore.surgery.surgeon import Surgeon
 from peftcore.targets.resolver import Resolver
 from peftcore.targets.sites import Site
 

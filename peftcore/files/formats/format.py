@@ -14,12 +14,12 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from peftcore.contract.surgeon_protocol import Surgeon
 from peftcore.errors import CheckpointError, ExportError
 from peftcore.files.envelope import Envelope
 from peftcore.files.formats.description import Description, tensor_files
 from peftcore.injection.injection import Injection
 from peftcore.registry.plugins import imported, named_places
-from peftcore.surgery.surgeon import Surgeon
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 """Endings of pickles that hold tensors."""

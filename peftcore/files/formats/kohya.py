@@ -19,6 +19,7 @@ from typing import ClassVar
 import torch
 from torch import Size, Tensor, nn
 
+from peftcore.contract.surgeon_protocol import Graft
 from peftcore.errors import ExportError
 from peftcore.files.added_rows import check_no_rows
 from peftcore.files.formats.bundled_embeddings import (
@@ -51,7 +52,6 @@ from peftcore.files.formats.translated_operators import Place
 from peftcore.files.safe_io import TensorFile
 from peftcore.injection.injection import Injection
 from peftcore.registry.plugins import layer_of
-from peftcore.surgery.surgeon import Graft
 
 TENSORS = "kohya.safetensors"
 """The file that we write into a folder; any file that is the only one is read."""

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Size, Tensor, nn
 
+from peftcore.contract.surgeon_protocol import Surgeon
 from peftcore.errors import CheckpointError, HostMismatch
 from peftcore.files.envelope import SavedSite
 from peftcore.files.formats.bundled_embeddings import (
@@ -51,7 +52,6 @@ from peftcore.files.formats.translated_operators import Place
 from peftcore.files.safe_io import TensorFile, parse_json
 from peftcore.registry.plugins import layer_of
 from peftcore.roles.token_tables import tables_by_path
-from peftcore.surgery.surgeon import Surgeon
 
 DROPOUTS = ("dropout", "rank_dropout", "module_dropout")
 """The dropouts that training programs have."""

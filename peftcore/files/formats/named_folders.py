@@ -12,9 +12,9 @@ from pathlib import Path
 
 from torch import Tensor
 
+from peftcore.contract.surgeon_protocol import Surgeon
 from peftcore.errors import CheckpointError, shown
 from peftcore.files.formats.hub import IDENTIFIER, is_fetched
-from peftcore.surgery.surgeon import Surgeon
 
 
 def named_folder(name: str, beside: Path, where: Path) -> Path:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from peftcore.contract.surgeon_protocol import Surgeon
 from peftcore.errors import CheckpointError, PluginError
 from peftcore.files.added_rows import AddedRows, added_rows, spans
 from peftcore.files.envelope import Envelope, SavedSite, envelope_of, method_of, options_of, parse_envelope
@@ -18,7 +19,6 @@ from peftcore.files.formats.rebasing import Move, find_move
 from peftcore.files.safe_io import TensorFile, parse_json
 from peftcore.injection.injection import Injection
 from peftcore.surgery.planning import Plan
-from peftcore.surgery.surgeon import Surgeon
 
 ENVELOPE, TENSORS = "adapter.json", "adapter.safetensors"
 METADATA = "peftcore"

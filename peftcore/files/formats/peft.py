@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcore.contract.config import DTYPES
+from peftcore.contract.surgeon_protocol import Surgeon
 from peftcore.errors import CheckpointError, shown
 from peftcore.files.added_rows import AddedRows
 from peftcore.files.envelope import Envelope
@@ -42,7 +43,6 @@ from peftcore.files.safe_io import TensorFile, read_json
 from peftcore.injection.injection import Injection
 from peftcore.registry.plugins import layer_of
 from peftcore.roles.token_tables import tables_by_path
-from peftcore.surgery.surgeon import Surgeon
 from peftcore.surgery.table_rows import TableRows
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"

@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import nn
 
+from peftcore.contract.surgeon_protocol import Graft
 from peftcore.errors import ExportError
 from peftcore.roles.token_tables import token_tables
-from peftcore.surgery.surgeon import Graft
 
 UNTIED = (
     "which are tied and train here as one. peft would train copies of them apart. Keep our own format; or give each a "

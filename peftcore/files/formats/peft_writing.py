@@ -12,6 +12,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from peftcore.contract.installed_methods import AppliedMethod
+from peftcore.contract.surgeon_protocol import Graft
 from peftcore.errors import ExportError
 from peftcore.files.added_rows import added_rows
 from peftcore.files.envelope import base_name, base_revision
@@ -19,11 +21,9 @@ from peftcore.files.formats.peft_method import PeftMethod, peft_methods
 from peftcore.files.formats.peft_module_names import WRAPPER
 from peftcore.files.formats.peft_tying import tying
 from peftcore.files.formats.translated_operators import Place, places_of
-from peftcore.injection.applied import AppliedMethod
 from peftcore.injection.injection import Injection
 from peftcore.layers.layer import plain_class
 from peftcore.registry.plugins import imported
-from peftcore.surgery.surgeon import Graft
 from peftcore.targets.sites import BesideSite, Site
 
 

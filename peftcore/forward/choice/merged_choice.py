@@ -4,17 +4,14 @@ every choice."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
 
+from peftcore.contract.installed_methods import AppliedMethod
 from peftcore.contract.operators import changes_bias
 from peftcore.errors import MergeError
 from peftcore.forward.choice.active_adapters import Active, Choice
 from peftcore.layers.layer import bias_name
 
-if TYPE_CHECKING:
-    from peftcore.injection.injection import Injection
-
-Injections = Mapping[str, "Injection"]
+Injections = Mapping[str, AppliedMethod]
 
 
 def check_choice(injections: Injections, merged: Active, choice: Choice) -> None:
@@ -75,7 +72,7 @@ def _before(injections: Injections, name: str, others: list[str]) -> Iterator[st
                 yield other
 
 
-def places(injection: Injection) -> set[str]:
+def places(injection: AppliedMethod) -> set[str]:
     """Returns the paths of the tensors of the host that an injection may change."""
     found = set()
     for graft in injection.grafts:

@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from peftcore.contract.installed_methods import AppliedMethod
 from peftcore.errors import MemoryLimit
 
 if TYPE_CHECKING:
     from peftcore.forward.choice.active_adapters import Choice
     from peftcore.forward.choice.scopes import ChoiceScope
-    from peftcore.forward.state.host_state import HostState
-    from peftcore.injection.injection import Injection
 
 
 class ResidentAdapter(Protocol):
@@ -50,6 +49,14 @@ class ResidentAdapter(Protocol):
         """Drop the adapter's offloaded values."""
 
 
+class PinningHost(Protocol):
+    """The state of a model, as the residency of its adapters needs it."""
+
+    def pinned(self, leaving: ChoiceScope | None) -> set[str]:
+        """Returns the names of the adapters that are merged, used by a running forward, or named by a choice in force;
+        the choice of the block `leaving` does not count."""
+
+
 class _Record:
     """One adapter: whether its values are on the model, and when it was last used."""
 
@@ -71,7 +78,7 @@ class Residency:
         lock: held while adapters are offloaded and restored.
     """
 
-    def __init__(self, state: HostState, limit: int, account: Callable[[Injection], ResidentAdapter]) -> None:
+    def __init__(self, state: PinningHost, limit: int, account: Callable[[Any], ResidentAdapter]) -> None:
         self._state = weakref.ref(state)
         self.limit, self._account = limit, account
         self.lock = threading.RLock()
@@ -93,7 +100,7 @@ class Residency:
 
     # ------------------------------------------------------------------------------------- adapters that come and go
 
-    def add(self, injection: Injection) -> None:
+    def add(self, injection: AppliedMethod) -> None:
         """Register an injection whose values are on the model.
 
         Raises:
@@ -103,7 +110,7 @@ class Residency:
             self._records[injection.name] = _Record(self._account(injection), next(self._clock))
 
     @contextmanager
-    def joining(self, injection: Injection) -> Iterator[None]:
+    def joining(self, injection: AppliedMethod) -> Iterator[None]:
         """Context manager in which a new injection is installed: makes room for it, and keeps it on the model
         meanwhile.
 
@@ -273,12 +280,7 @@ class Residency:
         """Returns the names of pinned adapters, without those that are only pinned because they train."""
         state = self._state()
         assert state is not None, "the state of a model has its residency"
-        pinned = {*state.merged}
+        pinned = state.pinned(leaving)
         for names in list(self._held.values()):
             pinned.update(names)
-        for choice in state.choices.pinning(leaving):
-            pinned.update(choice.named)
-        for context in list(state.running.values()):
-            if context.open and context.choice is not None:
-                pinned.update(context.choice.named)
         return pinned

@@ -10,19 +10,19 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from peftcore.errors import AmbiguousChoice, BlockOrderError, CompositionError, RouteError
 from peftcore.forward.choice.active_adapters import Active, Choice
 from peftcore.forward.context.context import HERE
 
 if TYPE_CHECKING:
-    from peftcore.forward.state.host_state import HostState
+    from peftcore.forward.choice.residency import Residency
 
 _ADVICE = "take the choice for one call instead: peftcore.using(model, name)(function, ...)"
 _LOCK = threading.RLock()
@@ -108,6 +108,31 @@ _THREAD: ContextVar[object] = ContextVar("peftcore_thread", default=None)
 this value."""
 
 
+class ChoosingHost(Protocol):
+    """The state of a model, as the choices on it need it."""
+
+    @property
+    def injections(self) -> Container[str]:
+        """The names of the installed injections."""
+
+    @property
+    def residency(self) -> Residency | None:
+        """Keeps the values of adapters within a limit of bytes."""
+
+    @property
+    def choices(self) -> Choices:
+        """The choices themselves."""
+
+    def check(self, choice: Choice) -> None:
+        """Raise UnknownInjection where a choice activates an injection that is not installed."""
+
+    def check_merged(self, choice: Choice) -> None:
+        """Raise MergeError where a choice excludes a merged injection."""
+
+    def replan(self) -> None:
+        """Make every slot plan for the shared choice."""
+
+
 class Choices:
     """The choices on one model: the shared choices, and the choices that single threads and tasks made.
 
@@ -118,10 +143,10 @@ class Choices:
         owner: the thread that adapted the model.
     """
 
-    def __init__(self, host: HostState) -> None:
+    def __init__(self, host: ChoosingHost) -> None:
         self._begin(host, Choice())
 
-    def _begin(self, host: HostState, choice: Choice) -> None:
+    def _begin(self, host: ChoosingHost, choice: Choice) -> None:
         self._host = weakref.ref(host)  # it has this one: both go at once, not when Python looks for garbage
         self.choice = choice
         self.everybody = [Scope(choice, ChoiceScope(choice))]
@@ -131,7 +156,7 @@ class Choices:
         _THREAD.set(self.owner)
 
     @property
-    def host(self) -> HostState:
+    def host(self) -> ChoosingHost:
         """The state of the model to which these choices belong."""
         host = self._host()
         assert host is not None, "nobody has the choices of a model alone"
@@ -547,7 +572,7 @@ class Chosen(AbstractContextManager["Chosen"]):
     """Returned by `activate`, `route` and `call`: the choice is already in force. As a context manager, it holds until
     the end of the block, and then the previous choice holds again."""
 
-    def __init__(self, state: HostState, choice: Choice) -> None:
+    def __init__(self, state: ChoosingHost, choice: Choice) -> None:
         self._state, self._choice = state, choice
         self._blocks: list[ChoiceScope] = []
         self._statement: Statement | None = state.choices.set(choice)  # last: nothing is interrupted after it

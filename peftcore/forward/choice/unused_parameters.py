@@ -4,22 +4,24 @@ needs no record of earlier forwards, so it is a function apart from `peftcore.su
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import nn
 from torch.nn.parallel.distributed import DistributedDataParallel
 
+from peftcore.contract.installed_methods import Installed
 from peftcore.errors import TrainingError
 
-if TYPE_CHECKING:
-    from peftcore.forward.choice.active_adapters import Choice
-    from peftcore.forward.state.host_state import HostState
 
-
-def check_all_act(state: HostState, model: nn.Module, choice: Choice) -> None:
+def check_all_act(model: nn.Module, injections: Mapping[str, Installed], acting: Collection[str]) -> None:
     """Check that every adapter with trainable parameters is active, where DistributedDataParallel waits for all
     gradients.
+
+    Args:
+        model: the adapted model.
+        injections: its injections by name.
+        acting: the names of those that act through their operators: not those that are merged.
 
     Raises:
         TrainingError: an adapter with trainable parameters is inactive.
@@ -30,9 +32,8 @@ def check_all_act(state: HostState, model: nn.Module, choice: Choice) -> None:
         return
     if runner.find_unused_parameters or runner.static_graph or runner.parameters_to_ignore:
         return
-    acting = set(state.unmerged(choice.acting))
-    used = {id(parameter) for name in acting for parameter in state.injections[name].parameters()}
-    for name, injection in state.injections.items():
+    used = {id(parameter) for name in acting for parameter in injections[name].parameters()}
+    for name, injection in injections.items():
         unused = (each for each in injection.parameters() if each.requires_grad and id(each) not in used)
         if name not in acting and any(True for _ in unused) and any(each is model for each in runner.modules()):
             raise TrainingError(

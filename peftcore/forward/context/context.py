@@ -14,10 +14,10 @@ import inspect
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from peftcore.forward.context.row_random_numbers import Streams
     from peftcore.forward.context.taps import Tap
     from peftcore.forward.rows.routing import OwnRows
-    from peftcore.forward.state.host_state import HostState
 
 
 class _Threads(threading.local):
@@ -85,6 +84,27 @@ def repeating() -> bool:
     return graph_task() != -1
 
 
+class AdaptedHost(Protocol):
+    """The state of a model, as the contexts of its forwards need it."""
+
+    @property
+    def running(self) -> MutableMapping[int, ForwardContext]:
+        """The forwards that run now, in all threads, by id."""
+
+    def name_of(self, operator: nn.Module) -> str:
+        """Returns the name of the injection to which an operator belongs.
+
+        Raises:
+            UnknownInjection: the operator belongs to no injection of the host.
+        """
+
+    def held(self, choice: Choice) -> AbstractContextManager[None]:
+        """Returns the context manager in which a choice holds only for the code that this thread calls."""
+
+    def note_backward(self) -> None:
+        """Note that backward runs through the recorded forwards."""
+
+
 class ForwardContext:
     """The context of one forward of the host.
 
@@ -100,7 +120,7 @@ class ForwardContext:
 
     def __init__(
         self,
-        state: HostState | None = None,
+        state: AdaptedHost | None = None,
         choice: Choice | None = None,
         model: nn.Module | None = None,
         args: tuple[Any, ...] = (),
@@ -414,7 +434,7 @@ class ForwardContext:
         inner.extra, inner.calm, inner.taps, inner.frame = True, not repeating(), [*self.taps], sys._getframe()
         inner.within = running() if inner.recorded else []
         before = len(HERE.calls)
-        with state.choices.held(choice):
+        with state.held(choice):
             HERE.calls.append(inner)
             HERE.settle()
             try:
@@ -515,7 +535,7 @@ def forward_context() -> ForwardContext:
     return HERE.calls[-1] if HERE.calls else outside() or ForwardContext()
 
 
-def remember_in_checkpoint(state: HostState, choice: Choice) -> None:
+def remember_in_checkpoint(state: AdaptedHost, choice: Choice) -> None:
     """Store the choice and the context of this forward in the checkpoints in which a module of the host runs."""
     here = next((call for call in reversed(HERE.calls) if call.state is state), None)
     if here is None or here.recorded:
@@ -577,7 +597,7 @@ def announce(output: Any, call: ForwardContext) -> None:
 
     def told(gradients: tuple[Any, ...]) -> None:
         HERE.announced[id(state)] = graph_task(), weakref.ref(call)
-        state.recorder.drained = True
+        state.note_backward()
         HERE.disturb()  # a forward of the host may be under way: a module that runs again in its middle must ask
 
     for tensor in tensors_in(output):

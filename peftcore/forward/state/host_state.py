@@ -13,16 +13,17 @@ import weakref
 from collections.abc import Callable, Collection, Iterable, MutableMapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
 
+from peftcore.contract.installed_methods import Installed
 from peftcore.errors import CompositionError, MergeError, UnknownInjection
 from peftcore.forward.choice.active_adapters import Active, Choice
 from peftcore.forward.choice.merged_choice import check_choice
 from peftcore.forward.choice.residency import Residency
-from peftcore.forward.choice.scopes import Choices
+from peftcore.forward.choice.scopes import Choices, ChoiceScope
 from peftcore.forward.choice.unused_parameters import check_all_act
 from peftcore.forward.context.context import ForwardContext, graph_task
 from peftcore.forward.state.generate import GeneratesFromCache
@@ -37,8 +38,6 @@ from peftcore.utils.threads import Token
 
 if TYPE_CHECKING:
     from peftcore.forward.state.slot import Slot
-    from peftcore.injection.injection import Injection
-    from peftcore.surgery.watched_sites import WatchedSites
 
 _KEY = "_peftcore_state"
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
@@ -47,11 +46,36 @@ OPTIONS = ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", "_for
 """The tables in which torch keeps how hooks are called."""
 
 
+class SiteWatcher(Protocol):
+    """Checks the adapted sites of a host around each forward."""
+
+    def begin(self, model: nn.Module, state: HostState, acting: Iterable[str]) -> None:
+        """Check the modules of the named injections before a forward of the host.
+
+        Raises:
+            InactiveSite: as `check`.
+        """
+
+    def check(self, model: nn.Module, state: HostState, acting: Iterable[str]) -> None:
+        """Check that the modules of the named injections are still in the model.
+
+        Raises:
+            InactiveSite: one is not.
+        """
+
+    def judge(self, state: HostState, training: bool) -> None:
+        """Check, after a forward of the host in this mode, that all active sites ran in it.
+
+        Raises:
+            InactiveSite: active sites did not run.
+        """
+
+
 @dataclass(eq=False)
 class HostState:
     """The state that peftcore keeps on the root module of one adapted model."""
 
-    injections: dict[str, Injection] = field(default_factory=dict)
+    injections: dict[str, Installed] = field(default_factory=dict)
     choices: Choices = field(init=False)
     merged: Active = ()
     """The names of the injections that are merged into the weights, in the order of merging."""
@@ -63,7 +87,7 @@ class HostState:
     """Slots of the grafted modules, in the order of grafting, which is their order in memory. Slots plan when the
     choice changes, so a compiler never traces the planning."""
 
-    watched: WatchedSites | None = None
+    watched: SiteWatcher | None = None
     """Checks that adapted modules stay in the model and run."""
 
     watches_runs: bool = True
@@ -123,7 +147,7 @@ class HostState:
             return
         choice = self.recorder.enter(self, model, args, kwargs)
         if len(self.injections) > 1 and choice is not None:
-            check_all_act(self, model, choice)
+            check_all_act(model, self.injections, self.unmerged(choice.acting))
 
     def end(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Forward hook on the host: closes the context, also when the forward raised."""
@@ -174,6 +198,25 @@ class HostState:
                 pass
         if self.residency is not None:
             self.residency.admit(choice)
+
+    def pinned(self, leaving: ChoiceScope | None) -> set[str]:
+        """Returns the names of the adapters that are merged, used by a running forward, or named by a choice in force;
+        the choice of the block `leaving` does not count."""
+        pinned = {*self.merged}
+        for choice in self.choices.pinning(leaving):
+            pinned.update(choice.named)
+        for context in list(self.running.values()):
+            if context.open and context.choice is not None:
+                pinned.update(context.choice.named)
+        return pinned
+
+    def held(self, choice: Choice) -> AbstractContextManager[None]:
+        """Returns the context manager in which a choice holds only for the code that this thread calls."""
+        return self.choices.held(choice)
+
+    def note_backward(self) -> None:
+        """Note that backward runs through the recorded forwards: the next forward begins a new record."""
+        self.recorder.drained = True
 
     def kept(self, *names: str) -> AbstractContextManager[None]:
         """Returns the context manager in which the values of injections are on the model and are not offloaded.
@@ -307,12 +350,6 @@ def drop_state(journal: Journal, model: nn.Module) -> None:
         journal.set(
             state, "frozen", []
         )  # the state and its choices know each other: it goes when Python collects garbage
-
-
-def injections(model: nn.Module) -> dict[str, Injection]:
-    """Returns the host's injections by name, in the order in which they were applied."""
-    state = state_of(model)
-    return dict(state.injections) if state else {}
 
 
 def known(model: nn.Module, names: Iterable[str]) -> HostState:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sized
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
+from peftcore.contract.installed_methods import Installed
 from peftcore.contract.method import Method
 from peftcore.errors import RouteError, TrainingError, UnknownInjection
 from peftcore.forward.rows.routing import OwnRows, own_rows
@@ -25,8 +26,6 @@ from peftcore.utils.threads import Token, this_thread
 if TYPE_CHECKING:
     from peftcore.forward.choice.active_adapters import Active
     from peftcore.forward.context.context import ForwardContext
-    from peftcore.forward.state.host_state import HostState
-    from peftcore.injection.injection import Injection
 
 IGNORED = -100
 """Labels that transformers leaves out."""
@@ -43,6 +42,22 @@ Entry = tuple[str, Tensor]
 """A loss, with the name of the injection whose method or operator made it."""
 
 
+class ModelWithLosses(Protocol):
+    """The state of a model, as the losses of its methods need it."""
+
+    @property
+    def injections(self) -> Mapping[str, Installed]:
+        """The injections by name."""
+
+    @property
+    def slots(self) -> Sized:
+        """The slots of the adapted modules."""
+
+    @property
+    def outside(self) -> Mapping[Token, ForwardContext]:
+        """The contexts of parts that run without the host, by thread."""
+
+
 class OwnLosses:
     """The methods' losses of the last training forward of each thread that were not added to an output, until they are
     taken.
@@ -57,7 +72,7 @@ class OwnLosses:
         self._compiled: list[Entry] = []
         self._compiled_waits = False
 
-    def begin(self, state: HostState, acting: Active) -> None:
+    def begin(self, state: ModelWithLosses, acting: Active) -> None:
         """Drop the waiting losses of the given injections, whose next training forward begins."""
         if self._compiled_waits or this_thread() in self._waiting:
             entries = self._gathered()
@@ -66,7 +81,7 @@ class OwnLosses:
 
     def end(
         self,
-        state: HostState,
+        state: ModelWithLosses,
         call: ForwardContext,
         seen: Iterable[Entry],
         output: Any,
@@ -104,18 +119,18 @@ class OwnLosses:
             notice(state, entries)
         return output
 
-    def visit(self, state: HostState, call: ForwardContext) -> None:
+    def visit(self, state: ModelWithLosses, call: ForwardContext) -> None:
         """Record that a target module runs in training, in a part of the host that runs by itself."""
         call.visits += 1
         if call.visits > PASSES * len(state.slots):
             notice(state, self._of_parts(state))
 
-    def waits(self, state: HostState, name: str) -> bool:
+    def waits(self, state: ModelWithLosses, name: str) -> bool:
         """Whether losses of an injection wait in this thread."""
         self._keep([*self._gathered(), *self._of_parts(state)])
         return any(name == each for each, _ in self._waiting.get(this_thread(), ()))
 
-    def take(self, state: HostState, name: str) -> list[Tensor]:
+    def take(self, state: ModelWithLosses, name: str) -> list[Tensor]:
         """Returns the losses of an injection that wait in this thread, with their graph; they wait no longer."""
         entries = [*self._gathered(), *self._of_parts(state)]
         self._keep(entry for entry in entries if entry[0] != name)
@@ -131,7 +146,7 @@ class OwnLosses:
         if kept := list(entries):
             self._waiting[this_thread()] = kept
 
-    def _of_parts(self, state: HostState) -> list[Entry]:
+    def _of_parts(self, state: ModelWithLosses) -> list[Entry]:
         """Returns the losses of parts that ran by themselves in training, since the last call."""
         call = state.outside.get(this_thread())
         if call is None or call.choice is None or not call.visits:
@@ -144,7 +159,7 @@ class OwnLosses:
         return OwnLosses, ()
 
 
-def operator_losses(state: HostState, call: ForwardContext) -> list[Entry]:
+def operator_losses(state: ModelWithLosses, call: ForwardContext) -> list[Entry]:
     """Returns the losses that operators added in a forward, each with the injection of its operator, and clears them.
 
     Raises:
@@ -167,7 +182,7 @@ def operator_losses(state: HostState, call: ForwardContext) -> list[Entry]:
     return [(owners[id(operator)], loss) for operator, loss in added]
 
 
-def output_losses(state: HostState, call: ForwardContext, output: Any) -> list[Entry]:
+def output_losses(state: ModelWithLosses, call: ForwardContext, output: Any) -> list[Entry]:
     """Returns the losses that methods compute from the output of a forward that is still open; in a route, each method
     from the rows of its injection.
 
@@ -230,7 +245,7 @@ def with_loss(output: Any, loss: Tensor) -> Any:
     return named._replace(loss=loss) if isinstance(output, tuple) else dataclasses.replace(named, loss=loss)
 
 
-def acting_injections(state: HostState, acting: Active) -> Iterator[tuple[str, Injection]]:
+def acting_injections(state: ModelWithLosses, acting: Active) -> Iterator[tuple[str, Installed]]:
     """Yields the injections with the given names.
 
     Raises:
@@ -243,7 +258,7 @@ def acting_injections(state: HostState, acting: Active) -> Iterator[tuple[str, I
         yield name, injection
 
 
-def aux_losses(state: HostState, acting: Active) -> Iterator[Entry]:
+def aux_losses(state: ModelWithLosses, acting: Active) -> Iterator[Entry]:
     """Yields the losses that the methods of the given injections compute in `aux_loss`."""
     for name, injection in acting_injections(state, acting):
         if type(injection.method).aux_loss is not Method.aux_loss:
@@ -270,13 +285,13 @@ def share_of_step(inputs: Mapping[str, Any], shifted: bool = True) -> Tensor | f
     return share
 
 
-def names_of(state: HostState, entries: Iterable[Entry]) -> list[str]:
+def names_of(state: ModelWithLosses, entries: Iterable[Entry]) -> list[str]:
     """Returns the names of the methods of the losses, each once."""
     injections = [state.injections.get(name) for name, _ in entries]
     return list(dict.fromkeys(each.method.name for each in injections if each is not None))
 
 
-def notice(state: HostState, entries: list[Entry]) -> None:
+def notice(state: ModelWithLosses, entries: list[Entry]) -> None:
     """Log one line, a warning of the logger "peftcore", for each method whose losses were left out of training; once
     per method and process."""
     for method in names_of(state, entries):
