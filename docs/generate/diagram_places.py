@@ -17,7 +17,7 @@ import snippets
 from peftcore.authoring.branches import Bypass, is_post_norm
 from peftcore.authoring.budgets import reference
 from peftcore.contract.operators import Combiner, Operator, Replacement, WeightOperator
-from peftcore.contract.surgeon import Graft, Surgeon
+from peftcore.contract.surgeon_protocol import Graft, Surgeon
 from peftcore.errors import ConfigError, PeftcoreError
 from peftcore.injection.applying import record
 from peftcore.injection.request import Request, host_map, resolve_method

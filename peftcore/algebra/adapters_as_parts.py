@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcore.algebra.combining import Source, established, opened, warn_of_heads
-from peftcore.contract.applied import AppliedMethod
+from peftcore.contract.installed_methods import AppliedMethod
 from peftcore.injection.injection import Injection
 from peftcore.registry.catalogue import method as find_method
 from peftcore.registry.preset_methods import method_of

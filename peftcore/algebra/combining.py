@@ -20,7 +20,7 @@ from peftcore.contract.batches import Data
 from peftcore.contract.config import MethodConfig, validate
 from peftcore.contract.method import Method
 from peftcore.contract.operators import Factors, _Base, changes_bias, is_mergeable
-from peftcore.contract.surgeon import Wishes
+from peftcore.contract.surgeon_protocol import Wishes
 from peftcore.errors import ConfigError, MergeError, NotMergeable, UnknownInjection, UnknownMethod, UnsupportedSite
 from peftcore.files.save_load import load
 from peftcore.forward.state.host_state import state_of

@@ -1,13 +1,13 @@
 """The imports of most methods: a method, its options, its target modules, the operators at them."""
 
-from peftcore.contract.applied import AppliedMethod
 from peftcore.contract.batches import Batches
 from peftcore.contract.config import MethodConfig, Share
 from peftcore.contract.hookspecs import API, hookimpl
+from peftcore.contract.installed_methods import AppliedMethod
 from peftcore.contract.method import MATRICES, OUTPUTS, LearningRate, Method, Tags
 from peftcore.contract.operators import Held, InputOperator, Operator, Shared, WeightOperator, on_first
 from peftcore.contract.presets import Preset
-from peftcore.contract.surgeon import Surgeon
+from peftcore.contract.surgeon_protocol import Surgeon
 from peftcore.forward.context.context import ForwardContext, forward_context
 from peftcore.forward.context.taps import Tap
 from peftcore.targets.sites import Site

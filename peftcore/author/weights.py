@@ -16,7 +16,7 @@ from peftcore.contract.operators import (
     is_mergeable,
     low_rank,
 )
-from peftcore.contract.surgeon import Graft
+from peftcore.contract.surgeon_protocol import Graft
 from peftcore.forward.context.routers import Router, by_row
 from peftcore.forward.rows.routing import OneForward
 from peftcore.forward.tensors.view import with_tensors

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from peftcore.contract.surgeon import Surgeon
+from peftcore.contract.surgeon_protocol import Surgeon
 from peftcore.errors import UnsupportedSite
 from peftcore.forward.sequence.sequence_inside import WIDTHS
 from peftcore.roles.block_calls import alike

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from peftcore.contract.operators import Operator, on_first
-from peftcore.contract.surgeon import Surgeon
+from peftcore.contract.surgeon_protocol import Surgeon
 from peftcore.errors import RouteError, UnsupportedSite
 from peftcore.forward.context.taps import Tap
 from peftcore.roles import HostEntry

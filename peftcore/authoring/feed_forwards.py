@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from peftcore.contract.surgeon import Surgeon
+from peftcore.contract.surgeon_protocol import Surgeon
 from peftcore.errors import UnsupportedSite
 from peftcore.targets.sites import Site
 

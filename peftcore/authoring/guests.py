@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from peftcore.authoring.pass_cache import PassCache
 from peftcore.contract.operators import Operator, Shared
-from peftcore.contract.surgeon import Surgeon
+from peftcore.contract.surgeon_protocol import Surgeon
 from peftcore.errors import ConfigError, SequenceError, UnsupportedSite
 from peftcore.forward.context.taps import Tap
 from peftcore.forward.sequence.sequence import POSITIONS

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from peftcore.contract.applied import AppliedMethod
 from peftcore.contract.config import MethodConfig, validate_json
+from peftcore.contract.installed_methods import AppliedMethod
 from peftcore.errors import ConfigError
 from peftcore.forward.context.context import ForwardContext
 from peftcore.registry.catalogue import method as find_method

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from peftcore.authoring.block_sites import BlockSite
-from peftcore.contract.surgeon import Surgeon
+from peftcore.contract.surgeon_protocol import Surgeon
 from peftcore.errors import MissingContext, SequenceError, UnsupportedSite
 from peftcore.forward.context.context import forward_context
 from peftcore.roles.stacks import TokenStack, cache_in

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from peftcore.contract.operators import Operator
-from peftcore.contract.surgeon import Surgeon
+from peftcore.contract.surgeon_protocol import Surgeon
 from peftcore.errors import TargetError, UnsupportedSite
 from peftcore.forward.context.context import forward_context
 from peftcore.forward.context.taps import Tap

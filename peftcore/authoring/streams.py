@@ -27,7 +27,7 @@ from torch import Tensor
 from peftcore.authoring.block_sites import block_width
 from peftcore.contract.config import MethodConfig
 from peftcore.contract.operators import Operator
-from peftcore.contract.surgeon import Surgeon
+from peftcore.contract.surgeon_protocol import Surgeon
 from peftcore.errors import PluginError, SequenceError, TrainingError, UnsupportedSite
 from peftcore.forward.attention.attention import Attend, AttentionOperator
 from peftcore.forward.context.activation_checkpoints import reentrant

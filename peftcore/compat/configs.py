@@ -15,7 +15,7 @@ from torch import nn
 from peftcore.contract.config import MethodConfig
 from peftcore.contract.method import Method
 from peftcore.contract.operators import _Base, turn_off_dropout
-from peftcore.contract.surgeon import Wishes
+from peftcore.contract.surgeon_protocol import Wishes
 from peftcore.errors import CalibrationError, ConfigError, TrainingError
 from peftcore.injection.applying import apply, apply_request
 from peftcore.injection.injection import Injection, injections

@@ -6,8 +6,8 @@ It may import `targets` and the packages below it. In the order of reading:
 - `config`: the options of a method.
 - `batches`: the user's data, for methods that look at it before training.
 - `operators`: the trainable modules that a method adds at target modules.
-- `surgeon`: the verbs with which a method puts operators at sites.
-- `applied`: a method with its operators in a model.
+- `surgeon_protocol`: the verbs with which a method puts operators at sites.
+- `installed_methods`: a method with its operators in a model.
 - `method`: a method and its tags.
 - `presets`: named sets of a method's options.
 - `calls`: finds the inputs of a module's call by its output.

@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     import typer
     from torch import nn
 
-    from peftcore.contract.applied import AppliedMethod, Installed
     from peftcore.contract.config import MethodConfig
+    from peftcore.contract.installed_methods import AppliedMethod, Installed
     from peftcore.contract.method import Method
     from peftcore.contract.presets import Preset
-    from peftcore.contract.surgeon import Surgeon
+    from peftcore.contract.surgeon_protocol import Surgeon
     from peftcore.layers.layer import Layer
     from peftcore.roles import HostMap
 

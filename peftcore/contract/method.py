@@ -11,10 +11,10 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
-from peftcore.contract.applied import AppliedMethod
 from peftcore.contract.batches import Batches
 from peftcore.contract.config import MethodConfig, validate
-from peftcore.contract.surgeon import Surgeon
+from peftcore.contract.installed_methods import AppliedMethod
+from peftcore.contract.surgeon_protocol import Surgeon
 from peftcore.errors import PluginError
 from peftcore.targets.sites import Site
 

@@ -14,10 +14,10 @@ import torch
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 from torch import nn
 
-from peftcore.contract.applied import AppliedMethod
 from peftcore.contract.config import DTYPES, MethodConfig, described, validate_json
+from peftcore.contract.installed_methods import AppliedMethod
 from peftcore.contract.method import Method
-from peftcore.contract.surgeon import Wishes
+from peftcore.contract.surgeon_protocol import Wishes
 from peftcore.errors import CheckpointError, ConfigError, HostMismatch, NewerFormat, UnknownMethod, shown
 from peftcore.injection.injection import Injection
 from peftcore.injection.request import Request

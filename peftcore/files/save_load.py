@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from peftcore.contract.operators import Checked
-from peftcore.contract.surgeon import Surgeon
+from peftcore.contract.surgeon_protocol import Surgeon
 from peftcore.errors import (
     CheckpointError,
     ExportError,

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from peftcore.contract.applied import AppliedMethod
-from peftcore.contract.surgeon import Surgeon
+from peftcore.contract.installed_methods import AppliedMethod
+from peftcore.contract.surgeon_protocol import Surgeon
 from peftcore.errors import NoWeights, PluginError
 from peftcore.injection.freezing import freeze
 from peftcore.registry.plugins import registry

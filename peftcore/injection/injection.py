@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from peftcore.contract.applied import AppliedMethod, Installed
 from peftcore.contract.compositions import Stack
+from peftcore.contract.installed_methods import AppliedMethod, Installed
 from peftcore.contract.operators import Combiner, InputOperator, trainable_numbers
-from peftcore.contract.surgeon import Graft, Wishes
+from peftcore.contract.surgeon_protocol import Graft, Wishes
 from peftcore.errors import (
     CompositionError,
     InactiveSite,

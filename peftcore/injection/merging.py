@@ -54,7 +54,7 @@ from peftcore.utils.autocast import full_precision
 from peftcore.utils.journal import Journal
 
 if TYPE_CHECKING:
-    from peftcore.contract.surgeon import Graft
+    from peftcore.contract.surgeon_protocol import Graft
     from peftcore.injection.injection import Injection
 
 Into = Literal["float", "same"]

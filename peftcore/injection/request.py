@@ -13,7 +13,7 @@ from peftcore.contract.batches import Data
 from peftcore.contract.config import MethodConfig, dtype_of
 from peftcore.contract.method import Method
 from peftcore.contract.peft_names import is_peft_config
-from peftcore.contract.surgeon import Wishes
+from peftcore.contract.surgeon_protocol import Wishes
 from peftcore.errors import CalibrationError, ConfigError, DuplicateInjection, UnsupportedHost
 from peftcore.forward.state.host_state import state_of
 from peftcore.injection.injection import Injection

@@ -14,7 +14,7 @@ import peftcore
 from peftcore.contract.config import MethodConfig, validate_json
 from peftcore.contract.method import Method
 from peftcore.contract.operators import trainable_numbers
-from peftcore.contract.surgeon import Graft, Wishes
+from peftcore.contract.surgeon_protocol import Graft, Wishes
 from peftcore.injection.applying import plan_of, record
 from peftcore.injection.request import Request
 from peftcore.surgery.planning import Plan

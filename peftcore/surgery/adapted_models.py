@@ -15,7 +15,7 @@ from peftcore.forward.state.host_state import state_of
 from peftcore.forward.state.slot import slot_of
 
 if TYPE_CHECKING:
-    from peftcore.contract.surgeon import Surgeon
+    from peftcore.contract.surgeon_protocol import Surgeon
 
 ADVICE = "adapt one model that holds all of it, with a name for each adapter, or remove() the other adapters first"
 

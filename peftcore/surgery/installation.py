@@ -24,7 +24,7 @@ from peftcore.targets.sites import Site
 from peftcore.utils.journal import Journal
 
 if TYPE_CHECKING:
-    from peftcore.contract.surgeon import Surgeon
+    from peftcore.contract.surgeon_protocol import Surgeon
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 """Modules whose children are iterated by others: operators do not live in them."""

@@ -20,7 +20,7 @@ from peftcore.layers.adapter_modules import AdapterModules
 from peftcore.layers.tensor_parallel import ParallelLinear, agree
 
 if TYPE_CHECKING:
-    from peftcore.contract.surgeon import Surgeon
+    from peftcore.contract.surgeon_protocol import Surgeon
 
 ADVICE = (
     "the model is tensor-parallel: target linear layers that are cut (such as attn.q, attn.v) with a method that acts "

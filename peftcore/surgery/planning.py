@@ -16,7 +16,7 @@ from peftcore.surgery.sharding import Shard, shards_of
 from peftcore.targets.sites import Site
 
 if TYPE_CHECKING:
-    from peftcore.contract.surgeon import Surgeon
+    from peftcore.contract.surgeon_protocol import Surgeon
 
 
 def size_of(modules: Iterable[nn.Module]) -> int:

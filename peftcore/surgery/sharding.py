@@ -16,7 +16,7 @@ from peftcore.roles import HostMap
 from peftcore.surgery.installation import shelves
 
 if TYPE_CHECKING:
-    from peftcore.contract.surgeon import Surgeon
+    from peftcore.contract.surgeon_protocol import Surgeon
 
 STATES = 2
 """Numbers that AdamW keeps for each that trains."""

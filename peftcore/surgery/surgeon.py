@@ -20,7 +20,7 @@ from torch.nn.parameter import is_lazy
 from peftcore.contract.config import MethodConfig, matches
 from peftcore.contract.method import Method
 from peftcore.contract.operators import Operator, Replacement, Shared, WeightOperator, is_mergeable, tables
-from peftcore.contract.surgeon import Graft, O, Surgeon, Wishes
+from peftcore.contract.surgeon_protocol import Graft, O, Surgeon, Wishes
 from peftcore.errors import (
     CheckpointError,
     CompositionError,

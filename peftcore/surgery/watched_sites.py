@@ -34,8 +34,8 @@ from peftcore.targets.sites import SEVERAL
 from peftcore.utils.journal import Journal
 
 if TYPE_CHECKING:
-    from peftcore.contract.applied import AppliedMethod
-    from peftcore.contract.surgeon import Surgeon
+    from peftcore.contract.installed_methods import AppliedMethod
+    from peftcore.contract.surgeon_protocol import Surgeon
     from peftcore.targets.sites import Site
 
 logger = logging.getLogger("peftcore")

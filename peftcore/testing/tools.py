@@ -17,7 +17,7 @@ import peftcore
 from peftcore.contract.config import MethodConfig
 from peftcore.contract.method import Method, Tags
 from peftcore.contract.operators import Operator, WeightOperator
-from peftcore.contract.surgeon import Surgeon
+from peftcore.contract.surgeon_protocol import Surgeon
 from peftcore.errors import AmbiguousMethod, UnknownMethod
 from peftcore.injection.injection import Injection
 from peftcore.registry import catalogue

@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from peftcore.contract.applied import AppliedMethod
+from peftcore.contract.installed_methods import AppliedMethod
 from peftcore.errors import TrainingError
 from peftcore.injection.injection import Injection
 from peftcore.layers.fsdp import is_sharded

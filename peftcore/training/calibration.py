@@ -14,8 +14,8 @@ from peftcore.errors import PluginError
 from peftcore.utils.journal import Journal
 
 if TYPE_CHECKING:
-    from peftcore.contract.applied import AppliedMethod
     from peftcore.contract.config import MethodConfig
+    from peftcore.contract.installed_methods import AppliedMethod
     from peftcore.contract.method import Method
     from peftcore.targets.sites import Site
 

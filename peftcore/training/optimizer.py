@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils._pytree import tree_map
 
-from peftcore.contract.applied import AppliedMethod
+from peftcore.contract.installed_methods import AppliedMethod
 from peftcore.contract.method import GradientRule
 from peftcore.errors import TrainingError
 from peftcore.layers.fsdp import gathered, stand_ins_for, standing

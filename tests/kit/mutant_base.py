@@ -11,7 +11,7 @@ from pydantic import ConfigDict
 from torch import Tensor, nn
 
 from peftcore.author import Method, MethodConfig, Operator, Site, Tags
-from peftcore.contract.surgeon import Surgeon
+from peftcore.contract.surgeon_protocol import Surgeon
 from peftcore.testing import Case
 
 RANK = 2

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from peftcore import Injection
 from peftcore.author import Method, MethodConfig, Site
-from peftcore.contract.surgeon import Surgeon
+from peftcore.contract.surgeon_protocol import Surgeon
 
 
 class DrawnScale(Small):

@@ -13,8 +13,8 @@ from pydantic import Field, ValidationInfo, model_validator
 from torch import Tensor, nn
 
 from peftcore.author import Method, MethodConfig, Site
-from peftcore.contract.applied import AppliedMethod
-from peftcore.contract.surgeon import Surgeon
+from peftcore.contract.installed_methods import AppliedMethod
+from peftcore.contract.surgeon_protocol import Surgeon
 from peftcore.forward.state.slot import slot_of
 
 

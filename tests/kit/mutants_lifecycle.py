@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import peftcore
 from peftcore import Injection
 from peftcore.author import Method, MethodConfig, Site
-from peftcore.contract.surgeon import Surgeon
+from peftcore.contract.surgeon_protocol import Surgeon
 from peftcore.forward.choice.active_adapters import Choice
 from peftcore.forward.choice.scopes import Choices, Chosen, Statement
 from peftcore.forward.state.host_state import HostState

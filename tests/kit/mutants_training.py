@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from peftcore import Injection
 from peftcore.author import Batches, Method, MethodConfig, Site, Tap
-from peftcore.contract.surgeon import Surgeon
+from peftcore.contract.surgeon_protocol import Surgeon
 
 WITH_DATA = replace(TAGS, needs_data=True)
 SCHEDULED = replace(TAGS, scheduled=True)

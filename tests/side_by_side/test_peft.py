@@ -157,7 +157,7 @@ def test_lora_on_transposed_convolutions() -> None:
 @against("peft 0.21", "lora")
 def test_lora_dropout_in_training(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the masks that torch's own dropout draws, in the same order."""
-    for module in (kernels.dropout, kernels.low_rank):
+    for module in (kernels.fused_dropout, kernels.low_rank):
         monkeypatch.setattr(module, "dropout_mask", lambda x, p: (F.dropout(torch.ones_like(x), p) > 0, 1 / (1 - p)))
     base, run = host("llama")
     both = Both(base.train(), "lora", {"rank": 3, "alpha": 5.0, "dropout": 0.4}, lora(lora_dropout=0.4))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import peftcore
-from peftcore.contract.surgeon import Wishes
+from peftcore.contract.surgeon_protocol import Wishes
 from peftcore.errors import HostMismatch
 from peftcore.injection.applying import apply_request
 from peftcore.injection.request import Request, resolve_method

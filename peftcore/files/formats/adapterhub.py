@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from peftcore.contract.surgeon import Surgeon
+from peftcore.contract.surgeon_protocol import Surgeon
 from peftcore.errors import CheckpointError, HostMismatch, shown
 from peftcore.files.envelope import SavedSite
 from peftcore.files.formats.composing import composed, with_overrides

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from peftcore.contract.surgeon import Surgeon
+from peftcore.contract.surgeon_protocol import Surgeon
 from peftcore.errors import CheckpointError, ExportError
 from peftcore.files.envelope import Envelope
 from peftcore.files.formats.description import Description, tensor_files

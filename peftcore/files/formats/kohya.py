@@ -19,7 +19,7 @@ from typing import ClassVar
 import torch
 from torch import Size, Tensor, nn
 
-from peftcore.contract.surgeon import Graft
+from peftcore.contract.surgeon_protocol import Graft
 from peftcore.errors import ExportError
 from peftcore.files.added_rows import check_no_rows
 from peftcore.files.formats.bundled_embeddings import (

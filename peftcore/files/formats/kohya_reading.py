@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Size, Tensor, nn
 
-from peftcore.contract.surgeon import Surgeon
+from peftcore.contract.surgeon_protocol import Surgeon
 from peftcore.errors import CheckpointError, HostMismatch
 from peftcore.files.envelope import SavedSite
 from peftcore.files.formats.bundled_embeddings import (

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from peftcore.contract.surgeon import Surgeon
+from peftcore.contract.surgeon_protocol import Surgeon
 from peftcore.errors import CheckpointError, shown
 from peftcore.files.formats.hub import IDENTIFIER, is_fetched
 

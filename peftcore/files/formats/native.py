@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from peftcore.contract.surgeon import Surgeon
+from peftcore.contract.surgeon_protocol import Surgeon
 from peftcore.errors import CheckpointError, PluginError
 from peftcore.files.added_rows import AddedRows, added_rows, spans
 from peftcore.files.envelope import Envelope, SavedSite, envelope_of, method_of, options_of, parse_envelope

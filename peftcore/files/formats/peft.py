@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcore.contract.config import DTYPES
-from peftcore.contract.surgeon import Surgeon
+from peftcore.contract.surgeon_protocol import Surgeon
 from peftcore.errors import CheckpointError, shown
 from peftcore.files.added_rows import AddedRows
 from peftcore.files.envelope import Envelope

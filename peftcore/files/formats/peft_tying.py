@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from peftcore.contract.surgeon import Graft
+from peftcore.contract.surgeon_protocol import Graft
 from peftcore.errors import ExportError
 from peftcore.roles.token_tables import token_tables
 

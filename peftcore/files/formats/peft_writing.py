@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from peftcore.contract.applied import AppliedMethod
-from peftcore.contract.surgeon import Graft
+from peftcore.contract.installed_methods import AppliedMethod
+from peftcore.contract.surgeon_protocol import Graft
 from peftcore.errors import ExportError
 from peftcore.files.added_rows import added_rows
 from peftcore.files.envelope import base_name, base_revision

@@ -6,8 +6,8 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from peftcore.contract.applied import AppliedMethod
-from peftcore.contract.surgeon import Graft, Surgeon
+from peftcore.contract.installed_methods import AppliedMethod
+from peftcore.contract.surgeon_protocol import Graft, Surgeon
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from peftcore.contract.applied import AppliedMethod
+from peftcore.contract.installed_methods import AppliedMethod
 from peftcore.contract.operators import changes_bias
 from peftcore.errors import MergeError
 from peftcore.forward.choice.active_adapters import Active, Choice

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from peftcore.contract.applied import AppliedMethod
+from peftcore.contract.installed_methods import AppliedMethod
 from peftcore.errors import MemoryLimit
 
 if TYPE_CHECKING:

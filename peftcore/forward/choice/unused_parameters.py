@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.parallel.distributed import DistributedDataParallel
 
-from peftcore.contract.applied import Installed
+from peftcore.contract.installed_methods import Installed
 from peftcore.errors import TrainingError
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import nn
 
-from peftcore.contract.applied import Installed
+from peftcore.contract.installed_methods import Installed
 from peftcore.errors import CompositionError, MergeError, UnknownInjection
 from peftcore.forward.choice.active_adapters import Active, Choice
 from peftcore.forward.choice.merged_choice import check_choice

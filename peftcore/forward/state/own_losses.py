@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from peftcore.contract.applied import Installed
+from peftcore.contract.installed_methods import Installed
 from peftcore.contract.method import Method
 from peftcore.errors import RouteError, TrainingError, UnknownInjection
 from peftcore.forward.rows.routing import OwnRows, own_rows

@@ -117,7 +117,7 @@ def test_dropout_beside_peft(monkeypatch: pytest.MonkeyPatch) -> None:
     def mask(x: Tensor, p: float) -> tuple[Tensor, float]:
         return F.dropout(torch.ones_like(x), p) > 0, 1 / (1 - p)
 
-    for module in (kernels.dropout, kernels.low_rank):
+    for module in (kernels.fused_dropout, kernels.low_rank):
         monkeypatch.setattr(module, "dropout_mask", mask)
     torch.manual_seed(0)
     compared = both(two().double().train(), ["first"], module_dropout=0.4)

@@ -32,7 +32,7 @@ CONV = (lambda: nn.Conv2d(4, 8, 3, padding=1), (2, 4, 5, 5))
 @pytest.fixture(autouse=True)
 def masks(monkeypatch: pytest.MonkeyPatch) -> None:
     """The masks that torch's own dropout draws, in the same order."""
-    for module in (kernels.dropout, kernels.low_rank):
+    for module in (kernels.fused_dropout, kernels.low_rank):
         monkeypatch.setattr(module, "dropout_mask", lambda x, p: (F.dropout(torch.ones_like(x), p) > 0, 1 / (1 - p)))
 
 

@@ -175,6 +175,6 @@ def test_beside_peft(target: list[str], dropout: float, monkeypatch: pytest.Monk
     for model in (both.ours, both.tuner):
         model.train()
     monkeypatch.setattr(
-        kernels.dropout, "dropout_mask", lambda x, p: (F.dropout(torch.ones_like(x), p) > 0, 1 / (1 - p))
+        kernels.fused_dropout, "dropout_mask", lambda x, p: (F.dropout(torch.ones_like(x), p) > 0, 1 / (1 - p))
     )
     both.assert_same(lambda model: model(x))

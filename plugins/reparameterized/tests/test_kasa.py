@@ -63,7 +63,7 @@ def test_dropout_drops_inputs_of_the_update_alone() -> None:
 def test_rank_is_below_that_of_the_weight() -> None:
     operator = adapted("linear", "kasa", rank=64)[2]
     assert (operator.A.shape, operator.B0.shape) == ((6, 12), (7, 6))
-    with pytest.raises(UnsupportedSite, match="nothing of it would be left"):
+    with pytest.raises(UnsupportedSite, match="no part of it would remain"):
         peftcore.plan(nn.Sequential(nn.Linear(4, 1)), "kasa", target="0")
 
 

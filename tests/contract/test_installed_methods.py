@@ -7,7 +7,7 @@ from core_toys import perceptron
 import peftcore
 from peftcore import Injection
 from peftcore.author import AppliedMethod, Method
-from peftcore.contract.applied import Installed
+from peftcore.contract.installed_methods import Installed
 
 
 def test_functions_of_methods_get_what_both_have() -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from peftcore.contract.operators import _Base
-from peftcore.contract.surgeon import Graft, Surgeon
+from peftcore.contract.surgeon_protocol import Graft, Surgeon
 from peftcore.errors import ExportError
 from peftcore.layers.pieces import is_empty
 from peftcore.targets.sites import Site
