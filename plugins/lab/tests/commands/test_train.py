@@ -105,12 +105,12 @@ KILLED = """
 import os, signal, sys
 from peftcore_lab.training import train as job
 from peftcore.files.save_load import describe
-end = job.Watch.on_step_end
+end = job.DisplayCallback.on_step_end
 def killed(self, args, state, control, **kwargs):
     end(self, args, state, control, **kwargs)
     if state.global_step == {step}:
         os.kill(os.getpid(), signal.SIGKILL)
-job.Watch.on_step_end = killed
+job.DisplayCallback.on_step_end = killed
 from peftcore.cli.entry import main
 sys.argv = ["peftcore", "train", {config!r}, "--out", {out!r}]
 main()
