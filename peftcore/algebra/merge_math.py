@@ -47,7 +47,7 @@ def random_mask(shape: Sequence[int], density: float, generator: torch.Generator
 
 def random_prune(t: Tensor, density: float, generator: torch.Generator, rescale: bool = True) -> Tensor:
     """DARE (Yu et al., 2311.03099): each value of `t` is kept with probability `density` (1 - p in the paper) and then
-    divided by it, so that the mean over masks is `t`; without `rescale` it is not."""
+    divided by it, so that the mean over masks is `t`. Without `rescale` kept values are not divided."""
     kept = t * random_mask(t.shape, density, generator).to(t.device)
     return kept / density if rescale else kept
 

@@ -1,4 +1,6 @@
-"""Budgets: the trainable values of a method, by its own defaults, in models of well-known sizes on the meta device.
+"""Budgets: how many parameters a method trains with its default options, in models of well-known sizes.
+
+The models are built on the meta device.
 
 Nothing is allocated or fetched; models of libraries that are not installed are left out.
 """

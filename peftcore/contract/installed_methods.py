@@ -56,7 +56,7 @@ class AppliedMethod(ABC):
 
     @property
     def operators(self) -> dict[str, _Base]:
-        """The operators by site path (of a hybrid, with the part before it: ``0/model.layers.0.mlp``)."""
+        """The operators by site path (of a hybrid, prefixed with the name of the part: ``0/model.layers.0.mlp``)."""
         return {graft.key.removeprefix(self._surgeon.part): graft.operator for graft in self.grafts}
 
     @property

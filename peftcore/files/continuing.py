@@ -38,10 +38,10 @@ def record_of(injection: Injection) -> dict[str, Any]:
 
 
 def check_record(held: Mapping[str, Any], injection: Injection, where: object) -> None:
-    """Check that an adapter is like the one of which a checkpoint has the record.
+    """Check that the adapter of an injection matches the record `held` of a checkpoint.
 
     Raises:
-        CheckpointError: it is not; the message lists what differs.
+        CheckpointError: they differ; the message lists how.
     """
     envelope = parse_envelope(held["adapter"], where)
     mine = envelope_of(injection)

@@ -172,7 +172,7 @@ class Envelope(BaseModel):
 
     @property
     def text(self) -> str:
-        """The envelope as JSON to read, the same for equal adapters."""
+        """The envelope as indented JSON, the same for equal adapters."""
         return json.dumps(self.model_dump(mode="json"), indent=2) + "\n"
 
     @property

@@ -325,8 +325,8 @@ def _merge(injection: Injection, journal: Journal, wanted: MergeOptions) -> Merg
 
 
 def let_go(journal: Journal, merged: MergeInForce) -> None:
-    """Let parameters train again that the merge took out of the host, where others hold them: nothing of the host is
-    left in them to be frozen for."""
+    """Unfreeze the parameters that the merge removed from the host and that another model still holds: the host does
+    not read them any more."""
     thaw(journal, (each for remembered in merged.frozen if isinstance(each := remembered(), nn.Parameter)))
 
 

@@ -28,15 +28,15 @@ FLOPS: Mapping[Any, Callable[..., int]] = {
 
 
 class StorageCounter(TorchDispatchMode):
-    """Context manager that follows the storages that are made in it.
+    """Context manager that measures the tensor storages that are allocated inside it.
 
     Args:
-        before: tensors that are there already.
+        before: tensors that were allocated earlier.
 
     Attributes:
-        alive: bytes of the storages that are there now.
-        peak: the most that were there at once, at the end of an operation.
-        flops: floating-point operations of products, a multiplication and an addition being two.
+        alive: bytes that are allocated now.
+        peak: the largest `alive` after any operation, in bytes.
+        flops: floating-point operations of matrix products; a multiply-add counts as two.
     """
 
     def __init__(self, before: Iterable[Tensor] = ()) -> None:

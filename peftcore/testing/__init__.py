@@ -20,6 +20,7 @@ It may import all of peftcore but `comparing` and `cli`. In the order of reading
 - `plugging`: hooks tried out without packaging them.
 - `compiling`: a compiler for checks.
 - `snapshots`: models, files and the process at one moment, to be compared.
+- `fault_points`: the points of an operation at which an error can be raised.
 - `faults`: an operation, broken at each of its points.
 - `doors`: `conformance` and `check_method`.
 - `declared_evidence`: the sources of the numbers with which tests compare, and the conditions for them.

@@ -1,5 +1,6 @@
-"""Checkpoints of a Trainer that saves the model in a custom way (sentence-transformers): the missing tensors are stored
-in an extra file, which is read from the folder of the checkpoint.
+"""Checkpoints of a Trainer that saves the model in a custom way (sentence-transformers).
+
+The tensors that it omits are stored in an extra file, which is read from the folder of the checkpoint.
 """
 
 from __future__ import annotations

@@ -344,7 +344,9 @@ def _kept(value: Any) -> Any:
 
 @contextmanager
 def whole_state(optimizer: Optimizer) -> Iterator[None]:
-    """Context manager in which what an optimizer remembers of sharded parameters is whole; all processes take part."""
+    """Context manager that gathers an optimizer's state of sharded parameters into full tensors.
+
+    All processes enter it."""
     pieces = [(held, key, each) for held, key, each in _state_tensors(optimizer) if is_cut(each)]
     try:
         for held, key, each in pieces:

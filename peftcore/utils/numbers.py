@@ -63,7 +63,7 @@ def counted(count: int, one: str, many: str | None = None) -> str:
 
 
 def listed(words: Iterable[object]) -> str:
-    """Join words: 0, 1 and 2."""
+    """Join items as in a sentence: ``[0, 1, 2]`` gives ``"0, 1 and 2"``."""
     *first, last = [str(word) for word in words]
     return f"{', '.join(first)} and {last}" if first else last
 

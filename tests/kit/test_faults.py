@@ -13,7 +13,8 @@ from fault_scenes import CASES
 from torch import nn
 
 from peftcore.files.safe_io import write_text
-from peftcore.testing.faults import FaultReport, Kind, Point, inject_faults
+from peftcore.testing.fault_points import Kind, Point
+from peftcore.testing.faults import FaultReport, inject_faults
 from peftcore.testing.snapshots import Scene, snapshot
 from peftcore.utils.journal import Journal
 

@@ -20,7 +20,8 @@ sys.path.insert(0, str(ROOT / "tests/toys"))
 
 from fault_scenes import CASES  # noqa: E402
 
-from peftcore.testing.faults import KINDS, inject_faults  # noqa: E402
+from peftcore.testing.fault_points import KINDS  # noqa: E402
+from peftcore.testing.faults import inject_faults  # noqa: E402
 
 
 def main() -> int:

@@ -48,14 +48,14 @@ def composed(
     """Returns the envelope of one method, or of a union of several.
 
     Args:
-        configs: options of each, with its name under "method".
+        configs: the options of each method, with its name under "method".
         selections: the selections of each.
         dtypes: the dtypes of the tensors.
         target: paths of modules, for people to read.
         train: the host's parameters that are replaced.
         untied: the modules that each have separate values for these parameters, even if other modules hold the same
             tensors.
-        rows: the first and the end of the rows of token tables that are saved too, by path of the table.
+        rows: by path of a token table, the range ``(start, stop)`` of its rows that are saved too.
         host: the file's name for its base, for people to read.
     """
     several = len(configs) > 1

@@ -231,8 +231,8 @@ class Choices:
                 yield "in another thread or task ", block.choice
 
     def pinning(self, leaving: ChoiceScope | None = None) -> Iterator[Choice]:
-        """Yields every choice that is in force in any thread or task, or will be in force again when a block is left.
-        Leaves out the choice of the block `leaving`, which is about to be replaced."""
+        """Yields every choice that is in force in any thread or task, or will be in force again when a ``with`` block
+        exits. Leaves out the choice of the block `leaving`, which is about to be replaced."""
         for scope in list(self.everybody):
             if scope.block is not leaving:
                 yield scope.choice

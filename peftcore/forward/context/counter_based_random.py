@@ -59,7 +59,7 @@ class CountedDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @contextmanager
     def out(self) -> Iterator[None]:
-        """Context manager that suspends this mode, unless another mode was entered since."""
+        """Context manager that suspends this mode, unless another mode was entered after it."""
         if _get_current_dispatch_mode() is not self:
             yield
             return

@@ -65,12 +65,12 @@ class Tokens:
 
     Args:
         inputs: the host's arguments by name, before any of its modules runs.
-        names: the names of all parameters of the host's forward. A model with an encoder and a decoder has tokens of
-            two kinds, which are not counted.
+        names: the names of all parameters of the host's forward. An encoder-decoder model has two token
+            sequences, so `held` and `new` are unknown.
         prompt: the prompt of the ``generate`` in which the forward runs.
 
     Attributes:
-        counted: whether the columns are known.
+        counted: whether `held` and `new` are known.
         ids: ``[batch, new]`` int64; None where the host is given embeddings.
         held: the number of token columns in the cache when the forward began, padding included.
         new: the number of columns that this forward adds.

@@ -27,7 +27,7 @@ def learned_scale(scale: Scale, width: int) -> int:
 
 
 def draw(weight: Tensor, std: float, start: Start) -> None:
-    """Fill a matrix from a normal, whole or cut at two standard deviations."""
+    """Draw a matrix from a normal distribution, optionally truncated at two standard deviations."""
     if not std:
         nn.init.zeros_(weight)
     elif start == "cut":

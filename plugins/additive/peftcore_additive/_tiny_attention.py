@@ -33,8 +33,8 @@ class TinyAttention(nn.Module):
                 tensor.mul_(config.out_scale)
 
     def forward(self, h: Tensor, visible: Tensor, cache: Any = None) -> Tensor:
-        """Map ``[batch, tokens, d]``, where `visible` is True where a token is seen ``[.., 1, tokens, held + tokens]``,
-        to the same shape."""
+        """Map `h` ``[batch, tokens, d]`` to the same shape. `visible` ``[.., 1, tokens, held + tokens]`` is True
+        where a token attends to another."""
         given = zip(
             self.down(self.norm(h)).chunk(3, -1),
             self.attention.in_proj_weight.chunk(3),

@@ -5,10 +5,10 @@ Equation:
 
 Trained are all biases, the gains of norms, and the table of classes. Cross-attention has a gamma too. A gamma scales
 the output of its branch, before gates (of a DiT) and dropout, with which it commutes. ``scales="matrices"`` has one
-behind queries, keys and values too, as mkshing/DiffFit-pytorch has it, whose second gamma behind an attention is one
-with the first. All merges: gamma into the matrix and bias that it scales.
+after queries, keys and values too, as mkshing/DiffFit-pytorch has. That code has a second gamma after an attention,
+which is left out here: the first one does the same. All merges: gamma into the matrix and bias that it scales.
 
-A table is of classes where ids are looked up and the host takes no tokens: diffusers' DiT has one in each block.
+An embedding counts as the table of classes if the host takes no tokens: diffusers' DiT has one in each block.
 Feed-forwards of stacked experts lack a gamma.
 
 Parameters: the length of each bias and gain, rows times width of the table, and 2 d a block (3 d with cross-attention,
@@ -22,8 +22,8 @@ diffusers keeps in modules called norm1, stay as they are, as they do in the DiT
 compared.
 
 Use it: `peftcore.apply(model, "difffit")`, to adapt a diffusion transformer to another domain with a thousandth of its
-parameters. For one subject or style `lora` says more; where no norms and classes are to move, `bitfit` is its nearest
-kin.
+parameters. For one subject or style use `lora`, which has more parameters; to keep norms and classes frozen, use
+`bitfit`.
 """
 
 from __future__ import annotations

@@ -184,7 +184,8 @@ def outputs_of(
     *args: Any,
     **kwargs: Any,
 ) -> tuple[Any, list[Any]]:
-    """Return the module's output by itself and its outputs with each part; no parts where all pass on."""
+    """Return the module's output without adapters, and its output with each part. The second list is empty if no part
+    changes the output."""
     base = calls(*args, **kwargs)
     outputs = []
     for part in parts:

@@ -109,7 +109,7 @@ class ComparisonReport:
 
     @property
     def data_name(self) -> str:
-        """Return the name of the examples without the way to them."""
+        """Return the file name of the examples, without its folder."""
         return short_name(self.data)
 
     @property

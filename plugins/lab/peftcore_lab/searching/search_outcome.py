@@ -62,7 +62,7 @@ def _scored(entry: ConfigurationTrials) -> dict[str, Any]:
 
 
 def told(trial: FrozenTrial) -> dict[str, Any]:
-    """Return one trial of the study."""
+    """Return the options, the score and the state of a trial, for reports."""
     values = dict(zip(("score", "trainable"), trial.values or (), strict=False))
     lost = trial.state is TrialState.FAIL and LOST in trial.user_attrs
     return {

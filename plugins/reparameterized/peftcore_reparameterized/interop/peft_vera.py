@@ -1,7 +1,8 @@
 """VeRA in peft's files (checked against peft 0.21).
 
 ``vera_lambda_d`` and ``vera_lambda_b`` are our d and b. A and B belong to the whole adapter, ``vera_A`` and ``vera_B``;
-a file without them (`save_projection` false) means the matrices drawn from its seed, which are the same here.
+if a file omits them (`save_projection` false), they are drawn from the seed in its options, with the values that peft
+draws.
 """
 
 from __future__ import annotations
