@@ -96,7 +96,7 @@ class BypassOperator(BesideOperator):
 
 
 class ResTuning(Method):
-    """Residual tuners in a bypass network, which reads the outputs of blocks and replaces the output of the last one."""
+    """Residual tuners in a bypass network, which reads the outputs of blocks and replaces that of the last one."""
 
     name = "res_tuning"
     Config = ResTuningConfig
