@@ -25,7 +25,8 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -242,14 +243,19 @@ def _misreported(faults: PointCounter, raised: BaseException | None) -> Iterator
         yield f"the error became {type(raised).__name__}: {raised}"
 
 
-def _changed(around: dict[str, Any]) -> Iterator[str]:
+def _changed(around: Mapping[str, Any]) -> Iterator[str]:
     """Yield what the operation left in the process."""
-    if process() != around:
+    if _left(around):
         gc.collect()  # what an error held
-    for what, now in process().items():
-        if now != around[what]:
-            told = f" ({around[what]} and now {now})" if len(f"{around[what]}{now}") < 200 else ""
-            yield f"{what}: not as before{told}"
+    for what, (before, now) in _left(around).items():
+        told = f" ({before} and now {now})" if len(f"{before}{now}") < 200 else ""
+        yield f"{what}: not as before{told}"
+
+
+def _left(around: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return what differs in the process, before and now; of what is counted, what there is more of."""
+    both = {what: (around[what], now) for what, now in process().items()}
+    return {what: (a, b) for what, (a, b) in both.items() if (b - a if isinstance(b, Counter) else b != a)}
 
 
 @contextmanager

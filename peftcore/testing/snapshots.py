@@ -287,8 +287,9 @@ def _slot(slot: Slot) -> Any:
 
 
 def process() -> dict[str, Any]:
-    """Return the state of the process that an operation must leave as it was: random numbers, modes of torch, threads,
-    open files and temporary files."""
+    """Return the state of the process that an operation must leave as it was: random numbers and modes of torch.
+
+    Threads, open files and temporary files are counted: an operation must leave none, and others may end meanwhile."""
     return {
         "torch's random numbers": torch.random.get_rng_state().tolist(),
         "Python's random numbers": random.getstate(),
@@ -301,10 +302,10 @@ def process() -> dict[str, Any]:
         "fused attention": torch.backends.mha.get_fastpath_enabled(),
         "process group": torch.distributed.is_available() and torch.distributed.is_initialized(),
         "garbage collection": gc.isenabled(),
-        "threads": sorted(each.name for each in threading.enumerate()),
+        "threads": Counter(f"{each.name} {each.ident}" for each in threading.enumerate()),
         "open files": _open_files(),
         "the working folder": os.getcwd(),
-        "temporary files": sorted(os.listdir(tempfile.gettempdir())),
+        "temporary files": Counter(os.listdir(tempfile.gettempdir())),
         "variables of the context": {
             variable.name: value if isinstance(value, (*PLAIN, frozenset)) else len(value)
             for variable, value in contextvars.copy_context().items()

@@ -195,6 +195,23 @@ def test_nothing_is_found_in_what_is_whole() -> None:
     assert report.points["line"] == report.tried["line"], "one error for each line"
 
 
+def test_a_thread_that_ran_before_may_end_meanwhile() -> None:
+    ends = [threading.Event() for _ in range(40)]
+    threads = [threading.Thread(target=each.wait, args=(60.0,), daemon=True) for each in ends]
+    for thread in threads:
+        thread.start()
+
+    def operation(scene: Scene) -> None:
+        ends.pop().set()
+        threads.pop().join()
+        whole(scene)
+
+    report = broken(operation, "tensor")
+    for each in ends:
+        each.set()
+    assert not report.found and report.tried["tensor"] > 10, report
+
+
 def test_a_share_is_drawn_by_the_seed_and_ends_in_time() -> None:
     all_of_it = inject_faults(whole, make)
     shares = [inject_faults(whole, make, every=4, seed=seed) for seed in (1, 1, 2)]
