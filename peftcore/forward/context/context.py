@@ -550,7 +550,7 @@ def drop_interrupted() -> None:
     while HERE.calls and not (HERE.calls[-1].open and _runs(HERE.calls[-1].frame)):
         HERE.calls[-1].close()
         HERE.calls.pop()
-        HERE.settle()
+    HERE.settle()  # also where the interrupt came just before
 
 
 def _runs(wanted: FrameType | None) -> bool:

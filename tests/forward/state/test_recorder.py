@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import peftcore
 from peftcore import Injection, activate, call, route
 from peftcore.errors import AmbiguousBackward, TrainingError
-from peftcore.forward.context.context import graph_task, repeating
+from peftcore.forward.context.context import HERE, drop_interrupted, graph_task, repeating
 
 MODES = pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
 Choose = Callable[[Checkpointed], object]
@@ -261,3 +261,20 @@ def test_hosts_of_transformers_with_their_own_checkpointing() -> None:
                     torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-7)
                 else:
                     assert torch.equal(gradient, expected), name
+
+
+def test_an_interrupt_at_the_end_of_a_forward_leaves_no_forward_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C after the forward's context was closed, and before the forward around it is found again."""
+    model = nn.Sequential(nn.Linear(4, 4))
+    peftcore.apply(model, "lora", target="0")
+
+    def interrupted() -> None:
+        if HERE.calm is not None:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(HERE, "settle", interrupted)
+        model(torch.ones(1, 4))
+    assert HERE.calls == [] and HERE.calm is not None
+    drop_interrupted()
+    assert HERE.calm is None
