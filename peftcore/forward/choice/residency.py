@@ -17,7 +17,7 @@ from peftcore.errors import MemoryLimit
 
 if TYPE_CHECKING:
     from peftcore.forward.choice.active_adapters import Choice
-    from peftcore.forward.choice.scopes import ChoiceScope
+    from peftcore.forward.choice.scopes import ChoiceBlock
 
 
 class ResidentAdapter(Protocol):
@@ -52,7 +52,7 @@ class ResidentAdapter(Protocol):
 class PinningHost(Protocol):
     """The state of a model, as the residency of its adapters needs it."""
 
-    def pinned(self, leaving: ChoiceScope | None) -> set[str]:
+    def pinned(self, leaving: ChoiceBlock | None) -> set[str]:
         """Returns the names of the adapters that are merged, used by a running forward, or named by a choice in force;
         the choice of the block `leaving` does not count."""
 
@@ -178,7 +178,7 @@ class Residency:
                 return
             record.used = next(self._clock)
 
-    def bring(self, names: Collection[str], leaving: ChoiceScope | None = None) -> None:
+    def bring(self, names: Collection[str], leaving: ChoiceBlock | None = None) -> None:
         """Restore adapters on the model, as `admit` does.
 
         Args:
@@ -216,7 +216,7 @@ class Residency:
             return sorted(stay)
 
     @contextmanager
-    def kept(self, names: Collection[str], leaving: ChoiceScope | None = None) -> Iterator[None]:
+    def kept(self, names: Collection[str], leaving: ChoiceBlock | None = None) -> Iterator[None]:
         """Context manager in which adapters are on the model and are not offloaded."""
         key = next(self._clock)
         try:
@@ -234,7 +234,7 @@ class Residency:
     # ------------------------------------------------------------------------------------------------- who may leave
 
     def _victims(
-        self, wanted: int, keep: Collection[str], what: str, leaving: ChoiceScope | None = None
+        self, wanted: int, keep: Collection[str], what: str, leaving: ChoiceBlock | None = None
     ) -> dict[str, _Record]:
         """Returns the adapters to offload so that `wanted` bytes are free, marked as offloaded: the least recently used
         first.
@@ -276,7 +276,7 @@ class Residency:
         for record in victims.values():
             record.adapter.take_out()
 
-    def _pinned(self, leaving: ChoiceScope | None) -> set[str]:
+    def _pinned(self, leaving: ChoiceBlock | None) -> set[str]:
         """Returns the names of pinned adapters, without those that are only pinned because they train."""
         state = self._state()
         assert state is not None, "the state of a model has its residency"

@@ -46,7 +46,7 @@ def _place() -> Place:
     return HERE.token, None if task is None else weakref.ref(task)
 
 
-class ChoiceScope:
+class ChoiceBlock:
     """The span of a choice: a ``with`` block, a call, or a thread that made a choice.
 
     Attributes:
@@ -82,8 +82,8 @@ class Scope:
     """A choice, with the block in which it was made."""
 
     choice: Choice
-    block: ChoiceScope
-    pin: ChoiceScope | None = None
+    block: ChoiceBlock
+    pin: ChoiceBlock | None = None
     """Shows other threads the injections that a task's statement names, if the task made it in a block that another
     task entered."""
 
@@ -149,8 +149,8 @@ class Choices:
     def _begin(self, host: ChoosingHost, choice: Choice) -> None:
         self._host = weakref.ref(host)  # it has this one: both go at once, not when Python looks for garbage
         self.choice = choice
-        self.everybody = [Scope(choice, ChoiceScope(choice))]
-        self.own: dict[int, weakref.ref[ChoiceScope]] = {}
+        self.everybody = [Scope(choice, ChoiceBlock(choice))]
+        self.own: dict[int, weakref.ref[ChoiceBlock]] = {}
         self.owner: object = HERE.token
         self.ref = weakref.ref(self)
         _THREAD.set(self.owner)
@@ -230,7 +230,7 @@ class Choices:
             if block is not None and block.open and key not in mine:
                 yield "in another thread or task ", block.choice
 
-    def pinning(self, leaving: ChoiceScope | None = None) -> Iterator[Choice]:
+    def pinning(self, leaving: ChoiceBlock | None = None) -> Iterator[Choice]:
         """Yields every choice that is in force in any thread or task, or will be in force again when a ``with`` block
         exits. Leaves out the choice of the block `leaving`, which is about to be replaced."""
         for scope in list(self.everybody):
@@ -287,7 +287,7 @@ class Choices:
             self.host.replan()
             raise
 
-    def _replaced(self) -> ChoiceScope | None:
+    def _replaced(self) -> ChoiceBlock | None:
         """Returns the block whose choice a statement would replace."""
         if scopes := self._open_scopes():
             return scopes[-1].block
@@ -300,11 +300,11 @@ class Choices:
         if scopes:
             before = scopes[-1]
             inherited = before.block.place is not None and before.block.place != _place()
-            made = Scope(choice, before.block, self._enlisted(ChoiceScope(choice)) if inherited else None)
+            made = Scope(choice, before.block, self._enlisted(ChoiceBlock(choice)) if inherited else None)
             self._write((*scopes[:-1], made))
             return Statement(made, before, over)
         if HERE.token is not self.owner:
-            made = Scope(choice, self._enlisted(ChoiceScope(choice, _place())))
+            made = Scope(choice, self._enlisted(ChoiceBlock(choice, _place())))
             self._write((made,))
             return Statement(made, None, over)
         if over:
@@ -334,7 +334,7 @@ class Choices:
                     self._write((*statement.over, *scopes))
         self._publish()
 
-    def open(self, choice: Choice) -> ChoiceScope:
+    def open(self, choice: Choice) -> ChoiceBlock:
         """Set a choice until the block is left. In the owner's thread it is the shared choice, unless this thread
         already made a choice or runs a task; everywhere else it holds for this thread or task alone."""
         self.host.check_merged(choice)
@@ -345,18 +345,18 @@ class Choices:
             with residency.kept(choice.named):  # until it is in force
                 return self._open(choice)
 
-    def _open(self, choice: Choice) -> ChoiceScope:
+    def _open(self, choice: Choice) -> ChoiceBlock:
         _disturb()
         scopes, place = self._live_scopes(), _place()
         owned = HERE.token is self.owner
         if owned and place[1] is None and not scopes:
-            block = ChoiceScope(choice, place)
+            block = ChoiceBlock(choice, place)
             with _LOCK:
                 self.everybody.append(Scope(choice, block))
             self._publish()
             return block
         block = self._enlisted(
-            ChoiceScope(choice, place, frozenset(threading.enumerate()), owned and place[1] is not None)
+            ChoiceBlock(choice, place, frozenset(threading.enumerate()), owned and place[1] is not None)
         )
         self._write((*scopes, Scope(choice, block)))
         return block
@@ -373,7 +373,7 @@ class Choices:
             if block is not None:
                 self.leave(block)
 
-    def leave(self, block: ChoiceScope) -> None:
+    def leave(self, block: ChoiceBlock) -> None:
         """End a block: the choice of the enclosing block holds again.
 
         Raises:
@@ -387,7 +387,7 @@ class Choices:
     def held(self, choice: Choice, before: frozenset[threading.Thread] | None = None) -> Iterator[None]:
         """Context manager in which a choice holds only for the code that this thread calls."""
         self.host.check_merged(choice)
-        block = self._enlisted(ChoiceScope(choice, _place(), before))
+        block = self._enlisted(ChoiceBlock(choice, _place(), before))
         block.calls = True
         scopes, traced = self._live_scopes(), HERE.traced
         try:
@@ -404,7 +404,7 @@ class Choices:
             finally:
                 HERE.settle()
 
-    def _end(self, block: ChoiceScope) -> None:
+    def _end(self, block: ChoiceBlock) -> None:
         block.open, block.before = False, None
         scopes = self.own_scopes()
         later = _later(scopes, block)
@@ -424,7 +424,7 @@ class Choices:
                 f"in between may have run the other one's; {_ADVICE}"
             )
 
-    def _enlisted(self, block: ChoiceScope) -> ChoiceScope:
+    def _enlisted(self, block: ChoiceBlock) -> ChoiceBlock:
         own, key = self.own, id(block)
         own[key] = weakref.ref(block, lambda _: own.pop(key, None))
         return block
@@ -466,7 +466,7 @@ class Choices:
         _disturb()
         scopes, owned = list(self._open_scopes()), HERE.token is self.owner
         if not owned and not any(_is_stack(each.choice) for each in scopes) and _is_stack(self.choice):
-            scopes.insert(0, Scope(self.choice, self._enlisted(ChoiceScope(self.choice, _place()))))
+            scopes.insert(0, Scope(self.choice, self._enlisted(ChoiceBlock(self.choice, _place()))))
         stack = _joined(scopes, name, instead)
         self._write(scopes)
         if stack is None and owned:
@@ -550,7 +550,7 @@ def _is_stack(choice: Choice) -> bool:
     return choice.route is None and choice.composition is None
 
 
-def _later(scopes: Scopes, block: ChoiceScope) -> Scopes | None:
+def _later(scopes: Scopes, block: ChoiceBlock) -> Scopes | None:
     """Returns the scopes after the scope of a block; None if the block is not among them."""
     return next((scopes[index + 1 :] for index, each in enumerate(scopes) if each.block is block), None)
 
@@ -574,7 +574,7 @@ class Chosen(AbstractContextManager["Chosen"]):
 
     def __init__(self, state: ChoosingHost, choice: Choice) -> None:
         self._state, self._choice = state, choice
-        self._blocks: list[ChoiceScope] = []
+        self._blocks: list[ChoiceBlock] = []
         self._statement: Statement | None = state.choices.set(choice)  # last: nothing is interrupted after it
 
     def __enter__(self) -> Chosen:

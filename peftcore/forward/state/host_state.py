@@ -23,7 +23,7 @@ from peftcore.errors import CompositionError, MergeError, UnknownInjection
 from peftcore.forward.choice.active_adapters import Active, Choice
 from peftcore.forward.choice.merged_choice import check_choice
 from peftcore.forward.choice.residency import Residency
-from peftcore.forward.choice.scopes import Choices, ChoiceScope
+from peftcore.forward.choice.scopes import ChoiceBlock, Choices
 from peftcore.forward.choice.unused_parameters import check_all_act
 from peftcore.forward.context.context import ForwardContext, graph_task
 from peftcore.forward.state.generate import GeneratesFromCache
@@ -199,7 +199,7 @@ class HostState:
         if self.residency is not None:
             self.residency.admit(choice)
 
-    def pinned(self, leaving: ChoiceScope | None) -> set[str]:
+    def pinned(self, leaving: ChoiceBlock | None) -> set[str]:
         """Returns the names of the adapters that are merged, used by a running forward, or named by a choice in force;
         the choice of the block `leaving` does not count."""
         pinned = {*self.merged}
