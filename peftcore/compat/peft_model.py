@@ -305,6 +305,7 @@ class PeftModel(peft.PeftModel):  # type: ignore[misc]
         acted = self.active_adapters == [adapter_name]
         injection.remove()
         self._last = [name for name in self._last if name != adapter_name]
+        self._merged_meanwhile = [name for name in self._merged_meanwhile if name != adapter_name]
         for noted in (self._given, self._before):
             noted.pop(adapter_name, None)
         if acted:

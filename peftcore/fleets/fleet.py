@@ -230,10 +230,11 @@ class Fleet:
         """Take one step of every member that still trains, and return these members; none when all are done.
 
         Where data, the model's forward or backward, or a loss raises, no member has taken its step, and the next call
-        runs the same batches again. Where a member's own optimizer, method or schedule raises, that member is as before
-        the step, and the others have taken theirs; the next call runs its batches again. `stop` is called and
-        checkpoints are written after these steps; where one of them raises, all steps are taken, and the next call
-        tries it again before it takes another step. All members are handled before the first error is raised.
+        runs the same batches again; buffers that a method updates in its forward, such as the direction of VeLoRA, keep
+        their update, as running statistics do in torch. Where a member's own optimizer, method or schedule raises, that
+        member is as before the step, and the others have taken theirs; the next call runs its batches again. `stop` is
+        called and checkpoints are written after these steps; where one of them raises, all steps are taken, and the
+        next call tries it again before it takes another step. All members are handled before the first error is raised.
 
         Raises:
             TrainingError: batches cannot be put together, the model computed a loss over all rows, the base makes

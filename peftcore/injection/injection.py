@@ -194,7 +194,7 @@ class Injection(Installed):
             with self.state.choices.block(self.state.now().without(self.name)):
                 yield
         finally:
-            if merged is not None:
+            if merged is not None and self.state.injections.get(self.name) is self:  # else it was removed in the block
                 self._merge_as(merged.wanted)
 
     def trainable(self, mode: bool = True) -> None:

@@ -2,6 +2,7 @@
 within and afterwards, the same adapter acts, and the same ones train."""
 
 import copy
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -170,3 +171,18 @@ def test_what_is_merged_within_is_refused(pair: tuple[Any, Any]) -> None:
     with ours.disable_adapter(), pytest.raises(MergeError):
         ours.merge_adapter()
     assert torch.equal(logits(ours), before)
+
+
+def test_a_merged_adapter_is_deleted_within(pair: tuple[Any, Any]) -> None:
+    found = []
+    for model in pair:
+        model.merge_adapter(adapter_names=["default"])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with model.disable_adapter():
+                logits(model)  # peft unmerges in the forward
+                model.delete_adapter("default")
+                torch.testing.assert_close(logits(model), logits(base()))
+        model.set_adapter("second")
+        found.append(logits(model))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-9)
