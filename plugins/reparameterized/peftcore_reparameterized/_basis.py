@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftcore.author import Site, Surgeon
+from peftcore.author import Operator, Site, Surgeon
 
 Draw = Callable[[torch.Generator, Sequence[int]], Tensor]
 """Draws a matrix of a shape."""
@@ -43,7 +43,7 @@ class Basis(nn.Module):
 
 
 def graft_between(
-    surgeon: Surgeon, config: Any, operator: Callable[..., nn.Module], draw: Draw, rows_of_A: int = 1
+    surgeon: Surgeon, config: Any, operator: Callable[..., Operator], draw: Draw, rows_of_A: int = 1
 ) -> None:
     """Graft ``operator(site, config, basis)`` at all sites, with one shared pair of matrices as large as the largest
     site needs; sites with a different rank or seed share another pair. A has `rows_of_A` rows for each rank."""

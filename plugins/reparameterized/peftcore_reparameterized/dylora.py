@@ -181,8 +181,8 @@ def make_lora(injection: AppliedMethod, rank: int, name: str = "lora") -> Inject
         ConfigError: the injection is not a dylora, or lacks an adapter of that rank.
         PeftcoreError: as `peftcore.lora_of` does; nothing was changed.
     """
-    found = [graft for graft in injection.grafts if isinstance(graft.operator, DyLoRAOperator)]
+    found = [(each.site, each.operator) for each in injection.grafts if isinstance(each.operator, DyLoRAOperator)]
     if not found:
         raise ConfigError("make_lora(injection, rank) is for a dylora")
-    made = {graft.site.path: (graft.site, graft.operator.factors_of(rank)) for graft in found}
+    made = {site.path: (site, operator.factors_of(rank)) for site, operator in found}
     return lora_of(injection.model, made, name, [injection.whole.name])

@@ -186,6 +186,13 @@ class EVA(Method):
 class Components:
     """The largest principal components of vectors that are added batch by batch (an incremental PCA)."""
 
+    mean: Tensor
+    """The mean of all vectors, ``[in]``; with S and V, from the first batch on."""
+    S: Tensor
+    """The singular values, ``[count]``."""
+    V: Tensor
+    """The directions, ``[count, in]``."""
+
     def __init__(self, count: int, tau: float, iterations: int | None) -> None:
         """Look for `count`; settled are those whose directions in two batches have a cosine of at least `tau`."""
         self.count, self.tau, self.iterations, self.seen, self.variation = count, tau, iterations, 0, torch.zeros(())

@@ -165,12 +165,13 @@ class LoRA(Method):
 
     def gradient_rule(self, injection: AppliedMethod) -> GradientRule | None:
         of: dict[nn.Parameter, Preconditioner] = {}
-        for graft in (each for each in injection.grafts if isinstance(each.operator, LoRAOperator)):
-            damping = cast(LoRAConfig, injection.config.at(graft.site.path)).damping
-            if not isinstance(graft.operator.A, nn.Parameter):
-                of |= fixed_projection(graft.operator)
+        adapted = [(each.site, each.operator) for each in injection.grafts if isinstance(each.operator, LoRAOperator)]
+        for site, operator in adapted:
+            damping = cast(LoRAConfig, injection.config.at(site.path)).damping
+            if not isinstance(operator.A, nn.Parameter):
+                of |= fixed_projection(operator)
             elif damping is not None:
-                of |= riemannian(graft.operator, damping)
+                of |= riemannian(operator, damping)
         return Preconditioned(of) if of else None
 
     @staticmethod
@@ -207,8 +208,9 @@ class AcrossGroups(Operator):
 def groups_of(site: Site) -> int:
     """Return the number of groups of a convolution; 1 for other layers, transposed convolutions and padding modes other
     than zeros."""
-    plain = isinstance(site.module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and site.module.padding_mode == "zeros"
-    return site.module.groups if plain else 1
+    if isinstance(site.module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and site.module.padding_mode == "zeros":
+        return site.module.groups
+    return 1
 
 
 def around(site: Site) -> Site:

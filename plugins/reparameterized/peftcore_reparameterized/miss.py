@@ -110,7 +110,8 @@ class MiSSOperator(LowRankOperator):
         rank, y = self.D.shape[-2], call(x)
         kept = F.dropout(x, self.input_dropout, self.training) if self.input_dropout else x
         z = F.pad(kept, (0, -x.shape[-1] % rank)).unflatten(-1, (-1, rank)).sum(-2)
-        return self.layer.add(y, *self.cast(y, z, self.repeated()), 1.0)
+        z, D = self.cast(y, z, self.repeated())
+        return self.layer.add(y, z, D, 1.0)
 
 
 class BatOperator(WeightOperator):

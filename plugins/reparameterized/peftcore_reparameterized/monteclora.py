@@ -128,7 +128,8 @@ class MonteCLoRAOperator(Operator):
         return self.share * distances.mean()
 
     def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
-        y, A = call(x), self.A
+        y = call(x)
+        A: Tensor = self.A
         if self.training and self.noise:
             A, loss = self.sample()
             forward_context().add_loss(loss, self)

@@ -70,6 +70,9 @@ def frozen_rank(site: Site, config: OSFConfig) -> int:
 class OSFOperator(LowRankOperator):
     """The smaller singular values of one site and their vectors, with the initial values of both."""
 
+    U: Tensor
+    S: Tensor
+    V: Tensor
     U0: Tensor
     S0: Tensor
     V0: Tensor

@@ -30,7 +30,7 @@ class Competing(Operator):
         self.competing = competing
         if competing:
             self.register_buffer("active", torch.ones_like(self.ranks, dtype=torch.bool), persistent=False)
-            for name, factor in list(self._parameters.items()):
+            for name, factor in list(self.named_parameters(recurse=False)):
                 for what in ("importance", "fluctuation", "kept"):
                     self.register_buffer(f"{what}_{name}", torch.zeros_like(factor), persistent=False)
 

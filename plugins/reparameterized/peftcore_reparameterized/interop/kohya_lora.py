@@ -23,9 +23,9 @@ DOWN, UP, MAGNITUDE, BIAS = "lora_down.weight", "lora_up.weight", "dora_scale", 
 class KohyaLoRA(KohyaMethod):
     """Translates low-rank factors of linear maps and convolutions."""
 
-    methods = ("lora", "lora_plus", "dylora")
-    below = (DOWN, UP)
-    telling = (DOWN, UP)
+    methods: ClassVar[tuple[str, ...]] = ("lora", "lora_plus", "dylora")
+    below: ClassVar[tuple[str, ...]] = (DOWN, UP)
+    telling: ClassVar[tuple[str, ...]] = (DOWN, UP)
     beside: ClassVar[Mapping[str, str]] = {BIAS: "bias"}
     rows = (UP, BIAS)
     factors = (DOWN, UP)

@@ -8,6 +8,7 @@ right on any equal base. DoRA with such a start is DoRA of twice the rank: with 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -15,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Size, Tensor, nn
 
-from peftcore.author import MethodConfig, Site, Transposed
+from peftcore.author import Site, Transposed
 from peftcore.author.formats import Found, Keys, Place, is_one_of
 from peftcore.errors import CheckpointError
 from peftcore_reparameterized._decomposed import PairOperator
@@ -39,18 +40,15 @@ class DecomposedVariant(UpdateVariant):
         return super().shapes(place)
 
 
-class StartVariant(DecomposedVariant):
+class StartVariant(DecomposedVariant, ABC):
     """A part of the rank that is said, which is taken out of the base and trains; peft names it as we do."""
-
-    operator: ClassVar[type[PairOperator]]
-    config: ClassVar[type[MethodConfig]]
 
     def marked(self, keys: Keys) -> bool:
         return bool(keys.take("init_lora_weights", (bool, str), True) == self.reads)
 
+    @abstractmethod
     def taken_out(self, site: Site, rank: int, alpha: float) -> PairOperator:
         """Returns an operator with the factors A0 and B0 of the part that peft subtracts from a site's weight."""
-        return self.operator(site, self.config(rank=rank, alpha=alpha))
 
 
 class PiSSAVariant(StartVariant):
@@ -60,7 +58,9 @@ class PiSSAVariant(StartVariant):
     writes = ("pissa",)
     starts = ("pissa",)
     layers = (nn.Linear, Transposed)
-    operator, config = PiSSAOperator, PiSSA.Config
+
+    def taken_out(self, site: Site, rank: int, alpha: float) -> PairOperator:
+        return PiSSAOperator(site, PiSSA.Config(rank=rank, alpha=alpha))
 
 
 class OLoRAVariant(StartVariant):
@@ -70,7 +70,9 @@ class OLoRAVariant(StartVariant):
     writes = ("olora",)
     starts = ("olora",)
     layers = (nn.Linear,)
-    operator, config = OLoRAOperator, OLoRA.Config
+
+    def taken_out(self, site: Site, rank: int, alpha: float) -> PairOperator:
+        return OLoRAOperator(site, OLoRA.Config(rank=rank, alpha=alpha))
 
 
 class DoRABesideStart(DoRAVariant):

@@ -67,7 +67,7 @@ VARIANTS: tuple[type[LoRAVariant], ...] = (
 class PeftLoRA(PeftMethod):
     """Translates low-rank factors, by the variant that they are."""
 
-    methods = tuple(name for each in (plain.PlainVariant, *VARIANTS) for name in each.writes)
+    methods = (*plain.PlainVariant.writes, *(name for each in VARIANTS for name in each.writes))
     below = (*layouts.FACTORS, *(name for each in VARIANTS for name in each.below))
     bias = "lora_only"
     ties = "ensure_weight_tying"
