@@ -98,6 +98,7 @@ def inject_faults(
     seed: int = 0,
     packages: Sequence[str] = (),
     leave: Sequence[str] = (),
+    ends: Sequence[Operation] = (),
     seconds: float | None = None,
 ) -> FaultReport:
     """Run an operation with a fault at each of its points, and return what was wrong afterwards.
@@ -112,6 +113,7 @@ def inject_faults(
         seed: see `every`.
         packages: folders of further packages, whose lines are points too.
         leave: beginnings of places (see `Snapshot.differences`) that may differ.
+        ends: operations that lead to further states in which a fault may leave a scene, if a note of the error says so.
         seconds: no further fault is tried after this time.
 
     Raises:
@@ -119,7 +121,7 @@ def inject_faults(
     """
     end = None if seconds is None else time.monotonic() + seconds
     report = FaultReport(name or getattr(operation, "__name__", "operation"))
-    trial = _Trial(operation, make, [Path(peftcore.__file__).parent, *map(Path, packages)], leave)
+    trial = _Trial(operation, make, [Path(peftcore.__file__).parent, *map(Path, packages)], leave, ends)
     for kind in kinds:
         points, wanted = trial.points(kind, often), []
         for point in points:
@@ -141,7 +143,14 @@ def inject_faults(
 class _Trial:
     """Runs one operation many times."""
 
-    def __init__(self, operation: Operation, make: Make, packages: Sequence[Path], leave: Sequence[str]) -> None:
+    def __init__(
+        self,
+        operation: Operation,
+        make: Make,
+        packages: Sequence[Path],
+        leave: Sequence[str],
+        other_ends: Sequence[Operation],
+    ) -> None:
         self.operation, self.make, self.packages, self.leave = operation, make, packages, leave
         self.root, ends = "", []
         for _ in range(2):  # the first run imports what it needs
@@ -153,6 +162,11 @@ class _Trial:
         if different := before.differences(again, leave=leave) or after.differences(other, leave=leave):
             raise ValueError(f"two runs of the operation differ at {_few(different)}; `make` must build the same again")
         self.before, self.after = again, other
+        self.others: list[Snapshot] = []
+        for other_end in other_ends:
+            with self.scene() as scene:
+                other_end(scene)
+                self.others.append(snapshot(scene))
 
     @contextmanager
     def scene(self) -> Iterator[Scene]:
@@ -202,7 +216,10 @@ class _Trial:
             loose = (*self.leave, FILE) if raised is not None else self.leave
             undone = raised is not None and not before.differences(now, same_scene=True, leave=loose)
             done = not self.after.differences(now, leave=loose)
-            if not done and not undone:
+            told = bool(getattr(raised, "__notes__", ())) and any(
+                not each.differences(now, leave=loose) for each in self.others
+            )
+            if not (done or undone or told):
                 end = self.after if raised is None else before
                 parts = end.differences(now, same_scene=raised is not None, leave=loose)
                 wrong.append(f"not as {'after' if raised is None else 'before'}: {_few(parts)}")

@@ -47,7 +47,7 @@ def main() -> int:
         try:
             report = inject_faults(
                 case.operation, case.make, name=name, kinds=given.kind or KINDS, every=given.every, often=given.often,
-                seed=given.seed, leave=case.leave, seconds=left,
+                seed=given.seed, leave=case.leave, ends=case.ends, seconds=left,
             )  # fmt: skip
         except Exception as error:  # the others still count
             print(f"{name}: cannot be tried: {type(error).__name__}: {error}", flush=True)

@@ -33,11 +33,13 @@ class Case(NamedTuple):
         make: builds the scene.
         operation: runs on it.
         leave: places that may differ, by how they begin.
+        ends: operations that lead to further states in which a fault may leave the scene, if a note says so.
     """
 
     make: Make
     operation: Operation
     leave: tuple[str, ...] = ()
+    ends: tuple[Operation, ...] = ()
 
 
 def outputs(model: nn.Module) -> Tensor:
@@ -233,7 +235,9 @@ def _choosing() -> dict[str, Case]:
         "call in a block": Case(two(), entered(lambda m: peftcore.call(m, some=1))),
         "enabled in a block": Case(two(), entered(lambda m: a(m).enabled())),
         "disabled in a block": Case(two(), entered(lambda m: a(m).disabled())),
-        "disabled in a block, merged": Case(scene("a", "b", then=merged), entered(lambda m: a(m).disabled())),
+        "disabled in a block, merged": Case(
+            scene("a", "b", then=merged), entered(lambda m: a(m).disabled()), ends=(on_a(lambda i: i.unmerge()),)
+        ),
         "cache_weights": Case(two(), entered(peftcore.cache_weights)),
         "a forward": Case(two(), on_model(outputs)),
     }
