@@ -24,6 +24,7 @@ import random
 import sys
 import tempfile
 import time
+import uuid
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -94,6 +95,7 @@ def inject_faults(
     name: str = "",
     kinds: Sequence[Kind] = KINDS,
     every: int = 1,
+    most: int | None = None,
     often: int = 2,
     seed: int = 0,
     packages: Sequence[str] = (),
@@ -109,6 +111,7 @@ def inject_faults(
         name: the name of the operation in the report.
         kinds: the kinds of points.
         every: of all faults a share of one in `every`, chosen by `seed`.
+        most: no more faults of each kind than this many, chosen by `seed`.
         often: how many of the first passes through a place are points; its last pass is one too.
         seed: see `every`.
         packages: folders of further packages, whose lines are points too.
@@ -127,8 +130,9 @@ def inject_faults(
         for point in points:
             wanted += [(point, error) for error in FAULTS[kind].errors if FAULTS[kind]([]).allows(point.place, error)]
         report.points[kind], report.tried[kind] = len(points), 0
-        if every > 1:
-            wanted = random.Random(seed).sample(wanted, max(1, len(wanted) // every) if wanted else 0)
+        share = min(max(1, len(wanted) // every), len(wanted), len(wanted) if most is None else most)
+        if share < len(wanted):
+            wanted = random.Random(seed).sample(wanted, share)
         for point, error in wanted:
             if end is not None and time.monotonic() > end:
                 break
@@ -170,12 +174,22 @@ class _Trial:
 
     @contextmanager
     def scene(self) -> Iterator[Scene]:
-        """Context manager with a fresh scene, and a folder of temporary files of its own."""
-        with tempfile.TemporaryDirectory(prefix="faults-") as root, patch.object(tempfile, "tempdir", f"{root}/tmp"):
+        """Context manager with a fresh scene, and a folder of temporary files of its own. Uuids are counted, so two
+        scenes have the same ones."""
+        self.drawn = 0
+        with (
+            tempfile.TemporaryDirectory(prefix="faults-") as root,
+            patch.object(tempfile, "tempdir", f"{root}/tmp"),
+            patch.object(uuid, "uuid4", self._uuid),
+        ):
             os.mkdir(f"{root}/tmp")
             os.mkdir(f"{root}/scene")
             self.root = root
             yield self.make(Path(root, "scene"))
+
+    def _uuid(self) -> uuid.UUID:
+        self.drawn += 1
+        return uuid.UUID(int=self.drawn)
 
     def points(self, kind: Kind, often: int) -> list[Point]:
         """Return the points of the operation."""
@@ -206,7 +220,7 @@ class _Trial:
         reached."""
         faults = FAULTS[kind](self.packages, point, error)
         with self.scene() as scene, _quiet():
-            before, around = snapshot(scene), process()
+            before, around, drawn = snapshot(scene), process(), self.drawn
             raised = self._run(faults, scene)
             if not faults.hit:
                 return None
@@ -226,6 +240,7 @@ class _Trial:
             if raised is not None and not any(each.startswith(FILE) for each in self.leave):
                 wrong += self._half_written(before, now)
             if undone and not wrong:
+                self.drawn = drawn
                 wrong += self._again(scene)
         return "; ".join(wrong)
 
