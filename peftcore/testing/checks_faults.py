@@ -136,10 +136,10 @@ def _disabled(scene: Scene) -> None:
 
 
 def _other_values(injection: Injection) -> dict[str, Tensor]:
-    """Return zeros for the numbers that can be any; indices stay as they are."""
+    """Return half of each number; indices stay as they are."""
     with torch.no_grad():
         return {
-            key: torch.zeros_like(value) if value.is_floating_point() else value.clone()
+            key: value * 0.5 if value.is_floating_point() else value.clone()
             for key, value in injection.state_dict().items()
         }
 
