@@ -216,7 +216,7 @@ class PeftModel(peft.PeftModel):  # type: ignore[misc]
         self._merged_meanwhile = self._merged_meanwhile if before else merged
         try:
             with ExitStack() as stack:
-                for name in merged:
+                for name in reversed(merged):  # what was merged on top goes first
                     stack.enter_context(self.adapters[name].disabled())
                 stack.enter_context(activate(self.get_base_model()))
                 yield

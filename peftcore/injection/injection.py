@@ -181,7 +181,10 @@ class Injection(Installed):
         rows run the bare base model, in a composition its parts; all others stay as they are.
 
         Raises:
-            MergeError: it is merged and cannot be unmerged.
+            MergeError: it is merged and cannot be unmerged; or it cannot be merged again at the end of the block.
+
+        If merging again fails at the end of the block, by any error or Ctrl-C, the injection stays active and unmerged,
+        with the weights of the base to the bit, and a note of the error says so.
             CompositionError: the composition in force needs it to combine outputs (`Fuse`).
         """
         self._alive()
@@ -194,8 +197,8 @@ class Injection(Installed):
             with self.state.choices.block(self.state.now().without(self.name)):
                 yield
         finally:
-            if merged is not None and self.state.injections.get(self.name) is self:  # else it was removed in the block
-                self._merge_as(merged.wanted)
+            if merged is not None:
+                self._merge_again(merged)
 
     def trainable(self, mode: bool = True) -> None:
         """Let its parameters train, or freeze them. Nothing else on the host changes."""
@@ -345,6 +348,19 @@ class Injection(Installed):
         elif merged.wanted != wanted:
             raise MergeError(f"{self.name!r} is merged already, by {merged.wanted}; unmerge() it first")
         return merged
+
+    def _merge_again(self, merged: merging.MergeInForce) -> None:
+        if self.state.injections.get(self.name) is not self:
+            return  # removed in the block
+        try:
+            self._merge_as(merged.wanted)
+        except BaseException as error:
+            if self._merge is None:
+                error.add_note(
+                    f"Merging {self.name!r} again at the end of disabled() failed: it stays unmerged, and the weights "
+                    "are those of the base. Call merge() to merge it again."
+                )
+            raise
 
     @property
     def made_dense(self) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from training_hosts import host
 
+import peftcore
 from peftcore.errors import MergeError, UnknownInjection
 
 peft = pytest.importorskip("peft")
@@ -186,3 +187,15 @@ def test_a_merged_adapter_is_deleted_within(pair: tuple[Any, Any]) -> None:
         model.set_adapter("second")
         found.append(logits(model))
     torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-9)
+
+
+def test_all_that_is_merged_is_unmerged_within_and_merged_again(pair: tuple[Any, Any]) -> None:
+    """Two of one place, of which the later one has to be unmerged first."""
+    _, ours = pair
+    peftcore.activate(ours.get_base_model(), *NAMES)
+    ours.merge_adapter()
+    before = logits(ours)
+    with ours.disable_adapter():
+        torch.testing.assert_close(logits(ours), logits(base()), rtol=0, atol=0)
+    assert torch.equal(logits(ours), before)
+    assert all(each.merged for each in ours.adapters.values())
