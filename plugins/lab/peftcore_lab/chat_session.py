@@ -53,7 +53,7 @@ class Conversation:
             BadInput: nothing was asked yet.
         """
         if not self.messages:
-            raise BadInput("nothing was asked yet")
+            raise BadInput("no question was asked yet: ask one first")
         if self.messages[-1]["role"] == "assistant":
             self.messages.pop()
         with self.injection.disabled():
@@ -118,7 +118,7 @@ def conversation(adapter: str, model: str | None, template: str | None, system: 
         adapter = str(place / "adapter")
     named = model or run.get("model") or describe(adapter).base
     if not named:
-        raise BadInput(f"{adapter} names no model: say which with --model")
+        raise BadInput(f"{adapter} does not name its base model: set --model")
     told = run.get("data", {}).get("chat_template") if template is None else template
     tokenizer = with_template(load_tokenizer(named), told, named)
     base = from_pretrained(transformers.AutoModelForCausalLM, named, dtype).eval()

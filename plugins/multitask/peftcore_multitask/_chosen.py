@@ -24,9 +24,15 @@ def first_of(members: Members, title: str) -> Graft:
     first = next(iter(members.values()))
     site = first.site
     if any(graft.operator.factors() is None for graft in members.values()):
-        raise UnsupportedSite(f"{site.path}: a part is no product of two factors; {title} chooses among LoRAs")
+        raise UnsupportedSite(
+            f"{site.path}: a part is not a product of two factors, and {title} chooses among LoRAs; use LoRA parts, or "
+            "exclude it"
+        )
     if not (site.layer.called and site.layer.of_vectors) or site.batch or site.slices or first.holders[1:]:
-        raise UnsupportedSite(f"{site.path} is no linear layer of its own, whose inputs could choose")
+        raise UnsupportedSite(
+            f"{site.path} is not a linear layer that is called by itself, which the choice among parts needs; exclude "
+            "it"
+        )
     return first
 
 

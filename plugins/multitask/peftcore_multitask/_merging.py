@@ -61,11 +61,13 @@ class PartsConfig(MethodConfig):
             tags = cls.tags
             if cls.looks_at_data(options) or tags.scheduled or (self.changes_weights and not tags.mergeable):
                 raise ConfigError(
-                    f"{part['method']!r} cannot be a part of {self.method}: parts are changes of weights, without a "
-                    "schedule and without a look at data"
+                    f"{part['method']!r} cannot be a part of {self.method}: parts are changes of weights that need "
+                    "neither a schedule nor data"
                 )
         if self.weights is not None and len(self.weights) != len(self.parts):
-            raise ConfigError(f"{len(self.weights)} weights for {len(self.parts)} parts")
+            raise ConfigError(
+                f"weights has {len(self.weights)} values for {len(self.parts)} parts; pass one for each part"
+            )
         return self
 
 
@@ -141,7 +143,9 @@ def collected(surgeon: Surgeon, config: PartsConfig) -> dict[Key, Members]:
             site = graft.site
             members = groups.setdefault((site.module_path, site.tensor, site.slices), {})
             if index in members:
-                raise UnsupportedSite(f"{site.path}: {method.name} acts there twice, so it has no one delta")
+                raise UnsupportedSite(
+                    f"{site.path}: {method.name} acts on it twice, so it has no single delta; exclude it"
+                )
             members[index] = graft
     _check_apart(groups)
     return groups
@@ -156,7 +160,10 @@ def merge_parts(surgeon: Surgeon, config: PartsConfig, operator: Callable[..., M
     for number, members in enumerate(collected(surgeon, config).values()):
         for graft in members.values():
             if not is_mergeable(graft.operator):
-                raise UnsupportedSite(f"{graft.site.path}: {type(graft.operator).__name__} is no change of a weight")
+                raise UnsupportedSite(
+                    f"{graft.site.path}: {type(graft.operator).__name__} does not change a weight, so it cannot be "
+                    "merged; exclude it"
+                )
         first = next(iter(members.values()))
         surgeon.graft(first.site, operator, config, first.holders[1:], members=members, number=number)
 
@@ -171,8 +178,8 @@ def _check_apart(groups: Mapping[Key, Members]) -> None:
             crossed = any(other != key and _meet(rows, key[2]) for other, rows in held.get(name, ()))
             if crossed or any(place != places[0] for place in places):
                 raise UnsupportedSite(
-                    f"parts meet at {name} in different ways (as a whole and in rows, tied and alone, with the weight "
-                    "and without it, or from another module); give them targets that name the same, or exclude it"
+                    f"parts change {name} in different ways (whole or in rows, tied or alone, with or without the "
+                    "weight, or from another module); set the same targets for all parts, or exclude it"
                 )
             held.setdefault(name, []).append((key, key[2]))
 

@@ -98,5 +98,7 @@ def with_one_input(site: Site) -> Site:
     """
     asked = inspect.signature(site.module.forward).parameters.values()
     if sum(each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD for each in asked) > 1:
-        raise UnsupportedSite(f"{site.path} is given more than the stream, which nothing says how to mix")
+        raise UnsupportedSite(
+            f"{site.path} is called with more inputs than the stream, and the mixture cannot mix the others; exclude it"
+        )
     return site

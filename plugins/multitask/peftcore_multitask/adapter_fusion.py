@@ -156,15 +156,15 @@ def of_parts(surgeon: Surgeon, parts: Sequence[dict[str, Any]]) -> list[tuple[Si
         tags = method.tags
         if method.looks_at_data(options) or tags.scheduled or not tags.per_row:
             raise ConfigError(
-                f"{method.name} cannot be a part: parts act on outputs of modules alone, without a schedule and "
-                "without a look at data"
+                f"{method.name} cannot be a part: parts act only on outputs of modules, and need neither a schedule "
+                "nor data"
             )
         for graft in surgeon.collect(str(index), method, options, part.get("target")):
             path = graft.site.path
             if graft.site.form != "activation":
                 raise UnsupportedSite(
-                    f"{path}: {method.name} acts on a tensor or inside an attention there, so it has no output of its "
-                    "own; fuse injections of it (adapters=), or exclude it"
+                    f"{path}: {method.name} acts on a tensor or inside an attention, so it has no module output to "
+                    "fuse; fuse installed adapters (adapters=), or exclude it"
                 )
             found.setdefault(path, {}).setdefault(index, []).append(graft)
     places = []
@@ -172,7 +172,10 @@ def of_parts(surgeon: Surgeon, parts: Sequence[dict[str, Any]]) -> list[tuple[Si
         grafts = [graft for part in members.values() for graft in part]
         ways = {tuple(site.module_path for site in graft.holders) for graft in grafts}
         if len(ways) > 1:
-            raise UnsupportedSite(f"{path}: the parts that are named for it stand at different modules")
+            raise UnsupportedSite(
+                f"{path}: the parts with this path act on different modules; set the same target for all parts, or "
+                "exclude it"
+            )
         operators: list[list[nn.Module]] = [[graft.operator for graft in part] for part in members.values()]
         places.append((grafts[0].site, grafts[0].holders[1:], operators))
     return places
@@ -232,8 +235,8 @@ def mixes_inputs(site: Site, mixes: str, can: bool) -> bool:
     """
     if mixes == "inputs" and not can:
         raise UnsupportedSite(
-            f"{site.path}: adapters do more here than to give a module another input, as they do in front of a norm "
-            'that ends a block; mixes="outputs" fuses what modules return'
+            f"{site.path}: adapters do more here than change a module's input, as they do before a norm that ends a "
+            'block; set mixes="outputs" to fuse what modules return'
         )
     return can and mixes != "outputs"
 
@@ -266,7 +269,7 @@ class FusionOperator(Combiner):
     def combine_inputs(self, inputs: list[Tensor], base: Tensor, output: Tensor) -> Tensor:
         h, u = self.layer.channels_last(base), self.layer.channels_last(output)
         if h.shape[-1] != self.width:
-            raise CompositionError(f"a fusion of {self.width} features met an output of {list(base.shape)}")
+            raise CompositionError(f"a fusion of {self.width} features got an output of shape {list(base.shape)}")
         query, bias, key = self.cast(h, self.query, self.bias, self.key)
         looked = nn.functional.linear(nn.functional.linear(u, query, bias), key.T)  # K' (Q u + q), for all adapters
         z = torch.stack([self.layer.channels_last(each) - h for each in inputs], -2)  # [..., adapters, d]

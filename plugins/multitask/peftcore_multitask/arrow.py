@@ -58,7 +58,7 @@ class ArrowConfig(PartsConfig):
     @model_validator(mode="after")
     def _some_left(self) -> Self:
         if self.general >= len(self.parts):
-            raise ConfigError(f"general={self.general} leaves none of {len(self.parts)} parts to choose from")
+            raise ConfigError(f"general={self.general} leaves none of {len(self.parts)} parts to choose from; lower it")
         return self
 
 
@@ -126,11 +126,15 @@ class Arrow(OfMergedParts, Method):
             general = [index for index in members if index >= len(config.parts) - config.general]
             if len(general) == len(members) or len(general) < config.general:
                 raise UnsupportedSite(
-                    f"{site.path}: parts of general knowledge stand where all others do, and no others"
+                    f"{site.path}: the {config.general} general parts must act at every site of the other parts, and "
+                    "only there; set the same target for all parts"
                 )
             shapes = {
                 tuple(tensor.shape) for graft in members.values() for tensor in (graft.operator.factors() or ())[:2]
             }
             if general and len(shapes) > 2:
-                raise UnsupportedSite(f"{site.path}: parts have several ranks, between which nothing can be taken away")
+                raise UnsupportedSite(
+                    f"{site.path}: parts have different ranks, so the general ones cannot be subtracted; use parts of "
+                    "one rank"
+                )
             surgeon.graft(site, ArrowOperator, config, members=members)

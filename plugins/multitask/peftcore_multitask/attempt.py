@@ -82,9 +82,9 @@ class AttemptConfig(TaskConfig, PartsConfig):
     def _prompts(self) -> Self:
         for part in self.parts:
             if not isinstance(options_of(part), prompt_tuning.PromptTuningConfig):
-                raise ConfigError(f"{part['method']!r} cannot be a part of attempt: sources are prompt_tuning")
+                raise ConfigError(f"{part['method']!r} cannot be a part of attempt: use prompt_tuning parts")
         if len(lengths := {length_of(part) for part in self.parts}) > 1:
-            raise ConfigError(f"sources of lengths {sorted(lengths)} have no sum; give them one length")
+            raise ConfigError(f"sources of lengths {sorted(lengths)} cannot be added; use sources of one length")
         return self
 
 
@@ -162,7 +162,9 @@ class Attempt(OfMergedParts, Method):
             site = first.site
             lengths: set[Any] = {graft.operator.length for graft in members.values()}
             if lengths != {length_of(config.parts[0])}:
-                raise UnsupportedSite(f"{site.path}: sources of lengths {sorted(lengths)}; overrides change none")
+                raise UnsupportedSite(
+                    f"{site.path}: sources have lengths {sorted(lengths)}; remove length from the parts' overrides"
+                )
             surgeon.graft(site, AttemptOperator, config, first.holders[1:], members=members)
 
     def parts_gathered(self, injection: AppliedMethod) -> None:

@@ -60,7 +60,10 @@ class LoRAMoEConfig(TaskConfig):
     @model_validator(mode="after")
     def _groups(self) -> Self:
         if self.delta and self.experts % task_count(self):
-            raise ValueError(f"{self.experts} experts are no equal groups for {task_count(self)} tasks")
+            raise ValueError(
+                f"{self.experts} experts cannot be split equally among {task_count(self)} tasks; set experts to a "
+                "multiple"
+            )
         return self
 
 

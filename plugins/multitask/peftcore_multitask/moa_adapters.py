@@ -74,9 +74,11 @@ class MoAAdaptersConfig(MethodConfig):
     @model_validator(mode="after")
     def _enough(self) -> Self:
         if self.top_k is not None and self.top_k > self.experts:
-            raise ValueError(f"top_k={self.top_k} of {self.experts} experts")
+            raise ValueError(f"top_k={self.top_k} is more than the {self.experts} experts")
         if self.balance and self.top_k is None:
-            raise ValueError("all experts act on all tokens, so there is nothing to balance: give top_k")
+            raise ValueError(
+                "without top_k all experts act on all tokens, so there is nothing to balance: set top_k, or balance=0"
+            )
         return self
 
 

@@ -63,7 +63,9 @@ class MOELoRAConfig(TaskConfig):
     @model_validator(mode="after")
     def _divides(self) -> Self:
         if self.rank % self.experts:
-            raise ValueError(f"a rank of {self.rank} is no equal parts for {self.experts} experts")
+            raise ValueError(
+                f"rank={self.rank} cannot be split equally among {self.experts} experts; set rank to a multiple"
+            )
         return self
 
 
@@ -126,7 +128,7 @@ class MOELoRA(Method):
         fixed, remedy = (OF_THE_GATE, ', or set gate="each"') if config.gate == "shared" else ({"gate"}, "")
         if any(fixed & changes.keys() for changes in config.overrides.values()):
             names = ", ".join(sorted(fixed))
-            raise ConfigError(f"moelora: overrides do not change {names}: give one value for all sites{remedy}")
+            raise ConfigError(f"moelora: overrides cannot change {names}: set one value for all sites{remedy}")
         shared = surgeon.own("tasks", lambda: TaskGate(config)) if config.gate == "shared" else None
         for site in surgeon.sites():
             surgeon.graft(site, MOELoRAOperator, config, shared=shared)

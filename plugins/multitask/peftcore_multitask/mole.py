@@ -84,7 +84,7 @@ class MoLEOperator(Router):
     def wrong_values(self, values: Mapping[str, Tensor]) -> Iterator[str]:
         temperature = values.get("temperature")
         if temperature is not None and not (values.get("gate", temperature).float() / temperature).isfinite().all():
-            yield "temperature holds no number that gates can be divided by"
+            yield "temperature is zero, or not finite when gates are divided by it"
 
     def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:  # x [..., in]
         y = call(x)

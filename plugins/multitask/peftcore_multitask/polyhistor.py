@@ -151,8 +151,8 @@ class Polyhistor(Method):
         for site in sites:
             if site.out_features % width:
                 raise UnsupportedSite(
-                    f"{site.path} is {site.out_features} wide, which is no multiple of {width}, the width of the "
-                    f"templates; set width={math.gcd(*widths)}, which all widths are multiples of, or exclude it"
+                    f"{site.path} is {site.out_features} wide, which is not a multiple of width={width} of the "
+                    f"templates; set width={math.gcd(*widths)}, which divides all widths, or exclude it"
                 )
         templates = surgeon.own("templates", lambda: Templates(width, config))
         for site in sites:

@@ -77,8 +77,8 @@ class PolytroponOperator(Router):
         splits = config.splits
         if site.in_features % splits or site.out_features % splits:
             raise UnsupportedSite(
-                f"{site.path} has {site.in_features} inputs and {site.out_features} outputs, which {splits} groups do "
-                "not divide; choose other splits"
+                f"{site.path} has {site.in_features} inputs and {site.out_features} outputs, which splits={splits} "
+                "does not divide; set another splits, or exclude it"
             )
         inputs, outputs, spread = site.in_features // splits, site.out_features // splits, 3 * site.in_features
         self.scale, self.tasks = 1 / config.rank, Tasks(site, config)

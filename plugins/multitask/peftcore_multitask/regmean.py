@@ -65,7 +65,7 @@ class RegMeanConfig(PartsConfig):
     @model_validator(mode="after")
     def _positive(self) -> Self:
         if self.weights is not None and min(self.weights) <= 0:
-            raise ValueError("weights of a mean are above 0; task_arithmetic takes away")
+            raise ValueError("weights of a mean must be above 0; use task_arithmetic to subtract a part")
         return self
 
 
@@ -96,14 +96,17 @@ def grams(injection: Injection, data: Iterable[Any], also: Sequence[str] = ()) -
     """
     model = injection.model
     if injection.merged:
-        raise ConfigError(f"{injection.name!r} is merged, and acts with others then; unmerge() it first")
+        raise ConfigError(f"{injection.name!r} is merged into the weights; call unmerge() first")
     modules = {site.module: site.module_path for site in gram_sites(injection.sites)}
     named = dict(model.named_modules())
     if missing := [path for path in also if path not in named]:
         raise ConfigError(f"the model has no module {missing[0]!r}")
     modules |= {named[path]: path for path in also}
     if not modules:
-        raise ConfigError(f"{injection.name!r} changes no weight of a linear layer that is called: it has a plain mean")
+        raise ConfigError(
+            f"{injection.name!r} changes no weight of a linear layer that is called, so it has no matrices: its parts "
+            "are averaged as they are"
+        )
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
 
@@ -123,7 +126,7 @@ def grams(injection: Injection, data: Iterable[Any], also: Sequence[str] = ()) -
             module.training = mode
     for path in modules.values():
         if not counts.get(path) or not sums[path].isfinite().all():
-            raise CalibrationError(f"{path} got no inputs, or some that are not finite; give other data")
+            raise CalibrationError(f"{path} got no inputs, or some that are not finite; pass other data")
     return {path: total / counts[path] for path, total in sums.items()}
 
 
@@ -137,8 +140,8 @@ def matrices_of(path: str, every: Sequence[Mapping[str, Tensor]], like: Tensor) 
         G = given.get(path)
         if G is None or G.shape != like.shape[1:] or not (G.isfinite().all() and (G.diagonal() >= 0).all()):
             raise ConfigError(
-                f"part {index} has no matrix of the inputs of {path}, or one that does not fit: where it does not act "
-                f"itself, grams(injection, data, also=[{path!r}]) makes one"
+                f"part {index} has no matrix of the inputs of {path}, or one that does not fit: if it does not act at "
+                f"{path}, compute one with grams(injection, data, also=[{path!r}])"
             )
     return torch.stack([given[path].to(like.device, torch.float64) for given in every])
 
@@ -165,8 +168,8 @@ def shares_of(path: str, G: Tensor, weights: Sequence[float], off_diagonal: floa
     error = shares.sum(0) * root[:, None] / root - torch.eye(len(root)).to(G)
     if error.abs().max() > LARGEST_ERROR:
         raise CalibrationError(
-            f"the inputs of {path} were too few, or too much alike, for a regression: give more data, an off_diagonal "
-            "below 1, or unseen='base'"
+            f"the inputs of {path} were too few or too similar for a regression: pass more data, set off_diagonal "
+            "below 1, or set unseen='base'"
         )
     return shares
 
@@ -233,11 +236,11 @@ def take_grams(merged: AppliedMethod, every: Sequence[Mapping[str, Tensor]]) -> 
     found = [graft for graft in merged.grafts if isinstance(graft.operator, RegMeanOperator)]
     if not found or len(every) != len(merged.config.parts):
         raise ConfigError(
-            f"take_grams is for a regmean, with the matrices of each of its parts; {merged.name!r} is a "
-            f"{merged.method.name}, and they are {len(every)}"
+            f"take_grams needs a regmean adapter and one dictionary of matrices for each part; {merged.name!r} is a "
+            f"{merged.method.name}, and {len(every)} were passed"
         )
     if merged.whole.merged:
-        raise ConfigError(f"{merged.name!r} is merged, so matrices would change nothing; unmerge() it first")
+        raise ConfigError(f"{merged.name!r} is merged, so new matrices would have no effect; call unmerge() first")
     made: list[tuple[Tensor, Tensor]] = []
     for graft in found:
         operator: Any = graft.operator

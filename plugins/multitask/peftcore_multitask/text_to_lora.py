@@ -177,9 +177,14 @@ class Told:
         running.need("task_vector")
         told = running.told("task_vector")
         if not isinstance(told, Tensor) or told.dim() != 2 or told.shape[1] != self.width:
-            raise ConfigError(f"task_vector is a tensor [1 or rows, {self.width}]: embeddings of descriptions of tasks")
+            raise ConfigError(
+                f"task_vector must be a tensor [1 or rows, {self.width}]: embeddings of task descriptions"
+            )
         if len(told) != 1 and not self.apart:
-            raise RouteError(f"{self.path} got {rows} rows, which cannot be told apart by {len(told)} vectors of tasks")
+            raise RouteError(
+                f"{self.path} got {rows} rows, which cannot be assigned to {len(told)} task vectors; pass one for all "
+                "rows"
+            )
         return running.for_rows("task_vector", rows, told)
 
 
@@ -276,7 +281,9 @@ class TextToLoRA(Method):
         sites = surgeon.sites()
         for site in sites:
             if not sees_vectors(site):
-                raise UnsupportedSite(f"{site.path} is no linear layer that is called, as LoRAs of rows need")
+                raise UnsupportedSite(
+                    f"{site.path} is not a linear layer that is called, which a LoRA for each row needs; exclude it"
+                )
         alike = Counter(map(kind_name, sites))
         for site in sites:
             known = known_of(surgeon, site, config, alike[kind_name(site)])
@@ -297,7 +304,7 @@ def make_lora(injection: AppliedMethod, vector: Tensor, name: str = "lora") -> I
     """
     found = [graft for graft in injection.grafts if isinstance(graft.operator, TextToLoRAOperator)]
     if not found or vector.shape != (injection.config.vector_width,):
-        raise ConfigError("make_lora(injection, vector) is for a text_to_lora, and a vector of its vector_width")
+        raise ConfigError("make_lora(injection, vector) needs a text_to_lora adapter and a vector of its vector_width")
     made = {}
     with evaluating(injection.shared.values()):
         for graft in found:

@@ -34,7 +34,10 @@ class LoRAOnPacked(PackedBaseOperator):
 
     def __init__(self, site: Site, config: LoRAConfig, start: Factors | None = None) -> None:
         if config.dropout and not site.layer.packed:
-            raise UnsupportedSite(f"{site.path} is not packed yet, so its inputs are not dropped; quantize first")
+            raise UnsupportedSite(
+                f"{site.path} is not quantized yet, and dropout needs its quantized weight; call peftcore.quantize "
+                "first"
+            )
         super().__init__(site, config, start or lora_start(site, config.rank), scale=config.alpha / config.rank)
         self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
 

@@ -59,9 +59,12 @@ class IRQLoRAOperator(PackedBaseOperator):
         rank = config.rank
         if site.in_features % rank or site.out_features % rank:
             sizes = f"{site.in_features} inputs and {site.out_features} outputs"
-            raise UnsupportedSite(f"{site.path}: rank {rank} has to divide {sizes}")
+            raise UnsupportedSite(f"{site.path}: rank={rank} must divide {sizes}; set another rank, or exclude it")
         if config.dropout and not site.layer.packed:
-            raise UnsupportedSite(f"{site.path} is not packed yet, so its inputs are not dropped; quantize first")
+            raise UnsupportedSite(
+                f"{site.path} is not quantized yet, and dropout needs its quantized weight; call peftcore.quantize "
+                "first"
+            )
         super().__init__(site, config, lora_start(site, rank), scale=config.alpha / rank)
         self.b1, self.b2 = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
         self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()

@@ -82,6 +82,6 @@ def gradients_of(
         if gradient is None:
             continue
         if not gradient.isfinite().all():
-            raise CalibrationError(f"the gradient of {graft.site.path} is not finite; give other data")
+            raise CalibrationError(f"the gradient of {graft.site.path} is not finite; pass other data")
         if gradient.any():
             yield graft, gradient

@@ -16,6 +16,6 @@ def check_seen(sites: Sequence[Site], instead: str) -> None:
     """
     if sites and not any(map(sees_vectors, sites)):
         raise UnsupportedSite(
-            f"{sites[0].path} is no linear layer that is called, nor is another target module, so there are no inputs "
-            f"to look at; take others, or {instead}"
+            f"{sites[0].path} is not a linear layer that is called, nor is another target module, so there are no "
+            f"inputs to look at; set other targets, or {instead}"
         )

@@ -66,7 +66,7 @@ def input_dropout(site: Site, probability: float) -> float:
             are tokens.
     """
     if probability and site.layer.one_hot:
-        raise UnsupportedSite(f"{site.path} reads token ids, which dropout cannot act on; use dropout=0 there")
+        raise UnsupportedSite(f"{site.path} reads token ids, which dropout cannot act on; use dropout=0 for it")
     if probability and site.form == "weight":
         raise UnsupportedSite(
             f"{site.path} is read, not called, so dropout cannot reach its input; use dropout=0 or exclude it"
@@ -82,8 +82,8 @@ def check_in_weight_form(operator: nn.Module, probability: float) -> None:
     """
     if probability and operator.training:
         raise TrainingError(
-            "dropout acts on inputs of a module, but here the effective weight is computed, in which there are none: "
-            "for low_memory, or because several adapters act on one weight. Train them one after the other, without "
+            "dropout acts on inputs of a module, but here only the effective weight is computed, because of "
+            "low_memory or because several adapters change one weight. Train them one after the other, without "
             "low_memory, or with dropout=0"
         )
 

@@ -75,7 +75,7 @@ class ALoRAOperator(Operator):
     def __init__(self, site: Site, config: ALoRAConfig) -> None:
         super().__init__(site)
         if not (site.layer.called and site.layer.of_vectors and site.separable):
-            raise UnsupportedSite(f"{site.path} does not act on each token by itself; target linear layers")
+            raise UnsupportedSite(f"{site.path} does not act on each token independently; target linear layers")
         self.invocation = tuple(config.invocation)
         self.dropout = config.dropout
         self.scale = config.alpha / (config.rank if config.scaling == "rank" else math.sqrt(config.rank))

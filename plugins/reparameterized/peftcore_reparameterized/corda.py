@@ -80,7 +80,7 @@ def damped(C: Tensor) -> tuple[Tensor, Tensor]:
     identity = torch.eye(len(C), dtype=C.dtype, device=C.device)
     mean, damp = C.diagonal().mean(), 0.01
     if not mean > 0:
-        raise CalibrationError("all inputs of a target module were zero, so they say nothing; give other data")
+        raise CalibrationError("all inputs of a target module were zero; pass other data")
     while True:
         fixed = C + damp * mean * identity
         inverse = torch.linalg.inv(fixed)
@@ -139,7 +139,7 @@ class CorDA(Method):
 
         def look(module: nn.Module, given: Tensor, x: Tensor) -> None:
             if not (len(x) and x.isfinite().all() and x.max() != 0):
-                raise CalibrationError("inputs of a target module are not finite, or none is larger than zero")
+                raise CalibrationError("inputs of a target module are not finite, or all zero; pass other data")
             x = x / x.max().abs()
             sums[module] = sums.get(module, 0) + x.T @ x
             calls[module] = calls.get(module, 0) + 1

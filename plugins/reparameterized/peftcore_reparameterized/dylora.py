@@ -73,7 +73,7 @@ class DyLoRAConfig(MethodConfig):
     @model_validator(mode="after")
     def _blocks(self) -> Self:
         if self.rank % self.block_size:
-            raise ValueError(f"rank={self.rank} is no multiple of block_size={self.block_size}: take one that is")
+            raise ValueError(f"rank={self.rank} is not a multiple of block_size={self.block_size}; set one that is")
         return self
 
 
@@ -122,7 +122,7 @@ class DyLoRAOperator(LowRankOperator):
             ConfigError: the rank is not a multiple of the block size up to the full rank.
         """
         if rank not in range(self.block_size, self.rank + 1, self.block_size):
-            raise ConfigError(f"rank {rank} is none of {self.block_size}, {2 * self.block_size}, ..., {self.rank}")
+            raise ConfigError(f"rank {rank} is not one of {self.block_size}, {2 * self.block_size}, ..., {self.rank}")
         dim, below = self.layer.batch_dims, rank - self.block_size if frozen else 0
         A, B = self.A.narrow(dim, 0, rank), self.B.narrow(-1, 0, rank)
         parts = [each.split([below, rank - below], at) for each, at in ((A, dim), (B, -1))]
@@ -183,6 +183,6 @@ def make_lora(injection: AppliedMethod, rank: int, name: str = "lora") -> Inject
     """
     found = [graft for graft in injection.grafts if isinstance(graft.operator, DyLoRAOperator)]
     if not found:
-        raise ConfigError("make_lora(injection, rank) is for a dylora")
+        raise ConfigError("make_lora(injection, rank) needs a dylora adapter")
     made = {graft.site.path: (graft.site, graft.operator.factors_of(rank)) for graft in found}
     return lora_of(injection.model, made, name, [injection.whole.name])

@@ -133,7 +133,7 @@ def components(model: nn.Module, data: Batches, config: EVAConfig, sites: Sequen
                 break
     for path, found in first.items():
         if not own[found].seen:
-            raise CalibrationError(f"the data has not the {counts[path]} tokens that {path} needs: give more")
+            raise CalibrationError(f"{path} needs {counts[path]} tokens, and the data has fewer; pass more data")
     return {path: own[found] for path, found in first.items()}
 
 

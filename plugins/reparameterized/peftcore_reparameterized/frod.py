@@ -147,9 +147,9 @@ class Joint(Checked):
         if "index" in values:
             places, _ = values["index"].sort()
             if places.numel() and not 0 <= int(places.min()) <= int(places.max()) < self.size**2:
-                yield f"index holds places outside of the {self.size**2} entries of a matrix"
+                yield f"index has entries outside of the {self.size**2} entries of a matrix"
             elif places.diff().eq(0).any():
-                yield "index holds a place twice"
+                yield "index has an entry twice"
 
 
 def entries(inputs: int, config: FRoDConfig) -> int:

@@ -124,7 +124,10 @@ class GaLore(Method):
     def inject(self, model: nn.Module, config: GaLoreConfig, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
             if len(site.weight_shape) != 2 + len(site.batch):
-                raise UnsupportedSite(f"{site.path} has {len(site.weight_shape)} dimensions; GaLore projects matrices")
+                raise UnsupportedSite(
+                    f"{site.path} has {len(site.weight_shape)} dimensions, and GaLore projects only matrices; exclude "
+                    "it"
+                )
             surgeon.replace(site)
 
     def gradient_rule(self, injection: AppliedMethod) -> GradientRule:

@@ -99,9 +99,11 @@ class LoRAConfig(MethodConfig):
     @model_validator(mode="after")
     def _halves(self) -> Self:
         if self.start == "orthogonal" and self.rank % 2:
-            raise ValueError(f"start='orthogonal' halves the rank, and {self.rank} is odd: take an even one")
+            raise ValueError(f"start='orthogonal' halves the rank, and rank={self.rank} is odd: use an even one")
         if self.trained == "B" and self.damping is not None:
-            raise ValueError("damping is for two factors that train, and trained='B' has a rule of its own: leave one")
+            raise ValueError(
+                "damping needs two trained factors, and trained='B' trains one with its own rule: remove one of the two"
+            )
         return self
 
 
@@ -190,7 +192,10 @@ class AcrossGroups(Operator):
         super().__init__(site)
         self.groups, self.dropout, self.scale, rank = groups_of(site), config.dropout, scale_of(config), config.rank
         if rank % self.groups:
-            raise UnsupportedSite(f"{site.path} has {self.groups} groups, which a rank of {rank} does not fill")
+            raise UnsupportedSite(
+                f"{site.path} has {self.groups} groups, which rank={rank} is not a multiple of; set another rank for "
+                "it with overrides=, or exclude it"
+            )
         inputs = (site.in_features * self.groups, *site.kernel)
         bound = 1 / math.sqrt(math.prod(inputs))
         self.A = nn.Parameter(torch.empty(rank, *inputs).uniform_(-bound, bound))
@@ -229,7 +234,9 @@ def fix_projection(operator: Operator, site: Site) -> None:
         UnsupportedSite: it is zero there, so that B alone would never train.
     """
     if site.layer.one_hot:
-        raise UnsupportedSite(f"{site.path} is an embedding, whose A is zero: B alone would never train it")
+        raise UnsupportedSite(
+            f"{site.path} is an embedding, whose A starts at zero, so B alone would never train; exclude it"
+        )
     A = operator.get_tensor("A").detach()
     del operator.A
     operator.register_buffer("A", A)

@@ -91,7 +91,7 @@ class LoRAGAOperator(PairOperator):
 
     def __init__(self, site: Site, config: LoRAGAConfig) -> None:
         if site.layer.packed and not sees_vectors(site):
-            raise UnsupportedSite(f"{site.path} is quantized, and has no gradient; exclude it, or use pissa")
+            raise UnsupportedSite(f"{site.path} is quantized, so its weight has no gradient; exclude it, or use pissa")
         rank = rank_of(site, config)
         A = torch.zeros(*site.batch, rank, site.in_features, *site.kernel)
         super().__init__(

@@ -116,7 +116,9 @@ class LoRAOne(Method):
     def inject(self, model: nn.Module, config: LoRAOneConfig, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
             if site.layer.packed and not sees_vectors(site):
-                raise UnsupportedSite(f"{site.path} is quantized, and has no gradient; exclude it, or use lora")
+                raise UnsupportedSite(
+                    f"{site.path} is quantized, so its weight has no gradient; exclude it, or use lora"
+                )
             surgeon.graft(site, LoRAOperator, config)
 
     def calibrate(self, model: nn.Module, data: Batches, config: LoRAOneConfig, injection: AppliedMethod) -> None:

@@ -57,7 +57,7 @@ class MiSSConfig(MethodConfig):
     @model_validator(mode="after")
     def _check_form(self) -> MiSSConfig:
         if self.bat and (self.dropout or self.outputs):
-            raise ValueError("bat has neither dropout nor outputs")
+            raise ValueError("bat does not work with dropout and outputs: remove them")
         return self
 
 
@@ -76,8 +76,8 @@ def own_outputs(site: Site, config: MiSSConfig) -> int:
         return site.out_features
     if site.out_features % config.outputs:
         raise UnsupportedSite(
-            f"{site.path} has {site.out_features} outputs, which are no multiple of outputs={config.outputs}; set "
-            "another number there with overrides, or exclude the site"
+            f"{site.path} has {site.out_features} outputs, which are not a multiple of outputs={config.outputs}; set "
+            "another number for it with overrides=, or exclude the site"
         )
     return config.outputs
 
@@ -122,7 +122,7 @@ class BatOperator(WeightOperator):
         if site.out_features % rank or columns % rank:
             raise UnsupportedSite(
                 f"{site.path} is {site.out_features} x {columns}, which blocks of rank={rank} do not divide; set "
-                "another rank there with overrides, or exclude the site"
+                "another rank for it with overrides=, or exclude the site"
             )
         self.D = nn.Parameter(torch.zeros(*site.batch, site.out_features // rank, rank, rank))
 

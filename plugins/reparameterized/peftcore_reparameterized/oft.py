@@ -85,7 +85,7 @@ class OFTConfig(MethodConfig):
     @model_validator(mode="after")
     def _one_limit(self) -> Self:
         if self.eps is not None and self.constraint is not None:
-            raise ValueError("eps and constraint both limit the rotations: leave one of them None")
+            raise ValueError("eps and constraint both limit the rotations: set one of them to None")
         return self
 
 

@@ -61,8 +61,8 @@ def frozen_rank(site: Site, config: OSFConfig) -> int:
     k = int(rank * k) if isinstance(k, float) else k
     if not 0 < k < rank:
         raise UnsupportedSite(
-            f"{site.path} has {rank} singular values, of which effective_rank={config.effective_rank} keeps {k}: one "
-            "at least has to stay, and one to train; exclude it, or set another in overrides"
+            f"{site.path} has {rank} singular values, of which effective_rank={config.effective_rank} keeps {k}: at "
+            "least one must stay, and at least one must train; exclude it, or set another value for it with overrides="
         )
     return k
 

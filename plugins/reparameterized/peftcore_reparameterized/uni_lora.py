@@ -102,7 +102,7 @@ class UniLoRAOperator(LowRankOperator):
         for name in {"index_A", "index_B"} & values.keys():
             index = values[name]
             if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < self.length:
-                yield f"{name} holds places outside of the {self.length} entries of the vector"
+                yield f"{name} has entries outside of the {self.length} entries of the vector"
 
     def factors(self) -> tuple[Tensor, Tensor, float]:
         values = self.theta.module.theta * self.theta.module.norm

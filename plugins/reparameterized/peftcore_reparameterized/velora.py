@@ -155,7 +155,9 @@ class VeLoRA(Method):
     def inject(self, model: nn.Module, config: VeLoRAConfig, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
             if not sees_vectors(site):
-                raise UnsupportedSite(f"{site.path} is no linear layer that is called, so no inputs are kept; use lora")
+                raise UnsupportedSite(
+                    f"{site.path} is not a linear layer that is called, so it keeps no inputs to compress; use lora"
+                )
             surgeon.graft(site, VeLoRAOperator, config)
 
     @staticmethod

@@ -97,8 +97,8 @@ class WaveFTOperator(WeightOperator):
         self.alpha, out, inputs = config.alpha, site.out_features, columns(site)
         if config.n_frequency > out * inputs:
             raise UnsupportedSite(
-                f"{site.path} has {out * inputs} coefficients, fewer than n_frequency={config.n_frequency}; lower it, "
-                "there alone with overrides, or exclude the site"
+                f"{site.path} has {out * inputs} coefficients, fewer than n_frequency={config.n_frequency}; lower it "
+                "for this site with overrides=, or exclude the site"
             )
         self.c = nn.Parameter(torch.zeros(*site.batch, config.n_frequency))
         entries = drawn_entries(out * inputs, config.n_frequency, config.entry_seed)[:, None]

@@ -76,7 +76,7 @@ class FishMaskUpdate(Checked):
     def wrong_values(self, values: Mapping[str, Tensor]) -> Iterator[str]:
         index = values.get("index")
         if index is not None and not (index.diff().gt(0).all() and int(index[0]) >= 0 and int(index[-1]) < self.total):
-            yield f"index does not hold ascending places in {self.total} weights"
+            yield f"index must hold ascending positions in {self.total} weights"
 
 
 class FishOperator(WeightOperator):

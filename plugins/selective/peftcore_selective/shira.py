@@ -81,13 +81,13 @@ class SHiRAOperator(WeightOperator):
         size, count = math.prod(site.weight_shape[len(site.batch) :]), entries(site, config)
         if count > size:
             raise UnsupportedSite(
-                f"{site.path} has {size} entries, but rank={config.rank} asks for {count}; lower the rank there "
-                "(overrides=) or exclude the site"
+                f"{site.path} has {size} entries, but rank={config.rank} needs {count}; lower the rank for it with "
+                "overrides=, or exclude the site"
             )
         if not count:
             raise UnsupportedSite(
                 f"{site.path} has {size} entries, of which sparsity={config.sparsity} leaves none to train; lower it "
-                "there (overrides=) or exclude the site"
+                "for this site with overrides=, or exclude the site"
             )
         # 32 bits halve the file, and no matrix of 2**31 entries is in sight
         index = self._choose(site, config, size, count).sort(-1).values.to(torch.int32)
@@ -112,9 +112,9 @@ class SHiRAOperator(WeightOperator):
         if "index" in values:
             places, _ = values["index"].sort(-1)
             if places.numel() and not 0 <= int(places.min()) <= int(places.max()) < self.size:
-                yield f"index holds places outside of the {self.size} entries of a matrix"
+                yield f"index has entries outside of the {self.size} entries of a matrix"
             elif places.diff(dim=-1).eq(0).any():
-                yield "index holds a place twice"
+                yield "index has an entry twice"
 
     def forward(self, weight: Tensor) -> Tensor:
         flat, index = weight.flatten(self.layer.batch_dims), self.index.long()

@@ -32,9 +32,11 @@ def check_source(demo: bool, config: object, model: str | None, task: str | None
         BadInput: from none of them, or from the demonstration and another.
     """
     if demo and (config or model or data or task):
-        raise BadInput("--demo brings its own model, task and data; leave these out")
+        raise BadInput(
+            "--demo has its own model, task and data: remove --model, --task, --data and the configuration file"
+        )
     if not demo and config is None and (model is None or data is None):
-        raise BadInput("give --demo, a configuration file, or both --model and --data")
+        raise BadInput("set --demo, name a configuration file, or set both --model and --data")
 
 
 def place_of(on: str | None, address: str | None) -> Any:
@@ -45,10 +47,10 @@ def place_of(on: str | None, address: str | None) -> Any:
     """
     if on is None:
         if address is not None:
-            raise BadInput("--address is that of a cluster: --on ray")
+            raise BadInput("--address is the address of a Ray cluster: add --on ray")
         return None
     if on != "ray":
-        raise BadInput(f"--on {on}: there is ray alone")
+        raise BadInput(f"--on {on} is unknown: use --on ray")
     from peftcore_lab.comparisons.comparison_on_ray import OnRay
 
     return OnRay(address)

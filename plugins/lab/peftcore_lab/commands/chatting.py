@@ -38,7 +38,7 @@ def chat(
 
         no_bars()
         if dtype not in ("float32", "bfloat16", "float16"):
-            raise BadInput(f"--dtype {dtype}: float32, bfloat16 or float16")
+            raise BadInput(f"--dtype {dtype} is unknown: use float32, bfloat16 or float16")
         talk = conversation(adapter, model, template, system, dtype)
         if sys.stdin.isatty():
             print(HELP, file=sys.stderr)

@@ -89,9 +89,11 @@ def compare(
 
         values: dict[str, Any] = {} if config is None else reading.load(config)
         if lr is not None and tune_lr is not None:
-            raise BadInput("--lr is the rate of all methods, --tune-lr chooses one for each: give one of them")
+            raise BadInput(
+                "--lr sets one rate for all methods and --tune-lr chooses one for each: use only one of them"
+            )
         if tuning and not demo:
-            raise BadInput("--tuning belongs to --demo")
+            raise BadInput("--tuning works only with --demo: add --demo, or remove --tuning")
         check_source(demo, config, model, task, data)
         if demo:
             values = tweets.comparison(out or Path("peftcore-compare"), tuning)

@@ -80,7 +80,9 @@ def train(
         no_bars()
         place = place_of(on, address)
         if processes != 1 and place is None:
-            raise BadInput("--processes are those of a cluster: --on ray; on one machine, torchrun starts several")
+            raise BadInput(
+                "--processes needs --on ray; without Ray, start several processes on one machine with torchrun"
+            )
         others = not first_process()  # of several processes, one speaks
         with BarDisplay(Console(stderr=True, quiet=others)) as line:
             if place is None:

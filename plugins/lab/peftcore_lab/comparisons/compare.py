@@ -95,7 +95,7 @@ def _check(comparison: Comparison) -> None:
     labels = [candidate.called for candidate in comparison.methods]
     repeated = {label for label in labels if labels.count(label) > 1}
     if repeated:
-        raise BadInput(f"two configurations are called {min(repeated)}: give one of them a label")
+        raise BadInput(f"two configurations are called {min(repeated)}: set another label for one of them")
     for candidate in comparison.methods:
         if candidate.name != FULL:
             peftcore.method(candidate.name)

@@ -65,10 +65,10 @@ def listed(names: str) -> list[str]:
     """
     found = [name.strip() for name in names.split(",") if name.strip()]
     if not found:
-        raise BadInput("--methods names no method")
+        raise BadInput("--methods is empty: name at least one method")
     repeated = [name for name in found if found.count(name) > 1]
     if repeated:
-        raise BadInput(f"--methods names {repeated[0]} twice")
+        raise BadInput(f"--methods names {repeated[0]} twice: remove one")
     return found
 
 

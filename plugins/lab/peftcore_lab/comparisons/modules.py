@@ -129,7 +129,7 @@ def _candidates(methods: Sequence[str | Mapping[str, Any]]) -> list[Candidate]:
     found = [validated(Candidate, each, "methods") for each in whole]
     labels = [candidate.called for candidate in found]
     if repeated := {label for label in labels if labels.count(label) > 1}:
-        raise BadInput(f"two configurations are called {min(repeated)}: give one of them a label")
+        raise BadInput(f"two configurations are called {min(repeated)}: set another label for one of them")
     return found
 
 

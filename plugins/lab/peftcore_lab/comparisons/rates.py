@@ -19,7 +19,7 @@ def on_tuning(comparison: Comparison) -> tuple[Comparison, Comparison]:
         BadInput: a method has a rate already; or the examples cannot be read, or are too few.
     """
     if own := [each.called for each in comparison.methods if each.learning_rate is not None]:
-        raise BadInput(f"{own[0]} has a learning rate of its own; remove it where rates are tuned")
+        raise BadInput(f"{own[0]} sets its own learning_rate, and tune_lr chooses the rates: remove one of the two")
     chosen_by, reported = parted(comparison.data, comparison.tuning, comparison.tuning_size, comparison.out / "data")
     tried = [
         each.model_copy(update={"learning_rate": rate, "label": _label(each, rate)})

@@ -54,9 +54,7 @@ def columns(there: Sequence[str], wanted: Columns, where: object) -> Columns:
         raise BadInput(f"{where}: no column {missing[0]!r}; its columns are {', '.join(there)}")
     if wanted.messages is not None:
         if len(given) > 1:
-            raise BadInput(
-                "data.messages is a column of whole conversations: leave out data.prompt and data.completion"
-            )
+            raise BadInput("data.messages is a column of whole conversations: remove data.prompt and data.completion")
         return wanted
     known = {each.lower(): each for each in reversed(there)}
     if not given:
@@ -68,8 +66,8 @@ def columns(there: Sequence[str], wanted: Columns, where: object) -> Columns:
         if pair.prompt is not None and pair.completion is not None:
             return pair
     raise BadInput(
-        f"{where}: name the column of conversations with data.messages, or those of what is asked and answered with "
-        f"data.prompt and data.completion; its columns are {', '.join(there)}"
+        f"{where}: set data.messages to the column of conversations, or data.prompt and data.completion to the columns "
+        f"of questions and answers; its columns are {', '.join(there)}"
     )
 
 
@@ -146,9 +144,9 @@ def _listed(value: Any) -> list[Any]:
         try:
             value = json.loads(value)
         except json.JSONDecodeError:
-            raise ValueError(f"{shown(value)} is no list of messages, and no JSON of one") from None
+            raise ValueError(f"{shown(value)} is neither a list of messages nor such a list as JSON") from None
     if not isinstance(value, list) or not value:
-        raise ValueError(f"{shown(value)} is no list of messages")
+        raise ValueError(f"{shown(value)} is not a list of messages")
     return value
 
 
@@ -159,9 +157,9 @@ def _messages(entries: Sequence[Any]) -> list[Message]:
         held = {key: value for key, value in entry.items() if value is not None} if isinstance(entry, dict) else {}
         role, content = ("from", "value") if "from" in held else ("role", "content")
         if not isinstance(held.get(role), str):
-            raise ValueError(f"{shown(entry)} has neither role and content nor from and value")
+            raise ValueError(f"the message {shown(entry)} needs the keys role and content, or from and value")
         if held[role].lower() not in ROLES:
-            raise ValueError(f"the role {shown(held[role])} is none of {', '.join(ROLES)}")
+            raise ValueError(f"the role {shown(held[role])} is not one of {', '.join(ROLES)}")
         message = {"role": ROLES[held.pop(role).lower()], "content": held.pop(content, "")}
         found.append({**message, **held})
     return found

@@ -66,7 +66,7 @@ def splits(train: str, held_out: str | None, size: int | None) -> Splits:
     source = read(train)
     pieces = source if isinstance(source, DatasetDict) else DatasetDict(train=source)
     if "train" not in pieces:
-        raise BadInput(f"{train}: no split is called train; there are: {', '.join(pieces)}")
+        raise BadInput(f"{train} has no split called train; its splits are {', '.join(pieces)}")
     if held_out is not None:
         return Splits(pieces["train"], scored(held_out), (ExampleSource(train), ExampleSource(held_out)))
     for name in HELD_OUT:
@@ -87,9 +87,9 @@ def scored(source: str) -> Dataset:
     names = [*found] if len(found) == 1 else [name for name in HELD_OUT if name in found]
     if not names:
         raise BadInput(
-            f"{source}: examples to score are a split called {', '.join(HELD_OUT)}, and it has {', '.join(found)}; "
-            f"name the folder of the one that is meant, {Path(source) / [*found][-1]}, or save that split by itself "
-            "with datasets' save_to_disk"
+            f"{source} has no split to score, which is called {', '.join(HELD_OUT)}; its splits are "
+            f"{', '.join(found)}. Pass the folder of one split, {Path(source) / [*found][-1]}, or save that split "
+            "alone with save_to_disk of datasets"
         )
     return found[names[0]]
 
@@ -121,7 +121,7 @@ def read(source: str) -> Dataset | DatasetDict:
     elif path.exists() or path.suffix.lower() in READERS:
         reader = READERS.get(path.suffix.lower())
         if reader is None:
-            raise BadInput(f"{path}: data is a folder or a file that ends in {', '.join(READERS)}")
+            raise BadInput(f"{path}: the data must be a folder or a file that ends in {', '.join(READERS)}")
         found = reader(path)
     else:
         found = _loaded(source, lambda: datasets.load_dataset(source))
@@ -180,7 +180,7 @@ def _folder(path: Path) -> Dataset | DatasetDict:
     if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
         return _loaded(path, lambda: datasets.load_from_disk(str(path)))
     if not any(file.suffix.lower() in PICTURES for file in path.rglob("*")):
-        raise BadInput(f"{path}: neither a saved dataset nor a folder of pictures ({', '.join(PICTURES)})")
+        raise BadInput(f"{path} is neither a saved dataset nor a folder of pictures ({', '.join(PICTURES)})")
     return _loaded(path, lambda: _pictures(path))
 
 

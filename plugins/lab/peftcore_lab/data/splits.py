@@ -78,8 +78,8 @@ def _check_same(folder: Path, cut_from: Mapping[str, Any]) -> None:
     held = json.loads(file.read_text(encoding="utf-8"))
     if other := [name for name, each in cut_from.items() if held.get(name) != each]:
         raise BadInput(
-            f"{folder} holds examples that were cut from others: {', '.join(other)} changed since. Remove the "
-            "folder, or name another one for all, --out"
+            f"{folder} holds splits of other data: {', '.join(other)} changed since. Remove the folder, or set --out "
+            "to another one"
         )
 
 

@@ -35,7 +35,7 @@ def _read(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(
-            f"data.chat_template: {path} cannot be read ({error}); known by name: {', '.join(KNOWN)}"
+            f"data.chat_template: {path} cannot be read ({error}); set a Jinja file or one of {', '.join(KNOWN)}"
         ) from None
 
 

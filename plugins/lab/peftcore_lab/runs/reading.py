@@ -59,7 +59,7 @@ def _put(values: dict[str, Any], name: str, value: Any) -> None:
         if group == "method" and isinstance(inner, str):
             inner = values[group] = {"name": inner}
         if not isinstance(inner, dict):
-            raise BadInput(f"{name}: {group} is {shown(inner)} and has no parts")
+            raise BadInput(f"{name}: {group} is {shown(inner)}, not a group of options")
         values = inner
     held = values.get(last)
     if last == "method" and isinstance(held, dict) and isinstance(value, str):

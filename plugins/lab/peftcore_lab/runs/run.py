@@ -97,9 +97,9 @@ class Training(Options):
     @model_validator(mode="after")
     def _one_length(self) -> Self:
         if self.steps is not None and self.epochs is not None:
-            raise ValueError("give steps or epochs, not both")
+            raise ValueError("set steps or epochs, not both")
         if self.patience is not None and self.checkpoints is not True:
-            raise ValueError("patience goes back to the best checkpoint: leave checkpoints on")
+            raise ValueError("patience restores the best checkpoint: set checkpoints=true, or remove patience")
         return self
 
 
@@ -139,7 +139,7 @@ class Run(Options):
             raise ValueError(f"adapter={values['adapter']}: {found.problem or 'it is not one adapter of one method'}")
         method = {"name": found.methods[0]}
         if values.get("method", method) not in (method, method["name"]):
-            raise ValueError(f"adapter={values['adapter']} has its own {method['name']}: leave out the method")
+            raise ValueError(f"adapter={values['adapter']} is already a {method['name']}: remove method")
         return {**values, "method": method}
 
     @field_validator("method", mode="before")

@@ -159,7 +159,7 @@ class Planner:
             with peftcore.call(self.model, **told):
                 kept = Pretended().kept(self._whole, self._batch)
         except UnknownInputs as error:
-            raise BadInput(f"the memory that {candidate.name} takes is not known: {error}") from None
+            raise BadInput(f"cannot estimate the memory of {candidate.name}: {error}; remove memory") from None
         finally:
             injection.remove()
         needed = Memory.of(self._weights, held(trained), trained, Passes(kept)).total

@@ -169,9 +169,11 @@ class SearchRun:
         if self.search.budget is not None:
             values(self.search.budget, 1)
         if self.search.memory is not None and "together" in self.search.model_fields_set and self.search.together > 1:
-            raise BadInput("memory is that of a step of one trial; leave out memory, or together")
+            raise BadInput(
+                "memory limits a step of one trial, and together trains several at once: remove memory or together"
+            )
         if self.search.memory is not None and self.search.quantize is not None:
-            raise BadInput("memory is not counted for quantized models; leave out memory, or quantize")
+            raise BadInput("memory cannot be estimated for quantized models: remove memory or quantize")
 
     def _planner(self) -> Planner:
         """Load the model once, for its shapes and those of the examples."""
@@ -194,7 +196,9 @@ class SearchRun:
         reasons = {name: reason for name, choice in found.items() if (reason := self._refused(choice))}
         if len(reasons) == len(found):
             smallest = min(found.values(), key=self._cost)
-            raise BadInput(f"nothing fits: the smallest candidate is {smallest}: {self._refused(smallest)}")
+            raise BadInput(
+                f"no candidate fits: the smallest one, {smallest}, needs {self._refused(smallest)}; raise the budget"
+            )
         self.space.without(set(reasons))
         return reasons
 
@@ -255,7 +259,7 @@ class SearchRun:
     def _needless(self, number: int, key: str) -> str | None:
         earlier = [each for each in self.study.counted() if each.number < number]
         if len(earlier) >= self.search.trials:
-            return "there are trials enough"
+            return "the number of trials is reached"
         same = [each.number for each in earlier if each.user_attrs.get(KEY) == key]
         return f"the same as trial {same[0]}" if same else None
 
@@ -315,7 +319,7 @@ class SearchRun:
         trained = tuple(Trial(**each.user_attrs[RECORD]) for each in trials if each.state is TrialState.COMPLETE)
         if not trained:
             reasons = sorted({str(each.user_attrs.get(REASON)) for each in trials})
-            raise TrainingError(f"no trial came to a score: {'; '.join(reasons[:3])}")
+            raise TrainingError(f"no trial reached a score: {'; '.join(reasons[:3])}")
         tried = self._report(trained, began)
         write(tried, self.search.out / "search")
         confirmed = self._confirmed(tried)

@@ -207,7 +207,7 @@ class Space:
         """
         options = self.methods.get(start.name)
         if options is None:
-            raise BadInput(f"start: {start.name} is none of the methods: {', '.join(self.methods)}")
+            raise BadInput(f"start: {start.name} is not one of the methods: {', '.join(self.methods)}")
         told = {**defaults(peftcore.method(start.name)), **start.arguments, RATE: start.learning_rate}
         stray = sorted(start.arguments.keys() - options.keys())
         found = {name: each.encoded(told.get(name)) for name, each in options.items()}

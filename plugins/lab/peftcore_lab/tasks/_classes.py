@@ -23,7 +23,7 @@ def learned(run: Run) -> Sequence[str]:
         return ()
     found = describe(run.adapter).classes
     if not found:
-        logger.warning("%s does not name the classes of its head: they are taken to be those of the data", run.adapter)
+        logger.warning("%s does not name the classes of its head: the classes of the data are used", run.adapter)
     return found
 
 

@@ -68,7 +68,10 @@ class RowsOfTasks(Data):
         """
         for name, value in others.items():
             if value and self.task_column is not None:
-                raise BadInput(f"data.{name} cannot be had with data.task_column: which task is meant, nothing says")
+                raise BadInput(
+                    f"data.{name} does not work with data.task_column, because it does not name a task: remove one of "
+                    "the two"
+                )
 
 
 D = TypeVar("D", bound=Data)
@@ -173,7 +176,9 @@ class Prepared:
         """
         if name == FULL and self.beside:
             beside = ", ".join(each.name for each in self.beside)
-            raise BadInput(f"{name} trains no adapter, and none beside it, as that of {beside}: choose another method")
+            raise BadInput(
+                f"{name} fine-tuning trains no adapter, but the task also trains one of {beside}: choose another method"
+            )
 
 
 class Task(ABC, Generic[D]):

@@ -48,11 +48,14 @@ class TokenClassification(Task[TaggedData]):
         labels = numbered((str(tag) for _, tagged in parts[0] for tag in tagged), learned(run), data.train)
         unseen = {str(tag) for _, tagged in parts[1] for tag in tagged}.difference(labels)
         if len(labels) < 2 or unseen:
-            what = f"no training row has the tag {min(unseen)!r}" if unseen else "there is one tag alone"
+            what = f"no training row has the tag {min(unseen)!r}" if unseen else "there is only one tag"
             raise BadInput(f"{data.train}: {what}")
         tokenizer = load_tokenizer(run.model)
         if not tokenizer.is_fast:
-            raise BadInput(f"{run.model}: its tokenizer does not say which word a token is of (it is not a fast one)")
+            raise BadInput(
+                f"{run.model}: its tokenizer is not a fast one, so it does not map tokens to words: use a model with a "
+                "fast tokenizer"
+            )
         train, held_out = (
             data.told([_encoded(tokenizer, *row, labels, data.max_length) for row in part], rows)
             for part, rows in zip(parts, (found.train, found.held_out), strict=True)

@@ -30,8 +30,8 @@ def peftcore_layer(module: nn.Module, tensor: str) -> Layer | None:
     owner = module.get_submodule(tensor.rpartition(".")[0])
     if package is not None and isinstance(vars(owner).get(SCHEME), package.QuantizationScheme):
         raise UnsupportedSite(
-            "a layer of compressed-tensors rounds its weight in each forward; load the model dense: "
-            "from_pretrained(..., quantization_config=CompressedTensorsConfig(dequantize=True)); in a folder: "
-            '"dequantize": true in the quantization_config of its config.json'
+            "a layer of compressed-tensors rounds its weight in each forward; load the model dequantized: "
+            'from_pretrained(..., quantization_config=CompressedTensorsConfig(dequantize=True)), or set "dequantize": '
+            "true in the quantization_config of config.json"
         )
     return None

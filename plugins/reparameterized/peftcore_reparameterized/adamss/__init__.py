@@ -130,7 +130,7 @@ class AdaMSS(Method):
 
     def inject(self, model: nn.Module, config: AdaMSSConfig, surgeon: Surgeon) -> None:
         if config.target_subspaces and config.warmup >= config.until:
-            raise ConfigError(f"adamss: warmup={config.warmup} leaves no step before until={config.until}")
+            raise ConfigError(f"adamss: warmup={config.warmup} must be below until={config.until}")
         for site in surgeon.sites():
             surgeon.graft(site, AdaMSSOperator, config)
 
@@ -139,7 +139,7 @@ class AdaMSS(Method):
 
     def check_steps(self, config: AdaMSSConfig, total: int) -> None:
         if config.until >= total:
-            raise TrainingError(f"adamss: until={config.until} is not reached in {total} steps, so set it lower")
+            raise TrainingError(f"adamss: until={config.until} is not reached in {total} steps; lower it")
 
     @torch.no_grad()
     def on_step(self, injection: AppliedMethod, step: int, total: int) -> None:

@@ -88,7 +88,8 @@ class PeftPSOFT(PeftMethod):
             if not other:
                 return {"psoft_svd": "full" if self.found_by is None else "lowrank"}
         raise ExportError(
-            f"{other[0].site.path}: peft would find other singular vectors in this base than the adapter was made of"
+            f"{other[0].site.path}: peft would compute other singular vectors from this base than the adapter was made "
+            "of; use peftcore's own format"
         )
 
     def write(self, place: Place) -> dict[str, Tensor]:

@@ -35,7 +35,7 @@ class DecomposedVariant(UpdateVariant):
 
     def shapes(self, place: Place) -> tuple[Size, Size]:
         if not is_one_of(place.site, self.layers):
-            raise CheckpointError(f"{place.site.path} is none of the layers that peft decomposes for {self.reads}")
+            raise CheckpointError(f"{place.site.path} is not one of the layers that peft decomposes for {self.reads}")
         return super().shapes(place)
 
 
@@ -84,7 +84,7 @@ class DoRABesideStart(DoRAVariant):
 
     def options(self, keys: Keys, shapes: Mapping[str, Size], common: Mapping[str, Any]) -> dict[str, Any]:
         start = self.start.reads
-        keys.warn(f"DoRA that started by {start} is DoRA of twice the rank; in training, its start trains on")
+        keys.warn(f"DoRA with start {start} is loaded as DoRA of twice the rank; in training, the start trains too")
         return {**common, "rank": 2 * common["rank"], "alpha": 2 * common["alpha"]}
 
     def shapes(self, place: Place) -> tuple[Size, Size]:

@@ -64,7 +64,7 @@ def check_attention(sites: Iterable[Site]) -> None:
     for path, tensor in tensors:
         other = {PACKED: BEHIND, BEHIND: PACKED}.get(tensor)
         if other is not None and (path, other) not in tensors:
-            raise ExportError(f"peft adapts all of {path}, and here {other} is left out")
+            raise ExportError(f"peft adapts all of {path}, but {other} is left out here")
 
 
 def _turned(site: Site) -> bool:
