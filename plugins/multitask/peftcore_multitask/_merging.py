@@ -34,11 +34,12 @@ from peftcore.errors import ConfigError, UnsupportedSite
 Key = tuple[str, str, Slices | None]
 """Module, tensor and slices."""
 Members = dict[int, Graft]
-"""Grafts at one tensor, by number of the part; parts without a site there are left out."""
+"""Installed operators (grafts) at one tensor, by number of the part; parts that do not change the tensor are left
+out."""
 
 
 MOST = 100
-"""How many parts there may be."""
+"""The largest number of parts."""
 
 
 class PartsConfig(MethodConfig):
@@ -52,7 +53,7 @@ class PartsConfig(MethodConfig):
     )
     """The adapters: each as its options, with its name under "method" and its "target" if it has its own."""
     weights: list[float] | None = None
-    """One for each part, negative ones too; all the same without."""
+    """A weight for each part, which may be negative; equal weights by default."""
 
     @model_validator(mode="after")
     def _known(self) -> Self:
@@ -155,7 +156,7 @@ def merge_parts(surgeon: Surgeon, config: PartsConfig, operator: Callable[..., M
     """Graft one operator for each tensor that any part changes.
 
     Raises:
-        UnsupportedSite: a part does something else there than change a weight, or parts meet in different ways.
+        UnsupportedSite: a part does more than change the weight, or parts change a tensor in different ways.
     """
     for number, members in enumerate(collected(surgeon, config).values()):
         for graft in members.values():

@@ -20,7 +20,7 @@ class TaskConfig(MethodConfig):
     tasks: PositiveInt | list[str] = 1
     """How many tasks there are, or their names."""
     task: NonNegativeInt | str | None = None
-    """The task where no call says one. Without it, a call has to, unless there is one task only."""
+    """The task of calls that pass none. Without this default each call must pass a task, unless there is only one."""
 
     @classmethod
     def for_tasks(cls, options: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
@@ -68,7 +68,7 @@ def position(task: Any, tasks: int | list[str]) -> int:
 
 
 class Tasks:
-    """Looks up what belongs to the task of each row.
+    """Looks up the entry of a table for the task of each row.
 
     A call passes one task, a number or a name, for all rows; or a list or an integer tensor with one for each row, or
     with a single one for all. Rows are the first dimension of a module's inputs.

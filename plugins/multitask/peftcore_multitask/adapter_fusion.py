@@ -81,12 +81,13 @@ class AdapterFusionConfig(MethodConfig):
     """Adapters that the fusion owns: each as its options, with its name under "method" and its "target" if it has its
     own."""
     train_parts: bool = True
-    """Train the parts along; in the paper they were trained before, each for itself, and are frozen."""
+    """Train the parts together with the fusion; in the paper they are trained separately before, and frozen."""
     mixes: Literal["auto", "inputs", "outputs"] = "auto"
-    """The mixed values: the module's inputs with each adapter, on whose mix the module then runs, or its outputs with
-    each. "auto": inputs where all adapters only change the module's input, such as a norm at a block's end."""
+    """The values to mix: "inputs" mixes the module's inputs with each adapter and runs the module on the mix, "outputs"
+    mixes its outputs. "auto": inputs where all adapters only change the module's input, such as a norm at a block's
+    end."""
     value: bool = True
-    """Have the matrix V; the package calls a fusion without it static."""
+    """Use the matrix V; AdapterHub's package calls a fusion without it static."""
     regularizer: NonNegativeFloat = 0.01
     """Factor of |V - I|^2 in the loss."""
     dropout: Share = 0.0
@@ -99,11 +100,11 @@ Members = list[list[nn.Module]]
 
 def of_host(surgeon: Surgeon, names: Sequence[str]) -> list[list[Site]]:
     """Return the modules at which injections of the model act, as far as the user's target and exclude go: each with
-    others at which the same operators act too. Operators that replace tensors are skipped.
+    the other modules at which the same operators act. Operators that replace tensors are skipped.
 
     Raises:
-        UnknownInjection: the host lacks one.
-        CompositionError: one does not act on outputs of modules alone.
+        UnknownInjection: the model has no adapter of that name.
+        CompositionError: an adapter acts on more than the outputs of modules.
     """
     there = injections(surgeon.model)
     if unknown := [name for name in names if name not in there]:
@@ -127,7 +128,7 @@ def of_host(surgeon: Surgeon, names: Sequence[str]) -> list[list[Site]]:
 
 
 def only_inputs(model: nn.Module, names: Sequence[str], place: Sequence[Site]) -> bool:
-    """Return whether all that injections of the model do at some modules is to give them other inputs."""
+    """Return whether the adapters at some modules change only the modules' inputs."""
     there, paths = injections(model), {site.module_path for site in place}
     grafts = [graft for name in names for graft in there[name].grafts]
     here = [graft for graft in grafts if any(site.module_path in paths for site in graft.holders)]
@@ -231,7 +232,7 @@ def mixes_inputs(site: Site, mixes: str, can: bool) -> bool:
     """Return whether the fusion at a site mixes inputs.
 
     Raises:
-        UnsupportedSite: it is to, and adapters do there more than to give a module another input.
+        UnsupportedSite: `mixes` is "inputs", but adapters at the site do more than change the module's input.
     """
     if mixes == "inputs" and not can:
         raise UnsupportedSite(
@@ -242,7 +243,7 @@ def mixes_inputs(site: Site, mixes: str, can: bool) -> bool:
 
 
 class FusionOperator(Combiner):
-    """The attention of one module over adapters, and those that are its own."""
+    """The attention of one module over adapters, and the adapters that the fusion owns."""
 
     def __init__(
         self, site: Site, config: AdapterFusionConfig, mixes_inputs: bool, parts: Members | None = None

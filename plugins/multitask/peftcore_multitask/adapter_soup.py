@@ -77,7 +77,7 @@ class _Soup(nn.Module):
 
 
 class SoupOperator(WeightOperator):
-    """The mean adapter, where it is a change of a weight."""
+    """The mean adapter of methods that change a weight."""
 
     def __init__(self, site: Site, config: AdapterSoupConfig, members: Members) -> None:
         super().__init__(site)
@@ -97,7 +97,7 @@ class SoupOperator(WeightOperator):
 
 
 class SoupAround(Operator):
-    """The mean adapter, where it acts on a module's inputs or outputs."""
+    """The mean adapter of methods that act on a module's inputs or outputs."""
 
     def __init__(self, site: Site, config: AdapterSoupConfig, members: Members) -> None:
         super().__init__(site)

@@ -70,13 +70,13 @@ class AttemptConfig(TaskConfig, PartsConfig):
     )
     """The sources: prompts of one length, each as its options, with "prompt_tuning" under "method"."""
     train_parts: bool = False
-    """Train the sources along."""
+    """Train the sources too."""
     train_norm: bool = False
-    """Give the norm behind the network a gain and a bias that train."""
+    """Give the norm after the network a trained gain and bias."""
     hidden: PositiveInt = 100
-    """Width of the network that looks for sources."""
+    """Hidden width of the network that computes the attention to the sources."""
     temperature: PositiveFloat | None = None
-    """Divides what the softmax is taken of; None is e times the width."""
+    """Divides the logits of the softmax; None is e times the width."""
 
     @model_validator(mode="after")
     def _prompts(self) -> Self:

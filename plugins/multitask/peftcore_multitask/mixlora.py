@@ -84,11 +84,11 @@ class MatrixSite(Site):
     """A matrix that gets updates."""
 
     experts: int = 1
-    """How many: those of its feed-forward, or one."""
+    """Number of updates: the experts of its feed-forward, or one."""
 
 
 class RouterOperator(Router):
-    """Runs a feed-forward once for each of the largest gates of a token."""
+    """Runs a feed-forward on `top_k` copies of each token, one for each chosen expert."""
 
     changes_inputs = True
 
@@ -116,7 +116,8 @@ class RouterOperator(Router):
 
 
 class UpdateOperator(Operator):
-    """The updates of one matrix: of a feed-forward, of which each token has the one that its router chose; or one."""
+    """The updates of one matrix: one for each expert of a feed-forward, of which a token gets the routed one; else
+    one."""
 
     def __init__(self, site: MatrixSite, config: MixLoRAConfig, chosen: Tap | None) -> None:
         super().__init__(site)

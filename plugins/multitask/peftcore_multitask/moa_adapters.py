@@ -64,7 +64,7 @@ class MoAAdaptersConfig(MethodConfig):
     activation: Literal["gelu", "relu", "silu", "tanh"] = "gelu"
     """The non-linearity f."""
     top_k: PositiveInt | None = None
-    """How many of them act on a token; all, where it is not given."""
+    """How many bottlenecks act on a token; None: all."""
     balance: NonNegativeFloat = 0.0
     """Factor of the balancing loss."""
     joins: Joins = "stream"

@@ -40,7 +40,7 @@ from peftcore_multitask._mixture import ExpertsOperator
 from peftcore_multitask._tasks import TaskConfig, Tasks, task_count
 
 OF_THE_GATE = {"experts", "gate", "task_width", "tasks"}
-"""Options that say how large the gate is, and whose."""
+"""Options of the gate, which all sites share."""
 
 
 class MOELoRAConfig(TaskConfig):

@@ -87,7 +87,7 @@ class LayerSite(Site):
 
     experts: int = 1
     block: str = ""
-    """The path of the layer; none where it is in none."""
+    """The path of the layer; empty if the site is in no layer."""
 
 
 class MoLAOperator(ExpertsOperator):

@@ -63,7 +63,7 @@ class MoLEConfig(PartsConfig):
     method: Literal["mole"] = "mole"
     changes_weights: ClassVar[bool] = True
     train_parts: bool = True
-    """Train the LoRAs along; in the paper they were trained before, each for itself, and are frozen."""
+    """Train the LoRAs too; in the paper they are trained separately before, and frozen."""
     balance: NonNegativeFloat = 0.0
     """Factor of the balancing loss."""
 
@@ -97,7 +97,7 @@ class MoLEOperator(Router):
         return y + (shares.unsqueeze(-2) @ experts).squeeze(-2)
 
     def experts(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return what each LoRA would add, ``[..., N, out]``."""
+        """Return the update of each LoRA, ``[..., N, out]``."""
         found = []
         parts: Any = self.parts.values()
         for weight, part in zip(self.weights, parts, strict=True):

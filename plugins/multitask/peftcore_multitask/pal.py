@@ -89,7 +89,7 @@ ENDING = "ending"
 
 
 def ending_norms(surgeon: Surgeon, block: BlockSite) -> tuple[Site, ...]:
-    """Return the norm that is given the sum at the end of a block, or none where none is.
+    """Return the site of the norm that reads the sum at the end of a block; empty if no norm does.
 
     Raises:
         UnsupportedSite: the block's code cannot be traced.
@@ -155,7 +155,8 @@ class PALOperator(Operator):
         return call(x + self.added(*found))
 
     def added(self, h: Tensor, given: dict[str, Any], held: int) -> Tensor:
-        """Return what joins the stream ``[batch, ..., d]``, for a block whose cache holds so many tokens."""
+        """Return the term that is added to the stream ``[batch, ..., d]``, for a block whose cache has `held`
+        tokens."""
         tokens, caches = h.flatten(1, -2), self.room.layers(given)
         held = held_by(caches, held)
         visible = self.visible.mask(held, tokens.shape[1], given, h.device)

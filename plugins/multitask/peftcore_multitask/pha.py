@@ -102,7 +102,7 @@ class Hypernetwork(nn.Module):
 
 
 class Retriever(nn.Module):
-    """Makes the vector of a text, of its mean state."""
+    """Computes the vector of a text from its mean hidden state."""
 
     def __init__(self, width: int, config: PHAConfig) -> None:
         super().__init__()
@@ -136,7 +136,7 @@ class Contrast:
 
 
 class ReadingOperator(Operator):
-    """Gives the retriever what a stack of tokens returns, or the norm behind the last block, in training."""
+    """Passes the output of the stack, or of the norm after its last block, to the retriever in training."""
 
     def __init__(self, site: Site, config: PHAConfig, stack: TokenStack | None, contrast: Contrast) -> None:
         super().__init__(site)
@@ -193,7 +193,7 @@ class PHAConfig(TaskConfig):
     temperature: PositiveFloat = 0.1
     """Divides cosines in the losses."""
     init_scale: NonNegativeFloat = 1e-3
-    """How large made weights are at the start; 1 gives outputs the variance of inputs."""
+    """Scale of the generated weights at the start; with 1 outputs have the variance of inputs."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -201,7 +201,7 @@ class AdapterSite(BranchSite):
     """The place of an adapter."""
 
     own: bool = False
-    """Whether it is made of nothing."""
+    """Whether the adapter has its own matrices instead of generated ones."""
 
 
 class AdapterOperator(Bypass):

@@ -67,7 +67,8 @@ class PolyhistorConfig(TaskConfig):
     reduction: PositiveInt = 32
     """Divisor of the templates' width, which gives the adapter's inner width."""
     width: PositiveInt | None = None
-    """Width d0 of the templates, of which the width of each site is a multiple; without it, that of the narrowest."""
+    """Width d0 of the templates, which must divide the width of each site; by default the width of the narrowest
+    site."""
     task_width: PositiveInt = 64
     """Width k of the embeddings of tasks."""
     activation: Literal["gelu_tanh", "gelu", "relu", "silu", "tanh"] = "gelu_tanh"
@@ -101,7 +102,7 @@ class ScaledSite(BranchSite):
     """The place of an adapter."""
 
     times: int = 1
-    """How many times as wide as the templates it is, m."""
+    """The factor m: the site's width divided by the templates' width."""
 
 
 class PolyhistorOperator(AtBranchEnd):

@@ -57,7 +57,7 @@ class RegMeanConfig(PartsConfig):
 
     method: Literal["regmean"] = "regmean"
     off_diagonal: Annotated[float, Field(ge=0.0, le=1.0)] = 0.9
-    """The factor a of products of two different inputs in the matrices: the share of them that is left."""
+    """The factor a of the off-diagonal entries of the matrices, which are products of two different inputs."""
     unseen: Literal["mean", "base"] = "mean"
     """The weight in directions that no task's inputs have: the parts' mean, where only single inputs may be unseen and
     all else is an error; or the base's."""
@@ -70,7 +70,7 @@ class RegMeanConfig(PartsConfig):
 
 
 LEAST = 1e-6
-"""The share of the largest eigenvalue of the inputs' correlations below which others are rounding in float32."""
+"""Eigenvalues of the inputs' correlations below this share of the largest one count as rounding errors of float32."""
 LARGEST_ERROR = 1e-3
 """The largest error of an inverse, as the largest distance of the sum of all shares from the identity."""
 
@@ -91,7 +91,7 @@ def grams(injection: Injection, data: Iterable[Any], also: Sequence[str] = ()) -
         also: paths of more linear layers.
 
     Raises:
-        ConfigError: there is nothing to look at, or the adapter is merged.
+        ConfigError: the adapter changes no called linear layer, a path is unknown, or the adapter is merged.
         CalibrationError: data is missing, a layer was not called, or inputs are not finite.
     """
     model = injection.model
@@ -227,7 +227,7 @@ class RegMean(OfMergedParts, Method):
 
 @torch.no_grad()
 def take_grams(merged: AppliedMethod, every: Sequence[Mapping[str, Tensor]]) -> None:
-    """Merge by the matrices of the parts, in their order, as `grams` gave them.
+    """Merge by the matrices of the parts, which `grams` returned, in the order of the parts.
 
     Raises:
         ConfigError: the injection is not a regmean, it is merged into the model, or matrices are missing or do not fit.

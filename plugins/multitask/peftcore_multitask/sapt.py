@@ -84,7 +84,7 @@ class SAPTConfig(MethodConfig):
 
     method: Literal["sapt"] = "sapt"
     tasks: PositiveInt = Field(default=1, le=1000)
-    """How many tasks there were so far; the last of them is learned."""
+    """Number of tasks so far; the last one is being learned."""
     rank: PositiveInt = 4
     """Rank of each LoRA."""
     alpha: PositiveFloat = 32.0
@@ -96,10 +96,12 @@ class SAPTConfig(MethodConfig):
 
 
 def take_tasks(injection: AppliedMethod, trained: AppliedMethod) -> None:
-    """Give an adapter the values of one of the same method that was trained on fewer tasks: each tensor that both have.
+    """Copy the values of an adapter that was trained on fewer tasks into one of the same method: each tensor that both
+    have.
 
     Raises:
-        ConfigError: they are not such adapters, at the same modules and with the same sizes; nothing has changed.
+        ConfigError: the adapters differ in method, modules or sizes, or the first has no more tasks; nothing has
+            changed.
     """
     mine, theirs = (
         {f"{path}:{name}": value for path, op in each.operators.items() for name, value in op.named_parameters()}
@@ -146,12 +148,12 @@ class Decisions:
         self.stamp = uuid.uuid4().hex
 
     def of(self, cache: Any) -> Tensor | None:
-        """Return what was decided when the text in a cache was new."""
+        """Return the decision that was made when the text in a cache was new."""
         kept: Tensor | None = getattr(cache, KEPT, {}).get(self.stamp)
         return kept
 
     def keep(self, cache: Any, decided: Tensor) -> None:
-        """Keep a decision with a cache; one that takes no attributes keeps nothing."""
+        """Keep a decision with a cache; a cache that takes no attributes keeps none."""
         with suppress(AttributeError):
             setattr(cache, KEPT, {**getattr(cache, KEPT, {}), self.stamp: decided.detach()})
 

@@ -56,7 +56,7 @@ class XLoRAConfig(PartsConfig):
 
     method: Literal["xlora"] = "xlora"
     train_parts: bool = True
-    """Train the parts along; in the paper they were trained before, each for itself, and are frozen."""
+    """Train the parts too; in the paper they are trained separately before, and frozen."""
     layerwise: bool = False
     """Make separate shares for each target module."""
     softmax: bool = True

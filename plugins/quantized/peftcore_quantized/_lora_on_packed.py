@@ -1,4 +1,5 @@
-"""Base operator and options of LoRA's kin on a quantized model: alpha, and a dropout where the inputs are seen."""
+"""Base operator and options of LoRA's kin on a quantized model: alpha, and a dropout of inputs for layers that are
+called."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ class LoRAConfig(PackedConfig):
     alpha: PositiveFloat = 16.0
     """Numerator of the scale ``alpha / rank``."""
     dropout: Share = 0.0
-    """Probability with which inputs of the update are dropped in training; only where the base is packed already."""
+    """Probability with which inputs of the update are dropped in training; only if the base is quantized already."""
 
 
 class LoRAOnPacked(PackedBaseOperator):
@@ -27,7 +28,7 @@ class LoRAOnPacked(PackedBaseOperator):
     Args:
         site: the site.
         config: its options.
-        start: where A and B start; as LoRA's by default.
+        start: initial values of A and B; by default as in LoRA.
     """
 
     padded, scaled = frozenset({"A", "B"}), frozenset({"B"})

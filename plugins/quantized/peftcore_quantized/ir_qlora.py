@@ -49,7 +49,8 @@ class IRQLoRAConfig(PackedConfig):
     """Probability with which inputs of A are dropped in training, not those of the means; only where the base is packed
     already."""
     scheme: str = "nf4-icq"
-    """How the base is packed, or will be by ``peftcore.quantize(model, scheme)``. One that is packed already stays."""
+    """The scheme that quantizes the base, as in ``peftcore.quantize(model, scheme)``. A quantized base stays
+    unchanged."""
 
 
 class IRQLoRAOperator(PackedBaseOperator):

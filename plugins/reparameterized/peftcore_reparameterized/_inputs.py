@@ -9,7 +9,7 @@ from peftcore.errors import UnsupportedSite
 
 
 def check_seen(sites: Sequence[Site], instead: str) -> None:
-    """Check that there is anything to look at.
+    """Check that at least one site is a linear layer that is called, so that its inputs can be collected.
 
     Raises:
         UnsupportedSite: no site is a linear layer that is called.

@@ -62,8 +62,8 @@ def input_dropout(site: Site, probability: float) -> float:
     """Return the probability with which inputs of the update are dropped.
 
     Raises:
-        UnsupportedSite: the site is a tensor that is read, so the update lacks an input; or an embedding, whose inputs
-            are tokens.
+        UnsupportedSite: the site is a tensor that is read and not called, so the update has no input; or an embedding,
+            whose inputs are token ids.
     """
     if probability and site.layer.one_hot:
         raise UnsupportedSite(f"{site.path} reads token ids, which dropout cannot act on; use dropout=0 for it")
@@ -75,10 +75,10 @@ def input_dropout(site: Site, probability: float) -> float:
 
 
 def check_in_weight_form(operator: nn.Module, probability: float) -> None:
-    """Check that an operator that drops inputs acts on them.
+    """Check that an operator with dropout acts on inputs.
 
     Raises:
-        TrainingError: in training, it acts on the weight instead.
+        TrainingError: the operator acts on the weight in training, which has no inputs to drop.
     """
     if probability and operator.training:
         raise TrainingError(

@@ -12,8 +12,8 @@ from peftcore.errors import UnsupportedSite
 
 
 def width(site: Site, outputs: bool = False) -> int:
-    """Count the coordinates of the turned side: the inputs of one output (with the kernel), the outputs, or what an
-    embedding returns.
+    """Count the coordinates of the rotated side: the inputs of one output (with the kernel), the outputs, or the
+    features of an embedding.
 
     The inputs of an embedding are tokens, which no rotation should mix.
     """
@@ -68,7 +68,7 @@ def each_within(entries: Tensor, radius: float) -> Tensor:
 
 
 def precise(values: Tensor) -> Tensor:
-    """Cast values of which rotations are made to float32 at least."""
+    """Cast the parameters of rotations to float32 at least."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 

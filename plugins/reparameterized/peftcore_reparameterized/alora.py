@@ -65,7 +65,7 @@ class ALoRAConfig(MethodConfig):
     dropout: Share = 0.0
     """Probability with which inputs of the update are dropped in training."""
     invocation: list[NonNegativeInt] = Field(default_factory=list)
-    """The ids of the tokens from which on the adapter acts; none: it acts on all tokens (peft's
+    """The token ids of the invocation, from which the adapter acts; empty: it acts on all tokens (peft's
     `alora_invocation_tokens`)."""
 
 

@@ -101,7 +101,7 @@ class CorDAOperator(PairOperator):
 
     @torch.no_grad()
     def decompose(self, site: Site, C: Tensor | None) -> None:
-        """Set A and B by the weight and the products of its inputs; without these, by the weight."""
+        """Compute A and B from the weight and the products of its inputs; without products, from the weight only."""
         weight = as_matrix(site)  # [*batch, out, in * kernel]
         fixed, inverse = (None, None) if C is None else damped(C.to(weight))
         U, S, V = torch.linalg.svd(weight if fixed is None else weight @ fixed, full_matrices=False)

@@ -93,7 +93,8 @@ class DyLoRAOperator(LowRankOperator):
     def draw(self, running: ForwardContext) -> Tensor:
         """Return the rank that was drawn for the forward that runs, [].
 
-        Every operator draws, so that a block that runs again draws as often, and the first one's share counts.
+        Every operator draws, so that a recomputed block makes the same number of draws; the first operator's draw
+        counts.
         """
         share = torch.rand((), device="cpu")
         if running.inputs:
@@ -130,7 +131,7 @@ class DyLoRAOperator(LowRankOperator):
         return A, B, self.alpha / rank
 
     def masked(self, rank: Tensor, frozen: bool) -> tuple[Tensor, Tensor, float]:
-        """Return the same for a rank given as a tensor [], with zeros in the rows above it."""
+        """Return the factors and the scale for a rank given as a tensor [], with zeros in the rows above it."""
         rank = rank.to(self.B.device)
         row = torch.arange(self.rank, device=self.B.device)
         trains = row >= rank - (self.block_size if frozen else self.rank)
@@ -175,7 +176,7 @@ class DyLoRA(Method):
 
 @torch.no_grad()
 def make_lora(injection: AppliedMethod, rank: int, name: str = "lora") -> Injection:
-    """Return the LoRA of the first ranks of a dylora: frozen, and active in place of the adapter, which stays.
+    """Return the LoRA of the first ranks of a dylora: frozen, and active instead of the adapter, which is kept.
 
     Raises:
         ConfigError: the injection is not a dylora, or lacks an adapter of that rank.

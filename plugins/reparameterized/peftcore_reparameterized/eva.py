@@ -63,7 +63,7 @@ from peftcore_reparameterized.lora import LoRAOperator
 
 
 class EVAConfig(MethodConfig):
-    """Options of EVA: LoRA's, and those of the look at data."""
+    """Options of EVA: LoRA's, and the options of the analysis of data."""
 
     method: Literal["eva"] = "eva"
     rank: PositiveInt = 16
@@ -187,14 +187,15 @@ class Components:
     """The largest principal components of vectors that are added batch by batch (an incremental PCA)."""
 
     def __init__(self, count: int, tau: float, iterations: int | None) -> None:
-        """Look for `count`; settled are those whose directions in two batches have a cosine of at least `tau`."""
+        """Find `count` components; a component has settled when its directions in two batches have a cosine of `tau` or
+        more."""
         self.count, self.tau, self.iterations, self.seen, self.variation = count, tau, iterations, 0, torch.zeros(())
         self.settled = torch.zeros(count, dtype=torch.bool)
         self.waiting: Tensor | None = None
 
     @torch.no_grad()
     def add(self, x: Tensor) -> None:  # x [tokens, in]
-        """Go on with a batch; fewer vectors than components wait for the next one."""
+        """Update the components with a batch; a batch with fewer vectors than components is added to the next one."""
         x = torch.cat([self.waiting, x]) if self.waiting is not None else x
         self.waiting = x if len(x) < self.count else None
         if self.waiting is not None:

@@ -68,7 +68,7 @@ class FRoDConfig(MethodConfig):
     sparsity: Annotated[float, Field(ge=0.0, le=1.0)] = 0.01
     """The share of entries of S that train; one at least, unless it is 0."""
     ridge: PositiveFloat = 1e-3
-    """The number that is added to the diagonals before an inverse is taken, where V is found."""
+    """The number that is added to the diagonals before matrices are inverted to compute V."""
     dropout: Share = 0.0
     """Probability with which inputs of the update are dropped in training."""
     projection_seed: NonNegativeInt = 0

@@ -85,7 +85,7 @@ def completed(rows: Tensor, known: Tensor) -> Tensor:
 
 
 class Projection(GradientRule):
-    """Projects gradients into their leading directions, and steps back out of them."""
+    """Projects gradients onto their leading directions, and optimizer steps back to the full space."""
 
     def __init__(self, configs: dict[nn.Parameter, GaLoreConfig]) -> None:
         super().__init__()

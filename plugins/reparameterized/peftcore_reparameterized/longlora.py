@@ -82,7 +82,7 @@ class ShiftedOperator(AttentionOperator):
     """The groups of one attention, in training only: in half of the heads they begin half a group later.
 
     Raises:
-        SequenceError: tokens that train see others than themselves, such as cached ones.
+        SequenceError: in training, tokens attend to keys of another sequence or of a cache.
     """
 
     trains_only = True

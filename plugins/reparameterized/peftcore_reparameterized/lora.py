@@ -82,7 +82,7 @@ class LoRAConfig(MethodConfig):
     rank: PositiveInt = 8
     """Rank of the update."""
     alpha: PositiveFloat = 8.0
-    """Numerator of the scale ``alpha / rank``: change the rank without touching the learning rate."""
+    """Numerator of the scale ``alpha / rank``, which allows another rank at the same learning rate."""
     scaling: Literal["rank", "sqrt_rank"] = "rank"
     """Denominator of the scale: the rank, or its square root (rsLoRA)."""
     dropout: Share = 0.0
@@ -231,7 +231,7 @@ def fix_projection(operator: Operator, site: Site) -> None:
     """Make the factor A of an operator a buffer, which no optimizer sees.
 
     Raises:
-        UnsupportedSite: it is zero there, so that B alone would never train.
+        UnsupportedSite: A is zero at an embedding, so B alone would never train.
     """
     if site.layer.one_hot:
         raise UnsupportedSite(

@@ -59,7 +59,7 @@ from peftcore_reparameterized._preconditioned import Preconditioned, Preconditio
 from peftcore_reparameterized.lora import LoRAOperator
 
 WIDTH = 512
-"""How many directions the approximation turns."""
+"""Number of directions of the approximation of singular vectors."""
 
 
 class LoRAOneConfig(MethodConfig):

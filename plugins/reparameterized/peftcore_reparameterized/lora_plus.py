@@ -35,7 +35,7 @@ from peftcore_reparameterized.lora import LoRAOperator
 
 
 class LoRAPlusConfig(MethodConfig):
-    """Options of LoRA+: LoRA's, and the rates."""
+    """Options of LoRA+: LoRA's, and the learning rates."""
 
     method: Literal["lora_plus"] = "lora_plus"
     rank: PositiveInt = 8

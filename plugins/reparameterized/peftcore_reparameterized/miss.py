@@ -52,7 +52,7 @@ class MiSSConfig(MethodConfig):
     outputs: PositiveInt | None = None
     """Number of outputs with separate updates, which the other outputs repeat; None: all outputs."""
     bat: bool = False
-    """Let the weight take part, block by block."""
+    """Use Bat: the change of a block also depends on the block's weight."""
 
     @model_validator(mode="after")
     def _check_form(self) -> MiSSConfig:

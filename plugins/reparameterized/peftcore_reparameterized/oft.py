@@ -72,7 +72,7 @@ class OFTConfig(MethodConfig):
     eps: PositiveFloat | None = None
     """How far R may leave the identity (COFT), such as 6e-5; None leaves it free."""
     series: Annotated[int, Field(ge=4, le=100)] | None = None
-    """Terms of a Neumann series in place of the exact transform; None is exact."""
+    """Number of terms of a Neumann series that replaces the exact transform; None is exact."""
     block_dropout: Share = 0.0
     """Share of the blocks that do not turn in a forward in training, rounded down; with `block_share` none."""
     side: Literal["inputs", "outputs"] = "inputs"

@@ -52,7 +52,7 @@ class OSFConfig(MethodConfig):
 
 
 def frozen_rank(site: Site, config: OSFConfig) -> int:
-    """Return k.
+    """Return k, the number of largest singular values that stay frozen.
 
     Raises:
         UnsupportedSite: none of the singular values would stay frozen, or all of them.

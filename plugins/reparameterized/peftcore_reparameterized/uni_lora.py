@@ -61,8 +61,8 @@ class UniLoRAConfig(MethodConfig):
 
 @functools.lru_cache(maxsize=1)
 def drawn_indices(total: int, length: int, seed: int) -> Tensor:
-    """Return which entry of the vector each of `total` entries of factors is, every one about equally often; drawn once
-    for all sites, also while planning."""
+    """Return for each of `total` entries of factors the index of its entry in the vector. Each index is drawn about
+    equally often, once for all sites, also while planning."""
     generator = torch.Generator("cpu").manual_seed(seed)
     some_first = torch.randperm(length, generator=generator, device="cpu")
     return some_first.int()[torch.randperm(total, generator=generator, device="cpu") % length]

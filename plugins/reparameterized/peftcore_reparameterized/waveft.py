@@ -76,8 +76,8 @@ def low_pass(moments: int) -> Tensor:
 
 
 def waves(places: Tensor, size: int, low: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return, for places along a side of that size, the entries that they change [n, taps], whether these are inside,
-    and whether the places are in the second half."""
+    """Return, for coefficients at positions along a side, the entries that they change [n, taps], whether these entries
+    are inside the side, and whether the positions are in the second half."""
     taps = len(low)
     padded = size + taps - 2 + size % 2  # the taps are even
     moved = places + (padded - size) // 2

@@ -35,11 +35,11 @@ class AttentionOnlyConfig(MethodConfig):
 
     method: Literal["attention_only"] = "attention_only"
     include_bias: bool = True
-    """Train the biases along."""
+    """Train the biases too."""
     head: bool = True
-    """Train the head along, whole, unless it gives tokens."""
+    """Train the whole head too, unless it predicts tokens."""
     positions: bool = True
-    """Train the tables of positions along."""
+    """Train the position embeddings too."""
 
 
 class AttentionOnly(Method):

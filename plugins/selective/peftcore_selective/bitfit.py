@@ -36,7 +36,7 @@ class BitFitConfig(MethodConfig):
     """Add a bias, starting at zero, to linear layers without one (those with the role `all-linear`, or the targets
     asked for)."""
     head: bool = True
-    """Train the head whole, unless it gives tokens."""
+    """Train the whole head, unless it predicts tokens."""
 
 
 class BitFit(Method):

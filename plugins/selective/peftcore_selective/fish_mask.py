@@ -63,7 +63,7 @@ class FishMaskConfig(MethodConfig):
 
 
 class FishMaskUpdate(Checked):
-    """The trained differences, and their places in all sites one after the other, ascending."""
+    """The trained differences, and their ascending positions in the concatenation of all sites."""
 
     index: Tensor
 

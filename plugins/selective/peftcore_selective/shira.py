@@ -43,11 +43,11 @@ class SHiRAConfig(MethodConfig):
 
     method: Literal["shira"] = "shira"
     rank: PositiveInt = 32
-    """Sets how many entries train: as many as LoRA of this rank has. The update's own rank is not bounded by it."""
+    """Sets the number of entries that train, as many as LoRA of this rank has. It does not bound the update's rank."""
     mask: Literal["random", "magnitude", "smallest"] = "random"
     """How the entries are chosen: drawn evenly, or the largest weights, or the smallest."""
     sparsity: Share | None = None
-    """The share of entries that stay as they are; where it is given, `rank` does not count."""
+    """The share of entries that stay frozen; if set, `rank` has no effect."""
     low_rank: NonNegativeInt = 0
     """Rank of a low-rank update in addition to the entries; 0 leaves it out."""
     alpha: PositiveFloat = 16.0
@@ -55,7 +55,7 @@ class SHiRAConfig(MethodConfig):
 
 
 def ends(site: Site) -> int:
-    """Return how many numbers a rank takes: inputs and outputs."""
+    """Return the number of LoRA's parameters per rank: inputs plus outputs."""
     return site.in_features * math.prod(site.kernel) + site.out_features
 
 
@@ -72,7 +72,7 @@ def largest(weight: Tensor, batch_dims: int, count: int, smallest: bool = False)
 
 
 class SHiRAOperator(WeightOperator):
-    """Adds values to some entries of a weight, and holds which these are."""
+    """Adds trained values to some entries of a weight, and stores the entries' positions."""
 
     index: Tensor
 

@@ -311,7 +311,7 @@ def test_what_the_package_does_not_fuse_is_not_written(tmp_path: Path) -> None:
     refused("'v1,2'", model, adapters=["trained", "v1,2"])
     refused("fusions can be saved for blocks", with_adapters("llama-dynamic"), **both)
     lora = peftcore.apply(host("bert"), "lora")
-    with pytest.raises(ExportError, match=r"\(lora\) is no fusion"):
+    with pytest.raises(ExportError, match=r"\(lora\) is not a fusion"):
         lora.save(tmp_path / "none", format="adapterhub_fusion")
 
 

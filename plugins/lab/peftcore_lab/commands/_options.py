@@ -21,15 +21,15 @@ BatchSize = Annotated[int | None, typer.Option(help="Examples at once.")]
 
 
 def given(flags: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """Return the flags that were given, by the names that their values have in a file."""
+    """Return the flags that the user set, by their names in a configuration file."""
     return [(name, value) for name, value in flags.items() if value is not None]
 
 
 def check_source(demo: bool, config: object, model: str | None, task: str | None, data: str | None) -> None:
-    """Check that examples and a model are given by the demonstration, from a file or from flags.
+    """Check that either the demonstration, a file or flags name the examples and the model.
 
     Raises:
-        BadInput: from none of them, or from the demonstration and another.
+        BadInput: none of the three does, or the demonstration is combined with another.
     """
     if demo and (config or model or data or task):
         raise BadInput(

@@ -58,7 +58,7 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
 
 
 def listed(names: str) -> list[str]:
-    """Return names of methods, which commas separate.
+    """Return the names in a comma-separated list of methods.
 
     Raises:
         BadInput: the list is empty, or has a name twice.
@@ -145,7 +145,7 @@ def _installed(package: str) -> Path:
 def clean(examples: Iterable[Example]) -> list[Example]:
     """Drop parts that are not language (links, broken emoji) and every tweet that repeats another, retweeted or not.
 
-    Of tweets that say the same under different labels, all go.
+    Tweets with the same text and different labels are all dropped.
     """
     by_content: dict[str, list[Example]] = {}
     for example in examples:

@@ -35,7 +35,7 @@ def chosen(comparison: Comparison, report: ComparisonReport) -> tuple[list[Candi
     """Return the methods with the rates that were best, and a sentence about them.
 
     Raises:
-        TrainingError: with none of the rates a method could be trained.
+        TrainingError: the training of a method failed with every rate.
     """
     scores = {entry.label: entry.score for entry in report.entries()}
     found, edges = [], list[str]()

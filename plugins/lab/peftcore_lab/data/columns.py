@@ -1,4 +1,4 @@
-"""Columns of a table: which one holds what, and the order of the classes in one."""
+"""Finds the columns of a table by their names, and the order of the classes in a column."""
 
 from __future__ import annotations
 

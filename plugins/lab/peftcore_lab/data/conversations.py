@@ -1,4 +1,4 @@
-"""Conversations in the shapes in which people keep them: messages, ShareGPT, Alpaca, prompt and completion.
+"""Conversations in common file layouts: messages, ShareGPT, Alpaca, prompt and completion.
 
 All become lists of ``{"role": "system" | "user" | "assistant" | "tool", "content": "..."}``, which chat templates read.
 """
@@ -47,7 +47,7 @@ def columns(there: Sequence[str], wanted: Columns, where: object) -> Columns:
     """Return the columns of a file: those that are wanted, or the first whose names are known (in any case).
 
     Raises:
-        BadInput: such columns are missing, or half of a pair is.
+        BadInput: the columns are missing, or one column of a pair is.
     """
     given = [each for each in (wanted.messages, wanted.prompt, wanted.completion) if each is not None]
     if missing := [each for each in given if each not in there]:
@@ -118,7 +118,7 @@ def answer_of(value: Any) -> list[Message]:
 
 
 def told(value: Any) -> list[Message]:
-    """Return the messages of a list, or of JSON of one, with the roles of chat templates.
+    """Return the messages of a list, or of a list in JSON, with the roles of chat templates.
 
     Raises:
         ValueError: the value is not a list of messages, or is empty.

@@ -16,7 +16,7 @@ from peftcore_lab.data.texts import SPLIT_SEED
 from peftcore_lab.digests import of_content
 
 HELD_OUT = ("validation", "test", "valid", "dev", "eval")
-"""Splits of a dataset that are scored, the first that is there."""
+"""Names of splits to score; the first one that the dataset has is used."""
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
@@ -26,7 +26,7 @@ class ExampleSource:
 
     name: str
     file: str | None = None
-    """The data that the part was cut from; None where it is whole."""
+    """The data that the part was cut from; None if the part is all of it."""
     rows: Sequence[int] = ()
     """Positions of its examples in that data, counted from 0."""
 
@@ -57,7 +57,8 @@ class Splits:
 
 
 def splits(train: str, held_out: str | None, size: int | None) -> Splits:
-    """Read both; without `held_out`, a split of the dataset or `size` examples (a fifth, at most 1,000) are held out.
+    """Read examples for training and for scores; without `held_out`, a split of the dataset or `size` examples (a
+    fifth, at most 1,000) are held out.
 
     Raises:
         BadInput: the data cannot be read, or no training example is left.
@@ -76,10 +77,10 @@ def splits(train: str, held_out: str | None, size: int | None) -> Splits:
 
 
 def scored(source: str) -> Dataset:
-    """Read examples to score: all that there are or, of several splits, the first one that is for it.
+    """Read examples to score: all of them or, of several splits, the first whose name is in `HELD_OUT`.
 
     Raises:
-        BadInput: they cannot be read, or none of the splits is for it.
+        BadInput: the data cannot be read, or has no such split.
     """
     found = read(source)
     if isinstance(found, Dataset):

@@ -63,11 +63,11 @@ class PackedCollator:
 
 
 def check_apart(model: nn.Module, injection: peftcore.Injection | None, vocabulary: int) -> None:
-    """Check that the examples of a row do not see each other: the model's outputs for one are the same behind another,
-    behind a third, and by itself. The adapter's parameters are moved meanwhile, since many act only once trained.
+    """Check that the examples of a row do not see each other: the outputs for an example are the same alone, after a
+    second, and after a third one. The adapter's parameters are moved meanwhile, since many act only once trained.
 
     Raises:
-        BadInput: they do.
+        BadInput: examples of one row change each other's outputs.
     """
     device = next(model.parameters()).device
     draw = torch.Generator().manual_seed(0)

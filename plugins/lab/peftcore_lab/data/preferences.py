@@ -92,7 +92,7 @@ def _pair(row: Mapping[str, Any], columns: PairColumns) -> PreferencePair:
 
 
 def in_common(*rows: Sequence[Any]) -> int:
-    """Return how many entries all of them begin with alike."""
+    """Return the length of the common prefix of the lists."""
     alike = (all(each == first for each in rest) for first, *rest in zip(*rows, strict=False))
     return next((number for number, same in enumerate(alike) if not same), min(map(len, rows)))
 

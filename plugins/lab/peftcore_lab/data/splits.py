@@ -31,9 +31,9 @@ def parted(
 
     Arguments:
       data: the data options of a task.
-      tuning: examples to choose by, from elsewhere.
+      tuning: separate examples to choose by.
       size: without `tuning`, the number of training examples to hold out (a fifth, at most 1,000).
-      folder: where the parts are put.
+      folder: the folder to which the parts are written.
 
     Raises:
         BadInput: one of them cannot be read, nothing is left to train on, or the folder holds parts of others.

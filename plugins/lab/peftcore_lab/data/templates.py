@@ -15,7 +15,7 @@ KNOWN = {"chatml": CHATML}
 
 
 def with_template(tokenizer: Any, template: str | None, where: str) -> Any:
-    """Give a tokenizer a chat template: of a known name, or of a Jinja file; its own without.
+    """Set the chat template of a tokenizer by a known name or a Jinja file; None keeps the tokenizer's own.
 
     Raises:
         BadInput: the template or its file is missing.

@@ -43,7 +43,8 @@ class LabelledTexts:
 
 
 def make_task(source: str, train: list[Example], held_out: list[Example], known: Sequence[str] = ()) -> LabelledTexts:
-    """Number the classes, those of a head as it has them, and refuse what cannot be learned or scored."""
+    """Number the classes, in the order of a trained head if there is one; refuse data that cannot be trained or
+    scored."""
     labels = {example.label for example in (*train, *held_out)}
     if len(labels) < 2:
         raise BadInput(f"{source}: every row has the label {labels.pop()!r}; a comparison needs at least two classes")

@@ -22,7 +22,7 @@ from peftcore_lab.reports.trials import ComparisonReport
 WIDE, HALF, NARROW = Shape(900, 430, 30), Shape(520, 370, 22), Shape(360, 400, 16)
 """Charts over the whole page, next to another chart, and on a telephone: text keeps its size."""
 CROWD = 8
-"""Points that always have room for their names."""
+"""Number of points up to which all names have room."""
 
 Drawing = Callable[[Shape], Figure]
 
@@ -74,7 +74,7 @@ class Chart:
     title: str
     caption: str
     whole: bool
-    """Whether it takes the whole width of the page."""
+    """Whether the chart takes the whole width of the page."""
     wide: Markup
     narrow: Markup
 
@@ -104,7 +104,7 @@ class Picture:
 
 
 def pictures(report: ComparisonReport, folder: Path) -> list[Picture]:
-    """Return what models drew, those of a configuration's first seed."""
+    """Return the pictures that models drew, those of each configuration's first seed."""
     found = []
     for entry in report.entries():
         file = folder / (entry.trials[0].picture or ".")

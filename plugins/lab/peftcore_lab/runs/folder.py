@@ -1,5 +1,5 @@
-"""The folders of runs: made, or refused; which run one holds, the model's scores before training, and the checkpoint to
-resume from.
+"""The folders of runs: creates them, and finds which run a folder holds, the model's scores before training, and the
+checkpoint to resume from.
 
 Several processes of one run share it; the first writes.
 """
@@ -29,14 +29,14 @@ COMPLETE = "complete"
 
 
 RUN = "run.json"
-"""The file by which a run is known again."""
+"""The file with the settings of a run, by which it is recognized."""
 
 
 def made(folder: Path) -> Path:
     """Make a folder, with those above it; it may be there already.
 
     Raises:
-        BadInput: it cannot be.
+        BadInput: the folder cannot be made.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -103,7 +103,7 @@ class RunFolder:
 
     Attributes:
         before: the scores before training, once they are known.
-        said: the sample answers of the model then.
+        said: the sample answers of the model before training.
         longer: whether a run is resumed with more steps than before.
     """
 
@@ -183,7 +183,7 @@ class RunFolder:
             )
 
     def note(self) -> None:
-        """Write down what is known of the run, so that it can go on from here."""
+        """Write the run's settings and first results, so that it can be resumed."""
         if first_process():
             known = {"run": self._run, "inputs": self._inputs, "processes": processes()}
             known |= {"before": self.before, "said": self.said}
@@ -217,7 +217,7 @@ class Keeper(transformers.TrainerCallback):
 
 
 def plain(metrics: dict[str, float]) -> dict[str, float]:
-    """Return the Trainer's scores, without what it says of the clock."""
+    """Return the Trainer's scores without its timings."""
     clock = ("runtime", "per_second", "model_preparation_time")
     scores = {name: value for name, value in metrics.items() if name.startswith("eval_") and not name.endswith(clock)}
     return {name.removeprefix("eval_"): value for name, value in scores.items()}

@@ -44,9 +44,9 @@ from peftcore_lab.training.fleet_runs import Saved
 POLL = 1.0
 """Seconds between two looks at the trials of other workers."""
 PATIENCE = 200
-"""Points in a row that are not trained, after which the space has nothing new."""
+"""Number of consecutive untrained points after which the search ends, since the space has nothing new."""
 KEY = "key"
-"""The attribute by which a trial is known again: all that decides its score."""
+"""The attribute by which a trial is recognized: all settings that decide its score."""
 TOLD = {"model", "task", "data", "tuning", "tuning_size", "methods", "learning_rate", "budget", "memory", "start"}
 TRAINED = {"training", "dtype", "quantize", "seed"}
 
@@ -95,7 +95,7 @@ class Search(Options):
     dtype: str = "float32"
     """Dtype of the base's weights in memory."""
     quantize: str | None = None
-    """A scheme that packs the base's weights before anything is trained: nf4, int8, bnb-nf4 ..."""
+    """A scheme that quantizes the base's weights before training: nf4, int8, bnb-nf4 ..."""
     out: Path = Path("peftcore-search")
     """Folder for the results and the runs."""
 
@@ -135,7 +135,7 @@ class Search(Options):
 
 
 class SearchRun:
-    """A search on its way.
+    """A running search.
 
     Raises:
         BadInput: something that is named cannot be used, or nothing fits into the budget; nothing was trained.
@@ -220,7 +220,7 @@ class SearchRun:
         return self.planner.needs(choice.candidate(self.planner.host))
 
     def work(self) -> None:
-        """Run trials, until there are as many as wanted, those that others are at included."""
+        """Run trials until the study has as many as wanted, including those that other workers run."""
         idle = 0
         while len(self.study.counted()) < self.search.trials and idle < PATIENCE:
             self.study.bury()
@@ -394,7 +394,7 @@ def search(what: Search, board: Board) -> SearchOutcome:
 
 
 def work(what: Search, board: Board) -> int:
-    """Run trials of a study that others finish; return how many there are now."""
+    """Run trials of a study that another process finishes; return the number of trials so far."""
     running = SearchRun(what, board)
     running.work()
     return len(running.study.counted())

@@ -1,5 +1,4 @@
-"""Classes of tasks that have some: those that a head has learned already, the predicted one, and how often it is
-right."""
+"""Helpers for classification tasks: the classes that a head has learned, predictions, and accuracy."""
 
 from __future__ import annotations
 

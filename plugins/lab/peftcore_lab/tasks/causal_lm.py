@@ -1,4 +1,4 @@
-"""The task of plain text: the next token is learned."""
+"""The task of plain text: the model learns the next token."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ class ChatData(CausalData):
     completion: str | None = None
     """Column of answers: texts or messages; guessed when left out."""
     chat_template: str | None = None
-    """A file with a Jinja template, or ``chatml``, in place of the tokenizer's."""
+    """A file with a Jinja template, or ``chatml``, instead of the tokenizer's template."""
 
 
 class Chat(Task[ChatData]):

@@ -33,9 +33,9 @@ class PreferenceData(DecoderData):
     rejected: str | None = None
     """Column of the other answers: texts, messages or whole conversations; ``rejected`` when left out."""
     chat_template: str | None = None
-    """A file with a Jinja template, or ``chatml``, in place of the tokenizer's."""
+    """A file with a Jinja template, or ``chatml``, instead of the tokenizer's template."""
     beta: PositiveFloat = 0.1
-    """How much the model is held to the reference, which is the model before training: the higher, the more."""
+    """Strength of the pull to the reference, which is the model before training: higher is stronger."""
 
 
 class Preference(Task[PreferenceData]):

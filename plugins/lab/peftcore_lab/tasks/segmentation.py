@@ -22,7 +22,7 @@ from peftcore_lab.tasks.task import Data, Prepared, Task
 
 MASKS = ("mask", "annotation", "label", "segmentation")
 NOTHING = 255
-"""The class of pixels that neither train nor count, by custom."""
+"""The class of pixels that are ignored in training and in scores, by convention."""
 
 
 class SegmentedData(Data):

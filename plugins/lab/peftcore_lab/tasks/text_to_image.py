@@ -271,7 +271,7 @@ def _taught(reader: TextEncoder, data: CaptionedData, start: Tensor | None) -> l
 
 
 class WithPrior:
-    """Rows, each paired with a picture of the class. Either begins again where the other has more."""
+    """Rows, each paired with a picture of the class. The shorter list starts over when it ends."""
 
     def __init__(self, rows: Any, files: Sequence[Path], data: CaptionedData) -> None:
         self._rows, self._files, self._text = rows, files, data.prior_text

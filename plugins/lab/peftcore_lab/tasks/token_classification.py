@@ -19,7 +19,7 @@ from peftcore_lab.tasks.task import IGNORED, Prepared, RowsOfTasks, Task
 WORDS = ("tokens", "words")
 TAGS = ("tags", "ner_tags", "pos_tags", "labels")
 OUTSIDE = "O"
-"""The tag of words that are nothing, by custom."""
+"""The tag of words without a tag, by convention."""
 
 
 class TaggedData(RowsOfTasks):
@@ -34,7 +34,7 @@ class TaggedData(RowsOfTasks):
 
 
 class TokenClassification(Task[TaggedData]):
-    """The task, scored by F1 of tagged words; the first token of a word speaks for it."""
+    """The task, scored by F1 of tagged words; the prediction at a word's first token counts."""
 
     Data = TaggedData
     metric, greater = "f1", True

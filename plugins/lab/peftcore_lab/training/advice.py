@@ -24,7 +24,7 @@ class Knob:
 
     settings: Mapping[str, object]
     step: Step | None
-    """The step of the run with it; None where it cannot be counted."""
+    """The step of the run with this change; None if its memory cannot be estimated."""
 
     def __str__(self) -> str:
         return " ".join(f"--set {name}={value}" for name, value in self.settings.items())

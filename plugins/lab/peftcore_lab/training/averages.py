@@ -29,7 +29,7 @@ class Averages:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Take in the parameters as they are after a step of the optimizer."""
+        """Update the averages with the parameters after an optimizer step."""
         self._steps += 1
         decay = min(self._decay, (1 + self._steps) / (10 + self._steps))
         for value, parameter in zip(self._values, self._parameters, strict=True):

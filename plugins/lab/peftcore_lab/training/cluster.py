@@ -123,7 +123,7 @@ def _reason(error: BaseException) -> Exception:
 
 
 def go_to(folder: str) -> None:
-    """Change to the folder of the process that asked, in which names of files are meant.
+    """Change to the working directory of the calling process, to which file names are relative.
 
     Raises:
         BadInput: the folder does not exist on this machine.
@@ -137,10 +137,10 @@ def go_to(folder: str) -> None:
 
 
 def taken(done: Any) -> Any:
-    """Return what a task gave.
+    """Return the result of a task.
 
     Raises:
-        BadInput: the task cannot be done there.
+        BadInput: the task cannot run on its worker.
         TrainingError: its worker was lost, and so were those that began it again.
     """
     import ray

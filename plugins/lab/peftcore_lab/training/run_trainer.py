@@ -140,7 +140,7 @@ class AdapterTrainer(PeftcoreTrainer):
 
 
 class Steps(transformers.TrainerCallback):
-    """Lets averages take in each step."""
+    """Updates the moving averages after each step."""
 
     def __init__(self, averages: Averages) -> None:
         self._averages = averages
@@ -158,7 +158,7 @@ class LastStep(transformers.TrainerCallback):
 
 
 class Clock(transformers.TrainerCallback):
-    """Times the optimizer's steps, without what is between them."""
+    """Times the optimizer's steps, without the time between them."""
 
     def __init__(self) -> None:
         self._seconds, self._steps, self._began = 0.0, 0, 0.0

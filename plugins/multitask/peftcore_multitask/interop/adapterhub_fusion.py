@@ -40,7 +40,7 @@ from peftcore_additive.pfeiffer_adapter import PfeifferOperator
 CONFIG, TENSORS = "adapter_fusion_config.json", "model_adapter_fusion.safetensors"
 HOLDER = "adapter_fusion_layer"
 NEVER = 1e-300
-"""A probability that drops nothing, and not the 0 for which that library takes that of the host's attention."""
+"""A dropout probability so small that it drops nothing; for 0 that library uses the dropout of the host's attention."""
 Place = tuple[str, bool]
 """A block, and whether the adapters act at its attention."""
 

@@ -1,4 +1,4 @@
-"""compressed-tensors: its layers are refused, and how to load them instead is said.
+"""compressed-tensors: its layers are refused, with an error that says how to load the model instead.
 
 It compresses plain linear layers in place, has the weight in other tensors until the first forward, and rounds it in
 each forward from then on, an adapter's change with it.

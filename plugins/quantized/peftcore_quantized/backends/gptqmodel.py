@@ -22,7 +22,7 @@ PEFTCORE_API = 2
 ROWS = 512
 """Number of rows of the identity passed to a kernel in one call, within the sizes that kernels support."""
 IN_TRAINING = {"linear_mode": "train"}
-"""The attribute of kernels with two ways of computing, and its value once they have taken the one with a gradient."""
+"""The attribute of kernels with a training and an inference path, and its value for the path with a gradient."""
 
 
 def _base() -> Any:

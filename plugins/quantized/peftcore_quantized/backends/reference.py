@@ -29,11 +29,11 @@ from peftcore.errors import QuantizationError
 
 PEFTCORE_API = 2
 DOUBLE = 256
-"""How many absmax share a scale when they are packed themselves."""
+"""Number of absmax values that share a scale when they are quantized too."""
 GRID = 65535
-"""The steps of their grid between -1 and 1."""
+"""Number of grid steps between -1 and 1 for the quantized absmax values."""
 TINY = 1e-38
-"""Divided by where all values are zero."""
+"""The divisor used instead of zero, for blocks in which all values are zero."""
 
 
 def _normal_quantiles() -> list[float]:

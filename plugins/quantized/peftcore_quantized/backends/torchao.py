@@ -63,7 +63,7 @@ PACKERS: dict[str, Callable[[Any], Any]] = {
     "Float8Tensor": _float8,
     "IntxUnpackedToInt8Tensor": _intx,
 }
-"""How a weight is packed again, by its class in `torchao.quantization`; formats that are not here are refused."""
+"""Configurations that quantize a weight again, by its class in `torchao.quantization`; other formats are refused."""
 
 
 def _packs_inputs(weight: Any) -> bool:

@@ -51,11 +51,11 @@ class AdaMSSConfig(MethodConfig):
     components: PositiveInt = 100
     """Number of singular vectors of the weight to choose from."""
     subspaces: PositiveInt = 5
-    """K, how many clusters the outputs of a site are in."""
+    """The number K of clusters of a site's outputs."""
     rank: PositiveInt = 1
     """Rank of the update of each cluster."""
     threshold: Share | None = None
-    """Leave a cluster as many ranks as have a larger squared singular value, relative to the largest."""
+    """Keep only ranks of a cluster whose squared singular value, relative to the largest, is above this."""
     target_subspaces: PositiveInt | None = None
     """How many clusters of all sites train at the end; None lets all train."""
     warmup: NonNegativeInt = 50

@@ -27,7 +27,8 @@ from peftcore_reparameterized._rotations import precise
 
 Q, P, VALUES = "q_layer.weight", "p_layer.weight", "lambda_layer"
 NEAR = 1e-4
-"""Difference to the principal part of the base, relative to its largest entry, from which on a start is another one."""
+"""Difference to the principal part of the base, relative to its largest entry, above which the start is not the
+principal part."""
 
 
 class KohyaTLoRA(KohyaMethod):

@@ -21,7 +21,7 @@ from peftcore.errors import ExportError
 WAYS = (None, (10, 0))
 """peft's computation of singular vectors: exact, or with this number of steps and seed, peft's defaults."""
 EQUAL = 2e-5
-"""How far the cosines of singular vectors may be from those of equal ones."""
+"""Largest deviation from 1 of the cosines between singular vectors that count as equal."""
 NAMES = {"K": "psoft_R.weight", "b": "psoft_R.vector_b", "a": "psoft_R.vector_a"}
 
 

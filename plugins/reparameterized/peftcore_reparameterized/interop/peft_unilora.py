@@ -130,7 +130,7 @@ def _matrix(module: nn.Module) -> bool:
 
 
 def as_peft_draws(total: int, length: int, seed: int) -> Tensor:
-    """Draw the indices that peft makes of a seed."""
+    """Draw the same indices as peft does for a seed."""
     import numpy as np
 
     generator = np.random.default_rng(seed)

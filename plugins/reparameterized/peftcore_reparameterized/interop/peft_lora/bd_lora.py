@@ -36,7 +36,7 @@ class BDLoRAVariant(LoRAVariant):
         return {**common, **own}
 
     def changes(self, keys: Keys, paths: Collection[str]) -> dict[str, dict[str, Any]]:
-        """Returns the option for each module by itself, where it names that module or nothing."""
+        """Returns the option of each module, with lists that name this module or are empty."""
         told, found = keys.table("use_bdlora"), {}
         for path in paths:
             hit = {name: _names_part(told, name, path, keys) for name in BLOCKS}

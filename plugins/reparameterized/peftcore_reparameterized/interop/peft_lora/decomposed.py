@@ -29,7 +29,7 @@ class DecomposedVariant(UpdateVariant):
     """A variant whose base peft decomposes when it loads; written as plain LoRA for every kind of layer."""
 
     layers: ClassVar[tuple[type, ...]]
-    """The layers where peft can."""
+    """The layers that peft can decompose."""
     has_scaling = False
     times = 2
 
@@ -40,7 +40,8 @@ class DecomposedVariant(UpdateVariant):
 
 
 class StartVariant(DecomposedVariant):
-    """A part of the rank that is said, which is taken out of the base and trains; peft names it as we do."""
+    """A variant that subtracts a part of the given rank from the base and trains it, with the same name in peft and
+    here."""
 
     operator: ClassVar[type[PairOperator]]
     config: ClassVar[type[MethodConfig]]

@@ -65,7 +65,7 @@ VARIANTS: tuple[type[LoRAVariant], ...] = (
 
 
 class PeftLoRA(PeftMethod):
-    """Translates low-rank factors, by the variant that they are."""
+    """Translates low-rank factors, by the variant of LoRA that the options mark."""
 
     methods = tuple(name for each in (plain.PlainVariant, *VARIANTS) for name in each.writes)
     below = (*layouts.FACTORS, *(name for each in VARIANTS for name in each.below))
