@@ -66,9 +66,7 @@ class PartsConfig(MethodConfig):
                     "neither a schedule nor data"
                 )
         if self.weights is not None and len(self.weights) != len(self.parts):
-            raise ConfigError(
-                f"weights has {len(self.weights)} values for {len(self.parts)} parts; pass one for each part"
-            )
+            raise ConfigError(f"{len(self.weights)} weights for {len(self.parts)} parts; pass one weight for each part")
         return self
 
 

@@ -25,8 +25,8 @@ Differs from the authors' code: The authors' max sees padding, this does not; th
 not train, and is left out, as are their other kinds of attention. LN has neither gain nor bias: the authors' code
 leaves its own frozen at one and zero, while the 232,000 that the paper prints for T5-base count them (`train_norm`).
 
-Use it: `peftcore.apply(model, "attempt", tasks=["sums", "letters"])`, where prompts of large tasks are there and a new
-one has few examples; not to train many tasks at once from nothing (multitask_prompt_tuning), nor where a prompt need
+Use it: `peftcore.apply(model, "attempt", tasks=["sums", "letters"])`, where prompts of large tasks exist and a new
+task has few examples; not to train many tasks at once from nothing (multitask_prompt_tuning), nor where a prompt need
 not depend on the text (spot starts from one source).
 """
 

@@ -10,7 +10,7 @@ Equation:
 h is the output of the last matrix of self-attention or of the feed-forward; cross-attention gets no adapter, unless it
 is named as a target. Encoder and decoder have a network each and the tasks' embeddings in common. Where adapters of a
 stack have several widths, each width has a network. e_place is the embedding of the adapter's place in its block. All
-norms of the host train along.
+norms of the host train too.
 
 The call passes the task, ``with peftcore.call(model, task=...)``: one for all rows, or one for each. Weights are made
 for the tasks of the batch, or for all tasks if these are fewer than its rows.

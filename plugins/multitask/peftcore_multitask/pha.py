@@ -24,8 +24,8 @@ Parameters: tasks t for prototypes, (d + t + 1) h + t for the retriever, (2t + 1
 Start: The maps that make weights uniform in +-init_scale sqrt(3 / (p fan)), matrices of an encoder's adapters by
 Xavier's rule times 1e-4: near the identity.
 
-Differs from the authors' code: The paper looks for the nearest prototype of a new task to start from; the code does
-not, and nor does this.
+Differs from the authors' code: The paper starts a new task from the nearest prototype; neither the authors' code nor
+this method does.
 
 Use it: `peftcore.apply(model, "pha", tasks=["sums", "letters"])`, for several tasks with few examples each, which their
 texts identify; not for tasks that share inputs, where `hyperformer_pp`, its nearest kin, is without these losses, nor

@@ -6,7 +6,7 @@ Equation:
 
 X_t [n, in] are the inputs that a linear layer gets in the model of part t, on data of task t, padding left out. With a
 = 1, W' minimizes sum_t w_t |X_t W'' - X_t W_t''|^2 / n_t: a linear regression, whose solution needs no data but the
-matrices G_t. Whoever has an adapter and its data makes them, whoever merges takes them:
+matrices G_t. The owner of an adapter and its data computes them with `grams`, and a merge uses them with `take_grams`:
 
     first = grams(peftcore.load(model, "first"), batches)      # numbers by path, to be handed on beside the adapter
     merged = gather(model, "regmean", {"first": 1.0, "second": 1.0})

@@ -12,12 +12,16 @@ from peftcore.models.model_names import MODEL
 
 Demo = Annotated[bool, typer.Option("--demo", help="A MiniLM encoder on tweets, both from Python packages.")]
 Model = Annotated[str | None, typer.Option(help=MODEL)]
-Task = Annotated[str | None, typer.Option(help="What is learned: text-classification, causal-lm, chat ...")]
+Task = Annotated[str | None, typer.Option(help="The task: text-classification, causal-lm, chat ...")]
 Data = Annotated[str | None, typer.Option(help="The examples: a table, a folder, a dataset's name.")]
 Steps = Annotated[int | None, typer.Option(help="Optimizer steps of a run.")]
-On = Annotated[str | None, typer.Option("--on", help="Where runs are carried out: ray. Without it, here, one by one.")]
-Address = Annotated[str | None, typer.Option(help="Of a Ray cluster: 10.0.0.1:6379. Without it, one of this machine.")]
-BatchSize = Annotated[int | None, typer.Option(help="Examples at once.")]
+On = Annotated[
+    str | None, typer.Option("--on", help="Where to run: ray. By default on this machine, one run after the other.")
+]
+Address = Annotated[
+    str | None, typer.Option(help="Address of a Ray cluster: 10.0.0.1:6379. By default a new one on this machine.")
+]
+BatchSize = Annotated[int | None, typer.Option(help="Examples in a batch.")]
 
 
 def given(flags: Mapping[str, Any]) -> list[tuple[str, Any]]:
@@ -40,7 +44,7 @@ def check_source(demo: bool, config: object, model: str | None, task: str | None
 
 
 def place_of(on: str | None, address: str | None) -> Any:
-    """Return where runs are carried out.
+    """Return the object that carries out runs: a Ray cluster, or None for this process.
 
     Raises:
         BadInput: no such place is known.

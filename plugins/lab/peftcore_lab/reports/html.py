@@ -117,10 +117,10 @@ def trade_off(report: ComparisonReport, cost: Cost, shape: Shape, tips: dict[int
     """Draw the metric over a cost."""
     drawn = plots.points(report, cost)
     best = listed(plain(point.entry.label) for point in drawn if point.best)
-    crowd = " Instead of a name that has no room there is the number of its row." if len(drawn) > CROWD else ""
+    crowd = " Where a name has no room, the number of its row is shown." if len(drawn) > CROWD else ""
     return chart(
         f"{capital(report.metric)} over {cost.name}",
-        f"What is on the line is better than all that takes {cost.less}.{crowd}",
+        f"Configurations on the line are better than all with {cost.less}.{crowd}",
         f"One point a configuration; on the Pareto front are {best}. The table has the numbers.",
         lambda each: plots.trade_off(report, cost, each),
         shape,

@@ -114,7 +114,7 @@ class Run(Options):
     method: MethodChoice
     """``lora``, or ``{name: lora, rank: 8}``; where there is an `adapter`, that of the file."""
     adapter: str | None = None
-    """An adapter to go on from, in place of a fresh one: a folder, a file, or a name on the Hub, with the method, the
+    """An adapter to continue, instead of a new one: a folder, a file, or a name on the Hub, with the method, the
     options and the target modules of the file."""
     training: Training = Field(default_factory=lambda: Training.model_validate({}))
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"

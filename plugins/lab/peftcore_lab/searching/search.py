@@ -84,7 +84,7 @@ class Search(Options):
     finals: PositiveInt = 1
     """How many configurations are scored on the held-out examples: the pick, and smaller ones of the Pareto front."""
     seeds: list[NonNegativeInt] = Field(default=[0, 1, 2], min_length=1)
-    """Seeds of the runs that decide, and of the final ones."""
+    """Seeds of the runs among which the pick is chosen, and of the final runs."""
     seed: NonNegativeInt = 0
     """Seed of the sampler, and of the runs in the study."""
     storage: str | None = None
