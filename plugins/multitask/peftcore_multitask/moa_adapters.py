@@ -1,4 +1,4 @@
-"""Mixture of adapters: bottlenecks behind a sub-block, which each token shares by a gate of its own.
+"""Mixture of adapters: bottlenecks after a sub-block, which a gate mixes for each token.
 
 Equation:
     y = h + sum_e g_e (W_up_e f(W_down_e h + b_down_e) + b_up_e),   g = softmax(W_g h)

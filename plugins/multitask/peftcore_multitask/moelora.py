@@ -16,8 +16,8 @@ Parameters: rank * (in * kernel + out) a site, and (tasks + experts) * task_widt
 Start: v from N(0, 1), W_g uniform in +-1/sqrt(task_width), A_e from N(0, 0.01), B_e at zero: the identity.
 
 Differs from the authors' code: The authors' table of tasks has one row more, which no task reads; their script does not
-run the layer with a gate of its own, MMOELoraLinear, which ``gate="each"`` is. Their script has rank 16 and 8 experts,
-alpha is the default of their arguments.
+run the layer with a gate per site, MMOELoraLinear, which is ``gate="each"`` here. Their script has rank 16 and 8
+experts, alpha is the default of their arguments.
 
 Use it: `peftcore.apply(model, "moelora", tasks=["entities", "summaries"])`, for tasks that are known, of which some
 have little data: one adapter costs as much as a LoRA of its rank; `polytropon` lets tasks share skills without a vector

@@ -8,7 +8,7 @@ X_t [n, in] are the inputs that a linear layer gets in the model of part t, on d
 = 1, W' minimizes sum_t w_t |X_t W'' - X_t W_t''|^2 / n_t: a linear regression, whose solution needs no data but the
 matrices G_t. The owner of an adapter and its data computes them with `grams`, and a merge uses them with `take_grams`:
 
-    first = grams(peftcore.load(model, "first"), batches)      # numbers by path, to be handed on beside the adapter
+    first = grams(peftcore.load(model, "first"), batches)      # tensors by path, to pass on with the adapter
     merged = gather(model, "regmean", {"first": 1.0, "second": 1.0})
     take_grams(merged, [first, second])
 

@@ -16,10 +16,10 @@ Parameters: rank * (in * kernel + out) a site, times the number of experts, + 2.
 
 Start: B, b1 and b2 at zero, A as in LoRA: an identity on a model that is quantized already; a dense model is rounded.
 
-Differs from the authors' code: No difference is known; the paper has a greatest common divisor in place of the rank
+Differs from the authors' code: No difference is known; the paper has a greatest common divisor instead of the rank
 that divides inputs and outputs, the authors' code does not.
 
-Use it: `peftcore.apply(model, "ir_qlora")`, in place of QLoRA where 4 bits cost too much.
+Use it: `peftcore.apply(model, "ir_qlora")`, instead of QLoRA where 4 bits cost too much.
 """
 
 from __future__ import annotations

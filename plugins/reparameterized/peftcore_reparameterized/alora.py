@@ -19,8 +19,8 @@ Parameters: rank * (in + out) a site.
 
 Start: A uniform in +-1/sqrt(in), B at zero: the identity.
 
-Differs from the authors' code: In peft, by its authors, the mask moves with the end of the generated tokens where there
-is no cache; here it does not.
+Differs from the authors' code: In peft, by the method's authors, the mask shifts with each generated token
+if no cache is used; here it does not.
 
 Use it: `peftcore.apply(model, "alora", invocation=[5, 6])`, where one conversation uses many adapters: checks,
 rewritings, judgements that share a long prompt.

@@ -20,7 +20,7 @@ Start: B at zero; a whole A as LoRA's, the blocks of A as peft starts them, unif
 Differs from the authors' code: That code was not compared, peft's was, which supports linear layers only, and selects
 the cut factor by names of modules (`target_modules_bd_a`, `target_modules_bd_b`).
 
-Use it: `peftcore.apply(model, "bd_lora")`, in place of LoRA where many adapters are served on several devices; n is the
+Use it: `peftcore.apply(model, "bd_lora")`, instead of LoRA where many adapters are served on several devices; n is the
 number of devices.
 """
 

@@ -22,7 +22,7 @@ Start: A = A0 and B = B0: the identity.
 Differs from the authors' code: The authors' code and peft write W - s B0 A0 into the base; outputs and gradients are
 the same. They include padding in C.
 
-Use it: `peftcore.apply(model, "corda", data=batches)`, in place of LoRA where the base's knowledge must be kept (kpm),
+Use it: `peftcore.apply(model, "corda", data=batches)`, instead of LoRA where the base's knowledge must be kept (kpm),
 or training is short (ipm).
 """
 

@@ -26,7 +26,7 @@ start as in LoRA, with the configured rank.
 Differs from the authors' code: No difference is known; that code was not compared, peft's was. peft never stops if
 directions do not converge, and skips a batch with fewer positions than components.
 
-Use it: `peftcore.apply(model, "eva", data=batches)`, in place of LoRA where you have the data at hand: it starts
+Use it: `peftcore.apply(model, "eva", data=batches)`, instead of LoRA where you have the data at hand: it starts
 faster, and the base stays as it is.
 """
 

@@ -71,7 +71,7 @@ def factors(gradient: Tensor, rank: int, side: Side) -> dict[str, Tensor]:
 
 
 def completed(rows: Tensor, known: Tensor) -> Tensor:
-    """Return orthonormal rows [*experts, rank, n] with new random rows in place of those that `known` [*experts, rank]
+    """Return orthonormal rows [*experts, rank, n] with new random rows instead of those that `known` [*experts, rank]
     excludes."""
     if known.all():
         return rows

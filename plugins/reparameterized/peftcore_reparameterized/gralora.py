@@ -21,7 +21,7 @@ Start: A uniform in +-sqrt(k / in), B at zero; of embeddings A at zero and B ~ N
 Differs from the authors' code: The authors and peft apply dropout to the inputs of the two parts one after the other;
 here it is applied once for both. peft accepts inputs of two and three dimensions only.
 
-Use it: `peftcore.apply(model, "gralora")`, in place of LoRA at high ranks, where inputs of few channels are so large
+Use it: `peftcore.apply(model, "gralora")`, instead of LoRA at high ranks, where inputs of few channels are so large
 that they decide all of A's gradient.
 """
 

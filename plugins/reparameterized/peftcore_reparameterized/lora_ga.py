@@ -21,7 +21,7 @@ Start: A = A0 and B = B0: the identity.
 Differs from the authors' code: The authors' code and peft write W - s B0 A0 into the base, so that the changed base, or
 A0 and B0, must be saved with the adapter; outputs and gradients are the same. `direction` "random" of both is not here.
 
-Use it: `peftcore.apply(model, "lora_ga", data=batches)`, in place of LoRA where training is short; at the start it
+Use it: `peftcore.apply(model, "lora_ga", data=batches)`, instead of LoRA where training is short; at the start it
 takes the memory of a gradient of all target weights.
 """
 

@@ -21,11 +21,11 @@ Parameters: rank * (in * kernel + out) a site, times the number of experts.
 
 Start: A = A0 and B = B0: the adapter changes outputs from the start.
 
-Differs from the authors' code: Their page and the paper have S in place of its root, and no S_1: the code has both, and
+Differs from the authors' code: Their page and the paper have S instead of its root, and no S_1. The code has both, and
 here it is the code's. Other starts of that script (`scale`) are not here. The preconditioners of the paper's algorithm
 were not released with it.
 
-Use it: `peftcore.apply(model, "lora_one", data=batches)`, in place of LoRA where you have the data at hand; at the
+Use it: `peftcore.apply(model, "lora_one", data=batches)`, instead of LoRA where you have the data at hand; at the
 start it takes the memory of a gradient of all target weights.
 """
 

@@ -21,7 +21,7 @@ Start: D at zero: the identity.
 
 Differs from the authors' code: peft, by its authors, supports linear layers only.
 
-Use it: `peftcore.apply(model, "miss")`, in place of LoRA for half the parameters at the same rank, and with one factor
+Use it: `peftcore.apply(model, "miss")`, instead of LoRA for half the parameters at the same rank, and with one factor
 less to start and to tune.
 """
 

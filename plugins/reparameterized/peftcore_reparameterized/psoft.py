@@ -56,7 +56,7 @@ class PSOFTConfig(MethodConfig):
     singular_values: Literal["outputs", "both"] = "outputs"
     """The factor with the singular values: B, or both A and B with their square roots."""
     series: Annotated[int, Field(ge=4, le=100)] | None = None
-    """Terms of a Neumann series in place of the exact transform; None is exact."""
+    """Terms of a Neumann series instead of the exact transform; None is exact."""
     eps: PositiveFloat | None = None
     """Largest norm of K in the series; None sets no limit."""
     dropout: Share = 0.0

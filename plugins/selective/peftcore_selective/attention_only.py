@@ -16,7 +16,7 @@ Start: The values of the model: the identity.
 
 Differs from the authors' code: No difference is known (facebookresearch/deit).
 
-Use it: `peftcore.apply(model, "attention_only")`, in place of full fine-tuning on images: a third of the memory for
+Use it: `peftcore.apply(model, "attention_only")`, instead of full fine-tuning on images: a third of the memory for
 gradients, at nearly the same accuracy.
 """
 
