@@ -55,7 +55,7 @@ class LoRAMoEConfig(TaskConfig):
     balance: NonNegativeFloat = 0.0
     """Factor of the balancing loss."""
     delta: Share = 0.0
-    """How much larger the target share of the experts of a row's task is; above 0, calls in training must pass the
+    """Extra weight of the experts of a row's task in the balancing loss; above 0, calls in training must pass the
     task."""
 
     @model_validator(mode="after")

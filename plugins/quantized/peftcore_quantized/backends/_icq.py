@@ -61,7 +61,7 @@ def calibration(blocks: Tensor, spread: float, steps: int) -> Tensor:
 
 
 KEPT = 4096
-"""Number of weights whose calibration is cached; a calibration is 64 times smaller than its weight."""
+"""Number of weight tensors whose calibration is cached; a calibration is 64 times smaller than its weight."""
 _kept: dict[tuple[object, ...], Tensor] = {}
 _lock = threading.Lock()
 
